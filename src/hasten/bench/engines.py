@@ -1,0 +1,166 @@
+"""hasten and Hugging Face behind one small interface, so that a benchmark treats both alike."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hasten.checkpoint.plan import open_checkpoint
+from hasten.core.errors import CapacityError, CheckpointError, ConfigError, EngineError, UnsupportedError
+from hasten.core.types import CompletionOutput, FinishReason, SamplingParams
+from hasten.engine.llm import LLM
+from hasten.engine.worker import TORCH_DTYPES, resolve_device, resolve_dtype
+from hasten.parallel.groups import TensorGroup
+
+GREEDY = SamplingParams(temperature=0)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """New tokens of each prompt, and the seconds that the generate call alone took."""
+
+    token_ids: list[list[int]]
+    seconds: float
+
+
+class Engine(Protocol):
+    """What a benchmark needs of an engine."""
+
+    label: str
+    device: torch.device
+    dtype: torch.dtype
+
+    def generate(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
+        """Continue each prompt by exactly its length, whatever the model's end token says."""
+        ...
+
+
+class HastenEngine:
+    """hasten: all prompts of a call at once, or in batches of `batch_size`."""
+
+    label = "hasten"
+
+    def __init__(self, llm: LLM, sampling: SamplingParams = GREEDY, batch_size: int | None = None) -> None:
+        self._llm = llm
+        self.device = llm.engine.worker.device
+        self.dtype = llm.engine.worker.runner.dtype
+        self._batch_size = batch_size
+        # Hugging Face's generate gives token ids, not text: neither engine is timed for making text
+        self._sampling = replace(sampling, ignore_eos=True, detokenize=False)
+
+    def generate(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
+        """Continue each prompt by exactly its length."""
+        return _in_batches(self._generate_batch, prompts, lengths, self._batch_size)
+
+    def _generate_batch(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
+        params = [replace(self._sampling, max_tokens=length) for length in lengths]
+        start = time.perf_counter()
+        outputs = self._llm.generate(prompts, params)
+        seconds = time.perf_counter() - start
+        made = [output.outputs[0] for output in outputs]
+        for completion, length in zip(made, lengths, strict=True):
+            _require_length(completion, length)
+        return Generation([completion.token_ids for completion in made], seconds)
+
+
+class HuggingFaceEngine:
+    """Hugging Face's `generate` as its users use it: padding on the left, attention mask, KV cache.
+
+    Prompts go through it in batches of `batch_size`, or all at once; a batch runs until its longest output is done,
+    and what is beyond a prompt's own length is dropped.
+    """
+
+    label = "HF"
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        load_format: str = "auto",
+        sampling: SamplingParams = GREEDY,
+        batch_size: int | None = None,
+    ) -> None:
+        self.device = resolve_device(device, TensorGroup())
+        config = open_checkpoint(folder, dummy=True).config
+        self.dtype = TORCH_DTYPES[resolve_dtype(dtype, config, self.device)]
+        self._batch_size = batch_size
+        self._model = _load(folder, self.dtype, load_format).to(self.device).eval()
+        self._model.generation_config.eos_token_id = None
+        self._options: dict[str, Any] = {"do_sample": not sampling.greedy, "use_cache": True, "pad_token_id": 0}
+        if not sampling.greedy:
+            self._options |= {
+                "temperature": sampling.temperature,
+                "top_k": max(0, sampling.top_k),
+                "top_p": sampling.top_p,
+            }
+
+    def generate(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
+        """Continue each prompt by exactly its length."""
+        return _in_batches(self._generate_batch, prompts, lengths, self._batch_size)
+
+    def _generate_batch(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
+        input_ids, attention_mask = _pad_left(prompts)
+        input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            output: Tensor = self._model.generate(
+                input_ids, attention_mask=attention_mask, max_new_tokens=max(lengths), **self._options
+            )
+        new: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
+        seconds = time.perf_counter() - start
+        return Generation([ids[:length] for ids, length in zip(new, lengths, strict=True)], seconds)
+
+
+def _in_batches(
+    generate: Callable[[Sequence[Sequence[int]], Sequence[int]], Generation],
+    prompts: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    size: int | None,
+) -> Generation:
+    size = len(prompts) if size is None else size
+    parts = [generate(prompts[i : i + size], lengths[i : i + size]) for i in range(0, len(prompts), size)]
+    return Generation([ids for part in parts for ids in part.token_ids], sum(part.seconds for part in parts))
+
+
+def _require_length(completion: CompletionOutput, length: int) -> None:
+    if completion.finish_reason is FinishReason.ERROR:
+        raise EngineError(f"a request could not be continued: {completion.stop_reason}")
+    if len(completion.token_ids) != length:
+        raise ConfigError(
+            f"a request ended after {len(completion.token_ids)} of {length} tokens, at the longest sequence that the "
+            "model may have; raise --max-model-len"
+        )
+
+
+def _load(folder: str, dtype: torch.dtype, load_format: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        if load_format == "dummy":
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(f"Hugging Face cannot load {folder}: {_first_line(error)}") from error
+    except (KeyError, ValueError) as error:
+        raise UnsupportedError(f"Hugging Face cannot load {folder}: {_first_line(error)}") from error
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"Hugging Face cannot load {folder}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask [prompts, longest], zeros on the left of shorter prompts."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask

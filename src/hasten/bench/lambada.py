@@ -1,0 +1,162 @@
+"""Accuracy and time on LAMBADA: the last word of each text, from the text before it.
+
+The algorithm is that of FasterTransformer's `bloom_lambada.py`: context and target (a space and the last word) are
+encoded as a pair; a batch generates as many tokens as its longest target has; an answer is right only if all tokens of
+the target are; the time is that of the generate calls alone.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hasten.bench.engines import Engine
+from hasten.core.errors import ConfigError
+from hasten.engine.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text cut before its last word."""
+
+    prompt: str
+    target: str
+    prompt_ids: list[int]
+    target_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine made of one sample."""
+
+    prompt: str
+    model_answer: str
+    target: str
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    target_ids: list[int]
+    right: bool
+
+
+@dataclass(frozen=True)
+class LambadaResult:
+    """What an engine made of all samples."""
+
+    engine: str
+    accuracy: float
+    """Per cent."""
+    right: int
+    total: int
+    seconds: float
+    """Of the generate calls alone; the median where the samples were run more than once."""
+    answers: list[Answer]
+
+    @property
+    def line(self) -> str:
+        """The closing line of the reference, to the letter."""
+        return f"Accuracy: {self.accuracy:0.4f}% ({self.right}/{self.total}) (elapsed time: {self.seconds:.4f} sec)"
+
+
+def read_texts(path: str) -> Iterator[tuple[str, str]]:
+    """Context and target of each line; ConfigError names the line that holds none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the dataset {path}: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield _cut(_text(line, f"{path}, line {number}"), f"{path}, line {number}")
+
+
+def _text(line: str, where: str) -> str:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where}: not JSON: {error}") from error
+    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+        raise ConfigError(f'{where}: not an object with a string "text"')
+    return str(entry["text"])
+
+
+def _cut(text: str, where: str) -> tuple[str, str]:
+    context, _, word = text.rpartition(" ")
+    if not context.strip() or not word:
+        raise ConfigError(f"{where}: a text needs at least two words, and no space behind the last: {text!r}")
+    return context, " " + word
+
+
+def read_samples(path: str, tokenizer: Tokenizer) -> list[Sample]:
+    """All samples of a dataset of JSON lines, each an object with `text`."""
+    samples = [Sample(*texts, *tokenizer.encode_pair(*texts)) for texts in read_texts(path)]
+    if not samples:
+        raise ConfigError(f"the dataset {path} holds no text")
+    return samples
+
+
+def run(
+    engines: Sequence[Engine],
+    samples: Sequence[Sample],
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    repetitions: int = 1,
+    advance: Callable[[int], object] = lambda _: None,
+) -> list[LambadaResult]:
+    """Run all samples through every engine, batch by batch.
+
+    Each engine first runs one batch untimed. The engines then take turns batch by batch, and in turns begin, so that
+    noise of the machine hits them alike. `advance` is told of every finished batch.
+    """
+    if batch_size < 1 or repetitions < 1:
+        raise ConfigError("batch size and repetitions must be at least 1")
+    batches = [samples[first : first + batch_size] for first in range(0, len(samples), batch_size)]
+    for engine in engines:
+        _generate(engine, batches[0])
+    seconds: list[list[float]] = [[] for _ in engines]
+    answers: list[list[Answer]] = []
+    for _ in range(repetitions):
+        answers = [[] for _ in engines]
+        spent = [0.0 for _ in engines]
+        for turn, batch in enumerate(batches):
+            order = range(len(engines)) if turn % 2 == 0 else reversed(range(len(engines)))
+            for index in order:
+                token_ids, elapsed = _generate(engines[index], batch)
+                spent[index] += elapsed
+                answers[index] += [_answer(s, ids, tokenizer) for s, ids in zip(batch, token_ids, strict=True)]
+            advance(len(batch))
+        for index, value in enumerate(spent):
+            seconds[index].append(value)
+    return [
+        _result(engine.label, statistics.median(times), made)
+        for engine, times, made in zip(engines, seconds, answers, strict=True)
+    ]
+
+
+def _generate(engine: Engine, batch: Sequence[Sample]) -> tuple[list[list[int]], float]:
+    length = max(len(sample.target_ids) for sample in batch)
+    made = engine.generate([sample.prompt_ids for sample in batch], [length] * len(batch))
+    return made.token_ids, made.seconds
+
+
+def _answer(sample: Sample, token_ids: list[int], tokenizer: Tokenizer) -> Answer:
+    answer_ids = token_ids[: len(sample.target_ids)]
+    return Answer(
+        prompt=sample.prompt,
+        model_answer=tokenizer.decode(answer_ids),
+        target=sample.target,
+        prompt_ids=sample.prompt_ids,
+        answer_ids=answer_ids,
+        target_ids=sample.target_ids,
+        right=answer_ids == sample.target_ids,
+    )
+
+
+def _result(engine: str, seconds: float, answers: list[Answer]) -> LambadaResult:
+    right = sum(answer.right for answer in answers)
+    return LambadaResult(engine, 100 * right / len(answers), right, len(answers), seconds, answers)
+
+
+def differing(first: LambadaResult, second: LambadaResult) -> int:
+    """On how many samples two engines gave other tokens."""
+    return sum(a.answer_ids != b.answer_ids for a, b in zip(first.answers, second.answers, strict=True))

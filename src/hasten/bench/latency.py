@@ -1,0 +1,112 @@
+"""Time to the first token and time a token, for batches of equal requests."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from hasten.bench.engines import Engine
+from hasten.bench.report import Spread, print_table
+from hasten.bench.workloads import Workload
+from hasten.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LatencyResult:
+    """Milliseconds of one engine on one batch size, over repetitions."""
+
+    engine: str
+    batch_size: int
+    prompt_length: int
+    output_length: int
+    repetitions: int
+    first_token_ms: Spread
+    """A call that makes one token a request."""
+    token_ms: Spread
+    """What each further token adds: a step of the whole batch."""
+    total_ms: Spread
+    """A call that makes all tokens."""
+    decode_tokens_per_second: float
+    """Tokens of the whole batch, at the best time a token."""
+
+
+def measure(engines: Sequence[Engine], workload: Workload, vocab_size: int, *, repetitions: int) -> list[LatencyResult]:
+    """Time every engine on a batch of equal requests; the engines take turns, after one untimed call each."""
+    output_length = workload.output_lengths[0]
+    if output_length < 2 or repetitions < 1:
+        raise ConfigError("latency needs an output length of at least 2 and at least 1 repetition")
+    rng = random.Random(0)
+    ones = [1] * len(workload.prompt_lengths)
+    warmup = workload.prompts(vocab_size, rng)
+    for engine in engines:
+        engine.generate(warmup, workload.output_lengths)
+    first: list[list[float]] = [[] for _ in engines]
+    total: list[list[float]] = [[] for _ in engines]
+    for _ in range(repetitions):
+        whole, short = workload.prompts(vocab_size, rng), workload.prompts(vocab_size, rng)
+        for index, engine in enumerate(engines):
+            total[index].append(1000 * engine.generate(whole, workload.output_lengths).seconds)
+            first[index].append(1000 * engine.generate(short, ones).seconds)
+    return [
+        _result(engine.label, workload, to_first, to_last)
+        for engine, to_first, to_last in zip(engines, first, total, strict=True)
+    ]
+
+
+def _result(engine: str, workload: Workload, first: list[float], total: list[float]) -> LatencyResult:
+    batch_size, steps = len(workload.prompt_lengths), workload.output_lengths[0] - 1
+    best = (min(total) - min(first)) / steps
+    each = [(to_last - to_first) / steps for to_first, to_last in zip(first, total, strict=True)]
+    return LatencyResult(
+        engine=engine,
+        batch_size=batch_size,
+        prompt_length=workload.prompt_lengths[0],
+        output_length=workload.output_lengths[0],
+        repetitions=len(total),
+        first_token_ms=Spread.of(first),
+        token_ms=Spread(best, Spread.of(each).p50, Spread.of(each).p99),
+        total_ms=Spread.of(total),
+        decode_tokens_per_second=1000 * batch_size / best,
+    )
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times as fast the last engine is as the first, by medians."""
+
+    batch_size: int
+    first_token: float
+    token: float
+
+
+def speedups(results: Sequence[LatencyResult]) -> list[Speedup]:
+    """One for each batch size; none where there is one engine alone."""
+    made = []
+    for first, last in pairwise(results):
+        if first.batch_size == last.batch_size and first.engine != last.engine:
+            to_first = first.first_token_ms.p50 / last.first_token_ms.p50
+            made.append(Speedup(last.batch_size, to_first, first.token_ms.p50 / last.token_ms.p50))
+    return made
+
+
+def show(results: Sequence[LatencyResult]) -> None:
+    """Print a table."""
+    head = results[0]
+    title = (
+        f"{head.prompt_length} tokens in, {head.output_length} out; "
+        f"milliseconds, p50 and p99 of {head.repetitions} repetitions"
+    )
+    columns = ("batch", "engine", "first token", "a token", "all tokens", "tokens/s")
+    rows = [
+        (
+            str(result.batch_size),
+            result.engine,
+            *(f"{s.p50:.2f} {s.p99:.2f}" for s in (result.first_token_ms, result.token_ms, result.total_ms)),
+            f"{result.decode_tokens_per_second:.1f}",
+        )
+        for result in results
+    ]
+    rows += [
+        (str(s.batch_size), "speedup", f"{s.first_token:.2f}", f"{s.token:.2f}", "", "") for s in speedups(results)
+    ]
+    print_table(title, columns, rows)

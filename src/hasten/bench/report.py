@@ -1,0 +1,104 @@
+"""Results of benchmarks as JSON and as tables."""
+
+import dataclasses
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from hasten import __version__
+from hasten.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A measure over repetitions."""
+
+    best: float
+    p50: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Least value, median and 99th percentile."""
+        return cls(min(values), float(np.percentile(values, 50)), float(np.percentile(values, 99)))
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and with what a figure was measured."""
+
+    hasten: str
+    torch: str
+    transformers: str
+    python: str
+    device: str
+    threads: int
+    dtype: str
+
+
+def environment(device: torch.device, dtype: torch.dtype) -> Environment:
+    """This process's versions, and what it computed on and in."""
+    return Environment(
+        hasten=__version__,
+        torch=torch.__version__,
+        transformers=version("transformers"),
+        python=platform.python_version(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        threads=torch.get_num_threads(),
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def _cpu() -> str:
+    return f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses, and containers of them, as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(entry) for entry in value]
+    return value
+
+
+def print_json(report: Mapping[str, Any]) -> None:
+    """Print a report as one JSON object."""
+    sys.stdout.write(json.dumps(to_json(report), ensure_ascii=False) + "\n")
+
+
+def write_json(path: str, report: Mapping[str, Any]) -> None:
+    """Write a report to a file."""
+    try:
+        Path(path).write_text(json.dumps(to_json(report), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write the results to {path}: {error.strerror}") from error
+
+
+def require_writable(path: str | None) -> None:
+    """Raise ConfigError if results could not be written to `path`: better before hours of work than after."""
+    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise ConfigError(f"cannot write the results to {path}: it is a folder, or its folder does not exist")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; all columns but the first hold figures."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,89 @@
+"""Tokens a second on many requests of mixed lengths."""
+
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hasten.bench.engines import Engine
+from hasten.bench.report import print_table
+from hasten.bench.workloads import Workload
+from hasten.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ThroughputResult:
+    """One engine on one workload; rates come from the median time."""
+
+    engine: str
+    workload: str
+    requests: int
+    prompt_tokens: int
+    output_tokens: int
+    seconds: list[float]
+    """Of each repetition."""
+    median_seconds: float
+    requests_per_second: float
+    output_tokens_per_second: float
+    total_tokens_per_second: float
+
+
+def measure(
+    engines: Sequence[Engine], workload: Workload, vocab_size: int, *, repetitions: int = 1
+) -> list[ThroughputResult]:
+    """Run the whole workload through every engine in turns, after a small untimed batch each."""
+    if repetitions < 1:
+        raise ConfigError(f"repetitions must be at least 1, got {repetitions}")
+    rng = random.Random(0)
+    few = Workload("warm-up", workload.prompt_lengths[:4], tuple(min(8, n) for n in workload.output_lengths[:4]))
+    warmup = few.prompts(vocab_size, rng)
+    for engine in engines:
+        engine.generate(warmup, few.output_lengths)
+    seconds: list[list[float]] = [[] for _ in engines]
+    for _ in range(repetitions):
+        prompts = workload.prompts(vocab_size, rng)
+        for index, engine in enumerate(engines):
+            seconds[index].append(engine.generate(prompts, workload.output_lengths).seconds)
+    return [_result(engine.label, workload, times) for engine, times in zip(engines, seconds, strict=True)]
+
+
+def _result(engine: str, workload: Workload, seconds: list[float]) -> ThroughputResult:
+    median = statistics.median(seconds)
+    prompt_tokens, output_tokens = sum(workload.prompt_lengths), sum(workload.output_lengths)
+    return ThroughputResult(
+        engine=engine,
+        workload=workload.name,
+        requests=len(workload.prompt_lengths),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        seconds=seconds,
+        median_seconds=median,
+        requests_per_second=len(workload.prompt_lengths) / median,
+        output_tokens_per_second=output_tokens / median,
+        total_tokens_per_second=(prompt_tokens + output_tokens) / median,
+    )
+
+
+def speedup(results: Sequence[ThroughputResult]) -> float | None:
+    """How many times as fast the last engine is as the first; None where there is one alone."""
+    return results[0].median_seconds / results[-1].median_seconds if len(results) > 1 else None
+
+
+def show(results: Sequence[ThroughputResult]) -> None:
+    """Print a table."""
+    first = results[0]
+    title = f"{first.workload}: {first.requests} requests, {first.prompt_tokens} tokens in, {first.output_tokens} out"
+    ratio = speedup(results)
+    if ratio is not None:
+        title += f"; {results[-1].engine} is {ratio:.2f} times as fast as {first.engine}"
+    rows = [
+        (
+            result.engine,
+            f"{result.median_seconds:.2f}",
+            f"{result.requests_per_second:.2f}",
+            f"{result.output_tokens_per_second:.1f}",
+            f"{result.total_tokens_per_second:.1f}",
+        )
+        for result in results
+    ]
+    print_table(title, ("engine", "seconds", "requests/s", "output tokens/s", "tokens/s"), rows)

@@ -1,0 +1,181 @@
+"""Convert a checkpoint: any source to FasterTransformer's format or to ranked safetensors."""
+
+import errno
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Literal
+
+import torch
+
+from hasten.checkpoint.plan import generation_eos, side_folder
+from hasten.checkpoint.sources import FasterTransformerSource, Source, open_source, read_json
+from hasten.checkpoint.target import SIDE_FILES, Target
+from hasten.checkpoint.writers import FasterTransformerWriter, Part, RankedSafetensorsWriter, StoppedError, Writer
+from hasten.core.config import DTypeName, ParallelConfig
+from hasten.core.errors import CheckpointError, ConfigError
+
+Format = Literal["fastertransformer", "safetensors"]
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What to convert, into what."""
+
+    input_dir: str
+    output_dir: str
+    ranks: int = 1
+    dtype: DTypeName = "fp32"
+    format: Format = "fastertransformer"
+    workers: int = 1
+    by_shard: bool = False
+    """One input file open at a time."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ConfigError(f"processes must be at least 1, got {self.workers}")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Told when the input is open and found good, before anything is written."""
+
+    source: Source
+    nbytes: int
+    """What will be written."""
+    label: str
+    """`HF >> FT`, and the like."""
+
+
+@dataclass(frozen=True)
+class Wrote:
+    """Told for each part that was written, in the order of the weights."""
+
+    part: Part
+    path: Path
+    """Where it will lie in the end."""
+
+
+Report = Callable[[Opened | Wrote], None]
+
+
+def convert(job: Conversion, report: Report = lambda _: None) -> None:
+    """Convert a checkpoint; on any error, and on a kill, OUT stays as it was.
+
+    CheckpointError, ConfigError and UnsupportedError say what is wrong and what to do.
+    """
+    parallel = ParallelConfig(tensor_parallel_size=job.ranks)
+    source = open_source(Path(job.input_dir), job.ranks)
+    parallel.validate(source.config)
+    target = Target(Path(job.output_dir), job.ranks)
+    _check_apart(source, Path(job.input_dir), target)
+    side = side_folder(source)
+    target.check_model(read_json(side / "config.json") if (side / "config.json").is_file() else None)
+    if source.manifest is not None:
+        source.manifest.verify(source.folder, source.manifest.files)
+    with _clear_errors(job.output_dir), target.prepare() as new:
+        writer = _writer(job, source, new / target.name)
+        _check_space(writer.nbytes, new, job.output_dir)
+        report(Opened(source, writer.nbytes, f"{source.label} >> {writer.label}"))
+        _write(writer, job, lambda part: report(Wrote(part, target.folder / part.file)))
+        for path in (side / name for name in SIDE_FILES):
+            if path.is_file():
+                shutil.copyfile(path, new / path.name)
+
+
+def _check_apart(source: Source, given: Path, target: Target) -> None:
+    taken = (target.out, target.out / target.name)
+    if given.resolve() == target.out or source.folder.resolve() in taken:
+        raise ConfigError(f"the output {target.folder} would take the place of the input; give another output folder")
+
+
+def _writer(job: Conversion, source: Source, folder: Path) -> Writer:
+    if job.format == "safetensors":
+        eos = generation_eos(side_folder(source)) or source.generation_eos
+        return RankedSafetensorsWriter(source, folder, job.ranks, job.dtype, eos)
+    name = source.model_name if isinstance(source, FasterTransformerSource) else job.input_dir
+    return FasterTransformerWriter(source, folder, job.ranks, job.dtype, name)
+
+
+def _check_space(nbytes: int, folder: Path, shown: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise CheckpointError(
+            f"no space left for {shown}: the output takes {nbytes / 1e9:.2f} GB beside what is there, "
+            f"{free / 1e9:.2f} GB are free"
+        )
+
+
+@contextmanager
+def _clear_errors(shown: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        if error.errno in _FULL:
+            raise CheckpointError(
+                f"no space left to write {shown}{where}; free some, or give another folder"
+            ) from error
+        raise CheckpointError(f"cannot write {shown}{where}: {error.strerror or error}") from error
+
+
+def _write(writer: Writer, job: Conversion, wrote: Callable[[Part], None]) -> None:
+    writer.start()
+    batches: Iterable[tuple[Part, ...]] = (
+        tuple(part for row in rows for part in writer.parts[row.ours]) for rows in writer.source.shards()
+    )
+    if not job.by_shard:
+        batches = [tuple(part for batch in batches for part in batch)]
+    with _Workers(job.workers) as workers:
+        for batch in batches:
+            workers.run(writer.write, batch, wrote)
+            writer.source.release()
+    writer.finish()
+
+
+class _Workers:
+    """Threads that write parts at once: casts, transposes, checksums and writes all run outside Python's lock."""
+
+    def __init__(self, count: int) -> None:
+        self._stop = Event()
+        self._torch_threads = torch.get_num_threads()
+        # one thread a worker: the workers are the parallelism, and torch's own would only contend with them
+        self._pool = ThreadPoolExecutor(count, "hasten-convert", torch.set_num_threads, (1,))
+        self._first_error: BaseException | None = None
+
+    def __enter__(self) -> "_Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._torch_threads)
+
+    def run(self, work: Callable[[Part, Event], None], parts: Iterable[Part], done: Callable[[Part], None]) -> None:
+        """Do all parts and tell of each in order; the first error of any of them ends the rest and is raised."""
+        futures: list[tuple[Part, Future[None]]] = [(part, self._pool.submit(self._one, work, part)) for part in parts]
+        for part, future in futures:
+            try:
+                future.result()
+            except StoppedError:
+                assert self._first_error is not None
+                raise self._first_error from None
+            done(part)
+
+    def _one(self, work: Callable[[Part, Event], None], part: Part) -> None:
+        try:
+            if self._stop.is_set():
+                raise StoppedError
+            work(part, self._stop)
+        except StoppedError:
+            raise
+        except BaseException as error:
+            if not self._stop.is_set():
+                self._first_error = error
+                self._stop.set()
+            raise

@@ -1,0 +1,131 @@
+"""FasterTransformer's folder for BLOOM: names, shapes and config.ini of `N-gpu/`.
+
+A file is headerless, in C order. Matrices are stored (in, out), a fused QKV as (in, 3, out / ranks).
+"""
+
+import configparser
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from hasten.core.config import AttentionConfig, DTypeName, ModelConfig, dtype_name
+from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
+from hasten.models.weight_map import Row
+from hasten.parallel.shard import Split, share_shape
+
+CONFIG_INI = "config.ini"
+_SPLIT = frozenset({Split.COLUMN, Split.ROW, Split.QKV})
+
+
+def is_split(row: Row) -> bool:
+    """Whether a weight has a file for each rank (also when there is only one)."""
+    return row.split in _SPLIT
+
+
+def is_transposed(row: Row) -> bool:
+    """Whether a file holds the transpose of hasten's layout."""
+    return is_split(row) and len(row.axes) == 2
+
+
+def file_name(row: Row, rank: int) -> str:
+    """Name of the file with a rank's share, or with the whole where FasterTransformer does not split."""
+    return f"model.{row.ft}.{rank}.bin" if is_split(row) else f"model.{row.ft}.bin"
+
+
+def file_shape(row: Row, config: ModelConfig, ranks: int) -> tuple[int, ...]:
+    """Shape of a file as FasterTransformer sees it."""
+    shape = row.shape(config)
+    if not is_split(row):
+        return shape
+    out, *into = share_shape(shape, row.split, ranks)
+    return (*into, 3, out // 3) if row.split is Split.QKV else (*into, out)
+
+
+def from_file(row: Row, stored: Tensor) -> Tensor:
+    """A share in hasten's layout, as a view of a file's flat values in the shape `file_shape`."""
+    if row.split is Split.QKV:
+        stored = stored.flatten(-2)
+    return stored.t() if is_transposed(row) else stored
+
+
+def config_ini(config: ModelConfig, model_name: str, ranks: int, dtype: DTypeName) -> str:
+    """Text of config.ini, byte for byte as FasterTransformer's converter writes it."""
+    residual = "post" if config.residual_after_norm else "pre"
+    ends = config.eos_token_ids
+    values: dict[str, object] = {
+        "model_name": model_name,
+        "num_layer": config.num_layers,
+        "head_num": config.attention.num_heads,
+        "inter_size": config.intermediate_size,
+        "size_per_head": config.attention.head_size,
+        "vocab_size": config.vocab_size,
+        "tensor_para_size": ranks,
+        "weight_data_type": dtype,
+        "model_variant": f"bloom-{residual}",
+        "layernorm_eps": config.norm_eps,
+        "layernorm_type": f"{residual}_layernorm",
+        "activation_type": "Gelu",
+        "has_positional_encoding": False,
+        "has_pre_decoder_layernorm": True,
+        "has_post_decoder_layernorm": True,
+        "use_attention_linear_bias": True,
+        "start_id": config.bos_token_id,
+        "end_id": None if not ends else ends[0] if len(ends) == 1 else list(ends),
+    }
+    return "[gpt]\n" + "".join(f"{name}={value}\n" for name, value in values.items()) + "\n"
+
+
+@dataclass(frozen=True)
+class IniFacts:
+    """What config.ini says."""
+
+    config: ModelConfig
+    ranks: int
+    model_name: str
+
+
+def read_config_ini(path: Path, tied: bool) -> IniFacts:
+    """Read config.ini, which does not say whether the head is tied; CheckpointError names what is wrong."""
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read_string(path.read_text(encoding="utf-8"), source=str(path))
+        section = parser["gpt"]
+        if section.get("activation_type", "Gelu") != "Gelu" or not section.getboolean(
+            "use_attention_linear_bias", False
+        ):
+            raise UnsupportedError(
+                f"{path}: not a BLOOM model; hasten reads no other kind from FasterTransformer's format"
+            )
+        return IniFacts(_model_config(section, tied), int(section["tensor_para_size"]), section.get("model_name", ""))
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error.args[0]!r}; convert the checkpoint again") from error
+    except (configparser.Error, ValueError, ConfigError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as FasterTransformer's config.ini: {error}") from error
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    if text == "None":
+        return ()
+    ids = json.loads(text)
+    return tuple(int(i) for i in ids) if isinstance(ids, list) else (int(ids),)
+
+
+def _model_config(section: configparser.SectionProxy, tied: bool) -> ModelConfig:
+    heads, head_size = int(section["head_num"]), int(section["size_per_head"])
+    start = _ids(section.get("start_id", "1"))
+    return ModelConfig(
+        architecture="BloomForCausalLM",
+        num_layers=int(section["num_layer"]),
+        hidden_size=heads * head_size,
+        intermediate_size=int(section["inter_size"]),
+        vocab_size=int(section["vocab_size"]),
+        attention=AttentionConfig(num_heads=heads, num_kv_heads=heads, head_size=head_size),
+        norm_eps=float(section.get("layernorm_eps", "1e-5")),
+        residual_after_norm=section.get("layernorm_type", "pre_layernorm") == "post_layernorm",
+        tie_word_embeddings=tied,
+        dtype=dtype_name(section["weight_data_type"]),
+        bos_token_id=start[0] if start else None,
+        eos_token_ids=_ids(section.get("end_id", "2")),
+    )

@@ -1,0 +1,101 @@
+"""From a folder to the tensors of one rank: map, source and number of ranks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hasten.checkpoint.faster_transformer import CONFIG_INI
+from hasten.checkpoint.sources import Source, open_dummy, open_source, read_json
+from hasten.core.config import ModelConfig, ParallelConfig
+from hasten.core.errors import CheckpointError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files of a tokenizer that may lie beside the weights."""
+_ALONE_ENOUGH = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: what the model is, and where its tensors come from."""
+
+    path: Path
+    config: ModelConfig
+    """As the weights say, with the end tokens of generation_config.json where there is one."""
+    tokenizer_folder: Path | None
+    """Where the tokenizer's files lie: the folder itself, or OUT for OUT/N-gpu."""
+    source: Source
+    verify: bool = True
+    """Whether `rank_tensors` compares the files that it reads with the manifest, where there is one."""
+
+
+def side_folder(source: Source) -> Path:
+    """The folder with config.json and the tokenizer's files: a rank folder's own, if it has them, or its parent."""
+    folder = source.folder
+    if source.label == "HF" or any((folder / name).is_file() for name in ("config.json", *_ALONE_ENOUGH)):
+        return folder
+    parent = folder.resolve().parent
+    return parent if folder.name.endswith("-gpu") and (parent / "config.json").is_file() else folder
+
+
+def open_checkpoint(path: str | Path, ranks: int = 1, verify: bool = True, dummy: bool = False) -> Checkpoint:
+    """Open a Hugging Face folder, OUT or OUT/N-gpu for `ranks` ranks; `dummy`: config.json alone, random weights.
+
+    CheckpointError, ConfigError and UnsupportedError say what is wrong and what to do.
+    """
+    path = Path(path)
+    source = open_dummy(path) if dummy else open_source(path, ranks)
+    side = side_folder(source)
+    if verify and source.manifest is not None and CONFIG_INI in source.manifest.files:
+        source.manifest.verify(source.folder, [CONFIG_INI])
+    ends = generation_eos(side) or source.generation_eos
+    return Checkpoint(
+        path=path,
+        config=replace(source.config, eos_token_ids=ends) if ends else source.config,
+        tokenizer_folder=side if any((side / name).is_file() for name in _ALONE_ENOUGH) else None,
+        source=source,
+        verify=verify,
+    )
+
+
+def generation_eos(folder: Path) -> tuple[int, ...] | None:
+    """The end tokens that generation_config.json of `folder` sets, None where it sets none."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    found = read_json(path).get("eos_token_id")
+    ends = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(end, int) for end in ends):
+        raise CheckpointError(f"{path}: eos_token_id {found!r} is not a token id or a list of them")
+    return tuple(ends) or None
+
+
+def rank_tensors(checkpoint: Checkpoint, rank: int, size: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter's name with rank `rank`'s share of it in `dtype`, file by file.
+
+    A tensor is contiguous and may be a view of a mapped file, so copy it before changing it. The files that this rank
+    reads, and no others, are first compared with the manifest. ConfigError if `size` does not divide the model,
+    ChecksumError for a changed file.
+    """
+    source = checkpoint.source
+    ParallelConfig(tensor_parallel_size=size).validate(source.config)
+    if checkpoint.verify and source.manifest is not None:
+        names = {name for row in source.rows for name in source.files_for(row, rank, size)}
+        source.manifest.verify(source.folder, names)
+    for rows in source.shards():
+        for row in rows:
+            yield row.ours, source.share(row, rank, size).to(dtype).contiguous()
+        source.release()

@@ -1,0 +1,486 @@
+"""Lazy readers of checkpoints behind one small class: Hugging Face, FasterTransformer, ranked safetensors, random.
+
+Files are memory-mapped: opening reads headers alone, and a share costs the pages that it touches.
+"""
+
+import dataclasses
+import json
+import math
+import pickle
+import re
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from threading import Lock
+from typing import Any, ClassVar, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hasten.checkpoint import faster_transformer as ft
+from hasten.checkpoint.manifest import MANIFEST, Manifest
+from hasten.core.config import AttentionConfig, DTypeName, ModelConfig
+from hasten.core.errors import CheckpointError, ConfigError, HastenError
+from hasten.models.registry import MODELS, model_class
+from hasten.models.weight_map import Row, WeightMap
+from hasten.parallel.shard import overlap, resplit, share_shape, split
+
+TORCH_DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""The torch type of each data type."""
+RANK_FOLDER = re.compile(r"([1-9]\d*)-gpu")
+"""Name of the folder that holds the files of so many ranks."""
+RANK_FILE = "rank-{:05d}-of-{:05d}.safetensors"
+"""Name of one rank's file in a ranked safetensors folder."""
+METADATA_KEY = "hasten"
+"""Entry of a rank file's metadata: JSON with version, ranks, rank, model and eos_token_ids."""
+METADATA_VERSION = 1
+_RANK_FILES = "rank-*-of-*.safetensors"
+_HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_FLOATS = frozenset({torch.float64, *TORCH_DTYPES.values()})
+
+
+class Source(ABC):
+    """A checkpoint whose tensors are read when asked for, in hasten's layout."""
+
+    kind: str
+    """What the log calls its format."""
+    label: str
+    """The same, short, for `HF >> FT`."""
+    manifest: Manifest | None = None
+    ranks: int = 1
+    """Shares that the files themselves hold."""
+
+    def __init__(self, folder: Path, config: ModelConfig, weight_map: WeightMap) -> None:
+        self.folder = folder
+        self.config = config
+        self.weight_map = weight_map
+        self.rows = tuple(weight_map.expand(config.num_layers))
+        self.files: tuple[Path, ...] = ()
+        self.generation_eos: tuple[int, ...] | None = None
+        """End tokens that generation_config.json set when the checkpoint was converted."""
+
+    @abstractmethod
+    def share(self, row: Row, rank: int, size: int) -> Tensor:
+        """Rank `rank`'s share of `size`, in the stored type; often a view of a mapped file."""
+
+    def files_for(self, row: Row, rank: int, size: int) -> Iterable[str]:
+        """Names of the manifest's files that `share` reads."""
+        return ()
+
+    def shards(self) -> Iterator[tuple[Row, ...]]:
+        """All rows, grouped by the file that holds them, so that a reader needs one file open at a time."""
+        yield self.rows
+
+    def release(self) -> None:  # noqa: B027 - a source may have nothing to close
+        """Close the files that are open; they open again when they are needed."""
+
+
+class _Shard(Protocol):
+    def keys(self) -> Iterable[str]: ...
+    def get_tensor(self, name: str) -> Tensor: ...
+
+
+class _Pickle:
+    """A `.bin` file of torch, mapped where its format allows it."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{path} is damaged, or holds more than tensors, which hasten does not execute: save it as safetensors"
+            ) from error
+        except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read as a torch file ({_first_line(error)}); copy it again"
+            ) from error
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise CheckpointError(f"{path} does not hold a plain set of named tensors; save the model's state_dict()")
+        self._state: dict[str, Tensor] = state
+
+    def keys(self) -> Iterable[str]:
+        """Names of the tensors."""
+        return self._state.keys()
+
+    def get_tensor(self, name: str) -> Tensor:
+        """One tensor, without a gradient."""
+        return self._state[name].detach()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; copy it again") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({_first_line(error)}); copy it again") from error
+
+
+def _check_names(where: Path, expected: Iterable[str], found: Iterable[str]) -> None:
+    expected, found = set(expected), set(found)
+    for names, what, advice in (
+        (expected - found, "lacks", "the checkpoint is incomplete, or its config.json is of another model"),
+        (found - expected, "holds unknown", "it belongs to another model, or to a version that hasten does not know"),
+    ):
+        if names:
+            first, more = min(names), f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{where} {what} tensor {first!r}{more}; {advice}")
+
+
+def _check_tensor(where: Path, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(
+            f"{where}: tensor {name!r} has shape {tuple(tensor.shape)}, the configuration asks for {shape}"
+        )
+    if tensor.dtype not in _FLOATS:
+        raise CheckpointError(f"{where}: tensor {name!r} has type {tensor.dtype}; hasten reads fp32, fp16 and bf16")
+    return tensor
+
+
+class HuggingFaceSource(Source):
+    """A Hugging Face folder: safetensors or `.bin`, one file or those that an index names."""
+
+    label = "HF"
+
+    def __init__(self, folder: Path, config: ModelConfig, weight_map: WeightMap) -> None:
+        super().__init__(folder, config, weight_map)
+        self._open: dict[Path, _Shard] = {}
+        self._lock = Lock()
+        first = next(path for name in _HF_FILES if (path := folder / name).exists())
+        self.pickled = ".bin" in first.name
+        self.kind = "pytorch bin" if self.pickled else "safetensors"
+        self._index = _read_index(first) if first.suffix == ".json" else None
+        names = self._index or dict.fromkeys(self._shard(first).keys(), first)
+        self.files = tuple(dict.fromkeys(names.values()))
+        self._names = self._own_names(first, names)
+        for path in () if self.pickled else self.files:
+            self._shard(path)
+
+    def _own_names(self, where: Path, names: dict[str, Path]) -> dict[str, tuple[str, Path]]:
+        """Base names, with or without the full model's prefix in the file, to the name and the file that hold them."""
+        own: dict[str, tuple[str, Path]] = {}
+        for name, path in names.items():
+            base = name if name in self.weight_map.hf_unprefixed else name.removeprefix(self.weight_map.hf_prefix)
+            if base in own:
+                raise CheckpointError(f"{where} holds {base!r} twice, as {own[base][0]!r} and as {name!r}; remove one")
+            if base not in self.weight_map.hf_ignored:
+                own[base] = (name, path)
+        _check_names(where, (row.hf for row in self.rows), own)
+        return own
+
+    def _shard(self, path: Path) -> _Shard:
+        with self._lock:
+            if path not in self._open:
+                shard: _Shard = _Pickle(path) if self.pickled else _open_safetensors(path)
+                if self._index is not None:
+                    _check_names(path, (name for name, file in self._index.items() if file == path), shard.keys())
+                self._open[path] = shard
+            return self._open[path]
+
+    def share(self, row: Row, rank: int, size: int) -> Tensor:
+        """A view of the mapped file; a fused QKV is copied into order."""
+        name, path = self._names[row.hf]
+        whole = _check_tensor(path, name, self._shard(path).get_tensor(name), row.shape(self.config))
+        return row.share_from_hf(whole, rank, size, self.config.attention)
+
+    def shards(self) -> Iterator[tuple[Row, ...]]:
+        """Rows file by file, in the order of the files' names."""
+        for path in sorted(self.files):
+            if rows := tuple(row for row in self.rows if self._names[row.hf][1] == path):
+                yield rows
+
+    def release(self) -> None:
+        """Forget the open files, and with them what is mapped."""
+        with self._lock:
+            self._open.clear()
+
+    def stored_dtype(self) -> torch.dtype:
+        """Type of the first weight."""
+        name, path = self._names[self.rows[0].hf]
+        return self._shard(path).get_tensor(name).dtype
+
+
+def _read_index(path: Path) -> dict[str, Path]:
+    weights = read_json(path).get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise CheckpointError(f"{path} has no weight_map; copy it again")
+    files = sorted(set(weights.values()))
+    for name in files:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{path} names {name!r}, which is no file of its folder")
+        if not (path.parent / name).is_file():
+            tensor = min(tensor for tensor, file in weights.items() if file == name)
+            raise CheckpointError(
+                f"{path.parent / name} is missing, but {path.name} finds {tensor!r} in it; copy it again"
+            )
+    return {name: path.parent / file for name, file in weights.items()}
+
+
+class _RankedSource(Source):
+    """Files that hold the shares of `ranks` ranks; any other number of ranks is served by splitting anew."""
+
+    def _parts(self, row: Row) -> int:
+        """Shares that `row` is stored as."""
+        return self.ranks
+
+    @abstractmethod
+    def _part(self, row: Row, part: int) -> Tensor:
+        """One stored share, in hasten's layout."""
+
+    @abstractmethod
+    def _file(self, row: Row, part: int) -> str:
+        """Name of the file that holds it."""
+
+    def share(self, row: Row, rank: int, size: int) -> Tensor:
+        """A view of the rank's own file where the files have as many ranks."""
+        config, parts = self.config, self._parts(row)
+        return resplit(
+            lambda part: self._part(row, part), parts, row.split, rank, size, config.attention, config.vocab_size
+        )
+
+    def files_for(self, row: Row, rank: int, size: int) -> Iterable[str]:
+        """The rank's own files, or those whose shares overlap its own."""
+        parts = self._parts(row)
+        return {self._file(row, part) for part in overlap(row.split, rank, size, parts, self.config.vocab_size)}
+
+
+class FasterTransformerSource(_RankedSource):
+    """`N-gpu/` as FasterTransformer's converter or hasten's wrote it.
+
+    FasterTransformer stores an untied head transposed, [h, v]; a manifest tells hasten's files, [v, h], from those.
+    """
+
+    kind = "fastertransformer"
+    label = "FT"
+
+    def __init__(self, folder: Path, beside: ModelConfig | None) -> None:
+        self.manifest = Manifest.read(folder)
+        has_head = (folder / "model.lm_head.weight.bin").exists()
+        facts = ft.read_config_ini(folder / ft.CONFIG_INI, tied=not has_head)
+        config = facts.config if beside is None else _joined(facts.config, beside, folder)
+        super().__init__(folder, config, model_class(config.architecture).weight_map(config))
+        self.ranks, self.model_name = facts.ranks, facts.model_name
+        self._names = {self._file(row, part): row for row in self.rows for part in range(self._parts(row))}
+        self.files = tuple(folder / name for name in self._names)
+        self._check_files()
+
+    def _check_files(self) -> None:
+        stray = {path.name for path in self.folder.glob("model.*.bin")} - set(self._names)
+        stray -= {f"model.{name}.bin" for name in self.weight_map.hf_ignored}
+        if stray:
+            raise CheckpointError(f"{self.folder / min(stray)} belongs to no weight of this model; remove it")
+        for path in self.files:
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing; copy it, or convert the checkpoint again")
+            shape = ft.file_shape(self._names[path.name], self.config, self.ranks)
+            wanted, found = math.prod(shape) * TORCH_DTYPES[self.config.dtype].itemsize, path.stat().st_size
+            if wanted != found:
+                raise CheckpointError(
+                    f"{path} has {found} bytes, but {wanted} are {shape} of {self.config.dtype}: "
+                    "it is truncated or of another model; copy or convert it again"
+                )
+
+    def _parts(self, row: Row) -> int:
+        return self.ranks if ft.is_split(row) else 1
+
+    def _file(self, row: Row, part: int) -> str:
+        return ft.file_name(row, part)
+
+    def _part(self, row: Row, part: int) -> Tensor:
+        shape = ft.file_shape(row, self.config, self.ranks)
+        if self.manifest is None and row.ft == "lm_head.weight":
+            return self._map(row, part, shape[::-1]).t()
+        return ft.from_file(row, self._map(row, part, shape))
+
+    def _map(self, row: Row, part: int, shape: tuple[int, ...]) -> Tensor:
+        path = self.folder / self._file(row, part)
+        size, dtype = math.prod(shape), TORCH_DTYPES[self.config.dtype]
+        return torch.from_file(str(path), shared=False, size=size, dtype=dtype).view(shape)
+
+
+def _joined(ini: ModelConfig, beside: ModelConfig, folder: Path) -> ModelConfig:
+    """What config.json says, in the type of the files; CheckpointError where config.ini contradicts it."""
+    for name in ("num_layers", "hidden_size", "vocab_size", "attention", "residual_after_norm"):
+        if getattr(ini, name) != getattr(beside, name):
+            raise CheckpointError(
+                f"{folder / ft.CONFIG_INI} and config.json beside it differ in {name} "
+                f"({getattr(ini, name)} and {getattr(beside, name)}): they are of different models"
+            )
+    return dataclasses.replace(beside, dtype=ini.dtype)
+
+
+class RankedSafetensorsSource(_RankedSource):
+    """`N-gpu/` with one safetensors file a rank, in hasten's names and layout, complete without config.json."""
+
+    kind = "ranked safetensors"
+    label = "safetensors"
+
+    def __init__(self, folder: Path) -> None:
+        first = min(folder.glob(_RANK_FILES))
+        facts = _rank_metadata(first)
+        config = _config_from_json(facts["model"], first)
+        super().__init__(folder, config, model_class(config.architecture).weight_map(config))
+        self.manifest = Manifest.read(folder)
+        self.ranks = int(facts["ranks"])
+        eos = facts.get("eos_token_ids")
+        self.generation_eos = None if eos is None else tuple(eos)
+        self.files = tuple(folder / RANK_FILE.format(rank, self.ranks) for rank in range(self.ranks))
+        for path in self.files:
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing; copy it, or convert the checkpoint again")
+        self._open: dict[int, Any] = {}
+        self._lock = Lock()
+
+    def _file(self, row: Row, part: int) -> str:
+        return self.files[part].name
+
+    def _part(self, row: Row, part: int) -> Tensor:
+        with self._lock:
+            if part not in self._open:
+                shard = _open_safetensors(self.files[part])
+                _check_names(self.files[part], (row.ours for row in self.rows), shard.keys())
+                self._open[part] = shard
+            shard = self._open[part]
+        shape = share_shape(row.shape(self.config), row.split, self.ranks)
+        return _check_tensor(self.files[part], row.ours, shard.get_tensor(row.ours), shape)
+
+    def release(self) -> None:
+        """Forget the open files, and with them what is mapped."""
+        with self._lock:
+            self._open.clear()
+
+
+def _rank_metadata(path: Path) -> dict[str, Any]:
+    raw = (_open_safetensors(path).metadata() or {}).get(METADATA_KEY)
+    if raw is None:
+        raise CheckpointError(f"{path} was not written by hasten: its metadata has no {METADATA_KEY!r}")
+    facts: dict[str, Any] = json.loads(raw)
+    if facts.get("version") != METADATA_VERSION:
+        raise CheckpointError(f"{path}: version {facts.get('version')} is not known; use a newer hasten")
+    return facts
+
+
+def _config_from_json(raw: dict[str, Any], path: Path) -> ModelConfig:
+    try:
+        attention = AttentionConfig(**raw["attention"])
+        return ModelConfig(**{**raw, "attention": attention, "eos_token_ids": tuple(raw["eos_token_ids"])})
+    except (TypeError, KeyError, ConfigError) as error:
+        raise CheckpointError(f"{path}: its metadata does not describe a model ({error}); convert it again") from error
+
+
+class DummySource(Source):
+    """Random weights for a folder that has only config.json: the same whole tensors whatever the number of ranks."""
+
+    kind = "dummy"
+    label = "dummy"
+    scale: ClassVar[float] = 0.02
+    seed: ClassVar[int] = 0
+
+    def share(self, row: Row, rank: int, size: int) -> Tensor:
+        """Ones for a norm, zeros for a bias, and for the rest values that the tensor's name decides."""
+        shape, dtype = row.shape(self.config), TORCH_DTYPES[self.config.dtype]
+        if row.init == "normal":
+            generator = torch.Generator().manual_seed(self.seed + zlib.crc32(row.ours.encode()))
+            whole = torch.empty(shape).normal_(0, self.scale, generator=generator).to(dtype)
+        else:
+            whole = torch.full(shape, float(row.init == "ones"), dtype=dtype)
+        return split(whole, row.split, rank, size, self.config.attention)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError names the file and what is wrong."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}: is it the folder of a model?") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); copy it again") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} is not a JSON object; copy it again")
+    return raw
+
+
+def read_hf_config(folder: Path) -> ModelConfig:
+    """The model that config.json of `folder` describes; UnsupportedError for an architecture that hasten lacks."""
+    path = folder / "config.json"
+    raw = read_json(path)
+    named = raw.get("architectures") or [_default_architecture(str(raw.get("model_type", "")))]
+    cls = model_class(str(named[0]))
+    try:
+        return cls.config_from_hf(raw)
+    except HastenError as error:
+        raise type(error)(f"{path}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path} has a value of the wrong kind: {error}") from error
+
+
+def _default_architecture(model_type: str) -> str:
+    wanted = f"{model_type}ForCausalLM"
+    return next((name for name in MODELS if name.lower() == wanted.lower()), wanted)
+
+
+def _is_ranked(folder: Path) -> bool:
+    return any(folder.glob(_RANK_FILES))
+
+
+def is_rank_folder(folder: Path) -> bool:
+    """Whether `folder` looks like an `N-gpu` that a converter wrote."""
+    return folder.is_dir() and any(
+        ((folder / ft.CONFIG_INI).is_file(), (folder / MANIFEST).is_file(), _is_ranked(folder))
+    )
+
+
+def rank_folders(folder: Path) -> dict[int, Path]:
+    """The `N-gpu` folders inside `folder`, by N."""
+    found = {int(match[1]): path for path in folder.iterdir() if (match := RANK_FOLDER.fullmatch(path.name))}
+    return {ranks: path for ranks, path in sorted(found.items()) if is_rank_folder(path)}
+
+
+def open_source(path: Path, ranks: int = 1) -> Source:
+    """Open a checkpoint folder of any kind; inside OUT, `N-gpu` with N = `ranks` is preferred.
+
+    CheckpointError names the file, the tensor and what to do.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is {'a file' if path.exists() else 'missing'}; give the folder of a checkpoint")
+    if _is_ranked(path):
+        return RankedSafetensorsSource(path)
+    if (path / ft.CONFIG_INI).is_file():
+        parent = path.resolve().parent
+        beside = next((folder for folder in (path, parent) if (folder / "config.json").is_file()), None)
+        return FasterTransformerSource(path, None if beside is None else read_hf_config(beside))
+    if any((path / name).exists() for name in _HF_FILES):
+        return _open_hugging_face(path)
+    inside = rank_folders(path)
+    if inside:
+        return open_source(inside.get(ranks) or next(iter(inside.values())), ranks)
+    read_hf_config(path)
+    raise CheckpointError(f"{path} has no weights: none of {', '.join(_HF_FILES)}, and no N-gpu folder")
+
+
+def _open_hugging_face(folder: Path) -> HuggingFaceSource:
+    config = read_hf_config(folder)
+    source = HuggingFaceSource(folder, config, model_class(config.architecture).weight_map(config))
+    raw = read_json(folder / "config.json")
+    if not (raw.get("dtype") or raw.get("torch_dtype")):
+        stored = source.stored_dtype()
+        name = next((name for name, dtype in TORCH_DTYPES.items() if dtype is stored), config.dtype)
+        source.config = dataclasses.replace(config, dtype=name)
+    return source
+
+
+def open_dummy(path: Path) -> DummySource:
+    """Random weights for the model that config.json of `path` describes."""
+    config = read_hf_config(path)
+    return DummySource(path, config, model_class(config.architecture).weight_map(config))

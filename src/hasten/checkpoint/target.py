@@ -1,0 +1,175 @@
+"""An output folder that changes in one step: written beside itself, swapped at the end, and left alone on failure."""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hasten.checkpoint.plan import TOKENIZER_FILES
+from hasten.checkpoint.sources import is_rank_folder, rank_folders, read_json
+from hasten.core.errors import CheckpointError
+
+SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+"""Files that lie in OUT beside the rank folders."""
+_VOLATILE = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version"})
+"""Keys of config.json that say nothing of what the model is."""
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+_NO_EXCHANGE = frozenset({errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EACCES})
+_OURS = (".bin", ".safetensors", ".ini", ".json")
+_LOCK = ".lock"
+_OLD = "old"
+_MARK = ".hasten-"
+
+
+class Target:
+    """`OUT/N-gpu` and the files beside it, prepared in a hidden folder.
+
+    OUT is swapped as a whole; where it holds more than this one rank folder, or cannot be renamed, only `N-gpu` is, and
+    then the files beside it must describe the same model.
+    """
+
+    def __init__(self, out: Path, ranks: int) -> None:
+        self.shown = out
+        self.out = out.resolve()
+        self.name = f"{ranks}-gpu"
+        self.whole = self._check()
+
+    def _check(self) -> bool:
+        """Whether OUT can be swapped as a whole; CheckpointError if it must not be touched."""
+        if not os.path.lexists(self.out):
+            return True
+        if not self.out.is_dir():
+            raise CheckpointError(f"{self.shown} is a file; give a folder to write to")
+        entries = {path.name for path in self.out.iterdir() if not path.name.startswith(_MARK)}
+        ours = {path.name for path in rank_folders(self.out).values()}
+        if entries and not ours:
+            raise CheckpointError(
+                f"{self.shown} exists and is not a folder that hasten wrote; give another, or remove it first"
+            )
+        if self.name in entries:
+            self._check_replaced(self.out / self.name)
+        movable = not self.out.is_mount() and os.access(self.out.parent, os.W_OK)
+        return movable and entries <= {self.name, *SIDE_FILES}
+
+    def _check_replaced(self, folder: Path) -> None:
+        if not is_rank_folder(folder):
+            raise CheckpointError(f"{self.shown / self.name} was not written by a converter; remove it first")
+        for path in folder.iterdir():
+            if path.is_dir() or path.suffix not in _OURS:
+                raise CheckpointError(f"{path} would be lost with the old {self.name}; move it away first")
+
+    def check_model(self, config: Mapping[str, Any] | None) -> None:
+        """CheckpointError if OUT keeps rank folders of a model that config.json describes otherwise."""
+        path = self.out / "config.json"
+        if self.whole or config is None or not path.is_file():
+            return
+        if _lasting(read_json(path)) != _lasting(config):
+            raise CheckpointError(
+                f"{self.shown} holds another model (its config.json differs); give another folder, or remove it first"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """The rank folder as it will be called, for the log."""
+        return self.shown / self.name
+
+    @contextlib.contextmanager
+    def prepare(self) -> Iterator[Path]:
+        """A new OUT to fill, with an empty `N-gpu`; swapped in when the block ends well, else removed."""
+        made = _make_parents(self.out if not self.whole else self.out.parent)
+        place = self.out.parent if self.whole else self.out
+        prefix = f".{self.out.name}{_MARK}" if self.whole else _MARK
+        _remove_stale(self.out.parent, f".{self.out.name}{_MARK}")
+        _remove_stale(self.out, _MARK)
+        try:
+            with _locked_folder(place, prefix) as work:
+                new = work / "new"
+                (new / self.name).mkdir(parents=True)
+                yield new
+                self._swap_in(work, new)
+        except BaseException:
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise
+
+    def _swap_in(self, work: Path, new: Path) -> None:
+        if self.whole:
+            if self.out.exists():
+                shutil.copymode(self.out, new)
+            swap(new, self.out, work / _OLD)
+            return
+        swap(new / self.name, self.out / self.name, work / _OLD)
+        for path in new.iterdir():
+            if path.is_file():
+                path.replace(self.out / path.name)
+
+
+def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in _VOLATILE}
+
+
+def swap(new: Path, target: Path, spare: Path) -> None:
+    """Put `new` where `target` is, in one step where the kernel can; what was there ends at `new` or in `spare`."""
+    try:
+        new.rename(target)
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    if not exchange(new, target):
+        spare.mkdir(exist_ok=True)
+        target.rename(spare / target.name)
+        new.rename(target)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange two paths atomically; False where kernel or file system cannot."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Make `folder`; returns those that were missing, innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+@contextlib.contextmanager
+def _locked_folder(place: Path, prefix: str) -> Iterator[Path]:
+    """A folder that is removed at the end, and that others can tell from a dead run's by its lock."""
+    work = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+    try:
+        with (work / _LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _remove_stale(place: Path, prefix: str) -> None:
+    """Remove the folders of runs that died; what such a run had moved away and not replaced goes back."""
+    for work in place.iterdir() if place.is_dir() else ():
+        if not work.name.startswith(prefix):
+            continue
+        with contextlib.suppress(OSError), (work / _LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for old in (work / _OLD).iterdir() if (work / _OLD).is_dir() else ():
+                if not (place / old.name).exists():
+                    old.rename(place / old.name)
+            shutil.rmtree(work, ignore_errors=True)

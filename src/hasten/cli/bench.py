@@ -1,0 +1,299 @@
+"""`hasten bench`: accuracy and speed, beside Hugging Face."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from hasten.cli.options import Parser, add_engine_options, engine_options
+from hasten.core.errors import UnsupportedError
+from hasten.core.types import SamplingParams
+
+if TYPE_CHECKING:
+    from hasten.bench.engines import Engine
+    from hasten.bench.lambada import LambadaResult, Sample
+    from hasten.engine.llm import LLM
+    from hasten.engine.text import Tokenizer
+
+# Hugging Face has no cache between calls; with it on, the untimed batch would also pay for a timed one
+ENGINE_DEFAULTS: Mapping[str, Any] = {"enable_prefix_cache": False}
+LAMBADA_SKIP = frozenset({"tokenizer", "load_format"})
+
+
+def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the subcommand `bench` and its own subcommands."""
+    parser = commands.add_parser(
+        "bench", help="measure accuracy and speed", description="Measure accuracy and speed, beside Hugging Face."
+    )
+    benches = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
+    _add_lambada(benches)
+    _add_throughput(benches)
+    _add_latency(benches)
+
+
+def _add_lambada(benches: "argparse._SubParsersAction[Parser]") -> None:
+    parser = benches.add_parser(
+        "lambada",
+        help="predict the last word of each text",
+        description="Predict the last word of each text of a dataset, and time it.",
+    )
+    parser.add_argument("--tokenizer-path", required=True, metavar="PATH", help="Hugging Face folder of the model")
+    parser.add_argument("--dataset-path", required=True, metavar="FILE", help='JSON lines, each an object with "text"')
+    parser.add_argument(
+        "--checkpoint-path", metavar="PATH", help="checkpoint that hasten runs (default: the model at --tokenizer-path)"
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--test-hf", action="store_true", help="run Hugging Face instead of hasten")
+    which.add_argument("--compare", action="store_true", help="run both on the same texts, batch by batch")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts in a batch (default: 8)")
+    parser.add_argument(
+        "--repetitions", type=int, default=1, metavar="N", help="times to run all texts; the time is the median"
+    )
+    parser.add_argument("--acc-threshold", type=float, metavar="PERCENT", help="fail if the accuracy is lower")
+    parser.add_argument("--show-progress", action="store_true", help="show a progress bar on standard error")
+    parser.add_argument("--top-k", type=int, default=1, metavar="K", help="1 is greedy (default: 1)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="see `hasten generate` (default: 1)")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="see `hasten generate` (default: 1)"
+    )
+    parser.add_argument("--beam-width", type=int, default=1, metavar="N", help="only 1 is supported (default: 1)")
+    _add_output(parser)
+    add_engine_options(parser, defaults=ENGINE_DEFAULTS, skip=LAMBADA_SKIP)
+    parser.set_defaults(run=run_lambada)
+
+
+def _add_throughput(benches: "argparse._SubParsersAction[Parser]") -> None:
+    parser = benches.add_parser(
+        "throughput",
+        help="tokens a second on many requests",
+        description="Tokens a second on many requests that arrive at once, with prompts of random token ids.",
+    )
+    _add_model(parser)
+    parser.add_argument(
+        "--workload",
+        choices=("mixed", "tput", "lambada"),
+        default="mixed",
+        help="mixed: 16 to 256 tokens in and out; tput: 100 to 1024 in and out; lambada: about 87 in, 4 out",
+    )
+    parser.add_argument(
+        "--num-requests", type=int, metavar="N", help="requests (default: mixed 64, tput 1000, lambada 5153)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="hand hasten so many requests at once (default: all of them)"
+    )
+    parser.add_argument(
+        "--hf-batch-size", type=int, default=16, metavar="N", help="requests in a batch of Hugging Face (default: 16)"
+    )
+    parser.add_argument("--repetitions", type=int, default=1, metavar="N", help="times to run it (default: 1)")
+    _add_output(parser)
+    add_engine_options(parser, defaults=ENGINE_DEFAULTS)
+    parser.set_defaults(run=run_throughput)
+
+
+def _add_latency(benches: "argparse._SubParsersAction[Parser]") -> None:
+    parser = benches.add_parser(
+        "latency",
+        help="time to the first token and time a token",
+        description="Time to the first token and time a token of batches of equal requests.",
+    )
+    _add_model(parser)
+    parser.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[1, 16, 64], metavar="N", help="batches (default: 1 16 64)"
+    )
+    parser.add_argument("--prompt-length", type=int, default=128, metavar="N", help="tokens (default: 128)")
+    parser.add_argument("--output-length", type=int, default=128, metavar="N", help="tokens (default: 128)")
+    parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="times to run it (default: 3)")
+    _add_output(parser)
+    add_engine_options(parser, defaults=ENGINE_DEFAULTS)
+    parser.set_defaults(run=run_latency)
+
+
+def _add_model(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint")
+    parser.add_argument("--compare", action="store_true", help="measure Hugging Face beside it, in turns")
+    parser.add_argument("--hf-model", metavar="PATH", help="what Hugging Face runs (default: MODEL)")
+
+
+def _add_output(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument("--output-path", metavar="FILE", help="write the results to a file, as JSON")
+
+
+def run_lambada(args: argparse.Namespace) -> int:
+    """Run LAMBADA with hasten, with Hugging Face, or with both in turns."""
+    if args.beam_width != 1:
+        raise UnsupportedError(f"--beam-width {args.beam_width}: beam search is not supported; use 1")
+    sampling = _lambada_sampling(args)
+    from hasten.bench import lambada, report
+    from hasten.bench.engines import HastenEngine, HuggingFaceEngine
+    from hasten.engine.text import Tokenizer
+    from hasten.parallel.launch import place_from_environment
+
+    place = place_from_environment()
+    if args.test_hf and place is not None and place.rank > 0:
+        return 0  # Hugging Face runs in one process, whatever started this one
+    report.require_writable(args.output_path)
+    tokenizer = Tokenizer.from_folder(args.tokenizer_path)
+    samples = lambada.read_samples(args.dataset_path, tokenizer)
+    options = engine_options(args, defaults=ENGINE_DEFAULTS, skip=LAMBADA_SKIP)
+    with ExitStack() as stack:
+        engines: list[Engine] = []
+        if not args.test_hf:
+            llm = stack.enter_context(_lambada_llm(args, options))
+            if not llm.is_driver:
+                return 0
+            engines.append(HastenEngine(llm, sampling))
+            options["dtype"] = str(engines[0].dtype)
+        if args.test_hf or args.compare:
+            engines.insert(0, HuggingFaceEngine(args.tokenizer_path, **_hf_options(options), sampling=sampling))
+        results = _run_lambada(args, engines, samples, tokenizer)
+    _report_lambada(args, engines[-1], results)
+    return _check_accuracy(results, args.acc_threshold)
+
+
+def _lambada_llm(args: argparse.Namespace, options: Mapping[str, Any]) -> "LLM":
+    from hasten.engine.llm import LLM
+
+    return LLM(args.checkpoint_path or args.tokenizer_path, tokenizer=args.tokenizer_path, **options)
+
+
+def _lambada_sampling(args: argparse.Namespace) -> SamplingParams:
+    if args.top_k == 1:
+        return SamplingParams(temperature=0, top_p=args.top_p)
+    return SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+
+
+def _run_lambada(
+    args: argparse.Namespace, engines: "Sequence[Engine]", samples: "Sequence[Sample]", tokenizer: "Tokenizer"
+) -> "list[LambadaResult]":
+    from hasten.bench import lambada
+
+    with _progress(args.show_progress, len(samples) * args.repetitions) as advance:
+        return lambada.run(
+            engines,
+            samples,
+            tokenizer,
+            batch_size=args.batch_size,
+            repetitions=args.repetitions,
+            advance=advance,
+        )
+
+
+def _report_lambada(args: argparse.Namespace, engine: "Engine", results: "Sequence[LambadaResult]") -> None:
+    from hasten.bench import lambada
+
+    summary: dict[str, Any] = {"results": results}
+    lines = [result.line for result in results]
+    if args.compare:
+        hf, ours = results
+        speedup, differ = hf.seconds / ours.seconds, lambada.differing(hf, ours)
+        summary |= {"speedup": speedup, "differing_samples": differ}
+        lines = [f"{result.engine:<7} {result.line}" for result in results]
+        lines.append(f"hasten is {speedup:.2f} times as fast; the answers differ on {differ} of {ours.total} samples")
+    _write(args, engine, summary)
+    if not args.json:
+        print("\n".join(lines))
+
+
+def _check_accuracy(results: "Sequence[LambadaResult]", threshold: float | None) -> int:
+    low = [result for result in results if threshold is not None and result.accuracy < threshold]
+    for result in low:
+        print(
+            f"hasten: accuracy of {result.engine} is {result.accuracy:.4f}%, below the threshold of {threshold}%",
+            file=sys.stderr,
+        )
+    return 1 if low else 0
+
+
+def run_throughput(args: argparse.Namespace) -> int:
+    """Measure tokens a second."""
+    from hasten.bench import throughput
+    from hasten.bench.workloads import WORKLOADS
+
+    workload = WORKLOADS[args.workload](args.num_requests)
+    with _engines(args, workload.max_len, batch_size=args.batch_size, hf_batch_size=args.hf_batch_size) as (
+        engines,
+        vocab_size,
+    ):
+        if not engines:
+            return 0
+        results = throughput.measure(engines, workload, vocab_size, repetitions=args.repetitions)
+    _write(args, engines[-1], {"results": results, "speedup": throughput.speedup(results)})
+    if not args.json:
+        throughput.show(results)
+    return 0
+
+
+def run_latency(args: argparse.Namespace) -> int:
+    """Measure time to the first token and time a token."""
+    from hasten.bench import latency
+    from hasten.bench.workloads import fixed
+
+    workloads = [fixed(size, args.prompt_length, args.output_length) for size in args.batch_sizes]
+    with _engines(args, args.prompt_length + args.output_length) as (engines, vocab_size):
+        if not engines:
+            return 0
+        results = [
+            result
+            for workload in workloads
+            for result in latency.measure(engines, workload, vocab_size, repetitions=args.repetitions)
+        ]
+    _write(args, engines[-1], {"results": results, "speedups": latency.speedups(results)})
+    if not args.json:
+        latency.show(results)
+    return 0
+
+
+@contextmanager
+def _engines(
+    args: argparse.Namespace, max_len: int, *, batch_size: int | None = None, hf_batch_size: int | None = None
+) -> "Iterator[tuple[list[Engine], int]]":
+    """The engines to measure, Hugging Face first, and the size of their vocabulary; none on ranks but the first."""
+    from hasten.bench import report
+    from hasten.bench.engines import HastenEngine, HuggingFaceEngine
+    from hasten.engine.llm import LLM
+
+    report.require_writable(args.output_path)
+    options = engine_options(args, defaults={**ENGINE_DEFAULTS, "max_model_len": max_len})
+    with LLM(args.model, **options) as llm:
+        if not llm.is_driver:
+            yield [], 0
+            return
+        engines: list[Engine] = [HastenEngine(llm, batch_size=batch_size)]
+        if args.compare:
+            options["dtype"] = str(engines[0].dtype)
+            hf = HuggingFaceEngine(args.hf_model or args.model, **_hf_options(options), batch_size=hf_batch_size)
+            engines.insert(0, hf)
+        yield engines, llm.engine.model_config.vocab_size
+
+
+def _hf_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("dtype", "device", "load_format") if name in options}
+
+
+def _write(args: argparse.Namespace, engine: "Engine", results: Mapping[str, Any]) -> None:
+    """Results with where and how they were measured, as JSON, to wherever they were asked for."""
+    from hasten.bench import report
+
+    options = {name: value for name, value in vars(args).items() if name != "run"}
+    full = {"options": options, "environment": report.environment(engine.device, engine.dtype), **results}
+    if args.output_path is not None:
+        report.write_json(args.output_path, full)
+    if args.json:
+        report.print_json(full)
+
+
+@contextmanager
+def _progress(wanted: bool, total: int) -> Iterator[Callable[[int], object]]:
+    """What to call with the number of samples done; draws a bar if that is wanted."""
+    if not wanted:
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("LAMBADA", total=total)
+        yield lambda done: bar.advance(task, done)

@@ -1,0 +1,151 @@
+"""`hasten convert`: a Hugging Face checkpoint to FasterTransformer's format, or to one file a rank."""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from hasten.cli.options import Parser
+from hasten.core.config import DTYPES
+
+if TYPE_CHECKING:
+    from hasten.checkpoint.convert import Opened, Wrote
+
+FORMATS = ("fastertransformer", "safetensors")
+_LOGGED = ("input_dir", "output_dir", "tensor_para_size", "data_type", "processes", "verbose", "by_shard")
+
+
+def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the subcommand `convert`."""
+    parser = commands.add_parser(
+        "convert",
+        help="convert a checkpoint",
+        description="Convert a checkpoint for so many ranks, into DIR/N-gpu. The input may be a Hugging Face folder, "
+        "or one that this command or FasterTransformer wrote, for any number of ranks.",
+    )
+    parser.add_argument("-i", "--input-dir", metavar="DIR", required=True, help="folder of the checkpoint")
+    parser.add_argument("-o", "--output-dir", metavar="DIR", required=True, help="folder to write N-gpu into")
+    parser.add_argument(
+        "-tp", "--tensor-para-size", metavar="N", type=int, default=1, help="ranks to split over (default: 1)"
+    )
+    parser.add_argument(
+        "-dt", "--data-type", choices=DTYPES, default="fp32", help="type of the weights written (default: fp32)"
+    )
+    parser.add_argument(
+        "-p", "--processes", metavar="N", type=int, default=1, help="workers that convert at once (default: 1)"
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="print a line a tensor")
+    parser.add_argument(
+        "-s", "--by-shard", action="store_true", help="one input file at a time, for checkpoints larger than memory"
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="fastertransformer: a file a tensor; safetensors: a file a rank, which hasten loads fastest "
+        "(default: fastertransformer)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, with FasterTransformer's log on standard output."""
+    _print_arguments(args)
+    from hasten.checkpoint.convert import Conversion, convert
+
+    start = time.perf_counter()
+    job = Conversion(
+        input_dir=args.input_dir,
+        output_dir=args.output_dir,
+        ranks=args.tensor_para_size,
+        dtype=args.data_type,
+        format=args.format,
+        workers=args.processes,
+        by_shard=args.by_shard,
+    )
+    with _Log(args.verbose) as log, _terminated():
+        try:
+            convert(job, log)
+        except _TerminatedError:
+            print(f"hasten: terminated; {args.output_dir} is as it was", file=sys.stderr)
+            return 128 + signal.SIGTERM
+    elapsed = time.perf_counter() - start
+    print(f"Checkpoint conversion ({log.label}) has done (elapsed time: {elapsed:.2f} sec)")
+    return 0
+
+
+def _print_arguments(args: argparse.Namespace) -> None:
+    print("\n" + "=" * 23 + " Arguments " + "=" * 23)
+    names = _LOGGED if args.format == FORMATS[0] else (*_LOGGED, "format")
+    for name in names:
+        print(f" - {name.ljust(20, '.')}: {getattr(args, name)}")
+    print("=" * 57, flush=True)
+
+
+class _Log:
+    """Lines as FasterTransformer's converter prints them; on a terminal, a bar unless each tensor has its line."""
+
+    def __init__(self, verbose: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        console = Console(stderr=True)
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, transient=True, disable=verbose or not console.is_terminal)
+        self._verbose = verbose
+        self.label = ""
+
+    def __enter__(self) -> "_Log":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: "Opened | Wrote") -> None:
+        from hasten.checkpoint.convert import Opened
+
+        if isinstance(event, Opened):
+            self.label = event.label
+            self._task = self._bar.add_task("", total=event.nbytes)
+            print(f"loading from {event.source.kind} format")
+            print(f"model file num: {len(event.source.files)}", flush=True)
+            return
+        self._bar.advance(self._task, event.part.nbytes)
+        if self._verbose:
+            print(_line(event), flush=True)
+
+
+def _line(event: "Wrote") -> str:
+    part = event.part
+    start, shape = f" - {part.name.ljust(48, '.')}: shape {part.shape!s:16s}", f"| saved at {event.path}"
+    return f"{start} s {shape} ({part.rank}/{part.size})" if part.split else f"{start}   {shape}"
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM came; not an Exception, so that nothing on the way up swallows it."""
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that the folder being written is removed."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        # what is left is cleaning up, which another signal should not cut short
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _TerminatedError
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:
+        # not the main thread: whoever runs us there handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,130 @@
+"""`hasten demo`: convert, compare and generate with the demo model, by the public commands."""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hasten.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hasten.cli.options import Parser
+
+PROMPT = "That year the spring came early."
+MOST_DIFFERING = 0.01
+"""Share of the samples by which the accuracies may differ."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `bench lambada --compare` found."""
+
+    hf_accuracy: float
+    hf_seconds: float
+    accuracy: float
+    seconds: float
+    differing: int
+    total: int
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as Hugging Face."""
+        return self.hf_seconds / self.seconds
+
+    @property
+    def faults(self) -> list[str]:
+        """What the demo must not show: another accuracy, or no gain in time."""
+        faults = []
+        if abs(self.hf_accuracy - self.accuracy) > 100 * MOST_DIFFERING:
+            faults.append(f"accuracies differ: {self.hf_accuracy:.2f}% and {self.accuracy:.2f}%")
+        if self.speedup <= 1:
+            faults.append(f"hasten is not faster: {self.speedup:.2f} times Hugging Face's speed")
+        return faults
+
+
+def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the subcommand `demo`."""
+    parser = commands.add_parser(
+        "demo",
+        help="convert, compare and generate with the demo model",
+        description="Convert the demo model, compare it with Hugging Face on the test stories, and tell a story.",
+    )
+    parser.add_argument("--model", default="examples/demo-model", metavar="PATH", help="default: %(default)s")
+    parser.add_argument("--dataset", default="examples/stories/test.jsonl", metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--output-dir", default="build/demo", metavar="PATH", help="default: %(default)s")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the commands one after the other; 1 if any fails or the comparison is not as it should be."""
+    for path in (Path(args.model) / "config.json", Path(args.dataset)):
+        if not path.is_file():
+            raise ConfigError(f"{path} does not exist; run the demo in hasten's repository, or name other files")
+    from hasten.cli.main import main
+
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, results = str(folder / "model-fp16"), str(folder / "lambada.json")
+    start = time.perf_counter()
+    steps = _steps(args.model, args.dataset, checkpoint, results)
+    seconds = []
+    for step in steps:
+        began = time.perf_counter()
+        status = _step(main, step)
+        seconds.append(time.perf_counter() - began)
+        if status:
+            return status
+    comparison = _read(results)
+    _show(comparison, convert_seconds=seconds[0], all_seconds=time.perf_counter() - start)
+    for fault in comparison.faults:
+        print(f"hasten: demo failed: {fault}", file=sys.stderr)
+    return 1 if comparison.faults else 0
+
+
+def _steps(model: str, dataset: str, checkpoint: str, results: str) -> list[list[str]]:
+    inputs = ["--tokenizer-path", model, "--dataset-path", dataset, "--checkpoint-path", checkpoint]
+    compare = ["--compare", "--batch-size", "16", "-dt", "fp32", "--show-progress", "--output-path", results]
+    return [
+        ["convert", "-i", model, "-o", checkpoint, "-tp", "2", "-dt", "fp16"],
+        ["bench", "lambada", *inputs, *compare],
+        ["generate", checkpoint, "--prompt", PROMPT, "--max-new-tokens", "64", "-dt", "fp32"],
+    ]
+
+
+def _step(main: Callable[[Sequence[str]], int], command: Sequence[str]) -> int:
+    print(f"\n$ {shlex.join(['hasten', *command])}", flush=True)
+    return main(command)
+
+
+def _read(path: str) -> Comparison:
+    report: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    hf, ours = report["results"]
+    return Comparison(
+        hf_accuracy=hf["accuracy"],
+        hf_seconds=hf["seconds"],
+        accuracy=ours["accuracy"],
+        seconds=ours["seconds"],
+        differing=report["differing_samples"],
+        total=ours["total"],
+    )
+
+
+def _show(found: Comparison, *, convert_seconds: float, all_seconds: float) -> None:
+    from hasten.bench.report import print_table
+
+    print()
+    print_table(
+        f"{found.total} stories; hasten is {found.speedup:.2f} times as fast; the whole demo took {all_seconds:.0f} s",
+        ("", "Hugging Face", "hasten"),
+        [
+            ("convert, seconds", "", f"{convert_seconds:.2f}"),
+            ("accuracy", f"{found.hf_accuracy:.2f}%", f"{found.accuracy:.2f}%"),
+            ("generate calls, seconds", f"{found.hf_seconds:.2f}", f"{found.seconds:.2f}"),
+            ("samples whose answers differ", "", f"{found.differing} of {found.total}"),
+        ],
+    )

@@ -1,0 +1,144 @@
+"""`hasten generate`: continue prompts."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hasten.cli.options import (
+    Parser,
+    add_engine_options,
+    add_sampling_options,
+    engine_options,
+    sampling_params,
+)
+from hasten.core.errors import ConfigError
+from hasten.core.types import CompletionOutput, Logprob, RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from hasten.engine.llm import LLM
+
+SAMPLING_DEFAULTS = {"temperature": 0.0, "max_tokens": 32}
+# `--seed` is the requests' own; the engine's would only say the same again
+ENGINE_SKIP = frozenset({"seed"})
+
+
+def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the subcommand `generate`."""
+    parser = commands.add_parser(
+        "generate",
+        help="continue prompts",
+        description="Continue prompts with a model, greedily unless a temperature is given.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint")
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given more than once")
+    parser.add_argument("--prompts-file", metavar="FILE", help="file with one prompt a line; - reads standard input")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt, with token ids")
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="print text as it is made (default: on a terminal, for one prompt); with --json, one object a step",
+    )
+    add_sampling_options(parser, defaults=SAMPLING_DEFAULTS)
+    add_engine_options(parser, skip=ENGINE_SKIP)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate and print."""
+    prompts = _read_prompts(args)
+    params = sampling_params(args, defaults=SAMPLING_DEFAULTS)
+    stream = _streams(args, len(prompts), params)
+
+    from hasten.engine.llm import LLM
+
+    with LLM(args.model, **engine_options(args, skip=ENGINE_SKIP)) as llm:
+        if llm.is_driver:
+            (_stream if stream else _generate)(llm, prompts, params, args.json)
+    return 0
+
+
+def _read_prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompt)
+    if args.prompts_file is not None:
+        prompts += [line for line in _read_text(args.prompts_file).splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError("there is no prompt; give --prompt or --prompts-file")
+    return prompts
+
+
+def _read_text(name: str) -> str:
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read prompts from {name}: {error}") from error
+
+
+def _streams(args: argparse.Namespace, prompts: int, params: SamplingParams) -> bool:
+    single = prompts == 1 and params.n == 1
+    if args.stream is None:
+        return single and not args.json and sys.stdout.isatty()
+    if args.stream and not args.json and not single:
+        raise ConfigError("--stream prints one text as it grows; for several prompts or --n above 1 add --json")
+    return bool(args.stream)
+
+
+def _generate(llm: "LLM", prompts: list[str], params: SamplingParams, as_json: bool) -> None:
+    for output in llm.generate(prompts, params):
+        if as_json:
+            print(json.dumps(_as_json(output), ensure_ascii=False))
+        else:
+            for completion in output.outputs:
+                print(f"{output.prompt}{completion.text}")
+
+
+def _stream(llm: "LLM", prompts: list[str], params: SamplingParams, as_json: bool) -> None:
+    if as_json:
+        for output in llm.stream(prompts, params):
+            print(json.dumps(_as_json(output) | {"finished": output.finished}, ensure_ascii=False), flush=True)
+        return
+    print(prompts[0], end="", flush=True)
+    for piece in _pieces(llm.stream(prompts, params)):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _pieces(outputs: Iterable[RequestOutput]) -> Iterable[str]:
+    """What each cumulative output adds to the one before it."""
+    shown = 0
+    for output in outputs:
+        text = output.outputs[0].text
+        yield text[shown:]
+        shown = len(text)
+
+
+def _as_json(output: RequestOutput) -> dict[str, Any]:
+    made: dict[str, Any] = {"prompt": output.prompt, "prompt_token_ids": output.prompt_token_ids}
+    if output.prompt_logprobs is not None:
+        made["prompt_logprobs"] = [_logprobs(position) for position in output.prompt_logprobs]
+    completions = [_completion(completion) for completion in output.outputs]
+    return made | completions[0] if len(completions) == 1 else made | {"outputs": completions}
+
+
+def _completion(completion: CompletionOutput) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "token_ids": completion.token_ids,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+    }
+    if completion.logprobs is not None:
+        made["cumulative_logprob"] = completion.cumulative_logprob
+        made["logprobs"] = [_logprobs(position) for position in completion.logprobs]
+    return made
+
+
+def _logprobs(position: dict[int, Logprob] | None) -> list[dict[str, Any]] | None:
+    if position is None:
+        return None
+    return [
+        {"token_id": token, "token": entry.decoded_token, "logprob": entry.logprob, "rank": entry.rank}
+        for token, entry in position.items()
+    ]

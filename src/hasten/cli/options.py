@@ -1,0 +1,177 @@
+"""Command-line options made from the fields of configuration dataclasses, and back.
+
+A field is offered if its metadata (`core.config.option`) has a help text, or if a caller gives it words. Name, type,
+default and choices come from the field itself. Options that the user does not give are left out of what is read back,
+so that defaults are stated only once, in the dataclass.
+"""
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import MISSING, Field, dataclass
+from typing import Any
+
+from hasten.core.config import EngineConfig
+from hasten.core.errors import ConfigError
+from hasten.core.types import SamplingParams
+
+SAMPLING_HELP: dict[str, str] = {
+    "n": "completions to make of each prompt",
+    "temperature": "0 takes the most probable token; higher values take more risks",
+    "top_k": "choose among so many most probable tokens; 0: among all",
+    "top_p": "choose among the most probable tokens that together have this probability",
+    "min_p": "least probability of a token, relative to the most probable one",
+    "repetition_penalty": "divides the logits of tokens already seen, prompt included; 1: none",
+    "presence_penalty": "taken off the logits of tokens already produced",
+    "frequency_penalty": "taken off the logits of tokens already produced, times their count",
+    "max_tokens": "most tokens to produce",
+    "min_tokens": "no end before so many tokens",
+    "stop": "text that ends the output; may be given more than once",
+    "stop_token_ids": "token id that ends the output; may be given more than once",
+    "include_stop_str_in_output": "keep the stop text in the output",
+    "bad_words": "text that must not be produced; may be given more than once",
+    "ignore_eos": "go on after the model's end token",
+    "seed": "the same seed gives the same tokens, whatever else is in the batch",
+    "logprobs": "report log-probabilities of the chosen and of so many most probable tokens",
+    "prompt_logprobs": "the same for the tokens of the prompt",
+    "skip_special_tokens": "leave special tokens out of the text",
+}
+"""What the command line says of each field of SamplingParams that it offers."""
+
+NOTHING: Mapping[str, Any] = types.MappingProxyType({})
+
+_SAMPLING_FLAGS = {"max_tokens": "--max-new-tokens", "min_tokens": "--min-new-tokens"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one line, and whose options are spelt out."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Raise ConfigError instead of printing the usage."""
+        raise ConfigError(f"{message} (see `{self.prog} --help`)")
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What the type of a field asks of its option."""
+
+    type: type
+    many: bool = False
+
+
+def _shape(hint: Any) -> _Shape:
+    """`int | None` is an int; `Sequence[str] | str` is a str that may be given more than once."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        shapes = [_shape(part) for part in typing.get_args(hint) if part is not type(None)]
+        return max(shapes, key=lambda shape: shape.many)
+    if typing.get_origin(hint) is Sequence:
+        return _Shape(typing.get_args(hint)[0], many=True)
+    return _Shape(hint)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _help(text: str, default: Any) -> str:
+    if default in (None, MISSING, ()) or default is False or "(default" in text:
+        return text
+    return f"{text} (default: {'yes' if default is True else default})"
+
+
+def _add_field(
+    group: argparse._ArgumentGroup, field: Field[Any], hint: Any, text: str, flag: str | None, default: Any
+) -> None:
+    shape = _shape(field.metadata.get("type", hint))
+    long = flag or field.metadata.get("flag", _flag(field.name))
+    names = [field.metadata["short"], long] if "short" in field.metadata else [long]
+    options: dict[str, Any] = {
+        "dest": field.name,
+        "default": argparse.SUPPRESS,
+        "help": _help(text, default).replace("%", "%%"),
+    }
+    if shape.type is bool:
+        options["action"] = argparse.BooleanOptionalAction if default is True else "store_true"
+    else:
+        options["type"] = shape.type
+        options["metavar"] = long.rpartition("-")[2].upper()
+        if "choices" in field.metadata:
+            options.update(choices=field.metadata["choices"], metavar=None)
+        if shape.many:
+            options["action"] = "append"
+    group.add_argument(*names, **options)
+
+
+def add_fields(
+    parser: argparse.ArgumentParser,
+    kind: type[Any],
+    title: str,
+    *,
+    words: Mapping[str, str] = NOTHING,
+    flags: Mapping[str, str] = NOTHING,
+    defaults: Mapping[str, Any] = NOTHING,
+    skip: Set[str] = frozenset(),
+) -> None:
+    """Add an option for each field of the dataclass `kind`, and of the dataclasses in it, under one title.
+
+    `words` are help texts for fields without one, `flags` other names than the fields', and `defaults` the defaults
+    that a command uses instead of the fields': they change the help alone, the command puts them in itself.
+    """
+    group = parser.add_argument_group(title)
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if field.name in skip:
+            continue
+        if dataclasses.is_dataclass(hints[field.name]):
+            add_fields(parser, hints[field.name], f"{field.name} options", defaults=defaults, skip=skip)
+            continue
+        text = field.metadata.get("help") or words.get(field.name)
+        if text:
+            default = defaults.get(field.name, field.default)
+            _add_field(group, field, hints[field.name], text, flags.get(field.name), default)
+
+
+def field_names(kind: type[Any]) -> set[str]:
+    """Names of the fields of a dataclass and of the dataclasses in it."""
+    hints = typing.get_type_hints(kind)
+    names: set[str] = set()
+    for field in dataclasses.fields(kind):
+        names |= field_names(hints[field.name]) if dataclasses.is_dataclass(hints[field.name]) else {field.name}
+    return names
+
+
+def given(args: argparse.Namespace, kind: type[Any], skip: Set[str] = frozenset()) -> dict[str, Any]:
+    """What the user gave for the fields of `kind`, by field name."""
+    names = field_names(kind) - skip
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def add_engine_options(
+    parser: argparse.ArgumentParser, *, defaults: Mapping[str, Any] = NOTHING, skip: Set[str] = frozenset()
+) -> None:
+    """Add the options of EngineConfig."""
+    add_fields(parser, EngineConfig, "engine options", defaults=defaults, skip=skip)
+
+
+def engine_options(
+    args: argparse.Namespace, *, defaults: Mapping[str, Any] = NOTHING, skip: Set[str] = frozenset()
+) -> dict[str, Any]:
+    """Keyword arguments for `LLM` or `EngineConfig.create` from the options of `add_engine_options`."""
+    return {**defaults, **given(args, EngineConfig, skip | {"model"})}
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, *, defaults: Mapping[str, Any] = NOTHING) -> None:
+    """Add the options of SamplingParams."""
+    add_fields(
+        parser, SamplingParams, "sampling options", words=SAMPLING_HELP, flags=_SAMPLING_FLAGS, defaults=defaults
+    )
+
+
+def sampling_params(args: argparse.Namespace, *, defaults: Mapping[str, Any] = NOTHING) -> SamplingParams:
+    """SamplingParams from the options of `add_sampling_options`."""
+    return SamplingParams(**{**defaults, **given(args, SamplingParams)})

@@ -1,0 +1,172 @@
+"""Requests and their results. Field names follow vLLM's, so that its users can change the import alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from hasten.core.errors import InvalidRequestError
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    """An end token, a stop token or a stop word."""
+    LENGTH = "length"
+    """`max_tokens` or the longest sequence of the model."""
+    ABORT = "abort"
+    """The caller withdrew it."""
+    ERROR = "error"
+    """It could not be continued; `stop_reason` says why."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InvalidRequestError(message)
+
+
+def _token_lists(name: str, lists: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    made = tuple(tuple(int(t) for t in ids) for ids in lists)
+    _require(all(made), f"{name} holds an empty list")
+    return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to choose the tokens of one request. Lists may be given as any sequence; they are kept as tuples.
+
+    Penalties, banned tokens and `min_tokens` act first, then temperature, then min-p, top-k and top-p.
+    """
+
+    n: int = 1
+    """Completions to make of the prompt."""
+    temperature: float = 1.0
+    """0 is greedy, and so is anything below 1e-5."""
+    top_k: int = 0
+    """0 or -1: all tokens."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    """Least probability of a token, relative to the most probable one."""
+    repetition_penalty: float = 1.0
+    """Over prompt and output, as in CTRL and Hugging Face."""
+    presence_penalty: float = 0.0
+    """Over the output, as in OpenAI's API."""
+    frequency_penalty: float = 0.0
+    """Over the output, times the count."""
+    max_tokens: int = 16
+    min_tokens: int = 0
+    """No end or stop token before so many; stop words are not looked for either."""
+    stop: Sequence[str] | str = ()
+    """Strings that end the completion wherever they appear in its text, also across token borders."""
+    stop_token_ids: Sequence[int] = ()
+    stop_words_ids: Sequence[Sequence[int]] = ()
+    """Runs of token ids that end the completion."""
+    include_stop_str_in_output: bool = False
+    bad_words: Sequence[str] = ()
+    """Words that must not be produced."""
+    bad_words_ids: Sequence[Sequence[int]] = ()
+    """Runs of token ids that must not be produced."""
+    ignore_eos: bool = False
+    seed: int | None = None
+    """The same seed gives the same tokens, whatever else is in the batch."""
+    logprobs: int | None = None
+    """Log-probabilities of the chosen token and so many most probable ones, of the model's own distribution."""
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        set_(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        set_(self, "stop_token_ids", tuple(int(t) for t in self.stop_token_ids))
+        set_(self, "stop_words_ids", _token_lists("stop_words_ids", self.stop_words_ids))
+        set_(self, "bad_words", (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words))
+        set_(self, "bad_words_ids", _token_lists("bad_words_ids", self.bad_words_ids))
+        _require(self.n >= 1, f"n must be at least 1, got {self.n}")
+        _require(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
+        _require(self.top_k >= -1, f"top_k must be -1, 0 (both: all) or positive, got {self.top_k}")
+        _require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
+        _require(0 <= self.min_p <= 1, f"min_p must be from 0 to 1, got {self.min_p}")
+        _require(self.repetition_penalty > 0, f"repetition_penalty must be positive, got {self.repetition_penalty}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _require(-2 <= getattr(self, name) <= 2, f"{name} must be from -2 to 2, got {getattr(self, name)}")
+        _require(self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}")
+        _require(
+            0 <= self.min_tokens <= self.max_tokens,
+            f"min_tokens must be from 0 to max_tokens ({self.max_tokens}), got {self.min_tokens}",
+        )
+        _require(all(self.stop), "stop holds an empty string")
+        _require(all(self.bad_words), "bad_words holds an empty string")
+        _require(self.seed is None or 0 <= self.seed < 2**64, f"seed must be from 0 to 2^64-1, got {self.seed}")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, f"{name} must not be negative, got {value}")
+        _require(self.detokenize or not self.stop, "stop strings need detokenize=True")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken."""
+        return self.temperature < 1e-5
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether tokens seen before are made less probable, or more."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model's most probable token is all that is asked for."""
+        return (
+            self.greedy
+            and self.logprobs is None
+            and self.min_tokens == 0
+            and not (self.bad_words or self.bad_words_ids)
+            and not self.has_penalty
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt on its way through the engine."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Log-probability of one token at one position."""
+
+    logprob: float
+    rank: int
+    """1 for the most probable token."""
+    decoded_token: str | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One completion of a request."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop string or stop token that ended it, None for the model's end token; or what the error was."""
+
+
+@dataclass
+class RequestOutput:
+    """A request with what came of it so far."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """One entry a prompt token; the first is None, since nothing precedes it."""
+    finished: bool = False

@@ -1,0 +1,160 @@
+"""Blocks of the paged cache: who holds which, which prefixes they hold, when to copy. Never imports torch."""
+
+from collections import OrderedDict
+
+from hasten.engine.sequence import Sequence
+
+_ROOT = 0
+"""Number of the empty prefix."""
+
+
+class BlockManager:
+    """Hands out blocks, shares those of equal prefixes, and copies a shared block before it is written.
+
+    A full block is known by its prefix: the number of the prefix before it and its own tokens, compared exactly, so
+    that two prompts never share by accident. A block that nobody holds keeps its content until it is handed out anew,
+    the longest unused first.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_cache: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_cache = enable_prefix_cache
+        self._references = [0] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._known: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
+        """(prefix before, tokens) -> (block, prefix with these tokens)."""
+        self._content: list[tuple[int, tuple[int, ...]] | None] = [None] * num_blocks
+        self._last_prefix = _ROOT
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        """Tokens looked up in the prefix cache, and those found."""
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds."""
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that a sequence holds."""
+        return self.num_blocks - len(self._free)
+
+    def share_prefix(self, sequence: Sequence) -> None:
+        """Give a sequence without blocks those that hold its beginning; its last token is always left to compute."""
+        if not self.enable_prefix_cache or not sequence.use_prefix_cache:
+            return
+        size, tokens = self.block_size, sequence.token_ids
+        prefix, found = _ROOT, []
+        for start in range(0, (len(tokens) - 1) // size * size, size):
+            entry = self._known.get((prefix, tuple(tokens[start : start + size])))
+            if entry is None:
+                break
+            block, prefix = entry
+            found.append(block)
+        for block in found:
+            self._hold(block)
+        self.prefix_queries += len(tokens)
+        self.prefix_hits += len(found) * size
+        sequence.block_table = found
+        sequence.table_version += 1
+        sequence.num_computed = len(found) * size
+        sequence.prefix, sequence.num_registered = prefix, len(found)
+
+    def reserve(self, sequence: Sequence, num_tokens: int) -> list[tuple[int, int]] | None:
+        """Make room for the next `num_tokens` tokens; None, with nothing changed, if blocks run out.
+
+        Returns the copies (source, target) to make before the tokens are written: blocks that others hold too.
+        """
+        size, table = self.block_size, sequence.block_table
+        missing = -(-(sequence.num_computed + num_tokens) // size) - len(table)
+        first = sequence.num_computed // size
+        shared = [place for place in range(first, len(table)) if self._references[table[place]] > 1]
+        if missing <= 0 and not shared:
+            return []
+        if missing + len(shared) > len(self._free):
+            return None
+        copies = []
+        for place in shared:
+            source, target = table[place], self._take()
+            self._references[source] -= 1
+            table[place] = target
+            copies.append((source, target))
+        if shared:
+            sequence.table_version += 1
+        table.extend(self._take() for _ in range(missing))
+        return copies
+
+    def register(self, sequence: Sequence) -> None:
+        """Make the blocks that `sequence` has filled known to others with the same prefix."""
+        size = self.block_size
+        if not self.enable_prefix_cache:
+            return
+        while (sequence.num_registered + 1) * size <= sequence.num_computed:
+            place = sequence.num_registered
+            content = (sequence.prefix, tuple(sequence.token_ids[place * size : (place + 1) * size]))
+            block = sequence.block_table[place]
+            entry = self._known.get(content)
+            if entry is None:
+                self._forget(block)
+                self._last_prefix += 1
+                entry = self._known[content] = (block, self._last_prefix)
+                self._content[block] = content
+            sequence.prefix = entry[1]
+            sequence.num_registered += 1
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let `child` hold all blocks of `parent`'s prompt; its last token is left to compute."""
+        blocks = -(-parent.prompt_len // self.block_size)
+        child.block_table = parent.block_table[:blocks]
+        for block in child.block_table:
+            self._hold(block)
+        child.num_computed = parent.prompt_len - 1
+        full = child.num_computed // self.block_size
+        if child.num_registered > full:
+            child.num_registered, child.prefix = self._walk(child, full)
+
+    def free(self, sequence: Sequence) -> None:
+        """Let all blocks of `sequence` go, its tail to be reused first."""
+        for block in reversed(sequence.block_table):
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                self._free[block] = None
+        sequence.block_table = []
+        sequence.table_version += 1
+        sequence.num_computed = sequence.num_registered = 0
+        sequence.prefix = _ROOT
+
+    def disown(self, sequence: Sequence) -> list[int]:
+        """Forget what the blocks hold that `sequence` alone holds; returns them."""
+        own = [block for block in sequence.block_table if self._references[block] == 1]
+        for block in own:
+            self._forget(block)
+        return own
+
+    def _walk(self, sequence: Sequence, blocks: int) -> tuple[int, int]:
+        """How many of the first `blocks` blocks are known, and their prefix."""
+        prefix, size = _ROOT, self.block_size
+        for place in range(blocks):
+            entry = self._known.get((prefix, tuple(sequence.token_ids[place * size : (place + 1) * size])))
+            if entry is None:
+                return place, prefix
+            prefix = entry[1]
+        return blocks, prefix
+
+    def _hold(self, block: int) -> None:
+        if self._references[block] == 0:
+            del self._free[block]
+        self._references[block] += 1
+
+    def _take(self) -> int:
+        block, _ = self._free.popitem(last=False)
+        self._forget(block)
+        self._references[block] = 1
+        return block
+
+    def _forget(self, block: int) -> None:
+        content = self._content[block]
+        if content is not None:
+            del self._known[content]
+            self._content[block] = None

@@ -1,0 +1,333 @@
+"""The engine as rank 0 runs it: requests in, steps, outputs back. Every other rank follows (`worker.py`)."""
+
+import itertools
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from hasten.core.config import EngineConfig
+from hasten.core.errors import EngineError, InvalidRequestError
+from hasten.core.types import CompletionOutput, FinishReason, Logprob, Request, RequestOutput, SamplingParams
+from hasten.engine.batch import Batch
+from hasten.engine.sampler import Sampled, logprobs_of, mix64, sample
+from hasten.engine.sequence import Sequence
+from hasten.engine.text import TextState, Tokenizer
+from hasten.engine.worker import Message, NewSequence, Worker
+from hasten.parallel.launch import Ranks
+
+
+@dataclass
+class _Completion:
+    """One completion under way."""
+
+    output: CompletionOutput
+    text: TextState | None
+    sequence: Sequence
+    hidden_tokens: int = 0
+    """Tokens at the end that ended it and are no part of its text."""
+
+
+@dataclass
+class _RequestState:
+    """A request under way, and the outputs it has so far."""
+
+    request: Request
+    completions: dict[int, _Completion] = field(default_factory=dict)
+    """By the sequence's index."""
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    unfinished: int = 0
+    stream: bool = False
+
+
+class Engine:
+    """Continuous batching over one model, step by step."""
+
+    def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
+        self.config = config
+        self.ranks = ranks
+        with ranks.guard("loading the model"):
+            self.worker = Worker(config, ranks)
+        self.scheduler = self.worker.scheduler
+        self.model_config = self.worker.model_config
+        self.max_model_len = self.worker.max_model_len
+        self.tokenizer = self._load_tokenizer()
+        self._requests: dict[str, _RequestState] = {}
+        self._owners: dict[int, _RequestState] = {}
+        """Sequence key -> its request."""
+        self._added: list[Sequence] = []
+        self._pending: Message = _empty_message()
+        self._settled = 0
+        """How many of the ended sequences of `_pending` are freed here already."""
+        self._unseeded = 0
+        self._closed = False
+        self._failed = self._left = False
+
+    def _load_tokenizer(self) -> Tokenizer | None:
+        folder = self.config.tokenizer or self.worker.tokenizer_folder
+        return None if folder is None else Tokenizer.from_folder(folder)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a step has anything to do."""
+        return bool(self._requests)
+
+    def add(self, request: Request, *, stream: bool = False) -> None:
+        """Queue a request; InvalidRequestError where it cannot be served, with nothing queued.
+
+        `step` returns its output when it is finished, and with `stream` whenever there is more of it.
+        """
+        if self._closed:
+            raise EngineError("the engine is closed")
+        if request.request_id in self._requests:
+            raise InvalidRequestError(f"request id {request.request_id!r} is in use")
+        request = replace(request, params=self._resolve(request))
+        params = request.params
+        sequence = Sequence(request, self._next_seed() if params.seed is None else params.seed)
+        state = _RequestState(request, unfinished=params.n, stream=stream)
+        if params.prompt_logprobs is not None:
+            state.prompt_logprobs = [None]
+        self._requests[request.request_id] = state
+        self._added.append(sequence)
+        self._pending["added"].append(_announcement(sequence))
+
+    def _next_seed(self) -> int:
+        self._unseeded += 1
+        return mix64(mix64(self.config.seed) + self._unseeded)
+
+    def _resolve(self, request: Request) -> SamplingParams:
+        """The request's parameters, checked against the model, words turned into tokens."""
+        params, prompt = request.params, request.prompt_token_ids
+        name, vocab = f"request {request.request_id}", self.model_config.vocab_size
+        if not prompt:
+            raise InvalidRequestError(f"{name}: the prompt has no tokens")
+        if len(prompt) >= self.max_model_len:
+            raise InvalidRequestError(
+                f"{name}: the prompt has {len(prompt)} tokens; with at least one to come, "
+                f"more than the longest sequence of {self.max_model_len} (max_model_len)"
+            )
+        named = {"the prompt": prompt, "stop_token_ids": params.stop_token_ids}
+        named |= {"stop_words_ids": tuple(itertools.chain(*params.stop_words_ids))}
+        named |= {"bad_words_ids": tuple(itertools.chain(*params.bad_words_ids))}
+        for where, ids in named.items():
+            wrong = next((token for token in ids if not 0 <= token < vocab), None)
+            if wrong is not None:
+                raise InvalidRequestError(f"{name}: {where} has token id {wrong}; the vocabulary ends at {vocab - 1}")
+        if self.tokenizer is None and (params.stop or params.bad_words):
+            raise InvalidRequestError(f"{name}: stop strings and bad words need a tokenizer; give --tokenizer-path")
+        if not params.bad_words:
+            return params
+        assert self.tokenizer is not None
+        runs = [run for word in params.bad_words for run in self.tokenizer.words_ids(word)]
+        return replace(params, bad_words=(), bad_words_ids=(*params.bad_words_ids, *runs))
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Withdraw a request; its blocks are free before the next step. Returns what it had, if it was unfinished."""
+        state = self._requests.pop(request_id, None)
+        if state is None:
+            return None
+        for completion in state.completions.values():
+            if completion.output.finish_reason is None:
+                self._end(completion, FinishReason.ABORT)
+        kept = [(s, n) for s, n in zip(self._added, self._pending["added"], strict=True) if s.request_id != request_id]
+        self._added = [s for s, _ in kept]
+        self._pending["added"] = [n for _, n in kept]
+        self._pending["finished"] += [(key, False) for key, owner in self._owners.items() if owner is state]
+        self._owners = {key: owner for key, owner in self._owners.items() if owner is not state}
+        self._settle()
+        return _output(state)
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one batch; the outputs of the requests that it finished, and of streaming ones that it brought further."""
+        if self._closed:
+            raise EngineError("the engine is closed")
+        try:
+            with self.ranks.guard("computing a step"), torch.inference_mode():
+                return self._step()
+        except Exception:
+            self._closed = self._failed = True
+            raise
+
+    def _step(self) -> list[RequestOutput]:
+        self._deliver()
+        batch = self.scheduler.schedule()
+        if not batch.sequences:
+            return []
+        logits = self.worker.compute(batch, self._take_prompt_logits)
+        sequences = [batch.sequences[place] for place in batch.sampled()]
+        sampled: list[Sampled] = []
+        if logits is not None:
+            sampled = sample(logits, sequences, self.model_config.eos_token_ids)
+        self._advance(batch)
+        touched: dict[str, _RequestState] = {}
+        for sequence, token in zip(sequences, sampled, strict=True):
+            state = self._owners[sequence.key]
+            touched[sequence.request_id] = state
+            self._take_token(state, sequence, token)
+        self._settle()
+        return [_output(state) for state in touched.values() if state.stream or state.unfinished == 0]
+
+    def _deliver(self) -> None:
+        """Bring all schedulers, this one's and the other ranks', up to date."""
+        message, self._pending, self._settled = self._pending, _empty_message(), 0
+        self.ranks.broadcast(message)
+        for sequence in self._added:
+            self.scheduler.add(sequence)
+            self._own(sequence)
+        self._added = []
+
+    def _settle(self) -> None:
+        """Free what has ended here at once; the other ranks learn of it, in the same order, with the next message."""
+        self.worker.end_sequences(self._pending["finished"][self._settled :])
+        self._settled = len(self._pending["finished"])
+
+    def _advance(self, batch: Batch) -> None:
+        for sequence in self.scheduler.advance(batch):
+            self._own(sequence)
+
+    def _own(self, sequence: Sequence) -> None:
+        state = self._requests[sequence.request_id]
+        self._owners[sequence.key] = state
+        params = sequence.params
+        grows = params.detokenize and (state.stream or params.stop)
+        text = TextState(self.tokenizer, params) if self.tokenizer is not None and grows else None
+        output = CompletionOutput(index=sequence.index, text="", token_ids=[])
+        if params.logprobs is not None:
+            output.logprobs, output.cumulative_logprob = [], 0.0
+        state.completions[sequence.index] = _Completion(output, text, sequence)
+
+    def _take_token(self, state: _RequestState, sequence: Sequence, sampled: Sampled) -> None:
+        completion = state.completions[sequence.index]
+        output, token = completion.output, sampled.token_id
+        if sampled.error is not None:
+            output.stop_reason = sampled.error
+            self._finish(state, completion, FinishReason.ERROR)
+            return
+        sequence.token_ids.append(token)
+        output.token_ids.append(token)
+        self._pending["tokens"].append((sequence.key, token))
+        if sampled.top is not None and output.logprobs is not None:
+            output.logprobs.append(self._decoded(sampled.top))
+            output.cumulative_logprob = (output.cumulative_logprob or 0.0) + (sampled.logprob or 0.0)
+        reason = self._finish_reason(completion, token)
+        if reason is not None:
+            self._finish(state, completion, reason)
+
+    def _finish(self, state: _RequestState, completion: _Completion, reason: FinishReason) -> None:
+        sequence = completion.sequence
+        self._end(completion, reason)
+        state.unfinished -= 1
+        self._pending["finished"].append((sequence.key, reason is FinishReason.ERROR))
+        del self._owners[sequence.key]
+        if state.unfinished == 0:
+            del self._requests[sequence.request_id]
+
+    def _finish_reason(self, completion: _Completion, token: int) -> FinishReason | None:
+        output, sequence = completion.output, completion.sequence
+        params, count = sequence.params, len(completion.output.token_ids)
+        may_stop = count >= params.min_tokens
+        if may_stop and self._ends(completion, token):
+            return FinishReason.STOP
+        if completion.text is not None:
+            found = completion.text.add(token, look_for_stop=may_stop)
+            if found is not None:
+                output.stop_reason = found
+                return FinishReason.STOP
+        if count >= params.max_tokens or len(sequence.token_ids) >= self.max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _ends(self, completion: _Completion, token: int) -> bool:
+        """Whether this token is, or completes, one that ends the completion."""
+        output, params = completion.output, completion.sequence.params
+        if token in params.stop_token_ids:
+            output.stop_reason, completion.hidden_tokens = token, 1
+            return True
+        if token in self.model_config.eos_token_ids and not params.ignore_eos:
+            completion.hidden_tokens = 1
+            return True
+        for word in params.stop_words_ids:
+            if output.token_ids[-len(word) :] == list(word):
+                output.stop_reason, completion.hidden_tokens = word[-1], len(word)
+                return True
+        return False
+
+    def _end(self, completion: _Completion, reason: FinishReason) -> None:
+        output = completion.output
+        output.finish_reason = reason
+        output.text = self._final_text(completion)
+
+    def _final_text(self, completion: _Completion) -> str:
+        output, text, params = completion.output, completion.text, completion.sequence.params
+        if self.tokenizer is None or not params.detokenize:
+            return ""
+        if text is not None and isinstance(output.stop_reason, str) and output.finish_reason is FinishReason.STOP:
+            return text.text
+        hidden = 0 if params.include_stop_str_in_output else completion.hidden_tokens
+        shown = output.token_ids[: len(output.token_ids) - hidden]
+        return self.tokenizer.decode(shown, skip_special_tokens=params.skip_special_tokens)
+
+    def _decoded(self, top: dict[int, Logprob]) -> dict[int, Logprob]:
+        if self.tokenizer is None:
+            return top
+        decode = self.tokenizer.decode
+        return {
+            token: replace(entry, decoded_token=decode([token], skip_special_tokens=False))
+            for token, entry in top.items()
+        }
+
+    def _take_prompt_logits(self, sequence: Sequence, first: int, logits: Tensor) -> None:
+        state = self._owners[sequence.key]
+        kept = state.prompt_logprobs
+        count = sequence.params.prompt_logprobs
+        if kept is None or count is None or first + 1 > len(kept):
+            return
+        skip = len(kept) - first - 1  # positions done before a preemption
+        following = sequence.token_ids[first + 1 : min(first + logits.shape[0], sequence.prompt_len - 1) + 1]
+        if len(following) <= skip:
+            return
+        rows = logprobs_of(logits[skip : len(following)], following[skip:], count)
+        kept += [self._decoded(top) for top in rows]
+
+    def close(self) -> None:
+        """Tell the other ranks to end and leave the group; a second call does nothing."""
+        if self._left:
+            return
+        self._left = self._closed = True
+        self.ranks.expect_end()
+        if not self._failed:
+            with suppress(RuntimeError):  # a rank that is gone already needs no telling
+                self.ranks.broadcast({**_empty_message(), "stop": True})
+        self.ranks.leave()
+
+
+def _empty_message() -> Message:
+    return {"tokens": [], "finished": [], "added": [], "stop": False}
+
+
+def _announcement(sequence: Sequence) -> NewSequence:
+    return {
+        "request_id": sequence.request_id,
+        "token_ids": sequence.token_ids,
+        "n": sequence.params.n,
+        "prompt_logprobs": sequence.params.prompt_logprobs is not None,
+    }
+
+
+def _output(state: _RequestState) -> RequestOutput:
+    """What a request has so far; unfinished completions show the text that no stop string can take back."""
+    outputs = []
+    for _, completion in sorted(state.completions.items()):
+        output = completion.output
+        if output.finish_reason is None and completion.text is not None:
+            output.text = completion.text.settled
+        outputs.append(replace(output, token_ids=list(output.token_ids)))
+    return RequestOutput(
+        request_id=state.request.request_id,
+        prompt=state.request.prompt,
+        prompt_token_ids=list(state.request.prompt_token_ids),
+        outputs=outputs,
+        prompt_logprobs=state.prompt_logprobs,
+        finished=state.unfinished == 0,
+    )

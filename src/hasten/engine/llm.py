@@ -1,0 +1,216 @@
+"""The engine for Python programs: `LLM`, with the names that vLLM's users know."""
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+from hasten.core.config import EngineConfig
+from hasten.core.errors import ConfigError, EngineError, InvalidRequestError
+from hasten.core.types import Request, RequestOutput, SamplingParams
+from hasten.engine.engine import Engine
+from hasten.engine.text import Tokenizer
+from hasten.engine.worker import config_to_json, device_of_ranks, follow_rank_zero
+from hasten.parallel.launch import Children, RankPlace, Ranks, place_from_environment
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A model ready to generate.
+
+    With `tensor_parallel_size` above 1 it starts the other ranks itself. Started as one rank of torchrun or mpirun, it
+    joins them: rank 0 is the driver, and on the others the constructor serves until the driver closes, then returns
+    with `is_driver` False.
+
+    Raises ConfigError, CheckpointError, UnsupportedError or CapacityError where the model cannot be loaded, and
+    RankError where a rank dies.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        tokenizer: str | None = None,
+        tensor_parallel_size: int = 1,
+        dtype: str = "auto",
+        device: str = "auto",
+        **options: Any,
+    ) -> None:
+        config = EngineConfig.create(
+            os.fspath(model),
+            tokenizer=tokenizer,
+            tensor_parallel_size=tensor_parallel_size,
+            dtype=dtype,
+            device=device,
+            **options,
+        )
+        self._engine: Engine | None = None
+        self._next_id = 0
+        place = place_from_environment()
+        if place is not None and tensor_parallel_size not in (1, place.size):
+            raise ConfigError(
+                f"tensor_parallel_size is {tensor_parallel_size}, but this is one of {place.size} ranks that "
+                "torchrun, mpirun or a cluster started; leave the option out or give their number"
+            )
+        if place is not None and place.rank > 0:
+            follow_rank_zero(config, place)
+            return
+        self._engine = _start(config, place)
+
+    @property
+    def is_driver(self) -> bool:
+        """False on ranks other than 0 of a run that torchrun or mpirun started: they have nothing to say."""
+        return self._engine is not None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine below; EngineError after `close`."""
+        if self._engine is None:
+            raise EngineError("this LLM is closed, or is not the driver of its run")
+        return self._engine
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; ConfigError where it has none."""
+        if self.engine.tokenizer is None:
+            raise ConfigError("the model's folder has no tokenizer; name one with tokenizer=")
+        return self.engine.tokenizer
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Complete each prompt, text or token ids; the outputs are in the order of the prompts.
+
+        `params` is one for all or one for each. Raises InvalidRequestError, before anything is computed, where a
+        prompt cannot be served.
+        """
+        ids = self._submit(prompts, params, stream=False)
+        finished: dict[str, RequestOutput] = {}
+        try:
+            while len(finished) < len(ids):
+                finished.update((output.request_id, output) for output in self.engine.step())
+        finally:
+            self._abandon(ids, finished)
+        return [finished[request_id] for request_id in ids]
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[RequestOutput]:
+        """Complete each prompt and yield outputs as they grow, each with all of its text and tokens so far.
+
+        Closing the iterator withdraws what is not finished.
+        """
+        ids = self._submit(prompts, params, stream=True)
+        open_ids, finished = set(ids), set[str]()
+        try:
+            while len(finished) < len(ids):
+                for output in self.engine.step():
+                    if output.request_id in open_ids:
+                        if output.finished:
+                            finished.add(output.request_id)
+                        yield output
+        finally:
+            self._abandon(ids, finished)
+
+    def close(self) -> None:
+        """End the ranks and free the model; a second call does nothing."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _submit(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        stream: bool,
+    ) -> list[str]:
+        engine = self.engine
+        if engine.has_unfinished:
+            raise EngineError("another generate or stream of this LLM is under way; finish or close it first")
+        texts = _as_list(prompts)
+        each = _params_for(len(texts), params)
+        tokens = self._tokens(texts)
+        requests = []
+        for prompt, token_ids, chosen in zip(texts, tokens, each, strict=True):
+            request_id = str(self._next_id)
+            self._next_id += 1
+            text = prompt if isinstance(prompt, str) else None
+            requests.append(
+                Request(request_id=request_id, prompt_token_ids=tuple(token_ids), params=chosen, prompt=text)
+            )
+        try:
+            for request in requests:
+                engine.add(request, stream=stream)
+        except InvalidRequestError:
+            self._abandon([request.request_id for request in requests], ())
+            raise
+        return [request.request_id for request in requests]
+
+    def _tokens(self, prompts: list[Prompt]) -> list[Sequence[int]]:
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        encoded = iter(self.tokenizer.encode_batch(texts) if texts else ())
+        return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    def _abandon(self, ids: Sequence[str], finished: Any) -> None:
+        if self._engine is not None:
+            for request_id in ids:
+                if request_id not in finished:
+                    self._engine.abort(request_id)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(token, int) for token in prompts):
+        return [prompts]  # type: ignore[list-item]  # the check above shows that it is one prompt of token ids
+    return list(prompts)  # type: ignore[arg-type]  # and here that it is not
+
+
+def _params_for(count: int, params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
+    if params is None:
+        return [SamplingParams()] * count
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise InvalidRequestError(f"{count} prompts, but {len(params)} sampling parameters; give one, or one for each")
+    return list(params)
+
+
+def _start(config: EngineConfig, place: RankPlace | None) -> Engine:
+    """Start the other ranks where this process must, and the engine; nothing is left behind if that fails."""
+    size = config.parallel.tensor_parallel_size
+    children = None
+    if place is None and size > 1:
+        place = RankPlace(0, size, size, "127.0.0.1", _free_port())
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        children = Children("hasten.engine.worker", config_to_json(config), place)
+    ranks: Ranks | None = None
+    try:
+        ranks = Ranks(place, children, device_of_ranks(config))
+        return Engine(config, ranks)
+    except BaseException as error:
+        if ranks is not None:
+            ranks.report_failure(error)
+            ranks.expect_end()
+            ranks.leave()
+        elif children is not None:
+            children.end()
+        raise
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,123 @@
+"""One rank's model and cache: from a batch to hidden states and logits.
+
+Shapes: t tokens of the flat batch, r rows that need logits, v vocabulary, h hidden.
+"""
+
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hasten import ops
+from hasten.core.config import ModelConfig
+from hasten.engine.batch import Batch
+from hasten.engine.sequence import Sequence
+from hasten.layers.attention import Attention
+from hasten.models.base import CausalLM
+
+
+class BlockTables:
+    """The block tables of running sequences as one array, so that a step copies only what is new."""
+
+    def __init__(self, max_sequences: int, max_blocks: int) -> None:
+        self.array = np.zeros((max_sequences, max_blocks), dtype=np.int32)
+        self._rows: dict[int, tuple[int, int, int]] = {}
+        """Sequence key -> row, version of the table it holds, blocks it holds."""
+        self._free = list(range(max_sequences))
+
+    def rows(self, sequences: list[Sequence]) -> list[int]:
+        """The row of each sequence, brought up to date."""
+        known = self._rows
+        if len(self._free) < sum(s.key not in known for s in sequences):
+            current = {s.key for s in sequences}
+            for key in [key for key in known if key not in current]:
+                self._free.append(known.pop(key)[0])
+        rows = []
+        for sequence in sequences:
+            table = sequence.block_table
+            row, version, filled = known.get(sequence.key) or (self._free.pop(), -1, 0)
+            if version != sequence.table_version or filled < len(table):
+                filled = filled if version == sequence.table_version else 0
+                self.array[row, filled : len(table)] = table[filled:]
+                known[sequence.key] = (row, sequence.table_version, len(table))
+            rows.append(row)
+        return rows
+
+
+class Runner:
+    """Runs batches through one rank's model."""
+
+    def __init__(
+        self, model: CausalLM, config: ModelConfig, dtype: torch.dtype, device: torch.device, block_size: int
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self.block_size = block_size
+        self._attentions = [module for module in model.modules() if isinstance(module, Attention)]
+        self._caches: list[Tensor] = []
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one cache block over all layers of this rank."""
+        width = sum(2 * a.num_kv_heads * a.head_size for a in self._attentions)
+        return width * self.block_size * self.dtype.itemsize
+
+    def allocate_cache(self, num_blocks: int, max_sequences: int, max_blocks: int) -> None:
+        """Allocate the cache once, as zeros, and give every layer its part."""
+        self._tables = BlockTables(max_sequences, max_blocks)
+        for attention in self._attentions:
+            shape = (2, num_blocks, self.block_size, attention.num_kv_heads, attention.head_size)
+            key_cache, value_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            attention.bind_cache(key_cache, value_cache)
+            self._caches += [key_cache, value_cache]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states [t, h] of all tokens of the batch, their keys and values stored."""
+        if batch.copies:
+            pairs = torch.tensor(batch.copies, device=self.device)
+            ops.copy_blocks(self._caches, pairs[:, 0], pairs[:, 1])
+        ids, positions, meta = self._tensors(batch)
+        hidden: Tensor = self.model(ids, positions, meta)
+        return hidden
+
+    def clear_blocks(self, blocks: list[int]) -> None:
+        """Overwrite these blocks with zeros."""
+        for cache in self._caches:
+            cache[torch.tensor(blocks, dtype=torch.int64, device=self.device)] = 0
+
+    def logits(self, hidden_th: Tensor, rows: list[int]) -> Tensor | None:
+        """Logits [r, v] of these rows of the hidden states, on rank 0; None on the others, which must call it too."""
+        if len(rows) == hidden_th.shape[0]:
+            return self.model.logits(hidden_th)
+        return self.model.logits(hidden_th[torch.tensor(rows, device=self.device)])
+
+    def _tensors(self, batch: Batch) -> tuple[Tensor, Tensor, ops.AttentionMeta]:
+        sequences, counts = batch.sequences, batch.counts
+        starts = [sequence.num_computed for sequence in sequences]
+        rows = np.array(self._tables.rows(sequences))
+        if len(sequences) == batch.num_tokens:
+            ids = np.array([s.token_ids[start] for s, start in zip(sequences, starts, strict=True)])
+            positions, token_rows = np.array(starts), rows
+        else:
+            work = list(zip(sequences, starts, counts, strict=True))
+            ids = np.fromiter(chain.from_iterable(s.token_ids[a : a + n] for s, a, n in work), dtype=np.int64)
+            positions = np.concatenate([np.arange(a, a + n) for _, a, n in work])
+            token_rows = np.repeat(rows, counts)
+        kv_lens = [start + count for start, count in zip(starts, counts, strict=True)]
+        table = self._tables.array
+        slots = table[token_rows, positions // self.block_size].astype(np.int64) * self.block_size
+        meta = ops.AttentionMeta(
+            query_start=self._send(np.cumsum([0, *counts], dtype=np.int32)),
+            seq_lens=self._send(np.array(kv_lens, dtype=np.int32)),
+            block_tables=self._send(table[rows, : -(-max(kv_lens) // self.block_size)]),
+            slot_mapping=self._send(slots + positions % self.block_size),
+            query_lens=counts,
+            kv_lens=kv_lens,
+        )
+        return self._send(ids), self._send(positions), meta
+
+    def _send(self, array: "np.ndarray[tuple[int, ...], np.dtype[np.integer]]") -> Tensor:
+        return torch.from_numpy(array).to(self.device)

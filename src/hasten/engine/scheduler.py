@@ -1,0 +1,158 @@
+"""Who computes how many tokens in the next step. Never imports torch.
+
+There are no phases: each sequence has tokens and `num_computed` of them are in the cache; a step lets sequences catch
+up within a budget of tokens. Chunked prefill, prefix cache and preemption follow from that. All ranks run the same
+scheduler over the same additions, so that they agree without talking.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from hasten.core.config import SchedulerConfig
+from hasten.core.errors import CapacityError
+from hasten.engine.batch import Batch
+from hasten.engine.block_manager import BlockManager
+from hasten.engine.sequence import Sequence
+
+
+@dataclass
+class SchedulerStats:
+    """Counters since the start."""
+
+    preemptions: int = 0
+    steps: int = 0
+
+
+class Scheduler:
+    """Waiting and running sequences over one block manager."""
+
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.stats = SchedulerStats()
+        self._sequences: dict[int, Sequence] = {}
+        self._next_key = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence behind the others."""
+        self._register_key(sequence)
+        self.waiting.append(sequence)
+
+    def get(self, key: int) -> Sequence | None:
+        """The unfinished sequence with this key."""
+        return self._sequences.get(key)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return bool(self._sequences)
+
+    def schedule(self) -> Batch:
+        """Choose the next step's work and reserve its blocks; empty only when nothing is unfinished."""
+        batch = Batch()
+        budget = self._continue_running(batch)
+        if not batch.preempted:
+            self._admit_waiting(batch, budget)
+        if not batch.sequences and self._sequences:
+            raise CapacityError(
+                f"the key/value cache of {self.blocks.num_blocks} blocks cannot hold one sequence; "
+                "lower max_model_len or give the cache more memory"
+            )
+        self.stats.steps += 1
+        return batch
+
+    def advance(self, batch: Batch) -> list[Sequence]:
+        """Note that `batch` was computed; fork the siblings of prompts now whole; return these new sequences."""
+        forked = []
+        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+            sequence.num_computed += count
+            self.blocks.register(sequence)
+            if sequence.group_size > 1 and sequence.num_computed >= sequence.prompt_len:
+                forked += self._fork(sequence)
+        self.waiting.extendleft(reversed(forked))
+        return forked
+
+    def finish(self, key: int) -> None:
+        """Forget a sequence and free its blocks, wherever it stands."""
+        sequence = self._sequences.pop(key, None)
+        if sequence is None:
+            return
+        self.blocks.free(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def disown(self, key: int) -> list[int]:
+        """Take the blocks that only this sequence holds out of the prefix cache; returns them."""
+        sequence = self._sequences.get(key)
+        return [] if sequence is None else self.blocks.disown(sequence)
+
+    def _register_key(self, sequence: Sequence) -> None:
+        sequence.key = self._next_key
+        self._sequences[sequence.key] = sequence
+        self._next_key += 1
+
+    def _fork(self, parent: Sequence) -> list[Sequence]:
+        children = []
+        for index in range(1, parent.group_size):
+            child = parent.fork(index)
+            self.blocks.fork(parent, child)
+            self._register_key(child)
+            children.append(child)
+        parent.group_size = 1
+        return children
+
+    def _continue_running(self, batch: Batch) -> int:
+        budget = self.config.max_num_batched_tokens
+        place = 0
+        while place < len(self.running) and budget > 0:
+            sequence = self.running[place]
+            count = min(len(sequence.token_ids) - sequence.num_computed, budget)
+            copies = self._reserve_with_preemption(sequence, count, batch)
+            if copies is None:
+                continue
+            batch.add(sequence, count, copies)
+            budget -= count
+            place += 1
+        return budget
+
+    def _reserve_with_preemption(self, sequence: Sequence, count: int, batch: Batch) -> list[tuple[int, int]] | None:
+        """Reserve blocks, taking them from others if need be; None if `sequence` itself had to give way."""
+        while (copies := self.blocks.reserve(sequence, count)) is None:
+            victim = next((waiting for waiting in reversed(self.waiting) if waiting.block_table), None)
+            if victim is None:
+                victim = self.running.pop()
+                self.waiting.appendleft(victim)
+                batch.preempted.append(victim)
+                self.stats.preemptions += 1
+            self.blocks.free(victim)
+            if victim is sequence:
+                return None
+        return copies
+
+    def _admit_waiting(self, batch: Batch, budget: int) -> None:
+        while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
+            sequence = self.waiting[0]
+            if not sequence.block_table:
+                self.blocks.share_prefix(sequence)
+            count = min(len(sequence.token_ids) - sequence.num_computed, budget)
+            copies = self.blocks.reserve(sequence, count)
+            if copies is None:
+                if not self.running:
+                    self._release_waiting()
+                    copies = self.blocks.reserve(sequence, count)
+                if copies is None:
+                    return
+            self.waiting.popleft()
+            self.running.append(sequence)
+            batch.add(sequence, count, copies)
+            budget -= count
+
+    def _release_waiting(self) -> None:
+        """Take back the blocks of waiting sequences but the first; nothing runs that could free any."""
+        for sequence in list(self.waiting)[1:]:
+            if sequence.block_table:
+                self.blocks.free(sequence)

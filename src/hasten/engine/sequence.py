@@ -1,0 +1,73 @@
+"""One completion on its way through the scheduler."""
+
+from hasten.core.types import Request, SamplingParams
+
+
+class Sequence:
+    """A prompt and the tokens chosen so far, with what the cache holds of them.
+
+    `num_computed` tokens have their keys and values in the cache blocks of `block_table`. A step catches up with the
+    rest: the whole prompt at first, one token while decoding, all of both again after a preemption.
+    """
+
+    __slots__ = (
+        "block_table",
+        "group_size",
+        "index",
+        "is_plain",
+        "key",
+        "num_computed",
+        "num_registered",
+        "params",
+        "prefix",
+        "prompt_len",
+        "request_id",
+        "seed",
+        "table_version",
+        "token_ids",
+        "use_prefix_cache",
+    )
+
+    def __init__(self, request: Request, seed: int) -> None:
+        self.request_id = request.request_id
+        self.params: SamplingParams = request.params
+        self.index = 0
+        self.key = -1
+        """Number that all ranks know it by; the scheduler gives it."""
+        self.seed = seed
+        self.is_plain = self.params.is_plain
+        """Whether the most probable token is all that is asked for."""
+        self.group_size = request.params.n
+        """Completions still to be forked from it once its prompt is computed, itself included."""
+        self.token_ids = list(request.prompt_token_ids)
+        self.prompt_len = len(self.token_ids)
+        self.num_computed = 0
+        self.block_table: list[int] = []
+        self.table_version = 0
+        """Changes whenever blocks already in the table do, so that copies of it know that they are stale."""
+        self.prefix = 0
+        self.num_registered = 0
+        """Full blocks that the prefix cache knows, and its number for the tokens in them."""
+        self.use_prefix_cache = request.params.prompt_logprobs is None
+
+    @property
+    def output_len(self) -> int:
+        """Tokens chosen so far."""
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """Tokens chosen so far."""
+        return self.token_ids[self.prompt_len :]
+
+    def fork(self, index: int) -> "Sequence":
+        """A sibling with the same prompt and a seed of its own; the scheduler shares the blocks."""
+        made = object.__new__(Sequence)
+        for name in self.__slots__:
+            setattr(made, name, getattr(self, name))
+        made.index, made.group_size = index, 1
+        made.seed = (self.seed + index * 0x632BE59BD9B4E019) % 2**64
+        made.token_ids = self.token_ids[: self.prompt_len]
+        made.block_table = []
+        made.table_version = 0
+        return made

@@ -1,0 +1,63 @@
+"""Linear layers that know their split over ranks. Shapes: t tokens, h in, o out; both are this rank's share."""
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from hasten import ops
+from hasten.parallel.groups import tensor_group
+
+
+class PackedModule(nn.Module):
+    """A layer that lays its weight out for the device once the checkpoint is loaded."""
+
+    def pack(self) -> None:
+        """Lay the weight out and let the loaded copy go."""
+        raise NotImplementedError
+
+
+class _Linear(PackedModule):
+    packed: ops.PackedLinear
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__()
+        self.group = tensor_group()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+
+    def pack(self) -> None:
+        """Lay the weight out and let the loaded copy go."""
+        self.packed = ops.pack_linear(self.weight.data)
+        del self.weight
+
+
+class ColumnLinear(_Linear):
+    """Each rank computes a share of the output features; no communication."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = True, activation: ops.Activation | None = None
+    ) -> None:
+        super().__init__(in_features, out_features // tensor_group().size, bias=bias)
+        self.activation = activation
+
+    def forward(self, x_th: Tensor) -> Tensor:
+        """`activation(x @ W.T + b)`, this rank's features: [t, o]."""
+        return ops.linear(x_th, self.packed, self.bias, activation=self.activation)
+
+
+class RowLinear(_Linear):
+    """Each rank takes a share of the input features; the outputs are summed over the ranks."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
+        super().__init__(in_features // tensor_group().size, out_features, bias=bias)
+
+    def forward(self, x_th: Tensor, residual_to: Tensor) -> Tensor:
+        """`residual + x @ W.T + b` over all ranks' features: [t, o]."""
+        if self.group.size == 1:
+            return ops.linear(x_th, self.packed, self.bias, residual_to=residual_to)
+        # Rank 0 alone adds bias and residual, so that the sum over the ranks holds them once.
+        first = self.group.rank == 0
+        partial = ops.linear(
+            x_th, self.packed, self.bias if first else None, residual_to=residual_to if first else None
+        )
+        return self.group.all_reduce(partial)

@@ -1,0 +1,186 @@
+"""BLOOM: layer norms before each part, ALiBi instead of positions, GELU by tanh, fused QKV.
+
+Shapes: t tokens of the flat batch, h hidden, r rows that need logits, v vocabulary.
+Source: BigScience Workshop, "BLOOM: A 176B-Parameter Open-Access Multilingual Language Model", 2022.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+
+from hasten.core.config import AttentionConfig, ModelConfig, dtype_name
+from hasten.core.errors import ConfigError
+from hasten.layers.attention import Attention
+from hasten.layers.embedding import Embedding, Head
+from hasten.layers.linear import ColumnLinear, RowLinear
+from hasten.layers.norm import LayerNorm
+from hasten.models.base import CausalLM
+from hasten.models.weight_map import Axis, Row, WeightMap
+from hasten.ops.meta import AttentionMeta
+from hasten.parallel.shard import Split
+
+
+class BloomMLP(nn.Module):
+    """h -> 4h, GELU, 4h -> h."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = ColumnLinear(config.hidden_size, config.intermediate_size, activation=config.activation)
+        self.down = RowLinear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_th: Tensor, residual_th: Tensor) -> Tensor:
+        """`residual_th` + MLP(`x_th`)."""
+        return self.down(self.up(x_th), residual_th)
+
+
+class BloomBlock(nn.Module):
+    """One layer: attention and MLP, each behind a norm and added to a residual."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention = Attention(config.hidden_size, config.attention, bias=True)
+        self.post_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = BloomMLP(config)
+        self.residual_after_norm = config.residual_after_norm
+
+    def forward(self, x_th: Tensor, meta: AttentionMeta) -> Tensor:
+        """Hidden states after this layer."""
+        normed_th = self.input_norm(x_th)
+        x_th = self.attention(normed_th, meta, residual_th=normed_th if self.residual_after_norm else x_th)
+        normed_th = self.post_norm(x_th)
+        return self.mlp(normed_th, residual_th=normed_th if self.residual_after_norm else x_th)
+
+
+class BloomForCausalLM(CausalLM):
+    """BLOOM with its language model head, tied to the embedding or not."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.embedding_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.layers = nn.ModuleList(BloomBlock(config) for _ in range(config.num_layers))
+        self.final_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.head = Head(
+            config.vocab_size, config.hidden_size, tied=self.embedding if config.tie_word_embeddings else None
+        )
+
+    def forward(self, input_ids_t: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
+        """Hidden states [t, h] after the last norm."""
+        x_th = self.embedding_norm(self.embedding(input_ids_t))
+        for layer in self.layers:
+            x_th = layer(x_th, meta)
+        return self.final_norm(x_th)
+
+    def logits(self, hidden_rh: Tensor) -> Tensor | None:
+        """Logits [r, v] on rank 0; None on the others."""
+        return self.head(hidden_rh)
+
+    @staticmethod
+    def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+        """Read Hugging Face's config.json, old key names (`n_embed`, `num_attention_heads`) included."""
+        return _config_from_hf(raw)
+
+    @staticmethod
+    def weight_map(config: ModelConfig) -> WeightMap:
+        """Names, layouts and splits of all weights."""
+        return WeightMap(
+            rows=BASE_ROWS if config.tie_word_embeddings else (*BASE_ROWS, HEAD_ROW),
+            hf_prefix="transformer.",
+            hf_unprefixed=frozenset({"lm_head.weight"}),
+            hf_ignored=frozenset({"lm_head.weight"}) if config.tie_word_embeddings else frozenset(),
+        )
+
+
+def _first(raw: Mapping[str, Any], *names: str) -> Any:
+    for name in names:
+        if raw.get(name) is not None:
+            return raw[name]
+    raise ConfigError(f"config.json of a BLOOM model lacks {names[-1]!r}")
+
+
+def _config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+    hidden = int(_first(raw, "n_embed", "hidden_size"))
+    heads = int(_first(raw, "num_attention_heads", "n_head"))
+    if hidden % heads:
+        raise ConfigError(f"config.json: hidden_size {hidden} is not a multiple of n_head {heads}")
+    eos = raw.get("eos_token_id", 2)
+    return ModelConfig(
+        architecture="BloomForCausalLM",
+        num_layers=int(_first(raw, "num_hidden_layers", "n_layer")),
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        vocab_size=int(_first(raw, "vocab_size")),
+        attention=AttentionConfig(num_heads=heads, num_kv_heads=heads, head_size=hidden // heads),
+        norm_eps=float(raw.get("layer_norm_epsilon", 1e-5)),
+        residual_after_norm=bool(raw.get("apply_residual_connection_post_layernorm", False)),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", True)),
+        dtype=dtype_name(str(raw.get("dtype") or raw.get("torch_dtype") or "fp32")),
+        bos_token_id=raw.get("bos_token_id", 1),
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+        pad_token_id=raw.get("pad_token_id"),
+        max_position_embeddings=raw.get("seq_length"),
+    )
+
+
+def _group_qkv(tensor: Tensor, attention: AttentionConfig) -> Tensor:
+    """Hugging Face's (heads, 3, head size) rows to ours: (3, heads, head size)."""
+    rest = tensor.shape[1:]
+    parts = tensor.reshape(attention.num_heads, 3, attention.head_size, *rest)
+    return parts.transpose(0, 1).reshape(-1, *rest)
+
+
+def _interleave_qkv(tensor: Tensor, attention: AttentionConfig) -> Tensor:
+    """The inverse of `_group_qkv`."""
+    rest = tensor.shape[1:]
+    parts = tensor.reshape(3, attention.num_heads, attention.head_size, *rest)
+    return parts.transpose(0, 1).reshape(-1, *rest)
+
+
+def _row(hf: str, ours: str, ft: str, axes: tuple[Axis, ...], split: Split = Split.REPLICATE) -> Row:
+    return Row(hf=hf, ours=ours, ft=ft, axes=axes, split=split, init="normal" if len(axes) > 1 else "zeros")
+
+
+def _norm(hf: str, ours: str, ft: str) -> tuple[Row, Row]:
+    weight, bias = (_row(f"{hf}.{kind}", f"{ours}.{kind}", f"{ft}.{kind}", ("hidden",)) for kind in ("weight", "bias"))
+    return replace(weight, init="ones"), bias
+
+
+def _linear(hf: str, ours: str, ft: str, out: Axis, into: Axis, split: Split) -> tuple[Row, Row]:
+    """Weight and bias; the bias follows the output features, and a ROW split leaves those whole."""
+    weight = _row(f"{hf}.weight", f"{ours}.weight", f"{ft}.weight", (out, into), split)
+    of_bias = Split.REPLICATE if split is Split.ROW else split
+    return weight, _row(f"{hf}.bias", f"{ours}.bias", f"{ft}.bias", (out,), of_bias)
+
+
+def _qkv(hf: str, ours: str, ft: str) -> tuple[Row, ...]:
+    rows = _linear(hf, ours, ft, "qkv", "hidden", Split.QKV)
+    return tuple(replace(row, from_hf=_group_qkv, to_hf=_interleave_qkv, hf_by_head=True) for row in rows)
+
+
+BASE_ROWS: tuple[Row, ...] = (
+    _row("word_embeddings.weight", "embedding.weight", "wte", ("vocab", "hidden"), Split.VOCAB),
+    *_norm("word_embeddings_layernorm", "embedding_norm", "pre_decoder_layernorm"),
+    *_norm("h.{}.input_layernorm", "layers.{}.input_norm", "layers.{}.input_layernorm"),
+    *_qkv("h.{}.self_attention.query_key_value", "layers.{}.attention.qkv", "layers.{}.attention.query_key_value"),
+    *_linear(
+        "h.{}.self_attention.dense",
+        "layers.{}.attention.dense",
+        "layers.{}.attention.dense",
+        "hidden",
+        "hidden",
+        Split.ROW,
+    ),
+    *_norm("h.{}.post_attention_layernorm", "layers.{}.post_norm", "layers.{}.post_attention_layernorm"),
+    *_linear(
+        "h.{}.mlp.dense_h_to_4h", "layers.{}.mlp.up", "layers.{}.mlp.dense_h_to_4h", "inner", "hidden", Split.COLUMN
+    ),
+    *_linear(
+        "h.{}.mlp.dense_4h_to_h", "layers.{}.mlp.down", "layers.{}.mlp.dense_4h_to_h", "hidden", "inner", Split.ROW
+    ),
+    *_norm("ln_f", "final_norm", "final_layernorm"),
+)
+HEAD_ROW = _row("lm_head.weight", "head.weight", "lm_head.weight", ("vocab", "hidden"), Split.VOCAB)

@@ -1,0 +1,216 @@
+"""Fast paths of the CPU, with the signatures of `reference.py`; docstrings stand at `hasten.ops`.
+
+Half-precision weights are widened to fp32 when they are packed: without matrix units for them a CPU takes 20 times as
+long over a half-precision product (docs/performance.md), and the products are then summed in fp32 as well.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor
+
+from hasten.ops.meta import AttentionMeta
+from hasten.ops.packed import PackedLinear
+
+_PACK_FOR_ROWS = 64
+"""Batch size that oneDNN lays a weight out for; the layout serves other sizes as well."""
+_SMALL_WEIGHT = 1 << 20
+"""Weights of fewer elements keep their plain layout too, since one row is multiplied faster by it."""
+_QUERY_CHUNK = 256
+"""Most queries of one sequence in one attention call: bounds the bias and skips keys that lie ahead."""
+_KEPT_BIAS = 1 << 25
+"""Elements of attention bias that a step keeps for all layers; with more, each layer makes its own."""
+
+
+def pack_linear(weight_oh: Tensor, shared: bool) -> PackedLinear:  # noqa: D103
+    as_it_is = shared and weight_oh.dtype == torch.float32
+    weight_oh = weight_oh.float().contiguous()
+    small = weight_oh.numel() < _SMALL_WEIGHT
+    if as_it_is or not torch.backends.mkldnn.is_available():
+        return PackedLinear(weight_oh.shape[0], weight_oh.shape[1], plain=weight_oh)
+    return PackedLinear(
+        weight_oh.shape[0],
+        weight_oh.shape[1],
+        plain=weight_oh if small else None,
+        blocked=torch.ops.mkldnn._reorder_linear_weight(weight_oh, _PACK_FOR_ROWS),
+    )
+
+
+def linear(  # noqa: D103
+    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation: str | None, residual_to: Tensor | None
+) -> Tensor:
+    dtype = x_th.dtype
+    x_th = x_th.float()
+    bias_o = None if bias_o is None else bias_o.float()
+    if weight.blocked is None or (weight.plain is not None and x_th.shape[0] == 1):
+        assert weight.plain is not None
+        out_to = F.linear(x_th, weight.plain, bias_o)
+    else:
+        out_to = torch.ops.mkldnn._linear_pointwise(x_th, weight.blocked, bias_o, "none", [], "")
+    if activation == "gelu_tanh":
+        out_to = _gelu_tanh(out_to)
+    if residual_to is not None:
+        out_to = out_to.add_(residual_to)
+    return out_to.to(dtype)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    """GELU's tanh form, written with the logistic function, which a CPU computes faster than tanh."""
+    gate = (x * x).mul_(0.0713548162726).add_(1.5957691216057308).mul_(x).sigmoid_()
+    return x.mul_(gate)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Runs of queries that one padded attention call handles: b runs, q queries, k keys (whole blocks)."""
+
+    rows: Tensor | None
+    """[b * q] row of the flat batch for each padded query; None where the runs stand in the batch just so."""
+    first: int
+    """First row in the batch, where `rows` is None."""
+    places: Tensor | None
+    """[real queries] place in the padded output of each real query; None where no query is padding."""
+    targets: Tensor | None
+    """[real queries] row of the flat batch of each real query."""
+    blocks: Tensor
+    """[b * k / block size] cache blocks."""
+    ends: Tensor
+    """[b] position behind each run's last query."""
+    counts: Tensor
+    """[b] real queries of each run."""
+    size: tuple[int, int, int]
+    """b, q, k."""
+
+    def bias(self, slopes_n: Tensor | None) -> Tensor:
+        """What is added to the scores, [b, n or 1, q, k]: ALiBi, and -inf for keys that lie ahead."""
+        _, queries, keys = self.size
+        positions_bq = (self.ends - self.counts).unsqueeze(1) + torch.arange(queries)
+        distance = (torch.arange(keys) - positions_bq.unsqueeze(2)).unsqueeze(1)
+        if slopes_n is None:
+            return torch.zeros(distance.shape).masked_fill_(distance > 0, float("-inf"))
+        return (distance * slopes_n.view(-1, 1, 1)).masked_fill_(distance > 0, float("-inf"))
+
+
+def paged_attention(  # noqa: D103
+    query_tnd: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    meta: AttentionMeta,
+    scale: float,
+    alibi_slopes_n: Tensor | None,
+) -> Tensor:
+    plan: list[tuple[_Group, Tensor | None]] | None = meta.scratch.get("attention")
+    if plan is None:
+        plan = meta.scratch["attention"] = _plan(meta, key_cache.shape[1], query_tnd.shape[1], alibi_slopes_n)
+    query_tx = query_tnd.flatten(1).float()
+    out_tx = query_tx.new_empty(query_tx.shape) if len(plan) > 1 or plan[0][0].rows is not None else None
+    for group, kept in plan:
+        bias = group.bias(alibi_slopes_n) if kept is None else kept
+        done = _attend(group, query_tx, key_cache, value_cache, bias, scale)
+        if out_tx is None:
+            return done.view_as(query_tnd).to(query_tnd.dtype)
+        if group.places is not None:
+            assert group.targets is not None
+            out_tx.index_copy_(0, group.targets, done.index_select(0, group.places))
+        elif group.rows is not None:
+            out_tx.index_copy_(0, group.rows, done)
+        else:
+            out_tx[group.first : group.first + done.shape[0]] = done
+    assert out_tx is not None
+    return out_tx.view_as(query_tnd).to(query_tnd.dtype)
+
+
+def _attend(
+    group: _Group, query_tx: Tensor, key_cache: Tensor, value_cache: Tensor, bias: Tensor, scale: float
+) -> Tensor:
+    """Attention of one group: [b * q, n * d], padding included."""
+    runs, queries, keys = group.size
+    kv_heads, head_size = key_cache.shape[2:]
+    if group.rows is None:
+        padded = query_tx[group.first : group.first + runs * queries]
+    else:
+        padded = query_tx.index_select(0, group.rows)
+    query_bnqd = padded.view(runs, queries, -1, head_size).transpose(1, 2)
+    key, value = (
+        cache.flatten(1).index_select(0, group.blocks).view(runs, keys, kv_heads, head_size).transpose(1, 2).float()
+        for cache in (key_cache, value_cache)
+    )
+    grouped = query_bnqd.shape[1] != kv_heads
+    out = F.scaled_dot_product_attention(query_bnqd, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2).reshape(runs * queries, -1)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Consecutive queries of one sequence."""
+
+    sequence: int
+    first: int
+    count: int
+    end: int
+    """Keys that its last query sees."""
+
+
+def _plan(
+    meta: AttentionMeta, block_size: int, heads: int, slopes_n: Tensor | None
+) -> list[tuple[_Group, Tensor | None]]:
+    """Divide a batch into padded groups, once a step; with each group its bias, if all of them may be kept."""
+    groups = [_group(meta, runs, block_size) for runs in _pack(_runs(meta))]
+    elements = sum(g.size[0] * g.size[1] * g.size[2] for g in groups) * (heads if slopes_n is not None else 1)
+    keep = elements <= _KEPT_BIAS
+    return [(group, group.bias(slopes_n) if keep else None) for group in groups]
+
+
+def _runs(meta: AttentionMeta) -> list[_Run]:
+    runs, start = [], 0
+    for sequence, (queries, keys) in enumerate(zip(meta.query_lens, meta.kv_lens, strict=True)):
+        for offset in range(0, queries, _QUERY_CHUNK):
+            count = min(_QUERY_CHUNK, queries - offset)
+            runs.append(_Run(sequence, start + offset, count, keys - queries + offset + count))
+        start += queries
+    return runs
+
+
+def _pack(runs: list[_Run]) -> list[list[_Run]]:
+    """Runs of like size together, so that padding costs at most half as much again as the work itself."""
+    packs: list[list[_Run]] = []
+    for single in (True, False):
+        chosen = [run for run in runs if (run.count == 1) == single]
+        if not chosen:
+            continue
+        if _padded(chosen) <= 1.5 * sum(run.count * run.end for run in chosen):
+            packs.append(chosen)
+            continue
+        pack: list[_Run] = []
+        for run in sorted(chosen, key=lambda run: (run.end, run.count)):
+            if pack and _padded([*pack, run]) > 1.5 * sum(r.count * r.end for r in [*pack, run]):
+                packs.append(pack)
+                pack = []
+            pack.append(run)
+        packs.append(pack)
+    return packs
+
+
+def _padded(runs: list[_Run]) -> int:
+    return len(runs) * max(run.count for run in runs) * max(run.end for run in runs)
+
+
+def _group(meta: AttentionMeta, runs: list[_Run], block_size: int) -> _Group:
+    queries = max(run.count for run in runs)
+    blocks = -(-max(run.end for run in runs) // block_size)
+    even = all(run.count == queries for run in runs)
+    rows = [row for run in runs for row in range(run.first, run.first + run.count)]
+    in_place = even and rows == list(range(rows[0], rows[0] + len(rows)))
+    padded = rows if even else [min(run.first + i, run.first + run.count - 1) for run in runs for i in range(queries)]
+    places = [place * queries + i for place, run in enumerate(runs) for i in range(run.count)]
+    return _Group(
+        rows=None if in_place else torch.tensor(padded),
+        first=rows[0],
+        places=None if even else torch.tensor(places),
+        targets=None if even else torch.tensor(rows),
+        blocks=meta.block_tables[[run.sequence for run in runs], :blocks].flatten(),
+        ends=torch.tensor([run.end for run in runs]),
+        counts=torch.tensor([run.count for run in runs]),
+        size=(len(runs), queries, blocks * block_size),
+    )

@@ -1,0 +1,39 @@
+"""What attention needs to know of a flat batch."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMeta:
+    """One form for prefill, chunks of it, decoding and mixtures: they differ only in numbers.
+
+    The batch has t tokens of s sequences, end to end. All tensors are int32 but `slot_mapping`, which is int64.
+    """
+
+    query_start: Tensor
+    """[s + 1]: where each sequence's tokens begin in the batch; the last entry is t."""
+    seq_lens: Tensor
+    """[s]: tokens of each sequence that attention sees, those of this batch included."""
+    block_tables: Tensor
+    """[s, b]: numbers of the cache blocks of each sequence; entries past its end may be anything valid."""
+    slot_mapping: Tensor
+    """[t]: cache slot (block * block size + offset) that each token's key and value go to; -1 to store nothing."""
+    query_lens: list[int]
+    """[s] on the host: tokens of each sequence in this batch."""
+    kv_lens: list[int]
+    """[s] on the host: `seq_lens`."""
+    scratch: dict[str, Any] = field(default_factory=dict, compare=False)
+    """What an op works out once a step, for every layer to use again."""
+
+    @property
+    def max_query_len(self) -> int:
+        """Longest run of new tokens of one sequence."""
+        return max(self.query_lens)
+
+    @property
+    def max_seq_len(self) -> int:
+        """Longest sequence that attention sees."""
+        return max(self.kv_lens)

@@ -1,0 +1,51 @@
+"""The ranks that share a model, and what they do together: identities where there is one rank alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """The ranks that share every layer."""
+
+    rank: int = 0
+    size: int = 1
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place, the same bits on every rank."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, share: Tensor) -> Tensor | None:
+        """All ranks' shares [r, v] side by side, [r, ranks * v], on rank 0; None on the others."""
+        if self.size == 1:
+            return share
+        share = share.contiguous()
+        shares = [torch.empty_like(share) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(share, shares, dst=0)
+        return None if shares is None else torch.cat(shares, dim=-1)
+
+
+_current = TensorGroup()
+
+
+def tensor_group() -> TensorGroup:
+    """The group that layers built now belong to."""
+    return _current
+
+
+@contextmanager
+def use_group(group: TensorGroup) -> Iterator[None]:
+    """Build layers for `group` inside this context."""
+    global _current
+    before, _current = _current, group
+    try:
+        yield
+    finally:
+        _current = before

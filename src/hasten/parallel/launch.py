@@ -1,0 +1,296 @@
+"""How ranks come to be: started by this process, or by torchrun, mpirun or a cluster's operator; and how they end.
+
+Whoever starts them, every rank runs the same program, and rank 0 is the one that the user talks to. The death of a rank
+ends the others: the collective that waits for it fails, and rank 0 says who it was.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import IO
+
+import torch
+import torch.distributed as dist
+
+from hasten.core.errors import ConfigError, EngineError, RankError
+from hasten.parallel.groups import TensorGroup
+
+_GRACE_S = 3.0
+"""How long a failure may take to be explained by the rank that caused it."""
+_START_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """Which rank this process is, and where the ranks meet."""
+
+    rank: int
+    size: int
+    local_size: int
+    address: str
+    port: int
+
+
+def place_from_environment(env: Mapping[str, str] = os.environ) -> RankPlace | None:
+    """This process's place if torchrun, mpirun (Open MPI, MPICH, Intel) or an operator started it; None otherwise."""
+    names = (
+        ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),
+    )
+    for rank_name, size_name, local_name in names:
+        if rank_name not in env or size_name not in env:
+            continue
+        rank, size = int(env[rank_name]), int(env[size_name])
+        local_size = int(env.get(local_name, size))
+        if local_size < size and "MASTER_ADDR" not in env:
+            raise ConfigError(
+                f"{size_name}={size} ranks on several hosts, but MASTER_ADDR is not set; set it to rank 0's host "
+                "(and MASTER_PORT to a free port there)"
+            )
+        address = env.get("MASTER_ADDR", "127.0.0.1")
+        return RankPlace(rank, size, local_size, address, int(env.get("MASTER_PORT") or _port_of_job(env)))
+    return None
+
+
+def _port_of_job(env: Mapping[str, str]) -> int:
+    """A port that all ranks of one mpirun on this host work out alike: from its job's name or its process."""
+    job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMI_KVSNAME") or str(os.getppid())
+    return 20000 + int.from_bytes(hashlib.sha256(job.encode()).digest()[:4], "big") % 12000
+
+
+class Ranks:
+    """The group of this process's run: its collectives, and the word of any rank's death."""
+
+    def __init__(self, place: RankPlace | None, children: "Children | None", device: torch.device) -> None:
+        self.group = TensorGroup(place.rank, place.size) if place else TensorGroup()
+        self._place = place
+        self._children = children
+        self._store: dist.Store | None = None
+        self._threads = torch.get_num_threads()
+        if place is not None and place.size > 1:
+            self._join(place, device)
+
+    @classmethod
+    def alone(cls) -> "Ranks":
+        """One rank, nobody to wait for."""
+        return cls(None, None, torch.device("cpu"))
+
+    def _join(self, place: RankPlace, device: torch.device) -> None:
+        timeout = timedelta(seconds=_START_TIMEOUT_S)
+        hosts_store = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        with self.guard("meeting the other ranks"):
+            store = dist.TCPStore(
+                place.address, place.port, place.size, hosts_store, timeout=timeout, wait_for_workers=False
+            )
+            self._store = dist.PrefixStore("hasten", store)
+            self._store.set(f"here/{place.rank}", b"1")
+            self._await_all(f"here/{rank}" for rank in range(place.size))
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=self._store, rank=place.rank, world_size=place.size)
+        if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, self._threads // place.local_size))
+
+    def _await_all(self, keys: Iterator[str]) -> None:
+        assert self._store is not None
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        waiting = list(keys)
+        while waiting:
+            waiting = [key for key in waiting if not self._store.check([key])]
+            if self._children is not None and self._children.failure is not None:
+                raise RuntimeError("a rank died while starting")
+            if time.monotonic() > deadline:
+                missing = ", ".join(key.removeprefix("here/") for key in waiting)
+                raise EngineError(f"ranks {missing} did not appear within {_START_TIMEOUT_S:.0f} s")
+            if waiting:
+                time.sleep(0.01)
+
+    @contextmanager
+    def guard(self, doing: str) -> Iterator[None]:
+        """Turn the failure of a collective into a RankError that names the rank that died and its error."""
+        if self._children is not None:
+            self._children.raise_failure()
+            self._children.guarded = True
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            if self.group.size == 1:
+                raise
+            raise RankError(f"{self._explain(error)} (while {doing})") from error
+        finally:
+            if self._children is not None:
+                self._children.guarded = False
+
+    def _explain(self, error: Exception) -> str:
+        if self._children is not None:
+            self._children.wait_for_failure(_GRACE_S)
+            if self._children.failure is not None:
+                return self._children.failure
+        elif self._store is not None:
+            return self._explain_by_roll_call(error)
+        return f"rank {self.group.rank} of {self.group.size} failed: {error}"
+
+    def report_failure(self, error: BaseException) -> None:
+        """Tell the other ranks why this one is about to end."""
+        if self._store is not None and self._children is None:
+            with _quiet():
+                self._store.set(f"failed/{self.group.rank}", f"{type(error).__name__}: {error}".encode())
+
+    def _explain_by_roll_call(self, error: Exception) -> str:
+        """Who is missing among ranks that nobody here started: those that answer are alive."""
+        assert self._store is not None
+        others = [rank for rank in range(self.group.size) if rank != self.group.rank]
+        try:
+            self._store.set(f"alive/{self.group.rank}", b"1")
+            deadline = time.monotonic() + _GRACE_S
+            while time.monotonic() < deadline:
+                for rank in others:
+                    if self._store.check([f"failed/{rank}"]):
+                        return f"rank {rank} of {self.group.size} failed: {self._store.get(f'failed/{rank}').decode()}"
+                time.sleep(0.1)
+            dead = [rank for rank in others if not self._store.check([f"alive/{rank}"])]
+        except RuntimeError:
+            dead = [0]  # the store went with the rank that hosts it
+        names = ", ".join(f"rank {rank}" for rank in dead) or "a rank"
+        return f"{names} of {self.group.size} died: {error}"
+
+    def broadcast(self, message: object | None) -> object:
+        """Rank 0's message, any JSON value, on every rank."""
+        if self.group.size == 1:
+            return message
+        header = torch.zeros(_HEADER, dtype=torch.uint8)
+        body = json.dumps(message).encode() if self.group.rank == 0 else b""
+        size = len(body).to_bytes(8, "little")
+        if self.group.rank == 0:
+            start = size + body[: _HEADER - 8]
+            header[: len(start)] = torch.frombuffer(bytearray(start), dtype=torch.uint8)
+        dist.broadcast(header, 0)
+        length = int.from_bytes(bytes(header[:8].tolist()), "little")
+        if length <= _HEADER - 8:
+            return json.loads(bytes(header[8 : 8 + length].numpy()))
+        whole = torch.frombuffer(bytearray(body or bytes(length)), dtype=torch.uint8)
+        dist.broadcast(whole, 0)
+        return json.loads(bytes(whole.numpy()))
+
+    def expect_end(self) -> None:
+        """From now on the other ranks end because they were told to."""
+        if self._children is not None:
+            self._children.ending = True
+
+    def leave(self) -> None:
+        """End this process's part; the other ranks must leave as well."""
+        if self._place is not None and self._place.size > 1:
+            with _quiet():
+                dist.destroy_process_group()
+            torch.set_num_threads(self._threads)
+        if self._children is not None:
+            self._children.end()
+
+
+_HEADER = 4096
+"""Bytes of the first broadcast of a message: most messages fit."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let go of errors in what is done while ending anyway."""
+    try:
+        yield
+    except RuntimeError:
+        pass
+
+
+class Children:
+    """Ranks 1 and up, started by this process as children that end with it."""
+
+    def __init__(self, module: str, configuration: str, place: RankPlace) -> None:
+        self.failure: str | None = None
+        """The first death that nobody asked for."""
+        self.guarded = False
+        """Whether rank 0 is inside a collective, where it may hang when a child dies."""
+        self._failed = threading.Event()
+        self.ending = False
+        """Whether the children end because they were told to."""
+        self._size = place.size
+        self._processes = [self._start(module, configuration, place, rank) for rank in range(1, place.size)]
+
+    def _start(self, module: str, configuration: str, place: RankPlace, rank: int) -> "subprocess.Popen[bytes]":
+        reader, writer = os.pipe()
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "WORLD_SIZE": str(place.size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(place.local_size),
+            "MASTER_ADDR": place.address,
+            "MASTER_PORT": str(place.port),
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, str(writer)],
+            stdin=subprocess.PIPE,
+            env=environment,
+            pass_fds=[writer],
+            start_new_session=True,  # Ctrl-C goes to rank 0 alone, which ends the others in order
+        )
+        os.close(writer)
+        assert process.stdin is not None
+        process.stdin.write(configuration.encode() + b"\n")
+        process.stdin.flush()
+        threading.Thread(target=self._watch, args=(process, rank, os.fdopen(reader, "rb")), daemon=True).start()
+        return process
+
+    def _watch(self, process: "subprocess.Popen[bytes]", rank: int, errors: IO[bytes]) -> None:
+        with errors:
+            message = errors.read().decode(errors="replace").strip()
+        code = process.wait()
+        if self.ending or self.failure is not None:
+            return
+        how = message or (f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}")
+        self.failure = f"rank {rank} of {self._size} (process {process.pid}) died: {how}"
+        self._failed.set()
+        time.sleep(_GRACE_S)
+        if self.guarded and not self.ending:
+            # The collective did not notice (NCCL waits for ever); nothing else would end this process.
+            print(f"hasten: error: {self.failure}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def raise_failure(self) -> None:
+        """RankError if a rank has died."""
+        if self.failure is not None:
+            raise RankError(self.failure)
+
+    def wait_for_failure(self, seconds: float) -> None:
+        """Wait until a death is known, at most so long."""
+        self._failed.wait(seconds)
+
+    def end(self) -> None:
+        """Let the children leave, and end those that do not."""
+        self.ending = True
+        for process in self._processes:
+            if process.stdin is not None:
+                with _quiet_pipe():
+                    process.stdin.close()
+        deadline = time.monotonic() + _GRACE_S
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def _quiet_pipe() -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        pass

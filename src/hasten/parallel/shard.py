@@ -1,0 +1,137 @@
+"""How a tensor is divided over tensor parallel ranks, and put together again.
+
+All shapes are hasten's own layout: a linear's weight is [out, in]; a fused QKV weight is
+[(heads + 2 * kv_heads) * head_size, in], first all query heads, then all key heads, then all value heads.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from hasten.core.config import AttentionConfig
+
+
+class Split(Enum):
+    """The way one weight goes to the ranks."""
+
+    REPLICATE = "replicate"
+    """Every rank holds it whole."""
+    COLUMN = "column"
+    """By output features: axis 0 of a weight and of a bias."""
+    ROW = "row"
+    """By input features: axis 1 of a weight."""
+    VOCAB = "vocab"
+    """By vocabulary: axis 0, padded with zero rows to a multiple of the ranks."""
+    QKV = "qkv"
+    """By heads within each of Q, K and V: axis 0."""
+
+
+def padded_vocab(vocab_size: int, size: int) -> int:
+    """`vocab_size` rounded up to a multiple of `size` ranks."""
+    return -(-vocab_size // size) * size
+
+
+def share_of(attention: AttentionConfig, size: int) -> AttentionConfig:
+    """The heads of one of `size` ranks."""
+    return replace(attention, num_heads=attention.num_heads // size, num_kv_heads=attention.num_kv_heads // size)
+
+
+def share_shape(shape: tuple[int, ...], how: Split, size: int) -> tuple[int, ...]:
+    """Shape of a rank's share of a whole tensor of `shape`."""
+    if size == 1 or how is Split.REPLICATE:
+        return shape
+    if how is Split.ROW:
+        return (shape[0], shape[1] // size, *shape[2:])
+    rows = padded_vocab(shape[0], size) if how is Split.VOCAB else shape[0]
+    return (rows // size, *shape[1:])
+
+
+def _qkv_parts(tensor: Tensor, attention: AttentionConfig, size: int) -> tuple[Tensor, ...]:
+    heads, kv_heads, head_size = attention.num_heads // size, attention.num_kv_heads // size, attention.head_size
+    q, kv = heads * head_size, kv_heads * head_size
+    return tensor[:q], tensor[q : q + kv], tensor[q + kv :]
+
+
+def split(tensor: Tensor, how: Split, rank: int, size: int, attention: AttentionConfig) -> Tensor:
+    """Rank `rank`'s share of a whole tensor; a view where the share is contiguous in it.
+
+    The sizes must divide (`ParallelConfig.validate`), except for VOCAB, which is padded.
+    """
+    if size == 1 or how is Split.REPLICATE:
+        return tensor
+    if how is Split.ROW:
+        return tensor.chunk(size, dim=1)[rank]
+    if how is Split.COLUMN:
+        return tensor.chunk(size, dim=0)[rank]
+    if how is Split.QKV:
+        return torch.cat([part.chunk(size, dim=0)[rank] for part in _qkv_parts(tensor, attention, 1)])
+    rows = padded_vocab(tensor.shape[0], size) // size
+    share = tensor[rank * rows : (rank + 1) * rows]
+    missing = rows - share.shape[0]
+    return torch.cat([share, share.new_zeros(missing, *share.shape[1:])]) if missing else share
+
+
+def merge(shares: Sequence[Tensor], how: Split, attention: AttentionConfig, vocab_size: int) -> Tensor:
+    """The whole tensor from all ranks' shares, in rank order: the inverse of `split`."""
+    if len(shares) == 1 or how is Split.REPLICATE:
+        return shares[0]
+    if how is Split.ROW:
+        return torch.cat(list(shares), dim=1)
+    if how is Split.COLUMN:
+        return torch.cat(list(shares), dim=0)
+    if how is Split.QKV:
+        parts = zip(*(_qkv_parts(share, attention, len(shares)) for share in shares), strict=True)
+        return torch.cat([torch.cat(part) for part in parts])
+    return torch.cat(list(shares), dim=0)[:vocab_size]
+
+
+def overlap(how: Split, rank: int, size: int, parts: int, vocab_size: int) -> range:
+    """Which of `parts` shares hold what rank `rank` of `size` needs."""
+    if how is Split.REPLICATE:
+        return range(rank * parts // size, rank * parts // size + 1)
+    if how is Split.VOCAB:
+        wanted, held = padded_vocab(vocab_size, size) // size, padded_vocab(vocab_size, parts) // parts
+        first = min(rank * wanted, vocab_size - 1)
+        last = min((rank + 1) * wanted, vocab_size) - 1
+        return range(first // held, max(first, last) // held + 1)
+    return range(rank * parts // size, -(-(rank + 1) * parts // size))
+
+
+def resplit(
+    part: Callable[[int], Tensor],
+    parts: int,
+    how: Split,
+    rank: int,
+    size: int,
+    attention: AttentionConfig,
+    vocab_size: int,
+) -> Tensor:
+    """Rank `rank`'s share of `size`, from a tensor that is stored as `parts` shares; asks only for those it needs."""
+    needed = overlap(how, rank, size, parts, vocab_size)
+    if parts == size or how is Split.REPLICATE:
+        return part(rank if parts == size else needed[0])
+    if how is Split.VOCAB:
+        return _resplit_vocab([part(index) for index in needed], needed[0], parts, rank, size, vocab_size)
+    unit = math.lcm(parts, size)
+    in_part, in_rank = unit // parts, unit // size
+    pieces = [
+        split(part(index // in_part), how, index % in_part, in_part, share_of(attention, parts))
+        for index in range(rank * in_rank, (rank + 1) * in_rank)
+    ]
+    return merge(pieces, how, share_of(attention, size), vocab_size)
+
+
+def _resplit_vocab(
+    held: Sequence[Tensor], first_part: int, parts: int, rank: int, size: int, vocab_size: int
+) -> Tensor:
+    wanted = padded_vocab(vocab_size, size) // size
+    offset = first_part * (padded_vocab(vocab_size, parts) // parts)
+    start, stop = rank * wanted, min((rank + 1) * wanted, vocab_size)
+    rows = held[0] if len(held) == 1 else torch.cat(list(held))
+    share = rows[start - offset : max(start, stop) - offset]
+    missing = (wanted if size > 1 else vocab_size) - share.shape[0]
+    return torch.cat([share, share.new_zeros(missing, *share.shape[1:])]) if missing else share

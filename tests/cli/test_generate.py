@@ -1,0 +1,148 @@
+import io
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.cli.conftest import Hasten
+
+PROMPT = "Anna walked to the river"
+
+
+def hf_greedy(folder: Path, prompt: str, count: int) -> list[int]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        made = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=3
+        )
+    tokens: list[int] = made[0, ids.shape[1] :].tolist()
+    return tokens
+
+
+def objects(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_json_has_the_tokens_that_hugging_face_makes(tiny_bloom: Path, hasten_process: "Hasten") -> None:
+    done = hasten_process("generate", tiny_bloom, "--prompt", PROMPT, "--max-new-tokens", "12", "--json")
+    assert done.status == 0, done.err
+    (made,) = objects(done.out)
+    assert set(made) == {"prompt", "prompt_token_ids", "token_ids", "text", "finish_reason"}
+    assert made["prompt"] == PROMPT
+    assert made["token_ids"] == hf_greedy(tiny_bloom, PROMPT, 12)
+    assert made["finish_reason"] == "length"
+
+
+def test_prompts_of_all_sources_in_order(
+    tiny_bloom: Path, hasten_here: "Hasten", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Ben found\n\nClara opened\n"))
+    done = hasten_here(
+        "generate", tiny_bloom, "--prompt", PROMPT, "--prompts-file", "-", "--json", "--max-new-tokens", "2"
+    )
+    assert [made["prompt"] for made in objects(done.out)] == [PROMPT, "Ben found", "Clara opened"]
+
+
+def test_prompts_file(tiny_bloom: Path, hasten_here: "Hasten", tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_text("the café\n", encoding="utf-8")
+    done = hasten_here("generate", tiny_bloom, "--prompts-file", tmp_path / "prompts", "--max-new-tokens", "1")
+    assert done.out.startswith("the café")
+
+
+def test_streamed_text_is_the_text(tiny_bloom: Path, hasten_here: "Hasten") -> None:
+    command = ("generate", tiny_bloom, "--prompt", PROMPT, "--max-new-tokens", "12")
+    plain, streamed = hasten_here(*command), hasten_here(*command, "--stream")
+    assert (plain.status, streamed.status) == (0, 0)
+    assert plain.out == streamed.out
+    assert plain.out.startswith(PROMPT)
+
+
+def test_streamed_json_grows_to_the_whole(tiny_bloom: Path, hasten_here: "Hasten") -> None:
+    command = ("generate", tiny_bloom, "--prompt", PROMPT, "--max-new-tokens", "6", "--json")
+    (whole,) = objects(hasten_here(*command).out)
+    parts = objects(hasten_here(*command, "--stream").out)
+    assert [part["finished"] for part in parts] == [False] * (len(parts) - 1) + [True]
+    for before, after in zip(parts, parts[1:], strict=False):
+        assert after["token_ids"][: len(before["token_ids"])] == before["token_ids"]
+    assert parts[-1] == whole | {"finished": True}
+
+
+def test_several_completions_and_logprobs(tiny_bloom: Path, hasten_here: "Hasten") -> None:
+    done = hasten_here(
+        *("generate", tiny_bloom, "--prompt", PROMPT, "--max-new-tokens", "3", "--json"),
+        *("--n", "2", "--temperature", "1", "--seed", "5", "--logprobs", "2", "--prompt-logprobs", "0"),
+    )
+    (made,) = objects(done.out)
+    assert len(made["outputs"]) == 2
+    for output in made["outputs"]:
+        assert len(output["logprobs"]) == 3
+        for token, position in zip(output["token_ids"], output["logprobs"], strict=True):
+            assert token in [entry["token_id"] for entry in position]
+            assert all(entry["logprob"] <= 0 for entry in position)
+    assert made["prompt_logprobs"][0] is None
+    assert len(made["prompt_logprobs"]) == len(made["prompt_token_ids"])
+
+
+def test_the_same_seed_gives_the_same_text(tiny_bloom: Path, hasten_here: "Hasten") -> None:
+    command = ("generate", tiny_bloom, "--prompt", PROMPT, "--temperature", "1", "--seed")
+    first, again, other = (hasten_here(*command, seed).out for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_stop_text_ends_it(tiny_bloom: Path, hasten_here: "Hasten") -> None:
+    command = ("generate", tiny_bloom, "--prompt", "Ben found", "--max-new-tokens", "8", "--json")
+    (whole,) = objects(hasten_here(*command).out)
+    stop = whole["text"][2:5]
+    (cut,) = objects(hasten_here(*command, "--stop", stop).out)
+    assert cut["finish_reason"] == "stop"
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)]
+
+
+def test_under_torchrun_only_the_first_rank_prints(tiny_bloom: Path, hasten_process: "Hasten") -> None:
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", sys.executable)
+    done = hasten_process(
+        "generate", tiny_bloom, "--prompt", PROMPT, "--max-new-tokens", "12", "--json", launcher=launcher
+    )
+    assert done.status == 0, done.err
+    (made,) = objects(done.out)
+    assert made["token_ids"] == hf_greedy(tiny_bloom, PROMPT, 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--block-size", "0"], "block_size must be at least 1, got 0"),
+        (["--device", "abacus"], "device 'abacus' is not known"),
+        (["-dt", "fp7"], "data type 'fp7' is not known"),
+        (["--tensor-para-size", "3"], "tensor parallel size 3 does not divide"),
+        (["--max-model-len", "4"], "longest sequence of 4"),
+    ],
+)
+def test_bad_options(tiny_bloom: Path, hasten_here: "Hasten", options: list[str], message: str) -> None:
+    done = hasten_here("generate", tiny_bloom, "--prompt", PROMPT, *options)
+    assert done.status == 2
+    assert done.out == ""
+    assert message in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_a_folder_without_a_model(tmp_path: Path, hasten_process: "Hasten") -> None:
+    done = hasten_process("generate", tmp_path, "--prompt", PROMPT)
+    assert done.status == 2
+    assert done.err.startswith("hasten: error: ")
+    assert "config.json" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_an_empty_prompt(tiny_bloom: Path, hasten_here: "Hasten") -> None:
+    done = hasten_here("generate", tiny_bloom, "--prompt", "")
+    assert (done.status, done.out) == (2, "")
+    assert "no tokens" in done.err

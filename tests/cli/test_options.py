@@ -1,0 +1,126 @@
+import argparse
+import dataclasses
+from typing import Any
+
+import pytest
+
+from hasten.cli.options import (
+    SAMPLING_HELP,
+    Parser,
+    add_engine_options,
+    add_sampling_options,
+    engine_options,
+    field_names,
+    sampling_params,
+)
+from hasten.core.config import EngineConfig
+from hasten.core.errors import ConfigError, InvalidRequestError
+from hasten.core.types import SamplingParams
+
+
+def engine_args(*argv: str, **defaults: Any) -> dict[str, Any]:
+    parser = Parser(prog="hasten")
+    add_engine_options(parser, defaults=defaults)
+    return engine_options(parser.parse_args(argv), defaults=defaults)
+
+
+def sampling_args(*argv: str, **defaults: Any) -> SamplingParams:
+    parser = Parser(prog="hasten")
+    add_sampling_options(parser, defaults=defaults)
+    return sampling_params(parser.parse_args(argv), defaults=defaults)
+
+
+def test_nothing_given_leaves_the_defaults_to_the_dataclasses() -> None:
+    assert engine_args() == {}
+    assert sampling_args() == SamplingParams()
+
+
+def test_every_engine_option_reaches_its_field() -> None:
+    given = engine_args(
+        *("--tensor-para-size", "2", "--block-size", "32", "--kv-cache-memory", "1000", "--max-num-seqs", "7"),
+        *("-dt", "bf16", "--device", "cpu", "--no-enable-prefix-cache", "--memory-utilization", "0.5"),
+        *("--tokenizer-path", "there", "--load-format", "dummy", "--no-verify-checksums", "--max-model-len", "99"),
+    )
+    config = EngineConfig.create("folder", **given)
+    assert (config.parallel.tensor_parallel_size, config.cache.block_size, config.scheduler.max_num_seqs) == (2, 32, 7)
+    assert (config.cache.kv_cache_memory, config.cache.memory_utilization) == (1000, 0.5)
+    assert (config.dtype, config.device, config.tokenizer, config.load_format) == ("bf16", "cpu", "there", "dummy")
+    assert not config.cache.enable_prefix_cache
+    assert not config.verify_checksums
+    assert config.scheduler.max_model_len == 99
+
+
+def test_every_field_with_a_help_text_is_offered() -> None:
+    parser = Parser(prog="hasten")
+    add_engine_options(parser)
+    offered = {action.dest for action in parser._actions}
+    assert offered - {"help"} == field_names(EngineConfig) - {"model"}
+
+
+def test_a_command_can_have_defaults_of_its_own() -> None:
+    assert engine_args(enable_prefix_cache=False) == {"enable_prefix_cache": False}
+    assert engine_args("--enable-prefix-cache", enable_prefix_cache=False) == {"enable_prefix_cache": True}
+
+
+def test_sampling_options() -> None:
+    params = sampling_args(
+        *("--max-new-tokens", "5", "--min-new-tokens", "2", "--temperature", "0.5", "--top-k", "3", "--top-p", "0.9"),
+        *("--stop", "a b", "--stop", "c", "--stop-token-ids", "7", "--seed", "11", "--ignore-eos", "--n", "2"),
+        *("--logprobs", "1", "--no-skip-special-tokens", "--bad-words", "x"),
+    )
+    assert params == SamplingParams(
+        max_tokens=5,
+        min_tokens=2,
+        temperature=0.5,
+        top_k=3,
+        top_p=0.9,
+        stop=("a b", "c"),
+        stop_token_ids=(7,),
+        seed=11,
+        ignore_eos=True,
+        n=2,
+        logprobs=1,
+        skip_special_tokens=False,
+        bad_words=("x",),
+    )
+
+
+def test_the_sampling_options_are_fields() -> None:
+    assert set(SAMPLING_HELP) <= {field.name for field in dataclasses.fields(SamplingParams)}
+
+
+def test_help_tells_the_defaults_in_force() -> None:
+    parser = Parser(prog="hasten")
+    add_sampling_options(parser, defaults={"max_tokens": 32})
+    add_engine_options(parser, defaults={"enable_prefix_cache": False}, skip=frozenset({"seed"}))
+    text = " ".join(parser.format_help().split())
+    assert "most tokens to produce (default: 32)" in text
+    assert "tokens in a block of the key/value cache (default: 16)" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--block-size", "many"], "argument --block-size: invalid int value: 'many'"),
+        (["--no-such-option"], "unrecognized arguments: --no-such-option"),
+        (["--load-format", "magic"], "argument --load-format: invalid choice: 'magic'"),
+        (["--block"], "unrecognized arguments: --block"),
+    ],
+)
+def test_bad_options_are_config_errors(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        engine_args(*argv)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("argv", [["--temperature", "-1"], ["--top-p", "0"], ["--max-new-tokens", "0"]])
+def test_bad_sampling_values_are_request_errors(argv: list[str]) -> None:
+    with pytest.raises(InvalidRequestError):
+        sampling_args(*argv)
+
+
+def test_values_are_not_shared_between_uses() -> None:
+    first = argparse.Namespace(stop=["a"])
+    assert sampling_params(first).stop == ("a",)
+    assert sampling_params(argparse.Namespace()).stop == ()

@@ -1,0 +1,117 @@
+"""Small real models for all tests: random BLOOMs with a tokenizer, saved by transformers."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MakeBloom = Callable[..., Path]
+
+WORDS = (
+    "the a of to and in was he she it on with as at his her had said that for Anna Ben Clara David river garden house "
+    "letter lamp bread window morning evening storm harbour violin keys coat dog cat market bridge looked walked found "
+    "opened closed wanted carried remembered promised under behind before after until quietly slowly again never café"
+).split()
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
+
+
+def stories(count: int, seed: int) -> list[str]:
+    """Nonsense sentences of 8 to 40 words, the same for the same seed."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(8, 40))) for _ in range(count)]
+
+
+def _save_tokenizer(folder: Path) -> int:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(stories(200, seed=1), trainer)
+    names = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return int(tokenizer.get_vocab_size())
+
+
+def _save_bloom(folder: Path, seed: int, **config: Any) -> None:
+    import torch
+    from transformers import BloomConfig, BloomForCausalLM
+
+    options: dict[str, Any] = {
+        "vocab_size": _save_tokenizer(folder),
+        "hidden_size": 64,
+        "n_layer": 3,
+        "n_head": 8,
+        "seq_length": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+        # wide enough that logits differ clearly and greedy decoding does not run into ties
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(seed)
+    model = BloomForCausalLM(BloomConfig(**(options | config)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layernorm" in name or "ln_f" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def make_bloom(tmp_path_factory: pytest.TempPathFactory) -> MakeBloom:
+    """Make a folder with a random BLOOM and its tokenizer; equal arguments give the same folder, so do not write to it.
+
+    `seed` chooses the weights, all other arguments go to BloomConfig.
+    """
+    made: dict[str, Path] = {}
+
+    def make(seed: int = 0, **config: Any) -> Path:
+        key = repr((seed, sorted(config.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("bloom")
+            _save_bloom(folder, seed, **config)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bloom(make_bloom: MakeBloom) -> Path:
+    """8 heads, 3 layers, 64 wide, tied head, fp32."""
+    return make_bloom()
+
+
+@pytest.fixture(scope="session")
+def tiny_bloom_12_heads(make_bloom: MakeBloom) -> Path:
+    """A number of heads that is not a power of two: ALiBi's slopes come from another rule."""
+    return make_bloom(n_head=12, hidden_size=96)
+
+
+@pytest.fixture(scope="session")
+def tiny_bloom_untied(make_bloom: MakeBloom) -> Path:
+    """With a language model head of its own."""
+    return make_bloom(tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_bloom_post_norm(make_bloom: MakeBloom) -> Path:
+    """The residual is taken after the layer norm."""
+    return make_bloom(apply_residual_connection_post_layernorm=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_bloom_odd_vocab(make_bloom: MakeBloom) -> Path:
+    """A vocabulary that is not a multiple of 8, and larger than the tokenizer's."""
+    return make_bloom(vocab_size=509)
