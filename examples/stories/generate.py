@@ -10,34 +10,24 @@ import argparse
 import json
 import random
 import sys
-import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from lexicon import LEXICON, Name, Noun
 from plots import DISTRACTIONS, FILLERS, OPENERS, PLOTS, Plot
 
 Word = Noun | Name
-Split = Literal["train", "test"]
 
 TEST_SEED: Final = 2024
 TEST_COUNT: Final = 512
 MIN_WORDS: Final = 50
 MAX_WORDS: Final = 90
 MAX_SENTENCES: Final = 8
-HELD_OUT_SHARE: Final = 8
 
 
 class StoryError(ValueError):
     """A bad argument or file, told in one line."""
-
-
-def held_out(plot: Plot) -> frozenset[Word]:
-    """The words of the answer's kind that end this plot's test stories and no training story."""
-    words = LEXICON[answer_kind(plot)]
-    ranked = sorted(words, key=lambda word: zlib.crc32(f"{plot.name}/{word}".encode()))
-    return frozenset(ranked[: len(words) // HELD_OUT_SHARE])
 
 
 def answer_kind(plot: Plot) -> str:
@@ -45,34 +35,16 @@ def answer_kind(plot: Plot) -> str:
     return plot.slots[plot.answer]
 
 
-def _answers(plot: Plot, split: Split) -> tuple[Word, ...]:
-    kept_back = held_out(plot)
-    return tuple(word for word in LEXICON[answer_kind(plot)] if (word in kept_back) == (split == "test"))
-
-
-_ANSWERS: Final[Mapping[tuple[str, Split], tuple[Word, ...]]] = {
-    (plot.name, split): _answers(plot, split) for plot in PLOTS for split in ("train", "test")
-}
-
-
-def _cast(rng: random.Random, plot: Plot, split: Split) -> dict[str, Word]:
+def _cast(rng: random.Random, plot: Plot) -> dict[str, Word]:
     """A different word for every slot of the plot and for the distraction."""
-    kind = answer_kind(plot)
-    answers = _ANSWERS[plot.name, split]
-    answer = rng.choice(answers)
-    # Training never shows a plot its held-out words, not even as distractors: they would
-    # otherwise be learned as the words that are never right.
-    others = answers if split == "train" else LEXICON[kind]
-    wanted: dict[str, list[str]] = {}
-    for slot, slot_kind in (*plot.slots.items(), ("Z", kind)):
-        if slot != plot.answer:
-            wanted.setdefault(slot_kind, []).append(slot)
-    words = {plot.answer: answer}
-    for slot_kind, slots in wanted.items():
-        pool = others if slot_kind == kind else LEXICON[slot_kind]
-        drawn = [word for word in rng.sample(pool, len(slots) + 1) if word is not answer]
-        words.update(zip(slots, drawn, strict=False))
-    return words
+    slots: dict[str, list[str]] = {}
+    for slot, kind in (*plot.slots.items(), ("Z", answer_kind(plot))):
+        slots.setdefault(kind, []).append(slot)
+    return {
+        slot: word
+        for kind, names in slots.items()
+        for slot, word in zip(names, rng.sample(LEXICON[kind], len(names)), strict=True)
+    }
 
 
 def _templates(rng: random.Random, plot: Plot) -> list[str]:
@@ -90,22 +62,22 @@ def _templates(rng: random.Random, plot: Plot) -> list[str]:
     return [*opener, *facts, *middle, rng.choice(plot.endings)]
 
 
-def story(rng: random.Random, split: Split = "train") -> str:
+def story(rng: random.Random) -> str:
     """One story of 50 to 90 words."""
     while True:
         plot = rng.choice(PLOTS)
-        words = _cast(rng, plot, split)
+        words = _cast(rng, plot)
         text = " ".join(_templates(rng, plot)).format_map(words)
         if MIN_WORDS <= text.count(" ") + 1 <= MAX_WORDS:
             return text
 
 
-def stories(seed: int | str, *, split: Split = "train", exclude: Collection[str] = frozenset()) -> Iterator[str]:
+def stories(seed: int | str, *, exclude: Collection[str] = frozenset()) -> Iterator[str]:
     """Stories without end, no two the same and none of them in `exclude`."""
     rng = random.Random(seed)
     seen = set(exclude)
     while True:
-        text = story(rng, split)
+        text = story(rng)
         if text not in seen:
             seen.add(text)
             yield text
@@ -150,12 +122,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--count", type=int, required=True, help="how many stories, at least 1")
     parser.add_argument("--seed", type=int, required=True, help="same seed, same stories")
-    parser.add_argument(
-        "--split",
-        choices=("train", "test"),
-        default="train",
-        help="test stories end with words that no training story of the same plot contains",
-    )
     parser.add_argument("--exclude", type=Path, help="JSON lines with stories not to write")
     parser.add_argument("--output", type=Path, required=True, help="the file to write")
     return parser
@@ -168,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.count < 1:
             raise StoryError(f"--count must be at least 1, got {args.count}")
         exclude = read_stories(args.exclude) if args.exclude else []
-        source = stories(args.seed, split=args.split, exclude=exclude)
+        source = stories(args.seed, exclude=exclude)
         write_stories(args.output, [next(source) for _ in range(args.count)])
     except StoryError as error:
         print(f"generate.py: error: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 import io
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ def test_streamed_json_grows_to_the_whole(tiny_bloom: Path, hasten_here: "Hasten
     (whole,) = objects(hasten_here(*command).out)
     parts = objects(hasten_here(*command, "--stream").out)
     assert [part["finished"] for part in parts] == [False] * (len(parts) - 1) + [True]
-    for before, after in zip(parts, parts[1:], strict=False):
+    for before, after in pairwise(parts):
         assert after["token_ids"][: len(before["token_ids"])] == before["token_ids"]
     assert parts[-1] == whole | {"finished": True}
 

@@ -1,11 +1,13 @@
 """hasten and Hugging Face behind one small interface, so that a benchmark treats both alike."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hasten.checkpoint.plan import open_checkpoint
@@ -70,7 +72,8 @@ class HuggingFaceEngine:
     """Hugging Face's `generate` as its users use it: padding on the left, attention mask, KV cache.
 
     Prompts go through it in batches of `batch_size`, or all at once; a batch runs until its longest output is done,
-    and what is beyond a prompt's own length is dropped.
+    and what is beyond a prompt's own length is dropped. `threads` are the CPU threads that it may use (default: as many
+    as torch uses now).
     """
 
     label = "HF"
@@ -84,7 +87,9 @@ class HuggingFaceEngine:
         load_format: str = "auto",
         sampling: SamplingParams = GREEDY,
         batch_size: int | None = None,
+        threads: int | None = None,
     ) -> None:
+        self._threads = threads or torch.get_num_threads()
         self.device = resolve_device(device, TensorGroup())
         config = open_checkpoint(folder, dummy=True).config
         self.dtype = TORCH_DTYPES[resolve_dtype(dtype, config, self.device)]
@@ -101,7 +106,8 @@ class HuggingFaceEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
         """Continue each prompt by exactly its length."""
-        return _in_batches(self._generate_batch, prompts, lengths, self._batch_size)
+        with _num_threads(self._threads):
+            return _in_batches(self._generate_batch, prompts, lengths, self._batch_size)
 
     def _generate_batch(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
         input_ids, attention_mask = _pad_left(prompts)
@@ -114,6 +120,20 @@ class HuggingFaceEngine:
         new: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
         seconds = time.perf_counter() - start
         return Generation([ids[:length] for ids, length in zip(new, lengths, strict=True)], seconds)
+
+
+@contextmanager
+def _num_threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads; ranks of hasten on one machine divide its cores, Hugging Face has them all."""
+    before = torch.get_num_threads()
+    if count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _in_batches(
@@ -150,7 +170,7 @@ def _load(folder: str, dtype: torch.dtype, load_format: str) -> Any:
         raise CapacityError(f"Hugging Face cannot load {folder}: {_first_line(error)}") from error
     except (KeyError, ValueError) as error:
         raise UnsupportedError(f"Hugging Face cannot load {folder}: {_first_line(error)}") from error
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"Hugging Face cannot load {folder}: {_first_line(error)}") from error
 
 

@@ -101,7 +101,7 @@ def show(results: Sequence[LatencyResult]) -> None:
         (
             str(result.batch_size),
             result.engine,
-            *(f"{s.p50:.2f} {s.p99:.2f}" for s in (result.first_token_ms, result.token_ms, result.total_ms)),
+            *(f"{_ms(s.p50)} {_ms(s.p99)}" for s in (result.first_token_ms, result.token_ms, result.total_ms)),
             f"{result.decode_tokens_per_second:.1f}",
         )
         for result in results
@@ -110,3 +110,7 @@ def show(results: Sequence[LatencyResult]) -> None:
         (str(s.batch_size), "speedup", f"{s.first_token:.2f}", f"{s.token:.2f}", "", "") for s in speedups(results)
     ]
     print_table(title, columns, rows)
+
+
+def _ms(value: float) -> str:
+    return f"{value:.1f}" if value >= 100 else f"{value:.2f}"

@@ -95,10 +95,14 @@ def require_writable(path: str | None) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; all columns but the first hold figures."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    """Print a title and a table; all columns but the first hold figures."""
+    table = Table(box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    # a pipe or a file has no width that figures would have to be cut to
+    console = console if console.is_terminal else Console(width=200)
+    console.print(title, highlight=False)
+    console.print(table)

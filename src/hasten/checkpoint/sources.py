@@ -38,6 +38,7 @@ METADATA_KEY = "hasten"
 METADATA_VERSION = 1
 _RANK_FILES = "rank-*-of-*.safetensors"
 _HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_ROWS_AT_ONCE = 24
 _FLOATS = frozenset({torch.float64, *TORCH_DTYPES.values()})
 
 
@@ -354,6 +355,11 @@ class RankedSafetensorsSource(_RankedSource):
             shard = self._open[part]
         shape = share_shape(row.shape(self.config), row.split, self.ranks)
         return _check_tensor(self.files[part], row.ours, shard.get_tensor(row.ours), shape)
+
+    def shards(self) -> Iterator[tuple[Row, ...]]:
+        """A few rows at a time: a file holds some of every layer, so whole files would be the whole model."""
+        for start in range(0, len(self.rows), _ROWS_AT_ONCE):
+            yield self.rows[start : start + _ROWS_AT_ONCE]
 
     def release(self) -> None:
         """Forget the open files, and with them what is mapped."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from hasten.cli.options import Parser, add_engine_options, engine_options
+from hasten.cli.options import Parser, add_engine_options, engine_options, positive
 from hasten.core.errors import UnsupportedError
 from hasten.core.types import SamplingParams
 
@@ -46,9 +46,9 @@ def _add_lambada(benches: "argparse._SubParsersAction[Parser]") -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--test-hf", action="store_true", help="run Hugging Face instead of hasten")
     which.add_argument("--compare", action="store_true", help="run both on the same texts, batch by batch")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts in a batch (default: 8)")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="texts in a batch (default: 8)")
     parser.add_argument(
-        "--repetitions", type=int, default=1, metavar="N", help="times to run all texts; the time is the median"
+        "--repetitions", type=positive, default=1, metavar="N", help="times to run all texts; the time is the median"
     )
     parser.add_argument("--acc-threshold", type=float, metavar="PERCENT", help="fail if the accuracy is lower")
     parser.add_argument("--show-progress", action="store_true", help="show a progress bar on standard error")
@@ -77,15 +77,19 @@ def _add_throughput(benches: "argparse._SubParsersAction[Parser]") -> None:
         help="mixed: 16 to 256 tokens in and out; tput: 100 to 1024 in and out; lambada: about 87 in, 4 out",
     )
     parser.add_argument(
-        "--num-requests", type=int, metavar="N", help="requests (default: mixed 64, tput 1000, lambada 5153)"
+        "--num-requests", type=positive, metavar="N", help="requests (default: mixed 64, tput 1000, lambada 5153)"
     )
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="hand hasten so many requests at once (default: all of them)"
+        "--batch-size", type=positive, metavar="N", help="hand hasten so many requests at once (default: all of them)"
     )
     parser.add_argument(
-        "--hf-batch-size", type=int, default=16, metavar="N", help="requests in a batch of Hugging Face (default: 16)"
+        "--hf-batch-size",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="requests in a batch of Hugging Face (default: 16)",
     )
-    parser.add_argument("--repetitions", type=int, default=1, metavar="N", help="times to run it (default: 1)")
+    parser.add_argument("--repetitions", type=positive, default=1, metavar="N", help="times to run it (default: 1)")
     _add_output(parser)
     add_engine_options(parser, defaults=ENGINE_DEFAULTS)
     parser.set_defaults(run=run_throughput)
@@ -99,11 +103,11 @@ def _add_latency(benches: "argparse._SubParsersAction[Parser]") -> None:
     )
     _add_model(parser)
     parser.add_argument(
-        "--batch-sizes", type=int, nargs="+", default=[1, 16, 64], metavar="N", help="batches (default: 1 16 64)"
+        "--batch-sizes", type=positive, nargs="+", default=[1, 16, 64], metavar="N", help="batches (default: 1 16 64)"
     )
-    parser.add_argument("--prompt-length", type=int, default=128, metavar="N", help="tokens (default: 128)")
-    parser.add_argument("--output-length", type=int, default=128, metavar="N", help="tokens (default: 128)")
-    parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="times to run it (default: 3)")
+    parser.add_argument("--prompt-length", type=positive, default=128, metavar="N", help="tokens (default: 128)")
+    parser.add_argument("--output-length", type=positive, default=128, metavar="N", help="tokens (default: 128)")
+    parser.add_argument("--repetitions", type=positive, default=3, metavar="N", help="times to run it (default: 3)")
     _add_output(parser)
     add_engine_options(parser, defaults=ENGINE_DEFAULTS)
     parser.set_defaults(run=run_latency)
@@ -125,6 +129,8 @@ def run_lambada(args: argparse.Namespace) -> int:
     if args.beam_width != 1:
         raise UnsupportedError(f"--beam-width {args.beam_width}: beam search is not supported; use 1")
     sampling = _lambada_sampling(args)
+    import torch
+
     from hasten.bench import lambada, report
     from hasten.bench.engines import HastenEngine, HuggingFaceEngine
     from hasten.engine.text import Tokenizer
@@ -137,6 +143,7 @@ def run_lambada(args: argparse.Namespace) -> int:
     tokenizer = Tokenizer.from_folder(args.tokenizer_path)
     samples = lambada.read_samples(args.dataset_path, tokenizer)
     options = engine_options(args, defaults=ENGINE_DEFAULTS, skip=LAMBADA_SKIP)
+    threads = torch.get_num_threads()
     with ExitStack() as stack:
         engines: list[Engine] = []
         if not args.test_hf:
@@ -146,7 +153,8 @@ def run_lambada(args: argparse.Namespace) -> int:
             engines.append(HastenEngine(llm, sampling))
             options["dtype"] = str(engines[0].dtype)
         if args.test_hf or args.compare:
-            engines.insert(0, HuggingFaceEngine(args.tokenizer_path, **_hf_options(options), sampling=sampling))
+            hf = HuggingFaceEngine(args.tokenizer_path, **_hf_options(options), sampling=sampling, threads=threads)
+            engines.insert(0, hf)
         results = _run_lambada(args, engines, samples, tokenizer)
     _report_lambada(args, engines[-1], results)
     return _check_accuracy(results, args.acc_threshold)
@@ -250,12 +258,15 @@ def _engines(
     args: argparse.Namespace, max_len: int, *, batch_size: int | None = None, hf_batch_size: int | None = None
 ) -> "Iterator[tuple[list[Engine], int]]":
     """The engines to measure, Hugging Face first, and the size of their vocabulary; none on ranks but the first."""
+    import torch
+
     from hasten.bench import report
     from hasten.bench.engines import HastenEngine, HuggingFaceEngine
     from hasten.engine.llm import LLM
 
     report.require_writable(args.output_path)
     options = engine_options(args, defaults={**ENGINE_DEFAULTS, "max_model_len": max_len})
+    threads = torch.get_num_threads()
     with LLM(args.model, **options) as llm:
         if not llm.is_driver:
             yield [], 0
@@ -263,7 +274,9 @@ def _engines(
         engines: list[Engine] = [HastenEngine(llm, batch_size=batch_size)]
         if args.compare:
             options["dtype"] = str(engines[0].dtype)
-            hf = HuggingFaceEngine(args.hf_model or args.model, **_hf_options(options), batch_size=hf_batch_size)
+            hf = HuggingFaceEngine(
+                args.hf_model or args.model, **_hf_options(options), batch_size=hf_batch_size, threads=threads
+            )
             engines.insert(0, hf)
         yield engines, llm.engine.model_config.vocab_size
 

@@ -119,12 +119,14 @@ def _show(found: Comparison, *, convert_seconds: float, all_seconds: float) -> N
 
     print()
     print_table(
-        f"{found.total} stories; hasten is {found.speedup:.2f} times as fast; the whole demo took {all_seconds:.0f} s",
+        f"The demo on {found.total} stories",
         ("", "Hugging Face", "hasten"),
         [
             ("convert, seconds", "", f"{convert_seconds:.2f}"),
             ("accuracy", f"{found.hf_accuracy:.2f}%", f"{found.accuracy:.2f}%"),
             ("generate calls, seconds", f"{found.hf_seconds:.2f}", f"{found.seconds:.2f}"),
+            ("speed, in Hugging Face's", "1", f"{found.speedup:.2f}"),
             ("samples whose answers differ", "", f"{found.differing} of {found.total}"),
+            ("the whole demo, seconds", "", f"{all_seconds:.0f}"),
         ],
     )

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,8 @@ from hasten.cli.options import (
     engine_options,
     sampling_params,
 )
-from hasten.core.errors import ConfigError
-from hasten.core.types import CompletionOutput, Logprob, RequestOutput, SamplingParams
+from hasten.core.errors import ConfigError, EngineError
+from hasten.core.types import CompletionOutput, FinishReason, Logprob, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from hasten.engine.llm import LLM
@@ -87,23 +87,49 @@ def _streams(args: argparse.Namespace, prompts: int, params: SamplingParams) -> 
 
 
 def _generate(llm: "LLM", prompts: list[str], params: SamplingParams, as_json: bool) -> None:
-    for output in llm.generate(prompts, params):
+    outputs = llm.generate(prompts, params)
+    for output in outputs:
         if as_json:
             print(json.dumps(_as_json(output), ensure_ascii=False))
         else:
             for completion in output.outputs:
                 print(f"{output.prompt}{completion.text}")
+    _raise_failures(outputs)
 
 
 def _stream(llm: "LLM", prompts: list[str], params: SamplingParams, as_json: bool) -> None:
+    outputs = _Finished(llm.stream(prompts, params))
     if as_json:
-        for output in llm.stream(prompts, params):
+        for output in outputs:
             print(json.dumps(_as_json(output) | {"finished": output.finished}, ensure_ascii=False), flush=True)
-        return
-    print(prompts[0], end="", flush=True)
-    for piece in _pieces(llm.stream(prompts, params)):
-        print(piece, end="", flush=True)
-    print()
+    else:
+        print(prompts[0], end="", flush=True)
+        for piece in _pieces(outputs):
+            print(piece, end="", flush=True)
+        print()
+    _raise_failures(outputs.finished)
+
+
+class _Finished:
+    """Streamed outputs, of which the finished ones are kept."""
+
+    def __init__(self, outputs: Iterable[RequestOutput]) -> None:
+        self._outputs = outputs
+        self.finished: list[RequestOutput] = []
+
+    def __iter__(self) -> Iterator[RequestOutput]:
+        for output in self._outputs:
+            if output.finished:
+                self.finished.append(output)
+            yield output
+
+
+def _raise_failures(outputs: Iterable[RequestOutput]) -> None:
+    """What could be made is printed; that something could not be must not be missed."""
+    for output in outputs:
+        for completion in output.outputs:
+            if completion.finish_reason is FinishReason.ERROR:
+                raise EngineError(f"a prompt could not be continued: {completion.stop_reason}")
 
 
 def _pieces(outputs: Iterable[RequestOutput]) -> Iterable[str]:

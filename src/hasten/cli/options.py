@@ -56,6 +56,17 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
 
 
+def positive(text: str) -> int:
+    """The `type` of an option that counts something."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
 @dataclass(frozen=True)
 class _Shape:
     """What the type of a field asks of its option."""

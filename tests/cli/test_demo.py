@@ -1,0 +1,52 @@
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hasten.cli.demo import Comparison
+
+if TYPE_CHECKING:
+    from tests.cli.conftest import Hasten
+
+
+def compare(accuracy: float, seconds: float) -> Comparison:
+    return Comparison(hf_accuracy=60.0, hf_seconds=2.0, accuracy=accuracy, seconds=seconds, differing=0, total=512)
+
+
+@pytest.mark.parametrize(
+    ("found", "faults"),
+    [
+        (compare(60.0, 1.0), []),
+        (compare(61.0, 1.0), []),
+        (compare(58.9, 1.0), ["accuracies differ: 60.00% and 58.90%"]),
+        (compare(60.0, 2.0), ["hasten is not faster: 1.00 times Hugging Face's speed"]),
+    ],
+)
+def test_what_the_demo_must_not_show(found: Comparison, faults: list[str]) -> None:
+    assert found.faults == faults
+
+
+def test_the_demo_runs_its_commands_one_after_the_other(
+    tiny_bloom: Path, tmp_path: Path, hasten_process: "Hasten"
+) -> None:
+    dataset = tmp_path / "texts.jsonl"
+    text = "Clara said that she never promised him the violin before the evening storm"
+    dataset.write_text("".join(json.dumps({"text": f"{number} {text}"}) + "\n" for number in range(20)))
+    folder = tmp_path / "out"
+    done = hasten_process("demo", "--model", tiny_bloom, "--dataset", dataset, "--output-dir", folder)
+    commands = [line.split()[1:3] for line in done.out.splitlines() if line.startswith("$ ")]
+    assert commands == [["hasten", "convert"], ["hasten", "bench"], ["hasten", "generate"]]
+    assert "samples whose answers differ" in done.out
+    # how fast a few tiny texts are is chance; what the demo says of it is not
+    assert done.status == (1 if "demo failed" in done.err else 0), done.err
+    assert (folder / "lambada.json").is_file()
+
+
+def test_a_step_that_fails_ends_the_demo(tiny_bloom: Path, tmp_path: Path, hasten_here: "Hasten") -> None:
+    dataset = tmp_path / "texts.jsonl"
+    dataset.write_text("{}\n")
+    done = hasten_here("demo", "--model", tiny_bloom, "--dataset", dataset, "--output-dir", tmp_path / "out")
+    assert done.status == 2
+    assert "line 1" in done.err
+    assert "hasten generate" not in done.out

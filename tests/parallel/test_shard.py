@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from hasten.core.config import AttentionConfig
+from hasten.parallel.shard import Split, merge, overlap, resplit, share_shape, split
+
+SIZES = (1, 2, 3, 4, 6)
+VOCAB = 29
+ATTENTION = {
+    "every head its own key": AttentionConfig(num_heads=12, num_kv_heads=12, head_size=2),
+    "two heads a key": AttentionConfig(num_heads=24, num_kv_heads=12, head_size=2),
+}
+
+
+def _tensor(how: Split, attention: AttentionConfig, axes: int) -> torch.Tensor:
+    qkv = (attention.num_heads + 2 * attention.num_kv_heads) * attention.head_size
+    rows = {Split.VOCAB: VOCAB, Split.QKV: qkv}.get(how, 12)
+    return torch.arange(rows * 24, dtype=torch.float32).view(rows, 24)[:, : 24 if axes == 2 else 1].squeeze(1)
+
+
+@pytest.mark.parametrize("attention", ATTENTION.values(), ids=list(ATTENTION))
+@pytest.mark.parametrize(
+    # a bias has no input features to split
+    ("how", "axes"), [(how, axes) for how in Split for axes in (1, 2) if (how, axes) != (Split.ROW, 1)]
+)
+def test_merge_undoes_split_and_resplit_goes_between_any_sizes(
+    how: Split, axes: int, attention: AttentionConfig
+) -> None:
+    whole = _tensor(how, attention, axes)
+    for size in SIZES:
+        shares = [split(whole, how, rank, size, attention) for rank in range(size)]
+        assert {tuple(share.shape) for share in shares} == {share_shape(tuple(whole.shape), how, size)}
+        assert torch.equal(merge(shares, how, attention, VOCAB), whole)
+        for other in SIZES:
+            for rank in range(other):
+                asked: list[int] = []
+                found = resplit(
+                    lambda part, shares=shares, asked=asked: (asked.append(part), shares[part])[1],  # type: ignore[misc]
+                    size,
+                    how,
+                    rank,
+                    other,
+                    attention,
+                    VOCAB,
+                )
+                assert torch.equal(found, split(whole, how, rank, other, attention))
+                assert set(asked) <= set(overlap(how, rank, other, size, VOCAB)) if other != size else asked == [rank]
+
+
+def test_a_rank_of_padding_alone() -> None:
+    whole = torch.arange(6.0).view(3, 2)
+    attention = ATTENTION["every head its own key"]
+    shares = [split(whole, Split.VOCAB, rank, 2, attention) for rank in range(2)]
+    for size in (4, 7):
+        found = [resplit(lambda part: shares[part], 2, Split.VOCAB, rank, size, attention, 3) for rank in range(size)]
+        assert all(share.shape == (1, 2) for share in found)
+        assert torch.equal(torch.cat(found)[:3], whole)
+        assert not torch.cat(found)[3:].any()
+
+
+def test_queries_keys_and_values_are_split_by_head() -> None:
+    attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_size=1)
+    whole = torch.tensor([0.0, 1, 2, 3, 10, 11, 20, 21])
+    assert split(whole, Split.QKV, 1, 2, attention).tolist() == [2, 3, 11, 21]
