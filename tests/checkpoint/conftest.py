@@ -104,7 +104,6 @@ def whole_tensors() -> Callable[[Path], State]:
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
     """A copy of a checkpoint that a test may damage."""
-
     numbers = itertools.count()
 
     def copy(folder: Path) -> Path:

@@ -82,15 +82,14 @@ def test_every_byte_is_as_faster_transformer_writes_it(
 def test_bf16_files_are_the_cast_tensors(tiny_bloom: Path, tmp_path: Path) -> None:
     folder = run(tiny_bloom, tmp_path / "out", dtype="bf16")
     stored = load_file(tiny_bloom / "model.safetensors")["transformer.h.1.mlp.dense_4h_to_h.weight"]
-    found = torch.from_file(str(folder / "model.layers.1.mlp.dense_4h_to_h.weight.0.bin"), size=stored.numel(),
-                            dtype=torch.bfloat16)
+    found = torch.from_file(
+        str(folder / "model.layers.1.mlp.dense_4h_to_h.weight.0.bin"), size=stored.numel(), dtype=torch.bfloat16
+    )
     assert torch.equal(found.view(stored.shape[::-1]), stored.to(torch.bfloat16).t())
     assert "weight_data_type=bf16" in (folder / "config.ini").read_text(encoding="utf-8")
 
 
-def test_an_untied_head_is_written_vocabulary_first(
-    tiny_bloom_untied: Path, ft_files: FtFiles, tmp_path: Path
-) -> None:
+def test_an_untied_head_is_written_vocabulary_first(tiny_bloom_untied: Path, ft_files: FtFiles, tmp_path: Path) -> None:
     folder = run(tiny_bloom_untied, tmp_path / "out", 2)
     found = weights(folder)
     head = load_file(tiny_bloom_untied / "model.safetensors")["lm_head.weight"]
@@ -119,7 +118,9 @@ def test_shards_workers_and_input_formats_change_nothing(
     output_format: str, tiny_bloom: Path, as_shards: Copy, as_bin: Copy, tmp_path: Path
 ) -> None:
     def made(source: Path, **options: Any) -> dict[str, bytes]:
-        files = contents(run(source, tmp_path / f"out{len(list(tmp_path.iterdir()))}", 2, format=output_format, **options))
+        files = contents(
+            run(source, tmp_path / f"out{len(list(tmp_path.iterdir()))}", 2, format=output_format, **options)
+        )
         return {name: data for name, data in files.items() if name.endswith((".bin", ".safetensors"))}
 
     plain = made(tiny_bloom)
@@ -158,8 +159,11 @@ def test_reports_come_in_the_order_of_the_model(tiny_bloom: Path, tmp_path: Path
     assert opened.label == "HF >> FT"
     parts = [event.part for event in wrote if isinstance(event, Wrote)]
     assert sum(part.nbytes for part in parts) == opened.nbytes
-    assert [part.name for part in parts[:3]] == ["model.wte", "model.pre_decoder_layernorm.weight",
-                                                 "model.pre_decoder_layernorm.bias"]
+    assert [part.name for part in parts[:3]] == [
+        "model.wte",
+        "model.pre_decoder_layernorm.weight",
+        "model.pre_decoder_layernorm.bias",
+    ]
     assert parts[-1].name == "model.final_layernorm.bias"
 
 

@@ -135,7 +135,11 @@ def test_a_rank_verifies_the_files_it_reads_and_no_others(
     output_format: Format, tiny_bloom: Path, tmp_path: Path
 ) -> None:
     folder = converted(tiny_bloom, tmp_path / "out", 4, output_format)
-    name = "rank-00003-of-00004.safetensors" if output_format == "safetensors" else "model.layers.1.mlp.dense_h_to_4h.bias.3.bin"
+    name = (
+        "rank-00003-of-00004.safetensors"
+        if output_format == "safetensors"
+        else "model.layers.1.mlp.dense_h_to_4h.bias.3.bin"
+    )
     data = bytearray((folder / name).read_bytes())
     data[-1] ^= 1
     (folder / name).write_bytes(data)
@@ -191,7 +195,7 @@ def test_damaged_rank_files(tiny_bloom: Path, copy_of: Copy, tmp_path: Path) -> 
     ranked = converted(tiny_bloom, tmp_path / "out", 2, "safetensors")
     folder = copy_of(ranked)
     (folder / "rank-00001-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="rank-00001-of-00002.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"rank-00001-of-00002\.safetensors is missing"):
         open_checkpoint(folder)
     folder = copy_of(ranked)
     file = folder / "rank-00001-of-00002.safetensors"

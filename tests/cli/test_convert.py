@@ -13,7 +13,6 @@ from typing import Protocol
 import pytest
 
 
-
 class Done(Protocol):
     """What the fixtures of this folder return."""
 
@@ -65,9 +64,7 @@ def test_the_log_is_faster_transformers(tiny_bloom: Path, tmp_path: Path, hasten
     ):
         assert line in lines
     assert len(lines) == 12 + len(list(folder.glob("*.bin"))) + 1
-    assert re.fullmatch(
-        r"Checkpoint conversion \(HF >> FT\) has done \(elapsed time: \d+\.\d\d sec\)", lines[-1]
-    )
+    assert re.fullmatch(r"Checkpoint conversion \(HF >> FT\) has done \(elapsed time: \d+\.\d\d sec\)", lines[-1])
 
 
 def test_a_quiet_run_prints_no_tensors(tiny_bloom: Path, tmp_path: Path, hasten_here: Hasten) -> None:
@@ -135,9 +132,7 @@ def _held_in_the_middle(source: Path, out: Path) -> Iterator["subprocess.Popen[b
         process.communicate()
 
 
-def test_a_kill_in_the_middle_leaves_the_old_folder(
-    many_layers: Path, tmp_path: Path, hasten_here: Hasten
-) -> None:
+def test_a_kill_in_the_middle_leaves_the_old_folder(many_layers: Path, tmp_path: Path, hasten_here: Hasten) -> None:
     out = tmp_path / "out"
     assert hasten_here("convert", "-i", many_layers, "-o", out, "-tp", 2).status == 0
     before = contents(out)
@@ -213,7 +208,9 @@ def test_a_full_disk(limit: str, tiny_bloom: Path, tmp_path: Path) -> None:
         if subprocess.run([*own, mount], capture_output=True, check=False).returncode:
             pytest.skip("this user may not mount")
         shell = [*own, f"{mount} && {{ {command}; }}", "sh"]
-    done = subprocess.run([*shell, sys.executable, "-m", "hasten", "convert"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*shell, sys.executable, "-m", "hasten", "convert"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "no space left" in done.stderr
     assert len(done.stderr.splitlines()) == 1

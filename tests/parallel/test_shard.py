@@ -21,7 +21,8 @@ def _tensor(how: Split, attention: AttentionConfig, axes: int) -> torch.Tensor:
 @pytest.mark.parametrize("attention", ATTENTION.values(), ids=list(ATTENTION))
 @pytest.mark.parametrize(
     # a bias has no input features to split
-    ("how", "axes"), [(how, axes) for how in Split for axes in (1, 2) if (how, axes) != (Split.ROW, 1)]
+    ("how", "axes"),
+    [(how, axes) for how in Split for axes in (1, 2) if (how, axes) != (Split.ROW, 1)],
 )
 def test_merge_undoes_split_and_resplit_goes_between_any_sizes(
     how: Split, axes: int, attention: AttentionConfig
