@@ -11,10 +11,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hasten.checkpoint.plan import open_checkpoint
+from hasten.core.config import EngineConfig
 from hasten.core.errors import CapacityError, CheckpointError, ConfigError, EngineError, UnsupportedError
 from hasten.core.types import CompletionOutput, FinishReason, SamplingParams
 from hasten.engine.llm import LLM
-from hasten.engine.worker import TORCH_DTYPES, resolve_device, resolve_dtype
+from hasten.engine.worker import TORCH_DTYPES, compute_dtype, rank_device
 from hasten.parallel.groups import TensorGroup
 
 GREEDY = SamplingParams(temperature=0)
@@ -47,8 +48,8 @@ class HastenEngine:
 
     def __init__(self, llm: LLM, sampling: SamplingParams = GREEDY, batch_size: int | None = None) -> None:
         self._llm = llm
-        self.device = llm.engine.worker.device
-        self.dtype = llm.engine.worker.runner.dtype
+        self.device = llm.device
+        self.dtype = llm.dtype
         self._batch_size = batch_size
         # Hugging Face's generate gives token ids, not text: neither engine is timed for making text
         self._sampling = replace(sampling, ignore_eos=True, detokenize=False)
@@ -90,9 +91,9 @@ class HuggingFaceEngine:
         threads: int | None = None,
     ) -> None:
         self._threads = threads or torch.get_num_threads()
-        self.device = resolve_device(device, TensorGroup())
+        self.device = rank_device(EngineConfig.create(folder, device=device), TensorGroup())
         config = open_checkpoint(folder, dummy=True).config
-        self.dtype = TORCH_DTYPES[resolve_dtype(dtype, config, self.device)]
+        self.dtype = TORCH_DTYPES[compute_dtype(dtype, config, self.device)]
         self._batch_size = batch_size
         self._model = _load(folder, self.dtype, load_format).to(self.device).eval()
         self._model.generation_config.eos_token_id = None

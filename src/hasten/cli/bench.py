@@ -278,7 +278,7 @@ def _engines(
                 args.hf_model or args.model, **_hf_options(options), batch_size=hf_batch_size, threads=threads
             )
             engines.insert(0, hf)
-        yield engines, llm.engine.model_config.vocab_size
+        yield engines, llm.config.vocab_size
 
 
 def _hf_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -194,6 +195,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype != "auto":
             dtype_name(self.dtype)
+        _require(
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
+            f"device {self.device!r} is not known; use cpu, cuda, cuda:NUMBER or auto",
+        )
         _require(self.load_format in ("auto", "dummy"), f"load_format {self.load_format!r} is not auto or dummy")
 
     @classmethod

@@ -25,10 +25,18 @@ class Batch:
         """Tokens of all sequences together."""
         return sum(self.counts)
 
+    def catches_up(self, place: int) -> bool:
+        """Whether the sequence at this place has no token left to compute after this step, and so gets a next one."""
+        sequence = self.sequences[place]
+        return sequence.num_computed + self.counts[place] == len(sequence.token_ids)
+
     def sampled(self) -> list[int]:
-        """Places in `sequences` of those that catch up with this step, and so get a next token."""
+        """Places in `sequences` of those that get a next token."""
+        return [place for place in range(len(self.sequences)) if self.catches_up(place)]
+
+    def needed(self) -> list[int]:
+        """How many of each sequence's last tokens need hidden states: all where its prompt's logits are asked for."""
         return [
-            place
+            count if sequence.wants_prompt_logits else int(self.catches_up(place))
             for place, (sequence, count) in enumerate(zip(self.sequences, self.counts, strict=True))
-            if sequence.num_computed + count == len(sequence.token_ids)
         ]

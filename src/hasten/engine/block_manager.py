@@ -42,7 +42,7 @@ class BlockManager:
 
     def share_prefix(self, sequence: Sequence) -> None:
         """Give a sequence without blocks those that hold its beginning; its last token is always left to compute."""
-        if not self.enable_prefix_cache or not sequence.use_prefix_cache:
+        if not self.enable_prefix_cache or sequence.wants_prompt_logprobs:
             return
         size, tokens = self.block_size, sequence.token_ids
         prefix, found = _ROOT, []

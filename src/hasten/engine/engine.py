@@ -139,7 +139,7 @@ class Engine:
         return _output(state)
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch; the outputs of the requests that it finished, and of streaming ones that it brought further."""
+        """Compute one batch; the outputs of requests that it finished and of streaming ones that it brought further."""
         if self._closed:
             raise EngineError("the engine is closed")
         try:

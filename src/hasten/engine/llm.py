@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
-from hasten.core.config import EngineConfig
+import torch
+
+from hasten.core.config import EngineConfig, ModelConfig
 from hasten.core.errors import ConfigError, EngineError, InvalidRequestError
 from hasten.core.types import Request, RequestOutput, SamplingParams
 from hasten.engine.engine import Engine
 from hasten.engine.text import Tokenizer
-from hasten.engine.worker import config_to_json, device_of_ranks, follow_rank_zero
+from hasten.engine.worker import config_to_json, device_kind, follow_rank_zero
 from hasten.parallel.launch import Children, RankPlace, Ranks, place_from_environment
 
 Prompt = str | Sequence[int]
@@ -70,6 +72,21 @@ class LLM:
         if self._engine is None:
             raise EngineError("this LLM is closed, or is not the driver of its run")
         return self._engine
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the model looks like."""
+        return self.engine.model_config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that it computes in."""
+        return self.engine.worker.runner.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device that rank 0 computes on."""
+        return self.engine.worker.device
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -193,11 +210,10 @@ def _start(config: EngineConfig, place: RankPlace | None) -> Engine:
     children = None
     if place is None and size > 1:
         place = RankPlace(0, size, size, "127.0.0.1", _free_port())
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         children = Children("hasten.engine.worker", config_to_json(config), place)
     ranks: Ranks | None = None
     try:
-        ranks = Ranks(place, children, device_of_ranks(config))
+        ranks = Ranks(place, children, device_kind(config))
         return Engine(config, ranks)
     except BaseException as error:
         if ranks is not None:

@@ -4,6 +4,7 @@ Shapes: t tokens of the flat batch, r rows that need logits, v vocabulary, h hid
 """
 
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from hasten.engine.batch import Batch
 from hasten.engine.sequence import Sequence
 from hasten.layers.attention import Attention
 from hasten.models.base import CausalLM
+
+_Integers = np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]
 
 
 class BlockTables:
@@ -75,7 +78,7 @@ class Runner:
             self._caches += [key_cache, value_cache]
 
     def forward(self, batch: Batch) -> Tensor:
-        """Hidden states [t, h] of all tokens of the batch, their keys and values stored."""
+        """Hidden states of the tokens that `batch.needed()` counts, in order; all leave their keys and values."""
         if batch.copies:
             pairs = torch.tensor(batch.copies, device=self.device)
             ops.copy_blocks(self._caches, pairs[:, 0], pairs[:, 1])
@@ -107,17 +110,49 @@ class Runner:
             positions = np.concatenate([np.arange(a, a + n) for _, a, n in work])
             token_rows = np.repeat(rows, counts)
         kv_lens = [start + count for start, count in zip(starts, counts, strict=True)]
-        table = self._tables.array
-        slots = table[token_rows, positions // self.block_size].astype(np.int64) * self.block_size
-        meta = ops.AttentionMeta(
-            query_start=self._send(np.cumsum([0, *counts], dtype=np.int32)),
-            seq_lens=self._send(np.array(kv_lens, dtype=np.int32)),
-            block_tables=self._send(table[rows, : -(-max(kv_lens) // self.block_size)]),
-            slot_mapping=self._send(slots + positions % self.block_size),
-            query_lens=counts,
-            kv_lens=kv_lens,
-        )
+        slots = self._tables.array[token_rows, positions // self.block_size].astype(np.int64) * self.block_size
+        slots += positions % self.block_size
+        needed = batch.needed()
+        last = None if sum(needed) == len(ids) else self._part(counts, needed, kv_lens, rows, slots)
+        meta = self._meta(counts, kv_lens, rows, slots, last=last)
         return self._send(ids), self._send(positions), meta
 
-    def _send(self, array: "np.ndarray[tuple[int, ...], np.dtype[np.integer]]") -> Tensor:
+    def _part(
+        self, counts: list[int], needed: list[int], kv_lens: list[int], rows: _Integers, slots: _Integers
+    ) -> ops.AttentionMeta:
+        """The last `needed` tokens of each sequence of a batch."""
+        ends = np.cumsum(counts)
+        chosen = [place for place, count in enumerate(needed) if count]
+        tokens = [np.arange(ends[place] - needed[place], ends[place]) for place in chosen]
+        whole = np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.int64)
+        return self._meta(
+            [needed[place] for place in chosen],
+            [kv_lens[place] for place in chosen],
+            rows[chosen],
+            slots[whole],
+            token_rows=self._send(whole),
+        )
+
+    def _meta(
+        self,
+        counts: list[int],
+        kv_lens: list[int],
+        rows: _Integers,
+        slots: _Integers,
+        *,
+        token_rows: Tensor | None = None,
+        last: ops.AttentionMeta | None = None,
+    ) -> ops.AttentionMeta:
+        return ops.AttentionMeta(
+            query_start=self._send(np.cumsum([0, *counts], dtype=np.int32)),
+            seq_lens=self._send(np.array(kv_lens, dtype=np.int32)),
+            block_tables=self._send(self._tables.array[rows, : -(-max(kv_lens, default=1) // self.block_size)]),
+            slot_mapping=self._send(slots),
+            query_lens=counts,
+            kv_lens=kv_lens,
+            rows=token_rows,
+            last=last,
+        )
+
+    def _send(self, array: _Integers) -> Tensor:
         return torch.from_numpy(array).to(self.device)

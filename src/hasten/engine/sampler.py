@@ -5,6 +5,7 @@ request's seed and the token's position: the rest of the batch and preemptions c
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 def mix64(value: int) -> int:
-    """A number of 64 bits, each of which depends on all bits of `value`. Source: Steele, Lea, Flood, SplitMix64, 2014."""
+    """64 bits, each of which depends on all bits of `value`. Source: Steele, Lea, Flood, SplitMix64, 2014."""
     state = (value + _GOLDEN) & _MASK
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -117,16 +118,14 @@ def _draw(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:
     params = [sequence.params for sequence in sequences]
     device = logits_rv.device
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, device=device).unsqueeze(1)
+    def column(values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), device=device).unsqueeze(1)
 
     # fp64 for the temperature: a tiny one would overflow fp32 and leave no distribution to draw from.
-    scaled_rv = (
-        logits_rv.double() / torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device)[:, None]
-    )
+    scaled_rv = logits_rv.double() / column(p.temperature for p in params)
     probs_rv = scaled_rv.softmax(-1)
     if any(p.min_p > 0 for p in params):
-        floor = probs_rv.amax(-1, keepdim=True) * column([p.min_p for p in params])
+        floor = probs_rv.amax(-1, keepdim=True) * column(p.min_p for p in params)
         probs_rv = probs_rv.masked_fill(probs_rv < floor, 0)
     order_rk: Tensor | None = None
     vocab = logits_rv.shape[1]
@@ -136,7 +135,7 @@ def _draw(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:
         places = torch.arange(probs_rv.shape[1], device=device)
         probs_rv = probs_rv.masked_fill(places >= column(top_k), 0)
         before = probs_rv.cumsum(-1) - probs_rv
-        cut = probs_rv.sum(-1, keepdim=True) * column([p.top_p for p in params])
+        cut = probs_rv.sum(-1, keepdim=True) * column(p.top_p for p in params)
         probs_rv = probs_rv.masked_fill((before >= cut) & (places > 0), 0)
     cumulative = probs_rv.cumsum(-1)
     points = torch.tensor([uniform(s.seed, s.output_len) for s in sequences], dtype=torch.float64, device=device)

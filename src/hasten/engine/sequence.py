@@ -25,7 +25,7 @@ class Sequence:
         "seed",
         "table_version",
         "token_ids",
-        "use_prefix_cache",
+        "wants_prompt_logprobs",
     )
 
     def __init__(self, request: Request, seed: int) -> None:
@@ -48,7 +48,12 @@ class Sequence:
         self.prefix = 0
         self.num_registered = 0
         """Full blocks that the prefix cache knows, and its number for the tokens in them."""
-        self.use_prefix_cache = request.params.prompt_logprobs is None
+        self.wants_prompt_logprobs = request.params.prompt_logprobs is not None
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Whether the logits of the prompt's tokens are asked for and not computed yet."""
+        return self.wants_prompt_logprobs and self.num_computed < self.prompt_len
 
     @property
     def output_len(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.checkpoint.plan import Checkpoint, open_checkpoint, rank_tensors
-from hasten.core.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from hasten.core.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig, dtype_name
 from hasten.core.errors import CapacityError, ConfigError
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
@@ -62,7 +62,7 @@ class Worker:
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.device = resolve_device(config.device, ranks.group)
+        self.device = rank_device(config, ranks.group)
         checkpoint = open_checkpoint(
             config.model,
             ranks=ranks.group.size,
@@ -71,7 +71,7 @@ class Worker:
         )
         self.model_config = checkpoint.config
         replace(config.parallel, tensor_parallel_size=ranks.group.size).validate(self.model_config)
-        dtype = TORCH_DTYPES[resolve_dtype(config.dtype, self.model_config, self.device)]
+        dtype = TORCH_DTYPES[compute_dtype(config.dtype, self.model_config, self.device)]
         self.tokenizer_folder = checkpoint.tokenizer_folder
         model = build_model(checkpoint, ranks.group, dtype, self.device)
         self.runner = Runner(model, self.model_config, dtype, self.device, config.cache.block_size)
@@ -138,17 +138,13 @@ class Worker:
         following, for sequences that asked for prompt log-probabilities.
         """
         hidden = self.runner.forward(batch)
-        start = 0
-        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
-            if not sequence.use_prefix_cache and sequence.num_computed < sequence.prompt_len:
-                self._prompt_logits(sequence, hidden[start : start + count], on_prompt_logits)
-            start += count
-        ends = [0] * len(batch.counts)
-        total = 0
-        for place, count in enumerate(batch.counts):
-            total += count
-            ends[place] = total - 1
-        rows = [ends[place] for place in batch.sampled()]
+        rows, end = [], 0
+        for place, (sequence, needed) in enumerate(zip(batch.sequences, batch.needed(), strict=True)):
+            start, end = end, end + needed
+            if sequence.wants_prompt_logits:
+                self._prompt_logits(sequence, hidden[start:end], on_prompt_logits)
+            if batch.catches_up(place):
+                rows.append(end - 1)
         return self.runner.logits(hidden, rows) if rows else None
 
     def _prompt_logits(
@@ -173,32 +169,31 @@ class Worker:
             self.scheduler.advance(batch)
 
 
-def resolve_device(name: str, group: TensorGroup) -> torch.device:
-    """The device of this rank; ConfigError where there is none such."""
-    if name == "auto":
-        device = ops.default_device()
-    else:
-        try:
-            device = torch.device(name)
-        except RuntimeError as error:
-            raise ConfigError(f"device {name!r} is not known; use cpu, cuda or auto") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} is not supported; use cpu, cuda or auto")
-    if device.type == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", group.rank))
-        count = torch.cuda.device_count()
-        if local_rank >= count:
-            raise ConfigError(f"rank {group.rank} needs GPU {local_rank}, but {count} are visible here")
-        device = torch.device("cuda", local_rank if group.size > 1 else device.index or 0)
-        torch.cuda.set_device(device)
+def device_kind(config: EngineConfig) -> str:
+    """`cpu` or `cuda`: what the configuration asks for, or what there is."""
+    return ops.default_device().type if config.device == "auto" else config.device.partition(":")[0]
+
+
+def rank_device(config: EngineConfig, group: TensorGroup) -> torch.device:
+    """The device of this rank; ConfigError where there is no such GPU."""
+    if device_kind(config) == "cpu":
+        return torch.device("cpu")
+    number = int(config.device.partition(":")[2] or 0)
+    if group.size > 1:
+        number = int(os.environ.get("LOCAL_RANK", group.rank))
+    if number >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {group.rank} needs GPU {number}, but {torch.cuda.device_count()} are visible here; "
+            "use fewer ranks or --device cpu"
+        )
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
     return device
 
 
-def resolve_dtype(name: str, model: ModelConfig, device: torch.device) -> str:
+def compute_dtype(name: str, model: ModelConfig, device: torch.device) -> str:
     """The type to compute in: what was asked; else fp32 on a CPU and the checkpoint's own on a GPU."""
     if name != "auto":
-        from hasten.core.config import dtype_name
-
         return dtype_name(name)
     return "fp32" if device.type == "cpu" else model.dtype
 
@@ -239,7 +234,7 @@ def config_from_json(text: str) -> EngineConfig:
 
 def follow_rank_zero(config: EngineConfig, place: RankPlace) -> None:
     """Be rank `place.rank` until rank 0 says stop; an error is told to the other ranks before it is raised."""
-    ranks = Ranks(place, None, device_of_ranks(config))
+    ranks = Ranks(place, None, device_kind(config))
     try:
         with ranks.guard("following rank 0"):
             Worker(config, ranks).follow()
@@ -247,11 +242,6 @@ def follow_rank_zero(config: EngineConfig, place: RankPlace) -> None:
         ranks.report_failure(error)
         raise
     ranks.leave()
-
-
-def device_of_ranks(config: EngineConfig) -> torch.device:
-    """The kind of device that the ranks will use, before they have met."""
-    return ops.default_device() if config.device == "auto" else torch.device(config.device)
 
 
 def main() -> None:

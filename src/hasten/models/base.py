@@ -31,7 +31,10 @@ class CausalLM(nn.Module):
 
     @abstractmethod
     def forward(self, input_ids_t: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
-        """Hidden states [t, h] after the last norm, from token ids [t] and their positions [t]."""
+        """Hidden states after the last norm, from token ids [t] and their positions [t].
+
+        They are [t, h], or of the tokens of `meta.last` alone where it names some.
+        """
 
     @abstractmethod
     def logits(self, hidden_rh: Tensor) -> Tensor | None:

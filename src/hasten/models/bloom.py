@@ -39,8 +39,9 @@ class BloomMLP(nn.Module):
 class BloomBlock(nn.Module):
     """One layer: attention and MLP, each behind a norm and added to a residual."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, last: bool) -> None:
         super().__init__()
+        self.last = last
         self.input_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = Attention(config.hidden_size, config.attention, bias=True)
         self.post_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
@@ -50,9 +51,10 @@ class BloomBlock(nn.Module):
     def forward(self, x_th: Tensor, meta: AttentionMeta) -> Tensor:
         """Hidden states after this layer."""
         normed_th = self.input_norm(x_th)
-        x_th = self.attention(normed_th, meta, residual_th=normed_th if self.residual_after_norm else x_th)
+        residual_th = normed_th if self.residual_after_norm else x_th
+        x_th = self.attention(normed_th, meta, residual_th, last=self.last)
         normed_th = self.post_norm(x_th)
-        return self.mlp(normed_th, residual_th=normed_th if self.residual_after_norm else x_th)
+        return self.mlp(normed_th, normed_th if self.residual_after_norm else x_th)
 
 
 class BloomForCausalLM(CausalLM):
@@ -62,14 +64,15 @@ class BloomForCausalLM(CausalLM):
         super().__init__(config)
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.embedding_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.layers = nn.ModuleList(BloomBlock(config) for _ in range(config.num_layers))
+        end = config.num_layers - 1
+        self.layers = nn.ModuleList(BloomBlock(config, last=i == end) for i in range(config.num_layers))
         self.final_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.head = Head(
             config.vocab_size, config.hidden_size, tied=self.embedding if config.tie_word_embeddings else None
         )
 
     def forward(self, input_ids_t: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
-        """Hidden states [t, h] after the last norm."""
+        """Hidden states after the last norm, of the tokens of `meta.last` where it names some: [t, h]."""
         x_th = self.embedding_norm(self.embedding(input_ids_t))
         for layer in self.layers:
             x_th = layer(x_th, meta)

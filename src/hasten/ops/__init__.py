@@ -1,6 +1,6 @@
 """Typed tensor operations: the only room that asks which device a tensor is on.
 
-Each function is defined in `reference.py`, in plain torch; `cpu.py` and `gpu/` hold faster paths with the same signatures.
+Each function is defined in `reference.py`, in plain torch; `cpu.py` holds faster paths with the same signatures.
 Shapes: t tokens of the flat batch, h hidden, o output features, n heads, m key/value heads, d head size, v vocabulary.
 """
 

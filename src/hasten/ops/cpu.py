@@ -41,6 +41,8 @@ def linear(  # noqa: D103
     x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation: str | None, residual_to: Tensor | None
 ) -> Tensor:
     dtype = x_th.dtype
+    if x_th.shape[0] == 0:
+        return x_th.new_empty(0, weight.out_features)
     x_th = x_th.float()
     bias_o = None if bias_o is None else bias_o.float()
     if weight.blocked is None or (weight.plain is not None and x_th.shape[0] == 1):
@@ -57,8 +59,9 @@ def linear(  # noqa: D103
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     """GELU's tanh form, written with the logistic function, which a CPU computes faster than tanh."""
-    gate = (x * x).mul_(0.0713548162726).add_(1.5957691216057308).mul_(x).sigmoid_()
-    return x.mul_(gate)
+    gate = x * x
+    torch.addcmul(x, gate, x, value=0.044715, out=gate)
+    return x.mul_(gate.mul_(1.5957691216057308).sigmoid_())
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ def paged_attention(  # noqa: D103
     scale: float,
     alibi_slopes_n: Tensor | None,
 ) -> Tensor:
+    if query_tnd.shape[0] == 0:
+        return torch.empty_like(query_tnd)
     plan: list[tuple[_Group, Tensor | None]] | None = meta.scratch.get("attention")
     if plan is None:
         plan = meta.scratch["attention"] = _plan(meta, key_cache.shape[1], query_tnd.shape[1], alibi_slopes_n)

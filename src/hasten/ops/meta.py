@@ -25,6 +25,10 @@ class AttentionMeta:
     """[s] on the host: tokens of each sequence in this batch."""
     kv_lens: list[int]
     """[s] on the host: `seq_lens`."""
+    rows: Tensor | None = None
+    """[t]: where these tokens stand in the batch that this is a part of."""
+    last: "AttentionMeta | None" = None
+    """The part whose hidden states are asked for, if not all are: the last layer computes no others."""
     scratch: dict[str, Any] = field(default_factory=dict, compare=False)
     """What an op works out once a step, for every layer to use again."""
 

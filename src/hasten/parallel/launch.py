@@ -13,13 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import IO
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed offers them, but its types do not
 
 from hasten.core.errors import ConfigError, EngineError, RankError
 from hasten.parallel.groups import TensorGroup
@@ -71,33 +72,33 @@ def _port_of_job(env: Mapping[str, str]) -> int:
 class Ranks:
     """The group of this process's run: its collectives, and the word of any rank's death."""
 
-    def __init__(self, place: RankPlace | None, children: "Children | None", device: torch.device) -> None:
+    def __init__(self, place: RankPlace | None, children: "Children | None", device_kind: str) -> None:
         self.group = TensorGroup(place.rank, place.size) if place else TensorGroup()
         self._place = place
         self._children = children
-        self._store: dist.Store | None = None
+        self._store: PrefixStore | None = None
         self._threads = torch.get_num_threads()
         if place is not None and place.size > 1:
-            self._join(place, device)
+            self._join(place, device_kind)
 
     @classmethod
     def alone(cls) -> "Ranks":
         """One rank, nobody to wait for."""
-        return cls(None, None, torch.device("cpu"))
+        return cls(None, None, "cpu")
 
-    def _join(self, place: RankPlace, device: torch.device) -> None:
+    def _join(self, place: RankPlace, device_kind: str) -> None:
         timeout = timedelta(seconds=_START_TIMEOUT_S)
         hosts_store = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         with self.guard("meeting the other ranks"):
-            store = dist.TCPStore(
+            store = TCPStore(
                 place.address, place.port, place.size, hosts_store, timeout=timeout, wait_for_workers=False
             )
-            self._store = dist.PrefixStore("hasten", store)
-            self._store.set(f"here/{place.rank}", b"1")
+            self._store = PrefixStore("hasten", store)
+            self._store.set(f"here/{place.rank}", "1")
             self._await_all(f"here/{rank}" for rank in range(place.size))
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if device_kind == "cuda" else "gloo"
             dist.init_process_group(backend, store=self._store, rank=place.rank, world_size=place.size)
-        if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        if device_kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, self._threads // place.local_size))
 
     def _await_all(self, keys: Iterator[str]) -> None:
@@ -142,15 +143,15 @@ class Ranks:
     def report_failure(self, error: BaseException) -> None:
         """Tell the other ranks why this one is about to end."""
         if self._store is not None and self._children is None:
-            with _quiet():
-                self._store.set(f"failed/{self.group.rank}", f"{type(error).__name__}: {error}".encode())
+            with suppress(RuntimeError):
+                self._store.set(f"failed/{self.group.rank}", f"{type(error).__name__}: {error}")
 
     def _explain_by_roll_call(self, error: Exception) -> str:
         """Who is missing among ranks that nobody here started: those that answer are alive."""
         assert self._store is not None
         others = [rank for rank in range(self.group.size) if rank != self.group.rank]
         try:
-            self._store.set(f"alive/{self.group.rank}", b"1")
+            self._store.set(f"alive/{self.group.rank}", "1")
             deadline = time.monotonic() + _GRACE_S
             while time.monotonic() < deadline:
                 for rank in others:
@@ -189,7 +190,7 @@ class Ranks:
     def leave(self) -> None:
         """End this process's part; the other ranks must leave as well."""
         if self._place is not None and self._place.size > 1:
-            with _quiet():
+            with suppress(RuntimeError):
                 dist.destroy_process_group()
             torch.set_num_threads(self._threads)
         if self._children is not None:
@@ -198,15 +199,6 @@ class Ranks:
 
 _HEADER = 4096
 """Bytes of the first broadcast of a message: most messages fit."""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Let go of errors in what is done while ending anyway."""
-    try:
-        yield
-    except RuntimeError:
-        pass
 
 
 class Children:
@@ -231,6 +223,7 @@ class Children:
             "WORLD_SIZE": str(place.size),
             "LOCAL_RANK": str(rank),
             "LOCAL_WORLD_SIZE": str(place.local_size),
+            "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // place.local_size)),
             "MASTER_ADDR": place.address,
             "MASTER_PORT": str(place.port),
         }
@@ -260,7 +253,8 @@ class Children:
         time.sleep(_GRACE_S)
         if self.guarded and not self.ending:
             # The collective did not notice (NCCL waits for ever); nothing else would end this process.
-            print(f"hasten: error: {self.failure}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"hasten: error: {self.failure}\n")
+            sys.stderr.flush()
             os._exit(1)
 
     def raise_failure(self) -> None:
@@ -277,7 +271,7 @@ class Children:
         self.ending = True
         for process in self._processes:
             if process.stdin is not None:
-                with _quiet_pipe():
+                with suppress(OSError):
                     process.stdin.close()
         deadline = time.monotonic() + _GRACE_S
         for process in self._processes:
@@ -286,11 +280,3 @@ class Children:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-@contextmanager
-def _quiet_pipe() -> Iterator[None]:
-    try:
-        yield
-    except OSError:
-        pass
