@@ -93,10 +93,10 @@ class _Pickle:
             raise CheckpointError(
                 f"{path} is damaged, or holds more than tensors, which hasten does not execute: save it as safetensors"
             ) from error
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read as a torch file ({_first_line(error)}); copy it again"
-            ) from error
+        # torch's readers raise whatever the damage leads to
+        except Exception as error:
+            what = f"{path} cannot be read as a torch file ({_first_line(error)})"
+            raise CheckpointError(f"{what}; copy it again") from error
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise CheckpointError(f"{path} does not hold a plain set of named tensors; save the model's state_dict()")
         self._state: dict[str, Tensor] = state
@@ -422,12 +422,14 @@ def read_hf_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     raw = read_json(path)
     named = raw.get("architectures") or [_default_architecture(str(raw.get("model_type", "")))]
+    if not isinstance(named, list):
+        raise ConfigError(f"{path}: architectures {named!r} is not a list of names")
     cls = model_class(str(named[0]))
     try:
         return cls.config_from_hf(raw)
     except HastenError as error:
         raise type(error)(f"{path}: {error}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"{path} has a value of the wrong kind: {error}") from error
 
 

@@ -3,6 +3,7 @@
 Shapes: t tokens of the flat batch, r rows that need logits, v vocabulary, h hidden.
 """
 
+import math
 from itertools import chain
 from typing import Any
 
@@ -73,9 +74,15 @@ class Runner:
         self._tables = BlockTables(max_sequences, max_blocks)
         for attention in self._attentions:
             shape = (2, num_blocks, self.block_size, attention.num_kv_heads, attention.head_size)
-            key_cache, value_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            key_cache, value_cache = self._zeros(shape)
             attention.bind_cache(key_cache, value_cache)
             self._caches += [key_cache, value_cache]
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        if self.device.type != "cpu":
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        # numpy asks the system for zero pages, which cost nothing until they are used; torch would write every one.
+        return torch.from_numpy(np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)).view(self.dtype).view(shape)
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states of the tokens that `batch.needed()` counts, in order; all leave their keys and values."""

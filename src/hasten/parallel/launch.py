@@ -25,9 +25,11 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distribute
 from hasten.core.errors import ConfigError, EngineError, RankError
 from hasten.parallel.groups import TensorGroup
 
-_GRACE_S = 3.0
+_GRACE_S = 2.0
 """How long a failure may take to be explained by the rank that caused it."""
 _START_TIMEOUT_S = 120.0
+_IDLE_TIMEOUT = timedelta(days=365)
+"""How long a collective waits: ranks wait in one for the next request, however long that takes."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,25 @@ def place_from_environment(env: Mapping[str, str] = os.environ) -> RankPlace | N
     for rank_name, size_name, local_name in names:
         if rank_name not in env or size_name not in env:
             continue
-        rank, size = int(env[rank_name]), int(env[size_name])
-        local_size = int(env.get(local_name, size))
+        rank, size = _number(env, rank_name), _number(env, size_name)
+        local_size = _number(env, local_name) if local_name in env else size
         if local_size < size and "MASTER_ADDR" not in env:
             raise ConfigError(
                 f"{size_name}={size} ranks on several hosts, but MASTER_ADDR is not set; set it to rank 0's host "
                 "(and MASTER_PORT to a free port there)"
             )
         address = env.get("MASTER_ADDR", "127.0.0.1")
-        return RankPlace(rank, size, local_size, address, int(env.get("MASTER_PORT") or _port_of_job(env)))
+        return RankPlace(
+            rank, size, local_size, address, _number(env, "MASTER_PORT") if "MASTER_PORT" in env else _port_of_job(env)
+        )
     return None
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError:
+        raise ConfigError(f"the environment has {name}={env[name]!r}, which is not a number") from None
 
 
 def _port_of_job(env: Mapping[str, str]) -> int:
@@ -97,7 +108,9 @@ class Ranks:
             self._store.set(f"here/{place.rank}", "1")
             self._await_all(f"here/{rank}" for rank in range(place.size))
             backend = "cpu:gloo,cuda:nccl" if device_kind == "cuda" else "gloo"
-            dist.init_process_group(backend, store=self._store, rank=place.rank, world_size=place.size)
+            dist.init_process_group(
+                backend, store=self._store, rank=place.rank, world_size=place.size, timeout=_IDLE_TIMEOUT
+            )
         if device_kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, self._threads // place.local_size))
 
@@ -138,7 +151,7 @@ class Ranks:
                 return self._children.failure
         elif self._store is not None:
             return self._explain_by_roll_call(error)
-        return f"rank {self.group.rank} of {self.group.size} failed: {error}"
+        return f"rank {self.group.rank} of {self.group.size} failed: {_brief(error)}"
 
     def report_failure(self, error: BaseException) -> None:
         """Tell the other ranks why this one is about to end."""
@@ -162,7 +175,7 @@ class Ranks:
         except RuntimeError:
             dead = [0]  # the store went with the rank that hosts it
         names = ", ".join(f"rank {rank}" for rank in dead) or "a rank"
-        return f"{names} of {self.group.size} died: {error}"
+        return f"{names} of {self.group.size} died: its connection to rank {self.group.rank} broke ({_brief(error)})"
 
     def broadcast(self, message: object | None) -> object:
         """Rank 0's message, any JSON value, on every rank."""
@@ -195,6 +208,11 @@ class Ranks:
             torch.set_num_threads(self._threads)
         if self._children is not None:
             self._children.end()
+
+
+def _brief(error: Exception) -> str:
+    """The part of a collective's error that says what happened."""
+    return str(error).partition(". This is typically")[0].rpartition("] ")[2].strip()
 
 
 _HEADER = 4096

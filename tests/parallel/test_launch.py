@@ -1,0 +1,220 @@
+"""Ranks of real processes: the same tokens as one rank, and an end with a name when one dies."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from hasten import LLM, SamplingParams
+from hasten.core.errors import ChecksumError, ConfigError, EngineError, RankError
+from hasten.parallel.launch import RankPlace, place_from_environment
+
+LIMIT_S = 5.0
+"""How soon a run must end after a rank has died."""
+PROMPTS = [[5 + (7 * i + j) % 200 for j in range(3 + 9 * i)] for i in range(5)]
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
+    SamplingParams(temperature=0.9, top_k=20, seed=7, n=2, max_tokens=9, ignore_eos=True),
+    SamplingParams(temperature=0, max_tokens=5, prompt_logprobs=1, logprobs=1, ignore_eos=True),
+    SamplingParams(temperature=1.1, top_p=0.9, seed=8, max_tokens=8, ignore_eos=True),
+    SamplingParams(temperature=0, repetition_penalty=1.3, max_tokens=10, ignore_eos=True),
+]
+
+
+def hasten(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "hasten", *arguments]
+
+
+def endless(model: Path) -> list[str]:
+    """A generation that goes on for longer than any test waits."""
+    return hasten("generate", str(model), "--prompt", "the", "--max-new-tokens", "100000", "--ignore-eos", "--stream",
+                  "--json", "--max-model-len", "200000", "--device", "cpu")  # fmt: skip
+
+
+@contextmanager
+def running(command: list[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that is surely gone afterwards."""
+    process = subprocess.Popen(
+        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def children_of(parent: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def await_first_output(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline(), process.communicate()[1]
+
+
+def end_of(process: subprocess.Popen[str], since: float) -> tuple[int, str]:
+    """Exit code and standard error, which must come within the limit."""
+    error = process.communicate(timeout=30)[1]
+    assert time.monotonic() - since < LIMIT_S
+    return process.returncode, error
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def mpi_environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What Open MPI's mpirun tells its processes, and a port that no other test has."""
+    return {
+        "OMPI_COMM_WORLD_RANK": str(rank),
+        "OMPI_COMM_WORLD_SIZE": str(size),
+        "OMPI_COMM_WORLD_LOCAL_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_choose_the_tokens_of_one_rank(tiny_bloom_odd_vocab: Path, ranks: int) -> None:
+    options = {"device": "cpu", "max_num_batched_tokens": 40, "max_num_seqs": 4}
+    with LLM(tiny_bloom_odd_vocab, **options) as alone:
+        expected = alone.generate(PROMPTS, PARAMS)
+    with LLM(tiny_bloom_odd_vocab, tensor_parallel_size=ranks, **options) as llm:
+        found = llm.generate(PROMPTS, PARAMS)
+        again = llm.generate(PROMPTS, PARAMS)
+        assert llm.engine.scheduler.blocks.num_used == 0
+    for one, other, third in zip(expected, found, again, strict=True):
+        tokens = [completion.token_ids for completion in one.outputs]
+        assert [completion.token_ids for completion in other.outputs] == tokens
+        assert [completion.token_ids for completion in third.outputs] == tokens
+    assert found[2].prompt_logprobs is not None
+    assert len(found[2].prompt_logprobs) == len(PROMPTS[2])
+
+
+def test_ranks_agree_through_preemption(tiny_bloom: Path) -> None:
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    with LLM(tiny_bloom, device="cpu") as alone:
+        expected = [output.outputs[0].token_ids for output in alone.generate(PROMPTS, params)]
+        block_bytes = alone.engine.worker.runner.block_bytes
+    tight = {"max_model_len": 96, "kv_cache_memory": 4 * block_bytes}  # 8 blocks, since each rank's are half as large
+    with LLM(tiny_bloom, device="cpu", tensor_parallel_size=2, **tight) as llm:
+        found = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params)]
+        assert llm.engine.scheduler.stats.preemptions > 0
+    assert found == expected
+
+
+def test_ranks_that_mpirun_started_join_and_the_first_alone_prints(tiny_bloom: Path) -> None:
+    command = hasten("generate", str(tiny_bloom), "--prompt", "the river", "--json", "--device", "cpu")
+    single = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout)
+    port = free_port()
+    with (
+        running(command, **mpi_environment(0, 2, port)) as first,
+        running(command, **mpi_environment(1, 2, port)) as second,
+    ):
+        out, error = first.communicate(timeout=60)
+        assert first.returncode == 0, error
+        assert json.loads(out)["token_ids"] == single["token_ids"]
+        assert second.communicate(timeout=30) == ("", "")
+        assert second.returncode == 0
+
+
+def test_a_killed_rank_ends_the_run_with_its_name(tiny_bloom: Path) -> None:
+    with running([*endless(tiny_bloom), "--tensor-para-size", "2"]) as process:
+        await_first_output(process)
+        (child,) = children_of(process.pid)
+        os.kill(child, signal.SIGKILL)
+        code, error = end_of(process, time.monotonic())
+    assert code == 1
+    assert f"rank 1 of 2 (process {child}) died: killed by SIGKILL" in error
+
+
+def test_a_killed_first_rank_takes_the_others_along(tiny_bloom: Path) -> None:
+    with running([*endless(tiny_bloom), "--tensor-para-size", "2"]) as process:
+        await_first_output(process)
+        (child,) = children_of(process.pid)
+        process.kill()
+        deadline = time.monotonic() + LIMIT_S
+        while Path(f"/proc/{child}").exists() and "zombie" not in Path(f"/proc/{child}/status").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_ranks_of_mpirun_name_the_one_that_was_killed(tiny_bloom: Path, victim: int) -> None:
+    port = free_port()
+    with (
+        running(endless(tiny_bloom), **mpi_environment(0, 2, port)) as first,
+        running(endless(tiny_bloom), **mpi_environment(1, 2, port)) as second,
+    ):
+        await_first_output(first)
+        processes = (first, second)
+        processes[victim].kill()
+        code, error = end_of(processes[1 - victim], time.monotonic())
+    assert code == 1
+    assert f"rank {victim} of 2 died" in error
+
+
+def test_an_error_of_one_rank_alone_reaches_the_user(tiny_bloom: Path, tmp_path: Path) -> None:
+    from hasten.checkpoint.convert import Conversion, convert
+
+    convert(Conversion(str(tiny_bloom), str(tmp_path), ranks=2, format="safetensors"))
+    (file,) = (tmp_path / "2-gpu").glob("rank-00001-*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RankError, match=r"rank 1 of 2 .*ChecksumError: .*rank-00001"):
+        LLM(tmp_path, tensor_parallel_size=2, device="cpu")
+    assert children_of(os.getpid()) == []
+    with pytest.raises(ChecksumError):
+        LLM(tmp_path, device="cpu")
+
+
+def test_a_rank_that_dies_between_calls_ends_the_next_one(tiny_bloom: Path) -> None:
+    with LLM(tiny_bloom, tensor_parallel_size=2, device="cpu") as llm:
+        llm.generate("the")
+        (child,) = children_of(os.getpid())
+        os.kill(child, signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(RankError, match="rank 1 of 2"):
+            llm.generate("the")
+        with pytest.raises(EngineError):
+            llm.generate("the")
+    assert time.monotonic() - start < LIMIT_S
+    assert children_of(os.getpid()) == []
+
+
+def test_the_place_of_a_rank_comes_from_whoever_started_it() -> None:
+    assert place_from_environment({}) is None
+    torchrun = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node", "MASTER_PORT": "77"}
+    assert place_from_environment(torchrun) == RankPlace(1, 4, 2, "node", 77)
+    assert place_from_environment(mpi_environment(0, 2, 9)) == RankPlace(0, 2, 2, "127.0.0.1", 9)
+    assert place_from_environment({"PMI_RANK": "2", "PMI_SIZE": "3", "MASTER_PORT": "5"}) == RankPlace(
+        2, 3, 3, "127.0.0.1", 5
+    )
+    same_job = [place_from_environment({"PMI_RANK": rank, "PMI_SIZE": "2", "PMI_KVSNAME": "a"}) for rank in "01"]
+    assert same_job[0] is not None
+    assert same_job[1] is not None
+    assert same_job[0].port == same_job[1].port
+    several_hosts = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    with pytest.raises(ConfigError, match="MASTER_ADDR"):
+        place_from_environment(several_hosts)
+    with pytest.raises(ConfigError, match="RANK='one'"):
+        place_from_environment({"RANK": "one", "WORLD_SIZE": "2"})
+
+
+def test_a_size_that_contradicts_the_launcher_is_refused(tiny_bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in mpi_environment(0, 2, 9).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="tensor_parallel_size is 4, but this is one of 2 ranks"):
+        LLM(tiny_bloom, tensor_parallel_size=4)
