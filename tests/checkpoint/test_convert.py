@@ -281,6 +281,20 @@ def test_an_empty_folder_may_be_given(tiny_bloom: Path, tmp_path: Path) -> None:
     assert run(tiny_bloom, tmp_path / "out").is_dir()
 
 
+def test_the_current_folder_may_be_given(tiny_bloom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        run(tiny_bloom, Path(), 2)
+        assert {"2-gpu", "config.json"} <= {path.name for path in Path().iterdir()}
+        assert _nothing_left(Path())
+
+
+def test_torch_keeps_its_threads(tiny_bloom: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    run(tiny_bloom, tmp_path / "out", workers=3)
+    assert torch.get_num_threads() == before
+
+
 def test_unreadable_inputs(tiny_bloom: Path, copy_of: Copy, edit_config: Callable[..., None], tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(CheckpointError, match="missing"):

@@ -55,7 +55,9 @@ class Target:
             )
         if self.name in entries:
             self._check_replaced(self.out / self.name)
-        movable = not self.out.is_mount() and os.access(self.out.parent, os.W_OK)
+        # a folder that someone stands in would vanish under them
+        in_use = self.out.is_mount() or Path.cwd().is_relative_to(self.out)
+        movable = not in_use and os.access(self.out.parent, os.W_OK)
         return movable and entries <= {self.name, *SIDE_FILES}
 
     def _check_replaced(self, folder: Path) -> None:

@@ -12,8 +12,8 @@ class BlockManager:
     """Hands out blocks, shares those of equal prefixes, and copies a shared block before it is written.
 
     A full block is known by its prefix: the number of the prefix before it and its own tokens, compared exactly, so
-    that two prompts never share by accident. A block that nobody holds keeps its content until it is handed out anew,
-    the longest unused first.
+    that two prompts never share by accident. A block that nobody holds keeps its content until it is handed out anew:
+    those without any first, the last one freed before the others, then the longest unused.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_cache: bool = True) -> None:
@@ -67,10 +67,10 @@ class BlockManager:
         Returns the copies (source, target) to make before the tokens are written: blocks that others hold too.
         """
         size, table = self.block_size, sequence.block_table
-        missing = -(-(sequence.num_computed + num_tokens) // size) - len(table)
+        missing = max(0, -(-(sequence.num_computed + num_tokens) // size) - len(table))
         first = sequence.num_computed // size
         shared = [place for place in range(first, len(table)) if self._references[table[place]] > 1]
-        if missing <= 0 and not shared:
+        if not missing and not shared:
             return []
         if missing + len(shared) > len(self._free):
             return None
@@ -120,6 +120,8 @@ class BlockManager:
             self._references[block] -= 1
             if self._references[block] == 0:
                 self._free[block] = None
+                if self._content[block] is None:
+                    self._free.move_to_end(block, last=False)  # nothing to keep: reuse it while it is warm
         sequence.block_table = []
         sequence.table_version += 1
         sequence.num_computed = sequence.num_registered = 0

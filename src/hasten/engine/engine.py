@@ -322,7 +322,8 @@ def _output(state: _RequestState) -> RequestOutput:
         output = completion.output
         if output.finish_reason is None and completion.text is not None:
             output.text = completion.text.settled
-        outputs.append(replace(output, token_ids=list(output.token_ids)))
+        logprobs = None if output.logprobs is None else list(output.logprobs)
+        outputs.append(replace(output, token_ids=list(output.token_ids), logprobs=logprobs))
     return RequestOutput(
         request_id=state.request.request_id,
         prompt=state.request.prompt,

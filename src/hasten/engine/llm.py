@@ -169,7 +169,7 @@ class LLM:
         try:
             for request in requests:
                 engine.add(request, stream=stream)
-        except InvalidRequestError:
+        except BaseException:
             self._abandon([request.request_id for request in requests], ())
             raise
         return [request.request_id for request in requests]

@@ -114,34 +114,42 @@ def _banned(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> list[int]:
 
 
 def _draw(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Tokens [r] drawn by temperature, min-p, top-k and top-p, in this order."""
+    """Tokens [r] drawn by temperature, min-p, top-k and top-p, in this order.
+
+    Each filter keeps what is as probable as the last token it keeps, and the draw goes through the vocabulary in its own
+    order: neither ties nor the filters of other rows can change which token a number stands for.
+    """
     params = [sequence.params for sequence in sequences]
-    device = logits_rv.device
+    vocab, device = logits_rv.shape[1], logits_rv.device
 
     def column(values: Iterable[float]) -> Tensor:
-        return torch.tensor(list(values), device=device).unsqueeze(1)
+        return torch.tensor(list(values), dtype=torch.float64, device=device).unsqueeze(1)
 
     # fp64 for the temperature: a tiny one would overflow fp32 and leave no distribution to draw from.
-    scaled_rv = logits_rv.double() / column(p.temperature for p in params)
-    probs_rv = scaled_rv.softmax(-1)
+    probs_rv = (logits_rv.double() / column(p.temperature for p in params)).softmax(-1)
     if any(p.min_p > 0 for p in params):
-        floor = probs_rv.amax(-1, keepdim=True) * column(p.min_p for p in params)
-        probs_rv = probs_rv.masked_fill(probs_rv < floor, 0)
-    order_rk: Tensor | None = None
-    vocab = logits_rv.shape[1]
+        floor_r1 = probs_rv.amax(-1, keepdim=True) * column(p.min_p for p in params)
+        probs_rv = probs_rv.masked_fill(probs_rv < floor_r1, 0)
     top_k = [min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params]
-    if min(top_k) < vocab or any(p.top_p < 1 for p in params):
-        probs_rv, order_rk = probs_rv.topk(max(top_k), dim=-1)
-        places = torch.arange(probs_rv.shape[1], device=device)
-        probs_rv = probs_rv.masked_fill(places >= column(top_k), 0)
-        before = probs_rv.cumsum(-1) - probs_rv
-        cut = probs_rv.sum(-1, keepdim=True) * column(p.top_p for p in params)
-        probs_rv = probs_rv.masked_fill((before >= cut) & (places > 0), 0)
-    cumulative = probs_rv.cumsum(-1)
-    points = torch.tensor([uniform(s.seed, s.output_len) for s in sequences], dtype=torch.float64, device=device)
-    target = points.unsqueeze(1) * cumulative[:, -1:]
-    place_r1 = (cumulative <= target).sum(-1, keepdim=True).clamp_(max=cumulative.shape[1] - 1)
-    return place_r1.squeeze(1) if order_rk is None else order_rk.gather(1, place_r1).squeeze(1)
+    cut = [row for row, p in enumerate(params) if top_k[row] < vocab or p.top_p < 1]
+    if cut:
+        floor_r1 = probs_rv.new_zeros(len(params), 1)
+        floor_r1[cut] = _floor(probs_rv[cut], [top_k[row] for row in cut], column(params[row].top_p for row in cut))
+        probs_rv = probs_rv.masked_fill(probs_rv < floor_r1, 0)
+    cumulative_rv = probs_rv.cumsum(-1)
+    points_r1 = column(uniform(sequence.seed, sequence.output_len) for sequence in sequences)
+    places_r1 = torch.searchsorted(cumulative_rv, points_r1 * cumulative_rv[:, -1:], right=True)
+    return places_r1.squeeze(1).clamp_(max=vocab - 1)
+
+
+def _floor(probs_rv: Tensor, top_k: list[int], top_p_r1: Tensor) -> Tensor:
+    """The least probability [r, 1] that top-k, and then top-p among what is left, keep."""
+    sorted_rk = probs_rv.topk(max(top_k), dim=-1).values
+    last_r1 = torch.tensor(top_k, device=probs_rv.device).unsqueeze(1) - 1
+    cumulative_rk = sorted_rk.cumsum(-1)
+    kept_rk = cumulative_rk - sorted_rk < top_p_r1 * cumulative_rk.gather(1, last_r1)
+    kept_rk &= torch.arange(sorted_rk.shape[1], device=probs_rv.device) <= last_r1
+    return sorted_rk.where(kept_rk, sorted_rk[:, :1]).amin(-1, keepdim=True)
 
 
 def _with_logprobs(logits_rv: Tensor, tokens_r: Tensor, sequences: list[Sequence]) -> list[Sampled]:

@@ -1,10 +1,10 @@
 """Text at both ends: the tokenizer, and text that grows token by token, with its stop words."""
 
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.decoders import DecodeStream
 
 from hasten.core.errors import CheckpointError
 from hasten.core.types import SamplingParams
@@ -62,7 +62,7 @@ class Tokenizer:
 
     def stream(self, *, skip_special_tokens: bool = True) -> "TokenStream":
         """Text of tokens that come one by one."""
-        return TokenStream(self._fast, DecodeStream(skip_special_tokens=skip_special_tokens))
+        return TokenStream(self, skip_special_tokens=skip_special_tokens)
 
     def words_ids(self, word: str) -> list[list[int]]:
         """The runs of tokens that `word` may appear as: at the start of a text and after a space."""
@@ -70,16 +70,56 @@ class Tokenizer:
         return [run for place, run in enumerate(runs) if run and run not in runs[:place]]
 
 
-class TokenStream:
-    """Text that grows with its tokens; characters whose bytes are not complete wait."""
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+_WINDOW = 8
+"""Tokens decoded together at least before a stream lets the oldest go."""
 
-    def __init__(self, fast: FastTokenizer, stream: DecodeStream) -> None:
-        self._fast = fast
-        self._stream = stream
+
+class TokenStream:
+    """Text that grows with its tokens; characters whose bytes are not complete wait.
+
+    It decodes a window of the last tokens anew for each one: their text depends on their neighbours. What it gave
+    never changes, bytes that are no text come as replacement characters once that is certain, and it never raises
+    (the tokenizers library's own stream holds text back behind such bytes and takes quadratic time over them).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._ids: list[int] = []
+        self._given = 0
+        """Characters of the window's text that are given already."""
 
     def add(self, token_id: int) -> str:
         """The text that this token adds; empty while a character is incomplete."""
-        return self._stream.step(self._fast, token_id) or ""
+        self._ids.append(token_id)
+        text = self._decode(self._ids)
+        new = text[self._given :].rstrip(_INCOMPLETE)
+        self._given += len(new)
+        if len(self._ids) <= _WINDOW:
+            return new
+        if not new and not self._decode([token_id]):
+            self._ids.pop()  # a special token that is skipped; a run of them would fill the window
+        return new + self._shorten(text)
+
+    def _shorten(self, text: str) -> str:
+        """Let the oldest tokens go where that leaves the rest's text as it is; what they still owe is given."""
+        for keep in range(1, _WINDOW):
+            rest = self._decode(self._ids[-keep:])
+            if text.endswith(_INCOMPLETE):
+                # An undecided character across the border would count once in the whole, but once on each side.
+                fits = rest and self._decode(self._ids[:-keep]) + rest == text
+            else:
+                fits = rest and text.endswith(rest)
+            if fits:
+                owed = text[self._given : len(text) - len(rest)]
+                self._given = max(0, self._given - (len(text) - len(rest)))
+                self._ids = self._ids[-keep:]
+                return owed
+        return ""
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
 
 
 class TextState:
@@ -91,10 +131,14 @@ class TextState:
         self._include_stop = params.include_stop_str_in_output
         self._longest = max((len(word) for word in self._stop), default=0)
         self._text = ""
+        hidden = 0 if self._include_stop else max((len(word) for word in params.stop_words_ids), default=0)
+        self._lengths = deque([0], maxlen=max(1, hidden))
+        """Lengths of the text before the tokens that a run to come may take back."""
 
     def add(self, token_id: int, *, look_for_stop: bool) -> str | None:
         """Take one more token; the stop string that it completes, if any, ends the text there."""
         new = self._stream.add(token_id)
+        self._lengths.append(len(self._text) + len(new))
         begin = max(0, len(self._text) - self._longest + 1)
         self._text += new
         if not (new and look_for_stop and self._stop):
@@ -113,5 +157,5 @@ class TextState:
 
     @property
     def settled(self) -> str:
-        """The part that no stop string to come can take back."""
-        return self._text[: len(self._text) - self._longest + 1] if self._longest > 1 else self._text
+        """The part that nothing to come can take back: no stop string, and no run of stop tokens."""
+        return self._text[: max(0, min(self._lengths[0], len(self._text) - max(0, self._longest - 1)))]

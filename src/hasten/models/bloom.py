@@ -11,12 +11,13 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from hasten.core.config import AttentionConfig, ModelConfig, dtype_name
+from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import ConfigError
 from hasten.layers.attention import Attention
 from hasten.layers.embedding import Embedding, Head
 from hasten.layers.linear import ColumnLinear, RowLinear
 from hasten.layers.norm import LayerNorm
+from hasten.models import hf_config
 from hasten.models.base import CausalLM
 from hasten.models.weight_map import Axis, Row, WeightMap
 from hasten.ops.meta import AttentionMeta
@@ -98,34 +99,26 @@ class BloomForCausalLM(CausalLM):
         )
 
 
-def _first(raw: Mapping[str, Any], *names: str) -> Any:
-    for name in names:
-        if raw.get(name) is not None:
-            return raw[name]
-    raise ConfigError(f"config.json of a BLOOM model lacks {names[-1]!r}")
-
-
 def _config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
-    hidden = int(_first(raw, "n_embed", "hidden_size"))
-    heads = int(_first(raw, "num_attention_heads", "n_head"))
+    hidden = hf_config.count(raw, "n_embed", "hidden_size")
+    heads = hf_config.count(raw, "num_attention_heads", "n_head")
     if hidden % heads:
-        raise ConfigError(f"config.json: hidden_size {hidden} is not a multiple of n_head {heads}")
-    eos = raw.get("eos_token_id", 2)
+        raise ConfigError(f"hidden_size {hidden} is not a multiple of n_head {heads}")
     return ModelConfig(
         architecture="BloomForCausalLM",
-        num_layers=int(_first(raw, "num_hidden_layers", "n_layer")),
+        num_layers=hf_config.count(raw, "num_hidden_layers", "n_layer"),
         hidden_size=hidden,
         intermediate_size=4 * hidden,
-        vocab_size=int(_first(raw, "vocab_size")),
+        vocab_size=hf_config.count(raw, "vocab_size"),
         attention=AttentionConfig(num_heads=heads, num_kv_heads=heads, head_size=hidden // heads),
-        norm_eps=float(raw.get("layer_norm_epsilon", 1e-5)),
-        residual_after_norm=bool(raw.get("apply_residual_connection_post_layernorm", False)),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", True)),
-        dtype=dtype_name(str(raw.get("dtype") or raw.get("torch_dtype") or "fp32")),
-        bos_token_id=raw.get("bos_token_id", 1),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
-        pad_token_id=raw.get("pad_token_id"),
-        max_position_embeddings=raw.get("seq_length"),
+        norm_eps=hf_config.fraction(raw, "layer_norm_epsilon", 1e-5),
+        residual_after_norm=hf_config.flag(raw, "apply_residual_connection_post_layernorm", False),
+        tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", True),
+        dtype=hf_config.dtype(raw),
+        bos_token_id=hf_config.token(raw, "bos_token_id", 1),
+        eos_token_ids=hf_config.tokens(raw, "eos_token_id", 2),
+        pad_token_id=hf_config.token(raw, "pad_token_id"),
+        max_position_embeddings=None if raw.get("seq_length") is None else hf_config.count(raw, "seq_length"),
     )
 
 

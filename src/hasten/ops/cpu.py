@@ -19,6 +19,9 @@ _SMALL_WEIGHT = 1 << 20
 """Weights of fewer elements keep their plain layout too, since one row is multiplied faster by it."""
 _QUERY_CHUNK = 256
 """Most queries of one sequence in one attention call: bounds the bias and skips keys that lie ahead."""
+_CACHED_ELEMENTS = 1 << 19
+"""Elements of keys that one attention call gathers, if more than one run: what is gathered must still be in the
+processor's cache when it is read, or decoding waits for memory twice."""
 _KEPT_BIAS = 1 << 25
 """Elements of attention bias that a step keeps for all layers; with more, each layer makes its own."""
 
@@ -107,7 +110,7 @@ def paged_attention(  # noqa: D103
         return torch.empty_like(query_tnd)
     plan: list[tuple[_Group, Tensor | None]] | None = meta.scratch.get("attention")
     if plan is None:
-        plan = meta.scratch["attention"] = _plan(meta, key_cache.shape[1], query_tnd.shape[1], alibi_slopes_n)
+        plan = meta.scratch["attention"] = _plan(meta, key_cache, query_tnd.shape[1], alibi_slopes_n)
     query_tx = query_tnd.flatten(1).float()
     out_tx = query_tx.new_empty(query_tx.shape) if len(plan) > 1 or plan[0][0].rows is not None else None
     for group, kept in plan:
@@ -158,10 +161,11 @@ class _Run:
 
 
 def _plan(
-    meta: AttentionMeta, block_size: int, heads: int, slopes_n: Tensor | None
+    meta: AttentionMeta, key_cache: Tensor, heads: int, slopes_n: Tensor | None
 ) -> list[tuple[_Group, Tensor | None]]:
     """Divide a batch into padded groups, once a step; with each group its bias, if all of them may be kept."""
-    groups = [_group(meta, runs, block_size) for runs in _pack(_runs(meta))]
+    most_keys = _CACHED_ELEMENTS // (key_cache.shape[2] * key_cache.shape[3])
+    groups = [_group(meta, runs, key_cache.shape[1]) for runs in _pack(_runs(meta), most_keys)]
     elements = sum(g.size[0] * g.size[1] * g.size[2] for g in groups) * (heads if slopes_n is not None else 1)
     keep = elements <= _KEPT_BIAS
     return [(group, group.bias(slopes_n) if keep else None) for group in groups]
@@ -177,28 +181,35 @@ def _runs(meta: AttentionMeta) -> list[_Run]:
     return runs
 
 
-def _pack(runs: list[_Run]) -> list[list[_Run]]:
+def _pack(runs: list[_Run], most_keys: int) -> list[list[_Run]]:
     """Runs of like size together, so that padding costs at most half as much again as the work itself."""
     packs: list[list[_Run]] = []
     for single in (True, False):
         chosen = [run for run in runs if (run.count == 1) == single]
-        if not chosen:
-            continue
-        if _padded(chosen) <= 1.5 * sum(run.count * run.end for run in chosen):
-            packs.append(chosen)
-            continue
-        pack: list[_Run] = []
-        for run in sorted(chosen, key=lambda run: (run.end, run.count)):
-            if pack and _padded([*pack, run]) > 1.5 * sum(r.count * r.end for r in [*pack, run]):
-                packs.append(pack)
-                pack = []
-            pack.append(run)
-        packs.append(pack)
+        if not _fits(chosen, most_keys):
+            chosen.sort(key=lambda run: (run.end, run.count))
+        while chosen:
+            size = _longest_fit(chosen, most_keys)
+            packs.append(chosen[:size])
+            chosen = chosen[size:]
     return packs
 
 
-def _padded(runs: list[_Run]) -> int:
-    return len(runs) * max(run.count for run in runs) * max(run.end for run in runs)
+def _longest_fit(runs: list[_Run], most_keys: int) -> int:
+    """How many of the first runs go together."""
+    low, high = 1, len(runs)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if _fits(runs[:middle], most_keys) else (low, middle - 1)
+    return low
+
+
+def _fits(runs: list[_Run], most_keys: int) -> bool:
+    if len(runs) < 2:
+        return True
+    queries, keys = max(run.count for run in runs), max(run.end for run in runs)
+    padded = len(runs) * queries * keys
+    return len(runs) * keys <= most_keys and padded <= 1.5 * sum(run.count * run.end for run in runs)
 
 
 def _group(meta: AttentionMeta, runs: list[_Run], block_size: int) -> _Group:
