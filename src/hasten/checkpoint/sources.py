@@ -21,13 +21,13 @@ from torch import Tensor
 
 from hasten.checkpoint import faster_transformer as ft
 from hasten.checkpoint.manifest import MANIFEST, Manifest
-from hasten.core.config import AttentionConfig, DTypeName, ModelConfig
+from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import CheckpointError, ConfigError, HastenError
 from hasten.models.registry import MODELS, model_class
 from hasten.models.weight_map import Row, WeightMap
+from hasten.ops import TORCH_DTYPES
 from hasten.parallel.shard import overlap, resplit, share_shape, split
 
-TORCH_DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """The torch type of each data type."""
 RANK_FOLDER = re.compile(r"([1-9]\d*)-gpu")
 """Name of the folder that holds the files of so many ranks."""

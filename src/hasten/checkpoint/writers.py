@@ -15,10 +15,11 @@ from torch import Tensor
 
 from hasten.checkpoint import faster_transformer as ft
 from hasten.checkpoint.manifest import Manifest, Piece, PieceHasher, pieces_of
-from hasten.checkpoint.sources import METADATA_KEY, METADATA_VERSION, RANK_FILE, TORCH_DTYPES, Source
+from hasten.checkpoint.sources import METADATA_KEY, METADATA_VERSION, RANK_FILE, Source
 from hasten.core.config import DTypeName
 from hasten.core.errors import CheckpointError
 from hasten.models.weight_map import Row
+from hasten.ops import TORCH_DTYPES
 from hasten.parallel.shard import Split, share_shape
 
 BLOCK = 4 << 20

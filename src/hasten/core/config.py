@@ -40,6 +40,10 @@ def option(default: Any, help: str, **metadata: Any) -> Any:  # noqa: A002 - `he
     return field(default=default, metadata={"help": help, **metadata})
 
 
+_MOST_LAYERS = 10_000
+"""More layers than any model has: a nonsensical number would otherwise fill the memory with names of weights."""
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
@@ -90,6 +94,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "intermediate_size", "vocab_size"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        _require(self.num_layers < _MOST_LAYERS, f"num_layers {self.num_layers} cannot be right")
         width = self.attention.num_heads * self.attention.head_size
         _require(width == self.hidden_size, f"heads x head size = {width} differs from hidden_size {self.hidden_size}")
 

@@ -1,5 +1,6 @@
 """Requests and their results. Field names follow vLLM's, so that its users can change the import alone."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -83,11 +84,16 @@ class SamplingParams:
         set_(self, "bad_words", (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words))
         set_(self, "bad_words_ids", _token_lists("bad_words_ids", self.bad_words_ids))
         _require(self.n >= 1, f"n must be at least 1, got {self.n}")
-        _require(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
+        _require(
+            0 <= self.temperature < math.inf, f"temperature must be finite and not negative, got {self.temperature}"
+        )
         _require(self.top_k >= -1, f"top_k must be -1, 0 (both: all) or positive, got {self.top_k}")
         _require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
         _require(0 <= self.min_p <= 1, f"min_p must be from 0 to 1, got {self.min_p}")
-        _require(self.repetition_penalty > 0, f"repetition_penalty must be positive, got {self.repetition_penalty}")
+        _require(
+            0 < self.repetition_penalty < math.inf,
+            f"repetition_penalty must be positive and finite, got {self.repetition_penalty}",
+        )
         for name in ("presence_penalty", "frequency_penalty"):
             _require(-2 <= getattr(self, name) <= 2, f"{name} must be from -2 to 2, got {getattr(self, name)}")
         _require(self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}")

@@ -17,11 +17,20 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.checkpoint.plan import Checkpoint, open_checkpoint, rank_tensors
-from hasten.core.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig, dtype_name
+from hasten.core.config import (
+    CacheConfig,
+    DTypeName,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    dtype_name,
+)
 from hasten.core.errors import CapacityError, ConfigError
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.block_manager import BlockManager
+from hasten.engine.memory import free_memory
 from hasten.engine.runner import Runner
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
@@ -31,7 +40,6 @@ from hasten.models.registry import model_class
 from hasten.parallel.groups import TensorGroup, use_group
 from hasten.parallel.launch import RankPlace, Ranks, place_from_environment
 
-TORCH_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _DEFAULT_MODEL_LEN = 2048
 _PROMPT_LOGITS_ROWS = 256
 """Rows of prompt logits made at a time: a whole prompt's would need vocabulary times length."""
@@ -71,7 +79,7 @@ class Worker:
         )
         self.model_config = checkpoint.config
         replace(config.parallel, tensor_parallel_size=ranks.group.size).validate(self.model_config)
-        dtype = TORCH_DTYPES[compute_dtype(config.dtype, self.model_config, self.device)]
+        dtype = ops.TORCH_DTYPES[compute_dtype(config.dtype, self.model_config, self.device)]
         self.tokenizer_folder = checkpoint.tokenizer_folder
         model = build_model(checkpoint, ranks.group, dtype, self.device)
         self.runner = Runner(model, self.model_config, dtype, self.device, config.cache.block_size)
@@ -87,7 +95,9 @@ class Worker:
         block_size, asked = config.cache.block_size, config.scheduler.max_model_len
         length = asked or self.model_config.max_position_embeddings or _DEFAULT_MODEL_LEN
         useful = config.scheduler.max_num_seqs * -(-length // block_size)
-        budget = config.cache.kv_cache_memory or self._free_memory(config.cache)
+        budget = config.cache.kv_cache_memory or free_memory(
+            self.device, config.cache.memory_utilization, self.ranks.local_size
+        )
         fits = budget // self.runner.block_bytes
         if self.ranks.group.size > 1:
             smallest = torch.tensor(fits)
@@ -100,14 +110,6 @@ class Worker:
                 "lower max_model_len or raise kv_cache_memory"
             )
         return min(length, fits * block_size), min(useful, fits)
-
-    def _free_memory(self, cache: CacheConfig) -> int:
-        """Bytes that the cache of this rank may take by default."""
-        if self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.device)
-            return max(0, free - int(total * (1 - cache.memory_utilization)))
-        pages, page = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-        return pages * page // (4 * self.ranks.group.size)
 
     def apply(self, message: Message) -> None:
         """Bring the scheduler up to date with rank 0's message."""
@@ -191,7 +193,7 @@ def rank_device(config: EngineConfig, group: TensorGroup) -> torch.device:
     return device
 
 
-def compute_dtype(name: str, model: ModelConfig, device: torch.device) -> str:
+def compute_dtype(name: str, model: ModelConfig, device: torch.device) -> DTypeName:
     """The type to compute in: what was asked; else fp32 on a CPU and the checkpoint's own on a GPU."""
     if name != "auto":
         return dtype_name(name)

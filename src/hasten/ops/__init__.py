@@ -9,17 +9,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hasten.core.config import DTypeName
 from hasten.ops import cpu, reference
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.packed import PackedLinear
 
 Activation = Literal["gelu_tanh"]
 
+TORCH_DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""torch's types by the names of the configuration."""
+
 __all__ = [
+    "TORCH_DTYPES",
     "Activation",
     "AttentionMeta",
     "PackedLinear",
     "copy_blocks",
+    "default_device",
     "embedding",
     "layer_norm",
     "linear",

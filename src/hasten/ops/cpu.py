@@ -16,7 +16,8 @@ from hasten.ops.packed import PackedLinear
 _PACK_FOR_ROWS = 64
 """Batch size that oneDNN lays a weight out for; the layout serves other sizes as well."""
 _SMALL_WEIGHT = 1 << 20
-"""Weights of fewer elements keep their plain layout too, since one row is multiplied faster by it."""
+"""Weights of fewer elements keep a plain layout too: oneDNN takes longer to start than to multiply a few rows."""
+_FEW_ROWS = 4
 _QUERY_CHUNK = 256
 """Most queries of one sequence in one attention call: bounds the bias and skips keys that lie ahead."""
 _CACHED_ELEMENTS = 1 << 19
@@ -29,15 +30,15 @@ _KEPT_BIAS = 1 << 25
 def pack_linear(weight_oh: Tensor, shared: bool) -> PackedLinear:  # noqa: D103
     as_it_is = shared and weight_oh.dtype == torch.float32
     weight_oh = weight_oh.float().contiguous()
-    small = weight_oh.numel() < _SMALL_WEIGHT
+    out_features, in_features = weight_oh.shape
     if as_it_is or not torch.backends.mkldnn.is_available():
-        return PackedLinear(weight_oh.shape[0], weight_oh.shape[1], plain=weight_oh)
-    return PackedLinear(
-        weight_oh.shape[0],
-        weight_oh.shape[1],
-        plain=weight_oh if small else None,
-        blocked=torch.ops.mkldnn._reorder_linear_weight(weight_oh, _PACK_FOR_ROWS),
-    )
+        return PackedLinear(out_features, in_features, plain=weight_oh)
+    plain = None
+    if weight_oh.numel() < _SMALL_WEIGHT:
+        # The longer axis innermost: one row is then multiplied in up to half the time.
+        plain = weight_oh if in_features > out_features else weight_oh.t().contiguous().t()
+    blocked = torch.ops.mkldnn._reorder_linear_weight(weight_oh, _PACK_FOR_ROWS)
+    return PackedLinear(out_features, in_features, plain=plain, blocked=blocked)
 
 
 def linear(  # noqa: D103
@@ -48,7 +49,7 @@ def linear(  # noqa: D103
         return x_th.new_empty(0, weight.out_features)
     x_th = x_th.float()
     bias_o = None if bias_o is None else bias_o.float()
-    if weight.blocked is None or (weight.plain is not None and x_th.shape[0] == 1):
+    if weight.blocked is None or (weight.plain is not None and x_th.shape[0] <= _FEW_ROWS):
         assert weight.plain is not None
         out_to = F.linear(x_th, weight.plain, bias_o)
     else:

@@ -12,6 +12,6 @@ class PackedLinear:
     out_features: int
     in_features: int
     plain: Tensor | None
-    """[o, h], row-major."""
+    """[o, h], with either axis innermost."""
     blocked: Tensor | None = None
     """An opaque layout of the device's matrix library."""

@@ -85,6 +85,8 @@ class Ranks:
 
     def __init__(self, place: RankPlace | None, children: "Children | None", device_kind: str) -> None:
         self.group = TensorGroup(place.rank, place.size) if place else TensorGroup()
+        self.local_size = place.local_size if place else 1
+        """Ranks on this host."""
         self._place = place
         self._children = children
         self._store: PrefixStore | None = None

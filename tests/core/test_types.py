@@ -1,0 +1,115 @@
+from typing import Any
+
+import pytest
+
+from hasten.core.errors import InvalidRequestError
+from hasten.core.types import FinishReason, SamplingParams
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("n", [0, -1]),
+        ("temperature", [-0.1, -1, NAN]),
+        ("top_k", [-2]),
+        ("top_p", [0, -0.5, 1.0001, NAN]),
+        ("min_p", [-0.1, 1.1, NAN]),
+        ("repetition_penalty", [0, -1, NAN]),
+        ("presence_penalty", [-2.1, 2.1, NAN]),
+        ("frequency_penalty", [-2.1, 2.1, NAN]),
+        ("max_tokens", [0, -1]),
+        ("min_tokens", [-1, 17]),
+        ("stop", ["", [""], ["a", ""]]),
+        ("stop_words_ids", [[[]], [[1], []]]),
+        ("bad_words", ["", [""]]),
+        ("bad_words_ids", [[[]], [[1], []]]),
+        ("seed", [-1, 2**64]),
+        ("logprobs", [-1]),
+        ("prompt_logprobs", [-1]),
+    ],
+)
+def test_a_bad_value_is_named(name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(InvalidRequestError) as caught:
+            SamplingParams(**{name: value})
+        message = str(caught.value)
+        assert message.startswith(f"{name} ")
+        assert "\n" not in message
+        if isinstance(value, int | float):
+            assert message.endswith(f", got {value}")
+
+
+def test_stop_strings_need_text() -> None:
+    with pytest.raises(InvalidRequestError, match="stop strings need detokenize=True"):
+        SamplingParams(stop="end", detokenize=False)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 0},
+        {"temperature": 1e9},
+        {"top_k": -1},
+        {"top_k": 10**9},
+        {"top_p": 1e-9, "min_p": 0},
+        {"top_p": 1, "min_p": 1},
+        {"presence_penalty": -2, "frequency_penalty": 2},
+        {"max_tokens": 1, "min_tokens": 1},
+        {"seed": 0},
+        {"seed": 2**64 - 1},
+        {"logprobs": 0, "prompt_logprobs": 0},
+        {"detokenize": False, "stop_token_ids": [3]},
+    ],
+)
+def test_values_at_the_edge_are_good(values: dict[str, Any]) -> None:
+    made = SamplingParams(**values)
+    assert all(getattr(made, name) == value or isinstance(value, list) for name, value in values.items())
+
+
+def test_lists_are_kept_as_tuples_and_a_single_string_as_one() -> None:
+    made = SamplingParams(
+        stop="end",
+        stop_token_ids=[1, 2],
+        stop_words_ids=[[3, 4], (5,)],
+        bad_words="never",
+        bad_words_ids=[[6]],
+    )
+    assert made.stop == ("end",)
+    assert made.stop_token_ids == (1, 2)
+    assert made.stop_words_ids == ((3, 4), (5,))
+    assert made.bad_words == ("never",)
+    assert made.bad_words_ids == ((6,),)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert hash(made) == hash(SamplingParams(**vars(made)))
+
+
+@pytest.mark.parametrize(
+    ("values", "greedy", "has_penalty", "is_plain"),
+    [
+        ({}, False, False, False),
+        ({"temperature": 0}, True, False, True),
+        ({"temperature": 9e-6}, True, False, True),
+        ({"temperature": 1e-5}, False, False, False),
+        ({"temperature": 0, "repetition_penalty": 1.1}, True, True, False),
+        ({"temperature": 0, "presence_penalty": -0.1}, True, True, False),
+        ({"temperature": 0, "frequency_penalty": 0.1}, True, True, False),
+        ({"temperature": 0, "logprobs": 0}, True, False, False),
+        ({"temperature": 0, "min_tokens": 1}, True, False, False),
+        ({"temperature": 0, "bad_words": "x"}, True, False, False),
+        ({"temperature": 0, "bad_words_ids": [[1]]}, True, False, False),
+        # what does not change which token is the most probable one
+        ({"temperature": 0, "top_k": 5, "top_p": 0.5, "min_p": 0.5, "seed": 3}, True, False, True),
+        ({"temperature": 0, "stop": "x", "stop_token_ids": [1], "ignore_eos": True}, True, False, True),
+    ],
+)
+def test_what_a_request_needs(values: dict[str, Any], greedy: bool, has_penalty: bool, is_plain: bool) -> None:
+    made = SamplingParams(**values)
+    assert (made.greedy, made.has_penalty, made.is_plain) == (greedy, has_penalty, is_plain)
+
+
+def test_reasons_are_the_words_that_users_compare_with() -> None:
+    words: list[str] = ["stop", "length", "abort", "error"]
+    assert list(FinishReason) == words
+    assert [str(reason) for reason in FinishReason] == words

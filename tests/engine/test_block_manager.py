@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from hasten.core.types import Request, SamplingParams
+from hasten.engine.block_manager import BlockManager
+from hasten.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from tests.engine.conftest import MakeSequence, Shadow
+
+SIZE = 4
+
+
+def compute(manager: BlockManager, cache: Shadow, sequence: Sequence, count: int | None = None) -> bool:
+    """Let a sequence compute its next tokens, all of them by default; False if blocks ran out."""
+    count = len(sequence.token_ids) - sequence.num_computed if count is None else count
+    copies = manager.reserve(sequence, count)
+    if copies is None:
+        return False
+    cache.copy(copies)
+    cache.write(sequence, count)
+    sequence.num_computed += count
+    manager.register(sequence)
+    return True
+
+
+def snapshot(manager: BlockManager, sequence: Sequence) -> tuple[object, ...]:
+    return (
+        list(manager._references),
+        list(manager._free),
+        dict(manager._known),
+        list(manager._content),
+        list(sequence.block_table),
+        sequence.table_version,
+        sequence.num_computed,
+    )
+
+
+def machine_for(shadow: type[Shadow]) -> type[RuleBasedStateMachine]:
+    class Walk(RuleBasedStateMachine):
+        """Sequences that come, grow, fork, end and are withdrawn in any order."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.manager = BlockManager(10, SIZE)
+            self.cache = shadow(self.manager)
+            self.sequences: list[Sequence] = []
+
+        def pick(self, number: int) -> Sequence:
+            return self.sequences[number % len(self.sequences)]
+
+        @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14))
+        def come(self, tokens: list[int]) -> None:
+            sequence = Sequence(
+                Request(request_id="r", prompt_token_ids=tuple(tokens), params=SamplingParams()), seed=0
+            )
+            self.sequences.append(sequence)
+            self.manager.share_prefix(sequence)
+            assert sequence.num_computed < len(tokens)
+
+        @precondition(lambda self: self.sequences)
+        @rule(number=st.integers(0, 20), part=st.integers(1, 8))
+        def catch_up(self, number: int, part: int) -> None:
+            sequence = self.pick(number)
+            left = len(sequence.token_ids) - sequence.num_computed
+            before = snapshot(self.manager, sequence)
+            if left and not compute(self.manager, self.cache, sequence, min(part, left)):
+                assert snapshot(self.manager, sequence) == before
+
+        @precondition(lambda self: self.sequences)
+        @rule(number=st.integers(0, 20), token=st.integers(0, 1))
+        def choose_token(self, number: int, token: int) -> None:
+            sequence = self.pick(number)
+            if sequence.num_computed == len(sequence.token_ids):
+                sequence.token_ids.append(token)
+
+        @precondition(lambda self: self.sequences)
+        @rule(number=st.integers(0, 20))
+        def fork(self, number: int) -> None:
+            parent = self.pick(number)
+            if parent.num_computed >= parent.prompt_len:
+                child = parent.fork(1)
+                self.manager.fork(parent, child)
+                self.sequences.append(child)
+
+        @precondition(lambda self: self.sequences)
+        @rule(number=st.integers(0, 20), resume=st.booleans())
+        def give_way(self, number: int, resume: bool) -> None:
+            sequence = self.pick(number)
+            self.manager.free(sequence)
+            assert (sequence.block_table, sequence.num_computed) == ([], 0)
+            if resume:
+                self.manager.share_prefix(sequence)
+            else:
+                self.sequences.remove(sequence)
+
+        @precondition(lambda self: self.sequences)
+        @rule(number=st.integers(0, 20))
+        def disown(self, number: int) -> None:
+            own = self.manager.disown(self.pick(number))
+            assert all(self.manager._content[block] is None for block in own)
+
+        @invariant()
+        def books_agree(self) -> None:
+            self.cache.check(self.sequences)
+
+        def teardown(self) -> None:
+            for sequence in self.sequences:
+                self.manager.free(sequence)
+            self.cache.check([])
+            assert self.manager.num_free == 10
+
+    return Walk
+
+
+def test_random_walks_keep_the_books_and_the_contents(shadow: type[Shadow]) -> None:
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        machine_for(shadow), settings=settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
+    )
+
+
+@pytest.fixture
+def walk(shadow: type[Shadow]) -> Callable[..., tuple[BlockManager, Shadow]]:
+    def make(num_blocks: int = 12, *, enable_prefix_cache: bool = True) -> tuple[BlockManager, Shadow]:
+        manager = BlockManager(num_blocks, SIZE, enable_prefix_cache=enable_prefix_cache)
+        return manager, shadow(manager)
+
+    return make
+
+
+Walk = Callable[..., tuple["BlockManager", "Shadow"]]
+
+
+@pytest.mark.parametrize("length", [1, SIZE - 1, SIZE, SIZE + 1, 2 * SIZE, 2 * SIZE + 1, 3 * SIZE + 2])
+def test_equal_prompts_share_all_full_blocks_but_leave_the_last_token(
+    walk: Walk, make_sequence: MakeSequence, length: int
+) -> None:
+    manager, cache = walk()
+    first, second = make_sequence(range(length)), make_sequence(range(length))
+    manager.share_prefix(first)
+    assert first.block_table == []
+    assert compute(manager, cache, first)
+    manager.share_prefix(second)
+    shared = (length - 1) // SIZE
+    assert second.block_table == first.block_table[:shared]
+    assert second.num_computed == shared * SIZE < length
+    assert (manager.prefix_queries, manager.prefix_hits) == (2 * length, shared * SIZE)
+    assert compute(manager, cache, second)
+    cache.check([first, second])
+
+
+@given(pair=st.tuples(*[st.lists(st.integers(0, 1), min_size=1, max_size=14)] * 2))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_exactly_the_common_full_blocks_are_shared(
+    shadow: type[Shadow], make_sequence: MakeSequence, pair: tuple[list[int], list[int]]
+) -> None:
+    manager = BlockManager(8, SIZE)
+    cache = shadow(manager)
+    first, second = (make_sequence(tokens) for tokens in pair)
+    assert compute(manager, cache, first)
+    manager.share_prefix(second)
+    common = next((i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), min(map(len, pair)))
+    assert len(second.block_table) == min(common // SIZE, (len(pair[1]) - 1) // SIZE)
+    cache.check([first, second])
+
+
+def test_the_same_block_after_another_beginning_is_another_block(walk: Walk, make_sequence: MakeSequence) -> None:
+    manager, cache = walk()
+    assert compute(manager, cache, make_sequence([1, 1, 1, 1, 7, 7, 7, 7, 0]))
+    other = make_sequence([2, 2, 2, 2, 7, 7, 7, 7, 0])
+    manager.share_prefix(other)
+    assert other.block_table == []
+    behind = make_sequence([7, 7, 7, 7, 0])
+    manager.share_prefix(behind)
+    assert behind.block_table == []
+
+
+def test_nothing_is_shared_without_the_cache_or_where_all_logits_are_asked_for(
+    walk: Walk, make_sequence: MakeSequence
+) -> None:
+    manager, cache = walk(enable_prefix_cache=False)
+    assert compute(manager, cache, make_sequence(range(9)))
+    again = make_sequence(range(9))
+    manager.share_prefix(again)
+    assert again.block_table == []
+    assert manager._known == {}
+
+    manager, cache = walk()
+    assert compute(manager, cache, make_sequence(range(9)))
+    whole = make_sequence(range(9), prompt_logprobs=0)
+    manager.share_prefix(whole)
+    assert (whole.block_table, whole.num_computed) == ([], 0)
+    plain = make_sequence(range(9))
+    manager.share_prefix(plain)
+    assert len(plain.block_table) == 2
+
+
+def test_output_is_shared_as_well_after_a_preemption(walk: Walk, make_sequence: MakeSequence) -> None:
+    manager, cache = walk()
+    sequence = make_sequence(range(5), output=[5, 6, 7, 8])
+    assert compute(manager, cache, sequence)
+    table = list(sequence.block_table)
+    manager.free(sequence)
+    manager.share_prefix(sequence)
+    assert (sequence.block_table, sequence.num_computed) == (table[:2], 8)
+    cache.check([sequence])
+
+
+def test_the_longest_unused_block_is_handed_out_first_and_a_tail_before_its_beginning(
+    walk: Walk, make_sequence: MakeSequence
+) -> None:
+    manager, cache = walk(num_blocks=6)
+    old, new = make_sequence([1] * 9), make_sequence([2] * 9)
+    assert compute(manager, cache, old)
+    assert compute(manager, cache, new)
+    tables = list(old.block_table), list(new.block_table)
+    manager.free(old)
+    manager.free(new)
+    wanted = [*reversed(tables[0]), *reversed(tables[1])]
+    assert list(manager._free) == wanted
+    taker = make_sequence([3] * 20)
+    assert manager.reserve(taker, 20) == []
+    assert taker.block_table == wanted[:5]
+    last = make_sequence([2] * 9)
+    manager.share_prefix(last)
+    assert last.block_table == tables[1][:1]  # its beginning outlived its tail
+
+
+def test_a_block_in_use_again_is_not_handed_out(walk: Walk, make_sequence: MakeSequence) -> None:
+    manager, cache = walk(num_blocks=3)
+    first = make_sequence(range(9))
+    assert compute(manager, cache, first)
+    manager.free(first)
+    again = make_sequence(range(9))
+    manager.share_prefix(again)
+    assert manager.num_used == 2
+    other = make_sequence([9] * 5)
+    before = snapshot(manager, other)
+    assert manager.reserve(other, 5) is None
+    assert snapshot(manager, other) == before
+    cache.check([again, other])
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("length", range(1, 2 * SIZE + 2))
+def test_siblings_share_a_prompt_and_copy_before_they_write(
+    walk: Walk, make_sequence: MakeSequence, length: int, prefix_cache: bool
+) -> None:
+    manager, cache = walk(num_blocks=20, enable_prefix_cache=prefix_cache)
+    parent = make_sequence(range(length))
+    assert compute(manager, cache, parent)
+    used = manager.num_used
+    children = [parent.fork(index) for index in (1, 2)]
+    for child in children:
+        manager.fork(parent, child)
+        assert child.block_table == parent.block_table
+        assert child.num_computed == length - 1
+    assert manager.num_used == used
+    family = [parent, *children]
+    cache.check(family)
+    parent.token_ids.append(100)
+    for sequence in family:
+        assert compute(manager, cache, sequence)
+        cache.check(family)
+    for token, child in enumerate(children):
+        child.token_ids.append(200 + token)
+        assert compute(manager, cache, child)
+        cache.check(family)
+    # they keep sharing what none of them writes: the full blocks before the one with the prompt's last token
+    whole = (length - 1) // SIZE
+    assert {tuple(s.block_table[:whole]) for s in family} == {tuple(parent.block_table[:whole])}
+    assert len({s.block_table[whole] for s in family}) == 3
+
+
+def test_a_copy_needs_a_free_block(walk: Walk, make_sequence: MakeSequence) -> None:
+    manager, cache = walk(num_blocks=2)
+    parent = make_sequence(range(6))
+    assert compute(manager, cache, parent)
+    child = parent.fork(1)
+    manager.fork(parent, child)
+    before = snapshot(manager, child)
+    assert manager.reserve(child, 1) is None
+    assert snapshot(manager, child) == before
+    manager.free(parent)
+    assert manager.reserve(child, 1) == []
+    cache.check([child])
+
+
+def test_room_reserved_but_not_used_is_not_reserved_twice(walk: Walk, make_sequence: MakeSequence) -> None:
+    manager, _ = walk(num_blocks=3)
+    sequence = make_sequence(range(12))
+    assert manager.reserve(sequence, 12) == []
+    version = sequence.table_version
+    assert manager.reserve(sequence, 2) == []
+    assert len(sequence.block_table) == 3
+    assert sequence.table_version == version
+
+
+def test_disowned_blocks_are_forgotten_and_shared_ones_are_not(walk: Walk, make_sequence: MakeSequence) -> None:
+    manager, cache = walk()
+    kept, poisoned = make_sequence([1] * 5), make_sequence([1] * 4 + [2] * 5)
+    assert compute(manager, cache, kept)
+    manager.share_prefix(poisoned)
+    assert compute(manager, cache, poisoned)
+    assert manager.disown(poisoned) == poisoned.block_table[1:]
+    manager.free(poisoned)
+    again = make_sequence([1] * 4 + [2] * 5)
+    manager.share_prefix(again)
+    assert again.block_table == kept.block_table[:1]
+    cache.check([kept, again])

@@ -1,0 +1,755 @@
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from hasten import (
+    LLM,
+    CapacityError,
+    ConfigError,
+    EngineError,
+    FinishReason,
+    InvalidRequestError,
+    RequestOutput,
+    SamplingParams,
+)
+
+if TYPE_CHECKING:
+    from tests.engine.conftest import Reference
+
+References = Callable[[Path], "Reference"]
+
+BLOCK = 16
+LENGTHS = (1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 1, 70)
+COUNT = 24
+CLOSE = 1e-4
+"""Most that a log-probability in fp32 may differ from Hugging Face's."""
+FIXTURES = (
+    "tiny_bloom",
+    "tiny_bloom_12_heads",
+    "tiny_bloom_untied",
+    "tiny_bloom_post_norm",
+    "tiny_bloom_odd_vocab",
+)
+
+
+def random_prompts(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(4, 490) for _ in range(length)] for length in lengths]
+
+
+PROMPTS = random_prompts()
+GREEDY = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True)
+
+
+def tokens_of(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [completion.token_ids for output in outputs for completion in output.outputs]
+
+
+def used(llm: LLM) -> int:
+    return llm.engine.scheduler.blocks.num_used
+
+
+def preemptions(llm: LLM) -> int:
+    return llm.engine.scheduler.stats.preemptions
+
+
+def cache_of(blocks: int, folder: Path) -> dict[str, int]:
+    """The option for a cache of so many blocks."""
+    with LLM(folder, kv_cache_memory=1 << 24) as llm:
+        return {"kv_cache_memory": blocks * llm.engine.worker.runner.block_bytes}
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing(llm: LLM) -> Iterator[None]:
+    yield
+    assert used(llm) == 0
+    assert not llm.engine.has_unfinished
+    assert not llm.engine.scheduler.has_work
+    assert llm.engine._owners == {}
+
+
+# --- the same tokens as Hugging Face's --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def greedy_tokens(reference: References) -> Callable[[Path], list[list[int]]]:
+    known: dict[Path, list[list[int]]] = {}
+
+    def make(folder: Path) -> list[list[int]]:
+        if folder not in known:
+            known[folder] = [reference(folder).greedy(prompt, COUNT) for prompt in PROMPTS]
+        return known[folder]
+
+    return make
+
+
+@pytest.mark.parametrize("fixture", FIXTURES)
+def test_greedy_tokens_are_those_of_transformers(
+    fixture: str, request: pytest.FixtureRequest, greedy_tokens: Callable[[Path], list[list[int]]]
+) -> None:
+    folder = request.getfixturevalue(fixture)
+    right = greedy_tokens(folder)
+    with LLM(folder) as llm:
+        assert tokens_of(llm.generate(PROMPTS, GREEDY)) == right
+        for prompt, tokens in zip(PROMPTS, right, strict=True):
+            assert tokens_of(llm.generate(prompt, GREEDY)) == [tokens]
+        assert used(llm) == 0
+    with LLM(folder, **cache_of(8, folder), max_num_batched_tokens=12, max_num_seqs=6) as llm:
+        assert tokens_of(llm.generate(PROMPTS, GREEDY)) == right
+        assert preemptions(llm) > 0
+        assert used(llm) == 0
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"max_num_batched_tokens": 8, "max_num_seqs": 8},
+    {"max_num_batched_tokens": 1, "max_num_seqs": 1},
+    {"enable_prefix_cache": False},
+    {"enable_prefix_cache": False, "max_num_batched_tokens": 20, "max_num_seqs": 3},
+    {"block_size": 1},
+    {"block_size": 5},
+    {"block_size": 128},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_greedy_tokens_do_not_depend_on_the_options(
+    options: dict[str, Any], tiny_bloom: Path, greedy_tokens: Callable[[Path], list[list[int]]]
+) -> None:
+    with LLM(tiny_bloom, kv_cache_memory=1 << 24, **options) as llm:
+        for _ in range(2):  # the second time out of the prefix cache, where there is one
+            assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy_tokens(tiny_bloom)
+            assert used(llm) == 0
+        hits = llm.engine.scheduler.blocks.prefix_hits
+        assert (hits > 0) == (options.get("enable_prefix_cache", True) and options.get("block_size", 16) < 70)
+        assert preemptions(llm) == 0
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_preempted_requests_make_the_same_tokens(
+    prefix_cache: bool, tiny_bloom: Path, greedy_tokens: Callable[[Path], list[list[int]]]
+) -> None:
+    with LLM(tiny_bloom, **cache_of(6, tiny_bloom), enable_prefix_cache=prefix_cache) as llm:
+        assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy_tokens(tiny_bloom)
+        assert preemptions(llm) >= 3
+        assert used(llm) == 0
+
+
+def test_prompts_that_begin_alike_share_blocks(llm: LLM, tiny_bloom: Path, reference: References) -> None:
+    prompts = [PROMPTS[-1][:50] + tail for tail in ([], [7], [8], [7, 9], PROMPTS[2])]
+    blocks = llm.engine.scheduler.blocks
+    llm.generate(prompts[0], GREEDY)
+    before = blocks.prefix_hits
+    outputs = llm.generate(prompts, GREEDY)
+    assert blocks.prefix_hits - before == 5 * (50 // BLOCK) * BLOCK
+    assert tokens_of(outputs) == [reference(tiny_bloom).greedy(prompt, COUNT) for prompt in prompts]
+
+
+# --- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 9, "max_num_seqs": 4}], ids=str)
+def test_logprobs_are_those_of_transformers(
+    options: dict[str, Any], tiny_bloom: Path, reference: References, llm: LLM
+) -> None:
+    params = SamplingParams(temperature=0, max_tokens=8, logprobs=3, prompt_logprobs=2, ignore_eos=True)
+    with LLM(tiny_bloom, **options) as own:
+        if not options:
+            own.generate(PROMPTS, GREEDY)  # the prefix cache must not take the prompt's logits away
+        outputs = own.generate(PROMPTS, params)
+        preempting = cache_of(7, tiny_bloom)
+    with LLM(tiny_bloom, **preempting) as own:
+        again = own.generate(PROMPTS, params)
+        assert preemptions(own) > 0
+    for prompt, output in [*zip(PROMPTS, outputs, strict=True), *zip(PROMPTS, again, strict=True)]:
+        completion = output.outputs[0]
+        wanted = reference(tiny_bloom).logprobs(prompt + completion.token_ids)
+        assert output.prompt_logprobs is not None
+        assert output.prompt_logprobs[0] is None
+        assert len(output.prompt_logprobs) == len(prompt)
+        assert completion.logprobs is not None
+        assert len(completion.logprobs) == len(completion.token_ids) == 8
+        found = [*output.prompt_logprobs[1:], *completion.logprobs]
+        total = 0.0
+        for place, (top, token) in enumerate(zip(found, [*prompt, *completion.token_ids][1:], strict=True)):
+            asked = 2 if place < len(prompt) - 1 else 3
+            order = wanted[place].argsort(descending=True).tolist()
+            assert top is not None
+            assert set(top) == {token, *order[:asked]}
+            for other, entry in top.items():
+                assert abs(entry.logprob - float(wanted[place, other])) < CLOSE
+                assert abs(order.index(entry.rank and other) + 1 - entry.rank) == 0
+                assert entry.decoded_token == llm.tokenizer.decode([other], skip_special_tokens=False)
+            total += top[token].logprob if place >= len(prompt) - 1 else 0
+        assert completion.cumulative_logprob == pytest.approx(total)
+
+
+def test_prompt_logprobs_of_several_completions_come_once(llm: LLM) -> None:
+    one, three = (SamplingParams(prompt_logprobs=1, seed=1, n=n, max_tokens=3) for n in (1, 3))
+    alone, together = llm.generate(PROMPTS[4], one)[0], llm.generate(PROMPTS[4], three)[0]
+    assert alone.prompt_logprobs is not None
+    assert together.prompt_logprobs is not None
+    assert len(together.prompt_logprobs) == len(PROMPTS[4])
+    for a, b in zip(alone.prompt_logprobs[1:], together.prompt_logprobs[1:], strict=True):
+        assert a is not None
+        assert b is not None
+        assert {token: entry.rank for token, entry in a.items()} == {token: entry.rank for token, entry in b.items()}
+    assert llm.generate(PROMPTS[0], one)[0].prompt_logprobs == [None]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("fp16", 0.05), ("bf16", 0.4)])
+def test_half_precision_stays_near(dtype: str, bound: float, tiny_bloom: Path, reference: References) -> None:
+    prompt = random_prompts((200,), seed=5)[0]
+    wanted = reference(tiny_bloom).logprobs(prompt)
+    with LLM(tiny_bloom, dtype=dtype) as llm:
+        output = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=COUNT, prompt_logprobs=0))[0]
+        assert used(llm) == 0
+    assert output.prompt_logprobs is not None
+    differences = [
+        abs(top[token].logprob - float(wanted[place, token]))
+        for place, (top, token) in enumerate(zip(output.prompt_logprobs[1:], prompt[1:], strict=True))
+        if top is not None
+    ]
+    assert len(differences) == 199
+    assert 0 < max(differences) < bound
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("auto", torch.float32),
+        ("float32", torch.float32),
+        ("half", torch.float16),
+        ("float16", torch.float16),
+        ("torch.bfloat16", torch.bfloat16),
+        ("bf16", torch.bfloat16),
+    ],
+)
+def test_names_of_data_types(name: str, dtype: torch.dtype, tiny_bloom: Path) -> None:
+    with LLM(tiny_bloom, dtype=name, kv_cache_memory=1 << 20) as llm:
+        assert llm.dtype == dtype
+        assert llm.engine.worker.runner._caches[0].dtype == dtype
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def seeded() -> list[SamplingParams]:
+    options: list[dict[str, Any]] = [
+        {},
+        {"top_k": 20},
+        {"top_p": 0.9, "temperature": 1.5},
+        {"min_p": 0.05, "repetition_penalty": 1.2},
+        {"temperature": 0},
+        {"n": 3},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5, "logprobs": 1},
+        {"min_tokens": 5},
+    ]
+    return [SamplingParams(seed=7, max_tokens=COUNT, ignore_eos=True, **chosen) for chosen in options]
+
+
+def test_a_seed_gives_the_same_tokens_alone_among_others_chunked_and_preempted(llm: LLM, tiny_bloom: Path) -> None:
+    alone = [tokens_of(llm.generate(prompt, params)) for prompt, params in zip(PROMPTS, seeded(), strict=True)]
+    right = [tokens for each in alone for tokens in each]
+    assert tokens_of(llm.generate(PROMPTS, seeded())) == right
+    crowd = random_prompts((3, 40) * 8, seed=9)
+    mixed = llm.generate([*crowd, *PROMPTS], [SamplingParams(max_tokens=30)] * len(crowd) + seeded())
+    assert tokens_of(mixed[len(crowd) :]) == right
+    with LLM(tiny_bloom, max_num_batched_tokens=7, max_num_seqs=5) as other:
+        assert tokens_of(other.generate(PROMPTS, seeded())) == right
+    with LLM(tiny_bloom, **cache_of(7, tiny_bloom)) as other:
+        assert tokens_of(other.generate(PROMPTS, seeded())) == right
+        assert preemptions(other) > 0
+        assert used(other) == 0
+
+
+def test_completions_of_one_prompt_differ_are_reproducible_and_share_its_blocks(llm: LLM) -> None:
+    prompt, n = PROMPTS[-1], 5
+    params = SamplingParams(n=n, seed=11, max_tokens=6, ignore_eos=True)
+    first, second = llm.generate([prompt] * 2, params)
+    assert [completion.index for completion in first.outputs] == list(range(n))
+    assert len({tuple(completion.token_ids) for completion in first.outputs}) == n
+    assert first.outputs == second.outputs
+    assert tokens_of(llm.generate(prompt, SamplingParams(seed=11, max_tokens=6, ignore_eos=True))) == [
+        first.outputs[0].token_ids
+    ]
+    most = 0
+    for _ in llm.stream(prompt, params):
+        most = max(most, used(llm))
+    assert most == len(prompt) // BLOCK + n  # 4 full blocks once, and for each the one that it writes
+
+
+def test_requests_without_a_seed_differ_but_runs_do_not(tiny_bloom: Path) -> None:
+    def run(seed: int) -> list[list[int]]:
+        with LLM(tiny_bloom, seed=seed) as llm:
+            return tokens_of(llm.generate([PROMPTS[2]] * 3, SamplingParams(max_tokens=12)))
+
+    tokens = run(0)
+    assert len(set(map(tuple, tokens))) == 3
+    assert run(0) == tokens
+    assert run(1) != tokens
+
+
+def test_equal_requests_in_one_call_are_answered_each(llm: LLM) -> None:
+    outputs = llm.generate([PROMPTS[3]] * 20, GREEDY)
+    assert len(outputs) == 20
+    assert len({output.request_id for output in outputs}) == 20
+    assert len(set(map(tuple, tokens_of(outputs)))) == 1
+
+
+# --- how a completion ends --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(llm: LLM) -> RequestOutput:
+    """What the model says, left alone: other tests cut it somewhere."""
+    output = next(
+        output
+        for output in llm.generate(random_prompts((6,) * 40, seed=2), GREEDY)
+        if len(set(output.outputs[0].token_ids)) > 15 and re.search("[a-z]{6}", output.outputs[0].text[10:])
+    )
+    assert output.outputs[0].finish_reason is FinishReason.LENGTH
+    return output
+
+
+def again(llm: LLM, plain: RequestOutput, **options: Any) -> Any:
+    params = SamplingParams(**{"temperature": 0, "max_tokens": COUNT, "ignore_eos": True, **options})
+    return llm.generate(plain.prompt_token_ids, params)[0].outputs[0]
+
+
+def first_new(tokens: list[int], least: int) -> int:
+    """A place from `least` on whose token did not come before."""
+    return next(place for place in range(least, len(tokens)) if tokens[place] not in tokens[:place])
+
+
+def test_length(llm: LLM, plain: RequestOutput, tiny_bloom: Path) -> None:
+    made = again(llm, plain, max_tokens=5)
+    assert (made.finish_reason, made.stop_reason) == (FinishReason.LENGTH, None)
+    assert made.token_ids == plain.outputs[0].token_ids[:5]
+    assert made.text == llm.tokenizer.decode(made.token_ids)
+    with LLM(tiny_bloom, max_model_len=10) as short:
+        made = again(short, plain)
+        assert (made.finish_reason, len(made.token_ids)) == (FinishReason.LENGTH, 10 - len(plain.prompt_token_ids))
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_stop_token(llm: LLM, plain: RequestOutput, include: bool) -> None:
+    tokens = plain.outputs[0].token_ids
+    place = first_new(tokens, 6)
+    made = again(llm, plain, stop_token_ids=[tokens[place], 499], include_stop_str_in_output=include)
+    assert (made.finish_reason, made.stop_reason) == (FinishReason.STOP, tokens[place])
+    assert made.token_ids == tokens[: place + 1]
+    assert made.text == llm.tokenizer.decode(tokens[: place + include])
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_stop_words_by_ids(llm: LLM, plain: RequestOutput, include: bool) -> None:
+    tokens = plain.outputs[0].token_ids
+    place = first_new(tokens, 6)
+    run = tokens[place - 2 : place + 1]
+    params: dict[str, Any] = {"stop_words_ids": [[5, 6], run], "include_stop_str_in_output": include}
+    made = again(llm, plain, **params)
+    assert (made.finish_reason, made.stop_reason) == (FinishReason.STOP, run[-1])
+    assert made.token_ids == tokens[: place + 1]
+    assert made.text == llm.tokenizer.decode(tokens[: place + 1 if include else place - 2])
+    texts = [
+        output.outputs[0].text
+        for output in llm.stream(plain.prompt_token_ids, SamplingParams(temperature=0, max_tokens=COUNT, **params))
+    ]
+    assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
+    assert texts[-1] == made.text
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_stop_string(llm: LLM, plain: RequestOutput, include: bool) -> None:
+    text = plain.outputs[0].text
+    place = next(m.start() for m in re.finditer("[a-z]{6}", text) if m.start() >= 10 and text.find(m[0][:5]) == m.start())
+    word = text[place : place + 5]
+    made = again(llm, plain, stop=["~~~~", word], include_stop_str_in_output=include)
+    assert (made.finish_reason, made.stop_reason) == (FinishReason.STOP, word)
+    assert made.text == text[: place + 5 if include else place]
+    assert made.token_ids == plain.outputs[0].token_ids[: len(made.token_ids)]
+    assert word in llm.tokenizer.decode(made.token_ids)
+    assert word not in llm.tokenizer.decode(made.token_ids[:-1])
+
+
+def test_end_token(make_bloom: Callable[..., Path], llm: LLM, plain: RequestOutput) -> None:
+    tokens = plain.outputs[0].token_ids
+    place = first_new(tokens, 6)
+    with LLM(make_bloom(eos_token_id=tokens[place])) as other:
+        made = again(other, plain, ignore_eos=False)
+        assert (made.finish_reason, made.stop_reason) == (FinishReason.STOP, None)
+        assert made.token_ids == tokens[: place + 1]
+        assert made.text == llm.tokenizer.decode(tokens[:place])
+        assert again(other, plain).token_ids == tokens
+        least = again(other, plain, ignore_eos=False, min_tokens=place + 3)
+        assert len(least.token_ids) >= place + 3
+        assert least.token_ids[:place] == tokens[:place]
+        assert tokens[place] not in least.token_ids[: place + 3]
+
+
+def test_no_stop_before_min_tokens(llm: LLM, plain: RequestOutput) -> None:
+    tokens = plain.outputs[0].token_ids
+    place = first_new(tokens, 4)
+    made = again(llm, plain, stop_token_ids=[tokens[place]], min_tokens=place + 2)
+    assert tokens[place] not in made.token_ids[: place + 2]
+    made = again(llm, plain, stop_words_ids=[[tokens[place]]], min_tokens=place + 2)
+    assert made.token_ids[: place + 2] == tokens[: place + 2]
+
+
+def test_bad_words(llm: LLM, plain: RequestOutput) -> None:
+    tokens = plain.outputs[0].token_ids
+    place = first_new(tokens, 4)
+    made = again(llm, plain, bad_words_ids=[tokens[place - 1 : place + 1]])
+    assert made.token_ids[:place] == tokens[:place]
+    assert made.token_ids[place] != tokens[place]
+    word = re.findall("[a-z]{3,}", plain.outputs[0].text)[-1]
+    runs = llm.tokenizer.words_ids(word)
+    made = again(llm, plain, bad_words=[word])
+    assert not any(
+        made.token_ids[i : i + len(run)] == run for run in runs for i in range(len(made.token_ids) - len(run) + 1)
+    )
+
+
+def test_text_is_left_out_where_it_is_not_wanted(llm: LLM, plain: RequestOutput) -> None:
+    made = again(llm, plain, detokenize=False)
+    assert (made.text, made.token_ids) == ("", plain.outputs[0].token_ids)
+
+
+def test_a_vocabulary_larger_than_the_tokenizers(tiny_bloom_odd_vocab: Path) -> None:
+    with LLM(tiny_bloom_odd_vocab) as llm:
+        params = SamplingParams(temperature=20.0, max_tokens=200, stop="never this", seed=0)
+        *_, last = llm.stream([5, 6], params)
+        assert max(last.outputs[0].token_ids) >= llm.tokenizer.vocab_size
+        assert last.outputs[0].text == llm.tokenizer.decode(last.outputs[0].token_ids)
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_grows_to_what_generate_returns(llm: LLM) -> None:
+    params = [
+        SamplingParams(seed=3, max_tokens=20, temperature=3.0),
+        SamplingParams(seed=4, max_tokens=20, n=2, logprobs=1, stop=["a", "e"]),
+        SamplingParams(temperature=0, max_tokens=9),
+    ]
+    prompts = PROMPTS[2:5]
+    whole = llm.generate(prompts, params)
+    seen: dict[str, list[RequestOutput]] = {}
+    for output in llm.stream(prompts, params):
+        seen.setdefault(output.request_id, []).append(output)
+    assert len(seen) == 3
+    for outputs, right in zip((seen[key] for key in sorted(seen, key=int)), whole, strict=True):
+        assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+        assert outputs[-1].outputs == right.outputs
+        for earlier, later in pairwise(outputs):
+            for a, b in zip(earlier.outputs, later.outputs, strict=False):
+                assert b.text.startswith(a.text)
+                assert b.token_ids[: len(a.token_ids)] == a.token_ids
+                assert len(a.logprobs or ()) in (0, len(a.token_ids))  # not grown since
+        lengths = [sum(len(completion.token_ids) for completion in output.outputs) for output in outputs]
+        assert lengths == sorted(set(lengths))
+
+
+def test_a_closed_stream_frees_everything(llm: LLM) -> None:
+    for steps in (1, 2, 5):
+        stream = llm.stream(PROMPTS, SamplingParams(max_tokens=50, n=2))
+        for _ in range(steps):
+            next(stream)
+        assert used(llm) > 0
+        with pytest.raises(EngineError, match="under way"):
+            llm.generate(PROMPTS[0])
+        stream.close()  # type: ignore[attr-defined]
+        assert used(llm) == 0
+        assert not llm.engine.scheduler.has_work
+        assert tokens_of(llm.generate(PROMPTS[0], GREEDY))
+
+
+def test_withdrawing_in_the_middle_of_a_prompt(tiny_bloom: Path) -> None:
+    with LLM(tiny_bloom, max_num_batched_tokens=16, max_num_seqs=4) as llm:
+        right = tokens_of(llm.generate(PROMPTS, GREEDY))
+        stream = llm.stream([PROMPTS[0], *PROMPTS[-1:] * 3], GREEDY)
+        next(stream)
+        assert any(s.num_computed < s.prompt_len for s in llm.engine.scheduler.running)
+        stream.close()  # type: ignore[attr-defined]
+        assert used(llm) == 0
+        assert tokens_of(llm.generate(PROMPTS, GREEDY)) == right
+
+
+def test_an_error_in_a_loop_over_a_stream_frees_everything(llm: LLM) -> None:
+    def loop() -> None:
+        for _ in llm.stream(PROMPTS, GREEDY):
+            raise ValueError("of the caller")
+
+    with pytest.raises(ValueError, match="of the caller"):
+        loop()
+    assert used(llm) == 0
+
+
+# --- what a caller may give, and what not -----------------------------------------------------------------------------
+
+
+def test_prompts_as_text_or_ids_one_or_many(llm: LLM) -> None:
+    text = "the lamp and the river"
+    ids = llm.tokenizer.encode(text)
+    one = llm.generate(text, GREEDY)
+    assert (one[0].prompt, one[0].prompt_token_ids) == (text, ids)
+    assert llm.generate(ids, GREEDY)[0].prompt is None
+    made = llm.generate([text, ids, "Anna", tuple(ids)], GREEDY)
+    assert [output.prompt for output in made] == [text, None, "Anna", None]
+    assert tokens_of(made)[0] == tokens_of(made)[1] == tokens_of(made)[3] == tokens_of(one)[0]
+    assert llm.generate([], GREEDY) == []
+    assert list(llm.stream([], GREEDY)) == []
+
+
+def test_parameters_for_all_for_each_or_none(llm: LLM) -> None:
+    assert len(llm.generate(PROMPTS[0])[0].outputs[0].token_ids) <= 16
+    counts = [3, 1, 2]
+    outputs = llm.generate(PROMPTS[:3], [SamplingParams(max_tokens=count, ignore_eos=True) for count in counts])
+    assert [len(tokens) for tokens in tokens_of(outputs)] == counts
+    for wrong in (2, 4, 0):
+        with pytest.raises(InvalidRequestError, match=rf"3 prompts, but {wrong} sampling parameters"):
+            llm.generate(PROMPTS[:3], [SamplingParams()] * wrong)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "no tokens"),
+        ("", {}, "no tokens"),
+        ([5] * 512, {}, "512 tokens.*512.*max_model_len"),
+        ([5, 493 + 7], {}, r"the prompt has token id 500; the vocabulary ends at 492"),
+        ([5, -1], {}, "token id -1"),
+        ([5], {"stop_token_ids": [493]}, "stop_token_ids has token id 493"),
+        ([5], {"stop_words_ids": [[1, 600]]}, "stop_words_ids has token id 600"),
+        ([5], {"bad_words_ids": [[-3]]}, "bad_words_ids has token id -3"),
+    ],
+)
+def test_requests_that_cannot_be_served(
+    llm: LLM, prompt: str | list[int], options: dict[str, Any], message: str
+) -> None:
+    params = SamplingParams(**options)
+    for call in (llm.generate, lambda *given: list(llm.stream(*given))):
+        with pytest.raises(InvalidRequestError, match=message):
+            call([[5, 6], prompt, [7]], params)
+        assert not llm.engine.has_unfinished
+        assert tokens_of(llm.generate(PROMPTS[0], GREEDY))  # and the engine goes on
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n": 0},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -2},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": float("nan")},
+        {"min_p": -0.1},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+        {"presence_penalty": 2.5},
+        {"frequency_penalty": -3},
+        {"frequency_penalty": float("nan")},
+        {"max_tokens": 0},
+        {"min_tokens": -1},
+        {"min_tokens": 20, "max_tokens": 10},
+        {"stop": [""]},
+        {"bad_words": [""]},
+        {"stop_words_ids": [[]]},
+        {"bad_words_ids": [[1], []]},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"logprobs": -1},
+        {"prompt_logprobs": -2},
+        {"stop": "x", "detokenize": False},
+    ],
+    ids=str,
+)
+def test_parameters_that_make_no_sense(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match="|".join(options)):
+        SamplingParams(**options)
+
+
+def test_tokens_that_are_no_numbers_leave_nothing_behind(llm: LLM) -> None:
+    wrong: Any = [[5, 6], [5, "six"]]
+    with pytest.raises((InvalidRequestError, TypeError)):
+        llm.generate(wrong, GREEDY)
+    assert not llm.engine.has_unfinished
+    assert tokens_of(llm.generate(PROMPTS[0], GREEDY))
+
+
+def test_the_same_id_twice(llm: LLM) -> None:
+    from hasten.core.types import Request
+
+    request = Request(request_id="mine", prompt_token_ids=(5, 6), params=GREEDY)
+    llm.engine.add(request)
+    with pytest.raises(InvalidRequestError, match="'mine' is in use"):
+        llm.engine.add(request)
+    output = llm.engine.abort("mine")
+    assert output is not None
+    assert (output.finished, output.outputs) == (False, [])
+    assert llm.engine.abort("mine") is None
+
+
+def test_a_withdrawn_request_says_what_it_had(llm: LLM) -> None:
+    from hasten.core.types import Request
+
+    llm.engine.add(Request(request_id="mine", prompt_token_ids=tuple(PROMPTS[4]), params=GREEDY))
+    for _ in range(4):
+        assert llm.engine.step() == []
+    output = llm.engine.abort("mine")
+    assert output is not None
+    assert [c.finish_reason for c in output.outputs] == [FinishReason.ABORT]
+    assert tokens_of([output]) == [tokens[:4] for tokens in tokens_of(llm.generate(PROMPTS[4], GREEDY))]
+    assert output.outputs[0].text == llm.tokenizer.decode(output.outputs[0].token_ids)
+
+
+def test_without_a_tokenizer(tiny_bloom: Path, tmp_path: Path) -> None:
+    for file in tiny_bloom.iterdir():
+        if "token" not in file.name:
+            (tmp_path / file.name).symlink_to(file)
+    with LLM(tmp_path) as llm:
+        made = llm.generate(PROMPTS[1], SamplingParams(max_tokens=3, ignore_eos=True, logprobs=1))[0].outputs[0]
+        assert (made.text, len(made.token_ids)) == ("", 3)
+        with pytest.raises(ConfigError, match="no tokenizer"):
+            llm.generate("text")
+        with pytest.raises(InvalidRequestError, match="need a tokenizer"):
+            llm.generate(PROMPTS[1], SamplingParams(stop="x"))
+    with LLM(tmp_path, tokenizer=str(tiny_bloom)) as llm:
+        assert llm.generate("text", GREEDY)[0].outputs[0].text
+
+
+def test_options_that_make_no_sense(tiny_bloom: Path) -> None:
+    for options, message in (
+        ({"max_seqs": 3}, "unknown engine option max_seqs"),
+        ({"dtype": "int8"}, "data type 'int8' is not known"),
+        ({"device": "tpu"}, "device 'tpu' is not known"),
+        ({"block_size": 0}, "block_size must be at least 1"),
+        ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "max_num_batched_tokens 8 is below max_num_seqs 9"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            LLM(tiny_bloom, **options)  # type: ignore[arg-type]
+
+
+def test_a_cache_that_is_too_small_says_what_to_lower(tiny_bloom: Path) -> None:
+    with pytest.raises(CapacityError, match=r"room for 0 tokens.*lower max_model_len or raise kv_cache_memory"):
+        LLM(tiny_bloom, kv_cache_memory=1000)
+    with pytest.raises(CapacityError, match=r"room for 32 tokens.*100; lower max_model_len or raise kv_cache_memory"):
+        LLM(tiny_bloom, **cache_of(2, tiny_bloom), max_model_len=100)
+    with LLM(tiny_bloom, **cache_of(2, tiny_bloom)) as llm:
+        with pytest.raises(InvalidRequestError, match=r"longest sequence of 32 \(max_model_len\)"):
+            llm.generate([5] * 40)
+        made = llm.generate([[5] * 31, [6] * 5], GREEDY)
+        assert [len(tokens) for tokens in tokens_of(made)] == [1, COUNT]
+        assert used(llm) == 0
+
+
+def test_nothing_after_close(tiny_bloom: Path) -> None:
+    llm = LLM(tiny_bloom)
+    engine = llm.engine
+    stream = llm.stream(PROMPTS[0], GREEDY)
+    next(stream)
+    llm.close()
+    llm.close()
+    with pytest.raises(EngineError, match="closed"):
+        next(stream)
+    for call in (lambda: llm.generate(PROMPTS[0]), lambda: next(llm.stream(PROMPTS[0])), lambda: llm.tokenizer):
+        with pytest.raises(EngineError, match="closed"):
+            call()
+    with pytest.raises(EngineError, match="closed"):
+        engine.step()
+    assert not llm.is_driver
+
+
+# --- values that overflow ---------------------------------------------------------------------------------------------
+
+POISON = 77
+
+
+@pytest.fixture
+def poisoned(tiny_bloom_untied: Path) -> Iterator[Callable[..., LLM]]:
+    """A model in which one token's hidden state is not a number."""
+    opened: list[LLM] = []
+
+    def make(**options: Any) -> LLM:
+        llm = LLM(tiny_bloom_untied, **options)
+        opened.append(llm)
+        model: Any = llm.engine.worker.runner.model
+        model.embedding.weight[POISON] = float("nan")
+        return llm
+
+    yield make
+    for llm in opened:
+        assert used(llm) == 0
+        llm.close()
+
+
+def finite(prompts: list[list[int]]) -> list[list[int]]:
+    return [[token if token != POISON else 78 for token in prompt] for prompt in prompts]
+
+
+HEALTHY = finite(PROMPTS)
+POISONED = [[POISON], [5, POISON, 6], HEALTHY[-1][:40] + [POISON] + HEALTHY[-1][40:], [POISON] * 33]
+CAREFUL = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True, bad_words_ids=[[POISON]])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"max_num_batched_tokens": 16, "max_num_seqs": 8}, {"enable_prefix_cache": False}], ids=str
+)
+def test_a_request_that_overflows_ends_alone(poisoned: Callable[..., LLM], options: dict[str, Any]) -> None:
+    llm = poisoned(**options)
+    right = tokens_of(llm.generate(HEALTHY, CAREFUL))
+    for _ in range(2):
+        outputs = llm.generate([*POISONED[:2], *HEALTHY, *POISONED[2:], *HEALTHY], CAREFUL)
+        bad = [*outputs[:2], *outputs[2 + len(HEALTHY) : 4 + len(HEALTHY)]]
+        for output in bad:
+            completion = output.outputs[0]
+            assert (completion.finish_reason, completion.token_ids) == (FinishReason.ERROR, [])
+            assert "not finite" in str(completion.stop_reason)
+        assert tokens_of([output for output in outputs if output not in bad]) == right * 2
+        assert tokens_of(llm.generate(HEALTHY, CAREFUL)) == right
+    assert used(llm) == 0
+
+
+def test_all_completions_of_a_request_that_overflows_end(poisoned: Callable[..., LLM]) -> None:
+    llm = poisoned()
+    right = tokens_of(llm.generate(HEALTHY, CAREFUL))
+    several = SamplingParams(n=3, seed=1, max_tokens=COUNT)
+    outputs = llm.generate([POISONED[2], *HEALTHY], [several, *[CAREFUL] * len(HEALTHY)])
+    assert [completion.finish_reason for completion in outputs[0].outputs] == [FinishReason.ERROR] * 3
+    assert tokens_of(outputs[1:]) == right
+    assert tokens_of(llm.generate(HEALTHY, CAREFUL)) == right
+
+
+def test_a_request_that_overflows_and_is_withdrawn_before_anyone_sees(poisoned: Callable[..., LLM]) -> None:
+    llm = poisoned(max_num_batched_tokens=16, max_num_seqs=16, kv_cache_memory=1 << 18)
+    right = tokens_of(llm.generate(HEALTHY, CAREFUL))
+    for _ in range(3):
+        stream = llm.stream([HEALTHY[0], [POISON] * 100], CAREFUL)
+        for _ in range(3):
+            next(stream)
+        assert any(POISON in s.token_ids and s.num_computed > 16 for s in llm.engine.scheduler.running)
+        stream.close()  # type: ignore[attr-defined]
+        assert tokens_of(llm.generate(HEALTHY, CAREFUL)) == right
+
+
+def test_a_request_that_overflows_and_is_preempted_before_anyone_sees(poisoned: Callable[..., LLM]) -> None:
+    llm = poisoned(max_num_batched_tokens=16, max_num_seqs=16)
+    right = tokens_of(llm.generate(HEALTHY[:4], CAREFUL))
+    short = poisoned(max_num_batched_tokens=16, max_num_seqs=16, **cache_of(8, Path(llm.engine.config.model)))
+    outputs = short.generate([*HEALTHY[:4], [POISON] * 100], CAREFUL)
+    assert preemptions(short) > 0
+    assert outputs[-1].outputs[0].finish_reason is FinishReason.ERROR
+    assert tokens_of(outputs[:-1]) == right
+    assert tokens_of(short.generate(HEALTHY[:4], CAREFUL)) == right

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hasten.core.errors import CheckpointError
+from hasten.core.types import SamplingParams
+from hasten.engine.text import TextState, Tokenizer
+
+TEXTS = (
+    "The garden, the river: café!",
+    "emoji 👩🏽‍🚀 and 🇪🇺, two in a row 🙂🙃",
+    "漢字かな交じり文と、한국어도",
+    "e\u0301 a\u0308 n\u0303 \u1e69 combining",
+    "\u0646\u0635 \u0639\u0631\u0628\u064a 𝔘𝔫𝔦𝔠𝔬𝔡𝔢\ttabs\n\nlines  spaces ",
+    "a replacement character \ufffd of its own",
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_bloom: Path) -> Tokenizer:
+    return Tokenizer.from_folder(tiny_bloom)
+
+
+@pytest.fixture(scope="module")
+def bytes_only(tokenizer: Tokenizer) -> list[int]:
+    """Tokens of one byte each that is no character by itself, and one that is."""
+    found = [token for token in range(tokenizer.vocab_size) if tokenizer.decode([token]) == "\ufffd"]
+    assert len(found) >= 100
+    return [*found, tokenizer.encode("a")[0]]
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int], *, skip: bool = True) -> str:
+    """The whole stream; at each step it must be the beginning of the text so far, all but an open character."""
+    stream, text = tokenizer.stream(skip_special_tokens=skip), ""
+    for count, token in enumerate(ids, 1):
+        text += stream.add(token)
+        whole = tokenizer.decode(ids[:count], skip_special_tokens=skip)
+        assert whole.startswith(text)
+        assert set(whole[len(text) :]) <= {"\ufffd"}
+    return text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_grows_to_what_was_encoded(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert len(ids) > len(text.split())
+    assert tokenizer.decode(ids) == text
+    assert streamed(tokenizer, ids) == text
+
+
+@given(text=st.text(max_size=40))
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_any_text_grows_to_what_was_encoded(tokenizer: Tokenizer, text: str) -> None:
+    made = streamed(tokenizer, tokenizer.encode(text))
+    assert made == text.rstrip("\ufffd") or made == text
+
+
+@given(data=st.data(), skip=st.booleans())
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_any_tokens_at_all_lose_no_text(
+    tokenizer: Tokenizer, bytes_only: list[int], data: st.DataObject, skip: bool
+) -> None:
+    any_token = st.integers(0, tokenizer.vocab_size + 20)  # a model's vocabulary may be larger than its tokenizer's
+    ids = data.draw(st.lists(st.one_of(st.sampled_from(bytes_only), any_token, st.integers(0, 3)), max_size=60))
+    streamed(tokenizer, ids, skip=skip)
+
+
+@pytest.mark.parametrize("kind", ["bytes that are no text", "special tokens", "a special token inside a character"])
+def test_long_runs_without_text_take_linear_time(tokenizer: Tokenizer, bytes_only: list[int], kind: str) -> None:
+    ids = {
+        "bytes that are no text": bytes_only[:1] * 4000,
+        "special tokens": [2] * 4000,
+        "a special token inside a character": [tokenizer.encode("ü")[0]] + [2] * 4000,
+    }[kind]
+    stream = tokenizer.stream()
+    start = time.perf_counter()
+    text = "".join(stream.add(token) for token in ids)
+    assert time.perf_counter() - start < 1  # 50 ms here; decoding the whole each time takes some 4 s
+    whole = tokenizer.decode(ids)
+    assert whole.startswith(text)
+    assert len(whole) - len(text) <= 8
+
+
+def test_a_character_broken_off_by_another_is_shown_as_broken(tokenizer: Tokenizer) -> None:
+    first = tokenizer.encode("ü")[0]
+    stream = tokenizer.stream()
+    assert [stream.add(token) for token in (first, tokenizer.encode("a")[0])] == ["", "\ufffda"]
+
+
+def grow(
+    tokenizer: Tokenizer, ids: list[int], params: SamplingParams, min_tokens: int = 0
+) -> tuple[str | None, str, list[str]]:
+    """The stop string found, the text then, and what was shown before."""
+    state, shown = TextState(tokenizer, params), []
+    for count, token in enumerate(ids, 1):
+        found = state.add(token, look_for_stop=count >= min_tokens)
+        if found is not None:
+            return found, state.text, shown
+        shown.append(state.settled)
+    return None, state.text, shown
+
+
+@given(
+    text=st.text("abc ü漢🙂", min_size=1, max_size=30),
+    stop=st.lists(st.text("abc ü漢🙂", min_size=1, max_size=5), min_size=1, max_size=4, unique=True),
+    include=st.booleans(),
+)
+@settings(max_examples=500, deadline=None, derandomize=True)
+def test_stop_strings_end_the_text_where_they_first_appear(
+    tokenizer: Tokenizer, text: str, stop: list[str], include: bool
+) -> None:
+    ids = tokenizer.encode(text)
+    params = SamplingParams(stop=stop, include_stop_str_in_output=include)
+    found, made, shown = grow(tokenizer, ids, params)
+    # by tokens: the first after which any stop string is complete; then the one that begins first
+    texts = [tokenizer.decode(ids[:count]).rstrip("\ufffd") for count in range(1, len(ids) + 1)]
+    ended = next((part for part in texts if any(word in part for word in stop)), None)
+    if ended is None:
+        assert (found, made) == (None, text)
+    else:
+        place = min(ended.find(word) for word in stop if word in ended)
+        wanted = max((word for word in stop if ended.startswith(word, place)), key=len)
+        assert found == wanted
+        assert made == ended[:place] + (wanted if include else "")
+    assert all(later.startswith(earlier) for earlier, later in zip(shown, [*shown[1:], made], strict=False))
+    assert not any(word in part for word in stop for part in shown)
+    if not include and ended is not None:
+        assert all(len(part) <= place for part in shown)
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_over_several_tokens(tokenizer: Tokenizer, include: bool) -> None:
+    ids = tokenizer.encode("Anna saw zqxjk in the garden")
+    pieces = [tokenizer.decode([token]) for token in ids]
+    assert not any("zqx" in piece for piece in pieces)
+    params = SamplingParams(stop=["zqx", "garden"], include_stop_str_in_output=include)
+    found, text, shown = grow(tokenizer, ids, params)
+    assert (found, text) == ("zqx", "Anna saw zqx" if include else "Anna saw ")
+    assert not any("z" in part for part in shown)
+
+
+def test_of_two_stop_strings_the_first_and_then_the_longest_ends_it(tokenizer: Tokenizer) -> None:
+    token = next(t for t in range(tokenizer.vocab_size) if len(tokenizer.decode([t])) >= 5)
+    word = tokenizer.decode([token])
+    params = SamplingParams(stop=[word[2:4], word[1:3], word[1:4]])
+    assert grow(tokenizer, [token], params)[:2] == (word[1:4], word[:1])
+
+
+def test_a_stop_string_before_min_tokens_stays_in_the_text(tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.encode(letter)[0] for letter in "abcabcd"]
+    params = SamplingParams(stop="ab")
+    assert grow(tokenizer, ids, params, min_tokens=3)[:2] == ("ab", "abc")
+    assert grow(tokenizer, ids, params, min_tokens=6)[:2] == (None, "abcabcd")
+    # it counts where only its end lies behind
+    assert grow(tokenizer, ids, SamplingParams(stop="bca"), min_tokens=4)[:2] == ("bca", "a")
+
+
+def test_runs_of_stop_tokens_hold_back_what_they_may_take_away(tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.encode(letter)[0] for letter in "abcdef"]
+    assert grow(tokenizer, ids, SamplingParams())[2] == ["a", "ab", "abc", "abcd", "abcde", "abcdef"]
+    runs = SamplingParams(stop_words_ids=[[7], [7, 8, 9]])
+    assert grow(tokenizer, ids, runs)[2] == ["", "", "a", "ab", "abc", "abcd"]
+    both = SamplingParams(stop_words_ids=[[7, 8]], stop="xyz?")
+    assert grow(tokenizer, ids, both)[2] == ["", "", "", "a", "ab", "abc"]
+    kept = SamplingParams(stop_words_ids=[[7, 8, 9]], include_stop_str_in_output=True)
+    assert grow(tokenizer, ids, kept)[2][-1] == "abcdef"
+
+
+def test_special_tokens_are_skipped_or_shown(tokenizer: Tokenizer) -> None:
+    ids = [*tokenizer.encode("the lamp"), 2, *tokenizer.encode(" and")]
+    assert streamed(tokenizer, ids) == "the lamp and"
+    assert streamed(tokenizer, ids, skip=False) == "the lamp</s> and"
+
+
+def test_words_as_they_may_appear(tokenizer: Tokenizer) -> None:
+    runs = tokenizer.words_ids("garden")
+    assert [tokenizer.decode(run) for run in runs] == ["garden", " garden"]
+    assert tokenizer.words_ids(" garden") == runs[1:]
+
+
+def test_encoding(tokenizer: Tokenizer) -> None:
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(("lamp", "café", "🙂", "zq"), k=rng.randint(0, 9))) for _ in range(20)]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+def test_folders_without_a_tokenizer(tmp_path: Path, tiny_bloom: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json.*--tokenizer-path"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(CheckpointError, match="cannot be read as a tokenizer"):
+        Tokenizer.from_folder(tmp_path)
+    by_file = Tokenizer.from_folder(tiny_bloom / "tokenizer.json")
+    assert by_file.encode("the lamp") == Tokenizer.from_folder(tiny_bloom).encode("the lamp")

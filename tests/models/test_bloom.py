@@ -1,0 +1,225 @@
+"""BLOOM beside Hugging Face's own, in fp32. Shapes: t tokens, v vocabulary."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hasten.checkpoint.sources import read_hf_config
+from hasten.core.config import AttentionConfig, EngineConfig, ModelConfig
+from hasten.core.errors import ConfigError
+from hasten.engine.sequence import Sequence
+from hasten.engine.worker import Worker
+from hasten.models.bloom import BloomForCausalLM
+from hasten.parallel.launch import Ranks
+
+MakeBloom = Callable[..., Path]
+
+BOUND = 1e-4
+"""Largest difference between two logits."""
+DECODED = 3
+"""Tokens that follow each prompt, one a step."""
+BLOCK_SIZE = 16
+LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 48, 70, 5]
+
+MODELS: dict[str, dict[str, Any]] = {
+    "8 heads": {},
+    "12 heads": {"n_head": 12, "hidden_size": 96},
+    "residual after the norm": {"apply_residual_connection_post_layernorm": True},
+    "untied head": {"tie_word_embeddings": False},
+    "odd vocabulary": {"vocab_size": 509},
+    "all of it": {
+        "n_head": 6,
+        "hidden_size": 48,
+        "vocab_size": 511,
+        "tie_word_embeddings": False,
+        "apply_residual_connection_post_layernorm": True,
+        "layer_norm_epsilon": 1e-3,
+    },
+    "one layer, one head": {"n_layer": 1, "n_head": 1, "hidden_size": 24},
+}
+
+
+def random_ids(lengths: list[int], vocab_size: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def our_logits(folder: Path, prompts: list[list[int]], followed_by: list[list[int]], **options: Any) -> list[Tensor]:
+    """Logits [t, v] of every token, from the engine's own steps: prompts in chunks, then a token a step."""
+    config = EngineConfig.create(
+        str(folder), dtype="fp32", device="cpu", block_size=BLOCK_SIZE, kv_cache_memory=16 << 20, **options
+    )
+    worker = Worker(config, Ranks.alone())
+    found: dict[str, list[Tensor]] = {str(number): [] for number in range(len(prompts))}
+    keys: dict[str, int] = {}
+
+    def keep(sequence: Sequence, first: int, logits: Tensor) -> None:
+        made = found[sequence.request_id]
+        assert sum(part.shape[0] for part in made) == first
+        made.append(logits)
+
+    added = [
+        {"request_id": str(number), "token_ids": ids, "n": 1, "prompt_logprobs": True}
+        for number, ids in enumerate(prompts)
+    ]
+    worker.apply({"tokens": [], "finished": [], "added": added, "stop": False})  # type: ignore[typeddict-item]
+    while any(len(torch.cat(parts)) < len(prompts[int(name)]) for name, parts in found.items() if parts) or not all(
+        found.values()
+    ):
+        batch = worker.scheduler.schedule()
+        worker.compute(batch, keep)
+        worker.scheduler.advance(batch)
+        keys |= {sequence.request_id: sequence.key for sequence in batch.sequences}
+    for step in range(DECODED):
+        tokens = [(keys[str(number)], ids[step]) for number, ids in enumerate(followed_by)]
+        worker.apply({"tokens": tokens, "finished": [], "added": [], "stop": False})
+        batch = worker.scheduler.schedule()
+        assert batch.num_tokens == len(prompts)
+        logits = worker.compute(batch)
+        worker.scheduler.advance(batch)
+        assert logits is not None
+        for sequence, row in zip(batch.sequences, logits, strict=True):
+            found[sequence.request_id].append(row.unsqueeze(0))
+    return [torch.cat(found[str(number)]) for number in range(len(prompts))]
+
+
+def their_logits(folder: Path, texts: list[list[int]]) -> list[Tensor]:
+    """Logits [t, v] of each text alone: no padding, no cache."""
+    from transformers import BloomForCausalLM as Reference
+
+    model = Reference.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return [model(torch.tensor([ids])).logits[0] for ids in texts]
+
+
+@pytest.mark.parametrize("options", MODELS.values(), ids=list(MODELS))
+def test_logits_are_those_of_hugging_face(options: dict[str, Any], make_bloom: MakeBloom) -> None:
+    folder = make_bloom(**options)
+    vocab_size = read_hf_config(folder).vocab_size
+    prompts = random_ids(LENGTHS, vocab_size)
+    followed_by = random_ids([DECODED] * len(LENGTHS), vocab_size)
+    expected = their_logits(folder, [a + b for a, b in zip(prompts, followed_by, strict=True)])
+    assert all(logits.std() > 0.1 for logits in expected), "a bound means something only if logits differ by more"
+    # all prompts in one step, and in steps so small that every one of more than a block is cut
+    for budget in (2048, 21):
+        found = our_logits(folder, prompts, followed_by, max_num_batched_tokens=budget, max_num_seqs=16)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.shape == theirs.shape
+            assert (ours - theirs).abs().max() <= BOUND
+
+
+HF: dict[str, Any] = {"hidden_size": 96, "n_head": 12, "n_layer": 3, "vocab_size": 509}
+
+
+def test_a_config_of_hugging_face_is_read_whole() -> None:
+    raw = HF | {
+        "layer_norm_epsilon": 1e-3,
+        "apply_residual_connection_post_layernorm": True,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+        "bos_token_id": 4,
+        "eos_token_id": [5, 6],
+        "pad_token_id": 7,
+        "seq_length": 2048,
+    }
+    assert BloomForCausalLM.config_from_hf(raw) == ModelConfig(
+        architecture="BloomForCausalLM",
+        num_layers=3,
+        hidden_size=96,
+        intermediate_size=384,
+        vocab_size=509,
+        attention=AttentionConfig(num_heads=12, num_kv_heads=12, head_size=8),
+        norm_eps=1e-3,
+        residual_after_norm=True,
+        tie_word_embeddings=False,
+        dtype="bf16",
+        bos_token_id=4,
+        eos_token_ids=(5, 6),
+        pad_token_id=7,
+        max_position_embeddings=2048,
+    )
+
+
+def test_what_a_config_leaves_out_is_as_in_hugging_face() -> None:
+    from transformers import BloomConfig
+
+    found, reference = BloomForCausalLM.config_from_hf(HF), BloomConfig(**HF)
+    assert found.norm_eps == reference.layer_norm_epsilon
+    assert found.residual_after_norm == reference.apply_residual_connection_post_layernorm
+    assert found.tie_word_embeddings == reference.tie_word_embeddings
+    assert found.bos_token_id == reference.bos_token_id
+    assert found.eos_token_ids == (reference.eos_token_id,)
+    assert found.pad_token_id == reference.pad_token_id
+    assert found.dtype == "fp32"
+    assert found.max_position_embeddings is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("n_embed", "hidden_size"), ("num_attention_heads", "n_head"), ("num_hidden_layers", "n_layer")],
+)
+def test_old_names_of_keys(old: str, new: str) -> None:
+    renamed = {old if name == new else name: value for name, value in HF.items()}
+    assert BloomForCausalLM.config_from_hf(renamed) == BloomForCausalLM.config_from_hf(HF)
+    # a key that is there but null counts as missing
+    assert BloomForCausalLM.config_from_hf(renamed | {new: None}) == BloomForCausalLM.config_from_hf(HF)
+
+
+def test_the_old_names_are_read_as_hugging_face_reads_them(tmp_path: Path) -> None:
+    from transformers import BloomConfig
+
+    raw = {"n_embed": 96, "num_attention_heads": 12, "num_hidden_layers": 3, "vocab_size": 509, "model_type": "bloom"}
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    found, reference = read_hf_config(tmp_path), BloomConfig(**raw)
+    sizes = (found.hidden_size, found.attention.num_heads, found.num_layers)
+    assert sizes == (reference.hidden_size, reference.n_head, reference.n_layer)
+
+
+@pytest.mark.parametrize("name", HF)
+def test_a_missing_key_is_named(name: str) -> None:
+    for raw in ({key: value for key, value in HF.items() if key != name}, HF | {name: None}):
+        with pytest.raises(ConfigError, match=f"lacks '{name}'"):
+            BloomForCausalLM.config_from_hf(raw)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        *(
+            (name, ["many", 0, -1, 1.5, True, [8], {}])
+            for name in (*HF, "n_embed", "num_attention_heads", "seq_length")
+        ),
+        ("layer_norm_epsilon", ["small", None, 0, -1e-5, 2.0, float("nan")]),
+        ("apply_residual_connection_post_layernorm", ["false", 1]),
+        ("tie_word_embeddings", ["false", 0, []]),
+        ("dtype", ["int8", "float64", 16]),
+        ("torch_dtype", ["int8"]),
+        ("bos_token_id", ["<s>", 1.5, [1]]),
+        ("eos_token_id", ["</s>", 2.5, [2, "</s>"], {}, True]),
+        ("pad_token_id", ["<pad>", [3]]),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ConfigError) as caught:
+            BloomForCausalLM.config_from_hf(HF | {name: value})
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_heads_that_do_not_divide_the_width_are_named() -> None:
+    with pytest.raises(ConfigError, match="hidden_size 96 is not a multiple of n_head 7"):
+        BloomForCausalLM.config_from_hf(HF | {"n_head": 7})
+
+
+def test_an_error_in_a_file_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(HF | {"model_type": "bloom", "n_layer": "many"}), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        read_hf_config(tmp_path)
+    assert str(caught.value).startswith(f"{path}: n_layer ")

@@ -1,0 +1,277 @@
+"""Shapes: t tokens of the flat batch, n heads, m key/value heads, d head size, q and k tokens of one sequence."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from hasten import ops
+from hasten.layers.position import alibi_slopes
+from hasten.ops import cpu, reference
+
+Close = Callable[[str, Tensor, Tensor], None]
+Lengths = list[tuple[int, int]]
+"""(new tokens, tokens that attention sees, these included) of each sequence."""
+
+BATCHES: dict[str, Lengths] = {
+    "one token": [(1, 1)],
+    "one decode": [(1, 37)],
+    "one prompt": [(23, 23)],
+    "prompts around a block border": [(n, n) for n in (15, 16, 17, 31, 32, 33)],
+    "decodes around a block border": [(1, n) for n in (1, 15, 16, 17, 32, 33)],
+    "decodes of equal length": [(1, 48)] * 5,
+    "prompts of equal length": [(20, 20)] * 3,
+    "chunks that begin and end inside a block": [(5, 13), (16, 40), (3, 48), (2, 1025)],
+    "prompt, chunk, decodes": [(40, 40), (64, 200), (1, 33), (1, 1), (17, 17), (1, 200)],
+    "decodes before and between prompts": [(1, 90), (30, 30), (1, 12), (2, 60), (1, 13)],
+    "very uneven": [(1, 1), (1, 1500), (200, 200), (2, 2), (1, 3), (3, 900), (100, 1000)],
+    "very uneven decodes": [(1, n) for n in (1, 2000, 3, 700, 5, 1999, 2, 64)],
+    "prompts that grow": [(n, n) for n in (1, 2, 4, 8, 16, 32, 64, 128)],
+    "a decode at two thousand keys": [(1, 2048)],
+    "a sequence with nothing to compute": [(3, 9), (0, 20), (1, 5)],
+}
+RUN = cpu._QUERY_CHUNK
+LONG_BATCHES: dict[str, Lengths] = {
+    "around the length of a query run": [(n, n) for n in (RUN - 1, RUN, RUN + 1)],
+    "two query runs and one more": [(2 * RUN + 1, 2 * RUN + 1), (1, 7)],
+    "a chunk of two runs far into its sequence": [(RUN + 44, 1100), (9, 9)],
+    "a prompt of two thousand tokens": [(2048, 2048)],
+}
+
+
+@dataclass(frozen=True)
+class Heads:
+    query: int = 12
+    kv: int = 12
+    size: int = 24
+    block: int = 16
+
+    def __str__(self) -> str:
+        return f"{self.query} heads of {self.size} on {self.kv}, blocks of {self.block}"
+
+
+SHAPES = [
+    Heads(),
+    Heads(query=6, kv=6, size=64),
+    Heads(query=1, kv=1, size=128),
+    Heads(query=1, kv=1, size=8, block=1),
+    Heads(query=4, kv=4, size=64, block=5),
+    Heads(query=8, kv=2, size=24),
+    Heads(query=6, kv=3, size=8, block=5),
+    Heads(query=12, kv=1, size=8, block=1),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+GARBAGE = {torch.float32: 1e30, torch.float16: 6e4, torch.bfloat16: 1e30}
+"""What cache slots hold that belong to nobody: finite, and absurd enough to show in any result that it reaches."""
+
+
+@dataclass
+class Case:
+    """A batch, the cache that it is in, and the attention that it should get."""
+
+    query_tnd: Tensor
+    key_cache: Tensor
+    value_cache: Tensor
+    meta: ops.AttentionMeta
+    scale: float
+    slopes_n: Tensor | None
+    expected_tnd: Tensor
+    """fp64."""
+
+    def run(self, op: Callable[..., Tensor] = ops.paged_attention) -> Tensor:
+        self.meta.scratch.clear()
+        return op(self.query_tnd, self.key_cache, self.value_cache, self.meta, self.scale, self.slopes_n)
+
+    @property
+    def plan(self) -> list[tuple[tuple[int, int, int], Tensor | None]]:
+        """Runs, queries and keys of each attention call of the last `run`, with the bias that it kept."""
+        return [(group.size, bias) for group, bias in self.meta.scratch["attention"]]
+
+
+def attend(query_qnd: Tensor, key_kmd: Tensor, value_kmd: Tensor, scale: float, slopes_n: Tensor | None) -> Tensor:
+    """Attention of one sequence head by head and query by query, in fp64."""
+    queries, heads, _ = query_qnd.shape
+    keys, kv_heads, _ = key_kmd.shape
+    out_qnd = torch.zeros(query_qnd.shape, dtype=torch.float64)
+    for head in range(heads):
+        kv_head = head * kv_heads // heads
+        key_kd, value_kd = key_kmd[:, kv_head].double(), value_kmd[:, kv_head].double()
+        scores_qk = query_qnd[:, head].double() @ key_kd.T * scale
+        for row in range(queries):
+            position = keys - queries + row
+            scores_k = scores_qk[row, : position + 1]
+            if slopes_n is not None:
+                scores_k = scores_k - float(slopes_n[head]) * torch.arange(position, -1, -1, dtype=torch.float64)
+            out_qnd[row, head] = scores_k.softmax(0) @ value_kd[: position + 1]
+    return out_qnd
+
+
+def make_meta(lengths: Lengths, block_size: int, block_tables: Tensor) -> ops.AttentionMeta:
+    counts, kv_lens = [q for q, _ in lengths], [k for _, k in lengths]
+    slots = [
+        int(table[position // block_size]) * block_size + position % block_size
+        for table, (count, kv_len) in zip(block_tables, lengths, strict=True)
+        for position in range(kv_len - count, kv_len)
+    ]
+    return ops.AttentionMeta(
+        query_start=torch.tensor([0, *counts]).cumsum(0).int(),
+        seq_lens=torch.tensor(kv_lens, dtype=torch.int32),
+        block_tables=block_tables,
+        slot_mapping=torch.tensor(slots, dtype=torch.int64),
+        query_lens=counts,
+        kv_lens=kv_lens,
+    )
+
+
+def make_case(
+    lengths: Lengths, heads: Heads, dtype: torch.dtype = torch.float32, *, alibi: bool = True, seed: int = 0
+) -> Case:
+    """Sequences in blocks in random order, with garbage in every slot that no token of theirs is in."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks_of = [math.ceil(k / heads.block) for _, k in lengths]
+    total, width = sum(blocks_of) + 3, max(blocks_of) + 1
+    order = torch.randperm(total, generator=generator).int()
+    # behind a sequence's end its table names blocks of others, or of nobody
+    tables = torch.randint(total, (len(lengths), width), generator=generator, dtype=torch.int32)
+    caches = torch.full((2, total, heads.block, heads.kv, heads.size), GARBAGE[dtype], dtype=dtype)
+    caches[..., ::2] *= -1
+    slopes_n = alibi_slopes(heads.query) if alibi else None
+    scale = heads.size**-0.5
+    queries, outputs = [], []
+    for row, (count, kv_len) in enumerate(lengths):
+        own, order = order[: blocks_of[row]], order[blocks_of[row] :]
+        tables[row, : len(own)] = own
+        new = torch.randn(2, kv_len, heads.kv, heads.size, generator=generator).to(dtype)
+        slots = own.long().repeat_interleave(heads.block)[:kv_len] * heads.block + torch.arange(kv_len) % heads.block
+        caches.flatten(1, 2)[:, slots] = new
+        # as wide again as the queries, so that they are a view of something larger, as they are of the fused QKV
+        query_qnd = torch.randn(count, 2 * heads.query, heads.size, generator=generator).to(dtype)
+        queries.append(query_qnd)
+        outputs.append(attend(query_qnd[:, : heads.query], new[0], new[1], scale, slopes_n))
+    return Case(
+        query_tnd=torch.cat(queries)[:, : heads.query],
+        key_cache=caches[0],
+        value_cache=caches[1],
+        meta=make_meta(lengths, heads.block, tables),
+        scale=scale,
+        slopes_n=slopes_n,
+        expected_tnd=torch.cat(outputs),
+    )
+
+
+def check(case: Case, assert_close: Close) -> None:
+    found = case.run()
+    assert found.dtype == case.query_tnd.dtype
+    assert_close("attention", found, case.expected_tnd)
+    assert_close("attention", case.run(reference.paged_attention), case.expected_tnd)
+
+
+@pytest.mark.parametrize("alibi", [True, False], ids=["alibi", "no slopes"])
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=list(BATCHES))
+def test_every_batch(lengths: Lengths, alibi: bool, assert_close: Close) -> None:
+    check(make_case(lengths, Heads(query=3, kv=3), alibi=alibi), assert_close)
+
+
+@pytest.mark.parametrize("lengths", LONG_BATCHES.values(), ids=list(LONG_BATCHES))
+def test_prompts_longer_than_a_query_run(lengths: Lengths, assert_close: Close) -> None:
+    check(make_case(lengths, Heads(query=2, kv=2, size=8)), assert_close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("alibi", [True, False], ids=["alibi", "no slopes"])
+@pytest.mark.parametrize("heads", SHAPES, ids=str)
+def test_every_shape(heads: Heads, alibi: bool, dtype: torch.dtype, assert_close: Close) -> None:
+    for name in ("one token", "prompt, chunk, decodes", "decodes around a block border"):
+        check(make_case(BATCHES[name], heads, dtype, alibi=alibi), assert_close)
+
+
+@pytest.mark.parametrize("alibi", [True, False], ids=["alibi", "no slopes"])
+@pytest.mark.parametrize("name", ["prompt, chunk, decodes", "very uneven", "one prompt"])
+def test_a_bias_too_large_to_keep_is_made_anew_with_the_same_result(
+    name: str, alibi: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(BATCHES[name], Heads(query=3, kv=3), alibi=alibi)
+    kept = case.run()
+    monkeypatch.setattr(cpu, "_KEPT_BIAS", 0)
+    assert torch.equal(case.run(), kept)
+
+
+def test_the_limit_of_kept_bias_counts_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for alibi, planes in ((True, 3), (False, 1)):
+        case = make_case([(16, 32)], Heads(query=3, kv=3), alibi=alibi)
+        for limit, keeps in ((planes * 16 * 32, True), (planes * 16 * 32 - 1, False)):
+            monkeypatch.setattr(cpu, "_KEPT_BIAS", limit)
+            case.run()
+            assert [None if bias is None else bias.numel() for _, bias in case.plan] == [limit if keeps else None]
+
+
+@pytest.mark.parametrize("elements", [0, 1 << 10, 1 << 60])
+def test_however_much_one_call_may_gather(elements: int, monkeypatch: pytest.MonkeyPatch, assert_close: Close) -> None:
+    monkeypatch.setattr(cpu, "_CACHED_ELEMENTS", elements)
+    for name in ("decodes around a block border", "decodes of equal length", "prompt, chunk, decodes"):
+        check(make_case(BATCHES[name], Heads(query=3, kv=3)), assert_close)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["bias kept", "bias rebuilt"])
+def test_later_layers_use_the_plan_of_the_first(
+    kept: bool, monkeypatch: pytest.MonkeyPatch, assert_close: Close
+) -> None:
+    if not kept:
+        monkeypatch.setattr(cpu, "_KEPT_BIAS", 0)
+    heads, lengths = Heads(query=3, kv=3), BATCHES["prompt, chunk, decodes"]
+    layers = [make_case(lengths, heads, seed=0) for _ in range(3)]
+    for number, layer in enumerate(layers):
+        # other values in the same places: the blocks of a sequence have the same numbers in every layer
+        layer.query_tnd = layer.query_tnd * (number + 1)
+        layer.scale /= number + 1
+        found = ops.paged_attention(
+            layer.query_tnd, layer.key_cache, layer.value_cache, layers[0].meta, layer.scale, layer.slopes_n
+        )
+        assert_close("attention", found, layer.expected_tnd)
+    assert list(layers[0].meta.scratch) == ["attention"]
+
+
+@pytest.mark.parametrize("op", [ops.paged_attention, reference.paged_attention], ids=["cpu", "reference"])
+@pytest.mark.parametrize(
+    "needed",
+    [[0, 0, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1], [40, 0, 0, 0, 3, 0], [0, 64, 1, 0, 0, 0], [0] * 6],
+    ids=["decodes alone", "last of each", "a prompt and a tail", "a chunk", "none"],
+)
+def test_a_part_of_a_batch_gets_what_it_gets_in_the_whole(
+    needed: list[int], op: Callable[..., Tensor], assert_close: Close
+) -> None:
+    lengths = BATCHES["prompt, chunk, decodes"]
+    case = make_case(lengths, Heads(query=3, kv=3))
+    chosen = [place for place, count in enumerate(needed) if count]
+    ends = case.meta.query_start[1:]
+    rows = torch.cat([torch.arange(int(end) - count, int(end)) for end, count in zip(ends, needed, strict=True)])
+    part = replace(
+        make_meta([(needed[s], lengths[s][1]) for s in chosen], 16, case.meta.block_tables[chosen]), rows=rows
+    )
+    found = op(case.query_tnd[rows], case.key_cache, case.value_cache, part, case.scale, case.slopes_n)
+    assert_close("attention", found, case.expected_tnd[rows])
+
+
+@pytest.mark.parametrize("op", [ops.paged_attention, reference.paged_attention], ids=["cpu", "reference"])
+def test_nothing_is_changed_but_the_output(op: Callable[..., Tensor]) -> None:
+    case = make_case(BATCHES["prompt, chunk, decodes"], Heads(query=3, kv=3))
+    inputs = [case.query_tnd, case.key_cache, case.value_cache, case.meta.block_tables, case.slopes_n]
+    before = [tensor.clone() for tensor in inputs if tensor is not None]
+    case.run(op)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True) if a is not None)
+
+
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=list(BATCHES))
+def test_padding_costs_at_most_half_as_much_again(lengths: Lengths) -> None:
+    case = make_case(lengths, Heads(query=1, kv=1, size=8, block=1))
+    case.run()
+    work = sum(queries * keys for queries, keys in lengths)
+    assert sum(math.prod(size) for size, _ in case.plan) <= 1.5 * work
+
+
+def test_the_longest_lengths_of_a_batch() -> None:
+    meta = make_meta([(1, 40), (7, 9)], 16, torch.arange(6).view(2, 3))
+    assert (meta.max_query_len, meta.max_seq_len) == (7, 40)
