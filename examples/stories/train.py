@@ -166,6 +166,30 @@ def fit(
             break
 
 
+@torch.no_grad()
+def spread_norms(model: BloomForCausalLM, seed: int) -> None:
+    """Give each layer norm a scale of its own and take it back in the weights behind: the same function, other weights.
+
+    Training leaves all norms nearly flat, so that a model with two of them swapped would hardly be worse. The scales
+    are powers of two, which round nothing; only the epsilon of the norm behind the embedding weighs less.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bloom = model.transformer
+    for block in bloom.h:
+        behind = {
+            block.input_layernorm: block.self_attention.query_key_value,
+            block.post_attention_layernorm: block.mlp.dense_h_to_4h,
+        }
+        for norm, linear in behind.items():
+            scale = 2.0 ** torch.randint(-2, 3, norm.weight.shape, generator=generator).to(norm.weight)
+            norm.weight *= scale
+            norm.bias *= scale
+            linear.weight /= scale
+    bloom.word_embeddings.weight *= 16.0
+    bloom.ln_f.weight /= 16.0
+    bloom.ln_f.bias /= 16.0
+
+
 def save(model: BloomForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the Hugging Face folder, the weights in fp16."""
     model.to(torch.float16).save_pretrained(folder)
@@ -266,6 +290,7 @@ def run(args: argparse.Namespace) -> float:
         fit(model, tokenizer, batches, probe, args)
 
     args.output.mkdir(parents=True, exist_ok=True)
+    spread_norms(model, args.seed)
     save(model, tokenizer, args.output)
     size = sum(path.stat().st_size for path in args.output.iterdir() if path.is_file())
     print(f"{args.output}: {size:,} bytes")

@@ -62,7 +62,10 @@ def test_the_installed_command_and_the_module_are_the_same() -> None:
         (["generate", "folder"], "there is no prompt"),
         (["generate", "folder", "--prompts-file", "/nowhere"], "cannot read prompts from /nowhere"),
         (["generate", "folder", "--prompt", "x", "--max-new-tokens", "0"], "max_tokens must be at least 1, got 0"),
-        (["generate", "folder", "--prompt", "x", "--temperature", "-1"], "temperature must not be negative, got -1.0"),
+        (
+            ["generate", "folder", "--prompt", "x", "--temperature", "-1"],
+            "temperature must be finite and not negative, got -1.0",
+        ),
         (["generate", "folder", "--prompt", "x", "--top-p", "1.5"], "top_p must be above 0 and at most 1, got 1.5"),
         (["generate", "folder", "--prompt", "x", "--prompt", "y", "--stream"], "add --json"),
         (

@@ -1,22 +1,23 @@
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hasten.core.errors import InvalidRequestError
 from hasten.core.types import FinishReason, SamplingParams
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
     ("name", "values"),
     [
         ("n", [0, -1]),
-        ("temperature", [-0.1, -1, NAN]),
+        ("temperature", [-0.1, -1, NAN, INF]),
         ("top_k", [-2]),
         ("top_p", [0, -0.5, 1.0001, NAN]),
         ("min_p", [-0.1, 1.1, NAN]),
-        ("repetition_penalty", [0, -1, NAN]),
+        ("repetition_penalty", [0, -1, NAN, INF]),
         ("presence_penalty", [-2.1, 2.1, NAN]),
         ("frequency_penalty", [-2.1, 2.1, NAN]),
         ("max_tokens", [0, -1]),
@@ -39,6 +40,34 @@ def test_a_bad_value_is_named(name: str, values: list[Any]) -> None:
         assert "\n" not in message
         if isinstance(value, int | float):
             assert message.endswith(f", got {value}")
+
+
+@pytest.mark.parametrize(
+    ("names", "values"),
+    [
+        (("n", "top_k", "max_tokens", "min_tokens"), [2.5, 2.0, "2", True, None, [2]]),
+        (("seed", "logprobs", "prompt_logprobs"), [2.5, 2.0, "2", True, [2]]),
+        (
+            ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+            ["0.5", None, True, [0.5], 1j],
+        ),
+        (("stop", "bad_words"), [[1], [None], ["a", 2]]),
+        (("stop_token_ids",), [[1.7], ["1"], [None], "12"]),
+        (("stop_words_ids", "bad_words_ids"), [[[1.7]], [["1"]], ["12"]]),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(names: tuple[str, ...], values: list[Any]) -> None:
+    """Met in the middle of a step it would end the engine, and with it the requests of others."""
+    for name in names:
+        for value in values:
+            with pytest.raises(InvalidRequestError) as caught:
+                SamplingParams(**{name: value})
+            assert str(caught.value).startswith(f"{name} ")
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    made = SamplingParams(max_tokens=np.int64(3), top_p=np.float32(0.5), stop_token_ids=np.arange(2))  # type: ignore[arg-type]
+    assert (made.max_tokens, made.top_p, made.stop_token_ids) == (3, 0.5, (0, 1))
 
 
 def test_stop_strings_need_text() -> None:

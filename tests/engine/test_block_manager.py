@@ -121,8 +121,9 @@ def machine_for(shadow: type[Shadow]) -> type[RuleBasedStateMachine]:
 
 
 def test_random_walks_keep_the_books_and_the_contents(shadow: type[Shadow]) -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        machine_for(shadow), settings=settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
+    run_state_machine_as_test(
+        machine_for(shadow),
+        settings=settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True),
     )
 
 
@@ -213,7 +214,7 @@ def test_output_is_shared_as_well_after_a_preemption(walk: Walk, make_sequence: 
     cache.check([sequence])
 
 
-def test_the_longest_unused_block_is_handed_out_first_and_a_tail_before_its_beginning(
+def test_blocks_without_content_go_first_then_the_longest_unused_and_a_tail_before_its_beginning(
     walk: Walk, make_sequence: MakeSequence
 ) -> None:
     manager, cache = walk(num_blocks=6)
@@ -223,7 +224,7 @@ def test_the_longest_unused_block_is_handed_out_first_and_a_tail_before_its_begi
     tables = list(old.block_table), list(new.block_table)
     manager.free(old)
     manager.free(new)
-    wanted = [*reversed(tables[0]), *reversed(tables[1])]
+    wanted = [tables[1][2], tables[0][2], tables[0][1], tables[0][0], tables[1][1], tables[1][0]]
     assert list(manager._free) == wanted
     taker = make_sequence([3] * 20)
     assert manager.reserve(taker, 20) == []
@@ -301,6 +302,18 @@ def test_room_reserved_but_not_used_is_not_reserved_twice(walk: Walk, make_seque
     assert manager.reserve(sequence, 2) == []
     assert len(sequence.block_table) == 3
     assert sequence.table_version == version
+
+
+def test_room_to_spare_does_not_pay_for_copies(walk: Walk, make_sequence: MakeSequence) -> None:
+    manager, cache = walk(num_blocks=3)
+    parent = make_sequence(range(6))
+    assert compute(manager, cache, parent)
+    child = parent.fork(1)
+    manager.fork(parent, child)
+    child.num_computed = 2  # so that its second block is more than it needs
+    before = snapshot(manager, child)
+    assert manager.reserve(child, 1) is None  # two copies, one free block
+    assert snapshot(manager, child) == before
 
 
 def test_disowned_blocks_are_forgotten_and_shared_ones_are_not(walk: Walk, make_sequence: MakeSequence) -> None:

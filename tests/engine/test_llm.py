@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from hasten import (
     RequestOutput,
     SamplingParams,
 )
+from hasten.engine.llm import Prompt
 
 if TYPE_CHECKING:
     from tests.engine.conftest import Reference
@@ -61,7 +63,7 @@ def preemptions(llm: LLM) -> int:
     return llm.engine.scheduler.stats.preemptions
 
 
-def cache_of(blocks: int, folder: Path) -> dict[str, int]:
+def cache_of(blocks: int, folder: Path) -> dict[str, Any]:
     """The option for a cache of so many blocks."""
     with LLM(folder, kv_cache_memory=1 << 24) as llm:
         return {"kv_cache_memory": blocks * llm.engine.worker.runner.block_bytes}
@@ -185,7 +187,7 @@ def test_logprobs_are_those_of_transformers(
             assert set(top) == {token, *order[:asked]}
             for other, entry in top.items():
                 assert abs(entry.logprob - float(wanted[place, other])) < CLOSE
-                assert abs(order.index(entry.rank and other) + 1 - entry.rank) == 0
+                assert entry.rank == order.index(other) + 1
                 assert entry.decoded_token == llm.tokenizer.decode([other], skip_special_tokens=False)
             total += top[token].logprob if place >= len(prompt) - 1 else 0
         assert completion.cumulative_logprob == pytest.approx(total)
@@ -312,8 +314,8 @@ def plain(llm: LLM) -> RequestOutput:
     """What the model says, left alone: other tests cut it somewhere."""
     output = next(
         output
-        for output in llm.generate(random_prompts((6,) * 40, seed=2), GREEDY)
-        if len(set(output.outputs[0].token_ids)) > 15 and re.search("[a-z]{6}", output.outputs[0].text[10:])
+        for output in llm.generate(random_prompts((6,) * 150, seed=2), GREEDY)
+        if len(set(output.outputs[0].token_ids)) >= 12 and re.search("[a-z]{5}", output.outputs[0].text[8:])
     )
     assert output.outputs[0].finish_reason is FinishReason.LENGTH
     return output
@@ -343,7 +345,7 @@ def test_length(llm: LLM, plain: RequestOutput, tiny_bloom: Path) -> None:
 def test_stop_token(llm: LLM, plain: RequestOutput, include: bool) -> None:
     tokens = plain.outputs[0].token_ids
     place = first_new(tokens, 6)
-    made = again(llm, plain, stop_token_ids=[tokens[place], 499], include_stop_str_in_output=include)
+    made = again(llm, plain, stop_token_ids=[3, tokens[place]], include_stop_str_in_output=include)
     assert (made.finish_reason, made.stop_reason) == (FinishReason.STOP, tokens[place])
     assert made.token_ids == tokens[: place + 1]
     assert made.text == llm.tokenizer.decode(tokens[: place + include])
@@ -370,7 +372,7 @@ def test_stop_words_by_ids(llm: LLM, plain: RequestOutput, include: bool) -> Non
 @pytest.mark.parametrize("include", [False, True])
 def test_stop_string(llm: LLM, plain: RequestOutput, include: bool) -> None:
     text = plain.outputs[0].text
-    place = next(m.start() for m in re.finditer("[a-z]{6}", text) if m.start() >= 10 and text.find(m[0][:5]) == m.start())
+    place = next(m.start() for m in re.finditer("[a-z]{5}", text) if m.start() >= 8 and text.find(m[0]) == m.start())
     word = text[place : place + 5]
     made = again(llm, plain, stop=["~~~~", word], include_stop_str_in_output=include)
     assert (made.finish_reason, made.stop_reason) == (FinishReason.STOP, word)
@@ -402,6 +404,8 @@ def test_no_stop_before_min_tokens(llm: LLM, plain: RequestOutput) -> None:
     assert tokens[place] not in made.token_ids[: place + 2]
     made = again(llm, plain, stop_words_ids=[[tokens[place]]], min_tokens=place + 2)
     assert made.token_ids[: place + 2] == tokens[: place + 2]
+    made = again(llm, plain, stop_words_ids=[[tokens[place]]], min_tokens=place + 1)
+    assert made.token_ids == tokens[: place + 1]
 
 
 def test_bad_words(llm: LLM, plain: RequestOutput) -> None:
@@ -502,7 +506,8 @@ def test_prompts_as_text_or_ids_one_or_many(llm: LLM) -> None:
     one = llm.generate(text, GREEDY)
     assert (one[0].prompt, one[0].prompt_token_ids) == (text, ids)
     assert llm.generate(ids, GREEDY)[0].prompt is None
-    made = llm.generate([text, ids, "Anna", tuple(ids)], GREEDY)
+    several: list[Prompt] = [text, ids, "Anna", tuple(ids)]
+    made = llm.generate(several, GREEDY)
     assert [output.prompt for output in made] == [text, None, "Anna", None]
     assert tokens_of(made)[0] == tokens_of(made)[1] == tokens_of(made)[3] == tokens_of(one)[0]
     assert llm.generate([], GREEDY) == []
@@ -589,6 +594,13 @@ def test_tokens_that_are_no_numbers_leave_nothing_behind(llm: LLM) -> None:
     assert tokens_of(llm.generate(PROMPTS[0], GREEDY))
 
 
+def test_refusing_a_long_list_takes_no_longer_than_reading_it(llm: LLM) -> None:
+    start = time.process_time()
+    with pytest.raises(InvalidRequestError, match="no tokens"):
+        llm.generate([*[[5, 6]] * 10_000, []], GREEDY)
+    assert time.process_time() - start < 2  # 0.2 s here; 10,000 walks over the list took 80 s
+
+
 def test_the_same_id_twice(llm: LLM) -> None:
     from hasten.core.types import Request
 
@@ -639,7 +651,7 @@ def test_options_that_make_no_sense(tiny_bloom: Path) -> None:
         ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "max_num_batched_tokens 8 is below max_num_seqs 9"),
     ):
         with pytest.raises(ConfigError, match=message):
-            LLM(tiny_bloom, **options)  # type: ignore[arg-type]
+            LLM(tiny_bloom, **options)
 
 
 def test_a_cache_that_is_too_small_says_what_to_lower(tiny_bloom: Path) -> None:
@@ -700,7 +712,7 @@ def finite(prompts: list[list[int]]) -> list[list[int]]:
 
 
 HEALTHY = finite(PROMPTS)
-POISONED = [[POISON], [5, POISON, 6], HEALTHY[-1][:40] + [POISON] + HEALTHY[-1][40:], [POISON] * 33]
+POISONED = [[POISON], [5, POISON, 6], [*HEALTHY[-1][:40], POISON, *HEALTHY[-1][40:]], [POISON] * 33]
 CAREFUL = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True, bad_words_ids=[[POISON]])
 
 

@@ -102,6 +102,17 @@ def test_uniform_numbers_are_even_and_differ_by_seed_and_position() -> None:
     assert 0 <= uniform(2**64 - 1, 10**6) < 1
 
 
+@pytest.mark.parametrize(("point", "wanted"), [(0.0, 7), (0.5, 30), (1 - 2.0**-53, 30)])
+def test_tokens_without_probability_are_not_drawn_at_the_ends_either(
+    make_sequence: MakeSequence, monkeypatch: pytest.MonkeyPatch, point: float, wanted: int
+) -> None:
+    monkeypatch.setattr("hasten.engine.sampler.uniform", lambda *_: point)
+    logits = torch.full((1, VOCAB), float("-inf"))
+    logits[0, [7, 30]] = 0.0
+    for options in ({}, {"top_p": 0.99}, {"top_k": 40}):
+        assert tokens_of(logits, [make_sequence([1], **options)]) == [wanted]
+
+
 def test_a_row_does_not_depend_on_the_rest_of_the_batch(make_sequence: MakeSequence) -> None:
     rng = random.Random(4)
     logits = random_logits(80, seed=4).bfloat16().float()  # so that many logits are equal

@@ -82,7 +82,9 @@ class Run:
         left = len(running_before) - len(batch.preempted)
         assert running_before[left:] == batch.preempted[::-1] == list(scheduler.waiting)[: len(batch.preempted)]
         self.first_seen += [s.request_id for s in batch.sequences if s.request_id not in self.first_seen]
-        self.log.append([(s.key, s.index, n, list(s.block_table)) for s, n in zip(batch.sequences, batch.counts)])
+        self.log.append(
+            [(s.key, s.index, n, list(s.block_table)) for s, n in zip(batch.sequences, batch.counts, strict=True)]
+        )
         self.log += [batch.copies, [s.key for s in batch.preempted]]
         self.cache.run(batch)
         sampled = [batch.sequences[place] for place in batch.sampled()]
@@ -149,7 +151,12 @@ JOBS = st.lists(
     max_size=7,
 )
 LIMITS = st.fixed_dictionaries(
-    {"blocks": st.integers(8, 30), "seqs": st.integers(1, 6), "tokens": st.integers(6, 40), "prefix_cache": st.booleans()}
+    {
+        "blocks": st.integers(8, 30),
+        "seqs": st.integers(1, 6),
+        "tokens": st.integers(6, 40),
+        "prefix_cache": st.booleans(),
+    }
 )
 
 
@@ -160,9 +167,7 @@ def test_scheduling_does_not_need_torch() -> None:
 
 @given(jobs=JOBS, limits=LIMITS)
 @settings(max_examples=250, deadline=None, derandomize=True)
-def test_whatever_comes_everything_ends_as_if_alone(
-    make_run: MakeRun, jobs: list[Job], limits: dict[str, int]
-) -> None:
+def test_whatever_comes_everything_ends_as_if_alone(make_run: MakeRun, jobs: list[Job], limits: dict[str, int]) -> None:
     run = make_run(**limits)
     run.run_all(jobs)
     assert run.outputs == expected(jobs)
@@ -223,8 +228,9 @@ def test_a_long_prompt_goes_in_chunks_beside_the_others(make_run: MakeRun) -> No
     run.add("short", Job((1, 2), output=10))
     run.step()
     run.add("long", Job(tuple(range(20)), output=2))
-    counts = [dict(zip([s.request_id for s in b.sequences], b.counts)) for b in (run.step() for _ in range(4))]
-    assert counts == [{"short": 1, "long": 7}, {"short": 1, "long": 7}, {"short": 1, "long": 6}, {"short": 1, "long": 1}]
+    batches = [run.step() for _ in range(4)]
+    assert {tuple(s.request_id for s in batch.sequences) for batch in batches} == {("short", "long")}
+    assert [batch.counts for batch in batches] == [[1, 7], [1, 7], [1, 6], [1, 1]]
 
 
 def test_only_as_many_run_as_may(make_run: MakeRun) -> None:
@@ -273,6 +279,13 @@ def test_who_waits_with_blocks_gives_them_up_before_a_running_one_must(make_run:
     # the siblings wait with the prompt's blocks; the first needs all 6 in the end
     assert {key: len(ids) for key, ids in run.outputs.items()} == {("a", index): 16 for index in range(3)}
     assert run.scheduler.stats.preemptions == 0
+
+
+def test_siblings_of_a_prompt_that_fills_the_cache_run_one_by_one(make_run: MakeRun) -> None:
+    run = make_run(blocks=2, seqs=1, prefix_cache=False)
+    jobs = [Job((1,) * 7, n=3, output=1)]
+    run.run_all(jobs)  # nothing runs when the first sibling needs a copy of what the others hold
+    assert run.outputs == expected(jobs)
 
 
 def test_a_cache_too_small_for_one_sequence_says_what_to_change(make_run: MakeRun) -> None:

@@ -17,7 +17,7 @@ TEXTS = (
     "emoji 👩🏽‍🚀 and 🇪🇺, two in a row 🙂🙃",
     "漢字かな交じり文と、한국어도",
     "e\u0301 a\u0308 n\u0303 \u1e69 combining",
-    "\u0646\u0635 \u0639\u0631\u0628\u064a 𝔘𝔫𝔦𝔠𝔬𝔡𝔢\ttabs\n\nlines  spaces ",
+    "\u0646\u0635 \u0639\u0631\u0628\u064a \U0001d518\U0001d52b\ttabs\n\nlines  spaces ",
     "a replacement character \ufffd of its own",
 )
 
@@ -79,9 +79,9 @@ def test_long_runs_without_text_take_linear_time(tokenizer: Tokenizer, bytes_onl
         "a special token inside a character": [tokenizer.encode("ü")[0]] + [2] * 4000,
     }[kind]
     stream = tokenizer.stream()
-    start = time.perf_counter()
+    start = time.process_time()
     text = "".join(stream.add(token) for token in ids)
-    assert time.perf_counter() - start < 1  # 50 ms here; decoding the whole each time takes some 4 s
+    assert time.process_time() - start < 1  # 50 ms here; decoding the whole each time takes some 4 s
     whole = tokenizer.decode(ids)
     assert whole.startswith(text)
     assert len(whole) - len(text) <= 8
@@ -97,7 +97,8 @@ def grow(
     tokenizer: Tokenizer, ids: list[int], params: SamplingParams, min_tokens: int = 0
 ) -> tuple[str | None, str, list[str]]:
     """The stop string found, the text then, and what was shown before."""
-    state, shown = TextState(tokenizer, params), []
+    state = TextState(tokenizer, params)
+    shown: list[str] = []
     for count, token in enumerate(ids, 1):
         found = state.add(token, look_for_stop=count >= min_tokens)
         if found is not None:

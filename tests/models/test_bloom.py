@@ -13,7 +13,7 @@ from hasten.checkpoint.sources import read_hf_config
 from hasten.core.config import AttentionConfig, EngineConfig, ModelConfig
 from hasten.core.errors import ConfigError
 from hasten.engine.sequence import Sequence
-from hasten.engine.worker import Worker
+from hasten.engine.worker import Message, NewSequence, Worker
 from hasten.models.bloom import BloomForCausalLM
 from hasten.parallel.launch import Ranks
 
@@ -50,41 +50,37 @@ def random_ids(lengths: list[int], vocab_size: int) -> list[list[int]]:
 
 
 def our_logits(folder: Path, prompts: list[list[int]], followed_by: list[list[int]], **options: Any) -> list[Tensor]:
-    """Logits [t, v] of every token, from the engine's own steps: prompts in chunks, then a token a step."""
+    """Logits [t, v] of every token, from the steps that the engine makes: prompts, chunks and decodes together."""
     config = EngineConfig.create(
         str(folder), dtype="fp32", device="cpu", block_size=BLOCK_SIZE, kv_cache_memory=16 << 20, **options
     )
     worker = Worker(config, Ranks.alone())
     found: dict[str, list[Tensor]] = {str(number): [] for number in range(len(prompts))}
-    keys: dict[str, int] = {}
 
     def keep(sequence: Sequence, first: int, logits: Tensor) -> None:
-        made = found[sequence.request_id]
-        assert sum(part.shape[0] for part in made) == first
-        made.append(logits)
+        assert sum(part.shape[0] for part in found[sequence.request_id]) == first
+        found[sequence.request_id].append(logits)
 
     added = [
-        {"request_id": str(number), "token_ids": ids, "n": 1, "prompt_logprobs": True}
+        NewSequence(request_id=str(number), token_ids=ids, n=1, prompt_logprobs=True)
         for number, ids in enumerate(prompts)
     ]
-    worker.apply({"tokens": [], "finished": [], "added": added, "stop": False})  # type: ignore[typeddict-item]
-    while any(len(torch.cat(parts)) < len(prompts[int(name)]) for name, parts in found.items() if parts) or not all(
-        found.values()
-    ):
+    worker.apply(Message(tokens=[], finished=[], added=added, stop=False))
+    while worker.scheduler.has_work:
         batch = worker.scheduler.schedule()
-        worker.compute(batch, keep)
+        logits = worker.compute(batch, keep)
         worker.scheduler.advance(batch)
-        keys |= {sequence.request_id: sequence.key for sequence in batch.sequences}
-    for step in range(DECODED):
-        tokens = [(keys[str(number)], ids[step]) for number, ids in enumerate(followed_by)]
-        worker.apply({"tokens": tokens, "finished": [], "added": [], "stop": False})
-        batch = worker.scheduler.schedule()
-        assert batch.num_tokens == len(prompts)
-        logits = worker.compute(batch)
-        worker.scheduler.advance(batch)
-        assert logits is not None
-        for sequence, row in zip(batch.sequences, logits, strict=True):
-            found[sequence.request_id].append(row.unsqueeze(0))
+        message = Message(tokens=[], finished=[], added=[], stop=False)
+        for place, sequence in enumerate(s for s in batch.sequences if s.num_computed == len(s.token_ids)):
+            assert logits is not None
+            if sequence.output_len > 0:
+                found[sequence.request_id].append(logits[place : place + 1])
+            if sequence.output_len < DECODED:
+                token = followed_by[int(sequence.request_id)][sequence.output_len]
+                message["tokens"].append((sequence.key, token))
+            else:
+                message["finished"].append((sequence.key, False))
+        worker.apply(message)
     return [torch.cat(found[str(number)]) for number in range(len(prompts))]
 
 
@@ -105,7 +101,7 @@ def test_logits_are_those_of_hugging_face(options: dict[str, Any], make_bloom: M
     followed_by = random_ids([DECODED] * len(LENGTHS), vocab_size)
     expected = their_logits(folder, [a + b for a, b in zip(prompts, followed_by, strict=True)])
     assert all(logits.std() > 0.1 for logits in expected), "a bound means something only if logits differ by more"
-    # all prompts in one step, and in steps so small that every one of more than a block is cut
+    # all prompts in one step, and in steps so small that prompts are cut and stand beside decodes
     for budget in (2048, 21):
         found = our_logits(folder, prompts, followed_by, max_num_batched_tokens=budget, max_num_seqs=16)
         for ours, theirs in zip(found, expected, strict=True):

@@ -24,7 +24,17 @@ def tokens(count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "slots",
-    [[], [0], [BLOCKS * BLOCK_SIZE - 1], [12, 13, 14, 0, 1, 30], [-1], [-1, -1, -1], [4, -1, 5, -1], [-1, 33, 2]],
+    [
+        [],
+        [0],
+        [BLOCKS * BLOCK_SIZE - 1],
+        [12, 13, 14, 0, 1, 30],
+        [-1],
+        [-1, -1, -1],
+        [4, -1, 5, -1],
+        [-1, 33, 2],
+        [-1, 0],
+    ],
     ids=str,
 )
 def test_each_token_is_written_to_its_slot_and_nowhere_else(slots: list[int], dtype: torch.dtype) -> None:

@@ -28,7 +28,6 @@ from hasten.models.weight_map import Row, WeightMap
 from hasten.ops import TORCH_DTYPES
 from hasten.parallel.shard import overlap, resplit, share_shape, split
 
-"""The torch type of each data type."""
 RANK_FOLDER = re.compile(r"([1-9]\d*)-gpu")
 """Name of the folder that holds the files of so many ranks."""
 RANK_FILE = "rank-{:05d}-of-{:05d}.safetensors"

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from numbers import Integral, Real
 
 from hasten.core.errors import InvalidRequestError
 
@@ -26,9 +27,34 @@ def _require(condition: bool, message: str) -> None:
         raise InvalidRequestError(message)
 
 
+_WHOLE = ("n", "top_k", "max_tokens", "min_tokens")
+_WHOLE_OR_NONE = ("seed", "logprobs", "prompt_logprobs")
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or _is_whole(value) or (isinstance(value, Real) and not isinstance(value, bool))
+
+
+def _tokens(name: str, ids: Sequence[int]) -> tuple[int, ...]:
+    _require(all(map(_is_whole, ids)), f"{name} holds something that is not a token id: {ids!r}")
+    return tuple(int(token) for token in ids)
+
+
 def _token_lists(name: str, lists: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    made = tuple(tuple(int(t) for t in ids) for ids in lists)
+    made = tuple(_tokens(name, ids) for ids in lists)
     _require(all(made), f"{name} holds an empty list")
+    return made
+
+
+def _strings(name: str, given: Sequence[str] | str) -> tuple[str, ...]:
+    made = (given,) if isinstance(given, str) else tuple(given)
+    _require(all(isinstance(text, str) for text in made), f"{name} holds something that is not a string: {given!r}")
+    _require(all(made), f"{name} holds an empty string")
     return made
 
 
@@ -78,11 +104,20 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
-        set_(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        set_(self, "stop_token_ids", tuple(int(t) for t in self.stop_token_ids))
+        set_(self, "stop", _strings("stop", self.stop))
+        set_(self, "stop_token_ids", _tokens("stop_token_ids", self.stop_token_ids))
         set_(self, "stop_words_ids", _token_lists("stop_words_ids", self.stop_words_ids))
-        set_(self, "bad_words", (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words))
+        set_(self, "bad_words", _strings("bad_words", self.bad_words))
         set_(self, "bad_words_ids", _token_lists("bad_words_ids", self.bad_words_ids))
+        # A wrong kind is refused here: met in the middle of a step, it would end the engine for all requests.
+        for name in (*_WHOLE, *_WHOLE_OR_NONE):
+            value = getattr(self, name)
+            if value is not None or name in _WHOLE:
+                _require(_is_whole(value), f"{name} must be a whole number, got {value!r}")
+                set_(self, name, int(value))
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            _require(_is_number(value), f"{name} must be a number, got {value!r}")
         _require(self.n >= 1, f"n must be at least 1, got {self.n}")
         _require(
             0 <= self.temperature < math.inf, f"temperature must be finite and not negative, got {self.temperature}"
@@ -101,8 +136,6 @@ class SamplingParams:
             0 <= self.min_tokens <= self.max_tokens,
             f"min_tokens must be from 0 to max_tokens ({self.max_tokens}), got {self.min_tokens}",
         )
-        _require(all(self.stop), "stop holds an empty string")
-        _require(all(self.bad_words), "bad_words holds an empty string")
         _require(self.seed is None or 0 <= self.seed < 2**64, f"seed must be from 0 to 2^64-1, got {self.seed}")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)

@@ -56,7 +56,8 @@ class Engine:
         self._requests: dict[str, _RequestState] = {}
         self._owners: dict[int, _RequestState] = {}
         """Sequence key -> its request."""
-        self._added: list[Sequence] = []
+        self._added: dict[str, Sequence] = {}
+        """Request id -> its sequence, which no scheduler has yet."""
         self._pending: Message = _empty_message()
         self._settled = 0
         """How many of the ended sequences of `_pending` are freed here already."""
@@ -89,8 +90,7 @@ class Engine:
         if params.prompt_logprobs is not None:
             state.prompt_logprobs = [None]
         self._requests[request.request_id] = state
-        self._added.append(sequence)
-        self._pending["added"].append(_announcement(sequence))
+        self._added[request.request_id] = sequence
 
     def _next_seed(self) -> int:
         self._unseeded += 1
@@ -130,11 +130,9 @@ class Engine:
         for completion in state.completions.values():
             if completion.output.finish_reason is None:
                 self._end(completion, FinishReason.ABORT)
-        kept = [(s, n) for s, n in zip(self._added, self._pending["added"], strict=True) if s.request_id != request_id]
-        self._added = [s for s, _ in kept]
-        self._pending["added"] = [n for _, n in kept]
-        self._pending["finished"] += [(key, False) for key, owner in self._owners.items() if owner is state]
-        self._owners = {key: owner for key, owner in self._owners.items() if owner is not state}
+        self._added.pop(request_id, None)
+        keys = [completion.sequence.key for completion in state.completions.values()]
+        self._pending["finished"] += [(key, False) for key in keys if self._owners.pop(key, None) is not None]
         self._settle()
         return _output(state)
 
@@ -171,11 +169,12 @@ class Engine:
     def _deliver(self) -> None:
         """Bring all schedulers, this one's and the other ranks', up to date."""
         message, self._pending, self._settled = self._pending, _empty_message(), 0
+        message["added"] = [_announcement(sequence) for sequence in self._added.values()]
         self.ranks.broadcast(message)
-        for sequence in self._added:
+        for sequence in self._added.values():
             self.scheduler.add(sequence)
             self._own(sequence)
-        self._added = []
+        self._added = {}
 
     def _settle(self) -> None:
         """Free what has ended here at once; the other ranks learn of it, in the same order, with the next message."""

@@ -116,8 +116,8 @@ def _banned(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> list[int]:
 def _draw(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:
     """Tokens [r] drawn by temperature, min-p, top-k and top-p, in this order.
 
-    Each filter keeps what is as probable as the last token it keeps, and the draw goes through the vocabulary in its own
-    order: neither ties nor the filters of other rows can change which token a number stands for.
+    Each filter keeps what is as probable as the last token it keeps, and the draw goes through the vocabulary in its
+    own order: neither ties nor the filters of other rows can change which token a number stands for.
     """
     params = [sequence.params for sequence in sequences]
     vocab, device = logits_rv.shape[1], logits_rv.device

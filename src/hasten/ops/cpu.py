@@ -17,7 +17,7 @@ _PACK_FOR_ROWS = 64
 """Batch size that oneDNN lays a weight out for; the layout serves other sizes as well."""
 _SMALL_WEIGHT = 1 << 20
 """Weights of fewer elements keep a plain layout too: oneDNN takes longer to start than to multiply a few rows."""
-_FEW_ROWS = 4
+_FEW_ROWS = 1
 _QUERY_CHUNK = 256
 """Most queries of one sequence in one attention call: bounds the bias and skips keys that lie ahead."""
 _CACHED_ELEMENTS = 1 << 19
