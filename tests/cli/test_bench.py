@@ -112,7 +112,7 @@ def test_bad_datasets(tiny_bloom: Path, dataset: Path, hasten_here: "Hasten", li
     [
         (("--batch-size", "0"), "argument --batch-size: '0' is not a whole number of at least 1"),
         (("--repetitions", "many"), "argument --repetitions: 'many' is not a whole number of at least 1"),
-        (("--top-k", "4", "--temperature", "-1"), "temperature must not be negative"),
+        (("--top-k", "4", "--temperature", "-1"), "temperature must be finite and not negative"),
         (("--beam-width", "4"), "beam search is not supported"),
         (("--test-hf", "--compare"), "not allowed with argument"),
         (("--output-path", "/nowhere/results.json"), "cannot write the results"),

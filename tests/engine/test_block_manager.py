@@ -101,12 +101,6 @@ def machine_for(shadow: type[Shadow]) -> type[RuleBasedStateMachine]:
             else:
                 self.sequences.remove(sequence)
 
-        @precondition(lambda self: self.sequences)
-        @rule(number=st.integers(0, 20))
-        def disown(self, number: int) -> None:
-            own = self.manager.disown(self.pick(number))
-            assert all(self.manager._content[block] is None for block in own)
-
         @invariant()
         def books_agree(self) -> None:
             self.cache.check(self.sequences)
@@ -314,17 +308,3 @@ def test_room_to_spare_does_not_pay_for_copies(walk: Walk, make_sequence: MakeSe
     before = snapshot(manager, child)
     assert manager.reserve(child, 1) is None  # two copies, one free block
     assert snapshot(manager, child) == before
-
-
-def test_disowned_blocks_are_forgotten_and_shared_ones_are_not(walk: Walk, make_sequence: MakeSequence) -> None:
-    manager, cache = walk()
-    kept, poisoned = make_sequence([1] * 5), make_sequence([1] * 4 + [2] * 5)
-    assert compute(manager, cache, kept)
-    manager.share_prefix(poisoned)
-    assert compute(manager, cache, poisoned)
-    assert manager.disown(poisoned) == poisoned.block_table[1:]
-    manager.free(poisoned)
-    again = make_sequence([1] * 4 + [2] * 5)
-    manager.share_prefix(again)
-    assert again.block_table == kept.block_table[:1]
-    cache.check([kept, again])

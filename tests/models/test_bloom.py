@@ -79,7 +79,7 @@ def our_logits(folder: Path, prompts: list[list[int]], followed_by: list[list[in
                 token = followed_by[int(sequence.request_id)][sequence.output_len]
                 message["tokens"].append((sequence.key, token))
             else:
-                message["finished"].append((sequence.key, False))
+                message["finished"].append(sequence.key)
         worker.apply(message)
     return [torch.cat(found[str(number)]) for number in range(len(prompts))]
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,7 +88,7 @@ def mpi_environment(rank: int, size: int, port: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_choose_the_tokens_of_one_rank(tiny_bloom_odd_vocab: Path, ranks: int) -> None:
-    options = {"device": "cpu", "max_num_batched_tokens": 40, "max_num_seqs": 4}
+    options: dict[str, Any] = {"device": "cpu", "max_num_batched_tokens": 40, "max_num_seqs": 4}
     with LLM(tiny_bloom_odd_vocab, **options) as alone:
         expected = alone.generate(PROMPTS, PARAMS)
     with LLM(tiny_bloom_odd_vocab, tensor_parallel_size=ranks, **options) as llm:
@@ -107,7 +108,10 @@ def test_ranks_agree_through_preemption(tiny_bloom: Path) -> None:
     with LLM(tiny_bloom, device="cpu") as alone:
         expected = [output.outputs[0].token_ids for output in alone.generate(PROMPTS, params)]
         block_bytes = alone.engine.worker.runner.block_bytes
-    tight = {"max_model_len": 96, "kv_cache_memory": 4 * block_bytes}  # 8 blocks, since each rank's are half as large
+    tight: dict[str, Any] = {
+        "max_model_len": 96,
+        "kv_cache_memory": 4 * block_bytes,
+    }  # 8 blocks, since each rank's are half as large
     with LLM(tiny_bloom, device="cpu", tensor_parallel_size=2, **tight) as llm:
         found = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params)]
         assert llm.engine.scheduler.stats.preemptions > 0

@@ -110,9 +110,6 @@ class BlockManager:
         for block in child.block_table:
             self._hold(block)
         child.num_computed = parent.prompt_len - 1
-        full = child.num_computed // self.block_size
-        if child.num_registered > full:
-            child.num_registered, child.prefix = self._walk(child, full)
 
     def free(self, sequence: Sequence) -> None:
         """Let all blocks of `sequence` go, its tail to be reused first."""
@@ -126,23 +123,6 @@ class BlockManager:
         sequence.table_version += 1
         sequence.num_computed = sequence.num_registered = 0
         sequence.prefix = _ROOT
-
-    def disown(self, sequence: Sequence) -> list[int]:
-        """Forget what the blocks hold that `sequence` alone holds; returns them."""
-        own = [block for block in sequence.block_table if self._references[block] == 1]
-        for block in own:
-            self._forget(block)
-        return own
-
-    def _walk(self, sequence: Sequence, blocks: int) -> tuple[int, int]:
-        """How many of the first `blocks` blocks are known, and their prefix."""
-        prefix, size = _ROOT, self.block_size
-        for place in range(blocks):
-            entry = self._known.get((prefix, tuple(sequence.token_ids[place * size : (place + 1) * size])))
-            if entry is None:
-                return place, prefix
-            prefix = entry[1]
-        return blocks, prefix
 
     def _hold(self, block: int) -> None:
         if self._references[block] == 0:

@@ -59,8 +59,6 @@ class Engine:
         self._added: dict[str, Sequence] = {}
         """Request id -> its sequence, which no scheduler has yet."""
         self._pending: Message = _empty_message()
-        self._settled = 0
-        """How many of the ended sequences of `_pending` are freed here already."""
         self._unseeded = 0
         self._closed = False
         self._failed = self._left = False
@@ -132,8 +130,9 @@ class Engine:
                 self._end(completion, FinishReason.ABORT)
         self._added.pop(request_id, None)
         keys = [completion.sequence.key for completion in state.completions.values()]
-        self._pending["finished"] += [(key, False) for key in keys if self._owners.pop(key, None) is not None]
-        self._settle()
+        for key in keys:
+            if key in self._owners:
+                self._release(key)
         return _output(state)
 
     def step(self) -> list[RequestOutput]:
@@ -163,12 +162,11 @@ class Engine:
             state = self._owners[sequence.key]
             touched[sequence.request_id] = state
             self._take_token(state, sequence, token)
-        self._settle()
         return [_output(state) for state in touched.values() if state.stream or state.unfinished == 0]
 
     def _deliver(self) -> None:
         """Bring all schedulers, this one's and the other ranks', up to date."""
-        message, self._pending, self._settled = self._pending, _empty_message(), 0
+        message, self._pending = self._pending, _empty_message()
         message["added"] = [_announcement(sequence) for sequence in self._added.values()]
         self.ranks.broadcast(message)
         for sequence in self._added.values():
@@ -176,10 +174,11 @@ class Engine:
             self._own(sequence)
         self._added = {}
 
-    def _settle(self) -> None:
-        """Free what has ended here at once; the other ranks learn of it, in the same order, with the next message."""
-        self.worker.end_sequences(self._pending["finished"][self._settled :])
-        self._settled = len(self._pending["finished"])
+    def _release(self, key: int) -> None:
+        """Free what an ended sequence holds; the other ranks do so, in the same order, with the next message."""
+        self._pending["finished"].append(key)
+        self.scheduler.finish(key)
+        del self._owners[key]
 
     def _advance(self, batch: Batch) -> None:
         for sequence in self.scheduler.advance(batch):
@@ -217,8 +216,7 @@ class Engine:
         sequence = completion.sequence
         self._end(completion, reason)
         state.unfinished -= 1
-        self._pending["finished"].append((sequence.key, reason is FinishReason.ERROR))
-        del self._owners[sequence.key]
+        self._release(sequence.key)
         if state.unfinished == 0:
             del self._requests[sequence.request_id]
 

@@ -93,11 +93,6 @@ class Runner:
         hidden: Tensor = self.model(ids, positions, meta)
         return hidden
 
-    def clear_blocks(self, blocks: list[int]) -> None:
-        """Overwrite these blocks with zeros."""
-        for cache in self._caches:
-            cache[torch.tensor(blocks, dtype=torch.int64, device=self.device)] = 0
-
     def logits(self, hidden_th: Tensor, rows: list[int]) -> Tensor | None:
         """Logits [r, v] of these rows of the hidden states, on rank 0; None on the others, which must call it too."""
         if len(rows) == hidden_th.shape[0]:

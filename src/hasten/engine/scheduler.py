@@ -85,11 +85,6 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
-    def disown(self, key: int) -> list[int]:
-        """Take the blocks that only this sequence holds out of the prefix cache; returns them."""
-        sequence = self._sequences.get(key)
-        return [] if sequence is None else self.blocks.disown(sequence)
-
     def _register_key(self, sequence: Sequence) -> None:
         sequence.key = self._next_key
         self._sequences[sequence.key] = sequence

@@ -59,8 +59,8 @@ class Message(TypedDict):
 
     tokens: list[tuple[int, int]]
     """(sequence key, token) chosen by the step before."""
-    finished: list[tuple[int, bool]]
-    """(sequence key, whether its values overflowed) of sequences that end, in order."""
+    finished: list[int]
+    """Keys of sequences that end, in order."""
     added: list[NewSequence]
     stop: bool
 
@@ -117,18 +117,12 @@ class Worker:
             sequence = self.scheduler.get(key)
             if sequence is not None:
                 sequence.token_ids.append(token)
-        self.end_sequences(message["finished"])
+        for key in message["finished"]:
+            self.scheduler.finish(key)
         for new in message["added"]:
             params = SamplingParams(n=new["n"], prompt_logprobs=0 if new["prompt_logprobs"] else None)
             request = Request(request_id=new["request_id"], prompt_token_ids=tuple(new["token_ids"]), params=params)
             self.scheduler.add(Sequence(request, 0))
-
-    def end_sequences(self, finished: list[tuple[int, bool]]) -> None:
-        """Free the blocks of sequences that end; where values overflowed, nothing of them may reach the next holder."""
-        for key, overflowed in finished:
-            if overflowed:
-                self.runner.clear_blocks(self.scheduler.disown(key))
-            self.scheduler.finish(key)
 
     @torch.inference_mode()
     def compute(

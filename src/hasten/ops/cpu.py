@@ -86,6 +86,8 @@ class _Group:
     """[b] position behind each run's last query."""
     counts: Tensor
     """[b] real queries of each run."""
+    blank: Tensor
+    """[padding] keys of the b * k that are of no sequence, or not written yet: whatever stands there must not count."""
     size: tuple[int, int, int]
     """b, q, k."""
 
@@ -142,7 +144,13 @@ def _attend(
         padded = query_tx.index_select(0, group.rows)
     query_bnqd = padded.view(runs, queries, -1, head_size).transpose(1, 2)
     key, value = (
-        cache.flatten(1).index_select(0, group.blocks).view(runs, keys, kv_heads, head_size).transpose(1, 2).float()
+        cache.flatten(1)
+        .index_select(0, group.blocks)
+        .view(runs * keys, -1)
+        .index_fill_(0, group.blank, 0)
+        .view(runs, keys, kv_heads, head_size)
+        .transpose(1, 2)
+        .float()
         for cache in (key_cache, value_cache)
     )
     grouped = query_bnqd.shape[1] != kv_heads
@@ -221,13 +229,15 @@ def _group(meta: AttentionMeta, runs: list[_Run], block_size: int) -> _Group:
     in_place = even and rows == list(range(rows[0], rows[0] + len(rows)))
     padded = rows if even else [min(run.first + i, run.first + run.count - 1) for run in runs for i in range(queries)]
     places = [place * queries + i for place, run in enumerate(runs) for i in range(run.count)]
+    ends = torch.tensor([run.end for run in runs])
     return _Group(
         rows=None if in_place else torch.tensor(padded),
         first=rows[0],
         places=None if even else torch.tensor(places),
         targets=None if even else torch.tensor(rows),
         blocks=meta.block_tables[[run.sequence for run in runs], :blocks].flatten(),
-        ends=torch.tensor([run.end for run in runs]),
+        ends=ends,
+        blank=(torch.arange(blocks * block_size) >= ends.unsqueeze(1)).flatten().nonzero().squeeze(1),
         counts=torch.tensor([run.count for run in runs]),
         size=(len(runs), queries, blocks * block_size),
     )
