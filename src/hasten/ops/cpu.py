@@ -4,6 +4,8 @@ Half-precision weights are widened to fp32 when they are packed: without matrix 
 long over a half-precision product (docs/performance.md), and the products are then summed in fp32 as well.
 """
 
+import math
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,29 @@ _CACHED_ELEMENTS = 1 << 19
 processor's cache when it is read, or decoding waits for memory twice."""
 _KEPT_BIAS = 1 << 25
 """Elements of attention bias that a step keeps for all layers; with more, each layer makes its own."""
+
+
+class _Scratch(threading.local):
+    """Memory that an op needs for a moment, kept for its next call on this thread.
+
+    The system would take large pieces back each time and give them out again page by page, at times for longer than
+    the op itself takes.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, use: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor with whatever content; the next `take` for the same use gives the same memory."""
+        size = math.prod(shape)
+        kept = self._kept.get((use, dtype))
+        if kept is None or kept.numel() < size:
+            with torch.inference_mode(False):  # a tensor made inside could not be written outside
+                kept = self._kept[use, dtype] = torch.empty(size, dtype=dtype)
+        return kept[:size].view(shape)
+
+
+_scratch = _Scratch()
 
 
 def pack_linear(weight_oh: Tensor, shared: bool) -> PackedLinear:  # noqa: D103
@@ -63,7 +88,7 @@ def linear(  # noqa: D103
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     """GELU's tanh form, written with the logistic function, which a CPU computes faster than tanh."""
-    gate = x * x
+    gate = torch.mul(x, x, out=_scratch.take("gelu", tuple(x.shape)))
     torch.addcmul(x, gate, x, value=0.044715, out=gate)
     return x.mul_(gate.mul_(1.5957691216057308).sigmoid_())
 
@@ -144,18 +169,20 @@ def _attend(
         padded = query_tx.index_select(0, group.rows)
     query_bnqd = padded.view(runs, queries, -1, head_size).transpose(1, 2)
     key, value = (
-        cache.flatten(1)
-        .index_select(0, group.blocks)
-        .view(runs * keys, -1)
-        .index_fill_(0, group.blank, 0)
-        .view(runs, keys, kv_heads, head_size)
-        .transpose(1, 2)
-        .float()
-        for cache in (key_cache, value_cache)
+        _gather(use, cache, group).view(runs, keys, kv_heads, head_size).transpose(1, 2)
+        for use, cache in (("key", key_cache), ("value", value_cache))
     )
     grouped = query_bnqd.shape[1] != kv_heads
     out = F.scaled_dot_product_attention(query_bnqd, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).reshape(runs * queries, -1)
+
+
+def _gather(use: str, cache: Tensor, group: _Group) -> Tensor:
+    """The group's keys or values from the cache, [b * k, m * d] in fp32, with zeros for padding."""
+    rows = cache.flatten(1)
+    found = _scratch.take(use, (group.blocks.shape[0], rows.shape[1]), cache.dtype)
+    torch.index_select(rows, 0, group.blocks, out=found)
+    return found.view(group.size[0] * group.size[2], -1).index_fill_(0, group.blank, 0).float()
 
 
 @dataclass(frozen=True)
