@@ -54,7 +54,7 @@ def our_logits(folder: Path, prompts: list[list[int]], followed_by: list[list[in
     config = EngineConfig.create(
         str(folder), dtype="fp32", device="cpu", block_size=BLOCK_SIZE, kv_cache_memory=16 << 20, **options
     )
-    worker = Worker(config, Ranks.alone())
+    worker = Worker(config, Ranks(None, None, "cpu"))
     found: dict[str, list[Tensor]] = {str(number): [] for number in range(len(prompts))}
 
     def keep(sequence: Sequence, first: int, logits: Tensor) -> None:

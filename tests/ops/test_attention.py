@@ -270,8 +270,3 @@ def test_padding_costs_at_most_half_as_much_again(lengths: Lengths) -> None:
     case.run()
     work = sum(queries * keys for queries, keys in lengths)
     assert sum(math.prod(size) for size, _ in case.plan) <= 1.5 * work
-
-
-def test_the_longest_lengths_of_a_batch() -> None:
-    meta = make_meta([(1, 40), (7, 9)], 16, torch.arange(6).view(2, 3))
-    assert (meta.max_query_len, meta.max_seq_len) == (7, 40)

@@ -222,3 +222,13 @@ def test_a_size_that_contradicts_the_launcher_is_refused(tiny_bloom: Path, monke
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="tensor_parallel_size is 4, but this is one of 2 ranks"):
         LLM(tiny_bloom, tensor_parallel_size=4)
+
+
+def test_an_interrupt_ends_all_ranks(tiny_bloom: Path) -> None:
+    with running([*endless(tiny_bloom), "--tensor-para-size", "2"]) as process:
+        await_first_output(process)
+        (child,) = children_of(process.pid)
+        process.send_signal(signal.SIGINT)
+        code, _ = end_of(process, time.monotonic())
+    assert code == 130
+    assert not Path(f"/proc/{child}").exists()

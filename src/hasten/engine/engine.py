@@ -142,7 +142,7 @@ class Engine:
         try:
             with self.ranks.guard("computing a step"), torch.inference_mode():
                 return self._step()
-        except Exception:
+        except BaseException:  # an interrupt too leaves the other ranks inside a step that will not end
             self._closed = self._failed = True
             raise
 

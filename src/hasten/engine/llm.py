@@ -3,6 +3,8 @@
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from numbers import Integral
+from operator import index
 from types import TracebackType
 from typing import Any
 
@@ -174,10 +176,10 @@ class LLM:
             raise
         return [request.request_id for request in requests]
 
-    def _tokens(self, prompts: list[Prompt]) -> list[Sequence[int]]:
+    def _tokens(self, prompts: list[Prompt]) -> list[list[int]]:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         encoded = iter(self.tokenizer.encode_batch(texts) if texts else ())
-        return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+        return [next(encoded) if isinstance(prompt, str) else _token_ids(prompt) for prompt in prompts]
 
     def _abandon(self, ids: Sequence[str], finished: Any) -> None:
         if self._engine is not None:
@@ -189,9 +191,15 @@ class LLM:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if prompts and all(isinstance(token, int) for token in prompts):
-        return [prompts]  # type: ignore[list-item]  # the check above shows that it is one prompt of token ids
-    return list(prompts)  # type: ignore[arg-type]  # and here that it is not
+    each: list[Any] = list(prompts)
+    return [each] if each and all(isinstance(token, Integral) for token in each) else each
+
+
+def _token_ids(prompt: Prompt) -> list[int]:
+    try:
+        return [index(token) for token in prompt]  # type: ignore[arg-type]  # a str among them is the error below
+    except TypeError:
+        raise InvalidRequestError(f"a prompt must be text or token ids, not {prompt!r:.80}") from None
 
 
 def _params_for(count: int, params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:

@@ -199,7 +199,10 @@ class _Run:
 def _plan(
     meta: AttentionMeta, key_cache: Tensor, heads: int, slopes_n: Tensor | None
 ) -> list[tuple[_Group, Tensor | None]]:
-    """Divide a batch into padded groups, once a step; with each group its bias, if all of them may be kept."""
+    """Divide a batch into padded groups, once a step; with each group its bias, if all of them may be kept.
+
+    All layers use it again: they have as many heads and the same slopes.
+    """
     most_keys = _CACHED_ELEMENTS // (key_cache.shape[2] * key_cache.shape[3])
     groups = [_group(meta, runs, key_cache.shape[1]) for runs in _pack(_runs(meta), most_keys)]
     elements = sum(g.size[0] * g.size[1] * g.size[2] for g in groups) * (heads if slopes_n is not None else 1)

@@ -31,13 +31,3 @@ class AttentionMeta:
     """The part whose hidden states are asked for, if not all are: the last layer computes no others."""
     scratch: dict[str, Any] = field(default_factory=dict, compare=False)
     """What an op works out once a step, for every layer to use again."""
-
-    @property
-    def max_query_len(self) -> int:
-        """Longest run of new tokens of one sequence."""
-        return max(self.query_lens)
-
-    @property
-    def max_seq_len(self) -> int:
-        """Longest sequence that attention sees."""
-        return max(self.kv_lens)

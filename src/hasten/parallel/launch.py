@@ -94,11 +94,6 @@ class Ranks:
         if place is not None and place.size > 1:
             self._join(place, device_kind)
 
-    @classmethod
-    def alone(cls) -> "Ranks":
-        """One rank, nobody to wait for."""
-        return cls(None, None, "cpu")
-
     def _join(self, place: RankPlace, device_kind: str) -> None:
         timeout = timedelta(seconds=_START_TIMEOUT_S)
         hosts_store = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
