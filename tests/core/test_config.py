@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 
 from hasten.core.config import (
-    BYTES,
-    DTYPES,
     AttentionConfig,
     CacheConfig,
     EngineConfig,
@@ -58,10 +56,6 @@ def test_unknown_data_types_are_named_with_those_known(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         dtype_name(text)
     assert str(caught.value) == f"data type {text!r} is not known; use one of fp32, fp16, bf16"
-
-
-def test_every_data_type_has_a_size() -> None:
-    assert {name: BYTES[name] for name in DTYPES} == BYTES == {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @pytest.mark.parametrize(

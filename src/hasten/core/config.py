@@ -14,7 +14,6 @@ DTypeName = Literal["fp32", "fp16", "bf16"]
 """Names of the data types, as FasterTransformer writes them in config.ini."""
 
 DTYPES: tuple[DTypeName, ...] = ("fp32", "fp16", "bf16")
-BYTES: dict[DTypeName, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 _DTYPE_ALIASES: dict[str, DTypeName] = {
     "fp32": "fp32",
     "float32": "fp32",

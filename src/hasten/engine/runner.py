@@ -84,12 +84,12 @@ class Runner:
         # numpy asks the system for zero pages, which cost nothing until they are used; torch would write every one.
         return torch.from_numpy(np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)).view(self.dtype).view(shape)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Hidden states of the tokens that `batch.needed()` counts, in order; all leave their keys and values."""
+    def forward(self, batch: Batch, needed: list[int]) -> Tensor:
+        """Hidden states of each sequence's last `needed` tokens, in order; all tokens leave their keys and values."""
         if batch.copies:
             pairs = torch.tensor(batch.copies, device=self.device)
             ops.copy_blocks(self._caches, pairs[:, 0], pairs[:, 1])
-        ids, positions, meta = self._tensors(batch)
+        ids, positions, meta = self._tensors(batch, needed)
         hidden: Tensor = self.model(ids, positions, meta)
         return hidden
 
@@ -99,7 +99,7 @@ class Runner:
             return self.model.logits(hidden_th)
         return self.model.logits(hidden_th[torch.tensor(rows, device=self.device)])
 
-    def _tensors(self, batch: Batch) -> tuple[Tensor, Tensor, ops.AttentionMeta]:
+    def _tensors(self, batch: Batch, needed: list[int]) -> tuple[Tensor, Tensor, ops.AttentionMeta]:
         sequences, counts = batch.sequences, batch.counts
         starts = [sequence.num_computed for sequence in sequences]
         rows = np.array(self._tables.rows(sequences))
@@ -114,7 +114,6 @@ class Runner:
         kv_lens = [start + count for start, count in zip(starts, counts, strict=True)]
         slots = self._tables.array[token_rows, positions // self.block_size].astype(np.int64) * self.block_size
         slots += positions % self.block_size
-        needed = batch.needed()
         last = None if sum(needed) == len(ids) else self._part(counts, needed, kv_lens, rows, slots)
         meta = self._meta(counts, kv_lens, rows, slots, last=last)
         return self._send(ids), self._send(positions), meta

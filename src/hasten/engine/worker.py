@@ -133,9 +133,10 @@ class Worker:
         `on_prompt_logits(sequence, first, logits)` is called on rank 0 with the logits of prompt positions `first` and
         following, for sequences that asked for prompt log-probabilities.
         """
-        hidden = self.runner.forward(batch)
+        counts = batch.needed()
+        hidden = self.runner.forward(batch, counts)
         rows, end = [], 0
-        for place, (sequence, needed) in enumerate(zip(batch.sequences, batch.needed(), strict=True)):
+        for place, (sequence, needed) in enumerate(zip(batch.sequences, counts, strict=True)):
             start, end = end, end + needed
             if sequence.wants_prompt_logits:
                 self._prompt_logits(sequence, hidden[start:end], on_prompt_logits)
