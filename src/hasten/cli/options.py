@@ -107,7 +107,7 @@ def _add_field(
         "help": _help(text, default).replace("%", "%%"),
     }
     if shape.type is bool:
-        options["action"] = argparse.BooleanOptionalAction if default is True else "store_true"
+        options["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
     else:
         options["type"] = shape.type
         options["metavar"] = long.rpartition("-")[2].upper()

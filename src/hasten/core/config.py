@@ -153,11 +153,17 @@ class SchedulerConfig:
     """How much one step may take on."""
 
     max_num_seqs: int = option(256, "most sequences in one step")
-    max_num_batched_tokens: int = option(
-        2048, "most tokens in one step; longer prompts are computed in chunks of this size"
+    max_num_batched_tokens: int | None = option(
+        None,
+        "most tokens in one step; longer prompts are computed in chunks of this size "
+        "(default: 8192 on a GPU, else 2048)",
+        type=int,
     )
     max_model_len: int | None = option(
         None, "longest sequence, prompt and output together (default: the model's own, or 2048)", type=int
+    )
+    overlap_steps: bool | None = option(
+        None, "launch a step before the tokens of the one before are known here (default: on a GPU)"
     )
 
     def __post_init__(self) -> None:
@@ -165,7 +171,7 @@ class SchedulerConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
         _require(
-            self.max_num_batched_tokens >= self.max_num_seqs,
+            self.max_num_batched_tokens is None or self.max_num_batched_tokens >= self.max_num_seqs,
             f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs {self.max_num_seqs}: "
             "a step could not even decode one token of each; raise the first or lower the second",
         )
@@ -192,6 +198,7 @@ class EngineConfig:
     )
     verify_checksums: bool = option(True, "compare the checkpoint's files with its manifest while loading")
     seed: int = option(0, "seed of requests that bring none")
+    enforce_eager: bool = option(False, "launch every step kernel by kernel on a GPU, without CUDA graphs")
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
