@@ -1,11 +1,17 @@
 """Small real models for all tests: random BLOOMs with a tokenizer, saved by transformers."""
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+# Before anything imports triton: without a GPU its kernels run on its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 MakeBloom = Callable[..., Path]
 
@@ -44,7 +50,6 @@ def _save_tokenizer(folder: Path) -> int:
 
 
 def _save_bloom(folder: Path, seed: int, **config: Any) -> None:
-    import torch
     from transformers import BloomConfig, BloomForCausalLM
 
     options: dict[str, Any] = {

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.bench.engines import Engine, HastenEngine, HuggingFaceEngine
+from hasten.bench.engines import Engine, HastenEngine, HuggingFaceEngine, _load
 from hasten.core.errors import ConfigError, HastenError
 from hasten.core.types import SamplingParams
 from hasten.engine.llm import LLM
@@ -49,6 +49,26 @@ def test_random_weights_from_a_config_alone(tiny_bloom: Path, tmp_path: Path) ->
         engines: list[Engine] = [HuggingFaceEngine(str(tmp_path), load_format="dummy"), HastenEngine(llm)]
         for engine in engines:
             assert [len(ids) for ids in engine.generate(PROMPTS, LENGTHS).token_ids] == LENGTHS
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_random_weights_are_finite_and_of_the_type_asked_for(tiny_bloom: Path, dtype: str) -> None:
+    engine = HuggingFaceEngine(str(tiny_bloom), dtype=dtype, load_format="dummy")
+    parameters = list(engine._model.parameters())
+    assert {parameter.dtype for parameter in parameters} == {engine.dtype}
+    assert all(parameter.isfinite().all() for parameter in parameters)
+    assert any(parameter.std() > 0 for parameter in parameters)
+    with torch.inference_mode():
+        assert engine._model(torch.tensor([PROMPTS[1]])).logits.isfinite().all()
+
+
+def test_random_weights_are_made_where_they_are_used(tiny_bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("the model was made elsewhere and moved")
+
+    monkeypatch.setattr(torch.nn.Module, "to", refuse)
+    model = _load(str(tiny_bloom), torch.float16, torch.device("meta"), "dummy")
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float16)}
 
 
 def test_sampling(tiny_bloom: Path) -> None:

@@ -1,9 +1,15 @@
+import gc
 import json
+import random
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from hasten.bench import engines
+from hasten.engine.runner import Runner
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Hasten
@@ -172,9 +178,132 @@ def test_latency_on_random_weights(tiny_bloom: Path, tmp_path: Path, hasten_here
         ("throughput", "--num-requests", "0"),
         ("throughput", "--hf-batch-size", "0", "--compare"),
         ("throughput", "--batch-size", "0"),
+        ("suite", "--num-requests", "0"),
+        ("suite", "--batch-sizes", "0"),
+        ("suite", "--repetitions", "0"),
+        ("suite", "--hf-max-batch-size", "0"),
+        ("suite", "--tests", "lat,nonsense"),
     ],
 )
 def test_counts_that_make_no_sense(tiny_bloom: Path, hasten_here: "Hasten", command: tuple[str, ...]) -> None:
     done = hasten_here("bench", command[0], tiny_bloom, *command[1:])
     assert (done.status, done.out) == (2, "")
     assert done.err.count("\n") == 1
+
+
+@pytest.fixture
+def config_only(tiny_bloom: Path, tmp_path: Path) -> Path:
+    """A folder with a config.json and nothing else."""
+    folder = tmp_path / "config-only"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((tiny_bloom / "config.json").read_bytes())
+    return folder
+
+
+SUITE_FIGURES = {
+    "lat_b1": {"e2e_s", "tok_s_e2e", "ttft_s", "tok_s_decode", "ms_per_tok"},
+    "fixed_b2": {"e2e_s", "tok_s_e2e", "prefill_s", "tok_s_decode", "ms_per_step"},
+    "fixed_b3": {"e2e_s", "tok_s_e2e", "prefill_s", "tok_s_decode", "ms_per_step"},
+    "lambada": {"s", "req_s", "prompt_tok", "prompt_tok_s", "new_tok"},
+    "tput": {"s", "out_tok", "out_tok_s", "prompt_tok", "total_tok_s", "req_s", "max_num_seqs"},
+}
+
+
+def test_suite_beside_hugging_face(
+    config_only: Path, tmp_path: Path, hasten_here: "Hasten", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runners_left: list[int] = []
+    make = engines.HuggingFaceEngine.__init__
+
+    def count_then_make(self: engines.HuggingFaceEngine, *args: Any, **options: Any) -> None:
+        runners_left.append(sum(type(thing) is Runner for thing in gc.get_objects()))
+        make(self, *args, **options)
+
+    monkeypatch.setattr(engines.HuggingFaceEngine, "__init__", count_then_make)
+    output = tmp_path / "results.json"
+    done = hasten_here(
+        *("bench", "suite", config_only, "--load-format", "dummy", "--compare", "--json", "--output-path", output),
+        *("--batch-sizes", "2", "3", "--hf-max-batch-size", "2", "--num-requests", "2", "--repetitions", "1"),
+        *("--max-model-len", "1000"),  # which cuts tput's outputs, so that this takes no longer than it must
+    )
+    assert done.status == 0, done.err
+    assert runners_left == [0], "hasten's engine must be gone before Hugging Face's model is made"
+    reports = [json.loads(line) for line in done.out.splitlines()]
+    assert len(reports) == 4 + 3
+    assert all(before.items() <= after.items() for before, after in pairwise(map(_ours, reports)))
+    last = reports[-1]
+    assert json.loads(output.read_text()) == last
+    assert {name: set(last[name]) for name in SUITE_FIGURES} == SUITE_FIGURES
+    assert last["environment"]["dtype"] == "float32"
+    assert last["init_s"] > 0
+    _check_counts(last)
+    _check_speedups(last)
+
+
+def _ours(report: dict[str, Any]) -> dict[str, str]:
+    """What hasten's workloads gave, as text that can be compared as a set."""
+    return {name: json.dumps(report[name]) for name in SUITE_FIGURES if name in report}
+
+
+def _check_counts(report: dict[str, Any]) -> None:
+    rng = random.Random(0)
+    lengths = [min(230, max(20, round(rng.gauss(87, 25)))) for _ in range(2)]
+    assert (report["lambada"]["prompt_tok"], report["lambada"]["new_tok"]) == (sum(lengths), 8)
+    assert report["hf"]["lambada"]["prompt_tok"] == sum(lengths)
+    rng = random.Random(0)
+    inputs, drawn = ([rng.randint(100, 1024) for _ in range(2)] for _ in range(2))
+    outputs = [min(o, 1000 - i) for i, o in zip(inputs, drawn, strict=True)]
+    tput = report["tput"]
+    assert (tput["prompt_tok"], tput["out_tok"], tput["max_num_seqs"]) == (sum(inputs), sum(outputs), 256)
+
+
+def _check_speedups(report: dict[str, Any]) -> None:
+    hf = report["hf"]
+    assert hf["left_out"] == ["fixed_b3", "tput"]
+    assert set(report["speedup"]) == {"lat_b1", "fixed_b2", "lambada"}
+    for name, ratios in report["speedup"].items():
+        assert set(hf[name]) == SUITE_FIGURES[name]
+        assert ratios == {key: hf[name][key] / report[name][key] for key in ratios}
+    assert set(report["speedup"]["lat_b1"]) == {"e2e_s", "ttft_s", "ms_per_tok"}
+    assert set(report["speedup"]["fixed_b2"]) == {"e2e_s", "prefill_s", "ms_per_step"}
+    assert set(report["speedup"]["lambada"]) == {"s"}
+
+
+def test_suite_goes_on_after_a_workload_that_fails(config_only: Path, hasten_here: "Hasten") -> None:
+    # lat needs 256 tokens a sequence, tput still more; lambada's two requests need less than 200
+    done = hasten_here(
+        *("bench", "suite", config_only, "--load-format", "dummy", "--max-model-len", "200"),
+        *("--tests", "lat,lambada,tput", "--num-requests", "2", "--repetitions", "1"),
+    )
+    assert done.status == 1
+    last = json.loads(done.out.splitlines()[2])
+    assert "raise --max-model-len" in last["lat_error"]
+    assert "tput_error" in last
+    assert last["lambada"]["new_tok"] == 8
+    assert [line.split(":")[1].strip() for line in done.err.splitlines()] == ["lat_error", "tput_error"]
+    assert any(line.split()[:2] == ["lambada", "hasten"] for line in done.out.splitlines()[3:])
+
+
+def test_suite_tells_when_hugging_face_cannot_load_the_model(
+    tiny_bloom: Path, tmp_path: Path, hasten_here: "Hasten"
+) -> None:
+    done = hasten_here(
+        *("bench", "suite", tiny_bloom, "--tests", "lambada", "--num-requests", "2", "--json"),
+        *("--compare", "--hf-model", tmp_path),
+    )
+    assert done.status == 1
+    last = json.loads(done.out.splitlines()[-1])
+    assert last["lambada"]["new_tok"] == 8
+    assert str(tmp_path) in last["hf"]["init_error"]
+    assert done.err.startswith("hasten: hf init_error: ")
+
+
+def test_suite_that_leaves_nothing_to_hugging_face(tiny_bloom: Path, hasten_here: "Hasten") -> None:
+    done = hasten_here(
+        *("bench", "suite", tiny_bloom, "--tests", "tput", "--num-requests", "1", "--json", "--compare"),
+    )
+    assert done.status == 0, done.err
+    last = json.loads(done.out.splitlines()[-1])
+    assert (last["hf"], last["speedup"]) == ({"left_out": ["tput"]}, {})
+    wanted = {"max_model_len": 2048, "max_num_seqs": 256, "max_num_batched_tokens": 8192, "enable_prefix_cache": False}
+    assert wanted.items() <= last["options"].items()

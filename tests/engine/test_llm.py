@@ -4,7 +4,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from hasten import (
     SamplingParams,
 )
 from hasten.engine.llm import Prompt
+from hasten.engine.sampler import Choice
 
 if TYPE_CHECKING:
     from tests.engine.conftest import Reference
@@ -69,13 +70,33 @@ def cache_of(blocks: int, folder: Path) -> dict[str, Any]:
         return {"kv_cache_memory": blocks * llm.engine.worker.runner.block_bytes}
 
 
-@pytest.fixture(autouse=True)
-def leaves_nothing(llm: LLM) -> Iterator[None]:
-    yield
+@pytest.fixture(scope="module", params=[False, True], ids=["steps", "overlapped"])
+def llm(request: pytest.FixtureRequest, tiny_bloom: Path) -> Iterator[LLM]:
+    """With steps one after the other, and overlapped; all else as it is by default."""
+    with LLM(tiny_bloom, overlap_steps=request.param) as made:
+        yield made
+
+
+def like(llm: LLM) -> dict[str, Any]:
+    """The option that makes steps overlap in another engine as in this one."""
+    return {"overlap_steps": llm.engine.worker.overlap}
+
+
+def assert_nothing_is_left(llm: LLM) -> None:
     assert used(llm) == 0
     assert not llm.engine.has_unfinished
     assert not llm.engine.scheduler.has_work
     assert llm.engine._owners == {}
+    assert llm.engine._flight is None
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+    # not asked for as a fixture: tests without an engine would run once for each kind
+    llm = request.getfixturevalue("llm") if "llm" in request.fixturenames else None
+    yield
+    if llm is not None:
+        assert_nothing_is_left(llm)
 
 
 # --- the same tokens as Hugging Face's --------------------------------------------------------------------------------
@@ -118,6 +139,10 @@ OPTIONS: list[dict[str, Any]] = [
     {"block_size": 1},
     {"block_size": 5},
     {"block_size": 128},
+    {"overlap_steps": True},
+    {"overlap_steps": True, "max_num_batched_tokens": 8, "max_num_seqs": 8},
+    {"overlap_steps": True, "enable_prefix_cache": False, "max_num_batched_tokens": 20, "max_num_seqs": 3},
+    {"overlap_steps": True, "block_size": 1},
 ]
 
 
@@ -134,11 +159,13 @@ def test_greedy_tokens_do_not_depend_on_the_options(
         assert preemptions(llm) == 0
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_preempted_requests_make_the_same_tokens(
-    prefix_cache: bool, tiny_bloom: Path, greedy_tokens: Callable[[Path], list[list[int]]]
+    prefix_cache: bool, overlap: bool, tiny_bloom: Path, greedy_tokens: Callable[[Path], list[list[int]]]
 ) -> None:
-    with LLM(tiny_bloom, **cache_of(6, tiny_bloom), enable_prefix_cache=prefix_cache) as llm:
+    options = {"enable_prefix_cache": prefix_cache, "overlap_steps": overlap}
+    with LLM(tiny_bloom, **cache_of(6, tiny_bloom), **options) as llm:
         assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy_tokens(tiny_bloom)
         assert preemptions(llm) >= 3
         assert used(llm) == 0
@@ -157,7 +184,9 @@ def test_prompts_that_begin_alike_share_blocks(llm: LLM, tiny_bloom: Path, refer
 # --- log-probabilities ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 9, "max_num_seqs": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"max_num_batched_tokens": 9, "max_num_seqs": 4}, {"overlap_steps": True}], ids=str
+)
 def test_logprobs_are_those_of_transformers(
     options: dict[str, Any], tiny_bloom: Path, reference: References, llm: LLM
 ) -> None:
@@ -264,9 +293,9 @@ def test_a_seed_gives_the_same_tokens_alone_among_others_chunked_and_preempted(l
     crowd = random_prompts((3, 40) * 8, seed=9)
     mixed = llm.generate([*crowd, *PROMPTS], [SamplingParams(max_tokens=30)] * len(crowd) + seeded())
     assert tokens_of(mixed[len(crowd) :]) == right
-    with LLM(tiny_bloom, max_num_batched_tokens=7, max_num_seqs=5) as other:
+    with LLM(tiny_bloom, max_num_batched_tokens=7, max_num_seqs=5, **like(llm)) as other:
         assert tokens_of(other.generate(PROMPTS, seeded())) == right
-    with LLM(tiny_bloom, **cache_of(7, tiny_bloom)) as other:
+    with LLM(tiny_bloom, **cache_of(7, tiny_bloom), **like(llm)) as other:
         assert tokens_of(other.generate(PROMPTS, seeded())) == right
         assert preemptions(other) > 0
         assert used(other) == 0
@@ -336,7 +365,7 @@ def test_length(llm: LLM, plain: RequestOutput, tiny_bloom: Path) -> None:
     assert (made.finish_reason, made.stop_reason) == (FinishReason.LENGTH, None)
     assert made.token_ids == plain.outputs[0].token_ids[:5]
     assert made.text == llm.tokenizer.decode(made.token_ids)
-    with LLM(tiny_bloom, max_model_len=10) as short:
+    with LLM(tiny_bloom, max_model_len=10, **like(llm)) as short:
         made = again(short, plain)
         assert (made.finish_reason, len(made.token_ids)) == (FinishReason.LENGTH, 10 - len(plain.prompt_token_ids))
 
@@ -385,7 +414,7 @@ def test_stop_string(llm: LLM, plain: RequestOutput, include: bool) -> None:
 def test_end_token(make_bloom: Callable[..., Path], llm: LLM, plain: RequestOutput) -> None:
     tokens = plain.outputs[0].token_ids
     place = first_new(tokens, 6)
-    with LLM(make_bloom(eos_token_id=tokens[place])) as other:
+    with LLM(make_bloom(eos_token_id=tokens[place]), **like(llm)) as other:
         made = again(other, plain, ignore_eos=False)
         assert (made.finish_reason, made.stop_reason) == (FinishReason.STOP, None)
         assert made.token_ids == tokens[: place + 1]
@@ -433,6 +462,177 @@ def test_a_vocabulary_larger_than_the_tokenizers(tiny_bloom_odd_vocab: Path) -> 
         *_, last = llm.stream([5, 6], params)
         assert max(last.outputs[0].token_ids) >= llm.tokenizer.vocab_size
         assert last.outputs[0].text == llm.tokenizer.decode(last.outputs[0].token_ids)
+
+
+# --- overlapped steps -------------------------------------------------------------------------------------------------
+
+
+def mixed() -> tuple[list[list[int]], list[SamplingParams]]:
+    """Requests of all kinds, of which some end before their `max_tokens`, and prompts of which some begin alike."""
+    common = PROMPTS[-1][:36]
+    prompts = [*random_prompts((1, 5, 16, 17, 33), seed=21), *([*common, token] for token in range(10, 17)), common]
+    options: list[dict[str, Any]] = [
+        {"temperature": 0, "max_tokens": 30},
+        {"seed": 1, "max_tokens": 1},
+        {"seed": 2, "max_tokens": 25, "n": 3, "stop": ["e", "a"]},
+        {"temperature": 0, "max_tokens": 20, "stop_token_ids": list(range(0, 490, 7))},
+        {"seed": 3, "max_tokens": 30, "stop_words_ids": [[token] for token in range(3, 490, 9)]},
+        {"seed": 4, "max_tokens": 12, "logprobs": 2, "prompt_logprobs": 1},
+        {"seed": 5, "max_tokens": 18, "min_tokens": 6, "stop_token_ids": list(range(0, 490, 3))},
+        {"temperature": 0, "max_tokens": 16},
+        {"seed": 6, "max_tokens": 1, "n": 4},
+        {"seed": 7, "max_tokens": 22, "top_p": 0.8, "stop": "t", "include_stop_str_in_output": True},
+        {"seed": 8, "max_tokens": 9, "n": 2, "top_k": 5},
+        {"temperature": 0, "max_tokens": 24, "stop": "er"},
+        {"temperature": 0, "max_tokens": 3, "ignore_eos": True},
+    ]
+    return prompts, [SamplingParams(**chosen) for chosen in options]
+
+
+def same_but_for_logprobs(found: list[RequestOutput], right: list[RequestOutput]) -> None:
+    """Everything equal; log-probabilities are near, since batches that differ add up in another order."""
+    for one, other in zip(found, right, strict=True):
+        for a, b in zip(one.outputs, other.outputs, strict=True):
+            assert (a.token_ids, a.text, a.finish_reason, a.stop_reason) == (
+                b.token_ids,
+                b.text,
+                b.finish_reason,
+                b.stop_reason,
+            )
+            assert [list(top) for top in a.logprobs or ()] == [list(top) for top in b.logprobs or ()]
+        assert len(one.prompt_logprobs or ()) == len(other.prompt_logprobs or ())
+
+
+@pytest.fixture(scope="module")
+def right_mixed(tiny_bloom: Path) -> list[RequestOutput]:
+    with LLM(tiny_bloom, overlap_steps=False) as one_after_the_other:
+        outputs = one_after_the_other.generate(*mixed())
+    reasons = [completion.finish_reason for output in outputs for completion in output.outputs]
+    assert reasons.count(FinishReason.STOP) >= 5
+    assert reasons.count(FinishReason.LENGTH) >= 5
+    return outputs
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_num_batched_tokens": 8, "max_num_seqs": 4}, {"max_num_seqs": 6, "blocks": 8}], ids=str
+)
+def test_overlapped_steps_give_the_same_outputs(
+    options: dict[str, Any], prefix_cache: bool, tiny_bloom: Path, right_mixed: list[RequestOutput]
+) -> None:
+    rest = {key: value for key, value in options.items() if key != "blocks"}
+    cache = cache_of(options["blocks"], tiny_bloom) if "blocks" in options else {}
+    with LLM(tiny_bloom, overlap_steps=True, enable_prefix_cache=prefix_cache, **rest, **cache) as llm:
+        for _ in range(2):
+            same_but_for_logprobs(llm.generate(*mixed()), right_mixed)
+            assert_nothing_is_left(llm)
+        assert (preemptions(llm) > 0) == ("blocks" in options)
+
+
+def test_overlapped_ranks_give_the_same_outputs(tiny_bloom: Path, right_mixed: list[RequestOutput]) -> None:
+    tight = {key: value // 2 for key, value in cache_of(9, tiny_bloom).items()}  # a rank's blocks are half as large
+    options: dict[str, Any] = {"max_num_batched_tokens": 24, "max_num_seqs": 6, **tight}
+    penalized = SamplingParams(temperature=0, max_tokens=20, repetition_penalty=1.3, ignore_eos=True)
+    with LLM(tiny_bloom, overlap_steps=True, tensor_parallel_size=2, device="cpu", **options) as llm:
+        found = llm.generate(*mixed())
+        same_but_for_logprobs(found, right_mixed)
+        assert preemptions(llm) > 0
+        assert_nothing_is_left(llm)
+        stream = llm.stream(PROMPTS, SamplingParams(max_tokens=50, n=2))
+        for _ in range(3):
+            next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        prompts, params = mixed()
+        again = llm.generate([*prompts, PROMPTS[5]], [*params, penalized])
+        same_but_for_logprobs(again[:-1], right_mixed)
+        assert_nothing_is_left(llm)
+    with LLM(tiny_bloom) as llm:
+        assert tokens_of(again[-1:]) == tokens_of(llm.generate(PROMPTS[5], penalized))
+
+
+def test_a_step_is_launched_before_the_tokens_of_the_last_are_known(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    launch, collect = llm.engine.worker.launch, llm.engine._take_token
+    monkeypatch.setattr(llm.engine.worker, "launch", lambda *given: (events.append("launch"), launch(*given))[1])
+    monkeypatch.setattr(llm.engine, "_take_token", lambda *given: (events.append("token"), collect(*given))[1])
+    llm.generate(PROMPTS[1], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    overlapped = ["launch", *["launch", "token"] * 3, "token"]
+    assert events == (overlapped if llm.engine.worker.overlap else ["launch", "token"] * 4)
+    events.clear()
+    llm.generate(PROMPTS[1], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, repetition_penalty=1.2))
+    assert events == ["launch", "token"] * 4  # a penalty needs them
+
+
+@pytest.mark.parametrize(
+    "needy", [{"repetition_penalty": 1.4}, {"frequency_penalty": 1.5}, {"bad_words_ids": [[8, 9], [7]]}], ids=str
+)
+def test_who_looks_back_at_its_tokens_is_exact_beside_who_does_not(
+    needy: dict[str, Any], llm: LLM, plain: RequestOutput
+) -> None:
+    tokens = plain.outputs[0].token_ids
+    if "bad_words_ids" in needy:
+        needy = {"bad_words_ids": [tokens[3:5], tokens[9:10]]}
+    params = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True, **needy)
+    before = len(plain.prompt_token_ids)
+    found = llm.generate([PROMPTS[2], plain.prompt_token_ids, PROMPTS[3]], [GREEDY, params, GREEDY])[1]
+    made = [*plain.prompt_token_ids, *found.outputs[0].token_ids]
+    assert made[before:] != tokens
+    one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, **needy)
+    if "repetition_penalty" in needy:  # prompt and output count alike, so each token can be asked for alone
+        for end in range(before, len(made)):
+            assert tokens_of(llm.generate(made[:end], one)) == [made[end : end + 1]]
+    else:
+        with LLM(llm.engine.config.model, overlap_steps=False) as other:
+            assert tokens_of(other.generate(plain.prompt_token_ids, params)) == [made[before:]]
+
+
+def test_streams_show_no_surplus_token(llm: LLM, plain: RequestOutput) -> None:
+    tokens = plain.outputs[0].token_ids
+    place = first_new(tokens, 6)
+    params = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True, stop_token_ids=[tokens[place]])
+    seen = tokens_of(list(llm.stream(plain.prompt_token_ids, params)))
+    assert seen == [tokens[: end + 1] for end in range(place + 1)]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("no more of it\nand details")], ids=repr)
+@pytest.mark.parametrize("place", ["launch", "collect"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_error_in_a_step_ends_the_engine_and_frees_everything(
+    error: BaseException, place: str, overlap: bool, tiny_bloom: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = count()
+    with LLM(tiny_bloom, overlap_steps=overlap) as llm:
+        owner: Any = llm.engine.worker.runner if place == "launch" else Choice
+        name = "forward" if place == "launch" else "collect"
+        original = getattr(owner, name)
+
+        def fail(*given: Any) -> Any:
+            if next(steps) == 3:
+                raise error
+            return original(*given)
+
+        monkeypatch.setattr(owner, name, fail)
+        wanted = CapacityError if isinstance(error, RuntimeError) else KeyboardInterrupt
+        message = "lower max_num_batched_tokens.*no more of it" if wanted is CapacityError else None
+        with pytest.raises(wanted, match=message) as raised:
+            llm.generate(PROMPTS, SamplingParams(max_tokens=20, n=2))
+        assert "details" not in str(raised.value)
+        assert_nothing_is_left(llm)
+        with pytest.raises(EngineError, match="closed"):
+            llm.generate(PROMPTS, GREEDY)
+
+
+def test_an_engine_may_be_closed_with_a_step_in_flight(tiny_bloom: Path) -> None:
+    for ranks in (1, 2):
+        llm = LLM(tiny_bloom, overlap_steps=True, tensor_parallel_size=ranks, device="cpu")
+        stream = llm.stream(PROMPTS[0], GREEDY)
+        next(stream)
+        assert llm.engine._flight is not None
+        engine = llm.engine
+        llm.close()
+        assert engine._flight is None
+        with pytest.raises(EngineError, match="closed"):
+            next(stream)
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------
@@ -623,7 +823,8 @@ def test_a_withdrawn_request_says_what_it_had(llm: LLM) -> None:
     output = llm.engine.abort("mine")
     assert output is not None
     assert [c.finish_reason for c in output.outputs] == [FinishReason.ABORT]
-    assert tokens_of([output]) == [tokens[:4] for tokens in tokens_of(llm.generate(PROMPTS[4], GREEDY))]
+    known = 3 if llm.engine.worker.overlap else 4  # the fourth is still on the device
+    assert tokens_of([output]) == [tokens[:known] for tokens in tokens_of(llm.generate(PROMPTS[4], GREEDY))]
     assert output.outputs[0].text == llm.tokenizer.decode(output.outputs[0].token_ids)
 
 
@@ -717,7 +918,15 @@ CAREFUL = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True, bad_w
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"max_num_batched_tokens": 16, "max_num_seqs": 8}, {"enable_prefix_cache": False}], ids=str
+    "options",
+    [
+        {},
+        {"max_num_batched_tokens": 16, "max_num_seqs": 8},
+        {"enable_prefix_cache": False},
+        {"overlap_steps": True},
+        {"overlap_steps": True, "max_num_batched_tokens": 16, "max_num_seqs": 8},
+    ],
+    ids=str,
 )
 def test_a_request_that_overflows_ends_alone(poisoned: Callable[..., LLM], options: dict[str, Any]) -> None:
     llm = poisoned(**options)
@@ -734,8 +943,9 @@ def test_a_request_that_overflows_ends_alone(poisoned: Callable[..., LLM], optio
     assert used(llm) == 0
 
 
-def test_all_completions_of_a_request_that_overflows_end(poisoned: Callable[..., LLM]) -> None:
-    llm = poisoned()
+@pytest.mark.parametrize("overlap", [False, True])
+def test_all_completions_of_a_request_that_overflows_end(poisoned: Callable[..., LLM], overlap: bool) -> None:
+    llm = poisoned(overlap_steps=overlap)
     right = tokens_of(llm.generate(HEALTHY, CAREFUL))
     several = SamplingParams(n=3, seed=1, max_tokens=COUNT)
     outputs = llm.generate([POISONED[2], *HEALTHY], [several, *[CAREFUL] * len(HEALTHY)])

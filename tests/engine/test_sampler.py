@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hasten.engine.sampler import logprobs_of, mix64, sample, uniform
+from hasten.engine.sampler import Choice, Sampled, logprobs_of, mix64, sample, uniform
 from hasten.engine.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -29,8 +29,16 @@ def random_logits(rows: int, seed: int, scale: float = 2.0) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
 
 
+def sampled_of(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
+    choice = sample(logits, sequences, EOS)
+    sampled = choice.collect()
+    assert choice.tokens.dtype == torch.int32
+    assert choice.tokens.tolist() == [one.token_id for one in sampled]
+    return sampled
+
+
 def tokens_of(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    return [sampled.token_id for sampled in sample(logits, sequences, EOS)]
+    return [sampled.token_id for sampled in sampled_of(logits, sequences)]
 
 
 def filtered(logits: np.ndarray[Any, Any], p: Any) -> np.ndarray[Any, Any]:
@@ -131,8 +139,8 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch(make_sequence: MakeSeque
         make_sequence(rng.choices(range(VOCAB), k=5), seed=n, output=[5] * (n % 7), **options[n % len(options)])
         for n in range(80)
     ]
-    alone = [sample(logits[n : n + 1], [sequence], EOS)[0] for n, sequence in enumerate(sequences)]
-    together = sample(logits, sequences, EOS)
+    alone = [sampled_of(logits[n : n + 1], [sequence])[0] for n, sequence in enumerate(sequences)]
+    together = sampled_of(logits, sequences)
     assert [s.token_id for s in together] == [s.token_id for s in alone]
     assert [s.top is None for s in together] == [s.top is None for s in alone]
     part = rng.sample(range(80), 20)
@@ -274,7 +282,7 @@ def test_logprobs_are_the_models_own(make_sequence: MakeSequence) -> None:
         make_sequence([1], seed=n, logprobs=count, temperature=0.5, top_k=9, repetition_penalty=1.5)
         for n, count in enumerate((0, 1, 3, 5, VOCAB, VOCAB + 9))
     ]
-    for row, (sampled, sequence) in enumerate(zip(sample(logits, sequences, EOS), sequences, strict=True)):
+    for row, (sampled, sequence) in enumerate(zip(sampled_of(logits, sequences), sequences, strict=True)):
         assert sampled.top is not None
         asked = sequence.params.logprobs or 0
         best = wanted[row].argsort(descending=True).tolist()
@@ -288,7 +296,7 @@ def test_logprobs_are_the_models_own(make_sequence: MakeSequence) -> None:
 
 def test_only_rows_that_ask_get_logprobs(make_sequence: MakeSequence) -> None:
     sequences = [make_sequence([1], temperature=0, logprobs=2), make_sequence([1]), make_sequence([1], temperature=0)]
-    tops = [sampled.top for sampled in sample(random_logits(3, seed=14), sequences, EOS)]
+    tops = [sampled.top for sampled in sampled_of(random_logits(3, seed=14), sequences)]
     assert [top is None for top in tops] == [False, True, True]
 
 
@@ -308,7 +316,7 @@ def test_a_row_that_is_not_finite_is_an_error_and_the_others_are_not(
     right = tokens_of(logits, sequences)
     logits[1, 40] = value
     logits[3] = value
-    sampled = sample(logits, sequences, EOS)
+    sampled = sampled_of(logits, sequences)
     assert [s.token_id for s in sampled] == [right[0], -1, right[2], -1, right[4]]
     errors = [s.error for s in sampled]
     assert errors[::2] == [None] * 3
@@ -320,6 +328,23 @@ def test_minus_infinity_is_a_token_that_cannot_come(make_sequence: MakeSequence)
     logits = torch.full((100, VOCAB), float("-inf"))
     logits[:, [4, 9]] = 0.0
     for options in ({}, {"top_p": 0.9}, {"top_k": 30, "min_p": 0.5}):
-        sampled = sample(logits, [make_sequence([1], seed=n, **options) for n in range(100)], EOS)
+        sampled = sampled_of(logits, [make_sequence([1], seed=n, **options) for n in range(100)])
         assert {s.token_id for s in sampled} == {4, 9}
         assert all(s.error is None for s in sampled)
+
+
+def test_tokens_chosen_elsewhere() -> None:
+    found = Choice.of_tokens(torch.tensor([4, -1, 0], dtype=torch.int32)).collect()
+    assert [one.token_id for one in found] == [4, -1, 0]
+    assert [one.error is None for one in found] == [True, False, True]
+    assert all(one.top is None and one.logprob is None for one in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_penalties_are_computed_in_fp32(make_sequence: MakeSequence, dtype: torch.dtype) -> None:
+    logits = torch.zeros(1, VOCAB, dtype=dtype)
+    logits[0, [5, 6]] = torch.tensor([8.0, 7.96875], dtype=dtype)
+    for penalty, wanted in ((1.003, 5), (1.005, 6)):
+        sequence = make_sequence([5], temperature=0, repetition_penalty=penalty)
+        assert tokens_of(logits, [sequence]) == [wanted]
+    assert logits[0, 5] == 8

@@ -3,8 +3,9 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,8 +17,10 @@ from hasten.core.errors import CapacityError
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.block_manager import BlockManager
+from hasten.engine.engine import _announcement
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
+from hasten.engine.worker import Message, Worker
 
 if TYPE_CHECKING:
     from tests.engine.conftest import Shadow
@@ -36,66 +39,145 @@ class Job:
     """Step before which it comes."""
     leaves: int | None = None
     """Step before which it is withdrawn."""
+    more: int = 0
+    """Tokens that it might have had beyond `output`: with any, only its last token says that it ends."""
+    penalized: bool = False
+    """Whether its tokens must be known before the next one is chosen."""
+
+
+def next_token(sequence: Sequence) -> int:
+    return hash((sequence.index, *sequence.token_ids)) % 3
+
+
+def record(batch: Batch) -> list[object]:
+    """All that ranks must agree on."""
+    work = [(s.key, s.index, n, list(s.block_table)) for s, n in zip(batch.sequences, batch.counts, strict=True)]
+    return [work, batch.needed, batch.sampled, batch.copies, [s.key for s in batch.preempted]]
 
 
 @dataclass
 class Run:
-    """An engine without a model: the next token is worked out from those before it."""
+    """An engine without a model: the next token is worked out from those before it.
+
+    With `overlap`, what a step chose is told to the scheduler after the next one is launched. Beside it goes the
+    scheduler of another rank, which knows nothing but the messages.
+    """
 
     scheduler: Scheduler
     cache: Shadow
-    wanted: dict[str, int] = field(default_factory=dict)
+    follower: Worker
+    overlap: bool = False
+    wanted: dict[str, Job] = field(default_factory=dict)
     outputs: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     first_seen: list[str] = field(default_factory=list)
     log: list[object] = field(default_factory=list)
+    flight: list[tuple[Sequence, int]] = field(default_factory=list)
+    """What the last launched step chose: the device still has it, and perhaps the device alone."""
+    collected: bool = True
+    message: Message = field(default_factory=lambda: Message(tokens=[], finished=[], added=[], stop=False))
 
     def add(self, name: str, job: Job) -> None:
-        params = SamplingParams(n=job.n)
-        self.wanted[name] = job.output
-        self.scheduler.add(Sequence(Request(request_id=name, prompt_token_ids=job.prompt, params=params), seed=0))
+        params = SamplingParams(
+            n=job.n, max_tokens=job.output + job.more, repetition_penalty=2.0 if job.penalized else 1.0
+        )
+        self.wanted[name] = job
+        sequence = Sequence(Request(request_id=name, prompt_token_ids=job.prompt, params=params), seed=0)
+        self.message["added"].append(_announcement(sequence))
+        self.scheduler.add(sequence)
 
     def abort(self, name: str) -> None:
+        self.tell()  # an engine would drop what it has not told the other ranks; here they all have it
         for sequence in list(self.scheduler._sequences.values()):
             if sequence.request_id == name:
-                self.scheduler.finish(sequence.key)
+                self.finish(sequence)
         self.check()
+
+    def finish(self, sequence: Sequence) -> None:
+        self.message["finished"].append(sequence.key)
+        self.scheduler.finish(sequence.key)
+
+    @contextmanager
+    def as_the_device_knows_them(self) -> Iterator[None]:
+        """Sequences with their pending tokens in place, which no scheduler may see."""
+        pending = [] if self.collected else [(s, token) for s, token in self.flight if s.pending]
+        for sequence, token in pending:
+            sequence.token_ids.append(token)
+        yield
+        for sequence, _ in pending:
+            sequence.token_ids.pop()
 
     def check(self) -> None:
         scheduler = self.scheduler
-        known = list(scheduler._sequences.values())
+        known = [sequence for sequence in scheduler._sequences.values() if not sequence.is_complete]
         assert {id(s) for s in known} == {id(s) for s in [*scheduler.running, *scheduler.waiting]}
         assert len(known) == len(scheduler.running) + len(scheduler.waiting)
-        self.cache.check(known)
+        assert all(sequence.pending <= self.overlap for sequence in known)
+        with self.as_the_device_knows_them():
+            self.cache.check(known)
 
-    def step(self) -> Batch:
-        scheduler, config = self.scheduler, self.scheduler.config
+    def schedule(self) -> Batch:
+        scheduler = self.scheduler
         running_before = list(scheduler.running)
         batch = scheduler.schedule()
-        assert 0 < batch.num_tokens <= config.max_num_batched_tokens
-        assert len(batch.sequences) <= len(scheduler.running) <= config.max_num_seqs
+        assert len(batch.sequences) <= len(scheduler.running) <= scheduler.config.max_num_seqs
+        assert batch.num_tokens <= scheduler._max_tokens
+        assert batch.sequences or not (scheduler.running or scheduler.waiting)
         assert len({s.key for s in batch.sequences}) == len(batch.sequences)
         assert not {s.key for s in batch.sequences} & {s.key for s in batch.preempted}
         assert set(map(id, batch.sequences)) <= set(map(id, scheduler.running))
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
-            assert 1 <= count <= len(sequence.token_ids) - sequence.num_computed
+            assert 1 <= count <= sequence.length - sequence.num_computed
+            if sequence.pending:
+                assert count == 1
+                assert self.flight[sequence.pending_row][0] is sequence
         # the last to come give way first, and come back in their order
         left = len(running_before) - len(batch.preempted)
         assert running_before[left:] == batch.preempted[::-1] == list(scheduler.waiting)[: len(batch.preempted)]
+        return batch
+
+    def tell(self) -> None:
+        """Bring the other rank up to date."""
+        message, self.message = self.message, Message(tokens=[], finished=[], added=[], stop=False)
+        self.follower.apply(message)
+
+    def follow(self, batch: Batch) -> None:
+        """The other rank chooses the same."""
+        self.tell()
+        other = self.follower.scheduler.schedule()
+        assert record(other) == record(batch)
+        self.follower.scheduler.advance(other)
+
+    def step(self) -> Batch:
+        if any(self.wanted[sequence.request_id].penalized for sequence, _ in self.flight):
+            self.collect()
+        batch = self.schedule()
         self.first_seen += [s.request_id for s in batch.sequences if s.request_id not in self.first_seen]
-        self.log.append(
-            [(s.key, s.index, n, list(s.block_table)) for s, n in zip(batch.sequences, batch.counts, strict=True)]
-        )
-        self.log += [batch.copies, [s.key for s in batch.preempted]]
-        self.cache.run(batch)
-        sampled = [batch.sequences[place] for place in batch.sampled()]
-        scheduler.advance(batch)
-        for sequence in sampled:
-            sequence.token_ids.append(hash((sequence.index, *sequence.token_ids)) % 3)
-            if sequence.output_len == self.wanted[sequence.request_id]:
-                self.outputs[sequence.request_id, sequence.index] = sequence.output_token_ids
-                scheduler.finish(sequence.key)
+        self.log.append(record(batch))
+        self.follow(batch)
+        with self.as_the_device_knows_them():
+            self.cache.run(batch)
+            chosen = [(sequence, next_token(sequence)) for sequence in (batch.sequences[i] for i in batch.sampled)]
+        self.scheduler.advance(batch)
+        self.collect()
+        self.flight, self.collected = chosen, False
+        if not self.overlap:
+            self.collect()
         self.check()
         return batch
+
+    def collect(self) -> None:
+        """Tell the scheduler what the last launched step chose, but for those who have ended since."""
+        landed = [] if self.collected else self.flight
+        self.collected = True
+        for sequence, token in landed:
+            if self.scheduler.get(sequence.key) is None:
+                continue
+            sequence.append(token)
+            self.message["tokens"].append((sequence.key, token))
+            output = sequence.output_token_ids
+            if len(output) == self.wanted[sequence.request_id].output:
+                self.outputs[sequence.request_id, sequence.index] = output
+                self.finish(sequence)
 
     def run_all(self, jobs: list[Job]) -> None:
         """Until all is done; far fewer steps than this would do, so that a run that stands still fails."""
@@ -110,8 +192,11 @@ class Run:
                 self.step()
             steps += 1
             assert steps < 2000
-        assert self.scheduler.blocks.num_used == 0
-        assert self.scheduler.schedule().sequences == []
+        self.tell()
+        for scheduler in (self.scheduler, self.follower.scheduler):
+            assert scheduler.blocks.num_used == 0
+            assert not scheduler.has_work
+            assert scheduler.schedule().sequences == []
 
 
 MakeRun = Callable[..., Run]
@@ -119,10 +204,14 @@ MakeRun = Callable[..., Run]
 
 @pytest.fixture(scope="session")
 def make_run(shadow: type[Shadow]) -> MakeRun:
-    def make(blocks: int = 64, seqs: int = 8, tokens: int = 16, *, prefix_cache: bool = True) -> Run:
-        manager = BlockManager(blocks, SIZE, enable_prefix_cache=prefix_cache)
+    def make(
+        blocks: int = 64, seqs: int = 8, tokens: int = 16, *, prefix_cache: bool = True, overlap: bool = False
+    ) -> Run:
         config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens)
-        return Run(Scheduler(config, manager), shadow(manager))
+        manager, other = (BlockManager(blocks, SIZE, enable_prefix_cache=prefix_cache) for _ in range(2))
+        follower = object.__new__(Worker)  # messages need its scheduler alone, not a model
+        follower.scheduler = Scheduler(config, other)
+        return Run(Scheduler(config, manager), shadow(manager), follower, overlap)
 
     return make
 
@@ -146,6 +235,8 @@ JOBS = st.lists(
         n=st.integers(1, 4),
         output=st.integers(1, 12),
         arrives=st.integers(0, 15),
+        more=st.sampled_from([0, 0, 1, 5]),
+        penalized=st.sampled_from([False, False, False, False, True]),
     ),
     min_size=1,
     max_size=7,
@@ -156,6 +247,7 @@ LIMITS = st.fixed_dictionaries(
         "seqs": st.integers(1, 6),
         "tokens": st.integers(6, 40),
         "prefix_cache": st.booleans(),
+        "overlap": st.booleans(),
     }
 )
 
@@ -182,7 +274,7 @@ def test_whoever_is_withdrawn_whenever_the_others_end_as_if_alone(
 ) -> None:
     last = len(jobs) - 1
     jobs = [
-        Job(job.prompt, job.n, job.output, job.arrives, job.arrives + leave if number != last else None)
+        replace(job, leaves=job.arrives + leave if number != last else None)
         for number, (job, leave) in enumerate(zip(jobs, leaves, strict=False))
     ]
     run = make_run(**limits)
@@ -205,7 +297,8 @@ def test_two_schedulers_of_the_same_requests_choose_the_same(
     assert logs[0] == logs[1]
 
 
-def test_a_larger_load_under_pressure(make_run: MakeRun) -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_larger_load_under_pressure(make_run: MakeRun, overlap: bool) -> None:
     rng = random.Random(3)
     jobs = [
         Job(
@@ -213,10 +306,11 @@ def test_a_larger_load_under_pressure(make_run: MakeRun) -> None:
             n=rng.choice([1, 1, 1, 3]),
             output=rng.randint(1, 40),
             arrives=rng.randint(0, 60),
+            more=rng.choice([0, 20]),
         )
         for _ in range(60)
     ]
-    run = make_run(blocks=40, seqs=12, tokens=48)
+    run = make_run(blocks=40, seqs=12, tokens=48, overlap=overlap)
     run.run_all(jobs)
     assert run.outputs == expected(jobs)
     assert run.scheduler.stats.preemptions > 0

@@ -22,6 +22,13 @@ from hasten.parallel.groups import TensorGroup
 GREEDY = SamplingParams(temperature=0)
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, read once the device has done all that it was told: a GPU works on after a call has returned."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 @dataclass(frozen=True)
 class Generation:
     """New tokens of each prompt, and the seconds that the generate call alone took."""
@@ -57,13 +64,13 @@ class HastenEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
         """Continue each prompt by exactly its length."""
-        return _in_batches(self._generate_batch, prompts, lengths, self._batch_size)
+        return in_batches(self._generate_batch, prompts, lengths, self._batch_size)
 
     def _generate_batch(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
         params = [replace(self._sampling, max_tokens=length) for length in lengths]
-        start = time.perf_counter()
+        start = clock(self.device)
         outputs = self._llm.generate(prompts, params)
-        seconds = time.perf_counter() - start
+        seconds = clock(self.device) - start
         made = [output.outputs[0] for output in outputs]
         for completion, length in zip(made, lengths, strict=True):
             _require_length(completion, length)
@@ -93,10 +100,10 @@ class HuggingFaceEngine:
     ) -> None:
         self._threads = threads or torch.get_num_threads()
         self.device = rank_device(EngineConfig.create(folder, device=device), TensorGroup())
-        config = open_checkpoint(folder, dummy=True).config
+        config = open_checkpoint(folder, dummy=torch.device("cpu")).config
         self.dtype = TORCH_DTYPES[compute_dtype(dtype, config, self.device)]
         self._batch_size = batch_size
-        self._model = _load(folder, self.dtype, load_format).to(self.device).eval()
+        self._model = _load(folder, self.dtype, self.device, load_format).eval()
         self._model.generation_config.eos_token_id = None
         self._options: dict[str, Any] = {"do_sample": not sampling.greedy, "use_cache": True, "pad_token_id": 0}
         if not sampling.greedy:
@@ -109,18 +116,18 @@ class HuggingFaceEngine:
     def generate(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
         """Continue each prompt by exactly its length."""
         with _num_threads(self._threads):
-            return _in_batches(self._generate_batch, prompts, lengths, self._batch_size)
+            return in_batches(self._generate_batch, prompts, lengths, self._batch_size)
 
     def _generate_batch(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
         input_ids, attention_mask = _pad_left(prompts)
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
-        start = time.perf_counter()
+        start = clock(self.device)
         with torch.inference_mode():
             output: Tensor = self._model.generate(
                 input_ids, attention_mask=attention_mask, max_new_tokens=max(lengths), **self._options
             )
+        seconds = clock(self.device) - start
         new: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
-        seconds = time.perf_counter() - start
         return Generation([ids[:length] for ids, length in zip(new, lengths, strict=True)], seconds)
 
 
@@ -138,12 +145,13 @@ def _num_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _in_batches(
+def in_batches(
     generate: Callable[[Sequence[Sequence[int]], Sequence[int]], Generation],
     prompts: Sequence[Sequence[int]],
     lengths: Sequence[int],
     size: int | None,
 ) -> Generation:
+    """Generate for `size` prompts at a time, or for all at once; the seconds are those of all calls."""
     size = len(prompts) if size is None else size
     parts = [generate(prompts[i : i + size], lengths[i : i + size]) for i in range(0, len(prompts), size)]
     return Generation([ids for part in parts for ids in part.token_ids], sum(part.seconds for part in parts))
@@ -159,17 +167,22 @@ def _require_length(completion: CompletionOutput, length: int) -> None:
         )
 
 
-def _load(folder: str, dtype: torch.dtype, load_format: str) -> Any:
+def _load(folder: str, dtype: torch.dtype, device: torch.device, load_format: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         if load_format == "dummy":
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            # a CPU takes minutes to draw the random numbers of a large model, a GPU no time
+            with torch.device(device):
+                return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     except torch.OutOfMemoryError as error:
-        raise CapacityError(f"Hugging Face cannot load {folder}: {_first_line(error)}") from error
+        raise CapacityError(
+            f"Hugging Face cannot load {folder}: {_first_line(error)}; where hasten is loaded beside it, lower "
+            "memory_utilization or set kv_cache_memory"
+        ) from error
     except (KeyError, ValueError) as error:
         raise UnsupportedError(f"Hugging Face cannot load {folder}: {_first_line(error)}") from error
     except (OSError, RuntimeError, SafetensorError) as error:

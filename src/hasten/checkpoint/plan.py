@@ -51,13 +51,13 @@ def side_folder(source: Source) -> Path:
     return parent if folder.name.endswith("-gpu") and (parent / "config.json").is_file() else folder
 
 
-def open_checkpoint(path: str | Path, ranks: int = 1, verify: bool = True, dummy: bool = False) -> Checkpoint:
+def open_checkpoint(path: str | Path, ranks: int = 1, verify: bool = True, dummy: torch.device | None = None) -> Checkpoint:
     """Open a Hugging Face folder, OUT or OUT/N-gpu for `ranks` ranks; `dummy`: config.json alone, random weights.
 
     CheckpointError, ConfigError and UnsupportedError say what is wrong and what to do.
     """
     path = Path(path)
-    source = open_dummy(path) if dummy else open_source(path, ranks)
+    source = open_dummy(path, dummy) if dummy is not None else open_source(path, ranks)
     side = side_folder(source)
     if verify and source.manifest is not None and CONFIG_INI in source.manifest.files:
         source.manifest.verify(source.folder, [CONFIG_INI])

@@ -391,15 +391,17 @@ class DummySource(Source):
     label = "dummy"
     scale: ClassVar[float] = 0.02
     seed: ClassVar[int] = 0
+    device = torch.device("cpu")
+    """Where the weights are made: a GPU takes a second for what takes a CPU minutes, but other values come out."""
 
     def share(self, row: Row, rank: int, size: int) -> Tensor:
         """Ones for a norm, zeros for a bias, and for the rest values that the tensor's name decides."""
         shape, dtype = row.shape(self.config), TORCH_DTYPES[self.config.dtype]
         if row.init == "normal":
-            generator = torch.Generator().manual_seed(self.seed + zlib.crc32(row.ours.encode()))
-            whole = torch.empty(shape).normal_(0, self.scale, generator=generator).to(dtype)
+            generator = torch.Generator(self.device).manual_seed(self.seed + zlib.crc32(row.ours.encode()))
+            whole = torch.empty(shape, device=self.device).normal_(0, self.scale, generator=generator).to(dtype)
         else:
-            whole = torch.full(shape, float(row.init == "ones"), dtype=dtype)
+            whole = torch.full(shape, float(row.init == "ones"), dtype=dtype, device=self.device)
         return split(whole, row.split, rank, size, self.config.attention)
 
 
@@ -487,7 +489,9 @@ def _open_hugging_face(folder: Path) -> HuggingFaceSource:
     return source
 
 
-def open_dummy(path: Path) -> DummySource:
-    """Random weights for the model that config.json of `path` describes."""
+def open_dummy(path: Path, device: torch.device) -> DummySource:
+    """Random weights, made on `device`, for the model that config.json of `path` describes."""
     config = read_hf_config(path)
-    return DummySource(path, config, model_class(config.architecture).weight_map(config))
+    source = DummySource(path, config, model_class(config.architecture).weight_map(config))
+    source.device = device
+    return source

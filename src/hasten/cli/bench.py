@@ -2,8 +2,10 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.cli.options import Parser, add_engine_options, engine_options, positive
@@ -13,11 +15,19 @@ from hasten.core.types import SamplingParams
 if TYPE_CHECKING:
     from hasten.bench.engines import Engine
     from hasten.bench.lambada import LambadaResult, Sample
+    from hasten.bench.suite import Plan
     from hasten.engine.llm import LLM
     from hasten.engine.text import Tokenizer
 
 # Hugging Face has no cache between calls; with it on, the untimed batch would also pay for a timed one
 ENGINE_DEFAULTS: Mapping[str, Any] = {"enable_prefix_cache": False}
+# what peers are measured with
+SUITE_DEFAULTS: Mapping[str, Any] = {
+    **ENGINE_DEFAULTS,
+    "max_model_len": 2048,
+    "max_num_seqs": 256,
+    "max_num_batched_tokens": 8192,
+}
 LAMBADA_SKIP = frozenset({"tokenizer", "load_format"})
 
 
@@ -30,6 +40,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     _add_lambada(benches)
     _add_throughput(benches)
     _add_latency(benches)
+    _add_suite(benches)
 
 
 def _add_lambada(benches: "argparse._SubParsersAction[Parser]") -> None:
@@ -113,14 +124,48 @@ def _add_latency(benches: "argparse._SubParsersAction[Parser]") -> None:
     parser.set_defaults(run=run_latency)
 
 
-def _add_model(parser: Parser) -> None:
+def _add_suite(benches: "argparse._SubParsersAction[Parser]") -> None:
+    parser = benches.add_parser(
+        "suite",
+        help="the workloads that peers are measured with, in one process",
+        description="The workloads that peers are measured with, one after the other on one engine: lat (one request), "
+        "fixed (batches; both 128 tokens in and out), lambada (many short requests) and tput (many of mixed lengths). "
+        "Prints a JSON object after each, with all results so far. Sequences of at most 2048 tokens, steps of at most "
+        "8192, unless asked otherwise.",
+    )
+    _add_model(parser, compare="measure Hugging Face after it, on all but tput")
+    parser.add_argument(
+        "--tests", default="lat,fixed,lambada,tput", metavar="NAMES", help="which, in this order (default: all four)"
+    )
+    parser.add_argument(
+        "--batch-sizes", type=positive, nargs="+", default=[16, 64, 256], metavar="N", help="fixed (default: 16 64 256)"
+    )
+    parser.add_argument(
+        "--hf-max-batch-size",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="leave Hugging Face out of larger batches of fixed (default: 64)",
+    )
+    parser.add_argument(
+        "--num-requests", type=positive, metavar="N", help="requests (default: lambada 5153, tput 1000)"
+    )
+    parser.add_argument(
+        "--repetitions", type=positive, default=3, metavar="N", help="lat and fixed: the best of so many (default: 3)"
+    )
+    _add_output(parser, words="print no table after the JSON")
+    add_engine_options(parser, defaults=SUITE_DEFAULTS)
+    parser.set_defaults(run=run_suite)
+
+
+def _add_model(parser: Parser, compare: str = "measure Hugging Face beside it, in turns") -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint")
-    parser.add_argument("--compare", action="store_true", help="measure Hugging Face beside it, in turns")
+    parser.add_argument("--compare", action="store_true", help=compare)
     parser.add_argument("--hf-model", metavar="PATH", help="what Hugging Face runs (default: MODEL)")
 
 
-def _add_output(parser: Parser) -> None:
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+def _add_output(parser: Parser, words: str = "print the results as JSON") -> None:
+    parser.add_argument("--json", action="store_true", help=words)
     parser.add_argument("--output-path", metavar="FILE", help="write the results to a file, as JSON")
 
 
@@ -253,6 +298,111 @@ def run_latency(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_suite(args: argparse.Namespace) -> int:
+    """Measure what peers are measured on; a workload that fails is told and makes the status 1."""
+    import torch
+
+    from hasten.bench import report, suite
+
+    report.require_writable(args.output_path)
+    options = engine_options(args, defaults=SUITE_DEFAULTS)
+    threads = torch.get_num_threads()
+    plan = suite.Plan(
+        tests=tuple(args.tests.split(",")),
+        batch_sizes=tuple(args.batch_sizes),
+        num_requests=args.num_requests,
+        repetitions=args.repetitions,
+        max_model_len=options["max_model_len"],
+        max_num_seqs=options["max_num_seqs"],
+    )
+    results = _suite_of_hasten(args, options, plan)
+    if results is None:
+        return 0
+    if args.compare:
+        _suite_of_hf(args, {**options, "dtype": results["environment"].dtype}, threads, plan, results)
+    if not args.json:
+        suite.show(results)
+    failed = suite.errors(results)
+    for name, text in failed.items():
+        print(f"hasten: {name}: {text}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _suite_of_hasten(args: argparse.Namespace, options: Mapping[str, Any], plan: "Plan") -> dict[str, Any] | None:
+    """The report of hasten; None on ranks but the first. The engine is gone when this returns."""
+    from hasten.bench import report, suite
+    from hasten.bench.engines import HastenEngine, clock
+    from hasten.engine.llm import LLM
+
+    start = time.perf_counter()
+    with LLM(args.model, **options) as llm:
+        if not llm.is_driver:
+            return None
+        results: dict[str, Any] = {
+            "engine": HastenEngine.label,
+            "model": Path(args.model).resolve().name,
+            "init_s": clock(llm.device) - start,
+            "vocab_size": llm.config.vocab_size,
+            "options": {**options, **_options(args)},
+            "environment": report.environment(llm.device, llm.dtype),
+        }
+        for entries in suite.measure(HastenEngine(llm), plan, llm.config.vocab_size):
+            results |= entries
+            _emit(args, results)
+    return results
+
+
+def _suite_of_hf(
+    args: argparse.Namespace, options: Mapping[str, Any], threads: int, plan: "Plan", results: dict[str, Any]
+) -> None:
+    """Add to hasten's report what Hugging Face does, and how many times as fast hasten is."""
+    import gc
+
+    import torch
+
+    from hasten.bench import suite
+
+    # hasten's engine is closed; what it had on the GPU is free only once cycles of objects are collected
+    gc.collect()
+    torch.cuda.empty_cache()
+    plan, left_out = suite.hf_plan(plan, args.hf_max_batch_size)
+    results["hf"] = {"left_out": left_out}
+    for entries in _hf_entries(args, options, threads, plan, results["vocab_size"]):
+        results["hf"] |= entries
+        results["speedup"] = suite.speedups(results, results["hf"])
+        _emit(args, results)
+
+
+def _hf_entries(
+    args: argparse.Namespace, options: Mapping[str, Any], threads: int, plan: "Plan", vocab_size: int
+) -> Iterator[dict[str, Any]]:
+    from hasten.bench import suite
+    from hasten.bench.engines import HuggingFaceEngine, clock
+
+    if not plan.tests:
+        yield {}
+        return
+    start = time.perf_counter()
+    try:
+        engine = HuggingFaceEngine(args.hf_model or args.model, **_hf_options(options), threads=threads)
+    except suite.FAILURES as error:
+        yield {"init_error": suite.describe(error)}
+        return
+    ready = {"init_s": clock(engine.device) - start}
+    for entries in suite.measure(engine, plan, vocab_size):
+        yield ready | entries
+
+
+def _emit(args: argparse.Namespace, results: Mapping[str, Any]) -> None:
+    """Print and write the results so far: what comes next may take long, or end the process."""
+    from hasten.bench import report
+
+    report.print_json(results)
+    sys.stdout.flush()
+    if args.output_path is not None:
+        report.write_json(args.output_path, results)
+
+
 @contextmanager
 def _engines(
     args: argparse.Namespace, max_len: int, *, batch_size: int | None = None, hf_batch_size: int | None = None
@@ -285,12 +435,15 @@ def _hf_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in ("dtype", "device", "load_format") if name in options}
 
 
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(args).items() if name != "run"}
+
+
 def _write(args: argparse.Namespace, engine: "Engine", results: Mapping[str, Any]) -> None:
     """Results with where and how they were measured, as JSON, to wherever they were asked for."""
     from hasten.bench import report
 
-    options = {name: value for name, value in vars(args).items() if name != "run"}
-    full = {"options": options, "environment": report.environment(engine.device, engine.dtype), **results}
+    full = {"options": _options(args), "environment": report.environment(engine.device, engine.dtype), **results}
     if args.output_path is not None:
         report.write_json(args.output_path, full)
     if args.json:

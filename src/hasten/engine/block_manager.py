@@ -41,7 +41,12 @@ class BlockManager:
         return self.num_blocks - len(self._free)
 
     def share_prefix(self, sequence: Sequence) -> None:
-        """Give a sequence without blocks those that hold its beginning; its last token is always left to compute."""
+        """Give a sequence without blocks those that hold its beginning; its last token is always left to compute.
+
+        No token of it may be pending: it comes for the first time, or it was preempted and those of the step then under
+        way are known by now.
+        """
+        assert not sequence.pending
         if not self.enable_prefix_cache or sequence.wants_prompt_logprobs:
             return
         size, tokens = self.block_size, sequence.token_ids
@@ -66,10 +71,13 @@ class BlockManager:
 
         Returns the copies (source, target) to make before the tokens are written: blocks that others hold too.
         """
-        size, table = self.block_size, sequence.block_table
-        missing = max(0, -(-(sequence.num_computed + num_tokens) // size) - len(table))
-        first = sequence.num_computed // size
-        shared = [place for place in range(first, len(table)) if self._references[table[place]] > 1]
+        size, table, references = self.block_size, sequence.block_table, self._references
+        first, held = sequence.num_computed // size, len(table)
+        missing = -(-(sequence.num_computed + num_tokens) // size) - held
+        if missing == 0 and first == held - 1 and references[table[first]] == 1:
+            return []  # a decode into a block begun before: most calls are this one
+        missing = max(0, missing)
+        shared = [place for place in range(first, held) if references[table[place]] > 1]
         if not missing and not shared:
             return []
         if missing + len(shared) > len(self._free):
@@ -77,7 +85,7 @@ class BlockManager:
         copies = []
         for place in shared:
             source, target = table[place], self._take()
-            self._references[source] -= 1
+            references[source] -= 1
             table[place] = target
             copies.append((source, target))
         if shared:
@@ -86,11 +94,14 @@ class BlockManager:
         return copies
 
     def register(self, sequence: Sequence) -> None:
-        """Make the blocks that `sequence` has filled known to others with the same prefix."""
-        size = self.block_size
+        """Make the blocks that `sequence` has filled known to others with the same prefix.
+
+        A block with a pending token waits until that is known: it is part of what the block is known by.
+        """
         if not self.enable_prefix_cache:
             return
-        while (sequence.num_registered + 1) * size <= sequence.num_computed:
+        size, whole = self.block_size, min(sequence.num_computed, len(sequence.token_ids))
+        while (sequence.num_registered + 1) * size <= whole:
             place = sequence.num_registered
             content = (sequence.prefix, tuple(sequence.token_ids[place * size : (place + 1) * size]))
             block = sequence.block_table[place]

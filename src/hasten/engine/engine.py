@@ -1,4 +1,8 @@
-"""The engine as rank 0 runs it: requests in, steps, outputs back. Every other rank follows (`worker.py`)."""
+"""The engine as rank 0 runs it: requests in, steps, outputs back. Every other rank follows (`worker.py`).
+
+A step is launched, and its tokens are collected when the device has chosen them: with overlapped steps only after the
+next one is launched, so that the device has that to do while Python looks at the tokens.
+"""
 
 import itertools
 from contextlib import suppress
@@ -11,10 +15,10 @@ from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError, InvalidRequestError
 from hasten.core.types import CompletionOutput, FinishReason, Logprob, Request, RequestOutput, SamplingParams
 from hasten.engine.batch import Batch
-from hasten.engine.sampler import Sampled, logprobs_of, mix64, sample
+from hasten.engine.sampler import Choice, Sampled, logprobs_of, mix64
 from hasten.engine.sequence import Sequence
 from hasten.engine.text import TextState, Tokenizer
-from hasten.engine.worker import Message, NewSequence, Worker
+from hasten.engine.worker import Message, NewSequence, Worker, explained_out_of_memory
 from hasten.parallel.launch import Ranks
 
 
@@ -41,6 +45,17 @@ class _RequestState:
     stream: bool = False
 
 
+@dataclass(frozen=True)
+class _Flight:
+    """A step that was launched, and whose tokens are not collected yet."""
+
+    sequences: list[Sequence]
+    choice: Choice
+    """The next token of each."""
+    blocks_next: bool
+    """Whether the tokens must be known before the next step is launched."""
+
+
 class Engine:
     """Continuous batching over one model, step by step."""
 
@@ -59,6 +74,7 @@ class Engine:
         self._added: dict[str, Sequence] = {}
         """Request id -> its sequence, which no scheduler has yet."""
         self._pending: Message = _empty_message()
+        self._flight: _Flight | None = None
         self._unseeded = 0
         self._closed = False
         self._failed = self._left = False
@@ -83,7 +99,8 @@ class Engine:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use")
         request = replace(request, params=self._resolve(request))
         params = request.params
-        sequence = Sequence(request, self._next_seed() if params.seed is None else params.seed)
+        seed = self._next_seed() if params.seed is None else params.seed
+        sequence = Sequence(request, seed, self.max_model_len)
         state = _RequestState(request, unfinished=params.n, stream=stream)
         if params.prompt_logprobs is not None:
             state.prompt_logprobs = [None]
@@ -133,10 +150,14 @@ class Engine:
         for key in keys:
             if key in self._owners:
                 self._release(key)
+        self._forget_flight_of_none()
         return _output(state)
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch; the outputs of requests that it finished and of streaming ones that it brought further."""
+        """Compute one batch; the outputs of requests that it finished and of streaming ones that it brought further.
+
+        With overlapped steps they are those of the batch before.
+        """
         if self._closed:
             raise EngineError("the engine is closed")
         try:
@@ -144,25 +165,53 @@ class Engine:
                 return self._step()
         except BaseException:  # an interrupt too leaves the other ranks inside a step that will not end
             self._closed = self._failed = True
+            self._flight = None
             raise
 
     def _step(self) -> list[RequestOutput]:
-        self._deliver()
-        batch = self.scheduler.schedule()
-        if not batch.sequences:
-            return []
-        logits = self.worker.compute(batch, self._take_prompt_logits)
-        sequences = [batch.sequences[place] for place in batch.sampled()]
-        sampled: list[Sampled] = []
-        if logits is not None:
-            sampled = sample(logits, sequences, self.model_config.eos_token_ids)
-        self._advance(batch)
         touched: dict[str, _RequestState] = {}
-        for sequence, token in zip(sequences, sampled, strict=True):
-            state = self._owners[sequence.key]
-            touched[sequence.request_id] = state
-            self._take_token(state, sequence, token)
+        if self._flight is not None and self._flight.blocks_next:
+            self._collect(touched)
+        self._deliver()
+        launched = self._launch(self.scheduler.schedule())
+        self._collect(touched)
+        self._flight = launched
+        if not self.worker.overlap:
+            self._collect(touched)
+        self._forget_flight_of_none()
         return [_output(state) for state in touched.values() if state.stream or state.unfinished == 0]
+
+    def _launch(self, batch: Batch) -> _Flight | None:
+        if not batch.sequences:
+            return None
+        choice = self.worker.launch(batch, self._take_prompt_logits)
+        for sequence in self.scheduler.advance(batch):
+            self._own(sequence)
+        if choice is None:
+            return None
+        sequences = [batch.sequences[place] for place in batch.sampled]
+        return _Flight(sequences, choice, any(sequence.reads_history for sequence in sequences))
+
+    def _collect(self, touched: dict[str, _RequestState]) -> None:
+        """Take the tokens of the step in flight, if there is one, and note whose they are in `touched`.
+
+        A sequence that ended after the step was launched is no longer owned, and its surplus token is nobody's.
+        """
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        with explained_out_of_memory():
+            sampled = flight.choice.collect()
+        for sequence, token in zip(flight.sequences, sampled, strict=True):
+            state = self._owners.get(sequence.key)
+            if state is not None:
+                touched[sequence.request_id] = state
+                self._take_token(state, sequence, token)
+
+    def _forget_flight_of_none(self) -> None:
+        """Once no request is left, nobody will step again for what is in flight, and it has only surplus tokens."""
+        if not self._requests:
+            self._flight = None
 
     def _deliver(self) -> None:
         """Bring all schedulers, this one's and the other ranks', up to date."""
@@ -179,10 +228,6 @@ class Engine:
         self._pending["finished"].append(key)
         self.scheduler.finish(key)
         del self._owners[key]
-
-    def _advance(self, batch: Batch) -> None:
-        for sequence in self.scheduler.advance(batch):
-            self._own(sequence)
 
     def _own(self, sequence: Sequence) -> None:
         state = self._requests[sequence.request_id]
@@ -202,7 +247,7 @@ class Engine:
             output.stop_reason = sampled.error
             self._finish(state, completion, FinishReason.ERROR)
             return
-        sequence.token_ids.append(token)
+        sequence.append(token)
         output.token_ids.append(token)
         self._pending["tokens"].append((sequence.key, token))
         if sampled.top is not None and output.logprobs is not None:
@@ -231,7 +276,7 @@ class Engine:
             if found is not None:
                 output.stop_reason = found
                 return FinishReason.STOP
-        if count >= params.max_tokens or len(sequence.token_ids) >= self.max_model_len:
+        if len(sequence.token_ids) >= sequence.max_length:
             return FinishReason.LENGTH
         return None
 
@@ -292,6 +337,7 @@ class Engine:
         if self._left:
             return
         self._left = self._closed = True
+        self._flight = None
         self.ranks.expect_end()
         if not self._failed:
             with suppress(RuntimeError):  # a rank that is gone already needs no telling
@@ -308,6 +354,8 @@ def _announcement(sequence: Sequence) -> NewSequence:
         "request_id": sequence.request_id,
         "token_ids": sequence.token_ids,
         "n": sequence.params.n,
+        "max_tokens": sequence.max_length - sequence.prompt_len,
+        "plain": sequence.is_plain,
         "prompt_logprobs": sequence.params.prompt_logprobs is not None,
     }
 

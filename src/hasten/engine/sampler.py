@@ -4,13 +4,13 @@ A token is chosen by inverting the cumulative distribution at one uniform number
 request's seed and the token's position: the rest of the batch and preemptions cannot change it.
 """
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hasten import ops
 from hasten.core.types import Logprob
 from hasten.engine.sequence import Sequence
 
@@ -44,29 +44,57 @@ def mix64(value: int) -> int:
     return state ^ (state >> 31)
 
 
-def sample(logits_rv: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, ...]) -> list[Sampled]:
-    """The next token of each sequence, or an error for one whose logits are not finite."""
-    if all(sequence.is_plain for sequence in sequences):
-        best_r, tokens_r = logits_rv.max(-1)
-        sampled = [Sampled(token) for token in tokens_r.tolist()]
-    else:
-        logits_rv = logits_rv.float()
-        best_r = logits_rv.amax(-1)
-        sampled = _sample_each(logits_rv, sequences, eos_token_ids)
-    if not math.isfinite(float(best_r.sum())):
-        finite = best_r.isfinite().tolist()
-        sampled = [one if fine else Sampled(-1, error=_NOT_FINITE) for one, fine in zip(sampled, finite, strict=True)]
-    return sampled
+class Choice:
+    """The next token of each sequence, chosen on the device and on its way to the host."""
+
+    def __init__(self, tokens_r: Tensor, tops: "_Tops | None" = None, asked: dict[int, int] | None = None) -> None:
+        self.tokens = tokens_r
+        """int32 [r] on the device, -1 where the logits are not finite."""
+        self._asked = asked or {}
+        """Row -> how many log-probabilities its request asks for; `tops` has those rows in this order."""
+        self._copy = ops.HostCopy([tokens_r, *(() if tops is None else tops)])
+
+    @classmethod
+    def of_tokens(cls, tokens_r: Tensor) -> "Choice":
+        """Tokens chosen elsewhere, int32 [r], for sequences that ask for nothing else."""
+        return cls(tokens_r)
+
+    def collect(self) -> list[Sampled]:
+        """The tokens, or an error for a sequence whose logits are not finite. Waits until the device has chosen."""
+        tokens_r, *tops = self._copy.wait()
+        tokens: list[int] = tokens_r.tolist()
+        found: dict[int, dict[int, Logprob]] = {}
+        if self._asked:
+            rows = _entries([tokens[row] for row in self._asked], _Tops(*tops))
+            found = dict(zip(self._asked, rows, strict=True))
+        return [self._sampled(row, token, found.get(row)) for row, token in enumerate(tokens)]
+
+    def _sampled(self, row: int, token: int, top: dict[int, Logprob] | None) -> Sampled:
+        if token < 0:
+            return Sampled(token, error=_NOT_FINITE)
+        if top is None:
+            return Sampled(token)
+        kept = {other: entry for other, entry in top.items() if entry.rank <= self._asked[row] or other == token}
+        return Sampled(token, top[token].logprob, kept)
 
 
-def _sample_each(logits_rv: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, ...]) -> list[Sampled]:
+def sample(logits_rv: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, ...]) -> Choice:
+    """Choose the next token of each sequence, without waiting for the device but for penalties."""
     adjusted_rv = _adjust(logits_rv, sequences, eos_token_ids)
-    tokens_r = adjusted_rv.argmax(-1)
     drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
-    if drawn:
-        chosen = adjusted_rv if len(drawn) == len(sequences) else adjusted_rv[drawn]
-        tokens_r[drawn] = _draw(chosen, [sequences[row] for row in drawn])
-    return _with_logprobs(logits_rv, tokens_r, sequences)
+    tokens_r = _draw(adjusted_rv, sequences) if len(drawn) == len(sequences) else ops.greedy(adjusted_rv)
+    if 0 < len(drawn) < len(sequences):
+        rows = ops.to_device(drawn, torch.int64, logits_rv.device)
+        drawn_r = _draw(adjusted_rv.index_select(0, rows), [sequences[row] for row in drawn])
+        tokens_r.index_copy_(0, rows, drawn_r)
+    asked = {
+        row: sequence.params.logprobs for row, sequence in enumerate(sequences) if sequence.params.logprobs is not None
+    }
+    if not asked:
+        return Choice(tokens_r)
+    rows = ops.to_device(list(asked), torch.int64, logits_rv.device)
+    tops = _tops(logits_rv.index_select(0, rows), tokens_r.index_select(0, rows), max(asked.values()))
+    return Choice(tokens_r, tops, asked)
 
 
 def _adjust(logits_rv: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, ...]) -> Tensor:
@@ -78,11 +106,11 @@ def _adjust(logits_rv: Tensor, sequences: list[Sequence], eos_token_ids: tuple[i
         if not banned and not params.has_penalty:
             continue
         if adjusted_rv is logits_rv:
-            adjusted_rv = logits_rv.clone()
+            adjusted_rv = logits_rv.to(torch.float32, copy=True)
         if params.has_penalty:
             _penalize(adjusted_rv[row], sequence)
         if banned:
-            adjusted_rv[row, banned] = float("-inf")
+            adjusted_rv[row].index_fill_(0, ops.to_device(banned, torch.int64, logits_rv.device), float("-inf"))
     return adjusted_rv
 
 
@@ -114,70 +142,48 @@ def _banned(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> list[int]:
 
 
 def _draw(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Tokens [r] drawn by temperature, min-p, top-k and top-p, in this order.
-
-    Each filter keeps what is as probable as the last token it keeps, and the draw goes through the vocabulary in its
-    own order: neither ties nor the filters of other rows can change which token a number stands for.
-    """
+    """Tokens [r] drawn by each sequence's parameters."""
     params = [sequence.params for sequence in sequences]
-    vocab, device = logits_rv.shape[1], logits_rv.device
-
-    def column(values: Iterable[float]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.float64, device=device).unsqueeze(1)
-
-    # fp64 for the temperature: a tiny one would overflow fp32 and leave no distribution to draw from.
-    probs_rv = (logits_rv.double() / column(p.temperature for p in params)).softmax(-1)
-    if any(p.min_p > 0 for p in params):
-        floor_r1 = probs_rv.amax(-1, keepdim=True) * column(p.min_p for p in params)
-        probs_rv = probs_rv.masked_fill(probs_rv < floor_r1, 0)
-    top_k = [min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params]
-    cut = [row for row, p in enumerate(params) if top_k[row] < vocab or p.top_p < 1]
-    if cut:
-        floor_r1 = probs_rv.new_zeros(len(params), 1)
-        floor_r1[cut] = _floor(probs_rv[cut], [top_k[row] for row in cut], column(params[row].top_p for row in cut))
-        probs_rv = probs_rv.masked_fill(probs_rv < floor_r1, 0)
-    cumulative_rv = probs_rv.cumsum(-1)
-    points_r1 = column(uniform(sequence.seed, sequence.output_len) for sequence in sequences)
-    places_r1 = torch.searchsorted(cumulative_rv, points_r1 * cumulative_rv[:, -1:], right=True)
-    return places_r1.squeeze(1).clamp_(max=vocab - 1)
+    draws = ops.Draws.of(
+        temperature=[p.temperature for p in params],
+        top_k=[max(p.top_k, 0) for p in params],
+        top_p=[p.top_p for p in params],
+        min_p=[p.min_p for p in params],
+        point=[uniform(sequence.seed, sequence.output_len) for sequence in sequences],
+        device=logits_rv.device,
+    )
+    return ops.draw(logits_rv, draws)
 
 
-def _floor(probs_rv: Tensor, top_k: list[int], top_p_r1: Tensor) -> Tensor:
-    """The least probability [r, 1] that top-k, and then top-p among what is left, keep."""
-    sorted_rk = probs_rv.topk(max(top_k), dim=-1).values
-    last_r1 = torch.tensor(top_k, device=probs_rv.device).unsqueeze(1) - 1
-    cumulative_rk = sorted_rk.cumsum(-1)
-    kept_rk = cumulative_rk - sorted_rk < top_p_r1 * cumulative_rk.gather(1, last_r1)
-    kept_rk &= torch.arange(sorted_rk.shape[1], device=probs_rv.device) <= last_r1
-    return sorted_rk.where(kept_rk, sorted_rk[:, :1]).amin(-1, keepdim=True)
+class _Tops(NamedTuple):
+    """Log-probabilities of one token a row, and of the most probable ones."""
+
+    chosen_r: Tensor
+    ranks_r: Tensor
+    values_rk: Tensor
+    ids_rk: Tensor
 
 
-def _with_logprobs(logits_rv: Tensor, tokens_r: Tensor, sequences: list[Sequence]) -> list[Sampled]:
-    tokens = tokens_r.tolist()
-    wanted = [row for row, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
-    sampled = [Sampled(token) for token in tokens]
-    if wanted:
-        count = max(sequences[row].params.logprobs or 0 for row in wanted)
-        found = logprobs_of(logits_rv[wanted], [tokens[row] for row in wanted], count)
-        for row, top in zip(wanted, found, strict=True):
-            asked = sequences[row].params.logprobs or 0
-            kept = {token: entry for token, entry in top.items() if entry.rank <= asked or token == tokens[row]}
-            sampled[row] = Sampled(tokens[row], top[tokens[row]].logprob, kept)
-    return sampled
+def _tops(logits_rv: Tensor, tokens_r: Tensor, count: int) -> _Tops:
+    """Log-probabilities of the given tokens, any where there is none, and of the `count` most probable ones."""
+    logprobs_rv = logits_rv.float().log_softmax(-1)
+    chosen_r1 = logprobs_rv.gather(1, tokens_r.long().clamp(min=0).unsqueeze(1))
+    ranks_r = (logprobs_rv > chosen_r1).sum(-1) + 1
+    values_rk, ids_rk = logprobs_rv.topk(min(count, logits_rv.shape[1]), dim=-1)
+    return _Tops(chosen_r1.squeeze(1), ranks_r, values_rk, ids_rk)
+
+
+def _entries(tokens: list[int], tops: _Tops) -> list[dict[int, Logprob]]:
+    rows = []
+    for token, chosen, rank, values, ids in zip(tokens, *(tensor.tolist() for tensor in tops), strict=True):
+        top = {token: Logprob(chosen, rank)}
+        for place, (value, other) in enumerate(zip(values, ids, strict=True)):
+            top.setdefault(other, Logprob(value, place + 1))
+        rows.append(top)
+    return rows
 
 
 def logprobs_of(logits_rv: Tensor, tokens: list[int], count: int) -> list[dict[int, Logprob]]:
     """For each row, the log-probability of the given token first and of the `count` most probable ones after it."""
-    logprobs_rv = logits_rv.float().log_softmax(-1)
-    chosen_r1 = logprobs_rv.gather(1, torch.tensor(tokens, device=logits_rv.device).unsqueeze(1))
-    ranks = ((logprobs_rv > chosen_r1).sum(-1) + 1).tolist()
-    values, ids = logprobs_rv.topk(min(count, logits_rv.shape[1]), dim=-1)
-    rows = []
-    for token, chosen, rank, top_values, top_ids in zip(
-        tokens, chosen_r1.squeeze(1).tolist(), ranks, values.tolist(), ids.tolist(), strict=True
-    ):
-        top = {token: Logprob(chosen, rank)}
-        for place, (value, other) in enumerate(zip(top_values, top_ids, strict=True)):
-            top.setdefault(other, Logprob(value, place + 1))
-        rows.append(top)
-    return rows
+    tokens_r = ops.to_device(tokens, torch.int64, logits_rv.device)
+    return _entries(tokens, _tops(logits_rv, tokens_r, count))

@@ -3,6 +3,9 @@
 There are no phases: each sequence has tokens and `num_computed` of them are in the cache; a step lets sequences catch
 up within a budget of tokens. Chunked prefill, prefix cache and preemption follow from that. All ranks run the same
 scheduler over the same additions, so that they agree without talking.
+
+Numbers of tokens matter here, not which they are: a step can be scheduled while the tokens of the one before are still
+pending on the device.
 """
 
 from collections import deque
@@ -27,8 +30,10 @@ class Scheduler:
     """Waiting and running sequences over one block manager."""
 
     def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
+        assert config.max_num_batched_tokens is not None, "the worker resolves the default"
         self.config = config
         self.blocks = blocks
+        self._max_tokens = config.max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.stats = SchedulerStats()
@@ -50,12 +55,12 @@ class Scheduler:
         return bool(self._sequences)
 
     def schedule(self) -> Batch:
-        """Choose the next step's work and reserve its blocks; empty only when nothing is unfinished."""
+        """Choose the next step's work and reserve its blocks; empty only when nothing is left to compute."""
         batch = Batch()
         budget = self._continue_running(batch)
         if not batch.preempted:
             self._admit_waiting(batch, budget)
-        if not batch.sequences and self._sequences:
+        if not batch.sequences and (self.waiting or self.running):
             raise CapacityError(
                 f"the key/value cache of {self.blocks.num_blocks} blocks cannot hold one sequence; "
                 "lower max_model_len or give the cache more memory"
@@ -64,7 +69,7 @@ class Scheduler:
         return batch
 
     def advance(self, batch: Batch) -> list[Sequence]:
-        """Note that `batch` was computed; fork the siblings of prompts now whole; return these new sequences."""
+        """Note that `batch` was launched; fork the siblings of prompts now whole; return these new sequences."""
         forked = []
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             sequence.num_computed += count
@@ -72,7 +77,24 @@ class Scheduler:
             if sequence.group_size > 1 and sequence.num_computed >= sequence.prompt_len:
                 forked += self._fork(sequence)
         self.waiting.extendleft(reversed(forked))
+        self._note_pending(batch)
         return forked
+
+    def _note_pending(self, batch: Batch) -> None:
+        """Count the tokens that `batch` chooses. Who has all of its tokens runs no more and needs no blocks.
+
+        Blocks may go to others at once: what those write is launched later, and so comes later on the device.
+        """
+        any_complete = False
+        for row, place in enumerate(batch.sampled):
+            sequence = batch.sequences[place]
+            sequence.pending += 1
+            sequence.pending_row = row
+            if sequence.is_complete:
+                self.blocks.free(sequence)
+                any_complete = True
+        if any_complete:
+            self.running = [sequence for sequence in self.running if not sequence.is_complete]
 
     def finish(self, key: int) -> None:
         """Forget a sequence and free its blocks, wherever it stands."""
@@ -80,10 +102,11 @@ class Scheduler:
         if sequence is None:
             return
         self.blocks.free(sequence)
-        if sequence in self.running:
-            self.running.remove(sequence)
-        else:
-            self.waiting.remove(sequence)
+        if sequence.is_complete:
+            return  # neither runs nor waits
+        for holders in (self.running, self.waiting):
+            if sequence in holders:
+                holders.remove(sequence)
 
     def _register_key(self, sequence: Sequence) -> None:
         sequence.key = self._next_key
@@ -101,11 +124,11 @@ class Scheduler:
         return children
 
     def _continue_running(self, batch: Batch) -> int:
-        budget = self.config.max_num_batched_tokens
+        budget = self._max_tokens
         place = 0
         while place < len(self.running) and budget > 0:
             sequence = self.running[place]
-            count = min(len(sequence.token_ids) - sequence.num_computed, budget)
+            count = min(sequence.length - sequence.num_computed, budget)
             copies = self._reserve_with_preemption(sequence, count, batch)
             if copies is None:
                 continue
@@ -133,7 +156,7 @@ class Scheduler:
             sequence = self.waiting[0]
             if not sequence.block_table:
                 self.blocks.share_prefix(sequence)
-            count = min(len(sequence.token_ids) - sequence.num_computed, budget)
+            count = min(sequence.length - sequence.num_computed, budget)
             copies = self.blocks.reserve(sequence, count)
             if copies is None:
                 if not self.running:

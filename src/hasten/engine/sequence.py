@@ -8,6 +8,9 @@ class Sequence:
 
     `num_computed` tokens have their keys and values in the cache blocks of `block_table`. A step catches up with the
     rest: the whole prompt at first, one token while decoding, all of both again after a preemption.
+
+    A token counts as soon as it is chosen on the device. Until it is known here it is `pending`: `length` has it,
+    `token_ids` not yet.
     """
 
     __slots__ = (
@@ -16,11 +19,15 @@ class Sequence:
         "index",
         "is_plain",
         "key",
+        "max_length",
         "num_computed",
         "num_registered",
         "params",
+        "pending",
+        "pending_row",
         "prefix",
         "prompt_len",
+        "reads_history",
         "request_id",
         "seed",
         "table_version",
@@ -28,7 +35,7 @@ class Sequence:
         "wants_prompt_logprobs",
     )
 
-    def __init__(self, request: Request, seed: int) -> None:
+    def __init__(self, request: Request, seed: int, max_model_len: int | None = None) -> None:
         self.request_id = request.request_id
         self.params: SamplingParams = request.params
         self.index = 0
@@ -37,10 +44,18 @@ class Sequence:
         self.seed = seed
         self.is_plain = self.params.is_plain
         """Whether the most probable token is all that is asked for."""
+        self.reads_history = self.params.has_penalty or bool(self.params.bad_words_ids)
+        """Whether the choice of a token depends on which ones came before it, and so must wait until they are known."""
         self.group_size = request.params.n
         """Completions still to be forked from it once its prompt is computed, itself included."""
         self.token_ids = list(request.prompt_token_ids)
         self.prompt_len = len(self.token_ids)
+        longest = self.prompt_len + self.params.max_tokens
+        self.max_length = longest if max_model_len is None else min(longest, max_model_len)
+        self.pending = 0
+        """Tokens that the device has chosen and that are not known here: between two steps, 1 at most."""
+        self.pending_row = 0
+        """Row of its pending token among those that the last launched step chose."""
         self.num_computed = 0
         self.block_table: list[int] = []
         self.table_version = 0
@@ -56,14 +71,29 @@ class Sequence:
         return self.wants_prompt_logprobs and self.num_computed < self.prompt_len
 
     @property
+    def length(self) -> int:
+        """Tokens of the prompt and those chosen so far, known here or not."""
+        return len(self.token_ids) + self.pending
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has all the tokens that it may have: there is nothing left to compute."""
+        return len(self.token_ids) + self.pending >= self.max_length
+
+    @property
     def output_len(self) -> int:
-        """Tokens chosen so far."""
-        return len(self.token_ids) - self.prompt_len
+        """Tokens chosen so far, known here or not."""
+        return self.length - self.prompt_len
 
     @property
     def output_token_ids(self) -> list[int]:
-        """Tokens chosen so far."""
+        """Tokens chosen so far and known here."""
         return self.token_ids[self.prompt_len :]
+
+    def append(self, token: int) -> None:
+        """Take note of the token that was pending for the longest."""
+        self.token_ids.append(token)
+        self.pending -= 1
 
     def fork(self, index: int) -> "Sequence":
         """A sibling with the same prompt and a seed of its own; the scheduler shares the blocks."""
@@ -73,6 +103,7 @@ class Sequence:
         made.index, made.group_size = index, 1
         made.seed = (self.seed + index * 0x632BE59BD9B4E019) % 2**64
         made.token_ids = self.token_ids[: self.prompt_len]
+        made.pending = 0
         made.block_table = []
         made.table_version = 0
         return made

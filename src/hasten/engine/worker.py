@@ -1,15 +1,20 @@
 """One rank: its model, its cache and its scheduler, which every rank runs over the same messages.
 
-A step begins with a message from rank 0: the tokens that the last step chose, the sequences that end, those that come.
-Ranks then schedule and compute alike; only rank 0 has the logits.
+A step begins with a message from rank 0: the tokens that have become known, the sequences that end, those that come.
+Ranks then schedule and launch alike; only rank 0 has the logits.
+
+With overlapped steps a step is launched before the tokens of the one before are known to any rank's Python: on every
+rank they stay on the device, where the next step reads them.
 """
 
 import json
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import accumulate
 from typing import Any, TypedDict
 
 import torch
@@ -32,6 +37,7 @@ from hasten.engine.batch import Batch
 from hasten.engine.block_manager import BlockManager
 from hasten.engine.memory import free_memory
 from hasten.engine.runner import Runner
+from hasten.engine.sampler import Choice, sample
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
 from hasten.layers.linear import PackedModule
@@ -41,6 +47,10 @@ from hasten.parallel.groups import TensorGroup, use_group
 from hasten.parallel.launch import RankPlace, Ranks, place_from_environment
 
 _DEFAULT_MODEL_LEN = 2048
+_DEFAULT_STEP_TOKENS = {"cpu": 2048, "cuda": 8192}
+"""Most tokens of a step: enough to keep the device busy."""
+_REHEARSAL_TOKENS = 256
+"""Tokens of the step that is run before the first request comes, so that its kernels are compiled by then."""
 _PROMPT_LOGITS_ROWS = 256
 """Rows of prompt logits made at a time: a whole prompt's would need vocabulary times length."""
 
@@ -51,6 +61,9 @@ class NewSequence(TypedDict):
     request_id: str
     token_ids: list[int]
     n: int
+    max_tokens: int
+    plain: bool
+    """Whether the most probable token is all that is asked for."""
     prompt_logprobs: bool
 
 
@@ -58,7 +71,7 @@ class Message(TypedDict):
     """What rank 0 tells the others before a step."""
 
     tokens: list[tuple[int, int]]
-    """(sequence key, token) chosen by the step before."""
+    """(sequence key, token) that have become known since the last message."""
     finished: list[int]
     """Keys of sequences that end, in order."""
     added: list[NewSequence]
@@ -71,33 +84,32 @@ class Worker:
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         self.ranks = ranks
         self.device = rank_device(config, ranks.group)
+        config = replace(config, scheduler=resolve_scheduler(config.scheduler, self.device))
+        self.overlap = bool(config.scheduler.overlap_steps)
+        """Whether a step is launched before the tokens of the one before are known here."""
         checkpoint = open_checkpoint(
             config.model,
             ranks=ranks.group.size,
             verify=config.verify_checksums,
-            dummy=config.load_format == "dummy",
+            dummy=self.device if config.load_format == "dummy" else None,
         )
         self.model_config = checkpoint.config
         replace(config.parallel, tensor_parallel_size=ranks.group.size).validate(self.model_config)
         dtype = ops.TORCH_DTYPES[compute_dtype(config.dtype, self.model_config, self.device)]
         self.tokenizer_folder = checkpoint.tokenizer_folder
-        model = build_model(checkpoint, ranks.group, dtype, self.device)
-        self.runner = Runner(model, self.model_config, dtype, self.device, config.cache.block_size)
-        self.max_model_len, num_blocks = self._size_cache(config)
-        self.runner.allocate_cache(
-            num_blocks, config.scheduler.max_num_seqs, -(-self.max_model_len // config.cache.block_size)
-        )
+        with explained_out_of_memory("loading the model"):
+            model = build_model(checkpoint, ranks.group, dtype, self.device)
+        self.runner = Runner(model, dtype, self.device, config.cache.block_size, config.scheduler.max_num_seqs)
+        self.max_model_len, num_blocks = self._make_cache(config)
         blocks = BlockManager(num_blocks, config.cache.block_size, enable_prefix_cache=config.cache.enable_prefix_cache)
         self.scheduler = Scheduler(config.scheduler, blocks)
 
-    def _size_cache(self, config: EngineConfig) -> tuple[int, int]:
-        """Longest sequence and number of blocks; the same on every rank."""
+    def _make_cache(self, config: EngineConfig) -> tuple[int, int]:
+        """Longest sequence and number of blocks of the cache, which is then there; the same on every rank."""
         block_size, asked = config.cache.block_size, config.scheduler.max_model_len
         length = asked or self.model_config.max_position_embeddings or _DEFAULT_MODEL_LEN
-        useful = config.scheduler.max_num_seqs * -(-length // block_size)
-        budget = config.cache.kv_cache_memory or free_memory(
-            self.device, config.cache.memory_utilization, self.ranks.local_size
-        )
+        with explained_out_of_memory("sizing the cache"):
+            budget = config.cache.kv_cache_memory or self._free_memory(config, -(-length // block_size))
         fits = budget // self.runner.block_bytes
         if self.ranks.group.size > 1:
             smallest = torch.tensor(fits)
@@ -109,40 +121,86 @@ class Worker:
                 f"{self.runner.block_bytes} a block of {block_size}), but one sequence may have {length}; "
                 "lower max_model_len or raise kv_cache_memory"
             )
-        return min(length, fits * block_size), min(useful, fits)
+        length = min(length, fits * block_size)
+        useful = config.scheduler.max_num_seqs * -(-length // block_size)
+        with explained_out_of_memory("allocating the cache"):
+            self.runner.allocate_cache(min(useful, fits), -(-length // block_size))
+            if self.device.type == "cuda":
+                self.runner.rehearse(min(_REHEARSAL_TOKENS, config.scheduler.max_num_batched_tokens or 1))
+                if not config.enforce_eager:
+                    self.runner.capture_graphs()
+        return length, min(useful, fits)
+
+    def _free_memory(self, config: EngineConfig, max_blocks: int) -> int:
+        """Bytes that the cache may take by default: on a GPU what the largest step leaves."""
+        if self.device.type == "cpu":
+            return free_memory(self.device, config.cache.memory_utilization, self.ranks.local_size)
+        assert config.scheduler.max_num_batched_tokens is not None
+        self.runner.allocate_cache(1, max_blocks)
+        working = self.runner.rehearse(config.scheduler.max_num_batched_tokens)
+        self.runner.release_cache()
+        torch.cuda.empty_cache()
+        # Twice: steps run one by one and steps in graphs keep their memory apart.
+        free = free_memory(self.device, config.cache.memory_utilization, self.ranks.local_size)
+        return max(0, free - 2 * working)
 
     def apply(self, message: Message) -> None:
         """Bring the scheduler up to date with rank 0's message."""
         for key, token in message["tokens"]:
             sequence = self.scheduler.get(key)
             if sequence is not None:
-                sequence.token_ids.append(token)
+                sequence.append(token)
         for key in message["finished"]:
             self.scheduler.finish(key)
         for new in message["added"]:
-            params = SamplingParams(n=new["n"], prompt_logprobs=0 if new["prompt_logprobs"] else None)
-            request = Request(request_id=new["request_id"], prompt_token_ids=tuple(new["token_ids"]), params=params)
-            self.scheduler.add(Sequence(request, 0))
+            self.scheduler.add(_announced(new))
 
-    @torch.inference_mode()
+    def launch(
+        self, batch: Batch, on_prompt_logits: Callable[[Sequence, int, Tensor], None] | None = None
+    ) -> Choice | None:
+        """Put one step's batch on the device: on rank 0 the choice of the next tokens, in the order of `batch.sampled`.
+
+        None on other ranks, and where no sequence gets a next token. For `on_prompt_logits` see `compute`.
+        """
+        with explained_out_of_memory(), torch.inference_mode():
+            hidden, rows = self.compute(batch, on_prompt_logits)
+            return self._choose(hidden, rows, [batch.sequences[place] for place in batch.sampled]) if rows else None
+
     def compute(
         self, batch: Batch, on_prompt_logits: Callable[[Sequence, int, Tensor], None] | None = None
-    ) -> Tensor | None:
-        """Run one step's batch: on rank 0 the logits [r, v] of the sequences that get a next token.
+    ) -> tuple[Tensor, list[int]]:
+        """Hidden states of a batch, and the rows in them of the sequences that get a next token.
 
         `on_prompt_logits(sequence, first, logits)` is called on rank 0 with the logits of prompt positions `first` and
         following, for sequences that asked for prompt log-probabilities.
         """
-        counts = batch.needed()
-        hidden = self.runner.forward(batch, counts)
-        rows, end = [], 0
-        for place, (sequence, needed) in enumerate(zip(batch.sequences, counts, strict=True)):
-            start, end = end, end + needed
+        hidden = self.runner.forward(batch, batch.needed)
+        ends = list(accumulate(batch.needed))
+        for sequence, needed, end in zip(batch.sequences, batch.needed, ends, strict=True):
             if sequence.wants_prompt_logits:
-                self._prompt_logits(sequence, hidden[start:end], on_prompt_logits)
-            if batch.catches_up(place):
-                rows.append(end - 1)
-        return self.runner.logits(hidden, rows) if rows else None
+                self._prompt_logits(sequence, hidden[end - needed : end], on_prompt_logits)
+        return hidden, [ends[place] - 1 for place in batch.sampled]
+
+    def _choose(self, hidden_th: Tensor, rows: list[int], sequences: list[Sequence]) -> Choice | None:
+        """The next token of each sequence; every rank remembers them where the next step is to read them."""
+        choice = None
+        if all(sequence.is_plain for sequence in sequences):
+            tokens = self.runner.greedy(hidden_th, rows)
+            if self.ranks.group.rank == 0:
+                choice = Choice.of_tokens(tokens)
+        else:
+            logits = self.runner.logits(hidden_th, rows)
+            if logits is not None:
+                choice = sample(logits, sequences, self.model_config.eos_token_ids)
+            tokens = self._shared(choice, len(rows))
+        if self.overlap:
+            self.runner.remember(tokens)
+        return choice
+
+    def _shared(self, choice: Choice | None, count: int) -> Tensor:
+        """The tokens that rank 0 chose, on every rank's device if the next step is to read them there."""
+        tokens = torch.empty(count, dtype=torch.int32, device=self.device) if choice is None else choice.tokens
+        return self.ranks.group.broadcast(tokens) if self.overlap else tokens
 
     def _prompt_logits(
         self, sequence: Sequence, hidden_th: Tensor, consume: Callable[[Sequence, int, Tensor], None] | None
@@ -162,8 +220,40 @@ class Worker:
                 return
             self.apply(message)
             batch = self.scheduler.schedule()
-            self.compute(batch)
-            self.scheduler.advance(batch)
+            if batch.sequences:
+                self.launch(batch)
+                self.scheduler.advance(batch)
+
+
+def _announced(new: NewSequence) -> Sequence:
+    """A sequence as ranks other than 0 know it: with all that decides which work it needs, and nothing more."""
+    params = SamplingParams(
+        n=new["n"],
+        max_tokens=new["max_tokens"],
+        temperature=0.0 if new["plain"] else 1.0,
+        prompt_logprobs=0 if new["prompt_logprobs"] else None,
+    )
+    request = Request(request_id=new["request_id"], prompt_token_ids=tuple(new["token_ids"]), params=params)
+    return Sequence(request, 0)
+
+
+def resolve_scheduler(config: SchedulerConfig, device: torch.device) -> SchedulerConfig:
+    """The limits of a step with the defaults of a device in place of what was left open."""
+    tokens = config.max_num_batched_tokens or max(_DEFAULT_STEP_TOKENS[device.type], config.max_num_seqs)
+    overlap = device.type != "cpu" if config.overlap_steps is None else config.overlap_steps
+    return replace(config, max_num_batched_tokens=tokens, overlap_steps=overlap)
+
+
+@contextmanager
+def explained_out_of_memory(doing: str = "computing a step") -> Iterator[None]:
+    """Turn the device's running out of memory into a CapacityError that says what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(
+            f"the device's memory ran out while {doing}; lower max_num_batched_tokens, max_num_seqs, "
+            f"kv_cache_memory or memory_utilization, or use more ranks ({str(error).partition(chr(10))[0]})"
+        ) from error
 
 
 def device_kind(config: EngineConfig) -> str:

@@ -40,16 +40,15 @@ class Attention(nn.Module):
         self.key_cache, self.value_cache = key_cache, value_cache
         self.slopes_n = self.slopes_n.to(key_cache.device)
 
-    def forward(self, x_th: Tensor, meta: ops.AttentionMeta, residual_th: Tensor, *, last: bool = False) -> Tensor:
+    def forward(
+        self, x_th: Tensor, meta: ops.AttentionMeta, residual_th: Tensor, *, last: bool = False
+    ) -> Tensor | ops.Sum:
         """`residual_th` + attention of each token over its sequence: [t, h].
 
         In the `last` layer only for the tokens of `meta.last`, where there is one: all leave their keys and values.
         """
-        sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        query_tnd, key_tmd, value_tmd = self.qkv(x_th).unflatten(-1, (-1, self.head_size)).split(sizes, dim=1)
-        ops.write_cache(key_tmd, value_tmd, self.key_cache, self.value_cache, meta.slot_mapping)
+        query_tnd = self.qkv.project(x_th, self.key_cache, self.value_cache, meta.slot_mapping, self.num_heads)
         if last and meta.last is not None:
             meta = meta.last
-            query_tnd, residual_th = query_tnd[meta.rows], residual_th[meta.rows]
         out_tnd = ops.paged_attention(query_tnd, self.key_cache, self.value_cache, meta, self.scale, self.slopes_n)
-        return self.dense(out_tnd.flatten(1), residual_th)
+        return self.dense(out_tnd.flatten(1), residual_th, meta.rows)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.layers.linear import PackedModule
+from hasten.layers.norm import LayerNorm
 from hasten.parallel.groups import tensor_group
 from hasten.parallel.shard import padded_vocab
 
@@ -20,9 +21,11 @@ class Embedding(nn.Module):
         self.first = self.group.rank * rows if self.group.size > 1 else None
         self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
 
-    def forward(self, ids_t: Tensor) -> Tensor:
-        """Embeddings [t, h], whole on every rank."""
-        return self.group.all_reduce(ops.embedding(ids_t, self.weight, self.first))
+    def forward(self, ids_t: Tensor, norm: LayerNorm) -> Tensor:
+        """Embeddings after `norm`, [t, h], whole on every rank."""
+        if self.first is None:
+            return ops.embedding_norm(ids_t, self.weight, norm.weight, norm.bias, norm.eps)
+        return norm(self.group.all_reduce(ops.embedding(ids_t, self.weight, self.first)))[0]
 
 
 class Head(PackedModule):
@@ -47,7 +50,31 @@ class Head(PackedModule):
             self.packed = ops.pack_linear(self.weight.data)
             del self.weight
 
+    def share(self, hidden_rh: Tensor) -> Tensor:
+        """This rank's share of the logits, [r, v / ranks], with what pads the vocabulary at its end."""
+        return ops.linear(hidden_rh, self.packed)
+
+    def gather(self, share_rv: Tensor) -> Tensor | None:
+        """Logits [r, v] on rank 0; None on the others."""
+        logits = self.group.gather(share_rv)
+        return None if logits is None else logits[:, : self.vocab_size]
+
+    def greedy(self, share_rv: Tensor) -> Tensor:
+        """The most probable token of each row, int32 [r], on every rank; -1 where the logits are not finite."""
+        if self.group.size == 1:
+            return ops.greedy(share_rv[:, : self.vocab_size])
+        first = self.group.rank * share_rv.shape[1]
+        valid = max(1, min(share_rv.shape[1], self.vocab_size - first))
+        tokens_r = ops.greedy(share_rv[:, :valid])
+        best_r = share_rv.gather(1, tokens_r.clamp(min=0).long().unsqueeze(1)).squeeze(1).float()
+        if first >= self.vocab_size:  # this rank holds padding alone
+            best_r = torch.full_like(best_r, float("-inf"))
+        # A row that is not finite on one rank has no token on any; ids are exact in fp32 up to 2^24.
+        best_r = best_r.where(tokens_r >= 0, float("inf"))
+        pairs = self.group.all_gather(torch.stack((best_r, (tokens_r + first).where(tokens_r >= 0, -1).float())))
+        chosen_1r = pairs[:, 0].argmax(0, keepdim=True)
+        return pairs[:, 1].gather(0, chosen_1r).squeeze(0).int()
+
     def forward(self, hidden_rh: Tensor) -> Tensor | None:
         """Logits [r, v] on rank 0; None on the others."""
-        logits = self.group.gather(ops.linear(hidden_rh, self.packed))
-        return None if logits is None else logits[:, : self.vocab_size]
+        return self.gather(self.share(hidden_rh))

@@ -44,6 +44,12 @@ class ColumnLinear(_Linear):
         """`activation(x @ W.T + b)`, this rank's features: [t, o]."""
         return ops.linear(x_th, self.packed, self.bias, activation=self.activation)
 
+    def project(
+        self, x_th: Tensor, key_cache: Tensor, value_cache: Tensor, slots_t: Tensor, num_heads: int
+    ) -> Tensor:
+        """As a fused QKV projection: queries [t, n, d] of this rank's heads; keys and values go to the caches."""
+        return ops.project(x_th, self.packed, self.bias, key_cache, value_cache, slots_t, num_heads)
+
 
 class RowLinear(_Linear):
     """Each rank takes a share of the input features; the outputs are summed over the ranks."""
@@ -51,13 +57,8 @@ class RowLinear(_Linear):
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
         super().__init__(in_features // tensor_group().size, out_features, bias=bias)
 
-    def forward(self, x_th: Tensor, residual_to: Tensor) -> Tensor:
-        """`residual + x @ W.T + b` over all ranks' features: [t, o]."""
+    def forward(self, x_th: Tensor, residual_to: Tensor, rows_t: Tensor | None = None) -> Tensor | ops.Sum:
+        """`residual[rows] + x @ W.T + b` over all ranks' features: [t, o], or a sum for the next norm to add up."""
         if self.group.size == 1:
-            return ops.linear(x_th, self.packed, self.bias, residual_to=residual_to)
-        # Rank 0 alone adds bias and residual, so that the sum over the ranks holds them once.
-        first = self.group.rank == 0
-        partial = ops.linear(
-            x_th, self.packed, self.bias if first else None, residual_to=residual_to if first else None
-        )
-        return self.group.all_reduce(partial)
+            return ops.add_linear(x_th, self.packed, self.bias, residual_to, rows_t)
+        return self.group.all_reduce_sum(ops.linear(x_th, self.packed), self.bias, residual_to, rows_t)

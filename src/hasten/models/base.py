@@ -8,12 +8,16 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten.core.config import ModelConfig
+from hasten.layers.embedding import Head
 from hasten.models.weight_map import WeightMap
 from hasten.ops.meta import AttentionMeta
 
 
 class CausalLM(nn.Module):
     """A decoder-only language model over a flat batch of tokens."""
+
+    head: Head
+    """Makes logits of hidden states."""
 
     @abstractmethod
     def __init__(self, config: ModelConfig) -> None:
@@ -36,6 +40,6 @@ class CausalLM(nn.Module):
         They are [t, h], or of the tokens of `meta.last` alone where it names some.
         """
 
-    @abstractmethod
     def logits(self, hidden_rh: Tensor) -> Tensor | None:
         """Logits [r, v] of chosen rows of the hidden states on rank 0; None on the others."""
+        return self.head(hidden_rh)

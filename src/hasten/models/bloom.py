@@ -21,6 +21,7 @@ from hasten.models import hf_config
 from hasten.models.base import CausalLM
 from hasten.models.weight_map import Axis, Row, WeightMap
 from hasten.ops.meta import AttentionMeta
+from hasten.ops.sum import Sum
 from hasten.parallel.shard import Split
 
 
@@ -32,7 +33,7 @@ class BloomMLP(nn.Module):
         self.up = ColumnLinear(config.hidden_size, config.intermediate_size, activation=config.activation)
         self.down = RowLinear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x_th: Tensor, residual_th: Tensor) -> Tensor:
+    def forward(self, x_th: Tensor, residual_th: Tensor) -> Tensor | Sum:
         """`residual_th` + MLP(`x_th`)."""
         return self.down(self.up(x_th), residual_th)
 
@@ -49,12 +50,11 @@ class BloomBlock(nn.Module):
         self.mlp = BloomMLP(config)
         self.residual_after_norm = config.residual_after_norm
 
-    def forward(self, x_th: Tensor, meta: AttentionMeta) -> Tensor:
-        """Hidden states after this layer."""
-        normed_th = self.input_norm(x_th)
+    def forward(self, x_th: Tensor | Sum, meta: AttentionMeta) -> Tensor | Sum:
+        """Hidden states after this layer, or a sum for the next norm to add up."""
+        normed_th, x_th = self.input_norm(x_th)
         residual_th = normed_th if self.residual_after_norm else x_th
-        x_th = self.attention(normed_th, meta, residual_th, last=self.last)
-        normed_th = self.post_norm(x_th)
+        normed_th, x_th = self.post_norm(self.attention(normed_th, meta, residual_th, last=self.last))
         return self.mlp(normed_th, normed_th if self.residual_after_norm else x_th)
 
 
@@ -74,14 +74,10 @@ class BloomForCausalLM(CausalLM):
 
     def forward(self, input_ids_t: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
         """Hidden states after the last norm, of the tokens of `meta.last` where it names some: [t, h]."""
-        x_th = self.embedding_norm(self.embedding(input_ids_t))
+        x_th = self.embedding(input_ids_t, self.embedding_norm)
         for layer in self.layers:
             x_th = layer(x_th, meta)
-        return self.final_norm(x_th)
-
-    def logits(self, hidden_rh: Tensor) -> Tensor | None:
-        """Logits [r, v] on rank 0; None on the others."""
-        return self.head(hidden_rh)
+        return self.final_norm(x_th)[0]
 
     @staticmethod
     def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:

@@ -1,6 +1,7 @@
 """Typed tensor operations: the only room that asks which device a tensor is on.
 
-Each function is defined in `reference.py`, in plain torch; `cpu.py` holds faster paths with the same signatures.
+Each function is defined in `reference.py`, in plain torch; `cpu.py` and `gpu/` hold faster paths with the same
+signatures. The kernels of `gpu/` are imported when the first tensor on a GPU comes by.
 Shapes: t tokens of the flat batch, h hidden, o output features, n heads, m key/value heads, d head size, v vocabulary.
 """
 
@@ -11,8 +12,11 @@ from torch import Tensor
 
 from hasten.core.config import DTypeName
 from hasten.ops import cpu, reference
+from hasten.ops.draws import Draws
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.packed import PackedLinear
+from hasten.ops.sum import Sum
+from hasten.ops.transfer import HostCopy, to_device
 
 Activation = Literal["gelu_tanh"]
 
@@ -23,14 +27,24 @@ __all__ = [
     "TORCH_DTYPES",
     "Activation",
     "AttentionMeta",
+    "Draws",
+    "HostCopy",
     "PackedLinear",
+    "Sum",
+    "add_linear",
     "copy_blocks",
     "default_device",
+    "draw",
     "embedding",
+    "embedding_norm",
+    "greedy",
     "layer_norm",
     "linear",
     "pack_linear",
     "paged_attention",
+    "project",
+    "resolve_ids",
+    "to_device",
     "write_cache",
 ]
 
@@ -44,9 +58,25 @@ def embedding(ids_t: Tensor, weight_vh: Tensor, first: int | None = None) -> Ten
     return reference.embedding(ids_t, weight_vh, first)
 
 
-def layer_norm(x_th: Tensor, weight_h: Tensor, bias_h: Tensor, eps: float) -> Tensor:
-    """Layer norm over the last axis. Source: Ba, Kiros, Hinton, "Layer Normalization", 2016."""
+def layer_norm(x_th: Tensor | Sum, weight_h: Tensor, bias_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Layer norm over the last axis: [t, h], and with it what was normed, a sum added up: [t, h].
+
+    Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
+    """
+    if weight_h.is_cuda:
+        from hasten.ops.gpu import norm
+
+        return norm.layer_norm(x_th, weight_h, bias_h, eps)
     return reference.layer_norm(x_th, weight_h, bias_h, eps)
+
+
+def embedding_norm(ids_t: Tensor, table_vh: Tensor, weight_h: Tensor, bias_h: Tensor, eps: float) -> Tensor:
+    """The layer norm of rows of a table: [t, h]."""
+    if table_vh.is_cuda:
+        from hasten.ops.gpu import norm
+
+        return norm.embedding_norm(ids_t, table_vh, weight_h, bias_h, eps)
+    return reference.embedding_norm(ids_t, table_vh, weight_h, bias_h, eps)
 
 
 def pack_linear(weight_oh: Tensor, *, shared: bool = False) -> PackedLinear:
@@ -54,8 +84,11 @@ def pack_linear(weight_oh: Tensor, *, shared: bool = False) -> PackedLinear:
 
     A `shared` weight stays in use elsewhere: it is not copied unless the device cannot compute on it as it is.
     """
-    backend = cpu if weight_oh.device.type == "cpu" else reference
-    return backend.pack_linear(weight_oh, shared)
+    if weight_oh.is_cuda:
+        from hasten.ops.gpu import matmul
+
+        return matmul.pack_linear(weight_oh, shared)
+    return cpu.pack_linear(weight_oh, shared)
 
 
 def linear(
@@ -64,16 +97,61 @@ def linear(
     bias_o: Tensor | None = None,
     *,
     activation: Activation | None = None,
-    residual_to: Tensor | None = None,
 ) -> Tensor:
-    """`activation(x @ weight.T + bias) + residual`, [t, o] in the type of `x_th`, summed in at least fp32."""
-    backend = cpu if x_th.device.type == "cpu" else reference
-    return backend.linear(x_th, weight, bias_o, activation, residual_to)
+    """`activation(x @ weight.T + bias)`, [t, o] in the type of `x_th`, summed in at least fp32."""
+    if x_th.is_cuda:
+        from hasten.ops.gpu import matmul
+
+        return matmul.linear(x_th, weight, bias_o, activation)
+    return cpu.linear(x_th, weight, bias_o, activation)
+
+
+def add_linear(
+    x_th: Tensor,
+    weight: PackedLinear,
+    bias_o: Tensor | None,
+    residual_to: Tensor,
+    rows_t: Tensor | None = None,
+) -> Tensor | Sum:
+    """`residual + x @ weight.T + bias`, [t, o]; or what it is the sum of, where the norm that reads it adds for free.
+
+    With `rows_t`, the residual has more rows and these are the ones to take.
+    """
+    if x_th.is_cuda:
+        from hasten.ops.gpu import matmul
+
+        return Sum(matmul.linear_parts(x_th, weight), bias_o, residual_to, rows_t)
+    return cpu.add_linear(x_th, weight, bias_o, residual_to, rows_t)
+
+
+def project(
+    x_th: Tensor,
+    weight: PackedLinear,
+    bias_o: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots_t: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """Fused queries, keys and values: queries [t, n, d] come back, the rest goes to the caches as `write_cache` says.
+
+    The weight's output features are the queries of all n heads, then the keys of all m, then the values.
+    """
+    if x_th.is_cuda:
+        from hasten.ops.gpu import matmul
+
+        return matmul.project(x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads)
+    return cpu.project(x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads)
 
 
 def write_cache(key_tmd: Tensor, value_tmd: Tensor, key_cache: Tensor, value_cache: Tensor, slots_t: Tensor) -> None:
     """Store keys and values [t, m, d] in caches [blocks, block size, m, d] at `slots_t`; -1 stores nothing."""
-    reference.write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t)
+    if key_tmd.is_cuda:
+        from hasten.ops.gpu import cache
+
+        cache.write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t)
+    else:
+        reference.write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t)
 
 
 def paged_attention(
@@ -86,17 +164,60 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of each token over its own sequence in the paged cache: [t, n, d].
 
-    The keys and values of the batch's own tokens must be in the cache already. With slopes, `slope * (key position -
-    query position)` is added to each score. Source: Press, Smith, Lewis, "Train Short, Test Long", 2022 (ALiBi);
-    Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023.
+    Where `meta` is a part of a batch (`rows`), the queries are those of the whole batch. The keys and values of the
+    batch's own tokens must be in the cache already. With slopes, `slope * (key position - query position)` is added to
+    each score. Source: Press, Smith, Lewis, "Train Short, Test Long", 2022 (ALiBi); Kwon et al., "Efficient Memory
+    Management for Large Language Model Serving with PagedAttention", 2023; Dao, "FlashAttention-2", 2023.
     """
-    backend = cpu if query_tnd.device.type == "cpu" else reference
-    return backend.paged_attention(query_tnd, key_cache, value_cache, meta, scale, alibi_slopes_n)
+    if query_tnd.is_cuda:
+        from hasten.ops.gpu import attention
+
+        return attention.paged_attention(query_tnd, key_cache, value_cache, meta, scale, alibi_slopes_n)
+    return cpu.paged_attention(query_tnd, key_cache, value_cache, meta, scale, alibi_slopes_n)
+
+
+def resolve_ids(ids_t: Tensor, chosen_r: Tensor) -> Tensor:
+    """Token ids [t] with those below 0 replaced: -1 - i stands for `chosen_r[i]`, and for token 0 if that is below 0.
+
+    So a step can read tokens that the step before chose and only the device knows.
+    """
+    if ids_t.is_cuda:
+        from hasten.ops.gpu import cache
+
+        return cache.resolve_ids(ids_t, chosen_r)
+    return reference.resolve_ids(ids_t, chosen_r)
 
 
 def copy_blocks(caches: list[Tensor], sources: Tensor, targets: Tensor) -> None:
     """Copy whole blocks within each cache [blocks, ...]: `targets[i]` becomes `sources[i]`."""
     reference.copy_blocks(caches, sources, targets)
+
+
+def greedy(logits_rv: Tensor) -> Tensor:
+    """The most probable token of each row, the first among equals: int32 [r].
+
+    -1 where there is none, because a row's largest logit is not finite or a logit is NaN.
+    """
+    if logits_rv.is_cuda:
+        from hasten.ops.gpu import sampling
+
+        return sampling.greedy(logits_rv)
+    return reference.greedy(logits_rv)
+
+
+def draw(logits_rv: Tensor, draws: Draws) -> Tensor:
+    """Tokens drawn by temperature, min-p, top-k and top-p, in this order: int32 [r], -1 as in `greedy`.
+
+    Each filter keeps what is as probable as the last token it keeps, and the draw goes through the vocabulary in its
+    own order: neither ties nor the filters of other rows can change which token a point stands for. Sources: Fan,
+    Lewis, Dauphin, "Hierarchical Neural Story Generation", 2018 (top-k); Holtzman et al., "The Curious Case of Neural
+    Text Degeneration", 2020 (top-p); Nguyen et al., "Turning Up the Heat", 2024 (min-p).
+    """
+    if logits_rv.is_cuda:
+        from hasten.ops.gpu import sampling
+
+        return sampling.draw(logits_rv, draws)
+    return reference.draw(logits_rv, draws)
 
 
 def default_device() -> torch.device:

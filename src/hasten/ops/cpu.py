@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from hasten.ops import reference
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.packed import PackedLinear
 
@@ -67,6 +68,33 @@ def pack_linear(weight_oh: Tensor, shared: bool) -> PackedLinear:  # noqa: D103
 
 
 def linear(  # noqa: D103
+    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation: str | None
+) -> Tensor:
+    return _linear(x_th, weight, bias_o, activation, None)
+
+
+def add_linear(  # noqa: D103
+    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, residual_to: Tensor, rows_t: Tensor | None
+) -> Tensor:
+    return _linear(x_th, weight, bias_o, None, residual_to if rows_t is None else residual_to[rows_t])
+
+
+def project(  # noqa: D103
+    x_th: Tensor,
+    weight: PackedLinear,
+    bias_o: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots_t: Tensor,
+    num_heads: int,
+) -> Tensor:
+    qkv_to = linear(x_th, weight, bias_o, None)
+    query_tnd, key_tmd, value_tmd = reference.split_heads(qkv_to, num_heads, key_cache)
+    reference.write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t)
+    return query_tnd
+
+
+def _linear(
     x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation: str | None, residual_to: Tensor | None
 ) -> Tensor:
     dtype = x_th.dtype
@@ -134,6 +162,8 @@ def paged_attention(  # noqa: D103
     scale: float,
     alibi_slopes_n: Tensor | None,
 ) -> Tensor:
+    if meta.rows is not None:
+        query_tnd = query_tnd[meta.rows]
     if query_tnd.shape[0] == 0:
         return torch.empty_like(query_tnd)
     plan: list[tuple[_Group, Tensor | None]] | None = meta.scratch.get("attention")

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from hasten.ops.plan import AttentionPlan
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMeta:
@@ -27,7 +29,14 @@ class AttentionMeta:
     """[s] on the host: `seq_lens`."""
     rows: Tensor | None = None
     """[t]: where these tokens stand in the batch that this is a part of."""
+    plan: AttentionPlan | None = None
+    """How the kernels of a GPU divide the work; other devices need none."""
     last: "AttentionMeta | None" = None
     """The part whose hidden states are asked for, if not all are: the last layer computes no others."""
     scratch: dict[str, Any] = field(default_factory=dict, compare=False)
     """What an op works out once a step, for every layer to use again."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of this batch, or part of one."""
+        return self.slot_mapping.shape[0]

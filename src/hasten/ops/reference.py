@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from hasten.ops.draws import Draws
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.packed import PackedLinear
+from hasten.ops.sum import Sum
 
 
 def embedding(ids_t: Tensor, weight_vh: Tensor, first: int | None) -> Tensor:  # noqa: D103
@@ -17,8 +19,25 @@ def embedding(ids_t: Tensor, weight_vh: Tensor, first: int | None) -> Tensor:  #
     return rows_th.masked_fill_(~held_t.unsqueeze(1), 0)
 
 
-def layer_norm(x_th: Tensor, weight_h: Tensor, bias_h: Tensor, eps: float) -> Tensor:  # noqa: D103
-    return F.layer_norm(x_th, weight_h.shape, weight_h, bias_h, eps)
+def layer_norm(x_th: Tensor | Sum, weight_h: Tensor, bias_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # noqa: D103
+    x_th = x_th if isinstance(x_th, Tensor) else settle(x_th).to(weight_h.dtype)
+    return F.layer_norm(x_th, weight_h.shape, weight_h, bias_h, eps), x_th
+
+
+def settle(sum_: Sum) -> Tensor:
+    """A sum added up, in the widest type of what it is made of."""
+    total_th = sum_.parts if sum_.parts.dim() == 2 else sum_.parts.sum(0)
+    if sum_.bias is not None:
+        total_th = total_th + sum_.bias
+    if sum_.residual is not None:
+        total_th = total_th + (sum_.residual if sum_.rows is None else sum_.residual[sum_.rows])
+    return total_th
+
+
+def embedding_norm(  # noqa: D103
+    ids_t: Tensor, table_vh: Tensor, weight_h: Tensor, bias_h: Tensor, eps: float
+) -> Tensor:
+    return F.layer_norm(F.embedding(ids_t, table_vh), weight_h.shape, weight_h, bias_h, eps)
 
 
 def pack_linear(weight_oh: Tensor, shared: bool) -> PackedLinear:  # noqa: ARG001, D103
@@ -26,13 +45,38 @@ def pack_linear(weight_oh: Tensor, shared: bool) -> PackedLinear:  # noqa: ARG00
 
 
 def linear(  # noqa: D103
-    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation: str | None, residual_to: Tensor | None
+    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation: str | None
 ) -> Tensor:
     assert weight.plain is not None
     out_to = F.linear(x_th, weight.plain, bias_o)
-    if activation == "gelu_tanh":
-        out_to = F.gelu(out_to, approximate="tanh")
-    return out_to if residual_to is None else out_to + residual_to
+    return F.gelu(out_to, approximate="tanh") if activation == "gelu_tanh" else out_to
+
+
+def add_linear(  # noqa: D103
+    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, residual_to: Tensor, rows_t: Tensor | None
+) -> Tensor:
+    return linear(x_th, weight, bias_o, None) + (residual_to if rows_t is None else residual_to[rows_t])
+
+
+def project(  # noqa: D103
+    x_th: Tensor,
+    weight: PackedLinear,
+    bias_o: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots_t: Tensor,
+    num_heads: int,
+) -> Tensor:
+    query_tnd, key_tmd, value_tmd = split_heads(linear(x_th, weight, bias_o, None), num_heads, key_cache)
+    write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t)
+    return query_tnd
+
+
+def split_heads(qkv_to: Tensor, num_heads: int, key_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [t, n, d], keys and values [t, m, d] of a fused projection, for caches [blocks, block size, m, d]."""
+    kv_heads, head_size = key_cache.shape[2:]
+    query_tnd, key_tmd, value_tmd = qkv_to.unflatten(-1, (-1, head_size)).split([num_heads, kv_heads, kv_heads], dim=1)
+    return query_tnd, key_tmd, value_tmd
 
 
 def write_cache(  # noqa: D103
@@ -41,6 +85,7 @@ def write_cache(  # noqa: D103
     if bool((slots_t < 0).any()):
         kept = (slots_t >= 0).nonzero().squeeze(1)
         key_tmd, value_tmd, slots_t = key_tmd[kept], value_tmd[kept], slots_t[kept]
+    slots_t = slots_t.long()
     width = key_cache.shape[2] * key_cache.shape[3]
     for new_tmd, cache in ((key_tmd, key_cache), (value_tmd, value_cache)):
         cache.view(-1, width).index_copy_(0, slots_t, new_tmd.reshape(-1, width))
@@ -54,6 +99,7 @@ def paged_attention(  # noqa: D103
     scale: float,
     alibi_slopes_n: Tensor | None,
 ) -> Tensor:
+    query_tnd = query_tnd if meta.rows is None else query_tnd[meta.rows]
     block_size, groups = key_cache.shape[1], query_tnd.shape[1] // key_cache.shape[2]
     out_tnd = torch.empty_like(query_tnd)
     start = 0
@@ -72,6 +118,11 @@ def paged_attention(  # noqa: D103
     return out_tnd
 
 
+def resolve_ids(ids_t: Tensor, chosen_r: Tensor) -> Tensor:  # noqa: D103
+    chosen_t = chosen_r[(-1 - ids_t).clamp_(min=0)].clamp(min=0)
+    return chosen_t.to(ids_t.dtype).where(ids_t < 0, ids_t)
+
+
 def _distances(query_len: int, kv_len: int, device: torch.device) -> Tensor:
     """Key position minus query position, [q, k]; the queries are the last tokens of the sequence."""
     keys_k = torch.arange(kv_len, device=device)
@@ -81,3 +132,43 @@ def _distances(query_len: int, kv_len: int, device: torch.device) -> Tensor:
 def copy_blocks(caches: list[Tensor], sources: Tensor, targets: Tensor) -> None:  # noqa: D103
     for cache in caches:
         cache.index_copy_(0, targets, cache.index_select(0, sources))
+
+
+def greedy(logits_rv: Tensor) -> Tensor:  # noqa: D103
+    best_r, tokens_r = logits_rv.max(-1)
+    return tokens_r.where(best_r.isfinite(), -1).int()
+
+
+def draw(logits_rv: Tensor, draws: Draws) -> Tensor:  # noqa: D103
+    finite_r = logits_rv.amax(-1).isfinite()
+    cumulative_rv = filtered(logits_rv, draws).cumsum(-1)
+    places_r1 = torch.searchsorted(cumulative_rv, draws.point_r1 * cumulative_rv[:, -1:], right=True)
+    return places_r1.squeeze(1).clamp_(max=logits_rv.shape[1] - 1).where(finite_r, -1).int()
+
+
+def filtered(logits_rv: Tensor, draws: Draws) -> Tensor:
+    """What `draw` draws from, in fp64: probabilities before the filters, and 0 for tokens that a filter drops."""
+    # fp64 for the temperature: a tiny one would overflow fp32 and leave no distribution to draw from.
+    probs_rv = (logits_rv.double() / draws.temperature_r1).softmax(-1)
+    if not draws.filters:
+        return probs_rv
+    probs_rv = probs_rv.masked_fill(probs_rv < probs_rv.amax(-1, keepdim=True) * draws.min_p_r1, 0)
+    vocab = logits_rv.shape[1]
+    top_k_r1 = draws.top_k_r1.long().clamp(max=vocab)
+    top_k_r1 = top_k_r1.where(top_k_r1 > 0, vocab)
+    cut = ((top_k_r1 < vocab) | (draws.top_p_r1 < 1)).nonzero()[:, 0]
+    if cut.numel() == 0:
+        return probs_rv
+    floor_r1 = probs_rv.new_zeros(probs_rv.shape[0], 1)
+    floor_r1[cut] = _floor(probs_rv[cut], top_k_r1[cut], draws.top_p_r1[cut])
+    return probs_rv.masked_fill(probs_rv < floor_r1, 0)
+
+
+def _floor(probs_rv: Tensor, top_k_r1: Tensor, top_p_r1: Tensor) -> Tensor:
+    """The least probability [r, 1] that top-k, and then top-p among what is left, keep."""
+    sorted_rk = probs_rv.topk(int(top_k_r1.max()), dim=-1).values
+    last_r1 = top_k_r1 - 1
+    cumulative_rk = sorted_rk.cumsum(-1)
+    kept_rk = cumulative_rk - sorted_rk < top_p_r1 * cumulative_rk.gather(1, last_r1)
+    kept_rk &= torch.arange(sorted_rk.shape[1], device=probs_rv.device) <= last_r1
+    return sorted_rk.where(kept_rk, sorted_rk[:, :1]).amin(-1, keepdim=True)

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hasten.ops.sum import Sum
+
 
 @dataclass(frozen=True)
 class TensorGroup:
@@ -21,6 +23,24 @@ class TensorGroup:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def all_reduce_sum(self, partial: Tensor, bias: Tensor | None, residual: Tensor, rows: Tensor | None) -> Sum:
+        """The sum over all ranks' `partial` [t, h], with bias and residual still to be added by the norm after it."""
+        return Sum(self.all_reduce(partial), bias, residual, rows)
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's content, in place, on every rank."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """All ranks' tensors of one shape, stacked in the order of ranks, on every rank."""
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        gathered = tensor.new_empty(self.size, *tensor.shape)
+        dist.all_gather_into_tensor(gathered.flatten(), tensor.contiguous().flatten())
+        return gathered
 
     def gather(self, share: Tensor) -> Tensor | None:
         """All ranks' shares [r, v] side by side, [r, ranks * v], on rank 0; None on the others."""

@@ -1,0 +1,61 @@
+"""Writing the paged cache, and the token ids that only the device knows."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
+
+
+@triton.jit(do_not_specialize=["key_stride", "value_stride"])
+def _write(
+    new_keys,
+    new_values,
+    keys,
+    values,
+    slots,
+    key_stride,
+    value_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Copy one token's keys and values to its slot."""
+    start_next(PDL)
+    wait_for_inputs(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + row).to(tl.int64)
+    if slot >= 0:
+        for start in tl.static_range(0, WIDTH, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            valid = at < WIDTH
+            tl.store(keys + slot * WIDTH + at, tl.load(new_keys + row * key_stride + at, valid), valid)
+            tl.store(values + slot * WIDTH + at, tl.load(new_values + row * value_stride + at, valid), valid)
+
+
+def write_cache(key_tmd: Tensor, value_tmd: Tensor, key_cache: Tensor, value_cache: Tensor, slots_t: Tensor) -> None:
+    width = key_tmd.shape[1] * key_tmd.shape[2]
+    assert key_tmd.stride(1) == value_tmd.stride(1) == key_tmd.shape[2] and key_cache.is_contiguous()
+    block = min(2048, triton.next_power_of_2(width))
+    _write[(key_tmd.shape[0],)](
+        key_tmd, value_tmd, key_cache, value_cache, slots_t, key_tmd.stride(0), value_tmd.stride(0),
+        WIDTH=width, BLOCK=block, num_warps=max(1, min(8, block // 256)), **overlapped(key_tmd),
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count"])
+def _resolve(ids, chosen, out, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    start_next(PDL)
+    wait_for_inputs(PDL)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = at < count
+    known = tl.load(ids + at, valid, 0)
+    pending = tl.load(chosen - 1 - known, valid & (known < 0), 0)
+    tl.store(out + at, tl.where(known < 0, tl.maximum(pending, 0), known), valid)
+
+
+def resolve_ids(ids_t: Tensor, chosen_r: Tensor) -> Tensor:
+    out_t = ids_t.new_empty(ids_t.shape)
+    count = ids_t.shape[0]
+    _resolve[(triton.cdiv(count, 256),)](ids_t, chosen_r, out_t, count, BLOCK=256, num_warps=4, **overlapped(ids_t))
+    return out_t

@@ -1,0 +1,60 @@
+"""What all kernels share: how they are launched one behind another.
+
+Where the device can (compute capability 9.0 and up), a kernel starts while the ones before it still run (programmatic
+dependent launch). Until `wait_for_inputs` it may read only what no kernel of this step writes: weights, and the numbers
+that the host sent. That is enough to keep memory busy while short kernels take their turns. Every program of every
+kernel waits, so that each kernel sees the work of all before it.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def start_next(PDL: tl.constexpr):
+    """Let the next kernel start, once every program of this one has said so."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Wait until all earlier kernels are done and their results can be read."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def prefetch(pointers):
+    """Ask for the lines at these pointers to be brought to the second-level cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@cache
+def _overlaps(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+def overlapped(tensor: Tensor) -> dict[str, Any]:
+    """Launch options for a kernel on this tensor's device."""
+    pdl = tensor.is_cuda and _overlaps(tensor.device.index)
+    return {"PDL": pdl, "launch_pdl": pdl} if tensor.is_cuda else {"PDL": False}
+
+
+@cache
+def multiprocessors(index: int | None) -> int:
+    """Multiprocessors of a device; as many as an H200 has where there is none."""
+    return 132 if index is None else torch.cuda.get_device_properties(index).multi_processor_count

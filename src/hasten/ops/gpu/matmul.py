@@ -1,0 +1,285 @@
+"""Linear layers of few rows, whose time is that of reading their weights.
+
+Shapes: M rows, N output features, K input features; weights [N, K], row by row.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hasten.ops.gpu.cache import write_cache
+from hasten.ops.gpu.launch import multiprocessors, overlapped, prefetch, start_next, wait_for_inputs
+from hasten.ops.packed import PackedLinear
+from hasten.ops.reference import split_heads
+
+
+@triton.jit
+def _gelu_tanh(x):
+    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x / (1 + tl.exp(-2 * inner))
+
+
+@triton.jit
+def _store_projected(value, row, slot, n, valid, out, keys, values, Q: tl.constexpr, KV: tl.constexpr):
+    """Store output features n of a row: queries to `out`, keys and values to the row's slot of the caches."""
+    kept = valid & (slot >= 0)
+    tl.store(out + row.to(tl.int64) * Q + n, value, valid & (n < Q))
+    tl.store(keys + slot * KV + (n - Q), value, kept & (n >= Q) & (n < Q + KV))
+    tl.store(values + slot * KV + (n - Q - KV), value, kept & (n >= Q + KV))
+
+
+@triton.jit(do_not_specialize=["N"])
+def _matvec(
+    x,
+    weight,
+    bias,
+    out,
+    keys,
+    values,
+    slots,
+    N,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    Q: tl.constexpr,
+    KV: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One row: each program multiplies it with ROWS rows of the weight."""
+    start_next(PDL)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, BLOCK_K)
+    valid = n < N
+    start = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    ragged: tl.constexpr = K % BLOCK_K != 0
+    first = tl.load(start, valid[:, None] & (k < K)[None, :], 0.0)
+    wait_for_inputs(PDL)
+    total = first.to(tl.float32) * tl.load(x + k, k < K, 0.0).to(tl.float32)[None, :]
+    for offset in tl.static_range(BLOCK_K, K, BLOCK_K):
+        if ragged:
+            more = tl.load(start + offset, valid[:, None] & (k + offset < K)[None, :], 0.0)
+            part = tl.load(x + offset + k, k + offset < K, 0.0)
+        else:
+            more = tl.load(start + offset, valid[:, None], 0.0)
+            part = tl.load(x + offset + k)
+        total += more.to(tl.float32) * part.to(tl.float32)[None, :]
+    value = tl.sum(total, 1)
+    if HAS_BIAS:
+        value += tl.load(bias + n, valid, 0.0).to(tl.float32)
+    if GELU:
+        value = _gelu_tanh(value)
+    value = value.to(out.dtype.element_ty)
+    if KV:
+        _store_projected(value, n * 0, tl.load(slots).to(tl.int64), n, valid, out, keys, values, Q, KV)
+    else:
+        tl.store(out + n, value, valid)
+
+
+@triton.jit(do_not_specialize=["M", "N"])
+def _skinny(
+    x,
+    weight,
+    bias,
+    out,
+    keys,
+    values,
+    slots,
+    M,
+    N,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    Q: tl.constexpr,
+    KV: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Up to BLOCK_M rows on the tensor cores; the weight is the wide operand, so that few rows waste little.
+
+    With SPLITS above 1, each split of K writes its own fp32 sums [SPLITS, M, N]; whoever reads them adds them up.
+    """
+    start_next(PDL)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    begin = tl.program_id(1) * (K // SPLITS)
+    k = begin + tl.arange(0, BLOCK_K)
+    row = tl.where(n < N, n, 0).to(tl.int64)
+    w_start = weight + row[:, None] * K + k[None, :]
+    if PDL and AHEAD:
+        line = begin + tl.arange(0, AHEAD) * 64
+        prefetch(weight + row[:, None] * K + line[None, :])
+    wait_for_inputs(PDL)
+    x_start = x + m[:, None] * K + k[None, :]
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for offset in tl.range(0, K // SPLITS, BLOCK_K, num_stages=STAGES):
+        w_nk = tl.load(w_start + offset)
+        x_mk = tl.load(x_start + offset, m[:, None] < M, 0.0)
+        total = tl.dot(w_nk, x_mk.T, total)
+    if SPLITS > 1:
+        base = out + tl.program_id(1).to(tl.int64) * M * N
+        tl.store(base + m[None, :] * N + n[:, None], total, (m < M)[None, :] & (n < N)[:, None])
+    else:
+        if HAS_BIAS:
+            total += tl.load(bias + n, n < N, 0.0).to(tl.float32)[:, None]
+        if GELU:
+            total = _gelu_tanh(total)
+        value = total.to(out.dtype.element_ty)
+        valid = (m < M)[None, :] & (n < N)[:, None]
+        if KV:
+            slot = tl.load(slots + m, m < M, -1).to(tl.int64)
+            _store_projected(value, m[None, :], slot[None, :], n[:, None], valid, out, keys, values, Q, KV)
+        else:
+            tl.store(out + m[None, :].to(tl.int64) * N + n[:, None], value, valid)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How `_skinny` is cut: features a program, input features at a time, stages, warps."""
+
+    block_n: int
+    block_k: int
+    stages: int
+    warps: int
+
+
+_MATVEC_ROWS, _MATVEC_BLOCK, _MATVEC_WARPS = 2, 2048, 4
+MOST_ROWS = 64
+"""More rows than that are cuBLAS's."""
+_AHEAD = 2
+"""Lines of 64 input features of each row that `_skinny` fetches before it may read its input."""
+_WIDE, _NARROW = Cut(64, 128, 4, 4), Cut(32, 128, 6, 4)
+_TALL = Cut(128, 64, 5, 8)
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """Where the output features of a fused QKV product go: queries to the output, the rest to the caches."""
+
+    queries: int
+    key_cache: Tensor
+    value_cache: Tensor
+    slots_t: Tensor
+
+    @property
+    def width(self) -> int:
+        """Features of the keys, and of the values."""
+        return self.key_cache.shape[2] * self.key_cache.shape[3]
+
+
+def pack_linear(weight_oh: Tensor, shared: bool) -> PackedLinear:
+    """A GPU reads weights as they are, row by row."""
+    return PackedLinear(*weight_oh.shape, plain=weight_oh if shared else weight_oh.contiguous())
+
+
+def linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation: str | None) -> Tensor:
+    """See `hasten.ops.linear`."""
+    if _serves(x_th, weight):
+        return _product(x_th, weight, bias_o, activation == "gelu_tanh", None, splits=1)
+    if activation == "gelu_tanh" and bias_o is not None and x_th.dtype != torch.float32:
+        return torch._addmm_activation(bias_o, x_th, weight.plain.t(), use_gelu=True)
+    out_to = F.linear(x_th, weight.plain, bias_o)
+    return F.gelu(out_to, approximate="tanh") if activation == "gelu_tanh" else out_to
+
+
+def linear_parts(x_th: Tensor, weight: PackedLinear) -> Tensor:
+    """`x @ weight.T`: [t, o], or [parts, t, o] in fp32 to be added up, where few rows leave the device idle else."""
+    if not _serves(x_th, weight):
+        return F.linear(x_th, weight.plain)
+    return _product(x_th, weight, None, False, None, splits=_splits(x_th.shape[0], weight))
+
+
+def project(
+    x_th: Tensor,
+    weight: PackedLinear,
+    bias_o: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots_t: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """See `hasten.ops.project`."""
+    head_size = key_cache.shape[3]
+    if _serves(x_th, weight):
+        to = _Projection(num_heads * head_size, key_cache, value_cache, slots_t)
+        return _product(x_th, weight, bias_o, False, to, splits=1).unflatten(1, (num_heads, head_size))
+    qkv_to = F.linear(x_th, weight.plain, bias_o)
+    query_tnd, key_tmd, value_tmd = split_heads(qkv_to, num_heads, key_cache)
+    write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t)
+    return query_tnd
+
+
+def _serves(x_th: Tensor, weight: PackedLinear) -> bool:
+    """Whether these kernels are the ones to take."""
+    rows = x_th.shape[0]
+    few = rows == 1 or (1 < rows <= MOST_ROWS and weight.in_features % _WIDE.block_k == 0)
+    return few and x_th.dtype != torch.float32
+
+
+def _splits(rows: int, weight: PackedLinear) -> int:
+    """Parts to cut the input features into, so that the programs fill the device about twice, or once with many rows."""
+    if rows == 1:
+        return 1
+    wanted = (256 if rows <= 16 else 128) // triton.cdiv(weight.out_features, _WIDE.block_n)
+    splits = 1
+    while splits < min(wanted, 8) and weight.in_features % (2 * splits * _WIDE.block_k) == 0:
+        splits *= 2
+    return splits
+
+
+def _cut(rows: int, features: int, splits: int, multiprocessors: int) -> Cut:
+    """The cut that keeps all multiprocessors busy to the end; measured choices: docs/performance.md."""
+    if splits > 1:
+        return _WIDE
+    if rows > 32:
+        return _TALL
+    programs = triton.cdiv(features, _WIDE.block_n)
+    rounds = programs / multiprocessors
+    if rounds > 4 or rounds / math.ceil(rounds) >= 0.9:
+        return _WIDE
+    return _NARROW if rows <= 16 else _TALL
+
+
+def _product(
+    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gelu: bool, to: _Projection | None, splits: int
+) -> Tensor:
+    rows, features, width = x_th.shape[0], weight.out_features, weight.in_features
+    assert x_th.is_contiguous()
+    if splits > 1:
+        out = x_th.new_empty(splits, rows, features, dtype=torch.float32)
+    else:
+        out = x_th.new_empty(rows, features if to is None else to.queries)
+    keys, values, slots = (x_th,) * 3 if to is None else (to.key_cache, to.value_cache, to.slots_t)
+    arguments = (x_th, weight.plain, x_th if bias_o is None else bias_o, out, keys, values, slots)
+    common = dict(
+        K=width,
+        HAS_BIAS=bias_o is not None,
+        GELU=gelu,
+        Q=0 if to is None else to.queries,
+        KV=0 if to is None else to.width,
+        **overlapped(x_th),
+    )
+    if rows == 1:
+        block = min(_MATVEC_BLOCK, triton.next_power_of_2(width))
+        _matvec[(triton.cdiv(features, _MATVEC_ROWS),)](
+            *arguments, features, ROWS=_MATVEC_ROWS, BLOCK_K=block, num_warps=_MATVEC_WARPS, **common
+        )
+        return out
+    cut = _cut(rows, features, splits, multiprocessors(x_th.device.index))
+    _skinny[(triton.cdiv(features, cut.block_n), splits)](
+        *arguments, rows, features,
+        BLOCK_M=max(16, triton.next_power_of_2(rows)), BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, SPLITS=splits,
+        STAGES=cut.stages, AHEAD=_AHEAD, num_warps=cut.warps, **common,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,144 @@
+"""Layer norm, and the sums that come before it: embedding rows, split matrix products, bias and residual.
+
+Shapes: t tokens, h hidden. One program a row.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
+from hasten.ops.sum import Sum
+
+
+@triton.jit(do_not_specialize=["part_stride"])
+def _add_norm(
+    parts,
+    part_stride,
+    bias,
+    residual,
+    residual_rows,
+    total_out,
+    weight,
+    norm_bias,
+    out,
+    eps,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    STORES_TOTAL: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Add up the parts of a row, bias and residual; store the sum and its norm."""
+    start_next(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, BLOCK_H)
+    valid = h < H
+    gain = tl.load(weight + h, valid, 0.0).to(tl.float32)
+    shift = tl.load(norm_bias + h, valid, 0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias_h = tl.load(bias + h, valid, 0.0).to(tl.float32)
+    wait_for_inputs(PDL)
+    x = tl.load(parts + row * H + h, valid, 0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        x += tl.load(parts + part * part_stride + row * H + h, valid, 0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += bias_h
+    if HAS_RESIDUAL:
+        from_row = tl.load(residual_rows + row) if HAS_ROWS else row
+        x += tl.load(residual + from_row * H + h, valid, 0.0).to(tl.float32)
+    if STORES_TOTAL:
+        rounded = x.to(total_out.dtype.element_ty)
+        tl.store(total_out + row * H + h, rounded, valid)
+        x = rounded.to(tl.float32)
+    mean = tl.sum(x, 0) / H
+    centred = tl.where(valid, x - mean, 0.0)
+    variance = tl.sum(centred * centred, 0) / H
+    y = centred * tl.rsqrt(variance + eps) * gain + shift
+    tl.store(out + row * H + h, y.to(out.dtype.element_ty), valid)
+
+
+@triton.jit
+def _embed_norm(
+    ids,
+    table,
+    weight,
+    norm_bias,
+    out,
+    eps,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Look a token's row up and norm it."""
+    start_next(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, BLOCK_H)
+    valid = h < H
+    gain = tl.load(weight + h, valid, 0.0).to(tl.float32)
+    shift = tl.load(norm_bias + h, valid, 0.0).to(tl.float32)
+    wait_for_inputs(PDL)
+    token = tl.load(ids + row).to(tl.int64)
+    x = tl.load(table + token * H + h, valid, 0.0).to(tl.float32)
+    mean = tl.sum(x, 0) / H
+    centred = tl.where(valid, x - mean, 0.0)
+    variance = tl.sum(centred * centred, 0) / H
+    y = centred * tl.rsqrt(variance + eps) * gain + shift
+    tl.store(out + row * H + h, y.to(out.dtype.element_ty), valid)
+
+
+def layer_norm(x: Tensor | Sum, weight_h: Tensor, bias_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    sum_ = x if isinstance(x, Sum) else Sum(x)
+    parts, (rows, width) = sum_.parts, sum_.shape
+    count = sum_.num_parts
+    settled = isinstance(x, Sum)
+    out_th = weight_h.new_empty(rows, width)
+    total_th = weight_h.new_empty(rows, width) if settled else out_th
+    _add_norm[(rows,)](
+        parts,
+        parts.stride(0) if count > 1 else 0,
+        weight_h if sum_.bias is None else sum_.bias,
+        parts if sum_.residual is None else sum_.residual,
+        parts if sum_.rows is None else sum_.rows,
+        total_th,
+        weight_h,
+        bias_h,
+        out_th,
+        eps,
+        H=width,
+        BLOCK_H=triton.next_power_of_2(width),
+        PARTS=count,
+        HAS_BIAS=sum_.bias is not None,
+        HAS_RESIDUAL=sum_.residual is not None,
+        HAS_ROWS=sum_.rows is not None,
+        STORES_TOTAL=settled,
+        num_warps=_warps(width),
+        **overlapped(weight_h),
+    )
+    return out_th, total_th if settled else parts
+
+
+def embedding_norm(ids_t: Tensor, table_vh: Tensor, weight_h: Tensor, bias_h: Tensor, eps: float) -> Tensor:
+    width = table_vh.shape[1]
+    out_th = table_vh.new_empty(ids_t.shape[0], width)
+    _embed_norm[(ids_t.shape[0],)](
+        ids_t,
+        table_vh,
+        weight_h,
+        bias_h,
+        out_th,
+        eps,
+        H=width,
+        BLOCK_H=triton.next_power_of_2(width),
+        num_warps=_warps(width),
+        **overlapped(table_vh),
+    )
+    return out_th
+
+
+def _warps(width: int) -> int:
+    """Eight elements a thread at a time, up to 16 warps."""
+    return max(1, min(16, triton.next_power_of_2(width) // 256))

@@ -1,0 +1,73 @@
+"""How the attention of a flat batch is divided for a GPU: numbers, worked out on the host once a step.
+
+Sequences with one query are cut into runs of keys; those with several, into tiles of queries.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+Integers = np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]
+
+TILE = 64
+"""Queries in a tile."""
+TILE_COLUMNS = 5
+"""Of a tile: sequence, row of its first query in the queries, in the output, queries, position of the first."""
+RUN_COLUMNS = 8
+"""Of a run: sequence, row of the query, of the output, first key, end, keys of the sequence, place, runs."""
+_LEAST_RUN = 64
+_PROGRAMS = 16
+"""Programs of the kernel for single queries that one multiprocessor can hold, and few tokens should fill."""
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """The work items of one step, on the device; None where there are none of a kind."""
+
+    tiles: Tensor | None
+    """[tiles, TILE_COLUMNS], int32."""
+    runs: Tensor | None
+    """[runs, RUN_COLUMNS], int32; those with a negative sequence are empty."""
+
+
+def most_runs(sequences: int, heads: int, multiprocessors: int) -> int:
+    """How many runs a step of so many sequences with one query may have.
+
+    Enough to keep every multiprocessor busy with several programs (one a run and head), and a few a sequence, so that
+    a long one does not end after all others.
+    """
+    return max(2 * sequences, -(-_PROGRAMS * multiprocessors // heads))
+
+
+def runs(
+    sequences: Integers, query_rows: Integers, out_rows: Integers, kv_lens: Integers, most: int
+) -> Integers:
+    """Cut the keys of sequences with one query each into at most `most` runs of about equal length: [runs, 8]."""
+    spare = max(1, most - len(sequences))
+    length = max(_LEAST_RUN, -(-int(kv_lens.sum()) // spare))
+    length = -(-length // 32) * 32
+    counts = np.maximum(1, -(-kv_lens // length))
+    owner = np.repeat(np.arange(len(sequences)), counts)
+    place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    even = -(-(-(-kv_lens // counts)) // 32) * 32  # equal runs of one sequence, none a short rest
+    begin = np.minimum(place * even[owner], kv_lens[owner])
+    end = np.minimum(begin + even[owner], kv_lens[owner])
+    columns = (sequences[owner], query_rows[owner], out_rows[owner], begin, end, kv_lens[owner], place, counts[owner])
+    return np.stack(columns, axis=1).astype(np.int32)
+
+
+def tiles(
+    sequences: Integers, query_rows: Integers, out_rows: Integers, query_lens: Integers, kv_lens: Integers
+) -> Integers:
+    """Cut the queries of sequences into tiles, those with the most keys first: [tiles, 5]."""
+    counts = -(-query_lens // TILE)
+    owner = np.repeat(np.arange(len(sequences)), counts)
+    first = TILE * (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts))
+    count = np.minimum(TILE, query_lens[owner] - first)
+    position = kv_lens[owner] - query_lens[owner] + first
+    columns = (sequences[owner], query_rows[owner] + first, out_rows[owner] + first, count, position)
+    made = np.stack(columns, axis=1).astype(np.int32)
+    return made[np.argsort(-(position + count), kind="stable")]
