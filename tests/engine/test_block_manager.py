@@ -308,3 +308,28 @@ def test_room_to_spare_does_not_pay_for_copies(walk: Walk, make_sequence: MakeSe
     before = snapshot(manager, child)
     assert manager.reserve(child, 1) is None  # two copies, one free block
     assert snapshot(manager, child) == before
+
+
+def test_a_block_with_a_pending_token_is_known_when_the_token_is(walk: Walk, make_sequence: MakeSequence) -> None:
+    manager, _ = walk()
+    sequence = make_sequence(range(SIZE - 1))
+    assert manager.reserve(sequence, SIZE - 1) == []
+    sequence.num_computed = SIZE - 1
+    sequence.pending = 1
+    assert sequence.length == SIZE
+    assert manager.reserve(sequence, 1) == []
+    sequence.num_computed = SIZE
+    manager.register(sequence)
+    assert manager._known == {}
+    sequence.append(9)
+    assert (sequence.length, sequence.pending) == (SIZE, 0)
+    manager.register(sequence)
+    assert [tokens for _, tokens in manager._known] == [(*range(SIZE - 1), 9)]
+
+
+def test_nobody_looks_for_a_prefix_with_a_token_pending(walk: Walk, make_sequence: MakeSequence) -> None:
+    manager, _ = walk()
+    sequence = make_sequence(range(9))
+    sequence.pending = 1
+    with pytest.raises(AssertionError):
+        manager.share_prefix(sequence)

@@ -164,7 +164,7 @@ def test_greedy_tokens_do_not_depend_on_the_options(
 def test_preempted_requests_make_the_same_tokens(
     prefix_cache: bool, overlap: bool, tiny_bloom: Path, greedy_tokens: Callable[[Path], list[list[int]]]
 ) -> None:
-    options = {"enable_prefix_cache": prefix_cache, "overlap_steps": overlap}
+    options: dict[str, Any] = {"enable_prefix_cache": prefix_cache, "overlap_steps": overlap}
     with LLM(tiny_bloom, **cache_of(6, tiny_bloom), **options) as llm:
         assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy_tokens(tiny_bloom)
         assert preemptions(llm) >= 3
@@ -552,9 +552,16 @@ def test_overlapped_ranks_give_the_same_outputs(tiny_bloom: Path, right_mixed: l
 
 def test_a_step_is_launched_before_the_tokens_of_the_last_are_known(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    launch, collect = llm.engine.worker.launch, llm.engine._take_token
-    monkeypatch.setattr(llm.engine.worker, "launch", lambda *given: (events.append("launch"), launch(*given))[1])
-    monkeypatch.setattr(llm.engine, "_take_token", lambda *given: (events.append("token"), collect(*given))[1])
+
+    def note(event: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*given: Any) -> Any:
+            events.append(event)
+            return call(*given)
+
+        return noted
+
+    monkeypatch.setattr(llm.engine.worker, "launch", note("launch", llm.engine.worker.launch))
+    monkeypatch.setattr(llm.engine, "_take_token", note("token", llm.engine._take_token))
     llm.generate(PROMPTS[1], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     overlapped = ["launch", *["launch", "token"] * 3, "token"]
     assert events == (overlapped if llm.engine.worker.overlap else ["launch", "token"] * 4)

@@ -398,3 +398,45 @@ def test_finishing_what_is_not_there_does_nothing(make_run: MakeRun) -> None:
     run.step()
     run.scheduler.finish(0)
     assert not run.scheduler.has_work
+
+
+def test_who_waits_for_the_last_token_alone_leaves_room_for_others_at_once(make_run: MakeRun) -> None:
+    run = make_run(seqs=1, blocks=2, prefix_cache=False, overlap=True)
+    run.add("a", Job((1,) * 5, output=2))
+    run.add("b", Job((2,) * 5, output=1))
+    assert [s.request_id for s in run.step().sequences] == ["a"]
+    assert [s.request_id for s in run.step().sequences] == ["a"]
+    assert run.scheduler.blocks.num_used == 0
+    assert run.outputs == {}  # its last token is not known yet, and needs nothing of what it held
+    assert [s.request_id for s in run.step().sequences] == ["b"]
+    assert list(run.outputs) == [("a", 0)]
+    assert run.step().sequences == []
+    assert list(run.outputs) == [("a", 0), ("b", 0)]
+    assert not run.scheduler.has_work
+
+
+def test_who_gives_way_with_a_token_pending_knows_it_when_it_comes_back(make_run: MakeRun) -> None:
+    run = make_run(blocks=4, prefix_cache=False, overlap=True)
+    run.add("a", Job((1,) * 7, output=5))
+    run.add("b", Job((2,) * 7, output=5))
+    run.step()
+    run.step()
+    pending = run.scheduler.running[1]
+    assert pending.pending == 1
+    assert run.step().preempted == [pending]
+    assert pending.pending == 0
+    while run.scheduler.has_work:
+        run.step()
+    assert {key: len(ids) for key, ids in run.outputs.items()} == {("a", 0): 5, ("b", 0): 5}
+
+
+def test_a_surplus_step_of_who_has_ended_frees_its_blocks_before_its_token_is_known(make_run: MakeRun) -> None:
+    run = make_run(prefix_cache=False, overlap=True)
+    run.add("a", Job((1,) * 5, output=2, more=10))
+    run.step()
+    run.step()
+    assert [s.request_id for s in run.step().sequences] == ["a"]  # its second token, an end, was not known yet
+    assert list(run.outputs) == [("a", 0)]
+    assert run.scheduler.blocks.num_used == 0
+    assert run.step().sequences == []
+    assert len(run.outputs["a", 0]) == 2

@@ -20,13 +20,17 @@ class Batch:
 
     def add(self, sequence: Sequence, count: int, copies: list[tuple[int, int]]) -> None:
         """Let `sequence` compute its next `count` tokens."""
-        catches_up = sequence.num_computed + count == sequence.length
-        if catches_up:
+        needed = 0
+        if sequence.num_computed + count == sequence.length:
             self.sampled.append(len(self.sequences))
-        self.needed.append(count if sequence.wants_prompt_logits else int(catches_up))
+            needed = 1
+        if sequence.wants_prompt_logits:
+            needed = count
+        self.needed.append(needed)
         self.sequences.append(sequence)
         self.counts.append(count)
-        self.copies += copies
+        if copies:
+            self.copies += copies
 
     @property
     def num_tokens(self) -> int:

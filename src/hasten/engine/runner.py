@@ -83,7 +83,7 @@ class Runner:
         for count in {max(1, min(sequences, num_tokens // 2)), 1}:
             tokens = self._inputs.rehearsal(num_tokens, count)
             hidden = self.model(tokens.ids, tokens.positions, tokens.meta)
-            self.model.head.greedy(self.model.head.share(hidden.expand(sequences, -1).contiguous()))
+            self.model.head.greedy(self.model.head.share(hidden[:1].repeat(sequences, 1)))
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 

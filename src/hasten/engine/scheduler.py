@@ -129,7 +129,9 @@ class Scheduler:
         while place < len(self.running) and budget > 0:
             sequence = self.running[place]
             count = min(sequence.length - sequence.num_computed, budget)
-            copies = self._reserve_with_preemption(sequence, count, batch)
+            copies = self.blocks.reserve(sequence, count)
+            if copies is None:
+                copies = self._preempt_for(sequence, count, batch)
             if copies is None:
                 continue
             batch.add(sequence, count, copies)
@@ -137,9 +139,10 @@ class Scheduler:
             place += 1
         return budget
 
-    def _reserve_with_preemption(self, sequence: Sequence, count: int, batch: Batch) -> list[tuple[int, int]] | None:
-        """Reserve blocks, taking them from others if need be; None if `sequence` itself had to give way."""
-        while (copies := self.blocks.reserve(sequence, count)) is None:
+    def _preempt_for(self, sequence: Sequence, count: int, batch: Batch) -> list[tuple[int, int]] | None:
+        """Take blocks from others until the reservation succeeds; None if `sequence` itself had to give way."""
+        copies = None
+        while copies is None:
             victim = next((waiting for waiting in reversed(self.waiting) if waiting.block_table), None)
             if victim is None:
                 victim = self.running.pop()
@@ -149,6 +152,7 @@ class Scheduler:
             self.blocks.free(victim)
             if victim is sequence:
                 return None
+            copies = self.blocks.reserve(sequence, count)
         return copies
 
     def _admit_waiting(self, batch: Batch, budget: int) -> None:

@@ -39,7 +39,7 @@ class TensorGroup:
         if self.size == 1:
             return tensor.unsqueeze(0)
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather_into_tensor(gathered.flatten(), tensor.contiguous().flatten())
+        dist.all_gather(list(gathered.unbind()), tensor.contiguous())
         return gathered
 
     def gather(self, share: Tensor) -> Tensor | None:

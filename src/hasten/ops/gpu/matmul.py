@@ -46,6 +46,7 @@ def _matvec(
     K: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GELU: tl.constexpr,
     Q: tl.constexpr,
@@ -60,6 +61,9 @@ def _matvec(
     start = weight + n.to(tl.int64)[:, None] * K + k[None, :]
     ragged: tl.constexpr = K % BLOCK_K != 0
     first = tl.load(start, valid[:, None] & (k < K)[None, :], 0.0)
+    if PDL and AHEAD and K > BLOCK_K:
+        line = tl.minimum(BLOCK_K + tl.arange(0, AHEAD) * 64, K - 64)
+        prefetch(weight + tl.where(valid, n, 0).to(tl.int64)[:, None] * K + line[None, :])
     wait_for_inputs(PDL)
     total = first.to(tl.float32) * tl.load(x + k, k < K, 0.0).to(tl.float32)[None, :]
     for offset in tl.static_range(BLOCK_K, K, BLOCK_K):
@@ -154,7 +158,7 @@ class Cut:
     warps: int
 
 
-_MATVEC_ROWS, _MATVEC_BLOCK, _MATVEC_WARPS = 2, 2048, 4
+_MATVEC_ROWS, _MATVEC_BLOCK, _MATVEC_WARPS, _MATVEC_AHEAD = 2, 2048, 4, 32
 MOST_ROWS = 64
 """More rows than that are cuBLAS's."""
 _AHEAD = 2
@@ -273,7 +277,7 @@ def _product(
     if rows == 1:
         block = min(_MATVEC_BLOCK, triton.next_power_of_2(width))
         _matvec[(triton.cdiv(features, _MATVEC_ROWS),)](
-            *arguments, features, ROWS=_MATVEC_ROWS, BLOCK_K=block, num_warps=_MATVEC_WARPS, **common
+            *arguments, features, ROWS=_MATVEC_ROWS, BLOCK_K=block, AHEAD=_MATVEC_AHEAD, num_warps=_MATVEC_WARPS, **common
         )
         return out
     cut = _cut(rows, features, splits, multiprocessors(x_th.device.index))
