@@ -46,7 +46,6 @@ def _matvec(
     K: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GELU: tl.constexpr,
     Q: tl.constexpr,
@@ -61,9 +60,6 @@ def _matvec(
     start = weight + n.to(tl.int64)[:, None] * K + k[None, :]
     ragged: tl.constexpr = K % BLOCK_K != 0
     first = tl.load(start, valid[:, None] & (k < K)[None, :], 0.0)
-    if PDL and AHEAD and K > BLOCK_K:
-        line = tl.minimum(BLOCK_K + tl.arange(0, AHEAD) * 64, K - 64)
-        prefetch(weight + tl.where(valid, n, 0).to(tl.int64)[:, None] * K + line[None, :])
     wait_for_inputs(PDL)
     total = first.to(tl.float32) * tl.load(x + k, k < K, 0.0).to(tl.float32)[None, :]
     for offset in tl.static_range(BLOCK_K, K, BLOCK_K):
@@ -158,13 +154,13 @@ class Cut:
     warps: int
 
 
-_MATVEC_ROWS, _MATVEC_BLOCK, _MATVEC_WARPS, _MATVEC_AHEAD = 2, 2048, 4, 32
+_MATVEC_ROWS, _MATVEC_BLOCK, _MATVEC_WARPS = 2, 2048, 4
 MOST_ROWS = 64
 """More rows than that are cuBLAS's."""
 _AHEAD = 2
 """Lines of 64 input features of each row that `_skinny` fetches before it may read its input."""
 _WIDE, _NARROW = Cut(64, 128, 4, 4), Cut(32, 128, 6, 4)
-_TALL = Cut(128, 64, 5, 8)
+_MIDDLE, _TALL = Cut(64, 128, 3, 4), Cut(128, 64, 5, 8)
 
 
 @dataclass(frozen=True)
@@ -246,13 +242,11 @@ def _cut(rows: int, features: int, splits: int, multiprocessors: int) -> Cut:
     """The cut that keeps all multiprocessors busy to the end; measured choices: docs/performance.md."""
     if splits > 1:
         return _WIDE
-    if rows > 32:
-        return _TALL
-    programs = triton.cdiv(features, _WIDE.block_n)
-    rounds = programs / multiprocessors
+    first = _TALL if rows > 32 else _WIDE
+    rounds = triton.cdiv(features, first.block_n) / multiprocessors
     if rounds > 4 or rounds / math.ceil(rounds) >= 0.9:
-        return _WIDE
-    return _NARROW if rows <= 16 else _TALL
+        return first
+    return _NARROW if rows <= 16 else _MIDDLE
 
 
 def _product(
@@ -277,7 +271,7 @@ def _product(
     if rows == 1:
         block = min(_MATVEC_BLOCK, triton.next_power_of_2(width))
         _matvec[(triton.cdiv(features, _MATVEC_ROWS),)](
-            *arguments, features, ROWS=_MATVEC_ROWS, BLOCK_K=block, AHEAD=_MATVEC_AHEAD, num_warps=_MATVEC_WARPS, **common
+            *arguments, features, ROWS=_MATVEC_ROWS, BLOCK_K=block, num_warps=_MATVEC_WARPS, **common
         )
         return out
     cut = _cut(rows, features, splits, multiprocessors(x_th.device.index))
