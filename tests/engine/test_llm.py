@@ -597,8 +597,12 @@ def test_streams_show_no_surplus_token(llm: LLM, plain: RequestOutput) -> None:
     tokens = plain.outputs[0].token_ids
     place = first_new(tokens, 6)
     params = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True, stop_token_ids=[tokens[place]])
-    seen = tokens_of(list(llm.stream(plain.prompt_token_ids, params)))
-    assert seen == [tokens[: end + 1] for end in range(place + 1)]
+    seen: dict[str, list[RequestOutput]] = {}
+    for output in llm.stream([plain.prompt_token_ids, plain.prompt_token_ids], [params, GREEDY]):
+        seen.setdefault(output.request_id, []).append(output)
+    ended, other = (tokens_of(outputs) for _, outputs in sorted(seen.items(), key=lambda item: int(item[0])))
+    assert ended == [tokens[: end + 1] for end in range(place + 1)]
+    assert other == [tokens[: end + 1] for end in range(COUNT)]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("no more of it\nand details")], ids=repr)

@@ -25,7 +25,7 @@ class Embedding(nn.Module):
         """Embeddings after `norm`, [t, h], whole on every rank."""
         if self.first is None:
             return ops.embedding_norm(ids_t, self.weight, norm.weight, norm.bias, norm.eps)
-        return norm(self.group.all_reduce(ops.embedding(ids_t, self.weight, self.first)))[0]
+        return norm(self.group.all_reduce_sum(ops.embedding(ids_t, self.weight, self.first)))[0]
 
 
 class Head(PackedModule):

@@ -61,4 +61,4 @@ class RowLinear(_Linear):
         """`residual[rows] + x @ W.T + b` over all ranks' features: [t, o], or a sum for the next norm to add up."""
         if self.group.size == 1:
             return ops.add_linear(x_th, self.packed, self.bias, residual_to, rows_t)
-        return self.group.all_reduce_sum(ops.linear(x_th, self.packed), self.bias, residual_to, rows_t)
+        return self.group.all_reduce_sum(ops.linear_parts(x_th, self.packed), self.bias, residual_to, rows_t)

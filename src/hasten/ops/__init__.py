@@ -40,6 +40,7 @@ __all__ = [
     "greedy",
     "layer_norm",
     "linear",
+    "linear_parts",
     "pack_linear",
     "paged_attention",
     "project",
@@ -122,6 +123,15 @@ def add_linear(
 
         return Sum(matmul.linear_parts(x_th, weight), bias_o, residual_to, rows_t)
     return cpu.add_linear(x_th, weight, bias_o, residual_to, rows_t)
+
+
+def linear_parts(x_th: Tensor, weight: PackedLinear) -> Tensor:
+    """`x @ weight.T`, [t, o]; or, where that is faster, parts of it to be added up, [parts, t, o] in fp32."""
+    if x_th.is_cuda:
+        from hasten.ops.gpu import matmul
+
+        return matmul.linear_parts(x_th, weight)
+    return cpu.linear(x_th, weight, None, None)
 
 
 def project(

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hasten.ops.peers import Peers
+
 
 @dataclass(frozen=True)
 class Sum:
@@ -16,6 +18,8 @@ class Sum:
     residual: Tensor | None = None
     """[t, h], or more rows, of which `rows` tells the ones to take."""
     rows: Tensor | None = None
+    peers: Peers | None = None
+    """Where the parts of other ranks come from, if they are to be added too."""
 
     @property
     def num_parts(self) -> int:

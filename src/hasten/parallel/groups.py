@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hasten.ops.peers import Peers
 from hasten.ops.sum import Sum
 
 
@@ -17,6 +18,8 @@ class TensorGroup:
 
     rank: int = 0
     size: int = 1
+    peers: Peers | None = None
+    """Where ranks on one host can write each other's memory: for sums of a few rows."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place, the same bits on every rank."""
@@ -24,9 +27,14 @@ class TensorGroup:
             dist.all_reduce(tensor)
         return tensor
 
-    def all_reduce_sum(self, partial: Tensor, bias: Tensor | None, residual: Tensor, rows: Tensor | None) -> Sum:
-        """The sum over all ranks' `partial` [t, h], with bias and residual still to be added by the norm after it."""
-        return Sum(self.all_reduce(partial), bias, residual, rows)
+    def all_reduce_sum(
+        self, parts: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, rows: Tensor | None = None
+    ) -> Sum:
+        """The sum over all ranks' `parts`, [t, h] or [parts, t, h], with bias and residual, for the norm after it."""
+        if self.peers is not None and parts.shape[-2] <= self.peers.max_rows:
+            return Sum(parts, bias, residual, rows, self.peers)
+        whole = parts if parts.dim() == 2 else parts.sum(0)
+        return Sum(self.all_reduce(whole), bias, residual, rows)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's content, in place, on every rank."""

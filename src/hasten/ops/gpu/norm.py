@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hasten.ops.gpu.exchange import exchange_norm
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
 from hasten.ops.sum import Sum
 
@@ -90,11 +91,13 @@ def _embed_norm(
     tl.store(out + row * H + h, y.to(out.dtype.element_ty), valid)
 
 
-def layer_norm(x: Tensor | Sum, weight_h: Tensor, bias_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    sum_ = x if isinstance(x, Sum) else Sum(x)
+def layer_norm(x_th: Tensor | Sum, weight_h: Tensor, bias_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    sum_ = x_th if isinstance(x_th, Sum) else Sum(x_th)
+    if sum_.peers is not None:
+        return exchange_norm(sum_, sum_.peers, weight_h, bias_h, eps)
     parts, (rows, width) = sum_.parts, sum_.shape
     count = sum_.num_parts
-    settled = isinstance(x, Sum)
+    settled = isinstance(x_th, Sum)
     out_th = weight_h.new_empty(rows, width)
     total_th = weight_h.new_empty(rows, width) if settled else out_th
     _add_norm[(rows,)](

@@ -1,0 +1,143 @@
+"""Sums over the GPUs of one host through each other's memory, with the norm that follows.
+
+A rank writes its part of a row to all others and waits for theirs. There is no other signal: each 64-bit word carries
+two 16-bit values and the number of the exchange, and such a word is written as one. Two places a row take turns: a rank
+may be one exchange ahead of another, never two, since it waits for the other's words. Every rank adds the parts up in
+the order of ranks, so all hold the same bits.
+
+Shapes: t tokens, h hidden; the program of a row keeps even and odd elements apart, as the words pair them.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
+from hasten.ops.peers import Peers
+from hasten.ops.sum import Sum
+
+
+@triton.jit
+def _pair(low, high):
+    """Two 16-bit values as the lower half of a 64-bit word."""
+    low = low.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
+    high = high.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
+    return low | (high << 16)
+
+
+@triton.jit(do_not_specialize=["part_stride"])
+def _exchange_norm(
+    parts,
+    part_stride,
+    bias,
+    residual,
+    residual_rows,
+    total_out,
+    weight,
+    norm_bias,
+    out,
+    addresses,
+    mailbox,
+    exchanges,
+    eps,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    H: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Add up all ranks' parts of a row, bias and residual; store the sum and its norm."""
+    start_next(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.arange(0, PAIRS)
+    valid = pair < H // 2
+    even = pair * 2
+    odd = even + 1
+    dtype: tl.constexpr = out.dtype.element_ty
+    wait_for_inputs(PDL)
+    number = tl.load(exchanges + row) + 1
+    tl.store(exchanges + row, number)
+    low = tl.zeros([PAIRS], tl.float32)
+    high = tl.zeros([PAIRS], tl.float32)
+    for part in tl.static_range(PARTS):
+        low += tl.load(parts + part * part_stride + row * H + even, valid, 0.0).to(tl.float32)
+        high += tl.load(parts + part * part_stride + row * H + odd, valid, 0.0).to(tl.float32)
+    mine = _pair(low.to(dtype), high.to(dtype)) | (number.to(tl.int64) << 32)
+    place = (((number & 1).to(tl.int64) * MAX_ROWS + row) * RANKS) * (H // 2) + pair
+    for other in tl.static_range(RANKS):
+        if other != RANK:
+            theirs = tl.load(addresses + other).to(tl.pointer_type(tl.int64))
+            tl.store(theirs + place + RANK * (H // 2), mine, valid)
+    low = tl.zeros([PAIRS], tl.float32)
+    high = tl.zeros([PAIRS], tl.float32)
+    for other in tl.static_range(RANKS):
+        word = mine
+        if other != RANK:
+            at = mailbox + place + other * (H // 2)
+            word = tl.load(at, valid, 0, volatile=True)
+            while tl.max((valid & ((word >> 32) != number)).to(tl.int32), 0) != 0:
+                word = tl.load(at, valid, 0, volatile=True)
+        low += (word & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        high += ((word >> 16) & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    if HAS_BIAS:
+        low += tl.load(bias + even, valid, 0.0).to(tl.float32)
+        high += tl.load(bias + odd, valid, 0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        from_row = tl.load(residual_rows + row) if HAS_ROWS else row
+        low += tl.load(residual + from_row * H + even, valid, 0.0).to(tl.float32)
+        high += tl.load(residual + from_row * H + odd, valid, 0.0).to(tl.float32)
+    low = low.to(dtype)
+    high = high.to(dtype)
+    tl.store(total_out + row * H + even, low, valid)
+    tl.store(total_out + row * H + odd, high, valid)
+    low = low.to(tl.float32)
+    high = high.to(tl.float32)
+    mean = tl.sum(tl.where(valid, low + high, 0.0), 0) / H
+    low = tl.where(valid, low - mean, 0.0)
+    high = tl.where(valid, high - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(low * low + high * high, 0) / H + eps)
+    for half in tl.static_range(2):
+        at = even if half == 0 else odd
+        centred = low if half == 0 else high
+        gain = tl.load(weight + at, valid, 0.0).to(tl.float32)
+        shift = tl.load(norm_bias + at, valid, 0.0).to(tl.float32)
+        tl.store(out + row * H + at, (centred * scale * gain + shift).to(dtype), valid)
+
+
+def exchange_norm(sum_: Sum, peers: Peers, weight_h: Tensor, bias_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of a sum over ranks, and the sum: see `hasten.ops.layer_norm`."""
+    rows, width = sum_.shape
+    out_th, total_th = weight_h.new_empty(rows, width), weight_h.new_empty(rows, width)
+    parts = sum_.parts
+    _exchange_norm[(rows,)](
+        parts,
+        parts.stride(0) if sum_.num_parts > 1 else 0,
+        weight_h if sum_.bias is None else sum_.bias,
+        parts if sum_.residual is None else sum_.residual,
+        parts if sum_.rows is None else sum_.rows,
+        total_th,
+        weight_h,
+        bias_h,
+        out_th,
+        peers.addresses,
+        peers.mailbox,
+        peers.exchanges,
+        eps,
+        RANK=peers.rank,
+        RANKS=peers.size,
+        MAX_ROWS=peers.max_rows,
+        H=width,
+        PAIRS=triton.next_power_of_2(width) // 2,
+        PARTS=sum_.num_parts,
+        HAS_BIAS=sum_.bias is not None,
+        HAS_RESIDUAL=sum_.residual is not None,
+        HAS_ROWS=sum_.rows is not None,
+        num_warps=max(1, min(16, triton.next_power_of_2(width) // 256)),
+        **overlapped(weight_h),
+    )
+    return out_th, total_th

@@ -1,0 +1,22 @@
+"""Memory that the GPUs of one host write for each other."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Peers:
+    """A mailbox on each rank's GPU that all ranks can write, for rows of one width in 16-bit types."""
+
+    rank: int
+    size: int
+    max_rows: int
+    """Rows that fit."""
+    width: int
+    mailbox: Tensor
+    """This rank's own, [2, max_rows, ranks, width / 2], int64: two values and the number of the exchange in each."""
+    addresses: Tensor
+    """[ranks], int64: where each rank's mailbox is, seen from here."""
+    exchanges: Tensor
+    """[max_rows], int32: exchanges so far of each row, the same on every rank."""

@@ -1,0 +1,49 @@
+"""Mailboxes between the GPUs of one host, where they can reach each other."""
+
+import logging
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
+
+from hasten.ops.peers import Peers
+
+_log = logging.getLogger(__name__)
+
+
+def connect(rank: int, size: int, width: int, max_rows: int, device: torch.device) -> Peers | None:
+    """Mailboxes for rows of `width` 16-bit values, on every rank; None, on every rank, if any cannot have them."""
+    try:
+        made = _mailboxes(rank, size, width, max_rows, device)
+    except RuntimeError as error:
+        made = None
+        _log.info("ranks sum through NCCL alone: %s", str(error).partition("\n")[0])
+    agreed = torch.tensor(int(made is not None))
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)  # also: nobody writes before all mailboxes are empty
+    return made if int(agreed) else None
+
+
+def _mailboxes(rank: int, size: int, width: int, max_rows: int, device: torch.device) -> Peers:
+    shape = (2, max_rows, size, width // 2)
+    mailbox = symmetric_memory.empty(shape, dtype=torch.int64, device=device)
+    mailbox.zero_()
+    torch.cuda.synchronize(device)
+    handle = symmetric_memory.rendezvous(mailbox, dist.group.WORLD)
+    addresses = [handle.get_buffer(other, shape, torch.int64).data_ptr() for other in range(size)]
+    return Peers(
+        rank=rank,
+        size=size,
+        max_rows=max_rows,
+        width=width,
+        mailbox=mailbox,
+        addresses=torch.tensor(addresses, dtype=torch.int64, device=device),
+        exchanges=torch.zeros(max_rows, dtype=torch.int32, device=device),
+    )
+
+
+def reachable(size: int, local_size: int) -> bool:
+    """Whether all ranks' GPUs are on this host and can write each other's memory."""
+    if size < 2 or size != local_size or torch.cuda.device_count() < size:
+        return False
+    pairs = ((one, other) for one in range(size) for other in range(size) if one != other)
+    return all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
