@@ -73,6 +73,16 @@ def _save_bloom(folder: Path, seed: int, **config: Any) -> None:
     model.save_pretrained(folder)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs more GPUs than there are."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for mark, least in (("gpu", 1), ("multi_gpu", 2)):
+        if gpus < least:
+            for item in items:
+                if item.get_closest_marker(mark) is not None:
+                    item.add_marker(pytest.mark.skip(reason=f"needs {least} GPU{'s' * (least > 1)}; {gpus} are here"))
+
+
 @pytest.fixture(scope="session")
 def make_bloom(tmp_path_factory: pytest.TempPathFactory) -> MakeBloom:
     """Make a folder with a random BLOOM and its tokenizer; equal arguments give the same folder, so do not write to it.

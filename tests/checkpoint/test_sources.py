@@ -239,10 +239,10 @@ def test_dummy_weights_are_the_same_for_every_rank_count(tiny_bloom_12_heads: Pa
     (tmp_path / "config.json").write_bytes((tiny_bloom_12_heads / "config.json").read_bytes())
     with pytest.raises(CheckpointError, match="has no weights"):
         open_checkpoint(tmp_path)
-    checkpoint = open_checkpoint(tmp_path, dummy=True)
+    checkpoint = open_checkpoint(tmp_path, dummy=torch.device("cpu"))
     whole = loaded(checkpoint, 1)
     assert_same(loaded(checkpoint, 4), whole)
-    assert_same(loaded(open_checkpoint(tmp_path, dummy=True), 3), whole)
+    assert_same(loaded(open_checkpoint(tmp_path, dummy=torch.device("cpu")), 3), whole)
     assert whole["layers.0.mlp.up.weight"].std().item() == pytest.approx(0.02, rel=0.05)
     assert not torch.equal(whole["layers.0.mlp.up.weight"], whole["layers.1.mlp.up.weight"])
     assert torch.equal(whole["final_norm.weight"], torch.ones(96))

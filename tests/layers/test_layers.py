@@ -1,8 +1,11 @@
 """Layers with weights, alone and as ranks that share one. Shapes: t tokens, h hidden, v vocabulary."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from threading import Barrier
+from typing import TypeVar
 
 import pytest
 import torch
@@ -24,21 +27,82 @@ ATTENTION = AttentionConfig(num_heads=12, num_kv_heads=12, head_size=4)
 HIDDEN, BLOCK_SIZE = 48, 4
 
 
+class Meeting:
+    """Where ranks that are threads bring their shares together."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier = Barrier(size)
+        self._shares: list[Tensor] = [torch.empty(0)] * size
+
+    def shares(self, rank: int, share: Tensor) -> list[Tensor]:
+        """All ranks' shares, once all have brought theirs."""
+        self._shares[rank] = share
+        self._barrier.wait(timeout=30)
+        shares = list(self._shares)
+        self._barrier.wait(timeout=30)
+        return shares
+
+    def leave(self) -> None:
+        """Nobody waits any longer for a rank that has failed."""
+        self._barrier.abort()
+
+
 @dataclass(frozen=True)
-class OwnShare(TensorGroup):
-    """A rank whose collectives give its own share back: the test adds the shares itself."""
+class Together(TensorGroup):
+    """A rank that is a thread."""
+
+    meeting: Meeting = field(default_factory=lambda: Meeting(1))
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        return tensor
+        return torch.stack(self.meeting.shares(self.rank, tensor)).sum(0)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return torch.stack(self.meeting.shares(self.rank, tensor))
 
     def gather(self, share: Tensor) -> Tensor | None:
-        return share
+        shares = self.meeting.shares(self.rank, share)
+        return torch.cat(shares, dim=-1) if self.rank == 0 else None
+
+
+Built = TypeVar("Built")
+Found = TypeVar("Found")
+
+
+def on_ranks(size: int, build: Callable[[int], Built], run: Callable[[Built], Found]) -> list[Found]:
+    """What `run` finds on every rank, with what `build` made there."""
+    meeting = Meeting(size)
+    built = []
+    for rank in range(size):
+        with rank_of(Together(rank, size, meeting=meeting)):
+            built.append(build(rank))
+
+    def one(rank: int) -> Found:
+        try:
+            with torch.inference_mode():
+                return run(built[rank])
+        except BaseException:
+            meeting.leave()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(one, range(size)))
 
 
 @contextmanager
-def rank_of(rank: int, size: int) -> Iterator[None]:
-    with use_group(OwnShare(rank, size)), torch.inference_mode():
+def rank_of(group: TensorGroup) -> Iterator[None]:
+    with use_group(group), torch.inference_mode():
         yield
+
+
+def settled(made: Tensor | ops.Sum) -> Tensor:
+    """What the next norm reads."""
+    if isinstance(made, Tensor):
+        return made
+    total_th = made.parts if made.parts.dim() == 2 else made.parts.sum(0)
+    if made.bias is not None:
+        total_th = total_th + made.bias
+    assert made.residual is not None
+    return total_th + (made.residual if made.rows is None else made.residual[made.rows])
 
 
 def draw(*shape: int) -> Tensor:
@@ -59,38 +123,66 @@ def test_layer_norm() -> None:
     norm = LayerNorm(8, eps=0.1)
     fill(norm, weight=draw(8), bias=draw(8) + 1)
     x_th = draw(3, 8)
-    assert torch.equal(norm(x_th), F.layer_norm(x_th, (8,), norm.weight, norm.bias, 0.1))
+    normed_th, found_th = norm(x_th)
+    assert torch.equal(normed_th, F.layer_norm(x_th, (8,), norm.weight, norm.bias, 0.1))
+    assert torch.equal(found_th, x_th)
+    normed_th, found_th = norm(ops.Sum(x_th, norm.bias.data, residual=x_th * 2))
+    torch.testing.assert_close(found_th, x_th * 3 + norm.bias)
+    assert torch.equal(normed_th, F.layer_norm(found_th, (8,), norm.weight, norm.bias, 0.1))
 
 
 @pytest.mark.parametrize("vocab", [13, 16])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_embedding_and_head_of_all_ranks_are_those_of_one(size: int, vocab: int) -> None:
     weight_vh, ids_t = draw(vocab, HIDDEN), torch.tensor([0, 12, 6, 7, 3])
-    rows_th, logits = torch.zeros(5, HIDDEN), []
-    for rank in range(size):
-        with rank_of(rank, size):
-            embedding = Embedding(vocab, HIDDEN)
-            head = Head(vocab, HIDDEN, tied=None)
-            share = split(weight_vh, Split.VOCAB, rank, size, ATTENTION)
-            fill(embedding, weight=share)
-            fill(head, weight=share)
-            rows_th += embedding(ids_t)
-            logits.append(head(weight_vh))
-    assert torch.equal(rows_th, weight_vh[ids_t])
-    whole = torch.cat(logits, dim=1)
-    assert whole.shape == (vocab, padded_vocab(vocab, size))
-    torch.testing.assert_close(whole[:, :vocab], weight_vh @ weight_vh.T)
+    norm = LayerNorm(HIDDEN, eps=1e-5)
+    fill(norm, weight=draw(HIDDEN), bias=draw(HIDDEN) + 1)
+
+    def build(rank: int) -> tuple[Embedding, Head]:
+        embedding, head = Embedding(vocab, HIDDEN), Head(vocab, HIDDEN, tied=None)
+        share = split(weight_vh, Split.VOCAB, rank, size, ATTENTION)
+        fill(embedding, weight=share)
+        fill(head, weight=share)
+        return embedding, head
+
+    def run(built: tuple[Embedding, Head]) -> tuple[Tensor, Tensor, Tensor | None]:
+        embedding, head = built
+        return embedding(ids_t, norm), head.share(weight_vh), head(weight_vh)
+
+    found = on_ranks(size, build, run)
+    for normed_th, share, _ in found:
+        assert torch.equal(normed_th, F.layer_norm(weight_vh[ids_t], (HIDDEN,), norm.weight, norm.bias, 1e-5))
+        assert share.shape == (vocab, padded_vocab(vocab, size) // size)
+    logits = [whole for *_, whole in found]
+    assert logits[0] is not None
+    assert logits[1:] == [None] * (size - 1)
+    torch.testing.assert_close(logits[0], weight_vh @ weight_vh.T)  # and none of what pads the vocabulary
 
 
-def test_the_head_gives_no_logits_of_padding() -> None:
-    class Gathered(OwnShare):
-        def gather(self, share: Tensor) -> Tensor | None:
-            return torch.cat([share, share], dim=1)
+@pytest.mark.parametrize("vocab", [1, 5, 13, 16])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_every_rank_knows_the_most_probable_token_of_all(size: int, vocab: int) -> None:
+    rows, infinity = 40, float("inf")
+    generator = torch.Generator().manual_seed(vocab)
+    # few different values, so that the largest is often there more than once, on one rank or on several
+    logits = torch.randint(-3, 3, (rows, vocab), generator=generator).float()
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    for place, value in enumerate((float("nan"), infinity)):
+        for token in range(vocab):
+            row = 2 * token + place
+            logits[row, token] = value
+            expected[row] = -1
+    logits[-1] = -infinity
+    expected[-1] = -1
+    # whatever the logits of what pads the vocabulary are
+    padded = F.pad(logits, (0, padded_vocab(vocab, size) - vocab), value=9)
 
-    with use_group(Gathered(0, 2)), torch.inference_mode():
-        head = Head(13, HIDDEN, tied=None)
-        fill(head, weight=draw(7, HIDDEN))
-        assert head(draw(2, HIDDEN)).shape == (2, 13)
+    def run(head: Head) -> list[int]:
+        tokens_r = head.greedy(padded.chunk(size, dim=1)[head.group.rank])
+        assert tokens_r.dtype == torch.int32
+        return tokens_r.tolist()
+
+    assert on_ranks(size, lambda _: Head(vocab, HIDDEN, tied=None), run) == [expected] * size
 
 
 @pytest.mark.parametrize("rows", [40, 4096])
@@ -102,7 +194,7 @@ def test_a_tied_head_has_no_weights_of_its_own(rows: int) -> None:
     head.pack()
     held = [tensor for tensor in (head.packed.plain, head.packed.blocked) if tensor is not None]
     assert [tensor.data_ptr() for tensor in held] == [embedding.weight.data_ptr()]
-    logits = head(embedding(torch.tensor([3, 5])))
+    logits = head(embedding.weight[[3, 5]])
     assert logits is not None
     torch.testing.assert_close(logits, F.linear(embedding.weight[[3, 5]], embedding.weight))
 
@@ -122,22 +214,30 @@ def test_an_mlp_of_all_ranks_is_that_of_one(size: int, bias: bool) -> None:
     up, down = draw(inner, HIDDEN), draw(HIDDEN, inner)
     up_bias, down_bias = draw(inner), draw(HIDDEN)
     x_th, residual_th = draw(5, HIDDEN), draw(5, HIDDEN) * 9
-    total_th = torch.zeros(5, HIDDEN)
-    for rank in range(size):
-        with rank_of(rank, size):
-            column = ColumnLinear(HIDDEN, inner, bias=bias, activation="gelu_tanh")
-            row = RowLinear(inner, HIDDEN, bias=bias)
-            biases = split(up_bias, Split.COLUMN, rank, size, ATTENTION), down_bias
-            fill(
-                column,
-                weight=split(up, Split.COLUMN, rank, size, ATTENTION),
-                **({"bias": biases[0]} if bias else {}),
-            )
-            fill(row, weight=split(down, Split.ROW, rank, size, ATTENTION), **({"bias": biases[1]} if bias else {}))
-            total_th += row(column(x_th), residual_th)
+    rows_t = torch.tensor([4, 0, 2, 2, 1])
+
+    def build(rank: int) -> tuple[ColumnLinear, RowLinear]:
+        column = ColumnLinear(HIDDEN, inner, bias=bias, activation="gelu_tanh")
+        row = RowLinear(inner, HIDDEN, bias=bias)
+        biases = split(up_bias, Split.COLUMN, rank, size, ATTENTION), down_bias
+        fill(
+            column,
+            weight=split(up, Split.COLUMN, rank, size, ATTENTION),
+            **({"bias": biases[0]} if bias else {}),
+        )
+        fill(row, weight=split(down, Split.ROW, rank, size, ATTENTION), **({"bias": biases[1]} if bias else {}))
+        return column, row
+
+    def run(built: tuple[ColumnLinear, RowLinear]) -> tuple[Tensor, Tensor]:
+        column, row = built
+        inner_th = column(x_th)
+        return settled(row(inner_th, residual_th)), settled(row(inner_th, residual_th, rows_t))
+
     inner_th = F.gelu(F.linear(x_th, up, up_bias if bias else None), approximate="tanh")
-    expected_th = F.linear(inner_th, down, down_bias if bias else None) + residual_th
-    torch.testing.assert_close(total_th, expected_th)
+    product_th = F.linear(inner_th, down, down_bias if bias else None)
+    for whole_th, picked_th in on_ranks(size, build, run):
+        torch.testing.assert_close(whole_th, product_th + residual_th)
+        torch.testing.assert_close(picked_th, product_th + residual_th[rows_t])
 
 
 def one_sequence(first: int, count: int) -> ops.AttentionMeta:
@@ -202,22 +302,23 @@ def expected_attention(x_th: Tensor, residual_th: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_attention_of_all_ranks_in_any_chunks_is_that_of_one_without_a_cache(size: int, chunks: list[int]) -> None:
     x_th, residual_th = draw(11, HIDDEN) * 3, draw(11, HIDDEN)
-    total_th = torch.zeros(11, HIDDEN)
-    for rank in range(size):
-        with rank_of(rank, size):
-            layer = make_attention(rank, size)
-            first = 0
-            for count in chunks:
-                rows = slice(first, first + count)
-                total_th[rows] += layer(x_th[rows], one_sequence(first, count), residual_th[rows])
-                first += count
-    torch.testing.assert_close(total_th.double(), expected_attention(x_th, residual_th), rtol=1e-5, atol=1e-5)
+
+    def run(layer: Attention) -> Tensor:
+        first, found = 0, []
+        for count in chunks:
+            rows = slice(first, first + count)
+            found.append(settled(layer(x_th[rows], one_sequence(first, count), residual_th[rows])))
+            first += count
+        return torch.cat(found).double()
+
+    for found_th in on_ranks(size, lambda rank: make_attention(rank, size), run):
+        torch.testing.assert_close(found_th, expected_attention(x_th, residual_th), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_the_last_layer_computes_what_is_asked_for_and_writes_all(count: int) -> None:
     x_th, residual_th = draw(9, HIDDEN) * 3, draw(9, HIDDEN)
-    with rank_of(0, 1):
+    with rank_of(TensorGroup()):
         whole, some = make_attention(), make_attention()
         meta = one_sequence(0, 9)
         expected_th = whole(x_th, meta, residual_th, last=True)
@@ -233,6 +334,6 @@ def test_the_last_layer_computes_what_is_asked_for_and_writes_all(count: int) ->
 def test_slopes_go_with_their_heads(size: int) -> None:
     shares = []
     for rank in range(size):
-        with rank_of(rank, size), torch.device("meta"):
+        with rank_of(TensorGroup(rank, size)), torch.device("meta"):
             shares.append(Attention(HIDDEN, ATTENTION, bias=True).slopes_n)
     assert torch.equal(torch.cat(shares), alibi_slopes(12))

@@ -62,24 +62,28 @@ def our_logits(folder: Path, prompts: list[list[int]], followed_by: list[list[in
         found[sequence.request_id].append(logits)
 
     added = [
-        NewSequence(request_id=str(number), token_ids=ids, n=1, prompt_logprobs=True)
+        NewSequence(
+            request_id=str(number), token_ids=ids, n=1, max_tokens=DECODED + 1, plain=False, prompt_logprobs=True
+        )
         for number, ids in enumerate(prompts)
     ]
     worker.apply(Message(tokens=[], finished=[], added=added, stop=False))
     while worker.scheduler.has_work:
         batch = worker.scheduler.schedule()
-        logits = worker.compute(batch, keep)
-        worker.scheduler.advance(batch)
+        with torch.inference_mode():
+            logits = worker.runner.logits(*worker.compute(batch, keep))
+        assert logits is not None
         message = Message(tokens=[], finished=[], added=[], stop=False)
-        for place, sequence in enumerate(s for s in batch.sequences if s.num_computed == len(s.token_ids)):
-            assert logits is not None
+        for row, place in enumerate(batch.sampled):
+            sequence = batch.sequences[place]
             if sequence.output_len > 0:
-                found[sequence.request_id].append(logits[place : place + 1])
+                found[sequence.request_id].append(logits[row : row + 1])
             if sequence.output_len < DECODED:
                 token = followed_by[int(sequence.request_id)][sequence.output_len]
                 message["tokens"].append((sequence.key, token))
             else:
                 message["finished"].append(sequence.key)
+        worker.scheduler.advance(batch)
         worker.apply(message)
     return [torch.cat(found[str(number)]) for number in range(len(prompts))]
 

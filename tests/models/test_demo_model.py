@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from hasten import ops
 from hasten.bench import lambada
 from hasten.bench.engines import HastenEngine, HuggingFaceEngine
 from hasten.engine.llm import LLM
 from hasten.layers.attention import Attention
 from hasten.layers.position import alibi_slopes
 from hasten.models.bloom import BloomBlock, BloomForCausalLM
+from hasten.ops import reference
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FOLDER, STORIES = EXAMPLES / "demo-model", EXAMPLES / "stories" / "test.jsonl"
@@ -168,5 +168,5 @@ def test_shifted_cache_slots_ruin_it(
         for new_tmd, cache, by in ((key_tmd, key_cache, of_keys), (value_tmd, value_cache, of_values)):
             cache.flatten(0, 1)[shifted(slots_t, cache, by)] = new_tmd
 
-    monkeypatch.setattr(ops, "write_cache", write_cache)
+    monkeypatch.setattr(reference, "write_cache", write_cache)
     assert_ruined()

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -83,6 +85,25 @@ def test_blocks_are_copied_all_at_once(pairs: list[tuple[int, int]], expected: l
     ops.copy_blocks(layers, sources, targets)
     for layer in layers:
         assert torch.equal(layer, numbered(layer.shape[2])[expected])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("op", [ops.resolve_ids, reference.resolve_ids], ids=["cpu", "reference"])
+def test_ids_below_zero_stand_for_tokens_that_were_chosen(op: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    chosen_r = torch.tensor([70, 0, -1, 250_679], dtype=torch.int32)  # no token for the third
+    for ids, expected in (
+        ([], []),
+        ([5, 0, 250_680], [5, 0, 250_680]),
+        ([-1, -2, -3, -4], [70, 0, 0, 250_679]),
+        ([9, -4, 9, -1, -1, 0], [9, 250_679, 9, 70, 70, 0]),
+    ):
+        ids_t = torch.tensor(ids, dtype=dtype)
+        before = ids_t.clone(), chosen_r.clone()
+        found = op(ids_t, chosen_r)
+        assert found.dtype == dtype
+        assert found.tolist() == expected
+        assert torch.equal(ids_t, before[0])
+        assert torch.equal(chosen_r, before[1])
 
 
 def test_ops_without_a_faster_path_are_the_reference() -> None:

@@ -49,16 +49,76 @@ def test_layer_norm(rows: int, hidden: int, dtype: torch.dtype, assert_close: Cl
     generator = torch.Generator().manual_seed(rows + hidden)
     x = (torch.randn(rows, hidden, generator=generator) * 3 + 1).to(dtype)
     weight, bias = torch.randn(2, hidden, generator=generator).to(dtype)
+    for op in (ops.layer_norm, reference.layer_norm):
+        normed, settled = op(x, weight, bias, 1e-5)
+        assert normed.dtype == dtype
+        assert_close("layer_norm", normed, exact_norm(x, weight, bias))
+        assert settled is x  # there is nothing to add up
+
+
+def exact_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The definition in fp64."""
     wide = x.double()
     centred = wide - wide.mean(-1, keepdim=True)
-    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double() + bias.double()
-    assert_close("layer_norm", ops.layer_norm(x, weight, bias, 1e-5), expected)
-    assert torch.equal(ops.layer_norm(x, weight, bias, 1e-5), reference.layer_norm(x, weight, bias, 1e-5))
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double() + bias.double()
 
 
 def test_layer_norm_of_a_row_without_variance_is_its_bias() -> None:
     bias = torch.arange(4.0)
-    assert torch.equal(ops.layer_norm(torch.full((2, 4), 5.0), torch.ones(4), bias, 1e-5), bias.expand(2, 4))
+    x = torch.full((2, 4), 5.0)
+    for of in (x, ops.Sum(x), ops.Sum(torch.full((3, 2, 4), 2.5), residual=-x / 2)):
+        assert torch.equal(ops.layer_norm(of, torch.ones(4), bias, 1e-5)[0], bias.expand(2, 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parts", [None, 1, 3], ids=["whole", "one part", "three parts"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("residual", [None, "all rows", "some rows"])
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_layer_norm_of_a_sum(
+    rows: int, residual: str | None, bias: bool, parts: int | None, dtype: torch.dtype, assert_close: Close
+) -> None:
+    hidden, generator = 40, torch.Generator().manual_seed(rows)
+
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    sum_ = ops.Sum(
+        draw(rows, hidden) if parts is None else draw(parts, rows, hidden, dtype=torch.float32),
+        draw(hidden) if bias else None,
+        None if residual is None else draw(rows + 5 * (residual == "some rows"), hidden) * 3,
+        torch.randperm(rows + 5, generator=generator)[:rows] if residual == "some rows" else None,
+    )
+    weight, norm_bias = draw(hidden), draw(hidden)
+    assert sum_.shape == (rows, hidden)
+    assert sum_.num_parts == (parts or 1)
+    total = sum_.parts.double() if parts is None else sum_.parts.double().sum(0)
+    if sum_.bias is not None:
+        total = total + sum_.bias.double()
+    for row in range(rows):
+        if sum_.residual is not None:
+            total[row] += sum_.residual[row if sum_.rows is None else int(sum_.rows[row])].double()
+    given = [tensor for tensor in (sum_.parts, sum_.bias, sum_.residual, sum_.rows) if tensor is not None]
+    before = [tensor.clone() for tensor in given]
+    for op in (ops.layer_norm, reference.layer_norm):
+        normed, settled = op(sum_, weight, norm_bias, 1e-5)
+        assert normed.dtype == settled.dtype == dtype
+        # parts in fp32 are added up in fp32 and rounded once; a whole in a half type, after every step
+        assert_close("stepwise" if parts is None else "linear", settled, total)
+        assert_close("layer_norm", normed, exact_norm(settled, weight, norm_bias))
+        assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_embedding_and_norm_at_once(dtype: torch.dtype, assert_close: Close) -> None:
+    weight_vh = table(dtype)
+    weight, bias = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = exact_norm(torch.stack([weight_vh[int(token)] for token in IDS]), weight, bias)
+    for op in (ops.embedding_norm, reference.embedding_norm):
+        found = op(IDS, weight_vh, weight, bias, 1e-5)
+        assert found.dtype == dtype
+        assert_close("layer_norm", found, expected)
+        assert op(IDS[:0], weight_vh, weight, bias, 1e-5).shape == (0, HIDDEN)
 
 
 def test_the_default_device_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Shapes: t tokens, h in, o out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -25,12 +26,30 @@ def test_the_sizes_lie_on_both_sides_of_a_small_weight() -> None:
     assert LARGE[0] * LARGE[1] == cpu._SMALL_WEIGHT
 
 
+COUNTS = (0, 1, 2, 63, 64, 65)
+"""Of rows, where not all of `ROWS` are tried."""
+
+
+@contextmanager
+def unchanged(*tensors: Tensor | None) -> Iterator[None]:
+    before = [None if tensor is None else tensor.clone() for tensor in tensors]
+    yield
+    for tensor, old in zip(tensors, before, strict=True):
+        assert tensor is None or old is None or torch.equal(tensor, old)
+
+
 def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
     return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
 
-def exact(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+def exact(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """The definition in fp64."""
     out = x.double() @ weight.double().T
     if bias is not None:
@@ -49,36 +68,100 @@ def test_any_number_of_rows(out: int, into: int, assert_close: Close) -> None:
         x = draw(rows, into)
         found = ops.linear(x, packed, bias)
         assert_close("linear", found, F.linear(x, weight, bias))
-        assert_close("linear", found, exact(x, weight, bias, None, None))
+        assert_close("linear", found, exact(x, weight, bias))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("activation", [None, "gelu_tanh"])
-@pytest.mark.parametrize("residual", [False, True], ids=["no residual", "residual"])
 @pytest.mark.parametrize(("out", "into"), [(48, 64), (509, 64), LARGE], ids=str)
 def test_every_combination(
-    out: int,
-    into: int,
-    bias: bool,
-    activation: ops.Activation | None,
-    residual: bool,
-    dtype: torch.dtype,
-    assert_close: Close,
+    out: int, into: int, bias: bool, activation: ops.Activation | None, dtype: torch.dtype, assert_close: Close
 ) -> None:
     weight = draw(out, into, dtype=dtype, scale=into**-0.5)
     bias_o = draw(out, dtype=dtype) if bias else None
     packed, plain = ops.pack_linear(weight), reference.pack_linear(weight, False)
-    for rows in (0, 1, 2, 63, 64, 65):
+    for rows in COUNTS:
         x = draw(rows, into, dtype=dtype)
-        residual_to = draw(rows, out, dtype=dtype) if residual else None
-        inputs = [tensor for tensor in (x, weight, bias_o, residual_to) if tensor is not None]
-        before = [tensor.clone() for tensor in inputs]
-        found = ops.linear(x, packed, bias_o, activation=activation, residual_to=residual_to)
+        with unchanged(x, weight, bias_o):
+            found = ops.linear(x, packed, bias_o, activation=activation)
         assert found.dtype == dtype
-        assert_close("linear", found, exact(x, weight, bias_o, activation, residual_to))
-        assert_close("stepwise", found, reference.linear(x, plain, bias_o, activation, residual_to))
-        assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+        assert_close("linear", found, exact(x, weight, bias_o, activation))
+        assert_close("stepwise", found, reference.linear(x, plain, bias_o, activation))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("picked", [False, True], ids=["all rows", "some rows"])
+@pytest.mark.parametrize(("out", "into"), [(48, 64), (509, 64), LARGE], ids=str)
+def test_a_residual_is_added(
+    out: int, into: int, picked: bool, bias: bool, dtype: torch.dtype, assert_close: Close
+) -> None:
+    weight = draw(out, into, dtype=dtype, scale=into**-0.5)
+    bias_o = draw(out, dtype=dtype) if bias else None
+    packed, plain = ops.pack_linear(weight), reference.pack_linear(weight, False)
+    for rows in COUNTS:
+        x, residual_to = draw(rows, into, dtype=dtype), draw(rows + 9 * picked, out, dtype=dtype)
+        generator = torch.Generator().manual_seed(rows)
+        rows_t = torch.randperm(rows + 9, generator=generator)[:rows] if picked else None
+        with unchanged(x, weight, bias_o, residual_to, rows_t):
+            found = ops.add_linear(x, packed, bias_o, residual_to, rows_t)
+        assert isinstance(found, Tensor)  # a CPU has no use for a sum that is still to be made
+        assert found.dtype == dtype
+        taken_to = residual_to[:rows].clone()
+        for row, place in enumerate([] if rows_t is None else rows_t.tolist()):
+            taken_to[row] = residual_to[place]
+        assert_close("linear", found, exact(x, weight, bias_o, None, taken_to))
+        assert_close("stepwise", found, reference.add_linear(x, plain, bias_o, residual_to, rows_t))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("out", "into"), [(48, 64), (509, 64), LARGE], ids=str)
+def test_parts_add_up_to_the_product(out: int, into: int, dtype: torch.dtype, assert_close: Close) -> None:
+    weight = draw(out, into, dtype=dtype, scale=into**-0.5)
+    packed = ops.pack_linear(weight)
+    for rows in COUNTS:
+        x = draw(rows, into, dtype=dtype)
+        with unchanged(x, weight):
+            parts = ops.linear_parts(x, packed)
+        assert parts.dtype == (dtype if parts.dim() == 2 else torch.float32)
+        whole = parts if parts.dim() == 2 else parts.sum(0)
+        assert_close("linear", whole, exact(x, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_size"), [(3, 3, 8), (8, 2, 5), (4, 1, 16), (16, 8, 32)], ids=str)
+@pytest.mark.parametrize("op", ["cpu", "reference"])
+def test_projected_keys_and_values_go_to_the_cache(
+    op: str, heads: int, kv_heads: int, head_size: int, bias: bool, dtype: torch.dtype, assert_close: Close
+) -> None:
+    into, out, block_size = 1024 if heads == 16 else 40, (heads + 2 * kv_heads) * head_size, 3
+    weight = draw(out, into, dtype=dtype, scale=into**-0.5)
+    bias_o = draw(out, dtype=dtype) if bias else None
+    packed = ops.pack_linear(weight) if op == "cpu" else reference.pack_linear(weight, False)
+    project = ops.project if op == "cpu" else reference.project
+    for rows in COUNTS:
+        x = draw(rows, into, dtype=dtype)
+        blocks = rows // block_size + 2
+        key_cache, value_cache = torch.full((2, blocks, block_size, kv_heads, head_size), -7.0, dtype=dtype)
+        slots_t = torch.randperm(blocks * block_size, generator=torch.Generator().manual_seed(rows))[:rows]
+        slots_t[1::4] = -1
+        with unchanged(x, weight, bias_o, slots_t):
+            query_tnd = project(x, packed, bias_o, key_cache, value_cache, slots_t, heads)
+        rows_to = exact(x, weight, bias_o)
+        queries, width = heads * head_size, kv_heads * head_size
+        assert query_tnd.dtype == dtype
+        assert_close("linear", query_tnd, rows_to[:, :queries].reshape(rows, heads, head_size))
+        for cache, first in ((key_cache, queries), (value_cache, queries + width)):
+            expected = torch.full((blocks * block_size, width), -7.0, dtype=torch.float64)
+            for row, slot in enumerate(slots_t.tolist()):
+                if slot >= 0:
+                    expected[slot] = rows_to[row, first : first + width]
+            found = cache.flatten(0, 1).flatten(1)
+            assert_close("linear", found, expected)
+            # no slot of another token is touched
+            assert found[expected[:, 0] == -7].eq(-7).all()
 
 
 @pytest.mark.parametrize(("out", "into"), [(48, 64), LARGE], ids=str)
@@ -88,7 +171,7 @@ def test_rows_that_do_not_stand_side_by_side(out: int, into: int, assert_close: 
     views = [draw(20, into)[::2], draw(10, 3 * into)[:, into : 2 * into], draw(into, 10).T, draw(1, into).expand(6, -1)]
     for x in views:
         assert not x.is_contiguous()
-        assert_close("linear", ops.linear(x, packed), exact(x, weight, None, None, None))
+        assert_close("linear", ops.linear(x, packed), exact(x, weight))
 
 
 @pytest.mark.parametrize("weight", [draw(64, 48).T, draw(96, 64)[::2], draw(48, 128)[:, 64:]])

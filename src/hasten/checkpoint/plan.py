@@ -51,7 +51,9 @@ def side_folder(source: Source) -> Path:
     return parent if folder.name.endswith("-gpu") and (parent / "config.json").is_file() else folder
 
 
-def open_checkpoint(path: str | Path, ranks: int = 1, verify: bool = True, dummy: torch.device | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, ranks: int = 1, verify: bool = True, dummy: torch.device | None = None
+) -> Checkpoint:
     """Open a Hugging Face folder, OUT or OUT/N-gpu for `ranks` ranks; `dummy`: config.json alone, random weights.
 
     CheckpointError, ConfigError and UnsupportedError say what is wrong and what to do.

@@ -97,8 +97,9 @@ class Engine:
             raise EngineError("the engine is closed")
         if request.request_id in self._requests:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use")
-        request = replace(request, params=self._resolve(request))
-        params = request.params
+        params = self._resolve(request)
+        if params is not request.params:
+            request = replace(request, params=params)
         seed = self._next_seed() if params.seed is None else params.seed
         sequence = Sequence(request, seed, self.max_model_len)
         state = _RequestState(request, unfinished=params.n, stream=stream)
@@ -126,8 +127,8 @@ class Engine:
         named |= {"stop_words_ids": tuple(itertools.chain(*params.stop_words_ids))}
         named |= {"bad_words_ids": tuple(itertools.chain(*params.bad_words_ids))}
         for where, ids in named.items():
-            wrong = next((token for token in ids if not 0 <= token < vocab), None)
-            if wrong is not None:
+            if ids and not 0 <= min(ids) <= max(ids) < vocab:
+                wrong = next(token for token in ids if not 0 <= token < vocab)
                 raise InvalidRequestError(f"{name}: {where} has token id {wrong}; the vocabulary ends at {vocab - 1}")
         if self.tokenizer is None and (params.stop or params.bad_words):
             raise InvalidRequestError(f"{name}: stop strings and bad words need a tokenizer; give --tokenizer-path")

@@ -65,7 +65,11 @@ class DecodeGraphs:
             ) from error
 
     def _captured(
-        self, step: Callable[[Tokens], StepOutput], layout: DecodeLayout, stream: torch.cuda.Stream, pool: object
+        self,
+        step: Callable[[Tokens], StepOutput],
+        layout: DecodeLayout,
+        stream: torch.cuda.Stream,
+        pool: torch.cuda._POOL_HANDLE,
     ) -> _Graph:
         numbers = self._numbers[: layout.total]
         numbers.zero_()
@@ -76,7 +80,7 @@ class DecodeGraphs:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step(layout.tokens(numbers))  # compiles what is not compiled yet, which a capture must not do
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 output = step(layout.tokens(numbers))
         torch.cuda.current_stream().wait_stream(stream)
         return _Graph(layout, numbers, graph, output)

@@ -121,8 +121,7 @@ class Inputs:
             work = zip(sequences, batch.counts, strict=True)
             # A pending token is the last one of its sequence, and the only one that is left to compute.
             parts = (
-                [-1 - s.pending_row] if s.pending else s.token_ids[s.num_computed : s.num_computed + n]
-                for s, n in work
+                [-1 - s.pending_row] if s.pending else s.token_ids[s.num_computed : s.num_computed + n] for s, n in work
             )
             ids = np.fromiter(chain.from_iterable(parts), dtype=np.int64)
             first_rows = np.cumsum(counts) - counts
@@ -172,9 +171,7 @@ class Inputs:
         """Most runs of keys that so many sequences with one query are divided into."""
         return plan.most_runs(sequences, self.num_heads, self._multiprocessors)
 
-    def _meta(
-        self, work: _Work, tensors: dict[str, Tensor], prefix: str, last: AttentionMeta | None
-    ) -> AttentionMeta:
+    def _meta(self, work: _Work, tensors: dict[str, Tensor], prefix: str, last: AttentionMeta | None) -> AttentionMeta:
         return AttentionMeta(
             query_start=tensors[f"{prefix}query_start"],
             seq_lens=tensors[f"{prefix}seq_lens"],
@@ -228,7 +225,7 @@ class DecodeLayout:
 
     @property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        tokens = {name: (self.size,) for name in ("ids", "positions", "slots", "seq_lens")}
+        tokens = dict.fromkeys(("ids", "positions", "slots", "seq_lens"), (self.size,))
         return {**tokens, "runs": (self.runs, plan.RUN_COLUMNS), "tables": (self.size, self.blocks)}
 
     @property

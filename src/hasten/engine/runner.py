@@ -92,6 +92,10 @@ class Runner:
         """Capture steps of single tokens; from now on they are replayed."""
         self._graphs = DecodeGraphs(self._decode, self._inputs, self.max_sequences)
 
+    def release_graphs(self) -> None:
+        """Let the graphs go: NCCL does not leave a group that one of them still has work of."""
+        self._graphs = self._output = None
+
     def _decode(self, tokens: Tokens) -> StepOutput:
         ids = ops.resolve_ids(tokens.ids, self._chosen)
         hidden = self.model(ids, tokens.positions, tokens.meta)

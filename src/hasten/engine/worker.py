@@ -44,8 +44,8 @@ from hasten.layers.linear import PackedModule
 from hasten.models.base import CausalLM
 from hasten.models.registry import model_class
 from hasten.parallel.groups import TensorGroup, use_group
-from hasten.parallel.peers import connect, reachable
 from hasten.parallel.launch import RankPlace, Ranks, place_from_environment
+from hasten.parallel.peers import connect, reachable
 
 _DEFAULT_MODEL_LEN = 2048
 _DEFAULT_STEP_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -111,9 +111,12 @@ class Worker:
     def _with_peers(self, dtype: torch.dtype) -> TensorGroup:
         """The group, with mailboxes where its GPUs can reach each other."""
         group = self.ranks.group
+        store = self.ranks.store
         if self.device.type == "cpu" or dtype.itemsize != 2 or not reachable(group.size, self.ranks.local_size):
             return group
-        made = connect(group.rank, group.size, self.model_config.hidden_size, _MOST_EXCHANGED_ROWS, self.device)
+        assert store is not None
+        width = self.model_config.hidden_size
+        made = connect(store, group.rank, group.size, width, _MOST_EXCHANGED_ROWS, self.device)
         return replace(group, peers=made)
 
     def _make_cache(self, config: EngineConfig) -> tuple[int, int]:
@@ -224,11 +227,16 @@ class Worker:
             if logits is not None and consume is not None:
                 consume(sequence, sequence.num_computed + first, logits)
 
+    def release(self) -> None:
+        """Let go what must not outlast the ranks' group."""
+        self.runner.release_graphs()
+
     def follow(self) -> None:
         """What ranks other than 0 do until rank 0 says stop."""
         while True:
             message: Message = self.ranks.broadcast(None)  # type: ignore[assignment]  # rank 0 sent a Message
             if message["stop"]:
+                self.release()
                 return
             self.apply(message)
             batch = self.scheduler.schedule()

@@ -44,9 +44,7 @@ class ColumnLinear(_Linear):
         """`activation(x @ W.T + b)`, this rank's features: [t, o]."""
         return ops.linear(x_th, self.packed, self.bias, activation=self.activation)
 
-    def project(
-        self, x_th: Tensor, key_cache: Tensor, value_cache: Tensor, slots_t: Tensor, num_heads: int
-    ) -> Tensor:
+    def project(self, x_th: Tensor, key_cache: Tensor, value_cache: Tensor, slots_t: Tensor, num_heads: int) -> Tensor:
         """As a fused QKV projection: queries [t, n, d] of this rank's heads; keys and values go to the caches."""
         return ops.project(x_th, self.packed, self.bias, key_cache, value_cache, slots_t, num_heads)
 

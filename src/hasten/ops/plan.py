@@ -3,7 +3,6 @@
 Sequences with one query are cut into runs of keys; those with several, into tiles of queries.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +41,7 @@ def most_runs(sequences: int, heads: int, multiprocessors: int) -> int:
     return max(2 * sequences, -(-_PROGRAMS * multiprocessors // heads))
 
 
-def runs(
-    sequences: Integers, query_rows: Integers, out_rows: Integers, kv_lens: Integers, most: int
-) -> Integers:
+def runs(sequences: Integers, query_rows: Integers, out_rows: Integers, kv_lens: Integers, most: int) -> Integers:
     """Cut the keys of sequences with one query each into at most `most` runs of about equal length: [runs, 8]."""
     spare = max(1, most - len(sequences))
     length = max(_LEAST_RUN, -(-int(kv_lens.sum()) // spare))
@@ -52,7 +49,7 @@ def runs(
     counts = np.maximum(1, -(-kv_lens // length))
     owner = np.repeat(np.arange(len(sequences)), counts)
     place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    even = -(-(-(-kv_lens // counts)) // 32) * 32  # equal runs of one sequence, none a short rest
+    even = (kv_lens + 32 * counts - 1) // (32 * counts) * 32  # equal runs of one sequence, none a short rest
     begin = np.minimum(place * even[owner], kv_lens[owner])
     end = np.minimum(begin + even[owner], kv_lens[owner])
     columns = (sequences[owner], query_rows[owner], out_rows[owner], begin, end, kv_lens[owner], place, counts[owner])

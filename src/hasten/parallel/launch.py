@@ -111,6 +111,11 @@ class Ranks:
         if device_kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, self._threads // place.local_size))
 
+    @property
+    def store(self) -> PrefixStore | None:
+        """Where the ranks of this run leave words for each other; None for a rank alone."""
+        return self._store
+
     def _await_all(self, keys: Iterator[str]) -> None:
         assert self._store is not None
         deadline = time.monotonic() + _START_TIMEOUT_S

@@ -1,20 +1,28 @@
 """Mailboxes between the GPUs of one host, where they can reach each other."""
 
+import itertools
 import logging
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
+from torch._C._distributed_c10d import PrefixStore, Store, _SymmetricMemory
 
 from hasten.ops.peers import Peers
 
 _log = logging.getLogger(__name__)
+_numbers = itertools.count()
 
 
-def connect(rank: int, size: int, width: int, max_rows: int, device: torch.device) -> Peers | None:
-    """Mailboxes for rows of `width` 16-bit values, on every rank; None, on every rank, if any cannot have them."""
+def connect(
+    store: Store, rank: int, size: int, width: int, max_rows: int, device: torch.device
+) -> Peers | None:
+    """Mailboxes for rows of `width` 16-bit values, on every rank; None, on every rank, if any cannot have them.
+
+    The ranks find each other's memory through `store`, which must be this run's own.
+    """
     try:
-        made = _mailboxes(rank, size, width, max_rows, device)
+        made = _mailboxes(store, rank, size, width, max_rows, device)
     except RuntimeError as error:
         made = None
         _log.info("ranks sum through NCCL alone: %s", str(error).partition("\n")[0])
@@ -23,12 +31,14 @@ def connect(rank: int, size: int, width: int, max_rows: int, device: torch.devic
     return made if int(agreed) else None
 
 
-def _mailboxes(rank: int, size: int, width: int, max_rows: int, device: torch.device) -> Peers:
+def _mailboxes(store: Store, rank: int, size: int, width: int, max_rows: int, device: torch.device) -> Peers:
     shape = (2, max_rows, size, width // 2)
     mailbox = symmetric_memory.empty(shape, dtype=torch.int64, device=device)
     mailbox.zero_()
     torch.cuda.synchronize(device)
-    handle = symmetric_memory.rendezvous(mailbox, dist.group.WORLD)
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    handle = symmetric_memory.rendezvous(mailbox, everyone)
     addresses = [handle.get_buffer(other, shape, torch.int64).data_ptr() for other in range(size)]
     return Peers(
         rank=rank,

@@ -1,7 +1,7 @@
 """Attention over the paged cache, for any mixture of prompts, chunks and single tokens.
 
 Shapes: t tokens, n query heads, m key/value heads, d head size. Caches are [blocks, block size, m, d] in any strides
-but a unit one for d. The host divides the work (`plan.py`): single tokens into runs of keys, several queries into tiles.
+but a unit one for d. The host divides the work (`plan.py`): single tokens into runs of keys, several into tiles.
 """
 
 import torch

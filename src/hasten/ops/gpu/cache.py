@@ -35,7 +35,8 @@ def _write(
 
 def write_cache(key_tmd: Tensor, value_tmd: Tensor, key_cache: Tensor, value_cache: Tensor, slots_t: Tensor) -> None:
     width = key_tmd.shape[1] * key_tmd.shape[2]
-    assert key_tmd.stride(1) == value_tmd.stride(1) == key_tmd.shape[2] and key_cache.is_contiguous()
+    assert key_tmd.stride(1) == value_tmd.stride(1) == key_tmd.shape[2]
+    assert key_cache.is_contiguous()
     block = min(2048, triton.next_power_of_2(width))
     _write[(key_tmd.shape[0],)](
         key_tmd, value_tmd, key_cache, value_cache, slots_t, key_tmd.stride(0), value_tmd.stride(0),

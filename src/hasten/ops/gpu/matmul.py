@@ -180,7 +180,13 @@ class _Projection:
 
 def pack_linear(weight_oh: Tensor, shared: bool) -> PackedLinear:
     """A GPU reads weights as they are, row by row."""
-    return PackedLinear(*weight_oh.shape, plain=weight_oh if shared else weight_oh.contiguous())
+    return PackedLinear(weight_oh.shape[0], weight_oh.shape[1], plain=weight_oh if shared else weight_oh.contiguous())
+
+
+def _plain(weight: PackedLinear) -> Tensor:
+    """The weight as `pack_linear` left it."""
+    assert weight.plain is not None
+    return weight.plain
 
 
 def linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation: str | None) -> Tensor:
@@ -188,15 +194,15 @@ def linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation
     if _serves(x_th, weight):
         return _product(x_th, weight, bias_o, activation == "gelu_tanh", None, splits=1)
     if activation == "gelu_tanh" and bias_o is not None and x_th.dtype != torch.float32:
-        return torch._addmm_activation(bias_o, x_th, weight.plain.t(), use_gelu=True)
-    out_to = F.linear(x_th, weight.plain, bias_o)
+        return torch._addmm_activation(bias_o, x_th, _plain(weight).t(), use_gelu=True)
+    out_to = F.linear(x_th, _plain(weight), bias_o)
     return F.gelu(out_to, approximate="tanh") if activation == "gelu_tanh" else out_to
 
 
 def linear_parts(x_th: Tensor, weight: PackedLinear) -> Tensor:
     """`x @ weight.T`: [t, o], or [parts, t, o] in fp32 to be added up, where few rows leave the device idle else."""
     if not _serves(x_th, weight):
-        return F.linear(x_th, weight.plain)
+        return F.linear(x_th, _plain(weight))
     return _product(x_th, weight, None, False, None, splits=_splits(x_th.shape[0], weight))
 
 
@@ -214,7 +220,7 @@ def project(
     if _serves(x_th, weight):
         to = _Projection(num_heads * head_size, key_cache, value_cache, slots_t)
         return _product(x_th, weight, bias_o, False, to, splits=1).unflatten(1, (num_heads, head_size))
-    qkv_to = F.linear(x_th, weight.plain, bias_o)
+    qkv_to = F.linear(x_th, _plain(weight), bias_o)
     query_tnd, key_tmd, value_tmd = split_heads(qkv_to, num_heads, key_cache)
     write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t)
     return query_tnd
@@ -228,7 +234,7 @@ def _serves(x_th: Tensor, weight: PackedLinear) -> bool:
 
 
 def _splits(rows: int, weight: PackedLinear) -> int:
-    """Parts to cut the input features into, so that the programs fill the device about twice, or once with many rows."""
+    """Parts to cut the input features into, so that programs fill the device about twice, or once with many rows."""
     if rows == 1:
         return 1
     wanted = (256 if rows <= 16 else 128) // triton.cdiv(weight.out_features, _WIDE.block_n)

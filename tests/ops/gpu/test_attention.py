@@ -1,0 +1,302 @@
+"""Shapes: t tokens of the flat batch, n query heads, m key/value heads, d head size.
+
+Batches are made as the engine makes them, by `Inputs`, with the work divided as for a GPU.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hasten.core.types import Request, SamplingParams
+from hasten.engine.batch import Batch
+from hasten.engine.inputs import BlockTables, Inputs
+from hasten.engine.sequence import Sequence
+from hasten.layers.position import alibi_slopes
+from hasten.ops import AttentionMeta, reference
+from hasten.ops.gpu import attention
+
+Close = Callable[[str, Tensor, Tensor], None]
+Lengths = list[tuple[int, int]]
+"""(new tokens, tokens that attention sees, these included) of each sequence."""
+
+HAS_GPU = torch.cuda.is_available()
+GPU_ONLY = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NAN = float("nan")
+WHOLE, CUT = 0, 1000
+"""Most runs beside one a sequence: none is cut, or all are cut as small as they may be."""
+
+DECODES: dict[str, Lengths] = {
+    "one token": [(1, 1)],
+    "around one block": [(1, n) for n in (15, 16, 17)],
+    "around two blocks": [(1, n) for n in (31, 32, 33)],
+    "around a run": [(1, n) for n in (64, 65, 97)],
+    "very uneven": [(1, n) for n in (1, 300, 3, 129, 2)],
+}
+PROMPTS: dict[str, Lengths] = {
+    "two tokens": [(2, 2)],
+    "around one block": [(n, n) for n in (15, 16, 17)],
+    "around a tile": [(63, 63), (64, 64), (65, 65)],
+    "several tiles": [(200, 200)],
+    "chunks and what is before them": [(5, 13), (16, 40), (2, 201), (70, 133)],
+}
+MIXTURES: dict[str, Lengths] = {
+    "prompt, chunk, decodes": [(20, 20), (70, 150), (1, 33), (1, 1), (17, 17), (1, 140)],
+    "decodes before and between prompts": [(1, 90), (30, 30), (1, 12), (2, 60), (1, 13)],
+}
+
+
+@dataclass(frozen=True)
+class Heads:
+    query: int = 2
+    kv: int = 2
+    size: int = 16
+    block: int = 16
+
+    def __str__(self) -> str:
+        return f"{self.query} heads of {self.size} on {self.kv}, blocks of {self.block}"
+
+
+SHAPES = [
+    Heads(query=8, kv=2),
+    Heads(query=3, kv=1, size=24, block=8),
+    Heads(query=1, kv=1, size=80, block=12),
+    Heads(query=1, kv=1, size=96, block=32),
+    Heads(query=2, kv=1, size=64, block=1),
+    Heads(query=1, kv=1, size=128, block=48),
+]
+REAL: dict[str, tuple[Heads, Lengths]] = {
+    "a step of 256": (Heads(32, 32, 128), [(1, 100 + 7 * n) for n in range(256)]),
+    "one at 32k": (Heads(32, 32, 128), [(1, 32_768)]),
+    "a chunk at 32k and decodes": (Heads(12, 12, 64), [(512, 32_768), *[(1, 1000 * n + 1) for n in range(32)]]),
+    "94 prompts of 87": (Heads(32, 32, 128), [(87, 87)] * 94),
+    "4 prompts of 2048": (Heads(12, 12, 64), [(2048, 2048)] * 4),
+    "grouped heads": (Heads(32, 8, 128), [(1, 900), (500, 1500), (1, 3), (64, 64)]),
+    "112 heads of 128": (Heads(112, 112, 128), [(1, 300), (90, 90), (1, 2000)]),
+    "heads of 80": (Heads(32, 32, 80), [(1, 900), (500, 1500), (1, 3)]),
+    "heads of 96": (Heads(16, 16, 96, block=8), [(1, 900), (500, 1500), (1, 3)]),
+    "heads of 256": (Heads(8, 8, 256, block=32), [(1, 900), (500, 1500), (1, 3)]),
+}
+
+
+@dataclass
+class Case:
+    """A batch in its cache. Whatever belongs to no token of it is NaN."""
+
+    heads: Heads
+    dtype: torch.dtype
+    device: torch.device
+    alibi: bool = True
+    seed: int = 0
+    inputs: Inputs = field(init=False)
+    batch: Batch = field(init=False)
+    query_tnd: Tensor = field(init=False)
+    caches: tuple[Tensor, Tensor] = field(init=False)
+
+    def fill(self, lengths: Lengths, extra_runs: int | None = None) -> "Case":
+        """Take sequences of these lengths, in blocks in random order; at most so many runs more than sequences."""
+        rng = np.random.default_rng(self.seed)
+        block = self.heads.block
+        needs = [-(-kv_len // block) for _, kv_len in lengths]
+        order = rng.permutation(sum(needs) + 1).tolist()
+        tables = BlockTables(len(lengths) + 1, max(needs) + 2)
+        tables.array[:] = order.pop()  # behind its end a table names a block of nobody
+        self.inputs = Inputs(tables, block, self.heads.query, self.device)
+        self.inputs.planned = True
+        if extra_runs is not None:
+            self.inputs.most_runs = lambda sequences: sequences + extra_runs  # type: ignore[method-assign]
+        self.batch = Batch()
+        for key, ((count, kv_len), need) in enumerate(zip(lengths, needs, strict=True)):
+            self.batch.add(make_sequence(key, kv_len, count, [order.pop() for _ in range(need)]), count, [])
+        self._draw(sum(needs) + 1)
+        return self
+
+    def _draw(self, blocks: int) -> None:
+        heads, device, generator = self.heads, self.device, torch.Generator().manual_seed(self.seed)
+        tokens = self.batch.num_tokens
+        # A view of something wider, as the queries of a fused projection are.
+        wide = torch.full((tokens, heads.query + 1, heads.size), NAN)
+        wide[:, : heads.query] = torch.randn(tokens, heads.query, heads.size, generator=generator)
+        self.query_tnd = wide.to(self.dtype).to(device)[:, : heads.query]
+        caches = torch.full((2, blocks, heads.block, heads.kv, heads.size), NAN)
+        slots = [
+            sequence.block_table[position // heads.block] * heads.block + position % heads.block
+            for sequence in self.batch.sequences
+            for position in range(sequence.length)
+        ]
+        caches.flatten(1, 2)[:, slots] = torch.randn(2, len(slots), heads.kv, heads.size, generator=generator)
+        key_cache, value_cache = caches.to(self.dtype).to(device)
+        self.caches = key_cache, value_cache
+
+    @property
+    def slopes_n(self) -> Tensor | None:
+        return alibi_slopes(self.heads.query).to(self.device) if self.alibi else None
+
+    def run(self, meta: AttentionMeta) -> Tensor:
+        return attention.paged_attention(self.query_tnd, *self.caches, meta, self.heads.size**-0.5, self.slopes_n)
+
+    def expected(self, meta: AttentionMeta) -> Tensor:
+        """The reference on the same values in fp32."""
+        wide = (tensor.float() for tensor in (self.query_tnd, *self.caches))
+        return reference.paged_attention(*wide, meta, self.heads.size**-0.5, self.slopes_n)
+
+    def check(self, meta: AttentionMeta, assert_close: Close) -> None:
+        found = self.run(meta)
+        assert found.dtype == self.dtype
+        assert_close("attention", found, self.expected(meta))
+        if "parts" in meta.scratch:
+            assert not meta.scratch["parts"][2].any(), "the next layer would not know who finishes last"
+
+
+def make_sequence(key: int, kv_len: int, count: int, blocks: list[int]) -> Sequence:
+    made = Sequence(Request(request_id="r", prompt_token_ids=(0,) * kv_len, params=SamplingParams()), 0)
+    made.key, made.block_table, made.num_computed = key, blocks, kv_len - count
+    return made
+
+
+def whole(case: Case) -> AttentionMeta:
+    """The batch with hidden states of all its tokens asked for."""
+    return case.inputs.tokens(case.batch, case.batch.counts).meta
+
+
+def interpreted(dtypes: list[torch.dtype]) -> list[object]:
+    """Types of kernels with matrix products: the interpreter's are of the bits in bf16, which numpy does not know."""
+    return [pytest.param(d, marks=GPU_ONLY) if d == torch.bfloat16 and not HAS_GPU else d for d in dtypes]
+
+
+@pytest.mark.parametrize("extra_runs", [WHOLE, 3, CUT])
+@pytest.mark.parametrize("lengths", DECODES.values(), ids=list(DECODES))
+def test_decodes(lengths: Lengths, extra_runs: int, device: torch.device, assert_close: Close) -> None:
+    case = Case(Heads(), torch.float16, device).fill(lengths, extra_runs)
+    meta = whole(case)
+    assert meta.plan is not None
+    assert meta.plan.tiles is None
+    case.check(meta, assert_close)
+
+
+@pytest.mark.parametrize("extra_runs", [WHOLE, CUT])
+def test_a_decode_at_a_thousand_keys(extra_runs: int, device: torch.device, assert_close: Close) -> None:
+    case = Case(Heads(query=1, kv=1), torch.float16, device).fill([(1, 1000)], extra_runs)
+    case.check(whole(case), assert_close)
+
+
+@pytest.mark.parametrize("lengths", PROMPTS.values(), ids=list(PROMPTS))
+def test_prompts(lengths: Lengths, device: torch.device, assert_close: Close) -> None:
+    case = Case(Heads(query=1, kv=1), torch.float16, device).fill(lengths)
+    meta = whole(case)
+    assert meta.plan is not None
+    assert meta.plan.runs is None
+    case.check(meta, assert_close)
+
+
+@pytest.mark.parametrize("dtype", interpreted(DTYPES), ids=str)
+@pytest.mark.parametrize("lengths", MIXTURES.values(), ids=list(MIXTURES))
+def test_mixtures(lengths: Lengths, dtype: torch.dtype, device: torch.device, assert_close: Close) -> None:
+    case = Case(Heads(), dtype, device).fill(lengths, CUT)
+    case.check(whole(case), assert_close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("alibi", [True, False], ids=["alibi", "no slopes"])
+@pytest.mark.parametrize("heads", SHAPES, ids=str)
+def test_decodes_of_every_shape(
+    heads: Heads, alibi: bool, dtype: torch.dtype, device: torch.device, assert_close: Close
+) -> None:
+    case = Case(heads, dtype, device, alibi).fill([(1, 13), (1, 70)], CUT)
+    case.check(whole(case), assert_close)
+
+
+@pytest.mark.parametrize("dtype", interpreted(DTYPES), ids=str)
+@pytest.mark.parametrize("alibi", [True, False], ids=["alibi", "no slopes"])
+@pytest.mark.parametrize("heads", SHAPES, ids=str)
+def test_prompts_of_every_shape(
+    heads: Heads, alibi: bool, dtype: torch.dtype, device: torch.device, assert_close: Close
+) -> None:
+    case = Case(heads, dtype, device, alibi).fill([(13, 13), (70, 83)])
+    case.check(whole(case), assert_close)
+
+
+@pytest.mark.parametrize(
+    "needed",
+    [[0, 0, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1], [40, 0, 0, 0, 3, 0], [0, 66, 1, 0, 0, 0]],
+    ids=["decodes alone", "last of each", "a prompt and a tail", "a chunk"],
+)
+def test_a_part_of_a_batch_gets_what_it_gets_in_the_whole(
+    needed: list[int], device: torch.device, assert_close: Close
+) -> None:
+    case = Case(Heads(query=1, kv=1), torch.float16, device).fill(
+        [(40, 40), (70, 90), (1, 33), (1, 1), (17, 17), (1, 140)], CUT
+    )
+    part = case.inputs.tokens(case.batch, needed).meta.last
+    assert part is not None
+    assert part.num_tokens == sum(needed)
+    case.check(part, assert_close)
+    rows = part.rows
+    assert rows is not None
+    assert_close("attention", case.run(part), case.expected(whole(case))[rows.long()])
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_what_fills_up_a_step_of_single_tokens_reads_and_writes_nothing(
+    size: int, device: torch.device, assert_close: Close, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(Heads(), torch.float16, device).fill([(1, 70), (1, 1), (1, 33)])
+    monkeypatch.setattr(case.inputs, "most_runs", lambda sequences: 2 * sequences + 3)
+    layout = case.inputs.decode_layout(size)
+    if not HAS_GPU:
+        pageable = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: pageable(*shape, **options))
+    meta = layout.tokens(case.inputs.decode_numbers(case.batch, layout).to(device)).meta
+    assert meta.plan is not None
+    assert meta.plan.runs is not None
+    assert -1 in meta.plan.runs[:, 0].tolist()
+    for _ in range(2):  # as two layers do
+        found = case.run(meta)
+        assert_close("attention", found[:3], case.expected(whole(case)))
+        assert found[3:].isnan().all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_later_layers_use_the_memory_of_the_first(seed: int, device: torch.device, assert_close: Close) -> None:
+    first = Case(Heads(query=1, kv=1), torch.float16, device).fill([(1, 130), (1, 70)], CUT)
+    meta = whole(first)
+    first.check(meta, assert_close)
+    held = meta.scratch["parts"]
+    second = replace(first, seed=0).fill([(1, 130), (1, 70)], CUT)
+    second.query_tnd = second.query_tnd * (seed + 2)
+    second.check(meta, assert_close)
+    assert meta.scratch["parts"] is held
+
+
+@pytest.mark.parametrize("extra_runs", [None, CUT])
+def test_nothing_is_changed_but_the_output(extra_runs: int | None, device: torch.device) -> None:
+    case = Case(Heads(query=1, kv=1), torch.float16, device).fill([(20, 33), (1, 70)], extra_runs)
+    before = [tensor.clone() for tensor in (case.query_tnd, *case.caches)]
+    case.run(whole(case))
+    after = (case.query_tnd, *case.caches)
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "lengths"), REAL.values(), ids=list(REAL))
+def test_real_sizes(heads: Heads, lengths: Lengths, dtype: torch.dtype, assert_close: Close) -> None:
+    case = Case(heads, dtype, torch.device("cuda", 0)).fill(lengths)
+    meta = whole(case)
+    case.check(meta, assert_close)
+    found = case.run(meta)
+    for _ in range(10):  # runs of one query finish in any order, and are added up in one
+        assert torch.equal(case.run(meta), found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
+def test_real_head_sizes_in_fp32(size: int, assert_close: Close) -> None:
+    case = Case(Heads(12, 12, size), torch.float32, torch.device("cuda", 0)).fill([(1, 900), (300, 700), (1, 3)])
+    case.check(whole(case), assert_close)

@@ -1,0 +1,122 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hasten.ops import plan
+from hasten.ops.plan import Integers
+
+LENGTHS = st.lists(st.one_of(st.integers(1, 200), st.integers(1, 40_000)), max_size=40)
+NOTHING = np.zeros(0, dtype=np.int64)
+
+
+def numbers(values: list[int]) -> Integers:
+    return np.array(values, dtype=np.int64)
+
+
+def make_runs(kv_lens: list[int], most: int) -> list[list[int]]:
+    """Runs of sequences whose numbers and rows all differ, so that a swapped column shows."""
+    own = np.arange(len(kv_lens))
+    return plan.runs(3 * own + 1, 2 * own + 5, own + 100, numbers(kv_lens), most).tolist()
+
+
+@given(kv_lens=LENGTHS, spare=st.integers(0, 300))
+def test_runs_hold_every_key_of_every_sequence_once_and_in_order(kv_lens: list[int], spare: int) -> None:
+    made = make_runs(kv_lens, len(kv_lens) + spare)
+    for index, kv_len in enumerate(kv_lens):
+        own = [run for run in made if run[0] == 3 * index + 1]
+        assert own[0][3] == 0
+        assert own[-1][4] == kv_len
+        assert all(before[4] == after[3] for before, after in pairwise(own))
+        assert all(begin < end for _, _, _, begin, end, *_ in own)
+        assert all(run[1:3] == [2 * index + 5, index + 100] for run in own)
+        assert all(run[5] == kv_len for run in own)
+    assert len({run[0] for run in made}) == len(kv_lens)
+
+
+@given(kv_lens=LENGTHS, spare=st.integers(0, 300))
+def test_runs_of_a_sequence_stand_together_and_know_their_place(kv_lens: list[int], spare: int) -> None:
+    """The program that finishes last finds the others' results by its own row less its place."""
+    made = make_runs(kv_lens, len(kv_lens) + spare)
+    for row, run in enumerate(made):
+        place, count = run[6:]
+        assert 0 <= place < count
+        together = made[row - place : row - place + count]
+        assert [other[0] for other in together] == [run[0]] * count
+        assert [other[6] for other in together] == list(range(count))
+
+
+@given(kv_lens=LENGTHS, spare=st.integers(0, 300))
+def test_runs_are_no_more_than_asked_and_begin_where_a_block_of_keys_does(kv_lens: list[int], spare: int) -> None:
+    made = make_runs(kv_lens, len(kv_lens) + spare)
+    assert len(made) <= len(kv_lens) + spare
+    assert all(run[3] % 32 == 0 for run in made)
+
+
+@given(kv_lens=LENGTHS, heads=st.sampled_from([1, 8, 12, 32, 112]), multiprocessors=st.sampled_from([0, 8, 132]))
+def test_no_sequence_is_left_to_one_program_while_others_have_much_less(
+    kv_lens: list[int], heads: int, multiprocessors: int
+) -> None:
+    """A run is at most twice what an equal share of all keys would be, unless it is short anyway."""
+    most = plan.most_runs(len(kv_lens), heads, multiprocessors)
+    assert most >= 2 * len(kv_lens)
+    made = make_runs(kv_lens, most)
+    assert len(made) <= most
+    share = sum(kv_lens) / max(1, most)
+    assert all(end - begin <= max(64, 2 * share + 32) for _, _, _, begin, end, *_ in made)
+
+
+def test_few_sequences_are_cut_into_enough_runs_to_fill_the_device() -> None:
+    assert plan.most_runs(1, 32, 132) == 66
+    assert plan.most_runs(1, 5, 132) == 423
+    assert plan.most_runs(256, 32, 132) == 512
+    assert len(make_runs([8192], 66)) > 60
+    assert make_runs([64], 66) == [[1, 5, 100, 0, 64, 64, 0, 1]]
+    assert make_runs([65], 66) == [[1, 5, 100, 0, 64, 65, 0, 2], [1, 5, 100, 64, 65, 65, 1, 2]]
+
+
+WORK = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 2000)), max_size=20)
+"""(queries, keys before them) of each sequence."""
+
+
+@given(work=WORK)
+def test_tiles_hold_every_query_once_with_its_rows_and_position(work: list[tuple[int, int]]) -> None:
+    counts = numbers([count for count, _ in work])
+    context = numbers([before for _, before in work])
+    starts = np.cumsum(counts) - counts
+    made = plan.tiles(np.arange(len(work)) + 7, starts + 11, starts + 1000, counts, context + counts)
+    held: list[tuple[int, int, int, int]] = []
+    for sequence, query_row, out_row, count, position in made.tolist():
+        assert 1 <= count <= plan.TILE
+        held += [(sequence, query_row + n, out_row + n, position + n) for n in range(count)]
+    wanted = [
+        (index + 7, start + 11 + n, start + 1000 + n, before + n)
+        for index, ((count, before), start) in enumerate(zip(work, starts.tolist(), strict=True))
+        for n in range(count)
+    ]
+    assert sorted(held) == wanted
+
+
+@given(work=WORK)
+def test_tiles_with_the_most_keys_come_first(work: list[tuple[int, int]]) -> None:
+    counts = numbers([count for count, _ in work])
+    rows = np.arange(len(work))
+    made = plan.tiles(rows, rows, rows, counts, counts + numbers([before for _, before in work]))
+    keys = [position + count for *_, count, position in made.tolist()]
+    assert keys == sorted(keys, reverse=True)
+
+
+@pytest.mark.parametrize("most", [0, 1, 100])
+def test_nothing_to_do_is_no_items(most: int) -> None:
+    runs = plan.runs(NOTHING, NOTHING, NOTHING, NOTHING, most)
+    tiles = plan.tiles(NOTHING, NOTHING, NOTHING, NOTHING, NOTHING)
+    assert runs.shape == (0, plan.RUN_COLUMNS)
+    assert tiles.shape == (0, plan.TILE_COLUMNS)
+    assert runs.dtype == tiles.dtype == np.int32
+
+
+def test_as_many_runs_as_sequences_leave_each_whole() -> None:
+    made = make_runs([5000, 3, 700], 3)
+    assert [run[3:] for run in made] == [[0, n, n, 0, 1] for n in (5000, 3, 700)]
