@@ -339,6 +339,7 @@ class Engine:
             return
         self._left = self._closed = True
         self._flight = None
+        self.worker.release()
         self.ranks.expect_end()
         if not self._failed:
             with suppress(RuntimeError):  # a rank that is gone already needs no telling
