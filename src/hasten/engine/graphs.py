@@ -69,7 +69,7 @@ class DecodeGraphs:
         step: Callable[[Tokens], StepOutput],
         layout: DecodeLayout,
         stream: torch.cuda.Stream,
-        pool: torch.cuda._POOL_HANDLE,
+        pool: "torch.cuda._POOL_HANDLE",
     ) -> _Graph:
         numbers = self._numbers[: layout.total]
         numbers.zero_()

@@ -105,6 +105,8 @@ class Ranks:
             self._store.set(f"here/{place.rank}", "1")
             self._await_all(f"here/{rank}" for rank in range(place.size))
             backend = "cpu:gloo,cuda:nccl" if device_kind == "cuda" else "gloo"
+            # NCCL 2.28 registers buffers of sums that are captured, and the graph then hangs from 2 MB on.
+            os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
             dist.init_process_group(
                 backend, store=self._store, rank=place.rank, world_size=place.size, timeout=_IDLE_TIMEOUT
             )

@@ -61,7 +61,6 @@ def _exchange_norm(
     dtype: tl.constexpr = out.dtype.element_ty
     wait_for_inputs(PDL)
     number = tl.load(exchanges + row) + 1
-    tl.store(exchanges + row, number)
     low = tl.zeros([PAIRS], tl.float32)
     high = tl.zeros([PAIRS], tl.float32)
     for part in tl.static_range(PARTS):
@@ -107,6 +106,7 @@ def _exchange_norm(
         gain = tl.load(weight + at, valid, 0.0).to(tl.float32)
         shift = tl.load(norm_bias + at, valid, 0.0).to(tl.float32)
         tl.store(out + row * H + at, (centred * scale * gain + shift).to(dtype), valid)
+    tl.store(exchanges + row, number)  # last: every warp of this program has read it by then
 
 
 def exchange_norm(sum_: Sum, peers: Peers, weight_h: Tensor, bias_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
