@@ -4,6 +4,7 @@ Shapes: t tokens of the flat batch, r rows that need logits, v vocabulary, h hid
 """
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -71,19 +72,18 @@ class Runner:
         return torch.from_numpy(np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)).view(self.dtype).view(shape)
 
     @torch.inference_mode()
-    def rehearse(self, num_tokens: int) -> int:
-        """Run a step of so many tokens, on a GPU, without effect on the cache: bytes that it needs at the most.
+    def rehearse(self, num_tokens: int, sequences: Iterable[int]) -> int:
+        """Run steps of so many tokens on a GPU, without effect on the cache: bytes that they need at the most.
 
-        It also compiles the kernels of such steps.
+        There is a step for each number of `sequences`. Their kernels are compiled then.
         """
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        sequences = min(self.max_sequences, num_tokens)
-        for count in {max(1, min(sequences, num_tokens // 2)), 1}:
-            tokens = self._inputs.rehearsal(num_tokens, count)
+        for count in sequences:
+            tokens = self._inputs.rehearsal(max(num_tokens, count), count)
             hidden = self.model(tokens.ids, tokens.positions, tokens.meta)
-            self.model.head.greedy(self.model.head.share(hidden[:1].repeat(sequences, 1)))
+            self.model.head.greedy(self.model.head.share(hidden))
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 

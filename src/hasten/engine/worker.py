@@ -50,8 +50,8 @@ from hasten.parallel.peers import connect, reachable
 _DEFAULT_MODEL_LEN = 2048
 _DEFAULT_STEP_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Most tokens of a step: enough to keep the device busy."""
-_REHEARSAL_TOKENS = 256
-"""Tokens of the step that is run before the first request comes, so that its kernels are compiled by then."""
+_REHEARSAL_TOKENS, _REHEARSED_SEQUENCES = 512, (1, 4, 24, 48, 128)
+"""Steps that are run before the first request comes: kernels are made for a few ranges of rows, and these hit each."""
 _MOST_EXCHANGED_ROWS = 256
 """Rows of one sum over ranks through each other's memory; NCCL is as fast with more."""
 _PROMPT_LOGITS_ROWS = 256
@@ -141,10 +141,15 @@ class Worker:
         with explained_out_of_memory("allocating the cache"):
             self.runner.allocate_cache(min(useful, fits), -(-length // block_size))
             if self.device.type == "cuda":
-                self.runner.rehearse(min(_REHEARSAL_TOKENS, config.scheduler.max_num_batched_tokens or 1))
+                self._rehearse(config.scheduler)
                 if not config.enforce_eager:
                     self.runner.capture_graphs()
         return length, min(useful, fits)
+
+    def _rehearse(self, config: SchedulerConfig) -> None:
+        """Compile the kernels of all kinds of steps before the first request comes."""
+        most = min(config.max_num_batched_tokens or 1, _REHEARSAL_TOKENS)
+        self.runner.rehearse(most, [count for count in _REHEARSED_SEQUENCES if count <= min(config.max_num_seqs, most)])
 
     def _free_memory(self, config: EngineConfig, max_blocks: int) -> int:
         """Bytes that the cache may take by default: on a GPU what the largest step leaves."""
@@ -152,7 +157,7 @@ class Worker:
             return free_memory(self.device, config.cache.memory_utilization, self.ranks.local_size)
         assert config.scheduler.max_num_batched_tokens is not None
         self.runner.allocate_cache(1, max_blocks)
-        working = self.runner.rehearse(config.scheduler.max_num_batched_tokens)
+        working = self.runner.rehearse(config.scheduler.max_num_batched_tokens, [config.scheduler.max_num_seqs])
         self.runner.release_cache()
         torch.cuda.empty_cache()
         # Twice: steps run one by one and steps in graphs keep their memory apart.

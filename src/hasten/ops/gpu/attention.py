@@ -18,7 +18,7 @@ _FAR = tl.constexpr(-1.0e30)
 """Below every score, and finite, so that the difference of two of them is a number."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _one_query(
     query,
     keys,
@@ -135,7 +135,7 @@ def _one_query(
                 tl.store(target, (sum_d / weight).to(out.dtype.element_ty), in_head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _tile(
     query,
     keys,

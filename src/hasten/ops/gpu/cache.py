@@ -7,7 +7,7 @@ from torch import Tensor
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
 
 
-@triton.jit(do_not_specialize=["key_stride", "value_stride"])
+@triton.jit
 def _write(
     new_keys,
     new_values,
