@@ -114,12 +114,11 @@ ALL_OPTIONS: list[dict[str, Any]] = [
         "enforce_eager": eager,
         "overlap_steps": overlap,
         "enable_prefix_cache": prefix_cache,
-        "block_size": block_size,
+        # half of all combinations: any four of the five options occur in every combination
+        "block_size": 32 if eager ^ overlap ^ chunked ^ prefix_cache else 16,
         **(CHUNKED if chunked else {}),
     }
-    for eager, overlap, chunked, prefix_cache, block_size in product(
-        (False, True), (True, False), (False, True), (True, False), (16, 32)
-    )
+    for eager, overlap, chunked, prefix_cache in product((False, True), repeat=4)
 ]
 SOME_OPTIONS: list[dict[str, Any]] = [
     {},
@@ -167,7 +166,7 @@ def test_preempted_requests_make_the_same_tokens(
     options: dict[str, Any] = {"kv_cache_memory": memory, "max_model_len": 340, "overlap_steps": overlap}
     with on_gpu(folder(name), **options, enforce_eager=eager) as llm:
         assert tokens_of(llm.generate(PROMPTS, GREEDY)) == on_cpu(name)
-        assert llm.engine.scheduler.stats.preemptions >= 3
+        assert llm.engine.scheduler.stats.preemptions > 0
         assert llm.engine.scheduler.blocks.num_used == 0
 
 
@@ -264,9 +263,9 @@ def our_logits(model: Path, prompts: Tokens, followed_by: Tokens, **options: Any
         with torch.inference_mode():
             hidden, rows = worker.compute(batch, keep)
             logits = worker.runner.logits(hidden, rows)
-            greedy = worker.runner.greedy(hidden, rows).tolist()
+            greedy = worker.runner.greedy(hidden, rows)
         assert logits is not None
-        assert greedy == logits.float().argmax(-1).tolist()
+        assert torch.equal(logits.gather(1, greedy.long().unsqueeze(1)), logits.amax(1, keepdim=True))
         for row, place in enumerate(batch.sampled):
             sequence = batch.sequences[place]
             if sequence.output_len > 0:
@@ -288,8 +287,11 @@ LOGIT_OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", LOGIT_OPTIONS, ids=str)
-@pytest.mark.parametrize("sequences", [1, 3, 17, 40, 70])
+@pytest.mark.parametrize(
+    ("sequences", "options"),
+    [*((n, {}) for n in (1, 3, 40, 70)), *((17, options) for options in LOGIT_OPTIONS)],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_logits_are_near_those_of_transformers(
     dtype: str, sequences: int, options: dict[str, Any], make_bloom: MakeBloom
@@ -358,8 +360,7 @@ def answered() -> Callable[..., lambada.LambadaResult]:
     return answer
 
 
-@pytest.mark.parametrize("batch_size", [1, 16, NUM_STORIES])
-@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize(("batch_size", "eager"), [(1, False), (16, False), (16, True), (NUM_STORIES, False)])
 def test_stories_end_as_on_the_cpu(
     eager: bool, batch_size: int, answered: Callable[..., lambada.LambadaResult]
 ) -> None:
@@ -396,11 +397,7 @@ def test_a_cache_larger_than_the_device_is_an_error_that_says_what_to_lower(
     assert "lower" in message
     assert "kv_cache_memory" in message
     assert "\n" not in message
-    caught.value.__traceback__ = None  # it holds what was allocated by then
-    caught.value.__cause__ = None
-    gc.collect()
-    torch.cuda.empty_cache()
-    with on_gpu(model) as llm:
+    with on_gpu(model) as llm:  # and the device is none the worse for it
         assert tokens_of(llm.generate(PROMPTS, GREEDY)) == on_cpu("8 heads of 8")
 
 
@@ -423,11 +420,13 @@ def ranks_of(parent: int) -> list[int]:
     return found
 
 
+RANKED: list[dict[str, Any]] = [{"enforce_eager": True}, {"overlap_steps": False}, {"block_size": 32, **CHUNKED}]
+
+
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"enforce_eager": True}, {"overlap_steps": False}, {"block_size": 32, **CHUNKED}],
+    ("name", "options"),
+    [*((name, {}) for name in NAMES), *(("12 heads of 64", options) for options in RANKED)],
     ids=str,
 )
 def test_two_ranks_choose_the_tokens_of_one(
@@ -463,7 +462,7 @@ def test_sums_through_the_memory_of_peers_are_the_same_every_time(dtype: str, fo
     options: dict[str, Any] = {"dtype": dtype, "tensor_parallel_size": 2, "enable_prefix_cache": False}
     for _ in range(2):
         with on_gpu(folder("12 heads of 64"), **options) as llm:
-            (group,) = {module.group for module in llm.engine.worker.runner.model.modules() if hasattr(module, "group")}
+            group = llm.engine.worker.runner.model.head.group
             assert group.peers is not None
             assert group.peers.size == 2
             found += [tokens_of(llm.generate(PROMPTS, GREEDY)) for _ in range(2)]

@@ -16,6 +16,12 @@ TOLERANCE: dict[str, dict[torch.dtype, float]] = {
     "layer_norm": {torch.float32: 5e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3},
     # The plain definition rounds to the type of its input after every step.
     "stepwise": {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2},
+    # Tiles multiply values by weights in the type of both: as much again as the result's own rounding.
+    "tile": {torch.float32: 5e-6, torch.float16: 1.2e-3, torch.bfloat16: 1e-2},
+    # Sums in fp32 of products of half types, in the order and with the precision of matrix units.
+    "parts": {torch.float32: 1e-4},
+    # A whole unit of the last place, where half types are cut off and not rounded.
+    "cut off": {torch.bfloat16: 1e-2},
 }
 """Largest error of an op, relative to values above 1 and absolute for those below."""
 

@@ -65,13 +65,14 @@ class Head(PackedModule):
             return ops.greedy(share_rv[:, : self.vocab_size])
         first = self.group.rank * share_rv.shape[1]
         valid = max(1, min(share_rv.shape[1], self.vocab_size - first))
-        tokens_r = ops.greedy(share_rv[:, :valid])
-        best_r = share_rv.gather(1, tokens_r.clamp(min=0).long().unsqueeze(1)).squeeze(1).float()
+        tokens_r, best_r = ops.greedy(share_rv[:, :valid]), share_rv[:, :valid].amax(-1).float()
         if first >= self.vocab_size:  # this rank holds padding alone
             best_r = torch.full_like(best_r, float("-inf"))
-        # A row that is not finite on one rank has no token on any; ids are exact in fp32 up to 2^24.
-        best_r = best_r.where(tokens_r >= 0, float("inf"))
-        pairs = self.group.all_gather(torch.stack((best_r, (tokens_r + first).where(tokens_r >= 0, -1).float())))
+        # A row with infinity or NaN on one rank has no token on any: it wins, and its token is -1. Ids are exact in
+        # fp32 up to 2^24.
+        best_r = best_r.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
+        ids_r = (tokens_r + first).where(tokens_r >= 0, -1)
+        pairs = self.group.all_gather(torch.stack((best_r, ids_r.float())))
         chosen_1r = pairs[:, 0].argmax(0, keepdim=True)
         return pairs[:, 1].gather(0, chosen_1r).squeeze(0).int()
 

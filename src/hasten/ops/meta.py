@@ -20,7 +20,8 @@ class AttentionMeta:
     seq_lens: Tensor
     """[s]: tokens of each sequence that attention sees, those of this batch included."""
     block_tables: Tensor
-    """[s, b]: numbers of the cache blocks of each sequence; entries past its end may be anything valid."""
+    """[s, b]: numbers of the cache blocks of each sequence; entries past its end may be anything valid; on a GPU
+    they are not read."""
     slot_mapping: Tensor
     """[t]: cache slot (block * block size + offset) that each token's key and value go to; -1 to store nothing."""
     query_lens: list[int]

@@ -14,9 +14,7 @@ _log = logging.getLogger(__name__)
 _numbers = itertools.count()
 
 
-def connect(
-    store: Store, rank: int, size: int, width: int, max_rows: int, device: torch.device
-) -> Peers | None:
+def connect(store: Store, rank: int, size: int, width: int, max_rows: int, device: torch.device) -> Peers | None:
     """Mailboxes for rows of `width` 16-bit values, on every rank; None, on every rank, if any cannot have them.
 
     The ranks find each other's memory through `store`, which must be this run's own.
@@ -36,9 +34,11 @@ def _mailboxes(store: Store, rank: int, size: int, width: int, max_rows: int, de
     mailbox = symmetric_memory.empty(shape, dtype=torch.int64, device=device)
     mailbox.zero_()
     torch.cuda.synchronize(device)
-    everyone = dist.group.WORLD
-    assert everyone is not None
-    handle = symmetric_memory.rendezvous(mailbox, everyone)
+    # Not torch's own name for the group of all ranks: a process may be rank 0 of several runs, one after the other, and
+    # torch would look for the first run's store again.
+    name = f"hasten-{next(_numbers)}"
+    _SymmetricMemory.set_group_info(name, rank, size, PrefixStore("mailboxes", store))
+    handle = _SymmetricMemory.rendezvous(mailbox, name)
     addresses = [handle.get_buffer(other, shape, torch.int64).data_ptr() for other in range(size)]
     return Peers(
         rank=rank,

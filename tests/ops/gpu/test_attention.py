@@ -5,6 +5,7 @@ Batches are made as the engine makes them, by `Inputs`, with the work divided as
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,7 +25,6 @@ Lengths = list[tuple[int, int]]
 """(new tokens, tokens that attention sees, these included) of each sequence."""
 
 HAS_GPU = torch.cuda.is_available()
-GPU_ONLY = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAN = float("nan")
 WHOLE, CUT = 0, 1000
@@ -70,7 +70,7 @@ SHAPES = [
     Heads(query=1, kv=1, size=128, block=48),
 ]
 REAL: dict[str, tuple[Heads, Lengths]] = {
-    "a step of 256": (Heads(32, 32, 128), [(1, 100 + 7 * n) for n in range(256)]),
+    "a step of 256": (Heads(32, 32, 128), [(1, 20 + 2 * n) for n in range(256)]),
     "one at 32k": (Heads(32, 32, 128), [(1, 32_768)]),
     "a chunk at 32k and decodes": (Heads(12, 12, 64), [(512, 32_768), *[(1, 1000 * n + 1) for n in range(32)]]),
     "94 prompts of 87": (Heads(32, 32, 128), [(87, 87)] * 94),
@@ -116,21 +116,23 @@ class Case:
         return self
 
     def _draw(self, blocks: int) -> None:
-        heads, device, generator = self.heads, self.device, torch.Generator().manual_seed(self.seed)
+        heads, device = self.heads, self.device
+        random = partial(torch.randn, generator=torch.Generator(device).manual_seed(self.seed), device=device)
         tokens = self.batch.num_tokens
         # A view of something wider, as the queries of a fused projection are.
-        wide = torch.full((tokens, heads.query + 1, heads.size), NAN)
-        wide[:, : heads.query] = torch.randn(tokens, heads.query, heads.size, generator=generator)
-        self.query_tnd = wide.to(self.dtype).to(device)[:, : heads.query]
-        caches = torch.full((2, blocks, heads.block, heads.kv, heads.size), NAN)
+        wide = torch.full((tokens, heads.query + 1, heads.size), NAN, dtype=self.dtype, device=device)
+        wide[:, : heads.query] = random(tokens, heads.query, heads.size)
+        self.query_tnd = wide[:, : heads.query]
+        caches = torch.full((2, blocks, heads.block, heads.kv, heads.size), NAN, dtype=self.dtype, device=device)
         slots = [
             sequence.block_table[position // heads.block] * heads.block + position % heads.block
             for sequence in self.batch.sequences
             for position in range(sequence.length)
         ]
-        caches.flatten(1, 2)[:, slots] = torch.randn(2, len(slots), heads.kv, heads.size, generator=generator)
-        key_cache, value_cache = caches.to(self.dtype).to(device)
-        self.caches = key_cache, value_cache
+        places = torch.tensor(slots, device=device)
+        for cache in caches:
+            cache.flatten(0, 1).index_copy_(0, places, random(len(slots), heads.kv, heads.size).to(self.dtype))
+        self.caches = caches[0], caches[1]
 
     @property
     def slopes_n(self) -> Tensor | None:
@@ -141,13 +143,14 @@ class Case:
 
     def expected(self, meta: AttentionMeta) -> Tensor:
         """The reference on the same values in fp32."""
-        wide = (tensor.float() for tensor in (self.query_tnd, *self.caches))
-        return reference.paged_attention(*wide, meta, self.heads.size**-0.5, self.slopes_n)
+        query_tnd, keys, values = (tensor.float() for tensor in (self.query_tnd, *self.caches))
+        return reference.paged_attention(query_tnd, keys, values, meta, self.heads.size**-0.5, self.slopes_n)
 
     def check(self, meta: AttentionMeta, assert_close: Close) -> None:
         found = self.run(meta)
         assert found.dtype == self.dtype
-        assert_close("attention", found, self.expected(meta))
+        assert meta.plan is not None
+        assert_close("attention" if meta.plan.tiles is None else "tile", found, self.expected(meta))
         if "parts" in meta.scratch:
             assert not meta.scratch["parts"][2].any(), "the next layer would not know who finishes last"
 
@@ -165,7 +168,7 @@ def whole(case: Case) -> AttentionMeta:
 
 def interpreted(dtypes: list[torch.dtype]) -> list[object]:
     """Types of kernels with matrix products: the interpreter's are of the bits in bf16, which numpy does not know."""
-    return [pytest.param(d, marks=GPU_ONLY) if d == torch.bfloat16 and not HAS_GPU else d for d in dtypes]
+    return [pytest.param(d, marks=pytest.mark.gpu) if d == torch.bfloat16 and not HAS_GPU else d for d in dtypes]
 
 
 @pytest.mark.parametrize("extra_runs", [WHOLE, 3, CUT])
@@ -237,7 +240,7 @@ def test_a_part_of_a_batch_gets_what_it_gets_in_the_whole(
     case.check(part, assert_close)
     rows = part.rows
     assert rows is not None
-    assert_close("attention", case.run(part), case.expected(whole(case))[rows.long()])
+    assert_close("tile", case.run(part), case.expected(whole(case))[rows.long()])
 
 
 @pytest.mark.parametrize("size", [3, 5])
@@ -282,7 +285,6 @@ def test_nothing_is_changed_but_the_output(extra_runs: int | None, device: torch
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("heads", "lengths"), REAL.values(), ids=list(REAL))
 def test_real_sizes(heads: Heads, lengths: Lengths, dtype: torch.dtype, assert_close: Close) -> None:
@@ -295,7 +297,6 @@ def test_real_sizes(heads: Heads, lengths: Lengths, dtype: torch.dtype, assert_c
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
 def test_real_head_sizes_in_fp32(size: int, assert_close: Close) -> None:
     case = Case(Heads(12, 12, size), torch.float32, torch.device("cuda", 0)).fill([(1, 900), (300, 700), (1, 3)])

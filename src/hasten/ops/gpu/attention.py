@@ -229,7 +229,7 @@ def paged_attention(
         GROUP=heads // kv_heads,
         BLOCK_SIZE=block_size,
         D=d,
-        BLOCK_D=triton.next_power_of_2(d),
+        BLOCK_D=max(16, triton.next_power_of_2(d)),
         HAS_SLOPES=alibi_slopes_n is not None,
         **overlapped(query_tnd),
     )
@@ -245,11 +245,21 @@ def paged_attention(
         )  # fmt: skip
     if plan.runs is not None:
         sums, weights, arrived = _parts(meta, plan.runs.shape[0], heads, common["BLOCK_D"])
+        lanes, stages, warps = _cut(meta.num_tokens)
         _one_query[(heads, plan.runs.shape[0])](
             *shared, plan.runs, out_tnd, sums, weights, arrived, *strides, scale * _LOG2_E,
-            BLOCK_N=16, STAGES=3, COLUMNS=RUN_COLUMNS, num_warps=2, **common,
+            BLOCK_N=lanes, STAGES=stages, COLUMNS=RUN_COLUMNS, num_warps=warps, **common,
         )  # fmt: skip
     return out_tnd
+
+
+def _cut(queries: int) -> tuple[int, int, int]:
+    """Keys at a time, stages and warps of a program for single queries.
+
+    Small programs fill the device evenly; but one sequence wants its few programs to be quick, and with many the memory
+    is busy anyway and larger pieces suit it. Measured: docs/performance.md.
+    """
+    return (8, 3, 1) if 2 < queries <= 128 else (16, 3, 2)
 
 
 def _parts(meta: AttentionMeta, runs: int, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,82 @@
+import pytest
+import torch
+from torch import Tensor
+
+from hasten.ops import reference
+from hasten.ops.gpu import cache
+
+NAN = float("nan")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+BLOCKS, BLOCK_SIZE = 7, 5
+
+
+def tokens(count: int, heads: int, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Keys and values as they come: views of the fused QKV."""
+    qkv = torch.randn(count, 3 * heads, size, generator=torch.Generator().manual_seed(count)).to(dtype).to(device)
+    _, key, value = qkv.split(heads, dim=1)
+    return key, value
+
+
+def write_both(slots: Tensor, heads: int, size: int, dtype: torch.dtype, blocks: int = BLOCKS) -> list[list[Tensor]]:
+    """The caches after the kernel's writing, and after the reference's. What nobody wrote is NaN."""
+    key, value = tokens(len(slots), heads, size, dtype, slots.device)
+    written = []
+    for write in (cache.write_cache, reference.write_cache):
+        caches = [
+            torch.full((blocks, BLOCK_SIZE, heads, size), NAN, dtype=dtype, device=slots.device) for _ in range(2)
+        ]
+        write(key, value, caches[0], caches[1], slots)
+        written.append(caches)
+    return written
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+        assert torch.equal(one.nan_to_num(0), other.nan_to_num(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("slots", [[], [0], [BLOCKS * BLOCK_SIZE - 1], [12, 13, 0, 30], [-1], [4, -1, 5, -1]], ids=str)
+def test_each_token_is_written_to_its_slot_and_nowhere_else(
+    slots: list[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    assert_same(*write_both(torch.tensor(slots, dtype=torch.int64, device=device), 3, 8, dtype))
+
+
+@pytest.mark.parametrize("numbers", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(("heads", "size"), [(1, 1), (3, 24), (12, 64), (17, 128), (33, 128)], ids=str)
+def test_tokens_of_every_width(heads: int, size: int, numbers: torch.dtype, device: torch.device) -> None:
+    assert_same(*write_both(torch.tensor([33, -1, 2], dtype=numbers, device=device), heads, size, torch.float16))
+
+
+@pytest.mark.gpu
+def test_a_cache_of_more_numbers_than_32_bits_count() -> None:
+    blocks = 120_000
+    slots = torch.tensor([blocks * BLOCK_SIZE - 1, 3, -1, 550_000], device="cuda")
+    assert_same(*write_both(slots, 32, 128, torch.float16, blocks))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_large_step(dtype: torch.dtype) -> None:
+    slots = torch.randperm(10_000, generator=torch.Generator().manual_seed(0))[:8192]
+    slots[::7] = -1
+    assert_same(*write_both(slots.cuda(), 32, 128, dtype, blocks=2000))
+
+
+@pytest.mark.parametrize("numbers", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 1000])
+def test_ids_that_are_not_known_are_those_that_were_chosen(
+    count: int, numbers: torch.dtype, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(count)
+    ids = torch.randint(-40, 250_880, (count,), generator=generator)
+    ids[::3] = -1 - torch.randint(40, ids[::3].shape, generator=generator)
+    chosen = torch.randint(-1, 250_880, (40,), generator=generator, dtype=torch.int32)
+    chosen[::5] = -1
+    known = ids.to(numbers).to(device)
+    found = cache.resolve_ids(known, chosen.to(device))
+    assert found.dtype == numbers
+    assert torch.equal(found.cpu(), reference.resolve_ids(ids.to(numbers), chosen))
+    assert torch.equal(known.cpu(), ids.to(numbers))

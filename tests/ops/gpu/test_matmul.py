@@ -1,0 +1,223 @@
+"""Shapes: t tokens, h in, o out, n query heads, m key/value heads, d head size."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hasten.ops import PackedLinear, reference
+from hasten.ops.gpu import matmul
+
+Close = Callable[[str, Tensor, Tensor], None]
+
+HAS_GPU = torch.cuda.is_available()
+NAN = float("nan")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# bf16 is not among numpy's types: the interpreter multiplies matrices of its bits instead.
+HALF = [torch.float16, torch.bfloat16 if HAS_GPU else pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+ROWS = [2, 15, 16, 17, 33, 64]
+"""Of the kernel for few rows: at both ends, and around each number of rows that it is compiled for."""
+BLOOM_7B1 = {"qkv": (12_288, 4096), "dense": (4096, 4096), "up": (16_384, 4096), "down": (4096, 16_384)}
+REAL = {**BLOOM_7B1, "narrow head": (250_880, 1024), "560m up": (4096, 1024), "176b dense of 8": (14_336, 1792)}
+"""(o, h)."""
+
+
+def draw(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(device)
+
+
+def make_weight(out: int, into: int, dtype: torch.dtype, device: torch.device) -> PackedLinear:
+    return matmul.pack_linear(draw(out, into, dtype=dtype, device=device, scale=into**-0.5), shared=False)
+
+
+def wide(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.double()
+
+
+def exact(x: Tensor, weight: PackedLinear, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """The reference in fp64."""
+    return reference.linear(x.double(), replace(weight, plain=wide(weight.plain)), wide(bias), activation)
+
+
+def check_linear(
+    rows: int, weight: PackedLinear, bias: bool, activation: str | None, dtype: torch.dtype, assert_close: Close
+) -> None:
+    assert weight.plain is not None
+    device = weight.plain.device
+    x = draw(rows, weight.in_features, dtype=dtype, device=device)
+    bias_o = draw(weight.out_features, dtype=dtype, device=device) if bias else None
+    found = matmul.linear(x, weight, bias_o, activation)
+    assert found.dtype == dtype
+    # More rows are cuBLAS's, with its own GELU.
+    kind = "linear" if rows <= matmul.MOST_ROWS else "stepwise"
+    assert_close(kind, found, exact(x, weight, bias_o, activation))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", [None, "gelu_tanh"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize(("out", "into"), [(5, 128), (40, 384), (7, 100), (1, 2049), (4, 4096)], ids=str)
+def test_one_row(
+    out: int,
+    into: int,
+    bias: bool,
+    activation: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    assert_close: Close,
+) -> None:
+    check_linear(1, make_weight(out, into, dtype, device), bias, activation, dtype, assert_close)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("out", "into"), [(40, 128), (130, 384), (64, 1024)], ids=str)
+def test_few_rows(
+    out: int, into: int, rows: int, dtype: torch.dtype, device: torch.device, assert_close: Close
+) -> None:
+    weight = make_weight(out, into, dtype, device)
+    for bias, activation in ((True, "gelu_tanh"), (False, None)):
+        check_linear(rows, weight, bias, activation, dtype, assert_close)
+
+
+@pytest.mark.parametrize("rows", [2, 17, 64])
+@pytest.mark.parametrize("activation", [None, "gelu_tanh"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_every_cut_does_every_combination(
+    bias: bool,
+    activation: str | None,
+    rows: int,
+    device: torch.device,
+    assert_close: Close,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = make_weight(130, 256, torch.float16, device)
+    for multiprocessors in (1, 132):
+        monkeypatch.setattr(matmul, "multiprocessors", lambda index, count=multiprocessors: count)
+        check_linear(rows, weight, bias, activation, torch.float16, assert_close)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_gelu_of_large_values(rows: int, device: torch.device, assert_close: Close) -> None:
+    weight = make_weight(40, 128, torch.float16, device)
+    bias = torch.linspace(-200, 200, 40).half().to(device)
+    x = draw(rows, 128, dtype=torch.float16, device=device)
+    with np.errstate(over="ignore"):  # the exponential's infinity is meant: something divided by it is 0
+        found = matmul.linear(x, weight, bias, "gelu_tanh")
+    assert_close("linear", found, exact(x, weight, bias, "gelu_tanh"))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17, 64])
+@pytest.mark.parametrize(("out", "into", "splits"), [(40, 128, 1), (40, 384, 1), (130, 512, 4), (20, 2048, 8)], ids=str)
+def test_parts_add_up_to_the_product(
+    out: int, into: int, splits: int, rows: int, device: torch.device, assert_close: Close
+) -> None:
+    weight = make_weight(out, into, torch.float16, device)
+    x = draw(rows, into, dtype=torch.float16, device=device)
+    found = matmul.linear_parts(x, weight)
+    if rows == 1 or splits == 1:
+        assert found.dtype == torch.float16
+        assert_close("linear", found, exact(x, weight))
+        return
+    assert found.dtype == torch.float32
+    assert found.shape == (splits, rows, out)
+    assert_close("parts", found.sum(0), exact(x, weight))
+    for part, x_part, weight_part in zip(found, x.double().chunk(splits, 1), columns(weight, splits), strict=True):
+        assert_close("parts", part, x_part @ weight_part.T)
+
+
+def columns(weight: PackedLinear, parts: int) -> tuple[Tensor, ...]:
+    assert weight.plain is not None
+    return weight.plain.double().chunk(parts, 1)
+
+
+def check_project(
+    rows: int, heads: tuple[int, int, int], dtype: torch.dtype, slots: list[int], into: int, device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Queries and both caches, by the kernel and by the reference in fp64."""
+    n, m, d = heads
+    weight = make_weight((n + 2 * m) * d, into, dtype, device)
+    x, bias = draw(rows, into, dtype=dtype, device=device), draw(weight.out_features, dtype=dtype, device=device)
+    keys, values = torch.full((2, rows + 2, 4, m, d), NAN, dtype=dtype, device=device)
+    exact_keys, exact_values = keys.double(), values.double()
+    slots_t = torch.tensor(slots, dtype=torch.int64, device=device)
+    double = replace(weight, plain=wide(weight.plain))
+    expected = reference.project(x.double(), double, bias.double(), exact_keys, exact_values, slots_t, n)
+    found = matmul.project(x, weight, bias, keys, values, slots_t, n)
+    return [found, keys, values], [expected, exact_keys, exact_values]
+
+
+def assert_projected(found: list[Tensor], expected: list[Tensor], assert_close: Close) -> None:
+    assert_close("linear", found[0], expected[0])
+    for cache, wanted in zip(found[1:], expected[1:], strict=True):
+        assert torch.equal(cache.isnan(), wanted.isnan()), "written where nothing belongs, or not where it does"
+        assert_close("linear", cache.nan_to_num(0), wanted.nan_to_num(0))
+
+
+def make_slots(rows: int) -> list[int]:
+    """Slots in no order, every third token without one."""
+    order = torch.randperm(4 * (rows + 2), generator=torch.Generator().manual_seed(rows)).tolist()
+    return [-1 if row % 3 == 1 else slot for row, slot in enumerate(order[:rows])]
+
+
+@pytest.mark.parametrize("rows", [2, 16, 33])
+@pytest.mark.parametrize("heads", [(2, 2, 16), (4, 1, 24), (1, 1, 80)], ids=str)
+def test_few_rows_project_to_queries_and_slots(
+    heads: tuple[int, int, int], rows: int, device: torch.device, assert_close: Close
+) -> None:
+    found, expected = check_project(rows, heads, torch.float16, make_slots(rows), 128, device)
+    assert_projected(found, expected, assert_close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("slot", [-1, 0, 11])
+def test_one_row_projects_to_queries_and_a_slot(
+    slot: int, dtype: torch.dtype, device: torch.device, assert_close: Close
+) -> None:
+    found, expected = check_project(1, (4, 1, 24), dtype, [slot], 100, device)
+    assert_projected(found, expected, assert_close)
+
+
+@pytest.mark.parametrize("rows", [0, 2, 65, 70])
+def test_what_the_kernels_do_not_serve_is_projected_all_the_same(
+    rows: int, device: torch.device, assert_close: Close
+) -> None:
+    found, expected = check_project(rows, (4, 1, 24), torch.float32, make_slots(rows), 40, device)
+    assert_projected(found, expected, assert_close)
+
+
+def test_a_shared_weight_is_not_copied_and_a_view_of_another_order_is(device: torch.device) -> None:
+    weight = draw(6, 8, dtype=torch.float16, device=device)
+    for shared in (False, True):
+        packed = matmul.pack_linear(weight, shared)
+        assert packed.plain is not None
+        assert packed.plain.data_ptr() == weight.data_ptr()
+    turned = matmul.pack_linear(weight.T, shared=False)
+    assert turned.plain is not None
+    assert turned.plain.is_contiguous()
+    assert (turned.out_features, turned.in_features) == (8, 6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("out", "into"), REAL.values(), ids=list(REAL))
+def test_real_sizes(out: int, into: int, dtype: torch.dtype, assert_close: Close) -> None:
+    weight = make_weight(out, into, dtype, torch.device("cuda", 0))
+    for rows in (1, *ROWS, 65, 500):
+        check_linear(rows, weight, True, "gelu_tanh", dtype, assert_close)
+        x = draw(rows, into, dtype=dtype, device=torch.device("cuda", 0))
+        parts = matmul.linear_parts(x, weight)
+        kind, total = ("linear", parts) if parts.dim() == 2 else ("parts", parts.sum(0))
+        assert_close(kind, total, exact(x, weight))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 16, 64, 65, 8192])
+def test_real_sizes_project(rows: int, dtype: torch.dtype, assert_close: Close) -> None:
+    found, expected = check_project(rows, (32, 32, 128), dtype, make_slots(rows), 4096, torch.device("cuda", 0))
+    assert_projected(found, expected, assert_close)

@@ -1,0 +1,53 @@
+"""Sums over ranks that a norm completes. Shapes: t tokens, h hidden."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from hasten.ops.peers import Peers
+from hasten.parallel.groups import TensorGroup
+
+ROWS, WIDTH, MOST_ROWS = 3, 4, 5
+
+
+@dataclass(frozen=True)
+class Doubling(TensorGroup):
+    """One of two ranks that bring the same."""
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        assert tensor.dim() == 2
+        return tensor * 2
+
+
+def mailboxes() -> Peers:
+    mailbox = torch.zeros(2, MOST_ROWS, 2, WIDTH // 2, dtype=torch.int64)
+    addresses, exchanges = torch.zeros(2, dtype=torch.int64), torch.zeros(MOST_ROWS, dtype=torch.int32)
+    return Peers(0, 2, MOST_ROWS, WIDTH, mailbox, addresses, exchanges)
+
+
+@pytest.mark.parametrize("parts", [None, 1, 3])
+def test_parts_are_added_up_before_ranks_are_and_all_else_after(parts: int | None) -> None:
+    made = torch.randn(ROWS, WIDTH) if parts is None else torch.randn(parts, ROWS, WIDTH)
+    bias, residual, rows = torch.randn(WIDTH), torch.randn(ROWS + 2, WIDTH), torch.tensor([4, 0, 1])
+    sum_ = Doubling(0, 2).all_reduce_sum(made.clone(), bias, residual, rows)
+    torch.testing.assert_close(sum_.parts, 2 * (made if parts is None else made.sum(0)))
+    assert sum_.bias is bias
+    assert sum_.residual is residual
+    assert sum_.rows is rows
+    assert sum_.peers is None
+
+
+@pytest.mark.parametrize(("rows", "by_mail"), [(1, True), (MOST_ROWS, True), (MOST_ROWS + 1, False)])
+@pytest.mark.parametrize("parts", [None, 2])
+def test_as_many_rows_as_fit_go_through_mailboxes(parts: int | None, rows: int, by_mail: bool) -> None:
+    peers = mailboxes()
+    made = torch.randn(rows, WIDTH) if parts is None else torch.randn(parts, rows, WIDTH)
+    sum_ = Doubling(0, 2, peers).all_reduce_sum(made)
+    if by_mail:  # this rank's own parts, as they are: the norm brings the others'
+        assert sum_.parts is made
+        assert sum_.peers is peers
+    else:
+        torch.testing.assert_close(sum_.parts, 2 * (made if parts is None else made.sum(0)))
+        assert sum_.peers is None
