@@ -269,7 +269,8 @@ def our_logits(model: Path, prompts: Tokens, followed_by: Tokens, **options: Any
         for row, place in enumerate(batch.sampled):
             sequence = batch.sequences[place]
             if sequence.output_len > 0:
-                found[sequence.request_id].append(logits[row : row + 1].float())
+                # a copy: a graph's logits are overwritten by its next replay
+                found[sequence.request_id].append(logits[row : row + 1].float().clone())
             if sequence.output_len < DECODED:
                 token = followed_by[int(sequence.request_id)][sequence.output_len]
                 message["tokens"].append((sequence.key, token))
