@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Hugging Face has no cache between calls; with it on, the untimed batch would also pay for a timed one
 ENGINE_DEFAULTS: Mapping[str, Any] = {"enable_prefix_cache": False}
+# Hugging Face's model must find room on the same GPU
+COMPARED_DEFAULTS: Mapping[str, Any] = {**ENGINE_DEFAULTS, "memory_utilization": 0.5}
 # what peers are measured with
 SUITE_DEFAULTS: Mapping[str, Any] = {
     **ENGINE_DEFAULTS,
@@ -28,6 +30,7 @@ SUITE_DEFAULTS: Mapping[str, Any] = {
     "max_num_seqs": 256,
     "max_num_batched_tokens": 8192,
 }
+COMPARED_HELP = "; hasten then takes half of a GPU's memory by default"
 LAMBADA_SKIP = frozenset({"tokenizer", "load_format"})
 
 
@@ -57,7 +60,9 @@ def _add_lambada(benches: "argparse._SubParsersAction[Parser]") -> None:
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--test-hf", action="store_true", help="run Hugging Face instead of hasten")
-    which.add_argument("--compare", action="store_true", help="run both on the same texts, batch by batch")
+    which.add_argument(
+        "--compare", action="store_true", help=f"run both on the same texts, batch by batch{COMPARED_HELP}"
+    )
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="texts in a batch (default: 8)")
     parser.add_argument(
         "--repetitions", type=positive, default=1, metavar="N", help="times to run all texts; the time is the median"
@@ -178,7 +183,7 @@ def _add_kernels(benches: "argparse._SubParsersAction[Parser]") -> None:
     parser.set_defaults(run=run_kernels)
 
 
-def _add_model(parser: Parser, compare: str = "measure Hugging Face beside it, in turns") -> None:
+def _add_model(parser: Parser, compare: str = f"measure Hugging Face beside it, in turns{COMPARED_HELP}") -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint")
     parser.add_argument("--compare", action="store_true", help=compare)
     parser.add_argument("--hf-model", metavar="PATH", help="what Hugging Face runs (default: MODEL)")
@@ -207,7 +212,8 @@ def run_lambada(args: argparse.Namespace) -> int:
     report.require_writable(args.output_path)
     tokenizer = Tokenizer.from_folder(args.tokenizer_path)
     samples = lambada.read_samples(args.dataset_path, tokenizer)
-    options = engine_options(args, defaults=ENGINE_DEFAULTS, skip=LAMBADA_SKIP)
+    defaults = COMPARED_DEFAULTS if args.compare else ENGINE_DEFAULTS
+    options = engine_options(args, defaults=defaults, skip=LAMBADA_SKIP)
     threads = torch.get_num_threads()
     with ExitStack() as stack:
         engines: list[Engine] = []
@@ -461,7 +467,8 @@ def _engines(
     from hasten.engine.llm import LLM
 
     report.require_writable(args.output_path)
-    options = engine_options(args, defaults={**ENGINE_DEFAULTS, "max_model_len": max_len})
+    defaults = COMPARED_DEFAULTS if args.compare else ENGINE_DEFAULTS
+    options = engine_options(args, defaults={**defaults, "max_model_len": max_len})
     threads = torch.get_num_threads()
     with LLM(args.model, **options) as llm:
         if not llm.is_driver:
