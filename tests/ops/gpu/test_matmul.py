@@ -221,3 +221,13 @@ def test_real_sizes(out: int, into: int, dtype: torch.dtype, assert_close: Close
 def test_real_sizes_project(rows: int, dtype: torch.dtype, assert_close: Close) -> None:
     found, expected = check_project(rows, (32, 32, 128), dtype, make_slots(rows), 4096, torch.device("cuda", 0))
     assert_projected(found, expected, assert_close)
+
+
+@pytest.mark.parametrize("block_m", [16, 32, 64])
+@pytest.mark.parametrize("cut", [matmul._WIDE, matmul._NARROW, matmul._MIDDLE, matmul._TALL], ids=str)
+def test_stages_are_as_many_as_fit(cut: matmul.Cut, block_m: int) -> None:
+    assert matmul._stages(cut, block_m, 227 << 10) == cut.stages
+    for shared in (99 << 10, 64 << 10):
+        stages = matmul._stages(cut, block_m, shared)
+        assert 1 <= stages <= cut.stages
+        assert stages * (cut.block_n + block_m) * cut.block_k * 2 <= shared

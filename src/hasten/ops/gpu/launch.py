@@ -58,3 +58,12 @@ def overlapped(tensor: Tensor) -> dict[str, Any]:
 def multiprocessors(index: int | None) -> int:
     """Multiprocessors of a device; as many as an H200 has where there is none."""
     return 132 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@cache
+def shared_memory(index: int | None) -> int:
+    """Bytes of shared memory that one program may take; as many as on an H200 where there is no device."""
+    if index is None:
+        return 227 << 10
+    properties: dict[str, int] = triton.runtime.driver.active.utils.get_device_properties(index)
+    return properties["max_shared_mem"]

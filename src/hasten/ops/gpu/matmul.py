@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hasten.ops.gpu.cache import write_cache
-from hasten.ops.gpu.launch import multiprocessors, overlapped, prefetch, start_next, wait_for_inputs
+from hasten.ops.gpu.launch import multiprocessors, overlapped, prefetch, shared_memory, start_next, wait_for_inputs
 from hasten.ops.packed import PackedLinear
 from hasten.ops.reference import split_heads
 
@@ -255,6 +255,11 @@ def _cut(rows: int, features: int, splits: int, multiprocessors: int) -> Cut:
     return _NARROW if rows <= 16 else _MIDDLE
 
 
+def _stages(cut: Cut, block_m: int, shared: int) -> int:
+    """The cut's stages, or as many as fit: both operands lie in shared memory once a stage, two bytes an element."""
+    return max(1, min(cut.stages, shared // (2 * (cut.block_n + block_m) * cut.block_k)))
+
+
 def _product(
     x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gelu: bool, to: _Projection | None, splits: int
 ) -> Tensor:
@@ -280,10 +285,12 @@ def _product(
             *arguments, features, ROWS=_MATVEC_ROWS, BLOCK_K=block, num_warps=_MATVEC_WARPS, **common
         )
         return out
+    block_m = max(16, triton.next_power_of_2(rows))
     cut = _cut(rows, features, splits, multiprocessors(x_th.device.index))
+    stages = _stages(cut, block_m, shared_memory(x_th.device.index))
     _skinny[(triton.cdiv(features, cut.block_n), splits)](
         *arguments, rows, features,
-        BLOCK_M=max(16, triton.next_power_of_2(rows)), BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, SPLITS=splits,
-        STAGES=cut.stages, AHEAD=_AHEAD, num_warps=cut.warps, **common,
+        BLOCK_M=block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, SPLITS=splits,
+        STAGES=stages, AHEAD=_AHEAD, num_warps=cut.warps, **common,
     )  # fmt: skip
     return out
