@@ -135,7 +135,7 @@ def test_a_search_ends_when_no_beam_is_as_good_as_the_worst_that_ended() -> None
 
 @dataclass(frozen=True)
 class Job:
-    """A request, when it comes, and when it is withdrawn."""
+    """A request of some beams or of one plain sequence, the step before which it comes, and when it is withdrawn."""
 
     prompt: Tokens
     width: int
@@ -146,6 +146,10 @@ class Job:
     @property
     def params(self) -> SamplingParams:
         return SamplingParams(beam_width=self.width, max_tokens=self.output, stop_token_ids=[0, 1], ignore_eos=True)
+
+    def alone(self) -> list[Hypothesis]:
+        """What it finds, worked out without a scheduler."""
+        return run(self.params, self.prompt) if self.width > 1 else []
 
 
 def record(batch: Batch) -> list[object]:
@@ -166,6 +170,8 @@ class Ranks:
     follower: Worker
     cache: Shadow
     pending: Message = field(default_factory=message)
+    keys: dict[str, list[int]] = field(default_factory=dict)
+    """Of the sequences of each unfinished request."""
     searches: dict[str, BeamSearch] = field(default_factory=dict)
     found: dict[str, list[Hypothesis]] = field(default_factory=dict)
 
@@ -173,11 +179,12 @@ class Ranks:
         leader = Sequence(Request(request_id=name, prompt_token_ids=job.prompt, params=job.params), seed=0)
         self.pending["added"].append(_announcement(leader))
         self.scheduler.add(leader)
-        keys = [member.key for member in leader.unit]
-        self.searches[name] = BeamSearch(job.params, (), job.output, keys)
+        self.keys[name] = [member.key for member in leader.unit]
+        if job.width > 1:
+            self.searches[name] = BeamSearch(job.params, (), job.output, self.keys[name])
 
     def end(self, name: str) -> None:
-        for key in self.searches.pop(name).keys:
+        for key in self.keys.pop(name):
             self.pending["finished"].append(key)
             self.scheduler.finish(key)
 
@@ -208,9 +215,16 @@ class Ranks:
 
     def take(self, sequence: Sequence) -> None:
         name = sequence.request_id
-        search = self.searches.get(name)
-        if search is None:
+        if name not in self.keys:
             return
+        if sequence.beams is None:
+            sequence.append(sequence.length % VOCAB)
+            self.pending["tokens"].append((sequence.key, sequence.token_ids[-1]))
+            if sequence.output_len == sequence.params.max_tokens:
+                self.found[name] = []
+                self.end(name)
+            return
+        search = self.searches[name]
         count = candidate_count(sequence.params, ())
         moves = search.take(sequence.key, candidates(tuple(sequence.token_ids), count))
         if moves:
@@ -221,9 +235,9 @@ class Ranks:
 
     def run_all(self, jobs: list[Job]) -> None:
         steps = 0
-        while steps <= max(job.arrives for job in jobs) or self.searches:
+        while steps <= max(job.arrives for job in jobs) or self.keys:
             for number, job in enumerate(jobs):
-                if job.leaves == steps and str(number) in self.searches:
+                if job.leaves == steps and str(number) in self.keys:
                     self.end(str(number))
                 if job.arrives == steps:
                     self.add(str(number), job)
@@ -255,7 +269,7 @@ JOBS = st.lists(
     st.builds(
         Job,
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=18).map(tuple),
-        width=st.sampled_from([2, 3, 4, 5]),
+        width=st.sampled_from([1, 2, 3, 4, 5]),
         output=st.integers(1, 9),
         arrives=st.integers(0, 12),
         leaves=st.sampled_from([None, None, None, 3, 9, 14]),
@@ -278,7 +292,7 @@ def test_beams_end_as_if_alone_whatever_comes(
 ) -> None:
     ranks = make_ranks(blocks, seqs, seqs + more, prefix_cache=prefix_cache)
     ranks.run_all(jobs)
-    right = {str(number): run(job.params, job.prompt) for number, job in enumerate(jobs)}
+    right = {str(number): job.alone() for number, job in enumerate(jobs)}
     assert {name: right[name] for name in ranks.found} == ranks.found
     assert {str(number) for number, job in enumerate(jobs) if job.leaves is None} <= set(ranks.found)
 

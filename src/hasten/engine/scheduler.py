@@ -87,8 +87,8 @@ class Scheduler:
     def _note_pending(self, batch: Batch) -> None:
         """Count the tokens that `batch` chooses. Who has all of its tokens runs no more and needs no blocks.
 
-        A beam has nothing to compute until `move` says whose continuation it is.
-        Blocks may go to others at once: what those write is launched later, and so comes later on the device.
+        Blocks may go to others at once: what those write is launched later, and so comes later on the device. A beam's
+        token is known only when `move` says whose continuation it is.
         """
         any_complete = False
         for row, place in enumerate(batch.sampled):
