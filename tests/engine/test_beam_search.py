@@ -138,11 +138,12 @@ def test_the_beams_of_these_tests_end_at_different_times(right: list[Beams]) -> 
     assert min(ends.count(True), ends.count(False)) >= 4
 
 
-def assert_all(llm: LLM, right: list[Beams], right_others: list[list[int]]) -> None:
-    """Beams beside sequences of all kinds, and alone."""
+def assert_all(llm: LLM, right: list[Beams], right_others: list[list[int]]) -> int:
+    """Beams beside sequences of all kinds, and alone; how many searches were preempted in the second case."""
     mixed = llm.generate([*OTHERS, *PROMPTS], [*OTHER_PARAMS, *beam_params()])
     found = [completion.token_ids for output in mixed[: len(OTHERS)] for completion in output.outputs]
     assert found == right_others
+    before = llm.engine.scheduler.stats.preemptions
     again = llm.generate(PROMPTS, beam_params())  # out of the prefix cache, where there is one
     for outputs in (mixed[len(OTHERS) :], again):
         for output, beams, params in zip(outputs, right, beam_params(), strict=True):
@@ -151,6 +152,7 @@ def assert_all(llm: LLM, right: list[Beams], right_others: list[list[int]]) -> N
     assert not llm.engine.scheduler.has_work
     assert llm.engine._owners == {}
     assert llm.engine._flight is None
+    return llm.engine.scheduler.stats.preemptions - before
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["steps", "overlapped"])
@@ -175,7 +177,7 @@ def test_beams_are_those_of_transformers(
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["steps", "overlapped"])
 @pytest.mark.parametrize("prefix_cache", [False, True])
-@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 11, "max_num_seqs": 11}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 18, "max_num_seqs": 18}], ids=str)
 def test_preempted_beams_are_the_same(
     options: dict[str, Any],
     prefix_cache: bool,
@@ -190,8 +192,8 @@ def test_preempted_beams_are_the_same(
         "overlap_steps": overlap,
     }
     with LLM(bloom, **tight, **options) as llm:
-        assert_all(llm, right, right_others)
-        assert llm.engine.scheduler.stats.preemptions >= 3
+        preempted = assert_all(llm, right, right_others)
+        assert preempted >= 3
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["steps", "overlapped"])
@@ -206,8 +208,8 @@ def test_beams_of_two_ranks_are_the_same(
         "overlap_steps": overlap,
     }
     with LLM(bloom, tensor_parallel_size=2, device="cpu", **options) as llm:
-        assert_all(llm, right, right_others)
-        assert llm.engine.scheduler.stats.preemptions >= 3
+        preempted = assert_all(llm, right, right_others)
+        assert preempted >= 3
         stream = llm.stream(PROMPTS, beam_params())
         next(stream)
         stream.close()  # type: ignore[attr-defined]
