@@ -26,7 +26,7 @@ from hasten.engine.sequence import Sequence
 from hasten.engine.worker import Message, Worker
 
 if TYPE_CHECKING:
-    from tests.engine.conftest import Shadow
+    from tests.engine.conftest import MakeSequence, Shadow
 
 VOCAB = 24
 Tokens = tuple[int, ...]
@@ -305,3 +305,30 @@ def test_a_preempted_search_needs_no_more_blocks_than_before(make_ranks: MakeRan
     ranks.run_all(jobs)
     assert ranks.scheduler.stats.preemptions > 0
     assert [ranks.found[str(number)] for number in range(3)] == [run(jobs[0].params, jobs[0].prompt)] * 3
+
+
+@pytest.mark.parametrize("length", [4, 6, 8, 12])
+def test_a_share_of_anothers_blocks_is_known_by_what_it_holds(
+    length: int, shadow: type[Shadow], make_sequence: MakeSequence
+) -> None:
+    """The leader of a preempted search may be further than what all have in common."""
+    manager = BlockManager(16, 4)
+    cache = shadow(manager)
+    leader = make_sequence(range(13))
+    beam = make_sequence([*range(length), *range(20, 41 - length)])
+    for sequence, parent in ((leader, None), (beam, leader)):
+        if parent is not None:
+            manager.share(parent, sequence, length)
+        count = sequence.length - sequence.num_computed
+        copies = manager.reserve(sequence, count)
+        assert copies is not None
+        assert len(copies) == (parent is not None and length % 4 > 0)
+        cache.copy(copies)
+        cache.write(sequence, count)
+        sequence.num_computed += count
+        manager.register(sequence)
+        cache.check([leader, beam])
+    assert beam.block_table[: length // 4] == leader.block_table[: length // 4]
+    for sequence in (leader, beam):
+        manager.free(sequence)
+    assert manager.num_used == 0
