@@ -91,6 +91,20 @@ def test_several_completions_and_logprobs(tiny_bloom: Path, hasten_here: "Hasten
     assert len(made["prompt_logprobs"]) == len(made["prompt_token_ids"])
 
 
+def test_beams_best_first(tiny_bloom: Path, hasten_here: "Hasten") -> None:
+    command = ("generate", tiny_bloom, "--prompt", PROMPT, "--max-new-tokens", "6", "--beam-width", "4")
+    done = hasten_here(*command, "--n", "3", "--length-penalty", "0.5", "--json")
+    assert done.status == 0, done.err
+    (made,) = objects(done.out)
+    scores = [output["cumulative_logprob"] / len(output["token_ids"]) ** 0.5 for output in made["outputs"]]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
+    plain = hasten_here(*command, "--n", "3", "--length-penalty", "0.5")
+    assert plain.out == "".join(f"{PROMPT}{output['text']}\n" for output in made["outputs"])
+    (best,) = objects(hasten_here(*command, "--length-penalty", "0.5", "--json").out)
+    assert best["token_ids"] == made["outputs"][0]["token_ids"]
+
+
 def test_the_same_seed_gives_the_same_text(tiny_bloom: Path, hasten_here: "Hasten") -> None:
     command = ("generate", tiny_bloom, "--prompt", PROMPT, "--temperature", "1", "--seed")
     first, again, other = (hasten_here(*command, seed).out for seed in (1, 1, 2))
@@ -125,6 +139,8 @@ def test_under_torchrun_only_the_first_rank_prints(tiny_bloom: Path, hasten_proc
         (["-dt", "fp7"], "data type 'fp7' is not known"),
         (["--tensor-para-size", "3"], "tensor parallel size 3 does not divide"),
         (["--max-model-len", "4"], "longest sequence of 4"),
+        (["--beam-width", "2", "--n", "3"], "n must be at most beam_width (2), got 3"),
+        (["--beam-width", "2", "--temperature", "0.5"], "temperature must be left at 1.0 with beam_width above 1"),
     ],
 )
 def test_bad_options(tiny_bloom: Path, hasten_here: "Hasten", options: list[str], message: str) -> None:

@@ -29,6 +29,10 @@ NAN, INF = float("nan"), float("inf")
         ("seed", [-1, 2**64]),
         ("logprobs", [-1]),
         ("prompt_logprobs", [-1]),
+        ("beam_width", [0, -1]),
+        ("length_penalty", [-11, 10.5, NAN, INF]),
+        ("early_stopping", ["never", 1, None]),
+        ("beam_search_diversity_rate", [-0.5, NAN, INF]),
     ],
 )
 def test_a_bad_value_is_named(name: str, values: list[Any]) -> None:
@@ -45,7 +49,7 @@ def test_a_bad_value_is_named(name: str, values: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("names", "values"),
     [
-        (("n", "top_k", "max_tokens", "min_tokens"), [2.5, 2.0, "2", True, None, [2]]),
+        (("n", "top_k", "max_tokens", "min_tokens", "beam_width"), [2.5, 2.0, "2", True, None, [2]]),
         (("seed", "logprobs", "prompt_logprobs"), [2.5, 2.0, "2", True, [2]]),
         (
             ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
@@ -79,6 +83,26 @@ def test_stop_strings_need_text() -> None:
     "values",
     [
         {"temperature": 0},
+        {"top_k": 5},
+        {"top_p": 0.5},
+        {"min_p": 0.5},
+        {"stop": "x"},
+        {"stop_words_ids": [[1, 2]]},
+        {"logprobs": 0},
+        {"n": 3},
+    ],
+)
+def test_what_beams_cannot_do_is_not_ignored(values: dict[str, Any]) -> None:
+    (name,) = values
+    with pytest.raises(InvalidRequestError, match=f"^{name} must be .* beam_width"):
+        SamplingParams(beam_width=2, **values)
+    SamplingParams(beam_width=3, n=3, seed=1, stop_token_ids=[1], prompt_logprobs=1, repetition_penalty=1.5)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 0},
         {"temperature": 1e9},
         {"top_k": -1},
         {"top_k": 10**9},
@@ -90,6 +114,7 @@ def test_stop_strings_need_text() -> None:
         {"seed": 2**64 - 1},
         {"logprobs": 0, "prompt_logprobs": 0},
         {"detokenize": False, "stop_token_ids": [3]},
+        {"beam_width": 4, "n": 4, "length_penalty": -10, "early_stopping": True, "beam_search_diversity_rate": 0},
     ],
 )
 def test_values_at_the_edge_are_good(values: dict[str, Any]) -> None:

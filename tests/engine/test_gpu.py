@@ -252,14 +252,20 @@ def our_logits(model: Path, prompts: Tokens, followed_by: Tokens, **options: Any
 
     added = [
         NewSequence(
-            request_id=str(number), token_ids=ids, n=1, max_tokens=DECODED + 1, plain=False, prompt_logprobs=True
+            request_id=str(number),
+            token_ids=ids,
+            n=1,
+            beam_width=1,
+            max_tokens=DECODED + 1,
+            plain=False,
+            prompt_logprobs=True,
         )
         for number, ids in enumerate(prompts)
     ]
-    worker.apply(Message(tokens=[], finished=[], added=added, stop=False))
+    worker.apply(Message(tokens=[], finished=[], moves=[], added=added, stop=False))
     while worker.scheduler.has_work:
         batch = worker.scheduler.schedule()
-        message = Message(tokens=[], finished=[], added=[], stop=False)
+        message = Message(tokens=[], finished=[], moves=[], added=[], stop=False)
         with torch.inference_mode():
             hidden, rows = worker.compute(batch, keep)
             logits = worker.runner.logits(hidden, rows)

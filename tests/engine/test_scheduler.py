@@ -74,7 +74,7 @@ class Run:
     flight: list[tuple[Sequence, int]] = field(default_factory=list)
     """What the last launched step chose: the device still has it, and perhaps the device alone."""
     collected: bool = True
-    message: Message = field(default_factory=lambda: Message(tokens=[], finished=[], added=[], stop=False))
+    message: Message = field(default_factory=lambda: Message(tokens=[], finished=[], moves=[], added=[], stop=False))
 
     def add(self, name: str, job: Job) -> None:
         params = SamplingParams(
@@ -137,7 +137,7 @@ class Run:
 
     def tell(self) -> None:
         """Bring the other rank up to date."""
-        message, self.message = self.message, Message(tokens=[], finished=[], added=[], stop=False)
+        message, self.message = self.message, Message(tokens=[], finished=[], moves=[], added=[], stop=False)
         self.follower.apply(message)
 
     def follow(self, batch: Batch) -> None:

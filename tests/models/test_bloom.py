@@ -63,17 +63,23 @@ def our_logits(folder: Path, prompts: list[list[int]], followed_by: list[list[in
 
     added = [
         NewSequence(
-            request_id=str(number), token_ids=ids, n=1, max_tokens=DECODED + 1, plain=False, prompt_logprobs=True
+            request_id=str(number),
+            token_ids=ids,
+            n=1,
+            beam_width=1,
+            max_tokens=DECODED + 1,
+            plain=False,
+            prompt_logprobs=True,
         )
         for number, ids in enumerate(prompts)
     ]
-    worker.apply(Message(tokens=[], finished=[], added=added, stop=False))
+    worker.apply(Message(tokens=[], finished=[], moves=[], added=added, stop=False))
     while worker.scheduler.has_work:
         batch = worker.scheduler.schedule()
         with torch.inference_mode():
             logits = worker.runner.logits(*worker.compute(batch, keep))
         assert logits is not None
-        message = Message(tokens=[], finished=[], added=[], stop=False)
+        message = Message(tokens=[], finished=[], moves=[], added=[], stop=False)
         for row, place in enumerate(batch.sampled):
             sequence = batch.sequences[place]
             if sequence.output_len > 0:

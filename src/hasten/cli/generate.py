@@ -50,7 +50,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate and print."""
     prompts = _read_prompts(args)
-    params = sampling_params(args, defaults=SAMPLING_DEFAULTS)
+    params = sampling_params(args, defaults=_defaults(args))
     stream = _streams(args, len(prompts), params)
 
     from hasten.engine.llm import LLM
@@ -59,6 +59,12 @@ def run(args: argparse.Namespace) -> int:
         if llm.is_driver:
             (_stream if stream else _generate)(llm, prompts, params, args.json)
     return 0
+
+
+def _defaults(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command puts in place of SamplingParams' defaults: a beam search leaves the temperature alone."""
+    beams = getattr(args, "beam_width", 1) > 1
+    return {name: value for name, value in SAMPLING_DEFAULTS.items() if not (beams and name == "temperature")}
 
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
@@ -155,8 +161,9 @@ def _completion(completion: CompletionOutput) -> dict[str, Any]:
         "text": completion.text,
         "finish_reason": completion.finish_reason,
     }
-    if completion.logprobs is not None:
+    if completion.cumulative_logprob is not None:
         made["cumulative_logprob"] = completion.cumulative_logprob
+    if completion.logprobs is not None:
         made["logprobs"] = [_logprobs(position) for position in completion.logprobs]
     return made
 

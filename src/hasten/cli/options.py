@@ -37,6 +37,10 @@ SAMPLING_HELP: dict[str, str] = {
     "logprobs": "report log-probabilities of the chosen and of so many most probable tokens",
     "prompt_logprobs": "the same for the tokens of the prompt",
     "skip_special_tokens": "leave special tokens out of the text",
+    "beam_width": "search for the most probable texts with so many beams; --n of them are printed, best first",
+    "length_penalty": "beams are compared by their log-probability divided by their length to this power",
+    "early_stopping": "end a beam search as soon as enough beams have ended",
+    "beam_search_diversity_rate": "taken off a beam's continuations, for each one of its own that is better; 0: none",
 }
 """What the command line says of each field of SamplingParams that it offers."""
 

@@ -27,9 +27,24 @@ def _require(condition: bool, message: str) -> None:
         raise InvalidRequestError(message)
 
 
-_WHOLE = ("n", "top_k", "max_tokens", "min_tokens")
+_WHOLE = ("n", "top_k", "max_tokens", "min_tokens", "beam_width")
 _WHOLE_OR_NONE = ("seed", "logprobs", "prompt_logprobs")
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_NUMBERS = (
+    *("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("length_penalty", "beam_search_diversity_rate"),
+)
+_NOT_WITH_BEAMS = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "stop": (),
+    "stop_words_ids": (),
+    "logprobs": None,
+}
+"""What beam search cannot take into account, and the values that ask for nothing."""
+_MOST_LENGTH_PENALTY = 10
+"""A length to this power is still a float, however long the sequence."""
 
 
 def _is_whole(value: object) -> bool:
@@ -101,6 +116,14 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     detokenize: bool = True
+    beam_width: int = 1
+    """Above 1: search for the most probable completions with so many beams; the `n` best are returned, best first."""
+    length_penalty: float = 1.0
+    """Beams are compared by the sum of their log-probabilities, divided by their length to this power."""
+    early_stopping: bool = False
+    """End a beam search as soon as `beam_width` beams have ended, even if others might become better."""
+    beam_search_diversity_rate: float = 0.0
+    """Taken off the scores of a beam's continuations for the choice: once for its second best, twice for the next."""
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -141,6 +164,25 @@ class SamplingParams:
             value = getattr(self, name)
             _require(value is None or value >= 0, f"{name} must not be negative, got {value}")
         _require(self.detokenize or not self.stop, "stop strings need detokenize=True")
+        self._check_beams()
+
+    def _check_beams(self) -> None:
+        rate = self.beam_search_diversity_rate
+        _require(self.beam_width >= 1, f"beam_width must be at least 1, got {self.beam_width}")
+        _require(
+            -_MOST_LENGTH_PENALTY <= self.length_penalty <= _MOST_LENGTH_PENALTY,
+            f"length_penalty must be from -{_MOST_LENGTH_PENALTY} to {_MOST_LENGTH_PENALTY}, got {self.length_penalty}",
+        )
+        _require(
+            isinstance(self.early_stopping, bool), f"early_stopping must be True or False, got {self.early_stopping!r}"
+        )
+        _require(0 <= rate < math.inf, f"beam_search_diversity_rate must be finite and not negative, got {rate}")
+        if self.beam_width == 1:
+            return
+        _require(self.n <= self.beam_width, f"n must be at most beam_width ({self.beam_width}), got {self.n}")
+        for name, nothing in _NOT_WITH_BEAMS.items():
+            value = getattr(self, name)
+            _require(value == nothing, f"{name} must be left at {nothing!r} with beam_width above 1, got {value!r}")
 
     @property
     def greedy(self) -> bool:

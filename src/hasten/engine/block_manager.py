@@ -122,6 +122,16 @@ class BlockManager:
             self._hold(block)
         child.num_computed = parent.prompt_len - 1
 
+    def share(self, parent: Sequence, child: Sequence, length: int) -> None:
+        """Let `child` hold the blocks of `parent`'s first `length` tokens, which are its own too, and no others."""
+        table = parent.block_table[: -(-length // self.block_size)]
+        for block in table:
+            self._hold(block)
+        self.free(child)
+        child.block_table, child.num_computed = table, length
+        if parent.num_registered * self.block_size <= length:
+            child.prefix, child.num_registered = parent.prefix, parent.num_registered
+
     def free(self, sequence: Sequence) -> None:
         """Let all blocks of `sequence` go, its tail to be reused first."""
         for block in reversed(sequence.block_table):

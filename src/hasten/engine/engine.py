@@ -15,6 +15,7 @@ from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError, InvalidRequestError
 from hasten.core.types import CompletionOutput, FinishReason, Logprob, Request, RequestOutput, SamplingParams
 from hasten.engine.batch import Batch
+from hasten.engine.beam import BeamSearch, Hypothesis, candidate_count
 from hasten.engine.sampler import Choice, Sampled, logprobs_of, mix64
 from hasten.engine.sequence import Sequence
 from hasten.engine.text import TextState, Tokenizer
@@ -43,6 +44,15 @@ class _RequestState:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     unfinished: int = 0
     stream: bool = False
+    search: BeamSearch | None = None
+    """Of a request with beams, whose completions come when it is done."""
+
+    @property
+    def keys(self) -> list[int]:
+        """Of its sequences."""
+        if self.search is not None:
+            return self.search.keys
+        return [completion.sequence.key for completion in self.completions.values()]
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,8 @@ class Engine:
             request = replace(request, params=params)
         seed = self._next_seed() if params.seed is None else params.seed
         sequence = Sequence(request, seed, self.max_model_len)
-        state = _RequestState(request, unfinished=params.n, stream=stream)
+        # what a search will return is not known before its end
+        state = _RequestState(request, unfinished=params.n, stream=stream and params.beam_width == 1)
         if params.prompt_logprobs is not None:
             state.prompt_logprobs = [None]
         self._requests[request.request_id] = state
@@ -132,23 +143,50 @@ class Engine:
                 raise InvalidRequestError(f"{name}: {where} has token id {wrong}; the vocabulary ends at {vocab - 1}")
         if self.tokenizer is None and (params.stop or params.bad_words):
             raise InvalidRequestError(f"{name}: stop strings and bad words need a tokenizer; give --tokenizer-path")
+        if params.beam_width > 1:
+            self._check_beams(name, params, len(prompt))
         if not params.bad_words:
             return params
         assert self.tokenizer is not None
         runs = [run for word in params.bad_words for run in self.tokenizer.words_ids(word)]
         return replace(params, bad_words=(), bad_words_ids=(*params.bad_words_ids, *runs))
 
+    def _check_beams(self, name: str, params: SamplingParams, prompt_len: int) -> None:
+        """Whether all beams of a request can run together, which they must."""
+        width, blocks, vocab = params.beam_width, self.scheduler.blocks, self.model_config.vocab_size
+        most = self.scheduler.config.max_num_seqs
+        if width > most:
+            raise InvalidRequestError(
+                f"{name}: beam_width is {width}; more than {most} sequences at once (max_num_seqs)"
+            )
+        needed = candidate_count(params, self.model_config.eos_token_ids)
+        if needed > vocab:
+            raise InvalidRequestError(
+                f"{name}: beam_width is {width}; it chooses among {needed} tokens, but the vocabulary has {vocab}"
+            )
+        longest = min(prompt_len + params.max_tokens, self.max_model_len)
+        shared = prompt_len // blocks.block_size
+        needed = shared + width * (-(-longest // blocks.block_size) - shared)
+        if needed > blocks.num_blocks:
+            raise InvalidRequestError(
+                f"{name}: {width} beams of {longest} tokens may need {needed} cache blocks, but there are "
+                f"{blocks.num_blocks}; lower beam_width or max_tokens, or give the cache more memory (kv_cache_memory)"
+            )
+
     def abort(self, request_id: str) -> RequestOutput | None:
         """Withdraw a request; its blocks are free before the next step. Returns what it had, if it was unfinished."""
         state = self._requests.pop(request_id, None)
         if state is None:
             return None
+        if state.search is not None:
+            beam = self.scheduler.get(state.search.keys[0])
+            assert beam is not None, "its beams are there until it ends"
+            self._complete(state, beam, state.search.unfinished(), FinishReason.ABORT)
         for completion in state.completions.values():
             if completion.output.finish_reason is None:
                 self._end(completion, FinishReason.ABORT)
         self._added.pop(request_id, None)
-        keys = [completion.sequence.key for completion in state.completions.values()]
-        for key in keys:
+        for key in state.keys:
             if key in self._owners:
                 self._release(key)
         self._forget_flight_of_none()
@@ -219,6 +257,8 @@ class Engine:
         message, self._pending = self._pending, _empty_message()
         message["added"] = [_announcement(sequence) for sequence in self._added.values()]
         self.ranks.broadcast(message)
+        for moves in message["moves"]:
+            self.scheduler.move(moves)
         for sequence in self._added.values():
             self.scheduler.add(sequence)
             self._own(sequence)
@@ -232,8 +272,14 @@ class Engine:
 
     def _own(self, sequence: Sequence) -> None:
         state = self._requests[sequence.request_id]
-        self._owners[sequence.key] = state
         params = sequence.params
+        for member in sequence.unit:
+            self._owners[member.key] = state
+        if sequence.beams is not None:
+            keys = [member.key for member in sequence.beams.members]
+            longest = sequence.max_length - sequence.prompt_len
+            state.search = BeamSearch(params, self.model_config.eos_token_ids, longest, keys)
+            return
         grows = params.detokenize and (state.stream or params.stop)
         text = TextState(self.tokenizer, params) if self.tokenizer is not None and grows else None
         output = CompletionOutput(index=sequence.index, text="", token_ids=[])
@@ -241,7 +287,44 @@ class Engine:
             output.logprobs, output.cumulative_logprob = [], 0.0
         state.completions[sequence.index] = _Completion(output, text, sequence)
 
+    def _take_candidates(self, state: _RequestState, search: BeamSearch, sequence: Sequence, sampled: Sampled) -> None:
+        """Take what may follow one beam; once that is known of all, the search goes on or is done."""
+        if sampled.error is None:
+            moves = search.take(sequence.key, sampled.candidates or [])
+            if moves:
+                self._pending["moves"].append(moves)
+            if not search.done:
+                return
+            self._complete(state, sequence, search.hypotheses, None)
+        else:
+            best = search.unfinished() or [Hypothesis((), 0.0, 0.0, ended=False)] * sequence.params.n
+            self._complete(state, sequence, best, FinishReason.ERROR, sampled.error)
+        state.unfinished = 0
+        for key in search.keys:
+            self._release(key)
+        del self._requests[sequence.request_id]
+
+    def _complete(
+        self,
+        state: _RequestState,
+        sequence: Sequence,
+        best: list[Hypothesis],
+        reason: FinishReason | None,
+        error: str | None = None,
+    ) -> None:
+        """Make completions of the best beams. Without a reason, each has ended by its last token or its length."""
+        for index, found in enumerate(best[: sequence.params.n]):
+            tokens = list(found.token_ids)
+            output = CompletionOutput(index, "", tokens, cumulative_logprob=found.logprob, stop_reason=error)
+            completion = _Completion(output, None, sequence)
+            state.completions[index] = completion
+            stopped = reason is None and found.ended and self._ends(completion, tokens[-1])
+            self._end(completion, reason or (FinishReason.STOP if stopped else FinishReason.LENGTH))
+
     def _take_token(self, state: _RequestState, sequence: Sequence, sampled: Sampled) -> None:
+        if state.search is not None:
+            self._take_candidates(state, state.search, sequence, sampled)
+            return
         completion = state.completions[sequence.index]
         output, token = completion.output, sampled.token_id
         if sampled.error is not None:
@@ -348,7 +431,7 @@ class Engine:
 
 
 def _empty_message() -> Message:
-    return {"tokens": [], "finished": [], "added": [], "stop": False}
+    return {"tokens": [], "finished": [], "moves": [], "added": [], "stop": False}
 
 
 def _announcement(sequence: Sequence) -> NewSequence:
@@ -356,6 +439,7 @@ def _announcement(sequence: Sequence) -> NewSequence:
         "request_id": sequence.request_id,
         "token_ids": sequence.token_ids,
         "n": sequence.params.n,
+        "beam_width": sequence.params.beam_width,
         "max_tokens": sequence.max_length - sequence.prompt_len,
         "plain": sequence.is_plain,
         "prompt_logprobs": sequence.params.prompt_logprobs is not None,

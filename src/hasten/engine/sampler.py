@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.core.types import Logprob
+from hasten.engine.beam import Candidate, candidate_count
 from hasten.engine.sequence import Sequence
 
 _MASK = (1 << 64) - 1
@@ -29,6 +30,8 @@ class Sampled:
     """The chosen token and the most probable ones, if the request asked for log-probabilities."""
     error: str | None = None
     """Why there is no token."""
+    candidates: list[Candidate] | None = None
+    """For a beam, the tokens that may come next, the most probable first."""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -47,12 +50,21 @@ def mix64(value: int) -> int:
 class Choice:
     """The next token of each sequence, chosen on the device and on its way to the host."""
 
-    def __init__(self, tokens_r: Tensor, tops: "_Tops | None" = None, asked: dict[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        tokens_r: Tensor,
+        tops: "_Tops | None" = None,
+        asked: dict[int, int] | None = None,
+        beams: "_Continuations | None" = None,
+    ) -> None:
         self.tokens = tokens_r
         """int32 [r] on the device, -1 where the logits are not finite."""
         self._asked = asked or {}
         """Row -> how many log-probabilities its request asks for; `tops` has those rows in this order."""
-        self._copy = ops.HostCopy([tokens_r, *(() if tops is None else tops)])
+        self._beams = {} if beams is None else beams.counts
+        """Row -> how many candidates it looks at, for rows of beams."""
+        continuations = () if beams is None else (beams.values_rk, beams.ids_rk)
+        self._copy = ops.HostCopy([tokens_r, *continuations, *(() if tops is None else tops)])
 
     @classmethod
     def of_tokens(cls, tokens_r: Tensor) -> "Choice":
@@ -63,17 +75,24 @@ class Choice:
         """The tokens, or an error for a sequence whose logits are not finite. Waits until the device has chosen."""
         tokens_r, *tops = self._copy.wait()
         tokens: list[int] = tokens_r.tolist()
+        candidates: dict[int, list[Candidate]] = {}
+        if self._beams:
+            values_rk, ids_rk, *tops = tops
+            pairs = zip(self._beams.items(), ids_rk.tolist(), values_rk.tolist(), strict=True)
+            candidates = {row: list(zip(ids[:count], values, strict=False)) for (row, count), ids, values in pairs}
         found: dict[int, dict[int, Logprob]] = {}
         if self._asked:
             rows = _entries([tokens[row] for row in self._asked], _Tops(*tops))
             found = dict(zip(self._asked, rows, strict=True))
-        return [self._sampled(row, token, found.get(row)) for row, token in enumerate(tokens)]
+        return [self._sampled(row, token, found.get(row), candidates.get(row)) for row, token in enumerate(tokens)]
 
-    def _sampled(self, row: int, token: int, top: dict[int, Logprob] | None) -> Sampled:
+    def _sampled(
+        self, row: int, token: int, top: dict[int, Logprob] | None, candidates: list[Candidate] | None
+    ) -> Sampled:
         if token < 0:
             return Sampled(token, error=_NOT_FINITE)
         if top is None:
-            return Sampled(token)
+            return Sampled(token, candidates=candidates)
         kept = {other: entry for other, entry in top.items() if entry.rank <= self._asked[row] or other == token}
         return Sampled(token, top[token].logprob, kept)
 
@@ -81,7 +100,7 @@ class Choice:
 def sample(logits_rv: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, ...]) -> Choice:
     """Choose the next token of each sequence, without waiting for the device but for penalties."""
     adjusted_rv = _adjust(logits_rv, sequences, eos_token_ids)
-    drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
+    drawn = [row for row, sequence in enumerate(sequences) if sequence.beams is None and not sequence.params.greedy]
     tokens_r = _draw(adjusted_rv, sequences) if len(drawn) == len(sequences) else ops.greedy(adjusted_rv)
     if 0 < len(drawn) < len(sequences):
         rows = ops.to_device(drawn, torch.int64, logits_rv.device)
@@ -90,11 +109,38 @@ def sample(logits_rv: Tensor, sequences: list[Sequence], eos_token_ids: tuple[in
     asked = {
         row: sequence.params.logprobs for row, sequence in enumerate(sequences) if sequence.params.logprobs is not None
     }
+    beams = _continuations(logits_rv, sequences, eos_token_ids)
     if not asked:
-        return Choice(tokens_r)
+        return Choice(tokens_r, beams=beams)
     rows = ops.to_device(list(asked), torch.int64, logits_rv.device)
     tops = _tops(logits_rv.index_select(0, rows), tokens_r.index_select(0, rows), max(asked.values()))
-    return Choice(tokens_r, tops, asked)
+    return Choice(tokens_r, tops, asked, beams)
+
+
+class _Continuations(NamedTuple):
+    """The most probable tokens after each beam of a batch."""
+
+    counts: dict[int, int]
+    """Row -> how many of its entries count."""
+    values_rk: Tensor
+    ids_rk: Tensor
+
+
+def _continuations(
+    logits_rv: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, ...]
+) -> _Continuations | None:
+    """Candidates of the beams among the sequences. Penalties and bans act on log-probabilities, as in transformers."""
+    counts = {
+        row: candidate_count(sequence.params, eos_token_ids)
+        for row, sequence in enumerate(sequences)
+        if sequence.beams is not None
+    }
+    if not counts:
+        return None
+    rows = ops.to_device(list(counts), torch.int64, logits_rv.device)
+    logprobs_rv = logits_rv.index_select(0, rows).float().log_softmax(-1)
+    adjusted_rv = _adjust(logprobs_rv, [sequences[row] for row in counts], eos_token_ids)
+    return _Continuations(counts, *adjusted_rv.topk(max(counts.values()), dim=-1))
 
 
 def _adjust(logits_rv: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, ...]) -> Tensor:

@@ -1,6 +1,28 @@
 """One completion on its way through the scheduler."""
 
+from itertools import takewhile
+
 from hasten.core.types import Request, SamplingParams
+
+
+class Beams:
+    """The sequences of one beam search. All of them run or none does.
+
+    Scattered, before the prompt is computed and after a preemption, they have no blocks. The first one, the leader,
+    then computes what all have in common, and the others go on from its blocks.
+    """
+
+    def __init__(self, leader: "Sequence") -> None:
+        self.leader = leader
+        self.members = [leader, *(leader.fork(index) for index in range(1, leader.params.beam_width))]
+        self.scatter()
+
+    def scatter(self) -> None:
+        """Note that none has blocks any more."""
+        self.scattered = True
+        columns = zip(*(member.token_ids for member in self.members), strict=True)
+        self.trunk = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+        """Tokens that all have in common."""
 
 
 class Sequence:
@@ -14,6 +36,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "beams",
         "block_table",
         "group_size",
         "index",
@@ -44,9 +67,10 @@ class Sequence:
         self.seed = seed
         self.is_plain = self.params.is_plain
         """Whether the most probable token is all that is asked for."""
-        self.reads_history = self.params.has_penalty or bool(self.params.bad_words_ids)
+        beam_width = self.params.beam_width
+        self.reads_history = self.params.has_penalty or bool(self.params.bad_words_ids) or beam_width > 1
         """Whether the choice of a token depends on which ones came before it, and so must wait until they are known."""
-        self.group_size = request.params.n
+        self.group_size = request.params.n if beam_width == 1 else 1
         """Completions still to be forked from it once its prompt is computed, itself included."""
         self.token_ids = list(request.prompt_token_ids)
         self.prompt_len = len(self.token_ids)
@@ -64,6 +88,12 @@ class Sequence:
         self.num_registered = 0
         """Full blocks that the prefix cache knows, and its number for the tokens in them."""
         self.wants_prompt_logprobs = request.params.prompt_logprobs is not None
+        self.beams: Beams | None = None
+        """The beams that it is one of."""
+        if beam_width > 1:
+            self.beams = Beams(self)
+            for member in self.beams.members:
+                member.beams = self.beams
 
     @property
     def wants_prompt_logits(self) -> bool:
@@ -74,6 +104,18 @@ class Sequence:
     def length(self) -> int:
         """Tokens of the prompt and those chosen so far, known here or not."""
         return len(self.token_ids) + self.pending
+
+    @property
+    def unit(self) -> "list[Sequence]":
+        """The sequences that come and go with it, itself included."""
+        return [self] if self.beams is None else self.beams.members
+
+    @property
+    def uncomputed(self) -> int:
+        """Tokens that the next step may compute: none of a beam whose leader is still to share its blocks with it."""
+        if self.beams is not None and self.beams.scattered and self is not self.beams.leader:
+            return 0
+        return self.length - self.num_computed
 
     @property
     def is_complete(self) -> bool:

@@ -34,6 +34,7 @@ from hasten.core.config import (
 from hasten.core.errors import CapacityError, ConfigError
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
+from hasten.engine.beam import Move
 from hasten.engine.block_manager import BlockManager
 from hasten.engine.memory import free_memory
 from hasten.engine.runner import Runner
@@ -64,6 +65,7 @@ class NewSequence(TypedDict):
     request_id: str
     token_ids: list[int]
     n: int
+    beam_width: int
     max_tokens: int
     plain: bool
     """Whether the most probable token is all that is asked for."""
@@ -77,6 +79,8 @@ class Message(TypedDict):
     """(sequence key, token) that have become known since the last message."""
     finished: list[int]
     """Keys of sequences that end, in order."""
+    moves: list[list[Move]]
+    """For each beam search, how its beams go on: after others have ended."""
     added: list[NewSequence]
     stop: bool
 
@@ -172,6 +176,8 @@ class Worker:
                 sequence.append(token)
         for key in message["finished"]:
             self.scheduler.finish(key)
+        for moves in message["moves"]:
+            self.scheduler.move(moves)
         for new in message["added"]:
             self.scheduler.add(_announced(new))
 
@@ -254,6 +260,7 @@ def _announced(new: NewSequence) -> Sequence:
     """A sequence as ranks other than 0 know it: with all that decides which work it needs, and nothing more."""
     params = SamplingParams(
         n=new["n"],
+        beam_width=new["beam_width"],
         max_tokens=new["max_tokens"],
         temperature=0.0 if new["plain"] else 1.0,
         prompt_logprobs=0 if new["prompt_logprobs"] else None,
