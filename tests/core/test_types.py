@@ -167,3 +167,12 @@ def test_reasons_are_the_words_that_users_compare_with() -> None:
     words: list[str] = ["stop", "length", "abort", "error"]
     assert list(FinishReason) == words
     assert [str(reason) for reason in FinishReason] == words
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("length_penalty", 0.5), ("early_stopping", True), ("beam_search_diversity_rate", 0.5)]
+)
+def test_what_only_beams_take_into_account_is_refused_without_them(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=f"{name} needs beam_width above 1, got {value}"):
+        SamplingParams(**{name: value})
+    assert getattr(SamplingParams(**{name: value}, beam_width=2), name) == value

@@ -43,6 +43,8 @@ _NOT_WITH_BEAMS = {
     "logprobs": None,
 }
 """What beam search cannot take into account, and the values that ask for nothing."""
+_ONLY_WITH_BEAMS = {"length_penalty": 1.0, "early_stopping": False, "beam_search_diversity_rate": 0.0}
+"""What only beam search takes into account, and the values that ask for nothing."""
 _MOST_LENGTH_PENALTY = 10
 """A length to this power is still a float, however long the sequence."""
 
@@ -178,6 +180,8 @@ class SamplingParams:
         )
         _require(0 <= rate < math.inf, f"beam_search_diversity_rate must be finite and not negative, got {rate}")
         if self.beam_width == 1:
+            for name, default in _ONLY_WITH_BEAMS.items():
+                _require(getattr(self, name) == default, f"{name} needs beam_width above 1, got {getattr(self, name)!r}")
             return
         _require(self.n <= self.beam_width, f"n must be at most beam_width ({self.beam_width}), got {self.n}")
         for name, nothing in _NOT_WITH_BEAMS.items():
