@@ -181,7 +181,8 @@ class SamplingParams:
         _require(0 <= rate < math.inf, f"beam_search_diversity_rate must be finite and not negative, got {rate}")
         if self.beam_width == 1:
             for name, default in _ONLY_WITH_BEAMS.items():
-                _require(getattr(self, name) == default, f"{name} needs beam_width above 1, got {getattr(self, name)!r}")
+                value = getattr(self, name)
+                _require(bool(value == default), f"{name} needs beam_width above 1, got {value!r}")
             return
         _require(self.n <= self.beam_width, f"n must be at most beam_width ({self.beam_width}), got {self.n}")
         for name, nothing in _NOT_WITH_BEAMS.items():
