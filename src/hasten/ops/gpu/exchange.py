@@ -112,6 +112,8 @@ def _exchange_norm(
 def exchange_norm(sum_: Sum, peers: Peers, weight_h: Tensor, bias_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The norm of a sum over ranks, and the sum: see `hasten.ops.layer_norm`."""
     rows, width = sum_.shape
+    assert rows <= peers.max_rows
+    assert width == peers.width
     out_th, total_th = weight_h.new_empty(rows, width), weight_h.new_empty(rows, width)
     parts = sum_.parts
     _exchange_norm[(rows,)](

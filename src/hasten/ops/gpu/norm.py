@@ -12,6 +12,16 @@ from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
 from hasten.ops.sum import Sum
 
 
+@triton.jit
+def _store_norm(x, valid, gain, shift, target, eps, H: tl.constexpr):
+    """Store the norm of a row, which is zero where it is not valid."""
+    mean = tl.sum(x, 0) / H
+    centred = tl.where(valid, x - mean, 0.0)
+    variance = tl.sum(centred * centred, 0) / H
+    y = centred * tl.rsqrt(variance + eps) * gain + shift
+    tl.store(target, y.to(target.dtype.element_ty), valid)
+
+
 @triton.jit(do_not_specialize=["part_stride"])
 def _add_norm(
     parts,
@@ -55,11 +65,7 @@ def _add_norm(
         rounded = x.to(total_out.dtype.element_ty)
         tl.store(total_out + row * H + h, rounded, valid)
         x = rounded.to(tl.float32)
-    mean = tl.sum(x, 0) / H
-    centred = tl.where(valid, x - mean, 0.0)
-    variance = tl.sum(centred * centred, 0) / H
-    y = centred * tl.rsqrt(variance + eps) * gain + shift
-    tl.store(out + row * H + h, y.to(out.dtype.element_ty), valid)
+    _store_norm(x, valid, gain, shift, out + row * H + h, eps, H)
 
 
 @triton.jit
@@ -84,11 +90,7 @@ def _embed_norm(
     wait_for_inputs(PDL)
     token = tl.load(ids + row).to(tl.int64)
     x = tl.load(table + token * H + h, valid, 0.0).to(tl.float32)
-    mean = tl.sum(x, 0) / H
-    centred = tl.where(valid, x - mean, 0.0)
-    variance = tl.sum(centred * centred, 0) / H
-    y = centred * tl.rsqrt(variance + eps) * gain + shift
-    tl.store(out + row * H + h, y.to(out.dtype.element_ty), valid)
+    _store_norm(x, valid, gain, shift, out + row * H + h, eps, H)
 
 
 def layer_norm(x_th: Tensor | Sum, weight_h: Tensor, bias_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
