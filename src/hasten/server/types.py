@@ -1,0 +1,83 @@
+"""What the service and its transports pass each other: tensors, requests, responses, and what can be wrong.
+
+Names are those of Triton's protocol. Transports translate these to protobuf, JSON or binary bodies and back, and map an
+error's kind to their own status codes.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.core.errors import HastenError
+
+Parameter = bool | int | float | str
+"""A parameter's value, as the protocol has them."""
+
+
+class ErrorKind(Enum):
+    """Triton's kinds of errors."""
+
+    INVALID = "invalid argument"
+    NOT_FOUND = "not found"
+    ALREADY_EXISTS = "already exists"
+    UNAVAILABLE = "unavailable"
+    UNSUPPORTED = "unsupported"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline exceeded"
+    INTERNAL = "internal"
+
+
+class ServiceError(HastenError):
+    """A request that the service refuses or could not finish; its message is for the client."""
+
+    def __init__(self, kind: ErrorKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass
+class Tensor:
+    """A named tensor. `data` has the shape `shape`; BYTES are an object array of `bytes`."""
+
+    name: str
+    datatype: str
+    """BOOL, UINT8 to UINT64, INT8 to INT64, FP16, FP32, FP64 or BYTES."""
+    shape: tuple[int, ...]
+    data: NDArray[np.generic]
+
+
+@dataclass
+class RequestedOutput:
+    """An output that the client asks for, with its parameters (classification and the like)."""
+
+    name: str
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+
+
+@dataclass
+class InferRequest:
+    """One inference request."""
+
+    model: str
+    inputs: list[Tensor]
+    version: str = ""
+    """Empty: the newest that is ready."""
+    id: str = ""
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    outputs: list[RequestedOutput] = field(default_factory=list)
+    """Empty: all."""
+
+
+@dataclass
+class InferResponse:
+    """One response; a decoupled model may give several, or none but the final flag."""
+
+    model: str
+    version: str
+    id: str = ""
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    outputs: list[Tensor] = field(default_factory=list)
+    final: bool = True
+    """Whether it is the last of its request (`triton_final_response`)."""
