@@ -33,6 +33,11 @@ NAN, INF = float("nan"), float("inf")
         ("length_penalty", [-11, 10.5, NAN, INF]),
         ("early_stopping", ["never", 1, None]),
         ("beam_search_diversity_rate", [-0.5, NAN, INF]),
+        ("logit_bias", [[1], "1", {1.5: 1}, {"1": 1}, {1: "1"}, {1: 101}, {1: NAN}]),
+        ("json_schema", ["", {}, 1]),
+        ("regex", ["", 1]),
+        ("grammar", ["", 1]),
+        ("choice", ["", [""], [1]]),
     ],
 )
 def test_a_bad_value_is_named(name: str, values: list[Any]) -> None:
@@ -42,7 +47,7 @@ def test_a_bad_value_is_named(name: str, values: list[Any]) -> None:
         message = str(caught.value)
         assert message.startswith(f"{name} ")
         assert "\n" not in message
-        if isinstance(value, int | float):
+        if type(value) in (int, float):
             assert message.endswith(f", got {value}")
 
 
@@ -176,3 +181,11 @@ def test_what_only_beams_take_into_account_is_refused_without_them(name: str, va
     with pytest.raises(InvalidRequestError, match=f"{name} needs beam_width above 1, got {value}"):
         SamplingParams(**{name: value})
     assert getattr(SamplingParams(**{name: value}, beam_width=2), name) == value
+
+
+def test_at_most_one_constraint_is_given() -> None:
+    with pytest.raises(InvalidRequestError, match="got json_schema and choice"):
+        SamplingParams(json_schema="{}", choice=["a"])
+    assert SamplingParams(choice="yes").choice == ("yes",)
+    assert not SamplingParams(temperature=0, regex="a").is_plain
+    assert not SamplingParams(temperature=0, logit_bias={3: 1}).is_plain

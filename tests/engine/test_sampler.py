@@ -252,6 +252,20 @@ def test_penalties_also_shape_what_is_drawn_and_leave_the_logits_alone(make_sequ
     assert torch.equal(logits, before)
 
 
+def test_a_bias_is_added_to_its_token_alone(make_sequence: MakeSequence) -> None:
+    logits = random_logits(3, seed=3)
+    plain = make_sequence([1], temperature=0, logprobs=2)
+    biased = make_sequence([1], temperature=0, logprobs=2, logit_bias={7: 100, 9: 50})
+    banned = make_sequence([1], temperature=0, logit_bias={int(logits[2].argmax()): -100})
+    given = logits.clone()
+    first, second, third = sampled_of(logits, [plain, biased, banned])
+    assert torch.equal(logits, given)
+    assert first.token_id == int(logits[0].argmax())
+    assert second.token_id == 7
+    assert second.logprob == pytest.approx(float(logits[1].log_softmax(-1)[7]), abs=1e-5)
+    assert third.token_id == int(logits[2].topk(2).indices[1])
+
+
 def test_bad_words_never_come(make_sequence: MakeSequence) -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, [10, 11, 12]] = torch.tensor([3.0, 2.0, 1.0])

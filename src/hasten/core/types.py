@@ -1,7 +1,7 @@
 """Requests and their results. Field names follow vLLM's, so that its users can change the import alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from numbers import Integral, Real
@@ -41,10 +41,18 @@ _NOT_WITH_BEAMS = {
     "stop": (),
     "stop_words_ids": (),
     "logprobs": None,
+    "logit_bias": {},
+    "json_schema": None,
+    "regex": None,
+    "grammar": None,
+    "choice": (),
 }
 """What beam search cannot take into account, and the values that ask for nothing."""
 _ONLY_WITH_BEAMS = {"length_penalty": 1.0, "early_stopping": False, "beam_search_diversity_rate": 0.0}
 """What only beam search takes into account, and the values that ask for nothing."""
+_CONSTRAINTS = ("json_schema", "regex", "grammar", "choice")
+_NOT_WITH_CONSTRAINTS = {"min_tokens": 0, "ignore_eos": False, "bad_words": (), "bad_words_ids": ()}
+"""What could leave no token that a grammar allows, or keep its end from being one."""
 _MOST_LENGTH_PENALTY = 10
 """A length to this power is still a float, however long the sequence."""
 
@@ -75,11 +83,20 @@ def _strings(name: str, given: Sequence[str] | str) -> tuple[str, ...]:
     return made
 
 
+def _biases(given: Mapping[int, float]) -> dict[int, float]:
+    _require(isinstance(given, Mapping), f"logit_bias must map token ids to numbers, got {given!r}")
+    for token, bias in given.items():
+        _require(_is_whole(token), f"logit_bias has something that is not a token id: {token!r}")
+        _require(_is_number(bias) and -100 <= bias <= 100, f"logit_bias must be from -100 to 100, got {bias!r}")
+    return {int(token): float(bias) for token, bias in given.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to choose the tokens of one request. Lists may be given as any sequence; they are kept as tuples.
 
-    Penalties, banned tokens and `min_tokens` act first, then temperature, then min-p, top-k and top-p.
+    Penalties, biases, banned tokens and `min_tokens` act first, then what constrains the output, then temperature, then
+    min-p, top-k and top-p. Of `json_schema`, `regex`, `grammar` and `choice` at most one is given.
     """
 
     n: int = 1
@@ -110,6 +127,16 @@ class SamplingParams:
     """Words that must not be produced."""
     bad_words_ids: Sequence[Sequence[int]] = ()
     """Runs of token ids that must not be produced."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    """Token id -> what is added to its logit, from -100 to 100, as in OpenAI's API."""
+    json_schema: str | None = None
+    """A JSON schema, as JSON: the output is a value that it allows."""
+    regex: str | None = None
+    """A regular expression that the whole output matches."""
+    grammar: str | None = None
+    """A grammar in llguidance's Lark syntax that the output keeps to."""
+    choice: Sequence[str] = ()
+    """The output is one of these."""
     ignore_eos: bool = False
     seed: int | None = None
     """The same seed gives the same tokens, whatever else is in the batch."""
@@ -134,6 +161,8 @@ class SamplingParams:
         set_(self, "stop_words_ids", _token_lists("stop_words_ids", self.stop_words_ids))
         set_(self, "bad_words", _strings("bad_words", self.bad_words))
         set_(self, "bad_words_ids", _token_lists("bad_words_ids", self.bad_words_ids))
+        set_(self, "choice", _strings("choice", self.choice))
+        set_(self, "logit_bias", _biases(self.logit_bias))
         # A wrong kind is refused here: met in the middle of a step, it would end the engine for all requests.
         for name in (*_WHOLE, *_WHOLE_OR_NONE):
             value = getattr(self, name)
@@ -166,7 +195,20 @@ class SamplingParams:
             value = getattr(self, name)
             _require(value is None or value >= 0, f"{name} must not be negative, got {value}")
         _require(self.detokenize or not self.stop, "stop strings need detokenize=True")
+        self._check_constraints()
         self._check_beams()
+
+    def _check_constraints(self) -> None:
+        given = [name for name in _CONSTRAINTS if getattr(self, name)]
+        for name in _CONSTRAINTS[:3]:
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, str), f"{name} must be a string, got {value!r}")
+            _require(value != "", f"{name} is empty")
+        _require(len(given) <= 1, f"at most one of {', '.join(_CONSTRAINTS)} may be given, got {' and '.join(given)}")
+        if given:
+            for name, nothing in _NOT_WITH_CONSTRAINTS.items():
+                value = getattr(self, name)
+                _require(value == nothing, f"{name} must be left at {nothing!r} with {given[0]}, got {value!r}")
 
     def _check_beams(self) -> None:
         rate = self.beam_search_diversity_rate
@@ -200,6 +242,11 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
+    def is_constrained(self) -> bool:
+        """Whether the output keeps to a grammar."""
+        return any(getattr(self, name) for name in _CONSTRAINTS)
+
+    @property
     def is_plain(self) -> bool:
         """Whether the model's most probable token is all that is asked for."""
         return (
@@ -208,6 +255,8 @@ class SamplingParams:
             and self.min_tokens == 0
             and not (self.bad_words or self.bad_words_ids)
             and not self.has_penalty
+            and not self.logit_bias
+            and not self.is_constrained
         )
 
 

@@ -16,8 +16,10 @@ from hasten.core.errors import EngineError, InvalidRequestError
 from hasten.core.types import CompletionOutput, FinishReason, Logprob, Request, RequestOutput, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.beam import BeamSearch, Hypothesis, candidate_count
+from hasten.engine.constraint import GrammarCompiler
 from hasten.engine.sampler import Choice, Sampled, logprobs_of, mix64
 from hasten.engine.sequence import Sequence
+from hasten.engine.stats import EngineStats
 from hasten.engine.text import TextState, Tokenizer
 from hasten.engine.worker import Message, NewSequence, Worker, explained_out_of_memory
 from hasten.parallel.launch import Ranks
@@ -78,6 +80,7 @@ class Engine:
         self.model_config = self.worker.model_config
         self.max_model_len = self.worker.max_model_len
         self.tokenizer = self._load_tokenizer()
+        self._grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size, self.model_config.eos_token_ids)
         self._requests: dict[str, _RequestState] = {}
         self._owners: dict[int, _RequestState] = {}
         """Sequence key -> its request."""
@@ -86,6 +89,7 @@ class Engine:
         self._pending: Message = _empty_message()
         self._flight: _Flight | None = None
         self._unseeded = 0
+        self._prompt_tokens = self._generation_tokens = 0
         self._closed = False
         self._failed = self._left = False
 
@@ -97,6 +101,30 @@ class Engine:
     def has_unfinished(self) -> bool:
         """Whether a step has anything to do."""
         return bool(self._requests)
+
+    @property
+    def waiting(self) -> set[str]:
+        """Ids of the requests that have not begun, or were preempted."""
+        begin_with = {sequence.request_id for sequence in self.scheduler.waiting if sequence.index == 0}
+        return begin_with.union(self._added)
+
+    @property
+    def stats(self) -> EngineStats:
+        """What goes on between two steps, and counters since the start."""
+        scheduler, blocks = self.scheduler, self.scheduler.blocks
+        waiting = len(self.waiting)
+        return EngineStats(
+            running=len(self._requests) - waiting,
+            waiting=waiting,
+            used_blocks=blocks.num_used,
+            num_blocks=blocks.num_blocks,
+            prefix_hit_tokens=blocks.prefix_hits,
+            prefix_query_tokens=blocks.prefix_queries,
+            preemptions=scheduler.stats.preemptions,
+            steps=scheduler.stats.steps,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+        )
 
     def add(self, request: Request, *, stream: bool = False) -> None:
         """Queue a request; InvalidRequestError where it cannot be served, with nothing queued.
@@ -112,12 +140,14 @@ class Engine:
             request = replace(request, params=params)
         seed = self._next_seed() if params.seed is None else params.seed
         sequence = Sequence(request, seed, self.max_model_len)
+        sequence.constraint = self._grammars.start(params)
         # what a search will return is not known before its end
         state = _RequestState(request, unfinished=params.n, stream=stream and params.beam_width == 1)
         if params.prompt_logprobs is not None:
             state.prompt_logprobs = [None]
         self._requests[request.request_id] = state
         self._added[request.request_id] = sequence
+        self._prompt_tokens += sequence.prompt_len
 
     def _next_seed(self) -> int:
         self._unseeded += 1
@@ -137,6 +167,7 @@ class Engine:
         named = {"the prompt": prompt, "stop_token_ids": params.stop_token_ids}
         named |= {"stop_words_ids": tuple(itertools.chain(*params.stop_words_ids))}
         named |= {"bad_words_ids": tuple(itertools.chain(*params.bad_words_ids))}
+        named |= {"logit_bias": tuple(params.logit_bias)}
         for where, ids in named.items():
             if ids and not 0 <= min(ids) <= max(ids) < vocab:
                 wrong = next(token for token in ids if not 0 <= token < vocab)
@@ -290,6 +321,7 @@ class Engine:
     def _take_candidates(self, state: _RequestState, search: BeamSearch, sequence: Sequence, sampled: Sampled) -> None:
         """Take what may follow one beam; once that is known of all, the search goes on or is done."""
         if sampled.error is None:
+            self._generation_tokens += 1
             moves = search.take(sequence.key, sampled.candidates or [])
             if moves:
                 self._pending["moves"].append(moves)
@@ -331,8 +363,14 @@ class Engine:
             output.stop_reason = sampled.error
             self._finish(state, completion, FinishReason.ERROR)
             return
+        constraint = sequence.constraint
+        if constraint is not None and constraint.error is not None:
+            output.stop_reason = f"the grammar cannot be followed any further: {constraint.error}"
+            self._finish(state, completion, FinishReason.ERROR)
+            return
         sequence.append(token)
         output.token_ids.append(token)
+        self._generation_tokens += 1
         self._pending["tokens"].append((sequence.key, token))
         if sampled.top is not None and output.logprobs is not None:
             output.logprobs.append(self._decoded(sampled.top))
@@ -360,6 +398,8 @@ class Engine:
             if found is not None:
                 output.stop_reason = found
                 return FinishReason.STOP
+        if sequence.constraint is not None and sequence.constraint.accept(token):
+            return FinishReason.STOP
         if len(sequence.token_ids) >= sequence.max_length:
             return FinishReason.LENGTH
         return None

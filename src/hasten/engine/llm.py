@@ -61,7 +61,7 @@ class LLM:
         if place is not None and place.rank > 0:
             follow_rank_zero(config, place)
             return
-        self._engine = _start(config, place)
+        self._engine = start_engine(config, place)
 
     @property
     def is_driver(self) -> bool:
@@ -214,8 +214,11 @@ def _params_for(count: int, params: SamplingParams | Sequence[SamplingParams] | 
     return list(params)
 
 
-def _start(config: EngineConfig, place: RankPlace | None) -> Engine:
-    """Start the other ranks where this process must, and the engine; nothing is left behind if that fails."""
+def start_engine(config: EngineConfig, place: RankPlace | None = None) -> Engine:
+    """Start the other ranks, unless `place` says that others did, and the engine.
+
+    Raises as `LLM` does; nothing is left behind if that fails.
+    """
     size = config.parallel.tensor_parallel_size
     children = None
     if place is None and size > 1:

@@ -13,7 +13,9 @@ from torch import Tensor
 from hasten import ops
 from hasten.core.types import Logprob
 from hasten.engine.beam import Candidate, candidate_count
+from hasten.engine.constraint import allowed_next
 from hasten.engine.sequence import Sequence
+from hasten.ops.transfer import send
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -99,7 +101,7 @@ class Choice:
 
 def sample(logits_rv: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, ...]) -> Choice:
     """Choose the next token of each sequence, without waiting for the device but for penalties."""
-    adjusted_rv = _adjust(logits_rv, sequences, eos_token_ids)
+    adjusted_rv = _constrain(_adjust(logits_rv, sequences, eos_token_ids), sequences)
     drawn = [row for row, sequence in enumerate(sequences) if sequence.beams is None and not sequence.params.greedy]
     tokens_r = _draw(adjusted_rv, sequences) if len(drawn) == len(sequences) else ops.greedy(adjusted_rv)
     if 0 < len(drawn) < len(sequences):
@@ -149,15 +151,35 @@ def _adjust(logits_rv: Tensor, sequences: list[Sequence], eos_token_ids: tuple[i
     for row, sequence in enumerate(sequences):
         params = sequence.params
         banned = _banned(sequence, eos_token_ids)
-        if not banned and not params.has_penalty:
+        if not banned and not params.has_penalty and not params.logit_bias:
             continue
         if adjusted_rv is logits_rv:
             adjusted_rv = logits_rv.to(torch.float32, copy=True)
         if params.has_penalty:
             _penalize(adjusted_rv[row], sequence)
+        if params.logit_bias:
+            biased = ops.to_device(list(params.logit_bias), torch.int64, logits_rv.device)
+            biases = ops.to_device(list(params.logit_bias.values()), torch.float32, logits_rv.device)
+            adjusted_rv[row].index_add_(0, biased, biases)
         if banned:
             adjusted_rv[row].index_fill_(0, ops.to_device(banned, torch.int64, logits_rv.device), float("-inf"))
     return adjusted_rv
+
+
+def _constrain(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Logits with -inf where a sequence's grammar does not allow a token; the given ones are left as they are."""
+    constraints = {
+        row: sequence.constraint for row, sequence in enumerate(sequences) if sequence.constraint is not None
+    }
+    if not constraints:
+        return logits_rv
+    device = logits_rv.device
+    words_kw = send({"words": allowed_next(list(constraints.values()))}, device)["words"]
+    bits_kv = (words_kw.unsqueeze(-1) >> torch.arange(32, device=device)).bitwise_and_(1).flatten(1)
+    rows = ops.to_device(list(constraints), torch.int64, device)
+    chosen_kv = logits_rv.index_select(0, rows)
+    chosen_kv.masked_fill_(bits_kv[:, : logits_rv.shape[1]] == 0, float("-inf"))
+    return logits_rv.index_copy(0, rows, chosen_kv)
 
 
 def _penalize(logits_v: Tensor, sequence: Sequence) -> None:

@@ -3,6 +3,7 @@
 from itertools import takewhile
 
 from hasten.core.types import Request, SamplingParams
+from hasten.engine.constraint import Constraint
 
 
 class Beams:
@@ -38,6 +39,7 @@ class Sequence:
     __slots__ = (
         "beams",
         "block_table",
+        "constraint",
         "group_size",
         "index",
         "is_plain",
@@ -68,7 +70,9 @@ class Sequence:
         self.is_plain = self.params.is_plain
         """Whether the most probable token is all that is asked for."""
         beam_width = self.params.beam_width
-        self.reads_history = self.params.has_penalty or bool(self.params.bad_words_ids) or beam_width > 1
+        self.reads_history = (
+            self.params.has_penalty or bool(self.params.bad_words_ids) or self.params.is_constrained or beam_width > 1
+        )
         """Whether the choice of a token depends on which ones came before it, and so must wait until they are known."""
         self.group_size = request.params.n if beam_width == 1 else 1
         """Completions still to be forked from it once its prompt is computed, itself included."""
@@ -88,6 +92,8 @@ class Sequence:
         self.num_registered = 0
         """Full blocks that the prefix cache knows, and its number for the tokens in them."""
         self.wants_prompt_logprobs = request.params.prompt_logprobs is not None
+        self.constraint: Constraint | None = None
+        """How far its output has come in the grammar that it keeps to; only rank 0 knows."""
         self.beams: Beams | None = None
         """The beams that it is one of."""
         if beam_width > 1:
@@ -148,4 +154,6 @@ class Sequence:
         made.pending = 0
         made.block_table = []
         made.table_version = 0
+        if self.constraint is not None:
+            made.constraint = self.constraint.fork()
         return made

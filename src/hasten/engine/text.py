@@ -40,6 +40,10 @@ class Tokenizer:
         """Tokens it knows, added ones included."""
         return int(self._fast.get_vocab_size(with_added_tokens=True))
 
+    def to_json(self) -> str:
+        """The text of its tokenizer.json."""
+        return str(self._fast.to_str())
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
         ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids

@@ -1,0 +1,71 @@
+"""`hasten repository`: model repositories as `hasten serve --model-repository` reads them."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from hasten.cli.options import Parser, add_engine_options, engine_options
+from hasten.core.config import EngineConfig
+from hasten.core.errors import ConfigError
+
+SERVERS = ("hasten", "triton")
+
+
+def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the subcommand `repository`."""
+    parser = commands.add_parser(
+        "repository", help="make model repositories", description="Make folders of models for a server."
+    )
+    actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    create = actions.add_parser(
+        "create",
+        help="write a model repository for a checkpoint",
+        description="Write a model repository for a checkpoint: the token model `fastertransformer`, the ensemble "
+        "`preprocessing`, `fastertransformer`, `postprocessing` around it, and a text model. The weights stay where "
+        "they are. What is written may be edited; options given here are parameters of the token model.",
+    )
+    create.add_argument("model", metavar="MODEL", help="folder of the checkpoint, Hugging Face or converted")
+    create.add_argument("target", metavar="DIR", help="folder to write the models' folders into")
+    create.add_argument(
+        "--for",
+        dest="server",
+        choices=SERVERS,
+        default=SERVERS[0],
+        help="the server that will read it: hasten, or Triton, whose Python backend then runs hasten's engine as the "
+        "token model (default: %(default)s)",
+    )
+    create.add_argument("--name", default="fastertransformer", help="name of the token model (default: %(default)s)")
+    create.add_argument("--text-name", metavar="NAME", help="name of the text model (default: as MODEL's folder)")
+    create.add_argument(
+        "--decoupled", action="store_true", help="let the token model and the ensemble send responses while they grow"
+    )
+    add_engine_options(create)
+    create.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the repository and print the models' folders."""
+    engine = EngineConfig.create(str(Path(args.model).resolve()), **engine_options(args))
+    if engine.tokenizer is not None:
+        engine = replace(engine, tokenizer=str(Path(engine.tokenizer).resolve()))
+    made = _for_triton(args, engine) if args.server == "triton" else _for_hasten(args, engine)
+    for folder in made:
+        print(folder)
+    return 0
+
+
+def _for_hasten(args: argparse.Namespace, engine: EngineConfig) -> list[Path]:
+    from hasten.server.create import model_configs, write_repository
+
+    configs = model_configs(engine, token_name=args.name, text_name=args.text_name, decoupled=args.decoupled)
+    target = Path(args.target)
+    write_repository(configs, target, engine)
+    return [target / config.name for config in configs]
+
+
+def _for_triton(args: argparse.Namespace, engine: EngineConfig) -> list[Path]:
+    from hasten.server.triton_backend import create_triton_repository
+
+    if args.text_name is not None:
+        raise ConfigError("--text-name has no meaning with --for triton: there is the token model alone")
+    return [create_triton_repository(engine, Path(args.target), name=args.name, decoupled=args.decoupled)]

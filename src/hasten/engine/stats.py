@@ -1,0 +1,34 @@
+"""What an engine says of itself. Imports no torch, so that other processes can name it."""
+
+from dataclasses import dataclass, replace
+
+_COUNTERS = (
+    *("prefix_hit_tokens", "prefix_query_tokens", "preemptions", "steps"),
+    *("prompt_tokens", "generation_tokens"),
+)
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What goes on now, and counters since the start."""
+
+    running: int = 0
+    """Requests that have begun and are not finished."""
+    waiting: int = 0
+    """Requests that have not begun, or were preempted."""
+    used_blocks: int = 0
+    """Cache blocks that a sequence holds."""
+    num_blocks: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_query_tokens: int = 0
+    """Tokens of prompts that were looked up in the prefix cache, and those found there."""
+    preemptions: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    """Of the requests that were taken."""
+    generation_tokens: int = 0
+    """Tokens chosen; of a beam search all its beams' tokens."""
+
+    def after(self, earlier: "EngineStats") -> "EngineStats":
+        """What goes on here, with counters that go on where those of an earlier engine ended."""
+        return replace(self, **{name: getattr(earlier, name) + getattr(self, name) for name in _COUNTERS})

@@ -1,0 +1,218 @@
+"""The server as a whole: models, transports and their lives from the first port to the last request."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Coroutine, Iterator
+from dataclasses import replace
+from typing import Any
+
+from hasten.core.config import EngineConfig
+from hasten.core.errors import EngineError
+from hasten.server.create import model_configs
+from hasten.server.engine_client import EngineClient, QueueLimits
+from hasten.server.grpc import GrpcCalls
+from hasten.server.http import HttpRoutes, http_app
+from hasten.server.lifecycle import StartEngine
+from hasten.server.listeners import GrpcListener, HttpListener
+from hasten.server.metrics import Metrics
+from hasten.server.openai import openai_routes
+from hasten.server.options import ModelOptions, ServeOptions
+from hasten.server.page import page_routes
+from hasten.server.repository import FolderRepository, MemoryRepository, Repository
+from hasten.server.security import OPEN_PATHS, ApiKeys, TlsFiles
+from hasten.server.service import ControlMode, Service
+from hasten.server.settings import LogSettings, TraceSettings, start_log, stop_log
+from hasten.server.shared_memory import SharedMemory
+from hasten.server.tables import engine_table, model_table, option_table
+
+SUCCESS, FAILED = 0, 1
+_LAST_WORDS_S = 2.0
+"""For answers on their way once nothing is computed any more."""
+_log = logging.getLogger(__name__)
+
+
+class Server:
+    """All parts of one server. Its ports are open once it is made; `start` begins to serve."""
+
+    def __init__(self, options: ServeOptions, logs: LogSettings) -> None:
+        self.options = options
+        security = options.security
+        self.service = Service(
+            _repository(options),
+            mode=ControlMode(options.repository.model_control_mode),
+            server_id=options.server.server_id,
+            strict_readiness=options.server.strict_readiness,
+            start_engine=_engine_starter(security.max_prompt_tokens),
+        )
+        self._metrics = Metrics(self.service)
+        memory, traces = SharedMemory(allowed=security.allow_shared_memory), TraceSettings()
+        self._keys = ApiKeys.from_file(security.api_key_file) if security.api_key_file else None
+        self._tls = TlsFiles.create(security.tls_certificate, security.tls_key, security.tls_client_ca)
+        self._routes = HttpRoutes(self.service, memory, traces, logs, security.max_request_bytes)
+        self.http: HttpListener | None = None
+        self.metrics: HttpListener | None = None
+        self.grpc: GrpcListener | None = None
+        with contextlib.ExitStack() as opened:
+            self._open(GrpcCalls(self.service, memory, traces, logs), opened)
+            opened.pop_all()
+
+    def _open(self, calls: GrpcCalls, opened: contextlib.ExitStack) -> None:
+        """Open all ports. What is `opened` is to be closed if one of them cannot be had."""
+        ends = self.options.endpoints
+        if ends.allow_http:
+            self.http = HttpListener(ends.http_address, ends.http_port, "--http-port", self._tls)
+            opened.callback(self.http.close)
+        if ends.allow_metrics:
+            address = ends.metrics_address or ends.http_address
+            self.metrics = HttpListener(address, ends.metrics_port, "--metrics-port")
+            opened.callback(self.metrics.close)
+        if ends.allow_grpc:
+            channel = ends.grpc_channel(self.options.security.max_request_bytes)
+            self.grpc = GrpcListener(
+                *(ends.grpc_address, ends.grpc_port, "--grpc-port", calls),
+                keys=self._keys,
+                tls=self._tls,
+                options=channel,
+            )
+
+    async def start(self) -> None:
+        """Answer at once that the server lives, load the models, and tell that they are there.
+
+        EngineError where a model cannot be loaded and that is to be an end.
+        """
+        limit = self.options.security.max_request_bytes
+        if self.grpc is not None:
+            await self.grpc.start()
+        if self.http is not None:
+            routes = [*self._routes.routes(), *openai_routes(self.service), *page_routes(self.service)]
+            await self.http.start(http_app(routes, self._keys, limit, OPEN_PATHS | {"/"}))
+        if self.metrics is not None:
+            await self.metrics.start(http_app(self._metrics.routes(), None, limit))
+        repository = self.options.repository
+        await self.service.start(repository.load_model, repository_poll_secs=repository.repository_poll_secs)
+        self._tell()
+        if self.service.failures and self.options.server.exit_on_error:
+            raise EngineError(f"not all models could be loaded: {', '.join(sorted(self.service.failures))}")
+        self._tell_places()
+
+    def _tell(self) -> None:
+        _log.info("\n%s", model_table(self.service.index()))
+        _log.info("\n%s", engine_table(self.service.engines()))
+        _log.info("\n%s", option_table(self.options, self.service.server_metadata()))
+
+    def _tell_places(self) -> None:
+        for name, listener in (
+            ("GRPCInferenceService", self.grpc),
+            ("HTTPService", self.http),
+            ("Metrics Service", self.metrics),
+        ):
+            if listener is not None:
+                _log.info("Started %s at %s", name, listener.place)
+
+    async def stop(self, timeout: float) -> None:
+        """Take no more requests, let those under way finish for so many seconds, and close the ports."""
+        await self.service.close(timeout)
+        listeners = [one for one in (self.http, self.metrics, self.grpc) if one is not None]
+        await asyncio.gather(*(listener.stop(min(timeout, _LAST_WORDS_S)) for listener in listeners))
+
+
+async def serve(options: ServeOptions) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit status.
+
+    A second signal ends at once what is still under way.
+    """
+    logs = LogSettings(
+        file=options.log.log_file,
+        info=options.log.log_info,
+        warning=options.log.log_warning,
+        error=options.log.log_error,
+        verbose=options.log.log_verbose,
+        log_format=options.log.log_format,
+    )
+    handler = start_log(logs)
+    try:
+        server = Server(options, logs)
+        with _signals() as signals:
+            return await _live(server, signals)
+    finally:
+        stop_log(handler)
+
+
+async def _live(server: Server, signals: "asyncio.Queue[signal.Signals]") -> int:
+    patience = server.options.server.exit_timeout_secs
+    asked = asyncio.ensure_future(signals.get())
+    again: asyncio.Future[signal.Signals] | None = None
+    try:
+        await _unless(asked, server.start())
+        name = (await asked).name
+        _log.info("%s received: no new requests, those under way have %g seconds", name, patience)
+        again = asyncio.ensure_future(signals.get())
+        if await _unless(again, server.stop(patience)):
+            return SUCCESS
+        _log.warning("%s received again: ending at once", (await again).name)
+        return FAILED
+    finally:
+        for waiting in (asked, again):
+            if waiting is not None:
+                waiting.cancel()
+        await server.stop(0)
+
+
+async def _unless(asked: "asyncio.Future[signal.Signals]", work: Coroutine[Any, Any, None]) -> bool:
+    """Whether the work was done before a signal came; else it is cancelled."""
+    task = asyncio.ensure_future(work)
+    await asyncio.wait((task, asked), return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        task.result()
+        return True
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return False
+
+
+@contextlib.contextmanager
+def _signals() -> "Iterator[asyncio.Queue[signal.Signals]]":
+    """SIGTERM and SIGINT, as they come."""
+    loop = asyncio.get_running_loop()
+    came: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    kinds = (signal.SIGTERM, signal.SIGINT)
+    for kind in kinds:
+        loop.add_signal_handler(kind, came.put_nowait, kind)
+    try:
+        yield came
+    finally:
+        for kind in kinds:
+            loop.remove_signal_handler(kind)
+
+
+def _repository(options: ServeOptions) -> Repository:
+    if options.engine is None:
+        complete = not options.repository.disable_auto_complete_config
+        return FolderRepository(options.model_repository, auto_complete=complete)
+    model = options.model
+    configs = model_configs(options.engine, token_name=model.name, text_name=model.text_name, decoupled=model.decoupled)
+    for config in configs:
+        _limit(config, model)
+    return MemoryRepository(configs)
+
+
+def _limit(config: Any, model: ModelOptions) -> None:
+    """Put the limits of one model into its configuration."""
+    if config.max_batch_size and model.max_batch is not None:
+        config.max_batch_size = model.max_batch
+    if config.name == model.name and (model.max_queue_size or model.queue_timeout_secs):
+        policy = config.dynamic_batching.default_queue_policy
+        policy.max_queue_size = model.max_queue_size
+        policy.default_timeout_microseconds = round(model.queue_timeout_secs * 1e6)
+        policy.allow_timeout_override = True
+
+
+def _engine_starter(max_prompt_tokens: int | None) -> StartEngine:
+    """Starts engines that refuse longer prompts."""
+
+    async def start(config: EngineConfig, limits: QueueLimits, *, name: str) -> EngineClient:
+        return await EngineClient.start(config, replace(limits, max_prompt_tokens=max_prompt_tokens), name=name)
+
+    return start

@@ -1,0 +1,170 @@
+"""Repositories made for one checkpoint: the article's token model, FasterTransformer's ensemble around it, and text."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from hasten.core.config import EngineConfig
+from hasten.core.errors import ConfigError
+from hasten.server.engine_client import QueueLimits
+from hasten.server.interfaces import INTERFACES, Kind
+from hasten.server.model_config import completed, kind_of
+from hasten.server.parameters import KIND, TOKEN_MODEL, engine_parameters
+from hasten.server.repository import CONFIG, is_model_name
+
+TOKEN_NAME = "fastertransformer"
+_PREPROCESSING, _POSTPROCESSING, _ENSEMBLE = "preprocessing", "postprocessing", "ensemble"
+_OWN = (_PREPROCESSING, _POSTPROCESSING, _ENSEMBLE)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_OUTPUT = "OUTPUT_0"
+_ENSEMBLE_TEXTS = {"INPUT_0": "QUERY", "INPUT_1": "REQUEST_OUTPUT_LEN"}
+_ENSEMBLE_TEXTS |= {"INPUT_2": "BAD_WORDS_DICT", "INPUT_3": "STOP_WORDS_DICT"}
+"""The ensemble's own inputs, by the inputs of preprocessing that they become."""
+_PREPARED = {"input_ids": "INPUT_ID", "input_lengths": "REQUEST_INPUT_LEN", "request_output_len": "REQUEST_OUTPUT_LEN"}
+_PREPARED |= {"bad_words_list": "BAD_WORDS_IDS", "stop_words_list": "STOP_WORDS_IDS"}
+"""The token model's inputs, by the outputs of preprocessing that they come from."""
+_INNER_OUTPUTS = {"output_ids": "_TOKENS_BATCH", "response_input_lengths": "_RESPONSE_INPUT_LENGTHS"}
+_INNER_OUTPUTS |= {"context_embeddings": "_CONTEXT_EMBEDDINGS"}
+"""The token model's outputs that are not the ensemble's, and what they are called within it."""
+
+
+def model_configs(
+    engine: EngineConfig,
+    *,
+    token_name: str = TOKEN_NAME,
+    text_name: str | None = None,
+    decoupled: bool = False,
+    limits: QueueLimits | None = None,
+) -> list[model_config_pb2.ModelConfig]:
+    """Configurations of all models over one checkpoint; without a tokenizer, of the token model alone.
+
+    `text_name`: what the text model is called (default: as the checkpoint's folder).
+    """
+    text_name = text_name or default_text_name(engine.model, token_name)
+    names = (token_name, text_name, *_OWN)
+    for name in names:
+        if not is_model_name(name) or names.count(name) > 1:
+            raise ConfigError(f"a model cannot be called {name!r}: another one is, or it is no name of a folder")
+    made = [_token(engine, token_name, decoupled)]
+    if limits is not None:
+        policy = made[0].dynamic_batching.default_queue_policy
+        policy.max_queue_size, policy.allow_timeout_override = limits.max_queue_size, True
+        policy.default_timeout_microseconds = int((limits.default_timeout or 0) * 1e6)
+    if has_tokenizer(engine):
+        made += [
+            _with_token_model(Kind.PREPROCESSING, _PREPROCESSING, token_name),
+            _with_token_model(Kind.POSTPROCESSING, _POSTPROCESSING, token_name),
+            _ensemble(token_name),
+            _with_token_model(Kind.TEXT, text_name, token_name),
+        ]
+    return [completed(config, config.name) for config in made]
+
+
+def default_text_name(model: str, token_name: str = TOKEN_NAME) -> str:
+    """The checkpoint's folder's name, its parent's for `N-gpu`, as far as a model can be called so."""
+    folder = Path(model).resolve()
+    if re.fullmatch(r"\d+-gpu", folder.name):
+        folder = folder.parent
+    return f"{folder.name or 'model'}-text" if folder.name in ("", token_name, *_OWN) else folder.name
+
+
+def has_tokenizer(engine: EngineConfig) -> bool:
+    """Whether a tokenizer is named, or lies beside the weights or in the folder above `N-gpu`."""
+    if engine.tokenizer is not None:
+        return True
+    folder = Path(engine.model)
+    return any((place / name).is_file() for place in (folder, folder.parent) for name in _TOKENIZER_FILES)
+
+
+def write_repository(configs: list[model_config_pb2.ModelConfig], target: Path, engine: EngineConfig) -> None:
+    """Write NAME/config.pbtxt and NAME/1 for each, and 1/config.ini for the token model.
+
+    ConfigError if `target` has one of them already; CheckpointError where the checkpoint cannot be read.
+    """
+    ini = _config_ini(engine)
+    for config in configs:
+        if (target / config.name).exists():
+            raise ConfigError(f"{target / config.name} exists; give another folder, or remove it first")
+    for config in configs:
+        version = target / config.name / "1"
+        version.mkdir(parents=True)
+        (version.parent / CONFIG).write_text(_text(config), encoding="utf-8")
+        if kind_of(config) is Kind.TOKEN:
+            (version / "config.ini").write_text(ini, encoding="utf-8")
+
+
+def _text(config: model_config_pb2.ModelConfig) -> str:
+    """config.pbtxt without what only says the default."""
+    shown = model_config_pb2.ModelConfig()
+    shown.CopyFrom(config)
+    shown.ClearField("optimization")
+    return text_format.MessageToString(shown)
+
+
+def _config_ini(engine: EngineConfig) -> str:
+    """What FasterTransformer's converter would say of the checkpoint."""
+    # these import torch, which takes seconds, and nothing else here needs it
+    from hasten.checkpoint.faster_transformer import config_ini
+    from hasten.checkpoint.plan import open_checkpoint
+    from hasten.core.config import dtype_name
+
+    ranks = engine.parallel.tensor_parallel_size
+    config = open_checkpoint(engine.model, ranks).config
+    engine.parallel.validate(config)
+    dtype = config.dtype if engine.dtype == "auto" else dtype_name(engine.dtype)
+    return config_ini(config, Path(engine.model).resolve().name, ranks, dtype)
+
+
+def _token(engine: EngineConfig, name: str, decoupled: bool) -> model_config_pb2.ModelConfig:
+    made = model_config_pb2.ModelConfig(name=name, backend="fastertransformer")
+    made.model_transaction_policy.decoupled = decoupled
+    for parameter, text in engine_parameters(engine).items():
+        made.parameters[parameter].string_value = text
+    return made
+
+
+def _with_token_model(kind: Kind, name: str, token_name: str) -> model_config_pb2.ModelConfig:
+    made = model_config_pb2.ModelConfig(name=name, backend="hasten")
+    made.parameters[KIND].string_value = kind.value
+    made.parameters[TOKEN_MODEL].string_value = token_name
+    return made
+
+
+def _ensemble(token_name: str) -> model_config_pb2.ModelConfig:
+    """Text to text by three steps; what the token model takes besides goes through under its own names."""
+    before, token, after = (INTERFACES[kind] for kind in (Kind.PREPROCESSING, Kind.TOKEN, Kind.POSTPROCESSING))
+    texts = {rule.name: rule for rule in before.inputs}
+    passed = [replace(rule, scalar=False) for rule in token.inputs if rule.name not in _PREPARED]
+    results = [rule for rule in token.outputs if rule.name not in _INNER_OUTPUTS]
+    made = model_config_pb2.ModelConfig(name=_ENSEMBLE, platform="ensemble", max_batch_size=token.max_batch_size)
+    made.input.extend(replace(texts[theirs], name=name).as_input() for name, theirs in _ENSEMBLE_TEXTS.items())
+    made.input.extend(rule.as_input() for rule in passed)
+    made.output.extend(rule.as_output() for rule in (replace(after.outputs[0], name=_OUTPUT), *results))
+    _add_step(
+        made,
+        _PREPROCESSING,
+        {theirs: name for name, theirs in _ENSEMBLE_TEXTS.items()},
+        {rule.name: f"_{rule.name}" for rule in before.outputs},
+    )
+    _add_step(
+        made,
+        token_name,
+        {name: f"_{source}" for name, source in _PREPARED.items()} | {rule.name: rule.name for rule in passed},
+        _INNER_OUTPUTS | {rule.name: rule.name for rule in results},
+    )
+    inner = {"TOKENS_BATCH": _INNER_OUTPUTS["output_ids"], "SEQUENCE_LENGTH": "sequence_length"}
+    inner["RESPONSE_INPUT_LENGTHS"] = _INNER_OUTPUTS["response_input_lengths"]
+    _add_step(made, _POSTPROCESSING, inner, {after.outputs[0].name: _OUTPUT})
+    return made
+
+
+def _add_step(
+    config: model_config_pb2.ModelConfig, name: str, inputs: Mapping[str, str], outputs: Mapping[str, str]
+) -> None:
+    step = config.ensemble_scheduling.step.add(model_name=name, model_version=-1)
+    step.input_map.update(inputs)
+    step.output_map.update(outputs)

@@ -1,0 +1,33 @@
+"""What the errors of the engine and of the rest of hasten are to a client."""
+
+from hasten.core.errors import (
+    CapacityError,
+    ConfigError,
+    EngineError,
+    HastenError,
+    InvalidRequestError,
+    UnsupportedError,
+)
+from hasten.server.engine_client import QueueFullError, QueueTimeoutError
+from hasten.server.tensors import about
+from hasten.server.types import ErrorKind, ServiceError
+
+_KINDS: tuple[tuple[type[HastenError], ErrorKind], ...] = (
+    (InvalidRequestError, ErrorKind.INVALID),
+    (ConfigError, ErrorKind.INVALID),
+    (UnsupportedError, ErrorKind.UNSUPPORTED),
+    (CapacityError, ErrorKind.UNAVAILABLE),
+    (EngineError, ErrorKind.UNAVAILABLE),
+)
+
+
+def service_error(error: HastenError, request_id: str = "") -> ServiceError:
+    """An error as the service reports it: of the client's own making, of the server's state, or neither."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, QueueFullError):
+        return ServiceError(ErrorKind.UNAVAILABLE, f"{about(request_id)}Exceeds maximum queue size: {error}")
+    if isinstance(error, QueueTimeoutError):
+        return ServiceError(ErrorKind.UNAVAILABLE, f"{about(request_id)}Request timeout expired: {error}")
+    kind = next((kind for base, kind in _KINDS if isinstance(error, base)), ErrorKind.INTERNAL)
+    return ServiceError(kind, str(error))

@@ -1,0 +1,33 @@
+"""What errors look like over HTTP: Triton's shape, and OpenAI's under /v1."""
+
+from collections.abc import Mapping
+
+from starlette.responses import Response
+
+from hasten.server.bodies import dump_json
+from hasten.server.types import ErrorKind
+
+STATUS = {
+    ErrorKind.INVALID: 400,
+    ErrorKind.NOT_FOUND: 404,
+    ErrorKind.ALREADY_EXISTS: 400,
+    ErrorKind.UNAVAILABLE: 503,
+    ErrorKind.UNSUPPORTED: 501,
+    ErrorKind.CANCELLED: 499,
+    ErrorKind.DEADLINE: 504,
+    ErrorKind.INTERNAL: 500,
+}
+_OPENAI_TYPES = {401: "authentication_error", 404: "not_found_error", 500: "internal_error", 503: "unavailable_error"}
+
+
+def error_response(path: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    """The answer to a request that failed."""
+    error: object = message
+    if path.startswith("/v1/"):
+        kind = _OPENAI_TYPES.get(status, "invalid_request_error")
+        error = {"message": message, "type": kind, "param": None, "code": status}
+    return Response(
+        dump_json({"error": error}),
+        status_code=status,
+        headers={"content-type": "application/json", **(headers or {})},
+    )

@@ -1,0 +1,298 @@
+"""All models: loaded, found, replaced while they serve, and unloaded.
+
+A version that is to be replaced serves until the new one is ready, if there is memory for both. A request belongs to
+the version that it came to, and a version ends when its last request has.
+"""
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from typing import Any
+
+from hasten.core.errors import CapacityError, HastenError
+from hasten.server.engine_client import EngineClient
+from hasten.server.ensemble import Ensemble
+from hasten.server.interfaces import Kind
+from hasten.server.model import Model, Outcome, Served
+from hasten.server.parameters import queue_limits
+from hasten.server.repository import Description, Repository
+from hasten.server.statistics import Counters, LanguageCounters
+from hasten.server.text_model import TextModel
+from hasten.server.text_processing import Postprocessing, Preprocessing
+from hasten.server.token_model import TokenModel
+from hasten.server.types import ErrorKind, InferRequest, ServiceError
+from hasten.server.version import UNLOADED, State, Version, dependencies
+
+StartEngine = Callable[..., Awaitable[EngineClient]]
+_LONGEST_END_S = 3600.0
+"""How long the requests of an unloaded version may go on."""
+_log = logging.getLogger(__name__)
+
+
+class Registry:
+    """The models of one repository, by name and version."""
+
+    def __init__(
+        self, repository: Repository, counters: Counters, *, start_engine: StartEngine = EngineClient.start
+    ) -> None:
+        self.repository = repository
+        self.failures: dict[str, str] = {}
+        """Models that could not be loaded when that was last tried, and why."""
+        self._counters = counters
+        self._start_engine = start_engine
+        self._models: dict[str, dict[int, Version]] = {}
+        self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._asked_for: set[str] = set()
+        """Models that were loaded for their own sake and not for another's."""
+        self._stamps: dict[str, int] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        """Loading and unloading, which nobody may have waited for to its end."""
+        self._ending: dict[Version, asyncio.Task[None]] = {}
+
+    def versions(self) -> Iterable[Version]:
+        """All that were ever loaded, in the order of their names and numbers."""
+        return [version for _, numbers in sorted(self._models.items()) for _, version in sorted(numbers.items())]
+
+    def find(self, name: str, version: int = -1) -> Version:
+        """The version that serves, -1 for the newest; ServiceError with Triton's text where there is none."""
+        numbers = self._models.get(name)
+        unknown = f"Request for unknown model: '{name}'"
+        if not numbers:
+            raise ServiceError(ErrorKind.NOT_FOUND, f"{unknown} is not found")
+        if version == -1:
+            serving = [number for number, found in numbers.items() if self.serves(found)]
+            if not serving:
+                raise ServiceError(ErrorKind.NOT_FOUND, f"{unknown} has no available versions")
+            return numbers[max(serving)]
+        if version not in numbers:
+            raise ServiceError(ErrorKind.NOT_FOUND, f"{unknown} version {version} is not found")
+        if not self.serves(numbers[version]):
+            raise ServiceError(ErrorKind.UNAVAILABLE, f"{unknown} version {version} is not at ready state")
+        return numbers[version]
+
+    def run(self, served: Served, request: InferRequest) -> AsyncGenerator[Outcome, None]:
+        """Compute a request with a version that `find` gave."""
+        assert isinstance(served, Version)
+        return served.run(request)
+
+    def serves(self, version: Version) -> bool:
+        """Whether it takes requests: it is loaded, and so is all that it needs."""
+        return version.state is State.READY and self.lacks(version) is None
+
+    def lacks(self, version: Version) -> str | None:
+        """The first model that it needs and that does not serve."""
+        for name, number in version.dependencies:
+            try:
+                self.find(name, number)
+            except ServiceError:
+                return name
+        return None
+
+    def any_serves(self, name: str) -> bool:
+        """Whether any version of a model does."""
+        return any(map(self.serves, self._models.get(name, {}).values()))
+
+    def is_ready(self, version: Version) -> bool:
+        """Whether its requests can be computed now: it serves, and its engine lives."""
+        return self.serves(version) and version.model.ready
+
+    async def load(self, name: str, config_json: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
+        """Load a model, or load it again; what it needs is loaded too. A caller that leaves does not stop it."""
+        self._asked_for.add(name)
+        await self._finish(self._load(name, config_json, files or {}, ()))
+
+    async def unload(self, name: str, *, unload_dependents: bool = False) -> None:
+        """Take no more requests; those under way finish. Also what was loaded for it alone, if asked."""
+        await self._finish(self._unload(name, unload_dependents))
+
+    async def load_all(self, names: Iterable[str]) -> None:
+        """Load those that do not serve yet; what fails is noted in `failures`."""
+        for name in names:
+            self._asked_for.add(name)
+            if not self.any_serves(name):
+                await self._try_to_load(name)
+
+    async def poll(self) -> None:
+        """Load what is new or has changed in the repository since the last look, and unload what is gone."""
+        names = await asyncio.to_thread(self.repository.names)
+        for name in names:
+            stamp = await asyncio.to_thread(self.repository.stamp, name)
+            known = self._stamps.get(name)
+            if stamp is None or stamp == known:
+                continue
+            self._stamps[name] = stamp
+            self._asked_for.add(name)
+            if known is not None or not self.any_serves(name):  # another model may have needed it already
+                await self._try_to_load(name)
+        for name in set(self._models) - set(names):
+            if any(version.state is State.READY for version in self._models[name].values()):
+                await self.unload(name)
+        for name in set(self._stamps) - set(names):
+            del self._stamps[name]
+            self.failures.pop(name, None)
+
+    async def close(self, timeout: float) -> None:
+        """End all versions: requests under way have so many seconds. What is being loaded is given up."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for version in self.versions():
+            if version.state is State.READY:
+                self._retire(version)
+        if self._ending:
+            await asyncio.wait(self._ending.values(), timeout=timeout)
+        late = list(self._ending.items())
+        for version, task in late:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await version.end(0)
+
+    async def _try_to_load(self, name: str) -> None:
+        try:
+            await self._finish(self._load(name, None, {}, ()))
+        except ServiceError as error:
+            _log.error("%s", str(error).rstrip("\n"))
+
+    async def _finish(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do it to its end, also if the caller is cancelled."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
+
+    async def _load(
+        self, name: str, config_json: str | None, files: Mapping[str, bytes], trail: tuple[str, ...]
+    ) -> None:
+        try:
+            description = await self._describe(name, config_json, files)
+            for needed, _ in dependencies(description):
+                if needed in (*trail, name):
+                    raise ServiceError(ErrorKind.INVALID, f"load failed for model '{name}': it needs itself\n")
+                if not self.any_serves(needed):
+                    await self._load(needed, None, {}, (*trail, name))
+            async with self._locks[name]:
+                if not (trail and self.any_serves(name)):  # meanwhile another one may have needed it too
+                    await self._replace(description)
+        except ServiceError as error:
+            self.failures[name] = str(error)
+            raise
+        self.failures.pop(name, None)
+
+    async def _describe(self, name: str, config_json: str | None, files: Mapping[str, bytes]) -> Description:
+        failed = f"failed to load '{name}', failed to poll from model repository"
+        sent = config_json is not None or bool(files)
+        try:
+            if sent:
+                description = await asyncio.to_thread(self.repository.override, name, config_json, files)
+            else:
+                description = await asyncio.to_thread(self.repository.describe, name)
+        except HastenError as error:
+            kind = ErrorKind.INVALID if sent else ErrorKind.INTERNAL
+            raise ServiceError(kind, f"{failed}: {error}") from error
+        if description is None:
+            raise ServiceError(ErrorKind.INTERNAL, failed)
+        if not description.versions:
+            policy = f"at least one version must be available under the version policy of model '{name}'"
+            raise ServiceError(ErrorKind.INVALID, f"load failed for model '{name}': {policy}\n")
+        return description
+
+    async def _replace(self, description: Description) -> None:
+        """Start the versions of a description, then let them take the place of those that serve."""
+        name, known = description.name, self._models.setdefault(description.name, {})
+        new = {
+            number: Version(description, number, self._counters.of(name, str(number)))
+            for number in description.versions
+        }
+        serving = [version for version in known.values() if version.state is State.READY]
+        known |= {number: version for number, version in new.items() if known.get(number) not in serving}
+        try:
+            await self._begin_all(new.values())
+        except CapacityError:
+            if not any(version.model.engine for version in serving):
+                raise self._failed(description, new) from None
+            _log.warning(
+                "model %s: there is no memory for the old and the new one at once; the old one ends first", name
+            )
+            await asyncio.gather(*(version.end(_LONGEST_END_S) for version in serving))
+            known |= new
+            await self._begin_again(description, new)
+        except HastenError:
+            raise self._failed(description, new) from None
+        known |= new
+        for version in serving:
+            if version.state is State.READY:
+                self._retire(version)
+        _log.info("successfully loaded '%s'", name)
+
+    async def _begin_again(self, description: Description, new: Mapping[int, Version]) -> None:
+        for version in new.values():
+            version.state, version.reason = State.LOADING, ""
+        try:
+            await self._begin_all(new.values())
+        except HastenError:
+            raise self._failed(description, new) from None
+
+    def _failed(self, description: Description, new: Mapping[int, Version]) -> ServiceError:
+        reasons = [
+            f"version {number} is at UNAVAILABLE state: {version.reason};"
+            for number, version in new.items()
+            if version.failed
+        ]
+        return ServiceError(ErrorKind.INVALID, f"load failed for model '{description.name}': {' '.join(reasons)}\n")
+
+    async def _begin_all(self, versions: Iterable[Version]) -> None:
+        """Start all or none; the error of the first that cannot be."""
+        waiting, begun = list(versions), list[Version]()
+        while waiting:
+            version = waiting.pop(0)
+            started = time.monotonic()
+            try:
+                version.begin(await self._build(version), time.monotonic() - started)
+            except BaseException as error:
+                version.fail(str(error) or "loading it was given up")
+                for other in waiting:
+                    other.fail(UNLOADED)
+                for other in begun:
+                    await other.end(0)
+                raise
+            begun.append(version)
+
+    async def _build(self, version: Version) -> Model:
+        description, config = version.description, version.config
+        if description.kind is Kind.TOKEN:
+            counters = self._counters.of(version.name, str(version.number))
+            counters.language = counters.language or LanguageCounters()
+            name = f"{version.name} version {version.number}"
+            engine_config = description.engine_config(version.number)
+            engine = await self._start_engine(engine_config, queue_limits(config), name=name)
+            return TokenModel(config, engine, counters.language)
+        if description.kind is Kind.ENSEMBLE:
+            return Ensemble(config, self)
+        if description.kind is Kind.TEXT:
+            return TextModel(config, self)
+        kind = Preprocessing if description.kind is Kind.PREPROCESSING else Postprocessing
+        return kind(config, self, description.folder)
+
+    async def _unload(self, name: str, unload_dependents: bool) -> None:
+        async with self._locks[name]:
+            self._asked_for.discard(name)
+            self.failures.pop(name, None)
+            versions = list(self._models.get(name, {}).values())
+            for version in versions:
+                if version.state is State.READY:
+                    self._retire(version)
+                elif version.failed:
+                    version.fail(UNLOADED)
+        if unload_dependents:
+            for needed in {needed for version in versions for needed, _ in version.dependencies}:
+                if needed not in self._asked_for:
+                    await self._unload(needed, unload_dependents)
+
+    def _retire(self, version: Version) -> None:
+        """Let a version end by itself, once its requests have."""
+        version.state = State.UNLOADING
+        task = asyncio.get_running_loop().create_task(version.end(_LONGEST_END_S))
+        self._ending[version] = task
+        task.add_done_callback(lambda _: self._ending.pop(version, None))

@@ -1,0 +1,154 @@
+"""What listens: an HTTP server for an ASGI application, and a gRPC server. Both open their port when they are made."""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import grpc
+import uvicorn
+from starlette.types import ASGIApp
+
+from hasten.core.errors import ConfigError
+from hasten.server.grpc import GrpcCalls, add_to_server
+from hasten.server.security import ApiKeys, TlsFiles
+
+_BACKLOG = 2048
+_KEEP_ALIVE_S = 75
+
+
+def open_port(address: str, port: int, flag: str) -> socket.socket:
+    """A listening socket; port 0 is any free one. ConfigError where it cannot be had."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    # asyncio turns delays off only for sockets that say that they are TCP
+    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((address, port))
+        made.listen(_BACKLOG)
+    except (OSError, OverflowError) as error:
+        made.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"cannot listen on {joined(address, port)} ({flag}): {reason}") from error
+    return made
+
+
+def joined(address: str, port: int) -> str:
+    """Address and port as one text."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to the application, and tells when it serves."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.serves = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.serves.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+class HttpListener:
+    """Serves one ASGI application on one port."""
+
+    def __init__(self, address: str, port: int, flag: str, tls: TlsFiles | None = None) -> None:
+        self._socket = open_port(address, port, flag)
+        self._tls = tls
+        self._server: _Uvicorn | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.port: int = self._socket.getsockname()[1]
+        self.place = joined(address, self.port)
+
+    async def start(self, app: ASGIApp) -> None:
+        """Begin to serve."""
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            **_tls_options(self._tls),
+        )
+        self._server = _Uvicorn(config)
+        self._task = asyncio.create_task(self._server.serve([self._socket]))
+        started = asyncio.ensure_future(self._server.serves.wait())
+        await asyncio.wait((self._task, started), return_when=asyncio.FIRST_COMPLETED)
+        started.cancel()
+        if self._task.done():
+            self._task.result()
+
+    async def stop(self, grace: float) -> None:
+        """Take no more connections, give those under way `grace` seconds, and close the port."""
+        if self._server is not None and self._task is not None:
+            self._server.config.timeout_graceful_shutdown = max(1, round(grace))
+            self._server.force_exit = grace == 0
+            self._server.should_exit = True
+            await self._task
+        self.close()
+
+    def close(self) -> None:
+        """Close the port of a listener that does not serve."""
+        self._socket.close()
+
+
+def _tls_options(tls: TlsFiles | None) -> dict[str, Any]:
+    if tls is None:
+        return {}
+    options: dict[str, Any] = {"ssl_certfile": tls.certificate, "ssl_keyfile": tls.key}
+    if tls.client_ca:
+        options |= {"ssl_ca_certs": tls.client_ca, "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return options
+
+
+class GrpcListener:
+    """Serves Triton's gRPC calls on one port."""
+
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        flag: str,
+        calls: GrpcCalls,
+        *,
+        keys: ApiKeys | None = None,
+        tls: TlsFiles | None = None,
+        options: Sequence[tuple[str, int]] = (),
+    ) -> None:
+        # gRPC says little of why it could not have a port
+        open_port(address, port, flag).close()
+        # two servers on one port would share its clients
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0), *options])
+        add_to_server(self._server, calls, keys)
+        try:
+            self.port: int = self._bind(joined(address, port), tls)
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {joined(address, port)} ({flag}): {error}") from error
+        self.place = joined(address, self.port)
+
+    def _bind(self, place: str, tls: TlsFiles | None) -> int:
+        if tls is None:
+            return int(self._server.add_insecure_port(place))
+        certificate, key, client_ca = tls.read()
+        credentials = grpc.ssl_server_credentials(
+            [(key, certificate)], root_certificates=client_ca, require_client_auth=client_ca is not None
+        )
+        return int(self._server.add_secure_port(place, credentials))
+
+    async def start(self) -> None:
+        """Begin to serve."""
+        await self._server.start()
+
+    async def stop(self, grace: float) -> None:
+        """Take no more calls, give those under way `grace` seconds, and close the port."""
+        await self._server.stop(grace)

@@ -1,0 +1,99 @@
+"""How busy the machine is: its processors and memory, and its GPUs where NVIDIA's library can be asked."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+_IDLE = (3, 4)
+"""Columns of /proc/stat in which a processor does nothing: idle and iowait."""
+
+
+@dataclass(frozen=True)
+class CpuReading:
+    """Of all processors since the reading before; memory in bytes."""
+
+    utilization: float
+    memory_total: int
+    memory_used: int
+
+
+class CpuMeter:
+    """Reads /proc; where there is none, all is 0."""
+
+    def __init__(self) -> None:
+        self._before = _ticks()
+
+    def read(self) -> CpuReading:
+        """What has been since the last reading."""
+        now = _ticks()
+        idle, total = (new - old for new, old in zip(now, self._before, strict=True))
+        self._before = now
+        memory = _memory()
+        total_memory = memory.get("MemTotal", 0)
+        return CpuReading(
+            utilization=1 - idle / total if total > 0 else 0.0,
+            memory_total=total_memory,
+            memory_used=total_memory - memory.get("MemAvailable", total_memory),
+        )
+
+
+def _read(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="ascii")
+    except OSError:
+        return ""
+
+
+def _ticks() -> tuple[int, int]:
+    """Ticks that processors were idle, and all."""
+    columns = [int(column) for column in _read("/proc/stat").partition("\n")[0].split()[1:9]]
+    return sum(columns[at] for at in _IDLE if at < len(columns)), sum(columns)
+
+
+def _memory() -> dict[str, int]:
+    lines = (line.split() for line in _read("/proc/meminfo").splitlines())
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) > 2}
+
+
+class GpuMeter:
+    """Reads the GPUs through the package pynvml; without it or without GPUs there is nothing to read."""
+
+    def __init__(self) -> None:
+        self._nvml: Any = None
+        self._begun: dict[str, float] = {}
+        try:
+            self._nvml = import_module("pynvml")
+            self._nvml.nvmlInit()
+        except Exception:  # the package, the driver or the GPUs are not there: no two versions say so alike
+            self._nvml = None
+
+    def read(self) -> Mapping[str, Mapping[str, float]]:
+        """By each GPU's UUID, what it tells: a share, bytes, watts, joules since the first reading."""
+        if self._nvml is None:
+            return {}
+        handles = [self._nvml.nvmlDeviceGetHandleByIndex(at) for at in range(self._nvml.nvmlDeviceGetCount())]
+        return {str(self._nvml.nvmlDeviceGetUUID(handle)): self._values(handle) for handle in handles}
+
+    def _values(self, handle: Any) -> dict[str, float]:
+        nvml = self._nvml
+        readers: dict[str, Callable[[], float]] = {
+            "utilization": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+            "memory_total": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).total,
+            "memory_used": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used,
+            "power_usage": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            "power_limit": lambda: nvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000,
+            "energy": lambda: self._energy(handle),
+        }
+        made: dict[str, float] = {}
+        for name, reader in readers.items():
+            try:
+                made[name] = reader()
+            except nvml.NVMLError:  # not every GPU tells everything
+                continue
+        return made
+
+    def _energy(self, handle: Any) -> float:
+        joules = self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+        return float(joules - self._begun.setdefault(str(self._nvml.nvmlDeviceGetUUID(handle)), joules))

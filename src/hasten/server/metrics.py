@@ -1,0 +1,235 @@
+"""Metrics in Prometheus's text format: Triton's under Triton's names, and what language models have beside.
+
+Counters are there, at 0, from the moment a model is loaded.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from hasten.server.machine import CpuMeter, GpuMeter
+from hasten.server.statistics import Histogram, ModelCounters
+from hasten.server.types import ServiceError
+
+if TYPE_CHECKING:
+    from hasten.server.service import Service
+
+CONTENT_TYPE = "text/plain; charset=utf-8"
+
+Labels = Mapping[str, str]
+Key = tuple[str, str]
+"""Model and version."""
+
+_PER_GPU = {
+    "utilization": ("nv_gpu_utilization", "gauge", "GPU utilization rate [0.0 - 1.0)"),
+    "memory_total": ("nv_gpu_memory_total_bytes", "gauge", "GPU total memory, in bytes"),
+    "memory_used": ("nv_gpu_memory_used_bytes", "gauge", "GPU used memory, in bytes"),
+    "power_usage": ("nv_gpu_power_usage", "gauge", "GPU power usage in watts"),
+    "power_limit": ("nv_gpu_power_limit", "gauge", "GPU power management limit in watts"),
+    "energy": ("nv_energy_consumption", "counter", "GPU energy consumption in joules since the server started"),
+}
+
+
+@dataclass
+class Family:
+    """All samples of one metric."""
+
+    name: str
+    kind: str
+    """counter, gauge or histogram."""
+    help: str
+    samples: list[str] = field(default_factory=list)
+
+    def add(self, labels: Labels, value: float, suffix: str = "") -> None:
+        """Add a sample."""
+        self.samples.append(f"{self.name}{suffix}{_labels(labels)} {_number(value)}\n")
+
+    def add_histogram(self, labels: Labels, histogram: Histogram) -> None:
+        """Add all samples of a histogram."""
+        below = 0
+        for bound, count in zip((*histogram.bounds, float("inf")), histogram.counts, strict=True):
+            below += count
+            self.add({**labels, "le": _number(bound)}, below, "_bucket")
+        self.add(labels, histogram.total, "_sum")
+        self.add(labels, below, "_count")
+
+    def text(self) -> str:
+        """As it is exposed; nothing for a metric without samples."""
+        if not self.samples:
+            return ""
+        return f"# HELP {self.name} {self.help}\n# TYPE {self.name} {self.kind}\n" + "".join(self.samples)
+
+
+def _labels(labels: Labels) -> str:
+    return (
+        "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in sorted(labels.items())) + "}" if labels else ""
+    )
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+
+
+def _number(value: float) -> str:
+    if value == float("inf"):
+        return "+Inf"
+    return str(int(value)) if value == int(value) else repr(float(value))
+
+
+class Metrics:
+    """What is exposed of a service and of the machine that it runs on."""
+
+    def __init__(self, service: "Service") -> None:
+        self._service = service
+        self._cpu = CpuMeter()
+        self._gpus = GpuMeter()
+
+    def text(self) -> str:
+        """All metrics as they are now."""
+        models = self._service.counters.all()
+        families = [
+            *_triton(models),
+            self._first_response(models),
+            *_language(models),
+            *self._engines(),
+            *self._machine(),
+        ]
+        return "".join(family.text() for family in families)
+
+    def routes(self) -> list[Route]:
+        """The route /metrics."""
+
+        async def metrics(_: Request) -> Response:
+            return Response(self.text(), headers={"content-type": CONTENT_TYPE})
+
+        return [Route("/metrics", metrics)]
+
+    def _first_response(self, models: Mapping[Key, ModelCounters]) -> Family:
+        family = Family(
+            "nv_inference_first_response_histogram_ms",
+            "histogram",
+            "Duration from request to first response in milliseconds",
+        )
+        for key, counters in models.items():
+            if counters.first_response_ms.count or self._is_decoupled(key):
+                family.add_histogram(_model(key), counters.first_response_ms)
+        return family
+
+    def _is_decoupled(self, key: Key) -> bool:
+        try:
+            return self._service.is_decoupled(*key)
+        except ServiceError:  # not loaded now
+            return False
+
+    def _engines(self) -> Iterable[Family]:
+        stats = {key: engine.stats() for key, engine in self._service.engines().items()}
+        rows: Sequence[tuple[str, str, str, dict[Key, float]]] = (
+            ("requests_running", "gauge", "Requests that have begun and are not finished",
+             {key: one.running for key, one in stats.items()}),
+            ("requests_waiting", "gauge", "Requests in the queue",
+             {key: one.waiting for key, one in stats.items()}),
+            ("kv_cache_usage_ratio", "gauge", "Share of the key/value cache's blocks in use [0.0 - 1.0]",
+             {key: one.used_blocks / max(1, one.num_blocks) for key, one in stats.items()}),
+            ("prefix_cache_hit_tokens_total", "counter", "Tokens of prompts that were found in the prefix cache",
+             {key: one.prefix_hit_tokens for key, one in stats.items()}),
+            ("prefix_cache_query_tokens_total", "counter", "Tokens of prompts that were looked up in the prefix cache",
+             {key: one.prefix_query_tokens for key, one in stats.items()}),
+            ("preemptions_total", "counter", "Times that a request had to give its cache blocks back",
+             {key: one.preemptions for key, one in stats.items()}),
+            ("engine_steps_total", "counter", "Steps of the engine",
+             {key: one.steps for key, one in stats.items()}),
+        )  # fmt: skip
+        return [_family(f"hasten_{name}", kind, text, values) for name, kind, text, values in rows]
+
+    def _machine(self) -> Iterable[Family]:
+        cpu = self._cpu.read()
+        for name, text, value in (
+            ("nv_cpu_utilization", "CPU utilization rate [0.0 - 1.0]", cpu.utilization),
+            ("nv_cpu_memory_total_bytes", "CPU total memory (RAM), in bytes", cpu.memory_total),
+            ("nv_cpu_memory_used_bytes", "CPU used memory (RAM), in bytes", cpu.memory_used),
+        ):
+            family = Family(name, "gauge", text)
+            family.add({}, value)
+            yield family
+        gpus = self._gpus.read()
+        for key, (name, kind, text) in _PER_GPU.items():
+            family = Family(name, kind, text)
+            for uuid, values in gpus.items():
+                if key in values:
+                    family.add({"gpu_uuid": uuid}, values[key])
+            yield family
+
+
+def _model(key: Key) -> Labels:
+    return {"model": key[0], "version": key[1]}
+
+
+def _family(name: str, kind: str, text: str, values: Mapping[Key, float]) -> Family:
+    family = Family(name, kind, text)
+    for key, value in values.items():
+        family.add(_model(key), value)
+    return family
+
+
+def _triton(models: Mapping[Key, ModelCounters]) -> Iterable[Family]:
+    failures = Family("nv_inference_request_failure", "counter", "Number of failed inference requests, all batch sizes")
+    for key, counters in models.items():
+        for reason, count in counters.failures.items():
+            failures.add({**_model(key), "reason": reason.value}, count)
+    rows: Sequence[tuple[str, str, str, dict[Key, float]]] = (
+        ("request_success", "counter", "Number of successful inference requests, all batch sizes",
+         {key: one.success.count for key, one in models.items()}),
+        ("count", "counter", "Number of inferences performed (does not include cached requests)",
+         {key: one.inference_count for key, one in models.items()}),
+        ("exec_count", "counter", "Number of model executions performed (does not include cached requests)",
+         {key: one.execution_count for key, one in models.items()}),
+        ("request_duration_us", "counter", "Cumulative inference request duration in microseconds",
+         {key: one.success.ns // 1000 for key, one in models.items()}),
+        ("queue_duration_us", "counter", "Cumulative inference queuing duration in microseconds",
+         {key: one.queue.ns // 1000 for key, one in models.items()}),
+        ("compute_input_duration_us", "counter", "Cumulative compute input duration in microseconds",
+         {key: one.compute.input.ns // 1000 for key, one in models.items()}),
+        ("compute_infer_duration_us", "counter", "Cumulative compute inference duration in microseconds",
+         {key: one.compute.infer.ns // 1000 for key, one in models.items()}),
+        ("compute_output_duration_us", "counter", "Cumulative inference compute output duration in microseconds",
+         {key: one.compute.output.ns // 1000 for key, one in models.items()}),
+        ("pending_request_count", "gauge", "Instantaneous number of pending requests awaiting execution per-model.",
+         {key: one.pending for key, one in models.items()}),
+    )  # fmt: skip
+    load = {key: one.load_seconds for key, one in models.items()}
+    return [
+        failures,
+        *(_family(f"nv_inference_{name}", kind, text, values) for name, kind, text, values in rows),
+        _family("nv_model_load_duration_secs", "gauge", "Model load time in seconds", load),
+    ]
+
+
+def _language(models: Mapping[Key, ModelCounters]) -> Iterable[Family]:
+    language = {key: one.language for key, one in models.items() if one.language is not None}
+    for name, text, histograms in (
+        ("time_to_first_token_seconds", "Time from a request to its first token, of requests that stream",
+         {key: one.time_to_first_token for key, one in language.items()}),
+        ("time_per_output_token_seconds", "Time a token from the first to the last, of requests that stream",
+         {key: one.time_per_output_token for key, one in language.items()}),
+        ("e2e_request_latency_seconds", "Time from a request to its end",
+         {key: one.latency for key, one in language.items()}),
+        ("queue_time_seconds", "Time that a request waited before it was begun",
+         {key: one.queue_time for key, one in language.items()}),
+    ):  # fmt: skip
+        family = Family(f"hasten_{name}", "histogram", text)
+        for key, histogram in histograms.items():
+            family.add_histogram(_model(key), histogram)
+        yield family
+    prompts = {key: float(one.prompt_tokens) for key, one in language.items()}
+    made = {key: float(one.generation_tokens) for key, one in language.items()}
+    yield _family("hasten_prompt_tokens_total", "counter", "Tokens of prompts", prompts)
+    yield _family("hasten_generation_tokens_total", "counter", "Tokens generated", made)
+    ends = Family("hasten_completions_total", "counter", "Completions by how they ended")
+    for key, one in language.items():
+        for reason, count in one.finished.items():
+            ends.add({**_model(key), "reason": reason.value}, count)
+    yield ends

@@ -1,0 +1,153 @@
+"""Requests of OpenAI's API as they come in, with vLLM's extensions. A field that is not here is refused by its name."""
+
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+
+from hasten.core.errors import InvalidRequestError
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """What a stream has beside its text."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class JsonSchema(msgspec.Struct, forbid_unknown_fields=True):
+    """A schema with its name, which has no effect."""
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    """Whether or not, the output keeps to the schema."""
+    schema: Raw = Raw()
+
+
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    """OpenAI's way to constrain the output."""
+
+    type: str
+    """text, json_object or json_schema."""
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
+    """vLLM's way to constrain the output: one of these."""
+
+    json: Raw = Raw()
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
+class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What completions and chats have in common; `null` stands for a field that is left out."""
+
+    model: str
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    logit_bias: dict[int, float] | None = None
+    response_format: ResponseFormat | None = None
+
+    # Accepted without effect: nothing here depends on who asks, and no prompt is kept.
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, str] | None = None
+
+    # vLLM's extensions
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    use_beam_search: bool | None = None
+    best_of: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | None = None
+    priority: int | None = None
+    """As everywhere in this server: 1 is the highest, larger ones come later, 0 is the default, between 1 and 2."""
+    guided_json: Raw = Raw()
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+
+class CompletionRequest(GenerationRequest, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | list[str | int | list[int]]
+    """A text, several texts, token ids, or several lists of token ids."""
+    echo: bool | None = None
+    logprobs: int | None = None
+    suffix: str | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt; InvalidRequestError where texts and token ids are mixed up or there is none."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        kinds = {type(part) for part in self.prompt}
+        if kinds == {int}:
+            return [self.prompt]  # type: ignore[list-item]  # all of them are int
+        if kinds in ({str}, {list}):
+            return list(self.prompt)  # type: ignore[arg-type]  # none of them is int
+        raise InvalidRequestError(
+            "prompt is empty" if not kinds else "prompt mixes texts, token ids and lists of token ids"
+        )
+
+
+class ContentPart(msgspec.Struct):
+    """A part of a message; only texts can be read, so what else a part has does not matter."""
+
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """One message of a chat, with all that OpenAI's own answers have in them."""
+
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+
+
+class ChatRequest(GenerationRequest, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+
+    # vLLM's extensions
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None

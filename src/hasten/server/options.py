@@ -1,0 +1,165 @@
+"""What `hasten serve` is told. Where tritonserver has an option of that meaning, it has its name.
+
+Imports nothing heavy: the command line is made of these.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hasten.core.config import EngineConfig, option
+from hasten.core.errors import ConfigError
+
+CONTROL_MODES = ("none", "poll", "explicit")
+_LARGEST_PORT = 65535
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointOptions:
+    """Where the server listens."""
+
+    allow_http: bool = option(True, "serve HTTP: Triton's protocol, OpenAI's API and a page")
+    http_address: str = option("0.0.0.0", "address of HTTP")
+    http_port: int = option(8000, "port of HTTP; 0 is any free one")
+    allow_grpc: bool = option(True, "serve Triton's protocol over gRPC")
+    grpc_address: str = option("0.0.0.0", "address of gRPC")
+    grpc_port: int = option(8001, "port of gRPC; 0 is any free one")
+    allow_metrics: bool = option(True, "serve metrics for Prometheus, always as plain HTTP and without a key")
+    metrics_address: str = option("", "address of metrics (default: that of HTTP)")
+    metrics_port: int = option(8002, "port of metrics; 0 is any free one")
+    grpc_keepalive_time: int = option(7_200_000, "ms without traffic after which a gRPC client is pinged")
+    grpc_keepalive_timeout: int = option(20_000, "ms that it has to answer the ping")
+    grpc_keepalive_permit_without_calls: bool = option(False, "ping also when no call is under way")
+    grpc_http2_max_pings_without_data: int = option(2, "most pings without data in between; 0: any number")
+    grpc_http2_min_recv_ping_interval_without_data: int = option(
+        300_000, "least ms between pings of a client without data in between"
+    )
+    grpc_http2_max_ping_strikes: int = option(2, "pings above that which are forgiven; 0: any number")
+    grpc_max_connection_age: int = option(0, "ms after which a gRPC connection is ended gracefully; 0: never")
+    grpc_max_connection_age_grace: int = option(0, "ms that its calls have then; 0: any time")
+
+    def __post_init__(self) -> None:
+        for name in ("http_port", "grpc_port", "metrics_port"):
+            port = getattr(self, name)
+            if not 0 <= port <= _LARGEST_PORT:
+                raise ConfigError(f"--{name.replace('_', '-')} must be from 0 to {_LARGEST_PORT}, got {port}")
+
+    def grpc_channel(self, max_request_bytes: int) -> list[tuple[str, int]]:
+        """Options of gRPC's own."""
+        made = [
+            ("grpc.max_receive_message_length", max_request_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.keepalive_time_ms", self.grpc_keepalive_time),
+            ("grpc.keepalive_timeout_ms", self.grpc_keepalive_timeout),
+            ("grpc.keepalive_permit_without_calls", int(self.grpc_keepalive_permit_without_calls)),
+            ("grpc.http2.max_pings_without_data", self.grpc_http2_max_pings_without_data),
+            (
+                "grpc.http2.min_recv_ping_interval_without_data_ms",
+                self.grpc_http2_min_recv_ping_interval_without_data,
+            ),
+            ("grpc.http2.max_ping_strikes", self.grpc_http2_max_ping_strikes),
+        ]
+        if self.grpc_max_connection_age:
+            made.append(("grpc.max_connection_age_ms", self.grpc_max_connection_age))
+        if self.grpc_max_connection_age_grace:
+            made.append(("grpc.max_connection_age_grace_ms", self.grpc_max_connection_age_grace))
+        return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogOptions:
+    """What the server writes about itself."""
+
+    log_verbose: int = option(0, "0: no details")
+    log_info: bool = option(True, "write what happens")
+    log_warning: bool = option(True, "write warnings")
+    log_error: bool = option(True, "write errors")
+    log_format: str = option("default", "form of the log's lines", choices=("default", "ISO8601"))
+    log_file: str = option("", "file to append the log to (default: standard error)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecurityOptions:
+    """Who may ask, and how much."""
+
+    tls_certificate: str | None = option(None, "PEM file of the server's certificate, for HTTP and gRPC")
+    tls_key: str | None = option(None, "PEM file of its key")
+    tls_client_ca: str | None = option(None, "PEM file of the authority whose certificates clients must show")
+    api_key_file: str | None = option(None, "file of API keys, one a line; health checks and metrics need none")
+    allow_shared_memory: bool = option(True, "let clients register system shared memory")
+    max_request_bytes: int = option(64 << 20, "most bytes of a request, unpacked")
+    max_prompt_tokens: int | None = option(
+        None, "most tokens of a prompt (default: what --max-model-len leaves)", type=int
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_request_bytes", "max_prompt_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepositoryOptions:
+    """Which models there are, with --model-repository."""
+
+    model_control_mode: str = option(
+        "none",
+        "none: all models are loaded at the start; poll: and changes are followed; explicit: those that --load-model "
+        "names, and then what clients load and unload",
+        choices=CONTROL_MODES,
+    )
+    load_model: Sequence[str] = option(
+        (), "with explicit control: a model to load at the start, * for all; may be given more than once"
+    )
+    repository_poll_secs: float = option(15.0, "with poll: seconds between looks at the repository")
+    disable_auto_complete_config: bool = option(False, "a model without config.pbtxt is an error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How one MODEL is served, without a repository."""
+
+    name: str = option("fastertransformer", "name of the model of token ids")
+    text_name: str | None = option(None, "name of the model of text (default: the folder's)")
+    decoupled: bool = option(False, "the model of token ids streams: its clients must use ModelStreamInfer")
+    max_batch: int | None = option(None, "most prompts in a request (default: 1024)", type=int)
+    max_queue_size: int = option(0, "most requests that may wait, more are refused; 0: any number")
+    queue_timeout_secs: float = option(0.0, "seconds that a request may wait; 0: any time")
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_batch", 1), ("max_queue_size", 0), ("queue_timeout_secs", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """How the server lives."""
+
+    server_id: str = option("hasten", "name of the server in its metadata", flag="--id")
+    strict_readiness: bool = option(True, "ready only while all models are")
+    exit_timeout_secs: float = option(30.0, "seconds that requests under way have when the server is to end")
+    exit_on_error: bool = option(True, "end where a model cannot be loaded at the start")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """All of it. Either `engine` or `model_repository` is given."""
+
+    engine: EngineConfig | None = None
+    model_repository: tuple[str, ...] = ()
+    endpoints: EndpointOptions = field(default_factory=EndpointOptions)
+    repository: RepositoryOptions = field(default_factory=RepositoryOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    server: ServerOptions = field(default_factory=ServerOptions)
+    log: LogOptions = field(default_factory=LogOptions)
+    security: SecurityOptions = field(default_factory=SecurityOptions)
+
+    def __post_init__(self) -> None:
+        if (self.engine is None) == (not self.model_repository):
+            raise ConfigError("give either a MODEL or --model-repository")
+        if self.repository.load_model and self.repository.model_control_mode != "explicit":
+            raise ConfigError("--load-model needs --model-control-mode explicit")
+        if not (self.endpoints.allow_http or self.endpoints.allow_grpc):
+            raise ConfigError("nothing is served: allow HTTP or gRPC")

@@ -1,0 +1,298 @@
+"""The one data plane behind all transports: requests in, responses out, and the models that compute them."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from enum import StrEnum
+
+from tritonclient.grpc import model_config_pb2, service_pb2
+
+from hasten import __version__
+from hasten.server.engine_client import EngineClient
+from hasten.server.errors import service_error
+from hasten.server.interfaces import Kind, datatype_name
+from hasten.server.lifecycle import Registry, StartEngine
+from hasten.server.model_config import is_decoupled, parameter
+from hasten.server.parameters import TOKEN_MODEL
+from hasten.server.repository import Repository
+from hasten.server.statistics import Counters
+from hasten.server.text_model import DEFAULT_TOKEN_MODEL
+from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
+from hasten.server.version import State, Version
+
+__all__ = ["ControlMode", "IndexEntry", "ModelMetadata", "ServerMetadata", "Service", "TensorSpec", "service_error"]
+
+EXTENSIONS = (
+    *("classification", "sequence", "model_repository", "model_repository(unload_dependents)", "schedule_policy"),
+    *("model_configuration", "system_shared_memory", "cuda_shared_memory", "binary_tensor_data", "parameters"),
+    *("statistics", "trace", "logging"),
+)
+_MOST_DIGITS = 19
+_NO_CONTROL = "explicit model load / unload is not allowed if polling is enabled"
+_STOPPING = "Server is stopping, scheduler for model has stopped accepting new inference requests"
+_log = logging.getLogger(__name__)
+
+
+class ControlMode(StrEnum):
+    """Who decides which models are loaded."""
+
+    NONE = "none"
+    """All are, when the server starts."""
+    POLL = "poll"
+    """All are, and changes in the repository are followed."""
+    EXPLICIT = "explicit"
+    """Those named when the server starts, and then whatever clients load and unload."""
+
+
+@dataclass(frozen=True)
+class ServerMetadata:
+    """What the server is."""
+
+    name: str
+    version: str
+    extensions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of a model, with the batch axis if it has one."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelMetadata:
+    """What a model is."""
+
+    name: str
+    versions: tuple[str, ...]
+    platform: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """A version in the repository; without version and state for a model that was never loaded."""
+
+    name: str
+    version: str = ""
+    state: str = ""
+    reason: str = ""
+
+
+class Service:
+    """The models of a repository, ready to be asked. All methods belong to one event loop."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        *,
+        mode: ControlMode = ControlMode.NONE,
+        server_id: str = "hasten",
+        strict_readiness: bool = True,
+        start_engine: StartEngine = EngineClient.start,
+    ) -> None:
+        self.counters = Counters()
+        self.mode = mode
+        self._server_id = server_id
+        self._strict = strict_readiness
+        self._registry = Registry(repository, self.counters, start_engine=start_engine)
+        self._started = self._closing = False
+        self._polling: asyncio.Task[None] | None = None
+
+    async def start(self, load_models: Iterable[str] = (), *, repository_poll_secs: float = 15.0) -> None:
+        """Load what the mode says: all models, or `load_models`, where `*` means all. Failures are in `failures`."""
+        names = list(load_models)
+        if self.mode is not ControlMode.EXPLICIT or "*" in names:
+            names = await asyncio.to_thread(self._registry.repository.names)
+        if self.mode is ControlMode.POLL:
+            await self._registry.poll()
+            self._polling = asyncio.get_running_loop().create_task(self._poll_forever(repository_poll_secs))
+        else:
+            await self._registry.load_all(names)
+        self._started = True
+
+    async def _poll_forever(self, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await self._registry.poll()
+            except OSError as error:
+                _log.error("the model repository cannot be read: %s", error)
+
+    @property
+    def failures(self) -> Mapping[str, str]:
+        """Models that could not be loaded when that was last tried, and why."""
+        return dict(self._registry.failures)
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """The one response to a request; ServiceError where it fails, or where there is more than one."""
+        first: InferResponse | None = None
+        async with aclosing(self.stream(request)) as responses:
+            async for response in responses:
+                if first is not None:
+                    raise ServiceError(
+                        ErrorKind.INVALID,
+                        f"model '{request.model}' gives several responses to this request; use a stream",
+                    )
+                first = response
+        assert first is not None, "a model gives one response at least"
+        return first
+
+    async def stream(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
+        """The responses to a request; closing the generator withdraws it. Raises ServiceError."""
+        version = self._find(request.model, request.version)
+        async with aclosing(version.run(request)) as outcomes:
+            async for outcome in outcomes:
+                yield InferResponse(
+                    model=request.model,
+                    version=str(version.number),
+                    id=request.id,
+                    outputs=outcome.outputs,
+                    final=outcome.final,
+                )
+
+    def _find(self, model: str, version: str) -> Version:
+        if self._closing:
+            raise ServiceError(ErrorKind.UNAVAILABLE, _STOPPING)
+        return self._registry.find(model, _version_number(version))
+
+    def is_decoupled(self, model: str, version: str = "") -> bool:
+        """Whether a request may have several responses; ServiceError where there is no such model."""
+        return is_decoupled(self._find(model, version).config)
+
+    def server_metadata(self) -> ServerMetadata:
+        """Name, version and extensions."""
+        return ServerMetadata(self._server_id, __version__, EXTENSIONS)
+
+    def model_metadata(self, model: str, version: str = "") -> ModelMetadata:
+        """A model's tensors; without a version, those of the newest and the numbers of all that serve."""
+        found = self._find(model, version)
+        serving = [str(one.number) for one in self._registry.versions() if one.name == model and self._serves(one)]
+        batch = (-1,) if found.config.max_batch_size else ()
+        inputs, outputs = (
+            tuple(TensorSpec(one.name, datatype_name(one.data_type), (*batch, *one.dims)) for one in tensors)
+            for tensors in (found.config.input, found.config.output)
+        )
+        platform = found.config.platform or found.config.backend
+        return ModelMetadata(model, (version,) if version else tuple(serving), platform, inputs, outputs)
+
+    def _serves(self, version: Version) -> bool:
+        return self._registry.serves(version)
+
+    def model_config(self, model: str, version: str = "") -> model_config_pb2.ModelConfig:
+        """A model's configuration, complete; not to be changed."""
+        return self._find(model, version).config
+
+    def statistics(self, model: str = "", version: str = "") -> list[service_pb2.ModelStatistics]:
+        """Of all models that serve, or of one; a version is looked at only with a model."""
+        number = _version_number(version) if model else -1
+        serving = [one for one in self._registry.versions() if self._serves(one) and model in ("", one.name)]
+        found = [one for one in serving if number in (-1, one.number)]
+        if model and not serving:
+            raise ServiceError(ErrorKind.INVALID, f"requested model '{model}' is not available")
+        if model and not found:
+            raise ServiceError(ErrorKind.INVALID, f"requested model version is not available for model '{model}'")
+        return [self.counters.of(one.name, str(one.number)).message(one.name, str(one.number)) for one in found]
+
+    def index(self, *, ready: bool = False) -> list[IndexEntry]:
+        """What the repository holds, and the state of what was loaded; `ready`: only what serves."""
+        versions = list(self._registry.versions())
+        made = [IndexEntry(one.name, str(one.number), *self._state(one)) for one in versions]
+        if ready:
+            return [entry for entry in made if entry.state == State.READY]
+        known = {one.name for one in versions}
+        others = set(self._registry.repository.names()) | set(self._registry.failures)
+        made += [self._never_loaded(name) for name in others - known]
+        return sorted(made, key=lambda entry: (entry.name, int(entry.version or 0)))
+
+    def _state(self, version: Version) -> tuple[str, str]:
+        if version.state is not State.READY:
+            return version.state, version.reason
+        lacks = self._registry.lacks(version)
+        if lacks is not None:
+            return State.UNAVAILABLE, f"it needs model '{lacks}', which is not ready"
+        if not version.model.ready:
+            return State.UNAVAILABLE, "its engine is starting again"
+        return State.READY, ""
+
+    def _never_loaded(self, name: str) -> IndexEntry:
+        reason = self._registry.failures.get(name)
+        return IndexEntry(name) if reason is None else IndexEntry(name, "", State.UNAVAILABLE, reason)
+
+    async def load(self, model: str, config_json: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
+        """Load a model or load it again, with another configuration and files if given; ServiceError if that fails."""
+        self._check_control()
+        await self._registry.load(model, config_json, files)
+
+    async def unload(self, model: str, *, unload_dependents: bool = False) -> None:
+        """Unload a model; requests under way finish. `unload_dependents`: also what was loaded for it alone."""
+        self._check_control()
+        await self._registry.unload(model, unload_dependents=unload_dependents)
+
+    def _check_control(self) -> None:
+        if self._closing:
+            raise ServiceError(ErrorKind.UNAVAILABLE, _STOPPING)
+        if self.mode is not ControlMode.EXPLICIT:
+            raise ServiceError(ErrorKind.UNAVAILABLE, _NO_CONTROL)
+
+    def is_live(self) -> bool:
+        """Whether the server runs."""
+        return True
+
+    def is_ready(self) -> bool:
+        """Whether it takes requests; with strict readiness, also whether all models that should serve are ready."""
+        if not self._started or self._closing:
+            return False
+        if not self._strict:
+            return True
+        registry = self._registry
+        wanted = [one for one in registry.versions() if one.failed or one.state in (State.READY, State.LOADING)]
+        return all(map(registry.any_serves, registry.failures)) and all(map(registry.is_ready, wanted))
+
+    def is_model_ready(self, model: str, version: str = "") -> bool:
+        """Whether a model takes requests; False for one that there is not."""
+        try:
+            return not self._closing and self._registry.is_ready(self._find(model, version))
+        except ServiceError:
+            return False
+
+    def engines(self) -> Mapping[tuple[str, str], EngineClient]:
+        """The engines of the models that serve, by model and version."""
+        pairs = ((one, one.model.engine) for one in self._registry.versions() if self._serves(one))
+        return {(one.name, str(one.number)): engine for one, engine in pairs if engine is not None}
+
+    def text_models(self) -> Mapping[str, str]:
+        """The text models that serve, each with the token model whose engine it uses."""
+        serving = (one for one in self._registry.versions() if self._serves(one))
+        texts = (one for one in serving if one.description.kind is Kind.TEXT)
+        return {one.name: parameter(one.config, TOKEN_MODEL, DEFAULT_TOKEN_MODEL) for one in texts}
+
+    async def close(self, exit_timeout: float) -> None:
+        """Take no more requests, let those under way finish for so many seconds, and end the engines."""
+        self._closing = True
+        if self._polling is not None:
+            self._polling.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._polling
+        await self._registry.close(exit_timeout)
+
+
+def _version_number(version: str) -> int:
+    """-1 for no version; ServiceError with Triton's text for what is no number."""
+    if version == "":
+        return -1
+    # `int` would take digits of any script, and underscores between them
+    number = version.removeprefix("-")
+    if not (version.isascii() and number.isdigit() and len(number) < _MOST_DIGITS) or int(version) == 0:
+        raise ServiceError(
+            ErrorKind.INVALID,
+            f"failed to get model version from specified version string '{version}' (details: stol), "
+            "version should be an integral value > 0",
+        )
+    return int(version)

@@ -1,0 +1,277 @@
+"""What is counted of each version of a model: Triton's statistics, and what only language models have."""
+
+import time
+from bisect import bisect_left
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from enum import Enum
+
+from tritonclient.grpc import service_pb2
+
+from hasten.core.errors import EngineError, HastenError
+from hasten.core.types import FinishReason
+from hasten.server.engine_client import Progress, QueueFullError, QueueTimeoutError
+from hasten.server.model import Work
+
+
+class FailureReason(Enum):
+    """Why a request failed, as Triton's metrics tell it apart."""
+
+    REJECTED = "REJECTED"
+    """The queue was full, or it waited for too long."""
+    CANCELED = "CANCELED"
+    """The client left."""
+    BACKEND = "BACKEND"
+    """The engine failed."""
+    OTHER = "OTHER"
+
+
+_FIRST_RESPONSE_MS = (100.0, 500.0, 2000.0, 5000.0)
+_LATENCY_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
+_PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+_WHOLE_S = (0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0)
+
+
+@dataclass
+class Histogram:
+    """How many values were at most so large."""
+
+    bounds: tuple[float, ...]
+    """Upper ends of the buckets; one more is without end."""
+    counts: list[int] = field(default_factory=list)
+    """Of each bucket alone."""
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    @property
+    def count(self) -> int:
+        """Values so far."""
+        return sum(self.counts)
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+@dataclass
+class Duration:
+    """Times that something took."""
+
+    count: int = 0
+    ns: int = 0
+
+    def add(self, ns: int) -> None:
+        """Count one of so many ns."""
+        self.count += 1
+        self.ns += max(0, ns)
+
+    def message(self) -> service_pb2.StatisticDuration:
+        """As the protocol has it."""
+        return service_pb2.StatisticDuration(count=self.count, ns=self.ns)
+
+
+@dataclass
+class Compute:
+    """The three parts of computing a request."""
+
+    input: Duration = field(default_factory=Duration)
+    infer: Duration = field(default_factory=Duration)
+    output: Duration = field(default_factory=Duration)
+
+    def add(self, work: Work, end: int) -> None:
+        """Count a request that ended at `end`."""
+        clock = work.clock
+        prepared = clock.prepared or end
+        computed = clock.computed or end
+        self.input.add(prepared - clock.begun)
+        self.infer.add(computed - prepared - clock.queued)
+        self.output.add(end - computed)
+
+    def messages(self) -> dict[str, service_pb2.StatisticDuration]:
+        """As the protocol has them."""
+        return {
+            "compute_input": self.input.message(),
+            "compute_infer": self.infer.message(),
+            "compute_output": self.output.message(),
+        }
+
+
+@dataclass
+class LanguageCounters:
+    """What an engine's requests took, whichever door they came by. Times are in seconds."""
+
+    time_to_first_token: Histogram = field(default_factory=lambda: Histogram(_LATENCY_S))
+    """Of requests that stream: nobody sees the first token of the others."""
+    time_per_output_token: Histogram = field(default_factory=lambda: Histogram(_PER_TOKEN_S))
+    """From the first token to the last, for each but the first; of requests that stream."""
+    latency: Histogram = field(default_factory=lambda: Histogram(_WHOLE_S))
+    queue_time: Histogram = field(default_factory=lambda: Histogram(_LATENCY_S))
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    finished: dict[FinishReason, int] = field(default_factory=lambda: dict.fromkeys(FinishReason, 0))
+    """Completions by how they ended."""
+
+    async def measured(
+        self, progresses: AsyncGenerator[Progress, None], *, stream: bool
+    ) -> AsyncGenerator[Progress, None]:
+        """The progress of one request of `EngineClient.generate`, counted on its way; closes it when it is closed."""
+        meter = _Meter(self, stream)
+        async with aclosing(progresses):
+            async for progress in progresses:
+                meter.take(progress)
+                yield progress
+
+
+class _Meter:
+    """Counts one request."""
+
+    def __init__(self, counters: LanguageCounters, stream: bool) -> None:
+        self._counters = counters
+        self._stream = stream
+        self._begun = time.monotonic()
+        self._first: float | None = None
+        self._tokens = 0
+
+    def take(self, progress: Progress) -> None:
+        counters, now = self._counters, time.monotonic()
+        if progress.queue_seconds is not None:
+            counters.queue_time.observe(progress.queue_seconds)
+            counters.prompt_tokens += len(progress.prompt_token_ids)
+        new = sum(len(delta.token_ids) for delta in progress.completions)
+        self._tokens += new
+        counters.generation_tokens += new
+        if new and self._first is None:
+            self._first = now
+            if self._stream:
+                counters.time_to_first_token.observe(now - self._begun)
+        for delta in progress.completions:
+            if delta.finish_reason is not None:
+                counters.finished[delta.finish_reason] += 1
+        if progress.finished:
+            counters.latency.observe(now - self._begun)
+            if self._stream and self._first is not None and self._tokens > 1:
+                counters.time_per_output_token.observe((now - self._first) / (self._tokens - 1))
+
+
+@dataclass
+class ModelCounters:
+    """Of one version of a model, since the server's start: loading it again does not set them back."""
+
+    success: Duration = field(default_factory=Duration)
+    fail: Duration = field(default_factory=Duration)
+    queue: Duration = field(default_factory=Duration)
+    compute: Compute = field(default_factory=Compute)
+    failures: dict[FailureReason, int] = field(default_factory=lambda: dict.fromkeys(FailureReason, 0))
+    inference_count: int = 0
+    """Items of all batches."""
+    execution_count: int = 0
+    """Requests: the engine batches them anew at every step."""
+    last_inference_ms: int = 0
+    """Since 1970."""
+    pending: int = 0
+    """Requests under way that have no response yet."""
+    batches: dict[int, Compute] = field(default_factory=dict)
+    """By the batch size of the request."""
+    first_response_ms: Histogram = field(default_factory=lambda: Histogram(_FIRST_RESPONSE_MS))
+    """Of a decoupled model."""
+    load_seconds: float = 0.0
+    language: LanguageCounters | None = None
+    """Of a model that owns an engine."""
+
+    def track(self, work: Work) -> "Tracked":
+        """Count a request from now on, until it has succeeded or failed."""
+        return Tracked(self, work)
+
+    def message(self, model: str, version: str) -> service_pb2.ModelStatistics:
+        """As the protocol has it."""
+        nothing = service_pb2.StatisticDuration()
+        return service_pb2.ModelStatistics(
+            name=model,
+            version=version,
+            last_inference=self.last_inference_ms,
+            inference_count=self.inference_count,
+            execution_count=self.execution_count,
+            inference_stats=service_pb2.InferStatistics(
+                success=self.success.message(),
+                fail=self.fail.message(),
+                queue=self.queue.message(),
+                cache_hit=nothing,
+                cache_miss=nothing,
+                **self.compute.messages(),
+            ),
+            batch_stats=[
+                service_pb2.InferBatchStatistics(batch_size=size, **compute.messages())
+                for size, compute in sorted(self.batches.items())
+            ],
+        )
+
+
+class Tracked:
+    """A request under way. What it has come to first counts: a client may leave with the last response."""
+
+    def __init__(self, counters: ModelCounters, work: Work) -> None:
+        self._counters = counters
+        self._work = work
+        self._responded = self._ended = False
+        counters.pending += 1
+
+    def respond(self, *, decoupled: bool = False) -> None:
+        """There is a response, or there will be none."""
+        if self._responded:
+            return
+        self._responded = True
+        self._counters.pending -= 1
+        if decoupled:
+            self._counters.first_response_ms.observe((time.monotonic_ns() - self._work.clock.begun) / 1e6)
+
+    def fail(self, error: BaseException) -> None:
+        """It ends with an error."""
+        self.respond()
+        if not self._ended:
+            self._ended = True
+            self._counters.fail.add(time.monotonic_ns() - self._work.clock.begun)
+            self._counters.failures[_reason(error)] += 1
+
+    def succeed(self) -> None:
+        """It ends with its last response."""
+        self.respond()
+        if self._ended:
+            return
+        self._ended = True
+        counters, work = self._counters, self._work
+        end, items = time.monotonic_ns(), max(1, work.batch_size)
+        counters.success.add(end - work.clock.begun)
+        counters.queue.add(work.clock.queued)
+        counters.compute.add(work, end)
+        counters.batches.setdefault(items, Compute()).add(work, end)
+        counters.inference_count += items
+        counters.execution_count += 1
+        counters.last_inference_ms = time.time_ns() // 1_000_000
+
+
+def _reason(error: BaseException) -> FailureReason:
+    cause = error.__cause__ if error.__cause__ is not None else error
+    if isinstance(cause, QueueFullError | QueueTimeoutError):
+        return FailureReason.REJECTED
+    if isinstance(cause, EngineError):
+        return FailureReason.BACKEND
+    return FailureReason.OTHER if isinstance(cause, HastenError | Exception) else FailureReason.CANCELED
+
+
+class Counters:
+    """Of all models, by name and version."""
+
+    def __init__(self) -> None:
+        self._models: dict[tuple[str, str], ModelCounters] = {}
+
+    def of(self, model: str, version: str) -> ModelCounters:
+        """Those of one version; they are there from its first loading on."""
+        return self._models.setdefault((model, version), ModelCounters())
+
+    def all(self) -> Mapping[tuple[str, str], ModelCounters]:
+        """Of every version that was ever loaded."""
+        return dict(sorted(self._models.items()))

@@ -1,0 +1,71 @@
+"""What the server's log shows when it has started, as Triton's does: models, what they run on, options."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hasten.server.options import ServeOptions
+
+if TYPE_CHECKING:
+    from hasten.server.engine_client import EngineClient
+    from hasten.server.service import IndexEntry, ServerMetadata
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows under a header, in a frame."""
+    lines = [header, *rows]
+    widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
+    rule = "+" + "+".join("-" * (width + 2) for width in widths) + "+"
+    shown = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    return "\n".join([rule, shown[0], rule, *shown[1:], rule, ""])
+
+
+def model_table(entries: "Iterable[IndexEntry]") -> str:
+    """Every model and how it stands."""
+    rows = []
+    for entry in entries:
+        reason = " ".join(entry.reason.split())
+        state = f"{entry.state}: {reason}" if reason else entry.state or "not loaded"
+        rows.append((entry.name, entry.version or "-", state))
+    return table(("Model", "Version", "Status"), rows)
+
+
+def engine_table(engines: "Mapping[tuple[str, str], EngineClient]") -> str:
+    """What each engine runs on."""
+    rows = []
+    for (model, version), engine in engines.items():
+        info = engine.info
+        cache = f"{info.num_blocks} x {info.block_size}"
+        row = (model, version, info.device, str(info.ranks), info.dtype, cache, f"{info.load_seconds:.1f} s")
+        rows.append(row)
+    return table(("Engine", "Version", "Device", "Ranks", "Type", "Cache (tokens)", "Load time"), rows)
+
+
+def option_table(options: ServeOptions, metadata: "ServerMetadata") -> str:
+    """Every option of the server."""
+    rows = [
+        ("server_id", metadata.name),
+        ("server_version", metadata.version),
+        ("server_extensions", " ".join(metadata.extensions)),
+    ]
+    if options.engine is not None:
+        rows.append(("model", options.engine.model))
+    rows += [(f"model_repository_path[{at}]", path) for at, path in enumerate(options.model_repository)]
+    models = options.model if options.engine is not None else options.repository
+    for part in (models, options.server, options.endpoints, options.security):
+        rows += [(name, _shown(value)) for name, value in _fields(part) if name != "server_id"]
+    return table(("Option", "Value"), rows)
+
+
+def _fields(part: Any) -> Iterable[tuple[str, Any]]:
+    return ((field.name, getattr(part, field.name)) for field in dataclasses.fields(part))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,174 @@
+"""Tensors to and from what travels: raw bytes (gRPC and HTTP's binary bodies) and lists of JSON.
+
+Raw bytes are C-order and little-endian; BYTES are elements of a 4-byte length and so many bytes, end to end.
+Texts of errors are Triton's.
+"""
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.server.types import ErrorKind, ServiceError, Tensor
+
+NUMPY: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(bool),
+    **{f"UINT{bits}": np.dtype(f"<u{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"INT{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"FP{bits}": np.dtype(f"<f{bits // 8}") for bits in (16, 32, 64)},
+    "BF16": np.dtype("<u2"),  # numpy has no such type: its bits
+    "BYTES": np.dtype(object),
+}
+"""What numpy calls each of Triton's data types."""
+
+_MOST_DIMENSIONS = 16
+_LARGEST_DIMENSION = 2**31
+_MOST_ELEMENTS = 2**48
+_LENGTH = struct.Struct("<I")
+_JSON_TYPES: dict[str, tuple[frozenset[type], str]] = {
+    "B": (frozenset({bool}), "non-boolean as boolean"),
+    "u": (frozenset({int}), "non-unsigned-integer as unsigned-integer"),
+    "i": (frozenset({int}), "non-signed-integer as signed-integer"),
+    "f": (frozenset({int, float}), "non-number as double"),
+    "O": (frozenset({str}), "non-string as string"),
+}
+
+
+def invalid(message: str) -> ServiceError:
+    """The error of a request that is wrong in itself."""
+    return ServiceError(ErrorKind.INVALID, message)
+
+
+def about(request_id: str) -> str:
+    """How messages about a request begin."""
+    return f"[request id: {request_id or '<id_unknown>'}] "
+
+
+def elements(name: str, shape: Sequence[int]) -> int:
+    """Number of elements of an input; INVALID for a shape that no tensor has."""
+    if len(shape) > _MOST_DIMENSIONS or not all(0 <= size < _LARGEST_DIMENSION for size in shape):
+        text = ",".join(map(str, shape[:_MOST_DIMENSIONS]))
+        raise invalid(f"invalid shape [{text}] for input '{name}': dimensions must be from 0 to {_LARGEST_DIMENSION}")
+    if math.prod(size for size in shape if size) > _MOST_ELEMENTS:  # numpy multiplies them without the zeros
+        raise invalid(f"invalid shape [{','.join(map(str, shape))}] for input '{name}': too many elements")
+    return math.prod(shape)
+
+
+def dtype_of(name: str, datatype: str) -> np.dtype[Any]:
+    """The type that numpy has for an input; INVALID for a data type that Triton does not have."""
+    try:
+        return NUMPY[datatype]
+    except KeyError:
+        raise invalid(f"invalid datatype for input {name}") from None
+
+
+def from_bytes(
+    name: str, datatype: str, shape: Sequence[int], raw: bytes | memoryview, *, model: str, request_id: str
+) -> Tensor:
+    """A tensor over `raw`, without a copy but for BYTES."""
+    dtype, count, shape = dtype_of(name, datatype), elements(name, shape), tuple(shape)
+    if dtype.hasobject:
+        texts = _strings(name, raw, count, model=model, request_id=request_id)
+        return Tensor(name, datatype, shape, objects(texts).reshape(shape))
+    if len(raw) != count * dtype.itemsize:
+        raise invalid(
+            f"{about(request_id)}input byte size mismatch for input '{name}' for model '{model}'. "
+            f"Expected {count * dtype.itemsize}, got {len(raw)}"
+        )
+    data = np.frombuffer(raw, dtype)
+    if datatype == "BOOL":
+        data = data.view(np.uint8) != 0  # any other byte would be neither true nor false to numpy
+    return Tensor(name, datatype, shape, data.reshape(shape))
+
+
+def _strings(name: str, raw: bytes | memoryview, count: int, *, model: str, request_id: str) -> list[bytes]:
+    made: list[bytes] = []
+    at, end = 0, len(raw)
+    where = f"inference input '{name}' for model '{model}'"
+    while at < end:
+        if len(made) == count:
+            raise invalid(
+                f"{about(request_id)}unexpected number of string elements {count + 1} for {where}, expecting {count}"
+            )
+        if end - at < _LENGTH.size:
+            raise invalid(
+                f"{about(request_id)}incomplete string length indicator for {where}, expecting 4 bytes but only "
+                f"{end - at} bytes available. Please make sure the string length indicator is in one buffer."
+            )
+        (length,) = _LENGTH.unpack_from(raw, at)
+        at += _LENGTH.size
+        if end - at < length:
+            raise invalid(
+                f"incomplete string data for inference input '{name}', expecting string of length {length} but only "
+                f"{end - at} bytes available"
+            )
+        made.append(bytes(raw[at : at + length]))
+        at += length
+    if len(made) < count:
+        raise invalid(f"{about(request_id)}expected {count} string elements for {where}, got {len(made)}")
+    return made
+
+
+def objects(values: Sequence[bytes]) -> NDArray[Any]:
+    """An array of these, which numpy would otherwise make one of fixed length of."""
+    made = np.empty(len(values), dtype=object)
+    made[:] = values
+    return made
+
+
+def to_bytes(tensor: Tensor) -> bytes:
+    """The raw bytes of a tensor."""
+    data = tensor.data
+    if data.dtype.hasobject:
+        return b"".join(part for text in data.ravel().tolist() for part in (_LENGTH.pack(len(text)), text))
+    return data.tobytes()
+
+
+def from_list(name: str, datatype: str, shape: Sequence[int], data: Any, what: str = "data") -> Tensor:
+    """A tensor from JSON's lists, flat or nested; INVALID where a value is of another type or does not fit."""
+    dtype, count = dtype_of(name, datatype), elements(name, shape)
+    if datatype in ("FP16", "BF16"):
+        raise invalid(
+            f"receiving {datatype} data via JSON is not supported. Please use the binary data format for input {name}"
+        )
+    if not isinstance(data, list):
+        raise invalid(f"Unable to parse '{what}': attempt to access JSON non-array as array")
+    flat = flatten(data)
+    types, complaint = _JSON_TYPES["B" if datatype == "BOOL" else dtype.kind]
+    if not types.issuperset(map(type, flat)):
+        raise invalid(f"Unable to parse '{what}': attempt to access JSON {complaint} (input '{name}')")
+    if len(flat) != count:
+        raise invalid(f"Unable to parse '{what}': Shape does not match true shape of 'data' field (input '{name}')")
+    return Tensor(name, datatype, tuple(shape), _array(name, datatype, dtype, flat).reshape(tuple(shape)))
+
+
+def _array(name: str, datatype: str, dtype: np.dtype[Any], flat: list[Any]) -> NDArray[Any]:
+    if dtype.hasobject:
+        return objects([text.encode() for text in flat])
+    try:
+        with np.errstate(over="ignore"):
+            return np.array(flat, dtype)
+    except OverflowError as error:
+        raise invalid(f"Unable to parse 'data': a value does not fit {datatype} (input '{name}'): {error}") from None
+
+
+def flatten(data: list[Any]) -> list[Any]:
+    """The leaves of nested lists, in order; INVALID where they are nested deeper than a tensor may be."""
+    for _ in range(_MOST_DIMENSIONS):
+        if not any(type(part) is list for part in data):
+            return data
+        data = [leaf for part in data for leaf in (part if type(part) is list else (part,))]
+    raise invalid(f"Unable to parse 'data': lists are nested more than {_MOST_DIMENSIONS} deep")
+
+
+def to_list(tensor: Tensor) -> list[Any]:
+    """The elements, flat, as JSON has them. BYTES become text; what is not UTF-8 in them is replaced."""
+    if tensor.datatype in ("FP16", "BF16"):
+        raise invalid(
+            f"sending {tensor.datatype} data via JSON is not supported. Please use the binary data format for output"
+        )
+    flat = tensor.data.ravel().tolist()
+    return [text.decode(errors="replace") for text in flat] if tensor.data.dtype.hasobject else flat

@@ -1,0 +1,135 @@
+"""One version of a model, from its loading to its end."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import replace
+from enum import StrEnum
+
+from hasten.core.errors import HastenError
+from hasten.server.errors import service_error
+from hasten.server.interfaces import Kind
+from hasten.server.model import Model, Outcome
+from hasten.server.model_config import is_decoupled, parameter
+from hasten.server.parameters import TOKEN_MODEL
+from hasten.server.repository import Description
+from hasten.server.statistics import ModelCounters
+from hasten.server.text_model import DEFAULT_TOKEN_MODEL
+from hasten.server.types import ErrorKind, InferRequest, ServiceError
+from hasten.server.validation import Rules
+
+UNLOADED = "unloaded"
+_log = logging.getLogger(__name__)
+
+
+class State(StrEnum):
+    """Where a version stands, as Triton calls it."""
+
+    UNKNOWN = "UNKNOWN"
+    READY = "READY"
+    UNAVAILABLE = "UNAVAILABLE"
+    LOADING = "LOADING"
+    UNLOADING = "UNLOADING"
+
+
+class Version:
+    """One version of a model. What began before its end goes on to its own."""
+
+    def __init__(self, description: Description, number: int, counters: ModelCounters) -> None:
+        self.name = description.name
+        self.number = number
+        self.config = description.config
+        self.description = description
+        self.state = State.LOADING
+        self.reason = ""
+        """Why it is not available."""
+        self._rules = Rules(description.config)
+        self._counters = counters
+        self._model: Model | None = None
+        self._users = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
+
+    @property
+    def model(self) -> Model:
+        """What computes its requests, once it is loaded."""
+        assert self._model is not None, "it is loaded before it serves"
+        return self._model
+
+    @property
+    def failed(self) -> bool:
+        """Whether it could not be loaded."""
+        return self.state is State.UNAVAILABLE and self.reason != UNLOADED
+
+    @property
+    def dependencies(self) -> list[tuple[str, int]]:
+        """The models that it needs, and which version of each, -1 for the newest."""
+        return dependencies(self.description)
+
+    def begin(self, model: Model, seconds: float) -> None:
+        """It is loaded, which took so long."""
+        self._model, self.state = model, State.READY
+        self._counters.load_seconds = seconds
+
+    def fail(self, reason: str) -> None:
+        """It cannot be loaded."""
+        self.state, self.reason = State.UNAVAILABLE, reason
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Keep it from ending meanwhile."""
+        self._users += 1
+        self._unused.clear()
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if self._users == 0:
+                self._unused.set()
+
+    async def run(self, request: InferRequest) -> AsyncGenerator[Outcome, None]:
+        """Compute a request, checked and counted. Raises ServiceError alone."""
+        work = self._rules.work(request)
+        with self.use():
+            tracked = self._counters.track(work)
+            try:
+                async with aclosing(self.model.execute(work)) as outcomes:
+                    async for outcome in outcomes:
+                        tracked.respond(decoupled=is_decoupled(self.config))
+                        if outcome.final:
+                            tracked.succeed()
+                        yield outcome
+            except HastenError as error:
+                tracked.fail(error)
+                raise service_error(error, request.id) from error
+            except Exception as error:
+                tracked.fail(error)
+                _log.exception("model %s version %d failed on a request", self.name, self.number)
+                raise ServiceError(
+                    ErrorKind.INTERNAL, f"model '{self.name}' failed; the server's log says more"
+                ) from error
+            except BaseException as error:  # the client left
+                tracked.fail(error)
+                raise
+
+    async def end(self, timeout: float) -> None:
+        """Let its requests finish, for so many seconds, and free what it holds."""
+        self.state, deadline = State.UNLOADING, time.monotonic() + timeout
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._unused.wait(), timeout)
+        if self._model is not None:
+            await self._model.close(max(0.0, deadline - time.monotonic()))
+        self.description = replace(self.description, keep=None)
+        self.fail(UNLOADED)
+
+
+def dependencies(description: Description) -> list[tuple[str, int]]:
+    """The models that a model needs, and which version of each, -1 for the newest."""
+    config = description.config
+    if description.kind is Kind.ENSEMBLE:
+        return [(step.model_name, step.model_version or -1) for step in config.ensemble_scheduling.step]
+    default = DEFAULT_TOKEN_MODEL if description.kind is Kind.TEXT else ""
+    name = "" if description.kind is Kind.TOKEN else parameter(config, TOKEN_MODEL, default)
+    return [(name, -1)] if name else []

@@ -1,0 +1,176 @@
+"""What the server and an engine's process say to each other: msgpack, each message behind its length in bytes.
+
+Imports no torch: the server's process has none.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import msgspec
+
+from hasten.core.config import EngineConfig
+from hasten.core.types import FinishReason, Logprob, SamplingParams
+from hasten.engine.stats import EngineStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """What an engine is, once its model is loaded."""
+
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    pad_token_id: int | None
+    num_blocks: int
+    """Blocks of the key/value cache."""
+    block_size: int
+    """Tokens in a block."""
+    max_num_seqs: int
+    """Most sequences in one step."""
+    dtype: str
+    """fp32, fp16 or bf16: the type that it computes in."""
+    device: str
+    """`cpu`, or the GPU's name."""
+    ranks: int
+    tokenizer_folder: str | None
+    """Folder or file to load the tokenizer from; None where the model has none."""
+    model_type: str
+    """Family of the architecture, for example `bloom`."""
+    load_seconds: float = 0.0
+    """From the start of its process until it was ready."""
+
+
+@dataclass
+class CompletionDelta:
+    """What is new of one completion; the lists and the text go on where the last one ended."""
+
+    index: int
+    token_ids: list[int]
+    text: str
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+class Start(msgspec.Struct, tag=True):
+    """The first message to an engine's process."""
+
+    config: EngineConfig
+
+
+class Add(msgspec.Struct, tag=True):
+    """A request; `id` is the server's number for it."""
+
+    id: int
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    stream: bool
+
+
+class Abort(msgspec.Struct, tag=True):
+    """Withdraw a request; nothing happens where it has ended already."""
+
+    id: int
+
+
+class Expire(msgspec.Struct, tag=True):
+    """Withdraw a request if it was not begun; the next step says whether it was."""
+
+    id: int
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The model is loaded."""
+
+    info: EngineInfo
+
+
+class Failed(msgspec.Struct, tag=True):
+    """Why the process is about to end: the error's class and text."""
+
+    kind: str
+    message: str
+
+
+class Output(msgspec.Struct):
+    """What is new of one request."""
+
+    id: int
+    completions: list[CompletionDelta]
+    finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+
+class Refusal(msgspec.Struct):
+    """A request that the engine did not take: the error's class and text."""
+
+    id: int
+    kind: str
+    message: str
+
+
+class Step(msgspec.Struct, tag=True):
+    """What one turn of the engine brought."""
+
+    stats: EngineStats
+    outputs: list[Output] = []
+    started: list[int] = []
+    """Requests that this turn began to compute."""
+    began: float = 0.0
+    """When it began, on the clock of `time.monotonic`, which all processes of a machine share."""
+    refused: list[Refusal] = []
+    expired: list[int] = []
+    """Requests that are withdrawn because they were not begun in time."""
+
+
+ToEngine = Start | Add | Abort | Expire
+FromEngine = Ready | Failed | Step
+
+_LENGTH = struct.Struct("<Q")
+
+
+def _plain(value: Any) -> float:
+    """Numbers of other libraries, which parameters may be."""
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(f"{value!r} is neither a number nor a text")
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
+
+
+def framed(message: Any) -> bytearray:
+    """A message as it goes through the socket.
+
+    OverflowError for a whole number of more than 64 bits, ValueError for text that is no Unicode, TypeError for other
+    kinds of values.
+    """
+    frame = bytearray(_LENGTH.size)
+    _encoder.encode_into(message, frame, _LENGTH.size)
+    _LENGTH.pack_into(frame, 0, len(frame) - _LENGTH.size)
+    return frame
+
+
+class Frames:
+    """Cuts the bytes that a socket gives into messages' bodies."""
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The bodies that are whole with this data."""
+        self._held += data
+        place = 0
+        while len(self._held) >= place + _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._held, place)
+            end = place + _LENGTH.size + length
+            if len(self._held) < end:
+                break
+            yield bytes(self._held[place + _LENGTH.size : end])
+            place = end
+        del self._held[:place]

@@ -1,0 +1,371 @@
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import tritonclient.grpc as grpcclient
+from tritonclient.utils import InferenceServerException
+
+from hasten.cli.main import build_parser, main
+from hasten.cli.serve import serve_options
+from hasten.core.errors import ConfigError
+from hasten.server.listeners import open_port
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
+LOCAL = [
+    *("--http-address", "127.0.0.1", "--grpc-address", "127.0.0.1"),
+    *("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"),
+]
+
+
+class Server:
+    """`hasten serve` in a process of its own, with its log in a file."""
+
+    def __init__(self, log: Path, *arguments: str) -> None:
+        self.log = log
+        with log.open("w") as stream:
+            command = [sys.executable, "-m", "hasten", "serve", *LOCAL, *arguments]
+            self._mark = f"HASTEN_TEST_SERVER={log}".encode()
+            environment = {**os.environ, "HASTEN_TEST_SERVER": str(log)}
+            self.process = subprocess.Popen(command, stderr=stream, stdout=stream, env=environment)
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, words: str, seconds: float = 60) -> str:
+        """What the log says, once it says these words."""
+        until = time.monotonic() + seconds
+        while words not in self.text:
+            assert self.process.poll() is None, self.text
+            assert time.monotonic() < until, self.text
+            time.sleep(0.02)
+        return self.text
+
+    def place(self, service: str) -> str:
+        found = re.search(rf"Started {service} at (127\.0\.0\.1:\d+)", self.wait_for("Started Metrics Service"))
+        assert found is not None
+        return found[1]
+
+    @property
+    def http(self) -> str:
+        return f"http://{self.place('HTTPService')}"
+
+    def end(self, seconds: float = 20) -> int:
+        return self.process.wait(seconds)
+
+    def children(self) -> list[int]:
+        """Processes that it started, itself left out, also when it is gone."""
+        numbers = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+        return [number for number in numbers if number != self.process.pid and self._mark in environment_of(number)]
+
+
+def environment_of(process: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    servers: list[Server] = []
+
+    def made(*arguments: str) -> Server:
+        servers.append(Server(tmp_path / f"log{len(servers)}", *arguments))
+        return servers[-1]
+
+    yield made
+    for server in servers:
+        kill(server)
+
+
+def kill(server: Server) -> None:
+    for process in (server.process.pid, *server.children()):
+        try:
+            os.kill(process, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    server.process.wait(10)
+
+
+def gone(server: Server, seconds: float = 5) -> bool:
+    """Whether nothing of it is left after so long at most."""
+    until = time.monotonic() + seconds
+    while server.children() and time.monotonic() < until:
+        time.sleep(0.05)
+    return not server.children()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of the demo model with limits, for tests that do not end it."""
+    folder = tmp_path_factory.mktemp("served")
+    limits = ["--max-prompt-tokens", "20", "--max-batch", "2", "--max-queue-size", "1", "--max-num-seqs", "1"]
+    server = Server(folder / "log", str(DEMO), *limits)
+    yield server
+    kill(server)
+
+
+def test_the_log_says_what_is_served(served: Server) -> None:
+    text = served.wait_for("Started Metrics Service")
+    assert re.search(r"^\| fastertransformer +\| 1 +\| READY +\|$", text, re.MULTILINE)
+    assert re.search(r"^\| demo-model +\| 1 +\| READY +\|$", text, re.MULTILINE)
+    assert re.search(r"^\| fastertransformer +\| 1 +\| cpu +\| 1 +\| fp32 ", text, re.MULTILINE)
+    assert re.search(r"^\| max_prompt_tokens +\| 20 +\|$", text, re.MULTILINE)
+    endpoints = re.findall(r'"Started (.*) at 127\.0\.0\.1:(\d+)"', text)
+    assert [name for name, _ in endpoints] == ["GRPCInferenceService", "HTTPService", "Metrics Service"]
+    assert "Traceback" not in text
+
+
+def token_inputs(prompts: Sequence[Sequence[int]], wanted: int) -> list[grpcclient.InferInput]:
+    arrays = {
+        "input_ids": np.array(prompts, np.uint32),
+        "input_lengths": np.array([[len(prompt)] for prompt in prompts], np.uint32),
+        "request_output_len": np.array([[wanted]] * len(prompts), np.uint32),
+    }
+    inputs = [grpcclient.InferInput(name, array.shape, "UINT32") for name, array in arrays.items()]
+    for tensor, array in zip(inputs, arrays.values(), strict=True):
+        tensor.set_data_from_numpy(array)
+    return inputs
+
+
+def test_the_articles_call_is_answered(served: Server) -> None:
+    with grpcclient.InferenceServerClient(served.place("GRPCInferenceService")) as client:
+        result = client.infer("fastertransformer", token_inputs([[5, 6, 7, 8]], 32))
+        ids = result.as_numpy("output_ids")
+        assert ids.shape == (1, 1, 36)
+        assert ids[0, 0, :4].tolist() == [5, 6, 7, 8]
+
+
+def test_all_doors_lead_to_the_same_engine(served: Server) -> None:
+    with httpx.Client(base_url=served.http, timeout=30) as client:
+        generated = client.post("/v2/models/demo-model/generate", json={"text_input": "Anna", "max_tokens": 6}).json()
+        body = {"model": "demo-model", "prompt": "Anna", "max_tokens": 6, "temperature": 0}
+        model = client.get("/v1/models").json()["data"][0]["id"]
+        completed = client.post("/v1/completions", json=body | {"model": model}).json()
+        assert generated["text_output"].removeprefix("Anna") == completed["choices"][0]["text"]
+        assert client.get("/").text.startswith("<!doctype html>")
+    metrics = httpx.get(f"http://{served.place('Metrics Service')}/metrics").text
+    assert re.search(r'^hasten_generation_tokens_total\{model="fastertransformer",version="1"\} [1-9]', metrics, re.M)
+    assert 'nv_inference_request_success{model="demo-model",version="1"} 1\n' in metrics
+
+
+def test_prompts_and_batches_have_limits(served: Server) -> None:
+    with grpcclient.InferenceServerClient(served.place("GRPCInferenceService")) as client:
+        with pytest.raises(InferenceServerException, match="the prompt has 21 tokens, the limit is 20") as error:
+            client.infer("fastertransformer", token_inputs([[5] * 21], 4))
+        assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
+        with pytest.raises(InferenceServerException, match="batch-size must be <= 2 for 'fastertransformer'"):
+            client.infer("fastertransformer", token_inputs([[5]] * 3, 4))
+    with httpx.Client(base_url=served.http, timeout=30) as client:
+        answer = client.post("/v2/models/demo-model/generate", json={"text_input": "the " * 40, "max_tokens": 4})
+        assert answer.status_code == 400
+        assert "the limit is 20" in answer.json()["error"]
+
+
+def test_a_full_queue_refuses(served: Server) -> None:
+    statuses: list[int] = []
+
+    def ask() -> None:
+        body = {"text_input": "Anna", "max_tokens": 30, "min_length": 30}
+        statuses.append(httpx.post(f"{served.http}/v2/models/demo-model/generate", json=body, timeout=60).status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(statuses) == {200, 503}
+
+
+def long_stream(tokens: int) -> dict[str, Any]:
+    return {"text_input": "Anna", "max_tokens": tokens, "min_length": tokens, "stream": True}
+
+
+def test_work_in_flight_is_finished_before_the_end(start: Start) -> None:
+    server = start(str(DEMO))
+    path = f"{server.http}/v2/models/demo-model/generate"
+    engines = server.children()
+    with httpx.stream("POST", f"{path}_stream", json=long_stream(100), timeout=30) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("SIGTERM received")
+        refused = httpx.post(path, json={"text_input": "Ben", "max_tokens": 2})
+        assert refused.status_code == 503
+        assert httpx.get(f"{server.http}/v2/health/ready").status_code == 400
+        assert httpx.get(f"{server.http}/v2/health/live").status_code == 200
+        events = [json.loads(line[6:]) for line in lines if line]
+    assert not any("error" in event for event in events)
+    assert len("".join(event["text_output"] for event in events)) > 100
+    assert server.end() == 0
+    assert engines
+    assert gone(server)
+    assert "Traceback" not in server.text
+
+
+def test_the_exit_timeout_ends_what_takes_longer(start: Start) -> None:
+    server = start(str(DEMO), "--exit-timeout-secs", "0.5")
+    with httpx.stream(
+        "POST", f"{server.http}/v2/models/demo-model/generate_stream", json=long_stream(1900), timeout=30
+    ) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        begun = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        rest = [json.loads(line[6:]) for line in lines if line]
+    assert time.monotonic() - begun < 4
+    assert "error" in rest[-1]
+    assert server.end() == 0
+    assert gone(server)
+
+
+def test_a_signal_while_models_load_ends_the_server(start: Start) -> None:
+    with open_port("127.0.0.1", 0, "--x") as probe:
+        port = probe.getsockname()[1]
+    server = start(str(DEMO), "--http-port", str(port))
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=httpx.HTTPTransport(retries=8)) as client:
+        assert client.get("/v2/health/live", timeout=10).status_code == 200
+        assert client.get("/v2/health/ready").status_code == 400
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert "Started" not in server.text
+    assert gone(server)
+
+
+def test_a_port_in_use_is_an_error_before_anything_is_loaded(start: Start) -> None:
+    with open_port("127.0.0.1", 0, "--x") as taken:
+        server = start(str(DEMO), "--grpc-port", str(taken.getsockname()[1]))
+        assert server.end(10) == 2
+    assert re.search(
+        r"hasten: error: cannot listen on 127.0.0.1:\d+ \(--grpc-port\): Address already in use", server.text
+    )
+    assert "Traceback" not in server.text
+    assert gone(server, 0)
+
+
+def test_a_checkpoint_that_is_none_is_an_error(start: Start, tmp_path: Path) -> None:
+    server = start(str(tmp_path / "nothing"))
+    assert server.end() == 1
+    assert "not all models could be loaded" in server.text
+    assert "Traceback" not in server.text
+    assert gone(server)
+
+
+def test_a_repository_is_controlled_and_a_second_signal_ends_the_server_at_once(start: Start, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    assert main(["repository", "create", str(DEMO), str(models)]) == 0
+    shutil.rmtree(models / "ensemble")
+    server = start("--model-repository", str(models), "--model-control-mode=explicit", "--exit-timeout-secs=60")
+    with httpx.Client(base_url=server.http, timeout=60) as client:
+        assert client.get("/v2/health/ready").status_code == 200
+        names = {entry["name"] for entry in client.post("/v2/repository/index").json()}
+        assert names == {"fastertransformer", "demo-model", "preprocessing", "postprocessing"}
+        assert server.children() == []
+        assert client.post("/v2/repository/models/demo-model/load").status_code == 200
+        body = {"text_input": "a", "max_tokens": 2}
+        assert client.post("/v2/models/demo-model/generate", json=body).status_code == 200
+        assert len(server.children()) > 0
+        unload = {"parameters": {"unload_dependents": True}}
+        assert client.post("/v2/repository/models/demo-model/unload", json=unload).status_code == 200
+        assert gone(server)
+        assert client.post("/v2/repository/models/demo-model/load").status_code == 200
+        with client.stream("POST", "/v2/models/demo-model/generate_stream", json=long_stream(1900)) as stream:
+            next(stream.iter_lines())
+            end_at_once(server)
+
+
+def end_at_once(server: Server) -> None:
+    """What is under way may take a minute after a first signal, and is given up at the second."""
+    server.process.send_signal(signal.SIGTERM)
+    server.wait_for("SIGTERM received: no new requests, those under way have 60 seconds")
+    begun = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 1
+    assert time.monotonic() - begun < 5
+    assert gone(server)
+    assert "Traceback" not in server.text
+
+
+def parsed(*arguments: str) -> Any:
+    return serve_options(build_parser().parse_args(["serve", *arguments]))
+
+
+def test_options_are_those_of_tritonserver() -> None:
+    made = parsed(
+        *("--model-repository=/models", "--model-store", "/more", "--model-control-mode=explicit"),
+        *("--load-model=a", "--load-model", "b", "--http-port", "9000", "--grpc-port=9001", "--metrics-port=9002"),
+        *("--http-address=1.2.3.4", "--allow-metrics=false", "--allow-grpc", "--exit-timeout-secs=5"),
+        *("--strict-readiness=0", "--log-verbose=1", "--log-info=true", "--log-format=ISO8601", "--log-file=x"),
+        *("--repository-poll-secs=3", "--exit-on-error=false", "--id=me", "--disable-auto-complete-config"),
+        *("--grpc-keepalive-time=5000",),
+    )
+    assert made.model_repository == ("/models", "/more")
+    assert made.repository.load_model == ("a", "b")
+    assert (made.endpoints.http_port, made.endpoints.grpc_port, made.endpoints.metrics_port) == (9000, 9001, 9002)
+    assert (made.endpoints.allow_metrics, made.endpoints.allow_grpc) == (False, True)
+    assert made.endpoints.http_address == "1.2.3.4"
+    assert ("grpc.keepalive_time_ms", 5000) in made.endpoints.grpc_channel(1)
+    assert (made.server.exit_timeout_secs, made.server.strict_readiness, made.server.exit_on_error) == (5, False, False)
+    assert (made.server.server_id, made.repository.disable_auto_complete_config) == ("me", True)
+    assert (made.log.log_verbose, made.log.log_info, made.log.log_format, made.log.log_file) == (
+        1,
+        True,
+        "ISO8601",
+        "x",
+    )
+
+
+def test_a_models_options_are_the_engines_and_its_own() -> None:
+    made = parsed("m", "--max-num-seqs", "8", "--data-type", "fp16", "--name", "n", "--decoupled", "--max-batch", "4")
+    assert made.engine.scheduler.max_num_seqs == 8
+    assert made.engine.dtype == "fp16"
+    assert (made.model.name, made.model.decoupled, made.model.max_batch) == ("n", True, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either a MODEL or --model-repository"),
+        (["m", "--model-repository", "r"], "give either a MODEL or --model-repository"),
+        (["m", "--load-model", "x"], "load model is an option of --model-repository"),
+        (["--model-repository", "r", "--max-num-seqs", "3"], "max num seqs is an option of one MODEL"),
+        (["--model-repository", "r", "--max-batch", "3"], "max batch is an option of one MODEL"),
+        (["m", "--allow-http", "perhaps"], "'perhaps' is neither true nor false"),
+        (["m", "--http-thread-count", "8"], "unrecognized arguments: --http-thread-count"),
+        (["m", "--log-format", "json"], "invalid choice: 'json'"),
+        (["m", "--http-port", "99999"], "--http-port must be from 0 to 65535"),
+    ],
+)
+def test_wrong_options_are_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parsed(*arguments)
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    heavy = ("torch", "grpc", "starlette", "numpy")
+    code = "import sys; from hasten.cli.main import build_parser; build_parser();"
+    code += f"print([name for name in {heavy} if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown == "[]\n"
+
+
+def test_the_servers_process_has_no_torch() -> None:
+    code = "import sys, hasten.server.app; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown == "[]\n"

@@ -1,0 +1,43 @@
+"""One event loop for all tests of the server, and one engine on the demo model behind it."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from hasten.core.config import EngineConfig
+from hasten.engine.llm import LLM
+from hasten.server.engine_client import EngineClient
+
+T = TypeVar("T")
+Run = Callable[[Coroutine[Any, Any, T]], T]
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The folder of the demo model: a BLOOM of 3.4 million parameters with its tokenizer."""
+    return Path(__file__).parents[2] / "examples/demo-model"
+
+
+@pytest.fixture(scope="session")
+def run() -> Iterator[Run[Any]]:
+    """Runs a coroutine on the event loop that all tests share."""
+    with asyncio.Runner() as runner:
+        yield runner.run
+
+
+@pytest.fixture(scope="session")
+def demo_engine(run: Run[EngineClient], demo_model: Path) -> Iterator[EngineClient]:
+    """An engine with the defaults, in its process."""
+    client = run(EngineClient.start(EngineConfig.create(str(demo_model)), name="demo"))
+    yield client
+    run(client.close())  # type: ignore[arg-type]  # the loop runs any coroutine
+
+
+@pytest.fixture(scope="session")
+def demo_llm(demo_model: Path) -> Iterator[LLM]:
+    """The same engine in this process, to compare with."""
+    with LLM(demo_model) as llm:
+        yield llm

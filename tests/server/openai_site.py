@@ -1,0 +1,103 @@
+"""A server of OpenAI's API and the page over real engines, in a thread with an event loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import uvicorn
+from tritonclient.grpc import model_config_pb2
+
+from hasten.core.config import EngineConfig
+from hasten.server.create import model_configs
+from hasten.server.engine_client import EngineClient, QueueLimits
+from hasten.server.http import http_app
+from hasten.server.openai import openai_routes
+from hasten.server.page import page_routes
+from hasten.server.repository import MemoryRepository
+from hasten.server.security import ApiKeys
+from hasten.server.service import Service
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+Result = TypeVar("Result")
+
+
+def with_template(folder: Path, template: str = TEMPLATE) -> Path:
+    """A copy of the demo model whose tokenizer has a chat template."""
+    made = folder / "chat-model"
+    shutil.copytree(DEMO, made)
+    file = made / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    return made
+
+
+def eventually(true: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Wait until something is true."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come true in time"
+        time.sleep(0.01)
+
+
+def models(
+    folder: Path, token_name: str, text_name: str | None = None, limits: QueueLimits | None = None, **options: Any
+) -> list[model_config_pb2.ModelConfig]:
+    """A token model over a checkpoint, and its text model if that has a name."""
+    config = EngineConfig.create(str(folder), **options)
+    made = model_configs(config, token_name=token_name, text_name=text_name or "unused", limits=limits)
+    return [one for one in made if one.name in (token_name, text_name)]
+
+
+class Site:
+    """A service over some models, and the server of its API; `configs` describe the models."""
+
+    def __init__(self, configs: Iterable[model_config_pb2.ModelConfig], keys: ApiKeys | None = None) -> None:
+        self._keys = keys
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.service, self.url = self._run(self._start(list(configs)))
+
+    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=60)
+
+    async def _start(self, configs: list[model_config_pb2.ModelConfig]) -> tuple[Service, str]:
+        service = Service(MemoryRepository(configs))
+        await service.start()
+        app = http_app([*openai_routes(service), *page_routes(service)], self._keys, 1 << 22, frozenset({"/"}))
+        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
+        self._serving = asyncio.get_running_loop().create_task(self._server.serve())
+        while not self._server.started:
+            await asyncio.sleep(0.01)
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        return service, f"http://127.0.0.1:{port}"
+
+    def engine(self, name: str) -> EngineClient:
+        return self.service.engines()[name, "1"]
+
+    def idle(self, name: str) -> bool:
+        """Whether an engine computes nothing and holds no blocks."""
+        stats = self.engine(name).stats()
+        return (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0)
+
+    async def _stop(self) -> None:
+        self._server.should_exit = self._server.force_exit = True
+        await self._serving
+        await self.service.close(0)
+
+    def close(self) -> None:
+        self._run(self._stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()

@@ -1,0 +1,257 @@
+"""Requests of a real engine in its own process, beside the same engine in this one."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.server.engine_helpers import LONG, SHORT, begin, collect, error_of, joined, until
+
+from hasten.core.config import EngineConfig
+from hasten.core.errors import CapacityError, CheckpointError, ConfigError, InvalidRequestError
+from hasten.core.types import CompletionOutput, FinishReason, RequestOutput, SamplingParams
+from hasten.engine.llm import LLM
+from hasten.server.engine_client import (
+    CompletionDelta,
+    EngineClient,
+    EngineClosedError,
+    Progress,
+)
+
+PROMPT = "Anna looked out of the window and"
+
+KINDS = {
+    "greedy": SamplingParams(max_tokens=24, temperature=0),
+    "seeded": SamplingParams(max_tokens=24, temperature=0.9, top_p=0.9, top_k=50, seed=2**64 - 5),
+    "two": SamplingParams(max_tokens=24, n=2, seed=7, ignore_eos=True),
+    "beams": SamplingParams(max_tokens=12, beam_width=4, n=2, length_penalty=0.7),
+    "logprobs": SamplingParams(max_tokens=8, temperature=0.7, seed=3, logprobs=2, prompt_logprobs=1),
+    "stop": SamplingParams(max_tokens=200, temperature=0.8, seed=1, stop=(". ", "the")),
+    "stop included": SamplingParams(max_tokens=200, temperature=0, stop="e ", include_stop_str_in_output=True),
+    "stop words": SamplingParams(max_tokens=200, temperature=0.9, seed=4, stop_words_ids=[[262], [15]]),
+    "penalties": SamplingParams(max_tokens=24, temperature=0, repetition_penalty=1.3, bad_words=("the", "a")),
+    "without text": SamplingParams(max_tokens=8, temperature=0, detokenize=False),
+}
+
+
+def same(delta: CompletionDelta, output: CompletionOutput) -> None:
+    """Assert that a completion is what the engine makes of it in this process."""
+    assert delta.token_ids == output.token_ids
+    assert delta.text == output.text
+    assert (delta.finish_reason, delta.stop_reason) == (output.finish_reason, output.stop_reason)
+    assert (delta.cumulative_logprob is None) is (output.cumulative_logprob is None)
+    assert (delta.cumulative_logprob or 0.0) == pytest.approx(output.cumulative_logprob or 0.0, rel=1e-5)
+    assert (delta.logprobs is None) is (output.logprobs is None)
+    for ours, theirs in zip(delta.logprobs or [], output.logprobs or [], strict=True):
+        assert {token: (entry.rank, entry.decoded_token) for token, entry in ours.items()} == {
+            token: (entry.rank, entry.decoded_token) for token, entry in theirs.items()
+        }
+        assert [entry.logprob for entry in ours.values()] == pytest.approx(
+            [entry.logprob for entry in theirs.values()], rel=1e-4
+        )
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_completions_are_those_of_the_engine_in_process(
+    run: Any, demo_engine: EngineClient, demo_llm: LLM, kind: str, stream: bool
+) -> None:
+    (expected,) = demo_llm.generate(PROMPT, KINDS[kind])
+    progress = run(collect(demo_engine, PROMPT, KINDS[kind], stream=stream))
+    beams = KINDS[kind].beam_width > 1
+    assert len(progress) == 1 if beams or not stream else len(progress) > 1
+    assert [each.finished for each in progress] == [False] * (len(progress) - 1) + [True]
+    assert [each.queue_seconds is None for each in progress] == [False] + [True] * (len(progress) - 1)
+    whole = joined(progress)
+    assert list(whole.prompt_token_ids) == expected.prompt_token_ids
+    assert (whole.prompt_logprobs is None) is (expected.prompt_logprobs is None)
+    assert len(whole.prompt_logprobs or []) == len(expected.prompt_logprobs or [])
+    assert len(whole.completions) == len(expected.outputs)
+    for delta, output in zip(whole.completions, expected.outputs, strict=True):
+        same(delta, output)
+
+
+def test_64_at_once(run: Any, demo_engine: EngineClient, demo_llm: LLM) -> None:
+    prompts = [[10 + number, 300 + number, *range(20, 20 + number % 7)] for number in range(64)]
+    params = [SamplingParams(max_tokens=8 + number % 9, temperature=0.8 * (number % 2), seed=1) for number in range(64)]
+
+    async def ask() -> list[Any]:
+        pairs = zip(prompts, params, strict=True)
+        return await asyncio.gather(*(collect(demo_engine, prompt, each) for prompt, each in pairs))
+
+    expected: list[RequestOutput] = demo_llm.generate(prompts, params)
+    for progress, output in zip(run(ask()), expected, strict=True):
+        same(joined(progress).completions[0], output.outputs[0])
+    assert demo_engine.stats().used_blocks == 0
+
+
+def test_what_the_engine_is(demo_engine: EngineClient, demo_llm: LLM, demo_model: Path) -> None:
+    info, engine = demo_engine.info, demo_llm.engine
+    assert (info.vocab_size, info.max_model_len) == (demo_llm.config.vocab_size, engine.max_model_len)
+    assert (info.bos_token_id, info.eos_token_ids, info.pad_token_id) == (1, (2,), 3)
+    assert (info.num_blocks, info.block_size) == (engine.stats.num_blocks, engine.config.cache.block_size)
+    assert (info.dtype, info.device, info.ranks, info.model_type) == ("fp32", "cpu", 1, "bloom")
+    assert info.tokenizer_folder == str(demo_model)
+    assert 0 < info.load_seconds < 60
+    assert demo_engine.tokenizer is not None
+    assert demo_engine.tokenizer.vocab_size == info.vocab_size
+
+
+def test_counters(run: Any, demo_engine: EngineClient) -> None:
+    before = demo_engine.stats()
+    prompt = list(range(100, 164))
+    for _ in range(2):
+        run(collect(demo_engine, prompt, SHORT))
+    after = demo_engine.stats()
+    assert after.prompt_tokens - before.prompt_tokens == 128
+    assert after.generation_tokens - before.generation_tokens == 8
+    assert after.steps - before.steps == 8
+    assert after.prefix_query_tokens - before.prefix_query_tokens == 128
+    assert after.prefix_hit_tokens - before.prefix_hit_tokens == 48
+    assert (after.running, after.waiting, after.used_blocks) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("how", ["closed", "cancelled"])
+def test_a_reader_that_leaves_frees_its_blocks(run: Any, demo_engine: EngineClient, how: str) -> None:
+    async def read_on(stream: AsyncIterator[Progress]) -> None:
+        async for _ in stream:
+            pass
+
+    async def leave() -> float:
+        streams = [await begin(demo_engine, [number + 5] * 40, LONG) for number in range(8)]
+        stats = demo_engine.stats()
+        assert (stats.running, stats.waiting) == (8, 0)
+        assert stats.used_blocks >= 24
+        if how == "closed":
+            await asyncio.gather(*(stream.aclose() for stream in streams))
+        else:
+            readers = [asyncio.ensure_future(read_on(stream)) for stream in streams]
+            await asyncio.sleep(0.01)
+            for reader in readers:
+                reader.cancel()
+        return await until(lambda: demo_engine.stats().used_blocks == 0, 1)
+
+    run(leave())
+    assert demo_engine.stats().running == 0
+
+
+def test_a_slow_reader_holds_up_nobody(run: Any, demo_engine: EngineClient, demo_llm: LLM) -> None:
+    params = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
+    (expected,) = demo_llm.generate([50, 60], params)
+
+    async def ask() -> list[Any]:
+        slow = demo_engine.generate([50, 60], params)
+        progress = [await anext(slow)]
+        others = await asyncio.gather(*(collect(demo_engine, [number + 5], params) for number in range(3)))
+        assert all(len(other) > 50 for other in others)
+        await until(lambda: demo_engine.stats().running == 0, 10)
+        return progress + [each async for each in slow]
+
+    progress = run(ask())
+    assert len(progress) <= 3
+    same(joined(progress).completions[0], expected.outputs[0])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], SHORT, "^the prompt has no tokens"),
+        ("", SHORT, "^the prompt has no tokens"),
+        ([1024], SHORT, "^the prompt has token id 1024; the vocabulary ends at 1023"),
+        ([2**70], SHORT, "cannot be passed"),
+        ([5] * 2048, SHORT, "max_model_len"),
+        ("the " * 30_000, SHORT, "max_model_len"),
+        (["a"], SHORT, "text or token ids"),
+        ([1.5], SHORT, "text or token ids"),
+        (None, SHORT, "text or token ids"),
+        ("\ud800", SHORT, "not valid Unicode"),
+        ([5], SamplingParams(top_k=2**80), "cannot be passed"),
+        ([5], SamplingParams(stop="\ud800"), "cannot be passed"),
+        ([5], SamplingParams(beam_width=10**9), "max_num_seqs"),
+        ([5], SamplingParams(n=10**9), "n must be at most"),
+        ([5], SamplingParams(stop_token_ids=(-1,)), "stop_token_ids has token id -1"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(
+    run: Any, demo_engine: EngineClient, prompt: Any, params: SamplingParams, message: str
+) -> None:
+    pid = demo_engine.pid
+    with pytest.raises(InvalidRequestError, match=message):
+        run(collect(demo_engine, prompt, params))
+    with pytest.raises(InvalidRequestError, match="priority must be"):
+        run(collect(demo_engine, [5], SHORT, priority=-1))
+    assert len(run(collect(demo_engine, [5], SHORT))) == 4
+    assert (demo_engine.pid, demo_engine.ready) == (pid, True)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(top_k=2**63),
+        SamplingParams(logprobs=2**62, prompt_logprobs=2**62),
+        SamplingParams(temperature=1e308),
+        SamplingParams(temperature=5e-324),
+        SamplingParams(top_p=5e-324),
+        SamplingParams(repetition_penalty=5e-324),
+        SamplingParams(max_tokens=2**63, stop="e"),
+        SamplingParams(bad_words_ids=[[token] for token in range(1024)]),
+    ],
+    ids=str,
+)
+def test_extreme_parameters_leave_the_engine_as_it_is(
+    run: Any, demo_engine: EngineClient, params: SamplingParams
+) -> None:
+    pid = demo_engine.pid
+    assert joined(run(collect(demo_engine, [5, 6, 7], params))).finished
+    assert (demo_engine.pid, demo_engine.ready) == (pid, True)
+
+
+def test_drain_and_close(run: Any, demo_model: Path) -> None:
+    async def end() -> None:
+        client = await EngineClient.start(EngineConfig.create(str(demo_model), max_num_seqs=1))
+        params = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
+        tasks = [asyncio.ensure_future(collect(client, [number + 5], params)) for number in range(3)]
+        await until(lambda: client.stats().running == 1, 5)
+        assert not await client.drain(0.05)
+        assert not client.ready
+        assert isinstance(await error_of(collect(client, [5], SHORT)), EngineClosedError)
+        assert await client.drain(60)
+        assert [joined(task.result()).completions[0].finish_reason for task in tasks] == [FinishReason.LENGTH] * 3
+        await client.close()
+        await client.close()
+        assert client.pid is None
+
+    run(end())
+
+
+def test_close_ends_what_is_under_way(run: Any, demo_model: Path) -> None:
+    async def end() -> None:
+        client = await EngineClient.start(EngineConfig.create(str(demo_model), max_num_seqs=1))
+        tasks = [asyncio.ensure_future(collect(client, [number + 5], LONG)) for number in range(3)]
+        await until(lambda: client.stats().running == 1, 5)
+        began = time.monotonic()
+        await client.close()
+        assert time.monotonic() - began < 2
+        for error in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(error, EngineClosedError)
+
+    run(end())
+
+
+def test_what_keeps_an_engine_from_starting(run: Any, demo_model: Path, tmp_path: Path) -> None:
+    async def start(model: Path, **options: Any) -> Exception | None:
+        return await error_of(EngineClient.start(EngineConfig.create(str(model), **options)))
+
+    async def start_all() -> list[Exception | None]:
+        return [
+            await start(tmp_path),
+            await start(demo_model, kv_cache_memory=1),
+            await start(demo_model, device="cuda:99"),
+        ]
+
+    for error, options in zip(run(start_all()), [{}, {"kv_cache_memory": 1}, {"device": "cuda:99"}], strict=True):
+        with pytest.raises((ConfigError, CapacityError, CheckpointError)) as here:
+            LLM(demo_model if options else tmp_path, **options)  # type: ignore[arg-type]  # options of each kind
+        assert (type(error), str(error)) == (here.type, str(here.value))

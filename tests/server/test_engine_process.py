@@ -1,0 +1,166 @@
+"""Engine processes that are killed, stopped and left alone."""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.server.engine_helpers import LONG, SHORT, begin, collect, error_of, joined, until
+
+from hasten.core.config import EngineConfig
+from hasten.core.errors import EngineError
+from hasten.core.types import CompletionOutput, FinishReason, RequestOutput, SamplingParams
+from hasten.engine.llm import LLM
+from hasten.server.engine_client import EngineClient, QueueTimeoutError
+from hasten.server.engine_process import Deltas
+
+
+def test_signals_to_the_process_are_the_servers_to_handle(run: Any, demo_engine: EngineClient) -> None:
+    async def ask() -> None:
+        stream = await begin(demo_engine, [5], SamplingParams(max_tokens=30, ignore_eos=True))
+        pid = demo_engine.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGINT)
+        assert [progress.finished async for progress in stream][-1]
+        assert len(await collect(demo_engine, [5], SHORT)) == 4
+        assert (demo_engine.pid, demo_engine.ready) == (pid, True)
+
+    run(ask())
+
+
+def test_a_killed_process_comes_back(run: Any, demo_model: Path, tmp_path: Path, caplog: Any) -> None:
+    """Killed while it works, and then not to be loaded for a while: whoever has not reached it waits for the next."""
+    model = tmp_path / "model"
+    shutil.copytree(demo_model, model)
+
+    async def die() -> None:
+        client = await EngineClient.start(EngineConfig.create(str(model), max_num_seqs=2), name="mortal")
+        with_it = [asyncio.ensure_future(collect(client, [number + 5], LONG)) for number in range(3)]
+        not_yet = [asyncio.ensure_future(collect(client, [number + 9], SHORT)) for number in range(2)]
+        await until(lambda: client.stats().generation_tokens > 20 and client.stats().waiting == 3, 5)
+        before, pid = client.stats(), client.pid
+        assert pid is not None
+        model.rename(tmp_path / "away")
+        killed = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        for task in with_it:
+            error = await error_of(asyncio.shield(task))
+            assert type(error) is EngineError
+            assert "engine mortal failed while it had the request: its process died" in str(error)
+        assert time.monotonic() - killed < 1
+        assert not client.ready
+        assert isinstance(await error_of(collect(client, [5], SHORT, queue_timeout=0.1)), QueueTimeoutError)
+        await until(lambda: "cannot be started" in caplog.text, 30)
+        assert not client.ready
+        (tmp_path / "away").rename(model)
+        await until(lambda: client.ready, 30)
+        assert client.pid != pid
+        assert [len(progress) for progress in await asyncio.gather(*not_yet)] == [4, 4]
+        after = client.stats()
+        assert after.generation_tokens == before.generation_tokens + 8
+        assert (after.running, after.waiting, after.used_blocks) == (0, 0, 0)
+        await client.close()
+
+    run(die())
+    assert "died (killed by SIGKILL)" in caplog.text
+    assert "ready again" in caplog.text
+
+
+def test_close_while_the_process_is_dead(run: Any, demo_model: Path) -> None:
+    async def end() -> None:
+        client = await EngineClient.start(EngineConfig.create(str(demo_model)))
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        await until(lambda: not client.ready, 2)
+        waiting = asyncio.ensure_future(collect(client, [5], SHORT))
+        await asyncio.sleep(1)  # the next one loads
+        began = time.monotonic()
+        await client.close()
+        assert time.monotonic() - began < 5
+        assert isinstance(await error_of(waiting), EngineError)
+
+    run(end())
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_the_process_ends_with_the_server(demo_model: Path, busy: bool) -> None:
+    work = "[5] * 2000, SamplingParams(prompt_logprobs=500)" if busy else "[5], SamplingParams()"
+    script = f"""
+        import asyncio
+        from hasten.core.config import EngineConfig
+        from hasten.core.types import SamplingParams
+        from hasten.server.engine_client import EngineClient
+
+        async def main():
+            client = await EngineClient.start(EngineConfig.create({str(demo_model)!r}))
+            print("ready", flush=True)
+            async for _ in client.generate({work}):
+                pass
+            await asyncio.sleep(60)
+
+        asyncio.run(main())
+    """
+    server = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+    time.sleep(1)  # a busy engine is in a step of many seconds by now, an idle one has done its work
+    server.kill()
+    server.communicate(timeout=5)  # the engine's process holds stderr for as long as it lives
+
+
+def test_ranks_give_the_same_tokens_and_the_death_of_one_is_survived(
+    run: Any, demo_model: Path, demo_llm: LLM, caplog: Any
+) -> None:
+    (expected,) = demo_llm.generate([5, 6, 7], SamplingParams(max_tokens=12, temperature=0))
+
+    async def die() -> None:
+        client = await EngineClient.start(EngineConfig.create(str(demo_model), tensor_parallel_size=2))
+        assert client.info.ranks == 2
+        progress = await collect(client, [5, 6, 7], SamplingParams(max_tokens=12, temperature=0))
+        assert joined(progress).completions[0].token_ids == expected.outputs[0].token_ids
+        stream = await begin(client, [5], LONG)
+        (rank,) = map(int, Path(f"/proc/{client.pid}/task/{client.pid}/children").read_text().split())
+        killed = time.monotonic()
+        os.kill(rank, signal.SIGKILL)
+        with pytest.raises(EngineError, match=r"rank 1 of 2 .* died"):
+            async for _ in stream:
+                pass
+        assert time.monotonic() - killed < 5
+        await until(lambda: client.ready, 60)
+        progress = await collect(client, [5, 6, 7], SamplingParams(max_tokens=12, temperature=0))
+        assert joined(progress).completions[0].token_ids == expected.outputs[0].token_ids
+        await client.close()
+
+    run(die())
+    assert "rank 1 of 2" in caplog.text
+
+
+def test_deltas_add_up() -> None:
+    def output(*completions: CompletionOutput, finished: bool = False) -> RequestOutput:
+        return RequestOutput("1", None, [5], list(completions), [None], finished)
+
+    deltas = Deltas()
+    first = deltas.take(1, output(CompletionOutput(0, "a", [1]), CompletionOutput(1, "", [])))
+    assert [(delta.index, delta.token_ids, delta.text) for delta in first.completions] == [(0, [1], "a")]
+    assert first.prompt_logprobs == [None]
+    ended = CompletionOutput(1, "xy", [7, 8], finish_reason=FinishReason.STOP)
+    second = deltas.take(1, output(CompletionOutput(0, "abc", [1, 2, 3]), ended))
+    assert [(delta.index, delta.token_ids, delta.text) for delta in second.completions] == [
+        (0, [2, 3], "bc"),
+        (1, [7, 8], "xy"),
+    ]
+    assert second.prompt_logprobs is None
+    last = CompletionOutput(0, "abcd", [1, 2, 3], finish_reason=FinishReason.LENGTH)  # text that was held back
+    third = deltas.take(1, output(last, ended, finished=True))
+    assert [(delta.index, delta.token_ids, delta.text) for delta in third.completions] == [(0, [], "d")]
+    assert third.finished

@@ -1,0 +1,216 @@
+"""The queue by itself, and in front of a real engine that runs one sequence."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.server.engine_helpers import LONG, SHORT, begin, collect, error_of, joined, until
+
+from hasten.core.config import EngineConfig
+from hasten.core.errors import EngineError
+from hasten.core.types import FinishReason, Logprob, SamplingParams
+from hasten.server.engine_client import EngineClient
+from hasten.server.engine_queue import Progress, QueueFullError, QueueLimits, QueueTimeoutError, RequestQueue, Ticket
+from hasten.server.wire import CompletionDelta, Output
+
+
+def ticket(number: int, *, width: int = 1, priority: int = 0) -> Ticket:
+    return Ticket(number, (1, 2), width, bytearray(), priority)
+
+
+def queue(places: int, limit: int = 0) -> RequestQueue:
+    made = RequestQueue(QueueLimits(max_queue_size=limit))
+    made.places = places
+    return made
+
+
+def sent(requests: RequestQueue) -> list[int]:
+    return [ticket.number for ticket in requests.next_for_engine()]
+
+
+def test_the_engine_gets_what_it_can_run_and_an_eighth_more() -> None:
+    requests = queue(16)
+    for number in range(30):
+        requests.put(ticket(number))
+    assert sent(requests) == list(range(18))
+    assert sent(requests) == []
+    first = requests.get(0)
+    assert first is not None
+    assert requests.remove(first)
+    assert sent(requests) == [18]
+    assert requests.num_waiting == 11
+
+
+def test_order_is_by_priority_then_by_arrival() -> None:
+    requests = queue(1)
+    requests.put(ticket(0))
+    assert sent(requests) == [0]
+    for number, priority in enumerate([0, 3, 1, 2, 0, 1], start=1):
+        requests.put(ticket(number, priority=priority))
+    order = []
+    while not requests.is_empty:
+        order += sent(requests)
+        oldest = min(number for number in range(10) if requests.get(number))
+        leaving = requests.get(oldest)
+        assert leaving is not None
+        requests.remove(leaving)
+    assert order == [3, 6, 1, 5, 4, 2]
+
+
+def test_wide_requests_count_as_many_and_do_not_wait_for_an_empty_engine() -> None:
+    requests = queue(8)
+    requests.put(ticket(1, width=5))
+    requests.put(ticket(2, width=5))
+    requests.put(ticket(3))
+    assert sent(requests) == [1, 2]
+    wide = requests.get(1)
+    assert wide is not None
+    requests.remove(wide)
+    assert sent(requests) == [3]
+
+
+def test_the_limit_counts_those_that_wait_here_and_in_the_engine() -> None:
+    requests = queue(2, limit=3)
+    for number in range(5):  # two run, one waits with the engine, two here
+        requests.put(ticket(number))
+        sent(requests)
+    assert requests.num_waiting == 2
+    with pytest.raises(QueueFullError, match="3 requests wait already, and max_queue_size is 3"):
+        requests.put(ticket(5))
+    begun = requests.get(2)
+    assert begun is not None
+    begun.begin(0.0)
+    requests.put(ticket(5))
+
+
+def test_a_limit_refuses_nobody_who_need_not_wait() -> None:
+    requests = queue(2, limit=1)
+    for number in range(100):
+        entered = ticket(number)
+        requests.put(entered)
+        assert sent(requests) == [number]
+        requests.remove(entered)
+
+
+def test_requests_leave_from_wherever_they_stand() -> None:
+    requests = queue(1)
+    tickets = [ticket(number, priority=number % 3) for number in range(6)]
+    for each in tickets:
+        requests.put(each)
+    there = sent(requests)
+    for each in tickets:
+        assert requests.remove(each) is (each.number in there)
+        assert requests.remove(each) is False
+    assert requests.is_empty
+    requests.put(tickets[0])
+    assert sent(requests) == [0]
+
+
+def delta(index: int, tokens: list[int], reason: FinishReason | None = None) -> CompletionDelta:
+    tops = [{token: Logprob(-1.0, 1)} for token in tokens]
+    return CompletionDelta(index, tokens, "".join(map(str, tokens)), tops, -float(tokens[-1]), reason, None)
+
+
+def test_what_a_slow_reader_has_not_taken_becomes_one_progress() -> None:
+    async def read() -> tuple[Progress, Progress]:
+        slow = ticket(1)
+        slow.begin(slow.arrived + 0.25)
+        slow.push(Output(1, [delta(0, [1])], False, [None]))
+        slow.push(Output(1, [delta(1, [5]), delta(0, [2, 3])], False))
+        first = await slow.read()
+        slow.push(Output(1, [delta(0, [4], FinishReason.LENGTH)], True))
+        return first, await slow.read()
+
+    first, last = asyncio.run(read())
+    assert first.completions == [delta(0, [1, 2, 3]), delta(1, [5])]
+    assert (first.prompt_token_ids, first.prompt_logprobs, first.queue_seconds) == ((1, 2), [None], 0.25)
+    assert (last.prompt_token_ids, last.prompt_logprobs, last.queue_seconds) == ((), None, None)
+    assert last.completions == [delta(0, [4], FinishReason.LENGTH)]
+    assert (first.finished, last.finished) == (False, True)
+
+
+def test_an_error_comes_after_what_came_before_it() -> None:
+    async def read() -> None:
+        failing = ticket(1)
+        failing.push(Output(1, [delta(0, [1])], False))
+        failing.fail(EngineError("gone"))
+        assert (await failing.read()).completions == [delta(0, [1])]
+        with pytest.raises(EngineError, match="gone"):
+            await failing.read()
+
+    asyncio.run(read())
+
+
+@pytest.fixture(scope="module")
+def narrow(run: Any, demo_model: Path) -> Iterator[EngineClient]:
+    """An engine that runs one sequence, and takes one more; six may wait."""
+    config = EngineConfig.create(str(demo_model), max_num_seqs=1)
+    client = run(EngineClient.start(config, QueueLimits(max_queue_size=6), name="narrow"))
+    yield client
+    run(client.close())
+
+
+def test_more_than_may_wait_are_refused(run: Any, narrow: EngineClient) -> None:
+    async def ask() -> None:
+        running = await begin(narrow, [5], LONG)
+        waiting = [asyncio.ensure_future(collect(narrow, [number + 6], SHORT)) for number in range(6)]
+        await until(lambda: narrow.stats().waiting == 6, 2)
+        with pytest.raises(QueueFullError, match="6 requests wait already, and max_queue_size is 6"):
+            await collect(narrow, [5], SHORT)
+        waiting.pop().cancel()
+        waiting.pop(0).cancel()
+        await until(lambda: narrow.stats().waiting == 4, 2)
+        waiting.append(asyncio.ensure_future(collect(narrow, [5], SHORT)))
+        await running.aclose()
+        done = await asyncio.gather(*waiting)
+        assert [len(progress) for progress in done] == [4] * 5
+        assert all((progress[0].queue_seconds or 0.0) > 0.01 for progress in done)
+
+    run(ask())
+    assert narrow.stats().waiting == 0
+
+
+def test_who_waits_too_long_is_told_so(run: Any, narrow: EngineClient) -> None:
+    async def ask() -> None:
+        running = await begin(narrow, [5], LONG)
+        began = time.monotonic()
+        requests = [collect(narrow, [number + 6], SHORT, queue_timeout=0.3) for number in range(3)]
+        errors = await asyncio.gather(*map(error_of, requests))
+        assert 0.3 <= time.monotonic() - began < 1.5
+        for error in errors:  # the first of them waited in the engine's process
+            assert isinstance(error, QueueTimeoutError)
+            assert "not begun within 0.3 s" in str(error)
+        assert (narrow.stats().running, narrow.stats().waiting) == (1, 0)
+        await running.aclose()
+
+    run(ask())
+
+
+def test_who_was_begun_in_time_is_not_timed_out(run: Any, narrow: EngineClient) -> None:
+    prompt = [number % 1000 + 5 for number in range(2000)]
+    params = SamplingParams(max_tokens=2, ignore_eos=True, prompt_logprobs=50)  # a first step of more than a second
+    began = time.monotonic()
+    progress = run(collect(narrow, prompt, params, queue_timeout=0.3))
+    assert joined(progress).completions[0].finish_reason is FinishReason.LENGTH
+    assert time.monotonic() - began > 0.3
+
+
+def test_order_of_those_who_wait(run: Any, narrow: EngineClient) -> None:
+    finished: list[int] = []
+
+    async def ask(priority: int) -> None:
+        await collect(narrow, [priority + 5], SHORT, priority=priority, stream=False)
+        finished.append(priority)
+
+    async def ask_all() -> None:
+        running = await begin(narrow, [5], LONG)
+        tasks = [asyncio.ensure_future(ask(priority)) for priority in (9, 3, 0, 2, 1, 4)]
+        await until(lambda: narrow.stats().waiting == 6, 2)
+        await running.aclose()
+        await asyncio.gather(*tasks)
+
+    run(ask_all())
+    assert finished == [9, 1, 0, 2, 3, 4]  # 9 was with the engine already, as next

@@ -1,0 +1,207 @@
+import asyncio
+import math
+from collections.abc import AsyncGenerator
+
+import pytest
+from tests.server.service_fixtures import LONGEST, Running, demo, streaming, token_request
+
+from hasten.core.errors import EngineError, InvalidRequestError
+from hasten.core.types import FinishReason
+from hasten.server.engine_client import CompletionDelta, Progress, QueueFullError, QueueTimeoutError
+from hasten.server.model import Work
+from hasten.server.statistics import (
+    Counters,
+    FailureReason,
+    Histogram,
+    LanguageCounters,
+    ModelCounters,
+)
+from hasten.server.types import ErrorKind, InferRequest, ServiceError
+
+__all__ = ["demo", "streaming"]
+
+PROMPTS = [[9, 10, 304, 262], [5]]
+
+
+def work(batch_size: int = 1) -> Work:
+    return Work("", "m", {}, batch_size, frozenset(), {})
+
+
+def test_a_histogram_counts_what_is_at_most_its_bound() -> None:
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 2.0, 9.0):
+        histogram.observe(value)
+    assert histogram.counts == [2, 2, 1]
+    assert (histogram.count, histogram.total) == (5, 14.0)
+
+
+def test_a_request_is_pending_until_its_first_response_and_counts_once() -> None:
+    counters = ModelCounters()
+    tracked = counters.track(work(3))
+    assert counters.pending == 1
+    tracked.respond(decoupled=True)
+    assert counters.pending == 0
+    tracked.succeed()
+    tracked.fail(GeneratorExit())  # its client leaves with the last response
+    assert (counters.success.count, counters.fail.count, counters.pending) == (1, 0, 0)
+    assert (counters.inference_count, counters.execution_count) == (3, 1)
+    assert counters.first_response_ms.count == 1
+
+
+def caused(kind: ErrorKind, cause: Exception) -> ServiceError:
+    error = ServiceError(kind, "x")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (QueueFullError("x"), FailureReason.REJECTED),
+        (QueueTimeoutError("x"), FailureReason.REJECTED),
+        (caused(ErrorKind.UNAVAILABLE, QueueFullError("x")), FailureReason.REJECTED),
+        (asyncio.CancelledError(), FailureReason.CANCELED),
+        (GeneratorExit(), FailureReason.CANCELED),
+        (EngineError("x"), FailureReason.BACKEND),
+        (InvalidRequestError("x"), FailureReason.OTHER),
+        (ValueError("x"), FailureReason.OTHER),
+    ],
+)
+def test_why_requests_fail(error: BaseException, reason: FailureReason) -> None:
+    counters = ModelCounters()
+    counters.track(work()).fail(error)
+    assert {name: count for name, count in counters.failures.items() if count} == {reason: 1}
+    assert (counters.pending, counters.fail.count) == (0, 1)
+
+
+async def progresses(*sizes: int, wait: float = 0.0) -> AsyncGenerator[Progress, None]:
+    for place, size in enumerate(sizes):
+        await asyncio.sleep(wait)
+        last = place + 1 == len(sizes)
+        delta = CompletionDelta(0, list(range(size)), "", finish_reason=FinishReason.LENGTH if last else None)
+        yield Progress([delta], last, (1, 2, 3) if place == 0 else (), None, 0.25 if place == 0 else None)
+
+
+async def collected(source: AsyncGenerator[Progress, None]) -> int:
+    return len([progress async for progress in source])
+
+
+def test_what_a_stream_took() -> None:
+    counters = LanguageCounters()
+    assert asyncio.run(collected(counters.measured(progresses(1, 2, 3, wait=0.01), stream=True))) == 3
+    assert (counters.prompt_tokens, counters.generation_tokens) == (3, 6)
+    assert counters.time_to_first_token.count == counters.time_per_output_token.count == counters.latency.count == 1
+    assert counters.queue_time.total == 0.25
+    assert counters.latency.total >= 0.03
+    assert counters.time_to_first_token.total < counters.latency.total
+    per_token = (counters.latency.total - counters.time_to_first_token.total) / 5
+    assert math.isclose(counters.time_per_output_token.total, per_token)
+    assert counters.finished[FinishReason.LENGTH] == 1
+
+
+def test_nobody_sees_the_first_token_of_what_does_not_stream() -> None:
+    counters = LanguageCounters()
+    asyncio.run(collected(counters.measured(progresses(6), stream=False)))
+    assert counters.time_to_first_token.count == counters.time_per_output_token.count == 0
+    assert (counters.latency.count, counters.generation_tokens) == (1, 6)
+
+
+def test_closing_what_measures_closes_what_is_measured() -> None:
+    closed = []
+
+    async def source() -> AsyncGenerator[Progress, None]:
+        try:
+            while True:
+                async for progress in progresses(1, 1):
+                    yield progress
+        finally:
+            closed.append(True)
+
+    async def leave() -> None:
+        counters = LanguageCounters()
+        measured = counters.measured(source(), stream=True)
+        await anext(measured)
+        await measured.aclose()
+        assert counters.latency.count == 0
+        assert counters.generation_tokens == 1
+
+    asyncio.run(leave())
+    assert closed == [True]
+
+
+def test_what_the_protocol_reports(demo: Running) -> None:
+    (before,) = demo.service.statistics("fastertransformer")
+    demo.infer(token_request(PROMPTS, 4))
+    demo.infer(token_request(PROMPTS[:1], 4))
+    (after,) = demo.service.statistics("fastertransformer", "1")
+    assert (after.name, after.version) == ("fastertransformer", "1")
+    assert after.inference_count == before.inference_count + 3
+    assert after.execution_count == before.execution_count + 2
+    assert after.last_inference > 1_700_000_000_000
+    stats, old = after.inference_stats, before.inference_stats
+    assert stats.success.count == old.success.count + 2
+    parts = [stats.queue, stats.compute_input, stats.compute_infer, stats.compute_output]
+    assert all(part.count == stats.success.count for part in parts)
+    assert all(part.ns > 0 for part in parts)
+    assert sum(part.ns for part in parts) <= stats.success.ns
+    assert stats.compute_infer.ns > stats.compute_output.ns
+    sizes = [batch.batch_size for batch in after.batch_stats]
+    assert sizes == sorted(sizes)
+    assert {1, 2} <= set(sizes)
+    assert sum(batch.compute_infer.count for batch in after.batch_stats) == stats.success.count
+
+
+def test_refused_before_the_model_is_not_a_failure_of_it(demo: Running) -> None:
+    counters = demo.service.counters.of("fastertransformer", "1")
+    before = counters.fail.count
+    demo.refused(InferRequest("fastertransformer", []))
+    assert counters.fail.count == before
+    demo.refused(token_request([[5000]], 4))
+    assert counters.fail.count == before + 1
+
+
+def test_statistics_of_what_is_not_there(demo: Running) -> None:
+    for model, version, message in (
+        ("nope", "", "requested model 'nope' is not available"),
+        ("demo", "9", "requested model version is not available for model 'demo'"),
+    ):
+        with pytest.raises(ServiceError) as caught:
+            demo.service.statistics(model, version)
+        assert (caught.value.kind, str(caught.value)) == (ErrorKind.INVALID, message)
+    everything = demo.service.statistics()
+    assert [stats.name for stats in everything] == sorted(stats.name for stats in everything)
+    assert [stats.name for stats in demo.service.statistics("", "1")] == [stats.name for stats in everything]
+
+
+def test_counters_of_a_language_model(streaming: Running) -> None:
+    counters = streaming.service.counters.all()["fastertransformer", "1"]
+    assert counters.load_seconds > 0
+    language = counters.language
+    assert language is not None
+    prompts, tokens, first = language.prompt_tokens, language.generation_tokens, language.time_to_first_token.count
+    responded = counters.first_response_ms.count
+    streaming.stream(token_request(PROMPTS, 5, end_id=5000))
+    assert (language.prompt_tokens, language.generation_tokens) == (prompts + 5, tokens + 10)
+    assert language.time_to_first_token.count == first + 2
+    assert counters.first_response_ms.count == responded + 1
+    assert streaming.service.counters.of("demo", "1").language is None
+
+
+def test_a_client_that_leaves_is_counted(streaming: Running) -> None:
+    counters = streaming.service.counters.of("fastertransformer", "1")
+    before = counters.failures[FailureReason.CANCELED]
+
+    async def leave() -> None:
+        responses = streaming.service.stream(token_request(PROMPTS, LONGEST))
+        await anext(responses)
+        await responses.aclose()
+
+    streaming.do(leave())
+    assert counters.failures[FailureReason.CANCELED] == before + 1
+
+
+def test_counters_are_kept_by_model_and_version() -> None:
+    counters = Counters()
+    assert counters.of("a", "1") is counters.of("a", "1")
+    counters.of("a", "2")
+    assert list(counters.all()) == [("a", "1"), ("a", "2")]

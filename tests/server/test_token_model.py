@@ -1,0 +1,355 @@
+import asyncio
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.server.service_fixtures import DEMO, LONGEST, Outputs, Running, demo, streaming, token_request
+
+from hasten.core.config import EngineConfig
+from hasten.core.types import SamplingParams
+from hasten.engine.llm import LLM
+from hasten.server.engine_client import EngineClient
+from hasten.server.interfaces import INTERFACES, Kind
+from hasten.server.service import Service
+from hasten.server.tensors import NUMPY
+from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, Tensor
+
+__all__ = ["demo", "streaming"]
+
+PROMPTS = [[9, 10, 304, 262], [5], [260, 971, 317, 322, 70, 430, 12], [700, 701]]
+END = 2
+TOKENS = ("output_ids", "sequence_length")
+
+
+def engine(running: Running) -> EngineClient:
+    return running.service.engines()["fastertransformer", "1"]
+
+
+def alone(running: Running, prompt: list[int], length: int, **inputs: Any) -> list[int]:
+    """Prompt and completion of a request with one item."""
+    made = running.infer(token_request([prompt], length, **inputs), TOKENS)
+    row: list[int] = made["output_ids"][0][0]
+    return row[: made["sequence_length"][0][0]]
+
+
+def without_padding(made: Outputs) -> list[list[int]]:
+    pairs = zip(made["output_ids"], made["sequence_length"], strict=True)
+    return [row[0][: lengths[0]] for row, lengths in pairs]
+
+
+def test_the_tokens_are_those_of_the_offline_engine(demo: Running) -> None:
+    params = SamplingParams(temperature=0, max_tokens=12, logprobs=0)
+    with LLM(DEMO, max_model_len=LONGEST) as llm:
+        expected = llm.generate(PROMPTS, params)
+    made = demo.infer(token_request(PROMPTS, 12, is_return_log_probs=True))
+    assert set(made) == {*TOKENS, "response_input_lengths", "cum_log_probs", "output_log_probs"}
+    assert without_padding(made) == [
+        [*prompt, *output.outputs[0].token_ids] for prompt, output in zip(PROMPTS, expected, strict=True)
+    ]
+    assert made["response_input_lengths"] == [[len(prompt)] for prompt in PROMPTS]
+    np.testing.assert_allclose(
+        np.array(made["cum_log_probs"])[:, 0], [o.outputs[0].cumulative_logprob or 0 for o in expected], atol=1e-3
+    )
+    for row, output in zip(made["output_log_probs"], expected, strict=True):
+        each = [entry[token].logprob for token, entry in zip(output.outputs[0].token_ids, output.outputs[0].logprobs or (), strict=True)]  # fmt: skip  # noqa: E501
+        np.testing.assert_allclose(row[0], each, atol=1e-4)
+
+
+def test_ragged_batches_give_what_single_requests_give(demo: Running) -> None:
+    lengths = [7, 1, 15, 4]
+    made = demo.infer(token_request(PROMPTS, lengths))
+    single = [alone(demo, prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=True)]
+    assert without_padding(made) == single
+    longest = max(map(len, single))
+    assert np.shape(made["output_ids"]) == (4, 1, longest)
+    for row, known in zip(made["output_ids"], single, strict=True):
+        assert row[0][len(known) :] == [END] * (longest - len(known))
+    assert "cum_log_probs" not in made
+
+
+def test_each_item_has_its_own_parameters(demo: Running) -> None:
+    each: dict[str, Any] = {
+        "runtime_top_k": [[0], [20], [0], [20]],
+        "runtime_top_p": [[0.0], [0.0], [0.9], [0.8]],
+        "temperature": [[1.0], [1.5], [0.7], [1.2]],
+        "random_seed": [[1], [2], [3], [2**64 - 1]],
+        "repetition_penalty": [[1.0], [1.3], [1.0], [1.1]],
+        "presence_penalty": [[0.0], [0.0], [1.5], [-1.0]],
+        "min_length": [[0], [8], [1], [12]],
+        "end_id": [[2], [2], [304], [5000]],
+    }
+    made = demo.infer(token_request(PROMPTS, [12, 9, 10, 12], **each))
+    for place, tokens in enumerate(without_padding(made)):
+        own: dict[str, Any] = {name: [values[place]] for name, values in each.items()}
+        assert tokens == alone(demo, PROMPTS[place], [12, 9, 10, 12][place], **own)
+    assert len(without_padding(made)[1]) == len(PROMPTS[1]) + 9
+    assert made["output_ids"][3][0][-1] != END or len(without_padding(made)[3]) == len(made["output_ids"][3][0])
+
+
+def test_a_seed_is_0_unless_given_and_always_gives_the_same(demo: Running) -> None:
+    def drawn(**inputs: Any) -> list[int]:
+        return alone(demo, PROMPTS[0], 12, runtime_top_k=50, temperature=2.0, **inputs)
+
+    assert drawn() == drawn() == drawn(random_seed=0)
+    assert drawn() != drawn(random_seed=1)
+    same = demo.infer(token_request([PROMPTS[0]] * 3, 12, runtime_top_k=50, temperature=2.0))
+    assert without_padding(same) == [drawn()] * 3
+
+
+def test_top_k_1_or_nothing_is_greedy_whatever_the_temperature(demo: Running) -> None:
+    greedy = alone(demo, PROMPTS[0], 10)
+    assert greedy == alone(demo, PROMPTS[0], 10, runtime_top_k=1, temperature=9.0)
+    assert greedy == alone(demo, PROMPTS[0], 10, runtime_top_k=0, runtime_top_p=0.0, temperature=9.0)
+    assert greedy == alone(demo, PROMPTS[0], 10, runtime_top_k=1, runtime_top_p=0.9, len_penalty=1.0, beam_width=1)
+
+
+def test_stop_words_and_bad_words(demo: Running) -> None:
+    free = alone(demo, PROMPTS[0], 12)[len(PROMPTS[0]) :]
+    words = [[[free[4], free[5], 999], [2, 3, -1]], [[0, 0, 0], [-1, -1, -1]]]
+    made = demo.infer(token_request([PROMPTS[0]] * 2, 12, stop_words_list=words))
+    stopped, other = without_padding(made)
+    assert stopped == [*PROMPTS[0], *free[:6]]
+    assert other == [*PROMPTS[0], *free]
+    banned = alone(demo, PROMPTS[0], 12, bad_words_list=[[[free[2], free[4], free[5]], [1, 3, -1]]])
+    assert free[2] not in banned[len(PROMPTS[0]) :]
+    assert (free[4], free[5]) not in itertools.pairwise(banned)
+
+
+def test_an_end_token(demo: Running) -> None:
+    free = alone(demo, PROMPTS[0], 12)[len(PROMPTS[0]) :]
+    made = demo.infer(token_request([PROMPTS[0], PROMPTS[1]], 12, end_id=[[free[3]], [END]]))
+    assert without_padding(made)[0] == [*PROMPTS[0], *free[: free.index(free[3]) + 1]]
+    row = made["output_ids"][0][0]
+    assert set(row[made["sequence_length"][0][0] :]) <= {free[3]}
+
+
+def test_beams(demo: Running) -> None:
+    options: dict[str, Any] = {"beam_width": 3, "is_return_log_probs": True}
+    params = SamplingParams(beam_width=3, n=3, max_tokens=8, length_penalty=0)
+    with LLM(DEMO, max_model_len=LONGEST) as llm:
+        expected = llm.generate(PROMPTS[:2], params)
+    made = demo.infer(token_request(PROMPTS[:2], 8, runtime_top_k=1, runtime_top_p=0.0, temperature=1.0, **options))
+    assert np.shape(made["output_ids"])[:2] == (2, 3)
+    assert np.shape(made["sequence_length"]) == np.shape(made["cum_log_probs"]) == (2, 3)
+    assert made["response_input_lengths"] == [[4] * 3, [1] * 3]
+    for item, output in enumerate(expected):
+        for beam, completion in enumerate(output.outputs):
+            end = made["sequence_length"][item][beam]
+            assert made["output_ids"][item][beam][:end] == [*PROMPTS[item], *completion.token_ids]
+            assert set(made["output_ids"][item][beam][end:]) <= {END}
+            assert made["cum_log_probs"][item][beam] == pytest.approx(completion.cumulative_logprob, abs=1e-3)
+            each = made["output_log_probs"][item][beam]
+            assert sum(each) == pytest.approx(made["cum_log_probs"][item][beam], abs=2e-3)
+            assert each[len(completion.token_ids) :] == [0] * (len(each) - len(completion.token_ids))
+
+
+def test_beams_of_a_sequence_as_long_as_can_be(demo: Running) -> None:
+    prompt = [int(token) for token in np.random.default_rng(0).integers(5, 1000, LONGEST - 4)]
+    made = demo.infer(token_request([prompt], 50, beam_width=2, is_return_log_probs=True, end_id=5000))
+    assert made["sequence_length"] == [[LONGEST] * 2]
+    np.testing.assert_allclose(np.sum(made["output_log_probs"], axis=2), made["cum_log_probs"], atol=2e-3)
+
+
+def test_beams_options(demo: Running) -> None:
+    def beams(**inputs: Any) -> Any:
+        return demo.infer(token_request([PROMPTS[0]], 10, beam_width=3, end_id=17, **inputs))["output_ids"]
+
+    plain = beams()
+    assert plain == beams(len_penalty=0.0)  # FasterTransformer's default: short beams are not at a disadvantage
+    assert plain != beams(len_penalty=1.0)
+    assert plain != beams(beam_search_diversity_rate=5.0)
+
+
+def test_no_tokens_begin_with_the_start_token(demo: Running) -> None:
+    made = demo.infer(token_request([[], PROMPTS[0]], 5))
+    assert without_padding(made)[0] == alone(demo, [1], 5)
+    assert made["response_input_lengths"] == [[1], [4]]
+    assert alone(demo, [], 5, start_id=304) == alone(demo, [304], 5)
+
+
+def test_values_that_ask_for_nothing_are_taken(demo: Running) -> None:
+    nothing: dict[str, Any] = {
+        "prompt_learning_task_name_ids": 0,
+        "request_prompt_lengths": 0,
+        "request_prompt_type": 0,
+        "request_prompt_embedding": np.zeros((1, 0, 8)),
+        "is_return_context_embeddings": False,
+        "top_p_decay": 1.0,
+        "top_p_min": 1e-6,
+        "top_p_reset_ids": 7,
+    }
+    assert alone(demo, PROMPTS[0], 6, runtime_top_p=0.5, random_seed=3, **nothing) == alone(
+        demo, PROMPTS[0], 6, runtime_top_p=0.5, random_seed=3
+    )
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            {"is_return_context_embeddings": [[False], [True]]},
+            "item 1 of the batch: input 'is_return_context_embeddings'",
+        ),
+        ({"prompt_learning_task_name_ids": 3}, "'prompt_learning_task_name_ids' is 3, which is not supported"),
+        ({"request_prompt_lengths": 3}, "'request_prompt_lengths' is 3, which is not supported"),
+        ({"request_prompt_type": 1}, "'request_prompt_type' is 1, which is not supported"),
+        ({"request_prompt_embedding": np.zeros((2, 1, 4))}, "'request_prompt_embedding' is not supported"),
+        ({"top_p_decay": 0.5}, "'top_p_decay' is 0.5, which is not supported"),
+        ({"runtime_top_p": 0.5, "top_p_min": 0.75}, "'top_p_min' is 0.75, which is not supported above runtime_top_p"),
+    ],
+)
+def test_what_is_not_supported(demo: Running, inputs: dict[str, Any], message: str) -> None:
+    error = demo.refused(token_request(PROMPTS[:2], 4, **inputs))
+    assert error.kind is ErrorKind.UNSUPPORTED
+    assert message in str(error)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            {"beam_width": [[1], [2]]},
+            "item 1 of the batch: input 'beam_width' is 2, but 1 for item 0; send two requests",
+        ),
+        ({"beam_width": 0}, "item 0 of the batch: beam_width must be at least 1, got 0"),
+        ({"beam_width": 2**32 - 1}, "'beam_width' is 4294967295; more than 256 sequences at once"),
+        ({"beam_width": 2, "runtime_top_k": 5}, "'runtime_top_k' is 5, which is not supported with beam_width above 1"),
+        ({"beam_width": 2, "temperature": 0.5}, "temperature must be left at 1.0 with beam_width above 1, got 0.5"),
+        ({"len_penalty": 0.5}, "item 0 of the batch: len_penalty needs beam_width above 1, got 0.5"),
+        ({"runtime_top_p": [[0.5], [1.5]]}, "item 1 of the batch: input 'runtime_top_p' must be from 0 to 1, got 1.5"),
+        ({"runtime_top_p": float("nan")}, "input 'runtime_top_p' must be from 0 to 1, got nan"),
+        ({"temperature": -1.0}, "item 0 of the batch: input 'temperature' must not be negative, got -1.0"),
+        ({"temperature": float("inf"), "runtime_top_k": 4}, "temperature must be finite"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive and finite, got 0.0"),
+        ({"presence_penalty": 3.0}, "presence_penalty must be from -2 to 2, got 3.0"),
+        ({"min_length": [[1], [9]]}, "item 1 of the batch: min_length must be from 0 to request_output_len (4), got 9"),
+        ({"stop_words_list": [[[1], [2]]] * 2}, "input 'stop_words_list' has offsets [2]: they must grow, and end at"),
+        ({"stop_words_list": [[[1, 2], [-1, 1]]] * 2}, "has offsets [-1, 1]: after -1 there must be -1 alone"),
+        ({"bad_words_list": [[[1, 2], [1, 1]]] * 2}, "'bad_words_list' has offsets [1, 1]: they must grow"),
+        ({"bad_words_list": [[[1, 1024], [1, 2]]] * 2}, "has the word [1024]; token ids are from 0 to 1023"),
+        ({"bad_words_list": [[[-5], [1]]] * 2}, "has the word [-5]; token ids are from 0 to 1023"),
+    ],
+)
+def test_values_that_are_wrong(demo: Running, inputs: dict[str, Any], message: str) -> None:
+    error = demo.refused(token_request(PROMPTS[:2], 4, **inputs))
+    assert error.kind in (ErrorKind.INVALID, ErrorKind.UNSUPPORTED)
+    assert message in str(error)
+
+
+def test_prompts_that_are_wrong(demo: Running) -> None:
+    def refused(request: InferRequest) -> str:
+        error = demo.refused(request)
+        assert error.kind is ErrorKind.INVALID
+        return str(error)
+
+    assert refused(token_request([[5], [1024]], 4)) == (
+        "item 1 of the batch: input 'input_ids' has token id 1024; the vocabulary ends at 1023"
+    )
+    assert "item 1 of the batch: input 'input_ids' has 192 tokens; with at least one to come" in refused(
+        token_request([[5], [5] * LONGEST], 4)
+    )
+    assert "input 'start_id' has token id 5000" in refused(token_request([[]], 4, start_id=5000))
+    assert "request_output_len must be at least 1, got 0" in refused(token_request([[5]], 0))
+    request = token_request([[5, 6]], 4)
+    request.inputs[1].data[0, 0] = 3
+    assert "'input_lengths' is 3, but 'input_ids' has 2 tokens an item" in refused(request)
+    request = token_request([[5, 6]], 4)
+    request.inputs[2] = Tensor("request_output_len", "UINT32", (1, 2), np.full((1, 2), 4, np.uint32))
+    assert "item 0 of the batch: input 'request_output_len' has 2 values, but an item has one" in refused(request)
+    request = token_request([[5, 6]], 4)
+    request.parameters["max_tokens"] = 3
+    assert refused(request) == "parameter 'max_tokens' is not known to model 'fastertransformer'"
+
+
+def test_streams_grow(streaming: Running) -> None:
+    lengths = [12, 3, 6, 1]
+    responses = streaming.stream(token_request(PROMPTS, lengths, is_return_log_probs=True))
+    assert [final for _, final in responses] == [False] * (len(responses) - 1) + [True]
+    assert len(responses) > 3
+    last = responses[-1][0]
+    for made, _ in responses:
+        for place, prompt in enumerate(PROMPTS):
+            end = made["sequence_length"][place][0]
+            known = made["output_ids"][place][0][:end]
+            assert len(prompt) <= end
+            assert known == last["output_ids"][place][0][:end]
+            assert len(made["output_log_probs"][place][0]) >= end - len(prompt)
+    assert without_padding(last) == [
+        streaming.stream(token_request([prompt], length))[-1][0]["output_ids"][0][0]
+        for prompt, length in zip(PROMPTS, lengths, strict=True)
+    ]
+
+
+def test_beams_stream_when_they_are_done(streaming: Running) -> None:
+    responses = streaming.stream(token_request(PROMPTS[:1], 5, beam_width=2))
+    assert [final for _, final in responses][-1]
+    assert np.shape(responses[-1][0]["output_ids"])[:2] == (1, 2)
+
+
+def test_a_stream_that_fails_says_so_and_the_next_one_works(streaming: Running) -> None:
+    error = streaming.refused(token_request([[5], [5000]], 4))
+    assert error.kind is ErrorKind.INVALID
+    assert streaming.stream(token_request([[5]], 4))[-1][1]
+
+
+def test_the_configuration_of_the_engine_is_the_services(demo: Running) -> None:
+    assert engine(demo).info.max_model_len == LONGEST
+    assert EngineConfig.create(str(DEMO), max_model_len=LONGEST).scheduler.max_model_len == LONGEST
+
+
+INTERFACE = INTERFACES[Kind.TOKEN].inputs
+SHAPES = st.lists(st.sampled_from([0, 1, 1, 1, 2, 2, 3, 5]), max_size=4).map(tuple)
+NUMBERS = st.sampled_from([0, 0, 1, 1, 2, 3, 5, 7, 100, 1023, 1024, 2**31 - 1, -1, -2, 0.5, float("nan"), float("inf"), 2**32 - 1, 2**63])  # fmt: skip  # noqa: E501
+
+
+@st.composite
+def malformed(draw: st.DrawFn) -> InferRequest:
+    """Inputs that mostly have the right names, and often the right types and shapes."""
+    inputs = []
+    batch = draw(st.sampled_from([1, 1, 2, 3]))
+    for rule in INTERFACE:
+        if rule.optional and draw(st.integers(0, 3)):
+            continue
+        shape = (batch, *(draw(st.sampled_from([1, 1, 2, 4])) if dim == -1 else dim for dim in rule.dims))
+        datatype = rule.datatype
+        if not draw(st.integers(0, 19)):
+            shape = draw(SHAPES)
+        if not draw(st.integers(0, 29)):
+            datatype = draw(st.sampled_from([*NUMPY, "", "FLOAT"]))
+        dtype = NUMPY.get(datatype, np.dtype("<f4"))
+        size = int(np.prod(shape)) if draw(st.integers(0, 19)) else draw(st.integers(0, 6))
+        if dtype.hasobject:
+            data = np.array([draw(st.one_of(st.binary(max_size=3), st.text(max_size=2))) for _ in range(size)], object)
+        else:
+            with np.errstate(all="ignore"):
+                raw = np.array([draw(NUMBERS) for _ in range(size)], np.float64)
+                data = np.nan_to_num(raw, nan=3).astype(dtype) if dtype.kind in "iub" else raw.astype(dtype)
+        inputs.append(Tensor(rule.name, datatype, shape, data.reshape(shape) if data.size == np.prod(shape) else data))
+    return InferRequest(
+        "fastertransformer", inputs, parameters=draw(st.sampled_from([{}, {}, {"priority": 2}, {"x": 1}]))
+    )
+
+
+async def attempt(service: Service, request: InferRequest) -> InferResponse | BaseException:
+    return (await asyncio.gather(service.infer(request), return_exceptions=True))[0]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(malformed())
+def test_malformed_requests_are_the_clients_fault(demo: Running, request_: InferRequest) -> None:
+    for one in request_.inputs:
+        if one.name == "request_output_len" and one.data.dtype.kind == "u":
+            one.data[...] = np.minimum(one.data, 3)
+    outcome = demo.do(attempt(demo.service, request_))
+    if isinstance(outcome, BaseException):
+        assert isinstance(outcome, ServiceError)
+        assert outcome.kind in (ErrorKind.INVALID, ErrorKind.UNSUPPORTED), outcome
+
+
+def test_nothing_is_left_in_the_engine(demo: Running) -> None:
+    stats = engine(demo).stats()
+    assert (stats.running, stats.waiting) == (0, 0)
+    assert demo.service.counters.of("fastertransformer", "1").pending == 0

@@ -1,0 +1,75 @@
+import json
+import subprocess
+import sys
+
+import msgspec
+import numpy as np
+import pytest
+
+from hasten.core.config import EngineConfig
+from hasten.core.types import FinishReason, Logprob, SamplingParams
+from hasten.engine.stats import EngineStats
+from hasten.server.wire import (
+    Add,
+    CompletionDelta,
+    Frames,
+    FromEngine,
+    Output,
+    Start,
+    Step,
+    ToEngine,
+    framed,
+)
+
+
+def bodies(frames: list[bytearray], piece: int) -> list[bytes]:
+    """What comes out at the other end where the socket gives so many bytes at a time."""
+    splitter, data = Frames(), b"".join(frames)
+    return [body for at in range(0, len(data), piece) for body in splitter.feed(data[at : at + piece])]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 8, 9, 100, 10_000])
+def test_messages_arrive_however_the_bytes_are_cut(piece: int) -> None:
+    messages = [
+        Start(EngineConfig.create("somewhere", max_num_seqs=3, kv_cache_memory=2**40, block_size=4)),
+        Add(1, (5, 6), SamplingParams(stop=("a", "b"), stop_words_ids=[[1, 2]], seed=2**64 - 1, n=2), stream=True),
+        Add(2, (), SamplingParams(beam_width=4, length_penalty=0.5), stream=False),
+    ]
+    decoder = msgspec.msgpack.Decoder(ToEngine)
+    assert [decoder.decode(body) for body in bodies(list(map(framed, messages)), piece)] == messages
+
+
+def test_outputs_keep_their_types() -> None:
+    top = {3: Logprob(-0.5, 1, " a"), 7: Logprob(float("-inf"), 1024, None)}
+    delta = CompletionDelta(1, [3, 7], " a", [top, top], -1.0, FinishReason.STOP, "word")
+    step = Step(EngineStats(running=1, steps=9), [Output(4, [delta], True, [None, top])], [4], 1.5)
+    (body,) = bodies([framed(step)], 1000)
+    again = msgspec.msgpack.Decoder(FromEngine).decode(body)
+    assert again == step
+    assert isinstance(again, Step)
+    assert again.outputs[0].completions[0].finish_reason is FinishReason.STOP
+
+
+def test_numbers_of_numpy_are_taken() -> None:
+    params = SamplingParams(temperature=np.float32(0.5), top_p=np.float64(0.25))  # type: ignore[arg-type]
+    (body,) = bodies([framed(Add(1, (5,), params, stream=False))], 1000)
+    again = msgspec.msgpack.Decoder(Add).decode(body)
+    assert (again.params.temperature, again.params.top_p) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("params", "error"),
+    [
+        (SamplingParams(top_k=2**64), OverflowError),
+        (SamplingParams(stop="\ud800"), ValueError),
+    ],
+)
+def test_what_does_not_fit_is_an_error(params: SamplingParams, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        framed(Add(1, (5,), params, stream=False))
+
+
+def test_the_servers_process_gets_no_torch() -> None:
+    code = "import json, sys, hasten.server.engine_client; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert not {"torch", "transformers", "triton"} & set(json.loads(done.stdout))

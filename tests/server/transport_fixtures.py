@@ -1,0 +1,85 @@
+"""Transports over a service in memory, served from a thread of their own, so that blocking clients can ask them."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+from tests.server.adding_service import AddingService
+
+from hasten.server.grpc import GrpcCalls
+from hasten.server.http import HttpRoutes, http_app
+from hasten.server.listeners import GrpcListener, HttpListener
+from hasten.server.security import ApiKeys, TlsFiles
+from hasten.server.settings import LogSettings, TraceSettings
+from hasten.server.shared_memory import SharedMemory
+
+Result = TypeVar("Result")
+LIMIT = 1 << 20
+"""Most bytes of a request."""
+
+
+class LoopThread:
+    """An event loop in a thread."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout=60)
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(timeout=10)
+        self.loop.close()
+
+
+@dataclass
+class Transports:
+    """Both transports with what they share."""
+
+    keys: ApiKeys | None = None
+    tls: TlsFiles | None = None
+    service: AddingService = field(default_factory=AddingService)
+    memory: SharedMemory = field(default_factory=SharedMemory)
+    traces: TraceSettings = field(default_factory=TraceSettings)
+    logs: LogSettings = field(default_factory=LogSettings)
+
+    async def start(self) -> None:
+        service = cast(Any, self.service)
+        self.http_listener = HttpListener("127.0.0.1", 0, "--http-port", self.tls)
+        routes = HttpRoutes(service, self.memory, self.traces, self.logs, LIMIT).routes()
+        await self.http_listener.start(http_app(routes, self.keys, LIMIT))
+        calls = GrpcCalls(service, self.memory, self.traces, self.logs)
+        limits = [("grpc.max_receive_message_length", LIMIT)]
+        self.grpc_listener = GrpcListener(
+            "127.0.0.1", 0, "--grpc-port", calls, keys=self.keys, tls=self.tls, options=limits
+        )
+        await self.grpc_listener.start()
+
+    async def stop(self) -> None:
+        await asyncio.gather(self.http_listener.stop(1), self.grpc_listener.stop(0.5))
+
+    @property
+    def http(self) -> str:
+        return f"127.0.0.1:{self.http_listener.port}"
+
+    @property
+    def grpc(self) -> str:
+        return f"127.0.0.1:{self.grpc_listener.port}"
+
+
+@contextlib.contextmanager
+def serving(transports: Transports) -> Iterator[Transports]:
+    """Start them, and stop them at the end."""
+    thread = LoopThread()
+    thread.run(transports.start())
+    try:
+        yield transports
+    finally:
+        thread.run(transports.stop())
+        thread.close()
