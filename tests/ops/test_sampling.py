@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from hasten import ops
 from hasten.ops import reference
@@ -160,6 +161,18 @@ def test_tokens_as_probable_as_the_last_one_kept_are_kept(dtype: torch.dtype, de
     logits[0, 20] = 2.0
     for options in ({"top_k": 2}, {"top_p": 0.45}, {"min_p": 0.3}, {"top_k": 4, "top_p": 0.6}):
         assert drawn(logits.expand(2, -1), [options] * 2, [0.1, 0.9], device) == [tied[0], tied[-1]]
+
+
+def test_top_p_counts_all_that_top_k_keeps_as_transformers_does(device: torch.device) -> None:
+    logits = torch.full((2, VOCAB), -30.0)
+    logits[:, [40, 80, 500, 600, 700]] = torch.tensor([0.5, 0.3, 0.1, 0.1, 0.1]).log()
+    # three tokens are third, so 1.1 is left: 0.8 of 1.1 need one of them, 0.8 of 0.9 would not
+    options = {"top_k": 3, "top_p": 0.8}
+    warped = TopPLogitsWarper(0.8)(None, TopKLogitsWarper(3)(None, logits))
+    kept = reference.filtered(logits, make_draws([options] * 2, [0.0] * 2)) > 0
+    assert torch.equal(kept[:, [40, 80]], warped[:, [40, 80]].isfinite())
+    assert kept[:, [500, 600, 700]].all(), "as probable as the one that is needed"
+    assert drawn(logits, [options] * 2, [0.1, 0.99], device) == [40, 700]
 
 
 def test_zeros_of_both_signs_are_equal(device: torch.device) -> None:

@@ -24,7 +24,7 @@ class Doubling(TensorGroup):
 def mailboxes() -> Peers:
     mailbox = torch.zeros(2, MOST_ROWS, 2, WIDTH // 2, dtype=torch.int64)
     addresses, exchanges = torch.zeros(2, dtype=torch.int64), torch.zeros(MOST_ROWS, dtype=torch.int32)
-    return Peers(0, 2, MOST_ROWS, WIDTH, mailbox, addresses, exchanges)
+    return Peers(0, 2, MOST_ROWS, WIDTH, mailbox, addresses, exchanges, gone=torch.zeros(1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("parts", [None, 1, 3])

@@ -317,7 +317,13 @@ def _add_norm(setting: Setting, rows: int) -> Case:
         sum_ = Sum(setting.draw(rows, hidden), setting.draw(hidden), setting.draw(rows, hidden))
         return _call(ops.layer_norm, reference.layer_norm, sum_, *_gain(setting), _EPS)
 
-    return Case(op="layer_norm", shape=_rows(rows), make=make, nbytes=4 * rows * hidden * setting.itemsize)
+    nbytes = 4 * rows * hidden * setting.itemsize
+    return Case(op="layer_norm", shape=_rows(rows), make=make, nbytes=nbytes, tolerance=_norm_of_sum(setting))
+
+
+def _norm_of_sum(setting: Setting) -> float:
+    """The sum is rounded to the type as well, before its norm is."""
+    return 2 * TOLERANCE[setting.dtype]
 
 
 def _gain(setting: Setting) -> tuple[Tensor, Tensor]:
@@ -339,12 +345,19 @@ def _exchange_norm(setting: Setting, rows: int) -> Case:
             mailbox=mailbox,
             addresses=torch.tensor([mailbox.data_ptr()], device=device),
             exchanges=torch.zeros(rows, dtype=torch.int32, device=device),
+            gone=torch.zeros(1, dtype=torch.int32, device=device),
         )
         sum_ = Sum(setting.draw(rows, hidden), setting.draw(hidden), setting.draw(rows, hidden), peers=peers)
         return _call(ops.layer_norm, reference.layer_norm, sum_, *_gain(setting), _EPS)
 
     nbytes = 4 * rows * hidden * setting.itemsize
-    return Case(op="exchange_norm", shape=f"{_rows(rows)}, one rank alone", make=make, nbytes=nbytes)
+    return Case(
+        op="exchange_norm",
+        shape=f"{_rows(rows)}, one rank alone",
+        make=make,
+        nbytes=nbytes,
+        tolerance=_norm_of_sum(setting),
+    )
 
 
 def _embedding_norms(setting: Setting, counts: Iterable[int]) -> Iterator[Case]:

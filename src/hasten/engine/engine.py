@@ -462,11 +462,13 @@ class Engine:
             return
         self._left = self._closed = True
         self._flight = None
-        self.worker.release()
         self.ranks.expect_end()
-        if not self._failed:
-            with suppress(RuntimeError):  # a rank that is gone already needs no telling
-                self.ranks.broadcast({**_empty_message(), "stop": True})
+        if self._failed:
+            self.worker.give_up()
+            return
+        self.worker.release()
+        with suppress(RuntimeError):  # a rank that is gone already needs no telling
+            self.ranks.broadcast({**_empty_message(), "stop": True})
         self.ranks.leave()
 
 

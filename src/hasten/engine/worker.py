@@ -44,6 +44,7 @@ from hasten.engine.sequence import Sequence
 from hasten.layers.linear import PackedModule
 from hasten.models.base import CausalLM
 from hasten.models.registry import model_class
+from hasten.ops.peers import Peers
 from hasten.parallel.groups import TensorGroup, use_group
 from hasten.parallel.launch import RankPlace, Ranks, place_from_environment
 from hasten.parallel.peers import connect, reachable
@@ -102,6 +103,7 @@ class Worker:
         )
         self.model_config = checkpoint.config
         replace(config.parallel, tensor_parallel_size=ranks.group.size).validate(self.model_config)
+        self._peers: Peers | None = None
         dtype = ops.TORCH_DTYPES[compute_dtype(config.dtype, self.model_config, self.device)]
         self.tokenizer_folder = checkpoint.tokenizer_folder
         with explained_out_of_memory("loading the model"):
@@ -120,8 +122,8 @@ class Worker:
             return group
         assert store is not None
         width = self.model_config.hidden_size
-        made = connect(store, group.rank, group.size, width, _MOST_EXCHANGED_ROWS, self.device)
-        return replace(group, peers=made)
+        self._peers = connect(store, group.rank, group.size, width, _MOST_EXCHANGED_ROWS, self.device)
+        return replace(group, peers=self._peers)
 
     def _make_cache(self, config: EngineConfig) -> tuple[int, int]:
         """Longest sequence and number of blocks of the cache, which is then there; the same on every rank."""
@@ -242,8 +244,22 @@ class Worker:
         """Let go what must not outlast the ranks' group."""
         self.runner.release_graphs()
 
+    def give_up(self) -> None:
+        """Leave the group after a failure: kernels that wait for another rank end first, whatever they have."""
+        if self._peers is not None:
+            self._peers.gone.fill_(1)
+        self.release()
+        self.ranks.abandon()
+
     def follow(self) -> None:
         """What ranks other than 0 do until rank 0 says stop."""
+        try:
+            self._follow()
+        except BaseException:
+            self.give_up()
+            raise
+
+    def _follow(self) -> None:
         while True:
             message: Message = self.ranks.broadcast(None)  # type: ignore[assignment]  # rank 0 sent a Message
             if message["stop"]:

@@ -165,10 +165,13 @@ def filtered(logits_rv: Tensor, draws: Draws) -> Tensor:
 
 
 def _floor(probs_rv: Tensor, top_k_r1: Tensor, top_p_r1: Tensor) -> Tensor:
-    """The least probability [r, 1] that top-k, and then top-p among what is left, keep."""
+    """The least probability [r, 1] that top-k, and then top-p among what is left, keep.
+
+    What is as probable as the last of the k is left as well, and counts for top-p.
+    """
     sorted_rk = probs_rv.topk(int(top_k_r1.max()), dim=-1).values
     last_r1 = top_k_r1 - 1
-    cumulative_rk = sorted_rk.cumsum(-1)
-    kept_rk = cumulative_rk - sorted_rk < top_p_r1 * cumulative_rk.gather(1, last_r1)
+    left_rv = probs_rv.where(probs_rv >= sorted_rk.gather(1, last_r1), 0)
+    kept_rk = sorted_rk.cumsum(-1) - sorted_rk < top_p_r1 * left_rv.sum(-1, keepdim=True)
     kept_rk &= torch.arange(sorted_rk.shape[1], device=probs_rv.device) <= last_r1
     return sorted_rk.where(kept_rk, sorted_rk[:, :1]).amin(-1, keepdim=True)

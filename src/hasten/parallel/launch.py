@@ -204,6 +204,14 @@ class Ranks:
         if self._children is not None:
             self._children.ending = True
 
+    def abandon(self) -> None:
+        """End this process's part after a failure, without waiting for what the other ranks may still owe."""
+        everyone = dist.group.WORLD
+        if everyone is not None and torch.cuda.is_initialized():
+            with suppress(RuntimeError):
+                everyone._get_backend(torch.device("cuda")).abort()
+        self.leave()
+
     def leave(self) -> None:
         """End this process's part; the other ranks must leave as well."""
         if self._place is not None and self._place.size > 1:

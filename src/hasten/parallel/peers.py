@@ -2,11 +2,18 @@
 
 import itertools
 import logging
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
-from torch._C._distributed_c10d import PrefixStore, Store, _SymmetricMemory
+from torch._C._distributed_c10d import (
+    PrefixStore,
+    Store,
+    _register_process_group,
+    _SymmetricMemory,
+    _unregister_process_group,
+)
 
 from hasten.ops.peers import Peers
 
@@ -23,7 +30,7 @@ def connect(store: Store, rank: int, size: int, width: int, max_rows: int, devic
         made = _mailboxes(store, rank, size, width, max_rows, device)
     except RuntimeError as error:
         made = None
-        _log.info("ranks sum through NCCL alone: %s", str(error).partition("\n")[0])
+        _log.warning("ranks sum through NCCL alone: %s", str(error).partition("\n")[0])
     agreed = torch.tensor(int(made is not None))
     dist.all_reduce(agreed, op=dist.ReduceOp.MIN)  # also: nobody writes before all mailboxes are empty
     return made if int(agreed) else None
@@ -36,9 +43,15 @@ def _mailboxes(store: Store, rank: int, size: int, width: int, max_rows: int, de
     torch.cuda.synchronize(device)
     # Not torch's own name for the group of all ranks: a process may be rank 0 of several runs, one after the other, and
     # torch would look for the first run's store again.
-    name = f"hasten-{next(_numbers)}"
+    name: Any = f"hasten-{next(_numbers)}"  # torch 2.13 has a type of its own for it, earlier ones take a string
+    everyone = dist.group.WORLD
+    assert everyone is not None, "there are ranks"
     _SymmetricMemory.set_group_info(name, rank, size, PrefixStore("mailboxes", store))
-    handle = _SymmetricMemory.rendezvous(mailbox, name)
+    _register_process_group(name, everyone)  # torch 2.11 looks the name up here as well
+    try:
+        handle = _SymmetricMemory.rendezvous(mailbox, name)
+    finally:
+        _unregister_process_group(name)
     addresses = [handle.get_buffer(other, shape, torch.int64).data_ptr() for other in range(size)]
     return Peers(
         rank=rank,
@@ -48,6 +61,7 @@ def _mailboxes(store: Store, rank: int, size: int, width: int, max_rows: int, de
         mailbox=mailbox,
         addresses=torch.tensor(addresses, dtype=torch.int64, device=device),
         exchanges=torch.zeros(max_rows, dtype=torch.int32, device=device),
+        gone=torch.zeros(1, dtype=torch.int32).pin_memory(),
     )
 
 

@@ -95,6 +95,7 @@ def make_peers(ranks: int, width: int, device: torch.device, max_rows: int = MAX
             mailbox=mailboxes[rank],
             addresses=addresses,
             exchanges=torch.zeros(max_rows, dtype=torch.int32, device=device),
+            gone=torch.zeros(1, dtype=torch.int32, device=device),
         )
         for rank in range(ranks)
     ]

@@ -2,8 +2,9 @@
 
 A rank writes its part of a row to all others and waits for theirs. There is no other signal: each 64-bit word carries
 two 16-bit values and the number of the exchange, and such a word is written as one. Two places a row take turns: a rank
-may be one exchange ahead of another, never two, since it waits for the other's words. Every rank adds the parts up in
-the order of ranks, so all hold the same bits.
+may be one exchange ahead of another, never two, since it waits for the other's words. Should a rank die, the host says
+so in memory of its own, which the others look at when they have waited for long. Every rank adds the parts up in the
+order of ranks, so all hold the same bits.
 
 Shapes: t tokens, h hidden; the program of a row keeps even and odd elements apart, as the words pair them.
 """
@@ -15,6 +16,9 @@ from torch import Tensor
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
 from hasten.ops.peers import Peers
 from hasten.ops.sum import Sum
+
+_PATIENCE = tl.constexpr(4096)
+"""Looks into the mailbox, some milliseconds, before one at the host's word."""
 
 
 @triton.jit
@@ -39,6 +43,7 @@ def _exchange_norm(
     addresses,
     mailbox,
     exchanges,
+    gone,
     eps,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
@@ -79,8 +84,12 @@ def _exchange_norm(
         if other != RANK:
             at = mailbox + place + other * (H // 2)
             word = tl.load(at, valid, 0, volatile=True)
-            while tl.max((valid & ((word >> 32) != number)).to(tl.int32), 0) != 0:
+            looks, over = 0, 0
+            while (over == 0) & (tl.max((valid & ((word >> 32) != number)).to(tl.int32), 0) != 0):
                 word = tl.load(at, valid, 0, volatile=True)
+                looks += 1
+                if looks % _PATIENCE == 0:
+                    over = tl.load(gone, volatile=True)
         low += (word & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
         high += ((word >> 16) & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
     if HAS_BIAS:
@@ -129,6 +138,7 @@ def exchange_norm(sum_: Sum, peers: Peers, weight_h: Tensor, bias_h: Tensor, eps
         peers.addresses,
         peers.mailbox,
         peers.exchanges,
+        peers.gone,
         eps,
         RANK=peers.rank,
         RANKS=peers.size,
