@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from hasten import __version__
 from hasten.cli import bench, convert, demo, generate, repository, serve
 from hasten.cli.options import Parser
-from hasten.core.errors import CapacityError, EngineError, HastenError
+from hasten.core.errors import CapacityError, ClusterError, EngineError, HastenError
 
 BAD_INPUT = 2
 FAILED = 1
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except HastenError as error:
         print(f"hasten: error: {error}", file=sys.stderr)
-        return FAILED if isinstance(error, EngineError | CapacityError) else BAD_INPUT
+        return FAILED if isinstance(error, EngineError | CapacityError | ClusterError) else BAD_INPUT
     except KeyboardInterrupt:
         print("hasten: interrupted", file=sys.stderr)
         return INTERRUPTED

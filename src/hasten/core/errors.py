@@ -7,8 +7,11 @@
     │   └── ChecksumError       a file differs from what its manifest says
     ├── InvalidRequestError     a request that the engine must refuse: parameters, length, tokens
     ├── CapacityError           memory does not suffice; the message says what to lower
-    └── EngineError             the engine failed while it ran
-        └── RankError           a rank of a parallel run died; the message names it
+    ├── EngineError             the engine failed while it ran
+    │   └── RankError           a rank of a parallel run died; the message names it
+    └── ClusterError            a cluster did not do what it was asked
+        ├── NotFoundError       there is no job, server or volume of that name
+        └── ExistsError         there is one already
 
 A message says what was wrong, where, and what to do. Transports map these classes to their own status codes.
 """
@@ -48,3 +51,15 @@ class EngineError(HastenError):
 
 class RankError(EngineError):
     """A rank of a parallel run died; the message names it and its error."""
+
+
+class ClusterError(HastenError):
+    """A cluster did not do what it was asked."""
+
+
+class NotFoundError(ClusterError):
+    """There is no job, server or volume of that name."""
+
+
+class ExistsError(ClusterError):
+    """There is a job, server or volume of that name already."""

@@ -1,0 +1,260 @@
+"""A place where work runs, and what it tells about it. `local` and `kubernetes` implement the same few verbs."""
+
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import MISSING, dataclass, field, fields
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Protocol
+
+from hasten.cluster.spec import TrainingJob, TritonServer, Volume
+from hasten.core.errors import UnsupportedError
+
+PYTORCHJOB = "PYTORCHJOB"
+"""What the column TRAINER says."""
+
+
+class Status(StrEnum):
+    """State of a job, of a server's instance, or of one of a job's."""
+
+    PENDING = "PENDING"
+    QUEUING = "QUEUING"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+
+    @property
+    def ended(self) -> bool:
+        """Whether it will not change any more."""
+        return self in (Status.SUCCEEDED, Status.FAILED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What happened to a job, or to one of its instances."""
+
+    time: datetime
+    kind: str
+    """Normal or Warning."""
+    reason: str
+    source: str
+    """Which object, such as `pod/convert-bloom-master-0`."""
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instance:
+    """A pod, or a process of this machine."""
+
+    name: str
+    status: Status
+    created: datetime
+    ended: datetime | None = None
+    is_chief: bool = False
+    gpus: int = 0
+    node: str | None = None
+    """Address of its machine."""
+    ready: bool = False
+    restarts: int = 0
+    reason: str | None = None
+    """Why it does not run, or how it failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A training job as it is now."""
+
+    name: str
+    namespace: str
+    status: Status
+    created: datetime
+    started: datetime | None = None
+    ended: datetime | None = None
+    trainer: str = PYTORCHJOB
+    priority: str | None = None
+    gpus: int = 0
+    """Of all its instances together."""
+    instances: Sequence[Instance] = ()
+    events: Sequence[Event] = ()
+    reason: str | None = None
+    """Why it is pending or has failed, in one sentence."""
+
+    @property
+    def duration(self) -> float:
+        """Seconds from its making to its end, or until now."""
+        return max(0.0, ((self.ended or datetime.now(UTC)) - self.created).total_seconds())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A server as it is now."""
+
+    name: str
+    namespace: str
+    version: str
+    desired: int
+    available: int
+    address: str | None
+    ports: dict[str, int]
+    """Port of each endpoint by Arena's word for it: RESTFUL, GRPC, METRICS."""
+    gpus: int = 0
+    """Of all its instances together."""
+    created: datetime = field(default_factory=lambda: datetime.now(UTC))
+    type: str = "Triton"
+    instances: Sequence[Instance] = ()
+    events: Sequence[Event] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A machine of the cluster."""
+
+    name: str
+    address: str
+    role: str
+    status: str
+    gpus: int
+    allocated_gpus: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeRecord:
+    """A volume as it is listed."""
+
+    name: str
+    namespace: str
+    access_mode: str
+    description: str
+    owner: str
+    created: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogOptions:
+    """Which lines of a log."""
+
+    follow: bool = False
+    since: float | None = None
+    """Seconds before now."""
+    since_time: datetime | None = None
+    tail: int = -1
+    """So many last lines; -1 is all."""
+    timestamps: bool = False
+    instance: str | None = None
+    container: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerUpdate:
+    """What `serve update triton` changes; None leaves as it is."""
+
+    image: str | None = None
+    gpus: int | None = None
+    cpu: str | None = None
+    memory: str | None = None
+    replicas: int | None = None
+    env: Sequence[str] = ()
+    annotation: Sequence[str] = ()
+    label: Sequence[str] = ()
+    model_repository: str | None = None
+    load_model: Sequence[str] = ()
+    extend_command: str | None = None
+
+
+class Place(Protocol):
+    """The verbs. All raise ClusterError where the place fails, NotFoundError and ExistsError by name.
+
+    `namespace=None` is all namespaces.
+    """
+
+    name: str
+
+    def default_namespace(self) -> str:
+        """Namespace where the user names none."""
+
+    def plan_job(self, job: TrainingJob) -> list[dict[str, Any]]:
+        """What `submit` would make, as objects to print; touches nothing."""
+
+    def submit(self, job: TrainingJob) -> None:
+        """Start a job; ExistsError where its name is taken."""
+
+    def jobs(self, namespace: str | None) -> list[Job]:
+        """All jobs, newest first, with instances and without events."""
+
+    def job(self, name: str, namespace: str) -> Job:
+        """One job, with instances and events."""
+
+    def delete_job(self, name: str, namespace: str) -> None:
+        """End a job and remove all that was made for it."""
+
+    def job_logs(self, name: str, namespace: str, options: LogOptions) -> Iterator[str]:
+        """Lines without their ends. With `follow`, until the instance ends."""
+
+    def attach_job(
+        self, name: str, namespace: str, instance: str | None, container: str | None, command: list[str]
+    ) -> int:
+        """Run a command (default: a shell) inside an instance, on this terminal; returns its exit status."""
+
+    def nodes(self) -> list[Node]:
+        """The machines."""
+
+    def plan_volume(self, volume: Volume) -> list[dict[str, Any]]:
+        """What `create_volume` would make."""
+
+    def create_volume(self, volume: Volume) -> None:
+        """Make a volume known by its name."""
+
+    def volumes(self, namespace: str | None) -> list[VolumeRecord]:
+        """Volumes that can be mounted."""
+
+    def delete_volume(self, name: str, namespace: str) -> None:
+        """Forget a volume; its data stays."""
+
+    def plan_server(self, server: TritonServer) -> list[dict[str, Any]]:
+        """What `serve` would make."""
+
+    def serve(self, server: TritonServer) -> None:
+        """Start a server; ExistsError where name and version are taken."""
+
+    def update_server(self, name: str, version: str | None, namespace: str, update: ServerUpdate) -> None:
+        """Change a server; its instances are replaced one after the other."""
+
+    def servers(self, namespace: str | None) -> list[Server]:
+        """All servers, newest first, with instances and without events."""
+
+    def server(self, name: str, version: str | None, namespace: str) -> Server:
+        """One server; ConfigError where `version` is None and there are several."""
+
+    def delete_server(self, name: str, version: str | None, namespace: str) -> None:
+        """End a server and remove all that was made for it."""
+
+    def server_logs(self, name: str, version: str | None, namespace: str, options: LogOptions) -> Iterator[str]:
+        """As `job_logs`."""
+
+    def attach_server(
+        self,
+        name: str,
+        version: str | None,
+        namespace: str,
+        instance: str | None,
+        container: str | None,
+        command: list[str],
+    ) -> int:
+        """As `attach_job`."""
+
+    def whoami(self) -> str:
+        """Who asks, and as whom the place knows them."""
+
+    def version(self) -> str:
+        """Version of the place."""
+
+
+def refuse_unsupported(place: str, spec: TrainingJob | TritonServer | Volume, supported: AbstractSet[str]) -> None:
+    """UnsupportedError that names the options which the user gave and the place cannot do."""
+    asked = []
+    for one in fields(spec):
+        default = one.default_factory() if one.default_factory is not MISSING else one.default
+        if one.name not in supported and getattr(spec, one.name) != default:
+            asked.append(one.metadata.get("flag", "--" + one.name.replace("_", "-")))
+    if asked:
+        raise UnsupportedError(f"{place} cannot do {', '.join(asked)}; leave it out or use another place (--cluster)")

@@ -1,0 +1,282 @@
+"""What a user asks of a cluster, in Arena's words: a training job, a server, a volume. Checked once, at their making.
+
+Fields with a help text are the options of `hasten cluster submit`, `serve` and `data create`. None means that the user
+did not say; what holds then is the place's own business, and the help text tells it. A place that cannot do what a
+field asks raises UnsupportedError (`places.refuse_unsupported`).
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from hasten.core.config import option
+from hasten.core.errors import ConfigError
+
+PULL_POLICIES = ("Always", "IfNotPresent", "Never")
+CLEAN_POLICIES = ("Running", "All", "None")
+SYNC_MODES = ("rsync", "git")
+_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+_LONGEST_NAME = 63
+_ENV_NAME = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
+_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|[kMGTPE]i?|Ki)?")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_LARGEST_PORT = 65535
+
+
+def checked_name(name: str, what: str) -> str:
+    """A name that Kubernetes takes for a service as well (RFC 1035); ConfigError for others."""
+    if len(name) > _LONGEST_NAME or not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{what} {name!r} must have at most {_LONGEST_NAME} lower-case letters, digits and '-', "
+            "begin with a letter and end with a letter or digit"
+        )
+    return name
+
+
+def pairs(texts: Sequence[str], flag: str, separator: str = "=") -> dict[str, str]:
+    """`["a=1", "b=2"]` as a mapping, the first separator dividing; ConfigError names the option of the bad one."""
+    made: dict[str, str] = {}
+    for text in texts:
+        key, found, value = text.partition(separator)
+        if not found or not key:
+            raise ConfigError(f"{flag} {text!r} is not NAME{separator}VALUE")
+        made[key] = value
+    return made
+
+
+def mounts(texts: Sequence[str], flag: str) -> list[tuple[str, str]]:
+    """`["pvc:/mnt"]` as pairs of a source and an absolute path inside; ConfigError names the bad one."""
+    made = []
+    for text in texts:
+        source, found, path = text.rpartition(":")
+        if not found or not source or not path.startswith("/"):
+            raise ConfigError(f"{flag} {text!r} is not SOURCE:/PATH")
+        made.append((source, path))
+    return made
+
+
+def seconds(text: str, flag: str) -> float:
+    """A duration such as `90s`, `1h30m` or `7d`; ConfigError for others."""
+    found = _DURATION.findall(text)
+    if not found or "".join(number + unit for number, unit in found) != text:
+        raise ConfigError(f"{flag} {text!r} is not a duration such as 90s, 30m, 1h30m or 7d")
+    return sum(float(number) * _SECONDS[unit] for number, unit in found)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What jobs and servers have in common."""
+
+    name: str = option("", "its name (required)")
+    namespace: str = "default"
+    image: str | None = option(None, "image that its containers run")
+    gpus: int = option(0, "GPUs of each instance")
+    cpu: str | None = option(None, "cores of each instance, such as 4 or 500m")
+    memory: str | None = option(None, "memory of each instance, such as 16Gi")
+    device: Sequence[str] = option((), "other devices, NAME=COUNT; may be given more than once")
+    env: Sequence[str] = option((), "environment variable, NAME=VALUE; may be given more than once", short="-e")
+    data: Sequence[str] = option(
+        (), "volume and where to mount it, NAME:/PATH; may be given more than once", short="-d"
+    )
+    data_dir: Sequence[str] = option(
+        (), "folder of the node and where to mount it, /FROM:/PATH or /PATH; may be given more than once"
+    )
+    config_file: Sequence[str] = option(
+        (), "file of this machine and where it is to be found, FILE:/PATH; may be given more than once"
+    )
+    annotation: Sequence[str] = option((), "annotation, NAME=VALUE; may be given more than once", short="-a")
+    label: Sequence[str] = option((), "label, NAME=VALUE; may be given more than once", short="-l")
+    selector: Sequence[str] = option((), "label a node must have, NAME=VALUE; may be given more than once")
+    toleration: Sequence[str] = option(
+        (), "taint to tolerate: KEY, KEY=VALUE:EFFECT,OPERATOR or all; may be given more than once"
+    )
+    image_pull_secret: Sequence[str] = option((), "secret of the image's registry; may be given more than once")
+    image_pull_policy: str | None = option(
+        None, "when to pull the image (default: Always for jobs, IfNotPresent for servers)", choices=PULL_POLICIES
+    )
+    share_memory: str | None = option(None, "size of /dev/shm (default: 2Gi)")
+    working_dir: str | None = option(None, "folder to start in (default: /root in a cluster, this folder locally)")
+    priority: str | None = option(None, "priority class", short="-p")
+    scheduler: str | None = option(None, "name of the scheduler")
+    host_network: bool = option(False, "use the node's network", flag="--hostNetwork")
+
+    def __post_init__(self) -> None:
+        checked_name(self.name, "--name")
+        checked_name(self.namespace, "--namespace")
+        _require(self.gpus >= 0, f"--gpus must be at least 0, got {self.gpus}")
+        for flag, text in (("--cpu", self.cpu), ("--memory", self.memory), ("--share-memory", self.share_memory)):
+            _require(
+                text is None or bool(_QUANTITY.fullmatch(text)), f"{flag} {text!r} is not a quantity such as 4 or 2Gi"
+            )
+        for name in pairs(self.env, "--env"):
+            _require(bool(_ENV_NAME.fullmatch(name)), f"--env {name!r} is not a name of a variable")
+        for flag, texts in (("--annotation", self.annotation), ("--label", self.label), ("--selector", self.selector)):
+            pairs(texts, flag)
+        for name, count in pairs(self.device, "--device").items():
+            _require(count.isdecimal(), f"--device {name}={count}: {count!r} is not a number")
+        mounts(self.data, "--data")
+        mounts(self.config_file, "--config-file")
+        for text in self.data_dir:
+            _require(text.startswith("/"), f"--data-dir {text!r} is not an absolute path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob(Workload):
+    """A command that runs to its end on one or several instances: `submit pytorchjob`."""
+
+    command: str = ""
+    """For a shell, exactly as the user gave it."""
+    workers: int = option(1, "instances, the master included")
+    queue: str | None = option(None, "queue of the scheduler")
+    gang: bool = option(False, "start all instances or none")
+    shell: str = option("sh", "shell that runs the command")
+    retry: int = option(0, "times to start again after a failure")
+    nproc_per_node: str | None = option(None, "processes of each instance for torchrun: auto, cpu, gpu or a number")
+    clean_task_policy: str | None = option(
+        None, "instances to delete at the end (default: Running)", choices=CLEAN_POLICIES
+    )
+    running_timeout: str | None = option(None, "end the job after this time, such as 2h")
+    ttl_after_finished: str | None = option(None, "delete the job so long after its end, such as 7d")
+    rdma: bool = option(False, "use RDMA devices")
+    sync_mode: str | None = option(None, "how to fetch the code before the start", choices=SYNC_MODES)
+    sync_source: str | None = option(None, "where from")
+    tensorboard: bool = option(False, "run TensorBoard beside the job")
+    logdir: str | None = option(None, "folder that TensorBoard reads (default: /training_logs)")
+    api: Literal["pytorchjob", "trainer"] = option(
+        "pytorchjob",
+        "object to make in a cluster: a PyTorchJob (kubeflow.org/v1) or a TrainJob (trainer.kubeflow.org/v1alpha1)",
+        choices=("pytorchjob", "trainer"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(bool(self.command.strip()), "there is no command to run: give it after the options, in quotes")
+        _require(self.workers >= 1, f"--workers must be at least 1, got {self.workers}")
+        _require(self.retry >= 0, f"--retry must be at least 0, got {self.retry}")
+        for flag, text in (
+            ("--running-timeout", self.running_timeout),
+            ("--ttl-after-finished", self.ttl_after_finished),
+        ):
+            if text is not None:
+                seconds(text, flag)
+        known = self.nproc_per_node in (None, "auto", "cpu", "gpu") or str(self.nproc_per_node).isdecimal()
+        _require(known, f"--nproc-per-node {self.nproc_per_node!r} is none of auto, cpu, gpu and a number")
+        _require((self.sync_mode is None) == (self.sync_source is None), "--sync-mode and --sync-source go together")
+        _require(self.tensorboard or self.logdir is None, "--logdir needs --tensorboard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TritonServer(Workload):
+    """Replicas that serve a repository of models over Triton's protocol: `serve triton`."""
+
+    version: str = option("", "version of the server (default: the time, YYYYMMDDHHMM)")
+    replicas: int = option(1, "instances of the server")
+    model_repository: str | None = option(None, "folder of the models, as its containers see it (required)")
+    load_model: Sequence[str] = option((), "model to load, others are not; may be given more than once")
+    http_port: int = option(8000, "port of HTTP")
+    grpc_port: int = option(8001, "port of gRPC")
+    metrics_port: int = option(8002, "port of metrics")
+    allow_metrics: bool = option(False, "offer metrics, and have them collected")
+    runtime: Literal["hasten", "tritonserver"] = option(
+        "hasten", "server in the image", choices=("hasten", "tritonserver")
+    )
+    extend_command: str | None = option(None, "further options of the server, as one string for the shell")
+    env_from_secret: Sequence[str] = option(
+        (), "environment variable from a secret's key of its name, NAME=SECRET; may be given more than once"
+    )
+    data_subpath_expr: Sequence[str] = option(
+        (), "folder of a volume to mount instead of all of it, NAME:EXPRESSION; may be given more than once"
+    )
+    temp_dir: Sequence[str] = option((), "empty folder, NAME:/PATH; may be given more than once")
+    gpumemory: int = option(0, "GiB of a shared GPU, instead of --gpus")
+    gpucore: int = option(0, "hundredths of a shared GPU, instead of --gpus")
+    expose_service: bool = option(False, "make the service reachable from outside the cluster")
+    exit_timeout: int = option(30, "seconds that requests under way have when an instance is to end")
+    startup_timeout: int = option(900, "seconds that an instance has to load its models")
+    autoscale: str | None = option(None, "least and most replicas, MIN:MAX")
+    autoscale_by: Literal["cpu", "queue"] = option(
+        "cpu", "what --autoscale looks at: use of cores (HPA) or waiting requests (KEDA)", choices=("cpu", "queue")
+    )
+    prometheus: str | None = option(None, "address of Prometheus, for --autoscale-by queue")
+    multinode: int = option(1, "nodes of one instance, for a model that outgrows one")
+    gateway: str | None = option(None, "endpoint picker of a gateway: make an InferencePool that asks this service")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checked_version(self.version)
+        checked_name(self.full_name, "--name and --version make")
+        _require(self.replicas >= 0, f"--replicas must be at least 0, got {self.replicas}")
+        _require(self.multinode >= 1, f"--multinode must be at least 1, got {self.multinode}")
+        _require(bool(self.model_repository), "--model-repository is required")
+        for flag, port in self.ports.items():
+            _require(0 < port <= _LARGEST_PORT, f"--{flag}-port must be from 1 to {_LARGEST_PORT}, got {port}")
+        _require(len(set(self.ports.values())) == len(self.ports), "the three ports must differ")
+        for flag in ("exit_timeout", "startup_timeout"):
+            _require(getattr(self, flag) >= 1, f"--{flag.replace('_', '-')} must be at least 1")
+        pairs(self.env_from_secret, "--env-from-secret")
+        pairs(self.data_subpath_expr, "--data-subpath-expr", ":")
+        mounts(self.temp_dir, "--temp-dir")
+        if self.autoscale is not None:
+            self.scale_limits()
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Port of each endpoint."""
+        return {"http": self.http_port, "grpc": self.grpc_port, "metrics": self.metrics_port}
+
+    @property
+    def full_name(self) -> str:
+        """Name of what is made for it, as Arena's."""
+        return f"{self.name}-{self.version}-tritoninferenceserver"
+
+    def scale_limits(self) -> tuple[int, int]:
+        """Least and most replicas of --autoscale."""
+        least, _, most = (self.autoscale or "").partition(":")
+        good = least.isdecimal() and most.isdecimal() and 0 <= int(least) <= int(most) and int(most) > 0
+        _require(good, f"--autoscale {self.autoscale!r} is not MIN:MAX")
+        return int(least), int(most)
+
+
+def checked_version(version: str) -> str:
+    """A version that can be part of a name; ConfigError for others."""
+    _require(
+        bool(re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", version)),
+        f"--version {version!r} must have lower-case letters, digits and '-'",
+    )
+    return version
+
+
+@dataclass(frozen=True, kw_only=True)
+class Volume:
+    """Data that jobs and servers mount by its name: `data create`."""
+
+    name: str
+    namespace: str = "default"
+    path: str | None = option(None, "folder of this machine (local), or path in the bucket or the share")
+    oss_bucket: str | None = option(None, "bucket of Alibaba Cloud OSS")
+    oss_url: str | None = option(None, "endpoint of OSS")
+    oss_fuse: Literal["ossfs", "ossfs2"] = option("ossfs2", "how OSS is mounted", choices=("ossfs", "ossfs2"))
+    s3_bucket: str | None = option(None, "bucket of S3 (Mountpoint CSI)")
+    s3_region: str | None = option(None, "its region")
+    nfs_server: str | None = option(None, "server of NFS")
+    access_key_id: str | None = option(
+        None, "key id of the bucket; the secret key is read from the variable HASTEN_ACCESS_KEY_SECRET"
+    )
+    size: str = option("100Gi", "size to claim")
+    read_only: bool = option(False, "mount it for reading only")
+    mount_options: str | None = option(None, "further options of the mount, as its driver takes them")
+    description: str | None = option(None, "what is in it")
+
+    def __post_init__(self) -> None:
+        checked_name(self.name, "the volume's name")
+        checked_name(self.namespace, "--namespace")
+        _require(bool(_QUANTITY.fullmatch(self.size)), f"--size {self.size!r} is not a quantity such as 100Gi")
+        sources = [flag for flag in ("oss_bucket", "s3_bucket", "nfs_server") if getattr(self, flag) is not None]
+        _require(len(sources) <= 1, f"a volume has one source, got {' and '.join(sources)}")
