@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before torch is loaded, here and in the processes that tests start: several of them share few cores, where threads
+# that spin while they wait take the time of those that compute.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import torch
 
 # Before anything imports triton: without a GPU its kernels run on its interpreter.

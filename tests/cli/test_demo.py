@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,9 @@ from hasten.cli.demo import Comparison
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Hasten
+
+
+CLIENT = Path(__file__).parents[2] / "examples" / "client.py"
 
 
 def compare(accuracy: float, seconds: float) -> Comparison:
@@ -34,9 +38,13 @@ def test_the_demo_runs_its_commands_one_after_the_other(
     text = "Clara said that she never promised him the violin before the evening storm"
     dataset.write_text("".join(json.dumps({"text": f"{number} {text}"}) + "\n" for number in range(20)))
     folder = tmp_path / "out"
-    done = hasten_process("demo", "--model", tiny_bloom, "--dataset", dataset, "--output-dir", folder)
+    done = hasten_process(
+        "demo", "--model", tiny_bloom, "--dataset", dataset, "--output-dir", folder, "--client", CLIENT
+    )
     commands = [line.split()[1:3] for line in done.out.splitlines() if line.startswith("$ ")]
-    assert commands == [["hasten", "convert"], ["hasten", "bench"], ["hasten", "generate"]]
+    assert commands[:4] == [["hasten", "convert"], ["hasten", "bench"], ["hasten", "generate"], ["hasten", "serve"]]
+    assert commands[4:] == [["python", str(CLIENT)], ["kill", "%1"]]
+    assert re.search(r"^\(1, 1, \d+\)$", done.out, re.MULTILINE)
     assert "samples whose answers differ" in done.out
     # how fast a few tiny texts are is chance; what the demo says of it is not
     assert done.status == (1 if "demo failed" in done.err else 0), done.err
@@ -46,7 +54,8 @@ def test_the_demo_runs_its_commands_one_after_the_other(
 def test_a_step_that_fails_ends_the_demo(tiny_bloom: Path, tmp_path: Path, hasten_here: "Hasten") -> None:
     dataset = tmp_path / "texts.jsonl"
     dataset.write_text("{}\n")
-    done = hasten_here("demo", "--model", tiny_bloom, "--dataset", dataset, "--output-dir", tmp_path / "out")
+    inputs = ("--model", tiny_bloom, "--dataset", dataset, "--client", CLIENT)
+    done = hasten_here("demo", *inputs, "--output-dir", tmp_path / "out")
     assert done.status == 2
     assert "line 1" in done.err
     assert "hasten generate" not in done.out

@@ -13,6 +13,9 @@ TREE = {
     errors.CapacityError: errors.HastenError,
     errors.EngineError: errors.HastenError,
     errors.RankError: errors.EngineError,
+    errors.ClusterError: errors.HastenError,
+    errors.NotFoundError: errors.ClusterError,
+    errors.ExistsError: errors.ClusterError,
 }
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 ENGINE_DEFAULTS: Mapping[str, Any] = {"enable_prefix_cache": False}
 # Hugging Face's model must find room on the same GPU
 COMPARED_DEFAULTS: Mapping[str, Any] = {**ENGINE_DEFAULTS, "memory_utilization": 0.5}
+# the server's engine and that of this process share a GPU
+SERVING_DEFAULTS: Mapping[str, Any] = {**ENGINE_DEFAULTS, "memory_utilization": 0.4}
 # what peers are measured with
 SUITE_DEFAULTS: Mapping[str, Any] = {
     **ENGINE_DEFAULTS,
@@ -44,6 +46,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     _add_throughput(benches)
     _add_latency(benches)
     _add_suite(benches)
+    _add_serving(benches)
     _add_kernels(benches)
 
 
@@ -162,6 +165,33 @@ def _add_suite(benches: "argparse._SubParsersAction[Parser]") -> None:
     _add_output(parser, words="print no table after the JSON")
     add_engine_options(parser, defaults=SUITE_DEFAULTS)
     parser.set_defaults(run=run_suite)
+
+
+def _add_serving(benches: "argparse._SubParsersAction[Parser]") -> None:
+    parser = benches.add_parser(
+        "serving",
+        help="requests to a server over gRPC, beside the engine called directly",
+        description="Start `hasten serve`, and measure requests to it over gRPC beside the same requests to an engine "
+        "in this process: one after the other, many at once, and many streams. All must give the same tokens. On a GPU "
+        "each takes 40% of its memory by default.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint")
+    parser.add_argument("--concurrency", type=positive, default=64, metavar="N", help="requests at once (default: 64)")
+    parser.add_argument("--prompt-length", type=positive, default=16, metavar="N", help="tokens (default: 16)")
+    parser.add_argument("--output-length", type=positive, default=32, metavar="N", help="tokens (default: 32)")
+    parser.add_argument("--requests", type=positive, default=50, metavar="N", help="single requests (default: 50)")
+    parser.add_argument(
+        "--rounds", type=positive, default=7, metavar="N", help="times that requests come at once (default: 7)"
+    )
+    parser.add_argument(
+        "--peer",
+        metavar="HOST:PORT",
+        help="gRPC address of another server, such as Triton, that serves MODEL as `fastertransformer`; it is measured "
+        "on requests at once, in turns with the others",
+    )
+    _add_output(parser)
+    add_engine_options(parser, defaults=SERVING_DEFAULTS)
+    parser.set_defaults(run=run_serving)
 
 
 def _add_kernels(benches: "argparse._SubParsersAction[Parser]") -> None:
@@ -352,6 +382,34 @@ def run_suite(args: argparse.Namespace) -> int:
     for name, text in failed.items():
         print(f"hasten: {name}: {text}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def run_serving(args: argparse.Namespace) -> int:
+    """Measure a server beside an engine in this process."""
+    import tempfile
+
+    from hasten.bench import report, serving
+    from hasten.core.config import EngineConfig
+    from hasten.engine.llm import LLM
+
+    report.require_writable(args.output_path)
+    options = engine_options(args, defaults=SERVING_DEFAULTS)
+    load = serving.Load(args.concurrency, args.prompt_length, args.output_length, args.requests, args.rounds)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        server = stack.enter_context(serving.served(EngineConfig.create(args.model, **options), Path(folder, "log")))
+        llm = stack.enter_context(LLM(args.model, **options))
+        addresses = {"hasten": server.address} | ({"peer": args.peer} if args.peer else {})
+        turns = serving.measure(llm, addresses, load)
+        environment = report.environment(llm.device, llm.dtype)
+    full = {"options": _options(args), "environment": environment, "start_s": server.start_s, "results": turns}
+    if args.output_path is not None:
+        report.write_json(args.output_path, full)
+    if args.json:
+        report.print_json(full)
+    else:
+        title = f"{load.prompt_length} tokens in, {load.output_length} out, {environment.dtype} on {environment.device}"
+        serving.show(title, server.start_s, turns)
+    return 0
 
 
 def run_kernels(args: argparse.Namespace) -> int:

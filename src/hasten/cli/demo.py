@@ -1,8 +1,9 @@
-"""`hasten demo`: convert, compare and generate with the demo model, by the public commands."""
+"""`hasten demo`: convert, compare, generate and serve with the demo model, by the public commands."""
 
 import argparse
 import json
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 PROMPT = "That year the spring came early."
 MOST_DIFFERING = 0.01
 """Share of the samples by which the accuracies may differ."""
+_STOP_S = 60.0
+"""That the server may take to end."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +54,20 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add the subcommand `demo`."""
     parser = commands.add_parser(
         "demo",
-        help="convert, compare and generate with the demo model",
-        description="Convert the demo model, compare it with Hugging Face on the test stories, and tell a story.",
+        help="convert, compare, generate and serve with the demo model",
+        description="Convert the demo model, compare it with Hugging Face on the test stories, tell a story, and serve "
+        "it: a client asks over gRPC.",
     )
     parser.add_argument("--model", default="examples/demo-model", metavar="PATH", help="default: %(default)s")
     parser.add_argument("--dataset", default="examples/stories/test.jsonl", metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--client", default="examples/client.py", metavar="FILE", help="default: %(default)s")
     parser.add_argument("--output-dir", default="build/demo", metavar="PATH", help="default: %(default)s")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the commands one after the other; 1 if any fails or the comparison is not as it should be."""
-    for path in (Path(args.model) / "config.json", Path(args.dataset)):
+    for path in (Path(args.model) / "config.json", Path(args.dataset), Path(args.client)):
         if not path.is_file():
             raise ConfigError(f"{path} does not exist; run the demo in hasten's repository, or name other files")
     from hasten.cli.main import main
@@ -79,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         seconds.append(time.perf_counter() - began)
         if status:
             return status
+    if status := _serve(checkpoint, args.model, args.client, folder / "serve.log"):
+        return status
     comparison = _read(results)
     _show(comparison, convert_seconds=seconds[0], all_seconds=time.perf_counter() - start)
     for fault in comparison.faults:
@@ -99,6 +106,32 @@ def _steps(model: str, dataset: str, checkpoint: str, results: str) -> list[list
 def _step(main: Callable[[Sequence[str]], int], command: Sequence[str]) -> int:
     print(f"\n$ {shlex.join(['hasten', *command])}", flush=True)
     return main(command)
+
+
+def _serve(checkpoint: str, model: str, client: str, log: Path) -> int:
+    """Serve, ask with the client, stop; the first status that is not 0."""
+    from hasten.bench.serving import free_ports, wait_until_ready
+
+    http, grpc, metrics = free_ports()
+    host, address = "127.0.0.1", f"127.0.0.1:{grpc}"
+    ports = ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
+    command = ["serve", checkpoint, "-dt", "fp32", "--http-address", host, "--grpc-address", host, *ports]
+    command += ["--log-file", str(log)]
+    question = [client, "--url", address, "--tokenizer", model, "--prompt", PROMPT]
+    log.unlink(missing_ok=True)
+    print(f"\n$ {shlex.join(['hasten', *command])} &", flush=True)
+    server = subprocess.Popen([sys.executable, "-m", "hasten", *command])
+    try:
+        wait_until_ready(address, lambda: server.poll() is None, log)
+        print(f"$ {shlex.join(['python', *question])}", flush=True)
+        if status := subprocess.run([sys.executable, *question], check=False).returncode:
+            return status
+        print("$ kill %1", flush=True)
+        server.terminate()
+        return server.wait(_STOP_S)
+    finally:
+        server.kill()
+        server.wait()
 
 
 def _read(path: str) -> Comparison:

@@ -1,10 +1,8 @@
 """`hasten serve`: a model, or a repository of models, behind gRPC and HTTP."""
 
 import argparse
-import asyncio
 import dataclasses
 import typing
-from collections.abc import Coroutine
 from typing import Any
 
 from hasten.cli.options import Parser, add_engine_options, add_fields, engine_options, given
@@ -83,9 +81,9 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     options = serve_options(args)
 
-    from hasten.server.app import serve
+    from hasten.server.app import run_server
 
-    return _run(serve(options))
+    return run_server(options)
 
 
 def serve_options(args: argparse.Namespace) -> ServeOptions:
@@ -107,13 +105,3 @@ def serve_options(args: argparse.Namespace) -> ServeOptions:
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def _run(work: Coroutine[Any, Any, int]) -> int:
-    """Run on uvloop where there is one: it takes half the time for each message."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(work)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(work)

@@ -2,7 +2,7 @@
 
 A grammar is compiled once, by llguidance, for the model's tokenizer; each sequence then has a state of its own, which
 names the tokens that may follow and moves on with each token chosen. The end token is among them only where the text
-so far is whole.
+so far is whole. llguidance is imported when the first grammar comes.
 """
 
 import json
@@ -10,15 +10,18 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.numpy import fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
 from hasten.core.errors import InvalidRequestError
 from hasten.core.types import SamplingParams
-from hasten.engine.text import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
+
+    from hasten.engine.text import Tokenizer
 
 _MOST_CHARACTERS = 64 * 1024
 """Longest grammar: compiling takes time that grows with its length, and no other request moves on meanwhile."""
@@ -35,7 +38,7 @@ _KINDS = ("json_schema", "regex", "grammar", "choice")
 class Constraint:
     """How far one sequence has come in its grammar."""
 
-    def __init__(self, matcher: LLMatcher, words: int) -> None:
+    def __init__(self, matcher: "LLMatcher", words: int) -> None:
         self.matcher = matcher
         self.words = words
         """Of 32 tokens each, in a mask of the vocabulary."""
@@ -57,6 +60,8 @@ class Constraint:
 
 def allowed_next(constraints: Sequence[Constraint]) -> NDArray[np.int32]:
     """Which tokens may come next, [sequences, words]: bit i of word w stands for token 32 * w + i."""
+    from llguidance.numpy import fill_next_token_bitmask_par
+
     masks = np.zeros((len(constraints), constraints[0].words), np.int32)
     matchers = [(constraint.matcher, row) for row, constraint in enumerate(constraints)]
     fill_next_token_bitmask_par(_executor(), matchers, masks)
@@ -64,14 +69,16 @@ def allowed_next(constraints: Sequence[Constraint]) -> NDArray[np.int32]:
 
 
 @cache
-def _executor() -> LLExecutor:
+def _executor() -> "LLExecutor":
+    from llguidance import LLExecutor
+
     return LLExecutor()
 
 
 class GrammarCompiler:
     """Grammars for one model and its tokenizer; the latest stay compiled."""
 
-    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: "Tokenizer | None", vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
@@ -96,7 +103,9 @@ class GrammarCompiler:
         self._compiled.move_to_end(key)
         return Constraint(self._compiled[key].deep_copy(), -(-vocabulary.vocab_size // 32))
 
-    def _load_vocabulary(self) -> LLTokenizer:
+    def _load_vocabulary(self) -> "LLTokenizer":
+        from llguidance import LLTokenizer
+
         if self._vocabulary is None:
             if self._tokenizer is None:
                 raise InvalidRequestError("constrained output needs a tokenizer; give --tokenizer-path")
@@ -110,8 +119,10 @@ class GrammarCompiler:
         return self._vocabulary
 
 
-def _compiled(kind: str, text: str, vocabulary: LLTokenizer) -> LLMatcher:
+def _compiled(kind: str, text: str, vocabulary: "LLTokenizer") -> "LLMatcher":
     """A matcher at its start; on a thread of its own, for the sake of its stack."""
+    from llguidance import LLMatcher, LLParserLimits
+
     if len(text) > _MOST_CHARACTERS:
         raise InvalidRequestError(f"{kind} has {len(text)} characters, more than {_MOST_CHARACTERS}")
     made: list[LLMatcher | ValueError] = []
@@ -133,7 +144,7 @@ def _compiled(kind: str, text: str, vocabulary: LLTokenizer) -> LLMatcher:
     return _checked(kind, made[0])
 
 
-def _checked(kind: str, made: LLMatcher | ValueError) -> LLMatcher:
+def _checked(kind: str, made: "LLMatcher | ValueError") -> "LLMatcher":
     if isinstance(made, ValueError):
         raise InvalidRequestError(f"{kind} cannot be compiled: {_one_line(str(made))}")
     if made.is_error():
@@ -147,6 +158,8 @@ def _checked(kind: str, made: LLMatcher | ValueError) -> LLMatcher:
 
 def _grammar(kind: str, text: str) -> str:
     """What llguidance compiles."""
+    from llguidance import LLMatcher
+
     if kind == "json_schema":
         schema = "{}" if text == "true" else text  # options can be set only on an object
         return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITESPACE})

@@ -1,0 +1,282 @@
+"""What serving costs: requests over gRPC, beside the same requests to an engine in this process.
+
+Server and engine take turns, after one untimed round each, and must give the same tokens.
+"""
+
+import asyncio
+import multiprocessing
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as grpcclient
+import tritonclient.grpc.aio as aioclient
+from tritonclient.utils import InferenceServerException
+
+from hasten.bench.report import Spread, print_table
+from hasten.bench.workloads import random_prompt
+from hasten.core.config import EngineConfig
+from hasten.core.errors import EngineError, HastenError
+from hasten.core.types import SamplingParams
+from hasten.engine.llm import LLM
+from hasten.server.listeners import open_port
+from hasten.server.options import EndpointOptions, LogOptions, ModelOptions, ServeOptions
+
+TOKEN_MODEL, TEXT_MODEL = "fastertransformer", "text"
+_HOST = "127.0.0.1"
+_NO_END = 2**32 - 1
+"""An end token that does not come."""
+_START_S, _STOP_S = 900.0, 60.0
+
+Tokens = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked for."""
+
+    concurrency: int
+    prompt_length: int
+    output_length: int
+    requests: int
+    """Single requests, one after the other."""
+    rounds: int
+    """Times that `concurrency` requests come at once."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """One measure of several, taken in turns."""
+
+    name: str
+    unit: str
+    """`ms` (less is better) or `tokens/s`."""
+    values: dict[str, Spread]
+    """By who was measured; the engine or server that others are compared with comes first."""
+    ratios: dict[str, float]
+    """Median of the others divided by the median of the first."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that runs, and the seconds from its process's start until it was ready."""
+
+    address: str
+    start_s: float
+
+
+@contextmanager
+def served(engine: EngineConfig, log: Path) -> Iterator[Served]:
+    """A server of the model in processes of its own, with its log in a file; EngineError if it does not get ready."""
+    ports = free_ports()
+    options = ServeOptions(
+        engine=engine,
+        endpoints=EndpointOptions(
+            http_address=_HOST, grpc_address=_HOST, http_port=ports[0], grpc_port=ports[1], metrics_port=ports[2]
+        ),
+        model=ModelOptions(name=TOKEN_MODEL, text_name=TEXT_MODEL),
+        log=LogOptions(log_file=str(log)),
+    )
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(options,))
+    start = time.perf_counter()
+    process.start()
+    try:
+        address = f"{_HOST}:{ports[1]}"
+        wait_until_ready(address, process.is_alive, log)
+        yield Served(address, time.perf_counter() - start)
+    finally:
+        process.terminate()
+        process.join(_STOP_S)
+        if process.is_alive():
+            process.kill()
+
+
+def _serve(options: ServeOptions) -> None:
+    from hasten.server.app import run_server
+
+    try:
+        raise SystemExit(run_server(options))
+    except HastenError as error:
+        raise SystemExit(f"hasten: error: {error}") from None
+
+
+def free_ports() -> list[int]:
+    """Three ports of this machine that nobody listens on: for HTTP, gRPC and metrics."""
+    with ExitStack() as opened:
+        listeners = [opened.enter_context(open_port(_HOST, 0, "a free port")) for _ in range(3)]
+        return [int(listener.getsockname()[1]) for listener in listeners]
+
+
+def wait_until_ready(address: str, is_alive: Callable[[], bool], log: Path) -> None:
+    """Return once the server at a gRPC address is ready; EngineError with its last words if its process ends before."""
+    until = time.monotonic() + _START_S
+    with grpcclient.InferenceServerClient(address) as client:
+        while not _is_ready(client):
+            if not is_alive() or time.monotonic() > until:
+                said = log.read_text().splitlines() if log.exists() else []
+                errors = [line for line in said if line.startswith("E")]
+                raise EngineError("the server did not get ready; it said: " + " / ".join(errors or said[-1:]))
+            time.sleep(0.01)
+
+
+def _is_ready(client: grpcclient.InferenceServerClient) -> bool:
+    try:
+        return bool(client.is_server_ready())
+    except InferenceServerException:
+        return False  # its port is not open yet
+
+
+def measure(llm: LLM, addresses: dict[str, str], load: Load) -> list[Turns]:
+    """Measure single requests, requests that come at once, and streams.
+
+    `addresses` has the servers by name, hasten's first: the others must serve the model's tokens as `fastertransformer`
+    and are measured on requests that come at once. EngineError if anyone gives other tokens.
+    """
+    rng, vocab_size = random.Random(0), llm.config.vocab_size
+    prompts = [random_prompt(load.prompt_length, vocab_size, rng) for _ in range(load.concurrency)]
+    first = next(iter(addresses.items()))
+    return [
+        _single(llm, first, prompts[0], load),
+        _at_once(llm, addresses, prompts, load),
+        _streams(llm, first, prompts, load),
+    ]
+
+
+def _single(llm: LLM, server: tuple[str, str], prompt: list[int], load: Load) -> Turns:
+    params = _params(load)
+    name, address = server
+    with grpcclient.InferenceServerClient(address) as client:
+
+        def over_grpc() -> Tokens:
+            found = client.infer(TOKEN_MODEL, _token_inputs(grpcclient, prompt, load.output_length))
+            return [_new_tokens(found, len(prompt))]
+
+        callers = {"engine": lambda: _tokens(llm, [prompt], params), f"{name}, gRPC": over_grpc}
+        return _in_turns("one request", "ms", callers, load.requests, lambda seconds: 1000 * seconds)
+
+
+def _at_once(llm: LLM, addresses: dict[str, str], prompts: list[list[int]], load: Load) -> Turns:
+    params = _params(load)
+
+    async def infer(address: str) -> Tokens:
+        async with aioclient.InferenceServerClient(address) as client:
+            asked = [client.infer(TOKEN_MODEL, _token_inputs(aioclient, p, load.output_length)) for p in prompts]
+            return [_new_tokens(one, load.prompt_length) for one in await asyncio.gather(*asked)]
+
+    def ask(address: str) -> Tokens:
+        return asyncio.run(infer(address))
+
+    callers: dict[str, Callable[[], Tokens]] = {"engine": lambda: _tokens(llm, prompts, params)}
+    callers |= {f"{name}, gRPC": partial(ask, address) for name, address in addresses.items()}
+    return _throughput(f"{len(prompts)} requests at once", callers, load)
+
+
+def _streams(llm: LLM, server: tuple[str, str], prompts: list[list[int]], load: Load) -> Turns:
+    """Each request a stream of its own that gives every token as soon as it is there, as text."""
+    assert llm.tokenizer is not None
+    texts = [llm.tokenizer.decode(prompt) for prompt in prompts]
+    params = replace(_params(load), detokenize=True)
+
+    async def ask(address: str) -> list[str]:
+        async with aioclient.InferenceServerClient(address) as client:
+            return list(await asyncio.gather(*(_stream(client, text, load.output_length) for text in texts)))
+
+    callers: dict[str, Callable[[], Any]] = {
+        "engine": lambda: [output.outputs[0].text for output in llm.generate(texts, params)],
+        f"{server[0]}, gRPC": lambda: asyncio.run(ask(server[1])),
+    }
+    return _throughput(f"{len(prompts)} streams at once", callers, load)
+
+
+async def _stream(client: aioclient.InferenceServerClient, text: str, length: int) -> str:
+    options = {"max_tokens": length, "temperature": 0, "ignore_eos": True}
+
+    async def message() -> AsyncIterator[dict[str, Any]]:
+        inputs = [_tensor(aioclient, "text_input", np.array([text.encode()], object), "BYTES")]
+        inputs.append(_tensor(aioclient, "stream", np.array([True]), "BOOL"))
+        yield {"model_name": TEXT_MODEL, "inputs": inputs, "parameters": options}
+
+    pieces = []
+    async for found, error in client.stream_infer(message()):
+        if error is not None:
+            raise EngineError(f"a stream ended: {error}")
+        pieces.append(found.as_numpy("text_output")[0].decode())
+    return "".join(pieces)
+
+
+def _throughput(name: str, callers: dict[str, Callable[[], Any]], load: Load) -> Turns:
+    tokens = load.concurrency * load.output_length
+    return _in_turns(name, "tokens/s", callers, load.rounds, lambda seconds: tokens / seconds)
+
+
+def _in_turns(
+    name: str, unit: str, callers: dict[str, Callable[[], Any]], count: int, figure: Callable[[float], float]
+) -> Turns:
+    expected = None
+    seconds: dict[str, list[float]] = {caller: [] for caller in callers}
+    for number in range(count + 1):
+        for caller, call in callers.items():
+            start = time.perf_counter()
+            try:
+                found = call()
+            except InferenceServerException as error:
+                raise EngineError(f"{name}: {caller}: {error}") from error
+            if number:
+                seconds[caller].append(time.perf_counter() - start)
+            expected = found if expected is None else expected
+            if found != expected:
+                raise EngineError(f"{name}: {caller} gives other tokens than the engine in this process")
+    medians = {caller: figure(median(values)) for caller, values in seconds.items()}
+    first, *others = callers
+    return Turns(
+        name=name,
+        unit=unit,
+        values={caller: Spread.of([figure(value) for value in values]) for caller, values in seconds.items()},
+        ratios={caller: medians[caller] / medians[first] for caller in others},
+    )
+
+
+def _params(load: Load) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=load.output_length, ignore_eos=True, detokenize=False)
+
+
+def _tokens(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams) -> Tokens:
+    return [list(output.outputs[0].token_ids) for output in llm.generate(prompts, params)]
+
+
+def _tensor(client: Any, name: str, values: np.ndarray[Any, Any], datatype: str) -> Any:
+    made = client.InferInput(name, list(values.shape), datatype)
+    made.set_data_from_numpy(values)
+    return made
+
+
+def _token_inputs(client: Any, prompt: list[int], length: int) -> list[Any]:
+    values = {
+        "input_ids": [prompt],
+        "input_lengths": [[len(prompt)]],
+        "request_output_len": [[length]],
+        "end_id": [[_NO_END]],
+    }
+    return [_tensor(client, name, np.array(value, np.uint32), "UINT32") for name, value in values.items()]
+
+
+def _new_tokens(found: Any, prompt_length: int) -> list[int]:
+    tokens: list[int] = found.as_numpy("output_ids")[0][0].tolist()
+    return tokens[prompt_length:]
+
+
+def show(title: str, start_s: float, turns: Sequence[Turns]) -> None:
+    """Print a table."""
+    rows = [("start to ready", "hasten", f"{start_s:.2f} s", "", "")]
+    for one in turns:
+        for caller, spread in one.values.items():
+            ratio = f"{one.ratios[caller]:.2f} x" if caller in one.ratios else ""
+            rows.append((one.name, caller, f"{spread.p50:.1f} {one.unit}", f"{spread.best:.1f}", ratio))
+    print_table(title, ("what", "who", "median", "least", "beside the engine"), rows)

@@ -1,0 +1,74 @@
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hasten.bench import serving
+from hasten.bench.report import Spread
+from hasten.bench.serving import Load, Served, Turns
+from hasten.cli.main import main
+from hasten.core.config import EngineConfig
+from hasten.core.errors import EngineError
+from hasten.engine.llm import LLM
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
+LOAD = Load(concurrency=3, prompt_length=5, output_length=4, requests=2, rounds=2)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving.served(EngineConfig.create(str(DEMO)), tmp_path_factory.mktemp("server") / "log") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(str(DEMO)) as llm:
+        yield llm
+
+
+def test_engine_and_servers_take_turns(llm: LLM, server: Served) -> None:
+    single, at_once, streams = serving.measure(llm, {"hasten": server.address, "peer": server.address}, LOAD)
+    assert (single.name, single.unit, list(single.values)) == ("one request", "ms", ["engine", "hasten, gRPC"])
+    assert list(at_once.ratios) == ["hasten, gRPC", "peer, gRPC"]
+    assert (streams.name, list(streams.ratios)) == ("3 streams at once", ["hasten, gRPC"])
+    for one in (single, at_once, streams):
+        for caller, ratio in one.ratios.items():
+            assert ratio == pytest.approx(one.values[caller].p50 / one.values["engine"].p50, rel=0.5)
+    assert 0 < server.start_s < 60
+
+
+def test_other_tokens_are_an_error() -> None:
+    with pytest.raises(EngineError, match="one: b gives other tokens than the engine"):
+        serving._in_turns("one", "ms", {"a": lambda: [[1]], "b": lambda: [[2]]}, 1, lambda seconds: seconds)
+
+
+def test_a_peer_that_is_not_there(llm: LLM, server: Served) -> None:
+    port = serving.free_ports()[0]
+    with pytest.raises(EngineError, match=r"3 requests at once: peer, gRPC: .*UNAVAILABLE"):
+        serving.measure(llm, {"hasten": server.address, "peer": f"127.0.0.1:{port}"}, LOAD)
+
+
+def test_a_server_that_does_not_get_ready(tmp_path: Path) -> None:
+    server = serving.served(EngineConfig.create(str(tmp_path)), tmp_path / "log")
+    with pytest.raises(EngineError, match=r"did not get ready; it said: .*config\.json"), server:
+        pass
+
+
+def test_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--concurrency", "2", "--prompt-length", "3", "--output-length", "2", "--requests", "1", "--rounds", "1"]
+    assert main(["bench", "serving", str(DEMO), *sizes, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert found["start_s"] > 0
+    assert [one["name"] for one in found["results"]] == ["one request", "2 requests at once", "2 streams at once"]
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    spread = Spread(1.0, 2.0, 3.0)
+    turns = Turns("one request", "ms", {"engine": spread, "hasten, gRPC": spread}, {"hasten, gRPC": 1.25})
+    serving.show("title", 3.21, [turns])
+    out = capsys.readouterr().out
+    assert "3.21 s" in out
+    assert "1.25 x" in out
