@@ -20,6 +20,8 @@ from tritonclient.utils import InferenceServerException
 from hasten.cli.main import build_parser, main
 from hasten.cli.serve import serve_options
 from hasten.core.errors import ConfigError
+from hasten.core.types import SamplingParams
+from hasten.engine.llm import LLM
 from hasten.server.listeners import open_port
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
@@ -208,6 +210,8 @@ def test_work_in_flight_is_finished_before_the_end(start: Start) -> None:
         server.wait_for("SIGTERM received")
         refused = httpx.post(path, json={"text_input": "Ben", "max_tokens": 2})
         assert refused.status_code == 503
+        body = {"model": "demo-model", "prompt": "Ben", "max_tokens": 2}
+        assert httpx.post(f"{server.http}/v1/completions", json=body).status_code == 503
         assert httpx.get(f"{server.http}/v2/health/ready").status_code == 400
         assert httpx.get(f"{server.http}/v2/health/live").status_code == 200
         events = [json.loads(line[6:]) for line in lines if line]
@@ -369,3 +373,44 @@ def test_the_servers_process_has_no_torch() -> None:
     code = "import sys, hasten.server.app; print([name for name in ('torch', 'transformers') if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown == "[]\n"
+
+
+def test_ranks_that_torchrun_started_serve_together(tmp_path: Path) -> None:
+    """Rank 0 answers, the other computes with it, and both end with the work that was under way done."""
+    log = tmp_path / "log"
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    with log.open("w") as stream:
+        command = [torchrun, "--nproc-per-node", "2", "--no-python", sys.executable, "-m", "hasten", "serve"]
+        process = subprocess.Popen([*command, *LOCAL, str(DEMO)], stdout=stream, stderr=stream)
+    try:
+        until = time.monotonic() + 100
+        while "Started Metrics Service" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.1)
+        found = re.search(r"Started HTTPService at (127\.0\.0\.1:\d+)", log.read_text())
+        assert found is not None
+        request = {"text_input": "Anna looked", "max_tokens": 5, "temperature": 0}
+        answer = httpx.post(f"http://{found[1]}/v2/models/demo-model/generate", json=request, timeout=60)
+        assert answer.status_code == 200, answer.text
+        with LLM(str(DEMO)) as llm:
+            alone = llm.generate(["Anna looked"], SamplingParams(temperature=0, max_tokens=5))[0].outputs[0].text
+        assert answer.json()["text_output"].endswith(alone)
+        table = next(line for line in log.read_text().splitlines() if "| cpu" in line)
+        assert "| 2 " in table
+        process.terminate()
+        process.wait(40)
+        assert "SIGTERM received: no new requests" in log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_ranks_must_know_which_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["repository", "create", str(DEMO), str(tmp_path)]) == 0
+    for variable, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(variable, value)
+    explicit = ["--model-control-mode", "explicit", "--load-model", "preprocessing"]
+    args = build_parser().parse_args(["serve", "--model-repository", str(tmp_path), *explicit])
+    with pytest.raises(ConfigError, match="has 0 token models"):
+        args.run(args)

@@ -26,6 +26,13 @@ def test_the_sizes_lie_on_both_sides_of_a_small_weight() -> None:
     assert LARGE[0] * LARGE[1] == cpu._SMALL_WEIGHT
 
 
+def test_few_numbers_of_rows_are_compiled_and_few_rows_are_added() -> None:
+    made = {rows: cpu._compiled_rows(rows) for rows in range(1, 8193)}
+    assert all(rows <= found <= rows * 9 / 8 for rows, found in made.items())
+    assert all(made[rows] == rows for rows in (1, 7, 32, 64, 128, 2048))
+    assert len(set(made.values())) < 100
+
+
 COUNTS = (0, 1, 2, 63, 64, 65)
 """Of rows, where not all of `ROWS` are tried."""
 

@@ -16,7 +16,7 @@ import pytest
 
 from hasten import LLM, SamplingParams
 from hasten.core.errors import ChecksumError, ConfigError, EngineError, RankError
-from hasten.parallel.launch import RankPlace, place_from_environment
+from hasten.parallel.place import RankPlace, place_from_environment
 
 LIMIT_S = 5.0
 """How soon a run must end after a rank has died."""
@@ -206,6 +206,12 @@ def test_the_place_of_a_rank_comes_from_whoever_started_it() -> None:
     assert place_from_environment({"PMI_RANK": "2", "PMI_SIZE": "3", "MASTER_PORT": "5"}) == RankPlace(
         2, 3, 3, "127.0.0.1", 5
     )
+    pod = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+    assert place_from_environment(pod) == RankPlace(1, 2, 1, "job-master-0", 23456)
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "23456"}
+    assert place_from_environment(alone) is None
+    assert place_from_environment({**alone, **mpi_environment(1, 2, 9)}) == RankPlace(1, 2, 2, "127.0.0.1", 9)
+    assert place_from_environment({**mpi_environment(0, 1, 9), **torchrun}) == RankPlace(1, 4, 2, "node", 77)
     same_job = [place_from_environment({"PMI_RANK": rank, "PMI_SIZE": "2", "PMI_KVSNAME": "a"}) for rank in "01"]
     assert same_job[0] is not None
     assert same_job[1] is not None

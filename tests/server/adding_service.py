@@ -16,6 +16,7 @@ from hasten.server.interfaces import datatype_name
 from hasten.server.tensors import NUMPY
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, Tensor
 from hasten.server.validation import Rules
+from hasten.server.version import version_number
 
 _ADD = """
 name: "add" backend: "python" max_batch_size: 64
@@ -111,13 +112,7 @@ class AddingService:
             raise ServiceError(ErrorKind.NOT_FOUND, f"Request for unknown model: '{model}' is not found")
         if model in self.unloaded:
             raise ServiceError(ErrorKind.NOT_FOUND, f"Request for unknown model: '{model}' has no available versions")
-        if version and not version.isdecimal():
-            raise ServiceError(
-                ErrorKind.INVALID,
-                f"failed to get model version from specified version string '{version}' (details: stol), version "
-                "should be an integral value > 0",
-            )
-        if version not in ("", "1"):
+        if version_number(version) not in (-1, 1):
             text = f"Request for unknown model: '{model}' version {version} is not found"
             raise ServiceError(ErrorKind.NOT_FOUND, text)
         return self._configs[model]

@@ -139,13 +139,29 @@ def test_limits_of_one_model_are_put_into_its_configuration(demo_model: Path) ->
         ({"model_repository": ("r",), "repository": {"load_model": ("m",)}}, "--load-model needs --model-control-mode"),
         ({"model_repository": ("r",), "endpoints": {"http_port": 70000}}, "--http-port must be from 0 to 65535"),
         ({"model_repository": ("r",), "endpoints": {"allow_http": False, "allow_grpc": False}}, "nothing is served"),
+        (
+            {"model_repository": ("r",), "endpoints": {"metrics_interval_ms": -1}},
+            "--metrics-interval-ms must be at least",
+        ),
+        (
+            {"model_repository": ("r",), "repository": {"repository_poll_secs": 0}},
+            "--repository-poll-secs must be above",
+        ),
+        ({"model_repository": ("r",), "server": {"exit_timeout_secs": -1}}, "--exit-timeout-secs must be at least 0"),
+        (
+            {
+                "model_repository": ("r",),
+                "repository": {"model_control_mode": "explicit", "load_model": ("*", "m")},
+            },
+            r"--load-model=\* loads all models",
+        ),
         ({"model_repository": ("r",), "security": {"max_request_bytes": 0}}, "--max-request-bytes must be at least 1"),
         ({"engine": EngineConfig.create("m"), "model": {"max_batch": 0}}, "--max-batch must be at least 1"),
     ],
 )
 def test_options_that_make_no_server_are_refused(given: dict[str, Any], message: str) -> None:
     kinds = {"repository": RepositoryOptions, "endpoints": EndpointOptions, "security": SecurityOptions}
-    kinds["model"] = ModelOptions
+    kinds |= {"model": ModelOptions, "server": ServerOptions}
     with pytest.raises(ConfigError, match=message):
         ServeOptions(**{name: kinds[name](**part) if name in kinds else part for name, part in given.items()})
 

@@ -319,6 +319,20 @@ def test_errors_are_in_the_stream_which_stays_open(stub: Any) -> None:
     assert list(by_id["u2"].infer_response.raw_output_contents) == [SUM, DIFFERENCE]
 
 
+GARBAGE = b"\xff\xff\xff"
+NO_MESSAGE = "the request is not a message of type 'inference.ModelInferRequest'"
+
+
+def test_bytes_that_are_no_message_are_the_clients_fault(site: Transports) -> None:
+    with grpc.insecure_channel(site.grpc) as channel:
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        assert refusal(infer, GARBAGE) == (Code.INVALID_ARGUMENT, NO_MESSAGE)
+        stream = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
+        messages = (request(id="a").SerializeToString(), GARBAGE, request(id="b").SerializeToString())
+        found = [pb.ModelStreamInferResponse.FromString(raw) for raw in stream(iter(messages), timeout=30)]
+    assert [(one.infer_response.id, one.error_message) for one in found] == [("a", ""), ("", NO_MESSAGE), ("b", "")]
+
+
 def test_an_error_is_followed_by_the_final_response_where_it_is_asked_for(stub: Any) -> None:
     message = count(-2, triton_enable_empty_final_response=True)
     first, error, last = stub.ModelStreamInfer(iter([message]))

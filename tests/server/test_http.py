@@ -300,6 +300,7 @@ def test_log_settings(client: httpx.Client) -> None:
         ({"log_format": "x"}, 400, "invalid argument for log_format, got: x"),
         ({"log_info": 1}, 400, "expect boolean for 'log_info'"),
         ({"log_verbose_level": "1"}, 400, "expect int32 for 'log_verbose_level'"),
+        ({"log_verbose_level": 2**31}, 400, "expect int32 for 'log_verbose_level'"),
         ({"log_verbose_level": -1}, 400, "expect int32 for 'log_verbose_level'"),
         ({"log_info": False, "foo": 1}, 400, "log setting 'foo' is not known"),
     ],

@@ -110,7 +110,7 @@ def test_an_inference_as_json(client: httpx.Client) -> None:
         ),
         (
             {"inputs": [A, B], "outputs": [{"name": "OUTPUT0", "parameters": {"classification": -1}}]},
-            "Unable to parse 'classification': attempt to access JSON non-unsigned-integer as unsigned-integer",
+            "Unable to set 'classification': attempt to access JSON non-unsigned-integer as unsigned-integer",
         ),
     ],
 )

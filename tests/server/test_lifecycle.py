@@ -210,13 +210,17 @@ def test_the_newest_version_answers_unless_another_is_named(bench: Bench) -> Non
                 f"failed to get model version from specified version string '{wrong}' (details: stol), version should "
                 "be an integral value > 0",
             )
-            for wrong in ("x", "0", "1_0", "\N{ARABIC-INDIC DIGIT ONE}", "1 ", "--1")
+            for wrong in ("x", "1_0", "\N{ARABIC-INDIC DIGIT ONE}", "1 ", "--1")
         ),
     ):
         request = token_request([[7]], 1, "m")
         request.version = asked
         assert bench.fails(bench.service.infer(request)) == (kind, message)
     assert not bench.service.is_model_ready("m", "2")
+    assert not bench.service.is_model_ready("m", "0")
+    for wrong in ("x", "-1"):
+        with pytest.raises(ServiceError, match="version should be an integral value > 0"):
+            bench.service.is_model_ready("m", wrong)
 
 
 def test_nothing_is_loaded_before_it_is_asked_for(bench: Bench) -> None:
@@ -231,6 +235,22 @@ def test_nothing_is_loaded_before_it_is_asked_for(bench: Bench) -> None:
     assert bench.answer() == [7, 8, 9, 10]
     assert bench.service.index(ready=True) == [IndexEntry("m", "1", "READY")]
     assert bench.service.index() == [IndexEntry("m", "1", "READY"), IndexEntry("n")]
+
+
+def test_names_that_a_client_makes_up_leave_nothing(bench: Bench) -> None:
+    bench.write("m")
+    bench.start(ControlMode.EXPLICIT, "m")
+    for number in range(20):
+        failed = bench.fails(bench.service.load(f"n{number}"))
+        assert failed == (
+            ErrorKind.INTERNAL,
+            f"failed to load 'n{number}', failed to poll from model repository",
+        )
+        bench.unload(f"o{number}")
+    assert bench.service.is_ready()
+    assert bench.service.index() == [IndexEntry("m", "1", "READY")]
+    registry = bench.service._registry
+    assert set(registry._locks) | registry._asked_for | set(registry.failures) == {"m"}
 
 
 def test_models_named_at_the_start(bench: Bench) -> None:

@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hasten.engine.stats import EngineStats
 from hasten.server.machine import CpuMeter, GpuMeter
-from hasten.server.metrics import Family, Metrics
+from hasten.server.metrics import Family, Machine, Metrics
 from hasten.server.statistics import Counters, FailureReason, Histogram, LanguageCounters
 from hasten.server.types import ErrorKind, ServiceError
 
@@ -224,6 +224,7 @@ def fake_nvml(energy: list[float]) -> types.ModuleType:
         "nvmlDeviceGetCount": lambda: 1,
         "nvmlDeviceGetHandleByIndex": lambda index: index,
         "nvmlDeviceGetUUID": lambda handle: "GPU-1",
+        "nvmlDeviceGetName": lambda handle: "NVIDIA H200",
         "nvmlDeviceGetUtilizationRates": lambda handle: types.SimpleNamespace(gpu=50),
         "nvmlDeviceGetMemoryInfo": lambda handle: types.SimpleNamespace(total=2000, used=500),
         "nvmlDeviceGetPowerUsage": lambda handle: 70_000,
@@ -251,8 +252,23 @@ def test_gpus_are_told_where_there_are_any(service: Counted, monkeypatch: pytest
     _, samples = exposed(service)
     assert samples["nv_gpu_memory_used_bytes", (("gpu_uuid", "GPU-1"),)] == 500
     assert not [name for name, _ in samples if name == "nv_gpu_power_limit"]
+    assert Machine().sources() == ["metrics for GPU 0: NVIDIA H200", "CPU metrics"]
+    assert all("cpu" in family.name for family in Machine(gpus=False).families() if family.samples)
+    assert all("cpu" not in family.name for family in Machine(cpu=False).families())
+
+
+def test_the_machine_is_measured_once_in_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("hasten.server.metrics.time.monotonic", lambda: now[0])
+    machine = Machine(gpus=False, interval=2.0)
+    first = machine.families()
+    now[0] = 101.9
+    assert machine.families() is first
+    now[0] = 102.0
+    assert machine.families() is not first
 
 
 def test_without_nvidias_library_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert GpuMeter().read() == {}
+    assert Machine(cpu=False).sources() == []

@@ -40,6 +40,8 @@ parameters { key: "model_checkpoint_path" value: { string_value: "/mnt/model/2-g
 parameters { key: "int8_mode" value: { string_value: "0" } }
 parameters { key: "enable_custom_all_reduce" value: { string_value: "1" } }
 """
+TEXT = 'parameters { key: "kind" value { string_value: "text" } } '
+ENSEMBLE = 'platform: "ensemble" ensemble_scheduling { } '
 
 
 def config(text: str = "", name: str = "m") -> Any:
@@ -117,6 +119,14 @@ def test_without_completion_the_tensors_must_be_there() -> None:
         ("instance_group [ { count: 2 } ]", "instance_group count 2 is not supported"),
         ("instance_group [ { }, { } ]", "several instance_groups are not supported"),
         ("instance_group [ { kind: KIND_GPU gpus: [ 0 ] } ]", "instance_group gpus is not supported"),
+        (TEXT + 'instance_group [ { kind: KIND_GPU } ]', "GPU belongs"),
+        (TEXT + 'default_model_filename: "x"', "belongs to the model"),
+        ('platform: "ensemble" backend: "python" ensemble_scheduling { }', "backend is not supported: its steps are"),
+        ('platform: "ensemble" instance_group [ { } ] ensemble_scheduling { }', "instance_group is not supported"),
+        ('platform: "ensemble" default_model_filename: "x" ensemble_scheduling { }', "default_model_filename is not"),
+        ('platform: "ensemble" ensemble_scheduling { max_inflight_requests: 2 }', "max_inflight_requests is not"),
+        (ENSEMBLE + 'input [ { name: "x" data_type: TYPE_FP32 dims: 1 reshape { } } ]',
+         "'x' of an ensemble cannot be reshaped"),
         ("max_batch_size: -1", "max_batch_size must not be negative"),
         ("ensemble_scheduling { } backend: \"hasten\"", "ensemble_scheduling belongs to"),
         ('platform: "ensemble"', "ensemble_scheduling belongs to"),
@@ -180,6 +190,16 @@ def test_every_option_of_the_engine_is_a_parameter_and_back() -> None:
         *("tensor_para_size", "pipeline_para_size", "model_type", "model_checkpoint_path", "int8_mode"),
         "enable_custom_all_reduce",
     }
+
+
+def test_an_instance_on_a_gpu_has_its_engine_there() -> None:
+    assert "device" not in engine_options(config("instance_group [ { kind: KIND_CPU } ]"))  # it places itself
+    group = "instance_group [ { kind: KIND_GPU } ] "
+    assert engine_options(config(group))["device"] == "cuda"
+    device = 'parameters {{ key: "device" value {{ string_value: "{}" }} }}'
+    assert engine_options(config(group + device.format("cuda:1")))["device"] == "cuda:1"
+    with pytest.raises(ConfigError, match="'device' is 'cpu', but its instance_group is KIND_GPU"):
+        engine_options(config(group + device.format("cpu")))
 
 
 def test_where_the_weights_lie(tmp_path: Path) -> None:

@@ -79,6 +79,9 @@ def test_names_stand_for_the_newest_version_and_text_models_for_their_token_mode
         def engines(self) -> Any:
             return dict.fromkeys([("b", "10"), ("a", "1"), ("b", "9")])
 
+        def check_open(self) -> None:
+            pass
+
         def text_models(self) -> dict[str, str]:
             return {"text": "b", "orphan": "c"}
 
@@ -262,6 +265,21 @@ def test_a_bias_chooses_the_token(client: openai.OpenAI, llm: LLM) -> None:
     assert " the" not in made.choices[0].text
 
 
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_best_of_shows_the_most_probable(client: openai.OpenAI, llm: LLM, logprobs: int | None) -> None:
+    drawn = llm.generate(PROMPT, SamplingParams(n=5, max_tokens=12, seed=3, logprobs=0))[0].outputs
+    means = {one.text: (one.cumulative_logprob or 0.0) / len(one.token_ids) for one in drawn}
+    best = sorted(means, key=lambda text: -means[text])[:2]
+    common: dict[str, Any] = {"model": "story", "prompt": [PROMPT, PROMPT], "max_tokens": 12, "seed": 3, "n": 2}
+    made = client.completions.create(**common, best_of=5, logprobs=logprobs)
+    assert [(choice.index, choice.text) for choice in made.choices] == list(enumerate(best * 2))
+    assert all((choice.logprobs is None) == (logprobs is None) for choice in made.choices)
+    assert made.usage is not None
+    assert made.usage.completion_tokens == 2 * sum(len(one.token_ids) for one in drawn)
+    with pytest.raises(openai.BadRequestError, match="cannot be streamed"):
+        client.completions.create(**common, best_of=5, stream=True)
+
+
 def test_beam_search_gives_the_engines_beams(client: openai.OpenAI, llm: LLM) -> None:
     params = SamplingParams(beam_width=4, n=2, max_tokens=12, length_penalty=0.5)
     right = [one.text for one in llm.generate(PROMPT, params)[0].outputs]
@@ -416,7 +434,8 @@ BAD: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "stop": ({"stop": ["a"] * 65}, "stop is limited to 64", "stop"),
     "empty stop": ({"stop": ""}, "stop holds an empty string", "stop"),
     "suffix": ({"suffix": "end"}, "suffix is not supported", "suffix"),
-    "best_of": ({"best_of": 2}, "needs use_beam_search", "best_of"),
+    "fewer than n": ({"best_of": 1, "n": 2}, "best_of must be at least n (2)", "best_of"),
+    "many to choose from": ({"best_of": 129, "stream": False}, "best_of is limited to 128", "best_of"),
     "one beam": ({"use_beam_search": True}, "needs best_of, or n, above 1", "best_of"),
     "beams drawn": ({"use_beam_search": True, "n": 2, "temperature": 0.5}, "temperature must be left", "temperature"),
     "beam option": ({"length_penalty": 2.0}, "length_penalty needs beam_width above 1", "length_penalty"),
@@ -464,6 +483,7 @@ BAD_CHATS: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "store": ({"store": True}, "store=True is not supported", "store"),
     "audio": ({"modalities": ["text", "audio"]}, "modalities=", "modalities"),
     "top_logprobs": ({"top_logprobs": 2}, "top_logprobs needs logprobs", "top_logprobs"),
+    "best_of": ({"best_of": 2}, "needs use_beam_search", "best_of"),
     "two limits": ({"max_tokens": 1, "max_completion_tokens": 1}, "not both", "max_tokens"),
     "long": ({"messages": [{"role": "user", "content": "Anna " * 2100}]}, "longest sequence has 2048", "messages"),
     "image": (

@@ -83,7 +83,7 @@ def test_a_model_in_two_repositories(tmp_path: Path) -> None:
         repository.describe("m")
 
 
-HOSTILE = ["", ".", "..", "/", "../m", "m/../../x", "/etc", "a/b", "a\\b", "m\0", "\0"]
+HOSTILE = ["", ".", "..", "/", "../m", "m/../../x", "/etc", "a/b", "a\\b", "m\0", "\0", "x" * 256, "é" * 128]
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -78,7 +78,12 @@ def test_http_wants_a_key(locked: Transports) -> None:
             assert locked.service.begun == before
         assert client.get("/v2").status_code == 401
         assert client.get("/v2/health/ready/").status_code == 401
-        assert client.get("/v1/models").json()["error"]["type"] == "authentication_error"
+        refusal = client.get("/v1/models").json()["error"]
+        assert (refusal["type"], refusal["param"], refusal["code"]) == (
+            "invalid_request_error",
+            None,
+            "invalid_api_key",
+        )
         for headers in ({"Authorization": f"Bearer {KEY}"}, {"x-api-key": KEY}):
             assert client.post("/v2/models/add/generate", json=BODY, headers=headers).status_code == 200
         for probe in ("live", "ready"):

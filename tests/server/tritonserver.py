@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -102,7 +103,9 @@ def _free_ports(count: int) -> list[int]:
 class TritonServer:
     """A running server in model control mode explicit; as a context it is stopped at the end."""
 
-    def __init__(self, wheel: Path, backends: Path, repository: Path, log: Path, *models: str) -> None:
+    def __init__(
+        self, wheel: Path, backends: Path, repository: Path, log: Path, *models: str, options: Sequence[str] = ()
+    ) -> None:
         self.http_port, self.grpc_port, self.metrics_port = _free_ports(3)
         self.log = log
         program = wheel / "pytriton" / "tritonserver" / "bin" / "tritonserver"
@@ -111,6 +114,7 @@ class TritonServer:
             *("--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)),
             *("--metrics-port", str(self.metrics_port), "--model-control-mode", "explicit"),
             *(f"--load-model={model}" for model in models),
+            *options,
         ]
         with log.open("w") as file:
             self.process = subprocess.Popen(command, env=environment(wheel), stdout=file, stderr=file)

@@ -99,7 +99,7 @@ class HuggingFaceEngine:
         threads: int | None = None,
     ) -> None:
         self._threads = threads or torch.get_num_threads()
-        self.device = rank_device(EngineConfig.create(folder, device=device), TensorGroup())
+        self.device = rank_device(EngineConfig.create(folder, device=device), TensorGroup(), 1)
         config = open_checkpoint(folder, dummy=torch.device("cpu")).config
         self.dtype = TORCH_DTYPES[compute_dtype(dtype, config, self.device)]
         self._batch_size = batch_size

@@ -234,7 +234,7 @@ def run_lambada(args: argparse.Namespace) -> int:
     from hasten.bench import lambada, report
     from hasten.bench.engines import HastenEngine, HuggingFaceEngine
     from hasten.engine.text import Tokenizer
-    from hasten.parallel.launch import place_from_environment
+    from hasten.parallel.place import place_from_environment
 
     place = place_from_environment()
     if args.test_hf and place is not None and place.rank > 0:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from hasten import __version__
-from hasten.cli import bench, convert, demo, generate, repository, serve
+from hasten.cli import bench, cluster, convert, demo, generate, repository, serve
 from hasten.cli.options import Parser
 from hasten.core.errors import CapacityError, ClusterError, EngineError, HastenError
 
@@ -23,7 +23,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"hasten {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for room in (convert, generate, serve, repository, bench, demo):
+    for room in (convert, generate, serve, repository, bench, cluster, demo):
         room.add_parser(commands)
     return parser
 

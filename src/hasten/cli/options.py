@@ -80,12 +80,14 @@ class _Shape:
 
 
 def _shape(hint: Any) -> _Shape:
-    """`int | None` is an int; `Sequence[str] | str` is a str that may be given more than once."""
+    """`int | None` is an int; `Sequence[str] | str` is a str that may be given more than once; words are a str."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         shapes = [_shape(part) for part in typing.get_args(hint) if part is not type(None)]
         return max(shapes, key=lambda shape: shape.many)
     if typing.get_origin(hint) is Sequence:
         return _Shape(typing.get_args(hint)[0], many=True)
+    if typing.get_origin(hint) is typing.Literal:
+        return _Shape(type(typing.get_args(hint)[0]))
     return _Shape(hint)
 
 
@@ -94,7 +96,7 @@ def _flag(name: str) -> str:
 
 
 def _help(text: str, default: Any) -> str:
-    if default in (None, MISSING, ()) or default is False or "(default" in text:
+    if default in (None, MISSING, (), "") or default is False or "(default" in text:
         return text
     return f"{text} (default: {'yes' if default is True else default})"
 

@@ -79,7 +79,14 @@ def _switch(text: str) -> bool:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
+    from hasten.parallel.place import place_from_environment
+
     options = serve_options(args)
+    place = place_from_environment()
+    if place is not None and place.rank > 0:
+        from hasten.server.follower import follow
+
+        return follow(options)
 
     from hasten.server.app import run_server
 

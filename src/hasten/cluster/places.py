@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from hasten.cluster.spec import TrainingJob, TritonServer, Volume
+from hasten.core.config import option
 from hasten.core.errors import UnsupportedError
 
 PYTORCHJOB = "PYTORCHJOB"
@@ -148,17 +149,23 @@ class LogOptions:
 class ServerUpdate:
     """What `serve update triton` changes; None leaves as it is."""
 
-    image: str | None = None
-    gpus: int | None = None
-    cpu: str | None = None
-    memory: str | None = None
-    replicas: int | None = None
-    env: Sequence[str] = ()
-    annotation: Sequence[str] = ()
-    label: Sequence[str] = ()
-    model_repository: str | None = None
-    load_model: Sequence[str] = ()
-    extend_command: str | None = None
+    image: str | None = option(None, "image that its containers run")
+    gpus: int | None = option(None, "GPUs of each instance")
+    cpu: str | None = option(None, "cores of each instance, such as 4 or 500m")
+    memory: str | None = option(None, "memory of each instance, such as 16Gi")
+    replicas: int | None = option(None, "instances of the server")
+    env: Sequence[str] = option((), "environment variable, NAME=VALUE; may be given more than once", short="-e")
+    annotation: Sequence[str] = option((), "annotation, NAME=VALUE; may be given more than once", short="-a")
+    label: Sequence[str] = option((), "label, NAME=VALUE; may be given more than once", short="-l")
+    model_repository: str | None = option(None, "folder of the models, as its containers see it")
+    load_model: Sequence[str] = option((), "model to load, others are not; may be given more than once")
+    extend_command: str | None = option(None, "further options of the server, as one string for the shell")
+
+    def __post_init__(self) -> None:
+        changed = {one.name: getattr(self, one.name) for one in fields(self)}
+        given = {name: value for name, value in changed.items() if value not in (None, ())}
+        # the rules are those of a server that is made so
+        TritonServer(**{"name": "server", "version": "1", "model_repository": "/", **given})
 
 
 class Place(Protocol):

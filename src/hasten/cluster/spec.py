@@ -91,6 +91,11 @@ class Workload:
     config_file: Sequence[str] = option(
         (), "file of this machine and where it is to be found, FILE:/PATH; may be given more than once"
     )
+    map_paths: bool = option(
+        False,
+        "locally, mount nothing: put the folder of --data, --data-dir or --config-file for its path wherever that "
+        "begins a word or follows one of = : , ; ( ' \" in the command, --env, --working-dir and --model-repository",
+    )
     annotation: Sequence[str] = option((), "annotation, NAME=VALUE; may be given more than once", short="-a")
     label: Sequence[str] = option((), "label, NAME=VALUE; may be given more than once", short="-l")
     selector: Sequence[str] = option((), "label a node must have, NAME=VALUE; may be given more than once")

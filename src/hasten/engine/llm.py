@@ -16,7 +16,8 @@ from hasten.core.types import Request, RequestOutput, SamplingParams
 from hasten.engine.engine import Engine
 from hasten.engine.text import Tokenizer
 from hasten.engine.worker import config_to_json, device_kind, follow_rank_zero
-from hasten.parallel.launch import Children, RankPlace, Ranks, place_from_environment
+from hasten.parallel.launch import Children, Ranks
+from hasten.parallel.place import RankPlace, place_from_environment
 
 Prompt = str | Sequence[int]
 
@@ -52,12 +53,7 @@ class LLM:
         )
         self._engine: Engine | None = None
         self._next_id = 0
-        place = place_from_environment()
-        if place is not None and tensor_parallel_size not in (1, place.size):
-            raise ConfigError(
-                f"tensor_parallel_size is {tensor_parallel_size}, but this is one of {place.size} ranks that "
-                "torchrun, mpirun or a cluster started; leave the option out or give their number"
-            )
+        place = launched_place(config)
         if place is not None and place.rank > 0:
             follow_rank_zero(config, place)
             return
@@ -212,6 +208,17 @@ def _params_for(count: int, params: SamplingParams | Sequence[SamplingParams] | 
     if len(params) != count:
         raise InvalidRequestError(f"{count} prompts, but {len(params)} sampling parameters; give one, or one for each")
     return list(params)
+
+
+def launched_place(config: EngineConfig) -> RankPlace | None:
+    """This process's place among ranks that others started; ConfigError where `config` asks for another number."""
+    place, size = place_from_environment(), config.parallel.tensor_parallel_size
+    if place is not None and size not in (1, place.size):
+        raise ConfigError(
+            f"tensor_parallel_size is {size}, but this is one of {place.size} ranks that torchrun, mpirun or a cluster "
+            "started; leave the option out or give their number"
+        )
+    return place
 
 
 def start_engine(config: EngineConfig, place: RankPlace | None = None) -> Engine:

@@ -46,8 +46,9 @@ from hasten.models.base import CausalLM
 from hasten.models.registry import model_class
 from hasten.ops.peers import Peers
 from hasten.parallel.groups import TensorGroup, use_group
-from hasten.parallel.launch import RankPlace, Ranks, place_from_environment
+from hasten.parallel.launch import Ranks
 from hasten.parallel.peers import connect, reachable
+from hasten.parallel.place import RankPlace, place_from_environment
 
 _DEFAULT_MODEL_LEN = 2048
 _DEFAULT_STEP_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -91,7 +92,7 @@ class Worker:
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.device = rank_device(config, ranks.group)
+        self.device = rank_device(config, ranks.group, ranks.local_size)
         config = replace(config, scheduler=resolve_scheduler(config.scheduler, self.device))
         self.overlap = bool(config.scheduler.overlap_steps)
         """Whether a step is launched before the tokens of the one before are known here."""
@@ -309,13 +310,13 @@ def device_kind(config: EngineConfig) -> str:
     return ops.default_device().type if config.device == "auto" else config.device.partition(":")[0]
 
 
-def rank_device(config: EngineConfig, group: TensorGroup) -> torch.device:
-    """The device of this rank; ConfigError where there is no such GPU."""
+def rank_device(config: EngineConfig, group: TensorGroup, local_size: int) -> torch.device:
+    """The device of this rank, one of `local_size` on this host; ConfigError where there is no such GPU."""
     if device_kind(config) == "cpu":
         return torch.device("cpu")
     number = int(config.device.partition(":")[2] or 0)
     if group.size > 1:
-        number = int(os.environ.get("LOCAL_RANK", group.rank))
+        number = int(os.environ.get("LOCAL_RANK", group.rank % local_size))
     if number >= torch.cuda.device_count():
         raise ConfigError(
             f"rank {group.rank} needs GPU {number}, but {torch.cuda.device_count()} are visible here; "

@@ -21,6 +21,8 @@ _PACK_FOR_ROWS = 64
 _SMALL_WEIGHT = 1 << 20
 """Weights of fewer elements keep a plain layout too: oneDNN takes longer to start than to multiply a few rows."""
 _FEW_ROWS = 1
+_EXACT_ROWS = 32
+"""Up to so many rows none are added."""
 _QUERY_CHUNK = 256
 """Most queries of one sequence in one attention call: bounds the bias and skips keys that lie ahead."""
 _CACHED_ELEMENTS = 1 << 19
@@ -106,12 +108,24 @@ def _linear(
         assert weight.plain is not None
         out_to = F.linear(x_th, weight.plain, bias_o)
     else:
-        out_to = torch.ops.mkldnn._linear_pointwise(x_th, weight.blocked, bias_o, "none", [], "")
+        rows = x_th.shape[0]
+        more = _compiled_rows(rows) - rows
+        padded_th = F.pad(x_th, (0, 0, 0, more)) if more else x_th
+        out_to = torch.ops.mkldnn._linear_pointwise(padded_th, weight.blocked, bias_o, "none", [], "")[:rows]
     if activation == "gelu_tanh":
         out_to = _gelu_tanh(out_to)
     if residual_to is not None:
         out_to = out_to.add_(residual_to)
     return out_to.to(dtype)
+
+
+def _compiled_rows(rows: int) -> int:
+    """How many rows to multiply so that `rows` of them are: up to an eighth more, so that there are few such numbers.
+
+    oneDNN compiles code for each number of rows that it meets, and keeps all of it.
+    """
+    step = 1 << max(0, (rows - 1).bit_length() - 4)
+    return rows if rows <= _EXACT_ROWS else -(-rows // step) * step
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

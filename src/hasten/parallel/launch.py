@@ -4,7 +4,6 @@ Whoever starts them, every rank runs the same program, and rank 0 is the one tha
 ends the others: the collective that waits for it fails, and rank 0 says who it was.
 """
 
-import hashlib
 import json
 import os
 import signal
@@ -12,9 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import IO
 
@@ -22,62 +20,15 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed offers them, but its types do not
 
-from hasten.core.errors import ConfigError, EngineError, RankError
+from hasten.core.errors import EngineError, RankError
 from hasten.parallel.groups import TensorGroup
+from hasten.parallel.place import RankPlace
 
 _GRACE_S = 2.0
 """How long a failure may take to be explained by the rank that caused it."""
 _START_TIMEOUT_S = 120.0
 _IDLE_TIMEOUT = timedelta(days=365)
 """How long a collective waits: ranks wait in one for the next request, however long that takes."""
-
-
-@dataclass(frozen=True)
-class RankPlace:
-    """Which rank this process is, and where the ranks meet."""
-
-    rank: int
-    size: int
-    local_size: int
-    address: str
-    port: int
-
-
-def place_from_environment(env: Mapping[str, str] = os.environ) -> RankPlace | None:
-    """This process's place if torchrun, mpirun (Open MPI, MPICH, Intel) or an operator started it; None otherwise."""
-    names = (
-        ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),
-    )
-    for rank_name, size_name, local_name in names:
-        if rank_name not in env or size_name not in env:
-            continue
-        rank, size = _number(env, rank_name), _number(env, size_name)
-        local_size = _number(env, local_name) if local_name in env else size
-        if local_size < size and "MASTER_ADDR" not in env:
-            raise ConfigError(
-                f"{size_name}={size} ranks on several hosts, but MASTER_ADDR is not set; set it to rank 0's host "
-                "(and MASTER_PORT to a free port there)"
-            )
-        address = env.get("MASTER_ADDR", "127.0.0.1")
-        return RankPlace(
-            rank, size, local_size, address, _number(env, "MASTER_PORT") if "MASTER_PORT" in env else _port_of_job(env)
-        )
-    return None
-
-
-def _number(env: Mapping[str, str], name: str) -> int:
-    try:
-        return int(env[name])
-    except ValueError:
-        raise ConfigError(f"the environment has {name}={env[name]!r}, which is not a number") from None
-
-
-def _port_of_job(env: Mapping[str, str]) -> int:
-    """A port that all ranks of one mpirun on this host work out alike: from its job's name or its process."""
-    job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMI_KVSNAME") or str(os.getppid())
-    return 20000 + int.from_bytes(hashlib.sha256(job.encode()).digest()[:4], "big") % 12000
 
 
 class Ranks:

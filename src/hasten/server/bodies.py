@@ -97,6 +97,8 @@ def infer_body(model: str, version: str, body: bytes, header_length: int | None,
 
 def _member(holder: Mapping[str, Any], key: str, kind: type, complaint: str, default: Any) -> Any:
     value = holder.get(key, default)
+    if value is None and key not in holder:
+        raise invalid(f"Unable to parse '{key}': attempt to access non-existing object member '{key}'")
     if type(value) is not kind:
         raise invalid(f"Unable to parse '{key}': attempt to access JSON {complaint}")
     return value
@@ -170,11 +172,11 @@ def _input(tensor: Any, tail: _Tail, memory: SharedMemory) -> Tensor:
     return from_bytes(name, datatype, shape, raw, model=tail.model, request_id=tail.request_id)
 
 
-def _unsigned(parameters: Mapping[str, Any], key: str) -> int:
-    size = parameters[key]
-    if type(size) is not int or size < 0:
-        raise invalid(f"Unable to parse '{key}': attempt to access JSON {_UNSIGNED}")
-    return size
+def _unsigned(parameters: Mapping[str, Any], key: str, verb: str = "parse") -> int:
+    number = parameters[key]
+    if type(number) is not int or number < 0:
+        raise invalid(f"Unable to {verb} '{key}': attempt to access JSON {_UNSIGNED}")
+    return number
 
 
 def _shared_memory(parameters: Mapping[str, Any]) -> dict[str, Parameter]:
@@ -219,7 +221,7 @@ def _output(output: Any, body: InferBody) -> None:
         raise invalid("failed to get output params.: attempt to get members for non-object")
     kept: dict[str, Parameter] = _shared_memory(parameters)
     if parameters.get("classification"):
-        kept["classification"] = _unsigned(parameters, "classification")
+        kept["classification"] = _unsigned(parameters, "classification", "set")
     if "binary_data" in parameters:
         body.binary_outputs[name] = _member(parameters, "binary_data", bool, "non-boolean as boolean", False)
         if body.binary_outputs[name] and REGION in kept:

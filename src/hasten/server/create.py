@@ -28,8 +28,9 @@ _PREPARED = {"input_ids": "INPUT_ID", "input_lengths": "REQUEST_INPUT_LEN", "req
 _PREPARED |= {"bad_words_list": "BAD_WORDS_IDS", "stop_words_list": "STOP_WORDS_IDS"}
 """The token model's inputs, by the outputs of preprocessing that they come from."""
 _INNER_OUTPUTS = {"output_ids": "_TOKENS_BATCH", "response_input_lengths": "_RESPONSE_INPUT_LENGTHS"}
-_INNER_OUTPUTS |= {"context_embeddings": "_CONTEXT_EMBEDDINGS"}
 """The token model's outputs that are not the ensemble's, and what they are called within it."""
+_UNUSED = "context_embeddings"
+"""Triton refuses an ensemble with a tensor that nothing takes."""
 
 
 def model_configs(
@@ -139,7 +140,7 @@ def _ensemble(token_name: str) -> model_config_pb2.ModelConfig:
     before, token, after = (INTERFACES[kind] for kind in (Kind.PREPROCESSING, Kind.TOKEN, Kind.POSTPROCESSING))
     texts = {rule.name: rule for rule in before.inputs}
     passed = [replace(rule, scalar=False) for rule in token.inputs if rule.name not in _PREPARED]
-    results = [rule for rule in token.outputs if rule.name not in _INNER_OUTPUTS]
+    results = [rule for rule in token.outputs if rule.name not in (*_INNER_OUTPUTS, _UNUSED)]
     made = model_config_pb2.ModelConfig(name=_ENSEMBLE, platform="ensemble", max_batch_size=token.max_batch_size)
     made.input.extend(replace(texts[theirs], name=name).as_input() for name, theirs in _ENSEMBLE_TEXTS.items())
     made.input.extend(rule.as_input() for rule in passed)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hasten.core.errors import ConfigError, HastenError
+from hasten.core.errors import HastenError
 from hasten.core.types import CompletionOutput, Request, RequestOutput
 from hasten.server.wire import (
     Abort,
@@ -208,14 +208,10 @@ def engine_info(engine: "Engine") -> EngineInfo:
 
 
 def _load(start: ToEngine) -> "Engine":
-    from hasten.engine.llm import start_engine
-    from hasten.parallel.launch import place_from_environment
+    from hasten.engine.llm import launched_place, start_engine
 
     assert isinstance(start, Start)
-    place = place_from_environment()
-    if place is not None and place.rank > 0:
-        raise ConfigError(f"this is rank {place.rank} of {place.size}; only rank 0 can be served")
-    return start_engine(start.config, place)
+    return start_engine(start.config, launched_place(start.config))
 
 
 def serve(channel: Channel) -> None:

@@ -27,6 +27,10 @@ def generate_request(
         if key in specs:
             inputs.append(_tensor(specs[key], value, batched=batched))
         elif key == "parameters":
+            if not isinstance(value, dict):
+                raise invalid(
+                    "Expected JSON object for keyword: 'parameters': attempt to access JSON non-object as object"
+                )
             parameters |= checked_parameters(value, reserved=False)
         else:
             parameters |= checked_parameters({key: value}, reserved=False)

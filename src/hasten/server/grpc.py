@@ -15,7 +15,7 @@ from hasten.server.errors import service_error
 from hasten.server.grpc_stream import stream_infer
 from hasten.server.http import require_known_model
 from hasten.server.placement import place, placements
-from hasten.server.proto import infer_request, infer_response
+from hasten.server.proto import infer_request, infer_response, parsed
 from hasten.server.security import NO_KEY, ApiKeys
 from hasten.server.settings import LogSettings, TraceSettings
 from hasten.server.shared_memory import NO_CUDA, SharedMemory
@@ -231,8 +231,7 @@ def add_to_server(server: Any, calls: GrpcCalls, keys: ApiKeys | None) -> None:
     """Have a `grpc.aio.Server` serve these calls, and `grpc.health.v1.Health/Check` for a cluster's probes."""
     handlers = {
         name: grpc.unary_unary_rpc_method_handler(
-            _answering(handler, None if name in _OPEN_CALLS else keys),
-            request_deserializer=getattr(pb, f"{name}Request").FromString,
+            _answering(handler, getattr(pb, f"{name}Request"), None if name in _OPEN_CALLS else keys),
             response_serializer=getattr(pb, f"{name}Response").SerializeToString,
         )
         for name, handler in calls.handlers().items()
@@ -244,7 +243,6 @@ def add_to_server(server: Any, calls: GrpcCalls, keys: ApiKeys | None) -> None:
 
     handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
         stream,
-        request_deserializer=pb.ModelInferRequest.FromString,
         response_serializer=pb.ModelStreamInferResponse.SerializeToString,
     )
 
@@ -256,14 +254,14 @@ def add_to_server(server: Any, calls: GrpcCalls, keys: ApiKeys | None) -> None:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
 
 
-def _answering(handler: Handler, keys: ApiKeys | None) -> Callable[[Any, Any], Awaitable[Any]]:
-    """A handler with keys checked and errors turned into statuses."""
+def _answering(handler: Handler, kind: Any, keys: ApiKeys | None) -> Callable[[bytes, Any], Awaitable[Any]]:
+    """A handler of requests of a kind, with keys checked and errors turned into statuses."""
     waits = inspect.iscoroutinefunction(handler)
 
-    async def answer(request: Any, context: Any) -> Any:
+    async def answer(raw: bytes, context: Any) -> Any:
         await _admit(context, keys)
         try:
-            response = handler(request)
+            response = handler(parsed(kind, raw))
             return await response if waits else response
         except HastenError as error:
             known = service_error(error)

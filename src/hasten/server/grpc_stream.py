@@ -17,7 +17,7 @@ from tritonclient.grpc import service_pb2 as pb
 from hasten.core.errors import HastenError
 from hasten.server.errors import service_error
 from hasten.server.placement import place, placements
-from hasten.server.proto import FINAL, WANTS_EMPTY_FINAL, infer_request, infer_response
+from hasten.server.proto import FINAL, WANTS_EMPTY_FINAL, infer_request, infer_response, parsed
 from hasten.server.shared_memory import SharedMemory
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
 
@@ -34,11 +34,11 @@ Placed = Callable[[InferResponse], set[str]]
 
 
 async def stream_infer(service: "Service", memory: SharedMemory, requests: Any, context: Any) -> None:
-    """Serve one stream; `requests` gives ModelInferRequest messages, `context` takes the answers."""
+    """Serve one stream; `requests` gives ModelInferRequest messages as bytes, `context` takes the answers."""
     stream = _Stream(service, memory, context)
     try:
-        async for message in requests:
-            await stream.begin(message)
+        async for raw in requests:
+            await stream.begin(raw)
         await stream.finish()
     finally:
         await stream.withdraw()
@@ -78,10 +78,10 @@ class _Stream:
         self._writing = asyncio.Lock()
         self._last_turn: _Turn | None = None
 
-    async def begin(self, message: Any) -> None:
+    async def begin(self, raw: bytes) -> None:
         """Start to serve one request, once there is room."""
         await self._room.acquire()
-        task = asyncio.create_task(self._serve(message))
+        task = asyncio.create_task(self._serve(raw))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
@@ -106,15 +106,17 @@ class _Stream:
         self._last_turn = _Turn(self._last_turn)
         return self._last_turn
 
-    async def _serve(self, message: Any) -> None:
+    async def _serve(self, raw: bytes) -> None:
         # no await before a turn is taken: tasks begin in the order of their requests
+        message = pb.ModelInferRequest()
         try:
+            message = parsed(pb.ModelInferRequest, raw)
             decoupled = self._service.is_decoupled(message.model_name, message.model_version)
             request = infer_request(message, self._memory)
             config = self._service.model_config(message.model_name, message.model_version)
             wanted = placements(request.outputs, self._memory)
             placed = partial(place, wanted=wanted, batched=config.max_batch_size > 0)
-        except HastenError as error:
+        except Exception as error:
             with self._turn() as turn:
                 await turn.come()
                 await self._write_error(error, pb.ModelInferResponse(id=message.id))
@@ -130,8 +132,9 @@ class _Stream:
             answer = await self._service.infer(request)
             response = infer_response(answer, placed(answer), final=True)
         except Exception as error:
+            known = _known(error)
             await turn.come()
-            await self._write_error(error, pb.ModelInferResponse(id=request.id))
+            await self._write_error(known, _closing(known, request))
         else:
             await turn.come()
             await self._write(response)
@@ -169,6 +172,15 @@ class _Stream:
                 await self._context.write(message)
             except Exception as error:
                 raise _UnsentError from error
+
+
+def _closing(error: ServiceError, request: InferRequest) -> Any:
+    """What goes with the error of a model that answers once: of a request that it took, that this was all."""
+    closing = pb.ModelInferResponse(id=request.id)
+    if error.kind not in _REFUSED:
+        closing.model_name = request.model
+        closing.parameters[FINAL].bool_param = True
+    return closing
 
 
 def _known(error: Exception) -> ServiceError:

@@ -157,7 +157,7 @@ class HttpRoutes:
 
     async def unload(self, request: Request) -> Response:
         """Unload a model."""
-        with_dependents = (await _repository_parameters(request)).get("unload_dependents", False)
+        with_dependents = (await _repository_parameters(request, "unload")).get("unload_dependents", False)
         if not isinstance(with_dependents, bool):
             raise invalid("attempt to access JSON non-boolean as boolean")
         await self._service.unload(request.path_params["model"], unload_dependents=with_dependents)
@@ -233,7 +233,7 @@ def _json_nothing() -> Response:
     return Response(media_type="application/json")
 
 
-async def _repository_parameters(request: Request) -> dict[str, Any]:
+async def _repository_parameters(request: Request, action: str = "load") -> dict[str, Any]:
     if "repository" in request.path_params:
         raise ServiceError(ErrorKind.UNSUPPORTED, "'repository_name' specification is not supported")
     parameters = parse_object(await request.body()).get("parameters", {})
@@ -241,7 +241,7 @@ async def _repository_parameters(request: Request) -> dict[str, Any]:
         raise invalid("attempt to get members for non-object")
     for key in parameters:
         if key not in ("config", "unload_dependents") and not _is_file(key):
-            raise invalid(f"unrecognized load parameter '{key}'.")
+            raise invalid(f"unrecognized {action} parameter '{key}'.")
     return parameters
 
 

@@ -17,15 +17,15 @@ STATUS = {
     ErrorKind.DEADLINE: 504,
     ErrorKind.INTERNAL: 500,
 }
-_OPENAI_TYPES = {401: "authentication_error", 404: "not_found_error", 500: "internal_error", 503: "unavailable_error"}
+_OPENAI_CODES = {401: "invalid_api_key", 404: "unknown_url"}
 
 
 def error_response(path: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
     """The answer to a request that failed."""
     error: object = message
     if path.startswith("/v1/"):
-        kind = _OPENAI_TYPES.get(status, "invalid_request_error")
-        error = {"message": message, "type": kind, "param": None, "code": status}
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        error = {"message": message, "type": kind, "param": None, "code": _OPENAI_CODES.get(status)}
     return Response(
         dump_json({"error": error}),
         status_code=status,

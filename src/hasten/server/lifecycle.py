@@ -23,9 +23,10 @@ from hasten.server.text_model import TextModel
 from hasten.server.text_processing import Postprocessing, Preprocessing
 from hasten.server.token_model import TokenModel
 from hasten.server.types import ErrorKind, InferRequest, ServiceError
-from hasten.server.version import UNLOADED, State, Version, dependencies
+from hasten.server.version import UNLOADED, State, Version, dependencies, load_error
 
 StartEngine = Callable[..., Awaitable[EngineClient]]
+Files = Mapping[str, bytes]
 _LONGEST_END_S = 3600.0
 """How long the requests of an unloaded version may go on."""
 _log = logging.getLogger(__name__)
@@ -98,10 +99,9 @@ class Registry:
         """Whether its requests can be computed now: it serves, and its engine lives."""
         return self.serves(version) and version.model.ready
 
-    async def load(self, name: str, config_json: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
+    async def load(self, name: str, config_json: str | None = None, files: Files | None = None) -> None:
         """Load a model, or load it again; what it needs is loaded too. A caller that leaves does not stop it."""
-        self._asked_for.add(name)
-        await self._finish(self._load(name, config_json, files or {}, ()))
+        await self._finish(self._load_asked(name, config_json, files or {}))
 
     async def unload(self, name: str, *, unload_dependents: bool = False) -> None:
         """Take no more requests; those under way finish. Also what was loaded for it alone, if asked."""
@@ -162,9 +162,17 @@ class Registry:
         task.add_done_callback(self._tasks.discard)
         await asyncio.shield(task)
 
-    async def _load(
-        self, name: str, config_json: str | None, files: Mapping[str, bytes], trail: tuple[str, ...]
-    ) -> None:
+    async def _load_asked(self, name: str, config_json: str | None, files: Files) -> None:
+        try:
+            await self._load(name, config_json, files, ())
+        except ServiceError:
+            # a name that only a client knows is not kept, and what is not there keeps no server from being ready
+            if name not in self._models and name not in await asyncio.to_thread(self.repository.names):
+                self.failures.pop(name, None)
+            raise
+        self._asked_for.add(name)
+
+    async def _load(self, name: str, config_json: str | None, files: Files, trail: tuple[str, ...]) -> None:
         try:
             description = await self._describe(name, config_json, files)
             for needed, _ in dependencies(description):
@@ -180,7 +188,7 @@ class Registry:
             raise
         self.failures.pop(name, None)
 
-    async def _describe(self, name: str, config_json: str | None, files: Mapping[str, bytes]) -> Description:
+    async def _describe(self, name: str, config_json: str | None, files: Files) -> Description:
         failed = f"failed to load '{name}', failed to poll from model repository"
         sent = config_json is not None or bool(files)
         try:
@@ -189,8 +197,7 @@ class Registry:
             else:
                 description = await asyncio.to_thread(self.repository.describe, name)
         except HastenError as error:
-            kind = ErrorKind.INVALID if sent else ErrorKind.INTERNAL
-            raise ServiceError(kind, f"{failed}: {error}") from error
+            raise ServiceError(ErrorKind.INVALID if sent else ErrorKind.INTERNAL, f"{failed}: {error}") from error
         if description is None:
             raise ServiceError(ErrorKind.INTERNAL, failed)
         if not description.versions:
@@ -211,7 +218,7 @@ class Registry:
             await self._begin_all(new.values())
         except CapacityError:
             if not any(version.model.engine for version in serving):
-                raise self._failed(description, new) from None
+                raise load_error(name, new.values()) from None
             _log.warning(
                 "model %s: there is no memory for the old and the new one at once; the old one ends first", name
             )
@@ -219,7 +226,7 @@ class Registry:
             known |= new
             await self._begin_again(description, new)
         except HastenError:
-            raise self._failed(description, new) from None
+            raise load_error(name, new.values()) from None
         known |= new
         for version in serving:
             if version.state is State.READY:
@@ -232,15 +239,7 @@ class Registry:
         try:
             await self._begin_all(new.values())
         except HastenError:
-            raise self._failed(description, new) from None
-
-    def _failed(self, description: Description, new: Mapping[int, Version]) -> ServiceError:
-        reasons = [
-            f"version {number} is at UNAVAILABLE state: {version.reason};"
-            for number, version in new.items()
-            if version.failed
-        ]
-        return ServiceError(ErrorKind.INVALID, f"load failed for model '{description.name}': {' '.join(reasons)}\n")
+            raise load_error(description.name, new.values()) from None
 
     async def _begin_all(self, versions: Iterable[Version]) -> None:
         """Start all or none; the error of the first that cannot be."""
@@ -276,6 +275,8 @@ class Registry:
         return kind(config, self, description.folder)
 
     async def _unload(self, name: str, unload_dependents: bool) -> None:
+        if not any(name in known for known in (self._models, self._locks, self.failures)):
+            return
         async with self._locks[name]:
             self._asked_for.discard(name)
             self.failures.pop(name, None)

@@ -69,12 +69,18 @@ class GpuMeter:
         except Exception:  # the package, the driver or the GPUs are not there: no two versions say so alike
             self._nvml = None
 
+    def _handles(self) -> list[Any]:
+        if self._nvml is None:
+            return []
+        return [self._nvml.nvmlDeviceGetHandleByIndex(at) for at in range(self._nvml.nvmlDeviceGetCount())]
+
+    def names(self) -> list[str]:
+        """What the GPUs are called."""
+        return [str(self._nvml.nvmlDeviceGetName(handle)) for handle in self._handles()]
+
     def read(self) -> Mapping[str, Mapping[str, float]]:
         """By each GPU's UUID, what it tells: a share, bytes, watts, joules since the first reading."""
-        if self._nvml is None:
-            return {}
-        handles = [self._nvml.nvmlDeviceGetHandleByIndex(at) for at in range(self._nvml.nvmlDeviceGetCount())]
-        return {str(self._nvml.nvmlDeviceGetUUID(handle)): self._values(handle) for handle in handles}
+        return {str(self._nvml.nvmlDeviceGetUUID(handle)): self._values(handle) for handle in self._handles()}
 
     def _values(self, handle: Any) -> dict[str, float]:
         nvml = self._nvml

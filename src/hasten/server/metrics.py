@@ -3,6 +3,8 @@
 Counters are there, at 0, from the moment a model is loaded.
 """
 
+import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -80,13 +82,60 @@ def _number(value: float) -> str:
     return str(int(value)) if value == int(value) else repr(float(value))
 
 
+class Machine:
+    """What is exposed of the machine, measured anew once the last measurement is so many seconds old."""
+
+    def __init__(self, *, cpu: bool = True, gpus: bool = True, interval: float = 0.0) -> None:
+        self._cpu = CpuMeter() if cpu else None
+        self._gpus = GpuMeter() if gpus else None
+        self._interval = interval
+        self._read_at = -math.inf
+        self._families: list[Family] = []
+
+    def sources(self) -> list[str]:
+        """What is measured, in words: of each GPU, and of the processors."""
+        names = [] if self._gpus is None else self._gpus.names()
+        made = [f"metrics for GPU {number}: {name}" for number, name in enumerate(names)]
+        return made if self._cpu is None else [*made, "CPU metrics"]
+
+    def families(self) -> list[Family]:
+        """As they were at the last measurement."""
+        if time.monotonic() - self._read_at >= self._interval:
+            self._read_at = time.monotonic()
+            self._families = [*_processors(self._cpu), *_gpus(self._gpus)]
+        return self._families
+
+
+def _processors(meter: CpuMeter | None) -> Iterable[Family]:
+    if meter is None:
+        return
+    cpu = meter.read()
+    for name, text, value in (
+        ("nv_cpu_utilization", "CPU utilization rate [0.0 - 1.0]", cpu.utilization),
+        ("nv_cpu_memory_total_bytes", "CPU total memory (RAM), in bytes", cpu.memory_total),
+        ("nv_cpu_memory_used_bytes", "CPU used memory (RAM), in bytes", cpu.memory_used),
+    ):
+        family = Family(name, "gauge", text)
+        family.add({}, value)
+        yield family
+
+
+def _gpus(meter: GpuMeter | None) -> Iterable[Family]:
+    gpus = {} if meter is None else meter.read()
+    for key, (name, kind, text) in _PER_GPU.items():
+        family = Family(name, kind, text)
+        for uuid, values in gpus.items():
+            if key in values:
+                family.add({"gpu_uuid": uuid}, values[key])
+        yield family
+
+
 class Metrics:
     """What is exposed of a service and of the machine that it runs on."""
 
-    def __init__(self, service: "Service") -> None:
+    def __init__(self, service: "Service", machine: "Machine | None" = None) -> None:
         self._service = service
-        self._cpu = CpuMeter()
-        self._gpus = GpuMeter()
+        self._machine = machine or Machine()
 
     def text(self) -> str:
         """All metrics as they are now."""
@@ -96,7 +145,7 @@ class Metrics:
             self._first_response(models),
             *_language(models),
             *self._engines(),
-            *self._machine(),
+            *self._machine.families(),
         ]
         return "".join(family.text() for family in families)
 
@@ -144,24 +193,6 @@ class Metrics:
              {key: one.steps for key, one in stats.items()}),
         )  # fmt: skip
         return [_family(f"hasten_{name}", kind, text, values) for name, kind, text, values in rows]
-
-    def _machine(self) -> Iterable[Family]:
-        cpu = self._cpu.read()
-        for name, text, value in (
-            ("nv_cpu_utilization", "CPU utilization rate [0.0 - 1.0]", cpu.utilization),
-            ("nv_cpu_memory_total_bytes", "CPU total memory (RAM), in bytes", cpu.memory_total),
-            ("nv_cpu_memory_used_bytes", "CPU used memory (RAM), in bytes", cpu.memory_used),
-        ):
-            family = Family(name, "gauge", text)
-            family.add({}, value)
-            yield family
-        gpus = self._gpus.read()
-        for key, (name, kind, text) in _PER_GPU.items():
-            family = Family(name, kind, text)
-            for uuid, values in gpus.items():
-                if key in values:
-                    family.add({"gpu_uuid": uuid}, values[key])
-            yield family
 
 
 def _model(key: Key) -> Labels:

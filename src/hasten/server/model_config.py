@@ -27,6 +27,11 @@ _NOT_SUPPORTED = {
     "model_metrics": "the buckets of histograms are fixed",
 }
 """Fields of a configuration that no model honours, and why there is no need."""
+_ENSEMBLE_NOT_SUPPORTED = {
+    "backend": "its steps are models with backends of their own",
+    "instance_group": "its steps run where their models do",
+    "default_model_filename": "it has no weights",
+}
 _BATCHING_NOT_SUPPORTED = {
     "preferred_batch_size": "a request joins the running batch at the next step",
     "max_queue_delay_microseconds": "no request waits for others to come",
@@ -88,6 +93,8 @@ def completed(
     if kind is Kind.ENSEMBLE:
         config.platform = "ensemble"
         _check_tensors(config)
+        if reshaped := [tensor.name for tensor in (*config.input, *config.output) if tensor.HasField("reshape")]:
+            raise _wrong(config, f"tensor '{reshaped[0]}' of an ensemble cannot be reshaped; remove reshape")
     else:
         config.backend = config.backend or "hasten"
         _complete_tensors(config, kind, auto_complete)
@@ -131,7 +138,13 @@ def _check_fields(config: model_config_pb2.ModelConfig, kind: Kind) -> None:
         _check_batching(config, kind)
     if (kind is Kind.ENSEMBLE) != config.HasField("ensemble_scheduling"):
         raise _wrong(config, "ensemble_scheduling belongs to a model with platform 'ensemble', and to no other")
-    _check_instances(config)
+    if kind is Kind.ENSEMBLE:
+        _refuse(config, "", config, _ENSEMBLE_NOT_SUPPORTED)
+        limit = {"max_inflight_requests": "responses go on as fast as the client reads them"}
+        _refuse(config, "ensemble_scheduling.", config.ensemble_scheduling, limit)
+    elif kind is not Kind.TOKEN and config.default_model_filename:
+        raise _wrong(config, "default_model_filename belongs to the model that has the weights; remove it")
+    _check_instances(config, kind)
 
 
 def _check_optimization(config: model_config_pb2.ModelConfig) -> None:
@@ -163,12 +176,14 @@ def _check_batching(config: model_config_pb2.ModelConfig, kind: Kind) -> None:
         raise _wrong(config, "default_priority_level needs priority_levels")
 
 
-def _check_instances(config: model_config_pb2.ModelConfig) -> None:
+def _check_instances(config: model_config_pb2.ModelConfig, kind: Kind) -> None:
     if len(config.instance_group) > 1:
         raise _wrong(config, "several instance_groups are not supported: one engine serves all requests at once")
     for group in config.instance_group:
         if group.count > 1:
             raise _wrong(config, f"instance_group count {group.count} is not supported: one engine serves all requests")
+        if kind is not Kind.TOKEN and group.kind == model_config_pb2.ModelInstanceGroup.KIND_GPU:
+            raise _wrong(config, "instance_group kind KIND_GPU belongs to the model that has the engine")
         others = [name for name in _set_fields(group) if name not in ("name", "kind", "count")]
         if others:
             raise _wrong(

@@ -18,7 +18,7 @@ from hasten.core.errors import EngineError, HastenError
 from hasten.server.chat import ChatTemplate, chat_text
 from hasten.server.engine_client import EngineClient, EngineInfo
 from hasten.server.openai_call import Call
-from hasten.server.openai_choices import ChatChoices, CompletionChoices
+from hasten.server.openai_choices import BestChoices, ChatChoices, CompletionChoices
 from hasten.server.openai_models import Models, models_by_id
 from hasten.server.openai_params import (
     OpenAIError,
@@ -98,6 +98,7 @@ class _Api:
         return made | {"max_model_len": client.info.max_model_len}
 
     def _find(self, name: str) -> tuple[EngineClient, LanguageCounters | None]:
+        self._service.check_open()
         found = models_by_id(self._service)
         if name not in found:
             message = f"the model {name!r:.200} does not exist; there are: {', '.join(found) or 'none'}"
@@ -121,7 +122,9 @@ class _Api:
         tokens = await _tokenized(prompts, client, "prompt", add_special_tokens=True)
         hidden = bool(asked.echo) and asked.max_tokens == 0
         texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
-        choices = CompletionChoices(params.n, bool(asked.echo), hidden, client.tokenizer, texts)
+        count = 1 if asked.n is None else asked.n
+        made = CompletionChoices(count, bool(asked.echo), hidden, client.tokenizer, texts)
+        choices = made if params.n == count else BestChoices(made, with_logprobs=asked.logprobs is not None)
         return await _respond(request, Call(asked, client, counters, tokens, params, choices, "text_completion"))
 
     async def chat(self, request: Request) -> Response:

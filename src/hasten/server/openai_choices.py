@@ -166,6 +166,27 @@ class CompletionChoices:
         return "" if self.tokenizer is None else self.tokenizer.decode([token], skip_special_tokens=False)
 
 
+@dataclass
+class BestChoices:
+    """The best of more completions than are shown: those whose tokens were the most probable on the average."""
+
+    choices: CompletionChoices
+    with_logprobs: bool
+
+    def take(self, number: int, progress: Progress) -> list[CompletionChoice]:
+        """See Choices; all completions of a prompt come in one progress."""
+        progress.completions = sorted(progress.completions, key=_mean_logprob, reverse=True)[: self.choices.n]
+        for index, delta in enumerate(progress.completions):
+            delta.index = index
+            if not self.with_logprobs:
+                delta.logprobs = None
+        return self.choices.take(number, progress)
+
+
+def _mean_logprob(delta: CompletionDelta) -> float:
+    return (delta.cumulative_logprob or 0.0) / max(1, len(delta.token_ids))
+
+
 def _token_text(token: int, entry: Logprob) -> str:
     return f"token_id:{token}" if entry.decoded_token is None else entry.decoded_token
 

@@ -20,6 +20,9 @@ class Models(Protocol):
     def counters(self) -> Counters:
         """What is counted of each model."""
 
+    def check_open(self) -> None:
+        """HastenError once the server takes no more requests."""
+
     def engines(self) -> Mapping[Key, EngineClient]:
         """The engines by model and version."""
 

@@ -93,7 +93,22 @@ def completion_params(request: CompletionRequest) -> SamplingParams:
     _limit("prompt", 1 if isinstance(request.prompt, str) else len(request.prompts()), _MOST_PROMPTS)
     _limit("logprobs", request.logprobs, _MOST_LOGPROBS)
     prompt_logprobs = request.logprobs if request.echo else None
-    return _params(request, max_tokens=tokens, logprobs=request.logprobs, prompt_logprobs=prompt_logprobs)
+    best = _best_of(request)
+    logprobs = request.logprobs if request.logprobs is not None or not best else 0
+    return _params(request, max_tokens=tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **best)
+
+
+def _best_of(request: CompletionRequest) -> dict[str, int]:
+    """How many completions are to be drawn, where only the best of them are wanted."""
+    shown, drawn = request.n or 1, request.best_of
+    if drawn is None or drawn == shown or request.use_beam_search:
+        return {}
+    if drawn < shown:
+        raise OpenAIError(f"best_of must be at least n ({shown}), got {drawn}", param="best_of")
+    if request.stream:
+        raise OpenAIError("best_of above n cannot be streamed: which is the best shows at the end", param="best_of")
+    _limit("best_of", drawn, _MOST_COMPLETIONS)
+    return {"n": drawn}
 
 
 def check_chat(request: ChatRequest) -> None:
@@ -137,7 +152,8 @@ def _params(request: GenerationRequest, **values: Any) -> SamplingParams:
     values |= {name: value for name, value in given.items() if value is not None}
     if request.seed is not None:
         values["seed"] = request.seed % 2**64  # OpenAI's are signed
-    return SamplingParams(n=1 if request.n is None else request.n, **(values | _beams(request) | _constraint(request)))
+    values = {"n": 1 if request.n is None else request.n} | values
+    return SamplingParams(**(values | _beams(request) | _constraint(request)))
 
 
 def _limit(name: str, value: int | None, most: int) -> None:
@@ -150,7 +166,7 @@ def _beams(request: GenerationRequest) -> dict[str, Any]:
     count = 1 if request.n is None else request.n
     width = count if request.best_of is None else request.best_of
     if not request.use_beam_search:
-        if width != count:
+        if width != count and isinstance(request, ChatRequest):
             raise OpenAIError("best_of other than n needs use_beam_search", param="best_of")
         return {}
     if width < 2:

@@ -26,6 +26,9 @@ class EndpointOptions:
     allow_metrics: bool = option(True, "serve metrics for Prometheus, always as plain HTTP and without a key")
     metrics_address: str = option("", "address of metrics (default: that of HTTP)")
     metrics_port: int = option(8002, "port of metrics; 0 is any free one")
+    allow_gpu_metrics: bool = option(True, "serve what the GPUs do, among the metrics")
+    allow_cpu_metrics: bool = option(True, "serve what the processors do, among the metrics")
+    metrics_interval_ms: float = option(2000.0, "ms for which what the machine does is not measured anew")
     grpc_keepalive_time: int = option(7_200_000, "ms without traffic after which a gRPC client is pinged")
     grpc_keepalive_timeout: int = option(20_000, "ms that it has to answer the ping")
     grpc_keepalive_permit_without_calls: bool = option(False, "ping also when no call is under way")
@@ -42,6 +45,8 @@ class EndpointOptions:
             port = getattr(self, name)
             if not 0 <= port <= _LARGEST_PORT:
                 raise ConfigError(f"--{name.replace('_', '-')} must be from 0 to {_LARGEST_PORT}, got {port}")
+        if self.metrics_interval_ms < 0:
+            raise ConfigError(f"--metrics-interval-ms must be at least 0, got {self.metrics_interval_ms:g}")
 
     def grpc_channel(self, max_request_bytes: int) -> list[tuple[str, int]]:
         """Options of gRPC's own."""
@@ -114,6 +119,10 @@ class RepositoryOptions:
     repository_poll_secs: float = option(15.0, "with poll: seconds between looks at the repository")
     disable_auto_complete_config: bool = option(False, "a model without config.pbtxt is an error")
 
+    def __post_init__(self) -> None:
+        if self.repository_poll_secs <= 0:
+            raise ConfigError(f"--repository-poll-secs must be above 0, got {self.repository_poll_secs:g}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -142,6 +151,10 @@ class ServerOptions:
     exit_timeout_secs: float = option(30.0, "seconds that requests under way have when the server is to end")
     exit_on_error: bool = option(True, "end where a model cannot be loaded at the start")
 
+    def __post_init__(self) -> None:
+        if self.exit_timeout_secs < 0:
+            raise ConfigError(f"--exit-timeout-secs must be at least 0, got {self.exit_timeout_secs:g}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
@@ -161,5 +174,7 @@ class ServeOptions:
             raise ConfigError("give either a MODEL or --model-repository")
         if self.repository.load_model and self.repository.model_control_mode != "explicit":
             raise ConfigError("--load-model needs --model-control-mode explicit")
+        if "*" in self.repository.load_model and len(self.repository.load_model) > 1:
+            raise ConfigError("--load-model=* loads all models; remove the other ones")
         if not (self.endpoints.allow_http or self.endpoints.allow_grpc):
             raise ConfigError("nothing is served: allow HTTP or gRPC")

@@ -37,6 +37,7 @@ _ALLOWED = {
     Kind.POSTPROCESSING: (KIND, TOKEN_MODEL, TOKENIZER),
     Kind.ENSEMBLE: (),
 }
+_GPU = model_config_pb2.ModelInstanceGroup.KIND_GPU
 _TRUE, _FALSE = ("true", "1"), ("false", "0")
 
 
@@ -71,6 +72,9 @@ def engine_options(config: model_config_pb2.ModelConfig) -> dict[str, Any]:
         if option in made:
             raise ConfigError(f"{where} says the same as another one; remove one of them")
         made[option] = _read(text, hints[option], where)
+    on_gpu = any(group.kind == _GPU for group in config.instance_group)
+    if on_gpu and made.setdefault("device", "cuda") == "cpu":
+        raise ConfigError(f"model '{config.name}': parameter 'device' is 'cpu', but its instance_group is KIND_GPU")
     if "dtype" in made and made["dtype"] != "auto":
         made["dtype"] = dtype_name(made["dtype"])
     return made

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hasten.server.classification import classify
-from hasten.server.shared_memory import SharedMemory, Slice
+from hasten.server.shared_memory import REGION, SharedMemory, Slice
 from hasten.server.tensors import invalid, to_bytes
 from hasten.server.types import InferResponse, RequestedOutput, Tensor
 
@@ -30,9 +30,9 @@ def placements(outputs: Sequence[RequestedOutput], memory: SharedMemory) -> dict
             raise invalid("invalid value type for 'classification' parameter, expected int64_param")
         if classes < 0 or (classes == 0 and "classification" in output.parameters):
             raise invalid("invalid value for 'classification' parameter, expected >= 0")
-        where = memory.slice_of(output.name, output.parameters)
-        if where is not None and classes:
+        if classes and REGION in output.parameters:
             raise invalid("output can't set both 'shared_memory_region' and 'classification'")
+        where = memory.slice_of(output.name, output.parameters)
         if where is not None or classes:
             made[output.name] = Placement(classes, where)
     return made

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
-from hasten.server.shared_memory import SharedMemory
+from hasten.server.shared_memory import REGION, SharedMemory
 from hasten.server.tensors import NUMPY, about, dtype_of, elements, from_bytes, invalid, to_bytes
 from hasten.server.types import InferRequest, InferResponse, Parameter, RequestedOutput, Tensor
 
@@ -41,6 +42,14 @@ _RESERVED: dict[str, tuple[tuple[type, ...], str]] = {
     "sequence_end": ((bool,), "bool_param"),
     WANTS_EMPTY_FINAL: ((bool,), "bool_param"),
 }
+
+
+def parsed(kind: Any, raw: bytes) -> Any:
+    """The message in some bytes; INVALID where it is none. gRPC itself would answer UNKNOWN."""
+    try:
+        return kind.FromString(raw)
+    except DecodeError:
+        raise invalid(f"the request is not a message of type '{kind.DESCRIPTOR.full_name}'") from None
 
 
 def infer_request(message: Any, memory: SharedMemory) -> InferRequest:
@@ -92,13 +101,13 @@ def _input(message: Any, tensor: Any, raw: Iterator[bytes], memory: SharedMemory
     model, request_id, name = message.model_name, message.id, tensor.name
     if tensor.datatype not in NUMPY:  # the service tells what the model expects instead
         return Tensor(name, tensor.datatype, tuple(tensor.shape), np.empty(0, np.uint8))
-    where = memory.slice_of(name, parameters(tensor.parameters)) if tensor.parameters else None
     typed = tensor.HasField("contents")
+    if typed and tensor.contents.ByteSize() and REGION in tensor.parameters:
+        raise invalid(
+            f"unexpected 'content' provided when using shared memory for input tensor '{name}' for model '{model}'"
+        )
+    where = memory.slice_of(name, parameters(tensor.parameters)) if tensor.parameters else None
     if where is not None:
-        if typed and tensor.contents.ByteSize():
-            raise invalid(
-                f"unexpected 'content' provided when using shared memory for input tensor '{name}' for model '{model}'"
-            )
         contents = where.read()
     elif message.raw_input_contents:
         if typed and tensor.contents.ByteSize():
@@ -123,7 +132,7 @@ def _typed(tensor: Any, *, model: str, request_id: str) -> Tensor:
     name, datatype, shape = tensor.name, tensor.datatype, tuple(tensor.shape)
     dtype, count = dtype_of(name, datatype), elements(name, shape)
     fields = [field.name for field, _ in tensor.contents.ListFields()]
-    if not fields and count:
+    if not fields and count and not dtype.hasobject:
         raise _missing(name, model)
     expected = _CONTENTS.get(datatype)
     for field in fields:
@@ -135,10 +144,11 @@ def _typed(tensor: Any, *, model: str, request_id: str) -> Tensor:
     values = list(getattr(tensor.contents, expected)) if fields and expected else []
     if len(values) != count:
         size = dtype.itemsize
-        if dtype.hasobject:
-            message = (
-                f"expected {count} string elements for inference input '{name}' for model '{model}', got {len(values)}"
-            )
+        where = f"inference input '{name}' for model '{model}'"
+        if dtype.hasobject and len(values) > count:
+            message = f"unexpected number of string elements {len(values)} for {where}, expecting {count}"
+        elif dtype.hasobject:
+            message = f"expected {count} string elements for {where}, got {len(values)}"
         else:
             message = (
                 f"input byte size mismatch for input '{name}' for model '{model}'. "

@@ -17,6 +17,8 @@ from hasten.server.model_config import completed, kind_of, parse_config, parse_c
 from hasten.server.parameters import CHECKPOINT, TOKENIZER, check_parameters, checkpoint_folder, engine_options
 
 CONFIG = "config.pbtxt"
+_LONGEST_NAME = 255
+"""Bytes of a folder's name: systems refuse to look for longer ones."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Repository(Protocol):
 
 def is_model_name(name: str) -> bool:
     """Whether it can be the name of a model: of one folder, and not of one elsewhere."""
-    return name not in ("", ".", "..") and not any(char in "/\\\0" for char in name)
+    short = len(name.encode(errors="replace")) <= _LONGEST_NAME
+    return short and name not in ("", ".", "..") and not any(char in "/\\\0" for char in name)
 
 
 class FolderRepository:

@@ -20,7 +20,7 @@ from hasten.server.repository import Repository
 from hasten.server.statistics import Counters
 from hasten.server.text_model import DEFAULT_TOKEN_MODEL
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
-from hasten.server.version import State, Version
+from hasten.server.version import State, Version, version_number
 
 __all__ = ["ControlMode", "IndexEntry", "ModelMetadata", "ServerMetadata", "Service", "TensorSpec", "service_error"]
 
@@ -29,7 +29,6 @@ EXTENSIONS = (
     *("model_configuration", "system_shared_memory", "cuda_shared_memory", "binary_tensor_data", "parameters"),
     *("statistics", "trace", "logging"),
 )
-_MOST_DIGITS = 19
 _NO_CONTROL = "explicit model load / unload is not allowed if polling is enabled"
 _STOPPING = "Server is stopping, scheduler for model has stopped accepting new inference requests"
 _log = logging.getLogger(__name__)
@@ -157,10 +156,14 @@ class Service:
                     final=outcome.final,
                 )
 
-    def _find(self, model: str, version: str) -> Version:
+    def check_open(self) -> None:
+        """ServiceError once the server is to end and takes no more requests."""
         if self._closing:
             raise ServiceError(ErrorKind.UNAVAILABLE, _STOPPING)
-        return self._registry.find(model, _version_number(version))
+
+    def _find(self, model: str, version: str) -> Version:
+        self.check_open()
+        return self._registry.find(model, version_number(version))
 
     def is_decoupled(self, model: str, version: str = "") -> bool:
         """Whether a request may have several responses; ServiceError where there is no such model."""
@@ -191,9 +194,9 @@ class Service:
 
     def statistics(self, model: str = "", version: str = "") -> list[service_pb2.ModelStatistics]:
         """Of all models that serve, or of one; a version is looked at only with a model."""
-        number = _version_number(version) if model else -1
+        number = version_number(version)
         serving = [one for one in self._registry.versions() if self._serves(one) and model in ("", one.name)]
-        found = [one for one in serving if number in (-1, one.number)]
+        found = [one for one in serving if not model or number in (-1, one.number)]
         if model and not serving:
             raise ServiceError(ErrorKind.INVALID, f"requested model '{model}' is not available")
         if model and not found:
@@ -236,8 +239,7 @@ class Service:
         await self._registry.unload(model, unload_dependents=unload_dependents)
 
     def _check_control(self) -> None:
-        if self._closing:
-            raise ServiceError(ErrorKind.UNAVAILABLE, _STOPPING)
+        self.check_open()
         if self.mode is not ControlMode.EXPLICIT:
             raise ServiceError(ErrorKind.UNAVAILABLE, _NO_CONTROL)
 
@@ -256,16 +258,27 @@ class Service:
         return all(map(registry.any_serves, registry.failures)) and all(map(registry.is_ready, wanted))
 
     def is_model_ready(self, model: str, version: str = "") -> bool:
-        """Whether a model takes requests; False for one that there is not."""
+        """Whether a model takes requests; False for one that there is not, ServiceError for what is no version."""
         try:
             return not self._closing and self._registry.is_ready(self._find(model, version))
-        except ServiceError:
+        except ServiceError as error:
+            if error.kind is ErrorKind.INVALID:
+                raise
             return False
 
     def engines(self) -> Mapping[tuple[str, str], EngineClient]:
         """The engines of the models that serve, by model and version."""
         pairs = ((one, one.model.engine) for one in self._registry.versions() if self._serves(one))
         return {(one.name, str(one.number)): engine for one, engine in pairs if engine is not None}
+
+    def backends(self) -> Mapping[str, list[str]]:
+        """The models that serve, by the backend that computes them."""
+        made: dict[str, list[str]] = {}
+        for one in filter(self._serves, self._registry.versions()):
+            models = made.setdefault(one.config.backend, [])
+            models += [one.name] if one.name not in models else []
+        made.pop("", None)  # ensembles have none
+        return made
 
     def text_models(self) -> Mapping[str, str]:
         """The text models that serve, each with the token model whose engine it uses."""
@@ -281,18 +294,3 @@ class Service:
             with suppress(asyncio.CancelledError):
                 await self._polling
         await self._registry.close(exit_timeout)
-
-
-def _version_number(version: str) -> int:
-    """-1 for no version; ServiceError with Triton's text for what is no number."""
-    if version == "":
-        return -1
-    # `int` would take digits of any script, and underscores between them
-    number = version.removeprefix("-")
-    if not (version.isascii() and number.isdigit() and len(number) < _MOST_DIGITS) or int(version) == 0:
-        raise ServiceError(
-            ErrorKind.INVALID,
-            f"failed to get model version from specified version string '{version}' (details: stol), "
-            "version should be an integral value > 0",
-        )
-    return int(version)

@@ -20,8 +20,10 @@ LOG_FORMATS = ("default", "ISO8601")
 
 _LOGGERS = {"hasten": logging.DEBUG, "uvicorn": logging.WARNING}
 _TRACE_DEFAULTS: dict[str, str] = {"trace_rate": "1000", "trace_count": "-1", "log_frequency": "0"}
-_LEAST = {"trace_rate": 0, "trace_count": -1, "log_frequency": 0}
+_RANGE = {"trace_rate": (0, 2**32 - 1), "trace_count": (-1, 2**31 - 1), "log_frequency": (0, 2**32 - 1)}
+"""The smallest and the largest value that each may have."""
 _TRACE_ORDER = ("trace_level", "trace_rate", "trace_count", "log_frequency", "trace_file", "trace_mode")
+_MOST_VERBOSE = 2**31 - 1
 _LEVELS = ("OFF", "TIMESTAMPS", "TENSORS")
 
 
@@ -75,12 +77,17 @@ def _trace_value(key: str, given: Sequence[str] | None) -> str | None:
         number = int(text)
     except ValueError:
         raise invalid(f"Unable to parse '{key}', got: {text}") from None
-    if not _LEAST[key] <= number < 2**32:
-        raise invalid(f"Unable to parse '{key}'. Expecting value >= {_LEAST[key]}, got:{text}")
+    least, most = _RANGE[key]
+    if number > most:
+        raise invalid(f"Unable to parse '{key}', value is out of range [ {least}, {most} ], got: {text}")
+    if number < least:
+        raise invalid(f"Unable to parse '{key}'. Expecting value >= {least}, got:{text}")
     return str(number)
 
 
 def _check_trace_level(given: Sequence[str]) -> None:
+    if "OFF" in given and len(given) > 1:
+        raise invalid("Expect only one trace level 'OFF' is specified")
     for level in given:
         if level not in _LEVELS:
             raise invalid(f"trace level '{level}' is not known; there are: {', '.join(_LEVELS)}")
@@ -150,10 +157,12 @@ class LogSettings:
 
 def _log_value(key: str, value: Any) -> Any:
     if key == "log_format":
+        if not isinstance(value, str):
+            raise invalid(f"expect string for '{key}'")
         if value not in LOG_FORMATS:
             raise invalid(f"invalid argument for log_format, got: {value}")
     elif key == "log_verbose_level":
-        if type(value) is not int or value < 0:
+        if type(value) is not int or not 0 <= value <= _MOST_VERBOSE:
             raise invalid(f"expect int32 for '{key}'")
     elif type(value) is not bool:
         raise invalid(f"expect boolean for '{key}'")

@@ -87,8 +87,8 @@ class SharedMemory:
             size = os.fstat(descriptor).st_size
             if byte_size < 1 or offset < 0 or offset + byte_size > size:
                 raise invalid(
-                    f"Invalid shared memory region: '{key}': offset {offset} and byte size {byte_size} lie outside its "
-                    f"{size} bytes"
+                    f"failed to register shared memory region '{name}': invalid args: offset {offset} and byte size "
+                    f"{byte_size} lie outside the {size} bytes of '{key}'"
                 )
         except BaseException:
             os.close(descriptor)

@@ -22,6 +22,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([rule, shown[0], rule, *shown[1:], rule, ""])
 
 
+def backend_table(backends: Mapping[str, Sequence[str]]) -> str:
+    """What computes, and the models that it does."""
+    return table(("Backend", "Models"), ((name, " ".join(models)) for name, models in backends.items()))
+
+
 def model_table(entries: "Iterable[IndexEntry]") -> str:
     """Every model and how it stands."""
     rows = []

@@ -139,7 +139,8 @@ def from_list(name: str, datatype: str, shape: Sequence[int], data: Any, what: s
     flat = flatten(data)
     types, complaint = _JSON_TYPES["B" if datatype == "BOOL" else dtype.kind]
     if not types.issuperset(map(type, flat)):
-        raise invalid(f"Unable to parse '{what}': attempt to access JSON {complaint} (input '{name}')")
+        where = "JSON bytes array" if datatype == "BYTES" else f"'{what}'"
+        raise invalid(f"Unable to parse {where}: attempt to access JSON {complaint} (input '{name}')")
     if len(flat) != count:
         raise invalid(f"Unable to parse '{what}': Shape does not match true shape of 'data' field (input '{name}')")
     return Tensor(name, datatype, tuple(shape), _array(name, datatype, dtype, flat).reshape(tuple(shape)))
@@ -151,8 +152,8 @@ def _array(name: str, datatype: str, dtype: np.dtype[Any], flat: list[Any]) -> N
     try:
         with np.errstate(over="ignore"):
             return np.array(flat, dtype)
-    except OverflowError as error:
-        raise invalid(f"Unable to parse 'data': a value does not fit {datatype} (input '{name}'): {error}") from None
+    except OverflowError:
+        raise invalid(f"Unable to parse 'data': a value does not fit {datatype} (input '{name}')") from None
 
 
 def flatten(data: list[Any]) -> list[Any]:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from enum import StrEnum
@@ -21,6 +21,7 @@ from hasten.server.types import ErrorKind, InferRequest, ServiceError
 from hasten.server.validation import Rules
 
 UNLOADED = "unloaded"
+_MOST_DIGITS = 19
 _log = logging.getLogger(__name__)
 
 
@@ -125,6 +126,14 @@ class Version:
         self.fail(UNLOADED)
 
 
+def load_error(name: str, versions: Iterable[Version]) -> ServiceError:
+    """Why a model cannot be loaded: what is wrong with those versions that failed, in Triton's words."""
+    reasons = [
+        f"version {version.number} is at UNAVAILABLE state: {version.reason};" for version in versions if version.failed
+    ]
+    return ServiceError(ErrorKind.INVALID, f"load failed for model '{name}': {' '.join(reasons)}\n")
+
+
 def dependencies(description: Description) -> list[tuple[str, int]]:
     """The models that a model needs, and which version of each, -1 for the newest."""
     config = description.config
@@ -133,3 +142,23 @@ def dependencies(description: Description) -> list[tuple[str, int]]:
     default = DEFAULT_TOKEN_MODEL if description.kind is Kind.TEXT else ""
     name = "" if description.kind is Kind.TOKEN else parameter(config, TOKEN_MODEL, default)
     return [(name, -1)] if name else []
+
+
+def version_number(version: str) -> int:
+    """-1 for no version; ServiceError with Triton's text for what is no number."""
+    if version == "":
+        return -1
+    # `int` would take digits of any script, and underscores between them
+    number = version.removeprefix("-")
+    if not (version.isascii() and number.isdigit() and len(number) < _MOST_DIGITS):
+        raise ServiceError(
+            ErrorKind.INVALID,
+            f"failed to get model version from specified version string '{version}' (details: stol), "
+            "version should be an integral value > 0",
+        )
+    if int(version) < 0:
+        raise ServiceError(
+            ErrorKind.INVALID,
+            f"invalid model version specified '{version}' , version should be an integral value > 0",
+        )
+    return int(version)

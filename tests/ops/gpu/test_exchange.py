@@ -186,8 +186,9 @@ def run_rank(width: int, port: int, rank: int) -> None:
     """Exchange again and again; any rank ends with an error if a sum is wrong or differs from the other's."""
     import torch.distributed as dist
 
-    from hasten.parallel.launch import RankPlace, Ranks
+    from hasten.parallel.launch import Ranks
     from hasten.parallel.peers import connect
+    from hasten.parallel.place import RankPlace
 
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)

@@ -1,0 +1,264 @@
+"""What the local place keeps on disk: a folder for each job and server, and who owns it.
+
+    HOME/jobs/NAMESPACE/NAME/         a job; HOME/servers/NAMESPACE/NAME@VERSION/ a server
+        spec.json                     what was asked, and the plan made of it; written by commands
+        state.json                    how it is; written by whoever holds `lock`: its supervisor while that lives
+        lock                          locked by the supervisor from before the folder can be seen until its last act
+        logs/                         what the instances wrote
+    HOME/volumes/NAMESPACE/NAME.json  a volume
+    HOME/gpus/HOST/                   who waits for GPUs and who has them
+    HOME/scratch/                     folders in the making, and those being deleted
+
+Files change in one step (a temporary file, fsync, rename), folders appear and vanish by a rename: a writer that dies
+leaves the old or the new, never a half. The kernel gives a lock back when its holder dies, however that happens.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hasten.core.errors import ClusterError, ExistsError, NotFoundError
+
+HOME_VARIABLE = "HASTEN_HOME"
+_MOST_EVENTS = 100
+_SCRATCH_S = 3600.0
+"""After so long what lies in scratch belongs to a command that died."""
+
+
+@dataclass(kw_only=True)
+class InstanceState:
+    """One process of a job or server, as its supervisor knows it. Times are seconds since 1970."""
+
+    name: str
+    status: str = "PENDING"
+    created: float
+    ended: float | None = None
+    is_chief: bool = False
+    gpus: int = 0
+    devices: list[str] = field(default_factory=list)
+    pid: int | None = None
+    start: int | None = None
+    """When the kernel says that `pid` started: with it, the number means this process and no later one."""
+    ready: bool = False
+    restarts: int = 0
+    reason: str | None = None
+    ports: dict[str, int] = field(default_factory=dict)
+    template: str = ""
+    """Which form of a server's plan it runs."""
+
+
+@dataclass(kw_only=True)
+class State:
+    """How a job or server is."""
+
+    uid: str
+    host: str
+    boot: str
+    created: float
+    status: str = "PENDING"
+    reason: str | None = None
+    started: float | None = None
+    ended: float | None = None
+    expires: float | None = None
+    """When it is to be deleted."""
+    done: bool = False
+    """Whether nothing of it runs any more and nothing will change."""
+    pid: int | None = None
+    start: int | None = None
+    instances: list[InstanceState] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def event(self, reason: str, message: str, source: str, *, warning: bool = False) -> None:
+        """Note what happened; of many events the last are kept."""
+        kind = "Warning" if warning else "Normal"
+        made = {"time": time.time(), "kind": kind, "reason": reason, "source": source, "message": message}
+        self.events = [*self.events[-_MOST_EVENTS + 1 :], made]
+
+
+def home_folder(home: Path | None) -> Path:
+    """Where the local place keeps its state: `home`, else HASTEN_HOME, else ~/.hasten."""
+    return (home or Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".hasten")).expanduser().absolute()
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Change a file in one step."""
+    descriptor, name = tempfile.mkstemp(prefix=".", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that `write_json` wrote; ClusterError for any other."""
+    try:
+        made = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ClusterError(f"the record {path} cannot be read: {error}; delete its folder") from error
+    if not isinstance(made, dict):
+        raise ClusterError(f"the record {path} is no record; delete its folder")
+    return made
+
+
+def try_lock(path: Path) -> int | None:
+    """A descriptor that holds the lock on a file, None where another has it. It is free once the descriptor closes."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock on a file; waits for those who have it."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What is kept of one job or server."""
+
+    path: Path
+
+    @property
+    def home(self) -> Path:
+        """The folder of the whole place."""
+        return self.path.parents[2]
+
+    @property
+    def namespace(self) -> str:
+        """Its namespace."""
+        return self.path.parent.name
+
+    @property
+    def name(self) -> str:
+        """Its name; a server's with `@` and its version."""
+        return self.path.name
+
+    @property
+    def logs(self) -> Path:
+        """Where its instances' output is."""
+        return self.path / "logs"
+
+    @property
+    def end_mark(self) -> Path:
+        """A file that tells the supervisor, from its first moment on, that all is to end."""
+        return self.path / "end"
+
+    def spec(self) -> dict[str, Any]:
+        """What was asked, and the plan."""
+        return self._read("spec.json")
+
+    def state(self) -> State:
+        """How it is, as last written."""
+        record = self._read("state.json")
+        try:
+            instances = [InstanceState(**one) for one in record.pop("instances")]
+            return State(**record, instances=instances)
+        except (TypeError, KeyError) as error:
+            raise ClusterError(f"the record {self.path / 'state.json'} is of another version: {error}") from error
+
+    def _read(self, file: str) -> dict[str, Any]:
+        try:
+            return read_json(self.path / file)
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFoundError(f"there is no {self.name} in namespace {self.namespace}") from None
+
+    def write_spec(self, spec: Mapping[str, Any]) -> None:
+        """Change what is asked."""
+        write_json(self.path / "spec.json", spec)
+
+    def write_state(self, state: State) -> None:
+        """Change the record; for the holder of the lock alone."""
+        write_json(self.path / "state.json", asdict(state))
+
+    def try_lock(self) -> int | None:
+        """Own it, where its supervisor does not live; NotFoundError if it is gone."""
+        try:
+            return try_lock(self.path / "lock")
+        except FileNotFoundError:
+            raise NotFoundError(f"there is no {self.name} in namespace {self.namespace}") from None
+
+    def remove(self) -> None:
+        """Let it vanish in one step, then delete its files."""
+        grave = Path(tempfile.mkdtemp(dir=scratch(self.home)))
+        with suppress(FileNotFoundError):
+            self.path.rename(grave / self.name)
+        shutil.rmtree(grave, ignore_errors=True)
+
+
+def scratch(home: Path) -> Path:
+    """The folder for what is in the making, rid of what dead commands left in it."""
+    folder = home / "scratch"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for left in folder.iterdir():
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _SCRATCH_S:
+                shutil.rmtree(left, ignore_errors=True)
+    return folder
+
+
+def create(
+    folder: Folder, spec: Mapping[str, Any], state: State, files: Mapping[str, Path], *, what: str
+) -> tuple[Folder, int]:
+    """Make a job's or server's folder with all that is in it, in one step; returns it and its lock, which is held.
+
+    `files` are copied into it by their names. ExistsError where there is one.
+    """
+    made = Folder(Path(tempfile.mkdtemp(dir=scratch(folder.home))))
+    lock = None
+    try:
+        made.logs.mkdir()
+        lock = made.try_lock()
+        for name, source in files.items():
+            (made.path / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, made.path / name)
+        made.write_spec(spec)
+        made.write_state(state)
+        folder.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        made.path.rename(folder.path)
+    except OSError as error:
+        if lock is not None:
+            os.close(lock)
+        shutil.rmtree(made.path, ignore_errors=True)
+        if folder.path.exists():
+            raise ExistsError(f"{what} exists in namespace {folder.namespace}; delete it first") from None
+        raise ClusterError(f"cannot write {folder.path}: {error.strerror}") from error
+    assert lock is not None
+    return folder, lock
+
+
+def folders(home: Path, kind: str, namespace: str | None) -> list[Folder]:
+    """All of a kind (`jobs`, `servers`), of one namespace or of all."""
+    root = home / kind
+    spaces = [root / namespace] if namespace is not None else _entries(root)
+    return [Folder(one) for space in spaces for one in _entries(space)]
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []

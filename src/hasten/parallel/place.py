@@ -1,0 +1,62 @@
+"""Which rank a process is, as whoever started it says. Imports no torch."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hasten.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """Which rank this process is, and where the ranks meet."""
+
+    rank: int
+    size: int
+    local_size: int
+    address: str
+    port: int
+
+
+def place_from_environment(env: Mapping[str, str] = os.environ) -> RankPlace | None:
+    """This process's place if torchrun, mpirun (Open MPI, MPICH, Intel) or an operator started it; None otherwise.
+
+    mpirun comes first, and one process alone has no place: an operator gives each of its pods a rank, in which mpirun
+    or hasten may start more. A rank that does not know how many are on its host is such a pod's only one.
+    """
+    names = (
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),
+        ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    )
+    for rank_name, size_name, local_name in names:
+        if rank_name not in env or size_name not in env:
+            continue
+        rank, size = _number(env, rank_name), _number(env, size_name)
+        if size == 1:
+            continue
+        local_size = _number(env, local_name) if local_name in env else 1 if rank_name == "RANK" else size
+        if local_size < size and "MASTER_ADDR" not in env:
+            raise ConfigError(
+                f"{size_name}={size} ranks on several hosts, but MASTER_ADDR is not set; set it to rank 0's host "
+                "(and MASTER_PORT to a free port there)"
+            )
+        address = env.get("MASTER_ADDR", "127.0.0.1")
+        return RankPlace(
+            rank, size, local_size, address, _number(env, "MASTER_PORT") if "MASTER_PORT" in env else _port_of_job(env)
+        )
+    return None
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError:
+        raise ConfigError(f"the environment has {name}={env[name]!r}, which is not a number") from None
+
+
+def _port_of_job(env: Mapping[str, str]) -> int:
+    """A port that all ranks of one mpirun on this host work out alike: from its job's name or its process."""
+    job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMI_KVSNAME") or str(os.getppid())
+    return 20000 + int.from_bytes(hashlib.sha256(job.encode()).digest()[:4], "big") % 12000

@@ -1,0 +1,111 @@
+"""A local place in a folder of its own, for tests: real processes, of which none may be left at the end."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hasten.cluster.local import LocalPlace
+from hasten.cluster.local_state import Folder, State
+from hasten.cluster.places import Job, LogOptions, Status
+from hasten.cluster.spec import TrainingJob
+
+PYTHON = sys.executable
+
+
+class Site:
+    """The place, and short forms of what tests do with it."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.place = LocalPlace(home)
+
+    def submit(self, name: str, command: str, **options: Any) -> None:
+        self.place.submit(TrainingJob(name=name, command=command, **options))
+
+    def job(self, name: str) -> Job:
+        return self.place.job(name, "default")
+
+    def ended(self, name: str, seconds: float = 30.0) -> Job:
+        return self.reaches(name, lambda job: job.status.ended, seconds)
+
+    def running(self, name: str) -> Job:
+        return self.reaches(name, lambda job: job.status is Status.RUNNING)
+
+    def reaches(self, name: str, wanted: Callable[[Job], bool], seconds: float = 30.0) -> Job:
+        await_that(lambda: wanted(self.job(name)), seconds, lambda: f"{self.job(name)}")
+        return self.job(name)
+
+    def run(self, name: str, command: str, **options: Any) -> list[str]:
+        """A job's output; it must succeed."""
+        self.submit(name, command, **options)
+        job = self.ended(name)
+        assert job.status is Status.SUCCEEDED, f"{job}\n{self.logs(name)}"
+        return self.logs(name)
+
+    def logs(self, name: str, **options: Any) -> list[str]:
+        return list(self.place.job_logs(name, "default", LogOptions(**options)))
+
+    def state(self, name: str) -> State:
+        return self.folder(name).state()
+
+    def folder(self, name: str) -> Folder:
+        return Folder(self.home / "jobs" / "default" / name)
+
+    def processes(self) -> list[int]:
+        """All that have this place's folder in their environment (see `site`): supervisors and instances."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdecimal() and f"HASTEN_HOME={self.home}\0".encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return found
+
+    def close(self) -> None:
+        for server in self.place.servers(None):
+            self.place.delete_server(server.name, server.version, server.namespace)
+        for job in self.place.jobs(None):
+            self.place.delete_job(job.name, job.namespace)
+        await_that(lambda: not self.processes(), 5.0, lambda: f"processes {self.processes()} are left")
+
+
+def await_that(condition: Callable[[], bool], seconds: float, what: Callable[[], str]) -> None:
+    """Wait until a condition holds; fail with what is otherwise."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.03)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that waits to be buried does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+@contextmanager
+def site(home: Path) -> Iterator[Site]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HASTEN_HOME", str(home))
+        made = Site(home)
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+def python(code: str, *arguments: str, **options: Any) -> "subprocess.Popen[str]":
+    """A Python process that runs some code, its output in pipes."""
+    return subprocess.Popen(
+        [PYTHON, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )

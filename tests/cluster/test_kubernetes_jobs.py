@@ -1,0 +1,307 @@
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.cluster.api_server_kinds import Kind, RefusedError, forbidden
+from tests.cluster.kubernetes_fixtures import GPU_NODE, World, training, world
+
+from hasten.cluster.places import Status
+from hasten.core.errors import ClusterError, ExistsError, NotFoundError, UnsupportedError
+
+__all__ = ["world"]
+
+
+def test_a_job_is_made_with_what_belongs_to_it_and_leaves_nothing_behind(world: World, tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text("{}")
+    files = [f"{tmp_path / 'settings.json'}:/etc/settings.json"]
+    world.place.submit(training(config_file=files, tensorboard=True, logdir="/mnt/logs"))
+    made = world.leftovers()
+    assert made == [
+        "ConfigMap/convert-bloom-config",
+        "Deployment/convert-bloom-tensorboard",
+        "PyTorchJob/convert-bloom",
+        "Service/convert-bloom-tensorboard",
+    ]
+    job = world.object("PyTorchJob", "convert-bloom")
+    for kind in ("ConfigMap", "Deployment", "Service"):
+        owners = world.store.all(kind)[0]["metadata"]["ownerReferences"]
+        assert [owner["uid"] for owner in owners] == [job["metadata"]["uid"]]
+    assert {one["manager"] for one in job["metadata"]["managedFields"]} == {"hasten"}
+    world.run(world.train("convert-bloom"))
+    world.place.delete_job("convert-bloom", "default")
+    assert world.store.names("PyTorchJob", "Pod") == []  # at once: its name is free again
+    assert world.leftovers() == []
+
+
+def test_a_dry_run_asks_nothing(world: World) -> None:
+    assert [one["kind"] for one in world.place.plan_job(training())] == ["PyTorchJob"]
+    assert world.server.requests == []
+
+
+def test_nothing_is_left_of_a_submit_that_fails(world: World, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    job = training(config_file=[f"{tmp_path / 'a'}:/a"], tensorboard=True, logdir="/mnt/logs")
+    world.server.rules.denied.add(("create", "services"))
+    with pytest.raises(ClusterError, match="admin may not create services in namespace default"):
+        world.place.submit(job)
+    assert world.leftovers() == []
+
+    def refuse(kind: Kind, body: dict[str, Any]) -> None:
+        if kind.kind == "ConfigMap":
+            raise RefusedError(400, "BadRequest", 'admission webhook "policy" denied the request: no files')
+
+    world.store.admission.append(refuse)
+    with pytest.raises(ClusterError, match="no files"):
+        world.place.submit(job)
+    assert world.leftovers() == []
+
+
+def test_what_cannot_be_rolled_back_is_told(world: World) -> None:
+    world.server.rules.denied |= {("create", "services"), ("delete", "pytorchjobs.kubeflow.org")}
+    with pytest.raises(ClusterError, match=r"services.*Not removed again.*: PyTorchJob convert-bloom"):
+        world.place.submit(training(tensorboard=True, logdir="/mnt/logs"))
+
+
+def test_a_name_that_is_taken(world: World) -> None:
+    world.place.submit(training())
+    before = world.object("PyTorchJob", "convert-bloom")
+    with pytest.raises(ExistsError, match="PyTorchJob convert-bloom in namespace default already"):
+        world.place.submit(training(gpus=4))
+    assert world.object("PyTorchJob", "convert-bloom") == before
+
+
+def test_a_config_map_of_somebody_else_is_not_taken_over(world: World, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    foreign = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "convert-bloom-config"},
+        "data": {"k": "v"},
+    }
+    world.store.write(foreign)
+    with pytest.raises(ExistsError, match="ConfigMap convert-bloom-config"):
+        world.place.submit(training(config_file=[f"{tmp_path / 'a'}:/a"]))
+    assert world.leftovers() == ["ConfigMap/convert-bloom-config"]
+    assert world.object("ConfigMap", "convert-bloom-config")["data"] == {"k": "v"}
+
+
+def test_an_interrupt_rolls_back(world: World) -> None:
+    def interrupt(kind: Kind, body: dict[str, Any]) -> None:
+        if kind.kind == "Service":
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    world.store.admission.append(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        world.place.submit(training(tensorboard=True, logdir="/mnt/logs"))
+    assert world.leftovers() == []
+
+
+def test_a_job_goes_through_its_states(world: World) -> None:
+    place = world.place
+    place.submit(training(workers=3, gpus=2, priority="high"))
+    job = place.job("convert-bloom", "default")
+    assert (job.status, job.gpus, job.priority, job.trainer) == (Status.PENDING, 6, "high", "PYTORCHJOB")
+    assert job.reason == "there are no pods yet, and no operator has taken up this PyTorchJob: does it run?"
+    world.set_conditions("convert-bloom", "Created")
+    pods = [world.train("convert-bloom", index) for index in (2, 0, 1)]
+    for pod in pods:
+        world.run(pod)
+    world.set_conditions("convert-bloom", "Created", "Running", startTime="2026-11-23T10:00:00Z")
+    job = place.job("convert-bloom", "default")
+    assert (job.status, job.reason) == (Status.RUNNING, None)
+    assert [(one.name, one.is_chief, one.gpus, one.node) for one in job.instances] == [
+        ("convert-bloom-master-0", True, 2, GPU_NODE),
+        ("convert-bloom-worker-0", False, 2, GPU_NODE),
+        ("convert-bloom-worker-1", False, 2, GPU_NODE),
+    ]
+    world.run(pods[1], "Succeeded")
+    world.set_conditions("convert-bloom", "Created", "Running", "Succeeded", completionTime="2026-11-23T10:03:00Z")
+    job = place.job("convert-bloom", "default")
+    assert job.status is Status.SUCCEEDED
+    assert job.ended is not None
+    assert job.ended.isoformat() == "2026-11-23T10:03:00+00:00"
+
+
+def test_conditions_in_their_order(world: World) -> None:
+    world.place.submit(training())
+    for held, status in (
+        (("Queuing",), Status.QUEUING),
+        (("Queuing", "Running"), Status.RUNNING),
+        (("Queuing", "Running", "Failed"), Status.FAILED),
+        (("Running", "Failed", "Succeeded"), Status.SUCCEEDED),
+    ):
+        world.set_conditions("convert-bloom", *held)
+        assert world.place.jobs("default")[0].status is status
+
+
+UNSCHEDULABLE = {
+    "type": "PodScheduled",
+    "status": "False",
+    "reason": "Unschedulable",
+    "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+}
+NO_CLAIM = {**UNSCHEDULABLE, "message": '0/3 nodes are available: persistentvolumeclaim "bloom-pvc" not found.'}
+
+
+def _waiting(reason: str, message: str) -> dict[str, Any]:
+    return {"containerStatuses": [{"name": "pytorch", "state": {"waiting": {"reason": reason, "message": message}}}]}
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        ({"conditions": [UNSCHEDULABLE]}, r"master-0: Unschedulable: 0/3 nodes are available: 3 Insufficient"),
+        ({"conditions": [NO_CLAIM]}, r'"bloom-pvc" not found\.; make the volume with `hasten cluster data create`'),
+        (_waiting("ImagePullBackOff", 'Back-off pulling image "hasten:1"'), "ImagePullBackOff: Back-off pulling image"),
+        (_waiting("CreateContainerConfigError", 'secret "k" not found'), 'CreateContainerConfigError: secret "k" not'),
+    ],
+)
+def test_why_a_job_is_pending(world: World, status: dict[str, Any], reason: str) -> None:
+    world.place.submit(training())
+    world.set_conditions("convert-bloom", "Created")
+    world.train("convert-bloom", **status)
+    for job in (world.place.jobs("default")[0], world.place.job("convert-bloom", "default")):
+        assert job.status is Status.PENDING
+        assert job.reason is not None
+        assert re.search(reason, job.reason)
+
+
+def test_a_quota_is_told_by_events_in_their_order(world: World) -> None:
+    world.place.submit(training())
+    world.set_conditions("convert-bloom", "Created")
+    job = world.object("PyTorchJob", "convert-bloom")
+    message = 'Error creating: pods "convert-bloom-master-0" is forbidden: exceeded quota: gpus'
+    world.event(job, "FailedCreatePod", message, "2026-11-23T10:00:09Z")
+    world.event(job, "Created", "PyTorchJob is created", "2026-11-23T10:00:01Z", kind="Normal")
+    world.event(world.object("Namespace", "default"), "Other", "of somebody else", "2026-11-23T10:00:02Z")
+    found = world.place.job("convert-bloom", "default")
+    assert [(event.reason, event.source) for event in found.events] == [
+        ("Created", "pytorchjob/convert-bloom"),
+        ("FailedCreatePod", "pytorchjob/convert-bloom"),
+    ]
+    assert found.reason is not None
+    assert "exceeded quota" in found.reason
+    assert found.events[1].message.endswith("(2 times)")
+
+
+def test_a_volume_that_cannot_be_mounted_is_told_by_events(world: World) -> None:
+    world.place.submit(training())
+    world.set_conditions("convert-bloom", "Created")
+    pod = world.train("convert-bloom", **_waiting("ContainerCreating", ""))
+    assert world.place.job("convert-bloom", "default").reason is None
+    world.event(pod, "FailedMount", "MountVolume.SetUp failed: timed out", "2026-11-23T10:00:00Z")
+    reason = world.place.job("convert-bloom", "default").reason
+    assert reason == "pod/convert-bloom-master-0: FailedMount: MountVolume.SetUp failed: timed out (2 times)"
+
+
+def test_why_a_job_failed(world: World) -> None:
+    world.place.submit(training())
+    world.run(world.train("convert-bloom"), "Failed", exitCode=137, reason="OOMKilled")
+    world.set_conditions("convert-bloom", "Created", "Failed")
+    job = world.place.job("convert-bloom", "default")
+    assert job.status is Status.FAILED
+    assert job.reason == "convert-bloom-master-0: container pytorch ended with status 137 (OOMKilled)"
+    assert job.ended is not None
+
+
+def test_a_train_job_runs_when_its_pods_do(world: World) -> None:
+    world.place.submit(training(api="trainer", workers=2, gpus=4))
+    owner = world.object("TrainJob", "convert-bloom")
+    for index in (1, 0):
+        labels = {
+            "jobset.sigs.k8s.io/jobset-name": "convert-bloom",
+            "jobset.sigs.k8s.io/replicatedjob-name": "node",
+            "batch.kubernetes.io/job-completion-index": str(index),
+        }
+        spec = {"containers": [{"name": "node", "resources": {"limits": {"nvidia.com/gpu": "4"}}}]}
+        world.run(world.pod(f"convert-bloom-node-0-{index}-abcde", labels, spec, owner))
+    job = world.place.jobs("default")[0]
+    assert (job.status, job.trainer, job.gpus) == (Status.RUNNING, "TRAINJOB", 8)
+    assert [one.name for one in job.instances if one.is_chief] == ["convert-bloom-node-0-0-abcde"]
+    world.set_conditions("convert-bloom", "Complete", kind="TrainJob")
+    assert world.place.job("convert-bloom", "default").status is Status.SUCCEEDED
+    world.place.delete_job("convert-bloom", "default")
+    assert world.leftovers() == []
+
+
+def test_jobs_of_all_namespaces_newest_first(world: World) -> None:
+    world.store.write({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "default-group"}})
+    for number, namespace in enumerate(("default", "default-group", "default")):
+        world.place.submit(training(f"job-{number}", namespace=namespace))
+        found = world.object("PyTorchJob", f"job-{number}")
+        world.change(found, {"metadata": {**found["metadata"], "creationTimestamp": f"2026-11-23T10:00:0{number}Z"}})
+    assert [job.name for job in world.place.jobs(None)] == ["job-2", "job-1", "job-0"]
+    assert [job.name for job in world.place.jobs("default")] == ["job-2", "job-0"]
+
+
+def test_a_cluster_without_a_training_operator(world: World) -> None:
+    world.store.crds.clear()
+    for ask in (
+        lambda: world.place.submit(training()),
+        lambda: world.place.jobs("default"),
+        lambda: world.place.job("x", "default"),
+    ):
+        with pytest.raises(ClusterError, match=r"does not know the kind PyTorchJob .*training operator; to install"):
+            ask()
+    world.store.crds.add("pytorchjobs.kubeflow.org")
+    assert world.place.jobs("default") == []
+    world.place.submit(training())
+
+
+def test_rights_are_checked_before_the_kind_is_looked_up(world: World) -> None:
+    world.server.rules.denied |= {("list", "pytorchjobs.kubeflow.org"), ("list", "trainjobs.trainer.kubeflow.org")}
+    with pytest.raises(ClusterError, match=r"admin may not list pytorchjobs.kubeflow.org in namespace default: have a"):
+        world.place.jobs("default")
+    world.store.crds.clear()
+    with pytest.raises(ClusterError, match="does not know the kind PyTorchJob"):
+        world.connect().jobs("default")
+
+
+def test_who_may_see_one_kind_of_jobs_sees_those(world: World) -> None:
+    world.place.submit(training())
+    world.server.rules.denied.add(("list", "trainjobs.trainer.kubeflow.org"))
+    assert [job.name for job in world.place.jobs("default")] == ["convert-bloom"]
+
+
+def test_a_job_that_is_not_there(world: World) -> None:
+    with pytest.raises(NotFoundError, match="there is no training job nothing in namespace default"):
+        world.place.job("nothing", "default")
+    with pytest.raises(NotFoundError, match="there is no training job nothing"):
+        world.place.delete_job("nothing", "default")
+    with pytest.raises(NotFoundError, match="no training job"):
+        world.place.job("../../default/pods/x?y=z", "default")
+    for ask in (
+        lambda: world.place.jobs("nowhere"),
+        lambda: world.place.job("nothing", "nowhere"),
+        lambda: world.place.submit(training(namespace="nowhere")),
+    ):
+        with pytest.raises(NotFoundError, match=r"there is no namespace nowhere in the cluster at http://127.0.0.1"):
+            ask()
+
+
+def test_a_deletion_that_does_not_end_says_what_it_waits_for(world: World) -> None:
+    world.place.submit(training())
+    found = world.object("PyTorchJob", "convert-bloom")
+    world.change(found, {"metadata": {**found["metadata"], "finalizers": ["example.com/backup"]}})
+    start = time.monotonic()
+    with pytest.raises(ClusterError, match=r"waits for: example.com/backup"):
+        world.connect(patience=0.3).delete_job("convert-bloom", "default")
+    assert time.monotonic() - start < 5
+
+
+def test_a_quota_refuses(world: World) -> None:
+    def quota(kind: Kind, body: dict[str, Any]) -> None:
+        raise forbidden(kind, body["metadata"]["name"], "exceeded quota: jobs, requested: 1, used: 4, limited: 4")
+
+    world.store.admission.append(quota)
+    with pytest.raises(ClusterError, match="the quota of namespace default does not allow PyTorchJob convert-bloom"):
+        world.place.submit(training())
+
+
+def test_an_option_of_another_place(world: World) -> None:
+    with pytest.raises(UnsupportedError, match="kubernetes cannot do --map-paths"):
+        world.place.submit(training(map_paths=True))

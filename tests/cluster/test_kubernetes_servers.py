@@ -1,0 +1,248 @@
+from typing import Any
+
+import pytest
+from kubernetes.client import ApiClient, Configuration, CustomObjectsApi
+from tests.cluster.api_server import ADMIN
+from tests.cluster.api_server_kinds import BY_NAME
+from tests.cluster.kubernetes_fixtures import GPU_NODE, World, serving, world
+
+from hasten.cluster.places import ServerUpdate
+from hasten.core.errors import ClusterError, ConfigError, ExistsError, NotFoundError, UnsupportedError
+
+__all__ = ["world"]
+
+NAME = "ft-triton-bloom-1-tritoninferenceserver"
+
+
+def container(world: World, kind: str = "Deployment") -> dict[str, Any]:
+    """The server's container as it is stored."""
+    body = world.object(kind, NAME)
+    template = body["spec"].get("template") or body["spec"]["leaderWorkerTemplate"]["leaderTemplate"]
+    one: dict[str, Any] = template["spec"]["containers"][0]
+    return one
+
+
+def start_pod(world: World, name: str = "a") -> dict[str, Any]:
+    """A pod that the Deployment's controllers make."""
+    owner = world.object("Deployment", NAME)
+    template = owner["spec"]["template"]
+    pod = world.pod(f"{NAME}-{name}", template["metadata"]["labels"], template["spec"], owner)
+    world.run(pod)
+    return pod
+
+
+def test_a_server_and_all_that_belongs_to_it(world: World) -> None:
+    world.place.serve(serving(replicas=2, allow_metrics=True))
+    assert world.leftovers() == [
+        f"Deployment/{NAME}",
+        f"PodDisruptionBudget/{NAME}",
+        f"PodMonitor/{NAME}",
+        f"Service/{NAME}",
+    ]
+    owner = world.object("Deployment", NAME)["metadata"]
+    assert [(one["manager"], one["operation"]) for one in owner["managedFields"]] == [("hasten", "Apply")]
+    for kind in ("PodDisruptionBudget", "PodMonitor", "Service"):
+        assert world.object(kind, NAME)["metadata"]["ownerReferences"][0]["uid"] == owner["uid"]
+    start_pod(world)
+    world.change(world.object("Deployment", NAME), {"status": {"availableReplicas": 1}})
+    server = world.place.servers("default")[0]
+    assert (server.name, server.version, server.desired, server.available) == ("ft-triton-bloom", "1", 2, 1)
+    assert server.ports == {"RESTFUL": 8000, "GRPC": 8001, "METRICS": 8002}
+    assert (server.address, server.gpus, server.type) == ("10.96.0.1", 4, "Triton")
+    assert [(one.name, one.gpus, one.node, one.ready) for one in server.instances] == [(f"{NAME}-a", 2, GPU_NODE, True)]
+    world.place.delete_server("ft-triton-bloom", None, "default")
+    assert world.leftovers() == []
+
+
+def test_events_of_a_server_are_also_those_of_its_replica_set(world: World) -> None:
+    world.place.serve(serving())
+    labels = world.object("Deployment", NAME)["spec"]["template"]["metadata"]["labels"]
+    metadata = {"name": f"{NAME}-5d4", "namespace": "default", "labels": labels}
+    made = world.store.write({"apiVersion": "apps/v1", "kind": "ReplicaSet", "metadata": metadata, "spec": {}})
+    world.event(made, "FailedCreate", "exceeded quota: gpus", "2026-11-23T10:00:00Z")
+    events = world.place.server("ft-triton-bloom", None, "default").events
+    assert [(event.reason, event.source) for event in events] == [("FailedCreate", f"replicaset/{NAME}-5d4")]
+
+
+def test_nothing_is_left_of_a_server_that_fails(world: World) -> None:
+    world.server.rules.denied.add(("create", "services"))
+    with pytest.raises(ClusterError, match="admin may not create services in namespace default"):
+        world.place.serve(serving(replicas=2))
+    assert world.leftovers() == []
+
+
+def test_name_and_version_are_taken(world: World) -> None:
+    world.place.serve(serving())
+    with pytest.raises(ExistsError, match="server ft-triton-bloom of version 1 in namespace default already"):
+        world.place.serve(serving(gpus=4))
+    world.place.serve(serving(version="2"))
+    assert len(world.place.servers(None)) == 2
+    with pytest.raises(ConfigError, match="has the versions 1, 2: name one with --version"):
+        world.place.delete_server("ft-triton-bloom", None, "default")
+    world.place.delete_server("ft-triton-bloom", "1", "default")
+    assert [server.version for server in world.place.servers("default")] == ["2"]
+
+
+def test_a_service_of_that_name_is_not_taken_over(world: World) -> None:
+    spec = {"ports": [{"port": 80}]}
+    world.store.write({"apiVersion": "v1", "kind": "Service", "metadata": {"name": NAME}, "spec": spec})
+    with pytest.raises(ExistsError, match=f"there is a Service {NAME} already"):
+        world.place.serve(serving())
+    assert world.leftovers() == [f"Service/{NAME}"]
+
+
+def test_a_server_that_is_not_there(world: World) -> None:
+    with pytest.raises(NotFoundError, match="there is no server nothing of version 3 in namespace default"):
+        world.place.server("nothing", "3", "default")
+    with pytest.raises(NotFoundError, match="no namespace nowhere"):
+        world.place.servers("nowhere")
+
+
+def test_an_update_changes_what_it_names_and_nothing_else(world: World) -> None:
+    world.place.serve(serving(env=["A=1", "B=2"], load_model=["bloom"], extend_command='--log-verbose=$LEVEL "x y"'))
+    before = world.object("Deployment", NAME)
+    update = ServerUpdate(image="hasten:2", gpus=4, memory="64Gi", replicas=3, env=["B=3", "C=$(A)"], label=["team=a"])
+    world.place.update_server("ft-triton-bloom", None, "default", update)
+    after, one = world.object("Deployment", NAME), container(world)
+    assert (one["image"], after["spec"]["replicas"]) == ("hasten:2", 3)
+    assert one["resources"]["limits"] == {"nvidia.com/gpu": "4", "memory": "64Gi"} == one["resources"]["requests"]
+    values = {variable["name"]: variable["value"] for variable in one["env"]}
+    assert (values["A"], values["B"], values["C"]) == ("1", "3", "$$(A)")
+    assert after["spec"]["template"]["metadata"]["labels"]["team"] == after["metadata"]["labels"]["team"] == "a"
+    assert after["spec"]["selector"] == before["spec"]["selector"]
+    changed = {"image", "resources", "env"}
+    old = before["spec"]["template"]["spec"]["containers"][0]
+    assert {key: value for key, value in one.items() if key not in changed} == {
+        key: value for key, value in old.items() if key not in changed
+    }
+    assert f"PodDisruptionBudget/{NAME}" in world.leftovers()
+    world.place.delete_server("ft-triton-bloom", None, "default")
+    assert world.leftovers() == []
+
+
+def test_an_update_that_changes_nothing_leaves_the_object_alone(world: World) -> None:
+    world.place.serve(serving())
+    before = world.object("Deployment", NAME)
+    world.place.update_server("ft-triton-bloom", None, "default", ServerUpdate(image="hasten:1"))
+    assert world.object("Deployment", NAME) == before
+
+
+def test_an_update_of_the_command_keeps_the_rest_of_it(world: World) -> None:
+    world.place.serve(serving(extend_command='--log-verbose=$LEVEL "$(date)" # x'))
+    start = container(world)["command"][2]
+    assert start.endswith('--log-verbose=$LEVEL "$$(date)" # x')
+
+    def updated(**options: Any) -> str:
+        world.place.update_server("ft-triton-bloom", "1", "default", ServerUpdate(**options))
+        command: str = container(world)["command"][2]
+        return command
+
+    moved = updated(model_repository="/mnt/it's new")
+    assert moved == start.replace("--model-repository=/mnt/triton_repo", "'--model-repository=/mnt/it'\"'\"'s new'")
+    loaded = updated(load_model=["a", "b"])
+    options = "--model-control-mode=explicit --load-model=a --load-model=b"
+    assert loaded == moved.replace(" --log-verbose", f" {options} --log-verbose")
+    assert updated(extend_command="--strict-readiness=false").endswith(f"{options} --strict-readiness=false")
+
+
+def test_gpus_come_and_go_with_what_hides_them(world: World) -> None:
+    world.place.serve(serving(gpus=0))
+    hidden = {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"}
+    assert hidden in container(world)["env"]
+    world.place.update_server("ft-triton-bloom", None, "default", ServerUpdate(gpus=1))
+    assert hidden not in container(world)["env"]
+    assert world.place.servers("default")[0].gpus == 1
+    world.place.update_server("ft-triton-bloom", None, "default", ServerUpdate(gpus=0))
+    assert hidden in container(world)["env"]
+
+
+def test_two_managers_conflict(world: World) -> None:
+    world.place.serve(serving())
+    kind = BY_NAME["deployments.apps"]
+    theirs = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": NAME}, "spec": {"replicas": 5}}
+    world.store.apply(kind, "default", NAME, theirs, "their-autoscaler", force=True)
+    update = ServerUpdate(replicas=2)
+    with pytest.raises(ClusterError, match=r'spec\.replicas \(conflict with "their-autoscaler" using apps/v1\)'):
+        world.place.update_server("ft-triton-bloom", None, "default", update)
+    assert world.object("Deployment", NAME)["spec"]["replicas"] == 5
+    world.place.update_server("ft-triton-bloom", None, "default", ServerUpdate(image="hasten:2"))
+    assert world.object("Deployment", NAME)["spec"]["replicas"] == 5
+
+
+def test_what_others_added_stays(world: World) -> None:
+    world.place.serve(serving())
+    sidecar = {"name": "istio", "image": "istio:1"}
+    template = {"metadata": {"annotations": {"restarted": "now"}}, "spec": {"containers": [sidecar]}}
+    theirs = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": NAME}, "spec": {"template": template}}
+    world.store.apply(BY_NAME["deployments.apps"], "default", NAME, theirs, "istio", force=False)
+    world.place.update_server("ft-triton-bloom", None, "default", ServerUpdate(image="hasten:2"))
+    pods = world.object("Deployment", NAME)["spec"]["template"]
+    assert [one["image"] for one in pods["spec"]["containers"]] == ["hasten:2", "istio:1"]
+    assert pods["metadata"]["annotations"]["restarted"] == "now"
+
+
+def test_a_server_that_others_made(world: World) -> None:
+    configuration = Configuration(host=world.server.url, api_key={"BearerToken": f"Bearer {ADMIN}"})
+    labels = {"servingName": "old", "servingVersion": "1", "servingType": "triton-serving"}
+    containers = [{"name": "triton", "image": "triton:1", "command": ["sh", "-c", "tritonserver"]}]
+    template = {"metadata": {"labels": labels}, "spec": {"containers": containers}}
+    spec = {"replicas": 1, "selector": {"matchLabels": labels}, "template": template}
+    body = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "old", "labels": labels}, "spec": spec}
+    with ApiClient(configuration) as client:
+        api = CustomObjectsApi(client)
+        api.create_namespaced_custom_object("apps", "v1", "default", "deployments", body, field_manager="helm")
+    assert world.place.servers("default")[0].name == "old"
+    with pytest.raises(ClusterError, match='conflict with "helm"'):
+        world.place.update_server("old", None, "default", ServerUpdate(image="triton:2"))
+    with pytest.raises(UnsupportedError, match="hasten did not make this server's command"):
+        world.place.update_server("old", None, "default", ServerUpdate(load_model=["bloom"]))
+    world.place.delete_server("old", None, "default")
+    assert world.leftovers() == []
+
+
+def test_labels_that_bind_pods_to_their_server_cannot_be_changed(world: World) -> None:
+    world.place.serve(serving())
+    with pytest.raises(ConfigError, match="--label servingName=other: this label tells whose pods are whose"):
+        world.place.update_server("ft-triton-bloom", None, "default", ServerUpdate(label=["servingName=other"]))
+
+
+def test_an_autoscaled_server_has_no_number_of_replicas_to_change(world: World) -> None:
+    world.place.serve(serving(autoscale="1:4", cpu="8"))
+    assert f"HorizontalPodAutoscaler/{NAME}" in world.leftovers()
+    with pytest.raises(ConfigError, match="made with --autoscale, which decides"):
+        world.place.update_server("ft-triton-bloom", None, "default", ServerUpdate(replicas=2))
+
+
+def test_a_server_over_several_nodes(world: World) -> None:
+    world.place.serve(serving(multinode=2, replicas=2, gpus=8, runtime="tritonserver"))
+    server = world.place.servers("default")[0]
+    assert (server.gpus, server.desired, server.available) == (32, 2, 0)
+    owner = world.object("LeaderWorkerSet", NAME)
+    group = owner["spec"]["leaderWorkerTemplate"]
+    for index, template in ((1, group["workerTemplate"]), (0, group["leaderTemplate"])):
+        labels = {**template["metadata"]["labels"], "leaderworkerset.sigs.k8s.io/worker-index": str(index)}
+        world.run(world.pod(f"{NAME}-0-{index}", labels, template["spec"], owner))
+    instances = world.place.server("ft-triton-bloom", None, "default").instances
+    assert [(one.name, one.is_chief) for one in instances] == [(f"{NAME}-0-0", True), (f"{NAME}-0-1", False)]
+    world.place.update_server("ft-triton-bloom", None, "default", ServerUpdate(image="hasten:2", gpus=4))
+    group = world.object("LeaderWorkerSet", NAME)["spec"]["leaderWorkerTemplate"]
+    for template in (group["leaderTemplate"], group["workerTemplate"]):
+        one = template["spec"]["containers"][0]
+        assert one["image"] == "hasten:2"
+        assert {"name": "PET_NPROC_PER_NODE", "value": "4"} in one["env"]
+    world.place.delete_server("ft-triton-bloom", None, "default")
+    assert world.leftovers() == []
+
+
+def test_what_a_server_needs_and_the_cluster_lacks(world: World) -> None:
+    world.store.crds.clear()
+    with pytest.raises(ClusterError, match=r"LeaderWorkerSet, but this cluster has no CRD"):
+        world.place.serve(serving(multinode=2, runtime="tritonserver"))
+    with pytest.raises(ClusterError, match=r"KEDA, but this cluster has no CRD scaledobjects\.keda\.sh"):
+        world.place.serve(
+            serving(autoscale="1:2", autoscale_by="queue", prometheus="http://p:9090", allow_metrics=True)
+        )
+    world.place.serve(serving(allow_metrics=True))  # without a PodMonitor then
+    assert world.leftovers() == [f"Deployment/{NAME}", f"Service/{NAME}"]
+    assert container(world)["image"] == "hasten:1"
+    assert [server.name for server in world.place.servers("default")] == ["ft-triton-bloom"]

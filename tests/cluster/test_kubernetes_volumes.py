@@ -1,0 +1,142 @@
+import base64
+from typing import Any
+
+import pytest
+from tests.cluster.kubernetes_fixtures import World, training, world
+
+from hasten.cluster.spec import Volume
+from hasten.core.errors import ClusterError, ConfigError, ExistsError, NotFoundError
+
+__all__ = ["world"]
+
+
+def bucket(**options: Any) -> Volume:
+    wanted = {"name": "bloom-pvc", "oss_bucket": "models", "oss_url": "oss.example.com", "access_key_id": "id"}
+    return Volume(**{**wanted, **options})
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HASTEN_ACCESS_KEY_SECRET", "geheim")
+
+
+def test_a_volume_and_all_that_belongs_to_it(world: World) -> None:
+    world.place.create_volume(bucket(description="BLOOM"))
+    parts = ["PersistentVolume/default-bloom-pvc", "PersistentVolumeClaim/bloom-pvc", "Secret/bloom-pvc-key"]
+    assert world.leftovers() == parts
+    assert base64.b64decode(world.object("Secret", "bloom-pvc-key")["data"]["akSecret"]) == b"geheim"
+    listed = world.place.volumes("default")
+    assert [(one.name, one.access_mode, one.description) for one in listed] == [
+        ("bloom-pvc", "ReadWriteMany", "BLOOM"),
+    ]
+    world.place.delete_volume("bloom-pvc", "default")
+    assert world.leftovers() == []
+
+
+def test_nothing_is_left_of_a_volume_that_fails(world: World) -> None:
+    world.server.rules.denied.add(("create", "persistentvolumeclaims"))
+    with pytest.raises(ClusterError, match="admin may not create persistentvolumeclaims in namespace default"):
+        world.place.create_volume(bucket())
+    assert world.leftovers() == []
+    world.server.rules.denied = {("create", "persistentvolumes")}
+    with pytest.raises(ClusterError, match="admin may not create persistentvolumes in the cluster"):
+        world.place.create_volume(bucket())
+    assert world.leftovers() == []
+
+
+def test_a_name_that_is_taken(world: World) -> None:
+    world.place.create_volume(bucket())
+    with pytest.raises(ExistsError, match="Secret bloom-pvc-key in namespace default already"):
+        world.place.create_volume(bucket(oss_bucket="other"))
+    assert len(world.leftovers()) == 3
+
+
+def test_a_key_without_its_secret(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HASTEN_ACCESS_KEY_SECRET")
+    with pytest.raises(ConfigError, match="HASTEN_ACCESS_KEY_SECRET"):
+        world.place.create_volume(bucket())
+
+
+def claim(world: World, name: str, phase: str) -> None:
+    metadata = {"name": name, "annotations": {"owner": "anna"}}
+    body = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata}
+    world.store.write({**body, "spec": {"accessModes": ["ReadOnlyMany"]}, "status": {"phase": phase}})
+
+
+def test_claims_of_others_are_listed_when_bound_and_never_deleted(world: World) -> None:
+    claim(world, "shared", "Bound")
+    claim(world, "waiting", "Pending")
+    assert [(one.name, one.owner, one.access_mode) for one in world.place.volumes("default")] == [
+        ("shared", "anna", "ReadOnlyMany")
+    ]
+    with pytest.raises(ClusterError, match="volume shared was not made by hasten"):
+        world.place.delete_volume("shared", "default")
+    assert len(world.leftovers()) == 2
+
+
+def test_a_secret_of_somebody_else_stays(world: World) -> None:
+    world.place.create_volume(bucket(access_key_id=None))
+    world.store.write({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "bloom-pvc-key"}})
+    world.place.delete_volume("bloom-pvc", "default")
+    assert world.leftovers() == ["Secret/bloom-pvc-key"]
+
+
+def test_what_is_left_of_a_volume_can_be_deleted(world: World) -> None:
+    world.place.create_volume(bucket())
+    world.store.remove("v1", "PersistentVolumeClaim", "default", "bloom-pvc")
+    world.place.delete_volume("bloom-pvc", "default")
+    assert world.leftovers() == []
+
+
+def test_a_volume_in_use_stays(world: World) -> None:
+    world.place.create_volume(bucket())
+    world.place.submit(training())
+    pod = world.train("convert-bloom")
+    with pytest.raises(ClusterError, match="volume bloom-pvc is mounted by convert-bloom-master-0: delete the job"):
+        world.place.delete_volume("bloom-pvc", "default")
+    world.run(pod, "Succeeded")
+    world.place.delete_volume("bloom-pvc", "default")
+    assert world.store.names("PersistentVolumeClaim") == []
+
+
+def test_a_volume_that_is_not_there(world: World) -> None:
+    with pytest.raises(NotFoundError, match="there is no volume x in namespace default"):
+        world.place.delete_volume("x", "default")
+    for ask in (world.place.volumes, lambda namespace: world.place.delete_volume("x", namespace)):
+        with pytest.raises(NotFoundError, match="no namespace nowhere"):
+            ask("nowhere")
+
+
+def node(world: World, name: str, ready: str, *, roles: tuple[str, ...] = (), **allocatable: Any) -> None:
+    labels = {f"node-role.kubernetes.io/{role}": "" for role in roles}
+    status = {
+        "addresses": [{"type": "Hostname", "address": name}, {"type": "InternalIP", "address": "10.0.0.1"}],
+        "conditions": [{"type": "Ready", "status": ready}],
+        "allocatable": {"cpu": "64", **allocatable},
+    }
+    metadata = {"name": name, "labels": labels}
+    world.store.write({"apiVersion": "v1", "kind": "Node", "metadata": metadata, "spec": {}, "status": status})
+
+
+def test_nodes_and_their_gpus(world: World) -> None:
+    node(world, "gpu-1", "True", **{"nvidia.com/gpu": "8", "nvidia.com/mig-1g.10gb": "2"})
+    node(world, "amd-1", "Unknown", **{"amd.com/gpu": "4"})
+    node(world, "head", "True", roles=("control-plane",))
+    world.change(world.object("Node", "head"), {"spec": {"unschedulable": True}})
+    world.place.submit(training(gpus=4))
+    world.run(world.train("convert-bloom"))
+    world.place.submit(training("ended", gpus=2))
+    world.run(world.train("ended"), "Succeeded")
+    told = [(one.name, one.role, one.status, one.gpus, one.allocated_gpus) for one in world.place.nodes()]
+    assert told == [
+        ("amd-1", "<none>", "NotReady", 4, 0),
+        ("gpu-1", "<none>", "Ready", 10, 4),
+        ("head", "control-plane", "Ready,SchedulingDisabled", 0, 0),
+    ]
+    assert world.place.nodes()[0].address == "10.0.0.1"
+
+
+def test_the_right_to_see_nodes(world: World) -> None:
+    world.server.rules.denied.add(("list", "nodes"))
+    with pytest.raises(ClusterError, match="admin may not list nodes in the cluster: have a role bound to it"):
+        world.place.nodes()

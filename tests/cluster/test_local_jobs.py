@@ -1,0 +1,141 @@
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.cluster.local_site import Site, await_that, site
+
+from hasten.cluster.places import Status
+from hasten.core.errors import NotFoundError
+
+GLOO = """
+import torch
+import torch.distributed as dist
+dist.init_process_group("gloo")
+one = torch.tensor([float(dist.get_rank() + 1)])
+dist.all_reduce(one)
+print("sum", one.item(), "of", dist.get_world_size())
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Site]:
+    with site(tmp_path / "home") as made:
+        yield made
+
+
+def test_instances_are_told_their_ranks(here: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "7")
+    monkeypatch.setenv("PET_NNODES", "9")
+    names = "MASTER_ADDR MASTER_PORT WORLD_SIZE RANK LOCAL_RANK LOCAL_WORLD_SIZE"
+    more = "PET_NNODES PET_NODE_RANK PET_MASTER_ADDR PET_MASTER_PORT PET_NPROC_PER_NODE PYTHONUNBUFFERED"
+    show = f"for name in {names} {more}; do eval echo \\${{$name-unset}}; done"
+    here.submit("ranks", show, workers=3, nproc_per_node="2")
+    job = here.ended("ranks")
+    assert [(one.name, one.is_chief) for one in job.instances] == [
+        ("ranks-master-0", True),
+        ("ranks-worker-0", False),
+        ("ranks-worker-1", False),
+    ]
+    ports = set()
+    for rank, instance in enumerate(job.instances):
+        seen = here.logs("ranks", instance=instance.name)
+        ports |= {seen[1], seen[9]}
+        assert seen[:1] + seen[2:9] + seen[10:] == [
+            *("localhost", "6", str(rank), "0", "1"),
+            *("3", str(rank), "localhost", "2", "1"),
+        ]
+    assert len(ports) == 1
+    alone = here.run("alone", show, nproc_per_node="gpu")
+    assert alone[:1] + alone[2:9] + alone[10:] == ["localhost", "1", "0", "0", "1", "1", "0", "localhost", "gpu", "1"]
+
+
+def test_two_instances_meet(here: Site, tmp_path: Path) -> None:
+    script = tmp_path / "meet.py"
+    script.write_text(GLOO)
+    here.run("meet", f"{sys.executable} {script}", workers=2)
+    for instance in ("meet-master-0", "meet-worker-0"):
+        assert here.logs("meet", instance=instance) == ["sum 3.0 of 2"]
+
+
+def test_a_job_is_tried_again(here: Site, tmp_path: Path) -> None:
+    count = f"echo x >> {tmp_path}/count; n=$(wc -l < {tmp_path}/count); echo attempt $n"
+    assert here.run("again", f"{count}; [ $n -eq 3 ]", retry=3) == ["attempt 1", "attempt 2", "attempt 3"]
+    job = here.job("again")
+    assert job.instances[0].restarts == 2
+    messages = [event.message for event in job.events if event.reason == "Restarting"]
+    assert messages == [f"again-master-0 ended with exit code 1; attempt {number} of 4 follows" for number in (2, 3)]
+    here.submit("never", "exit 5", retry=1)
+    job = here.ended("never")
+    assert (job.status, job.instances[0].restarts) == (Status.FAILED, 1)
+    assert job.reason == "never-master-0 ended with exit code 5"
+
+
+def test_the_failure_of_one_ends_the_others(here: Site, tmp_path: Path) -> None:
+    mark = tmp_path / "tried"
+    command = f"[ $RANK = 1 ] && exit 9; [ -e {mark} ] && exec sleep 60; touch {mark}; exec sleep 60"
+    here.submit("together", command, workers=3, retry=1)
+    job = here.ended("together")
+    assert job.reason == "together-worker-0 ended with exit code 9"
+    reasons = [one.reason for one in job.instances]
+    assert reasons == [
+        "was ended: together-worker-0 ended with exit code 9",
+        "ended with exit code 9",
+        "was ended: together-worker-0 ended with exit code 9",
+    ]
+    assert all(one.status is Status.FAILED and one.restarts == 1 for one in job.instances)
+
+
+@pytest.mark.parametrize(("policy", "left"), [("Running", 2), ("All", 0)])
+def test_a_job_ends_with_its_master(here: Site, policy: str, left: int) -> None:
+    here.submit("master", "[ $RANK = 0 ] || exec sleep 60", workers=2, clean_task_policy=policy)
+    job = here.ended("master")
+    assert job.status is Status.SUCCEEDED
+    assert [one.reason for one in job.instances][1:] == ["was ended: the job has succeeded"][: left // 2]
+    if not left:
+        with pytest.raises(NotFoundError, match="job master has no instance; there are: none"):
+            here.logs("master")
+
+
+def test_instances_may_be_left_running(here: Site) -> None:
+    here.submit("left", "[ $RANK = 0 ] || { sleep 1.2; echo last words; }", workers=2, clean_task_policy="None")
+    job = here.ended("left")
+    assert [one.status for one in job.instances] == [Status.SUCCEEDED, Status.RUNNING]
+    assert here.logs("left", instance="left-worker-0", follow=True) == ["last words"]
+    assert here.job("left").instances[1].status is Status.SUCCEEDED
+
+
+def test_a_job_that_runs_too_long_is_ended(here: Site) -> None:
+    here.submit("long", "echo begun; sleep 60", running_timeout="600ms", retry=5)
+    job = here.ended("long")
+    assert (job.status, job.reason) == (Status.FAILED, "it ran longer than --running-timeout, 0.6 s")
+    assert job.ended is not None
+    assert job.started is not None
+    assert 0.5 < (job.ended - job.started).total_seconds() < 10
+    assert here.logs("long") == ["begun"]
+
+
+def test_a_job_is_deleted_when_its_time_to_live_is_over(here: Site) -> None:
+    here.submit("short", "true", ttl_after_finished="1500ms")
+    assert here.ended("short").status is Status.SUCCEEDED
+    await_that(lambda: not here.folder("short").path.exists(), 10, lambda: "it stays")  # nobody asks for it
+    here.submit("short", "true", ttl_after_finished="7d")
+    here.ended("short")
+    await_that(lambda: not here.processes(), 5, lambda: "a process waits for days")
+    state = here.state("short")
+    state.expires = time.time() - 1
+    here.folder("short").write_state(state)
+    with pytest.raises(NotFoundError, match="no job short"):
+        here.job("short")
+    assert not here.folder("short").path.exists()
+
+
+def test_what_cannot_be_started_is_told(here: Site, tmp_path: Path) -> None:
+    (shell := tmp_path / "shell").write_text("no program")
+    shell.chmod(0o755)
+    here.submit("broken", "true", shell=str(shell))
+    reason = here.ended("broken").reason or ""
+    assert reason.startswith("broken-master-0 could not be started: ")
+    assert "Exec format error" in reason

@@ -1,0 +1,104 @@
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from tests.cluster.local_site import Site, site
+
+from hasten.cluster.local_logs import LogReader, LogWriter
+from hasten.cluster.places import LogOptions
+from hasten.core.errors import NotFoundError
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Site]:
+    with site(tmp_path / "home") as made:
+        yield made
+
+
+def lines(folder: Path, **options: object) -> list[str]:
+    return list(LogReader(folder, "one", lambda: True).lines(LogOptions(**options)))  # type: ignore[arg-type]
+
+
+def test_every_byte_is_kept(here: Site) -> None:
+    """More than a pipe holds, without an end of line at the end, and no text at all."""
+    code = "import os; data = bytes(range(256)) * 2000; [os.write(1, data[i:i + 7919]) for i in range(0, 512000, 7919)]"
+    here.run("bytes", f"{sys.executable} -c '{code}'; printf 'the end' >&2")
+    kept = (here.folder("bytes").logs / "bytes-master-0.log").read_bytes()
+    assert kept == bytes(range(256)) * 2000 + b"the end"
+    shown = here.logs("bytes")
+    assert len(shown) == 2001
+    assert shown[-1].endswith("the end")
+    assert "\ufffd" in shown[-1]
+
+
+def test_lines_come_while_they_are_written(here: Site) -> None:
+    here.submit("follow", "echo first; sleep 0.5; printf second; sleep 0.5; echo ' half'; printf last")
+    begun, seen = time.monotonic(), []
+    for line in here.place.job_logs("follow", "default", LogOptions(follow=True)):
+        seen.append((line, time.monotonic() - begun))
+    assert [line for line, _ in seen] == ["first", "second half", "last"]
+    assert seen[1][1] - seen[0][1] > 0.5
+
+
+def test_following_ends_when_the_job_is_deleted(here: Site) -> None:
+    here.submit("deleted", "echo begun; sleep 60")
+    following = here.place.job_logs("deleted", "default", LogOptions(follow=True))
+    assert next(following) == "begun"
+    here.place.delete_job("deleted", "default")
+    assert list(following) == []
+
+
+def test_logs_of_an_instance_that_there_is_not(here: Site) -> None:
+    here.run("one", "true")
+    with pytest.raises(NotFoundError, match="job one has no instance two; there are: one-master-0"):
+        here.logs("one", instance="two")
+
+
+def test_lines_can_be_chosen_by_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line has the time of its first byte."""
+    moment = [1_700_000_000_000_000_000]
+    monkeypatch.setattr(time, "time_ns", lambda: moment[0])
+    monkeypatch.setattr(time, "time", lambda: 1_700_000_010.0)
+    writer = LogWriter(tmp_path, "one")
+    for data in (b"a\nb\nc", b"c", b"c\nd\ne", b"\n", b"f\n"):
+        writer.write(data)
+        moment[0] += 10**9
+    writer.close()
+    assert lines(tmp_path, timestamps=True) == [
+        "2023-11-14T22:13:20.000000000Z a",
+        "2023-11-14T22:13:20.000000000Z b",
+        "2023-11-14T22:13:20.000000000Z ccc",
+        "2023-11-14T22:13:22.000000000Z d",
+        "2023-11-14T22:13:22.000000000Z e",
+        "2023-11-14T22:13:24.000000000Z f",
+    ]
+    assert lines(tmp_path, since=8.0) == ["d", "e", "f"]
+    assert lines(tmp_path, since=7.9) == ["f"]
+    assert lines(tmp_path, since=5.0) == []
+    begun = datetime.fromtimestamp(1_700_000_000, UTC)
+    assert lines(tmp_path, since_time=begun + timedelta(seconds=1)) == ["d", "e", "f"]
+    assert lines(tmp_path, since_time=begun, since=7.9) == ["f"]
+    assert lines(tmp_path, since_time=begun, tail=2) == ["e", "f"]
+    assert lines(tmp_path, since=7.9, tail=4) == ["f"]
+
+
+@pytest.mark.parametrize("last", [b"", b"unfinished"])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 5000, 30_000, 99_999])
+def test_last_lines(tmp_path: Path, count: int, last: bytes) -> None:
+    writer = LogWriter(tmp_path, "one")
+    writer.write(b"".join(b"line %d\n" % number for number in range(20_000)) + last)
+    writer.close()
+    whole = [f"line {number}" for number in range(20_000)] + ([last.decode()] if last else [])
+    assert lines(tmp_path, tail=count) == (whole[-count:] if count else [])
+
+
+def test_a_log_goes_on_after_a_start_anew(tmp_path: Path) -> None:
+    for data in (b"first\nunfinished", b" business\nsecond\n"):
+        writer = LogWriter(tmp_path, "one")
+        writer.write(data)
+        writer.close()
+    assert lines(tmp_path) == ["first", "unfinished business", "second"]
+    assert [line.partition("Z ")[2] for line in lines(tmp_path, timestamps=True)] == lines(tmp_path)

@@ -1,0 +1,241 @@
+import json
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.cluster.local_site import PYTHON, Site, site
+
+import hasten
+from hasten.cluster.local_mounts import FAILED, mount_command
+from hasten.cluster.places import Status
+from hasten.cluster.spec import TrainingJob, Volume
+from hasten.core.errors import ClusterError, ConfigError, ExistsError, NotFoundError
+
+NOBODY = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+ALONE = "give --map-paths, which puts folders' own paths into the command instead"
+
+
+def mounted(
+    mounts: list[tuple[str, str, bool]], script: str, *, prefix: list[str] | None = None, start: str = "/"
+) -> "subprocess.CompletedProcess[str]":
+    command = [*(prefix or []), *mount_command(["sh", "-c", script], mounts, start)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd="/")
+
+
+def _refusal(prefix: list[str]) -> str | None:
+    try:
+        made = mounted([], "true", prefix=prefix)
+    except FileNotFoundError as error:
+        return str(error)
+    return made.stderr or None if made.returncode else None
+
+
+@pytest.fixture(params=["as it is", "without privileges"])
+def prefix(request: pytest.FixtureRequest) -> list[str]:
+    """How to run a command: as this user, and as one that may mount in a user namespace of its own alone."""
+    if request.param == "without privileges" and os.geteuid() != 0:
+        pytest.skip("this user has no privileges already")
+    made = NOBODY if request.param == "without privileges" else []
+    if (refusal := _refusal(made)) is not None:
+        pytest.skip(f"no mounts here: {refusal}")
+    return made
+
+
+@pytest.fixture
+def volume() -> Iterator[Path]:
+    """A folder that anybody may write."""
+    made = Path(tempfile.mkdtemp())
+    made.chmod(0o777)
+    (made / "sub").mkdir()
+    (made / "sub" / "file").write_text("inside\n")
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Site]:
+    with site(tmp_path / "home") as made:
+        yield made
+
+
+@pytest.mark.parametrize("path", ["/mnt", "/no-such/folder", "/mnt/deep/er", "/usr/share/no-such", "/tmp/no-such/x"])
+def test_a_folder_is_seen_at_a_path(prefix: list[str], volume: Path, path: str) -> None:
+    entries = sorted(entry.name for entry in Path("/").iterdir())
+    script = (
+        f"cat {path}/sub/file; echo new > {path}/new; id -u; pwd; ls {volume}/sub; [ -c /dev/null ] && ls -A / | wc -l"
+    )
+    made = mounted([(str(volume), path, False)], script, prefix=prefix, start=f"{path}/sub")
+    user = 65534 if prefix else os.geteuid()
+    count = len(entries) + path.startswith("/no-such")
+    assert made.stdout.splitlines() == ["inside", str(user), f"{path}/sub", "file", str(count)], made.stderr
+    assert (volume / "new").read_text() == "new\n"
+    assert (volume / "new").stat().st_uid == user
+    assert sorted(entry.name for entry in Path("/").iterdir()) == entries  # no trace on the machine
+    assert not Path(path, "sub").exists()
+
+
+def test_what_is_for_reading_only_cannot_be_written(prefix: list[str], volume: Path) -> None:
+    inner = str(volume / "sub")
+    script = "cat /mnt/sub/file; echo x > /mnt/new; echo x > /mnt/inner/new"
+    made = mounted(
+        [(str(volume), "/mnt", True), (inner, "/mnt/sub", True)], script.replace("inner", "sub"), prefix=prefix
+    )
+    assert made.stdout == "inside\n"
+    assert made.stderr.count("Read-only file system") == 2
+
+
+def test_nothing_is_created_where_it_would_vanish(prefix: list[str], volume: Path) -> None:
+    made = mounted([(str(volume), "/no-such/folder", False)], "echo x > /no-such/other; echo x > /other", prefix=prefix)
+    assert made.stderr.count("Read-only file system") == 2
+
+
+def test_a_mount_in_a_mount(prefix: list[str], volume: Path) -> None:
+    """A path that the outer one lacks is made in it, as container engines do."""
+    other = str(volume / "sub")
+    script = "cat /mnt/a/b/file; echo x > /mnt/top"
+    made = mounted([(other, "/mnt/a/b", False), (str(volume), "/mnt", False)], script, prefix=prefix)
+    assert (made.stdout, made.stderr) == ("inside\n", "")
+    assert (volume / "a" / "b").is_dir()
+    assert (volume / "top").exists()
+
+
+def test_files_and_links(prefix: list[str], volume: Path) -> None:
+    file = str(volume / "sub" / "file")
+    for path in ("/etc/passwd", "/etc/no-such/conf"):
+        assert mounted([(file, path, True)], f"cat {path}; ls -d /bin", prefix=prefix).stdout == "inside\n/bin\n"
+    made = mounted([(file, "/mnt", True)], "true", prefix=prefix)
+    assert made.returncode == FAILED
+    assert "cannot mount" in made.stderr
+    assert "one is a folder and the other is not" in made.stderr
+
+
+def test_a_command_that_cannot_be_run(prefix: list[str], volume: Path) -> None:
+    made = mounted([], "true", prefix=prefix, start="/no/such")
+    assert (made.returncode, made.stderr) == (
+        FAILED,
+        "hasten: error: cannot start in /no/such: No such file or directory\n",
+    )
+    command = [*prefix, *mount_command(["no-such-program"], [], "/")]
+    path = {"PATH": "/usr/bin:/bin"}
+    made = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=path)
+    assert (made.returncode, made.stderr) == (
+        FAILED,
+        "hasten: error: cannot run no-such-program: No such file or directory\n",
+    )
+
+
+def test_where_the_kernel_forbids_it_another_way_is_named(volume: Path) -> None:
+    """In a user namespace whose limit of namespaces is 0, without capabilities."""
+    script = 'echo 0 > /proc/sys/user/max_user_namespaces; exec setpriv --bounding-set=-all --inh-caps=-all "$@"'
+    prefix = ["unshare", "--user", "--map-root-user", "sh", "-c", script, "sh"]
+    try:
+        made = mounted([(str(volume), "/mnt", False)], "true", prefix=prefix)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare")
+    if "unshare" in made.stderr:
+        pytest.skip(made.stderr)
+    assert made.returncode == FAILED
+    assert made.stderr == (
+        "hasten: error: the kernel does not let this user make a mount namespace "
+        f"(the limit user.max_user_namespaces); {ALONE}\n"
+    )
+
+
+JOB = """
+import sys, time
+from pathlib import Path
+from hasten.cluster.local import LocalPlace
+from hasten.cluster.places import LogOptions
+from hasten.cluster.spec import TrainingJob, Volume
+place = LocalPlace(Path(sys.argv[1]))
+place.create_volume(Volume(name="vol", path=sys.argv[2]))
+command = "cat /mnt/sub/file /no-such/file; id -u"
+place.submit(TrainingJob(name="job", command=command, data=("vol:/mnt",), data_dir=(sys.argv[2] + "/sub:/no-such",)))
+print(*place.job_logs("job", "default", LogOptions(follow=True)))
+while not place.jobs(None)[0].status.ended:
+    time.sleep(0.02)
+print(place.jobs(None)[0].status)
+place.delete_job("job", "default")
+"""
+
+
+def _interpreter(prefix: list[str], env: dict[str, str]) -> str:
+    """A Python that the user of `prefix` may start: this one may lie in a folder that is closed to others."""
+    again = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', 'import hasten.cluster.local']))"
+    for python in (PYTHON, "/usr/bin/python3"):
+        if Path(python).exists():
+            made = subprocess.run([*prefix, python, "-c", again], capture_output=True, check=False, cwd="/", env=env)
+            if made.returncode == 0:
+                return python
+    pytest.skip("this user may start no Python that has hasten")
+
+
+def test_a_job_of_a_user_without_privileges(prefix: list[str], volume: Path) -> None:
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(hasten.__file__).parents[1])}
+    command = [*prefix, _interpreter(prefix, env), "-c", JOB, str(volume / "home"), str(volume)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd="/", env=env)
+    user = 65534 if prefix else os.geteuid()
+    assert (made.stdout, made.stderr) == (f"inside inside {user}\nSUCCEEDED\n", "")
+
+
+def test_volumes_are_known_by_name(here: Site, volume: Path) -> None:
+    place = here.place
+    place.create_volume(Volume(name="vol", path=str(volume)))
+    place.create_volume(Volume(name="fixed", path=str(volume), read_only=True, description="tales"))
+    with pytest.raises(ExistsError, match="volume vol exists in namespace default"):
+        place.create_volume(Volume(name="vol", path=str(volume)))
+    seen = [(one.name, one.access_mode, one.description) for one in place.volumes(None)]
+    assert seen == [("fixed", "ReadOnlyMany", "tales"), ("vol", "ReadWriteMany", str(volume))]
+    assert place.volumes("other") == []
+    place.delete_volume("vol", "default")
+    with pytest.raises(NotFoundError, match="there is no volume vol in namespace default"):
+        place.delete_volume("vol", "default")
+    assert (volume / "sub" / "file").exists()
+    with pytest.raises(ConfigError, match="--path /no/such is not a folder"):
+        place.create_volume(Volume(name="no", path="/no/such"))
+    assert place.plan_volume(Volume(name="new", path=str(volume)))[0]["path"] == str(volume)
+
+
+def test_jobs_and_those_who_attach_see_the_same(
+    here: Site, volume: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if (refusal := _refusal([])) is not None:
+        pytest.skip(f"no mounts here: {refusal}")
+    here.place.create_volume(Volume(name="vol", path=str(volume)))
+    (config := tmp_path / "conf").write_text("as submitted\n")
+    here.submit(
+        "job",
+        "cat file; cat /etc/hasten-no-such/conf; exec sleep 60",
+        data=("vol:/mnt",),
+        config_file=(f"{config}:/etc/hasten-no-such/conf",),
+        working_dir="/mnt/sub",
+    )
+    here.reaches("job", lambda job: len(here.logs("job")) == 2)
+    config.write_text("changed since\n")
+    assert here.logs("job") == ["inside", "as submitted"]
+    show = ["sh", "-c", "pwd; cat /etc/hasten-no-such/conf"]
+    assert here.place.attach_job("job", "default", None, None, show) == 0
+    assert capfd.readouterr().out == "/mnt/sub\nas submitted\n"
+    with pytest.raises(ClusterError, match=r"cannot mount .*: one is a folder and the other is not"):
+        here.submit("other", "true", data=("vol:/etc/passwd",))
+    assert [job.name for job in here.place.jobs(None)] == ["job"]
+
+
+def test_mapped_paths_need_no_mount(here: Site, volume: Path) -> None:
+    here.place.create_volume(Volume(name="vol", path=str(volume)))
+    lines = here.run("job", "cat /mnt/sub/file; echo $X", data=("vol:/mnt",), env=("X=/mnt",), map_paths=True)
+    assert lines == ["inside", str(volume)]
+    assert json.dumps(here.folder("job").spec()["plan"]["launch"]["mounts"]) == "[]"
+
+
+def test_records_are_for_their_user_alone(here: Site) -> None:
+    here.run("job", "true")
+    assert here.job("job").status is Status.SUCCEEDED
+    for path in (here.folder("job").path, here.folder("job").path / "spec.json", here.folder("job").path.parent):
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+    assert TrainingJob(name="x", command="true").map_paths is False

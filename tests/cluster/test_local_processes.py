@@ -1,0 +1,49 @@
+import os
+import signal
+import subprocess
+import sys
+import uuid
+
+from tests.cluster.local_site import alive, await_that
+
+from hasten.cluster.local_processes import MARK, environment_of, kill_all, lives, members, start_of
+
+LEAVES = "import subprocess, time; subprocess.Popen(['sleep', '60'], start_new_session=True); time.sleep(60)"
+
+
+def test_members_are_found_by_mark_and_by_session() -> None:
+    uid = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [sys.executable, "-c", LEAVES], env={**os.environ, MARK: f"{uid}/one"}, start_new_session=True
+    )
+    unmarked = subprocess.Popen(["sh", "-c", "sleep 60 & wait"], start_new_session=True)
+    stranger = subprocess.Popen(["sleep", "60"], env={**os.environ, MARK: f"{uid}/one-more"}, start_new_session=True)
+    try:
+        start = start_of(process.pid)
+        assert lives(process.pid, start)
+        assert not lives(process.pid, (start or 0) + 1)
+        await_that(lambda: len(members(f"{uid}/one", [])) == 2, 5, lambda: "not found")
+        found = members(f"{uid}/one", [])
+        assert process.pid in found
+        assert len(members(f"{uid}/", [])) == 3
+        session = (unmarked.pid, start_of(unmarked.pid) or 0)
+        await_that(lambda: len(members("none/none", [session])) == 2, 5, lambda: "not found")
+        assert members("none/none", [(unmarked.pid, session[1] - 1)]) == []  # a number that is another's now
+        assert environment_of(process.pid)[MARK] == f"{uid}/one"
+        assert kill_all(lambda: members(f"{uid}/one", [])) == []
+        assert not any(alive(pid) for pid in found)
+        assert alive(stranger.pid)
+    finally:
+        for one in (process, stranger, unmarked):
+            os.killpg(one.pid, signal.SIGKILL)
+            one.wait()
+    assert start_of(process.pid) is None
+
+
+def test_a_process_that_is_not_buried_does_not_live() -> None:
+    process = subprocess.Popen(["true"])
+    start = start_of(process.pid)
+    await_that(lambda: not alive(process.pid), 5, lambda: "it lives")
+    assert start_of(process.pid) == start
+    assert not lives(process.pid, start)
+    process.wait()

@@ -1,0 +1,284 @@
+import os
+import signal
+import socket
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.cluster.local_site import Site, alive, await_that, site
+
+from hasten.cli.main import main
+from hasten.cluster.local import _new_state
+from hasten.cluster.local_launch import Launch, ServerPlan, server_plan_of
+from hasten.cluster.local_processes import free_port
+from hasten.cluster.local_serving import found, spec_of, updated
+from hasten.cluster.local_state import Folder, create
+from hasten.cluster.local_supervisor import signal_supervisor, start
+from hasten.cluster.places import Instance, LogOptions, Server, ServerUpdate, Status
+from hasten.cluster.spec import TritonServer
+from hasten.core.errors import ConfigError, ExistsError, NotFoundError, UnsupportedError
+
+STAND_IN = """
+import http.server, os, signal, sys, time
+port = int(sys.argv[sys.argv.index("--http-port") + 1])
+def end(*_):
+    print("ends", flush=True)
+    os._exit(0)
+signal.signal(signal.SIGTERM, end)
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if os.environ["READY"] == "1" else 503)
+        self.end_headers()
+        self.wfile.write(os.environ.get("WORD", "").encode())
+    def log_message(self, *_):
+        pass
+print("serves", *sys.argv[1:], os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Health).serve_forever()
+"""
+"""Takes the options that a supervisor adds, and starts faster than a server with a model."""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    monkeypatch.setenv("HASTEN_GPUS", "3")
+    with site(tmp_path / "home") as made:
+        yield made
+
+
+class StandIn:
+    """A server whose replicas run the code above."""
+
+    def __init__(self, here: Site, **options: Any) -> None:
+        self.here = here
+        self.folder = Folder(here.home / "servers" / "default" / "s@1")
+        self.asked = TritonServer(name="s", version="1", model_repository="/tmp", exit_timeout=2)
+        env = {"READY": "1", **options.pop("env", {})}
+        self.plan = ServerPlan(
+            launch=Launch(command=[sys.executable, "-c", STAND_IN], env=env, working_dir="/"),
+            **{
+                **{"name": self.asked.full_name, "replicas": 1, "gpus": 0, "ports": {"http": free_port()}},
+                **{"address": "127.0.0.1", "exit_timeout": 2.0, "startup_timeout": 60.0},
+                **options,
+            },
+        )
+        start(*create(self.folder, self._spec(), _new_state(time.time()), {}, what="server"))
+
+    def _spec(self) -> dict[str, Any]:
+        return spec_of(self.asked, self.plan)
+
+    def change(self, env: dict[str, str] | None = None, **options: Any) -> None:
+        launch = replace(self.plan.launch, env={**self.plan.launch.env, **(env or {})})
+        self.plan = replace(self.plan, launch=launch, **options)
+        self.folder.write_spec(self._spec())
+        assert signal_supervisor(self.folder, signal.SIGHUP)
+
+    def seen(self) -> Server:
+        return self.here.place.server("s", None, "default")
+
+    def reaches(self, available: int) -> list[Instance]:
+        await_that(lambda: self.seen().available == available, 20, lambda: f"{self.seen()}")
+        return list(self.seen().instances)
+
+    def pid(self, number: int) -> int:
+        return self.folder.state().instances[number].pid or 0
+
+    def word(self, number: int) -> str:
+        port = self.folder.state().instances[number].ports["http"]
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+                return str(answer.read().decode())
+        except OSError:
+            return "no answer"
+
+    def logs(self, number: int, **options: Any) -> list[str]:
+        chosen = LogOptions(instance=f"{self.plan.name}-{number}", **options)
+        return list(self.here.place.server_logs("s", "1", "default", chosen))
+
+
+def test_a_replica_that_dies_comes_back(here: Site) -> None:
+    server = StandIn(here, replicas=2, gpus=1)
+    first, second = server.reaches(2)
+    assert first.node == f"127.0.0.1:{server.plan.ports['http']}"
+    assert second.node not in (None, first.node)
+    assert server.logs(0) == [f"serves --http-port {server.plan.ports['http']} 0"]
+    assert here.place.nodes()[0].allocated_gpus == 2
+    os.kill(pid := server.pid(1), signal.SIGKILL)
+    await_that(lambda: server.seen().instances[1].restarts == 1, 10, lambda: f"{server.seen()}")
+    again = server.reaches(2)[1]
+    assert (again.node, again.restarts, again.status) == (second.node, 1, Status.RUNNING)
+    assert server.pid(1) != pid
+    assert len(server.logs(1)) == 2
+    assert server.logs(1)[1].endswith(" 1")
+    messages = [event.message for event in server.seen().events if event.reason == "BackOff"]
+    assert messages == ["was killed by SIGKILL, as by a lack of memory; starts again in 0.5 s"]
+
+
+def test_replicas_are_replaced_one_after_the_other(here: Site) -> None:
+    server = StandIn(here, replicas=2, env={"WORD": "old"})
+    server.reaches(2)
+    pids = [server.pid(0), server.pid(1)]
+    server.change(env={"WORD": "new"})
+    least = 2
+    while {server.pid(0), server.pid(1)} & set(pids) or server.seen().available < 2:
+        least = min(least, server.seen().available)
+        time.sleep(0.02)
+    assert least == 1
+    assert [server.word(number) for number in (0, 1)] == ["new", "new"]
+    assert [line.split()[0] for line in server.logs(0)] == ["serves", "ends", "serves"]
+    # a form that never gets ready takes one replica and no more
+    server.change(env={"READY": "0"})
+    server.reaches(1)
+    time.sleep(1.0)
+    assert server.seen().available == 1
+    server.change(env={"READY": "1", "WORD": "newest"}, replicas=3)
+    server.reaches(3)
+    await_that(lambda: [server.word(number) for number in range(3)] == ["newest"] * 3, 10, lambda: "not new")
+    server.change(replicas=1)
+    await_that(lambda: len(server.seen().instances) == 1, 10, lambda: f"{server.seen()}")
+    assert server.word(0) == "newest"
+    assert server.seen().desired == 1
+
+
+def test_replicas_wait_for_gpus(here: Site) -> None:
+    server = StandIn(here, replicas=2, gpus=2)
+    server.reaches(1)
+    await_that(
+        lambda: len(server.seen().instances) == 2 and server.seen().instances[1].reason is not None,
+        5,
+        lambda: f"{server.seen()}",
+    )
+    waiting = server.seen().instances[1]
+    assert (waiting.status, waiting.reason) == (Status.PENDING, "waits for 2 GPUs, 1 of 3 is free")
+    server.change(gpus=1)
+    await_that(lambda: here.place.nodes()[0].allocated_gpus == 2, 20, lambda: f"{server.seen()}")
+    server.reaches(2)
+    assert [one.gpus for one in server.seen().instances] == [1, 1]
+
+
+def test_a_replica_that_is_never_ready_is_started_again(here: Site) -> None:
+    server = StandIn(here, env={"READY": "0"}, startup_timeout=0.7)
+    await_that(lambda: any(one.restarts for one in server.seen().instances), 20, lambda: f"{server.seen()}")
+    messages = [event.message for event in server.seen().events if event.reason == "BackOff"]
+    assert messages[0] == "was not ready within --startup-timeout, 0.7 s; starts again in 0.5 s"
+
+
+def test_deleting_leaves_nothing(here: Site) -> None:
+    server = StandIn(here, replicas=2)
+    server.reaches(2)
+    pids = [server.pid(0), server.pid(1), server.folder.state().pid or 0]
+    following = here.place.server_logs("s", None, "default", LogOptions(follow=True))
+    assert next(following).startswith("serves")
+    here.place.delete_server("s", None, "default")
+    assert not any(alive(pid) for pid in pids)
+    assert list(following) == ["ends"]
+    assert not server.folder.path.exists()
+    with pytest.raises(NotFoundError, match="there is no server s in namespace default"):
+        here.place.server("s", None, "default")
+
+
+def test_a_server_whose_supervisor_was_killed(here: Site) -> None:
+    server = StandIn(here)
+    server.reaches(1)
+    pid = server.pid(0)
+    assert signal_supervisor(server.folder, signal.SIGKILL)
+    await_that(lambda: server.seen().available == 0, 5, lambda: f"{server.seen()}")
+    (instance,) = server.seen().instances
+    assert (instance.status, instance.reason) == (Status.FAILED, "its supervisor was killed")
+    assert not alive(pid)
+
+
+@pytest.mark.slow
+def test_hasten_serves_a_model(here: Site, tmp_path: Path) -> None:
+    """The demo model's repository, from `serve triton` to its deletion, with a replica killed in between."""
+    assert main(["repository", "create", "examples/demo-model", str(tmp_path / "models")]) == 0
+    ports: dict[str, Any] = {f"{name}_port": free_port() for name in ("http", "grpc", "metrics")}
+    asked = TritonServer(name="demo", version="1", model_repository=str(tmp_path / "models"), **ports)
+    here.place.serve(asked)
+    with pytest.raises(ExistsError, match="server demo of version 1 exists"):
+        here.place.serve(asked)
+    with pytest.raises(ConfigError, match=f"--http-port {ports['http_port']} is a port of server demo@1"):
+        here.place.serve(replace(asked, version="2"))
+
+    def ready() -> bool:
+        return here.place.server("demo", None, "default").available == 1
+
+    await_that(ready, 60, lambda: "\n".join(here.place.server_logs("demo", None, "default", LogOptions())))
+    folder = found(here.home, "demo", None, "default")
+    os.kill(folder.state().instances[0].pid or 0, signal.SIGKILL)
+    await_that(lambda: not ready(), 10, lambda: "still ready")
+    await_that(ready, 60, lambda: f"{here.place.server('demo', None, 'default')}")
+    (server,) = here.place.servers(None)
+    assert (server.address, server.ports) == (
+        "127.0.0.1",
+        {"RESTFUL": ports["http_port"], "GRPC": ports["grpc_port"]},
+    )
+    assert (server.instances[0].restarts, server.desired, server.version) == (1, 1, "1")
+    url = f"http://127.0.0.1:{ports['http_port']}/v2/models/fastertransformer/ready"
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        assert answer.status == 200
+    here.place.delete_server("demo", "1", "default")
+    assert here.place.servers(None) == []
+
+
+def test_which_server_is_meant(here: Site, tmp_path: Path) -> None:
+    for version in ("1", "2"):
+        ports: dict[str, Any] = {"http_port": free_port(), "grpc_port": free_port()}
+        here.place.serve(TritonServer(name="two", version=version, model_repository=str(tmp_path), replicas=0, **ports))
+    with pytest.raises(ConfigError, match="server two has the versions 1, 2; say which with --version"):
+        here.place.server("two", None, "default")
+    assert here.place.server("two", "2", "default").version == "2"
+    with pytest.raises(NotFoundError, match="no server two of version 3"):
+        here.place.server("two", "3", "default")
+    here.place.update_server("two", "1", "default", ServerUpdate(env=("A=1",), image="new"))
+    assert server_plan_of(found(here.home, "two", "1", "default").spec()["plan"]).launch.env == {"A": "1"}
+    here.place.delete_server("two", "1", "default")
+    assert [server.version for server in here.place.servers("default")] == ["2"]
+
+
+def test_a_server_is_updated_after_its_supervisor_was_killed(here: Site, tmp_path: Path) -> None:
+    ports: dict[str, Any] = {"http_port": free_port(), "grpc_port": free_port()}
+    here.place.serve(TritonServer(name="s", version="1", model_repository=str(tmp_path), replicas=0, **ports))
+    folder = found(here.home, "s", "1", "default")
+    await_that(lambda: folder.state().status == "RUNNING", 10, lambda: "does not begin")
+    first = folder.state().pid
+    assert signal_supervisor(folder, signal.SIGKILL)
+    await_that(lambda: not alive(first or 0), 5, lambda: "it lives")
+    here.place.update_server("s", None, "default", ServerUpdate(label=("a=b",)))
+    await_that(lambda: folder.state().status == "RUNNING", 10, lambda: f"{folder.state()}")
+    assert folder.state().pid != first
+    assert [event.reason for event in here.place.server("s", None, "default").events] == ["SupervisorLost", "Revived"]
+
+
+def test_a_port_in_use_is_refused(here: Site, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--grpc-port {port} is in use on this machine; give another"):
+            here.place.serve(
+                TritonServer(
+                    name="s", version="1", model_repository=str(tmp_path), http_port=free_port(), grpc_port=port
+                )
+            )
+    assert here.place.servers(None) == []
+
+
+def test_updates_are_put_into_what_was_asked() -> None:
+    server = TritonServer(name="s", version="1", model_repository="/m", env=("A=1", "B=2"), replicas=2)
+    made = updated(server, ServerUpdate(env=["B=3", "C=4"], load_model=["x"], extend_command="--id y"))
+    assert made == replace(server, env=("A=1", "B=3", "C=4"), load_model=("x",), extend_command="--id y")
+    with pytest.raises(ConfigError, match="--replicas must be at least 0"):
+        updated(server, ServerUpdate(replicas=-1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"runtime": "tritonserver"}, {"autoscale": "1:3"}, {"multinode": 2}, {"gpumemory": 3}, {"temp_dir": ("a:/b",)}],
+)
+def test_what_servers_cannot_be_here(here: Site, tmp_path: Path, options: dict[str, Any]) -> None:
+    flag = "--" + next(iter(options)).replace("_", "-")
+    with pytest.raises(UnsupportedError, match=f"the local place cannot do {flag};"):
+        here.place.serve(TritonServer(name="s", version="1", model_repository=str(tmp_path), **options))

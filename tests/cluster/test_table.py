@@ -1,0 +1,119 @@
+"""What tables and plain data are made of."""
+
+import json
+import time
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+import yaml
+
+from hasten.cluster import table
+from hasten.cluster.places import Instance, Job, Status
+
+BEGAN = datetime(2026, 8, 1, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-5, "0s"),
+        (0, "0s"),
+        (59.9, "59s"),
+        (60, "1m"),
+        (3599, "59m"),
+        (3600, "1h"),
+        (86399, "23h"),
+        (86400, "1d"),
+        (86400 * 364.9, "364d"),
+        (86400 * 365, "1y"),
+        (86400 * 1000, "2y"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert table.short_duration(seconds) == text
+
+
+def test_columns() -> None:
+    assert table.columns(("A", "LONG"), [("four", "x"), ("y", "")]) == ["A     LONG", "four  x", "y"]
+    assert table.columns(("A", "LONG"), [("b", "c")], ruled=True) == ["A  LONG", "-  ----", "b  c"]
+    assert table.columns(("A", "B"), []) == ["A  B"]
+    assert table.columns(("A", "B"), [("{0}", "{}")]) == ["A    B", "{0}  {}"]
+
+
+@pytest.mark.parametrize(
+    ("status", "instances", "allocated"),
+    [
+        (Status.PENDING, (Status.PENDING,), "0"),
+        (Status.RUNNING, (Status.RUNNING, Status.PENDING), "2"),
+        (Status.QUEUING, (), "N/A"),
+        (Status.SUCCEEDED, (Status.SUCCEEDED,), "N/A"),
+        (Status.FAILED, (Status.RUNNING,), "N/A"),
+    ],
+)
+def test_allocated_gpus(status: Status, instances: tuple[Status, ...], allocated: str) -> None:
+    made = tuple(Instance(name=str(rank), status=one, created=BEGAN, gpus=2) for rank, one in enumerate(instances))
+    job = Job(name="x", namespace="n", status=status, created=BEGAN, ended=BEGAN, gpus=4, instances=made)
+    assert table.job_lines([job])[1].split() == ["x", status, "PYTORCHJOB", "0s", "4", allocated, "N/A"]
+
+
+def a_job() -> Job:
+    end = BEGAN + timedelta(seconds=1.25)
+    return Job(name="ü\n", namespace="n", status=Status.FAILED, created=BEGAN, ended=end, reason="no: 'yes'")
+
+
+def test_plain_data() -> None:
+    plain = table.plain(a_job())
+    assert plain["status"] == "FAILED"
+    assert type(plain["status"]) is str
+    assert (plain["created"], plain["started"], plain["duration"]) == ("2026-08-01T12:00:00Z", None, 1.25)
+    assert table.plain(BEGAN.astimezone(timezone(timedelta(hours=8)))) == "2026-08-01T12:00:00Z"
+    assert table.plain({"ports": (1, 2.5, True)}) == {"ports": [1, 2.5, True]}
+
+
+def test_json_and_yaml_say_the_same() -> None:
+    jobs = [a_job(), a_job()]
+    assert json.loads(table.as_json(jobs)) == yaml.safe_load(table.as_yaml(jobs)) == table.plain(jobs)
+
+
+def test_yaml_of_several_documents() -> None:
+    shared = {"a": "x" * 300}
+    text = table.as_yaml({"one": shared, "two": shared}, {"three": "line\nline"})
+    assert list(yaml.safe_load_all(text)) == [{"one": shared, "two": shared}, {"three": "line\nline"}]
+    assert "&" not in text
+    assert text.count("---\n") == 1
+    assert table.as_yaml() == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\nb",
+        " a\nb \n\n",
+        "a\tb\n\n  c",
+        "\n",
+        "- a: b # c\n",
+        "a\r\nb",
+        "\x00\n",
+        "é\u2028\n",
+        "'\"\n${A}\n",
+        "~",
+        "1",
+    ],
+)
+def test_texts_survive_yaml(text: str) -> None:
+    assert yaml.safe_load(table.as_yaml({"command": text})) == {"command": text}
+
+
+def test_lines_are_written_as_lines() -> None:
+    assert table.as_yaml({"command": "first $x\nsecond"}) == "command: |-\n  first $x\n  second\n"
+
+
+def test_a_thousand_jobs_are_a_matter_of_milliseconds() -> None:
+    instances = tuple(Instance(name=f"i{rank}", status=Status.RUNNING, created=BEGAN) for rank in range(2))
+    jobs = [
+        Job(name=f"job-{number}", namespace="n", status=Status.RUNNING, created=BEGAN, instances=instances)
+        for number in range(1000)
+    ]
+    began = time.process_time()
+    assert len(table.job_lines(jobs, namespaces=True)) == 1001
+    assert time.process_time() - began < 0.1

@@ -1,0 +1,194 @@
+"""Clients that ask for much and read nothing: others are served as before, and memory has a bound."""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from tests.soak.asks import CALLS, TEXT, Ask, Place, answer, answers, completions, generate, grpc_infer, token_message
+from tests.soak.http_client import Connection, request
+from tests.soak.report import Report, milliseconds
+from tests.soak.server import DEMO, Server, serving
+from tritonclient.grpc import service_pb2 as pb
+
+_SMALL_BUFFER = 4096
+_OTHERS = (generate, completions, grpc_infer)
+_COMPLETIONS = 4
+"""Of each slow reader: enough that their text does not fit into the system's buffers."""
+_LOGPROBS = 20
+_GRPC_REQUESTS = 3000
+"""Sent over one stream whose answers nobody reads; each says its id again."""
+_GRPC_ID = "x" * 10_000
+_FLOOD_S = 10.0
+_DONE_S = 300.0
+
+
+def _completion(number: int, tokens: int) -> tuple[str, dict[str, Any]]:
+    body = {"model": TEXT, "prompt": f"Anna {number}", "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    return "/v1/completions", body | {"n": _COMPLETIONS, "logprobs": _LOGPROBS}
+
+
+def _generation(number: int, tokens: int) -> tuple[str, dict[str, Any]]:
+    options = {"max_tokens": tokens, "ignore_eos": True, "n": _COMPLETIONS, "logprobs": _LOGPROBS}
+    body = {"text_input": f"Anna {number}", "stream": True, "return_logprobs": True}
+    return f"/v2/models/{TEXT}/generate_stream", body | {"sampling_parameters": json.dumps(options)}
+
+
+class _Reader:
+    """A stream of long completions with log-probabilities."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    @classmethod
+    async def begin(cls, server: Server, number: int, tokens: int) -> "_Reader":
+        """It has its head, and reads no further."""
+        connection = await Connection.open(server.http, receive_buffer=_SMALL_BUFFER)
+        path, body = (_completion, _generation)[number % 2](number, tokens)
+        await connection.send(request("POST", path, json.dumps(body).encode()))
+        assert (await connection.head()).status == 200
+        return cls(connection)
+
+    async def read(self) -> int:
+        """Bytes of all that is left."""
+        return sum([len(piece) async for piece in self._connection.pieces()])
+
+    def leave(self) -> None:
+        self._connection.leave(reset=True)
+
+
+async def _others(place: Place, count: int) -> list[float]:
+    """What requests of others take, one after the other."""
+    seconds: list[float] = []
+    for number in range(count):
+        began = time.monotonic()
+        await answer(_OTHERS[number % len(_OTHERS)], place, Ask(f"Ben {number}", 8))
+        seconds.append(time.monotonic() - began)
+    return seconds
+
+
+async def _computed(server: Server) -> None:
+    """Until the engine has nothing left to compute, whoever reads it or not."""
+    until = time.monotonic() + _DONE_S
+    while any(name.startswith("hasten_") for name in await server.busy()):
+        assert time.monotonic() < until, "the streams are not computed to their end"
+        await asyncio.sleep(0.05)
+
+
+@dataclass
+class _Waves:
+    """What was seen over several waves of readers: seconds of others, and MiB of the server at the end of each."""
+
+    beside: list[float] = field(default_factory=list)
+    """While the readers' streams are computed."""
+    behind: list[float] = field(default_factory=list)
+    """Once they are computed, and read or not."""
+    alone: list[float] = field(default_factory=list)
+    """When the readers have left."""
+    memory: list[tuple[float, float]] = field(default_factory=list)
+    """Before and after what is behind."""
+    unread: list[float] = field(default_factory=list)
+    """Requests that are computed, and wait for their readers."""
+
+
+async def _wave(place: Place, options: argparse.Namespace, into: _Waves, *, slow: bool) -> None:
+    server = place.server
+    found = [await _Reader.begin(server, number, options.tokens) for number in range(options.readers)]
+    reading = [] if slow else [asyncio.create_task(reader.read()) for reader in found]
+    into.beside += await _others(place, options.others)
+    await _computed(server)
+    await asyncio.gather(*reading)
+    into.unread.append(sum((await server.busy()).values()))
+    before = server.memory()["server"]
+    into.behind += await _others(place, options.others)
+    into.memory.append((before, server.memory()["server"]))
+    for reader in found:
+        reader.leave()
+    await server.idle_after(5)
+    into.alone += await _others(place, options.others)
+
+
+async def _flood(place: Place, report: Report) -> None:
+    """Over one gRPC stream, far more requests than it has room for; its answers are never read."""
+    channel = grpc.aio.insecure_channel(f"127.0.0.1:{place.server.grpc}")
+    call = channel.stream_stream(f"{CALLS}ModelStreamInfer", pb.ModelInferRequest.SerializeToString)()
+    message = token_message(Ask("Anna looked", 1))
+    message.id = _GRPC_ID
+    sent = 0
+    with contextlib.suppress(TimeoutError):
+        for _ in range(_GRPC_REQUESTS):
+            await asyncio.wait_for(call.write(message), _FLOOD_S)
+            sent += 1
+    found = {"requests that were taken": sent, "MiB of the server": round(place.server.memory()["server"], 1)}
+    report.figures["a gRPC stream that nobody reads"] = found
+    report.require(sent < _GRPC_REQUESTS, "the server takes any number of requests whose answers nobody reads")
+    call.cancel()
+    await channel.close()
+    await place.server.idle_after(5)
+
+
+def _judge(report: Report, slow: _Waves, fast: _Waves, options: argparse.Namespace) -> None:
+    times = {
+        "alone": slow.alone,
+        "beside readers that read": fast.beside,
+        "beside slow readers": slow.beside,
+        "with their answers unread": slow.behind,
+    }
+    report.figures |= {f"ms of others, {name}": milliseconds(values) for name, values in times.items()}
+    for name, values, than in (
+        ("p50 beside slow readers, against readers that read", slow.beside, fast.beside),
+        ("p50 with answers unread, against alone", slow.behind, slow.alone),
+    ):
+        report.at_most(name, statistics.median(values) / statistics.median(than), options.limit)
+    for name, waves in (("readers that read", fast), ("slow readers", slow)):
+        report.figures[f"MiB of the server, {name}"] = [round(after, 1) for _, after in waves.memory]
+    ends = [after for _, after in slow.memory]
+    report.at_most("growth from the first wave to the last", ends[-1] / ends[0] - 1, options.growth)
+    report.at_most("growth while nobody reads", max(end / begin for begin, end in slow.memory) - 1, options.growth)
+    # the other half comes by a door whose requests are not counted as pending
+    report.require(min(slow.unread) >= options.readers // 2, f"only {slow.unread} were unread: ask for more")
+
+
+async def _run(server: Server, report: Report, options: argparse.Namespace) -> None:
+    place = Place.of(server)
+    before = await answers(place, Ask("Anna looked", 12))
+    slow, fast = _Waves(), _Waves()
+    for _ in range(options.waves):
+        await _wave(place, options, fast, slow=False)
+        await _wave(place, options, slow, slow=True)
+    _judge(report, slow, fast, options)
+    await _flood(place, report)
+    report.require(await answers(place, Ask("Anna looked", 12)) == before, "a proper request got another answer")
+    report.require("Traceback" not in server.log, f"the log has a traceback: {server.log[-3000:]}")
+    await place.channel.close()
+
+
+def run(**options: Any) -> Report:
+    """With the options of the command line."""
+    report = Report("slow_readers", dict(options))
+    with serving(str(DEMO)) as server:
+        asyncio.run(_run(server, report, argparse.Namespace(**options)))
+    return report
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    made = argparse.ArgumentParser(prog="slow_readers", description=__doc__)
+    made.add_argument("--readers", type=int, default=8, help="clients that do not read")
+    made.add_argument("--tokens", type=int, default=1900, help="of each of their completions")
+    made.add_argument("--others", type=int, default=40, help="requests of others, each time")
+    made.add_argument("--waves", type=int, default=4, help="times that such clients come")
+    made.add_argument("--limit", type=float, default=1.5, help="of the p50 of others, as a ratio")
+    made.add_argument("--growth", type=float, default=0.05, help="of the server's memory, as a share")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """From the command line."""
+    return run(**vars(parser().parse_args(arguments))).tell()
