@@ -221,7 +221,7 @@ def two_jobs() -> list[Job]:
     return [
         job("convert-bloom", Status.SUCCEEDED, created=finished, ended=finished + timedelta(minutes=3, seconds=20)),
         job("compare", gpus=2, created=ago(hours=2), instances=(instance("compare-master-0", gpus=2),)),
-        job("waits", Status.PENDING, namespace="other", created=ago(seconds=45), gpus=4, instances=()),
+        job("waits", Status.PENDING, namespace="other", created=ago(minutes=45), gpus=4, instances=()),
     ]
 
 
@@ -240,7 +240,7 @@ def test_list(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
         "NAMESPACE  NAME           STATUS     TRAINER     DURATION  GPU(Requested)  GPU(Allocated)  NODE",
         "default    convert-bloom  SUCCEEDED  PYTORCHJOB  3m        1               N/A             192.168.123.35",
         "default    compare        RUNNING    PYTORCHJOB  2h        2               2               192.168.123.35",
-        "other      waits          PENDING    PYTORCHJOB  45s       4               0               N/A",
+        "other      waits          PENDING    PYTORCHJOB  45m       4               0               N/A",
     ]
     assert cluster("list", "-n", "empty") == 0
     assert capsys.readouterr().out == "NAME  STATUS  TRAINER  DURATION  GPU(Requested)  GPU(Allocated)  NODE\n"

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -381,7 +382,7 @@ def test_ranks_that_torchrun_started_serve_together(tmp_path: Path) -> None:
     torchrun = str(Path(sys.executable).with_name("torchrun"))
     with log.open("w") as stream:
         command = [torchrun, "--nproc-per-node", "2", "--no-python", sys.executable, "-m", "hasten", "serve"]
-        process = subprocess.Popen([*command, *LOCAL, str(DEMO)], stdout=stream, stderr=stream)
+        process = subprocess.Popen([*command, *LOCAL, str(DEMO)], stdout=stream, stderr=stream, start_new_session=True)
     try:
         until = time.monotonic() + 100
         while "Started Metrics Service" not in log.read_text():
@@ -402,7 +403,8 @@ def test_ranks_that_torchrun_started_serve_together(tmp_path: Path) -> None:
         process.wait(40)
         assert "SIGTERM received: no new requests" in log.read_text()
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

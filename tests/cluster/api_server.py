@@ -44,6 +44,7 @@ class ApiServer:
         self.store, self.rules = Store(), Rules()
         self.requests: list[str] = []
         """Method and path of each request."""
+        self.mistakes: list[str] = []
         self._logs: dict[tuple[str, str, str], Log] = {}
         self._pages: dict[str, list[Key]] = {}
         self._server = HttpServer(self, certificate, key)
@@ -65,14 +66,13 @@ class ApiServer:
         self._server.server_close()
         self.store.close()
         self._thread.join(5)
+        assert not self.mistakes, "\n".join(self.mistakes)
 
     def drop_connections(self) -> None:
         """Break all connections, as a network does."""
         self._server.drop_connections()
 
-    def kubeconfig(
-        self, path: Path, token: str | None = ADMIN, namespace: str | None = None, **cluster: str | bool
-    ) -> str:
+    def kubeconfig(self, path: Path, token: str | None = ADMIN, namespace: str | None = None, **cluster: Any) -> str:
         """Write a configuration whose current context is this server; returns the file's name."""
         context = {"cluster": "here", "user": "me", **({"namespace": namespace} if namespace else {})}
         config = {

@@ -4,6 +4,8 @@ import json
 import re
 import socket
 import ssl
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -66,7 +68,10 @@ class HttpServer(ThreadingHTTPServer):
                 one.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Connections that clients close are no news."""
+        """Connections that break are no news; anything else is a mistake of this server."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            self.api.mistakes.append("".join(traceback.format_exception(error)))
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -246,7 +246,8 @@ class Store:
     def _replace(self, kind: Kind, namespace: str, live: Object, result: Object, *, dry_run: bool) -> Object:
         for check in self.admission:
             check(kind, result)
-        if kind.kind == "Deployment" and live["spec"]["selector"] != result["spec"]["selector"]:
+        set_defaults(kind, result)
+        if kind.kind == "Deployment" and live["spec"].get("selector") != result["spec"].get("selector"):
             raise invalid(kind, result["metadata"]["name"], "spec.selector", "field is immutable")
         if _content(live) == _content(result) or dry_run:
             return result

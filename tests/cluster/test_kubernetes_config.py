@@ -176,7 +176,7 @@ def test_a_certificate_is_checked(secure: ApiServer, certificate: tuple[str, str
         KubernetesPlace(secure.kubeconfig(tmp_path / "a")).version()
     trusting = KubernetesPlace(secure.kubeconfig(tmp_path / "b", **{"certificate-authority": certificate[0]}))
     assert trusting.version().startswith("Kubernetes v1.37.0 at https://127.0.0.1")
-    careless = KubernetesPlace(secure.kubeconfig(tmp_path / "c", **{"insecure-skip-tls-verify": True}))
+    careless = KubernetesPlace(secure.kubeconfig(tmp_path / "c", ADMIN, None, **{"insecure-skip-tls-verify": True}))
     assert careless.jobs("default") == []
 
 

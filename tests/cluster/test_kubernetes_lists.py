@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from kubernetes.client import ApiClient, Configuration, CoreV1Api, CustomObjectsApi
@@ -58,13 +59,13 @@ def test_a_thousand_jobs_take_little_more_than_the_lists_themselves(
 ) -> None:
     fill(world, JOBS)
     configuration = Configuration(host=world.server.url, api_key={"BearerToken": f"Bearer {ADMIN}"})
-    client = ApiClient(configuration)
+    client: Any = ApiClient(configuration)
 
     def raw() -> int:
         """The client's own lists of jobs and pods, as JSON without its models."""
         where = ("kubeflow.org", "v1", "pytorchjobs")
-        jobs = CustomObjectsApi(client).list_cluster_custom_object(*where, _preload_content=False)
-        pods = CoreV1Api(client).list_pod_for_all_namespaces(_preload_content=False)
+        jobs: Any = CustomObjectsApi(client).list_cluster_custom_object(*where, _preload_content=False)
+        pods: Any = CoreV1Api(client).list_pod_for_all_namespaces(_preload_content=False)
         return len(json.loads(jobs.data)["items"]) + len(json.loads(pods.data)["items"])
 
     assert raw() == 2 * JOBS

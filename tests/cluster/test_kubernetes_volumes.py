@@ -107,20 +107,22 @@ def test_a_volume_that_is_not_there(world: World) -> None:
             ask("nowhere")
 
 
-def node(world: World, name: str, ready: str, *, roles: tuple[str, ...] = (), **allocatable: Any) -> None:
+def node(
+    world: World, name: str, ready: str, allocatable: dict[str, str] | None = None, roles: tuple[str, ...] = ()
+) -> None:
     labels = {f"node-role.kubernetes.io/{role}": "" for role in roles}
     status = {
         "addresses": [{"type": "Hostname", "address": name}, {"type": "InternalIP", "address": "10.0.0.1"}],
         "conditions": [{"type": "Ready", "status": ready}],
-        "allocatable": {"cpu": "64", **allocatable},
+        "allocatable": {"cpu": "64", **(allocatable or {})},
     }
     metadata = {"name": name, "labels": labels}
     world.store.write({"apiVersion": "v1", "kind": "Node", "metadata": metadata, "spec": {}, "status": status})
 
 
 def test_nodes_and_their_gpus(world: World) -> None:
-    node(world, "gpu-1", "True", **{"nvidia.com/gpu": "8", "nvidia.com/mig-1g.10gb": "2"})
-    node(world, "amd-1", "Unknown", **{"amd.com/gpu": "4"})
+    node(world, "gpu-1", "True", {"nvidia.com/gpu": "8", "nvidia.com/mig-1g.10gb": "2"})
+    node(world, "amd-1", "Unknown", {"amd.com/gpu": "4"})
     node(world, "head", "True", roles=("control-plane",))
     world.change(world.object("Node", "head"), {"spec": {"unschedulable": True}})
     world.place.submit(training(gpus=4))

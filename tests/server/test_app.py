@@ -24,7 +24,7 @@ from hasten.server.options import (
     ServerOptions,
 )
 from hasten.server.settings import LogSettings
-from hasten.server.tables import table
+from hasten.server.tables import backend_table, table
 
 LOCAL: dict[str, Any] = {"http_address": "127.0.0.1", "grpc_address": "127.0.0.1"}
 FREE = EndpointOptions(http_port=0, grpc_port=0, metrics_port=0, **LOCAL)
@@ -173,6 +173,15 @@ def test_a_table_has_a_frame() -> None:
         "+-------+---------+",
         "| add   | 1       |",
         "+-------+---------+",
+    ]
+
+
+def test_what_computes_which_models() -> None:
+    assert backend_table({"fastertransformer": ["m"], "hasten": ["before", "text"]}).splitlines()[1:-1] == [
+        "| Backend           | Models      |",
+        "+-------------------+-------------+",
+        "| fastertransformer | m           |",
+        "| hasten            | before text |",
     ]
 
 

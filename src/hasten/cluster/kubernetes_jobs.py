@@ -202,7 +202,8 @@ def _time_of(body: Object, *conditions: str) -> Any:
 def _templates(body: Object) -> list[tuple[int, dict[str, Any]]]:
     """How many pods are made of each template of a PyTorchJob."""
     replicas = (body.get("spec") or {}).get("pytorchReplicaSpecs") or {}
-    return [(one.get("replicas", 1), (one.get("template") or {}).get("spec") or {}) for one in replicas.values()]
+    specs = [(one.get("replicas"), (one.get("template") or {}).get("spec") or {}) for one in replicas.values()]
+    return [(1 if number is None else number, spec) for number, spec in specs]
 
 
 def requested_gpus(body: Object) -> int:
