@@ -163,6 +163,17 @@ def _removed(value: Any, path: Path) -> None:
         _removed(value, path[:-1])
 
 
+def _give_up(value: Any, gone: Fields, kept: Fields) -> None:
+    """Take fields out of an object: items of lists as a whole where nobody has anything of them."""
+    items = [path[:-1] for path in gone if path[-1] == "."]
+    whole = [item for item in items if not any(path[: len(item)] == item for path in kept)]
+    for path in sorted(whole, key=len):
+        _removed(value, path)
+    for path in sorted(gone, key=len, reverse=True):
+        if not any(path[: len(item)] == item for item in whole):
+            _removed(value, path)
+
+
 class Managers:
     """The managed fields of one object."""
 
@@ -227,9 +238,7 @@ def applied(kind: Kind, live: Object, body: Object, manager: str, *, force: bool
     mine = managers._entry(manager, "Apply", kind.api_version)
     shared = frozenset().union(*(theirs for _, theirs in others)) if others else frozenset()
     result = merged(copy.deepcopy(live), copy.deepcopy(body))
-    for path in sorted(paths(mine["fieldsV1"]) - fields - shared, key=len, reverse=True):
-        whole_item = path[-1] == "." and not any(path[:-1] == one[: len(path) - 1] for one in shared | fields)
-        _removed(result, path[:-1] if whole_item else path)
+    _give_up(result, paths(mine["fieldsV1"]) - fields - shared, kept=fields | shared)
     managers.take(manager, "Apply", kind.api_version, fields, shared=True)
     if force:
         managers.take(manager, "Apply", kind.api_version, fields & disputed)

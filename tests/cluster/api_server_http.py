@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.cluster.api_server_discovery import discovered
 from tests.cluster.api_server_exec import WebSocket, accept_key, run_command
 from tests.cluster.api_server_kinds import BY_NAME, Kind, Object, RefusedError, bad_request, forbidden, not_found
 from tests.cluster.api_server_logs import container_of, log_chunks
@@ -128,8 +129,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self, parts: list[str]) -> None:
         user = self._user()
-        if (discovered := self._discovery(parts)) is not None:
-            return self._send_object(200, discovered)
+        if (found := discovered(self.api.store.kinds(), parts)) is not None:
+            return self._send_object(200, found)
         if parts == ["apis", "authentication.k8s.io", "v1", "selfsubjectreviews"] and self.command == "POST":
             who = {"username": user, "uid": "1", "groups": ["developers", "system:authenticated"]}
             review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview", "metadata": {}}
@@ -141,23 +142,6 @@ class _Handler(BaseHTTPRequestHandler):
         if target.kind not in self.api.store.kinds():
             return self._send(404, b"404 page not found\n", "text/plain; charset=utf-8")
         return self._serve(target)
-
-    def _discovery(self, parts: list[str]) -> Object | None:
-        """/version, /api, /apis, and the resources of a group and version."""
-        kinds = self.api.store.kinds()
-        if parts == ["version"]:
-            return {"major": "1", "minor": "37", "gitVersion": "v1.37.0", "platform": "linux/amd64"}
-        if parts == ["api"]:
-            return {"kind": "APIVersions", "versions": ["v1"]}
-        if parts == ["apis"]:
-            versions = sorted({kind.api_version for kind in kinds if kind.group})
-            groups = [{"name": one.partition("/")[0], "versions": [_version(one)]} for one in versions]
-            return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
-        group_version = "/".join(parts[1:])
-        found = [_resource(kind) for kind in kinds if kind.api_version == group_version]
-        if not found or parts[0] != ("apis" if "/" in group_version else "api"):
-            return None
-        return {"kind": "APIResourceList", "groupVersion": group_version, "resources": found}
 
     def _target(self, parts: list[str]) -> _Target | None:
         head = 2 if parts[:1] == ["api"] else 3
@@ -307,12 +291,3 @@ class _Handler(BaseHTTPRequestHandler):
         run_command(WebSocket(self.connection, self.rfile), command, terminal=self.query.get("tty") == "true")
 
     _applies_new: Callable[[], None]
-
-
-def _version(group_version: str) -> Object:
-    return {"groupVersion": group_version, "version": group_version.partition("/")[2]}
-
-
-def _resource(kind: Kind) -> Object:
-    verbs = ["create", "delete", "get", "list", "patch"]
-    return {"name": kind.plural, "namespaced": kind.namespaced, "kind": kind.kind, "verbs": verbs}

@@ -8,6 +8,7 @@ import pytest
 from tests.cluster.api_server import ADMIN, ApiServer
 
 from hasten.cluster.kubernetes import KubernetesPlace
+from hasten.cluster.places import Place
 from hasten.cluster.spec import TrainingJob, TritonServer
 
 Object = dict[str, Any]
@@ -19,7 +20,7 @@ class World:
 
     def __init__(self, server: ApiServer, folder: Path) -> None:
         self.server, self.store, self.folder = server, server.store, folder
-        self.place = self.connect()
+        self.place: Place = self.connect()
 
     def connect(self, token: str | None = ADMIN, namespace: str | None = None, **options: Any) -> KubernetesPlace:
         """Another connection."""

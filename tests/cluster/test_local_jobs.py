@@ -139,3 +139,8 @@ def test_what_cannot_be_started_is_told(here: Site, tmp_path: Path) -> None:
     reason = here.ended("broken").reason or ""
     assert reason.startswith("broken-master-0 could not be started: ")
     assert "Exec format error" in reason
+
+
+def test_hasten_s_own_programs_are_found(here: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert here.run("find", "command -v hasten") == [str(Path(sys.executable).with_name("hasten"))]

@@ -232,7 +232,7 @@ def _reason(state: Status, body: Object, instances: Sequence[Instance]) -> str |
     waiting = true_condition(body, "Suspended", "Queuing")
     if waiting and not instances:
         return f"{waiting['type'].lower()}: {waiting.get('message') or waiting.get('reason') or 'waits for its turn'}"
-    return told or (None if instances else "there are no pods yet")
+    return told or ("its pods are being started" if instances else "there are no pods yet")
 
 
 def _reason_with_events(job: Job, found: FoundJob, events: Sequence[Event]) -> str | None:

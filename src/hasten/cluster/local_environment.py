@@ -1,7 +1,9 @@
 """The environment of a job's instances: what PyTorchJob's operator and the device plugin of a cluster would set."""
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from hasten.cluster.local_gpus import VISIBLE
 from hasten.cluster.local_launch import JobPlan
@@ -18,9 +20,10 @@ _RANKS = (
 def instance_environment(env: Mapping[str, str], mark: str, given: Sequence[str]) -> dict[str, str]:
     """This process's environment, the mark of an instance, the GPUs that it is given, and its own variables, which win.
 
-    An instance without GPUs sees none, as in a cluster.
+    An instance without GPUs sees none, as in a cluster. Programs beside this Python are found, last of all.
     """
     inherited = {name: value for name, value in os.environ.items() if name not in _RANKS}
+    inherited["PATH"] = os.pathsep.join([inherited.get("PATH", os.defpath), str(Path(sys.executable).parent)])
     return {**inherited, "PYTHONUNBUFFERED": "1", VISIBLE: ",".join(given), **env, MARK: mark}
 
 
