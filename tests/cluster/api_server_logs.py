@@ -90,7 +90,7 @@ def log_chunks(log: Log, query: dict[str, str], running: Callable[[], bool]) -> 
                 log.changed.wait(0.05)
             new, read = log.lines[read:], len(log.lines)
             cut, abrupt = cuts != log.cuts, log.abrupt
-        if new:
+        if new and not cut:  # what was written since comes to those who ask again
             yield encoded(new)
         if cut and abrupt:
             raise ConnectionError("cut")

@@ -19,8 +19,6 @@ _CLIENTS = 8
 _ASKS = (Ask("Anna looked", 3), Ask("Ben found", 40), Ask("The storm", 250))
 _PAUSE_S, _REFUSED_S = 0.02, 0.2
 """Between two requests of a client, and more after one that was refused."""
-_BETWEEN_S = 2.0
-"""Between two changes."""
 _END_S = 30.0
 _REFUSALS = {
     "404": ("is not found", "has no available versions", "does not exist"),
@@ -107,14 +105,14 @@ async def _one_engine(server: Server) -> float:
     return time.monotonic() - began
 
 
-async def _run(server: Server, report: Report, rounds: int, seed: int) -> None:
+async def _run(server: Server, report: Report, rounds: int, pause: float, seed: int) -> None:
     place = Place.of(server)
     expected = {number: await answers(place, ask) for number, ask in enumerate(_ASKS)}
     clients = _Clients(place, expected, report)
     tasks = [asyncio.create_task(clients.work(random.Random(f"{seed} {number}"))) for number in range(_CLIENTS)]
     seconds: dict[str, list[float]] = {}
     for name, change, model in itertools.islice(itertools.cycle(_CHANGES), rounds * len(_CHANGES)):
-        await asyncio.sleep(_BETWEEN_S)
+        await asyncio.sleep(pause)
         began = time.monotonic()
         await change(server, model)
         seconds.setdefault(name, []).append(time.monotonic() - began)
@@ -129,14 +127,14 @@ async def _run(server: Server, report: Report, rounds: int, seed: int) -> None:
     report.require("Traceback" not in server.log, f"the log has a traceback: {server.log[-3000:]}")
 
 
-def run(*, rounds: int, seed: int = 0) -> Report:
+def run(*, rounds: int, pause: float = 2.0, seed: int = 0) -> Report:
     """Go through all changes so many times."""
     report = Report("reload", {"rounds": rounds, "clients": _CLIENTS})
     with tempfile.TemporaryDirectory() as folder:
         models = create_repository(DEMO, Path(folder) / "models")
         control = ("--model-control-mode", "explicit", "--load-model", "*")
         with serving("--model-repository", str(models), *control) as server:
-            asyncio.run(_run(server, report, rounds, seed))
+            asyncio.run(_run(server, report, rounds, pause, seed))
     return report
 
 
@@ -144,5 +142,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """From the command line."""
     parser = argparse.ArgumentParser(prog="reload", description=__doc__)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--pause", type=float, default=2.0, help="seconds between two changes")
     parser.add_argument("--seed", type=int, default=0)
     return run(**vars(parser.parse_args(arguments))).tell()

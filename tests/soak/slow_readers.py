@@ -24,7 +24,8 @@ _LOGPROBS = 20
 _GRPC_REQUESTS = 3000
 """Sent over one stream whose answers nobody reads; each says its id again."""
 _GRPC_ID = "x" * 10_000
-_FLOOD_S = 10.0
+_FLOOD_S = 3.0
+"""Without a request that is taken: no more are."""
 _DONE_S = 300.0
 _MIB = 1 << 20
 

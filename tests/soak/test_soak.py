@@ -21,11 +21,11 @@ SHORT: dict[Callable[..., Report], dict[str, Any]] = {
     termination.run: {"each": 1, "tokens": 60, "timeout": 1.0},
     # the figures of so few requests on a busy machine say little: here it is about what hangs, or grows by a multiple
     slow_readers.run: {
-        **{"readers": 2, "tokens": 160, "completions": 32, "others": 6, "waves": 2},
+        **{"readers": 1, "tokens": 160, "completions": 32, "others": 6, "waves": 2},
         **{"limit": 10.0, "growth": 0.5},
     },
     mixed_load.run: {"minutes": 0.05, "limit": 3.0},
-    reload.run: {"rounds": 1},
+    reload.run: {"rounds": 1, "pause": 0.3},
 }
 
 
