@@ -11,8 +11,8 @@ import pytest
 from tests.cli.memory_place import MemoryPlace
 
 import hasten
-from hasten.cli import cluster_place
-from hasten.cli.cluster_parser import VerbParser
+from hasten.cli.cluster import place as cluster_place
+from hasten.cli.cluster.parser import VerbParser
 from hasten.cli.main import build_parser, main
 
 TIMED = """
@@ -22,7 +22,7 @@ try:
     main(sys.argv[1:])
 except SystemExit as end:
     assert end.code == 0, end.code
-heavy = {"torch", "transformers", "numpy", "rich", "kubernetes", "yaml", "psutil", "hasten.cluster.local"}
+heavy = {"torch", "transformers", "numpy", "rich", "kubernetes", "yaml", "psutil", "hasten.cluster.local.place"}
 print("heavy:", sorted(heavy & set(sys.modules)), file=sys.stderr)
 print("cpu:", time.process_time(), file=sys.stderr)
 """

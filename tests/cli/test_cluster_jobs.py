@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tests.cli.memory_place import MemoryPlace, ago, instance, job
 
-from hasten.cli import cluster_place
+from hasten.cli.cluster import place as cluster_place
 from hasten.cli.main import main
 from hasten.cluster.places import Event, Job, LogOptions, Status
 from hasten.cluster.spec import TrainingJob

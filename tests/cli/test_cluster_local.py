@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hasten.cli.main import main
-from hasten.cluster.local import LocalPlace
+from hasten.cluster.local.place import LocalPlace
 
 END_S = 60
 COMMANDS = {

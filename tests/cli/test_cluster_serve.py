@@ -7,7 +7,7 @@ import pytest
 import yaml
 from tests.cli.memory_place import MemoryPlace, ago, instance
 
-from hasten.cli import cluster_place
+from hasten.cli.cluster import place as cluster_place
 from hasten.cli.main import main
 from hasten.cluster.places import Event, LogOptions, Server, ServerUpdate, Status
 from hasten.cluster.spec import TritonServer

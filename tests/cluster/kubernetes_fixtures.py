@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tests.cluster.api_server import ADMIN, ApiServer
 
-from hasten.cluster.kubernetes import KubernetesPlace
+from hasten.cluster.kubernetes.place import KubernetesPlace
 from hasten.cluster.places import Place
 from hasten.cluster.spec import TrainingJob, TritonServer
 

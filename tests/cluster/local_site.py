@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from hasten.cluster.local import LocalPlace
-from hasten.cluster.local_state import Folder, State
+from hasten.cluster.local.place import LocalPlace
+from hasten.cluster.local.state import Folder, State
 from hasten.cluster.places import Job, LogOptions, Status
 from hasten.cluster.spec import TrainingJob
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hasten.cluster.manifests import job_objects, server_objects, volume_objects
+from hasten.cluster.manifests.objects import job_objects, server_objects, volume_objects
 from hasten.cluster.spec import TrainingJob, TritonServer, Volume
 
 HERE = Path(__file__).parent

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hasten.cluster.manifests_pod import USER
+from hasten.cluster.manifests.pod import USER
 from hasten.cluster.spec import TritonServer
 
 ROOT = Path(__file__).parents[2]

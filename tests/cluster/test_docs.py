@@ -11,9 +11,9 @@ import yaml
 from tests.cluster.manifest_cases import CASES
 from tests.cluster.test_manifests import RELEASES, builtins, validate_lists
 
-from hasten.cli.cluster_place import PLACES
+from hasten.cli.cluster.place import PLACES
 from hasten.cli.main import build_parser, main
-from hasten.cluster.manifests import CRDS, job_objects, server_objects, volume_objects
+from hasten.cluster.manifests.objects import CRDS, job_objects, server_objects, volume_objects
 from hasten.cluster.spec import TrainingJob, TritonServer, Volume
 
 TEXT = (Path(__file__).parents[2] / "docs" / "kubernetes.md").read_text()

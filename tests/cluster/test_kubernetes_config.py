@@ -14,7 +14,7 @@ import pytest
 from tests.cluster.api_server import ADMIN, ApiServer
 from tests.cluster.kubernetes_fixtures import World, training, world
 
-from hasten.cluster.kubernetes import KubernetesPlace
+from hasten.cluster.kubernetes.place import KubernetesPlace
 from hasten.core.errors import ClusterError, ConfigError
 
 __all__ = ["world"]

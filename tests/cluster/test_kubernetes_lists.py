@@ -91,7 +91,7 @@ def test_one_list_of_jobs_and_one_of_pods(world: World) -> None:
 
 def test_long_lists_come_in_pages(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(world, 7)
-    monkeypatch.setattr("hasten.cluster.kubernetes_client.PAGE", 3)
+    monkeypatch.setattr("hasten.cluster.kubernetes.client.PAGE", 3)
     world.server.requests.clear()
     assert {job.name for job in world.place.jobs("default")} == {f"job-{number}" for number in range(7)}
     assert all(job.instances for job in world.place.jobs("default"))

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from tests.cluster.local_site import Site, alive, await_that, python, site
 
-from hasten.cluster.local import LocalPlace, _new_state
-from hasten.cluster.local_state import create
-from hasten.cluster.local_supervisor import start
+from hasten.cluster.local.place import LocalPlace, _new_state
+from hasten.cluster.local.state import create
+from hasten.cluster.local.supervisor import start
 from hasten.cluster.places import Status
 from hasten.cluster.spec import TrainingJob
 from hasten.core.errors import ClusterError, ConfigError, ExistsError, NotFoundError, UnsupportedError
@@ -21,7 +21,7 @@ from hasten.core.errors import ClusterError, ConfigError, ExistsError, NotFoundE
 SUBMIT = """
 import sys
 from pathlib import Path
-from hasten.cluster.local import LocalPlace
+from hasten.cluster.local.place import LocalPlace
 from hasten.cluster.spec import TrainingJob
 LocalPlace(Path(sys.argv[1])).submit(TrainingJob(name=sys.argv[2], command=sys.argv[3]))
 print("submitted", flush=True)
@@ -161,7 +161,8 @@ def test_what_dies_while_it_submits_leaves_a_job_that_failed(here: Site) -> None
     code = """
 import json, os, signal, sys
 from pathlib import Path
-from hasten.cluster import local_state, local
+from hasten.cluster.local import state as local_state
+from hasten.cluster.local import place as local
 folder = local_state.Folder(Path(sys.argv[1]) / "jobs/default/half")
 local_state.create(folder, json.loads(sys.argv[2]), local._new_state(1.0), {}, what="job")
 os.kill(os.getpid(), signal.SIGKILL)
@@ -196,7 +197,7 @@ def test_delete_ends_all_processes_and_removes_all_files(here: Site, tmp_path: P
 
 
 def test_delete_when_the_supervisor_does_not_answer(here: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hasten.cluster import local_end
+    from hasten.cluster.local import end as local_end
 
     here.submit("hangs", "sleep 60")
     here.running("hangs")
@@ -220,7 +221,7 @@ def test_a_hundred_jobs_are_submitted_and_none_is_lost(here: Site, capsys: pytes
     code = """
 import sys
 from pathlib import Path
-from hasten.cluster.local import LocalPlace
+from hasten.cluster.local.place import LocalPlace
 from hasten.cluster.spec import TrainingJob
 place, part = LocalPlace(Path(sys.argv[1])), int(sys.argv[2])
 for number in range(part, 100, 4):
@@ -337,6 +338,7 @@ def test_the_place_knows_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_nothing_heavy_is_imported() -> None:
     code = (
-        "import sys, hasten.cluster.local; print(sorted({'torch', 'kubernetes', 'yaml', 'psutil'} & set(sys.modules)))"
+        "import sys, hasten.cluster.local.place;"
+        "print(sorted({'torch', 'kubernetes', 'yaml', 'psutil'} & set(sys.modules)))"
     )
     assert python(code).communicate()[0] == "[]\n"

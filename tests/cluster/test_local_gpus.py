@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tests.cluster.local_site import Site, alive, await_that, site
 
-from hasten.cluster.local_gpus import devices
+from hasten.cluster.local.gpus import devices
 from hasten.cluster.places import Status
 from hasten.core.errors import ConfigError
 
@@ -86,7 +86,7 @@ def test_jobs_come_in_the_order_of_their_submission(here: Site, tmp_path: Path) 
 
 
 def test_how_many_gpus_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hasten.cluster import local_gpus
+    from hasten.cluster.local import gpus as local_gpus
 
     assert devices({"HASTEN_GPUS": "2", "CUDA_VISIBLE_DEVICES": "7"}) == ["0", "1"]
     assert devices({"CUDA_VISIBLE_DEVICES": "3, GPU-ab"}) == ["3", "GPU-ab"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.cluster.local_site import Site, site
 
-from hasten.cluster.local_logs import LogReader, LogWriter
+from hasten.cluster.local.logs import LogReader, LogWriter
 from hasten.cluster.places import LogOptions
 from hasten.core.errors import NotFoundError
 

@@ -11,7 +11,7 @@ import pytest
 from tests.cluster.local_site import PYTHON, Site, site
 
 import hasten
-from hasten.cluster.local_mounts import FAILED, mount_command
+from hasten.cluster.local.mounts import FAILED, mount_command
 from hasten.cluster.places import Status
 from hasten.cluster.spec import TrainingJob, Volume
 from hasten.core.errors import ClusterError, ConfigError, ExistsError, NotFoundError
@@ -149,7 +149,7 @@ def test_where_the_kernel_forbids_it_another_way_is_named(volume: Path) -> None:
 JOB = """
 import sys, time
 from pathlib import Path
-from hasten.cluster.local import LocalPlace
+from hasten.cluster.local.place import LocalPlace
 from hasten.cluster.places import LogOptions
 from hasten.cluster.spec import TrainingJob, Volume
 place = LocalPlace(Path(sys.argv[1]))
@@ -166,7 +166,8 @@ place.delete_job("job", "default")
 
 def _interpreter(prefix: list[str], env: dict[str, str]) -> str:
     """A Python that the user of `prefix` may start: this one may lie in a folder that is closed to others."""
-    again = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', 'import hasten.cluster.local']))"
+    again = "import subprocess, sys;"
+    again += "sys.exit(subprocess.call([sys.executable, '-c', 'import hasten.cluster.local.place']))"
     for python in (PYTHON, "/usr/bin/python3"):
         if Path(python).exists():
             made = subprocess.run([*prefix, python, "-c", again], capture_output=True, check=False, cwd="/", env=env)

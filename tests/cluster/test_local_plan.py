@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from hasten.cluster.local_checks import quantity
-from hasten.cluster.local_plan import Source, job_plan, server_plan
+from hasten.cluster.local.checks import quantity
+from hasten.cluster.local.plan import Source, job_plan, server_plan
 from hasten.cluster.spec import TrainingJob, TritonServer
 from hasten.core.errors import ConfigError
 

@@ -6,7 +6,7 @@ import uuid
 
 from tests.cluster.local_site import alive, await_that
 
-from hasten.cluster.local_processes import MARK, environment_of, kill_all, lives, members, start_of
+from hasten.cluster.local.processes import MARK, environment_of, kill_all, lives, members, start_of
 
 LEAVES = "import subprocess, time; subprocess.Popen(['sleep', '60'], start_new_session=True); time.sleep(60)"
 

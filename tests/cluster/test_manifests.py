@@ -18,7 +18,7 @@ import pytest
 import yaml
 from tests.cluster.manifest_cases import ALL_CRDS, ARTICLE, CASES, SERVERS, Case
 
-from hasten.cluster.manifests import job_objects, owned, server_objects
+from hasten.cluster.manifests.objects import job_objects, owned, server_objects
 from hasten.cluster.spec import TrainingJob, TritonServer, Volume
 from hasten.core.errors import ClusterError
 

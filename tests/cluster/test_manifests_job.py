@@ -15,8 +15,8 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hasten.cluster.manifests import job_objects
-from hasten.cluster.manifests_pod import literal, toleration
+from hasten.cluster.manifests.objects import job_objects
+from hasten.cluster.manifests.pod import literal, toleration
 from hasten.cluster.spec import TrainingJob
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.parallel.place import RankPlace, place_from_environment

@@ -11,7 +11,7 @@ from tests.cluster.test_manifests_job import FEW, TEXTS, expanded
 
 from hasten.cli.main import build_parser
 from hasten.cli.serve import serve_options
-from hasten.cluster.manifests import server_objects
+from hasten.cluster.manifests.objects import server_objects
 from hasten.cluster.spec import TritonServer
 from hasten.core.errors import ConfigError
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hasten.cluster.manifests import volume_objects
+from hasten.cluster.manifests.objects import volume_objects
 from hasten.cluster.spec import Volume
 from hasten.core.errors import ConfigError, UnsupportedError
 

@@ -12,10 +12,10 @@ import numpy as np
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from hasten.server.interfaces import datatype_name
-from hasten.server.tensors import NUMPY
+from hasten.server.models.interfaces import datatype_name
+from hasten.server.models.validation import Rules
+from hasten.server.protocol.tensors import NUMPY
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, Tensor
-from hasten.server.validation import Rules
 from hasten.server.version import version_number
 
 _ADD = """

@@ -9,7 +9,7 @@ import pytest
 
 from hasten.core.config import EngineConfig
 from hasten.engine.llm import LLM
-from hasten.server.engine_client import EngineClient
+from hasten.server.engine.client import EngineClient
 
 T = TypeVar("T")
 Run = Callable[[Coroutine[Any, Any, T]], T]

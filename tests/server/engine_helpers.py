@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from hasten.core.types import SamplingParams
-from hasten.server.engine_client import EngineClient, Progress
+from hasten.server.engine.client import EngineClient, Progress
 
 LONG = SamplingParams(max_tokens=1500, temperature=0, ignore_eos=True)
 """Goes on for seconds."""

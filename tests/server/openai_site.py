@@ -16,10 +16,10 @@ from tritonclient.grpc import model_config_pb2
 
 from hasten.core.config import EngineConfig
 from hasten.server.create import model_configs
-from hasten.server.engine_client import EngineClient, QueueLimits
-from hasten.server.http import http_app
-from hasten.server.openai import openai_routes
-from hasten.server.page import page_routes
+from hasten.server.engine.client import EngineClient, QueueLimits
+from hasten.server.openai.routes import openai_routes
+from hasten.server.page.routes import page_routes
+from hasten.server.protocol.http import http_app
 from hasten.server.repository import MemoryRepository
 from hasten.server.security import ApiKeys
 from hasten.server.service import Service

@@ -13,10 +13,10 @@ from hasten.core.config import EngineConfig
 from hasten.core.types import SamplingParams
 from hasten.engine.text import Tokenizer
 from hasten.server.create import model_configs
-from hasten.server.engine_client import CompletionDelta, EngineInfo, Progress
+from hasten.server.engine.client import CompletionDelta, EngineInfo, Progress
+from hasten.server.protocol.tensors import NUMPY
 from hasten.server.repository import MemoryRepository
 from hasten.server.service import Service
-from hasten.server.tensors import NUMPY
 from hasten.server.types import InferRequest, InferResponse, RequestedOutput, ServiceError, Tensor
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"

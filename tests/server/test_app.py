@@ -23,7 +23,7 @@ from hasten.server.options import (
     ServeOptions,
     ServerOptions,
 )
-from hasten.server.settings import LogSettings
+from hasten.server.protocol.settings import LogSettings
 from hasten.server.tables import backend_table, table
 
 LOCAL: dict[str, Any] = {"http_address": "127.0.0.1", "grpc_address": "127.0.0.1"}

@@ -13,8 +13,8 @@ import pytest
 from tests.server.openai_site import DEMO, TEMPLATE
 
 from hasten.core.errors import CheckpointError, InvalidRequestError
-from hasten.server.chat import ChatTemplate, chat_text
-from hasten.server.openai_types import ChatRequest
+from hasten.server.openai.chat import ChatTemplate, chat_text
+from hasten.server.openai.types import ChatRequest
 
 MESSAGES = [
     {"role": "system", "content": "You tell stories.\n"},

@@ -13,7 +13,7 @@ from hasten.core.config import EngineConfig
 from hasten.core.errors import CapacityError, CheckpointError, ConfigError, InvalidRequestError
 from hasten.core.types import CompletionOutput, FinishReason, RequestOutput, SamplingParams
 from hasten.engine.llm import LLM
-from hasten.server.engine_client import (
+from hasten.server.engine.client import (
     CompletionDelta,
     EngineClient,
     EngineClosedError,

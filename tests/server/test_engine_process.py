@@ -18,8 +18,8 @@ from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError
 from hasten.core.types import CompletionOutput, FinishReason, RequestOutput, SamplingParams
 from hasten.engine.llm import LLM
-from hasten.server.engine_client import EngineClient, QueueTimeoutError
-from hasten.server.engine_process import Deltas
+from hasten.server.engine.client import EngineClient, QueueTimeoutError
+from hasten.server.engine.process import Deltas
 
 
 def test_signals_to_the_process_are_the_servers_to_handle(run: Any, demo_engine: EngineClient) -> None:
@@ -97,7 +97,7 @@ def test_the_process_ends_with_the_server(demo_model: Path, busy: bool) -> None:
         import asyncio
         from hasten.core.config import EngineConfig
         from hasten.core.types import SamplingParams
-        from hasten.server.engine_client import EngineClient
+        from hasten.server.engine.client import EngineClient
 
         async def main():
             client = await EngineClient.start(EngineConfig.create({str(demo_model)!r}))

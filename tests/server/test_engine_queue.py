@@ -12,9 +12,9 @@ from tests.server.engine_helpers import LONG, SHORT, begin, collect, error_of, j
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError
 from hasten.core.types import FinishReason, Logprob, SamplingParams
-from hasten.server.engine_client import EngineClient
-from hasten.server.engine_queue import Progress, QueueFullError, QueueLimits, QueueTimeoutError, RequestQueue, Ticket
-from hasten.server.wire import CompletionDelta, Output
+from hasten.server.engine.client import EngineClient
+from hasten.server.engine.queue import Progress, QueueFullError, QueueLimits, QueueTimeoutError, RequestQueue, Ticket
+from hasten.server.engine.wire import CompletionDelta, Output
 
 
 def ticket(number: int, *, width: int = 1, priority: int = 0) -> Ticket:

@@ -13,8 +13,8 @@ from tests.server.service_fixtures import CountingEngine, Running, tensor, token
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import CapacityError, CheckpointError
-from hasten.server.engine_client import QueueLimits
-from hasten.server.model_config import parse_config
+from hasten.server.engine.client import QueueLimits
+from hasten.server.models.config import parse_config
 from hasten.server.repository import FolderRepository, MemoryRepository, Repository
 from hasten.server.service import ControlMode, IndexEntry, Service
 from hasten.server.statistics import FailureReason

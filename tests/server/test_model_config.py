@@ -7,16 +7,16 @@ from tritonclient.grpc import model_config_pb2
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
-from hasten.server.interfaces import INTERFACES, Kind
-from hasten.server.model_config import completed, kind_of, parse_config, parse_config_json
-from hasten.server.parameters import (
+from hasten.server.models.config import completed, kind_of, parse_config, parse_config_json
+from hasten.server.models.interfaces import INTERFACES, Kind
+from hasten.server.models.parameters import (
     check_parameters,
     checkpoint_folder,
     engine_options,
     engine_parameters,
     queue_limits,
 )
-from hasten.server.validation import Rules
+from hasten.server.models.validation import Rules
 
 ARTICLE = """
 name: "fastertransformer"

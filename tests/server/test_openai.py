@@ -18,8 +18,8 @@ from tests.server.openai_site import DEMO, Site, eventually, models, with_templa
 
 from hasten import LLM, SamplingParams
 from hasten.core.types import Logprob
-from hasten.server.engine_client import QueueLimits
-from hasten.server.openai_models import models_by_id
+from hasten.server.engine.client import QueueLimits
+from hasten.server.openai.models import models_by_id
 from hasten.server.statistics import Counters
 
 PROMPT = "Anna opened the door and"

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from tests.server.openai_site import DEMO, Site, eventually, models
 
-from hasten.server.page import content_security_policy
+from hasten.server.page.routes import content_security_policy
 from hasten.server.security import ApiKeys
 
 if TYPE_CHECKING:

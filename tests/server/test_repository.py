@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
 from hasten.server.create import default_text_name, has_tokenizer, model_configs, write_repository
-from hasten.server.interfaces import Kind
+from hasten.server.models.interfaces import Kind
 from hasten.server.repository import FolderRepository, MemoryRepository, is_model_name
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"

@@ -32,7 +32,7 @@ from hasten.core.errors import (
     UnsupportedError,
 )
 from hasten.server.create import model_configs, write_repository
-from hasten.server.engine_client import EngineClient, QueueFullError, QueueLimits, QueueTimeoutError
+from hasten.server.engine.client import EngineClient, QueueFullError, QueueLimits, QueueTimeoutError
 from hasten.server.repository import FolderRepository, MemoryRepository
 from hasten.server.service import ControlMode, Service, service_error
 from hasten.server.statistics import FailureReason

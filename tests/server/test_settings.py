@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hasten.core.errors import ConfigError
-from hasten.server.settings import LogHandler, LogSettings, TraceSettings, start_log, stop_log
+from hasten.server.protocol.settings import LogHandler, LogSettings, TraceSettings, start_log, stop_log
 from hasten.server.types import ServiceError
 
 

@@ -9,7 +9,7 @@ from tests.server.transport_fixtures import Transports, serving
 from tritonclient.utils import InferenceServerException
 from tritonclient.utils import shared_memory as shm
 
-from hasten.server.shared_memory import FOLDER, SharedMemory
+from hasten.server.protocol.shared_memory import FOLDER, SharedMemory
 from hasten.server.types import ErrorKind, ServiceError
 
 NAME = f"hasten_test_{os.getpid()}"

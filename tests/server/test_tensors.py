@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritonclient.utils import serialize_byte_tensor, triton_to_np_dtype
 
-from hasten.server.classification import classify
-from hasten.server.tensors import NUMPY, flatten, from_bytes, from_list, to_bytes, to_list
+from hasten.server.protocol.classification import classify
+from hasten.server.protocol.tensors import NUMPY, flatten, from_bytes, from_list, to_bytes, to_list
 from hasten.server.types import ErrorKind, ServiceError, Tensor
 
 NUMBERS = [name for name in NUMPY if name not in ("BYTES", "BF16")]

@@ -9,7 +9,7 @@ from tests.server.service_fixtures import DEMO, LONGEST, Outputs, Running, demo,
 
 from hasten.core.types import SamplingParams
 from hasten.engine.llm import LLM
-from hasten.server.text_inputs import sampling_options
+from hasten.server.models.text_inputs import sampling_options
 from hasten.server.types import ErrorKind, InferRequest, ServiceError
 
 __all__ = ["demo"]

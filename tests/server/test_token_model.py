@@ -11,10 +11,10 @@ from tests.server.service_fixtures import DEMO, LONGEST, Outputs, Running, demo,
 from hasten.core.config import EngineConfig
 from hasten.core.types import SamplingParams
 from hasten.engine.llm import LLM
-from hasten.server.engine_client import EngineClient
-from hasten.server.interfaces import INTERFACES, Kind
+from hasten.server.engine.client import EngineClient
+from hasten.server.models.interfaces import INTERFACES, Kind
+from hasten.server.protocol.tensors import NUMPY
 from hasten.server.service import Service
-from hasten.server.tensors import NUMPY
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, Tensor
 
 __all__ = ["demo", "streaming"]

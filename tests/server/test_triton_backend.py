@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
-from hasten.server.triton_backend import create_triton_repository
+from hasten.server.python_backend.repository import create_triton_repository
 from hasten.server.types import InferRequest
 
 __all__ = ["demo", "streaming"]  # fixtures
@@ -203,7 +203,7 @@ def test_an_error_in_a_stream(client: InferenceServerClient) -> None:
 def engines(triton: TritonServer) -> set[int]:
     """The processes of engines."""
     found = {pid for pid in descendants(triton.process.pid) if is_alive(pid)}
-    return {pid for pid in found if b"hasten.server.engine_process" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    return {pid for pid in found if b"hasten.server.engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes()}
 
 
 def busy(triton: TritonServer) -> bool:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from tests.server.service_fixtures import tensor
 
-from hasten.server.model_config import completed, parse_config
-from hasten.server.tensors import NUMPY
+from hasten.server.models.config import completed, parse_config
+from hasten.server.models.validation import Rules
+from hasten.server.protocol.tensors import NUMPY
 from hasten.server.types import ErrorKind, InferRequest, RequestedOutput, ServiceError, Tensor
-from hasten.server.validation import Rules
 
 TOKENS = """
 backend: "fastertransformer" max_batch_size: 64

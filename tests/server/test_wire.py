@@ -9,7 +9,7 @@ import pytest
 from hasten.core.config import EngineConfig
 from hasten.core.types import FinishReason, Logprob, SamplingParams
 from hasten.engine.stats import EngineStats
-from hasten.server.wire import (
+from hasten.server.engine.wire import (
     Add,
     CompletionDelta,
     Frames,
@@ -70,6 +70,6 @@ def test_what_does_not_fit_is_an_error(params: SamplingParams, error: type[Excep
 
 
 def test_the_servers_process_gets_no_torch() -> None:
-    code = "import json, sys, hasten.server.engine_client; print(json.dumps(sorted(sys.modules)))"
+    code = "import json, sys, hasten.server.engine.client; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert not {"torch", "transformers", "triton"} & set(json.loads(done.stdout))

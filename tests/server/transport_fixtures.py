@@ -9,12 +9,12 @@ from typing import Any, TypeVar, cast
 
 from tests.server.adding_service import AddingService
 
-from hasten.server.grpc import GrpcCalls
-from hasten.server.http import HttpRoutes, http_app
 from hasten.server.listeners import GrpcListener, HttpListener
+from hasten.server.protocol.grpc import GrpcCalls
+from hasten.server.protocol.http import HttpRoutes, http_app
+from hasten.server.protocol.settings import LogSettings, TraceSettings
+from hasten.server.protocol.shared_memory import SharedMemory
 from hasten.server.security import ApiKeys, TlsFiles
-from hasten.server.settings import LogSettings, TraceSettings
-from hasten.server.shared_memory import SharedMemory
 
 Result = TypeVar("Result")
 LIMIT = 1 << 20

@@ -63,7 +63,11 @@ class Server:
         if self.process.poll() is not None:
             return []
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [int(child) for child in children if b"engine_process" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        return [
+            int(child)
+            for child in children
+            if b"hasten.server.engine.process" in Path(f"/proc/{child}/cmdline").read_bytes()
+        ]
 
     @staticmethod
     def lives(pid: int) -> bool:

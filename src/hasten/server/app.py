@@ -11,20 +11,20 @@ from typing import Any
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError
 from hasten.server.create import model_configs
-from hasten.server.engine_client import EngineClient, QueueLimits
-from hasten.server.grpc import GrpcCalls
-from hasten.server.http import HttpRoutes, http_app
+from hasten.server.engine.client import EngineClient, QueueLimits
 from hasten.server.lifecycle import StartEngine
 from hasten.server.listeners import GrpcListener, HttpListener
 from hasten.server.metrics import Machine, Metrics
-from hasten.server.openai import openai_routes
+from hasten.server.openai.routes import openai_routes
 from hasten.server.options import EndpointOptions, ModelOptions, ServeOptions
-from hasten.server.page import page_routes
+from hasten.server.page.routes import page_routes
+from hasten.server.protocol.grpc import GrpcCalls
+from hasten.server.protocol.http import HttpRoutes, http_app
+from hasten.server.protocol.settings import LogSettings, TraceSettings, start_log, stop_log
+from hasten.server.protocol.shared_memory import SharedMemory
 from hasten.server.repository import FolderRepository, MemoryRepository, Repository
 from hasten.server.security import OPEN_PATHS, ApiKeys, TlsFiles
 from hasten.server.service import ControlMode, Service
-from hasten.server.settings import LogSettings, TraceSettings, start_log, stop_log
-from hasten.server.shared_memory import SharedMemory
 from hasten.server.tables import backend_table, engine_table, model_table, option_table
 
 SUCCESS, FAILED = 0, 1

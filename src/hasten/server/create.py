@@ -10,10 +10,10 @@ from tritonclient.grpc import model_config_pb2
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
-from hasten.server.engine_client import QueueLimits
-from hasten.server.interfaces import INTERFACES, Kind
-from hasten.server.model_config import completed, kind_of
-from hasten.server.parameters import KIND, TOKEN_MODEL, engine_parameters
+from hasten.server.engine.client import QueueLimits
+from hasten.server.models.config import completed, kind_of
+from hasten.server.models.interfaces import INTERFACES, Kind
+from hasten.server.models.parameters import KIND, TOKEN_MODEL, engine_parameters
 from hasten.server.repository import CONFIG, is_model_name
 
 TOKEN_NAME = "fastertransformer"

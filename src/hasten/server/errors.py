@@ -8,8 +8,8 @@ from hasten.core.errors import (
     InvalidRequestError,
     UnsupportedError,
 )
-from hasten.server.engine_client import QueueFullError, QueueTimeoutError
-from hasten.server.tensors import about
+from hasten.server.engine.client import QueueFullError, QueueTimeoutError
+from hasten.server.protocol.tensors import about
 from hasten.server.types import ErrorKind, ServiceError
 
 _KINDS: tuple[tuple[type[HastenError], ErrorKind], ...] = (

@@ -4,7 +4,7 @@ import signal
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
-from hasten.server.interfaces import Kind
+from hasten.server.models.interfaces import Kind
 from hasten.server.options import ServeOptions
 from hasten.server.repository import FolderRepository
 

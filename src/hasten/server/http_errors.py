@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from starlette.responses import Response
 
-from hasten.server.bodies import dump_json
+from hasten.server.protocol.bodies import dump_json
 from hasten.server.types import ErrorKind
 
 STATUS = {

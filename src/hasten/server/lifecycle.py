@@ -12,16 +12,16 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iter
 from typing import Any
 
 from hasten.core.errors import CapacityError, HastenError
-from hasten.server.engine_client import EngineClient
-from hasten.server.ensemble import Ensemble
-from hasten.server.interfaces import Kind
-from hasten.server.model import Model, Outcome, Served
-from hasten.server.parameters import queue_limits
+from hasten.server.engine.client import EngineClient
+from hasten.server.models.ensemble import Ensemble
+from hasten.server.models.interfaces import Kind
+from hasten.server.models.model import Model, Outcome, Served
+from hasten.server.models.parameters import queue_limits
+from hasten.server.models.text_model import TextModel
+from hasten.server.models.text_processing import Postprocessing, Preprocessing
+from hasten.server.models.token_model import TokenModel
 from hasten.server.repository import Description, Repository
 from hasten.server.statistics import Counters, LanguageCounters
-from hasten.server.text_model import TextModel
-from hasten.server.text_processing import Postprocessing, Preprocessing
-from hasten.server.token_model import TokenModel
 from hasten.server.types import ErrorKind, InferRequest, ServiceError
 from hasten.server.version import UNLOADED, State, Version, dependencies, load_error
 

@@ -12,7 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from hasten.core.errors import ConfigError
-from hasten.server.grpc import GrpcCalls, add_to_server
+from hasten.server.protocol.grpc import GrpcCalls, add_to_server
 from hasten.server.security import ApiKeys, TlsFiles
 
 _BACKLOG = 2048

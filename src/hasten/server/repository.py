@@ -12,9 +12,9 @@ from tritonclient.grpc import model_config_pb2
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
-from hasten.server.interfaces import Kind
-from hasten.server.model_config import completed, kind_of, parse_config, parse_config_json
-from hasten.server.parameters import CHECKPOINT, TOKENIZER, check_parameters, checkpoint_folder, engine_options
+from hasten.server.models.config import completed, kind_of, parse_config, parse_config_json
+from hasten.server.models.interfaces import Kind
+from hasten.server.models.parameters import CHECKPOINT, TOKENIZER, check_parameters, checkpoint_folder, engine_options
 
 CONFIG = "config.pbtxt"
 _LONGEST_NAME = 255

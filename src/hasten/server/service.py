@@ -10,15 +10,15 @@ from enum import StrEnum
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from hasten import __version__
-from hasten.server.engine_client import EngineClient
+from hasten.server.engine.client import EngineClient
 from hasten.server.errors import service_error
-from hasten.server.interfaces import Kind, datatype_name
 from hasten.server.lifecycle import Registry, StartEngine
-from hasten.server.model_config import is_decoupled, parameter
-from hasten.server.parameters import TOKEN_MODEL
+from hasten.server.models.config import is_decoupled, parameter
+from hasten.server.models.interfaces import Kind, datatype_name
+from hasten.server.models.parameters import TOKEN_MODEL
+from hasten.server.models.text_model import DEFAULT_TOKEN_MODEL
 from hasten.server.repository import Repository
 from hasten.server.statistics import Counters
-from hasten.server.text_model import DEFAULT_TOKEN_MODEL
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
 from hasten.server.version import State, Version, version_number
 

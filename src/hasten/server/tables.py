@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from hasten.server.options import ServeOptions
 
 if TYPE_CHECKING:
-    from hasten.server.engine_client import EngineClient
+    from hasten.server.engine.client import EngineClient
     from hasten.server.service import IndexEntry, ServerMetadata
 
 

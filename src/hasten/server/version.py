@@ -10,15 +10,15 @@ from enum import StrEnum
 
 from hasten.core.errors import HastenError
 from hasten.server.errors import service_error
-from hasten.server.interfaces import Kind
-from hasten.server.model import Model, Outcome
-from hasten.server.model_config import is_decoupled, parameter
-from hasten.server.parameters import TOKEN_MODEL
+from hasten.server.models.config import is_decoupled, parameter
+from hasten.server.models.interfaces import Kind
+from hasten.server.models.model import Model, Outcome
+from hasten.server.models.parameters import TOKEN_MODEL
+from hasten.server.models.text_model import DEFAULT_TOKEN_MODEL
+from hasten.server.models.validation import Rules
 from hasten.server.repository import Description
 from hasten.server.statistics import ModelCounters
-from hasten.server.text_model import DEFAULT_TOKEN_MODEL
 from hasten.server.types import ErrorKind, InferRequest, ServiceError
-from hasten.server.validation import Rules
 
 UNLOADED = "unloaded"
 _MOST_DIGITS = 19

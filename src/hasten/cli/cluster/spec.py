@@ -1,0 +1,30 @@
+"""From the options of the command line to what a place is asked for, and what is said afterwards."""
+
+import argparse
+import shlex
+from typing import Any, TypeVar
+
+from hasten.cli.cluster.place import namespace
+from hasten.cli.options import field_names, given
+from hasten.cluster.places import Place, ServerUpdate
+from hasten.cluster.spec import TrainingJob, TritonServer, Volume
+from hasten.core.errors import ConfigError
+
+Spec = TypeVar("Spec", TrainingJob, TritonServer, Volume, ServerUpdate)
+
+
+def build_spec(kind: type[Spec], args: argparse.Namespace, **others: Any) -> Spec:
+    """Make a spec of the options that the user gave; `others` come before them."""
+    values: dict[str, Any] = {**given(args, kind), **others}
+    if "name" in field_names(kind) - values.keys():
+        raise ConfigError("--name is required")
+    tuples: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return kind(**tuples)
+
+
+def see_it(args: argparse.Namespace, place: Place, *words: str) -> str:
+    """How to see what was made, as a command to copy."""
+    where = namespace(args, place)
+    named = [] if where == place.default_namespace() else ["-n", where]
+    chosen = [] if getattr(args, "place", None) is None else ["--cluster", args.place]
+    return f"see it: {shlex.join(['hasten', 'cluster', *words, *named, *chosen])}"

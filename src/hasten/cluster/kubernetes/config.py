@@ -1,0 +1,104 @@
+"""Where the cluster is and who asks: a kubeconfig, or the service account of the pod that hasten runs in.
+
+The order is kubectl's (kubernetes.io/docs/concepts/configuration/organize-cluster-access-kubeconfig): the file that was
+named, the files of KUBECONFIG, `~/.kube/config`, and without any of them the pod's own account.
+"""
+
+import os
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import urllib3
+import yaml
+from kubernetes import config
+from kubernetes.client import Configuration
+
+from hasten.cluster.kubernetes.errors import bad_config
+from hasten.core.errors import ConfigError
+
+_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+_loader: Any = config
+"""The client's loader has no types."""
+_UNREADABLE = (config.ConfigException, yaml.YAMLError, OSError, ValueError, TypeError, AttributeError, KeyError)
+
+
+@dataclass(frozen=True)
+class Access:
+    """How to reach a cluster."""
+
+    configuration: Any
+    namespace: str
+    """Where the user names none."""
+    source: str
+    """What it was read from, for messages."""
+
+
+def find_access(config_file: str | None, context: str | None) -> Access:
+    """Read the configuration; ConfigError where there is none or it cannot be used."""
+    if config_file is not None and not Path(config_file).expanduser().is_file():
+        raise ConfigError(f"there is no kubeconfig {config_file}")
+    files = config_file or os.environ.get("KUBECONFIG") or "~/.kube/config"
+    if any(Path(one).expanduser().is_file() for one in files.split(os.pathsep) if one):
+        access = _from_files(files, context)
+    elif os.environ.get("KUBERNETES_SERVICE_HOST"):
+        access = _from_account(context)
+    else:
+        raise ConfigError(
+            f"no cluster is configured: {files} does not exist and this is not a pod; "
+            "give a kubeconfig with --config or in the variable KUBECONFIG, or use --cluster local"
+        )
+    return _adjusted(access)
+
+
+def _from_files(files: str, context: str | None) -> Access:
+    configuration = Configuration()
+    try:
+        contexts, active = _loader.list_kube_config_contexts(files)
+        if context is not None:
+            active = next((one for one in contexts if one["name"] == context), None)
+            if active is None:
+                known = ", ".join(sorted(one["name"] for one in contexts))
+                raise ConfigError(f"the kubeconfig {files} has no context {context}; it has {known or 'none'}")
+        _loader.load_kube_config(files, context=context, client_configuration=configuration, persist_config=False)
+        namespace = active["context"].get("namespace") or "default"
+    except _UNREADABLE as error:
+        raise bad_config(error, files) from error
+    return Access(configuration, namespace, f"context {active['name']} of {files}")
+
+
+def _from_account(context: str | None) -> Access:
+    if context is not None:
+        raise ConfigError(f"there is no kubeconfig that could have a context {context}: leave it out or give --config")
+    configuration = Configuration()
+    try:
+        _loader.load_incluster_config(client_configuration=configuration)
+        namespace = (_ACCOUNT / "namespace").read_text().strip()
+    except _UNREADABLE as error:
+        raise bad_config(error, f"of the pod's service account ({_ACCOUNT})") from error
+    return Access(configuration, namespace or "default", "the pod's service account")
+
+
+def _adjusted(access: Access) -> Access:
+    configuration = access.configuration
+    # Nothing is repeated behind the user's back: what cannot be reached is told at once, and a request that was not
+    # answered may have been carried out.
+    configuration.retries = False
+    if _is_loopback(configuration.host) and configuration.proxy in getproxies().values():
+        # as kubectl: a proxy of the environment is not asked for this machine's own addresses
+        configuration.proxy = None
+    if not configuration.verify_ssl:
+        # the kubeconfig says insecure-skip-tls-verify, so the user knows
+        urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
+    return access
+
+
+def _is_loopback(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False

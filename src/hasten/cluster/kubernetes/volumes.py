@@ -1,0 +1,129 @@
+"""Volumes and nodes of a cluster."""
+
+import os
+from collections import Counter
+
+from hasten.cluster.kubernetes.client import Cluster
+from hasten.cluster.kubernetes.records import accelerators, created, newest_first, pod_gpus
+from hasten.cluster.kubernetes.resources import (
+    CLAIMS,
+    MANAGED_BY,
+    NODES,
+    PODS,
+    SECRETS,
+    VOLUMES,
+    Object,
+    Resource,
+    labels_of,
+    name_of,
+)
+from hasten.cluster.manifests.objects import volume_objects
+from hasten.cluster.manifests.pod import MANAGER
+from hasten.cluster.manifests.volume import secret_name, volume_name
+from hasten.cluster.places import Node, VolumeRecord
+from hasten.cluster.spec import Volume
+from hasten.core.errors import ClusterError, NotFoundError
+
+SECRET_VARIABLE = "HASTEN_ACCESS_KEY_SECRET"
+_ALIVE = "status.phase!=Succeeded,status.phase!=Failed"
+_ROLE = "node-role.kubernetes.io/"
+
+
+def objects_of(volume: Volume) -> list[Object]:
+    """A volume's objects, with the key that stands in the environment."""
+    return volume_objects(volume, os.environ.get(SECRET_VARIABLE) if volume.access_key_id else None)
+
+
+def list_volumes(cluster: Cluster, namespace: str | None) -> list[VolumeRecord]:
+    """Claims that are bound, and hasten's own whether they are or not."""
+    claims = cluster.list_all(CLAIMS, namespace)
+    if not claims and namespace is not None:
+        cluster.check_namespace(namespace)
+    usable = (one for one in claims if (one.get("status") or {}).get("phase") == "Bound" or _is_ours(one))
+    return newest_first(map(_record, usable))
+
+
+def _record(claim: Object) -> VolumeRecord:
+    annotations = claim["metadata"].get("annotations") or {}
+    phase = (claim.get("status") or {}).get("phase")
+    notes = [annotations.get("description", ""), "" if phase == "Bound" else f"({str(phase).lower()}, not bound yet)"]
+    return VolumeRecord(
+        name=name_of(claim),
+        namespace=claim["metadata"]["namespace"],
+        access_mode=",".join(claim["spec"].get("accessModes") or ()),
+        description=" ".join(note for note in notes if note),
+        owner=annotations.get("owner", ""),
+        created=created(claim),
+    )
+
+
+def _is_ours(item: Object) -> bool:
+    return labels_of(item).get(MANAGED_BY) == MANAGER
+
+
+def delete_volume(cluster: Cluster, name: str, namespace: str) -> None:
+    """Remove the claim, the volume and the secret that hasten made, and none that others made."""
+    volume = Volume(name=name, namespace=namespace)
+    parts: list[tuple[Resource, str | None, str]] = [
+        (CLAIMS, namespace, name),
+        (VOLUMES, None, volume_name(volume)),
+        (SECRETS, namespace, secret_name(volume)),
+    ]
+    found = [(part, one) for part in parts if (one := cluster.find(*part)) is not None]
+    ours = [part for part, one in found if _is_ours(one)]
+    if found and found[0][0][0] == CLAIMS and found[0][0] not in ours:
+        raise ClusterError(f"volume {name} was not made by hasten: remove it where it was made, or with kubectl")
+    if not ours:
+        cluster.check_namespace(namespace)
+        raise NotFoundError(f"there is no volume {name} in namespace {namespace}: see `hasten cluster data list`")
+    _check_unused(cluster, name, namespace)
+    for part in ours:
+        cluster.delete(*part)
+
+
+def _check_unused(cluster: Cluster, name: str, namespace: str) -> None:
+    """A claim that is mounted would stay, half deleted, until its last pod is gone."""
+    users = [
+        name_of(pod)
+        for pod in cluster.list_all(PODS, namespace, fields=_ALIVE)
+        if any(
+            (one.get("persistentVolumeClaim") or {}).get("claimName") == name
+            for one in pod["spec"].get("volumes") or ()
+        )
+    ]
+    if users:
+        raise ClusterError(f"volume {name} is mounted by {', '.join(sorted(users))}: delete the job or server first")
+
+
+def _claims_of(pod: Object) -> set[str]:
+    sources = (one.get("persistentVolumeClaim") for one in pod["spec"].get("volumes") or ())
+    return {str(source["claimName"]) for source in sources if source}
+
+
+def list_nodes(cluster: Cluster) -> list[Node]:
+    """All nodes, with the GPUs that their pods have."""
+    taken: Counter[str] = Counter()
+    for pod in cluster.list_all(PODS, None, fields=_ALIVE):
+        taken[pod["spec"].get("nodeName", "")] += pod_gpus(pod["spec"])
+    nodes = [_node(one, taken[name_of(one)]) for one in cluster.list_all(NODES, None)]
+    return sorted(nodes, key=lambda node: node.name)
+
+
+def _node(item: Object, taken: int) -> Node:
+    status = item.get("status") or {}
+    addresses = {one["type"]: one["address"] for one in status.get("addresses") or ()}
+    roles = sorted(label.removeprefix(_ROLE) for label in labels_of(item) if label.startswith(_ROLE))
+    return Node(
+        name=name_of(item),
+        address=addresses.get("InternalIP") or addresses.get("Hostname") or "",
+        role=",".join(role for role in roles if role) or "<none>",
+        status=_node_status(item),
+        gpus=accelerators(status.get("allocatable")),
+        allocated_gpus=taken,
+    )
+
+
+def _node_status(item: Object) -> str:
+    conditions = {one["type"]: one["status"] for one in (item.get("status") or {}).get("conditions") or ()}
+    ready = "Ready" if conditions.get("Ready") == "True" else "NotReady"
+    return f"{ready},SchedulingDisabled" if item["spec"].get("unschedulable") else ready

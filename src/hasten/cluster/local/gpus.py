@@ -1,0 +1,156 @@
+"""GPUs of this machine: how many there are, and who waits for them or has them.
+
+Who asks draws a ticket, a file in HOME/gpus/HOST whose name is its place in the queue. The first of those that wait is
+served as soon as enough GPUs are free, the others after it, so a large request is not passed by small ones for ever. A
+ticket holds as long as its job's supervisor lives: there is no count that could go wrong, and nobody has to run all the
+time.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hasten.cluster.local.processes import host_name
+from hasten.cluster.local.state import Folder, locked, read_json, write_json
+from hasten.core.errors import ClusterError, ConfigError, NotFoundError
+
+GPUS_VARIABLE = "HASTEN_GPUS"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+_DEVICES = Path("/dev")
+_SMI_S = 30.0
+_SOONEST_S, _LATEST_S = 0.2, 2.0
+
+
+def devices(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name here, one for each GPU.
+
+    HASTEN_GPUS=N says that there are N. Otherwise a CUDA_VISIBLE_DEVICES that is set already limits the choice;
+    otherwise the device files /dev/nvidia0, … count, or what nvidia-smi lists.
+    """
+    told = environment.get(GPUS_VARIABLE)
+    if told is not None:
+        if not told.isdecimal():
+            raise ConfigError(f"{GPUS_VARIABLE}={told!r} is not a number of GPUs")
+        return [str(number) for number in range(int(told))]
+    visible = environment.get(VISIBLE)
+    if visible is not None:
+        return [one.strip() for one in visible.split(",") if one.strip() not in ("", "-1", "NoDevFiles")]
+    return [str(number) for number in range(_count_of_devices())]
+
+
+def _count_of_devices() -> int:
+    files = sum(bool(re.fullmatch(r"nvidia\d+", entry.name)) for entry in _DEVICES.iterdir())
+    if files or shutil.which("nvidia-smi") is None:
+        return files
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=_SMI_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Why a ticket is not served yet."""
+
+    reason: str
+    place: int
+    """So many are before it."""
+
+    @property
+    def pause(self) -> float:
+        """Seconds until the next look: the further back, the longer."""
+        return min(_LATEST_S, _SOONEST_S * (1 + self.place))
+
+
+class GpuQueue:
+    """Tickets of one home. `clear` is called for an owner that died, before its GPUs are given to others."""
+
+    def __init__(self, home: Path, clear: Callable[[Folder], object]) -> None:
+        self._folder = home / "gpus" / host_name()
+        self._lock = self._folder / "lock"
+        self._clear = clear
+
+    def draw(self, owner: Folder, count: int, label: str = "") -> Path:
+        """A ticket for `count` GPUs at the end of the queue. It counts only while the owner's lock is held."""
+        with locked(self._lock):
+            last = max((int(path.stem) for path in self._paths()), default=0)
+            path = self._folder / f"{max(time.time_ns(), last + 1):020d}.ticket"
+            self._write(path, owner, count, label, None)
+        return path
+
+    def of(self, owner: Folder, label: str | None = None) -> list[Path]:
+        """Tickets of a job or server: all, or those of a label."""
+        mine = [(path, ticket) for path, ticket in self._tickets() if ticket["owner"] == str(owner.path)]
+        return [path for path, ticket in mine if label in (None, ticket["label"])]
+
+    def take(self, path: Path, there: list[str]) -> list[str] | Wait:
+        """Devices for a ticket, or why there are none yet. `there` is `devices()`."""
+        with locked(self._lock):
+            tickets = self._living()
+            mine = next((ticket for at, ticket in tickets if at == path), None)
+            if mine is None:
+                raise ClusterError(f"the ticket {path} was deleted")
+            if mine["devices"] is not None:
+                return list(mine["devices"])
+            free = [one for one in there if one not in _given(tickets)]
+            before = sum(at < path and ticket["devices"] is None for at, ticket in tickets)
+            if before == 0 and len(free) >= mine["count"]:
+                given = free[: mine["count"]]
+                write_json(path, {**mine, "devices": given})
+                return given
+        return Wait(_waits(mine["count"], len(free), len(there), before), before)
+
+    def give_back(self, path: Path) -> None:
+        """Tear up a ticket."""
+        path.unlink(missing_ok=True)
+
+    def allocated(self) -> int:
+        """How many GPUs are given to somebody who lives."""
+        with locked(self._lock):
+            return len(_given(self._living()))
+
+    def _paths(self) -> list[Path]:
+        return sorted(self._folder.glob("*.ticket"))
+
+    def _tickets(self) -> Iterable[tuple[Path, dict[str, Any]]]:
+        for path in self._paths():
+            with suppress(FileNotFoundError):
+                yield path, read_json(path)
+
+    def _living(self) -> list[tuple[Path, dict[str, Any]]]:
+        """All tickets but those of owners that died; their processes are ended first."""
+        return [(path, ticket) for path, ticket in self._tickets() if self._holds(path, ticket)]
+
+    def _holds(self, path: Path, ticket: dict[str, Any]) -> bool:
+        owner = Folder(Path(ticket["owner"]))
+        try:
+            lock = owner.try_lock()
+        except NotFoundError:
+            path.unlink(missing_ok=True)
+            return False
+        if lock is None:
+            return True
+        os.close(lock)
+        self._clear(owner)
+        path.unlink(missing_ok=True)
+        return False
+
+    def _write(self, path: Path, owner: Folder, count: int, label: str, given: list[str] | None) -> None:
+        write_json(path, {"owner": str(owner.path), "count": count, "label": label, "devices": given})
+
+
+def _given(tickets: Iterable[tuple[Path, dict[str, Any]]]) -> set[str]:
+    return {device for _, ticket in tickets for device in ticket["devices"] or ()}
+
+
+def _waits(count: int, free: int, there: int, before: int) -> str:
+    asked = f"waits for {count} GPU{'s' * (count > 1)}, {free} of {there} {'is' if free == 1 else 'are'} free"
+    return asked if before == 0 else f"{asked}, {before} before it in the queue"

@@ -1,0 +1,159 @@
+"""What the commands do about servers: make one, change one. Running it is its supervisor's work."""
+
+import dataclasses
+import logging
+import os
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hasten.cluster.local.checks import check_mounts, check_server
+from hasten.cluster.local.launch import ServerPlan, server_plan_of, to_json
+from hasten.cluster.local.plan import server_plan
+from hasten.cluster.local.processes import port_is_free
+from hasten.cluster.local.settle import settle, settle_owned
+from hasten.cluster.local.state import Folder, folders, locked
+from hasten.cluster.local.supervisor import signal_supervisor, start
+from hasten.cluster.local.view import server_view
+from hasten.cluster.local.volumes import Volumes
+from hasten.cluster.places import Server, ServerUpdate
+from hasten.cluster.spec import TritonServer, pairs
+from hasten.core.errors import ClusterError, ConfigError, NotFoundError
+
+_log = logging.getLogger(__name__)
+_START_S = 10.0
+_LOOK_S = 0.02
+
+
+def folder_of(home: Path, name: str, version: str, namespace: str) -> Folder:
+    """Where a server's record is."""
+    return Folder(home / "servers" / namespace / f"{name}@{version}")
+
+
+def planned(home: Path, server: TritonServer) -> ServerPlan:
+    """A server's plan; raises for what this machine cannot do."""
+    check_server(server)
+    sources = Volumes(home).sources(server.data, server.namespace)
+    return server_plan(server, sources, folder_of(home, server.name, server.version, server.namespace).path)
+
+
+def spec_of(server: TritonServer, plan: ServerPlan) -> dict[str, Any]:
+    """What is written of a server."""
+    return {"kind": "server", "asked": dataclasses.asdict(server), "plan": to_json(plan)}
+
+
+def check_ports(home: Path, plan: ServerPlan, folder: Folder) -> None:
+    """ConfigError where the first replica's ports are in use, or another server of this home wants them."""
+    for other in folders(home, "servers", None):
+        if other != folder:
+            _check_other(other, plan)
+    for name, port in plan.ports.items():
+        if not port_is_free(port, plan.address):
+            raise ConfigError(f"--{name}-port {port} is in use on this machine; give another")
+
+
+def _check_other(other: Folder, plan: ServerPlan) -> None:
+    try:
+        state = settle(other)
+        wanted = set() if state.done else set(server_plan_of(other.spec()["plan"]).ports.values())
+    except NotFoundError:
+        return
+    for name, port in plan.ports.items():
+        if port in wanted:
+            raise ConfigError(f"--{name}-port {port} is a port of server {other.name}; give another")
+
+
+def found(home: Path, name: str, version: str | None, namespace: str) -> Folder:
+    """The record of a server; ConfigError where no version is given and there are several."""
+    there = [one for one in folders(home, "servers", namespace) if one.name.partition("@")[0] == name]
+    if version is not None:
+        there = [one for one in there if one.name == f"{name}@{version}"]
+    if not there:
+        raise NotFoundError(
+            f"there is no server {name}{f' of version {version}' if version else ''} in namespace {namespace}"
+        )
+    if len(there) > 1:
+        versions = ", ".join(one.name.partition("@")[2] for one in there)
+        raise ConfigError(f"server {name} has the versions {versions}; say which with --version")
+    return there[0]
+
+
+def view(folder: Folder, *, events: bool) -> Server | None:
+    """A server as it is; None where it is gone, or its record cannot be read, which is logged."""
+    try:
+        state = settle(folder)
+        return server_view(folder, state, server_plan_of(folder.spec()["plan"]), events=events)
+    except NotFoundError:
+        return None
+    except ClusterError as error:
+        _log.warning("%s", error)
+        return None
+
+
+def exit_grace(folder: Folder) -> float:
+    """Seconds that a server's end may take."""
+    return float(server_plan_of(folder.spec()["plan"]).exit_timeout)
+
+
+def updated(server: TritonServer, update: ServerUpdate) -> TritonServer:
+    """A server with some of its options changed; variables, annotations and labels are added to what it has."""
+    given = {name: value for name, value in _fields(update).items() if value is not None and value != ()}
+    for name in ("env", "annotation", "label"):
+        if name in given:
+            whole = pairs(getattr(server, name), f"--{name}") | pairs(given[name], f"--{name}")
+            given[name] = tuple(f"{key}={value}" for key, value in whole.items())
+    return dataclasses.replace(server, **given)
+
+
+def _fields(update: ServerUpdate) -> dict[str, Any]:
+    return {
+        one.name: tuple(value) if isinstance(value := getattr(update, one.name), list) else value
+        for one in dataclasses.fields(update)
+    }
+
+
+def asked_of(spec: Mapping[str, Any]) -> TritonServer:
+    """The server that a record is of."""
+    asked: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in spec["asked"].items()}
+    return TritonServer(**asked)
+
+
+def change(home: Path, folder: Folder, update: ServerUpdate) -> None:
+    """Write a server's new form, and have its supervisor follow it: a new supervisor where the old one died."""
+    with locked(home / "update.lock"):
+        server = updated(asked_of(folder.spec()), update)
+        plan = planned(home, server)
+        check_mounts(plan.launch, ())
+        lock = folder.try_lock()
+        if lock is None:
+            folder.write_spec(spec_of(server, plan))
+            _tell(folder)
+            return
+        _revive(home, folder, server, plan, lock)
+
+
+def _revive(home: Path, folder: Folder, server: TritonServer, plan: ServerPlan, lock: int) -> None:
+    try:
+        state = settle_owned(folder)
+        check_ports(home, plan, folder)
+        folder.write_spec(spec_of(server, plan))
+        state = dataclasses.replace(
+            state, status="PENDING", reason=None, done=False, ended=None, pid=None, start=None, instances=[]
+        )
+        state.event("Revived", "a new supervisor was started", f"server/{folder.name}")
+        folder.write_state(state)
+    except BaseException:
+        os.close(lock)
+        raise
+    start(folder, lock)
+
+
+def _tell(folder: Folder) -> None:
+    """A supervisor that has only just been started reads the new plan by itself, or is told once it can be."""
+    deadline = time.monotonic() + _START_S
+    while not signal_supervisor(folder, signal.SIGHUP):
+        if time.monotonic() > deadline:
+            raise ClusterError(f"the supervisor of server {folder.name} does not run; update it once more")
+        time.sleep(_LOOK_S)

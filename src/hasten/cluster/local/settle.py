@@ -1,0 +1,95 @@
+"""What becomes of a job or server whose supervisor died: its processes are ended, and the record tells the truth.
+
+Whichever command next looks at it does this: `list`, `get`, `submit` of a job that needs GPUs, or the supervisor of one
+that waits for them. Processes that lost their supervisor are killed at once, not asked: nobody keeps their output any
+more.
+"""
+
+import os
+import time
+from contextlib import suppress
+
+from hasten.cluster.local.processes import boot_id, host_name, kill_all, members
+from hasten.cluster.local.state import Folder, State
+from hasten.core.errors import ClusterError, NotFoundError
+
+_ENDED = ("SUCCEEDED", "FAILED")
+_ERRORS = "supervisor.log"
+
+
+def settle(folder: Folder) -> State:
+    """The state of a job or server, put right first if nobody owns it; NotFoundError if it is gone."""
+    state = folder.state()
+    if state.done or elsewhere(state):
+        return state
+    lock = folder.try_lock()
+    if lock is None:
+        return state
+    try:
+        return settle_owned(folder)
+    finally:
+        os.close(lock)
+
+
+def settle_owned(folder: Folder) -> State:
+    """The same, for who holds the lock."""
+    state = folder.state()
+    if state.done:
+        return state
+    killed = _clean_up(state)
+    reason = _reason(folder, state)
+    for instance in state.instances:
+        if instance.status not in _ENDED:
+            instance.status, instance.ended, instance.reason = "FAILED", time.time(), reason
+            instance.ready = False
+    if state.status not in _ENDED:
+        state.status, state.ended, state.reason = "FAILED", time.time(), reason
+    ended = f"; {killed} of its processes were ended" if killed else ""
+    state.event("SupervisorLost", reason + ended, f"folder/{folder.name}", warning=True)
+    state.done = True
+    folder.write_state(state)
+    return state
+
+
+def elsewhere(state: State) -> bool:
+    """Whether it runs on another machine that shares this home: that one alone knows how it does."""
+    return state.host != host_name()
+
+
+def _clean_up(state: State) -> int:
+    if state.boot != boot_id():
+        return 0
+    leaders = [(one.pid, one.start) for one in state.instances if one.pid is not None and one.start is not None]
+
+    def find() -> list[int]:
+        return members(f"{state.uid}/", leaders)
+
+    count = len(find())
+    if left := kill_all(find):
+        raise ClusterError(f"processes {', '.join(map(str, left))} of a job without a supervisor cannot be ended")
+    return count
+
+
+def _reason(folder: Folder, state: State) -> str:
+    if state.boot != boot_id():
+        return "the machine was started anew while it ran"
+    with suppress(OSError):
+        said = (folder.path / _ERRORS).read_text(errors="replace").strip()
+        if said:
+            return f"its supervisor failed: {said.splitlines()[-1]}"
+    return "its supervisor was killed" + (" before it began" if state.pid is None else "")
+
+
+def settled(folder: Folder) -> State | None:
+    """As `settle`; None for what is gone, and for what has outlived its time to live, which is removed now."""
+    try:
+        state = settle(folder)
+        if state.done and state.expires is not None and state.expires <= time.time():
+            lock = folder.try_lock()
+            if lock is not None:
+                folder.remove()
+                os.close(lock)
+            return None
+    except NotFoundError:
+        return None
+    return state

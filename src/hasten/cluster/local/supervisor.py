@@ -1,0 +1,160 @@
+"""The process that owns a job or a server: `python -m hasten.cluster.local.supervisor FOLDER LOCK`.
+
+Each job and server has its own, which outlives the terminal. It holds the lock of the record's folder (LOCK is the
+descriptor that it inherits from the command that made the folder), starts the instances, and alone writes the record.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+from hasten.cluster.local.children import Asked, Child, Children
+from hasten.cluster.local.environment import instance_environment
+from hasten.cluster.local.gpus import GpuQueue, Wait, devices
+from hasten.cluster.local.launch import Launch
+from hasten.cluster.local.mounts import mount_command
+from hasten.cluster.local.processes import MARK, lives, start_of
+from hasten.cluster.local.settle import settle
+from hasten.cluster.local.state import Folder, InstanceState
+
+ERRORS = "supervisor.log"
+_START = '"$@" &'
+"""The shell ends at once, so that the supervisor is nobody's child."""
+
+
+def start(folder: Folder, lock: int) -> None:
+    """Start the supervisor of a folder, and hand it the lock that this process holds."""
+    command = [sys.executable, "-P", "-m", "hasten.cluster.local.supervisor", str(folder.path), str(lock)]
+    environment = {name: value for name, value in os.environ.items() if name != MARK}
+    try:
+        with (folder.path / ERRORS).open("ab") as errors:
+            subprocess.run(
+                ["/bin/sh", "-c", _START, "sh", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+                cwd="/",
+                env=environment,
+                pass_fds=[lock],
+                start_new_session=True,
+                check=True,
+            )
+    finally:
+        os.close(lock)
+
+
+def signal_supervisor(folder: Folder, kind: signal.Signals) -> bool:
+    """Send a signal to the supervisor that a record names, if it lives."""
+    state = folder.state()
+    if state.pid is None or not lives(state.pid, state.start):
+        return False
+    os.kill(state.pid, kind)
+    return True
+
+
+class Supervisor(ABC):
+    """What supervisors of jobs and of servers share."""
+
+    kind = "job"
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self.state = folder.state()
+        self.children = Children(folder, self.state.uid)
+        self.gpus = GpuQueue(folder.home, settle)
+        self.devices = devices()
+
+    def run(self) -> None:
+        """Do all of it. Whatever fails in here leaves no process behind; the next command that looks tells the end."""
+        try:
+            self._run()
+        except Exception:
+            self.children.end(self.children.running, 0.0)
+            raise
+
+    def _run(self) -> None:
+        self.state.pid, self.state.start = os.getpid(), start_of(os.getpid())
+        self.save()
+        try:
+            # looked for once the process id is written: whoever left it there before that could send no signal
+            if self.folder.end_mark.exists():
+                raise Asked
+            self.work()
+        except Asked:
+            self.end_all()
+        self.conclude()
+
+    def conclude(self) -> None:
+        """Give all back, and say that nothing will change any more."""
+        self.give_gpus_back()
+        self.state.done = True
+        self.save()
+
+    def give_gpus_back(self) -> None:
+        """Let others have them: nothing of this runs any more."""
+        for ticket in self.gpus.of(self.folder):
+            self.gpus.give_back(ticket)
+
+    @abstractmethod
+    def work(self) -> None:
+        """What is to be done until it ends by itself."""
+
+    @abstractmethod
+    def end_all(self) -> None:
+        """End what runs, because somebody asked."""
+
+    def save(self) -> None:
+        """Write the record."""
+        self.folder.write_state(self.state)
+
+    def note(self, reason: str, message: str, instance: str | None = None, *, warning: bool = False) -> None:
+        """Add an event; it is written with the next `save`."""
+        source = f"{self.kind}/{self.folder.name}" if instance is None else f"instance/{instance}"
+        self.state.event(reason, message, source, warning=warning)
+
+    def take(self, ticket: Path) -> list[str] | Wait:
+        """GPUs for a ticket, or why there are none yet."""
+        return self.gpus.take(ticket, self.devices)
+
+    def launch(
+        self, instance: InstanceState, launch: Launch, command: list[str], env: Mapping[str, str]
+    ) -> Child | str:
+        """Start an instance and note that in the record; or why it cannot be started."""
+        whole = instance_environment({**env, **launch.env}, self.children.mark(instance.name), instance.devices)
+        folder = launch.working_dir
+        if launch.mounts:
+            command, folder = mount_command(command, launch.mounts, folder), "/"
+        try:
+            child = self.children.start(instance.name, command, whole, folder)
+        except (OSError, ValueError) as error:
+            return f"{instance.name} could not be started: {error}"
+        instance.pid, instance.start = child.pid, child.start
+        instance.status, instance.reason, instance.ended = "RUNNING", None, None
+        self.state.started = self.state.started or time.time()
+        return child
+
+
+def main(folder: str, lock: str) -> None:
+    """Own a folder until all is done."""
+    os.set_inheritable(int(lock), False)
+    os.umask(0o077)
+    # the shell that started this process let it ignore these, and so would all that it starts
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    owned = Folder(Path(folder))
+    if owned.path.parents[1].name == "jobs":
+        from hasten.cluster.local.jobs import JobSupervisor
+
+        JobSupervisor(owned).run()
+    else:
+        from hasten.cluster.local.servers import ServerSupervisor
+
+        ServerSupervisor(owned).run()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

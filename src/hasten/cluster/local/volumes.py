@@ -1,0 +1,96 @@
+"""Volumes of the local place: folders of this machine, known by names."""
+
+import getpass
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hasten.cluster.local.plan import Source
+from hasten.cluster.local.state import locked, read_json, write_json
+from hasten.cluster.places import VolumeRecord
+from hasten.cluster.spec import Volume, mounts
+from hasten.core.errors import ExistsError, NotFoundError
+
+
+def user_name() -> str:
+    """Who runs this process; a number where it has no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+class Volumes:
+    """The records of one home."""
+
+    def __init__(self, home: Path) -> None:
+        self._root = home / "volumes"
+
+    def _path(self, name: str, namespace: str) -> Path:
+        return self._root / namespace / f"{name}.json"
+
+    def plan(self, volume: Volume) -> dict[str, Any]:
+        """What is written of a volume."""
+        return {
+            "name": volume.name,
+            "namespace": volume.namespace,
+            "path": str(Path(volume.path or "").absolute()),
+            "read_only": volume.read_only,
+            "description": volume.description or "",
+        }
+
+    def create(self, volume: Volume) -> None:
+        """Make a folder known; ExistsError where the name is taken."""
+        path = self._path(volume.name, volume.namespace)
+        with locked(self._root / "lock"):
+            if path.exists():
+                raise ExistsError(f"volume {volume.name} exists in namespace {volume.namespace}; delete it first")
+            path.parent.mkdir(exist_ok=True, mode=0o700)
+            write_json(path, {**self.plan(volume), "owner": user_name(), "created": time.time()})
+
+    def all(self, namespace: str | None) -> list[VolumeRecord]:
+        """All volumes, of one namespace or of all."""
+        made = []
+        for path in sorted(self._root.glob(f"{namespace or '*'}/*.json")):
+            with suppress(FileNotFoundError):
+                made.append(_record(read_json(path)))
+        return made
+
+    def delete(self, name: str, namespace: str) -> None:
+        """Forget a volume; its folder stays."""
+        try:
+            self._path(name, namespace).unlink()
+        except FileNotFoundError:
+            raise NotFoundError(_missing(name, namespace)) from None
+
+    def sources(self, data: Sequence[str], namespace: str) -> dict[str, Source]:
+        """The volumes that `--data` names; NotFoundError for one that nobody made."""
+        made = {}
+        for name, _ in mounts(data, "--data"):
+            try:
+                record = read_json(self._path(name, namespace))
+            except FileNotFoundError:
+                raise NotFoundError(
+                    f"{_missing(name, namespace)}; make it with `data create {name} --path DIR`"
+                ) from None
+            made[name] = Source(record["path"], record["read_only"])
+        return made
+
+
+def _missing(name: str, namespace: str) -> str:
+    return f"there is no volume {name} in namespace {namespace}"
+
+
+def _record(record: dict[str, Any]) -> VolumeRecord:
+    return VolumeRecord(
+        name=record["name"],
+        namespace=record["namespace"],
+        access_mode="ReadOnlyMany" if record["read_only"] else "ReadWriteMany",
+        description=record["description"] or record["path"],
+        owner=record["owner"],
+        created=datetime.fromtimestamp(record["created"], UTC),
+    )

@@ -1,0 +1,65 @@
+"""A server whose instances are groups of nodes, as a LeaderWorkerSet: a group comes, fails and goes as one.
+
+Every pod of a group runs the same command. LeaderWorkerSet tells it LWS_LEADER_ADDRESS, LWS_GROUP_SIZE and
+LWS_WORKER_INDEX, which are passed on under torchrun's names, as PET_*. Only the leader answers requests.
+"""
+
+from collections.abc import Set as AbstractSet
+
+from hasten.cluster.manifests.pod import Object, metadata, pod, storage
+from hasten.cluster.manifests.server import (
+    pod_metadata,
+    pod_template,
+    replicas,
+    server_container,
+    server_labels,
+)
+from hasten.cluster.spec import TritonServer
+from hasten.core.errors import ConfigError
+
+_MEETING_PORT = 29500
+_LONGEST_NAME = 50
+"""A group's StatefulSet adds numbers and a hash to the name, and that must fit into 63 letters."""
+
+
+def leader_worker_set(server: TritonServer, crds: AbstractSet[str]) -> Object:
+    """The object."""
+    if len(server.full_name) > _LONGEST_NAME:
+        raise ConfigError(
+            f"--name and --version make {server.full_name!r}, which is too long for --multinode: "
+            f"{_LONGEST_NAME} letters are the most"
+        )
+    spec = {
+        **replicas(server),
+        "startupPolicy": "LeaderCreated",
+        "leaderWorkerTemplate": {
+            "size": server.multinode,
+            "restartPolicy": "RecreateGroupOnPodRestart",
+            "leaderTemplate": pod_template(server, crds, *_ranks(server)),
+            "workerTemplate": _worker(server),
+        },
+    }
+    return {
+        "apiVersion": "leaderworkerset.x-k8s.io/v1",
+        "kind": "LeaderWorkerSet",
+        "metadata": metadata(server, server.full_name, server_labels(server)),
+        "spec": spec,
+    }
+
+
+def _ranks(server: TritonServer) -> list[Object]:
+    """The variables of torchrun; Kubernetes fills in those of the group."""
+    values = {
+        "PET_NNODES": "$(LWS_GROUP_SIZE)",
+        "PET_NODE_RANK": "$(LWS_WORKER_INDEX)",
+        "PET_NPROC_PER_NODE": str(max(1, server.gpus)),
+        "PET_MASTER_ADDR": "$(LWS_LEADER_ADDRESS)",
+        "PET_MASTER_PORT": str(_MEETING_PORT),
+    }
+    return [{"name": name, "value": value} for name, value in values.items()]
+
+
+def _worker(server: TritonServer) -> Object:
+    held = storage(server)
+    main = server_container(server, held, *_ranks(server), serves=False)
+    return {"metadata": pod_metadata(server, {}), "spec": pod(server, main, held.volumes)}

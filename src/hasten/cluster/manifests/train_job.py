@@ -1,0 +1,110 @@
+"""A TrainJob (trainer.kubeflow.org/v1alpha1) over the cluster's runtime torch-distributed.
+
+A TrainJob says what to run; how its pods are made is the runtime's, and only some of that can be patched. Its operator
+tells every container the PET_* variables, which torchrun reads.
+"""
+
+from dataclasses import MISSING, fields
+
+from hasten.cluster.manifests.job import job_command, job_labels, job_metadata, time_limits
+from hasten.cluster.manifests.pod import (
+    MANAGER,
+    Object,
+    container_security,
+    environment,
+    given,
+    merged,
+    pod_security,
+    resources,
+    storage,
+    toleration,
+)
+from hasten.cluster.spec import TrainingJob, pairs
+from hasten.core.errors import ConfigError, UnsupportedError
+
+RUNTIME = "torch-distributed"
+_CONTAINER = "node"
+"""What the runtime calls its container and the set of its pods."""
+_LONGEST_NAME = 48
+"""Names of its pods, NAME-node-0-0-abcde, must fit into 63 letters."""
+
+_RUNTIMES_OWN = (
+    "clean_task_policy",
+    "gang",
+    "host_network",
+    "image_pull_policy",
+    "priority",
+    "retry",
+    "scheduler",
+    "sync_mode",
+    "ttl_after_finished",
+    "working_dir",
+)
+
+
+def train_job(job: TrainingJob) -> Object:
+    """The object; UnsupportedError for options that the runtime decides."""
+    _refuse(job)
+    if not job.image:
+        raise ConfigError("--image is required in a cluster")
+    if len(job.name) > _LONGEST_NAME:
+        raise ConfigError(f"--name {job.name!r} is too long for a TrainJob: {_LONGEST_NAME} letters are the most")
+    count = job.nproc_per_node
+    trainer = {
+        "image": job.image,
+        "command": job_command(job),
+        "env": environment(job),
+        "numNodes": job.workers,
+        **given(numProcPerNode=int(count) if count and count.isdecimal() else None, resourcesPerNode=resources(job)),
+    }
+    return {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": job_metadata(job),
+        "spec": {
+            "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": "ClusterTrainingRuntime", "name": RUNTIME},
+            "trainer": trainer,
+            "runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": {"template": _patch(job)}}],
+            **time_limits(job),
+        },
+    }
+
+
+def _refuse(job: TrainingJob) -> None:
+    asked = []
+    for one in fields(job):
+        default = one.default_factory() if one.default_factory is not MISSING else one.default
+        if one.name in _RUNTIMES_OWN and getattr(job, one.name) != default:
+            asked.append(one.metadata.get("flag", "--" + one.name.replace("_", "-")))
+    if job.nproc_per_node in ("cpu", "gpu"):
+        asked.append(f"--nproc-per-node {job.nproc_per_node}")
+    if asked:
+        raise UnsupportedError(
+            f"a TrainJob cannot do {', '.join(asked)}: the runtime {RUNTIME} decides that; leave it out, or submit a "
+            "PyTorchJob (--api pytorchjob)"
+        )
+
+
+def _patch(job: TrainingJob) -> Object:
+    """What is changed in the runtime's JobSet."""
+    held = storage(job)
+    labels = merged({**job_labels(job), "app.kubernetes.io/managed-by": MANAGER}, job.label, "--label")
+    capabilities = ("IPC_LOCK",) if job.rdma else ()
+    main = {
+        "name": _CONTAINER,
+        "volumeMounts": held.mounts,
+        "securityContext": container_security(*capabilities),
+    }
+    spec = {
+        "securityContext": pod_security(),
+        **given(
+            nodeSelector=pairs(job.selector, "--selector"),
+            tolerations=[toleration(text) for text in job.toleration],
+            imagePullSecrets=[{"name": name} for name in job.image_pull_secret],
+        ),
+        "volumes": held.volumes,
+        "containers": [main],
+    }
+    annotations = merged({}, job.annotation, "--annotation")
+    pods = {"metadata": {"labels": labels, **given(annotations=annotations)}, "spec": spec}
+    return {"spec": {"replicatedJobs": [{"name": _CONTAINER, "template": {"spec": {"template": pods}}}]}}

@@ -1,0 +1,293 @@
+"""An engine in a process of its own, for the server: requests go in, deltas come out, and a dead process comes back.
+
+Imports no torch. A request waits here, by priority and arrival, until the engine has a place for it.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+from operator import index
+
+from hasten.core.config import EngineConfig
+from hasten.core.errors import EngineError, HastenError, InvalidRequestError
+from hasten.core.types import SamplingParams
+from hasten.engine.stats import EngineStats
+from hasten.engine.text import Tokenizer
+from hasten.server.engine.link import EngineLink, error_of
+from hasten.server.engine.queue import (
+    Progress,
+    QueueFullError,
+    QueueLimits,
+    QueueTimeoutError,
+    RequestQueue,
+    Ticket,
+)
+from hasten.server.engine.wire import Abort, Add, CompletionDelta, EngineInfo, Expire, Step, framed
+
+__all__ = [
+    "CompletionDelta",
+    "EngineClient",
+    "EngineClosedError",
+    "EngineInfo",
+    "EngineStats",
+    "Progress",
+    "QueueFullError",
+    "QueueLimits",
+    "QueueTimeoutError",
+]
+
+_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.5, 30.0
+"""Before a dead process is started again: doubled each time, from the start again once it has lived for the longest."""
+_LONG_TEXT = 20_000
+"""Characters from which on a prompt is tokenized in a thread: it takes milliseconds."""
+_MOST_COMPLETIONS = 1024
+"""Of one request: each is a sequence in the engine from the end of its prompt on."""
+_NO_LIMITS = QueueLimits()
+_log = logging.getLogger(__name__)
+
+
+class EngineClosedError(EngineError):
+    """The engine takes no requests any more: it is being drained, or is closed."""
+
+
+class EngineClient:
+    """One engine. Made by `start`; `generate` may be called by many tasks of one event loop."""
+
+    def __init__(self, config: EngineConfig, limits: QueueLimits, name: str) -> None:
+        self.name = name
+        self.info: EngineInfo
+        self.tokenizer: Tokenizer | None = None
+        self._config = config
+        self._limits = limits
+        self._queue = RequestQueue(limits)
+        self._link: EngineLink | None = None
+        """The process that is ready, if there is one."""
+        self._keeper: asyncio.Task[None] | None = None
+        """Starts the process again when it has died."""
+        self._ready_since = 0.0
+        self._now = EngineStats()
+        self._before = EngineStats()
+        """Of processes that have ended: only the counters count."""
+        self._numbers = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @classmethod
+    async def start(
+        cls, config: EngineConfig, limits: QueueLimits = _NO_LIMITS, *, name: str = "engine"
+    ) -> "EngineClient":
+        """Start the process and wait until its model is loaded. Raises the HastenError that kept it from that."""
+        client = cls(config, limits, name)
+        link = await client._launch()
+        client._keeper = asyncio.create_task(client._keep(link))
+        return client
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are computed now; False while the process is dead or loads, and once it is to end."""
+        return self._link is not None and not self._draining
+
+    @property
+    def pid(self) -> int | None:
+        """Number of the engine's process; None while there is none that is ready."""
+        return None if self._link is None else self._link.pid
+
+    def stats(self) -> EngineStats:
+        """What goes on as of the engine's last step; counters go on when the process is started again."""
+        return replace(self._now.after(self._before), waiting=self._now.waiting + self._queue.num_waiting)
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        stream: bool = True,
+        priority: int = 0,
+        queue_timeout: float | None = None,
+    ) -> AsyncGenerator[Progress, None]:
+        """Complete a prompt, text or token ids. Closing the generator withdraws the request.
+
+        Each progress has what is new since the last one; without `stream` there is one, the finished one.
+        `priority`: 1 is the highest, larger ones come later, 0 stands between 1 and 2. `queue_timeout`: seconds
+        that it may wait before it is begun; None is the engine's default, 0 for ever.
+
+        Raises InvalidRequestError, QueueFullError, QueueTimeoutError, EngineClosedError where no new requests are
+        taken, and EngineError where the process died.
+        """
+        ticket = self._ticket(await self._tokens(prompt), params, stream=stream, priority=priority)
+        self._submit(ticket, queue_timeout)
+        try:
+            while True:
+                progress = await ticket.read()
+                yield progress
+                if progress.finished:
+                    return
+        finally:
+            self._withdraw(ticket)
+
+    async def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            try:
+                return tuple(map(index, prompt))
+            except TypeError:
+                raise InvalidRequestError(f"a prompt must be text or token ids, not {prompt!r:.80}") from None
+        if self.tokenizer is None:
+            raise InvalidRequestError("the model has no tokenizer; send token ids, or start it with --tokenizer-path")
+        try:
+            if len(prompt) < _LONG_TEXT:
+                return tuple(self.tokenizer.encode(prompt))
+            return tuple(await asyncio.to_thread(self.tokenizer.encode, prompt))
+        except (UnicodeEncodeError, TypeError):  # what the library raises for half a character
+            raise InvalidRequestError("the prompt is not valid Unicode: it has half of a surrogate pair") from None
+
+    def _ticket(self, tokens: tuple[int, ...], params: SamplingParams, *, stream: bool, priority: int) -> Ticket:
+        if self._draining:
+            raise EngineClosedError(f"engine {self.name} takes no new requests: it is about to end")
+        if priority < 0:
+            raise InvalidRequestError(f"priority must be 0 (the default), 1 (the highest) or larger, got {priority}")
+        most = self._limits.max_prompt_tokens
+        if most is not None and len(tokens) > most:
+            raise InvalidRequestError(f"the prompt has {len(tokens)} tokens, the limit is {most}")
+        if params.n > _MOST_COMPLETIONS:
+            raise InvalidRequestError(f"n must be at most {_MOST_COMPLETIONS}, got {params.n}")
+        self._numbers += 1
+        try:
+            frame = framed(Add(self._numbers, tokens, params, stream))
+        except (OverflowError, ValueError, TypeError) as error:
+            raise InvalidRequestError(f"the request cannot be passed to the engine: {error}") from None
+        return Ticket(self._numbers, tokens, max(params.n, params.beam_width), frame, priority)
+
+    def _submit(self, ticket: Ticket, queue_timeout: float | None) -> None:
+        self._queue.put(ticket)
+        self._idle.clear()
+        seconds = self._limits.default_timeout if queue_timeout is None else queue_timeout
+        if seconds:
+            ticket.timeout = seconds
+            ticket.timer = asyncio.get_running_loop().call_later(seconds, self._expire, ticket)
+        self._send_next()
+
+    def _expire(self, ticket: Ticket) -> None:
+        """A request has waited for as long as it may. The engine, if it has it, knows whether it was begun."""
+        if self._link is not None and self._queue.get(ticket.number) is not None:
+            self._link.send(Expire(ticket.number))
+        else:
+            self._end(ticket, ticket.timed_out())
+
+    def _end(self, ticket: Ticket | None, error: HastenError) -> None:
+        """End a request with an error; None, if it has ended already."""
+        if ticket is not None:
+            self._queue.remove(ticket)
+            ticket.fail(error)
+            self._after_removal()
+
+    def _withdraw(self, ticket: Ticket) -> None:
+        """Forget a request wherever it stands; one that has ended is forgotten already."""
+        if self._queue.remove(ticket) and self._link is not None:
+            self._link.send(Abort(ticket.number))
+        self._after_removal()
+
+    def _after_removal(self) -> None:
+        self._send_next()
+        if self._queue.is_empty:
+            self._idle.set()
+
+    def _send_next(self) -> None:
+        if self._link is None:
+            return
+        for ticket in self._queue.next_for_engine():
+            self._link.send_frame(ticket.frame)
+
+    def _on_step(self, step: Step) -> None:
+        self._now, queue = step.stats, self._queue
+        for number in step.started:
+            if (ticket := queue.get(number)) is not None:
+                ticket.begin(step.began)
+        for refusal in step.refused:
+            self._end(queue.get(refusal.id), error_of(refusal.kind, refusal.message))
+        for number in step.expired:
+            if (ticket := queue.get(number)) is not None:
+                self._end(ticket, ticket.timed_out())
+        for output in step.outputs:
+            if (ticket := queue.get(output.id)) is not None:
+                ticket.push(output)
+                if output.finished:
+                    queue.remove(ticket)
+                    self._after_removal()
+
+    async def _launch(self) -> EngineLink:
+        """Start a process and wait until it is ready."""
+        began = time.monotonic()
+        link = await EngineLink.open(self._config, self._on_step)
+        try:
+            info = await asyncio.shield(link.info)
+            if info.tokenizer_folder is not None:
+                self.tokenizer = await asyncio.to_thread(Tokenizer.from_folder, info.tokenizer_folder)
+            if link.lost.done():
+                raise link.failure or EngineError("the engine's process died as soon as the model was loaded")
+        except BaseException:
+            await link.close()
+            raise
+        self._ready_since = time.monotonic()
+        self.info = replace(info, load_seconds=self._ready_since - began)
+        self._now = EngineStats(num_blocks=info.num_blocks)
+        self._queue.places = info.max_num_seqs
+        self._link = link
+        link.lost.add_done_callback(lambda _: self._on_loss(link))
+        self._send_next()
+        return link
+
+    def _on_loss(self, link: EngineLink) -> None:
+        """The process is gone: who was with it gets an error at once; the others wait for the next one."""
+        if self._link is not link:
+            return  # it was told to end
+        self._link = None
+        reason = link.failure or "its process died"
+        for ticket in self._queue.take_sent():
+            ticket.fail(EngineError(f"engine {self.name} failed while it had the request: {reason}"))
+        self._before = self.stats()
+        self._now = EngineStats(num_blocks=self.info.num_blocks)
+        self._after_removal()
+
+    async def _keep(self, link: EngineLink) -> None:
+        """Whenever the process has died, start it again."""
+        delay = _FIRST_DELAY_S
+        while True:
+            how = await asyncio.shield(link.ended)
+            _log.error(
+                "engine %s: process %d died (%s): %s", self.name, link.pid, how, link.failure or "it said no more"
+            )
+            if time.monotonic() - self._ready_since > _LONGEST_DELAY_S:
+                delay = _FIRST_DELAY_S
+            while self._link is None:
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, _LONGEST_DELAY_S)
+                try:
+                    link = await self._launch()
+                except Exception as error:
+                    _log.error("engine %s: cannot be started, next try in %.1f s: %s", self.name, delay, error)
+            _log.warning("engine %s: ready again as process %d", self.name, link.pid)
+
+    async def drain(self, timeout: float) -> bool:
+        """Take no new requests and wait until all are done; whether they were within `timeout` seconds."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """End the process; requests that are not done get an EngineClosedError. A second call does nothing."""
+        self._draining = True
+        for ticket in self._queue.take_all():
+            ticket.fail(EngineClosedError(f"engine {self.name} was closed before the request was done"))
+        self._idle.set()
+        link, self._link = self._link, None
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        if link is not None:
+            await link.close()

@@ -1,0 +1,145 @@
+"""The process of an engine, seen from the server: how it starts, what it says, how it ends."""
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, cast
+
+import msgspec
+
+from hasten.core import errors
+from hasten.core.config import EngineConfig
+from hasten.core.errors import EngineError, HastenError
+from hasten.server.engine.wire import EngineInfo, Frames, FromEngine, Ready, Start, Step, framed
+
+_LEAVE_S = 1.0
+"""How long a process that has closed its end may take to leave."""
+_CLOSE_S = 5.0
+"""How long a process that is told to end may take."""
+
+
+def error_of(kind: str, message: str) -> HastenError:
+    """An error that an engine's process reported, as the class that it was; other classes become an EngineError."""
+    found = getattr(errors, kind, None)
+    if isinstance(found, type) and issubclass(found, HastenError):
+        return found(message)
+    return EngineError(f"{kind}: {message}")
+
+
+class EngineLink(asyncio.Protocol):
+    """One engine's process and the socket to it. Made by `open`."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", on_step: Callable[[Step], None]) -> None:
+        loop = asyncio.get_running_loop()
+        self.info: asyncio.Future[EngineInfo] = loop.create_future()
+        """Comes when the model is loaded; the error where it cannot be."""
+        self.lost: asyncio.Future[None] = loop.create_future()
+        """Comes at once when the process has closed its end, which it does in dying."""
+        self.ended: asyncio.Future[str] = loop.create_future()
+        """Comes when the process has ended, and says how."""
+        self.failure: HastenError | None = None
+        """Why the process ended, where it could still say so."""
+        self._process = process
+        self._on_step = on_step
+        self._frames = Frames()
+        self._decode = msgspec.msgpack.Decoder(FromEngine).decode
+        self._closing = False
+        self._transport: asyncio.WriteTransport
+        self._reaping: asyncio.Task[None]
+
+    @classmethod
+    async def open(cls, config: EngineConfig, on_step: Callable[[Step], None]) -> "EngineLink":
+        """Start a process that loads the model; OSError where the system cannot."""
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                process = _spawn(theirs)
+            ours.setblocking(False)
+            link = cls(process, on_step)
+        except BaseException:
+            ours.close()
+            raise
+        try:
+            await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=ours)
+        except BaseException:
+            ours.close()
+            process.kill()
+            link._wait(_LEAVE_S)
+            raise
+        link.send(Start(config))
+        return link
+
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self._process.pid
+
+    def send(self, message: Any) -> None:
+        """Send a message."""
+        self.send_frame(framed(message))
+
+    def send_frame(self, frame: bytearray) -> None:
+        """Send a message that `framed` made."""
+        self._transport.write(frame)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The socket is this object's."""
+        # uvloop's transports are no subclasses of asyncio's
+        self._transport = cast(asyncio.WriteTransport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come from the process."""
+        for body in self._frames.feed(data):
+            message: FromEngine = self._decode(body)
+            if isinstance(message, Step):
+                self._on_step(message)
+            elif isinstance(message, Ready):
+                self.info.set_result(message.info)
+            else:
+                self.failure = error_of(message.kind, message.message)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The process has closed its end, or `close` this one."""
+        self.lost.set_result(None)
+        self._reaping = asyncio.get_running_loop().create_task(self._reap())
+
+    async def _reap(self) -> None:
+        """Wait for the process to leave, end it where it does not, and say how it went."""
+        code = await asyncio.to_thread(self._wait, _CLOSE_S if self._closing else _LEAVE_S)
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if not self.info.done():
+            text = f"the engine's process ended before the model was loaded ({how}); its own messages say more"
+            self.info.set_exception(self.failure or EngineError(text))
+            self.info.exception()  # nobody is obliged to ask
+        self.ended.set_result(how)
+
+    def _wait(self, seconds: float) -> int:
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    async def close(self) -> None:
+        """End the process, and wait until it has ended."""
+        self._closing = True
+        self._transport.close()
+        await asyncio.shield(self.ended)
+
+
+def _spawn(connection: socket.socket) -> "subprocess.Popen[bytes]":
+    """An engine's process that holds this end of a socket. Its words, and those of its libraries, go to stderr."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "hasten.server.engine.process", str(connection.fileno())],
+        stdin=subprocess.PIPE,  # closed when this process ends, however it does
+        stdout=2,
+        pass_fds=[connection.fileno()],
+        start_new_session=True,  # Ctrl-C goes to the server alone, which ends the engine in order
+    )

@@ -1,0 +1,255 @@
+"""An engine in a process of its own: what `EngineClient` starts and talks to. The only part of the server with torch.
+
+It reads messages between two steps, so a withdrawn request's blocks are free before the next one, and sends what a step
+brought in one write. That write waits for the server to read: a server that stands still stops the engine, and nothing
+piles up here.
+"""
+
+import gc
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from hasten.core.errors import HastenError
+from hasten.core.types import CompletionOutput, Request, RequestOutput
+from hasten.server.engine.wire import (
+    Abort,
+    Add,
+    CompletionDelta,
+    EngineInfo,
+    Expire,
+    Failed,
+    Frames,
+    Output,
+    Ready,
+    Refusal,
+    Start,
+    Step,
+    ToEngine,
+    framed,
+)
+
+if TYPE_CHECKING:
+    from hasten.engine.engine import Engine
+
+_GRACE_S = 2.0
+"""How long a step may take to end once the server is gone."""
+_READ_BYTES = 1 << 18
+
+
+class Channel:
+    """Messages from and to the server."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._frames = Frames()
+        self._decode = msgspec.msgpack.Decoder(ToEngine).decode
+        self.closed = False
+        """Whether the server has closed its end: there is nothing more to do."""
+
+    def receive(self, *, wait: bool) -> list[ToEngine]:
+        """The messages that have come; with `wait`, at least one unless the server is gone."""
+        messages: list[ToEngine] = []
+        while not self.closed:
+            try:
+                data = self._connection.recv(_READ_BYTES, 0 if wait and not messages else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            except ConnectionError:
+                data = b""
+            self.closed = not data
+            messages += map(self._decode, self._frames.feed(data))
+        return messages
+
+    def send(self, message: Any) -> None:
+        """Send one message; waits where the server does not read."""
+        try:
+            self._connection.sendall(framed(message))
+        except ConnectionError:
+            self.closed = True
+
+
+class Deltas:
+    """How much of each completion of one request the server has."""
+
+    def __init__(self) -> None:
+        self._sent: dict[int, tuple[int, int]] = {}
+        """Index -> (tokens, characters)."""
+        self._ended: set[int] = set()
+        self._first = True
+
+    def take(self, number: int, output: RequestOutput) -> Output:
+        """What is new in `output`."""
+        deltas = [delta for completion in output.outputs if (delta := self._delta(completion)) is not None]
+        prompt_logprobs, self._first = output.prompt_logprobs if self._first else None, False
+        return Output(number, deltas, output.finished, prompt_logprobs)
+
+    def _delta(self, completion: CompletionOutput) -> CompletionDelta | None:
+        index, tokens, characters = completion.index, *self._sent.get(completion.index, (0, 0))
+        if completion.finish_reason is not None:
+            if index in self._ended:
+                return None
+            self._ended.add(index)
+        elif tokens == len(completion.token_ids):
+            return None
+        self._sent[index] = (len(completion.token_ids), len(completion.text))
+        return CompletionDelta(
+            index,
+            completion.token_ids[tokens:],
+            completion.text[characters:],
+            None if completion.logprobs is None else completion.logprobs[tokens:],
+            completion.cumulative_logprob,
+            completion.finish_reason,
+            completion.stop_reason,
+        )
+
+
+class EngineLoop:
+    """Messages in, steps, deltas out, until the server closes its end."""
+
+    def __init__(self, engine: "Engine", channel: Channel) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._deltas: dict[int, Deltas] = {}
+        self._not_begun: set[str] = set()
+        self._refused: list[Refusal] = []
+        self._expired: list[int] = []
+
+    def run(self) -> None:
+        """Serve; raises what a step raises."""
+        while not self._channel.closed:
+            for message in self._channel.receive(wait=not self._engine.has_unfinished):
+                self._apply(message)
+            if not self._channel.closed:
+                self._channel.send(self._turn())
+
+    def _apply(self, message: ToEngine) -> None:
+        if isinstance(message, Add):
+            self._add(message)
+        elif isinstance(message, Abort):
+            self._abort(message.id)
+        elif isinstance(message, Expire) and str(message.id) in self._not_begun:
+            self._abort(message.id)
+            self._expired.append(message.id)
+
+    def _add(self, message: Add) -> None:
+        request_id = str(message.id)
+        request = Request(request_id=request_id, prompt_token_ids=message.prompt_token_ids, params=message.params)
+        try:
+            self._engine.add(request, stream=message.stream)
+        except Exception as error:  # nothing is queued, so whatever it is ends this request alone
+            if not isinstance(error, HastenError):
+                traceback.print_exc()
+            text = str(error).removeprefix(f"request {request_id}: ")
+            self._refused.append(Refusal(message.id, type(error).__name__, text))
+            return
+        self._deltas[message.id] = Deltas()
+        self._not_begun.add(request_id)
+
+    def _abort(self, number: int) -> None:
+        self._engine.abort(str(number))
+        self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        self._deltas.pop(number, None)
+        self._not_begun.discard(str(number))
+
+    def _turn(self) -> Step:
+        began = time.monotonic()
+        outputs = self._engine.step() if self._engine.has_unfinished else []
+        started = self._not_begun - self._engine.waiting if self._not_begun else set()
+        self._not_begun -= started
+        refused, self._refused = self._refused, []
+        expired, self._expired = self._expired, []
+        news = [self._output(output) for output in outputs]
+        return Step(self._engine.stats, news, [int(name) for name in started], began, refused, expired)
+
+    def _output(self, output: RequestOutput) -> Output:
+        number = int(output.request_id)
+        news = self._deltas[number].take(number, output)
+        if output.finished:
+            self._forget(number)
+        return news
+
+
+def engine_info(engine: "Engine") -> EngineInfo:
+    """What the server is told of a loaded engine."""
+    import torch
+
+    from hasten import ops
+    from hasten.models.registry import MODELS
+
+    worker, model = engine.worker, engine.model_config
+    folder = engine.config.tokenizer or worker.tokenizer_folder
+    names = {dtype: name for name, dtype in ops.TORCH_DTYPES.items()}
+    on_gpu = worker.device.type == "cuda"
+    return EngineInfo(
+        vocab_size=model.vocab_size,
+        max_model_len=engine.max_model_len,
+        eos_token_ids=model.eos_token_ids,
+        bos_token_id=model.bos_token_id,
+        pad_token_id=model.pad_token_id,
+        num_blocks=engine.scheduler.blocks.num_blocks,
+        block_size=engine.scheduler.blocks.block_size,
+        max_num_seqs=engine.scheduler.config.max_num_seqs,
+        dtype=names[worker.runner.dtype],
+        device=torch.cuda.get_device_name(worker.device) if on_gpu else "cpu",
+        ranks=engine.ranks.group.size,
+        tokenizer_folder=None if folder is None else str(folder),
+        model_type=MODELS[model.architecture].partition(":")[0].rpartition(".")[2],
+    )
+
+
+def _load(start: ToEngine) -> "Engine":
+    from hasten.engine.llm import launched_place, start_engine
+
+    assert isinstance(start, Start)
+    return start_engine(start.config, launched_place(start.config))
+
+
+def serve(channel: Channel) -> None:
+    """Load the engine that the first message describes, and serve until the server is gone."""
+    for start in channel.receive(wait=True):
+        engine = _load(start)
+        channel.send(Ready(engine_info(engine)))
+        gc.freeze()  # what loading left stays: no collection need look at it
+        gc.enable()
+        EngineLoop(engine, channel).run()
+        engine.close()
+
+
+def _end_with_server() -> None:
+    """The server holds the other end of standard input for as long as it lives."""
+    sys.stdin.buffer.read()
+    time.sleep(_GRACE_S)
+    os._exit(1)
+
+
+def main() -> None:
+    """The process: the socket's number is its argument."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)  # the server decides when this process ends
+    threading.Thread(target=_end_with_server, daemon=True).start()
+    gc.disable()  # imports leave nothing to collect, and looking for it takes a tenth of the start
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    code = 0
+    try:
+        serve(channel)
+    except BaseException as error:
+        if not isinstance(error, HastenError):
+            traceback.print_exc()
+        channel.send(Failed(type(error).__name__, str(error)))
+        code = 1
+    sys.stderr.flush()
+    os._exit(code)  # without taking torch apart, which takes its time
+
+
+if __name__ == "__main__":
+    main()

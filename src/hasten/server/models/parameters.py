@@ -1,0 +1,159 @@
+"""Parameters of a token model's configuration and the engine's configuration, each from the other.
+
+FasterTransformer's names come first; every option of EngineConfig may be given by its own name besides.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tritonclient.grpc import model_config_pb2
+
+from hasten.core.config import EngineConfig, dtype_name
+from hasten.core.errors import ConfigError
+from hasten.server.engine.client import QueueLimits
+from hasten.server.models.interfaces import Kind
+
+CHECKPOINT = "model_checkpoint_path"
+TOKENIZER = "tokenizer_path"
+KIND = "kind"
+TOKEN_MODEL = "token_model"
+_ALIASES = {"tensor_para_size": "tensor_parallel_size", "data_type": "dtype", TOKENIZER: "tokenizer"}
+"""FasterTransformer's name of an option, and the engine's."""
+_FIXED = {
+    "pipeline_para_size": (("1",), "there is tensor parallelism alone: set tensor_para_size"),
+    "int8_mode": (("0",), "weights are not quantized"),
+    "model_type": (("GPT",), "decoder-only models are GPT here, BLOOM among them"),
+    # ranks use each other's memory for sums wherever their GPUs can reach it, and the results are the same
+    "enable_custom_all_reduce": (("0", "1"), "it is 0 or 1"),
+}
+"""FasterTransformer's parameters that choose nothing here: values that ask for no more, and why there are no others."""
+_ALLOWED = {
+    Kind.TEXT: (KIND, TOKEN_MODEL),
+    Kind.PREPROCESSING: (KIND, TOKEN_MODEL, TOKENIZER),
+    Kind.POSTPROCESSING: (KIND, TOKEN_MODEL, TOKENIZER),
+    Kind.ENSEMBLE: (),
+}
+_GPU = model_config_pb2.ModelInstanceGroup.KIND_GPU
+_TRUE, _FALSE = ("true", "1"), ("false", "0")
+
+
+def check_parameters(config: model_config_pb2.ModelConfig, kind: Kind) -> None:
+    """ConfigError for a parameter that a model of this kind does not know, or whose value it does not take."""
+    if kind is Kind.TOKEN:
+        engine_options(config)
+        return
+    for name in config.parameters:
+        if name not in _ALLOWED[kind]:
+            known = ", ".join(_ALLOWED[kind]) or "none"
+            raise ConfigError(f"model '{config.name}': parameter '{name}' is not known; there are: {known}")
+
+
+def engine_options(config: model_config_pb2.ModelConfig) -> dict[str, Any]:
+    """Keyword arguments of `EngineConfig.create` but for the checkpoint; ConfigError names a wrong parameter."""
+    made: dict[str, Any] = {}
+    hints = option_hints()
+    for name, value in sorted(config.parameters.items()):
+        text, where = value.string_value, f"model '{config.name}': parameter '{name}'"
+        if name in _FIXED:
+            values, reason = _FIXED[name]
+            if text not in values:
+                raise ConfigError(f"{where} is {text!r}, but must be {' or '.join(values)}: {reason}")
+            continue
+        if name in (CHECKPOINT, KIND):
+            continue
+        option = _ALIASES.get(name, name)
+        if option not in hints:
+            known = ", ".join((CHECKPOINT, *_FIXED, *_ALIASES, *sorted(hints)))
+            raise ConfigError(f"{where} is not known; there are: {known}")
+        if option in made:
+            raise ConfigError(f"{where} says the same as another one; remove one of them")
+        made[option] = _read(text, hints[option], where)
+    on_gpu = any(group.kind == _GPU for group in config.instance_group)
+    if on_gpu and made.setdefault("device", "cuda") == "cpu":
+        raise ConfigError(f"model '{config.name}': parameter 'device' is 'cpu', but its instance_group is KIND_GPU")
+    if "dtype" in made and made["dtype"] != "auto":
+        made["dtype"] = dtype_name(made["dtype"])
+    return made
+
+
+def engine_parameters(config: EngineConfig) -> dict[str, str]:
+    """Parameters that give this configuration, FasterTransformer's own ones among them; defaults are left out."""
+    made = {
+        "tensor_para_size": str(config.parallel.tensor_parallel_size),
+        "pipeline_para_size": "1",
+        "model_type": "GPT",
+        CHECKPOINT: config.model,
+        "int8_mode": "0",
+        "enable_custom_all_reduce": "0",
+    }
+    names = {option: name for name, option in _ALIASES.items()}
+    for option, value, default in _flat(config):
+        if value != default and option != "tensor_parallel_size":
+            made[names.get(option, option)] = str(value).lower() if isinstance(value, bool) else str(value)
+    return made
+
+
+def queue_limits(config: model_config_pb2.ModelConfig) -> QueueLimits:
+    """What `dynamic_batching.default_queue_policy` says of the queue."""
+    policy = config.dynamic_batching.default_queue_policy
+    microseconds = policy.default_timeout_microseconds
+    return QueueLimits(
+        max_queue_size=policy.max_queue_size, default_timeout=microseconds / 1e6 if microseconds else None
+    )
+
+
+def option_hints() -> dict[str, Any]:
+    """The options of an engine but for its checkpoint, with their types."""
+    made: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(EngineConfig).items():
+        if dataclasses.is_dataclass(hint):
+            made |= typing.get_type_hints(hint)
+        elif name != "model":
+            made[name] = hint
+    return made
+
+
+def checkpoint_folder(config: model_config_pb2.ModelConfig, model_folder: Path, version_folder: Path) -> Path:
+    """Where a version's weights lie.
+
+    `model_checkpoint_path`, relative to the model's folder, or in the version's folder `default_model_filename` or
+    `N-gpu` for N ranks as FasterTransformer has them, or the version's folder itself.
+    """
+    if CHECKPOINT in config.parameters:
+        return model_folder / config.parameters[CHECKPOINT].string_value
+    if config.default_model_filename:
+        return version_folder / config.default_model_filename
+    ranks = engine_options(config).get("tensor_parallel_size", 1)
+    inside = version_folder / f"{ranks}-gpu"
+    return inside if inside.is_dir() else version_folder
+
+
+def _flat(config: Any) -> list[tuple[str, Any, Any]]:
+    """Name, value and default of every option but the checkpoint."""
+    made: list[tuple[str, Any, Any]] = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            made += _flat(value)
+        elif field.name != "model":
+            made.append((field.name, value, field.default))
+    return made
+
+
+def _read(text: str, hint: Any, where: str) -> Any:
+    """A parameter's text as the option's type has it."""
+    union = isinstance(hint, types.UnionType)
+    kind = next(part for part in typing.get_args(hint) if part is not types.NoneType) if union else hint
+    if kind is bool:
+        if text.lower() not in (*_TRUE, *_FALSE):
+            raise ConfigError(f"{where} must be true or false, got {text!r}")
+        return text.lower() in _TRUE
+    readers: Mapping[type, str] = {int: "a whole number", float: "a number", str: "a text"}
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(f"{where} must be {readers[kind]}, got {text!r}") from None

@@ -1,0 +1,204 @@
+"""A text model's input tensors as a request for the engine.
+
+How to sample comes in one of two ways. vLLM's: the JSON of `sampling_parameters`, or the request's own parameters, with
+SamplingParams' names and defaults. TensorRT-LLM's: a tensor for each, and the most probable token unless `top_k` or
+`top_p` ask for others. Both at once are an error, and so is a name that neither knows.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hasten.core.errors import InvalidRequestError
+from hasten.core.types import SamplingParams
+from hasten.server.engine.client import EngineInfo
+from hasten.server.models.interfaces import TENSORRT_LLM_INPUTS
+from hasten.server.models.model import Work
+from hasten.server.models.token_inputs import end_options, sampling
+from hasten.server.types import ErrorKind, ServiceError, Tensor
+
+_TENSORRT_LLM = frozenset(rule.name for rule in TENSORRT_LLM_INPUTS)
+_NAMES = {"max_tokens": "max_tokens", "min_length": "min_tokens", "repetition_penalty": "repetition_penalty"}
+_NAMES |= {name: name for name in ("presence_penalty", "frequency_penalty", "beam_width", "length_penalty")}
+"""TensorRT-LLM's inputs that the engine has a parameter for."""
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """One prompt."""
+
+    prompt: str
+    params: SamplingParams
+    stream: bool
+    prepend_input: bool
+    """Whether the output begins with the prompt."""
+    wanted: frozenset[str]
+    """Outputs beside the text that are asked for."""
+    logprobs: bool
+    """Whether the tokens' log-probabilities were asked for with the parameters."""
+
+
+def read_text(work: Work, info: EngineInfo) -> TextRequest:
+    """The request; ServiceError that names the input or parameter where something is wrong."""
+    stream = _flag(work, "stream")
+    exclude = _flag(work, "exclude_input_in_output", default=stream)
+    if stream and not exclude:
+        raise _invalid("When streaming, `exclude_input_in_output` = False is not allowed.")
+    params = _params(work, info)
+    if params.n > info.max_num_seqs:
+        raise _invalid(f"n is {params.n}; more than {info.max_num_seqs} sequences at once (max_num_seqs)")
+    wanted = _wanted(work)
+    logprobs = params.logprobs is not None
+    if wanted & {"cumulative_logprob", "cum_log_probs"} and not logprobs and params.beam_width == 1:
+        params = replace(params, logprobs=0)
+    return TextRequest(_text(work.inputs["text_input"]), params, stream, not exclude, wanted, logprobs)
+
+
+def _wanted(work: Work) -> frozenset[str]:
+    flags = {
+        "return_finish_reason": ("finish_reason",),
+        "return_cumulative_logprob": ("cumulative_logprob",),
+        "return_logprobs": ("logprobs",),
+        "return_num_input_tokens": ("num_input_tokens",),
+        "return_num_output_tokens": ("num_output_tokens",),
+        "return_log_probs": ("cum_log_probs", "output_log_probs"),
+    }
+    return work.outputs & {name for flag, names in flags.items() if _flag(work, flag) for name in names}
+
+
+def _params(work: Work, info: EngineInfo) -> SamplingParams:
+    tensors = sorted(_TENSORRT_LLM & work.inputs.keys() - {"return_log_probs"})
+    ways = ["input 'sampling_parameters'"] if "sampling_parameters" in work.inputs else []
+    ways += [f"parameter '{name}'" for name in list(work.parameters)[:1]]
+    ways += [f"input '{name}'" for name in tensors[:1]]
+    if len(ways) > 1:
+        raise _invalid(f"{ways[0]} and {ways[1]} both say how to sample; give one of them")
+    try:
+        if tensors:
+            return SamplingParams(**_tensorrt_llm(work.inputs, info))
+        if "sampling_parameters" in work.inputs:
+            return SamplingParams(**sampling_options(_json(_text(work.inputs["sampling_parameters"]))))
+        return SamplingParams(**sampling_options(work.parameters))
+    except InvalidRequestError as error:
+        raise _invalid(str(error)) from None
+
+
+def _json(text: str) -> Mapping[str, Any]:
+    try:
+        raw = json.loads(text) if text.strip() else {}
+    except (ValueError, RecursionError) as error:
+        raise _invalid(f"input 'sampling_parameters' is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise _invalid("input 'sampling_parameters' must be a JSON object")
+    return raw
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, str) else value
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) else value
+
+
+def _boolean(value: Any) -> bool:
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _list_of(kind: type) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if isinstance(value, kind):
+            return [value]
+        if not isinstance(value, list) or not all(type(item) is kind for item in value):
+            raise ValueError
+        return value
+
+    return read
+
+
+_READERS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    **dict.fromkeys(
+        ("n", "top_k", "max_tokens", "min_tokens", "seed", "logprobs", "beam_width"), (_whole, "a whole number")
+    ),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "length_penalty"), (_number, "a number")),
+    **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), (_number, "a number")),
+    **dict.fromkeys(("beam_search_diversity_rate",), (_number, "a number")),
+    **dict.fromkeys(("ignore_eos", "skip_special_tokens", "early_stopping"), (_boolean, "true or false")),
+    **dict.fromkeys(("include_stop_str_in_output",), (_boolean, "true or false")),
+    **dict.fromkeys(("stop", "bad_words"), (_list_of(str), "a text or a list of them")),
+    **dict.fromkeys(("stop_token_ids",), (_list_of(int), "a list of token ids")),
+}
+"""How each of SamplingParams' fields that a client may set is read: numbers may be written as text, as vLLM's are."""
+
+
+def sampling_options(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of SamplingParams from JSON; ServiceError for an unknown name or a wrong value. Null: unset."""
+    made = {}
+    for name, value in raw.items():
+        if name not in _READERS:
+            raise _invalid(f"sampling parameter '{name}' is not known; there are {', '.join(sorted(_READERS))}")
+        if value is None:
+            continue
+        read, wanted = _READERS[name]
+        try:
+            made[name] = read(value)
+        except ValueError:
+            raise _invalid(f"sampling parameter '{name}' must be {wanted}, got {value!r:.80}") from None
+    if made.get("beam_width", 1) != 1:
+        made.setdefault("n", made["beam_width"])
+    return made
+
+
+def _tensorrt_llm(inputs: Mapping[str, Tensor], info: EngineInfo) -> dict[str, Any]:
+    """SamplingParams' arguments from TensorRT-LLM's inputs."""
+    given = {name: inputs[name].data.ravel().tolist() for name in _TENSORRT_LLM & inputs.keys()}
+    made: dict[str, Any] = {ours: given[theirs][0] for theirs, ours in _NAMES.items() if theirs in given}
+    if "seed" in given and "random_seed" in given:
+        raise _invalid("inputs 'seed' and 'random_seed' say the same; give one")
+    for name in ("seed", "random_seed"):
+        if name in given:
+            made["seed"] = given[name][0]
+    for name, option in (("stop_words", "stop"), ("bad_words", "bad_words")):
+        words = [_decode(word, name) for word in given.get(name, ())]
+        made[option] = [word for word in words if word]
+    made |= end_options(given["end_id"][0] if "end_id" in given else None, info)
+    top_k, top_p = given.get("top_k", [0])[0], given.get("top_p", [0.0])[0]
+    temperature = given.get("temperature", [1.0])[0]
+    if made.get("beam_width", 1) == 1:
+        return {**made, **_choice(top_k, top_p, temperature)}
+    if top_k > 1 or top_p not in (0.0, 1.0):
+        raise _invalid("inputs 'top_k' and 'top_p' have no meaning with beam_width above 1; leave them out")
+    return {**made, "n": max(1, made["beam_width"]), "temperature": temperature}
+
+
+def _choice(top_k: int, top_p: float, temperature: float) -> dict[str, Any]:
+    if top_k < 0 or not 0 <= top_p <= 1 or not temperature >= 0:
+        raise _invalid(
+            f"inputs 'top_k' and 'temperature' must not be negative and 'top_p' must be from 0 to 1; got {top_k}, "
+            f"{temperature} and {top_p}"
+        )
+    return sampling(top_k, top_p, temperature)
+
+
+def _flag(work: Work, name: str, default: bool = False) -> bool:
+    return bool(work.inputs[name].data.ravel()[0]) if name in work.inputs else default
+
+
+def _text(tensor: Tensor) -> str:
+    return _decode(tensor.data.ravel()[0], tensor.name)
+
+
+def _decode(data: Any, name: str) -> str:
+    try:
+        return bytes(data).decode()
+    except UnicodeDecodeError as error:
+        raise _invalid(f"input '{name}' is not UTF-8: {error}") from None
+
+
+def _invalid(message: str) -> ServiceError:
+    return ServiceError(ErrorKind.INVALID, message)

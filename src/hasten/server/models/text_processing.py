@@ -1,0 +1,142 @@
+"""The two models around the token model in FasterTransformer's examples: text to tokens, and tokens to text.
+
+preprocessing: QUERY [batch, 1] to INPUT_ID [batch, longest] and REQUEST_INPUT_LEN [batch, 1]; words, several in one
+text separated by commas as in CSV, to BAD_WORDS_IDS and STOP_WORDS_IDS [batch, 2, longest].
+postprocessing: TOKENS_BATCH [batch, beam, longest] to OUTPUT [batch, beam], up to SEQUENCE_LENGTH where it is given.
+"""
+
+import csv
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient.grpc import model_config_pb2
+
+from hasten.core.errors import ConfigError
+from hasten.engine.text import Tokenizer
+from hasten.server.models.config import parameter
+from hasten.server.models.model import Models, Outcome, Work, required_engine
+from hasten.server.models.parameters import TOKEN_MODEL, TOKENIZER
+from hasten.server.models.token_inputs import pack_words
+from hasten.server.types import ErrorKind, ServiceError, Tensor
+
+
+class _Processing:
+    """A model that needs a tokenizer alone: its own, or the one of the token model that serves at the time."""
+
+    engine = None
+    language = None
+
+    def __init__(self, config: model_config_pb2.ModelConfig, models: Models, folder: Path) -> None:
+        own = parameter(config, TOKENIZER, "")
+        self._own = Tokenizer.from_folder(folder / own) if own else None
+        self._token_model = parameter(config, TOKEN_MODEL, "")
+        self._models = models
+        if not own and not self._token_model:
+            raise ConfigError(f"model '{config.name}' needs parameter 'token_model' or 'tokenizer_path'")
+        self.tokenizer()
+
+    def tokenizer(self) -> Tokenizer:
+        """The one to use now; ConfigError where there is none."""
+        if self._own is not None:
+            return self._own
+        tokenizer = required_engine(self._models.find(self._token_model)).tokenizer
+        if tokenizer is None:
+            raise ConfigError(f"model '{self._token_model}' has no tokenizer; set its parameter 'tokenizer_path'")
+        return tokenizer
+
+    @property
+    def ready(self) -> bool:
+        """Always: it computes nothing on a device."""
+        return True
+
+    async def close(self, timeout: float) -> None:
+        """It holds nothing."""
+
+
+class Preprocessing(_Processing):
+    """Text to tokens."""
+
+    async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
+        """One response."""
+        work.refuse_parameters()
+        tokenizer, inputs = self.tokenizer(), work.inputs
+        prompts = [tokenizer.encode(_only(texts, place)) for place, texts in enumerate(_texts(inputs["QUERY"]))]
+        work.clock.prepare()
+        lengths = np.array([[len(prompt)] for prompt in prompts], np.uint32)
+        ids = np.zeros((len(prompts), int(lengths.max())), np.uint32)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        made = [
+            _tensor("INPUT_ID", "UINT32", ids),
+            _tensor("REQUEST_INPUT_LEN", "UINT32", lengths),
+            _tensor("BAD_WORDS_IDS", "INT32", _words(tokenizer, inputs.get("BAD_WORDS_DICT"), len(prompts))),
+            _tensor("STOP_WORDS_IDS", "INT32", _words(tokenizer, inputs.get("STOP_WORDS_DICT"), len(prompts))),
+            _tensor("REQUEST_OUTPUT_LEN", "UINT32", inputs["REQUEST_OUTPUT_LEN"].data),
+        ]
+        yield Outcome([tensor for tensor in made if tensor.name in work.outputs], final=True)
+
+
+class Postprocessing(_Processing):
+    """Tokens to text."""
+
+    async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
+        """One response."""
+        work.refuse_parameters()
+        tokenizer, tokens = self.tokenizer(), work.inputs["TOKENS_BATCH"].data
+        lengths = _lengths(work, tokens)
+        work.clock.prepare()
+        texts = np.empty(tokens.shape[:2], dtype=object)
+        for item, beam in np.ndindex(texts.shape):
+            texts[item, beam] = tokenizer.decode(tokens[item, beam, : lengths[item, beam]].tolist()).encode()
+        yield Outcome([_tensor("OUTPUT", "BYTES", texts)], final=True)
+
+
+def _lengths(work: Work, tokens: NDArray[Any]) -> NDArray[Any]:
+    given = work.inputs.get("SEQUENCE_LENGTH")
+    if given is None:
+        return np.full(tokens.shape[:2], tokens.shape[2])
+    if given.shape != tokens.shape[:2]:
+        raise _invalid(f"input 'SEQUENCE_LENGTH' has shape {list(given.shape)}, not {list(tokens.shape[:2])}")
+    return given.data
+
+
+def _texts(tensor: Tensor) -> list[list[str]]:
+    """The texts of each item; ServiceError where they are not UTF-8."""
+    made = []
+    for place, row in enumerate(tensor.data.reshape(tensor.shape[0], -1).tolist()):
+        try:
+            made.append([text.decode() for text in row])
+        except UnicodeDecodeError as error:
+            raise _invalid(f"item {place} of the batch: input '{tensor.name}' is not UTF-8: {error}") from None
+    return made
+
+
+def _only(texts: list[str], place: int) -> str:
+    if len(texts) != 1:
+        raise _invalid(f"item {place} of the batch: input 'QUERY' has {len(texts)} texts, but an item has one")
+    return texts[0]
+
+
+def _words(tokenizer: Tokenizer, tensor: Tensor | None, batch_size: int) -> NDArray[np.int32]:
+    """Each item's words as runs of tokens, in the two rows that the token model reads."""
+    if tensor is None:
+        return pack_words([[] for _ in range(batch_size)])
+    runs = []
+    for place, texts in enumerate(_texts(tensor)):
+        try:
+            words = [word for row in csv.reader(texts) for word in row if word]
+        except csv.Error as error:
+            raise _invalid(f"item {place} of the batch: input '{tensor.name}' is not CSV: {error}") from None
+        runs.append([run for word in words for run in tokenizer.words_ids(word)])
+    return pack_words(runs)
+
+
+def _tensor(name: str, datatype: str, data: NDArray[Any]) -> Tensor:
+    return Tensor(name, datatype, data.shape, data)
+
+
+def _invalid(message: str) -> ServiceError:
+    return ServiceError(ErrorKind.INVALID, message)

@@ -1,0 +1,252 @@
+"""FasterTransformer's input tensors as requests for the engine, one for each item of the batch.
+
+Inputs have the batch as their first axis, so each item has parameters of its own. What is left out, or has the value
+that FasterTransformer takes when it is, asks for nothing:
+
+    runtime_top_k 0 and runtime_top_p 0    the most probable token; with one of them, that one alone counts
+    temperature 1, repetition_penalty 1, presence_penalty 0, min_length 0, random_seed 0
+    beam_width 1, len_penalty 0, beam_search_diversity_rate 0
+    start_id, end_id                       the model's own
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hasten.core.errors import InvalidRequestError
+from hasten.core.types import SamplingParams
+from hasten.server.engine.client import EngineInfo
+from hasten.server.types import ErrorKind, ServiceError, Tensor
+
+_MAX_BEAMS_TOP_K = 1
+_INPUT_NAMES = {
+    "top_k": "runtime_top_k",
+    "top_p": "runtime_top_p",
+    "max_tokens": "request_output_len",
+    "min_tokens": "min_length",
+    "length_penalty": "len_penalty",
+    "seed": "random_seed",
+    "stop_words_ids": "stop_words_list",
+    "bad_words_ids": "bad_words_list",
+}
+"""What the engine calls a parameter, and the input that it comes from."""
+_PARAMETER = re.compile(rf"\b({'|'.join(_INPUT_NAMES)})\b")
+_NOT_SUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "is_return_context_embeddings": (lambda value: bool(value), "context embeddings are not returned"),
+    "prompt_learning_task_name_ids": (lambda value: bool(value), "the model has no prompt tables"),
+    "request_prompt_lengths": (lambda value: bool(value), "prompts of embeddings are not taken"),
+    "request_prompt_type": (lambda value: bool(value), "prompts of embeddings are not taken"),
+    "top_p_decay": (lambda value: value not in (0.0, 1.0), "runtime_top_p does not change from token to token"),
+}
+"""Inputs that no value but those of nothing is taken for: which values those are not, and why."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item of a batch."""
+
+    prompt: list[int]
+    params: SamplingParams
+    end_id: int
+    """What its output is padded with."""
+
+
+@dataclass(frozen=True)
+class TokenRequest:
+    """A whole batch."""
+
+    items: list[Item]
+    beam_width: int
+    log_probs: bool
+    """Whether log-probabilities are asked for."""
+
+
+def read_items(inputs: Mapping[str, Tensor], batch_size: int, info: EngineInfo) -> TokenRequest:
+    """The batch; ServiceError that names item and input where something is wrong or not supported."""
+    columns = _Columns(inputs, batch_size)
+    _refuse_unsupported(columns)
+    beam_width = columns.same("beam_width", 1)
+    if beam_width > info.max_num_seqs:
+        most = f"more than {info.max_num_seqs} sequences at once (max_num_seqs)"
+        raise _wrong(0, "beam_width", f"is {beam_width}; {most}")
+    log_probs = columns.same("is_return_log_probs", False)
+    items = [_item(columns, place, beam_width, log_probs, info) for place in range(batch_size)]
+    return TokenRequest(items, beam_width, log_probs)
+
+
+class _Columns:
+    """The inputs by item."""
+
+    def __init__(self, inputs: Mapping[str, Tensor], batch_size: int) -> None:
+        self.inputs = inputs
+        self.batch_size = batch_size
+        self._lists: dict[str, list[Any]] = {}
+
+    def get(self, name: str, place: int, default: Any = None) -> Any:
+        """An item's value of an input with one value each; the default where the input is left out."""
+        if name not in self.inputs:
+            return default
+        if name not in self._lists:
+            self._lists[name] = self._values(name)
+        return self._lists[name][place]
+
+    def same(self, name: str, default: Any) -> Any:
+        """The value of an input that must be the same for all items, since it decides the outputs' shapes."""
+        first = self.get(name, 0, default)
+        for place in range(1, self.batch_size):
+            if self.get(name, place, default) != first:
+                raise _wrong(place, name, f"is {self.get(name, place)}, but {first} for item 0; send two requests")
+        return first
+
+    def _values(self, name: str) -> list[Any]:
+        data = self.inputs[name].data.reshape(self.batch_size, -1)
+        if data.shape[1] != 1:
+            raise _wrong(0, name, f"has {data.shape[1]} values, but an item has one")
+        return list(data[:, 0].tolist())
+
+
+def _wrong(place: int, name: str, problem: str, kind: ErrorKind = ErrorKind.INVALID) -> ServiceError:
+    return ServiceError(kind, f"item {place} of the batch: input '{name}' {problem}")
+
+
+def _refuse_unsupported(columns: _Columns) -> None:
+    for place in range(columns.batch_size):
+        for name, (asks, reason) in _NOT_SUPPORTED.items():
+            value = columns.get(name, place)
+            if value is not None and asks(value):
+                problem = f"is {value}, which is not supported: {reason}; leave it out"
+                raise _wrong(place, name, problem, ErrorKind.UNSUPPORTED)
+        least = columns.get("top_p_min", place, 0.0)
+        if least > columns.get("runtime_top_p", place, 0.0) > 0:
+            problem = f"is {least:g}, which is not supported above runtime_top_p; leave it out"
+            raise _wrong(place, "top_p_min", problem, ErrorKind.UNSUPPORTED)
+    embedding = columns.inputs.get("request_prompt_embedding")
+    if embedding is not None and embedding.data.size:
+        problem = "is not supported: prompts of embeddings are not taken; leave it out"
+        raise _wrong(0, "request_prompt_embedding", problem, ErrorKind.UNSUPPORTED)
+
+
+def _item(columns: _Columns, place: int, beam_width: int, log_probs: bool, info: EngineInfo) -> Item:
+    own_end = info.eos_token_ids[0] if info.eos_token_ids else None
+    end_id = columns.get("end_id", place)
+    options: dict[str, Any] = {
+        "max_tokens": columns.get("request_output_len", place),
+        "min_tokens": columns.get("min_length", place, 0),
+        "repetition_penalty": columns.get("repetition_penalty", place, 1.0),
+        "presence_penalty": columns.get("presence_penalty", place, 0.0),
+        "stop_words_ids": _words(columns, "stop_words_list", place, info),
+        "bad_words_ids": _words(columns, "bad_words_list", place, info),
+        "seed": columns.get("random_seed", place, 0),
+        "detokenize": False,
+        **end_options(end_id, info),
+        **(_beams(columns, place, beam_width) if beam_width != 1 else _choice(columns, place, log_probs)),
+    }
+    try:
+        params = SamplingParams(**options)
+    except InvalidRequestError as error:
+        text = _PARAMETER.sub(lambda match: _INPUT_NAMES[match[0]], str(error))
+        raise ServiceError(ErrorKind.INVALID, f"item {place} of the batch: {text}") from None
+    padding = own_end if end_id is None else end_id
+    return Item(_prompt(columns, place, info), params, info.pad_token_id or 0 if padding is None else padding)
+
+
+def end_options(end_id: int | None, info: EngineInfo) -> dict[str, Any]:
+    """What ends a completion: FasterTransformer knows one token, and one outside the vocabulary never comes."""
+    if end_id is None or info.eos_token_ids == (end_id,):
+        return {}
+    return {"ignore_eos": True, "stop_token_ids": (end_id,) if 0 <= end_id < info.vocab_size else ()}
+
+
+def sampling(top_k: int, top_p: float, temperature: float) -> dict[str, Any]:
+    """How to choose tokens by FasterTransformer's rules: top_k 0 and top_p 0 are as if not given, both: greedy."""
+    if top_k == 1 or (top_k == 0 and top_p == 0):
+        return {"temperature": 0.0}
+    return {"temperature": temperature, "top_k": top_k, "top_p": top_p or 1.0}
+
+
+def _choice(columns: _Columns, place: int, log_probs: bool) -> dict[str, Any]:
+    top_k, top_p = columns.get("runtime_top_k", place, 0), columns.get("runtime_top_p", place, 0.0)
+    if not 0 <= top_p <= 1:
+        raise _wrong(place, "runtime_top_p", f"must be from 0 to 1, got {top_p}")
+    temperature = columns.get("temperature", place, 1.0)
+    if not temperature >= 0:
+        raise _wrong(place, "temperature", f"must not be negative, got {temperature}")
+    penalty = columns.get("len_penalty", place, 0.0)
+    return {
+        **sampling(top_k, top_p, temperature),
+        # without beams there is nothing to compare: both values of nothing, FasterTransformer's and the engine's
+        "length_penalty": 1.0 if penalty == 0 else penalty,
+        "beam_search_diversity_rate": columns.get("beam_search_diversity_rate", place, 0.0),
+        "logprobs": 0 if log_probs else None,
+    }
+
+
+def _beams(columns: _Columns, place: int, beam_width: int) -> dict[str, Any]:
+    """A beam search takes no account of top-k and top-p; values that would change something are refused."""
+    top_k, top_p = columns.get("runtime_top_k", place, 0), columns.get("runtime_top_p", place, 0.0)
+    if top_k > _MAX_BEAMS_TOP_K or top_p not in (0.0, 1.0):
+        name, value = ("runtime_top_k", top_k) if top_k > _MAX_BEAMS_TOP_K else ("runtime_top_p", top_p)
+        raise _wrong(place, name, f"is {value:g}, which is not supported with beam_width above 1; leave it out")
+    return {
+        "beam_width": beam_width,
+        "n": max(1, beam_width),
+        "temperature": columns.get("temperature", place, 1.0),
+        "length_penalty": columns.get("len_penalty", place, 0.0),
+        "beam_search_diversity_rate": columns.get("beam_search_diversity_rate", place, 0.0),
+    }
+
+
+def _prompt(columns: _Columns, place: int, info: EngineInfo) -> list[int]:
+    """The item's tokens without their padding; none at all is the start token."""
+    row = columns.inputs["input_ids"].data[place]
+    length = columns.get("input_lengths", place)
+    if length > len(row):
+        raise _wrong(place, "input_lengths", f"is {length}, but 'input_ids' has {len(row)} tokens an item")
+    prompt: list[int] = row[:length].tolist()
+    if not prompt:
+        start = columns.get("start_id", place, info.bos_token_id)
+        if start is None:
+            raise _wrong(place, "input_lengths", "is 0, and the model has no start token; give 'start_id'")
+        prompt = [start]
+    if len(prompt) >= info.max_model_len:
+        most = f"with at least one to come, more than the longest sequence of {info.max_model_len} (max_model_len)"
+        raise _wrong(place, "input_ids", f"has {len(prompt)} tokens; {most}")
+    name = "input_ids" if length else "start_id"
+    if max(prompt) >= info.vocab_size:
+        raise _wrong(place, name, f"has token id {max(prompt)}; the vocabulary ends at {info.vocab_size - 1}")
+    return prompt
+
+
+def _words(columns: _Columns, name: str, place: int, info: EngineInfo) -> list[list[int]]:
+    """Words as runs of tokens: row 0 has them end to end, row 1 where each ends, then -1."""
+    tensor = columns.inputs.get(name)
+    if tensor is None:
+        return []
+    ids, ends = tensor.data[place].tolist()
+    last = ends.index(-1) if -1 in ends else len(ends)
+    if any(end != -1 for end in ends[last:]):
+        raise _wrong(place, name, f"has offsets {ends}: after -1 there must be -1 alone")
+    ends = ends[:last]
+    starts = [0, *ends[:-1]]
+    if any(not start < end <= len(ids) for start, end in zip(starts, ends, strict=False)):
+        raise _wrong(place, name, f"has offsets {ends}: they must grow, and end at most at {len(ids)}")
+    words = [ids[start:end] for start, end in zip(starts, ends, strict=False)]
+    for word in words:
+        if not 0 <= min(word) <= max(word) < info.vocab_size:
+            raise _wrong(place, name, f"has the word {word}; token ids are from 0 to {info.vocab_size - 1}")
+    return words
+
+
+def pack_words(words: list[list[list[int]]]) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """The words of each item as `_words` reads them, int32 [items, 2, longest]; none are [[0], [-1]]."""
+    longest = max([1, *(sum(map(len, runs)) for runs in words)])
+    made = np.zeros((len(words), 2, longest), np.int32)
+    made[:, 1] = -1
+    for place, runs in enumerate(words):
+        flat = [token for run in runs for token in run]
+        made[place, 0, : len(flat)] = flat
+        made[place, 1, : len(runs)] = np.cumsum([len(run) for run in runs])
+    return made

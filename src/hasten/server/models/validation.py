@@ -1,0 +1,220 @@
+"""Whether a request fits a model's configuration. The texts are Triton's, and so is the order of the checks."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+from tritonclient.grpc import model_config_pb2
+
+from hasten.server.models.config import kind_of
+from hasten.server.models.interfaces import Kind, datatype_name
+from hasten.server.models.model import Work
+from hasten.server.protocol.tensors import NUMPY, about
+from hasten.server.types import ErrorKind, InferRequest, Parameter, ServiceError, Tensor
+
+_NOTE = (
+    "NOTE: Setting a non-zero max_batch_size in the model config requires a batch dimension to be prepended to each "
+    "input shape. If you want to specify the full shape including the batch dim in your input dims config, try "
+    "setting max_batch_size to zero. See the model configuration docs for more info on max_batch_size."
+)
+EMPTY_FINAL = "triton_enable_empty_final_response"
+_BOOLEANS = ("sequence_start", "sequence_end", "binary_data_output", EMPTY_FINAL)
+_RESERVED = frozenset({"priority", "timeout", "sequence_id", "headers", *_BOOLEANS})
+"""Parameters that concern the protocol and not the model."""
+
+
+class Rules:
+    """One model's configuration, as its requests are held against it."""
+
+    def __init__(self, config: model_config_pb2.ModelConfig) -> None:
+        self.name = config.name
+        self._may_add_batch = kind_of(config) is Kind.TEXT
+        """Whether inputs may have a batch axis of 1 although the model has none: TensorRT-LLM's clients send one."""
+        self.inputs = {tensor.name: tensor for tensor in config.input}
+        self.outputs = [tensor.name for tensor in config.output]
+        self.max_batch_size = config.max_batch_size
+        self._required = [tensor.name for tensor in config.input if not tensor.optional]
+        batching = config.dynamic_batching
+        self._levels, self._default_level = batching.priority_levels, batching.default_priority_level
+        policy = batching.default_queue_policy
+        self._may_override = policy.allow_timeout_override or not config.HasField("dynamic_batching")
+        self._default_timeout = policy.default_timeout_microseconds
+
+    def work(self, request: InferRequest) -> Work:
+        """The request as the model gets it; ServiceError with Triton's text where it does not fit."""
+        own = _own_parameters(request.parameters)
+        inputs = self._unique(request)
+        for output in request.outputs:
+            if output.name not in self.outputs:
+                raise _invalid(f"unexpected inference output '{output.name}' for model '{self.name}'")
+        self._check_count(inputs, about(request.id))
+        added = self._may_add_batch and self._has_batch_of_one(inputs)
+        if added:
+            inputs = {name: _without_batch(tensor) for name, tensor in inputs.items()}
+        batch_size = self._check_inputs(inputs, about(request.id))
+        return Work(
+            id=request.id,
+            model=self.name,
+            inputs=inputs,
+            batch_size=1 if added else batch_size,
+            outputs=frozenset(output.name for output in request.outputs) or frozenset(self.outputs),
+            parameters=own,
+            priority=self._priority(request.parameters),
+            queue_timeout=self._timeout(request.parameters),
+        )
+
+    def _unique(self, request: InferRequest) -> dict[str, Tensor]:
+        inputs: dict[str, Tensor] = {}
+        for tensor in request.inputs:
+            if tensor.name in inputs:
+                raise _invalid(f"{about(request.id)}input '{tensor.name}' already exists in request")
+            inputs[tensor.name] = tensor
+        return inputs
+
+    def _has_batch_of_one(self, inputs: Mapping[str, Tensor]) -> bool:
+        return all(
+            name in self.inputs and tensor.shape[:1] == (1,) and len(tensor.shape) == 1 + len(self.inputs[name].dims)
+            for name, tensor in inputs.items()
+        )
+
+    def _check_count(self, inputs: Mapping[str, Tensor], prefix: str) -> None:
+        most, least, count = len(self.inputs), len(self._required), len(inputs)
+        missing = [name for name in self._required if name not in inputs]
+        # where the number is right, Triton looks at the names that it does not know first
+        known = all(name in self.inputs for name in inputs)
+        if least <= count <= most and not (missing and known):
+            return
+        expected = f"{most} inputs" if least == most else f"number of inputs between {least} and {most}"
+        # Triton keeps inputs in a hash table and names them in its order, mostly the last one first; and where none
+        # is missing, it takes the opening bracket for a comma too many
+        got = f"[{_quoted(reversed(list(inputs)))}]"
+        lacks = f"[{_quoted(missing)}]" if missing else "]"
+        raise _invalid(
+            f"{prefix}expected {expected} but got {count} inputs for model '{self.name}'. Got input(s) {got}, but "
+            f"missing required input(s) {lacks}. Please provide all required input(s)."
+        )
+
+    def _check_inputs(self, inputs: Mapping[str, Tensor], prefix: str) -> int:
+        """Names, batch axes, types, shapes and sizes; returns the batch size."""
+        last_first = list(reversed(list(inputs.values())))
+        for tensor in last_first:
+            if tensor.name not in self.inputs:
+                raise _invalid(f"unexpected inference input '{tensor.name}' for model '{self.name}'")
+        batch = self._batch_size(last_first, prefix) if self.max_batch_size else 0
+        for tensor in last_first:
+            self._check_tensor(tensor, prefix)
+        if self.max_batch_size and batch == 0:
+            size = math.prod(last_first[0].shape[1:]) * NUMPY[last_first[0].datatype].itemsize
+            raise _invalid(f"{prefix}{self._size_mismatch(last_first[0], size, 0)}")
+        return batch
+
+    def _batch_size(self, tensors: Iterable[Tensor], prefix: str) -> int:
+        batch = 0
+        for tensor in tensors:
+            if not tensor.shape:
+                text = f"input '{tensor.name}' has no shape but model requires batch dimension for '{self.name}'"
+                raise _invalid(f"{prefix}{text}")
+            if batch and tensor.shape[0] != batch:
+                text = f"input '{tensor.name}' batch size does not match other inputs for '{self.name}'"
+                raise _invalid(f"{prefix}{text}")
+            batch = tensor.shape[0]
+        if batch > self.max_batch_size:
+            text = f"inference request batch-size must be <= {self.max_batch_size} for '{self.name}'"
+            raise _invalid(f"{prefix}{text}")
+        return batch
+
+    def _check_tensor(self, tensor: Tensor, prefix: str) -> None:
+        rule = self.inputs[tensor.name]
+        wanted = datatype_name(rule.data_type)
+        if tensor.datatype != wanted:
+            found = tensor.datatype if tensor.datatype in NUMPY else "<invalid>"
+            raise _invalid(
+                f"{prefix}inference input '{tensor.name}' data-type is '{found}', but model '{self.name}' "
+                f"expects '{wanted}'"
+            )
+        shape = tensor.shape[1:] if self.max_batch_size else tensor.shape
+        if len(shape) == len(rule.dims) and -1 in shape:
+            where = f"input '{tensor.name}' for model '{self.name}', got [{_joined(tensor.shape)}]"
+            raise _invalid(f"{prefix}All input dimensions should be specified for {where}")
+        if len(shape) != len(rule.dims) or any(
+            dim not in (-1, size) or size < 0 for size, dim in zip(shape, rule.dims, strict=True)
+        ):
+            full = [-1, *rule.dims] if self.max_batch_size else rule.dims
+            raise _invalid(
+                f"{prefix}unexpected shape for input '{tensor.name}' for model '{self.name}'. Expected "
+                f"[{_joined(full)}], got [{_joined(tensor.shape)}]. {_NOTE if self.max_batch_size else ''}"
+            )
+        self._check_data(tensor, prefix)
+
+    def _check_data(self, tensor: Tensor, prefix: str) -> None:
+        """Whether the data are what the tensor says of them."""
+        dtype, data = NUMPY[tensor.datatype], tensor.data
+        if data.shape != tensor.shape:
+            size = math.prod(tensor.shape) * dtype.itemsize
+            raise _invalid(f"{prefix}{self._size_mismatch(tensor, size, data.nbytes)}")
+        if data.dtype != dtype:
+            raise _invalid(
+                f"{prefix}input '{tensor.name}' has data of {data.dtype}, but is said to be {tensor.datatype}"
+            )
+        if dtype.hasobject and not all(isinstance(item, bytes) for item in data.ravel().tolist()):
+            raise _invalid(f"{prefix}input '{tensor.name}' has elements that are not bytes")
+
+    def _size_mismatch(self, tensor: Tensor, expected: int, got: int) -> str:
+        where = f"input byte size mismatch for input '{tensor.name}' for model '{self.name}'"
+        return f"{where}. Expected {expected}, got {got}"
+
+    def _priority(self, parameters: Mapping[str, Parameter]) -> int:
+        """As the engine has it. With priority_levels, what is none of them is the default one."""
+        asked = int(parameters.get("priority", 0))
+        if self._levels and not 1 <= asked <= self._levels:
+            return self._default_level
+        return asked
+
+    def _timeout(self, parameters: Mapping[str, Parameter]) -> float | None:
+        """Seconds that the request may wait, None for the engine's default. It can shorten that, if at all."""
+        asked = int(parameters.get("timeout", 0))
+        if asked <= 0 or not self._may_override:
+            return None
+        return min(asked, self._default_timeout or asked) / 1e6
+
+
+def _without_batch(tensor: Tensor) -> Tensor:
+    data = tensor.data[0] if tensor.data.shape == tensor.shape else tensor.data
+    return Tensor(tensor.name, tensor.datatype, tensor.shape[1:], data)
+
+
+def _own_parameters(parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """The model's own parameters; ServiceError where one of the protocol's is wrong."""
+    for name, value in parameters.items():
+        if name.startswith("triton_") and name != EMPTY_FINAL:
+            raise _invalid(
+                "parameter keys starting with 'triton_' are reserved for Triton usage. Only the following keys "
+                f"starting with 'triton_' are allowed: {EMPTY_FINAL}"
+            )
+        if name in _BOOLEANS and not isinstance(value, bool):
+            raise _invalid(f"invalid value type for '{name}' parameter, expected bool_param.")
+        if name == "timeout" and not _is_whole(value):
+            raise _invalid("invalid value type for 'timeout' parameter, expected int64_param.")
+        if name == "sequence_id" and not (_is_whole(value) or isinstance(value, str)):
+            raise _invalid("invalid value type for 'sequence_id' parameter, expected int64_param or string_param.")
+        if name == "priority":
+            if not _is_whole(value):
+                raise _invalid("invalid value type for 'priority' parameter, expected int64_param or uint64_param.")
+            if int(value) < 0:
+                raise _invalid("invalid value for 'priority', expected value >= 0.")
+    return {name: value for name, value in parameters.items() if name not in _RESERVED}
+
+
+def _is_whole(value: Parameter) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ",".join(f"'{name}'" for name in names)
+
+
+def _joined(numbers: Iterable[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _invalid(message: str) -> ServiceError:
+    return ServiceError(ErrorKind.INVALID, message)

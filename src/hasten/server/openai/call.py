@@ -1,0 +1,152 @@
+"""One request of OpenAI's API on its way: from its prompts to its answer, whole or as events."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import msgspec
+
+from hasten.core.errors import HastenError, InvalidRequestError
+from hasten.core.types import FinishReason, SamplingParams
+from hasten.server.engine.client import CompletionDelta, EngineClient, Progress
+from hasten.server.openai.choices import Choice, Choices
+from hasten.server.openai.params import error_answer
+from hasten.server.openai.types import GenerationRequest
+from hasten.server.statistics import LanguageCounters
+
+_encode = msgspec.json.Encoder().encode
+_News = tuple[int, Progress | Exception | None]
+"""A prompt's number with its progress, with the error that ended it, or with None at its end."""
+
+
+@dataclass
+class _Usage:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def count(self, progress: Progress) -> None:
+        self.prompt_tokens += len(progress.prompt_token_ids)
+        self.completion_tokens += sum(len(delta.token_ids) for delta in progress.completions)
+
+    def as_json(self) -> dict[str, int]:
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": total,
+        }
+
+
+def _shows(delta: CompletionDelta) -> bool:
+    """Whether there is anything to see: a token may be the beginning of a character, or of a stop string."""
+    return bool(delta.text or delta.logprobs) or delta.finish_reason is not None
+
+
+@dataclass
+class Call:
+    """One request on its way: its prompts, and the form of its answer."""
+
+    request: GenerationRequest
+    client: EngineClient
+    counters: LanguageCounters | None
+    prompts: Sequence[list[int]]
+    params: SamplingParams
+    choices: Choices
+    kind: str
+    """text_completion or chat.completion."""
+
+    def head(self, kind: str) -> bytes:
+        """How each JSON object of the answer begins."""
+        prefix = "cmpl" if self.kind == "text_completion" else "chatcmpl"
+        made = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time())}
+        return _encode(made | {"model": self.request.model})[:-1] + b',"choices":['
+
+    async def answer(self) -> bytes:
+        """The whole answer."""
+        usage, found = _Usage(), list[Choice]()
+        async with aclosing(self._run(stream=False)) as run:
+            async for number, progress in run:
+                usage.count(progress)
+                found += self._taken(number, progress)
+        parts = b",".join(map(_encode, sorted(found, key=lambda choice: choice.index)))
+        return self.head(self.kind) + parts + b'],"usage":' + _encode(usage.as_json()) + b"}"
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The answer as events. What is wrong with the request shows before the first of them."""
+        usage, options = _Usage(), self.request.stream_options
+        with_usage = options is not None and bool(options.include_usage)
+        kind = "text_completion" if self.kind == "text_completion" else "chat.completion.chunk"
+        begin, end = b"data: " + self.head(kind), b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
+        begun = False
+        try:
+            async with aclosing(self._run(stream=True)) as run:
+                async for number, progress in run:
+                    usage.count(progress)
+                    progress.completions = [delta for delta in progress.completions if _shows(delta)]
+                    pieces = self._taken(number, progress)
+                    if pieces:
+                        begun = True
+                        yield b"".join([begin + _encode(piece) + end for piece in pieces])
+        except HastenError as error:
+            if not begun:
+                raise
+            yield b"data: " + error_answer(error)[1] + b"\n\n"
+            return
+        if with_usage:
+            yield begin + b'],"usage":' + _encode(usage.as_json()) + b"}\n\n"
+        yield b"data: [DONE]\n\n"
+
+    def _taken(self, number: int, progress: Progress) -> Sequence[Choice]:
+        for delta in progress.completions:
+            if delta.finish_reason == FinishReason.ERROR:
+                message = f"the completion could not be continued: {delta.stop_reason}"
+                # what ends a constrained completion is its grammar, as good as always
+                raise InvalidRequestError(message) if self.params.is_constrained else HastenError(message)
+        return self.choices.take(number, progress)
+
+    def _run(self, *, stream: bool) -> AsyncGenerator[tuple[int, Progress], None]:
+        return _merged([self._generate(prompt, stream=stream) for prompt in self.prompts])
+
+    def _generate(self, prompt: list[int], *, stream: bool) -> AsyncGenerator[Progress, None]:
+        made = self.client.generate(prompt, self.params, stream=stream, priority=self.request.priority or 0)
+        if self.counters is not None:
+            return self.counters.measured(made, stream=stream)
+        return made
+
+
+async def _merged(runs: Sequence[AsyncGenerator[Progress, None]]) -> AsyncGenerator[tuple[int, Progress], None]:
+    """What comes of several prompts, each with its number; closing it closes them all."""
+    if len(runs) == 1:
+        async with aclosing(runs[0]) as run:
+            async for progress in run:
+                yield 0, progress
+        return
+    queue: asyncio.Queue[_News] = asyncio.Queue(len(runs))
+    tasks = [asyncio.ensure_future(_feed(number, run, queue)) for number, run in enumerate(runs)]
+    try:
+        left = len(runs)
+        while left:
+            number, news = await queue.get()
+            if isinstance(news, Exception):
+                raise news
+            if news is None:
+                left -= 1
+            else:
+                yield number, news
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _feed(number: int, run: AsyncGenerator[Progress, None], queue: "asyncio.Queue[_News]") -> None:
+    try:
+        async with aclosing(run):
+            async for progress in run:
+                await queue.put((number, progress))
+        await queue.put((number, None))
+    except Exception as error:
+        await queue.put((number, error))

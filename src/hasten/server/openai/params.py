@@ -1,0 +1,228 @@
+"""From a request of OpenAI's API to sampling parameters, and its errors in OpenAI's form."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Raw
+from starlette.responses import Response
+
+from hasten.core.errors import EngineError, HastenError, InvalidRequestError
+from hasten.core.types import SamplingParams
+from hasten.server.engine.client import QueueFullError, QueueTimeoutError
+from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest
+from hasten.server.types import ErrorKind, ServiceError
+
+_MOST_COMPLETIONS, _MOST_PROMPTS, _MOST_LOGPROBS, _MOST_STOPS = 128, 2048, 20, 64
+"""Each as OpenAI's own limit or above it: without one, a short request could ask for any amount of work."""
+_DEFAULT_MAX_TOKENS = 16
+_PASSED_ON = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("min_tokens", "ignore_eos", "stop", "stop_token_ids", "bad_words", "include_stop_str_in_output"),
+    *("skip_special_tokens", "logit_bias", "length_penalty", "early_stopping"),
+)
+"""Fields that are SamplingParams' own."""
+_FIELDS = {*CompletionRequest.__struct_fields__, *ChatRequest.__struct_fields__}
+_NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for a text that is none, or is nested too deeply."""
+_RETRY_AFTER_S = 1
+_FIELD = re.compile(r"`\$\.(\w+)|(?:key|unknown|required) field `(\w+)`|in `\$\.(\w+)")
+
+Decoded = TypeVar("Decoded", bound=GenerationRequest)
+
+
+class OpenAIError(HastenError):
+    """A refusal with all that OpenAI's error object says."""
+
+    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+
+def decode(body: bytes, kind: type[Decoded]) -> Decoded:
+    """The request in a body; OpenAIError naming the field that is wrong or unknown."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        found = _FIELD.search(str(error))
+        param = next(filter(None, found.groups()), None) if found else None
+        raise OpenAIError(f"the request is not valid: {error}", param=param) from error
+    except _NOT_JSON as error:
+        raise OpenAIError(f"the body is not valid JSON: {error}") from error
+
+
+def error_answer(error: Exception) -> tuple[int, bytes]:
+    """HTTP status and body for an error."""
+    status, kind, code, param = _classified(error)
+    if isinstance(error, OpenAIError):
+        status, code, param = error.status, error.code, error.param
+        kind = "invalid_request_error" if status < 500 else "server_error"
+    message = str(error) if isinstance(error, HastenError) else "internal error; the server's log says more"
+    return status, msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
+
+
+def _classified(error: Exception) -> tuple[int, str, str | None, str | None]:
+    """Status, type, code and parameter."""
+    if isinstance(error, InvalidRequestError):
+        named = re.split(r"\W", str(error), maxsplit=1)[0]
+        return 400, "invalid_request_error", None, named if named in _FIELDS else None
+    if isinstance(error, QueueFullError | QueueTimeoutError):
+        return 429, "rate_limit_error", "queue_full" if isinstance(error, QueueFullError) else "queue_timeout", None
+    if isinstance(error, EngineError) or (isinstance(error, ServiceError) and error.kind is ErrorKind.UNAVAILABLE):
+        return 503, "server_error", "service_unavailable", None
+    return 500, "server_error", None, None
+
+
+def error_response(error: Exception) -> Response:
+    """The response to a request that failed before its first token."""
+    status, body = error_answer(error)
+    headers = {"retry-after": str(_RETRY_AFTER_S)} if status in (429, 503) else None
+    return Response(body, status, headers, media_type="application/json")
+
+
+def completion_params(request: CompletionRequest) -> SamplingParams:
+    """For POST /v1/completions. A `max_tokens` of 0 with `echo` makes one token, which is not shown."""
+    if request.suffix:
+        raise OpenAIError("suffix is not supported: the model continues texts", param="suffix")
+    tokens = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+    if tokens == 0 and request.echo:
+        tokens = 1
+    _limit("prompt", 1 if isinstance(request.prompt, str) else len(request.prompts()), _MOST_PROMPTS)
+    _limit("logprobs", request.logprobs, _MOST_LOGPROBS)
+    prompt_logprobs = request.logprobs if request.echo else None
+    best = _best_of(request)
+    logprobs = request.logprobs if request.logprobs is not None or not best else 0
+    return _params(request, max_tokens=tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **best)
+
+
+def _best_of(request: CompletionRequest) -> dict[str, int]:
+    """How many completions are to be drawn, where only the best of them are wanted."""
+    shown, drawn = request.n or 1, request.best_of
+    if drawn is None or drawn == shown or request.use_beam_search:
+        return {}
+    if drawn < shown:
+        raise OpenAIError(f"best_of must be at least n ({shown}), got {drawn}", param="best_of")
+    if request.stream:
+        raise OpenAIError("best_of above n cannot be streamed: which is the best shows at the end", param="best_of")
+    _limit("best_of", drawn, _MOST_COMPLETIONS)
+    return {"n": drawn}
+
+
+def check_chat(request: ChatRequest) -> None:
+    """OpenAIError for what a chat asks for and cannot have."""
+    unsupported = {
+        "tools": bool(request.tools) and request.tool_choice != "none",
+        "tool_choice": request.tool_choice not in (None, "none", "auto"),
+        "modalities": request.modalities not in (None, ["text"]),
+        "store": bool(request.store),
+        "service_tier": request.service_tier not in (None, "auto", "default"),
+    }
+    for name, asked in unsupported.items():
+        if asked:
+            raise OpenAIError(f"{name}={getattr(request, name)!r:.80} is not supported; leave it out", param=name)
+    if request.top_logprobs is not None and not request.logprobs:
+        raise OpenAIError("top_logprobs needs logprobs to be true", param="top_logprobs")
+    if None not in (request.max_tokens, request.max_completion_tokens):
+        raise OpenAIError("give max_completion_tokens or max_tokens, not both", param="max_tokens")
+
+
+def chat_params(request: ChatRequest, room: int) -> SamplingParams:
+    """For POST /v1/chat/completions; `room` is how many tokens fit behind the prompt."""
+    _limit("top_logprobs", request.top_logprobs, _MOST_LOGPROBS)
+    limits = [given for given in (request.max_completion_tokens, request.max_tokens) if given is not None]
+    return _params(
+        request,
+        max_tokens=limits[0] if limits else max(1, room),
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+    )
+
+
+def _params(request: GenerationRequest, **values: Any) -> SamplingParams:
+    _limit("n", request.n, _MOST_COMPLETIONS)
+    if isinstance(request.stop, list):
+        _limit("stop", len(request.stop), _MOST_STOPS)
+    if request.stream_options is not None and request.stream_options.include_obfuscation:
+        raise OpenAIError("include_obfuscation is not supported", param="stream_options")
+    if request.stream_options is not None and not request.stream:
+        raise OpenAIError("stream_options needs stream to be true", param="stream_options")
+    given = {name: getattr(request, name) for name in _PASSED_ON}
+    values |= {name: value for name, value in given.items() if value is not None}
+    if request.seed is not None:
+        values["seed"] = request.seed % 2**64  # OpenAI's are signed
+    values = {"n": 1 if request.n is None else request.n} | values
+    return SamplingParams(**(values | _beams(request) | _constraint(request)))
+
+
+def _limit(name: str, value: int | None, most: int) -> None:
+    if value is not None and value > most:
+        raise OpenAIError(f"{name} is limited to {most}, got {value}", param=name)
+
+
+def _beams(request: GenerationRequest) -> dict[str, Any]:
+    """The parameters of a beam search, if one is asked for: the best `n` of `best_of` beams."""
+    count = 1 if request.n is None else request.n
+    width = count if request.best_of is None else request.best_of
+    if not request.use_beam_search:
+        if width != count and isinstance(request, ChatRequest):
+            raise OpenAIError("best_of other than n needs use_beam_search", param="best_of")
+        return {}
+    if width < 2:
+        raise OpenAIError("use_beam_search needs best_of, or n, above 1: the number of beams", param="best_of")
+    _limit("best_of", width, _MOST_COMPLETIONS)
+    # A search draws nothing: of the values that say so, SamplingParams takes its default.
+    drawn = {} if request.temperature else {"temperature": 1.0}
+    return {"beam_width": width, **drawn}
+
+
+def _constraint(request: GenerationRequest) -> dict[str, Any]:
+    """What the output is to keep to, by SamplingParams' name; OpenAIError where several things are asked for."""
+    found = [entry for entry in _constraints(request) if entry[2]]
+    if len(found) > 1:
+        names = " and ".join(entry[0] for entry in found)
+        raise OpenAIError(f"the output can be constrained in one way only, got {names}", param=found[1][0])
+    return {kind: value for _, kind, value in found}
+
+
+def _constraints(request: GenerationRequest) -> Iterator[tuple[str, str, Any]]:
+    """(field, kind, value) of each way to constrain the output; an empty value asks for nothing."""
+    yield "response_format", "json_schema", _format_schema(request)
+    yield "guided_json", "json_schema", _schema_text(request.guided_json)
+    yield "guided_regex", "regex", request.guided_regex
+    yield "guided_choice", "choice", request.guided_choice
+    yield "guided_grammar", "grammar", request.guided_grammar
+    given = request.structured_outputs
+    if given is not None:
+        yield "structured_outputs", "json_schema", _schema_text(given.json)
+        yield "structured_outputs", "json_schema", '{"type":"object"}' if given.json_object else None
+        yield "structured_outputs", "regex", given.regex
+        yield "structured_outputs", "choice", given.choice
+        yield "structured_outputs", "grammar", given.grammar
+
+
+def _format_schema(request: GenerationRequest) -> str | None:
+    given = request.response_format
+    if given is None or given.type == "text":
+        return None
+    if given.type == "json_object":
+        return '{"type":"object"}'
+    if given.type != "json_schema":
+        message = f"response_format.type must be text, json_object or json_schema, got {given.type!r:.80}"
+        raise OpenAIError(message, param="response_format")
+    schema = None if given.json_schema is None else _schema_text(given.json_schema.schema)
+    if schema is None:
+        raise OpenAIError("response_format.json_schema.schema is missing", param="response_format")
+    return schema
+
+
+def _schema_text(raw: Raw) -> str | None:
+    """A schema's JSON, which may also come as a string that holds it."""
+    try:
+        text = bytes(raw).decode().strip()
+        if text.startswith('"'):
+            text = msgspec.json.decode(text, type=str)
+    except _NOT_JSON as error:
+        raise OpenAIError(f"a JSON schema is not valid JSON: {error}") from error
+    return None if text in ("", "null") else text

@@ -1,0 +1,207 @@
+"""OpenAI's API: models, completions and chats over the server's engines, whole or as streams."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from hasten.core.errors import EngineError, HastenError
+from hasten.server.engine.client import EngineClient, EngineInfo
+from hasten.server.openai.call import Call
+from hasten.server.openai.chat import ChatTemplate, chat_text
+from hasten.server.openai.choices import BestChoices, ChatChoices, CompletionChoices
+from hasten.server.openai.models import Models, models_by_id
+from hasten.server.openai.params import (
+    OpenAIError,
+    chat_params,
+    check_chat,
+    completion_params,
+    decode,
+    error_response,
+)
+from hasten.server.openai.types import ChatRequest, CompletionRequest
+from hasten.server.sse import EventStream, unless_gone
+from hasten.server.statistics import LanguageCounters
+
+_CLIENT_LEFT = 499
+"""Nobody reads it; it stands in the log."""
+_LONG_TEXT = 20_000
+"""Characters from which on a prompt is tokenized in a thread: it takes milliseconds."""
+_log = logging.getLogger(__name__)
+_encode = msgspec.json.Encoder().encode
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def openai_routes(service: Models) -> list[Route]:
+    """The routes of OpenAI's API."""
+    api = _Api(service)
+    return [
+        Route("/v1/models", _guarded(api.models), methods=["GET"]),
+        Route("/v1/models/{model:path}", _guarded(api.model), methods=["GET"]),
+        Route("/v1/completions", _guarded(api.completions), methods=["POST"]),
+        Route("/v1/chat/completions", _guarded(api.chat), methods=["POST"]),
+        Route("/v1/{path:path}", _guarded(_unknown), methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
+    ]
+
+
+def _guarded(handler: Handler) -> Handler:
+    """A handler whose errors become OpenAI's error objects."""
+
+    async def guarded(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except ClientDisconnect:
+            return Response(status_code=_CLIENT_LEFT)
+        except HTTPException:
+            raise
+        except Exception as error:
+            if not isinstance(error, HastenError):
+                _log.exception("%s %s failed", request.method, request.url.path)
+            return error_response(error)
+
+    return guarded
+
+
+async def _unknown(request: Request) -> Response:
+    where = f"{request.method} {request.url.path}"
+    if request.url.path in ("/v1/embeddings", "/v1/responses"):
+        raise OpenAIError(f"{where} is not supported; there are completions and chat/completions", status=501)
+    raise OpenAIError(f"unknown request URL: {where}", status=404, code="unknown_url")
+
+
+class _Api:
+    def __init__(self, service: Models) -> None:
+        self._service = service
+        self._created = int(time.time())
+        self._templates: WeakKeyDictionary[EngineClient, ChatTemplate | None] = WeakKeyDictionary()
+
+    async def models(self, request: Request) -> Response:
+        entries = [self._entry(name) for name in models_by_id(self._service)]
+        return _json(_encode({"object": "list", "data": entries}))
+
+    async def model(self, request: Request) -> Response:
+        return _json(_encode(self._entry(request.path_params["model"])))
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        client, _ = self._find(name)
+        made = {"id": name, "object": "model", "created": self._created, "owned_by": "hasten"}
+        return made | {"max_model_len": client.info.max_model_len}
+
+    def _find(self, name: str) -> tuple[EngineClient, LanguageCounters | None]:
+        self._service.check_open()
+        found = models_by_id(self._service)
+        if name not in found:
+            message = f"the model {name!r:.200} does not exist; there are: {', '.join(found) or 'none'}"
+            raise OpenAIError(message, status=404, param="model", code="model_not_found")
+        key = found[name]
+        return self._service.engines()[key], self._service.counters.of(*key).language
+
+    def _find_ready(self, name: str) -> tuple[EngineClient, LanguageCounters | None]:
+        client, counters = self._find(name)
+        if not client.ready:
+            raise EngineError(f"the engine of model {name!r} is not ready; it starts again, try again soon")
+        return client, counters
+
+    async def completions(self, request: Request) -> Response:
+        asked = decode(await request.body(), CompletionRequest)
+        client, counters = self._find_ready(asked.model)
+        prompts = asked.prompts()
+        params = completion_params(asked)
+        if asked.echo and client.tokenizer is None:
+            raise OpenAIError("echo needs a tokenizer, and the model has none", param="echo")
+        tokens = await _tokenized(prompts, client, "prompt", add_special_tokens=True)
+        hidden = bool(asked.echo) and asked.max_tokens == 0
+        texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
+        count = 1 if asked.n is None else asked.n
+        made = CompletionChoices(count, bool(asked.echo), hidden, client.tokenizer, texts)
+        choices = made if params.n == count else BestChoices(made, with_logprobs=asked.logprobs is not None)
+        return await _respond(request, Call(asked, client, counters, tokens, params, choices, "text_completion"))
+
+    async def chat(self, request: Request) -> Response:
+        asked = decode(await request.body(), ChatRequest)
+        client, counters = self._find_ready(asked.model)
+        check_chat(asked)
+        template = await self._template(client)
+        if template is None:
+            raise OpenAIError("the model's tokenizer has no chat template; use /v1/completions")
+        # The template writes special tokens itself.
+        tokens = await _tokenized([chat_text(asked, template)], client, "messages", add_special_tokens=False)
+        params = chat_params(asked, client.info.max_model_len - len(tokens[0]))
+        choices = ChatChoices(bool(asked.stream), asked.top_logprobs or 0)
+        return await _respond(request, Call(asked, client, counters, tokens, params, choices, "chat.completion"))
+
+    async def _template(self, client: EngineClient) -> ChatTemplate | None:
+        folder = client.info.tokenizer_folder
+        if folder is None:
+            raise OpenAIError("the model has no tokenizer; use /v1/completions with token ids")
+        if client not in self._templates:
+            self._templates[client] = await asyncio.to_thread(ChatTemplate.from_folder, folder)
+        return self._templates[client]
+
+
+async def _tokenized(
+    prompts: Sequence[str | list[int]], client: EngineClient, param: str, *, add_special_tokens: bool
+) -> list[list[int]]:
+    """Token ids of each prompt; OpenAIError where one of them cannot be served, before any is begun."""
+    tokenizer = client.tokenizer
+
+    def tokenize() -> list[list[int]]:
+        if tokenizer is None:
+            raise OpenAIError("the model has no tokenizer; send token ids", param=param)
+        return [tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded: list[list[int]] = []
+    if texts:
+        long = sum(map(len, texts)) >= _LONG_TEXT
+        encoded = await asyncio.to_thread(tokenize) if long else tokenize()
+    made = iter(encoded)
+    tokens = [next(made) if isinstance(prompt, str) else prompt for prompt in prompts]
+    for ids in tokens:
+        _check_tokens(ids, client.info, param)
+    return tokens
+
+
+def _check_tokens(ids: list[int], info: EngineInfo, param: str) -> None:
+    if not ids:
+        raise OpenAIError("the prompt has no tokens", param=param)
+    if len(ids) >= info.max_model_len:
+        message = f"the {param} has {len(ids)} tokens; the model's longest sequence has {info.max_model_len}"
+        raise OpenAIError(message, param=param, code="context_length_exceeded")
+    if not 0 <= min(ids) <= max(ids) < info.vocab_size:
+        wrong = next(token for token in ids if not 0 <= token < info.vocab_size)
+        raise OpenAIError(f"the prompt has token id {wrong}; the vocabulary ends at {info.vocab_size - 1}", param=param)
+
+
+async def _respond(request: Request, call: Call) -> Response:
+    """Run a call for as long as its client is there."""
+    if not call.request.stream:
+        return _json(await unless_gone(request, call.answer()))
+    events = call.events()
+    first = await unless_gone(request, _next(events))
+    return EventStream(_followed(first, events))
+
+
+async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(events)
+
+
+async def _followed(first: bytes, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events):
+        yield first
+        async for more in events:
+            yield more
+
+
+def _json(body: bytes) -> Response:
+    return Response(body, media_type="application/json")

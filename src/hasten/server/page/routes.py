@@ -1,0 +1,74 @@
+"""The page at `/`: a playground and the server's live state. One file, which loads nothing from anywhere else."""
+
+import base64
+import hashlib
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from hasten.server.engine.client import EngineClient
+from hasten.server.openai.models import Models, models_by_id
+
+_INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
+
+
+def page_routes(service: Models) -> list[Route]:
+    """The page and the state that it asks for every second. The page itself tells nothing that a key should guard."""
+    html = (files("hasten.server.page") / "index.html").read_bytes()
+    headers = {
+        "content-security-policy": content_security_policy(html.decode()),
+        "cache-control": "no-cache",
+        "referrer-policy": "no-referrer",
+        "x-content-type-options": "nosniff",
+    }
+
+    async def page(_: Request) -> Response:
+        return Response(html, headers=headers, media_type="text/html")
+
+    async def state(_: Request) -> Response:
+        body = msgspec.json.encode(server_state(service))
+        return Response(body, headers={"cache-control": "no-store"}, media_type="application/json")
+
+    return [Route("/", page), Route("/state", state)]
+
+
+def content_security_policy(html: str) -> str:
+    """A policy that lets a page run its own script and style, by their hashes, and ask its own server; nothing else."""
+    hashes: Mapping[str, list[str]] = {"script": [], "style": []}
+    for kind, text in _INLINE.findall(html):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        hashes[kind].append(f"'sha256-{digest}'")
+    return (
+        f"default-src 'none'; script-src {' '.join(hashes['script'])}; style-src {' '.join(hashes['style'])}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def server_state(service: Models) -> dict[str, Any]:
+    """Engines with their counters, and the models that have no engine and are no other name of one.
+
+    `time` is in seconds, of a clock that only goes forward.
+    """
+    engines = service.engines()
+    ids = {key: name for name, key in reversed(models_by_id(service).items())}
+    others = [
+        {"name": entry.name, "version": entry.version, "state": entry.state, "reason": entry.reason}
+        for entry in service.index()
+        if (entry.name, entry.version) not in engines and entry.name not in ids.values()
+    ]
+    found = [_engine(ids[key], client) for key, client in engines.items()]
+    return {"time": time.monotonic(), "engines": found, "others": others}
+
+
+def _engine(name: str, client: EngineClient) -> dict[str, Any]:
+    info = client.info
+    facts = {"type": info.model_type, "dtype": info.dtype, "device": info.device, "max_model_len": info.max_model_len}
+    return {"id": name, "ready": client.ready} | facts | asdict(client.stats())

@@ -1,0 +1,257 @@
+"""Inference requests and responses to and from the bodies of HTTP: JSON, and binary tensors behind it.
+
+Texts of errors are Triton's.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from hasten.server.protocol.shared_memory import BYTE_SIZE, OFFSET, REGION, SharedMemory
+from hasten.server.protocol.tensors import about, dtype_of, from_bytes, from_list, invalid, to_bytes, to_list
+from hasten.server.types import InferRequest, InferResponse, Parameter, RequestedOutput, Tensor
+
+if TYPE_CHECKING:
+    from hasten.server.service import ModelMetadata
+
+_ONE_SOURCE = (
+    "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', "
+    "'shared_memory_region' in 'parameters'. "
+)
+_UNSIGNED = "non-unsigned-integer as unsigned-integer"
+_RESERVED: dict[str, tuple[tuple[type, ...], str]] = {
+    "priority": ((int,), _UNSIGNED),
+    "timeout": ((int,), _UNSIGNED),
+    "sequence_id": ((int, str), _UNSIGNED),
+    "sequence_start": ((bool,), "non-boolean as boolean"),
+    "sequence_end": ((bool,), "non-boolean as boolean"),
+    "binary_data_output": ((bool,), "non-boolean as boolean"),
+}
+
+
+def parse_json(body: bytes | memoryview) -> Any:
+    """What a body says; INVALID where it is not JSON. NaN and Infinity are numbers, as for Triton."""
+    try:
+        return msgspec.json.decode(body)
+    except (ValueError, RecursionError) as error:
+        text = bytes(body)
+        # its clients write NaN and Infinity; lone surrogates are what only the lenient decoder lets through
+        if (b"NaN" in text or b"Infinity" in text) and b"\\u" not in text:
+            try:
+                return json.loads(text)
+            except (ValueError, RecursionError):
+                pass
+        raise invalid(f"failed to parse the request JSON buffer: {error}") from None
+
+
+def parse_object(body: bytes | memoryview) -> dict[str, Any]:
+    """A body that must be a JSON object; an empty body is an empty one."""
+    made = parse_json(body) if len(body) else {}
+    if not isinstance(made, dict):
+        raise invalid("attempt to get members for non-object")
+    return made
+
+
+def dump_json(value: Any, *, finite: bool = True) -> bytes:
+    """JSON of plain values. Unless they are `finite`, NaN and Infinity are written as such, as Triton does."""
+    return msgspec.json.encode(value) if finite else json.dumps(value, separators=(",", ":")).encode()
+
+
+@dataclass
+class InferBody:
+    """A request as it came over HTTP, and which outputs it wants to be binary."""
+
+    request: InferRequest
+    binary: bool = False
+    """All outputs, of a request that names none."""
+    binary_outputs: dict[str, bool] = field(default_factory=dict)
+
+    def is_binary(self, output: str) -> bool:
+        """Whether an output is to be sent as bytes behind the JSON."""
+        return self.binary_outputs.get(output, self.binary and not self.request.outputs)
+
+
+def infer_body(model: str, version: str, body: bytes, header_length: int | None, memory: SharedMemory) -> InferBody:
+    """Parse a body whose first `header_length` bytes are JSON (None: all of it); INVALID where it is wrong."""
+    whole = memoryview(body)
+    head = parse_json(whole if header_length is None else whole[:header_length])
+    if not isinstance(head, dict) or "inputs" not in head:
+        raise invalid("Unable to parse 'inputs': attempt to access non-existing object member 'inputs'")
+    request_id = _member(head, "id", str, "non-string as string", "")
+    parameters = checked_parameters(head.get("parameters", {}))
+    request = InferRequest(model=model, version=version, id=request_id, parameters=parameters, inputs=[])
+    tail = _Tail(whole[len(body) if header_length is None else header_length :], model, request_id)
+    inputs = _member(head, "inputs", list, "non-array as array", [])
+    request.inputs.extend(_input(tensor, tail, memory) for tensor in inputs)
+    tail.close()
+    made = InferBody(request, binary=bool(parameters.pop("binary_data_output", False)))
+    for output in _member(head, "outputs", list, "non-array as array", []):
+        _output(output, made)
+    return made
+
+
+def _member(holder: Mapping[str, Any], key: str, kind: type, complaint: str, default: Any) -> Any:
+    value = holder.get(key, default)
+    if value is None and key not in holder:
+        raise invalid(f"Unable to parse '{key}': attempt to access non-existing object member '{key}'")
+    if type(value) is not kind:
+        raise invalid(f"Unable to parse '{key}': attempt to access JSON {complaint}")
+    return value
+
+
+def checked_parameters(given: Any, *, reserved: bool = True) -> dict[str, Parameter]:
+    """A request's parameters; INVALID for values that the protocol does not have and for reserved names."""
+    if not isinstance(given, dict):
+        raise invalid("failed to get request params.: attempt to get members for non-object")
+    for key, value in given.items():
+        if key in _RESERVED:
+            types, complaint = _RESERVED[key]
+            if type(value) not in types or (type(value) is int and value < 0):
+                raise invalid(f"Unable to parse '{key}': attempt to access JSON {complaint}")
+        elif key.startswith("triton_") and reserved:
+            raise invalid(
+                "parameter keys starting with 'triton_' are reserved for Triton usage and should not be specified."
+            )
+        elif not isinstance(value, bool | int | float | str):
+            raise invalid(f"parameter '{key}' has invalid type. It should be either 'int', 'bool', or 'string'.")
+    return dict(given)
+
+
+class _Tail:
+    """The bytes behind the JSON, taken by the inputs in their order."""
+
+    def __init__(self, raw: memoryview, model: str, request_id: str) -> None:
+        self._raw = raw
+        self._at = 0
+        self.model = model
+        self.request_id = request_id
+
+    def take(self, name: str, size: int) -> memoryview:
+        taken = self._raw[self._at : self._at + size]
+        if len(taken) < size:
+            raise invalid(
+                f"unexpected size for input '{name}', expecting {size - len(taken)} additional bytes for model "
+                f"'{self.model}'"
+            )
+        self._at += size
+        return taken
+
+    def close(self) -> None:
+        if self._at < len(self._raw):
+            raise invalid(f"unexpected additional input data for model '{self.model}'")
+
+
+def _input(tensor: Any, tail: _Tail, memory: SharedMemory) -> Tensor:
+    given = tensor if isinstance(tensor, dict) else {}
+    parameters = given.get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise invalid("failed to get input params.: attempt to get members for non-object")
+    sources = [source for source, holder in (
+        ("data", given), ("binary_data_size", parameters), (REGION, parameters),
+    ) if source in holder]  # fmt: skip
+    if len(sources) != 1:
+        found = "But set " + " ".join(f"'{source}'" for source in sources) if sources else "But no field is set"
+        raise invalid(_ONE_SOURCE + found)
+    name, datatype = (_member(given, key, str, "non-string as string", None) for key in ("name", "datatype"))
+    shape = _member(given, "shape", list, "non-array as array", None)
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise invalid(f"Unable to parse 'shape': attempt to access JSON {_UNSIGNED}")
+    dtype_of(name, datatype)
+    if sources == ["data"]:
+        return from_list(name, datatype, shape, given["data"])
+    if sources == ["binary_data_size"]:
+        raw: bytes | memoryview = tail.take(name, _unsigned(parameters, "binary_data_size"))
+    else:
+        where = memory.slice_of(name, _shared_memory(parameters))
+        raw = where.read() if where is not None else b""
+    return from_bytes(name, datatype, shape, raw, model=tail.model, request_id=tail.request_id)
+
+
+def _unsigned(parameters: Mapping[str, Any], key: str, verb: str = "parse") -> int:
+    number = parameters[key]
+    if type(number) is not int or number < 0:
+        raise invalid(f"Unable to {verb} '{key}': attempt to access JSON {_UNSIGNED}")
+    return number
+
+
+def _shared_memory(parameters: Mapping[str, Any]) -> dict[str, Parameter]:
+    """The parameters that speak of shared memory; INVALID unless numbers are whole and not negative."""
+    numbers: dict[str, Parameter] = {
+        key: _unsigned(parameters, key) for key in (BYTE_SIZE, OFFSET) if key in parameters
+    }
+    return numbers | {key: parameters[key] for key in (REGION,) if key in parameters}
+
+
+def raw_body(model: str, version: str, body: bytes, metadata: "ModelMetadata", *, batched: bool) -> InferBody:
+    """Triton's raw request: the body is the one input of the model, and the outputs are sent as bytes."""
+    if len(metadata.inputs) != 1:
+        raise invalid(
+            f"{about('')}Raw request must only have 1 input (found 1) to be deduced but got {len(metadata.inputs)} "
+            f"inputs in '{model}' model configuration"
+        )
+    spec = metadata.inputs[0]
+    shape = [1 if at == 0 and batched else size for at, size in enumerate(spec.shape)]
+    if spec.datatype == "BYTES":
+        if any(size not in (1, -1) for size in shape):
+            raise invalid(f"{about('')}For BYTE datatype raw input '{spec.name}', the model must have input shape [1]")
+        text = np.empty([1] * len(shape), dtype=object)
+        text.fill(body)
+        tensor = Tensor(spec.name, "BYTES", text.shape, text)
+    else:
+        open_sizes = [at for at, size in enumerate(shape) if size < 0]
+        if len(open_sizes) > 1:
+            raise invalid(f"{about('')}The shape of raw input '{spec.name}' of '{model}' cannot be deduced")
+        for at in open_sizes:
+            rest = math.prod(size for size in shape if size > 0) * dtype_of(spec.name, spec.datatype).itemsize
+            shape[at] = len(body) // rest
+        tensor = from_bytes(spec.name, spec.datatype, shape, body, model=model, request_id="")
+    return InferBody(InferRequest(model=model, version=version, inputs=[tensor]), binary=True)
+
+
+def _output(output: Any, body: InferBody) -> None:
+    given = output if isinstance(output, dict) else {}
+    name = _member(given, "name", str, "non-string as string", None)
+    parameters = given.get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise invalid("failed to get output params.: attempt to get members for non-object")
+    kept: dict[str, Parameter] = _shared_memory(parameters)
+    if parameters.get("classification"):
+        kept["classification"] = _unsigned(parameters, "classification", "set")
+    if "binary_data" in parameters:
+        body.binary_outputs[name] = _member(parameters, "binary_data", bool, "non-boolean as boolean", False)
+        if body.binary_outputs[name] and REGION in kept:
+            raise invalid("Output can't set both 'shared_memory_region' and 'binary_data'")
+    body.request.outputs.append(RequestedOutput(name, kept))
+
+
+def infer_response(response: InferResponse, body: InferBody, elsewhere: set[str]) -> tuple[bytes, list[bytes]]:
+    """The JSON of a response, and the binary tensors behind it; `elsewhere`: outputs that are in shared memory."""
+    head: dict[str, Any] = {"id": response.id} if response.id else {}
+    head |= {"model_name": response.model, "model_version": response.version}
+    if response.parameters:
+        head["parameters"] = response.parameters
+    raws: list[bytes] = []
+    finite = True
+    head["outputs"] = outputs = []
+    for output in response.outputs:
+        made: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
+        if output.name in elsewhere:
+            pass
+        elif body.is_binary(output.name):
+            raws.append(to_bytes(output))
+            made["parameters"] = {"binary_data_size": len(raws[-1])}
+        else:
+            made["data"] = to_list(output)
+            finite = finite and is_finite(output)
+        outputs.append(made)
+    return dump_json(head, finite=finite), raws
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has only numbers that JSON has."""
+    return tensor.data.dtype.kind != "f" or bool(np.isfinite(tensor.data).all())

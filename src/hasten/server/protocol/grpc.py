@@ -1,0 +1,282 @@
+"""Triton's gRPC service, `inference.GRPCInferenceService`: nineteen calls that answer once. They translate; what is
+asked is done by the service. The twentieth, ModelStreamInfer, is in `grpc_stream`.
+"""
+
+import inspect
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from tritonclient.grpc import service_pb2 as pb
+
+from hasten.core.errors import HastenError
+from hasten.server.errors import service_error
+from hasten.server.protocol.grpc_stream import stream_infer
+from hasten.server.protocol.http import require_known_model
+from hasten.server.protocol.placement import place, placements
+from hasten.server.protocol.proto import infer_request, infer_response, parsed
+from hasten.server.protocol.settings import LogSettings, TraceSettings
+from hasten.server.protocol.shared_memory import NO_CUDA, SharedMemory
+from hasten.server.protocol.tensors import invalid
+from hasten.server.security import NO_KEY, ApiKeys
+from hasten.server.types import ErrorKind, ServiceError
+
+if TYPE_CHECKING:
+    from hasten.server.service import Service
+
+SERVICE = "inference.GRPCInferenceService"
+STATUS = {
+    ErrorKind.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
+    ErrorKind.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    ErrorKind.ALREADY_EXISTS: grpc.StatusCode.ALREADY_EXISTS,
+    ErrorKind.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    ErrorKind.UNSUPPORTED: grpc.StatusCode.UNIMPLEMENTED,
+    ErrorKind.CANCELLED: grpc.StatusCode.CANCELLED,
+    ErrorKind.DEADLINE: grpc.StatusCode.DEADLINE_EXCEEDED,
+    ErrorKind.INTERNAL: grpc.StatusCode.INTERNAL,
+}
+INTERNAL = "internal error; the server's log says more"
+
+_OPEN_CALLS = ("ServerLive", "ServerReady")
+"""What needs no key: a cluster's probes have none."""
+_DECOUPLED = "ModelInfer RPC doesn't support models with decoupled transaction policy"
+_SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"
+"""HealthCheckResponse, serialized."""
+_log = logging.getLogger(__name__)
+
+Handler = Callable[[Any], Any]
+
+
+class GrpcCalls:
+    """What each unary call does: a method gets the request and returns the response, or an awaitable of it."""
+
+    def __init__(self, service: "Service", memory: SharedMemory, traces: TraceSettings, logs: LogSettings) -> None:
+        self.service = service
+        self.memory = memory
+        self._traces = traces
+        self._logs = logs
+
+    def handlers(self) -> dict[str, Handler]:
+        """By the call's name."""
+        return {
+            "ServerLive": lambda _: pb.ServerLiveResponse(live=self.service.is_live()),
+            "ServerReady": lambda _: pb.ServerReadyResponse(ready=self.service.is_ready()),
+            "ModelReady": self.model_ready,
+            "ServerMetadata": self.server_metadata,
+            "ModelMetadata": self.model_metadata,
+            "ModelConfig": self.model_config,
+            "ModelStatistics": self.model_statistics,
+            "ModelInfer": self.model_infer,
+            "RepositoryIndex": self.repository_index,
+            "RepositoryModelLoad": self.repository_model_load,
+            "RepositoryModelUnload": self.repository_model_unload,
+            "SystemSharedMemoryStatus": self.system_shared_memory_status,
+            "SystemSharedMemoryRegister": self.system_shared_memory_register,
+            "SystemSharedMemoryUnregister": self.system_shared_memory_unregister,
+            "CudaSharedMemoryStatus": self.cuda_shared_memory_status,
+            "CudaSharedMemoryRegister": self.cuda_shared_memory_register,
+            "CudaSharedMemoryUnregister": lambda _: pb.CudaSharedMemoryUnregisterResponse(),
+            "TraceSetting": self.trace_setting,
+            "LogSettings": self.log_settings,
+        }
+
+    def model_ready(self, request: Any) -> Any:
+        """Whether one model is ready."""
+        return pb.ModelReadyResponse(ready=self.service.is_model_ready(request.name, request.version))
+
+    def server_metadata(self, request: Any) -> Any:
+        """Name, version and extensions."""
+        found = self.service.server_metadata()
+        return pb.ServerMetadataResponse(name=found.name, version=found.version, extensions=found.extensions)
+
+    def model_metadata(self, request: Any) -> Any:
+        """A model's tensors."""
+        found = self.service.model_metadata(request.name, request.version)
+        inputs, outputs = (
+            [
+                pb.ModelMetadataResponse.TensorMetadata(name=spec.name, datatype=spec.datatype, shape=spec.shape)
+                for spec in specs
+            ]
+            for specs in (found.inputs, found.outputs)
+        )
+        return pb.ModelMetadataResponse(
+            name=found.name, versions=found.versions, platform=found.platform, inputs=inputs, outputs=outputs
+        )
+
+    def model_config(self, request: Any) -> Any:
+        """A model's configuration."""
+        return pb.ModelConfigResponse(config=self.service.model_config(request.name, request.version))
+
+    def model_statistics(self, request: Any) -> Any:
+        """What was counted of one model, or of all."""
+        return pb.ModelStatisticsResponse(model_stats=self.service.statistics(request.name, request.version))
+
+    async def model_infer(self, request: Any) -> Any:
+        """One request, one response."""
+        model, version = request.model_name, request.model_version
+        if self.service.is_decoupled(model, version):
+            raise ServiceError(ErrorKind.UNSUPPORTED, _DECOUPLED)
+        made = infer_request(request, self.memory)
+        wanted = placements(made.outputs, self.memory)
+        batched = self.service.model_config(model, version).max_batch_size > 0
+        response = await self.service.infer(made)
+        elsewhere = place(response, wanted, batched=batched)
+        return infer_response(response, elsewhere)
+
+    def repository_index(self, request: Any) -> Any:
+        """All models and their states."""
+        _refuse_repository(request)
+        fields = ("name", "version", "state", "reason")
+        return pb.RepositoryIndexResponse(
+            models=[
+                pb.RepositoryIndexResponse.ModelIndex(**{field: getattr(entry, field) for field in fields})
+                for entry in self.service.index(ready=request.ready)
+            ]
+        )
+
+    async def repository_model_load(self, request: Any) -> Any:
+        """Load a model, or load it again."""
+        _refuse_repository(request)
+        config: str | None = None
+        files: dict[str, bytes] = {}
+        for key, parameter in request.parameters.items():
+            if key == "config":
+                config = _typed(key, parameter, "string_param")
+            elif key.startswith("file:"):
+                files[key.removeprefix("file:")] = _typed(key, parameter, "bytes_param")
+            else:
+                raise invalid(f"unrecognized load parameter '{key}'.")
+        await self.service.load(request.model_name, config, files)
+        return pb.RepositoryModelLoadResponse()
+
+    async def repository_model_unload(self, request: Any) -> Any:
+        """Unload a model."""
+        _refuse_repository(request)
+        dependents = False
+        for key, parameter in request.parameters.items():
+            if key != "unload_dependents":
+                raise invalid(f"unrecognized unload parameter '{key}'.")
+            if parameter.WhichOneof("parameter_choice") != "bool_param":
+                raise invalid(f"invalid value type for '{key}' parameter, expected bool_param.")
+            dependents = parameter.bool_param
+        await self.service.unload(request.model_name, unload_dependents=dependents)
+        return pb.RepositoryModelUnloadResponse()
+
+    def system_shared_memory_status(self, request: Any) -> Any:
+        """The regions of shared memory."""
+        response = pb.SystemSharedMemoryStatusResponse()
+        for region in self.memory.status(request.name):
+            status = response.regions[region.name]
+            status.name, status.key, status.offset = region.name, region.key, region.offset
+            status.byte_size = region.byte_size
+        return response
+
+    def system_shared_memory_register(self, request: Any) -> Any:
+        """Take a region of shared memory."""
+        self.memory.register(request.name, request.key, request.offset, request.byte_size)
+        return pb.SystemSharedMemoryRegisterResponse()
+
+    def system_shared_memory_unregister(self, request: Any) -> Any:
+        """Forget one region, or all."""
+        self.memory.unregister(request.name)
+        return pb.SystemSharedMemoryUnregisterResponse()
+
+    def cuda_shared_memory_status(self, request: Any) -> Any:
+        """There are no regions of CUDA shared memory."""
+        if request.name:
+            raise ServiceError(ErrorKind.NOT_FOUND, f"Unable to find cuda shared memory region: '{request.name}'")
+        return pb.CudaSharedMemoryStatusResponse()
+
+    def cuda_shared_memory_register(self, request: Any) -> Any:
+        """Not supported."""
+        raise ServiceError(ErrorKind.UNSUPPORTED, NO_CUDA)
+
+    def trace_setting(self, request: Any) -> Any:
+        """Trace settings of a model, or of all, after those in the request are changed."""
+        require_known_model(self.service, request.model_name)
+        changes = {key: list(setting.value) for key, setting in request.settings.items()}
+        self._traces.update(changes, request.model_name)
+        response = pb.TraceSettingResponse()
+        for key, values in self._traces.get(request.model_name).items():
+            response.settings[key].value.extend(values)
+        return response
+
+    def log_settings(self, request: Any) -> Any:
+        """Log settings, after those in the request are changed."""
+        changes = {}
+        for key, setting in request.settings.items():
+            kind = setting.WhichOneof("parameter_choice")
+            changes[key] = None if kind is None else getattr(setting, kind)
+        self._logs.update(changes)
+        response = pb.LogSettingsResponse()
+        for key, value in self._logs.get().items():
+            kind = {bool: "bool_param", int: "uint32_param"}.get(type(value), "string_param")
+            setattr(response.settings[key], kind, value)
+        return response
+
+
+def _refuse_repository(request: Any) -> None:
+    if request.repository_name:
+        raise ServiceError(ErrorKind.UNSUPPORTED, "'repository_name' specification is not supported")
+
+
+def _typed(key: str, parameter: Any, kind: str) -> Any:
+    if parameter.WhichOneof("parameter_choice") != kind:
+        raise invalid(f"invalid value type for load parameter '{key}', expected {kind}.")
+    return getattr(parameter, kind)
+
+
+def add_to_server(server: Any, calls: GrpcCalls, keys: ApiKeys | None) -> None:
+    """Have a `grpc.aio.Server` serve these calls, and `grpc.health.v1.Health/Check` for a cluster's probes."""
+    handlers = {
+        name: grpc.unary_unary_rpc_method_handler(
+            _answering(handler, getattr(pb, f"{name}Request"), None if name in _OPEN_CALLS else keys),
+            response_serializer=getattr(pb, f"{name}Response").SerializeToString,
+        )
+        for name, handler in calls.handlers().items()
+    }
+
+    async def stream(requests: Any, context: Any) -> None:
+        await _admit(context, keys)
+        await stream_infer(calls.service, calls.memory, requests, context)
+
+    handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+        stream,
+        response_serializer=pb.ModelStreamInferResponse.SerializeToString,
+    )
+
+    async def check(_request: bytes, _context: Any) -> bytes:
+        return _SERVING if calls.service.is_ready() else _NOT_SERVING
+
+    health = {"Check": grpc.unary_unary_rpc_method_handler(check)}
+    for name, methods in ((SERVICE, handlers), ("grpc.health.v1.Health", health)):
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
+
+
+def _answering(handler: Handler, kind: Any, keys: ApiKeys | None) -> Callable[[bytes, Any], Awaitable[Any]]:
+    """A handler of requests of a kind, with keys checked and errors turned into statuses."""
+    waits = inspect.iscoroutinefunction(handler)
+
+    async def answer(raw: bytes, context: Any) -> Any:
+        await _admit(context, keys)
+        try:
+            response = handler(parsed(kind, raw))
+            return await response if waits else response
+        except HastenError as error:
+            known = service_error(error)
+        except Exception:
+            _log.exception("a gRPC call failed")
+            known = ServiceError(ErrorKind.INTERNAL, INTERNAL)
+        await context.abort(STATUS[known.kind], str(known))
+
+    return answer
+
+
+async def _admit(context: Any, keys: ApiKeys | None) -> None:
+    if keys is None:
+        return
+    metadata = dict(context.invocation_metadata() or ())
+    texts = [metadata.get(name, "") for name in ("authorization", "x-api-key")]
+    if not keys.admit(*(text if isinstance(text, str) else text.decode("latin-1") for text in texts)):
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, NO_KEY)

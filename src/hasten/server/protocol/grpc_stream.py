@@ -1,0 +1,190 @@
+"""ModelStreamInfer: many requests over one stream, computed side by side.
+
+The responses to a request come in order. Of models that answer once, the answers come in the order of their requests.
+An error is a message in the stream, which stays open. When the client cancels, misses its deadline or disconnects, all
+of its requests are withdrawn.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import aclosing
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from tritonclient.grpc import service_pb2 as pb
+
+from hasten.core.errors import HastenError
+from hasten.server.errors import service_error
+from hasten.server.protocol.placement import place, placements
+from hasten.server.protocol.proto import FINAL, WANTS_EMPTY_FINAL, infer_request, infer_response, parsed
+from hasten.server.protocol.shared_memory import SharedMemory
+from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
+
+if TYPE_CHECKING:
+    from hasten.server.service import Service
+
+_MOST_REQUESTS = 1024
+"""Under way in one stream; no more are read from it before one ends."""
+_REFUSED = (ErrorKind.INVALID, ErrorKind.NOT_FOUND, ErrorKind.UNSUPPORTED)
+_log = logging.getLogger(__name__)
+
+Placed = Callable[[InferResponse], set[str]]
+"""Puts a response's outputs where the client wants them; names of those in shared memory."""
+
+
+async def stream_infer(service: "Service", memory: SharedMemory, requests: Any, context: Any) -> None:
+    """Serve one stream; `requests` gives ModelInferRequest messages as bytes, `context` takes the answers."""
+    stream = _Stream(service, memory, context)
+    try:
+        async for raw in requests:
+            await stream.begin(raw)
+        await stream.finish()
+    finally:
+        await stream.withdraw()
+
+
+class _UnsentError(Exception):
+    """The client did not take an answer: it is gone."""
+
+
+class _Turn:
+    """A place in the order of the answers of models that answer once. Taken when it is made, passed on at the end."""
+
+    def __init__(self, before: "_Turn | None") -> None:
+        self._before = before
+        self._over = asyncio.Event()
+
+    async def come(self) -> None:
+        """Wait until all that came before have answered."""
+        if self._before is not None:
+            await self._before._over.wait()
+            self._before = None
+
+    def __enter__(self) -> "_Turn":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+
+
+class _Stream:
+    def __init__(self, service: "Service", memory: SharedMemory, context: Any) -> None:
+        self._service = service
+        self._memory = memory
+        self._context = context
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._room = asyncio.Semaphore(_MOST_REQUESTS)
+        self._writing = asyncio.Lock()
+        self._last_turn: _Turn | None = None
+
+    async def begin(self, raw: bytes) -> None:
+        """Start to serve one request, once there is room."""
+        await self._room.acquire()
+        task = asyncio.create_task(self._serve(raw))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._room.release()
+        if not task.cancelled() and task.exception() is not None:
+            _log.debug("a stream's response could not be sent", exc_info=task.exception())
+
+    async def finish(self) -> None:
+        """Wait for what is under way: the client has said all."""
+        while self._tasks:
+            await asyncio.wait(tuple(self._tasks))
+
+    async def withdraw(self) -> None:
+        """End what is under way."""
+        for task in (tasks := tuple(self._tasks)):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _turn(self) -> _Turn:
+        self._last_turn = _Turn(self._last_turn)
+        return self._last_turn
+
+    async def _serve(self, raw: bytes) -> None:
+        # no await before a turn is taken: tasks begin in the order of their requests
+        message = pb.ModelInferRequest()
+        try:
+            message = parsed(pb.ModelInferRequest, raw)
+            decoupled = self._service.is_decoupled(message.model_name, message.model_version)
+            request = infer_request(message, self._memory)
+            config = self._service.model_config(message.model_name, message.model_version)
+            wanted = placements(request.outputs, self._memory)
+            placed = partial(place, wanted=wanted, batched=config.max_batch_size > 0)
+        except Exception as error:
+            with self._turn() as turn:
+                await turn.come()
+                await self._write_error(error, pb.ModelInferResponse(id=message.id))
+            return
+        if decoupled:
+            await self._serve_many(request, placed)
+        else:
+            with self._turn() as turn:
+                await self._serve_one(request, placed, turn)
+
+    async def _serve_one(self, request: InferRequest, placed: Placed, turn: _Turn) -> None:
+        try:
+            answer = await self._service.infer(request)
+            response = infer_response(answer, placed(answer), final=True)
+        except Exception as error:
+            known = _known(error)
+            await turn.come()
+            await self._write_error(known, _closing(known, request))
+        else:
+            await turn.come()
+            await self._write(response)
+
+    async def _serve_many(self, request: InferRequest, placed: Placed) -> None:
+        empty_final = request.parameters.get(WANTS_EMPTY_FINAL) is True
+        started = False
+        try:
+            async with aclosing(self._service.stream(request)) as responses:
+                async for response in responses:
+                    started = True
+                    if response.outputs or (response.final and empty_final):
+                        await self._write(infer_response(response, placed(response), final=response.final))
+        except _UnsentError:
+            raise
+        except Exception as error:
+            known = _known(error)
+            refused = not started and known.kind in _REFUSED
+            closing = pb.ModelInferResponse(model_name=request.model, id=request.id)
+            closing.parameters[FINAL].bool_param = refused or not empty_final
+            await self._write_error(known, closing)
+            if empty_final and not refused:
+                closing.parameters[FINAL].bool_param = True
+                await self._write(closing)
+
+    async def _write(self, response: Any) -> None:
+        await self._send(pb.ModelStreamInferResponse(infer_response=response))
+
+    async def _write_error(self, error: Exception, response: Any) -> None:
+        await self._send(pb.ModelStreamInferResponse(error_message=str(_known(error)), infer_response=response))
+
+    async def _send(self, message: Any) -> None:
+        async with self._writing:
+            try:
+                await self._context.write(message)
+            except Exception as error:
+                raise _UnsentError from error
+
+
+def _closing(error: ServiceError, request: InferRequest) -> Any:
+    """What goes with the error of a model that answers once: of a request that it took, that this was all."""
+    closing = pb.ModelInferResponse(id=request.id)
+    if error.kind not in _REFUSED:
+        closing.model_name = request.model
+        closing.parameters[FINAL].bool_param = True
+    return closing
+
+
+def _known(error: Exception) -> ServiceError:
+    if isinstance(error, HastenError):
+        return service_error(error)
+    _log.error("a streamed request failed", exc_info=error)
+    return ServiceError(ErrorKind.INTERNAL, "internal error; the server's log says more")

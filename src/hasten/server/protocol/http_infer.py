@@ -1,0 +1,207 @@
+"""The HTTP routes that compute: infer, generate and generate_stream."""
+
+import asyncio
+import zlib
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from hasten.core.errors import HastenError
+from hasten.server.errors import service_error
+from hasten.server.protocol.bodies import InferBody, dump_json, infer_body, infer_response, parse_object, raw_body
+from hasten.server.protocol.generate import ONE_RESPONSE, generate_json, generate_request
+from hasten.server.protocol.placement import place, placements
+from hasten.server.protocol.shared_memory import SharedMemory
+from hasten.server.protocol.tensors import invalid
+from hasten.server.sse import EventStream, unless_gone
+from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
+
+if TYPE_CHECKING:
+    from hasten.server.service import Service
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+_LARGE_BODY = 1 << 18
+"""Bytes from which on a body is parsed in a thread, so that others are served meanwhile."""
+_MOST_DIGITS = 18
+_DECOUPLED = "HTTP end point doesn't support models with decoupled transaction policy"
+_WINDOW = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
+
+
+class InferRoutes:
+    """The routes under /v2/models/NAME that compute something."""
+
+    def __init__(self, service: "Service", memory: SharedMemory, max_request_bytes: int) -> None:
+        self._service = service
+        self._memory = memory
+        self._max_request_bytes = max_request_bytes
+
+    def routes(self) -> list[Route]:
+        """For every model with and without a version."""
+        actions = {"infer": self.infer, "generate": self.generate, "generate_stream": self.generate_stream}
+        return [
+            Route(f"/v2/models/{{model}}{version}/{name}", endpoint, methods=["POST"])
+            for name, endpoint in actions.items()
+            for version in ("", "/versions/{version}")
+        ]
+
+    async def infer(self, request: Request) -> Response:
+        """One request, one response."""
+        model, version = named_model(request)
+        if self._service.is_decoupled(model, version):
+            raise ServiceError(ErrorKind.UNSUPPORTED, _DECOUPLED)
+        raw = await request.body()
+        if len(raw) > _LARGE_BODY:
+            body = await asyncio.to_thread(self._infer_body, model, version, raw, request)
+        else:
+            body = self._infer_body(model, version, raw, request)
+        wanted = placements(body.request.outputs, self._memory)
+        batched = self._batched(model, version)
+        response = await unless_gone(request, self._service.infer(body.request))
+        elsewhere = place(response, wanted, batched=batched)
+        return _infer_answer(request, *infer_response(response, body, elsewhere))
+
+    def _infer_body(self, model: str, version: str, raw: bytes, request: Request) -> InferBody:
+        raw = decompressed(raw, request.headers.get("content-encoding", ""), self._max_request_bytes)
+        length = request.headers.get(HEADER_LENGTH)
+        if not raw or length == "0":
+            metadata = self._service.model_metadata(model, version)
+            return raw_body(model, version, raw, metadata, batched=self._batched(model, version))
+        if length is None:
+            return infer_body(model, version, raw, None, self._memory)
+        if not _is_number(length) or int(length) > len(raw):
+            raise invalid(f"inference header size should be in range (0, {len(raw)}), got: {length}")
+        return infer_body(model, version, raw, int(length), self._memory)
+
+    def _batched(self, model: str, version: str) -> bool:
+        return bool(self._service.model_config(model, version).max_batch_size > 0)
+
+    async def _generate_request(self, request: Request) -> InferRequest:
+        model, version = named_model(request)
+        metadata = self._service.model_metadata(model, version)
+        encoding = request.headers.get("content-encoding", "")
+        body = parse_object(decompressed(await request.body(), encoding, self._max_request_bytes))
+        return generate_request(model, version, body, metadata, batched=self._batched(model, version))
+
+    async def generate(self, request: Request) -> Response:
+        """The one response of a request, as a flat JSON object."""
+        wanted = await self._generate_request(request)
+        response = await unless_gone(request, self._only_response(wanted))
+        return Response(generate_json(response), media_type="application/json")
+
+    async def _only_response(self, request: InferRequest) -> InferResponse:
+        found: list[InferResponse] = []
+        async with aclosing(self._service.stream(request)) as responses:
+            async for response in responses:
+                if response.outputs:
+                    found.append(response)
+                if len(found) > 1:
+                    break
+        if len(found) != 1:
+            raise invalid(ONE_RESPONSE)
+        return found[0]
+
+    async def generate_stream(self, request: Request) -> Response:
+        """All responses of a request, as server-sent events."""
+        wanted = await self._generate_request(request)
+        events = self._events(wanted)
+        # an error before the first event gets a status of its own
+        first = await unless_gone(request, _next(events))
+        return EventStream(_chain(first, events))
+
+    async def _events(self, request: InferRequest) -> AsyncGenerator[bytes, None]:
+        started = False
+        async with aclosing(self._service.stream(request)) as responses:
+            try:
+                async for response in responses:
+                    if response.outputs:
+                        yield _event(generate_json(response))
+                        started = True
+            except HastenError as error:
+                if not started:
+                    raise
+                yield _event(dump_json({"error": str(service_error(error))}))
+
+
+def _event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(events, b"")
+
+
+async def _chain(first: bytes, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events):
+        if first:
+            yield first
+        async for event in events:
+            yield event
+
+
+def named_model(request: Request) -> tuple[str, str]:
+    """Model and version of a request's path; an empty version is the newest. What is no number is no path."""
+    version: str = request.path_params.get("version", "0")
+    if not _is_number(version):
+        raise HTTPException(404)
+    return request.path_params["model"], request.path_params.get("version", "")
+
+
+def _is_number(text: str) -> bool:
+    """Whether it is a whole number that is not larger than anybody means."""
+    return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
+
+
+def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
+    """The body behind Content-Encoding; INVALID where it is not what it says, or larger than `limit` bytes."""
+    encoding = encoding.strip().lower()
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in _WINDOW:
+        raise ServiceError(ErrorKind.UNSUPPORTED, "Unsupported compression type")
+    unpacker = zlib.decompressobj(_WINDOW[encoding])
+    try:
+        made = unpacker.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise invalid(f"the request body is not {encoding} data: {error}") from None
+    if len(made) > limit:
+        raise invalid(f"the request body is larger than {limit} bytes when it is unpacked; see --max-request-bytes")
+    if not unpacker.eof or unpacker.unused_data:
+        raise invalid(f"the request body is not {encoding} data: it is cut off, or something follows it")
+    return made
+
+
+def accepted_encoding(header: str) -> str:
+    """The compression that a client likes best, of those there are; empty for none."""
+    liked = {"identity": 0.0}
+    for part in header.lower().split(","):
+        name, _, options = part.strip().partition(";")
+        weight = options.strip().removeprefix("q=")
+        if name in _WINDOW:
+            liked[name] = _number(weight) if options else 1.0
+    best = max(liked, key=lambda name: liked[name])
+    return best if liked[best] > 0 else ""
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+def _infer_answer(request: Request, head: bytes, raws: list[bytes]) -> Response:
+    body = b"".join((head, *raws))
+    headers = {"content-type": "application/octet-stream" if raws else "application/json"}
+    if raws:
+        headers[HEADER_LENGTH] = str(len(head))
+    encoding = accepted_encoding(request.headers.get("accept-encoding", ""))
+    if encoding:
+        packer = zlib.compressobj(wbits=_WINDOW[encoding])
+        body = packer.compress(body) + packer.flush()
+        headers["content-encoding"] = encoding
+    return Response(body, headers=headers)

@@ -1,0 +1,190 @@
+"""Inference requests and responses to and from Triton's protobuf messages. Texts of errors are Triton's."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from tritonclient.grpc import service_pb2 as pb
+
+from hasten.server.protocol.shared_memory import REGION, SharedMemory
+from hasten.server.protocol.tensors import NUMPY, about, dtype_of, elements, from_bytes, invalid, to_bytes
+from hasten.server.types import InferRequest, InferResponse, Parameter, RequestedOutput, Tensor
+
+FINAL = "triton_final_response"
+WANTS_EMPTY_FINAL = "triton_enable_empty_final_response"
+
+_CONTENTS = {
+    "BOOL": "bool_contents",
+    **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
+    **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
+    "INT64": "int64_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+_HELD_BY = {
+    "bool_contents": "BOOL",
+    "int_contents": "INT32",
+    "int64_contents": "INT64",
+    "uint_contents": "UINT32",
+    "uint64_contents": "UINT64",
+    "fp32_contents": "FP32",
+    "fp64_contents": "FP64",
+    "bytes_contents": "BYTES",
+}
+_RESERVED: dict[str, tuple[tuple[type, ...], str]] = {
+    "priority": ((int,), "int64_param or uint64_param"),
+    "timeout": ((int,), "int64_param"),
+    "sequence_id": ((int, str), "int64_param or string_param"),
+    "sequence_start": ((bool,), "bool_param"),
+    "sequence_end": ((bool,), "bool_param"),
+    WANTS_EMPTY_FINAL: ((bool,), "bool_param"),
+}
+
+
+def parsed(kind: Any, raw: bytes) -> Any:
+    """The message in some bytes; INVALID where it is none. gRPC itself would answer UNKNOWN."""
+    try:
+        return kind.FromString(raw)
+    except DecodeError:
+        raise invalid(f"the request is not a message of type '{kind.DESCRIPTOR.full_name}'") from None
+
+
+def infer_request(message: Any, memory: SharedMemory) -> InferRequest:
+    """The request of a ModelInferRequest; INVALID where it is wrong in itself.
+
+    Raw contents belong to the inputs in their order, but for those that lie in shared memory.
+    """
+    raw = iter(message.raw_input_contents)
+    return InferRequest(
+        model=message.model_name,
+        version=message.model_version,
+        id=message.id,
+        parameters=_checked(parameters(message.parameters)),
+        inputs=[_input(message, tensor, raw, memory) for tensor in message.inputs],
+        outputs=[RequestedOutput(output.name, parameters(output.parameters)) for output in message.outputs],
+    )
+
+
+def parameters(messages: Mapping[str, Any]) -> dict[str, Parameter]:
+    """Plain values of a map of InferParameter."""
+    return {key: _value(key, message) for key, message in messages.items()}
+
+
+def _value(key: str, message: Any) -> Parameter:
+    kind = message.WhichOneof("parameter_choice")
+    if kind is None:
+        raise invalid(f"invalid value type for '{key}' parameter, expected int64_param, bool_param, or string_param.")
+    value: Parameter = getattr(message, kind)
+    return value
+
+
+def _checked(given: dict[str, Parameter]) -> dict[str, Parameter]:
+    for key, value in given.items():
+        if key in _RESERVED:
+            types, expected = _RESERVED[key]
+            if type(value) not in types:
+                raise invalid(f"invalid value type for '{key}' parameter, expected {expected}.")
+            if key in ("priority", "timeout") and isinstance(value, int) and value < 0:
+                raise invalid(f"invalid value for '{key}', expected value >= 0.")
+        elif key.startswith("triton_"):
+            raise invalid(
+                "parameter keys starting with 'triton_' are reserved for Triton usage. Only the following keys "
+                f"starting with 'triton_' are allowed: {WANTS_EMPTY_FINAL}"
+            )
+    return given
+
+
+def _input(message: Any, tensor: Any, raw: Iterator[bytes], memory: SharedMemory) -> Tensor:
+    model, request_id, name = message.model_name, message.id, tensor.name
+    if tensor.datatype not in NUMPY:  # the service tells what the model expects instead
+        return Tensor(name, tensor.datatype, tuple(tensor.shape), np.empty(0, np.uint8))
+    typed = tensor.HasField("contents")
+    if typed and tensor.contents.ByteSize() and REGION in tensor.parameters:
+        raise invalid(
+            f"unexpected 'content' provided when using shared memory for input tensor '{name}' for model '{model}'"
+        )
+    where = memory.slice_of(name, parameters(tensor.parameters)) if tensor.parameters else None
+    if where is not None:
+        contents = where.read()
+    elif message.raw_input_contents:
+        if typed and tensor.contents.ByteSize():
+            raise invalid(
+                f"contents field must not be specified when using raw_input_contents for '{name}' for model '{model}'"
+            )
+        found = next(raw, None)
+        if found is None:
+            raise _missing(name, model)
+        contents = found
+    else:
+        return _typed(tensor, model=model, request_id=request_id)
+    return from_bytes(name, tensor.datatype, tensor.shape, contents, model=model, request_id=request_id)
+
+
+def _missing(name: str, model: str) -> Exception:
+    return invalid(f"unable to find data for input tensor '{name}' for model '{model}' in request.")
+
+
+def _typed(tensor: Any, *, model: str, request_id: str) -> Tensor:
+    """An input whose elements are in one of the fields of InferTensorContents."""
+    name, datatype, shape = tensor.name, tensor.datatype, tuple(tensor.shape)
+    dtype, count = dtype_of(name, datatype), elements(name, shape)
+    fields = [field.name for field, _ in tensor.contents.ListFields()]
+    if not fields and count and not dtype.hasobject:
+        raise _missing(name, model)
+    expected = _CONTENTS.get(datatype)
+    for field in fields:
+        if field != expected:
+            raise invalid(
+                f"unexpected explicit tensor data for input tensor '{name}' for model '{model}' of type "
+                f"'{_HELD_BY[field]}', expected datatype '{datatype}'"
+            )
+    values = list(getattr(tensor.contents, expected)) if fields and expected else []
+    if len(values) != count:
+        size = dtype.itemsize
+        where = f"inference input '{name}' for model '{model}'"
+        if dtype.hasobject and len(values) > count:
+            message = f"unexpected number of string elements {len(values)} for {where}, expecting {count}"
+        elif dtype.hasobject:
+            message = f"expected {count} string elements for {where}, got {len(values)}"
+        else:
+            message = (
+                f"input byte size mismatch for input '{name}' for model '{model}'. "
+                f"Expected {count * size}, got {len(values) * size}"
+            )
+        raise invalid(about(request_id) + message)
+    data = np.empty(count, dtype)
+    try:
+        data[:] = values
+    except OverflowError as error:
+        raise invalid(f"a value of input '{name}' for model '{model}' does not fit {datatype}: {error}") from None
+    return Tensor(name, datatype, shape, data.reshape(shape))
+
+
+def infer_response(response: InferResponse, elsewhere: set[str], *, final: bool | None = None) -> Any:
+    """The ModelInferResponse of a response, its tensors raw; empty for those that are `elsewhere`, in shared memory.
+
+    `final`, where it is given, becomes the parameter `triton_final_response`.
+    """
+    message = pb.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
+    if final is not None:
+        message.parameters[FINAL].bool_param = final
+    for key, value in response.parameters.items():
+        _set(message.parameters[key], value)
+    for output in response.outputs:
+        message.outputs.add(name=output.name, datatype=output.datatype, shape=output.shape)
+        message.raw_output_contents.append(b"" if output.name in elsewhere else to_bytes(output))
+    return message
+
+
+def _set(message: Any, value: Parameter) -> None:
+    if isinstance(value, bool):
+        message.bool_param = value
+    elif isinstance(value, int):
+        setattr(message, "int64_param" if value < 2**63 else "uint64_param", value)
+    elif isinstance(value, float):
+        message.double_param = value
+    else:
+        message.string_param = value

@@ -1,0 +1,225 @@
+"""Trace and log settings as Triton's clients see and change them, and the server's log.
+
+Nothing is traced, so `trace_level` stays OFF: what would start tracing is an error. What a log setting says is done.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from hasten.core.errors import ConfigError
+from hasten.server.protocol.tensors import invalid
+from hasten.server.types import ErrorKind, ServiceError
+
+LOG_FORMATS = ("default", "ISO8601")
+
+_LOGGERS = {"hasten": logging.DEBUG, "uvicorn": logging.WARNING}
+_TRACE_DEFAULTS: dict[str, str] = {"trace_rate": "1000", "trace_count": "-1", "log_frequency": "0"}
+_RANGE = {"trace_rate": (0, 2**32 - 1), "trace_count": (-1, 2**31 - 1), "log_frequency": (0, 2**32 - 1)}
+"""The smallest and the largest value that each may have."""
+_TRACE_ORDER = ("trace_level", "trace_rate", "trace_count", "log_frequency", "trace_file", "trace_mode")
+_MOST_VERBOSE = 2**31 - 1
+_LEVELS = ("OFF", "TIMESTAMPS", "TENSORS")
+
+
+class TraceSettings:
+    """Settings for all models, and for some of them others."""
+
+    def __init__(self) -> None:
+        self._common: dict[str, str] = {}
+        self._models: dict[str, dict[str, str]] = {}
+
+    def get(self, model: str = "") -> dict[str, list[str]]:
+        """What holds for a model, or for all; every setting as a list of texts."""
+        chosen = _TRACE_DEFAULTS | self._common | self._models.get(model, {})
+        made = {"trace_level": "OFF", "trace_file": "", "trace_mode": "triton"} | chosen
+        return {key: [made[key]] for key in _TRACE_ORDER}
+
+    def update(self, values: Mapping[str, Sequence[str] | None], model: str = "") -> None:
+        """Change settings; None or nothing sets one back. All or none are changed."""
+        changed = dict(self._models.get(model, {}) if model else self._common)
+        for key, given in values.items():
+            value = _trace_value(key, given)
+            if value is None:
+                changed.pop(key, None)
+            else:
+                changed[key] = value
+        if model:
+            self._models[model] = changed
+        else:
+            self._common = changed
+
+
+def _trace_value(key: str, given: Sequence[str] | None) -> str | None:
+    """The text to keep of a setting, None to keep none; ServiceError for what is not known or not done."""
+    if key == "trace_file":
+        raise ServiceError(ErrorKind.UNSUPPORTED, "trace file location can not be updated through network protocol")
+    if key not in _TRACE_ORDER:
+        raise invalid(f"trace setting '{key}' is not known; there are: {', '.join(_TRACE_ORDER)}")
+    if not given:
+        return None
+    if key == "trace_level":
+        _check_trace_level(given)
+        return None
+    if len(given) > 1:
+        raise invalid(f"expect only 1 value for '{key}'")
+    (text,) = given
+    if key == "trace_mode":
+        if text != "triton":
+            raise ServiceError(ErrorKind.UNSUPPORTED, f"trace mode '{text}' is not supported; use triton")
+        return None
+    try:
+        number = int(text)
+    except ValueError:
+        raise invalid(f"Unable to parse '{key}', got: {text}") from None
+    least, most = _RANGE[key]
+    if number > most:
+        raise invalid(f"Unable to parse '{key}', value is out of range [ {least}, {most} ], got: {text}")
+    if number < least:
+        raise invalid(f"Unable to parse '{key}'. Expecting value >= {least}, got:{text}")
+    return str(number)
+
+
+def _check_trace_level(given: Sequence[str]) -> None:
+    if "OFF" in given and len(given) > 1:
+        raise invalid("Expect only one trace level 'OFF' is specified")
+    for level in given:
+        if level not in _LEVELS:
+            raise invalid(f"trace level '{level}' is not known; there are: {', '.join(_LEVELS)}")
+        if level != "OFF":
+            raise invalid("Attempting to set invalid trace setting :trace file name is not given")
+
+
+class LogSettings:
+    """What the server writes to its log, as a filter and a formatter of Python's logging."""
+
+    def __init__(
+        self,
+        *,
+        file: str = "",
+        info: bool = True,
+        warning: bool = True,
+        error: bool = True,
+        verbose: int = 0,
+        log_format: str = "default",
+    ) -> None:
+        self._values: dict[str, Any] = {
+            "log_file": file,
+            "log_info": info,
+            "log_warning": warning,
+            "log_error": error,
+            "log_verbose_level": verbose,
+            "log_format": log_format,
+        }
+
+    def get(self) -> dict[str, Any]:
+        """All settings."""
+        return dict(self._values)
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Change settings; None leaves one as it is. All or none are changed."""
+        changed = dict(self._values)
+        for key, value in values.items():
+            if key == "log_file":
+                raise ServiceError(
+                    ErrorKind.UNSUPPORTED, "log file location can not be updated through network protocol"
+                )
+            if key not in changed:
+                raise invalid(f"log setting '{key}' is not known; there are: {', '.join(changed)}")
+            if value is not None:
+                changed[key] = _log_value(key, value)
+        self._values = changed
+
+    def shows(self, record: logging.LogRecord) -> bool:
+        """Whether a record is written."""
+        if record.levelno >= logging.ERROR:
+            return bool(self._values["log_error"])
+        if record.levelno >= logging.WARNING:
+            return bool(self._values["log_warning"])
+        if record.levelno >= logging.INFO:
+            return bool(self._values["log_info"])
+        return self._values["log_verbose_level"] > 0
+
+    def heading(self, record: logging.LogRecord) -> str:
+        """What a line begins with: severity, time, process and place."""
+        severity = {logging.ERROR: "E", logging.WARNING: "W", logging.INFO: "I"}.get(record.levelno, "I")
+        moment = time.gmtime(record.created)
+        place = f"{os.getpid()} {record.filename}:{record.lineno}]"
+        if self._values["log_format"] == "ISO8601":
+            return f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', moment)} {severity} {place}"
+        return f"{severity}{time.strftime('%m%d %H:%M:%S', moment)}.{int(record.created % 1 * 1e6):06d} {place}"
+
+
+def _log_value(key: str, value: Any) -> Any:
+    if key == "log_format":
+        if not isinstance(value, str):
+            raise invalid(f"expect string for '{key}'")
+        if value not in LOG_FORMATS:
+            raise invalid(f"invalid argument for log_format, got: {value}")
+    elif key == "log_verbose_level":
+        if type(value) is not int or not 0 <= value <= _MOST_VERBOSE:
+            raise invalid(f"expect int32 for '{key}'")
+    elif type(value) is not bool:
+        raise invalid(f"expect boolean for '{key}'")
+    return value
+
+
+class LogHandler(logging.Handler):
+    """Writes records the way Triton does: a heading and the message in quotes, or a table on lines of its own."""
+
+    def __init__(self, settings: LogSettings, stream: TextIO) -> None:
+        super().__init__()
+        self._settings = settings
+        self._stream = stream
+        self.addFilter(settings.shows)
+
+    def close(self) -> None:
+        """Close the file, if it is one of its own."""
+        if self._stream is not sys.stderr:
+            self._stream.close()
+        super().close()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        try:
+            self._stream.write(self.format(record))
+            self._stream.flush()
+        except Exception:
+            self.handleError(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The lines of one record. A message is quoted, so that it cannot pass for another line."""
+        message = record.getMessage()
+        shown = message if message.startswith("\n") else json.dumps(message, ensure_ascii=False)
+        if record.exc_info:
+            shown += "\n" + logging.Formatter().formatException(record.exc_info)
+        return f"{self._settings.heading(record)} {shown}\n"
+
+
+def start_log(settings: LogSettings) -> LogHandler:
+    """Write the log of hasten, and warnings of its HTTP server, to the settings' file or to standard error."""
+    name = settings.get()["log_file"]
+    try:
+        stream = Path(name).open("a", encoding="utf-8") if name else sys.stderr  # noqa: SIM115 - closed by stop_log
+    except OSError as error:
+        raise ConfigError(f"cannot write the log to {name}: {error.strerror}") from error
+    handler = LogHandler(settings, stream)
+    for logger, level in _LOGGERS.items():
+        logging.getLogger(logger).addHandler(handler)
+        logging.getLogger(logger).setLevel(level)
+        logging.getLogger(logger).propagate = False
+    return handler
+
+
+def stop_log(handler: LogHandler) -> None:
+    """Undo `start_log`."""
+    for logger in _LOGGERS:
+        logging.getLogger(logger).removeHandler(handler)
+        logging.getLogger(logger).setLevel(logging.NOTSET)
+        logging.getLogger(logger).propagate = True
+    handler.close()

@@ -1,0 +1,161 @@
+"""System shared memory that clients register, so that tensors need not travel.
+
+A region is a part of a POSIX shared memory object. It is read and written with pread and pwrite and never mapped: a
+client that shrinks its object cannot crash the server, and what was checked is what is used. CUDA shared memory is not
+offered.
+"""
+
+import os
+import stat
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from hasten.server.protocol.tensors import invalid
+from hasten.server.types import ErrorKind, Parameter, ServiceError
+
+FOLDER = Path("/dev/shm")
+REGION, BYTE_SIZE, OFFSET = "shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"
+_T = TypeVar("_T", str, int)
+NO_CUDA = "CUDA shared memory is not supported; use system shared memory or send the tensors"
+
+
+@dataclass(frozen=True)
+class Region:
+    """A registered part of an object, in bytes."""
+
+    name: str
+    key: str
+    offset: int
+    byte_size: int
+    descriptor: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of a region that one tensor lives in. The region stays open for it, also when it is unregistered."""
+
+    region: Region
+    offset: int
+    """From the beginning of the region."""
+    byte_size: int
+
+    def read(self) -> bytes:
+        """The bytes; INVALID where the client has shrunk its object."""
+        raw = os.pread(self.region.descriptor, self.byte_size, self.region.offset + self.offset)
+        if len(raw) < self.byte_size:
+            raise _beyond(self.region.name)
+        return raw
+
+    def write(self, output: str, raw: bytes) -> None:
+        """Write a result; INTERNAL where it needs more room."""
+        if len(raw) > self.byte_size:
+            raise ServiceError(
+                ErrorKind.INTERNAL,
+                f"shared memory size specified with the request for output '{output}' ({self.byte_size} bytes) should "
+                f"be at least {len(raw)} bytes to hold the results",
+            )
+        at = self.region.offset + self.offset
+        if os.fstat(self.region.descriptor).st_size < at + len(raw):
+            raise _beyond(self.region.name)
+        os.pwrite(self.region.descriptor, raw, at)
+
+
+def _beyond(name: str) -> ServiceError:
+    return invalid(f"Invalid offset + byte size for shared memory region: '{name}'")
+
+
+class SharedMemory:
+    """The regions that clients registered."""
+
+    def __init__(self, *, allowed: bool = True) -> None:
+        self._allowed = allowed
+        self._regions: dict[str, Region] = {}
+
+    def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
+        """Take a region under a name; ALREADY_EXISTS for a name in use, INVALID for what is no region."""
+        if not self._allowed:
+            raise ServiceError(ErrorKind.UNSUPPORTED, "shared memory is turned off (--allow-shared-memory)")
+        if name in self._regions:
+            raise ServiceError(ErrorKind.ALREADY_EXISTS, f"shared memory region '{name}' already in manager")
+        if not name:
+            raise invalid("'region name' is necessary to register system shared memory region")
+        descriptor = _open(key)
+        try:
+            size = os.fstat(descriptor).st_size
+            if byte_size < 1 or offset < 0 or offset + byte_size > size:
+                raise invalid(
+                    f"failed to register shared memory region '{name}': invalid args: offset {offset} and byte size "
+                    f"{byte_size} lie outside the {size} bytes of '{key}'"
+                )
+        except BaseException:
+            os.close(descriptor)
+            raise
+        region = Region(name, key, offset, byte_size, descriptor)
+        # requests in flight may still hold the region when it is unregistered
+        weakref.finalize(region, os.close, descriptor)
+        self._regions[name] = region
+
+    def status(self, name: str = "") -> list[Region]:
+        """All regions, or the one of that name; NOT_FOUND where there is none."""
+        if not name:
+            return [self._regions[each] for each in sorted(self._regions)]
+        if name not in self._regions:
+            raise ServiceError(ErrorKind.NOT_FOUND, f"Unable to find system shared memory region: '{name}'")
+        return [self._regions[name]]
+
+    def unregister(self, name: str = "") -> None:
+        """Forget one region, or all; none of that name is no error."""
+        if name:
+            self._regions.pop(name, None)
+        else:
+            self._regions.clear()
+
+    def slice(self, region: str, byte_size: int, offset: int = 0) -> Slice:
+        """A part of a region; NOT_FOUND for an unknown one, INVALID for what lies outside."""
+        if region not in self._regions:
+            raise ServiceError(ErrorKind.NOT_FOUND, f"Unable to find shared memory region: '{region}'")
+        found = self._regions[region]
+        if not 0 <= offset <= found.byte_size:
+            raise invalid(f"Invalid offset for shared memory region: '{region}'")
+        if byte_size < 0 or offset + byte_size > found.byte_size:
+            raise _beyond(region)
+        return Slice(found, offset, byte_size)
+
+    def slice_of(self, tensor: str, parameters: Mapping[str, Parameter]) -> Slice | None:
+        """The part that a tensor's parameters name, None where they name none."""
+        if parameters.keys().isdisjoint((REGION, BYTE_SIZE, OFFSET)):
+            return None
+        region = _typed(tensor, parameters, REGION, "")
+        size, offset = (_typed(tensor, parameters, key, 0) for key in (BYTE_SIZE, OFFSET))
+        if REGION not in parameters:
+            key = BYTE_SIZE if BYTE_SIZE in parameters else OFFSET
+            raise invalid(f"'{key}' can not be specified without '{REGION}' parameter for tensor '{tensor}'")
+        if BYTE_SIZE not in parameters:
+            raise invalid(f"'{BYTE_SIZE}' must be specified along with '{REGION}' parameter for tensor '{tensor}'")
+        return self.slice(region, size, offset)
+
+
+def _typed(tensor: str, parameters: Mapping[str, Parameter], key: str, default: _T) -> _T:
+    value = parameters.get(key, default)
+    if type(value) is not type(default):
+        expected = "string_param" if isinstance(default, str) else "int64_param"
+        raise invalid(f"invalid value type for '{key}' parameter for tensor '{tensor}', expected {expected}.")
+    return value
+
+
+def _open(key: str) -> int:
+    """Open the object of a key; only names directly in /dev/shm, no links, no other kinds of files."""
+    name = key.removeprefix("/")
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise invalid(f"Unable to open shared memory region: '{key}': a key is one name, such as /name")
+    try:
+        descriptor = os.open(FOLDER / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise invalid(f"Unable to open shared memory region: '{key}': {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise invalid(f"Unable to open shared memory region: '{key}': it is no shared memory object")
+    return descriptor

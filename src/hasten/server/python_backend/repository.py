@@ -1,0 +1,69 @@
+"""A model repository for Triton's Python backend: the token model, with hasten's engine inside a real Triton.
+
+Triton passes requests on at once, one engine computes them all, and each response goes back when it is there. So there
+is one instance: a second one would load the model again.
+"""
+
+import sys
+from pathlib import Path
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from hasten.core.config import EngineConfig
+from hasten.core.errors import ConfigError
+from hasten.server.create import TOKEN_NAME, model_configs
+from hasten.server.repository import CONFIG
+
+ENVIRONMENT = "EXECUTION_ENV_PATH"
+"""The backend's parameter for the Python environment that a model runs in."""
+_MODEL_FILE = '''\
+"""Triton's Python backend looks for its model here."""
+
+from hasten.server.python_backend.model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+
+def create_triton_repository(
+    engine: EngineConfig,
+    target: Path,
+    *,
+    name: str = TOKEN_NAME,
+    decoupled: bool = False,
+    environment: Path | None = None,
+) -> Path:
+    """Write the model `name` into the repository `target` and return its folder; ConfigError if it exists.
+
+    A `decoupled` model streams; Triton then refuses it to callers that expect one response. `environment` is the folder
+    of the virtual environment that has hasten, by default the one that this runs in; without any, Triton takes the
+    Python that is first on its PATH.
+    """
+    folder = target / name
+    if folder.exists():
+        raise ConfigError(f"{folder} exists; give another folder, or remove it first")
+    version = folder / "1"
+    version.mkdir(parents=True)
+    config = _triton_config(engine, name, decoupled, environment or _own_environment())
+    (folder / CONFIG).write_text(text_format.MessageToString(config), encoding="utf-8")
+    (version / "model.py").write_text(_MODEL_FILE, encoding="utf-8")
+    return folder
+
+
+def _triton_config(
+    engine: EngineConfig, name: str, decoupled: bool, environment: Path | None
+) -> model_config_pb2.ModelConfig:
+    made = model_configs(engine, token_name=name, decoupled=decoupled)[0]
+    made.backend = "python"
+    made.ClearField("optimization")
+    made.dynamic_batching.SetInParent()  # requests that are there together reach the model in one call
+    if environment is not None:
+        made.parameters[ENVIRONMENT].string_value = str(environment.resolve())
+    return made
+
+
+def _own_environment() -> Path | None:
+    """The virtual environment that this program runs in, if it is one."""
+    folder = Path(sys.prefix)
+    return folder if (folder / "bin" / "activate").is_file() else None
