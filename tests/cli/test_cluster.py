@@ -146,7 +146,7 @@ def test_a_place_that_is_not_known(
 def test_log_level() -> None:
     code = (
         "import sys, logging\n"
-        "from hasten.cli import cluster_place\n"
+        "from hasten.cli.cluster import place\n"
         "from hasten.cli.main import main\n"
         "from tests.cli.memory_place import MemoryPlace\n"
         "class Talks(MemoryPlace):\n"
@@ -154,7 +154,7 @@ def test_log_level() -> None:
         "        logging.getLogger('hasten.cluster').info('asked')\n"
         "        logging.getLogger('kubernetes.client.rest').debug('a secret')\n"
         "        return 'somebody'\n"
-        "cluster_place.PLACES['local'] = lambda args: Talks()\n"
+        "place.PLACES['local'] = lambda args: Talks()\n"
         "sys.exit(main(['cluster', 'whoami', *sys.argv[1:]]))"
     )
     root = Path(__file__).parents[2]

@@ -2,7 +2,7 @@
 
 Nothing has to be installed and nothing runs beforehand. Each job and server is owned by a supervisor of its own
 (`supervisor.py`), which a command starts and which outlives the terminal; all that is known stands in files under
-HASTEN_HOME (`local_state.py`). Several commands may run at once.
+HASTEN_HOME (`state.py`). Several commands may run at once.
 """
 
 import dataclasses
