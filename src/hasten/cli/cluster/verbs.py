@@ -3,10 +3,7 @@
 import argparse
 
 from hasten import __version__
-from hasten.cli.cluster import completion as cluster_completion
-from hasten.cli.cluster import data as cluster_data
-from hasten.cli.cluster import jobs as cluster_jobs
-from hasten.cli.cluster import serve as cluster_serve
+from hasten.cli.cluster import completion, data, jobs, serve
 from hasten.cli.cluster.parser import VerbParser
 from hasten.cli.cluster.place import add_place_options, open_place, print_lines
 from hasten.cli.options import Parser
@@ -22,9 +19,9 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     add_place_options(parser)
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=VerbParser)
-    cluster_jobs.add_parsers(verbs)
-    cluster_serve.add_parser(verbs)
-    cluster_data.add_parsers(verbs)
+    jobs.add_parsers(verbs)
+    serve.add_parser(verbs)
+    data.add_parsers(verbs)
     for name, run, words in (
         ("whoami", run_whoami, "say as whom the place knows the user"),
         ("version", run_version, "print the versions of hasten and of the place"),
@@ -32,7 +29,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         verb = verbs.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.")
         add_place_options(verb)
         verb.set_defaults(run=run)
-    cluster_completion.add_parser(verbs)
+    completion.add_parser(verbs)
 
 
 def run_whoami(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import hasten
-from hasten.cluster.local import serving as local_serving
+from hasten.cluster.local import serving
 from hasten.cluster.local.attach import attach
 from hasten.cluster.local.checks import check_job, check_mounts, check_volume, notices
 from hasten.cluster.local.end import end_and_remove
@@ -122,49 +122,49 @@ class LocalPlace:
 
     def plan_server(self, server: TritonServer) -> list[dict[str, Any]]:
         """The record of a server."""
-        return [local_serving.spec_of(server, local_serving.planned(self.home, server))]
+        return [serving.spec_of(server, serving.planned(self.home, server))]
 
     def serve(self, server: TritonServer) -> None:
         """Start a server; returns as soon as its supervisor runs, before it is ready."""
-        plan = local_serving.planned(self.home, server)
-        folder = local_serving.folder_of(self.home, server.name, server.version, server.namespace)
+        plan = serving.planned(self.home, server)
+        folder = serving.folder_of(self.home, server.name, server.version, server.namespace)
         check_mounts(plan.launch, config_files(server, folder.path))
         state = _new_state(time.time())
         what = f"server {server.name} of version {server.version}"
         _tell(server, state, f"server/{folder.name}")
         with locked(self.home / "ports.lock"):
             if not folder.path.exists():
-                local_serving.check_ports(self.home, plan, folder)
-            lock = self._create(folder, local_serving.spec_of(server, plan), state, server, what)
+                serving.check_ports(self.home, plan, folder)
+            lock = self._create(folder, serving.spec_of(server, plan), state, server, what)
         start(folder, lock)
 
     def update_server(self, name: str, version: str | None, namespace: str, update: ServerUpdate) -> None:
         """Change a server; its supervisor replaces the replicas one after the other. One that died is revived."""
-        folder = local_serving.found(self.home, name, version, namespace)
+        folder = serving.found(self.home, name, version, namespace)
         if update.image is not None:
             _log.warning("--image %s is not used: here servers run as processes", update.image)
-        local_serving.change(self.home, folder, update)
+        serving.change(self.home, folder, update)
 
     def servers(self, namespace: str | None) -> list[Server]:
         """All servers, newest first."""
-        there = [local_serving.view(one, events=False) for one in folders(self.home, "servers", namespace)]
+        there = [serving.view(one, events=False) for one in folders(self.home, "servers", namespace)]
         return sorted((one for one in there if one is not None), key=lambda one: one.created, reverse=True)
 
     def server(self, name: str, version: str | None, namespace: str) -> Server:
         """One server."""
-        seen = local_serving.view(local_serving.found(self.home, name, version, namespace), events=True)
+        seen = serving.view(serving.found(self.home, name, version, namespace), events=True)
         if seen is None:
             raise NotFoundError(f"there is no server {name} in namespace {namespace}")
         return seen
 
     def delete_server(self, name: str, version: str | None, namespace: str) -> None:
         """End a server; its requests under way have --exit-timeout seconds."""
-        folder = local_serving.found(self.home, name, version, namespace)
-        end_and_remove(folder, local_serving.exit_grace(folder))
+        folder = serving.found(self.home, name, version, namespace)
+        end_and_remove(folder, serving.exit_grace(folder))
 
     def server_logs(self, name: str, version: str | None, namespace: str, options: LogOptions) -> Iterator[str]:
         """Lines of a replica (default: the first)."""
-        folder = local_serving.found(self.home, name, version, namespace)
+        folder = serving.found(self.home, name, version, namespace)
         return self._logs(folder, f"server {name}", options)
 
     def attach_server(
@@ -177,7 +177,7 @@ class LocalPlace:
         command: list[str],
     ) -> int:
         """As `attach_job`; the default command is sh."""
-        folder = local_serving.found(self.home, name, version, namespace)
+        folder = serving.found(self.home, name, version, namespace)
         return self._attach(folder, f"server {name}", instance, container, command)
 
     def plan_volume(self, volume: Volume) -> list[dict[str, Any]]:
