@@ -54,7 +54,9 @@ def running(command: list[str], **environment: str) -> Iterator[subprocess.Popen
 
 
 def children_of(parent: int) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    """Processes that it has started; not the one that multiprocessing leaves running once another test has used it."""
+    children = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    return [pid for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def await_first_output(process: subprocess.Popen[str]) -> None:

@@ -29,6 +29,11 @@ def joined(progress: list[Progress]) -> Progress:
     return whole
 
 
+def count(progress: list[Progress]) -> int:
+    """Tokens of all its pieces; how many there are in one is chance."""
+    return sum(len(delta.token_ids) for piece in progress for delta in piece.completions)
+
+
 async def begin(client: EngineClient, prompt: Sequence[int], params: SamplingParams, **options: Any) -> Any:
     """A request that has got its first progress."""
     stream = client.generate(prompt, params, **options)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.server.engine_helpers import LONG, SHORT, begin, collect, error_of, joined, until
+from tests.server.engine_helpers import LONG, SHORT, begin, collect, count, error_of, joined, until
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError
@@ -30,7 +30,7 @@ def test_signals_to_the_process_are_the_servers_to_handle(run: Any, demo_engine:
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGINT)
         assert [progress.finished async for progress in stream][-1]
-        assert len(await collect(demo_engine, [5], SHORT)) == 4
+        assert count(await collect(demo_engine, [5], SHORT)) == 4
         assert (demo_engine.pid, demo_engine.ready) == (pid, True)
 
     run(ask())
@@ -63,7 +63,7 @@ def test_a_killed_process_comes_back(run: Any, demo_model: Path, tmp_path: Path,
         (tmp_path / "away").rename(model)
         await until(lambda: client.ready, 30)
         assert client.pid != pid
-        assert [len(progress) for progress in await asyncio.gather(*not_yet)] == [4, 4]
+        assert [count(progress) for progress in await asyncio.gather(*not_yet)] == [4, 4]
         after = client.stats()
         assert after.generation_tokens == before.generation_tokens + 8
         assert (after.running, after.waiting, after.used_blocks) == (0, 0, 0)

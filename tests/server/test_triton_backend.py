@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from google.protobuf import text_format
 from tests.server.service_fixtures import DEMO, Outputs, Running, demo, streaming, token_request
@@ -130,7 +131,11 @@ def test_the_same_answers_as_from_the_service(
     client: InferenceServerClient, demo: Running, more: dict[str, Any]
 ) -> None:
     request = token_request(PROMPTS, [12, 20, 3], **more)
-    assert ask(client, request) == demo.infer(request)
+    found, expected = ask(client, request), demo.infer(request)
+    for name in {"cum_log_probs", "output_log_probs"} & expected.keys():
+        # which prompts share a step is chance, and with it the order of sums
+        np.testing.assert_allclose(found.pop(name), expected.pop(name), rtol=1e-5, atol=1e-6)
+    assert found == expected
 
 
 def test_only_the_outputs_that_are_asked_for(client: InferenceServerClient, demo: Running) -> None:
