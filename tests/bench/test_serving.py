@@ -30,10 +30,13 @@ def llm() -> Iterator[LLM]:
 
 
 def test_engine_and_servers_take_turns(llm: LLM, server: Served) -> None:
-    single, at_once, streams = serving.measure(llm, {"hasten": server.address, "peer": server.address}, LOAD)
+    single, at_once, streams = serving.measure(llm, server, LOAD, server.address)
     assert (single.name, single.unit, list(single.values)) == ("one request", "ms", ["engine", "hasten, gRPC"])
     assert list(at_once.ratios) == ["hasten, gRPC", "peer, gRPC"]
-    assert (streams.name, list(streams.ratios)) == ("3 streams at once", ["hasten, gRPC"])
+    assert (streams.name, list(streams.ratios)) == (
+        "3 streams at once",
+        ["hasten, gRPC", "hasten, OpenAI's API"],
+    )
     for one in (single, at_once, streams):
         for caller, ratio in one.ratios.items():
             assert ratio == pytest.approx(one.values[caller].p50 / one.values["engine"].p50, rel=0.5)
@@ -48,7 +51,7 @@ def test_other_tokens_are_an_error() -> None:
 def test_a_peer_that_is_not_there(llm: LLM, server: Served) -> None:
     port = serving.free_ports()[0]
     with pytest.raises(EngineError, match=r"3 requests at once: peer, gRPC: .*UNAVAILABLE"):
-        serving.measure(llm, {"hasten": server.address, "peer": f"127.0.0.1:{port}"}, LOAD)
+        serving.measure(llm, server, LOAD, f"127.0.0.1:{port}")
 
 
 def test_a_server_that_does_not_get_ready(tmp_path: Path) -> None:

@@ -190,11 +190,11 @@ def run(**options: Any) -> Report:
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     made = argparse.ArgumentParser(prog="slow_readers", description=__doc__)
-    made.add_argument("--readers", type=int, default=8, help="clients that do not read")
-    made.add_argument("--tokens", type=int, default=1000, help="of each of their completions")
+    made.add_argument("--readers", type=int, default=4, help="clients that do not read")
+    made.add_argument("--tokens", type=int, default=700, help="of each of their completions")
     made.add_argument("--completions", type=int, default=8, help="of each: they must not fit into the system's buffers")
-    made.add_argument("--others", type=int, default=40, help="requests of others, each time")
-    made.add_argument("--waves", type=int, default=5, help="times that such clients come")
+    made.add_argument("--others", type=int, default=30, help="requests of others, each time")
+    made.add_argument("--waves", type=int, default=4, help="times that such clients come")
     made.add_argument("--limit", type=float, default=1.5, help="of the p50 of others, as a ratio")
     made.add_argument("--growth", type=float, default=0.05, help="of the server's memory, as a share")
     return made

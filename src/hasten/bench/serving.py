@@ -4,6 +4,7 @@ Server and engine take turns, after one untimed round each, and must give the sa
 """
 
 import asyncio
+import json
 import multiprocessing
 import random
 import time
@@ -33,6 +34,7 @@ TOKEN_MODEL, TEXT_MODEL = "fastertransformer", "text"
 _HOST = "127.0.0.1"
 _NO_END = 2**32 - 1
 """An end token that does not come."""
+_EVENT, _LAST_EVENT = b"data: ", b"data: [DONE]"
 _START_S, _STOP_S = 900.0, 60.0
 
 Tokens = list[list[int]]
@@ -69,6 +71,8 @@ class Served:
     """A server that runs, and the seconds from its process's start until it was ready."""
 
     address: str
+    """HOST:PORT of gRPC."""
+    http_port: int
     start_s: float
 
 
@@ -90,7 +94,7 @@ def served(engine: EngineConfig, log: Path) -> Iterator[Served]:
     try:
         address = f"{_HOST}:{ports[1]}"
         wait_until_ready(address, process.is_alive, log)
-        yield Served(address, time.perf_counter() - start)
+        yield Served(address, ports[0], time.perf_counter() - start)
     finally:
         process.terminate()
         process.join(_STOP_S)
@@ -133,32 +137,31 @@ def _is_ready(client: grpcclient.InferenceServerClient) -> bool:
         return False  # its port is not open yet
 
 
-def measure(llm: LLM, addresses: dict[str, str], load: Load) -> list[Turns]:
+def measure(llm: LLM, server: Served, load: Load, peer: str | None = None) -> list[Turns]:
     """Measure single requests, requests that come at once, and streams.
 
-    `addresses` has the servers by name, hasten's first: the others must serve the model's tokens as `fastertransformer`
-    and are measured on requests that come at once. EngineError if anyone gives other tokens.
+    `peer` is the gRPC address of another server that has the model's tokens as `fastertransformer`; it is measured on
+    requests that come at once. EngineError if anyone gives other tokens.
     """
     rng, vocab_size = random.Random(0), llm.config.vocab_size
     prompts = [random_prompt(load.prompt_length, vocab_size, rng) for _ in range(load.concurrency)]
-    first = next(iter(addresses.items()))
+    addresses = {"hasten": server.address} | ({"peer": peer} if peer else {})
     return [
-        _single(llm, first, prompts[0], load),
+        _single(llm, server, prompts[0], load),
         _at_once(llm, addresses, prompts, load),
-        _streams(llm, first, prompts, load),
+        _streams(llm, server, prompts, load),
     ]
 
 
-def _single(llm: LLM, server: tuple[str, str], prompt: list[int], load: Load) -> Turns:
+def _single(llm: LLM, server: Served, prompt: list[int], load: Load) -> Turns:
     params = _params(load)
-    name, address = server
-    with grpcclient.InferenceServerClient(address) as client:
+    with grpcclient.InferenceServerClient(server.address) as client:
 
         def over_grpc() -> Tokens:
             found = client.infer(TOKEN_MODEL, _token_inputs(grpcclient, prompt, load.output_length))
             return [_new_tokens(found, len(prompt))]
 
-        callers = {"engine": lambda: _tokens(llm, [prompt], params), f"{name}, gRPC": over_grpc}
+        callers = {"engine": lambda: _tokens(llm, [prompt], params), "hasten, gRPC": over_grpc}
         return _in_turns("one request", "ms", callers, load.requests, lambda seconds: 1000 * seconds)
 
 
@@ -178,19 +181,23 @@ def _at_once(llm: LLM, addresses: dict[str, str], prompts: list[list[int]], load
     return _throughput(f"{len(prompts)} requests at once", callers, load)
 
 
-def _streams(llm: LLM, server: tuple[str, str], prompts: list[list[int]], load: Load) -> Turns:
+def _streams(llm: LLM, server: Served, prompts: list[list[int]], load: Load) -> Turns:
     """Each request a stream of its own that gives every token as soon as it is there, as text."""
     assert llm.tokenizer is not None
     texts = [llm.tokenizer.decode(prompt) for prompt in prompts]
     params = replace(_params(load), detokenize=True)
 
-    async def ask(address: str) -> list[str]:
-        async with aioclient.InferenceServerClient(address) as client:
+    async def over_grpc() -> list[str]:
+        async with aioclient.InferenceServerClient(server.address) as client:
             return list(await asyncio.gather(*(_stream(client, text, load.output_length) for text in texts)))
+
+    async def over_http() -> list[str]:
+        return list(await asyncio.gather(*(_events(server.http_port, text, load.output_length) for text in texts)))
 
     callers: dict[str, Callable[[], Any]] = {
         "engine": lambda: [output.outputs[0].text for output in llm.generate(texts, params)],
-        f"{server[0]}, gRPC": lambda: asyncio.run(ask(server[1])),
+        "hasten, gRPC": lambda: asyncio.run(over_grpc()),
+        "hasten, OpenAI's API": lambda: asyncio.run(over_http()),
     }
     return _throughput(f"{len(prompts)} streams at once", callers, load)
 
@@ -209,6 +216,27 @@ async def _stream(client: aioclient.InferenceServerClient, text: str, length: in
             raise EngineError(f"a stream ended: {error}")
         pieces.append(found.as_numpy("text_output")[0].decode())
     return "".join(pieces)
+
+
+async def _events(port: int, text: str, length: int) -> str:
+    """The text of a completion of OpenAI's API, from its server-sent events."""
+    options = {"max_tokens": length, "temperature": 0, "ignore_eos": True, "stream": True}
+    body = json.dumps({"model": TOKEN_MODEL, "prompt": text, **options}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {_HOST}\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    reader, writer = await asyncio.open_connection(_HOST, port)
+    try:
+        writer.write(head.encode() + body)
+        status = await reader.readline()
+        if b" 200 " not in status:
+            raise EngineError(f"a completion was refused: {status.decode().strip()}")
+        pieces = []
+        async for line in reader:
+            if line.startswith(_EVENT) and not line.startswith(_LAST_EVENT):
+                pieces += [choice["text"] for choice in json.loads(line[len(_EVENT) :])["choices"]]
+        return "".join(pieces)
+    finally:
+        writer.close()
 
 
 def _throughput(name: str, callers: dict[str, Callable[[], Any]], load: Load) -> Turns:

@@ -398,8 +398,7 @@ def run_serving(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         server = stack.enter_context(serving.served(EngineConfig.create(args.model, **options), Path(folder, "log")))
         llm = stack.enter_context(LLM(args.model, **options))
-        addresses = {"hasten": server.address} | ({"peer": args.peer} if args.peer else {})
-        turns = serving.measure(llm, addresses, load)
+        turns = serving.measure(llm, server, load, args.peer)
         environment = report.environment(llm.device, llm.dtype)
     full = {"options": _options(args), "environment": environment, "start_s": server.start_s, "results": turns}
     if args.output_path is not None:

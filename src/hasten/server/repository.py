@@ -5,6 +5,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -34,7 +35,7 @@ class Description:
     keep: object = field(default=None, compare=False)
     """What must live as long as it does: a temporary folder."""
 
-    @property
+    @cached_property
     def kind(self) -> Kind:
         """What the model does."""
         return kind_of(self.config)
