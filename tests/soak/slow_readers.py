@@ -159,7 +159,8 @@ def _judge(report: Report, slow: _Waves, fast: _Waves, options: argparse.Namespa
     for name, waves in (("readers that read", fast), ("slow readers", slow)):
         report.figures[f"MiB of the server, {name}"] = [round(after, 1) for _, after in waves.memory]
     ends = [after for _, after in slow.memory]
-    report.at_most("growth from the second wave to the last", ends[-1] / ends[1] - 1, options.growth)
+    first = ends[min(1, len(ends) - 1)]
+    report.at_most("growth from the second wave to the last", ends[-1] / first - 1, options.growth)
     report.at_most("growth while nobody reads", max(end / begin for begin, end in slow.memory) - 1, options.growth)
     report.figures["MiB of an answer that the server kept, each wave"] = [round(held, 1) for held in slow.held]
     report.require(min(slow.held) > 0, "the answers fit into the system's buffers: ask for more")
