@@ -212,11 +212,16 @@ SUITE_FIGURES = {
 def test_suite_beside_hugging_face(
     config_only: Path, tmp_path: Path, hasten_here: "Hasten", monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def count_runners() -> int:
+        return sum(type(thing) is Runner for thing in gc.get_objects())
+
+    gc.collect()
+    of_other_tests = count_runners()
     runners_left: list[int] = []
     make = engines.HuggingFaceEngine.__init__
 
     def count_then_make(self: engines.HuggingFaceEngine, *args: Any, **options: Any) -> None:
-        runners_left.append(sum(type(thing) is Runner for thing in gc.get_objects()))
+        runners_left.append(count_runners() - of_other_tests)
         make(self, *args, **options)
 
     monkeypatch.setattr(engines.HuggingFaceEngine, "__init__", count_then_make)
