@@ -155,9 +155,10 @@ def test_replicas_wait_for_gpus(here: Site) -> None:
     waiting = server.seen().instances[1]
     assert (waiting.status, waiting.reason) == (Status.PENDING, "waits for 2 GPUs, 1 of 3 is free")
     server.change(gpus=1)
-    await_that(lambda: here.place.nodes()[0].allocated_gpus == 2, 20, lambda: f"{server.seen()}")
+    # the second replica fits beside the first's old form, which is replaced only then
+    await_that(lambda: [one.gpus for one in server.seen().instances] == [1, 1], 20, lambda: f"{server.seen()}")
     server.reaches(2)
-    assert [one.gpus for one in server.seen().instances] == [1, 1]
+    assert here.place.nodes()[0].allocated_gpus == 2
 
 
 def test_a_replica_that_is_never_ready_is_started_again(here: Site) -> None:
