@@ -7,7 +7,8 @@ import pytest
 
 from hasten.bench import serving
 from hasten.bench.report import Spread
-from hasten.bench.serving import Load, Served, Turns
+from hasten.bench.served import Served, free_ports, served
+from hasten.bench.serving import Load, Turns
 from hasten.cli.main import main
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError
@@ -19,7 +20,7 @@ LOAD = Load(concurrency=3, prompt_length=5, output_length=4, requests=2, rounds=
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving.served(EngineConfig.create(str(DEMO)), tmp_path_factory.mktemp("server") / "log") as server:
+    with served(EngineConfig.create(str(DEMO)), tmp_path_factory.mktemp("server") / "log") as server:
         yield server
 
 
@@ -49,13 +50,13 @@ def test_other_tokens_are_an_error() -> None:
 
 
 def test_a_peer_that_is_not_there(llm: LLM, server: Served) -> None:
-    port = serving.free_ports()[0]
+    port = free_ports()[0]
     with pytest.raises(EngineError, match=r"3 requests at once: peer, gRPC: .*UNAVAILABLE"):
         serving.measure(llm, server, LOAD, f"127.0.0.1:{port}")
 
 
 def test_a_server_that_does_not_get_ready(tmp_path: Path) -> None:
-    server = serving.served(EngineConfig.create(str(tmp_path)), tmp_path / "log")
+    server = served(EngineConfig.create(str(tmp_path)), tmp_path / "log")
     with pytest.raises(EngineError, match=r"did not get ready; it said: .*config\.json"), server:
         pass
 

@@ -19,7 +19,7 @@ from hasten.core.errors import EngineError
 from hasten.core.types import CompletionOutput, FinishReason, RequestOutput, SamplingParams
 from hasten.engine.llm import LLM
 from hasten.server.engine.client import EngineClient, QueueTimeoutError
-from hasten.server.engine.process import Deltas
+from hasten.server.engine.news import Deltas, News
 
 
 def test_signals_to_the_process_are_the_servers_to_handle(run: Any, demo_engine: EngineClient) -> None:
@@ -164,3 +164,29 @@ def test_deltas_add_up() -> None:
     third = deltas.take(1, output(last, ended, finished=True))
     assert [(delta.index, delta.token_ids, delta.text) for delta in third.completions] == [(0, [], "d")]
     assert third.finished
+
+
+def test_first_and_last_tokens_do_not_wait_for_the_others() -> None:
+    def grown(number: int, count: int, *, finished: bool = False) -> RequestOutput:
+        return RequestOutput(str(number), None, [5], [CompletionOutput(0, "", list(range(count)))], finished=finished)
+
+    def told(*, everything: bool) -> dict[int, list[int]]:
+        return {one.id: one.completions[0].token_ids for one in news.take(everything=everything)}
+
+    news = News(per_second=100)
+    for number in (1, 2, 3, 4):
+        news.begin(number)
+        news.put(grown(number, 1))
+    assert told(everything=False) == {1: [0], 2: [0], 3: [0], 4: [0]}
+    assert news.is_due(10.0)
+    assert not news.is_due(10.03)
+    for number in (1, 2, 3):
+        news.put(grown(number, 2))
+    news.put(grown(1, 3))
+    news.put(grown(2, 3, finished=True))
+    assert told(everything=False) == {2: [1, 2]}
+    news.forget(3)
+    assert not news.is_due(10.01)
+    assert news.is_due(10.025)  # of two requests
+    assert told(everything=True) == {1: [1, 2]}
+    assert told(everything=True) == {}

@@ -5,14 +5,11 @@ Server and engine take turns, after one untimed round each, and must give the sa
 
 import asyncio
 import json
-import multiprocessing
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,20 +19,15 @@ import tritonclient.grpc.aio as aioclient
 from tritonclient.utils import InferenceServerException
 
 from hasten.bench.report import Spread, print_table
+from hasten.bench.served import HOST, TEXT_MODEL, TOKEN_MODEL, Served
 from hasten.bench.workloads import random_prompt
-from hasten.core.config import EngineConfig
-from hasten.core.errors import EngineError, HastenError
+from hasten.core.errors import EngineError
 from hasten.core.types import SamplingParams
 from hasten.engine.llm import LLM
-from hasten.server.listeners import open_port
-from hasten.server.options import EndpointOptions, LogOptions, ModelOptions, ServeOptions
 
-TOKEN_MODEL, TEXT_MODEL = "fastertransformer", "text"
-_HOST = "127.0.0.1"
 _NO_END = 2**32 - 1
 """An end token that does not come."""
 _EVENT, _LAST_EVENT = b"data: ", b"data: [DONE]"
-_START_S, _STOP_S = 900.0, 60.0
 
 Tokens = list[list[int]]
 
@@ -64,77 +56,6 @@ class Turns:
     """By who was measured; the engine or server that others are compared with comes first."""
     ratios: dict[str, float]
     """Median of the others divided by the median of the first."""
-
-
-@dataclass(frozen=True)
-class Served:
-    """A server that runs, and the seconds from its process's start until it was ready."""
-
-    address: str
-    """HOST:PORT of gRPC."""
-    http_port: int
-    start_s: float
-
-
-@contextmanager
-def served(engine: EngineConfig, log: Path) -> Iterator[Served]:
-    """A server of the model in processes of its own, with its log in a file; EngineError if it does not get ready."""
-    ports = free_ports()
-    options = ServeOptions(
-        engine=engine,
-        endpoints=EndpointOptions(
-            http_address=_HOST, grpc_address=_HOST, http_port=ports[0], grpc_port=ports[1], metrics_port=ports[2]
-        ),
-        model=ModelOptions(name=TOKEN_MODEL, text_name=TEXT_MODEL),
-        log=LogOptions(log_file=str(log)),
-    )
-    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(options,))
-    start = time.perf_counter()
-    process.start()
-    try:
-        address = f"{_HOST}:{ports[1]}"
-        wait_until_ready(address, process.is_alive, log)
-        yield Served(address, ports[0], time.perf_counter() - start)
-    finally:
-        process.terminate()
-        process.join(_STOP_S)
-        if process.is_alive():
-            process.kill()
-
-
-def _serve(options: ServeOptions) -> None:
-    from hasten.server.app import run_server
-
-    try:
-        raise SystemExit(run_server(options))
-    except HastenError as error:
-        raise SystemExit(f"hasten: error: {error}") from None
-
-
-def free_ports() -> list[int]:
-    """Three ports of this machine that nobody listens on: for HTTP, gRPC and metrics."""
-    with ExitStack() as opened:
-        listeners = [opened.enter_context(open_port(_HOST, 0, "a free port")) for _ in range(3)]
-        return [int(listener.getsockname()[1]) for listener in listeners]
-
-
-def wait_until_ready(address: str, is_alive: Callable[[], bool], log: Path) -> None:
-    """Return once the server at a gRPC address is ready; EngineError with its last words if its process ends before."""
-    until = time.monotonic() + _START_S
-    with grpcclient.InferenceServerClient(address) as client:
-        while not _is_ready(client):
-            if not is_alive() or time.monotonic() > until:
-                said = log.read_text().splitlines() if log.exists() else []
-                errors = [line for line in said if line.startswith("E")]
-                raise EngineError("the server did not get ready; it said: " + " / ".join(errors or said[-1:]))
-            time.sleep(0.01)
-
-
-def _is_ready(client: grpcclient.InferenceServerClient) -> bool:
-    try:
-        return bool(client.is_server_ready())
-    except InferenceServerException:
-        return False  # its port is not open yet
 
 
 def measure(llm: LLM, server: Served, load: Load, peer: str | None = None) -> list[Turns]:
@@ -222,9 +143,9 @@ async def _events(port: int, text: str, length: int) -> str:
     """The text of a completion of OpenAI's API, from its server-sent events."""
     options = {"max_tokens": length, "temperature": 0, "ignore_eos": True, "stream": True}
     body = json.dumps({"model": TOKEN_MODEL, "prompt": text, **options}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {_HOST}\r\nContent-Type: application/json\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    reader, writer = await asyncio.open_connection(_HOST, port)
+    reader, writer = await asyncio.open_connection(HOST, port)
     try:
         writer.write(head.encode() + body)
         status = await reader.readline()

@@ -389,6 +389,7 @@ def run_serving(args: argparse.Namespace) -> int:
     import tempfile
 
     from hasten.bench import report, serving
+    from hasten.bench.served import served
     from hasten.core.config import EngineConfig
     from hasten.engine.llm import LLM
 
@@ -396,7 +397,7 @@ def run_serving(args: argparse.Namespace) -> int:
     options = engine_options(args, defaults=SERVING_DEFAULTS)
     load = serving.Load(args.concurrency, args.prompt_length, args.output_length, args.requests, args.rounds)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        server = stack.enter_context(serving.served(EngineConfig.create(args.model, **options), Path(folder, "log")))
+        server = stack.enter_context(served(EngineConfig.create(args.model, **options), Path(folder, "log")))
         llm = stack.enter_context(LLM(args.model, **options))
         turns = serving.measure(llm, server, load, args.peer)
         environment = report.environment(llm.device, llm.dtype)

@@ -110,7 +110,7 @@ def _step(main: Callable[[Sequence[str]], int], command: Sequence[str]) -> int:
 
 def _serve(checkpoint: str, model: str, client: str, log: Path) -> int:
     """Serve, ask with the client, stop; the first status that is not 0."""
-    from hasten.bench.serving import free_ports, wait_until_ready
+    from hasten.bench.served import free_ports, wait_until_ready
 
     http, grpc, metrics = free_ports()
     host, address = "127.0.0.1", f"127.0.0.1:{grpc}"

@@ -43,6 +43,8 @@ class Version:
         self.number = number
         self.config = description.config
         self.description = description
+        self.dependencies = dependencies(description)
+        """The models that it needs, and which version of each, -1 for the newest."""
         self.state = State.LOADING
         self.reason = ""
         """Why it is not available."""
@@ -63,11 +65,6 @@ class Version:
     def failed(self) -> bool:
         """Whether it could not be loaded."""
         return self.state is State.UNAVAILABLE and self.reason != UNLOADED
-
-    @property
-    def dependencies(self) -> list[tuple[str, int]]:
-        """The models that it needs, and which version of each, -1 for the newest."""
-        return dependencies(self.description)
 
     def begin(self, model: Model, seconds: float) -> None:
         """It is loaded, which took so long."""

@@ -1,6 +1,6 @@
 """An engine in a process of its own: what `EngineClient` starts and talks to. The only part of the server with torch.
 
-It reads messages between two steps, so a withdrawn request's blocks are free before the next one, and sends what a step
+It reads messages between two steps, so a withdrawn request's blocks are free before the next one, and sends what steps
 brought in one write. That write waits for the server to read: a server that stands still stops the engine, and nothing
 piles up here.
 """
@@ -18,16 +18,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hasten.core.errors import HastenError
-from hasten.core.types import CompletionOutput, Request, RequestOutput
+from hasten.core.types import Request
+from hasten.server.engine.news import News, messages_per_second
 from hasten.server.engine.wire import (
     Abort,
     Add,
-    CompletionDelta,
     EngineInfo,
     Expire,
     Failed,
     Frames,
-    Output,
     Ready,
     Refusal,
     Start,
@@ -76,48 +75,13 @@ class Channel:
             self.closed = True
 
 
-class Deltas:
-    """How much of each completion of one request the server has."""
-
-    def __init__(self) -> None:
-        self._sent: dict[int, tuple[int, int]] = {}
-        """Index -> (tokens, characters)."""
-        self._ended: set[int] = set()
-        self._first = True
-
-    def take(self, number: int, output: RequestOutput) -> Output:
-        """What is new in `output`."""
-        deltas = [delta for completion in output.outputs if (delta := self._delta(completion)) is not None]
-        prompt_logprobs, self._first = output.prompt_logprobs if self._first else None, False
-        return Output(number, deltas, output.finished, prompt_logprobs)
-
-    def _delta(self, completion: CompletionOutput) -> CompletionDelta | None:
-        index, tokens, characters = completion.index, *self._sent.get(completion.index, (0, 0))
-        if completion.finish_reason is not None:
-            if index in self._ended:
-                return None
-            self._ended.add(index)
-        elif tokens == len(completion.token_ids):
-            return None
-        self._sent[index] = (len(completion.token_ids), len(completion.text))
-        return CompletionDelta(
-            index,
-            completion.token_ids[tokens:],
-            completion.text[characters:],
-            None if completion.logprobs is None else completion.logprobs[tokens:],
-            completion.cumulative_logprob,
-            completion.finish_reason,
-            completion.stop_reason,
-        )
-
-
 class EngineLoop:
     """Messages in, steps, deltas out, until the server closes its end."""
 
     def __init__(self, engine: "Engine", channel: Channel) -> None:
         self._engine = engine
         self._channel = channel
-        self._deltas: dict[int, Deltas] = {}
+        self._news = News(messages_per_second())
         self._not_begun: set[str] = set()
         self._refused: list[Refusal] = []
         self._expired: list[int] = []
@@ -128,7 +92,7 @@ class EngineLoop:
             for message in self._channel.receive(wait=not self._engine.has_unfinished):
                 self._apply(message)
             if not self._channel.closed:
-                self._channel.send(self._turn())
+                self._turn()
 
     def _apply(self, message: ToEngine) -> None:
         if isinstance(message, Add):
@@ -150,33 +114,27 @@ class EngineLoop:
             text = str(error).removeprefix(f"request {request_id}: ")
             self._refused.append(Refusal(message.id, type(error).__name__, text))
             return
-        self._deltas[message.id] = Deltas()
+        self._news.begin(message.id)
         self._not_begun.add(request_id)
 
     def _abort(self, number: int) -> None:
         self._engine.abort(str(number))
-        self._forget(number)
-
-    def _forget(self, number: int) -> None:
-        self._deltas.pop(number, None)
+        self._news.forget(number)
         self._not_begun.discard(str(number))
 
-    def _turn(self) -> Step:
+    def _turn(self) -> None:
+        """Compute a step, and tell the server what it should know now."""
         began = time.monotonic()
-        outputs = self._engine.step() if self._engine.has_unfinished else []
+        for output in self._engine.step() if self._engine.has_unfinished else []:
+            self._news.put(output)
         started = self._not_begun - self._engine.waiting if self._not_begun else set()
         self._not_begun -= started
-        refused, self._refused = self._refused, []
-        expired, self._expired = self._expired, []
-        news = [self._output(output) for output in outputs]
-        return Step(self._engine.stats, news, [int(name) for name in started], began, refused, expired)
-
-    def _output(self, output: RequestOutput) -> Output:
-        number = int(output.request_id)
-        news = self._deltas[number].take(number, output)
-        if output.finished:
-            self._forget(number)
-        return news
+        everything = self._news.is_due(time.monotonic()) or not self._engine.has_unfinished
+        outputs = self._news.take(everything=everything)
+        if everything or outputs or started or self._refused or self._expired:
+            names = [int(name) for name in started]
+            self._channel.send(Step(self._engine.stats, outputs, names, began, self._refused, self._expired))
+            self._refused, self._expired = [], []
 
 
 def engine_info(engine: "Engine") -> EngineInfo:
