@@ -210,6 +210,34 @@ def test_a_seed_gives_the_same_tokens_with_graphs_and_without(name: str, folder:
     assert len(set(map(tuple, right))) == len(right)
 
 
+BEAMS: list[dict[str, Any]] = [
+    {"beam_width": 4},
+    {"beam_width": 3, "n": 2, "length_penalty": 2.0},
+    {"beam_width": 4, "beam_search_diversity_rate": 0.7},
+    {"beam_width": 6, "n": 6, "ignore_eos": False, "early_stopping": True},
+    {"temperature": 0},
+]
+
+
+@pytest.mark.parametrize("name", ["12 heads of 64", "demo"])
+def test_beams_are_those_of_the_cpu(name: str, folder: Callable[[str], Path]) -> None:
+    """Searches beside each other and beside a request without one, which share steps and graphs."""
+    params = [SamplingParams(**{"max_tokens": COUNT, "ignore_eos": True, **chosen}) for chosen in BEAMS]
+    prompts = PROMPTS[-len(params) :]
+    small = {**SMALL, "max_num_seqs": 32}
+    with LLM(folder(name), device="cpu", dtype="fp32", **small) as llm:
+        right = llm.generate(prompts, params)
+    scores = [one.cumulative_logprob for output in right[:-1] for one in output.outputs]
+    for eager, overlap in product((False, True), (False, True)):
+        with on_gpu(folder(name), **small, enforce_eager=eager, overlap_steps=overlap) as llm:
+            found = llm.generate(prompts, params)
+            assert tokens_of(found) == tokens_of(right)
+            assert [one.cumulative_logprob for output in found[:-1] for one in output.outputs] == pytest.approx(
+                scores, abs=1e-3
+            )
+            assert llm.engine.scheduler.blocks.num_used == 0
+
+
 # --- near transformers ------------------------------------------------------------------------------------------------
 
 WIDE: dict[str, Any] = {

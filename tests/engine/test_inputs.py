@@ -19,10 +19,11 @@ from hasten.engine.inputs import BlockTables, DecodeLayout, Inputs, Tokens
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
 from hasten.ops import plan
+from hasten.ops.plan import Planner
 
 MakeSequence = Callable[..., Sequence]
 CPU = torch.device("cpu")
-HEADS = 4
+PLANNER = Planner(heads=4, multiprocessors=0)
 LINE = 32
 """int32 numbers in 128 bytes."""
 GARBAGE = 0x55555555
@@ -152,8 +153,7 @@ def _items(items: Tensor | None) -> list[list[int]]:
 def test_every_batch_of_a_busy_scheduler(seed: int, planned: bool, overlap: bool, make_sequence: MakeSequence) -> None:
     block_size, blocks = 4, 24
     run = busy(make_sequence, overlap=overlap, seed=seed, block_size=block_size, blocks=blocks)
-    inputs = Inputs(BlockTables(run.most, 20), block_size, HEADS, CPU)
-    inputs.planned = planned
+    inputs = Inputs(BlockTables(run.most, 20), block_size, PLANNER if planned else None, CPU)
     seen: dict[str, int] = defaultdict(int)
     for batch in run.steps():
         tokens = inputs.tokens(batch, batch.needed)
@@ -227,8 +227,7 @@ def test_rows_of_tables_are_kept_while_there_is_room_and_follow_every_change(mak
 @pytest.mark.parametrize(("tokens", "sequences"), [(1, 1), (12, 1), (12, 5), (12, 12), (900, 3)])
 @pytest.mark.parametrize("planned", [False, True], ids=["cpu", "planned"])
 def test_a_rehearsal_stores_nothing_and_stays_within_the_tables(tokens: int, sequences: int, planned: bool) -> None:
-    inputs = Inputs(BlockTables(16, 10), 4, HEADS, CPU)
-    inputs.planned = planned
+    inputs = Inputs(BlockTables(16, 10), 4, PLANNER if planned else None, CPU)
     made = inputs.rehearsal(tokens, sequences)
     assert made.ids.shape == made.positions.shape == (tokens,)
     assert not made.ids.any()
@@ -316,7 +315,7 @@ def test_what_is_put_into_a_layout_is_what_the_model_reads() -> None:
 def test_single_tokens_by_a_layout(room: int, overlap: bool, make_sequence: MakeSequence) -> None:
     block_size, blocks = 4, 200
     run = busy(make_sequence, overlap=overlap, seed=2, block_size=block_size, blocks=blocks, max_num_seqs=8)
-    inputs = Inputs(BlockTables(run.most, 20), block_size, HEADS, CPU)
+    inputs = Inputs(BlockTables(run.most, 20), block_size, PLANNER, CPU)
     checked = 0
     for batch in run.steps():
         count = len(batch.sequences)

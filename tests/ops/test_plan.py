@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hasten.ops import plan
-from hasten.ops.plan import Integers
+from hasten.ops.plan import Integers, Planner
 
 LENGTHS = st.lists(st.one_of(st.integers(1, 200), st.integers(1, 40_000)), max_size=40)
 NOTHING = np.zeros(0, dtype=np.int64)
@@ -60,7 +60,7 @@ def test_no_sequence_is_left_to_one_program_while_others_have_much_less(
     kv_lens: list[int], heads: int, multiprocessors: int
 ) -> None:
     """A run is at most twice what an equal share of all keys would be, unless it is short anyway."""
-    most = plan.most_runs(len(kv_lens), heads, multiprocessors)
+    most = Planner(heads, multiprocessors).most_runs(len(kv_lens))
     assert most >= 2 * len(kv_lens)
     made = make_runs(kv_lens, most)
     assert len(made) <= most
@@ -69,9 +69,9 @@ def test_no_sequence_is_left_to_one_program_while_others_have_much_less(
 
 
 def test_few_sequences_are_cut_into_enough_runs_to_fill_the_device() -> None:
-    assert plan.most_runs(1, 32, 132) == 66
-    assert plan.most_runs(1, 5, 132) == 423
-    assert plan.most_runs(256, 32, 132) == 512
+    assert Planner(32, 132).most_runs(1) == 66
+    assert Planner(5, 132).most_runs(1) == 423
+    assert Planner(32, 132).most_runs(256) == 512
     assert len(make_runs([8192], 66)) > 60
     assert make_runs([64], 66) == [[1, 5, 100, 0, 64, 64, 0, 1]]
     assert make_runs([65], 66) == [[1, 5, 100, 0, 64, 65, 0, 2], [1, 5, 100, 64, 65, 65, 1, 2]]

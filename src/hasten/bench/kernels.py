@@ -29,6 +29,7 @@ from hasten.engine.sequence import Sequence
 from hasten.layers.position import alibi_slopes
 from hasten.ops import AttentionMeta, Draws, PackedLinear, Sum, reference
 from hasten.ops.peers import Peers
+from hasten.ops.plan import Planner
 
 _BLOOM = {  # hidden size, heads, layers
     "bloom-560m": (1024, 16, 24),
@@ -298,8 +299,10 @@ def _meta(setting: Setting, lengths: list[tuple[int, int]], blocks: int) -> Atte
     """A batch as the engine makes it, its sequences scattered over the blocks."""
     free = torch.randperm(blocks).tolist()
     tables = BlockTables(len(lengths), max(-(-length // _BLOCK_SIZE) for _, length in lengths))
-    inputs = Inputs(tables, _BLOCK_SIZE, setting.heads[0], setting.device)
-    inputs.planned = True  # also where Triton's interpreter runs the kernels, in tests
+    heads = setting.heads[0]
+    # Triton's interpreter, which runs the kernels in tests, wants the work divided as well
+    planner = Planner.of(setting.device, heads) or Planner(heads, multiprocessors=0)
+    inputs = Inputs(tables, _BLOCK_SIZE, planner, setting.device)
     batch = Batch()
     for key, (new, length) in enumerate(lengths):
         request = Request(request_id=str(key), prompt_token_ids=(0,) * length, params=SamplingParams())

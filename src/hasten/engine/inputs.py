@@ -14,7 +14,7 @@ from hasten.engine.batch import Batch
 from hasten.engine.sequence import Sequence
 from hasten.ops import plan
 from hasten.ops.meta import AttentionMeta
-from hasten.ops.plan import AttentionPlan, Integers
+from hasten.ops.plan import AttentionPlan, Integers, Planner
 from hasten.ops.transfer import send
 
 Arrays = dict[str, Integers]
@@ -80,16 +80,12 @@ class _Work:
 class Inputs:
     """Makes the device's view of batches."""
 
-    def __init__(self, tables: BlockTables, block_size: int, num_heads: int, device: torch.device) -> None:
+    def __init__(self, tables: BlockTables, block_size: int, planner: Planner | None, device: torch.device) -> None:
         self.tables = tables
         self.block_size = block_size
-        self.num_heads = num_heads
-        """Query heads of one layer of this rank."""
+        self.planner = planner
+        """Divides the work where the device's kernels want that."""
         self.device = device
-        self.planned = device.type == "cuda"
-        """Whether the device's kernels want their work divided."""
-        index = device.index if self.planned else None
-        self._multiprocessors = 0 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
 
     def tokens(self, batch: Batch, needed: list[int]) -> Tokens:
         """A batch of any kind; the part of `needed` tokens is told apart where not all are."""
@@ -148,30 +144,14 @@ class Inputs:
             "seq_lens": work.kv_lens.astype(np.int32),
             "tables": self.tables.array[work.table_rows, :width],
         }
-        if self.planned:
-            arrays |= self._plan(work)
+        if self.planner is not None:
+            arrays |= self.planner.divide(work.first_rows, work.counts, work.kv_lens)
         return {prefix + name: array for name, array in arrays.items()}
 
-    def _plan(self, work: _Work) -> Arrays:
-        out_rows = np.cumsum(work.counts) - work.counts
-        several = work.counts > 1
-        arrays: Arrays = {}
-        if several.any():
-            which = several.nonzero()[0]
-            arrays["tiles"] = plan.tiles(
-                which, work.first_rows[which], out_rows[which], work.counts[which], work.kv_lens[which]
-            )
-        if not several.all():
-            which = (~several).nonzero()[0]
-            most = self.most_runs(len(which))
-            arrays["runs"] = plan.runs(which, work.first_rows[which], out_rows[which], work.kv_lens[which], most)
-        return arrays
-
-    def most_runs(self, sequences: int) -> int:
-        """Most runs of keys that so many sequences with one query are divided into."""
-        return plan.most_runs(sequences, self.num_heads, self._multiprocessors)
-
     def _meta(self, work: _Work, tensors: dict[str, Tensor], prefix: str, last: AttentionMeta | None) -> AttentionMeta:
+        divided = None
+        if self.planner is not None:
+            divided = AttentionPlan(tensors.get(f"{prefix}tiles"), tensors.get(f"{prefix}runs"))
         return AttentionMeta(
             query_start=tensors[f"{prefix}query_start"],
             seq_lens=tensors[f"{prefix}seq_lens"],
@@ -180,7 +160,7 @@ class Inputs:
             query_lens=work.counts.tolist(),
             kv_lens=work.kv_lens.tolist(),
             rows=tensors.get(f"{prefix}rows"),
-            plan=AttentionPlan(tensors.get(f"{prefix}tiles"), tensors.get(f"{prefix}runs")) if self.planned else None,
+            plan=divided,
             last=last,
         )
 
@@ -197,7 +177,8 @@ class Inputs:
 
     def decode_layout(self, size: int) -> "DecodeLayout":
         """Where the numbers of a step of up to `size` single tokens stand in one tensor."""
-        return DecodeLayout(size, self.most_runs(size), self.tables.array.shape[1])
+        assert self.planner is not None, "graphs of steps are a GPU's"
+        return DecodeLayout(size, self.planner.most_runs(size), self.tables.array.shape[1])
 
     def decode_numbers(self, batch: Batch, layout: "DecodeLayout") -> Tensor:
         """A batch of single tokens by its layout, on the host."""

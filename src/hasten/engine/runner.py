@@ -16,6 +16,7 @@ from hasten.engine.graphs import DecodeGraphs, StepOutput
 from hasten.engine.inputs import BlockTables, Inputs, Tokens
 from hasten.layers.attention import Attention
 from hasten.models.base import CausalLM
+from hasten.ops.plan import Planner
 
 
 class Runner:
@@ -51,7 +52,8 @@ class Runner:
     def allocate_cache(self, num_blocks: int, max_blocks: int) -> None:
         """Allocate the cache, as zeros, and give every layer its part; `max_blocks` is what one sequence may hold."""
         tables = BlockTables(self.max_sequences, max_blocks)
-        self._inputs = Inputs(tables, self.block_size, self._attentions[0].num_heads, self.device)
+        planner = Planner.of(self.device, self._attentions[0].num_heads)
+        self._inputs = Inputs(tables, self.block_size, planner, self.device)
         self._caches = []
         for attention in self._attentions:
             shape = (2, num_blocks, self.block_size, attention.num_kv_heads, attention.head_size)

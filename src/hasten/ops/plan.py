@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 Integers = np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]
@@ -32,13 +33,39 @@ class AttentionPlan:
     """[runs, RUN_COLUMNS], int32; those with a negative sequence are empty."""
 
 
-def most_runs(sequences: int, heads: int, multiprocessors: int) -> int:
-    """How many runs a step of so many sequences with one query may have.
+@dataclass(frozen=True)
+class Planner:
+    """Divides the steps of one device."""
 
-    Enough to keep every multiprocessor busy with several programs (one a run and head), and a few a sequence, so that
-    a long one does not end after all others.
-    """
-    return max(2 * sequences, -(-_PROGRAMS * multiprocessors // heads))
+    heads: int
+    """Query heads of one layer of this rank."""
+    multiprocessors: int
+
+    @classmethod
+    def of(cls, device: torch.device, heads: int) -> "Planner | None":
+        """That of a device; None for a CPU, whose attention takes a step as it is."""
+        if device.type == "cpu":
+            return None
+        return cls(heads, torch.cuda.get_device_properties(device).multi_processor_count)
+
+    def most_runs(self, sequences: int) -> int:
+        """How many runs a step of so many sequences with one query may have.
+
+        Enough to keep every multiprocessor busy with several programs (one a run and head), and a few a sequence, so
+        that a long one does not end after all others.
+        """
+        return max(2 * sequences, -(-_PROGRAMS * self.multiprocessors // self.heads))
+
+    def divide(self, query_rows: Integers, query_lens: Integers, kv_lens: Integers) -> dict[str, Integers]:
+        """`tiles` and `runs` of a step, as far as there are any; where its sequences' queries begin, and how many."""
+        out_rows = np.cumsum(query_lens) - query_lens
+        made: dict[str, Integers] = {}
+        if (which := (query_lens > 1).nonzero()[0]).size:
+            made["tiles"] = tiles(which, query_rows[which], out_rows[which], query_lens[which], kv_lens[which])
+        if (which := (query_lens <= 1).nonzero()[0]).size:
+            most = self.most_runs(len(which))
+            made["runs"] = runs(which, query_rows[which], out_rows[which], kv_lens[which], most)
+        return made
 
 
 def runs(sequences: Integers, query_rows: Integers, out_rows: Integers, kv_lens: Integers, most: int) -> Integers:

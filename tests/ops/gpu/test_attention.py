@@ -19,6 +19,7 @@ from hasten.engine.sequence import Sequence
 from hasten.layers.position import alibi_slopes
 from hasten.ops import AttentionMeta, reference
 from hasten.ops.gpu import attention
+from hasten.ops.plan import Planner
 
 Close = Callable[[str, Tensor, Tensor], None]
 Lengths = list[tuple[int, int]]
@@ -83,6 +84,16 @@ REAL: dict[str, tuple[Heads, Lengths]] = {
 }
 
 
+@dataclass(frozen=True)
+class FewRuns(Planner):
+    """Cuts a step into so many runs more than it has sequences."""
+
+    extra: int
+
+    def most_runs(self, sequences: int) -> int:
+        return sequences + self.extra
+
+
 @dataclass
 class Case:
     """A batch in its cache. Whatever belongs to no token of it is NaN."""
@@ -105,10 +116,11 @@ class Case:
         order = rng.permutation(sum(needs) + 1).tolist()
         tables = BlockTables(len(lengths) + 1, max(needs) + 2)
         tables.array[:] = order.pop()  # behind its end a table names a block of nobody
-        self.inputs = Inputs(tables, block, self.heads.query, self.device)
-        self.inputs.planned = True
+        heads = self.heads.query
+        planner = Planner.of(self.device, heads) or Planner(heads, multiprocessors=0)
         if extra_runs is not None:
-            self.inputs.most_runs = lambda sequences: sequences + extra_runs  # type: ignore[method-assign]
+            planner = FewRuns(heads, planner.multiprocessors, extra_runs)
+        self.inputs = Inputs(tables, block, planner, self.device)
         self.batch = Batch()
         for key, ((count, kv_len), need) in enumerate(zip(lengths, needs, strict=True)):
             self.batch.add(make_sequence(key, kv_len, count, [order.pop() for _ in range(need)]), count, [])
@@ -248,7 +260,7 @@ def test_what_fills_up_a_step_of_single_tokens_reads_and_writes_nothing(
     size: int, device: torch.device, assert_close: Close, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(Heads(), torch.float16, device).fill([(1, 70), (1, 1), (1, 33)])
-    monkeypatch.setattr(case.inputs, "most_runs", lambda sequences: 2 * sequences + 3)
+    case.inputs.planner = FewRuns(case.heads.query, 0, size + 3)
     layout = case.inputs.decode_layout(size)
     if not HAS_GPU:
         pageable = torch.empty

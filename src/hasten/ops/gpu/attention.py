@@ -18,6 +18,24 @@ _FAR = tl.constexpr(-1.0e30)
 """Below every score, and finite, so that the difference of two of them is a number."""
 
 
+@triton.jit
+def _add_up(part_sums, part_weights, first, parts, STEP: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The parts of one softmax, STEP places from each other, that other programs wrote: their sum [d] and weight."""
+    top = _FAR
+    weight = 0.0
+    sum_d = tl.zeros([BLOCK_D], tl.float32)
+    for number in range(parts):
+        place = first + number * STEP
+        their_top = tl.load(part_weights + place * 2, cache_modifier=".cg")
+        their_weight = tl.load(part_weights + place * 2 + 1, cache_modifier=".cg")
+        their_sum_d = tl.load(part_sums + place * BLOCK_D, cache_modifier=".cg")
+        new = tl.maximum(top, their_top)
+        weight = weight * tl.exp2(top - new) + their_weight * tl.exp2(their_top - new)
+        sum_d = sum_d * tl.exp2(top - new) + their_sum_d * tl.exp2(their_top - new)
+        top = new
+    return sum_d, weight
+
+
 @triton.jit(do_not_specialize=["table_stride"])
 def _one_query(
     query,
@@ -119,19 +137,8 @@ def _one_query(
             seen = tl.atomic_add(arrived + out_row * HEADS + head, 1, sem="acq_rel")
             if seen == parts - 1:
                 tl.store(arrived + out_row * HEADS + head, 0)
-                top = _FAR
-                weight = 0.0
-                sum_d = tl.zeros([BLOCK_D], tl.float32)
                 first = (place - part) * HEADS + head
-                for other in range(parts):
-                    theirs = first + other * HEADS
-                    their_top = tl.load(part_weights + theirs * 2, cache_modifier=".cg")
-                    their_weight = tl.load(part_weights + theirs * 2 + 1, cache_modifier=".cg")
-                    their_sum_d = tl.load(part_sums + theirs * BLOCK_D + d, cache_modifier=".cg")
-                    new = tl.maximum(top, their_top)
-                    weight = weight * tl.exp2(top - new) + their_weight * tl.exp2(their_top - new)
-                    sum_d = sum_d * tl.exp2(top - new) + their_sum_d * tl.exp2(their_top - new)
-                    top = new
+                sum_d, weight = _add_up(part_sums + d, part_weights, first, parts, HEADS, BLOCK_D)
                 tl.store(target, (sum_d / weight).to(out.dtype.element_ty), in_head)
 
 
