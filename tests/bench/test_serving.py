@@ -1,4 +1,8 @@
 import json
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,7 +11,7 @@ import pytest
 
 from hasten.bench import serving
 from hasten.bench.report import Spread
-from hasten.bench.served import Served, free_ports, served
+from hasten.bench.served import HOST, Served, free_ports, served
 from hasten.bench.serving import Load, Turns
 from hasten.cli.main import main
 from hasten.core.config import EngineConfig
@@ -59,6 +63,40 @@ def test_a_server_that_does_not_get_ready(tmp_path: Path) -> None:
     server = served(EngineConfig.create(str(tmp_path)), tmp_path / "log")
     with pytest.raises(EngineError, match=r"did not get ready; it said: .*config\.json"), server:
         pass
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex((HOST, port)) == 0
+
+
+def test_a_server_ends_with_who_measures_it(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from hasten.bench.served import served\n"
+        "from hasten.core.config import EngineConfig\n"
+        "if __name__ == '__main__':\n"
+        "    with served(EngineConfig.create(sys.argv[1]), Path(sys.argv[2])) as server:\n"
+        "        print(server.http_port, flush=True)\n"
+        "        time.sleep(600)\n"
+    )
+    script = tmp_path / "measure.py"
+    script.write_text(program)
+    command = [sys.executable, str(script), str(DEMO), str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as measure:
+        assert measure.stdout is not None
+        port = int(measure.stdout.readline())
+        assert listens(port)
+        measure.kill()
+    deadline = time.monotonic() + 30
+    while listens(port):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_servers_process_needs_no_torch() -> None:
+    code = "import sys, hasten.bench.served; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown == "[]\n"
 
 
 def test_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+from tests.cli.memory_place import MemoryPlace
 
+from hasten.cli.cluster import place as cluster_place
 from hasten.cli.main import main
 
 RUN_TIMEOUT_S = 100
@@ -54,3 +56,12 @@ def hasten_process() -> Hasten:
         return Done(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> MemoryPlace:
+    """The place that `hasten cluster` asks, for this test: in memory."""
+    made = MemoryPlace()
+    monkeypatch.setitem(cluster_place.PLACES, "local", lambda args: made)
+    monkeypatch.delenv("HASTEN_CLUSTER", raising=False)
+    return made

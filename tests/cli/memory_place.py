@@ -4,11 +4,17 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from hasten.cli.main import main
 from hasten.cluster.places import Instance, Job, LogOptions, Node, Place, Server, ServerUpdate, Status, VolumeRecord
 from hasten.cluster.spec import TrainingJob, TritonServer, Volume
 from hasten.core.errors import ConfigError, ExistsError, NotFoundError
 
 NODE = "192.168.123.35"
+
+
+def cluster(*argv: str) -> int:
+    """Run `hasten cluster` with some arguments in this process; its exit status."""
+    return main(["cluster", *argv])
 
 
 def ago(**times: float) -> datetime:

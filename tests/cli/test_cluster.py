@@ -28,14 +28,6 @@ print("cpu:", time.process_time(), file=sys.stderr)
 """
 
 
-@pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> MemoryPlace:
-    made = MemoryPlace()
-    monkeypatch.setitem(cluster_place.PLACES, "local", lambda args: made)
-    monkeypatch.delenv("HASTEN_CLUSTER", raising=False)
-    return made
-
-
 @pytest.mark.parametrize("argv", [(), ("submit", "pytorchjob"), ("serve", "triton")])
 def test_help_is_quick_and_imports_nothing_heavy(argv: tuple[str, ...]) -> None:
     command = [sys.executable, "-c", TIMED, "cluster", *argv, "--help"]

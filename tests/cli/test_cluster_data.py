@@ -4,24 +4,10 @@ import json
 
 import pytest
 import yaml
-from tests.cli.memory_place import MemoryPlace, ago, instance, job
+from tests.cli.memory_place import MemoryPlace, ago, cluster, instance, job
 
-from hasten.cli.cluster import place as cluster_place
-from hasten.cli.main import main
 from hasten.cluster.places import Job, Node, Status, VolumeRecord
 from hasten.cluster.spec import Volume
-
-
-@pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> MemoryPlace:
-    made = MemoryPlace()
-    monkeypatch.setitem(cluster_place.PLACES, "local", lambda args: made)
-    monkeypatch.delenv("HASTEN_CLUSTER", raising=False)
-    return made
-
-
-def cluster(*argv: str) -> int:
-    return main(["cluster", *argv])
 
 
 def volume(name: str, namespace: str = "default") -> VolumeRecord:

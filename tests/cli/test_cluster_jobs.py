@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.cli.memory_place import MemoryPlace, ago, instance, job
+from tests.cli.memory_place import MemoryPlace, ago, cluster, instance, job
 
-from hasten.cli.cluster import place as cluster_place
-from hasten.cli.main import main
 from hasten.cluster.places import Event, Job, LogOptions, Status
 from hasten.cluster.spec import TrainingJob
 
@@ -29,18 +27,6 @@ COMMANDS = (
     "printf '%s é ∑ 文\n' \u00a0",
     "-",
 )
-
-
-@pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> MemoryPlace:
-    made = MemoryPlace()
-    monkeypatch.setitem(cluster_place.PLACES, "local", lambda args: made)
-    monkeypatch.delenv("HASTEN_CLUSTER", raising=False)
-    return made
-
-
-def cluster(*argv: str) -> int:
-    return main(["cluster", *argv])
 
 
 def submit(*argv: str) -> int:

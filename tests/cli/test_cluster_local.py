@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.cli.memory_place import cluster
 
-from hasten.cli.main import main
 from hasten.cluster.local.place import LocalPlace
 
 END_S = 60
@@ -34,10 +34,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     place = LocalPlace(folder)
     for job in place.jobs(None):
         place.delete_job(job.name, job.namespace)
-
-
-def cluster(*argv: str) -> int:
-    return main(["cluster", *argv])
 
 
 def wait_for(name: str, capsys: pytest.CaptureFixture[str]) -> str:

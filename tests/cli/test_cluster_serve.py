@@ -5,10 +5,8 @@ import re
 
 import pytest
 import yaml
-from tests.cli.memory_place import MemoryPlace, ago, instance
+from tests.cli.memory_place import MemoryPlace, ago, cluster, instance
 
-from hasten.cli.cluster import place as cluster_place
-from hasten.cli.main import main
 from hasten.cluster.places import Event, LogOptions, Server, ServerUpdate, Status
 from hasten.cluster.spec import TritonServer
 
@@ -32,18 +30,6 @@ def server(name: str, version: str = "1", **others: object) -> Server:
         **others,
     }
     return Server(name=name, version=version, **made)  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> MemoryPlace:
-    made = MemoryPlace()
-    monkeypatch.setitem(cluster_place.PLACES, "local", lambda args: made)
-    monkeypatch.delenv("HASTEN_CLUSTER", raising=False)
-    return made
-
-
-def cluster(*argv: str) -> int:
-    return main(["cluster", *argv])
 
 
 def test_the_article_s_server(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:

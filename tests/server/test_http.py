@@ -5,7 +5,7 @@ import httpx
 import pytest
 import tritonclient.http as httpclient
 from tests.server.adding_service import EXTENSIONS
-from tests.server.transport_fixtures import Transports, serving
+from tests.server.transport_fixtures import Transports, refusal, serving
 from tritonclient.utils import InferenceServerException
 
 # Expected answers are those that Triton 2.51.0 gave to the same requests. Where the fault is the client's, the status
@@ -25,12 +25,6 @@ def site() -> Iterator[Transports]:
 def client(site: Transports) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=f"http://{site.http}", timeout=30) as client:
         yield client
-
-
-def refusal(answer: httpx.Response, status: int = 400) -> str:
-    assert answer.status_code == status, answer.text
-    assert list(answer.json()) == ["error"]
-    return str(answer.json()["error"])
 
 
 @pytest.mark.parametrize(

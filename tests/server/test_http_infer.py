@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tritonclient.http as httpclient
 from tests.server.adding_service import OWN_ERROR
-from tests.server.transport_fixtures import LIMIT, Transports, serving
+from tests.server.transport_fixtures import LIMIT, Transports, refusal, serving
 
 # Expected answers are those that Triton 2.51.0 gave to the same requests. Where the fault is the client's, the status
 # is 400 where Triton says 500.
@@ -37,12 +37,6 @@ def site() -> Iterator[Transports]:
 def client(site: Transports) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=f"http://{site.http}", timeout=30) as client:
         yield client
-
-
-def refusal(answer: httpx.Response, status: int = 400) -> str:
-    assert answer.status_code == status, answer.text
-    assert list(answer.json()) == ["error"]
-    return str(answer.json()["error"])
 
 
 def test_an_inference_as_json(client: httpx.Client) -> None:

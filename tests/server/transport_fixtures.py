@@ -7,6 +7,7 @@ from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
+import httpx
 from tests.server.adding_service import AddingService
 
 from hasten.server.listeners import GrpcListener, HttpListener
@@ -19,6 +20,13 @@ from hasten.server.security import ApiKeys, TlsFiles
 Result = TypeVar("Result")
 LIMIT = 1 << 20
 """Most bytes of a request."""
+
+
+def refusal(answer: httpx.Response, status: int = 400) -> str:
+    """The text of an answer over HTTP that refuses."""
+    assert answer.status_code == status, answer.text
+    assert list(answer.json()) == ["error"]
+    return str(answer.json()["error"])
 
 
 class LoopThread:

@@ -4,6 +4,9 @@ Imports no torch, since the server's process imports this module: it starts as `
 """
 
 import multiprocessing
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -62,10 +65,19 @@ def served(engine: EngineConfig, log: Path) -> Iterator[Served]:
 def _serve(options: ServeOptions) -> None:
     from hasten.server.app import run_server
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         raise SystemExit(run_server(options))
     except HastenError as error:
         raise SystemExit(f"hasten: error: {error}") from None
+
+
+def _end_with_parent() -> None:
+    """Who measures may be killed, and can tell nobody then."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def free_ports() -> list[int]:
