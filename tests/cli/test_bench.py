@@ -69,6 +69,19 @@ def test_compare_prints_both_lines_and_writes_every_answer(
             assert answer["prompt_ids"]
 
 
+def test_both_search_with_beams(tiny_bloom: Path, dataset: Path, hasten_here: "Hasten") -> None:
+    def answers(*options: str) -> list[list[list[int]]]:
+        done = hasten_here(*lambada(tiny_bloom, dataset), *options, "--json")
+        assert done.status == 0, done.err
+        return [[answer["answer_ids"] for answer in result["answers"]] for result in json.loads(done.out)["results"]]
+
+    words = ("zyxwvutsrq", "qqjjxxzzkk")  # of many tokens: a search for one finds what greed does
+    dataset.write_text("".join(json.dumps({"text": f"{text} {words[0]} {words[1]}"}) + "\n" for text in TEXTS))
+    hf, ours = answers("--compare", "--beam-width", "3")
+    assert hf == ours
+    assert answers() != [ours]
+
+
 def test_hugging_face_alone(tiny_bloom: Path, dataset: Path, hasten_here: "Hasten") -> None:
     done = hasten_here(*lambada(tiny_bloom, dataset), "--test-hf", "--json")
     assert done.status == 0, done.err
@@ -119,7 +132,8 @@ def test_bad_datasets(tiny_bloom: Path, dataset: Path, hasten_here: "Hasten", li
         (("--batch-size", "0"), "argument --batch-size: '0' is not a whole number of at least 1"),
         (("--repetitions", "many"), "argument --repetitions: 'many' is not a whole number of at least 1"),
         (("--top-k", "4", "--temperature", "-1"), "temperature must be finite and not negative"),
-        (("--beam-width", "4"), "beam search is not supported"),
+        (("--beam-width", "0"), "argument --beam-width: '0' is not a whole number of at least 1"),
+        (("--beam-width", "4", "--top-k", "5"), "--beam-width above 1 searches and draws nothing: leave --top-k"),
         (("--test-hf", "--compare"), "not allowed with argument"),
         (("--output-path", "/nowhere/results.json"), "cannot write the results"),
         (("--checkpoint-path", "/nowhere"), "/nowhere"),

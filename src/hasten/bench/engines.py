@@ -81,8 +81,8 @@ class HuggingFaceEngine:
     """Hugging Face's `generate` as its users use it: padding on the left, attention mask, KV cache.
 
     Prompts go through it in batches of `batch_size`, or all at once; a batch runs until its longest output is done,
-    and what is beyond a prompt's own length is dropped. `threads` are the CPU threads that it may use (default: as many
-    as torch uses now).
+    and what is beyond a prompt's own length is dropped, so beams want outputs of one length. `threads` are the CPU
+    threads that it may use (default: as many as torch uses now).
     """
 
     label = "HF"
@@ -105,8 +105,9 @@ class HuggingFaceEngine:
         self._batch_size = batch_size
         self._model = _load(folder, self.dtype, self.device, load_format).eval()
         self._model.generation_config.eos_token_id = None
-        self._options: dict[str, Any] = {"do_sample": not sampling.greedy, "use_cache": True, "pad_token_id": 0}
-        if not sampling.greedy:
+        self._options: dict[str, Any] = {"use_cache": True, "pad_token_id": 0, "num_beams": sampling.beam_width}
+        self._options["do_sample"] = sampling.beam_width == 1 and not sampling.greedy
+        if self._options["do_sample"]:
             self._options |= {
                 "temperature": sampling.temperature,
                 "top_k": max(0, sampling.top_k),

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from hasten import __version__
-from hasten.cli import bench, convert, demo, generate, repository, serve
+from hasten.cli import convert, demo, generate, repository, serve
+from hasten.cli.bench import benchmarks as bench
 from hasten.cli.cluster import verbs as cluster
 from hasten.cli.options import Parser
 from hasten.core.errors import CapacityError, ClusterError, EngineError, HastenError

@@ -1,0 +1,19 @@
+"""`hasten bench`: accuracy and speed, beside Hugging Face."""
+
+import argparse
+
+from hasten.cli.bench import kernels, lambada, serving, speed, suite
+from hasten.cli.options import Parser
+
+
+def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the subcommand `bench` and its own subcommands."""
+    parser = commands.add_parser(
+        "bench", help="measure accuracy and speed", description="Measure accuracy and speed, beside Hugging Face."
+    )
+    benches = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
+    lambada.add_parser(benches)
+    speed.add_parsers(benches)
+    suite.add_parser(benches)
+    serving.add_parser(benches)
+    kernels.add_parser(benches)

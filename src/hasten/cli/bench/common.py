@@ -1,0 +1,80 @@
+"""What benchmarks have in common: options, the engines that are measured, and where results go."""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from hasten.cli.options import Parser, engine_options
+
+if TYPE_CHECKING:
+    from hasten.bench.engines import Engine
+
+# Hugging Face has no cache between calls; with it on, the untimed batch would also pay for a timed one
+ENGINE_DEFAULTS: Mapping[str, Any] = {"enable_prefix_cache": False}
+# Hugging Face's model must find room on the same GPU
+COMPARED_DEFAULTS: Mapping[str, Any] = {**ENGINE_DEFAULTS, "memory_utilization": 0.5}
+COMPARED_HELP = "; hasten then takes half of a GPU's memory by default"
+
+
+def add_model(parser: Parser, compare: str = f"measure Hugging Face beside it, in turns{COMPARED_HELP}") -> None:
+    """Add what names the models."""
+    parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint")
+    parser.add_argument("--compare", action="store_true", help=compare)
+    parser.add_argument("--hf-model", metavar="PATH", help="what Hugging Face runs (default: MODEL)")
+
+
+def add_output(parser: Parser, words: str = "print the results as JSON") -> None:
+    """Add where the results go."""
+    parser.add_argument("--json", action="store_true", help=words)
+    parser.add_argument("--output-path", metavar="FILE", help="write the results to a file, as JSON")
+
+
+@contextmanager
+def engines_of(
+    args: argparse.Namespace, max_len: int, *, batch_size: int | None = None, hf_batch_size: int | None = None
+) -> "Iterator[tuple[list[Engine], int]]":
+    """The engines to measure, Hugging Face first, and the size of their vocabulary; none on ranks but the first."""
+    import torch
+
+    from hasten.bench import report
+    from hasten.bench.engines import HastenEngine, HuggingFaceEngine
+    from hasten.engine.llm import LLM
+
+    report.require_writable(args.output_path)
+    defaults = COMPARED_DEFAULTS if args.compare else ENGINE_DEFAULTS
+    options = engine_options(args, defaults={**defaults, "max_model_len": max_len})
+    threads = torch.get_num_threads()
+    with LLM(args.model, **options) as llm:
+        if not llm.is_driver:
+            yield [], 0
+            return
+        engines: list[Engine] = [HastenEngine(llm, batch_size=batch_size)]
+        if args.compare:
+            options["dtype"] = str(engines[0].dtype)
+            hf = HuggingFaceEngine(
+                args.hf_model or args.model, **hf_options(options), batch_size=hf_batch_size, threads=threads
+            )
+            engines.insert(0, hf)
+        yield engines, llm.config.vocab_size
+
+
+def hf_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of an engine's options that Hugging Face takes too."""
+    return {name: options[name] for name in ("dtype", "device", "load_format") if name in options}
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a benchmark was asked for, by the names of its options."""
+    return {name: value for name, value in vars(args).items() if name != "run"}
+
+
+def write(args: argparse.Namespace, engine: "Engine", results: Mapping[str, Any]) -> None:
+    """Results with where and how they were measured, as JSON, to wherever they were asked for."""
+    from hasten.bench import report
+
+    full = {"options": options_of(args), "environment": report.environment(engine.device, engine.dtype), **results}
+    if args.output_path is not None:
+        report.write_json(args.output_path, full)
+    if args.json:
+        report.print_json(full)

@@ -1,0 +1,53 @@
+"""`hasten bench kernels`: each kernel on a GPU."""
+
+import argparse
+import sys
+
+from hasten.cli.bench.common import add_output, options_of
+from hasten.cli.options import Parser
+
+
+def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the benchmark `kernels`."""
+    parser = benches.add_parser(
+        "kernels",
+        help="each kernel on a GPU, and how close it comes to what the GPU can do",
+        description="Time each kernel at the sizes of a model, beside the same in plain torch and beside the most that "
+        "the GPU moves and computes, and compare their results. An error above the tolerance is status 1.",
+    )
+    parser.add_argument(
+        "--model-shape",
+        default="bloom-7b1",
+        metavar="MODEL",
+        help="a size of BLOOM (bloom-560m to bloom-7b1, bloom) or the folder of a model (default: bloom-7b1)",
+    )
+    parser.add_argument("--dtype", choices=("fp16", "bf16"), default="fp16", help="type to compute in (default: fp16)")
+    parser.add_argument("--only", metavar="NAME", help="kernels whose name contains this, as the table writes it")
+    add_output(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure kernels; one whose result is wrong makes the status 1."""
+    import torch
+
+    from hasten.bench import kernels, report
+
+    report.require_writable(args.output_path)
+    setting = kernels.gpu_setting(kernels.model_shape(args.model_shape), args.dtype)
+    most, results = kernels.run(setting, args.only)
+    device = torch.cuda.get_device_name(setting.device)
+    full = {"options": options_of(args), "device": device, "torch": torch.__version__, "most": most, "results": results}
+    if args.output_path is not None:
+        report.write_json(args.output_path, full)
+    if args.json:
+        report.print_json(full)
+    else:
+        kernels.show(f"{args.model_shape} in {args.dtype} on {device}", most, results)
+    wrong = [result for result in results if not result.is_exact]
+    for result in wrong:
+        print(
+            f"hasten: {result.op} {result.shape}: error {result.error:.1e}, above {result.tolerance:.1e}",
+            file=sys.stderr,
+        )
+    return 1 if wrong else 0

@@ -1,0 +1,166 @@
+"""`hasten bench lambada`: the last word of each text."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from hasten.cli.bench.common import COMPARED_DEFAULTS, COMPARED_HELP, ENGINE_DEFAULTS, add_output, hf_options, write
+from hasten.cli.options import Parser, add_engine_options, engine_options, positive
+from hasten.core.errors import ConfigError
+from hasten.core.types import SamplingParams
+
+if TYPE_CHECKING:
+    from hasten.bench.engines import Engine
+    from hasten.bench.lambada import LambadaResult, Sample
+    from hasten.engine.llm import LLM
+    from hasten.engine.text import Tokenizer
+
+_NOT_OFFERED = frozenset({"tokenizer", "load_format"})
+
+
+def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the benchmark `lambada`."""
+    parser = benches.add_parser(
+        "lambada",
+        help="predict the last word of each text",
+        description="Predict the last word of each text of a dataset, and time it.",
+    )
+    parser.add_argument("--tokenizer-path", required=True, metavar="PATH", help="Hugging Face folder of the model")
+    parser.add_argument("--dataset-path", required=True, metavar="FILE", help='JSON lines, each an object with "text"')
+    parser.add_argument(
+        "--checkpoint-path", metavar="PATH", help="checkpoint that hasten runs (default: the model at --tokenizer-path)"
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--test-hf", action="store_true", help="run Hugging Face instead of hasten")
+    which.add_argument(
+        "--compare", action="store_true", help=f"run both on the same texts, batch by batch{COMPARED_HELP}"
+    )
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="texts in a batch (default: 8)")
+    parser.add_argument(
+        "--repetitions", type=positive, default=1, metavar="N", help="times to run all texts; the time is the median"
+    )
+    parser.add_argument("--acc-threshold", type=float, metavar="PERCENT", help="fail if the accuracy is lower")
+    parser.add_argument("--show-progress", action="store_true", help="show a progress bar on standard error")
+    parser.add_argument("--top-k", type=int, default=1, metavar="K", help="1 is greedy (default: 1)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="see `hasten generate` (default: 1)")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="see `hasten generate` (default: 1)"
+    )
+    parser.add_argument(
+        "--beam-width", type=positive, default=1, metavar="N", help="beams of a search; 1: no search (default: 1)"
+    )
+    add_output(parser)
+    add_engine_options(parser, defaults=ENGINE_DEFAULTS, skip=_NOT_OFFERED)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run LAMBADA with hasten, with Hugging Face, or with both in turns."""
+    sampling = _sampling(args)
+    import torch
+
+    from hasten.bench import lambada, report
+    from hasten.bench.engines import HastenEngine, HuggingFaceEngine
+    from hasten.engine.text import Tokenizer
+    from hasten.parallel.place import place_from_environment
+
+    place = place_from_environment()
+    if args.test_hf and place is not None and place.rank > 0:
+        return 0  # Hugging Face runs in one process, whatever started this one
+    report.require_writable(args.output_path)
+    tokenizer = Tokenizer.from_folder(args.tokenizer_path)
+    samples = lambada.read_samples(args.dataset_path, tokenizer)
+    defaults = COMPARED_DEFAULTS if args.compare else ENGINE_DEFAULTS
+    options = engine_options(args, defaults=defaults, skip=_NOT_OFFERED)
+    threads = torch.get_num_threads()
+    with ExitStack() as stack:
+        engines: list[Engine] = []
+        if not args.test_hf:
+            llm = stack.enter_context(_llm(args, options))
+            if not llm.is_driver:
+                return 0
+            engines.append(HastenEngine(llm, sampling))
+            options["dtype"] = str(engines[0].dtype)
+        if args.test_hf or args.compare:
+            hf = HuggingFaceEngine(args.tokenizer_path, **hf_options(options), sampling=sampling, threads=threads)
+            engines.insert(0, hf)
+        results = _measure(args, engines, samples, tokenizer)
+    _report(args, engines[-1], results)
+    return _check_accuracy(results, args.acc_threshold)
+
+
+def _llm(args: argparse.Namespace, options: Mapping[str, Any]) -> "LLM":
+    from hasten.engine.llm import LLM
+
+    return LLM(args.checkpoint_path or args.tokenizer_path, tokenizer=args.tokenizer_path, **options)
+
+
+def _sampling(args: argparse.Namespace) -> SamplingParams:
+    if args.beam_width > 1:
+        if (args.top_k, args.top_p, args.temperature) != (1, 1.0, 1.0):
+            raise ConfigError(
+                "--beam-width above 1 searches and draws nothing: leave --top-k, --top-p, --temperature out"
+            )
+        return SamplingParams(beam_width=args.beam_width)
+    if args.top_k == 1:
+        return SamplingParams(temperature=0, top_p=args.top_p)
+    return SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+
+
+def _measure(
+    args: argparse.Namespace, engines: "Sequence[Engine]", samples: "Sequence[Sample]", tokenizer: "Tokenizer"
+) -> "list[LambadaResult]":
+    from hasten.bench import lambada
+
+    with _progress(args.show_progress, len(samples) * args.repetitions) as advance:
+        return lambada.run(
+            engines,
+            samples,
+            tokenizer,
+            batch_size=args.batch_size,
+            repetitions=args.repetitions,
+            advance=advance,
+        )
+
+
+def _report(args: argparse.Namespace, engine: "Engine", results: "Sequence[LambadaResult]") -> None:
+    from hasten.bench import lambada
+
+    summary: dict[str, Any] = {"results": results}
+    lines = [result.line for result in results]
+    if args.compare:
+        hf, ours = results
+        speedup, differ = hf.seconds / ours.seconds, lambada.differing(hf, ours)
+        summary |= {"speedup": speedup, "differing_samples": differ}
+        lines = [f"{result.engine:<7} {result.line}" for result in results]
+        lines.append(f"hasten is {speedup:.2f} times as fast; the answers differ on {differ} of {ours.total} samples")
+    write(args, engine, summary)
+    if not args.json:
+        print("\n".join(lines))
+
+
+def _check_accuracy(results: "Sequence[LambadaResult]", threshold: float | None) -> int:
+    low = [result for result in results if threshold is not None and result.accuracy < threshold]
+    for result in low:
+        print(
+            f"hasten: accuracy of {result.engine} is {result.accuracy:.4f}%, below the threshold of {threshold}%",
+            file=sys.stderr,
+        )
+    return 1 if low else 0
+
+
+@contextmanager
+def _progress(wanted: bool, total: int) -> Iterator[Callable[[int], object]]:
+    """What to call with the number of samples done; draws a bar if that is wanted."""
+    if not wanted:
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("LAMBADA", total=total)
+        yield lambda done: bar.advance(task, done)

@@ -1,0 +1,69 @@
+"""`hasten bench serving`: a server beside its engine."""
+
+import argparse
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from hasten.cli.bench.common import ENGINE_DEFAULTS, add_output, options_of
+from hasten.cli.options import Parser, add_engine_options, engine_options, positive
+
+# the server's engine and that of this process share a GPU
+_DEFAULTS: Mapping[str, Any] = {**ENGINE_DEFAULTS, "memory_utilization": 0.4}
+
+
+def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the benchmark `serving`."""
+    parser = benches.add_parser(
+        "serving",
+        help="requests to a server over gRPC, beside the engine called directly",
+        description="Start `hasten serve`, and measure requests to it over gRPC beside the same requests to an engine "
+        "in this process: one after the other, many at once, and many streams. All must give the same tokens. On a GPU "
+        "each takes 40% of its memory by default.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint")
+    parser.add_argument("--concurrency", type=positive, default=64, metavar="N", help="requests at once (default: 64)")
+    parser.add_argument("--prompt-length", type=positive, default=16, metavar="N", help="tokens (default: 16)")
+    parser.add_argument("--output-length", type=positive, default=32, metavar="N", help="tokens (default: 32)")
+    parser.add_argument("--requests", type=positive, default=50, metavar="N", help="single requests (default: 50)")
+    parser.add_argument(
+        "--rounds", type=positive, default=7, metavar="N", help="times that requests come at once (default: 7)"
+    )
+    parser.add_argument(
+        "--peer",
+        metavar="HOST:PORT",
+        help="gRPC address of another server, such as Triton, that serves MODEL as `fastertransformer`; it is measured "
+        "on requests at once, in turns with the others",
+    )
+    add_output(parser)
+    add_engine_options(parser, defaults=_DEFAULTS)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure a server beside an engine in this process."""
+    import tempfile
+
+    from hasten.bench import report, serving
+    from hasten.bench.served import served
+    from hasten.core.config import EngineConfig
+    from hasten.engine.llm import LLM
+
+    report.require_writable(args.output_path)
+    options = engine_options(args, defaults=_DEFAULTS)
+    load = serving.Load(args.concurrency, args.prompt_length, args.output_length, args.requests, args.rounds)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        server = stack.enter_context(served(EngineConfig.create(args.model, **options), Path(folder, "log")))
+        llm = stack.enter_context(LLM(args.model, **options))
+        turns = serving.measure(llm, server, load, args.peer)
+        environment = report.environment(llm.device, llm.dtype)
+    full = {"options": options_of(args), "environment": environment, "start_s": server.start_s, "results": turns}
+    if args.output_path is not None:
+        report.write_json(args.output_path, full)
+    if args.json:
+        report.print_json(full)
+    else:
+        title = f"{load.prompt_length} tokens in, {load.output_length} out, {environment.dtype} on {environment.device}"
+        serving.show(title, server.start_s, turns)
+    return 0

@@ -1,0 +1,101 @@
+"""`hasten bench throughput` and `latency`: tokens a second, and time to a token."""
+
+import argparse
+
+from hasten.cli.bench.common import ENGINE_DEFAULTS, add_model, add_output, engines_of, write
+from hasten.cli.options import Parser, add_engine_options, positive
+
+
+def add_parsers(benches: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the benchmarks `throughput` and `latency`."""
+    _add_throughput(benches)
+    _add_latency(benches)
+
+
+def _add_throughput(benches: "argparse._SubParsersAction[Parser]") -> None:
+    parser = benches.add_parser(
+        "throughput",
+        help="tokens a second on many requests",
+        description="Tokens a second on many requests that arrive at once, with prompts of random token ids.",
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--workload",
+        choices=("mixed", "tput", "lambada"),
+        default="mixed",
+        help="mixed: 16 to 256 tokens in and out; tput: 100 to 1024 in and out; lambada: about 87 in, 4 out",
+    )
+    parser.add_argument(
+        "--num-requests", type=positive, metavar="N", help="requests (default: mixed 64, tput 1000, lambada 5153)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, metavar="N", help="hand hasten so many requests at once (default: all of them)"
+    )
+    parser.add_argument(
+        "--hf-batch-size",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="requests in a batch of Hugging Face (default: 16)",
+    )
+    parser.add_argument("--repetitions", type=positive, default=1, metavar="N", help="times to run it (default: 1)")
+    add_output(parser)
+    add_engine_options(parser, defaults=ENGINE_DEFAULTS)
+    parser.set_defaults(run=run_throughput)
+
+
+def _add_latency(benches: "argparse._SubParsersAction[Parser]") -> None:
+    parser = benches.add_parser(
+        "latency",
+        help="time to the first token and time a token",
+        description="Time to the first token and time a token of batches of equal requests.",
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--batch-sizes", type=positive, nargs="+", default=[1, 16, 64], metavar="N", help="batches (default: 1 16 64)"
+    )
+    parser.add_argument("--prompt-length", type=positive, default=128, metavar="N", help="tokens (default: 128)")
+    parser.add_argument("--output-length", type=positive, default=128, metavar="N", help="tokens (default: 128)")
+    parser.add_argument("--repetitions", type=positive, default=3, metavar="N", help="times to run it (default: 3)")
+    add_output(parser)
+    add_engine_options(parser, defaults=ENGINE_DEFAULTS)
+    parser.set_defaults(run=run_latency)
+
+
+def run_throughput(args: argparse.Namespace) -> int:
+    """Measure tokens a second."""
+    from hasten.bench import throughput
+    from hasten.bench.workloads import WORKLOADS
+
+    workload = WORKLOADS[args.workload](args.num_requests)
+    with engines_of(args, workload.max_len, batch_size=args.batch_size, hf_batch_size=args.hf_batch_size) as (
+        engines,
+        vocab_size,
+    ):
+        if not engines:
+            return 0
+        results = throughput.measure(engines, workload, vocab_size, repetitions=args.repetitions)
+    write(args, engines[-1], {"results": results, "speedup": throughput.speedup(results)})
+    if not args.json:
+        throughput.show(results)
+    return 0
+
+
+def run_latency(args: argparse.Namespace) -> int:
+    """Measure time to the first token and time a token."""
+    from hasten.bench import latency
+    from hasten.bench.workloads import fixed
+
+    workloads = [fixed(size, args.prompt_length, args.output_length) for size in args.batch_sizes]
+    with engines_of(args, args.prompt_length + args.output_length) as (engines, vocab_size):
+        if not engines:
+            return 0
+        results = [
+            result
+            for workload in workloads
+            for result in latency.measure(engines, workload, vocab_size, repetitions=args.repetitions)
+        ]
+    write(args, engines[-1], {"results": results, "speedups": latency.speedups(results)})
+    if not args.json:
+        latency.show(results)
+    return 0

@@ -1,0 +1,161 @@
+"""`hasten bench suite`: what peers are measured with."""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hasten.cli.bench.common import ENGINE_DEFAULTS, add_model, add_output, hf_options, options_of
+from hasten.cli.options import Parser, add_engine_options, engine_options, positive
+
+if TYPE_CHECKING:
+    from hasten.bench.suite import Plan
+
+_DEFAULTS: Mapping[str, Any] = {
+    **ENGINE_DEFAULTS,
+    "max_model_len": 2048,
+    "max_num_seqs": 256,
+    "max_num_batched_tokens": 8192,
+}
+
+
+def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the benchmark `suite`."""
+    parser = benches.add_parser(
+        "suite",
+        help="the workloads that peers are measured with, in one process",
+        description="The workloads that peers are measured with, one after the other on one engine: lat (one request), "
+        "fixed (batches; both 128 tokens in and out), lambada (many short requests) and tput (many of mixed lengths). "
+        "Prints a JSON object after each, with all results so far. Sequences of at most 2048 tokens, steps of at most "
+        "8192, unless asked otherwise.",
+    )
+    add_model(parser, compare="measure Hugging Face after it, on all but tput")
+    parser.add_argument(
+        "--tests", default="lat,fixed,lambada,tput", metavar="NAMES", help="which, in this order (default: all four)"
+    )
+    parser.add_argument(
+        "--batch-sizes", type=positive, nargs="+", default=[16, 64, 256], metavar="N", help="fixed (default: 16 64 256)"
+    )
+    parser.add_argument(
+        "--hf-max-batch-size",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="leave Hugging Face out of larger batches of fixed (default: 64)",
+    )
+    parser.add_argument(
+        "--num-requests", type=positive, metavar="N", help="requests (default: lambada 5153, tput 1000)"
+    )
+    parser.add_argument(
+        "--repetitions", type=positive, default=3, metavar="N", help="lat and fixed: the best of so many (default: 3)"
+    )
+    add_output(parser, words="print no table after the JSON")
+    add_engine_options(parser, defaults=_DEFAULTS)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what peers are measured on; a workload that fails is told and makes the status 1."""
+    import torch
+
+    from hasten.bench import report, suite
+
+    report.require_writable(args.output_path)
+    options = engine_options(args, defaults=_DEFAULTS)
+    threads = torch.get_num_threads()
+    plan = suite.Plan(
+        tests=tuple(args.tests.split(",")),
+        batch_sizes=tuple(args.batch_sizes),
+        num_requests=args.num_requests,
+        repetitions=args.repetitions,
+        max_model_len=options["max_model_len"],
+        max_num_seqs=options["max_num_seqs"],
+    )
+    results = _of_hasten(args, options, plan)
+    if results is None:
+        return 0
+    if args.compare:
+        _of_hf(args, {**options, "dtype": results["environment"].dtype}, threads, plan, results)
+    if not args.json:
+        suite.show(results)
+    failed = suite.errors(results)
+    for name, text in failed.items():
+        print(f"hasten: {name}: {text}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _of_hasten(args: argparse.Namespace, options: Mapping[str, Any], plan: "Plan") -> dict[str, Any] | None:
+    """The report of hasten; None on ranks but the first. The engine is gone when this returns."""
+    from hasten.bench import report, suite
+    from hasten.bench.engines import HastenEngine, clock
+    from hasten.engine.llm import LLM
+
+    start = time.perf_counter()
+    with LLM(args.model, **options) as llm:
+        if not llm.is_driver:
+            return None
+        results: dict[str, Any] = {
+            "engine": HastenEngine.label,
+            "model": Path(args.model).resolve().name,
+            "init_s": clock(llm.device) - start,
+            "vocab_size": llm.config.vocab_size,
+            "options": {**options, **options_of(args)},
+            "environment": report.environment(llm.device, llm.dtype),
+        }
+        for entries in suite.measure(HastenEngine(llm), plan, llm.config.vocab_size):
+            results |= entries
+            _emit(args, results)
+    return results
+
+
+def _of_hf(
+    args: argparse.Namespace, options: Mapping[str, Any], threads: int, plan: "Plan", results: dict[str, Any]
+) -> None:
+    """Add to hasten's report what Hugging Face does, and how many times as fast hasten is."""
+    import gc
+
+    import torch
+
+    from hasten.bench import suite
+
+    # hasten's engine is closed; what it had on the GPU is free only once cycles of objects are collected
+    gc.collect()
+    torch.cuda.empty_cache()
+    plan, left_out = suite.hf_plan(plan, args.hf_max_batch_size)
+    results["hf"] = {"left_out": left_out}
+    for entries in _hf_entries(args, options, threads, plan, results["vocab_size"]):
+        results["hf"] |= entries
+        results["speedup"] = suite.speedups(results, results["hf"])
+        _emit(args, results)
+
+
+def _hf_entries(
+    args: argparse.Namespace, options: Mapping[str, Any], threads: int, plan: "Plan", vocab_size: int
+) -> Iterator[dict[str, Any]]:
+    from hasten.bench import suite
+    from hasten.bench.engines import HuggingFaceEngine, clock
+
+    if not plan.tests:
+        yield {}
+        return
+    start = time.perf_counter()
+    try:
+        engine = HuggingFaceEngine(args.hf_model or args.model, **hf_options(options), threads=threads)
+    except suite.FAILURES as error:
+        yield {"init_error": suite.describe(error)}
+        return
+    ready = {"init_s": clock(engine.device) - start}
+    for entries in suite.measure(engine, plan, vocab_size):
+        yield ready | entries
+
+
+def _emit(args: argparse.Namespace, results: Mapping[str, Any]) -> None:
+    """Print and write the results so far: what comes next may take long, or end the process."""
+    from hasten.bench import report
+
+    report.print_json(results)
+    sys.stdout.flush()
+    if args.output_path is not None:
+        report.write_json(args.output_path, results)
