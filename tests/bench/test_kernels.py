@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from hasten import ops
-from hasten.bench import kernels
-from hasten.bench.kernels import Case, Ceilings, Result, Setting
+from hasten.bench import kernel_cases, kernels
+from hasten.bench.kernel_cases import TOLERANCE, Case, Setting, cases, model_shape
+from hasten.bench.kernels import Ceilings, Result
 from hasten.cli.main import main
 from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import ConfigError
@@ -54,19 +55,19 @@ def tiny(dtype: torch.dtype = torch.float16) -> Setting:
 
 
 def named(name: str) -> Case:
-    return next(case for case in kernels.cases(tiny()) if case.name == name)
+    return next(case for case in cases(tiny()) if case.name == name)
 
 
 def test_every_launcher_of_a_kernel_is_measured() -> None:
-    assert {case.op for case in kernels.cases(tiny())} == set(launchers()) - WITHOUT_KERNEL
+    assert {case.op for case in cases(tiny())} == set(launchers()) - WITHOUT_KERNEL
 
 
 def test_names_are_told_apart() -> None:
-    names = [case.name for case in kernels.cases(tiny())]
+    names = [case.name for case in cases(tiny())]
     assert len(set(names)) == len(names)
 
 
-SMALL = [case.name for case in kernels.cases(tiny()) if not any(size in case.shape for size in TOO_LARGE)]
+SMALL = [case.name for case in cases(tiny()) if not any(size in case.shape for size in TOO_LARGE)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the command itself does this on a GPU")
@@ -79,7 +80,7 @@ def test_kernels_agree_with_their_definitions(name: str, monkeypatch: pytest.Mon
     torch.manual_seed(0)
     case = named(name)
     call = case.make()
-    limit = kernels.TOLERANCE[torch.float16] if case.tolerance is None else case.tolerance
+    limit = TOLERANCE[torch.float16] if case.tolerance is None else case.tolerance
     assert kernels.largest_error(call.kernel(), call.exact()) <= limit
     expected = call.exact()
     assert kernels.largest_error(call.reference(), expected) <= max(limit, 1e-2)
@@ -114,11 +115,11 @@ def test_errors_are_relative_above_one_and_nan_is_the_worst() -> None:
 
 
 def test_sizes_of_models(tiny_bloom: Path) -> None:
-    assert kernels.model_shape("bloom-7b1").hidden_size == 4096
-    assert kernels.model_shape("bloom").attention.num_heads == 112
-    assert kernels.model_shape(str(tiny_bloom)).hidden_size == 64
+    assert model_shape("bloom-7b1").hidden_size == 4096
+    assert model_shape("bloom").attention.num_heads == 112
+    assert model_shape(str(tiny_bloom)).hidden_size == 64
     with pytest.raises(ConfigError, match="no-such is no folder of a model, and none of bloom-560m, "):
-        kernels.model_shape("no-such")
+        model_shape("no-such")
 
 
 def made_up(case: Case, error: float = 1e-4) -> Result:
@@ -141,7 +142,9 @@ def made_up_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that takes as long for everything, and that gets one matrix product wrong."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(kernels, "gpu_setting", lambda model, dtype: Setting(TINY, torch.float16, torch.device("cpu")))
+    monkeypatch.setattr(
+        kernel_cases, "gpu_setting", lambda model, dtype: Setting(TINY, torch.float16, torch.device("cpu"))
+    )
     monkeypatch.setattr(kernels, "ceilings", lambda setting: MOST)
     monkeypatch.setattr(
         kernels, "measure", lambda case, setting, most: made_up(case, 0.5 if "up, 16" in case.name else 0)
@@ -167,7 +170,7 @@ def test_json_and_a_wrong_result_is_status_1(capsys: pytest.CaptureFixture[str],
     assert report == json.loads(path.read_text())
     assert report["device"] == "a GPU"
     assert report["most"] == {"bytes_per_second": 4e12, "flops_per_second": 800e12}
-    assert len(report["results"]) == len(kernels.cases(tiny()))
+    assert len(report["results"]) == len(cases(tiny()))
     assert report["results"][0]["seconds"] == 20e-6
     assert captured.err == "hasten: linear up, 16 rows: error 5.0e-01, above 2.0e-03\n"
 
@@ -196,7 +199,8 @@ def test_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_nothing_but_torch_is_imported_to_measure() -> None:
     script = (
-        "import sys, hasten.bench.kernels as k; k.cases(k.Setting(k.model_shape('bloom-7b1'), k.torch.half, None));"
+        "import sys, hasten.bench.kernel_cases as k, hasten.bench.kernels;"
+        "k.cases(k.Setting(k.model_shape('bloom-7b1'), k.torch.half, None));"
         "print({'transformers', 'tokenizers', 'safetensors'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)

@@ -69,8 +69,8 @@ def test_the_installed_command_and_the_module_are_the_same() -> None:
         (["generate", "folder", "--prompt", "x", "--top-p", "1.5"], "top_p must be above 0 and at most 1, got 1.5"),
         (["generate", "folder", "--prompt", "x", "--prompt", "y", "--stream"], "add --json"),
         (
-            ["bench", "lambada", "--tokenizer-path", "a", "--dataset-path", "b", "--beam-width", "2"],
-            "beam search is not supported",
+            ["bench", "lambada", "--tokenizer-path", "a", "--dataset-path", "b", "--beam-width", "2", "--top-p", "0.9"],
+            "leave --top-k, --top-p, --temperature out",
         ),
         (["demo", "--model", "nowhere"], "nowhere/config.json does not exist"),
     ],

@@ -184,7 +184,7 @@ def test_what_cannot_be_served_is_refused(
         run(collect(demo_engine, prompt, params))
     with pytest.raises(InvalidRequestError, match="priority must be"):
         run(collect(demo_engine, [5], SHORT, priority=-1))
-    assert len(run(collect(demo_engine, [5], SHORT))) == 4
+    assert count(run(collect(demo_engine, [5], SHORT))) == 4
     assert (demo_engine.pid, demo_engine.ready) == (pid, True)
 
 

@@ -32,9 +32,10 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from hasten.bench import kernels, report
+    from hasten.bench.kernel_cases import gpu_setting, model_shape
 
     report.require_writable(args.output_path)
-    setting = kernels.gpu_setting(kernels.model_shape(args.model_shape), args.dtype)
+    setting = gpu_setting(model_shape(args.model_shape), args.dtype)
     most, results = kernels.run(setting, args.only)
     device = torch.cuda.get_device_name(setting.device)
     full = {"options": options_of(args), "device": device, "torch": torch.__version__, "most": most, "results": results}

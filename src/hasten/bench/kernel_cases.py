@@ -1,0 +1,396 @@
+"""What `kernels.py` measures: each op at the sizes of a model, with the least that it has to move and compute.
+
+Shapes: t tokens, h hidden, v vocabulary, q, m and d query heads, key/value heads and head size.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten import ops
+from hasten.core.config import AttentionConfig, DTypeName, ModelConfig
+from hasten.core.errors import ConfigError
+from hasten.core.types import Request, SamplingParams
+from hasten.engine.batch import Batch
+from hasten.engine.inputs import BlockTables, Inputs
+from hasten.engine.sequence import Sequence
+from hasten.layers.position import alibi_slopes
+from hasten.ops import AttentionMeta, Draws, PackedLinear, Sum, reference
+from hasten.ops.peers import Peers
+from hasten.ops.plan import Planner
+
+_BLOOM = {  # hidden size, heads, layers
+    "bloom-560m": (1024, 16, 24),
+    "bloom-1b1": (1536, 16, 24),
+    "bloom-1b7": (2048, 16, 24),
+    "bloom-3b": (2560, 32, 30),
+    "bloom-7b1": (4096, 32, 30),
+    "bloom": (14_336, 112, 70),
+}
+
+TOLERANCE = {torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
+"""Largest error, relative to values above 1 and absolute for those below: two units in the last place."""
+_DIFFERING_DRAWS = 0.05
+"""Share of rows whose point may lie so close to a border between two tokens that fp32 does not tell its side."""
+
+
+_BLOCK_SIZE = 16
+_EPS = 1e-5
+
+Outputs = Tensor | tuple[Tensor, ...]
+Run = Callable[[], Outputs]
+
+
+@dataclass(frozen=True)
+class Call:
+    """An op on inputs of its own."""
+
+    kernel: Run
+    reference: Run
+    exact: Run
+    """The reference on the same values in fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """An op at one size."""
+
+    op: str
+    """What launches the kernel."""
+    shape: str
+    make: Callable[[], Call]
+    nbytes: float
+    """What has to be read and written at least."""
+    flops: float = 0
+    tolerance: float | None = None
+    """None for what its type allows."""
+    waits: bool = False
+    """Whether the host has to wait within the reference, which no graph allows."""
+
+    @property
+    def name(self) -> str:
+        """What `--only` looks at."""
+        return f"{self.op} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cases share."""
+
+    model: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+
+    def draw(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Normal random numbers."""
+        return torch.randn(shape, dtype=self.dtype, device=self.device).mul_(scale)
+
+    def draw_ids(self, *shape: int) -> Tensor:
+        """Random tokens."""
+        return torch.randint(self.model.vocab_size, shape, dtype=torch.int32, device=self.device)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return self.dtype.itemsize
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, key/value heads, head size."""
+        attention = self.model.attention
+        return attention.num_heads, attention.num_kv_heads, attention.head_size
+
+    def caches(self, slots: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values, at least so many slots, of random numbers."""
+        _, kv_heads, size = self.heads
+        keys, values = self.draw(2, -(-slots // _BLOCK_SIZE), _BLOCK_SIZE, kv_heads, size)
+        return keys, values
+
+
+def model_shape(name: str) -> ModelConfig:
+    """A BLOOM by the name of its size, or the model of a folder."""
+    if name in _BLOOM:
+        hidden, heads, layers = _BLOOM[name]
+        return ModelConfig(
+            architecture="BloomForCausalLM",
+            num_layers=layers,
+            hidden_size=hidden,
+            intermediate_size=4 * hidden,
+            vocab_size=250_880,
+            attention=AttentionConfig(num_heads=heads, num_kv_heads=heads, head_size=hidden // heads),
+        )
+    if not Path(name).is_dir():
+        raise ConfigError(f"{name} is no folder of a model, and none of {', '.join(_BLOOM)}")
+    from hasten.checkpoint.sources import read_hf_config
+
+    return read_hf_config(Path(name))
+
+
+def gpu_setting(model: ModelConfig, dtype: DTypeName) -> Setting:
+    """On the first GPU; ConfigError where there is none."""
+    if not torch.cuda.is_available():
+        raise ConfigError("kernels are measured on a GPU, and torch finds none here")
+    return Setting(model, ops.TORCH_DTYPES[dtype], torch.device("cuda", 0))
+
+
+def cases(setting: Setting) -> list[Case]:
+    """All that is measured."""
+    return [
+        *(case for rows in (1, 8, 16, 64) for case in _linears(setting, rows)),
+        *(_attention(setting, f"{size} x 192", [(1, 192)] * size) for size in (1, 16, 64, 256)),
+        _attention(setting, "256 of 16 to 2056", [(1, 16 + 8 * n) for n in range(256)]),
+        *(_attention(setting, f"prefill {n} x {k}", [(k, k)] * n) for n, k in ((94, 87), (14, 560), (4, 2048))),
+        *(_add_norm(setting, rows) for rows in (1, 64, 8192)),
+        _exchange_norm(setting, 64),
+        *_embedding_norms(setting, (1, 64, 8192)),
+        *(_write_cache(setting, rows) for rows in (64, 8192)),
+        _resolve_ids(setting, 256),
+        *(_greedy(setting, rows) for rows in (1, 64, 256)),
+        _draw(setting, 64),
+    ]
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
+
+
+def _call(kernel: Callable[..., Outputs], definition: Callable[..., Outputs], *inputs: Any) -> Call:
+    return Call(
+        partial(kernel, *inputs), partial(definition, *inputs), lambda: definition(*(_wide(value) for value in inputs))
+    )
+
+
+def _wide(value: Any) -> Any:
+    """The same values in fp32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, PackedLinear):
+        return replace(value, plain=_wide(value.plain))
+    if isinstance(value, Sum):
+        return replace(value, parts=_wide(value.parts), bias=_wide(value.bias), residual=_wide(value.residual))
+    return value
+
+
+def _linears(setting: Setting, rows: int) -> Iterator[Case]:
+    hidden, inner = setting.model.hidden_size, setting.model.intermediate_size
+    yield _project(setting, rows)
+    yield _linear(setting, "dense", rows, setting.heads[0] * setting.heads[2], hidden, parts=True)
+    yield _linear(setting, "up", rows, hidden, inner, activation="gelu_tanh")
+    yield _linear(setting, "down", rows, inner, hidden, parts=True)
+    yield _linear(setting, "head", rows, hidden, setting.model.vocab_size)
+
+
+def _product(setting: Setting, op: str, name: str, rows: int, into: int, out: int, make: Callable[[], Call]) -> Case:
+    return Case(
+        op=op,
+        shape=f"{name}, {_rows(rows)}",
+        make=make,
+        nbytes=(rows * (into + out) + into * out) * setting.itemsize,
+        flops=2 * rows * into * out,
+    )
+
+
+def _packed(setting: Setting, into: int, out: int) -> PackedLinear:
+    return ops.pack_linear(setting.draw(out, into, scale=into**-0.5), shared=True)
+
+
+def _linear(
+    setting: Setting,
+    name: str,
+    rows: int,
+    into: int,
+    out: int,
+    *,
+    parts: bool = False,
+    activation: ops.Activation | None = None,
+) -> Case:
+    def make() -> Call:
+        x, weight = setting.draw(rows, into), _packed(setting, into, out)
+        if parts:
+            return _call(ops.linear_parts, partial(reference.linear, bias_o=None, activation=None), x, weight)
+        kernel, definition = (partial(op, activation=activation) for op in (ops.linear, reference.linear))
+        return _call(kernel, definition, x, weight, setting.draw(out) if activation else None)
+
+    return _product(setting, "linear_parts" if parts else "linear", name, rows, into, out, make)
+
+
+def _project(setting: Setting, rows: int) -> Case:
+    heads, kv_heads, size = setting.heads
+    into, out = setting.model.hidden_size, (heads + 2 * kv_heads) * size
+
+    def projected(project: Callable[..., Tensor], *inputs: Any) -> Outputs:
+        return project(*inputs, heads), inputs[3], inputs[4]
+
+    def make() -> Call:
+        slots_t = torch.randperm(rows, device=setting.device)
+        inputs = (setting.draw(rows, into), _packed(setting, into, out), setting.draw(out), *setting.caches(rows))
+        return _call(partial(projected, ops.project), partial(projected, reference.project), *inputs, slots_t)
+
+    return replace(_product(setting, "project", "qkv", rows, into, out, make), waits=True)
+
+
+def _attention(setting: Setting, shape: str, lengths: list[tuple[int, int]]) -> Case:
+    """Sequences of so many new tokens, and so many with what is before them."""
+    heads, kv_heads, size = setting.heads
+    tokens, kept = sum(new for new, _ in lengths), sum(length for _, length in lengths)
+    pairs = sum(new * length - new * (new - 1) // 2 for new, length in lengths)
+
+    def make() -> Call:
+        blocks = sum(-(-length // _BLOCK_SIZE) for _, length in lengths)
+        slopes_n = alibi_slopes(heads).to(setting.device)
+        inputs = (setting.draw(tokens, heads, size), *setting.caches(blocks * _BLOCK_SIZE))
+        meta = _meta(setting, lengths, blocks)
+        return _call(ops.paged_attention, reference.paged_attention, *inputs, meta, size**-0.5, slopes_n)
+
+    return Case(
+        op="paged_attention",
+        shape=shape,
+        make=make,
+        nbytes=2 * (tokens * heads + kept * kv_heads) * size * setting.itemsize,
+        flops=4 * pairs * heads * size,
+    )
+
+
+def _meta(setting: Setting, lengths: list[tuple[int, int]], blocks: int) -> AttentionMeta:
+    """A batch as the engine makes it, its sequences scattered over the blocks."""
+    free = torch.randperm(blocks).tolist()
+    tables = BlockTables(len(lengths), max(-(-length // _BLOCK_SIZE) for _, length in lengths))
+    heads = setting.heads[0]
+    # Triton's interpreter, which runs the kernels in tests, wants the work divided as well
+    planner = Planner.of(setting.device, heads) or Planner(heads, multiprocessors=0)
+    inputs = Inputs(tables, _BLOCK_SIZE, planner, setting.device)
+    batch = Batch()
+    for key, (new, length) in enumerate(lengths):
+        request = Request(request_id=str(key), prompt_token_ids=(0,) * length, params=SamplingParams())
+        made = Sequence(request, seed=0)
+        made.key, made.num_computed = key, length - new
+        made.block_table = [free.pop() for _ in range(-(-length // _BLOCK_SIZE))]
+        batch.add(made, new, [])
+    return inputs.tokens(batch, batch.counts).meta
+
+
+def _add_norm(setting: Setting, rows: int) -> Case:
+    hidden = setting.model.hidden_size
+
+    def make() -> Call:
+        sum_ = Sum(setting.draw(rows, hidden), setting.draw(hidden), setting.draw(rows, hidden))
+        return _call(ops.layer_norm, reference.layer_norm, sum_, *_gain(setting), _EPS)
+
+    nbytes = 4 * rows * hidden * setting.itemsize
+    return Case(op="layer_norm", shape=_rows(rows), make=make, nbytes=nbytes, tolerance=_norm_of_sum(setting))
+
+
+def _norm_of_sum(setting: Setting) -> float:
+    """The sum is rounded to the type as well, before its norm is."""
+    return 2 * TOLERANCE[setting.dtype]
+
+
+def _gain(setting: Setting) -> tuple[Tensor, Tensor]:
+    weight, bias = setting.draw(2, setting.model.hidden_size)
+    return weight, bias
+
+
+def _exchange_norm(setting: Setting, rows: int) -> Case:
+    """What it costs beside the other ranks' part: this one has nobody to wait for."""
+    hidden, device = setting.model.hidden_size, setting.device
+
+    def make() -> Call:
+        mailbox = torch.zeros(2, rows, 1, hidden // 2, dtype=torch.int64, device=device)
+        peers = Peers(
+            rank=0,
+            size=1,
+            max_rows=rows,
+            width=hidden,
+            mailbox=mailbox,
+            addresses=torch.tensor([mailbox.data_ptr()], device=device),
+            exchanges=torch.zeros(rows, dtype=torch.int32, device=device),
+            gone=torch.zeros(1, dtype=torch.int32, device=device),
+        )
+        sum_ = Sum(setting.draw(rows, hidden), setting.draw(hidden), setting.draw(rows, hidden), peers=peers)
+        return _call(ops.layer_norm, reference.layer_norm, sum_, *_gain(setting), _EPS)
+
+    nbytes = 4 * rows * hidden * setting.itemsize
+    return Case(
+        op="exchange_norm",
+        shape=f"{_rows(rows)}, one rank alone",
+        make=make,
+        nbytes=nbytes,
+        tolerance=_norm_of_sum(setting),
+    )
+
+
+def _embedding_norms(setting: Setting, counts: Iterable[int]) -> Iterator[Case]:
+    hidden = setting.model.hidden_size
+    table = cache(partial(setting.draw, setting.model.vocab_size, hidden))  # large: there is one for all
+
+    def make(rows: int) -> Call:
+        inputs = (setting.draw_ids(rows), table(), *_gain(setting), _EPS)
+        return _call(ops.embedding_norm, reference.embedding_norm, *inputs)
+
+    for rows in counts:
+        nbytes = 2 * rows * hidden * setting.itemsize
+        yield Case(op="embedding_norm", shape=_rows(rows), make=partial(make, rows), nbytes=nbytes)
+
+
+def _write_cache(setting: Setting, rows: int) -> Case:
+    heads, kv_heads, size = setting.heads
+
+    def written(write: Callable[..., None], *inputs: Tensor) -> Outputs:
+        write(*inputs)
+        return inputs[2], inputs[3]
+
+    def make() -> Call:
+        fused = setting.draw(rows, heads + 2 * kv_heads, size)
+        _, keys, values = fused.split([heads, kv_heads, kv_heads], dim=1)
+        inputs = (keys, values, *setting.caches(rows), torch.randperm(rows, device=setting.device))
+        return _call(partial(written, ops.write_cache), partial(written, reference.write_cache), *inputs)
+
+    nbytes = 4 * rows * kv_heads * size * setting.itemsize
+    return Case(op="write_cache", shape=_rows(rows), make=make, nbytes=nbytes, tolerance=0, waits=True)
+
+
+def _resolve_ids(setting: Setting, rows: int) -> Case:
+    def make() -> Call:
+        ids = torch.arange(rows, dtype=torch.int32, device=setting.device).sub_(rows)
+        return _call(ops.resolve_ids, reference.resolve_ids, ids, setting.draw_ids(rows))
+
+    return Case(op="resolve_ids", shape=_rows(rows), make=make, nbytes=12 * rows, tolerance=0)
+
+
+def _greedy(setting: Setting, rows: int) -> Case:
+    vocab = setting.model.vocab_size
+
+    def make() -> Call:
+        return _call(ops.greedy, reference.greedy, setting.draw(rows, vocab, scale=3))
+
+    nbytes = rows * vocab * setting.itemsize
+    return Case(op="greedy", shape=f"{_rows(rows)} of {vocab}", make=make, nbytes=nbytes, tolerance=0)
+
+
+def _draw(setting: Setting, rows: int) -> Case:
+    vocab = setting.model.vocab_size
+
+    def make() -> Call:
+        draws = Draws.of(
+            temperature=[1.0] * rows,
+            top_k=[0] * rows,
+            top_p=[0.9] * rows,
+            min_p=[0.0] * rows,
+            point=torch.rand(rows).tolist(),
+            device=setting.device,
+        )
+        return _call(ops.draw, reference.draw, setting.draw(rows, vocab, scale=3), draws)
+
+    return Case(
+        op="draw",
+        shape=f"{_rows(rows)} of {vocab}, top-p 0.9",
+        make=make,
+        nbytes=rows * vocab * setting.itemsize,
+        tolerance=_DIFFERING_DRAWS,
+        waits=True,
+    )
