@@ -175,7 +175,7 @@ def test_first_and_last_tokens_do_not_wait_for_the_others() -> None:
 
     news = News(per_second=100)
     for number in (1, 2, 3, 4):
-        news.begin(number)
+        news.begin(number, stream=True)
         news.put(grown(number, 1))
     assert told(everything=False) == {1: [0], 2: [0], 3: [0], 4: [0]}
     assert news.is_due(10.0)
@@ -187,6 +187,7 @@ def test_first_and_last_tokens_do_not_wait_for_the_others() -> None:
     assert told(everything=False) == {2: [1, 2]}
     news.forget(3)
     assert not news.is_due(10.01)
-    assert news.is_due(10.025)  # of two requests
+    news.begin(5, stream=False)
+    assert news.is_due(10.025)  # of two streams
     assert told(everything=True) == {1: [1, 2]}
     assert told(everything=True) == {}

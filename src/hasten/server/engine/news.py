@@ -60,16 +60,20 @@ class News:
     def __init__(self, per_second: float) -> None:
         self._per_second = per_second
         self._deltas: dict[int, Deltas] = {}
+        self._streams: set[int] = set()
         self._outputs: dict[int, RequestOutput] = {}
         self._told = 0.0
 
-    def begin(self, number: int) -> None:
-        """There is a new request."""
+    def begin(self, number: int, *, stream: bool) -> None:
+        """There is a new request, which wants its tokens one by one or all at its end."""
         self._deltas[number] = Deltas()
+        if stream:
+            self._streams.add(number)
 
     def forget(self, number: int) -> None:
         """Nobody wants to know of a request any more."""
         self._deltas.pop(number, None)
+        self._streams.discard(number)
         self._outputs.pop(number, None)
 
     def put(self, output: RequestOutput) -> None:
@@ -78,7 +82,7 @@ class News:
 
     def is_due(self, now: float) -> bool:
         """Whether it is time to tell of all there is; `now` in seconds. If so, it is not before a while has passed."""
-        if now - self._told < len(self._deltas) / self._per_second:
+        if now - self._told < len(self._streams) / self._per_second:
             return False
         self._told = now
         return True

@@ -114,7 +114,7 @@ class EngineLoop:
             text = str(error).removeprefix(f"request {request_id}: ")
             self._refused.append(Refusal(message.id, type(error).__name__, text))
             return
-        self._news.begin(message.id)
+        self._news.begin(message.id, stream=message.stream)
         self._not_begun.add(request_id)
 
     def _abort(self, number: int) -> None:
