@@ -11,7 +11,8 @@ from hasten.core.errors import ConfigError
 from hasten.engine.text import Tokenizer
 from hasten.server.models.config import completed, is_decoupled, parse_config
 from hasten.server.models.ensemble import Ensemble, ordered_steps
-from hasten.server.models.model import Model, Outcome, Served, Work
+from hasten.server.models.model import Model, Served
+from hasten.server.models.work import Outcome, Work
 from hasten.server.types import ErrorKind, InferRequest, RequestedOutput, ServiceError, Tensor
 
 __all__ = ["demo", "streaming"]

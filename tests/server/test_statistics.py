@@ -8,7 +8,7 @@ from tests.server.service_fixtures import LONGEST, Running, demo, streaming, tok
 from hasten.core.errors import EngineError, InvalidRequestError
 from hasten.core.types import FinishReason
 from hasten.server.engine.client import CompletionDelta, Progress, QueueFullError, QueueTimeoutError
-from hasten.server.models.model import Work
+from hasten.server.models.work import Work
 from hasten.server.statistics import (
     Counters,
     FailureReason,

@@ -15,11 +15,12 @@ from hasten.core.errors import CapacityError, HastenError
 from hasten.server.engine.client import EngineClient
 from hasten.server.models.ensemble import Ensemble
 from hasten.server.models.interfaces import Kind
-from hasten.server.models.model import Model, Outcome, Served
+from hasten.server.models.model import Model, Served
 from hasten.server.models.parameters import queue_limits
 from hasten.server.models.text_model import TextModel
 from hasten.server.models.text_processing import Postprocessing, Preprocessing
 from hasten.server.models.token_model import TokenModel
+from hasten.server.models.work import Outcome
 from hasten.server.repository import Description, Repository
 from hasten.server.statistics import Counters, LanguageCounters
 from hasten.server.types import ErrorKind, InferRequest, ServiceError

@@ -12,7 +12,7 @@ from tritonclient.grpc import service_pb2
 from hasten.core.errors import EngineError, HastenError
 from hasten.core.types import FinishReason
 from hasten.server.engine.client import Progress, QueueFullError, QueueTimeoutError
-from hasten.server.models.model import Work
+from hasten.server.models.work import Work
 
 
 class FailureReason(Enum):

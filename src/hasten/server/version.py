@@ -12,10 +12,11 @@ from hasten.core.errors import HastenError
 from hasten.server.errors import service_error
 from hasten.server.models.config import is_decoupled, parameter
 from hasten.server.models.interfaces import Kind
-from hasten.server.models.model import Model, Outcome
+from hasten.server.models.model import Model
 from hasten.server.models.parameters import TOKEN_MODEL
 from hasten.server.models.text_model import DEFAULT_TOKEN_MODEL
 from hasten.server.models.validation import Rules
+from hasten.server.models.work import Outcome
 from hasten.server.repository import Description
 from hasten.server.statistics import ModelCounters
 from hasten.server.types import ErrorKind, InferRequest, ServiceError

@@ -1,7 +1,7 @@
-"""The process that owns a job or a server: `python -m hasten.cluster.local.supervisor FOLDER LOCK`.
+"""The process that owns a job or a server.
 
-Each job and server has its own, which outlives the terminal. It holds the lock of the record's folder (LOCK is the
-descriptor that it inherits from the command that made the folder), starts the instances, and alone writes the record.
+Each job and server has its own, which outlives the terminal. It holds the lock of the record's folder, handed over by
+the command that made the folder, starts the instances, and alone writes the record.
 """
 
 import os
@@ -29,7 +29,7 @@ _START = '"$@" &'
 
 def start(folder: Folder, lock: int) -> None:
     """Start the supervisor of a folder, and hand it the lock that this process holds."""
-    command = [sys.executable, "-P", "-m", "hasten.cluster.local.supervisor", str(folder.path), str(lock)]
+    command = [sys.executable, "-P", "-m", "hasten.cluster.local", str(folder.path), str(lock)]
     environment = {name: value for name, value in os.environ.items() if name != MARK}
     try:
         with (folder.path / ERRORS).open("ab") as errors:
@@ -137,24 +137,3 @@ class Supervisor(ABC):
         instance.status, instance.reason, instance.ended = "RUNNING", None, None
         self.state.started = self.state.started or time.time()
         return child
-
-
-def main(folder: str, lock: str) -> None:
-    """Own a folder until all is done."""
-    os.set_inheritable(int(lock), False)
-    os.umask(0o077)
-    # the shell that started this process let it ignore these, and so would all that it starts
-    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
-    owned = Folder(Path(folder))
-    if owned.path.parents[1].name == "jobs":
-        from hasten.cluster.local.jobs import JobSupervisor
-
-        JobSupervisor(owned).run()
-    else:
-        from hasten.cluster.local.servers import ServerSupervisor
-
-        ServerSupervisor(owned).run()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -13,7 +13,8 @@ from tritonclient.grpc import model_config_pb2
 from hasten.core.errors import ConfigError
 from hasten.server.models.config import is_decoupled
 from hasten.server.models.interfaces import datatype_name
-from hasten.server.models.model import Models, Outcome, Served, Work
+from hasten.server.models.model import Models, Served
+from hasten.server.models.work import Outcome, Work
 from hasten.server.types import InferRequest, Parameter, RequestedOutput, ServiceError, Tensor
 
 Step: TypeAlias = Any  # model_config_pb2.ModelEnsembling.Step, which has no types

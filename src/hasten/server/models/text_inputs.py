@@ -14,8 +14,8 @@ from hasten.core.errors import InvalidRequestError
 from hasten.core.types import SamplingParams
 from hasten.server.engine.client import EngineInfo
 from hasten.server.models.interfaces import TENSORRT_LLM_INPUTS
-from hasten.server.models.model import Work
 from hasten.server.models.token_inputs import end_options, sampling
+from hasten.server.models.work import Work
 from hasten.server.types import ErrorKind, ServiceError, Tensor
 
 _TENSORRT_LLM = frozenset(rule.name for rule in TENSORRT_LLM_INPUTS)

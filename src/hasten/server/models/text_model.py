@@ -18,9 +18,10 @@ from hasten.core.errors import ConfigError
 from hasten.core.types import FinishReason, Logprob
 from hasten.server.engine.client import CompletionDelta, Progress
 from hasten.server.models.config import is_decoupled, parameter
-from hasten.server.models.model import Models, Outcome, Work, required_engine
+from hasten.server.models.model import Models, required_engine
 from hasten.server.models.parameters import TOKEN_MODEL
 from hasten.server.models.text_inputs import TextRequest, read_text
+from hasten.server.models.work import Outcome, Work
 from hasten.server.types import ErrorKind, ServiceError, Tensor
 
 DEFAULT_TOKEN_MODEL = "fastertransformer"

@@ -17,9 +17,10 @@ from tritonclient.grpc import model_config_pb2
 from hasten.core.errors import ConfigError
 from hasten.engine.text import Tokenizer
 from hasten.server.models.config import parameter
-from hasten.server.models.model import Models, Outcome, Work, required_engine
+from hasten.server.models.model import Models, required_engine
 from hasten.server.models.parameters import TOKEN_MODEL, TOKENIZER
 from hasten.server.models.token_inputs import pack_words
+from hasten.server.models.work import Outcome, Work
 from hasten.server.types import ErrorKind, ServiceError, Tensor
 
 

@@ -13,9 +13,9 @@ from tritonclient.grpc import model_config_pb2
 from hasten.core.types import SamplingParams
 from hasten.server.engine.client import EngineClient, Progress
 from hasten.server.models.config import is_decoupled
-from hasten.server.models.model import Outcome, Work
 from hasten.server.models.token_inputs import Item, TokenRequest, read_items
 from hasten.server.models.token_outputs import Beam, outputs
+from hasten.server.models.work import Outcome, Work
 from hasten.server.statistics import LanguageCounters
 from hasten.server.together import together, whenever
 

@@ -7,7 +7,7 @@ from tritonclient.grpc import model_config_pb2
 
 from hasten.server.models.config import kind_of
 from hasten.server.models.interfaces import Kind, datatype_name
-from hasten.server.models.model import Work
+from hasten.server.models.work import Work
 from hasten.server.protocol.tensors import NUMPY, about
 from hasten.server.types import ErrorKind, InferRequest, Parameter, ServiceError, Tensor
 
