@@ -170,24 +170,25 @@ def test_first_and_last_tokens_do_not_wait_for_the_others() -> None:
     def grown(number: int, count: int, *, finished: bool = False) -> RequestOutput:
         return RequestOutput(str(number), None, [5], [CompletionOutput(0, "", list(range(count)))], finished=finished)
 
-    def told(*, everything: bool) -> dict[int, list[int]]:
-        return {one.id: one.completions[0].token_ids for one in news.take(everything=everything)}
+    def told(now: float, *, everything: bool) -> dict[int, list[int]]:
+        return {one.id: one.completions[0].token_ids for one in news.take(now, everything=everything)}
 
     news = News(per_second=100)
     for number in (1, 2, 3, 4):
         news.begin(number, stream=True)
         news.put(grown(number, 1))
-    assert told(everything=False) == {1: [0], 2: [0], 3: [0], 4: [0]}
+    assert told(9.9, everything=False) == {1: [0], 2: [0], 3: [0], 4: [0]}
     assert news.is_due(10.0)
+    assert told(10.0, everything=True) == {}
     assert not news.is_due(10.03)
     for number in (1, 2, 3):
         news.put(grown(number, 2))
     news.put(grown(1, 3))
     news.put(grown(2, 3, finished=True))
-    assert told(everything=False) == {2: [1, 2]}
+    assert told(10.03, everything=False) == {2: [1, 2]}
     news.forget(3)
     assert not news.is_due(10.01)
     news.begin(5, stream=False)
     assert news.is_due(10.025)  # of two streams
-    assert told(everything=True) == {1: [1, 2]}
-    assert told(everything=True) == {}
+    assert told(10.025, everything=True) == {1: [1, 2]}
+    assert told(10.026, everything=True) == {}

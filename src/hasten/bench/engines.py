@@ -105,9 +105,10 @@ class HuggingFaceEngine:
         self._batch_size = batch_size
         self._model = _load(folder, self.dtype, self.device, load_format).eval()
         self._model.generation_config.eos_token_id = None
-        self._options: dict[str, Any] = {"use_cache": True, "pad_token_id": 0, "num_beams": sampling.beam_width}
-        self._options["do_sample"] = sampling.beam_width == 1 and not sampling.greedy
-        if self._options["do_sample"]:
+        draws = sampling.beam_width == 1 and not sampling.greedy
+        self._options: dict[str, Any] = {"do_sample": draws, "num_beams": sampling.beam_width}
+        self._options |= {"use_cache": True, "pad_token_id": 0}
+        if draws:
             self._options |= {
                 "temperature": sampling.temperature,
                 "top_k": max(0, sampling.top_k),

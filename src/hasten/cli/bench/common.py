@@ -69,11 +69,18 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name != "run"}
 
 
-def write(args: argparse.Namespace, engine: "Engine", results: Mapping[str, Any]) -> None:
-    """Results with where and how they were measured, as JSON, to wherever they were asked for."""
+def write_measured(args: argparse.Namespace, engine: "Engine", results: Mapping[str, Any]) -> None:
+    """Write results of engines, with what they were measured on."""
     from hasten.bench import report
 
-    full = {"options": options_of(args), "environment": report.environment(engine.device, engine.dtype), **results}
+    write(args, {"environment": report.environment(engine.device, engine.dtype), **results})
+
+
+def write(args: argparse.Namespace, results: Mapping[str, Any]) -> None:
+    """Write results, with what was asked for, as JSON to wherever that was."""
+    from hasten.bench import report
+
+    full = {"options": options_of(args), **results}
     if args.output_path is not None:
         report.write_json(args.output_path, full)
     if args.json:

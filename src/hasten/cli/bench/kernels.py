@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from hasten.cli.bench.common import add_output, options_of
+from hasten.cli.bench.common import add_output, write
 from hasten.cli.options import Parser
 
 
@@ -38,12 +38,8 @@ def run(args: argparse.Namespace) -> int:
     setting = gpu_setting(model_shape(args.model_shape), args.dtype)
     most, results = kernels.run(setting, args.only)
     device = torch.cuda.get_device_name(setting.device)
-    full = {"options": options_of(args), "device": device, "torch": torch.__version__, "most": most, "results": results}
-    if args.output_path is not None:
-        report.write_json(args.output_path, full)
-    if args.json:
-        report.print_json(full)
-    else:
+    write(args, {"device": device, "torch": torch.__version__, "most": most, "results": results})
+    if not args.json:
         kernels.show(f"{args.model_shape} in {args.dtype} on {device}", most, results)
     wrong = [result for result in results if not result.is_exact]
     for result in wrong:

@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from hasten.cli.bench.common import COMPARED_DEFAULTS, COMPARED_HELP, ENGINE_DEFAULTS, add_output, hf_options, write
+from hasten.cli.bench.common import (
+    COMPARED_DEFAULTS,
+    COMPARED_HELP,
+    ENGINE_DEFAULTS,
+    add_output,
+    hf_options,
+    write_measured,
+)
 from hasten.cli.options import Parser, add_engine_options, engine_options, positive
 from hasten.core.errors import ConfigError
 from hasten.core.types import SamplingParams
@@ -136,7 +143,7 @@ def _report(args: argparse.Namespace, engine: "Engine", results: "Sequence[Lamba
         summary |= {"speedup": speedup, "differing_samples": differ}
         lines = [f"{result.engine:<7} {result.line}" for result in results]
         lines.append(f"hasten is {speedup:.2f} times as fast; the answers differ on {differ} of {ours.total} samples")
-    write(args, engine, summary)
+    write_measured(args, engine, summary)
     if not args.json:
         print("\n".join(lines))
 

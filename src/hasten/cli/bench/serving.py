@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from hasten.cli.bench.common import ENGINE_DEFAULTS, add_output, options_of
+from hasten.cli.bench.common import ENGINE_DEFAULTS, add_output, write
 from hasten.cli.options import Parser, add_engine_options, engine_options, positive
 
 # the server's engine and that of this process share a GPU
@@ -58,12 +58,8 @@ def run(args: argparse.Namespace) -> int:
         llm = stack.enter_context(LLM(args.model, **options))
         turns = serving.measure(llm, server, load, args.peer)
         environment = report.environment(llm.device, llm.dtype)
-    full = {"options": options_of(args), "environment": environment, "start_s": server.start_s, "results": turns}
-    if args.output_path is not None:
-        report.write_json(args.output_path, full)
-    if args.json:
-        report.print_json(full)
-    else:
+    write(args, {"environment": environment, "start_s": server.start_s, "results": turns})
+    if not args.json:
         title = f"{load.prompt_length} tokens in, {load.output_length} out, {environment.dtype} on {environment.device}"
         serving.show(title, server.start_s, turns)
     return 0

@@ -2,7 +2,7 @@
 
 import argparse
 
-from hasten.cli.bench.common import ENGINE_DEFAULTS, add_model, add_output, engines_of, write
+from hasten.cli.bench.common import ENGINE_DEFAULTS, add_model, add_output, engines_of, write_measured
 from hasten.cli.options import Parser, add_engine_options, positive
 
 
@@ -75,7 +75,7 @@ def run_throughput(args: argparse.Namespace) -> int:
         if not engines:
             return 0
         results = throughput.measure(engines, workload, vocab_size, repetitions=args.repetitions)
-    write(args, engines[-1], {"results": results, "speedup": throughput.speedup(results)})
+    write_measured(args, engines[-1], {"results": results, "speedup": throughput.speedup(results)})
     if not args.json:
         throughput.show(results)
     return 0
@@ -95,7 +95,7 @@ def run_latency(args: argparse.Namespace) -> int:
             for workload in workloads
             for result in latency.measure(engines, workload, vocab_size, repetitions=args.repetitions)
         ]
-    write(args, engines[-1], {"results": results, "speedups": latency.speedups(results)})
+    write_measured(args, engines[-1], {"results": results, "speedups": latency.speedups(results)})
     if not args.json:
         latency.show(results)
     return 0

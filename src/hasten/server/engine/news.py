@@ -63,6 +63,7 @@ class News:
         self._streams: set[int] = set()
         self._outputs: dict[int, RequestOutput] = {}
         self._told = 0.0
+        """When the server was told of all there was."""
 
     def begin(self, number: int, *, stream: bool) -> None:
         """There is a new request, which wants its tokens one by one or all at its end."""
@@ -81,14 +82,13 @@ class News:
         self._outputs[int(output.request_id)] = output
 
     def is_due(self, now: float) -> bool:
-        """Whether it is time to tell of all there is; `now` in seconds. If so, it is not before a while has passed."""
-        if now - self._told < len(self._streams) / self._per_second:
-            return False
-        self._told = now
-        return True
+        """Whether it is time to tell of all there is; `now` in seconds."""
+        return now - self._told >= len(self._streams) / self._per_second
 
-    def take(self, *, everything: bool) -> list[Output]:
+    def take(self, now: float, *, everything: bool) -> list[Output]:
         """What to tell now: the first and the last of a request at once, the rest with `everything`."""
+        if everything:
+            self._told = now
         return [self._take(number) for number in list(self._outputs) if everything or self._is_urgent(number)]
 
     def _is_urgent(self, number: int) -> bool:

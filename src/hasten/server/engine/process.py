@@ -129,8 +129,9 @@ class EngineLoop:
             self._news.put(output)
         started = self._not_begun - self._engine.waiting if self._not_begun else set()
         self._not_begun -= started
-        everything = self._news.is_due(time.monotonic()) or not self._engine.has_unfinished
-        outputs = self._news.take(everything=everything)
+        now = time.monotonic()
+        everything = self._news.is_due(now) or not self._engine.has_unfinished
+        outputs = self._news.take(now, everything=everything)
         if everything or outputs or started or self._refused or self._expired:
             names = [int(name) for name in started]
             self._channel.send(Step(self._engine.stats, outputs, names, began, self._refused, self._expired))
