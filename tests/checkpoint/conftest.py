@@ -86,7 +86,7 @@ def whole_tensors() -> Callable[[Path], State]:
         from transformers import BloomForCausalLM
 
         model = BloomForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        tied, heads = model.config.tie_word_embeddings, model.config.n_head
+        tied, heads = torch.equal(model.lm_head.weight, model.transformer.word_embeddings.weight), model.config.n_head
         state = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
         found: State = {}
         for row in BASE_ROWS if tied else (*BASE_ROWS, HEAD_ROW):

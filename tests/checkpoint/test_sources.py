@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hasten.checkpoint.convert import Conversion, Format, convert
 from hasten.checkpoint.manifest import MANIFEST
@@ -110,12 +111,120 @@ def test_a_folder_of_faster_transformer_itself(
     assert_same(loaded(checkpoint, 2), expected)
 
 
-def test_a_tied_head_that_faster_transformer_wrote_is_passed_over(
-    tiny_bloom: Path, whole_tensors: WholeTensors, tmp_path: Path
+HEAD, EMBEDDING = "lm_head.weight", "transformer.word_embeddings.weight"
+FT_HEAD, FT_EMBEDDING = "model.lm_head.weight.bin", "model.wte.bin"
+
+
+@pytest.fixture
+def own_head(tiny_bloom: Path, resaved: Copy) -> Path:
+    """A head that fine-tuning moved away from the embedding, under a configuration that still ties them."""
+    head = torch.randn(load_file(tiny_bloom / "model.safetensors")[EMBEDDING].shape) * 0.2
+    return resaved(tiny_bloom, lambda state: state.update({HEAD: head}))
+
+
+def test_a_head_that_differs_from_the_embedding_wins_over_the_configuration(
+    own_head: Path, as_bin: Copy, as_shards: Copy, whole_tensors: WholeTensors, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = whole_tensors(own_head)
+    assert torch.equal(expected["head.weight"], load_file(own_head / "model.safetensors")[HEAD])
+    for folder in (own_head, as_bin(own_head), as_bin(own_head, shards=2), as_shards(own_head)):
+        caplog.clear()
+        checkpoint = open_checkpoint(folder)
+        assert not checkpoint.config.tie_word_embeddings
+        assert_same(loaded(checkpoint, 2), expected)
+        assert [record.getMessage().partition(" ties ")[0] for record in caplog.records] == [f"{folder}/config.json"]
+
+
+def test_a_head_that_equals_the_embedding_stays_tied(
+    tiny_bloom: Path, as_bin: Copy, resaved: Copy, whole_tensors: WholeTensors, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = whole_tensors(tiny_bloom)
+    embedding = load_file(tiny_bloom / "model.safetensors")[EMBEDDING]
+
+    def copied(state: State) -> None:
+        state[HEAD] = embedding.clone()
+
+    def only_the_head(state: State) -> None:
+        state[HEAD] = state.pop(EMBEDDING)
+
+    for folder in (
+        resaved(tiny_bloom, copied),
+        resaved(tiny_bloom, only_the_head),
+        as_bin(tiny_bloom, **{HEAD: embedding}),
+        as_bin(tiny_bloom, shards=2, **{HEAD: embedding}),
+    ):
+        assert_same(whole_tensors(folder), expected)
+        checkpoint = open_checkpoint(folder)
+        assert checkpoint.config.tie_word_embeddings
+        assert_same(loaded(checkpoint, 2), expected)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("output_format", FORMATS)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_conversion_keeps_a_head_that_differs(
+    output_format: Format,
+    ranks: int,
+    own_head: Path,
+    whole_tensors: WholeTensors,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expected = whole_tensors(own_head)
+    folder = converted(own_head, tmp_path / "out", ranks, output_format)
+    assert "head is used" in caplog.text
+    caplog.clear()
+    assert_same(loaded(open_checkpoint(folder), 2), expected)
+    assert_same(loaded(open_checkpoint(converted(folder, tmp_path / "again", 1, output_format)), 1), expected)
+    assert not caplog.records
+
+
+def test_a_head_in_a_folder_of_faster_transformer_itself(
+    own_head: Path, whole_tensors: WholeTensors, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has no manifest, and a config.json beside it ties the head."""
+    folder = converted(own_head, tmp_path / "out", 2, "fastertransformer")
+    (folder / MANIFEST).unlink()
+    expected = whole_tensors(own_head)
+    head = expected["head.weight"].t().contiguous()
+    (folder / FT_HEAD).write_bytes(head.numpy().tobytes())
+    assert_same(loaded(open_checkpoint(tmp_path / "out"), 1), expected)
+    assert "head is used" in caplog.text
+    (tmp_path / "out" / "config.json").unlink()
+    caplog.clear()
+    assert_same(loaded(open_checkpoint(folder), 1), expected)
+    assert not caplog.records
+    (folder / FT_HEAD).write_bytes(b"anything")
+    with pytest.raises(CheckpointError, match=f"{FT_HEAD} has 8 bytes"):
+        open_checkpoint(folder)
+
+
+def test_a_head_of_faster_transformer_that_equals_the_embedding_is_shared(
+    tiny_bloom: Path, whole_tensors: WholeTensors, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = converted(tiny_bloom, tmp_path / "out", 2, "fastertransformer")
-    (folder / "model.lm_head.weight.bin").write_bytes(b"anything")
-    assert_same(loaded(open_checkpoint(tmp_path / "out"), 1), whole_tensors(tiny_bloom))
+    expected = whole_tensors(tiny_bloom)
+    (folder / FT_HEAD).write_bytes((folder / FT_EMBEDDING).read_bytes())
+    with pytest.raises(CheckpointError, match=f"{FT_HEAD} belongs to no weight"):
+        open_checkpoint(folder)  # the manifest does not list it
+    (folder / MANIFEST).unlink()
+    assert_same(loaded(open_checkpoint(folder), 1), expected)
+    (folder / FT_HEAD).write_bytes(expected["embedding.weight"].t().contiguous().numpy().tobytes())
+    for beside in ("config.json", "none"):
+        if beside == "none":
+            (tmp_path / "out" / "config.json").unlink()
+        checkpoint = open_checkpoint(folder)
+        assert checkpoint.config.tie_word_embeddings
+        assert_same(loaded(checkpoint, 1), expected)
+    assert not caplog.records
+
+
+def test_a_configuration_without_a_tie_needs_the_head(tiny_bloom_untied: Path, tmp_path: Path) -> None:
+    folder = converted(tiny_bloom_untied, tmp_path / "out", 2, "fastertransformer")
+    (folder / MANIFEST).unlink()
+    (folder / FT_HEAD).unlink()
+    with pytest.raises(CheckpointError, match=f"{FT_HEAD} is missing"):
+        open_checkpoint(folder)
 
 
 def test_out_finds_the_folder_of_the_wanted_ranks(tiny_bloom: Path, tmp_path: Path) -> None:

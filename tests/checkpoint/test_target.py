@@ -123,7 +123,7 @@ def test_a_manifest_finds_what_changed(tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     manifest.verify(tmp_path, manifest.files)
     changes: list[tuple[str, Callable[[], object]]] = [
-        ("checksum differs", lambda: (tmp_path / "a").write_bytes(data[:7000] + b"x" + data[7001:])),
+        ("checksum differs", lambda: (tmp_path / "a").write_bytes(data[:7000] + bytes([data[7000] ^ 1]) + data[7001:])),
         ("10001 bytes", lambda: (tmp_path / "a").write_bytes(data + b"x")),
         ("is missing", lambda: (tmp_path / "a").unlink()),
     ]

@@ -86,8 +86,11 @@ class IniFacts:
     model_name: str
 
 
-def read_config_ini(path: Path, tied: bool) -> IniFacts:
-    """Read config.ini, which does not say whether the head is tied; CheckpointError names what is wrong."""
+def read_config_ini(path: Path) -> IniFacts:
+    """Read config.ini; CheckpointError names what is wrong.
+
+    It does not say whether the head is tied: it is unless there is a file of a head that differs.
+    """
     parser = configparser.ConfigParser(interpolation=None)
     try:
         parser.read_string(path.read_text(encoding="utf-8"), source=str(path))
@@ -98,7 +101,7 @@ def read_config_ini(path: Path, tied: bool) -> IniFacts:
             raise UnsupportedError(
                 f"{path}: not a BLOOM model; hasten reads no other kind from FasterTransformer's format"
             )
-        return IniFacts(_model_config(section, tied), int(section["tensor_para_size"]), section.get("model_name", ""))
+        return IniFacts(_model_config(section), int(section["tensor_para_size"]), section.get("model_name", ""))
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error.args[0]!r}; convert the checkpoint again") from error
     except (configparser.Error, ValueError, ConfigError, OSError) as error:
@@ -112,7 +115,7 @@ def _ids(text: str) -> tuple[int, ...]:
     return tuple(int(i) for i in ids) if isinstance(ids, list) else (int(ids),)
 
 
-def _model_config(section: configparser.SectionProxy, tied: bool) -> ModelConfig:
+def _model_config(section: configparser.SectionProxy) -> ModelConfig:
     heads, head_size = int(section["head_num"]), int(section["size_per_head"])
     start = _ids(section.get("start_id", "1"))
     return ModelConfig(
@@ -124,7 +127,6 @@ def _model_config(section: configparser.SectionProxy, tied: bool) -> ModelConfig
         attention=AttentionConfig(num_heads=heads, num_kv_heads=heads, head_size=head_size),
         norm_eps=float(section.get("layernorm_eps", "1e-5")),
         residual_after_norm=section.get("layernorm_type", "pre_layernorm") == "post_layernorm",
-        tie_word_embeddings=tied,
         dtype=dtype_name(section["weight_data_type"]),
         bos_token_id=start[0] if start else None,
         eos_token_ids=_ids(section.get("end_id", "2")),

@@ -4,7 +4,9 @@ Files are memory-mapped: opening reads headers alone, and a share costs the page
 """
 
 import dataclasses
+import filecmp
 import json
+import logging
 import math
 import pickle
 import re
@@ -24,9 +26,11 @@ from hasten.checkpoint.manifest import MANIFEST, Manifest
 from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import CheckpointError, ConfigError, HastenError
 from hasten.models.registry import MODELS, model_class
-from hasten.models.weight_map import Row, WeightMap
+from hasten.models.weight_map import Row, Tie, WeightMap
 from hasten.ops import TORCH_DTYPES
 from hasten.parallel.shard import overlap, resplit, share_shape, split
+
+_log = logging.getLogger(__name__)
 
 RANK_FOLDER = re.compile(r"([1-9]\d*)-gpu")
 """Name of the folder that holds the files of so many ranks."""
@@ -65,6 +69,14 @@ class Source(ABC):
     def share(self, row: Row, rank: int, size: int) -> Tensor:
         """Rank `rank`'s share of `size`, in the stored type; often a view of a mapped file."""
 
+    def holds(self, row: Row) -> bool:
+        """Whether the files hold a weight that the configuration ties to another."""
+        return False
+
+    def repeats(self, tie: Tie) -> bool:
+        """Whether a tied weight that the files hold has the same values as the one it is tied to."""
+        return _equal(self.share(tie.row, 0, 1), self.share(tie.to, 0, 1))
+
     def files_for(self, row: Row, rank: int, size: int) -> Iterable[str]:
         """Names of the manifest's files that `share` reads."""
         return ()
@@ -75,6 +87,37 @@ class Source(ABC):
 
     def release(self) -> None:  # noqa: B027 - a source may have nothing to close
         """Close the files that are open; they open again when they are needed."""
+
+
+_COMPARED_AT_ONCE = 64 << 20
+"""Bytes of each of two tensors that are compared at a time."""
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two matrices hold the same values, whatever their types; stops soon after the first difference."""
+    if one.data_ptr() == other.data_ptr() and one.dtype is other.dtype and one.stride() == other.stride():
+        return True
+    rows = max(1, _COMPARED_AT_ONCE // max(1, one[:1].nbytes))
+    return all(
+        bool((one[start : start + rows] == other[start : start + rows]).all()) for start in range(0, len(one), rows)
+    )
+
+
+def _has_own_head(source: Source) -> bool:
+    """Whether the files hold a head other than the embedding to which the configuration ties it."""
+    tie = source.weight_map.head_tie
+    if tie is None or not source.holds(tie.row):
+        return False
+    # hasten's own converter, which writes a manifest, writes no head that equals the embedding
+    return source.manifest is not None or not source.repeats(tie)
+
+
+def _warn_of_head(path: Path) -> None:
+    _log.warning(
+        "%s ties the language model head to the embedding (tie_word_embeddings), but the weights have a head that "
+        "differs from it: that head is used",
+        path,
+    )
 
 
 class _Shard(Protocol):
@@ -174,10 +217,18 @@ class HuggingFaceSource(Source):
             base = name if name in self.weight_map.hf_unprefixed else name.removeprefix(self.weight_map.hf_prefix)
             if base in own:
                 raise CheckpointError(f"{where} holds {base!r} twice, as {own[base][0]!r} and as {name!r}; remove one")
-            if base not in self.weight_map.hf_ignored:
-                own[base] = (name, path)
+            own[base] = (name, path)
+        tie = self.weight_map.head_tie
+        tied = own.pop(tie.row.hf, None) if tie is not None else None
+        if tie is not None and tied is not None:
+            # safetensors keeps one name of two tensors that share memory, and it may be the head's
+            own.setdefault(tie.to.hf, tied)
         _check_names(where, (row.hf for row in self.rows), own)
-        return own
+        return own if tie is None or tied is None else {**own, tie.row.hf: tied}
+
+    def holds(self, row: Row) -> bool:
+        """Whether the files hold a weight that the configuration ties to another."""
+        return row.hf in self._names
 
     def _shard(self, path: Path) -> _Shard:
         with self._lock:
@@ -264,23 +315,32 @@ class FasterTransformerSource(_RankedSource):
     kind = "fastertransformer"
     label = "FT"
 
-    def __init__(self, folder: Path, beside: ModelConfig | None) -> None:
-        self.manifest = Manifest.read(folder)
-        has_head = (folder / "model.lm_head.weight.bin").exists()
-        facts = ft.read_config_ini(folder / ft.CONFIG_INI, tied=not has_head)
-        config = facts.config if beside is None else _joined(facts.config, beside, folder)
+    def __init__(self, folder: Path, facts: ft.IniFacts, config: ModelConfig) -> None:
         super().__init__(folder, config, model_class(config.architecture).weight_map(config))
+        self.manifest = Manifest.read(folder)
         self.ranks, self.model_name = facts.ranks, facts.model_name
         self._names = {self._file(row, part): row for row in self.rows for part in range(self._parts(row))}
         self.files = tuple(folder / name for name in self._names)
+        tie = self.weight_map.head_tie
+        if tie is not None and self.holds(tie.row):
+            self._names[self._file(tie.row, 0)] = tie.row
         self._check_files()
+
+    def holds(self, row: Row) -> bool:
+        """Whether there is a file of a weight that the configuration ties to another."""
+        name = self._file(row, 0)
+        return (self.folder / name).is_file() if self.manifest is None else name in self.manifest.files
+
+    def repeats(self, tie: Tie) -> bool:
+        """Whether the files of both are alike, in either layout of a head."""
+        head, other = (self.folder / self._file(row, 0) for row in (tie.row, tie.to))
+        return filecmp.cmp(head, other, shallow=False) or super().repeats(tie)
 
     def _check_files(self) -> None:
         stray = {path.name for path in self.folder.glob("model.*.bin")} - set(self._names)
-        stray -= {f"model.{name}.bin" for name in self.weight_map.hf_ignored}
         if stray:
             raise CheckpointError(f"{self.folder / min(stray)} belongs to no weight of this model; remove it")
-        for path in self.files:
+        for path in (self.folder / name for name in self._names):
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing; copy it, or convert the checkpoint again")
             shape = ft.file_shape(self._names[path.name], self.config, self.ranks)
@@ -466,9 +526,7 @@ def open_source(path: Path, ranks: int = 1) -> Source:
     if _is_ranked(path):
         return RankedSafetensorsSource(path)
     if (path / ft.CONFIG_INI).is_file():
-        parent = path.resolve().parent
-        beside = next((folder for folder in (path, parent) if (folder / "config.json").is_file()), None)
-        return FasterTransformerSource(path, None if beside is None else read_hf_config(beside))
+        return _open_faster_transformer(path)
     if any((path / name).exists() for name in _HF_FILES):
         return _open_hugging_face(path)
     inside = rank_folders(path)
@@ -478,9 +536,26 @@ def open_source(path: Path, ranks: int = 1) -> Source:
     raise CheckpointError(f"{path} has no weights: none of {', '.join(_HF_FILES)}, and no N-gpu folder")
 
 
+def _open_faster_transformer(folder: Path) -> FasterTransformerSource:
+    facts = ft.read_config_ini(folder / ft.CONFIG_INI)
+    parent = folder.resolve().parent
+    beside = next((path for path in (folder, parent) if (path / "config.json").is_file()), None)
+    config = facts.config if beside is None else _joined(facts.config, read_hf_config(beside), folder)
+    source = FasterTransformerSource(folder, facts, config)
+    if not _has_own_head(source):
+        return source
+    if source.manifest is None and beside is not None:
+        _warn_of_head(beside / "config.json")
+    return FasterTransformerSource(folder, facts, dataclasses.replace(config, tie_word_embeddings=False))
+
+
 def _open_hugging_face(folder: Path) -> HuggingFaceSource:
     config = read_hf_config(folder)
     source = HuggingFaceSource(folder, config, model_class(config.architecture).weight_map(config))
+    if _has_own_head(source):
+        _warn_of_head(folder / "config.json")
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+        source = HuggingFaceSource(folder, config, model_class(config.architecture).weight_map(config))
     raw = read_json(folder / "config.json")
     if not (raw.get("dtype") or raw.get("torch_dtype")):
         stored = source.stored_dtype()

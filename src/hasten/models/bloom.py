@@ -19,7 +19,7 @@ from hasten.layers.linear import ColumnLinear, RowLinear
 from hasten.layers.norm import LayerNorm
 from hasten.models import hf_config
 from hasten.models.base import CausalLM
-from hasten.models.weight_map import Axis, Row, WeightMap
+from hasten.models.weight_map import Axis, Row, Tie, WeightMap
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.sum import Sum
 from hasten.parallel.shard import Split
@@ -91,7 +91,7 @@ class BloomForCausalLM(CausalLM):
             rows=BASE_ROWS if config.tie_word_embeddings else (*BASE_ROWS, HEAD_ROW),
             hf_prefix="transformer.",
             hf_unprefixed=frozenset({"lm_head.weight"}),
-            hf_ignored=frozenset({"lm_head.weight"}) if config.tie_word_embeddings else frozenset(),
+            head_tie=Tie(HEAD_ROW, BASE_ROWS[0]) if config.tie_word_embeddings else None,
         )
 
 

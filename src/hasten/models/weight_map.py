@@ -67,6 +67,15 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Tie:
+    """A weight that the configuration takes from another, and that a checkpoint may hold all the same."""
+
+    row: Row
+    to: Row
+    """The row that it repeats."""
+
+
+@dataclass(frozen=True)
 class WeightMap:
     """All weights of an architecture."""
 
@@ -76,8 +85,8 @@ class WeightMap:
     """What a checkpoint of the full model, but not of the base model, puts before the base model's names."""
     hf_unprefixed: frozenset[str] = frozenset()
     """Names that belong to the full model itself and never carry the prefix."""
-    hf_ignored: frozenset[str] = frozenset()
-    """Names that a checkpoint may hold and that carry nothing new, such as a tied head."""
+    head_tie: Tie | None = None
+    """The language model head, where the configuration ties it; a head in the checkpoint that differs wins."""
 
     def expand(self, num_layers: int) -> Iterator[Row]:
         """The rows of a model with so many layers, every `{}` filled in, in the order in which the model uses them."""
