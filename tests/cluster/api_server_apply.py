@@ -9,10 +9,10 @@ kubernetes.io/docs/reference/using-api/server-side-apply:
 - any other write takes the fields that it changes, under its own manager and the operation Update;
 - `metadata.managedFields` must not be in what is applied; a uid or resourceVersion that is given must be the object's.
 
-Lists merge by keys where the API's schema says so (x-kubernetes-list-type, x-kubernetes-list-map-keys; for built-in
-kinds the merge keys of kubernetes.io/docs/reference/kubernetes-api); all others are replaced as one value. A custom
-resource is taken to say it for its pod templates as the built-in kinds do, as the CRDs of Kubeflow and of
-LeaderWorkerSet, which are generated from the same types.
+Lists merge by keys, in the order of what is applied, where the API's schema says so (x-kubernetes-list-type,
+x-kubernetes-list-map-keys; for built-in kinds the merge keys of kubernetes.io/docs/reference/kubernetes-api); all
+others are replaced as one value. A custom resource is taken to say it for its pod templates as the built-in kinds do,
+as the CRDs of Kubeflow and of LeaderWorkerSet, which are generated from the same types.
 """
 
 import copy
@@ -142,10 +142,22 @@ def merged(live: Any, applied: Any, name: str = "") -> Any:
 
 
 def _merged_items(live: list[Object], applied: list[Object], keys: tuple[str, ...]) -> list[Object]:
+    """Items in the order that was applied; those of others stay between the items that they stood between."""
     known = {_key_of(item, keys): item for item in live}
     given = {_key_of(item, keys): item for item in applied}
     both = {key: merged(known[key], item) if key in known else item for key, item in given.items()}
-    return [both.pop(key, item) for key, item in known.items()] + list(both.values())
+    theirs, ours, result = list(known), list(given), []
+    while theirs or ours:
+        if theirs and ours and theirs[0] == ours[0]:
+            result.append(both.pop(ours.pop(0)))
+            theirs.pop(0)
+        elif theirs and theirs[0] not in given:
+            result.append(known[theirs.pop(0)])
+        elif theirs and theirs[0] not in both:  # it came earlier, where the applied list has it
+            theirs.pop(0)
+        else:
+            result.append(both.pop(ours.pop(0)))
+    return result
 
 
 def _removed(value: Any, path: Path) -> None:

@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -127,6 +128,42 @@ def test_an_update_that_changes_nothing_leaves_the_object_alone(world: World) ->
     assert world.object("Deployment", NAME) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "update"),
+    [
+        ({}, {"replicas": 2}),
+        ({"multinode": 2}, {"replicas": 2}),
+        ({}, {"env": ["ZEBRA=2"]}),
+        ({}, {"replicas": 3, "image": "hasten:1"}),
+        ({}, {"gpus": 2}),
+        ({"gpus": 0}, {"gpus": 0}),
+        ({"gpus": 0, "gpumemory": 8}, {"gpus": 0}),
+        ({"gpus": 0, "device": ["nvidia.com/mig-1g.10gb=1"]}, {"gpus": 0}),
+        ({"memory": "4Gi"}, {"memory": "4Gi"}),
+    ],
+)
+def test_an_update_replaces_no_pod_that_it_does_not_change(
+    world: World, options: dict[str, Any], update: dict[str, Any]
+) -> None:
+    """Lists keep their order, whatever the alphabet says: any other order would be another pod template."""
+    storage: dict[str, Any] = {"data": ["zoo:/z", "ant:/a"], "temp_dir": ["y:/m", "b:/b"]}
+    world.place.serve(serving(env=["ZEBRA=2", "ANT=1", "MULE=$(ZEBRA)"], allow_metrics=True, **storage, **options))
+    kind = "LeaderWorkerSet" if "multinode" in options else "Deployment"
+    before = world.object(kind, NAME)["spec"]
+    world.place.update_server("ft-triton-bloom", None, "default", ServerUpdate(**update))
+    after = world.object(kind, NAME)["spec"]
+    assert after["replicas"] == update.get("replicas", 1)
+    assert json.dumps({**after, "replicas": 1}, sort_keys=True) == json.dumps(before, sort_keys=True)
+
+
+def test_a_changed_variable_stays_where_it_is(world: World) -> None:
+    world.place.serve(serving(env=["ZEBRA=2", "ANT=1"]))
+    names = [one["name"] for one in container(world)["env"]]
+    world.place.update_server("ft-triton-bloom", None, "default", ServerUpdate(env=["ZEBRA=3", "NEW=$(ANT)"], gpus=4))
+    assert [one["name"] for one in container(world)["env"]] == [*names, "NEW"]
+    assert next(one["value"] for one in container(world)["env"] if one["name"] == "ZEBRA") == "3"
+
+
 def test_an_update_of_the_command_keeps_the_rest_of_it(world: World) -> None:
     world.place.serve(serving(extend_command='--log-verbose=$LEVEL "$(date)" # x'))
     start = container(world)["command"][2]
@@ -154,6 +191,18 @@ def test_gpus_come_and_go_with_what_hides_them(world: World) -> None:
     assert world.place.servers("default")[0].gpus == 1
     world.place.update_server("ft-triton-bloom", None, "default", ServerUpdate(gpus=0))
     assert hidden in container(world)["env"]
+
+
+@pytest.mark.parametrize("shared", [{"gpumemory": 8}, {"gpucore": 50}, {"gpumemory": 8, "gpucore": 50}])
+def test_whole_gpus_and_parts_of_one_do_not_go_together(world: World, shared: dict[str, Any]) -> None:
+    """As where a server is made."""
+    with pytest.raises(ConfigError, match="--gpus takes whole GPUs"):
+        world.place.serve(serving(gpus=1, **shared))
+    world.place.serve(serving(gpus=0, **shared))
+    before = world.object("Deployment", NAME)
+    with pytest.raises(ConfigError, match=r"--gpus 1: this server has parts of a shared GPU \(aliyun\.com/gpu-"):
+        world.place.update_server("ft-triton-bloom", None, "default", ServerUpdate(gpus=1))
+    assert world.object("Deployment", NAME) == before
 
 
 def test_two_managers_conflict(world: World) -> None:

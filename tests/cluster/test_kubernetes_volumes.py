@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from tests.cluster.kubernetes_fixtures import World, training, world
 
+from hasten.cluster.manifests.objects import volume_objects
 from hasten.cluster.spec import Volume
 from hasten.core.errors import ClusterError, ConfigError, ExistsError, NotFoundError
 
@@ -22,7 +23,7 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_volume_and_all_that_belongs_to_it(world: World) -> None:
     world.place.create_volume(bucket(description="BLOOM"))
-    parts = ["PersistentVolume/default-bloom-pvc", "PersistentVolumeClaim/bloom-pvc", "Secret/bloom-pvc-key"]
+    parts = ["PersistentVolume/default.bloom-pvc", "PersistentVolumeClaim/bloom-pvc", "Secret/bloom-pvc-key"]
     assert world.leftovers() == parts
     assert base64.b64decode(world.object("Secret", "bloom-pvc-key")["data"]["akSecret"]) == b"geheim"
     listed = world.place.volumes("default")
@@ -31,6 +32,58 @@ def test_a_volume_and_all_that_belongs_to_it(world: World) -> None:
     ]
     world.place.delete_volume("bloom-pvc", "default")
     assert world.leftovers() == []
+
+
+def namespaces(world: World, *names: str) -> None:
+    for name in names:
+        world.store.write({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+
+
+NEIGHBOURS = [("a", "b-c"), ("a-b", "c")]
+"""Namespaces and names that are the same once they are joined by a hyphen."""
+
+
+@pytest.mark.parametrize(("gone", "stays"), [NEIGHBOURS, NEIGHBOURS[::-1]])
+def test_a_volume_of_another_namespace_stays(world: World, gone: tuple[str, str], stays: tuple[str, str]) -> None:
+    namespaces(world, "a", "a-b")
+    for namespace, name in NEIGHBOURS:
+        world.place.create_volume(bucket(namespace=namespace, name=name))
+    bound = {one["metadata"]["name"] for one in world.store.all("PersistentVolume")}
+    assert {one["spec"]["volumeName"] for one in world.store.all("PersistentVolumeClaim")} == bound
+    assert len(bound) == 2
+    world.place.delete_volume(gone[1], gone[0])
+    namespace, name = stays
+    assert world.leftovers() == [
+        f"PersistentVolume/{namespace}.{name}",
+        f"PersistentVolumeClaim/{name}",
+        f"Secret/{name}-key",
+    ]
+
+
+def earlier_volume(world: World, namespace: str, name: str) -> None:
+    """A volume as earlier versions named it."""
+    secret, volume, claim = volume_objects(bucket(namespace=namespace, name=name), "s")
+    volume["metadata"]["name"] = f"{namespace}-{name}"
+    for one in (secret, volume, claim):
+        world.store.write(one)
+
+
+def test_a_volume_of_an_earlier_version_is_found_by_its_claim(world: World) -> None:
+    namespaces(world, "a", "a-b")
+    earlier_volume(world, "a-b", "c")
+    world.place.create_volume(bucket(namespace="a", name="b-c"))
+    world.place.delete_volume("b-c", "a")
+    assert "PersistentVolume/a-b-c" in world.leftovers()
+    world.place.delete_volume("c", "a-b")
+    assert world.leftovers() == []
+
+
+def test_a_volume_that_is_kept_for_another_claim_stays(world: World) -> None:
+    world.place.create_volume(bucket())
+    claim = {"namespace": "default", "name": "other"}
+    world.change(world.object("PersistentVolume", "default.bloom-pvc"), {"spec": {"claimRef": claim}})
+    world.place.delete_volume("bloom-pvc", "default")
+    assert world.leftovers() == ["PersistentVolume/default.bloom-pvc"]
 
 
 def test_nothing_is_left_of_a_volume_that_fails(world: World) -> None:

@@ -35,7 +35,7 @@ def test_the_claim_and_the_volume_are_for_each_other(options: dict[str, Any], re
     volume, claim = made(read_only=read_only, **options)
     assert volume["spec"]["claimRef"] == {"namespace": "team", "name": "models"}
     chosen = claim["spec"].get("volumeName") or claim["spec"]["selector"]["matchLabels"]["alicloud-pvname"]
-    assert chosen == volume["metadata"]["name"] == "team-models"
+    assert chosen == volume["metadata"]["name"] == "team.models"
     assert claim["spec"].get("selector", {}).get("matchLabels", {}).items() <= volume["metadata"]["labels"].items()
     modes = ["ReadOnlyMany" if read_only else "ReadWriteMany"]
     assert volume["spec"]["accessModes"] == claim["spec"]["accessModes"] == modes

@@ -121,14 +121,30 @@ def _part(value: Any, fields: dict[str, Any]) -> Any:
     if not chosen:
         return value if not fields or not isinstance(value, dict | list) else type(value)()
     if isinstance(value, list):
-        return [_item(value, key, below) for key, below in chosen.items()]
+        return _part_of_list(value, chosen)
     return {key[2:]: _part(value[key[2:]], below) for key, below in chosen.items() if key[2:] in value}
 
 
-def _item(items: list[Any], key: str, below: dict[str, Any]) -> Any:
+def _part_of_list(items: list[Any], chosen: dict[str, Any]) -> list[Any]:
+    """Items in their live order: an apply puts a list into the order that it names, and pods would be replaced."""
+    indexed = {key: _index(items, key) for key in chosen}
+    return [_item(items, key, chosen[key]) for key in sorted(chosen, key=lambda key: indexed[key])]
+
+
+def _index(items: list[Any], key: str) -> int:
+    """Where the item of a FieldsV1 key is; behind all others where it is not."""
     wanted = json.loads(key[2:])
-    if key.startswith("v:"):
+    matching = (at for at, item in enumerate(items) if _is_item(item, wanted, by_value=key.startswith("v:")))
+    return next(matching, len(items))
+
+
+def _is_item(item: Any, wanted: Any, *, by_value: bool) -> bool:
+    return item == wanted if by_value else all(item.get(name) == value for name, value in wanted.items())
+
+
+def _item(items: list[Any], key: str, below: dict[str, Any]) -> Any:
+    wanted, index = json.loads(key[2:]), _index(items, key)
+    if key.startswith("v:") or index == len(items):
         return wanted
-    matching = (one for one in items if all(one.get(name) == value for name, value in wanted.items()))
     # not all keys are hasten's: a port's protocol is there by default
-    return _part(next(matching, wanted), below) or wanted
+    return _part(items[index], below) or wanted

@@ -12,7 +12,7 @@ from hasten.cluster.kubernetes.client import FIELD_MANAGER, Cluster
 from hasten.cluster.kubernetes.resources import DEPLOYMENTS, MANAGED_BY, Object, labels_of, name_of
 from hasten.cluster.kubernetes.servers import FoundServer, templates
 from hasten.cluster.manifests.objects import owned
-from hasten.cluster.manifests.pod import GPU, MANAGER, literal
+from hasten.cluster.manifests.pod import GPU, GPU_CORES, GPU_MEMORY, MANAGER, given, literal
 from hasten.cluster.manifests.server import disruption_budgets, server_labels
 from hasten.cluster.places import ServerUpdate
 from hasten.cluster.spec import TritonServer, pairs
@@ -30,6 +30,7 @@ _OWN_OPTIONS = (
 )
 _RANKS = "PET_NPROC_PER_NODE"
 _HIDDEN_GPUS = {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"}
+_GPU_FAMILIES = ("nvidia.com/", "aliyun.com/gpu")
 
 
 def update_server(cluster: Cluster, found: FoundServer, update: ServerUpdate) -> None:
@@ -107,11 +108,12 @@ def _templates_to_change(managed: Object, live: Object) -> Iterator[tuple[Any, A
 def _edit_container(container: Object, now: Object, update: ServerUpdate) -> None:
     if update.image is not None:
         container["image"] = update.image
+    if update.gpus is not None:
+        _check_gpus(now, update.gpus)
     wanted = {"cpu": update.cpu, "memory": update.memory, GPU: update.gpus}
-    for kind in ("requests", "limits"):
-        for resource, amount in wanted.items():
-            if amount is not None:
-                container.setdefault("resources", {}).setdefault(kind, {})[resource] = str(amount)
+    changed = {name: str(amount) for name, amount in wanted.items() if amount is not None}
+    if changed:
+        container |= given(resources=_changed_resources(container.pop("resources", None) or {}, changed))
     if update.gpus is not None:
         _show_gpus(container, update.gpus)
     _set_variables(container, {name: literal(value) for name, value in pairs(update.env, "--env").items()})
@@ -119,19 +121,46 @@ def _edit_container(container: Object, now: Object, update: ServerUpdate) -> Non
         container["command"] = [*now["command"][:2], literal(_new_command(now, update))]
 
 
+def _changed_resources(resources: Object, changed: dict[str, str]) -> Object:
+    """The same as request and as limit; no GPUs are no entry, as where a server is made."""
+    amounts = {kind: {**resources.get(kind, {}), **changed} for kind in ("requests", "limits")}
+    kept = {kind: {name: one for name, one in of.items() if (name, one) != (GPU, "0")} for kind, of in amounts.items()}
+    return given(**{**resources, **kept})
+
+
+def _check_gpus(now: Object, gpus: int) -> None:
+    """ConfigError for whole GPUs of a server that has parts of a shared one, as where both are given at once."""
+    shared = [name for name in _limits(now) if name in (GPU_MEMORY, GPU_CORES)]
+    if gpus and shared:
+        raise ConfigError(
+            f"--gpus {gpus}: this server has parts of a shared GPU ({', '.join(shared)}), and takes either those or "
+            "whole GPUs: delete it and serve it again with --gpus"
+        )
+
+
+def _limits(container: Object) -> Object:
+    return (container.get("resources") or {}).get("limits") or {}
+
+
 def _set_variables(container: Object, values: dict[str, str]) -> None:
+    """Change variables where they are, and add new ones behind them."""
     if values:
-        kept = [one for one in container.get("env", []) if one["name"] not in values]
-        container["env"] = kept + [{"name": name, "value": value} for name, value in values.items()]
+        env = container.get("env", [])
+        changed = [{"name": one["name"], "value": values[one["name"]]} if one["name"] in values else one for one in env]
+        known = {one["name"] for one in env}
+        added = [{"name": name, "value": value} for name, value in values.items() if name not in known]
+        container["env"] = changed + added
 
 
 def _show_gpus(container: Object, gpus: int) -> None:
     """As they are made: a container without GPUs is kept from those of its node, ranks are counted by them."""
-    variables = [one for one in container.get("env", []) if one != _HIDDEN_GPUS]
-    if not gpus:
-        variables.append(dict(_HIDDEN_GPUS))
-    container["env"] = variables
-    if any(one["name"] == _RANKS for one in variables):
+    sees_gpus = any(name.startswith(_GPU_FAMILIES) for name in _limits(container))
+    variables = container.get("env", [])
+    if sees_gpus:
+        container["env"] = [one for one in variables if one != _HIDDEN_GPUS]
+    elif _HIDDEN_GPUS not in variables:
+        container["env"] = [*variables, dict(_HIDDEN_GPUS)]
+    if any(one["name"] == _RANKS for one in container["env"]):
         _set_variables(container, {_RANKS: str(max(1, gpus))})
 
 

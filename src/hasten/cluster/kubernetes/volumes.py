@@ -19,7 +19,7 @@ from hasten.cluster.kubernetes.resources import (
 )
 from hasten.cluster.manifests.objects import volume_objects
 from hasten.cluster.manifests.pod import MANAGER
-from hasten.cluster.manifests.volume import secret_name, volume_name
+from hasten.cluster.manifests.volume import earlier_volume_name, is_of, secret_name, volume_name
 from hasten.cluster.places import Node, VolumeRecord
 from hasten.cluster.spec import Volume
 from hasten.core.errors import ClusterError, NotFoundError
@@ -62,23 +62,25 @@ def _is_ours(item: Object) -> bool:
 
 
 def delete_volume(cluster: Cluster, name: str, namespace: str) -> None:
-    """Remove the claim, the volume and the secret that hasten made, and none that others made."""
+    """Remove the claim, the volume and the secret that hasten made, and none that others made or that others claim."""
     volume = Volume(name=name, namespace=namespace)
-    parts: list[tuple[Resource, str | None, str]] = [
-        (CLAIMS, namespace, name),
-        (VOLUMES, None, volume_name(volume)),
-        (SECRETS, namespace, secret_name(volume)),
-    ]
-    found = [(part, one) for part in parts if (one := cluster.find(*part)) is not None]
-    ours = [part for part, one in found if _is_ours(one)]
-    if found and found[0][0][0] == CLAIMS and found[0][0] not in ours:
+    claim = cluster.find(CLAIMS, namespace, name)
+    if claim is not None and not _is_ours(claim):
         raise ClusterError(f"volume {name} was not made by hasten: remove it where it was made, or with kubectl")
-    if not ours:
+    parts: list[tuple[Resource, str | None, str]] = [(CLAIMS, namespace, name)] if claim else []
+    for held in (volume_name(volume), earlier_volume_name(volume)):
+        found = cluster.find(VOLUMES, None, held)
+        if found is not None and _is_ours(found) and is_of(found, volume):
+            parts.append((VOLUMES, None, held))
+    secret = cluster.find(SECRETS, namespace, secret_name(volume))
+    if secret is not None and _is_ours(secret):
+        parts.append((SECRETS, namespace, secret_name(volume)))
+    if not parts:
         cluster.check_namespace(namespace)
         raise NotFoundError(f"there is no volume {name} in namespace {namespace}: see `hasten cluster data list`")
     _check_unused(cluster, name, namespace)
-    for part in ours:
-        cluster.delete(*part)
+    for resource, where, part in parts:
+        cluster.delete(resource, where, part)
 
 
 def _check_unused(cluster: Cluster, name: str, namespace: str) -> None:
@@ -93,11 +95,6 @@ def _check_unused(cluster: Cluster, name: str, namespace: str) -> None:
     ]
     if users:
         raise ClusterError(f"volume {name} is mounted by {', '.join(sorted(users))}: delete the job or server first")
-
-
-def _claims_of(pod: Object) -> set[str]:
-    sources = (one.get("persistentVolumeClaim") for one in pod["spec"].get("volumes") or ())
-    return {str(source["claimName"]) for source in sources if source}
 
 
 def list_nodes(cluster: Cluster) -> list[Node]:

@@ -3,7 +3,7 @@
 import base64
 
 from hasten.cluster.manifests.pod import MANAGER, USER, Object, given
-from hasten.cluster.spec import Volume, checked_name
+from hasten.cluster.spec import Volume
 from hasten.core.errors import ConfigError, UnsupportedError
 
 OSS_DRIVER = "ossplugin.csi.alibabacloud.com"
@@ -11,6 +11,8 @@ S3_DRIVER = "s3.csi.aws.com"
 _OSS_LABEL = "alicloud-pvname"
 _OSSFS_USER = f"-o allow_other -o uid={USER} -o gid={USER} -o umask=022"
 """ossfs lets only root see the files otherwise."""
+_LONGEST_LABEL = 63
+"""The name is a label's value too."""
 _S3_USER = (f"uid={USER}", f"gid={USER}", "allow-other")
 
 _MINE = {
@@ -35,8 +37,27 @@ def volume_objects(volume: Volume, secret: str | None) -> list[Object]:
 
 
 def volume_name(volume: Volume) -> str:
-    """Name of the PersistentVolume, which no namespace shields from others; ConfigError where it is too long."""
-    return checked_name(f"{volume.namespace}-{volume.name}", "the namespace and the volume's name together,")
+    """Name of the PersistentVolume, which no namespace shields from others; ConfigError where it is too long.
+
+    Neither part can have a dot, so no other namespace and name make the same.
+    """
+    name = f"{volume.namespace}.{volume.name}"
+    if len(name) > _LONGEST_LABEL:
+        raise ConfigError(
+            f"the namespace and the volume's name together, {name!r}, have more than {_LONGEST_LABEL} characters"
+        )
+    return name
+
+
+def earlier_volume_name(volume: Volume) -> str:
+    """What earlier versions called the PersistentVolume; volumes of other namespaces may have the same name."""
+    return f"{volume.namespace}-{volume.name}"
+
+
+def is_of(persistent_volume: Object, volume: Volume) -> bool:
+    """Whether a PersistentVolume is kept for the claim of this volume."""
+    claim = (persistent_volume.get("spec") or {}).get("claimRef") or {}
+    return (claim.get("namespace"), claim.get("name")) == (volume.namespace, volume.name)
 
 
 def secret_name(volume: Volume) -> str:
