@@ -1,12 +1,11 @@
 """Models for a real Triton: those of `AddingService`, and models with the tensors of hasten's own that give zeros."""
 
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from google.protobuf import text_format
+from tests.server.tritonserver import Interpreter, installed
 from tritonclient.grpc import model_config_pb2
 
 from hasten.core.config import EngineConfig
@@ -14,6 +13,8 @@ from hasten.server.create import model_configs, write_repository
 
 NUMPY = "numpy==1.26.4"
 """The stub of the wheel misreads the arrays of numpy 2."""
+NUMPY_PYTHONS = ("3.12", "3.11")
+"""Which have a wheel of that numpy."""
 OWN_MODELS = ("fastertransformer", "preprocessing", "postprocessing", "ensemble", "demo-model")
 SAME_TYPES = ("uint64", "fp16")
 
@@ -131,14 +132,6 @@ def write_own_models(folder: Path, engine: EngineConfig) -> list[model_config_pb
     return configs
 
 
-def older_numpy(cache: pytest.Cache) -> Path:
+def older_numpy(cache: pytest.Cache, python: Interpreter) -> Path:
     """A folder with an older numpy, for the Python backend. Skips the test where it cannot be had."""
-    folder = Path(cache.mkdir("tritonserver")) / NUMPY
-    if not folder.is_dir():
-        unfinished = folder.with_suffix(".unfinished")
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", NUMPY]
-        done = subprocess.run([*pip, "--target", str(unfinished)], capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            pytest.skip(f"{NUMPY} cannot be installed: {done.stderr.strip()[-300:]}")
-        unfinished.rename(folder)
-    return folder
+    return installed(cache, NUMPY, f"{NUMPY}-python{python.version}", "--python-version", python.version)

