@@ -1,11 +1,18 @@
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VERSION := import platform; print(platform.python_version())
 
 .PHONY: setup demo test check format clean
 
+# PYTHON= makes the environment. Where that exists and runs another version, it is an error, not ignored.
 setup: $(STAMP)
+ifneq ($(origin PYTHON),file)
+	@asked=$$($(PYTHON) -c '$(VERSION)') && found=$$($(BIN)/python -c '$(VERSION)') && \
+	{ test "$$asked" = "$$found" || { echo "$(VENV) has Python $$found, not $$asked:" \
+	"name another folder (VENV=.venv-$$asked), or remove this one (make clean)" >&2; exit 1; }; }
+endif
 
 # The stamp lies in the environment, so that removing either makes both anew.
 $(STAMP): pyproject.toml constraints.txt
