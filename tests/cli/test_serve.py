@@ -325,7 +325,7 @@ def test_options_are_those_of_tritonserver() -> None:
     assert (made.endpoints.http_port, made.endpoints.grpc_port, made.endpoints.metrics_port) == (9000, 9001, 9002)
     assert (made.endpoints.allow_metrics, made.endpoints.allow_grpc) == (False, True)
     assert made.endpoints.http_address == "1.2.3.4"
-    assert ("grpc.keepalive_time_ms", 5000) in made.endpoints.grpc_channel(1)
+    assert ("grpc.keepalive_time_ms", 5000) in made.endpoints.grpc_channel(made.security)
     assert (made.server.exit_timeout_secs, made.server.strict_readiness, made.server.exit_on_error) == (5, False, False)
     assert (made.server.server_id, made.repository.disable_auto_complete_config) == ("me", True)
     assert (made.log.log_verbose, made.log.log_info, made.log.log_format, made.log.log_file) == (

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import httpx
 from tests.server.adding_service import AddingService
 
+from hasten.server.connections import ConnectionLimits
 from hasten.server.listeners import GrpcListener, HttpListener
 from hasten.server.protocol.grpc import GrpcCalls
 from hasten.server.protocol.http import HttpRoutes, http_app
@@ -56,10 +57,11 @@ class Transports:
     memory: SharedMemory = field(default_factory=SharedMemory)
     traces: TraceSettings = field(default_factory=TraceSettings)
     logs: LogSettings = field(default_factory=LogSettings)
+    limits: ConnectionLimits = field(default_factory=ConnectionLimits)
 
     async def start(self) -> None:
         service = cast(Any, self.service)
-        self.http_listener = HttpListener("127.0.0.1", 0, "--http-port", self.tls)
+        self.http_listener = HttpListener("127.0.0.1", 0, "--http-port", self.tls, self.limits)
         routes = HttpRoutes(service, self.memory, self.traces, self.logs, LIMIT).routes()
         await self.http_listener.start(http_app(routes, self.keys, LIMIT))
         calls = GrpcCalls(service, self.memory, self.traces, self.logs)

@@ -10,13 +10,14 @@ from typing import Any
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError
+from hasten.server.connections import ConnectionLimits
 from hasten.server.create import model_configs
 from hasten.server.engine.client import EngineClient, QueueLimits
 from hasten.server.lifecycle import StartEngine
 from hasten.server.listeners import GrpcListener, HttpListener
 from hasten.server.metrics import Machine, Metrics
 from hasten.server.openai.routes import openai_routes
-from hasten.server.options import EndpointOptions, ModelOptions, ServeOptions
+from hasten.server.options import EndpointOptions, ModelOptions, SecurityOptions, ServeOptions
 from hasten.server.page.routes import page_routes
 from hasten.server.protocol.grpc import GrpcCalls
 from hasten.server.protocol.http import HttpRoutes, http_app
@@ -61,21 +62,21 @@ class Server:
 
     def _open(self, calls: GrpcCalls, opened: contextlib.ExitStack) -> None:
         """Open all ports. What is `opened` is to be closed if one of them cannot be had."""
-        ends = self.options.endpoints
+        ends, security = self.options.endpoints, self.options.security
+        limits = _connection_limits(ends, security)
         if ends.allow_http:
-            self.http = HttpListener(ends.http_address, ends.http_port, "--http-port", self._tls)
+            self.http = HttpListener(ends.http_address, ends.http_port, "--http-port", self._tls, limits)
             opened.callback(self.http.close)
         if ends.allow_metrics:
             address = ends.metrics_address or ends.http_address
-            self.metrics = HttpListener(address, ends.metrics_port, "--metrics-port")
+            self.metrics = HttpListener(address, ends.metrics_port, "--metrics-port", limits=limits)
             opened.callback(self.metrics.close)
         if ends.allow_grpc:
-            channel = ends.grpc_channel(self.options.security.max_request_bytes)
             self.grpc = GrpcListener(
                 *(ends.grpc_address, ends.grpc_port, "--grpc-port", calls),
                 keys=self._keys,
                 tls=self._tls,
-                options=channel,
+                options=ends.grpc_channel(security),
             )
 
     async def start(self) -> None:
@@ -206,6 +207,18 @@ def _machine(options: EndpointOptions) -> Machine:
         cpu=options.allow_metrics and options.allow_cpu_metrics,
         gpus=options.allow_metrics and options.allow_gpu_metrics,
         interval=options.metrics_interval_ms / 1e3,
+    )
+
+
+def _connection_limits(ends: EndpointOptions, security: SecurityOptions) -> ConnectionLimits:
+    return ConnectionLimits(
+        connections=ends.http_max_connections,
+        header_bytes=security.max_header_bytes,
+        url_bytes=security.max_url_bytes,
+        idle_timeout=ends.http_idle_timeout_secs,
+        header_timeout=ends.http_header_timeout_secs,
+        body_timeout=ends.http_body_timeout_secs,
+        write_timeout=ends.http_write_timeout_secs,
     )
 
 

@@ -5,18 +5,22 @@ import contextlib
 import socket
 import ssl
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import uvicorn
 from starlette.types import ASGIApp
 
 from hasten.core.errors import ConfigError
+from hasten.server.connections import ConnectionLimits, Connections
 from hasten.server.protocol.grpc import GrpcCalls, add_to_server
 from hasten.server.security import ApiKeys, TlsFiles
 
 _BACKLOG = 2048
-_KEEP_ALIVE_S = 75
+_CHECK_TICKS = 5
+"""Of uvicorn's main loop, ten a second, between two looks at the connections' time-outs."""
+
+_DEFAULT_LIMITS = ConnectionLimits()
 
 
 def open_port(address: str, port: int, flag: str) -> socket.socket:
@@ -43,13 +47,19 @@ def joined(address: str, port: int) -> str:
 class _Uvicorn(uvicorn.Server):
     """Leaves signals to the application, and tells when it serves."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
         super().__init__(config)
         self.serves = asyncio.Event()
+        self._connections = connections
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.serves.set()
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % _CHECK_TICKS == 0:
+            self._connections.check()
+        return await super().on_tick(counter)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -59,9 +69,17 @@ class _Uvicorn(uvicorn.Server):
 class HttpListener:
     """Serves one ASGI application on one port."""
 
-    def __init__(self, address: str, port: int, flag: str, tls: TlsFiles | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        flag: str,
+        tls: TlsFiles | None = None,
+        limits: ConnectionLimits = _DEFAULT_LIMITS,
+    ) -> None:
         self._socket = open_port(address, port, flag)
         self._tls = tls
+        self._limits = limits
         self._server: _Uvicorn | None = None
         self._task: asyncio.Task[None] | None = None
         self.port: int = self._socket.getsockname()[1]
@@ -69,18 +87,19 @@ class HttpListener:
 
     async def start(self, app: ASGIApp) -> None:
         """Begin to serve."""
+        connections = Connections(self._limits)
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=cast(type[asyncio.Protocol], connections),
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_keep_alive=max(1, round(self._limits.idle_timeout)),
             **_tls_options(self._tls),
         )
-        self._server = _Uvicorn(config)
+        self._server = _Uvicorn(config, connections)
         self._task = asyncio.create_task(self._server.serve([self._socket]))
         started = asyncio.ensure_future(self._server.serves.wait())
         await asyncio.wait((self._task, started), return_when=asyncio.FIRST_COMPLETED)

@@ -11,6 +11,8 @@ from hasten.core.errors import ConfigError
 
 CONTROL_MODES = ("none", "poll", "explicit")
 _LARGEST_PORT = 65535
+_MOST_CALLS = 1024
+"""Under way on one gRPC connection; further ones wait at the client."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,11 @@ class EndpointOptions:
     metrics_port: int = option(8002, "port of metrics; 0 is any free one")
     allow_gpu_metrics: bool = option(True, "serve what the GPUs do, among the metrics")
     allow_cpu_metrics: bool = option(True, "serve what the processors do, among the metrics")
+    http_max_connections: int = option(4096, "maximum of open connections of a port; more are refused with 503")
+    http_idle_timeout_secs: float = option(75.0, "seconds for which a connection may have no request")
+    http_header_timeout_secs: float = option(30.0, "seconds that the headers of a request may take to arrive")
+    http_body_timeout_secs: float = option(60.0, "seconds for which nothing of a request's body may arrive")
+    http_write_timeout_secs: float = option(300.0, "seconds for which a client may take nothing of its answer")
     metrics_interval_ms: float = option(2000.0, "ms for which what the machine does is not measured anew")
     grpc_keepalive_time: int = option(7_200_000, "ms without traffic after which a gRPC client is pinged")
     grpc_keepalive_timeout: int = option(20_000, "ms that it has to answer the ping")
@@ -37,6 +44,9 @@ class EndpointOptions:
         300_000, "least ms between pings of a client without data in between"
     )
     grpc_http2_max_ping_strikes: int = option(2, "pings above that which are forgiven; 0: any number")
+    grpc_max_connection_idle: int = option(
+        3_600_000, "ms without a call after which a gRPC connection is ended; 0: never"
+    )
     grpc_max_connection_age: int = option(0, "ms after which a gRPC connection is ended gracefully; 0: never")
     grpc_max_connection_age_grace: int = option(0, "ms that its calls have then; 0: any time")
 
@@ -45,13 +55,28 @@ class EndpointOptions:
             port = getattr(self, name)
             if not 0 <= port <= _LARGEST_PORT:
                 raise ConfigError(f"--{name.replace('_', '-')} must be from 0 to {_LARGEST_PORT}, got {port}")
+        for name in (
+            "max_connections",
+            "idle_timeout_secs",
+            "header_timeout_secs",
+            "body_timeout_secs",
+            "write_timeout_secs",
+        ):
+            value = getattr(self, f"http_{name}")
+            least = 1 if name == "max_connections" else 0.1
+            if not value >= least:
+                raise ConfigError(f"--http-{name.replace('_', '-')} must be at least {least}, got {value:g}")
         if self.metrics_interval_ms < 0:
             raise ConfigError(f"--metrics-interval-ms must be at least 0, got {self.metrics_interval_ms:g}")
 
-    def grpc_channel(self, max_request_bytes: int) -> list[tuple[str, int]]:
+    def grpc_channel(self, security: "SecurityOptions") -> list[tuple[str, int]]:
         """Options of gRPC's own."""
         made = [
-            ("grpc.max_receive_message_length", max_request_bytes),
+            ("grpc.max_receive_message_length", security.max_request_bytes),
+            ("grpc.max_metadata_size", security.max_header_bytes),
+            ("grpc.absolute_max_metadata_size", security.max_header_bytes),
+            ("grpc.max_concurrent_streams", _MOST_CALLS),
+            ("grpc.server_handshake_timeout_ms", round(self.http_header_timeout_secs * 1e3)),
             ("grpc.max_send_message_length", -1),
             ("grpc.keepalive_time_ms", self.grpc_keepalive_time),
             ("grpc.keepalive_timeout_ms", self.grpc_keepalive_timeout),
@@ -63,6 +88,8 @@ class EndpointOptions:
             ),
             ("grpc.http2.max_ping_strikes", self.grpc_http2_max_ping_strikes),
         ]
+        if self.grpc_max_connection_idle:
+            made.append(("grpc.max_connection_idle_ms", self.grpc_max_connection_idle))
         if self.grpc_max_connection_age:
             made.append(("grpc.max_connection_age_ms", self.grpc_max_connection_age))
         if self.grpc_max_connection_age_grace:
@@ -92,12 +119,14 @@ class SecurityOptions:
     api_key_file: str | None = option(None, "file of API keys, one a line; health checks and metrics need none")
     allow_shared_memory: bool = option(True, "let clients register system shared memory")
     max_request_bytes: int = option(64 << 20, "most bytes of a request, unpacked")
+    max_header_bytes: int = option(64 << 10, "maximum bytes of a request's headers, its URL included")
+    max_url_bytes: int = option(8 << 10, "maximum bytes of a request's URL")
     max_prompt_tokens: int | None = option(
         None, "most tokens of a prompt (default: what --max-model-len leaves)", type=int
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_request_bytes", "max_prompt_tokens"):
+        for name in ("max_request_bytes", "max_header_bytes", "max_url_bytes", "max_prompt_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

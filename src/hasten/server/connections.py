@@ -1,0 +1,258 @@
+"""HTTP connections with limits: of headers and URLs while they arrive, of time, and of their number."""
+
+import asyncio
+import fcntl
+import http
+import logging
+import struct
+import termios
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from hasten.server.http_errors import error_response
+
+_LINGER_S, _LINGER_BYTES = 2.0, 1 << 20
+"""For how long a connection is read on whose request was refused: closed at once, the client would lose the answer."""
+_LOG_EVERY_S = 60.0
+_LINE_BYTES = 4
+"""Of a header's line beside its name and value: colon, space and line end."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionLimits:
+    """What a client may take of an HTTP port, in bytes and seconds. The defaults are those of the options."""
+
+    connections: int = 4096
+    header_bytes: int = 64 << 10
+    url_bytes: int = 8 << 10
+    idle_timeout: float = 75.0
+    """Without a request: before the first, and from each answer to the next request."""
+    header_timeout: float = 30.0
+    """From a request's first byte to the end of its headers."""
+    body_timeout: float = 60.0
+    """Between two pieces of a body."""
+    write_timeout: float = 300.0
+    """In which a client takes nothing of an answer that waits for it."""
+
+
+class Connections:
+    """The open connections of one port. Called by uvicorn, it makes the protocol of a new one."""
+
+    def __init__(self, limits: ConnectionLimits, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits = limits
+        self.clock = clock
+        self._open: set[_Connection] = set()
+        self._refused = 0
+        self._logged = -_LOG_EVERY_S
+
+    def __call__(self, **arguments: Any) -> "_Connection":
+        """The protocol of one connection."""
+        return _Connection(self, **arguments)
+
+    def opened(self, connection: "_Connection") -> bool:
+        """Count a connection; False where there are too many, which is logged once a minute."""
+        if len(self._open) < self.limits.connections:
+            self._open.add(connection)
+            return True
+        self._refused += 1
+        now = self.clock()
+        if now - self._logged >= _LOG_EVERY_S:
+            text = "%d connections are open, which is the limit (--http-max-connections); refused since last logged: %d"
+            _log.warning(text, len(self._open), self._refused)
+            self._logged, self._refused = now, 0
+        return False
+
+    def closed(self, connection: "_Connection") -> None:
+        """One connection is gone."""
+        self._open.discard(connection)
+
+    def check(self) -> None:
+        """Close those whose time is up; to be called every now and then."""
+        now = self.clock()
+        for connection in list(self._open):
+            connection.check(now)
+
+
+class _HeadTooLargeError(Exception):
+    """Ends the parser's work on a request that is refused."""
+
+
+class _Connection(HttpToolsProtocol):
+    """One connection."""
+
+    def __init__(
+        self,
+        all_: Connections,
+        config: Any,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._all = all_
+        self._limits = all_.limits
+        self._since = all_.clock()
+        """When the phase began that the connection is in, or last moved on."""
+        self._reading_head = self._reading_body = False
+        self._head_bytes = 0
+        """Of the URL and the headers, trailers included, that are whole."""
+        self._unseen_bytes = 0
+        """That the parser took since it last gave something."""
+        self._parser_gave = False
+        self._refusal: tuple[int, str] | None = None
+        self._linger_until: float | None = None
+        self._lingered_bytes = 0
+        self._unread, self._unread_since = 0, 0.0
+        """Bytes that the client has not taken, and since when there are so many."""
+
+    @property
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if not self._all.opened(self):
+            self._refuse(503, "too many connections are open; try again later", {"retry-after": "1"})
+            transport.close()  # it is not among those that are checked
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._all.closed(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._linger_until is not None:
+            self._lingered_bytes += len(data)
+            if self._lingered_bytes > _LINGER_BYTES:
+                self.transport.abort()
+            return
+        if not self._reading_body and not self._reading_head:
+            self._since = self._all.clock()
+            self._reading_head = True
+        self._parser_gave = False
+        super().data_received(data)
+        self._unseen_bytes = 0 if self._parser_gave else self._unseen_bytes + len(data)
+        if self._unseen_bytes > self._limits.header_bytes and self._linger_until is None:
+            self._refusal = self._headers_too_large()
+            self.send_400_response("")
+
+    def _headers_too_large(self) -> tuple[int, str]:
+        most = self._limits.header_bytes
+        return 431, f"the request's headers have more than {most} bytes, which is the limit; see --max-header-bytes"
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_bytes = 0
+        if not self._reading_head:  # it begins behind another one, in the same piece
+            self._reading_head, self._since = True, self._all.clock()
+
+    def on_url(self, url: bytes) -> None:
+        self._parser_gave = True
+        super().on_url(url)
+        if len(self.url) > self._limits.url_bytes:
+            most = self._limits.url_bytes
+            self._refusal = 414, f"the URL has more than {most} bytes, which is the limit; see --max-url-bytes"
+            raise _HeadTooLargeError
+        self._count(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._parser_gave = True
+        self._count(len(name) + len(value) + _LINE_BYTES)
+        super().on_header(name, value)
+
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > self._limits.header_bytes:
+            self._refusal = self._headers_too_large()
+            raise _HeadTooLargeError
+
+    def on_headers_complete(self) -> None:
+        self._parser_gave = True
+        self._since = self._all.clock()
+        self._reading_head, self._reading_body = False, True
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._parser_gave = True
+        if not self.cycle.response_complete:  # what comes after the answer is waited for no longer than one piece
+            self._since = self._all.clock()
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._parser_gave = True
+        self._reading_head = self._reading_body = False
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        self._since = self._all.clock()
+        super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what cannot be parsed, or is larger than it may be."""
+        status, text = self._refusal or (400, msg)
+        if self._refusal is not None and self._answering and not self._reading_body:
+            # its answer would come in the middle of another one's: the connection ends behind that instead
+            self.cycle.keep_alive = False
+            self._linger_until = float("inf")
+            return
+        self._refuse(status, text)
+
+    def _refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        if self.transport.is_closing():
+            return
+        path = (getattr(self, "url", b"") or b"")[: self._limits.url_bytes].decode("latin-1")
+        answer = error_response(path, status, message, {"connection": "close", **(headers or {})})
+        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}".encode()]
+        lines += [name + b": " + value for name, value in answer.raw_headers]
+        self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
+        self._linger_until = self._all.clock() + _LINGER_S
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def check(self, now: float) -> None:
+        """Close the connection if its client's time is up."""
+        if self._write_stalls(now):
+            self.transport.abort()
+        elif self.transport.is_closing():
+            return
+        elif self._linger_until is not None:
+            if now >= self._linger_until:
+                self.transport.abort()
+        elif self._reading_body:
+            self._check_body(now)
+        elif self._answering:
+            self._since = now
+        elif self._reading_head:
+            if now - self._since > self._limits.header_timeout:
+                self._refuse(408, f"the headers did not come within {self._limits.header_timeout:g} s")
+        elif now - self._since > self._limits.idle_timeout:
+            self.transport.close()
+
+    def _check_body(self, now: float) -> None:
+        if self.flow.read_paused:
+            self._since = now  # it is not the client that is slow
+        elif now - self._since > self._limits.body_timeout:
+            if self.cycle.response_started:
+                self.transport.abort()
+            else:
+                self._refuse(408, f"nothing of the body came for {self._limits.body_timeout:g} s")
+
+    def _write_stalls(self, now: float) -> bool:
+        waiting = self.transport.get_write_buffer_size()
+        # what the kernel holds counts too: it may take megabytes of reading until it takes more from here
+        unread = waiting and waiting + _unsent(self.transport.get_extra_info("socket"))
+        if unread == 0 or unread != self._unread:
+            self._unread, self._unread_since = unread, now
+            return False
+        return now - self._unread_since > self._limits.write_timeout
+
+
+def _unsent(connection: Any) -> int:
+    """Bytes that the kernel holds for the client and that it has not acknowledged."""
+    (count,) = struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))
+    return int(count)

@@ -1,0 +1,206 @@
+"""What a client may take of the HTTP port: headers and URLs by bytes, connections by number and by time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+from tests.server.transport_fixtures import Transports, serving
+
+from hasten.server.connections import ConnectionLimits
+
+LIVE = b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n"
+PATIENCE_S = 20.0
+"""For what comes within a second on an idle machine."""
+TOO_MANY = 16 << 20
+"""Bytes; a client that may send so many is not stopped."""
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Transports]:
+    with serving(Transports(limits=ConnectionLimits(header_bytes=16384, url_bytes=1024))) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[Transports]:
+    """Time-outs as short as can be told from each other."""
+    limits = ConnectionLimits(idle_timeout=30, header_timeout=0.5, body_timeout=0.5, write_timeout=1)
+    with serving(Transports(limits=limits)) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def connected(site: Transports) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", site.http_listener.port), timeout=PATIENCE_S) as made:
+        yield made
+
+
+def send_all(connection: socket.socket, pieces: Iterator[bytes]) -> int:
+    """Send until the server refuses it or takes no more; how much it took."""
+    sent = 0
+    with contextlib.suppress(ConnectionError):
+        for piece in pieces:
+            connection.sendall(piece)
+            sent += len(piece)
+            if sent > TOO_MANY:
+                break
+            connection.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                if b" 200 OK" not in connection.recv(20, socket.MSG_PEEK):
+                    break
+            connection.settimeout(PATIENCE_S)
+    connection.settimeout(PATIENCE_S)
+    return sent
+
+
+def received(connection: socket.socket) -> bytes:
+    """All that comes until the server ends the connection."""
+    parts = []
+    with contextlib.suppress(ConnectionError):
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def statuses(answer: bytes) -> list[int]:
+    return [int(part[:3]) for part in answer.split(b"HTTP/1.1 ")[1:]]
+
+
+def repeated(piece: bytes, before: bytes = b"") -> Iterator[bytes]:
+    yield before
+    while True:
+        yield piece
+
+
+def stream(count: int) -> bytes:
+    """A request whose answer is a stream of so many events."""
+    body = json.dumps({"IN": count}).encode()
+    head = b"POST /v2/models/decoupled/generate_stream HTTP/1.1\r\ncontent-length: %d\r\n\r\n"
+    return head % len(body) + body
+
+
+HEAD = b"GET /v2/health/live HTTP/1.1\r\n"
+FLOODS = {
+    "many headers": (HEAD, b"a: b\r\n" * 100, 431),
+    "one header": (HEAD + b"a: ", b"b" * 1000, 431),
+    "one name": (HEAD, b"b" * 1000, 431),
+    "url": (b"GET /", b"u" * 1000, 414),
+    "openai's url": (b"GET /v1/", b"u" * 1000, 414),
+    "trailers": (HEAD + b"transfer-encoding: chunked\r\n\r\n0\r\n", b"a: b\r\n" * 100, 431),
+    "one trailer": (HEAD + b"transfer-encoding: chunked\r\n\r\n0\r\na: ", b"b" * 1000, 431),
+    "empty lines": (b"", b"\r\n" * 500, 431),
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_a_head_without_end_is_refused_while_it_arrives(site: Transports, name: str) -> None:
+    before, piece, status = FLOODS[name]
+    with connected(site) as connection:
+        sent = send_all(connection, repeated(piece, before))
+        assert sent < TOO_MANY
+        answer = received(connection)
+    if "trailer" in name:  # the request is answered before they have come
+        assert statuses(answer) in ([], [200], [431], [200, 431])
+        return
+    assert statuses(answer) == [status]
+    assert b"connection: close" in answer
+    error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    message = error["message"] if isinstance(error, dict) else error
+    assert isinstance(error, dict) == (name == "openai's url")
+    assert "which is the limit; see --max-" in message
+
+
+def test_no_key_is_needed_to_be_refused_and_none_is_checked_before(site: Transports) -> None:
+    with connected(site) as connection:
+        connection.sendall(HEAD + b"authorization: " + b"x" * 20000 + b"\r\n\r\n")
+        assert statuses(received(connection)) == [431]
+
+
+def test_heads_at_the_limits_are_served_again_and_again(site: Transports) -> None:
+    url = b"/v2/health/live?" + b"u" * 1000
+    head = b"GET " + url + b" HTTP/1.1\r\n" + b"".join(b"a%d: %s\r\n" % (place, b"v" * 100) for place in range(100))
+    with connected(site) as connection:
+        connection.sendall((head + b"\r\n") * 20 + LIVE.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+        assert statuses(received(connection)) == [200] * 21
+
+
+def test_a_large_head_behind_others_does_not_come_between_their_answers(site: Transports) -> None:
+    with connected(site) as connection:
+        connection.sendall(stream(300) + HEAD + b"a: " + b"x" * 20000 + b"\r\n\r\n")
+        answer = received(connection)
+    assert statuses(answer) in ([200], [200, 431])
+    assert answer.count(b"data: ") == 300
+    assert answer.partition(b"HTTP/1.1 431")[0].endswith(b"0\r\n\r\n")
+
+
+def test_a_head_that_comes_too_slowly_is_refused(hasty: Transports) -> None:
+    with connected(hasty) as connection:
+        connection.sendall(HEAD)
+        assert statuses(received(connection)) == [408]
+    with connected(hasty) as connection:  # also behind a request that was answered
+        connection.sendall(LIVE + HEAD)
+        assert statuses(received(connection)) == [200, 408]
+
+
+def test_a_body_that_stops_is_refused_and_one_that_moves_is_not(hasty: Transports) -> None:
+    head = b"POST /v2/models/add/generate HTTP/1.1\r\ncontent-length: %d\r\n\r\n"
+    with connected(hasty) as connection:
+        connection.sendall(head % 30 + b'{"INPUT0": 1')
+        assert statuses(received(connection)) == [408]
+    body = b'{"INPUT0": 1, "INPUT1": 2}' + b" " * 22
+    with connected(hasty) as connection:
+        connection.sendall(head % len(body))
+        for at in range(0, len(body), 4):  # longer in all than the time-out, which is between two pieces
+            time.sleep(0.1)
+            connection.sendall(body[at : at + 4])
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_who_waits_for_a_slow_answer_is_not_slow(hasty: Transports) -> None:
+    with connected(hasty) as connection:
+        connection.sendall(LIVE)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        time.sleep(1.5)  # idle for longer than headers and bodies may take
+        connection.sendall(LIVE)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_who_reads_nothing_is_closed_and_who_reads_slowly_is_not(hasty: Transports) -> None:
+    withdrawn = hasty.service.withdrawn
+    with connected(hasty) as lazy, connected(hasty) as slow:
+        for connection in (lazy, slow):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.sendall(stream(200_000))
+        until = time.monotonic() + PATIENCE_S
+        while hasty.service.withdrawn == withdrawn:
+            assert time.monotonic() < until
+            assert slow.recv(65536)
+            time.sleep(0.02)
+        assert slow.recv(65536)
+        assert hasty.service.withdrawn == withdrawn + 1
+
+
+def test_more_connections_than_there_may_be_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    limits = ConnectionLimits(connections=3, idle_timeout=1)
+    with serving(Transports(limits=limits)) as site, contextlib.ExitStack() as held:
+        with caplog.at_level(logging.WARNING, "hasten.server.connections"):
+            first = [held.enter_context(connected(site)) for _ in range(3)]
+            for connection in first:
+                connection.sendall(LIVE)
+                assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+            for _ in range(5):
+                with connected(site) as other:
+                    answer = received(other)
+                    assert statuses(answer) == [503]
+                    assert b"retry-after" in answer
+        assert [record.levelname for record in caplog.records] == ["WARNING"]  # once a minute
+        assert received(first[0]) == b""  # idle for too long, and so there is room
+        with connected(site) as other:
+            other.sendall(LIVE)
+            assert other.recv(65536).startswith(b"HTTP/1.1 200")
