@@ -18,8 +18,16 @@ if TYPE_CHECKING:
         RankError,
         UnsupportedError,
     )
-    from hasten.core.types import CompletionOutput, FinishReason, Logprob, RequestOutput, SamplingParams
+    from hasten.core.types import (
+        CompletionOutput,
+        FinishReason,
+        Logprob,
+        RequestOutput,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
     from hasten.engine.llm import LLM
+    from hasten.engine.prompts import TextPrompt, TokensPrompt
 
 __version__ = "0.1.0"
 
@@ -41,24 +49,27 @@ __all__ = [
     "RankError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
     "UnsupportedError",
     "__version__",
 ]
 
-_TYPES = {"CompletionOutput", "FinishReason", "Logprob", "RequestOutput", "SamplingParams"}
-
-
-def _module_of(name: str) -> str:
-    if name == "LLM":
-        return "hasten.engine.llm"
-    return "hasten.core.types" if name in _TYPES else "hasten.core.errors"
+_MODULES = {
+    "LLM": "hasten.engine.llm",
+    **dict.fromkeys(("TextPrompt", "TokensPrompt"), "hasten.engine.prompts"),
+    **dict.fromkeys(("CompletionOutput", "FinishReason", "Logprob"), "hasten.core.types"),
+    **dict.fromkeys(("RequestOutput", "SamplingParams", "StructuredOutputsParams"), "hasten.core.types"),
+}
+"""Where the names are that are no errors."""
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for, so that `import hasten` alone does not take torch's time."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_module_of(name)), name)
+    value = getattr(import_module(_MODULES.get(name, "hasten.core.errors")), name)
     globals()[name] = value
     return value
 

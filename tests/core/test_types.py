@@ -1,10 +1,12 @@
-from typing import Any
+import inspect
+from dataclasses import fields, replace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from hasten.core.errors import InvalidRequestError
-from hasten.core.types import FinishReason, SamplingParams
+from hasten.core.types import FinishReason, SamplingParams, StructuredOutputsParams
 
 NAN, INF = float("nan"), float("inf")
 
@@ -32,6 +34,10 @@ NAN, INF = float("nan"), float("inf")
         ("beam_width", [0, -1]),
         ("length_penalty", [-11, 10.5, NAN, INF]),
         ("early_stopping", ["never", 1, None]),
+        ("detokenize", [1, None, "yes"]),
+        ("ignore_eos", [1, None, "yes"]),
+        ("skip_special_tokens", [0, None]),
+        ("include_stop_str_in_output", [0, None]),
         ("beam_search_diversity_rate", [-0.5, NAN, INF]),
         ("logit_bias", [[1], "1", {1.5: 1}, {"1": 1}, {1: "1"}, {1: 101}, {1: NAN}]),
         ("json_schema", ["", {}, 1]),
@@ -54,15 +60,17 @@ def test_a_bad_value_is_named(name: str, values: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("names", "values"),
     [
-        (("n", "top_k", "max_tokens", "min_tokens", "beam_width"), [2.5, 2.0, "2", True, None, [2]]),
-        (("seed", "logprobs", "prompt_logprobs"), [2.5, 2.0, "2", True, [2]]),
+        (("n", "top_k", "min_tokens", "beam_width"), [2.5, 2.0, "2", True, None, [2]]),
+        (("max_tokens", "seed", "logprobs", "prompt_logprobs"), [2.5, 2.0, "2", True, [2]]),
         (
             ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
             ["0.5", None, True, [0.5], 1j],
         ),
-        (("stop", "bad_words"), [[1], [None], ["a", 2]]),
-        (("stop_token_ids",), [[1.7], ["1"], [None], "12"]),
-        (("stop_words_ids", "bad_words_ids"), [[[1.7]], [["1"]], ["12"]]),
+        (("stop", "bad_words", "choice"), [[1], [None], ["a", 2], 7, b"a", {"a": 1}]),
+        (("stop_token_ids", "allowed_token_ids"), [[1.7], ["1"], [None], "12", 7, [True], b"12"]),
+        (("stop_words_ids", "bad_words_ids"), [[[1.7]], [["1"]], ["12"], 7, [5], [None, 5]]),
+        (("stop", "bad_words", "choice", "json_schema", "regex", "grammar"), ["a\ud83d"]),
+        (("structured_outputs",), [5, "a+", [], {}, {"regex": "a", "choice": ["b"]}, {"regexp": "a"}, {"json": 5}]),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named(names: tuple[str, ...], values: list[Any]) -> None:
@@ -72,6 +80,68 @@ def test_a_value_of_the_wrong_kind_is_named(names: tuple[str, ...], values: list
             with pytest.raises(InvalidRequestError) as caught:
                 SamplingParams(**{name: value})
             assert str(caught.value).startswith(f"{name} ")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("stop", "stop_token_ids", "stop_words_ids", "bad_words", "bad_words_ids", "allowed_token_ids", "logit_bias"),
+        *("choice", "seed", "logprobs", "prompt_logprobs", "json_schema", "regex", "grammar", "structured_outputs"),
+    ],
+)
+def test_none_is_what_is_left_out(name: str) -> None:
+    assert SamplingParams(**cast("dict[str, Any]", {name: None})) == SamplingParams()
+
+
+def test_max_tokens_of_none_is_up_to_the_models_length() -> None:
+    made = SamplingParams(max_tokens=None, min_tokens=500)
+    assert made.max_length(10, 2048) == 2048
+    assert SamplingParams(max_tokens=5).max_length(10, 2048) == 15
+    assert SamplingParams(max_tokens=5).max_length(10, 12) == 12
+    assert SamplingParams(max_tokens=5).max_length(10, None) == 15
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"json": '{"type": "integer"}'}, {"json_schema": '{"type": "integer"}'}),
+        ({"json": {"type": "integer"}, "regex": None}, {"json_schema": '{"type": "integer"}'}),
+        ({"json_object": True}, {"json_schema": '{"type":"object"}'}),
+        ({"regex": "a+"}, {"regex": "a+"}),
+        ({"choice": ["a", "b"]}, {"choice": ("a", "b")}),
+        ({"grammar": 'start: "a"'}, {"grammar": 'start: "a"'}),
+    ],
+)
+def test_structured_outputs_are_the_fields_that_they_name(given: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for form in (given, StructuredOutputsParams(**given)):  # type: ignore[typeddict-item]
+        made = SamplingParams(structured_outputs=form)  # type: ignore[arg-type]
+        assert made == SamplingParams(**wanted)
+        assert replace(made, n=2) == SamplingParams(**wanted, n=2)
+    with pytest.raises(InvalidRequestError, match=r"structured_outputs and \w+ say the same"):
+        SamplingParams(structured_outputs=given, **wanted)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("best_of", "best_of is not a parameter of SamplingParams: draw n completions"),
+        ("logits_processors", "logits_processors is not a parameter of SamplingParams: use logit_bias"),
+        ("guided_decoding", "guided_decoding is not a parameter of SamplingParams: use structured_outputs"),
+        ("truncate_prompt_tokens", "truncate_prompt_tokens is not a parameter of SamplingParams: give the last"),
+        ("max_token", "max_token is not a parameter of SamplingParams: did you mean max_tokens?"),
+        ("xyz", "xyz is not a parameter of SamplingParams: there are n, temperature, top_k"),
+    ],
+)
+def test_an_unknown_parameter_is_named_with_what_to_use(name: str, message: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        SamplingParams(**cast("dict[str, Any]", {name: 1}))
+    assert str(caught.value).startswith(message)
+    with pytest.raises(InvalidRequestError, match="SamplingParams takes its parameters by name"):
+        cast("Any", SamplingParams)(0.8)
+
+
+def test_the_signature_names_all_parameters() -> None:
+    assert list(inspect.signature(SamplingParams).parameters) == [f.name for f in fields(SamplingParams)]
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
@@ -158,6 +228,7 @@ def test_lists_are_kept_as_tuples_and_a_single_string_as_one() -> None:
         ({"temperature": 0, "min_tokens": 1}, True, False, False),
         ({"temperature": 0, "bad_words": "x"}, True, False, False),
         ({"temperature": 0, "bad_words_ids": [[1]]}, True, False, False),
+        ({"temperature": 0, "allowed_token_ids": [1]}, True, False, False),
         # what does not change which token is the most probable one
         ({"temperature": 0, "top_k": 5, "top_p": 0.5, "min_p": 0.5, "seed": 3}, True, False, True),
         ({"temperature": 0, "stop": "x", "stop_token_ids": [1], "ignore_eos": True}, True, False, True),

@@ -43,6 +43,7 @@ def candidates(prefix: Tokens, count: int = VOCAB, vocab: int = VOCAB) -> list[C
 def run(params: SamplingParams, prompt: Tokens = (), eos: Tokens = (), vocab: int = VOCAB) -> list[Hypothesis]:
     """A search alone: its beams in a dictionary, moved about as it says."""
     keys = list(range(params.beam_width))
+    assert params.max_tokens is not None
     search = BeamSearch(params, eos, params.max_tokens, keys)
     beams = dict.fromkeys(keys, prompt)
     count = min(vocab, candidate_count(params, eos))

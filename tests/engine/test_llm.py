@@ -4,6 +4,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from hasten import (
     RequestOutput,
     SamplingParams,
 )
-from hasten.engine.llm import Prompt
+from hasten.engine.prompts import Prompt
 from hasten.engine.sampler import Choice
 
 if TYPE_CHECKING:
@@ -725,6 +726,62 @@ def test_prompts_as_text_or_ids_one_or_many(llm: LLM) -> None:
     assert list(llm.stream([], GREEDY)) == []
 
 
+def test_prompts_and_keywords_of_vllm(llm: LLM) -> None:
+    text = "the lamp and the river"
+    ids = llm.tokenizer.encode(text)
+    wanted = tokens_of(llm.generate(text, GREEDY))
+    forms: list[Prompt] = [{"prompt": text}, {"prompt_token_ids": ids}, {"prompt_token_ids": ids, "prompt": text}]
+    for form in forms:
+        assert tokens_of(llm.generate(form, sampling_params=GREEDY)) == wanted
+    outputs = llm.generate(prompts=forms, sampling_params=[GREEDY] * 3)
+    assert [output.prompt for output in outputs] == [text, None, text]
+    assert tokens_of(outputs) == wanted * 3
+    streamed = llm.stream(prompts=forms[1], sampling_params=GREEDY)
+    assert [tokens_of([output]) for output in streamed][-1] == wanted
+
+
+def test_text_that_is_no_utf8_names_the_field(llm: LLM) -> None:
+    for prompts, begin in (
+        ("a\ud83d", "the prompt is not valid UTF-8"),
+        (["abc", "a\udcff"], r"prompts\[1\] is not valid UTF-8"),
+    ):
+        with pytest.raises(InvalidRequestError, match=f"^{begin}"):
+            llm.generate(prompts, GREEDY)
+    for call in (llm.tokenizer.encode, lambda text: llm.tokenizer.encode_batch(["a", text])):
+        with pytest.raises(InvalidRequestError, match=r"^the text is not valid UTF-8"):
+            call("a\ud83d")
+    with pytest.raises(InvalidRequestError, match=r"^the text is not valid UTF-8"):
+        llm.tokenizer.encode_pair("a", "\ud83d")
+
+
+def test_no_limit_of_tokens_is_the_models(tiny_bloom: Path, llm: LLM) -> None:
+    with LLM(tiny_bloom, max_model_len=40, **like(llm)) as small:
+        params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+        made = small.generate([PROMPTS[2], PROMPTS[0]], params)
+    assert [len(tokens) for tokens in tokens_of(made)] == [40 - BLOCK + 1, 39]
+    assert {output.outputs[0].finish_reason for output in made} == {FinishReason.LENGTH}
+
+
+def test_allowed_tokens(llm: LLM) -> None:
+    made = llm.generate(PROMPTS[:3], SamplingParams(temperature=0, max_tokens=9, allowed_token_ids=[7, 9, 300]))
+    assert {token for tokens in tokens_of(made) for token in tokens} <= {7, 9, 300}
+    (nothing,) = llm.generate([5], SamplingParams(allowed_token_ids=[7], bad_words_ids=[[7]]))[0].outputs
+    assert (nothing.finish_reason, nothing.token_ids) == (FinishReason.ERROR, [])
+    assert "excludes the whole vocabulary" in str(nothing.stop_reason)
+
+
+def test_runs_are_looked_for_in_the_output_alone(llm: LLM, plain: RequestOutput) -> None:
+    """As in vLLM: a banned or stopping run that begins in the prompt does nothing, one in the output does."""
+    ids, tokens = plain.prompt_token_ids, plain.outputs[0].token_ids
+    across = [ids[-1], tokens[0]]
+    for options in ({"bad_words_ids": [across]}, {"stop_words_ids": [across]}):
+        params = replace(GREEDY, **options)  # type: ignore[arg-type]
+        assert tokens_of(llm.generate(ids, params)) == [tokens[:COUNT]]
+    within = tokens[:2]
+    assert tokens_of(llm.generate(ids, replace(GREEDY, stop_words_ids=[within])))[0] == within
+    assert tokens_of(llm.generate(ids, replace(GREEDY, bad_words_ids=[within])))[0][:2] != within
+
+
 def test_parameters_for_all_for_each_or_none(llm: LLM) -> None:
     assert len(llm.generate(PROMPTS[0])[0].outputs[0].token_ids) <= 16
     counts = [3, 1, 2]
@@ -799,7 +856,7 @@ def test_parameters_that_make_no_sense(options: dict[str, Any]) -> None:
 
 def test_tokens_that_are_no_numbers_leave_nothing_behind(llm: LLM) -> None:
     wrong: Any = [[5, 6], [5, "six"]]
-    with pytest.raises((InvalidRequestError, TypeError)):
+    with pytest.raises(InvalidRequestError, match=r"^prompts\[1\] has 'six' at position 1"):
         llm.generate(wrong, GREEDY)
     assert not llm.engine.has_unfinished
     assert tokens_of(llm.generate(PROMPTS[0], GREEDY))

@@ -362,3 +362,39 @@ def test_penalties_are_computed_in_fp32(make_sequence: MakeSequence, dtype: torc
         sequence = make_sequence([5], temperature=0, repetition_penalty=penalty)
         assert tokens_of(logits, [sequence]) == [wanted]
     assert logits[0, 5] == 8
+
+
+def test_allowed_tokens_are_the_only_ones(make_sequence: MakeSequence) -> None:
+    logits = random_logits(3, seed=5)
+    allowed = [4, 9, 50]
+    sequences = [
+        make_sequence([1], temperature=0, allowed_token_ids=allowed),
+        make_sequence([1], temperature=0),
+        make_sequence([1], seed=3, allowed_token_ids=[7], logprobs=1),
+    ]
+    best = allowed[int(logits[0, allowed].argmax())]
+    assert tokens_of(logits, sequences) == [best, int(logits[1].argmax()), 7]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bad_words_ids": [[token] for token in range(VOCAB)]},
+        {"allowed_token_ids": [5], "bad_words_ids": [[5]]},
+        {"allowed_token_ids": [2], "min_tokens": 1},
+        {"bad_words_ids": [[token] for token in range(VOCAB)], "temperature": 1.0, "logprobs": 2},
+        {"bad_words_ids": [[token] for token in range(VOCAB)], "temperature": 1.0, "beam_width": 2},
+    ],
+)
+def test_a_request_that_excludes_all_tokens_is_told_so(make_sequence: MakeSequence, options: dict[str, Any]) -> None:
+    """And one whose logits overflow, with or without bans, is not."""
+    logits = random_logits(3, seed=6)
+    logits[2] = float("nan")
+    sequences = [make_sequence([1], **{"temperature": 0.0, **options}), make_sequence([1], temperature=0)]
+    sequences.append(make_sequence([1], temperature=0, bad_words_ids=[[3]]))
+    excluded, plain, overflown = sample(logits, sequences, EOS).collect()
+    assert (excluded.token_id, plain.error, overflown.token_id) == (-1, None, -1)
+    assert excluded.error is not None
+    assert excluded.error.startswith("no token may come next")
+    assert overflown.error is not None
+    assert "not finite" in overflown.error

@@ -195,6 +195,7 @@ class CountingEngine:
         ids = tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         if self.fault is not None:
             raise self.fault
+        assert params.max_tokens is not None
         told = Progress([CompletionDelta(0, [], "")], False, ids, None, 0.0)
         for token in range(ids[-1] + 1, ids[-1] + 1 + params.max_tokens):
             await asyncio.sleep(self.pause)

@@ -1,12 +1,17 @@
-"""Requests and their results. Field names follow vLLM's, so that its users can change the import alone."""
+"""Requests and their results, with the names that vLLM's users know."""
 
+import difflib
+import functools
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from numbers import Integral, Real
+from typing import Any, TypedDict, TypeVar
 
 from hasten.core.errors import InvalidRequestError
+from hasten.core.text import require_utf8
 
 
 class FinishReason(StrEnum):
@@ -27,8 +32,9 @@ def _require(condition: bool, message: str) -> None:
         raise InvalidRequestError(message)
 
 
-_WHOLE = ("n", "top_k", "max_tokens", "min_tokens", "beam_width")
-_WHOLE_OR_NONE = ("seed", "logprobs", "prompt_logprobs")
+_WHOLE = ("n", "top_k", "min_tokens", "beam_width")
+_WHOLE_OR_NONE = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
+_FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize", "early_stopping")
 _NUMBERS = (
     *("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("length_penalty", "beam_search_diversity_rate"),
@@ -42,6 +48,7 @@ _NOT_WITH_BEAMS = {
     "stop_words_ids": (),
     "logprobs": None,
     "logit_bias": {},
+    "allowed_token_ids": (),
     "json_schema": None,
     "regex": None,
     "grammar": None,
@@ -51,8 +58,18 @@ _NOT_WITH_BEAMS = {
 _ONLY_WITH_BEAMS = {"length_penalty": 1.0, "early_stopping": False, "beam_search_diversity_rate": 0.0}
 """What only beam search takes into account, and the values that ask for nothing."""
 _CONSTRAINTS = ("json_schema", "regex", "grammar", "choice")
-_NOT_WITH_CONSTRAINTS = {"min_tokens": 0, "ignore_eos": False, "bad_words": (), "bad_words_ids": ()}
+_NOT_WITH_CONSTRAINTS: dict[str, object] = {"min_tokens": 0, "ignore_eos": False}
+_NOT_WITH_CONSTRAINTS |= {"bad_words": (), "bad_words_ids": (), "allowed_token_ids": ()}
 """What could leave no token that a grammar allows, or keep its end from being one."""
+_INSTEAD = {
+    "best_of": "draw n completions and compare their cumulative_logprob, or search with beam_width",
+    "use_beam_search": "set beam_width",
+    "guided_decoding": "use structured_outputs",
+    "logits_processors": "use logit_bias, allowed_token_ids, bad_words or structured_outputs",
+    "truncate_prompt_tokens": "give the last token ids of the prompt alone",
+    "spaces_between_special_tokens": "leave it out: text is decoded as the tokenizer has it",
+}
+"""Parameters of vLLM that are not supported, and what to use in their stead."""
 _MOST_LENGTH_PENALTY = 10
 """A length to this power is still a float, however long the sequence."""
 
@@ -65,25 +82,39 @@ def _is_number(value: object) -> bool:
     return type(value) is float or _is_whole(value) or (isinstance(value, Real) and not isinstance(value, bool))
 
 
-def _tokens(name: str, ids: Sequence[int]) -> tuple[int, ...]:
-    _require(all(map(_is_whole, ids)), f"{name} holds something that is not a token id: {ids!r}")
-    return tuple(int(token) for token in ids)
+def _each(name: str, given: object, what: str) -> tuple[Any, ...]:
+    """The items of a sequence; None stands for an empty one."""
+    if given is None:
+        return ()
+    countable = isinstance(given, Iterable) and not isinstance(given, str | bytes | bytearray | Mapping)
+    _require(countable, f"{name} must be {what}, got {given!r:.80}")
+    return tuple(given)  # type: ignore[arg-type]  # checked just now
 
 
-def _token_lists(name: str, lists: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    made = tuple(_tokens(name, ids) for ids in lists)
+def _tokens(name: str, ids: object) -> tuple[int, ...]:
+    made = _each(name, ids, "a list of token ids")
+    _require(all(map(_is_whole, made)), f"{name} holds something that is not a token id: {ids!r:.80}")
+    return tuple(map(int, made))
+
+
+def _token_lists(name: str, lists: object) -> tuple[tuple[int, ...], ...]:
+    made = tuple(_tokens(name, ids) for ids in _each(name, lists, "a list of lists of token ids"))
     _require(all(made), f"{name} holds an empty list")
     return made
 
 
-def _strings(name: str, given: Sequence[str] | str) -> tuple[str, ...]:
-    made = (given,) if isinstance(given, str) else tuple(given)
-    _require(all(isinstance(text, str) for text in made), f"{name} holds something that is not a string: {given!r}")
+def _strings(name: str, given: object) -> tuple[str, ...]:
+    made = (given,) if isinstance(given, str) else _each(name, given, "a string or a list of strings")
+    _require(all(isinstance(text, str) for text in made), f"{name} holds something that is not a string: {given!r:.80}")
     _require(all(made), f"{name} holds an empty string")
+    for text in made:
+        require_utf8(name, text)
     return made
 
 
-def _biases(given: Mapping[int, float]) -> dict[int, float]:
+def _biases(given: Mapping[int, float] | None) -> dict[int, float]:
+    if given is None:
+        return {}
     _require(isinstance(given, Mapping), f"logit_bias must map token ids to numbers, got {given!r}")
     for token, bias in given.items():
         _require(_is_whole(token), f"logit_bias has something that is not a token id: {token!r}")
@@ -91,12 +122,79 @@ def _biases(given: Mapping[int, float]) -> dict[int, float]:
     return {int(token): float(bias) for token, bias in given.items()}
 
 
+class StructuredOutputsParams(TypedDict, total=False):
+    """What the output keeps to, under vLLM's names: one of these."""
+
+    json: str | Mapping[str, Any]
+    """A JSON schema, as JSON or as what it decodes to."""
+    json_object: bool
+    """True: any JSON object."""
+    regex: str
+    choice: Sequence[str]
+    grammar: str
+
+
+def _schema(given: object) -> str:
+    if isinstance(given, str):
+        return given
+    _require(isinstance(given, Mapping), f"structured_outputs has a json that is no JSON schema: {given!r:.80}")
+    try:
+        return json.dumps(given)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"structured_outputs has a json that is not JSON: {error}") from None
+
+
+def _structured(given: object) -> dict[str, Any]:
+    """The fields of SamplingParams for `structured_outputs`."""
+    _require(
+        isinstance(given, Mapping),
+        f"structured_outputs must be a dict or StructuredOutputsParams, got {given!r:.80}",
+    )
+    assert isinstance(given, Mapping)
+    known = StructuredOutputsParams.__annotations__
+    chosen = {name: value for name, value in given.items() if value is not None and value is not False}
+    for name in chosen:
+        _require(name in known, f"structured_outputs has {name!r:.80}, which is not one of {', '.join(known)}")
+    _require(len(chosen) == 1, f"structured_outputs must have exactly one of {', '.join(known)}, got {list(chosen)}")
+    ((name, value),) = chosen.items()
+    if name == "json_object":
+        return {"json_schema": '{"type":"object"}'}
+    return {"json_schema": _schema(value)} if name == "json" else {name: value}
+
+
+_Params = TypeVar("_Params", bound=type[Any])
+
+
+def _with_known_names(kind: _Params) -> _Params:
+    """Let a dataclass refuse unknown arguments by name, with what to use in their stead, rather than by a TypeError."""
+    original, known = kind.__init__, [field.name for field in fields(kind)]
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        _require(not args, f"{kind.__name__} takes its parameters by name, got {', '.join(map(repr, args)):.80}")
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = _INSTEAD.get(name) or (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
+                raise InvalidRequestError(f"{name} is not a parameter of {kind.__name__}: {hint}")
+        original(self, **options)
+
+    kind.__init__ = init
+    return kind
+
+
+@_with_known_names
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to choose the tokens of one request. Lists may be given as any sequence; they are kept as tuples.
+    """How to choose the tokens of one request. Lists may be given as any sequence, None for an empty one; they are kept
+    as tuples.
 
     Penalties, biases, banned tokens and `min_tokens` act first, then what constrains the output, then temperature, then
-    min-p, top-k and top-p. Of `json_schema`, `regex`, `grammar` and `choice` at most one is given.
+    min-p, top-k and top-p. Of `json_schema`, `regex`, `grammar`, `choice` and `structured_outputs` at most one is
+    given.
+
+    Stop strings, stop runs and banned runs are looked for in the output alone, as in vLLM: one that begins in the
+    prompt is neither found nor banned. (transformers and FasterTransformer compare with prompt and output.)
     """
 
     n: int = 1
@@ -114,7 +212,8 @@ class SamplingParams:
     """Over the output, as in OpenAI's API."""
     frequency_penalty: float = 0.0
     """Over the output, times the count."""
-    max_tokens: int = 16
+    max_tokens: int | None = 16
+    """None: up to the model's maximum length."""
     min_tokens: int = 0
     """No end or stop token before so many; stop words are not looked for either."""
     stop: Sequence[str] | str = ()
@@ -127,6 +226,8 @@ class SamplingParams:
     """Words that must not be produced."""
     bad_words_ids: Sequence[Sequence[int]] = ()
     """Runs of token ids that must not be produced."""
+    allowed_token_ids: Sequence[int] = ()
+    """The only token ids that may be produced, the model's end token included; none given: all."""
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     """Token id -> what is added to its logit, from -100 to 100, as in OpenAI's API."""
     json_schema: str | None = None
@@ -137,6 +238,8 @@ class SamplingParams:
     """A grammar in llguidance's Lark syntax that the output keeps to."""
     choice: Sequence[str] = ()
     """The output is one of these."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """One of the four above under vLLM's names; it becomes that field, and None itself."""
     ignore_eos: bool = False
     seed: int | None = None
     """The same seed gives the same tokens, whatever else is in the batch."""
@@ -156,11 +259,17 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
+        if self.structured_outputs is not None:
+            for name, value in _structured(self.structured_outputs).items():
+                _require(not getattr(self, name), f"structured_outputs and {name} say the same; give one of them")
+                set_(self, name, value)
+            set_(self, "structured_outputs", None)
         set_(self, "stop", _strings("stop", self.stop))
         set_(self, "stop_token_ids", _tokens("stop_token_ids", self.stop_token_ids))
         set_(self, "stop_words_ids", _token_lists("stop_words_ids", self.stop_words_ids))
         set_(self, "bad_words", _strings("bad_words", self.bad_words))
         set_(self, "bad_words_ids", _token_lists("bad_words_ids", self.bad_words_ids))
+        set_(self, "allowed_token_ids", _tokens("allowed_token_ids", self.allowed_token_ids))
         set_(self, "choice", _strings("choice", self.choice))
         set_(self, "logit_bias", _biases(self.logit_bias))
         # A wrong kind is refused here: met in the middle of a step, it would end the engine for all requests.
@@ -172,6 +281,9 @@ class SamplingParams:
         for name in _NUMBERS:
             value = getattr(self, name)
             _require(_is_number(value), f"{name} must be a number, got {value!r}")
+        for name in _FLAGS:
+            value = getattr(self, name)
+            _require(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
         _require(self.n >= 1, f"n must be at least 1, got {self.n}")
         _require(
             0 <= self.temperature < math.inf, f"temperature must be finite and not negative, got {self.temperature}"
@@ -185,10 +297,12 @@ class SamplingParams:
         )
         for name in ("presence_penalty", "frequency_penalty"):
             _require(-2 <= getattr(self, name) <= 2, f"{name} must be from -2 to 2, got {getattr(self, name)}")
-        _require(self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}")
+        most = self.max_tokens
+        _require(most is None or most >= 1, f"max_tokens must be at least 1, got {most}")
+        _require(self.min_tokens >= 0, f"min_tokens must not be negative, got {self.min_tokens}")
         _require(
-            0 <= self.min_tokens <= self.max_tokens,
-            f"min_tokens must be from 0 to max_tokens ({self.max_tokens}), got {self.min_tokens}",
+            most is None or self.min_tokens <= most,
+            f"min_tokens must be at most max_tokens ({most}), got {self.min_tokens}",
         )
         _require(self.seed is None or 0 <= self.seed < 2**64, f"seed must be from 0 to 2^64-1, got {self.seed}")
         for name in ("logprobs", "prompt_logprobs"):
@@ -202,8 +316,9 @@ class SamplingParams:
         given = [name for name in _CONSTRAINTS if getattr(self, name)]
         for name in _CONSTRAINTS[:3]:
             value = getattr(self, name)
-            _require(value is None or isinstance(value, str), f"{name} must be a string, got {value!r}")
+            _require(value is None or isinstance(value, str), f"{name} must be a string, got {value!r:.80}")
             _require(value != "", f"{name} is empty")
+            require_utf8(name, value or "")
         _require(len(given) <= 1, f"at most one of {', '.join(_CONSTRAINTS)} may be given, got {' and '.join(given)}")
         if given:
             for name, nothing in _NOT_WITH_CONSTRAINTS.items():
@@ -217,9 +332,6 @@ class SamplingParams:
             -_MOST_LENGTH_PENALTY <= self.length_penalty <= _MOST_LENGTH_PENALTY,
             f"length_penalty must be from -{_MOST_LENGTH_PENALTY} to {_MOST_LENGTH_PENALTY}, got {self.length_penalty}",
         )
-        _require(
-            isinstance(self.early_stopping, bool), f"early_stopping must be True or False, got {self.early_stopping!r}"
-        )
         _require(0 <= rate < math.inf, f"beam_search_diversity_rate must be finite and not negative, got {rate}")
         if self.beam_width == 1:
             for name, default in _ONLY_WITH_BEAMS.items():
@@ -230,6 +342,11 @@ class SamplingParams:
         for name, nothing in _NOT_WITH_BEAMS.items():
             value = getattr(self, name)
             _require(value == nothing, f"{name} must be left at {nothing!r} with beam_width above 1, got {value!r}")
+
+    def max_length(self, prompt_len: int, max_model_len: int | None) -> int:
+        """Most tokens of prompt and output together, for a prompt of this length."""
+        limits = [] if self.max_tokens is None else [prompt_len + self.max_tokens]
+        return min(limits if max_model_len is None else [*limits, max_model_len])
 
     @property
     def greedy(self) -> bool:
@@ -256,6 +373,7 @@ class SamplingParams:
             and not (self.bad_words or self.bad_words_ids)
             and not self.has_penalty
             and not self.logit_bias
+            and not self.allowed_token_ids
             and not self.is_constrained
         )
 

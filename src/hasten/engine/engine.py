@@ -167,7 +167,7 @@ class Engine:
         named = {"the prompt": prompt, "stop_token_ids": params.stop_token_ids}
         named |= {"stop_words_ids": tuple(itertools.chain(*params.stop_words_ids))}
         named |= {"bad_words_ids": tuple(itertools.chain(*params.bad_words_ids))}
-        named |= {"logit_bias": tuple(params.logit_bias)}
+        named |= {"logit_bias": tuple(params.logit_bias), "allowed_token_ids": params.allowed_token_ids}
         for where, ids in named.items():
             if ids and not 0 <= min(ids) <= max(ids) < vocab:
                 wrong = next(token for token in ids if not 0 <= token < vocab)
@@ -195,7 +195,7 @@ class Engine:
             raise InvalidRequestError(
                 f"{name}: beam_width is {width}; it chooses among {needed} tokens, but the vocabulary has {vocab}"
             )
-        longest = min(prompt_len + params.max_tokens, self.max_model_len)
+        longest = params.max_length(prompt_len, self.max_model_len)
         shared = prompt_len // blocks.block_size
         needed = shared + width * (-(-longest // blocks.block_size) - shared)
         if needed > blocks.num_blocks:
@@ -359,13 +359,13 @@ class Engine:
             return
         completion = state.completions[sequence.index]
         output, token = completion.output, sampled.token_id
-        if sampled.error is not None:
-            output.stop_reason = sampled.error
-            self._finish(state, completion, FinishReason.ERROR)
-            return
         constraint = sequence.constraint
         if constraint is not None and constraint.error is not None:
             output.stop_reason = f"the grammar cannot be followed any further: {constraint.error}"
+            self._finish(state, completion, FinishReason.ERROR)
+            return
+        if sampled.error is not None:
+            output.stop_reason = sampled.error
             self._finish(state, completion, FinishReason.ERROR)
             return
         sequence.append(token)

@@ -2,9 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from numbers import Integral
-from operator import index
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -14,12 +12,11 @@ from hasten.core.config import EngineConfig, ModelConfig
 from hasten.core.errors import ConfigError, EngineError, InvalidRequestError
 from hasten.core.types import Request, RequestOutput, SamplingParams
 from hasten.engine.engine import Engine
+from hasten.engine.prompts import ParsedPrompt, Prompt, params_for_each, parse_prompts
 from hasten.engine.text import Tokenizer
 from hasten.engine.worker import config_to_json, device_kind, follow_rank_zero
 from hasten.parallel.launch import Children, Ranks
 from hasten.parallel.place import RankPlace, place_from_environment
-
-Prompt = str | Sequence[int]
 
 
 class LLM:
@@ -94,14 +91,16 @@ class LLM:
         return self.engine.tokenizer
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt, text or token ids; the outputs are in the order of the prompts.
 
-        `params` is one for all or one for each. Raises InvalidRequestError, before anything is computed, where a
-        prompt cannot be served.
+        `sampling_params` is one for all or one for each. Raises InvalidRequestError, before anything is computed,
+        where a prompt cannot be served.
         """
-        ids = self._submit(prompts, params, stream=False)
+        ids = self._submit(prompts, sampling_params, stream=False)
         finished: dict[str, RequestOutput] = {}
         try:
             while len(finished) < len(ids):
@@ -111,13 +110,15 @@ class LLM:
         return [finished[request_id] for request_id in ids]
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
     ) -> Iterator[RequestOutput]:
         """Complete each prompt and yield outputs as they grow, each with all of its text and tokens so far.
 
         Closing the iterator withdraws what is not finished.
         """
-        ids = self._submit(prompts, params, stream=True)
+        ids = self._submit(prompts, sampling_params, stream=True)
         open_ids, finished = set(ids), set[str]()
         try:
             while len(finished) < len(ids):
@@ -145,69 +146,49 @@ class LLM:
 
     def _submit(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | Sequence[SamplingParams | None] | None,
         *,
         stream: bool,
     ) -> list[str]:
         engine = self.engine
         if engine.has_unfinished:
             raise EngineError("another generate or stream of this LLM is under way; finish or close it first")
-        texts = _as_list(prompts)
-        each = _params_for(len(texts), params)
-        tokens = self._tokens(texts)
+        parsed = parse_prompts(prompts)
+        each = params_for_each(len(parsed), params, SamplingParams())
         requests = []
-        for prompt, token_ids, chosen in zip(texts, tokens, each, strict=True):
+        for prompt, token_ids, chosen in zip(parsed, self._token_ids(parsed), each, strict=True):
             request_id = str(self._next_id)
             self._next_id += 1
-            text = prompt if isinstance(prompt, str) else None
             requests.append(
-                Request(request_id=request_id, prompt_token_ids=tuple(token_ids), params=chosen, prompt=text)
+                Request(request_id=request_id, prompt_token_ids=token_ids, params=chosen, prompt=prompt.text)
             )
         try:
-            for request in requests:
-                engine.add(request, stream=stream)
+            for request, prompt in zip(requests, parsed, strict=True):
+                self._add(request, prompt.where, stream=stream)
         except BaseException:
             self._abandon([request.request_id for request in requests], ())
             raise
         return [request.request_id for request in requests]
 
-    def _tokens(self, prompts: list[Prompt]) -> list[list[int]]:
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    def _add(self, request: Request, where: str, *, stream: bool) -> None:
+        try:
+            self.engine.add(request, stream=stream)
+        except InvalidRequestError as error:
+            message = str(error).removeprefix(f"request {request.request_id}: ")
+            prefix = "" if message.startswith(where) or where == "the prompt" else f"{where}: "
+            raise InvalidRequestError(prefix + message) from None
+
+    def _token_ids(self, prompts: list[ParsedPrompt]) -> list[tuple[int, ...]]:
+        texts = [prompt.text for prompt in prompts if prompt.token_ids is None and prompt.text is not None]
         encoded = iter(self.tokenizer.encode_batch(texts) if texts else ())
-        return [next(encoded) if isinstance(prompt, str) else _token_ids(prompt) for prompt in prompts]
+        return [tuple(next(encoded)) if prompt.token_ids is None else prompt.token_ids for prompt in prompts]
 
     def _abandon(self, ids: Sequence[str], finished: Any) -> None:
         if self._engine is not None:
             for request_id in ids:
                 if request_id not in finished:
                     self._engine.abort(request_id)
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    each: list[Any] = list(prompts)
-    return [each] if each and all(isinstance(token, Integral) for token in each) else each
-
-
-def _token_ids(prompt: Prompt) -> list[int]:
-    if set(map(type, prompt)) == {int}:
-        return list(prompt)  # type: ignore[arg-type]  # checked just now, and much faster for many tokens
-    try:
-        return [index(token) for token in prompt]  # type: ignore[arg-type]  # a str among them is the error below
-    except TypeError:
-        raise InvalidRequestError(f"a prompt must be text or token ids, not {prompt!r:.80}") from None
-
-
-def _params_for(count: int, params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
-    if params is None:
-        return [SamplingParams()] * count
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise InvalidRequestError(f"{count} prompts, but {len(params)} sampling parameters; give one, or one for each")
-    return list(params)
 
 
 def launched_place(config: EngineConfig) -> RankPlace | None:

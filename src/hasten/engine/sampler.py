@@ -5,6 +5,7 @@ request's seed and the token's position: the rest of the batch and preemptions c
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,10 @@ from hasten.ops.transfer import send
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _NOT_FINITE = "the model's logits are not finite: its values overflow this data type; compute in bf16 or fp32"
+_NOTHING_ALLOWED = (
+    "no token may come next: what the request bans or allows (bad_words, bad_words_ids, min_tokens, "
+    "allowed_token_ids, its grammar) excludes the whole vocabulary"
+)
 
 
 @dataclass(frozen=True)
@@ -58,15 +63,18 @@ class Choice:
         tops: "_Tops | None" = None,
         asked: dict[int, int] | None = None,
         beams: "_Continuations | None" = None,
+        restricted: "_Restricted | None" = None,
     ) -> None:
         self.tokens = tokens_r
-        """int32 [r] on the device, -1 where the logits are not finite."""
+        """int32 [r] on the device, -1 where no logit is finite."""
         self._asked = asked or {}
         """Row -> how many log-probabilities its request asks for; `tops` has those rows in this order."""
         self._beams = {} if beams is None else beams.counts
         """Row -> how many candidates it looks at, for rows of beams."""
         continuations = () if beams is None else (beams.values_rk, beams.ids_rk)
-        self._copy = ops.HostCopy([tokens_r, *continuations, *(() if tops is None else tops)])
+        self._restricted = () if restricted is None else restricted.rows
+        finite = () if restricted is None else (restricted.finite_r,)
+        self._copy = ops.HostCopy([tokens_r, *finite, *continuations, *(() if tops is None else tops)])
 
     @classmethod
     def of_tokens(cls, tokens_r: Tensor) -> "Choice":
@@ -74,9 +82,14 @@ class Choice:
         return cls(tokens_r)
 
     def collect(self) -> list[Sampled]:
-        """The tokens, or an error for a sequence whose logits are not finite. Waits until the device has chosen."""
+        """The tokens, or an error for a sequence without any finite logit. Waits until the device has chosen."""
         tokens_r, *tops = self._copy.wait()
         tokens: list[int] = tokens_r.tolist()
+        errors: dict[int, str] = {}
+        if self._restricted:
+            finite_r, *tops = tops
+            flags = zip(self._restricted, finite_r.tolist(), strict=True)
+            errors = {row: _NOTHING_ALLOWED for row, finite in flags if finite}
         candidates: dict[int, list[Candidate]] = {}
         if self._beams:
             values_rk, ids_rk, *tops = tops
@@ -86,13 +99,16 @@ class Choice:
         if self._asked:
             rows = _entries([tokens[row] for row in self._asked], _Tops(*tops))
             found = dict(zip(self._asked, rows, strict=True))
-        return [self._sampled(row, token, found.get(row), candidates.get(row)) for row, token in enumerate(tokens)]
+        return [
+            self._sampled(row, token, found.get(row), candidates.get(row))
+            if token >= 0
+            else Sampled(token, error=errors.get(row, _NOT_FINITE))
+            for row, token in enumerate(tokens)
+        ]
 
     def _sampled(
         self, row: int, token: int, top: dict[int, Logprob] | None, candidates: list[Candidate] | None
     ) -> Sampled:
-        if token < 0:
-            return Sampled(token, error=_NOT_FINITE)
         if top is None:
             return Sampled(token, candidates=candidates)
         kept = {other: entry for other, entry in top.items() if entry.rank <= self._asked[row] or other == token}
@@ -101,7 +117,8 @@ class Choice:
 
 def sample(logits_rv: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, ...]) -> Choice:
     """Choose the next token of each sequence, without waiting for the device but for penalties."""
-    adjusted_rv = _constrain(_adjust(logits_rv, sequences, eos_token_ids), sequences)
+    adjusted_rv = _adjust(logits_rv, sequences, eos_token_ids)
+    adjusted_rv = _constrain(_keep_allowed(adjusted_rv, sequences), sequences)
     drawn = [row for row, sequence in enumerate(sequences) if sequence.beams is None and not sequence.params.greedy]
     tokens_r = _draw(adjusted_rv, sequences) if len(drawn) == len(sequences) else ops.greedy(adjusted_rv)
     if 0 < len(drawn) < len(sequences):
@@ -112,11 +129,33 @@ def sample(logits_rv: Tensor, sequences: list[Sequence], eos_token_ids: tuple[in
         row: sequence.params.logprobs for row, sequence in enumerate(sequences) if sequence.params.logprobs is not None
     }
     beams = _continuations(logits_rv, sequences, eos_token_ids)
+    restricted = _restricted(logits_rv, sequences)
     if not asked:
-        return Choice(tokens_r, beams=beams)
+        return Choice(tokens_r, beams=beams, restricted=restricted)
     rows = ops.to_device(list(asked), torch.int64, logits_rv.device)
     tops = _tops(logits_rv.index_select(0, rows), tokens_r.index_select(0, rows), max(asked.values()))
-    return Choice(tokens_r, tops, asked, beams)
+    return Choice(tokens_r, tops, asked, beams, restricted)
+
+
+class _Restricted(NamedTuple):
+    """Rows whose requests exclude tokens, and whether the model's own logits of each are finite."""
+
+    rows: list[int]
+    finite_r: Tensor
+
+
+def _restricted(logits_rv: Tensor, sequences: list[Sequence]) -> _Restricted | None:
+    rows = [row for row, sequence in enumerate(sequences) if _excludes_tokens(sequence)]
+    if not rows:
+        return None
+    own_rv = logits_rv.index_select(0, ops.to_device(rows, torch.int64, logits_rv.device))
+    return _Restricted(rows, own_rv.amax(-1).isfinite())
+
+
+def _excludes_tokens(sequence: Sequence) -> bool:
+    params = sequence.params
+    excludes = params.bad_words_ids or params.allowed_token_ids or sequence.output_len < params.min_tokens
+    return bool(excludes) or sequence.constraint is not None
 
 
 class _Continuations(NamedTuple):
@@ -164,6 +203,22 @@ def _adjust(logits_rv: Tensor, sequences: list[Sequence], eos_token_ids: tuple[i
         if banned:
             adjusted_rv[row].index_fill_(0, ops.to_device(banned, torch.int64, logits_rv.device), float("-inf"))
     return adjusted_rv
+
+
+def _keep_allowed(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Logits with -inf for tokens outside a request's `allowed_token_ids`; the given ones are left as they are."""
+    allowed = {row: sequence.params.allowed_token_ids for row, sequence in enumerate(sequences)}
+    allowed = {row: ids for row, ids in allowed.items() if ids}
+    if not allowed:
+        return logits_rv
+    device = logits_rv.device
+    rows = ops.to_device(list(allowed), torch.int64, device)
+    owners = ops.to_device([k for k, ids in enumerate(allowed.values()) for _ in ids], torch.int64, device)
+    tokens = ops.to_device(list(chain.from_iterable(allowed.values())), torch.int64, device)
+    chosen_kv = logits_rv.index_select(0, rows)
+    kept_kv = torch.full_like(chosen_kv, float("-inf"))
+    kept_kv[owners, tokens] = chosen_kv[owners, tokens]
+    return logits_rv.index_copy(0, rows, kept_kv)
 
 
 def _constrain(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:

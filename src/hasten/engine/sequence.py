@@ -78,8 +78,7 @@ class Sequence:
         """Completions still to be forked from it once its prompt is computed, itself included."""
         self.token_ids = list(request.prompt_token_ids)
         self.prompt_len = len(self.token_ids)
-        longest = self.prompt_len + self.params.max_tokens
-        self.max_length = longest if max_model_len is None else min(longest, max_model_len)
+        self.max_length = self.params.max_length(self.prompt_len, max_model_len)
         self.pending = 0
         """Tokens that the device has chosen and that are not known here: between two steps, 1 at most."""
         self.pending_row = 0

@@ -1,12 +1,14 @@
 """Text at both ends: the tokenizer, and text that grows token by token, with its stop words."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import Tokenizer as FastTokenizer
 
 from hasten.core.errors import CheckpointError
+from hasten.core.text import require_utf8
 from hasten.core.types import SamplingParams
 
 
@@ -45,17 +47,20 @@ class Tokenizer:
         return str(self._fast.to_str())
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
-        ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of a text; InvalidRequestError where it is not UTF-8."""
+        with _utf8(text):
+            ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, several at a time."""
-        return [encoding.ids for encoding in self._fast.encode_batch(list(texts))]
+        with _utf8(*texts):
+            return [encoding.ids for encoding in self._fast.encode_batch(list(texts))]
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
         """Token ids of two texts that belong together, told apart by the tokenizer's own type ids."""
-        encoding = self._fast.encode(first, second)
+        with _utf8(first, second):
+            encoding = self._fast.encode(first, second)
         pairs = list(zip(encoding.ids, encoding.type_ids, strict=True))
         return [token for token, kind in pairs if kind == 0], [token for token, kind in pairs if kind == 1]
 
@@ -72,6 +77,17 @@ class Tokenizer:
         """The runs of tokens that `word` may appear as: at the start of a text and after a space."""
         runs = [self.encode(text, add_special_tokens=False) for text in (word, " " + word.lstrip())]
         return [run for place, run in enumerate(runs) if run and run not in runs[:place]]
+
+
+@contextmanager
+def _utf8(*texts: str) -> Iterator[None]:
+    """Say what is wrong with texts that are no UTF-8: the tokenizers library raises a TypeError that does not."""
+    try:
+        yield
+    except TypeError:
+        for text in texts:
+            require_utf8("the text", text)
+        raise
 
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"

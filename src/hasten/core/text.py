@@ -1,0 +1,28 @@
+"""Text that comes from outside: it is UTF-8, and its lines end at a line feed."""
+
+from hasten.core.errors import InvalidRequestError
+
+
+def require_utf8(name: str, text: str) -> None:
+    """Raise InvalidRequestError that begins with `name` where `text` has a lone surrogate, which UTF-8 cannot encode.
+
+    Such strings come from bytes that are no UTF-8 (arguments, file names) and from broken escapes in JSON.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"{name} is not valid UTF-8: it has the lone surrogate {ascii(text[error.start])[1:-1]} at position "
+            f"{error.start}"
+        ) from None
+
+
+def utf8_lines(data: bytes) -> list[str]:
+    r"""Lines of a UTF-8 file, without their ends: `\n` or `\r\n`, and nothing else ends a line.
+
+    A byte order mark at the start is dropped. Raises UnicodeDecodeError where the bytes are not UTF-8.
+    """
+    lines = data.decode("utf-8-sig").split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]

@@ -1,0 +1,125 @@
+"""What callers of `LLM` give: prompts in all their forms, and sampling parameters for each."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from operator import index
+from typing import Any, TypedDict
+
+from hasten.core.errors import InvalidRequestError
+from hasten.core.text import require_utf8
+from hasten.core.types import SamplingParams
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text, in vLLM's form."""
+
+    prompt: str
+
+
+class _TokensPrompt(TypedDict):
+    prompt_token_ids: Sequence[int]
+
+
+class TokensPrompt(_TokensPrompt, total=False):
+    """A prompt as token ids, in vLLM's form; the text that they stand for is passed on with the output."""
+
+    prompt: str
+
+
+Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
+_ACCEPTED = "a text, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids'"
+
+
+@dataclass(frozen=True)
+class ParsedPrompt:
+    """One prompt: its text, its token ids, or both."""
+
+    where: str
+    """What messages call it."""
+    text: str | None
+    token_ids: tuple[int, ...] | None
+
+
+def parse_prompts(prompts: Prompt | Iterable[Prompt]) -> list[ParsedPrompt]:
+    """One prompt or several; InvalidRequestError names the position of one that is of no known form."""
+    given = _listed(prompts)
+    if isinstance(given, str | Mapping):
+        return [_parsed("the prompt", given)]
+    if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
+        raise InvalidRequestError(f"the prompt must be {_ACCEPTED}, or a list of those; got {_shown(given)}")
+    # ids of one prompt, unless the first item is a prompt itself
+    if given and not isinstance(_listed(given[0]), str | Mapping | Sequence | None):
+        return [_parsed("the prompt", given)]
+    return [_parsed(f"prompts[{number}]", _listed(prompt)) for number, prompt in enumerate(given)]
+
+
+def _listed(given: Any) -> Any:
+    """Arrays of numpy and torch as lists, iterators as lists, all else as it is."""
+    if hasattr(given, "tolist"):
+        return given.tolist()
+    return list(given) if isinstance(given, Iterable) and hasattr(given, "__next__") else given
+
+
+def _parsed(where: str, given: Any) -> ParsedPrompt:
+    if isinstance(given, str):
+        require_utf8(where, given)
+        return ParsedPrompt(where, given, None)
+    if isinstance(given, Mapping):
+        return _from_mapping(where, given)
+    if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
+        raise InvalidRequestError(f"{where} must be {_ACCEPTED}; got {_shown(given)}")
+    return ParsedPrompt(where, None, _token_ids(where, given))
+
+
+def _from_mapping(where: str, given: Mapping[Any, Any]) -> ParsedPrompt:
+    unknown = [key for key in given if key not in ("prompt", "prompt_token_ids")]
+    if unknown:
+        raise InvalidRequestError(f"{where} has {unknown[0]!r:.80}, which is not supported; give {_ACCEPTED}")
+    text, ids = given.get("prompt"), _listed(given.get("prompt_token_ids"))
+    if text is None and ids is None:
+        raise InvalidRequestError(f"{where} has neither 'prompt' nor 'prompt_token_ids'; give {_ACCEPTED}")
+    if text is not None:
+        if not isinstance(text, str):
+            raise InvalidRequestError(f"{where}['prompt'] must be a text, got {_shown(text)}")
+        require_utf8(f"{where}['prompt']", text)
+    if ids is None:
+        return ParsedPrompt(where, text, None)
+    where_ids = f"{where}['prompt_token_ids']"
+    if not isinstance(ids, Sequence) or isinstance(ids, str | bytes | bytearray):
+        raise InvalidRequestError(f"{where_ids} must be a list of token ids, got {_shown(ids)}")
+    return ParsedPrompt(where, text, _token_ids(where_ids, ids))
+
+
+def _token_ids(where: str, ids: Sequence[Any]) -> tuple[int, ...]:
+    if set(map(type, ids)) <= {int}:  # much faster than one by one
+        return tuple(ids)
+    made = []
+    for place, token in enumerate(ids):
+        number = token.tolist() if hasattr(token, "tolist") else token
+        if isinstance(number, bool) or not isinstance(number, Integral):
+            raise InvalidRequestError(f"{where} has {_shown(token)} at position {place}, which is not a token id")
+        made.append(index(number))
+    return tuple(made)
+
+
+def _shown(value: object) -> str:
+    """A value in a message: itself where it is short, else its kind."""
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"a value of type {type(value).__name__}"
+
+
+def params_for_each(
+    count: int, params: SamplingParams | Sequence[SamplingParams | None] | None, default: SamplingParams
+) -> list[SamplingParams]:
+    """Sampling parameters for each of `count` prompts, from those for all or for each; None stands for `default`."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or default] * count
+    if not isinstance(params, list | tuple):
+        raise InvalidRequestError(f"sampling_params must be SamplingParams or a list of them, got {_shown(params)}")
+    if len(params) != count:
+        raise InvalidRequestError(f"{count} prompts, but {len(params)} sampling parameters; give one, or one for each")
+    for number, each in enumerate(params):
+        if each is not None and not isinstance(each, SamplingParams):
+            raise InvalidRequestError(f"sampling_params[{number}] must be SamplingParams, got {_shown(each)}")
+    return [each or default for each in params]

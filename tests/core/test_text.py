@@ -1,0 +1,48 @@
+import pytest
+
+from hasten.core.errors import InvalidRequestError
+from hasten.core.text import require_utf8, utf8_lines
+
+OTHER_ENDS = "a\fb\vc\x1cd\x1de\x1ef\x85g\u2028h\u2029i\rj"
+"""All that str.splitlines takes for the end of a line as well."""
+
+
+@pytest.mark.parametrize("text", ["", "plain", "caf\u00e9 \u65e5\u672c \U0001f525", "\u2028\u0085"])
+def test_text_that_utf8_encodes_passes(text: str) -> None:
+    require_utf8("prompt", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\ud83d", r"stop is not valid UTF-8: it has the lone surrogate \ud83d at position 1"),
+        ("abc\udcffd", r"stop is not valid UTF-8: it has the lone surrogate \udcff at position 3"),
+    ],
+)
+def test_a_lone_surrogate_is_refused_by_the_fields_name(text: str, message: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        require_utf8("stop", text)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        (b"", []),
+        (b"\n", [""]),
+        (b"one\ntwo", ["one", "two"]),
+        (b"one\r\n\r\ntwo\r\n", ["one", "", "two"]),
+        (b"\xef\xbb\xbfone\n", ["one"]),
+        (
+            "page\f one\v\x1c\x1d\x1e\x85\u2028\u2029 two\r three\n".encode(),
+            ["page\f one\v\x1c\x1d\x1e\x85\u2028\u2029 two\r three"],
+        ),
+    ],
+)
+def test_lines_end_at_line_feeds_alone(data: bytes, lines: list[str]) -> None:
+    assert utf8_lines(data) == lines
+
+
+def test_lines_of_bytes_that_are_no_utf8() -> None:
+    with pytest.raises(UnicodeDecodeError):
+        utf8_lines(b"a\xff\n")
