@@ -104,3 +104,35 @@ def test_a_thousand_jobs_are_listed_as_fast_as_they_are_read(home: Path, capsys:
     shutil.rmtree(home)
     assert min(listing) < 1
     assert min(listing) / min(reading) <= 1.5, (min(listing), min(reading))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("get", "../default/e1"),
+        ("logs", ""),
+        ("delete", "."),
+        ("attach", "E1", "true"),
+        ("data", "delete", "../x"),
+        ("data", "create", "..", "--path", "/tmp"),
+        ("serve", "get", "a/b"),
+        ("serve", "delete", "x", "--version", "../1"),
+        ("list", "-n", "../jobs"),
+    ],
+)
+def test_a_name_that_is_none(home: Path, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]) -> None:
+    assert cluster(*argv) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert "must have" in captured.err
+    assert not home.exists()
+
+
+def test_a_name_cannot_reach_another_namespace(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cluster("submit", "pytorchjob", "--name", "e1", "true") == 0
+    assert wait_for("e1", capsys) == "SUCCEEDED"
+    capsys.readouterr()
+    assert cluster("delete", "-n", "other", "../default/e1", "gone") == 2
+    assert capsys.readouterr().err.count("\n") == 2
+    assert [entry.name for entry in (home / "jobs").iterdir()] == ["default"]
+    assert cluster("get", "e1") == 0

@@ -295,3 +295,12 @@ def test_what_a_server_needs_and_the_cluster_lacks(world: World) -> None:
     assert world.leftovers() == [f"Deployment/{NAME}", f"Service/{NAME}"]
     assert container(world)["image"] == "hasten:1"
     assert [server.name for server in world.place.servers("default")] == ["ft-triton-bloom"]
+
+
+def test_more_groups_than_their_name_leaves_room_for(world: World) -> None:
+    name = "a" * 26
+    world.place.serve(serving(name, multinode=2, replicas=10, runtime="tritonserver"))
+    before = world.store.all("LeaderWorkerSet")
+    with pytest.raises(ConfigError, match="too long for --multinode with up to 11 replicas: 49 letters are the most"):
+        world.place.update_server(name, None, "default", ServerUpdate(replicas=11))
+    assert world.store.all("LeaderWorkerSet") == before

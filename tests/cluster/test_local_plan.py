@@ -3,7 +3,6 @@ from typing import Any
 
 import pytest
 
-from hasten.cluster.local.checks import quantity
 from hasten.cluster.local.plan import Source, job_plan, server_plan
 from hasten.cluster.spec import TrainingJob, TritonServer
 from hasten.core.errors import ConfigError
@@ -90,10 +89,3 @@ def test_a_server_is_hasten_serve(tmp_path: Path) -> None:
     assert plan.ports == {"http": 8000, "grpc": 8001, "metrics": 8002}
     with pytest.raises(ConfigError, match="--model-repository /no/such is not a folder of this machine"):
         server_plan(TritonServer(**{**options, "model_repository": "/no/such"}), {}, RECORD)
-
-
-@pytest.mark.parametrize(
-    ("text", "number"), [("4", 4), ("500m", 0.5), ("1.5", 1.5), ("2k", 2000), ("16Gi", 16 * 2**30), ("1M", 10**6)]
-)
-def test_quantities(text: str, number: float) -> None:
-    assert quantity(text) == number

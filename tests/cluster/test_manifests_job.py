@@ -138,7 +138,8 @@ def test_other_tolerations_are_refused(text: str) -> None:
         ({"tensorboard": True}, "cannot see the job's /training_logs"),
         ({"tensorboard": True, "logdir": "/mntother", "data": ["a:/mnt"]}, "cannot see the job's /mntother"),
         ({"sync_mode": "git", "sync_source": "https://"}, "is not the address of a git repository"),
-        ({"api": "trainer", "name": "a" * 49}, "too long for a TrainJob"),
+        ({"api": "trainer", "name": "a" * 49}, "too long for a TrainJob of --workers 1: 48 letters are the most"),
+        ({"api": "trainer", "name": "a" * 48, "workers": 11}, "too long for a TrainJob of --workers 11: 47 letters"),
         ({"api": "trainer", "image": None}, "--image is required"),
     ],
 )

@@ -137,3 +137,21 @@ def test_ranks_of_hasten_are_started_on_every_node() -> None:
         main = pod["spec"]["containers"][0]
         assert main["command"][2].startswith("exec torchrun --no-python hasten serve --model-repository=")
         assert {"name": "PET_NPROC_PER_NODE", "value": "8"} in main["env"]
+
+
+@pytest.mark.parametrize(
+    ("replicas", "longest"),
+    [({"replicas": 1}, 50), ({"replicas": 10}, 50), ({"replicas": 11}, 49), ({"autoscale": "1:101", "cpu": "1"}, 48)],
+)
+def test_names_of_groups_leave_room_for_their_numbers(replicas: dict[str, Any], longest: int) -> None:
+    """The label controller-revision-hash of a group's pods is NAME-INDEX-HASH, of ten digits at most, in 63 letters."""
+    suffix = len("-1-tritoninferenceserver")
+    options = {"multinode": 2, "runtime": "tritonserver", **replicas}
+    fits = server(name="a" * (longest - suffix), **options)
+    index = max(1, int(str(replicas.get("autoscale", "")).rpartition(":")[2] or replicas.get("replicas", 1))) - 1
+    assert len(f"{fits.full_name}-{index}-0123456789") <= 63
+    assert server_objects(fits, crds=ALL_CRDS)[0]["kind"] == "LeaderWorkerSet"
+    with pytest.raises(
+        ConfigError, match=f"too long for --multinode with up to {index + 1} replicas: {longest} letters"
+    ):
+        server_objects(server(name="a" * (longest - suffix + 1), **options), crds=ALL_CRDS)

@@ -8,6 +8,7 @@ field asks raises UnsupportedError (`places.refuse_unsupported`).
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal
 
 from hasten.core.config import option
@@ -17,12 +18,23 @@ PULL_POLICIES = ("Always", "IfNotPresent", "Never")
 CLEAN_POLICIES = ("Running", "All", "None")
 SYNC_MODES = ("rsync", "git")
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
-_LONGEST_NAME = 63
+_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+_OBJECT_NAME = re.compile(rf"{_NAMESPACE.pattern}(\.{_NAMESPACE.pattern})*")
+_LONGEST_NAME, _LONGEST_OBJECT_NAME = 63, 253
 _ENV_NAME = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
-_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|[kMGTPE]i?|Ki)?")
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_QUANTITY = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)(m|k|[MGTPE]|[KMGTPE]i)?")
+_UNITS = {"m": Decimal("0.001")}
+_UNITS |= {unit: Decimal(1000) ** power for power, unit in enumerate(("", *"kMGTPE"))}
+_UNITS |= {f"{unit}i": Decimal(1024) ** power for power, unit in enumerate("KMGTPE", start=1)}
+_LARGEST_QUANTITY = 2**63 - 1
+_LEAST_MEMORY = 1024**2
+_LARGEST_NUMBER = 2**31 - 1
+"""Kubernetes' counts are 32-bit integers."""
+_MOST_SECONDS = 10**9
+"""About 31 years; what is derived of them fits into Kubernetes' 32-bit integers too."""
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_LARGEST_PORT = 65535
+LARGEST_PORT = 65535
 
 
 def checked_name(name: str, what: str) -> str:
@@ -33,6 +45,58 @@ def checked_name(name: str, what: str) -> str:
             "begin with a letter and end with a letter or digit"
         )
     return name
+
+
+def checked_namespace(name: str, what: str = "--namespace") -> str:
+    """A name that a namespace can have (RFC 1123, a label); ConfigError for others."""
+    if len(name) > _LONGEST_NAME or not _NAMESPACE.fullmatch(name):
+        raise ConfigError(
+            f"{what} {name!r} must have at most {_LONGEST_NAME} lower-case letters, digits and '-', "
+            "and begin and end with a letter or digit"
+        )
+    return name
+
+
+def checked_object_name(name: str, what: str) -> str:
+    """A name that an object of a cluster can have, whoever made it (RFC 1123, a subdomain); ConfigError for others."""
+    if len(name) > _LONGEST_OBJECT_NAME or not _OBJECT_NAME.fullmatch(name):
+        raise ConfigError(
+            f"{what} {name!r} must have at most {_LONGEST_OBJECT_NAME} lower-case letters, digits, '-' and '.', "
+            "and each part between dots must begin and end with a letter or digit"
+        )
+    return name
+
+
+def quantity(text: str, flag: str) -> Decimal:
+    """The number that a Kubernetes quantity such as 500m or 16Gi means; ConfigError for others."""
+    found = _QUANTITY.fullmatch(text)
+    if found is None:
+        raise ConfigError(f"{flag} {text!r} is not a quantity such as 4, 500m or 2Gi")
+    number = Decimal(found[1]) * _UNITS[found[2] or ""]
+    _require(number <= _LARGEST_QUANTITY, f"{flag} {text!r} is more than Kubernetes counts, {_LARGEST_QUANTITY}")
+    return number
+
+
+def _check_cores(text: str | None) -> None:
+    if text is not None:
+        thousandths = quantity(text, "--cpu") * 1000
+        _require(thousandths == int(thousandths), f"--cpu {text!r} is finer than a thousandth of a core, 1m")
+
+
+def _check_bytes(text: str | None, flag: str) -> None:
+    if text is not None:
+        least = quantity(text, flag) >= _LEAST_MEMORY
+        _require(least, f"{flag} {text!r} is less than 1Mi: give a unit, such as 2Gi")
+
+
+def _check_number(number: int, flag: str, least: int, most: int = _LARGEST_NUMBER) -> None:
+    _require(number >= least, f"{flag} must be at least {least}, got {number}")
+    _require(number <= most, f"{flag} must be at most {most}, got {number}")
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a whole number of ASCII digits that Kubernetes can count."""
+    return text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) <= _LARGEST_NUMBER
 
 
 def pairs(texts: Sequence[str], flag: str, separator: str = "=") -> dict[str, str]:
@@ -62,7 +126,9 @@ def seconds(text: str, flag: str) -> float:
     found = _DURATION.findall(text)
     if not found or "".join(number + unit for number, unit in found) != text:
         raise ConfigError(f"{flag} {text!r} is not a duration such as 90s, 30m, 1h30m or 7d")
-    return sum(float(number) * _SECONDS[unit] for number, unit in found)
+    total = sum(float(number) * _SECONDS[unit] for number, unit in found)
+    _require(total <= _MOST_SECONDS, f"{flag} {text!r} is more than {_MOST_SECONDS} seconds")
+    return total
 
 
 def _require(condition: bool, message: str) -> None:
@@ -114,19 +180,19 @@ class Workload:
 
     def __post_init__(self) -> None:
         checked_name(self.name, "--name")
-        checked_name(self.namespace, "--namespace")
-        _require(self.gpus >= 0, f"--gpus must be at least 0, got {self.gpus}")
-        for flag, text in (("--cpu", self.cpu), ("--memory", self.memory), ("--share-memory", self.share_memory)):
-            _require(
-                text is None or bool(_QUANTITY.fullmatch(text)), f"{flag} {text!r} is not a quantity such as 4 or 2Gi"
-            )
+        checked_namespace(self.namespace)
+        _check_number(self.gpus, "--gpus", 0)
+        _check_cores(self.cpu)
+        _check_bytes(self.memory, "--memory")
+        _check_bytes(self.share_memory, "--share-memory")
         for name in pairs(self.env, "--env"):
             _require(bool(_ENV_NAME.fullmatch(name)), f"--env {name!r} is not a name of a variable")
         for flag, texts in (("--annotation", self.annotation), ("--label", self.label), ("--selector", self.selector)):
             pairs(texts, flag)
         for name, count in pairs(self.device, "--device").items():
-            _require(count.isdecimal(), f"--device {name}={count}: {count!r} is not a number")
-        mounts(self.data, "--data")
+            _require(is_number(count), f"--device {name}={count}: {count!r} is not a number up to {_LARGEST_NUMBER}")
+        for volume, _ in mounts(self.data, "--data"):
+            checked_object_name(volume, "--data")
         mounts(self.config_file, "--config-file")
         for text in self.data_dir:
             _require(text.startswith("/"), f"--data-dir {text!r} is not an absolute path")
@@ -163,16 +229,17 @@ class TrainingJob(Workload):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(bool(self.command.strip()), "there is no command to run: give it after the options, in quotes")
-        _require(self.workers >= 1, f"--workers must be at least 1, got {self.workers}")
-        _require(self.retry >= 0, f"--retry must be at least 0, got {self.retry}")
+        _check_number(self.workers, "--workers", 1)
+        _check_number(self.retry, "--retry", 0, _LARGEST_NUMBER - 1)
         for flag, text in (
             ("--running-timeout", self.running_timeout),
             ("--ttl-after-finished", self.ttl_after_finished),
         ):
             if text is not None:
                 seconds(text, flag)
-        known = self.nproc_per_node in (None, "auto", "cpu", "gpu") or str(self.nproc_per_node).isdecimal()
-        _require(known, f"--nproc-per-node {self.nproc_per_node!r} is none of auto, cpu, gpu and a number")
+        count = self.nproc_per_node
+        known = count in (None, "auto", "cpu", "gpu") or (is_number(str(count)) and int(str(count)) > 0)
+        _require(known, f"--nproc-per-node {count!r} is none of auto, cpu, gpu and a number")
         _require((self.sync_mode is None) == (self.sync_source is None), "--sync-mode and --sync-source go together")
         _require(self.tensorboard or self.logdir is None, "--logdir needs --tensorboard")
 
@@ -217,14 +284,15 @@ class TritonServer(Workload):
         super().__post_init__()
         checked_version(self.version)
         checked_name(self.full_name, "--name and --version make")
-        _require(self.replicas >= 0, f"--replicas must be at least 0, got {self.replicas}")
-        _require(self.multinode >= 1, f"--multinode must be at least 1, got {self.multinode}")
+        for flag in ("replicas", "gpumemory", "gpucore"):
+            _check_number(getattr(self, flag), f"--{flag}", 0)
+        _check_number(self.multinode, "--multinode", 1)
         _require(bool(self.model_repository), "--model-repository is required")
         for flag, port in self.ports.items():
-            _require(0 < port <= _LARGEST_PORT, f"--{flag}-port must be from 1 to {_LARGEST_PORT}, got {port}")
+            _require(0 < port <= LARGEST_PORT, f"--{flag}-port must be from 1 to {LARGEST_PORT}, got {port}")
         _require(len(set(self.ports.values())) == len(self.ports), "the three ports must differ")
         for flag in ("exit_timeout", "startup_timeout"):
-            _require(getattr(self, flag) >= 1, f"--{flag.replace('_', '-')} must be at least 1")
+            _check_number(getattr(self, flag), f"--{flag.replace('_', '-')}", 1, _MOST_SECONDS)
         pairs(self.env_from_secret, "--env-from-secret")
         pairs(self.data_subpath_expr, "--data-subpath-expr", ":")
         mounts(self.temp_dir, "--temp-dir")
@@ -244,7 +312,7 @@ class TritonServer(Workload):
     def scale_limits(self) -> tuple[int, int]:
         """Least and most replicas of --autoscale."""
         least, _, most = (self.autoscale or "").partition(":")
-        good = least.isdecimal() and most.isdecimal() and 0 <= int(least) <= int(most) and int(most) > 0
+        good = is_number(least) and is_number(most) and int(least) <= int(most) and int(most) > 0
         _require(good, f"--autoscale {self.autoscale!r} is not MIN:MAX")
         return int(least), int(most)
 
@@ -281,7 +349,7 @@ class Volume:
 
     def __post_init__(self) -> None:
         checked_name(self.name, "the volume's name")
-        checked_name(self.namespace, "--namespace")
-        _require(bool(_QUANTITY.fullmatch(self.size)), f"--size {self.size!r} is not a quantity such as 100Gi")
+        checked_namespace(self.namespace)
+        _check_bytes(self.size, "--size")
         sources = [flag for flag in ("oss_bucket", "s3_bucket", "nfs_server") if getattr(self, flag) is not None]
         _require(len(sources) <= 1, f"a volume has one source, got {' and '.join(sources)}")

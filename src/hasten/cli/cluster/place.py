@@ -8,7 +8,7 @@ from typing import Any
 
 from hasten.cluster import table
 from hasten.cluster.places import Place
-from hasten.core.errors import ClusterError, ConfigError, UnsupportedError
+from hasten.core.errors import ClusterError, ConfigError, HastenError, UnsupportedError
 
 PLACE_VARIABLE = "HASTEN_CLUSTER"
 LOCAL, KUBERNETES = "local", "kubernetes"
@@ -148,14 +148,17 @@ def print_objects(objects: Sequence[dict[str, Any]]) -> int:
 
 
 def for_each(names: Sequence[str], act: Callable[[str], None], done: str) -> int:
-    """Do something with every name, say what is done, and go on where it fails; 1 if any did."""
+    """Do something with every name, say what is done, and go on where it fails.
+
+    Returns 0, 1 if any failed, and 2 if any was bad input.
+    """
     status = 0
     for name in names:
         try:
             act(name)
-        except ClusterError as error:
+        except HastenError as error:
             print(f"hasten: error: {error}", file=sys.stderr)
-            status = 1
+            status = max(status, 1 if isinstance(error, ClusterError) else 2)
         else:
             print(done.format(name))
     return status

@@ -1,7 +1,7 @@
 """`logs` and `attach`, which jobs and servers share."""
 
 import argparse
-from datetime import datetime
+from datetime import UTC, datetime
 
 from hasten.cli.cluster.parser import VerbParser
 from hasten.cluster.places import LogOptions
@@ -9,6 +9,8 @@ from hasten.cluster.spec import seconds
 from hasten.core.errors import ConfigError
 
 _ALL_LINES = -1
+_MOST_LINES = 2**63 - 1
+"""Kubernetes' number of lines is a 64-bit integer."""
 
 
 def add_instance_options(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +36,8 @@ def log_options(args: argparse.Namespace) -> LogOptions:
     """What the options of `add_log_options` ask for."""
     if args.tail < _ALL_LINES:
         raise ConfigError(f"--tail must be at least -1 (all lines), got {args.tail}")
+    if args.tail > _MOST_LINES:
+        raise ConfigError(f"--tail must be at most {_MOST_LINES}, got {args.tail}")
     return LogOptions(
         follow=args.follow,
         since=None if args.since is None else seconds(args.since, "--since"),
@@ -48,11 +52,11 @@ def log_options(args: argparse.Namespace) -> LogOptions:
 def _moment(text: str) -> datetime:
     try:
         found = datetime.fromisoformat(text)
-    except ValueError:
-        found = None
-    if found is None or found.tzinfo is None:
-        raise ConfigError(f"--since-time {text!r} is not a moment of RFC 3339, such as 2026-08-01T12:00:00Z")
-    return found
+        if found.tzinfo is not None:
+            return found.astimezone(UTC)
+    except (ValueError, OverflowError):
+        pass
+    raise ConfigError(f"--since-time {text!r} is not a moment of RFC 3339, such as 2026-08-01T12:00:00Z")
 
 
 def add_attach_options(parser: VerbParser) -> None:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
+
+from hasten.cluster.spec import checked_namespace, checked_object_name
 
 Object = dict[str, Any]
 """A Kubernetes object, as JSON."""
@@ -28,12 +29,17 @@ class Resource:
         return f"{self.plural}.{self.group}" if self.group else self.plural
 
     def path(self, namespace: str | None = None, name: str | None = None, subresource: str | None = None) -> str:
-        """Path of one object, or of all in a namespace, or of all there are."""
+        """Path of one object, or of all in a namespace, or of all there are.
+
+        ConfigError for a name that no object can have: an empty name or a dot would be the path of all objects.
+        """
         parts = [version_path(self.api_version)]
         if self.namespaced and namespace is not None:
-            parts += ["namespaces", quote(namespace, safe="")]
-        parts += [self.plural, *(quote(part, safe="") for part in (name, subresource) if part is not None)]
-        return "/".join(parts)
+            parts += ["namespaces", checked_namespace(namespace)]
+        parts.append(self.plural)
+        if name is not None:
+            parts.append(checked_object_name(name, f"the name of a {self.kind},"))
+        return "/".join([*parts, *([subresource] if subresource is not None else [])])
 
 
 def version_path(api_version: str) -> str:

@@ -11,6 +11,7 @@ from hasten.cluster.kubernetes.apply import change
 from hasten.cluster.kubernetes.client import FIELD_MANAGER, Cluster
 from hasten.cluster.kubernetes.resources import DEPLOYMENTS, MANAGED_BY, Object, labels_of, name_of
 from hasten.cluster.kubernetes.servers import FoundServer, templates
+from hasten.cluster.manifests.multinode import check_group_name
 from hasten.cluster.manifests.objects import owned
 from hasten.cluster.manifests.pod import GPU, GPU_CORES, GPU_MEMORY, MANAGER, given, literal
 from hasten.cluster.manifests.server import disruption_budgets, server_labels
@@ -78,6 +79,8 @@ def _edit_replicas(managed: Object, live: Object, replicas: int) -> None:
     decided = any("f:replicas" in (one.get("fieldsV1") or {}).get("f:spec", {}) for one in entries)
     if ours and not decided:  # hasten leaves it out for an autoscaler alone
         raise ConfigError("--replicas: this server was made with --autoscale, which decides on their number")
+    if "leaderWorkerTemplate" in live["spec"]:
+        check_group_name(name_of(live), replicas)
     managed.setdefault("spec", {})["replicas"] = replicas
 
 

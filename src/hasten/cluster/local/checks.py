@@ -1,7 +1,6 @@
 """What the local place refuses, and what it says about options that processes cannot follow."""
 
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from hasten.cluster.local.gpus import GPUS_VARIABLE, devices
 from hasten.cluster.local.launch import Launch
 from hasten.cluster.local.mounts import mount_command
 from hasten.cluster.places import refuse_unsupported
-from hasten.cluster.spec import TrainingJob, TritonServer, Volume, Workload, pairs
+from hasten.cluster.spec import TrainingJob, TritonServer, Volume, Workload, pairs, quantity
 from hasten.core.errors import ClusterError, ConfigError
 
 _COMMON = frozenset(
@@ -26,10 +25,10 @@ SERVER_OPTIONS = _COMMON | frozenset(
     "expose_service exit_timeout startup_timeout".split()
 )
 VOLUME_OPTIONS = frozenset(("name", "namespace", "path", "read_only", "description"))
-_UNITS = {"": 1.0, "m": 0.001, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
-_BINARY = {f"{unit}i": 1024.0**power for power, unit in enumerate("KMGTPE", start=1)}
 _SHARED_MEMORY = "/dev/shm"
 _MOUNT_CHECK_S = 60.0
+_MOST_INSTANCES = 1000
+"""Each is a process with pipes and a log of its own."""
 
 
 def check_job(job: TrainingJob) -> None:
@@ -60,6 +59,8 @@ def check_volume(volume: Volume) -> None:
 
 def check_resources(spec: Workload, count: int) -> None:
     """ConfigError where all instances together ask for more than the machine has."""
+    if count > _MOST_INSTANCES:
+        raise ConfigError(f"{count} instances are more than this machine runs of one job or server, {_MOST_INSTANCES}")
     there = len(devices())
     wanted = count * spec.gpus
     if wanted > there:
@@ -67,13 +68,13 @@ def check_resources(spec: Workload, count: int) -> None:
         hint = "" if GPUS_VARIABLE in os.environ else f"; {GPUS_VARIABLE}=N says how many where they are not found"
         raise ConfigError(f"--gpus asks for {wanted} GPUs{each}, this machine has {there}{hint}")
     cores, memory = len(os.sched_getaffinity(0)), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if spec.cpu is not None and count * quantity(spec.cpu) > cores:
+    if spec.cpu is not None and count * quantity(spec.cpu, "--cpu") > cores:
         raise ConfigError(f"--cpu {spec.cpu} of {count} instances is more than the {cores} cores of this machine")
-    if spec.memory is not None and count * quantity(spec.memory) > memory:
+    if spec.memory is not None and count * quantity(spec.memory, "--memory") > memory:
         raise ConfigError(f"--memory {spec.memory} of {count} instances is more than this machine's {_gib(memory)}")
     if spec.share_memory is not None:
         size = os.statvfs(_SHARED_MEMORY)
-        if quantity(spec.share_memory) > size.f_frsize * size.f_blocks:
+        if quantity(spec.share_memory, "--share-memory") > size.f_frsize * size.f_blocks:
             raise ConfigError(
                 f"--share-memory {spec.share_memory} is more than this machine's {_SHARED_MEMORY} has, "
                 f"{_gib(size.f_frsize * size.f_blocks)}"
@@ -90,13 +91,6 @@ def notices(spec: Workload) -> list[tuple[str, str]]:
         verb = "are requests: they were" if len(limits) > 1 else "is a request: it was"
         said.append(("LimitsNotEnforced", f"{' and '.join(limits)} {verb} checked, and nothing enforces it here"))
     return said
-
-
-def quantity(text: str) -> float:
-    """The number that a Kubernetes quantity such as 500m or 16Gi means."""
-    found = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", text)
-    assert found is not None
-    return float(found[1]) * (_UNITS | _BINARY)[found[2]]
 
 
 def _gib(size: float) -> str:

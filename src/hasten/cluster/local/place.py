@@ -27,7 +27,17 @@ from hasten.cluster.local.logs import LogReader
 from hasten.cluster.local.plan import LOCAL_ADDRESS, config_files, job_plan
 from hasten.cluster.local.processes import boot_id, host_name
 from hasten.cluster.local.settle import settle, settled
-from hasten.cluster.local.state import Folder, InstanceState, State, create, folders, home_folder, locked
+from hasten.cluster.local.state import (
+    Folder,
+    InstanceState,
+    State,
+    create,
+    folders,
+    home_folder,
+    job_folder,
+    locked,
+    server_folder,
+)
 from hasten.cluster.local.supervisor import start
 from hasten.cluster.local.view import chosen_instance, job_view
 from hasten.cluster.local.volumes import Volumes, user_name
@@ -112,7 +122,7 @@ class LocalPlace:
         return self._attach(folder, f"job {name}", instance, container, command)
 
     def _job_folder(self, name: str, namespace: str) -> Folder:
-        return Folder(self.home / "jobs" / namespace / name)
+        return job_folder(self.home, name, namespace)
 
     def _job_spec(self, job: TrainingJob) -> dict[str, Any]:
         check_job(job)
@@ -127,7 +137,7 @@ class LocalPlace:
     def serve(self, server: TritonServer) -> None:
         """Start a server; returns as soon as its supervisor runs, before it is ready."""
         plan = serving.planned(self.home, server)
-        folder = serving.folder_of(self.home, server.name, server.version, server.namespace)
+        folder = server_folder(self.home, server.name, server.version, server.namespace)
         check_mounts(plan.launch, config_files(server, folder.path))
         state = _new_state(time.time())
         what = f"server {server.name} of version {server.version}"

@@ -14,12 +14,12 @@ from hasten.cluster.local.launch import ServerPlan, server_plan_of, to_json
 from hasten.cluster.local.plan import server_plan
 from hasten.cluster.local.processes import port_is_free
 from hasten.cluster.local.settle import settle, settle_owned
-from hasten.cluster.local.state import Folder, folders, locked
+from hasten.cluster.local.state import Folder, folders, locked, server_folder
 from hasten.cluster.local.supervisor import signal_supervisor, start
 from hasten.cluster.local.view import server_view
 from hasten.cluster.local.volumes import Volumes
 from hasten.cluster.places import Server, ServerUpdate
-from hasten.cluster.spec import TritonServer, pairs
+from hasten.cluster.spec import TritonServer, checked_name, checked_version, pairs
 from hasten.core.errors import ClusterError, ConfigError, NotFoundError
 
 _log = logging.getLogger(__name__)
@@ -27,16 +27,11 @@ _START_S = 10.0
 _LOOK_S = 0.02
 
 
-def folder_of(home: Path, name: str, version: str, namespace: str) -> Folder:
-    """Where a server's record is."""
-    return Folder(home / "servers" / namespace / f"{name}@{version}")
-
-
 def planned(home: Path, server: TritonServer) -> ServerPlan:
     """A server's plan; raises for what this machine cannot do."""
     check_server(server)
     sources = Volumes(home).sources(server.data, server.namespace)
-    return server_plan(server, sources, folder_of(home, server.name, server.version, server.namespace).path)
+    return server_plan(server, sources, server_folder(home, server.name, server.version, server.namespace).path)
 
 
 def spec_of(server: TritonServer, plan: ServerPlan) -> dict[str, Any]:
@@ -67,8 +62,10 @@ def _check_other(other: Folder, plan: ServerPlan) -> None:
 
 def found(home: Path, name: str, version: str | None, namespace: str) -> Folder:
     """The record of a server; ConfigError where no version is given and there are several."""
+    checked_name(name, "a server's name")
     there = [one for one in folders(home, "servers", namespace) if one.name.partition("@")[0] == name]
     if version is not None:
+        checked_version(version)
         there = [one for one in there if one.name == f"{name}@{version}"]
     if not there:
         raise NotFoundError(

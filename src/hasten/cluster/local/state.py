@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hasten.cluster.spec import checked_name, checked_namespace, checked_version
 from hasten.core.errors import ClusterError, ExistsError, NotFoundError
 
 HOME_VARIABLE = "HASTEN_HOME"
@@ -250,10 +251,21 @@ def create(
     return folder, lock
 
 
+def job_folder(home: Path, name: str, namespace: str) -> Folder:
+    """Where a job's record is, whether there is one or not; ConfigError for what is no name."""
+    return Folder(home / "jobs" / checked_namespace(namespace) / checked_name(name, "a job's name"))
+
+
+def server_folder(home: Path, name: str, version: str, namespace: str) -> Folder:
+    """The same of a server."""
+    checked = (checked_name(name, "a server's name"), checked_version(version))
+    return Folder(home / "servers" / checked_namespace(namespace) / "@".join(checked))
+
+
 def folders(home: Path, kind: str, namespace: str | None) -> list[Folder]:
     """All of a kind (`jobs`, `servers`), of one namespace or of all."""
     root = home / kind
-    spaces = [root / namespace] if namespace is not None else _entries(root)
+    spaces = [root / checked_namespace(namespace)] if namespace is not None else _entries(root)
     return [Folder(one) for space in spaces for one in _entries(space)]
 
 

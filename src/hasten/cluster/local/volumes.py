@@ -12,7 +12,7 @@ from typing import Any
 from hasten.cluster.local.plan import Source
 from hasten.cluster.local.state import locked, read_json, write_json
 from hasten.cluster.places import VolumeRecord
-from hasten.cluster.spec import Volume, mounts
+from hasten.cluster.spec import Volume, checked_name, checked_namespace, mounts
 from hasten.core.errors import ExistsError, NotFoundError
 
 
@@ -31,7 +31,8 @@ class Volumes:
         self._root = home / "volumes"
 
     def _path(self, name: str, namespace: str) -> Path:
-        return self._root / namespace / f"{name}.json"
+        file = checked_name(name, "a volume's name") + ".json"
+        return self._root / checked_namespace(namespace) / file
 
     def plan(self, volume: Volume) -> dict[str, Any]:
         """What is written of a volume."""
@@ -55,7 +56,8 @@ class Volumes:
     def all(self, namespace: str | None) -> list[VolumeRecord]:
         """All volumes, of one namespace or of all."""
         made = []
-        for path in sorted(self._root.glob(f"{namespace or '*'}/*.json")):
+        spaces = "*" if namespace is None else checked_namespace(namespace)
+        for path in sorted(self._root.glob(f"{spaces}/*.json")):
             with suppress(FileNotFoundError):
                 made.append(_record(read_json(path)))
         return made

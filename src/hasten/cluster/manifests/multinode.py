@@ -18,17 +18,27 @@ from hasten.cluster.spec import TritonServer
 from hasten.core.errors import ConfigError
 
 _MEETING_PORT = 29500
-_LONGEST_NAME = 50
-"""A group's StatefulSet adds numbers and a hash to the name, and that must fit into 63 letters."""
+_LONGEST_LABEL = 63
+_HASH = "-0123456789"
+"""What Kubernetes adds to a StatefulSet's name in the label controller-revision-hash of its pods, at its longest."""
+
+
+def check_group_name(name: str, replicas: int) -> None:
+    """ConfigError where groups of that many replicas would have pods whose labels are too long.
+
+    The pods of each group are of a StatefulSet of their own, NAME-INDEX.
+    """
+    longest = _LONGEST_LABEL - len(f"-{max(0, replicas - 1)}{_HASH}")
+    if len(name) > longest:
+        raise ConfigError(
+            f"--name and --version make {name!r}, which is too long for --multinode with up to {replicas} replicas: "
+            f"{longest} letters are the most"
+        )
 
 
 def leader_worker_set(server: TritonServer, crds: AbstractSet[str]) -> Object:
     """The object."""
-    if len(server.full_name) > _LONGEST_NAME:
-        raise ConfigError(
-            f"--name and --version make {server.full_name!r}, which is too long for --multinode: "
-            f"{_LONGEST_NAME} letters are the most"
-        )
+    check_group_name(server.full_name, server.scale_limits()[1] if server.autoscale else server.replicas)
     spec = {
         **replicas(server),
         "startupPolicy": "LeaderCreated",

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hasten.cluster.spec import TrainingJob, TritonServer, Workload, mounts, pairs
+from hasten.cluster.spec import TrainingJob, TritonServer, Workload, is_number, mounts, pairs
 from hasten.core.errors import ConfigError
 
 Object = dict[str, Any]
@@ -263,7 +263,7 @@ def toleration(text: str) -> Object:
     effect, operator, for_seconds = [*rest, "", "", ""][:3]
     operator = operator or ("Equal" if has_value else "Exists")
     good = key and len(rest) <= 3 and operator in _OPERATORS and (not effect or effect in _EFFECTS)
-    good = good and (not for_seconds or (for_seconds.isdecimal() and effect == "NoExecute"))
+    good = good and (not for_seconds or (is_number(for_seconds) and effect == "NoExecute"))
     if not good or (operator == "Exists" and value) or (has_value and not rest):
         raise ConfigError(
             f"--toleration {text!r} is none of all, KEY, KEY:EFFECT, KEY=VALUE:EFFECT,OPERATOR and "

@@ -6,7 +6,7 @@ from typing import Any
 from hasten.cluster.manifests.config import require_crd
 from hasten.cluster.manifests.pod import Object, metadata
 from hasten.cluster.manifests.server import METRICS, PODMONITORS, server_labels, serving_labels
-from hasten.cluster.spec import TritonServer
+from hasten.cluster.spec import LARGEST_PORT, TritonServer, is_number
 from hasten.core.errors import ConfigError
 
 _BUSY_PERCENT = 80
@@ -75,7 +75,7 @@ def inference_pools(server: TritonServer, crds: AbstractSet[str]) -> list[Object
         return []
     require_crd(crds, "inferencepools.inference.networking.k8s.io", "--gateway")
     name, _, port = server.gateway.partition(":")
-    if not name or (port and not port.isdecimal()):
+    if not name or (port and not (is_number(port) and 0 < int(port) <= LARGEST_PORT)):
         raise ConfigError(f"--gateway {server.gateway!r} is not SERVICE or SERVICE:PORT of an endpoint picker")
     spec = {
         "selector": {"matchLabels": serving_labels(server)},

@@ -25,8 +25,7 @@ from hasten.core.errors import ConfigError, UnsupportedError
 RUNTIME = "torch-distributed"
 _CONTAINER = "node"
 """What the runtime calls its container and the set of its pods."""
-_LONGEST_NAME = 48
-"""Names of its pods, NAME-node-0-0-abcde, must fit into 63 letters."""
+_LONGEST_POD_NAME = 63
 
 _RUNTIMES_OWN = (
     "clean_task_policy",
@@ -47,8 +46,11 @@ def train_job(job: TrainingJob) -> Object:
     _refuse(job)
     if not job.image:
         raise ConfigError("--image is required in a cluster")
-    if len(job.name) > _LONGEST_NAME:
-        raise ConfigError(f"--name {job.name!r} is too long for a TrainJob: {_LONGEST_NAME} letters are the most")
+    longest = _LONGEST_POD_NAME - len(f"-{_CONTAINER}-0-{job.workers - 1}-abcde")
+    if len(job.name) > longest:
+        raise ConfigError(
+            f"--name {job.name!r} is too long for a TrainJob of --workers {job.workers}: {longest} letters are the most"
+        )
     count = job.nproc_per_node
     trainer = {
         "image": job.image,

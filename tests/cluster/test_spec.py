@@ -1,0 +1,136 @@
+"""What users may ask for: names, quantities and numbers, at their bounds."""
+
+from typing import Any
+
+import pytest
+
+from hasten.cluster.spec import (
+    TrainingJob,
+    TritonServer,
+    Volume,
+    checked_namespace,
+    checked_object_name,
+    quantity,
+    seconds,
+)
+from hasten.core.errors import ConfigError
+
+INT32 = 2**31 - 1
+
+
+def job(**options: Any) -> TrainingJob:
+    return TrainingJob(**{"name": "x", "command": "run", **options})
+
+
+def server(**options: Any) -> TritonServer:
+    return TritonServer(**{"name": "x", "version": "1", "model_repository": "/m", **options})
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("4", 4), ("500m", 0.5), ("1.5", 1.5), ("2k", 2000), ("1Ki", 1024), ("16Gi", 16 * 2**30), ("1M", 10**6)],
+)
+def test_quantities(text: str, number: float) -> None:
+    assert quantity(text, "--memory") == number
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1ki", "1mi", "1K", "-1", "1e3", "Gi", "1 Gi", "1Gi\n", "\u0663", "1..5", "9" * 31]
+)
+def test_what_is_no_quantity(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--size '.*' is not a quantity such as"):
+        Volume(name="v", size=text)
+    with pytest.raises(ConfigError, match=r"--memory '.*' is not a quantity such as"):
+        job(memory=text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": "16"}, "--memory '16' is less than 1Mi: give a unit, such as 2Gi"),
+        ({"memory": "1Ki"}, "--memory '1Ki' is less than 1Mi"),
+        ({"memory": "500m"}, "--memory '500m' is less than 1Mi"),
+        ({"share_memory": "64k"}, "--share-memory '64k' is less than 1Mi"),
+        ({"memory": "8Ei"}, "--memory '8Ei' is more than Kubernetes counts, 9223372036854775807"),
+        ({"cpu": "0.0001"}, "--cpu '0.0001' is finer than a thousandth of a core"),
+        ({"cpu": "1.5m"}, "--cpu '1.5m' is finer than a thousandth of a core"),
+        ({"cpu": "10E"}, "--cpu '10E' is more than Kubernetes counts"),
+        ({"gpus": INT32 + 1}, f"--gpus must be at most {INT32}, got {INT32 + 1}"),
+        ({"device": ["a/b=\u0663"]}, "is not a number"),
+        ({"device": ["a/b=99999999999"]}, "is not a number up to"),
+    ],
+)
+def test_amounts_beyond_their_bounds(options: dict[str, Any], message: str) -> None:
+    for make in (job, server):
+        with pytest.raises(ConfigError, match=message):
+            make(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": 2**31}, f"--workers must be at most {INT32}, got 2147483648"),
+        ({"retry": INT32}, f"--retry must be at most {INT32 - 1}"),  # Kubernetes is told one more
+        ({"nproc_per_node": "0"}, "--nproc-per-node '0' is none of auto, cpu, gpu and a number"),
+        ({"nproc_per_node": "\u0663"}, "is none of auto, cpu, gpu and a number"),
+        ({"running_timeout": "99999999999d"}, "--running-timeout '99999999999d' is more than 1000000000 seconds"),
+        ({"ttl_after_finished": "9" * 400 + "s"}, "--ttl-after-finished '9+s' is more than"),
+    ],
+)
+def test_numbers_of_jobs_beyond_their_bounds(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        job(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"startup_timeout": 999999999999}, "--startup-timeout must be at most 1000000000, got 999999999999"),
+        ({"exit_timeout": 2**63}, "--exit-timeout must be at most 1000000000"),
+        ({"exit_timeout": 0}, "--exit-timeout must be at least 1, got 0"),
+        ({"replicas": 2**31}, f"--replicas must be at most {INT32}"),
+        ({"multinode": 2**31}, f"--multinode must be at most {INT32}"),
+        ({"gpumemory": -1}, "--gpumemory must be at least 0, got -1"),
+        ({"gpucore": 2**31}, "--gpucore must be at most"),
+        ({"autoscale": "1:99999999999"}, "--autoscale '1:99999999999' is not MIN:MAX"),
+        ({"autoscale": "\u0661:\u0663"}, "is not MIN:MAX"),
+    ],
+)
+def test_numbers_of_servers_beyond_their_bounds(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        server(**options)
+
+
+def test_numbers_at_their_bounds() -> None:
+    job(gpus=INT32, workers=INT32, retry=INT32 - 1, running_timeout="1000000000s", memory="7Ei", cpu="1m")
+    server(replicas=INT32, multinode=INT32, startup_timeout=10**9, exit_timeout=10**9, autoscale=f"1:{INT32}")
+    assert seconds("1h30m", "--since") == 5400
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "A", "-a", "a-", "a_b", "a b", "a\n", "a\0", "\u00e9"])
+def test_what_is_no_name(name: str) -> None:
+    for make in (
+        lambda: job(name=name),
+        lambda: server(name=name),
+        lambda: Volume(name=name),
+        lambda: job(namespace=name),
+        lambda: checked_namespace(name),
+        lambda: checked_object_name(name, "--data"),
+    ):
+        with pytest.raises(ConfigError, match="must have at most"):
+            make()
+    if name != "":
+        with pytest.raises(ConfigError, match=r"--data '.*' must have at most"):
+            job(data=[f"{name}:/mnt"])
+
+
+def test_names_that_others_gave() -> None:
+    """Namespaces and volumes that were made elsewhere may have names that hasten would not give."""
+    assert checked_namespace("1-team") == "1-team"
+    assert checked_object_name("7b.models-1", "--data") == "7b.models-1"
+    job(namespace="1-team", data=["7b.models-1:/mnt"])
+    for name in ("a" * 64, "1.2"):
+        with pytest.raises(ConfigError):
+            checked_namespace(name)
+    with pytest.raises(ConfigError):
+        checked_object_name("a" * 254, "--data")
