@@ -1,10 +1,15 @@
 """What tests of the engine's process do again and again."""
 
 import asyncio
+import os
+import signal
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
+from hasten.core.config import EngineConfig
 from hasten.core.types import SamplingParams
 from hasten.server.engine.client import EngineClient, Progress
 
@@ -41,13 +46,33 @@ async def begin(client: EngineClient, prompt: Sequence[int], params: SamplingPar
     return stream
 
 
-async def until(condition: Callable[[], bool], seconds: float) -> float:
-    """Wait until something is so, and say how long it took; AssertionError after so many seconds."""
-    began = time.monotonic()
+@asynccontextmanager
+async def started(model: Path, *, name: str = "engine", **options: Any) -> AsyncIterator[EngineClient]:
+    """An engine of a test's own, closed at the end however the test ends."""
+    client = await EngineClient.start(EngineConfig.create(str(model), **options), name=name)
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+@contextmanager
+def stopped(client: EngineClient) -> Iterator[None]:
+    """The engine's process stands still: what it has not done yet, it does not do."""
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(client.pid, signal.SIGCONT)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 100) -> None:
+    """Wait until something is so. The limit is there to end a test that hangs: no machine is too busy for it."""
+    end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < began + seconds, f"not so within {seconds} s"
+        assert time.monotonic() < end, f"not so within {seconds} s"
         await asyncio.sleep(0.005)
-    return time.monotonic() - began
 
 
 async def error_of(request: Awaitable[Any]) -> Exception | None:

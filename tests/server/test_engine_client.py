@@ -1,13 +1,12 @@
 """Requests of a real engine in its own process, beside the same engine in this one."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.server.engine_helpers import LONG, SHORT, begin, collect, count, error_of, joined, until
+from tests.server.engine_helpers import LONG, SHORT, begin, collect, count, error_of, joined, started, stopped, until
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import CapacityError, CheckpointError, ConfigError, InvalidRequestError
@@ -121,7 +120,7 @@ def test_a_reader_that_leaves_frees_its_blocks(run: Any, demo_engine: EngineClie
         async for _ in stream:
             pass
 
-    async def leave() -> float:
+    async def leave() -> None:
         streams = [await begin(demo_engine, [number + 5] * 40, LONG) for number in range(8)]
         stats = demo_engine.stats()
         assert (stats.running, stats.waiting) == (8, 0)
@@ -133,10 +132,12 @@ def test_a_reader_that_leaves_frees_its_blocks(run: Any, demo_engine: EngineClie
             await asyncio.sleep(0.01)
             for reader in readers:
                 reader.cancel()
-        return await until(lambda: demo_engine.stats().used_blocks == 0, 1)
+        await until(lambda: demo_engine.stats().used_blocks == 0)
 
+    before = demo_engine.stats().generation_tokens
     run(leave())
     assert demo_engine.stats().running == 0
+    assert demo_engine.stats().generation_tokens - before < 8 * LONG.max_tokens, "they were computed to their ends"
 
 
 def test_a_slow_reader_holds_up_nobody(run: Any, demo_engine: EngineClient, demo_llm: LLM) -> None:
@@ -212,32 +213,35 @@ def test_extreme_parameters_leave_the_engine_as_it_is(
 
 def test_drain_and_close(run: Any, demo_model: Path) -> None:
     async def end() -> None:
-        client = await EngineClient.start(EngineConfig.create(str(demo_model), max_num_seqs=1))
         params = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
-        tasks = [asyncio.ensure_future(collect(client, [number + 5], params)) for number in range(3)]
-        await until(lambda: client.stats().running == 1, 5)
-        assert not await client.drain(0.05)
-        assert not client.ready
-        assert isinstance(await error_of(collect(client, [5], SHORT)), EngineClosedError)
-        assert await client.drain(60)
-        assert [joined(task.result()).completions[0].finish_reason for task in tasks] == [FinishReason.LENGTH] * 3
-        await client.close()
-        await client.close()
-        assert client.pid is None
+        async with started(demo_model, max_num_seqs=1) as client, asyncio.TaskGroup() as group:
+            with stopped(client):
+                tasks = [group.create_task(collect(client, [number + 5], params)) for number in range(3)]
+                await asyncio.sleep(0)  # they ask
+                assert not await client.drain(0.05)
+                assert not client.ready
+                assert isinstance(await error_of(collect(client, [5], SHORT)), EngineClosedError)
+            assert await client.drain(100)
+            made = [joined(await task).completions[0] for task in tasks]
+            assert [completion.finish_reason for completion in made] == [FinishReason.LENGTH] * 3
+            await client.close()
+            await client.close()
+            assert client.pid is None
 
     run(end())
 
 
 def test_close_ends_what_is_under_way(run: Any, demo_model: Path) -> None:
     async def end() -> None:
-        client = await EngineClient.start(EngineConfig.create(str(demo_model), max_num_seqs=1))
-        tasks = [asyncio.ensure_future(collect(client, [number + 5], LONG)) for number in range(3)]
-        await until(lambda: client.stats().running == 1, 5)
-        began = time.monotonic()
-        await client.close()
-        assert time.monotonic() - began < 2
-        for error in await asyncio.gather(*tasks, return_exceptions=True):
-            assert isinstance(error, EngineClosedError)
+        async with started(demo_model, max_num_seqs=1) as client, asyncio.TaskGroup() as group:
+            asked = [group.create_task(error_of(collect(client, [number + 5], LONG))) for number in range(3)]
+            await until(lambda: client.stats().running == 1)
+            link = client._link
+            assert link is not None
+            await client.close()
+            assert await link.ended == "exit code 0"  # by itself, and not killed after a while
+            for task in asked:
+                assert isinstance(await task, EngineClosedError)
 
     run(end())
 

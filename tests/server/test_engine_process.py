@@ -8,13 +8,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from tests.server.engine_helpers import LONG, SHORT, begin, collect, count, error_of, joined, until
+from tests.server.engine_helpers import LONG, SHORT, begin, collect, count, error_of, joined, started, until
 
-from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError
 from hasten.core.types import CompletionOutput, FinishReason, RequestOutput, SamplingParams
 from hasten.engine.llm import LLM
@@ -42,51 +43,55 @@ def test_a_killed_process_comes_back(run: Any, demo_model: Path, tmp_path: Path,
     shutil.copytree(demo_model, model)
 
     async def die() -> None:
-        client = await EngineClient.start(EngineConfig.create(str(model), max_num_seqs=2), name="mortal")
-        with_it = [asyncio.ensure_future(collect(client, [number + 5], LONG)) for number in range(3)]
-        not_yet = [asyncio.ensure_future(collect(client, [number + 9], SHORT)) for number in range(2)]
-        await until(lambda: client.stats().generation_tokens > 20 and client.stats().waiting == 3, 5)
-        before, pid = client.stats(), client.pid
-        assert pid is not None
-        model.rename(tmp_path / "away")
-        killed = time.monotonic()
-        os.kill(pid, signal.SIGKILL)
-        for task in with_it:
-            error = await error_of(asyncio.shield(task))
-            assert type(error) is EngineError
-            assert "engine mortal failed while it had the request: its process died" in str(error)
-        assert time.monotonic() - killed < 1
-        assert not client.ready
-        assert isinstance(await error_of(collect(client, [5], SHORT, queue_timeout=0.1)), QueueTimeoutError)
-        await until(lambda: "cannot be started" in caplog.text, 30)
-        assert not client.ready
-        (tmp_path / "away").rename(model)
-        await until(lambda: client.ready, 30)
-        assert client.pid != pid
-        assert [count(progress) for progress in await asyncio.gather(*not_yet)] == [4, 4]
-        after = client.stats()
-        assert after.generation_tokens == before.generation_tokens + 8
-        assert (after.running, after.waiting, after.used_blocks) == (0, 0, 0)
-        await client.close()
+        async with started(model, max_num_seqs=2, name="mortal") as client, asyncio.TaskGroup() as group:
+            with_it = [group.create_task(error_of(collect(client, [number + 5], LONG))) for number in range(3)]
+            not_yet = [group.create_task(collect(client, [number + 9], SHORT)) for number in range(2)]
+            await until(lambda: client.stats().generation_tokens > 20 and client.stats().waiting == 3)
+            before, pid = client.stats(), client.pid
+            assert pid is not None
+            model.rename(tmp_path / "away")
+            os.kill(pid, signal.SIGKILL)
+            for error in [await task for task in with_it]:
+                assert type(error) is EngineError
+                assert "engine mortal failed while it had the request: its process died" in str(error)
+            assert not client.ready
+            assert isinstance(await error_of(collect(client, [5], SHORT, queue_timeout=0.1)), QueueTimeoutError)
+            await until(lambda: "cannot be started" in caplog.text)
+            assert not client.ready
+            (tmp_path / "away").rename(model)
+            await until(lambda: client.ready)
+            assert client.pid != pid
+            assert [count(await task) for task in not_yet] == [4, 4]
+            after = client.stats()
+            assert after.generation_tokens == before.generation_tokens + 8
+            assert (after.running, after.waiting, after.used_blocks) == (0, 0, 0)
 
     run(die())
     assert "died (killed by SIGKILL)" in caplog.text
     assert "ready again" in caplog.text
 
 
-def test_close_while_the_process_is_dead(run: Any, demo_model: Path) -> None:
-    async def end() -> None:
-        client = await EngineClient.start(EngineConfig.create(str(demo_model)))
-        assert client.pid is not None
-        os.kill(client.pid, signal.SIGKILL)
-        await until(lambda: not client.ready, 2)
-        waiting = asyncio.ensure_future(collect(client, [5], SHORT))
-        await asyncio.sleep(1)  # the next one loads
-        began = time.monotonic()
-        await client.close()
-        assert time.monotonic() - began < 5
-        assert isinstance(await error_of(waiting), EngineError)
+def engine_processes(process: psutil.Process) -> set[int]:
+    """Numbers of the engines' processes that a process has started."""
+    return {child.pid for child in process.children() if "hasten.server.engine.process" in child.cmdline()}
 
+
+def test_close_while_the_process_is_dead(run: Any, demo_model: Path) -> None:
+    def others() -> set[int]:
+        return engine_processes(psutil.Process()) - before
+
+    async def end() -> None:
+        async with started(demo_model) as client, asyncio.TaskGroup() as group:
+            assert client.pid is not None
+            os.kill(client.pid, signal.SIGKILL)
+            await until(lambda: not client.ready)
+            waiting = group.create_task(error_of(collect(client, [5], SHORT)))
+            await until(lambda: len(others()) == 1)  # the next one loads
+            await client.close()
+            assert not others()
+            assert isinstance(await waiting, EngineError)
+
+    before = engine_processes(psutil.Process())
     run(end())
 
 
@@ -108,14 +113,19 @@ def test_the_process_ends_with_the_server(demo_model: Path, busy: bool) -> None:
 
         asyncio.run(main())
     """
-    server = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert server.stdout is not None
-    assert server.stdout.readline() == "ready\n"
-    time.sleep(1)  # a busy engine is in a step of many seconds by now, an idle one has done its work
-    server.kill()
-    server.communicate(timeout=5)  # the engine's process holds stderr for as long as it lives
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == "ready\n"
+            (pid,) = engine_processes(psutil.Process(server.pid))
+            engine = psutil.Process(pid)
+            loaded = engine.cpu_times().user
+            while busy and engine.cpu_times().user < loaded + 0.5:  # it is in a step of many seconds
+                time.sleep(0.01)
+        finally:
+            server.kill()
+        server.communicate(timeout=60)  # the engine's process holds stderr for as long as it lives
 
 
 def test_ranks_give_the_same_tokens_and_the_death_of_one_is_survived(
@@ -124,22 +134,19 @@ def test_ranks_give_the_same_tokens_and_the_death_of_one_is_survived(
     (expected,) = demo_llm.generate([5, 6, 7], SamplingParams(max_tokens=12, temperature=0))
 
     async def die() -> None:
-        client = await EngineClient.start(EngineConfig.create(str(demo_model), tensor_parallel_size=2))
-        assert client.info.ranks == 2
-        progress = await collect(client, [5, 6, 7], SamplingParams(max_tokens=12, temperature=0))
-        assert joined(progress).completions[0].token_ids == expected.outputs[0].token_ids
-        stream = await begin(client, [5], LONG)
-        (rank,) = map(int, Path(f"/proc/{client.pid}/task/{client.pid}/children").read_text().split())
-        killed = time.monotonic()
-        os.kill(rank, signal.SIGKILL)
-        with pytest.raises(EngineError, match=r"rank 1 of 2 .* died"):
-            async for _ in stream:
-                pass
-        assert time.monotonic() - killed < 5
-        await until(lambda: client.ready, 60)
-        progress = await collect(client, [5, 6, 7], SamplingParams(max_tokens=12, temperature=0))
-        assert joined(progress).completions[0].token_ids == expected.outputs[0].token_ids
-        await client.close()
+        async with started(demo_model, tensor_parallel_size=2) as client:
+            assert client.info.ranks == 2
+            progress = await collect(client, [5, 6, 7], SamplingParams(max_tokens=12, temperature=0))
+            assert joined(progress).completions[0].token_ids == expected.outputs[0].token_ids
+            async with aclosing(await begin(client, [5], LONG)) as stream:
+                (rank,) = psutil.Process(client.pid).children()
+                rank.kill()
+                with pytest.raises(EngineError, match=r"rank 1 of 2 .* died"):
+                    async for _ in stream:
+                        pass
+            await until(lambda: client.ready)
+            progress = await collect(client, [5, 6, 7], SamplingParams(max_tokens=12, temperature=0))
+            assert joined(progress).completions[0].token_ids == expected.outputs[0].token_ids
 
     run(die())
     assert "rank 1 of 2" in caplog.text
