@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -333,15 +334,93 @@ def test_end_tokens_of_the_generation_config_win(
     assert open_checkpoint(alone).config.eos_token_ids == (2, 7)
 
 
-def test_the_type_is_the_weights_own_where_config_json_is_silent(
-    tiny_bloom: Path, resaved: Copy, edit_config: Callable[..., None]
+@pytest.mark.parametrize("output_format", FORMATS)
+def test_tokens_outside_the_vocabulary_are_ignored_by_name(
+    output_format: Format,
+    tiny_bloom: Path,
+    copy_of: Copy,
+    edit_config: Callable[..., None],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    vocab = open_checkpoint(tiny_bloom).config.vocab_size
+    folder = copy_of(tiny_bloom)
+    edit_config(folder, eos_token_id=[vocab, 2, -1], bos_token_id=vocab, pad_token_id=-1)
+    (folder / "generation_config.json").unlink()
+
+    def tokens(path: Path) -> tuple[object, ...]:
+        config = open_checkpoint(path).config
+        return config.bos_token_id, config.eos_token_ids, config.pad_token_id
+
+    assert tokens(folder) == (None, (2,), None)
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        f"{name} {ids} is not in the vocabulary of {vocab} tokens; it is ignored"
+        for name, ids in (("bos_token_id", [vocab]), ("eos_token_id", [vocab, -1]), ("pad_token_id", [-1]))
+    ]
+    assert tokens(converted(folder, tmp_path / "out", 1, output_format)) == (None, (2,), None)
+    edit_config(folder, eos_token_id=2)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [vocab, 7]}), encoding="utf-8")
+    assert tokens(folder)[1] == (7,)
+    # transformers takes the end tokens of generation_config.json alone, and none of these can come
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": vocab}), encoding="utf-8")
+    assert tokens(folder)[1] == ()
+    assert tokens(converted(folder, tmp_path / "none", 1, output_format))[1] == ()
+    for wrong in (True, "</s>", [2.0]):
+        edit_config(folder, "generation_config.json", eos_token_id=wrong)
+        with pytest.raises(CheckpointError, match="is not a token id or a list of them"):
+            open_checkpoint(folder)
+
+
+def test_a_config_ini_of_faster_transformer_with_tokens_outside_the_vocabulary(
+    tiny_bloom: Path, tmp_path: Path
+) -> None:
+    folder = converted(tiny_bloom, tmp_path / "out", 1, "fastertransformer").rename(tmp_path / "1-gpu")
+    (folder / MANIFEST).unlink()
+    ini = folder / "config.ini"
+    text = ini.read_text(encoding="utf-8")
+    ini.write_text(text.replace("end_id=2", "end_id=-1").replace("start_id=1", "start_id=99999"), encoding="utf-8")
+    config = open_checkpoint(folder).config
+    assert (config.bos_token_id, config.eos_token_ids) == (None, ())
+
+
+def test_settings_of_a_generation_config_that_are_not_applied_are_named(
+    tiny_bloom: Path, copy_of: Copy, edit_config: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copy_of(tiny_bloom)
+    edit_config(folder, "generation_config.json", suppress_tokens=[5], repetition_penalty=1.2, new_setting=1)
+    open_checkpoint(folder)
+    assert [record.getMessage().partition(".json: ")[2] for record in caplog.records] == [
+        "not applied, since every request brings its own settings: repetition_penalty, suppress_tokens",
+        "ignored, since hasten does not know what they change: new_setting",
+    ]
+
+
+@pytest.mark.parametrize("said", [{}, {"dtype": "auto"}, {"torch_dtype": "auto"}])
+def test_the_type_is_the_weights_own_where_config_json_leaves_it_open(
+    said: dict[str, str], tiny_bloom: Path, resaved: Copy, edit_config: Callable[..., None]
 ) -> None:
     def halve(state: State) -> None:
         state.update({name: tensor.half() for name, tensor in state.items()})
 
     folder = resaved(tiny_bloom, halve)
-    edit_config(folder, dtype=None, torch_dtype=None)
+    edit_config(folder, **({"dtype": None, "torch_dtype": None} | said))
     assert open_checkpoint(folder).config.dtype == "fp16"
+
+
+def test_what_is_no_checkpoint_says_what_is_read(tiny_bloom: Path, copy_of: Copy, tmp_path: Path) -> None:
+    gguf = tmp_path / "bloom.Q4_0.gguf"
+    gguf.write_bytes(b"GGUF")
+    for path in (gguf, tmp_path):
+        with pytest.raises(CheckpointError, match=r"bloom\.Q4_0\.gguf: GGUF is not supported; give a folder with conf"):
+            open_checkpoint(path)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has weights alone; give its folder, which must als"):
+        open_checkpoint(tiny_bloom / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is a file; give the folder of a checkpoint"):
+        open_checkpoint(tiny_bloom / "tokenizer.json")
+    folder = copy_of(tiny_bloom)
+    (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UnsupportedError, match=r"adapter_config\.json: adapters are not supported; merge it"):
+        open_checkpoint(folder)
 
 
 def test_dummy_weights_are_the_same_for_every_rank_count(tiny_bloom_12_heads: Path, tmp_path: Path) -> None:

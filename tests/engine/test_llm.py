@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import random
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -1043,3 +1045,39 @@ def test_a_request_that_overflows_and_is_preempted_before_anyone_sees(poisoned: 
     assert outputs[-1].outputs[0].finish_reason is FinishReason.ERROR
     assert tokens_of(outputs[:-1]) == right
     assert tokens_of(short.generate(HEALTHY[:4], CAREFUL)) == right
+
+
+@pytest.mark.parametrize("end", [509, -1])
+def test_an_end_token_outside_the_vocabulary_cannot_come_and_ends_nothing(
+    end: int, tiny_bloom_odd_vocab: Path, tmp_path: Path
+) -> None:
+    """The last token of the vocabulary is what -1 would be, if it were an index."""
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(shutil.copytree(tiny_bloom_odd_vocab, tmp_path / "model"))
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((folder / name).read_text(encoding="utf-8"))
+        (folder / name).write_text(json.dumps(values | {"eos_token_id": end}), encoding="utf-8")
+    reference = AutoModelForCausalLM.from_pretrained(tiny_bloom_odd_vocab, dtype=torch.float32).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    expected = reference.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=3, eos_token_id=None, pad_token_id=3
+    )[0, 3:].tolist()
+    with LLM(folder, kv_cache_memory=1 << 24) as llm:
+        for least in (0, 2):
+            params = SamplingParams(temperature=0, max_tokens=3, min_tokens=least)
+            assert tokens_of(llm.generate([[5, 6, 7]], params)) == [expected]
+        biased = SamplingParams(temperature=0, max_tokens=1, min_tokens=1, logit_bias={508: 100.0})
+        assert tokens_of(llm.generate([[5, 6, 7]], biased)) == [[508]]
+
+
+def test_a_tokenizer_that_knows_more_tokens_than_the_model(make_bloom: Callable[..., Path], tiny_bloom: Path) -> None:
+    small = make_bloom(vocab_size=300)
+    with LLM(small, tokenizer=str(tiny_bloom), kv_cache_memory=1 << 24) as llm:
+        with pytest.raises(InvalidRequestError, match=r"the prompt has token id \d+; the vocabulary ends at 299"):
+            llm.generate("Anna opened the door", GREEDY)
+        # the model cannot produce the words, and goes on
+        assert max(llm.tokenizer.encode("Anna")) >= 300
+        params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, bad_words=["Anna"])
+        plain = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+        assert tokens_of(llm.generate([[5, 6]], params)) == tokens_of(llm.generate([[5, 6]], plain))

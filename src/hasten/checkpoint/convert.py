@@ -96,8 +96,7 @@ def _check_apart(source: Source, given: Path, target: Target) -> None:
 
 def _writer(job: Conversion, source: Source, folder: Path) -> Writer:
     if job.format == "safetensors":
-        eos = generation_eos(side_folder(source)) or source.generation_eos
-        return RankedSafetensorsWriter(source, folder, job.ranks, job.dtype, eos)
+        return RankedSafetensorsWriter(source, folder, job.ranks, job.dtype, generation_eos(source))
     name = source.model_name if isinstance(source, FasterTransformerSource) else job.input_dir
     return FasterTransformerWriter(source, folder, job.ranks, job.dtype, name)
 

@@ -1,5 +1,6 @@
 """From a folder to the tensors of one rank: map, source and number of ranks."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,9 +9,12 @@ import torch
 from torch import Tensor
 
 from hasten.checkpoint.faster_transformer import CONFIG_INI
-from hasten.checkpoint.sources import Source, open_dummy, open_source, read_json
+from hasten.checkpoint.sources import NOT_APPLIED, UNKNOWN, Source, known_tokens, open_dummy, open_source, read_json
 from hasten.core.config import ModelConfig, ParallelConfig
 from hasten.core.errors import CheckpointError
+from hasten.models import generation_config
+
+_log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -63,26 +67,40 @@ def open_checkpoint(
     side = side_folder(source)
     if verify and source.manifest is not None and CONFIG_INI in source.manifest.files:
         source.manifest.verify(source.folder, [CONFIG_INI])
-    ends = generation_eos(side) or source.generation_eos
+    ends = generation_eos(source)
+    _warn_of_settings(side)
     return Checkpoint(
         path=path,
-        config=replace(source.config, eos_token_ids=ends) if ends else source.config,
+        config=replace(source.config, eos_token_ids=ends) if ends is not None else source.config,
         tokenizer_folder=side if any((side / name).is_file() for name in _ALONE_ENOUGH) else None,
         source=source,
         verify=verify,
     )
 
 
-def generation_eos(folder: Path) -> tuple[int, ...] | None:
-    """The end tokens that generation_config.json of `folder` sets, None where it sets none."""
-    path = folder / "generation_config.json"
+def generation_eos(source: Source) -> tuple[int, ...] | None:
+    """The end tokens that generation_config.json sets, now or when the checkpoint was converted; None: it sets none."""
+    path = side_folder(source) / "generation_config.json"
     if not path.is_file():
-        return None
+        return source.generation_eos
     found = read_json(path).get("eos_token_id")
     ends = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(isinstance(end, int) for end in ends):
+    if not all(type(end) is int for end in ends):
         raise CheckpointError(f"{path}: eos_token_id {found!r} is not a token id or a list of them")
-    return tuple(ends) or None
+    if not ends:
+        return source.generation_eos
+    return known_tokens(tuple(ends), source.config.vocab_size, f"{path}: eos_token_id")
+
+
+def _warn_of_settings(folder: Path) -> None:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    raw = read_json(path)
+    if settings := generation_config.not_applied(raw):
+        _log.warning(NOT_APPLIED, path, ", ".join(settings))
+    if unknown := generation_config.unknown(raw):
+        _log.warning(UNKNOWN, path, ", ".join(unknown))
 
 
 def rank_tensors(checkpoint: Checkpoint, rank: int, size: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

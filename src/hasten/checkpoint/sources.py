@@ -24,8 +24,10 @@ from torch import Tensor
 from hasten.checkpoint import faster_transformer as ft
 from hasten.checkpoint.manifest import MANIFEST, Manifest
 from hasten.core.config import AttentionConfig, ModelConfig
-from hasten.core.errors import CheckpointError, ConfigError, HastenError
-from hasten.models.registry import MODELS, model_class
+from hasten.core.errors import CheckpointError, ConfigError, HastenError, UnsupportedError
+from hasten.models import hf_config
+from hasten.models.generation_config import not_applied
+from hasten.models.registry import MODELS, default_architecture, model_class
 from hasten.models.weight_map import Row, Tie, WeightMap
 from hasten.ops import TORCH_DTYPES
 from hasten.parallel.shard import overlap, resplit, share_shape, split
@@ -58,7 +60,7 @@ class Source(ABC):
 
     def __init__(self, folder: Path, config: ModelConfig, weight_map: WeightMap) -> None:
         self.folder = folder
-        self.config = config
+        self.config = _with_known_tokens(config, folder)
         self.weight_map = weight_map
         self.rows = tuple(weight_map.expand(config.num_layers))
         self.files: tuple[Path, ...] = ()
@@ -100,6 +102,26 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     rows = max(1, _COMPARED_AT_ONCE // max(1, one[:1].nbytes))
     return all(
         bool((one[start : start + rows] == other[start : start + rows]).all()) for start in range(0, len(one), rows)
+    )
+
+
+def known_tokens(ids: tuple[int, ...], vocab_size: int, what: str) -> tuple[int, ...]:
+    """The ids that a model can produce; a warning names the others, which are ignored as in transformers."""
+    if unknown := [token for token in ids if not 0 <= token < vocab_size]:
+        _log.warning("%s %s is not in the vocabulary of %d tokens; it is ignored", what, unknown, vocab_size)
+    return tuple(token for token in ids if 0 <= token < vocab_size)
+
+
+def _with_known_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
+    def known(name: str, *ids: int | None) -> tuple[int, ...]:
+        given = tuple(token for token in ids if token is not None)
+        return known_tokens(given, config.vocab_size, f"{folder}: {name}")
+
+    return dataclasses.replace(
+        config,
+        bos_token_id=next(iter(known("bos_token_id", config.bos_token_id)), None),
+        eos_token_ids=known("eos_token_id", *config.eos_token_ids),
+        pad_token_id=next(iter(known("pad_token_id", config.pad_token_id)), None),
     )
 
 
@@ -482,21 +504,37 @@ def read_hf_config(folder: Path) -> ModelConfig:
     """The model that config.json of `folder` describes; UnsupportedError for an architecture that hasten lacks."""
     path = folder / "config.json"
     raw = read_json(path)
-    named = raw.get("architectures") or [_default_architecture(str(raw.get("model_type", "")))]
-    if not isinstance(named, list):
-        raise ConfigError(f"{path}: architectures {named!r} is not a list of names")
-    cls = model_class(str(named[0]))
     try:
-        return cls.config_from_hf(raw)
+        fields = hf_config.Fields(raw)
+        cls = model_class(_architecture(raw))
+        fields.refuse_quantization()
+        config = cls.config_from_hf(fields)
     except HastenError as error:
         raise type(error)(f"{path}: {error}") from error
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"{path} has a value of the wrong kind: {error}") from error
+    if unknown := fields.unknown(cls.hf_harmless):
+        _log.warning(UNKNOWN, path, ", ".join(unknown))
+    if settings := not_applied(raw):
+        _log.warning(NOT_APPLIED, path, ", ".join(settings))
+    return config
 
 
-def _default_architecture(model_type: str) -> str:
-    wanted = f"{model_type}ForCausalLM"
-    return next((name for name in MODELS if name.lower() == wanted.lower()), wanted)
+UNKNOWN = "%s: ignored, since hasten does not know what they change: %s"
+NOT_APPLIED = "%s: not applied, since every request brings its own settings: %s"
+
+
+def _architecture(raw: dict[str, Any]) -> str:
+    named, model_type = raw.get("architectures"), raw.get("model_type")
+    if named:
+        if not isinstance(named, list):
+            raise ConfigError(f"architectures {named!r} is not a list of names")
+        return str(named[0])
+    if not model_type:
+        raise ConfigError(
+            f'names no architecture; add "architectures": [NAME], where NAME is one of {", ".join(sorted(MODELS))}'
+        )
+    return default_architecture(str(model_type))
 
 
 def _is_ranked(folder: Path) -> bool:
@@ -516,13 +554,32 @@ def rank_folders(folder: Path) -> dict[int, Path]:
     return {ranks: path for ranks, path in sorted(found.items()) if is_rank_folder(path)}
 
 
+ADAPTER = "adapter_config.json"
+"""What PEFT puts beside an adapter, which transformers then applies to its base model."""
+
+
+def _not_a_folder(path: Path) -> str:
+    if not path.exists():
+        return f"{path} is missing; give the folder of a checkpoint"
+    if path.suffix.lower() == ".gguf":
+        return f"{path}: GGUF is not supported; give a folder with config.json and safetensors or .bin files"
+    if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+        return f"{path} has weights alone; give its folder, which must also hold config.json"
+    return f"{path} is a file; give the folder of a checkpoint"
+
+
 def open_source(path: Path, ranks: int = 1) -> Source:
     """Open a checkpoint folder of any kind; inside OUT, `N-gpu` with N = `ranks` is preferred.
 
     CheckpointError names the file, the tensor and what to do.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path} is {'a file' if path.exists() else 'missing'}; give the folder of a checkpoint")
+        raise CheckpointError(_not_a_folder(path))
+    if (path / ADAPTER).is_file():
+        raise UnsupportedError(
+            f"{path / ADAPTER}: adapters are not supported; merge it into its base model and save that (PEFT's "
+            "merge_and_unload)"
+        )
     if _is_ranked(path):
         return RankedSafetensorsSource(path)
     if (path / ft.CONFIG_INI).is_file():
@@ -532,6 +589,8 @@ def open_source(path: Path, ranks: int = 1) -> Source:
     inside = rank_folders(path)
     if inside:
         return open_source(inside.get(ranks) or next(iter(inside.values())), ranks)
+    if not (path / "config.json").is_file() and (gguf := min(path.glob("*.gguf"), default=None)) is not None:
+        raise CheckpointError(_not_a_folder(gguf))
     read_hf_config(path)
     raise CheckpointError(f"{path} has no weights: none of {', '.join(_HF_FILES)}, and no N-gpu folder")
 
@@ -546,7 +605,7 @@ def _open_faster_transformer(folder: Path) -> FasterTransformerSource:
         return source
     if source.manifest is None and beside is not None:
         _warn_of_head(beside / "config.json")
-    return FasterTransformerSource(folder, facts, dataclasses.replace(config, tie_word_embeddings=False))
+    return FasterTransformerSource(folder, facts, dataclasses.replace(source.config, tie_word_embeddings=False))
 
 
 def _open_hugging_face(folder: Path) -> HuggingFaceSource:
@@ -554,13 +613,12 @@ def _open_hugging_face(folder: Path) -> HuggingFaceSource:
     source = HuggingFaceSource(folder, config, model_class(config.architecture).weight_map(config))
     if _has_own_head(source):
         _warn_of_head(folder / "config.json")
-        config = dataclasses.replace(config, tie_word_embeddings=False)
+        config = dataclasses.replace(source.config, tie_word_embeddings=False)
         source = HuggingFaceSource(folder, config, model_class(config.architecture).weight_map(config))
-    raw = read_json(folder / "config.json")
-    if not (raw.get("dtype") or raw.get("torch_dtype")):
+    if hf_config.dtype(read_json(folder / "config.json")) is None:
         stored = source.stored_dtype()
         name = next((name for name, dtype in TORCH_DTYPES.items() if dtype is stored), config.dtype)
-        source.config = dataclasses.replace(config, dtype=name)
+        source.config = dataclasses.replace(source.config, dtype=name)
     return source
 
 

@@ -180,6 +180,8 @@ class Engine:
             return params
         assert self.tokenizer is not None
         runs = [run for word in params.bad_words for run in self.tokenizer.words_ids(word)]
+        # what has tokens that the model lacks cannot be produced anyway
+        runs = [run for run in runs if max(run) < vocab]
         return replace(params, bad_words=(), bad_words_ids=(*params.bad_words_ids, *runs))
 
     def _check_beams(self, name: str, params: SamplingParams, prompt_len: int) -> None:

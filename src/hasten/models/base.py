@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn as nn
 from torch import Tensor
@@ -18,6 +18,9 @@ class CausalLM(nn.Module):
 
     head: Head
     """Makes logits of hidden states."""
+
+    hf_harmless: ClassVar[frozenset[str]] = frozenset()
+    """Keys of its config.json, besides those that every model has, that change nothing it computes."""
 
     @abstractmethod
     def __init__(self, config: ModelConfig) -> None:

@@ -6,13 +6,13 @@ Source: BigScience Workshop, "BLOOM: A 176B-Parameter Open-Access Multilingual L
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn as nn
 from torch import Tensor
 
 from hasten.core.config import AttentionConfig, ModelConfig
-from hasten.core.errors import ConfigError
+from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.layers.attention import Attention
 from hasten.layers.embedding import Embedding, Head
 from hasten.layers.linear import ColumnLinear, RowLinear
@@ -79,6 +79,13 @@ class BloomForCausalLM(CausalLM):
             x_th = layer(x_th, meta)
         return self.final_norm(x_th)[0]
 
+    hf_harmless: ClassVar[frozenset[str]] = frozenset(
+        """
+        attention_dropout attention_softmax_in_fp32 bias_dropout_fusion hidden_dropout initializer_range
+        masked_softmax_fusion n_inner offset_alibi skip_bias_add skip_bias_add_qkv
+        """.split()
+    )
+
     @staticmethod
     def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         """Read Hugging Face's config.json, old key names (`n_embed`, `num_attention_heads`) included."""
@@ -95,22 +102,33 @@ class BloomForCausalLM(CausalLM):
         )
 
 
+_VOCAB_SIZE = 250880
+"""What transformers takes where config.json is silent: every published BLOOM has this vocabulary."""
+
+
 def _config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     hidden = hf_config.count(raw, "n_embed", "hidden_size")
     heads = hf_config.count(raw, "num_attention_heads", "n_head")
     if hidden % heads:
         raise ConfigError(f"hidden_size {hidden} is not a multiple of n_head {heads}")
+    # transformers leaves the biases of two linears per layer out in this mode, which no BLOOM was trained in
+    slices = hf_config.count(raw, "pretraining_tp", default=1)
+    if hf_config.flag(raw, "slow_but_exact", False) and slices > 1:
+        raise UnsupportedError(
+            f"slow_but_exact with pretraining_tp {slices} is not supported; set slow_but_exact to false, "
+            "which computes the model as it was trained"
+        )
     return ModelConfig(
         architecture="BloomForCausalLM",
         num_layers=hf_config.count(raw, "num_hidden_layers", "n_layer"),
         hidden_size=hidden,
         intermediate_size=4 * hidden,
-        vocab_size=hf_config.count(raw, "vocab_size"),
+        vocab_size=hf_config.count(raw, "vocab_size", default=_VOCAB_SIZE),
         attention=AttentionConfig(num_heads=heads, num_kv_heads=heads, head_size=hidden // heads),
         norm_eps=hf_config.fraction(raw, "layer_norm_epsilon", 1e-5),
         residual_after_norm=hf_config.flag(raw, "apply_residual_connection_post_layernorm", False),
         tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", True),
-        dtype=hf_config.dtype(raw),
+        dtype=hf_config.dtype(raw) or "fp32",
         bos_token_id=hf_config.token(raw, "bos_token_id", 1),
         eos_token_ids=hf_config.tokens(raw, "eos_token_id", 2),
         pad_token_id=hf_config.token(raw, "pad_token_id"),

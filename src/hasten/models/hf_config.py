@@ -1,12 +1,65 @@
-"""Values of Hugging Face's config.json, each read as what it must be; ConfigError names the key that is wrong."""
+"""Hugging Face's config.json: its values, each read as what it must be, and what becomes of those that nobody reads.
 
-from collections.abc import Mapping
+A key is read by the model, or known to change nothing that a decoder computes, or refused by its name; whatever is
+left is unknown, and a warning names it.
+"""
+
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from hasten.core.config import DTypeName, dtype_name
-from hasten.core.errors import ConfigError
+from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.models.generation_config import SETTINGS
 
 Raw = Mapping[str, Any]
+
+_BOOKKEEPING = frozenset(
+    """
+    _attn_implementation_autoset _commit_hash _from_model_config _name_or_path architectures attn_implementation
+    chunk_size_feed_forward cross_attention_hidden_size add_cross_attention decoder_start_token_id dtype
+    finetuning_task id2label is_decoder is_encoder_decoder label2id model_type num_labels output_attentions
+    output_hidden_states output_scores prefix problem_type return_dict return_dict_in_generate task_specific_params
+    tie_encoder_decoder tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 use_cache
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
+    """.split()
+)
+"""Keys that transformers writes for every model, and that say nothing of what a decoder computes."""
+_QUANTIZATION = frozenset({"quantization_config", "compression_config", "sparsity_config"})
+"""Keys of any model that change what its weights mean."""
+
+
+class Fields(Raw):
+    """The keys of a config.json, which remembers those that were read."""
+
+    def __init__(self, raw: Raw) -> None:
+        self._raw = raw
+        self._read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return self._raw[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._raw)
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+    def refuse_quantization(self) -> None:
+        """UnsupportedError names the key that says that the weights are quantized."""
+        for name in sorted(_QUANTIZATION):
+            value = self._raw.get(name)
+            if value:
+                method = value.get("quant_method") if isinstance(value, dict) else None
+                raise UnsupportedError(
+                    f"{name}{f' ({method})' if method else ''}: quantized weights are not supported; "
+                    "give the checkpoint in fp32, fp16 or bf16"
+                )
+
+    def unknown(self, harmless: Set[str]) -> list[str]:
+        """Keys with a value that were not read and are not known to change nothing, sorted."""
+        known = self._read | harmless | _BOOKKEEPING | SETTINGS.keys() | _QUANTIZATION
+        return sorted(name for name, value in self._raw.items() if name not in known and value is not None)
 
 
 def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
@@ -18,10 +71,13 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def count(raw: Raw, *names: str) -> int:
+def count(raw: Raw, *names: str, default: int | None = None) -> int:
     """A whole number above 0, under the first of its names that is there; the last name is today's."""
-    name = next((name for name in names if raw.get(name) is not None), None)
+    values = {name: raw.get(name) for name in names}
+    name = next((name for name, value in values.items() if value is not None), None)
     if name is None:
+        if default is not None:
+            return default
         raise ConfigError(f"config.json lacks {names[-1]!r}")
     _require(_is_whole(raw[name]) and raw[name] > 0, name, raw[name], "a whole number above 0")
     return int(raw[name])
@@ -56,10 +112,13 @@ def tokens(raw: Raw, name: str, default: int) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def dtype(raw: Raw) -> DTypeName:
-    """Type of the weights, fp32 where it is not said; `torch_dtype` is the key's old name."""
+def dtype(raw: Raw) -> DTypeName | None:
+    """Type of the weights, None where only they know it; `torch_dtype` is the key's old name."""
     name = "dtype" if raw.get("dtype") else "torch_dtype"
+    value = raw.get(name)
+    if not value or value == "auto":
+        return None
     try:
-        return dtype_name(str(raw.get(name) or "fp32"))
+        return dtype_name(str(value))
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error

@@ -1,0 +1,153 @@
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hasten.checkpoint.sources import read_hf_config
+from hasten.core.config import ModelConfig
+from hasten.core.errors import ConfigError, HastenError, UnsupportedError
+from hasten.models import generation_config
+from hasten.models.hf_config import Fields
+
+BLOOM: dict[str, Any] = {"model_type": "bloom", "hidden_size": 96, "n_head": 12, "n_layer": 3, "vocab_size": 509}
+PUBLISHED: dict[str, Any] = {
+    "apply_residual_connection_post_layernorm": False,
+    "attention_dropout": 0.0,
+    "attention_softmax_in_fp32": True,
+    "pad_token_id": 3,
+    "unk_token_id": 0,
+    "bias_dropout_fusion": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_dropout": 0.0,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "masked_softmax_fusion": True,
+    "model_type": "bloom",
+    "n_embed": 1024,
+    "n_inner": None,
+    "n_layer": 24,
+    "num_attention_heads": 16,
+    "offset_alibi": 100,
+    "pretraining_tp": 4,
+    "seq_length": 2048,
+    "skip_bias_add": True,
+    "skip_bias_add_qkv": False,
+    "slow_but_exact": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.20.0",
+    "use_cache": True,
+    "vocab_size": 250880,
+}
+"""Every key that the published BLOOMs have."""
+
+
+def read(folder: Path, raw: dict[str, Any]) -> ModelConfig:
+    (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    return read_hf_config(folder)
+
+
+def test_fields_remember_what_was_read() -> None:
+    fields = Fields({"a": 1, "b": 2, "c": None, "d": 4, "model_type": "x"})
+    assert (fields["a"], fields.get("nothing"), len(fields)) == (1, None, 5)
+    assert fields.unknown({"d"}) == ["b"]
+
+
+def test_a_published_config_is_known_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import BloomConfig
+
+    assert read(tmp_path, PUBLISHED).hidden_size == 1024
+    BloomConfig(**PUBLISHED).save_pretrained(tmp_path)
+    assert read_hf_config(tmp_path).hidden_size == 1024
+    assert not caplog.records
+
+
+def test_unknown_keys_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read(tmp_path, BLOOM | {"rope_theta": 1e4, "auto_map": {"AutoModel": "own.Model"}, "sliding_window": None})
+    [record] = caplog.records
+    assert (record.name, record.levelno) == ("hasten.checkpoint.sources", logging.WARNING)
+    path = tmp_path / "config.json"
+    assert record.getMessage() == f"{path}: ignored, since hasten does not know what they change: auto_map, rope_theta"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("quantization_config", {"quant_method": "gptq"}, r"quantization_config \(gptq\): quantized weights are not"),
+        ("quantization_config", {"load_in_8bit": True}, "quantization_config: quantized"),
+        ("compression_config", {"format": "pack"}, "compression_config: quantized"),
+    ],
+)
+def test_quantized_weights_are_refused_by_the_key_that_says_so(
+    key: str, value: object, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        read(tmp_path, BLOOM | {key: value})
+    assert read(tmp_path, BLOOM | {key: None}) == read(tmp_path, BLOOM)
+
+
+def test_the_mode_that_leaves_biases_out_is_refused(tmp_path: Path) -> None:
+    for raw in ({"slow_but_exact": True}, {"slow_but_exact": False, "pretraining_tp": 4}):
+        assert read(tmp_path, BLOOM | raw) == read(tmp_path, BLOOM)
+    with pytest.raises(UnsupportedError, match="slow_but_exact with pretraining_tp 4 is not supported; set"):
+        read(tmp_path, BLOOM | {"slow_but_exact": True, "pretraining_tp": 4})
+
+
+def test_a_bloom_without_a_vocabulary_size_has_that_of_transformers(tmp_path: Path) -> None:
+    from transformers import BloomConfig
+
+    found = read(tmp_path, {"model_type": "bloom", "n_layer": 24, "hidden_size": 1024, "n_head": 16})
+    assert found.vocab_size == BloomConfig().vocab_size
+    assert found.architecture == "BloomForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"n_layer": 24}, r'names no architecture; add "architectures": \[NAME\], where NAME is one of BloomForC'),
+        ({"architectures": []}, "names no architecture"),
+        ({"architectures": "BloomForCausalLM"}, "architectures 'BloomForCausalLM' is not a list of names"),
+        ({"model_type": "llama"}, r"model type 'llama' is not supported; supported are bloom \(docs/adding-a-model"),
+        (
+            {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+            r"architecture 'LlamaForCausalLM' is not supported; .* \(docs/adding-a-model\.md",
+        ),
+    ],
+)
+def test_an_architecture_that_is_missing_or_unknown(raw: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(HastenError, match=message) as caught:
+        read(tmp_path, raw)
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
+    assert isinstance(caught.value, ConfigError | UnsupportedError)
+
+
+def test_what_transformers_writes_for_generation_is_known_whole() -> None:
+    from transformers import GenerationConfig
+
+    fresh = GenerationConfig()
+    assert generation_config.not_applied(fresh.to_dict()) == []
+    assert generation_config.not_applied(fresh._get_default_generation_params()) == []
+    names = {name: 1 for name in vars(fresh) if not name.startswith("_")}
+    assert generation_config.unknown(names) == []
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({"suppress_tokens": [5], "repetition_penalty": 1.2}, ["repetition_penalty", "suppress_tokens"]),
+        ({"forced_eos_token_id": 2, "no_repeat_ngram_size": 3}, ["no_repeat_ngram_size", "forced_eos_token_id"]),
+        ({"temperature": 0.6, "top_p": 0.9}, []),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 1.0}, ["do_sample", "temperature"]),
+        ({"max_length": 4096, "suppress_tokens": [], "repetition_penalty": 1.0, "top_k": 50}, []),
+    ],
+)
+def test_settings_that_act_in_transformers_alone_are_named(
+    raw: dict[str, Any], expected: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert generation_config.not_applied(raw) == expected
+    assert generation_config.unknown(raw | {"new_setting": 1, "use_cache": True}) == ["new_setting"]
+    read(tmp_path, BLOOM | raw)  # where checkpoints of transformers 4 have them
+    named = [record.getMessage().rpartition(": ")[2] for record in caplog.records]
+    assert named == ([", ".join(expected)] if expected else [])
