@@ -324,5 +324,10 @@ def test_suite_that_leaves_nothing_to_hugging_face(tiny_bloom: Path, hasten_here
     assert done.status == 0, done.err
     last = json.loads(done.out.splitlines()[-1])
     assert (last["hf"], last["speedup"]) == ({"left_out": ["tput"]}, {})
-    wanted = {"max_model_len": 2048, "max_num_seqs": 256, "max_num_batched_tokens": 8192, "enable_prefix_cache": False}
+    wanted = {
+        "max_model_len": 2048,
+        "max_num_seqs": 256,
+        "max_num_batched_tokens": 8192,
+        "enable_prefix_caching": False,
+    }
     assert wanted.items() <= last["options"].items()

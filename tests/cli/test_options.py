@@ -38,14 +38,14 @@ def test_nothing_given_leaves_the_defaults_to_the_dataclasses() -> None:
 def test_every_engine_option_reaches_its_field() -> None:
     given = engine_args(
         *("--tensor-para-size", "2", "--block-size", "32", "--kv-cache-memory", "1000", "--max-num-seqs", "7"),
-        *("-dt", "bf16", "--device", "cpu", "--no-enable-prefix-cache", "--memory-utilization", "0.5"),
+        *("-dt", "bf16", "--device", "cpu", "--no-enable-prefix-caching", "--gpu-memory-utilization", "0.5"),
         *("--tokenizer-path", "there", "--load-format", "dummy", "--no-verify-checksums", "--max-model-len", "99"),
     )
     config = EngineConfig.create("folder", **given)
     assert (config.parallel.tensor_parallel_size, config.cache.block_size, config.scheduler.max_num_seqs) == (2, 32, 7)
-    assert (config.cache.kv_cache_memory, config.cache.memory_utilization) == (1000, 0.5)
+    assert (config.cache.kv_cache_memory, config.cache.gpu_memory_utilization) == (1000, 0.5)
     assert (config.dtype, config.device, config.tokenizer, config.load_format) == ("bf16", "cpu", "there", "dummy")
-    assert not config.cache.enable_prefix_cache
+    assert not config.cache.enable_prefix_caching
     assert not config.verify_checksums
     assert config.scheduler.max_model_len == 99
 
@@ -58,8 +58,8 @@ def test_every_field_with_a_help_text_is_offered() -> None:
 
 
 def test_a_command_can_have_defaults_of_its_own() -> None:
-    assert engine_args(enable_prefix_cache=False) == {"enable_prefix_cache": False}
-    assert engine_args("--enable-prefix-cache", enable_prefix_cache=False) == {"enable_prefix_cache": True}
+    assert engine_args(enable_prefix_caching=False) == {"enable_prefix_caching": False}
+    assert engine_args("--enable-prefix-caching", enable_prefix_caching=False) == {"enable_prefix_caching": True}
 
 
 def test_sampling_options() -> None:
@@ -92,7 +92,7 @@ def test_the_sampling_options_are_fields() -> None:
 def test_help_tells_the_defaults_in_force() -> None:
     parser = Parser(prog="hasten")
     add_sampling_options(parser, defaults={"max_tokens": 32})
-    add_engine_options(parser, defaults={"enable_prefix_cache": False}, skip=frozenset({"seed"}))
+    add_engine_options(parser, defaults={"enable_prefix_caching": False}, skip=frozenset({"seed"}))
     text = " ".join(parser.format_help().split())
     assert "most tokens to produce (default: 32)" in text
     assert "tokens in a block of the key/value cache (default: 16)" in text

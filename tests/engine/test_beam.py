@@ -260,7 +260,7 @@ MakeRanks = Callable[..., Ranks]
 def make_ranks(shadow: type[Shadow]) -> MakeRanks:
     def make(blocks: int, seqs: int, tokens: int, *, prefix_cache: bool) -> Ranks:
         config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens)
-        manager, other = (BlockManager(blocks, 4, enable_prefix_cache=prefix_cache) for _ in range(2))
+        manager, other = (BlockManager(blocks, 4, enable_prefix_caching=prefix_cache) for _ in range(2))
         follower = object.__new__(Worker)  # messages need its scheduler alone, not a model
         follower.scheduler = Scheduler(config, other)
         return Ranks(Scheduler(config, manager), follower, shadow(manager))

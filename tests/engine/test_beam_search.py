@@ -161,8 +161,8 @@ def assert_all(llm: LLM, right: list[Beams], right_others: list[list[int]]) -> i
     [
         {},
         {"max_num_batched_tokens": 7, "max_num_seqs": 6},
-        {"max_num_batched_tokens": 5, "max_num_seqs": 5, "enable_prefix_cache": False},
-        {"max_num_batched_tokens": 24, "max_num_seqs": 16, "enable_prefix_cache": False, "block_size": 5},
+        {"max_num_batched_tokens": 5, "max_num_seqs": 5, "enable_prefix_caching": False},
+        {"max_num_batched_tokens": 24, "max_num_seqs": 16, "enable_prefix_caching": False, "block_size": 5},
         {"block_size": 1},
     ],
     ids=str,
@@ -188,7 +188,7 @@ def test_preempted_beams_are_the_same(
 ) -> None:
     tight: dict[str, Any] = {
         "kv_cache_memory": cache_of(14, bloom),
-        "enable_prefix_cache": prefix_cache,
+        "enable_prefix_caching": prefix_cache,
         "overlap_steps": overlap,
     }
     with LLM(bloom, **tight, **options) as llm:

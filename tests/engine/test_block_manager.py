@@ -123,8 +123,8 @@ def test_random_walks_keep_the_books_and_the_contents(shadow: type[Shadow]) -> N
 
 @pytest.fixture
 def walk(shadow: type[Shadow]) -> Callable[..., tuple[BlockManager, Shadow]]:
-    def make(num_blocks: int = 12, *, enable_prefix_cache: bool = True) -> tuple[BlockManager, Shadow]:
-        manager = BlockManager(num_blocks, SIZE, enable_prefix_cache=enable_prefix_cache)
+    def make(num_blocks: int = 12, *, enable_prefix_caching: bool = True) -> tuple[BlockManager, Shadow]:
+        manager = BlockManager(num_blocks, SIZE, enable_prefix_caching=enable_prefix_caching)
         return manager, shadow(manager)
 
     return make
@@ -180,7 +180,7 @@ def test_the_same_block_after_another_beginning_is_another_block(walk: Walk, mak
 def test_nothing_is_shared_without_the_cache_or_where_all_logits_are_asked_for(
     walk: Walk, make_sequence: MakeSequence
 ) -> None:
-    manager, cache = walk(enable_prefix_cache=False)
+    manager, cache = walk(enable_prefix_caching=False)
     assert compute(manager, cache, make_sequence(range(9)))
     again = make_sequence(range(9))
     manager.share_prefix(again)
@@ -248,7 +248,7 @@ def test_a_block_in_use_again_is_not_handed_out(walk: Walk, make_sequence: MakeS
 def test_siblings_share_a_prompt_and_copy_before_they_write(
     walk: Walk, make_sequence: MakeSequence, length: int, prefix_cache: bool
 ) -> None:
-    manager, cache = walk(num_blocks=20, enable_prefix_cache=prefix_cache)
+    manager, cache = walk(num_blocks=20, enable_prefix_caching=prefix_cache)
     parent = make_sequence(range(length))
     assert compute(manager, cache, parent)
     used = manager.num_used

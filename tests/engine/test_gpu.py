@@ -113,7 +113,7 @@ ALL_OPTIONS: list[dict[str, Any]] = [
     {
         "enforce_eager": eager,
         "overlap_steps": overlap,
-        "enable_prefix_cache": prefix_cache,
+        "enable_prefix_caching": prefix_cache,
         # half of all combinations: any four of the five options occur in every combination
         "block_size": 32 if eager ^ overlap ^ chunked ^ prefix_cache else 16,
         **(CHUNKED if chunked else {}),
@@ -124,9 +124,9 @@ SOME_OPTIONS: list[dict[str, Any]] = [
     {},
     {"enforce_eager": True},
     {"overlap_steps": False},
-    {"enforce_eager": True, "overlap_steps": False, "enable_prefix_cache": False},
+    {"enforce_eager": True, "overlap_steps": False, "enable_prefix_caching": False},
     {"block_size": 32, **CHUNKED},
-    {"block_size": 32, "enable_prefix_cache": False},
+    {"block_size": 32, "enable_prefix_caching": False},
     {"block_size": 5, **CHUNKED},
 ]
 CASES = [
@@ -150,7 +150,7 @@ def test_greedy_tokens_are_those_of_the_cpu(
         graphs = not options.get("enforce_eager", False)
         assert (worker.runner._graphs is not None) == graphs
         assert (worker.runner._output is not None) == graphs  # the last step, of single tokens, was one
-        assert (scheduler.blocks.prefix_hits > 0) == options.get("enable_prefix_cache", True)
+        assert (scheduler.blocks.prefix_hits > 0) == options.get("enable_prefix_caching", True)
         assert scheduler.blocks.num_used == 0
         assert scheduler.stats.preemptions == 0
 
@@ -494,7 +494,7 @@ def test_sums_through_the_memory_of_peers_are_the_same_every_time(dtype: str, fo
         pytest.skip("the first two GPUs cannot reach each other")
     found = []
     # without a prefix cache: the same steps each time, and so the same roundings
-    options: dict[str, Any] = {"dtype": dtype, "tensor_parallel_size": 2, "enable_prefix_cache": False}
+    options: dict[str, Any] = {"dtype": dtype, "tensor_parallel_size": 2, "enable_prefix_caching": False}
     for _ in range(2):
         with on_gpu(folder("12 heads of 64"), **options) as llm:
             group = llm.engine.worker.runner.model.head.group

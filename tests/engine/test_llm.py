@@ -137,14 +137,14 @@ def test_greedy_tokens_are_those_of_transformers(
 OPTIONS: list[dict[str, Any]] = [
     {"max_num_batched_tokens": 8, "max_num_seqs": 8},
     {"max_num_batched_tokens": 1, "max_num_seqs": 1},
-    {"enable_prefix_cache": False},
-    {"enable_prefix_cache": False, "max_num_batched_tokens": 20, "max_num_seqs": 3},
+    {"enable_prefix_caching": False},
+    {"enable_prefix_caching": False, "max_num_batched_tokens": 20, "max_num_seqs": 3},
     {"block_size": 1},
     {"block_size": 5},
     {"block_size": 128},
     {"overlap_steps": True},
     {"overlap_steps": True, "max_num_batched_tokens": 8, "max_num_seqs": 8},
-    {"overlap_steps": True, "enable_prefix_cache": False, "max_num_batched_tokens": 20, "max_num_seqs": 3},
+    {"overlap_steps": True, "enable_prefix_caching": False, "max_num_batched_tokens": 20, "max_num_seqs": 3},
     {"overlap_steps": True, "block_size": 1},
 ]
 
@@ -158,7 +158,7 @@ def test_greedy_tokens_do_not_depend_on_the_options(
             assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy_tokens(tiny_bloom)
             assert used(llm) == 0
         hits = llm.engine.scheduler.blocks.prefix_hits
-        assert (hits > 0) == (options.get("enable_prefix_cache", True) and options.get("block_size", 16) < 70)
+        assert (hits > 0) == (options.get("enable_prefix_caching", True) and options.get("block_size", 16) < 70)
         assert preemptions(llm) == 0
 
 
@@ -167,7 +167,7 @@ def test_greedy_tokens_do_not_depend_on_the_options(
 def test_preempted_requests_make_the_same_tokens(
     prefix_cache: bool, overlap: bool, tiny_bloom: Path, greedy_tokens: Callable[[Path], list[list[int]]]
 ) -> None:
-    options: dict[str, Any] = {"enable_prefix_cache": prefix_cache, "overlap_steps": overlap}
+    options: dict[str, Any] = {"enable_prefix_caching": prefix_cache, "overlap_steps": overlap}
     with LLM(tiny_bloom, **cache_of(6, tiny_bloom), **options) as llm:
         assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy_tokens(tiny_bloom)
         assert preemptions(llm) >= 3
@@ -525,7 +525,7 @@ def test_overlapped_steps_give_the_same_outputs(
 ) -> None:
     rest = {key: value for key, value in options.items() if key != "blocks"}
     cache = cache_of(options["blocks"], tiny_bloom) if "blocks" in options else {}
-    with LLM(tiny_bloom, overlap_steps=True, enable_prefix_cache=prefix_cache, **rest, **cache) as llm:
+    with LLM(tiny_bloom, overlap_steps=True, enable_prefix_caching=prefix_cache, **rest, **cache) as llm:
         for _ in range(2):
             same_but_for_logprobs(llm.generate(*mixed()), right_mixed)
             assert_nothing_is_left(llm)
@@ -992,7 +992,7 @@ CAREFUL = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True, bad_w
     [
         {},
         {"max_num_batched_tokens": 16, "max_num_seqs": 8},
-        {"enable_prefix_cache": False},
+        {"enable_prefix_caching": False},
         {"overlap_steps": True},
         {"overlap_steps": True, "max_num_batched_tokens": 16, "max_num_seqs": 8},
     ],

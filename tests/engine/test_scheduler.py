@@ -208,7 +208,7 @@ def make_run(shadow: type[Shadow]) -> MakeRun:
         blocks: int = 64, seqs: int = 8, tokens: int = 16, *, prefix_cache: bool = True, overlap: bool = False
     ) -> Run:
         config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens)
-        manager, other = (BlockManager(blocks, SIZE, enable_prefix_cache=prefix_cache) for _ in range(2))
+        manager, other = (BlockManager(blocks, SIZE, enable_prefix_caching=prefix_cache) for _ in range(2))
         follower = object.__new__(Worker)  # messages need its scheduler alone, not a model
         follower.scheduler = Scheduler(config, other)
         return Run(Scheduler(config, manager), shadow(manager), follower, overlap)

@@ -162,7 +162,7 @@ def test_json_that_is_no_configuration(text: str) -> None:
         ({"model_type": "T5"}, "'model_type' is 'T5', but must be GPT"),
         ({"enable_custom_all_reduce": "2"}, "must be 0 or 1"),
         ({"tensor_para_size": "two"}, "'tensor_para_size' must be a whole number, got 'two'"),
-        ({"memory_utilization": "x"}, "must be a number, got 'x'"),
+        ({"gpu_memory_utilization": "x"}, "must be a number, got 'x'"),
         ({"enforce_eager": "yes"}, "must be true or false, got 'yes'"),
         ({"data_type": "int8"}, "data type 'int8' is not known"),
         ({"is_half": "1"}, "'is_half' is not known; there are: model_checkpoint_path"),
@@ -179,7 +179,7 @@ def test_a_wrong_parameter_is_named(parameters: dict[str, str], message: str) ->
 def test_every_option_of_the_engine_is_a_parameter_and_back() -> None:
     engine = EngineConfig.create(
         "/m", tokenizer="/t", tensor_parallel_size=4, dtype="bf16", device="cuda:1", verify_checksums=False, seed=7,
-        block_size=32, kv_cache_memory=1 << 30, memory_utilization=0.5, enable_prefix_cache=False, max_num_seqs=9,
+        block_size=32, kv_cache_memory=1 << 30, gpu_memory_utilization=0.5, enable_prefix_caching=False, max_num_seqs=9,
         max_num_batched_tokens=99, max_model_len=512, overlap_steps=True, enforce_eager=True, load_format="dummy",
     )  # fmt: skip
     made = completed(with_parameters(**engine_parameters(engine)), "m")

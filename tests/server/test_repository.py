@@ -184,7 +184,7 @@ def test_models_made_in_memory() -> None:
 
 
 def test_what_is_written_is_what_is_made_in_memory(tmp_path: Path) -> None:
-    engine = EngineConfig.create(str(DEMO), max_model_len=99, enable_prefix_cache=False)
+    engine = EngineConfig.create(str(DEMO), max_model_len=99, enable_prefix_caching=False)
     configs = model_configs(engine, text_name="text", decoupled=True)
     write_repository(configs, tmp_path, engine)
     repository = FolderRepository([tmp_path])

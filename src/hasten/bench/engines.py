@@ -183,7 +183,7 @@ def _load(folder: str, dtype: torch.dtype, device: torch.device, load_format: st
     except torch.OutOfMemoryError as error:
         raise CapacityError(
             f"Hugging Face cannot load {folder}: {_first_line(error)}; where hasten is loaded beside it, lower "
-            "memory_utilization or set kv_cache_memory"
+            "gpu_memory_utilization or set kv_cache_memory"
         ) from error
     except (KeyError, ValueError) as error:
         raise UnsupportedError(f"Hugging Face cannot load {folder}: {_first_line(error)}") from error

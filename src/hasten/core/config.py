@@ -4,9 +4,13 @@
 """
 
 import dataclasses
+import difflib
+import os
 import re
+import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from hasten.core.errors import ConfigError
 
@@ -35,7 +39,11 @@ def dtype_name(text: str) -> DTypeName:
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:  # noqa: A002 - `help` is argparse's own word
-    """A dataclass field that the command line offers, with its help text and, optionally, its choices."""
+    """A dataclass field that the command line offers, with its help text.
+
+    Further metadata: `flag` and `short` are the option's names where they are not the field's, `aliases` are other
+    names of the field, as identifiers; `choices` are the values that it takes.
+    """
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -46,6 +54,27 @@ _MOST_LAYERS = 10_000
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+_KINDS: dict[type, tuple[Callable[[object], bool], str]] = {
+    int: (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
+    float: (lambda value: isinstance(value, int | float) and not isinstance(value, bool), "a number"),
+    bool: (lambda value: isinstance(value, bool), "True or False"),
+    str: (lambda value: isinstance(value, str), "a text"),
+}
+
+
+def _check_kinds(config: Any) -> None:
+    """Raise ConfigError that names a field of a plain type whose value is of another."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value, parts = getattr(config, name), typing.get_args(hint) or (hint,)
+        if value is None and type(None) in parts:
+            continue
+        for part in parts:
+            if part in _KINDS:
+                fits, kind = _KINDS[part]
+                or_none = " or None" if type(None) in parts else ""
+                _require(fits(value), f"{name} must be {kind}{or_none}, got {value!r:.80}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +136,7 @@ class ParallelConfig:
     )
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _require(
             self.tensor_parallel_size >= 1, f"tensor_parallel_size must be at least 1, got {self.tensor_parallel_size}"
         )
@@ -131,16 +161,20 @@ class CacheConfig:
 
     block_size: int = option(16, "tokens in a block of the key/value cache")
     kv_cache_memory: int | None = option(
-        None, "bytes for the key/value cache of a rank (default: from the memory that is free)", type=int
+        None,
+        "bytes for the key/value cache of a rank (default: from the memory that is free)",
+        type=int,
+        aliases=("kv_cache_memory_bytes",),
     )
-    memory_utilization: float = option(0.9, "share of a GPU's memory that the engine may use, weights included")
-    enable_prefix_cache: bool = option(True, "share cache blocks between requests whose prompts begin alike")
+    gpu_memory_utilization: float = option(0.9, "fraction of a GPU's memory that the engine may use, weights included")
+    enable_prefix_caching: bool = option(True, "share cache blocks between requests whose prompts begin alike")
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _require(self.block_size >= 1, f"block_size must be at least 1, got {self.block_size}")
         _require(
-            0 < self.memory_utilization <= 1,
-            f"memory_utilization must be above 0 and at most 1, got {self.memory_utilization}",
+            0 < self.gpu_memory_utilization <= 1,
+            f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}",
         )
         _require(
             self.kv_cache_memory is None or self.kv_cache_memory > 0,
@@ -163,10 +197,13 @@ class SchedulerConfig:
         None, "longest sequence, prompt and output together (default: the model's own, or 2048)", type=int
     )
     overlap_steps: bool | None = option(
-        None, "launch a step before the tokens of the one before are known here (default: on a GPU)"
+        None,
+        "launch a step before the tokens of the one before are known here (default: on a GPU)",
+        aliases=("async_scheduling",),
     )
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
@@ -204,6 +241,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         if self.dtype != "auto":
             dtype_name(self.dtype)
         _require(
@@ -214,13 +252,113 @@ class EngineConfig:
 
     @classmethod
     def create(cls, model: str, **options: Any) -> "EngineConfig":
-        """Build from flat option names (`tensor_parallel_size=2`, `block_size=32`); ConfigError for unknown ones."""
-        parts: dict[str, type[Any]] = {"parallel": ParallelConfig, "cache": CacheConfig, "scheduler": SchedulerConfig}
-        taken: dict[str, Any] = {}
-        for part, kind in parts.items():
-            names = [f.name for f in dataclasses.fields(kind)]
-            taken[part] = kind(**{name: options.pop(name) for name in names if name in options})
-        own = {f.name for f in dataclasses.fields(cls)} - set(parts) - {"model"}
-        unknown = sorted(set(options) - own)
-        _require(not unknown, f"unknown engine option {', '.join(unknown)}")
-        return cls(model=model, **options, **taken)
+        """Build from flat option names (`tensor_parallel_size=2`, `block_size=32`), aliases of fields included.
+
+        ConfigError for an unknown one; options of vLLM that ask for nothing that hasten does otherwise have no effect.
+        """
+        given: dict[str, Any] = {}
+        for name, value in options.items():
+            if name in WITHOUT_EFFECT:
+                _check_without_effect(name, value)
+                continue
+            _require(name in _NAMES, _unknown_option(name))
+            field_name = _NAMES.get(name, name)
+            _require(field_name not in given, f"{name} and {field_name} are one option; give it once")
+            given[field_name] = _as_text(field_name, value)
+        taken = {
+            part: kind(**{f.name: given.pop(f.name) for f in dataclasses.fields(kind) if f.name in given})
+            for part, kind in _PARTS.items()
+        }
+        return cls(model=model, **given, **taken)
+
+
+_PARTS: dict[str, type[Any]] = {"parallel": ParallelConfig, "cache": CacheConfig, "scheduler": SchedulerConfig}
+
+
+def engine_fields() -> "list[dataclasses.Field[Any]]":
+    """The fields of EngineConfig and of its parts: every option of an engine but the model."""
+    own = [f for f in dataclasses.fields(EngineConfig) if f.name not in (*_PARTS, "model")]
+    return own + [f for kind in _PARTS.values() for f in dataclasses.fields(kind)]
+
+
+_NAMES = {name: f.name for f in engine_fields() for name in (f.name, *f.metadata.get("aliases", ()))}
+"""Every name of an option -> the field's."""
+
+WITHOUT_EFFECT: Mapping[str, tuple[tuple[object, ...] | None, str]] = {
+    "enable_chunked_prefill": ((True, None), "long prompts are computed in chunks; see max_num_batched_tokens"),
+    "disable_log_stats": (None, ""),
+    "disable_custom_all_reduce": (None, ""),
+    "trust_remote_code": (None, ""),
+    "swap_space": (None, ""),
+    "max_seq_len_to_capture": (None, ""),
+    "quantization": ((None,), "weights are not quantized"),
+    "kv_cache_dtype": (("auto",), "the cache has the type that the model computes in"),
+    "cpu_offload_gb": ((0,), "all weights stay on the device"),
+    "pipeline_parallel_size": ((1,), "there is tensor parallelism alone; see tensor_parallel_size"),
+    "data_parallel_size": ((1,), "start one engine per replica"),
+    "enable_lora": ((False, None), "adapters are not supported; merge them into the checkpoint"),
+    "skip_tokenizer_init": ((False,), "a folder without a tokenizer does without one"),
+    "tokenizer_mode": (("auto", "fast"), "the tokenizer is the checkpoint's tokenizer.json"),
+    "scheduling_policy": (("fcfs",), "requests are served in the order in which they come"),
+    "speculative_config": ((None,), "there is no speculative decoding"),
+}
+"""Options of vLLM that choose nothing here: the values that ask for what hasten does anyway (None: any value), and why
+others are refused."""
+
+
+def _check_without_effect(name: str, value: object) -> None:
+    values, reason = WITHOUT_EFFECT[name]
+    if values is not None and value not in values:
+        raise ConfigError(f"{name}={value!r:.80} is not supported: {reason}")
+
+
+def _unknown_option(name: str) -> str:
+    near = difflib.get_close_matches(name, [*_NAMES, *WITHOUT_EFFECT], 1)
+    hint = f"; did you mean {near[0]}?" if near else ";"
+    return f"unknown engine option {name}{hint} there are {', '.join(sorted(f.name for f in engine_fields()))}"
+
+
+def _as_text(name: str, value: Any) -> Any:
+    """Data types and devices of torch, and paths, as the text that they stand for."""
+    if name in ("dtype", "device"):
+        return str(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+class EngineOptions(TypedDict, total=False):
+    """The options of an engine by the names of their fields, for type checkers and editors."""
+
+    tokenizer: str | os.PathLike[str] | None
+    dtype: Any
+    device: Any
+    load_format: str
+    verify_checksums: bool
+    seed: int
+    enforce_eager: bool
+    tensor_parallel_size: int
+    block_size: int
+    kv_cache_memory: int | None
+    gpu_memory_utilization: float
+    enable_prefix_caching: bool
+    max_num_seqs: int
+    max_num_batched_tokens: int | None
+    max_model_len: int | None
+    overlap_steps: bool | None
+    kv_cache_memory_bytes: int | None
+    async_scheduling: bool | None
+    enable_chunked_prefill: bool | None
+    disable_log_stats: bool
+    disable_custom_all_reduce: bool
+    trust_remote_code: bool
+    swap_space: float
+    max_seq_len_to_capture: int
+    quantization: str | None
+    kv_cache_dtype: str
+    cpu_offload_gb: float
+    pipeline_parallel_size: int
+    data_parallel_size: int
+    enable_lora: bool | None
+    skip_tokenizer_init: bool
+    tokenizer_mode: str
+    scheduling_policy: str
+    speculative_config: Any

@@ -16,10 +16,10 @@ class BlockManager:
     those without any first, the last one freed before the others, then the longest unused.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_cache: bool = True) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.enable_prefix_cache = enable_prefix_cache
+        self.enable_prefix_caching = enable_prefix_caching
         self._references = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._known: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
@@ -47,7 +47,7 @@ class BlockManager:
         way are known by now.
         """
         assert not sequence.pending
-        if not self.enable_prefix_cache or sequence.wants_prompt_logprobs:
+        if not self.enable_prefix_caching or sequence.wants_prompt_logprobs:
             return
         size, tokens = self.block_size, sequence.token_ids
         prefix, found = _ROOT, []
@@ -98,7 +98,7 @@ class BlockManager:
 
         A block with a pending token waits until that is known: it is part of what the block is known by.
         """
-        if not self.enable_prefix_cache:
+        if not self.enable_prefix_caching:
             return
         size, whole = self.block_size, min(sequence.num_computed, len(sequence.token_ids))
         while (sequence.num_registered + 1) * size <= whole:

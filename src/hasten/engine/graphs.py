@@ -60,7 +60,7 @@ class DecodeGraphs:
                 self._graphs[size] = self._captured(step, inputs.decode_layout(size), stream, pool)
         except torch.OutOfMemoryError as error:
             raise CapacityError(
-                "no memory is left for CUDA graphs; lower memory_utilization, kv_cache_memory or max_num_seqs, "
+                "no memory is left for CUDA graphs; lower gpu_memory_utilization, kv_cache_memory or max_num_seqs, "
                 f"or do without them (enforce_eager) ({str(error).partition(chr(10))[0]})"
             ) from error
 

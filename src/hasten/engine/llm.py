@@ -1,14 +1,15 @@
 """The engine for Python programs: `LLM`, with the names that vLLM's users know."""
 
+import inspect
 import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
-from hasten.core.config import EngineConfig, ModelConfig
+from hasten.core.config import EngineConfig, EngineOptions, ModelConfig, engine_fields
 from hasten.core.errors import ConfigError, EngineError, InvalidRequestError
 from hasten.core.types import Request, RequestOutput, SamplingParams
 from hasten.engine.engine import Engine
@@ -26,28 +27,15 @@ class LLM:
     joins them: rank 0 is the driver, and on the others the constructor serves until the driver closes, then returns
     with `is_driver` False.
 
+    The options are the fields of EngineConfig (hasten.core.config says what each does), most of them under vLLM's
+    names; options of vLLM that choose nothing here are accepted where they ask for what hasten does anyway.
+
     Raises ConfigError, CheckpointError, UnsupportedError or CapacityError where the model cannot be loaded, and
     RankError where a rank dies.
     """
 
-    def __init__(
-        self,
-        model: str | os.PathLike[str],
-        *,
-        tokenizer: str | None = None,
-        tensor_parallel_size: int = 1,
-        dtype: str = "auto",
-        device: str = "auto",
-        **options: Any,
-    ) -> None:
-        config = EngineConfig.create(
-            os.fspath(model),
-            tokenizer=tokenizer,
-            tensor_parallel_size=tensor_parallel_size,
-            dtype=dtype,
-            device=device,
-            **options,
-        )
+    def __init__(self, model: str | os.PathLike[str], **options: Unpack[EngineOptions]) -> None:
+        config = EngineConfig.create(os.fspath(model), **options)
         self._engine: Engine | None = None
         self._next_id = 0
         place = launched_place(config)
@@ -189,6 +177,17 @@ class LLM:
             for request_id in ids:
                 if request_id not in finished:
                     self._engine.abort(request_id)
+
+
+def _signature() -> inspect.Signature:
+    """Of `LLM`, with every option and its default: what `help` and completion show."""
+    kind = inspect.Parameter
+    model = kind("model", kind.POSITIONAL_OR_KEYWORD, annotation="str | os.PathLike[str]")
+    options = [kind(f.name, kind.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in engine_fields()]
+    return inspect.Signature([model, *options])
+
+
+LLM.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
 def launched_place(config: EngineConfig) -> RankPlace | None:

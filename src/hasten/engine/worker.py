@@ -112,7 +112,9 @@ class Worker:
             model = build_model(checkpoint, group, dtype, self.device)
         self.runner = Runner(model, dtype, self.device, config.cache.block_size, config.scheduler.max_num_seqs)
         self.max_model_len, num_blocks = self._make_cache(config)
-        blocks = BlockManager(num_blocks, config.cache.block_size, enable_prefix_cache=config.cache.enable_prefix_cache)
+        blocks = BlockManager(
+            num_blocks, config.cache.block_size, enable_prefix_caching=config.cache.enable_prefix_caching
+        )
         self.scheduler = Scheduler(config.scheduler, blocks)
 
     def _with_peers(self, dtype: torch.dtype) -> TensorGroup:
@@ -161,14 +163,14 @@ class Worker:
     def _free_memory(self, config: EngineConfig, max_blocks: int) -> int:
         """Bytes that the cache may take by default: on a GPU what the largest step leaves."""
         if self.device.type == "cpu":
-            return free_memory(self.device, config.cache.memory_utilization, self.ranks.local_size)
+            return free_memory(self.device, config.cache.gpu_memory_utilization, self.ranks.local_size)
         assert config.scheduler.max_num_batched_tokens is not None
         self.runner.allocate_cache(1, max_blocks)
         working = self.runner.rehearse(config.scheduler.max_num_batched_tokens, [config.scheduler.max_num_seqs])
         self.runner.release_cache()
         torch.cuda.empty_cache()
         # Twice: steps run one by one and steps in graphs keep their memory apart.
-        free = free_memory(self.device, config.cache.memory_utilization, self.ranks.local_size)
+        free = free_memory(self.device, config.cache.gpu_memory_utilization, self.ranks.local_size)
         return max(0, free - 2 * working)
 
     def apply(self, message: Message) -> None:
@@ -301,7 +303,7 @@ def explained_out_of_memory(doing: str = "computing a step") -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise CapacityError(
             f"the device's memory ran out while {doing}; lower max_num_batched_tokens, max_num_seqs, "
-            f"kv_cache_memory or memory_utilization, or use more ranks ({str(error).partition(chr(10))[0]})"
+            f"kv_cache_memory or gpu_memory_utilization, or use more ranks ({str(error).partition(chr(10))[0]})"
         ) from error
 
 

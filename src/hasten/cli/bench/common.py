@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from hasten.bench.engines import Engine
 
 # Hugging Face has no cache between calls; with it on, the untimed batch would also pay for a timed one
-ENGINE_DEFAULTS: Mapping[str, Any] = {"enable_prefix_cache": False}
+ENGINE_DEFAULTS: Mapping[str, Any] = {"enable_prefix_caching": False}
 # Hugging Face's model must find room on the same GPU
-COMPARED_DEFAULTS: Mapping[str, Any] = {**ENGINE_DEFAULTS, "memory_utilization": 0.5}
+COMPARED_DEFAULTS: Mapping[str, Any] = {**ENGINE_DEFAULTS, "gpu_memory_utilization": 0.5}
 COMPARED_HELP = "; hasten then takes half of a GPU's memory by default"
 
 

@@ -10,7 +10,7 @@ from hasten.cli.bench.common import ENGINE_DEFAULTS, add_output, write
 from hasten.cli.options import Parser, add_engine_options, engine_options, positive
 
 # the server's engine and that of this process share a GPU
-_DEFAULTS: Mapping[str, Any] = {**ENGINE_DEFAULTS, "memory_utilization": 0.4}
+_DEFAULTS: Mapping[str, Any] = {**ENGINE_DEFAULTS, "gpu_memory_utilization": 0.4}
 
 
 def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
