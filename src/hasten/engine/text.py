@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from hasten.core.errors import CheckpointError
 from hasten.core.text import require_utf8
 from hasten.core.types import SamplingParams
+from hasten.engine import tokenizer_files
 
 
 class Tokenizer:
@@ -22,20 +22,8 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
-        """Load from a folder, or from a tokenizer.json; CheckpointError where there is none to read."""
-        path = Path(path)
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if file.is_file():
-            try:
-                return cls(FastTokenizer.from_file(str(file)))
-            except Exception as error:  # the library raises bare Exception for a malformed file
-                raise CheckpointError(f"{file} cannot be read as a tokenizer: {error}") from error
-        if not (path / "tokenizer_config.json").is_file():
-            raise CheckpointError(f"{path} has no tokenizer.json; name the tokenizer's folder with --tokenizer-path")
-        from transformers import AutoTokenizer  # takes seconds to import, and few folders need it
-
-        loaded = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        return cls(loaded.backend_tokenizer)
+        """Load from a folder, or from a tokenizer.json; CheckpointError names what is missing or wrong."""
+        return cls(tokenizer_files.load(Path(path)))
 
     @property
     def vocab_size(self) -> int:

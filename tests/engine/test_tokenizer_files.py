@@ -1,0 +1,120 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hasten.core.errors import CheckpointError
+from hasten.engine.text import Tokenizer
+
+Make = Callable[..., Path]
+TEXT = "<|user|>hi<s>  <|user|> there"
+TOKEN = {"content": "<|user|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A folder as transformers 4 left it: tokenizer.json, and files beside it that may add to it."""
+
+    def make(config: dict[str, Any] | None = None, **files: Any) -> Path:
+        from tokenizers import Tokenizer as FastTokenizer
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        fast = FastTokenizer(models.BPE())
+        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        fast.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        fast.train_from_iterator(["some text"], trainer)
+        fast.save(str(folder / "tokenizer.json"))
+        base = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "BloomTokenizerFast"}
+        contents = {"tokenizer_config": base | (config or {}), "config": {"model_type": "bloom"}} | files
+        for name, content in contents.items():
+            (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+        return folder
+
+    return make
+
+
+NEW = 267
+"""The first id that tokenizer.json has not given away."""
+ADDITIONS: dict[str, dict[str, Any]] = {
+    "added_tokens.json": {"added_tokens": {"<|user|>": NEW}},
+    "special_tokens_map.json": {"special_tokens_map": {"additional_special_tokens": ["<|user|>"]}},
+    "a named token": {"special_tokens_map": {"user_token": TOKEN, "bos_token": "<s>"}},
+    "added_tokens_decoder": {"config": {"added_tokens_decoder": {str(NEW): TOKEN | {"special": True}}}},
+    "additional_special_tokens": {"config": {"additional_special_tokens": ["<|user|>"]}},
+    "extra_special_tokens": {"config": {"extra_special_tokens": {"user_token": "<|user|>"}}},
+    "no special token": {"config": {"added_tokens_decoder": {str(NEW): TOKEN | {"special": False}}}},
+    "another way of stripping": {
+        "config": {"added_tokens_decoder": {"1": TOKEN | {"content": "<s>", "rstrip": True, "special": True}}}
+    },
+    "tokens at the ends": {"config": {"add_bos_token": True, "add_eos_token": True}},
+}
+
+
+@pytest.mark.parametrize("files", ADDITIONS.values(), ids=list(ADDITIONS))
+def test_tokens_beside_tokenizer_json_count_as_in_transformers(files: dict[str, Any], make: Make) -> None:
+    from transformers import AutoTokenizer
+
+    folder = make(**files)
+    found, reference = Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
+    expected = reference(TEXT).input_ids
+    assert found.encode(TEXT) == expected
+    assert found.vocab_size == len(reference)
+    for skip in (True, False):
+        assert found.decode(expected, skip_special_tokens=skip) == reference.decode(expected, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"added_tokens": {"<|user|>": 400}}, r"added_tokens\.json: token '<\|user\|>' has id 400, .* gives it id 267"),
+        ({"added_tokens": {"<s>": 7}}, r"added_tokens\.json: token '<s>' has id 7, but the tokenizer gives it id 1"),
+        (
+            {"config": {"added_tokens_decoder": {"2": TOKEN | {"special": True}}}},
+            r"tokenizer_config\.json: token '<\|user\|>' has id 2, but the tokenizer gives it id 267",
+        ),
+        ({"added_tokens": {"<|user|>": "267"}}, r"added_tokens\.json: '<\|user\|>' has no token id, but '267'"),
+        ({"config": {"added_tokens_decoder": {"267": "x"}}}, "added_tokens_decoder has no token in '267'"),
+        ({"special_tokens_map": ["<|user|>"]}, r"special_tokens_map\.json is not a JSON object"),
+    ],
+)
+def test_files_that_contradict_each_other_are_named(files: dict[str, Any], message: str, make: Make) -> None:
+    folder = make(**files)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Tokenizer.from_folder(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_transformers_cannot_read_is_one_line(make: Make) -> None:
+    folder = make()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="its tokenizer cannot be read") as caught:
+        Tokenizer.from_folder(folder)
+    assert "\n" not in str(caught.value)
+    for path in (folder.parent, folder / "tokenizer.json"):
+        with pytest.raises(CheckpointError, match=r"has no tokenizer\.json; name the tokenizer's folder"):
+            Tokenizer.from_folder(path)
+
+
+def test_a_complete_tokenizer_json_is_read_without_transformers(tiny_bloom: Path, make: Make) -> None:
+    same = make(added_tokens={"<s>": 1}, special_tokens_map={"bos_token": "<s>"}, config={"add_bos_token": False})
+    for folder in (tiny_bloom, same):
+        script = f"""
+import sys
+from hasten.engine.text import Tokenizer
+Tokenizer.from_folder({str(folder)!r})
+assert "transformers" not in sys.modules
+"""
+        subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
