@@ -1,10 +1,14 @@
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import hasten
 from hasten.cli.main import main
+from hasten.core.extras import EXTRAS
 
 TIMED = """
 import sys, time
@@ -58,15 +62,30 @@ def test_the_installed_command_and_the_module_are_the_same() -> None:
     [
         ([], "the following arguments are required: COMMAND"),
         (["accelerate"], "invalid choice: 'accelerate'"),
+        (["generat"], "did you mean generate? (see `hasten --help`)"),
+        (["bench", "suit"], "did you mean suite? (see `hasten bench --help`)"),
+        (["generate", "m", "--max-token", "3"], "did you mean --max-tokens? (see `hasten generate --help`)"),
+        (["repository", "create", "m", "r", "--decouple"], "mean --decoupled? (see `hasten repository create --help`)"),
+        (["cluster", "list", "--al-namespaces"], "did you mean --all-namespaces? (see `hasten cluster list --help`)"),
+        (["generate", "m", "--prompt", "x", "--kv-cache-memory", "1X"], "'1X' is not a number of bytes"),
+        (
+            ["generate", "m", "--prompt", "x", "--gpu-memory-utilization", "2"],
+            "--gpu-memory-utilization must be above 0 and at most 1, got 2.0",
+        ),
+        (["generate", "m", "--prompt", "x", "-tp", "0"], "--tensor-para-size must be at least 1, got 0"),
+        (["serve", "m", "--max-num-batched-tokens", "2"], "raise the first or lower the second"),
         (["generate"], "the following arguments are required: MODEL"),
         (["generate", "folder"], "there is no prompt"),
         (["generate", "folder", "--prompts-file", "/nowhere"], "cannot read prompts from /nowhere"),
-        (["generate", "folder", "--prompt", "x", "--max-new-tokens", "0"], "max_tokens must be at least 1, got 0"),
+        (
+            ["generate", "folder", "--prompt", "x", "--max-new-tokens", "0"],
+            "--max-new-tokens must be at least 1, got 0",
+        ),
         (
             ["generate", "folder", "--prompt", "x", "--temperature", "-1"],
             "temperature must be finite and not negative, got -1.0",
         ),
-        (["generate", "folder", "--prompt", "x", "--top-p", "1.5"], "top_p must be above 0 and at most 1, got 1.5"),
+        (["generate", "folder", "--prompt", "x", "--top-p", "1.5"], "--top-p must be above 0 and at most 1, got 1.5"),
         (["generate", "folder", "--prompt", "x", "--prompt", "y", "--stream"], "add --json"),
         (
             ["bench", "lambada", "--tokenizer-path", "a", "--dataset-path", "b", "--beam-width", "2", "--top-p", "0.9"],
@@ -107,6 +126,131 @@ def raising(code: str) -> "subprocess.CompletedProcess[str]":
 def test_status_of_failures(code: str, status: int, message: str) -> None:
     done = raising(code)
     assert (done.returncode, done.stderr) == (status, message)
+
+
+@pytest.fixture
+def model(tiny_bloom: Path) -> list[str]:
+    return ["generate", str(tiny_bloom), "--prompt", "the", "--max-new-tokens", "2", "--device", "cpu"]
+
+
+def in_shell(command: str, argv: list[str], **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run hasten as `"$@"` of a shell's command, which may close or redirect what hasten prints to."""
+    return subprocess.run(
+        ["sh", "-c", command, "sh", sys.executable, "-m", "hasten", *argv],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("redirection", "message"), [(">&-", "standard output is closed"), ("> /dev/full", "No space left on device")]
+)
+def test_output_that_cannot_be_written(model: list[str], redirection: str, message: str, unbuffered: str) -> None:
+    for argv in (model, ["--help"], ["--version"], [*model, "--json"]):
+        done = in_shell(f'"$@" {redirection}', argv, PYTHONUNBUFFERED=unbuffered)
+        assert done.returncode == 1, done.stderr
+        assert done.stderr.startswith("hasten: error: ")
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_closed_standard_error_or_input_disturbs_nothing(model: list[str]) -> None:
+    expected = in_shell('"$@"', model)
+    done = in_shell('"$@" <&- 2>&-', model)
+    assert (done.returncode, done.stdout) == (0, expected.stdout)
+    assert in_shell('"$@" >&- 2>&-', model).returncode == 1
+
+
+def test_what_writes_nothing_to_a_closed_output_succeeds(tiny_bloom: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    argv = ["bench", "suite", str(tiny_bloom), "--tests", "lat", "--repetitions", "1", "--max-model-len", "256"]
+    done = in_shell('"$@" >&-', [*argv, "--output-path", str(report)])
+    assert done.returncode == 1  # the table
+    assert "standard output is closed" in done.stderr
+    assert json.loads(report.read_text())["lat_b1"]["e2e_s"] > 0
+
+
+READ_ONLY = "/proc/hasten"
+"""A folder that nobody can make, not even root."""
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["repository", "create", "{model}", READ_ONLY],
+        ["repository", "create", "{model}", READ_ONLY, "--for", "triton"],
+        ["demo", "--output-dir", READ_ONLY],
+        ["convert", "-i", "{model}", "-o", READ_ONLY],
+        ["bench", "throughput", "{model}", "--output-path", f"{READ_ONLY}/x.json"],
+        ["bench", "throughput", "{model}", "--output-path", "/proc/self/status"],
+    ],
+)
+def test_an_unwritable_folder_is_one_line(
+    argv: list[str], tiny_bloom: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word.format(model=tiny_bloom) for word in argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("hasten: error: ")
+    assert "/proc/" in captured.err
+    assert captured.err.count("\n") == 1
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+from hasten.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_nothing(tiny_bloom: Path, tmp_path: Path) -> None:
+    done = run_python(LIMITED, "repository", "create", str(tiny_bloom), str(tmp_path / "r"))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"hasten: error: cannot write {tmp_path}/r/")
+    assert done.stderr.endswith("config.pbtxt: File too large\n")
+    assert done.stderr.count("\n") == 1
+    assert run_python(LIMITED.replace("(0,", "(1 << 30,"), "repository", "create", str(tiny_bloom), str(tmp_path / "r"))
+    assert list((tmp_path / "r").glob("*/config.pbtxt"))
+
+
+def test_a_user_without_home_is_told_what_to_set() -> None:
+    no_home = {name: value for name, value in os.environ.items() if name not in ("HOME", "HASTEN_HOME")}
+    code = (
+        "import pwd, sys\n"
+        "def getpwuid(number): raise KeyError(number)\n"
+        "pwd.getpwuid = getpwuid\n"  # a user without an entry in /etc/passwd
+        "from hasten.cli.main import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    for argv, advice in ((["cluster", "list"], "HASTEN_HOME"), (["generate", "~/m", "--prompt", "x"], "HOME")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *argv], env=no_home, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert done.returncode == 2, done.stderr
+        assert f"there is no home directory; set {advice}" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "extra", "module"),
+    [
+        (["serve", "m"], "serve", "grpc"),
+        (["repository", "create", "m", "r"], "serve", "tritonclient"),
+        (["bench", "serving", "m"], "serve", "starlette"),
+        (["demo"], "serve", "uvicorn"),
+        (["cluster", "list"], "cluster", "kubernetes"),
+    ],
+)
+def test_a_missing_extra_is_named_by_the_command_that_needs_it(argv: list[str], extra: str, module: str) -> None:
+    code = f"import sys\nsys.modules[{module!r}] = None\nfrom hasten.cli.main import main\nsys.exit(main(sys.argv[1:]))"
+    done = run_python(code, *argv)
+    assert done.returncode == 2, done.stderr
+    assert f"needs {EXTRAS[extra][module]}, which is not installed; run: pip install 'hasten[{extra}]'" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_unforeseen_errors_keep_their_traceback() -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from hasten.cli.main import build_parser, main
 from hasten.cli.options import (
     SAMPLING_HELP,
     Parser,
@@ -48,6 +49,85 @@ def test_every_engine_option_reaches_its_field() -> None:
     assert not config.cache.enable_prefix_caching
     assert not config.verify_checksums
     assert config.scheduler.max_model_len == 99
+
+
+def test_the_names_of_vllm_are_names_of_the_options_too() -> None:
+    given = engine_args(
+        *("--tensor-parallel-size", "2", "--gpu-memory-utilization", "0.5", "--dtype", "bf16", "--tokenizer", "there"),
+        *("--no-enable-prefix-caching", "--kv-cache-memory-bytes", "1G", "--max-num-seqs", "7", "--async-scheduling"),
+    )
+    assert given == {
+        "tensor_parallel_size": 2,
+        "gpu_memory_utilization": 0.5,
+        "dtype": "bf16",
+        "tokenizer": "there",
+        "enable_prefix_caching": False,
+        "kv_cache_memory": 1 << 30,
+        "max_num_seqs": 7,
+        "overlap_steps": True,
+    }
+    assert engine_args("-tp", "3") == {"tensor_parallel_size": 3}
+    assert sampling_args("--max-tokens", "5", "--min-tokens", "2") == SamplingParams(max_tokens=5, min_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["generate", "m", "--prompt", "x"],
+        ["serve", "m"],
+        ["repository", "create", "m", "r"],
+        ["convert", "-i", "m", "-o", "o"],
+        ["bench", "lambada", "--tokenizer-path", "m", "--dataset-path", "d"],
+        ["bench", "throughput", "m"],
+        ["bench", "latency", "m"],
+        ["bench", "suite", "m"],
+        ["bench", "serving", "m"],
+    ],
+)
+def test_every_command_takes_the_number_of_ranks_under_the_same_names(argv: list[str]) -> None:
+    for name in ("-tp", "--tensor-para-size", "--tensor-parallel-size"):
+        args = build_parser().parse_args([*argv, name, "4"])
+        assert 4 in (getattr(args, "tensor_parallel_size", 0), getattr(args, "tensor_para_size", 0))
+
+
+def test_a_home_directory_is_expanded_where_the_shell_did_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/anna")
+    parse = build_parser().parse_args
+    assert parse(["generate", "~/m", "--prompt", "x", "--tokenizer-path=~/t"]).model == "/home/anna/m"
+    assert parse(["generate", "~/m", "--prompt", "x", "--tokenizer-path=~/t"]).tokenizer == "/home/anna/t"
+    assert parse(["generate", "m", "--prompts-file=~/p"]).prompts_file == "/home/anna/p"
+    assert parse(["convert", "-i", "~/m", "--output-dir=~/o"]).output_dir == "/home/anna/o"
+    assert parse(["serve", "--model-repository=~/r", "--log-file=~/l"]).model_repository == ["/home/anna/r"]
+    assert parse(["serve", "--model-repository=~/r", "--log-file=~/l"]).log_file == "/home/anna/l"
+    assert parse(["bench", "latency", "~/m", "--output-path=~/o"]).output_path == "/home/anna/o"
+    assert parse(["generate", "./a/~/m/", "--prompts-file", "-"]).model == "./a/~/m/"
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("max_tokens must be at least 1", "--max-new-tokens must be at least 1"),
+        ("lower max_model_len or raise kv_cache_memory.", "lower --max-model-len or raise --kv-cache-memory."),
+        ("name one with tokenizer=", "name one with --tokenizer-path"),
+        ('use device="cpu"', "use --device cpu"),
+        ("/x/max_tokens/config.json has no 'max_tokens'", "/x/max_tokens/config.json has no 'max_tokens'"),
+        ("the model's tokenizer has no end", "the model's tokenizer has no end"),
+        ("max_tokens.json is missing", "max_tokens.json is missing"),
+        ("vocab_size 5", "vocab_size 5"),
+        ("--max-new-tokens is 0", "--max-new-tokens is 0"),
+    ],
+)
+def test_errors_name_options_and_not_fields(message: str, shown: str) -> None:
+    parser = build_parser().parse_args(["generate", "m", "--prompt", "x"]).parser
+    assert parser.named_by_options(message) == shown
+
+
+def test_help_has_an_option_once_with_all_its_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "-tp, --tensor-para-size, --tensor-parallel-size SIZE number of ranks" in text
+    assert "--kv-cache-memory, --kv-cache-memory-bytes MEMORY bytes for" in text
 
 
 def test_every_field_with_a_help_text_is_offered() -> None:

@@ -17,6 +17,7 @@ from hasten.core.config import (
     SchedulerConfig,
     dtype_name,
     engine_fields,
+    parse_size,
 )
 from hasten.core.errors import ConfigError
 
@@ -260,3 +261,31 @@ def test_unknown_options_are_named(options: dict[str, Any], message: str) -> Non
     with pytest.raises(ConfigError) as caught:
         EngineConfig.create("folder", **options)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1073741824", 1 << 30),
+        ("1G", 1 << 30),
+        ("1GiB", 1 << 30),
+        ("1.5GB", 1_500_000_000),
+        ("512 MiB", 512 << 20),
+        ("0.5k", 512),
+        ("2tb", 2 * 10**12),
+        ("7B", 7),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "1X", "1Gi", "-1", "1e9", "1iB", "1.G", "1 G B"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not a number of bytes; write it as 1073741824, 512MiB, 1G or 1\.5GB$"):
+        parse_size(text)
+
+
+def test_a_size_may_be_text() -> None:
+    assert EngineConfig.create("folder", kv_cache_memory="1.5GB").cache.kv_cache_memory == 1_500_000_000
+    assert EngineConfig.create("folder", kv_cache_memory_bytes="1G").cache.kv_cache_memory == 1 << 30

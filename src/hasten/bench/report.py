@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -90,8 +91,13 @@ def write_json(path: str, report: Mapping[str, Any]) -> None:
 
 def require_writable(path: str | None) -> None:
     """Raise ConfigError if results could not be written to `path`: better before hours of work than after."""
-    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+    if path is None:
+        return
+    folder = Path(path).absolute().parent
+    if Path(path).is_dir() or not folder.is_dir():
         raise ConfigError(f"cannot write the results to {path}: it is a folder, or its folder does not exist")
+    if not os.access(path if Path(path).exists() else folder, os.W_OK):
+        raise ConfigError(f"cannot write the results to {path}: it is read-only, or you may not write there")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from hasten.cli.options import Parser
+from hasten.cli.options import Parser, path
 from hasten.core.config import DTYPES
 
 if TYPE_CHECKING:
@@ -27,13 +27,26 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         description="Convert a checkpoint for so many ranks, into DIR/N-gpu. The input may be a Hugging Face folder, "
         "or one that this command or FasterTransformer wrote, for any number of ranks.",
     )
-    parser.add_argument("-i", "--input-dir", metavar="DIR", required=True, help="folder of the checkpoint")
-    parser.add_argument("-o", "--output-dir", metavar="DIR", required=True, help="folder to write N-gpu into")
+    parser.add_argument("-i", "--input-dir", type=path, metavar="DIR", required=True, help="folder of the checkpoint")
     parser.add_argument(
-        "-tp", "--tensor-para-size", metavar="N", type=int, default=1, help="ranks to split over (default: 1)"
+        "-o", "--output-dir", type=path, metavar="DIR", required=True, help="folder to write N-gpu into"
     )
     parser.add_argument(
-        "-dt", "--data-type", choices=DTYPES, default="fp32", help="type of the weights written (default: fp32)"
+        "-tp",
+        "--tensor-para-size",
+        "--tensor-parallel-size",
+        metavar="N",
+        type=int,
+        default=1,
+        help="ranks to split over (default: 1)",
+    )
+    parser.add_argument(
+        "-dt",
+        "--data-type",
+        "--dtype",
+        choices=DTYPES,
+        default="fp32",
+        help="type of the weights written (default: fp32)",
     )
     parser.add_argument(
         "-p", "--processes", metavar="N", type=int, default=1, help="workers that convert at once (default: 1)"

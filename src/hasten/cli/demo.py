@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import hasten
+from hasten.cli.options import Parser, path
 from hasten.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from hasten.cli.options import Parser
+from hasten.core.extras import require_extra
 
 PROMPT = "That year the spring came early."
 MOST_DIFFERING = 0.01
@@ -58,25 +58,30 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         description="Convert the demo model, compare it with Hugging Face on the test stories, tell a story, and serve "
         "it: a client asks over gRPC.",
     )
-    parser.add_argument("--model", default="examples/demo-model", metavar="PATH", help="default: %(default)s")
-    parser.add_argument("--dataset", default="examples/stories/test.jsonl", metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--client", default="examples/client.py", metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--output-dir", default="build/demo", metavar="PATH", help="default: %(default)s")
+    parser.add_argument("--model", type=path, metavar="PATH", help="model to show (default: the demo model)")
+    parser.add_argument("--dataset", type=path, metavar="FILE", help="texts to measure on (default: the test stories)")
+    parser.add_argument("--client", type=path, metavar="FILE", help="program that asks the server (default: hasten's)")
+    parser.add_argument(
+        "--output-dir", type=path, default="build/demo", metavar="PATH", help="where to write (default: %(default)s)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the commands one after the other; 1 if any fails or the comparison is not as it should be."""
-    for path in (Path(args.model) / "config.json", Path(args.dataset), Path(args.client)):
-        if not path.is_file():
-            raise ConfigError(f"{path} does not exist; run the demo in hasten's repository, or name other files")
+    require_extra("serve", "hasten demo")
+    model, dataset, client = args.model or _data("model"), args.dataset or _data("test.jsonl"), args.client
+    client = client or _data("client.py")
+    for file in (Path(model) / "config.json", Path(dataset), Path(client)):
+        if not file.is_file():
+            raise ConfigError(f"{file} does not exist")
     from hasten.cli.main import main
 
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, results = str(folder / "model-fp16"), str(folder / "lambada.json")
     start = time.perf_counter()
-    steps = _steps(args.model, args.dataset, checkpoint, results)
+    steps = _steps(model, dataset, checkpoint, results)
     seconds = []
     for step in steps:
         began = time.perf_counter()
@@ -84,13 +89,24 @@ def run(args: argparse.Namespace) -> int:
         seconds.append(time.perf_counter() - began)
         if status:
             return status
-    if status := _serve(checkpoint, args.model, args.client, folder / "serve.log"):
+    if status := _serve(checkpoint, model, client, folder / "serve.log"):
         return status
     comparison = _read(results)
     _show(comparison, convert_seconds=seconds[0], all_seconds=time.perf_counter() - start)
+    print(f"Serve this model, with a page at http://localhost:8000/:\n\n$ hasten serve {shlex.quote(checkpoint)}\n")
     for fault in comparison.faults:
         print(f"hasten: demo failed: {fault}", file=sys.stderr)
     return 1 if comparison.faults else 0
+
+
+def _data(name: str) -> str:
+    """A file or folder of the demo: in the installed package, or else in the repository that it runs from."""
+    package = Path(hasten.__file__).resolve().parent
+    found = package / "demo" / name
+    if not found.exists():
+        source = {"model": "demo-model", "test.jsonl": "stories/test.jsonl"}.get(name, name)
+        found = package.parents[1] / "examples" / source
+    return str(found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found)
 
 
 def _steps(model: str, dataset: str, checkpoint: str, results: str) -> list[list[str]]:

@@ -12,6 +12,7 @@ from hasten.cli.options import (
     add_engine_options,
     add_sampling_options,
     engine_options,
+    path,
     sampling_params,
 )
 from hasten.core.errors import ConfigError, EngineError
@@ -32,9 +33,11 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="continue prompts",
         description="Continue prompts with a model, greedily unless a temperature is given.",
     )
-    parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint")
+    parser.add_argument("model", type=path, metavar="MODEL", help="folder of the checkpoint")
     parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given more than once")
-    parser.add_argument("--prompts-file", metavar="FILE", help="file with one prompt a line; - reads standard input")
+    parser.add_argument(
+        "--prompts-file", type=path, metavar="FILE", help="file with one prompt per line; - reads standard input"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt, with token ids")
     parser.add_argument(
         "--stream",

@@ -1,8 +1,10 @@
 """The command `hasten`: its subcommands, and what errors look like to its user."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from hasten import __version__
 from hasten.cli import convert, demo, generate, repository, serve
@@ -15,13 +17,15 @@ BAD_INPUT = 2
 FAILED = 1
 INTERRUPTED = 130
 PIPE_CLOSED = 141
+_UNWRITABLE = frozenset({errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Errors that only writing has."""
 
 
 def build_parser() -> Parser:
     """The whole command line. Imports nothing heavy: subcommands import what they need when they run."""
     parser = Parser(
         prog="hasten",
-        description="Takes a Hugging Face checkpoint to a measured, faster language model.",
+        description="Inference engine and server for BLOOM language models: convert, benchmark, generate, serve.",
     )
     parser.add_argument("--version", action="version", version=f"hasten {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -33,22 +37,72 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status.
 
-    0 is success, 1 a failed run or a missed threshold, 2 bad input, 130 an interrupt. An error that hasten did not
-    foresee keeps its traceback.
+    0 is success, 1 a failed run or a missed threshold, 2 bad input, 130 an interrupt, 141 a reader of the output that
+    has gone. An error that hasten did not foresee keeps its traceback.
     """
+    _open_standard_streams()
+    parser = build_parser()
     try:
-        args = build_parser().parse_args(argv)
+        args = parser.parse_args(argv)
+        parser = args.parser
         run: Callable[..., int] = args.run
         status = run(args)
         sys.stdout.flush()
         return status
     except HastenError as error:
-        print(f"hasten: error: {error}", file=sys.stderr)
-        return FAILED if isinstance(error, EngineError | CapacityError | ClusterError) else BAD_INPUT
+        status = FAILED if isinstance(error, EngineError | CapacityError | ClusterError) else BAD_INPUT
+        return _fail(parser.named_by_options(str(error)), status)
     except KeyboardInterrupt:
         print("hasten: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # the reader is gone; without this, Python would complain once more while it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return PIPE_CLOSED
+    except OSError as error:
+        if error.filename is not None:
+            return _fail(_explained(error), BAD_INPUT)
+        if error.errno == errno.EBADF and sys.stdout.fileno() == 1:
+            return _fail("standard output is closed, and there is something to print", FAILED)
+        if error.errno in _UNWRITABLE:
+            return _fail(f"cannot write the output: {error.strerror}", FAILED)
+        raise
+
+
+def _fail(message: str, status: int) -> int:
+    """Print an error on standard error, after what was printed before it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard_output()
+    print(f"hasten: error: {message}", file=sys.stderr)
+    return status
+
+
+def _explained(error: OSError) -> str:
+    """An error of the system about a file."""
+    where = f"{error.filename} and {error.filename2}" if error.filename2 is not None else error.filename
+    return f"{'cannot write ' if error.errno in _UNWRITABLE else ''}{where}: {error.strerror}"
+
+
+def _discard_output() -> None:
+    """Drop what cannot be written to standard output: Python would complain of it once more at exit."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_standard_streams() -> None:
+    """Give each standard stream that is closed a descriptor, which the next file or socket would get instead.
+
+    Nothing can be written to a closed standard output: what a command prints is then an error as it is on a full disk.
+    """
+    for number, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, flags)  # the lowest number that is free
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False, encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False, encoding="utf-8")  # noqa: SIM115

@@ -1,20 +1,25 @@
 """Command-line options made from the fields of configuration dataclasses, and back.
 
 A field is offered if its metadata (`core.config.option`) has a help text, or if a caller gives it words. Name, type,
-default and choices come from the field itself. Options that the user does not give are left out of what is read back,
-so that defaults are stated only once, in the dataclass.
+default and choices come from the field itself; its own name and its aliases are names of the option too. Options that
+the user does not give are left out of what is read back, so that defaults are stated only once, in the dataclass.
 """
 
 import argparse
 import dataclasses
+import difflib
+import re
+import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import MISSING, Field, dataclass
+from pathlib import Path
 from typing import Any
 
-from hasten.core.config import EngineConfig
+from hasten.core.config import EngineConfig, parse_size
 from hasten.core.errors import ConfigError
+from hasten.core.files import expand_home
 from hasten.core.types import SamplingParams
 
 SAMPLING_HELP: dict[str, str] = {
@@ -49,15 +54,82 @@ NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 _SAMPLING_FLAGS = {"max_tokens": "--max-new-tokens", "min_tokens": "--min-new-tokens"}
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Help texts in which an option's names stand once, with one placeholder for its value."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = list(action.option_strings)
+        if isinstance(action, argparse.BooleanOptionalAction):
+            names = [name.replace("--", "--[no-]", 1) for name in names if not name.startswith("--no-")]
+        value = "" if action.nargs == 0 else " " + self._format_args(action, self._metavar_of(action))
+        return ", ".join(names) + value
+
+    def _metavar_of(self, action: argparse.Action) -> str:
+        return self._get_default_metavar_for_optional(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are one line, and whose options are spelt out."""
+    """An ArgumentParser whose options are spelt out, and whose errors are one line that names the nearest option."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **options})
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": _Formatter, **options})
 
     def error(self, message: str) -> typing.NoReturn:
         """Raise ConfigError instead of printing the usage."""
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does; what is left over is an error of the command that it was given to.
+
+        The namespace's `parser` is the parser of that command.
+        """
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            nearest = _nearest(rest[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(rest)}{nearest}")
+        if "parser" not in found:
+            found.parser = self
+        return found, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            raise argparse.ArgumentError(
+                action, f"{error.message}{_nearest(str(value), action.choices or ())}"
+            ) from None
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help or the version; argparse itself is silent where that fails."""
+        (file or sys.stderr).write(message)
+        (file or sys.stderr).flush()
+
+    def named_by_options(self, message: str) -> str:
+        """A message in which the fields that this command has options for stand under the options' names."""
+        flags = {action.dest: _shown_flag(action) for action in self._actions if action.option_strings}
+        pattern = r"(?<![\w./'\"-])(%s)(?:=(?:\"([^\"]*)\")?|(?![\w/'\"=-]|\.\w))"
+        names = "|".join(sorted(map(re.escape, flags), key=len, reverse=True))
+
+        def option_of(found: "re.Match[str]") -> str:
+            name, value = found[1], found[2]
+            if "=" not in found[0] and "_" not in name:
+                return found[0]  # a word of the sentence, not the name of a field
+            return flags[name] if value is None else f"{flags[name]} {value}"
+
+        return re.sub(pattern % names, option_of, message)
+
+
+def _shown_flag(action: argparse.Action) -> str:
+    """The name of an option that stands first among its long ones."""
+    return next((name for name in action.option_strings if name.startswith("--")), action.option_strings[0])
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """A question for the known word that comes nearest, to stand behind an error; empty where none is near."""
+    found = difflib.get_close_matches(word, [name for name in known if len(name) > 2], n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def positive(text: str) -> int:
@@ -71,11 +143,32 @@ def positive(text: str) -> int:
     return number
 
 
+def size(text: str) -> int:
+    """The `type` of an option that is a number of bytes."""
+    try:
+        return parse_size(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path(text: str) -> str:
+    """The `type` of an option that is a file or a folder: a `~` that no shell has expanded is the home directory."""
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(expand_home(Path(text), "set HOME, or write the path in full"))
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+_KINDS: dict[str, Callable[[str], Any]] = {"size": size, "path": path}
+
+
 @dataclass(frozen=True)
 class _Shape:
     """What the type of a field asks of its option."""
 
-    type: type
+    type: Callable[[str], Any]
     many: bool = False
 
 
@@ -105,8 +198,11 @@ def _add_field(
     group: argparse._ArgumentGroup, field: Field[Any], hint: Any, text: str, flag: str | None, default: Any
 ) -> None:
     shape = _shape(field.metadata.get("type", hint))
+    if "kind" in field.metadata:
+        shape = dataclasses.replace(shape, type=_KINDS[field.metadata["kind"]])
     long = flag or field.metadata.get("flag", _flag(field.name))
     names = [field.metadata["short"], long] if "short" in field.metadata else [long]
+    names += [_flag(name) for name in (field.name, *field.metadata.get("aliases", ())) if _flag(name) != long]
     options: dict[str, Any] = {
         "dest": field.name,
         "default": argparse.SUPPRESS,

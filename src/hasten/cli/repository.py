@@ -4,9 +4,10 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from hasten.cli.options import Parser, add_engine_options, engine_options
+from hasten.cli.options import Parser, add_engine_options, engine_options, path
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
+from hasten.core.extras import require_extra
 
 SERVERS = ("hasten", "triton")
 
@@ -24,8 +25,8 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "`preprocessing`, `fastertransformer`, `postprocessing` around it, and a text model. The weights stay where "
         "they are. What is written may be edited; options given here are parameters of the token model.",
     )
-    create.add_argument("model", metavar="MODEL", help="folder of the checkpoint, Hugging Face or converted")
-    create.add_argument("target", metavar="DIR", help="folder to write the models' folders into")
+    create.add_argument("model", type=path, metavar="MODEL", help="folder of the checkpoint, Hugging Face or converted")
+    create.add_argument("target", type=path, metavar="DIR", help="folder to write the models' folders into")
     create.add_argument(
         "--for",
         dest="server",
@@ -45,6 +46,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the repository and print the models' folders."""
+    require_extra("serve", "hasten repository")
     engine = EngineConfig.create(str(Path(args.model).resolve()), **engine_options(args))
     if engine.tokenizer is not None:
         engine = replace(engine, tokenizer=str(Path(engine.tokenizer).resolve()))

@@ -5,9 +5,10 @@ import dataclasses
 import typing
 from typing import Any
 
-from hasten.cli.options import Parser, add_engine_options, add_fields, engine_options, given
+from hasten.cli.options import Parser, add_engine_options, add_fields, engine_options, given, path
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
+from hasten.core.extras import require_extra
 from hasten.server.options import (
     EndpointOptions,
     LogOptions,
@@ -38,12 +39,13 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "API. Options that tritonserver has too have its names; those that are on or off take true or false, and alone "
         "mean true.",
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="folder of the checkpoint")
+    parser.add_argument("model", type=path, metavar="MODEL", nargs="?", help="folder of the checkpoint")
     parser.add_argument(
         "--model-repository",
         "--model-store",
         action="append",
         default=[],
+        type=path,
         metavar="DIR",
         help="folder of models, each NAME/config.pbtxt with NAME/VERSION; may be given more than once",
     )
@@ -79,6 +81,7 @@ def _switch(text: str) -> bool:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
+    require_extra("serve", "hasten serve")
     from hasten.parallel.place import place_from_environment
 
     options = serve_options(args)

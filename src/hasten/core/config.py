@@ -38,11 +38,27 @@ def dtype_name(text: str) -> DTypeName:
     return name
 
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `1073741824`, `512MiB`, `1G` or `1.5GB`; ConfigError for anything else.
+
+    As in GNU's tools, a letter alone and `iB` count in powers of 1024, `B` in powers of 1000.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is None or found[3].lower() == "i" or (found[3].lower() == "ib" and not found[2]):
+        raise ConfigError(f"{text!r} is not a number of bytes; write it as 1073741824, 512MiB, 1G or 1.5GB")
+    base = 1000 if found[3].lower() == "b" else 1024
+    return round(float(found[1]) * base ** " kmgt".index(found[2].lower() or " "))
+
+
 def option(default: Any, help: str, **metadata: Any) -> Any:  # noqa: A002 - `help` is argparse's own word
     """A dataclass field that the command line offers, with its help text.
 
     Further metadata: `flag` and `short` are the option's names where they are not the field's, `aliases` are other
-    names of the field, as identifiers; `choices` are the values that it takes.
+    names of the field, as identifiers; `choices` are the values that it takes; `kind` is `size` for a number of bytes
+    and `path` for a file or folder, whose `~` is expanded.
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -132,7 +148,7 @@ class ParallelConfig:
     """How many ranks share the model."""
 
     tensor_parallel_size: int = option(
-        1, "number of ranks that share every layer (tensor parallel)", flag="--tensor-para-size"
+        1, "number of ranks that share every layer (tensor parallel)", short="-tp", flag="--tensor-para-size"
     )
 
     def __post_init__(self) -> None:
@@ -162,8 +178,8 @@ class CacheConfig:
     block_size: int = option(16, "tokens in a block of the key/value cache")
     kv_cache_memory: int | None = option(
         None,
-        "bytes for the key/value cache of a rank (default: from the memory that is free)",
-        type=int,
+        "bytes for the key/value cache of a rank, such as 1G or 512MiB (default: from the memory that is free)",
+        kind="size",
         aliases=("kv_cache_memory_bytes",),
     )
     gpu_memory_utilization: float = option(0.9, "fraction of a GPU's memory that the engine may use, weights included")
@@ -221,7 +237,7 @@ class EngineConfig:
     model: str
     """Folder of the checkpoint: Hugging Face, FasterTransformer or ranked safetensors."""
     tokenizer: str | None = option(
-        None, "folder or file of the tokenizer (default: the model's)", flag="--tokenizer-path"
+        None, "folder or file of the tokenizer (default: the model's)", flag="--tokenizer-path", kind="path"
     )
     dtype: str = option(
         "auto",
@@ -264,7 +280,7 @@ class EngineConfig:
             _require(name in _NAMES, _unknown_option(name))
             field_name = _NAMES.get(name, name)
             _require(field_name not in given, f"{name} and {field_name} are one option; give it once")
-            given[field_name] = _as_text(field_name, value)
+            given[field_name] = _plain(field_name, value)
         taken = {
             part: kind(**{f.name: given.pop(f.name) for f in dataclasses.fields(kind) if f.name in given})
             for part, kind in _PARTS.items()
@@ -283,6 +299,8 @@ def engine_fields() -> "list[dataclasses.Field[Any]]":
 
 _NAMES = {name: f.name for f in engine_fields() for name in (f.name, *f.metadata.get("aliases", ()))}
 """Every name of an option -> the field's."""
+
+_SIZES = frozenset(f.name for f in engine_fields() if f.metadata.get("kind") == "size")
 
 WITHOUT_EFFECT: Mapping[str, tuple[tuple[object, ...] | None, str]] = {
     "enable_chunked_prefill": ((True, None), "long prompts are computed in chunks; see max_num_batched_tokens"),
@@ -318,8 +336,10 @@ def _unknown_option(name: str) -> str:
     return f"unknown engine option {name}{hint} there are {', '.join(sorted(f.name for f in engine_fields()))}"
 
 
-def _as_text(name: str, value: Any) -> Any:
-    """Data types and devices of torch, and paths, as the text that they stand for."""
+def _plain(name: str, value: Any) -> Any:
+    """Data types and devices of torch, and paths, as the text that they stand for; sizes as numbers."""
+    if name in _SIZES and isinstance(value, str):
+        return parse_size(value)
     if name in ("dtype", "device"):
         return str(value)
     return os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -337,14 +357,14 @@ class EngineOptions(TypedDict, total=False):
     enforce_eager: bool
     tensor_parallel_size: int
     block_size: int
-    kv_cache_memory: int | None
+    kv_cache_memory: int | str | None
     gpu_memory_utilization: float
     enable_prefix_caching: bool
     max_num_seqs: int
     max_num_batched_tokens: int | None
     max_model_len: int | None
     overlap_steps: bool | None
-    kv_cache_memory_bytes: int | None
+    kv_cache_memory_bytes: int | str | None
     async_scheduling: bool | None
     enable_chunked_prefill: bool | None
     disable_log_stats: bool

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.core.errors import InvalidRequestError
+from hasten.core.extras import require_extra
 from hasten.core.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class GrammarCompiler:
         return Constraint(self._compiled[key].deep_copy(), -(-vocabulary.vocab_size // 32))
 
     def _load_vocabulary(self) -> "LLTokenizer":
+        require_extra("grammar", "output constrained by a schema, expression or grammar")
         from llguidance import LLTokenizer
 
         if self._vocabulary is None:

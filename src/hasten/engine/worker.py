@@ -140,7 +140,8 @@ class Worker:
             torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
             fits = int(smallest)
         if fits < 1 or (asked is not None and fits * block_size < asked):
-            raise CapacityError(
+            # a size that was given contradicts the length, wherever it runs; else this device has too little memory
+            raise (CapacityError if config.cache.kv_cache_memory is None else ConfigError)(
                 f"the key/value cache has room for {fits * block_size} tokens ({budget} bytes a rank, "
                 f"{self.runner.block_bytes} a block of {block_size}), but one sequence may have {length}; "
                 "lower max_model_len or raise kv_cache_memory"
@@ -319,6 +320,12 @@ def rank_device(config: EngineConfig, group: TensorGroup, local_size: int) -> to
     number = int(config.device.partition(":")[2] or 0)
     if group.size > 1:
         number = int(os.environ.get("LOCAL_RANK", group.rank % local_size))
+    if torch.cuda.device_count() == 0:
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise ConfigError(
+            f"no NVIDIA GPU is visible (CUDA_VISIBLE_DEVICES is {'not set' if chosen is None else repr(chosen)}, "
+            f"torch is {torch.__version__}; is the driver installed?); use --device cpu"
+        )
     if number >= torch.cuda.device_count():
         raise ConfigError(
             f"rank {group.rank} needs GPU {number}, but {torch.cuda.device_count()} are visible here; "

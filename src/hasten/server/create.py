@@ -10,6 +10,7 @@ from tritonclient.grpc import model_config_pb2
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
+from hasten.core.files import removed_on_failure, write_text
 from hasten.server.engine.client import QueueLimits
 from hasten.server.models.config import completed, kind_of
 from hasten.server.models.interfaces import INTERFACES, Kind
@@ -90,12 +91,13 @@ def write_repository(configs: list[model_config_pb2.ModelConfig], target: Path, 
     for config in configs:
         if (target / config.name).exists():
             raise ConfigError(f"{target / config.name} exists; give another folder, or remove it first")
-    for config in configs:
-        version = target / config.name / "1"
-        version.mkdir(parents=True)
-        (version.parent / CONFIG).write_text(_text(config), encoding="utf-8")
-        if kind_of(config) is Kind.TOKEN:
-            (version / "config.ini").write_text(ini, encoding="utf-8")
+    with removed_on_failure([target / config.name for config in configs]):
+        for config in configs:
+            version = target / config.name / "1"
+            version.mkdir(parents=True)
+            write_text(version.parent / CONFIG, _text(config))
+            if kind_of(config) is Kind.TOKEN:
+                write_text(version / "config.ini", ini)
 
 
 def _text(config: model_config_pb2.ModelConfig) -> str:

@@ -20,8 +20,8 @@ class EndpointOptions:
     """Where the server listens."""
 
     allow_http: bool = option(True, "serve HTTP: Triton's protocol, OpenAI's API and a page")
-    http_address: str = option("0.0.0.0", "address of HTTP")
-    http_port: int = option(8000, "port of HTTP; 0 is any free one")
+    http_address: str = option("0.0.0.0", "address of HTTP", aliases=("host",))
+    http_port: int = option(8000, "port of HTTP; 0 is any free one", aliases=("port",))
     allow_grpc: bool = option(True, "serve Triton's protocol over gRPC")
     grpc_address: str = option("0.0.0.0", "address of gRPC")
     grpc_port: int = option(8001, "port of gRPC; 0 is any free one")
@@ -106,21 +106,25 @@ class LogOptions:
     log_warning: bool = option(True, "write warnings")
     log_error: bool = option(True, "write errors")
     log_format: str = option("default", "form of the log's lines", choices=("default", "ISO8601"))
-    log_file: str = option("", "file to append the log to (default: standard error)")
+    log_file: str = option("", "file to append the log to (default: standard error)", kind="path")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SecurityOptions:
     """Who may ask, and how much."""
 
-    tls_certificate: str | None = option(None, "PEM file of the server's certificate, for HTTP and gRPC")
-    tls_key: str | None = option(None, "PEM file of its key")
-    tls_client_ca: str | None = option(None, "PEM file of the authority whose certificates clients must show")
-    api_key_file: str | None = option(None, "file of API keys, one a line; health checks and metrics need none")
+    tls_certificate: str | None = option(None, "PEM file of the server's certificate, for HTTP and gRPC", kind="path")
+    tls_key: str | None = option(None, "PEM file of its key", kind="path")
+    tls_client_ca: str | None = option(
+        None, "PEM file of the authority whose certificates clients must show", kind="path"
+    )
+    api_key_file: str | None = option(
+        None, "file of API keys, one per line; health checks and metrics need none", kind="path"
+    )
     allow_shared_memory: bool = option(True, "let clients register system shared memory")
-    max_request_bytes: int = option(64 << 20, "most bytes of a request, unpacked")
-    max_header_bytes: int = option(64 << 10, "maximum bytes of a request's headers, its URL included")
-    max_url_bytes: int = option(8 << 10, "maximum bytes of a request's URL")
+    max_request_bytes: int = option(64 << 20, "maximum bytes of a request, unpacked, such as 64MiB", kind="size")
+    max_header_bytes: int = option(64 << 10, "maximum bytes of a request's headers, its URL included", kind="size")
+    max_url_bytes: int = option(8 << 10, "maximum bytes of a request's URL", kind="size")
     max_prompt_tokens: int | None = option(
         None, "most tokens of a prompt (default: what --max-model-len leaves)", type=int
     )
@@ -158,7 +162,9 @@ class ModelOptions:
     """How one MODEL is served, without a repository."""
 
     name: str = option("fastertransformer", "name of the model of token ids")
-    text_name: str | None = option(None, "name of the model of text (default: the folder's)")
+    text_name: str | None = option(
+        None, "name of the text model (default: the folder's)", aliases=("served_model_name",)
+    )
     decoupled: bool = option(False, "the model of token ids streams: its clients must use ModelStreamInfer")
     max_batch: int | None = option(None, "most prompts in a request (default: 1024)", type=int)
     max_queue_size: int = option(0, "most requests that may wait, more are refused; 0: any number")

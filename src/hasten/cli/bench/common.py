@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from hasten.cli.options import Parser, engine_options
+from hasten.cli.options import Parser, engine_options, path
 
 if TYPE_CHECKING:
     from hasten.bench.engines import Engine
@@ -19,15 +19,15 @@ COMPARED_HELP = "; hasten then takes half of a GPU's memory by default"
 
 def add_model(parser: Parser, compare: str = f"measure Hugging Face beside it, in turns{COMPARED_HELP}") -> None:
     """Add what names the models."""
-    parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint")
+    parser.add_argument("model", type=path, metavar="MODEL", help="folder of the checkpoint")
     parser.add_argument("--compare", action="store_true", help=compare)
-    parser.add_argument("--hf-model", metavar="PATH", help="what Hugging Face runs (default: MODEL)")
+    parser.add_argument("--hf-model", type=path, metavar="PATH", help="what Hugging Face runs (default: MODEL)")
 
 
 def add_output(parser: Parser, words: str = "print the results as JSON") -> None:
     """Add where the results go."""
     parser.add_argument("--json", action="store_true", help=words)
-    parser.add_argument("--output-path", metavar="FILE", help="write the results to a file, as JSON")
+    parser.add_argument("--output-path", type=path, metavar="FILE", help="write the results to a file, as JSON")
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def hf_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
     """What a benchmark was asked for, by the names of its options."""
-    return {name: value for name, value in vars(args).items() if name != "run"}
+    return {name: value for name, value in vars(args).items() if name not in ("run", "parser")}
 
 
 def write_measured(args: argparse.Namespace, engine: "Engine", results: Mapping[str, Any]) -> None:

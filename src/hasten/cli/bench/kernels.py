@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from hasten.cli.bench.common import add_output, write
-from hasten.cli.options import Parser
+from hasten.cli.options import Parser, path
 
 
 def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
@@ -17,11 +17,20 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument(
         "--model-shape",
+        type=path,
         default="bloom-7b1",
         metavar="MODEL",
         help="a size of BLOOM (bloom-560m to bloom-7b1, bloom) or the folder of a model (default: bloom-7b1)",
     )
-    parser.add_argument("--dtype", choices=("fp16", "bf16"), default="fp16", help="type to compute in (default: fp16)")
+    parser.add_argument(
+        "-dt",
+        "--data-type",
+        "--dtype",
+        dest="dtype",
+        choices=("fp16", "bf16"),
+        default="fp16",
+        help="type to compute in (default: fp16)",
+    )
     parser.add_argument("--only", metavar="NAME", help="kernels whose name contains this, as the table writes it")
     add_output(parser)
     parser.set_defaults(run=run)

@@ -14,7 +14,7 @@ from hasten.cli.bench.common import (
     hf_options,
     write_measured,
 )
-from hasten.cli.options import Parser, add_engine_options, engine_options, positive
+from hasten.cli.options import Parser, add_engine_options, engine_options, path, positive
 from hasten.core.errors import ConfigError
 from hasten.core.types import SamplingParams
 
@@ -34,10 +34,22 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
         help="predict the last word of each text",
         description="Predict the last word of each text of a dataset, and time it.",
     )
-    parser.add_argument("--tokenizer-path", required=True, metavar="PATH", help="Hugging Face folder of the model")
-    parser.add_argument("--dataset-path", required=True, metavar="FILE", help='JSON lines, each an object with "text"')
     parser.add_argument(
-        "--checkpoint-path", metavar="PATH", help="checkpoint that hasten runs (default: the model at --tokenizer-path)"
+        "--tokenizer-path",
+        "--tokenizer",
+        type=path,
+        required=True,
+        metavar="PATH",
+        help="Hugging Face folder of the model",
+    )
+    parser.add_argument(
+        "--dataset-path", type=path, required=True, metavar="FILE", help='JSON lines, each an object with "text"'
+    )
+    parser.add_argument(
+        "--checkpoint-path",
+        type=path,
+        metavar="PATH",
+        help="checkpoint that hasten runs (default: the model at --tokenizer-path)",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--test-hf", action="store_true", help="run Hugging Face instead of hasten")

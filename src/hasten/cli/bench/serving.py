@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hasten.cli.bench.common import ENGINE_DEFAULTS, add_output, write
-from hasten.cli.options import Parser, add_engine_options, engine_options, positive
+from hasten.cli.options import Parser, add_engine_options, engine_options, path, positive
+from hasten.core.extras import require_extra
 
 # the server's engine and that of this process share a GPU
 _DEFAULTS: Mapping[str, Any] = {**ENGINE_DEFAULTS, "gpu_memory_utilization": 0.4}
@@ -22,7 +23,7 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
         "in this process: one after the other, many at once, and many streams. All must give the same tokens. On a GPU "
         "each takes 40% of its memory by default.",
     )
-    parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint")
+    parser.add_argument("model", type=path, metavar="MODEL", help="folder of the checkpoint")
     parser.add_argument("--concurrency", type=positive, default=64, metavar="N", help="requests at once (default: 64)")
     parser.add_argument("--prompt-length", type=positive, default=16, metavar="N", help="tokens (default: 16)")
     parser.add_argument("--output-length", type=positive, default=32, metavar="N", help="tokens (default: 32)")
@@ -43,6 +44,7 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure a server beside an engine in this process."""
+    require_extra("serve", "hasten bench serving")
     import tempfile
 
     from hasten.bench import report, serving

@@ -9,6 +9,7 @@ from typing import Any
 from hasten.cluster import table
 from hasten.cluster.places import Place
 from hasten.core.errors import ClusterError, ConfigError, HastenError, UnsupportedError
+from hasten.core.extras import require_extra
 
 PLACE_VARIABLE = "HASTEN_CLUSTER"
 LOCAL, KUBERNETES = "local", "kubernetes"
@@ -65,6 +66,7 @@ class _Refused(argparse.Action):
 
 def open_place(args: argparse.Namespace) -> Place:
     """The place that the command line, or else the environment, names."""
+    require_extra("cluster", "hasten cluster")
     _log(getattr(args, "loglevel", None))
     name = getattr(args, "place", None) or os.environ.get(PLACE_VARIABLE) or LOCAL
     if name not in PLACES:

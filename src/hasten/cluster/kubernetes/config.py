@@ -19,6 +19,7 @@ from kubernetes.client import Configuration
 
 from hasten.cluster.kubernetes.errors import bad_config
 from hasten.core.errors import ConfigError
+from hasten.core.files import expand_home
 
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _loader: Any = config
@@ -39,10 +40,10 @@ class Access:
 
 def find_access(config_file: str | None, context: str | None) -> Access:
     """Read the configuration; ConfigError where there is none or it cannot be used."""
-    if config_file is not None and not Path(config_file).expanduser().is_file():
+    if config_file is not None and not _is_file(config_file):
         raise ConfigError(f"there is no kubeconfig {config_file}")
     files = config_file or os.environ.get("KUBECONFIG") or "~/.kube/config"
-    if any(Path(one).expanduser().is_file() for one in files.split(os.pathsep) if one):
+    if any(_is_file(one) for one in files.split(os.pathsep) if one):
         access = _from_files(files, context)
     elif os.environ.get("KUBERNETES_SERVICE_HOST"):
         access = _from_account(context)
@@ -52,6 +53,10 @@ def find_access(config_file: str | None, context: str | None) -> Access:
             "give a kubeconfig with --config or in the variable KUBECONFIG, or use --cluster local"
         )
     return _adjusted(access)
+
+
+def _is_file(name: str) -> bool:
+    return expand_home(Path(name), "give a kubeconfig with --config or in the variable KUBECONFIG").is_file()
 
 
 def _from_files(files: str, context: str | None) -> Access:

@@ -27,6 +27,7 @@ from typing import Any
 
 from hasten.cluster.spec import checked_name, checked_namespace, checked_version
 from hasten.core.errors import ClusterError, ExistsError, NotFoundError
+from hasten.core.files import expand_home
 
 HOME_VARIABLE = "HASTEN_HOME"
 _MOST_EVENTS = 100
@@ -86,7 +87,8 @@ class State:
 
 def home_folder(home: Path | None) -> Path:
     """Where the local place keeps its state: `home`, else HASTEN_HOME, else ~/.hasten."""
-    return (home or Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".hasten")).expanduser().absolute()
+    chosen = home or Path(os.environ.get(HOME_VARIABLE) or "~/.hasten")
+    return expand_home(chosen, f"set {HOME_VARIABLE} to a folder").absolute()
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

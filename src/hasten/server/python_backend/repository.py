@@ -12,6 +12,7 @@ from tritonclient.grpc import model_config_pb2
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
+from hasten.core.files import removed_on_failure, write_text
 from hasten.server.create import TOKEN_NAME, model_configs
 from hasten.server.repository import CONFIG
 
@@ -44,10 +45,11 @@ def create_triton_repository(
     if folder.exists():
         raise ConfigError(f"{folder} exists; give another folder, or remove it first")
     version = folder / "1"
-    version.mkdir(parents=True)
     config = _triton_config(engine, name, decoupled, environment or _own_environment())
-    (folder / CONFIG).write_text(text_format.MessageToString(config), encoding="utf-8")
-    (version / "model.py").write_text(_MODEL_FILE, encoding="utf-8")
+    with removed_on_failure([folder]):
+        version.mkdir(parents=True)
+        write_text(folder / CONFIG, text_format.MessageToString(config))
+        write_text(version / "model.py", _MODEL_FILE)
     return folder
 
 

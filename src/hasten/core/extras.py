@@ -1,0 +1,30 @@
+"""Packages that only a part of hasten needs: the extras of pyproject.toml, as the commands that need them see them."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+
+from hasten.core.errors import ConfigError
+
+EXTRAS: Mapping[str, Mapping[str, str]] = {
+    "serve": {
+        "grpc": "grpcio",
+        "httptools": "httptools",
+        "msgspec": "msgspec",
+        "starlette": "starlette",
+        "tritonclient": "tritonclient[grpc]",
+        "uvicorn": "uvicorn",
+    },
+    "cluster": {"kubernetes": "kubernetes", "msgspec": "msgspec", "yaml": "pyyaml"},
+    "grammar": {"llguidance": "llguidance"},
+}
+"""For each extra the packages that it does not work without: name of the import -> name on the package index."""
+
+
+def require_extra(extra: str, who: str) -> None:
+    """ConfigError that names the packages of an extra that are missing, where `who` needs them."""
+    missing = [package for module, package in EXTRAS[extra].items() if find_spec(module) is None]
+    if missing:
+        raise ConfigError(
+            f"{who} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
+            f"run: pip install 'hasten[{extra}]'"
+        )

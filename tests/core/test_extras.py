@@ -1,0 +1,90 @@
+"""Extras as pyproject.toml has them, and what the rooms of the source import."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from hasten.core.errors import ConfigError
+from hasten.core.extras import EXTRAS, require_extra
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SOURCE = ROOT / "src" / "hasten"
+CORE_ROOMS = ("core", "ops", "parallel", "layers", "models", "checkpoint", "engine", "bench")
+OPTIONAL = {"triton", "pynvml", "llguidance", "uvloop"}
+"""Imported only where they are there, or behind `require_extra`."""
+
+
+def distribution(requirement: str) -> str:
+    found = re.match(r"[\w-]+", requirement)
+    assert found is not None
+    return found[0].lower()
+
+
+def distributions(requirements: list[str]) -> set[str]:
+    return {distribution(requirement) for requirement in requirements}
+
+
+def imports(*rooms: str) -> dict[str, set[str]]:
+    """Modules of other packages that the files of some rooms import, wherever in the file."""
+    found: dict[str, set[str]] = {}
+    for file in (file for room in rooms for file in (SOURCE / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
+                names.append(node.module)
+            for name in names:
+                top = name.partition(".")[0]
+                if top not in sys.stdlib_module_names and top not in ("hasten", *OPTIONAL):
+                    found.setdefault(str(file.relative_to(SOURCE)), set()).add(top)
+    return found
+
+
+def packages(modules: set[str]) -> set[str]:
+    known = packages_distributions()
+    return {known[module][0].lower() for module in modules}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_the_packages_of_an_extra_are_those_of_pyproject(extra: str) -> None:
+    declared = PROJECT["optional-dependencies"][extra]
+    assert distributions(list(EXTRAS[extra].values())) <= distributions(declared)
+    for module, package in EXTRAS[extra].items():
+        assert packages_distributions()[module][0].lower() == distribution(package)
+    require_extra(extra, "a test")
+
+
+def test_the_engine_needs_the_dependencies_alone() -> None:
+    declared = distributions(PROJECT["dependencies"])
+    for file, modules in imports(*CORE_ROOMS).items():
+        if file not in ("bench/served.py", "bench/serving.py"):
+            assert packages(modules) <= declared, file
+
+
+def test_the_server_needs_the_extra_serve() -> None:
+    declared = distributions([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["serve"]])
+    for file, modules in imports("server").items():
+        # in a real Triton its own module is there
+        assert packages(modules - {"triton_python_backend_utils"}) <= declared, file
+
+
+def test_the_cluster_needs_the_extra_cluster() -> None:
+    declared = distributions(PROJECT["optional-dependencies"]["cluster"])
+    for file, modules in imports("cluster").items():
+        assert packages(modules) <= declared, file
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    message = r"^a schema needs llguidance, which is not installed; run: pip install 'hasten\[grammar\]'$"
+    with pytest.raises(ConfigError, match=message):
+        require_extra("grammar", "a schema")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    with pytest.raises(ConfigError, match="needs kubernetes, pyyaml, which are not installed"):
+        require_extra("cluster", "a job")
