@@ -137,6 +137,7 @@ def test_a_reader_that_leaves_frees_its_blocks(run: Any, demo_engine: EngineClie
     before = demo_engine.stats().generation_tokens
     run(leave())
     assert demo_engine.stats().running == 0
+    assert LONG.max_tokens is not None
     assert demo_engine.stats().generation_tokens - before < 8 * LONG.max_tokens, "they were computed to their ends"
 
 

@@ -32,6 +32,8 @@ class _Completion:
     output: CompletionOutput
     text: TextState | None
     sequence: Sequence
+    continues: bool
+    """Whether it stands behind text, so that its first token is not decoded as a text's first."""
     hidden_tokens: int = 0
     """Tokens at the end that ended it and are no part of its text."""
 
@@ -46,6 +48,8 @@ class _RequestState:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     unfinished: int = 0
     stream: bool = False
+    continues: bool = False
+    """Whether the prompt has text."""
     search: BeamSearch | None = None
     """Of a request with beams, whose completions come when it is done."""
 
@@ -143,6 +147,9 @@ class Engine:
         sequence.constraint = self._grammars.start(params)
         # what a search will return is not known before its end
         state = _RequestState(request, unfinished=params.n, stream=stream and params.beam_width == 1)
+        if self.tokenizer is not None:
+            skip = params.skip_special_tokens
+            state.continues = self.tokenizer.continues(request.prompt_token_ids, skip_special_tokens=skip)
         if params.prompt_logprobs is not None:
             state.prompt_logprobs = [None]
         self._requests[request.request_id] = state
@@ -314,11 +321,13 @@ class Engine:
             state.search = BeamSearch(params, self.model_config.eos_token_ids, longest, keys)
             return
         grows = params.detokenize and (state.stream or params.stop)
-        text = TextState(self.tokenizer, params) if self.tokenizer is not None and grows else None
+        text = None
+        if self.tokenizer is not None and grows:
+            text = TextState(self.tokenizer, params, continues=state.continues)
         output = CompletionOutput(index=sequence.index, text="", token_ids=[])
         if params.logprobs is not None:
             output.logprobs, output.cumulative_logprob = [], 0.0
-        state.completions[sequence.index] = _Completion(output, text, sequence)
+        state.completions[sequence.index] = _Completion(output, text, sequence, state.continues)
 
     def _take_candidates(self, state: _RequestState, search: BeamSearch, sequence: Sequence, sampled: Sampled) -> None:
         """Take what may follow one beam; once that is known of all, the search goes on or is done."""
@@ -350,7 +359,7 @@ class Engine:
         for index, found in enumerate(best[: sequence.params.n]):
             tokens = list(found.token_ids)
             output = CompletionOutput(index, "", tokens, cumulative_logprob=found.logprob, stop_reason=error)
-            completion = _Completion(output, None, sequence)
+            completion = _Completion(output, None, sequence, state.continues)
             state.completions[index] = completion
             stopped = reason is None and found.ended and self._ends(completion, tokens[-1])
             self._end(completion, reason or (FinishReason.STOP if stopped else FinishReason.LENGTH))
@@ -434,14 +443,15 @@ class Engine:
             return text.text
         hidden = 0 if params.include_stop_str_in_output else completion.hidden_tokens
         shown = output.token_ids[: len(output.token_ids) - hidden]
-        return self.tokenizer.decode(shown, skip_special_tokens=params.skip_special_tokens)
+        skip = params.skip_special_tokens
+        return self.tokenizer.decode(shown, skip_special_tokens=skip, continues=completion.continues)
 
     def _decoded(self, top: dict[int, Logprob]) -> dict[int, Logprob]:
         if self.tokenizer is None:
             return top
         decode = self.tokenizer.decode
         return {
-            token: replace(entry, decoded_token=decode([token], skip_special_tokens=False))
+            token: replace(entry, decoded_token=decode([token], skip_special_tokens=False, continues=True))
             for token, entry in top.items()
         }
 

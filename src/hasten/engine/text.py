@@ -10,6 +10,10 @@ from tokenizers import Tokenizer as FastTokenizer
 from hasten.core.text import require_utf8
 from hasten.core.types import SamplingParams
 from hasten.engine import tokenizer_files
+from hasten.engine.detokenizer import Detokenizer, TokenStream
+
+_PROMPT_END = 16
+"""Tokens at the end of a prompt of which usually one has text."""
 
 
 class Tokenizer:
@@ -19,6 +23,7 @@ class Tokenizer:
         self._fast = fast
         fast.no_padding()
         fast.no_truncation()
+        self._detokenizer = Detokenizer(fast)
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
@@ -52,14 +57,20 @@ class Tokenizer:
         pairs = list(zip(encoding.ids, encoding.type_ids, strict=True))
         return [token for token, kind in pairs if kind == 0], [token for token, kind in pairs if kind == 1]
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids."""
-        text: str = self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return text
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True, continues: bool = False) -> str:
+        """Text of token ids; with `continues`, of tokens that follow others, whose first one keeps its space."""
+        return self._detokenizer.decode(ids, skip_special_tokens=skip_special_tokens, continues=continues)
 
-    def stream(self, *, skip_special_tokens: bool = True) -> "TokenStream":
+    def continues(self, prompt: Sequence[int], *, skip_special_tokens: bool) -> bool:
+        """Whether tokens that follow this prompt are decoded otherwise than at the beginning of a text."""
+        if not self._detokenizer.anchor:
+            return False
+        end = self.decode(prompt[-_PROMPT_END:], skip_special_tokens=skip_special_tokens)
+        return bool(end or self.decode(prompt, skip_special_tokens=skip_special_tokens))
+
+    def stream(self, *, skip_special_tokens: bool = True, continues: bool = False) -> TokenStream:
         """Text of tokens that come one by one."""
-        return TokenStream(self, skip_special_tokens=skip_special_tokens)
+        return TokenStream(self._detokenizer, skip_special_tokens=skip_special_tokens, continues=continues)
 
     def words_ids(self, word: str) -> list[list[int]]:
         """The runs of tokens that `word` may appear as: at the start of a text and after a space."""
@@ -78,63 +89,11 @@ def _utf8(*texts: str) -> Iterator[None]:
         raise
 
 
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-_WINDOW = 8
-"""Tokens decoded together at least before a stream lets the oldest go."""
-
-
-class TokenStream:
-    """Text that grows with its tokens; characters whose bytes are not complete wait.
-
-    It decodes a window of the last tokens anew for each one: their text depends on their neighbours. What it gave
-    never changes, bytes that are no text come as replacement characters once that is certain, and it never raises
-    (the tokenizers library's own stream holds text back behind such bytes and takes quadratic time over them).
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        self._ids: list[int] = []
-        self._given = 0
-        """Characters of the window's text that are given already."""
-
-    def add(self, token_id: int) -> str:
-        """The text that this token adds; empty while a character is incomplete."""
-        self._ids.append(token_id)
-        text = self._decode(self._ids)
-        new = text[self._given :].rstrip(_INCOMPLETE)
-        self._given += len(new)
-        if len(self._ids) <= _WINDOW:
-            return new
-        if not new and not self._decode([token_id]):
-            self._ids.pop()  # a special token that is skipped; a run of them would fill the window
-        return new + self._shorten(text)
-
-    def _shorten(self, text: str) -> str:
-        """Let the oldest tokens go where that leaves the rest's text as it is; what they still owe is given."""
-        for keep in range(1, _WINDOW):
-            rest = self._decode(self._ids[-keep:])
-            if text.endswith(_INCOMPLETE):
-                # An undecided character across the border would count once in the whole, but once on each side.
-                fits = rest and self._decode(self._ids[:-keep]) + rest == text
-            else:
-                fits = rest and text.endswith(rest)
-            if fits:
-                owed = text[self._given : len(text) - len(rest)]
-                self._given = max(0, self._given - (len(text) - len(rest)))
-                self._ids = self._ids[-keep:]
-                return owed
-        return ""
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
-
-
 class TextState:
     """The text of one completion: looks for stop strings and holds back what may yet become one."""
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self._stream = tokenizer.stream(skip_special_tokens=params.skip_special_tokens)
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, continues: bool = False) -> None:
+        self._stream = tokenizer.stream(skip_special_tokens=params.skip_special_tokens, continues=continues)
         self._stop = params.stop
         self._include_stop = params.include_stop_str_in_output
         self._longest = max((len(word) for word in self._stop), default=0)
@@ -149,13 +108,17 @@ class TextState:
         self._lengths.append(len(self._text) + len(new))
         begin = max(0, len(self._text) - self._longest + 1)
         self._text += new
-        if not (new and look_for_stop and self._stop):
+        if not (look_for_stop and self._stop):
             return None
-        found = [(place, word) for word in self._stop if (place := self._text.find(word, begin)) >= 0]
+        tentative = self._stream.tentative  # the text would end with it if this were the last token
+        if not (new or tentative):
+            return None
+        tail = self._text[begin:] + tentative
+        found = [(place, word) for word in self._stop if (place := tail.find(word)) >= 0]
         if not found:
             return None
         place, word = min(found, key=lambda entry: (entry[0], -len(entry[1])))
-        self._text = self._text[: place + len(word) if self._include_stop else place]
+        self._text = self._text[:begin] + tail[: place + len(word) if self._include_stop else place]
         return word
 
     @property

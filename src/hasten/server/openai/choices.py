@@ -163,7 +163,9 @@ class CompletionChoices:
     def _text(self, token: int, top: dict[int, Logprob] | None) -> str:
         if top is not None:
             return _token_text(token, top[token])
-        return "" if self.tokenizer is None else self.tokenizer.decode([token], skip_special_tokens=False)
+        if self.tokenizer is None:
+            return ""
+        return self.tokenizer.decode([token], skip_special_tokens=False, continues=True)
 
 
 @dataclass
