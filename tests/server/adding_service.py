@@ -93,9 +93,12 @@ class Entry:
 class AddingService:
     """Version 1 of each model; `delay` is what `add` takes in seconds where its first value is -2."""
 
-    delay: float = 5.0
+    delay: float = 1000.0
     begun: int = 0
+    ended: int = 0
     withdrawn: int = 0
+    """Of those that have ended: how many before they were done."""
+    most_at_once: int = 0
     unloaded: set[str] = field(default_factory=set)
     loads: list[tuple[str, str | None, dict[str, bytes]]] = field(default_factory=list)
     ready: bool = True
@@ -127,6 +130,7 @@ class AddingService:
         config = self.model_config(request.model, request.version)
         work = self._rules[request.model].work(request)
         self.begun += 1
+        self.most_at_once = max(self.most_at_once, self.begun - self.ended)
         finished = False
         try:
             if config.model_transaction_policy.decoupled:
@@ -141,6 +145,7 @@ class AddingService:
             finished = True
             raise
         finally:
+            self.ended += 1
             self.withdrawn += not finished
 
     async def _compute(self, request: InferRequest, inputs: Mapping[str, Tensor]) -> list[Tensor]:

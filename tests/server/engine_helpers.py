@@ -13,7 +13,8 @@ from hasten.core.config import EngineConfig
 from hasten.core.types import SamplingParams
 from hasten.server.engine.client import EngineClient, Progress
 
-LONG = SamplingParams(max_tokens=1500, temperature=0, ignore_eos=True)
+LONG_TOKENS = 1500
+LONG = SamplingParams(max_tokens=LONG_TOKENS, temperature=0, ignore_eos=True)
 """Goes on for seconds."""
 SHORT = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import threading
-import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import uvicorn
+from tests.server.loop_thread import LoopThread
 from tritonclient.grpc import model_config_pb2
 
 from hasten.core.config import EngineConfig
@@ -30,8 +29,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
-Result = TypeVar("Result")
-
 
 def with_template(folder: Path, template: str = TEMPLATE) -> Path:
     """A copy of the demo model whose tokenizer has a chat template."""
@@ -40,14 +37,6 @@ def with_template(folder: Path, template: str = TEMPLATE) -> Path:
     file = made / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
     return made
-
-
-def eventually(true: Callable[[], bool], seconds: float = 5.0) -> None:
-    """Wait until something is true."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not come true in time"
-        time.sleep(0.01)
 
 
 def models(
@@ -64,13 +53,12 @@ class Site:
 
     def __init__(self, configs: Iterable[model_config_pb2.ModelConfig], keys: ApiKeys | None = None) -> None:
         self._keys = keys
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self.service, self.url = self._run(self._start(list(configs)))
-
-    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=60)
+        self._thread = LoopThread()
+        try:
+            self.service, self.url = self._thread.run(self._start(list(configs)))
+        except BaseException:
+            self._thread.close()
+            raise
 
     async def _start(self, configs: list[model_config_pb2.ModelConfig]) -> tuple[Service, str]:
         service = Service(MemoryRepository(configs))
@@ -86,6 +74,10 @@ class Site:
     def engine(self, name: str) -> EngineClient:
         return self.service.engines()[name, "1"]
 
+    def generated(self, name: str) -> int:
+        """Tokens that an engine has computed so far."""
+        return self.engine(name).stats().generation_tokens
+
     def idle(self, name: str) -> bool:
         """Whether an engine computes nothing and holds no blocks."""
         stats = self.engine(name).stats()
@@ -97,7 +89,7 @@ class Site:
         await self.service.close(0)
 
     def close(self) -> None:
-        self._run(self._stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-        self._loop.close()
+        try:
+            self._thread.run(self._stop())
+        finally:
+            self._thread.close()

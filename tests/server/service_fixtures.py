@@ -1,13 +1,13 @@
 """A service over the demo model, shared by the tests of the data plane, and what it takes to ask it."""
 
 import asyncio
-import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
+from tests.server.loop_thread import LoopThread
 
 from hasten.core.config import EngineConfig
 from hasten.core.types import SamplingParams
@@ -21,7 +21,6 @@ from hasten.server.types import InferRequest, InferResponse, RequestedOutput, Se
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 LONGEST = 192
-Result = TypeVar("Result")
 Outputs = dict[str, Any]
 
 
@@ -79,28 +78,22 @@ def _decoded(value: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
-class Running:
+class Running(LoopThread):
     """An event loop in a thread, and a service that lives in it."""
 
     def __init__(self, make: Callable[[], Coroutine[Any, Any, Service]] | None = None) -> None:
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self._thread.start()
-        self._service = self.do(make()) if make is not None else None
+        super().__init__()
+        self._service = self.run(make()) if make is not None else None
 
     @property
     def service(self) -> Service:
         assert self._service is not None
         return self._service
 
-    def do(self, work: Coroutine[Any, Any, Result], timeout: float = 60) -> Result:
-        """What a coroutine returns."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout)
-
     def infer(self, request: InferRequest, outputs: Iterable[str] = ()) -> Outputs:
         """The outputs of the one response."""
         request.outputs = [RequestedOutput(name) for name in outputs]
-        response = self.do(self.service.infer(request))
+        response = self.run(self.service.infer(request))
         assert response.final
         return values(response)
 
@@ -110,21 +103,20 @@ class Running:
         async def collect() -> list[InferResponse]:
             return [response async for response in self.service.stream(request)]
 
-        return [(values(response), response.final) for response in self.do(collect())]
+        return [(values(response), response.final) for response in self.run(collect())]
 
     def refused(self, request: InferRequest) -> ServiceError:
         """The error of a request that fails."""
         with pytest.raises(ServiceError) as caught:
-            self.do(self.service.infer(request))
+            self.run(self.service.infer(request))
         return caught.value
 
     def close(self) -> None:
-        if self._service is not None:
-            self.do(self._service.close(5))
-        self.do(self.loop.shutdown_default_executor())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-        self.loop.close()
+        try:
+            if self._service is not None:
+                self.run(self._service.close(5))
+        finally:
+            super().close()
 
 
 _SHARED = pytest.StashKey[dict[bool, Running]]()

@@ -8,7 +8,7 @@ import httpx
 import pytest
 import tritonclient.grpc as grpcclient
 from google.protobuf import text_format
-from tests.server.transport_fixtures import LoopThread
+from tests.server.loop_thread import LoopThread
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError, EngineError

@@ -212,7 +212,7 @@ def results(demo: Running, config: Any, shelf: Shelf) -> list[tuple[list[float],
         work = Work("", "e", {"X": tensor("X", "FP32", [1.0, 2.0])}, 1, frozenset({"Y"}), {})
         return [(one.outputs[0].data.tolist(), one.final) async for one in ensemble.execute(work)]
 
-    return demo.do(collect())
+    return demo.run(collect())
 
 
 def test_steps_run_in_the_order_of_what_they_need(demo: Running) -> None:
@@ -267,4 +267,4 @@ def test_requested_outputs(demo: Running) -> None:
     request = asked(TEXTS[:1])
     request.outputs = [RequestedOutput("OUTPUT_1")]
     with pytest.raises(ServiceError, match="unexpected inference output 'OUTPUT_1' for model 'ensemble'"):
-        demo.do(demo.service.infer(request))
+        demo.run(demo.service.infer(request))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tritonclient.http as httpclient
 from tests.server.adding_service import OWN_ERROR
+from tests.server.loop_thread import eventually
 from tests.server.transport_fixtures import LIMIT, Transports, refusal, serving
 
 # Expected answers are those that Triton 2.51.0 gave to the same requests. Where the fault is the client's, the status
@@ -119,7 +120,7 @@ def test_a_models_own_error_and_a_defect_are_500(client: httpx.Client) -> None:
 
 
 def test_a_connection_outlives_a_defect(site: Transports, caplog: pytest.LogCaptureFixture) -> None:
-    connection = http.client.HTTPConnection(site.http, timeout=10)
+    connection = http.client.HTTPConnection(site.http, timeout=100)
     for first, status in ((-3, 500), (1, 200), (-3, 500), (1, 200)):
         connection.request("POST", ADD, body=json.dumps({"inputs": [A | {"data": [first, 0]}, B]}))
         socket_used = connection.sock
@@ -296,8 +297,9 @@ def test_an_answer_does_not_wait_for_the_clients_acknowledgement(client: httpx.C
         client.post(ADD, json={"inputs": [A, B]})
         return time.perf_counter() - begun
 
-    # head and body travel apart: held back by TCP, the body would come 40 ms later, every time
-    assert min(seconds() for _ in range(5)) < 0.03
+    # head and body travel apart: held back by TCP, the body would come 40 ms later, every time; a busy machine is as
+    # slow at times
+    assert any(seconds() < 0.03 for _ in range(200))
 
 
 def test_classification(client: httpx.Client) -> None:
@@ -388,18 +390,9 @@ def test_generate_is_one_response(site: Transports, client: httpx.Client, wanted
 
 
 def leave(site: Transports, path: str, body: Any) -> http.client.HTTPConnection:
-    connection = http.client.HTTPConnection(site.http, timeout=10)
+    connection = http.client.HTTPConnection(site.http, timeout=100)
     connection.request("POST", path, body=json.dumps(body))
     return connection
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 3) -> float:
-    """Seconds until it holds."""
-    begun = time.monotonic()
-    while not condition():
-        assert time.monotonic() - begun < seconds
-        time.sleep(0.005)
-    return time.monotonic() - begun
 
 
 SLOW = {"inputs": [A | {"data": [-2, 0]}, B]}
@@ -409,18 +402,18 @@ SLOW = {"inputs": [A | {"data": [-2, 0]}, B]}
     ("path", "body"),
     [
         (ADD, SLOW),
-        ("/v2/models/decoupled/generate", {"IN": 1, "DELAY": 5.0}),
-        ("/v2/models/decoupled/generate_stream", {"IN": 1000, "DELAY": 5.0}),
+        ("/v2/models/decoupled/generate", {"IN": 1, "DELAY": 1000.0}),
+        ("/v2/models/decoupled/generate_stream", {"IN": 1000, "DELAY": 1000.0}),
     ],
 )
 def test_a_client_that_leaves_withdraws_its_request(site: Transports, path: str, body: Any) -> None:
     begun, withdrawn = site.service.begun, site.service.withdrawn
     connection = leave(site, path, body)
-    wait_for(lambda: site.service.begun == begun + 1)
+    eventually(lambda: site.service.begun == begun + 1)
     if "stream" in path:
         assert connection.sock.recv(9) == b"HTTP/1.1 "
     connection.close()
-    assert wait_for(lambda: site.service.withdrawn == withdrawn + 1) < 1
+    eventually(lambda: site.service.withdrawn == withdrawn + 1)
 
 
 def test_a_client_that_does_not_read_holds_up_nobody(site: Transports, client: httpx.Client) -> None:
@@ -433,7 +426,7 @@ def test_a_client_that_does_not_read_holds_up_nobody(site: Transports, client: h
     for _ in range(5):
         assert client.post(ADD, json={"inputs": [A, B]}).status_code == 200
     lazy.close()
-    wait_for(lambda: site.service.withdrawn == withdrawn + 1)
+    eventually(lambda: site.service.withdrawn == withdrawn + 1)
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,7 @@ class Bench(Running):
             await service.start(models, **options)
             return service
 
-        self._service = self.do(begin())
+        self._service = self.run(begin())
 
     def write(self, name: str, config: str = "", versions: tuple[int, ...] = (1,)) -> None:
         for version in versions:
@@ -126,14 +126,14 @@ class Bench(Running):
         (self.root / name / "config.pbtxt").write_text(config)
 
     def load(self, name: str, *more: Any) -> None:
-        self.do(self.service.load(name, *more))
+        self.run(self.service.load(name, *more))
 
     def unload(self, name: str, **options: bool) -> None:
-        self.do(self.service.unload(name, **options))
+        self.run(self.service.unload(name, **options))
 
     def fails(self, work: Awaitable[Any]) -> tuple[ErrorKind, str]:
         with pytest.raises(ServiceError) as caught:
-            self.do(_wait(work))
+            self.run(_wait(work))
         return caught.value.kind, str(caught.value)
 
     def states(self) -> list[tuple[str, str, str, str]]:
@@ -144,7 +144,7 @@ class Bench(Running):
             while not true():
                 await asyncio.sleep(0.005)
 
-        self.do(asyncio.wait_for(wait(), 10))
+        self.run(asyncio.wait_for(wait(), 10))
 
     def answer(self, model: str = "m", version: str = "", prompt: int = 7) -> list[int]:
         """The tokens of a request."""
@@ -196,7 +196,7 @@ def test_the_newest_version_answers_unless_another_is_named(bench: Bench) -> Non
     def version(asked: str) -> str:
         request = token_request([[7]], 1, "m")
         request.version = asked
-        return bench.do(bench.service.infer(request)).version
+        return bench.run(bench.service.infer(request)).version
 
     assert (version(""), version("1"), version("3")) == ("3", "1", "3")
     assert bench.service.model_metadata("m").versions == ("1", "3")
@@ -258,7 +258,7 @@ def test_models_named_at_the_start(bench: Bench) -> None:
         bench.write(name)
     bench.start(ControlMode.EXPLICIT, "m", "o")
     assert [entry.name for entry in bench.service.index(ready=True)] == ["m", "o"]
-    bench.do(bench.service.close(1))
+    bench.run(bench.service.close(1))
     bench.start(ControlMode.EXPLICIT, "*")
     assert [entry.name for entry in bench.service.index(ready=True)] == ["m", "n", "o"]
 
@@ -302,7 +302,7 @@ def test_requests_under_way_finish_when_a_model_is_unloaded(bench: Bench) -> Non
         assert not any(task.done() for task in tasks)
         return await asyncio.gather(*tasks)
 
-    made = [values(response) for response in bench.do(all_of_it())]
+    made = [values(response) for response in bench.run(all_of_it())]
     assert made[0]["output_ids"] == made[1]["output_ids"] == [[[*range(7, 18)]]]
     assert made[2]["text_output"][0].endswith("x" * 15)
     bench.until(lambda: not bench.engines.alive)
@@ -321,7 +321,7 @@ def test_a_later_step_that_is_unloaded_meanwhile_has_its_turn(bench: Bench) -> N
         await bench.service.unload("m")
         return await task
 
-    assert values(bench.do(ask()))["output_ids"] == [[[*range(7, 13)]]]
+    assert values(bench.run(ask()))["output_ids"] == [[[*range(7, 13)]]]
     bench.until(lambda: len(bench.engines.alive) == 1)
 
 
@@ -389,7 +389,7 @@ def test_loading_again_replaces_without_a_gap(bench: Bench) -> None:
         stop.set()
         await asyncio.gather(*asking)
 
-    bench.do(reload())
+    bench.run(reload())
     assert answered > 50
     assert len(bench.engines.started) == 11
     bench.until(lambda: len(bench.engines.alive) == 1)
@@ -446,7 +446,7 @@ def test_where_memory_is_short_the_old_one_ends_first(bench: Bench) -> None:
         assert under_way.done()
         return await under_way
 
-    assert values(bench.do(reload()))["output_ids"] == [[[*range(7, 28)]]]
+    assert values(bench.run(reload()))["output_ids"] == [[[*range(7, 28)]]]
     assert len(bench.engines.started) == 2
     assert bench.answer() == [7, 8, 9, 10]
     bench.engines.room = 0
@@ -573,7 +573,7 @@ def test_polling_follows_the_repository(bench: Bench) -> None:
     (bench.root / "n").rmdir()
     bench.until(lambda: not bench.service.is_model_ready("n"))
     started = len(bench.engines.started)
-    bench.do(asyncio.sleep(0.1))
+    bench.run(asyncio.sleep(0.1))
     assert len(bench.engines.started) == started
 
 
@@ -581,7 +581,7 @@ def test_models_in_memory_in_every_mode(bench: Bench) -> None:
     for mode in ControlMode:
         bench.serve(MemoryRepository([parse_config('name: "m"', "x")]), mode, "m")
         assert bench.answer() == [7, 8, 9, 10]
-        bench.do(bench.service.close(1))
+        bench.run(bench.service.close(1))
 
 
 def test_a_caller_that_leaves_does_not_stop_a_load(bench: Bench) -> None:
@@ -596,7 +596,7 @@ def test_a_caller_that_leaves_does_not_stop_a_load(bench: Bench) -> None:
         assert not bench.service.is_ready()
         loading.cancel()
 
-    bench.do(leave())
+    bench.run(leave())
     bench.engines.gate.set()
     bench.until(lambda: bench.service.is_model_ready("m"))
 
@@ -609,9 +609,9 @@ def test_loads_of_one_model_come_one_after_another(bench: Bench) -> None:
     async def at_once() -> None:
         await asyncio.gather(*(bench.service.load(name) for name in ("z", "z", "z")))
 
-    bench.do(at_once())
+    bench.run(at_once())
     assert len(bench.engines.started) == 1
-    bench.do(_wait(asyncio.wait_for(_gathered(bench, ["m"] * 3), 5)))
+    bench.run(_wait(asyncio.wait_for(_gathered(bench, ["m"] * 3), 5)))
     bench.until(lambda: len(bench.engines.alive) == 1)
     assert len(bench.engines.started) == 4
 
@@ -653,9 +653,9 @@ def test_closing_lets_requests_finish_and_takes_no_more(bench: Bench) -> None:
         assert under_way.done()
         return await under_way
 
-    assert values(bench.do(close()))["output_ids"] == [[[*range(7, 18)]]]
+    assert values(bench.run(close()))["output_ids"] == [[[*range(7, 18)]]]
     assert not bench.engines.alive
-    bench.do(bench.service.close(0))
+    bench.run(bench.service.close(0))
 
 
 def test_closing_waits_no_longer_than_it_may(bench: Bench) -> None:
@@ -673,7 +673,7 @@ def test_closing_waits_no_longer_than_it_may(bench: Bench) -> None:
         await asyncio.gather(under_way, return_exceptions=True)
         return took
 
-    assert bench.do(close()) < 1
+    assert bench.run(close()) < 1
     assert not bench.engines.alive
 
 
@@ -688,7 +688,7 @@ def test_closing_gives_up_what_is_being_loaded(bench: Bench) -> None:
         await asyncio.wait_for(bench.service.close(5), 2)
         await asyncio.gather(loading, return_exceptions=True)
 
-    bench.do(close())
+    bench.run(close())
     assert not bench.engines.started
 
 

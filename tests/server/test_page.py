@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from tests.server.openai_site import DEMO, Site, eventually, models
+from tests.server.loop_thread import eventually
+from tests.server.openai_site import DEMO, Site, models
 
 from hasten.server.page.routes import content_security_policy
 from hasten.server.security import ApiKeys
@@ -65,7 +65,7 @@ def open_page(browser: Browser, site: Site) -> Iterator[OpenPage]:
     def open_(key: str | None = KEY, viewport: dict[str, int] = WIDE, scheme: str = "light") -> Page:
         context = browser.new_context(viewport=viewport, color_scheme=scheme)  # type: ignore[arg-type]
         contexts.append(context)
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(100_000)
         if key is not None:
             context.add_init_script(f"if (location.host) sessionStorage.setItem('hasten-key', {key!r})")
         page = context.new_page()
@@ -144,7 +144,7 @@ def test_stop_withdraws_what_runs(open_page: OpenPage, site: Site) -> None:
     assert page.get_by_role("button", name="Generate").is_disabled()
     stop.click()  # waits until it can be clicked
     page.locator("#said").get_by_text(re.compile("^stopped: ")).wait_for()
-    eventually(lambda: idle(site), seconds=2)
+    eventually(lambda: idle(site))
     assert stop.is_disabled()
     assert page.locator("#error").is_hidden()
 
@@ -156,7 +156,7 @@ def test_leaving_the_page_withdraws_what_runs(open_page: OpenPage, site: Site) -
     page.get_by_role("button", name="Generate").click()
     eventually(lambda: not idle(site))
     page.goto("about:blank")
-    eventually(lambda: idle(site), seconds=2)
+    eventually(lambda: idle(site))
 
 
 def test_errors_are_shown(open_page: OpenPage) -> None:
@@ -190,10 +190,13 @@ def test_the_state_is_drawn(open_page: OpenPage) -> None:
     server_says(page, "ready")
     page.get_by_label("Max tokens").fill("300")
     page.get_by_role("button", name="Generate").click()
-    time.sleep(2.5)
+    page.wait_for_function(
+        """() => {
+            const lines = [...document.querySelectorAll("article svg .line")];
+            return lines.length >= 3 && lines.every((line) => (line.getAttribute("d") ?? "").includes("L"));
+        }"""
+    )
     assert page.locator("article svg").count() == 3
-    for line in page.locator("article svg .line").all():
-        assert (line.get_attribute("d") or "").count("L") >= 1
     assert re.match(
         r"Tokens a second: [\d.,]+ out", page.locator("article svg").first.get_attribute("aria-label") or ""
     )

@@ -20,7 +20,7 @@ import tritonclient.http as httpclient
 from prometheus_client.parser import text_string_to_metric_families
 from tests.server import parity_grpc, parity_http
 from tests.server.adding_service import AddingService
-from tests.server.openai_site import eventually
+from tests.server.loop_thread import eventually
 from tests.server.parity import Answer, Ask, Side, hasten_serve, same, triton_side
 from tests.server.parity_grpc import count, infer
 from tests.server.parity_models import (

@@ -107,7 +107,7 @@ def test_names_of_no_model(demo: Running, name: str) -> None:
 def test_a_response_says_whose_it_is(demo: Running) -> None:
     request = token_request(PROMPTS, 2)
     request.id = "q7"
-    response = demo.do(demo.service.infer(request))
+    response = demo.run(demo.service.infer(request))
     assert (response.model, response.version, response.id, response.final) == ("fastertransformer", "1", "q7", True)
     assert demo.stream(request) == [(values(response), True)]
 
@@ -134,7 +134,7 @@ def until(running: Running, true: Any, seconds: float = 10) -> None:
         while not true():
             await asyncio.sleep(0.002)
 
-    running.do(asyncio.wait_for(wait(), seconds))
+    running.run(asyncio.wait_for(wait(), seconds))
 
 
 TEXT = InferRequest(
@@ -168,7 +168,7 @@ def test_closing_a_stream_withdraws_the_request(streaming: Running, request_: In
         assert engine(streaming).stats().running > 0
         await responses.aclose()
 
-    streaming.do(leave())
+    streaming.run(leave())
     until(streaming, lambda: used_blocks(streaming) == 0)
     assert counters.failures[FailureReason.CANCELED] == canceled + 1
     assert counters.pending == 0
@@ -190,7 +190,7 @@ def test_cancelling_the_task_withdraws_the_request(demo: Running, stream: bool) 
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    demo.do(leave())
+    demo.run(leave())
     until(demo, lambda: used_blocks(demo) == 0)
 
 
@@ -208,7 +208,7 @@ def test_a_slow_reader_gets_it_all_and_holds_up_nobody(streaming: Running) -> No
             others += 1
         return [first, *[response async for response in responses]], others
 
-    made, others = streaming.do(slowly())
+    made, others = streaming.run(slowly())
     assert others > 0
     assert len(made) < 30
     assert values(made[-1])["sequence_length"] == [[64]]
@@ -222,7 +222,7 @@ def test_many_requests_at_once_give_what_each_gives_alone(demo: Running) -> None
     async def at_once() -> list[InferResponse]:
         return await asyncio.gather(*(demo.service.infer(request) for request in requests))
 
-    together = [values(response) for response in demo.do(at_once())]
+    together = [values(response) for response in demo.run(at_once())]
     assert together == [demo.infer(request) for request in requests]
 
 
@@ -271,7 +271,7 @@ def test_queue_limits_timeouts_and_priorities() -> None:
             assert isinstance(refused, ServiceError)
             return order, late, refused
 
-        order, late, refused = running.do(ask())
+        order, late, refused = running.run(ask())
         assert order == ["high", "default"]
         assert late.kind is refused.kind is ErrorKind.UNAVAILABLE
         assert "[request id: <id_unknown>] Request timeout expired" in str(late)
@@ -322,14 +322,14 @@ def test_a_real_reload_under_real_load(tmp_path: Path) -> None:
             stop.set()
             await asyncio.gather(*asking)
 
-        running.do(reload())
+        running.run(reload())
         assert engine(running) is not old
         assert min(answered.values()) > 1
         until(running, lambda: not old.ready)
-        running.do(service.unload("text"))
-        running.do(service.unload("ensemble", unload_dependents=True))
+        running.run(service.unload("text"))
+        running.run(service.unload("ensemble", unload_dependents=True))
         until(running, lambda: len(service.index(ready=True)) == 1)  # the one that was loaded for its own sake
-        running.do(service.unload("fastertransformer"))
+        running.run(service.unload("fastertransformer"))
         until(running, lambda: {entry.state for entry in service.index()} == {"UNAVAILABLE"})
         assert not service.engines()
     finally:
@@ -359,7 +359,7 @@ def test_a_killed_engine_fails_what_it_computed_and_comes_back() -> None:
             assert isinstance(error, ServiceError)
             return error, time.monotonic() - begun
 
-        error, took = running.do(kill())
+        error, took = running.run(kill())
         assert error.kind is ErrorKind.UNAVAILABLE
         assert took < 2
         assert not service.is_ready()

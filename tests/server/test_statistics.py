@@ -196,7 +196,7 @@ def test_a_client_that_leaves_is_counted(streaming: Running) -> None:
         await anext(responses)
         await responses.aclose()
 
-    streaming.do(leave())
+    streaming.run(leave())
     assert counters.failures[FailureReason.CANCELED] == before + 1
 
 

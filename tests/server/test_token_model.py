@@ -343,7 +343,7 @@ def test_malformed_requests_are_the_clients_fault(demo: Running, request_: Infer
     for one in request_.inputs:
         if one.name == "request_output_len" and one.data.dtype.kind == "u":
             one.data[...] = np.minimum(one.data, 3)
-    outcome = demo.do(attempt(demo.service, request_))
+    outcome = demo.run(attempt(demo.service, request_))
     if isinstance(outcome, BaseException):
         assert isinstance(outcome, ServiceError)
         assert outcome.kind in (ErrorKind.INVALID, ErrorKind.UNSUPPORTED), outcome

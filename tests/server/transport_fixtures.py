@@ -2,13 +2,13 @@
 
 import asyncio
 import contextlib
-import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import httpx
 from tests.server.adding_service import AddingService
+from tests.server.loop_thread import LoopThread
 
 from hasten.server.connections import ConnectionLimits
 from hasten.server.listeners import GrpcListener, HttpListener
@@ -18,7 +18,6 @@ from hasten.server.protocol.settings import LogSettings, TraceSettings
 from hasten.server.protocol.shared_memory import SharedMemory
 from hasten.server.security import ApiKeys, TlsFiles
 
-Result = TypeVar("Result")
 LIMIT = 1 << 20
 """Most bytes of a request."""
 
@@ -28,23 +27,6 @@ def refusal(answer: httpx.Response, status: int = 400) -> str:
     assert answer.status_code == status, answer.text
     assert list(answer.json()) == ["error"]
     return str(answer.json()["error"])
-
-
-class LoopThread:
-    """An event loop in a thread."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self._thread.start()
-
-    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout=60)
-
-    def close(self) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(timeout=10)
-        self.loop.close()
 
 
 @dataclass
@@ -87,9 +69,11 @@ class Transports:
 def serving(transports: Transports) -> Iterator[Transports]:
     """Start them, and stop them at the end."""
     thread = LoopThread()
-    thread.run(transports.start())
     try:
-        yield transports
+        thread.run(transports.start())
+        try:
+            yield transports
+        finally:
+            thread.run(transports.stop())
     finally:
-        thread.run(transports.stop())
         thread.close()
