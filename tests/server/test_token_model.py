@@ -225,7 +225,7 @@ def test_what_is_not_supported(demo: Running, inputs: dict[str, Any], message: s
         ({"temperature": float("inf"), "runtime_top_k": 4}, "temperature must be finite"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be positive and finite, got 0.0"),
         ({"presence_penalty": 3.0}, "presence_penalty must be from -2 to 2, got 3.0"),
-        ({"min_length": [[1], [9]]}, "item 1 of the batch: min_length must be from 0 to request_output_len (4), got 9"),
+        ({"min_length": [[1], [9]]}, "item 1 of the batch: min_length must be at most request_output_len (4), got 9"),
         ({"stop_words_list": [[[1], [2]]] * 2}, "input 'stop_words_list' has offsets [2]: they must grow, and end at"),
         ({"stop_words_list": [[[1, 2], [-1, 1]]] * 2}, "has offsets [-1, 1]: after -1 there must be -1 alone"),
         ({"bad_words_list": [[[1, 2], [1, 1]]] * 2}, "'bad_words_list' has offsets [1, 1]: they must grow"),
