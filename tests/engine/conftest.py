@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import chain
+from itertools import count as counter
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,13 @@ def shadow() -> type[Shadow]:
 @pytest.fixture(scope="session")
 def make_sequence() -> MakeSequence:
     """A sequence of token ids; `seed` and `output` are its own, the rest are SamplingParams."""
+    keys = counter()
 
     def make(token_ids: Iterable[int], seed: int = 0, output: Iterable[int] = (), **params: Any) -> Sequence:
         chosen = SamplingParams(**params)
         made = Sequence(Request(request_id="r", prompt_token_ids=tuple(token_ids), params=chosen), seed)
         made.token_ids += output
+        made.key = next(keys)
         return made
 
     return make

@@ -274,9 +274,10 @@ def our_logits(model: Path, prompts: Tokens, followed_by: Tokens, **options: Any
     worker = Worker(config, Ranks(None, None, "cuda"))
     found: dict[str, list[Tensor]] = {str(number): [] for number in range(len(prompts))}
 
-    def keep(sequence: Sequence, first: int, logits: Tensor) -> None:
-        assert sum(part.shape[0] for part in found[sequence.request_id]) == first
-        found[sequence.request_id].append(logits.float())
+    def keep(positions: list[tuple[Sequence, int]], logits: Tensor) -> None:
+        for (sequence, position), row in zip(positions, logits.split(1), strict=True):
+            assert len(found[sequence.request_id]) == position
+            found[sequence.request_id].append(row.float())
 
     added = [
         NewSequence(

@@ -565,12 +565,11 @@ def test_a_step_is_launched_before_the_tokens_of_the_last_are_known(llm: LLM, mo
 
     monkeypatch.setattr(llm.engine.worker, "launch", note("launch", llm.engine.worker.launch))
     monkeypatch.setattr(llm.engine, "_take_token", note("token", llm.engine._take_token))
-    llm.generate(PROMPTS[1], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     overlapped = ["launch", *["launch", "token"] * 3, "token"]
-    assert events == (overlapped if llm.engine.worker.overlap else ["launch", "token"] * 4)
-    events.clear()
-    llm.generate(PROMPTS[1], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, repetition_penalty=1.2))
-    assert events == ["launch", "token"] * 4  # a penalty needs them
+    for options in ({}, {"repetition_penalty": 1.2}, {"bad_words_ids": [[8, 9]]}, {"logprobs": 2}):
+        events.clear()
+        llm.generate(PROMPTS[1], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, **options))
+        assert events == (overlapped if llm.engine.worker.overlap else ["launch", "token"] * 4)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from hasten.engine.sampler import Choice, Sampled, logprobs_of, mix64, sample, uniform
+from hasten.engine.sampler import Choice, PromptLogprobs, Sampled, Sampler, mix64, uniform
 from hasten.engine.sequence import Sequence
+from hasten.ops import NONE_LEFT
 
 if TYPE_CHECKING:
     from tests.engine.conftest import MakeSequence
@@ -30,7 +31,7 @@ def random_logits(rows: int, seed: int, scale: float = 2.0) -> torch.Tensor:
 
 
 def sampled_of(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
-    choice = sample(logits, sequences, EOS)
+    choice = Sampler(EOS, logits.device).sample(logits, sequences)
     sampled = choice.collect()
     assert choice.tokens.dtype == torch.int32
     assert choice.tokens.tolist() == [one.token_id for one in sampled]
@@ -314,10 +315,32 @@ def test_only_rows_that_ask_get_logprobs(make_sequence: MakeSequence) -> None:
     assert [top is None for top in tops] == [False, True, True]
 
 
-def test_the_rank_of_any_token(make_sequence: MakeSequence) -> None:
-    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0, 1.0]])
-    ranks = [logprobs_of(logits, [token], 0)[0][token].rank for token in range(5)]
-    assert ranks == [5, 1, 3, 2, 3]
+def test_prompt_logprobs_are_those_of_the_tokens_that_follow(make_sequence: MakeSequence) -> None:
+    tokens = [4, 0, 3, 1, 3]
+    one, other = make_sequence(tokens, prompt_logprobs=0), make_sequence(tokens[:3], prompt_logprobs=2)
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0, 1.0]]).expand(8, -1)
+    prompts = PromptLogprobs()
+    assert not prompts
+    prompts.add([(one, at) for at in range(3)], logits[:3])
+    prompts.add([*((one, at) for at in range(3, 5)), *((other, at) for at in range(3))], logits[:5])
+    found = list(prompts.collect())
+    assert [(sequence is one, at) for sequence, at, _ in found] == [
+        *((True, at) for at in range(4)),
+        *((False, at) for at in range(2)),
+    ]
+    assert [next(iter(top)) for _, _, top in found] == [*tokens[1:], *tokens[1:3]]
+    assert [top[token].rank for (_, _, top), token in zip(found, [*tokens[1:], *tokens[1:3]], strict=True)] == [
+        5,
+        2,
+        1,
+        2,
+        5,
+        2,
+    ]
+    assert [list(top) for _, _, top in found[:4]] == [[token] for token in tokens[1:]]
+    assert [list(top) for _, _, top in found[4:]] == [[0, 1, 3], [3, 1]]
+    wanted = logits[0].log_softmax(-1)
+    assert all(abs(entry.logprob - float(wanted[token])) < 1e-6 for *_, top in found for token, entry in top.items())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -392,8 +415,8 @@ def test_a_request_that_excludes_all_tokens_is_told_so(make_sequence: MakeSequen
     logits[2] = float("nan")
     sequences = [make_sequence([1], **{"temperature": 0.0, **options}), make_sequence([1], temperature=0)]
     sequences.append(make_sequence([1], temperature=0, bad_words_ids=[[3]]))
-    excluded, plain, overflown = sample(logits, sequences, EOS).collect()
-    assert (excluded.token_id, plain.error, overflown.token_id) == (-1, None, -1)
+    excluded, plain, overflown = Sampler(EOS, logits.device).sample(logits, sequences).collect()
+    assert (excluded.token_id, plain.error, overflown.token_id) == (NONE_LEFT, None, -1)
     assert excluded.error is not None
     assert excluded.error.startswith("no token may come next")
     assert overflown.error is not None

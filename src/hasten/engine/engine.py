@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError, InvalidRequestError
@@ -17,7 +16,7 @@ from hasten.core.types import CompletionOutput, FinishReason, Logprob, Request, 
 from hasten.engine.batch import Batch
 from hasten.engine.beam import BeamSearch, Hypothesis, candidate_count
 from hasten.engine.constraint import GrammarCompiler
-from hasten.engine.sampler import Choice, Sampled, logprobs_of, mix64
+from hasten.engine.sampler import Choice, PromptLogprobs, Sampled, mix64
 from hasten.engine.sequence import Sequence
 from hasten.engine.stats import EngineStats
 from hasten.engine.text import TextState, Tokenizer
@@ -66,8 +65,9 @@ class _Flight:
     """A step that was launched, and whose tokens are not collected yet."""
 
     sequences: list[Sequence]
-    choice: Choice
-    """The next token of each."""
+    choice: Choice | None
+    """The next token of each; None where there are no sequences."""
+    prompts: PromptLogprobs
     blocks_next: bool
     """Whether the tokens must be known before the next step is launched."""
 
@@ -92,6 +92,7 @@ class Engine:
         """Request id -> its sequence, which no scheduler has yet."""
         self._pending: Message = _empty_message()
         self._flight: _Flight | None = None
+        self._token_texts: dict[int, str] = {}
         self._unseeded = 0
         self._prompt_tokens = self._generation_tokens = 0
         self._closed = False
@@ -263,13 +264,13 @@ class Engine:
     def _launch(self, batch: Batch) -> _Flight | None:
         if not batch.sequences:
             return None
-        choice = self.worker.launch(batch, self._take_prompt_logits)
+        choice, prompts = self.worker.launch(batch)
         for sequence in self.scheduler.advance(batch):
             self._own(sequence)
-        if choice is None:
+        if choice is None and not prompts:
             return None
         sequences = [batch.sequences[place] for place in batch.sampled]
-        return _Flight(sequences, choice, any(sequence.reads_history for sequence in sequences))
+        return _Flight(sequences, choice, prompts, any(sequence.reads_history for sequence in sequences))
 
     def _collect(self, touched: dict[str, _RequestState]) -> None:
         """Take the tokens of the step in flight, if there is one, and note whose they are in `touched`.
@@ -280,7 +281,8 @@ class Engine:
         if flight is None:
             return
         with explained_out_of_memory():
-            sampled = flight.choice.collect()
+            self._take_prompt_logprobs(flight.prompts)
+            sampled = [] if flight.choice is None else flight.choice.collect()
         for sequence, token in zip(flight.sequences, sampled, strict=True):
             state = self._owners.get(sequence.key)
             if state is not None:
@@ -308,6 +310,7 @@ class Engine:
         """Free what an ended sequence holds; the other ranks do so, in the same order, with the next message."""
         self._pending["finished"].append(key)
         self.scheduler.finish(key)
+        self.worker.sampler.release(key)
         del self._owners[key]
 
     def _own(self, sequence: Sequence) -> None:
@@ -449,24 +452,23 @@ class Engine:
     def _decoded(self, top: dict[int, Logprob]) -> dict[int, Logprob]:
         if self.tokenizer is None:
             return top
-        decode = self.tokenizer.decode
-        return {
-            token: replace(entry, decoded_token=decode([token], skip_special_tokens=False, continues=True))
-            for token, entry in top.items()
-        }
+        return {token: Logprob(entry.logprob, entry.rank, self._token_text(token)) for token, entry in top.items()}
 
-    def _take_prompt_logits(self, sequence: Sequence, first: int, logits: Tensor) -> None:
-        state = self._owners[sequence.key]
-        kept = state.prompt_logprobs
-        count = sequence.params.prompt_logprobs
-        if kept is None or count is None or first + 1 > len(kept):
-            return
-        skip = len(kept) - first - 1  # positions done before a preemption
-        following = sequence.token_ids[first + 1 : min(first + logits.shape[0], sequence.prompt_len - 1) + 1]
-        if len(following) <= skip:
-            return
-        rows = logprobs_of(logits[skip : len(following)], following[skip:], count)
-        kept += [self._decoded(top) for top in rows]
+    def _token_text(self, token: int) -> str:
+        """The text of a single token; the same few tokens are asked for again and again."""
+        text = self._token_texts.get(token)
+        if text is None:
+            assert self.tokenizer is not None
+            text = self._token_texts[token] = self.tokenizer.decode([token], skip_special_tokens=False, continues=True)
+        return text
+
+    def _take_prompt_logprobs(self, prompts: PromptLogprobs) -> None:
+        """Keep the entries of positions in order; those before a preemption come again and are kept already."""
+        for sequence, position, top in prompts.collect():
+            state = self._owners.get(sequence.key)
+            kept = None if state is None else state.prompt_logprobs
+            if kept is not None and len(kept) == position + 1:
+                kept.append(self._decoded(top))
 
     def close(self) -> None:
         """Tell the other ranks to end and leave the group; a second call does nothing."""

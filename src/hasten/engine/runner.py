@@ -37,7 +37,7 @@ class Runner:
         self.max_sequences = max_sequences
         self._attentions = [module for module in model.modules() if isinstance(module, Attention)]
         self._caches: list[Tensor] = []
-        self._chosen = torch.zeros(max_sequences, dtype=torch.int32, device=device)
+        self.chosen = torch.zeros(max_sequences, dtype=torch.int32, device=device)
         """Tokens of the last step, in the order of its rows."""
         self._graphs: DecodeGraphs | None = None
         self._output: StepOutput | None = None
@@ -99,7 +99,7 @@ class Runner:
         self._graphs = self._output = None
 
     def _decode(self, tokens: Tokens) -> StepOutput:
-        ids = ops.resolve_ids(tokens.ids, self._chosen)
+        ids = ops.resolve_ids(tokens.ids, self.chosen)
         hidden = self.model(ids, tokens.positions, tokens.meta)
         share = self.model.head.share(hidden)
         return StepOutput(hidden, share, self.model.head.greedy(share))
@@ -115,7 +115,7 @@ class Runner:
             if self._output is not None:
                 return self._output.hidden
         tokens = self._inputs.tokens(batch, needed)
-        ids = ops.resolve_ids(tokens.ids, self._chosen) if tokens.any_pending else tokens.ids
+        ids = ops.resolve_ids(tokens.ids, self.chosen) if tokens.any_pending else tokens.ids
         hidden: Tensor = self.model(ids, tokens.positions, tokens.meta)
         return hidden
 
@@ -138,4 +138,4 @@ class Runner:
 
     def remember(self, tokens_r: Tensor) -> None:
         """Keep the tokens that this step chose: the next one reads those that the host does not know by then."""
-        self._chosen[: tokens_r.shape[0]].copy_(tokens_r)
+        self.chosen[: tokens_r.shape[0]].copy_(tokens_r)

@@ -4,6 +4,7 @@ A token is chosen by inverting the cumulative distribution at one uniform number
 request's seed and the token's position: the rest of the batch and preemptions cannot change it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from hasten import ops
 from hasten.core.types import Logprob
 from hasten.engine.beam import Candidate, candidate_count
 from hasten.engine.constraint import allowed_next
+from hasten.engine.history import TokenHistory
 from hasten.engine.sequence import Sequence
 from hasten.ops.transfer import send
 
@@ -60,21 +62,21 @@ class Choice:
     def __init__(
         self,
         tokens_r: Tensor,
-        tops: "_Tops | None" = None,
+        tops: ops.TopLogprobs | None = None,
         asked: dict[int, int] | None = None,
         beams: "_Continuations | None" = None,
-        restricted: "_Restricted | None" = None,
+        restricted: frozenset[int] = frozenset(),
     ) -> None:
         self.tokens = tokens_r
-        """int32 [r] on the device, -1 where no logit is finite."""
+        """int32 [r] on the device, below 0 where there is none (`ops.greedy`)."""
         self._asked = asked or {}
         """Row -> how many log-probabilities its request asks for; `tops` has those rows in this order."""
         self._beams = {} if beams is None else beams.counts
         """Row -> how many candidates it looks at, for rows of beams."""
         continuations = () if beams is None else (beams.values_rk, beams.ids_rk)
-        self._restricted = () if restricted is None else restricted.rows
-        finite = () if restricted is None else (restricted.finite_r,)
-        self._copy = ops.HostCopy([tokens_r, *finite, *continuations, *(() if tops is None else tops)])
+        self._restricted = restricted
+        """Rows whose requests exclude tokens."""
+        self._copy = ops.HostCopy([tokens_r, *continuations, *(() if tops is None else tops)])
 
     @classmethod
     def of_tokens(cls, tokens_r: Tensor) -> "Choice":
@@ -85,11 +87,6 @@ class Choice:
         """The tokens, or an error for a sequence without any finite logit. Waits until the device has chosen."""
         tokens_r, *tops = self._copy.wait()
         tokens: list[int] = tokens_r.tolist()
-        errors: dict[int, str] = {}
-        if self._restricted:
-            finite_r, *tops = tops
-            flags = zip(self._restricted, finite_r.tolist(), strict=True)
-            errors = {row: _NOTHING_ALLOWED for row, finite in flags if finite}
         candidates: dict[int, list[Candidate]] = {}
         if self._beams:
             values_rk, ids_rk, *tops = tops
@@ -97,12 +94,14 @@ class Choice:
             candidates = {row: list(zip(ids[:count], values, strict=False)) for (row, count), ids, values in pairs}
         found: dict[int, dict[int, Logprob]] = {}
         if self._asked:
-            rows = _entries([tokens[row] for row in self._asked], _Tops(*tops))
+            rows = _entries([tokens[row] for row in self._asked], ops.TopLogprobs(*tops))
             found = dict(zip(self._asked, rows, strict=True))
         return [
             self._sampled(row, token, found.get(row), candidates.get(row))
             if token >= 0
-            else Sampled(token, error=errors.get(row, _NOT_FINITE))
+            else Sampled(
+                token, error=_NOTHING_ALLOWED if token == ops.NONE_LEFT and row in self._restricted else _NOT_FINITE
+            )
             for row, token in enumerate(tokens)
         ]
 
@@ -111,45 +110,86 @@ class Choice:
     ) -> Sampled:
         if top is None:
             return Sampled(token, candidates=candidates)
-        kept = {other: entry for other, entry in top.items() if entry.rank <= self._asked[row] or other == token}
-        return Sampled(token, top[token].logprob, kept)
+        return Sampled(token, top[token].logprob, _kept(top, token, self._asked[row]))
 
 
-def sample(logits_rv: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, ...]) -> Choice:
-    """Choose the next token of each sequence, without waiting for the device but for penalties."""
-    adjusted_rv = _adjust(logits_rv, sequences, eos_token_ids)
-    adjusted_rv = _constrain(_keep_allowed(adjusted_rv, sequences), sequences)
-    drawn = [row for row, sequence in enumerate(sequences) if sequence.beams is None and not sequence.params.greedy]
-    tokens_r = _draw(adjusted_rv, sequences) if len(drawn) == len(sequences) else ops.greedy(adjusted_rv)
-    if 0 < len(drawn) < len(sequences):
-        rows = ops.to_device(drawn, torch.int64, logits_rv.device)
-        drawn_r = _draw(adjusted_rv.index_select(0, rows), [sequences[row] for row in drawn])
-        tokens_r.index_copy_(0, rows, drawn_r)
-    asked = {
-        row: sequence.params.logprobs for row, sequence in enumerate(sequences) if sequence.params.logprobs is not None
-    }
-    beams = _continuations(logits_rv, sequences, eos_token_ids)
-    restricted = _restricted(logits_rv, sequences)
-    if not asked:
-        return Choice(tokens_r, beams=beams, restricted=restricted)
-    rows = ops.to_device(list(asked), torch.int64, logits_rv.device)
-    tops = _tops(logits_rv.index_select(0, rows), tokens_r.index_select(0, rows), max(asked.values()))
-    return Choice(tokens_r, tops, asked, beams, restricted)
+class Sampler:
+    """Chooses the next tokens of a rank's batches, and keeps what the next choice needs to know of them."""
 
+    def __init__(self, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
+        self._eos_token_ids = eos_token_ids
+        self._history = TokenHistory(device)
+        self._none_chosen = torch.zeros(1, dtype=torch.int32, device=device)
 
-class _Restricted(NamedTuple):
-    """Rows whose requests exclude tokens, and whether the model's own logits of each are finite."""
+    def release(self, key: int) -> None:
+        """Forget the sequence with this key, which has ended."""
+        self._history.release(key)
 
-    rows: list[int]
-    finite_r: Tensor
+    def sample(self, logits_rv: Tensor, sequences: list[Sequence], chosen_r: Tensor | None = None) -> Choice:
+        """Choose the next token of each sequence, without waiting for the device.
 
+        `chosen_r` are the tokens that the previous step chose, at the sequences' `pending_row`; needed where any
+        sequence has a pending token.
+        """
+        slots = self._history.slots_of(sequence for sequence in sequences if sequence.params.has_penalty)
+        adjusted_rv = _keep_allowed(self._edit(logits_rv, sequences, slots, chosen_r), sequences)
+        adjusted_rv = _constrain(adjusted_rv, sequences)
+        single = [sequence.beams is None for sequence in sequences]
+        drawn = [row for row, sequence in enumerate(sequences) if single[row] and not sequence.params.greedy]
+        tokens_r = _choose(adjusted_rv, sequences, drawn)
+        if slots:
+            # Which token a beam goes on with is known only once all beams of its search have candidates.
+            counted = [slots.get(sequence.key, -1) if single[row] else -1 for row, sequence in enumerate(sequences)]
+            self._history.record(counted, tokens_r)
+        asked = {
+            row: sequence.params.logprobs
+            for row, sequence in enumerate(sequences)
+            if sequence.params.logprobs is not None
+        }
+        beams = self._continuations(logits_rv, sequences)
+        restricted = frozenset(row for row, sequence in enumerate(sequences) if _excludes_tokens(sequence))
+        tops = None
+        if asked:
+            own_rv, own_r = _selected(list(asked), logits_rv, tokens_r)
+            tops = ops.top_logprobs(own_rv, own_r, max(asked.values()))
+        return Choice(tokens_r, tops, asked, beams, restricted)
 
-def _restricted(logits_rv: Tensor, sequences: list[Sequence]) -> _Restricted | None:
-    rows = [row for row, sequence in enumerate(sequences) if _excludes_tokens(sequence)]
-    if not rows:
-        return None
-    own_rv = logits_rv.index_select(0, ops.to_device(rows, torch.int64, logits_rv.device))
-    return _Restricted(rows, own_rv.amax(-1).isfinite())
+    def _edit(
+        self,
+        logits_rv: Tensor,
+        sequences: list[Sequence],
+        slots: dict[int, int],
+        chosen_r: Tensor | None,
+    ) -> Tensor:
+        """Logits after penalties, biases and bans; the given ones are left as they are."""
+        edits = ops.EditList()
+        for row, sequence in enumerate(sequences):
+            params = sequence.params
+            banned = _banned(sequence, self._eos_token_ids)
+            slot = slots.get(sequence.key, -1)
+            if slot >= 0 or banned or params.logit_bias:
+                penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+                chosen = sequence.pending_row if sequence.pending else 0
+                edits.add(row, slot=slot, penalties=penalties, biases=params.logit_bias, bans=banned, chosen=chosen)
+        if not edits.rows:
+            return logits_rv
+        chosen_r = self._none_chosen if chosen_r is None else chosen_r
+        return ops.edit_logits(logits_rv, edits.to(logits_rv.device), self._history.counts, chosen_r)
+
+    def _continuations(self, logits_rv: Tensor, sequences: list[Sequence]) -> "_Continuations | None":
+        """Candidates of the beams. Penalties and bans act on log-probabilities, as in transformers."""
+        counts = {
+            row: candidate_count(sequence.params, self._eos_token_ids)
+            for row, sequence in enumerate(sequences)
+            if sequence.beams is not None
+        }
+        if not counts:
+            return None
+        (own_rv,) = _selected(list(counts), logits_rv)
+        beams = [sequences[row] for row in counts]
+        slots = self._history.slots_of(beam for beam in beams if beam.params.has_penalty)
+        adjusted_rv = self._edit(own_rv.float().log_softmax(-1), beams, slots, None)
+        return _Continuations(counts, *adjusted_rv.topk(max(counts.values()), dim=-1))
 
 
 def _excludes_tokens(sequence: Sequence) -> bool:
@@ -167,42 +207,23 @@ class _Continuations(NamedTuple):
     ids_rk: Tensor
 
 
-def _continuations(
-    logits_rv: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, ...]
-) -> _Continuations | None:
-    """Candidates of the beams among the sequences. Penalties and bans act on log-probabilities, as in transformers."""
-    counts = {
-        row: candidate_count(sequence.params, eos_token_ids)
-        for row, sequence in enumerate(sequences)
-        if sequence.beams is not None
-    }
-    if not counts:
-        return None
-    rows = ops.to_device(list(counts), torch.int64, logits_rv.device)
-    logprobs_rv = logits_rv.index_select(0, rows).float().log_softmax(-1)
-    adjusted_rv = _adjust(logprobs_rv, [sequences[row] for row in counts], eos_token_ids)
-    return _Continuations(counts, *adjusted_rv.topk(max(counts.values()), dim=-1))
+def _selected(rows: list[int], *tensors: Tensor) -> list[Tensor]:
+    """These rows of each tensor; the tensors themselves where that is all of them."""
+    if len(rows) == tensors[0].shape[0]:
+        return list(tensors)
+    index = ops.to_device(rows, torch.int64, tensors[0].device)
+    return [tensor.index_select(0, index) for tensor in tensors]
 
 
-def _adjust(logits_rv: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, ...]) -> Tensor:
-    """Logits after penalties and banned tokens; the given ones are left as they are."""
-    adjusted_rv = logits_rv
-    for row, sequence in enumerate(sequences):
-        params = sequence.params
-        banned = _banned(sequence, eos_token_ids)
-        if not banned and not params.has_penalty and not params.logit_bias:
-            continue
-        if adjusted_rv is logits_rv:
-            adjusted_rv = logits_rv.to(torch.float32, copy=True)
-        if params.has_penalty:
-            _penalize(adjusted_rv[row], sequence)
-        if params.logit_bias:
-            biased = ops.to_device(list(params.logit_bias), torch.int64, logits_rv.device)
-            biases = ops.to_device(list(params.logit_bias.values()), torch.float32, logits_rv.device)
-            adjusted_rv[row].index_add_(0, biased, biases)
-        if banned:
-            adjusted_rv[row].index_fill_(0, ops.to_device(banned, torch.int64, logits_rv.device), float("-inf"))
-    return adjusted_rv
+def _choose(logits_rv: Tensor, sequences: list[Sequence], drawn: list[int]) -> Tensor:
+    """The next token of each row: drawn for the rows of `drawn`, the most probable one for the others."""
+    if len(drawn) == len(sequences):
+        return _draw(logits_rv, sequences)
+    tokens_r = ops.greedy(logits_rv)
+    if drawn:
+        rows = ops.to_device(drawn, torch.int64, logits_rv.device)
+        tokens_r.index_copy_(0, rows, _draw(logits_rv.index_select(0, rows), [sequences[row] for row in drawn]))
+    return tokens_r
 
 
 def _keep_allowed(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:
@@ -237,30 +258,21 @@ def _constrain(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:
     return logits_rv.index_copy(0, rows, chosen_kv)
 
 
-def _penalize(logits_v: Tensor, sequence: Sequence) -> None:
-    """Apply a sequence's penalties in place. Sources: Keskar et al., CTRL, 2019 (repetition); OpenAI's API (others)."""
-    params = sequence.params
-    if params.repetition_penalty != 1:
-        seen = torch.tensor(sequence.token_ids, device=logits_v.device).unique()
-        values = logits_v[seen]
-        logits_v[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if sequence.output_len and (params.presence_penalty or params.frequency_penalty):
-        seen, counts = torch.tensor(sequence.output_token_ids, device=logits_v.device).unique(return_counts=True)
-        logits_v[seen] -= params.presence_penalty + params.frequency_penalty * counts
+def _banned(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Tokens that must not come next, each with the last token that the ban depends on, -1 where it always holds.
 
-
-def _banned(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> list[int]:
-    """Tokens that must not come next."""
+    Only the device knows a pending token; a run that is banned whatever that is, or not at all, depends on nothing.
+    """
     params = sequence.params
-    banned: list[int] = []
+    banned: list[tuple[int, int]] = []
     if sequence.output_len < params.min_tokens:
-        banned += [*eos_token_ids, *params.stop_token_ids]
+        banned += [(token, -1) for token in (*eos_token_ids, *params.stop_token_ids)]
     if params.bad_words_ids:
-        output = sequence.output_token_ids
-        for word in params.bad_words_ids:
-            before = list(word[:-1])
-            if not before or output[-len(before) :] == before:
-                banned.append(word[-1])
+        output, pending = sequence.output_token_ids, sequence.pending
+        for *before, last in params.bad_words_ids:
+            known = before[: len(before) - pending] if before else before
+            if not known or output[-len(known) :] == known:
+                banned.append((last, before[-1] if before and pending else -1))
     return banned
 
 
@@ -278,35 +290,44 @@ def _draw(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:
     return ops.draw(logits_rv, draws)
 
 
-class _Tops(NamedTuple):
-    """Log-probabilities of one token a row, and of the most probable ones."""
-
-    chosen_r: Tensor
-    ranks_r: Tensor
-    values_rk: Tensor
-    ids_rk: Tensor
-
-
-def _tops(logits_rv: Tensor, tokens_r: Tensor, count: int) -> _Tops:
-    """Log-probabilities of the given tokens, any where there is none, and of the `count` most probable ones."""
-    logprobs_rv = logits_rv.float().log_softmax(-1)
-    chosen_r1 = logprobs_rv.gather(1, tokens_r.long().clamp(min=0).unsqueeze(1))
-    ranks_r = (logprobs_rv > chosen_r1).sum(-1) + 1
-    values_rk, ids_rk = logprobs_rv.topk(min(count, logits_rv.shape[1]), dim=-1)
-    return _Tops(chosen_r1.squeeze(1), ranks_r, values_rk, ids_rk)
-
-
-def _entries(tokens: list[int], tops: _Tops) -> list[dict[int, Logprob]]:
+def _entries(tokens: list[int], tops: ops.TopLogprobs) -> list[dict[int, Logprob]]:
+    """For each row, its token with its log-probability first, and then the most probable ones."""
     rows = []
     for token, chosen, rank, values, ids in zip(tokens, *(tensor.tolist() for tensor in tops), strict=True):
         top = {token: Logprob(chosen, rank)}
-        for place, (value, other) in enumerate(zip(values, ids, strict=True)):
-            top.setdefault(other, Logprob(value, place + 1))
+        for index, (value, other) in enumerate(zip(values, ids, strict=True)):
+            if other != token:
+                top[other] = Logprob(value, index + 1)
         rows.append(top)
     return rows
 
 
-def logprobs_of(logits_rv: Tensor, tokens: list[int], count: int) -> list[dict[int, Logprob]]:
-    """For each row, the log-probability of the given token first and of the `count` most probable ones after it."""
-    tokens_r = ops.to_device(tokens, torch.int64, logits_rv.device)
-    return _entries(tokens, _tops(logits_rv, tokens_r, count))
+class PromptLogprobs:
+    """Log-probabilities of prompts' tokens, computed piece by piece and on their way to the host."""
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[list[tuple[Sequence, int]], list[int], ops.HostCopy]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._pieces)
+
+    def add(self, positions: list[tuple[Sequence, int]], logits_rv: Tensor) -> None:
+        """Take the logits at a sequence's position in each row."""
+        # Nothing of the prompt follows its last position.
+        tokens = [s.token_ids[at + 1] if at + 1 < s.prompt_len else 0 for s, at in positions]
+        count = max(sequence.params.prompt_logprobs or 0 for sequence, _ in positions)
+        tokens_r = ops.to_device(tokens, torch.int32, logits_rv.device)
+        self._pieces.append((positions, tokens, ops.HostCopy(ops.top_logprobs(logits_rv, tokens_r, count))))
+
+    def collect(self) -> Iterator[tuple[Sequence, int, dict[int, Logprob]]]:
+        """Each position with the entries of the token that follows it; waits for the device."""
+        for positions, tokens, copy in self._pieces:
+            rows = _entries(tokens, ops.TopLogprobs(*copy.wait()))
+            for (sequence, at), token, row in zip(positions, tokens, rows, strict=True):
+                if at + 1 < sequence.prompt_len:
+                    yield sequence, at, _kept(row, token, sequence.params.prompt_logprobs or 0)
+
+
+def _kept(entries: dict[int, Logprob], token: int, count: int) -> dict[int, Logprob]:
+    """The entries of a token and of the `count` most probable ones."""
+    return {other: entry for other, entry in entries.items() if entry.rank <= count or other == token}

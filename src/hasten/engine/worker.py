@@ -38,7 +38,7 @@ from hasten.engine.beam import Move
 from hasten.engine.block_manager import BlockManager
 from hasten.engine.memory import free_memory
 from hasten.engine.runner import Runner
-from hasten.engine.sampler import Choice, sample
+from hasten.engine.sampler import Choice, PromptLogprobs, Sampler
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
 from hasten.layers.linear import PackedModule
@@ -58,7 +58,9 @@ _REHEARSAL_TOKENS, _REHEARSED_SEQUENCES = 512, (1, 4, 24, 48, 128)
 _MOST_EXCHANGED_ROWS = 256
 """Rows of one sum over ranks through each other's memory; NCCL is as fast with more."""
 _PROMPT_LOGITS_ROWS = 256
-"""Rows of prompt logits made at a time: a whole prompt's would need vocabulary times length."""
+"""Rows of prompt logits computed at a time: a whole prompt's would need vocabulary times length."""
+
+OnPromptLogits = Callable[[list[tuple[Sequence, int]], Tensor], None]
 
 
 class NewSequence(TypedDict):
@@ -116,6 +118,7 @@ class Worker:
             num_blocks, config.cache.block_size, enable_prefix_caching=config.cache.enable_prefix_caching
         )
         self.scheduler = Scheduler(config.scheduler, blocks)
+        self.sampler = Sampler(self.model_config.eos_token_ids, self.device)
 
     def _with_peers(self, dtype: torch.dtype) -> TensorGroup:
         """The group, with mailboxes where its GPUs can reach each other."""
@@ -187,30 +190,38 @@ class Worker:
         for new in message["added"]:
             self.scheduler.add(_announced(new))
 
-    def launch(
-        self, batch: Batch, on_prompt_logits: Callable[[Sequence, int, Tensor], None] | None = None
-    ) -> Choice | None:
-        """Put one step's batch on the device: on rank 0 the choice of the next tokens, in the order of `batch.sampled`.
+    def launch(self, batch: Batch) -> tuple[Choice | None, PromptLogprobs]:
+        """Put one step's batch on the device.
 
-        None on other ranks, and where no sequence gets a next token. For `on_prompt_logits` see `compute`.
+        On rank 0 it gives the choice of the next tokens, in the order of `batch.sampled`, None where no sequence gets
+        one, and the log-probabilities of prompts that asked for them. On other ranks both are empty.
         """
+        prompts = PromptLogprobs()
         with explained_out_of_memory(), torch.inference_mode():
-            hidden, rows = self.compute(batch, on_prompt_logits)
-            return self._choose(hidden, rows, [batch.sequences[place] for place in batch.sampled]) if rows else None
+            hidden, rows = self.compute(batch, prompts.add)
+            sequences = [batch.sequences[place] for place in batch.sampled]
+            return self._choose(hidden, rows, sequences) if rows else None, prompts
 
-    def compute(
-        self, batch: Batch, on_prompt_logits: Callable[[Sequence, int, Tensor], None] | None = None
-    ) -> tuple[Tensor, list[int]]:
+    def compute(self, batch: Batch, on_prompt_logits: OnPromptLogits) -> tuple[Tensor, list[int]]:
         """Hidden states of a batch, and the rows in them of the sequences that get a next token.
 
-        `on_prompt_logits(sequence, first, logits)` is called on rank 0 with the logits of prompt positions `first` and
-        following, for sequences that asked for prompt log-probabilities.
+        `on_prompt_logits(positions, logits)` is called on rank 0 with logits [r, v] of the prompts that asked for
+        log-probabilities, and the sequence and position of each row.
         """
         hidden = self.runner.forward(batch, batch.needed)
         ends = list(accumulate(batch.needed))
+        positions: list[tuple[Sequence, int]] = []
+        rows: list[int] = []
         for sequence, needed, end in zip(batch.sequences, batch.needed, ends, strict=True):
             if sequence.wants_prompt_logits:
-                self._prompt_logits(sequence, hidden[end - needed : end], on_prompt_logits)
+                first, count = sequence.num_computed, min(needed, sequence.prompt_len - sequence.num_computed)
+                positions += ((sequence, first + offset) for offset in range(count))
+                rows += range(end - needed, end - needed + count)
+        for start in range(0, len(rows), _PROMPT_LOGITS_ROWS):
+            piece = slice(start, start + _PROMPT_LOGITS_ROWS)
+            logits = self.runner.logits(hidden, rows[piece])
+            if logits is not None:
+                on_prompt_logits(positions[piece], logits)
         return hidden, [ends[place] - 1 for place in batch.sampled]
 
     def _choose(self, hidden_th: Tensor, rows: list[int], sequences: list[Sequence]) -> Choice | None:
@@ -223,7 +234,7 @@ class Worker:
         else:
             logits = self.runner.logits(hidden_th, rows)
             if logits is not None:
-                choice = sample(logits, sequences, self.model_config.eos_token_ids)
+                choice = self.sampler.sample(logits, sequences, self.runner.chosen)
             tokens = self._shared(choice, len(rows))
         if self.overlap:
             self.runner.remember(tokens)
@@ -233,16 +244,6 @@ class Worker:
         """The tokens that rank 0 chose, on every rank's device if the next step is to read them there."""
         tokens = torch.empty(count, dtype=torch.int32, device=self.device) if choice is None else choice.tokens
         return self.ranks.group.broadcast(tokens) if self.overlap else tokens
-
-    def _prompt_logits(
-        self, sequence: Sequence, hidden_th: Tensor, consume: Callable[[Sequence, int, Tensor], None] | None
-    ) -> None:
-        count = min(hidden_th.shape[0], sequence.prompt_len - sequence.num_computed)
-        for first in range(0, count, _PROMPT_LOGITS_ROWS):
-            part = hidden_th[first : min(first + _PROMPT_LOGITS_ROWS, count)]
-            logits = self.runner.logits(part, list(range(part.shape[0])))
-            if logits is not None and consume is not None:
-                consume(sequence, sequence.num_computed + first, logits)
 
     def release(self) -> None:
         """Let go what must not outlast the ranks' group."""

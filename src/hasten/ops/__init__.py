@@ -12,7 +12,9 @@ from torch import Tensor
 
 from hasten.core.config import DTypeName
 from hasten.ops import cpu, reference
-from hasten.ops.draws import Draws
+from hasten.ops.draws import NONE_LEFT, Draws
+from hasten.ops.edits import EditList, LogitEdits, TokenCounts
+from hasten.ops.logprobs import TopLogprobs
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.packed import PackedLinear
 from hasten.ops.sum import Sum
@@ -24,17 +26,24 @@ TORCH_DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "fp16": tor
 """torch's types by the names of the configuration."""
 
 __all__ = [
+    "NONE_LEFT",
     "TORCH_DTYPES",
     "Activation",
     "AttentionMeta",
     "Draws",
+    "EditList",
     "HostCopy",
+    "LogitEdits",
     "PackedLinear",
     "Sum",
+    "TokenCounts",
+    "TopLogprobs",
     "add_linear",
     "copy_blocks",
+    "count_tokens",
     "default_device",
     "draw",
+    "edit_logits",
     "embedding",
     "embedding_norm",
     "greedy",
@@ -46,6 +55,7 @@ __all__ = [
     "project",
     "resolve_ids",
     "to_device",
+    "top_logprobs",
     "write_cache",
 ]
 
@@ -206,7 +216,7 @@ def copy_blocks(caches: list[Tensor], sources: Tensor, targets: Tensor) -> None:
 def greedy(logits_rv: Tensor) -> Tensor:
     """The most probable token of each row, the first among equals: int32 [r].
 
-    -1 where there is none, because a row's largest logit is not finite or a logit is NaN.
+    -1 where a logit is NaN or infinite, `NONE_LEFT` where all are minus infinity.
     """
     if logits_rv.is_cuda:
         from hasten.ops.gpu import sampling
@@ -216,7 +226,7 @@ def greedy(logits_rv: Tensor) -> Tensor:
 
 
 def draw(logits_rv: Tensor, draws: Draws) -> Tensor:
-    """Tokens drawn by temperature, min-p, top-k and top-p, in this order: int32 [r], -1 as in `greedy`.
+    """Tokens drawn by temperature, min-p, top-k and top-p, in this order: int32 [r], below 0 as in `greedy`.
 
     Each filter keeps what is as probable as the last token it keeps, and the draw goes through the vocabulary in its
     own order: neither ties nor the filters of other rows can change which token a point stands for. Sources: Fan,
@@ -228,6 +238,45 @@ def draw(logits_rv: Tensor, draws: Draws) -> Tensor:
 
         return sampling.draw(logits_rv, draws)
     return reference.draw(logits_rv, draws)
+
+
+def edit_logits(logits_rv: Tensor, edits: LogitEdits, counts: TokenCounts, chosen_r: Tensor) -> Tensor:
+    """The logits in fp32 after penalties, then biases, then bans: [r, v]; the given ones stay as they are.
+
+    `chosen_r` [int32] are the tokens that the previous step chose, for bans that depend on the last token. Sources:
+    Keskar et al., "CTRL", 2019 (repetition penalty: positive logits of tokens seen are divided by it, others
+    multiplied); OpenAI's API (presence and frequency penalties over the output; logit bias).
+    """
+    if logits_rv.is_cuda:
+        from hasten.ops.gpu import edits as kernels
+
+        return kernels.edit_logits(logits_rv, edits, counts, chosen_r)
+    return reference.edit_logits(logits_rv, edits, counts, chosen_r)
+
+
+def count_tokens(counts: TokenCounts, slots_r: Tensor, tokens_r: Tensor) -> None:
+    """Add one token per row [int32] to the output counts of the row's slot, in place; -1 in either changes nothing.
+
+    No two rows may have the same slot.
+    """
+    if tokens_r.is_cuda:
+        from hasten.ops.gpu import edits as kernels
+
+        kernels.count_tokens(counts, slots_r, tokens_r)
+    else:
+        reference.count_tokens(counts, slots_r, tokens_r)
+
+
+def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs:
+    """Log-probabilities and ranks of the given tokens [int32], and of the `count` most probable ones of each row.
+
+    A token below 0 stands for token 0. Rows that are not finite have undefined values.
+    """
+    if logits_rv.is_cuda:
+        from hasten.ops.gpu import logprobs
+
+        return logprobs.top_logprobs(logits_rv, tokens_r, count)
+    return reference.top_logprobs(logits_rv, tokens_r, count)
 
 
 def default_device() -> torch.device:

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from hasten.ops.transfer import to_device
 
+NONE_LEFT = -2
+"""In place of a token: all logits of the row are minus infinity."""
+
 
 @dataclass(frozen=True)
 class Draws:

@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from hasten.ops.draws import Draws
+from hasten.ops.draws import NONE_LEFT, Draws
+from hasten.ops.edits import IN_PROMPT, LogitEdits, TokenCounts
+from hasten.ops.logprobs import TopLogprobs
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.packed import PackedLinear
 from hasten.ops.sum import Sum
@@ -136,14 +138,18 @@ def copy_blocks(caches: list[Tensor], sources: Tensor, targets: Tensor) -> None:
 
 def greedy(logits_rv: Tensor) -> Tensor:  # noqa: D103
     best_r, tokens_r = logits_rv.max(-1)
-    return tokens_r.where(best_r.isfinite(), -1).int()
+    return _where_finite(tokens_r, best_r)
+
+
+def _where_finite(tokens_r: Tensor, best_r: Tensor) -> Tensor:
+    """The tokens as int32, and what stands for none where a row's greatest logit is not finite."""
+    return tokens_r.where(best_r.isfinite(), -1).masked_fill(best_r == float("-inf"), NONE_LEFT).int()
 
 
 def draw(logits_rv: Tensor, draws: Draws) -> Tensor:  # noqa: D103
-    finite_r = logits_rv.amax(-1).isfinite()
     cumulative_rv = filtered(logits_rv, draws).cumsum(-1)
     places_r1 = torch.searchsorted(cumulative_rv, draws.point_r1 * cumulative_rv[:, -1:], right=True)
-    return places_r1.squeeze(1).clamp_(max=logits_rv.shape[1] - 1).where(finite_r, -1).int()
+    return _where_finite(places_r1.squeeze(1).clamp_(max=logits_rv.shape[1] - 1), logits_rv.amax(-1))
 
 
 def filtered(logits_rv: Tensor, draws: Draws) -> Tensor:
@@ -175,3 +181,57 @@ def _floor(probs_rv: Tensor, top_k_r1: Tensor, top_p_r1: Tensor) -> Tensor:
     kept_rk = sorted_rk.cumsum(-1) - sorted_rk < top_p_r1 * left_rv.sum(-1, keepdim=True)
     kept_rk &= torch.arange(sorted_rk.shape[1], device=probs_rv.device) <= last_r1
     return sorted_rk.where(kept_rk, sorted_rk[:, :1]).amin(-1, keepdim=True)
+
+
+def edit_logits(  # noqa: D103
+    logits_rv: Tensor, edits: LogitEdits, counts: TokenCounts, chosen_r: Tensor
+) -> Tensor:
+    edited_rv = logits_rv.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    rows_k = edits.rows_k.long()
+    penalized_k = edits.slots_k >= 0
+    if bool(penalized_k.any()):
+        _penalize(edited_rv, rows_k[penalized_k], edits.slots_k[penalized_k], edits.penalties_k3[penalized_k], counts)
+    biased_b = rows_k.repeat_interleave(edits.bias_starts.diff())
+    edited_rv.index_put_((biased_b, edits.bias_ids_b.long()), edits.biases_b, accumulate=True)
+    lengths_k = edits.ban_starts.diff()
+    last_n = chosen_r[edits.chosen_k.long()].repeat_interleave(lengths_k)
+    holds_n = (edits.ban_after_n < 0) | (edits.ban_after_n == last_n)
+    banned = (rows_k.repeat_interleave(lengths_k)[holds_n], edits.ban_ids_n[holds_n].long())
+    edited_rv.index_put_(banned, edited_rv.new_tensor(float("-inf")))
+    return edited_rv
+
+
+def _penalize(edited_rv: Tensor, rows_k: Tensor, slots_k: Tensor, penalties_k3: Tensor, counts: TokenCounts) -> None:
+    sizes_k1 = counts.sizes_s[slots_k].unsqueeze(1)
+    width = int(sizes_k1.max())
+    held_kw = torch.arange(width, device=rows_k.device) < sizes_k1
+    ids_kw = counts.ids_sw[slots_k, :width].long().where(held_kw, 0)
+    output_kw = counts.counts_sw[slots_k, :width] & (IN_PROMPT - 1)
+    repetition_k1, presence_k1, frequency_k1 = penalties_k3.split(1, dim=1)
+    rows_kw = rows_k.unsqueeze(1).expand_as(ids_kw)
+    x_kw = edited_rv[rows_kw, ids_kw]
+    x_kw = torch.where(x_kw > 0, x_kw / repetition_k1, x_kw * repetition_k1)
+    x_kw = x_kw - (presence_k1 + frequency_k1 * output_kw).where(output_kw > 0, 0)
+    edited_rv[rows_kw[held_kw], ids_kw[held_kw]] = x_kw[held_kw]
+
+
+def count_tokens(counts: TokenCounts, slots_r: Tensor, tokens_r: Tensor) -> None:  # noqa: D103
+    for slot, token in zip(slots_r.tolist(), tokens_r.tolist(), strict=True):
+        if slot < 0 or token < 0:
+            continue
+        size = int(counts.sizes_s[slot])
+        found = (counts.ids_sw[slot, :size] == token).nonzero().flatten()
+        if len(found):
+            counts.counts_sw[slot, found] += 1
+        else:
+            counts.ids_sw[slot, size], counts.counts_sw[slot, size] = token, 1
+            counts.sizes_s[slot] += 1
+
+
+def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs:  # noqa: D103
+    logits_rv = logits_rv.float()
+    totals_r1 = logits_rv.logsumexp(-1, keepdim=True)
+    chosen_r1 = logits_rv.gather(1, tokens_r.long().clamp(min=0).unsqueeze(1))
+    ranks_r = (logits_rv > chosen_r1).sum(-1) + 1
+    values_rk, ids_rk = logits_rv.topk(min(count, logits_rv.shape[1]), dim=-1)
+    return TopLogprobs((chosen_r1 - totals_r1).squeeze(1), ranks_r.int(), values_rk - totals_r1, ids_rk.int())

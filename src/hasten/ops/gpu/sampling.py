@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hasten.ops.draws import Draws
+from hasten.ops.draws import NONE_LEFT, Draws
 from hasten.ops.gpu.launch import overlapped, wait_for_inputs
 
 _CONSTANT_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
@@ -24,6 +24,7 @@ _INFINITE = tl.constexpr(0x7F800000)
 """The image of infinity; minus infinity has its complement."""
 _LAST = tl.constexpr(0x7FFFFFFF)
 _NO_KEY = tl.constexpr(-(1 << 63))
+_NONE_LEFT = tl.constexpr(NONE_LEFT)
 
 
 @triton.jit
@@ -59,7 +60,8 @@ def _best_of_row(keys, tokens, chunks, CHUNKS: tl.constexpr, PDL: tl.constexpr):
     key = tl.max(tl.load(keys + row * chunks + chunk, chunk < chunks, _NO_KEY), 0)
     image = key >> 32
     finite = (image > ~_INFINITE) & (image < _INFINITE)
-    tl.store(tokens + row, tl.where(finite, _LAST - (key & _LAST), -1))
+    none = tl.where(image < _INFINITE, _NONE_LEFT, -1)
+    tl.store(tokens + row, tl.where(finite, _LAST - (key & _LAST), none))
 
 
 def greedy(logits_rv: Tensor) -> Tensor:
@@ -180,8 +182,8 @@ def _draw(
     # An inverse of 0 in fp32, times minus infinity, would be NaN.
     temperature = tl.minimum(temperature, 1e37)
     sharpness = (1 / temperature).to(tl.float32)
-    token = -1
     best = _best(row, SIZE, BLOCK)
+    token = tl.where(best < 0, _NONE_LEFT, -1)
     if (best > float("-inf")) & (best < float("inf")):
         high = _image(best, BITS)
         floor = (~_INFINITE >> BITS) + 1

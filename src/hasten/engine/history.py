@@ -1,0 +1,82 @@
+"""Token counts of running sequences, which penalties read: kept on the device and updated there as tokens are chosen.
+
+So a step with penalties needs nothing from the host, and is launched before the previous step's tokens are known.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hasten import ops
+from hasten.engine.sequence import Sequence
+
+_MIN_SLOTS, _MIN_WIDTH = 16, 512
+"""Sizes that the tables start with; they double as needed."""
+
+
+class TokenHistory:
+    """The token counts of each sequence with penalties, one slot per sequence until it is released."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.counts = ops.TokenCounts.empty(1, 1, device)
+        self._slots: dict[int, int] = {}
+        """Sequence key -> slot."""
+        self._lengths: dict[int, int] = {}
+        """Slot -> number of tokens counted in it, on the device."""
+        self._free: list[int] = []
+
+    def slots_of(self, sequences: Iterable[Sequence]) -> dict[int, int]:
+        """Sequence key -> slot, of these sequences; each slot has all tokens of its sequence."""
+        slots, stale = {}, []
+        for sequence in sequences:
+            slot = self._slots.get(sequence.key)
+            if slot is None:
+                slot = self._slots[sequence.key] = self._allocate()
+            if self._lengths.get(slot) != sequence.length:
+                assert sequence.pending == 0, "a token that only the device knows was counted there"
+                stale.append((slot, sequence))
+            slots[sequence.key] = slot
+        self._load(stale)
+        return slots
+
+    def record(self, slots_r: list[int], tokens_r: Tensor) -> None:
+        """Count the token of each row in its slot, if that is not -1."""
+        for slot in slots_r:
+            if slot >= 0:
+                self._lengths[slot] += 1
+                self._reserve(self._lengths[slot])
+        ops.count_tokens(self.counts, ops.to_device(slots_r, torch.int32, tokens_r.device), tokens_r)
+
+    def release(self, key: int) -> None:
+        """Free the slot of a sequence that has ended, if it has one."""
+        slot = self._slots.pop(key, None)
+        if slot is not None:
+            self._lengths.pop(slot, None)
+            self._free.append(slot)
+
+    def _allocate(self) -> int:
+        if not self._free:
+            slots = self.counts.ids_sw.shape[0]
+            self.counts = self.counts.grown(max(_MIN_SLOTS, 2 * slots), 1)
+            self._free = list(range(self.counts.ids_sw.shape[0] - 1, slots - 1, -1))
+            if slots == 1:
+                self._free.append(0)
+        return self._free.pop()
+
+    def _reserve(self, width: int) -> None:
+        """Make room for that many distinct tokens per slot."""
+        held = self.counts.ids_sw.shape[1]
+        if width > held:
+            self.counts = self.counts.grown(1, max(_MIN_WIDTH, width, 2 * held))
+
+    def _load(self, stale: list[tuple[int, Sequence]]) -> None:
+        if not stale:
+            return
+        self._reserve(max(sequence.length for _, sequence in stale))
+        tokens = [np.array(sequence.token_ids, dtype=np.int64) for _, sequence in stale]
+        pairs = [(ids[: s.prompt_len], ids[s.prompt_len :]) for ids, (_, s) in zip(tokens, stale, strict=True)]
+        self.counts.load([slot for slot, _ in stale], pairs)
+        for slot, sequence in stale:
+            self._lengths[slot] = sequence.length

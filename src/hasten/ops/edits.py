@@ -1,0 +1,155 @@
+"""What changes the logits of a batch before its tokens are chosen, and the token counts that penalties read.
+
+Shapes: s slots, w entries of a slot, k edited rows, b biases, n bans.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hasten.ops.plan import Integers
+from hasten.ops.transfer import send
+
+IN_PROMPT = 1 << 30
+"""Flag of an entry whose token occurs in the prompt; the bits below it count occurrences in the output."""
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """The distinct tokens of sequences and their counts, on a device, one slot per sequence.
+
+    A slot lists its tokens in order of first occurrence, so a new token is appended and nothing is sorted.
+    """
+
+    ids_sw: Tensor
+    """int32; entries from a slot's size on are undefined."""
+    counts_sw: Tensor
+    """int32, occurrences in the output, with `IN_PROMPT` added for tokens of the prompt."""
+    sizes_s: Tensor
+    """int32, entries of each slot."""
+
+    @classmethod
+    def empty(cls, slots: int, width: int, device: torch.device) -> "TokenCounts":
+        """Slots without tokens."""
+        ids_sw, counts_sw = (torch.zeros(slots, width, dtype=torch.int32, device=device) for _ in range(2))
+        return cls(ids_sw, counts_sw, torch.zeros(slots, dtype=torch.int32, device=device))
+
+    def grown(self, slots: int, width: int) -> "TokenCounts":
+        """A copy with at least as many slots and entries per slot as this and as given."""
+        old_slots, old_width = self.ids_sw.shape
+        larger = TokenCounts.empty(max(slots, old_slots), max(width, old_width), self.ids_sw.device)
+        larger.ids_sw[:old_slots, :old_width] = self.ids_sw
+        larger.counts_sw[:old_slots, :old_width] = self.counts_sw
+        larger.sizes_s[:old_slots] = self.sizes_s
+        return larger
+
+    def load(self, slots: Sequence[int], sequences: Sequence[tuple[Integers, Integers]]) -> None:
+        """Replace slots by sequences' prompt and output tokens, from the host."""
+        entries = [_entries(prompt, output) for prompt, output in sequences]
+        width = max(len(ids) for ids, _ in entries)
+        rows = np.zeros((2, len(entries), width), dtype=np.int32)
+        for row, (ids, counts) in enumerate(entries):
+            rows[:, row, : len(ids)] = ids, counts
+        sizes = np.array([len(ids) for ids, _ in entries], dtype=np.int32)
+        sent = send({"rows": rows, "sizes": sizes, "slots": np.array(slots, dtype=np.int32)}, self.ids_sw.device)
+        slots_k = sent["slots"].long()
+        self.ids_sw[:, :width].index_copy_(0, slots_k, sent["rows"][0])
+        self.counts_sw[:, :width].index_copy_(0, slots_k, sent["rows"][1])
+        self.sizes_s.index_copy_(0, slots_k, sent["sizes"])
+
+
+def _entries(prompt: Integers, output: Integers) -> tuple[Integers, Integers]:
+    """The distinct tokens of a sequence and their counts."""
+    ids, inverse = np.unique(np.concatenate((prompt, output)), return_inverse=True)
+    counts = np.bincount(inverse[len(prompt) :], minlength=len(ids))
+    counts[inverse[: len(prompt)]] += IN_PROMPT
+    return ids, counts
+
+
+@dataclass
+class EditList:
+    """The edits of a batch as the host collects them, row by row."""
+
+    rows: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    penalties: list[tuple[float, float, float]] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)
+    bias_starts: list[int] = field(default_factory=lambda: [0])
+    bias_ids: list[int] = field(default_factory=list)
+    biases: list[float] = field(default_factory=list)
+    ban_starts: list[int] = field(default_factory=lambda: [0])
+    ban_ids: list[int] = field(default_factory=list)
+    ban_after: list[int] = field(default_factory=list)
+
+    def add(
+        self,
+        row: int,
+        *,
+        slot: int = -1,
+        penalties: tuple[float, float, float] = (1.0, 0.0, 0.0),
+        biases: Mapping[int, float],
+        bans: Sequence[tuple[int, int]],
+        chosen: int = 0,
+    ) -> None:
+        """Edit a row of the logits.
+
+        `penalties` are repetition, presence and frequency, over the tokens of `slot` (-1: none). A ban is a token and
+        the token that must be the last one chosen for it to hold, -1 for always; `chosen` is the index of the row's
+        last token among those of the previous step.
+        """
+        self.rows.append(row)
+        self.slots.append(slot)
+        self.penalties.append(penalties)
+        self.chosen.append(chosen)
+        self.bias_ids += biases
+        self.biases += biases.values()
+        self.bias_starts.append(len(self.bias_ids))
+        self.ban_ids += (token for token, _ in bans)
+        self.ban_after += (after for _, after in bans)
+        self.ban_starts.append(len(self.ban_ids))
+
+    def to(self, device: torch.device) -> "LogitEdits":
+        """The edits on a device, in one copy."""
+        names = ("rows", "slots", "chosen", "bias_starts", "bias_ids", "ban_starts", "ban_ids", "ban_after")
+        arrays: dict[str, Integers] = {name: np.array(getattr(self, name), dtype=np.int32) for name in names}
+        for name in ("penalties", "biases"):
+            arrays[name] = np.array(getattr(self, name), dtype=np.float32).view(np.int32)
+        sent = send(arrays, device)
+        return LogitEdits(
+            rows_k=sent["rows"],
+            slots_k=sent["slots"],
+            penalties_k3=sent["penalties"].view(torch.float32),
+            chosen_k=sent["chosen"],
+            bias_starts=sent["bias_starts"],
+            bias_ids_b=sent["bias_ids"],
+            biases_b=sent["biases"].view(torch.float32),
+            ban_starts=sent["ban_starts"],
+            ban_ids_n=sent["ban_ids"],
+            ban_after_n=sent["ban_after"],
+        )
+
+
+@dataclass(frozen=True)
+class LogitEdits:
+    """Penalties, biases and bans of k rows, on the device of the logits; all int32 but penalties and biases (fp32)."""
+
+    rows_k: Tensor
+    """The rows of the logits, each at most once."""
+    slots_k: Tensor
+    """Slots of their token counts, -1 for rows without penalties."""
+    penalties_k3: Tensor
+    """Repetition, presence and frequency penalty."""
+    chosen_k: Tensor
+    """Index of each row's last token among those that the previous step chose."""
+    bias_starts: Tensor
+    """[k + 1], where each row's biases start."""
+    bias_ids_b: Tensor
+    biases_b: Tensor
+    ban_starts: Tensor
+    """[k + 1], where each row's bans start."""
+    ban_ids_n: Tensor
+    ban_after_n: Tensor
+    """The last token that a ban depends on, -1 for a ban that always holds."""
