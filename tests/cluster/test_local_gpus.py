@@ -106,3 +106,28 @@ def test_how_many_gpus_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     smi.unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert devices({}) == []
+
+
+def test_what_is_no_ticket_holds_up_nobody(here: Site, caplog: pytest.LogCaptureFixture) -> None:
+    here.submit("first", HOLD, gpus=3)
+    here.running("first")
+    (folder,) = (here.home / "gpus").iterdir()
+    strays = [folder / name for name in ("abc.ticket", "1.ticket", f"{0:020d}.ticket", f"{1:020d}.ticket")]
+    for path, text in zip(strays, ("", "", "{half", '{"owner": 1}'), strict=True):
+        path.write_text(text)
+    here.submit("second", "echo $CUDA_VISIBLE_DEVICES", gpus=1)
+    assert here.ended("second").status is Status.SUCCEEDED
+    assert here.logs("second") == ["3"]
+    assert here.place.nodes()[0].allocated_gpus == 3
+    for path in strays:
+        assert str(path) in caplog.text
+        assert path.exists()
+    assert "delete" not in caplog.text
+    log = here.folder("first").path / "supervisor.log"
+    assert log.read_text() == ""
+
+
+def test_more_gpus_than_there_can_be() -> None:
+    for text in ("1025", "99999999999", "\u0663", "-1", ""):
+        with pytest.raises(ConfigError, match=r"HASTEN_GPUS=.* is not a number of GPUs, up to 1024"):
+            devices({"HASTEN_GPUS": text})

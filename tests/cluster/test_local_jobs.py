@@ -1,11 +1,15 @@
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.cluster.local_site import Site, await_that, site
+from tests.cluster.local_site import Site, alive, await_that, site
 
+from hasten.cluster.local.supervisor import back_off
 from hasten.cluster.places import Status
 from hasten.core.errors import NotFoundError
 
@@ -144,3 +148,65 @@ def test_what_cannot_be_started_is_told(here: Site, tmp_path: Path) -> None:
 def test_hasten_s_own_programs_are_found(here: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     assert here.run("find", "command -v hasten") == [str(Path(sys.executable).with_name("hasten"))]
+
+
+FORGETS = "env -i PATH=$PATH RANK=$RANK setsid sh -c 'echo $$ > {file}.new; mv {file}.new {file}; exec sleep 60' &"
+"""Starts a process that has neither its environment nor its session any more."""
+
+
+def forgetful(here: Site, tmp_path: Path, name: str, rest: str, **options: Any) -> int:
+    """The process id of one whose job goes on with `rest`."""
+    here.submit(name, f"{FORGETS.format(file=tmp_path / name)} {rest}", **options)
+    await_that((tmp_path / name).exists, 20, lambda: f"{here.job(name)}")
+    return int((tmp_path / name).read_text())
+
+
+def test_what_left_its_environment_and_session_ends_with_its_job(here: Site, tmp_path: Path) -> None:
+    wait = f"while [ ! -e {tmp_path}/go ]; do sleep 0.05; done"
+    ends = forgetful(here, tmp_path, "ends", wait)
+    deleted = forgetful(here, tmp_path, "deleted", "wait")
+    late = forgetful(here, tmp_path, "late", "wait", running_timeout="1500ms")
+    assert alive(ends)
+    (tmp_path / "go").touch()
+    assert here.ended("ends").status is Status.SUCCEEDED
+    assert not alive(ends)
+    assert alive(deleted)
+    here.place.delete_job("deleted", "default")
+    assert not alive(deleted)
+    assert here.ended("late").status is Status.FAILED
+    assert not alive(late)
+
+
+def test_it_ends_too_when_its_job_lost_the_supervisor(here: Site, tmp_path: Path) -> None:
+    left = forgetful(here, tmp_path, "lost", "wait")
+    supervisor = here.state("lost").pid or 0
+    os.kill(supervisor, signal.SIGKILL)
+    await_that(lambda: not alive(supervisor), 5, lambda: "the supervisor lives")
+    assert alive(left)
+    assert here.job("lost").reason == "its supervisor was killed"
+    assert not alive(left)
+
+
+def test_the_end_of_one_instance_leaves_those_of_others(here: Site, tmp_path: Path) -> None:
+    """The orphans of an instance that runs are its own."""
+    start = FORGETS.format(file=f"{tmp_path}/$RANK")
+    go = f"while [ ! -e {tmp_path}/go-$RANK ]; do sleep 0.05; done"
+    here.submit("several", f"(({start})); {go}", workers=3)
+    await_that(lambda: all((tmp_path / str(rank)).exists() for rank in range(3)), 20, lambda: f"{here.job('several')}")
+    pids = [int((tmp_path / str(rank)).read_text()) for rank in range(3)]
+    (tmp_path / "go-1").touch()
+    await_that(lambda: not alive(pids[1]), 20, lambda: f"{here.job('several')}")
+    assert alive(pids[0])
+    assert alive(pids[2])
+    (tmp_path / "go-0").touch()
+    assert here.ended("several").status is Status.SUCCEEDED
+    assert not any(map(alive, pids))
+
+
+def test_a_long_limit_of_time(here: Site) -> None:
+    """The kernel waits for some weeks at most."""
+    assert here.run("weeks", "sleep 0.2; echo done", running_timeout="3650d") == ["done"]
+
+
+def test_the_pauses_between_attempts_have_an_end() -> None:
+    assert [back_off(failures) for failures in (0, 1, 6, 7, 100_000)] == [0.5, 1, 32, 60, 60]

@@ -47,3 +47,32 @@ def test_a_process_that_is_not_buried_does_not_live() -> None:
     assert start_of(process.pid) == start
     assert not lives(process.pid, start)
     process.wait()
+
+
+ADOPTS = """
+import os, subprocess
+from hasten.cluster.local.processes import adopt_orphans, kill_all, orphans, reap_orphans
+from tests.cluster.local_site import await_that
+adopt_orphans()
+own = subprocess.Popen(["sleep", "60"])
+parent = subprocess.Popen(["sh", "-c", "env -i setsid sh -c 'sleep 60 & wait' &"])
+assert parent.wait() == 0
+await_that(lambda: len(orphans({own.pid})) == 2, 20, lambda: str(orphans({own.pid})))
+assert own.pid not in orphans({own.pid})
+(adopted,) = (pid for pid in orphans({own.pid}) if b"wait" in open(f"/proc/{pid}/cmdline", "rb").read())
+assert kill_all(lambda: orphans({own.pid})) == []
+assert open(f"/proc/{adopted}/stat").read().rpartition(")")[2].split()[0] == "Z"
+reap_orphans({own.pid})
+await_that(lambda: not os.path.exists(f"/proc/{adopted}"), 20, lambda: "not reaped")
+own.kill()
+await_that(lambda: open(f"/proc/{own.pid}/stat").read().rpartition(")")[2].split()[0] == "Z", 20, lambda: "it lives")
+reap_orphans({own.pid})
+assert own.wait() == -9
+reap_orphans(set())
+"""
+
+
+def test_orphans_are_adopted_killed_and_reaped() -> None:
+    """In a process of its own: all of this one's are its tests' own business."""
+    done = subprocess.run([sys.executable, "-c", ADOPTS], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -59,8 +59,6 @@ def check_volume(volume: Volume) -> None:
 
 def check_resources(spec: Workload, count: int) -> None:
     """ConfigError where all instances together ask for more than the machine has."""
-    if count > _MOST_INSTANCES:
-        raise ConfigError(f"{count} instances are more than this machine runs of one job or server, {_MOST_INSTANCES}")
     there = len(devices())
     wanted = count * spec.gpus
     if wanted > there:
@@ -72,6 +70,8 @@ def check_resources(spec: Workload, count: int) -> None:
         raise ConfigError(f"--cpu {spec.cpu} of {count} instances is more than the {cores} cores of this machine")
     if spec.memory is not None and count * quantity(spec.memory, "--memory") > memory:
         raise ConfigError(f"--memory {spec.memory} of {count} instances is more than this machine's {_gib(memory)}")
+    if count > _MOST_INSTANCES:
+        raise ConfigError(f"{count} instances are more than this machine runs of one job or server, {_MOST_INSTANCES}")
     if spec.share_memory is not None:
         size = os.statvfs(_SHARED_MEMORY)
         if quantity(spec.share_memory, "--share-memory") > size.f_frsize * size.f_blocks:

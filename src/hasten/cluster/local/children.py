@@ -10,10 +10,20 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
 from hasten.cluster.local.logs import LogWriter
-from hasten.cluster.local.processes import kill_all, members, send, start_of
+from hasten.cluster.local.processes import (
+    adopt_orphans,
+    kill_all,
+    members,
+    orphans,
+    reap_orphans,
+    send,
+    start_of,
+)
 from hasten.cluster.local.state import Folder
 
 _READ = 1 << 16
+_LONGEST_WAIT_S = 3600.0
+"""The kernel's own limit is some weeks."""
 _LAST_WORDS_S = 1.0
 """How long the output of a process that has ended may still be on its way."""
 
@@ -66,6 +76,7 @@ class Children:
         self._running: list[Child] = []
         self._asked = False
         self._looked_for = False
+        adopt_orphans()
         self._wake, self._woken = socket.socketpair()
         for end in (self._wake, self._woken):
             end.setblocking(False)
@@ -112,6 +123,7 @@ class Children:
                 env=env,
                 cwd=working_dir,
                 start_new_session=True,
+                preexec_fn=adopt_orphans,
             )
         except BaseException:
             os.close(reader)
@@ -136,7 +148,7 @@ class Children:
             raise Asked
 
     def _turn(self, seconds: float) -> None:
-        for key, _ in self._selector.select(max(0.0, seconds)):
+        for key, _ in self._selector.select(min(max(0.0, seconds), _LONGEST_WAIT_S)):
             if isinstance(key.data, Child):
                 self._read(key.data)
             else:
@@ -144,6 +156,7 @@ class Children:
         for child in self.running:
             if child.process.poll() is not None:
                 self._bury(child)
+        reap_orphans({child.pid for child in self._running})
 
     def _read(self, child: Child) -> None:
         with suppress(BlockingIOError):
@@ -159,7 +172,9 @@ class Children:
 
     def _bury(self, child: Child) -> None:
         """An instance ends with its first process, as a container does: what that left running is killed."""
-        kill_all(child.members)
+        others = {one.pid for one in self._running if one is not child}
+        # an instance that runs adopts its own orphans, so those that came here are of instances that have ended
+        kill_all(lambda: [*child.members(), *orphans(others)])
         deadline = time.monotonic() + _LAST_WORDS_S
         with selectors.DefaultSelector() as last:
             if child.open:

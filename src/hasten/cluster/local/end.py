@@ -35,7 +35,7 @@ def end_and_remove(folder: Folder, grace: float) -> None:
 
 
 def _own(folder: Folder, grace: float) -> int:
-    folder.end_mark.touch()
+    folder.mark_end()
     deadline = time.monotonic() + grace + _SLACK_S
     told = False
     while (lock := folder.try_lock()) is None:

@@ -6,25 +6,28 @@ ticket holds as long as its job's supervisor lives: there is no count that could
 time.
 """
 
+import logging
 import os
 import re
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from hasten.cluster.local.processes import host_name
-from hasten.cluster.local.state import Folder, locked, read_json, write_json
+from hasten.cluster.local.state import Folder, UnreadableError, locked, read_json, write_json
+from hasten.cluster.spec import is_number
 from hasten.core.errors import ClusterError, ConfigError, NotFoundError
 
+_log = logging.getLogger(__name__)
 GPUS_VARIABLE = "HASTEN_GPUS"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _DEVICES = Path("/dev")
 _SMI_S = 30.0
+_MOST_GPUS = 1024
+_TICKET = re.compile(r"[0-9]{20}\.ticket")
 _SOONEST_S, _LATEST_S = 0.2, 2.0
 
 
@@ -36,8 +39,8 @@ def devices(environment: Mapping[str, str] = os.environ) -> list[str]:
     """
     told = environment.get(GPUS_VARIABLE)
     if told is not None:
-        if not told.isdecimal():
-            raise ConfigError(f"{GPUS_VARIABLE}={told!r} is not a number of GPUs")
+        if not is_number(told) or int(told) > _MOST_GPUS:
+            raise ConfigError(f"{GPUS_VARIABLE}={told!r} is not a number of GPUs, up to {_MOST_GPUS}")
         return [str(number) for number in range(int(told))]
     visible = environment.get(VISIBLE)
     if visible is not None:
@@ -53,7 +56,19 @@ def _count_of_devices() -> int:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=_SMI_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return 0
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    return sum(line.startswith("GPU ") for line in listed.stdout.split("\n"))
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A request for GPUs."""
+
+    owner: str
+    """The folder of the job or server."""
+    count: int
+    label: str = ""
+    devices: list[str] | None = None
+    """Those that it was given."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +98,13 @@ class GpuQueue:
         with locked(self._lock):
             last = max((int(path.stem) for path in self._paths()), default=0)
             path = self._folder / f"{max(time.time_ns(), last + 1):020d}.ticket"
-            self._write(path, owner, count, label, None)
+            write_json(path, asdict(Ticket(str(owner.path), count, label)))
         return path
 
     def of(self, owner: Folder, label: str | None = None) -> list[Path]:
         """Tickets of a job or server: all, or those of a label."""
-        mine = [(path, ticket) for path, ticket in self._tickets() if ticket["owner"] == str(owner.path)]
-        return [path for path, ticket in mine if label in (None, ticket["label"])]
+        mine = [(path, ticket) for path, ticket in self._tickets() if ticket.owner == str(owner.path)]
+        return [path for path, ticket in mine if label in (None, ticket.label)]
 
     def take(self, path: Path, there: list[str]) -> list[str] | Wait:
         """Devices for a ticket, or why there are none yet. `there` is `devices()`."""
@@ -98,15 +113,15 @@ class GpuQueue:
             mine = next((ticket for at, ticket in tickets if at == path), None)
             if mine is None:
                 raise ClusterError(f"the ticket {path} was deleted")
-            if mine["devices"] is not None:
-                return list(mine["devices"])
+            if mine.devices is not None:
+                return list(mine.devices)
             free = [one for one in there if one not in _given(tickets)]
-            before = sum(at < path and ticket["devices"] is None for at, ticket in tickets)
-            if before == 0 and len(free) >= mine["count"]:
-                given = free[: mine["count"]]
-                write_json(path, {**mine, "devices": given})
+            before = sum(at < path and ticket.devices is None for at, ticket in tickets)
+            if before == 0 and len(free) >= mine.count:
+                given = free[: mine.count]
+                write_json(path, asdict(replace(mine, devices=given)))
                 return given
-        return Wait(_waits(mine["count"], len(free), len(there), before), before)
+        return Wait(_waits(mine.count, len(free), len(there), before), before)
 
     def give_back(self, path: Path) -> None:
         """Tear up a ticket."""
@@ -118,19 +133,28 @@ class GpuQueue:
             return len(_given(self._living()))
 
     def _paths(self) -> list[Path]:
-        return sorted(self._folder.glob("*.ticket"))
+        """The tickets' files, in the order of the queue. Other files are not of the queue."""
+        found = sorted(self._folder.glob("*.ticket"))
+        strange = [path for path in found if not _TICKET.fullmatch(path.name)]
+        for path in strange:
+            _log.warning("%s is not a ticket and is ignored: move it elsewhere", path)
+        return [path for path in found if path not in strange]
 
-    def _tickets(self) -> Iterable[tuple[Path, dict[str, Any]]]:
+    def _tickets(self) -> Iterable[tuple[Path, Ticket]]:
         for path in self._paths():
-            with suppress(FileNotFoundError):
-                yield path, read_json(path)
+            try:
+                yield path, _ticket(path)
+            except FileNotFoundError:
+                continue
+            except UnreadableError as error:
+                _log.warning("%s; it is ignored", error)
 
-    def _living(self) -> list[tuple[Path, dict[str, Any]]]:
+    def _living(self) -> list[tuple[Path, Ticket]]:
         """All tickets but those of owners that died; their processes are ended first."""
         return [(path, ticket) for path, ticket in self._tickets() if self._holds(path, ticket)]
 
-    def _holds(self, path: Path, ticket: dict[str, Any]) -> bool:
-        owner = Folder(Path(ticket["owner"]))
+    def _holds(self, path: Path, ticket: Ticket) -> bool:
+        owner = Folder(Path(ticket.owner))
         try:
             lock = owner.try_lock()
         except NotFoundError:
@@ -143,12 +167,22 @@ class GpuQueue:
         path.unlink(missing_ok=True)
         return False
 
-    def _write(self, path: Path, owner: Folder, count: int, label: str, given: list[str] | None) -> None:
-        write_json(path, {"owner": str(owner.path), "count": count, "label": label, "devices": given})
+
+def _ticket(path: Path) -> Ticket:
+    record = read_json(path)
+    try:
+        ticket = Ticket(**record)
+    except TypeError as error:
+        raise UnreadableError(path, str(error)) from error
+    devices = ticket.devices
+    good = isinstance(ticket.owner, str) and isinstance(ticket.count, int) and isinstance(ticket.label, str)
+    if not good or not (devices is None or isinstance(devices, list)):
+        raise UnreadableError(path, "it is no ticket's")
+    return ticket
 
 
-def _given(tickets: Iterable[tuple[Path, dict[str, Any]]]) -> set[str]:
-    return {device for _, ticket in tickets for device in ticket["devices"] or ()}
+def _given(tickets: Iterable[tuple[Path, Ticket]]) -> set[str]:
+    return {device for _, ticket in tickets for device in ticket.devices or ()}
 
 
 def _waits(count: int, free: int, there: int, before: int) -> str:

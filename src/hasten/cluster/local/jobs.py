@@ -8,13 +8,13 @@ from hasten.cluster.local.gpus import Wait
 from hasten.cluster.local.launch import job_plan_of
 from hasten.cluster.local.processes import free_port
 from hasten.cluster.local.state import Folder, InstanceState
-from hasten.cluster.local.supervisor import Supervisor
+from hasten.cluster.local.supervisor import Supervisor, back_off
+from hasten.core.errors import ClusterError
 
 GRACE_S = 10.0
 """Between SIGTERM and SIGKILL."""
 _TOGETHER_S = 1.0
 """Ranks that end together need not end in the same moment."""
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 60.0
 _STAYS_S = 600.0
 """A job that lives longer after its end is removed by the next command instead: no process waits for days."""
 _FOREVER = 3600.0
@@ -49,7 +49,10 @@ class JobSupervisor(Supervisor):
         raise SystemExit
 
     def _wait_for_gpus(self) -> None:
-        for ticket in self.gpus.of(self.folder):
+        tickets = self.gpus.of(self.folder)
+        if self.plan.gpus and not tickets:
+            raise ClusterError("its ticket for GPUs is gone or cannot be read")
+        for ticket in tickets:
             while isinstance(got := self.take(ticket), Wait):
                 if got.reason != self.state.reason:
                     self.state.reason = got.reason
@@ -69,7 +72,7 @@ class JobSupervisor(Supervisor):
             if failure is None or attempt == self.plan.retry or self._late():
                 return failure
             self._stop(failure)
-            pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt)
+            pause = back_off(attempt)
             self.note("Restarting", f"{failure}; attempt {attempt + 2} of {self.plan.retry + 1} follows", warning=True)
             self._show("PENDING", f"{failure}; starts again")
             self._sleep(pause)

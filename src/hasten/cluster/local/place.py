@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 import platform
+import subprocess
 import sys
 import time
 import uuid
@@ -43,7 +44,7 @@ from hasten.cluster.local.view import chosen_instance, job_view
 from hasten.cluster.local.volumes import Volumes, user_name
 from hasten.cluster.places import Job, LogOptions, Node, Server, ServerUpdate, VolumeRecord
 from hasten.cluster.spec import TrainingJob, TritonServer, Volume, Workload
-from hasten.core.errors import ClusterError, NotFoundError, UnsupportedError
+from hasten.core.errors import ClusterError, ConfigError, NotFoundError, UnsupportedError
 
 _log = logging.getLogger(__name__)
 _JOB_GRACE_S = 10.0
@@ -86,10 +87,11 @@ class LocalPlace:
         try:
             if plan.gpus:
                 self._gpus.draw(folder, plan.gpus * len(plan.names))
-            start(folder, lock)
-        except OSError as error:
+        except BaseException:
+            os.close(lock)
             folder.remove()
-            raise ClusterError(f"the supervisor of job {job.name} cannot be started: {error}") from error
+            raise
+        _start_new(folder, lock, f"job {job.name}")
 
     def jobs(self, namespace: str | None) -> list[Job]:
         """All jobs, newest first; a record that cannot be read is left out, with a warning."""
@@ -146,7 +148,7 @@ class LocalPlace:
             if not folder.path.exists():
                 serving.check_ports(self.home, plan, folder)
             lock = self._create(folder, serving.spec_of(server, plan), state, server, what)
-        start(folder, lock)
+        _start_new(folder, lock, what)
 
     def update_server(self, name: str, version: str | None, namespace: str, update: ServerUpdate) -> None:
         """Change a server; its supervisor replaces the replicas one after the other. One that died is revived."""
@@ -258,6 +260,15 @@ def _new_state(now: float) -> State:
     return State(uid=uuid.uuid4().hex, host=host_name(), boot=boot_id(), created=now)
 
 
+def _start_new(folder: Folder, lock: int, what: str) -> None:
+    """Start the supervisor of what was just made; without one nothing is left of it."""
+    try:
+        start(folder, lock)
+    except (OSError, subprocess.SubprocessError) as error:
+        folder.remove()
+        raise ClusterError(f"the supervisor of {what} cannot be started: {error}") from error
+
+
 def _tell(asked: Workload, state: State, source: str) -> None:
     """What is not followed stands in the events, and the user hears of it at once."""
     for reason, message in notices(asked):
@@ -285,6 +296,6 @@ def _end_of(folder: Folder, name: str) -> Callable[[], bool]:
 def _readable(folder: Folder) -> State | None:
     try:
         return settled(folder)
-    except ClusterError as error:
+    except (ClusterError, ConfigError) as error:
         _log.warning("%s", error)
         return None

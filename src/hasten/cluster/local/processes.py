@@ -1,10 +1,11 @@
 """Processes of this machine, as Linux's /proc tells: which one a record means, and all that belong to an instance."""
 
+import ctypes
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,8 +13,10 @@ MARK = "HASTEN_INSTANCE"
 """Variable in the environment of an instance and of all that it starts: the job's uid, `/`, the instance's name."""
 
 _PROC = Path("/proc")
-_STATE, _SESSION, _START = 0, 3, 19
-"""Places in /proc/PID/stat, after the name."""
+_STATE, _PARENT, _SESSION, _START = 0, 1, 3, 19
+"""Positions in /proc/PID/stat, after the name."""
+_SET_CHILD_SUBREAPER = 36
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def boot_id() -> str:
@@ -54,25 +57,62 @@ def environment_of(pid: int) -> dict[str, str]:
     return {name: value for name, _, value in found}
 
 
+def adopt_orphans() -> None:
+    """Make this process, and the program that it becomes, the parent of descendants whose own parent ends.
+
+    Without that init would be: nothing would then show whose they are (PR_SET_CHILD_SUBREAPER, since Linux 3.4).
+    """
+    _libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
 def members(mark: str, leaders: Collection[tuple[int, int]]) -> list[int]:
-    """All processes of an instance, or of a job: those that carry the mark, and the sessions of its leaders.
+    """All processes of an instance, or of a job: those that carry the mark, and the leaders' sessions and descendants.
 
     `mark` is a whole mark, or its beginning up to and with the `/`. A leader is a process id with its start. A
     session whose number now belongs to a stranger is left alone: its leader's start tells.
     """
     carried = f"\0{MARK}={mark}".encode() + (b"" if mark.endswith("/") else b"\0")
     sessions = {pid for pid, start in leaders if start_of(pid) in (start, None)}
-    return [pid for pid in _others() if _belongs(pid, carried, sessions)]
+    stats = _stats()
+    below = _descendants({pid for pid, start in leaders if start_of(pid) == start}, stats)
+    return [pid for pid, stat in stats.items() if pid in below or _belongs(pid, stat, carried, sessions)]
 
 
-def _others() -> list[int]:
-    return [int(entry.name) for entry in _PROC.iterdir() if entry.name.isdecimal() and int(entry.name) != os.getpid()]
+def orphans(known: Collection[int]) -> list[int]:
+    """Processes that this one adopted, with their descendants: its children other than those that are known."""
+    stats = _stats()
+    adopted = {pid for pid, stat in stats.items() if int(stat[_PARENT]) == os.getpid() and pid not in known}
+    return [*adopted, *_descendants(adopted, stats)]
 
 
-def _belongs(pid: int, carried: bytes, sessions: Collection[int]) -> bool:
-    stat = _stat(pid)
-    if stat is None or stat[_STATE] in ("Z", "X"):
-        return False
+def reap_orphans(known: Collection[int]) -> None:
+    """Let adopted processes that have ended go. The known ones are waited for by those who started them."""
+    with suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in known:
+            os.waitpid(ended.si_pid, os.WNOHANG)
+
+
+def _stats() -> dict[int, list[str]]:
+    """What /proc tells of all processes that have not ended, but this one."""
+    pids = (int(entry.name) for entry in _PROC.iterdir() if entry.name.isdecimal())
+    found = {pid: stat for pid in pids if pid != os.getpid() and (stat := _stat(pid)) is not None}
+    return {pid: stat for pid, stat in found.items() if stat[_STATE] not in ("Z", "X")}
+
+
+def _descendants(roots: Collection[int], stats: Mapping[int, Sequence[str]]) -> set[int]:
+    children: dict[int, list[int]] = {}
+    for pid, stat in stats.items():
+        children.setdefault(int(stat[_PARENT]), []).append(pid)
+    found: set[int] = set()
+    left = list(roots)
+    while left:
+        new = [pid for pid in children.get(left.pop(), ()) if pid not in found]
+        found.update(new)
+        left += new
+    return found
+
+
+def _belongs(pid: int, stat: Sequence[str], carried: bytes, sessions: Collection[int]) -> bool:
     if int(stat[_SESSION]) in sessions:
         return True
     try:

@@ -10,11 +10,10 @@ from hasten.cluster.local.gpus import Wait
 from hasten.cluster.local.launch import ServerPlan, server_plan_of
 from hasten.cluster.local.processes import free_port, port_is_free
 from hasten.cluster.local.state import Folder, InstanceState
-from hasten.cluster.local.supervisor import Supervisor
+from hasten.cluster.local.supervisor import Supervisor, back_off
 
 _LAST_WORDS_S = 5.0
 """What a server may need above its exit timeout."""
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 60.0
 _HEALTHY_S = 60.0
 """After so long a replica that dies is started again as fast as the first time."""
 _LOADING_S, _SERVING_S = 0.5, 5.0
@@ -161,7 +160,7 @@ class ServerSupervisor(Supervisor):
         now = time.monotonic()
         if now - replica.started > _HEALTHY_S:
             replica.failures = 0
-        pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**replica.failures)
+        pause = back_off(replica.failures)
         replica.failures += 1
         replica.child, replica.next_start = None, now + pause
         instance = replica.instance

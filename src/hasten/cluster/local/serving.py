@@ -84,7 +84,7 @@ def view(folder: Folder, *, events: bool) -> Server | None:
         return server_view(folder, state, server_plan_of(folder.spec()["plan"]), events=events)
     except NotFoundError:
         return None
-    except ClusterError as error:
+    except (ClusterError, ConfigError) as error:
         _log.warning("%s", error)
         return None
 

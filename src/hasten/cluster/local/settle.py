@@ -76,7 +76,8 @@ def _reason(folder: Folder, state: State) -> str:
     with suppress(OSError):
         said = (folder.path / _ERRORS).read_text(errors="replace").strip()
         if said:
-            return f"its supervisor failed: {said.splitlines()[-1]}"
+            last = said.rpartition("\n")[2]
+            return f"its supervisor failed: {last}"
     return "its supervisor was killed" + (" before it began" if state.pid is None else "")
 
 

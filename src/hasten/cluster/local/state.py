@@ -13,12 +13,14 @@ Files change in one step (a temporary file, fsync, rename), folders appear and v
 leaves the old or the new, never a half. The kernel gives a lock back when its holder dies, however that happens.
 """
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -26,11 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from hasten.cluster.spec import checked_name, checked_namespace, checked_version
-from hasten.core.errors import ClusterError, ExistsError, NotFoundError
+from hasten.core.errors import ClusterError, ConfigError, ExistsError, NotFoundError
 from hasten.core.files import expand_home
 
 HOME_VARIABLE = "HASTEN_HOME"
 _MOST_EVENTS = 100
+_UNUSABLE = frozenset(
+    (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO, errno.ENAMETOOLONG)
+)
 _SCRATCH_S = 3600.0
 """After so long what lies in scratch belongs to a command that died."""
 
@@ -91,34 +96,72 @@ def home_folder(home: Path | None) -> Path:
     return expand_home(chosen, f"set {HOME_VARIABLE} to a folder").absolute()
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Change a file in one step."""
-    descriptor, name = tempfile.mkstemp(prefix=".", dir=path.parent)
+@contextmanager
+def using(path: Path) -> Iterator[None]:
+    """ConfigError where the state is kept on what is read-only, full, or not this user's: the user can help that."""
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno in _UNUSABLE:
+            what = error.filename2 or error.filename or path
+            raise ConfigError(
+                f"cannot use {what} ({error.strerror}): jobs, servers and volumes are kept in the folder "
+                f"{HOME_VARIABLE}, default ~/.hasten; set it to one that can be written and has room"
+            ) from error
         raise
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that `write_json` wrote; ClusterError for any other."""
+def make_folder(path: Path) -> None:
+    """A folder that is there already will do; ConfigError where there can be none."""
+    with using(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Change a file in one step."""
+    with using(path):
+        descriptor, name = tempfile.mkstemp(prefix=".", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(data, file)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def read_json(path: Path, record: Path | None = None) -> dict[str, Any]:
+    """A file that `write_json` wrote; UnreadableError for any other, whose advice is to move `record` aside.
+
+    `record` holds the file and nothing of any other job, server or volume; it is the file itself if it is not given.
+    """
     try:
         made = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ClusterError(f"the record {path} cannot be read: {error}; delete its folder") from error
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (ValueError, RecursionError, OSError) as error:
+        raise UnreadableError(path, str(error), record) from error
     if not isinstance(made, dict):
-        raise ClusterError(f"the record {path} is no record; delete its folder")
+        raise UnreadableError(path, "it is not a JSON object", record)
     return made
+
+
+class UnreadableError(ClusterError):
+    """A record is damaged, or is not one."""
+
+    def __init__(self, path: Path, why: str, record: Path | None = None) -> None:
+        super().__init__(f"the record {path} cannot be read: {why}; repair it, or move {record or path} elsewhere")
 
 
 def try_lock(path: Path) -> int | None:
     """A descriptor that holds the lock on a file, None where another has it. It is free once the descriptor closes."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    with using(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -130,8 +173,9 @@ def try_lock(path: Path) -> int | None:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock on a file; waits for those who have it."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    make_folder(path.parent)
+    with using(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -181,11 +225,12 @@ class Folder:
             instances = [InstanceState(**one) for one in record.pop("instances")]
             return State(**record, instances=instances)
         except (TypeError, KeyError) as error:
-            raise ClusterError(f"the record {self.path / 'state.json'} is of another version: {error}") from error
+            why = f"it is of another version of hasten ({error})"
+            raise UnreadableError(self.path / "state.json", why, self.path) from error
 
     def _read(self, file: str) -> dict[str, Any]:
         try:
-            return read_json(self.path / file)
+            return read_json(self.path / file, self.path)
         except (FileNotFoundError, NotADirectoryError):
             raise NotFoundError(f"there is no {self.name} in namespace {self.namespace}") from None
 
@@ -197,6 +242,15 @@ class Folder:
         """Change the record; for the holder of the lock alone."""
         write_json(self.path / "state.json", asdict(state))
 
+    def mark_end(self) -> None:
+        """Tell the supervisor that all is to end; on a full disk a signal has to do."""
+        with using(self.end_mark):
+            try:
+                self.end_mark.touch()
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+
     def try_lock(self) -> int | None:
         """Own it, where its supervisor does not live; NotFoundError if it is gone."""
         try:
@@ -205,17 +259,17 @@ class Folder:
             raise NotFoundError(f"there is no {self.name} in namespace {self.namespace}") from None
 
     def remove(self) -> None:
-        """Let it vanish in one step, then delete its files."""
-        grave = Path(tempfile.mkdtemp(dir=scratch(self.home)))
-        with suppress(FileNotFoundError):
-            self.path.rename(grave / self.name)
-        shutil.rmtree(grave, ignore_errors=True)
+        """Let it vanish in one step, then delete its files. It makes none: this is how a full disk is emptied."""
+        trash = scratch(self.home) / uuid.uuid4().hex
+        with using(self.path), suppress(FileNotFoundError):
+            self.path.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def scratch(home: Path) -> Path:
     """The folder for what is in the making, rid of what dead commands left in it."""
     folder = home / "scratch"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(folder)
     for left in folder.iterdir():
         with suppress(FileNotFoundError):
             if time.time() - left.stat().st_mtime > _SCRATCH_S:
@@ -230,27 +284,40 @@ def create(
 
     `files` are copied into it by their names. ExistsError where there is one.
     """
-    made = Folder(Path(tempfile.mkdtemp(dir=scratch(folder.home))))
+    with using(folder.path):
+        made = Folder(Path(tempfile.mkdtemp(dir=scratch(folder.home))))
     lock = None
     try:
-        made.logs.mkdir()
-        lock = made.try_lock()
-        for name, source in files.items():
-            (made.path / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source, made.path / name)
-        made.write_spec(spec)
-        made.write_state(state)
-        folder.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        made.path.rename(folder.path)
-    except OSError as error:
+        with using(folder.path):
+            made.logs.mkdir()
+            lock = made.try_lock()
+            for name, source in files.items():
+                _copy(source, made.path / name)
+            made.write_spec(spec)
+            made.write_state(state)
+            make_folder(folder.path.parent)
+            made.path.rename(folder.path)
+    except BaseException as error:
         if lock is not None:
             os.close(lock)
         shutil.rmtree(made.path, ignore_errors=True)
-        if folder.path.exists():
+        if isinstance(error, OSError) and folder.path.exists():
             raise ExistsError(f"{what} exists in namespace {folder.namespace}; delete it first") from None
-        raise ClusterError(f"cannot write {folder.path}: {error.strerror}") from error
+        if isinstance(error, OSError):
+            raise ClusterError(f"cannot write {folder.path}: {error.strerror}") from error
+        raise
     assert lock is not None
     return folder, lock
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        opened = source.open("rb")
+    except OSError as error:
+        raise ConfigError(f"--config-file {source}: {error.strerror}") from error
+    target.parent.mkdir(exist_ok=True)
+    with opened, target.open("xb") as copy:
+        shutil.copyfileobj(opened, copy)
 
 
 def job_folder(home: Path, name: str, namespace: str) -> Folder:
@@ -272,7 +339,8 @@ def folders(home: Path, kind: str, namespace: str | None) -> list[Folder]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    with using(folder):
+        try:
+            return sorted(folder.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []

@@ -23,8 +23,14 @@ from hasten.cluster.local.settle import settle
 from hasten.cluster.local.state import Folder, InstanceState
 
 ERRORS = "supervisor.log"
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _DOUBLINGS = 0.5, 60.0, 10
 _START = '"$@" &'
 """The shell ends at once, so that the supervisor is nobody's child."""
+
+
+def back_off(failures: int) -> float:
+    """Seconds until the next start after so many failures: longer and longer, up to a minute."""
+    return min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(failures, _DOUBLINGS))
 
 
 def start(folder: Folder, lock: int) -> None:

@@ -1,19 +1,21 @@
 """Volumes of the local place: folders of this machine, known by names."""
 
 import getpass
+import logging
 import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from hasten.cluster.local.plan import Source
-from hasten.cluster.local.state import locked, read_json, write_json
+from hasten.cluster.local.state import UnreadableError, locked, make_folder, read_json, using, write_json
 from hasten.cluster.places import VolumeRecord
 from hasten.cluster.spec import Volume, checked_name, checked_namespace, mounts
 from hasten.core.errors import ExistsError, NotFoundError
+
+_log = logging.getLogger(__name__)
 
 
 def user_name() -> str:
@@ -50,36 +52,41 @@ class Volumes:
         with locked(self._root / "lock"):
             if path.exists():
                 raise ExistsError(f"volume {volume.name} exists in namespace {volume.namespace}; delete it first")
-            path.parent.mkdir(exist_ok=True, mode=0o700)
+            make_folder(path.parent)
             write_json(path, {**self.plan(volume), "owner": user_name(), "created": time.time()})
 
     def all(self, namespace: str | None) -> list[VolumeRecord]:
-        """All volumes, of one namespace or of all."""
+        """All volumes, of one namespace or of all; a record that cannot be read is left out, with a warning."""
         made = []
         spaces = "*" if namespace is None else checked_namespace(namespace)
-        for path in sorted(self._root.glob(f"{spaces}/*.json")):
-            with suppress(FileNotFoundError):
-                made.append(_record(read_json(path)))
+        for path in sorted(self._root.glob(f"{spaces}/[!.]*.json")):
+            try:
+                made.append(_record(path))
+            except FileNotFoundError:
+                continue
+            except UnreadableError as error:
+                _log.warning("%s", error)
         return made
 
     def delete(self, name: str, namespace: str) -> None:
         """Forget a volume; its folder stays."""
-        try:
-            self._path(name, namespace).unlink()
-        except FileNotFoundError:
-            raise NotFoundError(_missing(name, namespace)) from None
+        path = self._path(name, namespace)
+        with using(path):
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                raise NotFoundError(_missing(name, namespace)) from None
 
     def sources(self, data: Sequence[str], namespace: str) -> dict[str, Source]:
         """The volumes that `--data` names; NotFoundError for one that nobody made."""
         made = {}
         for name, _ in mounts(data, "--data"):
             try:
-                record = read_json(self._path(name, namespace))
+                made[name] = _source(self._path(name, namespace))
             except FileNotFoundError:
                 raise NotFoundError(
                     f"{_missing(name, namespace)}; make it with `data create {name} --path DIR`"
                 ) from None
-            made[name] = Source(record["path"], record["read_only"])
         return made
 
 
@@ -87,12 +94,24 @@ def _missing(name: str, namespace: str) -> str:
     return f"there is no volume {name} in namespace {namespace}"
 
 
-def _record(record: dict[str, Any]) -> VolumeRecord:
-    return VolumeRecord(
-        name=record["name"],
-        namespace=record["namespace"],
-        access_mode="ReadOnlyMany" if record["read_only"] else "ReadWriteMany",
-        description=record["description"] or record["path"],
-        owner=record["owner"],
-        created=datetime.fromtimestamp(record["created"], UTC),
-    )
+def _source(path: Path) -> Source:
+    record = read_json(path)
+    try:
+        return Source(record["path"], record["read_only"])
+    except KeyError as error:
+        raise UnreadableError(path, f"it is no volume's ({error} is missing)") from error
+
+
+def _record(path: Path) -> VolumeRecord:
+    record = read_json(path)
+    try:
+        return VolumeRecord(
+            name=record["name"],
+            namespace=record["namespace"],
+            access_mode="ReadOnlyMany" if record["read_only"] else "ReadWriteMany",
+            description=record["description"] or record["path"],
+            owner=record["owner"],
+            created=datetime.fromtimestamp(record["created"], UTC),
+        )
+    except (KeyError, TypeError) as error:
+        raise UnreadableError(path, f"it is no volume's ({error})") from error

@@ -1,0 +1,149 @@
+"""The files of the local place: damaged ones, and folders that cannot be used."""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.cluster.local_site import Site, await_that, site
+
+from hasten.cluster.local.place import LocalPlace
+from hasten.cluster.local.state import home_folder
+from hasten.cluster.places import Place, ServerUpdate
+from hasten.cluster.spec import TrainingJob, TritonServer, Volume
+from hasten.core.errors import ClusterError, ConfigError
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Site]:
+    with site(tmp_path / "home") as made:
+        yield made
+
+
+def test_a_volume_whose_record_is_damaged(here: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The advice concerns that record alone, and following it loses no other volume."""
+    for name in ("good", "bad", "old"):
+        here.place.create_volume(Volume(name=name, path=str(tmp_path)))
+    folder = here.home / "volumes" / "default"
+    (folder / "bad.json").write_text("{half")
+    (folder / "old.json").write_text("{}")
+    assert [one.name for one in here.place.volumes("default")] == ["good"]
+    for name in ("bad", "old"):
+        record = folder / f"{name}.json"
+        assert f"the record {record} cannot be read" in caplog.text
+        assert f"or move {record} elsewhere" in caplog.text
+        with pytest.raises(ClusterError, match=f"{record} cannot be read: .*or move {record} elsewhere"):
+            here.submit("job", "true", data=(f"{name}:/mnt",))
+        record.rename(tmp_path / record.name)
+        here.place.create_volume(Volume(name=name, path=str(tmp_path)))
+    assert [one.name for one in here.place.volumes("default")] == ["bad", "good", "old"]
+    assert "delete" not in caplog.text
+
+
+def test_a_job_whose_record_is_damaged(here: Site, tmp_path: Path) -> None:
+    """Its folder, with its logs, is moved elsewhere as a whole; then its name is free."""
+    for name in ("good", "bad"):
+        here.run(name, "echo done", map_paths=True)
+        await_that(lambda: here.state(name).done, 20, lambda: "not done")  # noqa: B023
+    folder = here.folder("bad").path
+    for text in ("{half", "[]", '{"instances": []}'):
+        (folder / "state.json").write_text(text)
+        with pytest.raises(ClusterError, match=f"{folder}/state.json cannot be read: .*or move {folder} elsewhere"):
+            here.job("bad")
+        with pytest.raises(ClusterError, match="cannot be read"):
+            here.place.delete_job("bad", "default")
+    folder.rename(tmp_path / "bad")
+    assert here.run("bad", "echo again") == ["again"]
+    assert here.logs("good") == ["done"]
+
+
+def test_files_that_are_no_records(here: Site) -> None:
+    here.run("good", "true")
+    (here.home / "jobs" / "README").touch()
+    (here.home / "jobs" / "default" / "notes.txt").touch()
+    (here.home / "servers" / "default").mkdir(parents=True)
+    (here.home / "servers" / "default" / "notes.txt").touch()
+    assert [job.name for job in here.place.jobs(None)] == ["good"]
+    assert here.place.servers(None) == []
+
+
+WRITES: dict[str, Callable[[Place, str], object]] = {
+    "submit": lambda place, folder: place.submit(TrainingJob(name="x", command="true")),
+    "serve": lambda place, folder: place.serve(TritonServer(name="x", version="1", model_repository=folder)),
+    "data create": lambda place, folder: place.create_volume(Volume(name="x", path=folder)),
+    "top node": lambda place, folder: place.nodes(),
+}
+
+
+@pytest.mark.parametrize("verb", WRITES)
+def test_a_home_that_is_no_folder(tmp_path: Path, verb: str) -> None:
+    (tmp_path / "home").touch()
+    with pytest.raises(ConfigError, match=r"cannot use .*\(Not a directory\).* HASTEN_HOME, default"):
+        WRITES[verb](LocalPlace(tmp_path / "home"), str(tmp_path))
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC, errno.EACCES, errno.EDQUOT])
+@pytest.mark.parametrize("verb", WRITES)
+def test_a_home_that_is_full_or_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, code: int
+) -> None:
+    home = tmp_path / "home"
+    place = LocalPlace(home)
+    _refuse_writes(monkeypatch, home, code)
+    with pytest.raises(ConfigError, match=rf"cannot use {home}.*\({os.strerror(code)}\): .* HASTEN_HOME, default"):
+        WRITES[verb](place, str(tmp_path))
+    assert not home.exists()
+
+
+def _refuse_writes(monkeypatch: pytest.MonkeyPatch, home: Path, code: int) -> None:
+    """What the kernel answers to whatever would be made under a folder."""
+
+    def refusing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *arguments: Any, **options: Any) -> Any:
+            flags = arguments[0] if arguments and real is os_open else os.O_CREAT
+            there = os.path.lexists(path)
+            if not there and Path(os.fspath(path)).is_relative_to(home) and flags & os.O_CREAT:
+                raise OSError(code, os.strerror(code), os.fspath(path))
+            return real(path, *arguments, **options)
+
+        return call
+
+    os_open = os.open
+    monkeypatch.setattr(os, "open", refusing(os_open))
+    monkeypatch.setattr(os, "mkdir", refusing(os.mkdir))
+
+
+def test_a_disk_that_fills_up_leaves_nothing_half(here: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    here.place.create_volume(Volume(name="v", path=str(tmp_path)))
+    here.run("good", "true")
+    await_that(lambda: here.state("good").done, 20, lambda: "not done")
+    before = sorted(here.home.rglob("*"))
+    with monkeypatch.context() as patch:
+        _refuse_writes(patch, here.home, errno.ENOSPC)
+        for verb in ("submit", "serve", "data create"):
+            with pytest.raises(ConfigError, match="No space left on device"):
+                WRITES[verb](here.place, str(tmp_path))
+        assert sorted(here.home.rglob("*")) == before
+        assert [job.name for job in here.place.jobs(None)] == ["good"]
+        assert [one.name for one in here.place.volumes(None)] == ["v"]
+        here.place.delete_job("good", "default")  # which makes room
+    assert not here.folder("good").path.exists()
+    assert list((here.home / "scratch").iterdir()) == []
+
+
+def test_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("HASTEN_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does where it finds no home
+    with pytest.raises(ConfigError, match="there is no home directory; set HASTEN_HOME to a folder"):
+        LocalPlace()
+    monkeypatch.setenv("HASTEN_HOME", str(tmp_path))
+    assert home_folder(None) == tmp_path
+
+
+def test_a_server_that_is_not_there_needs_no_home(tmp_path: Path) -> None:
+    place = LocalPlace(tmp_path / "home")
+    with pytest.raises(ClusterError, match="there is no server x"):
+        place.update_server("x", None, "default", ServerUpdate(replicas=1))
+    assert not (tmp_path / "home").exists()
