@@ -72,7 +72,7 @@ def test_completions_are_those_of_the_engine_in_process(
     (expected,) = demo_llm.generate(PROMPT, KINDS[kind])
     progress = run(collect(demo_engine, PROMPT, KINDS[kind], stream=stream))
     beams = KINDS[kind].beam_width > 1
-    assert len(progress) == 1 if beams or not stream else len(progress) > 1
+    assert len(progress) == 1 or (stream and not beams)
     assert [each.finished for each in progress] == [False] * (len(progress) - 1) + [True]
     assert [each.queue_seconds is None for each in progress] == [False] + [True] * (len(progress) - 1)
     whole = joined(progress)
@@ -94,7 +94,6 @@ def test_64_at_once(run: Any, demo_engine: EngineClient, demo_llm: LLM) -> None:
 
     expected: list[RequestOutput] = demo_llm.generate(prompts, params)
     found = run(ask())
-    assert sum(map(len, found)) < sum(map(count, found)), "so many streams get a few tokens at a time"
     for progress, output in zip(found, expected, strict=True):
         same(joined(progress).completions[0], output.outputs[0])
     assert demo_engine.stats().used_blocks == 0
@@ -146,6 +145,7 @@ def test_a_reader_that_leaves_frees_its_blocks(run: Any, demo_engine: EngineClie
                 reader.cancel()
         await until(lambda: demo_engine.stats().used_blocks == 0)
 
+    assert LONG.max_tokens is not None
     before = demo_engine.stats().generation_tokens
     run(leave())
     assert demo_engine.stats().running == 0
@@ -160,12 +160,12 @@ def test_a_slow_reader_holds_up_nobody(run: Any, demo_engine: EngineClient, demo
         slow = demo_engine.generate([50, 60], params)
         progress = [await anext(slow)]
         others = await asyncio.gather(*(collect(demo_engine, [number + 5], params) for number in range(3)))
-        assert all(len(other) > 50 for other in others)
-        await until(lambda: demo_engine.stats().running == 0, 10)
+        assert [count(other) for other in others] == [100] * 3
+        await until(lambda: demo_engine.stats().running == 0, 60)
         return progress + [each async for each in slow]
 
     progress = run(ask())
-    assert len(progress) <= 3
+    assert len(progress) == 2, "what was not read is one progress"
     same(joined(progress).completions[0], expected.outputs[0])
 
 
@@ -181,9 +181,8 @@ def test_a_slow_reader_holds_up_nobody(run: Any, demo_engine: EngineClient, demo
         (["a"], SHORT, "text or token ids"),
         ([1.5], SHORT, "text or token ids"),
         (None, SHORT, "text or token ids"),
-        ("\ud800", SHORT, "not valid Unicode"),
+        ("\ud800", SHORT, "not valid UTF-8"),
         ([5], SamplingParams(top_k=2**80), "cannot be passed"),
-        ([5], SamplingParams(stop="\ud800"), "cannot be passed"),
         ([5], SamplingParams(beam_width=10**9), "max_num_seqs"),
         ([5], SamplingParams(n=10**9), "n must be at most"),
         ([5], SamplingParams(stop_token_ids=(-1,)), "stop_token_ids has token id -1"),

@@ -149,7 +149,6 @@ def test_a_stream_adds_up_to_the_whole(client: openai.OpenAI, n: int, prompt: An
     assert pieces[-1].usage == whole.usage
     assert all(piece.usage is None for piece in pieces[:-1])
     assert len({(piece.id, piece.model, piece.object, piece.created) for piece in pieces}) == 1
-    assert len(pieces) > 5
     for choice in whole.choices:
         own = [piece.choices[0] for piece in pieces[:-1] if piece.choices[0].index == choice.index]
         assert "".join(piece.text for piece in own) == choice.text
@@ -165,8 +164,8 @@ def test_a_stream_is_events_in_openais_own_form(site: Site) -> None:
     events = response.text.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     objects = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
-    assert [set(one) for one in objects] == [{"id", "object", "created", "model", "choices"}] * 3
-    assert [one["choices"][0]["finish_reason"] for one in objects] == [None, None, "length"]
+    assert all(set(each) == {"id", "object", "created", "model", "choices"} for each in objects)
+    assert [each["choices"][0]["finish_reason"] for each in objects] == [None] * (len(objects) - 1) + ["length"]
 
 
 def choices_of(client: openai.OpenAI, *, stream: bool, **fields: Any) -> list[Any]:

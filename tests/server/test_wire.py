@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -10,11 +11,13 @@ from hasten.core.config import EngineConfig
 from hasten.core.types import FinishReason, Logprob, SamplingParams
 from hasten.engine.stats import EngineStats
 from hasten.server.engine.wire import (
+    Acknowledge,
     Add,
     CompletionDelta,
     Frames,
     FromEngine,
     Output,
+    Refusal,
     Start,
     Step,
     ToEngine,
@@ -34,6 +37,7 @@ def test_messages_arrive_however_the_bytes_are_cut(piece: int) -> None:
         Start(EngineConfig.create("somewhere", max_num_seqs=3, kv_cache_memory=2**40, block_size=4)),
         Add(1, (5, 6), SamplingParams(stop=("a", "b"), stop_words_ids=[[1, 2]], seed=2**64 - 1, n=2), stream=True),
         Add(2, (), SamplingParams(beam_width=4, length_penalty=0.5), stream=False),
+        Acknowledge(3, 0.25),
     ]
     decoder = msgspec.msgpack.Decoder(ToEngine)
     assert [decoder.decode(body) for body in bodies(list(map(framed, messages)), piece)] == messages
@@ -58,15 +62,15 @@ def test_numbers_of_numpy_are_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "error"),
+    ("message", "error"),
     [
-        (SamplingParams(top_k=2**64), OverflowError),
-        (SamplingParams(stop="\ud800"), ValueError),
+        (Add(1, (5,), SamplingParams(top_k=2**64), stream=False), OverflowError),
+        (Refusal(1, "ConfigError", "\ud800"), ValueError),
     ],
 )
-def test_what_does_not_fit_is_an_error(params: SamplingParams, error: type[Exception]) -> None:
+def test_what_does_not_fit_is_an_error(message: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
-        framed(Add(1, (5,), params, stream=False))
+        framed(message)
 
 
 def test_the_servers_process_gets_no_torch() -> None:

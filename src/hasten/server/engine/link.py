@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
@@ -14,7 +15,7 @@ import msgspec
 from hasten.core import errors
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError, HastenError
-from hasten.server.engine.wire import EngineInfo, Frames, FromEngine, Ready, Start, Step, framed
+from hasten.server.engine.wire import Acknowledge, EngineInfo, Frames, FromEngine, Ready, Start, Step, framed
 
 _LEAVE_S = 1.0
 """How long a process that has closed its end may take to leave."""
@@ -93,14 +94,22 @@ class EngineLink(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes have come from the process."""
+        began, steps = time.thread_time(), 0
         for body in self._frames.feed(data):
             message: FromEngine = self._decode(body)
             if isinstance(message, Step):
                 self._on_step(message)
+                steps += 1
             elif isinstance(message, Ready):
                 self.info.set_result(message.info)
             else:
                 self.failure = error_of(message.kind, message.message)
+        if steps:  # the readers that have woken up are before this in the loop's queue
+            asyncio.get_running_loop().call_soon(self._acknowledge, steps, began)
+
+    def _acknowledge(self, steps: int, began: float) -> None:
+        if not self._transport.is_closing():
+            self.send(Acknowledge(steps, time.thread_time() - began))
 
     def connection_lost(self, error: Exception | None) -> None:
         """The process has closed its end, or `close` this one."""

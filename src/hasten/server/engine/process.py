@@ -1,8 +1,8 @@
 """An engine in a process of its own: what `EngineClient` starts and talks to. The only part of the server with torch.
 
 It reads messages between two steps, so a withdrawn request's blocks are free before the next one, and sends what steps
-brought in one write. That write waits for the server to read: a server that stands still stops the engine, and nothing
-piles up here.
+brought in one write, as soon as the server has dealt with the message before. What a server that stands still does not
+take is joined here, and is no more than the requests' outputs.
 """
 
 import gc
@@ -19,9 +19,10 @@ import msgspec
 
 from hasten.core.errors import HastenError
 from hasten.core.types import Request
-from hasten.server.engine.news import News, messages_per_second
+from hasten.server.engine.coalescer import OutputCoalescer, pause_per_cpu_second
 from hasten.server.engine.wire import (
     Abort,
+    Acknowledge,
     Add,
     EngineInfo,
     Expire,
@@ -78,30 +79,41 @@ class Channel:
 class EngineLoop:
     """Messages in, steps, deltas out, until the server closes its end."""
 
-    def __init__(self, engine: "Engine", channel: Channel) -> None:
+    def __init__(self, engine: "Engine", channel: Channel, coalescer: OutputCoalescer) -> None:
         self._engine = engine
         self._channel = channel
-        self._news = News(messages_per_second())
+        self._coalescer = coalescer
+        self._changed = False
+        """Whether there is anything that the server does not know."""
+        self._began = 0.0
+        """When the last step began."""
         self._not_begun: set[str] = set()
+        self._started: set[str] = set()
         self._refused: list[Refusal] = []
         self._expired: list[int] = []
 
     def run(self) -> None:
         """Serve; raises what a step raises."""
         while not self._channel.closed:
-            for message in self._channel.receive(wait=not self._engine.has_unfinished):
-                self._apply(message)
-            if not self._channel.closed:
-                self._turn()
+            if self._engine.has_unfinished:
+                self._step()
+            self._receive(wait=not self._engine.has_unfinished and not self._changed)
+            if self._changed and not self._channel.closed:
+                self._send()
 
-    def _apply(self, message: ToEngine) -> None:
-        if isinstance(message, Add):
-            self._add(message)
-        elif isinstance(message, Abort):
-            self._abort(message.id)
-        elif isinstance(message, Expire) and str(message.id) in self._not_begun:
-            self._abort(message.id)
-            self._expired.append(message.id)
+    def _receive(self, *, wait: bool) -> None:
+        for message in self._channel.receive(wait=wait):
+            if isinstance(message, Acknowledge):
+                self._coalescer.acknowledge(message.steps, message.cpu_seconds, time.monotonic())
+                continue
+            self._changed = True
+            if isinstance(message, Add):
+                self._add(message)
+            elif isinstance(message, Abort):
+                self._abort(message.id)
+            elif isinstance(message, Expire) and str(message.id) in self._not_begun:
+                self._abort(message.id)
+                self._expired.append(message.id)
 
     def _add(self, message: Add) -> None:
         request_id = str(message.id)
@@ -114,28 +126,43 @@ class EngineLoop:
             text = str(error).removeprefix(f"request {request_id}: ")
             self._refused.append(Refusal(message.id, type(error).__name__, text))
             return
-        self._news.begin(message.id, stream=message.stream)
+        self._coalescer.begin(message.id, stream=message.stream)
         self._not_begun.add(request_id)
 
     def _abort(self, number: int) -> None:
         self._engine.abort(str(number))
-        self._news.forget(number)
+        self._coalescer.forget(number)
         self._not_begun.discard(str(number))
 
-    def _turn(self) -> None:
-        """Compute a step, and tell the server what it should know now."""
-        began = time.monotonic()
-        for output in self._engine.step() if self._engine.has_unfinished else []:
-            self._news.put(output)
-        started = self._not_begun - self._engine.waiting if self._not_begun else set()
-        self._not_begun -= started
-        now = time.monotonic()
-        everything = self._news.is_due(now) or not self._engine.has_unfinished
-        outputs = self._news.take(now, everything=everything)
-        if everything or outputs or started or self._refused or self._expired:
-            names = [int(name) for name in started]
-            self._channel.send(Step(self._engine.stats, outputs, names, began, self._refused, self._expired))
-            self._refused, self._expired = [], []
+    def _step(self) -> None:
+        """Compute a step."""
+        self._began = time.monotonic()
+        for output in self._engine.step():
+            self._coalescer.put(output)
+        self._started = self._not_begun - self._engine.waiting if self._not_begun else set()
+        self._not_begun -= self._started
+        self._changed = True
+
+    def _send(self) -> None:
+        """Send what the server should know now."""
+        everything = self._coalescer.is_due(time.monotonic()) or not self._engine.has_unfinished
+        outputs = self._coalescer.take(everything=everything)
+        if everything or outputs or self._started or self._refused or self._expired:
+            started = [int(name) for name in self._started]
+            self._channel.send(Step(self._engine.stats, outputs, started, self._began, self._refused, self._expired))
+            self._coalescer.sent()
+            self._started, self._refused, self._expired = set(), [], []
+            self._changed = not everything
+
+
+def server_coalescer(engine: "Engine") -> OutputCoalescer:
+    """A coalescer for a server on the cores of this engine."""
+    import torch
+
+    threads = torch.get_num_threads() if engine.worker.device.type == "cpu" else 1
+    return OutputCoalescer(
+        pause_per_cpu_second(len(os.sched_getaffinity(0)), engine_threads=threads * engine.ranks.group.size)
+    )
 
 
 def engine_info(engine: "Engine") -> EngineInfo:
@@ -180,7 +207,7 @@ def serve(channel: Channel) -> None:
         channel.send(Ready(engine_info(engine)))
         gc.freeze()  # what loading left stays: no collection need look at it
         gc.enable()
-        EngineLoop(engine, channel).run()
+        EngineLoop(engine, channel, server_coalescer(engine)).run()
         engine.close()
 
 

@@ -84,6 +84,13 @@ class Expire(msgspec.Struct, tag=True):
     id: int
 
 
+class Acknowledge(msgspec.Struct, tag=True):
+    """Steps whose outputs the server has written to their streams, and the CPU time that it spent on that."""
+
+    steps: int
+    cpu_seconds: float
+
+
 class Ready(msgspec.Struct, tag=True):
     """The model is loaded."""
 
@@ -128,7 +135,7 @@ class Step(msgspec.Struct, tag=True):
     """Requests that are withdrawn because they were not begun in time."""
 
 
-ToEngine = Start | Add | Abort | Expire
+ToEngine = Start | Add | Abort | Expire | Acknowledge
 FromEngine = Ready | Failed | Step
 
 _LENGTH = struct.Struct("<Q")

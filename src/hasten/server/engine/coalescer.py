@@ -1,21 +1,24 @@
-"""What an engine's process tells of requests, and when.
+"""Which outputs go to the server with a step, and which are joined with those of later steps.
 
-A message to a client costs the server and the client CPU time, which the engine may want as well: with many streams, a
-message for every token would take a third of a small machine. So tokens of many streams are told a few at a time.
+Nothing is held back for a fixed rate. The server acknowledges each message once it has written its outputs to their
+streams; what comes before that is joined, so a server that keeps up sends every token by itself, and one that does not
+gets as much as it can send. The first and the last tokens of a request never wait.
 """
-
-import os
 
 from hasten.core.types import CompletionOutput, RequestOutput
 from hasten.server.engine.wire import CompletionDelta, Output
 
-_MESSAGES_PER_CORE, _MOST_MESSAGES = 200, 2000
-"""A second, of all streams together: less than a tenth of the cores, and less than one thread can send."""
+_STREAMS_SHARE = 0.05
+"""Of the cores that engine and server compete for, so much may go to writing streams; more slows down all of them."""
 
 
-def messages_per_second() -> int:
-    """How many messages to clients this machine should have to send."""
-    return min(_MOST_MESSAGES, _MESSAGES_PER_CORE * len(os.sched_getaffinity(0)))
+def pause_per_cpu_second(cores: int, engine_threads: int) -> float:
+    """Seconds without a message to streams for each CPU second that the server spends on one.
+
+    0 where the server has a core of its own. Where the engine's threads want all cores, a message delays the tokens
+    that it does not carry, by the time that it costs.
+    """
+    return 0.0 if engine_threads < cores else 1 / (_STREAMS_SHARE * cores)
 
 
 class Deltas:
@@ -54,41 +57,53 @@ class Deltas:
         )
 
 
-class News:
-    """Outputs of requests that the server is not told yet."""
+class OutputCoalescer:
+    """Outputs of requests that the server does not have yet."""
 
-    def __init__(self, per_second: float) -> None:
-        self._per_second = per_second
+    def __init__(self, pause_per_cpu_second: float = 0.0) -> None:
+        self._pause_per_cpu_second = pause_per_cpu_second
         self._deltas: dict[int, Deltas] = {}
         self._streams: set[int] = set()
         self._outputs: dict[int, RequestOutput] = {}
-        self._told = 0.0
-        """When the server was told of all there was."""
+        self._in_flight = 0
+        """Messages that the server has not acknowledged."""
+        self._next_at = 0.0
+        """When streams that share their cores with the engine may have more."""
 
     def begin(self, number: int, *, stream: bool) -> None:
-        """There is a new request, which wants its tokens one by one or all at its end."""
+        """Register a request, which wants its tokens as they come or all at its end."""
         self._deltas[number] = Deltas()
         if stream:
             self._streams.add(number)
 
     def forget(self, number: int) -> None:
-        """Nobody wants to know of a request any more."""
+        """Drop a request that nobody reads any more."""
         self._deltas.pop(number, None)
         self._streams.discard(number)
         self._outputs.pop(number, None)
 
     def put(self, output: RequestOutput) -> None:
-        """There is more of a request: this is all of it so far."""
+        """Take in the output of a request: all of it so far."""
         self._outputs[int(output.request_id)] = output
 
-    def is_due(self, now: float) -> bool:
-        """Whether it is time to tell of all there is; `now` in seconds."""
-        return now - self._told >= len(self._streams) / self._per_second
+    def sent(self) -> None:
+        """Count a message that went to the server."""
+        self._in_flight += 1
 
-    def take(self, now: float, *, everything: bool) -> list[Output]:
-        """What to tell now: the first and the last of a request at once, the rest with `everything`."""
-        if everything:
-            self._told = now
+    def acknowledge(self, messages: int, cpu_seconds: float, now: float) -> None:
+        """The server has written messages to their streams, which cost it this CPU time."""
+        self._in_flight -= messages
+        self._next_at = now + cpu_seconds * self._pause_per_cpu_second
+
+    def is_due(self, now: float) -> bool:
+        """Whether all streams may have what there is; `now` in seconds.
+
+        A single stream has nobody whose tokens its messages delay, so it pauses for nothing.
+        """
+        return self._in_flight == 0 and (now >= self._next_at or len(self._streams) <= 1)
+
+    def take(self, *, everything: bool) -> list[Output]:
+        """The outputs to send now: the first and the last of a request, the rest with `everything`."""
         return [self._take(number) for number in list(self._outputs) if everything or self._is_urgent(number)]
 
     def _is_urgent(self, number: int) -> bool:
@@ -96,7 +111,7 @@ class News:
 
     def _take(self, number: int) -> Output:
         output = self._outputs.pop(number)
-        told = self._deltas[number].take(number, output)
+        taken = self._deltas[number].take(number, output)
         if output.finished:
             self.forget(number)
-        return told
+        return taken
