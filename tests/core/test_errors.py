@@ -41,3 +41,23 @@ def test_every_error_is_exported() -> None:
     for kind in TREE:
         assert kind.__name__ in hasten.__all__
         assert getattr(hasten, kind.__name__) is kind
+
+
+def test_errors_of_other_processes_are_of_their_own_class() -> None:
+    assert type(errors.error_of("ChecksumError", "x")) is errors.ChecksumError
+    assert str(errors.error_of("ZeroDivisionError", "x")) == "ZeroDivisionError: x"
+    assert type(errors.error_of("ZeroDivisionError", "x")) is errors.EngineError
+    assert type(errors.error_of("exit_status", "x")) is errors.EngineError
+
+
+def test_exit_status() -> None:
+    failed = {kind for kind in TREE if errors.exit_status(kind("x")) == 1}
+    assert failed == {
+        errors.CapacityError,
+        errors.EngineError,
+        errors.RankError,
+        errors.ClusterError,
+        errors.NotFoundError,
+        errors.ExistsError,
+    }
+    assert all(errors.exit_status(kind("x")) == 2 for kind in set(TREE) - failed)

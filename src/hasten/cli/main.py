@@ -11,7 +11,7 @@ from hasten.cli import convert, demo, generate, repository, serve
 from hasten.cli.bench import benchmarks as bench
 from hasten.cli.cluster import verbs as cluster
 from hasten.cli.options import Parser
-from hasten.core.errors import CapacityError, ClusterError, EngineError, HastenError
+from hasten.core.errors import HastenError, exit_status
 
 BAD_INPUT = 2
 FAILED = 1
@@ -50,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except HastenError as error:
-        status = FAILED if isinstance(error, EngineError | CapacityError | ClusterError) else BAD_INPUT
-        return _fail(parser.named_by_options(str(error)), status)
+        return _fail(parser.named_by_options(str(error)), exit_status(error))
     except KeyboardInterrupt:
         print("hasten: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -63,3 +63,16 @@ class NotFoundError(ClusterError):
 
 class ExistsError(ClusterError):
     """There is a job, server or volume of that name already."""
+
+
+def error_of(kind: str, message: str) -> HastenError:
+    """An error that another process reported by its class's name; other classes become an EngineError."""
+    found = globals().get(kind)
+    if isinstance(found, type) and issubclass(found, HastenError):
+        return found(message)
+    return EngineError(f"{kind}: {message}")
+
+
+def exit_status(error: HastenError) -> int:
+    """The exit status of a program that ends with an error: 2 for bad input, 1 for a failed run."""
+    return 1 if isinstance(error, EngineError | CapacityError | ClusterError) else 2

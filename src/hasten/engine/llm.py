@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import socket
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Unpack
@@ -17,7 +16,7 @@ from hasten.engine.prompts import ParsedPrompt, Prompt, params_for_each, parse_p
 from hasten.engine.text import Tokenizer
 from hasten.engine.worker import config_to_json, device_kind, follow_rank_zero
 from hasten.parallel.launch import Children, Ranks
-from hasten.parallel.place import RankPlace, place_from_environment
+from hasten.parallel.place import LOCAL, RankPlace, free_local_port, place_from_environment
 
 
 class LLM:
@@ -209,7 +208,7 @@ def start_engine(config: EngineConfig, place: RankPlace | None = None) -> Engine
     size = config.parallel.tensor_parallel_size
     children = None
     if place is None and size > 1:
-        place = RankPlace(0, size, size, "127.0.0.1", _free_port())
+        place = RankPlace(0, size, size, LOCAL, free_local_port())
         children = Children("hasten.engine.worker", config_to_json(config), place)
     ranks: Ranks | None = None
     try:
@@ -223,10 +222,3 @@ def start_engine(config: EngineConfig, place: RankPlace | None = None) -> Engine
         elif children is not None:
             children.end()
         raise
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

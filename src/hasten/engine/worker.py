@@ -46,7 +46,7 @@ from hasten.models.base import CausalLM
 from hasten.models.registry import model_class
 from hasten.ops.peers import Peers
 from hasten.parallel.groups import TensorGroup, use_group
-from hasten.parallel.launch import Ranks
+from hasten.parallel.launch import Ranks, reported
 from hasten.parallel.peers import connect, reachable
 from hasten.parallel.place import RankPlace, place_from_environment
 
@@ -400,7 +400,7 @@ def main() -> None:
     try:
         follow_rank_zero(config, place)
     except BaseException as error:
-        os.write(pipe, f"{type(error).__name__}: {error}".encode())
+        os.write(pipe, reported(error))
         os._exit(1)
     os._exit(0)
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import IO
 
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed offers them, but its types do not
 
-from hasten.core.errors import EngineError, RankError
+from hasten.core.errors import EngineError, HastenError, RankError, error_of, exit_status
 from hasten.parallel.groups import TensorGroup
 from hasten.parallel.place import RankPlace
 
@@ -29,6 +30,33 @@ _GRACE_S = 2.0
 _START_TIMEOUT_S = 120.0
 _IDLE_TIMEOUT = timedelta(days=365)
 """How long a collective waits: ranks wait in one for the next request, however long that takes."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank has ended before its time."""
+
+    text: str
+    """The rank, and how it ended."""
+    error: HastenError | None = None
+    """The error that the rank reported, if any rank could have it, such as bad input: it is what the user shall see."""
+
+    @property
+    def shown(self) -> HastenError:
+        """What rank 0 raises."""
+        return self.error or RankError(self.text)
+
+
+def reported(error: BaseException) -> bytes:
+    """An error as a rank reports it to the others; `_failure` reads it."""
+    return json.dumps([type(error).__name__, str(error)]).encode()
+
+
+def _failure(where: str, report: bytes) -> Failure:
+    """What a rank's report says; `where` names the rank and how it ended."""
+    kind, message = json.loads(report)
+    error = error_of(kind, message)
+    return Failure(f"{where}: {kind}: {message}", None if isinstance(error, EngineError) else error)
 
 
 class Ranks:
@@ -85,7 +113,7 @@ class Ranks:
 
     @contextmanager
     def guard(self, doing: str) -> Iterator[None]:
-        """Turn the failure of a collective into a RankError that names the rank that died and its error."""
+        """Turn the failure of a collective into the error of the rank that died, or a RankError that names the rank."""
         if self._children is not None:
             self._children.raise_failure()
             self._children.guarded = True
@@ -94,27 +122,28 @@ class Ranks:
         except (RuntimeError, dist.DistError) as error:
             if self.group.size == 1:
                 raise
-            raise RankError(f"{self._explain(error)} (while {doing})") from error
+            failure = self._explain(error)
+            raise failure.error or RankError(f"{failure.text} (while {doing})") from error
         finally:
             if self._children is not None:
                 self._children.guarded = False
 
-    def _explain(self, error: Exception) -> str:
+    def _explain(self, error: Exception) -> Failure:
         if self._children is not None:
             self._children.wait_for_failure(_GRACE_S)
             if self._children.failure is not None:
                 return self._children.failure
         elif self._store is not None:
             return self._explain_by_roll_call(error)
-        return f"rank {self.group.rank} of {self.group.size} failed: {_brief(error)}"
+        return Failure(f"rank {self.group.rank} of {self.group.size} failed: {_brief(error)}")
 
     def report_failure(self, error: BaseException) -> None:
         """Tell the other ranks why this one is about to end."""
         if self._store is not None and self._children is None:
             with suppress(RuntimeError):
-                self._store.set(f"failed/{self.group.rank}", f"{type(error).__name__}: {error}")
+                self._store.set(f"failed/{self.group.rank}", reported(error).decode())
 
-    def _explain_by_roll_call(self, error: Exception) -> str:
+    def _explain_by_roll_call(self, error: Exception) -> Failure:
         """Who is missing among ranks that nobody here started: those that answer are alive."""
         assert self._store is not None
         others = [rank for rank in range(self.group.size) if rank != self.group.rank]
@@ -124,13 +153,15 @@ class Ranks:
             while time.monotonic() < deadline:
                 for rank in others:
                     if self._store.check([f"failed/{rank}"]):
-                        return f"rank {rank} of {self.group.size} failed: {self._store.get(f'failed/{rank}').decode()}"
+                        return _failure(f"rank {rank} of {self.group.size} failed", self._store.get(f"failed/{rank}"))
                 time.sleep(0.1)
             dead = [rank for rank in others if not self._store.check([f"alive/{rank}"])]
         except RuntimeError:
             dead = [0]  # the store went with the rank that hosts it
         names = ", ".join(f"rank {rank}" for rank in dead) or "a rank"
-        return f"{names} of {self.group.size} died: its connection to rank {self.group.rank} broke ({_brief(error)})"
+        return Failure(
+            f"{names} of {self.group.size} died: its connection to rank {self.group.rank} broke ({_brief(error)})"
+        )
 
     def broadcast(self, message: object | None) -> object:
         """Rank 0's message, any JSON value, on every rank."""
@@ -186,7 +217,7 @@ class Children:
     """Ranks 1 and up, started by this process as children that end with it."""
 
     def __init__(self, module: str, configuration: str, place: RankPlace) -> None:
-        self.failure: str | None = None
+        self.failure: Failure | None = None
         """The first death that nobody asked for."""
         self.guarded = False
         """Whether rank 0 is inside a collective, where it may hang when a child dies."""
@@ -224,24 +255,26 @@ class Children:
 
     def _watch(self, process: "subprocess.Popen[bytes]", rank: int, errors: IO[bytes]) -> None:
         with errors:
-            message = errors.read().decode(errors="replace").strip()
+            report = errors.read()
         code = process.wait()
         if self.ending or self.failure is not None:
             return
-        how = message or (f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}")
-        self.failure = f"rank {rank} of {self._size} (process {process.pid}) died: {how}"
+        where = f"rank {rank} of {self._size} (process {process.pid}) died"
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        self.failure = _failure(where, report) if report else Failure(f"{where}: {how}")
         self._failed.set()
         time.sleep(_GRACE_S)
         if self.guarded and not self.ending:
             # The collective did not notice (NCCL waits for ever); nothing else would end this process.
-            sys.stderr.write(f"hasten: error: {self.failure}\n")
+            error = self.failure.shown
+            sys.stderr.write(f"hasten: error: {error}\n")
             sys.stderr.flush()
-            os._exit(1)
+            os._exit(exit_status(error))
 
     def raise_failure(self) -> None:
-        """RankError if a rank has died."""
+        """The error of a rank that has died, or a RankError that names the rank."""
         if self.failure is not None:
-            raise RankError(self.failure)
+            raise self.failure.shown
 
     def wait_for_failure(self, seconds: float) -> None:
         """Wait until a death is known, at most so long."""

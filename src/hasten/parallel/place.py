@@ -2,10 +2,15 @@
 
 import hashlib
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hasten.core.errors import ConfigError
+
+LOCAL = "127.0.0.1"
+"""Where ranks that one process starts meet."""
+_CONNECT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,24 @@ def place_from_environment(env: Mapping[str, str] = os.environ) -> RankPlace | N
                 f"{size_name}={size} ranks on several hosts, but MASTER_ADDR is not set; set it to rank 0's host "
                 "(and MASTER_PORT to a free port there)"
             )
-        address = env.get("MASTER_ADDR", "127.0.0.1")
+        address = env.get("MASTER_ADDR", LOCAL)
         return RankPlace(
             rank, size, local_size, address, _number(env, "MASTER_PORT") if "MASTER_PORT" in env else _port_of_job(env)
         )
     return None
+
+
+def free_local_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on; ConfigError where ranks of this host cannot meet there."""
+    try:
+        with socket.create_server((LOCAL, 0)) as probe, socket.create_connection(probe.getsockname(), _CONNECT_S):
+            port: int = probe.getsockname()[1]
+            return port
+    except OSError as error:
+        raise ConfigError(
+            f"ranks on one host meet at {LOCAL}, which cannot be reached here ({error.strerror or error}); bring the "
+            "loopback interface up, or use one rank"
+        ) from error
 
 
 def _number(env: Mapping[str, str], name: str) -> int:

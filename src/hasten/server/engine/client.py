@@ -11,11 +11,11 @@ from dataclasses import replace
 from operator import index
 
 from hasten.core.config import EngineConfig
-from hasten.core.errors import EngineError, HastenError, InvalidRequestError
+from hasten.core.errors import EngineError, HastenError, InvalidRequestError, error_of
 from hasten.core.types import SamplingParams
 from hasten.engine.stats import EngineStats
 from hasten.engine.text import Tokenizer
-from hasten.server.engine.link import EngineLink, error_of
+from hasten.server.engine.link import EngineLink
 from hasten.server.engine.queue import (
     Progress,
     QueueFullError,

@@ -12,23 +12,14 @@ from typing import Any, cast
 
 import msgspec
 
-from hasten.core import errors
 from hasten.core.config import EngineConfig
-from hasten.core.errors import EngineError, HastenError
+from hasten.core.errors import EngineError, HastenError, error_of
 from hasten.server.engine.wire import Acknowledge, EngineInfo, Frames, FromEngine, Ready, Start, Step, framed
 
 _LEAVE_S = 1.0
 """How long a process that has closed its end may take to leave."""
 _CLOSE_S = 5.0
 """How long a process that is told to end may take."""
-
-
-def error_of(kind: str, message: str) -> HastenError:
-    """An error that an engine's process reported, as the class that it was; other classes become an EngineError."""
-    found = getattr(errors, kind, None)
-    if isinstance(found, type) and issubclass(found, HastenError):
-        return found(message)
-    return EngineError(f"{kind}: {message}")
 
 
 class EngineLink(asyncio.Protocol):
