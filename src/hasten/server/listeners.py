@@ -108,12 +108,17 @@ class HttpListener:
             self._task.result()
 
     async def stop(self, grace: float) -> None:
-        """Take no more connections, give those under way `grace` seconds, and close the port."""
+        """Take no more connections, give those under way `grace` seconds, and close the port.
+
+        May be cancelled, and called again with less grace.
+        """
         if self._server is not None and self._task is not None:
             self._server.config.timeout_graceful_shutdown = max(1, round(grace))
             self._server.force_exit = grace == 0
             self._server.should_exit = True
-            await self._task
+            # unlike awaiting the task, this leaves it alone where it is cancelled
+            await asyncio.wait((self._task,))
+            self._task.result()
         self.close()
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -291,6 +291,5 @@ class Service:
         self._closing = True
         if self._polling is not None:
             self._polling.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._polling
+            await asyncio.wait((self._polling,))
         await self._registry.close(exit_timeout)
