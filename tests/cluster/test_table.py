@@ -1,11 +1,14 @@
 """What tables and plain data are made of."""
 
 import json
+import re
 import time
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from hasten.cluster import table
 from hasten.cluster.places import Instance, Job, Status
@@ -102,6 +105,73 @@ def test_yaml_of_several_documents() -> None:
 )
 def test_texts_survive_yaml(text: str) -> None:
     assert yaml.safe_load(table.as_yaml({"command": text})) == {"command": text}
+
+
+YAML_1_1 = re.compile(
+    r"y|Y|yes|Yes|YES|n|N|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF"
+    r"|~|null|Null|NULL||<<|="
+    r"|[-+]?0b[0-1_]+|[-+]?0[0-7_]+|[-+]?(0|[1-9][0-9_]*)|[-+]?0x[0-9a-fA-F_]+|[-+]?[1-9][0-9_]*(:[0-5]?[0-9])+"
+    r"|[-+]?([0-9][0-9_]*)?\.[0-9.]*([eE][-+][0-9]+)?|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+\.[0-9_]*"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+    r"|[0-9]{4}-[0-9]{2}-[0-9]{2}"
+    r"|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt]|[ \t]+)[0-9]{1,2}:[0-9]{2}:[0-9]{2}(\.[0-9]*)?"
+    r"([ \t]*(Z|[-+][0-9]{1,2}(:[0-9]{2})?))?"
+)
+"""What the types of yaml.org/type are written as."""
+YAML_1_2 = re.compile(
+    r"null|Null|NULL|~||true|True|TRUE|false|False|FALSE|[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
+    r"|[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
+"""The tags of the core schema, yaml.org/spec/1.2.2 chapter 10.3."""
+AMBIGUOUS = (
+    *("y", "Y", "n", "yes", "No", "on", "OFF", "true", "False", "~", "null", "Null", "", "=", "<<"),
+    *("1e-3", "1E3", "0809", "12e4567", "0x1F", "0o17", "0b101", "1_000", "12:30:45", "190:20:30.15", "-1", "+1"),
+    *(".5", "5.", "-.5", ".inf", "-.INF", ".NaN", "2026-01-02", "2026-01-02T03:04:05Z", "2026-1-2 3:04:05"),
+)
+
+
+@pytest.mark.parametrize("text", AMBIGUOUS)
+def test_texts_that_look_like_something_else_are_quoted(text: str) -> None:
+    for data, line in (({"value": text}, f"value: '{text}'\n"), ([text], f"- '{text}'\n")):
+        assert table.as_yaml(data) == line
+    assert table.as_yaml({text: 1}).startswith(f"'{text}': ")
+
+
+def test_other_texts_are_not_quoted() -> None:
+    for text in (
+        "bloom",
+        "2Gi",
+        "500m",
+        "IfNotPresent",
+        "/mnt/model",
+        "apps/v1",
+        "no-op",
+        "yesterday",
+        "1-worker",
+        "v1",
+    ):
+        assert table.as_yaml({"value": text}) == f"value: {text}\n"
+    assert table.as_yaml({"a": True, "b": None, "c": 1, "d": 0.5}) == "a: true\nb: null\nc: 1\nd: 0.5\n"
+
+
+NUMBERISH = st.text("0123456789abcdefoxABCDEFXO_.:+-eEtTzZyYnN~ ", max_size=12)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.one_of(NUMBERISH, st.text(max_size=30), st.from_regex(YAML_1_1, fullmatch=True)))
+def test_any_text_is_a_text_to_any_reader(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return
+    for data in ({"value": text}, [text], {text: "value"}, {"deep": [{"env": [{"name": "A", "value": text}]}]}):
+        written = table.as_yaml(data)
+        assert yaml.safe_load(written) == data
+    plain = table.as_yaml([text]).removeprefix("- ").removesuffix("\n")
+    if not plain.startswith(("'", '"', "|")):
+        assert plain == text
+        assert not YAML_1_1.fullmatch(plain)
+        assert not YAML_1_2.fullmatch(plain)
 
 
 def test_lines_are_written_as_lines() -> None:

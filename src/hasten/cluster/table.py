@@ -1,6 +1,7 @@
 """What places tell, as tables for people and as plain data for programs."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
@@ -13,6 +14,13 @@ NOTHING = "N/A"
 _UNITS = (("y", 365 * 86400), ("d", 86400), ("h", 3600), ("m", 60))
 _TABLE_PORTS = ("RESTFUL", "GRPC")
 _INDENT = "  "
+_OTHER_THAN_TEXT = re.compile(
+    r"[-+]*[.0-9][-+.:_0-9a-fox]*|[-+]?\.?(inf|infinity|nan)|y|n|yes|no|on|off|true|false|null|~|=|<<|", re.IGNORECASE
+)
+"""Texts that some YAML reader, of version 1.1 or 1.2, takes for a number, a time, a boolean, null or a merge; and more.
+
+PyYAML quotes what it would itself read so. Others read more: kubectl takes `y` for true, and 1e-3 and 0809 for numbers.
+"""
 
 Rows = Iterable[Sequence[str]]
 
@@ -249,9 +257,10 @@ def as_yaml(*documents: Any) -> str:
         def ignore_aliases(self, data: Any) -> bool:
             return True
 
-    def lines(dumper: Any, text: str) -> Any:
-        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    def written(dumper: Any, text: str) -> Any:
+        style = "|" if "\n" in text else "'" if _OTHER_THAN_TEXT.fullmatch(text) else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
-    Dumper.add_representer(str, lines)
+    Dumper.add_representer(str, written)
     options: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 1000}
     return "---\n".join(yaml.dump(plain(document), Dumper=Dumper, **options) for document in documents)
