@@ -8,6 +8,7 @@ from tests.cluster.api_server_kinds import BY_NAME
 from tests.cluster.kubernetes_fixtures import GPU_NODE, World, serving, world
 
 from hasten.cluster.places import ServerUpdate
+from hasten.cluster.table import server_details
 from hasten.core.errors import ClusterError, ConfigError, ExistsError, NotFoundError, UnsupportedError
 
 __all__ = ["world"]
@@ -63,6 +64,41 @@ def test_events_of_a_server_are_also_those_of_its_replica_set(world: World) -> N
     world.event(made, "FailedCreate", "exceeded quota: gpus", "2026-11-23T10:00:00Z")
     events = world.place.server("ft-triton-bloom", None, "default").events
     assert [(event.reason, event.source) for event in events] == [("FailedCreate", f"replicaset/{NAME}-5d4")]
+
+
+REFUSED = (
+    'pods "x" is forbidden: violates PodSecurity "restricted:latest": hostNetwork (pod must not set '
+    "spec.securityContext.hostNetwork=true)"
+)
+
+
+def test_pods_that_are_refused_are_told(world: World) -> None:
+    """By the Deployment's condition, in any list and without events."""
+    world.place.serve(serving())
+    condition = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": REFUSED}
+    progress = {"type": "Progressing", "status": "True", "reason": "NewReplicaSetCreated"}
+    world.change(world.object("Deployment", NAME), {"status": {"conditions": [progress, condition]}})
+    for server in (world.place.servers("default")[0], world.place.server("ft-triton-bloom", None, "default")):
+        assert server.reason == f"FailedCreate: {REFUSED}"
+        assert f"Reason:     FailedCreate: {REFUSED}" in server_details(server)
+    world.change(world.object("Deployment", NAME), {"status": {"conditions": [{**condition, "status": "False"}]}})
+    assert world.place.server("ft-triton-bloom", None, "default").reason is None
+
+
+def test_groups_that_are_refused_are_told(world: World) -> None:
+    """A LeaderWorkerSet has no such condition: the events of its StatefulSet have it."""
+    world.place.serve(serving(multinode=2, runtime="tritonserver"))
+    labels = {"leaderworkerset.sigs.k8s.io/name": NAME}
+    metadata = {"name": NAME, "namespace": "default", "labels": labels}
+    made = world.store.write({"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": metadata, "spec": {}})
+    neighbour = {"name": "other", "namespace": "default", "labels": {**labels, "leaderworkerset.sigs.k8s.io/name": "o"}}
+    other = world.store.write({"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": neighbour, "spec": {}})
+    world.event(made, "FailedCreate", "exceeded quota: gpus", "2026-11-23T10:00:00Z")
+    world.event(other, "FailedCreate", "not its own", "2026-11-23T11:00:00Z")
+    server = world.place.server("ft-triton-bloom", None, "default")
+    assert server.reason == f"statefulset/{NAME}: FailedCreate: exceeded quota: gpus (2 times)"
+    world.server.rules.denied.add(("list", "statefulsets.apps"))
+    assert world.place.server("ft-triton-bloom", None, "default").reason is None
 
 
 def test_nothing_is_left_of_a_server_that_fails(world: World) -> None:

@@ -104,6 +104,8 @@ class Server:
     type: str = "Triton"
     instances: Sequence[Instance] = ()
     events: Sequence[Event] = ()
+    reason: str | None = None
+    """Why it lacks instances, in one sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -169,6 +169,7 @@ def server_details(server: Server, *, events: bool = False) -> list[str]:
     gpus = ("GPU",) if server.gpus else ()
     if server.gpus:
         summary.append(("GPUs:", str(server.gpus)))
+    summary += [("Reason:", _one_line(server.reason))] if server.reason else []
     summary += [("Reason:", _one_line(f"{one.name}: {one.reason}")) for one in server.instances if one.reason]
     rows = [_instance_row(one, gpus=bool(gpus)) for one in server.instances]
     header = ("NAME", "STATUS", "AGE", "READY", "RESTARTS", *gpus, "NODE")

@@ -8,7 +8,15 @@ from typing import Any
 
 from hasten.cluster.kubernetes.client import Cluster
 from hasten.cluster.kubernetes.errors import ForbiddenError, MissingKindError
-from hasten.cluster.kubernetes.records import count, created, events_of, instance, newest_first, pod_gpus
+from hasten.cluster.kubernetes.records import (
+    count,
+    created,
+    events_of,
+    instance,
+    newest_first,
+    pod_gpus,
+    true_condition,
+)
 from hasten.cluster.kubernetes.resources import (
     DEPLOYMENTS,
     EVENTS,
@@ -16,6 +24,7 @@ from hasten.cluster.kubernetes.resources import (
     PODS,
     REPLICA_SETS,
     SERVICES,
+    STATEFUL_SETS,
     Object,
     Resource,
     labels_of,
@@ -27,6 +36,8 @@ from hasten.cluster.spec import checked_name, checked_version
 from hasten.core.errors import ConfigError, NotFoundError
 
 _TYPE = "servingType=triton-serving"
+_GROUPS_NAME = "leaderworkerset.sigs.k8s.io/name"
+"""Label of the StatefulSets that are made for a LeaderWorkerSet."""
 _INDEX = "leaderworkerset.sigs.k8s.io/worker-index"
 _ENDPOINTS = {HTTP: "RESTFUL", GRPC: "GRPC", METRICS: "METRICS"}
 
@@ -90,13 +101,24 @@ def list_servers(cluster: Cluster, namespace: str | None) -> list[Server]:
 def server_with_events(cluster: Cluster, found: FoundServer) -> Server:
     """A server with all that happened to it, to its pods and to what makes them."""
     namespace, labels = found.body["metadata"]["namespace"], labels_of(found.body)
-    about = [found.body, *found.pods]
     if found.resource == DEPLOYMENTS:
-        selector = _selector(labels.get("servingName"), labels.get("servingVersion"))
-        with suppress(ForbiddenError):  # without this right there are fewer events
-            about += cluster.list_all(REPLICA_SETS, namespace, labels=selector)
+        makers, selector = REPLICA_SETS, _selector(labels.get("servingName"), labels.get("servingVersion"))
+    else:
+        makers, selector = STATEFUL_SETS, f"{_GROUPS_NAME}={name_of(found.body)}"
+    about = [found.body, *found.pods]
+    with suppress(ForbiddenError):  # without this right there are fewer events
+        about += cluster.list_all(makers, namespace, labels=selector)
     uids = frozenset(one["metadata"]["uid"] for one in about)
-    return replace(server_record(found), events=events_of(cluster.list_all(EVENTS, namespace), uids))
+    server = replace(server_record(found), events=events_of(cluster.list_all(EVENTS, namespace), uids))
+    return replace(server, reason=server.reason or _reason_of_events(server))
+
+
+def _reason_of_events(server: Server) -> str | None:
+    """Where neither conditions nor pods tell why instances are missing, events do: a quota, a refused pod."""
+    if server.available >= server.desired or any(one.reason for one in server.instances):
+        return None
+    warning = next((event for event in reversed(server.events) if event.kind == "Warning"), None)
+    return None if warning is None else f"{warning.source}: {warning.reason}: {warning.message}"
 
 
 def _key(item: Object) -> _Key:
@@ -124,7 +146,14 @@ def server_record(found: FoundServer) -> Server:
         gpus=desired * sum(number * pod_gpus(one["spec"]) for number, one in templates(body)),
         created=created(body),
         instances=[instance(pod, chief=labels_of(pod).get(_INDEX) == "0") for pod in found.pods],
+        reason=_refusal(body),
     )
+
+
+def _refusal(body: Object) -> str | None:
+    """What refuses a Deployment's pods, such as a quota or the standard of its namespace: there is no pod to tell."""
+    failure = true_condition(body, "ReplicaFailure")
+    return None if failure is None else f"{failure.get('reason')}: {failure.get('message')}"
 
 
 def templates(body: Object) -> list[tuple[int, dict[str, Any]]]:

@@ -44,6 +44,7 @@ def server_view(folder: Folder, state: State, plan: ServerPlan, *, events: bool)
         created=_moment(state.created),
         instances=[_instance(one) for one in state.instances],
         events=_events(state) if events else (),
+        reason=f"runs on {state.host}" if not state.done and elsewhere(state) else state.reason,
     )
 
 
