@@ -610,7 +610,7 @@ def test_streams_show_no_surplus_token(llm: LLM, plain: RequestOutput) -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("no more of it\nand details")], ids=repr)
 @pytest.mark.parametrize("place", ["launch", "collect"])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_an_error_in_a_step_ends_the_engine_and_frees_everything(
+def test_an_error_in_a_step_frees_everything_and_unless_an_interrupt_ends_the_engine(
     error: BaseException, place: str, overlap: bool, tiny_bloom: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = count()
@@ -631,7 +631,10 @@ def test_an_error_in_a_step_ends_the_engine_and_frees_everything(
             llm.generate(PROMPTS, SamplingParams(max_tokens=20, n=2))
         assert "details" not in str(raised.value)
         assert_nothing_is_left(llm)
-        with pytest.raises(EngineError, match="closed"):
+        if wanted is KeyboardInterrupt:  # one rank alone goes on
+            assert len(llm.generate(PROMPTS, GREEDY)) == len(PROMPTS)
+            return
+        with pytest.raises(EngineError, match=r"closed: a step failed \(CapacityError: the device's memory ran out"):
             llm.generate(PROMPTS, GREEDY)
 
 

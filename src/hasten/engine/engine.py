@@ -5,7 +5,9 @@ next one is launched, so that the device has that to do while Python looks at th
 """
 
 import itertools
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -95,8 +97,11 @@ class Engine:
         self._token_texts: dict[int, str] = {}
         self._unseeded = 0
         self._prompt_tokens = self._generation_tokens = 0
-        self._closed = False
+        self._closed_because: str | None = None
+        """Why nothing more is computed."""
         self._failed = self._left = False
+        self._changing: int | None = None
+        """The thread that is changing the engine's state, for as long as that takes."""
 
     def _load_tokenizer(self) -> Tokenizer | None:
         folder = self.config.tokenizer or self.worker.tokenizer_folder
@@ -136,8 +141,10 @@ class Engine:
 
         `step` returns its output when it is finished, and with `stream` whenever there is more of it.
         """
-        if self._closed:
-            raise EngineError("the engine is closed")
+        with self._change():
+            self._add(request, stream=stream)
+
+    def _add(self, request: Request, *, stream: bool) -> None:
         if request.request_id in self._requests:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use")
         params = self._resolve(request)
@@ -216,6 +223,17 @@ class Engine:
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Withdraw a request; its blocks are free before the next step. Returns what it had, if it was unfinished."""
+        if request_id not in self._requests or self._closed_because is not None:
+            return None
+        with self._change():
+            return self._abort(request_id)
+
+    def abort_all(self) -> None:
+        """Withdraw all requests."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+
+    def _abort(self, request_id: str) -> RequestOutput | None:
         state = self._requests.pop(request_id, None)
         if state is None:
             return None
@@ -238,15 +256,65 @@ class Engine:
 
         With overlapped steps they are those of the batch before.
         """
-        if self._closed:
-            raise EngineError("the engine is closed")
+        with self._change(), self._closing_on_errors(), self.ranks.guard("computing a step"), torch.inference_mode():
+            return self._step()
+
+    @contextmanager
+    def _closing_on_errors(self) -> Iterator[None]:
         try:
-            with self.ranks.guard("computing a step"), torch.inference_mode():
-                return self._step()
-        except BaseException:  # an interrupt too leaves the other ranks inside a step that will not end
-            self._closed = self._failed = True
-            self._flight = None
+            yield
+        except Exception as error:
+            self._close_for(f"a step failed ({type(error).__name__}: {error})")
             raise
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Whatever changes the state of requests and blocks: an interrupt in the middle of it leaves none of them.
+
+        A rank alone goes on with an empty state; other ranks would be left inside a step that never ends, so that
+        with several the engine closes. EngineError where it is closed, or another thread is here.
+        """
+        if self._closed_because is not None:
+            raise EngineError(f"the engine is closed: {self._closed_because}; create a new LLM")
+        thread = threading.get_ident()
+        if self._changing is not None:
+            if self._changing != thread:
+                raise EngineError("another thread is computing with this engine; one at a time may")
+            self._recover()  # a second interrupt cut off the recovery from the first
+        self._changing = thread
+        try:
+            yield
+        except Exception:
+            self._changing = None
+            raise
+        except BaseException:
+            self._recover()
+            raise
+        self._changing = None
+
+    def _recover(self) -> None:
+        """After an interrupt: no request and no block in use, whatever was half done."""
+        if self.ranks.group.size > 1:
+            self._close_for("it was interrupted in the middle of a step, which its other ranks cannot leave")
+        else:
+            self._forget_all()
+        self._changing = None
+
+    def _close_for(self, reason: str) -> None:
+        self._closed_because = reason
+        self._failed = True
+        self._forget_all()
+
+    def _forget_all(self) -> None:
+        self._requests, self._owners, self._added = {}, {}, {}
+        self._pending, self._flight = _empty_message(), None
+        self.worker.reset()
+        self.scheduler = self.worker.scheduler
+
+    @property
+    def closed_because(self) -> str | None:
+        """Why nothing more is computed; None while the engine is open."""
+        return self._closed_because
 
     def _step(self) -> list[RequestOutput]:
         touched: dict[str, _RequestState] = {}
@@ -474,7 +542,8 @@ class Engine:
         """Tell the other ranks to end and leave the group; a second call does nothing."""
         if self._left:
             return
-        self._left = self._closed = True
+        self._left = True
+        self._closed_because = self._closed_because or "close() was called"
         self._flight = None
         self.ranks.expect_end()
         if self._failed:

@@ -25,9 +25,13 @@ class BlockTables:
 
     def __init__(self, max_sequences: int, max_blocks: int) -> None:
         self.array = np.zeros((max_sequences, max_blocks), dtype=np.int32)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all sequences."""
         self._rows: dict[int, tuple[int, int, int]] = {}
         """Sequence key -> row, version of the table it holds, blocks it holds."""
-        self._free = list(range(max_sequences))
+        self._free = list(range(len(self.array)))
 
     def rows(self, sequences: list[Sequence]) -> list[int]:
         """The row of each sequence, brought up to date."""

@@ -36,6 +36,7 @@ class LLM:
     def __init__(self, model: str | os.PathLike[str], **options: Unpack[EngineOptions]) -> None:
         config = EngineConfig.create(os.fspath(model), **options)
         self._engine: Engine | None = None
+        self._closed_because = "it is not the driver of its run, which rank 0 is"
         self._next_id = 0
         place = launched_place(config)
         if place is not None and place.rank > 0:
@@ -50,9 +51,9 @@ class LLM:
 
     @property
     def engine(self) -> Engine:
-        """The engine below; EngineError after `close`."""
+        """The engine below; EngineError after `close`, and on ranks other than 0."""
         if self._engine is None:
-            raise EngineError("this LLM is closed, or is not the driver of its run")
+            raise EngineError(f"this LLM is closed: {self._closed_because}")
         return self._engine
 
     @property
@@ -117,10 +118,15 @@ class LLM:
         finally:
             self._abandon(ids, finished)
 
+    def abort(self) -> None:
+        """Withdraw what is under way, such as a stream that an interrupted loop left open."""
+        self.engine.abort_all()
+
     def close(self) -> None:
         """End the ranks and free the model; a second call does nothing."""
         if self._engine is not None:
             self._engine.close()
+            self._closed_because = f"{self._engine.closed_because}; create a new LLM"
             self._engine = None
 
     def __enter__(self) -> "LLM":
@@ -140,7 +146,7 @@ class LLM:
     ) -> list[str]:
         engine = self.engine
         if engine.has_unfinished:
-            raise EngineError("another generate or stream of this LLM is under way; finish or close it first")
+            raise EngineError("another generate or stream of this LLM is under way; finish, close or abort it first")
         parsed = parse_prompts(prompts)
         each = params_for_each(len(parsed), params, SamplingParams())
         requests = []

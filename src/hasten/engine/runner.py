@@ -61,6 +61,11 @@ class Runner:
             attention.bind_cache(key_cache, value_cache)
             self._caches += [key_cache, value_cache]
 
+    def reset(self) -> None:
+        """Forget the sequences of earlier batches; what the device has been given comes before all that follows."""
+        self._inputs.tables.clear()
+        self._output = None
+
     def release_cache(self) -> None:
         """Let the cache go."""
         self._caches = []

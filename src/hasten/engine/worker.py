@@ -113,12 +113,24 @@ class Worker:
             group = self._with_peers(dtype)
             model = build_model(checkpoint, group, dtype, self.device)
         self.runner = Runner(model, dtype, self.device, config.cache.block_size, config.scheduler.max_num_seqs)
-        self.max_model_len, num_blocks = self._make_cache(config)
-        blocks = BlockManager(
-            num_blocks, config.cache.block_size, enable_prefix_caching=config.cache.enable_prefix_caching
-        )
-        self.scheduler = Scheduler(config.scheduler, blocks)
+        self.max_model_len, self._num_blocks = self._make_cache(config)
+        self._config = config
+        self.scheduler = self._make_scheduler()
         self.sampler = Sampler(self.model_config.eos_token_ids, self.device)
+
+    def _make_scheduler(self) -> Scheduler:
+        cache = self._config.cache
+        blocks = BlockManager(self._num_blocks, cache.block_size, enable_prefix_caching=cache.enable_prefix_caching)
+        return Scheduler(self._config.scheduler, blocks)
+
+    def reset(self) -> None:
+        """Forget all sequences and what the cache holds, in whatever state they are; counters go on."""
+        before, self.scheduler = self.scheduler, self._make_scheduler()
+        self.scheduler.stats = before.stats
+        self.scheduler.blocks.prefix_queries = before.blocks.prefix_queries
+        self.scheduler.blocks.prefix_hits = before.blocks.prefix_hits
+        self.sampler = Sampler(self.model_config.eos_token_ids, self.device)
+        self.runner.reset()
 
     def _with_peers(self, dtype: torch.dtype) -> TensorGroup:
         """The group, with mailboxes where its GPUs can reach each other."""
