@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from tests.cluster.api_server import ADMIN, ApiServer
-from tests.cluster.kubernetes_fixtures import World, training, world
+from tests.cluster.kubernetes_fixtures import World, serving, training, world
 
+from hasten.cli.main import main
 from hasten.cluster.kubernetes.place import KubernetesPlace
 from hasten.core.errors import ClusterError, ConfigError
 
@@ -60,6 +62,49 @@ def test_what_is_wrong_with_a_configuration(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
     with pytest.raises(ConfigError, match="pod's service account"):
         KubernetesPlace()
+
+
+def test_a_dry_run_needs_no_cluster(caplog: pytest.LogCaptureFixture) -> None:
+    place = KubernetesPlace(only_plans=True)
+    assert place.default_namespace() == "default"
+    assert [one["kind"] for one in place.plan_job(training())] == ["PyTorchJob"]
+    assert [one["kind"] for one in place.plan_server(serving())] == ["Deployment", "Service"]
+    assert not caplog.records
+    kinds = [one["kind"] for one in place.plan_server(serving(allow_metrics=True, multinode=2))]
+    assert kinds == ["LeaderWorkerSet", "Service", "PodMonitor"]
+    assert "for a cluster with all CRDs of docs/kubernetes.md: no cluster is configured" in caplog.text
+
+
+def test_a_dry_run_needs_no_cluster_that_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server = ApiServer()
+    config = server.kubeconfig(tmp_path / "config", namespace="team")
+    server.close()
+    place = KubernetesPlace(config)
+    assert place.default_namespace() == "team"
+    assert [one["kind"] for one in place.plan_server(serving())] == ["Deployment", "Service"]
+    assert not caplog.records
+    assert place.plan_server(serving(allow_metrics=True))[-1]["kind"] == "PodMonitor"
+    assert "no answer from the cluster" in caplog.text
+    with pytest.raises(ClusterError, match="no answer from the cluster"):
+        place.serve(serving(allow_metrics=True))
+
+
+def test_a_dry_run_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    place = ("cluster", "--cluster", "kubernetes")
+    server = ("--name", "x", "--version", "1", "--image", "i", "--model-repository", "/m")
+    assert main([*place, "serve", "triton", *server, "--dry-run"]) == 0
+    assert main([*place, "submit", "pytorchjob", "--name", "x", "--image", "i", "--dry-run", "run"]) == 0
+    assert main([*place, "data", "create", "v", "--nfs-server", "s", "--path", "/p", "--dry-run"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.count("kind: Deployment\n") == 1
+    assert main([*place, "serve", "triton", *server]) == 2
+    assert main([*place, "--config", "/nowhere", "serve", "triton", *server, "--dry-run"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[2].strip()[:28] for line in errors] == [
+        "error: no cluster is configu",
+        "error: there is no kubeconfi",
+    ]
 
 
 def test_a_server_that_is_not_there_is_told_within_seconds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -148,6 +193,120 @@ def test_a_proxy_is_not_asked_for_this_machine(world: World, monkeypatch: pytest
     (tmp_path / "far").write_text(text)
     with pytest.raises(ClusterError, match=r"through the proxy http://127.0.0.1:9"):
         KubernetesPlace(str(tmp_path / "far")).jobs("default")
+
+
+class _Proxy(BaseHTTPRequestHandler):
+    """Answers itself, and remembers for whom it was asked."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        body = json.dumps({"gitVersion": "v1.0-by-proxy", "items": [], "metadata": {}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def proxy() -> Iterator[str]:
+    _Proxy.asked.clear()
+    with HTTPServer(("127.0.0.1", 0), _Proxy) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_the_proxy_of_the_kubeconfig_holds_for_all_hosts(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, proxy: str
+) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1,localhost,*")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    config = world.server.kubeconfig(tmp_path / "config", ADMIN, None, **{"proxy-url": proxy})
+    assert KubernetesPlace(config).version() == f"Kubernetes v1.0-by-proxy at {world.server.url}"
+    assert _Proxy.asked == [f"{world.server.url}/version"]
+    assert world.server.requests == []
+
+
+def test_the_proxy_of_the_environment_leaves_its_hosts_alone(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, proxy: str
+) -> None:
+    monkeypatch.setenv("http_proxy", proxy)
+    text = Path(world.server.kubeconfig(tmp_path / "config")).read_text()
+    (tmp_path / "far").write_text(text.replace("127.0.0.1", "cluster.invalid"))
+    assert "by-proxy" in KubernetesPlace(str(tmp_path / "far")).version()
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "cluster.invalid")
+    with pytest.raises(ClusterError, match=r"no answer from the cluster at http://cluster\.invalid"):
+        KubernetesPlace(str(tmp_path / "far")).version()
+
+
+def plugin(world: World, folder: Path, script: str) -> str:
+    """A kubeconfig whose user's credentials a command tells."""
+    (folder / "plugin").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "plugin").chmod(0o755)
+    config = json.loads(Path(world.server.kubeconfig(folder / "config")).read_text())
+    api = "client.authentication.k8s.io/v1"
+    command = {
+        "apiVersion": api,
+        "command": str(folder / "plugin"),
+        "interactiveMode": "Never",
+    }
+    config["users"][0]["user"] = {"exec": command}
+    (folder / "config").write_text(json.dumps(config))
+    return str(folder / "config")
+
+
+def credential(**status: str) -> str:
+    body = {"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": status}
+    return f"echo '{json.dumps(body)}'"
+
+
+def test_a_plugin_tells_the_credentials(world: World, tmp_path: Path) -> None:
+    assert KubernetesPlace(plugin(world, tmp_path, credential(token=ADMIN))).jobs("default") == []
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo 'session expired,' >&2; echo 'log in' >&2; exit 3", "process returned 3. session expired, log in"),
+        ("echo nothing", "failed to decode process output"),
+        (credential(), "missing token or clientCertificateData"),
+        ("echo '{}'", "malformed response"),
+    ],
+)
+def test_a_plugin_that_fails_is_told_as_such(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str], script: str, reason: str
+) -> None:
+    with pytest.raises(
+        ConfigError, match=f"cannot use the kubeconfig .*its credential plugin failed: .*{reason}"
+    ) as told:
+        KubernetesPlace(plugin(world, tmp_path, script)).jobs("default")
+    assert "\n" not in str(told.value)
+    assert capfd.readouterr() == ("", "")
+    assert world.server.requests == []
+
+
+def test_a_plugin_that_is_not_there(world: World, tmp_path: Path) -> None:
+    config = plugin(world, tmp_path, "")
+    (tmp_path / "plugin").unlink()
+    with pytest.raises(ConfigError, match=r"its credential plugin failed: .*No such file or directory"):
+        KubernetesPlace(config)
+
+
+def test_a_plugin_that_fails_later(world: World, tmp_path: Path) -> None:
+    """Where the credentials expire while a command runs."""
+    once = f"[ -e {tmp_path}/asked ] && {{ echo gone >&2; exit 1; }}; touch {tmp_path}/asked"
+    ended = credential(token=ADMIN, expirationTimestamp="2026-01-01T00:00:00Z")
+    with pytest.raises(ConfigError, match=r"its credential plugin failed: exec: process returned 1\. gone"):
+        KubernetesPlace(plugin(world, tmp_path, f"{once}\n{ended}")).jobs("default")
 
 
 @pytest.fixture(scope="module")

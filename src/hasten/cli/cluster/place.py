@@ -31,7 +31,8 @@ def _local(args: argparse.Namespace) -> Place:
 def _kubernetes(args: argparse.Namespace) -> Place:
     from hasten.cluster.kubernetes.place import KubernetesPlace
 
-    return KubernetesPlace(getattr(args, "kubeconfig", None), getattr(args, "context", None))
+    only_plans = getattr(args, "dry_run", False)
+    return KubernetesPlace(getattr(args, "kubeconfig", None), getattr(args, "context", None), only_plans=only_plans)
 
 
 PLACES: dict[str, Callable[[argparse.Namespace], Place]] = {LOCAL: _local, KUBERNETES: _kubernetes}

@@ -3,6 +3,7 @@
 It keeps nothing of its own: what there is stands in the cluster, where any number of users and tools see the same.
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import fields
@@ -10,7 +11,7 @@ from typing import Any
 
 from hasten.cluster.kubernetes.apply import PATIENCE, apply_all, create_all, delete_and_wait
 from hasten.cluster.kubernetes.client import Cluster
-from hasten.cluster.kubernetes.config import find_access
+from hasten.cluster.kubernetes.config import NoClusterError, find_access
 from hasten.cluster.kubernetes.exec import run_inside
 from hasten.cluster.kubernetes.jobs import FoundJob, find_job, job_record, job_with_events, list_jobs
 from hasten.cluster.kubernetes.logs import chosen_container, chosen_pod, log_lines
@@ -24,7 +25,7 @@ from hasten.cluster.kubernetes.servers import (
 )
 from hasten.cluster.kubernetes.update import update_server
 from hasten.cluster.kubernetes.volumes import delete_volume, list_nodes, list_volumes, objects_of
-from hasten.cluster.manifests.objects import CRDS, job_objects, server_objects
+from hasten.cluster.manifests.objects import CRDS, job_objects, needs_crds, server_objects
 from hasten.cluster.places import (
     Job,
     LogOptions,
@@ -35,8 +36,9 @@ from hasten.cluster.places import (
     refuse_unsupported,
 )
 from hasten.cluster.spec import TrainingJob, TritonServer, Volume
-from hasten.core.errors import ExistsError
+from hasten.core.errors import ClusterError, ExistsError
 
+_log = logging.getLogger(__name__)
 NAME = "kubernetes"
 _LOCAL_ONLY = frozenset(("map_paths",))
 _PAUSE = 0.5
@@ -49,21 +51,32 @@ def _check(spec: TrainingJob | TritonServer) -> None:
 class KubernetesPlace:
     """The cluster of a kubeconfig, or the one that this process runs in.
 
-    `patience`: seconds that a deletion may take until it is an error.
+    `patience`: seconds that a deletion may take until it is an error. With `only_plans`, no cluster need be configured.
     """
 
     name = NAME
 
     def __init__(
-        self, config_file: str | None = None, context: str | None = None, *, patience: float = PATIENCE
+        self,
+        config_file: str | None = None,
+        context: str | None = None,
+        *,
+        patience: float = PATIENCE,
+        only_plans: bool = False,
     ) -> None:
-        self._access = find_access(config_file, context)
-        self._cluster = Cluster(self._access)
+        self._missing: NoClusterError | None = None
+        try:
+            self._access = find_access(config_file, context)
+            self._cluster = Cluster(self._access)
+        except NoClusterError as error:
+            if not only_plans:
+                raise
+            self._missing = error
         self._patience = patience
 
     def default_namespace(self) -> str:
-        """The context's namespace, or the pod's own."""
-        return self._access.namespace
+        """The context's namespace, or the pod's own; `default` where no cluster is configured."""
+        return "default" if self._missing is not None else self._access.namespace
 
     def plan_job(self, job: TrainingJob) -> list[dict[str, Any]]:
         """Objects of a job; asks the cluster nothing."""
@@ -126,13 +139,19 @@ class KubernetesPlace:
         delete_volume(self._cluster, name, namespace)
 
     def plan_server(self, server: TritonServer) -> list[dict[str, Any]]:
-        """Objects of a server in this cluster: some depend on what is installed there."""
+        """Objects of a server. Some depend on the cluster's CRDs: one that cannot be asked is taken to have all."""
         _check(server)
-        return server_objects(server, crds=self._crds())
+        try:
+            crds = self._crds_for(server)
+        except ClusterError as error:
+            _log.warning("these are the objects for a cluster with all CRDs of docs/kubernetes.md: %s", error)
+            crds = set(CRDS)
+        return server_objects(server, crds=crds)
 
     def serve(self, server: TritonServer) -> None:
         """Make the objects of a server, or none of them."""
-        objects = self.plan_server(server)
+        _check(server)
+        objects = server_objects(server, crds=self._crds_for(server))
         if find_servers(self._cluster, server.namespace, server.name, server.version):
             raise ExistsError(
                 f"there is a server {server.name} of version {server.version} in namespace {server.namespace} already: "
@@ -191,8 +210,12 @@ class KubernetesPlace:
     def _server(self, name: str, version: str | None, namespace: str) -> FoundServer:
         return find_server(self._cluster, name, version, namespace)
 
-    def _crds(self) -> set[str]:
-        """Which of the CRDs that manifests make use of the cluster has."""
+    def _crds_for(self, server: TritonServer) -> set[str]:
+        """Which of the CRDs that manifests make use of the cluster has; none where the server needs none."""
+        if not needs_crds(server):
+            return set()
+        if self._missing is not None:
+            raise ClusterError(str(self._missing)) from self._missing
         groups = {one["name"]: one for one in self._cluster.read("/apis")["groups"]}
         found: set[str] = set()
         for crd in CRDS:

@@ -18,7 +18,7 @@ from hasten.cluster.manifests.train_job import train_job
 from hasten.cluster.manifests.volume import volume_objects
 from hasten.cluster.spec import TrainingJob, TritonServer
 
-__all__ = ["CRDS", "job_objects", "missing_crd", "owned", "server_objects", "volume_objects"]
+__all__ = ["CRDS", "job_objects", "missing_crd", "needs_crds", "owned", "server_objects", "volume_objects"]
 
 
 def job_objects(job: TrainingJob) -> list[Object]:
@@ -28,6 +28,12 @@ def job_objects(job: TrainingJob) -> list[Object]:
     """
     main = train_job(job) if job.api == "trainer" else pytorch_job(job)
     return _plain([main, *config_maps(job, job_labels(job)), *tensorboard_objects(job)])
+
+
+def needs_crds(server: TritonServer) -> bool:
+    """Whether a server's objects depend on the CRDs that its cluster has."""
+    queues = server.autoscale is not None and server.autoscale_by == "queue"
+    return server.multinode > 1 or server.allow_metrics or server.gateway is not None or queues
 
 
 def server_objects(server: TritonServer, *, crds: AbstractSet[str]) -> list[Object]:
