@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from hasten import LLM, FinishReason, InvalidRequestError, RequestOutput, SamplingParams
-from hasten.engine.constraint import Constraint, GrammarCompiler, allowed_next
+from hasten.engine import constraint
+from hasten.engine.constraint import Constraint, allowed_next
+from hasten.engine.grammar import GrammarCompiler
 from hasten.engine.text import Tokenizer
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
@@ -94,8 +98,10 @@ def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
 
 
 @pytest.fixture(scope="module")
-def compiler() -> GrammarCompiler:
-    return GrammarCompiler(Tokenizer.from_folder(DEMO), 1024, (EOS,))
+def compiler() -> Iterator[GrammarCompiler]:
+    made = GrammarCompiler(Tokenizer.from_folder(DEMO), 1024, (EOS,))
+    yield made
+    made.close()
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -234,30 +240,65 @@ def test_without_a_tokenizer_or_an_end_token_there_is_no_grammar() -> None:
         (Tokenizer.from_folder(DEMO), (), "needs an end token"),
     ):
         with pytest.raises(InvalidRequestError, match=message):
-            GrammarCompiler(tokenizer, 1024, ends).start(params)
-    assert GrammarCompiler(None, 1024, ()).start(SamplingParams()) is None
+            GrammarCompiler(tokenizer, 1024, ends).compiled(params)
+    assert GrammarCompiler(None, 1024, ()).compiled(SamplingParams()) is None
 
 
-def tokens(compiler: GrammarCompiler, constraint: Constraint) -> set[int]:
-    (words,) = allowed_next([constraint])
+def begin(compiler: GrammarCompiler, **params: Any) -> Constraint:
+    grammar = compiler.compiled(SamplingParams(**params))
+    assert grammar is not None
+    return Constraint.begin(grammar)
+
+
+def tokens(state: Constraint) -> set[int]:
+    (words,) = allowed_next([state])
+    return tokens_of(words)
+
+
+def tokens_of(words: NDArray[np.int32]) -> set[int]:
     return {token for token in range(1024) if words[token // 32] >> (token % 32) & 1}
 
 
 def test_the_end_token_is_allowed_only_where_the_text_is_whole(compiler: GrammarCompiler) -> None:
     one, two = (Tokenizer.from_folder(DEMO).encode(text, add_special_tokens=False) for text in ("a", "b"))
     assert (len(one), len(two)) == (1, 1)
-    state = compiler.start(SamplingParams(regex="a(b)?"))
-    assert state is not None
-    assert tokens(compiler, state) == {one[0]} | (tokens(compiler, state) - {EOS})
-    assert EOS not in tokens(compiler, state)
+    state = begin(compiler, regex="a(b)?")
+    assert tokens(state) == {one[0]} | (tokens(state) - {EOS})
+    assert EOS not in tokens(state)
     assert not state.accept(one[0])
-    assert tokens(compiler, state) == {two[0], EOS}
+    assert tokens(state) == {two[0], EOS}
     other = state.fork()
     assert other.accept(two[0])
-    assert tokens(compiler, state) == {two[0], EOS}
+    assert tokens(state) == {two[0], EOS}
     assert state.error is None
     state.accept(one[0])
     assert state.error is not None
+
+
+@pytest.mark.parametrize("count", [2001, 20_000])
+def test_any_number_of_choices(llm: LLM, compiler: GrammarCompiler, count: int) -> None:
+    choices = [f"choice {place:05}" for place in range(count)]
+    output = llm.generate("Anna", SamplingParams(choice=choices, temperature=0, max_tokens=20))[0].outputs[0]
+    assert (output.finish_reason, output.text in choices) == (FinishReason.STOP, True)
+
+
+def test_an_ambiguous_grammar_ends_its_request_once_a_token_takes_too_long(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constraint, "_USUAL_SECONDS", 0.0)
+    monkeypatch.setattr(constraint, "_MOST_SECONDS", 0.002)
+    state = begin(compiler, grammar='start: e\ne: e e | "a" | "b" | e "c" e')
+    other = begin(compiler, regex="a*")
+    (letter,) = Tokenizer.from_folder(DEMO).encode("a", add_special_tokens=False)
+    for _ in range(1000):  # the time for a token grows with the square of their number
+        masks = allowed_next([state, other])
+        assert letter in tokens_of(masks[0]) or state.error is not None
+        if state.error is not None:
+            break
+        assert not state.accept(letter)
+    assert state.error is not None
+    assert "make the grammar less ambiguous" in state.error
+    assert other.error is None
 
 
 def test_a_vocabulary_that_is_larger_than_the_tokenizers(tiny_bloom_odd_vocab: Path) -> None:

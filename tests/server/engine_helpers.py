@@ -48,9 +48,12 @@ async def begin(client: EngineClient, prompt: Sequence[int], params: SamplingPar
 
 
 @asynccontextmanager
-async def started(model: Path, *, name: str = "engine", **options: Any) -> AsyncIterator[EngineClient]:
+async def started(
+    model: Path, *, name: str = "engine", stall_timeout: float = 600, **options: Any
+) -> AsyncIterator[EngineClient]:
     """An engine of a test's own, closed at the end however the test ends."""
-    client = await EngineClient.start(EngineConfig.create(str(model), **options), name=name)
+    config = EngineConfig.create(str(model), **options)
+    client = await EngineClient.start(config, name=name, stall_timeout=stall_timeout)
     try:
         yield client
     finally:

@@ -14,9 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
-from tests.server.engine_helpers import LONG, SHORT, begin, collect, count, error_of, joined, started, until
+from tests.server.engine_helpers import LONG, SHORT, begin, collect, count, error_of, joined, started, stopped, until
 
-from hasten.core.errors import EngineError
+from hasten.core.errors import EngineError, InvalidRequestError
 from hasten.core.types import SamplingParams
 from hasten.engine.llm import LLM
 from hasten.server.engine.client import EngineClient, QueueTimeoutError
@@ -68,6 +68,45 @@ def test_a_killed_process_comes_back(run: Any, demo_model: Path, tmp_path: Path,
     run(die())
     assert "died (killed by SIGKILL)" in caplog.text
     assert "ready again" in caplog.text
+
+
+def test_an_engine_that_stands_still_is_not_ready(run: Any, demo_model: Path, caplog: Any) -> None:
+    async def stand() -> None:
+        async with started(demo_model, name="frozen", stall_timeout=0.5) as client, asyncio.TaskGroup() as group:
+            with stopped(client):
+                await asyncio.sleep(1)
+                assert client.ready  # it has nothing to do
+                request = group.create_task(collect(client, [5], SHORT))
+                await until(lambda: not client.ready)
+                assert "frozen: it has requests, but has computed no step for" in caplog.text
+            assert count(await request) == 4
+            await until(lambda: client.ready)
+            assert "frozen: it computes again" in caplog.text
+
+    run(stand())
+
+
+def test_a_grammar_holds_up_nobody_while_it_is_compiled(run: Any, demo_model: Path) -> None:
+    dear = [SamplingParams(regex=".?" * (30_000 + place)) for place in range(3)]
+
+    async def ask() -> None:
+        async with started(demo_model, max_num_seqs=2, max_grammar_seconds=1) as client, asyncio.TaskGroup() as group:
+            # more than there are places: who waits for a grammar takes none
+            each = (*dear, dear[0])
+            waiting = [group.create_task(error_of(collect(client, [5], params))) for params in each]
+            late = group.create_task(error_of(collect(client, [5], dear[2], queue_timeout=0.5)))
+            assert count(await collect(client, [5], SHORT)) == 4
+            assert not waiting[2].done()  # each takes seconds, one after the other
+            assert type(await late) is QueueTimeoutError
+            waiting[1].cancel()
+            for task in (waiting[0], waiting[2], waiting[3]):
+                error = await task
+                assert type(error) is InvalidRequestError
+                assert "regex is too expensive: compiling it takes more than" in str(error)
+            assert await collect(client, [5], SamplingParams(regex="ab", max_tokens=8))
+            await until(lambda: client.stats().waiting == 0)
+
+    run(ask())
 
 
 def engine_processes(process: psutil.Process) -> set[int]:

@@ -217,10 +217,15 @@ class SchedulerConfig:
         "launch a step before the tokens of the one before are known here (default: on a GPU)",
         aliases=("async_scheduling",),
     )
+    max_grammar_seconds: int = option(5, "maximum seconds of CPU time to compile a grammar; larger ones are refused")
+    max_grammar_memory: int = option(
+        1 << 30, "maximum bytes of memory to compile a grammar, such as 512MiB; larger ones are refused", kind="size"
+    )
 
     def __post_init__(self) -> None:
         _check_kinds(self)
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+        names = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_grammar_seconds", "max_grammar_memory")
+        for name in names:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
         _require(
@@ -364,6 +369,8 @@ class EngineOptions(TypedDict, total=False):
     max_num_batched_tokens: int | None
     max_model_len: int | None
     overlap_steps: bool | None
+    max_grammar_seconds: int
+    max_grammar_memory: int | str
     kv_cache_memory_bytes: int | str | None
     async_scheduling: bool | None
     enable_chunked_prefill: bool | None

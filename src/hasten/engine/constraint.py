@@ -1,13 +1,10 @@
 """Output that keeps to a grammar: which tokens may come next. Never imports torch.
 
-A grammar is compiled once, by llguidance, for the model's tokenizer; each sequence then has a state of its own, which
-names the tokens that may follow and moves on with each token chosen. The end token is among them only where the text
-so far is whole. llguidance is imported when the first grammar comes.
+Each sequence has a state of its own in its compiled grammar (`grammar.py`), which names the tokens that may follow and
+moves on with each token chosen. The end token is among them only where the text so far is whole.
 """
 
-import json
-import threading
-from collections import OrderedDict
+import time
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
@@ -15,25 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.core.errors import InvalidRequestError
-from hasten.core.extras import require_extra
-from hasten.core.types import SamplingParams
+from hasten.engine.grammar import Grammar, one_line
 
 if TYPE_CHECKING:
-    from llguidance import LLExecutor, LLMatcher, LLTokenizer
+    from llguidance import LLExecutor, LLMatcher
 
-    from hasten.engine.text import Tokenizer
-
-_MOST_CHARACTERS = 64 * 1024
-"""Longest grammar: compiling takes time that grows with its length, and no other request moves on meanwhile."""
-_COMPILER_STACK = 512 * 1024 * 1024
-"""Bytes, of which only those used become memory: the compiler recurses as deep as rules refer to each other, and a
-grammar of the greatest length has been seen to need more than the usual 8 MiB, whose end would end the process."""
-_KEPT = 64
-"""Grammars that stay compiled."""
-_WHITESPACE = " "
-"""At most this between JSON's marks: small models may never leave whitespace by themselves."""
-_KINDS = ("json_schema", "regex", "grammar", "choice")
+_MOST_SECONDS = 0.05
+"""Of CPU time for one token of one sequence: with an ambiguous grammar it grows with the length of the output."""
+_USUAL_SECONDS, _MOST_EXCESS = 0.005, 1.0
+"""What more tokens of a sequence take than this may add up to so much."""
 
 
 class Constraint:
@@ -43,6 +30,15 @@ class Constraint:
         self.matcher = matcher
         self.words = words
         """Of 32 tokens each, in a mask of the vocabulary."""
+        self.suspect = False
+        """Whether it may be what made the last masks slow: its next one is timed."""
+        self._too_slow = False
+        self._excess = 0.0
+
+    @classmethod
+    def begin(cls, grammar: Grammar) -> "Constraint":
+        """The state of a sequence without output."""
+        return cls(grammar.matcher.deep_copy(), grammar.words)
 
     def fork(self) -> "Constraint":
         """The same state for a sibling."""
@@ -50,13 +46,33 @@ class Constraint:
 
     def accept(self, token: int) -> bool:
         """Move on by a token; whether the text is then whole and nothing may follow it."""
+        began = time.thread_time()
         self.matcher.consume_token(token)
+        self._note(time.thread_time() - began)
         return self.error is None and self.matcher.is_stopped()
+
+    def fill_mask(self, masks: NDArray[np.int32], row: int) -> None:
+        """Which tokens may come next, into a row of masks; takes note of the time."""
+        from llguidance.numpy import fill_next_token_bitmask
+
+        began = time.thread_time()
+        fill_next_token_bitmask(self.matcher, masks, row)
+        seconds = time.thread_time() - began
+        self.suspect = seconds > _USUAL_SECONDS
+        self._note(seconds)
+
+    def _note(self, seconds: float) -> None:
+        self._excess += max(0.0, seconds - _USUAL_SECONDS)
+        self._too_slow = self._too_slow or seconds > _MOST_SECONDS or self._excess > _MOST_EXCESS
 
     @property
     def error(self) -> str | None:
         """Why the grammar cannot be followed any further."""
-        return _one_line(self.matcher.get_error()) if self.matcher.is_error() else None
+        if self.matcher.is_error():
+            return one_line(self.matcher.get_error())
+        if self._too_slow:
+            return "finding the next token takes too long; make the grammar less ambiguous"
+        return None
 
 
 def allowed_next(constraints: Sequence[Constraint]) -> NDArray[np.int32]:
@@ -64,8 +80,18 @@ def allowed_next(constraints: Sequence[Constraint]) -> NDArray[np.int32]:
     from llguidance.numpy import fill_next_token_bitmask_par
 
     masks = np.zeros((len(constraints), constraints[0].words), np.int32)
-    matchers = [(constraint.matcher, row) for row, constraint in enumerate(constraints)]
+    rows = list(enumerate(constraints))
+    for row, constraint in rows:
+        if constraint.suspect:
+            constraint.fill_mask(masks, row)
+    matchers = [(constraint.matcher, row) for row, constraint in rows if not constraint.suspect]
+    if not matchers:
+        return masks
+    began = time.perf_counter()
     fill_next_token_bitmask_par(_executor(), matchers, masks)
+    if time.perf_counter() - began > _USUAL_SECONDS * (1 + len(matchers)):
+        for constraint in constraints:  # whose fault it is shows only one by one
+            constraint.suspect = True
     return masks
 
 
@@ -74,104 +100,3 @@ def _executor() -> "LLExecutor":
     from llguidance import LLExecutor
 
     return LLExecutor()
-
-
-class GrammarCompiler:
-    """Grammars for one model and its tokenizer; the latest stay compiled."""
-
-    def __init__(self, tokenizer: "Tokenizer | None", vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._eos_token_ids = list(eos_token_ids)
-        self._vocabulary: LLTokenizer | None = None
-        self._compiled: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
-
-    def start(self, params: SamplingParams) -> Constraint | None:
-        """The state of a sequence without output, None where nothing constrains it.
-
-        InvalidRequestError where its grammar cannot be compiled or there is no tokenizer that it can be applied to.
-        """
-        kind = next((kind for kind in _KINDS if getattr(params, kind)), None)
-        if kind is None:
-            return None
-        given = getattr(params, kind)
-        key = (kind, given if isinstance(given, str) else json.dumps(given))
-        vocabulary = self._load_vocabulary()
-        if key not in self._compiled:
-            self._compiled[key] = _compiled(*key, vocabulary)
-            if len(self._compiled) > _KEPT:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(key)
-        return Constraint(self._compiled[key].deep_copy(), -(-vocabulary.vocab_size // 32))
-
-    def _load_vocabulary(self) -> "LLTokenizer":
-        require_extra("grammar", "output constrained by a schema, expression or grammar")
-        from llguidance import LLTokenizer
-
-        if self._vocabulary is None:
-            if self._tokenizer is None:
-                raise InvalidRequestError("constrained output needs a tokenizer; give --tokenizer-path")
-            if not self._eos_token_ids:
-                raise InvalidRequestError("constrained output needs an end token, and the model's config has none")
-            size = max(self._vocab_size, self._tokenizer.vocab_size)
-            try:
-                self._vocabulary = LLTokenizer(self._tokenizer.to_json(), size, self._eos_token_ids)
-            except ValueError as error:
-                raise InvalidRequestError(f"the tokenizer cannot be used for constrained output: {error}") from error
-        return self._vocabulary
-
-
-def _compiled(kind: str, text: str, vocabulary: "LLTokenizer") -> "LLMatcher":
-    """A matcher at its start; on a thread of its own, for the sake of its stack."""
-    from llguidance import LLMatcher, LLParserLimits
-
-    if len(text) > _MOST_CHARACTERS:
-        raise InvalidRequestError(f"{kind} has {len(text)} characters, more than {_MOST_CHARACTERS}")
-    made: list[LLMatcher | ValueError] = []
-
-    def compile_() -> None:
-        try:
-            limits = LLParserLimits(verbose_errors=False)
-            made.append(LLMatcher(vocabulary, _grammar(kind, text), log_level=0, limits=limits))
-        except ValueError as error:
-            made.append(error)
-
-    usual = threading.stack_size(_COMPILER_STACK)
-    try:
-        thread = threading.Thread(target=compile_, name="compile-grammar")
-        thread.start()
-    finally:
-        threading.stack_size(usual)
-    thread.join()
-    return _checked(kind, made[0])
-
-
-def _checked(kind: str, made: "LLMatcher | ValueError") -> "LLMatcher":
-    if isinstance(made, ValueError):
-        raise InvalidRequestError(f"{kind} cannot be compiled: {_one_line(str(made))}")
-    if made.is_error():
-        raise InvalidRequestError(f"{kind} cannot be compiled: {_one_line(made.get_error())}")
-    begun = made.deep_copy()
-    begun.compute_bitmask()
-    if begun.is_error():  # a contradiction that shows only here
-        raise InvalidRequestError(f"{kind} cannot be satisfied: {_one_line(begun.get_error())}")
-    return made
-
-
-def _grammar(kind: str, text: str) -> str:
-    """What llguidance compiles."""
-    from llguidance import LLMatcher
-
-    if kind == "json_schema":
-        schema = "{}" if text == "true" else text  # options can be set only on an object
-        return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITESPACE})
-    if kind == "regex":
-        return LLMatcher.grammar_from_regex(text)
-    if kind == "choice":
-        return "start: " + " | ".join(json.dumps(choice) for choice in json.loads(text))
-    return LLMatcher.grammar_from_lark(text)
-
-
-def _one_line(message: str) -> str:
-    """The message without the parser's state, which follows it."""
-    return " ".join(message.partition("\n<")[0].split())[:300]

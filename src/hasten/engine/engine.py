@@ -17,7 +17,8 @@ from hasten.core.errors import EngineError, InvalidRequestError
 from hasten.core.types import CompletionOutput, FinishReason, Logprob, Request, RequestOutput, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.beam import BeamSearch, Hypothesis, candidate_count
-from hasten.engine.constraint import GrammarCompiler
+from hasten.engine.constraint import Constraint
+from hasten.engine.grammar import Grammar, GrammarCompiler, GrammarLimits
 from hasten.engine.sampler import Choice, PromptLogprobs, Sampled, mix64
 from hasten.engine.sequence import Sequence
 from hasten.engine.stats import EngineStats
@@ -86,7 +87,12 @@ class Engine:
         self.model_config = self.worker.model_config
         self.max_model_len = self.worker.max_model_len
         self.tokenizer = self._load_tokenizer()
-        self._grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size, self.model_config.eos_token_ids)
+        self.grammars = GrammarCompiler(
+            self.tokenizer,
+            self.model_config.vocab_size,
+            self.model_config.eos_token_ids,
+            GrammarLimits(config.scheduler.max_grammar_seconds, config.scheduler.max_grammar_memory),
+        )
         self._requests: dict[str, _RequestState] = {}
         self._owners: dict[int, _RequestState] = {}
         """Sequence key -> its request."""
@@ -136,15 +142,16 @@ class Engine:
             generation_tokens=self._generation_tokens,
         )
 
-    def add(self, request: Request, *, stream: bool = False) -> None:
+    def add(self, request: Request, *, stream: bool = False, grammar: Grammar | None = None) -> None:
         """Queue a request; InvalidRequestError where it cannot be served, with nothing queued.
 
-        `step` returns its output when it is finished, and with `stream` whenever there is more of it.
+        `step` returns its output when it is finished, and with `stream` whenever there is more of it. `grammar`: what
+        `grammars` compiled of its parameters; without it, a request with a grammar waits here until that is compiled.
         """
         with self._change():
-            self._add(request, stream=stream)
+            self._add(request, stream, grammar)
 
-    def _add(self, request: Request, *, stream: bool) -> None:
+    def _add(self, request: Request, stream: bool, grammar: Grammar | None) -> None:
         if request.request_id in self._requests:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use")
         params = self._resolve(request)
@@ -152,7 +159,8 @@ class Engine:
             request = replace(request, params=params)
         seed = self._next_seed() if params.seed is None else params.seed
         sequence = Sequence(request, seed, self.max_model_len)
-        sequence.constraint = self._grammars.start(params)
+        grammar = grammar or self.grammars.compiled(params)
+        sequence.constraint = None if grammar is None else Constraint.begin(grammar)
         # what a search will return is not known before its end
         state = _RequestState(request, unfinished=params.n, stream=stream and params.beam_width == 1)
         if self.tokenizer is not None:
@@ -545,6 +553,7 @@ class Engine:
         self._left = True
         self._closed_because = self._closed_because or "close() was called"
         self._flight = None
+        self.grammars.close()
         self.ranks.expect_end()
         if self._failed:
             self.worker.give_up()

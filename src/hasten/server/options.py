@@ -184,11 +184,14 @@ class ServerOptions:
     server_id: str = option("hasten", "name of the server in its metadata", flag="--id")
     strict_readiness: bool = option(True, "ready only while all models are")
     exit_timeout_secs: float = option(30.0, "seconds that requests under way have when the server is to end")
+    stall_timeout_secs: float = option(60.0, "seconds without a step after which an engine with requests is not ready")
     exit_on_error: bool = option(True, "end where a model cannot be loaded at the start")
 
     def __post_init__(self) -> None:
         if self.exit_timeout_secs < 0:
             raise ConfigError(f"--exit-timeout-secs must be at least 0, got {self.exit_timeout_secs:g}")
+        if not self.stall_timeout_secs > 0:
+            raise ConfigError(f"--stall-timeout-secs must be above 0, got {self.stall_timeout_secs:g}")
 
 
 @dataclass(frozen=True, kw_only=True)

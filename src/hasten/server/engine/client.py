@@ -45,6 +45,7 @@ _LONG_TEXT = 20_000
 _MOST_COMPLETIONS = 1024
 """Of one request: each is a sequence in the engine from the end of its prompt on."""
 _NO_LIMITS = QueueLimits()
+DEFAULT_STALL_TIMEOUT_S = 60.0
 _log = logging.getLogger(__name__)
 
 
@@ -55,7 +56,7 @@ class EngineClosedError(EngineError):
 class EngineClient:
     """One engine. Made by `start`; `generate` may be called by many tasks of one event loop."""
 
-    def __init__(self, config: EngineConfig, limits: QueueLimits, name: str) -> None:
+    def __init__(self, config: EngineConfig, limits: QueueLimits, name: str, stall_timeout: float) -> None:
         self.name = name
         self.info: EngineInfo
         self.tokenizer: Tokenizer | None = None
@@ -74,21 +75,35 @@ class EngineClient:
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
+        self._stall_timeout = stall_timeout
+        self._heard = time.monotonic()
+        """When the process last said something, or got work after it had none."""
+        self._stalled = False
+        self._watcher: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, limits: QueueLimits = _NO_LIMITS, *, name: str = "engine"
+        cls,
+        config: EngineConfig,
+        limits: QueueLimits = _NO_LIMITS,
+        *,
+        name: str = "engine",
+        stall_timeout: float = DEFAULT_STALL_TIMEOUT_S,
     ) -> "EngineClient":
-        """Start the process and wait until its model is loaded. Raises the HastenError that kept it from that."""
-        client = cls(config, limits, name)
+        """Start the process and wait until its model is loaded. Raises the HastenError that kept it from that.
+
+        With requests and without a step for `stall_timeout` seconds, it is not `ready`.
+        """
+        client = cls(config, limits, name, stall_timeout)
         link = await client._launch()
         client._keeper = asyncio.create_task(client._keep(link))
+        client._watcher = asyncio.create_task(client._watch())
         return client
 
     @property
     def ready(self) -> bool:
-        """Whether requests are computed now; False while the process is dead or loads, and once it is to end."""
-        return self._link is not None and not self._draining
+        """Whether requests are computed now; False while the process is dead, loads or stands still, and at the end."""
+        return self._link is not None and not self._draining and not self._stalled
 
     @property
     def pid(self) -> int | None:
@@ -197,11 +212,21 @@ class EngineClient:
     def _send_next(self) -> None:
         if self._link is None:
             return
+        if not self._queue.engine_has_work:
+            self._heard = time.monotonic()
         for ticket in self._queue.next_for_engine():
             self._link.send_frame(ticket.frame)
 
     def _on_step(self, step: Step) -> None:
         self._now, queue = step.stats, self._queue
+        self._heard = time.monotonic()
+        self._set_stalled(False)
+        for numbers, compiling in ((step.compiling, True), (step.compiled, False)):
+            for number in numbers:
+                if (ticket := queue.get(number)) is not None:
+                    queue.set_compiling(ticket, compiling)
+        if step.compiling:
+            self._send_next()
         for number in step.started:
             if (ticket := queue.get(number)) is not None:
                 ticket.begin(step.began)
@@ -216,6 +241,21 @@ class EngineClient:
                 if output.finished:
                     queue.remove(ticket)
                     self._after_removal()
+
+    async def _watch(self) -> None:
+        """See whether the process stands still."""
+        while True:
+            await asyncio.sleep(self._stall_timeout / 4)
+            silent = time.monotonic() - self._heard > self._stall_timeout
+            self._set_stalled(silent and self._link is not None and self._queue.engine_has_work)
+
+    def _set_stalled(self, stalled: bool) -> None:
+        if stalled and not self._stalled:
+            text = "engine %s: it has requests, but has computed no step for %g s: not ready until it does"
+            _log.error(text, self.name, time.monotonic() - self._heard)
+        elif self._stalled and not stalled:
+            _log.warning("engine %s: it computes again", self.name)
+        self._stalled = stalled
 
     async def _launch(self) -> EngineLink:
         """Start a process and wait until it is ready."""
@@ -286,8 +326,9 @@ class EngineClient:
             ticket.fail(EngineClosedError(f"engine {self.name} was closed before the request was done"))
         self._idle.set()
         link, self._link = self._link, None
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+        for task in (self._keeper, self._watcher):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         if link is not None:
             await link.close()

@@ -7,17 +7,20 @@ take is joined here, and is no more than the requests' outputs.
 
 import gc
 import os
+import select
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hasten.core.errors import HastenError
+from hasten.core.errors import EngineError, HastenError
 from hasten.core.types import Request
 from hasten.server.engine.coalescer import OutputCoalescer, pause_per_cpu_second
 from hasten.server.engine.wire import (
@@ -37,11 +40,18 @@ from hasten.server.engine.wire import (
 )
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from hasten.engine.engine import Engine
+    from hasten.engine.grammar import Grammar
 
 _GRACE_S = 2.0
 """How long a step may take to end once the server is gone."""
 _READ_BYTES = 1 << 18
+_HEARTBEAT_S = 1.0
+"""The server hears of a working engine at least so often, and after the step that takes longer."""
+_MOST_COMPILING = 1024
+"""Requests that wait for their grammars: they take no places, so the queue's limits do not hold for them."""
 
 
 class Channel:
@@ -51,15 +61,24 @@ class Channel:
         self._connection = connection
         self._frames = Frames()
         self._decode = msgspec.msgpack.Decoder(ToEngine).decode
+        self._woken, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
         self.closed = False
         """Whether the server has closed its end: there is nothing more to do."""
 
+    def wake(self) -> None:
+        """End a wait for messages, from any thread."""
+        with suppress(BlockingIOError):  # it is about to end anyway
+            self._waker.send(b"\0")
+
     def receive(self, *, wait: bool) -> list[ToEngine]:
-        """The messages that have come; with `wait`, at least one unless the server is gone."""
+        """The messages that have come; with `wait`, at least one unless the server is gone or `wake` was called."""
         messages: list[ToEngine] = []
         while not self.closed:
+            if wait and not messages and self._is_woken():
+                break
             try:
-                data = self._connection.recv(_READ_BYTES, 0 if wait and not messages else socket.MSG_DONTWAIT)
+                data = self._connection.recv(_READ_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
             except ConnectionError:
@@ -67,6 +86,11 @@ class Channel:
             self.closed = not data
             messages += map(self._decode, self._frames.feed(data))
         return messages
+
+    def _is_woken(self) -> bool:
+        """Wait until there is something to read; whether `wake` was called."""
+        ready, _, _ = select.select([self._connection, self._woken], [], [])
+        return self._woken in ready and bool(self._woken.recv(_READ_BYTES))
 
     def send(self, message: Any) -> None:
         """Send one message; waits where the server does not read."""
@@ -91,6 +115,12 @@ class EngineLoop:
         self._started: set[str] = set()
         self._refused: list[Refusal] = []
         self._expired: list[int] = []
+        self._compiling: dict[int, tuple[Add, Future[Grammar]]] = {}
+        """Requests that wait for their grammar: they are not the engine's yet."""
+        self._sent = 0.0
+        """When the server was last sent something."""
+        self._began_compiling: list[int] = []
+        self._compiled: list[int] = []
 
     def run(self) -> None:
         """Serve; raises what a step raises."""
@@ -98,6 +128,7 @@ class EngineLoop:
             if self._engine.has_unfinished:
                 self._step()
             self._receive(wait=not self._engine.has_unfinished and not self._changed)
+            self._admit_compiled()
             if self._changed and not self._channel.closed:
                 self._send()
 
@@ -116,22 +147,52 @@ class EngineLoop:
                 self._expired.append(message.id)
 
     def _add(self, message: Add) -> None:
+        """Give the engine a request, at once or when its grammar is compiled."""
+        future = self._engine.grammars.compile(message.params)
+        self._not_begun.add(str(message.id))
+        if future is None or future.done():
+            self._admit(message, future)
+            return
+        if len(self._compiling) >= _MOST_COMPILING:
+            self._engine.grammars.withdraw(message.params)
+            self._refuse(message.id, EngineError(f"{_MOST_COMPILING} requests wait for their grammars already"))
+            return
+        self._compiling[message.id] = (message, future)
+        self._began_compiling.append(message.id)
+        future.add_done_callback(lambda _: self._channel.wake())
+
+    def _admit_compiled(self) -> None:
+        for number, (message, future) in list(self._compiling.items()):
+            if future.done():
+                self._changed = True
+                del self._compiling[number]
+                self._compiled.append(number)
+                self._admit(message, future)
+
+    def _admit(self, message: Add, grammar: "Future[Grammar] | None") -> None:
         request_id = str(message.id)
         request = Request(request_id=request_id, prompt_token_ids=message.prompt_token_ids, params=message.params)
         try:
-            self._engine.add(request, stream=message.stream)
+            self._engine.add(request, stream=message.stream, grammar=None if grammar is None else grammar.result())
         except Exception as error:  # nothing is queued, so whatever it is ends this request alone
             if not isinstance(error, HastenError):
                 traceback.print_exc()
-            text = str(error).removeprefix(f"request {request_id}: ")
-            self._refused.append(Refusal(message.id, type(error).__name__, text))
+            self._refuse(message.id, error)
             return
         self._coalescer.begin(message.id, stream=message.stream)
-        self._not_begun.add(request_id)
+
+    def _refuse(self, number: int, error: Exception) -> None:
+        text = str(error).removeprefix(f"request {number}: ")
+        self._refused.append(Refusal(number, type(error).__name__, text))
+        self._not_begun.discard(str(number))
 
     def _abort(self, number: int) -> None:
-        self._engine.abort(str(number))
-        self._coalescer.forget(number)
+        waiting = self._compiling.pop(number, None)
+        if waiting is None:
+            self._engine.abort(str(number))
+            self._coalescer.forget(number)
+        else:
+            self._engine.grammars.withdraw(waiting[0].params)
         self._not_begun.discard(str(number))
 
     def _step(self) -> None:
@@ -139,19 +200,35 @@ class EngineLoop:
         self._began = time.monotonic()
         for output in self._engine.step():
             self._coalescer.put(output)
-        self._started = self._not_begun - self._engine.waiting if self._not_begun else set()
+        self._started = set()
+        if self._not_begun:
+            self._started = self._not_begun - self._engine.waiting - set(map(str, self._compiling))
         self._not_begun -= self._started
         self._changed = True
 
     def _send(self) -> None:
         """Send what the server should know now."""
-        everything = self._coalescer.is_due(time.monotonic()) or not self._engine.has_unfinished
+        now = time.monotonic()
+        everything = self._coalescer.is_due(now) or not self._engine.has_unfinished
         outputs = self._coalescer.take(everything=everything)
-        if everything or outputs or self._started or self._refused or self._expired:
-            started = [int(name) for name in self._started]
-            self._channel.send(Step(self._engine.stats, outputs, started, self._began, self._refused, self._expired))
+        events = self._started or self._refused or self._expired or self._began_compiling or self._compiled
+        if everything or outputs or events or now - self._sent > _HEARTBEAT_S:
+            stats = self._engine.stats
+            step = Step(
+                replace(stats, waiting=stats.waiting + len(self._compiling)),
+                outputs,
+                [int(name) for name in self._started],
+                self._began,
+                self._refused,
+                self._expired,
+                self._began_compiling,
+                self._compiled,
+            )
+            self._channel.send(step)
             self._coalescer.sent()
+            self._sent = now
             self._started, self._refused, self._expired = set(), [], []
+            self._began_compiling, self._compiled = [], []
             self._changed = not everything
 
 

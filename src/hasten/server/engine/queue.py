@@ -84,6 +84,8 @@ class Ticket:
     """Seconds that it may wait; 0: for ever."""
     timer: asyncio.TimerHandle | None = None
     """Asks after it when it has waited for so long."""
+    compiling: bool = False
+    """Whether the engine has it, but waits for its grammar: it takes none of the engine's places then."""
     ahead: bool = False
     """Whether it is with the engine although the engine has no place for it yet."""
     begun: float | None = None
@@ -172,6 +174,11 @@ class RequestQueue:
         """Whether there is no request at all."""
         return not self._waiting and not self._sent
 
+    @property
+    def engine_has_work(self) -> bool:
+        """Whether the engine has a request that it should compute."""
+        return self._sequences > 0
+
     def put(self, ticket: Ticket) -> None:
         """Queue a request. QueueFullError where it would have to wait and no more may."""
         limit = self._limits.max_queue_size
@@ -195,11 +202,17 @@ class RequestQueue:
             self._sent[ticket.number] = ticket
             yield ticket
 
+    def set_compiling(self, ticket: Ticket, compiling: bool) -> None:
+        """A request with the engine begins to wait for its grammar, or has waited for it."""
+        if ticket.compiling != compiling:
+            ticket.compiling = compiling
+            self._sequences += -ticket.width if compiling else ticket.width
+
     def remove(self, ticket: Ticket) -> bool:
         """Forget a request wherever it stands; whether the engine has it."""
         ticket.stop_timer()
         if self._sent.pop(ticket.number, None) is not None:
-            self._sequences -= ticket.width
+            self._sequences -= 0 if ticket.compiling else ticket.width
             return True
         place = bisect_left(self._waiting, ticket.order, key=_order)
         if place < len(self._waiting) and self._waiting[place] is ticket:

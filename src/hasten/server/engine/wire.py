@@ -133,6 +133,10 @@ class Step(msgspec.Struct, tag=True):
     refused: list[Refusal] = []
     expired: list[int] = []
     """Requests that are withdrawn because they were not begun in time."""
+    compiling: list[int] = []
+    """Requests that wait for their grammar to be compiled, from now on, and take no part in steps."""
+    compiled: list[int] = []
+    """Requests that wait for it no longer."""
 
 
 ToEngine = Start | Add | Abort | Expire | Acknowledge

@@ -1,0 +1,128 @@
+"""Grammars are compiled within limits of time and memory, each once, and by a thread that holds up nobody."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import pytest
+
+from hasten import InvalidRequestError, SamplingParams
+from hasten.core.errors import EngineError
+from hasten.engine import grammar
+from hasten.engine.grammar import GrammarCompiler, GrammarLimits
+from hasten.engine.text import Tokenizer
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
+LONG = ".?" * 30_000
+"""Takes minutes, and gigabytes, if nobody ends it."""
+PATIENCE_S = 60
+
+
+def made(**limits: int) -> GrammarCompiler:
+    return GrammarCompiler(Tokenizer.from_folder(DEMO), 1024, (2,), GrammarLimits(**limits))
+
+
+@pytest.fixture
+def compiler() -> Iterator[GrammarCompiler]:
+    compiler = made()
+    yield compiler
+    compiler.close()
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"seconds": 1, "memory": 1 << 33}, r"regex is too expensive: compiling it takes more than 1 s"),
+        ({"seconds": 1000, "memory": 1 << 27}, r"regex is too expensive: compiling it takes more than 128 MiB"),
+    ],
+)
+def test_what_is_too_expensive_is_refused_and_nothing_else(limits: dict[str, int], message: str) -> None:
+    compiler = made(**limits)
+    for _ in range(2):  # the second time without compiling it
+        with pytest.raises(InvalidRequestError, match=message):
+            compiler.compiled(SamplingParams(regex=LONG))
+    assert compiler.compiled(SamplingParams(regex="a")) is not None
+    compiler.close()
+
+
+def test_a_grammar_is_compiled_once(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    compile_ = grammar.Text.compile
+
+    def counted(self: grammar.Text, vocabulary: object) -> object:
+        compiled.append(self.text)
+        return compile_(self, vocabulary)  # type: ignore[arg-type]  # it is what it was given
+
+    monkeypatch.setattr(grammar.Text, "compile", counted)
+    futures = [compiler.compile(SamplingParams(regex=text)) for text in ("a", "b", "a", "a", "b")]
+    grammars = [future.result(PATIENCE_S) for future in futures if future is not None]
+    assert compiled == ["a", "b"]
+    assert grammars[0] is grammars[2] is grammars[3]
+    with pytest.raises(InvalidRequestError):
+        compiler.compiled(SamplingParams(regex="(a"))
+    monkeypatch.setattr(grammar, "_KEPT", 2)
+    for text in ("c", "a", "b", "a"):
+        compiler.compiled(SamplingParams(regex=text))
+    assert compiled == ["a", "b", "c", "a", "b"]
+
+
+@pytest.fixture
+def held(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until this is set, nothing is compiled."""
+    free, begun = threading.Event(), threading.Event()
+    run = grammar._Trial.run
+
+    def wait(self: grammar._Trial, text: grammar.Text) -> int:
+        begun.set()
+        free.wait(PATIENCE_S)
+        return run(self, text)
+
+    monkeypatch.setattr(grammar._Trial, "run", wait)
+    compiler.compile(SamplingParams(regex="first"))
+    assert begun.wait(PATIENCE_S)
+    return free
+
+
+def test_only_so_many_wait(compiler: GrammarCompiler, held: threading.Event) -> None:
+    waiting = [compiler.compile(SamplingParams(regex=f"a{number}")) for number in range(15)]
+    assert all(future is not None and not future.done() for future in waiting)
+    with pytest.raises(EngineError, match="16 grammars wait to be compiled already; try again later"):
+        compiler.compiled(SamplingParams(regex="b"))
+    assert compiler.compile(SamplingParams(regex="a3")) is waiting[3]  # it is no further one
+    held.set()
+    assert all(future is not None and future.result(PATIENCE_S) for future in waiting)
+    assert compiler.compiled(SamplingParams(regex="b")) is not None
+
+
+def test_what_nobody_waits_for_is_not_compiled(compiler: GrammarCompiler, held: threading.Event) -> None:
+    params = SamplingParams(regex="second")
+    future = compiler.compile(params)
+    assert compiler.compile(params) is future
+    assert future is not None
+    compiler.withdraw(params)
+    assert not future.cancelled()
+    compiler.withdraw(params)
+    assert future.cancelled()
+    with pytest.raises(CancelledError):
+        future.result()
+    held.set()
+    assert compiler.compiled(params) is not None  # somebody asks for it again
+
+
+def test_the_process_ends_with_the_compiler(compiler: GrammarCompiler) -> None:
+    compiler.compiled(SamplingParams(regex="a"))
+    assert compiler._trial is not None
+    process = compiler._trial._process.pid
+    compiler.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+def test_it_imports_neither_torch_nor_numpy_of_its_own() -> None:
+    source = Path(grammar.__file__).read_text()
+    assert "import torch" not in source
+    assert "import numpy" not in source
