@@ -226,6 +226,7 @@ FLOATS = {"fp32_contents": [1, 2]}
             request("id_string", [("IN", "BYTES", [2])], [b"\1\0\0\0a"]),
             f"{NO_ID}expected 2 string elements for inference input 'IN' for model 'id_string', got 1",
         ),
+        (request(outputs=[("OUTPUT0", {})] * 2), "output 'OUTPUT0' already exists in request"),
         (request(outputs=[("X", {})]), "unexpected inference output 'X' for model 'add'"),
         (
             request(parameters={"priority": "a"}),

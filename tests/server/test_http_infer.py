@@ -81,6 +81,7 @@ def test_an_inference_as_json(client: httpx.Client) -> None:
             f"{NO_ID}inference input 'INPUT0' data-type is 'INT32', but model 'add' expects 'FP32'",
         ),
         ({"inputs": [A, A]}, f"{NO_ID}input 'INPUT0' already exists in request"),
+        ({"inputs": [A, B], "outputs": [{"name": "OUTPUT0"}] * 2}, "output 'OUTPUT0' already exists in request"),
         ({"inputs": [A, B], "outputs": [{"name": "ZZ"}]}, "unexpected inference output 'ZZ' for model 'add'"),
         (
             {"inputs": [A, B], "parameters": {"x": [1]}},
@@ -357,6 +358,35 @@ def test_generate(client: httpx.Client, body: Any, expected: Any) -> None:
 @pytest.mark.parametrize("call", ["generate", "generate_stream"])
 def test_wrong_generate_bodies_are_refused(client: httpx.Client, call: str, body: Any, error: str) -> None:
     assert error in refusal(client.post(f"/v2/models/text/{call}", json=body))
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (b'{"text_input":"a","text_input":"b"}', "input 'text_input' already exists in request"),
+        (b'{"text_input" :"a", "text_input"\n: "b"}', "input 'text_input' already exists in request"),
+        (b'{"text_input":"a","x":1,"x":1}', "parameter 'x' already exists in request"),
+        (b'{"text_input":"a","parameters":{"x":1,"y":2,"x":3}}', "parameter 'x' already exists in request"),
+    ],
+)
+@pytest.mark.parametrize("call", ["generate", "generate_stream"])
+def test_what_a_generate_body_says_twice_is_refused(client: httpx.Client, call: str, body: bytes, error: str) -> None:
+    assert refusal(client.post(f"/v2/models/text/{call}", content=body)) == error
+
+
+def test_text_with_quotes_and_colons_is_no_second_key(client: httpx.Client) -> None:
+    text = 'he said: {"text_input": "a", "text_input": "b"} and "more":'
+    assert client.post("/v2/models/text/generate", json={"text_input": text}).json()["text_output"].endswith(text)
+
+
+def test_what_an_inference_says_twice_is_refused(client: httpx.Client) -> None:
+    body = json.dumps({"inputs": [A, B]})
+    twice = body[:-1] + ', "inputs": []}'
+    assert refusal(client.post(ADD, content=twice)).endswith("the key 'inputs' comes twice")
+    shape = body.replace('"shape":', '"shape": [1], "shape":', 1)
+    assert refusal(client.post(ADD, content=shape)).endswith("the key 'shape' comes twice")
+    deep = body[:-1] + ', "x":' + '{"a":' * 5000 + "1" + "}" * 5001
+    assert "failed to parse the request JSON buffer" in refusal(client.post(ADD, content=deep))
 
 
 def test_generate_shapes_what_comes_flat(client: httpx.Client) -> None:

@@ -211,11 +211,21 @@ def test_a_prompt_alone_can_be_echoed_with_its_log_probabilities(client: openai.
     made = client.completions.create(model="story", prompt=ids, max_tokens=0, echo=True, logprobs=0)
     (choice,) = made.choices
     assert (choice.text, choice.finish_reason) == (PROMPT, "length")
+    assert made.usage is not None
+    assert (made.usage.prompt_tokens, made.usage.completion_tokens, made.usage.total_tokens) == (len(ids), 0, len(ids))
     assert choice.logprobs is not None
     assert choice.logprobs.tokens is not None
     assert len(choice.logprobs.tokens) == len(ids)
-    stream = client.completions.create(model="story", prompt=PROMPT, max_tokens=0, echo=True, stream=True)
-    assert "".join(piece.choices[0].text for piece in stream) == PROMPT
+    *pieces, last = client.completions.create(
+        model="story",
+        prompt=PROMPT,
+        max_tokens=0,
+        echo=True,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    assert "".join(piece.choices[0].text for piece in pieces) == PROMPT
+    assert last.usage == made.usage
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -427,6 +437,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "wrong type": ({"max_tokens": "8"}, "Expected `int | null`, got `str`", "max_tokens"),
     "wrong type inside": ({"stop": [1]}, "Expected `str`, got `int`", "stop"),
     "range": ({"temperature": -1}, "temperature must be finite and not negative", "temperature"),
+    "too hot": ({"temperature": 2.5}, "temperature is limited to 2, got 2.5", "temperature"),
     "no tokens": ({"max_tokens": 0}, "max_tokens must be at least 1", "max_tokens"),
     "n": ({"n": 129}, "n is limited to 128", "n"),
     "n is 0": ({"n": 0}, "n must be at least 1", "n"),
@@ -552,9 +563,11 @@ def test_bodies_that_are_none_are_the_clients_fault(site: Site, path: str) -> No
 
 
 def test_unknown_routes_are_errors_in_openais_form(site: Site, client: openai.OpenAI) -> None:
-    with pytest.raises(openai.APIStatusError) as caught:
-        client.embeddings.create(model="story", input="a")
-    assert caught.value.status_code == 501
+    for ask in (client.embeddings.create, client.responses.create):
+        with pytest.raises(openai.NotFoundError) as caught:  # which the client does not try again
+            ask(model="story", input="a")
+        assert (caught.value.type, caught.value.code) == ("invalid_request_error", "unknown_url")
+        assert "there are completions and chat/completions" in caught.value.message
     for method, path in (
         ("GET", "completions"),
         ("POST", "models"),

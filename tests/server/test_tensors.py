@@ -128,11 +128,21 @@ def test_numbers_beyond_a_float_are_infinite_as_for_triton() -> None:
     assert to_list(from_list("x", "FP32", [1], [1e39])) == [math.inf]
 
 
+def test_lists_may_be_nested_as_deeply_as_triton_takes_them() -> None:
+    data: list[Any] = [1, 2]
+    for _ in range(99):
+        data = [data]
+    assert flatten(data) == [1, 2]
+    assert flatten([[1, [2]], [], [[[3]], 4]]) == [1, 2, 3, 4]
+    with pytest.raises(ServiceError, match="nested more than 100 deep"):
+        flatten([data])
+
+
 def test_lists_are_not_unpacked_for_ever() -> None:
     data: list[Any] = [1]
     for _ in range(200):
         data = [data]
-    with pytest.raises(ServiceError, match="nested more than 16 deep"):
+    with pytest.raises(ServiceError, match="nested more than 100 deep"):
         flatten(data)
 
 

@@ -177,7 +177,24 @@ def test_parameters_and_inputs_that_say_the_same(demo: Running) -> None:
     assert "input 'sampling_parameters' and parameter 'max_tokens' both say how to sample" in refused(demo, request)
     request = asked()
     request.parameters = {"max_tokenz": 3}
-    assert "sampling parameter 'max_tokenz' is not known" in refused(demo, request)
+    assert refused(demo, request) == "parameter 'max_tokenz' is not known to model 'demo'; did you mean 'max_tokens'?"
+
+
+@pytest.mark.parametrize(
+    "name", ["max_token", "Temperature", "top-k", "max_new_tokens", "do_sample", "logit_bias", "detokenize"]
+)
+def test_parameters_that_would_change_the_answer_are_not_ignored(demo: Running, name: str) -> None:
+    request = asked()
+    request.parameters = {name: 1}
+    assert f"parameter '{name}' is not known to model 'demo'" in refused(demo, request)
+
+
+@pytest.mark.parametrize("name", ["request_tag", "user", "trace_id", "tenant", "model", "x", "name", "step"])
+def test_other_parameters_are_ignored_as_tritons_models_do(demo: Running, name: str) -> None:
+    request, plain = asked(), asked()
+    plain.parameters = {"max_tokens": 3, "temperature": 0.0}
+    request.parameters = {**plain.parameters, name: "anything"}
+    assert demo.infer(request) == demo.infer(plain)
 
 
 def test_one_response_is_not_for_a_stream(demo: Running) -> None:

@@ -264,6 +264,12 @@ def test_prompts_that_are_wrong(demo: Running) -> None:
     assert refused(request) == "parameter 'max_tokens' is not known to model 'fastertransformer'"
 
 
+def test_parameters_that_do_not_concern_sampling_are_ignored(demo: Running) -> None:
+    request = token_request([[5, 6]], 4)
+    request.parameters["client_version"] = "3"
+    assert demo.infer(request)["sequence_length"] == [[6]]
+
+
 def test_streams_grow(streaming: Running) -> None:
     lengths = [12, 3, 6, 1]
     responses = streaming.stream(token_request(PROMPTS, lengths, is_return_log_probs=True))

@@ -42,7 +42,7 @@ class Ensemble:
 
     async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
         """A response for each one of the last step."""
-        work.refuse_parameters()
+        work.known_parameters()
         work.clock.prepare()
         with ExitStack() as held:
             served = [self._models.find(step.model_name, step.model_version) for step in self._steps]

@@ -2,7 +2,8 @@
 
 How to sample comes in one of two ways. vLLM's: the JSON of `sampling_parameters`, or the request's own parameters, with
 SamplingParams' names and defaults. TensorRT-LLM's: a tensor for each, and the most probable token unless `top_k` or
-`top_p` ask for others. Both at once are an error, and so is a name that neither knows.
+`top_p` ask for others. Both at once are an error. `sampling_parameters` has no name that is not known; among the
+request's own parameters those are ignored that do not look like a way to sample.
 """
 
 import json
@@ -70,7 +71,8 @@ def _wanted(work: Work) -> frozenset[str]:
 def _params(work: Work, info: EngineInfo) -> SamplingParams:
     tensors = sorted(_TENSORRT_LLM & work.inputs.keys() - {"return_log_probs"})
     ways = ["input 'sampling_parameters'"] if "sampling_parameters" in work.inputs else []
-    ways += [f"parameter '{name}'" for name in list(work.parameters)[:1]]
+    parameters = work.known_parameters(_READERS)
+    ways += [f"parameter '{name}'" for name in list(parameters)[:1]]
     ways += [f"input '{name}'" for name in tensors[:1]]
     if len(ways) > 1:
         raise _invalid(f"{ways[0]} and {ways[1]} both say how to sample; give one of them")
@@ -79,7 +81,7 @@ def _params(work: Work, info: EngineInfo) -> SamplingParams:
             return SamplingParams(**_tensorrt_llm(work.inputs, info))
         if "sampling_parameters" in work.inputs:
             return SamplingParams(**sampling_options(_json(_text(work.inputs["sampling_parameters"]))))
-        return SamplingParams(**sampling_options(work.parameters))
+        return SamplingParams(**sampling_options(parameters))
     except InvalidRequestError as error:
         raise _invalid(str(error)) from None
 

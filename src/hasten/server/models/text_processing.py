@@ -62,7 +62,7 @@ class Preprocessing(_Processing):
 
     async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
         """One response."""
-        work.refuse_parameters()
+        work.known_parameters()
         tokenizer, inputs = self.tokenizer(), work.inputs
         prompts = [tokenizer.encode(_only(texts, place)) for place, texts in enumerate(_texts(inputs["QUERY"]))]
         work.clock.prepare()
@@ -85,7 +85,7 @@ class Postprocessing(_Processing):
 
     async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
         """One response."""
-        work.refuse_parameters()
+        work.known_parameters()
         tokenizer, tokens = self.tokenizer(), work.inputs["TOKENS_BATCH"].data
         lengths = _lengths(work, tokens)
         work.clock.prepare()

@@ -45,7 +45,7 @@ class TokenModel:
 
     async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
         """One response, or if decoupled one whenever there is more."""
-        work.refuse_parameters()
+        work.known_parameters()
         asked = read_items(work.inputs, work.batch_size, self._engine.info)
         work.clock.prepare()
         rows = [[Beam() for _ in range(asked.beam_width)] for _ in asked.items]

@@ -43,7 +43,9 @@ class Rules:
         """The request as the model gets it; ServiceError with Triton's text where it does not fit."""
         own = _own_parameters(request.parameters)
         inputs = self._unique(request)
-        for output in request.outputs:
+        for at, output in enumerate(request.outputs):
+            if any(output.name == earlier.name for earlier in request.outputs[:at]):
+                raise _invalid(f"output '{output.name}' already exists in request")
             if output.name not in self.outputs:
                 raise _invalid(f"unexpected inference output '{output.name}' for model '{self.name}'")
         self._check_count(inputs, about(request.id))

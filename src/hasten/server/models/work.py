@@ -1,10 +1,20 @@
 """What a model gets, a request that fits its configuration, and what it gives back."""
 
+import difflib
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
 
+from hasten.core.types import SamplingParams
 from hasten.server.types import ErrorKind, Parameter, ServiceError, Tensor
+
+_SAMPLING = frozenset(option.name for option in fields(SamplingParams)) | {
+    *("max_new_tokens", "max_length", "do_sample", "num_beams", "stop_sequences", "typical_p", "best_of"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "response_format"),
+}
+"""Names of what changes an answer, here and at other servers."""
+_LIKENESS = 0.8
+"""From which on two names are taken for one, misspelt: `max_token`, `top-k`, `temperatur`."""
 
 
 @dataclass
@@ -50,10 +60,21 @@ class Work:
     """Seconds that it may wait; None: as long as the engine lets it."""
     clock: Clock = field(default_factory=Clock)
 
-    def refuse_parameters(self) -> None:
-        """ServiceError where there are parameters, for a model that has none."""
+    def known_parameters(self, known: Collection[str] = ()) -> dict[str, Parameter]:
+        """The parameters that the model knows; others are ignored, as Triton's models do with what clients add.
+
+        ServiceError where a name that the model does not know says, or seems to say, how to sample: that would change
+        the answer.
+        """
         for name in self.parameters:
-            raise ServiceError(ErrorKind.INVALID, f"parameter '{name}' is not known to model '{self.model}'")
+            if name in known:
+                continue
+            near = difflib.get_close_matches(name, {*known, *_SAMPLING}, 1, _LIKENESS)
+            if near:
+                hint = f"; did you mean '{near[0]}'?" if near[0] in known else ""
+                text = f"parameter '{name}' is not known to model '{self.model}'{hint}"
+                raise ServiceError(ErrorKind.INVALID, text)
+        return {name: value for name, value in self.parameters.items() if name in known}
 
 
 @dataclass

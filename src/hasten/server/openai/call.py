@@ -26,10 +26,13 @@ _News = tuple[int, Progress | Exception | None]
 class _Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    prompts_only: bool = False
+    """Whether no completion is shown, and so none counts."""
 
     def count(self, progress: Progress) -> None:
         self.prompt_tokens += len(progress.prompt_token_ids)
-        self.completion_tokens += sum(len(delta.token_ids) for delta in progress.completions)
+        if not self.prompts_only:
+            self.completion_tokens += sum(len(delta.token_ids) for delta in progress.completions)
 
     def as_json(self) -> dict[str, int]:
         total = self.prompt_tokens + self.completion_tokens
@@ -57,6 +60,8 @@ class Call:
     choices: Choices
     kind: str
     """text_completion or chat.completion."""
+    prompts_only: bool = False
+    """Whether prompts are to be given back and nothing is to follow them."""
 
     def head(self, kind: str) -> bytes:
         """How each JSON object of the answer begins."""
@@ -66,7 +71,7 @@ class Call:
 
     async def answer(self) -> bytes:
         """The whole answer."""
-        usage, found = _Usage(), list[Choice]()
+        usage, found = _Usage(prompts_only=self.prompts_only), list[Choice]()
         async with aclosing(self._run(stream=False)) as run:
             async for number, progress in run:
                 usage.count(progress)
@@ -76,7 +81,7 @@ class Call:
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as events. What is wrong with the request shows before the first of them."""
-        usage, options = _Usage(), self.request.stream_options
+        usage, options = _Usage(prompts_only=self.prompts_only), self.request.stream_options
         with_usage = options is not None and bool(options.include_usage)
         kind = "text_completion" if self.kind == "text_completion" else "chat.completion.chunk"
         begin, end = b"data: " + self.head(kind), b'],"usage":null}\n\n' if with_usage else b"]}\n\n"

@@ -16,6 +16,8 @@ from hasten.server.types import ErrorKind, ServiceError
 
 _MOST_COMPLETIONS, _MOST_PROMPTS, _MOST_LOGPROBS, _MOST_STOPS = 128, 2048, 20, 64
 """Each as OpenAI's own limit or above it: without one, a short request could ask for any amount of work."""
+_HOTTEST = 2
+"""Above it, OpenAI's own API refuses a temperature."""
 _DEFAULT_MAX_TOKENS = 16
 _PASSED_ON = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
@@ -142,6 +144,7 @@ def chat_params(request: ChatRequest, room: int) -> SamplingParams:
 
 def _params(request: GenerationRequest, **values: Any) -> SamplingParams:
     _limit("n", request.n, _MOST_COMPLETIONS)
+    _limit("temperature", request.temperature, _HOTTEST)
     if isinstance(request.stop, list):
         _limit("stop", len(request.stop), _MOST_STOPS)
     if request.stream_options is not None and request.stream_options.include_obfuscation:
@@ -156,7 +159,7 @@ def _params(request: GenerationRequest, **values: Any) -> SamplingParams:
     return SamplingParams(**(values | _beams(request) | _constraint(request)))
 
 
-def _limit(name: str, value: int | None, most: int) -> None:
+def _limit(name: str, value: float | None, most: int) -> None:
     if value is not None and value > most:
         raise OpenAIError(f"{name} is limited to {most}, got {value}", param=name)
 

@@ -75,7 +75,8 @@ def _guarded(handler: Handler) -> Handler:
 async def _unknown(request: Request) -> Response:
     where = f"{request.method} {request.url.path}"
     if request.url.path in ("/v1/embeddings", "/v1/responses"):
-        raise OpenAIError(f"{where} is not supported; there are completions and chat/completions", status=501)
+        message = f"{where} is not supported; there are completions and chat/completions"
+        raise OpenAIError(message, status=404, code="unknown_url")
     raise OpenAIError(f"unknown request URL: {where}", status=404, code="unknown_url")
 
 
@@ -125,7 +126,9 @@ class _Api:
         count = 1 if asked.n is None else asked.n
         made = CompletionChoices(count, bool(asked.echo), hidden, client.tokenizer, texts)
         choices = made if params.n == count else BestChoices(made, with_logprobs=asked.logprobs is not None)
-        return await _respond(request, Call(asked, client, counters, tokens, params, choices, "text_completion"))
+        return await _respond(
+            request, Call(asked, client, counters, tokens, params, choices, "text_completion", hidden)
+        )
 
     async def chat(self, request: Request) -> Response:
         asked = decode(await request.body(), ChatRequest)

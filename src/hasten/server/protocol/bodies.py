@@ -5,6 +5,7 @@ Texts of errors are Triton's.
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from hasten.server.protocol.shared_memory import BYTE_SIZE, OFFSET, REGION, SharedMemory
 from hasten.server.protocol.tensors import about, dtype_of, from_bytes, from_list, invalid, to_bytes, to_list
-from hasten.server.types import InferRequest, InferResponse, Parameter, RequestedOutput, Tensor
+from hasten.server.types import ErrorKind, InferRequest, InferResponse, Parameter, RequestedOutput, ServiceError, Tensor
 
 if TYPE_CHECKING:
     from hasten.server.service import ModelMetadata
@@ -32,10 +33,53 @@ _RESERVED: dict[str, tuple[tuple[type, ...], str]] = {
     "sequence_end": ((bool,), "non-boolean as boolean"),
     "binary_data_output": ((bool,), "non-boolean as boolean"),
 }
+_KEY_END = re.compile(rb'"[ \t\r\n]*:')
+
+
+class DuplicateKeyError(ServiceError):
+    """A JSON object that has one key twice, which decoders would take the last value of."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(ErrorKind.INVALID, f"failed to parse the request JSON buffer: the key {key!r:.80} comes twice")
+        self.key = key
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise DuplicateKeyError(next(key for at, key in enumerate(keys) if key in keys[:at]))
+    return members
+
+
+def _keys(value: Any) -> int:
+    """Keys of all objects in a decoded value; lists that begin with something else are not looked through."""
+    if isinstance(value, dict):
+        return len(value) + sum(map(_keys, value.values()))
+    return sum(map(_keys, value)) if isinstance(value, list) and value and isinstance(value[0], dict) else 0
+
+
+def _check_keys(body: bytes | memoryview, decoded: Any) -> None:
+    """DuplicateKeyError where an object has one key twice.
+
+    Each key is a quote before a colon. Where the body has no more of these than the decoded value has keys, no key was
+    dropped; else a slower decoder looks.
+    """
+    try:
+        if isinstance(decoded, dict) and len(_KEY_END.findall(body)) > _keys(decoded):
+            json.loads(bytes(body), object_pairs_hook=_without_duplicates)
+    except RecursionError as error:
+        raise invalid(f"failed to parse the request JSON buffer: {error}") from None
 
 
 def parse_json(body: bytes | memoryview) -> Any:
-    """What a body says; INVALID where it is not JSON. NaN and Infinity are numbers, as for Triton."""
+    """What a body says; INVALID where it is no JSON or has a key twice. NaN and Infinity are numbers, as for Triton."""
+    decoded = _decoded(body)
+    _check_keys(body, decoded)
+    return decoded
+
+
+def _decoded(body: bytes | memoryview) -> Any:
     try:
         return msgspec.json.decode(body)
     except (ValueError, RecursionError) as error:

@@ -13,7 +13,15 @@ from starlette.routing import Route
 
 from hasten.core.errors import HastenError
 from hasten.server.errors import service_error
-from hasten.server.protocol.bodies import InferBody, dump_json, infer_body, infer_response, parse_object, raw_body
+from hasten.server.protocol.bodies import (
+    DuplicateKeyError,
+    InferBody,
+    dump_json,
+    infer_body,
+    infer_response,
+    parse_object,
+    raw_body,
+)
 from hasten.server.protocol.generate import ONE_RESPONSE, generate_json, generate_request
 from hasten.server.protocol.placement import place, placements
 from hasten.server.protocol.shared_memory import SharedMemory
@@ -84,7 +92,11 @@ class InferRoutes:
         model, version = named_model(request)
         metadata = self._service.model_metadata(model, version)
         encoding = request.headers.get("content-encoding", "")
-        body = parse_object(decompressed(await request.body(), encoding, self._max_request_bytes))
+        try:
+            body = parse_object(decompressed(await request.body(), encoding, self._max_request_bytes))
+        except DuplicateKeyError as error:
+            kind = "input" if any(spec.name == error.key for spec in metadata.inputs) else "parameter"
+            raise invalid(f"{kind} '{error.key}' already exists in request") from None
         return generate_request(model, version, body, metadata, batched=self._batched(model, version))
 
     async def generate(self, request: Request) -> Response:

@@ -25,6 +25,7 @@ NUMPY: dict[str, np.dtype[Any]] = {
 """What numpy calls each of Triton's data types."""
 
 _MOST_DIMENSIONS = 16
+_DEEPEST_LIST = 100
 _LARGEST_DIMENSION = 2**31
 _MOST_ELEMENTS = 2**48
 _LENGTH = struct.Struct("<I")
@@ -157,12 +158,23 @@ def _array(name: str, datatype: str, dtype: np.dtype[Any], flat: list[Any]) -> N
 
 
 def flatten(data: list[Any]) -> list[Any]:
-    """The leaves of nested lists, in order; INVALID where they are nested deeper than a tensor may be."""
-    for _ in range(_MOST_DIMENSIONS):
-        if not any(type(part) is list for part in data):
-            return data
-        data = [leaf for part in data for leaf in (part if type(part) is list else (part,))]
-    raise invalid(f"Unable to parse 'data': lists are nested more than {_MOST_DIMENSIONS} deep")
+    """The leaves of nested lists, in order; INVALID where they are nested deeper than Triton takes them."""
+    leaves: list[Any] = []
+    _add_leaves(data, leaves, 1)
+    return leaves
+
+
+def _add_leaves(data: list[Any], leaves: list[Any], depth: int) -> None:
+    if depth > _DEEPEST_LIST:
+        raise invalid(f"Unable to parse 'data': lists are nested more than {_DEEPEST_LIST} deep")
+    if list not in set(map(type, data)):
+        leaves += data
+        return
+    for part in data:
+        if type(part) is list:
+            _add_leaves(part, leaves, depth + 1)
+        else:
+            leaves.append(part)
 
 
 def to_list(tensor: Tensor) -> list[Any]:
