@@ -69,7 +69,7 @@ def test_a_job_is_told_from_its_start_to_its_end(here: Site, caplog: pytest.LogC
         "--image some:image is not used: here the command runs as a process",
         "--memory 1Mi is a request: it was checked, and nothing enforces it here",
     ]
-    with pytest.raises(ExistsError, match="job told exists in namespace default; delete it first"):
+    with pytest.raises(ExistsError, match="job told exists in namespace default: take another name, or delete it"):
         here.submit("told", "true")
     job = here.ended("told")
     assert (job.status, job.reason, job.gpus) == (Status.FAILED, "told-master-0 ended with exit code 3", 0)

@@ -192,7 +192,7 @@ def _not_found(attempt: Attempt, details: dict[str, Any], message: str, *, is_st
 
 def _conflict(attempt: Attempt, status: dict[str, Any], message: str) -> ClusterError:
     if status.get("reason") == "AlreadyExists":
-        return ExistsError(f"there is a {attempt.what} in {attempt.where} already: delete it or take another name")
+        return ExistsError(f"there is a {attempt.what} in {attempt.where} already: take another name, or delete it")
     causes = (status.get("details") or {}).get("causes") or []
     fields = [
         f"{one.get('field', '').lstrip('.')} ({one.get('message')})"

@@ -155,7 +155,7 @@ class KubernetesPlace:
         if find_servers(self._cluster, server.namespace, server.name, server.version):
             raise ExistsError(
                 f"there is a server {server.name} of version {server.version} in namespace {server.namespace} already: "
-                "update it, delete it, or take another --version"
+                "update it, take another --version, or delete it"
             )
         apply_all(self._cluster, objects)
 

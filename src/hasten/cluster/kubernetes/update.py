@@ -137,7 +137,7 @@ def _check_gpus(now: Object, gpus: int) -> None:
     if gpus and shared:
         raise ConfigError(
             f"--gpus {gpus}: this server has parts of a shared GPU ({', '.join(shared)}), and takes either those or "
-            "whole GPUs: delete it and serve it again with --gpus"
+            "whole GPUs: serve another version with --gpus"
         )
 
 
@@ -202,7 +202,7 @@ def _new_command(container: Object, update: ServerUpdate) -> str:
     if parsed is None:
         raise UnsupportedError(
             "--model-repository, --load-model and --extend-command: hasten did not make this server's command and "
-            "cannot change it; delete the server and make it anew"
+            "cannot change it; serve another version instead"
         )
     options = list(parsed.options)
     if update.model_repository is not None:

@@ -21,7 +21,8 @@ def end_and_remove(folder: Folder, grace: float) -> None:
     """
     if elsewhere(state := folder.state()) and not state.done:
         raise ClusterError(
-            f"{folder.name} runs on {state.host}; delete it there, or remove {folder.path} if that machine is gone"
+            f"{folder.name} runs on {state.host}: delete it there, or move {folder.path} elsewhere if that machine is "
+            "gone"
         )
     try:
         lock = _own(folder, grace)

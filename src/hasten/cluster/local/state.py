@@ -302,7 +302,9 @@ def create(
             os.close(lock)
         shutil.rmtree(made.path, ignore_errors=True)
         if isinstance(error, OSError) and folder.path.exists():
-            raise ExistsError(f"{what} exists in namespace {folder.namespace}; delete it first") from None
+            raise ExistsError(
+                f"{what} exists in namespace {folder.namespace}: take another name, or delete it"
+            ) from None
         if isinstance(error, OSError):
             raise ClusterError(f"cannot write {folder.path}: {error.strerror}") from error
         raise

@@ -51,7 +51,9 @@ class Volumes:
         path = self._path(volume.name, volume.namespace)
         with locked(self._root / "lock"):
             if path.exists():
-                raise ExistsError(f"volume {volume.name} exists in namespace {volume.namespace}; delete it first")
+                raise ExistsError(
+                    f"volume {volume.name} exists in namespace {volume.namespace}: take another name, or delete it"
+                )
             make_folder(path.parent)
             write_json(path, {**self.plan(volume), "owner": user_name(), "created": time.time()})
 
