@@ -43,7 +43,11 @@ def request_inputs(tokenizer: PreTrainedTokenizerBase, prompts: list[str], outpu
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Ask a served language model to continue prompts.")
+    parser = argparse.ArgumentParser(
+        description="Ask a served language model to continue prompts.",
+        epilog="gRPC takes the proxy that grpc_proxy, https_proxy or http_proxy names, for localhost too: set "
+        "no_proxy=localhost,127.0.0.1, or the server's host, to reach it directly.",
+    )
     parser.add_argument("--url", default="localhost:8001", help="HOST:PORT of the server's gRPC endpoint")
     parser.add_argument("--model", default="fastertransformer", help="name of the model on the server")
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="folder of the model's tokenizer")

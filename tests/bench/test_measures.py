@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,41 @@ class Clock:
     def generate(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
         self.calls.append((len(prompts), max(lengths)))
         return Generation([[0] * n for n in lengths], 1 + self.step * (max(lengths) - 1))
+
+
+ROWS = [("lat_b1", "hasten", "1.234", "0.05", ""), ("lat_b1", "HF", "12.34", "0.5", "17")]
+COLUMNS = ("workload", "engine", "seconds", "first token s", "requests/s")
+
+
+def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int) -> list[str]:
+    """What a table is on a terminal of that width."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(width))
+    report.print_table("bloom: ready after 1.0 s", COLUMNS, ROWS)
+    return [re.sub(r"\x1b\[[\d;]*m", "", line).rstrip() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_table_on_a_wide_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(monkeypatch, capsys, 80)
+    assert lines[2].split() == ["workload", "engine", "seconds", "first", "token", "s", "requests/s"]
+    assert [line.split() for line in lines[4:6]] == [["lat_b1", "hasten", "1.234", "0.05"], [*ROWS[1]]]
+
+
+@pytest.mark.parametrize("width", [50, 30])
+def test_a_table_on_a_narrow_terminal_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
+) -> None:
+    lines = printed(monkeypatch, capsys, width)
+    assert all(len(line) <= width for line in lines)
+    assert lines[1:7] == [
+        *("", "lat_b1"),
+        *("  engine         hasten", "  seconds        1.234", "  first token s  0.05"),
+        "",
+    ]
+    assert lines[7:] == [
+        "lat_b1",
+        *("  engine         HF", "  seconds        12.34", "  first token s  0.5", "  requests/s     17"),
+    ]
 
 
 def test_latency_tells_the_first_token_from_the_others() -> None:

@@ -2,13 +2,14 @@ import gc
 import json
 import random
 import re
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hasten.bench import engines
+from hasten.bench import engines, report
 from hasten.engine.runner import Runner
 
 if TYPE_CHECKING:
@@ -239,6 +240,14 @@ def test_suite_beside_hugging_face(
         make(self, *args, **options)
 
     monkeypatch.setattr(engines.HuggingFaceEngine, "__init__", count_then_make)
+    written: list[dict[str, Any]] = []
+    write = report.write_json
+
+    def note_and_write(path: str, results: Mapping[str, Any]) -> None:
+        write(path, results)
+        written.append(json.loads(Path(path).read_text()))
+
+    monkeypatch.setattr(report, "write_json", note_and_write)
     output = tmp_path / "results.json"
     done = hasten_here(
         *("bench", "suite", config_only, "--load-format", "dummy", "--compare", "--json", "--output-path", output),
@@ -247,11 +256,11 @@ def test_suite_beside_hugging_face(
     )
     assert done.status == 0, done.err
     assert runners_left == [0], "hasten's engine must be gone before Hugging Face's model is made"
-    reports = [json.loads(line) for line in done.out.splitlines()]
-    assert len(reports) == 4 + 3
-    assert all(before.items() <= after.items() for before, after in pairwise(map(_ours, reports)))
-    last = reports[-1]
-    assert json.loads(output.read_text()) == last
+    assert len(written) == 4 + 3, "what is measured is on disk at once"
+    assert all(before.items() <= after.items() for before, after in pairwise(map(_ours, written)))
+    (line,) = done.out.splitlines()
+    last = json.loads(line)
+    assert json.loads(output.read_text()) == last == written[-1]
     assert {name: set(last[name]) for name in SUITE_FIGURES} == SUITE_FIGURES
     assert last["environment"]["dtype"] == "float32"
     assert last["init_s"] > 0
@@ -288,19 +297,21 @@ def _check_speedups(report: dict[str, Any]) -> None:
     assert set(report["speedup"]["lambada"]) == {"s"}
 
 
-def test_suite_goes_on_after_a_workload_that_fails(config_only: Path, hasten_here: "Hasten") -> None:
+def test_suite_goes_on_after_a_workload_that_fails(config_only: Path, tmp_path: Path, hasten_here: "Hasten") -> None:
     # lat needs 256 tokens a sequence, tput still more; lambada's two requests need less than 200
     done = hasten_here(
         *("bench", "suite", config_only, "--load-format", "dummy", "--max-model-len", "200"),
         *("--tests", "lat,lambada,tput", "--num-requests", "2", "--repetitions", "1"),
+        *("--output-path", tmp_path / "results.json"),
     )
     assert done.status == 1
-    last = json.loads(done.out.splitlines()[2])
+    last = json.loads((tmp_path / "results.json").read_text())
     assert "raise --max-model-len" in last["lat_error"]
     assert "tput_error" in last
     assert last["lambada"]["new_tok"] == 8
     assert [line.split(":")[1].strip() for line in done.err.splitlines()] == ["lat_error", "tput_error"]
-    assert any(line.split()[:2] == ["lambada", "hasten"] for line in done.out.splitlines()[3:])
+    assert any(line.split()[:2] == ["lambada", "hasten"] for line in done.out.splitlines())
+    assert "{" not in done.out
 
 
 def test_suite_tells_when_hugging_face_cannot_load_the_model(
@@ -311,7 +322,7 @@ def test_suite_tells_when_hugging_face_cannot_load_the_model(
         *("--compare", "--hf-model", tmp_path),
     )
     assert done.status == 1
-    last = json.loads(done.out.splitlines()[-1])
+    last = json.loads(done.out)
     assert last["lambada"]["new_tok"] == 8
     assert str(tmp_path) in last["hf"]["init_error"]
     assert done.err.startswith("hasten: hf init_error: ")
@@ -322,7 +333,7 @@ def test_suite_that_leaves_nothing_to_hugging_face(tiny_bloom: Path, hasten_here
         *("bench", "suite", tiny_bloom, "--tests", "tput", "--num-requests", "1", "--json", "--compare"),
     )
     assert done.status == 0, done.err
-    last = json.loads(done.out.splitlines()[-1])
+    last = json.loads(done.out)
     assert (last["hf"], last["speedup"]) == ({"left_out": ["tput"]}, {})
     wanted = {
         "max_model_len": 2048,

@@ -32,8 +32,11 @@ def test_what_the_demo_must_not_show(found: Comparison, faults: list[str]) -> No
 
 
 def test_the_demo_runs_its_commands_one_after_the_other(
-    tiny_bloom: Path, tmp_path: Path, hasten_process: "Hasten"
+    tiny_bloom: Path, tmp_path: Path, hasten_process: "Hasten", monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # port 9 of this machine: whoever asks the server by way of this proxy gets no answer
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
     dataset = tmp_path / "texts.jsonl"
     text = "Clara said that she never promised him the violin before the evening storm"
     dataset.write_text("".join(json.dumps({"text": f"{number} {text}"}) + "\n" for number in range(20)))
@@ -43,7 +46,9 @@ def test_the_demo_runs_its_commands_one_after_the_other(
     )
     commands = [line.split()[1:3] for line in done.out.splitlines() if line.startswith("$ ")]
     assert commands[:4] == [["hasten", "convert"], ["hasten", "bench"], ["hasten", "generate"], ["hasten", "serve"]]
-    assert commands[4:] == [["python", str(CLIENT)], ["kill", "%1"]]
+    assert commands[4:] == [["python", str(CLIENT)], ["kill", "%1"], ["hasten", "serve"]]
+    assert f"$ hasten serve {folder / 'model-fp16'}" in done.out.splitlines()
+    assert "http://localhost:8000/" in done.out
     assert re.search(r"^\(1, 1, \d+\)$", done.out, re.MULTILINE)
     assert "samples whose answers differ" in done.out
     # how fast a few tiny texts are is chance; what the demo says of it is not

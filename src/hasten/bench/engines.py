@@ -18,6 +18,7 @@ from hasten.engine.llm import LLM
 from hasten.engine.worker import compute_dtype, rank_device
 from hasten.ops import TORCH_DTYPES
 from hasten.parallel.groups import TensorGroup
+from hasten.parallel.threads import limit_threads
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -98,7 +99,7 @@ class HuggingFaceEngine:
         batch_size: int | None = None,
         threads: int | None = None,
     ) -> None:
-        self._threads = threads or torch.get_num_threads()
+        self._threads = threads or limit_threads()
         self.device = rank_device(EngineConfig.create(folder, device=device), TensorGroup(), 1)
         config = open_checkpoint(folder, dummy=torch.device("cpu")).config
         self.dtype = TORCH_DTYPES[compute_dtype(dtype, config, self.device)]

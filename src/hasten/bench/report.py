@@ -100,8 +100,15 @@ def require_writable(path: str | None) -> None:
         raise ConfigError(f"cannot write the results to {path}: it is read-only, or you may not write there")
 
 
+_ANY_WIDTH = 1000
+"""More than any table takes."""
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a title and a table; all columns but the first hold figures."""
+    """Print a title and a table; all columns but the first hold figures.
+
+    On a terminal that is too narrow for the table, each row is a paragraph with one line per figure.
+    """
     table = Table(box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
@@ -111,4 +118,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     # a pipe or a file has no width that figures would have to be cut to
     console = console if console.is_terminal else Console(width=200)
     console.print(title, highlight=False)
-    console.print(table)
+    if console.measure(table, options=console.options.update(width=_ANY_WIDTH)).maximum <= console.width:
+        console.print(table)
+        return
+    width = max(map(len, columns))
+    for row in rows:
+        console.print(f"\n{row[0]}", highlight=False, markup=False)
+        for column, cell in zip(columns[1:], row[1:], strict=True):
+            if cell:
+                console.print(f"  {column:<{width}}  {cell}", highlight=False, markup=False)

@@ -22,8 +22,11 @@ from hasten.server.listeners import open_port
 from hasten.server.options import EndpointOptions, LogOptions, ModelOptions, ServeOptions
 
 HOST = "127.0.0.1"
+_LOCAL = (HOST, "localhost", "::1")
 TOKEN_MODEL, TEXT_MODEL = "fastertransformer", "text"
-_START_S, _STOP_S = 900.0, 60.0
+_START_S, _STOP_S, _ANSWER_S = 900.0, 60.0, 10.0
+CALL_S = 600.0
+"""Seconds in which a request to a server must be answered."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +90,43 @@ def free_ports() -> list[int]:
         return [int(listener.getsockname()[1]) for listener in listeners]
 
 
+def channel_options(address: str) -> list[tuple[str, int]]:
+    """Options of gRPC for a client: a server of this machine is reached without a proxy, whatever the environment says.
+
+    Messages may have any size, as they may for Triton's client without options.
+    """
+    options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+    host = address.rpartition(":")[0].strip("[]")
+    return [*options, ("grpc.enable_http_proxy", 0)] if host in _LOCAL else options
+
+
+def environment_without_proxy() -> dict[str, str]:
+    """This process's environment for one that asks a server of this machine: no proxy comes between."""
+    environment = dict(os.environ)
+    # gRPC reads the first if there is one, and the second otherwise; other libraries read the second in either case
+    for name in ("no_grpc_proxy", "no_proxy", "NO_PROXY"):
+        if name in environment or name == "no_proxy":
+            environment[name] = ",".join([*filter(None, [environment.get(name)]), *_LOCAL])
+    return environment
+
+
 def wait_until_ready(address: str, is_alive: Callable[[], bool], log: Path) -> None:
     """Return once the server at a gRPC address is ready; EngineError with its last words if its process ends before."""
     until = time.monotonic() + _START_S
-    with grpcclient.InferenceServerClient(address) as client:
+    with grpcclient.InferenceServerClient(address, channel_args=channel_options(address)) as client:
         while not _is_ready(client):
-            if not is_alive() or time.monotonic() > until:
+            late = time.monotonic() > until
+            if late or not is_alive():
                 said = log.read_text().splitlines() if log.exists() else []
                 errors = [line for line in said if line.startswith("E")]
-                raise EngineError("the server did not get ready; it said: " + " / ".join(errors or said[-1:]))
+                how = f"was not ready within {_START_S:.0f} s" if late else "ended before it was ready"
+                words = " / ".join(errors or said[-1:]) or "nothing"
+                raise EngineError(f"the server at {address} {how}; its log says: {words}")
             time.sleep(0.01)
 
 
 def _is_ready(client: grpcclient.InferenceServerClient) -> bool:
     try:
-        return bool(client.is_server_ready())
+        return bool(client.is_server_ready(client_timeout=_ANSWER_S))
     except InferenceServerException:
         return False  # its port is not open yet

@@ -19,7 +19,7 @@ import tritonclient.grpc.aio as aioclient
 from tritonclient.utils import InferenceServerException
 
 from hasten.bench.report import Spread, print_table
-from hasten.bench.served import HOST, TEXT_MODEL, TOKEN_MODEL, Served
+from hasten.bench.served import CALL_S, HOST, TEXT_MODEL, TOKEN_MODEL, Served, channel_options
 from hasten.bench.workloads import random_prompt
 from hasten.core.errors import EngineError
 from hasten.core.types import SamplingParams
@@ -76,10 +76,11 @@ def measure(llm: LLM, server: Served, load: Load, peer: str | None = None) -> li
 
 def _single(llm: LLM, server: Served, prompt: list[int], load: Load) -> Turns:
     params = _params(load)
-    with grpcclient.InferenceServerClient(server.address) as client:
+    with grpcclient.InferenceServerClient(server.address, channel_args=channel_options(server.address)) as client:
 
         def over_grpc() -> Tokens:
-            found = client.infer(TOKEN_MODEL, _token_inputs(grpcclient, prompt, load.output_length))
+            inputs = _token_inputs(grpcclient, prompt, load.output_length)
+            found = client.infer(TOKEN_MODEL, inputs, client_timeout=CALL_S)
             return [_new_tokens(found, len(prompt))]
 
         callers = {"engine": lambda: _tokens(llm, [prompt], params), "hasten, gRPC": over_grpc}
@@ -90,8 +91,9 @@ def _at_once(llm: LLM, addresses: dict[str, str], prompts: list[list[int]], load
     params = _params(load)
 
     async def infer(address: str) -> Tokens:
-        async with aioclient.InferenceServerClient(address) as client:
-            asked = [client.infer(TOKEN_MODEL, _token_inputs(aioclient, p, load.output_length)) for p in prompts]
+        async with aioclient.InferenceServerClient(address, channel_args=channel_options(address)) as client:
+            inputs = [_token_inputs(aioclient, prompt, load.output_length) for prompt in prompts]
+            asked = [client.infer(TOKEN_MODEL, each, client_timeout=CALL_S) for each in inputs]
             return [_new_tokens(one, load.prompt_length) for one in await asyncio.gather(*asked)]
 
     def ask(address: str) -> Tokens:
@@ -109,11 +111,16 @@ def _streams(llm: LLM, server: Served, prompts: list[list[int]], load: Load) -> 
     params = replace(_params(load), detokenize=True)
 
     async def over_grpc() -> list[str]:
-        async with aioclient.InferenceServerClient(server.address) as client:
+        options = channel_options(server.address)
+        async with aioclient.InferenceServerClient(server.address, channel_args=options) as client:
             return list(await asyncio.gather(*(_stream(client, text, load.output_length) for text in texts)))
 
     async def over_http() -> list[str]:
-        return list(await asyncio.gather(*(_events(server.http_port, text, load.output_length) for text in texts)))
+        events = (_events(server.http_port, text, load.output_length) for text in texts)
+        try:
+            return list(await asyncio.wait_for(asyncio.gather(*events), CALL_S))
+        except TimeoutError:
+            raise EngineError(f"the server did not end its streams over HTTP within {CALL_S:.0f} s") from None
 
     callers: dict[str, Callable[[], Any]] = {
         "engine": lambda: [output.outputs[0].text for output in llm.generate(texts, params)],
@@ -132,7 +139,7 @@ async def _stream(client: aioclient.InferenceServerClient, text: str, length: in
         yield {"model_name": TEXT_MODEL, "inputs": inputs, "parameters": options}
 
     pieces = []
-    async for found, error in client.stream_infer(message()):
+    async for found, error in client.stream_infer(message(), stream_timeout=CALL_S):
         if error is not None:
             raise EngineError(f"a stream ended: {error}")
         pieces.append(found.as_numpy("text_output")[0].decode())

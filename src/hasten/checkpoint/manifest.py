@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from hasten.core.cpus import available_cpus
 from hasten.core.errors import CheckpointError, ChecksumError
 
 MANIFEST = "manifest.json"
@@ -78,7 +78,7 @@ class Manifest:
             for piece in self.files[name]:
                 jobs.append((path, offset, piece))
                 offset += piece.size
-        with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1), "hasten-verify") as pool:
+        with ThreadPoolExecutor(threads or min(8, available_cpus()), "hasten-verify") as pool:
             for (path, _, _), fine in zip(jobs, pool.map(_matches, jobs), strict=True):
                 if not fine:
                     pool.shutdown(wait=False, cancel_futures=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import hasten
 from hasten.cli.options import Parser, path
-from hasten.core.errors import ConfigError
+from hasten.core.errors import ConfigError, EngineError
 from hasten.core.extras import require_extra
 
 PROMPT = "That year the spring came early."
@@ -126,7 +126,7 @@ def _step(main: Callable[[Sequence[str]], int], command: Sequence[str]) -> int:
 
 def _serve(checkpoint: str, model: str, client: str, log: Path) -> int:
     """Serve, ask with the client, stop; the first status that is not 0."""
-    from hasten.bench.served import free_ports, wait_until_ready
+    from hasten.bench.served import CALL_S, environment_without_proxy, free_ports, wait_until_ready
 
     http, grpc, metrics = free_ports()
     host, address = "127.0.0.1", f"127.0.0.1:{grpc}"
@@ -140,11 +140,17 @@ def _serve(checkpoint: str, model: str, client: str, log: Path) -> int:
     try:
         wait_until_ready(address, lambda: server.poll() is None, log)
         print(f"$ {shlex.join(['python', *question])}", flush=True)
-        if status := subprocess.run([sys.executable, *question], check=False).returncode:
-            return status
+        asked = subprocess.run(
+            [sys.executable, *question], check=False, timeout=CALL_S, env=environment_without_proxy()
+        )
+        if asked.returncode:
+            return asked.returncode
         print("$ kill %1", flush=True)
         server.terminate()
         return server.wait(_STOP_S)
+    except subprocess.TimeoutExpired as error:
+        what = "the server to end" if error.timeout == _STOP_S else "the client's answer"
+        raise EngineError(f"waited {error.timeout:.0f} s for {what}; see {log}") from None
     finally:
         server.kill()
         server.wait()

@@ -24,6 +24,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distribute
 from hasten.core.errors import EngineError, HastenError, RankError, error_of, exit_status
 from hasten.parallel.groups import TensorGroup
 from hasten.parallel.place import RankPlace
+from hasten.parallel.threads import limit_threads
 
 _GRACE_S = 2.0
 """How long a failure may take to be explained by the rank that caused it."""
@@ -69,7 +70,7 @@ class Ranks:
         self._place = place
         self._children = children
         self._store: PrefixStore | None = None
-        self._threads = torch.get_num_threads()
+        self._threads = limit_threads()
         if place is not None and place.size > 1:
             self._join(place, device_kind)
 

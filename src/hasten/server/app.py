@@ -9,12 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 from hasten.core.config import EngineConfig
+from hasten.core.cpus import available_cpus
 from hasten.core.errors import EngineError
 from hasten.server.connections import ConnectionLimits
 from hasten.server.create import model_configs
 from hasten.server.engine.client import EngineClient, QueueLimits
 from hasten.server.lifecycle import StartEngine
 from hasten.server.listeners import GrpcListener, HttpListener
+from hasten.server.machine import raise_descriptor_limit, watch_descriptors
 from hasten.server.metrics import Machine, Metrics
 from hasten.server.openai.routes import openai_routes
 from hasten.server.options import EndpointOptions, ModelOptions, SecurityOptions, ServeOptions
@@ -48,6 +50,8 @@ class Server:
             start_engine=_engine_starter(security.max_prompt_tokens, options.server.stall_timeout_secs),
         )
         self._machine = _machine(options.endpoints)
+        self._descriptors = raise_descriptor_limit()
+        self._watch: asyncio.Task[None] | None = None
         self._metrics = Metrics(self.service, self._machine)
         memory, traces = SharedMemory(allowed=security.allow_shared_memory), TraceSettings()
         self._keys = ApiKeys.from_file(security.api_key_file) if security.api_key_file else None
@@ -85,6 +89,7 @@ class Server:
         EngineError where a model cannot be loaded and that is to be an end.
         """
         limit = self.options.security.max_request_bytes
+        self._watch = asyncio.create_task(watch_descriptors(self._descriptors))
         if self.grpc is not None:
             await self.grpc.start()
         if self.http is not None:
@@ -105,7 +110,8 @@ class Server:
         _log.info("\n%s", engine_table(self.service.engines()))
         for source in self._machine.sources():
             _log.info("Collecting %s", source)
-        _log.info("\n%s", option_table(self.options, self.service.server_metadata()))
+        _log.info("Using %d CPUs and at most %d file descriptors", available_cpus(), self._descriptors)
+        _log.debug("\n%s", option_table(self.options, self.service.server_metadata()))
 
     def _tell_places(self) -> None:
         for name, listener in (
@@ -118,6 +124,8 @@ class Server:
 
     async def stop(self, timeout: float) -> None:
         """Take no more requests, let those under way finish for so many seconds, and close the ports."""
+        if self._watch is not None:
+            self._watch.cancel()
         await self.service.close(timeout)
         listeners = [one for one in (self.http, self.metrics, self.grpc) if one is not None]
         await asyncio.gather(*(listener.stop(min(timeout, _LAST_WORDS_S)) for listener in listeners))

@@ -1,10 +1,20 @@
-"""How busy the machine is: its processors and memory, and its GPUs where NVIDIA's library can be asked."""
+"""What the machine has: its processors and memory, its GPUs where NVIDIA's library can be asked, and descriptors."""
 
+import asyncio
+import errno
+import logging
+import os
+import resource
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+_LOG_EVERY_S, _LOOK_EVERY_S = 60.0, 0.25
+_log = logging.getLogger(__name__)
 
 _IDLE = (3, 4)
 """Columns of /proc/stat in which a processor does nothing: idle and iowait."""
@@ -103,3 +113,38 @@ class GpuMeter:
     def _energy(self, handle: Any) -> float:
         joules = self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
         return float(joules - self._begun.setdefault(str(self._nvml.nvmlDeviceGetUUID(handle)), joules))
+
+
+def raise_descriptor_limit() -> int:
+    """Let this process have as many file descriptors as the system grants it; returns their number."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # where the system's own limit is below
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
+async def watch_descriptors(limit: int) -> None:
+    """Warn, at most once a minute, while no file descriptor is left; runs until it is cancelled.
+
+    What accepts connections then closes them, and says nothing of it.
+    """
+    clock = asyncio.get_running_loop().time
+    logged = clock() - _LOG_EVERY_S
+    while True:
+        if clock() - logged >= _LOG_EVERY_S and not _has_descriptors():
+            _log.warning(
+                "all %d file descriptors are in use, and new connections are closed without an answer; raise the limit "
+                "(`ulimit -n`, LimitNOFILE=) or lower --http-max-connections",
+                limit,
+            )
+            logged = clock()
+        await asyncio.sleep(_LOOK_EVERY_S)
+
+
+def _has_descriptors() -> bool:
+    try:
+        os.close(os.dup(0))
+    except OSError as error:
+        return error.errno not in (errno.EMFILE, errno.ENFILE)
+    return True

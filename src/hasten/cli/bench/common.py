@@ -35,16 +35,15 @@ def engines_of(
     args: argparse.Namespace, max_len: int, *, batch_size: int | None = None, hf_batch_size: int | None = None
 ) -> "Iterator[tuple[list[Engine], int]]":
     """The engines to measure, Hugging Face first, and the size of their vocabulary; none on ranks but the first."""
-    import torch
-
     from hasten.bench import report
     from hasten.bench.engines import HastenEngine, HuggingFaceEngine
     from hasten.engine.llm import LLM
+    from hasten.parallel.threads import limit_threads
 
     report.require_writable(args.output_path)
     defaults = COMPARED_DEFAULTS if args.compare else ENGINE_DEFAULTS
     options = engine_options(args, defaults={**defaults, "max_model_len": max_len})
-    threads = torch.get_num_threads()
+    threads = limit_threads()
     with LLM(args.model, **options) as llm:
         if not llm.is_driver:
             yield [], 0

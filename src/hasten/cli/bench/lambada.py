@@ -78,12 +78,11 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
 def run(args: argparse.Namespace) -> int:
     """Run LAMBADA with hasten, with Hugging Face, or with both in turns."""
     sampling = _sampling(args)
-    import torch
-
     from hasten.bench import lambada, report
     from hasten.bench.engines import HastenEngine, HuggingFaceEngine
     from hasten.engine.text import Tokenizer
     from hasten.parallel.place import place_from_environment
+    from hasten.parallel.threads import limit_threads
 
     place = place_from_environment()
     if args.test_hf and place is not None and place.rank > 0:
@@ -93,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     samples = lambada.read_samples(args.dataset_path, tokenizer)
     defaults = COMPARED_DEFAULTS if args.compare else ENGINE_DEFAULTS
     options = engine_options(args, defaults=defaults, skip=_NOT_OFFERED)
-    threads = torch.get_num_threads()
+    threads = limit_threads()
     with ExitStack() as stack:
         engines: list[Engine] = []
         if not args.test_hf:

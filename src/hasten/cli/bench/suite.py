@@ -28,8 +28,8 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
         help="the workloads that peers are measured with, in one process",
         description="The workloads that peers are measured with, one after the other on one engine: lat (one request), "
         "fixed (batches; both 128 tokens in and out), lambada (many short requests) and tput (many of mixed lengths). "
-        "Prints a JSON object after each, with all results so far. Sequences of at most 2048 tokens, steps of at most "
-        "8192, unless asked otherwise.",
+        "With --output-path the results so far are written after each. Sequences have at most 2048 tokens and steps at "
+        "most 8192 unless an option says otherwise.",
     )
     add_model(parser, compare="measure Hugging Face after it, on all but tput")
     parser.add_argument(
@@ -51,20 +51,19 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--repetitions", type=positive, default=3, metavar="N", help="lat and fixed: the best of so many (default: 3)"
     )
-    add_output(parser, words="print no table after the JSON")
+    add_output(parser)
     add_engine_options(parser, defaults=_DEFAULTS)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure what peers are measured on; a workload that fails is told and makes the status 1."""
-    import torch
-
     from hasten.bench import report, suite
+    from hasten.parallel.threads import limit_threads
 
     report.require_writable(args.output_path)
     options = engine_options(args, defaults=_DEFAULTS)
-    threads = torch.get_num_threads()
+    threads = limit_threads()
     plan = suite.Plan(
         tests=tuple(args.tests.split(",")),
         batch_sizes=tuple(args.batch_sizes),
@@ -78,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.compare:
         _of_hf(args, {**options, "dtype": results["environment"].dtype}, threads, plan, results)
-    if not args.json:
+    if args.json:
+        report.print_json(results)
+    else:
         suite.show(results)
     failed = suite.errors(results)
     for name, text in failed.items():
@@ -152,10 +153,8 @@ def _hf_entries(
 
 
 def _emit(args: argparse.Namespace, results: Mapping[str, Any]) -> None:
-    """Print and write the results so far: what comes next may take long, or end the process."""
+    """Write the results so far: what comes next may take long, or end the process."""
     from hasten.bench import report
 
-    report.print_json(results)
-    sys.stdout.flush()
     if args.output_path is not None:
         report.write_json(args.output_path, results)

@@ -11,6 +11,7 @@ from hasten.cluster.local.launch import Launch
 from hasten.cluster.local.mounts import mount_command
 from hasten.cluster.places import refuse_unsupported
 from hasten.cluster.spec import TrainingJob, TritonServer, Volume, Workload, pairs, quantity
+from hasten.core.cpus import available_cpus
 from hasten.core.errors import ClusterError, ConfigError
 
 _COMMON = frozenset(
@@ -65,7 +66,7 @@ def check_resources(spec: Workload, count: int) -> None:
         each = f" ({count} instances of {spec.gpus})" if count > 1 else ""
         hint = "" if GPUS_VARIABLE in os.environ else f"; {GPUS_VARIABLE}=N says how many where they are not found"
         raise ConfigError(f"--gpus asks for {wanted} GPUs{each}, this machine has {there}{hint}")
-    cores, memory = len(os.sched_getaffinity(0)), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cores, memory = available_cpus(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if spec.cpu is not None and count * quantity(spec.cpu, "--cpu") > cores:
         raise ConfigError(f"--cpu {spec.cpu} of {count} instances is more than the {cores} cores of this machine")
     if spec.memory is not None and count * quantity(spec.memory, "--memory") > memory:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from hasten.core.cpus import available_cpus
 from hasten.core.errors import EngineError, HastenError
 from hasten.core.types import Request
 from hasten.server.engine.coalescer import OutputCoalescer, pause_per_cpu_second
@@ -237,9 +238,7 @@ def server_coalescer(engine: "Engine") -> OutputCoalescer:
     import torch
 
     threads = torch.get_num_threads() if engine.worker.device.type == "cpu" else 1
-    return OutputCoalescer(
-        pause_per_cpu_second(len(os.sched_getaffinity(0)), engine_threads=threads * engine.ranks.group.size)
-    )
+    return OutputCoalescer(pause_per_cpu_second(available_cpus(), engine_threads=threads * engine.ranks.group.size))
 
 
 def engine_info(engine: "Engine") -> EngineInfo:
