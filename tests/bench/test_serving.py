@@ -17,7 +17,6 @@ from hasten.bench.served import (
     Served,
     channel_options,
     environment_without_proxy,
-    free_ports,
     served,
     wait_until_ready,
 )
@@ -25,6 +24,7 @@ from hasten.bench.serving import Load, Turns
 from hasten.cli.main import main
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError
+from hasten.core.ports import free_port
 from hasten.engine.llm import LLM
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
@@ -107,7 +107,7 @@ def test_other_tokens_are_an_error() -> None:
 
 
 def test_a_peer_that_is_not_there(llm: LLM, server: Served) -> None:
-    port = free_ports()[0]
+    port = free_port(HOST)
     with pytest.raises(EngineError, match=r"3 requests at once: peer, gRPC: .*UNAVAILABLE"):
         serving.measure(llm, server, LOAD, f"127.0.0.1:{port}")
 

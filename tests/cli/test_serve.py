@@ -21,6 +21,7 @@ from tritonclient.utils import InferenceServerException
 from hasten.cli.main import build_parser, main
 from hasten.cli.serve import serve_options
 from hasten.core.errors import ConfigError
+from hasten.core.ports import free_port
 from hasten.core.types import SamplingParams
 from hasten.engine.llm import LLM
 from hasten.server.listeners import open_port
@@ -241,8 +242,7 @@ def test_the_exit_timeout_ends_what_takes_longer(start: Start) -> None:
 
 
 def test_a_signal_while_models_load_ends_the_server(start: Start) -> None:
-    with open_port("127.0.0.1", 0, "--x") as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     server = start(str(DEMO), "--http-port", str(port))
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=httpx.HTTPTransport(retries=8)) as client:
         assert client.get("/v2/health/live", timeout=10).status_code == 200

@@ -15,13 +15,13 @@ from tests.cluster.local_site import Site, alive, await_that, site
 from hasten.cli.main import main
 from hasten.cluster.local.launch import Launch, ServerPlan, server_plan_of
 from hasten.cluster.local.place import _new_state
-from hasten.cluster.local.processes import free_port
 from hasten.cluster.local.serving import found, spec_of, updated
 from hasten.cluster.local.state import Folder, create
 from hasten.cluster.local.supervisor import signal_supervisor, start
 from hasten.cluster.places import Instance, LogOptions, Server, ServerUpdate, Status
 from hasten.cluster.spec import TritonServer
 from hasten.core.errors import ConfigError, ExistsError, NotFoundError, UnsupportedError
+from hasten.core.ports import free_port
 
 STAND_IN = """
 import http.server, os, signal, sys, time

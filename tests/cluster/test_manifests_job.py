@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from hasten.cluster.manifests.objects import job_objects
 from hasten.cluster.manifests.pod import literal, toleration
 from hasten.cluster.spec import TrainingJob
 from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.ports import free_port
 from hasten.parallel.place import RankPlace, place_from_environment
 
 TEXTS = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"))
@@ -185,9 +185,7 @@ def test_the_users_own_home_folder_is_not_hidden() -> None:
 
 def test_torchrun_in_two_pods_gives_hasten_its_ranks(tmp_path: Path) -> None:
     """Two nodes as an operator starts them: RANK and WORLD_SIZE count nodes, PET_* is for torchrun."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     common |= {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
     tell = "import json, os; print('VARIABLES', json.dumps(dict(os.environ)))"

@@ -4,7 +4,6 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +16,8 @@ from types import TracebackType
 
 import pytest
 import tritonclient.grpc
+
+from hasten.core.ports import free_ports
 
 WHEEL = "nvidia-pytriton==0.7.0"
 PLACE = "HASTEN_TRITON"
@@ -136,23 +137,13 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
 class TritonServer:
     """A running server in model control mode explicit; as a context it is stopped at the end."""
 
     def __init__(
         self, triton: Triton, backends: Path, repository: Path, log: Path, *models: str, options: Sequence[str] = ()
     ) -> None:
-        self.http_port, self.grpc_port, self.metrics_port = _free_ports(3)
+        self.http_port, self.grpc_port, self.metrics_port = free_ports(3)
         self.log = log
         program = triton.wheel / "pytriton" / "tritonserver" / "bin" / "tritonserver"
         command = [

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tritonclient.utils import InferenceServerException
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError, HastenError
-from hasten.server.listeners import open_port
+from hasten.core.ports import free_ports
 from hasten.server.options import EndpointOptions, LogOptions, ModelOptions, ServeOptions
 
 HOST = "127.0.0.1"
@@ -42,7 +42,7 @@ class Served:
 @contextmanager
 def served(engine: EngineConfig, log: Path) -> Iterator[Served]:
     """A server of the model in processes of its own, with its log in a file; EngineError if it does not get ready."""
-    ports = free_ports()
+    ports = free_ports(3, HOST)
     options = ServeOptions(
         engine=engine,
         endpoints=EndpointOptions(
@@ -81,13 +81,6 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def free_ports() -> list[int]:
-    """Three ports of this machine that nobody listens on: for HTTP, gRPC and metrics."""
-    with ExitStack() as opened:
-        listeners = [opened.enter_context(open_port(HOST, 0, "a free port")) for _ in range(3)]
-        return [int(listener.getsockname()[1]) for listener in listeners]
 
 
 def channel_options(address: str) -> list[tuple[str, int]]:

@@ -15,6 +15,7 @@ import hasten
 from hasten.cli.options import Parser, path
 from hasten.core.errors import ConfigError, EngineError
 from hasten.core.extras import require_extra
+from hasten.core.ports import free_ports
 
 PROMPT = "That year the spring came early."
 MOST_DIFFERING = 0.01
@@ -126,9 +127,9 @@ def _step(main: Callable[[Sequence[str]], int], command: Sequence[str]) -> int:
 
 def _serve(checkpoint: str, model: str, client: str, log: Path) -> int:
     """Serve, ask with the client, stop; the first status that is not 0."""
-    from hasten.bench.served import CALL_S, environment_without_proxy, free_ports, wait_until_ready
+    from hasten.bench.served import CALL_S, environment_without_proxy, wait_until_ready
 
-    http, grpc, metrics = free_ports()
+    http, grpc, metrics = free_ports(3)
     host, address = "127.0.0.1", f"127.0.0.1:{grpc}"
     ports = ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
     command = ["serve", checkpoint, "-dt", "fp32", "--http-address", host, "--grpc-address", host, *ports]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hasten.core.errors import ConfigError
+from hasten.core.ports import free_port
 
 LOCAL = "127.0.0.1"
 """Where ranks that one process starts meet."""
@@ -57,8 +58,8 @@ def place_from_environment(env: Mapping[str, str] = os.environ) -> RankPlace | N
 def free_local_port() -> int:
     """A port of 127.0.0.1 that nobody listens on; ConfigError where ranks of this host cannot meet there."""
     try:
-        with socket.create_server((LOCAL, 0)) as probe, socket.create_connection(probe.getsockname(), _CONNECT_S):
-            port: int = probe.getsockname()[1]
+        port = free_port(LOCAL)
+        with socket.create_server((LOCAL, port)), socket.create_connection((LOCAL, port), _CONNECT_S):
             return port
     except OSError as error:
         raise ConfigError(

@@ -4,7 +4,6 @@ The interpreter cannot run ranks beside each other. It does not have to: a rank 
 others already waits for nothing. Run as a program, this file is one rank of the test on several GPUs.
 """
 
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hasten.core.ports import free_port
 from hasten.ops import Sum, reference
 from hasten.ops.gpu import exchange, norm
 from hasten.ops.peers import Peers
@@ -165,9 +165,7 @@ def test_rows_count_their_exchanges_by_themselves(device: torch.device, assert_c
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("width", [1024, 4096, 14_336])
 def test_ranks_on_gpus_of_their_own(width: int) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     program = [sys.executable, str(Path(__file__)), str(width), str(port)]
     ranks = [
         subprocess.Popen([*program, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

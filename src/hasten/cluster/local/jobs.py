@@ -6,10 +6,10 @@ from hasten.cluster.local.children import Child
 from hasten.cluster.local.environment import rank_environment
 from hasten.cluster.local.gpus import Wait
 from hasten.cluster.local.launch import job_plan_of
-from hasten.cluster.local.processes import free_port
 from hasten.cluster.local.state import Folder, InstanceState
 from hasten.cluster.local.supervisor import Supervisor, back_off
 from hasten.core.errors import ClusterError
+from hasten.core.ports import free_port
 
 GRACE_S = 10.0
 """Between SIGTERM and SIGKILL."""

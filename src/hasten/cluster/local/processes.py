@@ -138,22 +138,3 @@ def kill_all(find: Callable[[], list[int]], seconds: float = 5.0) -> list[int]:
         send(found, signal.SIGKILL)
         time.sleep(0.01)
     return found
-
-
-def free_port(address: str = "127.0.0.1") -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def port_is_free(port: int, address: str) -> bool:
-    """Whether one could listen on a port now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError:
-            return False
-        return True

@@ -8,9 +8,9 @@ import time
 from hasten.cluster.local.children import Child
 from hasten.cluster.local.gpus import Wait
 from hasten.cluster.local.launch import ServerPlan, server_plan_of
-from hasten.cluster.local.processes import free_port, port_is_free
 from hasten.cluster.local.state import Folder, InstanceState
 from hasten.cluster.local.supervisor import Supervisor, back_off
+from hasten.core.ports import free_ports, port_is_free
 
 _LAST_WORDS_S = 5.0
 """What a server may need above its exit timeout."""
@@ -129,7 +129,7 @@ class ServerSupervisor(Supervisor):
             return dict(self.plan.ports)
         if set(had) == set(self.plan.ports) and all(port_is_free(port, self.plan.address) for port in had.values()):
             return had
-        return {name: free_port(self.plan.address) for name in self.plan.ports}
+        return dict(zip(self.plan.ports, free_ports(len(self.plan.ports), self.plan.address), strict=True))
 
     def _have_gpus(self, replica: Replica) -> bool:
         instance, wanted = replica.instance, self.plan.gpus

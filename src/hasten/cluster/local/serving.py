@@ -12,7 +12,6 @@ from typing import Any
 from hasten.cluster.local.checks import check_mounts, check_server
 from hasten.cluster.local.launch import ServerPlan, server_plan_of, to_json
 from hasten.cluster.local.plan import server_plan
-from hasten.cluster.local.processes import port_is_free
 from hasten.cluster.local.settle import settle, settle_owned
 from hasten.cluster.local.state import Folder, folders, locked, server_folder
 from hasten.cluster.local.supervisor import signal_supervisor, start
@@ -21,6 +20,7 @@ from hasten.cluster.local.volumes import Volumes
 from hasten.cluster.places import Server, ServerUpdate
 from hasten.cluster.spec import TritonServer, checked_name, checked_version, pairs
 from hasten.core.errors import ClusterError, ConfigError, NotFoundError
+from hasten.core.ports import port_is_free
 
 _log = logging.getLogger(__name__)
 _START_S = 10.0
