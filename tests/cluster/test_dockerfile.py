@@ -3,6 +3,8 @@
 import fnmatch
 import json
 import re
+import shutil
+import socket
 import subprocess
 import sys
 import tomllib
@@ -17,7 +19,7 @@ from hasten.cluster.spec import TritonServer
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-INSTRUCTIONS = set("ARG CMD COPY ENTRYPOINT ENV EXPOSE FROM LABEL RUN USER WORKDIR".split())
+INSTRUCTIONS = set("ARG CMD COPY ENTRYPOINT ENV EXPOSE FROM HEALTHCHECK LABEL RUN USER WORKDIR".split())
 FINAL = ("cpu", "cuda")
 
 
@@ -147,17 +149,40 @@ def test_the_image_is_what_manifests_expect() -> None:
         assert ("EXPOSE", " ".join(map(str, ports))) in steps
 
 
-def test_both_images_have_the_requirements_of_the_project() -> None:
+def test_both_images_have_the_requirements_of_the_project(tmp_path: Path) -> None:
     """The line of the Dockerfile that lists them does so here."""
     found = stages(DOCKERFILE)
-    (script,) = re.findall(r'python -c "(.*?)" ', dict(found["requirements"].steps)["RUN"])
-    listed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    (script,) = re.findall(r'python -c "(.*?)"$', dict(found["requirements"].steps)["RUN"])
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=tmp_path, check=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert listed.splitlines() == project["dependencies"]
+    extras = project["optional-dependencies"]
+    cpu = [*project["dependencies"], *extras["serve"], *extras["cluster"]]
+    assert (tmp_path / "cpu.txt").read_text().splitlines() == cpu
+    assert (tmp_path / "cuda.txt").read_text().splitlines() == [*cpu, *extras["gpu"]]
     for name in FINAL:
+        assert f"-r {name}.txt" in dict(found[f"requirements-{name}"].steps)["RUN"]
         assert ("COPY", f"--from=requirements-{name} /opt/hasten /opt/hasten") in found[name].steps
 
 
 def test_nothing_but_what_is_copied_is_sent_to_the_builder() -> None:
     sent = {path.name for path in ROOT.iterdir() if not ignored(path.name)}
-    assert sent == {"LICENSE", "README.md", "constraints.txt", "pyproject.toml", "src"}
+    assert sent == {"LICENSE", "README.md", "constraints.txt", "examples", "pyproject.toml", "src"}
+
+
+def test_the_health_check_asks_whether_the_server_is_ready() -> None:
+    """The check of the image, run here at the port of a server that is ready, of one that is not, and of none."""
+    (check,) = [rest for word, rest in inherited(stages(DOCKERFILE), "cpu") if word == "HEALTHCHECK"]
+    program = json.loads(check.partition("CMD ")[2])[-1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        command = [sys.executable, "-c", program.replace("8000", str(port))]
+        for status, code in (("200 OK", 0), ("400 Bad Request", 1)):
+            with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+                connection, _ = listener.accept()
+                with connection:
+                    asked = connection.recv(4096)
+                    connection.sendall(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode())
+                assert process.wait(30) == code
+            assert asked.startswith(b"GET /v2/health/ready ")
+    assert subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode != 0
