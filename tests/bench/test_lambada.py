@@ -155,3 +155,32 @@ def test_both_engines_give_the_same_answers(samples: list[lambada.Sample], tiny_
     assert lambada.differing(hf, ours) == 0
     assert hf.right == ours.right
     assert min(hf.seconds, ours.seconds) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("one\u2028 two three", ("one\u2028 two", " three")),
+        ("one\u0085 two\u2029 three", ("one\u0085 two\u2029", " three")),
+        ("one\f two three", ("one\f two", " three")),
+        ("one two three\n", ("one two", " three")),
+        ("\n\none two\nthree\n\n", ("one", " two\nthree")),
+        ("one two three\r", ("one two", " three\r")),
+    ],
+)
+def test_texts_are_cut_as_the_reference_cuts_them(tmp_path: Path, text: str, wanted: tuple[str, str]) -> None:
+    file = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"text": text}, ensure_ascii=ascii_alone) for ascii_alone in (False, True)]
+    file.write_bytes("\r\n".join([*lines, ""]).encode())
+    assert list(lambada.read_texts(str(file))) == [wanted, wanted]
+    # FasterTransformer's bloom_lambada.py: text.strip("\n").rsplit(" ", 1), with the space before the target
+    context, word = text.strip("\n").rsplit(" ", 1)
+    assert (context, " " + word) == wanted
+
+
+@pytest.mark.parametrize("line", ['{"text": "one \\ud83d two"}', "[" * 100_000])
+def test_lines_that_hold_no_text_are_named(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "one two"}\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"texts\.jsonl, line 2: "):
+        list(lambada.read_texts(str(file)))

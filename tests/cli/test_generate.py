@@ -1,5 +1,7 @@
 import io
 import json
+import os
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -44,7 +46,7 @@ def test_json_has_the_tokens_that_hugging_face_makes(tiny_bloom: Path, hasten_pr
 def test_prompts_of_all_sources_in_order(
     tiny_bloom: Path, hasten_here: "Hasten", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Ben found\n\nClara opened\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Ben found\n\nClara opened\n")))
     done = hasten_here(
         "generate", tiny_bloom, "--prompt", PROMPT, "--prompts-file", "-", "--json", "--max-new-tokens", "2"
     )
@@ -55,6 +57,48 @@ def test_prompts_file(tiny_bloom: Path, hasten_here: "Hasten", tmp_path: Path) -
     (tmp_path / "prompts").write_text("the café\n", encoding="utf-8")
     done = hasten_here("generate", tiny_bloom, "--prompts-file", tmp_path / "prompts", "--max-new-tokens", "1")
     assert done.out.startswith("the café")
+
+
+def test_a_prompt_of_the_file_ends_at_a_line_feed_alone(
+    tiny_bloom: Path, hasten_here: "Hasten", tmp_path: Path
+) -> None:
+    lines = ["page one\fpage two", "first half\u2028 second\x85 half", "a\u2029b\x0bc\x1cd\x1de\x1ef"]
+    (tmp_path / "prompts").write_bytes("\ufeff".encode() + "\r\n".join([*lines, ""]).encode())
+    done = hasten_here(
+        "generate", tiny_bloom, "--prompts-file", tmp_path / "prompts", "--json", "--max-new-tokens", "1"
+    )
+    assert [made["prompt"] for made in map(json.loads, done.out.rstrip("\n").split("\n"))] == lines
+
+
+def test_logprobs_are_shown_or_refused(tiny_bloom: Path, hasten_here: "Hasten") -> None:
+    for option in ("--logprobs", "--prompt-logprobs"):
+        done = hasten_here("generate", tiny_bloom, "--prompt", PROMPT, option, "2")
+        assert (done.status, done.out) == (2, "")
+        assert f"{option} is shown with --json alone; add --json" in done.err
+
+
+@pytest.mark.parametrize(
+    "locale", [{}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}], ids=["utf8", "posix"]
+)
+def test_text_is_utf8_whatever_the_locale(tiny_bloom: Path, locale: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "hasten", "generate", str(tiny_bloom), "--max-new-tokens", "2"]
+    environment = {**os.environ, **locale}
+
+    def run(*options: str | bytes, given: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
+        return subprocess.run([*command, *options], env=environment, input=given, capture_output=True, timeout=240)
+
+    text = "caf\u00e9 \u65e5\u672c"
+    good = run(
+        "--prompt", text.encode(), "--stop", "\u00fc".encode(), "--prompts-file", "-", given=text.encode() + b"\n"
+    )
+    assert good.returncode == 0, good.stderr
+    first, second = good.stdout.decode().rstrip("\n").split("\n")
+    assert first.startswith(text)
+    assert first == second
+    for bad in (run("--prompt", b"abc\xff"), run("--prompts-file", "-", given=b"abc\xff\n")):
+        assert bad.returncode == 2
+        assert bad.stderr.count(b"\n") == 1, bad.stderr
+        assert b"--prompt is not valid UTF-8" in bad.stderr or b"cannot read prompts from -" in bad.stderr
 
 
 def test_streamed_text_is_the_text(tiny_bloom: Path, hasten_here: "Hasten") -> None:
@@ -134,13 +178,13 @@ def test_under_torchrun_only_the_first_rank_prints(tiny_bloom: Path, hasten_proc
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--block-size", "0"], "block_size must be at least 1, got 0"),
+        (["--block-size", "0"], "--block-size must be at least 1, got 0"),
         (["--device", "abacus"], "device 'abacus' is not known"),
         (["-dt", "fp7"], "data type 'fp7' is not known"),
         (["--tensor-para-size", "3"], "tensor parallel size 3 does not divide"),
         (["--max-model-len", "4"], "longest sequence of 4"),
-        (["--beam-width", "2", "--n", "3"], "n must be at most beam_width (2), got 3"),
-        (["--beam-width", "2", "--temperature", "0.5"], "temperature must be left at 1.0 with beam_width above 1"),
+        (["--beam-width", "2", "--n", "3"], "n must be at most --beam-width (2), got 3"),
+        (["--beam-width", "2", "--temperature", "0.5"], "temperature must be left at 1.0 with --beam-width above 1"),
     ],
 )
 def test_bad_options(tiny_bloom: Path, hasten_here: "Hasten", options: list[str], message: str) -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from hasten.core.errors import InvalidRequestError
-from hasten.core.text import require_utf8, utf8_lines
+from hasten.core.text import from_command_line, require_utf8, utf8_lines
 
 OTHER_ENDS = "a\fb\vc\x1cd\x1de\x1ef\x85g\u2028h\u2029i\rj"
 """All that str.splitlines takes for the end of a line as well."""
@@ -46,3 +46,10 @@ def test_lines_end_at_line_feeds_alone(data: bytes, lines: list[str]) -> None:
 def test_lines_of_bytes_that_are_no_utf8() -> None:
     with pytest.raises(UnicodeDecodeError):
         utf8_lines(b"a\xff\n")
+
+
+def test_arguments_that_the_locale_could_not_decode_are_utf8() -> None:
+    assert from_command_line("caf\u00e9") == "caf\u00e9"
+    assert from_command_line("caf\udcc3\udca9") == "caf\u00e9"
+    assert from_command_line("abc\udcff") == "abc\udcff"
+    assert from_command_line("abc\ud83d") == "abc\ud83d"

@@ -13,7 +13,8 @@ import pytest
 from tests.server.openai_site import DEMO, TEMPLATE
 
 from hasten.core.errors import CheckpointError, InvalidRequestError
-from hasten.server.openai.chat import ChatTemplate, chat_text
+from hasten.engine.chat import ChatTemplate
+from hasten.server.openai.chat import chat_text
 from hasten.server.openai.types import ChatRequest
 
 MESSAGES = [

@@ -70,7 +70,7 @@ class HastenEngine:
     def _generate_batch(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
         params = [replace(self._sampling, max_tokens=length) for length in lengths]
         start = clock(self.device)
-        outputs = self._llm.generate(prompts, params)
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
         seconds = clock(self.device) - start
         made = [output.outputs[0] for output in outputs]
         for completion, length in zip(made, lengths, strict=True):

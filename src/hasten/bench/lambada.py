@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hasten.bench.engines import Engine
-from hasten.core.errors import ConfigError
+from hasten.core.errors import ConfigError, InvalidRequestError
+from hasten.core.text import require_utf8, utf8_lines
 from hasten.engine.text import Tokenizer
 
 
@@ -61,7 +62,7 @@ class LambadaResult:
 def read_texts(path: str) -> Iterator[tuple[str, str]]:
     """Context and target of each line; ConfigError names the line that holds none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = utf8_lines(Path(path).read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the dataset {path}: {error}") from error
     for number, line in enumerate(lines, start=1):
@@ -72,11 +73,16 @@ def read_texts(path: str) -> Iterator[tuple[str, str]]:
 def _text(line: str, where: str) -> str:
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not JSON: {error}") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
         raise ConfigError(f'{where}: not an object with a string "text"')
-    return str(entry["text"])
+    text = str(entry["text"])
+    try:
+        require_utf8("the text", text)
+    except InvalidRequestError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return text.strip("\n")  # as the reference does
 
 
 def _cut(text: str, where: str) -> tuple[str, str]:

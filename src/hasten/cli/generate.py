@@ -1,6 +1,8 @@
 """`hasten generate`: continue prompts."""
 
 import argparse
+import codecs
+import io
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -16,6 +18,7 @@ from hasten.cli.options import (
     sampling_params,
 )
 from hasten.core.errors import ConfigError, EngineError
+from hasten.core.text import from_command_line, require_utf8, utf8_lines
 from hasten.core.types import CompletionOutput, FinishReason, Logprob, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 SAMPLING_DEFAULTS = {"temperature": 0.0, "max_tokens": 32}
 # `--seed` is the requests' own; the engine's would only say the same again
 ENGINE_SKIP = frozenset({"seed"})
+_TEXTS = ("prompt", "stop", "bad_words")
 
 
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -52,7 +56,10 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate and print."""
+    _take_text(args)
+    _write_text()
     prompts = _read_prompts(args)
+    _check_shown(args)
     params = sampling_params(args, defaults=_defaults(args))
     stream = _streams(args, len(prompts), params)
 
@@ -64,6 +71,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_shown(args: argparse.Namespace) -> None:
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(args, name, None) is not None and not args.json:
+            raise ConfigError(f"--{name.replace('_', '-')} is shown with --json alone; add --json")
+
+
 def _defaults(args: argparse.Namespace) -> dict[str, Any]:
     """What the command puts in place of SamplingParams' defaults: a beam search leaves the temperature alone."""
     beams = getattr(args, "beam_width", 1) > 1
@@ -72,18 +85,40 @@ def _defaults(args: argparse.Namespace) -> dict[str, Any]:
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt)
+    for prompt in prompts:
+        require_utf8("--prompt", prompt)
     if args.prompts_file is not None:
-        prompts += [line for line in _read_text(args.prompts_file).splitlines() if line.strip()]
+        prompts += [line for line in _read_lines(args.prompts_file) if line.strip()]
     if not prompts:
         raise ConfigError("there is no prompt; give --prompt or --prompts-file")
     return prompts
 
 
-def _read_text(name: str) -> str:
+def _read_lines(name: str) -> list[str]:
     try:
-        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        return utf8_lines(_standard_input() if name == "-" else Path(name).read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read prompts from {name}: {error}") from error
+
+
+def _standard_input() -> bytes:
+    if sys.stdin is None:
+        raise ConfigError("cannot read prompts from -: standard input is closed")
+    return sys.stdin.buffer.read()
+
+
+def _take_text(args: argparse.Namespace) -> None:
+    """Read options that are texts as UTF-8, also where the locale is another."""
+    for name in _TEXTS:
+        if hasattr(args, name):
+            setattr(args, name, [from_command_line(text) for text in getattr(args, name)])
+
+
+def _write_text() -> None:
+    """Let standard output take any text: UTF-8 where the locale has ASCII alone, else escapes for what it lacks."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        ascii_alone = codecs.lookup(sys.stdout.encoding).name == "ascii"
+        sys.stdout.reconfigure(encoding="utf-8" if ascii_alone else None, errors="backslashreplace")
 
 
 def _streams(args: argparse.Namespace, prompts: int, params: SamplingParams) -> bool:

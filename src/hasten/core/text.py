@@ -1,5 +1,7 @@
 """Text that comes from outside: it is UTF-8, and its lines end at a line feed."""
 
+import os
+
 from hasten.core.errors import InvalidRequestError
 
 
@@ -26,3 +28,18 @@ def utf8_lines(data: bytes) -> list[str]:
     if not lines[-1]:
         lines.pop()
     return [line.removesuffix("\r") for line in lines]
+
+
+def from_command_line(text: str) -> str:
+    """An argument as text: bytes that the locale could not decode are UTF-8, whatever the locale.
+
+    One that is not UTF-8 stays as it is, with its surrogates, for `require_utf8` to refuse.
+    """
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode()
+        except UnicodeError:
+            return text

@@ -114,6 +114,11 @@ class BlockManager:
             sequence.prefix = entry[1]
             sequence.num_registered += 1
 
+    def forget_prefixes(self) -> None:
+        """Let no sequence to come find the blocks that are known by now; who holds them keeps them."""
+        self._known.clear()
+        self._content = [None] * self.num_blocks
+
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let `child` hold all blocks of `parent`'s prompt; its last token is left to compute."""
         blocks = -(-parent.prompt_len // self.block_size)

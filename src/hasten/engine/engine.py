@@ -236,6 +236,11 @@ class Engine:
         with self._change():
             return self._abort(request_id)
 
+    def reset_prefix_cache(self) -> None:
+        """Let prompts to come find nothing of what the cache holds now; all ranks learn it with the next step."""
+        with self._change():
+            self._pending["forget_prefixes"] = True
+
     def abort_all(self) -> None:
         """Withdraw all requests."""
         for request_id in list(self._requests):
@@ -375,6 +380,8 @@ class Engine:
         message, self._pending = self._pending, _empty_message()
         message["added"] = [_announcement(sequence) for sequence in self._added.values()]
         self.ranks.broadcast(message)
+        if message.get("forget_prefixes"):
+            self.scheduler.blocks.forget_prefixes()
         for moves in message["moves"]:
             self.scheduler.move(moves)
         for sequence in self._added.values():

@@ -1,15 +1,21 @@
 """The engine for Python programs: `LLM`, with the names that vLLM's users know."""
 
 import inspect
+import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 import torch
 
+from hasten.checkpoint.sources import read_json
 from hasten.core.config import EngineConfig, EngineOptions, ModelConfig, engine_fields
 from hasten.core.errors import ConfigError, EngineError, InvalidRequestError
+from hasten.core.progress import ProgressBar, progress_bar
 from hasten.core.types import Request, RequestOutput, SamplingParams
 from hasten.engine.engine import Engine
 from hasten.engine.prompts import ParsedPrompt, Prompt, params_for_each, parse_prompts
@@ -17,6 +23,22 @@ from hasten.engine.text import Tokenizer
 from hasten.engine.worker import config_to_json, device_kind, follow_rank_zero
 from hasten.parallel.launch import Children, Ranks
 from hasten.parallel.place import LOCAL, RankPlace, free_local_port, place_from_environment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+_DEFAULTS = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+_DEFAULTS |= {"max_new_tokens": "max_tokens"}
+"""Settings of generation_config.json that are parameters of a request."""
+_POOLING = "models that give vectors or scores are not supported; there are generate, stream and chat"
+_NOT_OFFERED = {
+    **dict.fromkeys(("embed", "classify", "score", "reward"), _POOLING),
+    "encode": f"{_POOLING}; get_tokenizer().encode gives token ids",
+    "beam_search": "give generate SamplingParams(beam_width=..., n=...)",
+}
+"""Methods of vLLM's LLM that there are not, and why."""
+_NOTE_EVERY_S = 0.2
 
 
 class LLM:
@@ -35,6 +57,7 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike[str], **options: Unpack[EngineOptions]) -> None:
         config = EngineConfig.create(os.fspath(model), **options)
+        self._model = config.model
         self._engine: Engine | None = None
         self._closed_because = "it is not the driver of its run, which rank 0 is"
         self._next_id = 0
@@ -42,7 +65,29 @@ class LLM:
         if place is not None and place.rank > 0:
             follow_rank_zero(config, place)
             return
+        start = time.perf_counter()
         self._engine = start_engine(config, place)
+        _log.info("%s is ready after %.1f s: %s", self._model, time.perf_counter() - start, self._description())
+
+    def __repr__(self) -> str:
+        about = "closed" if self._engine is None else self._description()
+        return f"LLM({self._model!r}: {about})"
+
+    if not TYPE_CHECKING:  # checkers know that these are missing
+
+        def __getattr__(self, name: str) -> NoReturn:
+            reason = f" is not supported: {_NOT_OFFERED[name]}" if name in _NOT_OFFERED else " does not exist"
+            raise AttributeError(f"LLM.{name}{reason}")
+
+    def _description(self) -> str:
+        engine = self.engine
+        blocks = engine.scheduler.blocks
+        return (
+            f"{engine.model_config.architecture} in {str(self.dtype).removeprefix('torch.')} on {self.device}, "
+            f"{engine.ranks.group.size} rank(s), max_model_len {engine.max_model_len}, key/value cache of "
+            f"{blocks.num_blocks} blocks of {blocks.block_size} tokens "
+            f"({blocks.num_blocks * engine.worker.runner.block_bytes / 2**20:.0f} MiB per rank)"
+        )
 
     @property
     def is_driver(self) -> bool:
@@ -78,24 +123,111 @@ class LLM:
             raise ConfigError("the model's folder has no tokenizer; name one with tokenizer=")
         return self.engine.tokenizer
 
+    def get_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The model's tokenizer as transformers has it; ConfigError where it has none. The first call takes seconds."""
+        return self._transformers_tokenizer
+
+    @cached_property
+    def _transformers_tokenizer(self) -> "PreTrainedTokenizerBase":
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        path = self._tokenizer_path()
+        if path.is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=str(path))
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return loaded
+
+    def _tokenizer_path(self) -> Path:
+        engine, _ = self.engine, self.tokenizer
+        return Path(engine.config.tokenizer or engine.worker.tokenizer_folder or self._model)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's generation_config.json proposes; ConfigError where it is not valid.
+
+        `generate` does not use it by itself: parameters that are left out are SamplingParams' own defaults.
+        """
+        file = Path(self.engine.worker.tokenizer_folder or self._model) / "generation_config.json"
+        raw = read_json(file) if file.is_file() else {}
+        given = {ours: raw[theirs] for theirs, ours in _DEFAULTS.items() if raw.get(theirs) is not None}
+        try:
+            return SamplingParams(**given)
+        except InvalidRequestError as error:
+            raise ConfigError(f"{file}: {error}") from None
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget what the cache holds of earlier prompts; True, as nothing can keep it from that."""
+        self.engine.reset_prefix_cache()
+        return True
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
+        *,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Complete each prompt, text or token ids; the outputs are in the order of the prompts.
 
-        `sampling_params` is one for all or one for each. Raises InvalidRequestError, before anything is computed,
-        where a prompt cannot be served.
+        `sampling_params` is one for all or one for each. For several prompts a bar on standard error shows how far
+        they are, if that is a terminal; `use_tqdm=False` does without. Raises InvalidRequestError, before anything is
+        computed, where a prompt cannot be served.
         """
         ids = self._submit(prompts, sampling_params, stream=False)
         finished: dict[str, RequestOutput] = {}
+        start = time.perf_counter()
         try:
-            while len(finished) < len(ids):
-                finished.update((output.request_id, output) for output in self.engine.step())
+            with progress_bar("generating", len(ids), show=use_tqdm and len(ids) > 1) as bar:
+                meter = _Meter(self.engine, bar)
+                while len(finished) < len(ids):
+                    outputs = self.engine.step()
+                    finished.update((output.request_id, output) for output in outputs)
+                    meter.advance(len(outputs))
         finally:
             self._abandon(ids, finished)
+        _log.debug("%d prompts in %.2f s", len(ids), time.perf_counter() - start)
         return [finished[request_id] for request_id in ids]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a chat, or several: messages are dicts with `role` and `content`, rendered by the chat template.
+
+        `chat_template` stands in for the tokenizer's own. Raises InvalidRequestError where the messages are not valid
+        or there is no template.
+        """
+        from hasten.engine.chat import ChatTemplate, chat_prompt
+
+        template = ChatTemplate.from_folder(self._tokenizer_path(), chat_template)
+        if template is None:
+            raise InvalidRequestError("the model's tokenizer has no chat template; give chat_template or use generate")
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise InvalidRequestError(f"messages must be a list of dicts or of such lists, got {messages!r:.80}")
+        several = bool(messages) and isinstance(messages[0], Sequence) and not isinstance(messages[0], str)
+        chats: Any = messages if several else [messages]
+        texts = [
+            chat_prompt(
+                chat,
+                template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                variables=chat_template_kwargs,
+            )
+            for chat in chats
+        ]
+        # The template writes special tokens itself.
+        encode = self.tokenizer.encode
+        prompts: list[Prompt] = [
+            {"prompt": text, "prompt_token_ids": encode(text, add_special_tokens=False)} for text in texts
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def stream(
         self,
@@ -182,6 +314,26 @@ class LLM:
             for request_id in ids:
                 if request_id not in finished:
                     self._engine.abort(request_id)
+
+
+class _Meter:
+    """A bar of finished prompts, with the tokens per second behind it."""
+
+    def __init__(self, engine: Engine, bar: ProgressBar) -> None:
+        self._engine = engine
+        self._bar = bar
+        self._start = self._noted = time.perf_counter()
+        self._before = engine.stats.generation_tokens
+
+    def advance(self, count: int) -> None:
+        """Note that `count` more prompts are finished."""
+        now = time.perf_counter()
+        if count:
+            self._bar.advance(count)
+        if now - self._noted >= _NOTE_EVERY_S:
+            self._noted = now
+            rate = (self._engine.stats.generation_tokens - self._before) / (now - self._start)
+            self._bar.note(f"{rate:.0f} tokens/s")
 
 
 def _signature() -> inspect.Signature:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import accumulate
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -86,6 +86,8 @@ class Message(TypedDict):
     moves: list[list[Move]]
     """For each beam search, how its beams go on: after others have ended."""
     added: list[NewSequence]
+    forget_prefixes: NotRequired[bool]
+    """Whether nothing that the cache holds by now is to be found by prompts to come."""
     stop: bool
 
 
@@ -197,6 +199,8 @@ class Worker:
                 sequence.append(token)
         for key in message["finished"]:
             self.scheduler.finish(key)
+        if message.get("forget_prefixes"):
+            self.scheduler.blocks.forget_prefixes()
         for moves in message["moves"]:
             self.scheduler.move(moves)
         for new in message["added"]:

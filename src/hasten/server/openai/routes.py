@@ -15,9 +15,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from hasten.core.errors import EngineError, HastenError
+from hasten.engine.chat import ChatTemplate
 from hasten.server.engine.client import EngineClient, EngineInfo
 from hasten.server.openai.call import Call
-from hasten.server.openai.chat import ChatTemplate, chat_text
+from hasten.server.openai.chat import chat_text
 from hasten.server.openai.choices import BestChoices, ChatChoices, CompletionChoices
 from hasten.server.openai.models import Models, models_by_id
 from hasten.server.openai.params import (

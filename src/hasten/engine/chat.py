@@ -1,0 +1,191 @@
+"""From a chat's messages to the prompt that the model was trained on, by its tokenizer's template.
+
+Imports no transformers: what templates find there is made here.
+"""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from hasten.core.errors import CheckpointError, InvalidRequestError
+from hasten.core.text import require_utf8
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_LONGEST_MESSAGE = 500
+
+
+class ChatTemplate:
+    """A template, compiled, with the special tokens that it may use."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self._special_tokens = dict(special_tokens)
+        try:
+            self._template = _environment().from_string(source)
+        except TemplateError as error:
+            raise CheckpointError(f"the tokenizer's chat template is not valid: {error}") from error
+
+    @classmethod
+    def from_folder(cls, path: str | Path, source: str | None = None) -> "ChatTemplate | None":
+        """The template of a tokenizer's folder, or of the folder of a tokenizer.json; None where it has none.
+
+        `source` is a template in place of the folder's own, for its special tokens.
+        """
+        path = Path(path)
+        folder = path if path.is_dir() else path.parent
+        config = _read_json(folder / "tokenizer_config.json")
+        source = source or _source(folder, config)
+        if source is None:
+            return None
+        named = _read_json(folder / "special_tokens_map.json") | config
+        tokens = {name: _content(named[name]) for name in _SPECIAL_TOKENS if named.get(name)}
+        return cls(source, tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt for some messages; InvalidRequestError where the template refuses them.
+
+        `variables` are what the template may know beside them.
+        """
+        values = self._special_tokens | dict(variables or {})
+        values |= {"messages": messages, "tools": None, "add_generation_prompt": add_generation_prompt}
+        try:
+            return self._template.render(values)
+        except SecurityError as error:
+            raise CheckpointError(f"the tokenizer's chat template does what no template may do: {error}") from error
+        except Exception as error:  # templates index, add and call whatever the messages are made of
+            message = str(error)[:_LONGEST_MESSAGE]
+            raise InvalidRequestError(f"the tokenizer's chat template refuses these messages: {message}") from error
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the assistant says, for training; it changes nothing here."""
+
+    tags = {"generation"}  # noqa: RUF012  # jinja2 declares it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """What is between the marks."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """What transformers gives a template."""
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    made.filters["tojson"] = _to_json
+    made.globals["raise_exception"] = _raise
+    made.globals["strftime_now"] = _now
+    return made
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    return json.dumps(value, **({"ensure_ascii": False} | options))
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        made = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(made, dict):
+        raise CheckpointError(f"{file} holds no JSON object")
+    return made
+
+
+def _source(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The template's text: from its own file, or from the tokenizer's configuration, there perhaps one of several."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    given = config.get("chat_template")
+    if isinstance(given, list):
+        return next((entry["template"] for entry in given if entry.get("name") == "default"), None)
+    return given if isinstance(given, str) else None
+
+
+def _content(token: Any) -> str:
+    """A special token is written as its text or as an object that has it."""
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def chat_prompt(
+    messages: Sequence[Mapping[str, Any]],
+    template: ChatTemplate,
+    *,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
+    """The prompt for a chat's messages, each with `role` and `content`; InvalidRequestError names what is wrong.
+
+    A content is a text or a list of parts `{"type": "text", "text": ...}`. With `continue_final_message` the last
+    message is left open, to be continued.
+    """
+    normalized = [_message(f"messages[{number}]", message) for number, message in enumerate(messages)]
+    if not normalized:
+        raise InvalidRequestError("messages is empty")
+    if continue_final_message and add_generation_prompt:
+        raise InvalidRequestError("continue_final_message cannot go with add_generation_prompt")
+    text = template.render(normalized, add_generation_prompt=add_generation_prompt, variables=variables)
+    require_utf8("messages", text)
+    return _open_end(text, normalized[-1]["content"]) if continue_final_message else text
+
+
+def _open_end(text: str, content: str | None) -> str:
+    last = (content or "").strip()
+    place = text.rfind(last)
+    if not last or place < 0:
+        raise InvalidRequestError("the last message has no text that could be continued")
+    return text[: place + len(last)]
+
+
+def _message(where: str, message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates know it: its content is one text."""
+    if not isinstance(message, Mapping):
+        raise InvalidRequestError(f"{where} must be a dict with role and content, got {message!r:.80}")
+    role = message.get("role")
+    if role not in _ROLES:
+        raise InvalidRequestError(f"{where}.role must be one of {', '.join(_ROLES)}, got {role!r:.80}")
+    content = _content_text(f"{where}.content", message.get("content"))
+    if content is None and not message.get("tool_calls"):
+        raise InvalidRequestError(f"{where}.content is missing")
+    if content is not None:
+        require_utf8(f"{where}.content", content)
+    return {name: value for name, value in message.items() if value is not None} | {"role": role, "content": content}
+
+
+def _content_text(where: str, content: Any) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise InvalidRequestError(f"{where} must be a text or a list of parts, got {content!r:.80}")
+    texts = []
+    for place, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else part
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise InvalidRequestError(f"{where}[{place}] is of type {kind!r:.80}: the model reads text alone")
+        texts.append(part["text"])
+    return "\n".join(texts)
