@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tests.cluster.kubernetes_fixtures import World, serving, training, world
 
-from hasten.core.errors import ClusterError, NotFoundError
+from hasten.core.errors import ClusterError, ConfigError, NotFoundError
 
 __all__ = ["world"]
 
@@ -53,6 +53,11 @@ def test_output_errors_and_the_exit_status(
     assert status == 7
     assert (tmp_path / "out").read_text() == text
     assert capfd.readouterr().err == "oops\n"
+
+
+def test_a_command_that_is_no_text(running: World) -> None:
+    with pytest.raises(ConfigError, match=r"the command's word 'a\\udcff' is not UTF-8"):
+        attach(running, "echo", "a\udcff")
 
 
 def test_what_is_typed_arrives_and_ends(running: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

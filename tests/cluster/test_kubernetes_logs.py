@@ -73,6 +73,13 @@ def test_lines_as_they_were_written(world: World, log: Log) -> None:
     assert read(world, tail=0) == []
 
 
+def test_lines_end_at_line_feeds_alone(world: World, log: Log) -> None:
+    odd = "\x0b \x0c \x1c \x1e \x85 \u2028 \u2029 \r \x00"
+    log.write(odd, "last")
+    assert read(world) == [odd, "last"]
+    assert list(world.place.job_logs("convert-bloom", "default", LogOptions(tail=1))) == ["last"]
+
+
 def test_lines_since(world: World, log: Log) -> None:
     log.write("old", at=time.time_ns() - 3600 * SECOND)
     log.write("new")

@@ -209,6 +209,22 @@ def test_delete_when_the_supervisor_does_not_answer(here: Site, monkeypatch: pyt
     assert here.place.jobs(None) == []
 
 
+def test_delete_of_a_job_that_does_not_hear(here: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither it nor what it started minds SIGTERM; the supervisor is still in the middle of its patience."""
+    from hasten.cluster.local import end as local_end
+
+    deaf = f"trap '' TERM; (trap '' TERM; while :; do sleep 1; done) & echo $! > {tmp_path}/pid; wait"
+    here.submit("deaf", deaf)
+    await_that(
+        lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n"), 20, lambda: "no pid"
+    )
+    pids = [pid for pid in here.processes() if pid != os.getpid()]
+    monkeypatch.setattr(local_end, "_SLACK_S", 0.3)
+    local_end.end_and_remove(here.folder("deaf"), 0.1)
+    assert not any(alive(pid) for pid in [*pids, int((tmp_path / "pid").read_text())])
+    assert here.place.jobs(None) == []
+
+
 def test_a_supervisor_that_is_told_to_end_says_so(here: Site) -> None:
     here.submit("told-to-end", "sleep 60")
     here.running("told-to-end")

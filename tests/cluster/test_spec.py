@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from hasten.cluster.places import ServerUpdate
 from hasten.cluster.spec import (
     TrainingJob,
     TritonServer,
@@ -134,3 +135,21 @@ def test_names_that_others_gave() -> None:
             checked_namespace(name)
     with pytest.raises(ConfigError):
         checked_object_name("a" * 254, "--data")
+
+
+@pytest.mark.parametrize("text", ["a\udcffb", "a\0b"])
+def test_texts_that_cannot_be_passed_on(text: str) -> None:
+    """Bytes that are no UTF-8 come in as lone surrogates, and would arrive as other characters."""
+    for make in (
+        lambda: job(command=text),
+        lambda: job(env=[f"A={text}"]),
+        lambda: job(annotation=[f"a={text}"]),
+        lambda: server(model_repository=text),
+        lambda: server(extend_command=text),
+        lambda: ServerUpdate(env=[f"A={text}"]),
+        lambda: Volume(name="v", path=text),
+        lambda: Volume(name="v", description=text),
+    ):
+        with pytest.raises(ConfigError, match=r"is not UTF-8$|has a null character$"):
+            make()
+    job(command="\u00e9 \u6f22 \U0001f642 \x85 \u2028", env=["A=\x1b[0m"])

@@ -7,7 +7,7 @@ field asks raises UnsupportedError (`places.refuse_unsupported`).
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Literal
 
@@ -65,6 +65,24 @@ def checked_object_name(name: str, what: str) -> str:
             "and each part between dots must begin and end with a letter or digit"
         )
     return name
+
+
+def checked_text(text: str, what: str) -> str:
+    """A text that every place can pass on as it is; ConfigError for others."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{what} {text!r} is not UTF-8") from None
+    _require("\0" not in text, f"{what} {text!r} has a null character")
+    return text
+
+
+def _check_texts(spec: "Workload | Volume") -> None:
+    for one in fields(spec):
+        value = getattr(spec, one.name)
+        flag = one.metadata.get("flag", "--" + one.name.replace("_", "-")) if "help" in one.metadata else one.name
+        for text in [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else ():
+            checked_text(text, flag)
 
 
 def quantity(text: str, flag: str) -> Decimal:
@@ -181,6 +199,7 @@ class Workload:
     def __post_init__(self) -> None:
         checked_name(self.name, "--name")
         checked_namespace(self.namespace)
+        _check_texts(self)
         _check_number(self.gpus, "--gpus", 0)
         _check_cores(self.cpu)
         _check_bytes(self.memory, "--memory")
@@ -350,6 +369,7 @@ class Volume:
     def __post_init__(self) -> None:
         checked_name(self.name, "the volume's name")
         checked_namespace(self.namespace)
+        _check_texts(self)
         _check_bytes(self.size, "--size")
         sources = [flag for flag in ("oss_bucket", "s3_bucket", "nfs_server") if getattr(self, flag) is not None]
         _require(len(sources) <= 1, f"a volume has one source, got {' and '.join(sources)}")

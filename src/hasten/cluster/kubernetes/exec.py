@@ -24,6 +24,7 @@ from websocket import WebSocketException
 from hasten.cluster.kubernetes.client import Cluster
 from hasten.cluster.kubernetes.errors import Attempt, answered, unreachable
 from hasten.cluster.kubernetes.resources import PODS, Object, name_of
+from hasten.cluster.spec import checked_text
 from hasten.core.errors import ClusterError
 
 SHELL = ("/bin/sh", "-c", "if command -v bash >/dev/null 2>&1; then exec bash; else exec sh; fi")
@@ -37,6 +38,8 @@ _REFUSED = re.compile(r"Handshake status (\d+)")
 
 def run_inside(cluster: Cluster, pod: Object, container: str, command: list[str]) -> int:
     """Run a command and pass on what is typed and printed; returns its exit status."""
+    for word in command:
+        checked_text(word, "the command's word")
     typed = _stdin()
     terminal = typed is not None and os.isatty(typed) and sys.stdout.isatty()
     session = _connect(cluster, pod, container, command or list(SHELL), terminal, typed is not None)

@@ -74,7 +74,7 @@ def _reason(folder: Folder, state: State) -> str:
     if state.boot != boot_id():
         return "the machine was started anew while it ran"
     with suppress(OSError):
-        said = (folder.path / _ERRORS).read_text(errors="replace").strip()
+        said = (folder.path / _ERRORS).read_text(encoding="utf-8", errors="replace").strip()
         if said:
             last = said.rpartition("\n")[2]
             return f"its supervisor failed: {last}"
