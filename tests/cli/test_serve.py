@@ -267,7 +267,10 @@ def test_a_port_in_use_is_an_error_before_anything_is_loaded(start: Start) -> No
 def test_a_checkpoint_that_is_none_is_an_error(start: Start, tmp_path: Path) -> None:
     server = start(str(tmp_path / "nothing"))
     assert server.end() == 1
-    assert "not all models could be loaded" in server.text
+    last = server.text.splitlines()[-1]
+    assert last.startswith(f"hasten: error: cannot load {tmp_path / 'nothing'}: ")
+    assert "is missing" in last
+    assert "fastertransformer" not in last
     assert "Traceback" not in server.text
     assert gone(server)
 

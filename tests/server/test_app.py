@@ -65,7 +65,8 @@ def test_all_doors_are_open(empty: Server) -> None:
     with httpx.Client(base_url=f"http://{empty.http.place}") as client:
         assert client.get("/v2/health/ready").status_code == 200
         assert client.get("/").headers["content-type"].startswith("text/html")
-        for path in ("/v2", "/v1/models", "/state"):
+        assert [client.get(path).status_code for path in ("/health", "/ping")] == [200, 200]
+        for path in ("/v2", "/v1/models", "/state", "/metrics", "/version"):
             assert client.get(path).status_code == 401
             assert client.get(path, headers={"x-api-key": "secret"}).status_code == 200
     metrics = httpx.get(f"http://{empty.metrics.place}/metrics")
@@ -82,6 +83,8 @@ def test_what_is_not_allowed_is_not_served(thread: LoopThread, tmp_path: Path) -
     thread.run(server.start())
     assert server.grpc is None
     assert server.metrics is None
+    assert server.http is not None
+    assert httpx.get(f"http://{server.http.place}/metrics").status_code == 404
     thread.run(server.stop(0))
     thread.run(server.stop(0))  # once more does no harm
 
@@ -111,10 +114,27 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_if_that_is_wanted(
     assert server.http is not None
     assert httpx.get(f"http://{server.http.place}/v2/health/live").status_code == 200
     assert httpx.get(f"http://{server.http.place}/v2/health/ready").status_code == 400
+    assert httpx.get(f"http://{server.http.place}/health").status_code == 503
     thread.run(server.stop(0))
     messages = [record.getMessage() for record in caplog.records]
     assert any("| broken" in message and "UNAVAILABLE: " in message for message in messages)
     assert any(message.startswith("Started HTTPService at 127.0.0.1:") for message in messages)
+
+
+def test_what_is_loaded_and_where_it_is_served_is_said(
+    thread: LoopThread, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = thread.run(made(options(tmp_path)))
+    with caplog.at_level(logging.INFO, "hasten"):
+        thread.run(server.start())
+    assert server.http is not None
+    thread.run(server.stop(0))
+    lines = [record.getMessage() for record in caplog.records]
+    url = f"http://localhost:{server.http.port}/"
+    assert lines[0] == f"loading {tmp_path} ..."
+    assert lines[-1] == f"ready: page at {url}, OpenAI's API at {url}v1"
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning == f"no model in {tmp_path}: each is a folder NAME with config.pbtxt"
 
 
 def test_limits_of_one_model_are_put_into_its_configuration(demo_model: Path) -> None:

@@ -61,6 +61,7 @@ def test_a_killed_process_comes_back(run: Any, demo_model: Path, tmp_path: Path,
             await until(lambda: client.ready)
             assert client.pid != pid
             assert [count(await task) for task in not_yet] == [4, 4]
+            assert client.restarts == 1
             after = client.stats()
             assert after.generation_tokens == before.generation_tokens + 8
             assert (after.running, after.waiting, after.used_blocks) == (0, 0, 0)

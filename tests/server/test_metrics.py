@@ -7,6 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from hasten.engine.stats import EngineStats
+from hasten.server.access import AccessLog
 from hasten.server.machine import CpuMeter, GpuMeter
 from hasten.server.metrics import Family, Machine, Metrics
 from hasten.server.statistics import Counters, FailureReason, Histogram, LanguageCounters
@@ -46,6 +47,7 @@ OWN = {
 @dataclass
 class Engine:
     now: EngineStats
+    restarts: int = 3
 
     def stats(self) -> EngineStats:
         return self.now
@@ -107,6 +109,14 @@ def of(model: str, version: str, **labels: str) -> tuple[tuple[str, str], ...]:
 def test_all_names_are_there_with_their_kinds(service: Counted) -> None:
     kinds, _ = exposed(service)
     assert (TRITON | OWN).items() <= kinds.items()
+
+
+def test_the_server_is_exposed_too(service: Counted) -> None:
+    access = AccessLog()
+    access.counts["openai", "429"] += 2
+    text = Metrics(cast(Any, service), Machine(cpu=False, gpus=False), access).text()
+    assert 'hasten_api_calls_total{api="openai",status="429"} 2\n' in text
+    assert 'hasten_engine_restarts_total{model="tokens",version="1"} 3\n' in text
 
 
 def test_counters_are_there_at_0_from_the_start(service: Counted) -> None:

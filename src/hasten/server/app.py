@@ -11,11 +11,12 @@ from typing import Any
 from hasten.core.config import EngineConfig
 from hasten.core.cpus import available_cpus
 from hasten.core.errors import EngineError
+from hasten.server.access import AccessLog
 from hasten.server.connections import ConnectionLimits
 from hasten.server.create import model_configs
 from hasten.server.engine.client import EngineClient, QueueLimits
 from hasten.server.lifecycle import StartEngine
-from hasten.server.listeners import GrpcListener, HttpListener
+from hasten.server.listeners import GrpcListener, HttpListener, joined
 from hasten.server.machine import raise_descriptor_limit, watch_descriptors
 from hasten.server.metrics import Machine, Metrics
 from hasten.server.openai.routes import openai_routes
@@ -52,7 +53,8 @@ class Server:
         self._machine = _machine(options.endpoints)
         self._descriptors = raise_descriptor_limit()
         self._watch: asyncio.Task[None] | None = None
-        self._metrics = Metrics(self.service, self._machine)
+        self._access = AccessLog()
+        self._metrics = Metrics(self.service, self._machine, self._access)
         memory, traces = SharedMemory(allowed=security.allow_shared_memory), TraceSettings()
         self._keys = ApiKeys.from_file(security.api_key_file) if security.api_key_file else None
         self._tls = TlsFiles.create(security.tls_certificate, security.tls_key, security.tls_client_ca)
@@ -81,6 +83,7 @@ class Server:
                 keys=self._keys,
                 tls=self._tls,
                 options=ends.grpc_channel(security),
+                interceptors=(self._access.grpc(),),
             )
 
     async def start(self) -> None:
@@ -94,26 +97,48 @@ class Server:
             await self.grpc.start()
         if self.http is not None:
             routes = [*self._routes.routes(), *openai_routes(self.service), *page_routes(self.service)]
-            await self.http.start(http_app(routes, self._keys, limit, OPEN_PATHS | {"/"}))
+            if self.metrics is not None:
+                routes += self._metrics.routes()
+            await self.http.start(self._access.http(http_app(routes, self._keys, limit, OPEN_PATHS | {"/"})))
         if self.metrics is not None:
             await self.metrics.start(http_app(self._metrics.routes(), None, limit))
+        _log.debug("\n%s", option_table(self.options, self.service.server_metadata()))
+        _log.info("loading %s ...", ", ".join(self._sources()))
         repository = self.options.repository
         await self.service.start(repository.load_model, repository_poll_secs=repository.repository_poll_secs)
-        self._tell()
         if self.service.failures and self.options.server.exit_on_error:
-            raise EngineError(f"not all models could be loaded: {', '.join(sorted(self.service.failures))}")
-        self._tell_places()
+            raise EngineError(self._failure())
+        self._log_models()
+        self._log_endpoints()
 
-    def _tell(self) -> None:
+    def _sources(self) -> list[str]:
+        """Folders that models are loaded from."""
+        engine = self.options.engine
+        return [engine.model] if engine is not None else list(self.options.model_repository)
+
+    def _failure(self) -> str:
+        """Why models could not be loaded; of the one model that the command named, by its folder."""
+        reasons = {name: " ".join(reason.split()) for name, reason in sorted(self.service.failures.items())}
+        for entry in self.service.index():
+            if entry.name in reasons and entry.reason:
+                reasons[entry.name] = " ".join(entry.reason.split())
+        engine = self.options.engine
+        if engine is not None and self.options.model.name in reasons:
+            return f"cannot load {engine.model}: {reasons[self.options.model.name]}"
+        return "not all models could be loaded: " + "; ".join(f"{name}: {why}" for name, why in reasons.items())
+
+    def _log_models(self) -> None:
+        models = self.service.index()
+        if not models:
+            _log.warning("no model in %s: each is a folder NAME with config.pbtxt", ", ".join(self._sources()))
         _log.info("\n%s", backend_table(self.service.backends()))
-        _log.info("\n%s", model_table(self.service.index()))
+        _log.info("\n%s", model_table(models))
         _log.info("\n%s", engine_table(self.service.engines()))
         for source in self._machine.sources():
             _log.info("Collecting %s", source)
         _log.info("Using %d CPUs and at most %d file descriptors", available_cpus(), self._descriptors)
-        _log.debug("\n%s", option_table(self.options, self.service.server_metadata()))
 
-    def _tell_places(self) -> None:
+    def _log_endpoints(self) -> None:
         for name, listener in (
             ("GRPCInferenceService", self.grpc),
             ("HTTPService", self.http),
@@ -121,6 +146,14 @@ class Server:
         ):
             if listener is not None:
                 _log.info("Started %s at %s", name, listener.place)
+        if self.http is not None:
+            _log.info("ready: page at %s, OpenAI's API at %sv1", *2 * (self._url(self.http),))
+
+    def _url(self, listener: HttpListener) -> str:
+        """Where a browser on this machine finds a listener."""
+        address = self.options.endpoints.http_address
+        host = "localhost" if address in ("0.0.0.0", "::", "127.0.0.1", "::1") else address
+        return f"http{'s' if self._tls else ''}://{joined(host, listener.port)}/"
 
     async def stop(self, timeout: float) -> None:
         """Take no more requests, let those under way finish for so many seconds, and close the ports."""

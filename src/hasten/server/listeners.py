@@ -148,11 +148,12 @@ class GrpcListener:
         keys: ApiKeys | None = None,
         tls: TlsFiles | None = None,
         options: Sequence[tuple[str, int]] = (),
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     ) -> None:
         # gRPC says little of why it could not have a port
         open_port(address, port, flag).close()
         # two servers on one port would share its clients
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0), *options])
+        self._server = grpc.aio.server(interceptors=interceptors, options=[("grpc.so_reuseport", 0), *options])
         add_to_server(self._server, calls, keys)
         try:
             self.port: int = self._bind(joined(address, port), tls)

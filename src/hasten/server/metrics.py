@@ -13,6 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from hasten import __version__
+from hasten.server.access import AccessLog
 from hasten.server.machine import CpuMeter, GpuMeter
 from hasten.server.statistics import Histogram, ModelCounters
 from hasten.server.types import ServiceError
@@ -133,9 +135,10 @@ def _gpus(meter: GpuMeter | None) -> Iterable[Family]:
 class Metrics:
     """What is exposed of a service and of the machine that it runs on."""
 
-    def __init__(self, service: "Service", machine: "Machine | None" = None) -> None:
+    def __init__(self, service: "Service", machine: "Machine | None" = None, access: AccessLog | None = None) -> None:
         self._service = service
         self._machine = machine or Machine()
+        self._access = access or AccessLog()
 
     def text(self) -> str:
         """All metrics as they are now."""
@@ -145,6 +148,7 @@ class Metrics:
             self._first_response(models),
             *_language(models),
             *self._engines(),
+            *self._server(),
             *self._machine.families(),
         ]
         return "".join(family.text() for family in families)
@@ -174,7 +178,17 @@ class Metrics:
         except ServiceError:  # not loaded now
             return False
 
+    def _server(self) -> Iterable[Family]:
+        build = Family("hasten_build_info", "gauge", "Always 1; the version is a label")
+        build.add({"version": __version__}, 1)
+        calls = Family("hasten_api_calls_total", "counter", "Calls by API and by the status of their answer")
+        for (api, status), count in sorted(self._access.counts.items()):
+            calls.add({"api": api, "status": status}, count)
+        return build, calls
+
     def _engines(self) -> Iterable[Family]:
+        restarts = {key: float(engine.restarts) for key, engine in self._service.engines().items()}
+        yield _family("hasten_engine_restarts_total", "counter", "Times that a dead engine was started again", restarts)
         stats = {key: engine.stats() for key, engine in self._service.engines().items()}
         rows: Sequence[tuple[str, str, str, dict[Key, float]]] = (
             ("requests_running", "gauge", "Requests that have begun and are not finished",
@@ -192,7 +206,8 @@ class Metrics:
             ("engine_steps_total", "counter", "Steps of the engine",
              {key: one.steps for key, one in stats.items()}),
         )  # fmt: skip
-        return [_family(f"hasten_{name}", kind, text, values) for name, kind, text, values in rows]
+        for name, kind, text, values in rows:
+            yield _family(f"hasten_{name}", kind, text, values)
 
 
 def _model(key: Key) -> Labels:

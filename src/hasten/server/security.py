@@ -15,7 +15,7 @@ from hasten.core.errors import ConfigError
 from hasten.server.http_errors import error_response
 
 NO_KEY = "a valid API key is required: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
-OPEN_PATHS = frozenset({"/v2/health/live", "/v2/health/ready"})
+OPEN_PATHS = frozenset({"/v2/health/live", "/v2/health/ready", "/health", "/ping"})
 """What needs no key: a cluster's probes have none."""
 
 

@@ -60,6 +60,8 @@ class EngineClient:
         self.name = name
         self.info: EngineInfo
         self.tokenizer: Tokenizer | None = None
+        self.restarts = 0
+        """Times that a dead process was started again."""
         self._config = config
         self._limits = limits
         self._queue = RequestQueue(limits)
@@ -308,6 +310,7 @@ class EngineClient:
                     link = await self._launch()
                 except Exception as error:
                     _log.error("engine %s: cannot be started, next try in %.1f s: %s", self.name, delay, error)
+            self.restarts += 1
             _log.warning("engine %s: ready again as process %d", self.name, link.pid)
 
     async def drain(self, timeout: float) -> bool:

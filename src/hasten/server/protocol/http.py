@@ -62,6 +62,9 @@ class HttpRoutes:
             Route("/v2", self.metadata),
             Route("/v2/health/live", self.live),
             Route("/v2/health/ready", self.ready),
+            Route("/health", self.healthy),
+            Route("/ping", self.healthy),
+            Route("/version", self.version),
             Route("/v2/logging", self.logging, methods=["GET", "POST"]),
             Route("/v2/trace/setting", self.tracing, methods=["GET", "POST"]),
             Route(f"{_MODEL}/trace/setting", self.tracing, methods=["GET", "POST"]),
@@ -110,6 +113,14 @@ class HttpRoutes:
     async def ready(self, request: Request) -> Response:
         """Whether all models are ready."""
         return Response(status_code=200 if self._service.is_ready() else 400)
+
+    async def healthy(self, request: Request) -> Response:
+        """Whether all models are ready, in the status codes that load balancers expect."""
+        return Response(status_code=200 if self._service.is_ready() else 503)
+
+    async def version(self, request: Request) -> Response:
+        """The server's version."""
+        return _json({"version": self._service.server_metadata().version})
 
     async def model_ready(self, request: Request) -> Response:
         """Whether one model is ready."""
