@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
+import textwrap
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -155,3 +156,12 @@ def test_a_bar_is_shown_on_a_terminal_for_several_prompts(llm: LLM, monkeypatch:
     llm.generate([[5], [6]], GREEDY, use_tqdm=False)
     llm.generate([5], GREEDY)
     assert shown == [("generating", 2, True), ("generating", 2, False), ("generating", 1, False)]
+
+
+def test_the_example_of_the_docs_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parents[2]
+    text = root.joinpath("docs", "python.md").read_text(encoding="utf-8")
+    block = text.partition("\n\n")[2].partition("\nNames and meanings")[0]
+    monkeypatch.chdir(root)
+    exec(textwrap.dedent(block), {})
+    assert capsys.readouterr().out.strip()

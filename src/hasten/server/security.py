@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hasten.core.errors import ConfigError
+from hasten.core.text import utf8_lines
 from hasten.server.http_errors import error_response
 
 NO_KEY = "a valid API key is required: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
@@ -29,7 +30,7 @@ class ApiKeys:
     def from_file(cls, name: str) -> "ApiKeys":
         """Read a file of one key a line; lines that are empty or begin with # are left out."""
         try:
-            lines = Path(name).read_text(encoding="utf-8").splitlines()
+            lines = utf8_lines(Path(name).read_bytes())
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read API keys from {name}: {error}") from error
         keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]

@@ -131,7 +131,7 @@ def _from_account(context: str | None) -> Access:
     configuration.proxy = None
     try:
         _loader.load_incluster_config(client_configuration=configuration)
-        namespace = (_ACCOUNT / "namespace").read_text().strip()
+        namespace = (_ACCOUNT / "namespace").read_text(encoding="utf-8").strip()
     except _UNREADABLE as error:
         raise bad_config(error, f"of the pod's service account ({_ACCOUNT})") from error
     return Access(configuration, namespace or "default", "the pod's service account")

@@ -45,7 +45,7 @@ def lives(pid: int | None, start: int | None) -> bool:
 
 def _stat(pid: int) -> list[str] | None:
     try:
-        return (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+        return (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
 
