@@ -280,6 +280,27 @@ def test_bad_words_never_come(make_sequence: MakeSequence) -> None:
     assert 11 in drawn
 
 
+def test_bans_of_runs_hold_before_the_last_token_is_known_here(make_sequence: MakeSequence) -> None:
+    words = [[13], [9, 12], [8, 9, 11], [7, 8, 9, 10], [5, 9, 14], [9, 9, 15], [6, 8, 9, 16]]
+    logits = torch.zeros(1, VOCAB)
+    for last, output in ((9, [7, 8]), (4, [7, 8]), (9, []), (9, [9]), (9, [8])):
+        known = make_sequence([6], output=[*output, last], temperature=0, bad_words_ids=words)
+        waiting = make_sequence([6], output=output, temperature=0, bad_words_ids=words)
+        waiting.pending, waiting.pending_row = 1, 2
+        chosen = torch.tensor([40, 41, last, 42], dtype=torch.int32)
+        sampler, banned = Sampler(EOS, logits.device), set()
+        for token in range(VOCAB):  # each token in turn is the most probable one
+            logits.zero_()[0, token] = 1.0
+            found = [sampler.sample(logits, [sequence], chosen).collect()[0].token_id for sequence in (known, waiting)]
+            assert found[0] == found[1]
+            if found[0] != token:
+                banned.add(token)
+        whole = [*output, last]
+        assert banned == {
+            word[-1] for word in words if whole[len(whole) - len(word) + 1 :] == word[:-1] or len(word) == 1
+        }
+
+
 def test_no_end_or_stop_token_before_min_tokens(make_sequence: MakeSequence) -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, [2, 5, 6]] = torch.tensor([3.0, 2.0, 1.0])

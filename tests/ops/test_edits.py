@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.ops import EditList, TokenCounts, reference
+from hasten.ops import Bans, EditList, TokenCounts, reference
 from hasten.ops.edits import IN_PROMPT
 
 pytest.importorskip("triton")
@@ -51,6 +51,17 @@ def counts_of(prompts: list[list[int]], outputs: list[list[int]], device: torch.
 def no_tokens(device: torch.device) -> Tensor:
     """Where no ban depends on the last token."""
     return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+def add(edits: EditList, row: int, *, biases: dict[int, float], bans: list[tuple[int, int]], **options: Any) -> None:
+    defaults: dict[str, Any] = {"slot": -1, "penalties": (1.0, 0.0, 0.0), "chosen": 0}
+    edits.add(
+        row,
+        bias_ids=np.array([*biases], np.int32),
+        biases=np.array([*biases.values()], np.float32),
+        bans=Bans(*np.array(bans, np.int32).reshape(-1, 2).T.copy()),
+        **{**defaults, **options},
+    )
 
 
 def contents(counts: TokenCounts, slot: int) -> dict[int, int]:
@@ -105,7 +116,7 @@ def test_edits_follow_their_definition(ops: ModuleType, dtype: torch.dtype, devi
     edits, wanted = EditList(), logits.float().tolist()
     for row in rng.sample(range(rows), rows - 2):  # in any order, and not all
         options, at = random_options(rng, row + 1), rng.randrange(len(chosen))
-        edits.add(row, chosen=at, **options)
+        add(edits, row, chosen=at, **options)
         wanted[row] = edited(wanted[row], prompts[row], outputs[row], options, int(chosen[at]))
     counts = counts_of(prompts, outputs, device)
     given = logits.to(device)
@@ -118,7 +129,7 @@ def test_edits_follow_their_definition(ops: ModuleType, dtype: torch.dtype, devi
 def test_logits_of_a_wider_tensor_are_edited(ops: ModuleType, device: torch.device) -> None:
     wide = torch.zeros(3, VOCAB + 11, device=device)
     edits = EditList()
-    edits.add(2, biases={3: 1.5}, bans=[(7, -1)])
+    add(edits, 2, biases={3: 1.5}, bans=[(7, -1)])
     found = ops.edit_logits(wide[:, :VOCAB], edits.to(device), TokenCounts.empty(1, 1, device), no_tokens(device))
     wanted = torch.zeros(3, VOCAB)
     wanted[2, 3], wanted[2, 7] = 1.5, -INF
@@ -128,7 +139,7 @@ def test_logits_of_a_wider_tensor_are_edited(ops: ModuleType, device: torch.devi
 def test_a_ban_stands_whatever_the_logit_and_its_bias(ops: ModuleType, device: torch.device) -> None:
     logits = torch.tensor([[INF, float("nan"), 1.0, -INF]], device=device)
     edits = EditList()
-    edits.add(0, biases={0: 100.0, 2: -100.0, 3: 100.0}, bans=[(0, -1), (1, -1)])
+    add(edits, 0, biases={0: 100.0, 2: -100.0, 3: 100.0}, bans=[(0, -1), (1, -1)])
     found = ops.edit_logits(logits, edits.to(device), TokenCounts.empty(1, 1, device), no_tokens(device))
     assert found.tolist() == [[-INF, -INF, -99.0, -INF]]
 

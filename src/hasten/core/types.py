@@ -388,7 +388,7 @@ class Request:
     prompt: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Logprob:
     """Log-probability of one token at one position."""
 

@@ -101,6 +101,7 @@ class Engine:
         self._pending: Message = _empty_message()
         self._flight: _Flight | None = None
         self._token_texts: dict[int, str] = {}
+        self._text_of = None if self.tokenizer is None else self._token_text
         self._unseeded = 0
         self._prompt_tokens = self._generation_tokens = 0
         self._closed_because: str | None = None
@@ -363,7 +364,7 @@ class Engine:
             return
         with explained_out_of_memory():
             self._take_prompt_logprobs(flight.prompts)
-            sampled = [] if flight.choice is None else flight.choice.collect()
+            sampled = [] if flight.choice is None else flight.choice.collect(self._text_of)
         for sequence, token in zip(flight.sequences, sampled, strict=True):
             state = self._owners.get(sequence.key)
             if state is not None:
@@ -470,7 +471,7 @@ class Engine:
         self._generation_tokens += 1
         self._pending["tokens"].append((sequence.key, token))
         if sampled.top is not None and output.logprobs is not None:
-            output.logprobs.append(self._decoded(sampled.top))
+            output.logprobs.append(sampled.top)
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + (sampled.logprob or 0.0)
         reason = self._finish_reason(completion, token)
         if reason is not None:
@@ -532,26 +533,21 @@ class Engine:
         skip = params.skip_special_tokens
         return self.tokenizer.decode(shown, skip_special_tokens=skip, continues=completion.continues)
 
-    def _decoded(self, top: dict[int, Logprob]) -> dict[int, Logprob]:
-        if self.tokenizer is None:
-            return top
-        return {token: Logprob(entry.logprob, entry.rank, self._token_text(token)) for token, entry in top.items()}
-
     def _token_text(self, token: int) -> str:
         """The text of a single token; the same few tokens are asked for again and again."""
         text = self._token_texts.get(token)
         if text is None:
-            assert self.tokenizer is not None
+            assert self.tokenizer is not None, "without a tokenizer there are no texts"
             text = self._token_texts[token] = self.tokenizer.decode([token], skip_special_tokens=False, continues=True)
         return text
 
     def _take_prompt_logprobs(self, prompts: PromptLogprobs) -> None:
         """Keep the entries of positions in order; those before a preemption come again and are kept already."""
-        for sequence, position, top in prompts.collect():
+        for sequence, position, top in prompts.collect(self._text_of):
             state = self._owners.get(sequence.key)
             kept = None if state is None else state.prompt_logprobs
             if kept is not None and len(kept) == position + 1:
-                kept.append(self._decoded(top))
+                kept.append(top)
 
     def close(self) -> None:
         """Tell the other ranks to end and leave the group; a second call does nothing."""

@@ -4,7 +4,7 @@ A token is chosen by inverting the cumulative distribution at one uniform number
 request's seed and the token's position: the rest of the batch and preemptions cannot change it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from hasten import ops
 from hasten.core.types import Logprob
 from hasten.engine.beam import Candidate, candidate_count
 from hasten.engine.constraint import allowed_next
+from hasten.engine.edits import RowEdits
 from hasten.engine.history import TokenHistory
 from hasten.engine.sequence import Sequence
 from hasten.ops.transfer import send
@@ -29,7 +30,11 @@ _NOTHING_ALLOWED = (
 )
 
 
-@dataclass(frozen=True)
+TextOf = Callable[[int], str]
+"""The text of a token id."""
+
+
+@dataclass(slots=True)
 class Sampled:
     """The next token of one sequence."""
 
@@ -83,34 +88,27 @@ class Choice:
         """Tokens chosen elsewhere, int32 [r], for sequences that ask for nothing else."""
         return cls(tokens_r)
 
-    def collect(self) -> list[Sampled]:
+    def collect(self, text_of: TextOf | None = None) -> list[Sampled]:
         """The tokens, or an error for a sequence without any finite logit. Waits until the device has chosen."""
         tokens_r, *tops = self._copy.wait()
         tokens: list[int] = tokens_r.tolist()
-        candidates: dict[int, list[Candidate]] = {}
+        sampled = [Sampled(token) if token >= 0 else self._none(row, token) for row, token in enumerate(tokens)]
         if self._beams:
             values_rk, ids_rk, *tops = tops
             pairs = zip(self._beams.items(), ids_rk.tolist(), values_rk.tolist(), strict=True)
-            candidates = {row: list(zip(ids[:count], values, strict=False)) for (row, count), ids, values in pairs}
-        found: dict[int, dict[int, Logprob]] = {}
+            for (row, count), ids, values in pairs:
+                sampled[row].candidates = list(zip(ids[:count], values, strict=False))
         if self._asked:
-            rows = _entries([tokens[row] for row in self._asked], ops.TopLogprobs(*tops))
-            found = dict(zip(self._asked, rows, strict=True))
-        return [
-            self._sampled(row, token, found.get(row), candidates.get(row))
-            if token >= 0
-            else Sampled(
-                token, error=_NOTHING_ALLOWED if token == ops.NONE_LEFT and row in self._restricted else _NOT_FINITE
-            )
-            for row, token in enumerate(tokens)
-        ]
+            chosen = [tokens[row] for row in self._asked]
+            rows = _entries(chosen, list(self._asked.values()), ops.TopLogprobs(*tops), text_of)
+            for row, token, top in zip(self._asked, chosen, rows, strict=True):
+                if token >= 0:
+                    sampled[row].top, sampled[row].logprob = top, top[token].logprob
+        return sampled
 
-    def _sampled(
-        self, row: int, token: int, top: dict[int, Logprob] | None, candidates: list[Candidate] | None
-    ) -> Sampled:
-        if top is None:
-            return Sampled(token, candidates=candidates)
-        return Sampled(token, top[token].logprob, _kept(top, token, self._asked[row]))
+    def _none(self, row: int, token: int) -> Sampled:
+        excluded = token == ops.NONE_LEFT and row in self._restricted
+        return Sampled(token, error=_NOTHING_ALLOWED if excluded else _NOT_FINITE)
 
 
 class Sampler:
@@ -119,11 +117,14 @@ class Sampler:
     def __init__(self, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
         self._eos_token_ids = eos_token_ids
         self._history = TokenHistory(device)
+        self._edits: dict[int, RowEdits] = {}
+        """By the sequence's key."""
         self._none_chosen = torch.zeros(1, dtype=torch.int32, device=device)
 
     def release(self, key: int) -> None:
         """Forget the sequence with this key, which has ended."""
         self._history.release(key)
+        self._edits.pop(key, None)
 
     def sample(self, logits_rv: Tensor, sequences: list[Sequence], chosen_r: Tensor | None = None) -> Choice:
         """Choose the next token of each sequence, without waiting for the device.
@@ -164,13 +165,19 @@ class Sampler:
         """Logits after penalties, biases and bans; the given ones are left as they are."""
         edits = ops.EditList()
         for row, sequence in enumerate(sequences):
-            params = sequence.params
-            banned = _banned(sequence, self._eos_token_ids)
-            slot = slots.get(sequence.key, -1)
-            if slot >= 0 or banned or params.logit_bias:
-                penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-                chosen = sequence.pending_row if sequence.pending else 0
-                edits.add(row, slot=slot, penalties=penalties, biases=params.logit_bias, bans=banned, chosen=chosen)
+            own = self._edits.get(sequence.key)
+            if own is None:
+                own = self._edits[sequence.key] = RowEdits(sequence.params, self._eos_token_ids)
+            if own.any:
+                edits.add(
+                    row,
+                    slot=slots.get(sequence.key, -1),
+                    penalties=own.penalties,
+                    bias_ids=own.bias_ids,
+                    biases=own.biases,
+                    bans=own.bans(sequence),
+                    chosen=sequence.pending_row if sequence.pending else 0,
+                )
         if not edits.rows:
             return logits_rv
         chosen_r = self._none_chosen if chosen_r is None else chosen_r
@@ -258,24 +265,6 @@ def _constrain(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:
     return logits_rv.index_copy(0, rows, chosen_kv)
 
 
-def _banned(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Tokens that must not come next, each with the last token that the ban depends on, -1 where it always holds.
-
-    Only the device knows a pending token; a run that is banned whatever that is, or not at all, depends on nothing.
-    """
-    params = sequence.params
-    banned: list[tuple[int, int]] = []
-    if sequence.output_len < params.min_tokens:
-        banned += [(token, -1) for token in (*eos_token_ids, *params.stop_token_ids)]
-    if params.bad_words_ids:
-        output, pending = sequence.output_token_ids, sequence.pending
-        for *before, last in params.bad_words_ids:
-            known = before[: len(before) - pending] if before else before
-            if not known or output[-len(known) :] == known:
-                banned.append((last, before[-1] if before and pending else -1))
-    return banned
-
-
 def _draw(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:
     """Tokens [r] drawn by each sequence's parameters."""
     params = [sequence.params for sequence in sequences]
@@ -290,14 +279,18 @@ def _draw(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:
     return ops.draw(logits_rv, draws)
 
 
-def _entries(tokens: list[int], tops: ops.TopLogprobs) -> list[dict[int, Logprob]]:
-    """For each row, its token with its log-probability first, and then the most probable ones."""
+def _entries(
+    tokens: list[int], counts: list[int], tops: ops.TopLogprobs, text_of: TextOf | None
+) -> list[dict[int, Logprob]]:
+    """For each row, its token first and then the others of its `counts` most probable ones."""
     rows = []
-    for token, chosen, rank, values, ids in zip(tokens, *(tensor.tolist() for tensor in tops), strict=True):
-        top = {token: Logprob(chosen, rank)}
-        for index, (value, other) in enumerate(zip(values, ids, strict=True)):
+    columns = zip(tokens, counts, *(tensor.tolist() for tensor in tops), strict=True)
+    for token, count, chosen, rank, values, ids in columns:
+        top = {token: Logprob(chosen, rank, None if text_of is None or token < 0 else text_of(token))}
+        for index in range(min(count, len(ids))):
+            other = ids[index]
             if other != token:
-                top[other] = Logprob(value, index + 1)
+                top[other] = Logprob(values[index], index + 1, None if text_of is None else text_of(other))
         rows.append(top)
     return rows
 
@@ -319,15 +312,11 @@ class PromptLogprobs:
         tokens_r = ops.to_device(tokens, torch.int32, logits_rv.device)
         self._pieces.append((positions, tokens, ops.HostCopy(ops.top_logprobs(logits_rv, tokens_r, count))))
 
-    def collect(self) -> Iterator[tuple[Sequence, int, dict[int, Logprob]]]:
+    def collect(self, text_of: TextOf | None = None) -> Iterator[tuple[Sequence, int, dict[int, Logprob]]]:
         """Each position with the entries of the token that follows it; waits for the device."""
         for positions, tokens, copy in self._pieces:
-            rows = _entries(tokens, ops.TopLogprobs(*copy.wait()))
-            for (sequence, at), token, row in zip(positions, tokens, rows, strict=True):
+            counts = [sequence.params.prompt_logprobs or 0 for sequence, _ in positions]
+            rows = _entries(tokens, counts, ops.TopLogprobs(*copy.wait()), text_of)
+            for (sequence, at), row in zip(positions, rows, strict=True):
                 if at + 1 < sequence.prompt_len:
-                    yield sequence, at, _kept(row, token, sequence.params.prompt_logprobs or 0)
-
-
-def _kept(entries: dict[int, Logprob], token: int, count: int) -> dict[int, Logprob]:
-    """The entries of a token and of the `count` most probable ones."""
-    return {other: entry for other, entry in entries.items() if entry.rank <= count or other == token}
+                    yield sequence, at, row

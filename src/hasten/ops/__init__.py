@@ -13,7 +13,7 @@ from torch import Tensor
 from hasten.core.config import DTypeName
 from hasten.ops import cpu, reference
 from hasten.ops.draws import NONE_LEFT, Draws
-from hasten.ops.edits import EditList, LogitEdits, TokenCounts
+from hasten.ops.edits import Bans, EditList, LogitEdits, TokenCounts
 from hasten.ops.logprobs import TopLogprobs
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.packed import PackedLinear
@@ -30,6 +30,7 @@ __all__ = [
     "TORCH_DTYPES",
     "Activation",
     "AttentionMeta",
+    "Bans",
     "Draws",
     "EditList",
     "HostCopy",

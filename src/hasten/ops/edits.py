@@ -3,11 +3,13 @@
 Shapes: s slots, w entries of a slot, k edited rows, b biases, n bans.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten.ops.plan import Integers
@@ -69,54 +71,64 @@ def _entries(prompt: Integers, output: Integers) -> tuple[Integers, Integers]:
     return ids, counts
 
 
-@dataclass
+class Bans(NamedTuple):
+    """Tokens that must not come next, on the host: int32 arrays of equal length."""
+
+    ids: Integers
+    after: Integers
+    """The token that must be the last one chosen for the ban to hold, -1 for a ban that always holds."""
+
+
 class EditList:
     """The edits of a batch as the host collects them, row by row."""
 
-    rows: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-    penalties: list[tuple[float, float, float]] = field(default_factory=list)
-    chosen: list[int] = field(default_factory=list)
-    bias_starts: list[int] = field(default_factory=lambda: [0])
-    bias_ids: list[int] = field(default_factory=list)
-    biases: list[float] = field(default_factory=list)
-    ban_starts: list[int] = field(default_factory=lambda: [0])
-    ban_ids: list[int] = field(default_factory=list)
-    ban_after: list[int] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self._slots: list[int] = []
+        self._penalties: list[tuple[float, float, float]] = []
+        self._chosen: list[int] = []
+        self._bias_ids: list[Integers] = []
+        self._biases: list[NDArray[np.float32]] = []
+        self._bans: list[Bans] = []
 
     def add(
         self,
         row: int,
         *,
-        slot: int = -1,
-        penalties: tuple[float, float, float] = (1.0, 0.0, 0.0),
-        biases: Mapping[int, float],
-        bans: Sequence[tuple[int, int]],
-        chosen: int = 0,
+        slot: int,
+        penalties: tuple[float, float, float],
+        bias_ids: Integers,
+        biases: NDArray[np.float32],
+        bans: Bans,
+        chosen: int,
     ) -> None:
         """Edit a row of the logits.
 
-        `penalties` are repetition, presence and frequency, over the tokens of `slot` (-1: none). A ban is a token and
-        the token that must be the last one chosen for it to hold, -1 for always; `chosen` is the index of the row's
-        last token among those of the previous step.
+        `penalties` are repetition, presence and frequency, over the tokens of `slot` (-1: none); `chosen` is the index
+        of the row's last token among those that the previous step chose.
         """
         self.rows.append(row)
-        self.slots.append(slot)
-        self.penalties.append(penalties)
-        self.chosen.append(chosen)
-        self.bias_ids += biases
-        self.biases += biases.values()
-        self.bias_starts.append(len(self.bias_ids))
-        self.ban_ids += (token for token, _ in bans)
-        self.ban_after += (after for _, after in bans)
-        self.ban_starts.append(len(self.ban_ids))
+        self._slots.append(slot)
+        self._penalties.append(penalties)
+        self._chosen.append(chosen)
+        self._bias_ids.append(bias_ids)
+        self._biases.append(biases)
+        self._bans.append(bans)
 
     def to(self, device: torch.device) -> "LogitEdits":
         """The edits on a device, in one copy."""
-        names = ("rows", "slots", "chosen", "bias_starts", "bias_ids", "ban_starts", "ban_ids", "ban_after")
-        arrays: dict[str, Integers] = {name: np.array(getattr(self, name), dtype=np.int32) for name in names}
-        for name in ("penalties", "biases"):
-            arrays[name] = np.array(getattr(self, name), dtype=np.float32).view(np.int32)
+        arrays: dict[str, Integers] = {
+            "rows": np.array(self.rows, dtype=np.int32),
+            "slots": np.array(self._slots, dtype=np.int32),
+            "penalties": np.array(self._penalties, dtype=np.float32).view(np.int32),
+            "chosen": np.array(self._chosen, dtype=np.int32),
+            "bias_starts": _starts(self._bias_ids),
+            "bias_ids": np.concatenate(self._bias_ids),
+            "biases": np.concatenate(self._biases).view(np.int32),
+            "ban_starts": _starts([bans.ids for bans in self._bans]),
+            "ban_ids": np.concatenate([bans.ids for bans in self._bans]),
+            "ban_after": np.concatenate([bans.after for bans in self._bans]),
+        }
         sent = send(arrays, device)
         return LogitEdits(
             rows_k=sent["rows"],
@@ -130,6 +142,10 @@ class EditList:
             ban_ids_n=sent["ban_ids"],
             ban_after_n=sent["ban_after"],
         )
+
+
+def _starts(parts: list[Integers]) -> Integers:
+    return np.cumsum([0, *map(len, parts)], dtype=np.int32)
 
 
 @dataclass(frozen=True)

@@ -99,16 +99,46 @@ def _least(row, bound, otherwise, SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def _amount_above(
-    row, image, best, sharpness, BY_WEIGHT: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """How many logits lie above an image, or the sum of their weights: probabilities relative to the greatest."""
+def _amount_above(row, image, best, sharpness, SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of the weights of the logits above an image: probabilities relative to the greatest."""
     amount_b = tl.zeros([BLOCK], tl.float32)
     for start in range(0, SIZE, BLOCK):
         x_b = _read(row, start + tl.arange(0, BLOCK), SIZE)
-        weight_b = tl.exp((x_b - best) * sharpness) if BY_WEIGHT else 1.0
-        amount_b += tl.where(_image(x_b, BITS) > image, weight_b, 0.0)
+        amount_b += tl.where(_image(x_b, BITS) > image, tl.exp((x_b - best) * sharpness), 0.0)
     return tl.sum(amount_b.to(tl.float64), 0)
+
+
+@triton.jit
+def _amounts_above(
+    row,
+    first,
+    second,
+    third,
+    best,
+    sharpness,
+    BY_WEIGHT: tl.constexpr,
+    SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """For each of three images, how many logits lie above it, or the sum of their weights."""
+    first_b = tl.zeros([BLOCK], tl.float32)
+    second_b = tl.zeros([BLOCK], tl.float32)
+    third_b = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, SIZE, BLOCK):
+        x_b = _read(row, start + tl.arange(0, BLOCK), SIZE)
+        image_b = _image(x_b, BITS)
+        weight_b = tl.exp((x_b - best) * sharpness) if BY_WEIGHT else 1.0
+        first_b += tl.where(image_b > first, weight_b, 0.0)
+        second_b += tl.where(image_b > second, weight_b, 0.0)
+        third_b += tl.where(image_b > third, weight_b, 0.0)
+    return tl.sum(first_b.to(tl.float64), 0), tl.sum(second_b.to(tl.float64), 0), tl.sum(third_b.to(tl.float64), 0)
+
+
+@triton.jit
+def _mean(low, high):
+    """Rounded down; their sum could overflow."""
+    return (low & high) + ((low ^ high) >> 1)
 
 
 @triton.jit
@@ -124,16 +154,28 @@ def _floor(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The least image between two above which there is less than `limit`; or what keeps the same logits as it."""
+    """The least image between two above which there is less than `limit`; or what keeps the same logits as it.
+
+    A pass looks at the three images that divide what is left into quarters: reading takes longer than comparing.
+    """
     while low < high:
-        middle = (low & high) + ((low ^ high) >> 1)  # their mean, rounded down; their sum could overflow
-        amount = _amount_above(row, middle, best, sharpness, BY_WEIGHT, SIZE, BITS, BLOCK)
-        if amount < limit:
-            high = middle
-        else:
-            low = middle + 1
-            # Exactly so much lies above: the images from here to the next logit's are all as good.
-            high = tl.where(amount == limit, low, high)
+        second = _mean(low, high)
+        first, third = _mean(low, second), _mean(second, high)
+        above_first, above_second, above_third = _amounts_above(
+            row, first, second, third, best, sharpness, BY_WEIGHT, SIZE, BITS, BLOCK
+        )
+        # Amounts fall from one image to the next: the last that reaches the limit is the lower end.
+        reached = tl.where(
+            above_third >= limit, above_third, tl.where(above_second >= limit, above_second, above_first)
+        )
+        high = tl.where(above_third < limit, third, high)
+        high = tl.where(above_second < limit, second, high)
+        high = tl.where(above_first < limit, first, high)
+        low = tl.where(above_first >= limit, first + 1, low)
+        low = tl.where(above_second >= limit, second + 1, low)
+        low = tl.where(above_third >= limit, third + 1, low)
+        # Exactly so much lies above: the images from here to the next logit's are all as good.
+        high = tl.where(reached == limit, low, high)
     return low
 
 
@@ -193,13 +235,13 @@ def _draw(
             floor = _least(row, bound, high, SIZE, BITS, BLOCK)
         if (top_k > 0) & (top_k < SIZE):
             floor = _floor(row, floor, high, top_k, best, sharpness, False, SIZE, BITS, BLOCK)
-        total = _amount_above(row, floor - 1, best, sharpness, True, SIZE, BITS, BLOCK)
+        total = _amount_above(row, floor - 1, best, sharpness, SIZE, BITS, BLOCK)
         if top_p < 1:
             # All tokens up to this one, even if they were the whole vocabulary, are less than what top-p drops.
             dropped = best + temperature * tl.log((1 - top_p) / (2 * SIZE))
             floor = tl.maximum(floor, _image(dropped.to(tl.float32), BITS))
             floor = _floor(row, floor, high, top_p * total, best, sharpness, True, SIZE, BITS, BLOCK)
-            total = _amount_above(row, floor - 1, best, sharpness, True, SIZE, BITS, BLOCK)
+            total = _amount_above(row, floor - 1, best, sharpness, SIZE, BITS, BLOCK)
         token = _token_at(row, floor, point * total, best, sharpness, SIZE, BITS, BLOCK)
     tl.store(tokens + at, token)
 

@@ -1,0 +1,80 @@
+"""What a request's parameters change about the logits of its next token: penalties, biases and bans."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+
+from hasten.core.types import SamplingParams
+from hasten.engine.sequence import Sequence
+from hasten.ops import Bans
+from hasten.ops.plan import Integers
+
+_ALWAYS = -1
+"""In place of the token that a ban depends on."""
+
+
+class RowEdits:
+    """The edits of one sequence, prepared once: a step only looks up what depends on its tokens so far."""
+
+    def __init__(self, params: SamplingParams, eos_token_ids: tuple[int, ...]) -> None:
+        self.penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        self.bias_ids: Integers = np.fromiter(params.logit_bias, np.int32, len(params.logit_bias))
+        self.biases = np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
+        self.any = params.has_penalty or bool(params.logit_bias or params.bad_words_ids or params.min_tokens)
+        self._min_tokens = params.min_tokens
+        self._stops = _bans((token, _ALWAYS) for token in (*eos_token_ids, *params.stop_token_ids))
+        self._runs = _BannedRuns(params.bad_words_ids) if params.bad_words_ids else None
+
+    def bans(self, sequence: Sequence) -> Bans:
+        """The tokens that must not come next."""
+        bans = _NONE if self._runs is None else self._runs.next(sequence)
+        if sequence.output_len >= self._min_tokens:
+            return bans
+        return Bans(np.concatenate((self._stops.ids, bans.ids)), np.concatenate((self._stops.after, bans.after)))
+
+
+class _BannedRuns:
+    """Runs of tokens that must not be produced, by the token that has to come before their last one."""
+
+    def __init__(self, given: Iterable[Iterable[int]]) -> None:
+        runs = [tuple(run) for run in given]
+        single = [(run[-1], _ALWAYS) for run in runs if len(run) == 1]
+        self._single = _bans(single)
+        self._single_and_pairs = _bans([*single, *((run[1], run[0]) for run in runs if len(run) == 2)])
+        self._by_last: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+        self._by_last_but_one: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+        for run in runs:
+            if len(run) > 1:
+                self._by_last[run[-2]].append(run)
+            if len(run) > 2:
+                self._by_last_but_one[run[-3]].append(run)
+
+    def next(self, sequence: Sequence) -> Bans:
+        """The last tokens of runs whose other tokens end the output.
+
+        Of a sequence with a pending token only the device knows the last one: its bans depend on that.
+        """
+        pending = sequence.pending > 0
+        bans = self._single_and_pairs if pending else self._single
+        known = len(sequence.token_ids) - sequence.prompt_len
+        if known == 0:
+            return bans
+        runs = (self._by_last_but_one if pending else self._by_last).get(sequence.token_ids[-1], ())
+        found = []
+        for run in runs:
+            before = run[: -2 if pending else -1]
+            if len(before) <= known and tuple(sequence.token_ids[-len(before) :]) == before:
+                found.append((run[-1], run[-2] if pending else _ALWAYS))
+        if not found:
+            return bans
+        more = _bans(found)
+        return Bans(np.concatenate((bans.ids, more.ids)), np.concatenate((bans.after, more.after)))
+
+
+def _bans(pairs: Iterable[tuple[int, int]]) -> Bans:
+    array = np.array(list(pairs), dtype=np.int32).reshape(-1, 2)
+    return Bans(np.ascontiguousarray(array[:, 0]), np.ascontiguousarray(array[:, 1]))
+
+
+_NONE = _bans(())
