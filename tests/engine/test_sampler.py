@@ -31,7 +31,7 @@ def random_logits(rows: int, seed: int, scale: float = 2.0) -> torch.Tensor:
 
 
 def sampled_of(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
-    choice = Sampler(EOS, logits.device).sample(logits, sequences)
+    choice = Sampler(EOS, logits.device).prepare(logits, sequences).choose()
     sampled = choice.collect()
     assert choice.tokens.dtype == torch.int32
     assert choice.tokens.tolist() == [one.token_id for one in sampled]
@@ -291,7 +291,10 @@ def test_bans_of_runs_hold_before_the_last_token_is_known_here(make_sequence: Ma
         sampler, banned = Sampler(EOS, logits.device), set()
         for token in range(VOCAB):  # each token in turn is the most probable one
             logits.zero_()[0, token] = 1.0
-            found = [sampler.sample(logits, [sequence], chosen).collect()[0].token_id for sequence in (known, waiting)]
+            found = [
+                sampler.prepare(logits, [sequence], chosen).choose().collect()[0].token_id
+                for sequence in (known, waiting)
+            ]
             assert found[0] == found[1]
             if found[0] != token:
                 banned.add(token)
@@ -436,7 +439,7 @@ def test_a_request_that_excludes_all_tokens_is_told_so(make_sequence: MakeSequen
     logits[2] = float("nan")
     sequences = [make_sequence([1], **{"temperature": 0.0, **options}), make_sequence([1], temperature=0)]
     sequences.append(make_sequence([1], temperature=0, bad_words_ids=[[3]]))
-    excluded, plain, overflown = Sampler(EOS, logits.device).sample(logits, sequences).collect()
+    excluded, plain, overflown = Sampler(EOS, logits.device).prepare(logits, sequences).choose().collect()
     assert (excluded.token_id, plain.error, overflown.token_id) == (NONE_LEFT, None, -1)
     assert excluded.error is not None
     assert excluded.error.startswith("no token may come next")

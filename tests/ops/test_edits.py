@@ -32,6 +32,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_BLOCK", BLOCK)
+    monkeypatch.setattr(kernels, "_MASK_BLOCK", 2 * BLOCK)
 
 
 @pytest.fixture(params=[reference, kernels], ids=["reference", "kernels"])
@@ -172,3 +173,23 @@ def test_slots_keep_their_tokens_when_there_is_room_for_more(device: torch.devic
         ]
     assert counts.grown(9, 20).ids_sw.shape == (9, 20)
     assert counts.grown(1, 1).ids_sw.shape == (4, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 64, VOCAB])
+def test_masks_leave_what_their_bits_name(
+    ops: ModuleType, vocab: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    rng = random.Random(vocab)
+    wide = torch.randn(4, vocab + 5, generator=torch.Generator().manual_seed(vocab)).to(dtype).to(device)
+    allowed = [{token for token in range(vocab) if rng.random() < share} for share in (0.5, 0.0, 1.0)]
+    words = np.zeros((3, -(-vocab // 32) + 1), np.uint32)
+    for mask, tokens in zip(words, allowed, strict=True):
+        for token in tokens:
+            mask[token // 32] |= np.uint32(1 << token % 32)
+    index = torch.tensor([2, -1, 0, 1], dtype=torch.int32, device=device)
+    found = ops.mask_logits(wide[:, :vocab], index, torch.from_numpy(words.view(np.int32)).to(device))
+    assert found.dtype == dtype
+    for row, kept in enumerate((allowed[2], set(range(vocab)), allowed[0], allowed[1])):
+        wanted = [value if token in kept else -INF for token, value in enumerate(wide[row, :vocab].tolist())]
+        assert found[row].tolist() == wanted

@@ -66,6 +66,11 @@ class Constraint:
         self._too_slow = self._too_slow or seconds > _MOST_SECONDS or self._excess > _MOST_EXCESS
 
     @property
+    def is_over(self) -> bool:
+        """Whether no token may follow: the text is whole, or its grammar cannot be followed."""
+        return self.matcher.is_stopped() or self.matcher.is_error()
+
+    @property
     def error(self) -> str | None:
         """Why the grammar cannot be followed any further."""
         if self.matcher.is_error():

@@ -23,7 +23,7 @@ from hasten.engine.sampler import Choice, PromptLogprobs, Sampled, mix64
 from hasten.engine.sequence import Sequence
 from hasten.engine.stats import EngineStats
 from hasten.engine.text import TextState, Tokenizer
-from hasten.engine.worker import Message, NewSequence, Worker, explained_out_of_memory
+from hasten.engine.worker import Launched, Message, NewSequence, Worker, explained_out_of_memory
 from hasten.parallel.launch import Ranks
 
 
@@ -336,23 +336,23 @@ class Engine:
             self._collect(touched)
         self._deliver()
         launched = self._launch(self.scheduler.schedule())
+        if launched is not None and launched.reads_tokens:
+            self._collect(touched)  # while the device computes what the choice is made from
+        flight = None if launched is None else _flight_of(launched)
         self._collect(touched)
-        self._flight = launched
+        self._flight = flight
         if not self.worker.overlap:
             self._collect(touched)
         self._forget_flight_of_none()
         return [_output(state) for state in touched.values() if state.stream or state.unfinished == 0]
 
-    def _launch(self, batch: Batch) -> _Flight | None:
+    def _launch(self, batch: Batch) -> Launched | None:
         if not batch.sequences:
             return None
-        choice, prompts = self.worker.launch(batch)
+        launched = self.worker.launch(batch)
         for sequence in self.scheduler.advance(batch):
             self._own(sequence)
-        if choice is None and not prompts:
-            return None
-        sequences = [batch.sequences[place] for place in batch.sampled]
-        return _Flight(sequences, choice, prompts, any(sequence.reads_history for sequence in sequences))
+        return launched
 
     def _collect(self, touched: dict[str, _RequestState]) -> None:
         """Take the tokens of the step in flight, if there is one, and note whose they are in `touched`.
@@ -565,6 +565,15 @@ class Engine:
         with suppress(RuntimeError):  # a rank that is gone already needs no telling
             self.ranks.broadcast({**_empty_message(), "stop": True})
         self.ranks.leave()
+
+
+def _flight_of(launched: Launched) -> _Flight | None:
+    """A launched step whose next tokens are chosen now; None where it has nothing to collect."""
+    choice = launched.choose()
+    if choice is None and not launched.prompts:
+        return None
+    blocks_next = any(sequence.reads_history for sequence in launched.sequences)
+    return _Flight(launched.sequences, choice, launched.prompts, blocks_next)
 
 
 def _empty_message() -> Message:

@@ -42,9 +42,9 @@ class TokenHistory:
         return slots
 
     def record(self, slots_r: list[int], tokens_r: Tensor) -> None:
-        """Count the token of each row in its slot, if that is not -1."""
+        """Count the token of each row in its slot, if that is not -1; a slot may have been released meanwhile."""
         for slot in slots_r:
-            if slot >= 0:
+            if slot in self._lengths:
                 self._lengths[slot] += 1
                 self._reserve(self._lengths[slot])
         ops.count_tokens(self.counts, ops.to_device(slots_r, torch.int32, tokens_r.device), tokens_r)

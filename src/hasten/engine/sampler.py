@@ -6,9 +6,9 @@ request's seed and the token's position: the rest of the batch and preemptions c
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,34 +126,17 @@ class Sampler:
         self._history.release(key)
         self._edits.pop(key, None)
 
-    def sample(self, logits_rv: Tensor, sequences: list[Sequence], chosen_r: Tensor | None = None) -> Choice:
-        """Choose the next token of each sequence, without waiting for the device.
+    def prepare(self, logits_rv: Tensor, sequences: list[Sequence], chosen_r: Tensor | None = None) -> "PreparedChoice":
+        """Begin to choose the next token of each sequence, without waiting for the device.
 
         `chosen_r` are the tokens that the previous step chose, at the sequences' `pending_row`; needed where any
         sequence has a pending token.
         """
         slots = self._history.slots_of(sequence for sequence in sequences if sequence.params.has_penalty)
-        adjusted_rv = _keep_allowed(self._edit(logits_rv, sequences, slots, chosen_r), sequences)
-        adjusted_rv = _constrain(adjusted_rv, sequences)
-        single = [sequence.beams is None for sequence in sequences]
-        drawn = [row for row, sequence in enumerate(sequences) if single[row] and not sequence.params.greedy]
-        tokens_r = _choose(adjusted_rv, sequences, drawn)
-        if slots:
-            # Which token a beam goes on with is known only once all beams of its search have candidates.
-            counted = [slots.get(sequence.key, -1) if single[row] else -1 for row, sequence in enumerate(sequences)]
-            self._history.record(counted, tokens_r)
-        asked = {
-            row: sequence.params.logprobs
-            for row, sequence in enumerate(sequences)
-            if sequence.params.logprobs is not None
-        }
-        beams = self._continuations(logits_rv, sequences)
-        restricted = frozenset(row for row, sequence in enumerate(sequences) if _excludes_tokens(sequence))
-        tops = None
-        if asked:
-            own_rv, own_r = _selected(list(asked), logits_rv, tokens_r)
-            tops = ops.top_logprobs(own_rv, own_r, max(asked.values()))
-        return Choice(tokens_r, tops, asked, beams, restricted)
+        edited_rv = self._edit(logits_rv, sequences, slots, chosen_r)
+        return PreparedChoice(
+            logits_rv, edited_rv, sequences, slots, self._history, self._continuations(logits_rv, sequences)
+        )
 
     def _edit(
         self,
@@ -199,6 +182,74 @@ class Sampler:
         return _Continuations(counts, *adjusted_rv.topk(max(counts.values()), dim=-1))
 
 
+class PreparedChoice:
+    """The choice of a batch's next tokens, up to what depends on tokens that only the device knows yet: grammars.
+
+    All else about the sequences is as it was when the choice was prepared.
+    """
+
+    def __init__(
+        self,
+        logits_rv: Tensor,
+        edited_rv: Tensor,
+        sequences: list[Sequence],
+        slots: dict[int, int],
+        history: TokenHistory,
+        beams: "_Continuations | None",
+    ) -> None:
+        self._logits_rv, self._edited_rv, self._beams = logits_rv, edited_rv, beams
+        self._history = history
+        params = [sequence.params for sequence in sequences]
+        self._constraints = {row: s.constraint for row, s in enumerate(sequences) if s.constraint is not None}
+        self._allowed = {row: p.allowed_token_ids for row, p in enumerate(params) if p.allowed_token_ids}
+        self._drawn = [row for row, s in enumerate(sequences) if s.beams is None and not s.params.greedy]
+        self._draws = _draws([sequences[row] for row in self._drawn], logits_rv.device) if self._drawn else None
+        # Which token a beam goes on with is known only once all beams of its search have candidates.
+        self._slots = [slots.get(s.key, -1) if s.beams is None else -1 for s in sequences] if slots else []
+        self._asked = {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None}
+        self._restricted = frozenset(row for row, sequence in enumerate(sequences) if _excludes_tokens(sequence))
+
+    def choose(self) -> Choice:
+        """Choose the tokens. What their grammars have been told of the sequences' tokens must be up to date."""
+        logits_rv = self._masked()
+        tokens_r = self._chosen(logits_rv)
+        if self._slots:
+            self._history.record(self._slots, tokens_r)
+        tops = None
+        if self._asked:
+            own_rv, own_r = _selected(list(self._asked), self._logits_rv, tokens_r)
+            tops = ops.top_logprobs(own_rv, own_r, max(self._asked.values()))
+        return Choice(tokens_r, tops, self._asked, self._beams, self._restricted)
+
+    def _masked(self) -> Tensor:
+        """Logits with -inf for tokens that a grammar or a list of allowed tokens leaves out."""
+        constraints = {row: own for row, own in self._constraints.items() if not own.is_over}
+        rows = [*constraints, *self._allowed]
+        if not rows:
+            return self._edited_rv
+        vocab = self._edited_rv.shape[1]
+        masks = np.zeros((len(rows), -(-vocab // 32)), np.int32)
+        if constraints:
+            masks[: len(constraints)] = allowed_next(list(constraints.values()))[:, : masks.shape[1]]
+        for mask, ids in zip(masks[len(constraints) :], self._allowed.values(), strict=True):
+            tokens = np.array(ids)
+            np.bitwise_or.at(mask.view(np.uint32), tokens // 32, np.uint32(1) << (tokens % 32).astype(np.uint32))
+        index = np.full(self._edited_rv.shape[0], -1, np.int32)
+        index[rows] = np.arange(len(rows))
+        sent = send({"index": index, "masks": masks}, self._edited_rv.device)
+        return ops.mask_logits(self._edited_rv, sent["index"], sent["masks"])
+
+    def _chosen(self, logits_rv: Tensor) -> Tensor:
+        """The next token of each row, drawn or the most probable one."""
+        if self._draws is None:
+            return ops.greedy(logits_rv)
+        if len(self._drawn) == logits_rv.shape[0]:
+            return ops.draw(logits_rv, self._draws)
+        tokens_r = ops.greedy(logits_rv)
+        rows = ops.to_device(self._drawn, torch.int64, logits_rv.device)
+        return tokens_r.index_copy_(0, rows, ops.draw(logits_rv.index_select(0, rows), self._draws))
+
+
 def _excludes_tokens(sequence: Sequence) -> bool:
     params = sequence.params
     excludes = params.bad_words_ids or params.allowed_token_ids or sequence.output_len < params.min_tokens
@@ -222,61 +273,17 @@ def _selected(rows: list[int], *tensors: Tensor) -> list[Tensor]:
     return [tensor.index_select(0, index) for tensor in tensors]
 
 
-def _choose(logits_rv: Tensor, sequences: list[Sequence], drawn: list[int]) -> Tensor:
-    """The next token of each row: drawn for the rows of `drawn`, the most probable one for the others."""
-    if len(drawn) == len(sequences):
-        return _draw(logits_rv, sequences)
-    tokens_r = ops.greedy(logits_rv)
-    if drawn:
-        rows = ops.to_device(drawn, torch.int64, logits_rv.device)
-        tokens_r.index_copy_(0, rows, _draw(logits_rv.index_select(0, rows), [sequences[row] for row in drawn]))
-    return tokens_r
-
-
-def _keep_allowed(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Logits with -inf for tokens outside a request's `allowed_token_ids`; the given ones are left as they are."""
-    allowed = {row: sequence.params.allowed_token_ids for row, sequence in enumerate(sequences)}
-    allowed = {row: ids for row, ids in allowed.items() if ids}
-    if not allowed:
-        return logits_rv
-    device = logits_rv.device
-    rows = ops.to_device(list(allowed), torch.int64, device)
-    owners = ops.to_device([k for k, ids in enumerate(allowed.values()) for _ in ids], torch.int64, device)
-    tokens = ops.to_device(list(chain.from_iterable(allowed.values())), torch.int64, device)
-    chosen_kv = logits_rv.index_select(0, rows)
-    kept_kv = torch.full_like(chosen_kv, float("-inf"))
-    kept_kv[owners, tokens] = chosen_kv[owners, tokens]
-    return logits_rv.index_copy(0, rows, kept_kv)
-
-
-def _constrain(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Logits with -inf where a sequence's grammar does not allow a token; the given ones are left as they are."""
-    constraints = {
-        row: sequence.constraint for row, sequence in enumerate(sequences) if sequence.constraint is not None
-    }
-    if not constraints:
-        return logits_rv
-    device = logits_rv.device
-    words_kw = send({"words": allowed_next(list(constraints.values()))}, device)["words"]
-    bits_kv = (words_kw.unsqueeze(-1) >> torch.arange(32, device=device)).bitwise_and_(1).flatten(1)
-    rows = ops.to_device(list(constraints), torch.int64, device)
-    chosen_kv = logits_rv.index_select(0, rows)
-    chosen_kv.masked_fill_(bits_kv[:, : logits_rv.shape[1]] == 0, float("-inf"))
-    return logits_rv.index_copy(0, rows, chosen_kv)
-
-
-def _draw(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Tokens [r] drawn by each sequence's parameters."""
+def _draws(sequences: list[Sequence], device: torch.device) -> ops.Draws:
+    """How the next token of each sequence is drawn."""
     params = [sequence.params for sequence in sequences]
-    draws = ops.Draws.of(
+    return ops.Draws.of(
         temperature=[p.temperature for p in params],
         top_k=[max(p.top_k, 0) for p in params],
         top_p=[p.top_p for p in params],
         min_p=[p.min_p for p in params],
         point=[uniform(sequence.seed, sequence.output_len) for sequence in sequences],
-        device=logits_rv.device,
+        device=device,
     )
-    return ops.draw(logits_rv, draws)
 
 
 def _entries(

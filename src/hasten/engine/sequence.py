@@ -70,8 +70,8 @@ class Sequence:
         self.is_plain = self.params.is_plain
         """Whether the most probable token is all that is asked for."""
         beam_width = self.params.beam_width
-        self.reads_history = self.params.is_constrained or beam_width > 1
-        """Whether the host must know the tokens so far before it can prepare the choice of the next one."""
+        self.reads_history = beam_width > 1
+        """Whether the host must know the tokens so far before the next step can be launched."""
         self.group_size = request.params.n if beam_width == 1 else 1
         """Completions still to be forked from it once its prompt is computed, itself included."""
         self.token_ids = list(request.prompt_token_ids)

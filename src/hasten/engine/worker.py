@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any, NotRequired, TypedDict
 
@@ -89,6 +89,27 @@ class Message(TypedDict):
     forget_prefixes: NotRequired[bool]
     """Whether nothing that the cache holds by now is to be found by prompts to come."""
     stop: bool
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step on the device, up to the choice of its next tokens."""
+
+    sequences: list[Sequence]
+    """Those that get a next token, in the order of the choice."""
+    prompts: PromptLogprobs
+    """Log-probabilities of prompts that asked for them; none on ranks other than 0."""
+    _choose: Callable[[], Choice | None] | None
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the choice depends on which tokens the previous step chose, which the host must know by then."""
+        return any(sequence.constraint is not None for sequence in self.sequences)
+
+    def choose(self) -> Choice | None:
+        """Choose the next tokens; None on ranks other than 0, and where no sequence gets one."""
+        with explained_out_of_memory(), torch.inference_mode():
+            return None if self._choose is None else self._choose()
 
 
 class Worker:
@@ -206,17 +227,14 @@ class Worker:
         for new in message["added"]:
             self.scheduler.add(_announced(new))
 
-    def launch(self, batch: Batch) -> tuple[Choice | None, PromptLogprobs]:
-        """Put one step's batch on the device.
-
-        On rank 0 it gives the choice of the next tokens, in the order of `batch.sampled`, None where no sequence gets
-        one, and the log-probabilities of prompts that asked for them. On other ranks both are empty.
-        """
+    def launch(self, batch: Batch) -> "Launched":
+        """Put one step's batch on the device; the choice of its next tokens is to follow."""
         prompts = PromptLogprobs()
         with explained_out_of_memory(), torch.inference_mode():
             hidden, rows = self.compute(batch, prompts.add)
             sequences = [batch.sequences[place] for place in batch.sampled]
-            return self._choose(hidden, rows, sequences) if rows else None, prompts
+            choose = self._prepare(hidden, rows, sequences) if rows else None
+        return Launched(sequences, prompts, choose)
 
     def compute(self, batch: Batch, on_prompt_logits: OnPromptLogits) -> tuple[Tensor, list[int]]:
         """Hidden states of a batch, and the rows in them of the sequences that get a next token.
@@ -240,21 +258,27 @@ class Worker:
                 on_prompt_logits(positions[piece], logits)
         return hidden, [ends[place] - 1 for place in batch.sampled]
 
-    def _choose(self, hidden_th: Tensor, rows: list[int], sequences: list[Sequence]) -> Choice | None:
-        """The next token of each sequence; every rank remembers them where the next step is to read them."""
-        choice = None
+    def _prepare(self, hidden_th: Tensor, rows: list[int], sequences: list[Sequence]) -> Callable[[], Choice | None]:
+        """What chooses the next token of each sequence, once what only the host can tell it is known there."""
         if all(sequence.is_plain for sequence in sequences):
             tokens = self.runner.greedy(hidden_th, rows)
-            if self.ranks.group.rank == 0:
-                choice = Choice.of_tokens(tokens)
-        else:
-            logits = self.runner.logits(hidden_th, rows)
-            if logits is not None:
-                choice = self.sampler.sample(logits, sequences, self.runner.chosen)
-            tokens = self._shared(choice, len(rows))
+            choice = Choice.of_tokens(tokens) if self.ranks.group.rank == 0 else None
+            self._remember(tokens)
+            return lambda: choice
+        logits = self.runner.logits(hidden_th, rows)
+        prepared = None if logits is None else self.sampler.prepare(logits, sequences, self.runner.chosen)
+
+        def choose() -> Choice | None:
+            choice = None if prepared is None else prepared.choose()
+            self._remember(self._shared(choice, len(rows)))
+            return choice
+
+        return choose
+
+    def _remember(self, tokens_r: Tensor) -> None:
+        """Every rank remembers the chosen tokens where the next step is to read them."""
         if self.overlap:
-            self.runner.remember(tokens)
-        return choice
+            self.runner.remember(tokens_r)
 
     def _shared(self, choice: Choice | None, count: int) -> Tensor:
         """The tokens that rank 0 chose, on every rank's device if the next step is to read them there."""
@@ -289,7 +313,7 @@ class Worker:
             self.apply(message)
             batch = self.scheduler.schedule()
             if batch.sequences:
-                self.launch(batch)
+                self.launch(batch).choose()
                 self.scheduler.advance(batch)
 
 

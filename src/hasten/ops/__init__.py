@@ -51,6 +51,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_parts",
+    "mask_logits",
     "pack_linear",
     "paged_attention",
     "project",
@@ -266,6 +267,19 @@ def count_tokens(counts: TokenCounts, slots_r: Tensor, tokens_r: Tensor) -> None
         kernels.count_tokens(counts, slots_r, tokens_r)
     else:
         reference.count_tokens(counts, slots_r, tokens_r)
+
+
+def mask_logits(logits_rv: Tensor, index_r: Tensor, masks_kw: Tensor) -> Tensor:
+    """The logits with minus infinity where a row's mask has no bit: [r, v]; the given ones stay as they are.
+
+    Row r has the mask `index_r[r]` [int32], none where that is below 0. Bit i of word w [int32] stands for token
+    32 * w + i.
+    """
+    if logits_rv.is_cuda:
+        from hasten.ops.gpu import edits as kernels
+
+        return kernels.mask_logits(logits_rv, index_r, masks_kw)
+    return reference.mask_logits(logits_rv, index_r, masks_kw)
 
 
 def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs:

@@ -235,3 +235,11 @@ def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs
     ranks_r = (logits_rv > chosen_r1).sum(-1) + 1
     values_rk, ids_rk = logits_rv.topk(min(count, logits_rv.shape[1]), dim=-1)
     return TopLogprobs((chosen_r1 - totals_r1).squeeze(1), ranks_r.int(), values_rk - totals_r1, ids_rk.int())
+
+
+def mask_logits(logits_rv: Tensor, index_r: Tensor, masks_kw: Tensor) -> Tensor:  # noqa: D103
+    rows_k = (index_r >= 0).nonzero().squeeze(1)
+    words_kw = masks_kw[index_r[rows_k].long()]
+    bits_kv = (words_kw.unsqueeze(-1) >> torch.arange(32, device=words_kw.device)).bitwise_and_(1).flatten(1)
+    own_kv = logits_rv[rows_k].masked_fill_(bits_kv[:, : logits_rv.shape[1]] == 0, float("-inf"))
+    return logits_rv.index_copy(0, rows_k, own_kv)

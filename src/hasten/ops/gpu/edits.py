@@ -10,6 +10,8 @@ from hasten.ops.gpu.launch import overlapped, wait_for_inputs
 
 _BLOCK = 1024
 """Entries that a program looks at together: a few rounds for a sequence of usual length."""
+_MASK_BLOCK = 4096
+"""Logits of one program of `mask_logits`."""
 _OUTPUT_COUNT = tl.constexpr(IN_PROMPT - 1)
 
 
@@ -136,3 +138,36 @@ def count_tokens(counts: TokenCounts, slots_r: Tensor, tokens_r: Tensor) -> None
         num_warps=4,
         **overlapped(tokens_r),
     )
+
+
+@triton.jit
+def _mask(logits, index, masks, out, stride, words, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """A block of one row: a copy, with minus infinity for bits that are not set."""
+    r = tl.program_id(0).to(tl.int64)
+    at_b = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    held_b = at_b < SIZE
+    own = tl.load(index + r).to(tl.int64)
+    # Without a mask, all bits are set: the load below is masked off and gives this in their place.
+    words_b = tl.load(masks + own * words + at_b // 32, held_b & (own >= 0), -1)
+    wait_for_inputs(PDL)
+    x_b = tl.load(logits + r * stride + at_b, held_b, 0.0).to(tl.float32)
+    tl.store(out + r * SIZE + at_b, tl.where((words_b >> (at_b % 32)) & 1 == 1, x_b, float("-inf")), held_b)
+
+
+def mask_logits(logits_rv: Tensor, index_r: Tensor, masks_kw: Tensor) -> Tensor:
+    rows, size = logits_rv.shape
+    assert logits_rv.stride(1) == 1
+    out_rv = logits_rv.new_empty(rows, size)
+    _mask[(rows, triton.cdiv(size, _MASK_BLOCK))](
+        logits_rv,
+        index_r,
+        masks_kw,
+        out_rv,
+        logits_rv.stride(0),
+        masks_kw.stride(0),
+        SIZE=size,
+        BLOCK=_MASK_BLOCK,
+        num_warps=4,
+        **overlapped(logits_rv),
+    )
+    return out_rv
