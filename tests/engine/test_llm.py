@@ -928,9 +928,9 @@ def test_options_that_make_no_sense(tiny_bloom: Path) -> None:
 
 
 def test_a_cache_that_is_too_small_says_what_to_lower(tiny_bloom: Path) -> None:
-    with pytest.raises(CapacityError, match=r"room for 0 tokens.*lower max_model_len or raise kv_cache_memory"):
+    with pytest.raises(ConfigError, match=r"room for 0 tokens.*lower max_model_len or raise kv_cache_memory"):
         LLM(tiny_bloom, kv_cache_memory=1000)
-    with pytest.raises(CapacityError, match=r"room for 32 tokens.*100; lower max_model_len or raise kv_cache_memory"):
+    with pytest.raises(ConfigError, match=r"room for 32 tokens.*100; lower max_model_len or raise kv_cache_memory"):
         LLM(tiny_bloom, **cache_of(2, tiny_bloom), max_model_len=100)
     with LLM(tiny_bloom, **cache_of(2, tiny_bloom)) as llm:
         with pytest.raises(InvalidRequestError, match=r"longest sequence of 32 \(max_model_len\)"):
