@@ -166,11 +166,30 @@ def test_errors_are_shown(open_page: OpenPage) -> None:
     page.get_by_role("button", name="Generate").click()
     alert = page.get_by_role("alert")
     alert.get_by_text("the model's longest sequence has 2048 (400)").wait_for()
+    completion = page.get_by_role("region", name="Completion")
+    assert completion.inner_text() == "The text appears here as it is made."
     page.get_by_label("Prompt").fill("Anna")
     page.get_by_label("Max tokens").fill("2")
     page.get_by_role("button", name="Generate").click()
     page.locator("#said").get_by_text(re.compile("2 tokens")).wait_for()
     assert alert.is_hidden()
+
+
+def test_a_server_that_is_gone_leaves_nothing_that_looks_alive(open_page: OpenPage) -> None:
+    page = open_page()
+    server_says(page, "ready")
+    page.locator("article .dot.good").wait_for()
+    page.route("**/state", lambda route: route.abort())
+    page.route("**/v1/completions", lambda route: route.abort())
+    server_says(page, "the server cannot be reached")
+    assert page.locator("main .dot.good").count() == 0
+    assert page.locator("main .dot.bad").count() == 0
+    page.locator("article .about").get_by_text("its state is not known now").first.wait_for()
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_role("alert").get_by_text("the server cannot be reached", exact=True).wait_for()
+    page.unroute("**/state")
+    server_says(page, "ready")
+    page.locator("article .dot.good").wait_for()
 
 
 def test_without_a_key_it_asks_for_one_and_keeps_it(open_page: OpenPage) -> None:
