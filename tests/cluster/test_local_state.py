@@ -59,6 +59,22 @@ def test_a_job_whose_record_is_damaged(here: Site, tmp_path: Path) -> None:
     assert here.logs("good") == ["done"]
 
 
+def test_what_others_keep_in_the_home_stays(here: Site, tmp_path: Path) -> None:
+    """HASTEN_HOME may be set to a folder that is used for other things."""
+    theirs = here.home / "scratch" / "results" / "model.bin"
+    dead = here.home / "scratch" / "hasten-temporary-1" / "spec.json"
+    for path in (theirs, dead):
+        path.parent.mkdir(parents=True)
+        path.touch()
+        for one in (path, path.parent):
+            os.utime(one, (0, 0))
+    here.run("good", "true")
+    await_that(lambda: here.state("good").done, 20, lambda: "not done")
+    here.place.delete_job("good", "default")
+    assert theirs.exists()
+    assert not dead.exists()
+
+
 def test_files_that_are_no_records(here: Site) -> None:
     here.run("good", "true")
     (here.home / "jobs" / "README").touch()

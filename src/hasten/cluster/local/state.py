@@ -37,7 +37,9 @@ _UNUSABLE = frozenset(
     (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO, errno.ENAMETOOLONG)
 )
 _SCRATCH_S = 3600.0
-"""After so long what lies in scratch belongs to a command that died."""
+"""After so long a temporary folder in scratch belongs to a command that died."""
+_TEMPORARY = "hasten-temporary-"
+"""How names of temporary folders begin: a home may be a folder that has other things, a `scratch` among them."""
 
 
 @dataclass(kw_only=True)
@@ -260,7 +262,7 @@ class Folder:
 
     def remove(self) -> None:
         """Let it vanish in one step, then delete its files. It makes none: this is how a full disk is emptied."""
-        trash = scratch(self.home) / uuid.uuid4().hex
+        trash = scratch(self.home) / f"{_TEMPORARY}{uuid.uuid4().hex}"
         with using(self.path), suppress(FileNotFoundError):
             self.path.rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
@@ -270,7 +272,7 @@ def scratch(home: Path) -> Path:
     """The folder for what is in the making, rid of what dead commands left in it."""
     folder = home / "scratch"
     make_folder(folder)
-    for left in folder.iterdir():
+    for left in folder.glob(f"{_TEMPORARY}*"):
         with suppress(FileNotFoundError):
             if time.time() - left.stat().st_mtime > _SCRATCH_S:
                 shutil.rmtree(left, ignore_errors=True)
@@ -285,7 +287,7 @@ def create(
     `files` are copied into it by their names. ExistsError where there is one.
     """
     with using(folder.path):
-        made = Folder(Path(tempfile.mkdtemp(dir=scratch(folder.home))))
+        made = Folder(Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=scratch(folder.home))))
     lock = None
     try:
         with using(folder.path):
