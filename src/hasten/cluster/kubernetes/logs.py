@@ -88,13 +88,15 @@ def _read(cluster: Cluster, pod: Object, query: Query) -> Iterator[str]:
 
 def _lines(chunks: Iterable[bytes], *, unfinished: bool = True) -> Iterator[str]:
     """Lines of bytes; a last one that has no end is left out where it is known to come again."""
-    rest = b""
+    begun: list[bytes] = []
     for chunk in chunks:
-        *whole, rest = (rest + chunk).split(b"\n")
+        *whole, rest = chunk.split(b"\n")
         for line in whole:
-            yield line.decode(errors="replace")
-    if rest and unfinished:
-        yield rest.decode(errors="replace")
+            yield b"".join([*begun, line]).decode(errors="replace")
+            begun.clear()
+        begun.append(rest)
+    if unfinished and any(begun):
+        yield b"".join(begun).decode(errors="replace")
 
 
 @dataclass
