@@ -199,6 +199,21 @@ def test_an_unwritable_folder_is_one_line(
     assert captured.err.count("\n") == 1
 
 
+def test_a_gpu_that_is_not_there_is_said_with_what_hides_it(model: list[str]) -> None:
+    done = in_shell('"$@"', [*model, "--device", "cuda"], CUDA_VISIBLE_DEVICES="")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("hasten: error: no NVIDIA GPU is visible (CUDA_VISIBLE_DEVICES is '', torch is ")
+    assert done.stderr.endswith("use --device cpu\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_cache_too_small_for_what_was_asked_is_bad_input(
+    model: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*model, "--kv-cache-memory", "1K"]) == 2
+    assert capsys.readouterr().err.endswith("lower --max-model-len or raise --kv-cache-memory\n")
+
+
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))

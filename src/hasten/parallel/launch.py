@@ -249,8 +249,9 @@ class Children:
         )
         os.close(writer)
         assert process.stdin is not None
-        process.stdin.write(configuration.encode() + b"\n")
-        process.stdin.flush()
+        with suppress(BrokenPipeError):  # of a rank that has died already, which is noticed below
+            process.stdin.write(configuration.encode() + b"\n")
+            process.stdin.flush()
         threading.Thread(target=self._watch, args=(process, rank, os.fdopen(reader, "rb")), daemon=True).start()
         return process
 

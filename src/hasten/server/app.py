@@ -136,7 +136,7 @@ class Server:
         _log.info("\n%s", engine_table(self.service.engines()))
         for source in self._machine.sources():
             _log.info("Collecting %s", source)
-        _log.info("Using %d CPUs and at most %d file descriptors", available_cpus(), self._descriptors)
+        _log.info("CPUs: %d; file descriptors: at most %d", available_cpus(), self._descriptors)
 
     def _log_endpoints(self) -> None:
         for name, listener in (
