@@ -2,16 +2,17 @@
 
 import errno
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cluster.local_site import Site, await_that, site
+from tests.cluster.local_site import Site, alive, await_that, site
 
 from hasten.cluster.local.place import LocalPlace
 from hasten.cluster.local.state import home_folder
-from hasten.cluster.places import Place, ServerUpdate
+from hasten.cluster.places import Place, ServerUpdate, Status
 from hasten.cluster.spec import TrainingJob, TritonServer, Volume
 from hasten.core.errors import ClusterError, ConfigError
 
@@ -147,6 +148,22 @@ def test_a_disk_that_fills_up_leaves_nothing_half(here: Site, monkeypatch: pytes
         here.place.delete_job("good", "default")  # which makes room
     assert not here.folder("good").path.exists()
     assert list((here.home / "scratch").iterdir()) == []
+
+
+def test_a_job_that_died_on_a_full_disk_is_told_and_can_be_deleted(
+    here: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    here.submit("died", "exec sleep 60")
+    here.running("died")
+    supervisor = here.state("died").pid or 0
+    os.kill(supervisor, signal.SIGKILL)
+    await_that(lambda: not alive(supervisor), 20, lambda: "it lives")
+    _refuse_writes(monkeypatch, here.home, errno.ENOSPC)
+    (job,) = here.place.jobs(None)
+    assert (job.status, job.reason) == (Status.FAILED, "its supervisor was killed")
+    assert "No space left on device" in caplog.text
+    here.place.delete_job("died", "default")
+    assert here.place.jobs(None) == []
 
 
 def test_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,14 +5,16 @@ that waits for them. Processes that lost their supervisor are killed at once, no
 more.
 """
 
+import logging
 import os
 import time
 from contextlib import suppress
 
 from hasten.cluster.local.processes import boot_id, host_name, kill_all, members
 from hasten.cluster.local.state import Folder, State
-from hasten.core.errors import ClusterError, NotFoundError
+from hasten.core.errors import ClusterError, ConfigError, NotFoundError
 
+_log = logging.getLogger(__name__)
 _ENDED = ("SUCCEEDED", "FAILED")
 _ERRORS = "supervisor.log"
 
@@ -47,7 +49,10 @@ def settle_owned(folder: Folder) -> State:
     ended = f"; {killed} of its processes were ended" if killed else ""
     state.event("SupervisorLost", reason + ended, f"folder/{folder.name}", warning=True)
     state.done = True
-    folder.write_state(state)
+    try:
+        folder.write_state(state)
+    except ConfigError as error:  # a full disk: it is told all the same, can be deleted, and is settled again
+        _log.warning("%s", error)
     return state
 
 
