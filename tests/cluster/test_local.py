@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.cluster.local_site import Site, alive, await_that, python, site
+from tests.cluster.local_site import Site, alive, python, site
+from tests.waiting import eventually
 
 from hasten.cluster.local.place import LocalPlace, _new_state
 from hasten.cluster.local.state import create
@@ -117,13 +118,13 @@ def test_the_end_is_known_when_the_supervisor_was_killed(here: Site, tmp_path: P
     command = f"setsid sleep 61 & echo $! > {tmp_path}/pid; sleep 62 & sleep 63"
     here.submit("orphan", command)
     here.running("orphan")
-    await_that((tmp_path / "pid").exists, 5, lambda: "the job does not begin")
+    eventually((tmp_path / "pid").exists, lambda: "the job does not begin")
     pids = [pid for pid in here.processes() if pid != os.getpid()]
     state = here.state("orphan")
     assert state.pid is not None
     left = [state.instances[0].pid, int((tmp_path / "pid").read_text())]
     os.kill(state.pid, signal.SIGKILL)
-    await_that(lambda: not alive(state.pid or 0), 5, lambda: "the supervisor lives")
+    eventually(lambda: not alive(state.pid or 0), lambda: "the supervisor lives")
     assert all(pid is not None and alive(pid) for pid in left)
     job = here.job("orphan")
     assert (job.status, job.reason) == (Status.FAILED, "its supervisor was killed")
@@ -140,7 +141,7 @@ def test_a_job_from_before_a_restart_of_the_machine_has_failed(here: Site) -> No
     state = here.state("before")
     assert state.pid is not None
     os.kill(state.pid, signal.SIGKILL)
-    await_that(lambda: not alive(state.pid or 0), 5, lambda: "the supervisor lives")
+    eventually(lambda: not alive(state.pid or 0), lambda: "the supervisor lives")
     # what another run of the kernel would have left: its boot id, and numbers of processes that are now others'
     bystander = subprocess.Popen(["sleep", "60"])
     leader = state.instances[0].pid
@@ -183,7 +184,8 @@ def test_a_supervisor_that_fails_says_why(here: Site) -> None:
 
 def test_delete_ends_all_processes_and_removes_all_files(here: Site, tmp_path: Path) -> None:
     here.submit("gone", "sleep 60 & setsid sleep 60 & nohup sleep 60 & sleep 0.3; echo begun; wait", workers=2)
-    await_that(lambda: "begun" in here.logs("gone", instance="gone-worker-0"), 10, lambda: "does not begin")
+    for instance in ("gone-master-0", "gone-worker-0"):
+        eventually(lambda name=instance: "begun" in here.logs("gone", instance=name))  # type: ignore[misc]
     pids = [pid for pid in here.processes() if pid != os.getpid()]
     assert len(pids) > 6
     os.kill(here.state("gone").instances[0].pid or 0, signal.SIGUSR1)  # ends the master, which ends the rest
@@ -248,7 +250,7 @@ for number in range(part, 100, 4):
     for submitter in submitters:
         assert submitter.communicate() == ("", "")
     submitted = time.monotonic() - begun
-    await_that(lambda: all(job.status.ended for job in here.place.jobs(None)), 60, lambda: f"{here.place.jobs(None)}")
+    eventually(lambda: all(job.status.ended for job in here.place.jobs(None)), lambda: f"{here.place.jobs(None)}")
     took = time.monotonic() - begun
     jobs = {job.name: job for job in here.place.jobs(None)}
     assert set(jobs) == {f"job-{number}" for number in range(100)}
@@ -265,7 +267,7 @@ def test_a_record_that_cannot_be_read_hides_no_other(here: Site, caplog: pytest.
     here.submit("bad", "true")
     here.ended("good")
     here.ended("bad")
-    await_that(lambda: here.state("bad").done, 5, lambda: "not done")
+    eventually(lambda: here.state("bad").done, lambda: "not done")
     record = here.folder("bad").path / "state.json"
     whole = record.read_text()
     record.write_text(whole[:50])

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.cluster.local_site import Site, alive, await_that, site
+from tests.cluster.local_site import Site, alive, site
+from tests.waiting import eventually
 
 from hasten.cluster.local.gpus import devices
 from hasten.cluster.places import Status
@@ -43,7 +44,7 @@ def test_gpus_are_handed_out_and_queued_for(here: Site) -> None:
         ("two", "two-worker-0", "1"),
         ("one", "one-master-0", "2"),
     ):
-        await_that(lambda: bool(here.logs(name, instance=instance)), 5, lambda: "no output")  # noqa: B023
+        eventually(lambda: bool(here.logs(name, instance=instance)), lambda: "no output")  # noqa: B023
         assert here.logs(name, instance=instance) == [device]
     assert here.job("two").gpus == 2
     assert here.place.nodes()[0].allocated_gpus == 3

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cluster.local_site import Site, alive, await_that, site
+from tests.cluster.local_site import Site, alive, site
+from tests.waiting import eventually
 
 from hasten.cluster.local.supervisor import back_off
 from hasten.cluster.places import Status
@@ -124,10 +125,10 @@ def test_a_job_that_runs_too_long_is_ended(here: Site) -> None:
 def test_a_job_is_deleted_when_its_time_to_live_is_over(here: Site) -> None:
     here.submit("short", "true", ttl_after_finished="1500ms")
     assert here.ended("short").status is Status.SUCCEEDED
-    await_that(lambda: not here.folder("short").path.exists(), 10, lambda: "it stays")  # nobody asks for it
+    eventually(lambda: not here.folder("short").path.exists(), lambda: "it stays")  # nobody asks for it
     here.submit("short", "true", ttl_after_finished="7d")
     here.ended("short")
-    await_that(lambda: not here.processes(), 5, lambda: "a process waits for days")
+    eventually(lambda: not here.processes(), lambda: "a process waits for days")
     state = here.state("short")
     state.expires = time.time() - 1
     here.folder("short").write_state(state)
@@ -157,7 +158,7 @@ FORGETS = "env -i PATH=$PATH RANK=$RANK setsid sh -c 'echo $$ > {file}.new; mv {
 def forgetful(here: Site, tmp_path: Path, name: str, rest: str, **options: Any) -> int:
     """The process id of one whose job goes on with `rest`."""
     here.submit(name, f"{FORGETS.format(file=tmp_path / name)} {rest}", **options)
-    await_that((tmp_path / name).exists, 20, lambda: f"{here.job(name)}")
+    eventually((tmp_path / name).exists, lambda: f"{here.job(name)}")
     return int((tmp_path / name).read_text())
 
 
@@ -178,7 +179,7 @@ def test_it_ends_too_when_its_job_lost_the_supervisor(here: Site, tmp_path: Path
     left = forgetful(here, tmp_path, "lost", "wait")
     supervisor = here.state("lost").pid or 0
     os.kill(supervisor, signal.SIGKILL)
-    await_that(lambda: not alive(supervisor), 5, lambda: "the supervisor lives")
+    eventually(lambda: not alive(supervisor), lambda: "the supervisor lives")
     assert alive(left)
     assert here.job("lost").reason == "its supervisor was killed"
     assert not alive(left)
@@ -189,10 +190,10 @@ def test_the_end_of_one_instance_leaves_those_of_others(here: Site, tmp_path: Pa
     start = FORGETS.format(file=f"{tmp_path}/$RANK")
     go = f"while [ ! -e {tmp_path}/go-$RANK ]; do sleep 0.05; done"
     here.submit("several", f"(({start})); {go}", workers=3)
-    await_that(lambda: all((tmp_path / str(rank)).exists() for rank in range(3)), 20, lambda: f"{here.job('several')}")
+    eventually(lambda: all((tmp_path / str(rank)).exists() for rank in range(3)), lambda: f"{here.job('several')}")
     pids = [int((tmp_path / str(rank)).read_text()) for rank in range(3)]
     (tmp_path / "go-1").touch()
-    await_that(lambda: not alive(pids[1]), 20, lambda: f"{here.job('several')}")
+    eventually(lambda: not alive(pids[1]), lambda: f"{here.job('several')}")
     assert alive(pids[0])
     assert alive(pids[2])
     (tmp_path / "go-0").touch()

@@ -4,7 +4,8 @@ import subprocess
 import sys
 import uuid
 
-from tests.cluster.local_site import alive, await_that
+from tests.cluster.local_site import alive
+from tests.waiting import eventually
 
 from hasten.cluster.local.processes import MARK, environment_of, kill_all, lives, members, start_of
 
@@ -22,12 +23,12 @@ def test_members_are_found_by_mark_and_by_session() -> None:
         start = start_of(process.pid)
         assert lives(process.pid, start)
         assert not lives(process.pid, (start or 0) + 1)
-        await_that(lambda: len(members(f"{uid}/one", [])) == 2, 5, lambda: "not found")
+        eventually(lambda: len(members(f"{uid}/one", [])) == 2, lambda: "not found")
         found = members(f"{uid}/one", [])
         assert process.pid in found
         assert len(members(f"{uid}/", [])) == 3
         session = (unmarked.pid, start_of(unmarked.pid) or 0)
-        await_that(lambda: len(members("none/none", [session])) == 2, 5, lambda: "not found")
+        eventually(lambda: len(members("none/none", [session])) == 2, lambda: "not found")
         assert members("none/none", [(unmarked.pid, session[1] - 1)]) == []  # a number that is another's now
         assert environment_of(process.pid)[MARK] == f"{uid}/one"
         assert kill_all(lambda: members(f"{uid}/one", [])) == []
@@ -43,7 +44,7 @@ def test_members_are_found_by_mark_and_by_session() -> None:
 def test_a_process_that_is_not_buried_does_not_live() -> None:
     process = subprocess.Popen(["true"])
     start = start_of(process.pid)
-    await_that(lambda: not alive(process.pid), 5, lambda: "it lives")
+    eventually(lambda: not alive(process.pid), lambda: "it lives")
     assert start_of(process.pid) == start
     assert not lives(process.pid, start)
     process.wait()
@@ -52,20 +53,20 @@ def test_a_process_that_is_not_buried_does_not_live() -> None:
 ADOPTS = """
 import os, subprocess
 from hasten.cluster.local.processes import adopt_orphans, kill_all, orphans, reap_orphans
-from tests.cluster.local_site import await_that
+from tests.waiting import eventually
 adopt_orphans()
 own = subprocess.Popen(["sleep", "60"])
 parent = subprocess.Popen(["sh", "-c", "env -i setsid sh -c 'sleep 60 & wait' &"])
 assert parent.wait() == 0
-await_that(lambda: len(orphans({own.pid})) == 2, 20, lambda: str(orphans({own.pid})))
+eventually(lambda: len(orphans({own.pid})) == 2, lambda: str(orphans({own.pid})))
 assert own.pid not in orphans({own.pid})
 (adopted,) = (pid for pid in orphans({own.pid}) if b"wait" in open(f"/proc/{pid}/cmdline", "rb").read())
 assert kill_all(lambda: orphans({own.pid})) == []
 assert open(f"/proc/{adopted}/stat").read().rpartition(")")[2].split()[0] == "Z"
 reap_orphans({own.pid})
-await_that(lambda: not os.path.exists(f"/proc/{adopted}"), 20, lambda: "not reaped")
+eventually(lambda: not os.path.exists(f"/proc/{adopted}"), 20, lambda: "not reaped")
 own.kill()
-await_that(lambda: open(f"/proc/{own.pid}/stat").read().rpartition(")")[2].split()[0] == "Z", 20, lambda: "it lives")
+eventually(lambda: open(f"/proc/{own.pid}/stat").read().rpartition(")")[2].split()[0] == "Z", 20, lambda: "it lives")
 reap_orphans({own.pid})
 assert own.wait() == -9
 reap_orphans(set())

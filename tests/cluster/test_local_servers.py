@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cluster.local_site import Site, alive, await_that, site
+from tests.cluster.local_site import Site, alive, site
+from tests.waiting import eventually
 
 from hasten.cli.main import main
 from hasten.cluster.local.launch import Launch, ServerPlan, server_plan_of
@@ -81,7 +82,7 @@ class StandIn:
         return self.here.place.server("s", None, "default")
 
     def reaches(self, available: int) -> list[Instance]:
-        await_that(lambda: self.seen().available == available, 20, lambda: f"{self.seen()}")
+        eventually(lambda: self.seen().available == available, lambda: f"{self.seen()}")
         return list(self.seen().instances)
 
     def pid(self, number: int) -> int:
@@ -108,7 +109,7 @@ def test_a_replica_that_dies_comes_back(here: Site) -> None:
     assert server.logs(0) == [f"serves --http-port {server.plan.ports['http']} 0"]
     assert here.place.nodes()[0].allocated_gpus == 2
     os.kill(pid := server.pid(1), signal.SIGKILL)
-    await_that(lambda: server.seen().instances[1].restarts == 1, 10, lambda: f"{server.seen()}")
+    eventually(lambda: server.seen().instances[1].restarts == 1, lambda: f"{server.seen()}")
     again = server.reaches(2)[1]
     assert (again.node, again.restarts, again.status) == (second.node, 1, Status.RUNNING)
     assert server.pid(1) != pid
@@ -123,11 +124,10 @@ def test_replicas_are_replaced_one_after_the_other(here: Site) -> None:
     server.reaches(2)
     pids = [server.pid(0), server.pid(1)]
     server.change(env={"WORD": "new"})
-    least = 2
-    while {server.pid(0), server.pid(1)} & set(pids) or server.seen().available < 2:
-        least = min(least, server.seen().available)
-        time.sleep(0.02)
-    assert least == 1
+    eventually(lambda: not {server.pid(0), server.pid(1)} & set(pids) and server.seen().available == 2)
+    written = sorted((*line.split()[:2], number) for number in (0, 1) for line in server.logs(number, timestamps=True))
+    one_after_the_other = [("ends", 0), ("serves", 0), ("ends", 1), ("serves", 1)]
+    assert [(word, number) for _, word, number in written][2:] == one_after_the_other
     assert [server.word(number) for number in (0, 1)] == ["new", "new"]
     assert [line.split()[0] for line in server.logs(0)] == ["serves", "ends", "serves"]
     # a form that never gets ready takes one replica and no more
@@ -137,9 +137,9 @@ def test_replicas_are_replaced_one_after_the_other(here: Site) -> None:
     assert server.seen().available == 1
     server.change(env={"READY": "1", "WORD": "newest"}, replicas=3)
     server.reaches(3)
-    await_that(lambda: [server.word(number) for number in range(3)] == ["newest"] * 3, 10, lambda: "not new")
+    eventually(lambda: [server.word(number) for number in range(3)] == ["newest"] * 3, lambda: "not new")
     server.change(replicas=1)
-    await_that(lambda: len(server.seen().instances) == 1, 10, lambda: f"{server.seen()}")
+    eventually(lambda: len(server.seen().instances) == 1, lambda: f"{server.seen()}")
     assert server.word(0) == "newest"
     assert server.seen().desired == 1
 
@@ -147,23 +147,22 @@ def test_replicas_are_replaced_one_after_the_other(here: Site) -> None:
 def test_replicas_wait_for_gpus(here: Site) -> None:
     server = StandIn(here, replicas=2, gpus=2)
     server.reaches(1)
-    await_that(
+    eventually(
         lambda: len(server.seen().instances) == 2 and server.seen().instances[1].reason is not None,
-        5,
         lambda: f"{server.seen()}",
     )
     waiting = server.seen().instances[1]
     assert (waiting.status, waiting.reason) == (Status.PENDING, "waits for 2 GPUs, 1 of 3 is free")
     server.change(gpus=1)
     # the second replica fits beside the first's old form, which is replaced only then
-    await_that(lambda: [one.gpus for one in server.seen().instances] == [1, 1], 20, lambda: f"{server.seen()}")
+    eventually(lambda: [one.gpus for one in server.seen().instances] == [1, 1], lambda: f"{server.seen()}")
     server.reaches(2)
     assert here.place.nodes()[0].allocated_gpus == 2
 
 
 def test_a_replica_that_is_never_ready_is_started_again(here: Site) -> None:
     server = StandIn(here, env={"READY": "0"}, startup_timeout=0.7)
-    await_that(lambda: any(one.restarts for one in server.seen().instances), 20, lambda: f"{server.seen()}")
+    eventually(lambda: any(one.restarts for one in server.seen().instances), lambda: f"{server.seen()}")
     messages = [event.message for event in server.seen().events if event.reason == "BackOff"]
     assert messages[0] == "was not ready within --startup-timeout, 0.7 s; starts again in 0.5 s"
 
@@ -187,7 +186,7 @@ def test_a_server_whose_supervisor_was_killed(here: Site) -> None:
     server.reaches(1)
     pid = server.pid(0)
     assert signal_supervisor(server.folder, signal.SIGKILL)
-    await_that(lambda: server.seen().available == 0, 5, lambda: f"{server.seen()}")
+    eventually(lambda: server.seen().available == 0, lambda: f"{server.seen()}")
     (instance,) = server.seen().instances
     assert (instance.status, instance.reason) == (Status.FAILED, "its supervisor was killed")
     assert not alive(pid)
@@ -208,11 +207,11 @@ def test_hasten_serves_a_model(here: Site, tmp_path: Path) -> None:
     def ready() -> bool:
         return here.place.server("demo", None, "default").available == 1
 
-    await_that(ready, 60, lambda: "\n".join(here.place.server_logs("demo", None, "default", LogOptions())))
+    eventually(ready, lambda: "\n".join(here.place.server_logs("demo", None, "default", LogOptions())))
     folder = found(here.home, "demo", None, "default")
     os.kill(folder.state().instances[0].pid or 0, signal.SIGKILL)
-    await_that(lambda: not ready(), 10, lambda: "still ready")
-    await_that(ready, 60, lambda: f"{here.place.server('demo', None, 'default')}")
+    eventually(lambda: not ready(), lambda: "still ready")
+    eventually(ready, lambda: f"{here.place.server('demo', None, 'default')}")
     (server,) = here.place.servers(None)
     assert (server.address, server.ports) == (
         "127.0.0.1",
@@ -245,12 +244,12 @@ def test_a_server_is_updated_after_its_supervisor_was_killed(here: Site, tmp_pat
     ports: dict[str, Any] = {"http_port": free_port(), "grpc_port": free_port()}
     here.place.serve(TritonServer(name="s", version="1", model_repository=str(tmp_path), replicas=0, **ports))
     folder = found(here.home, "s", "1", "default")
-    await_that(lambda: folder.state().status == "RUNNING", 10, lambda: "does not begin")
+    eventually(lambda: folder.state().status == "RUNNING", lambda: "does not begin")
     first = folder.state().pid
     assert signal_supervisor(folder, signal.SIGKILL)
-    await_that(lambda: not alive(first or 0), 5, lambda: "it lives")
+    eventually(lambda: not alive(first or 0), lambda: "it lives")
     here.place.update_server("s", None, "default", ServerUpdate(label=("a=b",)))
-    await_that(lambda: folder.state().status == "RUNNING", 10, lambda: f"{folder.state()}")
+    eventually(lambda: folder.state().status == "RUNNING", lambda: f"{folder.state()}")
     assert folder.state().pid != first
     assert [event.reason for event in here.place.server("s", None, "default").events] == ["SupervisorLost", "Revived"]
 

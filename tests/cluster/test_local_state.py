@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cluster.local_site import Site, alive, await_that, site
+from tests.cluster.local_site import Site, alive, site
+from tests.waiting import eventually
 
 from hasten.cluster.local.place import LocalPlace
 from hasten.cluster.local.state import home_folder
@@ -47,7 +48,7 @@ def test_a_job_whose_record_is_damaged(here: Site, tmp_path: Path) -> None:
     """Its folder, with its logs, is moved elsewhere as a whole; then its name is free."""
     for name in ("good", "bad"):
         here.run(name, "echo done", map_paths=True)
-        await_that(lambda: here.state(name).done, 20, lambda: "not done")  # noqa: B023
+        eventually(lambda: here.state(name).done, lambda: "not done")  # noqa: B023
     folder = here.folder("bad").path
     for text in ("{half", "[]", '{"instances": []}'):
         (folder / "state.json").write_text(text)
@@ -70,7 +71,7 @@ def test_what_others_keep_in_the_home_stays(here: Site, tmp_path: Path) -> None:
         for one in (path, path.parent):
             os.utime(one, (0, 0))
     here.run("good", "true")
-    await_that(lambda: here.state("good").done, 20, lambda: "not done")
+    eventually(lambda: here.state("good").done, lambda: "not done")
     here.place.delete_job("good", "default")
     assert theirs.exists()
     assert not dead.exists()
@@ -135,7 +136,7 @@ def _refuse_writes(monkeypatch: pytest.MonkeyPatch, home: Path, code: int) -> No
 def test_a_disk_that_fills_up_leaves_nothing_half(here: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     here.place.create_volume(Volume(name="v", path=str(tmp_path)))
     here.run("good", "true")
-    await_that(lambda: here.state("good").done, 20, lambda: "not done")
+    eventually(lambda: here.state("good").done, lambda: "not done")
     before = sorted(here.home.rglob("*"))
     with monkeypatch.context() as patch:
         _refuse_writes(patch, here.home, errno.ENOSPC)
@@ -157,7 +158,7 @@ def test_a_job_that_died_on_a_full_disk_is_told_and_can_be_deleted(
     here.running("died")
     supervisor = here.state("died").pid or 0
     os.kill(supervisor, signal.SIGKILL)
-    await_that(lambda: not alive(supervisor), 20, lambda: "it lives")
+    eventually(lambda: not alive(supervisor), lambda: "it lives")
     _refuse_writes(monkeypatch, here.home, errno.ENOSPC)
     (job,) = here.place.jobs(None)
     assert (job.status, job.reason) == (Status.FAILED, "its supervisor was killed")

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from tests.cluster.kubernetes_fixtures import World, serving, training, world
-from tests.cluster.local_site import Site, await_that, site
+from tests.cluster.local_site import Site, site
+from tests.waiting import eventually
 
 from hasten.cluster.places import Place, ServerUpdate, Status
 from hasten.cluster.spec import TrainingJob, Volume
@@ -110,7 +111,7 @@ def test_local_neighbours(here: Site, tmp_path: Path) -> None:
     for namespace, name in VOLUMES:
         here.place.create_volume(Volume(namespace=namespace, name=name, path=str(tmp_path)))
     place = here.place
-    await_that(lambda: {job.status for job in place.jobs(None)} == {Status.RUNNING}, 60, lambda: f"{place.jobs(None)}")
+    eventually(lambda: {job.status for job in place.jobs(None)} == {Status.RUNNING}, lambda: f"{place.jobs(None)}")
     here.place.delete_job("a", "a")
     here.place.delete_volume("b-c", "a")
     left = {(job.namespace, job.name): job.status for job in here.place.jobs(None)}

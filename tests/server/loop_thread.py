@@ -1,9 +1,8 @@
-"""An event loop in a thread of its own, beside tests that block, and waiting for what happens there."""
+"""An event loop in a thread of its own, beside tests that block."""
 
 import asyncio
 import threading
-import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -31,11 +30,3 @@ class LoopThread:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self._runner.close()
-
-
-def eventually(true: Callable[[], bool], seconds: float = 100) -> None:
-    """Wait until something is true. The limit is there to end a test that hangs: no machine is too busy for it."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"not so within {seconds} s"
-        time.sleep(0.005)

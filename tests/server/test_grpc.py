@@ -9,8 +9,8 @@ import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.grpc.aio as aioclient
 from tests.server.adding_service import EXTENSIONS, OWN_ERROR
-from tests.server.loop_thread import eventually
 from tests.server.transport_fixtures import LIMIT, Transports, serving
+from tests.waiting import eventually
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 from tritonclient.utils import InferenceServerException

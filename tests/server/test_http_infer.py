@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import tritonclient.http as httpclient
 from tests.server.adding_service import OWN_ERROR
-from tests.server.loop_thread import eventually
 from tests.server.transport_fixtures import LIMIT, Transports, refusal, serving
+from tests.waiting import eventually
 
 # Expected answers are those that Triton 2.51.0 gave to the same requests. Where the fault is the client's, the status
 # is 400 where Triton says 500.

@@ -14,8 +14,8 @@ import httpx
 import openai
 import pydantic
 import pytest
-from tests.server.loop_thread import eventually
 from tests.server.openai_site import DEMO, Site, models, with_template
+from tests.waiting import eventually
 
 from hasten import LLM, SamplingParams
 from hasten.core.types import Logprob

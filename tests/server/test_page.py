@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from tests.server.loop_thread import eventually
 from tests.server.openai_site import DEMO, Site, models
+from tests.waiting import eventually
 
 from hasten.server.page.routes import content_security_policy
 from hasten.server.security import ApiKeys

@@ -20,7 +20,6 @@ import tritonclient.http as httpclient
 from prometheus_client.parser import text_string_to_metric_families
 from tests.server import parity_grpc, parity_http
 from tests.server.adding_service import AddingService
-from tests.server.loop_thread import eventually
 from tests.server.parity import Answer, Ask, Side, hasten_serve, same, triton_side
 from tests.server.parity_grpc import count, infer
 from tests.server.parity_models import (
@@ -33,6 +32,7 @@ from tests.server.parity_models import (
 )
 from tests.server.transport_fixtures import Transports, serving
 from tests.server.tritonserver import Interpreter, Triton, TritonServer, find_wheel
+from tests.waiting import eventually
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import InferenceServerException
 from tritonclient.utils import shared_memory as shm

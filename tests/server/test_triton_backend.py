@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from google.protobuf import text_format
-from tests.server.loop_thread import eventually
 from tests.server.service_fixtures import DEMO, Outputs, Running, demo, streaming, token_request
 from tests.server.tritonserver import Interpreter, Triton, TritonServer, descendants, find_wheel, is_alive
+from tests.waiting import eventually
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput, InferResult, model_config_pb2
 from tritonclient.utils import InferenceServerException
 

@@ -1,0 +1,15 @@
+"""Waiting for what happens in other processes and threads, however busy the machine is."""
+
+import time
+from collections.abc import Callable
+
+LIMIT_S = 100.0
+"""Ends a test that hangs, with what is otherwise; says nothing of how fast anything is."""
+
+
+def eventually(condition: Callable[[], bool], what: Callable[[], str] = lambda: "", seconds: float = LIMIT_S) -> None:
+    """Wait until a condition holds; fail with what is otherwise."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not so within {seconds:g} s: {what()}"
+        time.sleep(0.01)
