@@ -217,9 +217,7 @@ def test_delete_of_a_job_that_does_not_hear(here: Site, monkeypatch: pytest.Monk
 
     deaf = f"trap '' TERM; (trap '' TERM; while :; do sleep 1; done) & echo $! > {tmp_path}/pid; wait"
     here.submit("deaf", deaf)
-    await_that(
-        lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n"), 20, lambda: "no pid"
-    )
+    eventually(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n"))
     pids = [pid for pid in here.processes() if pid != os.getpid()]
     monkeypatch.setattr(local_end, "_SLACK_S", 0.3)
     local_end.end_and_remove(here.folder("deaf"), 0.1)

@@ -64,9 +64,9 @@ assert own.pid not in orphans({own.pid})
 assert kill_all(lambda: orphans({own.pid})) == []
 assert open(f"/proc/{adopted}/stat").read().rpartition(")")[2].split()[0] == "Z"
 reap_orphans({own.pid})
-eventually(lambda: not os.path.exists(f"/proc/{adopted}"), 20, lambda: "not reaped")
+eventually(lambda: not os.path.exists(f"/proc/{adopted}"), lambda: "not reaped")
 own.kill()
-eventually(lambda: open(f"/proc/{own.pid}/stat").read().rpartition(")")[2].split()[0] == "Z", 20, lambda: "it lives")
+eventually(lambda: open(f"/proc/{own.pid}/stat").read().rpartition(")")[2].split()[0] == "Z", lambda: "it lives")
 reap_orphans({own.pid})
 assert own.wait() == -9
 reap_orphans(set())
