@@ -215,3 +215,10 @@ def test_a_full_disk(limit: str, tiny_bloom: Path, tmp_path: Path) -> None:
     assert "no space left" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert done.stdout.splitlines()[-1] in ("=" * 57, "model file num: 1")
+
+
+def test_what_was_there_is_said_to_be_replaced(tiny_bloom: Path, tmp_path: Path, hasten_here: Hasten) -> None:
+    command = ("convert", "-i", tiny_bloom, "-o", tmp_path / "out")
+    assert "replaced" not in hasten_here(*command).out
+    assert f"\nreplaced {tmp_path / 'out' / '1-gpu'}\nCheckpoint conversion" in hasten_here(*command).out
+    assert "replaced" not in hasten_here(*command, "-tp", "2").out

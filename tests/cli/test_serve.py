@@ -266,9 +266,16 @@ def test_a_port_in_use_is_an_error_before_anything_is_loaded(start: Start) -> No
 
 def test_a_checkpoint_that_is_none_is_an_error(start: Start, tmp_path: Path) -> None:
     server = start(str(tmp_path / "nothing"))
+    assert server.end() == 2
+    assert server.text == (
+        f"hasten: error: {tmp_path / 'nothing'} is missing; give the folder of a checkpoint, or a "
+        "Hugging Face id such as bigscience/bloom-560m\n"
+    )
+    (tmp_path / "config.json").write_text("{}")
+    server = start(str(tmp_path))
     assert server.end() == 1
     last = server.text.splitlines()[-1]
-    assert last.startswith(f"hasten: error: cannot load {tmp_path / 'nothing'}: ")
+    assert last.startswith(f"hasten: error: cannot load {tmp_path}: ")
     assert "is missing" in last
     assert "fastertransformer" not in last
     assert "Traceback" not in server.text

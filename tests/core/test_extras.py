@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCE = ROOT / "src" / "hasten"
 CORE_ROOMS = ("core", "ops", "parallel", "layers", "models", "checkpoint", "engine", "bench")
-OPTIONAL = {"triton", "pynvml", "llguidance", "uvloop"}
-"""Imported only where they are there, or behind `require_extra`."""
+OPTIONAL = {"triton", "pynvml", "llguidance", "uvloop", "huggingface_hub"}
+"""Imported only where they are there (transformers brings huggingface_hub), or behind `require_extra`."""
 
 
 def distribution(requirement: str) -> str:

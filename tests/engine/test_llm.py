@@ -1,11 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import random
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
@@ -1083,3 +1088,36 @@ def test_a_tokenizer_that_knows_more_tokens_than_the_model(make_bloom: Callable[
         params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, bad_words=["Anna"])
         plain = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
         assert tokens_of(llm.generate([[5, 6]], params)) == tokens_of(llm.generate([[5, 6]], plain))
+
+
+def test_loading_is_logged_and_a_terminal_gets_a_bar(tiny_bloom: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import torch.nn as nn
+    from transformers import AutoModelForCausalLM
+
+    reference: nn.Module = AutoModelForCausalLM.from_pretrained(tiny_bloom, dtype=torch.float32)
+    nbytes = sum(parameter.nbytes for parameter in reference.parameters())
+    with caplog.at_level("INFO", logger="hasten"), LLM(tiny_bloom, kv_cache_memory=1 << 22):
+        pass
+    begin, end = (record.getMessage() for record in caplog.records if record.name == "hasten.engine.worker")
+    assert begin == f"loading BloomForCausalLM (safetensors) from {tiny_bloom} to cpu"
+    assert re.fullmatch(rf"loaded {nbytes / 1e9:.3f} GB of weights as torch\.float32 in \d+\.\d s", end)
+    for show in (True, False):
+        shown = stderr_on_a_terminal(
+            f"from hasten import LLM\nLLM({str(tiny_bloom)!r}, kv_cache_memory=1 << 22, progress_bars={show})"
+        )
+        assert ("Loading weights" in shown) == show
+
+
+def stderr_on_a_terminal(script: str) -> str:
+    """What a script in a process of its own writes to its standard error, which is a terminal."""
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=follower, env=environment)
+    os.close(follower)
+    shown = bytearray()
+    with suppress(OSError):  # Linux reports the end of the other side as an error
+        while piece := os.read(leader, 4096):
+            shown += piece
+    os.close(leader)
+    assert process.wait(60) == 0, shown.decode()
+    return shown.decode()

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from hasten.checkpoint.hub import resolve_engine
 from hasten.checkpoint.plan import open_checkpoint
 from hasten.core.config import EngineConfig
 from hasten.core.errors import CapacityError, CheckpointError, ConfigError, EngineError, UnsupportedError
@@ -95,12 +96,20 @@ class HuggingFaceEngine:
         dtype: str = "auto",
         device: str = "auto",
         load_format: str = "auto",
+        revision: str | None = None,
+        download_dir: str | None = None,
         sampling: SamplingParams = GREEDY,
         batch_size: int | None = None,
         threads: int | None = None,
     ) -> None:
         self._threads = threads or limit_threads()
-        self.device = rank_device(EngineConfig.create(folder, device=device), TensorGroup(), 1)
+        engine = resolve_engine(
+            EngineConfig.create(
+                folder, device=device, load_format=load_format, revision=revision, download_dir=download_dir
+            )
+        )
+        folder = engine.model
+        self.device = rank_device(engine, TensorGroup(), 1)
         config = open_checkpoint(folder, dummy=torch.device("cpu")).config
         self.dtype = TORCH_DTYPES[compute_dtype(dtype, config, self.device)]
         self._batch_size = batch_size

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from hasten.checkpoint.hub import resolve_model
 from hasten.checkpoint.plan import generation_eos, side_folder
 from hasten.checkpoint.sources import FasterTransformerSource, Source, open_source, read_json
 from hasten.checkpoint.target import SIDE_FILES, Target
@@ -28,6 +29,7 @@ class Conversion:
     """What to convert, into what."""
 
     input_dir: str
+    """A folder or a Hugging Face id."""
     output_dir: str
     ranks: int = 1
     dtype: DTypeName = "fp32"
@@ -50,6 +52,8 @@ class Opened:
     """What will be written."""
     label: str
     """`HF >> FT`, and the like."""
+    replaced: Path | None
+    """The rank folder that the new one will replace."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,11 @@ def convert(job: Conversion, report: Report = lambda _: None) -> None:
     CheckpointError, ConfigError and UnsupportedError say what is wrong and what to do.
     """
     parallel = ParallelConfig(tensor_parallel_size=job.ranks)
-    source = open_source(Path(job.input_dir), job.ranks)
+    given = resolve_model(job.input_dir)
+    source = open_source(given, job.ranks)
     parallel.validate(source.config)
     target = Target(Path(job.output_dir), job.ranks)
-    _check_apart(source, Path(job.input_dir), target)
+    _check_apart(source, given, target)
     side = side_folder(source)
     target.check_model(read_json(side / "config.json") if (side / "config.json").is_file() else None)
     if source.manifest is not None:
@@ -81,7 +86,8 @@ def convert(job: Conversion, report: Report = lambda _: None) -> None:
     with _clear_errors(job.output_dir), target.prepare() as new:
         writer = _writer(job, source, new / target.name)
         _check_space(writer.nbytes, new, job.output_dir)
-        report(Opened(source, writer.nbytes, f"{source.label} >> {writer.label}"))
+        replaced = target.folder if target.folder.exists() else None
+        report(Opened(source, writer.nbytes, f"{source.label} >> {writer.label}", replaced))
         _write(writer, job, lambda part: report(Wrote(part, target.folder / part.file)))
         for path in (side / name for name in SIDE_FILES):
             if path.is_file():

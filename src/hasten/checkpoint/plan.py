@@ -9,27 +9,13 @@ import torch
 from torch import Tensor
 
 from hasten.checkpoint.faster_transformer import CONFIG_INI
+from hasten.checkpoint.hub import TOKENIZER_ALONE
 from hasten.checkpoint.sources import NOT_APPLIED, UNKNOWN, Source, known_tokens, open_dummy, open_source, read_json
 from hasten.core.config import ModelConfig, ParallelConfig
 from hasten.core.errors import CheckpointError
 from hasten.models import generation_config
 
 _log = logging.getLogger(__name__)
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Files of a tokenizer that may lie beside the weights."""
-_ALONE_ENOUGH = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -49,7 +35,7 @@ class Checkpoint:
 def side_folder(source: Source) -> Path:
     """The folder with config.json and the tokenizer's files: a rank folder's own, if it has them, or its parent."""
     folder = source.folder
-    if source.label == "HF" or any((folder / name).is_file() for name in ("config.json", *_ALONE_ENOUGH)):
+    if source.label == "HF" or any((folder / name).is_file() for name in ("config.json", *TOKENIZER_ALONE)):
         return folder
     parent = folder.resolve().parent
     return parent if folder.name.endswith("-gpu") and (parent / "config.json").is_file() else folder
@@ -72,7 +58,7 @@ def open_checkpoint(
     return Checkpoint(
         path=path,
         config=replace(source.config, eos_token_ids=ends) if ends is not None else source.config,
-        tokenizer_folder=side if any((side / name).is_file() for name in _ALONE_ENOUGH) else None,
+        tokenizer_folder=side if any((side / name).is_file() for name in TOKENIZER_ALONE) else None,
         source=source,
         verify=verify,
     )

@@ -22,12 +22,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hasten.checkpoint import faster_transformer as ft
+from hasten.checkpoint.hub import ADAPTER
 from hasten.checkpoint.manifest import MANIFEST, Manifest
 from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import CheckpointError, ConfigError, HastenError, UnsupportedError
 from hasten.models import hf_config
 from hasten.models.generation_config import not_applied
-from hasten.models.registry import MODELS, default_architecture, model_class
+from hasten.models.registry import architecture_of, model_class
 from hasten.models.weight_map import Row, Tie, WeightMap
 from hasten.ops import TORCH_DTYPES
 from hasten.parallel.shard import overlap, resplit, share_shape, split
@@ -506,7 +507,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
     raw = read_json(path)
     try:
         fields = hf_config.Fields(raw)
-        cls = model_class(_architecture(raw))
+        cls = model_class(architecture_of(raw))
         fields.refuse_quantization()
         config = cls.config_from_hf(fields)
     except HastenError as error:
@@ -524,19 +525,6 @@ UNKNOWN = "%s: ignored, since hasten does not know what they change: %s"
 NOT_APPLIED = "%s: not applied, since every request brings its own settings: %s"
 
 
-def _architecture(raw: dict[str, Any]) -> str:
-    named, model_type = raw.get("architectures"), raw.get("model_type")
-    if named:
-        if not isinstance(named, list):
-            raise ConfigError(f"architectures {named!r} is not a list of names")
-        return str(named[0])
-    if not model_type:
-        raise ConfigError(
-            f'names no architecture; add "architectures": [NAME], where NAME is one of {", ".join(sorted(MODELS))}'
-        )
-    return default_architecture(str(model_type))
-
-
 def _is_ranked(folder: Path) -> bool:
     return any(folder.glob(_RANK_FILES))
 
@@ -552,10 +540,6 @@ def rank_folders(folder: Path) -> dict[int, Path]:
     """The `N-gpu` folders inside `folder`, by N."""
     found = {int(match[1]): path for path in folder.iterdir() if (match := RANK_FOLDER.fullmatch(path.name))}
     return {ranks: path for ranks, path in sorted(found.items()) if is_rank_folder(path)}
-
-
-ADAPTER = "adapter_config.json"
-"""What PEFT puts beside an adapter, which transformers then applies to its base model."""
 
 
 def _not_a_folder(path: Path) -> str:

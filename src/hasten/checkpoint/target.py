@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hasten.checkpoint.plan import TOKENIZER_FILES
+from hasten.checkpoint.hub import TOKENIZER_FILES
 from hasten.checkpoint.sources import is_rank_folder, rank_folders, read_json
 from hasten.core.errors import CheckpointError
 

@@ -5,12 +5,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from hasten.cli.options import Parser, path
 from hasten.core.config import DTYPES
+from hasten.core.progress import ProgressBar, progress_bar
 
 if TYPE_CHECKING:
     from hasten.checkpoint.convert import Opened, Wrote
@@ -27,7 +29,14 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         description="Convert a checkpoint for so many ranks, into DIR/N-gpu. The input may be a Hugging Face folder, "
         "or one that this command or FasterTransformer wrote, for any number of ranks.",
     )
-    parser.add_argument("-i", "--input-dir", type=path, metavar="DIR", required=True, help="folder of the checkpoint")
+    parser.add_argument(
+        "-i",
+        "--input-dir",
+        type=path,
+        metavar="DIR",
+        required=True,
+        help="folder of the checkpoint, or its Hugging Face id",
+    )
     parser.add_argument(
         "-o", "--output-dir", type=path, metavar="DIR", required=True, help="folder to write N-gpu into"
     )
@@ -87,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"hasten: terminated; {args.output_dir} is as it was", file=sys.stderr)
             return 128 + signal.SIGTERM
     elapsed = time.perf_counter() - start
+    if log.replaced is not None:
+        print(f"replaced {log.replaced}")
     print(f"Checkpoint conversion ({log.label}) has done (elapsed time: {elapsed:.2f} sec)")
     return 0
 
@@ -103,32 +114,29 @@ class _Log:
     """Lines as FasterTransformer's converter prints them; on a terminal, a bar unless each tensor has its line."""
 
     def __init__(self, verbose: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-        console = Console(stderr=True)
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, transient=True, disable=verbose or not console.is_terminal)
         self._verbose = verbose
+        self._shown = ExitStack()
+        self._bar = ProgressBar()
         self.label = ""
+        self.replaced: Path | None = None
 
     def __enter__(self) -> "_Log":
-        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._shown.close()
 
     def __call__(self, event: "Opened | Wrote") -> None:
         from hasten.checkpoint.convert import Opened
 
         if isinstance(event, Opened):
-            self.label = event.label
-            self._task = self._bar.add_task("", total=event.nbytes)
+            self.label, self.replaced = event.label, event.replaced
             print(f"loading from {event.source.kind} format")
             print(f"model file num: {len(event.source.files)}", flush=True)
+            bar = progress_bar("Converting", event.nbytes, unit="bytes", show=not self._verbose)
+            self._bar = self._shown.enter_context(bar)
             return
-        self._bar.advance(self._task, event.part.nbytes)
+        self._bar.advance(event.part.nbytes)
         if self._verbose:
             print(_line(event), flush=True)
 

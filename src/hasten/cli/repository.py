@@ -25,7 +25,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "`preprocessing`, `fastertransformer`, `postprocessing` around it, and a text model. The weights stay where "
         "they are. What is written may be edited; options given here are parameters of the token model.",
     )
-    create.add_argument("model", type=path, metavar="MODEL", help="folder of the checkpoint, Hugging Face or converted")
+    create.add_argument("model", type=path, metavar="MODEL", help="folder of the checkpoint, or its Hugging Face id")
     create.add_argument("target", type=path, metavar="DIR", help="folder to write the models' folders into")
     create.add_argument(
         "--for",
@@ -47,9 +47,11 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the repository and print the models' folders."""
     require_extra("serve", "hasten repository")
-    engine = EngineConfig.create(str(Path(args.model).resolve()), **engine_options(args))
-    if engine.tokenizer is not None:
-        engine = replace(engine, tokenizer=str(Path(engine.tokenizer).resolve()))
+    from hasten.checkpoint.hub import resolve_engine
+
+    engine = resolve_engine(EngineConfig.create(args.model, **engine_options(args)))
+    tokenizer = None if engine.tokenizer is None else str(Path(engine.tokenizer).resolve())
+    engine = replace(engine, model=str(Path(engine.model).resolve()), tokenizer=tokenizer)
     made = _for_triton(args, engine) if args.server == "triton" else _for_hasten(args, engine)
     for folder in made:
         print(folder)

@@ -39,7 +39,9 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "API. Options that tritonserver has too have its names; those that are on or off take true or false, and alone "
         "mean true.",
     )
-    parser.add_argument("model", type=path, metavar="MODEL", nargs="?", help="folder of the checkpoint")
+    parser.add_argument(
+        "model", type=path, metavar="MODEL", nargs="?", help="folder of the checkpoint, or its Hugging Face id"
+    )
     parser.add_argument(
         "--model-repository",
         "--model-store",
@@ -91,8 +93,12 @@ def run(args: argparse.Namespace) -> int:
 
         return follow(options)
 
+    from hasten.checkpoint.hub import resolve_engine
     from hasten.server.app import run_server
 
+    if options.engine is not None:
+        # what the models are called, and whether there is a tokenizer, is known only then
+        options = dataclasses.replace(options, engine=resolve_engine(options.engine))
     return run_server(options)
 
 

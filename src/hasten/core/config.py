@@ -240,7 +240,7 @@ class EngineConfig:
     """Everything that one engine needs to know to start."""
 
     model: str
-    """Folder of the checkpoint: Hugging Face, FasterTransformer or ranked safetensors."""
+    """Folder of the checkpoint (Hugging Face, FasterTransformer or ranked safetensors) or a Hugging Face id."""
     tokenizer: str | None = option(
         None, "folder or file of the tokenizer (default: the model's)", flag="--tokenizer-path", kind="path"
     )
@@ -255,6 +255,13 @@ class EngineConfig:
         "auto", "auto, or dummy: random weights from a config.json alone", choices=("auto", "dummy")
     )
     verify_checksums: bool = option(True, "compare the checkpoint's files with its manifest while loading")
+    revision: str | None = option(None, "branch, tag or commit of a model that is given by its Hugging Face id")
+    download_dir: str | None = option(
+        None, "cache folder for models that are given by their Hugging Face id (default: Hugging Face's own)"
+    )
+    progress_bars: bool = option(
+        True, "show progress bars where standard error is a terminal", aliases=("use_tqdm_on_load",)
+    )
     seed: int = option(0, "seed of requests that bring none")
     enforce_eager: bool = option(False, "launch every step kernel by kernel on a GPU, without CUDA graphs")
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -358,6 +365,10 @@ class EngineOptions(TypedDict, total=False):
     device: Any
     load_format: str
     verify_checksums: bool
+    revision: str | None
+    download_dir: str | os.PathLike[str] | None
+    progress_bars: bool
+    use_tqdm_on_load: bool
     seed: int
     enforce_eager: bool
     tensor_parallel_size: int

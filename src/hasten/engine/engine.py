@@ -79,10 +79,10 @@ class Engine:
     """Continuous batching over one model, step by step."""
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
-        self.config = config
         self.ranks = ranks
         with ranks.guard("loading the model"):
             self.worker = Worker(config, ranks)
+        self.config = self.worker.config
         self.scheduler = self.worker.scheduler
         self.model_config = self.worker.model_config
         self.max_model_len = self.worker.max_model_len

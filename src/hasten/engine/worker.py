@@ -8,19 +8,23 @@ rank they stay on the device, where the next step reads them.
 """
 
 import json
+import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
 from hasten import ops
+from hasten.checkpoint.hub import resolve_engine
 from hasten.checkpoint.plan import Checkpoint, open_checkpoint, rank_tensors
 from hasten.core.config import (
     CacheConfig,
@@ -32,6 +36,7 @@ from hasten.core.config import (
     dtype_name,
 )
 from hasten.core.errors import CapacityError, ConfigError
+from hasten.core.progress import progress_bar
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.beam import Move
@@ -49,6 +54,8 @@ from hasten.parallel.groups import TensorGroup, use_group
 from hasten.parallel.launch import Ranks, reported
 from hasten.parallel.peers import connect, reachable
 from hasten.parallel.place import RankPlace, place_from_environment
+
+_log = logging.getLogger(__name__)
 
 _DEFAULT_MODEL_LEN = 2048
 _DEFAULT_STEP_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -118,6 +125,9 @@ class Worker:
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         self.ranks = ranks
         self.device = rank_device(config, ranks.group, ranks.local_size)
+        config = _with_folders(config, ranks)
+        self.config = config
+        """As it was given, with folders for the names of models."""
         config = replace(config, scheduler=resolve_scheduler(config.scheduler, self.device))
         self.overlap = bool(config.scheduler.overlap_steps)
         """Whether a step is launched before the tokens of the one before are known here."""
@@ -134,7 +144,7 @@ class Worker:
         self.tokenizer_folder = checkpoint.tokenizer_folder
         with explained_out_of_memory("loading the model"):
             group = self._with_peers(dtype)
-            model = build_model(checkpoint, group, dtype, self.device)
+            model = build_model(checkpoint, group, dtype, self.device, show_progress=config.progress_bars)
         self.runner = Runner(model, dtype, self.device, config.cache.block_size, config.scheduler.max_num_seqs)
         self.max_model_len, self._num_blocks = self._make_cache(config)
         self._config = config
@@ -384,19 +394,44 @@ def compute_dtype(name: str, model: ModelConfig, device: torch.device) -> DTypeN
     return "fp32" if device.type == "cpu" else model.dtype
 
 
-def build_model(checkpoint: Checkpoint, group: TensorGroup, dtype: torch.dtype, device: torch.device) -> CausalLM:
-    """The model of this rank with its weights, laid out for the device."""
+def _with_folders(config: EngineConfig, ranks: Ranks) -> EngineConfig:
+    """The configuration with folders for names: rank 0 looks them up, and downloads what is missing for all.
+
+    A rank whose host does not have rank 0's folder looks its own up.
+    """
+    if ranks.group.rank == 0:
+        config = resolve_engine(config)
+    folder = str(ranks.broadcast(config.model))
+    if ranks.group.rank == 0:
+        return config
+    return replace(config, model=folder, revision=None) if Path(folder).exists() else resolve_engine(config)
+
+
+def build_model(
+    checkpoint: Checkpoint, group: TensorGroup, dtype: torch.dtype, device: torch.device, *, show_progress: bool = False
+) -> CausalLM:
+    """The model of this rank with its weights, laid out for the device; rank 0 logs what it loads."""
+    level = logging.INFO if group.rank == 0 else logging.DEBUG
+    config, source = checkpoint.config, checkpoint.source
+    _log.log(level, "loading %s (%s) from %s to %s", config.architecture, source.kind, source.folder, device)
+    start = time.perf_counter()
     with use_group(group), torch.device("meta"):
-        model = model_class(checkpoint.config.architecture)(checkpoint.config)
+        model = model_class(config.architecture)(config)
     model.eval()
-    for name, tensor in rank_tensors(checkpoint, group.rank, group.size, dtype):
-        owner, _, attribute = name.rpartition(".")
-        weight = torch.nn.Parameter(tensor.to(device), requires_grad=False)
-        setattr(model.get_submodule(owner), attribute, weight)
+    nbytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    show = show_progress and group.rank == 0
+    with progress_bar("Loading weights", nbytes, unit="bytes", show=show) as bar:
+        for name, tensor in rank_tensors(checkpoint, group.rank, group.size, dtype):
+            owner, _, attribute = name.rpartition(".")
+            weight = torch.nn.Parameter(tensor.to(device), requires_grad=False)
+            setattr(model.get_submodule(owner), attribute, weight)
+            bar.advance(weight.nbytes)
     with torch.inference_mode():
         for module in model.modules():
             if isinstance(module, PackedModule):
                 module.pack()
+    size = f"{nbytes / 1e9:.3f} GB" + (f" for each of {group.size} ranks" if group.size > 1 else "")
+    _log.log(level, "loaded %s of weights as %s in %.1f s", size, dtype, time.perf_counter() - start)
     return model
 
 
@@ -420,6 +455,7 @@ def config_from_json(text: str) -> EngineConfig:
 
 def follow_rank_zero(config: EngineConfig, place: RankPlace) -> None:
     """Be rank `place.rank` until rank 0 says stop; an error is told to the other ranks before it is raised."""
+    logging.getLogger("hasten").setLevel(logging.ERROR)  # rank 0 says once what every rank would warn of
     ranks = Ranks(place, None, device_kind(config))
     try:
         with ranks.guard("following rank 0"):

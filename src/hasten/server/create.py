@@ -1,6 +1,5 @@
 """Repositories made for one checkpoint: the article's token model, FasterTransformer's ensemble around it, and text."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from hasten.checkpoint.hub import model_name
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
 from hasten.core.files import removed_on_failure, write_text
@@ -68,10 +68,8 @@ def model_configs(
 
 def default_text_name(model: str, token_name: str = TOKEN_NAME) -> str:
     """The checkpoint's folder's name, its parent's for `N-gpu`, as far as a model can be called so."""
-    folder = Path(model).resolve()
-    if re.fullmatch(r"\d+-gpu", folder.name):
-        folder = folder.parent
-    return f"{folder.name or 'model'}-text" if folder.name in ("", token_name, *_OWN) else folder.name
+    name = model_name(model)
+    return f"{name or 'model'}-text" if name in ("", token_name, *_OWN) else name
 
 
 def has_tokenizer(engine: EngineConfig) -> bool:
@@ -119,7 +117,7 @@ def _config_ini(engine: EngineConfig) -> str:
     config = open_checkpoint(engine.model, ranks).config
     engine.parallel.validate(config)
     dtype = config.dtype if engine.dtype == "auto" else dtype_name(engine.dtype)
-    return config_ini(config, Path(engine.model).resolve().name, ranks, dtype)
+    return config_ini(config, model_name(engine.model), ranks, dtype)
 
 
 def _token(engine: EngineConfig, name: str, decoupled: bool) -> model_config_pb2.ModelConfig:

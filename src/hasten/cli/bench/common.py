@@ -19,7 +19,7 @@ COMPARED_HELP = "; hasten then takes half of a GPU's memory by default"
 
 def add_model(parser: Parser, compare: str = f"measure Hugging Face beside it, in turns{COMPARED_HELP}") -> None:
     """Add what names the models."""
-    parser.add_argument("model", type=path, metavar="MODEL", help="folder of the checkpoint")
+    parser.add_argument("model", type=path, metavar="MODEL", help="folder of the checkpoint, or its Hugging Face id")
     parser.add_argument("--compare", action="store_true", help=compare)
     parser.add_argument("--hf-model", type=path, metavar="PATH", help="what Hugging Face runs (default: MODEL)")
 
@@ -60,7 +60,11 @@ def engines_of(
 
 def hf_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of an engine's options that Hugging Face takes too."""
-    return {name: options[name] for name in ("dtype", "device", "load_format") if name in options}
+    return {
+        name: options[name]
+        for name in ("dtype", "device", "load_format", "revision", "download_dir")
+        if name in options
+    }
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:

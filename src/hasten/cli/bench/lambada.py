@@ -40,7 +40,7 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
         type=path,
         required=True,
         metavar="PATH",
-        help="Hugging Face folder of the model",
+        help="folder of the model in Hugging Face's format, or its Hugging Face id",
     )
     parser.add_argument(
         "--dataset-path", type=path, required=True, metavar="FILE", help='JSON lines, each an object with "text"'
@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = _sampling(args)
     from hasten.bench import lambada, report
     from hasten.bench.engines import HastenEngine, HuggingFaceEngine
+    from hasten.checkpoint.hub import resolve_model
     from hasten.engine.text import Tokenizer
     from hasten.parallel.place import place_from_environment
     from hasten.parallel.threads import limit_threads
@@ -88,10 +89,11 @@ def run(args: argparse.Namespace) -> int:
     if args.test_hf and place is not None and place.rank > 0:
         return 0  # Hugging Face runs in one process, whatever started this one
     report.require_writable(args.output_path)
-    tokenizer = Tokenizer.from_folder(args.tokenizer_path)
-    samples = lambada.read_samples(args.dataset_path, tokenizer)
     defaults = COMPARED_DEFAULTS if args.compare else ENGINE_DEFAULTS
     options = engine_options(args, defaults=defaults, skip=_NOT_OFFERED)
+    hub = {name: options[name] for name in ("revision", "download_dir") if name in options}
+    tokenizer = Tokenizer.from_folder(resolve_model(args.tokenizer_path, part="tokenizer", **hub))
+    samples = lambada.read_samples(args.dataset_path, tokenizer)
     threads = limit_threads()
     with ExitStack() as stack:
         engines: list[Engine] = []

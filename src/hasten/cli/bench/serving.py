@@ -23,7 +23,7 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
         "in this process: one after the other, many at once, and many streams. All must give the same tokens. On a GPU "
         "each takes 40% of its memory by default.",
     )
-    parser.add_argument("model", type=path, metavar="MODEL", help="folder of the checkpoint")
+    parser.add_argument("model", type=path, metavar="MODEL", help="folder of the checkpoint, or its Hugging Face id")
     parser.add_argument("--concurrency", type=positive, default=64, metavar="N", help="requests at once (default: 64)")
     parser.add_argument("--prompt-length", type=positive, default=16, metavar="N", help="tokens (default: 16)")
     parser.add_argument("--output-length", type=positive, default=32, metavar="N", help="tokens (default: 32)")
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     from hasten.bench import report, serving
     from hasten.bench.served import served
+    from hasten.checkpoint.hub import resolve_engine
     from hasten.core.config import EngineConfig
     from hasten.engine.llm import LLM
 
@@ -56,8 +57,9 @@ def run(args: argparse.Namespace) -> int:
     options = engine_options(args, defaults=_DEFAULTS)
     load = serving.Load(args.concurrency, args.prompt_length, args.output_length, args.requests, args.rounds)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        server = stack.enter_context(served(EngineConfig.create(args.model, **options), Path(folder, "log")))
-        llm = stack.enter_context(LLM(args.model, **options))
+        engine = resolve_engine(EngineConfig.create(args.model, **options))
+        server = stack.enter_context(served(engine, Path(folder, "log")))
+        llm = stack.enter_context(LLM(engine.model, **options))
         turns = serving.measure(llm, server, load, args.peer)
         environment = report.environment(llm.device, llm.dtype)
     write(args, {"environment": environment, "start_s": server.start_s, "results": turns})

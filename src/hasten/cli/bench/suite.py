@@ -4,7 +4,6 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.cli.bench.common import ENGINE_DEFAULTS, add_model, add_output, hf_options, options_of
@@ -91,6 +90,7 @@ def _of_hasten(args: argparse.Namespace, options: Mapping[str, Any], plan: "Plan
     """The report of hasten; None on ranks but the first. The engine is gone when this returns."""
     from hasten.bench import report, suite
     from hasten.bench.engines import HastenEngine, clock
+    from hasten.checkpoint.hub import model_name
     from hasten.engine.llm import LLM
 
     start = time.perf_counter()
@@ -99,7 +99,7 @@ def _of_hasten(args: argparse.Namespace, options: Mapping[str, Any], plan: "Plan
             return None
         results: dict[str, Any] = {
             "engine": HastenEngine.label,
-            "model": Path(args.model).resolve().name,
+            "model": model_name(args.model),
             "init_s": clock(llm.device) - start,
             "vocab_size": llm.config.vocab_size,
             "options": {**options, **options_of(args)},
