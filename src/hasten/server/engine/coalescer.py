@@ -8,7 +8,7 @@ gets as much as it can send. The first and the last tokens of a request never wa
 from hasten.core.types import CompletionOutput, RequestOutput
 from hasten.server.engine.wire import CompletionDelta, Output
 
-_STREAMS_SHARE = 0.05
+_STREAMS_SHARE = 1 / 30
 """Of the cores that engine and server compete for, so much may go to writing streams; more slows down all of them."""
 
 
