@@ -163,6 +163,11 @@ class CountingEngine:
         self.closed = False
         self.pause = 0.0
         """Seconds before each token."""
+        self.go = asyncio.Event()
+        """Cleared, no tokens come until it is set."""
+        self.go.set()
+        self.begun = 0
+        """Requests."""
         self.fault: Exception | None = None
         self.tokenizer = Tokenizer.from_folder(DEMO)
         self.info = EngineInfo(
@@ -188,9 +193,11 @@ class CountingEngine:
         if self.fault is not None:
             raise self.fault
         assert params.max_tokens is not None
+        self.begun += 1
         told = Progress([CompletionDelta(0, [], "")], False, ids, None, 0.0)
         for token in range(ids[-1] + 1, ids[-1] + 1 + params.max_tokens):
             await asyncio.sleep(self.pause)
+            await self.go.wait()
             assert not self.closed, "a request was lost"
             told.completions[0].token_ids.append(token)
             told.completions[0].text += "x"

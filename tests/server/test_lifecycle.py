@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.server.engine_helpers import until
 from tests.server.service_fixtures import CountingEngine, Running, tensor, token_request, values
 
 from hasten.core.config import EngineConfig
@@ -140,11 +141,7 @@ class Bench(Running):
         return [(one.name, one.version, str(one.state), one.reason) for one in self.service.index()]
 
     def until(self, true: Callable[[], bool]) -> None:
-        async def wait() -> None:
-            while not true():
-                await asyncio.sleep(0.005)
-
-        self.run(asyncio.wait_for(wait(), 10))
+        self.run(until(true))
 
     def answer(self, model: str = "m", version: str = "", prompt: int = 7) -> list[int]:
         """The tokens of a request."""
@@ -286,7 +283,6 @@ def test_unloading(bench: Bench) -> None:
 
 
 def test_requests_under_way_finish_when_a_model_is_unloaded(bench: Bench) -> None:
-    bench.engines.pause = 0.02
     bench.write("m")
     bench.write("z", ENSEMBLE)
     bench.write("a", TEXT)
@@ -295,12 +291,16 @@ def test_requests_under_way_finish_when_a_model_is_unloaded(bench: Bench) -> Non
     requests = [token_request([[7]], 10, "m"), token_request([[7]], 10, "z"), text]
 
     async def all_of_it() -> list[Any]:
-        tasks = [asyncio.ensure_future(bench.service.infer(request)) for request in requests]
-        await asyncio.sleep(0.05)
-        await bench.service.unload("m")
-        assert bench.service.index()[1].state == "UNLOADING"
-        assert not any(task.done() for task in tasks)
-        return await asyncio.gather(*tasks)
+        (engine,) = bench.engines.started
+        engine.go.clear()
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(bench.service.infer(request)) for request in requests]
+            await until(lambda: engine.begun == len(tasks))
+            await bench.service.unload("m")
+            assert bench.service.index()[1].state == "UNLOADING"
+            assert not any(task.done() for task in tasks)
+            engine.go.set()
+        return [task.result() for task in tasks]
 
     made = [values(response) for response in bench.run(all_of_it())]
     assert made[0]["output_ids"] == made[1]["output_ids"] == [[[*range(7, 18)]]]
@@ -309,17 +309,21 @@ def test_requests_under_way_finish_when_a_model_is_unloaded(bench: Bench) -> Non
 
 
 def test_a_later_step_that_is_unloaded_meanwhile_has_its_turn(bench: Bench) -> None:
-    bench.engines.pause = 0.02
     bench.write("m")
     bench.write("n")
     bench.write("z", CHAIN)
     bench.start(ControlMode.EXPLICIT, "z")
 
     async def ask() -> Any:
-        task = asyncio.ensure_future(bench.service.infer(token_request([[7]], 4, "z")))
-        await asyncio.sleep(0.03)
-        await bench.service.unload("m")
-        return await task
+        for engine in bench.engines.started:
+            engine.go.clear()
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(bench.service.infer(token_request([[7]], 4, "z")))
+            await until(lambda: any(engine.begun for engine in bench.engines.started))
+            await bench.service.unload("m")
+            for engine in bench.engines.started:
+                engine.go.set()
+        return task.result()
 
     assert values(bench.run(ask()))["output_ids"] == [[[*range(7, 13)]]]
     bench.until(lambda: len(bench.engines.alive) == 1)
@@ -381,16 +385,17 @@ def test_loading_again_replaces_without_a_gap(bench: Bench) -> None:
 
     async def reload() -> None:
         stop = asyncio.Event()
-        asking = [asyncio.ensure_future(ask(stop, model)) for model in ("m", "z") * 4]
-        for _ in range(10):
-            await asyncio.sleep(0.02)
-            await bench.service.load("m")
-            assert bench.service.is_ready()
-        stop.set()
-        await asyncio.gather(*asking)
+        async with asyncio.TaskGroup() as group:
+            for model in ("m", "z") * 4:
+                group.create_task(ask(stop, model))
+            for _ in range(10):
+                seen = answered
+                await until(lambda seen=seen: answered > seen + 8)  # type: ignore[misc]
+                await bench.service.load("m")
+                assert bench.service.is_ready()
+            stop.set()
 
     bench.run(reload())
-    assert answered > 50
     assert len(bench.engines.started) == 11
     bench.until(lambda: len(bench.engines.alive) == 1)
 
@@ -440,11 +445,12 @@ def test_where_memory_is_short_the_old_one_ends_first(bench: Bench) -> None:
     bench.start(ControlMode.EXPLICIT, "m")
 
     async def reload() -> Any:
-        under_way = asyncio.ensure_future(bench.service.infer(token_request([[7]], 20, "m")))
-        await asyncio.sleep(0.05)
-        await bench.service.load("m")
-        assert under_way.done()
-        return await under_way
+        async with asyncio.TaskGroup() as group:
+            under_way = group.create_task(bench.service.infer(token_request([[7]], 20, "m")))
+            await until(lambda: bench.engines.started[0].begun == 1)
+            await bench.service.load("m")
+            assert under_way.done()
+        return under_way.result()
 
     assert values(bench.run(reload()))["output_ids"] == [[[*range(7, 28)]]]
     assert len(bench.engines.started) == 2
@@ -590,11 +596,11 @@ def test_a_caller_that_leaves_does_not_stop_a_load(bench: Bench) -> None:
     bench.engines.gate.clear()
 
     async def leave() -> None:
-        loading = asyncio.ensure_future(bench.service.load("m"))
-        await asyncio.sleep(0.02)
-        assert bench.service.index()[0].state == "LOADING"
-        assert not bench.service.is_ready()
-        loading.cancel()
+        async with asyncio.TaskGroup() as group:
+            loading = group.create_task(bench.service.load("m"))
+            await until(lambda: bench.service.index()[0].state == "LOADING")
+            assert not bench.service.is_ready()
+            loading.cancel()
 
     bench.run(leave())
     bench.engines.gate.set()
@@ -634,24 +640,28 @@ def test_an_engine_that_is_away_makes_the_model_unready(bench: Bench) -> None:
 
 
 def test_closing_lets_requests_finish_and_takes_no_more(bench: Bench) -> None:
-    bench.engines.pause = 0.02
     bench.write("m")
     bench.start(ControlMode.EXPLICIT, "m")
 
     async def close() -> Any:
-        under_way = asyncio.ensure_future(bench.service.infer(token_request([[7]], 10, "m")))
-        await asyncio.sleep(0.05)
-        closing = asyncio.ensure_future(bench.service.close(5))
-        await asyncio.sleep(0)
-        assert not bench.service.is_ready()
-        with pytest.raises(
-            ServiceError, match="Server is stopping, scheduler for model has stopped accepting"
-        ) as caught:
-            await bench.service.infer(token_request([[7]], 10, "m"))
-        assert caught.value.kind is ErrorKind.UNAVAILABLE
-        await closing
-        assert under_way.done()
-        return await under_way
+        (engine,) = bench.engines.started
+        engine.go.clear()
+        async with asyncio.TaskGroup() as group:
+            under_way = group.create_task(bench.service.infer(token_request([[7]], 10, "m")))
+            await until(lambda: engine.begun == 1)
+            closing = group.create_task(bench.service.close(100))
+            await asyncio.sleep(0)
+            assert not bench.service.is_ready()
+            with pytest.raises(
+                ServiceError, match="Server is stopping, scheduler for model has stopped accepting"
+            ) as caught:
+                await bench.service.infer(token_request([[7]], 10, "m"))
+            assert caught.value.kind is ErrorKind.UNAVAILABLE
+            assert not closing.done()
+            engine.go.set()
+            await closing
+            assert under_way.done()
+        return under_way.result()
 
     assert values(bench.run(close()))["output_ids"] == [[[*range(7, 18)]]]
     assert not bench.engines.alive
@@ -661,19 +671,18 @@ def test_closing_lets_requests_finish_and_takes_no_more(bench: Bench) -> None:
 def test_closing_waits_no_longer_than_it_may(bench: Bench) -> None:
     bench.write("m")
     bench.start(ControlMode.EXPLICIT, "m")
-    bench.engines.started[0].pause = 30
 
-    async def close() -> float:
-        under_way = asyncio.ensure_future(bench.service.infer(token_request([[7]], 10, "m")))
-        await asyncio.sleep(0.02)
-        begun = asyncio.get_running_loop().time()
-        await bench.service.close(0.1)
-        took = asyncio.get_running_loop().time() - begun
-        under_way.cancel()
-        await asyncio.gather(under_way, return_exceptions=True)
-        return took
+    async def close() -> None:
+        (engine,) = bench.engines.started
+        engine.go.clear()
+        async with asyncio.TaskGroup() as group:
+            under_way = group.create_task(bench.service.infer(token_request([[7]], 10, "m")))
+            await until(lambda: engine.begun == 1)
+            await bench.service.close(0.1)
+            assert not under_way.done()
+            under_way.cancel()
 
-    assert bench.run(close()) < 1
+    bench.run(close())
     assert not bench.engines.alive
 
 
@@ -683,10 +692,11 @@ def test_closing_gives_up_what_is_being_loaded(bench: Bench) -> None:
     bench.engines.gate.clear()
 
     async def close() -> None:
-        loading = asyncio.ensure_future(bench.service.load("m"))
-        await asyncio.sleep(0.02)
-        await asyncio.wait_for(bench.service.close(5), 2)
-        await asyncio.gather(loading, return_exceptions=True)
+        async with asyncio.TaskGroup() as group:
+            loading = group.create_task(bench.service.load("m"))
+            await until(lambda: bench.service.index()[0].state == "LOADING")
+            await bench.service.close(1000)
+            await asyncio.gather(loading, return_exceptions=True)
 
     bench.run(close())
     assert not bench.engines.started

@@ -3,11 +3,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.server.engine_helpers import error_of, stopped
+from tests.server.engine_helpers import until as wait_until
 from tests.server.service_fixtures import (
     DEMO,
     LONGEST,
@@ -129,12 +130,8 @@ def engine(running: Running) -> EngineClient:
     return running.service.engines()["fastertransformer", "1"]
 
 
-def until(running: Running, true: Any, seconds: float = 10) -> None:
-    async def wait() -> None:
-        while not true():
-            await asyncio.sleep(0.002)
-
-    running.run(asyncio.wait_for(wait(), seconds))
+def until(running: Running, true: Any) -> None:
+    running.run(wait_until(true))
 
 
 TEXT = InferRequest(
@@ -184,8 +181,7 @@ def test_cancelling_the_task_withdraws_the_request(demo: Running, stream: bool) 
             task: asyncio.Future[Any] = asyncio.ensure_future(_all(responses))
         else:
             task = asyncio.ensure_future(demo.service.infer(token_request(PROMPTS, LONGEST, end_id=NEVER)))
-        while not engine(demo).stats().running:
-            await asyncio.sleep(0.002)
+        await wait_until(lambda: engine(demo).stats().running > 0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -249,8 +245,7 @@ def test_queue_limits_timeouts_and_priorities() -> None:
             return request
 
         async def ask() -> tuple[list[str], ServiceError, ServiceError]:
-            under_way = [asyncio.ensure_future(service.infer(long)) for _ in range(2)]
-            await asyncio.sleep(0.05)
+            client = engine(running)
             order: list[str] = []
 
             async def named(name: str, request: InferRequest) -> None:
@@ -259,14 +254,17 @@ def test_queue_limits_timeouts_and_priorities() -> None:
 
             impatient = token_request([[6]], 1)
             impatient.parameters["timeout"] = 1000
-            waiting = asyncio.ensure_future(service.infer(impatient))
-            late = (await asyncio.gather(waiting, return_exceptions=True))[0]
-            others = [asyncio.ensure_future(named("default", short))]
-            await asyncio.sleep(0.01)
-            others.append(asyncio.ensure_future(named("high", prioritized(1))))
-            await asyncio.sleep(0.01)
-            refused = (await asyncio.gather(service.infer(short), return_exceptions=True))[0]
-            await asyncio.gather(*under_way, *others)
+            async with asyncio.TaskGroup() as group:
+                for _ in range(2):
+                    group.create_task(service.infer(long))
+                await wait_until(lambda: (client.stats().running, client.stats().waiting) == (1, 1))
+                with stopped(client):
+                    late = await error_of(service.infer(impatient))
+                    group.create_task(named("default", short))
+                    await wait_until(lambda: client.stats().waiting == 2)
+                    group.create_task(named("high", prioritized(1)))
+                    await wait_until(lambda: client.stats().waiting == 3)
+                    refused = await error_of(service.infer(short))
             assert isinstance(late, ServiceError)
             assert isinstance(refused, ServiceError)
             return order, late, refused
@@ -314,13 +312,13 @@ def test_a_real_reload_under_real_load(tmp_path: Path) -> None:
         async def reload() -> None:
             stop = asyncio.Event()
             requests = (token_request(PROMPTS, 12), text, texts)
-            asking = [asyncio.ensure_future(ask(request, stop)) for request in requests * 2]
-            await service.load("fastertransformer")
-            seen = dict(answered)
-            while any(answered[name] == seen[name] for name in answered):
-                await asyncio.sleep(0.01)
-            stop.set()
-            await asyncio.gather(*asking)
+            async with asyncio.TaskGroup() as group:
+                for request in requests * 2:
+                    group.create_task(ask(request, stop))
+                await service.load("fastertransformer")
+                seen = dict(answered)
+                await wait_until(lambda: all(answered[name] > seen[name] for name in answered))
+                stop.set()
 
         running.run(reload())
         assert engine(running) is not old
@@ -347,27 +345,25 @@ def test_a_killed_engine_fails_what_it_computed_and_comes_back() -> None:
     try:
         service = running.service
 
-        async def kill() -> tuple[ServiceError, float]:
-            under_way = asyncio.ensure_future(service.infer(token_request(PROMPTS, LONGEST, end_id=NEVER)))
-            while not engine(running).stats().running:
-                await asyncio.sleep(0.002)
-            pid = engine(running).pid
-            assert pid is not None
-            begun = time.monotonic()
-            os.kill(pid, signal.SIGKILL)
-            (error,) = await asyncio.gather(under_way, return_exceptions=True)
-            assert isinstance(error, ServiceError)
-            return error, time.monotonic() - begun
+        async def kill() -> Exception | None:
+            asked = error_of(service.infer(token_request(PROMPTS, LONGEST, end_id=NEVER)))
+            async with asyncio.TaskGroup() as group:
+                under_way = group.create_task(asked)
+                await wait_until(lambda: engine(running).stats().running > 0)
+                pid = engine(running).pid
+                assert pid is not None
+                os.kill(pid, signal.SIGKILL)
+                return await under_way
 
-        error, took = running.run(kill())
+        error = running.run(kill())
+        assert isinstance(error, ServiceError)
         assert error.kind is ErrorKind.UNAVAILABLE
-        assert took < 2
         assert not service.is_ready()
         assert not service.is_model_ready("text")
         states = {entry.name: (str(entry.state), entry.reason) for entry in service.index()}
         assert states["fastertransformer"] == ("UNAVAILABLE", "its engine is starting again")
         assert service.counters.of("fastertransformer", "1").failures[FailureReason.BACKEND] == 1
-        until(running, service.is_ready, 30)
+        until(running, service.is_ready)
         assert running.infer(token_request(PROMPTS, 4))["sequence_length"] == [[8], [5]]
     finally:
         running.close()
