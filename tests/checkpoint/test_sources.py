@@ -261,7 +261,9 @@ def test_a_rank_verifies_the_files_it_reads_and_no_others(
     dict(rank_tensors(open_checkpoint(folder, 4, verify=False), 3, 4, torch.float32))
 
 
-def test_damaged_rank_folders(tiny_bloom: Path, copy_of: Copy, tmp_path: Path) -> None:
+def test_damaged_rank_folders(
+    tiny_bloom: Path, copy_of: Copy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     ft = converted(tiny_bloom, tmp_path / "ft", 2, "fastertransformer")
     name = "model.layers.0.attention.dense.weight.1.bin"
 
@@ -291,8 +293,26 @@ def test_damaged_rank_folders(tiny_bloom: Path, copy_of: Copy, tmp_path: Path) -
             open_checkpoint(folder)
     folder = copy_of(ft)
     edit_ini(folder, "use_attention_linear_bias=True", "use_attention_linear_bias=False")
-    with pytest.raises(UnsupportedError, match="not a BLOOM"):
+    with pytest.raises(UnsupportedError, match=r"not a BLOOM model \(use_attention_linear_bias is False\)"):
         open_checkpoint(folder)
+    for key, old, new in (
+        ("has_positional_encoding", "False", "True"),
+        ("has_pre_decoder_layernorm", "True", "False"),
+        ("has_post_decoder_layernorm", "True", "False"),
+        ("activation_type", "Gelu", "Relu"),
+    ):
+        folder = copy_of(ft)
+        edit_ini(folder, f"{key}={old}", f"{key}={new}")
+        with pytest.raises(UnsupportedError, match=rf"not a BLOOM model \({key} is {new}\)"):
+            open_checkpoint(folder)
+    folder = copy_of(ft)
+    edit_ini(folder, "layernorm_type=pre_layernorm", "layernorm_type=deep_norm")
+    with pytest.raises(UnsupportedError, match="layernorm_type 'deep_norm' is not one of pre_layernorm, post_layernor"):
+        open_checkpoint(folder)
+    folder = copy_of(ft)
+    edit_ini(folder, "end_id=2", "end_id=2\nint8_scale=0.5")
+    open_checkpoint(folder)
+    assert "ignored, since hasten does not know what they change: int8_scale" in caplog.text
     folder = copy_of(ft.parent) / "2-gpu"
     edit_ini(folder, "layernorm_type=pre", "layernorm_type=post")
     with pytest.raises(CheckpointError, match="differ in residual_after_norm"):

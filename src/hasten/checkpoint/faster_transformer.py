@@ -5,6 +5,7 @@ A file is headerless, in C order. Matrices are stored (in, out), a fused QKV as 
 
 import configparser
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from hasten.core.config import AttentionConfig, DTypeName, ModelConfig, dtype_na
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
 from hasten.models.weight_map import Row
 from hasten.parallel.shard import Split, share_shape
+
+_log = logging.getLogger(__name__)
 
 CONFIG_INI = "config.ini"
 _SPLIT = frozenset({Split.COLUMN, Split.ROW, Split.QKV})
@@ -95,17 +98,49 @@ def read_config_ini(path: Path) -> IniFacts:
     try:
         parser.read_string(path.read_text(encoding="utf-8"), source=str(path))
         section = parser["gpt"]
-        if section.get("activation_type", "Gelu") != "Gelu" or not section.getboolean(
-            "use_attention_linear_bias", False
-        ):
-            raise UnsupportedError(
-                f"{path}: not a BLOOM model; hasten reads no other kind from FasterTransformer's format"
-            )
+        _check_kind(section, path)
         return IniFacts(_model_config(section), int(section["tensor_para_size"]), section.get("model_name", ""))
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error.args[0]!r}; convert the checkpoint again") from error
     except (configparser.Error, ValueError, ConfigError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as FasterTransformer's config.ini: {error}") from error
+
+
+_OF_BLOOM = {
+    "activation_type": "Gelu",
+    "use_attention_linear_bias": "True",
+    "has_positional_encoding": "False",
+    "has_pre_decoder_layernorm": "True",
+    "has_post_decoder_layernorm": "True",
+}
+"""Keys of config.ini that are alike in every BLOOM."""
+_LAYERNORM_TYPES = ("pre_layernorm", "post_layernorm")
+
+
+def _check_kind(section: configparser.SectionProxy, path: Path) -> None:
+    """UnsupportedError names the key that says that this is no BLOOM; a warning names keys that are not known."""
+    for name, value in _OF_BLOOM.items():
+        # what other models lack altogether
+        found = section.get(name, "False" if name == "use_attention_linear_bias" else value)
+        if found.lower() != value.lower():
+            raise UnsupportedError(
+                f"{path}: not a BLOOM model ({name} is {found}); hasten reads no other kind from "
+                "FasterTransformer's format"
+            )
+    kind = section.get("layernorm_type", _LAYERNORM_TYPES[0])
+    if kind not in _LAYERNORM_TYPES:
+        raise UnsupportedError(f"{path}: layernorm_type {kind!r} is not one of {', '.join(_LAYERNORM_TYPES)}")
+    known = {*_OF_BLOOM, *_READ, "layernorm_type", "model_variant"}
+    if unknown := sorted(set(section) - known):
+        _log.warning("%s: ignored, since hasten does not know what they change: %s", path, ", ".join(unknown))
+
+
+_READ = frozenset(
+    """
+    model_name num_layer head_num inter_size size_per_head vocab_size tensor_para_size weight_data_type layernorm_eps
+    start_id end_id
+    """.split()
+)
 
 
 def _ids(text: str) -> tuple[int, ...]:
