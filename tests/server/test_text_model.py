@@ -164,7 +164,7 @@ def refused(demo: Running, request: InferRequest, kind: ErrorKind = ErrorKind.IN
         ({"max_tokens": 4, "beam_width": 2, "top_k": 9}, "have no meaning with beam_width above 1"),
         ({"max_tokens": 4, "seed": 1, "random_seed": 1}, "inputs 'seed' and 'random_seed' say the same; give one"),
         ({"max_tokens": 4, "bad_words": [b"\xff"]}, "input 'bad_words' is not UTF-8"),
-        ({"prompt": "word " * 300}, "more than the longest sequence of 192"),
+        ({"prompt": "word " * 300}, "tokens, the limit is 191"),
     ],
 )
 def test_what_is_wrong_is_named(demo: Running, inputs: dict[str, Any], message: str) -> None:

@@ -3,14 +3,17 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer as FastTokenizer
 
+from hasten.core.errors import InvalidRequestError
 from hasten.core.text import require_utf8
 from hasten.core.types import SamplingParams
 from hasten.engine import tokenizer_files
 from hasten.engine.detokenizer import Detokenizer, TokenStream
+from hasten.engine.token_bound import most_bytes_per_token
 
 _PROMPT_END = 16
 """Tokens at the end of a prompt of which usually one has text."""
@@ -41,14 +44,37 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; InvalidRequestError where it is not UTF-8."""
-        with _utf8(text):
-            ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, several at a time."""
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, most_tokens: int | None = None
+    ) -> list[list[int]]:
+        """Token ids of each text; TextTooLongError where one has more than `most_tokens`.
+
+        A text that cannot have so few is refused by its bytes. While it tokenizes, other threads go on.
+        """
+        if most_tokens is not None:
+            for text in texts:
+                self.check_length(text, most_tokens)
         with _utf8(*texts):
-            return [encoding.ids for encoding in self._fast.encode_batch(list(texts))]
+            # `encode` would hold Python's lock, and `encode_batch` find out where in the text each token is
+            encodings = self._fast.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        for encoding in encodings:
+            if most_tokens is not None and len(encoding) > most_tokens:
+                raise TextTooLongError(len(encoding), most_tokens, exact=True)
+        return [encoding.ids for encoding in encodings]
+
+    @cached_property
+    def most_bytes_per_token(self) -> int | None:
+        """How many bytes of text a token may stand for; None where any number may."""
+        return most_bytes_per_token(self._fast)
+
+    def check_length(self, text: str, most_tokens: int) -> None:
+        """TextTooLongError where a text has so many characters that it must have more tokens."""
+        most = self.most_bytes_per_token
+        least = 0 if most is None else -(-len(text) // most)
+        if least > most_tokens:
+            raise TextTooLongError(least, most_tokens, exact=False)
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
         """Token ids of two texts that belong together, told apart by the tokenizer's own type ids."""
@@ -74,8 +100,17 @@ class Tokenizer:
 
     def words_ids(self, word: str) -> list[list[int]]:
         """The runs of tokens that `word` may appear as: at the start of a text and after a space."""
-        runs = [self.encode(text, add_special_tokens=False) for text in (word, " " + word.lstrip())]
+        runs = self.encode_batch((word, " " + word.lstrip()), add_special_tokens=False)
         return [run for place, run in enumerate(runs) if run and run not in runs[:place]]
+
+
+class TextTooLongError(InvalidRequestError):
+    """A text that has more tokens than it may have."""
+
+    def __init__(self, tokens: int, most_tokens: int, *, exact: bool) -> None:
+        self.count = f"{'' if exact else 'at least '}{tokens}"
+        """How many it has, in words."""
+        super().__init__(f"the prompt has {self.count} tokens, the limit is {most_tokens}")
 
 
 @contextmanager

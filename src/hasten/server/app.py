@@ -48,7 +48,7 @@ class Server:
             mode=ControlMode(options.repository.model_control_mode),
             server_id=options.server.server_id,
             strict_readiness=options.server.strict_readiness,
-            start_engine=_engine_starter(security.max_prompt_tokens, options.server.stall_timeout_secs),
+            start_engine=_engine_starter(security, options.server.stall_timeout_secs),
         )
         self._machine = _machine(options.endpoints)
         self._descriptors = raise_descriptor_limit()
@@ -285,11 +285,11 @@ def _limit(config: Any, model: ModelOptions) -> None:
         policy.allow_timeout_override = True
 
 
-def _engine_starter(max_prompt_tokens: int | None, stall_timeout: float) -> StartEngine:
-    """Starts engines that refuse longer prompts, and are not ready once they stand still."""
+def _engine_starter(security: SecurityOptions, stall_timeout: float) -> StartEngine:
+    """Starts engines that refuse what is too long, and are not ready once they stand still."""
 
     async def start(config: EngineConfig, limits: QueueLimits, *, name: str) -> EngineClient:
-        limits = replace(limits, max_prompt_tokens=max_prompt_tokens)
+        limits = replace(limits, max_prompt_tokens=security.max_prompt_tokens, max_text_bytes=security.max_text_bytes)
         return await EngineClient.start(config, limits, name=name, stall_timeout=stall_timeout)
 
     return start

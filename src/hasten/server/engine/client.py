@@ -25,6 +25,7 @@ from hasten.server.engine.queue import (
     Ticket,
 )
 from hasten.server.engine.wire import Abort, Add, CompletionDelta, EngineInfo, Expire, Step, framed
+from hasten.server.tokenizing import check_words, tokenizing
 
 __all__ = [
     "CompletionDelta",
@@ -40,13 +41,33 @@ __all__ = [
 
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.5, 30.0
 """Before a dead process is started again: doubled each time, from the start again once it has lived for the longest."""
-_LONG_TEXT = 20_000
-"""Characters from which on a prompt is tokenized in a thread: it takes milliseconds."""
+_FEW_WORDS = 8
+"""Which are tokenized at once."""
 _MOST_COMPLETIONS = 1024
 """Of one request: each is a sequence in the engine from the end of its prompt on."""
+_MOST_ENTRIES = {"stop_token_ids": 1024, "stop_words_ids": 1024, "bad_words_ids": 2048, "logit_bias": 4096}
+"""Of one request: each is looked at for each token."""
+_MOST_LOGPROBS = 1024
+"""Of one token."""
 _NO_LIMITS = QueueLimits()
 DEFAULT_STALL_TIMEOUT_S = 60.0
 _log = logging.getLogger(__name__)
+
+
+def _check_sizes(params: SamplingParams, vocab_size: int) -> None:
+    """InvalidRequestError where parameters would make each token take long."""
+    if params.n > _MOST_COMPLETIONS:
+        raise InvalidRequestError(f"n must be at most {_MOST_COMPLETIONS}, got {params.n}")
+    for name, most in _MOST_ENTRIES.items():
+        count = len(getattr(params, name))
+        if count > most:
+            raise InvalidRequestError(f"{name} has {count} entries, the limit is {most}")
+    for name in ("logprobs", "prompt_logprobs"):
+        count = getattr(params, name) or 0
+        if min(count, vocab_size) > _MOST_LOGPROBS:
+            raise InvalidRequestError(f"{name} must be at most {_MOST_LOGPROBS}, got {count}")
+    check_words("stop", params.stop)
+    check_words("bad_words", params.bad_words)
 
 
 class EngineClosedError(EngineError):
@@ -134,7 +155,9 @@ class EngineClient:
         Raises InvalidRequestError, QueueFullError, QueueTimeoutError, EngineClosedError where no new requests are
         taken, and EngineError where the process died.
         """
-        ticket = self._ticket(await self._tokens(prompt), params, stream=stream, priority=priority)
+        _check_sizes(params, self.info.vocab_size)
+        tokens = await self._tokens(prompt)
+        ticket = self._ticket(tokens, await self._without_words(params), stream=stream, priority=priority)
         self._submit(ticket, queue_timeout)
         try:
             while True:
@@ -145,31 +168,56 @@ class EngineClient:
         finally:
             self._withdraw(ticket)
 
-    async def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        if not isinstance(prompt, str):
-            try:
-                return tuple(map(index, prompt))
-            except TypeError:
-                raise InvalidRequestError(f"a prompt must be text or token ids, not {prompt!r:.80}") from None
+    @property
+    def most_prompt_tokens(self) -> int:
+        """Longest prompt that is taken: one token at least must fit behind it."""
+        most = self.info.max_model_len - 1
+        limit = self._limits.max_prompt_tokens
+        return most if limit is None else min(most, limit)
+
+    async def tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of prompts; TextTooLongError where one is longer than may be, most often without tokenizing it."""
         if self.tokenizer is None:
             raise InvalidRequestError("the model has no tokenizer; send token ids, or start it with --tokenizer-path")
+        return await tokenizing.encode(
+            self.tokenizer,
+            texts,
+            most_tokens=self.most_prompt_tokens,
+            max_bytes=self._limits.max_text_bytes,
+            add_special_tokens=add_special_tokens,
+        )
+
+    async def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            (ids,) = await self.tokenize([prompt])
+            return tuple(ids)
+        self._check_length(prompt)
         try:
-            if len(prompt) < _LONG_TEXT:
-                return tuple(self.tokenizer.encode(prompt))
-            return tuple(await asyncio.to_thread(self.tokenizer.encode, prompt))
-        except (UnicodeEncodeError, TypeError):  # what the library raises for half a character
-            raise InvalidRequestError("the prompt is not valid Unicode: it has half of a surrogate pair") from None
+            return tuple(map(index, prompt))
+        except TypeError:
+            raise InvalidRequestError(f"a prompt must be text or token ids, not {prompt!r:.80}") from None
+
+    def _check_length(self, prompt: Sequence[int]) -> None:
+        if hasattr(prompt, "__len__") and len(prompt) > self.most_prompt_tokens:
+            raise InvalidRequestError(f"the prompt has {len(prompt)} tokens, the limit is {self.most_prompt_tokens}")
+
+    async def _without_words(self, params: SamplingParams) -> SamplingParams:
+        """The same with bad words as tokens: the engine would tokenize them between two steps."""
+        if not params.bad_words or self.tokenizer is None:
+            return params
+        tokenizer = self.tokenizer
+
+        def runs() -> list[list[int]]:
+            return [run for word in params.bad_words for run in tokenizer.words_ids(word)]
+
+        found = runs() if len(params.bad_words) <= _FEW_WORDS else await tokenizing.run(runs)
+        return replace(params, bad_words=(), bad_words_ids=(*params.bad_words_ids, *found))
 
     def _ticket(self, tokens: tuple[int, ...], params: SamplingParams, *, stream: bool, priority: int) -> Ticket:
         if self._draining:
             raise EngineClosedError(f"engine {self.name} takes no new requests: it is about to end")
         if priority < 0:
             raise InvalidRequestError(f"priority must be 0 (the default), 1 (the highest) or larger, got {priority}")
-        most = self._limits.max_prompt_tokens
-        if most is not None and len(tokens) > most:
-            raise InvalidRequestError(f"the prompt has {len(tokens)} tokens, the limit is {most}")
-        if params.n > _MOST_COMPLETIONS:
-            raise InvalidRequestError(f"n must be at most {_MOST_COMPLETIONS}, got {params.n}")
         self._numbers += 1
         try:
             frame = framed(Add(self._numbers, tokens, params, stream))

@@ -34,6 +34,8 @@ class QueueLimits:
     """Seconds that a request may wait unless it says otherwise; None or 0: for ever."""
     max_prompt_tokens: int | None = None
     """Longer prompts are refused; None: what the engine can take."""
+    max_text_bytes: int = 1 << 20
+    """Longer texts are refused where the tokenizer sets no bound on the bytes of a token."""
 
 
 @dataclass

@@ -14,6 +14,7 @@ from typing import Any
 from hasten.core.errors import InvalidRequestError
 from hasten.core.types import SamplingParams
 from hasten.server.engine.client import EngineInfo
+from hasten.server.json_size import check_json_size
 from hasten.server.models.interfaces import TENSORRT_LLM_INPUTS
 from hasten.server.models.token_inputs import end_options, sampling
 from hasten.server.models.work import Work
@@ -88,7 +89,10 @@ def _params(work: Work, info: EngineInfo) -> SamplingParams:
 
 def _json(text: str) -> Mapping[str, Any]:
     try:
+        check_json_size(text.encode())
         raw = json.loads(text) if text.strip() else {}
+    except InvalidRequestError as error:
+        raise _invalid(f"input 'sampling_parameters' is not JSON that can be read: {error}") from None
     except (ValueError, RecursionError) as error:
         raise _invalid(f"input 'sampling_parameters' is not JSON: {error}") from None
     if not isinstance(raw, dict):

@@ -14,14 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2
 
-from hasten.core.errors import ConfigError
+from hasten.core.errors import ConfigError, InvalidRequestError
 from hasten.engine.text import Tokenizer
 from hasten.server.models.config import parameter
 from hasten.server.models.model import Models, required_engine
 from hasten.server.models.parameters import TOKEN_MODEL, TOKENIZER
 from hasten.server.models.token_inputs import pack_words
 from hasten.server.models.work import Outcome, Work
+from hasten.server.tokenizing import check_words, tokenizing
 from hasten.server.types import ErrorKind, ServiceError, Tensor
+
+_MOST_DECODED = 1 << 18
+"""Tokens of one text: decoding them holds Python's lock."""
+_FEW_DECODED = 4096
+"""Which are decoded at once."""
 
 
 class _Processing:
@@ -48,6 +54,16 @@ class _Processing:
             raise ConfigError(f"model '{self._token_model}' has no tokenizer; set its parameter 'tokenizer_path'")
         return tokenizer
 
+    async def _encode(self, tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text: by the token model's limits where there is one."""
+        try:
+            if not self._token_model:
+                return await tokenizing.encode(tokenizer, texts)
+            engine = required_engine(self._models.find(self._token_model))
+            return await tokenizing.encode(tokenizer, texts, most_tokens=engine.most_prompt_tokens)
+        except InvalidRequestError as error:
+            raise _invalid(f"input 'QUERY': {error}") from None
+
     @property
     def ready(self) -> bool:
         """Always: it computes nothing on a device."""
@@ -64,7 +80,10 @@ class Preprocessing(_Processing):
         """One response."""
         work.known_parameters()
         tokenizer, inputs = self.tokenizer(), work.inputs
-        prompts = [tokenizer.encode(_only(texts, place)) for place, texts in enumerate(_texts(inputs["QUERY"]))]
+        queries = [_only(texts, place) for place, texts in enumerate(_texts(inputs["QUERY"]))]
+        words = [_read_words(inputs.get(name)) for name in ("BAD_WORDS_DICT", "STOP_WORDS_DICT")]
+        prompts = await self._encode(tokenizer, queries)
+        bad, stop = await tokenizing.run(lambda: [_words(tokenizer, each, len(prompts)) for each in words])
         work.clock.prepare()
         lengths = np.array([[len(prompt)] for prompt in prompts], np.uint32)
         ids = np.zeros((len(prompts), int(lengths.max())), np.uint32)
@@ -73,8 +92,8 @@ class Preprocessing(_Processing):
         made = [
             _tensor("INPUT_ID", "UINT32", ids),
             _tensor("REQUEST_INPUT_LEN", "UINT32", lengths),
-            _tensor("BAD_WORDS_IDS", "INT32", _words(tokenizer, inputs.get("BAD_WORDS_DICT"), len(prompts))),
-            _tensor("STOP_WORDS_IDS", "INT32", _words(tokenizer, inputs.get("STOP_WORDS_DICT"), len(prompts))),
+            _tensor("BAD_WORDS_IDS", "INT32", bad),
+            _tensor("STOP_WORDS_IDS", "INT32", stop),
             _tensor("REQUEST_OUTPUT_LEN", "UINT32", inputs["REQUEST_OUTPUT_LEN"].data),
         ]
         yield Outcome([tensor for tensor in made if tensor.name in work.outputs], final=True)
@@ -89,9 +108,16 @@ class Postprocessing(_Processing):
         tokenizer, tokens = self.tokenizer(), work.inputs["TOKENS_BATCH"].data
         lengths = _lengths(work, tokens)
         work.clock.prepare()
-        texts = np.empty(tokens.shape[:2], dtype=object)
-        for item, beam in np.ndindex(texts.shape):
-            texts[item, beam] = tokenizer.decode(tokens[item, beam, : lengths[item, beam]].tolist()).encode()
+        if tokens.shape[2] > _MOST_DECODED:
+            raise _invalid(f"input 'TOKENS_BATCH' has {tokens.shape[2]} tokens an item, the limit is {_MOST_DECODED}")
+
+        def decode() -> NDArray[Any]:
+            texts = np.empty(tokens.shape[:2], dtype=object)
+            for item, beam in np.ndindex(texts.shape):
+                texts[item, beam] = tokenizer.decode(tokens[item, beam, : lengths[item, beam]].tolist()).encode()
+            return texts
+
+        texts = decode() if tokens.size <= _FEW_DECODED else await tokenizing.run(decode)
         yield Outcome([_tensor("OUTPUT", "BYTES", texts)], final=True)
 
 
@@ -121,18 +147,27 @@ def _only(texts: list[str], place: int) -> str:
     return texts[0]
 
 
-def _words(tokenizer: Tokenizer, tensor: Tensor | None, batch_size: int) -> NDArray[np.int32]:
-    """Each item's words as runs of tokens, in the two rows that the token model reads."""
+def _read_words(tensor: Tensor | None) -> list[list[str]] | None:
+    """Each item's words."""
     if tensor is None:
-        return pack_words([[] for _ in range(batch_size)])
-    runs = []
+        return None
+    made = []
     for place, texts in enumerate(_texts(tensor)):
         try:
             words = [word for row in csv.reader(texts) for word in row if word]
+            check_words(f"input '{tensor.name}'", words)
         except csv.Error as error:
             raise _invalid(f"item {place} of the batch: input '{tensor.name}' is not CSV: {error}") from None
-        runs.append([run for word in words for run in tokenizer.words_ids(word)])
-    return pack_words(runs)
+        except InvalidRequestError as error:
+            raise _invalid(f"item {place} of the batch: {error}") from None
+        made.append(words)
+    return made
+
+
+def _words(tokenizer: Tokenizer, items: list[list[str]] | None, batch_size: int) -> NDArray[np.int32]:
+    """Each item's words as runs of tokens, in the two rows that the token model reads."""
+    given = [[] for _ in range(batch_size)] if items is None else items
+    return pack_words([[run for word in words for run in tokenizer.words_ids(word)] for words in given])
 
 
 def _tensor(name: str, datatype: str, data: NDArray[Any]) -> Tensor:

@@ -22,6 +22,8 @@ from hasten.server.engine.client import EngineInfo
 from hasten.server.types import ErrorKind, ServiceError, Tensor
 
 _MAX_BEAMS_TOP_K = 1
+_MOST_WORDS_TOKENS = 1 << 16
+"""Of the words of one item, all together."""
 _INPUT_NAMES = {
     "top_k": "runtime_top_k",
     "top_p": "runtime_top_p",
@@ -205,15 +207,15 @@ def _prompt(columns: _Columns, place: int, info: EngineInfo) -> list[int]:
     length = columns.get("input_lengths", place)
     if length > len(row):
         raise _wrong(place, "input_lengths", f"is {length}, but 'input_ids' has {len(row)} tokens an item")
+    if length >= info.max_model_len:
+        most = f"with at least one to come, more than the longest sequence of {info.max_model_len} (max_model_len)"
+        raise _wrong(place, "input_ids", f"has {length} tokens; {most}")
     prompt: list[int] = row[:length].tolist()
     if not prompt:
         start = columns.get("start_id", place, info.bos_token_id)
         if start is None:
             raise _wrong(place, "input_lengths", "is 0, and the model has no start token; give 'start_id'")
         prompt = [start]
-    if len(prompt) >= info.max_model_len:
-        most = f"with at least one to come, more than the longest sequence of {info.max_model_len} (max_model_len)"
-        raise _wrong(place, "input_ids", f"has {len(prompt)} tokens; {most}")
     name = "input_ids" if length else "start_id"
     if max(prompt) >= info.vocab_size:
         raise _wrong(place, name, f"has token id {max(prompt)}; the vocabulary ends at {info.vocab_size - 1}")
@@ -225,6 +227,8 @@ def _words(columns: _Columns, name: str, place: int, info: EngineInfo) -> list[l
     tensor = columns.inputs.get(name)
     if tensor is None:
         return []
+    if tensor.data.shape[-1] > _MOST_WORDS_TOKENS:
+        raise _wrong(place, name, f"has {tensor.data.shape[-1]} tokens; the limit is {_MOST_WORDS_TOKENS}")
     ids, ends = tensor.data[place].tolist()
     last = ends.index(-1) if -1 in ends else len(ends)
     if any(end != -1 for end in ends[last:]):

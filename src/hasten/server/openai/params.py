@@ -11,6 +11,7 @@ from starlette.responses import Response
 from hasten.core.errors import EngineError, HastenError, InvalidRequestError
 from hasten.core.types import SamplingParams
 from hasten.server.engine.client import QueueFullError, QueueTimeoutError
+from hasten.server.json_size import check_json_size
 from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest
 from hasten.server.types import ErrorKind, ServiceError
 
@@ -46,6 +47,7 @@ class OpenAIError(HastenError):
 
 def decode(body: bytes, kind: type[Decoded]) -> Decoded:
     """The request in a body; OpenAIError naming the field that is wrong or unknown."""
+    check_json_size(body)
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:

@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from hasten.core.errors import EngineError, HastenError
 from hasten.engine.chat import ChatTemplate
+from hasten.engine.text import TextTooLongError
 from hasten.server.engine.client import EngineClient, EngineInfo
 from hasten.server.openai.call import Call
 from hasten.server.openai.chat import chat_text
@@ -35,8 +36,6 @@ from hasten.server.statistics import LanguageCounters
 
 _CLIENT_LEFT = 499
 """Nobody reads it; it stands in the log."""
-_LONG_TEXT = 20_000
-"""Characters from which on a prompt is tokenized in a thread: it takes milliseconds."""
 _log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 
@@ -157,31 +156,32 @@ async def _tokenized(
     prompts: Sequence[str | list[int]], client: EngineClient, param: str, *, add_special_tokens: bool
 ) -> list[list[int]]:
     """Token ids of each prompt; OpenAIError where one of them cannot be served, before any is begun."""
-    tokenizer = client.tokenizer
-
-    def tokenize() -> list[list[int]]:
-        if tokenizer is None:
-            raise OpenAIError("the model has no tokenizer; send token ids", param=param)
-        return [tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
-
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    encoded: list[list[int]] = []
-    if texts:
-        long = sum(map(len, texts)) >= _LONG_TEXT
-        encoded = await asyncio.to_thread(tokenize) if long else tokenize()
-    made = iter(encoded)
-    tokens = [next(made) if isinstance(prompt, str) else prompt for prompt in prompts]
+    if texts and client.tokenizer is None:
+        raise OpenAIError("the model has no tokenizer; send token ids", param=param)
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            _check_tokens(prompt, client.info, param)
+    try:
+        encoded = iter(await client.tokenize(texts, add_special_tokens=add_special_tokens) if texts else ())
+    except TextTooLongError as error:
+        raise _too_long(error.count, client.info, param) from None
+    tokens = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
     for ids in tokens:
         _check_tokens(ids, client.info, param)
     return tokens
+
+
+def _too_long(count: str, info: EngineInfo, param: str) -> OpenAIError:
+    message = f"the {param} has {count} tokens; the model's longest sequence has {info.max_model_len}"
+    return OpenAIError(message, param=param, code="context_length_exceeded")
 
 
 def _check_tokens(ids: list[int], info: EngineInfo, param: str) -> None:
     if not ids:
         raise OpenAIError("the prompt has no tokens", param=param)
     if len(ids) >= info.max_model_len:
-        message = f"the {param} has {len(ids)} tokens; the model's longest sequence has {info.max_model_len}"
-        raise OpenAIError(message, param=param, code="context_length_exceeded")
+        raise _too_long(str(len(ids)), info, param)
     if not 0 <= min(ids) <= max(ids) < info.vocab_size:
         wrong = next(token for token in ids if not 0 <= token < info.vocab_size)
         raise OpenAIError(f"the prompt has token id {wrong}; the vocabulary ends at {info.vocab_size - 1}", param=param)

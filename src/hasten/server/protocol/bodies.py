@@ -6,6 +6,7 @@ Texts of errors are Triton's.
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from hasten.core.errors import InvalidRequestError
+from hasten.server.json_size import MAX_JSON_BYTES, check_json_size
 from hasten.server.protocol.shared_memory import BYTE_SIZE, OFFSET, REGION, SharedMemory
 from hasten.server.protocol.tensors import about, dtype_of, from_bytes, from_list, invalid, to_bytes, to_list
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, Parameter, RequestedOutput, ServiceError, Tensor
@@ -47,8 +50,8 @@ class DuplicateKeyError(ServiceError):
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise DuplicateKeyError(next(key for at, key in enumerate(keys) if key in keys[:at]))
+        counts = Counter(key for key, _ in pairs)
+        raise DuplicateKeyError(next(key for key in counts if counts[key] > 1))
     return members
 
 
@@ -72,8 +75,15 @@ def _check_keys(body: bytes | memoryview, decoded: Any) -> None:
         raise invalid(f"failed to parse the request JSON buffer: {error}") from None
 
 
-def parse_json(body: bytes | memoryview) -> Any:
-    """What a body says; INVALID where it is no JSON or has a key twice. NaN and Infinity are numbers, as for Triton."""
+def parse_json(body: bytes | memoryview, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """What a body says; INVALID where it is no JSON, has a key twice or is too large to be parsed at once.
+
+    NaN and Infinity are numbers, as for Triton.
+    """
+    try:
+        check_json_size(body, max_bytes=max_bytes)
+    except InvalidRequestError as error:
+        raise invalid(f"failed to parse the request JSON buffer: {error}") from None
     decoded = _decoded(body)
     _check_keys(body, decoded)
     return decoded
@@ -93,9 +103,9 @@ def _decoded(body: bytes | memoryview) -> Any:
         raise invalid(f"failed to parse the request JSON buffer: {error}") from None
 
 
-def parse_object(body: bytes | memoryview) -> dict[str, Any]:
+def parse_object(body: bytes | memoryview, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A body that must be a JSON object; an empty body is an empty one."""
-    made = parse_json(body) if len(body) else {}
+    made = parse_json(body, max_bytes=max_bytes) if len(body) else {}
     if not isinstance(made, dict):
         raise invalid("attempt to get members for non-object")
     return made

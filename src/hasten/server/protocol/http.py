@@ -247,7 +247,8 @@ def _json_nothing() -> Response:
 async def _repository_parameters(request: Request, action: str = "load") -> dict[str, Any]:
     if "repository" in request.path_params:
         raise ServiceError(ErrorKind.UNSUPPORTED, "'repository_name' specification is not supported")
-    parameters = parse_object(await request.body()).get("parameters", {})
+    body = await request.body()
+    parameters = parse_object(body, max_bytes=len(body)).get("parameters", {})  # files come as long texts
     if not isinstance(parameters, dict):
         raise invalid("attempt to get members for non-object")
     for key in parameters:

@@ -63,7 +63,7 @@ class InferRoutes:
         if self._service.is_decoupled(model, version):
             raise ServiceError(ErrorKind.UNSUPPORTED, _DECOUPLED)
         raw = await request.body()
-        if len(raw) > _LARGE_BODY:
+        if len(raw) > _LARGE_BODY or "content-encoding" in request.headers:
             body = await asyncio.to_thread(self._infer_body, model, version, raw, request)
         else:
             body = self._infer_body(model, version, raw, request)
@@ -90,10 +90,15 @@ class InferRoutes:
 
     async def _generate_request(self, request: Request) -> InferRequest:
         model, version = named_model(request)
+        raw, encoding = await request.body(), request.headers.get("content-encoding", "")
+        if len(raw) > _LARGE_BODY or encoding:
+            return await asyncio.to_thread(self._parsed_generate, model, version, raw, encoding)
+        return self._parsed_generate(model, version, raw, encoding)
+
+    def _parsed_generate(self, model: str, version: str, raw: bytes, encoding: str) -> InferRequest:
         metadata = self._service.model_metadata(model, version)
-        encoding = request.headers.get("content-encoding", "")
         try:
-            body = parse_object(decompressed(await request.body(), encoding, self._max_request_bytes))
+            body = parse_object(decompressed(raw, encoding, self._max_request_bytes))
         except DuplicateKeyError as error:
             kind = "input" if any(spec.name == error.key for spec in metadata.inputs) else "parameter"
             raise invalid(f"{kind} '{error.key}' already exists in request") from None

@@ -1,0 +1,91 @@
+"""Texts become tokens here for all doors of the server: bounded by their bytes first, and where they hold up nobody."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from hasten.core.errors import InvalidRequestError
+from hasten.engine.text import Tokenizer
+from hasten.server.engine.queue import QueueFullError
+
+MAX_TEXT_BYTES = 1 << 20
+"""Of a text whose tokenizer sets no bound on the bytes of a token, unless the server's options say otherwise."""
+_SHORT_TEXT = 2048
+"""Characters that are tokenized at once: it takes a few milliseconds."""
+_THREADS = 2
+_MAX_WAITING = 256
+"""Requests whose texts wait for a thread; each text is one that may fit."""
+_MAX_WORDS, _MAX_WORDS_CHARACTERS = 1024, 16 << 10
+"""Of one request: words that are to stop or must not appear are looked at for each token."""
+
+Result = TypeVar("Result")
+
+
+class Tokenizing:
+    """Threads that tokenize and decode, a few for the whole process."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
+        self._waiting = 0
+
+    async def encode(
+        self,
+        tokenizer: Tokenizer,
+        texts: Sequence[str],
+        *,
+        most_tokens: int | None = None,
+        max_bytes: int = MAX_TEXT_BYTES,
+        add_special_tokens: bool = True,
+    ) -> list[list[int]]:
+        """Token ids of each text.
+
+        TextTooLongError where one has more than `most_tokens`, which most often shows in its bytes alone;
+        InvalidRequestError where it is not UTF-8, or is longer than `max_bytes` and nothing else bounds it.
+        QueueFullError where too many texts wait.
+        """
+        if most_tokens is None or tokenizer.most_bytes_per_token is None:
+            check_bytes("the text", texts, max_bytes)
+
+        def work() -> list[list[int]]:
+            return [
+                tokenizer.encode_batch([text], add_special_tokens=add_special_tokens, most_tokens=most_tokens)[0]
+                for text in texts
+            ]
+
+        if sum(map(len, texts)) <= _SHORT_TEXT:
+            return work()
+        if most_tokens is not None:
+            for text in texts:
+                tokenizer.check_length(text, most_tokens)
+        return await self.run(work)
+
+    async def run(self, work: Callable[[], Result]) -> Result:
+        """Do some work on one of the threads."""
+        if self._waiting >= _MAX_WAITING:
+            raise QueueFullError(f"the texts of {self._waiting} requests wait to be tokenized; try again later")
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        finally:
+            self._waiting -= 1
+
+
+def check_bytes(name: str, texts: Sequence[str], most: int) -> None:
+    """InvalidRequestError where a text has more bytes; characters are counted first, which takes no time."""
+    for text in texts:
+        if len(text) > most or len(text.encode(errors="replace")) > most:
+            raise InvalidRequestError(f"{name} has more than {most} bytes, which is the limit (--max-text-bytes)")
+
+
+def check_words(name: str, words: Sequence[str]) -> None:
+    """InvalidRequestError where there are more words than should be looked for."""
+    if len(words) > _MAX_WORDS:
+        raise InvalidRequestError(f"{name} has {len(words)} entries, the limit is {_MAX_WORDS}")
+    characters = sum(map(len, words))
+    if characters > _MAX_WORDS_CHARACTERS:
+        raise InvalidRequestError(f"{name} has {characters} characters, the limit is {_MAX_WORDS_CHARACTERS}")
+
+
+tokenizing = Tokenizing()
+"""The process's own."""

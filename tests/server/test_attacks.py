@@ -1,0 +1,145 @@
+"""Requests whose size would decide the server's time or memory, sent to a real server while others ask it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from typing import Any
+
+import pytest
+from tests.soak.http_client import NoAnswerError, connected, get, request
+from tests.soak.server import DEMO, Server, serving
+
+MIB = 1 << 20
+SLOWEST_S = 2.0
+"""For `live` meanwhile, on a machine that others keep busy. Unbounded, each of these attacks took 5 to 120 s."""
+GROWTH_MIB = 600
+"""For a body of at most 64 MiB, its parts and copies. Unbounded they took gigabytes."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving(str(DEMO), "--kv-cache-memory", "64MiB") as made:
+        yield made
+
+
+@contextlib.asynccontextmanager
+async def watched(server: Server) -> AsyncIterator[None]:
+    """Meanwhile the server says that it lives, again and again, and at last within the limit each time."""
+    slowest, asked = 0.0, 0
+
+    async def ask() -> None:
+        nonlocal slowest, asked
+        while True:
+            began = time.monotonic()
+            assert (await get(server.http, "/v2/health/live")).status == 200
+            slowest, asked = max(slowest, time.monotonic() - began), asked + 1
+            await asyncio.sleep(0.01)
+
+    task = asyncio.create_task(ask())
+    before = server.memory()["server"]
+    try:
+        yield
+        seen = asked
+        while asked < seen + 2 and not task.done():  # one that was under way, and one after it
+            await asyncio.sleep(0.01)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert asked > 2
+    assert slowest < SLOWEST_S
+    assert server.memory()["server"] - before < GROWTH_MIB
+
+
+async def post(server: Server, path: str, body: bytes) -> tuple[int, str]:
+    async with connected(server.http) as connection:
+        await connection.send(request("POST", path, body))
+        answer = await connection.answer()
+    return answer.status, answer.body.decode()
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    async def whole() -> None:
+        await work
+        await asyncio.sleep(0.1)  # connections close a moment after they are left
+
+    asyncio.run(whole())
+
+
+def completion(**fields: Any) -> bytes:
+    return json.dumps({"model": "demo-model", "prompt": "Anna", "max_tokens": 2} | fields).encode()
+
+
+GENERATE = "/v2/models/demo-model/generate"
+ATTACKS = {
+    "text": ("/v1/completions", completion(prompt="a " * MIB), "the prompt has at least 209716 tokens"),
+    "texts": ("/v1/completions", completion(prompt=["a " * 2500] * 1500), "the prompt has 2501 tokens"),
+    "longer text": ("/v1/completions", completion(prompt="a " * (30 * MIB)), "the limit is 8388608"),
+    "generate": (GENERATE, json.dumps({"text_input": "a " * MIB}).encode(), "the prompt has at least 209716 tokens"),
+    "bad words": ("/v1/completions", completion(bad_words=["a" * MIB]), "the limit is 16384"),
+    "many bad words": ("/v1/completions", completion(bad_words=["a"] * 10**5), "the limit is 1024"),
+    "many stop tokens": ("/v1/completions", completion(stop_token_ids=[5] * 10**5), "the limit is 1024"),
+    "many biases": ("/v1/completions", completion(logit_bias={str(n): 1 for n in range(10**5)}), "the limit is 4096"),
+    "lists": ("/v1/completions", b'{"model":"demo-model","prompt":[' + b"[]," * MIB + b"[5]]}", "too many values"),
+    "tokens": ("/v1/completions", b'{"model":"demo-model","prompt":[' + b"5," * 4 * MIB + b"5]}", "JSON"),
+    "objects": (GENERATE, b'{"text_input":[' + b"{}," * 2 * MIB + b"{}]}", "too many values"),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_nobody_is_held_up(server: Server, name: str) -> None:
+    path, body, message = ATTACKS[name]
+
+    async def attack() -> None:
+        async with watched(server):
+            answers = await asyncio.gather(*(post(server, path, body) for _ in range(2)))
+        for status, text in answers:
+            assert status == 400, text[:500]
+            assert message in text
+
+    run(attack())
+
+
+def test_a_grammar_holds_up_neither_the_server_nor_other_requests(server: Server) -> None:
+    async def attack() -> None:
+        async with watched(server):
+            dear = asyncio.create_task(post(server, "/v1/completions", completion(guided_regex=".?" * 30_000)))
+            for _ in range(3):
+                assert (await post(server, "/v1/completions", completion()))[0] == 200
+            assert not dear.done()
+            status, text = await dear
+            assert status == 400
+            assert "regex is too expensive" in text
+            assert await server.ready()
+
+    run(attack())
+
+
+def test_a_text_that_may_fit_is_tokenized_beside_the_loop(server: Server) -> None:
+    """It shows only once they are counted that its tokens are too many."""
+
+    async def attack() -> None:
+        async with watched(server):
+            answers = [await post(server, "/v1/completions", completion(prompt="a " * 5000)) for _ in range(3)]
+        for status, text in answers:
+            assert status == 400
+            assert "the prompt has 5001 tokens" in text
+
+    run(attack())
+
+
+def test_many_headers_take_no_memory(server: Server) -> None:
+    async def attack() -> None:
+        async with watched(server):
+            for _ in range(4):
+                async with connected(server.http) as connection:
+                    await connection.send(b"GET /v2 HTTP/1.1\r\n" + b"a: b\r\n" * 2 * MIB)
+                    with contextlib.suppress(NoAnswerError):  # it may be lost where the client still sends
+                        assert (await connection.head()).status == 431
+
+    before = server.memory()["server"]
+    run(attack())
+    assert server.memory()["server"] - before < 64
