@@ -1,16 +1,15 @@
 """The client of the article, against a server that runs."""
 
 import importlib.util
-import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from tests.server.serve_process import serve_process
 
 from hasten.core.types import SamplingParams
 from hasten.engine.llm import LLM
@@ -19,8 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CLIENT = ROOT / "examples" / "client.py"
 DEMO = ROOT / "examples" / "demo-model"
 PROMPT = "deepspeed is"
-START_S = 60
-STARTED = re.compile(r"Started GRPCInferenceService at \S+:(\d+)")
 
 
 @pytest.fixture(scope="module")
@@ -36,27 +33,8 @@ def client() -> ModuleType:
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Of `hasten serve` with the demo model."""
-    log = tmp_path_factory.mktemp("serve") / "log"
-    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
-    with log.open("w") as file:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "hasten", "serve", str(DEMO), *ports], stdout=file, stderr=file
-        )
-    try:
-        yield f"localhost:{wait_for_port(server, log)}"
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-def wait_for_port(server: "subprocess.Popen[bytes]", log: Path) -> int:
-    """The port of gRPC, once the server says that it is ready."""
-    deadline = time.monotonic() + START_S
-    while (started := STARTED.search(log.read_text())) is None:
-        if server.poll() is not None or time.monotonic() > deadline:
-            pytest.fail(f"the server did not become ready:\n{log.read_text()[-3000:]}")
-        time.sleep(0.05)
-    return int(started[1])
+    with serve_process(tmp_path_factory.mktemp("serve") / "log", str(DEMO)) as places:
+        yield places["GRPCInferenceService"]
 
 
 def expected(prompts: list[str], length: int) -> list[str]:

@@ -2,9 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,15 +11,11 @@ from typing import Any
 import grpc
 import httpx
 from google.protobuf import json_format
+from tests.server.serve_process import serve_process
 from tests.server.tritonserver import TritonServer
 from tritonclient.grpc import service_pb2_grpc
 
 HEADER_LENGTH = "inference-header-content-length"
-LOCAL = [
-    *("--http-address", "127.0.0.1", "--grpc-address", "127.0.0.1"),
-    *("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"),
-]
-_START_S = 60
 _SUFFIX = re.compile(r" \(input '\w+'\)")
 
 
@@ -122,23 +115,11 @@ def same(theirs: Answer, ours: Answer) -> bool:
 @contextmanager
 def hasten_serve(repository: Path, log: Path) -> Iterator[Side]:
     """`hasten serve` of all models of a repository, in control mode explicit."""
-    models = ["--model-repository", str(repository), "--model-control-mode", "explicit", "--load-model", "*"]
-    with log.open("w") as stream:
-        command = [sys.executable, "-m", "hasten", "serve", *LOCAL, *models]
-        process = subprocess.Popen(command, stdout=stream, stderr=stream)
-    try:
-        deadline = time.monotonic() + _START_S
-        while "Started Metrics Service" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
-        places = dict(re.findall(r"Started (\w+)(?: Service)? at (127\.0\.0\.1:\d+)", log.read_text()))
+    models = ("--model-repository", str(repository), "--model-control-mode", "explicit", "--load-model", "*")
+    with serve_process(log, *models) as places:
         side = Side(places["HTTPService"], places["GRPCInferenceService"], places["Metrics"])
         yield side
         side.close()
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @contextmanager

@@ -81,7 +81,6 @@ _BODIES = {
     "a batch": adding((3, 2)),
     "an output": adding(outputs=[{"name": "OUTPUT1"}]),
     "outputs in another order": adding(outputs=[{"name": "OUTPUT1"}, {"name": "OUTPUT0"}]),
-    "an output twice": adding(outputs=[{"name": "OUTPUT1"}, {"name": "OUTPUT1"}]),
     "no outputs": adding(outputs=[]),
     "one output binary": asking({"binary_data": True}, {}),
     "all outputs binary": adding(parameters={"binary_data_output": True}),
@@ -218,6 +217,12 @@ DIFFERENT: dict[str, tuple[Ask, str, str]] = {
         "400 failed to parse the request JSO",
     ),
     "bad generate": (Ask(GENERATE, b"{"), "500 failed to parse the request JSON", "400 failed to parse the request JS"),
+    # what Triton has refused since this one
+    "an output twice": (
+        adding(outputs=[{"name": "OUTPUT1"}, {"name": "OUTPUT1"}]),
+        "200 ",
+        "400 output 'OUTPUT1' already exists in request",
+    ),
     # a clear refusal instead of a guess
     "parameters of an output": (Ask(ADD, asking([])), "200 ", "400 failed to get output params.: "),  # type: ignore[arg-type]
     "a region without a size": (

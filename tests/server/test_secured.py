@@ -1,10 +1,6 @@
 """`hasten serve` with TLS, certificates of clients and API keys at once, as stock clients meet it."""
 
-import re
 import ssl
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +11,13 @@ import openai
 import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
+from tests.server.serve_process import serve_process
 from tests.server.test_security import KEY, pki
 from tritonclient.utils import InferenceServerException
 
 __all__ = ["pki"]  # a fixture
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
-START_S = 60
 HEADERS = {"authorization": f"Bearer {KEY}"}
 
 
@@ -29,22 +25,10 @@ HEADERS = {"authorization": f"Bearer {KEY}"}
 def places(pki: Path) -> Iterator[dict[str, str]]:
     """HOST:PORT by the service's name."""
     (pki / "keys").write_text(f"{KEY}\n")
-    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
-    local = ("--http-address", "127.0.0.1", "--grpc-address", "127.0.0.1")
     files = {"tls-certificate": "server.pem", "tls-key": "server.key", "tls-client-ca": "ca.pem"}
     security = [f"--{option}={pki / name}" for option, name in (files | {"api-key-file": "keys"}).items()]
-    log = pki / "log"
-    with log.open("w") as stream:
-        command = [sys.executable, "-m", "hasten", "serve", str(DEMO), *ports, *local, *security]
-        server = subprocess.Popen(command, stdout=stream, stderr=stream)
-    deadline = time.monotonic() + START_S
-    while "Started Metrics Service" not in log.read_text():
-        assert server.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-    yield dict(re.findall(r"Started (\w+)(?: Service)? at (127\.0\.0\.1:\d+)", log.read_text()))
-    server.terminate()
-    assert server.wait(30) == 0
+    with serve_process(pki / "log", str(DEMO), *security) as found:
+        yield found
 
 
 def context(pki: Path, *, shows_certificate: bool = True) -> ssl.SSLContext:
