@@ -125,11 +125,13 @@ def test_what_is_loaded_and_where_it_is_served_is_said(
     thread: LoopThread, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = thread.run(made(options(tmp_path)))
-    with caplog.at_level(logging.INFO, "hasten"):
+    with caplog.at_level(logging.DEBUG, "hasten"):
         thread.run(server.start())
     assert server.http is not None
     thread.run(server.stop(0))
-    lines = [record.getMessage() for record in caplog.records]
+    verbose = [record.getMessage() for record in caplog.records if record.levelno == logging.DEBUG]
+    assert any("| max_request_bytes " in line for line in verbose)
+    lines = [record.getMessage() for record in caplog.records if record.levelno > logging.DEBUG]
     url = f"http://localhost:{server.http.port}/"
     assert lines[0] == f"loading {tmp_path} ..."
     assert lines[-1] == f"ready: page at {url}, OpenAI's API at {url}v1"

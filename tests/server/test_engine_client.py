@@ -103,7 +103,8 @@ def test_what_the_engine_is(demo_engine: EngineClient, demo_llm: LLM, demo_model
     info, engine = demo_engine.info, demo_llm.engine
     assert (info.vocab_size, info.max_model_len) == (demo_llm.config.vocab_size, engine.max_model_len)
     assert (info.bos_token_id, info.eos_token_ids, info.pad_token_id) == (1, (2,), 3)
-    assert (info.num_blocks, info.block_size) == (engine.stats.num_blocks, engine.config.cache.block_size)
+    assert (info.num_blocks, info.block_size) == (demo_engine.stats().num_blocks, engine.config.cache.block_size)
+    assert info.num_blocks > 0, "how many depends on the memory that was free when the process started"
     assert (info.dtype, info.device, info.ranks, info.model_type) == ("fp32", "cpu", 1, "bloom")
     assert info.tokenizer_folder == str(demo_model)
     assert 0 < info.load_seconds < 60
