@@ -219,7 +219,7 @@ DIFFERENT: dict[str, tuple[Ask, str, str]] = {
     "bad generate": (Ask(GENERATE, b"{"), "500 failed to parse the request JSON", "400 failed to parse the request JS"),
     # what Triton has refused since this one
     "an output twice": (
-        adding(outputs=[{"name": "OUTPUT1"}, {"name": "OUTPUT1"}]),
+        Ask(ADD, adding(outputs=[{"name": "OUTPUT1"}, {"name": "OUTPUT1"}])),
         "200 ",
         "400 output 'OUTPUT1' already exists in request",
     ),
