@@ -70,6 +70,11 @@ def test_a_grammar_is_compiled_once(compiler: GrammarCompiler, monkeypatch: pyte
     assert compiled == ["a", "b", "c", "a", "b"]
 
 
+def test_an_expression_with_too_many_states_is_too_expensive(compiler: GrammarCompiler) -> None:
+    with pytest.raises(InvalidRequestError, match="regex is too expensive: its expressions have too many states"):
+        compiler.compiled(SamplingParams(regex=".?" * 500))
+
+
 @pytest.fixture
 def held(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Until this is set, nothing is compiled."""

@@ -45,6 +45,8 @@ _PATIENCE = 20.0
 """Seconds for one of CPU time, after which the trial's process is taken to hang."""
 _START_S = 120.0
 """In which the trial's process must be ready."""
+_OUT_OF_FUEL = "lexer precomputation failed"
+"""What the compiler says of expressions beyond its own limit, with advice for its callers."""
 _WHITESPACE = " "
 """At most this between JSON's marks: small models may never leave whitespace by themselves."""
 _KINDS = ("json_schema", "regex", "grammar", "choice")
@@ -119,7 +121,10 @@ class Text:
         except ValueError as error:
             raise InvalidRequestError(f"{self.kind} cannot be compiled: {one_line(str(error))}") from error
         if made.is_error():
-            raise InvalidRequestError(f"{self.kind} cannot be compiled: {one_line(made.get_error())}")
+            message = one_line(made.get_error())
+            if _OUT_OF_FUEL in message:
+                raise InvalidRequestError(f"{self.kind} is too expensive: its expressions have too many states")
+            raise InvalidRequestError(f"{self.kind} cannot be compiled: {message}")
         begun = made.deep_copy()
         begun.compute_bitmask()
         if begun.is_error():  # a contradiction that shows only here
