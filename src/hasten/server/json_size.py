@@ -15,14 +15,24 @@ _SMALL = 1 << 16
 _PIECE = 1 << 20
 
 
+def check_declared_size(content_length: str | None) -> None:
+    """InvalidRequestError where a body of JSON says that it is too large, before it is read."""
+    if content_length is not None and content_length.isdigit() and int(content_length) > MAX_JSON_BYTES:
+        raise _too_large(int(content_length), MAX_JSON_BYTES)
+
+
+def _too_large(size: int, most: int) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"the JSON has {size} bytes, the limit is {most}; send less at once, or tensors in binary form"
+    )
+
+
 def check_json_size(body: bytes | memoryview, *, max_bytes: int = MAX_JSON_BYTES) -> None:
     """InvalidRequestError where a text of JSON is too large to be parsed without holding up other requests."""
     if len(body) <= _SMALL:
         return
     if len(body) > max_bytes:
-        raise InvalidRequestError(
-            f"the JSON has {len(body)} bytes, the limit is {max_bytes}; send less at once, or tensors in binary form"
-        )
+        raise _too_large(len(body), max_bytes)
     cost = 0
     for begin in range(0, len(body), _PIECE):  # what is much too large shows early
         piece = bytes(body[begin : begin + _PIECE])

@@ -18,6 +18,7 @@ from hasten.core.errors import EngineError, HastenError
 from hasten.engine.chat import ChatTemplate
 from hasten.engine.text import TextTooLongError
 from hasten.server.engine.client import EngineClient, EngineInfo
+from hasten.server.json_size import check_declared_size
 from hasten.server.openai.call import Call
 from hasten.server.openai.chat import chat_text
 from hasten.server.openai.choices import BestChoices, ChatChoices, CompletionChoices
@@ -114,7 +115,7 @@ class _Api:
         return client, counters
 
     async def completions(self, request: Request) -> Response:
-        asked = decode(await request.body(), CompletionRequest)
+        asked = decode(await _body(request), CompletionRequest)
         client, counters = self._find_ready(asked.model)
         prompts = asked.prompts()
         params = completion_params(asked)
@@ -131,7 +132,7 @@ class _Api:
         )
 
     async def chat(self, request: Request) -> Response:
-        asked = decode(await request.body(), ChatRequest)
+        asked = decode(await _body(request), ChatRequest)
         client, counters = self._find_ready(asked.model)
         check_chat(asked)
         template = await self._template(client)
@@ -185,6 +186,11 @@ def _check_tokens(ids: list[int], info: EngineInfo, param: str) -> None:
     if not 0 <= min(ids) <= max(ids) < info.vocab_size:
         wrong = next(token for token in ids if not 0 <= token < info.vocab_size)
         raise OpenAIError(f"the prompt has token id {wrong}; the vocabulary ends at {info.vocab_size - 1}", param=param)
+
+
+async def _body(request: Request) -> bytes:
+    check_declared_size(request.headers.get("content-length"))
+    return await request.body()
 
 
 async def _respond(request: Request, call: Call) -> Response:

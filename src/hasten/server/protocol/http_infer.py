@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from hasten.core.errors import HastenError
 from hasten.server.errors import service_error
+from hasten.server.json_size import check_declared_size
 from hasten.server.protocol.bodies import (
     DuplicateKeyError,
     InferBody,
@@ -90,7 +91,10 @@ class InferRoutes:
 
     async def _generate_request(self, request: Request) -> InferRequest:
         model, version = named_model(request)
-        raw, encoding = await request.body(), request.headers.get("content-encoding", "")
+        encoding = request.headers.get("content-encoding", "")
+        if not encoding:
+            check_declared_size(request.headers.get("content-length"))
+        raw = await request.body()
         if len(raw) > _LARGE_BODY or encoding:
             return await asyncio.to_thread(self._parsed_generate, model, version, raw, encoding)
         return self._parsed_generate(model, version, raw, encoding)
