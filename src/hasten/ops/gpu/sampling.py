@@ -5,6 +5,8 @@ integer in the same order: its image. Every filter keeps the logits from some im
 at most as many passes over the row as its type has bits; the row lies in the L2 cache after the first.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,7 @@ _INFINITE = tl.constexpr(0x7F800000)
 _LAST = tl.constexpr(0x7FFFFFFF)
 _NO_KEY = tl.constexpr(-(1 << 63))
 _NONE_LEFT = tl.constexpr(NONE_LEFT)
+_LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -99,12 +102,26 @@ def _least(row, bound, otherwise, SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def _amount_above(row, image, best, sharpness, SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of the weights of the logits above an image: probabilities relative to the greatest."""
+def _value(image, BITS: tl.constexpr):
+    """The least number with an image, or what as many logits are at least equal to."""
+    whole = (image << BITS) | tl.where(image < 0, (1 << BITS) - 1, 0)
+    return (whole ^ ((whole >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _finite(row, tokens_b, SIZE: tl.constexpr):
+    """Logits in fp32 of a row that is known to hold neither NaN nor infinity; behind the row is minus infinity."""
+    return tl.load(row + tokens_b, tokens_b < SIZE, float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _amount_from(row, image, best, sharpness, SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of the weights of the logits from an image on: probabilities relative to the greatest."""
     amount_b = tl.zeros([BLOCK], tl.float32)
+    value = _value(image, BITS)
     for start in range(0, SIZE, BLOCK):
-        x_b = _read(row, start + tl.arange(0, BLOCK), SIZE)
-        amount_b += tl.where(_image(x_b, BITS) > image, tl.exp((x_b - best) * sharpness), 0.0)
+        x_b = _finite(row, start + tl.arange(0, BLOCK), SIZE)
+        amount_b += tl.where(x_b >= value, tl.exp2((x_b - best) * sharpness), 0.0)
     return tl.sum(amount_b.to(tl.float64), 0)
 
 
@@ -125,13 +142,14 @@ def _amounts_above(
     first_b = tl.zeros([BLOCK], tl.float32)
     second_b = tl.zeros([BLOCK], tl.float32)
     third_b = tl.zeros([BLOCK], tl.float32)
+    # Comparing numbers saves finding the image of each logit.
+    first, second, third = _value(first + 1, BITS), _value(second + 1, BITS), _value(third + 1, BITS)
     for start in range(0, SIZE, BLOCK):
-        x_b = _read(row, start + tl.arange(0, BLOCK), SIZE)
-        image_b = _image(x_b, BITS)
-        weight_b = tl.exp((x_b - best) * sharpness) if BY_WEIGHT else 1.0
-        first_b += tl.where(image_b > first, weight_b, 0.0)
-        second_b += tl.where(image_b > second, weight_b, 0.0)
-        third_b += tl.where(image_b > third, weight_b, 0.0)
+        x_b = _finite(row, start + tl.arange(0, BLOCK), SIZE)
+        weight_b = tl.exp2((x_b - best) * sharpness) if BY_WEIGHT else 1.0
+        first_b += tl.where(x_b >= first, weight_b, 0.0)
+        second_b += tl.where(x_b >= second, weight_b, 0.0)
+        third_b += tl.where(x_b >= third, weight_b, 0.0)
     return tl.sum(first_b.to(tl.float64), 0), tl.sum(second_b.to(tl.float64), 0), tl.sum(third_b.to(tl.float64), 0)
 
 
@@ -182,9 +200,9 @@ def _floor(
 @triton.jit
 def _weights(row, tokens_b, floor, best, sharpness, SIZE: tl.constexpr, BITS: tl.constexpr):
     """Weights of a block, in fp64, and 0 for what the filters drop."""
-    x_b = _read(row, tokens_b, SIZE)
-    weight_b = tl.exp((x_b - best) * sharpness).to(tl.float64)
-    return tl.where(_image(x_b, BITS) >= floor, weight_b, 0.0)
+    x_b = _finite(row, tokens_b, SIZE)
+    weight_b = tl.exp2((x_b - best) * sharpness).to(tl.float64)
+    return tl.where(x_b >= _value(floor, BITS), weight_b, 0.0)
 
 
 @triton.jit
@@ -223,7 +241,7 @@ def _draw(
     min_p, point = tl.load(own + 3), tl.load(own + 4)
     # An inverse of 0 in fp32, times minus infinity, would be NaN.
     temperature = tl.minimum(temperature, 1e37)
-    sharpness = (1 / temperature).to(tl.float32)
+    sharpness = (1 / temperature * _LOG2_E).to(tl.float32)  # weights are powers of 2: the device has those alone
     best = _best(row, SIZE, BLOCK)
     token = tl.where(best < 0, _NONE_LEFT, -1)
     if (best > float("-inf")) & (best < float("inf")):
@@ -235,13 +253,13 @@ def _draw(
             floor = _least(row, bound, high, SIZE, BITS, BLOCK)
         if (top_k > 0) & (top_k < SIZE):
             floor = _floor(row, floor, high, top_k, best, sharpness, False, SIZE, BITS, BLOCK)
-        total = _amount_above(row, floor - 1, best, sharpness, SIZE, BITS, BLOCK)
+        total = _amount_from(row, floor, best, sharpness, SIZE, BITS, BLOCK)
         if top_p < 1:
             # All tokens up to this one, even if they were the whole vocabulary, are less than what top-p drops.
             dropped = best + temperature * tl.log((1 - top_p) / (2 * SIZE))
             floor = tl.maximum(floor, _image(dropped.to(tl.float32), BITS))
             floor = _floor(row, floor, high, top_p * total, best, sharpness, True, SIZE, BITS, BLOCK)
-            total = _amount_above(row, floor - 1, best, sharpness, SIZE, BITS, BLOCK)
+            total = _amount_from(row, floor, best, sharpness, SIZE, BITS, BLOCK)
         token = _token_at(row, floor, point * total, best, sharpness, SIZE, BITS, BLOCK)
     tl.store(tokens + at, token)
 
