@@ -67,6 +67,11 @@ def test_a_reader_that_does_not_gets_the_first_token_at_once_and_the_others_join
         assert [*chain(*reader.pieces(number))] == [*chain(*quick.pieces(number))]
 
 
+def test_a_reader_may_be_a_window_of_messages_behind(demo_llm: LLM) -> None:
+    reader = served(demo_llm, 2, lambda _: False, OutputCoalescer(window=4))
+    assert [len(piece) for piece in reader.pieces(1)] == [1, 1, 1, 13]
+
+
 def test_a_reader_that_returns_gets_all_that_is_pending(demo_llm: LLM) -> None:
     begin = demo_llm.engine.stats.steps
 

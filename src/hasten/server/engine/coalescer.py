@@ -1,8 +1,8 @@
 """Which outputs go to the server with a step, and which are joined with those of later steps.
 
 Nothing is held back for a fixed rate. The server acknowledges each message once it has written its outputs to their
-streams; what comes before that is joined, so a server that keeps up sends every token by itself, and one that does not
-gets as much as it can send. The first and the last tokens of a request never wait.
+streams. Once it is a window of messages behind, what comes is joined: a server that keeps up sends every token by
+itself, and one that does not gets as much as it can send. The first and the last tokens of a request never wait.
 """
 
 from hasten.core.types import CompletionOutput, RequestOutput
@@ -60,8 +60,10 @@ class Deltas:
 class OutputCoalescer:
     """Outputs of requests that the server does not have yet."""
 
-    def __init__(self, pause_per_cpu_second: float = 0.0) -> None:
+    def __init__(self, pause_per_cpu_second: float = 0.0, window: int = 1) -> None:
         self._pause_per_cpu_second = pause_per_cpu_second
+        self._window = window
+        """Messages that the server may be behind before outputs are joined."""
         self._deltas: dict[int, Deltas] = {}
         self._streams: set[int] = set()
         self._outputs: dict[int, RequestOutput] = {}
@@ -100,7 +102,7 @@ class OutputCoalescer:
 
         A single stream has nobody whose tokens its messages delay, so it pauses for nothing.
         """
-        return self._in_flight == 0 and (now >= self._next_at or len(self._streams) <= 1)
+        return self._in_flight < self._window and (now >= self._next_at or len(self._streams) <= 1)
 
     def take(self, *, everything: bool) -> list[Output]:
         """The outputs to send now: the first and the last of a request, the rest with `everything`."""

@@ -101,6 +101,11 @@ class Channel:
             self.closed = True
 
 
+_WINDOW = 4
+"""Messages that a server with a core of its own may be behind: a burst of first tokens passes without joining any. It
+costs no latency, since what is sent is written in order as soon as the server comes to it."""
+
+
 class EngineLoop:
     """Messages in, steps, deltas out, until the server closes its end."""
 
@@ -238,7 +243,8 @@ def server_coalescer(engine: "Engine") -> OutputCoalescer:
     import torch
 
     threads = torch.get_num_threads() if engine.worker.device.type == "cpu" else 1
-    return OutputCoalescer(pause_per_cpu_second(available_cpus(), engine_threads=threads * engine.ranks.group.size))
+    pause = pause_per_cpu_second(available_cpus(), engine_threads=threads * engine.ranks.group.size)
+    return OutputCoalescer(pause, window=1 if pause else _WINDOW)
 
 
 def engine_info(engine: "Engine") -> EngineInfo:
