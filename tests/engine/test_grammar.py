@@ -13,6 +13,7 @@ import pytest
 from hasten import InvalidRequestError, SamplingParams
 from hasten.core.errors import EngineError
 from hasten.engine import grammar
+from hasten.engine.constraint import Constraint, allowed_next
 from hasten.engine.grammar import GrammarCompiler, GrammarLimits
 from hasten.engine.text import Tokenizer
 
@@ -49,6 +50,22 @@ def test_what_is_too_expensive_is_refused_and_nothing_else(limits: dict[str, int
     compiler.close()
 
 
+def test_sequences_take_turns_among_the_matchers_of_a_grammar(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar, "available_cpus", lambda: 3)
+    monkeypatch.setattr(grammar, "_MORE_MATCHERS_S", 1e6)
+    made = compiler.compiled(SamplingParams(regex="turns|turnips"))
+    assert made is not None
+    constraints = [Constraint.begin(made) for _ in range(7)]
+    assert [constraint.lock for constraint in constraints] == [0, 1, 2, 0, 1, 2, 0]
+    constraints.append(constraints[4].fork())
+    assert constraints[-1].lock == 1
+    masks = allowed_next(constraints)
+    assert masks.any()
+    assert (masks == masks[0]).all()
+
+
 def test_a_grammar_is_compiled_once(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
     compile_ = grammar.Text.compile
@@ -58,6 +75,7 @@ def test_a_grammar_is_compiled_once(compiler: GrammarCompiler, monkeypatch: pyte
         return compile_(self, vocabulary)  # type: ignore[arg-type]  # it is what it was given
 
     monkeypatch.setattr(grammar.Text, "compile", counted)
+    monkeypatch.setattr(grammar, "_MOST_MATCHERS", 1)
     futures = [compiler.compile(SamplingParams(regex=text)) for text in ("a", "b", "a", "a", "b")]
     grammars = [future.result(PATIENCE_S) for future in futures if future is not None]
     assert compiled == ["a", "b"]

@@ -26,8 +26,10 @@ _USUAL_SECONDS, _MOST_EXCESS = 0.005, 1.0
 class Constraint:
     """How far one sequence has come in its grammar."""
 
-    def __init__(self, matcher: "LLMatcher", words: int) -> None:
+    def __init__(self, matcher: "LLMatcher", words: int, lock: int = 0) -> None:
         self.matcher = matcher
+        self.lock = lock
+        """Number of the lock that it shares with some others of its grammar."""
         self.words = words
         """Of 32 tokens each, in a mask of the vocabulary."""
         self.suspect = False
@@ -38,11 +40,12 @@ class Constraint:
     @classmethod
     def begin(cls, grammar: Grammar) -> "Constraint":
         """The state of a sequence without output."""
-        return cls(grammar.matcher.deep_copy(), grammar.words)
+        lock, matcher = grammar.next_matcher()
+        return cls(matcher, grammar.words, lock)
 
     def fork(self) -> "Constraint":
         """The same state for a sibling."""
-        return Constraint(self.matcher.deep_copy(), self.words)
+        return Constraint(self.matcher.deep_copy(), self.words, self.lock)
 
     def accept(self, token: int) -> bool:
         """Move on by a token; whether the text is then whole and nothing may follow it."""
@@ -89,7 +92,9 @@ def allowed_next(constraints: Sequence[Constraint]) -> NDArray[np.int32]:
     for row, constraint in rows:
         if constraint.suspect:
             constraint.fill_mask(masks, row)
-    matchers = [(constraint.matcher, row) for row, constraint in rows if not constraint.suspect]
+    # Each thread takes some that follow one another: by lock, it seldom waits for another thread.
+    quick = sorted((row for row in rows if not row[1].suspect), key=lambda row: row[1].lock)
+    matchers = [(constraint.matcher, row) for row, constraint in quick]
     if not matchers:
         return masks
     began = time.perf_counter()
