@@ -32,7 +32,7 @@ def parsed(prompts: Any) -> list[Parsed]:
         ([np.int64(5), torch.tensor(6)], [(None, (5, 6))]),
         ([torch.tensor([5]), np.array([6])], [(None, (5,)), (None, (6,))]),
         (["a", [5], {"prompt": "b"}, (6,)], [("a", None), (None, (5,)), ("b", None), (None, (6,))]),
-        ((text for text in "ab"), [("a", None), ("b", None)]),
+        pytest.param((text for text in "ab"), [("a", None), ("b", None)], id="a generator"),
         ([], []),
         ([[], "a"], [(None, ()), ("a", None)]),
     ],
