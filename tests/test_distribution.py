@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (".ci", "docs", "examples", "src", "tests")
-FILES = (".dockerignore", "Dockerfile", "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml")
+FILES = (
+    *(".dockerignore", "CHANGELOG.md", "CONTRIBUTING.md", "Dockerfile", "LICENSE", "Makefile", "README.md"),
+    *("constraints.txt", "pyproject.toml"),
+)
 DEMO = {"client.py": "client.py", "demo-model": "model", "stories/test.jsonl": "test.jsonl"}
 """Below examples/ -> below hasten/demo/."""
 
