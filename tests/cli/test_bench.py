@@ -185,6 +185,19 @@ def test_latency_on_random_weights(tiny_bloom: Path, tmp_path: Path, hasten_here
     assert [entry["batch_size"] for entry in report["speedups"]] == [1, 2]
 
 
+def test_speed_with_sampling_options(tiny_bloom: Path, hasten_here: "Hasten") -> None:
+    sampling = ("--temperature", "0.8", "--top-p", "0.9", "--repetition-penalty", "1.1", "--logprobs", "2")
+    lengths = ("--batch-sizes", "2", "--prompt-length", "5", "--output-length", "3", "--repetitions", "1")
+    done = hasten_here("bench", "latency", tiny_bloom, *lengths, *sampling, "--json")
+    assert done.status == 0, done.err
+    options = json.loads(done.out)["options"]
+    given = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1, "logprobs": 2}
+    assert {name: options[name] for name in given} == given
+    compared = hasten_here("bench", "throughput", tiny_bloom, "--num-requests", "2", *sampling, "--compare")
+    assert (compared.status, compared.out) == (2, "")
+    assert "logprobs cannot be compared with Hugging Face" in compared.err
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -79,6 +79,20 @@ class HastenEngine:
         return Generation([completion.token_ids for completion in made], seconds)
 
 
+_COMPARABLE = frozenset(
+    {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "ignore_eos", "detokenize", "max_tokens", "seed"}
+    | {"beam_width", "n", "length_penalty", "early_stopping"}
+)
+
+
+def require_comparable(sampling: SamplingParams) -> None:
+    """Refuse what Hugging Face's `generate` does not do, or does not do in the same way, by its name."""
+    for field in fields(sampling):
+        value, default = getattr(sampling, field.name), getattr(SamplingParams(), field.name)
+        if field.name not in _COMPARABLE and value != default:
+            raise ConfigError(f"{field.name} cannot be compared with Hugging Face; leave it or --compare out")
+
+
 class HuggingFaceEngine:
     """Hugging Face's `generate` as its users use it: padding on the left, attention mask, KV cache.
 
@@ -123,7 +137,10 @@ class HuggingFaceEngine:
                 "temperature": sampling.temperature,
                 "top_k": max(0, sampling.top_k),
                 "top_p": sampling.top_p,
+                "min_p": sampling.min_p or None,
             }
+        if sampling.repetition_penalty != 1:
+            self._options["repetition_penalty"] = sampling.repetition_penalty
 
     def generate(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
         """Continue each prompt by exactly its length."""

@@ -278,13 +278,16 @@ def engine_options(
     return {**defaults, **given(args, EngineConfig, skip | {"model"})}
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, *, defaults: Mapping[str, Any] = NOTHING) -> None:
+def add_sampling_options(
+    parser: argparse.ArgumentParser, *, defaults: Mapping[str, Any] = NOTHING, skip: Set[str] = frozenset()
+) -> None:
     """Add the options of SamplingParams."""
-    add_fields(
-        parser, SamplingParams, "sampling options", words=SAMPLING_HELP, flags=_SAMPLING_FLAGS, defaults=defaults
-    )
+    words = {name: text for name, text in SAMPLING_HELP.items() if name not in skip}
+    add_fields(parser, SamplingParams, "sampling options", words=words, flags=_SAMPLING_FLAGS, defaults=defaults)
 
 
-def sampling_params(args: argparse.Namespace, *, defaults: Mapping[str, Any] = NOTHING) -> SamplingParams:
+def sampling_params(
+    args: argparse.Namespace, *, defaults: Mapping[str, Any] = NOTHING, skip: Set[str] = frozenset()
+) -> SamplingParams:
     """SamplingParams from the options of `add_sampling_options`."""
-    return SamplingParams(**{**defaults, **given(args, SamplingParams)})
+    return SamplingParams(**{**defaults, **given(args, SamplingParams, skip)})

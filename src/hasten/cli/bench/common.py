@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from hasten.cli.options import Parser, engine_options, path
+from hasten.cli.options import Parser, add_sampling_options, engine_options, path, sampling_params
 
 if TYPE_CHECKING:
     from hasten.bench.engines import Engine
@@ -15,6 +15,19 @@ ENGINE_DEFAULTS: Mapping[str, Any] = {"enable_prefix_caching": False}
 # Hugging Face's model must find room on the same GPU
 COMPARED_DEFAULTS: Mapping[str, Any] = {**ENGINE_DEFAULTS, "gpu_memory_utilization": 0.5}
 COMPARED_HELP = "; hasten then takes half of a GPU's memory by default"
+
+SAMPLING_DEFAULTS: Mapping[str, Any] = {"temperature": 0.0}
+# lengths are the workload's, each request is one sequence, and without a seed of their own requests have the engine's
+NOT_MEASURED = frozenset(
+    {"max_tokens", "min_tokens", "n", "ignore_eos", "seed", "stop", "stop_token_ids", "include_stop_str_in_output"}
+    | {"skip_special_tokens", "beam_width", "length_penalty", "early_stopping", "beam_search_diversity_rate"}
+)
+"""Sampling parameters that a measurement of speed does not take."""
+
+
+def add_sampling(parser: Parser) -> None:
+    """Add how tokens are chosen."""
+    add_sampling_options(parser, defaults=SAMPLING_DEFAULTS, skip=NOT_MEASURED)
 
 
 def add_model(parser: Parser, compare: str = f"measure Hugging Face beside it, in turns{COMPARED_HELP}") -> None:
@@ -36,11 +49,14 @@ def engines_of(
 ) -> "Iterator[tuple[list[Engine], int]]":
     """The engines to measure, Hugging Face first, and the size of their vocabulary; none on ranks but the first."""
     from hasten.bench import report
-    from hasten.bench.engines import HastenEngine, HuggingFaceEngine
+    from hasten.bench.engines import HastenEngine, HuggingFaceEngine, require_comparable
     from hasten.engine.llm import LLM
     from hasten.parallel.threads import limit_threads
 
     report.require_writable(args.output_path)
+    sampling = sampling_params(args, defaults=SAMPLING_DEFAULTS, skip=NOT_MEASURED)
+    if args.compare:
+        require_comparable(sampling)
     defaults = COMPARED_DEFAULTS if args.compare else ENGINE_DEFAULTS
     options = engine_options(args, defaults={**defaults, "max_model_len": max_len})
     threads = limit_threads()
@@ -48,11 +64,15 @@ def engines_of(
         if not llm.is_driver:
             yield [], 0
             return
-        engines: list[Engine] = [HastenEngine(llm, batch_size=batch_size)]
+        engines: list[Engine] = [HastenEngine(llm, sampling, batch_size=batch_size)]
         if args.compare:
             options["dtype"] = str(engines[0].dtype)
             hf = HuggingFaceEngine(
-                args.hf_model or args.model, **hf_options(options), batch_size=hf_batch_size, threads=threads
+                args.hf_model or args.model,
+                **hf_options(options),
+                sampling=sampling,
+                batch_size=hf_batch_size,
+                threads=threads,
             )
             engines.insert(0, hf)
         yield engines, llm.config.vocab_size

@@ -2,7 +2,7 @@
 
 import argparse
 
-from hasten.cli.bench.common import ENGINE_DEFAULTS, add_model, add_output, engines_of, write_measured
+from hasten.cli.bench.common import ENGINE_DEFAULTS, add_model, add_output, add_sampling, engines_of, write_measured
 from hasten.cli.options import Parser, add_engine_options, positive
 
 
@@ -40,6 +40,7 @@ def _add_throughput(benches: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument("--repetitions", type=positive, default=1, metavar="N", help="times to run it (default: 1)")
     add_output(parser)
+    add_sampling(parser)
     add_engine_options(parser, defaults=ENGINE_DEFAULTS)
     parser.set_defaults(run=run_throughput)
 
@@ -58,6 +59,7 @@ def _add_latency(benches: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--output-length", type=positive, default=128, metavar="N", help="tokens (default: 128)")
     parser.add_argument("--repetitions", type=positive, default=3, metavar="N", help="times to run it (default: 3)")
     add_output(parser)
+    add_sampling(parser)
     add_engine_options(parser, defaults=ENGINE_DEFAULTS)
     parser.set_defaults(run=run_latency)
 
