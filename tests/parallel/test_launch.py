@@ -10,11 +10,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from tests.conftest import MakeBloom
+from torch._C._distributed_c10d import TCPStore  # torch.distributed offers it, but its types do not
 
 from hasten import LLM, SamplingParams
 from hasten.core.errors import CapacityError, ChecksumError, ConfigError, EngineError, RankError
@@ -231,6 +234,14 @@ def test_ranks_need_the_loopback_interface(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(socket, "create_connection", unreachable)
     with pytest.raises(ConfigError, match=r"meet at 127\.0\.0\.1, which cannot be reached here \(Network is unre"):
         free_local_port()
+
+
+def test_ranks_meet_after_a_start_that_failed(tiny_bloom: Path) -> None:
+    store = TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    with pytest.raises(dist.DistError):  # the other rank never comes
+        dist.init_process_group("gloo", store=store, rank=0, world_size=2, timeout=timedelta(seconds=0.2))
+    with LLM(tiny_bloom, tensor_parallel_size=2, device="cpu") as llm:
+        assert len(llm.generate([[5, 6]], PARAMS[0])[0].outputs[0].token_ids) == 12
 
 
 def test_a_rank_that_dies_between_calls_ends_the_next_one(tiny_bloom: Path) -> None:

@@ -87,6 +87,10 @@ class Ranks:
             backend = "cpu:gloo,cuda:nccl" if device_kind == "cuda" else "gloo"
             # NCCL 2.28 registers buffers of sums that are captured, and the graph then hangs from 2 MB on.
             os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+            if not dist.is_initialized():
+                # A group that failed while it was built has used a number up. Groups meet by their numbers: with
+                # another one here than in the other ranks, which are new processes, all would wait for ever.
+                dist.distributed_c10d._world.group_count = 0
             dist.init_process_group(
                 backend, store=self._store, rank=place.rank, world_size=place.size, timeout=_IDLE_TIMEOUT
             )
