@@ -127,7 +127,7 @@ def test_help_has_an_option_once_with_all_its_names(capsys: pytest.CaptureFixtur
         main(["generate", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "-tp, --tensor-para-size, --tensor-parallel-size SIZE number of ranks" in text
-    assert "--kv-cache-memory, --kv-cache-memory-bytes MEMORY bytes for" in text
+    assert "--kv-cache-memory, --kv-cache-memory-bytes MEMORY bytes of" in text
 
 
 def test_every_field_with_a_help_text_is_offered() -> None:
@@ -174,8 +174,8 @@ def test_help_tells_the_defaults_in_force() -> None:
     add_sampling_options(parser, defaults={"max_tokens": 32})
     add_engine_options(parser, defaults={"enable_prefix_caching": False}, skip=frozenset({"seed"}))
     text = " ".join(parser.format_help().split())
-    assert "most tokens to produce (default: 32)" in text
-    assert "tokens in a block of the key/value cache (default: 16)" in text
+    assert "maximum new tokens (default: 32)" in text
+    assert "tokens per block of the key/value cache (default: 16)" in text
 
 
 @pytest.mark.parametrize(

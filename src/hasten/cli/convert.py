@@ -26,7 +26,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = commands.add_parser(
         "convert",
         help="convert a checkpoint",
-        description="Convert a checkpoint for so many ranks, into DIR/N-gpu. The input may be a Hugging Face folder, "
+        description="Convert a checkpoint for N ranks, into DIR/N-gpu. The input may be a Hugging Face folder, "
         "or one that this command or FasterTransformer wrote, for any number of ranks.",
     )
     parser.add_argument(
@@ -60,7 +60,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "-p", "--processes", metavar="N", type=int, default=1, help="workers that convert at once (default: 1)"
     )
-    parser.add_argument("-v", "--verbose", action="store_true", help="print a line a tensor")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print a line per tensor")
     parser.add_argument(
         "-s", "--by-shard", action="store_true", help="one input file at a time, for checkpoints larger than memory"
     )
@@ -68,7 +68,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--format",
         choices=FORMATS,
         default=FORMATS[0],
-        help="fastertransformer: a file a tensor; safetensors: a file a rank, which hasten loads fastest "
+        help="fastertransformer: one file per tensor; safetensors: one file per rank, which hasten loads fastest "
         "(default: fastertransformer)",
     )
     parser.set_defaults(run=run)

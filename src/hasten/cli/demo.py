@@ -56,8 +56,8 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = commands.add_parser(
         "demo",
         help="convert, compare, generate and serve with the demo model",
-        description="Convert the demo model, compare it with Hugging Face on the test stories, tell a story, and serve "
-        "it: a client asks over gRPC.",
+        description="Convert the demo model, compare it with Hugging Face on the test stories, generate a story, and "
+        "serve it to a gRPC client.",
     )
     parser.add_argument("--model", type=path, metavar="PATH", help="model to show (default: the demo model)")
     parser.add_argument("--dataset", type=path, metavar="FILE", help="texts to measure on (default: the test stories)")

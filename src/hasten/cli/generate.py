@@ -42,12 +42,12 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--prompts-file", type=path, metavar="FILE", help="file with one prompt per line; - reads standard input"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt, with token ids")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt, with token ids")
     parser.add_argument(
         "--stream",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="print text as it is made (default: on a terminal, for one prompt); with --json, one object a step",
+        help="print text as it is generated (default: on a terminal, for one prompt); with --json, one object per step",
     )
     add_sampling_options(parser, defaults=SAMPLING_DEFAULTS)
     add_engine_options(parser, skip=ENGINE_SKIP)

@@ -237,7 +237,7 @@ class TrainingJob(Workload):
     rdma: bool = option(False, "use RDMA devices")
     sync_mode: str | None = option(None, "how to fetch the code before the start", choices=SYNC_MODES)
     sync_source: str | None = option(None, "where from")
-    tensorboard: bool = option(False, "run TensorBoard beside the job")
+    tensorboard: bool = option(False, "run TensorBoard along with the job")
     logdir: str | None = option(None, "folder that TensorBoard reads (default: /training_logs)")
     api: Literal["pytorchjob", "trainer"] = option(
         "pytorchjob",
@@ -291,7 +291,7 @@ class TritonServer(Workload):
     expose_service: bool = option(False, "make the service reachable from outside the cluster")
     exit_timeout: int = option(30, "seconds that requests under way have when an instance is to end")
     startup_timeout: int = option(900, "seconds that an instance has to load its models")
-    autoscale: str | None = option(None, "least and most replicas, MIN:MAX")
+    autoscale: str | None = option(None, "minimum and maximum replicas, MIN:MAX")
     autoscale_by: Literal["cpu", "queue"] = option(
         "cpu", "what --autoscale looks at: use of cores (HPA) or waiting requests (KEDA)", choices=("cpu", "queue")
     )

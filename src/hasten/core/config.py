@@ -175,15 +175,15 @@ class ParallelConfig:
 class CacheConfig:
     """The paged key/value cache."""
 
-    block_size: int = option(16, "tokens in a block of the key/value cache")
+    block_size: int = option(16, "tokens per block of the key/value cache")
     kv_cache_memory: int | None = option(
         None,
-        "bytes for the key/value cache of a rank, such as 1G or 512MiB (default: from the memory that is free)",
+        "bytes of key/value cache per rank, such as 1G or 512MiB (default: from the free memory)",
         kind="size",
         aliases=("kv_cache_memory_bytes",),
     )
     gpu_memory_utilization: float = option(0.9, "fraction of a GPU's memory that the engine may use, weights included")
-    enable_prefix_caching: bool = option(True, "share cache blocks between requests whose prompts begin alike")
+    enable_prefix_caching: bool = option(True, "share cache blocks between requests whose prompts have a common prefix")
 
     def __post_init__(self) -> None:
         _check_kinds(self)
@@ -202,19 +202,19 @@ class CacheConfig:
 class SchedulerConfig:
     """How much one step may take on."""
 
-    max_num_seqs: int = option(256, "most sequences in one step")
+    max_num_seqs: int = option(256, "maximum sequences per step")
     max_num_batched_tokens: int | None = option(
         None,
-        "most tokens in one step; longer prompts are computed in chunks of this size "
+        "maximum tokens per step; longer prompts are computed in chunks of this size "
         "(default: 8192 on a GPU, else 2048)",
         type=int,
     )
     max_model_len: int | None = option(
-        None, "longest sequence, prompt and output together (default: the model's own, or 2048)", type=int
+        None, "maximum length of a sequence, prompt and output together (default: the model's own, or 2048)", type=int
     )
     overlap_steps: bool | None = option(
         None,
-        "launch a step before the tokens of the one before are known here (default: on a GPU)",
+        "asynchronous scheduling: launch a step before the previous one's tokens reach the host (default: on a GPU)",
         aliases=("async_scheduling",),
     )
     max_grammar_seconds: int = option(5, "maximum seconds of CPU time to compile a grammar; larger ones are refused")

@@ -28,20 +28,20 @@ class EndpointOptions:
     allow_metrics: bool = option(True, "serve metrics for Prometheus, always as plain HTTP and without a key")
     metrics_address: str = option("", "address of metrics (default: that of HTTP)")
     metrics_port: int = option(8002, "port of metrics; 0 is any free one")
-    allow_gpu_metrics: bool = option(True, "serve what the GPUs do, among the metrics")
-    allow_cpu_metrics: bool = option(True, "serve what the processors do, among the metrics")
-    http_max_connections: int = option(4096, "maximum of open connections of a port; more are refused with 503")
+    allow_gpu_metrics: bool = option(True, "export GPU metrics")
+    allow_cpu_metrics: bool = option(True, "export CPU metrics")
+    http_max_connections: int = option(4096, "maximum open connections per port; more are refused with 503")
     http_idle_timeout_secs: float = option(75.0, "seconds for which a connection may have no request")
     http_header_timeout_secs: float = option(30.0, "seconds that the headers of a request may take to arrive")
     http_body_timeout_secs: float = option(60.0, "seconds for which nothing of a request's body may arrive")
     http_write_timeout_secs: float = option(300.0, "seconds for which a client may take nothing of its answer")
-    metrics_interval_ms: float = option(2000.0, "ms for which what the machine does is not measured anew")
+    metrics_interval_ms: float = option(2000.0, "interval of hardware metrics, in ms")
     grpc_keepalive_time: int = option(7_200_000, "ms without traffic after which a gRPC client is pinged")
     grpc_keepalive_timeout: int = option(20_000, "ms that it has to answer the ping")
-    grpc_keepalive_permit_without_calls: bool = option(False, "ping also when no call is under way")
-    grpc_http2_max_pings_without_data: int = option(2, "most pings without data in between; 0: any number")
+    grpc_keepalive_permit_without_calls: bool = option(False, "ping also when no call is in flight")
+    grpc_http2_max_pings_without_data: int = option(2, "maximum pings without data in between; 0: any number")
     grpc_http2_min_recv_ping_interval_without_data: int = option(
-        300_000, "least ms between pings of a client without data in between"
+        300_000, "minimum ms between pings of a client without data in between"
     )
     grpc_http2_max_ping_strikes: int = option(2, "pings above that which are forgiven; 0: any number")
     grpc_max_connection_idle: int = option(
@@ -129,7 +129,7 @@ class SecurityOptions:
         1 << 20, "maximum bytes of a text for tokenizers of which a token may stand for any number of them", kind="size"
     )
     max_prompt_tokens: int | None = option(
-        None, "most tokens of a prompt (default: what --max-model-len leaves)", type=int
+        None, "maximum tokens per prompt (default: what --max-model-len leaves)", type=int
     )
 
     def __post_init__(self) -> None:
@@ -164,14 +164,14 @@ class RepositoryOptions:
 class ModelOptions:
     """How one MODEL is served, without a repository."""
 
-    name: str = option("fastertransformer", "name of the model of token ids")
+    name: str = option("fastertransformer", "name of the token-id model")
     text_name: str | None = option(
         None, "name of the text model (default: the folder's)", aliases=("served_model_name",)
     )
-    decoupled: bool = option(False, "the model of token ids streams: its clients must use ModelStreamInfer")
-    max_batch: int | None = option(None, "most prompts in a request (default: 1024)", type=int)
-    max_queue_size: int = option(0, "most requests that may wait, more are refused; 0: any number")
-    queue_timeout_secs: float = option(0.0, "seconds that a request may wait; 0: any time")
+    decoupled: bool = option(False, "the token-id model streams: its clients must use ModelStreamInfer")
+    max_batch: int | None = option(None, "maximum prompts per request (default: 1024)", type=int)
+    max_queue_size: int = option(0, "maximum waiting requests, more are refused; 0: any number")
+    queue_timeout_secs: float = option(0.0, "maximum seconds that a request may wait; 0: any time")
 
     def __post_init__(self) -> None:
         for name, least in (("max_batch", 1), ("max_queue_size", 0), ("queue_timeout_secs", 0)):
@@ -186,7 +186,7 @@ class ServerOptions:
 
     server_id: str = option("hasten", "name of the server in its metadata", flag="--id")
     strict_readiness: bool = option(True, "ready only while all models are")
-    exit_timeout_secs: float = option(30.0, "seconds that requests under way have when the server is to end")
+    exit_timeout_secs: float = option(30.0, "seconds that in-flight requests have at shutdown")
     stall_timeout_secs: float = option(60.0, "seconds without a step after which an engine with requests is not ready")
     exit_on_error: bool = option(True, "end where a model cannot be loaded at the start")
 

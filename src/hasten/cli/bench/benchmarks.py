@@ -9,7 +9,9 @@ from hasten.cli.options import Parser
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add the subcommand `bench` and its own subcommands."""
     parser = commands.add_parser(
-        "bench", help="measure accuracy and speed", description="Measure accuracy and speed, beside Hugging Face."
+        "bench",
+        help="measure accuracy and speed",
+        description="Measure accuracy and speed, also compared with Hugging Face.",
     )
     benches = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     lambada.add_parser(benches)

@@ -30,7 +30,7 @@ def add_sampling(parser: Parser) -> None:
     add_sampling_options(parser, defaults=SAMPLING_DEFAULTS, skip=NOT_MEASURED)
 
 
-def add_model(parser: Parser, compare: str = f"measure Hugging Face beside it, in turns{COMPARED_HELP}") -> None:
+def add_model(parser: Parser, compare: str = f"measure Hugging Face too, alternating{COMPARED_HELP}") -> None:
     """Add what names the models."""
     parser.add_argument("model", type=path, metavar="MODEL", help="folder of the checkpoint, or its Hugging Face id")
     parser.add_argument("--compare", action="store_true", help=compare)

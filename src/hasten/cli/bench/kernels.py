@@ -11,9 +11,9 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
     """Add the benchmark `kernels`."""
     parser = benches.add_parser(
         "kernels",
-        help="each kernel on a GPU, and how close it comes to what the GPU can do",
-        description="Time each kernel at the sizes of a model, beside the same in plain torch and beside the most that "
-        "the GPU moves and computes, and compare their results. An error above the tolerance is status 1.",
+        help="each GPU kernel, compared with its PyTorch reference and the hardware peak",
+        description="Time each GPU kernel at the sizes of a model, and compare time and result with its "
+        "PyTorch reference and with the hardware peak (roofline). An error above the tolerance is status 1.",
     )
     parser.add_argument(
         "--model-shape",

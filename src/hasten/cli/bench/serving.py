@@ -18,8 +18,8 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
     """Add the benchmark `serving`."""
     parser = benches.add_parser(
         "serving",
-        help="requests to a server over gRPC, beside the engine called directly",
-        description="Start `hasten serve`, and measure requests to it over gRPC beside the same requests to an engine "
+        help="overhead of a server over direct engine calls",
+        description="Start `hasten serve`, and compare requests to it over gRPC with the same requests to an engine "
         "in this process: one after the other, many at once, and many streams. All must give the same tokens. On a GPU "
         "each takes 40% of its memory by default.",
     )

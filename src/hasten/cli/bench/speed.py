@@ -15,8 +15,8 @@ def add_parsers(benches: "argparse._SubParsersAction[Parser]") -> None:
 def _add_throughput(benches: "argparse._SubParsersAction[Parser]") -> None:
     parser = benches.add_parser(
         "throughput",
-        help="tokens a second on many requests",
-        description="Tokens a second on many requests that arrive at once, with prompts of random token ids.",
+        help="tokens per second on many requests",
+        description="Tokens per second on many requests that arrive at once, with prompts of random token ids.",
     )
     add_model(parser)
     parser.add_argument(
@@ -29,7 +29,7 @@ def _add_throughput(benches: "argparse._SubParsersAction[Parser]") -> None:
         "--num-requests", type=positive, metavar="N", help="requests (default: mixed 64, tput 1000, lambada 5153)"
     )
     parser.add_argument(
-        "--batch-size", type=positive, metavar="N", help="hand hasten so many requests at once (default: all of them)"
+        "--batch-size", type=positive, metavar="N", help="requests that hasten gets at once (default: all of them)"
     )
     parser.add_argument(
         "--hf-batch-size",
@@ -48,8 +48,8 @@ def _add_throughput(benches: "argparse._SubParsersAction[Parser]") -> None:
 def _add_latency(benches: "argparse._SubParsersAction[Parser]") -> None:
     parser = benches.add_parser(
         "latency",
-        help="time to the first token and time a token",
-        description="Time to the first token and time a token of batches of equal requests.",
+        help="time to the first token and time per output token",
+        description="Time to the first token and time per output token of batches of equal requests.",
     )
     add_model(parser)
     parser.add_argument(

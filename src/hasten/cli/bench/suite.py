@@ -48,7 +48,7 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
         "--num-requests", type=positive, metavar="N", help="requests (default: lambada 5153, tput 1000)"
     )
     parser.add_argument(
-        "--repetitions", type=positive, default=3, metavar="N", help="lat and fixed: the best of so many (default: 3)"
+        "--repetitions", type=positive, default=3, metavar="N", help="lat and fixed: the best of N (default: 3)"
     )
     add_output(parser)
     add_engine_options(parser, defaults=_DEFAULTS)

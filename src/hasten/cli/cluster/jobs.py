@@ -54,7 +54,7 @@ def add_parsers(verbs: VerbParsers) -> None:
     attach = _add_verb(verbs, "attach", run_attach, "run a command in an instance of a job")
     attach.add_argument("name", metavar="NAME", help="the job")
     add_attach_options(attach)
-    delete = _add_verb(verbs, "delete", run_delete, "end jobs and remove all that was made for them", "del")
+    delete = _add_verb(verbs, "delete", run_delete, "end jobs and remove all their objects", "del")
     delete.add_argument("names", metavar="NAME", nargs="+", help="the jobs")
     for parser in (listing, get, logs, attach, delete):
         add_type(parser, JOB_TYPES)

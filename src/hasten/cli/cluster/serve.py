@@ -62,7 +62,7 @@ def _fill_serve(serve: VerbParser) -> None:
     add_attach_options(attach)
     for parser in (get, logs, attach):
         parser.add_argument("name", metavar="NAME", help="the server")
-    delete = _add_verb(actions, "delete", run_delete, "end servers and remove all that was made for them", "del")
+    delete = _add_verb(actions, "delete", run_delete, "end servers and remove all their objects", "del")
     delete.add_argument("names", metavar="NAME", nargs="+", help="the servers")
     for parser in (get, logs, attach, delete):
         parser.add_argument("-v", "--version", metavar="VERSION", help="which version, where there are several")

@@ -26,7 +26,7 @@ def add_log_options(parser: argparse.ArgumentParser) -> None:
     times.add_argument("--since", metavar="TIME", help="lines of the last 5s, 2m or 3h alone")
     times.add_argument("--since-time", metavar="TIME", help="lines after this moment alone, RFC 3339")
     parser.add_argument(
-        "-t", "--tail", type=int, default=_ALL_LINES, metavar="N", help="so many last lines (default: -1, all)"
+        "-t", "--tail", type=int, default=_ALL_LINES, metavar="N", help="number of last lines (default: -1, all)"
     )
     parser.add_argument("--timestamps", action="store_true", help="begin each line with its time")
     add_instance_options(parser)
