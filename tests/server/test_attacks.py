@@ -9,9 +9,11 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any
 
+import grpc
 import pytest
 from tests.soak.http_client import NoAnswerError, connected, get, request
 from tests.soak.server import DEMO, Server, serving
+from tritonclient.grpc import service_pb2 as pb
 
 MIB = 1 << 20
 SLOWEST_S = 2.0
@@ -99,6 +101,45 @@ def test_nobody_is_held_up(server: Server, name: str) -> None:
         for status, text in answers:
             assert status == 400, text[:500]
             assert message in text
+
+    run(attack())
+
+
+def infer(shape: list[int], datatype: str = "UINT32", raw: bytes | None = None, **contents: Any) -> bytes:
+    message = pb.ModelInferRequest(model_name="fastertransformer", raw_input_contents=[] if raw is None else [raw])
+    tensor = message.inputs.add(name="input_ids", datatype=datatype, shape=shape)
+    for field, values in contents.items():
+        getattr(tensor.contents, field).extend(values)
+    return bytes(message.SerializeToString())
+
+
+GRPC_ATTACKS = {
+    "typed": (lambda: infer([1, 10**7], uint_contents=[5] * 10**7), "has more than 2097152 bytes"),
+    "typed, fewer": (lambda: infer([1, 10**6], uint_contents=[5] * 10**6), "expected number of inputs"),
+    "raw": (lambda: infer([1, 10**7], raw=bytes(4 * 10**7)), "expected number of inputs"),
+    "texts": (lambda: infer([10**7], "BYTES", bytes(4 * 10**7)), "more than 262144 elements of BYTES"),
+    "inputs": (lambda: b"\x2a\x00" * 10**7, "more than 4096 fields"),
+    "outputs": (lambda: b"\x32\x00" * 10**7, "more than 4096 fields"),
+    "sizes": (lambda: infer([1] * 10**7), "has more than 2097152 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", GRPC_ATTACKS)
+def test_nobody_is_held_up_over_grpc(server: Server, name: str) -> None:
+    make, message = GRPC_ATTACKS[name]
+    raw = make()
+
+    async def attack() -> None:
+        options = [("grpc.max_send_message_length", -1)]
+        async with (
+            grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc}", options=options) as channel,
+            watched(server),
+        ):
+            call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            for _ in range(2):
+                with pytest.raises(grpc.aio.AioRpcError, match=message) as error:
+                    await call(raw, timeout=120)
+                assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
     run(attack())
 

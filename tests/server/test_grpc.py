@@ -15,6 +15,8 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
+from hasten.server.protocol.grpc_stream import _Room
+
 # Expected answers are those that Triton 2.51.0 gave to the same requests.
 
 Code = grpc.StatusCode
@@ -415,6 +417,42 @@ def test_a_stream_takes_no_more_requests_than_there_is_room_for(site: Transports
             return sum([1 async for _ in stub.ModelStreamInfer(messages())])
 
     assert asyncio.run(run()) == 1500
+
+
+def test_a_stream_takes_no_more_bytes_than_there_is_room_for() -> None:
+    async def run() -> None:
+        room, entered = _Room(max_bytes=100), asyncio.Event()
+
+        async def enter(size: int) -> None:
+            await room.enter(size)
+            entered.set()
+
+        await room.enter(1000)  # one alone may have any size
+        waiting = asyncio.create_task(enter(60))
+        await asyncio.sleep(0)
+        assert not entered.is_set()
+        room.leave(1000)
+        await waiting
+        await room.enter(40)
+        entered.clear()
+        waiting = asyncio.create_task(enter(41))
+        room.leave(40)
+        await asyncio.sleep(0)
+        assert not entered.is_set()
+        room.leave(60)
+        await waiting
+
+    asyncio.run(run())
+
+
+def test_large_requests_of_a_stream_are_read_in_their_order(stub: Any) -> None:
+    large = np.ones((1, 50_000), np.float32).tobytes()
+    inputs = [(name, "FP32", [1, 50_000]) for name in ("INPUT0", "INPUT1")]
+    small, wrong = request(id="small"), request(id="wrong", inputs=inputs, raw=[large, large[:-4]])
+    messages = [request(id="large", inputs=inputs, raw=[large, large]), small, wrong, small]
+    answers = list(stub.ModelStreamInfer(iter(messages)))
+    assert [answer.infer_response.id for answer in answers] == ["large", "small", "wrong", "small"]
+    assert [bool(answer.error_message) for answer in answers] == [False, False, True, False]
 
 
 def test_the_repository_is_controlled(site: Transports, stub: Any) -> None:

@@ -9,8 +9,8 @@ from tests.server.transport_fixtures import Transports, serving
 from tritonclient.utils import InferenceServerException
 from tritonclient.utils import shared_memory as shm
 
-from hasten.server.protocol.shared_memory import FOLDER, SharedMemory
-from hasten.server.types import ErrorKind, ServiceError
+from hasten.server.protocol.shared_memory import FOLDER, MAX_REGIONS, SharedMemory
+from hasten.server.types import ErrorKind, Parameter, ServiceError
 
 NAME = f"hasten_test_{os.getpid()}"
 
@@ -26,6 +26,12 @@ def path() -> Iterator[Path]:
 @pytest.fixture
 def memory(path: Path) -> SharedMemory:
     return SharedMemory()
+
+
+def descriptors_of(path: Path) -> int:
+    """Open in this process; what else it has open may close at any time."""
+    links = (link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+    return sum(target == path for target in links)
 
 
 def refused(memory: SharedMemory, name: str, key: str, offset: int, size: int) -> ServiceError:
@@ -120,13 +126,40 @@ def test_a_name_is_registered_once_and_forgotten_when_asked(memory: SharedMemory
 
 
 def test_a_slice_in_use_outlives_its_region_and_nothing_stays_open(memory: SharedMemory) -> None:
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    alone = FOLDER / f"{NAME}_alone"
+    alone.write_bytes(bytes(range(64)))
+    try:
+        memory.register("r", alone.name, 0, 64)
+        part = memory.slice("r", 4)
+        memory.unregister()
+        assert part.read() == bytes(range(4))
+        assert descriptors_of(alone) == 1
+        del part
+        assert descriptors_of(alone) == 0
+    finally:
+        alone.unlink()
+
+
+def test_inputs_of_a_request_are_bounded_in_all(memory: SharedMemory, path: Path) -> None:
+    memory = SharedMemory(max_request_bytes=32)
     memory.register("r", NAME, 0, 64)
-    part = memory.slice("r", 4)
-    memory.unregister()
-    assert part.read() == bytes(range(4))
-    del part
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    where: dict[str, Parameter] = {"shared_memory_region": "r", "shared_memory_byte_size": 16}
+    reading = memory.reading()
+    assert reading.read("a", {}) is None
+    assert [reading.read(name, where) for name in "ab"] == 2 * [bytes(range(16))]
+    with pytest.raises(ServiceError, match="the inputs in shared memory have more than 32 bytes"):
+        reading.read("c", where)
+
+
+def test_regions_are_bounded_in_number_and_name(memory: SharedMemory) -> None:
+    for number in range(MAX_REGIONS):
+        memory.register(f"r{number}", NAME, 0, 64)
+    with pytest.raises(ServiceError, match="512 shared memory regions are registered, which is the limit"):
+        memory.register("another", NAME, 0, 64)
+    memory.unregister("r0")
+    with pytest.raises(ServiceError, match="at most 256 characters, got 257"):
+        memory.register("n" * 257, NAME, 0, 64)
+    memory.register("n" * 256, NAME, 0, 64)
 
 
 def test_it_can_be_turned_off(path: Path) -> None:

@@ -19,6 +19,11 @@ def require_utf8(name: str, text: str) -> None:
         ) from None
 
 
+def shortened(text: str, most: int) -> str:
+    """A text of at most `most` characters: the beginning of a longer one, and a mark that more followed."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def utf8_lines(data: bytes) -> list[str]:
     r"""Lines of a UTF-8 file, without their ends: `\n` or `\r\n`, and nothing else ends a line.
 

@@ -55,15 +55,16 @@ class Server:
         self._watch: asyncio.Task[None] | None = None
         self._access = AccessLog()
         self._metrics = Metrics(self.service, self._machine, self._access)
-        memory, traces = SharedMemory(allowed=security.allow_shared_memory), TraceSettings()
+        limit, traces = security.max_request_bytes, TraceSettings()
+        memory = SharedMemory(allowed=security.allow_shared_memory, max_request_bytes=limit)
         self._keys = ApiKeys.from_file(security.api_key_file) if security.api_key_file else None
         self._tls = TlsFiles.create(security.tls_certificate, security.tls_key, security.tls_client_ca)
-        self._routes = HttpRoutes(self.service, memory, traces, logs, security.max_request_bytes)
+        self._routes = HttpRoutes(self.service, memory, traces, logs, limit)
         self.http: HttpListener | None = None
         self.metrics: HttpListener | None = None
         self.grpc: GrpcListener | None = None
         with contextlib.ExitStack() as opened:
-            self._open(GrpcCalls(self.service, memory, traces, logs), opened)
+            self._open(GrpcCalls(self.service, memory, traces, logs, max_stream_bytes=limit), opened)
             opened.pop_all()
 
     def _open(self, calls: GrpcCalls, opened: contextlib.ExitStack) -> None:

@@ -11,9 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.core.errors import HastenError
+from hasten.core.text import shortened
 
 Parameter = bool | int | float | str
 """A parameter's value, as the protocol has them."""
+
+
+LONGEST_MESSAGE = 4000
+"""Characters of an error's message: some of them name what the client sent."""
 
 
 class ErrorKind(Enum):
@@ -33,7 +38,7 @@ class ServiceError(HastenError):
     """A request that the service refuses or could not finish; its message is for the client."""
 
     def __init__(self, kind: ErrorKind, message: str) -> None:
-        super().__init__(message)
+        super().__init__(shortened(message, LONGEST_MESSAGE))
         self.kind = kind
 
 

@@ -9,11 +9,12 @@ from msgspec import Raw
 from starlette.responses import Response
 
 from hasten.core.errors import EngineError, HastenError, InvalidRequestError
+from hasten.core.text import shortened
 from hasten.core.types import SamplingParams
 from hasten.server.engine.client import QueueFullError, QueueTimeoutError
 from hasten.server.json_size import check_json_size
 from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest
-from hasten.server.types import ErrorKind, ServiceError
+from hasten.server.types import LONGEST_MESSAGE, ErrorKind, ServiceError
 
 _MOST_COMPLETIONS, _MOST_PROMPTS, _MOST_LOGPROBS, _MOST_STOPS = 128, 2048, 20, 64
 """Each as OpenAI's own limit or above it: without one, a short request could ask for any amount of work."""
@@ -65,6 +66,7 @@ def error_answer(error: Exception) -> tuple[int, bytes]:
         status, code, param = error.status, error.code, error.param
         kind = "invalid_request_error" if status < 500 else "server_error"
     message = str(error) if isinstance(error, HastenError) else "internal error; the server's log says more"
+    message = shortened(message, LONGEST_MESSAGE)
     return status, msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
 
 

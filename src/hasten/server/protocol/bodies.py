@@ -16,8 +16,18 @@ import numpy as np
 
 from hasten.core.errors import InvalidRequestError
 from hasten.server.json_size import MAX_JSON_BYTES, check_json_size
-from hasten.server.protocol.shared_memory import BYTE_SIZE, OFFSET, REGION, SharedMemory
-from hasten.server.protocol.tensors import about, dtype_of, from_bytes, from_list, invalid, to_bytes, to_list
+from hasten.server.protocol.shared_memory import BYTE_SIZE, OFFSET, REGION, Reading, SharedMemory
+from hasten.server.protocol.tensors import (
+    about,
+    bounded,
+    check_outputs,
+    dtype_of,
+    from_bytes,
+    from_list,
+    invalid,
+    to_bytes,
+    to_list,
+)
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, Parameter, RequestedOutput, ServiceError, Tensor
 
 if TYPE_CHECKING:
@@ -140,11 +150,14 @@ def infer_body(model: str, version: str, body: bytes, header_length: int | None,
     parameters = checked_parameters(head.get("parameters", {}))
     request = InferRequest(model=model, version=version, id=request_id, parameters=parameters, inputs=[])
     tail = _Tail(whole[len(body) if header_length is None else header_length :], model, request_id)
+    reading = memory.reading()
     inputs = _member(head, "inputs", list, "non-array as array", [])
-    request.inputs.extend(_input(tensor, tail, memory) for tensor in inputs)
+    request.inputs.extend(bounded(_input(tensor, tail, reading) for tensor in inputs))
     tail.close()
     made = InferBody(request, binary=bool(parameters.pop("binary_data_output", False)))
-    for output in _member(head, "outputs", list, "non-array as array", []):
+    outputs = _member(head, "outputs", list, "non-array as array", [])
+    check_outputs(len(outputs))
+    for output in outputs:
         _output(output, made)
     return made
 
@@ -200,7 +213,7 @@ class _Tail:
             raise invalid(f"unexpected additional input data for model '{self.model}'")
 
 
-def _input(tensor: Any, tail: _Tail, memory: SharedMemory) -> Tensor:
+def _input(tensor: Any, tail: _Tail, reading: Reading) -> Tensor:
     given = tensor if isinstance(tensor, dict) else {}
     parameters = given.get("parameters", {})
     if not isinstance(parameters, dict):
@@ -221,8 +234,7 @@ def _input(tensor: Any, tail: _Tail, memory: SharedMemory) -> Tensor:
     if sources == ["binary_data_size"]:
         raw: bytes | memoryview = tail.take(name, _unsigned(parameters, "binary_data_size"))
     else:
-        where = memory.slice_of(name, _shared_memory(parameters))
-        raw = where.read() if where is not None else b""
+        raw = reading.read(name, _shared_memory(parameters)) or b""
     return from_bytes(name, datatype, shape, raw, model=tail.model, request_id=tail.request_id)
 
 

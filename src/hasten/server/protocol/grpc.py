@@ -5,17 +5,18 @@ asked is done by the service. The twentieth, ModelStreamInfer, is in `grpc_strea
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from tritonclient.grpc import service_pb2 as pb
 
 from hasten.core.errors import HastenError
+from hasten.server.by_size import by_size
 from hasten.server.errors import service_error
-from hasten.server.protocol.grpc_stream import stream_infer
+from hasten.server.protocol.grpc_stream import MAX_STREAM_BYTES, ReceivedInfer, received_infer, stream_infer
 from hasten.server.protocol.http import require_known_model
-from hasten.server.protocol.placement import place, placements
-from hasten.server.protocol.proto import infer_request, infer_response, parsed
+from hasten.server.protocol.proto import infer_response, parsed
 from hasten.server.protocol.settings import LogSettings, TraceSettings
 from hasten.server.protocol.shared_memory import NO_CUDA, SharedMemory
 from hasten.server.protocol.tensors import invalid
@@ -51,9 +52,18 @@ Handler = Callable[[Any], Any]
 class GrpcCalls:
     """What each unary call does: a method gets the request and returns the response, or an awaitable of it."""
 
-    def __init__(self, service: "Service", memory: SharedMemory, traces: TraceSettings, logs: LogSettings) -> None:
+    def __init__(
+        self,
+        service: "Service",
+        memory: SharedMemory,
+        traces: TraceSettings,
+        logs: LogSettings,
+        *,
+        max_stream_bytes: int = MAX_STREAM_BYTES,
+    ) -> None:
         self.service = service
         self.memory = memory
+        self.max_stream_bytes = max_stream_bytes
         self._traces = traces
         self._logs = logs
 
@@ -112,17 +122,17 @@ class GrpcCalls:
         """What was counted of one model, or of all."""
         return pb.ModelStatisticsResponse(model_stats=self.service.statistics(request.name, request.version))
 
-    async def model_infer(self, request: Any) -> Any:
-        """One request, one response."""
-        model, version = request.model_name, request.model_version
-        if self.service.is_decoupled(model, version):
+    def read_infer(self, raw: bytes) -> ReceivedInfer:
+        """A request for one response; may take long, and be done in a thread."""
+        message = parsed(pb.ModelInferRequest, raw)
+        if self.service.is_decoupled(message.model_name, message.model_version):
             raise ServiceError(ErrorKind.UNSUPPORTED, _DECOUPLED)
-        made = infer_request(request, self.memory)
-        wanted = placements(made.outputs, self.memory)
-        batched = self.service.model_config(model, version).max_batch_size > 0
-        response = await self.service.infer(made)
-        elsewhere = place(response, wanted, batched=batched)
-        return infer_response(response, elsewhere)
+        return received_infer(message, self.service, self.memory)
+
+    async def model_infer(self, received: ReceivedInfer) -> Any:
+        """One request, one response."""
+        response = await self.service.infer(received.request)
+        return infer_response(response, received.place(response))
 
     def repository_index(self, request: Any) -> Any:
         """All models and their states."""
@@ -229,17 +239,17 @@ def _typed(key: str, parameter: Any, kind: str) -> Any:
 
 def add_to_server(server: Any, calls: GrpcCalls, keys: ApiKeys | None) -> None:
     """Have a `grpc.aio.Server` serve these calls, and `grpc.health.v1.Health/Check` for a cluster's probes."""
-    handlers = {
-        name: grpc.unary_unary_rpc_method_handler(
-            _answering(handler, getattr(pb, f"{name}Request"), None if name in _OPEN_CALLS else keys),
+    handlers = {}
+    for name, handler in calls.handlers().items():
+        read = calls.read_infer if name == "ModelInfer" else partial(parsed, getattr(pb, f"{name}Request"))
+        handlers[name] = grpc.unary_unary_rpc_method_handler(
+            _answering(handler, read, None if name in _OPEN_CALLS else keys),
             response_serializer=getattr(pb, f"{name}Response").SerializeToString,
         )
-        for name, handler in calls.handlers().items()
-    }
 
     async def stream(requests: Any, context: Any) -> None:
         await _admit(context, keys)
-        await stream_infer(calls.service, calls.memory, requests, context)
+        await stream_infer(calls.service, calls.memory, requests, context, max_bytes=calls.max_stream_bytes)
 
     handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
         stream,
@@ -254,14 +264,16 @@ def add_to_server(server: Any, calls: GrpcCalls, keys: ApiKeys | None) -> None:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
 
 
-def _answering(handler: Handler, kind: Any, keys: ApiKeys | None) -> Callable[[bytes, Any], Awaitable[Any]]:
-    """A handler of requests of a kind, with keys checked and errors turned into statuses."""
+def _answering(
+    handler: Handler, read: Callable[[bytes], Any], keys: ApiKeys | None
+) -> Callable[[bytes, Any], Awaitable[Any]]:
+    """A handler of requests that are to be read, with keys checked and errors turned into statuses."""
     waits = inspect.iscoroutinefunction(handler)
 
     async def answer(raw: bytes, context: Any) -> Any:
         await _admit(context, keys)
         try:
-            response = handler(parsed(kind, raw))
+            response = handler(await by_size(len(raw), read, raw))
             return await response if waits else response
         except HastenError as error:
             known = service_error(error)

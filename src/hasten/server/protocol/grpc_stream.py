@@ -9,12 +9,14 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tritonclient.grpc import service_pb2 as pb
 
 from hasten.core.errors import HastenError
+from hasten.server.by_size import by_size
 from hasten.server.errors import service_error
 from hasten.server.protocol.placement import place, placements
 from hasten.server.protocol.proto import FINAL, WANTS_EMPTY_FINAL, infer_request, infer_response, parsed
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 _MOST_REQUESTS = 1024
 """Under way in one stream; no more are read from it before one ends."""
+MAX_STREAM_BYTES = 64 << 20
+"""Of the requests under way in one stream, unless the server's options say otherwise."""
 _REFUSED = (ErrorKind.INVALID, ErrorKind.NOT_FOUND, ErrorKind.UNSUPPORTED)
 _log = logging.getLogger(__name__)
 
@@ -33,9 +37,38 @@ Placed = Callable[[InferResponse], set[str]]
 """Puts a response's outputs where the client wants them; names of those in shared memory."""
 
 
-async def stream_infer(service: "Service", memory: SharedMemory, requests: Any, context: Any) -> None:
-    """Serve one stream; `requests` gives ModelInferRequest messages as bytes, `context` takes the answers."""
-    stream = _Stream(service, memory, context)
+@dataclass(frozen=True)
+class ReceivedInfer:
+    """A request as it came over gRPC, and what is to be done with its outputs."""
+
+    request: InferRequest
+    decoupled: bool
+    """Whether its model may answer any number of times."""
+    place: Placed
+
+
+def received_infer(message: Any, service: "Service", memory: SharedMemory) -> ReceivedInfer:
+    """A ModelInferRequest as a request; ServiceError where it is wrong, or for a model that there is not."""
+    decoupled = service.is_decoupled(message.model_name, message.model_version)
+    request = infer_request(message, memory)
+    config = service.model_config(message.model_name, message.model_version)
+    wanted = placements(request.outputs, memory)
+    return ReceivedInfer(request, decoupled, partial(place, wanted=wanted, batched=config.max_batch_size > 0))
+
+
+async def stream_infer(
+    service: "Service",
+    memory: SharedMemory,
+    requests: Any,
+    context: Any,
+    *,
+    max_bytes: int = MAX_STREAM_BYTES,
+) -> None:
+    """Serve one stream; `requests` gives ModelInferRequest messages as bytes, `context` takes the answers.
+
+    Requests under way have at most `max_bytes`, or are one; no more are read before one ends.
+    """
+    stream = _Stream(service, memory, context, max_bytes)
     try:
         async for raw in requests:
             await stream.begin(raw)
@@ -68,26 +101,56 @@ class _Turn:
         self._over.set()
 
 
+class _Room:
+    """What the requests under way in one stream take."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._count = self._bytes = 0
+        self._left = asyncio.Event()
+
+    async def enter(self, size: int) -> None:
+        """Wait for room for a request, the only one that waits."""
+        while self._count and (self._count >= _MOST_REQUESTS or self._bytes + size > self._max_bytes):
+            self._left.clear()
+            await self._left.wait()
+        self._count, self._bytes = self._count + 1, self._bytes + size
+
+    def leave(self, size: int) -> None:
+        """A request has ended."""
+        self._count, self._bytes = self._count - 1, self._bytes - size
+        self._left.set()
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """What is wrong with a request, and its id where it has one."""
+
+    error: Exception
+    request_id: str
+
+
 class _Stream:
-    def __init__(self, service: "Service", memory: SharedMemory, context: Any) -> None:
+    def __init__(self, service: "Service", memory: SharedMemory, context: Any, max_bytes: int) -> None:
         self._service = service
         self._memory = memory
         self._context = context
         self._tasks: set[asyncio.Task[None]] = set()
-        self._room = asyncio.Semaphore(_MOST_REQUESTS)
+        self._room = _Room(max_bytes)
         self._writing = asyncio.Lock()
         self._last_turn: _Turn | None = None
 
     async def begin(self, raw: bytes) -> None:
         """Start to serve one request, once there is room."""
-        await self._room.acquire()
-        task = asyncio.create_task(self._serve(raw))
+        await self._room.enter(len(raw))
+        # read here, not by the task, so that the turns are those of the requests
+        task = asyncio.create_task(self._serve(await by_size(len(raw), self._read, raw)))
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(partial(self._ended, len(raw)))
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, size: int, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._room.release()
+        self._room.leave(size)
         if not task.cancelled() and task.exception() is not None:
             _log.debug("a stream's response could not be sent", exc_info=task.exception())
 
@@ -106,26 +169,25 @@ class _Stream:
         self._last_turn = _Turn(self._last_turn)
         return self._last_turn
 
-    async def _serve(self, raw: bytes) -> None:
-        # no await before a turn is taken: tasks begin in the order of their requests
+    def _read(self, raw: bytes) -> ReceivedInfer | _Refused:
         message = pb.ModelInferRequest()
         try:
             message = parsed(pb.ModelInferRequest, raw)
-            decoupled = self._service.is_decoupled(message.model_name, message.model_version)
-            request = infer_request(message, self._memory)
-            config = self._service.model_config(message.model_name, message.model_version)
-            wanted = placements(request.outputs, self._memory)
-            placed = partial(place, wanted=wanted, batched=config.max_batch_size > 0)
+            return received_infer(message, self._service, self._memory)
         except Exception as error:
+            return _Refused(error, message.id)
+
+    async def _serve(self, received: ReceivedInfer | _Refused) -> None:
+        # no await before a turn is taken: tasks begin in the order of their requests
+        if isinstance(received, _Refused):
             with self._turn() as turn:
                 await turn.come()
-                await self._write_error(error, pb.ModelInferResponse(id=message.id))
-            return
-        if decoupled:
-            await self._serve_many(request, placed)
+                await self._write_error(received.error, pb.ModelInferResponse(id=received.request_id))
+        elif received.decoupled:
+            await self._serve_many(received.request, received.place)
         else:
             with self._turn() as turn:
-                await self._serve_one(request, placed, turn)
+                await self._serve_one(received.request, received.place, turn)
 
     async def _serve_one(self, request: InferRequest, placed: Placed, turn: _Turn) -> None:
         try:

@@ -1,6 +1,6 @@
 """The HTTP routes that compute: infer, generate and generate_stream."""
 
-import asyncio
+import sys
 import zlib
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from hasten.core.errors import HastenError
+from hasten.server.by_size import by_size
 from hasten.server.errors import service_error
 from hasten.server.json_size import check_declared_size
 from hasten.server.protocol.bodies import (
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from hasten.server.service import Service
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-_LARGE_BODY = 1 << 18
-"""Bytes from which on a body is parsed in a thread, so that others are served meanwhile."""
 _MOST_DIGITS = 18
 _DECOUPLED = "HTTP end point doesn't support models with decoupled transaction policy"
 _WINDOW = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
@@ -64,10 +63,8 @@ class InferRoutes:
         if self._service.is_decoupled(model, version):
             raise ServiceError(ErrorKind.UNSUPPORTED, _DECOUPLED)
         raw = await request.body()
-        if len(raw) > _LARGE_BODY or "content-encoding" in request.headers:
-            body = await asyncio.to_thread(self._infer_body, model, version, raw, request)
-        else:
-            body = self._infer_body(model, version, raw, request)
+        encoded = "content-encoding" in request.headers  # what is packed may become any size
+        body = await by_size(sys.maxsize if encoded else len(raw), self._infer_body, model, version, raw, request)
         wanted = placements(body.request.outputs, self._memory)
         batched = self._batched(model, version)
         response = await unless_gone(request, self._service.infer(body.request))
@@ -95,9 +92,8 @@ class InferRoutes:
         if not encoding:
             check_declared_size(request.headers.get("content-length"))
         raw = await request.body()
-        if len(raw) > _LARGE_BODY or encoding:
-            return await asyncio.to_thread(self._parsed_generate, model, version, raw, encoding)
-        return self._parsed_generate(model, version, raw, encoding)
+        size = sys.maxsize if encoding else len(raw)
+        return await by_size(size, self._parsed_generate, model, version, raw, encoding)
 
     def _parsed_generate(self, model: str, version: str, raw: bytes, encoding: str) -> InferRequest:
         metadata = self._service.model_metadata(model, version)

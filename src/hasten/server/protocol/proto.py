@@ -7,12 +7,28 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
-from hasten.server.protocol.shared_memory import REGION, SharedMemory
-from hasten.server.protocol.tensors import NUMPY, about, dtype_of, elements, from_bytes, invalid, to_bytes
+from hasten.server.protocol.message_size import check_message_size, not_a_message
+from hasten.server.protocol.shared_memory import REGION, Reading, SharedMemory
+from hasten.server.protocol.tensors import (
+    NUMPY,
+    about,
+    bounded,
+    check_outputs,
+    check_texts,
+    dtype_of,
+    elements,
+    from_bytes,
+    invalid,
+    to_bytes,
+)
 from hasten.server.types import InferRequest, InferResponse, Parameter, RequestedOutput, Tensor
 
 FINAL = "triton_final_response"
 WANTS_EMPTY_FINAL = "triton_enable_empty_final_response"
+_CHUNK = 1 << 16
+"""Elements that are converted at once, a few milliseconds in which no other thread runs."""
+_SHOWN_SIZES = 17
+"""Of a shape in an error; one more than a tensor may have."""
 
 _CONTENTS = {
     "BOOL": "bool_contents",
@@ -45,11 +61,12 @@ _RESERVED: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def parsed(kind: Any, raw: bytes) -> Any:
-    """The message in some bytes; INVALID where it is none. gRPC itself would answer UNKNOWN."""
+    """The message in some bytes; INVALID where it is none, or too large. gRPC itself would answer UNKNOWN."""
+    check_message_size(kind, raw)
     try:
         return kind.FromString(raw)
     except DecodeError:
-        raise invalid(f"the request is not a message of type '{kind.DESCRIPTOR.full_name}'") from None
+        raise not_a_message(kind) from None
 
 
 def infer_request(message: Any, memory: SharedMemory) -> InferRequest:
@@ -57,13 +74,14 @@ def infer_request(message: Any, memory: SharedMemory) -> InferRequest:
 
     Raw contents belong to the inputs in their order, but for those that lie in shared memory.
     """
-    raw = iter(message.raw_input_contents)
+    raw, reading = iter(message.raw_input_contents), memory.reading()
+    check_outputs(len(message.outputs))
     return InferRequest(
         model=message.model_name,
         version=message.model_version,
         id=message.id,
         parameters=_checked(parameters(message.parameters)),
-        inputs=[_input(message, tensor, raw, memory) for tensor in message.inputs],
+        inputs=bounded(_input(message, tensor, raw, reading) for tensor in message.inputs),
         outputs=[RequestedOutput(output.name, parameters(output.parameters)) for output in message.outputs],
     )
 
@@ -97,29 +115,26 @@ def _checked(given: dict[str, Parameter]) -> dict[str, Parameter]:
     return given
 
 
-def _input(message: Any, tensor: Any, raw: Iterator[bytes], memory: SharedMemory) -> Tensor:
+def _input(message: Any, tensor: Any, raw: Iterator[bytes], reading: Reading) -> Tensor:
     model, request_id, name = message.model_name, message.id, tensor.name
     if tensor.datatype not in NUMPY:  # the service tells what the model expects instead
-        return Tensor(name, tensor.datatype, tuple(tensor.shape), np.empty(0, np.uint8))
+        return Tensor(name, tensor.datatype, tuple(tensor.shape[:_SHOWN_SIZES]), np.empty(0, np.uint8))
     typed = tensor.HasField("contents")
     if typed and tensor.contents.ByteSize() and REGION in tensor.parameters:
         raise invalid(
             f"unexpected 'content' provided when using shared memory for input tensor '{name}' for model '{model}'"
         )
-    where = memory.slice_of(name, parameters(tensor.parameters)) if tensor.parameters else None
-    if where is not None:
-        contents = where.read()
-    elif message.raw_input_contents:
+    contents = reading.read(name, parameters(tensor.parameters)) if tensor.parameters else None
+    if contents is None and not message.raw_input_contents:
+        return _typed(tensor, model=model, request_id=request_id)
+    if contents is None:
         if typed and tensor.contents.ByteSize():
             raise invalid(
                 f"contents field must not be specified when using raw_input_contents for '{name}' for model '{model}'"
             )
-        found = next(raw, None)
-        if found is None:
+        contents = next(raw, None)
+        if contents is None:
             raise _missing(name, model)
-        contents = found
-    else:
-        return _typed(tensor, model=model, request_id=request_id)
     return from_bytes(name, tensor.datatype, tensor.shape, contents, model=model, request_id=request_id)
 
 
@@ -129,8 +144,8 @@ def _missing(name: str, model: str) -> Exception:
 
 def _typed(tensor: Any, *, model: str, request_id: str) -> Tensor:
     """An input whose elements are in one of the fields of InferTensorContents."""
-    name, datatype, shape = tensor.name, tensor.datatype, tuple(tensor.shape)
-    dtype, count = dtype_of(name, datatype), elements(name, shape)
+    name, datatype = tensor.name, tensor.datatype
+    dtype, count, shape = dtype_of(name, datatype), elements(name, tensor.shape), tuple(tensor.shape)
     fields = [field.name for field, _ in tensor.contents.ListFields()]
     if not fields and count and not dtype.hasobject:
         raise _missing(name, model)
@@ -141,7 +156,7 @@ def _typed(tensor: Any, *, model: str, request_id: str) -> Tensor:
                 f"unexpected explicit tensor data for input tensor '{name}' for model '{model}' of type "
                 f"'{_HELD_BY[field]}', expected datatype '{datatype}'"
             )
-    values = list(getattr(tensor.contents, expected)) if fields and expected else []
+    values = getattr(tensor.contents, expected) if fields and expected else ()
     if len(values) != count:
         size = dtype.itemsize
         where = f"inference input '{name}' for model '{model}'"
@@ -155,9 +170,12 @@ def _typed(tensor: Any, *, model: str, request_id: str) -> Tensor:
                 f"Expected {count * size}, got {len(values) * size}"
             )
         raise invalid(about(request_id) + message)
+    if dtype.hasobject:
+        check_texts(count)
     data = np.empty(count, dtype)
     try:
-        data[:] = values
+        for begin in range(0, count, _CHUNK):
+            data[begin : begin + _CHUNK] = values[begin : begin + _CHUNK]
     except OverflowError as error:
         raise invalid(f"a value of input '{name}' for model '{model}' does not fit {datatype}: {error}") from None
     return Tensor(name, datatype, shape, data.reshape(shape))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hasten.core.errors import ConfigError
+from hasten.core.text import shortened
 from hasten.server.protocol.tensors import invalid
 from hasten.server.types import ErrorKind, ServiceError
 
@@ -25,6 +26,10 @@ _RANGE = {"trace_rate": (0, 2**32 - 1), "trace_count": (-1, 2**31 - 1), "log_fre
 _TRACE_ORDER = ("trace_level", "trace_rate", "trace_count", "log_frequency", "trace_file", "trace_mode")
 _MOST_VERBOSE = 2**31 - 1
 _LEVELS = ("OFF", "TIMESTAMPS", "TENSORS")
+
+
+_LONGEST_MESSAGE = 8000
+"""Characters of a message in the log: some of them name what a client sent."""
 
 
 class TraceSettings:
@@ -195,7 +200,8 @@ class LogHandler(logging.Handler):
     def format(self, record: logging.LogRecord) -> str:
         """The lines of one record. A message is quoted, so that it cannot pass for another line."""
         message = record.getMessage()
-        shown = message if message.startswith("\n") else json.dumps(message, ensure_ascii=False)
+        table = message.startswith("\n")
+        shown = message if table else json.dumps(shortened(message, _LONGEST_MESSAGE), ensure_ascii=False)
         if record.exc_info:
             shown += "\n" + logging.Formatter().formatException(record.exc_info)
         return f"{self._settings.heading(record)} {shown}\n"

@@ -18,6 +18,11 @@ from hasten.server.types import ErrorKind, Parameter, ServiceError
 
 FOLDER = Path("/dev/shm")
 REGION, BYTE_SIZE, OFFSET = "shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"
+MAX_REGIONS = 512
+"""Each takes a file descriptor."""
+_LONGEST_NAME = 256
+_MAX_REQUEST_BYTES = 64 << 20
+"""Of a request's inputs, unless the server's options say otherwise."""
 _T = TypeVar("_T", str, int)
 NO_CUDA = "CUDA shared memory is not supported; use system shared memory or send the tensors"
 
@@ -70,8 +75,9 @@ def _beyond(name: str) -> ServiceError:
 class SharedMemory:
     """The regions that clients registered."""
 
-    def __init__(self, *, allowed: bool = True) -> None:
+    def __init__(self, *, allowed: bool = True, max_request_bytes: int = _MAX_REQUEST_BYTES) -> None:
         self._allowed = allowed
+        self._max_request_bytes = max_request_bytes
         self._regions: dict[str, Region] = {}
 
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
@@ -82,6 +88,10 @@ class SharedMemory:
             raise ServiceError(ErrorKind.ALREADY_EXISTS, f"shared memory region '{name}' already in manager")
         if not name:
             raise invalid("'region name' is necessary to register system shared memory region")
+        if len(name) > _LONGEST_NAME:
+            raise invalid(f"the name of a shared memory region has at most {_LONGEST_NAME} characters, got {len(name)}")
+        if len(self._regions) >= MAX_REGIONS:
+            raise invalid(f"{MAX_REGIONS} shared memory regions are registered, which is the limit; unregister some")
         descriptor = _open(key)
         try:
             size = os.fstat(descriptor).st_size
@@ -113,6 +123,10 @@ class SharedMemory:
         else:
             self._regions.clear()
 
+    def reading(self) -> "Reading":
+        """What reads the inputs of one request."""
+        return Reading(self, self._max_request_bytes)
+
     def slice(self, region: str, byte_size: int, offset: int = 0) -> Slice:
         """A part of a region; NOT_FOUND for an unknown one, INVALID for what lies outside."""
         if region not in self._regions:
@@ -136,6 +150,28 @@ class SharedMemory:
         if BYTE_SIZE not in parameters:
             raise invalid(f"'{BYTE_SIZE}' must be specified along with '{REGION}' parameter for tensor '{tensor}'")
         return self.slice(region, size, offset)
+
+
+class Reading:
+    """The inputs of one request that lie in regions: read one by one, and bounded in all."""
+
+    def __init__(self, memory: SharedMemory, max_bytes: int) -> None:
+        self._memory = memory
+        self._max_bytes = max_bytes
+        self._bytes = 0
+
+    def read(self, tensor: str, parameters: Mapping[str, Parameter]) -> bytes | None:
+        """The bytes of an input, None where its parameters name no region; INVALID where all have too many."""
+        where = self._memory.slice_of(tensor, parameters)
+        if where is None:
+            return None
+        self._bytes += where.byte_size
+        if self._bytes > self._max_bytes:
+            raise invalid(
+                f"the inputs in shared memory have more than {self._max_bytes} bytes, which is the limit of a request "
+                "(--max-request-bytes)"
+            )
+        return where.read()
 
 
 def _typed(tensor: str, parameters: Mapping[str, Parameter], key: str, default: _T) -> _T:

@@ -6,7 +6,7 @@ Texts of errors are Triton's.
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,10 @@ _MOST_DIMENSIONS = 16
 _DEEPEST_LIST = 100
 _LARGEST_DIMENSION = 2**31
 _MOST_ELEMENTS = 2**48
+MAX_TEXTS = 1 << 18
+"""Elements of BYTES in a request: each is an object of Python's, of which a million take a second."""
+MAX_TENSORS = 1024
+"""Inputs of a request, and outputs that it asks for."""
 _LENGTH = struct.Struct("<I")
 _JSON_TYPES: dict[str, tuple[frozenset[type], str]] = {
     "B": (frozenset({bool}), "non-boolean as boolean"),
@@ -58,6 +62,31 @@ def elements(name: str, shape: Sequence[int]) -> int:
     return math.prod(shape)
 
 
+def check_texts(count: int) -> None:
+    """INVALID where a request has too many elements of BYTES."""
+    if count > MAX_TEXTS:
+        raise invalid(f"the inputs have more than {MAX_TEXTS} elements of BYTES, which is the limit of a request")
+
+
+def bounded(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The inputs of a request, one after the other as they are converted; INVALID once they are too many."""
+    made: list[Tensor] = []
+    texts = 0
+    for tensor in tensors:
+        made.append(tensor)
+        texts += tensor.data.size if tensor.data.dtype.hasobject else 0
+        check_texts(texts)
+        if len(made) > MAX_TENSORS:
+            raise invalid(f"the request has more than {MAX_TENSORS} inputs, which is the limit")
+    return made
+
+
+def check_outputs(count: int) -> None:
+    """INVALID where a request asks for too many outputs."""
+    if count > MAX_TENSORS:
+        raise invalid(f"the request asks for {count} outputs, the limit is {MAX_TENSORS}")
+
+
 def dtype_of(name: str, datatype: str) -> np.dtype[Any]:
     """The type that numpy has for an input; INVALID for a data type that Triton does not have."""
     try:
@@ -72,6 +101,7 @@ def from_bytes(
     """A tensor over `raw`, without a copy but for BYTES."""
     dtype, count, shape = dtype_of(name, datatype), elements(name, shape), tuple(shape)
     if dtype.hasobject:
+        check_texts(min(count, len(raw) // _LENGTH.size))
         texts = _strings(name, raw, count, model=model, request_id=request_id)
         return Tensor(name, datatype, shape, objects(texts).reshape(shape))
     if len(raw) != count * dtype.itemsize:
@@ -144,6 +174,8 @@ def from_list(name: str, datatype: str, shape: Sequence[int], data: Any, what: s
         raise invalid(f"Unable to parse {where}: attempt to access JSON {complaint} (input '{name}')")
     if len(flat) != count:
         raise invalid(f"Unable to parse '{what}': Shape does not match true shape of 'data' field (input '{name}')")
+    if dtype.hasobject:
+        check_texts(count)
     return Tensor(name, datatype, tuple(shape), _array(name, datatype, dtype, flat).reshape(tuple(shape)))
 
 
