@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 import grpc
@@ -106,14 +106,14 @@ def test_nobody_is_held_up(server: Server, name: str) -> None:
 
 
 def infer(shape: list[int], datatype: str = "UINT32", raw: bytes | None = None, **contents: Any) -> bytes:
-    message = pb.ModelInferRequest(model_name="fastertransformer", raw_input_contents=[] if raw is None else [raw])
+    message: Any = pb.ModelInferRequest(model_name="fastertransformer", raw_input_contents=[] if raw is None else [raw])
     tensor = message.inputs.add(name="input_ids", datatype=datatype, shape=shape)
     for field, values in contents.items():
         getattr(tensor.contents, field).extend(values)
     return bytes(message.SerializeToString())
 
 
-GRPC_ATTACKS = {
+GRPC_ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "typed": (lambda: infer([1, 10**7], uint_contents=[5] * 10**7), "has more than 2097152 bytes"),
     "typed, fewer": (lambda: infer([1, 10**6], uint_contents=[5] * 10**6), "expected number of inputs"),
     "raw": (lambda: infer([1, 10**7], raw=bytes(4 * 10**7)), "expected number of inputs"),

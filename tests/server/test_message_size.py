@@ -2,14 +2,15 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
 from hasten.server.protocol.message_size import MAX_BYTES, MAX_FIELDS, check_message_size
-from hasten.server.protocol.proto import infer_request, parsed
+from hasten.server.protocol.proto import infer_request, parsed, parsed_infer
 from hasten.server.protocol.shared_memory import SharedMemory
 from hasten.server.protocol.tensors import MAX_TENSORS, MAX_TEXTS
-from hasten.server.types import LONGEST_MESSAGE, ServiceError
+from hasten.server.types import LONGEST_MESSAGE, InferRequest, ServiceError
 
 INFER = pb.ModelInferRequest
 LIMIT = "more than 2097152 bytes, which is the limit"
@@ -69,13 +70,17 @@ def test_those_that_take_long_are_refused_unparsed(kind: Any, raw: bytes, messag
         check_message_size(kind, raw)
 
 
-def many(**counts: int) -> Any:
+def many(**counts: int) -> bytes:
     message = INFER(model_name="m")
     for number in range(counts.get("inputs", 0)):
         message.inputs.add(name=f"i{number}", datatype="UINT32", shape=[0])
     for number in range(counts.get("outputs", 0)):
         message.outputs.add(name=f"o{number}")
-    return message
+    return message.SerializeToString()
+
+
+def read(raw: bytes) -> InferRequest:
+    return infer_request(*parsed_infer(raw), SharedMemory())
 
 
 @pytest.mark.parametrize(
@@ -83,29 +88,39 @@ def many(**counts: int) -> Any:
     [
         (many(inputs=MAX_TENSORS + 1), "more than 1024 inputs"),
         (many(outputs=MAX_TENSORS + 1), "asks for 1025 outputs, the limit is 1024"),
-        (parsed(INFER, tensor([10**7], "BYTES", bytes(4 * 10**7))), "more than 262144 elements of BYTES"),
-        (parsed(INFER, tensor([10**6], "BYTES", bytes_contents=[b""] * 10**6)), "more than 262144 elements of BYTES"),
-        (parsed(INFER, tensor([5], uint_contents=[1] * 10**6)), "Expected 20, got 4000000"),
+        (tensor([10**7], "BYTES", bytes(4 * 10**7)), "more than 262144 elements of BYTES"),
+        (tensor([10**6], "BYTES", bytes_contents=[b""] * 10**6), "more than 262144 elements of BYTES"),
+        (tensor([5], uint_contents=[1] * 10**6), "Expected 20, got 4000000"),
     ],
 )
-def test_what_would_take_long_to_convert_is_refused(message: Any, text: str) -> None:
+def test_what_would_take_long_to_convert_is_refused(message: bytes, text: str) -> None:
     with pytest.raises(ServiceError, match=text):
-        infer_request(message, SharedMemory())
+        read(message)
 
 
 def test_many_elements_are_converted_in_pieces() -> None:
     values = list(range(200_000))
-    (found,) = infer_request(parsed(INFER, tensor([200_000], uint_contents=values)), SharedMemory()).inputs
+    (found,) = read(tensor([200_000], uint_contents=values)).inputs
     assert found.data.tolist() == values
     texts = [str(number).encode() for number in range(MAX_TEXTS)]
-    message = parsed(INFER, tensor([MAX_TEXTS], "BYTES", bytes_contents=texts))
-    assert infer_request(message, SharedMemory()).inputs[0].data.tolist() == texts
+    assert read(tensor([MAX_TEXTS], "BYTES", bytes_contents=texts)).inputs[0].data.tolist() == texts
 
 
 def test_errors_name_no_more_of_a_request_than_fits_a_line() -> None:
     message = INFER(model_name="m")
     message.inputs.add(name="n" * 10**5, datatype="UINT32", shape=[1, 2])
     with pytest.raises(ServiceError) as error:
-        infer_request(message, SharedMemory())
+        read(message.SerializeToString())
     assert len(str(error.value)) == LONGEST_MESSAGE
     assert str(error.value).endswith("...")
+
+
+def test_raw_tensors_of_large_messages_are_not_copied() -> None:
+    message = INFER(model_name="m", id="7", raw_input_contents=[bytes([1]) * 10**5, b"", b"ab"])
+    for name, size in (("a", 10**5), ("b", 0), ("c", 2)):
+        message.inputs.add(name=name, datatype="UINT8", shape=[size])
+    raw = message.SerializeToString() + INFER(model_version="3").SerializeToString()
+    found = read(raw)
+    assert (found.model, found.id, found.version) == ("m", "7", "3")
+    assert [tensor.data.tobytes() for tensor in found.inputs] == list(message.raw_input_contents)
+    assert np.shares_memory(found.inputs[0].data, np.frombuffer(raw, np.uint8))

@@ -16,7 +16,7 @@ from hasten.server.by_size import by_size
 from hasten.server.errors import service_error
 from hasten.server.protocol.grpc_stream import MAX_STREAM_BYTES, ReceivedInfer, received_infer, stream_infer
 from hasten.server.protocol.http import require_known_model
-from hasten.server.protocol.proto import infer_response, parsed
+from hasten.server.protocol.proto import infer_response, parsed, parsed_infer
 from hasten.server.protocol.settings import LogSettings, TraceSettings
 from hasten.server.protocol.shared_memory import NO_CUDA, SharedMemory
 from hasten.server.protocol.tensors import invalid
@@ -124,10 +124,10 @@ class GrpcCalls:
 
     def read_infer(self, raw: bytes) -> ReceivedInfer:
         """A request for one response; may take long, and be done in a thread."""
-        message = parsed(pb.ModelInferRequest, raw)
+        message, tensors = parsed_infer(raw)
         if self.service.is_decoupled(message.model_name, message.model_version):
             raise ServiceError(ErrorKind.UNSUPPORTED, _DECOUPLED)
-        return received_infer(message, self.service, self.memory)
+        return received_infer(message, tensors, self.service, self.memory)
 
     async def model_infer(self, received: ReceivedInfer) -> Any:
         """One request, one response."""

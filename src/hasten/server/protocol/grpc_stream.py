@@ -7,7 +7,7 @@ of its requests are withdrawn.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from hasten.core.errors import HastenError
 from hasten.server.by_size import by_size
 from hasten.server.errors import service_error
 from hasten.server.protocol.placement import place, placements
-from hasten.server.protocol.proto import FINAL, WANTS_EMPTY_FINAL, infer_request, infer_response, parsed
+from hasten.server.protocol.proto import FINAL, WANTS_EMPTY_FINAL, infer_request, infer_response, parsed_infer
 from hasten.server.protocol.shared_memory import SharedMemory
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
 
@@ -47,10 +47,12 @@ class ReceivedInfer:
     place: Placed
 
 
-def received_infer(message: Any, service: "Service", memory: SharedMemory) -> ReceivedInfer:
-    """A ModelInferRequest as a request; ServiceError where it is wrong, or for a model that there is not."""
+def received_infer(
+    message: Any, tensors: Sequence[bytes | memoryview], service: "Service", memory: SharedMemory
+) -> ReceivedInfer:
+    """A ModelInferRequest and its raw tensors as a request; ServiceError where it is wrong, or its model unknown."""
     decoupled = service.is_decoupled(message.model_name, message.model_version)
-    request = infer_request(message, memory)
+    request = infer_request(message, tensors, memory)
     config = service.model_config(message.model_name, message.model_version)
     wanted = placements(request.outputs, memory)
     return ReceivedInfer(request, decoupled, partial(place, wanted=wanted, batched=config.max_batch_size > 0))
@@ -172,8 +174,8 @@ class _Stream:
     def _read(self, raw: bytes) -> ReceivedInfer | _Refused:
         message = pb.ModelInferRequest()
         try:
-            message = parsed(pb.ModelInferRequest, raw)
-            return received_infer(message, self._service, self._memory)
+            message, tensors = parsed_infer(raw)
+            return received_infer(message, tensors, self._service, self._memory)
         except Exception as error:
             return _Refused(error, message.id)
 

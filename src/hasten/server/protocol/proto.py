@@ -1,13 +1,13 @@
 """Inference requests and responses to and from Triton's protobuf messages. Texts of errors are Triton's."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
-from hasten.server.protocol.message_size import check_message_size, not_a_message
+from hasten.server.protocol.message_size import SMALL, check_message_size, not_a_message, split_infer
 from hasten.server.protocol.shared_memory import REGION, Reading, SharedMemory
 from hasten.server.protocol.tensors import (
     NUMPY,
@@ -69,12 +69,22 @@ def parsed(kind: Any, raw: bytes) -> Any:
         raise not_a_message(kind) from None
 
 
-def infer_request(message: Any, memory: SharedMemory) -> InferRequest:
-    """The request of a ModelInferRequest; INVALID where it is wrong in itself.
+def parsed_infer(raw: bytes) -> tuple[Any, Sequence[bytes | memoryview]]:
+    """The ModelInferRequest in some bytes, and its raw tensors, which large messages are parsed without."""
+    if len(raw) <= SMALL:
+        message = parsed(pb.ModelInferRequest, raw)
+        return message, message.raw_input_contents
+    check_message_size(pb.ModelInferRequest, raw)
+    rest, tensors = split_infer(raw)
+    return parsed(pb.ModelInferRequest, rest), tensors
 
-    Raw contents belong to the inputs in their order, but for those that lie in shared memory.
+
+def infer_request(message: Any, tensors: Sequence[bytes | memoryview], memory: SharedMemory) -> InferRequest:
+    """The request of a ModelInferRequest and its raw tensors; INVALID where it is wrong in itself.
+
+    Raw tensors belong to the inputs in their order, but for those that lie in shared memory.
     """
-    raw, reading = iter(message.raw_input_contents), memory.reading()
+    raw, reading = iter(tensors) if tensors else None, memory.reading()
     check_outputs(len(message.outputs))
     return InferRequest(
         model=message.model_name,
@@ -115,7 +125,7 @@ def _checked(given: dict[str, Parameter]) -> dict[str, Parameter]:
     return given
 
 
-def _input(message: Any, tensor: Any, raw: Iterator[bytes], reading: Reading) -> Tensor:
+def _input(message: Any, tensor: Any, raw: Iterator[bytes | memoryview] | None, reading: Reading) -> Tensor:
     model, request_id, name = message.model_name, message.id, tensor.name
     if tensor.datatype not in NUMPY:  # the service tells what the model expects instead
         return Tensor(name, tensor.datatype, tuple(tensor.shape[:_SHOWN_SIZES]), np.empty(0, np.uint8))
@@ -124,17 +134,16 @@ def _input(message: Any, tensor: Any, raw: Iterator[bytes], reading: Reading) ->
         raise invalid(
             f"unexpected 'content' provided when using shared memory for input tensor '{name}' for model '{model}'"
         )
-    contents = reading.read(name, parameters(tensor.parameters)) if tensor.parameters else None
-    if contents is None and not message.raw_input_contents:
+    shared = reading.read(name, parameters(tensor.parameters)) if tensor.parameters else None
+    if shared is None and raw is None:
         return _typed(tensor, model=model, request_id=request_id)
+    if shared is None and typed and tensor.contents.ByteSize():
+        raise invalid(
+            f"contents field must not be specified when using raw_input_contents for '{name}' for model '{model}'"
+        )
+    contents = next(raw, None) if shared is None and raw is not None else shared
     if contents is None:
-        if typed and tensor.contents.ByteSize():
-            raise invalid(
-                f"contents field must not be specified when using raw_input_contents for '{name}' for model '{model}'"
-            )
-        contents = next(raw, None)
-        if contents is None:
-            raise _missing(name, model)
+        raise _missing(name, model)
     return from_bytes(name, tensor.datatype, tensor.shape, contents, model=model, request_id=request_id)
 
 
