@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hasten import LLM, FinishReason, InvalidRequestError, RequestOutput, SamplingParams
 from hasten.engine import constraint
-from hasten.engine.constraint import Constraint, allowed_next
+from hasten.engine.constraint import Constraint, fill_allowed
 from hasten.engine.grammar import GrammarCompiler
 from hasten.engine.text import Tokenizer
 
@@ -250,9 +250,15 @@ def begin(compiler: GrammarCompiler, **params: Any) -> Constraint:
     return Constraint.begin(grammar)
 
 
+def masks_of(states: list[Constraint]) -> NDArray[np.int32]:
+    """In memory that held something else."""
+    masks = np.full((len(states), states[0].words), -1, np.int32)
+    fill_allowed(states, masks)
+    return masks
+
+
 def tokens(state: Constraint) -> set[int]:
-    (words,) = allowed_next([state])
-    return tokens_of(words)
+    return tokens_of(masks_of([state])[0])
 
 
 def tokens_of(words: NDArray[np.int32]) -> set[int]:
@@ -291,7 +297,7 @@ def test_an_ambiguous_grammar_ends_its_request_once_a_token_takes_too_long(
     other = begin(compiler, regex="a*")
     (letter,) = Tokenizer.from_folder(DEMO).encode("a", add_special_tokens=False)
     for _ in range(1000):  # the time for a token grows with the square of their number
-        masks = allowed_next([state, other])
+        masks = masks_of([state, other])
         assert letter in tokens_of(masks[0]) or state.error is not None
         if state.error is not None:
             break

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hasten import InvalidRequestError, SamplingParams
 from hasten.core.errors import EngineError
 from hasten.engine import grammar
-from hasten.engine.constraint import Constraint, allowed_next
+from hasten.engine.constraint import Constraint, fill_allowed
 from hasten.engine.grammar import GrammarCompiler, GrammarLimits
 from hasten.engine.text import Tokenizer
 
@@ -61,7 +62,8 @@ def test_sequences_take_turns_among_the_matchers_of_a_grammar(
     assert [constraint.lock for constraint in constraints] == [0, 1, 2, 0, 1, 2, 0]
     constraints.append(constraints[4].fork())
     assert constraints[-1].lock == 1
-    masks = allowed_next(constraints)
+    masks = np.full((len(constraints), made.words), -1, np.int32)
+    fill_allowed(constraints, masks)
     assert masks.any()
     assert (masks == masks[0]).all()
 

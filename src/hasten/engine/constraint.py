@@ -83,11 +83,10 @@ class Constraint:
         return None
 
 
-def allowed_next(constraints: Sequence[Constraint]) -> NDArray[np.int32]:
-    """Which tokens may come next, [sequences, words]: bit i of word w stands for token 32 * w + i."""
+def fill_allowed(constraints: Sequence[Constraint], masks: NDArray[np.int32]) -> None:
+    """Write which tokens may come next, [sequences, words]: bit i of word w stands for token 32 * w + i."""
     from llguidance.numpy import fill_next_token_bitmask_par
 
-    masks = np.zeros((len(constraints), constraints[0].words), np.int32)
     rows = list(enumerate(constraints))
     for row, constraint in rows:
         if constraint.suspect:
@@ -96,13 +95,12 @@ def allowed_next(constraints: Sequence[Constraint]) -> NDArray[np.int32]:
     quick = sorted((row for row in rows if not row[1].suspect), key=lambda row: row[1].lock)
     matchers = [(constraint.matcher, row) for row, constraint in quick]
     if not matchers:
-        return masks
+        return
     began = time.perf_counter()
     fill_next_token_bitmask_par(_executor(), matchers, masks)
     if time.perf_counter() - began > _USUAL_SECONDS * (1 + len(matchers)):
         for constraint in constraints:  # whose fault it is shows only one by one
             constraint.suspect = True
-    return masks
 
 
 @cache

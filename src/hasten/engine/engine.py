@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 
@@ -19,12 +20,15 @@ from hasten.engine.batch import Batch
 from hasten.engine.beam import BeamSearch, Hypothesis, candidate_count
 from hasten.engine.constraint import Constraint
 from hasten.engine.grammar import Grammar, GrammarCompiler, GrammarLimits
-from hasten.engine.sampler import Choice, PromptLogprobs, Sampled, mix64
+from hasten.engine.sampler import Choice, PromptLogprobs, Sampled, TextOf, mix64
 from hasten.engine.sequence import Sequence
 from hasten.engine.stats import EngineStats
 from hasten.engine.text import TextState, Tokenizer
 from hasten.engine.worker import Launched, Message, NewSequence, Worker, explained_out_of_memory
 from hasten.parallel.launch import Ranks
+
+_KEPT_WORDS = 1024
+"""Bad words whose tokens are kept: most requests of a program ban the same ones."""
 
 
 @dataclass
@@ -100,8 +104,8 @@ class Engine:
         """Request id -> its sequence, which no scheduler has yet."""
         self._pending: Message = _empty_message()
         self._flight: _Flight | None = None
+        self._words_ids = None if self.tokenizer is None else lru_cache(_KEPT_WORDS)(self.tokenizer.words_ids)
         self._token_texts: dict[int, str] = {}
-        self._text_of = None if self.tokenizer is None else self._token_text
         self._unseeded = 0
         self._prompt_tokens = self._generation_tokens = 0
         self._closed_because: str | None = None
@@ -202,8 +206,8 @@ class Engine:
             self._check_beams(name, params, len(prompt))
         if not params.bad_words:
             return params
-        assert self.tokenizer is not None
-        runs = [run for word in params.bad_words for run in self.tokenizer.words_ids(word)]
+        assert self._words_ids is not None, "refused above"
+        runs = [run for word in params.bad_words for run in self._words_ids(word)]
         # what has tokens that the model lacks cannot be produced anyway
         runs = [run for run in runs if max(run) < vocab]
         return replace(params, bad_words=(), bad_words_ids=(*params.bad_words_ids, *runs))
@@ -532,6 +536,10 @@ class Engine:
         shown = output.token_ids[: len(output.token_ids) - hidden]
         skip = params.skip_special_tokens
         return self.tokenizer.decode(shown, skip_special_tokens=skip, continues=completion.continues)
+
+    @property
+    def _text_of(self) -> TextOf | None:
+        return None if self.tokenizer is None else self._token_text
 
     def _token_text(self, token: int) -> str:
         """The text of a single token; the same few tokens are asked for again and again."""

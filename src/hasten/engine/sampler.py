@@ -10,16 +10,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten import ops
 from hasten.core.types import Logprob
 from hasten.engine.beam import Candidate, candidate_count
-from hasten.engine.constraint import allowed_next
+from hasten.engine.constraint import fill_allowed
 from hasten.engine.edits import RowEdits
 from hasten.engine.history import TokenHistory
 from hasten.engine.sequence import Sequence
-from hasten.ops.transfer import send
+from hasten.ops.transfer import host_buffer, send
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -227,17 +228,21 @@ class PreparedChoice:
         rows = [*constraints, *self._allowed]
         if not rows:
             return self._edited_rv
-        vocab = self._edited_rv.shape[1]
-        masks = np.zeros((len(rows), -(-vocab // 32)), np.int32)
+        rows_total, vocab = self._edited_rv.shape
+        device = self._edited_rv.device
+        words = max([-(-vocab // 32), *(own.words for own in constraints.values())])
+        masks_kw = host_buffer((len(rows), words), device)
+        masks: NDArray[np.int32] = masks_kw.numpy()
         if constraints:
-            masks[: len(constraints)] = allowed_next(list(constraints.values()))[:, : masks.shape[1]]
+            fill_allowed(list(constraints.values()), masks[: len(constraints)])
         for mask, ids in zip(masks[len(constraints) :], self._allowed.values(), strict=True):
+            mask.fill(0)
             tokens = np.array(ids)
             np.bitwise_or.at(mask.view(np.uint32), tokens // 32, np.uint32(1) << (tokens % 32).astype(np.uint32))
-        index = np.full(self._edited_rv.shape[0], -1, np.int32)
+        index = np.full(rows_total, -1, np.int32)
         index[rows] = np.arange(len(rows))
-        sent = send({"index": index, "masks": masks}, self._edited_rv.device)
-        return ops.mask_logits(self._edited_rv, sent["index"], sent["masks"])
+        index_r = send({"index": index}, device)["index"]
+        return ops.mask_logits(self._edited_rv, index_r, masks_kw.to(device, non_blocking=True))
 
     def _chosen(self, logits_rv: Tensor) -> Tensor:
         """The next token of each row, drawn or the most probable one."""

@@ -18,6 +18,11 @@ def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
+def host_buffer(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Undefined int32 numbers on the host, from where a copy to the device does not make the host wait."""
+    return torch.empty(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+
 class HostCopy:
     """Tensors on their way to the host, from its making on; those that are there already stay what they are."""
 
