@@ -277,7 +277,8 @@ def our_logits(model: Path, prompts: Tokens, followed_by: Tokens, **options: Any
     def keep(positions: list[tuple[Sequence, int]], logits: Tensor) -> None:
         for (sequence, position), row in zip(positions, logits.split(1), strict=True):
             assert len(found[sequence.request_id]) == position
-            found[sequence.request_id].append(row.float())
+            # a copy: a graph's logits are overwritten by its next replay
+            found[sequence.request_id].append(row.float().clone())
 
     added = [
         NewSequence(
