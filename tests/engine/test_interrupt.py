@@ -135,6 +135,19 @@ def test_an_engine_of_several_ranks_closes_and_says_why(tiny_bloom: Path, monkey
         llm.generate(PROMPTS, LONG)
 
 
+def test_an_interrupt_while_a_grammar_compiles_leaves_several_ranks_alone(
+    tiny_bloom: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(tiny_bloom, tensor_parallel_size=2) as llm:
+        right = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, LONG)]
+        with monkeypatch.context() as patched:
+            patched.setattr(llm.engine.grammars, "compiled", raising_at(0, llm.engine.grammars.compiled))
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate(PROMPTS, SamplingParams(regex="[ab]+", max_tokens=4))
+        assert not llm.engine.has_unfinished
+        assert [output.outputs[0].token_ids for output in llm.generate(PROMPTS, LONG)] == right
+
+
 def test_an_engine_that_failed_says_why(tiny_bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("the device is gone")

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models, normalizers, pre_tokenizers
 
 from hasten.core.errors import CheckpointError
 from hasten.core.types import SamplingParams
@@ -183,6 +185,39 @@ def test_words_as_they_may_appear(tokenizer: Tokenizer) -> None:
     runs = tokenizer.words_ids("garden")
     assert [tokenizer.decode(run) for run in runs] == ["garden", " garden"]
     assert tokenizer.words_ids(" garden") == runs[1:]
+
+
+def sentence_piece(normalizer: normalizers.Normalizer, metaspace: pre_tokenizers.PreTokenizer | None) -> Tokenizer:
+    """With byte fallback, and "lamp" as one token with and without a space before it."""
+    merges = [("l", "a"), ("m", "p"), ("la", "mp"), ("\u2581", "lamp"), ("\u2581", "\u2581")]
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"lamp", *map("".join, merges)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    fast = FastTokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    fast.normalizer = normalizer
+    if metaspace is not None:
+        fast.pre_tokenizer = metaspace
+    return Tokenizer(fast)
+
+
+SPACES = normalizers.Replace(" ", "\u2581")
+SENTENCE_PIECE = {
+    "llama": lambda: sentence_piece(normalizers.Sequence([normalizers.Prepend("\u2581"), SPACES]), None),
+    "metaspace": lambda: sentence_piece(SPACES, pre_tokenizers.Metaspace()),
+    "first alone": lambda: sentence_piece(SPACES, pre_tokenizers.Metaspace(prepend_scheme="first")),
+    "gemma": lambda: sentence_piece(SPACES, None),
+}
+
+
+@pytest.mark.parametrize("kind", SENTENCE_PIECE)
+def test_words_of_tokenizers_that_put_a_space_before_a_text(kind: str) -> None:
+    tokenizer = SENTENCE_PIECE[kind]()
+    runs = tokenizer.words_ids("lamp")
+    assert sorted(str(tokenizer._fast.id_to_token(token)) for (token,) in runs) == ["lamp", "\u2581lamp"]
+    for text in ("lamp", "a lamp", "a lamp a", "\nlamp", "(lamp)", "a\n lamp"):
+        assert [[token] for token in tokenizer.encode(text) if [token] in runs], text
+    spaced = [run for run in runs if tokenizer._fast.id_to_token(run[0]) == "\u2581lamp"]
+    assert tokenizer.words_ids(" lamp") == spaced
+    assert tokenizer.words_ids(" \u00e9")[0][-2:] == [1 + 0xC3, 1 + 0xA9]
 
 
 def test_encoding(tokenizer: Tokenizer) -> None:

@@ -153,18 +153,21 @@ class Engine:
         `step` returns its output when it is finished, and with `stream` whenever there is more of it. `grammar`: what
         `grammars` compiled of its parameters; without it, a request with a grammar waits here until that is compiled.
         """
-        with self._change():
-            self._add(request, stream, grammar)
-
-    def _add(self, request: Request, stream: bool, grammar: Grammar | None) -> None:
+        self._check_usable()
         if request.request_id in self._requests:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use")
         params = self._resolve(request)
         if params is not request.params:
             request = replace(request, params=params)
+        # nothing has changed yet: an interrupt while it is compiled ends this call alone, with several ranks too
+        grammar = grammar or self.grammars.compiled(params)
+        with self._change():
+            self._add(request, stream, grammar)
+
+    def _add(self, request: Request, stream: bool, grammar: Grammar | None) -> None:
+        params = request.params
         seed = self._next_seed() if params.seed is None else params.seed
         sequence = Sequence(request, seed, self.max_model_len)
-        grammar = grammar or self.grammars.compiled(params)
         sequence.constraint = None if grammar is None else Constraint.begin(grammar)
         # what a search will return is not known before its end
         state = _RequestState(request, unfinished=params.n, stream=stream and params.beam_width == 1)
@@ -292,14 +295,10 @@ class Engine:
         A rank alone goes on with an empty state; other ranks would be left inside a step that never ends, so that
         with several the engine closes. EngineError where it is closed, or another thread is here.
         """
-        if self._closed_because is not None:
-            raise EngineError(f"the engine is closed: {self._closed_because}; create a new LLM")
-        thread = threading.get_ident()
+        self._check_usable()
         if self._changing is not None:
-            if self._changing != thread:
-                raise EngineError("another thread is computing with this engine; one at a time may")
             self._recover()  # a second interrupt cut off the recovery from the first
-        self._changing = thread
+        self._changing = threading.get_ident()
         try:
             yield
         except Exception:
@@ -309,6 +308,13 @@ class Engine:
             self._recover()
             raise
         self._changing = None
+
+    def _check_usable(self) -> None:
+        """EngineError where it is closed, or another thread is here."""
+        if self._closed_because is not None:
+            raise EngineError(f"the engine is closed: {self._closed_because}; create a new LLM")
+        if self._changing not in (None, threading.get_ident()):
+            raise EngineError("another thread is computing with this engine; one at a time may")
 
     def _recover(self) -> None:
         """After an interrupt: no request and no block in use, whatever was half done."""

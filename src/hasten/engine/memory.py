@@ -4,8 +4,14 @@ from pathlib import Path
 
 import torch
 
+from hasten.core import cgroups
 from hasten.core.errors import CapacityError
 
+_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Of a control group, by version: limit and use, and what of that the system gives back before it refuses memory."""
 _CPU_SHARE = 0.25
 """Part of the free memory of a host that caches take by default: the system lends it page by page, as it is used."""
 
@@ -21,14 +27,25 @@ def free_memory(device: torch.device, utilization: float, ranks: int) -> int:
     return int(available_host_memory() * _CPU_SHARE) // ranks
 
 
-def available_host_memory(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+def available_host_memory(
+    meminfo: Path = Path("/proc/meminfo"), system: Path = cgroups.SYSTEM, own: Path = cgroups.OWN
+) -> int:
     """Bytes that a process on this host, or in this container, can still get without swapping."""
     try:
-        fields = dict(line.split(":", 1) for line in proc.read_text().splitlines())
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         available = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError) as error:
         raise CapacityError(f"cannot tell how much memory is free ({error}); set kv_cache_memory") from error
-    limit, used = cgroup / "memory.max", cgroup / "memory.current"
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
-        available = min(available, int(most) - int(used.read_text()))
-    return max(0, available)
+    left = (free for folder in cgroups.own_groups("memory", system, own) if (free := _left(folder)) is not None)
+    return max(0, min((available, *left)))
+
+
+def _left(folder: Path) -> int | None:
+    """Bytes that a group may still take, files that are only cached counted as free; None where it has no limit."""
+    for limit, used, cached in _FILES:
+        most, taken = cgroups.number(folder / limit), cgroups.number(folder / used)
+        if most is not None and taken is not None:
+            found = cgroups.words(folder / "memory.stat")
+            stat = dict(zip(found[::2], found[1::2], strict=False))
+            return most - max(0, taken - int(stat.get(cached, 0)))
+    return None

@@ -18,6 +18,9 @@ from hasten.engine.token_bound import most_bytes_per_token
 _PROMPT_END = 16
 """Tokens at the end of a prompt of which usually one has text."""
 
+_ANCHORS, _FOLLOWER = ("\n", ".", "(", "-"), "a"
+"""Texts that no token joins with what follows, and a text to see that with."""
+
 
 class Tokenizer:
     """A Hugging Face tokenizer, read without transformers where the folder has a tokenizer.json."""
@@ -99,9 +102,28 @@ class Tokenizer:
         return TokenStream(self._detokenizer, skip_special_tokens=skip_special_tokens, continues=continues)
 
     def words_ids(self, word: str) -> list[list[int]]:
-        """The runs of tokens that `word` may appear as: at the start of a text and after a space."""
-        runs = self.encode_batch((word, " " + word.lstrip()), add_special_tokens=False)
+        """The runs of tokens that `word` may appear as: as it is and after a space, in a text and at its start."""
+        anchor, spaced = self._anchor, " " + word.lstrip()
+        texts = [anchor + word, anchor + spaced]
+        if anchor and not word.startswith(" "):
+            texts.append(word)
+        head = len(self.encode(anchor, add_special_tokens=False)) if anchor else 0
+        encoded = self.encode_batch(texts, add_special_tokens=False)
+        runs = [ids[head:] if text.startswith(anchor) else ids for text, ids in zip(texts, encoded, strict=True)]
         return [run for place, run in enumerate(runs) if run and run not in runs[:place]]
+
+    @cached_property
+    def _anchor(self) -> str:
+        """A text after which others become the tokens that they are in the middle of a text; empty where they do so
+        at its start as well. SentencePiece's tokenizers put a space before the first word.
+        """
+        for anchor in _ANCHORS:
+            alone, followed, follower = self.encode_batch(
+                (anchor, anchor + _FOLLOWER, _FOLLOWER), add_special_tokens=False
+            )
+            if followed[: len(alone)] == alone:
+                return "" if followed[len(alone) :] == follower else anchor
+        return ""
 
 
 class TextTooLongError(InvalidRequestError):
