@@ -106,6 +106,16 @@ def kill(server: Server) -> None:
     server.process.wait(10)
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_until_gone(server: Server) -> None:
+    """Wait until nothing of it is left."""
+    eventually(lambda: not server.children())
+
+
 @contextmanager
 def stopped(processes: Sequence[int]) -> Iterator[None]:
     """Processes stand still: what they have not done yet, they do not do."""
@@ -116,16 +126,6 @@ def stopped(processes: Sequence[int]) -> Iterator[None]:
     finally:
         for process in processes:
             os.kill(process, signal.SIGCONT)
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_until_gone(server: Server) -> None:
-    """Wait until nothing of it is left."""
-    eventually(lambda: not server.children())
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +207,12 @@ def test_a_full_queue_refuses(served: Server) -> None:
             httpx.post(f"{served.http}/v2/models/demo-model/generate", json=body, timeout=LIMIT_S).status_code
         )
 
+    served.wait_for("Started Metrics Service")
     threads = [threading.Thread(target=ask) for _ in range(6)]
-    for thread in threads:
-        thread.start()
+    with stopped(served.children()):
+        for thread in threads:
+            thread.start()
+        eventually(lambda: 503 in statuses)
     for thread in threads:
         thread.join()
     assert set(statuses) == {200, 503}
