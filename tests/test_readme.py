@@ -39,7 +39,8 @@ NEEDS = {
 """Commands that do not run everywhere -> what the text about them must say that they need."""
 SHORTER = {"hasten bench suite": "--num-requests 2 --batch-sizes 2 --repetitions 1"}
 """Command -> options that make it short enough for a test."""
-STAND_INS = {'"n_layer": 24, "hidden_size": 1024, "n_head": 16': '"n_layer": 1, "hidden_size": 32, "n_head": 2'}
+STAND_INS = {'"n_layer": 24, "hidden_size": 1024': '"vocab_size": 512, "n_layer": 1, "hidden_size": 32'}
+"""Text of a command -> what makes it small enough for a test."""
 TEXTS = 16
 """Of the data set that stands in for LAMBADA's."""
 FOREIGN_OPTIONS = {
