@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from tests.soak.http_client import NoAnswerError, connected, get, request
 from tests.soak.server import DEMO, Server, serving
@@ -23,8 +25,11 @@ GROWTH_MIB = 600
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving(str(DEMO), "--kv-cache-memory", "64MiB") as made:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("attacked") / DEMO.name
+    shutil.copytree(DEMO, folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    with serving(str(folder), "--kv-cache-memory", "64MiB", "--max-queue-bytes", "1MiB") as made:
         yield made
 
 
@@ -75,6 +80,16 @@ def completion(**fields: Any) -> bytes:
     return json.dumps({"model": "demo-model", "prompt": "Anna", "max_tokens": 2} | fields).encode()
 
 
+def chat(messages: list[dict[str, str]]) -> bytes:
+    return json.dumps({"model": "demo-model", "messages": messages, "max_tokens": 2}).encode()
+
+
+def load(text: bytes) -> bytes:
+    return b'{"parameters":{"file:1/model.bin":"' + text + b'"}}'
+
+
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+CHAT, LOAD = "/v1/chat/completions", "/v2/repository/models/fastertransformer/load"
 GENERATE = "/v2/models/demo-model/generate"
 ATTACKS = {
     "text": ("/v1/completions", completion(prompt="a " * MIB), "the prompt has at least 209716 tokens"),
@@ -86,6 +101,12 @@ ATTACKS = {
     "many stop tokens": ("/v1/completions", completion(stop_token_ids=[5] * 10**5), "the limit is 1024"),
     "many biases": ("/v1/completions", completion(logit_bias={str(n): 1 for n in range(10**5)}), "the limit is 4096"),
     "lists": ("/v1/completions", b'{"model":"demo-model","prompt":[' + b"[]," * MIB + b"[5]]}", "too many values"),
+    "chat": (CHAT, chat([{"role": "user", "content": "a " * MIB}]), "the messages have 2097152 characters"),
+    "messages": (CHAT, chat([{"role": "user", "content": ""}] * 30_000), "messages is limited to 4096, got 30000"),
+    "many messages": (CHAT, chat([{"role": "user", "content": "a "}] * 4000), "become a prompt of more than"),
+    "completions": ("/v1/completions", completion(prompt=["a"] * 2000, n=100), "more than 16384, the limit"),
+    "more files": (LOAD, load(b"a" * (20 * MIB)), "the limit is 16777216"),
+    "files that are none": (LOAD, load(b"=" * (9 * MIB)), "is not base64 text"),
     "tokens": ("/v1/completions", b'{"model":"demo-model","prompt":[' + b"5," * 4 * MIB + b"5]}", "JSON"),
     "objects": (GENERATE, b'{"text_input":[' + b"{}," * 2 * MIB + b"{}]}", "too many values"),
 }
@@ -113,6 +134,38 @@ def infer(shape: list[int], datatype: str = "UINT32", raw: bytes | None = None, 
     return bytes(message.SerializeToString())
 
 
+def test_files_of_a_model_are_decoded_beside_the_loop(server: Server) -> None:
+    async def attack() -> None:
+        async with watched(server):
+            status, text = await post(server, LOAD, load(b"a" * (15 * MIB)))
+        assert status == 503
+        assert "explicit model load / unload is not allowed" in text
+
+    run(attack())
+
+
+def test_requests_that_wait_are_bounded_by_their_bytes(server: Server) -> None:
+    """A thousand prompts of 2,000 tokens, of which as many are computed as the engine has places for."""
+    message: Any = pb.ModelInferRequest(model_name="fastertransformer")
+    prompts, lengths = np.full((1024, 2000), 1000, np.uint32), np.full((1024, 1), 2000, np.uint32)
+    for name, data in {"input_ids": prompts, "input_lengths": lengths, "request_output_len": lengths // 2000}.items():
+        message.inputs.add(name=name, datatype="UINT32", shape=data.shape)
+        message.raw_input_contents.append(data.tobytes())
+
+    async def attack() -> None:
+        options = [("grpc.max_send_message_length", -1)]
+        async with (
+            grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc}", options=options) as channel,
+            watched(server),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match="bytes wait already, and max_queue_bytes is") as error:
+                await channel.unary_unary(INFER)(message.SerializeToString(), timeout=120)
+            assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert (await post(server, "/v1/completions", completion()))[0] == 200
+
+    run(attack())
+
+
 GRPC_ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "typed": (lambda: infer([1, 10**7], uint_contents=[5] * 10**7), "has more than 2097152 bytes"),
     "typed, fewer": (lambda: infer([1, 10**6], uint_contents=[5] * 10**6), "expected number of inputs"),
@@ -135,7 +188,7 @@ def test_nobody_is_held_up_over_grpc(server: Server, name: str) -> None:
             grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc}", options=options) as channel,
             watched(server),
         ):
-            call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            call = channel.unary_unary(INFER)
             for _ in range(2):
                 with pytest.raises(grpc.aio.AioRpcError, match=message) as error:
                     await call(raw, timeout=120)

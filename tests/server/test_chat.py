@@ -13,7 +13,7 @@ import pytest
 from tests.server.openai_site import DEMO, TEMPLATE
 
 from hasten.core.errors import CheckpointError, InvalidRequestError
-from hasten.engine.chat import ChatTemplate
+from hasten.engine.chat import ChatTemplate, RenderLimits
 from hasten.server.openai.chat import chat_text
 from hasten.server.openai.types import ChatRequest
 
@@ -189,3 +189,13 @@ def test_messages_that_no_model_here_reads_are_refused(message: dict[str, Any], 
 def test_a_chat_without_messages_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="messages is empty"):
         chat_text(asked([]), ChatTemplate(TEMPLATE, {}))
+
+
+def test_what_a_template_makes_of_messages_is_limited() -> None:
+    template = ChatTemplate("{% for a in messages %}{% for b in messages %}{{ b.content }}{% endfor %}{% endfor %}", {})
+    many = asked([{"role": "user", "content": "x" * 10}] * 100)
+    assert len(chat_text(many, template, RenderLimits(100_000, 60))) == 100_000
+    with pytest.raises(InvalidRequestError, match="a prompt of more than 99999 characters: too long"):
+        chat_text(many, template, RenderLimits(99_999, 60))
+    with pytest.raises(InvalidRequestError, match="take more than 0 s to become a prompt"):
+        chat_text(many, template, RenderLimits(100_000, 0))

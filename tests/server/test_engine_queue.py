@@ -96,6 +96,36 @@ def test_a_limit_refuses_nobody_who_need_not_wait() -> None:
         requests.remove(entered)
 
 
+def test_the_bytes_of_those_that_wait_are_limited() -> None:
+    requests = RequestQueue(QueueLimits(max_queue_bytes=100))
+    requests.places = 1
+
+    def of(number: int, size: int) -> Ticket:
+        made = ticket(number)
+        made.frame = bytearray(size)
+        return made
+
+    requests.put(of(1, 1000))  # it need not wait
+    assert sent(requests) == [1]
+    waiting = [of(2, 60), of(3, 40)]
+    for each in waiting:
+        requests.put(each)
+    with pytest.raises(QueueFullError, match="requests of 100 bytes wait already, and max_queue_bytes is 100"):
+        requests.put(of(4, 1))
+    requests.remove(waiting[0])
+    requests.put(of(5, 60))
+    with pytest.raises(QueueFullError):
+        requests.put(of(6, 1))
+    running = requests.get(1)
+    assert running is not None
+    requests.remove(running)
+    assert sent(requests) == [3, 5]
+    requests.put(of(7, 40))
+    requests.take_all()
+    requests.put(of(8, 1))
+    requests.put(of(9, 100))
+
+
 def test_requests_leave_from_wherever_they_stand() -> None:
     requests = queue(1)
     tickets = [ticket(number, priority=number % 3) for number in range(6)]

@@ -5,7 +5,9 @@ Imports no transformers: what templates find there is made here.
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,31 @@ from hasten.core.text import require_utf8
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LONGEST_MESSAGE = 500
+
+
+class _LimitError(Exception):
+    """Rendering went beyond a limit."""
+
+
+@dataclass(frozen=True)
+class RenderLimits:
+    """How much rendering may take: a template may loop over the messages of a client as often as it likes."""
+
+    characters: int
+    """Of the prompt."""
+    seconds: float
+    """Of CPU time."""
+
+    def applied(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The pieces of a prompt, up to a limit."""
+        characters, end = 0, time.thread_time() + self.seconds
+        for piece in pieces:
+            characters += len(piece)
+            if characters > self.characters:
+                raise _LimitError(f"the messages become a prompt of more than {self.characters} characters: too long")
+            if time.thread_time() > end:
+                raise _LimitError(f"the messages take more than {self.seconds:g} s to become a prompt: too many")
+            yield piece
 
 
 class ChatTemplate:
@@ -55,15 +82,19 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        limits: "RenderLimits | None" = None,
     ) -> str:
-        """The prompt for some messages; InvalidRequestError where the template refuses them.
+        """The prompt for some messages; InvalidRequestError where the template refuses them, or goes beyond limits.
 
         `variables` are what the template may know beside them.
         """
         values = self._special_tokens | dict(variables or {})
         values |= {"messages": messages, "tools": None, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(values)
+            pieces = self._template.generate(values)
+            return "".join(pieces if limits is None else limits.applied(pieces))
+        except _LimitError as error:
+            raise InvalidRequestError(str(error)) from None
         except SecurityError as error:
             raise CheckpointError(f"the tokenizer's chat template does what no template may do: {error}") from error
         except Exception as error:  # templates index, add and call whatever the messages are made of
@@ -138,6 +169,7 @@ def chat_prompt(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     variables: Mapping[str, Any] | None = None,
+    limits: RenderLimits | None = None,
 ) -> str:
     """The prompt for a chat's messages, each with `role` and `content`; InvalidRequestError names what is wrong.
 
@@ -149,7 +181,7 @@ def chat_prompt(
         raise InvalidRequestError("messages is empty")
     if continue_final_message and add_generation_prompt:
         raise InvalidRequestError("continue_final_message cannot go with add_generation_prompt")
-    text = template.render(normalized, add_generation_prompt=add_generation_prompt, variables=variables)
+    text = template.render(normalized, add_generation_prompt=add_generation_prompt, variables=variables, limits=limits)
     require_utf8("messages", text)
     return _open_end(text, normalized[-1]["content"]) if continue_final_message else text
 

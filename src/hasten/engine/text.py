@@ -58,7 +58,7 @@ class Tokenizer:
         """
         if most_tokens is not None:
             for text in texts:
-                self.check_length(text, most_tokens)
+                self.check_length(len(text), most_tokens)
         with _utf8(*texts):
             # `encode` would hold Python's lock, and `encode_batch` find out where in the text each token is
             encodings = self._fast.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
@@ -72,10 +72,10 @@ class Tokenizer:
         """How many bytes of text a token may stand for; None where any number may."""
         return most_bytes_per_token(self._fast)
 
-    def check_length(self, text: str, most_tokens: int) -> None:
-        """TextTooLongError where a text has so many characters that it must have more tokens."""
+    def check_length(self, characters: int, most_tokens: int) -> None:
+        """TextTooLongError where a text of so many characters must have more tokens."""
         most = self.most_bytes_per_token
-        least = 0 if most is None else -(-len(text) // most)
+        least = 0 if most is None else -(-characters // most)
         if least > most_tokens:
             raise TextTooLongError(least, most_tokens, exact=False)
 

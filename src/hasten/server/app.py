@@ -290,7 +290,12 @@ def _engine_starter(security: SecurityOptions, stall_timeout: float) -> StartEng
     """Starts engines that refuse what is too long, and are not ready once they stand still."""
 
     async def start(config: EngineConfig, limits: QueueLimits, *, name: str) -> EngineClient:
-        limits = replace(limits, max_prompt_tokens=security.max_prompt_tokens, max_text_bytes=security.max_text_bytes)
+        limits = replace(
+            limits,
+            max_prompt_tokens=security.max_prompt_tokens,
+            max_text_bytes=security.max_text_bytes,
+            max_queue_bytes=security.max_queue_bytes,
+        )
         return await EngineClient.start(config, limits, name=name, stall_timeout=stall_timeout)
 
     return start

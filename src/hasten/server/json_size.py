@@ -15,10 +15,10 @@ _SMALL = 1 << 16
 _PIECE = 1 << 20
 
 
-def check_declared_size(content_length: str | None) -> None:
+def check_declared_size(content_length: str | None, *, max_bytes: int = MAX_JSON_BYTES) -> None:
     """InvalidRequestError where a body of JSON says that it is too large, before it is read."""
-    if content_length is not None and content_length.isdigit() and int(content_length) > MAX_JSON_BYTES:
-        raise _too_large(int(content_length), MAX_JSON_BYTES)
+    if content_length is not None and content_length.isdigit() and int(content_length) > max_bytes:
+        raise _too_large(int(content_length), max_bytes)
 
 
 def _too_large(size: int, most: int) -> InvalidRequestError:

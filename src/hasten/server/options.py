@@ -128,12 +128,16 @@ class SecurityOptions:
     max_text_bytes: int = option(
         1 << 20, "maximum bytes of a text for tokenizers of which a token may stand for any number of them", kind="size"
     )
+    max_queue_bytes: int = option(64 << 20, "maximum bytes of the requests of a model that wait", kind="size")
     max_prompt_tokens: int | None = option(
         None, "maximum tokens per prompt (default: what --max-model-len leaves)", type=int
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_request_bytes", "max_header_bytes", "max_url_bytes", "max_text_bytes", "max_prompt_tokens"):
+        for name in (
+            *("max_request_bytes", "max_header_bytes", "max_url_bytes", "max_text_bytes", "max_queue_bytes"),
+            "max_prompt_tokens",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

@@ -11,7 +11,7 @@ from hasten.server.engine.queue import QueueFullError
 
 MAX_TEXT_BYTES = 1 << 20
 """Of a text whose tokenizer sets no bound on the bytes of a token, unless the server's options say otherwise."""
-_SHORT_TEXT = 2048
+SHORT_TEXT = 2048
 """Characters that are tokenized at once: it takes a few milliseconds."""
 _THREADS = 2
 _MAX_WAITING = 256
@@ -53,11 +53,11 @@ class Tokenizing:
                 for text in texts
             ]
 
-        if sum(map(len, texts)) <= _SHORT_TEXT:
+        if sum(map(len, texts)) <= SHORT_TEXT:
             return work()
         if most_tokens is not None:
             for text in texts:
-                tokenizer.check_length(text, most_tokens)
+                tokenizer.check_length(len(text), most_tokens)
         return await self.run(work)
 
     async def run(self, work: Callable[[], Result]) -> Result:

@@ -41,6 +41,8 @@ __all__ = [
 
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.5, 30.0
 """Before a dead process is started again: doubled each time, from the start again once it has lived for the longest."""
+_SHORT_PROMPT = 256
+"""Tokens of prompts of which a thousand may begin at once: it takes some ten milliseconds."""
 _FEW_WORDS = 8
 """Which are tokenized at once."""
 _MOST_COMPLETIONS = 1024
@@ -96,6 +98,7 @@ class EngineClient:
         """Of processes that have ended: only the counters count."""
         self._numbers = 0
         self._draining = False
+        self._beginning = asyncio.Lock()
         self._idle = asyncio.Event()
         self._idle.set()
         self._stall_timeout = stall_timeout
@@ -175,6 +178,12 @@ class EngineClient:
         limit = self._limits.max_prompt_tokens
         return most if limit is None else min(most, limit)
 
+    @property
+    def most_characters(self) -> int:
+        """Of a text that may fit a prompt; where its tokens do not say, the limit that stands in for them."""
+        each = None if self.tokenizer is None else self.tokenizer.most_bytes_per_token
+        return self._limits.max_text_bytes if each is None else self.most_prompt_tokens * each
+
     async def tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of prompts; TextTooLongError where one is longer than may be, most often without tokenizing it."""
         if self.tokenizer is None:
@@ -192,10 +201,17 @@ class EngineClient:
             (ids,) = await self.tokenize([prompt])
             return tuple(ids)
         self._check_length(prompt)
+        await self._spread(len(prompt))
         try:
             return tuple(map(index, prompt))
         except TypeError:
             raise InvalidRequestError(f"a prompt must be text or token ids, not {prompt!r:.80}") from None
+
+    async def _spread(self, tokens: int) -> None:
+        """Begin long prompts in different turns of the event loop, which would else begin those of a batch in one."""
+        if tokens > _SHORT_PROMPT:
+            async with self._beginning:
+                await asyncio.sleep(0)
 
     def _check_length(self, prompt: Sequence[int]) -> None:
         if hasattr(prompt, "__len__") and len(prompt) > self.most_prompt_tokens:

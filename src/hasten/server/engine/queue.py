@@ -34,6 +34,8 @@ class QueueLimits:
     """Seconds that a request may wait unless it says otherwise; None or 0: for ever."""
     max_prompt_tokens: int | None = None
     """Longer prompts are refused; None: what the engine can take."""
+    max_queue_bytes: int = 64 << 20
+    """Of the requests that wait, as they go to the engine: a token takes 1 to 5 bytes, and here about 50."""
     max_text_bytes: int = 1 << 20
     """Longer texts are refused where the tokenizer sets no bound on the bytes of a token."""
 
@@ -162,6 +164,7 @@ class RequestQueue:
         self._limits = limits
         self._waiting: list[Ticket] = []
         """In the order of their turns."""
+        self._waiting_bytes = 0
         self._sent: dict[int, Ticket] = {}
         self._sequences = 0
         """Of the requests with the engine."""
@@ -183,12 +186,21 @@ class RequestQueue:
 
     def put(self, ticket: Ticket) -> None:
         """Queue a request. QueueFullError where it would have to wait and no more may."""
-        limit = self._limits.max_queue_size
-        if limit and (self._waiting or self._sequences + ticket.width > self.places):
+        if self._waiting or self._sequences + ticket.width > self.places:
+            self._check_room(ticket)
+        insort(self._waiting, ticket, key=_order)
+        self._waiting_bytes += len(ticket.frame)
+
+    def _check_room(self, ticket: Ticket) -> None:
+        limit, most = self._limits.max_queue_size, self._limits.max_queue_bytes
+        if limit:
             waiting = len(self._waiting) + sum(sent.ahead for sent in self._sent.values())
             if waiting >= limit:
                 raise QueueFullError(f"{waiting} requests wait already, and max_queue_size is {limit}; try again later")
-        insort(self._waiting, ticket, key=_order)
+        if self._waiting_bytes + len(ticket.frame) > most:
+            raise QueueFullError(
+                f"requests of {self._waiting_bytes} bytes wait already, and max_queue_bytes is {most}; try again later"
+            )
 
     def get(self, number: int) -> Ticket | None:
         """The request with this number, if the engine has it."""
@@ -199,6 +211,7 @@ class RequestQueue:
         room = self.places + max(1, self.places // _SLACK)
         while self._waiting and self._sequences < room:
             ticket = self._waiting.pop(0)
+            self._waiting_bytes -= len(ticket.frame)
             ticket.ahead = self._sequences > 0 and self._sequences + ticket.width > self.places
             self._sequences += ticket.width
             self._sent[ticket.number] = ticket
@@ -219,6 +232,7 @@ class RequestQueue:
         place = bisect_left(self._waiting, ticket.order, key=_order)
         if place < len(self._waiting) and self._waiting[place] is ticket:
             del self._waiting[place]
+            self._waiting_bytes -= len(ticket.frame)
         return False
 
     def take_sent(self) -> list[Ticket]:
@@ -228,7 +242,7 @@ class RequestQueue:
 
     def take_all(self) -> list[Ticket]:
         """Forget all requests, and return them."""
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
         return self.take_sent() + waiting
 
 

@@ -22,6 +22,8 @@ from hasten.server.engine.client import EngineInfo
 from hasten.server.types import ErrorKind, ServiceError, Tensor
 
 _MAX_BEAMS_TOP_K = 1
+_MOST_BEAMS = 16_384
+"""Of all items of a batch."""
 _MOST_WORDS_TOKENS = 1 << 16
 """Of the words of one item, all together."""
 _INPUT_NAMES = {
@@ -74,6 +76,9 @@ def read_items(inputs: Mapping[str, Tensor], batch_size: int, info: EngineInfo) 
     if beam_width > info.max_num_seqs:
         most = f"more than {info.max_num_seqs} sequences at once (max_num_seqs)"
         raise _wrong(0, "beam_width", f"is {beam_width}; {most}")
+    if beam_width * batch_size > _MOST_BEAMS:
+        problem = f"is {beam_width} with a batch of {batch_size}; a request may have {_MOST_BEAMS} beams in all"
+        raise _wrong(0, "beam_width", problem)
     log_probs = columns.same("is_return_log_probs", False)
     items = [_item(columns, place, beam_width, log_probs, info) for place in range(batch_size)]
     return TokenRequest(items, beam_width, log_probs)

@@ -11,6 +11,7 @@ from contextlib import aclosing
 from tritonclient.grpc import model_config_pb2
 
 from hasten.core.types import SamplingParams
+from hasten.server.by_size import by_size
 from hasten.server.engine.client import EngineClient, Progress
 from hasten.server.models.config import is_decoupled
 from hasten.server.models.token_inputs import Item, TokenRequest, read_items
@@ -18,6 +19,8 @@ from hasten.server.models.token_outputs import Beam, outputs
 from hasten.server.models.work import Outcome, Work
 from hasten.server.statistics import LanguageCounters
 from hasten.server.together import together, whenever
+
+_TOKEN_BYTES = 4
 
 
 class TokenModel:
@@ -46,7 +49,8 @@ class TokenModel:
     async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
         """One response, or if decoupled one whenever there is more."""
         work.known_parameters()
-        asked = read_items(work.inputs, work.batch_size, self._engine.info)
+        size = sum(tensor.data.nbytes for tensor in work.inputs.values())
+        asked = await by_size(size, read_items, work.inputs, work.batch_size, self._engine.info)
         work.clock.prepare()
         rows = [[Beam() for _ in range(asked.beam_width)] for _ in asked.items]
         changed = asyncio.Event()
@@ -54,7 +58,9 @@ class TokenModel:
         if not self._decoupled:
             await all_items
             work.clock.compute()
-            yield Outcome(outputs(asked, rows, work.outputs), final=True)
+            pairs = zip(asked.items, rows, strict=True)
+            tokens = sum(len(item.prompt) + len(beam.token_ids) for item, row in pairs for beam in row)
+            yield Outcome(await by_size(_TOKEN_BYTES * tokens, outputs, asked, rows, work.outputs), final=True)
             return
         async with aclosing(whenever(changed, all_items)) as moments:
             async for done in moments:

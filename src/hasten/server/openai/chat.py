@@ -4,13 +4,24 @@ from typing import Any
 
 import msgspec
 
-from hasten.engine.chat import ChatTemplate, chat_prompt
+from hasten.engine.chat import ChatTemplate, RenderLimits, chat_prompt
 from hasten.server.openai.types import ChatMessage, ChatRequest
 
 _FOR_TEMPLATES = ("role", "content", "name", "tool_calls", "tool_call_id")
 
 
-def chat_text(asked: ChatRequest, template: ChatTemplate) -> str:
+def characters(asked: ChatRequest) -> int:
+    """Of all messages."""
+    return sum(map(_characters, asked.messages))
+
+
+def _characters(message: ChatMessage) -> int:
+    if isinstance(message.content, list):
+        return sum(len(part.text or "") for part in message.content)
+    return len(message.content or "")
+
+
+def chat_text(asked: ChatRequest, template: ChatTemplate, limits: RenderLimits | None = None) -> str:
     """The prompt for a request's messages; InvalidRequestError names what is wrong with them."""
     begins_answer = asked.add_generation_prompt
     return chat_prompt(
@@ -19,6 +30,7 @@ def chat_text(asked: ChatRequest, template: ChatTemplate) -> str:
         add_generation_prompt=not asked.continue_final_message if begins_answer is None else begins_answer,
         continue_final_message=bool(asked.continue_final_message),
         variables=asked.chat_template_kwargs,
+        limits=limits,
     )
 
 

@@ -17,6 +17,9 @@ from hasten.server.openai.types import ChatRequest, CompletionRequest, Generatio
 from hasten.server.types import LONGEST_MESSAGE, ErrorKind, ServiceError
 
 _MOST_COMPLETIONS, _MOST_PROMPTS, _MOST_LOGPROBS, _MOST_STOPS = 128, 2048, 20, 64
+_MOST_MESSAGES = 4096
+_MOST_IN_ALL = 16_384
+"""Completions of all prompts of a request."""
 """Each as OpenAI's own limit or above it: without one, a short request could ask for any amount of work."""
 _HOTTEST = 2
 """Above it, OpenAI's own API refuses a temperature."""
@@ -101,7 +104,12 @@ def completion_params(request: CompletionRequest) -> SamplingParams:
     prompt_logprobs = request.logprobs if request.echo else None
     best = _best_of(request)
     logprobs = request.logprobs if request.logprobs is not None or not best else 0
-    return _params(request, max_tokens=tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **best)
+    made = _params(request, max_tokens=tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **best)
+    prompts, each = len(request.prompts()), max(made.n, made.beam_width)
+    if prompts * each > _MOST_IN_ALL:
+        message = f"{prompts} prompts with {each} completions each are more than {_MOST_IN_ALL}, the limit of a request"
+        raise OpenAIError(message, param="prompt")
+    return made
 
 
 def _best_of(request: CompletionRequest) -> dict[str, int]:
@@ -119,6 +127,7 @@ def _best_of(request: CompletionRequest) -> dict[str, int]:
 
 def check_chat(request: ChatRequest) -> None:
     """OpenAIError for what a chat asks for and cannot have."""
+    _limit("messages", len(request.messages), _MOST_MESSAGES)
     unsupported = {
         "tools": bool(request.tools) and request.tool_choice != "none",
         "tool_choice": request.tool_choice not in (None, "none", "auto"),

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,12 +16,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from hasten.core.errors import EngineError, HastenError
-from hasten.engine.chat import ChatTemplate
+from hasten.engine.chat import ChatTemplate, RenderLimits
 from hasten.engine.text import TextTooLongError
 from hasten.server.engine.client import EngineClient, EngineInfo
 from hasten.server.json_size import check_declared_size
 from hasten.server.openai.call import Call
-from hasten.server.openai.chat import chat_text
+from hasten.server.openai.chat import characters, chat_text
 from hasten.server.openai.choices import BestChoices, ChatChoices, CompletionChoices
 from hasten.server.openai.models import Models, models_by_id
 from hasten.server.openai.params import (
@@ -34,9 +35,14 @@ from hasten.server.openai.params import (
 from hasten.server.openai.types import ChatRequest, CompletionRequest
 from hasten.server.sse import EventStream, unless_gone
 from hasten.server.statistics import LanguageCounters
+from hasten.server.tokenizing import SHORT_TEXT, tokenizing
 
 _CLIENT_LEFT = 499
 """Nobody reads it; it stands in the log."""
+_FEW_MESSAGES = 32
+"""Which are rendered at once."""
+_RENDER_S = 2.0
+"""Of CPU time for a chat's prompt, at most."""
 _log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 
@@ -139,7 +145,8 @@ class _Api:
         if template is None:
             raise OpenAIError("the model's tokenizer has no chat template; use /v1/completions")
         # The template writes special tokens itself.
-        tokens = await _tokenized([chat_text(asked, template)], client, "messages", add_special_tokens=False)
+        prompt = await _chat_prompt(asked, template, client)
+        tokens = await _tokenized([prompt], client, "messages", add_special_tokens=False)
         params = chat_params(asked, client.info.max_model_len - len(tokens[0]))
         choices = ChatChoices(bool(asked.stream), asked.top_logprobs or 0)
         return await _respond(request, Call(asked, client, counters, tokens, params, choices, "chat.completion"))
@@ -151,6 +158,21 @@ class _Api:
         if client not in self._templates:
             self._templates[client] = await asyncio.to_thread(ChatTemplate.from_folder, folder)
         return self._templates[client]
+
+
+async def _chat_prompt(asked: ChatRequest, template: ChatTemplate, client: EngineClient) -> str:
+    """The prompt for a request's messages, rendered where it holds up nobody; nothing is for what must be too long."""
+    count, longest = characters(asked), client.most_characters
+    if count > longest:
+        raise OpenAIError(
+            f"the messages have {count} characters; what the model can take has at most {longest}",
+            param="messages",
+            code="context_length_exceeded",
+        )
+    limits = RenderLimits(longest, _RENDER_S)
+    if count <= SHORT_TEXT and len(asked.messages) <= _FEW_MESSAGES and not asked.chat_template_kwargs:
+        return chat_text(asked, template, limits)
+    return await tokenizing.run(partial(chat_text, asked, template, limits))
 
 
 async def _tokenized(

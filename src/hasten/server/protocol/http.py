@@ -3,7 +3,7 @@
 import base64
 import binascii
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -15,8 +15,10 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from hasten.core.errors import HastenError
+from hasten.server.by_size import by_size
 from hasten.server.errors import service_error
 from hasten.server.http_errors import STATUS, error_response
+from hasten.server.json_size import check_declared_size
 from hasten.server.protocol.bodies import dump_json, parse_object
 from hasten.server.protocol.http_infer import InferRoutes, named_model
 from hasten.server.protocol.proto_json import to_json
@@ -33,6 +35,10 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 _MODEL, _VERSION = "/v2/models/{model}", "/versions/{version}"
 _CLIENT_GONE = 499
+_MAX_LOAD_BYTES = 16 << 20
+"""Of a body of JSON with a model's files, which come as long texts; over gRPC they are bytes, and may be more."""
+_BASE64_PIECE = 1 << 20
+"""Characters, a multiple of the four that become three bytes."""
 _log = logging.getLogger(__name__)
 
 
@@ -162,7 +168,9 @@ class HttpRoutes:
         config = parameters.pop("config", None)
         if config is not None and not isinstance(config, str):
             raise invalid("attempt to access JSON non-string as string")
-        files = {key.removeprefix("file:"): _decoded(key, parameters[key]) for key in parameters if _is_file(key)}
+        sent = {key: text for key, text in parameters.items() if _is_file(key)}
+        size = sum(len(text) for text in sent.values() if isinstance(text, str))
+        files = await by_size(size, _decoded_files, sent)
         await self._service.load(request.path_params["model"], config, files)
         return _json_nothing()
 
@@ -247,8 +255,9 @@ def _json_nothing() -> Response:
 async def _repository_parameters(request: Request, action: str = "load") -> dict[str, Any]:
     if "repository" in request.path_params:
         raise ServiceError(ErrorKind.UNSUPPORTED, "'repository_name' specification is not supported")
+    check_declared_size(request.headers.get("content-length"), max_bytes=_MAX_LOAD_BYTES)
     body = await request.body()
-    parameters = parse_object(body, max_bytes=len(body)).get("parameters", {})  # files come as long texts
+    parameters = (await by_size(len(body), parse_object, body, max_bytes=_MAX_LOAD_BYTES)).get("parameters", {})
     if not isinstance(parameters, dict):
         raise invalid("attempt to get members for non-object")
     for key in parameters:
@@ -261,11 +270,19 @@ def _is_file(key: str) -> bool:
     return key.startswith("file:")
 
 
+def _decoded_files(sent: Mapping[str, Any]) -> dict[str, bytes]:
+    return {key.removeprefix("file:"): _decoded(key, text) for key, text in sent.items()}
+
+
 def _decoded(key: str, text: Any) -> bytes:
+    """The bytes of a file, decoded in pieces between which other threads run."""
     try:
-        return base64.b64decode(text, validate=True)
-    except (TypeError, ValueError, binascii.Error):
-        raise invalid(f"load parameter '{key}' is not base64 text") from None
+        if isinstance(text, str) and "=" not in text[:-2]:
+            pieces = range(0, len(text), _BASE64_PIECE)
+            return b"".join(base64.b64decode(text[at : at + _BASE64_PIECE], validate=True) for at in pieces)
+    except (ValueError, binascii.Error):
+        pass
+    raise invalid(f"load parameter '{key}' is not base64 text")
 
 
 def _trace_values(body: dict[str, Any]) -> dict[str, list[str] | None]:
