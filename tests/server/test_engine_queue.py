@@ -123,7 +123,7 @@ def test_the_bytes_of_those_that_wait_are_limited() -> None:
     requests.put(of(7, 40))
     requests.take_all()
     requests.put(of(8, 1))
-    requests.put(of(9, 100))
+    requests.put(of(9, 99))
 
 
 def test_requests_leave_from_wherever_they_stand() -> None:

@@ -197,7 +197,7 @@ class RequestQueue:
             waiting = len(self._waiting) + sum(sent.ahead for sent in self._sent.values())
             if waiting >= limit:
                 raise QueueFullError(f"{waiting} requests wait already, and max_queue_size is {limit}; try again later")
-        if self._waiting_bytes + len(ticket.frame) > most:
+        if self._waiting and self._waiting_bytes + len(ticket.frame) > most:
             raise QueueFullError(
                 f"requests of {self._waiting_bytes} bytes wait already, and max_queue_bytes is {most}; try again later"
             )
