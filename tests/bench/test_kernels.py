@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 
 from hasten.ops.gpu import sampling
 
-ROOMS = ("attention", "cache", "exchange", "matmul", "norm", "sampling")
+ROOMS = ("attention", "cache", "edits", "exchange", "logprobs", "matmul", "norm", "sampling")
 """Of `ops/gpu`: the ones with kernels, and not what they share."""
 WITHOUT_KERNEL = {"pack_linear"}
 MOST = Ceilings(4e12, 800e12)
@@ -109,6 +109,10 @@ def test_errors_are_relative_above_one_and_nan_is_the_worst() -> None:
     assert kernels.largest_error(torch.tensor([0.25, 100.0]), expected) == 0.25
     assert kernels.largest_error(torch.tensor([0.5, 101.0]), expected) == pytest.approx(0.01)
     assert kernels.largest_error(torch.tensor([0.5, float("nan")]), expected) == float("inf")
+    infinite = torch.tensor([float("-inf"), 1.0])
+    assert kernels.largest_error(infinite, infinite) == 0
+    assert kernels.largest_error(-infinite, infinite) == float("inf")
+    assert kernels.largest_error(expected, infinite) == float("inf")
     assert kernels.largest_error(expected.expand(2, 1, 2), 2 * expected.unsqueeze(0)) == 0
     assert kernels.largest_error(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])) == 0.25
     assert kernels.largest_error((expected, expected), (expected, 2 * expected)) == 0.5
@@ -178,9 +182,7 @@ def test_json_and_a_wrong_result_is_status_1(capsys: pytest.CaptureFixture[str],
 @pytest.mark.usefixtures("made_up_gpu")
 def test_a_name_of_no_kernel_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "kernels", "--only", "gemm"]) == 2
-    assert (
-        "no kernel is called 'gemm'; there are draw, embedding_norm, exchange_norm, greedy" in capsys.readouterr().err
-    )
+    assert "no kernel is called 'gemm'; there are count_tokens, draw, edit_logits" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

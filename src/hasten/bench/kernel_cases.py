@@ -9,6 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,17 @@ from hasten.engine.batch import Batch
 from hasten.engine.inputs import BlockTables, Inputs
 from hasten.engine.sequence import Sequence
 from hasten.layers.position import alibi_slopes
-from hasten.ops import AttentionMeta, Draws, PackedLinear, Sum, reference
+from hasten.ops import (
+    AttentionMeta,
+    Bans,
+    Draws,
+    EditList,
+    PackedLinear,
+    Sum,
+    TokenCounts,
+    TopLogprobs,
+    reference,
+)
 from hasten.ops.peers import Peers
 from hasten.ops.plan import Planner
 
@@ -151,7 +162,11 @@ def cases(setting: Setting) -> list[Case]:
         *(_write_cache(setting, rows) for rows in (64, 8192)),
         _resolve_ids(setting, 256),
         *(_greedy(setting, rows) for rows in (1, 64, 256)),
-        _draw(setting, 64),
+        *(_draw(setting, rows) for rows in (64, 256)),
+        *(_edit_logits(setting, rows) for rows in (64, 256)),
+        _count_tokens(setting, 256),
+        _mask_logits(setting, 256),
+        *(_top_logprobs(setting, rows) for rows in (64, 256)),
     ]
 
 
@@ -394,3 +409,91 @@ def _draw(setting: Setting, rows: int) -> Case:
         tolerance=_DIFFERING_DRAWS,
         waits=True,
     )
+
+
+_SEQUENCE = 192
+"""Tokens of a sequence with penalties, two thirds of them its prompt's."""
+
+
+def _token_counts(setting: Setting, rows: int) -> TokenCounts:
+    vocab = setting.model.vocab_size
+    counts = TokenCounts.empty(rows, 2 * _SEQUENCE, setting.device)
+    tokens = np.random.default_rng(0).integers(vocab, size=(rows, _SEQUENCE))
+    counts.load(range(rows), [(row[: 2 * _SEQUENCE // 3], row[2 * _SEQUENCE // 3 :]) for row in tokens])
+    return counts
+
+
+def _edit_logits(setting: Setting, rows: int) -> Case:
+    vocab = setting.model.vocab_size
+
+    def make() -> Call:
+        edits, rng = EditList(), np.random.default_rng(1)
+        for row in range(rows):
+            edits.add(
+                row,
+                slot=row,
+                penalties=(1.1, 0.5, 0.5),
+                bias_ids=rng.permutation(vocab)[:20].astype(np.int32),
+                biases=np.ones(20, np.float32),
+                bans=Bans(rng.integers(vocab, size=20, dtype=np.int32), np.full(20, -1, np.int32)),
+                chosen=0,
+            )
+        logits_rv, chosen_r = setting.draw(rows, vocab, scale=3), setting.draw_ids(1)
+        on_device, counts = edits.to(setting.device), _token_counts(setting, rows)
+        return _call(ops.edit_logits, reference.edit_logits, logits_rv, on_device, counts, chosen_r)
+
+    return Case(
+        op="edit_logits",
+        shape=f"{_rows(rows)} of {vocab}",
+        make=make,
+        nbytes=rows * vocab * (setting.itemsize + 4),
+        waits=True,
+    )
+
+
+def _count_tokens(setting: Setting, rows: int) -> Case:
+    def make() -> Call:
+        slots_r = torch.arange(rows, dtype=torch.int32, device=setting.device)
+        tokens_r = setting.draw_ids(rows)
+
+        def run(count: Callable[[TokenCounts, Tensor, Tensor], None], counts: TokenCounts) -> Tensor:
+            count(counts, slots_r, tokens_r)
+            return counts.sizes_s  # a token that is there already leaves them as they are
+
+        counts = [_token_counts(setting, rows) for _ in range(3)]
+        return Call(
+            partial(run, ops.count_tokens, counts[0]),
+            partial(run, reference.count_tokens, counts[1]),
+            partial(run, reference.count_tokens, counts[2]),
+        )
+
+    nbytes = rows * 4 * (_SEQUENCE + 3)
+    return Case(op="count_tokens", shape=_rows(rows), make=make, nbytes=nbytes, tolerance=0, waits=True)
+
+
+def _mask_logits(setting: Setting, rows: int) -> Case:
+    vocab = setting.model.vocab_size
+    words = -(-vocab // 32)
+
+    def make() -> Call:
+        masks_kw = torch.randint(-(2**31), 2**31, (rows, words), dtype=torch.int32, device=setting.device)
+        index_r = torch.arange(rows, dtype=torch.int32, device=setting.device)
+        return _call(ops.mask_logits, reference.mask_logits, setting.draw(rows, vocab, scale=3), index_r, masks_kw)
+
+    nbytes = rows * (2 * vocab * setting.itemsize + 4 * words)
+    return Case(op="mask_logits", shape=f"{_rows(rows)} of {vocab}", make=make, nbytes=nbytes, tolerance=0, waits=True)
+
+
+def _top_logprobs(setting: Setting, rows: int) -> Case:
+    vocab = setting.model.vocab_size
+
+    def without_ids(op: Callable[[Tensor, Tensor, int], TopLogprobs], *inputs: Any) -> Outputs:
+        return op(*inputs)[:3]  # among equal logits the definition names any
+
+    def make() -> Call:
+        logits_rv, tokens_r = setting.draw(rows, vocab, scale=3), setting.draw_ids(rows)
+        kernel, definition = partial(without_ids, ops.top_logprobs), partial(without_ids, reference.top_logprobs)
+        return _call(kernel, definition, logits_rv, tokens_r, 5)
+
+    nbytes = rows * vocab * setting.itemsize
+    return Case(op="top_logprobs", shape=f"{_rows(rows)} of {vocab}, 5 best", make=make, nbytes=nbytes)

@@ -62,6 +62,7 @@ def largest_error(found: Outputs, expected: Outputs) -> float:
         return float((found != expected).float().mean())
     found = found.sum(0) if found.dim() > expected.dim() else found  # parts, which their reader adds up
     off = (found.float() - expected).abs() / expected.abs().clamp(min=1)
+    off = off.masked_fill(found == expected, 0)  # infinities too
     return float(off.nan_to_num(nan=float("inf")).max())
 
 
