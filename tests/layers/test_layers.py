@@ -20,6 +20,7 @@ from hasten.layers.embedding import Embedding, Head
 from hasten.layers.linear import ColumnLinear, PackedModule, RowLinear
 from hasten.layers.norm import LayerNorm
 from hasten.layers.position import alibi_slopes
+from hasten.ops import NONE_LEFT
 from hasten.parallel.groups import TensorGroup, use_group
 from hasten.parallel.shard import Split, padded_vocab, split
 
@@ -173,7 +174,7 @@ def test_every_rank_knows_the_most_probable_token_of_all(size: int, vocab: int) 
             logits[row, token] = value
             expected[row] = -1
     logits[-1] = -infinity
-    expected[-1] = -1
+    expected[-1] = NONE_LEFT
     # whatever the logits of what pads the vocabulary are
     padded = F.pad(logits, (0, padded_vocab(vocab, size) - vocab), value=9)
 

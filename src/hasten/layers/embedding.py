@@ -60,7 +60,7 @@ class Head(PackedModule):
         return None if logits is None else logits[:, : self.vocab_size]
 
     def greedy(self, share_rv: Tensor) -> Tensor:
-        """The most probable token of each row, int32 [r], on every rank; -1 where the logits are not finite."""
+        """The most probable token of each row, int32 [r], on every rank; below 0 where there is none (`ops.greedy`)."""
         if self.group.size == 1:
             return ops.greedy(share_rv[:, : self.vocab_size])
         first = self.group.rank * share_rv.shape[1]
@@ -71,7 +71,7 @@ class Head(PackedModule):
         # A row with infinity or NaN on one rank has no token on any: it wins, and its token is -1. Ids are exact in
         # fp32 up to 2^24.
         best_r = best_r.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
-        ids_r = (tokens_r + first).where(tokens_r >= 0, -1)
+        ids_r = (tokens_r + first).where(tokens_r >= 0, tokens_r)
         pairs = self.group.all_gather(torch.stack((best_r, ids_r.float())))
         chosen_1r = pairs[:, 0].argmax(0, keepdim=True)
         return pairs[:, 1].gather(0, chosen_1r).squeeze(0).int()
