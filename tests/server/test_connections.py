@@ -98,6 +98,22 @@ FLOODS = {
 }
 
 
+@pytest.mark.parametrize(
+    "request_", [b"POST /v2/health/live HTTP/1.1\r\n", b"POST /v2/models/decoupled/generate HTTP/1.1\r\n"]
+)
+def test_a_body_that_cannot_be_parsed_has_one_answer(
+    site: Transports, request_: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever was to answer the request before its body turned out to be wrong writes nothing any more."""
+    with connected(site) as connection:
+        connection.sendall(request_ + b"host: x\r\ntransfer-encoding: chunked\r\n\r\nZZZ\r\n" + LIVE)
+        assert statuses(received(connection)) == [400]
+    with connected(site) as connection:  # the server's loop has come by since
+        connection.sendall(LIVE)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 @pytest.mark.parametrize("name", FLOODS)
 def test_a_head_without_end_is_refused_while_it_arrives(site: Transports, name: str) -> None:
     before, piece, status = FLOODS[name]

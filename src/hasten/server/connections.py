@@ -211,8 +211,16 @@ class _Connection(HttpToolsProtocol):
         lines += [name + b": " + value for name, value in answer.raw_headers]
         self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
         self._linger_until = self._all.clock() + _LINGER_S
+        self._end_requests()
         if self.transport.can_write_eof():
             self.transport.write_eof()
+
+    def _end_requests(self) -> None:
+        """Let nothing more be written: who answers a request finds its client gone, and further ones are dropped."""
+        self.pipeline.clear()
+        if self._answering:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
 
     def check(self, now: float) -> None:
         """Close the connection if its client's time is up."""
