@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from hasten.core.errors import ConfigError
-from hasten.core.files import expand_home, removed_on_failure, write_text
+from hasten.core.files import expand_home, reading, removed_on_failure, write_text
 
 
 def test_an_error_names_the_file_whether_it_comes_at_opening_or_at_writing(tmp_path: Path) -> None:
@@ -15,6 +15,18 @@ def test_an_error_names_the_file_whether_it_comes_at_opening_or_at_writing(tmp_p
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "/dev/full")
     with pytest.raises(OSError, match="nowhere"):
         write_text(tmp_path / "nowhere" / "x", "x")
+
+
+def test_an_error_of_reading_names_the_file_once(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    with pytest.raises(ConfigError) as caught, reading("prompts from /nowhere"):
+        Path("/nowhere").read_text(encoding="utf-8")
+    assert str(caught.value) == "cannot read prompts from /nowhere: No such file or directory"
+    with (
+        pytest.raises(ConfigError, match="cannot read the list: 'utf-8' codec can't decode byte 0xe9"),
+        reading("the list"),
+    ):
+        (tmp_path / "latin").read_text(encoding="utf-8")
 
 
 def test_what_was_being_written_is_removed_on_failure(tmp_path: Path) -> None:

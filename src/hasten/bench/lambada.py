@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hasten.bench.engines import Engine
 from hasten.core.errors import ConfigError, InvalidRequestError
+from hasten.core.files import reading
 from hasten.core.text import require_utf8, utf8_lines
 from hasten.engine.text import Tokenizer
 
@@ -61,10 +62,8 @@ class LambadaResult:
 
 def read_texts(path: str) -> Iterator[tuple[str, str]]:
     """Context and target of each line; ConfigError names the line that holds none."""
-    try:
+    with reading(f"the dataset {path}"):
         lines = utf8_lines(Path(path).read_bytes())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the dataset {path}: {error}") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
             yield _cut(_text(line, f"{path}, line {number}"), f"{path}, line {number}")

@@ -18,6 +18,7 @@ from hasten.cli.options import (
     sampling_params,
 )
 from hasten.core.errors import ConfigError, EngineError
+from hasten.core.files import reading
 from hasten.core.text import from_command_line, require_utf8, utf8_lines
 from hasten.core.types import CompletionOutput, FinishReason, Logprob, RequestOutput, SamplingParams
 
@@ -95,10 +96,8 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _read_lines(name: str) -> list[str]:
-    try:
+    with reading(f"prompts from {name}"):
         return utf8_lines(_standard_input() if name == "-" else Path(name).read_bytes())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read prompts from {name}: {error}") from error
 
 
 def _standard_input() -> bytes:

@@ -25,6 +25,16 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """ConfigError `cannot read WHAT` with the reason, where a file cannot be read or is not UTF-8."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise ConfigError(f"cannot read {what}: {reason or error}") from error
+
+
 def expand_home(path: Path, advice: str) -> Path:
     """The path with its `~` expanded; ConfigError that ends in the advice where there is no home directory."""
     try:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hasten.core.errors import ConfigError
+from hasten.core.files import reading
 from hasten.core.text import utf8_lines
 from hasten.server.http_errors import error_response
 
@@ -28,14 +29,12 @@ class ApiKeys:
 
     @classmethod
     def from_file(cls, name: str) -> "ApiKeys":
-        """Read a file of one key a line; lines that are empty or begin with # are left out."""
-        try:
+        """Read a file of one key per line; lines that are empty or begin with # are left out."""
+        with reading(f"API keys from {name}"):
             lines = utf8_lines(Path(name).read_bytes())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read API keys from {name}: {error}") from error
         keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not keys:
-            raise ConfigError(f"{name} has no API key: write one a line")
+            raise ConfigError(f"{name} has no API key: write one per line")
         return cls(keys)
 
     def admit(self, authorization: str, key: str = "") -> bool:
