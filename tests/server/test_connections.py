@@ -155,6 +155,15 @@ def test_a_large_head_behind_others_does_not_come_between_their_answers(site: Tr
     assert answer.partition(b"HTTP/1.1 431")[0].endswith(b"0\r\n\r\n")
 
 
+def test_what_cannot_be_parsed_behind_a_request_does_not_come_between_its_answer(site: Transports) -> None:
+    with connected(site) as connection:
+        connection.sendall(stream(20) + b"\x00 no request\r\n\r\n")
+        answer = received(connection)
+    assert statuses(answer) == [200]
+    assert answer.count(b"data: ") == 20
+    assert answer.endswith(b"0\r\n\r\n")
+
+
 def test_a_head_that_comes_too_slowly_is_refused(hasty: Transports) -> None:
     with connected(hasty) as connection:
         connection.sendall(HEAD)

@@ -195,12 +195,14 @@ class _Connection(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Refuse what cannot be parsed, or is larger than it may be."""
         status, text = self._refusal or (400, msg)
-        if self._refusal is not None and self._answering and not self._reading_body:
+        if self._answering and not self._reading_body:
             # its answer would come in the middle of another one's: the connection ends behind that instead
             self.cycle.keep_alive = False
             self._linger_until = float("inf")
-            return
-        self._refuse(status, text)
+        elif self._answering and self.cycle.response_started:
+            self.transport.abort()
+        else:
+            self._refuse(status, text)
 
     def _refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
         if self.transport.is_closing():
