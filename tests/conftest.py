@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import pytest
 # Before torch is loaded, here and in the processes that tests start: several of them share few cores, where threads
 # that spin while they wait take the time of those that compute.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+# A shell ignores interrupts in what it starts in the background, and all that is started there would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 

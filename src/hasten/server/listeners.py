@@ -61,6 +61,12 @@ class _Uvicorn(uvicorn.Server):
             self._connections.check()
         return await super().on_tick(counter)
 
+    def drop_connections(self) -> None:
+        """Close all connections as they are. A stop that has begun waits for them, for as long as it began with."""
+        for connection in list(self.server_state.connections):
+            if (transport := connection.transport) is not None:
+                transport.abort()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
@@ -113,6 +119,8 @@ class HttpListener:
         May be cancelled, and called again with less grace.
         """
         if self._server is not None and self._task is not None:
+            if self._server.should_exit and grace == 0:
+                self._server.drop_connections()
             self._server.config.timeout_graceful_shutdown = max(1, round(grace))
             self._server.force_exit = grace == 0
             self._server.should_exit = True
