@@ -13,14 +13,14 @@ import pytest
 # that spin while they wait take the time of those that compute.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-# A shell ignores interrupts in what it starts in the background, and all that is started there would, too.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import torch
 
 # Before anything imports triton: without a GPU its kernels run on its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell ignores interrupts in what it starts in the background, and all that is started there would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MakeBloom = Callable[..., Path]
 
