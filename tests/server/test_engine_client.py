@@ -259,6 +259,21 @@ def test_close_ends_what_is_under_way(run: Any, demo_model: Path) -> None:
     run(end())
 
 
+def test_a_close_that_is_cancelled_is_waited_for_by_the_next(run: Any, demo_model: Path) -> None:
+    async def end() -> None:
+        async with started(demo_model) as client:
+            link = client._link
+            assert link is not None
+            closing = asyncio.create_task(client.close())
+            await asyncio.sleep(0)  # it begins
+            closing.cancel()
+            await asyncio.gather(closing, return_exceptions=True)
+            await client.close()
+            assert link.ended.done()
+
+    run(end())
+
+
 def test_what_keeps_an_engine_from_starting(run: Any, demo_model: Path, tmp_path: Path) -> None:
     async def start(model: Path, **options: Any) -> Exception | None:
         return await error_of(EngineClient.start(EngineConfig.create(str(model), **options)))

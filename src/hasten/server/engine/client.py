@@ -92,6 +92,7 @@ class EngineClient:
         """The process that is ready, if there is one."""
         self._keeper: asyncio.Task[None] | None = None
         """Starts the process again when it has died."""
+        self._closing: asyncio.Task[None] | None = None
         self._ready_since = 0.0
         self._now = EngineStats()
         self._before = EngineStats()
@@ -200,9 +201,9 @@ class EngineClient:
         if isinstance(prompt, str):
             (ids,) = await self.tokenize([prompt])
             return tuple(ids)
-        self._check_length(prompt)
-        await self._spread(len(prompt))
         try:
+            self._check_length(prompt)
+            await self._spread(len(prompt))
             return tuple(map(index, prompt))
         except TypeError:
             raise InvalidRequestError(f"a prompt must be text or token ids, not {prompt!r:.80}") from None
@@ -387,7 +388,15 @@ class EngineClient:
         return True
 
     async def close(self) -> None:
-        """End the process; requests that are not done get an EngineClosedError. A second call does nothing."""
+        """End the process; requests that are not done get an EngineClosedError.
+
+        Cancelled, it goes on; a second call waits for the end of the first.
+        """
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         self._draining = True
         for ticket in self._queue.take_all():
             ticket.fail(EngineClosedError(f"engine {self.name} was closed before the request was done"))
