@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         SamplingParams,
         StructuredOutputsParams,
     )
-    from hasten.engine.llm import LLM
+    from hasten.engine.llm import LLM, run_worker
     from hasten.engine.prompts import TextPrompt, TokensPrompt
 
 __version__ = "0.1.0"
@@ -54,10 +54,11 @@ __all__ = [
     "TokensPrompt",
     "UnsupportedError",
     "__version__",
+    "run_worker",
 ]
 
 _MODULES = {
-    "LLM": "hasten.engine.llm",
+    **dict.fromkeys(("LLM", "run_worker"), "hasten.engine.llm"),
     **dict.fromkeys(("TextPrompt", "TokensPrompt"), "hasten.engine.prompts"),
     **dict.fromkeys(("CompletionOutput", "FinishReason", "Logprob"), "hasten.core.types"),
     **dict.fromkeys(("RequestOutput", "SamplingParams", "StructuredOutputsParams"), "hasten.core.types"),

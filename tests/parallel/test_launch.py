@@ -135,6 +135,40 @@ def test_ranks_that_mpirun_started_join_and_the_first_alone_prints(tiny_bloom: P
         assert second.returncode == 0
 
 
+PROGRAM = """
+import sys
+from hasten import LLM, SamplingParams, run_worker
+
+model = sys.argv[1]
+if run_worker(model, device="cpu"):
+    print("computed")
+else:
+    with LLM(model, device="cpu") as llm:
+        print(llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=6))[0].outputs[0].token_ids)
+"""
+
+
+def test_a_program_of_several_ranks_has_its_llm_on_the_first_alone(tiny_bloom: Path) -> None:
+    with LLM(tiny_bloom, device="cpu") as llm:
+        output = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=6))[0]
+    command = [sys.executable, "-c", PROGRAM, str(tiny_bloom)]
+    port = free_port()
+    with (
+        running(command, **mpi_environment(0, 2, port)) as first,
+        running(command, **mpi_environment(1, 2, port)) as second,
+    ):
+        assert first.communicate(timeout=LIMIT_S) == (f"{output.outputs[0].token_ids}\n", "")
+        assert second.communicate(timeout=LIMIT_S) == ("computed\n", "")
+        assert (first.returncode, second.returncode) == (0, 0)
+
+
+def test_an_llm_on_another_rank_is_refused(tiny_bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in mpi_environment(1, 2, 9).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"this process is rank 1 of 2, .* call hasten\.run_worker\(model, \.\.\.\)"):
+        LLM(tiny_bloom)
+
+
 def test_a_killed_rank_ends_the_run_with_its_name(tiny_bloom: Path) -> None:
     with running([*endless(tiny_bloom), "--tensor-para-size", "2"]) as process:
         await_first_output(process)

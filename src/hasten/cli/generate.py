@@ -64,10 +64,11 @@ def run(args: argparse.Namespace) -> int:
     params = sampling_params(args, defaults=_defaults(args))
     stream = _streams(args, len(prompts), params)
 
-    from hasten.engine.llm import LLM
+    from hasten.engine.llm import LLM, run_worker
 
-    with LLM(args.model, **engine_options(args, skip=ENGINE_SKIP)) as llm:
-        if llm.is_driver:
+    options = engine_options(args, skip=ENGINE_SKIP)
+    if not run_worker(args.model, **options):
+        with LLM(args.model, **options) as llm:
             (_stream if stream else _generate)(llm, prompts, params, args.json)
     return 0
 

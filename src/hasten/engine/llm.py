@@ -18,12 +18,10 @@ from hasten.core.config import EngineConfig, EngineOptions, ModelConfig, engine_
 from hasten.core.errors import ConfigError, EngineError, InvalidRequestError
 from hasten.core.progress import ProgressBar, progress_bar
 from hasten.core.types import Request, RequestOutput, SamplingParams
+from hasten.engine import launch
 from hasten.engine.engine import Engine
 from hasten.engine.prompts import ParsedPrompt, Prompt, params_for_each, parse_prompts
 from hasten.engine.text import Tokenizer
-from hasten.engine.worker import config_to_json, device_kind, follow_rank_zero
-from hasten.parallel.launch import Children, Ranks
-from hasten.parallel.place import LOCAL, RankPlace, free_local_port, place_from_environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,9 +43,8 @@ _NOTE_EVERY_S = 0.2
 class LLM:
     """A model ready to generate.
 
-    With `tensor_parallel_size` above 1 it starts the other ranks itself. Started as one rank of torchrun or mpirun, it
-    joins them: rank 0 is the driver, and on the others the constructor serves until the driver closes, then returns
-    with `is_driver` False.
+    With `tensor_parallel_size` above 1 it starts the other ranks itself. In a program that torchrun or mpirun started
+    it is the driver, on rank 0; the other ranks call `run_worker` instead.
 
     The options are the fields of EngineConfig (hasten.core.config says what each does), most of them under vLLM's
     names; options of vLLM that choose nothing here are accepted where they ask for what hasten does anyway.
@@ -60,17 +57,19 @@ class LLM:
         config = EngineConfig.create(os.fspath(model), **options)
         self._model = config.model
         self._engine: Engine | None = None
-        self._closed_because = "it is not the driver of its run, which rank 0 is"
+        self._closed_because = "it did not start"
         self._next_id = 0
-        place = launched_place(config)
+        place = launch.launched_place(config)
         if place is not None and place.rank > 0:
-            follow_rank_zero(config, place)
-            return
+            raise ConfigError(
+                f"this process is rank {place.rank} of {place.size}, and LLM is rank 0's; call "
+                "hasten.run_worker(model, ...) with the same options first, and go on only where it returns False"
+            )
         start = time.perf_counter()
         # What imports left is not garbage. With it, a full collection takes the time of 20 steps, and results of many
         # objects, such as log-probabilities, start one about every second.
         gc.freeze()
-        self._engine = start_engine(config, place)
+        self._engine = launch.start_engine(config, place)
         _log.info("%s is ready after %.1f s: %s", self._model, time.perf_counter() - start, self._description())
 
     def __repr__(self) -> str:
@@ -94,13 +93,8 @@ class LLM:
         )
 
     @property
-    def is_driver(self) -> bool:
-        """False on ranks other than 0 of a run that torchrun or mpirun started: they have nothing to say."""
-        return self._engine is not None
-
-    @property
     def engine(self) -> Engine:
-        """The engine below; EngineError after `close`, and on ranks other than 0."""
+        """The engine below; EngineError after `close`."""
         if self._engine is None:
             raise EngineError(f"this LLM is closed: {self._closed_because}")
         return self._engine
@@ -352,36 +346,10 @@ def _signature() -> inspect.Signature:
 LLM.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
-def launched_place(config: EngineConfig) -> RankPlace | None:
-    """This process's place among ranks that others started; ConfigError where `config` asks for another number."""
-    place, size = place_from_environment(), config.parallel.tensor_parallel_size
-    if place is not None and size not in (1, place.size):
-        raise ConfigError(
-            f"tensor_parallel_size is {size}, but this is one of {place.size} ranks that torchrun, mpirun or a cluster "
-            "started; leave the option out or give their number"
-        )
-    return place
+def run_worker(model: str | os.PathLike[str], **options: Unpack[EngineOptions]) -> bool:
+    """Compute for rank 0 until that ends, where this process is another rank of torchrun, mpirun or an operator.
 
-
-def start_engine(config: EngineConfig, place: RankPlace | None = None) -> Engine:
-    """Start the other ranks, unless `place` says that others did, and the engine.
-
-    Raises as `LLM` does; nothing is left behind if that fails.
+    True once rank 0 has ended: there is nothing left to do. False, at once, on rank 0 and in a process that is alone:
+    those go on with `LLM` and the same options. Raises as `LLM` does.
     """
-    size = config.parallel.tensor_parallel_size
-    children = None
-    if place is None and size > 1:
-        place = RankPlace(0, size, size, LOCAL, free_local_port())
-        children = Children("hasten.engine.worker", config_to_json(config), place)
-    ranks: Ranks | None = None
-    try:
-        ranks = Ranks(place, children, device_kind(config))
-        return Engine(config, ranks)
-    except BaseException as error:
-        if ranks is not None:
-            ranks.report_failure(error)
-            ranks.expect_end()
-            ranks.leave()
-        elif children is not None:
-            children.end()
-        raise
+    return launch.run_worker(EngineConfig.create(os.fspath(model), **options))

@@ -16,14 +16,11 @@ def follow(options: ServeOptions) -> int:
     sends it to rank 0 as well, which finishes what is under way and then ends the others.
     """
     config = options.engine or _engine_of(options)
-    from hasten.engine.llm import launched_place
-    from hasten.engine.worker import follow_rank_zero
+    from hasten.engine.launch import run_worker
 
-    place = launched_place(config)
-    assert place is not None
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signal.SIG_IGN)
-    follow_rank_zero(config, place)
+    run_worker(config)
     return 0
 
 

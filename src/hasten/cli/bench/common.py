@@ -50,7 +50,7 @@ def engines_of(
     """The engines to measure, Hugging Face first, and the size of their vocabulary; none on ranks but the first."""
     from hasten.bench import report
     from hasten.bench.engines import HastenEngine, HuggingFaceEngine, require_comparable
-    from hasten.engine.llm import LLM
+    from hasten.engine.llm import LLM, run_worker
     from hasten.parallel.threads import limit_threads
 
     report.require_writable(args.output_path)
@@ -60,10 +60,10 @@ def engines_of(
     defaults = COMPARED_DEFAULTS if args.compare else ENGINE_DEFAULTS
     options = engine_options(args, defaults={**defaults, "max_model_len": max_len})
     threads = limit_threads()
+    if run_worker(args.model, **options):
+        yield [], 0
+        return
     with LLM(args.model, **options) as llm:
-        if not llm.is_driver:
-            yield [], 0
-            return
         engines: list[Engine] = [HastenEngine(llm, sampling, batch_size=batch_size)]
         if args.compare:
             options["dtype"] = str(engines[0].dtype)

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ from hasten.core.types import SamplingParams
 if TYPE_CHECKING:
     from hasten.bench.engines import Engine
     from hasten.bench.lambada import LambadaResult, Sample
-    from hasten.engine.llm import LLM
     from hasten.engine.text import Tokenizer
 
 _NOT_OFFERED = frozenset({"tokenizer", "load_format"})
@@ -98,9 +97,13 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         engines: list[Engine] = []
         if not args.test_hf:
-            llm = stack.enter_context(_llm(args, options))
-            if not llm.is_driver:
+            from hasten.engine.llm import LLM, run_worker
+
+            model = args.checkpoint_path or args.tokenizer_path
+            options["tokenizer"] = args.tokenizer_path
+            if run_worker(model, **options):
                 return 0
+            llm = stack.enter_context(LLM(model, **options))
             engines.append(HastenEngine(llm, sampling))
             options["dtype"] = str(engines[0].dtype)
         if args.test_hf or args.compare:
@@ -109,12 +112,6 @@ def run(args: argparse.Namespace) -> int:
         results = _measure(args, engines, samples, tokenizer)
     _report(args, engines[-1], results)
     return _check_accuracy(results, args.acc_threshold)
-
-
-def _llm(args: argparse.Namespace, options: Mapping[str, Any]) -> "LLM":
-    from hasten.engine.llm import LLM
-
-    return LLM(args.checkpoint_path or args.tokenizer_path, tokenizer=args.tokenizer_path, **options)
 
 
 def _sampling(args: argparse.Namespace) -> SamplingParams:

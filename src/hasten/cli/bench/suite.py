@@ -91,12 +91,12 @@ def _of_hasten(args: argparse.Namespace, options: Mapping[str, Any], plan: "Plan
     from hasten.bench import report, suite
     from hasten.bench.engines import HastenEngine, clock
     from hasten.checkpoint.hub import model_name
-    from hasten.engine.llm import LLM
+    from hasten.engine.llm import LLM, run_worker
 
     start = time.perf_counter()
+    if run_worker(args.model, **options):
+        return None
     with LLM(args.model, **options) as llm:
-        if not llm.is_driver:
-            return None
         results: dict[str, Any] = {
             "engine": HastenEngine.label,
             "model": model_name(args.model),

@@ -276,7 +276,7 @@ def engine_info(engine: "Engine") -> EngineInfo:
 
 
 def _load(start: ToEngine) -> "Engine":
-    from hasten.engine.llm import launched_place, start_engine
+    from hasten.engine.launch import launched_place, start_engine
 
     assert isinstance(start, Start)
     return start_engine(start.config, launched_place(start.config))

@@ -1,0 +1,55 @@
+"""How the ranks of an engine start: rank 0 as an `Engine`, the others as workers that follow it."""
+
+from hasten.core.config import EngineConfig
+from hasten.core.errors import ConfigError
+from hasten.engine.engine import Engine
+from hasten.engine.worker import config_to_json, device_kind, follow_rank_zero
+from hasten.parallel.launch import Children, Ranks
+from hasten.parallel.place import LOCAL, RankPlace, free_local_port, place_from_environment
+
+
+def launched_place(config: EngineConfig) -> RankPlace | None:
+    """This process's place among ranks that others started; ConfigError where `config` asks for another number."""
+    place, size = place_from_environment(), config.parallel.tensor_parallel_size
+    if place is not None and size not in (1, place.size):
+        raise ConfigError(
+            f"tensor_parallel_size is {size}, but this is one of {place.size} ranks that torchrun, mpirun or a cluster "
+            "started; leave the option out or give their number"
+        )
+    return place
+
+
+def start_engine(config: EngineConfig, place: RankPlace | None = None) -> Engine:
+    """Start the other ranks, unless `place` says that others did, and the engine.
+
+    Raises as `LLM` does; nothing is left behind if that fails.
+    """
+    size = config.parallel.tensor_parallel_size
+    children = None
+    if place is None and size > 1:
+        place = RankPlace(0, size, size, LOCAL, free_local_port())
+        children = Children("hasten.engine.worker", config_to_json(config), place)
+    ranks: Ranks | None = None
+    try:
+        ranks = Ranks(place, children, device_kind(config))
+        return Engine(config, ranks)
+    except BaseException as error:
+        if ranks is not None:
+            ranks.report_failure(error)
+            ranks.expect_end()
+            ranks.leave()
+        elif children is not None:
+            children.end()
+        raise
+
+
+def run_worker(config: EngineConfig) -> bool:
+    """The whole life of a rank above 0 that torchrun, mpirun or an operator started: it computes until rank 0 ends.
+
+    True once it has ended; False, at once, where this process is rank 0 or alone. Raises as `LLM` does.
+    """
+    place = launched_place(config)
+    if place is None or place.rank == 0:
+        return False
+    follow_rank_zero(config, place)
+    return True
