@@ -1,4 +1,4 @@
-"""Streams and stop strings beside what the tokenizers library decodes, for tokenizers of all kinds."""
+"""Streams and stop strings compared with what the tokenizers library decodes, for tokenizers of all kinds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import random
 import time
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from hasten.core.types import SamplingParams
+from hasten.engine.cleanup import CleanedStream, cleaned
 from hasten.engine.text import TextState, Tokenizer
 
 if TYPE_CHECKING:
@@ -128,9 +129,12 @@ def fast_of(kind: str) -> FastTokenizer:
     return made
 
 
+CLEANED = ["word piece, cleaned", "byte fallback, cleaned"]
+
+
 @cache
 def tokenizer_of(kind: str) -> Tokenizer:
-    return Tokenizer(fast_of(kind))
+    return Tokenizer(fast_of(kind.removesuffix(", cleaned")), cleans_up=kind in CLEANED)
 
 
 @cache
@@ -150,11 +154,26 @@ def any_ids(kind: str) -> st.SearchStrategy[list[int]]:
     return st.lists(parts, max_size=8).map(lambda found: [token for part in found for token in part])
 
 
+@cache
+def reference_of(kind: str) -> Any:
+    """What decodes all tokens at once: the tokenizers library, or transformers where it cleans up behind that."""
+    fast = fast_of(kind.removesuffix(", cleaned"))
+    if kind not in CLEANED:
+        return fast
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        clean_up_tokenization_spaces=True,
+        clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True,
+    )
+
+
 def decoded(kind: str, ids: list[int], *, skip: bool) -> str:
-    return str(fast_of(kind).decode(ids, skip_special_tokens=skip))
+    return str(reference_of(kind).decode(ids, skip_special_tokens=skip))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *CLEANED])
 @given(data=st.data(), skip=st.booleans())
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_a_stream_is_the_beginning_of_the_text_and_in_the_end_all_of_it(
@@ -168,7 +187,7 @@ def test_a_stream_is_the_beginning_of_the_text_and_in_the_end_all_of_it(
     assert text + stream.flush() == decoded(kind, ids, skip=skip)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *CLEANED])
 @given(data=st.data(), skip=st.booleans())
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_what_follows_a_prompt_is_the_rest_of_the_whole_text(kind: str, data: st.DataObject, skip: bool) -> None:
@@ -182,7 +201,7 @@ def test_what_follows_a_prompt_is_the_rest_of_the_whole_text(kind: str, data: st
     assert "".join(map(stream.add, ids)) + stream.flush() == text
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *CLEANED])
 @given(data=st.data(), include=st.booleans(), continues=st.booleans())
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_a_stop_string_is_found_as_soon_as_the_text_has_it(
@@ -203,6 +222,30 @@ def test_a_stop_string_is_found_as_soon_as_the_text_has_it(
             assert state.text == text[:place] + (found if include else "")
             return
         assert text.startswith(state.settled)
+
+
+@given(tokens=st.lists(st.text(" .?!,'ntmsverab", min_size=1, max_size=4), max_size=8))
+@settings(max_examples=1000, deadline=None, derandomize=True)
+def test_a_text_is_cleaned_alike_however_it_comes(tokens: list[str]) -> None:
+    given, whole = CleanedStream(_Texts(tokens)), "".join(tokens)
+    text = "".join(map(given.add, range(len(tokens))))
+    assert cleaned(whole).startswith(text)
+    assert text + given.tentative == text + given.flush() == cleaned(whole)
+
+
+class _Texts:
+    """A stream whose tokens have these texts."""
+
+    tentative = ""
+
+    def __init__(self, texts: list[str]) -> None:
+        self._texts = texts
+
+    def add(self, token_id: int) -> str:
+        return self._texts[token_id]
+
+    def flush(self) -> str:
+        return ""
 
 
 @pytest.mark.parametrize("text", [" the lamp", " abcabc \u6f22\u5b57 ok", " a \U0001f469\U0001f3fd\u200d\U0001f680 ok"])
@@ -230,7 +273,7 @@ def test_a_prompt_without_text_is_followed_by_a_texts_beginning() -> None:
     assert tokenizer.continues([*tokenizer.encode("a"), *[1] * 40], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *CLEANED])
 def test_long_texts_take_linear_time(kind: str) -> None:
     rng = random.Random(0)
     tokenizer = tokenizer_of(kind)

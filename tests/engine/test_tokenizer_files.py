@@ -75,6 +75,72 @@ def test_tokens_beside_tokenizer_json_count_as_in_transformers(files: dict[str, 
         assert found.decode(expected, skip_special_tokens=skip) == reference.decode(expected, skip_special_tokens=skip)
 
 
+SPACED = "Anna , Ben ' s and they do n't , or ' m ? 've ! a ."
+INSIST = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+
+
+def _plain_words(model: Any) -> Any:
+    """A tokenizer whose text is its words with spaces between them."""
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import pre_tokenizers
+
+    fast = FastTokenizer(model)
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return fast
+
+
+def _word_piece(words: list[str]) -> Any:
+    """BERT's model."""
+    from tokenizers import decoders, models
+
+    fast = _plain_words(
+        models.WordPiece({word: place for place, word in enumerate(["<unk>", *words])}, unk_token="<unk>")
+    )
+    fast.decoder = decoders.WordPiece(cleanup=False)
+    return fast
+
+
+def _unigram(words: list[str]) -> Any:
+    """T5's model."""
+    from tokenizers import decoders, models, pre_tokenizers
+
+    fast = _plain_words(models.Unigram([(word, -1.0) for word in ("<unk>", *("\u2581" + word for word in words))], 0))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return fast
+
+
+def _bpe(words: list[str]) -> Any:
+    """The model of GPT-2, BLOOM and LLaMA."""
+    from tokenizers import models, trainers
+
+    fast = _plain_words(models.BPE())
+    fast.train_from_iterator(words, trainers.BpeTrainer(vocab_size=1000, show_progress=False))
+    return fast
+
+
+@pytest.mark.parametrize("says", [{}, {"clean_up_tokenization_spaces": True}, {"clean_up_tokenization_spaces": False}])
+@pytest.mark.parametrize("insists", [{}, {INSIST: True}])
+@pytest.mark.parametrize("kind", [_word_piece, _unigram, _bpe])
+def test_spaces_are_cleaned_up_as_in_transformers(
+    kind: Callable[[list[str]], Any], insists: dict[str, bool], says: dict[str, bool], tmp_path: Path
+) -> None:
+    """BPE keeps its spaces unless its files insist: they are part of its tokens."""
+    from transformers import AutoTokenizer
+
+    fast = kind(sorted(set(SPACED.split())))
+    fast.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"} | says | insists
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    found, reference = Tokenizer.from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ids = reference(SPACED).input_ids
+    expected = reference.decode(ids)
+    cleans = says == {"clean_up_tokenization_spaces": True} and (kind != _bpe or bool(insists))
+    assert ("Anna, Ben's" in expected) == cleans
+    assert found.decode(ids) == expected
+    stream = found.stream()
+    assert "".join(map(stream.add, ids)) + stream.flush() == expected
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

@@ -12,6 +12,7 @@ from hasten.core.errors import InvalidRequestError
 from hasten.core.text import require_utf8
 from hasten.core.types import SamplingParams
 from hasten.engine import tokenizer_files
+from hasten.engine.cleanup import CleanedStream, Stream, cleaned
 from hasten.engine.detokenizer import Detokenizer, TokenStream
 from hasten.engine.token_bound import most_bytes_per_token
 
@@ -23,10 +24,14 @@ _ANCHORS, _FOLLOWER = ("\n", ".", "(", "-"), "a"
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer, read without transformers where the folder has a tokenizer.json."""
+    """A Hugging Face tokenizer, read without transformers where the folder has a tokenizer.json.
 
-    def __init__(self, fast: FastTokenizer) -> None:
+    `cleans_up`: its text has no spaces before punctuation (`clean_up_tokenization_spaces`).
+    """
+
+    def __init__(self, fast: FastTokenizer, *, cleans_up: bool = False) -> None:
         self._fast = fast
+        self._cleans_up = cleans_up
         fast.no_padding()
         fast.no_truncation()
         self._detokenizer = Detokenizer(fast)
@@ -34,7 +39,9 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
         """Load from a folder, or from a tokenizer.json; CheckpointError names what is missing or wrong."""
-        return cls(tokenizer_files.load(Path(path)))
+        folder = Path(path)
+        fast = tokenizer_files.load(folder)
+        return cls(fast, cleans_up=tokenizer_files.cleans_up(folder, fast))
 
     @property
     def vocab_size(self) -> int:
@@ -88,7 +95,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True, continues: bool = False) -> str:
         """Text of token ids; with `continues`, of tokens that follow others, whose first one keeps its space."""
-        return self._detokenizer.decode(ids, skip_special_tokens=skip_special_tokens, continues=continues)
+        text = self._detokenizer.decode(ids, skip_special_tokens=skip_special_tokens, continues=continues)
+        return cleaned(text) if self._cleans_up else text
 
     def continues(self, prompt: Sequence[int], *, skip_special_tokens: bool) -> bool:
         """Whether tokens that follow this prompt are decoded otherwise than at the beginning of a text."""
@@ -97,9 +105,10 @@ class Tokenizer:
         end = self.decode(prompt[-_PROMPT_END:], skip_special_tokens=skip_special_tokens)
         return bool(end or self.decode(prompt, skip_special_tokens=skip_special_tokens))
 
-    def stream(self, *, skip_special_tokens: bool = True, continues: bool = False) -> TokenStream:
+    def stream(self, *, skip_special_tokens: bool = True, continues: bool = False) -> Stream:
         """Text of tokens that come one by one."""
-        return TokenStream(self._detokenizer, skip_special_tokens=skip_special_tokens, continues=continues)
+        stream = TokenStream(self._detokenizer, skip_special_tokens=skip_special_tokens, continues=continues)
+        return CleanedStream(stream) if self._cleans_up else stream
 
     def words_ids(self, word: str) -> list[list[int]]:
         """The runs of tokens that `word` may appear as: as it is and after a space, in a text and at its start."""

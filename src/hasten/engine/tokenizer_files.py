@@ -18,6 +18,9 @@ from hasten.core.errors import CheckpointError
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 _TOKENIZER_CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 
+_CLEAN_UP = "clean_up_tokenization_spaces"
+_CLEAN_UP_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+
 
 @dataclass(frozen=True)
 class _Declared:
@@ -44,6 +47,13 @@ def load(path: Path) -> FastTokenizer:
     if not path.is_file():
         raise CheckpointError(f"{path} has no tokenizer.json; name the tokenizer's folder with --tokenizer-path")
     return _from_file(path)
+
+
+def cleans_up(path: Path, fast: FastTokenizer) -> bool:
+    """Whether decoded text is cleaned up. As in transformers, tokenizer_config.json must insist on it for BPE."""
+    config = _json(path / _TOKENIZER_CONFIG) if path.is_dir() else {}
+    is_bpe = type(fast.model).__name__ == "BPE"
+    return bool(config.get(_CLEAN_UP) and (config.get(_CLEAN_UP_BPE) or not is_bpe))
 
 
 def _from_file(file: Path) -> FastTokenizer:
