@@ -95,6 +95,7 @@ def test_bad_input_is_one_line(
     assert done.err.startswith("hasten: error: ")
     assert message in done.err
     assert len(done.err.splitlines()) == 1
+    assert done.out == ""
     assert not (tmp_path / "out").exists()
 
 
@@ -152,7 +153,7 @@ def test_a_signal_ends_the_run_and_cleans_up(
 ) -> None:
     with _held_in_the_middle(many_layers, tmp_path / "deep" / "out") as process:
         process.send_signal(number)
-        assert process.wait(timeout=20) == status
+        assert process.wait(timeout=60) == status
         assert process.stderr is not None
         error = process.stderr.read().decode()
     assert "Traceback" not in error
@@ -214,7 +215,7 @@ def test_a_full_disk(limit: str, tiny_bloom: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "no space left" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert done.stdout.splitlines()[-1] in ("=" * 57, "model file num: 1")
+    assert done.stdout.splitlines()[-1:] == ([] if limit == "file system" else ["model file num: 1"])
 
 
 def test_what_was_there_is_said_to_be_replaced(tiny_bloom: Path, tmp_path: Path, hasten_here: Hasten) -> None:

@@ -76,7 +76,6 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, with FasterTransformer's log on standard output."""
-    _print_arguments(args)
     from hasten.checkpoint.convert import Conversion, convert
 
     start = time.perf_counter()
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         workers=args.processes,
         by_shard=args.by_shard,
     )
-    with _Log(args.verbose) as log, _terminated():
+    with _Log(args) as log, _terminated():
         try:
             convert(job, log)
         except _TerminatedError:
@@ -111,10 +110,12 @@ def _print_arguments(args: argparse.Namespace) -> None:
 
 
 class _Log:
-    """Lines as FasterTransformer's converter prints them; on a terminal, a bar unless each tensor has its line."""
+    """Lines as FasterTransformer's converter prints them, the first once the input is found good; on a terminal, a bar
+    unless each tensor has its line.
+    """
 
-    def __init__(self, verbose: bool) -> None:
-        self._verbose = verbose
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
         self._shown = ExitStack()
         self._bar = ProgressBar()
         self.label = ""
@@ -131,13 +132,14 @@ class _Log:
 
         if isinstance(event, Opened):
             self.label, self.replaced = event.label, event.replaced
+            _print_arguments(self._args)
             print(f"loading from {event.source.kind} format")
             print(f"model file num: {len(event.source.files)}", flush=True)
-            bar = progress_bar("Converting", event.nbytes, unit="bytes", show=not self._verbose)
+            bar = progress_bar("Converting", event.nbytes, unit="bytes", show=not self._args.verbose)
             self._bar = self._shown.enter_context(bar)
             return
         self._bar.advance(event.part.nbytes)
-        if self._verbose:
+        if self._args.verbose:
             print(_line(event), flush=True)
 
 
