@@ -2,12 +2,12 @@ import json
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.waiting import eventually
 
 from hasten.bench import served as bench_served
 from hasten.bench import serving
@@ -98,7 +98,7 @@ def test_engine_and_servers_take_turns(llm: LLM, server: Served) -> None:
     for one in (single, at_once, streams):
         for caller, ratio in one.ratios.items():
             assert ratio == pytest.approx(one.values[caller].p50 / one.values["engine"].p50)
-    assert 0 < server.start_s < 60
+    assert server.start_s > 0
 
 
 def test_other_tokens_are_an_error() -> None:
@@ -140,10 +140,7 @@ def test_a_server_ends_with_who_measures_it(tmp_path: Path) -> None:
         port = int(measure.stdout.readline())
         assert listens(port)
         measure.kill()
-    deadline = time.monotonic() + 30
-    while listens(port):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    eventually(lambda: not listens(port))
 
 
 def test_the_servers_process_needs_no_torch() -> None:

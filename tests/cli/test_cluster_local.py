@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from tests.cli.memory_place import cluster
+from tests.waiting import eventually
 
 from hasten.cluster.local.place import LocalPlace
 
-END_S = 60
 COMMANDS = {
     "quotes": """printf '%s|' 'a  b' "c 'd'" "\\$HOME" \\"e\\" "$(echo f)" "${NOTHING:-g h}" && echo""",
     "lines": "cat <<'END'\nfirst $x\n  'second'\n\nEND\n# a comment\necho '#' third; exit 3",
@@ -37,15 +37,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def wait_for(name: str, capsys: pytest.CaptureFixture[str]) -> str:
-    deadline = time.monotonic() + END_S
-    while time.monotonic() < deadline:
-        capsys.readouterr()
-        assert cluster("get", name, "-o", "json") == 0
-        status = str(json.loads(capsys.readouterr().out)["status"])
-        if status in ("SUCCEEDED", "FAILED"):
-            return status
-        time.sleep(0.1)
-    pytest.fail(f"job {name} has not ended")
+    eventually(lambda: status_of(name, capsys) in ("SUCCEEDED", "FAILED"), lambda: status_of(name, capsys))
+    return status_of(name, capsys)
+
+
+def status_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert cluster("get", name, "-o", "json") == 0
+    return str(json.loads(capsys.readouterr().out)["status"])
 
 
 def test_commands_run_as_they_are_given(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -103,7 +102,7 @@ def kill(server: Server) -> None:
             os.kill(process, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    server.process.wait(10)
+    server.process.wait(LIMIT_S)
 
 
 def listens(port: int) -> bool:
@@ -307,7 +306,7 @@ def test_a_repository_is_controlled_and_a_second_signal_ends_the_server_at_once(
     models = tmp_path / "models"
     assert main(["repository", "create", str(DEMO), str(models)]) == 0
     shutil.rmtree(models / "ensemble")
-    server = start("--model-repository", str(models), "--model-control-mode=explicit", "--exit-timeout-secs=60")
+    server = start("--model-repository", str(models), "--model-control-mode=explicit", "--exit-timeout-secs=3600")
     with httpx.Client(base_url=server.http, timeout=LIMIT_S) as client:
         assert client.get("/v2/health/ready").status_code == 200
         names = {entry["name"] for entry in client.post("/v2/repository/index").json()}
@@ -327,13 +326,11 @@ def test_a_repository_is_controlled_and_a_second_signal_ends_the_server_at_once(
 
 
 def end_at_once(server: Server) -> None:
-    """What is under way may take a minute after a first signal, and is given up at the second."""
+    """What is under way may take an hour after a first signal, and is given up at the second."""
     server.process.send_signal(signal.SIGTERM)
-    server.wait_for("SIGTERM received: no new requests, those under way have 60 seconds")
-    begun = time.monotonic()
+    server.wait_for("SIGTERM received: no new requests, those under way have 3600 seconds")
     server.process.send_signal(signal.SIGTERM)
     assert server.end() == 1
-    assert time.monotonic() - begun < 30
     wait_until_gone(server)
     assert "Traceback" not in server.text
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from tests.waiting import LIMIT_S
 
 from hasten.cluster.manifests.pod import USER
 from hasten.cluster.spec import TritonServer
@@ -183,6 +184,6 @@ def test_the_health_check_asks_whether_the_server_is_ready() -> None:
                 with connection:
                     asked = connection.recv(4096)
                     connection.sendall(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode())
-                assert process.wait(30) == code
+                assert process.wait(LIMIT_S) == code
             assert asked.startswith(b"GET /v2/health/ready ")
     assert subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode != 0

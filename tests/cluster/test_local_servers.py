@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tests.cluster.local_site import Site, alive, site
-from tests.waiting import eventually
+from tests.waiting import LIMIT_S, eventually
 
 from hasten.cli.main import main
 from hasten.cluster.local.launch import Launch, ServerPlan, server_plan_of
@@ -91,7 +91,7 @@ class StandIn:
     def word(self, number: int) -> str:
         port = self.folder.state().instances[number].ports["http"]
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=LIMIT_S) as answer:
                 return str(answer.read().decode())
         except OSError:
             return "no answer"
@@ -219,7 +219,7 @@ def test_hasten_serves_a_model(here: Site, tmp_path: Path) -> None:
     )
     assert (server.instances[0].restarts, server.desired, server.version) == (1, 1, "1")
     url = f"http://127.0.0.1:{ports['http_port']}/v2/models/fastertransformer/ready"
-    with urllib.request.urlopen(url, timeout=5) as answer:
+    with urllib.request.urlopen(url, timeout=LIMIT_S) as answer:
         assert answer.status == 200
     here.place.delete_server("demo", "1", "default")
     assert here.place.servers(None) == []

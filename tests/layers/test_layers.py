@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from tests.waiting import LIMIT_S
 from torch import Tensor
 
 from hasten import ops
@@ -38,9 +39,9 @@ class Meeting:
     def shares(self, rank: int, share: Tensor) -> list[Tensor]:
         """All ranks' shares, once all have brought theirs."""
         self._shares[rank] = share
-        self._barrier.wait(timeout=30)
+        self._barrier.wait(LIMIT_S)
         shares = list(self._shares)
-        self._barrier.wait(timeout=30)
+        self._barrier.wait(LIMIT_S)
         return shares
 
     def leave(self) -> None:

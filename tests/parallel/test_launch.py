@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from tests.conftest import MakeBloom
+from tests.waiting import LIMIT_S, eventually
 from torch._C._distributed_c10d import TCPStore  # torch.distributed offers it, but its types do not
 
 from hasten import LLM, SamplingParams
@@ -25,8 +25,6 @@ from hasten.core.ports import free_port
 from hasten.parallel.launch import _failure, reported
 from hasten.parallel.place import RankPlace, free_local_port, place_from_environment
 
-LIMIT_S = 100.0
-"""Within which a run whose rank has died ends, however busy the machine is: it goes on for longer otherwise."""
 PROMPTS = [[5 + (7 * i + j) % 200 for j in range(3 + 9 * i)] for i in range(5)]
 PARAMS = [
     SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
@@ -64,6 +62,14 @@ def children_of(parent: int) -> list[int]:
     """Processes that it has started; not the one that multiprocessing leaves running once a test has used it."""
     children = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
     return [pid for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def runs(process: int) -> bool:
+    status = Path(f"/proc/{process}/status")
+    try:
+        return "zombie" not in status.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def await_first_output(process: subprocess.Popen[str]) -> None:
@@ -184,10 +190,7 @@ def test_a_killed_first_rank_takes_the_others_along(tiny_bloom: Path) -> None:
         await_first_output(process)
         (child,) = children_of(process.pid)
         process.kill()
-        deadline = time.monotonic() + LIMIT_S
-        while Path(f"/proc/{child}").exists() and "zombie" not in Path(f"/proc/{child}/status").read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        eventually(lambda: not runs(child))
 
 
 @pytest.mark.parametrize("victim", [0, 1])
