@@ -9,6 +9,7 @@ from tests.server.service_fixtures import DEMO, Outputs, Running, demo, streamin
 
 from hasten.core.errors import ConfigError
 from hasten.engine.text import Tokenizer
+from hasten.server.models import text_processing
 from hasten.server.models.config import completed, is_decoupled, parse_config
 from hasten.server.models.ensemble import Ensemble, ordered_steps
 from hasten.server.models.model import Model, Served
@@ -113,12 +114,25 @@ FIRST = "item 0 of the batch:"
         (preprocessing("a", "b"), f"{FIRST} input 'QUERY' has 2 texts, but an item has one"),
         (postprocessing([[1, 1]]), "input 'SEQUENCE_LENGTH' has shape [1, 2], not [1, 1]"),
         (asked(TEXTS[:1], INPUT_2=[["a\r\nb\rc"]]), f"{FIRST} input 'BAD_WORDS_DICT' is not CSV"),
+        (
+            asked(TEXTS[:1], INPUT_3=[["a," * 17_000]]),
+            f"{FIRST} input 'STOP_WORDS_DICT' has 34000 characters",
+        ),
+        (asked(TEXTS[:1], INPUT_3=[["a," * 2000]]), f"{FIRST} input 'STOP_WORDS_DICT' has 2000 entries, the limit is"),
     ],
 )
 def test_what_is_wrong(demo: Running, request_: InferRequest, message: str) -> None:
     error = demo.refused(request_)
     assert error.kind is ErrorKind.INVALID
     assert message in str(error)
+
+
+def test_the_distinct_words_of_a_batch_are_limited(demo: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_processing, "_MAX_DISTINCT_WORDS", 3)
+    demo.infer(asked(TEXTS[:2], INPUT_2=[["a,b"], ["b,a"]], INPUT_3=[["a"], ["c"]]))
+    error = demo.refused(asked(TEXTS[:2], INPUT_2=[["a,b"], ["b,a"]], INPUT_3=[["a"], ["c,d"]]))
+    assert error.kind is ErrorKind.INVALID
+    assert "more than 3 distinct words" in str(error)
 
 
 def test_an_ensemble_streams_as_its_steps_do(demo: Running, streaming: Running) -> None:

@@ -9,12 +9,14 @@ import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.grpc.aio as aioclient
 from tests.server.adding_service import EXTENSIONS, OWN_ERROR
-from tests.server.transport_fixtures import LIMIT, Transports, serving
+from tests.server.transport_fixtures import LIMIT, Transports, serving, workers
 from tests.waiting import eventually
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
+from hasten.server.protocol import grpc as protocol_grpc
+from hasten.server.protocol import grpc_stream
 from hasten.server.protocol.grpc_stream import _Room
 
 # Expected answers are those that Triton 2.51.0 gave to the same requests.
@@ -453,6 +455,34 @@ def test_large_requests_of_a_stream_are_read_in_their_order(stub: Any) -> None:
     answers = list(stub.ModelStreamInfer(iter(messages)))
     assert [answer.infer_response.id for answer in answers] == ["large", "small", "wrong", "small"]
     assert [bool(answer.error_message) for answer in answers] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_large_answers_are_written_beside_the_loop(stub: Any, streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = workers(monkeypatch, grpc_stream if streamed else protocol_grpc, "infer_response")
+    texts = [b"a" * 100] * 1000
+    for count in (1000, 1):
+        message = pb.ModelInferRequest(model_name="id_string")
+        message.inputs.add(name="IN", datatype="BYTES", shape=[count]).contents.bytes_contents.extend(texts[:count])
+        if streamed:
+            (answer,) = (each.infer_response for each in stub.ModelStreamInfer(iter([message])))
+        else:
+            answer = stub.ModelInfer(message)
+        assert len(answer.raw_output_contents[0]) == 104 * count
+    large, small = used
+    assert large.startswith("by-size")
+    assert not small.startswith("by-size")
+
+
+def test_large_files_of_a_model_are_read_beside_the_loop(
+    site: Transports, stub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = workers(monkeypatch, protocol_grpc, "parsed")
+    message = pb.RepositoryModelLoadRequest(model_name="add")
+    message.parameters["file:1/a"].bytes_param = bytes(100_000)
+    stub.RepositoryModelLoad(message)
+    assert site.service.loads.pop() == ("add", None, {"1/a": bytes(100_000)})
+    assert used[0].startswith("by-size")
 
 
 def test_the_repository_is_controlled(site: Transports, stub: Any) -> None:

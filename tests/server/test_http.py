@@ -157,7 +157,7 @@ def test_health_is_a_status_alone(site: Transports, client: httpx.Client) -> Non
         site.service.ready = True
 
 
-@pytest.mark.parametrize("text", [b"{", b"{bad}", b'"\xff"', b"[" * 100_000, b'{"inputs": nul', b"\0\1\2"])
+@pytest.mark.parametrize("text", [b"{", b"{bad}", b'"\xff"', b"[" * 60_000, b'{"inputs": nul', b"\0\1\2"])
 @pytest.mark.parametrize("path", [ADD, "/v2/models/text/generate", "/v2/repository/index", "/v2/logging"])
 def test_what_is_no_json_is_refused(client: httpx.Client, path: str, text: bytes) -> None:
     assert "failed to parse the request JSON buffer" in refusal(client.post(path, content=text))

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import tritonclient.http as httpclient
 from tests.server.adding_service import OWN_ERROR
-from tests.server.transport_fixtures import LIMIT, Transports, refusal, serving
+from tests.server.transport_fixtures import LIMIT, Transports, refusal, serving, workers
 from tests.waiting import eventually
+
+from hasten.server.protocol import http_infer
 
 # Expected answers are those that Triton 2.51.0 gave to the same requests. Where the fault is the client's, the status
 # is 400 where Triton says 500.
@@ -470,6 +472,22 @@ def tensors(binary: bool = True) -> list[httpclient.InferInput]:
     inputs[0].set_data_from_numpy(np.array([[1, 2.5]], np.float32), binary_data=binary)
     inputs[1].set_data_from_numpy(np.array([[10, 0.5]], np.float32), binary_data=binary)
     return inputs
+
+
+def test_large_answers_are_written_beside_the_loop(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = {name: workers(monkeypatch, http_infer, name) for name in ("infer_response", "generate_json")}
+    values = [[0.5] * 20_000]
+    body = {"inputs": [each | {"shape": [1, 20_000], "data": values} for each in (A, B)]}
+    answer = client.post(ADD, json=body, headers={"accept-encoding": "gzip"})
+    assert answer.headers["content-encoding"] == "gzip"
+    assert answer.json()["outputs"][0]["data"] == [1.0] * 20_000
+    generated = client.post("/v2/models/id_fp32/generate", json={"IN": values[0]})
+    assert generated.json()["OUT"] == values[0]
+    assert client.post(ADD, json={"inputs": [A, B]}).json()["outputs"] == [SUM, DIFFERENCE]
+    (large, small), (streamed,) = used.values()
+    assert large.startswith("by-size")
+    assert not small.startswith("by-size")
+    assert streamed.startswith("by-size")
 
 
 @pytest.mark.parametrize("binary", [True, False])

@@ -7,12 +7,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.server.service_fixtures import DEMO, LONGEST, Outputs, Running, demo, streaming, token_request
+from tests.server.transport_fixtures import workers
 
 from hasten.core.config import EngineConfig
 from hasten.core.types import SamplingParams
 from hasten.engine.llm import LLM
+from hasten.server import by_size
 from hasten.server.engine.client import EngineClient
 from hasten.server.models.interfaces import INTERFACES, Kind
+from hasten.server.models.token_outputs import Snapshot
 from hasten.server.protocol.tensors import NUMPY
 from hasten.server.service import Service
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, Tensor
@@ -287,6 +290,17 @@ def test_streams_grow(streaming: Running) -> None:
         streaming.stream(token_request([prompt], length))[-1][0]["output_ids"][0][0]
         for prompt, length in zip(PROMPTS, lengths, strict=True)
     ]
+
+
+def test_outputs_are_made_beside_the_loop(streaming: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a large batch are, each time that there is more of it."""
+    monkeypatch.setattr(by_size, "SMALL", -1)
+    used = workers(monkeypatch, Snapshot, "tensors")
+    request = token_request(PROMPTS, 30)
+    found = streaming.stream(request)
+    assert found[-1][0]["sequence_length"] == [[len(prompt) + 30] for prompt in PROMPTS]
+    assert len(used) == len(found)
+    assert {name.rpartition("_")[0] for name in used} == {"by-size"}
 
 
 def test_beams_stream_when_they_are_done(streaming: Running) -> None:

@@ -2,11 +2,14 @@
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, cast
 
 import httpx
+import pytest
 from tests.server.adding_service import AddingService
 from tests.server.loop_thread import LoopThread
 
@@ -27,6 +30,19 @@ def refusal(answer: httpx.Response, status: int = 400) -> str:
     assert answer.status_code == status, answer.text
     assert list(answer.json()) == ["error"]
     return str(answer.json()["error"])
+
+
+def workers(monkeypatch: pytest.MonkeyPatch, owner: ModuleType | type, name: str) -> list[str]:
+    """From now on the names of the threads in which a function of a module or class is called."""
+    found: list[str] = []
+    work = getattr(owner, name)
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        found.append(threading.current_thread().name)
+        return work(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, recorded)
+    return found
 
 
 @dataclass

@@ -1,11 +1,16 @@
-"""Work whose time grows with what a client sent: done at once while that is little, in a thread otherwise."""
+"""Work whose time grows with what a client sent or asked for: done at once while that is little, else in a thread."""
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import ParamSpec, TypeVar
 
-_SMALL = 64 << 10
+SMALL = 64 << 10
 """Bytes that take less than about 10 ms, whatever they are."""
+_THREADS = 2
+"""More would wait for Python's lock, and the event loop behind all of them."""
+_pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="by-size")
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -14,6 +19,6 @@ async def by_size(
     size: int, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Result:
     """The result of `work`, which has to look at `size` bytes."""
-    if size <= _SMALL:
+    if size <= SMALL:
         return work(*args, **kwargs)
-    return await asyncio.to_thread(work, *args, **kwargs)
+    return await asyncio.get_running_loop().run_in_executor(_pool, partial(work, *args, **kwargs))

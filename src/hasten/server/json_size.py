@@ -5,13 +5,12 @@ text hardly any time. A body of 64 MiB of empty lists would take ten seconds.
 """
 
 from hasten.core.errors import InvalidRequestError
+from hasten.server.by_size import SMALL
 
 MAX_JSON_BYTES = 8 << 20
 _MAX_COST = 1_000_000
 """About that of so many numbers, which take 25 ms."""
 _COSTS = ((b",", 1), (b'"', 1), (b"[", 20), (b"{", 20))
-_SMALL = 1 << 16
-"""Bytes that take no time whatever they are."""
 _PIECE = 1 << 20
 
 
@@ -29,7 +28,7 @@ def _too_large(size: int, most: int) -> InvalidRequestError:
 
 def check_json_size(body: bytes | memoryview, *, max_bytes: int = MAX_JSON_BYTES) -> None:
     """InvalidRequestError where a text of JSON is too large to be parsed without holding up other requests."""
-    if len(body) <= _SMALL:
+    if len(body) <= SMALL:
         return
     if len(body) > max_bytes:
         raise _too_large(len(body), max_bytes)

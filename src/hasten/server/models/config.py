@@ -10,9 +10,12 @@ from google.protobuf import json_format, text_format
 from google.protobuf.message import Message
 from tritonclient.grpc import model_config_pb2
 
-from hasten.core.errors import ConfigError
+from hasten.core.errors import ConfigError, InvalidRequestError
+from hasten.server.json_size import check_json_size
 from hasten.server.models.interfaces import INTERFACES, Kind, TensorRule, datatype_name
 
+_MAX_JSON_BYTES = 1 << 20
+"""Of a configuration that comes over the network."""
 BACKENDS = ("fastertransformer", "hasten")
 _NOT_SUPPORTED = {
     "runtime": "there is one runtime",
@@ -51,11 +54,12 @@ def parse_config(text: str, source: str) -> model_config_pb2.ModelConfig:
 def parse_config_json(text: str) -> model_config_pb2.ModelConfig:
     """Read a configuration as JSON, the way the load call overrides one; ConfigError for what the schema lacks."""
     try:
+        check_json_size(text.encode(errors="replace"), max_bytes=_MAX_JSON_BYTES)
         raw = json.loads(text)
         if not isinstance(raw, dict):
             raise ConfigError("the load parameter 'config' must be a JSON object")
         return json_format.ParseDict(raw, model_config_pb2.ModelConfig())
-    except (json_format.ParseError, ValueError, RecursionError) as error:
+    except (InvalidRequestError, json_format.ParseError, ValueError, RecursionError) as error:
         raise ConfigError(f"the load parameter 'config' is not a model configuration: {error}") from error
 
 

@@ -6,7 +6,8 @@ postprocessing: TOKENS_BATCH [batch, beam, longest] to OUTPUT [batch, beam], up 
 """
 
 import csv
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ _MOST_DECODED = 1 << 18
 """Tokens of one text: decoding them holds Python's lock."""
 _FEW_DECODED = 4096
 """Which are decoded at once."""
+_MAX_CSV_CHARACTERS = 32 << 10
+"""Of the words of one item, with commas and quotes."""
+_MAX_DISTINCT_WORDS = 16_384
+"""Of all items of a request."""
 
 
 class _Processing:
@@ -79,24 +84,29 @@ class Preprocessing(_Processing):
     async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
         """One response."""
         work.known_parameters()
-        tokenizer, inputs = self.tokenizer(), work.inputs
-        queries = [_only(texts, place) for place, texts in enumerate(_texts(inputs["QUERY"]))]
-        words = [_read_words(inputs.get(name)) for name in ("BAD_WORDS_DICT", "STOP_WORDS_DICT")]
+        tokenizer = self.tokenizer()
+        queries = [_only(texts, place) for place, texts in enumerate(_texts(work.inputs["QUERY"]))]
         prompts = await self._encode(tokenizer, queries)
-        bad, stop = await tokenizing.run(lambda: [_words(tokenizer, each, len(prompts)) for each in words])
+        made = await tokenizing.run(partial(_prepared, tokenizer, prompts, work.inputs))
         work.clock.prepare()
-        lengths = np.array([[len(prompt)] for prompt in prompts], np.uint32)
-        ids = np.zeros((len(prompts), int(lengths.max())), np.uint32)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        made = [
-            _tensor("INPUT_ID", "UINT32", ids),
-            _tensor("REQUEST_INPUT_LEN", "UINT32", lengths),
-            _tensor("BAD_WORDS_IDS", "INT32", bad),
-            _tensor("STOP_WORDS_IDS", "INT32", stop),
-            _tensor("REQUEST_OUTPUT_LEN", "UINT32", inputs["REQUEST_OUTPUT_LEN"].data),
-        ]
         yield Outcome([tensor for tensor in made if tensor.name in work.outputs], final=True)
+
+
+def _prepared(tokenizer: Tokenizer, prompts: list[list[int]], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """The outputs of preprocessing."""
+    words = _Words(tokenizer)
+    bad, stop = (words.packed(inputs.get(name), len(prompts)) for name in ("BAD_WORDS_DICT", "STOP_WORDS_DICT"))
+    lengths = np.array([[len(prompt)] for prompt in prompts], np.uint32)
+    ids = np.zeros((len(prompts), int(lengths.max())), np.uint32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return [
+        _tensor("INPUT_ID", "UINT32", ids),
+        _tensor("REQUEST_INPUT_LEN", "UINT32", lengths),
+        _tensor("BAD_WORDS_IDS", "INT32", bad),
+        _tensor("STOP_WORDS_IDS", "INT32", stop),
+        _tensor("REQUEST_OUTPUT_LEN", "UINT32", inputs["REQUEST_OUTPUT_LEN"].data),
+    ]
 
 
 class Postprocessing(_Processing):
@@ -147,27 +157,43 @@ def _only(texts: list[str], place: int) -> str:
     return texts[0]
 
 
-def _read_words(tensor: Tensor | None) -> list[list[str]] | None:
-    """Each item's words."""
-    if tensor is None:
-        return None
+class _Words:
+    """Words of one request as runs of tokens; each distinct word is tokenized once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._runs: dict[str, list[list[int]]] = {}
+
+    def packed(self, tensor: Tensor | None, batch_size: int) -> NDArray[np.int32]:
+        """Each item's words, in the two rows that the token model reads."""
+        items = [[] for _ in range(batch_size)] if tensor is None else _read_words(tensor)
+        return pack_words([[run for word in words for run in self._word(word)] for words in items])
+
+    def _word(self, word: str) -> list[list[int]]:
+        if word not in self._runs:
+            if len(self._runs) == _MAX_DISTINCT_WORDS:
+                raise _invalid(f"the request has more than {_MAX_DISTINCT_WORDS} distinct words, which is the limit")
+            self._runs[word] = self._tokenizer.words_ids(word)
+        return self._runs[word]
+
+
+def _read_words(tensor: Tensor) -> list[list[str]]:
+    """Each item's words; bounded by their characters before they are taken apart."""
     made = []
     for place, texts in enumerate(_texts(tensor)):
+        size = sum(map(len, texts))
+        where = f"item {place} of the batch: "
+        if size > _MAX_CSV_CHARACTERS:
+            raise _invalid(f"{where}input '{tensor.name}' has {size} characters, the limit is {_MAX_CSV_CHARACTERS}")
         try:
             words = [word for row in csv.reader(texts) for word in row if word]
             check_words(f"input '{tensor.name}'", words)
         except csv.Error as error:
-            raise _invalid(f"item {place} of the batch: input '{tensor.name}' is not CSV: {error}") from None
+            raise _invalid(f"{where}input '{tensor.name}' is not CSV: {error}") from None
         except InvalidRequestError as error:
-            raise _invalid(f"item {place} of the batch: {error}") from None
+            raise _invalid(f"{where}{error}") from None
         made.append(words)
     return made
-
-
-def _words(tokenizer: Tokenizer, items: list[list[str]] | None, batch_size: int) -> NDArray[np.int32]:
-    """Each item's words as runs of tokens, in the two rows that the token model reads."""
-    given = [[] for _ in range(batch_size)] if items is None else items
-    return pack_words([[run for word in words for run in tokenizer.words_ids(word)] for words in given])
 
 
 def _tensor(name: str, datatype: str, data: NDArray[Any]) -> Tensor:

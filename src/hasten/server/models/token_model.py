@@ -15,12 +15,10 @@ from hasten.server.by_size import by_size
 from hasten.server.engine.client import EngineClient, Progress
 from hasten.server.models.config import is_decoupled
 from hasten.server.models.token_inputs import Item, TokenRequest, read_items
-from hasten.server.models.token_outputs import Beam, outputs
+from hasten.server.models.token_outputs import BatchOutput
 from hasten.server.models.work import Outcome, Work
 from hasten.server.statistics import LanguageCounters
 from hasten.server.together import together, whenever
-
-_TOKEN_BYTES = 4
 
 
 class TokenModel:
@@ -50,39 +48,38 @@ class TokenModel:
         """One response, or if decoupled one whenever there is more."""
         work.known_parameters()
         size = sum(tensor.data.nbytes for tensor in work.inputs.values())
-        asked = await by_size(size, read_items, work.inputs, work.batch_size, self._engine.info)
+        asked, output = await by_size(size, self._read, work)
         work.clock.prepare()
-        rows = [[Beam() for _ in range(asked.beam_width)] for _ in asked.items]
         changed = asyncio.Event()
-        all_items = self._follow_all(asked, rows, changed, work)
+        all_items = self._follow_all(asked, output, changed, work)
         if not self._decoupled:
             await all_items
             work.clock.compute()
-            pairs = zip(asked.items, rows, strict=True)
-            tokens = sum(len(item.prompt) + len(beam.token_ids) for item, row in pairs for beam in row)
-            yield Outcome(await by_size(_TOKEN_BYTES * tokens, outputs, asked, rows, work.outputs), final=True)
+            yield await _outcome(output, work, final=True)
             return
         async with aclosing(whenever(changed, all_items)) as moments:
             async for done in moments:
                 work.clock.compute()
-                yield Outcome(outputs(asked, rows, work.outputs), final=done)
+                yield await _outcome(output, work, final=done)
 
-    async def _follow_all(
-        self, asked: TokenRequest, rows: list[list[Beam]], changed: asyncio.Event, work: Work
-    ) -> None:
-        pairs = zip(asked.items, rows, strict=True)
-        await together([self._follow(item, row, changed, work) for item, row in pairs])
+    def _read(self, work: Work) -> tuple[TokenRequest, BatchOutput]:
+        asked = read_items(work.inputs, work.batch_size, self._engine.info)
+        return asked, BatchOutput(asked)
+
+    async def _follow_all(self, asked: TokenRequest, output: BatchOutput, changed: asyncio.Event, work: Work) -> None:
+        items = list(enumerate(asked.items))
+        await together([self._follow(item, place, output, changed, work) for place, item in items])
         if asked.log_probs and asked.beam_width > 1 and "output_log_probs" in work.outputs:
-            pairs = zip(asked.items, rows, strict=True)
-            await together([self._score(item, beam, work) for item, row in pairs for beam in row])
+            beams = [(item, place, index) for place, item in items for index in range(asked.beam_width)]
+            await together([self._score(*beam, output, work) for beam in beams])
 
-    async def _follow(self, item: Item, row: list[Beam], changed: asyncio.Event, work: Work) -> None:
-        """Put what becomes known of one item into its row."""
+    async def _follow(self, item: Item, place: int, output: BatchOutput, changed: asyncio.Event, work: Work) -> None:
+        """Put what becomes known of one item into the batch's output."""
         async with aclosing(self._generate(item.prompt, item.params, work, self._language)) as progresses:
             async for progress in progresses:
                 work.clock.wait(progress.queue_seconds)
                 for delta in progress.completions:
-                    row[delta.index].take(delta)
+                    output.take(place, delta)
                 changed.set()
 
     def _generate(
@@ -93,21 +90,29 @@ class TokenModel:
         )
         return counters.measured(progresses, stream=self._decoupled)
 
-    async def _score(self, item: Item, beam: Beam, work: Work) -> None:
-        """Log-probabilities of a beam's tokens, which its search keeps the sum of: those of a prompt that has them."""
-        longest = self._engine.info.max_model_len - 1
-        prompt = [*item.prompt, *beam.token_ids][:longest]
+    async def _score(self, item: Item, place: int, index: int, output: BatchOutput, work: Work) -> None:
+        """Log-probabilities of a beam's tokens, which its search keeps the sum of: those of a prompt that has them.
+
+        A sequence as long as can be lacks that of its last token, which cannot be in a prompt.
+        """
+        tokens = output.generated(place, index)
+        prompt = [*item.prompt, *tokens][: self._engine.info.max_model_len - 1]
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
         uncounted = LanguageCounters()  # it is a part of a request that is counted already
+        log_probs: list[float] = []
         async with aclosing(self._generate(prompt, params, work, uncounted)) as progresses:
             async for progress in progresses:
                 entries = (progress.prompt_logprobs or [])[len(item.prompt) :]
-                known = zip(beam.token_ids, entries, strict=False)
-                beam.log_probs += [entry[token].logprob for token, entry in known if entry is not None]
-        if len(beam.log_probs) < len(beam.token_ids):  # a sequence as long as can be: its last token was no prompt
-            beam.log_probs.append(beam.cumulative - sum(beam.log_probs))
+                known = zip(tokens, entries, strict=False)
+                log_probs += [entry[token].logprob for token, entry in known if entry is not None]
+        output.score(place, index, log_probs)
 
     async def close(self, timeout: float) -> None:
         """Wait, for so many seconds, for what other doors still compute with the engine, and end it."""
         await self._engine.drain(timeout)
         await self._engine.close()
+
+
+async def _outcome(output: BatchOutput, work: Work, *, final: bool) -> Outcome:
+    now = output.snapshot()
+    return Outcome(await by_size(now.nbytes, now.tensors, work.outputs), final)

@@ -1,12 +1,13 @@
-"""What has become of a batch as FasterTransformer's output tensors.
+"""FasterTransformer's output tensors of a batch, filled as its tokens come.
 
 output_ids [batch, beam, longest]: prompt and generated tokens, then the item's end_id. sequence_length and
 response_input_lengths [batch, beam]. cum_log_probs [batch, beam] and output_log_probs [batch, beam, most generated],
 0 behind the end, where log-probabilities are asked for.
 """
 
-from collections.abc import Set
-from dataclasses import dataclass, field
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,72 +17,128 @@ from hasten.server.engine.client import CompletionDelta
 from hasten.server.models.token_inputs import TokenRequest
 from hasten.server.types import ErrorKind, ServiceError, Tensor
 
+_ROOM = 64
+"""Tokens behind the longest prompt that there is memory for at first; doubled as often as need be."""
 
-@dataclass
-class Beam:
-    """One beam of one item, as far as it is."""
 
-    token_ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    cumulative: float = 0.0
+@dataclass(frozen=True)
+class Snapshot:
+    """The outputs of a batch as of one moment. Its arrays may be read while further tokens are added behind it."""
 
-    def take(self, delta: CompletionDelta) -> None:
-        """Add what is new; ServiceError if it cannot be continued."""
+    asked: TokenRequest
+    prompt_lengths: NDArray[np.int32]
+    """[batch, beam]."""
+    lengths: NDArray[np.uint32]
+    """[batch, beam]: of prompt and generated tokens."""
+    ids: NDArray[np.uint32]
+    """[batch, beam, at least the longest]."""
+    cumulative: NDArray[np.float64]
+    """[batch, beam]: sums of log-probabilities."""
+    log_probs: NDArray[np.float32]
+    """[batch, beam, at least the most generated]."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of its largest tensor."""
+        return self.lengths.size * int(self.lengths.max()) * self.ids.itemsize
+
+    def tensors(self, names: Set[str]) -> list[Tensor]:
+        """The outputs with these names."""
+        made = [
+            _tensor("output_ids", "UINT32", self._output_ids()),
+            _tensor("sequence_length", "UINT32", self.lengths),
+            _tensor("response_input_lengths", "INT32", self.prompt_lengths),
+        ]
+        if self.asked.log_probs:
+            made += [
+                _tensor("cum_log_probs", "FP32", self.cumulative.astype(np.float32)),
+                _tensor("output_log_probs", "FP32", self._output_log_probs()),
+            ]
+        return [tensor for tensor in made if tensor.name in names]
+
+    def _output_ids(self) -> NDArray[np.uint32]:
+        end_ids = np.array([item.end_id for item in self.asked.items], np.uint32)
+        return _behind(self.ids, self.lengths, end_ids[:, np.newaxis, np.newaxis])
+
+    def _output_log_probs(self) -> NDArray[np.float32]:
+        return _behind(self.log_probs, self.lengths - self.prompt_lengths, np.zeros((), np.float32))
+
+
+def _tensor(name: str, datatype: str, data: NDArray[np.generic]) -> Tensor:
+    return Tensor(name, datatype, data.shape, data)
+
+
+def _behind(rows: NDArray[Any], lengths: NDArray[Any], filler: NDArray[Any]) -> NDArray[Any]:
+    """Rows [batch, beam, any] up to the longest of them, filled behind each one's own length."""
+    longest = int(lengths.max())
+    return np.where(np.arange(longest) < lengths[:, :, np.newaxis], rows[:, :, :longest], filler)
+
+
+class BatchOutput:
+    """What has become of a batch so far. Arrays only ever grow behind what a snapshot has."""
+
+    def __init__(self, asked: TokenRequest) -> None:
+        self._asked = asked
+        beams = (len(asked.items), asked.beam_width)
+        lengths = np.array([len(item.prompt) for item in asked.items])
+        self._prompt_lengths = np.repeat(lengths[:, np.newaxis].astype(np.int32), asked.beam_width, axis=1)
+        self._lengths = self._prompt_lengths.astype(np.uint32)
+        self._ids = np.zeros((*beams, int(lengths.max()) + _ROOM), np.uint32)
+        for row, item in zip(self._ids, asked.items, strict=True):
+            row[:, : len(item.prompt)] = item.prompt
+        self._cumulative = np.zeros(beams)
+        self._log_probs = np.zeros((*beams, _ROOM), np.float32)
+
+    def take(self, place: int, delta: CompletionDelta) -> None:
+        """Add what is new of one beam of an item; ServiceError if it cannot be continued."""
         if delta.finish_reason is FinishReason.ERROR:
             raise ServiceError(ErrorKind.INTERNAL, f"the prompt could not be continued: {delta.stop_reason}")
-        self.token_ids += delta.token_ids
+        beam = place, delta.index
+        begin = int(self._lengths[beam])
+        end = begin + len(delta.token_ids)
+        self._ids = _with_room(self._ids, end)
+        self._ids[beam][begin:end] = delta.token_ids
         if delta.cumulative_logprob is not None:
-            self.cumulative = delta.cumulative_logprob
+            self._cumulative[beam] = delta.cumulative_logprob
         if delta.logprobs is not None:
             pairs = zip(delta.token_ids, delta.logprobs, strict=True)
-            self.log_probs += [entry[token].logprob for token, entry in pairs]
+            self._add_log_probs(beam, begin, [entry[token].logprob for token, entry in pairs])
+        self._lengths[beam] = end
+
+    def score(self, place: int, index: int, log_probs: Sequence[float]) -> None:
+        """Set the log-probabilities of a finished beam's tokens; of a last one that has none, what the sum leaves."""
+        beam = place, index
+        missing = len(self.generated(place, index)) - len(log_probs)
+        rest = [float(self._cumulative[beam]) - sum(log_probs)] if missing else []
+        self._add_log_probs(beam, int(self._prompt_lengths[beam]), [*log_probs, *rest])
+
+    def _add_log_probs(self, beam: tuple[int, int], begin: int, log_probs: Sequence[float]) -> None:
+        at = begin - int(self._prompt_lengths[beam])
+        self._log_probs = _with_room(self._log_probs, at + len(log_probs))
+        self._log_probs[beam][at : at + len(log_probs)] = log_probs
+
+    def generated(self, place: int, index: int) -> list[int]:
+        """Tokens of one beam of an item, without its prompt."""
+        begin, end = self._prompt_lengths[place, index], self._lengths[place, index]
+        found: list[int] = self._ids[place, index, begin:end].tolist()
+        return found
+
+    def snapshot(self) -> Snapshot:
+        """What there is now."""
+        return Snapshot(
+            self._asked,
+            self._prompt_lengths,
+            self._lengths.copy(),
+            self._ids,
+            self._cumulative.copy(),
+            self._log_probs,
+        )
 
 
-def outputs(asked: TokenRequest, rows: list[list[Beam]], names: Set[str]) -> list[Tensor]:
-    """The outputs with these names, of all that there is so far; `rows` has the beams of each item."""
-    made = [
-        Tensor("output_ids", "UINT32", *_shaped(_tokens(asked, rows))),
-        Tensor("sequence_length", "UINT32", *_shaped(_lengths(asked, rows))),
-        Tensor("response_input_lengths", "INT32", *_shaped(_prompt_lengths(asked))),
-    ]
-    if asked.log_probs:
-        cumulative = np.array([[beam.cumulative for beam in row] for row in rows], np.float32)
-        made += [
-            Tensor("cum_log_probs", "FP32", *_shaped(cumulative)),
-            Tensor("output_log_probs", "FP32", *_shaped(_log_probs(rows))),
-        ]
-    return [tensor for tensor in made if tensor.name in names]
-
-
-def _shaped(data: NDArray[np.generic]) -> tuple[tuple[int, ...], NDArray[np.generic]]:
-    return data.shape, data
-
-
-def _lengths(asked: TokenRequest, rows: list[list[Beam]]) -> NDArray[np.uint32]:
-    pairs = zip(asked.items, rows, strict=True)
-    return np.array([[len(item.prompt) + len(beam.token_ids) for beam in row] for item, row in pairs], np.uint32)
-
-
-def _prompt_lengths(asked: TokenRequest) -> NDArray[np.int32]:
-    return np.array([[len(item.prompt)] * asked.beam_width for item in asked.items], np.int32)
-
-
-def _tokens(asked: TokenRequest, rows: list[list[Beam]]) -> NDArray[np.uint32]:
-    longest = int(_lengths(asked, rows).max())
-    made = np.empty((len(rows), asked.beam_width, longest), np.uint32)
-    for place, (item, row) in enumerate(zip(asked.items, rows, strict=True)):
-        made[place, :, : len(item.prompt)] = item.prompt
-        for index, beam in enumerate(row):
-            end = len(item.prompt) + len(beam.token_ids)
-            made[place, index, len(item.prompt) : end] = beam.token_ids
-            made[place, index, end:] = item.end_id
-    return made
-
-
-def _log_probs(rows: list[list[Beam]]) -> NDArray[np.float32]:
-    most = max(len(beam.token_ids) for row in rows for beam in row)
-    made = np.zeros((len(rows), len(rows[0]), most), np.float32)
-    for place, row in enumerate(rows):
-        for index, beam in enumerate(row):
-            made[place, index, : len(beam.log_probs)] = beam.log_probs
+def _with_room(rows: NDArray[Any], length: int) -> NDArray[Any]:
+    """Rows of at least this length: the same, or a copy of twice the length."""
+    if rows.shape[2] >= length:
+        return rows
+    made = np.zeros((*rows.shape[:2], max(length, 2 * rows.shape[2])), rows.dtype)
+    made[:, :, : rows.shape[2]] = rows
     return made

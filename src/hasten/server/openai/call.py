@@ -16,6 +16,7 @@ from hasten.server.openai.choices import Choice, Choices
 from hasten.server.openai.params import error_answer
 from hasten.server.openai.types import GenerationRequest
 from hasten.server.statistics import LanguageCounters
+from hasten.server.together import running
 
 _encode = msgspec.json.Encoder().encode
 _News = tuple[int, Progress | Exception | None]
@@ -130,8 +131,7 @@ async def _merged(runs: Sequence[AsyncGenerator[Progress, None]]) -> AsyncGenera
                 yield 0, progress
         return
     queue: asyncio.Queue[_News] = asyncio.Queue(len(runs))
-    tasks = [asyncio.ensure_future(_feed(number, run, queue)) for number, run in enumerate(runs)]
-    try:
+    async with running([_feed(number, run, queue) for number, run in enumerate(runs)]):
         left = len(runs)
         while left:
             number, news = await queue.get()
@@ -141,10 +141,7 @@ async def _merged(runs: Sequence[AsyncGenerator[Progress, None]]) -> AsyncGenera
                 left -= 1
             else:
                 yield number, news
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.sleep(0)  # a queue that has more would be emptied in one turn of the event loop
 
 
 async def _feed(number: int, run: AsyncGenerator[Progress, None], queue: "asyncio.Queue[_News]") -> None:

@@ -17,10 +17,10 @@ from hasten.server.openai.types import ChatRequest, CompletionRequest, Generatio
 from hasten.server.types import LONGEST_MESSAGE, ErrorKind, ServiceError
 
 _MOST_COMPLETIONS, _MOST_PROMPTS, _MOST_LOGPROBS, _MOST_STOPS = 128, 2048, 20, 64
+"""Each as OpenAI's own limit or above it: without one, a short request could ask for any amount of work."""
 _MOST_MESSAGES = 4096
 _MOST_IN_ALL = 16_384
 """Completions of all prompts of a request."""
-"""Each as OpenAI's own limit or above it: without one, a short request could ask for any amount of work."""
 _HOTTEST = 2
 """Above it, OpenAI's own API refuses a temperature."""
 _DEFAULT_MAX_TOKENS = 16
@@ -92,20 +92,20 @@ def error_response(error: Exception) -> Response:
     return Response(body, status, headers, media_type="application/json")
 
 
-def completion_params(request: CompletionRequest) -> SamplingParams:
-    """For POST /v1/completions. A `max_tokens` of 0 with `echo` makes one token, which is not shown."""
+def completion_params(request: CompletionRequest, prompts: int) -> SamplingParams:
+    """For POST /v1/completions with so many prompts. A `max_tokens` of 0 with `echo` makes a token, not shown."""
     if request.suffix:
         raise OpenAIError("suffix is not supported: the model continues texts", param="suffix")
     tokens = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     if tokens == 0 and request.echo:
         tokens = 1
-    _limit("prompt", 1 if isinstance(request.prompt, str) else len(request.prompts()), _MOST_PROMPTS)
+    _limit("prompt", prompts, _MOST_PROMPTS)
     _limit("logprobs", request.logprobs, _MOST_LOGPROBS)
     prompt_logprobs = request.logprobs if request.echo else None
     best = _best_of(request)
     logprobs = request.logprobs if request.logprobs is not None or not best else 0
     made = _params(request, max_tokens=tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **best)
-    prompts, each = len(request.prompts()), max(made.n, made.beam_width)
+    each = max(made.n, made.beam_width)
     if prompts * each > _MOST_IN_ALL:
         message = f"{prompts} prompts with {each} completions each are more than {_MOST_IN_ALL}, the limit of a request"
         raise OpenAIError(message, param="prompt")

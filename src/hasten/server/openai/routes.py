@@ -18,6 +18,7 @@ from starlette.routing import Route
 from hasten.core.errors import EngineError, HastenError
 from hasten.engine.chat import ChatTemplate, RenderLimits
 from hasten.engine.text import TextTooLongError
+from hasten.server.by_size import by_size
 from hasten.server.engine.client import EngineClient, EngineInfo
 from hasten.server.json_size import check_declared_size
 from hasten.server.openai.call import Call
@@ -25,6 +26,7 @@ from hasten.server.openai.chat import characters, chat_text
 from hasten.server.openai.choices import BestChoices, ChatChoices, CompletionChoices
 from hasten.server.openai.models import Models, models_by_id
 from hasten.server.openai.params import (
+    Decoded,
     OpenAIError,
     chat_params,
     check_chat,
@@ -43,6 +45,7 @@ _FEW_MESSAGES = 32
 """Which are rendered at once."""
 _RENDER_S = 2.0
 """Of CPU time for a chat's prompt, at most."""
+_TOKEN_BYTES = 4
 _log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 
@@ -121,10 +124,10 @@ class _Api:
         return client, counters
 
     async def completions(self, request: Request) -> Response:
-        asked = decode(await _body(request), CompletionRequest)
+        asked = await _asked(request, CompletionRequest)
         client, counters = self._find_ready(asked.model)
         prompts = asked.prompts()
-        params = completion_params(asked)
+        params = completion_params(asked, len(prompts))
         if asked.echo and client.tokenizer is None:
             raise OpenAIError("echo needs a tokenizer, and the model has none", param="echo")
         tokens = await _tokenized(prompts, client, "prompt", add_special_tokens=True)
@@ -138,7 +141,7 @@ class _Api:
         )
 
     async def chat(self, request: Request) -> Response:
-        asked = decode(await _body(request), ChatRequest)
+        asked = await _asked(request, ChatRequest)
         client, counters = self._find_ready(asked.model)
         check_chat(asked)
         template = await self._template(client)
@@ -182,17 +185,22 @@ async def _tokenized(
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if texts and client.tokenizer is None:
         raise OpenAIError("the model has no tokenizer; send token ids", param=param)
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            _check_tokens(prompt, client.info, param)
+    await _check_all([prompt for prompt in prompts if not isinstance(prompt, str)], client.info, param)
     try:
-        encoded = iter(await client.tokenize(texts, add_special_tokens=add_special_tokens) if texts else ())
+        encoded = await client.tokenize(texts, add_special_tokens=add_special_tokens) if texts else []
     except TextTooLongError as error:
         raise _too_long(error.count, client.info, param) from None
-    tokens = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
-    for ids in tokens:
-        _check_tokens(ids, client.info, param)
-    return tokens
+    await _check_all(encoded, client.info, param)
+    of_texts = iter(encoded)
+    return [next(of_texts) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+
+async def _check_all(prompts: Sequence[list[int]], info: EngineInfo, param: str) -> None:
+    def work() -> None:
+        for ids in prompts:
+            _check_tokens(ids, info, param)
+
+    await by_size(_TOKEN_BYTES * sum(map(len, prompts)), work)
 
 
 def _too_long(count: str, info: EngineInfo, param: str) -> OpenAIError:
@@ -210,9 +218,11 @@ def _check_tokens(ids: list[int], info: EngineInfo, param: str) -> None:
         raise OpenAIError(f"the prompt has token id {wrong}; the vocabulary ends at {info.vocab_size - 1}", param=param)
 
 
-async def _body(request: Request) -> bytes:
+async def _asked(request: Request, kind: type[Decoded]) -> Decoded:
+    """What a body asks for."""
     check_declared_size(request.headers.get("content-length"))
-    return await request.body()
+    body = await request.body()
+    return await by_size(len(body), decode, body, kind)
 
 
 async def _respond(request: Request, call: Call) -> Response:

@@ -102,7 +102,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         """Each prompt; InvalidRequestError where texts and token ids are mixed up or there is none."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        kinds = {type(part) for part in self.prompt}
+        kinds = set(map(type, self.prompt))
         if kinds == {int}:
             return [self.prompt]  # type: ignore[list-item]  # all of them are int
         if kinds in ({str}, {list}):

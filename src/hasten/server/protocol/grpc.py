@@ -5,6 +5,7 @@ asked is done by the service. The twentieth, ModelStreamInfer, is in `grpc_strea
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,9 @@ from hasten.server.protocol.http import require_known_model
 from hasten.server.protocol.proto import infer_response, parsed, parsed_infer
 from hasten.server.protocol.settings import LogSettings, TraceSettings
 from hasten.server.protocol.shared_memory import NO_CUDA, SharedMemory
-from hasten.server.protocol.tensors import invalid
+from hasten.server.protocol.tensors import byte_size, invalid
 from hasten.server.security import NO_KEY, ApiKeys
-from hasten.server.types import ErrorKind, ServiceError
+from hasten.server.types import ErrorKind, InferResponse, ServiceError
 
 if TYPE_CHECKING:
     from hasten.server.service import Service
@@ -47,6 +48,15 @@ _SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"
 _log = logging.getLogger(__name__)
 
 Handler = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """A model to load, with another configuration or other files where they are given."""
+
+    model: str
+    config: str | None
+    files: dict[str, bytes]
 
 
 class GrpcCalls:
@@ -91,6 +101,10 @@ class GrpcCalls:
             "LogSettings": self.log_settings,
         }
 
+    def readers(self) -> dict[str, Callable[[bytes], Any]]:
+        """What reads the messages of calls that may be large, by the call's name."""
+        return {"ModelInfer": self.read_infer, "RepositoryModelLoad": self.read_load}
+
     def model_ready(self, request: Any) -> Any:
         """Whether one model is ready."""
         return pb.ModelReadyResponse(ready=self.service.is_model_ready(request.name, request.version))
@@ -129,10 +143,10 @@ class GrpcCalls:
             raise ServiceError(ErrorKind.UNSUPPORTED, _DECOUPLED)
         return received_infer(message, tensors, self.service, self.memory)
 
-    async def model_infer(self, received: ReceivedInfer) -> Any:
-        """One request, one response."""
+    async def model_infer(self, received: ReceivedInfer) -> bytes:
+        """One request, one response, serialized."""
         response = await self.service.infer(received.request)
-        return infer_response(response, received.place(response))
+        return await by_size(byte_size(response.outputs), _serialized, response, received)
 
     def repository_index(self, request: Any) -> Any:
         """All models and their states."""
@@ -145,8 +159,9 @@ class GrpcCalls:
             ]
         )
 
-    async def repository_model_load(self, request: Any) -> Any:
-        """Load a model, or load it again."""
+    def read_load(self, raw: bytes) -> LoadRequest:
+        """A request to load a model; may take long, and be done in a thread."""
+        request = parsed(pb.RepositoryModelLoadRequest, raw)
         _refuse_repository(request)
         config: str | None = None
         files: dict[str, bytes] = {}
@@ -157,7 +172,11 @@ class GrpcCalls:
                 files[key.removeprefix("file:")] = _typed(key, parameter, "bytes_param")
             else:
                 raise invalid(f"unrecognized load parameter '{key}'.")
-        await self.service.load(request.model_name, config, files)
+        return LoadRequest(request.model_name, config, files)
+
+    async def repository_model_load(self, request: LoadRequest) -> Any:
+        """Load a model, or load it again."""
+        await self.service.load(request.model, request.config, request.files)
         return pb.RepositoryModelLoadResponse()
 
     async def repository_model_unload(self, request: Any) -> Any:
@@ -226,6 +245,11 @@ class GrpcCalls:
         return response
 
 
+def _serialized(response: InferResponse, received: ReceivedInfer) -> bytes:
+    raw: bytes = infer_response(response, received.place(response)).SerializeToString()
+    return raw
+
+
 def _refuse_repository(request: Any) -> None:
     if request.repository_name:
         raise ServiceError(ErrorKind.UNSUPPORTED, "'repository_name' specification is not supported")
@@ -241,20 +265,17 @@ def add_to_server(server: Any, calls: GrpcCalls, keys: ApiKeys | None) -> None:
     """Have a `grpc.aio.Server` serve these calls, and `grpc.health.v1.Health/Check` for a cluster's probes."""
     handlers = {}
     for name, handler in calls.handlers().items():
-        read = calls.read_infer if name == "ModelInfer" else partial(parsed, getattr(pb, f"{name}Request"))
+        read = calls.readers().get(name, partial(parsed, getattr(pb, f"{name}Request")))
+        serializer = None if name == "ModelInfer" else getattr(pb, f"{name}Response").SerializeToString
         handlers[name] = grpc.unary_unary_rpc_method_handler(
-            _answering(handler, read, None if name in _OPEN_CALLS else keys),
-            response_serializer=getattr(pb, f"{name}Response").SerializeToString,
+            _answering(handler, read, None if name in _OPEN_CALLS else keys), response_serializer=serializer
         )
 
     async def stream(requests: Any, context: Any) -> None:
         await _admit(context, keys)
         await stream_infer(calls.service, calls.memory, requests, context, max_bytes=calls.max_stream_bytes)
 
-    handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
-        stream,
-        response_serializer=pb.ModelStreamInferResponse.SerializeToString,
-    )
+    handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(stream)
 
     async def check(_request: bytes, _context: Any) -> bytes:
         return _SERVING if calls.service.is_ready() else _NOT_SERVING

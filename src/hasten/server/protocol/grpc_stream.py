@@ -21,6 +21,7 @@ from hasten.server.errors import service_error
 from hasten.server.protocol.placement import place, placements
 from hasten.server.protocol.proto import FINAL, WANTS_EMPTY_FINAL, infer_request, infer_response, parsed_infer
 from hasten.server.protocol.shared_memory import SharedMemory
+from hasten.server.protocol.tensors import byte_size
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ async def stream_infer(
     *,
     max_bytes: int = MAX_STREAM_BYTES,
 ) -> None:
-    """Serve one stream; `requests` gives ModelInferRequest messages as bytes, `context` takes the answers.
+    """Serve one stream; `requests` gives ModelInferRequest messages as bytes, `context` takes serialized answers.
 
     Requests under way have at most `max_bytes`, or are one; no more are read before one ends.
     """
@@ -194,14 +195,14 @@ class _Stream:
     async def _serve_one(self, request: InferRequest, placed: Placed, turn: _Turn) -> None:
         try:
             answer = await self._service.infer(request)
-            response = infer_response(answer, placed(answer), final=True)
+            response = await by_size(byte_size(answer.outputs), _stream_response, answer, placed)
         except Exception as error:
             known = _known(error)
             await turn.come()
             await self._write_error(known, _closing(known, request))
         else:
             await turn.come()
-            await self._write(response)
+            await self._send(response)
 
     async def _serve_many(self, request: InferRequest, placed: Placed) -> None:
         empty_final = request.parameters.get(WANTS_EMPTY_FINAL) is True
@@ -211,7 +212,7 @@ class _Stream:
                 async for response in responses:
                     started = True
                     if response.outputs or (response.final and empty_final):
-                        await self._write(infer_response(response, placed(response), final=response.final))
+                        await self._send(await by_size(byte_size(response.outputs), _stream_response, response, placed))
         except _UnsentError:
             raise
         except Exception as error:
@@ -222,20 +223,27 @@ class _Stream:
             await self._write_error(known, closing)
             if empty_final and not refused:
                 closing.parameters[FINAL].bool_param = True
-                await self._write(closing)
-
-    async def _write(self, response: Any) -> None:
-        await self._send(pb.ModelStreamInferResponse(infer_response=response))
+                await self._send(_serialized(closing))
 
     async def _write_error(self, error: Exception, response: Any) -> None:
-        await self._send(pb.ModelStreamInferResponse(error_message=str(_known(error)), infer_response=response))
+        await self._send(_serialized(response, str(_known(error))))
 
-    async def _send(self, message: Any) -> None:
+    async def _send(self, message: bytes) -> None:
         async with self._writing:
             try:
                 await self._context.write(message)
             except Exception as error:
                 raise _UnsentError from error
+
+
+def _stream_response(response: InferResponse, placed: Placed) -> bytes:
+    return _serialized(infer_response(response, placed(response), final=response.final))
+
+
+def _serialized(response: Any, error: str = "") -> bytes:
+    message = pb.ModelStreamInferResponse(error_message=error, infer_response=response)
+    raw: bytes = message.SerializeToString()
+    return raw
 
 
 def _closing(error: ServiceError, request: InferRequest) -> Any:

@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from hasten.core.errors import HastenError
-from hasten.server.by_size import by_size
+from hasten.server.by_size import SMALL, by_size
 from hasten.server.errors import service_error
 from hasten.server.http_errors import STATUS, error_response
 from hasten.server.json_size import check_declared_size
@@ -155,7 +155,7 @@ class HttpRoutes:
 
     async def index(self, request: Request) -> Response:
         """All models and their states."""
-        only_ready = parse_object(await request.body()).get("ready", False)
+        only_ready = (await _object(request)).get("ready", False)
         if not isinstance(only_ready, bool):
             raise invalid("attempt to access JSON non-boolean as boolean")
         entries = self._service.index(ready=only_ready)
@@ -190,7 +190,7 @@ class HttpRoutes:
 
     async def memory_register(self, request: Request) -> Response:
         """Take a region of shared memory."""
-        body = parse_object(await request.body())
+        body = await _object(request)
         for field in ("key", "byte_size"):
             if field not in body:
                 raise invalid(f"Shared memory register request has no '{field}' field")
@@ -227,14 +227,14 @@ class HttpRoutes:
         model = request.path_params.get("model", "")
         require_known_model(self._service, model)
         if request.method == "POST":
-            self._traces.update(_trace_values(parse_object(await request.body())), model)
+            self._traces.update(_trace_values(await _object(request)), model)
         settings = self._traces.get(model)
         return _json({key: value if key == "trace_level" else value[0] for key, value in settings.items()})
 
     async def logging(self, request: Request) -> Response:
         """Log settings; POST changes them."""
         if request.method == "POST":
-            self._logs.update(parse_object(await request.body()))
+            self._logs.update(await _object(request))
         return _json(self._logs.get())
 
 
@@ -242,6 +242,13 @@ def require_known_model(service: "Service", model: str) -> None:
     """INVALID where there is no such model; no name is none to look for."""
     if model and all(entry.name != model for entry in service.index()):
         raise invalid(f"Request for unknown model : {model}")
+
+
+async def _object(request: Request, *, max_bytes: int = SMALL) -> dict[str, Any]:
+    """The JSON object of a body of at most `max_bytes`."""
+    check_declared_size(request.headers.get("content-length"), max_bytes=max_bytes)
+    body = await request.body()
+    return await by_size(len(body), parse_object, body, max_bytes=max_bytes)
 
 
 def _json(value: object) -> Response:
@@ -255,9 +262,8 @@ def _json_nothing() -> Response:
 async def _repository_parameters(request: Request, action: str = "load") -> dict[str, Any]:
     if "repository" in request.path_params:
         raise ServiceError(ErrorKind.UNSUPPORTED, "'repository_name' specification is not supported")
-    check_declared_size(request.headers.get("content-length"), max_bytes=_MAX_LOAD_BYTES)
-    body = await request.body()
-    parameters = (await by_size(len(body), parse_object, body, max_bytes=_MAX_LOAD_BYTES)).get("parameters", {})
+    max_bytes = _MAX_LOAD_BYTES if action == "load" else SMALL
+    parameters = (await _object(request, max_bytes=max_bytes)).get("parameters", {})
     if not isinstance(parameters, dict):
         raise invalid("attempt to get members for non-object")
     for key in parameters:

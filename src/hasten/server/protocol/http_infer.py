@@ -27,7 +27,7 @@ from hasten.server.protocol.bodies import (
 from hasten.server.protocol.generate import ONE_RESPONSE, generate_json, generate_request
 from hasten.server.protocol.placement import place, placements
 from hasten.server.protocol.shared_memory import SharedMemory
-from hasten.server.protocol.tensors import invalid
+from hasten.server.protocol.tensors import byte_size, invalid
 from hasten.server.sse import EventStream, unless_gone
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
 
@@ -68,8 +68,12 @@ class InferRoutes:
         wanted = placements(body.request.outputs, self._memory)
         batched = self._batched(model, version)
         response = await unless_gone(request, self._service.infer(body.request))
-        elsewhere = place(response, wanted, batched=batched)
-        return _infer_answer(request, *infer_response(response, body, elsewhere))
+
+        def answer() -> Response:
+            elsewhere = place(response, wanted, batched=batched)
+            return _infer_answer(request, *infer_response(response, body, elsewhere))
+
+        return await by_size(byte_size(response.outputs), answer)
 
     def _infer_body(self, model: str, version: str, raw: bytes, request: Request) -> InferBody:
         raw = decompressed(raw, request.headers.get("content-encoding", ""), self._max_request_bytes)
@@ -108,7 +112,7 @@ class InferRoutes:
         """The one response of a request, as a flat JSON object."""
         wanted = await self._generate_request(request)
         response = await unless_gone(request, self._only_response(wanted))
-        return Response(generate_json(response), media_type="application/json")
+        return Response(await _generate_json(response), media_type="application/json")
 
     async def _only_response(self, request: InferRequest) -> InferResponse:
         found: list[InferResponse] = []
@@ -136,12 +140,16 @@ class InferRoutes:
             try:
                 async for response in responses:
                     if response.outputs:
-                        yield _event(generate_json(response))
+                        yield _event(await _generate_json(response))
                         started = True
             except HastenError as error:
                 if not started:
                     raise
                 yield _event(dump_json({"error": str(service_error(error))}))
+
+
+async def _generate_json(response: InferResponse) -> bytes:
+    return await by_size(byte_size(response.outputs), generate_json, response)
 
 
 def _event(data: bytes) -> bytes:

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 from tritonclient.grpc import service_pb2 as pb
 
+from hasten.server.by_size import SMALL
 from hasten.server.protocol.tensors import invalid
 
 MAX_FIELDS = 4096
 MAX_BYTES = 2 << 20
-"""Of a message without its field of long bytes."""
-SMALL = 64 << 10
-"""Messages that are parsed whole, whatever they are."""
+"""Of a message without its field of long bytes; of those that have none, as few as are parsed whole, `SMALL`."""
 _LONG_BYTES = {pb.ModelInferRequest: "raw_input_contents", pb.RepositoryModelLoadRequest: "parameters"}
 """The field of a message that has long bytes: raw tensors, and files."""
 _FIXED = {1: 8, 5: 4}
@@ -28,7 +27,9 @@ def check_message_size(kind: Any, raw: bytes) -> None:
     if len(raw) <= SMALL:
         return
     long_bytes = _LONG_BYTES.get(kind)
-    number = kind.DESCRIPTOR.fields_by_name[long_bytes].number if long_bytes else 0
+    if long_bytes is None:
+        raise invalid(f"the request has {len(raw)} bytes, the limit is {SMALL}")
+    number = kind.DESCRIPTOR.fields_by_name[long_bytes].number
     size = 0
     try:
         for count, field in enumerate(_fields(raw)):
@@ -36,9 +37,10 @@ def check_message_size(kind: Any, raw: bytes) -> None:
                 raise invalid(f"the request has more than {MAX_FIELDS} fields (inputs, outputs, parameters)")
             size += 0 if field.number == number else field.end - field.begin
             if size > MAX_BYTES:
-                others = f" without its {long_bytes}" if long_bytes else ""
                 hint = "; send tensors as raw_input_contents" if kind is pb.ModelInferRequest else ""
-                raise invalid(f"the request{others} has more than {MAX_BYTES} bytes, which is the limit{hint}")
+                raise invalid(
+                    f"the request without its {long_bytes} has more than {MAX_BYTES} bytes, which is the limit{hint}"
+                )
     except (IndexError, ValueError):
         raise not_a_message(kind) from None
 

@@ -7,7 +7,8 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
-from hasten.server.protocol.message_size import SMALL, check_message_size, not_a_message, split_infer
+from hasten.server.by_size import SMALL
+from hasten.server.protocol.message_size import check_message_size, not_a_message, split_infer
 from hasten.server.protocol.shared_memory import REGION, Reading, SharedMemory
 from hasten.server.protocol.tensors import (
     NUMPY,

@@ -150,6 +150,14 @@ def objects(values: Sequence[bytes]) -> NDArray[Any]:
     return made
 
 
+def byte_size(tensors: Iterable[Tensor]) -> int:
+    """Bytes of some tensors' elements."""
+    return sum(
+        sum(map(len, tensor.data.ravel().tolist())) if tensor.data.dtype.hasobject else tensor.data.nbytes
+        for tensor in tensors
+    )
+
+
 def to_bytes(tensor: Tensor) -> bytes:
     """The raw bytes of a tensor."""
     data = tensor.data
