@@ -14,7 +14,8 @@ from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError
 from hasten.core.types import FinishReason, Logprob, SamplingParams
 from hasten.server.engine.client import EngineClient
-from hasten.server.engine.queue import Progress, QueueFullError, QueueLimits, QueueTimeoutError, RequestQueue, Ticket
+from hasten.server.engine.queue import QueueFullError, QueueLimits, QueueTimeoutError, QueueWaitError, RequestQueue
+from hasten.server.engine.ticket import Progress, Ticket
 from hasten.server.engine.wire import CompletionDelta, Output
 
 
@@ -24,7 +25,7 @@ def ticket(number: int, *, width: int = 1, priority: int = 0) -> Ticket:
 
 def queue(places: int, limit: int = 0) -> RequestQueue:
     made = RequestQueue(QueueLimits(max_queue_size=limit))
-    made.places = places
+    made.attach(places)
     return made
 
 
@@ -98,7 +99,7 @@ def test_a_limit_refuses_nobody_who_need_not_wait() -> None:
 
 def test_the_bytes_of_those_that_wait_are_limited() -> None:
     requests = RequestQueue(QueueLimits(max_queue_bytes=100))
-    requests.places = 1
+    requests.attach(1)
 
     def of(number: int, size: int) -> Ticket:
         made = ticket(number)
@@ -209,7 +210,8 @@ def test_more_than_may_wait_are_refused(run: Any, narrow: EngineClient) -> None:
 def test_who_waits_too_long_is_told_so(run: Any, narrow: EngineClient) -> None:
     async def ask() -> None:
         async with aclosing(await begin(narrow, [5], LONG)):
-            began = time.monotonic()
+            narrow._queue.attach(1)  # nothing is measured, so nobody is refused before
+            began, refused = time.monotonic(), narrow.refused["queue_timeout"]
             requests = [collect(narrow, [number + 6], SHORT, queue_timeout=0.3) for number in range(3)]
             errors = await asyncio.gather(*map(error_of, requests))
             assert time.monotonic() - began >= 0.3
@@ -217,6 +219,27 @@ def test_who_waits_too_long_is_told_so(run: Any, narrow: EngineClient) -> None:
                 assert isinstance(error, QueueTimeoutError)
                 assert "not begun within 0.3 s" in str(error)
             assert (narrow.stats().running, narrow.stats().waiting) == (1, 0)
+            assert narrow.refused["queue_timeout"] == refused + 3
+
+    run(ask())
+
+
+def test_who_would_wait_too_long_is_refused_at_once(run: Any, narrow: EngineClient) -> None:
+    async def ask() -> None:
+        async with asyncio.TaskGroup() as group, aclosing(await begin(narrow, [5], LONG)) as running:
+            await until(lambda: narrow.estimated_wait() is not None)
+            waits = narrow.estimated_wait() or 0.0
+            assert waits > 0.01
+            error = await error_of(collect(narrow, [6], SHORT, queue_timeout=waits / 100))
+            assert isinstance(error, QueueWaitError)
+            assert "the request would wait for about" in str(error)
+            assert (error.retry_after or 0.0) > waits / 2
+            assert narrow.refused["queue_wait"] >= 1
+            patient = [group.create_task(collect(narrow, [number], SHORT, queue_timeout=100)) for number in (7, 8)]
+            await until(lambda: narrow.stats().waiting == 2)
+            await running.aclose()
+            assert [count(await task) for task in patient] == [4, 4]
+            assert narrow.estimated_wait() == 0
 
     run(ask())
 

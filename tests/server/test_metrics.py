@@ -1,5 +1,6 @@
 import sys
 import types
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -37,20 +38,29 @@ OWN = {
     "hasten_generation_tokens_total": "counter",
     "hasten_requests_running": "gauge",
     "hasten_requests_waiting": "gauge",
+    "hasten_requests_refused_total": "counter",
+    "hasten_estimated_wait_seconds": "gauge",
     "hasten_kv_cache_usage_ratio": "gauge",
     "hasten_prefix_cache_hit_tokens_total": "counter",
     "hasten_prefix_cache_query_tokens_total": "counter",
     "hasten_preemptions_total": "counter",
 }
 
+REASONS = ("queue_full", "queue_timeout", "queue_wait")
+
 
 @dataclass
 class Engine:
     now: EngineStats
     restarts: int = 3
+    refused: Counter[str] = field(default_factory=lambda: Counter(queue_wait=5))
+    wait: float | None = 2.5
 
     def stats(self) -> EngineStats:
         return self.now
+
+    def estimated_wait(self) -> float | None:
+        return self.wait
 
 
 @dataclass
@@ -155,6 +165,9 @@ def test_what_was_counted_is_exposed(service: Counted) -> None:
     assert samples["hasten_requests_waiting", key] == 4
     assert samples["hasten_kv_cache_usage_ratio", key] == 0.25
     assert samples["hasten_preemptions_total", key] == 6
+    refused = {reason: samples["hasten_requests_refused_total", of("tokens", "1", reason=reason)] for reason in REASONS}
+    assert refused == {"queue_full": 0, "queue_timeout": 0, "queue_wait": 5}
+    assert samples["hasten_estimated_wait_seconds", key] == 2.5
     assert samples["hasten_prefix_cache_hit_tokens_total", key] == 7
 
 

@@ -619,7 +619,7 @@ def test_a_queue_that_is_full_says_so(site: Site, client: openai.OpenAI) -> None
         with pytest.raises(openai.RateLimitError, match="max_queue_size is 1") as caught:
             client.completions.create(model="narrow", prompt="a")
         assert caught.value.code == "queue_full"
-        assert caught.value.response.headers["retry-after"] == "1"
+        assert int(caught.value.response.headers["retry-after"]) >= 1
         for stream in streams:
             stream.close()
         assert thread().status_code == 200

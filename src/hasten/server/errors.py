@@ -8,7 +8,7 @@ from hasten.core.errors import (
     InvalidRequestError,
     UnsupportedError,
 )
-from hasten.server.engine.client import QueueFullError, QueueTimeoutError
+from hasten.server.engine.client import QueueError, QueueFullError
 from hasten.server.protocol.tensors import about
 from hasten.server.types import ErrorKind, ServiceError
 
@@ -25,9 +25,8 @@ def service_error(error: HastenError, request_id: str = "") -> ServiceError:
     """An error as the service reports it: of the client's own making, of the server's state, or neither."""
     if isinstance(error, ServiceError):
         return error
-    if isinstance(error, QueueFullError):
-        return ServiceError(ErrorKind.UNAVAILABLE, f"{about(request_id)}Exceeds maximum queue size: {error}")
-    if isinstance(error, QueueTimeoutError):
-        return ServiceError(ErrorKind.UNAVAILABLE, f"{about(request_id)}Request timeout expired: {error}")
+    if isinstance(error, QueueError):
+        text = "Exceeds maximum queue size" if isinstance(error, QueueFullError) else "Request timeout expired"
+        return ServiceError(ErrorKind.UNAVAILABLE, f"{about(request_id)}{text}: {error}", error.retry_after)
     kind = next((kind for base, kind in _KINDS if isinstance(error, base)), ErrorKind.INTERNAL)
     return ServiceError(kind, str(error))

@@ -1,5 +1,6 @@
 """What errors look like over HTTP: Triton's shape, and OpenAI's under /v1."""
 
+import math
 from collections.abc import Mapping
 
 from starlette.responses import Response
@@ -18,6 +19,11 @@ STATUS = {
     ErrorKind.INTERNAL: 500,
 }
 _OPENAI_CODES = {401: "invalid_api_key", 404: "unknown_url"}
+
+
+def retry_after(seconds: float | None) -> int:
+    """Value of the header Retry-After: an estimate in whole seconds; 1 where there is none."""
+    return max(1, math.ceil(seconds or 0))
 
 
 def error_response(path: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:

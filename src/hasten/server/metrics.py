@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from hasten import __version__
 from hasten.server.access import AccessLog
+from hasten.server.engine.queue import QUEUE_REASONS
 from hasten.server.machine import CpuMeter, GpuMeter
 from hasten.server.statistics import Histogram, ModelCounters
 from hasten.server.types import ServiceError
@@ -189,6 +190,18 @@ class Metrics:
     def _engines(self) -> Iterable[Family]:
         restarts = {key: float(engine.restarts) for key, engine in self._service.engines().items()}
         yield _family("hasten_engine_restarts_total", "counter", "Times that a dead engine was started again", restarts)
+        refused = Family("hasten_requests_refused_total", "counter", "Requests that were not begun, by the reason")
+        for key, engine in self._service.engines().items():
+            for reason in QUEUE_REASONS:
+                refused.add({**_model(key), "reason": reason}, engine.refused[reason])
+        yield refused
+        waits = {key: engine.estimated_wait() for key, engine in self._service.engines().items()}
+        yield _family(
+            "hasten_estimated_wait_seconds",
+            "gauge",
+            "Estimated time until a request of default priority that came now would be begun",
+            {key: wait for key, wait in waits.items() if wait is not None},
+        )
         stats = {key: engine.stats() for key, engine in self._service.engines().items()}
         rows: Sequence[tuple[str, str, str, dict[Key, float]]] = (
             ("requests_running", "gauge", "Requests that have begun and are not finished",

@@ -175,7 +175,9 @@ class ModelOptions:
     decoupled: bool = option(False, "the token-id model streams: its clients must use ModelStreamInfer")
     max_batch: int | None = option(None, "maximum prompts per request (default: 1024)", type=int)
     max_queue_size: int = option(0, "maximum waiting requests, more are refused; 0: any number")
-    queue_timeout_secs: float = option(0.0, "maximum seconds that a request may wait; 0: any time")
+    queue_timeout_secs: float = option(
+        0.0, "maximum seconds that a request may wait; refused at once where the estimate is longer; 0: any time"
+    )
 
     def __post_init__(self) -> None:
         for name, least in (("max_batch", 1), ("max_queue_size", 0), ("queue_timeout_secs", 0)):

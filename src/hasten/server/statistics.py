@@ -11,7 +11,7 @@ from tritonclient.grpc import service_pb2
 
 from hasten.core.errors import EngineError, HastenError
 from hasten.core.types import FinishReason
-from hasten.server.engine.client import Progress, QueueFullError, QueueTimeoutError
+from hasten.server.engine.client import Progress, QueueError
 from hasten.server.models.work import Work
 
 
@@ -19,7 +19,7 @@ class FailureReason(Enum):
     """Why a request failed, as Triton's metrics tell it apart."""
 
     REJECTED = "REJECTED"
-    """The queue was full, or it waited for too long."""
+    """The queue was full, or it waited, or would have waited, for too long."""
     CANCELED = "CANCELED"
     """The client left."""
     BACKEND = "BACKEND"
@@ -255,7 +255,7 @@ class Tracked:
 
 def _reason(error: BaseException) -> FailureReason:
     cause = error.__cause__ if error.__cause__ is not None else error
-    if isinstance(cause, QueueFullError | QueueTimeoutError):
+    if isinstance(cause, QueueError):
         return FailureReason.REJECTED
     if isinstance(cause, EngineError):
         return FailureReason.BACKEND

@@ -37,9 +37,11 @@ class ErrorKind(Enum):
 class ServiceError(HastenError):
     """A request that the service refuses or could not finish; its message is for the client."""
 
-    def __init__(self, kind: ErrorKind, message: str) -> None:
+    def __init__(self, kind: ErrorKind, message: str, retry_after: float | None = None) -> None:
         super().__init__(shortened(message, LONGEST_MESSAGE))
         self.kind = kind
+        self.retry_after = retry_after
+        """Estimated seconds after which the server can take the request, where that is known."""
 
 
 @dataclass

@@ -6,6 +6,7 @@ Imports no torch. A request waits here, by priority and arrival, until the engin
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from operator import index
@@ -17,13 +18,14 @@ from hasten.engine.stats import EngineStats
 from hasten.engine.text import Tokenizer
 from hasten.server.engine.link import EngineLink
 from hasten.server.engine.queue import (
-    Progress,
+    QueueError,
     QueueFullError,
     QueueLimits,
     QueueTimeoutError,
+    QueueWaitError,
     RequestQueue,
-    Ticket,
 )
+from hasten.server.engine.ticket import Progress, Ticket
 from hasten.server.engine.wire import Abort, Add, CompletionDelta, EngineInfo, Expire, Step, framed
 from hasten.server.tokenizing import check_words, tokenizing
 
@@ -34,9 +36,11 @@ __all__ = [
     "EngineInfo",
     "EngineStats",
     "Progress",
+    "QueueError",
     "QueueFullError",
     "QueueLimits",
     "QueueTimeoutError",
+    "QueueWaitError",
 ]
 
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.5, 30.0
@@ -72,6 +76,12 @@ def _check_sizes(params: SamplingParams, vocab_size: int) -> None:
     check_words("bad_words", params.bad_words)
 
 
+def _may_stop(params: SamplingParams) -> bool:
+    """Whether anything but `max_tokens` may end a completion."""
+    ends = (params.stop, params.stop_token_ids, params.stop_words_ids, params.is_constrained, params.beam_width > 1)
+    return not params.ignore_eos or any(ends)
+
+
 class EngineClosedError(EngineError):
     """The engine takes no requests any more: it is being drained, or is closed."""
 
@@ -85,6 +95,8 @@ class EngineClient:
         self.tokenizer: Tokenizer | None = None
         self.restarts = 0
         """Times that a dead process was started again."""
+        self.refused: Counter[str] = Counter()
+        """Requests that the queue refused or gave up, by the reasons of QueueError."""
         self._config = config
         self._limits = limits
         self._queue = RequestQueue(limits)
@@ -154,15 +166,17 @@ class EngineClient:
 
         Each progress has what is new since the last one; without `stream` there is one, the finished one.
         `priority`: 1 is the highest, larger ones come later, 0 stands between 1 and 2. `queue_timeout`: seconds
-        that it may wait before it is begun; None is the engine's default, 0 for ever.
+        that it may wait before it is begun, if that is less than the engine's own limit.
 
-        Raises InvalidRequestError, QueueFullError, QueueTimeoutError, EngineClosedError where no new requests are
-        taken, and EngineError where the process died.
+        Raises InvalidRequestError, QueueError where it cannot be begun in time, EngineClosedError where no new
+        requests are taken, and EngineError where the process died.
         """
         _check_sizes(params, self.info.vocab_size)
+        self.check_wait(priority, queue_timeout)
         tokens = await self._tokens(prompt)
         ticket = self._ticket(tokens, await self._without_words(params), stream=stream, priority=priority)
-        self._submit(ticket, queue_timeout)
+        ticket.timeout = self._timeout(queue_timeout)
+        self._submit(ticket)
         try:
             while True:
                 progress = await ticket.read()
@@ -171,6 +185,27 @@ class EngineClient:
                     return
         finally:
             self._withdraw(ticket)
+
+    def estimated_wait(self, priority: int = 0) -> float | None:
+        """Seconds until a request that came now would be begun; None while too little is measured."""
+        return self._queue.estimated_wait(priority)
+
+    def check_wait(self, priority: int, queue_timeout: float | None) -> None:
+        """QueueWaitError where a request would have to wait for longer than it may: to refuse it before any work."""
+        try:
+            self._queue.check_wait(priority, self._timeout(queue_timeout))
+        except QueueError as error:
+            raise self._refusal(error, priority) from None
+
+    def _timeout(self, queue_timeout: float | None) -> float:
+        """Seconds that a request may wait, 0 for ever: the least of its own limit and the engine's."""
+        return min(filter(None, (queue_timeout, self._limits.default_timeout)), default=0.0)
+
+    def _refusal(self, error: QueueError, priority: int) -> QueueError:
+        """An error of the queue, counted, with what its client should know."""
+        self.refused[error.reason] += 1
+        error.retry_after = self.estimated_wait(priority)
+        return error
 
     @property
     def most_prompt_tokens(self) -> int:
@@ -189,13 +224,16 @@ class EngineClient:
         """Token ids of prompts; TextTooLongError where one is longer than may be, most often without tokenizing it."""
         if self.tokenizer is None:
             raise InvalidRequestError("the model has no tokenizer; send token ids, or start it with --tokenizer-path")
-        return await tokenizing.encode(
-            self.tokenizer,
-            texts,
-            most_tokens=self.most_prompt_tokens,
-            max_bytes=self._limits.max_text_bytes,
-            add_special_tokens=add_special_tokens,
-        )
+        try:
+            return await tokenizing.encode(
+                self.tokenizer,
+                texts,
+                most_tokens=self.most_prompt_tokens,
+                max_bytes=self._limits.max_text_bytes,
+                add_special_tokens=add_special_tokens,
+            )
+        except QueueError as error:
+            raise self._refusal(error, 0) from None
 
     async def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):
@@ -240,15 +278,18 @@ class EngineClient:
             frame = framed(Add(self._numbers, tokens, params, stream))
         except (OverflowError, ValueError, TypeError) as error:
             raise InvalidRequestError(f"the request cannot be passed to the engine: {error}") from None
-        return Ticket(self._numbers, tokens, max(params.n, params.beam_width), frame, priority)
+        most = params.max_length(len(tokens), self.info.max_model_len) - len(tokens)
+        width = max(params.n, params.beam_width)
+        return Ticket(self._numbers, tokens, width, frame, priority, most, _may_stop(params))
 
-    def _submit(self, ticket: Ticket, queue_timeout: float | None) -> None:
-        self._queue.put(ticket)
+    def _submit(self, ticket: Ticket) -> None:
+        try:
+            self._queue.put(ticket)
+        except QueueError as error:
+            raise self._refusal(error, ticket.priority) from None
         self._idle.clear()
-        seconds = self._limits.default_timeout if queue_timeout is None else queue_timeout
-        if seconds:
-            ticket.timeout = seconds
-            ticket.timer = asyncio.get_running_loop().call_later(seconds, self._expire, ticket)
+        if ticket.timeout:
+            ticket.timer = asyncio.get_running_loop().call_later(ticket.timeout, self._expire, ticket)
         self._send_next()
 
     def _expire(self, ticket: Ticket) -> None:
@@ -256,7 +297,11 @@ class EngineClient:
         if self._link is not None and self._queue.get(ticket.number) is not None:
             self._link.send(Expire(ticket.number))
         else:
-            self._end(ticket, ticket.timed_out())
+            self._end_late(ticket)
+
+    def _end_late(self, ticket: Ticket) -> None:
+        text = f"the request was not begun within {ticket.timeout:g} s of waiting; try again later"
+        self._end(ticket, self._refusal(QueueTimeoutError(text), ticket.priority))
 
     def _end(self, ticket: Ticket | None, error: HastenError) -> None:
         """End a request with an error; None, if it has ended already."""
@@ -294,19 +339,17 @@ class EngineClient:
                     queue.set_compiling(ticket, compiling)
         if step.compiling:
             self._send_next()
-        for number in step.started:
-            if (ticket := queue.get(number)) is not None:
-                ticket.begin(step.began)
+        queue.observe(step, self._heard)
         for refusal in step.refused:
             self._end(queue.get(refusal.id), error_of(refusal.kind, refusal.message))
         for number in step.expired:
             if (ticket := queue.get(number)) is not None:
-                self._end(ticket, ticket.timed_out())
+                self._end_late(ticket)
         for output in step.outputs:
             if (ticket := queue.get(output.id)) is not None:
                 ticket.push(output)
                 if output.finished:
-                    queue.remove(ticket)
+                    queue.finish(ticket)
                     self._after_removal()
 
     async def _watch(self) -> None:
@@ -340,7 +383,7 @@ class EngineClient:
         self._ready_since = time.monotonic()
         self.info = replace(info, load_seconds=self._ready_since - began)
         self._now = EngineStats(num_blocks=info.num_blocks)
-        self._queue.places = info.max_num_seqs
+        self._queue.attach(info.max_num_seqs)
         self._link = link
         link.lost.add_done_callback(lambda _: self._on_loss(link))
         self._send_next()

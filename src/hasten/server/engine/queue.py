@@ -1,27 +1,48 @@
 """Requests of one engine as the server knows them: where each stands, and who goes to the engine next."""
 
-import asyncio
-import time
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 
 from hasten.core.errors import HastenError
-from hasten.core.types import Logprob
-from hasten.server.engine.wire import CompletionDelta, Output
+from hasten.server.engine.ticket import Ticket, rank_of
+from hasten.server.engine.wait import MOST_SIMULATED, WaitEstimator
+from hasten.server.engine.wire import Step
 
-_DEFAULT_RANK = 1.5
-"""Where requests without a priority stand: behind priority 1, before all larger ones."""
 _SLACK = 8
 """One sequence more for each so many that may run waits in the engine, and fills a free place in the very next step."""
 
 
-class QueueFullError(HastenError):
+class QueueError(HastenError):
+    """A request that the queue refuses, or gives up: the server has more work than it can do in time."""
+
+    reason = "other"
+    """In metrics and in error codes."""
+    retry_after: float | None = None
+    """Estimated seconds until what waits now has begun; None where nothing is known of that."""
+
+
+class QueueFullError(QueueError):
     """Too many requests wait already."""
 
+    reason = "queue_full"
 
-class QueueTimeoutError(HastenError):
+
+class QueueTimeoutError(QueueError):
     """A request has waited for as long as it may, and was not begun."""
+
+    reason = "queue_timeout"
+
+
+class QueueWaitError(QueueError):
+    """A request would have to wait for longer than it may."""
+
+    reason = "queue_wait"
+
+
+QUEUE_REASONS = tuple(kind.reason for kind in (QueueFullError, QueueTimeoutError, QueueWaitError))
+"""Why the queue refuses requests, or gives them up."""
 
 
 @dataclass(frozen=True)
@@ -40,134 +61,30 @@ class QueueLimits:
     """Longer texts are refused where the tokenizer sets no bound on the bytes of a token."""
 
 
-@dataclass
-class Progress:
-    """What is new of a request since its last progress."""
-
-    completions: list[CompletionDelta]
-    finished: bool
-    prompt_token_ids: tuple[int, ...] = ()
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    """One entry a prompt token, with the first progress."""
-    queue_seconds: float | None = None
-    """Time until the engine began to compute it, with the first progress."""
-
-    def merge(self, later: "Progress") -> None:
-        """Take in what came after it."""
-        known = {delta.index: delta for delta in self.completions}
-        for delta in later.completions:
-            before = known.get(delta.index)
-            if before is None:
-                self.completions.append(delta)
-            else:
-                _extend(before, delta)
-        self.finished = later.finished
-
-
-def _extend(delta: CompletionDelta, later: CompletionDelta) -> None:
-    delta.token_ids += later.token_ids
-    delta.text += later.text
-    if delta.logprobs is not None and later.logprobs is not None:
-        delta.logprobs += later.logprobs
-    delta.cumulative_logprob = later.cumulative_logprob
-    delta.finish_reason, delta.stop_reason = later.finish_reason, later.stop_reason
-
-
-@dataclass(eq=False)
-class Ticket:
-    """One request on its way. What its reader has not taken yet is kept as one progress, however slow the reader is."""
-
-    number: int
-    prompt_token_ids: tuple[int, ...]
-    width: int
-    """Sequences that it takes in the engine."""
-    frame: bytearray
-    """The message that brings it to the engine."""
-    priority: int = 0
-    timeout: float = 0.0
-    """Seconds that it may wait; 0: for ever."""
-    timer: asyncio.TimerHandle | None = None
-    """Asks after it when it has waited for so long."""
-    compiling: bool = False
-    """Whether the engine has it, but waits for its grammar: it takes none of the engine's places then."""
-    ahead: bool = False
-    """Whether it is with the engine although the engine has no place for it yet."""
-    begun: float | None = None
-    """When the engine began to compute it."""
-    arrived: float = field(default_factory=time.monotonic)
-    _pending: Progress | None = None
-    _error: HastenError | None = None
-    _reader: "asyncio.Future[None] | None" = None
-    _told: bool = False
-
-    @property
-    def order(self) -> tuple[float, int]:
-        """Whose turn it is: by priority, then by arrival."""
-        return (self.priority or _DEFAULT_RANK, self.number)
-
-    def begin(self, now: float) -> None:
-        """The engine computes it: the end of its wait."""
-        self.begun, self.ahead = now, False
-        self.stop_timer()
-
-    def stop_timer(self) -> None:
-        """It may take as long as it likes from now on."""
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
-
-    def timed_out(self) -> QueueTimeoutError:
-        """The error of a request that was not begun in time."""
-        return QueueTimeoutError(f"the request was not begun within {self.timeout:g} s of waiting; try again later")
-
-    def push(self, output: Output) -> None:
-        """Give its reader more."""
-        progress = Progress(output.completions, output.finished)
-        if not self._told:
-            self._told = True
-            progress.prompt_token_ids, progress.prompt_logprobs = self.prompt_token_ids, output.prompt_logprobs
-            progress.queue_seconds = max(0.0, (self.begun or time.monotonic()) - self.arrived)
-        if self._pending is None:
-            self._pending = progress
-        else:
-            self._pending.merge(progress)
-        self._wake()
-
-    def fail(self, error: HastenError) -> None:
-        """Give its reader an error, after what came before it."""
-        self.stop_timer()
-        self._error = error
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
-
-    async def read(self) -> Progress:
-        """What is new; waits for it. Raises the error that ended the request."""
-        while self._pending is None and self._error is None:
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
-        progress, self._pending = self._pending, None
-        if progress is not None:
-            return progress
-        assert self._error is not None
-        raise self._error
-
-
 class RequestQueue:
     """Who waits here, and who is with the engine: at most as many sequences as it runs, and a few more."""
 
     def __init__(self, limits: QueueLimits) -> None:
-        self.places = 1
-        """Sequences that the engine runs at once."""
         self._limits = limits
+        self._places = 1
+        """Sequences that the engine runs at once."""
+        self._waits = WaitEstimator(self._places)
+        self._estimates: dict[int, float | None] = {}
+        """By the number of requests waiting here in front; until something changes."""
         self._waiting: list[Ticket] = []
         """In the order of their turns."""
         self._waiting_bytes = 0
         self._sent: dict[int, Ticket] = {}
-        self._sequences = 0
-        """Of the requests with the engine."""
+        self._sequences = self._begun = 0
+        """Of the requests with the engine, and of those that it has begun."""
+        self._compiling = 0
+        """Requests with the engine that wait for their grammars."""
+
+    def attach(self, places: int) -> None:
+        """A process of the engine is ready that runs so many sequences at once; nothing is measured of it yet."""
+        self._places = places
+        self._waits = WaitEstimator(places)
+        self._estimates.clear()
 
     @property
     def num_waiting(self) -> int:
@@ -185,11 +102,53 @@ class RequestQueue:
         return self._sequences > 0
 
     def put(self, ticket: Ticket) -> None:
-        """Queue a request. QueueFullError where it would have to wait and no more may."""
-        if self._waiting or self._sequences + ticket.width > self.places:
+        """Queue a request.
+
+        QueueFullError where it would have to wait and no more may, QueueWaitError where it would wait for too long.
+        """
+        if self._waiting or self._sequences + ticket.width > self._places:
             self._check_room(ticket)
+        self.check_wait(ticket.priority, ticket.timeout)
         insort(self._waiting, ticket, key=_order)
         self._waiting_bytes += len(ticket.frame)
+        self._estimates.clear()
+
+    def check_wait(self, priority: int, timeout: float) -> None:
+        """QueueWaitError where a request would wait for longer than `timeout` seconds; 0: it may wait for ever."""
+        wait = self.estimated_wait(priority) if timeout else None
+        if wait is not None and wait > timeout:
+            raise QueueWaitError(
+                f"the request would wait for about {wait:.2g} s, and may wait for {timeout:g} s; try again later"
+            )
+
+    def estimated_wait(self, priority: int = 0) -> float | None:
+        """Seconds until the engine would begin a request that came now; None while too little is known."""
+        place = bisect_left(self._waiting, (rank_of(priority), float("inf")), key=_order)
+        if place not in self._estimates:
+            self._estimates[place] = self._estimate(place)
+        return self._estimates[place]
+
+    def _estimate(self, place: int) -> float | None:
+        running = [ticket for ticket in self._sent.values() if ticket.begun is not None]
+        front = [ticket for ticket in self._sent.values() if ticket.begun is None and not ticket.compiling]
+        count = len(front) + place
+        front += islice(self._waiting, min(place, MOST_SIMULATED))
+        return self._waits.seconds(running, front, count)
+
+    def observe(self, step: Step, now: float) -> None:
+        """Take in what the engine says of its state, and of the requests that it has begun."""
+        self._estimates.clear()
+        begun = [ticket for number in step.started if (ticket := self._sent.get(number)) is not None]
+        for ticket in begun:
+            ticket.begin(step.began, step.stats.steps)
+            self._begun += ticket.width
+        holds_back = step.stats.waiting > self._compiling and self._begun < self._places
+        self._waits.observe(step.stats, now, begun, holds_back=holds_back)
+
+    def finish(self, ticket: Ticket) -> None:
+        """A request has its last token."""
+        self._waits.ended(ticket)
+        self.remove(ticket)
 
     def _check_room(self, ticket: Ticket) -> None:
         limit, most = self._limits.max_queue_size, self._limits.max_queue_bytes
@@ -208,11 +167,12 @@ class RequestQueue:
 
     def next_for_engine(self) -> Iterator[Ticket]:
         """Requests that go to the engine now, strictly in their order. The last may take more places than are left."""
-        room = self.places + max(1, self.places // _SLACK)
+        room = self._places + max(1, self._places // _SLACK)
+        self._estimates.clear()
         while self._waiting and self._sequences < room:
             ticket = self._waiting.pop(0)
             self._waiting_bytes -= len(ticket.frame)
-            ticket.ahead = self._sequences > 0 and self._sequences + ticket.width > self.places
+            ticket.ahead = self._sequences > 0 and self._sequences + ticket.width > self._places
             self._sequences += ticket.width
             self._sent[ticket.number] = ticket
             yield ticket
@@ -222,12 +182,17 @@ class RequestQueue:
         if ticket.compiling != compiling:
             ticket.compiling = compiling
             self._sequences += -ticket.width if compiling else ticket.width
+            self._compiling += 1 if compiling else -1
+            self._estimates.clear()
 
     def remove(self, ticket: Ticket) -> bool:
         """Forget a request wherever it stands; whether the engine has it."""
         ticket.stop_timer()
+        self._estimates.clear()
         if self._sent.pop(ticket.number, None) is not None:
             self._sequences -= 0 if ticket.compiling else ticket.width
+            self._begun -= 0 if ticket.begun is None else ticket.width
+            self._compiling -= ticket.compiling
             return True
         place = bisect_left(self._waiting, ticket.order, key=_order)
         if place < len(self._waiting) and self._waiting[place] is ticket:
@@ -237,7 +202,9 @@ class RequestQueue:
 
     def take_sent(self) -> list[Ticket]:
         """Forget the requests that the engine has, and return them."""
-        sent, self._sent, self._sequences = list(self._sent.values()), {}, 0
+        sent, self._sent = list(self._sent.values()), {}
+        self._sequences = self._begun = self._compiling = 0
+        self._estimates.clear()
         return sent
 
     def take_all(self) -> list[Ticket]:

@@ -85,7 +85,7 @@ class Ensemble:
                 async for outcome in outcomes:
                     yield outcome
         except ServiceError as error:
-            raise ServiceError(error.kind, f"in ensemble '{self._name}', {error}") from error
+            raise ServiceError(error.kind, f"in ensemble '{self._name}', {error}", error.retry_after) from error
 
     async def close(self, timeout: float) -> None:
         """It holds nothing."""

@@ -61,6 +61,8 @@ class Call:
     choices: Choices
     kind: str
     """text_completion or chat.completion."""
+    queue_timeout: float | None = None
+    """Seconds that its prompts may wait before they are begun; None: as long as the engine lets them."""
     prompts_only: bool = False
     """Whether prompts are to be given back and nothing is to follow them."""
 
@@ -117,7 +119,8 @@ class Call:
         return _merged([self._generate(prompt, stream=stream) for prompt in self.prompts])
 
     def _generate(self, prompt: list[int], *, stream: bool) -> AsyncGenerator[Progress, None]:
-        made = self.client.generate(prompt, self.params, stream=stream, priority=self.request.priority or 0)
+        priority, timeout = self.request.priority or 0, self.queue_timeout
+        made = self.client.generate(prompt, self.params, stream=stream, priority=priority, queue_timeout=timeout)
         if self.counters is not None:
             return self.counters.measured(made, stream=stream)
         return made

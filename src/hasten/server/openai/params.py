@@ -1,7 +1,7 @@
 """From a request of OpenAI's API to sampling parameters, and its errors in OpenAI's form."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -11,7 +11,8 @@ from starlette.responses import Response
 from hasten.core.errors import EngineError, HastenError, InvalidRequestError
 from hasten.core.text import shortened
 from hasten.core.types import SamplingParams
-from hasten.server.engine.client import QueueFullError, QueueTimeoutError
+from hasten.server.engine.client import QueueError
+from hasten.server.http_errors import retry_after
 from hasten.server.json_size import check_json_size
 from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest
 from hasten.server.types import LONGEST_MESSAGE, ErrorKind, ServiceError
@@ -33,7 +34,8 @@ _PASSED_ON = (
 _FIELDS = {*CompletionRequest.__struct_fields__, *ChatRequest.__struct_fields__}
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for a text that is none, or is nested too deeply."""
-_RETRY_AFTER_S = 1
+QUEUE_TIMEOUT = "x-queue-timeout-ms"
+_MOST_DIGITS = 15
 _FIELD = re.compile(r"`\$\.(\w+)|(?:key|unknown|required) field `(\w+)`|in `\$\.(\w+)")
 
 Decoded = TypeVar("Decoded", bound=GenerationRequest)
@@ -62,6 +64,16 @@ def decode(body: bytes, kind: type[Decoded]) -> Decoded:
         raise OpenAIError(f"the body is not valid JSON: {error}") from error
 
 
+def queue_timeout(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a request may wait before it is begun, from its headers; None where they do not say."""
+    text = headers.get(QUEUE_TIMEOUT)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and 0 < len(text) <= _MOST_DIGITS and int(text) > 0):
+        raise OpenAIError(f"the header {QUEUE_TIMEOUT} must be a whole number of milliseconds from 1 on")
+    return int(text) / 1e3
+
+
 def error_answer(error: Exception) -> tuple[int, bytes]:
     """HTTP status and body for an error."""
     status, kind, code, param = _classified(error)
@@ -78,8 +90,8 @@ def _classified(error: Exception) -> tuple[int, str, str | None, str | None]:
     if isinstance(error, InvalidRequestError):
         named = re.split(r"\W", str(error), maxsplit=1)[0]
         return 400, "invalid_request_error", None, named if named in _FIELDS else None
-    if isinstance(error, QueueFullError | QueueTimeoutError):
-        return 429, "rate_limit_error", "queue_full" if isinstance(error, QueueFullError) else "queue_timeout", None
+    if isinstance(error, QueueError):
+        return 429, "rate_limit_error", error.reason, None
     if isinstance(error, EngineError) or (isinstance(error, ServiceError) and error.kind is ErrorKind.UNAVAILABLE):
         return 503, "server_error", "service_unavailable", None
     return 500, "server_error", None, None
@@ -88,7 +100,8 @@ def _classified(error: Exception) -> tuple[int, str, str | None, str | None]:
 def error_response(error: Exception) -> Response:
     """The response to a request that failed before its first token."""
     status, body = error_answer(error)
-    headers = {"retry-after": str(_RETRY_AFTER_S)} if status in (429, 503) else None
+    wait = error.retry_after if isinstance(error, QueueError | ServiceError) else None
+    headers = {"retry-after": str(retry_after(wait))} if status in (429, 503) else None
     return Response(body, status, headers, media_type="application/json")
 
 

@@ -33,8 +33,9 @@ from hasten.server.openai.params import (
     completion_params,
     decode,
     error_response,
+    queue_timeout,
 )
-from hasten.server.openai.types import ChatRequest, CompletionRequest
+from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest
 from hasten.server.sse import EventStream, unless_gone
 from hasten.server.statistics import LanguageCounters
 from hasten.server.tokenizing import SHORT_TEXT, tokenizing
@@ -130,6 +131,7 @@ class _Api:
         params = completion_params(asked, len(prompts))
         if asked.echo and client.tokenizer is None:
             raise OpenAIError("echo needs a tokenizer, and the model has none", param="echo")
+        timeout = _checked_wait(request, asked, client)
         tokens = await _tokenized(prompts, client, "prompt", add_special_tokens=True)
         hidden = bool(asked.echo) and asked.max_tokens == 0
         texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
@@ -137,7 +139,7 @@ class _Api:
         made = CompletionChoices(count, bool(asked.echo), hidden, client.tokenizer, texts)
         choices = made if params.n == count else BestChoices(made, with_logprobs=asked.logprobs is not None)
         return await _respond(
-            request, Call(asked, client, counters, tokens, params, choices, "text_completion", hidden)
+            request, Call(asked, client, counters, tokens, params, choices, "text_completion", timeout, hidden)
         )
 
     async def chat(self, request: Request) -> Response:
@@ -147,12 +149,14 @@ class _Api:
         template = await self._template(client)
         if template is None:
             raise OpenAIError("the model's tokenizer has no chat template; use /v1/completions")
+        timeout = _checked_wait(request, asked, client)
         # The template writes special tokens itself.
         prompt = await _chat_prompt(asked, template, client)
         tokens = await _tokenized([prompt], client, "messages", add_special_tokens=False)
         params = chat_params(asked, client.info.max_model_len - len(tokens[0]))
         choices = ChatChoices(bool(asked.stream), asked.top_logprobs or 0)
-        return await _respond(request, Call(asked, client, counters, tokens, params, choices, "chat.completion"))
+        call = Call(asked, client, counters, tokens, params, choices, "chat.completion", timeout)
+        return await _respond(request, call)
 
     async def _template(self, client: EngineClient) -> ChatTemplate | None:
         folder = client.info.tokenizer_folder
@@ -161,6 +165,13 @@ class _Api:
         if client not in self._templates:
             self._templates[client] = await asyncio.to_thread(ChatTemplate.from_folder, folder)
         return self._templates[client]
+
+
+def _checked_wait(request: Request, asked: GenerationRequest, client: EngineClient) -> float | None:
+    """Seconds that a request may wait; QueueWaitError, before its prompt costs anything, where that is too short."""
+    timeout = queue_timeout(request.headers)
+    client.check_wait(asked.priority or 0, timeout)
+    return timeout
 
 
 async def _chat_prompt(asked: ChatRequest, template: ChatTemplate, client: EngineClient) -> str:

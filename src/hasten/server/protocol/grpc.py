@@ -15,6 +15,7 @@ from tritonclient.grpc import service_pb2 as pb
 from hasten.core.errors import HastenError
 from hasten.server.by_size import by_size
 from hasten.server.errors import service_error
+from hasten.server.http_errors import retry_after
 from hasten.server.protocol.grpc_stream import MAX_STREAM_BYTES, ReceivedInfer, received_infer, stream_infer
 from hasten.server.protocol.http import require_known_model
 from hasten.server.protocol.proto import infer_response, parsed, parsed_infer
@@ -43,6 +44,8 @@ INTERNAL = "internal error; the server's log says more"
 _OPEN_CALLS = ("ServerLive", "ServerReady")
 """What needs no key: a cluster's probes have none."""
 _DECOUPLED = "ModelInfer RPC doesn't support models with decoupled transaction policy"
+_PUSHBACK = "grpc-retry-pushback-ms"
+"""Of trailing metadata: when gRPC's own retries try again."""
 _SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"
 """HealthCheckResponse, serialized."""
 _log = logging.getLogger(__name__)
@@ -301,9 +304,17 @@ def _answering(
         except Exception:
             _log.exception("a gRPC call failed")
             known = ServiceError(ErrorKind.INTERNAL, INTERNAL)
+        if known.kind is ErrorKind.UNAVAILABLE:
+            _set_retry_after(context, retry_after(known.retry_after))
         await context.abort(STATUS[known.kind], str(known))
 
     return answer
+
+
+def _set_retry_after(context: Any, seconds: int) -> None:
+    """Put it into the trailing metadata, where a client's retry policy finds it."""
+    known = context.trailing_metadata() or ()
+    context.set_trailing_metadata((*known, (_PUSHBACK, str(1000 * seconds)), ("retry-after", str(seconds))))
 
 
 async def _admit(context: Any, keys: ApiKeys | None) -> None:

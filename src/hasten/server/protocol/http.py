@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from hasten.core.errors import HastenError
 from hasten.server.by_size import SMALL, by_size
 from hasten.server.errors import service_error
-from hasten.server.http_errors import STATUS, error_response
+from hasten.server.http_errors import STATUS, error_response, retry_after
 from hasten.server.json_size import check_declared_size
 from hasten.server.protocol.bodies import dump_json, parse_object
 from hasten.server.protocol.http_infer import InferRoutes, named_model
@@ -313,7 +313,8 @@ async def _failed(request: Request, error: Exception) -> Response:
         return error_response(request.url.path, error.status_code, error.detail)
     if isinstance(error, HastenError):
         known = service_error(error)
-        return error_response(request.url.path, STATUS[known.kind], str(known))
+        headers = {"retry-after": str(retry_after(known.retry_after))} if known.kind is ErrorKind.UNAVAILABLE else None
+        return error_response(request.url.path, STATUS[known.kind], str(known), headers)
     _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return error_response(request.url.path, 500, "internal error; the server's log says more")
 

@@ -1,0 +1,142 @@
+"""One request on its way to its reader: what the engine has computed of it and the reader has not taken yet."""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from hasten.core.errors import HastenError
+from hasten.core.types import FinishReason, Logprob
+from hasten.server.engine.wire import CompletionDelta, Output
+
+_DEFAULT_RANK = 1.5
+"""Where requests without a priority stand: behind priority 1, before all larger ones."""
+
+
+def rank_of(priority: int) -> float:
+    """The place of a priority among the others: smaller ones go first."""
+    return priority or _DEFAULT_RANK
+
+
+@dataclass
+class Progress:
+    """What is new of a request since its last progress."""
+
+    completions: list[CompletionDelta]
+    finished: bool
+    prompt_token_ids: tuple[int, ...] = ()
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """One entry a prompt token, with the first progress."""
+    queue_seconds: float | None = None
+    """Time until the engine began to compute it, with the first progress."""
+
+    def merge(self, later: "Progress") -> None:
+        """Take in what came after it."""
+        known = {delta.index: delta for delta in self.completions}
+        for delta in later.completions:
+            before = known.get(delta.index)
+            if before is None:
+                self.completions.append(delta)
+            else:
+                _extend(before, delta)
+        self.finished = later.finished
+
+
+def _extend(delta: CompletionDelta, later: CompletionDelta) -> None:
+    delta.token_ids += later.token_ids
+    delta.text += later.text
+    if delta.logprobs is not None and later.logprobs is not None:
+        delta.logprobs += later.logprobs
+    delta.cumulative_logprob = later.cumulative_logprob
+    delta.finish_reason, delta.stop_reason = later.finish_reason, later.stop_reason
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One request on its way. What its reader has not taken yet is kept as one progress, however slow the reader is."""
+
+    number: int
+    prompt_token_ids: tuple[int, ...]
+    width: int
+    """Sequences that it takes in the engine."""
+    frame: bytearray
+    """The message that brings it to the engine."""
+    priority: int = 0
+    max_tokens: int = 1
+    """Most tokens of each of its completions."""
+    may_stop: bool = False
+    """Whether a completion may end before `max_tokens`."""
+    timeout: float = 0.0
+    """Seconds that it may wait; 0: for ever."""
+    timer: asyncio.TimerHandle | None = None
+    """Asks after it when it has waited for so long."""
+    compiling: bool = False
+    """Whether the engine has it, but waits for its grammar: it takes none of the engine's places then."""
+    ahead: bool = False
+    """Whether it is with the engine although the engine has no place for it yet."""
+    begun: float | None = None
+    """When the engine began to compute it."""
+    begun_step: int = 0
+    """The engine's count of steps at that time."""
+    tokens: int = 0
+    """Tokens that have come, of all its completions."""
+    stops: int = 0
+    """Completions that ended before their `max_tokens`."""
+    arrived: float = field(default_factory=time.monotonic)
+    _pending: Progress | None = None
+    _error: HastenError | None = None
+    _reader: "asyncio.Future[None] | None" = None
+    _told: bool = False
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """Whose turn it is: by priority, then by arrival."""
+        return (rank_of(self.priority), self.number)
+
+    def begin(self, now: float, step: int = 0) -> None:
+        """The engine computes it: the end of its wait."""
+        self.begun, self.begun_step, self.ahead = now, step, False
+        self.stop_timer()
+
+    def stop_timer(self) -> None:
+        """It may take as long as it likes from now on."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+    def push(self, output: Output) -> None:
+        """Give its reader more."""
+        for delta in output.completions:
+            self.tokens += len(delta.token_ids)
+            if delta.finish_reason is FinishReason.STOP:
+                self.stops += 1
+        progress = Progress(output.completions, output.finished)
+        if not self._told:
+            self._told = True
+            progress.prompt_token_ids, progress.prompt_logprobs = self.prompt_token_ids, output.prompt_logprobs
+            progress.queue_seconds = max(0.0, (self.begun or time.monotonic()) - self.arrived)
+        if self._pending is None:
+            self._pending = progress
+        else:
+            self._pending.merge(progress)
+        self._wake()
+
+    def fail(self, error: HastenError) -> None:
+        """Give its reader an error, after what came before it."""
+        self.stop_timer()
+        self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def read(self) -> Progress:
+        """What is new; waits for it. Raises the error that ended the request."""
+        while self._pending is None and self._error is None:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        progress, self._pending = self._pending, None
+        if progress is not None:
+            return progress
+        assert self._error is not None
+        raise self._error
