@@ -17,7 +17,7 @@ from hasten.bench.kernels import Ceilings, Result
 from hasten.cli.main import main
 from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import ConfigError
-from hasten.ops.sum import Sum
+from hasten.ops.partial_sum import PartialSum
 
 pytest.importorskip("triton")
 
@@ -89,7 +89,7 @@ def test_kernels_agree_with_their_definitions(name: str, monkeypatch: pytest.Mon
 def test_inputs_that_take_turns_differ() -> None:
     case = named("layer_norm 64 rows")
     sums = [call.kernel.args[0] for call in (case.make(), case.make())]  # type: ignore[attr-defined]
-    assert all(isinstance(sum_, Sum) for sum_ in sums)
+    assert all(isinstance(sum_, PartialSum) for sum_ in sums)
     assert not torch.equal(sums[0].parts, sums[1].parts)
 
 

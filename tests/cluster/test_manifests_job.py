@@ -19,7 +19,7 @@ from hasten.cluster.manifests.pod import literal, toleration
 from hasten.cluster.spec import TrainingJob
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.core.ports import free_port
-from hasten.parallel.place import RankPlace, place_from_environment
+from hasten.parallel.rank import RankInfo, rank_from_environment
 
 TEXTS = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"))
 FEW = settings(max_examples=40, deadline=None)
@@ -207,5 +207,5 @@ def test_torchrun_in_two_pods_gives_hasten_its_ranks(tmp_path: Path) -> None:
         for pod in pods:
             pod.kill()
             pod.communicate()
-    places = [place_from_environment(json.loads(out.partition("VARIABLES ")[2])) for out, _ in told]
-    assert places == [RankPlace(rank, 2, 1, "127.0.0.1", int(port)) for rank in (0, 1)], told
+    places = [rank_from_environment(json.loads(out.partition("VARIABLES ")[2])) for out, _ in told]
+    assert places == [RankInfo(rank, 2, 1, "127.0.0.1", int(port)) for rank in (0, 1)], told

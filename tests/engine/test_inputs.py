@@ -127,8 +127,8 @@ def expect_plan(meta: ops.AttentionMeta, query_rows: list[int]) -> None:
             assert out_row + place not in found
             found[out_row + place] = (query_row + place, sequence, position + place + 1)
     keys: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for sequence, query_row, out_row, first, end, length, place, runs in _items(meta.plan.runs):
-        assert len(keys[out_row]) == place < runs
+    for sequence, query_row, out_row, first, end, length, place, splits in _items(meta.plan.splits):
+        assert len(keys[out_row]) == place < splits
         keys[out_row].append((first, end))
         found[out_row] = (query_row, sequence, length)
     for out_row, pieces in keys.items():
@@ -165,20 +165,20 @@ def test_every_batch_of_a_busy_scheduler(seed: int, planned: bool, overlap: bool
         assert tokens.any_pending == bool(pending)
         assert tokens.positions.tolist() == [position for _, first, end in work for position in range(first, end)]
         expect_meta(tokens.meta, work, block_size, blocks)
-        assert tokens.meta.rows is None
-        last = tokens.meta.last
+        assert tokens.meta.output_indices is None
+        last = tokens.meta.output_part
         assert (last is None) == (batch.needed == batch.counts)
         if last is not None:
             needed = zip(work, batch.needed, strict=True)
             expect_meta(last, [(s, end - n, end) for (s, _, end), n in needed if n], block_size, blocks)
-            assert last.rows is not None
+            assert last.output_indices is not None
             rows = [
                 row
                 for end, n in zip(np.cumsum(batch.counts).tolist(), batch.needed, strict=True)
                 for row in range(end - n, end)
             ]
-            assert last.rows.tolist() == rows
-            assert last.last is None
+            assert last.output_indices.tolist() == rows
+            assert last.output_part is None
             if planned:
                 expect_plan(last, rows)
         if planned:
@@ -226,9 +226,9 @@ def test_rows_of_tables_are_kept_while_there_is_room_and_follow_every_change(mak
 
 @pytest.mark.parametrize(("tokens", "sequences"), [(1, 1), (12, 1), (12, 5), (12, 12), (900, 3)])
 @pytest.mark.parametrize("planned", [False, True], ids=["cpu", "planned"])
-def test_a_rehearsal_stores_nothing_and_stays_within_the_tables(tokens: int, sequences: int, planned: bool) -> None:
+def test_a_rehearsal_stores_nothing_and_stay_within_the_tables(tokens: int, sequences: int, planned: bool) -> None:
     inputs = Inputs(BlockTables(16, 10), 4, PLANNER if planned else None, CPU)
-    made = inputs.rehearsal(tokens, sequences)
+    made = inputs.warmup_tokens(tokens, sequences)
     assert made.ids.shape == made.positions.shape == (tokens,)
     assert not made.ids.any()
     assert not made.any_pending
@@ -239,10 +239,10 @@ def test_a_rehearsal_stores_nothing_and_stays_within_the_tables(tokens: int, seq
     assert max(made.meta.kv_lens) <= 40
     assert not made.meta.block_tables.any()
     if tokens > sequences:
-        assert made.meta.last is not None
-        assert made.meta.last.query_lens == [1] * sequences
+        assert made.meta.output_part is not None
+        assert made.meta.output_part.query_lens == [1] * sequences
     else:
-        assert made.meta.last is None
+        assert made.meta.output_part is None
 
 
 # --- steps of single tokens -------------------------------------------------------------------------------------------
@@ -260,9 +260,9 @@ def pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", empty)
 
 
-@pytest.mark.parametrize(("size", "runs", "blocks"), [(1, 2, 1), (4, 9, 33), (24, 48, 7), (256, 512, 128)])
-def test_sections_of_a_layout_begin_at_lines_and_lie_apart(size: int, runs: int, blocks: int) -> None:
-    layout = DecodeLayout(size, runs, blocks)
+@pytest.mark.parametrize(("size", "splits", "blocks"), [(1, 2, 1), (4, 9, 33), (24, 48, 7), (256, 512, 128)])
+def test_sections_of_a_layout_begin_at_lines_and_lie_apart(size: int, splits: int, blocks: int) -> None:
+    layout = DecodeLayout(size, splits, blocks)
     whole = torch.zeros(layout.total, dtype=torch.int32)
     views = layout.views(whole)
     assert {name: tuple(view.shape) for name, view in views.items()} == {
@@ -270,7 +270,7 @@ def test_sections_of_a_layout_begin_at_lines_and_lie_apart(size: int, runs: int,
         "positions": (size,),
         "slots": (size,),
         "seq_lens": (size,),
-        "runs": (runs, plan.RUN_COLUMNS),
+        "splits": (splits, plan.SPLIT_COLUMNS),
         "tables": (size, blocks),
     }
     for number, view in enumerate(views.values(), start=1):
@@ -290,14 +290,14 @@ def test_what_is_put_into_a_layout_is_what_the_model_reads() -> None:
     views, tokens = layout.views(whole), layout.tokens(whole)
     meta = tokens.meta
     assert meta.plan is not None
-    assert meta.plan.runs is not None
+    assert meta.plan.splits is not None
     for name, read in {
         "ids": tokens.ids,
         "positions": tokens.positions,
         "slots": meta.slot_mapping,
         "seq_lens": meta.seq_lens,
         "tables": meta.block_tables,
-        "runs": meta.plan.runs,
+        "splits": meta.plan.splits,
     }.items():
         assert torch.equal(read, views[name])
         assert read.data_ptr() == views[name].data_ptr()  # so a graph reads what the next step writes
@@ -305,8 +305,8 @@ def test_what_is_put_into_a_layout_is_what_the_model_reads() -> None:
     assert tokens.any_pending
     assert meta.query_lens == [1] * 5
     assert meta.num_tokens == 5
-    assert meta.rows is None
-    assert meta.last is None
+    assert meta.output_indices is None
+    assert meta.output_part is None
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["steps", "overlapped"])
@@ -343,16 +343,16 @@ def expect_single(tokens: Tokens, batch: Batch, run: Run, block_size: int, room:
         needed = position // block_size + 1
         assert table[:needed] == sequence.block_table[:needed]
     assert meta.plan is not None
-    assert meta.plan.runs is not None
+    assert meta.plan.splits is not None
     keys: dict[int, list[int]] = defaultdict(list)
-    for sequence, query_row, out_row, first, end, length, place, runs in meta.plan.runs.tolist():
+    for sequence, query_row, out_row, first, end, length, place, splits in meta.plan.splits.tolist():
         if sequence < 0:
-            assert runs == 1  # and nothing else of it is read
+            assert splits == 1  # and nothing else of it is read
             continue
         assert query_row == out_row == sequence
         assert length == positions[sequence] + 1
         assert len(keys[sequence]) < length
-        assert place < runs
+        assert place < splits
         keys[sequence] += range(first, end)
     assert sorted(keys) == list(range(count))
     for row, position in enumerate(positions):

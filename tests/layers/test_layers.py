@@ -30,19 +30,19 @@ HIDDEN, BLOCK_SIZE = 48, 4
 
 
 class Meeting:
-    """Where ranks that are threads bring their shares together."""
+    """Where ranks that are threads bring their shards together."""
 
     def __init__(self, size: int) -> None:
         self._barrier = Barrier(size)
-        self._shares: list[Tensor] = [torch.empty(0)] * size
+        self._shards: list[Tensor] = [torch.empty(0)] * size
 
-    def shares(self, rank: int, share: Tensor) -> list[Tensor]:
-        """All ranks' shares, once all have brought theirs."""
-        self._shares[rank] = share
+    def shards(self, rank: int, shard: Tensor) -> list[Tensor]:
+        """All ranks' shards, once all have brought theirs."""
+        self._shards[rank] = shard
         self._barrier.wait(LIMIT_S)
-        shares = list(self._shares)
+        shards = list(self._shards)
         self._barrier.wait(LIMIT_S)
-        return shares
+        return shards
 
     def leave(self) -> None:
         """Nobody waits any longer for a rank that has failed."""
@@ -56,14 +56,14 @@ class Together(TensorGroup):
     meeting: Meeting = field(default_factory=lambda: Meeting(1))
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        return torch.stack(self.meeting.shares(self.rank, tensor)).sum(0)
+        return torch.stack(self.meeting.shards(self.rank, tensor)).sum(0)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        return torch.stack(self.meeting.shares(self.rank, tensor))
+        return torch.stack(self.meeting.shards(self.rank, tensor))
 
-    def gather(self, share: Tensor) -> Tensor | None:
-        shares = self.meeting.shares(self.rank, share)
-        return torch.cat(shares, dim=-1) if self.rank == 0 else None
+    def gather(self, shard: Tensor) -> Tensor | None:
+        shards = self.meeting.shards(self.rank, shard)
+        return torch.cat(shards, dim=-1) if self.rank == 0 else None
 
 
 Built = TypeVar("Built")
@@ -96,7 +96,7 @@ def rank_of(group: TensorGroup) -> Iterator[None]:
         yield
 
 
-def settled(made: Tensor | ops.Sum) -> Tensor:
+def settled(made: Tensor | ops.PartialSum) -> Tensor:
     """What the next norm reads."""
     if isinstance(made, Tensor):
         return made
@@ -104,7 +104,7 @@ def settled(made: Tensor | ops.Sum) -> Tensor:
     if made.bias is not None:
         total_th = total_th + made.bias
     assert made.residual is not None
-    return total_th + (made.residual if made.rows is None else made.residual[made.rows])
+    return total_th + (made.residual if made.residual_indices is None else made.residual[made.residual_indices])
 
 
 def draw(*shape: int) -> Tensor:
@@ -128,7 +128,7 @@ def test_layer_norm() -> None:
     normed_th, found_th = norm(x_th)
     assert torch.equal(normed_th, F.layer_norm(x_th, (8,), norm.weight, norm.bias, 0.1))
     assert torch.equal(found_th, x_th)
-    normed_th, found_th = norm(ops.Sum(x_th, norm.bias.data, residual=x_th * 2))
+    normed_th, found_th = norm(ops.PartialSum(x_th, norm.bias.data, residual=x_th * 2))
     torch.testing.assert_close(found_th, x_th * 3 + norm.bias)
     assert torch.equal(normed_th, F.layer_norm(found_th, (8,), norm.weight, norm.bias, 0.1))
 
@@ -142,19 +142,19 @@ def test_embedding_and_head_of_all_ranks_are_those_of_one(size: int, vocab: int)
 
     def build(rank: int) -> tuple[Embedding, Head]:
         embedding, head = Embedding(vocab, HIDDEN), Head(vocab, HIDDEN, tied=None)
-        share = split(weight_vh, Split.VOCAB, rank, size, ATTENTION)
-        fill(embedding, weight=share)
-        fill(head, weight=share)
+        shard = split(weight_vh, Split.VOCAB, rank, size, ATTENTION)
+        fill(embedding, weight=shard)
+        fill(head, weight=shard)
         return embedding, head
 
     def run(built: tuple[Embedding, Head]) -> tuple[Tensor, Tensor, Tensor | None]:
         embedding, head = built
-        return embedding(ids_t, norm), head.share(weight_vh), head(weight_vh)
+        return embedding(ids_t, norm), head.local_logits(weight_vh), head(weight_vh)
 
     found = on_ranks(size, build, run)
-    for normed_th, share, _ in found:
+    for normed_th, shard, _ in found:
         assert torch.equal(normed_th, F.layer_norm(weight_vh[ids_t], (HIDDEN,), norm.weight, norm.bias, 1e-5))
-        assert share.shape == (vocab, padded_vocab(vocab, size) // size)
+        assert shard.shape == (vocab, padded_vocab(vocab, size) // size)
     logits = [whole for *_, whole in found]
     assert logits[0] is not None
     assert logits[1:] == [None] * (size - 1)
@@ -267,12 +267,12 @@ def part(meta: ops.AttentionMeta, count: int) -> ops.AttentionMeta:
         slot_mapping=meta.slot_mapping[tokens - count :],
         query_lens=[count][:sequences],
         kv_lens=meta.kv_lens[:sequences],
-        rows=torch.arange(tokens - count, tokens),
+        output_indices=torch.arange(tokens - count, tokens),
     )
 
 
 def make_attention(rank: int = 0, size: int = 1) -> Attention:
-    """This rank's share of one attention layer over a cache of zeros; call it inside `rank_of`."""
+    """This rank's shard of one attention layer over a cache of zeros; call it inside `rank_of`."""
     layer = Attention(HIDDEN, ATTENTION, bias=True)
     width = 3 * HIDDEN
     fill(
@@ -324,7 +324,7 @@ def test_the_last_layer_computes_what_is_asked_for_and_writes_all(count: int) ->
         whole, some = make_attention(), make_attention()
         meta = one_sequence(0, 9)
         expected_th = whole(x_th, meta, residual_th, last=True)
-        asked = replace(meta, last=part(meta, count), scratch={})
+        asked = replace(meta, output_part=part(meta, count), scratch={})
         found_th = some(x_th, asked, residual_th, last=True)
         torch.testing.assert_close(found_th, expected_th[9 - count :])
         assert torch.equal(some.key_cache, whole.key_cache)
@@ -334,8 +334,8 @@ def test_the_last_layer_computes_what_is_asked_for_and_writes_all(count: int) ->
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
 def test_slopes_go_with_their_heads(size: int) -> None:
-    shares = []
+    shards = []
     for rank in range(size):
         with rank_of(TensorGroup(rank, size)), torch.device("meta"):
-            shares.append(Attention(HIDDEN, ATTENTION, bias=True).slopes_n)
-    assert torch.equal(torch.cat(shares), alibi_slopes(12))
+            shards.append(Attention(HIDDEN, ATTENTION, bias=True).slopes_n)
+    assert torch.equal(torch.cat(shards), alibi_slopes(12))

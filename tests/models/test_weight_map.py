@@ -8,7 +8,7 @@ from hasten.checkpoint.sources import read_hf_config
 from hasten.models.bloom import BloomForCausalLM
 from hasten.models.registry import model_class
 from hasten.parallel.groups import TensorGroup, use_group
-from hasten.parallel.shard import share_shape, split
+from hasten.parallel.shard import shard_shape, split
 
 MODELS = ["tiny_bloom", "tiny_bloom_12_heads", "tiny_bloom_untied", "tiny_bloom_post_norm", "tiny_bloom_odd_vocab"]
 
@@ -25,7 +25,7 @@ def test_the_map_names_every_parameter_of_the_model_with_its_shape(folder: Path,
     with use_group(TensorGroup(rank=size - 1, size=size)), torch.device("meta"):
         model = model_class(config.architecture)(config)
     rows = BloomForCausalLM.weight_map(config).expand(config.num_layers)
-    mapped = {row.ours: share_shape(row.shape(config), row.split, size) for row in rows}
+    mapped = {row.ours: shard_shape(row.shape(config), row.split, size) for row in rows}
     assert mapped == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
@@ -64,13 +64,13 @@ def test_layouts_are_inverse_and_shares_of_heads_need_only_their_run(tiny_bloom_
         for size in (1, 2, 3, 4):
             for rank in range(size):
                 expected = split(ours, row.split, rank, size, attention)
-                assert torch.equal(row.share_from_hf(whole, rank, size, attention), expected)
+                assert torch.equal(row.shard_from_hf(whole, rank, size, attention), expected)
 
 
 def test_a_share_without_a_change_of_layout_is_a_view(tiny_bloom: Path) -> None:
     config = read_hf_config(tiny_bloom)
     for row in BloomForCausalLM.weight_map(config).expand(1):
         whole = torch.zeros(row.shape(config))
-        share = row.share_from_hf(whole, 0, 2, config.attention)
+        share = row.shard_from_hf(whole, 0, 2, config.attention)
         is_view = share.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
         assert is_view == (not row.hf_by_head)

@@ -249,7 +249,7 @@ def test_a_part_of_a_batch_gets_what_it_gets_in_the_whole(
     ends = case.meta.query_start[1:]
     rows = torch.cat([torch.arange(int(end) - count, int(end)) for end, count in zip(ends, needed, strict=True)])
     part = replace(
-        make_meta([(needed[s], lengths[s][1]) for s in chosen], 16, case.meta.block_tables[chosen]), rows=rows
+        make_meta([(needed[s], lengths[s][1]) for s in chosen], 16, case.meta.block_tables[chosen]), output_indices=rows
     )
     found = op(case.query_tnd, case.key_cache, case.value_cache, part, case.scale, case.slopes_n)
     assert_close("attention", found, case.expected_tnd[rows])

@@ -66,7 +66,7 @@ def exact_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def test_layer_norm_of_a_row_without_variance_is_its_bias() -> None:
     bias = torch.arange(4.0)
     x = torch.full((2, 4), 5.0)
-    for of in (x, ops.Sum(x), ops.Sum(torch.full((3, 2, 4), 2.5), residual=-x / 2)):
+    for of in (x, ops.PartialSum(x), ops.PartialSum(torch.full((3, 2, 4), 2.5), residual=-x / 2)):
         assert torch.equal(ops.layer_norm(of, torch.ones(4), bias, 1e-5)[0], bias.expand(2, 4))
 
 
@@ -83,7 +83,7 @@ def test_layer_norm_of_a_sum(
     def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    sum_ = ops.Sum(
+    sum_ = ops.PartialSum(
         draw(rows, hidden) if parts is None else draw(parts, rows, hidden, dtype=torch.float32),
         draw(hidden) if bias else None,
         None if residual is None else draw(rows + 5 * (residual == "some rows"), hidden) * 3,
@@ -97,8 +97,10 @@ def test_layer_norm_of_a_sum(
         total = total + sum_.bias.double()
     for row in range(rows):
         if sum_.residual is not None:
-            total[row] += sum_.residual[row if sum_.rows is None else int(sum_.rows[row])].double()
-    given = [tensor for tensor in (sum_.parts, sum_.bias, sum_.residual, sum_.rows) if tensor is not None]
+            total[row] += sum_.residual[
+                row if sum_.residual_indices is None else int(sum_.residual_indices[row])
+            ].double()
+    given = [tensor for tensor in (sum_.parts, sum_.bias, sum_.residual, sum_.residual_indices) if tensor is not None]
     before = [tensor.clone() for tensor in given]
     for op in (ops.layer_norm, reference.layer_norm):
         normed, settled = op(sum_, weight, norm_bias, 1e-5)

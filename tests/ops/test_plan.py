@@ -16,65 +16,65 @@ def numbers(values: list[int]) -> Integers:
     return np.array(values, dtype=np.int64)
 
 
-def make_runs(kv_lens: list[int], most: int) -> list[list[int]]:
+def make_splits(kv_lens: list[int], most: int) -> list[list[int]]:
     """Runs of sequences whose numbers and rows all differ, so that a swapped column shows."""
     own = np.arange(len(kv_lens))
-    return plan.runs(3 * own + 1, 2 * own + 5, own + 100, numbers(kv_lens), most).tolist()
+    return plan.kv_splits(3 * own + 1, 2 * own + 5, own + 100, numbers(kv_lens), most).tolist()
 
 
 @given(kv_lens=LENGTHS, spare=st.integers(0, 300))
-def test_runs_hold_every_key_of_every_sequence_once_and_in_order(kv_lens: list[int], spare: int) -> None:
-    made = make_runs(kv_lens, len(kv_lens) + spare)
+def test_splits_hold_every_key_of_every_sequence_once_and_in_order(kv_lens: list[int], spare: int) -> None:
+    made = make_splits(kv_lens, len(kv_lens) + spare)
     for index, kv_len in enumerate(kv_lens):
-        own = [run for run in made if run[0] == 3 * index + 1]
+        own = [split for split in made if split[0] == 3 * index + 1]
         assert own[0][3] == 0
         assert own[-1][4] == kv_len
         assert all(before[4] == after[3] for before, after in pairwise(own))
         assert all(begin < end for _, _, _, begin, end, *_ in own)
-        assert all(run[1:3] == [2 * index + 5, index + 100] for run in own)
-        assert all(run[5] == kv_len for run in own)
-    assert len({run[0] for run in made}) == len(kv_lens)
+        assert all(split[1:3] == [2 * index + 5, index + 100] for split in own)
+        assert all(split[5] == kv_len for split in own)
+    assert len({split[0] for split in made}) == len(kv_lens)
 
 
 @given(kv_lens=LENGTHS, spare=st.integers(0, 300))
-def test_runs_of_a_sequence_stand_together_and_know_their_place(kv_lens: list[int], spare: int) -> None:
+def test_splits_of_a_sequence_stand_together_and_know_their_place(kv_lens: list[int], spare: int) -> None:
     """The program that finishes last finds the others' results by its own row less its place."""
-    made = make_runs(kv_lens, len(kv_lens) + spare)
-    for row, run in enumerate(made):
-        place, count = run[6:]
+    made = make_splits(kv_lens, len(kv_lens) + spare)
+    for row, split in enumerate(made):
+        place, count = split[6:]
         assert 0 <= place < count
         together = made[row - place : row - place + count]
-        assert [other[0] for other in together] == [run[0]] * count
+        assert [other[0] for other in together] == [split[0]] * count
         assert [other[6] for other in together] == list(range(count))
 
 
 @given(kv_lens=LENGTHS, spare=st.integers(0, 300))
-def test_runs_are_no_more_than_asked_and_begin_where_a_block_of_keys_does(kv_lens: list[int], spare: int) -> None:
-    made = make_runs(kv_lens, len(kv_lens) + spare)
+def test_splits_are_no_more_than_asked_and_begin_where_a_block_of_keys_does(kv_lens: list[int], spare: int) -> None:
+    made = make_splits(kv_lens, len(kv_lens) + spare)
     assert len(made) <= len(kv_lens) + spare
-    assert all(run[3] % 32 == 0 for run in made)
+    assert all(split[3] % 32 == 0 for split in made)
 
 
 @given(kv_lens=LENGTHS, heads=st.sampled_from([1, 8, 12, 32, 112]), multiprocessors=st.sampled_from([0, 8, 132]))
 def test_no_sequence_is_left_to_one_program_while_others_have_much_less(
     kv_lens: list[int], heads: int, multiprocessors: int
 ) -> None:
-    """A run is at most twice what an equal share of all keys would be, unless it is short anyway."""
-    most = Planner(heads, multiprocessors).most_runs(len(kv_lens))
+    """A split is at most twice what an equal share of all keys would be, unless it is short anyway."""
+    most = Planner(heads, multiprocessors).max_num_splits(len(kv_lens))
     assert most >= 2 * len(kv_lens)
-    made = make_runs(kv_lens, most)
+    made = make_splits(kv_lens, most)
     assert len(made) <= most
     share = sum(kv_lens) / max(1, most)
     assert all(end - begin <= max(64, 2 * share + 32) for _, _, _, begin, end, *_ in made)
 
 
 def test_few_sequences_are_cut_into_enough_runs_to_fill_the_device() -> None:
-    assert Planner(32, 132).most_runs(1) == 66
-    assert Planner(5, 132).most_runs(1) == 423
-    assert Planner(32, 132).most_runs(256) == 512
-    assert len(make_runs([8192], 66)) > 60
-    assert make_runs([64], 66) == [[1, 5, 100, 0, 64, 64, 0, 1]]
-    assert make_runs([65], 66) == [[1, 5, 100, 0, 64, 65, 0, 2], [1, 5, 100, 64, 65, 65, 1, 2]]
+    assert Planner(32, 132).max_num_splits(1) == 66
+    assert Planner(5, 132).max_num_splits(1) == 423
+    assert Planner(32, 132).max_num_splits(256) == 512
+    assert len(make_splits([8192], 66)) > 60
+    assert make_splits([64], 66) == [[1, 5, 100, 0, 64, 64, 0, 1]]
+    assert make_splits([65], 66) == [[1, 5, 100, 0, 64, 65, 0, 2], [1, 5, 100, 64, 65, 65, 1, 2]]
 
 
 WORK = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 2000)), max_size=20)
@@ -110,13 +110,13 @@ def test_tiles_with_the_most_keys_come_first(work: list[tuple[int, int]]) -> Non
 
 @pytest.mark.parametrize("most", [0, 1, 100])
 def test_nothing_to_do_is_no_items(most: int) -> None:
-    runs = plan.runs(NOTHING, NOTHING, NOTHING, NOTHING, most)
+    splits = plan.kv_splits(NOTHING, NOTHING, NOTHING, NOTHING, most)
     tiles = plan.tiles(NOTHING, NOTHING, NOTHING, NOTHING, NOTHING)
-    assert runs.shape == (0, plan.RUN_COLUMNS)
+    assert splits.shape == (0, plan.SPLIT_COLUMNS)
     assert tiles.shape == (0, plan.TILE_COLUMNS)
-    assert runs.dtype == tiles.dtype == np.int32
+    assert splits.dtype == tiles.dtype == np.int32
 
 
 def test_as_many_runs_as_sequences_leave_each_whole() -> None:
-    made = make_runs([5000, 3, 700], 3)
-    assert [run[3:] for run in made] == [[0, n, n, 0, 1] for n in (5000, 3, 700)]
+    made = make_splits([5000, 3, 700], 3)
+    assert [split[3:] for split in made] == [[0, n, n, 0, 1] for n in (5000, 3, 700)]

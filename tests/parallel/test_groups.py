@@ -24,7 +24,7 @@ class Doubling(TensorGroup):
 def mailboxes() -> Peers:
     mailbox = torch.zeros(2, MOST_ROWS, 2, WIDTH // 2, dtype=torch.int64)
     addresses, exchanges = torch.zeros(2, dtype=torch.int64), torch.zeros(MOST_ROWS, dtype=torch.int32)
-    return Peers(0, 2, MOST_ROWS, WIDTH, mailbox, addresses, exchanges, gone=torch.zeros(1, dtype=torch.int32))
+    return Peers(0, 2, MOST_ROWS, WIDTH, mailbox, addresses, exchanges, abort_flag=torch.zeros(1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("parts", [None, 1, 3])
@@ -35,7 +35,7 @@ def test_parts_are_added_up_before_ranks_are_and_all_else_after(parts: int | Non
     torch.testing.assert_close(sum_.parts, 2 * (made if parts is None else made.sum(0)))
     assert sum_.bias is bias
     assert sum_.residual is residual
-    assert sum_.rows is rows
+    assert sum_.residual_indices is rows
     assert sum_.peers is None
 
 

@@ -23,7 +23,7 @@ from hasten import LLM, SamplingParams
 from hasten.core.errors import CapacityError, ChecksumError, ConfigError, EngineError, RankError
 from hasten.core.ports import free_port
 from hasten.parallel.launch import _failure, reported
-from hasten.parallel.place import RankPlace, free_local_port, place_from_environment
+from hasten.parallel.rank import RankInfo, free_local_port, rank_from_environment
 
 PROMPTS = [[5 + (7 * i + j) % 200 for j in range(3 + 9 * i)] for i in range(5)]
 PARAMS = [
@@ -295,28 +295,28 @@ def test_a_rank_that_dies_between_calls_ends_the_next_one(tiny_bloom: Path) -> N
 
 
 def test_the_place_of_a_rank_comes_from_whoever_started_it() -> None:
-    assert place_from_environment({}) is None
+    assert rank_from_environment({}) is None
     torchrun = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node", "MASTER_PORT": "77"}
-    assert place_from_environment(torchrun) == RankPlace(1, 4, 2, "node", 77)
-    assert place_from_environment(mpi_environment(0, 2, 9)) == RankPlace(0, 2, 2, "127.0.0.1", 9)
-    assert place_from_environment({"PMI_RANK": "2", "PMI_SIZE": "3", "MASTER_PORT": "5"}) == RankPlace(
+    assert rank_from_environment(torchrun) == RankInfo(1, 4, 2, "node", 77)
+    assert rank_from_environment(mpi_environment(0, 2, 9)) == RankInfo(0, 2, 2, "127.0.0.1", 9)
+    assert rank_from_environment({"PMI_RANK": "2", "PMI_SIZE": "3", "MASTER_PORT": "5"}) == RankInfo(
         2, 3, 3, "127.0.0.1", 5
     )
     pod = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
-    assert place_from_environment(pod) == RankPlace(1, 2, 1, "job-master-0", 23456)
+    assert rank_from_environment(pod) == RankInfo(1, 2, 1, "job-master-0", 23456)
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "23456"}
-    assert place_from_environment(alone) is None
-    assert place_from_environment({**alone, **mpi_environment(1, 2, 9)}) == RankPlace(1, 2, 2, "127.0.0.1", 9)
-    assert place_from_environment({**mpi_environment(0, 1, 9), **torchrun}) == RankPlace(1, 4, 2, "node", 77)
-    same_job = [place_from_environment({"PMI_RANK": rank, "PMI_SIZE": "2", "PMI_KVSNAME": "a"}) for rank in "01"]
+    assert rank_from_environment(alone) is None
+    assert rank_from_environment({**alone, **mpi_environment(1, 2, 9)}) == RankInfo(1, 2, 2, "127.0.0.1", 9)
+    assert rank_from_environment({**mpi_environment(0, 1, 9), **torchrun}) == RankInfo(1, 4, 2, "node", 77)
+    same_job = [rank_from_environment({"PMI_RANK": rank, "PMI_SIZE": "2", "PMI_KVSNAME": "a"}) for rank in "01"]
     assert same_job[0] is not None
     assert same_job[1] is not None
     assert same_job[0].port == same_job[1].port
     several_hosts = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
     with pytest.raises(ConfigError, match="MASTER_ADDR"):
-        place_from_environment(several_hosts)
+        rank_from_environment(several_hosts)
     with pytest.raises(ConfigError, match="RANK='one'"):
-        place_from_environment({"RANK": "one", "WORLD_SIZE": "2"})
+        rank_from_environment({"RANK": "one", "WORLD_SIZE": "2"})
 
 
 def test_a_size_that_contradicts_the_launcher_is_refused(tiny_bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:

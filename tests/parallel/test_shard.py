@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hasten.core.config import AttentionConfig
-from hasten.parallel.shard import Split, merge, overlap, resplit, share_shape, split
+from hasten.parallel.shard import Split, merge, overlap, resplit, shard_shape, split
 
 SIZES = (1, 2, 3, 4, 6)
 VOCAB = 29
@@ -29,14 +29,14 @@ def test_merge_undoes_split_and_resplit_goes_between_any_sizes(
 ) -> None:
     whole = _tensor(how, attention, axes)
     for size in SIZES:
-        shares = [split(whole, how, rank, size, attention) for rank in range(size)]
-        assert {tuple(share.shape) for share in shares} == {share_shape(tuple(whole.shape), how, size)}
-        assert torch.equal(merge(shares, how, attention, VOCAB), whole)
+        shards = [split(whole, how, rank, size, attention) for rank in range(size)]
+        assert {tuple(shard.shape) for shard in shards} == {shard_shape(tuple(whole.shape), how, size)}
+        assert torch.equal(merge(shards, how, attention, VOCAB), whole)
         for other in SIZES:
             for rank in range(other):
                 asked: list[int] = []
                 found = resplit(
-                    lambda part, shares=shares, asked=asked: (asked.append(part), shares[part])[1],  # type: ignore[misc]
+                    lambda part, shards=shards, asked=asked: (asked.append(part), shards[part])[1],  # type: ignore[misc]
                     size,
                     how,
                     rank,
@@ -51,10 +51,10 @@ def test_merge_undoes_split_and_resplit_goes_between_any_sizes(
 def test_a_rank_of_padding_alone() -> None:
     whole = torch.arange(6.0).view(3, 2)
     attention = ATTENTION["every head its own key"]
-    shares = [split(whole, Split.VOCAB, rank, 2, attention) for rank in range(2)]
+    shards = [split(whole, Split.VOCAB, rank, 2, attention) for rank in range(2)]
     for size in (4, 7):
-        found = [resplit(lambda part: shares[part], 2, Split.VOCAB, rank, size, attention, 3) for rank in range(size)]
-        assert all(share.shape == (1, 2) for share in found)
+        found = [resplit(lambda part: shards[part], 2, Split.VOCAB, rank, size, attention, 3) for rank in range(size)]
+        assert all(shard.shape == (1, 2) for shard in found)
         assert torch.equal(torch.cat(found)[:3], whole)
         assert not torch.cat(found)[3:].any()
 

@@ -27,7 +27,7 @@ from hasten.ops import (
     Draws,
     EditList,
     PackedLinear,
-    Sum,
+    PartialSum,
     TokenCounts,
     TopLogprobs,
     reference,
@@ -186,7 +186,7 @@ def _wide(value: Any) -> Any:
         return value.float() if value.is_floating_point() else value
     if isinstance(value, PackedLinear):
         return replace(value, plain=_wide(value.plain))
-    if isinstance(value, Sum):
+    if isinstance(value, PartialSum):
         return replace(value, parts=_wide(value.parts), bias=_wide(value.bias), residual=_wide(value.residual))
     return value
 
@@ -293,7 +293,7 @@ def _add_norm(setting: Setting, rows: int) -> Case:
     hidden = setting.model.hidden_size
 
     def make() -> Call:
-        sum_ = Sum(setting.draw(rows, hidden), setting.draw(hidden), setting.draw(rows, hidden))
+        sum_ = PartialSum(setting.draw(rows, hidden), setting.draw(hidden), setting.draw(rows, hidden))
         return _call(ops.layer_norm, reference.layer_norm, sum_, *_gain(setting), _EPS)
 
     nbytes = 4 * rows * hidden * setting.itemsize
@@ -324,9 +324,9 @@ def _exchange_norm(setting: Setting, rows: int) -> Case:
             mailbox=mailbox,
             addresses=torch.tensor([mailbox.data_ptr()], device=device),
             exchanges=torch.zeros(rows, dtype=torch.int32, device=device),
-            gone=torch.zeros(1, dtype=torch.int32, device=device),
+            abort_flag=torch.zeros(1, dtype=torch.int32, device=device),
         )
-        sum_ = Sum(setting.draw(rows, hidden), setting.draw(hidden), setting.draw(rows, hidden), peers=peers)
+        sum_ = PartialSum(setting.draw(rows, hidden), setting.draw(hidden), setting.draw(rows, hidden), peers=peers)
         return _call(ops.layer_norm, reference.layer_norm, sum_, *_gain(setting), _EPS)
 
     nbytes = 4 * rows * hidden * setting.itemsize

@@ -132,7 +132,7 @@ def _clear_errors(shown: str) -> Iterator[None]:
 def _write(writer: Writer, job: Conversion, wrote: Callable[[Part], None]) -> None:
     writer.start()
     batches: Iterable[tuple[Part, ...]] = (
-        tuple(part for row in rows for part in writer.parts[row.ours]) for rows in writer.source.shards()
+        tuple(part for row in rows for part in writer.parts[row.ours]) for rows in writer.source.batches()
     )
     if not job.by_shard:
         batches = [tuple(part for batch in batches for part in batch)]

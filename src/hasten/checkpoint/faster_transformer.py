@@ -14,7 +14,7 @@ from torch import Tensor
 from hasten.core.config import AttentionConfig, DTypeName, ModelConfig, dtype_name
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
 from hasten.models.weight_map import Row
-from hasten.parallel.shard import Split, share_shape
+from hasten.parallel.shard import Split, shard_shape
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def is_transposed(row: Row) -> bool:
 
 
 def file_name(row: Row, rank: int) -> str:
-    """Name of the file with a rank's share, or with the whole where FasterTransformer does not split."""
+    """Name of the file with a rank's shard, or with the whole where FasterTransformer does not split."""
     return f"model.{row.ft}.{rank}.bin" if is_split(row) else f"model.{row.ft}.bin"
 
 
@@ -42,12 +42,12 @@ def file_shape(row: Row, config: ModelConfig, ranks: int) -> tuple[int, ...]:
     shape = row.shape(config)
     if not is_split(row):
         return shape
-    out, *into = share_shape(shape, row.split, ranks)
+    out, *into = shard_shape(shape, row.split, ranks)
     return (*into, 3, out // 3) if row.split is Split.QKV else (*into, out)
 
 
 def from_file(row: Row, stored: Tensor) -> Tensor:
-    """A share in hasten's layout, as a view of a file's flat values in the shape `file_shape`."""
+    """A shard in hasten's layout, as a view of a file's flat values in the shape `file_shape`."""
     if row.split is Split.QKV:
         stored = stored.flatten(-2)
     return stored.t() if is_transposed(row) else stored

@@ -90,7 +90,7 @@ def _warn_of_settings(folder: Path) -> None:
 
 
 def rank_tensors(checkpoint: Checkpoint, rank: int, size: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter's name with rank `rank`'s share of it in `dtype`, file by file.
+    """Every parameter's name with rank `rank`'s shard of it in `dtype`, file by file.
 
     A tensor is contiguous and may be a view of a mapped file, so copy it before changing it. The files that this rank
     reads, and no others, are first compared with the manifest. ConfigError if `size` does not divide the model,
@@ -101,7 +101,7 @@ def rank_tensors(checkpoint: Checkpoint, rank: int, size: int, dtype: torch.dtyp
     if checkpoint.verify and source.manifest is not None:
         names = {name for row in source.rows for name in source.files_for(row, rank, size)}
         source.manifest.verify(source.folder, names)
-    for rows in source.shards():
+    for rows in source.batches():
         for row in rows:
-            yield row.ours, source.share(row, rank, size).to(dtype).contiguous()
+            yield row.ours, source.shard(row, rank, size).to(dtype).contiguous()
         source.release()

@@ -1,6 +1,6 @@
 """Lazy readers of checkpoints behind one small class: Hugging Face, FasterTransformer, ranked safetensors, random.
 
-Files are memory-mapped: opening reads headers alone, and a share costs the pages that it touches.
+Files are memory-mapped: opening reads headers alone, and a shard costs the pages that it touches.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from hasten.models.generation_config import not_applied
 from hasten.models.registry import architecture_of, model_class
 from hasten.models.weight_map import Row, Tie, WeightMap
 from hasten.ops import TORCH_DTYPES
-from hasten.parallel.shard import overlap, resplit, share_shape, split
+from hasten.parallel.shard import overlap, resplit, shard_shape, split
 
 _log = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ class Source(ABC):
         """End tokens that generation_config.json set when the checkpoint was converted."""
 
     @abstractmethod
-    def share(self, row: Row, rank: int, size: int) -> Tensor:
-        """Rank `rank`'s share of `size`, in the stored type; often a view of a mapped file."""
+    def shard(self, row: Row, rank: int, size: int) -> Tensor:
+        """Rank `rank`'s shard of `size`, in the stored type; often a view of a mapped file."""
 
     def holds(self, row: Row) -> bool:
         """Whether the files hold a weight that the configuration ties to another."""
@@ -78,13 +78,13 @@ class Source(ABC):
 
     def repeats(self, tie: Tie) -> bool:
         """Whether a tied weight that the files hold has the same values as the one it is tied to."""
-        return _equal(self.share(tie.row, 0, 1), self.share(tie.to, 0, 1))
+        return _equal(self.shard(tie.row, 0, 1), self.shard(tie.to, 0, 1))
 
     def files_for(self, row: Row, rank: int, size: int) -> Iterable[str]:
-        """Names of the manifest's files that `share` reads."""
+        """Names of the manifest's files that `shard` reads."""
         return ()
 
-    def shards(self) -> Iterator[tuple[Row, ...]]:
+    def batches(self) -> Iterator[tuple[Row, ...]]:
         """All rows, grouped by the file that holds them, so that a reader needs one file open at a time."""
         yield self.rows
 
@@ -143,7 +143,7 @@ def _warn_of_head(path: Path) -> None:
     )
 
 
-class _Shard(Protocol):
+class _TensorFile(Protocol):
     def keys(self) -> Iterable[str]: ...
     def get_tensor(self, name: str) -> Tensor: ...
 
@@ -221,17 +221,17 @@ class HuggingFaceSource(Source):
 
     def __init__(self, folder: Path, config: ModelConfig, weight_map: WeightMap) -> None:
         super().__init__(folder, config, weight_map)
-        self._open: dict[Path, _Shard] = {}
+        self._open: dict[Path, _TensorFile] = {}
         self._lock = Lock()
         first = next(path for name in _HF_FILES if (path := folder / name).exists())
         self.pickled = ".bin" in first.name
         self.kind = "pytorch bin" if self.pickled else "safetensors"
         self._index = _read_index(first) if first.suffix == ".json" else None
-        names = self._index or dict.fromkeys(self._shard(first).keys(), first)
+        names = self._index or dict.fromkeys(self._opened(first).keys(), first)
         self.files = tuple(dict.fromkeys(names.values()))
         self._names = self._own_names(first, names)
         for path in () if self.pickled else self.files:
-            self._shard(path)
+            self._opened(path)
 
     def _own_names(self, where: Path, names: dict[str, Path]) -> dict[str, tuple[str, Path]]:
         """Base names, with or without the full model's prefix in the file, to the name and the file that hold them."""
@@ -253,22 +253,22 @@ class HuggingFaceSource(Source):
         """Whether the files hold a weight that the configuration ties to another."""
         return row.hf in self._names
 
-    def _shard(self, path: Path) -> _Shard:
+    def _opened(self, path: Path) -> _TensorFile:
         with self._lock:
             if path not in self._open:
-                shard: _Shard = _Pickle(path) if self.pickled else _open_safetensors(path)
+                tensors: _TensorFile = _Pickle(path) if self.pickled else _open_safetensors(path)
                 if self._index is not None:
-                    _check_names(path, (name for name, file in self._index.items() if file == path), shard.keys())
-                self._open[path] = shard
+                    _check_names(path, (name for name, file in self._index.items() if file == path), tensors.keys())
+                self._open[path] = tensors
             return self._open[path]
 
-    def share(self, row: Row, rank: int, size: int) -> Tensor:
+    def shard(self, row: Row, rank: int, size: int) -> Tensor:
         """A view of the mapped file; a fused QKV is copied into order."""
         name, path = self._names[row.hf]
-        whole = _check_tensor(path, name, self._shard(path).get_tensor(name), row.shape(self.config))
-        return row.share_from_hf(whole, rank, size, self.config.attention)
+        whole = _check_tensor(path, name, self._opened(path).get_tensor(name), row.shape(self.config))
+        return row.shard_from_hf(whole, rank, size, self.config.attention)
 
-    def shards(self) -> Iterator[tuple[Row, ...]]:
+    def batches(self) -> Iterator[tuple[Row, ...]]:
         """Rows file by file, in the order of the files' names."""
         for path in sorted(self.files):
             if rows := tuple(row for row in self.rows if self._names[row.hf][1] == path):
@@ -282,7 +282,7 @@ class HuggingFaceSource(Source):
     def stored_dtype(self) -> torch.dtype:
         """Type of the first weight."""
         name, path = self._names[self.rows[0].hf]
-        return self._shard(path).get_tensor(name).dtype
+        return self._opened(path).get_tensor(name).dtype
 
 
 def _read_index(path: Path) -> dict[str, Path]:
@@ -302,7 +302,7 @@ def _read_index(path: Path) -> dict[str, Path]:
 
 
 class _RankedSource(Source):
-    """Files that hold the shares of `ranks` ranks; any other number of ranks is served by splitting anew."""
+    """Files that hold the shards of `ranks` ranks; any other number of ranks is served by splitting anew."""
 
     def _parts(self, row: Row) -> int:
         """Shares that `row` is stored as."""
@@ -310,13 +310,13 @@ class _RankedSource(Source):
 
     @abstractmethod
     def _part(self, row: Row, part: int) -> Tensor:
-        """One stored share, in hasten's layout."""
+        """One stored shard, in hasten's layout."""
 
     @abstractmethod
     def _file(self, row: Row, part: int) -> str:
         """Name of the file that holds it."""
 
-    def share(self, row: Row, rank: int, size: int) -> Tensor:
+    def shard(self, row: Row, rank: int, size: int) -> Tensor:
         """A view of the rank's own file where the files have as many ranks."""
         config, parts = self.config, self._parts(row)
         return resplit(
@@ -324,7 +324,7 @@ class _RankedSource(Source):
         )
 
     def files_for(self, row: Row, rank: int, size: int) -> Iterable[str]:
-        """The rank's own files, or those whose shares overlap its own."""
+        """The rank's own files, or those whose shards overlap its own."""
         parts = self._parts(row)
         return {self._file(row, part) for part in overlap(row.split, rank, size, parts, self.config.vocab_size)}
 
@@ -435,10 +435,10 @@ class RankedSafetensorsSource(_RankedSource):
                 _check_names(self.files[part], (row.ours for row in self.rows), shard.keys())
                 self._open[part] = shard
             shard = self._open[part]
-        shape = share_shape(row.shape(self.config), row.split, self.ranks)
+        shape = shard_shape(row.shape(self.config), row.split, self.ranks)
         return _check_tensor(self.files[part], row.ours, shard.get_tensor(row.ours), shape)
 
-    def shards(self) -> Iterator[tuple[Row, ...]]:
+    def batches(self) -> Iterator[tuple[Row, ...]]:
         """A few rows at a time: a file holds some of every layer, so whole files would be the whole model."""
         for start in range(0, len(self.rows), _ROWS_AT_ONCE):
             yield self.rows[start : start + _ROWS_AT_ONCE]
@@ -477,7 +477,7 @@ class DummySource(Source):
     device = torch.device("cpu")
     """Where the weights are made: a GPU takes a second for what takes a CPU minutes, but other values come out."""
 
-    def share(self, row: Row, rank: int, size: int) -> Tensor:
+    def shard(self, row: Row, rank: int, size: int) -> Tensor:
         """Ones for a norm, zeros for a bias, and for the rest values that the tensor's name decides."""
         shape, dtype = row.shape(self.config), TORCH_DTYPES[self.config.dtype]
         if row.init == "normal":

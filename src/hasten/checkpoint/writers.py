@@ -20,10 +20,10 @@ from hasten.core.config import DTypeName
 from hasten.core.errors import CheckpointError
 from hasten.models.weight_map import Row
 from hasten.ops import TORCH_DTYPES
-from hasten.parallel.shard import Split, share_shape
+from hasten.parallel.shard import Split, shard_shape
 
 BLOCK = 4 << 20
-"""Bytes, about, that a writer holds of one share: small enough for a cache, so that the transpose stays in it."""
+"""Bytes, about, that a writer holds of one shard: small enough for a cache, so that the transpose stays in it."""
 _ALIGN = 64
 
 
@@ -33,14 +33,14 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """One share of one weight, and where it goes."""
+    """One shard of one weight, and where it goes."""
 
     row: Row
     rank: int
     size: int
     """Ranks that the format splits it over: 1 where a file holds it whole for all of them."""
     split: bool
-    """Whether each rank has a share of its own, be there only one."""
+    """Whether each rank has a shard of its own, be there only one."""
     name: str
     """Its name in the log."""
     file: str
@@ -88,11 +88,11 @@ class Writer(ABC):
     def write(self, part: Part, stop: Event) -> None:
         """Cast and write one part; CheckpointError for a value that the type cannot hold."""
         hasher = PieceHasher()
-        share = self.source.share(part.row, part.rank, part.size)
+        shard = self.source.shard(part.row, part.rank, part.size)
         file = os.open(self.folder / part.file, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             offset = part.offset
-            for block in _blocks(share, TORCH_DTYPES[self.dtype], part.transposed):
+            for block in _blocks(shard, TORCH_DTYPES[self.dtype], part.transposed):
                 if stop.is_set():
                     raise StoppedError
                 _check_finite(block, part.row, self.source, self.dtype)
@@ -112,19 +112,19 @@ class Writer(ABC):
         Manifest(self.format, self.ranks, self.dtype, files).write(self.folder)
 
 
-def _blocks(share: Tensor, dtype: torch.dtype, transposed: bool) -> Iterator[Tensor]:
-    """The share's values in the order of the file, as contiguous blocks of about `BLOCK` bytes."""
+def _blocks(shard: Tensor, dtype: torch.dtype, transposed: bool) -> Iterator[Tensor]:
+    """The shard's values in the order of the file, as contiguous blocks of about `BLOCK` bytes."""
     axis = 1 if transposed else 0
-    length = share.shape[axis]
-    step = max(1, BLOCK * length // (share.numel() * dtype.itemsize))
+    length = shard.shape[axis]
+    step = max(1, BLOCK * length // (shard.numel() * dtype.itemsize))
     for start in range(0, length, step):
-        block = share.narrow(axis, start, min(step, length - start)).to(dtype).contiguous()
+        block = shard.narrow(axis, start, min(step, length - start)).to(dtype).contiguous()
         yield block.t().contiguous() if transposed else block
 
 
 def _check_finite(block: Tensor, row: Row, source: Source, dtype: DTypeName) -> None:
     if not all(math.isfinite(float(end)) for end in block.aminmax()):
-        stored = source.share(row, 0, 1)
+        stored = source.shard(row, 0, 1)
         largest = float(stored.nan_to_num(0, math.inf, -math.inf).abs().max())
         if stored.isnan().any() or math.isinf(largest):
             what = "not a number" if stored.isnan().any() else "an infinity"
@@ -144,7 +144,7 @@ def _write_all(file: int, data: memoryview, offset: int) -> None:
 
 
 class FasterTransformerWriter(Writer):
-    """One headerless file a weight or share, and config.ini, as FasterTransformer's converter writes them."""
+    """One headerless file a weight or shard, and config.ini, as FasterTransformer's converter writes them."""
 
     format = "fastertransformer"
     label = "FT"
@@ -185,7 +185,7 @@ class RankedSafetensorsWriter(Writer):
     def _lay_out(self) -> None:
         for rank in range(self.ranks):
             shapes = {
-                row: share_shape(row.shape(self.source.config), row.split, self.ranks) for row in self.source.rows
+                row: shard_shape(row.shape(self.source.config), row.split, self.ranks) for row in self.source.rows
             }
             header = self._header(rank, shapes)
             self._headers.append(header)

@@ -84,10 +84,10 @@ def _switch(text: str) -> bool:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     require_extra("serve", "hasten serve")
-    from hasten.parallel.place import place_from_environment
+    from hasten.parallel.rank import rank_from_environment
 
     options = serve_options(args)
-    place = place_from_environment()
+    place = rank_from_environment()
     if place is not None and place.rank > 0:
         from hasten.server.follower import follow
 

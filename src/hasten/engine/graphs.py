@@ -21,14 +21,14 @@ class StepOutput:
 
     hidden: Tensor
     """[r, h]"""
-    share: Tensor
-    """[r, v / ranks]: this rank's share of the logits."""
+    local_logits: Tensor
+    """[r, v / ranks]: this rank's shard of the logits."""
     tokens: Tensor
     """[r]: the most probable tokens, int32, on every rank."""
 
     def first(self, count: int) -> "StepOutput":
         """Without what fills the batch up."""
-        return StepOutput(self.hidden[:count], self.share[:count], self.tokens[:count])
+        return StepOutput(self.hidden[:count], self.local_logits[:count], self.tokens[:count])
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class DecodeGraphs:
         numbers.zero_()
         views = layout.views(numbers)
         views["slots"].fill_(-1)
-        views["runs"][:, 0] = -1
+        views["splits"][:, 0] = -1
         graph = torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

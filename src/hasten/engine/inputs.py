@@ -102,10 +102,10 @@ class Inputs:
         part = None
         if needed.sum() < len(ids):
             part, rows = self._part(work, needed)
-            arrays |= {"last.rows": rows, **self._arrays(part, "last.")}
+            arrays |= {"output.indices": rows, **self._arrays(part, "output.")}
         tensors = send(arrays, self.device)
-        last = None if part is None else self._meta(part, tensors, "last.", None)
-        meta = self._meta(work, tensors, "", last)
+        output_part = None if part is None else self._meta(part, tensors, "output.", None)
+        meta = self._meta(work, tensors, "", output_part)
         return Tokens(tensors["ids"], tensors["positions"], meta, bool((ids < 0).any()))
 
     def _numbers(self, batch: Batch) -> tuple[Integers, Integers, _Work]:
@@ -149,13 +149,15 @@ class Inputs:
             "tables": self.tables.array[work.table_rows, :width],
         }
         if self.planner is not None:
-            arrays |= self.planner.divide(work.first_rows, work.counts, work.kv_lens)
+            arrays |= self.planner.plan(work.first_rows, work.counts, work.kv_lens)
         return {prefix + name: array for name, array in arrays.items()}
 
-    def _meta(self, work: _Work, tensors: dict[str, Tensor], prefix: str, last: AttentionMeta | None) -> AttentionMeta:
+    def _meta(
+        self, work: _Work, tensors: dict[str, Tensor], prefix: str, output_part: AttentionMeta | None
+    ) -> AttentionMeta:
         divided = None
         if self.planner is not None:
-            divided = AttentionPlan(tensors.get(f"{prefix}tiles"), tensors.get(f"{prefix}runs"))
+            divided = AttentionPlan(tensors.get(f"{prefix}tiles"), tensors.get(f"{prefix}splits"))
         return AttentionMeta(
             query_start=tensors[f"{prefix}query_start"],
             seq_lens=tensors[f"{prefix}seq_lens"],
@@ -163,12 +165,12 @@ class Inputs:
             slot_mapping=tensors[f"{prefix}slots"],
             query_lens=work.counts.tolist(),
             kv_lens=work.kv_lens.tolist(),
-            rows=tensors.get(f"{prefix}rows"),
+            output_indices=tensors.get(f"{prefix}indices"),
             plan=divided,
-            last=last,
+            output_part=output_part,
         )
 
-    def rehearsal(self, num_tokens: int, num_sequences: int) -> Tokens:
+    def warmup_tokens(self, num_tokens: int, num_sequences: int) -> Tokens:
         """Tokens of no sequence, to run the model without effect: nothing is stored, and what is read is any memory."""
         counts = np.full(num_sequences, num_tokens // num_sequences)
         counts[0] += num_tokens - counts.sum()
@@ -182,20 +184,20 @@ class Inputs:
     def decode_layout(self, size: int) -> "DecodeLayout":
         """Where the numbers of a step of up to `size` single tokens stand in one tensor."""
         assert self.planner is not None, "graphs of steps are a GPU's"
-        return DecodeLayout(size, self.planner.most_runs(size), self.tables.array.shape[1])
+        return DecodeLayout(size, self.planner.max_num_splits(size), self.tables.array.shape[1])
 
     def decode_numbers(self, batch: Batch, layout: "DecodeLayout") -> Tensor:
         """A batch of single tokens by its layout, on the host."""
         ids, positions, work = self._numbers(batch)
         count, width = len(ids), -(-int(work.kv_lens.max()) // self.block_size)
-        runs = plan.runs(work.first_rows, work.first_rows, work.first_rows, work.kv_lens, layout.runs)
+        splits = plan.kv_splits(work.first_rows, work.first_rows, work.first_rows, work.kv_lens, layout.splits)
         host = torch.empty(layout.total, dtype=torch.int32, pin_memory=True)
         views = {name: view.numpy() for name, view in layout.views(host).items()}
         for name, array in (("ids", ids), ("positions", positions), ("slots", work.slots), ("seq_lens", work.kv_lens)):
             views[name][:count] = array
             views[name][count:] = -1 if name == "slots" else 0
-        views["runs"][: len(runs)] = runs
-        views["runs"][len(runs) :] = [-1, 0, 0, 0, 0, 0, 0, 1]
+        views["splits"][: len(splits)] = splits
+        views["splits"][len(splits) :] = [-1, 0, 0, 0, 0, 0, 0, 1]
         views["tables"][:count, :width] = self.tables.array[work.table_rows, :width]
         return host
 
@@ -205,13 +207,13 @@ class DecodeLayout:
     """Sections of the one tensor that a step of single tokens sends to the device; each begins at a whole line."""
 
     size: int
-    runs: int
+    splits: int
     blocks: int
 
     @property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         tokens = dict.fromkeys(("ids", "positions", "slots", "seq_lens"), (self.size,))
-        return {**tokens, "runs": (self.runs, plan.RUN_COLUMNS), "tables": (self.size, self.blocks)}
+        return {**tokens, "splits": (self.splits, plan.SPLIT_COLUMNS), "tables": (self.size, self.blocks)}
 
     @property
     def total(self) -> int:
@@ -236,7 +238,7 @@ class DecodeLayout:
             slot_mapping=views["slots"],
             query_lens=[1] * self.size,
             kv_lens=[],
-            plan=AttentionPlan(None, views["runs"]),
+            plan=AttentionPlan(None, views["splits"]),
         )
         return Tokens(views["ids"], views["positions"], meta, any_pending=True)
 

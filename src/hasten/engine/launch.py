@@ -5,12 +5,12 @@ from hasten.core.errors import ConfigError
 from hasten.engine.engine import Engine
 from hasten.engine.worker import config_to_json, device_kind, follow_rank_zero
 from hasten.parallel.launch import Children, Ranks
-from hasten.parallel.place import LOCAL, RankPlace, free_local_port, place_from_environment
+from hasten.parallel.rank import LOCAL, RankInfo, free_local_port, rank_from_environment
 
 
-def launched_place(config: EngineConfig) -> RankPlace | None:
+def launched_place(config: EngineConfig) -> RankInfo | None:
     """This process's place among ranks that others started; ConfigError where `config` asks for another number."""
-    place, size = place_from_environment(), config.parallel.tensor_parallel_size
+    place, size = rank_from_environment(), config.parallel.tensor_parallel_size
     if place is not None and size not in (1, place.size):
         raise ConfigError(
             f"tensor_parallel_size is {size}, but this is one of {place.size} ranks that torchrun, mpirun or a cluster "
@@ -19,7 +19,7 @@ def launched_place(config: EngineConfig) -> RankPlace | None:
     return place
 
 
-def start_engine(config: EngineConfig, place: RankPlace | None = None) -> Engine:
+def start_engine(config: EngineConfig, place: RankInfo | None = None) -> Engine:
     """Start the other ranks, unless `place` says that others did, and the engine.
 
     Raises as `LLM` does; nothing is left behind if that fails.
@@ -27,7 +27,7 @@ def start_engine(config: EngineConfig, place: RankPlace | None = None) -> Engine
     size = config.parallel.tensor_parallel_size
     children = None
     if place is None and size > 1:
-        place = RankPlace(0, size, size, LOCAL, free_local_port())
+        place = RankInfo(0, size, size, LOCAL, free_local_port())
         children = Children("hasten.engine.worker", config_to_json(config), place)
     ranks: Ranks | None = None
     try:

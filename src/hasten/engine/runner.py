@@ -79,7 +79,7 @@ class Runner:
         return torch.from_numpy(np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)).view(self.dtype).view(shape)
 
     @torch.inference_mode()
-    def rehearse(self, num_tokens: int, sequences: Iterable[int]) -> int:
+    def warm_up(self, num_tokens: int, sequences: Iterable[int]) -> int:
         """Run steps of so many tokens on a GPU, without effect on the cache: bytes that they need at the most.
 
         There is a step for each number of `sequences`. Their kernels are compiled then.
@@ -88,9 +88,9 @@ class Runner:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         for count in sequences:
-            tokens = self._inputs.rehearsal(max(num_tokens, count), count)
+            tokens = self._inputs.warmup_tokens(max(num_tokens, count), count)
             hidden = self.model(tokens.ids, tokens.positions, tokens.meta)
-            self.model.head.greedy(self.model.head.share(hidden))
+            self.model.head.greedy(self.model.head.local_logits(hidden))
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
@@ -106,8 +106,8 @@ class Runner:
     def _decode(self, tokens: Tokens) -> StepOutput:
         ids = ops.resolve_ids(tokens.ids, self.chosen)
         hidden = self.model(ids, tokens.positions, tokens.meta)
-        share = self.model.head.share(hidden)
-        return StepOutput(hidden, share, self.model.head.greedy(share))
+        logits = self.model.head.local_logits(hidden)
+        return StepOutput(hidden, logits, self.model.head.greedy(logits))
 
     def forward(self, batch: Batch, needed: list[int]) -> Tensor:
         """Hidden states of each sequence's last `needed` tokens, in order; all tokens leave their keys and values."""
@@ -126,20 +126,20 @@ class Runner:
 
     def logits(self, hidden_th: Tensor, rows: list[int]) -> Tensor | None:
         """Logits [r, v] of these rows of the hidden states, on rank 0; None on the others, which must call it too."""
-        return self.model.head.gather(self._share(hidden_th, rows))
+        return self.model.head.gather(self._local_logits(hidden_th, rows))
 
     def greedy(self, hidden_th: Tensor, rows: list[int]) -> Tensor:
         """The most probable tokens, int32 [r], of these rows, on every rank; -1 where the logits are not finite."""
         if self._output is not None and self._output.hidden is hidden_th and len(rows) == len(hidden_th):
             return self._output.tokens
-        return self.model.head.greedy(self._share(hidden_th, rows))
+        return self.model.head.greedy(self._local_logits(hidden_th, rows))
 
-    def _share(self, hidden_th: Tensor, rows: list[int]) -> Tensor:
+    def _local_logits(self, hidden_th: Tensor, rows: list[int]) -> Tensor:
         if len(rows) == hidden_th.shape[0]:
             if self._output is not None and self._output.hidden is hidden_th:
-                return self._output.share
-            return self.model.head.share(hidden_th)
-        return self.model.head.share(hidden_th[ops.to_device(rows, torch.int64, self.device)])
+                return self._output.local_logits
+            return self.model.head.local_logits(hidden_th)
+        return self.model.head.local_logits(hidden_th[ops.to_device(rows, torch.int64, self.device)])
 
     def remember(self, tokens_r: Tensor) -> None:
         """Keep the tokens that this step chose: the next one reads those that the host does not know by then."""

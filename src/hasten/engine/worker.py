@@ -53,14 +53,14 @@ from hasten.ops.peers import Peers
 from hasten.parallel.groups import TensorGroup, use_group
 from hasten.parallel.launch import Ranks, reported
 from hasten.parallel.peers import connect, reachable
-from hasten.parallel.place import RankPlace, place_from_environment
+from hasten.parallel.rank import RankInfo, rank_from_environment
 
 _log = logging.getLogger(__name__)
 
 _DEFAULT_MODEL_LEN = 2048
 _DEFAULT_STEP_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Most tokens of a step: enough to keep the device busy."""
-_REHEARSAL_TOKENS, _REHEARSED_SEQUENCES = 512, (1, 4, 24, 48, 128)
+_WARMUP_TOKENS, _WARMUP_SEQUENCES = 512, (1, 4, 24, 48, 128)
 """Steps that are run before the first request comes: kernels are made for a few ranges of rows, and these hit each."""
 _MOST_EXCHANGED_ROWS = 256
 """Rows of one sum over ranks through each other's memory; NCCL is as fast with more."""
@@ -199,15 +199,15 @@ class Worker:
         with explained_out_of_memory("allocating the cache"):
             self.runner.allocate_cache(min(useful, fits), -(-length // block_size))
             if self.device.type == "cuda":
-                self._rehearse(config.scheduler)
+                self._warm_up(config.scheduler)
                 if not config.enforce_eager:
                     self.runner.capture_graphs()
         return length, min(useful, fits)
 
-    def _rehearse(self, config: SchedulerConfig) -> None:
+    def _warm_up(self, config: SchedulerConfig) -> None:
         """Compile the kernels of all kinds of steps before the first request comes."""
-        most = min(config.max_num_batched_tokens or 1, _REHEARSAL_TOKENS)
-        self.runner.rehearse(most, [count for count in _REHEARSED_SEQUENCES if count <= min(config.max_num_seqs, most)])
+        most = min(config.max_num_batched_tokens or 1, _WARMUP_TOKENS)
+        self.runner.warm_up(most, [count for count in _WARMUP_SEQUENCES if count <= min(config.max_num_seqs, most)])
 
     def _free_memory(self, config: EngineConfig, max_blocks: int) -> int:
         """Bytes that the cache may take by default: on a GPU what the largest step leaves."""
@@ -215,7 +215,7 @@ class Worker:
             return free_memory(self.device, config.cache.gpu_memory_utilization, self.ranks.local_size)
         assert config.scheduler.max_num_batched_tokens is not None
         self.runner.allocate_cache(1, max_blocks)
-        working = self.runner.rehearse(config.scheduler.max_num_batched_tokens, [config.scheduler.max_num_seqs])
+        working = self.runner.warm_up(config.scheduler.max_num_batched_tokens, [config.scheduler.max_num_seqs])
         self.runner.release_cache()
         torch.cuda.empty_cache()
         # Twice: steps run one by one and steps in graphs keep their memory apart.
@@ -302,7 +302,7 @@ class Worker:
     def give_up(self) -> None:
         """Leave the group after a failure: kernels that wait for another rank end first, whatever they have."""
         if self._peers is not None:
-            self._peers.gone.fill_(1)
+            self._peers.abort_flag.fill_(1)
         self.release()
         self.ranks.abandon()
 
@@ -453,7 +453,7 @@ def config_from_json(text: str) -> EngineConfig:
     )
 
 
-def follow_rank_zero(config: EngineConfig, place: RankPlace) -> None:
+def follow_rank_zero(config: EngineConfig, place: RankInfo) -> None:
     """Be rank `place.rank` until rank 0 says stop; an error is told to the other ranks before it is raised."""
     logging.getLogger("hasten").setLevel(logging.ERROR)  # rank 0 says once what every rank would warn of
     ranks = Ranks(place, None, device_kind(config))
@@ -471,7 +471,7 @@ def main() -> None:
     pipe = int(sys.argv[1])
     config = config_from_json(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    place = place_from_environment()
+    place = rank_from_environment()
     assert place is not None
     try:
         follow_rank_zero(config, place)

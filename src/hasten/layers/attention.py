@@ -42,13 +42,13 @@ class Attention(nn.Module):
 
     def forward(
         self, x_th: Tensor, meta: ops.AttentionMeta, residual_th: Tensor, *, last: bool = False
-    ) -> Tensor | ops.Sum:
+    ) -> Tensor | ops.PartialSum:
         """`residual_th` + attention of each token over its sequence: [t, h].
 
-        In the `last` layer only for the tokens of `meta.last`, where there is one: all leave their keys and values.
+        In the `last` layer only for the tokens of `meta.output_part`, where there is one; all leave keys and values.
         """
         query_tnd = self.qkv.project(x_th, self.key_cache, self.value_cache, meta.slot_mapping, self.num_heads)
-        if last and meta.last is not None:
-            meta = meta.last
+        if last and meta.output_part is not None:
+            meta = meta.output_part
         out_tnd = ops.paged_attention(query_tnd, self.key_cache, self.value_cache, meta, self.scale, self.slopes_n)
-        return self.dense(out_tnd.flatten(1), residual_th, meta.rows)
+        return self.dense(out_tnd.flatten(1), residual_th, meta.output_indices)

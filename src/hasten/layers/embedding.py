@@ -50,22 +50,22 @@ class Head(PackedModule):
             self.packed = ops.pack_linear(self.weight.data)
             del self.weight
 
-    def share(self, hidden_rh: Tensor) -> Tensor:
-        """This rank's share of the logits, [r, v / ranks], with what pads the vocabulary at its end."""
+    def local_logits(self, hidden_rh: Tensor) -> Tensor:
+        """This rank's shard of the logits, [r, v / ranks], with what pads the vocabulary at its end."""
         return ops.linear(hidden_rh, self.packed)
 
-    def gather(self, share_rv: Tensor) -> Tensor | None:
+    def gather(self, local_rv: Tensor) -> Tensor | None:
         """Logits [r, v] on rank 0; None on the others."""
-        logits = self.group.gather(share_rv)
+        logits = self.group.gather(local_rv)
         return None if logits is None else logits[:, : self.vocab_size]
 
-    def greedy(self, share_rv: Tensor) -> Tensor:
+    def greedy(self, local_rv: Tensor) -> Tensor:
         """The most probable token of each row, int32 [r], on every rank; below 0 where there is none (`ops.greedy`)."""
         if self.group.size == 1:
-            return ops.greedy(share_rv[:, : self.vocab_size])
-        first = self.group.rank * share_rv.shape[1]
-        valid = max(1, min(share_rv.shape[1], self.vocab_size - first))
-        tokens_r, best_r = ops.greedy(share_rv[:, :valid]), share_rv[:, :valid].amax(-1).float()
+            return ops.greedy(local_rv[:, : self.vocab_size])
+        first = self.group.rank * local_rv.shape[1]
+        valid = max(1, min(local_rv.shape[1], self.vocab_size - first))
+        tokens_r, best_r = ops.greedy(local_rv[:, :valid]), local_rv[:, :valid].amax(-1).float()
         if first >= self.vocab_size:  # this rank holds padding alone
             best_r = torch.full_like(best_r, float("-inf"))
         # A row with infinity or NaN on one rank has no token on any: it wins, and its token is -1. Ids are exact in
@@ -78,4 +78,4 @@ class Head(PackedModule):
 
     def forward(self, hidden_rh: Tensor) -> Tensor | None:
         """Logits [r, v] on rank 0; None on the others."""
-        return self.gather(self.share(hidden_rh))
+        return self.gather(self.local_logits(hidden_rh))

@@ -1,4 +1,4 @@
-"""Linear layers that know their split over ranks. Shapes: t tokens, h in, o out; both are this rank's share."""
+"""Linear layers that know their split over ranks. Shapes: t tokens, h in, o out; both are this rank's shard."""
 
 import torch
 import torch.nn as nn
@@ -32,7 +32,7 @@ class _Linear(PackedModule):
 
 
 class ColumnLinear(_Linear):
-    """Each rank computes a share of the output features; no communication."""
+    """Each rank computes a shard of the output features; no communication."""
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool = True, activation: ops.Activation | None = None
@@ -50,12 +50,12 @@ class ColumnLinear(_Linear):
 
 
 class RowLinear(_Linear):
-    """Each rank takes a share of the input features; the outputs are summed over the ranks."""
+    """Each rank takes a shard of the input features; the outputs are summed over the ranks."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
         super().__init__(in_features // tensor_group().size, out_features, bias=bias)
 
-    def forward(self, x_th: Tensor, residual_to: Tensor, rows_t: Tensor | None = None) -> Tensor | ops.Sum:
+    def forward(self, x_th: Tensor, residual_to: Tensor, rows_t: Tensor | None = None) -> Tensor | ops.PartialSum:
         """`residual[rows] + x @ W.T + b` over all ranks' features: [t, o], or a sum for the next norm to add up."""
         if self.group.size == 1:
             return ops.add_linear(x_th, self.packed, self.bias, residual_to, rows_t)

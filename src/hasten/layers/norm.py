@@ -16,6 +16,6 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(size), requires_grad=False)
 
-    def forward(self, x_th: Tensor | ops.Sum) -> tuple[Tensor, Tensor]:
+    def forward(self, x_th: Tensor | ops.PartialSum) -> tuple[Tensor, Tensor]:
         """Normalised [t, h], and what was normalised, added up: [t, h]."""
         return ops.layer_norm(x_th, self.weight, self.bias, self.eps)

@@ -40,7 +40,7 @@ class CausalLM(nn.Module):
     def forward(self, input_ids_t: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
         """Hidden states after the last norm, from token ids [t] and their positions [t].
 
-        They are [t, h], or of the tokens of `meta.last` alone where it names some.
+        They are [t, h], or of the tokens of `meta.output_part` alone where it names some.
         """
 
     def logits(self, hidden_rh: Tensor) -> Tensor | None:

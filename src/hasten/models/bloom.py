@@ -21,7 +21,7 @@ from hasten.models import hf_config
 from hasten.models.base import CausalLM
 from hasten.models.weight_map import Axis, Row, Tie, WeightMap
 from hasten.ops.meta import AttentionMeta
-from hasten.ops.sum import Sum
+from hasten.ops.partial_sum import PartialSum
 from hasten.parallel.shard import Split
 
 
@@ -33,7 +33,7 @@ class BloomMLP(nn.Module):
         self.up = ColumnLinear(config.hidden_size, config.intermediate_size, activation=config.activation)
         self.down = RowLinear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x_th: Tensor, residual_th: Tensor) -> Tensor | Sum:
+    def forward(self, x_th: Tensor, residual_th: Tensor) -> Tensor | PartialSum:
         """`residual_th` + MLP(`x_th`)."""
         return self.down(self.up(x_th), residual_th)
 
@@ -50,7 +50,7 @@ class BloomBlock(nn.Module):
         self.mlp = BloomMLP(config)
         self.residual_after_norm = config.residual_after_norm
 
-    def forward(self, x_th: Tensor | Sum, meta: AttentionMeta) -> Tensor | Sum:
+    def forward(self, x_th: Tensor | PartialSum, meta: AttentionMeta) -> Tensor | PartialSum:
         """Hidden states after this layer, or a sum for the next norm to add up."""
         normed_th, x_th = self.input_norm(x_th)
         residual_th = normed_th if self.residual_after_norm else x_th
@@ -73,7 +73,7 @@ class BloomForCausalLM(CausalLM):
         )
 
     def forward(self, input_ids_t: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
-        """Hidden states after the last norm, of the tokens of `meta.last` where it names some: [t, h]."""
+        """Hidden states after the last norm, of the tokens of `meta.output_part` where it names some: [t, h]."""
         x_th = self.embedding(input_ids_t, self.embedding_norm)
         for layer in self.layers:
             x_th = layer(x_th, meta)

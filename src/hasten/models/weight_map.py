@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from hasten.core.config import AttentionConfig, ModelConfig
-from hasten.parallel.shard import Split, share_of, split
+from hasten.parallel.shard import Split, shard_config, split
 
 Layout = Callable[[Tensor, AttentionConfig], Tensor]
 Axis = Literal["vocab", "hidden", "inner", "qkv"]
@@ -51,7 +51,7 @@ class Row:
     to_hf: Layout = same
     """Our layout to Hugging Face's: the inverse of `from_hf`."""
     hf_by_head: bool = False
-    """Hugging Face's axis 0 goes head by head, so that a rank's share of it is one run."""
+    """Hugging Face's axis 0 goes head by head, so that a rank's shard of it is one run."""
     init: Init = "normal"
     """How a random model starts it."""
 
@@ -59,10 +59,10 @@ class Row:
         """Shape of the whole tensor, the same in Hugging Face's layout and in ours."""
         return tuple(axis_size(axis, config) for axis in self.axes)
 
-    def share_from_hf(self, tensor: Tensor, rank: int, size: int, attention: AttentionConfig) -> Tensor:
-        """Rank `rank`'s share, in our layout, of a whole tensor in Hugging Face's; a view where the layouts agree."""
+    def shard_from_hf(self, tensor: Tensor, rank: int, size: int, attention: AttentionConfig) -> Tensor:
+        """Rank `rank`'s shard, in our layout, of a whole tensor in Hugging Face's; a view where the layouts agree."""
         if self.hf_by_head:
-            return self.from_hf(tensor.chunk(size, dim=0)[rank], share_of(attention, size))
+            return self.from_hf(tensor.chunk(size, dim=0)[rank], shard_config(attention, size))
         return split(self.from_hf(tensor, attention), self.split, rank, size, attention)
 
 

@@ -17,7 +17,7 @@ from hasten.ops.edits import Bans, EditList, LogitEdits, TokenCounts
 from hasten.ops.logprobs import TopLogprobs
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.packed import PackedLinear
-from hasten.ops.sum import Sum
+from hasten.ops.partial_sum import PartialSum
 from hasten.ops.transfer import HostCopy, to_device
 
 Activation = Literal["gelu_tanh"]
@@ -36,7 +36,7 @@ __all__ = [
     "HostCopy",
     "LogitEdits",
     "PackedLinear",
-    "Sum",
+    "PartialSum",
     "TokenCounts",
     "TopLogprobs",
     "add_linear",
@@ -65,13 +65,13 @@ __all__ = [
 def embedding(ids_t: Tensor, weight_vh: Tensor, first: int | None = None) -> Tensor:
     """Rows of `weight_vh` for token ids [t].
 
-    With `first`, the weight is a share of the vocabulary that begins there: ids outside it, which other ranks hold,
+    With `first`, the weight is a shard of the vocabulary that begins there: ids outside it, which other ranks hold,
     give zeros.
     """
     return reference.embedding(ids_t, weight_vh, first)
 
 
-def layer_norm(x_th: Tensor | Sum, weight_h: Tensor, bias_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def layer_norm(x_th: Tensor | PartialSum, weight_h: Tensor, bias_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Layer norm over the last axis: [t, h], and with it what was normed, a sum added up: [t, h].
 
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
@@ -125,7 +125,7 @@ def add_linear(
     bias_o: Tensor | None,
     residual_to: Tensor,
     rows_t: Tensor | None = None,
-) -> Tensor | Sum:
+) -> Tensor | PartialSum:
     """`residual + x @ weight.T + bias`, [t, o]; or what it is the sum of, where the norm that reads it adds for free.
 
     With `rows_t`, the residual has more rows and these are the ones to take.
@@ -133,7 +133,7 @@ def add_linear(
     if x_th.is_cuda:
         from hasten.ops.gpu import matmul
 
-        return Sum(matmul.linear_parts(x_th, weight), bias_o, residual_to, rows_t)
+        return PartialSum(matmul.linear_parts(x_th, weight), bias_o, residual_to, rows_t)
     return cpu.add_linear(x_th, weight, bias_o, residual_to, rows_t)
 
 

@@ -176,8 +176,8 @@ def paged_attention(  # noqa: D103
     scale: float,
     alibi_slopes_n: Tensor | None,
 ) -> Tensor:
-    if meta.rows is not None:
-        query_tnd = query_tnd[meta.rows]
+    if meta.output_indices is not None:
+        query_tnd = query_tnd[meta.output_indices]
     if query_tnd.shape[0] == 0:
         return torch.empty_like(query_tnd)
     plan: list[tuple[_Group, Tensor | None]] | None = meta.scratch.get("attention")

@@ -28,14 +28,14 @@ class AttentionMeta:
     """[s] on the host: tokens of each sequence in this batch."""
     kv_lens: list[int]
     """[s] on the host: `seq_lens`."""
-    rows: Tensor | None = None
-    """[t]: where these tokens stand in the batch that this is a part of."""
+    output_indices: Tensor | None = None
+    """[t]: rows of these tokens in the batch that this is the output part of."""
     plan: AttentionPlan | None = None
     """How the kernels of a GPU divide the work; other devices need none."""
-    last: "AttentionMeta | None" = None
-    """The part whose hidden states are asked for, if not all are: the last layer computes no others."""
+    output_part: "AttentionMeta | None" = None
+    """The tokens whose hidden states are needed, if not all are: the last layer computes no others."""
     scratch: dict[str, Any] = field(default_factory=dict, compare=False)
-    """What an op works out once a step, for every layer to use again."""
+    """What an op computes once per step and every layer uses again."""
 
     @property
     def num_tokens(self) -> int:

@@ -20,5 +20,5 @@ class Peers:
     """[ranks], int64: where each rank's mailbox is, seen from here."""
     exchanges: Tensor
     """[max_rows], int32: exchanges so far of each row, the same on every rank."""
-    gone: Tensor
-    """[1], int32, written by the host: not 0 once a rank has died, whose words nobody shall wait for any more."""
+    abort_flag: Tensor
+    """[1], int32, written by the host: non-zero once a peer has failed; kernels then stop polling."""

@@ -1,6 +1,6 @@
 """How the attention of a flat batch is divided for a GPU: numbers, worked out on the host once a step.
 
-Sequences with one query are cut into runs of keys; those with several, into tiles of queries.
+Sequences with one query are cut into splits of keys; those with several, into tiles of queries.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ TILE = 64
 """Queries in a tile."""
 TILE_COLUMNS = 5
 """Of a tile: sequence, row of its first query in the queries, in the output, queries, position of the first."""
-RUN_COLUMNS = 8
-"""Of a run: sequence, row of the query, of the output, first key, end, keys of the sequence, place, runs."""
-_LEAST_RUN = 64
+SPLIT_COLUMNS = 8
+"""Of a split: sequence, row of the query, of the output, first key, end, keys of the sequence, place, splits."""
+_MIN_SPLIT_LEN = 64
 _PROGRAMS = 16
 """Programs of the kernel for single queries that one multiprocessor can hold, and few tokens should fill."""
 
@@ -29,8 +29,8 @@ class AttentionPlan:
 
     tiles: Tensor | None
     """[tiles, TILE_COLUMNS], int32."""
-    runs: Tensor | None
-    """[runs, RUN_COLUMNS], int32; those with a negative sequence are empty."""
+    splits: Tensor | None
+    """[splits, SPLIT_COLUMNS], int32; those with a negative sequence are empty."""
 
 
 @dataclass(frozen=True)
@@ -48,35 +48,35 @@ class Planner:
             return None
         return cls(heads, torch.cuda.get_device_properties(device).multi_processor_count)
 
-    def most_runs(self, sequences: int) -> int:
-        """How many runs a step of so many sequences with one query may have.
+    def max_num_splits(self, sequences: int) -> int:
+        """How many splits a step of so many sequences with one query may have.
 
         Enough to keep every multiprocessor busy with several programs (one a run and head), and a few a sequence, so
         that a long one does not end after all others.
         """
         return max(2 * sequences, -(-_PROGRAMS * self.multiprocessors // self.heads))
 
-    def divide(self, query_rows: Integers, query_lens: Integers, kv_lens: Integers) -> dict[str, Integers]:
-        """`tiles` and `runs` of a step, as far as there are any; where its sequences' queries begin, and how many."""
+    def plan(self, query_rows: Integers, query_lens: Integers, kv_lens: Integers) -> dict[str, Integers]:
+        """`tiles` and `splits` of a step, as far as there are any; where its sequences' queries begin, and how many."""
         out_rows = np.cumsum(query_lens) - query_lens
         made: dict[str, Integers] = {}
         if (which := (query_lens > 1).nonzero()[0]).size:
             made["tiles"] = tiles(which, query_rows[which], out_rows[which], query_lens[which], kv_lens[which])
         if (which := (query_lens <= 1).nonzero()[0]).size:
-            most = self.most_runs(len(which))
-            made["runs"] = runs(which, query_rows[which], out_rows[which], kv_lens[which], most)
+            most = self.max_num_splits(len(which))
+            made["splits"] = kv_splits(which, query_rows[which], out_rows[which], kv_lens[which], most)
         return made
 
 
-def runs(sequences: Integers, query_rows: Integers, out_rows: Integers, kv_lens: Integers, most: int) -> Integers:
-    """Cut the keys of sequences with one query each into at most `most` runs of about equal length: [runs, 8]."""
+def kv_splits(sequences: Integers, query_rows: Integers, out_rows: Integers, kv_lens: Integers, most: int) -> Integers:
+    """Cut the keys of sequences with one query each into at most `most` splits of about equal length: [splits, 8]."""
     spare = max(1, most - len(sequences))
-    length = max(_LEAST_RUN, -(-int(kv_lens.sum()) // spare))
+    length = max(_MIN_SPLIT_LEN, -(-int(kv_lens.sum()) // spare))
     length = -(-length // 32) * 32
     counts = np.maximum(1, -(-kv_lens // length))
     owner = np.repeat(np.arange(len(sequences)), counts)
     place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    even = (kv_lens + 32 * counts - 1) // (32 * counts) * 32  # equal runs of one sequence, none a short rest
+    even = (kv_lens + 32 * counts - 1) // (32 * counts) * 32  # equal splits of one sequence, none a short rest
     begin = np.minimum(place * even[owner], kv_lens[owner])
     end = np.minimum(begin + even[owner], kv_lens[owner])
     columns = (sequences[owner], query_rows[owner], out_rows[owner], begin, end, kv_lens[owner], place, counts[owner])

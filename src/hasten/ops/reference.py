@@ -9,7 +9,7 @@ from hasten.ops.edits import IN_PROMPT, LogitEdits, TokenCounts
 from hasten.ops.logprobs import TopLogprobs
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.packed import PackedLinear
-from hasten.ops.sum import Sum
+from hasten.ops.partial_sum import PartialSum
 
 
 def embedding(ids_t: Tensor, weight_vh: Tensor, first: int | None) -> Tensor:  # noqa: D103
@@ -21,18 +21,18 @@ def embedding(ids_t: Tensor, weight_vh: Tensor, first: int | None) -> Tensor:  #
     return rows_th.masked_fill_(~held_t.unsqueeze(1), 0)
 
 
-def layer_norm(x_th: Tensor | Sum, weight_h: Tensor, bias_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # noqa: D103
+def layer_norm(x_th: Tensor | PartialSum, weight_h: Tensor, bias_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # noqa: D103
     x_th = x_th if isinstance(x_th, Tensor) else settle(x_th).to(weight_h.dtype)
     return F.layer_norm(x_th, weight_h.shape, weight_h, bias_h, eps), x_th
 
 
-def settle(sum_: Sum) -> Tensor:
+def settle(sum_: PartialSum) -> Tensor:
     """A sum added up, in the widest type of what it is made of."""
     total_th = sum_.parts if sum_.parts.dim() == 2 else sum_.parts.sum(0)
     if sum_.bias is not None:
         total_th = total_th + sum_.bias
     if sum_.residual is not None:
-        total_th = total_th + (sum_.residual if sum_.rows is None else sum_.residual[sum_.rows])
+        total_th = total_th + (sum_.residual if sum_.residual_indices is None else sum_.residual[sum_.residual_indices])
     return total_th
 
 
@@ -101,7 +101,7 @@ def paged_attention(  # noqa: D103
     scale: float,
     alibi_slopes_n: Tensor | None,
 ) -> Tensor:
-    query_tnd = query_tnd if meta.rows is None else query_tnd[meta.rows]
+    query_tnd = query_tnd if meta.output_indices is None else query_tnd[meta.output_indices]
     block_size, groups = key_cache.shape[1], query_tnd.shape[1] // key_cache.shape[2]
     out_tnd = torch.empty_like(query_tnd)
     start = 0

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hasten.ops.partial_sum import PartialSum
 from hasten.ops.peers import Peers
-from hasten.ops.sum import Sum
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class TensorGroup:
 
     def all_reduce_sum(
         self, parts: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, rows: Tensor | None = None
-    ) -> Sum:
+    ) -> PartialSum:
         """The sum over all ranks' `parts`, [t, h] or [parts, t, h], with bias and residual, for the norm after it."""
         if self.peers is not None and parts.shape[-2] <= self.peers.max_rows:
-            return Sum(parts, bias, residual, rows, self.peers)
+            return PartialSum(parts, bias, residual, rows, self.peers)
         whole = parts if parts.dim() == 2 else parts.sum(0)
-        return Sum(self.all_reduce(whole), bias, residual, rows)
+        return PartialSum(self.all_reduce(whole), bias, residual, rows)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's content, in place, on every rank."""
@@ -50,14 +50,14 @@ class TensorGroup:
         dist.all_gather(list(gathered.unbind()), tensor.contiguous())
         return gathered
 
-    def gather(self, share: Tensor) -> Tensor | None:
-        """All ranks' shares [r, v] side by side, [r, ranks * v], on rank 0; None on the others."""
+    def gather(self, shard: Tensor) -> Tensor | None:
+        """All ranks' shards [r, v] side by side, [r, ranks * v], on rank 0; None on the others."""
         if self.size == 1:
-            return share
-        share = share.contiguous()
-        shares = [torch.empty_like(share) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(share, shares, dst=0)
-        return None if shares is None else torch.cat(shares, dim=-1)
+            return shard
+        shard = shard.contiguous()
+        shards = [torch.empty_like(shard) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(shard, shards, dst=0)
+        return None if shards is None else torch.cat(shards, dim=-1)
 
 
 _current = TensorGroup()

@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distribute
 
 from hasten.core.errors import EngineError, HastenError, RankError, error_of, exit_status
 from hasten.parallel.groups import TensorGroup
-from hasten.parallel.place import RankPlace
+from hasten.parallel.rank import RankInfo
 from hasten.parallel.threads import limit_threads
 
 _GRACE_S = 2.0
@@ -63,7 +63,7 @@ def _failure(where: str, report: bytes) -> Failure:
 class Ranks:
     """The group of this process's run: its collectives, and the word of any rank's death."""
 
-    def __init__(self, place: RankPlace | None, children: "Children | None", device_kind: str) -> None:
+    def __init__(self, place: RankInfo | None, children: "Children | None", device_kind: str) -> None:
         self.group = TensorGroup(place.rank, place.size) if place else TensorGroup()
         self.local_size = place.local_size if place else 1
         """Ranks on this host."""
@@ -74,7 +74,7 @@ class Ranks:
         if place is not None and place.size > 1:
             self._join(place, device_kind)
 
-    def _join(self, place: RankPlace, device_kind: str) -> None:
+    def _join(self, place: RankInfo, device_kind: str) -> None:
         timeout = timedelta(seconds=_START_TIMEOUT_S)
         hosts_store = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         with self.guard("meeting the other ranks"):
@@ -221,7 +221,7 @@ _HEADER = 4096
 class Children:
     """Ranks 1 and up, started by this process as children that end with it."""
 
-    def __init__(self, module: str, configuration: str, place: RankPlace) -> None:
+    def __init__(self, module: str, configuration: str, place: RankInfo) -> None:
         self.failure: Failure | None = None
         """The first death that nobody asked for."""
         self.guarded = False
@@ -232,7 +232,7 @@ class Children:
         self._size = place.size
         self._processes = [self._start(module, configuration, place, rank) for rank in range(1, place.size)]
 
-    def _start(self, module: str, configuration: str, place: RankPlace, rank: int) -> "subprocess.Popen[bytes]":
+    def _start(self, module: str, configuration: str, place: RankInfo, rank: int) -> "subprocess.Popen[bytes]":
         reader, writer = os.pipe()
         environment = {
             **os.environ,

@@ -61,7 +61,7 @@ def _mailboxes(store: Store, rank: int, size: int, width: int, max_rows: int, de
         mailbox=mailbox,
         addresses=torch.tensor(addresses, dtype=torch.int64, device=device),
         exchanges=torch.zeros(max_rows, dtype=torch.int32, device=device),
-        gone=torch.zeros(1, dtype=torch.int32).pin_memory(),
+        abort_flag=torch.zeros(1, dtype=torch.int32).pin_memory(),
     )
 
 

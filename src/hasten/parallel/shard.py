@@ -35,13 +35,13 @@ def padded_vocab(vocab_size: int, size: int) -> int:
     return -(-vocab_size // size) * size
 
 
-def share_of(attention: AttentionConfig, size: int) -> AttentionConfig:
+def shard_config(attention: AttentionConfig, size: int) -> AttentionConfig:
     """The heads of one of `size` ranks."""
     return replace(attention, num_heads=attention.num_heads // size, num_kv_heads=attention.num_kv_heads // size)
 
 
-def share_shape(shape: tuple[int, ...], how: Split, size: int) -> tuple[int, ...]:
-    """Shape of a rank's share of a whole tensor of `shape`."""
+def shard_shape(shape: tuple[int, ...], how: Split, size: int) -> tuple[int, ...]:
+    """Shape of a rank's shard of a whole tensor of `shape`."""
     if size == 1 or how is Split.REPLICATE:
         return shape
     if how is Split.ROW:
@@ -57,7 +57,7 @@ def _qkv_parts(tensor: Tensor, attention: AttentionConfig, size: int) -> tuple[T
 
 
 def split(tensor: Tensor, how: Split, rank: int, size: int, attention: AttentionConfig) -> Tensor:
-    """Rank `rank`'s share of a whole tensor; a view where the share is contiguous in it.
+    """Rank `rank`'s shard of a whole tensor; a view where the shard is contiguous in it.
 
     The sizes must divide (`ParallelConfig.validate`), except for VOCAB, which is padded.
     """
@@ -70,27 +70,27 @@ def split(tensor: Tensor, how: Split, rank: int, size: int, attention: Attention
     if how is Split.QKV:
         return torch.cat([part.chunk(size, dim=0)[rank] for part in _qkv_parts(tensor, attention, 1)])
     rows = padded_vocab(tensor.shape[0], size) // size
-    share = tensor[rank * rows : (rank + 1) * rows]
-    missing = rows - share.shape[0]
-    return torch.cat([share, share.new_zeros(missing, *share.shape[1:])]) if missing else share
+    shard = tensor[rank * rows : (rank + 1) * rows]
+    missing = rows - shard.shape[0]
+    return torch.cat([shard, shard.new_zeros(missing, *shard.shape[1:])]) if missing else shard
 
 
-def merge(shares: Sequence[Tensor], how: Split, attention: AttentionConfig, vocab_size: int) -> Tensor:
-    """The whole tensor from all ranks' shares, in rank order: the inverse of `split`."""
-    if len(shares) == 1 or how is Split.REPLICATE:
-        return shares[0]
+def merge(shards: Sequence[Tensor], how: Split, attention: AttentionConfig, vocab_size: int) -> Tensor:
+    """The whole tensor from all ranks' shards, in rank order: the inverse of `split`."""
+    if len(shards) == 1 or how is Split.REPLICATE:
+        return shards[0]
     if how is Split.ROW:
-        return torch.cat(list(shares), dim=1)
+        return torch.cat(list(shards), dim=1)
     if how is Split.COLUMN:
-        return torch.cat(list(shares), dim=0)
+        return torch.cat(list(shards), dim=0)
     if how is Split.QKV:
-        parts = zip(*(_qkv_parts(share, attention, len(shares)) for share in shares), strict=True)
+        parts = zip(*(_qkv_parts(shard, attention, len(shards)) for shard in shards), strict=True)
         return torch.cat([torch.cat(part) for part in parts])
-    return torch.cat(list(shares), dim=0)[:vocab_size]
+    return torch.cat(list(shards), dim=0)[:vocab_size]
 
 
 def overlap(how: Split, rank: int, size: int, parts: int, vocab_size: int) -> range:
-    """Which of `parts` shares hold what rank `rank` of `size` needs."""
+    """Which of `parts` shards hold what rank `rank` of `size` needs."""
     if how is Split.REPLICATE:
         return range(rank * parts // size, rank * parts // size + 1)
     if how is Split.VOCAB:
@@ -110,7 +110,7 @@ def resplit(
     attention: AttentionConfig,
     vocab_size: int,
 ) -> Tensor:
-    """Rank `rank`'s share of `size`, from a tensor that is stored as `parts` shares; asks only for those it needs."""
+    """Rank `rank`'s shard of `size`, from a tensor that is stored as `parts` shards; asks only for those it needs."""
     needed = overlap(how, rank, size, parts, vocab_size)
     if parts == size or how is Split.REPLICATE:
         return part(rank if parts == size else needed[0])
@@ -119,10 +119,10 @@ def resplit(
     unit = math.lcm(parts, size)
     in_part, in_rank = unit // parts, unit // size
     pieces = [
-        split(part(index // in_part), how, index % in_part, in_part, share_of(attention, parts))
+        split(part(index // in_part), how, index % in_part, in_part, shard_config(attention, parts))
         for index in range(rank * in_rank, (rank + 1) * in_rank)
     ]
-    return merge(pieces, how, share_of(attention, size), vocab_size)
+    return merge(pieces, how, shard_config(attention, size), vocab_size)
 
 
 def _resplit_vocab(
@@ -132,6 +132,6 @@ def _resplit_vocab(
     offset = first_part * (padded_vocab(vocab_size, parts) // parts)
     start, stop = rank * wanted, min((rank + 1) * wanted, vocab_size)
     rows = held[0] if len(held) == 1 else torch.cat(list(held))
-    share = rows[start - offset : max(start, stop) - offset]
-    missing = (wanted if size > 1 else vocab_size) - share.shape[0]
-    return torch.cat([share, share.new_zeros(missing, *share.shape[1:])]) if missing else share
+    shard = rows[start - offset : max(start, stop) - offset]
+    missing = (wanted if size > 1 else vocab_size) - shard.shape[0]
+    return torch.cat([shard, shard.new_zeros(missing, *shard.shape[1:])]) if missing else shard

@@ -29,7 +29,7 @@ HAS_GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAN = float("nan")
 WHOLE, CUT = 0, 1000
-"""Most runs beside one a sequence: none is cut, or all are cut as small as they may be."""
+"""Most splits beside one a sequence: none is cut, or all are cut as small as they may be."""
 
 DECODES: dict[str, Lengths] = {
     "one token": [(1, 1)],
@@ -85,12 +85,12 @@ REAL: dict[str, tuple[Heads, Lengths]] = {
 
 
 @dataclass(frozen=True)
-class FewRuns(Planner):
-    """Cuts a step into so many runs more than it has sequences."""
+class FewSplits(Planner):
+    """Cuts a step into so many splits more than it has sequences."""
 
     extra: int
 
-    def most_runs(self, sequences: int) -> int:
+    def max_num_splits(self, sequences: int) -> int:
         return sequences + self.extra
 
 
@@ -108,8 +108,8 @@ class Case:
     query_tnd: Tensor = field(init=False)
     caches: tuple[Tensor, Tensor] = field(init=False)
 
-    def fill(self, lengths: Lengths, extra_runs: int | None = None) -> "Case":
-        """Take sequences of these lengths, in blocks in random order; at most so many runs more than sequences."""
+    def fill(self, lengths: Lengths, extra_splits: int | None = None) -> "Case":
+        """Take sequences of these lengths, in blocks in random order; at most so many splits more than sequences."""
         rng = np.random.default_rng(self.seed)
         block = self.heads.block
         needs = [-(-kv_len // block) for _, kv_len in lengths]
@@ -118,8 +118,8 @@ class Case:
         tables.array[:] = order.pop()  # behind its end a table names a block of nobody
         heads = self.heads.query
         planner = Planner.of(self.device, heads) or Planner(heads, multiprocessors=0)
-        if extra_runs is not None:
-            planner = FewRuns(heads, planner.multiprocessors, extra_runs)
+        if extra_splits is not None:
+            planner = FewSplits(heads, planner.multiprocessors, extra_splits)
         self.inputs = Inputs(tables, block, planner, self.device)
         self.batch = Batch()
         for key, ((count, kv_len), need) in enumerate(zip(lengths, needs, strict=True)):
@@ -183,19 +183,19 @@ def interpreted(dtypes: list[torch.dtype]) -> list[object]:
     return [pytest.param(d, marks=pytest.mark.gpu) if d == torch.bfloat16 and not HAS_GPU else d for d in dtypes]
 
 
-@pytest.mark.parametrize("extra_runs", [WHOLE, 3, CUT])
+@pytest.mark.parametrize("extra_splits", [WHOLE, 3, CUT])
 @pytest.mark.parametrize("lengths", DECODES.values(), ids=list(DECODES))
-def test_decodes(lengths: Lengths, extra_runs: int, device: torch.device, assert_close: Close) -> None:
-    case = Case(Heads(), torch.float16, device).fill(lengths, extra_runs)
+def test_decodes(lengths: Lengths, extra_splits: int, device: torch.device, assert_close: Close) -> None:
+    case = Case(Heads(), torch.float16, device).fill(lengths, extra_splits)
     meta = whole(case)
     assert meta.plan is not None
     assert meta.plan.tiles is None
     case.check(meta, assert_close)
 
 
-@pytest.mark.parametrize("extra_runs", [WHOLE, CUT])
-def test_a_decode_at_a_thousand_keys(extra_runs: int, device: torch.device, assert_close: Close) -> None:
-    case = Case(Heads(query=1, kv=1), torch.float16, device).fill([(1, 1000)], extra_runs)
+@pytest.mark.parametrize("extra_splits", [WHOLE, CUT])
+def test_a_decode_at_a_thousand_keys(extra_splits: int, device: torch.device, assert_close: Close) -> None:
+    case = Case(Heads(query=1, kv=1), torch.float16, device).fill([(1, 1000)], extra_splits)
     case.check(whole(case), assert_close)
 
 
@@ -204,7 +204,7 @@ def test_prompts(lengths: Lengths, device: torch.device, assert_close: Close) ->
     case = Case(Heads(query=1, kv=1), torch.float16, device).fill(lengths)
     meta = whole(case)
     assert meta.plan is not None
-    assert meta.plan.runs is None
+    assert meta.plan.splits is None
     case.check(meta, assert_close)
 
 
@@ -246,11 +246,11 @@ def test_a_part_of_a_batch_gets_what_it_gets_in_the_whole(
     case = Case(Heads(query=1, kv=1), torch.float16, device).fill(
         [(40, 40), (70, 90), (1, 33), (1, 1), (17, 17), (1, 140)], CUT
     )
-    part = case.inputs.tokens(case.batch, needed).meta.last
+    part = case.inputs.tokens(case.batch, needed).meta.output_part
     assert part is not None
     assert part.num_tokens == sum(needed)
     case.check(part, assert_close)
-    rows = part.rows
+    rows = part.output_indices
     assert rows is not None
     assert_close("tile", case.run(part), case.expected(whole(case))[rows.long()])
 
@@ -260,15 +260,15 @@ def test_what_fills_up_a_step_of_single_tokens_reads_and_writes_nothing(
     size: int, device: torch.device, assert_close: Close, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(Heads(), torch.float16, device).fill([(1, 70), (1, 1), (1, 33)])
-    case.inputs.planner = FewRuns(case.heads.query, 0, size + 3)
+    case.inputs.planner = FewSplits(case.heads.query, 0, size + 3)
     layout = case.inputs.decode_layout(size)
     if not HAS_GPU:
         pageable = torch.empty
         monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: pageable(*shape, **options))
     meta = layout.tokens(case.inputs.decode_numbers(case.batch, layout).to(device)).meta
     assert meta.plan is not None
-    assert meta.plan.runs is not None
-    assert -1 in meta.plan.runs[:, 0].tolist()
+    assert meta.plan.splits is not None
+    assert -1 in meta.plan.splits[:, 0].tolist()
     for _ in range(2):  # as two layers do
         found = case.run(meta)
         assert_close("attention", found[:3], case.expected(whole(case)))
@@ -287,9 +287,9 @@ def test_later_layers_use_the_memory_of_the_first(seed: int, device: torch.devic
     assert meta.scratch["parts"] is held
 
 
-@pytest.mark.parametrize("extra_runs", [None, CUT])
-def test_nothing_is_changed_but_the_output(extra_runs: int | None, device: torch.device) -> None:
-    case = Case(Heads(query=1, kv=1), torch.float16, device).fill([(20, 33), (1, 70)], extra_runs)
+@pytest.mark.parametrize("extra_splits", [None, CUT])
+def test_nothing_is_changed_but_the_output(extra_splits: int | None, device: torch.device) -> None:
+    case = Case(Heads(query=1, kv=1), torch.float16, device).fill([(20, 33), (1, 70)], extra_splits)
     before = [tensor.clone() for tensor in (case.query_tnd, *case.caches)]
     case.run(whole(case))
     after = (case.query_tnd, *case.caches)
@@ -304,7 +304,7 @@ def test_real_sizes(heads: Heads, lengths: Lengths, dtype: torch.dtype, assert_c
     meta = whole(case)
     case.check(meta, assert_close)
     found = case.run(meta)
-    for _ in range(10):  # runs of one query finish in any order, and are added up in one
+    for _ in range(10):  # splits of one query finish in any order, and are added up in one
         assert torch.equal(case.run(meta), found)
 
 

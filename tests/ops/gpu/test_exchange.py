@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hasten.core.ports import free_port
-from hasten.ops import Sum, reference
+from hasten.ops import PartialSum, reference
 from hasten.ops.gpu import exchange, norm
 from hasten.ops.peers import Peers
 
@@ -64,7 +64,7 @@ class Case:
         return cls(parts, bias, residual, chosen, weight, shift)
 
     def run(self, peers: Peers) -> tuple[Tensor, Tensor]:
-        sum_ = Sum(self.parts[peers.rank], self.bias, self.residual, self.rows, peers)
+        sum_ = PartialSum(self.parts[peers.rank], self.bias, self.residual, self.rows, peers)
         return exchange.exchange_norm(sum_, peers, self.weight, self.shift, EPS)
 
     def sent(self, rank: int) -> Tensor:
@@ -95,7 +95,7 @@ def make_peers(ranks: int, width: int, device: torch.device, max_rows: int = MAX
             mailbox=mailboxes[rank],
             addresses=addresses,
             exchanges=torch.zeros(max_rows, dtype=torch.int32, device=device),
-            gone=torch.zeros(1, dtype=torch.int32, device=device),
+            abort_flag=torch.zeros(1, dtype=torch.int32, device=device),
         )
         for rank in range(ranks)
     ]
@@ -119,7 +119,7 @@ def test_one_rank_alone_sums_as_a_norm_does(
         assert_close("layer_norm", total, case.total)
         assert_close("layer_norm", found, case.norm(total))
         assert peers.exchanges.tolist() == [number] * 3 + [0] * (MAX_ROWS - 3)
-    plain = Sum(case.sent(0), case.bias, case.residual, case.rows)
+    plain = PartialSum(case.sent(0), case.bias, case.residual, case.rows)
     assert_close("layer_norm", total, norm.layer_norm(plain, case.weight, case.shift, EPS)[1].double())
 
 
@@ -186,11 +186,11 @@ def run_rank(width: int, port: int, rank: int) -> None:
 
     from hasten.parallel.launch import Ranks
     from hasten.parallel.peers import connect
-    from hasten.parallel.place import RankPlace
+    from hasten.parallel.rank import RankInfo
 
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    ranks = Ranks(RankPlace(rank, 2, 2, "127.0.0.1", port), None, "cuda")
+    ranks = Ranks(RankInfo(rank, 2, 2, "127.0.0.1", port), None, "cuda")
     assert ranks.store is not None
     peers = connect(ranks.store, rank, 2, width, 64, device)
     assert peers is not None, "these GPUs cannot write each other's memory"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.ops import Sum, reference
+from hasten.ops import PartialSum, reference
 from hasten.ops.gpu import norm
 
 Close = Callable[[str, Tensor, Tensor], None]
@@ -33,12 +33,12 @@ def make_sum(
     bias: bool = False,
     residual: bool = False,
     chosen: bool = False,
-) -> Sum:
+) -> PartialSum:
     """A sum of these; without a number of parts, of one in the type itself. Rows of the residual not chosen are NaN."""
     first = draw(rows, width, dtype=dtype, device=device)
     if parts is not None:
         first = draw(parts, rows, width, dtype=torch.float32, device=device)
-    made = Sum(first, draw(width, dtype=dtype, device=device, seed=1) if bias else None)
+    made = PartialSum(first, draw(width, dtype=dtype, device=device, seed=1) if bias else None)
     if not residual:
         return made
     residual_th = draw(rows, width, dtype=dtype, device=device, seed=2)
@@ -47,20 +47,20 @@ def make_sum(
     which = torch.randperm(3 * rows + 1, generator=torch.Generator().manual_seed(3))[:rows].to(device)
     more_th = torch.full((3 * rows + 1, width), NAN, dtype=dtype, device=device)
     more_th[which] = residual_th
-    return replace(made, residual=more_th, rows=which.int())
+    return replace(made, residual=more_th, residual_indices=which.int())
 
 
 def wide(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.double()
 
 
-def check(x: Tensor | Sum, dtype: torch.dtype, assert_close: Close) -> None:
-    width, device = x.shape[1], (x.parts if isinstance(x, Sum) else x).device
+def check(x: Tensor | PartialSum, dtype: torch.dtype, assert_close: Close) -> None:
+    width, device = x.shape[1], (x.parts if isinstance(x, PartialSum) else x).device
     weight, bias = draw(2, width, dtype=dtype, device=device, seed=4)
     found, total = norm.layer_norm(x, weight, bias, EPS)
     assert found.dtype == total.dtype == dtype
-    if isinstance(x, Sum):
-        exact = Sum(x.parts.double(), wide(x.bias), wide(x.residual), x.rows)
+    if isinstance(x, PartialSum):
+        exact = PartialSum(x.parts.double(), wide(x.bias), wide(x.residual), x.residual_indices)
         assert_close("layer_norm", total, reference.settle(exact))
     else:
         assert total is x

@@ -81,10 +81,10 @@ def run(args: argparse.Namespace) -> int:
     from hasten.bench.engines import HastenEngine, HuggingFaceEngine
     from hasten.checkpoint.hub import resolve_model
     from hasten.engine.text import Tokenizer
-    from hasten.parallel.place import place_from_environment
+    from hasten.parallel.rank import rank_from_environment
     from hasten.parallel.threads import limit_threads
 
-    place = place_from_environment()
+    place = rank_from_environment()
     if args.test_hf and place is not None and place.rank > 0:
         return 0  # Hugging Face runs in one process, whatever started this one
     report.require_writable(args.output_path)

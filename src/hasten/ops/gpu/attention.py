@@ -1,7 +1,7 @@
 """Attention over the paged cache, for any mixture of prompts, chunks and single tokens.
 
 Shapes: t tokens, n query heads, m key/value heads, d head size. Caches are [blocks, block size, m, d] in any strides
-but a unit one for d. The host divides the work (`plan.py`): single tokens into runs of keys, several into tiles.
+but a unit one for d. The host divides the work (`plan.py`): single tokens by splits of their keys, several by tiles.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
 from hasten.ops.meta import AttentionMeta
-from hasten.ops.plan import RUN_COLUMNS, TILE, TILE_COLUMNS
+from hasten.ops.plan import SPLIT_COLUMNS, TILE, TILE_COLUMNS
 
 _LOG2_E = 1.4426950408889634
 _FAR = tl.constexpr(-1.0e30)
@@ -65,10 +65,10 @@ def _one_query(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One query of one head against a run of keys.
+    """One query of one head against a split of the keys.
 
     Each of BLOCK_N lanes of keys keeps its own running softmax, so that nothing crosses lanes before the end. The
-    program that finishes last among the runs of a query adds them up.
+    program that finishes last among the splits of a query adds them up.
     """
     start_next(PDL)
     head = tl.program_id(0)
@@ -250,12 +250,12 @@ def paged_attention(
             BLOCK_M=TILE, BLOCK_N=32, STAGES=1 if wide else 2,
             PRECISION="ieee" if wide else "tf32", COLUMNS=TILE_COLUMNS, num_warps=4, **common,
         )  # fmt: skip
-    if plan.runs is not None:
-        sums, weights, arrived = _parts(meta, plan.runs.shape[0], heads, common["BLOCK_D"])
+    if plan.splits is not None:
+        sums, weights, arrived = _parts(meta, plan.splits.shape[0], heads, common["BLOCK_D"])
         lanes, stages, warps = _cut(meta.num_tokens)
-        _one_query[(heads, plan.runs.shape[0])](
-            *shared, plan.runs, out_tnd, sums, weights, arrived, *strides, scale * _LOG2_E,
-            BLOCK_N=lanes, STAGES=stages, COLUMNS=RUN_COLUMNS, num_warps=warps, **common,
+        _one_query[(heads, plan.splits.shape[0])](
+            *shared, plan.splits, out_tnd, sums, weights, arrived, *strides, scale * _LOG2_E,
+            BLOCK_N=lanes, STAGES=stages, COLUMNS=SPLIT_COLUMNS, num_warps=warps, **common,
         )  # fmt: skip
     return out_tnd
 
@@ -269,14 +269,14 @@ def _cut(queries: int) -> tuple[int, int, int]:
     return (8, 3, 1) if 2 < queries <= 128 else (16, 3, 2)
 
 
-def _parts(meta: AttentionMeta, runs: int, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where runs of one query leave their results for each other; one place for all layers, which take turns."""
+def _parts(meta: AttentionMeta, splits: int, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where splits of one query leave their results for each other; one place for all layers, which take turns."""
     made = meta.scratch.get("parts")
     if made is None:
         device = meta.seq_lens.device
         made = meta.scratch["parts"] = (
-            torch.empty(runs, heads, width, dtype=torch.float32, device=device),
-            torch.empty(runs, heads, 2, dtype=torch.float32, device=device),
+            torch.empty(splits, heads, width, dtype=torch.float32, device=device),
+            torch.empty(splits, heads, 2, dtype=torch.float32, device=device),
             torch.zeros(meta.num_tokens, heads, dtype=torch.int32, device=device),
         )
     return made

@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
+from hasten.ops.partial_sum import PartialSum
 from hasten.ops.peers import Peers
-from hasten.ops.sum import Sum
 
-_PATIENCE = tl.constexpr(4096)
-"""Looks into the mailbox, some milliseconds, before one at the host's word."""
+_POLLS_PER_ABORT_CHECK = tl.constexpr(4096)
+"""Polls of the mailbox, some milliseconds, between two reads of the host's abort flag."""
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _exchange_norm(
     addresses,
     mailbox,
     exchanges,
-    gone,
+    abort_flag,
     eps,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
@@ -84,12 +84,12 @@ def _exchange_norm(
         if other != RANK:
             at = mailbox + place + other * (H // 2)
             word = tl.load(at, valid, 0, volatile=True)
-            looks, over = 0, 0
+            polls, over = 0, 0
             while (over == 0) & (tl.max((valid & ((word >> 32) != number)).to(tl.int32), 0) != 0):
                 word = tl.load(at, valid, 0, volatile=True)
-                looks += 1
-                if looks % _PATIENCE == 0:
-                    over = tl.load(gone, volatile=True)
+                polls += 1
+                if polls % _POLLS_PER_ABORT_CHECK == 0:
+                    over = tl.load(abort_flag, volatile=True)
         low += (word & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
         high += ((word >> 16) & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
     if HAS_BIAS:
@@ -118,7 +118,9 @@ def _exchange_norm(
     tl.store(exchanges + row, number)  # last: every warp of this program has read it by then
 
 
-def exchange_norm(sum_: Sum, peers: Peers, weight_h: Tensor, bias_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def exchange_norm(
+    sum_: PartialSum, peers: Peers, weight_h: Tensor, bias_h: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """The norm of a sum over ranks, and the sum: see `hasten.ops.layer_norm`."""
     rows, width = sum_.shape
     assert rows <= peers.max_rows
@@ -130,7 +132,7 @@ def exchange_norm(sum_: Sum, peers: Peers, weight_h: Tensor, bias_h: Tensor, eps
         parts.stride(0) if sum_.num_parts > 1 else 0,
         weight_h if sum_.bias is None else sum_.bias,
         parts if sum_.residual is None else sum_.residual,
-        parts if sum_.rows is None else sum_.rows,
+        parts if sum_.residual_indices is None else sum_.residual_indices,
         total_th,
         weight_h,
         bias_h,
@@ -138,7 +140,7 @@ def exchange_norm(sum_: Sum, peers: Peers, weight_h: Tensor, bias_h: Tensor, eps
         peers.addresses,
         peers.mailbox,
         peers.exchanges,
-        peers.gone,
+        peers.abort_flag,
         eps,
         RANK=peers.rank,
         RANKS=peers.size,
@@ -148,7 +150,7 @@ def exchange_norm(sum_: Sum, peers: Peers, weight_h: Tensor, bias_h: Tensor, eps
         PARTS=sum_.num_parts,
         HAS_BIAS=sum_.bias is not None,
         HAS_RESIDUAL=sum_.residual is not None,
-        HAS_ROWS=sum_.rows is not None,
+        HAS_ROWS=sum_.residual_indices is not None,
         num_warps=max(1, min(16, triton.next_power_of_2(width) // 256)),
         **overlapped(weight_h),
     )

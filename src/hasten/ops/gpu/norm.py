@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hasten.ops.gpu.exchange import exchange_norm
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
-from hasten.ops.sum import Sum
+from hasten.ops.partial_sum import PartialSum
 
 
 @triton.jit
@@ -93,13 +93,13 @@ def _embed_norm(
     _store_norm(x, valid, gain, shift, out + row * H + h, eps, H)
 
 
-def layer_norm(x_th: Tensor | Sum, weight_h: Tensor, bias_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    sum_ = x_th if isinstance(x_th, Sum) else Sum(x_th)
+def layer_norm(x_th: Tensor | PartialSum, weight_h: Tensor, bias_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    sum_ = x_th if isinstance(x_th, PartialSum) else PartialSum(x_th)
     if sum_.peers is not None:
         return exchange_norm(sum_, sum_.peers, weight_h, bias_h, eps)
     parts, (rows, width) = sum_.parts, sum_.shape
     count = sum_.num_parts
-    settled = isinstance(x_th, Sum)
+    settled = isinstance(x_th, PartialSum)
     out_th = weight_h.new_empty(rows, width)
     total_th = weight_h.new_empty(rows, width) if settled else out_th
     _add_norm[(rows,)](
@@ -107,7 +107,7 @@ def layer_norm(x_th: Tensor | Sum, weight_h: Tensor, bias_h: Tensor, eps: float)
         parts.stride(0) if count > 1 else 0,
         weight_h if sum_.bias is None else sum_.bias,
         parts if sum_.residual is None else sum_.residual,
-        parts if sum_.rows is None else sum_.rows,
+        parts if sum_.residual_indices is None else sum_.residual_indices,
         total_th,
         weight_h,
         bias_h,
@@ -118,7 +118,7 @@ def layer_norm(x_th: Tensor | Sum, weight_h: Tensor, bias_h: Tensor, eps: float)
         PARTS=count,
         HAS_BIAS=sum_.bias is not None,
         HAS_RESIDUAL=sum_.residual is not None,
-        HAS_ROWS=sum_.rows is not None,
+        HAS_ROWS=sum_.residual_indices is not None,
         STORES_TOTAL=settled,
         num_warps=_warps(width),
         **overlapped(weight_h),

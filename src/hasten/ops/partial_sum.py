@@ -1,4 +1,4 @@
-"""A sum that is not made yet: its reader adds it up while it reads."""
+"""A deferred all-reduce, bias and residual, which the norm that reads them adds up."""
 
 from dataclasses import dataclass
 
@@ -8,16 +8,17 @@ from hasten.ops.peers import Peers
 
 
 @dataclass(frozen=True)
-class Sum:
-    """A linear layer's output that the next norm completes."""
+class PartialSum:
+    """The output of a linear layer, with what is still to be added to it."""
 
     parts: Tensor
     """[t, h], or [parts, t, h] in fp32: what a product over parts of its input features gave."""
     bias: Tensor | None = None
     """[h]"""
     residual: Tensor | None = None
-    """[t, h], or more rows, of which `rows` tells the ones to take."""
-    rows: Tensor | None = None
+    """[t, h], or more rows, of which `residual_indices` are the ones to take."""
+    residual_indices: Tensor | None = None
+    """[t]"""
     peers: Peers | None = None
     """Where the parts of other ranks come from, if they are to be added too."""
 

@@ -15,8 +15,8 @@ _CONNECT_S = 10.0
 
 
 @dataclass(frozen=True)
-class RankPlace:
-    """Which rank this process is, and where the ranks meet."""
+class RankInfo:
+    """The rank of this process, and the address at which the ranks meet."""
 
     rank: int
     size: int
@@ -25,10 +25,10 @@ class RankPlace:
     port: int
 
 
-def place_from_environment(env: Mapping[str, str] = os.environ) -> RankPlace | None:
-    """This process's place if torchrun, mpirun (Open MPI, MPICH, Intel) or an operator started it; None otherwise.
+def rank_from_environment(env: Mapping[str, str] = os.environ) -> RankInfo | None:
+    """The rank of this process if torchrun, mpirun (Open MPI, MPICH, Intel) or an operator started it; None otherwise.
 
-    mpirun comes first, and one process alone has no place: an operator gives each of its pods a rank, in which mpirun
+    mpirun comes first, and one process alone is no rank: an operator gives each of its pods a rank, in which mpirun
     or hasten may start more. A rank that does not know how many are on its host is such a pod's only one.
     """
     names = (
@@ -49,7 +49,7 @@ def place_from_environment(env: Mapping[str, str] = os.environ) -> RankPlace | N
                 "(and MASTER_PORT to a free port there)"
             )
         address = env.get("MASTER_ADDR", LOCAL)
-        return RankPlace(
+        return RankInfo(
             rank, size, local_size, address, _number(env, "MASTER_PORT") if "MASTER_PORT" in env else _port_of_job(env)
         )
     return None
