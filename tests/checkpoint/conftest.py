@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def ft_files() -> Callable[[Path, int, str], Bytes]:
 @pytest.fixture(scope="session")
 def whole_tensors() -> Callable[[Path], State]:
     """What the model's parameters should be, under hasten's names, from what transformers loads."""
-    from hasten.models.bloom import BASE_ROWS, HEAD_ROW
+    from hasten.models.bloom import BloomForCausalLM as Ours
 
     def make(folder: Path) -> State:
         from transformers import BloomForCausalLM
@@ -88,14 +89,15 @@ def whole_tensors() -> Callable[[Path], State]:
         model = BloomForCausalLM.from_pretrained(folder, dtype=torch.float32)
         tied, heads = torch.equal(model.lm_head.weight, model.transformer.word_embeddings.weight), model.config.n_head
         state = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
+        config = replace(Ours.config_from_hf(model.config.to_dict()), tie_word_embeddings=tied)
         found: State = {}
-        for row in BASE_ROWS if tied else (*BASE_ROWS, HEAD_ROW):
-            for layer in range(model.config.n_layer if "{}" in row.hf else 1):
-                tensor = state[row.hf.format(layer)]
-                if "query_key_value" in row.hf:
-                    rest = tensor.shape[1:]
-                    tensor = tensor.reshape(heads, 3, -1, *rest).transpose(0, 1).reshape(-1, *rest)
-                found[row.ours.format(layer)] = tensor.contiguous()
+        for spec in Ours.weight_map(config).specs:
+            (source,) = spec.sources
+            tensor = state[source.name]
+            if "query_key_value" in source.name:
+                rest = tensor.shape[1:]
+                tensor = tensor.reshape(heads, 3, -1, *rest).transpose(0, 1).reshape(-1, *rest)
+            found[spec.name] = tensor.contiguous()
         return found
 
     return make

@@ -26,15 +26,15 @@ def converted(source: Path, out: Path, ranks: int, output_format: Format, dtype:
 
 
 def loaded(checkpoint: Checkpoint, size: int, dtype: torch.dtype = torch.float32) -> State:
-    """All ranks' shares, put together again."""
+    """All ranks' shards, put together again."""
     config = checkpoint.config
     ranks = [dict(rank_tensors(checkpoint, rank, size, dtype)) for rank in range(size)]
-    rows = {row.ours: row for row in BloomForCausalLM.weight_map(config).expand(config.num_layers)}
+    specs = {spec.name: spec for spec in BloomForCausalLM.weight_map(config).specs}
     assert all(list(state) == list(ranks[0]) for state in ranks)
     assert all(tensor.is_contiguous() for state in ranks for tensor in state.values())
     return {
-        name: merge([state[name] for state in ranks], row.split, config.attention, config.vocab_size)
-        for name, row in rows.items()
+        name: merge([state[name] for state in ranks], spec.split, config.attention, config.vocab_size)
+        for name, spec in specs.items()
     }
 
 

@@ -9,12 +9,14 @@ VOCAB = 29
 ATTENTION = {
     "every head its own key": AttentionConfig(num_heads=12, num_kv_heads=12, head_size=2),
     "two heads a key": AttentionConfig(num_heads=24, num_kv_heads=12, head_size=2),
+    "two keys": AttentionConfig(num_heads=12, num_kv_heads=2, head_size=2),
+    "one key": AttentionConfig(num_heads=12, num_kv_heads=1, head_size=2),
 }
 
 
 def _tensor(how: Split, attention: AttentionConfig, axes: int) -> torch.Tensor:
     qkv = (attention.num_heads + 2 * attention.num_kv_heads) * attention.head_size
-    rows = {Split.VOCAB: VOCAB, Split.QKV: qkv}.get(how, 12)
+    rows = {Split.VOCAB: VOCAB, Split.QKV: qkv, Split.GATE_UP: 24}.get(how, 12)
     return torch.arange(rows * 24, dtype=torch.float32).view(rows, 24)[:, : 24 if axes == 2 else 1].squeeze(1)
 
 
@@ -28,11 +30,12 @@ def test_merge_undoes_split_and_resplit_goes_between_any_sizes(
     how: Split, axes: int, attention: AttentionConfig
 ) -> None:
     whole = _tensor(how, attention, axes)
-    for size in SIZES:
+    fitting = [size for size in SIZES if not attention.num_kv_heads % size or not size % attention.num_kv_heads]
+    for size in fitting:
         shards = [split(whole, how, rank, size, attention) for rank in range(size)]
-        assert {tuple(shard.shape) for shard in shards} == {shard_shape(tuple(whole.shape), how, size)}
+        assert {tuple(shard.shape) for shard in shards} == {shard_shape(tuple(whole.shape), how, size, attention)}
         assert torch.equal(merge(shards, how, attention, VOCAB), whole)
-        for other in SIZES:
+        for other in fitting:
             for rank in range(other):
                 asked: list[int] = []
                 found = resplit(
@@ -63,3 +66,10 @@ def test_queries_keys_and_values_are_split_by_head() -> None:
     attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_size=1)
     whole = torch.tensor([0.0, 1, 2, 3, 10, 11, 20, 21])
     assert split(whole, Split.QKV, 1, 2, attention).tolist() == [2, 3, 11, 21]
+
+
+def test_ranks_hold_the_same_key_head_where_there_are_too_few() -> None:
+    attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_size=1)
+    whole = torch.tensor([0.0, 1, 2, 3, 10, 11, 20, 21])
+    shards = [split(whole, Split.QKV, rank, 4, attention).tolist() for rank in range(4)]
+    assert shards == [[0, 10, 20], [1, 10, 20], [2, 11, 21], [3, 11, 21]]

@@ -12,13 +12,14 @@ from typing import Literal
 
 import torch
 
+from hasten.checkpoint.faster_transformer import has_format
 from hasten.checkpoint.hub import resolve_model
 from hasten.checkpoint.plan import generation_eos, side_folder
 from hasten.checkpoint.sources import FasterTransformerSource, Source, open_source, read_json
 from hasten.checkpoint.target import SIDE_FILES, Target
 from hasten.checkpoint.writers import FasterTransformerWriter, Part, RankedSafetensorsWriter, StoppedError, Writer
 from hasten.core.config import DTypeName, ParallelConfig
-from hasten.core.errors import CheckpointError, ConfigError
+from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
 
 Format = Literal["fastertransformer", "safetensors"]
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -77,6 +78,7 @@ def convert(job: Conversion, report: Report = lambda _: None) -> None:
     given = resolve_model(job.input_dir)
     source = open_source(given, job.ranks)
     parallel.validate(source.config)
+    _check_format(job.format, source.config.architecture)
     target = Target(Path(job.output_dir), job.ranks)
     _check_apart(source, given, target)
     side = side_folder(source)
@@ -92,6 +94,13 @@ def convert(job: Conversion, report: Report = lambda _: None) -> None:
         for path in (side / name for name in SIDE_FILES):
             if path.is_file():
                 shutil.copyfile(path, new / path.name)
+
+
+def _check_format(name: Format, architecture: str) -> None:
+    if name == "fastertransformer" and not has_format(architecture):
+        raise UnsupportedError(
+            f"{architecture} has no FasterTransformer format; convert to hasten's own with --format safetensors"
+        )
 
 
 def _check_apart(source: Source, given: Path, target: Target) -> None:
@@ -132,7 +141,7 @@ def _clear_errors(shown: str) -> Iterator[None]:
 def _write(writer: Writer, job: Conversion, wrote: Callable[[Part], None]) -> None:
     writer.start()
     batches: Iterable[tuple[Part, ...]] = (
-        tuple(part for row in rows for part in writer.parts[row.ours]) for rows in writer.source.batches()
+        tuple(part for spec in specs for part in writer.parts[spec.name]) for specs in writer.source.batches()
     )
     if not job.by_shard:
         batches = [tuple(part for batch in batches for part in batch)]

@@ -6,6 +6,7 @@ A file is headerless, in C order. Matrices are stored (in, out), a fused QKV as 
 import configparser
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,44 +14,75 @@ from torch import Tensor
 
 from hasten.core.config import AttentionConfig, DTypeName, ModelConfig, dtype_name
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
-from hasten.models.weight_map import Row
+from hasten.models.weight_map import WeightSpec
 from hasten.parallel.shard import Split, shard_shape
 
 _log = logging.getLogger(__name__)
 
 CONFIG_INI = "config.ini"
 _SPLIT = frozenset({Split.COLUMN, Split.ROW, Split.QKV})
+_MODULES = {
+    "embedding_norm": "pre_decoder_layernorm",
+    "layers.{}.input_norm": "layers.{}.input_layernorm",
+    "layers.{}.attention.qkv": "layers.{}.attention.query_key_value",
+    "layers.{}.attention.dense": "layers.{}.attention.dense",
+    "layers.{}.post_norm": "layers.{}.post_attention_layernorm",
+    "layers.{}.mlp.up": "layers.{}.mlp.dense_h_to_4h",
+    "layers.{}.mlp.down": "layers.{}.mlp.dense_4h_to_h",
+    "final_norm": "final_layernorm",
+    "head": "lm_head",
+}
+"""FasterTransformer's names of BLOOM's modules."""
+_EMBEDDING = "embedding.weight"
+_LAYER = re.compile(r"(?<=layers\.)\d+")
+_ARCHITECTURE = "BloomForCausalLM"
 
 
-def is_split(row: Row) -> bool:
+def has_format(architecture: str) -> bool:
+    """Whether hasten reads and writes an architecture in FasterTransformer's format."""
+    return architecture == _ARCHITECTURE
+
+
+def weight_name(spec: WeightSpec) -> str:
+    """A weight's name in a folder, without `model.` before and the rank and `.bin` behind."""
+    if spec.name == _EMBEDDING:
+        return "wte"
+    module, _, kind = spec.name.rpartition(".")
+    layer = _LAYER.search(module)
+    name = _MODULES[_LAYER.sub("{}", module)]
+    return f"{name.format(layer[0]) if layer else name}.{kind}"
+
+
+def is_split(spec: WeightSpec) -> bool:
     """Whether a weight has a file for each rank (also when there is only one)."""
-    return row.split in _SPLIT
+    return spec.split in _SPLIT
 
 
-def is_transposed(row: Row) -> bool:
+def is_transposed(spec: WeightSpec) -> bool:
     """Whether a file holds the transpose of hasten's layout."""
-    return is_split(row) and len(row.axes) == 2
+    return is_split(spec) and len(spec.axes) == 2
 
 
-def file_name(row: Row, rank: int) -> str:
+def file_name(spec: WeightSpec, rank: int) -> str:
     """Name of the file with a rank's shard, or with the whole where FasterTransformer does not split."""
-    return f"model.{row.ft}.{rank}.bin" if is_split(row) else f"model.{row.ft}.bin"
+    name = weight_name(spec)
+    return f"model.{name}.{rank}.bin" if is_split(spec) else f"model.{name}.bin"
 
 
-def file_shape(row: Row, config: ModelConfig, ranks: int) -> tuple[int, ...]:
+def file_shape(spec: WeightSpec, config: ModelConfig, ranks: int) -> tuple[int, ...]:
     """Shape of a file as FasterTransformer sees it."""
-    shape = row.shape(config)
-    if not is_split(row):
+    shape = spec.shape(config)
+    if not is_split(spec):
         return shape
-    out, *into = shard_shape(shape, row.split, ranks)
-    return (*into, 3, out // 3) if row.split is Split.QKV else (*into, out)
+    out, *into = shard_shape(shape, spec.split, ranks, config.attention)
+    return (*into, 3, out // 3) if spec.split is Split.QKV else (*into, out)
 
 
-def from_file(row: Row, stored: Tensor) -> Tensor:
+def from_file(spec: WeightSpec, stored: Tensor) -> Tensor:
     """A shard in hasten's layout, as a view of a file's flat values in the shape `file_shape`."""
-    if row.split is Split.QKV:
+    if spec.split is Split.QKV:
         stored = stored.flatten(-2)
-    return stored.t() if is_transposed(row) else stored
+    return stored.t() if is_transposed(spec) else stored
 
 
 def config_ini(config: ModelConfig, model_name: str, ranks: int, dtype: DTypeName) -> str:
@@ -154,7 +186,7 @@ def _model_config(section: configparser.SectionProxy) -> ModelConfig:
     heads, head_size = int(section["head_num"]), int(section["size_per_head"])
     start = _ids(section.get("start_id", "1"))
     return ModelConfig(
-        architecture="BloomForCausalLM",
+        architecture=_ARCHITECTURE,
         num_layers=int(section["num_layer"]),
         hidden_size=heads * head_size,
         intermediate_size=int(section["inter_size"]),

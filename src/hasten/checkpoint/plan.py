@@ -99,9 +99,9 @@ def rank_tensors(checkpoint: Checkpoint, rank: int, size: int, dtype: torch.dtyp
     source = checkpoint.source
     ParallelConfig(tensor_parallel_size=size).validate(source.config)
     if checkpoint.verify and source.manifest is not None:
-        names = {name for row in source.rows for name in source.files_for(row, rank, size)}
+        names = {name for spec in source.specs for name in source.files_for(spec, rank, size)}
         source.manifest.verify(source.folder, names)
-    for rows in source.batches():
-        for row in rows:
-            yield row.ours, source.shard(row, rank, size).to(dtype).contiguous()
+    for specs in source.batches():
+        for spec in specs:
+            yield spec.name, source.shard(spec, rank, size).to(dtype).contiguous()
         source.release()

@@ -29,7 +29,7 @@ from hasten.core.errors import CheckpointError, ConfigError, HastenError, Unsupp
 from hasten.models import hf_config
 from hasten.models.generation_config import not_applied
 from hasten.models.registry import architecture_of, model_class
-from hasten.models.weight_map import Row, Tie, WeightMap
+from hasten.models.weight_map import StoredTensor, Tie, WeightMap, WeightSpec
 from hasten.ops import TORCH_DTYPES
 from hasten.parallel.shard import overlap, resplit, shard_shape, split
 
@@ -44,7 +44,7 @@ METADATA_KEY = "hasten"
 METADATA_VERSION = 1
 _RANK_FILES = "rank-*-of-*.safetensors"
 _HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_ROWS_AT_ONCE = 24
+_WEIGHTS_AT_ONCE = 24
 _FLOATS = frozenset({torch.float64, *TORCH_DTYPES.values()})
 
 
@@ -57,36 +57,36 @@ class Source(ABC):
     """The same, short, for `HF >> FT`."""
     manifest: Manifest | None = None
     ranks: int = 1
-    """Shares that the files themselves hold."""
+    """Shards that the files themselves hold."""
 
     def __init__(self, folder: Path, config: ModelConfig, weight_map: WeightMap) -> None:
         self.folder = folder
         self.config = _with_known_tokens(config, folder)
         self.weight_map = weight_map
-        self.rows = tuple(weight_map.expand(config.num_layers))
+        self.specs = weight_map.specs
         self.files: tuple[Path, ...] = ()
         self.generation_eos: tuple[int, ...] | None = None
         """End tokens that generation_config.json set when the checkpoint was converted."""
 
     @abstractmethod
-    def shard(self, row: Row, rank: int, size: int) -> Tensor:
+    def shard(self, spec: WeightSpec, rank: int, size: int) -> Tensor:
         """Rank `rank`'s shard of `size`, in the stored type; often a view of a mapped file."""
 
-    def holds(self, row: Row) -> bool:
+    def holds(self, spec: WeightSpec) -> bool:
         """Whether the files hold a weight that the configuration ties to another."""
         return False
 
     def repeats(self, tie: Tie) -> bool:
         """Whether a tied weight that the files hold has the same values as the one it is tied to."""
-        return _equal(self.shard(tie.row, 0, 1), self.shard(tie.to, 0, 1))
+        return _equal(self.shard(tie.spec, 0, 1), self.shard(tie.to, 0, 1))
 
-    def files_for(self, row: Row, rank: int, size: int) -> Iterable[str]:
+    def files_for(self, spec: WeightSpec, rank: int, size: int) -> Iterable[str]:
         """Names of the manifest's files that `shard` reads."""
         return ()
 
-    def batches(self) -> Iterator[tuple[Row, ...]]:
-        """All rows, grouped by the file that holds them, so that a reader needs one file open at a time."""
-        yield self.rows
+    def batches(self) -> Iterator[tuple[WeightSpec, ...]]:
+        """All weights, grouped by the file that holds them, so that a reader needs one file open at a time."""
+        yield self.specs
 
     def release(self) -> None:  # noqa: B027 - a source may have nothing to close
         """Close the files that are open; they open again when they are needed."""
@@ -129,7 +129,7 @@ def _with_known_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
 def _has_own_head(source: Source) -> bool:
     """Whether the files hold a head other than the embedding to which the configuration ties it."""
     tie = source.weight_map.head_tie
-    if tie is None or not source.holds(tie.row):
+    if tie is None or not source.holds(tie.spec):
         return False
     # hasten's own converter, which writes a manifest, writes no head that equals the embedding
     return source.manifest is not None or not source.repeats(tie)
@@ -238,20 +238,23 @@ class HuggingFaceSource(Source):
         own: dict[str, tuple[str, Path]] = {}
         for name, path in names.items():
             base = name if name in self.weight_map.hf_unprefixed else name.removeprefix(self.weight_map.hf_prefix)
+            if self.weight_map.ignores(base):
+                continue
             if base in own:
                 raise CheckpointError(f"{where} holds {base!r} twice, as {own[base][0]!r} and as {name!r}; remove one")
             own[base] = (name, path)
         tie = self.weight_map.head_tie
-        tied = own.pop(tie.row.hf, None) if tie is not None else None
-        if tie is not None and tied is not None:
+        head, embedding = (None, None) if tie is None else (tie.spec.sources[0].name, tie.to.sources[0].name)
+        tied = own.pop(head, None) if head is not None else None
+        if embedding is not None and tied is not None:
             # safetensors keeps one name of two tensors that share memory, and it may be the head's
-            own.setdefault(tie.to.hf, tied)
-        _check_names(where, (row.hf for row in self.rows), own)
-        return own if tie is None or tied is None else {**own, tie.row.hf: tied}
+            own.setdefault(embedding, tied)
+        _check_names(where, (source.name for spec in self.specs for source in spec.sources), own)
+        return own if head is None or tied is None else {**own, head: tied}
 
-    def holds(self, row: Row) -> bool:
+    def holds(self, spec: WeightSpec) -> bool:
         """Whether the files hold a weight that the configuration ties to another."""
-        return row.hf in self._names
+        return all(source.name in self._names for source in spec.sources)
 
     def _opened(self, path: Path) -> _TensorFile:
         with self._lock:
@@ -262,17 +265,23 @@ class HuggingFaceSource(Source):
                 self._open[path] = tensors
             return self._open[path]
 
-    def shard(self, row: Row, rank: int, size: int) -> Tensor:
-        """A view of the mapped file; a fused QKV is copied into order."""
-        name, path = self._names[row.hf]
-        whole = _check_tensor(path, name, self._opened(path).get_tensor(name), row.shape(self.config))
-        return row.shard_from_hf(whole, rank, size, self.config.attention)
+    def shard(self, spec: WeightSpec, rank: int, size: int) -> Tensor:
+        """A view of the mapped file; what is fused here and not there, or in another order, is copied."""
+        stored = [self._stored(source) for source in spec.sources]
+        return spec.shard(stored, rank, size, self.config.attention)
 
-    def batches(self) -> Iterator[tuple[Row, ...]]:
-        """Rows file by file, in the order of the files' names."""
+    def _stored(self, source: StoredTensor) -> Tensor:
+        name, path = self._names[source.name]
+        return _check_tensor(path, name, self._opened(path).get_tensor(name), source.shape(self.config))
+
+    def _last_file(self, spec: WeightSpec) -> Path:
+        return max(self._names[source.name][1] for source in spec.sources)
+
+    def batches(self) -> Iterator[tuple[WeightSpec, ...]]:
+        """Weights file by file, in the order of the files' names; one that lies in several comes with the last."""
         for path in sorted(self.files):
-            if rows := tuple(row for row in self.rows if self._names[row.hf][1] == path):
-                yield rows
+            if specs := tuple(spec for spec in self.specs if self._last_file(spec) == path):
+                yield specs
 
     def release(self) -> None:
         """Forget the open files, and with them what is mapped."""
@@ -281,7 +290,7 @@ class HuggingFaceSource(Source):
 
     def stored_dtype(self) -> torch.dtype:
         """Type of the first weight."""
-        name, path = self._names[self.rows[0].hf]
+        name, path = self._names[self.specs[0].sources[0].name]
         return self._opened(path).get_tensor(name).dtype
 
 
@@ -304,29 +313,29 @@ def _read_index(path: Path) -> dict[str, Path]:
 class _RankedSource(Source):
     """Files that hold the shards of `ranks` ranks; any other number of ranks is served by splitting anew."""
 
-    def _parts(self, row: Row) -> int:
-        """Shares that `row` is stored as."""
+    def _parts(self, spec: WeightSpec) -> int:
+        """Shards that a weight is stored as."""
         return self.ranks
 
     @abstractmethod
-    def _part(self, row: Row, part: int) -> Tensor:
+    def _part(self, spec: WeightSpec, part: int) -> Tensor:
         """One stored shard, in hasten's layout."""
 
     @abstractmethod
-    def _file(self, row: Row, part: int) -> str:
+    def _file(self, spec: WeightSpec, part: int) -> str:
         """Name of the file that holds it."""
 
-    def shard(self, row: Row, rank: int, size: int) -> Tensor:
+    def shard(self, spec: WeightSpec, rank: int, size: int) -> Tensor:
         """A view of the rank's own file where the files have as many ranks."""
-        config, parts = self.config, self._parts(row)
+        config, parts = self.config, self._parts(spec)
         return resplit(
-            lambda part: self._part(row, part), parts, row.split, rank, size, config.attention, config.vocab_size
+            lambda part: self._part(spec, part), parts, spec.split, rank, size, config.attention, config.vocab_size
         )
 
-    def files_for(self, row: Row, rank: int, size: int) -> Iterable[str]:
+    def files_for(self, spec: WeightSpec, rank: int, size: int) -> Iterable[str]:
         """The rank's own files, or those whose shards overlap its own."""
-        parts = self._parts(row)
-        return {self._file(row, part) for part in overlap(row.split, rank, size, parts, self.config.vocab_size)}
+        parts = self._parts(spec)
+        return {self._file(spec, part) for part in overlap(spec.split, rank, size, parts, self.config.vocab_size)}
 
 
 class FasterTransformerSource(_RankedSource):
@@ -342,21 +351,21 @@ class FasterTransformerSource(_RankedSource):
         super().__init__(folder, config, model_class(config.architecture).weight_map(config))
         self.manifest = Manifest.read(folder)
         self.ranks, self.model_name = facts.ranks, facts.model_name
-        self._names = {self._file(row, part): row for row in self.rows for part in range(self._parts(row))}
+        self._names = {self._file(spec, part): spec for spec in self.specs for part in range(self._parts(spec))}
         self.files = tuple(folder / name for name in self._names)
         tie = self.weight_map.head_tie
-        if tie is not None and self.holds(tie.row):
-            self._names[self._file(tie.row, 0)] = tie.row
+        if tie is not None and self.holds(tie.spec):
+            self._names[self._file(tie.spec, 0)] = tie.spec
         self._check_files()
 
-    def holds(self, row: Row) -> bool:
+    def holds(self, spec: WeightSpec) -> bool:
         """Whether there is a file of a weight that the configuration ties to another."""
-        name = self._file(row, 0)
+        name = self._file(spec, 0)
         return (self.folder / name).is_file() if self.manifest is None else name in self.manifest.files
 
     def repeats(self, tie: Tie) -> bool:
         """Whether the files of both are alike, in either layout of a head."""
-        head, other = (self.folder / self._file(row, 0) for row in (tie.row, tie.to))
+        head, other = (self.folder / self._file(spec, 0) for spec in (tie.spec, tie.to))
         return filecmp.cmp(head, other, shallow=False) or super().repeats(tie)
 
     def _check_files(self) -> None:
@@ -374,20 +383,20 @@ class FasterTransformerSource(_RankedSource):
                     "it is truncated or of another model; copy or convert it again"
                 )
 
-    def _parts(self, row: Row) -> int:
-        return self.ranks if ft.is_split(row) else 1
+    def _parts(self, spec: WeightSpec) -> int:
+        return self.ranks if ft.is_split(spec) else 1
 
-    def _file(self, row: Row, part: int) -> str:
-        return ft.file_name(row, part)
+    def _file(self, spec: WeightSpec, part: int) -> str:
+        return ft.file_name(spec, part)
 
-    def _part(self, row: Row, part: int) -> Tensor:
-        shape = ft.file_shape(row, self.config, self.ranks)
-        if self.manifest is None and row.ft == "lm_head.weight":
-            return self._map(row, part, shape[::-1]).t()
-        return ft.from_file(row, self._map(row, part, shape))
+    def _part(self, spec: WeightSpec, part: int) -> Tensor:
+        shape = ft.file_shape(spec, self.config, self.ranks)
+        if self.manifest is None and spec.name == "head.weight":
+            return self._map(spec, part, shape[::-1]).t()
+        return ft.from_file(spec, self._map(spec, part, shape))
 
-    def _map(self, row: Row, part: int, shape: tuple[int, ...]) -> Tensor:
-        path = self.folder / self._file(row, part)
+    def _map(self, spec: WeightSpec, part: int, shape: tuple[int, ...]) -> Tensor:
+        path = self.folder / self._file(spec, part)
         size, dtype = math.prod(shape), TORCH_DTYPES[self.config.dtype]
         return torch.from_file(str(path), shared=False, size=size, dtype=dtype).view(shape)
 
@@ -425,23 +434,23 @@ class RankedSafetensorsSource(_RankedSource):
         self._open: dict[int, Any] = {}
         self._lock = Lock()
 
-    def _file(self, row: Row, part: int) -> str:
+    def _file(self, spec: WeightSpec, part: int) -> str:
         return self.files[part].name
 
-    def _part(self, row: Row, part: int) -> Tensor:
+    def _part(self, spec: WeightSpec, part: int) -> Tensor:
         with self._lock:
             if part not in self._open:
-                shard = _open_safetensors(self.files[part])
-                _check_names(self.files[part], (row.ours for row in self.rows), shard.keys())
-                self._open[part] = shard
-            shard = self._open[part]
-        shape = shard_shape(row.shape(self.config), row.split, self.ranks)
-        return _check_tensor(self.files[part], row.ours, shard.get_tensor(row.ours), shape)
+                tensors = _open_safetensors(self.files[part])
+                _check_names(self.files[part], (spec.name for spec in self.specs), tensors.keys())
+                self._open[part] = tensors
+            tensors = self._open[part]
+        shape = shard_shape(spec.shape(self.config), spec.split, self.ranks, self.config.attention)
+        return _check_tensor(self.files[part], spec.name, tensors.get_tensor(spec.name), shape)
 
-    def batches(self) -> Iterator[tuple[Row, ...]]:
-        """A few rows at a time: a file holds some of every layer, so whole files would be the whole model."""
-        for start in range(0, len(self.rows), _ROWS_AT_ONCE):
-            yield self.rows[start : start + _ROWS_AT_ONCE]
+    def batches(self) -> Iterator[tuple[WeightSpec, ...]]:
+        """A few weights at a time: a file holds some of every layer, so whole files would be the whole model."""
+        for start in range(0, len(self.specs), _WEIGHTS_AT_ONCE):
+            yield self.specs[start : start + _WEIGHTS_AT_ONCE]
 
     def release(self) -> None:
         """Forget the open files, and with them what is mapped."""
@@ -477,15 +486,15 @@ class DummySource(Source):
     device = torch.device("cpu")
     """Where the weights are made: a GPU takes a second for what takes a CPU minutes, but other values come out."""
 
-    def shard(self, row: Row, rank: int, size: int) -> Tensor:
+    def shard(self, spec: WeightSpec, rank: int, size: int) -> Tensor:
         """Ones for a norm, zeros for a bias, and for the rest values that the tensor's name decides."""
-        shape, dtype = row.shape(self.config), TORCH_DTYPES[self.config.dtype]
-        if row.init == "normal":
-            generator = torch.Generator(self.device).manual_seed(self.seed + zlib.crc32(row.ours.encode()))
+        shape, dtype = spec.shape(self.config), TORCH_DTYPES[self.config.dtype]
+        if spec.init == "normal":
+            generator = torch.Generator(self.device).manual_seed(self.seed + zlib.crc32(spec.name.encode()))
             whole = torch.empty(shape, device=self.device).normal_(0, self.scale, generator=generator).to(dtype)
         else:
-            whole = torch.full(shape, float(row.init == "ones"), dtype=dtype, device=self.device)
-        return split(whole, row.split, rank, size, self.config.attention)
+            whole = torch.full(shape, float(spec.init == "ones"), dtype=dtype, device=self.device)
+        return split(whole, spec.split, rank, size, self.config.attention)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from hasten.checkpoint.manifest import Manifest, Piece, PieceHasher, pieces_of
 from hasten.checkpoint.sources import METADATA_KEY, METADATA_VERSION, RANK_FILE, Source
 from hasten.core.config import DTypeName
 from hasten.core.errors import CheckpointError
-from hasten.models.weight_map import Row
+from hasten.models.weight_map import WeightSpec
 from hasten.ops import TORCH_DTYPES
 from hasten.parallel.shard import Split, shard_shape
 
@@ -35,7 +35,7 @@ class StoppedError(Exception):
 class Part:
     """One shard of one weight, and where it goes."""
 
-    row: Row
+    spec: WeightSpec
     rank: int
     size: int
     """Ranks that the format splits it over: 1 where a file holds it whole for all of them."""
@@ -62,13 +62,13 @@ class Writer(ABC):
         self.folder = folder
         self.ranks = ranks
         self.dtype = dtype
-        self.parts: dict[str, list[Part]] = {row.ours: [] for row in source.rows}
+        self.parts: dict[str, list[Part]] = {spec.name: [] for spec in source.specs}
         self._pieces: dict[tuple[str, int], tuple[Piece, ...]] = {}
         self._lay_out()
 
     @abstractmethod
     def _lay_out(self) -> None:
-        """Fill `parts`, in the order of ranks within a row."""
+        """Fill `parts`, in the order of ranks within a weight."""
 
     @abstractmethod
     def start(self) -> None:
@@ -79,23 +79,25 @@ class Writer(ABC):
         """Bytes of all weights."""
         return sum(part.nbytes for parts in self.parts.values() for part in parts)
 
-    def _part(self, row: Row, rank: int, size: int, name: str, file: str, shape: tuple[int, ...], offset: int) -> Part:
+    def _part(
+        self, spec: WeightSpec, rank: int, size: int, name: str, file: str, shape: tuple[int, ...], offset: int
+    ) -> Part:
         nbytes = math.prod(shape) * TORCH_DTYPES[self.dtype].itemsize
         of_ft = self.format == FasterTransformerWriter.format
-        is_split = ft.is_split(row) if of_ft else row.split is not Split.REPLICATE
-        return Part(row, rank, size, is_split, name, file, shape, offset, nbytes, of_ft and ft.is_transposed(row))
+        is_split = ft.is_split(spec) if of_ft else spec.split is not Split.REPLICATE
+        return Part(spec, rank, size, is_split, name, file, shape, offset, nbytes, of_ft and ft.is_transposed(spec))
 
     def write(self, part: Part, stop: Event) -> None:
         """Cast and write one part; CheckpointError for a value that the type cannot hold."""
         hasher = PieceHasher()
-        shard = self.source.shard(part.row, part.rank, part.size)
+        shard = self.source.shard(part.spec, part.rank, part.size)
         file = os.open(self.folder / part.file, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             offset = part.offset
             for block in _blocks(shard, TORCH_DTYPES[self.dtype], part.transposed):
                 if stop.is_set():
                     raise StoppedError
-                _check_finite(block, part.row, self.source, self.dtype)
+                _check_finite(block, part.spec, self.source, self.dtype)
                 data = memoryview(block.reshape(-1).view(torch.uint8).numpy().data)
                 _write_all(file, data, offset)
                 hasher.update(data)
@@ -122,17 +124,17 @@ def _blocks(shard: Tensor, dtype: torch.dtype, transposed: bool) -> Iterator[Ten
         yield block.t().contiguous() if transposed else block
 
 
-def _check_finite(block: Tensor, row: Row, source: Source, dtype: DTypeName) -> None:
+def _check_finite(block: Tensor, spec: WeightSpec, source: Source, dtype: DTypeName) -> None:
     if not all(math.isfinite(float(end)) for end in block.aminmax()):
-        stored = source.shard(row, 0, 1)
+        stored = source.shard(spec, 0, 1)
         largest = float(stored.nan_to_num(0, math.inf, -math.inf).abs().max())
         if stored.isnan().any() or math.isinf(largest):
             what = "not a number" if stored.isnan().any() else "an infinity"
             raise CheckpointError(
-                f"tensor {row.hf!r} holds {what}: the checkpoint is damaged, or its training diverged"
+                f"tensor {spec.stored_names} holds {what}: the checkpoint is damaged, or its training diverged"
             )
         raise CheckpointError(
-            f"tensor {row.hf!r} holds {largest:g}, which {dtype} cannot; "
+            f"tensor {spec.stored_names} holds {largest:g}, which {dtype} cannot; "
             f"convert with -dt {'bf16 or fp32' if dtype == 'fp16' else 'fp32'}"
         )
 
@@ -154,12 +156,12 @@ class FasterTransformerWriter(Writer):
         super().__init__(source, folder, ranks, dtype)
 
     def _lay_out(self) -> None:
-        for row in self.source.rows:
-            shape = ft.file_shape(row, self.source.config, self.ranks)
-            size = self.ranks if ft.is_split(row) else 1
+        for spec in self.source.specs:
+            shape = ft.file_shape(spec, self.source.config, self.ranks)
+            size = self.ranks if ft.is_split(spec) else 1
+            name = f"model.{ft.weight_name(spec)}"
             for rank in range(size):
-                name = f"model.{row.ft}"
-                self.parts[row.ours].append(self._part(row, rank, size, name, ft.file_name(row, rank), shape, 0))
+                self.parts[spec.name].append(self._part(spec, rank, size, name, ft.file_name(spec, rank), shape, 0))
 
     def start(self) -> None:
         """Write config.ini."""
@@ -184,27 +186,29 @@ class RankedSafetensorsWriter(Writer):
 
     def _lay_out(self) -> None:
         for rank in range(self.ranks):
+            config = self.source.config
             shapes = {
-                row: shard_shape(row.shape(self.source.config), row.split, self.ranks) for row in self.source.rows
+                spec: shard_shape(spec.shape(config), spec.split, self.ranks, config.attention)
+                for spec in self.source.specs
             }
             header = self._header(rank, shapes)
             self._headers.append(header)
             offset = len(header)
-            for row, shape in shapes.items():
+            for spec, shape in shapes.items():
                 file = RANK_FILE.format(rank, self.ranks)
-                part = self._part(row, rank, self.ranks, row.ours, file, shape, offset)
-                self.parts[row.ours].append(part)
+                part = self._part(spec, rank, self.ranks, spec.name, file, shape, offset)
+                self.parts[spec.name].append(part)
                 offset += part.nbytes
 
-    def _header(self, rank: int, shapes: dict[Row, tuple[int, ...]]) -> bytes:
+    def _header(self, rank: int, shapes: dict[WeightSpec, tuple[int, ...]]) -> bytes:
         model = {**asdict(self.source.config), "dtype": self.dtype}
         facts = {"version": METADATA_VERSION, "ranks": self.ranks, "rank": rank, "model": model}
         facts["eos_token_ids"] = self.eos_token_ids
         entries: dict[str, object] = {"__metadata__": {"format": "pt", METADATA_KEY: json.dumps(facts)}}
         start = 0
-        for row, shape in shapes.items():
+        for spec, shape in shapes.items():
             stop = start + math.prod(shape) * TORCH_DTYPES[self.dtype].itemsize
-            entries[row.ours] = {"dtype": self._TYPES[self.dtype], "shape": shape, "data_offsets": [start, stop]}
+            entries[spec.name] = {"dtype": self._TYPES[self.dtype], "shape": shape, "data_offsets": [start, stop]}
             start = stop
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % _ALIGN)

@@ -4,8 +4,7 @@ Shapes: t tokens of the flat batch, h hidden, r rows that need logits, v vocabul
 Source: BigScience Workshop, "BLOOM: A 176B-Parameter Open-Access Multilingual Language Model", 2022.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch.nn as nn
@@ -19,7 +18,7 @@ from hasten.layers.linear import ColumnLinear, RowLinear
 from hasten.layers.norm import LayerNorm
 from hasten.models import hf_config
 from hasten.models.base import CausalLM
-from hasten.models.weight_map import Axis, Row, Tie, WeightMap
+from hasten.models.weight_map import Axis, Layout, Tie, WeightMap, WeightSpec, linear, norm, vocabulary
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.partial_sum import PartialSum
 from hasten.parallel.shard import Split
@@ -95,10 +94,10 @@ class BloomForCausalLM(CausalLM):
     def weight_map(config: ModelConfig) -> WeightMap:
         """Names, layouts and splits of all weights."""
         return WeightMap(
-            rows=BASE_ROWS if config.tie_word_embeddings else (*BASE_ROWS, HEAD_ROW),
+            specs=tuple(_specs(config)),
             hf_prefix="transformer.",
             hf_unprefixed=frozenset({"lm_head.weight"}),
-            head_tie=Tie(HEAD_ROW, BASE_ROWS[0]) if config.tie_word_embeddings else None,
+            head_tie=Tie(_HEAD, _EMBEDDING) if config.tie_word_embeddings else None,
         )
 
 
@@ -137,60 +136,36 @@ def _config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def _group_qkv(tensor: Tensor, attention: AttentionConfig) -> Tensor:
-    """Hugging Face's (heads, 3, head size) rows to ours: (3, heads, head size)."""
+    """Hugging Face's (heads, 3, head size) rows to hasten's: (3, heads, head size)."""
     rest = tensor.shape[1:]
     parts = tensor.reshape(attention.num_heads, 3, attention.head_size, *rest)
     return parts.transpose(0, 1).reshape(-1, *rest)
 
 
-def _interleave_qkv(tensor: Tensor, attention: AttentionConfig) -> Tensor:
-    """The inverse of `_group_qkv`."""
-    rest = tensor.shape[1:]
-    parts = tensor.reshape(3, attention.num_heads, attention.head_size, *rest)
-    return parts.transpose(0, 1).reshape(-1, *rest)
+_HEAD_MAJOR = Layout(_group_qkv, by_head=True)
+_EMBEDDING = vocabulary("embedding.weight", "word_embeddings.weight")
+_HEAD = vocabulary("head.weight", "lm_head.weight")
 
 
-def _row(hf: str, ours: str, ft: str, axes: tuple[Axis, ...], split: Split = Split.REPLICATE) -> Row:
-    return Row(hf=hf, ours=ours, ft=ft, axes=axes, split=split, init="normal" if len(axes) > 1 else "zeros")
+def _of_layer(layer: int) -> Iterator[WeightSpec]:
+    name, hf = f"layers.{layer}", f"h.{layer}"
+    qkv: dict[str, Axis] = {f"{hf}.self_attention.query_key_value": "qkv"}
+    dense: dict[str, Axis] = {f"{hf}.self_attention.dense": "hidden"}
+    up: dict[str, Axis] = {f"{hf}.mlp.dense_h_to_4h": "inner"}
+    down: dict[str, Axis] = {f"{hf}.mlp.dense_4h_to_h": "hidden"}
+    yield from norm(f"{name}.input_norm", f"{hf}.input_layernorm", bias=True)
+    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=True, layout=_HEAD_MAJOR)
+    yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=True)
+    yield from norm(f"{name}.post_norm", f"{hf}.post_attention_layernorm", bias=True)
+    yield from linear(f"{name}.mlp.up", up, "inner", "hidden", Split.COLUMN, bias=True)
+    yield from linear(f"{name}.mlp.down", down, "hidden", "inner", Split.ROW, bias=True)
 
 
-def _norm(hf: str, ours: str, ft: str) -> tuple[Row, Row]:
-    weight, bias = (_row(f"{hf}.{kind}", f"{ours}.{kind}", f"{ft}.{kind}", ("hidden",)) for kind in ("weight", "bias"))
-    return replace(weight, init="ones"), bias
-
-
-def _linear(hf: str, ours: str, ft: str, out: Axis, into: Axis, split: Split) -> tuple[Row, Row]:
-    """Weight and bias; the bias follows the output features, and a ROW split leaves those whole."""
-    weight = _row(f"{hf}.weight", f"{ours}.weight", f"{ft}.weight", (out, into), split)
-    of_bias = Split.REPLICATE if split is Split.ROW else split
-    return weight, _row(f"{hf}.bias", f"{ours}.bias", f"{ft}.bias", (out,), of_bias)
-
-
-def _qkv(hf: str, ours: str, ft: str) -> tuple[Row, ...]:
-    rows = _linear(hf, ours, ft, "qkv", "hidden", Split.QKV)
-    return tuple(replace(row, from_hf=_group_qkv, to_hf=_interleave_qkv, hf_by_head=True) for row in rows)
-
-
-BASE_ROWS: tuple[Row, ...] = (
-    _row("word_embeddings.weight", "embedding.weight", "wte", ("vocab", "hidden"), Split.VOCAB),
-    *_norm("word_embeddings_layernorm", "embedding_norm", "pre_decoder_layernorm"),
-    *_norm("h.{}.input_layernorm", "layers.{}.input_norm", "layers.{}.input_layernorm"),
-    *_qkv("h.{}.self_attention.query_key_value", "layers.{}.attention.qkv", "layers.{}.attention.query_key_value"),
-    *_linear(
-        "h.{}.self_attention.dense",
-        "layers.{}.attention.dense",
-        "layers.{}.attention.dense",
-        "hidden",
-        "hidden",
-        Split.ROW,
-    ),
-    *_norm("h.{}.post_attention_layernorm", "layers.{}.post_norm", "layers.{}.post_attention_layernorm"),
-    *_linear(
-        "h.{}.mlp.dense_h_to_4h", "layers.{}.mlp.up", "layers.{}.mlp.dense_h_to_4h", "inner", "hidden", Split.COLUMN
-    ),
-    *_linear(
-        "h.{}.mlp.dense_4h_to_h", "layers.{}.mlp.down", "layers.{}.mlp.dense_4h_to_h", "hidden", "inner", Split.ROW
-    ),
-    *_norm("ln_f", "final_norm", "final_layernorm"),
-)
-HEAD_ROW = _row("lm_head.weight", "head.weight", "lm_head.weight", ("vocab", "hidden"), Split.VOCAB)
+def _specs(config: ModelConfig) -> Iterator[WeightSpec]:
+    yield _EMBEDDING
+    yield from norm("embedding_norm", "word_embeddings_layernorm", bias=True)
+    for layer in range(config.num_layers):
+        yield from _of_layer(layer)
+    yield from norm("final_norm", "ln_f", bias=True)
+    if not config.tie_word_embeddings:
+        yield _HEAD

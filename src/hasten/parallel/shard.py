@@ -1,7 +1,8 @@
 """How a tensor is divided over tensor parallel ranks, and put together again.
 
 All shapes are hasten's own layout: a linear's weight is [out, in]; a fused QKV weight is
-[(heads + 2 * kv_heads) * head_size, in], first all query heads, then all key heads, then all value heads.
+[(heads + 2 * kv_heads) * head_size, in], first all query heads, then all key heads, then all value heads; that of a
+gated unit is [2 * inner, in], first the gate.
 """
 
 import math
@@ -27,7 +28,14 @@ class Split(Enum):
     VOCAB = "vocab"
     """By vocabulary: axis 0, padded with zero rows to a multiple of the ranks."""
     QKV = "qkv"
-    """By heads within each of Q, K and V: axis 0."""
+    """By heads within each of Q, K and V: axis 0. Where key/value heads are fewer than ranks, consecutive ranks hold
+    the same one."""
+    GATE_UP = "gate_up"
+    """By output features within each half, the gate's and the other: axis 0."""
+
+
+_SECTIONED = frozenset({Split.COLUMN, Split.QKV, Split.GATE_UP})
+"""Splits of axis 0 alone, by sections that are divided each for itself."""
 
 
 def padded_vocab(vocab_size: int, size: int) -> int:
@@ -36,24 +44,43 @@ def padded_vocab(vocab_size: int, size: int) -> int:
 
 
 def shard_config(attention: AttentionConfig, size: int) -> AttentionConfig:
-    """The heads of one of `size` ranks."""
-    return replace(attention, num_heads=attention.num_heads // size, num_kv_heads=attention.num_kv_heads // size)
+    """The heads of one of `size` ranks: at least one for keys and values."""
+    kv_heads = max(1, attention.num_kv_heads // size)
+    return replace(attention, num_heads=attention.num_heads // size, num_kv_heads=kv_heads)
 
 
-def shard_shape(shape: tuple[int, ...], how: Split, size: int) -> tuple[int, ...]:
+def _sections(how: Split, rows: int, attention: AttentionConfig) -> list[int]:
+    """Lengths along axis 0 of the sections of a whole weight."""
+    if how is Split.QKV:
+        kv = attention.num_kv_heads * attention.head_size
+        return [rows - 2 * kv, kv, kv]
+    return [rows // 2, rows // 2] if how is Split.GATE_UP else [rows]
+
+
+def _copies(how: Split, section: int, size: int, attention: AttentionConfig) -> int:
+    """How many consecutive ranks of `size` hold the same rows of a section."""
+    return max(1, size // attention.num_kv_heads) if how is Split.QKV and section > 0 else 1
+
+
+def shard_shape(shape: tuple[int, ...], how: Split, size: int, attention: AttentionConfig) -> tuple[int, ...]:
     """Shape of a rank's shard of a whole tensor of `shape`."""
     if size == 1 or how is Split.REPLICATE:
         return shape
     if how is Split.ROW:
         return (shape[0], shape[1] // size, *shape[2:])
-    rows = padded_vocab(shape[0], size) if how is Split.VOCAB else shape[0]
-    return (rows // size, *shape[1:])
+    if how is Split.VOCAB:
+        return (padded_vocab(shape[0], size) // size, *shape[1:])
+    lengths = enumerate(_sections(how, shape[0], attention))
+    return (sum(length * _copies(how, index, size, attention) // size for index, length in lengths), *shape[1:])
 
 
-def _qkv_parts(tensor: Tensor, attention: AttentionConfig, size: int) -> tuple[Tensor, ...]:
-    heads, kv_heads, head_size = attention.num_heads // size, attention.num_kv_heads // size, attention.head_size
-    q, kv = heads * head_size, kv_heads * head_size
-    return tensor[:q], tensor[q : q + kv], tensor[q + kv :]
+def split_sections(sections: Sequence[Tensor], how: Split, rank: int, size: int, attention: AttentionConfig) -> Tensor:
+    """Rank `rank`'s shard of a tensor that is given as its whole sections: a copy where there are several."""
+    shards = []
+    for index, section in enumerate(sections):
+        copies = _copies(how, index, size, attention)
+        shards.append(section.chunk(size // copies, dim=0)[rank // copies])
+    return shards[0] if len(shards) == 1 else torch.cat(shards)
 
 
 def split(tensor: Tensor, how: Split, rank: int, size: int, attention: AttentionConfig) -> Tensor:
@@ -65,10 +92,9 @@ def split(tensor: Tensor, how: Split, rank: int, size: int, attention: Attention
         return tensor
     if how is Split.ROW:
         return tensor.chunk(size, dim=1)[rank]
-    if how is Split.COLUMN:
-        return tensor.chunk(size, dim=0)[rank]
-    if how is Split.QKV:
-        return torch.cat([part.chunk(size, dim=0)[rank] for part in _qkv_parts(tensor, attention, 1)])
+    if how in _SECTIONED:
+        lengths = _sections(how, tensor.shape[0], attention)
+        return split_sections(tensor.split(lengths), how, rank, size, attention)
     rows = padded_vocab(tensor.shape[0], size) // size
     shard = tensor[rank * rows : (rank + 1) * rows]
     missing = rows - shard.shape[0]
@@ -77,15 +103,17 @@ def split(tensor: Tensor, how: Split, rank: int, size: int, attention: Attention
 
 def merge(shards: Sequence[Tensor], how: Split, attention: AttentionConfig, vocab_size: int) -> Tensor:
     """The whole tensor from all ranks' shards, in rank order: the inverse of `split`."""
-    if len(shards) == 1 or how is Split.REPLICATE:
+    size = len(shards)
+    if size == 1 or how is Split.REPLICATE:
         return shards[0]
     if how is Split.ROW:
         return torch.cat(list(shards), dim=1)
-    if how is Split.COLUMN:
-        return torch.cat(list(shards), dim=0)
-    if how is Split.QKV:
-        parts = zip(*(_qkv_parts(shard, attention, len(shards)) for shard in shards), strict=True)
-        return torch.cat([torch.cat(part) for part in parts])
+    if how in _SECTIONED:
+        of_rank = shard_config(attention, size)
+        sections = zip(*(shard.split(_sections(how, shard.shape[0], of_rank)) for shard in shards), strict=True)
+        return torch.cat(
+            [part for index, parts in enumerate(sections) for part in parts[:: _copies(how, index, size, attention)]]
+        )
     return torch.cat(list(shards), dim=0)[:vocab_size]
 
 

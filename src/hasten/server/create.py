@@ -81,7 +81,7 @@ def has_tokenizer(engine: EngineConfig) -> bool:
 
 
 def write_repository(configs: list[model_config_pb2.ModelConfig], target: Path, engine: EngineConfig) -> None:
-    """Write NAME/config.pbtxt and NAME/1 for each, and 1/config.ini for the token model.
+    """Write NAME/config.pbtxt and NAME/1 for each, and 1/config.ini for the token model of a BLOOM.
 
     ConfigError if `target` has one of them already; CheckpointError where the checkpoint cannot be read.
     """
@@ -94,7 +94,7 @@ def write_repository(configs: list[model_config_pb2.ModelConfig], target: Path, 
             version = target / config.name / "1"
             version.mkdir(parents=True)
             write_text(version.parent / CONFIG, _text(config))
-            if kind_of(config) is Kind.TOKEN:
+            if ini is not None and kind_of(config) is Kind.TOKEN:
                 write_text(version / "config.ini", ini)
 
 
@@ -106,16 +106,18 @@ def _text(config: model_config_pb2.ModelConfig) -> str:
     return text_format.MessageToString(shown)
 
 
-def _config_ini(engine: EngineConfig) -> str:
-    """What FasterTransformer's converter would say of the checkpoint."""
+def _config_ini(engine: EngineConfig) -> str | None:
+    """What FasterTransformer's converter would say of the checkpoint; None for a model that it does not know."""
     # these import torch, which takes seconds, and nothing else here needs it
-    from hasten.checkpoint.faster_transformer import config_ini
+    from hasten.checkpoint.faster_transformer import config_ini, has_format
     from hasten.checkpoint.plan import open_checkpoint
     from hasten.core.config import dtype_name
 
     ranks = engine.parallel.tensor_parallel_size
     config = open_checkpoint(engine.model, ranks).config
     engine.parallel.validate(config)
+    if not has_format(config.architecture):
+        return None
     dtype = config.dtype if engine.dtype == "auto" else dtype_name(engine.dtype)
     return config_ini(config, model_name(engine.model), ranks, dtype)
 
