@@ -153,6 +153,12 @@ def test_limits_of_one_model_are_put_into_its_configuration(demo_model: Path) ->
     assert "dynamic_batching" not in text_format.MessageToString(ensemble.config)
 
 
+def test_messages_over_grpc_have_a_limit_of_their_own() -> None:
+    name = "grpc.max_receive_message_length"
+    assert dict(EndpointOptions().grpc_channel(SecurityOptions()))[name] == 32 << 20
+    assert dict(EndpointOptions().grpc_channel(SecurityOptions(max_request_bytes=1000)))[name] == 1000
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -178,6 +184,10 @@ def test_limits_of_one_model_are_put_into_its_configuration(demo_model: Path) ->
             r"--load-model=\* loads all models",
         ),
         ({"model_repository": ("r",), "security": {"max_request_bytes": 0}}, "--max-request-bytes must be at least 1"),
+        (
+            {"model_repository": ("r",), "security": {"max_inflight_bytes": 100, "max_request_bytes": 101}},
+            r"--max-inflight-bytes must be at least --max-request-bytes \(101\), got 100",
+        ),
         ({"engine": EngineConfig.create("m"), "model": {"max_batch": 0}}, "--max-batch must be at least 1"),
     ],
 )

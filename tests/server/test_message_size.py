@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
+from hasten.server.inflight import InflightBytes
 from hasten.server.protocol.message_size import MAX_BYTES, MAX_FIELDS, check_message_size
 from hasten.server.protocol.proto import infer_request, parsed, parsed_infer
 from hasten.server.protocol.shared_memory import SharedMemory
@@ -84,7 +85,7 @@ def many(**counts: int) -> bytes:
 
 
 def read(raw: bytes) -> InferRequest:
-    return infer_request(*parsed_infer(raw), SharedMemory())
+    return infer_request(*parsed_infer(raw), SharedMemory().reading(InflightBytes().claim()))
 
 
 @pytest.mark.parametrize(

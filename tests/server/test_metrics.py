@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hasten.engine.stats import EngineStats
 from hasten.server.access import AccessLog
+from hasten.server.inflight import InflightBytes
 from hasten.server.machine import CpuMeter, GpuMeter
 from hasten.server.metrics import Family, Machine, Metrics
 from hasten.server.statistics import Counters, FailureReason, Histogram, LanguageCounters
@@ -44,6 +45,8 @@ OWN = {
     "hasten_prefix_cache_hit_tokens_total": "counter",
     "hasten_prefix_cache_query_tokens_total": "counter",
     "hasten_preemptions_total": "counter",
+    "hasten_inflight_request_bytes": "gauge",
+    "hasten_inflight_refusals_total": "counter",
 }
 
 REASONS = ("queue_full", "queue_timeout", "queue_wait")
@@ -124,7 +127,13 @@ def test_all_names_are_there_with_their_kinds(service: Counted) -> None:
 def test_the_server_is_exposed_too(service: Counted) -> None:
     access = AccessLog()
     access.counts["openai", "429"] += 2
-    text = Metrics(cast(Any, service), Machine(cpu=False, gpus=False), access).text()
+    inflight = InflightBytes(10)
+    inflight.hold(7)
+    with pytest.raises(ServiceError):
+        inflight.hold(4)
+    text = Metrics(cast(Any, service), Machine(cpu=False, gpus=False), access, inflight).text()
+    assert "hasten_inflight_request_bytes 7\n" in text
+    assert "hasten_inflight_refusals_total 1\n" in text
     assert 'hasten_api_calls_total{api="openai",status="429"} 2\n' in text
     assert 'hasten_engine_restarts_total{model="tokens",version="1"} 3\n' in text
 

@@ -9,6 +9,8 @@ from tests.server.transport_fixtures import Transports, serving
 from tritonclient.utils import InferenceServerException
 from tritonclient.utils import shared_memory as shm
 
+from hasten.server.by_size import SMALL
+from hasten.server.inflight import InflightBytes
 from hasten.server.protocol.shared_memory import FOLDER, MAX_REGIONS, SharedMemory
 from hasten.server.types import ErrorKind, Parameter, ServiceError
 
@@ -144,11 +146,20 @@ def test_inputs_of_a_request_are_bounded_in_all(memory: SharedMemory, path: Path
     memory = SharedMemory(max_request_bytes=32)
     memory.register("r", NAME, 0, 64)
     where: dict[str, Parameter] = {"shared_memory_region": "r", "shared_memory_byte_size": 16}
-    reading = memory.reading()
+    reading = memory.reading(InflightBytes().claim())
     assert reading.read("a", {}) is None
     assert [reading.read(name, where) for name in "ab"] == 2 * [bytes(range(16))]
     with pytest.raises(ServiceError, match="the inputs in shared memory have more than 32 bytes"):
         reading.read("c", where)
+
+
+def test_inputs_count_among_the_bytes_of_all_requests(memory: SharedMemory, path: Path) -> None:
+    memory.register("r", NAME, 0, 64)
+    inflight = InflightBytes(15)
+    with inflight.claim() as claim:
+        claim.grow(SMALL)
+        with pytest.raises(ServiceError, match="requests of 0 bytes are in flight, and the limit is 15"):
+            memory.reading(claim).read("a", {"shared_memory_region": "r", "shared_memory_byte_size": 16})
 
 
 def test_regions_are_bounded_in_number_and_name(memory: SharedMemory) -> None:

@@ -14,6 +14,7 @@ from tests.server.adding_service import AddingService
 from tests.server.loop_thread import LoopThread
 
 from hasten.server.connections import ConnectionLimits
+from hasten.server.inflight import InflightBytes
 from hasten.server.listeners import GrpcListener, HttpListener
 from hasten.server.protocol.grpc import GrpcCalls
 from hasten.server.protocol.http import HttpRoutes, http_app
@@ -56,13 +57,14 @@ class Transports:
     traces: TraceSettings = field(default_factory=TraceSettings)
     logs: LogSettings = field(default_factory=LogSettings)
     limits: ConnectionLimits = field(default_factory=ConnectionLimits)
+    inflight: InflightBytes = field(default_factory=InflightBytes)
 
     async def start(self) -> None:
         service = cast(Any, self.service)
         self.http_listener = HttpListener("127.0.0.1", 0, "--http-port", self.tls, self.limits)
         routes = HttpRoutes(service, self.memory, self.traces, self.logs, LIMIT).routes()
-        await self.http_listener.start(http_app(routes, self.keys, LIMIT))
-        calls = GrpcCalls(service, self.memory, self.traces, self.logs)
+        await self.http_listener.start(http_app(routes, self.keys, LIMIT, inflight=self.inflight))
+        calls = GrpcCalls(service, self.memory, self.traces, self.logs, self.inflight)
         limits = [("grpc.max_receive_message_length", LIMIT)]
         self.grpc_listener = GrpcListener(
             "127.0.0.1", 0, "--grpc-port", calls, keys=self.keys, tls=self.tls, options=limits

@@ -78,6 +78,12 @@ class Server:
         """MiB that the server's process and its engines' have in memory."""
         return {"server": _rss(self.process.pid), "engine": sum(map(_rss, self.engines))}
 
+    def cpu_seconds(self) -> float:
+        """CPU time that the server's process has taken, without its engines'."""
+        # fields 14 and 15; the command, field 2, may have spaces in it
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     async def metrics(self) -> dict[str, float]:
         """Samples by name with labels."""
         lines = (await get(self.metrics_port, "/metrics")).body.decode().splitlines()

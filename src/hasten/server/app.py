@@ -15,6 +15,7 @@ from hasten.server.access import AccessLog
 from hasten.server.connections import ConnectionLimits
 from hasten.server.create import model_configs
 from hasten.server.engine.client import EngineClient, QueueLimits
+from hasten.server.inflight import InflightBytes
 from hasten.server.lifecycle import StartEngine
 from hasten.server.listeners import GrpcListener, HttpListener, joined
 from hasten.server.machine import raise_descriptor_limit, watch_descriptors
@@ -54,7 +55,8 @@ class Server:
         self._descriptors = raise_descriptor_limit()
         self._watch: asyncio.Task[None] | None = None
         self._access = AccessLog()
-        self._metrics = Metrics(self.service, self._machine, self._access)
+        self._inflight = InflightBytes(security.inflight_bytes)
+        self._metrics = Metrics(self.service, self._machine, self._access, self._inflight)
         limit, traces = security.max_request_bytes, TraceSettings()
         memory = SharedMemory(allowed=security.allow_shared_memory, max_request_bytes=limit)
         self._keys = ApiKeys.from_file(security.api_key_file) if security.api_key_file else None
@@ -64,7 +66,7 @@ class Server:
         self.metrics: HttpListener | None = None
         self.grpc: GrpcListener | None = None
         with contextlib.ExitStack() as opened:
-            self._open(GrpcCalls(self.service, memory, traces, logs, max_stream_bytes=limit), opened)
+            self._open(GrpcCalls(self.service, memory, traces, logs, self._inflight, max_stream_bytes=limit), opened)
             opened.pop_all()
 
     def _open(self, calls: GrpcCalls, opened: contextlib.ExitStack) -> None:
@@ -100,9 +102,10 @@ class Server:
             routes = [*self._routes.routes(), *openai_routes(self.service), *page_routes(self.service)]
             if self.metrics is not None:
                 routes += self._metrics.routes()
-            await self.http.start(self._access.http(http_app(routes, self._keys, limit, OPEN_PATHS | {"/"})))
+            app = http_app(routes, self._keys, limit, OPEN_PATHS | {"/"}, self._inflight)
+            await self.http.start(self._access.http(app))
         if self.metrics is not None:
-            await self.metrics.start(http_app(self._metrics.routes(), None, limit))
+            await self.metrics.start(http_app(self._metrics.routes(), None, limit, inflight=self._inflight))
         _log.debug("\n%s", option_table(self.options, self.service.server_metadata()))
         _log.info("loading %s ...", ", ".join(self._sources()))
         repository = self.options.repository

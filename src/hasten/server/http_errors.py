@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from starlette.responses import Response
 
 from hasten.server.protocol.bodies import dump_json
-from hasten.server.types import ErrorKind
+from hasten.server.types import ErrorKind, ServiceError
 
 STATUS = {
     ErrorKind.INVALID: 400,
     ErrorKind.NOT_FOUND: 404,
     ErrorKind.ALREADY_EXISTS: 400,
     ErrorKind.UNAVAILABLE: 503,
+    ErrorKind.EXHAUSTED: 503,
     ErrorKind.UNSUPPORTED: 501,
     ErrorKind.CANCELLED: 499,
     ErrorKind.DEADLINE: 504,
@@ -37,3 +38,9 @@ def error_response(path: str, status: int, message: str, headers: Mapping[str, s
         status_code=status,
         headers={"content-type": "application/json", **(headers or {})},
     )
+
+
+def service_error_response(path: str, error: ServiceError) -> Response:
+    """The answer to a request that the service refused; where a later one may be taken, with when to try again."""
+    headers = {"retry-after": str(retry_after(error.retry_after))} if error.is_temporary else None
+    return error_response(path, STATUS[error.kind], str(error), headers)

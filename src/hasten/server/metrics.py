@@ -16,6 +16,7 @@ from starlette.routing import Route
 from hasten import __version__
 from hasten.server.access import AccessLog
 from hasten.server.engine.queue import QUEUE_REASONS
+from hasten.server.inflight import InflightBytes
 from hasten.server.machine import CpuMeter, GpuMeter
 from hasten.server.statistics import Histogram, ModelCounters
 from hasten.server.types import ServiceError
@@ -136,10 +137,17 @@ def _gpus(meter: GpuMeter | None) -> Iterable[Family]:
 class Metrics:
     """What is exposed of a service and of the machine that it runs on."""
 
-    def __init__(self, service: "Service", machine: "Machine | None" = None, access: AccessLog | None = None) -> None:
+    def __init__(
+        self,
+        service: "Service",
+        machine: Machine | None = None,
+        access: AccessLog | None = None,
+        inflight: InflightBytes | None = None,
+    ) -> None:
         self._service = service
         self._machine = machine or Machine()
         self._access = access or AccessLog()
+        self._inflight = inflight or InflightBytes()
 
     def text(self) -> str:
         """All metrics as they are now."""
@@ -185,7 +193,11 @@ class Metrics:
         calls = Family("hasten_api_calls_total", "counter", "Calls by API and by the status of their answer")
         for (api, status), count in sorted(self._access.counts.items()):
             calls.add({"api": api, "status": status}, count)
-        return build, calls
+        held = Family("hasten_inflight_request_bytes", "gauge", "Bytes of requests in flight, of each beyond 64 KiB")
+        held.add({}, self._inflight.held)
+        refusals = Family("hasten_inflight_refusals_total", "counter", "Requests refused for --max-inflight-bytes")
+        refusals.add({}, self._inflight.refusals)
+        return build, calls, held, refusals
 
     def _engines(self) -> Iterable[Family]:
         restarts = {key: float(engine.restarts) for key, engine in self._service.engines().items()}

@@ -13,6 +13,8 @@ CONTROL_MODES = ("none", "poll", "explicit")
 _LARGEST_PORT = 65535
 _MOST_CALLS = 1024
 """Under way on one gRPC connection; further ones wait at the client."""
+_LARGEST_INFLIGHT = 8
+"""Requests of the largest size that may be in flight at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ class EndpointOptions:
     def grpc_channel(self, security: "SecurityOptions") -> list[tuple[str, int]]:
         """Options of gRPC's own."""
         made = [
-            ("grpc.max_receive_message_length", security.max_request_bytes),
+            ("grpc.max_receive_message_length", min(security.max_request_bytes, security.max_grpc_message_bytes)),
             ("grpc.max_metadata_size", security.max_header_bytes),
             ("grpc.absolute_max_metadata_size", security.max_header_bytes),
             ("grpc.max_concurrent_streams", _MOST_CALLS),
@@ -123,6 +125,12 @@ class SecurityOptions:
     )
     allow_shared_memory: bool = option(True, "let clients register system shared memory")
     max_request_bytes: int = option(64 << 20, "maximum bytes of a request, unpacked, such as 64MiB", kind="size")
+    max_grpc_message_bytes: int = option(
+        32 << 20, "maximum bytes of a message over gRPC, at most --max-request-bytes", kind="size"
+    )
+    max_inflight_bytes: int | None = option(
+        None, "maximum bytes of all requests in flight (default: 8 times --max-request-bytes)", kind="size"
+    )
     max_header_bytes: int = option(64 << 10, "maximum bytes of a request's headers, its URL included", kind="size")
     max_url_bytes: int = option(8 << 10, "maximum bytes of a request's URL", kind="size")
     max_text_bytes: int = option(
@@ -136,11 +144,20 @@ class SecurityOptions:
     def __post_init__(self) -> None:
         for name in (
             *("max_request_bytes", "max_header_bytes", "max_url_bytes", "max_text_bytes", "max_queue_bytes"),
-            "max_prompt_tokens",
+            *("max_grpc_message_bytes", "max_prompt_tokens"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.inflight_bytes < self.max_request_bytes:
+            least = f"--max-request-bytes ({self.max_request_bytes})"
+            raise ConfigError(f"--max-inflight-bytes must be at least {least}, got {self.inflight_bytes}")
+
+    @property
+    def inflight_bytes(self) -> int:
+        """Bytes of all requests in flight."""
+        given = self.max_inflight_bytes
+        return _LARGEST_INFLIGHT * self.max_request_bytes if given is None else given
 
 
 @dataclass(frozen=True, kw_only=True)

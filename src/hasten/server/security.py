@@ -1,4 +1,4 @@
-"""Who may ask, and how much: API keys, TLS, and the size of a request's body."""
+"""Who may ask, and how much: API keys, TLS, and the bytes of bodies, of each and of all in flight."""
 
 import hashlib
 import hmac
@@ -14,7 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hasten.core.errors import ConfigError
 from hasten.core.files import reading
 from hasten.core.text import utf8_lines
-from hasten.server.http_errors import error_response
+from hasten.server.http_errors import error_response, service_error_response
+from hasten.server.inflight import Claim, InflightBytes
+from hasten.server.types import ServiceError
 
 NO_KEY = "a valid API key is required: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
 OPEN_PATHS = frozenset({"/v2/health/live", "/v2/health/ready", "/health", "/ping"})
@@ -94,25 +96,38 @@ def _read(name: str) -> bytes:
 
 
 class Guard:
-    """ASGI middleware: refuses requests without a key, and bodies that are too large."""
+    """ASGI middleware: refuses requests without a key, bodies that are too large, and those there is no room for.
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys | None, max_request_bytes: int, open_paths: frozenset[str]) -> None:
+    What a request holds is in its state, as `claim`, for what is unpacked or read of it besides its body.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: ApiKeys | None,
+        max_request_bytes: int,
+        open_paths: frozenset[str],
+        inflight: InflightBytes,
+    ) -> None:
         self._app = app
         self._keys = keys
         self._limit = max_request_bytes
         self._open_paths = open_paths
+        self._inflight = inflight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             raise RuntimeError(f"{scope['type']} is not served")
-        refusal = self._refusal(scope)
-        if refusal is not None:
-            await refusal(scope, receive, send)
-            return
-        await self._app(scope, self._limited(receive), send)
+        with self._inflight.claim() as claim:
+            refusal = self._refusal(scope, claim)
+            if refusal is not None:
+                await refusal(scope, receive, send)
+                return
+            scope.setdefault("state", {})["claim"] = claim
+            await self._app(scope, self._limited(receive, claim), send)
 
-    def _refusal(self, scope: Scope) -> Response | None:
+    def _refusal(self, scope: Scope, claim: Claim) -> Response | None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         if self._keys is not None and scope["path"] not in self._open_paths:
             texts = [headers.get(name, b"").decode("latin-1") for name in (b"authorization", b"x-api-key")]
@@ -121,20 +136,26 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._limit:
             return error_response(scope["path"], 413, self._too_large(int(length)))
+        try:
+            claim.check(int(length) if length.isdigit() else 0)
+        except ServiceError as error:
+            return service_error_response(scope["path"], error)
         return None
 
     def _too_large(self, size: int) -> str:
         return f"the request body has {size} bytes or more, the limit is {self._limit}; see --max-request-bytes"
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive, claim: Claim) -> Receive:
         received = 0
 
         async def limited() -> Message:
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            received += size
             if received > self._limit:
                 raise HTTPException(413, self._too_large(received))
+            claim.grow(size)
             return message
 
         return limited

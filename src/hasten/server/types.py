@@ -28,6 +28,8 @@ class ErrorKind(Enum):
     NOT_FOUND = "not found"
     ALREADY_EXISTS = "already exists"
     UNAVAILABLE = "unavailable"
+    EXHAUSTED = "resource exhausted"
+    """Not Triton's: what is in flight leaves no room for the request."""
     UNSUPPORTED = "unsupported"
     CANCELLED = "cancelled"
     DEADLINE = "deadline exceeded"
@@ -42,6 +44,11 @@ class ServiceError(HastenError):
         self.kind = kind
         self.retry_after = retry_after
         """Estimated seconds after which the server can take the request, where that is known."""
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether the same request may be taken later."""
+        return self.kind in (ErrorKind.UNAVAILABLE, ErrorKind.EXHAUSTED)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from hasten.server.engine.client import QueueError
 from hasten.server.http_errors import retry_after
 from hasten.server.json_size import check_json_size
 from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest
-from hasten.server.types import LONGEST_MESSAGE, ErrorKind, ServiceError
+from hasten.server.types import LONGEST_MESSAGE, ServiceError
 
 _MOST_COMPLETIONS, _MOST_PROMPTS, _MOST_LOGPROBS, _MOST_STOPS = 128, 2048, 20, 64
 """Each as OpenAI's own limit or above it: without one, a short request could ask for any amount of work."""
@@ -92,7 +92,7 @@ def _classified(error: Exception) -> tuple[int, str, str | None, str | None]:
         return 400, "invalid_request_error", None, named if named in _FIELDS else None
     if isinstance(error, QueueError):
         return 429, "rate_limit_error", error.reason, None
-    if isinstance(error, EngineError) or (isinstance(error, ServiceError) and error.kind is ErrorKind.UNAVAILABLE):
+    if isinstance(error, EngineError) or (isinstance(error, ServiceError) and error.is_temporary):
         return 503, "server_error", "service_unavailable", None
     return 500, "server_error", None, None
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from hasten.core.errors import InvalidRequestError
 from hasten.server.json_size import MAX_JSON_BYTES, check_json_size
-from hasten.server.protocol.shared_memory import BYTE_SIZE, OFFSET, REGION, Reading, SharedMemory
+from hasten.server.protocol.shared_memory import BYTE_SIZE, OFFSET, REGION, Reading
 from hasten.server.protocol.tensors import (
     about,
     bounded,
@@ -140,8 +140,11 @@ class InferBody:
         return self.binary_outputs.get(output, self.binary and not self.request.outputs)
 
 
-def infer_body(model: str, version: str, body: bytes, header_length: int | None, memory: SharedMemory) -> InferBody:
-    """Parse a body whose first `header_length` bytes are JSON (None: all of it); INVALID where it is wrong."""
+def infer_body(model: str, version: str, body: bytes, header_length: int | None, reading: Reading) -> InferBody:
+    """Parse a body whose first `header_length` bytes are JSON (None: all of it); INVALID where it is wrong.
+
+    `reading` is what reads inputs from shared memory.
+    """
     whole = memoryview(body)
     head = parse_json(whole if header_length is None else whole[:header_length])
     if not isinstance(head, dict) or "inputs" not in head:
@@ -150,7 +153,6 @@ def infer_body(model: str, version: str, body: bytes, header_length: int | None,
     parameters = checked_parameters(head.get("parameters", {}))
     request = InferRequest(model=model, version=version, id=request_id, parameters=parameters, inputs=[])
     tail = _Tail(whole[len(body) if header_length is None else header_length :], model, request_id)
-    reading = memory.reading()
     inputs = _member(head, "inputs", list, "non-array as array", [])
     request.inputs.extend(bounded(_input(tensor, tail, reading) for tensor in inputs))
     tail.close()

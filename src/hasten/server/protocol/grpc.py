@@ -6,7 +6,6 @@ import inspect
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -16,6 +15,7 @@ from hasten.core.errors import HastenError
 from hasten.server.by_size import by_size
 from hasten.server.errors import service_error
 from hasten.server.http_errors import retry_after
+from hasten.server.inflight import Claim, InflightBytes
 from hasten.server.protocol.grpc_stream import MAX_STREAM_BYTES, ReceivedInfer, received_infer, stream_infer
 from hasten.server.protocol.http import require_known_model
 from hasten.server.protocol.proto import infer_response, parsed, parsed_infer
@@ -34,6 +34,7 @@ STATUS = {
     ErrorKind.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     ErrorKind.ALREADY_EXISTS: grpc.StatusCode.ALREADY_EXISTS,
     ErrorKind.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    ErrorKind.EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ErrorKind.UNSUPPORTED: grpc.StatusCode.UNIMPLEMENTED,
     ErrorKind.CANCELLED: grpc.StatusCode.CANCELLED,
     ErrorKind.DEADLINE: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -51,6 +52,8 @@ _SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"
 _log = logging.getLogger(__name__)
 
 Handler = Callable[[Any], Any]
+Reader = Callable[[bytes, Claim], Any]
+"""Makes of a message's bytes what a handler gets, and holds what else that takes."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,13 @@ class GrpcCalls:
         memory: SharedMemory,
         traces: TraceSettings,
         logs: LogSettings,
+        inflight: InflightBytes | None = None,
         *,
         max_stream_bytes: int = MAX_STREAM_BYTES,
     ) -> None:
         self.service = service
         self.memory = memory
+        self.inflight = inflight or InflightBytes()
         self.max_stream_bytes = max_stream_bytes
         self._traces = traces
         self._logs = logs
@@ -104,7 +109,7 @@ class GrpcCalls:
             "LogSettings": self.log_settings,
         }
 
-    def readers(self) -> dict[str, Callable[[bytes], Any]]:
+    def readers(self) -> dict[str, Reader]:
         """What reads the messages of calls that may be large, by the call's name."""
         return {"ModelInfer": self.read_infer, "RepositoryModelLoad": self.read_load}
 
@@ -139,12 +144,12 @@ class GrpcCalls:
         """What was counted of one model, or of all."""
         return pb.ModelStatisticsResponse(model_stats=self.service.statistics(request.name, request.version))
 
-    def read_infer(self, raw: bytes) -> ReceivedInfer:
+    def read_infer(self, raw: bytes, claim: Claim) -> ReceivedInfer:
         """A request for one response; may take long, and be done in a thread."""
         message, tensors = parsed_infer(raw)
         if self.service.is_decoupled(message.model_name, message.model_version):
             raise ServiceError(ErrorKind.UNSUPPORTED, _DECOUPLED)
-        return received_infer(message, tensors, self.service, self.memory)
+        return received_infer(message, tensors, self.service, self.memory, claim)
 
     async def model_infer(self, received: ReceivedInfer) -> bytes:
         """One request, one response, serialized."""
@@ -162,7 +167,7 @@ class GrpcCalls:
             ]
         )
 
-    def read_load(self, raw: bytes) -> LoadRequest:
+    def read_load(self, raw: bytes, _: Claim) -> LoadRequest:
         """A request to load a model; may take long, and be done in a thread."""
         request = parsed(pb.RepositoryModelLoadRequest, raw)
         _refuse_repository(request)
@@ -268,15 +273,17 @@ def add_to_server(server: Any, calls: GrpcCalls, keys: ApiKeys | None) -> None:
     """Have a `grpc.aio.Server` serve these calls, and `grpc.health.v1.Health/Check` for a cluster's probes."""
     handlers = {}
     for name, handler in calls.handlers().items():
-        read = calls.readers().get(name, partial(parsed, getattr(pb, f"{name}Request")))
+        read = calls.readers().get(name, _reader(getattr(pb, f"{name}Request")))
         serializer = None if name == "ModelInfer" else getattr(pb, f"{name}Response").SerializeToString
         handlers[name] = grpc.unary_unary_rpc_method_handler(
-            _answering(handler, read, None if name in _OPEN_CALLS else keys), response_serializer=serializer
+            _answering(handler, read, calls.inflight, None if name in _OPEN_CALLS else keys),
+            response_serializer=serializer,
         )
 
     async def stream(requests: Any, context: Any) -> None:
         await _admit(context, keys)
-        await stream_infer(calls.service, calls.memory, requests, context, max_bytes=calls.max_stream_bytes)
+        max_bytes = calls.max_stream_bytes
+        await stream_infer(calls.service, calls.memory, requests, context, calls.inflight, max_bytes=max_bytes)
 
     handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(stream)
 
@@ -288,8 +295,12 @@ def add_to_server(server: Any, calls: GrpcCalls, keys: ApiKeys | None) -> None:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
 
 
+def _reader(kind: Any) -> Reader:
+    return lambda raw, _: parsed(kind, raw)
+
+
 def _answering(
-    handler: Handler, read: Callable[[bytes], Any], keys: ApiKeys | None
+    handler: Handler, read: Reader, inflight: InflightBytes, keys: ApiKeys | None
 ) -> Callable[[bytes, Any], Awaitable[Any]]:
     """A handler of requests that are to be read, with keys checked and errors turned into statuses."""
     waits = inspect.iscoroutinefunction(handler)
@@ -297,14 +308,16 @@ def _answering(
     async def answer(raw: bytes, context: Any) -> Any:
         await _admit(context, keys)
         try:
-            response = handler(await by_size(len(raw), read, raw))
-            return await response if waits else response
+            with inflight.claim() as claim:
+                claim.grow(len(raw))
+                response = handler(await by_size(len(raw), read, raw, claim))
+                return await response if waits else response
         except HastenError as error:
             known = service_error(error)
         except Exception:
             _log.exception("a gRPC call failed")
             known = ServiceError(ErrorKind.INTERNAL, INTERNAL)
-        if known.kind is ErrorKind.UNAVAILABLE:
+        if known.is_temporary:
             _set_retry_after(context, retry_after(known.retry_after))
         await context.abort(STATUS[known.kind], str(known))
 

@@ -18,6 +18,7 @@ from tritonclient.grpc import service_pb2 as pb
 from hasten.core.errors import HastenError
 from hasten.server.by_size import by_size
 from hasten.server.errors import service_error
+from hasten.server.inflight import Claim, InflightBytes
 from hasten.server.protocol.placement import place, placements
 from hasten.server.protocol.proto import FINAL, WANTS_EMPTY_FINAL, infer_request, infer_response, parsed_infer
 from hasten.server.protocol.shared_memory import SharedMemory
@@ -49,11 +50,11 @@ class ReceivedInfer:
 
 
 def received_infer(
-    message: Any, tensors: Sequence[bytes | memoryview], service: "Service", memory: SharedMemory
+    message: Any, tensors: Sequence[bytes | memoryview], service: "Service", memory: SharedMemory, claim: Claim
 ) -> ReceivedInfer:
     """A ModelInferRequest and its raw tensors as a request; ServiceError where it is wrong, or its model unknown."""
     decoupled = service.is_decoupled(message.model_name, message.model_version)
-    request = infer_request(message, tensors, memory)
+    request = infer_request(message, tensors, memory.reading(claim))
     config = service.model_config(message.model_name, message.model_version)
     wanted = placements(request.outputs, memory)
     return ReceivedInfer(request, decoupled, partial(place, wanted=wanted, batched=config.max_batch_size > 0))
@@ -64,14 +65,16 @@ async def stream_infer(
     memory: SharedMemory,
     requests: Any,
     context: Any,
+    inflight: InflightBytes,
     *,
     max_bytes: int = MAX_STREAM_BYTES,
 ) -> None:
     """Serve one stream; `requests` gives ModelInferRequest messages as bytes, `context` takes serialized answers.
 
-    Requests under way have at most `max_bytes`, or are one; no more are read before one ends.
+    Requests under way have at most `max_bytes`, or are one; no more are read before one ends. Those that `inflight` has
+    no room for are refused.
     """
-    stream = _Stream(service, memory, context, max_bytes)
+    stream = _Stream(service, memory, context, inflight, max_bytes)
     try:
         async for raw in requests:
             await stream.begin(raw)
@@ -134,10 +137,13 @@ class _Refused:
 
 
 class _Stream:
-    def __init__(self, service: "Service", memory: SharedMemory, context: Any, max_bytes: int) -> None:
+    def __init__(
+        self, service: "Service", memory: SharedMemory, context: Any, inflight: InflightBytes, max_bytes: int
+    ) -> None:
         self._service = service
         self._memory = memory
         self._context = context
+        self._inflight = inflight
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = _Room(max_bytes)
         self._writing = asyncio.Lock()
@@ -146,14 +152,21 @@ class _Stream:
     async def begin(self, raw: bytes) -> None:
         """Start to serve one request, once there is room."""
         await self._room.enter(len(raw))
-        # read here, not by the task, so that the turns are those of the requests
-        task = asyncio.create_task(self._serve(await by_size(len(raw), self._read, raw)))
+        claim = self._inflight.claim()
+        try:
+            # read here, not by the task, so that the turns are those of the requests
+            received = await by_size(len(raw), self._read, raw, claim)
+        except BaseException:
+            claim.release()
+            raise
+        task = asyncio.create_task(self._serve(received))
         self._tasks.add(task)
-        task.add_done_callback(partial(self._ended, len(raw)))
+        task.add_done_callback(partial(self._ended, len(raw), claim))
 
-    def _ended(self, size: int, task: asyncio.Task[None]) -> None:
+    def _ended(self, size: int, claim: Claim, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self._room.leave(size)
+        claim.release()
         if not task.cancelled() and task.exception() is not None:
             _log.debug("a stream's response could not be sent", exc_info=task.exception())
 
@@ -172,11 +185,12 @@ class _Stream:
         self._last_turn = _Turn(self._last_turn)
         return self._last_turn
 
-    def _read(self, raw: bytes) -> ReceivedInfer | _Refused:
+    def _read(self, raw: bytes, claim: Claim) -> ReceivedInfer | _Refused:
         message = pb.ModelInferRequest()
         try:
             message, tensors = parsed_infer(raw)
-            return received_infer(message, tensors, self._service, self._memory)
+            claim.grow(len(raw))
+            return received_infer(message, tensors, self._service, self._memory, claim)
         except Exception as error:
             return _Refused(error, message.id)
 

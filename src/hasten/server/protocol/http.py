@@ -17,7 +17,8 @@ from starlette.types import ASGIApp
 from hasten.core.errors import HastenError
 from hasten.server.by_size import SMALL, by_size
 from hasten.server.errors import service_error
-from hasten.server.http_errors import STATUS, error_response, retry_after
+from hasten.server.http_errors import error_response, service_error_response
+from hasten.server.inflight import InflightBytes
 from hasten.server.json_size import check_declared_size
 from hasten.server.protocol.bodies import dump_json, parse_object
 from hasten.server.protocol.http_infer import InferRoutes, named_model
@@ -312,9 +313,7 @@ async def _failed(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         return error_response(request.url.path, error.status_code, error.detail)
     if isinstance(error, HastenError):
-        known = service_error(error)
-        headers = {"retry-after": str(retry_after(known.retry_after))} if known.kind is ErrorKind.UNAVAILABLE else None
-        return error_response(request.url.path, STATUS[known.kind], str(known), headers)
+        return service_error_response(request.url.path, service_error(error))
     _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return error_response(request.url.path, 500, "internal error; the server's log says more")
 
@@ -324,10 +323,14 @@ def http_app(
     keys: ApiKeys | None,
     max_request_bytes: int,
     open_paths: frozenset[str] = OPEN_PATHS,
+    inflight: InflightBytes | None = None,
 ) -> ASGIApp:
-    """The application of these routes, behind its guard. `open_paths` need no key."""
+    """The application of these routes, behind its guard.
+
+    `open_paths` need no key; `inflight` bounds what all requests hold, of this and of other applications.
+    """
     app = Starlette(routes=list(routes))
     app.router.redirect_slashes = False
     # starlette's own handling of unforeseen errors would also close the client's connection
     app.middleware_stack = ExceptionMiddleware(app.router, {HTTPException: _failed, Exception: _failed})
-    return Guard(app, keys, max_request_bytes, open_paths)
+    return Guard(app, keys, max_request_bytes, open_paths, inflight or InflightBytes())

@@ -76,33 +76,39 @@ class InferRoutes:
         return await by_size(byte_size(response.outputs), answer)
 
     def _infer_body(self, model: str, version: str, raw: bytes, request: Request) -> InferBody:
-        raw = decompressed(raw, request.headers.get("content-encoding", ""), self._max_request_bytes)
+        raw = self._decompressed(raw, request)
         length = request.headers.get(HEADER_LENGTH)
         if not raw or length == "0":
             metadata = self._service.model_metadata(model, version)
             return raw_body(model, version, raw, metadata, batched=self._batched(model, version))
+        reading = self._memory.reading(request.state.claim)
         if length is None:
-            return infer_body(model, version, raw, None, self._memory)
+            return infer_body(model, version, raw, None, reading)
         if not _is_number(length) or int(length) > len(raw):
             raise invalid(f"inference header size should be in range (0, {len(raw)}), got: {length}")
-        return infer_body(model, version, raw, int(length), self._memory)
+        return infer_body(model, version, raw, int(length), reading)
+
+    def _decompressed(self, raw: bytes, request: Request) -> bytes:
+        body = decompressed(raw, request.headers.get("content-encoding", ""), self._max_request_bytes)
+        if body is not raw:
+            request.state.claim.grow(len(body))
+        return body
 
     def _batched(self, model: str, version: str) -> bool:
         return bool(self._service.model_config(model, version).max_batch_size > 0)
 
     async def _generate_request(self, request: Request) -> InferRequest:
         model, version = named_model(request)
-        encoding = request.headers.get("content-encoding", "")
-        if not encoding:
+        encoded = "content-encoding" in request.headers
+        if not encoded:
             check_declared_size(request.headers.get("content-length"))
         raw = await request.body()
-        size = sys.maxsize if encoding else len(raw)
-        return await by_size(size, self._parsed_generate, model, version, raw, encoding)
+        return await by_size(sys.maxsize if encoded else len(raw), self._parsed_generate, model, version, raw, request)
 
-    def _parsed_generate(self, model: str, version: str, raw: bytes, encoding: str) -> InferRequest:
+    def _parsed_generate(self, model: str, version: str, raw: bytes, request: Request) -> InferRequest:
         metadata = self._service.model_metadata(model, version)
         try:
-            body = parse_object(decompressed(raw, encoding, self._max_request_bytes))
+            body = parse_object(self._decompressed(raw, request))
         except DuplicateKeyError as error:
             kind = "input" if any(spec.name == error.key for spec in metadata.inputs) else "parameter"
             raise invalid(f"{kind} '{error.key}' already exists in request") from None

@@ -9,7 +9,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from hasten.server.by_size import SMALL
 from hasten.server.protocol.message_size import check_message_size, not_a_message, split_infer
-from hasten.server.protocol.shared_memory import REGION, Reading, SharedMemory
+from hasten.server.protocol.shared_memory import REGION, Reading
 from hasten.server.protocol.tensors import (
     NUMPY,
     about,
@@ -80,12 +80,12 @@ def parsed_infer(raw: bytes) -> tuple[Any, Sequence[bytes | memoryview]]:
     return parsed(pb.ModelInferRequest, rest), tensors
 
 
-def infer_request(message: Any, tensors: Sequence[bytes | memoryview], memory: SharedMemory) -> InferRequest:
+def infer_request(message: Any, tensors: Sequence[bytes | memoryview], reading: Reading) -> InferRequest:
     """The request of a ModelInferRequest and its raw tensors; INVALID where it is wrong in itself.
 
-    Raw tensors belong to the inputs in their order, but for those that lie in shared memory.
+    Raw tensors belong to the inputs in their order, but for those that `reading` finds in shared memory.
     """
-    raw, reading = iter(tensors) if tensors else None, memory.reading()
+    raw = iter(tensors) if tensors else None
     check_outputs(len(message.outputs))
     return InferRequest(
         model=message.model_name,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from hasten.server.inflight import Claim
 from hasten.server.protocol.tensors import invalid
 from hasten.server.types import ErrorKind, Parameter, ServiceError
 
@@ -123,9 +124,9 @@ class SharedMemory:
         else:
             self._regions.clear()
 
-    def reading(self) -> "Reading":
-        """What reads the inputs of one request."""
-        return Reading(self, self._max_request_bytes)
+    def reading(self, claim: Claim) -> "Reading":
+        """What reads the inputs of one request, which holds their bytes by its claim."""
+        return Reading(self, self._max_request_bytes, claim)
 
     def slice(self, region: str, byte_size: int, offset: int = 0) -> Slice:
         """A part of a region; NOT_FOUND for an unknown one, INVALID for what lies outside."""
@@ -155,9 +156,10 @@ class SharedMemory:
 class Reading:
     """The inputs of one request that lie in regions: read one by one, and bounded in all."""
 
-    def __init__(self, memory: SharedMemory, max_bytes: int) -> None:
+    def __init__(self, memory: SharedMemory, max_bytes: int, claim: Claim) -> None:
         self._memory = memory
         self._max_bytes = max_bytes
+        self._claim = claim
         self._bytes = 0
 
     def read(self, tensor: str, parameters: Mapping[str, Parameter]) -> bytes | None:
@@ -171,6 +173,7 @@ class Reading:
                 f"the inputs in shared memory have more than {self._max_bytes} bytes, which is the limit of a request "
                 "(--max-request-bytes)"
             )
+        self._claim.grow(where.byte_size)
         return where.read()
 
 
