@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 import stat
@@ -231,7 +230,7 @@ def test_mapped_paths_need_no_mount(here: Site, volume: Path) -> None:
     here.place.create_volume(Volume(name="vol", path=str(volume)))
     lines = here.run("job", "cat /mnt/sub/file; echo $X", data=("vol:/mnt",), env=("X=/mnt",), map_paths=True)
     assert lines == ["inside", str(volume)]
-    assert json.dumps(here.folder("job").spec()["plan"]["launch"]["mounts"]) == "[]"
+    assert here.folder("job").job_plan().launch.mounts == []
 
 
 def test_records_are_for_their_user_alone(here: Site) -> None:

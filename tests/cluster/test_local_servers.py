@@ -14,7 +14,7 @@ from tests.cluster.local_site import Site, alive, site
 from tests.waiting import LIMIT_S, eventually
 
 from hasten.cli.main import main
-from hasten.cluster.local.launch import Launch, ServerPlan, server_plan_of
+from hasten.cluster.local.launch import Launch, ServerPlan
 from hasten.cluster.local.place import _new_state
 from hasten.cluster.local.serving import found, spec_of, updated
 from hasten.cluster.local.state import Folder, create
@@ -235,7 +235,7 @@ def test_which_server_is_meant(here: Site, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no server two of version 3"):
         here.place.server("two", "3", "default")
     here.place.update_server("two", "1", "default", ServerUpdate(env=("A=1",), image="new"))
-    assert server_plan_of(found(here.home, "two", "1", "default").spec()["plan"]).launch.env == {"A": "1"}
+    assert found(here.home, "two", "1", "default").server_plan().launch.env == {"A": "1"}
     here.place.delete_server("two", "1", "default")
     assert [server.version for server in here.place.servers("default")] == ["2"]
 

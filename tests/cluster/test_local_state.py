@@ -1,6 +1,7 @@
 """The files of the local place: damaged ones, and folders that cannot be used."""
 
 import errno
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from hasten.cluster.local.state import home_folder
 from hasten.cluster.places import Place, ServerUpdate, Status
 from hasten.cluster.spec import TrainingJob, TritonServer, Volume
 from hasten.core.errors import ClusterError, ConfigError
+from hasten.core.ports import free_port
 
 
 @pytest.fixture
@@ -59,6 +61,42 @@ def test_a_job_whose_record_is_damaged(here: Site, tmp_path: Path) -> None:
     folder.rename(tmp_path / "bad")
     assert here.run("bad", "echo again") == ["again"]
     assert here.logs("good") == ["done"]
+
+
+@pytest.mark.parametrize("part", ["asked", "plan"])
+def test_a_server_whose_record_is_of_another_version(
+    part: str, here: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is named with what to do, and stands in the way of no other server."""
+    place = here.place
+    for name in ("good", "bad"):
+        place.serve(server(name, str(tmp_path)))
+    folder = here.home / "servers" / "default" / "bad@1"
+    record = json.loads((folder / "spec.json").read_text())
+    later = {**record, part: {**record[part], "later": 1}}
+    (folder / "spec.json").write_text(json.dumps(later))
+    unreadable = (
+        f"the record {folder}/spec.json cannot be read: it is of another version of hasten .*later.*move {folder}"
+    )
+    if part == "asked":
+        with pytest.raises(ClusterError, match=unreadable):
+            place.update_server("bad", None, "default", ServerUpdate(replicas=0))
+    else:
+        assert [one.name for one in place.servers(None)] == ["good"]
+        assert f"the record {folder}/spec.json cannot be read" in caplog.text
+        for verb in (place.server, place.delete_server):
+            with pytest.raises(ClusterError, match=unreadable):
+                verb("bad", None, "default")
+    place.serve(server("third", str(tmp_path)))
+    place.update_server("good", None, "default", ServerUpdate(env=("A=1",)))
+    assert {"good", "third"} <= {one.name for one in place.servers(None)}
+    (folder / "spec.json").write_text(json.dumps(record))
+    assert {one.name for one in place.servers(None)} == {"bad", "good", "third"}
+
+
+def server(name: str, repository: str) -> TritonServer:
+    ports: dict[str, Any] = {"http_port": free_port(), "grpc_port": free_port()}
+    return TritonServer(name=name, version="1", model_repository=repository, replicas=0, **ports)
 
 
 def test_what_others_keep_in_the_home_stays(here: Site, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import time
 from hasten.cluster.local.children import Child
 from hasten.cluster.local.environment import rank_environment
 from hasten.cluster.local.gpus import Wait
-from hasten.cluster.local.launch import job_plan_of
 from hasten.cluster.local.state import Folder, InstanceState
 from hasten.cluster.local.supervisor import Supervisor, back_off
 from hasten.core.errors import ClusterError
@@ -29,7 +28,7 @@ class JobSupervisor(Supervisor):
 
     def __init__(self, folder: Folder) -> None:
         super().__init__(folder)
-        self.plan = job_plan_of(folder.spec()["plan"])
+        self.plan = folder.job_plan()
         self._running: dict[str, Child] = {}
         self._deadline: float | None = None
 

@@ -54,11 +54,16 @@ def to_json(plan: JobPlan | ServerPlan) -> dict[str, Any]:
     return dataclasses.asdict(plan)
 
 
+def launch_of(record: Mapping[str, Any]) -> Launch:
+    """The part of a plan that jobs and servers have in common."""
+    return Launch(**record["launch"])
+
+
 def job_plan_of(record: Mapping[str, Any]) -> JobPlan:
     """The plan in a job's record."""
-    return JobPlan(**{**record, "launch": Launch(**record["launch"])})
+    return JobPlan(**{**record, "launch": launch_of(record)})
 
 
 def server_plan_of(record: Mapping[str, Any]) -> ServerPlan:
     """The plan in a server's record."""
-    return ServerPlan(**{**record, "launch": Launch(**record["launch"])})
+    return ServerPlan(**{**record, "launch": launch_of(record)})

@@ -14,8 +14,9 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hasten
 from hasten.cluster.local import serving
@@ -23,7 +24,7 @@ from hasten.cluster.local.attach import attach
 from hasten.cluster.local.checks import check_job, check_mounts, check_volume, notices
 from hasten.cluster.local.end import end_and_remove
 from hasten.cluster.local.gpus import GpuQueue, devices
-from hasten.cluster.local.launch import Launch, job_plan_of, to_json
+from hasten.cluster.local.launch import JobPlan, to_json
 from hasten.cluster.local.logs import LogReader
 from hasten.cluster.local.plan import LOCAL_ADDRESS, config_files, job_plan
 from hasten.cluster.local.processes import boot_id, host_name
@@ -48,6 +49,7 @@ from hasten.core.errors import ClusterError, ConfigError, NotFoundError, Unsuppo
 
 _log = logging.getLogger(__name__)
 _JOB_GRACE_S = 10.0
+Read = TypeVar("Read")
 
 
 class LocalPlace:
@@ -68,13 +70,12 @@ class LocalPlace:
 
     def plan_job(self, job: TrainingJob) -> list[dict[str, Any]]:
         """The record of a job."""
-        return [self._job_spec(job)]
+        return [_job_spec(job, self._job_plan(job))]
 
     def submit(self, job: TrainingJob) -> None:
         """Start a job; returns as soon as its supervisor runs."""
         folder = self._job_folder(job.name, job.namespace)
-        spec = self._job_spec(job)
-        plan = job_plan_of(spec["plan"])
+        plan = self._job_plan(job)
         check_mounts(plan.launch, config_files(job, folder.path))
         now = time.time()
         state = _new_state(now)
@@ -83,7 +84,7 @@ class LocalPlace:
             for number, name in enumerate(plan.names)
         ]
         _tell(job, state, f"job/{job.name}")
-        lock = self._create(folder, spec, state, job, f"job {job.name}")
+        lock = self._create(folder, _job_spec(job, plan), state, job, f"job {job.name}")
         try:
             if plan.gpus:
                 self._gpus.draw(folder, plan.gpus * len(plan.names))
@@ -97,7 +98,7 @@ class LocalPlace:
         """All jobs, newest first; a record that cannot be read is left out, with a warning."""
         made = []
         for folder in folders(self.home, "jobs", namespace):
-            if (state := _readable(folder)) is not None:
+            if (state := _readable(settled, folder)) is not None:
                 made.append(job_view(folder, state, events=False))
         return sorted(made, key=lambda job: job.created, reverse=True)
 
@@ -126,11 +127,10 @@ class LocalPlace:
     def _job_folder(self, name: str, namespace: str) -> Folder:
         return job_folder(self.home, name, namespace)
 
-    def _job_spec(self, job: TrainingJob) -> dict[str, Any]:
+    def _job_plan(self, job: TrainingJob) -> JobPlan:
         check_job(job)
         sources = self._volumes.sources(job.data, job.namespace)
-        plan = job_plan(job, sources, self._job_folder(job.name, job.namespace).path)
-        return {"kind": "job", "asked": dataclasses.asdict(job), "plan": to_json(plan)}
+        return job_plan(job, sources, self._job_folder(job.name, job.namespace).path)
 
     def plan_server(self, server: TritonServer) -> list[dict[str, Any]]:
         """The record of a server."""
@@ -158,16 +158,14 @@ class LocalPlace:
         serving.change(self.home, folder, update)
 
     def servers(self, namespace: str | None) -> list[Server]:
-        """All servers, newest first."""
-        there = [serving.view(one, events=False) for one in folders(self.home, "servers", namespace)]
+        """All servers, newest first; a record that cannot be read is left out, with a warning."""
+        view = partial(serving.view, events=False)
+        there = [_readable(view, folder) for folder in folders(self.home, "servers", namespace)]
         return sorted((one for one in there if one is not None), key=lambda one: one.created, reverse=True)
 
     def server(self, name: str, version: str | None, namespace: str) -> Server:
         """One server."""
-        seen = serving.view(serving.found(self.home, name, version, namespace), events=True)
-        if seen is None:
-            raise NotFoundError(f"there is no server {name} in namespace {namespace}")
-        return seen
+        return serving.view(serving.found(self.home, name, version, namespace), events=True)
 
     def delete_server(self, name: str, version: str | None, namespace: str) -> None:
         """End a server; its requests under way have --exit-timeout seconds."""
@@ -251,9 +249,12 @@ class LocalPlace:
     ) -> int:
         _refuse_container(container)
         chosen = chosen_instance(self._state(folder, what), instance, what)
-        spec = folder.spec()
-        shell = spec["asked"].get("shell", "sh")
-        return attach(chosen, Launch(**spec["plan"]["launch"]), command or [shell])
+        launch, shell = folder.launch()
+        return attach(chosen, launch, command or [shell])
+
+
+def _job_spec(job: TrainingJob, plan: JobPlan) -> dict[str, Any]:
+    return {"kind": "job", "asked": dataclasses.asdict(job), "plan": to_json(plan)}
 
 
 def _new_state(now: float) -> State:
@@ -293,9 +294,12 @@ def _end_of(folder: Folder, name: str) -> Callable[[], bool]:
     return ended
 
 
-def _readable(folder: Folder) -> State | None:
+def _readable(read: Callable[[Folder], Read], folder: Folder) -> Read | None:
+    """What is read of a record; None where it has gone meanwhile, or cannot be read, which is logged."""
     try:
-        return settled(folder)
+        return read(folder)
+    except NotFoundError:
+        return None
     except (ClusterError, ConfigError) as error:
         _log.warning("%s", error)
         return None

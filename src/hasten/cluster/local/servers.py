@@ -7,7 +7,7 @@ import time
 
 from hasten.cluster.local.children import Child
 from hasten.cluster.local.gpus import Wait
-from hasten.cluster.local.launch import ServerPlan, server_plan_of
+from hasten.cluster.local.launch import ServerPlan
 from hasten.cluster.local.state import Folder, InstanceState
 from hasten.cluster.local.supervisor import Supervisor, back_off
 from hasten.core.ports import free_ports, port_is_free
@@ -53,7 +53,7 @@ class ServerSupervisor(Supervisor):
 
     def __init__(self, folder: Folder) -> None:
         super().__init__(folder)
-        self.plan = server_plan_of(folder.spec()["plan"])
+        self.plan = folder.server_plan()
         self._replicas: list[Replica] = []
         self.state.instances = []
 
@@ -67,7 +67,7 @@ class ServerSupervisor(Supervisor):
             self._replace_one()
             self.children.turn(self._pause())
             if self.children.news():
-                self.plan = server_plan_of(self.folder.spec()["plan"])
+                self.plan = self.folder.server_plan()
                 self.note("Updated", f"{self.plan.replicas} replicas are wanted, one after the other is replaced")
                 self.save()
 

@@ -5,15 +5,14 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hasten.cluster.local.checks import check_mounts, check_server
-from hasten.cluster.local.launch import ServerPlan, server_plan_of, to_json
+from hasten.cluster.local.launch import ServerPlan, to_json
 from hasten.cluster.local.plan import server_plan
 from hasten.cluster.local.settle import settle, settle_owned
-from hasten.cluster.local.state import Folder, folders, locked, server_folder
+from hasten.cluster.local.state import Folder, UnreadableError, folders, locked, server_folder
 from hasten.cluster.local.supervisor import signal_supervisor, start
 from hasten.cluster.local.view import server_view
 from hasten.cluster.local.volumes import Volumes
@@ -52,8 +51,11 @@ def check_ports(home: Path, plan: ServerPlan, folder: Folder) -> None:
 def _check_other(other: Folder, plan: ServerPlan) -> None:
     try:
         state = settle(other)
-        wanted = set() if state.done else set(server_plan_of(other.spec()["plan"]).ports.values())
+        wanted = set() if state.done else set(other.server_plan().ports.values())
     except NotFoundError:
+        return
+    except UnreadableError as error:
+        _log.warning("%s", error)
         return
     for name, port in plan.ports.items():
         if port in wanted:
@@ -77,21 +79,14 @@ def found(home: Path, name: str, version: str | None, namespace: str) -> Folder:
     return there[0]
 
 
-def view(folder: Folder, *, events: bool) -> Server | None:
-    """A server as it is; None where it is gone, or its record cannot be read, which is logged."""
-    try:
-        state = settle(folder)
-        return server_view(folder, state, server_plan_of(folder.spec()["plan"]), events=events)
-    except NotFoundError:
-        return None
-    except (ClusterError, ConfigError) as error:
-        _log.warning("%s", error)
-        return None
+def view(folder: Folder, *, events: bool) -> Server:
+    """A server as it is; NotFoundError where it is gone."""
+    return server_view(folder, settle(folder), folder.server_plan(), events=events)
 
 
 def exit_grace(folder: Folder) -> float:
     """Seconds that a server's end may take."""
-    return float(server_plan_of(folder.spec()["plan"]).exit_timeout)
+    return float(folder.server_plan().exit_timeout)
 
 
 def updated(server: TritonServer, update: ServerUpdate) -> TritonServer:
@@ -111,16 +106,10 @@ def _fields(update: ServerUpdate) -> dict[str, Any]:
     }
 
 
-def asked_of(spec: Mapping[str, Any]) -> TritonServer:
-    """The server that a record is of."""
-    asked: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in spec["asked"].items()}
-    return TritonServer(**asked)
-
-
 def change(home: Path, folder: Folder, update: ServerUpdate) -> None:
     """Write a server's new form, and have its supervisor follow it: a new supervisor where the old one died."""
     with locked(home / "update.lock"):
-        server = updated(asked_of(folder.spec()), update)
+        server = updated(folder.server(), update)
         plan = planned(home, server)
         check_mounts(plan.launch, ())
         lock = folder.try_lock()

@@ -12,10 +12,10 @@ from contextlib import suppress
 
 from hasten.cluster.local.processes import boot_id, host_name, kill_all, members
 from hasten.cluster.local.state import Folder, State
+from hasten.cluster.places import Status
 from hasten.core.errors import ClusterError, ConfigError, NotFoundError
 
 _log = logging.getLogger(__name__)
-_ENDED = ("SUCCEEDED", "FAILED")
 _ERRORS = "supervisor.log"
 
 
@@ -41,10 +41,10 @@ def settle_owned(folder: Folder) -> State:
     killed = _clean_up(state)
     reason = _reason(folder, state)
     for instance in state.instances:
-        if instance.status not in _ENDED:
+        if not Status(instance.status).ended:
             instance.status, instance.ended, instance.reason = "FAILED", time.time(), reason
             instance.ready = False
-    if state.status not in _ENDED:
+    if not Status(state.status).ended:
         state.status, state.ended, state.reason = "FAILED", time.time(), reason
     ended = f"; {killed} of its processes were ended" if killed else ""
     state.event("SupervisorLost", reason + ended, f"folder/{folder.name}", warning=True)

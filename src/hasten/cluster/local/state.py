@@ -21,17 +21,21 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from hasten.cluster.spec import checked_name, checked_namespace, checked_version
+from hasten.cluster.local.launch import JobPlan, Launch, ServerPlan, job_plan_of, launch_of, server_plan_of
+from hasten.cluster.places import Status
+from hasten.cluster.spec import TritonServer, checked_name, checked_namespace, checked_version
 from hasten.core.errors import ClusterError, ConfigError, ExistsError, NotFoundError
 from hasten.core.files import expand_home
 
 HOME_VARIABLE = "HASTEN_HOME"
+SPEC, STATE = "spec.json", "state.json"
+Parsed = TypeVar("Parsed")
 _MOST_EVENTS = 100
 _UNUSABLE = frozenset(
     (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO, errno.ENAMETOOLONG)
@@ -216,33 +220,43 @@ class Folder:
         """A file that tells the supervisor, from its first moment on, that all is to end."""
         return self.path / "end"
 
-    def spec(self) -> dict[str, Any]:
-        """What was asked, and the plan."""
-        return self._read("spec.json")
+    def job_plan(self) -> JobPlan:
+        """What a job's supervisor runs."""
+        return self._read(SPEC, lambda spec: job_plan_of(spec["plan"]))
+
+    def server_plan(self) -> ServerPlan:
+        """What a server's supervisor runs."""
+        return self._read(SPEC, lambda spec: server_plan_of(spec["plan"]))
+
+    def server(self) -> TritonServer:
+        """A server as it was asked for."""
+        return self._read(SPEC, lambda spec: _server_of(spec["asked"]))
+
+    def launch(self) -> tuple[Launch, str]:
+        """How its processes are started, and the shell that an interactive one of them gets."""
+        return self._read(SPEC, lambda spec: (launch_of(spec["plan"]), str(spec["asked"].get("shell", "sh"))))
 
     def state(self) -> State:
         """How it is, as last written."""
-        record = self._read("state.json")
-        try:
-            instances = [InstanceState(**one) for one in record.pop("instances")]
-            return State(**record, instances=instances)
-        except (TypeError, KeyError) as error:
-            why = f"it is of another version of hasten ({error})"
-            raise UnreadableError(self.path / "state.json", why, self.path) from error
+        return self._read(STATE, _state_of)
 
-    def _read(self, file: str) -> dict[str, Any]:
+    def _read(self, file: str, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed:
+        """UnreadableError where the file is damaged or of another version, NotFoundError where there is none."""
+        path = self.path / file
         try:
-            return read_json(self.path / file, self.path)
+            return parse(read_json(path, self.path))
         except (FileNotFoundError, NotADirectoryError):
             raise NotFoundError(f"there is no {self.name} in namespace {self.namespace}") from None
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise UnreadableError(path, f"it is of another version of hasten ({error})", self.path) from error
 
     def write_spec(self, spec: Mapping[str, Any]) -> None:
         """Change what is asked."""
-        write_json(self.path / "spec.json", spec)
+        write_json(self.path / SPEC, spec)
 
     def write_state(self, state: State) -> None:
         """Change the record; for the holder of the lock alone."""
-        write_json(self.path / "state.json", asdict(state))
+        write_json(self.path / STATE, asdict(state))
 
     def mark_end(self) -> None:
         """Tell the supervisor that all is to end; on a full disk a signal has to do."""
@@ -266,6 +280,19 @@ class Folder:
         with using(self.path), suppress(FileNotFoundError):
             self.path.rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
+
+
+def _server_of(asked: Mapping[str, Any]) -> TritonServer:
+    options: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in asked.items()}
+    return TritonServer(**options)
+
+
+def _state_of(record: dict[str, Any]) -> State:
+    instances = [InstanceState(**one) for one in record.pop("instances")]
+    state = State(**record, instances=instances)
+    for status in (state.status, *(one.status for one in instances)):
+        Status(status)
+    return state
 
 
 def scratch(home: Path) -> Path:
