@@ -274,7 +274,7 @@ def test_half_precision_stays_near(dtype: str, bound: float, tiny_bloom: Path, r
 def test_names_of_data_types(name: str, dtype: torch.dtype, tiny_bloom: Path) -> None:
     with LLM(tiny_bloom, dtype=name, kv_cache_memory=1 << 20) as llm:
         assert llm.dtype == dtype
-        assert llm.engine.worker.runner._caches[0].dtype == dtype
+        assert llm.engine.worker.runner._caches.tensors[0].dtype == dtype
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from hasten.layers.position import alibi_slopes
 from hasten.ops import (
     AttentionMeta,
     Bans,
+    BlockCaches,
     Draws,
     EditList,
     PackedLinear,
@@ -160,6 +161,7 @@ def cases(setting: Setting) -> list[Case]:
         _exchange_norm(setting, 64),
         *_embedding_norms(setting, (1, 64, 8192)),
         *(_write_cache(setting, rows) for rows in (64, 8192)),
+        *(_copy_blocks(setting, count) for count in (32, 128)),
         _resolve_ids(setting, 256),
         *(_greedy(setting, rows) for rows in (1, 64, 256)),
         *(_draw(setting, rows) for rows in (64, 256)),
@@ -367,6 +369,30 @@ def _write_cache(setting: Setting, rows: int) -> Case:
 
     nbytes = 4 * rows * kv_heads * size * setting.itemsize
     return Case(op="write_cache", shape=_rows(rows), make=make, nbytes=nbytes, tolerance=0, waits=True)
+
+
+_COPIED_CACHES = 4
+"""Caches in which blocks are copied together: a model's are twice as many as it has layers."""
+
+
+def _copy_blocks(setting: Setting, count: int) -> Case:
+    _, kv_heads, size = setting.heads
+
+    def make() -> Call:
+        caches = [cache for _ in range(_COPIED_CACHES // 2) for cache in setting.caches(2 * count * _BLOCK_SIZE)]
+        held = BlockCaches.of(caches)
+        pairs = torch.randperm(2 * count, device=setting.device).view(2, count)
+
+        def run(copy: Callable[[BlockCaches, Tensor, Tensor], None]) -> Outputs:
+            copy(held, *pairs)
+            return held.tensors
+
+        kernel, definition = partial(run, ops.copy_blocks), partial(run, reference.copy_blocks)
+        return Call(kernel, definition, lambda: tuple(cache.float() for cache in definition()))
+
+    nbytes = 2 * _COPIED_CACHES * count * _BLOCK_SIZE * kv_heads * size * setting.itemsize
+    shape = f"{count} blocks in {_COPIED_CACHES} caches"
+    return Case(op="copy_blocks", shape=shape, make=make, nbytes=nbytes, tolerance=0)
 
 
 def _resolve_ids(setting: Setting, rows: int) -> Case:

@@ -32,6 +32,22 @@ class Batch:
         if copies:
             self.copies += copies
 
+    def copy_rounds(self) -> list[list[tuple[int, int]]]:
+        """The copies in groups to be done one after the other, each in any order: no group writes what it reads.
+
+        A block that was copied away and then freed by a preemption may be the target of a later copy. No target is a
+        source: its holder got it in this step, for itself alone.
+        """
+        rounds: list[list[tuple[int, int]]] = []
+        read: set[int] = set()
+        for source, target in self.copies:
+            if not rounds or target in read:
+                rounds.append([])
+                read.clear()
+            rounds[-1].append((source, target))
+            read.add(source)
+        return rounds
+
     @property
     def num_tokens(self) -> int:
         """Tokens of all sequences together."""

@@ -36,7 +36,7 @@ class Runner:
         self.block_size = block_size
         self.max_sequences = max_sequences
         self._attentions = [module for module in model.modules() if isinstance(module, Attention)]
-        self._caches: list[Tensor] = []
+        self._caches = ops.BlockCaches.of(())
         self.chosen = torch.zeros(max_sequences, dtype=torch.int32, device=device)
         """Tokens of the last step, in the order of its rows."""
         self._graphs: DecodeGraphs | None = None
@@ -54,12 +54,13 @@ class Runner:
         tables = BlockTables(self.max_sequences, max_blocks)
         planner = Planner.of(self.device, self._attentions[0].num_heads)
         self._inputs = Inputs(tables, self.block_size, planner, self.device)
-        self._caches = []
+        caches: list[Tensor] = []
         for attention in self._attentions:
             shape = (2, num_blocks, self.block_size, attention.num_kv_heads, attention.head_size)
             key_cache, value_cache = self._zeros(shape)
             attention.bind_cache(key_cache, value_cache)
-            self._caches += [key_cache, value_cache]
+            caches += [key_cache, value_cache]
+        self._caches = ops.BlockCaches.of(caches)
 
     def reset(self) -> None:
         """Forget the sequences of earlier batches; what the device has been given comes before all that follows."""
@@ -68,7 +69,7 @@ class Runner:
 
     def release_cache(self) -> None:
         """Let the cache go."""
-        self._caches = []
+        self._caches = ops.BlockCaches.of(())
         for attention in self._attentions:
             del attention.key_cache, attention.value_cache
 
@@ -111,9 +112,9 @@ class Runner:
 
     def forward(self, batch: Batch, needed: list[int]) -> Tensor:
         """Hidden states of each sequence's last `needed` tokens, in order; all tokens leave their keys and values."""
-        if batch.copies:
-            pairs = ops.to_device(batch.copies, torch.int64, self.device)
-            ops.copy_blocks(self._caches, pairs[:, 0], pairs[:, 1])
+        for copies in batch.copy_rounds():
+            sources_n, targets_n = ops.to_device(list(zip(*copies, strict=True)), torch.int64, self.device)
+            ops.copy_blocks(self._caches, sources_n, targets_n)
         self._output = None
         if self._graphs is not None and sum(needed) == batch.num_tokens == len(batch.sequences):
             self._output = self._graphs.replay(batch)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hasten.core.config import DTypeName
 from hasten.ops import cpu, reference
+from hasten.ops.block_caches import BlockCaches
 from hasten.ops.draws import NONE_LEFT, Draws
 from hasten.ops.edits import Bans, EditList, LogitEdits, TokenCounts
 from hasten.ops.logprobs import TopLogprobs
@@ -31,6 +32,7 @@ __all__ = [
     "Activation",
     "AttentionMeta",
     "Bans",
+    "BlockCaches",
     "Draws",
     "EditList",
     "HostCopy",
@@ -210,9 +212,17 @@ def resolve_ids(ids_t: Tensor, chosen_r: Tensor) -> Tensor:
     return reference.resolve_ids(ids_t, chosen_r)
 
 
-def copy_blocks(caches: list[Tensor], sources: Tensor, targets: Tensor) -> None:
-    """Copy whole blocks within each cache [blocks, ...]: `targets[i]` becomes `sources[i]`."""
-    reference.copy_blocks(caches, sources, targets)
+def copy_blocks(caches: BlockCaches, sources_n: Tensor, targets_n: Tensor) -> None:
+    """Copy whole blocks within each cache [blocks, ...]: block `targets_n[i]` becomes block `sources_n[i]` [int64].
+
+    Targets are distinct, and none of them is a source: copies have no order.
+    """
+    if sources_n.is_cuda:
+        from hasten.ops.gpu import cache
+
+        cache.copy_blocks(caches, sources_n, targets_n)
+    else:
+        reference.copy_blocks(caches, sources_n, targets_n)
 
 
 def greedy(logits_rv: Tensor) -> Tensor:

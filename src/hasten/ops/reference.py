@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from hasten.ops.block_caches import BlockCaches
 from hasten.ops.draws import NONE_LEFT, Draws
 from hasten.ops.edits import IN_PROMPT, LogitEdits, TokenCounts
 from hasten.ops.logprobs import TopLogprobs
@@ -131,9 +132,9 @@ def _distances(query_len: int, kv_len: int, device: torch.device) -> Tensor:
     return keys_k.unsqueeze(0) - keys_k[kv_len - query_len :].unsqueeze(1)
 
 
-def copy_blocks(caches: list[Tensor], sources: Tensor, targets: Tensor) -> None:  # noqa: D103
-    for cache in caches:
-        cache.index_copy_(0, targets, cache.index_select(0, sources))
+def copy_blocks(caches: BlockCaches, sources_n: Tensor, targets_n: Tensor) -> None:  # noqa: D103
+    for cache in caches.tensors:
+        cache.index_copy_(0, targets_n, cache.index_select(0, sources_n))
 
 
 def greedy(logits_rv: Tensor) -> Tensor:  # noqa: D103
@@ -230,11 +231,13 @@ def count_tokens(counts: TokenCounts, slots_r: Tensor, tokens_r: Tensor) -> None
 
 def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs:  # noqa: D103
     logits_rv = logits_rv.float()
-    totals_r1 = logits_rv.logsumexp(-1, keepdim=True)
-    chosen_r1 = logits_rv.gather(1, tokens_r.long().clamp(min=0).unsqueeze(1))
-    ranks_r = (logits_rv > chosen_r1).sum(-1) + 1
-    values_rk, ids_rk = logits_rv.topk(min(count, logits_rv.shape[1]), dim=-1)
-    return TopLogprobs((chosen_r1 - totals_r1).squeeze(1), ranks_r.int(), values_rk - totals_r1, ids_rk.int())
+    logprobs_rv = logits_rv.log_softmax(-1)
+    tokens_r1 = tokens_r.long().clamp(min=0).unsqueeze(1)
+    ranks_r = (logits_rv > logits_rv.gather(1, tokens_r1)).sum(-1, dtype=torch.int32) + 1
+    ids_rk = logits_rv.topk(min(count, logits_rv.shape[1]), dim=-1).indices
+    return TopLogprobs(
+        logprobs_rv.gather(1, tokens_r1).squeeze(1), ranks_r, logprobs_rv.gather(1, ids_rk), ids_rk.int()
+    )
 
 
 def mask_logits(logits_rv: Tensor, index_r: Tensor, masks_kw: Tensor) -> Tensor:  # noqa: D103

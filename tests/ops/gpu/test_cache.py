@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.ops import reference
+from hasten.ops import BlockCaches, reference
 from hasten.ops.gpu import cache
 
 NAN = float("nan")
@@ -63,6 +63,47 @@ def test_a_large_step(dtype: torch.dtype) -> None:
     slots = torch.randperm(10_000, generator=torch.Generator().manual_seed(0))[:8192]
     slots[::7] = -1
     assert_same(*write_both(slots.cuda(), 32, 128, dtype, blocks=2000))
+
+
+def layers(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """A cache for each shape of a block, of random bits: NaN with all its bits, infinities and denormals as well."""
+    generator = torch.Generator().manual_seed(0)
+    bits = [
+        torch.randint(0, 256, (BLOCKS, *shape, dtype.itemsize), generator=generator, dtype=torch.uint8)
+        for shape in shapes
+    ]
+    return [each.view(dtype).squeeze(-1).to(device) for each in bits]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shapes",
+    [[(16, 4, 8)] * 4, [(1, 1, 1)], [(5, 3, 1)] * 2, [(5, 3, 2)], [(16, 32, 33), (16, 8, 64), (16, 32, 33)]],
+    ids=str,
+)
+@pytest.mark.parametrize("pairs", [[], [(1, 4)], [(1, 4), (1, 5), (6, 0), (2, 3)]], ids=str)
+def test_blocks_are_copied_bit_by_bit(
+    pairs: list[tuple[int, int]], shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device
+) -> None:
+    found, expected = layers(shapes, dtype, device), layers(shapes, dtype, device)
+    sources, targets = torch.tensor(pairs, dtype=torch.int64, device=device).view(-1, 2).T.contiguous()
+    cache.copy_blocks(BlockCaches.of(found), sources, targets)
+    reference.copy_blocks(BlockCaches.of(expected), sources, targets)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.gpu
+def test_blocks_behind_32_bits_are_copied() -> None:
+    blocks = 120_000
+    caches = [torch.zeros(blocks, BLOCK_SIZE, 32, 128, dtype=torch.float16, device="cuda") for _ in range(2)]
+    for number, each in enumerate(caches):
+        each[blocks - 1], each[3] = 1 + number, 3 + number
+    pairs = torch.tensor([[blocks - 1, 3], [110_000, blocks - 2]], device="cuda")
+    cache.copy_blocks(BlockCaches.of(caches), *pairs)
+    for number, each in enumerate(caches):
+        assert bool((each[110_000] == 1 + number).all())
+        assert bool((each[blocks - 2] == 3 + number).all())
 
 
 @pytest.mark.parametrize("numbers", [torch.int32, torch.int64], ids=str)

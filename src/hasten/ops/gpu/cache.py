@@ -1,10 +1,16 @@
-"""Writing the paged cache, and the token ids that only the device knows."""
+"""Writing and copying in the paged cache, and the token ids that only the device knows."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hasten.ops.block_caches import BlockCaches
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
+
+_WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
+"""Types that blocks are copied as, by the greatest power of two, up to 8, that divides their bytes."""
+_COPY_BLOCK = 1024
+"""Words that one program of `copy_blocks` copies: 8 KiB of the usual block."""
 
 
 @triton.jit
@@ -42,6 +48,40 @@ def write_cache(key_tmd: Tensor, value_tmd: Tensor, key_cache: Tensor, value_cac
         key_tmd, value_tmd, key_cache, value_cache, slots_t, key_tmd.stride(0), value_tmd.stride(0),
         WIDTH=width, BLOCK=block, num_warps=max(1, min(8, block // 256)), **overlapped(key_tmd),
     )  # fmt: skip
+
+
+@triton.jit
+def _copy(
+    caches,
+    sources,
+    targets,
+    WORD: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Copy a part of one block of one cache; only its content can be what an earlier kernel writes."""
+    n = tl.program_id(0)
+    start = tl.load(caches + tl.program_id(1)).to(tl.pointer_type(WORD))
+    source = start + tl.load(sources + n).to(tl.int64) * WORDS
+    target = start + tl.load(targets + n).to(tl.int64) * WORDS
+    at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    start_next(PDL)
+    wait_for_inputs(PDL)
+    tl.store(target + at, tl.load(source + at, at < WORDS), at < WORDS)
+
+
+def copy_blocks(caches: BlockCaches, sources_n: Tensor, targets_n: Tensor) -> None:
+    assert sources_n.is_contiguous()
+    assert targets_n.is_contiguous()
+    for nbytes, addresses in caches.addresses:
+        width = next(width for width in _WORDS if nbytes % width == 0)
+        words = nbytes // width
+        block = min(_COPY_BLOCK, triton.next_power_of_2(words))
+        _copy[(len(sources_n), len(addresses), triton.cdiv(words, block))](
+            addresses, sources_n, targets_n,
+            WORD=_WORDS[width], WORDS=words, BLOCK=block, num_warps=4, **overlapped(sources_n),
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count"])
