@@ -115,18 +115,7 @@ def _finite(row, tokens_b, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _amount_from(row, image, best, sharpness, SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of the weights of the logits from an image on: probabilities relative to the greatest."""
-    amount_b = tl.zeros([BLOCK], tl.float32)
-    value = _value(image, BITS)
-    for start in range(0, SIZE, BLOCK):
-        x_b = _finite(row, start + tl.arange(0, BLOCK), SIZE)
-        amount_b += tl.where(x_b >= value, tl.exp2((x_b - best) * sharpness), 0.0)
-    return tl.sum(amount_b.to(tl.float64), 0)
-
-
-@triton.jit
-def _amounts_above(
+def _amounts_from(
     row,
     first,
     second,
@@ -134,22 +123,27 @@ def _amounts_above(
     best,
     sharpness,
     BY_WEIGHT: tl.constexpr,
+    ONLY_FIRST: tl.constexpr,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """For each of three images, how many logits lie above it, or the sum of their weights."""
+    """How many logits lie from each of three images on, or the sum of their weights, in fp64.
+
+    Weights are probabilities relative to the greatest. `ONLY_FIRST` leaves the others 0.
+    """
     first_b = tl.zeros([BLOCK], tl.float32)
     second_b = tl.zeros([BLOCK], tl.float32)
     third_b = tl.zeros([BLOCK], tl.float32)
     # Comparing numbers saves finding the image of each logit.
-    first, second, third = _value(first + 1, BITS), _value(second + 1, BITS), _value(third + 1, BITS)
+    first, second, third = _value(first, BITS), _value(second, BITS), _value(third, BITS)
     for start in range(0, SIZE, BLOCK):
         x_b = _finite(row, start + tl.arange(0, BLOCK), SIZE)
         weight_b = tl.exp2((x_b - best) * sharpness) if BY_WEIGHT else 1.0
         first_b += tl.where(x_b >= first, weight_b, 0.0)
-        second_b += tl.where(x_b >= second, weight_b, 0.0)
-        third_b += tl.where(x_b >= third, weight_b, 0.0)
+        if not ONLY_FIRST:
+            second_b += tl.where(x_b >= second, weight_b, 0.0)
+            third_b += tl.where(x_b >= third, weight_b, 0.0)
     return tl.sum(first_b.to(tl.float64), 0), tl.sum(second_b.to(tl.float64), 0), tl.sum(third_b.to(tl.float64), 0)
 
 
@@ -179,8 +173,8 @@ def _floor(
     while low < high:
         second = _mean(low, high)
         first, third = _mean(low, second), _mean(second, high)
-        above_first, above_second, above_third = _amounts_above(
-            row, first, second, third, best, sharpness, BY_WEIGHT, SIZE, BITS, BLOCK
+        above_first, above_second, above_third = _amounts_from(
+            row, first + 1, second + 1, third + 1, best, sharpness, BY_WEIGHT, False, SIZE, BITS, BLOCK
         )
         # Amounts fall from one image to the next: the last that reaches the limit is the lower end.
         reached = tl.where(
@@ -253,13 +247,13 @@ def _draw(
             floor = _least(row, bound, high, SIZE, BITS, BLOCK)
         if (top_k > 0) & (top_k < SIZE):
             floor = _floor(row, floor, high, top_k, best, sharpness, False, SIZE, BITS, BLOCK)
-        total = _amount_from(row, floor, best, sharpness, SIZE, BITS, BLOCK)
+        total, _, _ = _amounts_from(row, floor, floor, floor, best, sharpness, True, True, SIZE, BITS, BLOCK)
         if top_p < 1:
             # All tokens up to this one, even if they were the whole vocabulary, are less than what top-p drops.
             dropped = best + temperature * tl.log((1 - top_p) / (2 * SIZE))
             floor = tl.maximum(floor, _image(dropped.to(tl.float32), BITS))
             floor = _floor(row, floor, high, top_p * total, best, sharpness, True, SIZE, BITS, BLOCK)
-            total = _amount_from(row, floor, best, sharpness, SIZE, BITS, BLOCK)
+            total, _, _ = _amounts_from(row, floor, floor, floor, best, sharpness, True, True, SIZE, BITS, BLOCK)
         token = _token_at(row, floor, point * total, best, sharpness, SIZE, BITS, BLOCK)
     tl.store(tokens + at, token)
 
