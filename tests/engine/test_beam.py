@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from hasten.core.config import SchedulerConfig
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
-from hasten.engine.beam import BeamSearch, Candidate, Hypothesis, Move, candidate_count
+from hasten.engine.beam import BeamSearch, Hypothesis, Move, candidate_count, go_on
 from hasten.engine.block_manager import BlockManager
 from hasten.engine.engine import _announcement
 from hasten.engine.scheduler import Scheduler
@@ -30,14 +31,23 @@ if TYPE_CHECKING:
 
 VOCAB = 24
 Tokens = tuple[int, ...]
+Pairs = list[tuple[int, float]]
+"""Tokens that may come next, the most probable first, and their log-probabilities."""
 
 
-def candidates(prefix: Tokens, count: int = VOCAB, vocab: int = VOCAB) -> list[Candidate]:
+def candidates(prefix: Tokens, count: int = VOCAB, vocab: int = VOCAB) -> Pairs:
     """A language model: what may follow a prefix, the most probable first."""
     rng = random.Random(hash(prefix))
     weights = [math.exp(rng.gauss(0, 1)) for _ in range(vocab)]
     pairs = [(token, math.log(weight / sum(weights))) for token, weight in enumerate(weights)]
     return sorted(pairs, key=lambda pair: -pair[1])[:count]
+
+
+def take(search: BeamSearch, key: int, pairs: Pairs) -> list[Move]:
+    """Give a beam's candidates to a search, which goes on by itself once it has those of all beams."""
+    tokens, logprobs = zip(*pairs, strict=True)
+    complete = search.take(key, (np.array(tokens), np.array(logprobs)))
+    return go_on([search])[0] if complete else []
 
 
 def run(params: SamplingParams, prompt: Tokens = (), eos: Tokens = (), vocab: int = VOCAB) -> list[Hypothesis]:
@@ -53,7 +63,7 @@ def run(params: SamplingParams, prompt: Tokens = (), eos: Tokens = (), vocab: in
         moves: list[Move] = []
         for key in asked:
             assert moves == []
-            moves = search.take(key, candidates(beams[key], count, vocab))
+            moves = take(search, key, candidates(beams[key], count, vocab))
         if moves:
             assert wide or sorted(key for key, _, _ in moves) == keys
             parents = {parent for _, parent, _ in moves}
@@ -92,33 +102,33 @@ def search_of_two(**options: object) -> BeamSearch:
 
 
 def test_the_first_choice_is_among_one_beams_continuations() -> None:
-    assert search_of_two().take(7, [(5, -1.0), (3, -2.0), (0, -3.0), (4, -4.0)]) == [(7, 7, 5), (8, 7, 3)]
+    assert take(search_of_two(), 7, [(5, -1.0), (3, -2.0), (0, -3.0), (4, -4.0)]) == [(7, 7, 5), (8, 7, 3)]
 
 
 def test_a_beam_without_continuations_takes_over_anothers() -> None:
     search = search_of_two()
-    search.take(7, [(5, -1.0), (3, -2.0), (1, -3.0), (4, -4.0)])
-    assert search.take(8, [(1, -0.1), (2, -0.3), (3, -5.0), (4, -6.0)]) == []
-    assert search.take(7, [(1, -4.0), (2, -4.1), (3, -5.0), (4, -6.0)]) == [(8, 8, 1), (7, 8, 2)]
+    take(search, 7, [(5, -1.0), (3, -2.0), (1, -3.0), (4, -4.0)])
+    assert take(search, 8, [(1, -0.1), (2, -0.3), (3, -5.0), (4, -6.0)]) == []
+    assert take(search, 7, [(1, -4.0), (2, -4.1), (3, -5.0), (4, -6.0)]) == [(8, 8, 1), (7, 8, 2)]
     assert [(found.token_ids, found.ended) for found in search.unfinished()] == [((3, 1), False), ((3, 2), False)]
     assert [found.logprob for found in search.unfinished()] == pytest.approx([-2.1, -2.3])
 
 
 def test_diversity_takes_from_a_beams_lesser_continuations_for_the_choice_alone() -> None:
     search = search_of_two(beam_search_diversity_rate=2.0)
-    search.take(7, [(5, -1.0), (3, -2.0), (1, -3.0), (4, -4.0)])
-    search.take(8, [(1, -0.1), (2, -0.3), (3, -5.0), (4, -6.0)])
-    assert search.take(7, [(1, -3.0), (2, -4.1), (3, -5.0), (4, -6.0)]) == [(8, 8, 1), (7, 7, 1)]
+    take(search, 7, [(5, -1.0), (3, -2.0), (1, -3.0), (4, -4.0)])
+    take(search, 8, [(1, -0.1), (2, -0.3), (3, -5.0), (4, -6.0)])
+    assert take(search, 7, [(1, -3.0), (2, -4.1), (3, -5.0), (4, -6.0)]) == [(8, 8, 1), (7, 7, 1)]
     assert [found.logprob for found in search.unfinished()] == pytest.approx([-2.1, -4.0])
 
 
 @pytest.mark.parametrize("early", [False, True])
 def test_early_stopping_ends_once_enough_beams_have_ended(early: bool) -> None:
     search = search_of_two(early_stopping=early, length_penalty=0.0)
-    search.take(7, [(5, -1.0), (0, -2.0), (1, -2.1), (4, -4.0)])
+    take(search, 7, [(5, -1.0), (0, -2.0), (1, -2.1), (4, -4.0)])
     assert [found.token_ids for found in search.hypotheses] == [(0,)]
-    search.take(7, [(5, -0.1), (0, -4.0), (2, -5.0), (3, -6.0)])
-    moves = search.take(8, [(0, -0.2), (3, -3.0), (2, -5.0), (4, -6.0)])
+    take(search, 7, [(5, -0.1), (0, -4.0), (2, -5.0), (3, -6.0)])
+    moves = take(search, 8, [(0, -0.2), (3, -3.0), (2, -5.0), (4, -6.0)])
     assert [found.token_ids for found in search.hypotheses] == [(0,), (1, 0)]
     assert search.done == early
     assert moves == ([] if early else [(7, 7, 5), (8, 8, 3)])
@@ -126,11 +136,35 @@ def test_early_stopping_ends_once_enough_beams_have_ended(early: bool) -> None:
 
 def test_a_search_ends_when_no_beam_is_as_good_as_the_worst_that_ended() -> None:
     search = search_of_two(length_penalty=0.0)
-    search.take(7, [(0, -0.1), (5, -3.0), (1, -3.1), (4, -4.0)])
-    search.take(7, [(0, -0.1), (5, -4.0), (1, -4.1), (4, -4.2)])
-    assert search.take(8, [(5, -1.0), (3, -2.0), (1, -3.0), (4, -4.0)]) == []
+    take(search, 7, [(0, -0.1), (5, -3.0), (1, -3.1), (4, -4.0)])
+    take(search, 7, [(0, -0.1), (5, -4.0), (1, -4.1), (4, -4.2)])
+    assert take(search, 8, [(5, -1.0), (3, -2.0), (1, -3.0), (4, -4.0)]) == []
     assert search.done
     assert [found.token_ids for found in search.hypotheses] == [(0,), (5, 0)]
+
+
+def test_searches_of_all_shapes_go_on_together_as_they_do_alone() -> None:
+    kinds: list[dict[str, float]] = [{}, {"beam_search_diversity_rate": 0.7}, {"length_penalty": 0.0}]
+    params = [
+        SamplingParams(beam_width=width, max_tokens=4 + width % 3, **kind)  # type: ignore[arg-type]
+        for width in (2, 3, 3, 5)
+        for kind in kinds
+    ]
+    prompts = [(number,) for number in range(len(params))]
+    searches = [BeamSearch(each, (0,), each.max_tokens or 0, list(range(each.beam_width))) for each in params]
+    beams: list[dict[int, Tokens]] = [{0: prompt} for prompt in prompts]
+    while not all(search.done for search in searches):
+        going = [number for number, search in enumerate(searches) if not search.done]
+        for number in going:
+            count = candidate_count(params[number], (0,))
+            for key, tokens in beams[number].items():
+                ids, logprobs = zip(*candidates(tokens, count), strict=True)
+                complete = searches[number].take(key, (np.array(ids), np.array(logprobs)))
+            assert complete
+        for number, moves in zip(going, go_on([searches[number] for number in going]), strict=True):
+            beams[number] = {key: (*beams[number][parent], token) for key, parent, token in moves}
+    alone = [run(each, prompt, (0,)) for each, prompt in zip(params, prompts, strict=True)]
+    assert [search.hypotheses for search in searches] == alone
 
 
 # --- scheduling -------------------------------------------------------------------------------------------------------
@@ -229,7 +263,7 @@ class Ranks:
             return
         search = self.searches[name]
         count = candidate_count(sequence.params, ())
-        moves = search.take(sequence.key, candidates(tuple(sequence.token_ids), count))
+        moves = take(search, sequence.key, candidates(tuple(sequence.token_ids), count))
         if moves:
             self.pending["moves"].append(moves)
         if search.done:

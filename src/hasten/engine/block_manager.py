@@ -130,16 +130,23 @@ class BlockManager:
     def share(self, parent: Sequence, child: Sequence, length: int) -> None:
         """Let `child` hold the blocks of `parent`'s first `length` tokens, which are its own too, and no others."""
         table = parent.block_table[: -(-length // self.block_size)]
-        for block in table:
+        common = min(len(table), len(child.block_table))
+        while child.block_table[:common] != table[:common]:
+            common -= 1  # beams differ in their last blocks alone
+        for block in table[common:]:
             self._hold(block)
-        self.free(child)
+        self._release(child, common)
         child.block_table, child.num_computed = table, length
         if parent.num_registered * self.block_size <= length:
             child.prefix, child.num_registered = parent.prefix, parent.num_registered
 
     def free(self, sequence: Sequence) -> None:
         """Let all blocks of `sequence` go, its tail to be reused first."""
-        for block in reversed(sequence.block_table):
+        self._release(sequence, 0)
+
+    def _release(self, sequence: Sequence, first: int) -> None:
+        """Let the blocks of `sequence` from `first` on go; it has none then, and nothing computed."""
+        for block in reversed(sequence.block_table[first:]):
             self._references[block] -= 1
             if self._references[block] == 0:
                 self._free[block] = None

@@ -1,4 +1,4 @@
-"""What a request's parameters change about the logits of its next token: penalties, biases and bans."""
+"""What a request's parameters change about the logits of its next token: penalties, biases, bans and masks."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -23,6 +23,8 @@ class RowEdits:
         self.biases = np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
         self.any = params.has_penalty or bool(params.logit_bias or params.bad_words_ids or params.min_tokens)
         self._min_tokens = params.min_tokens
+        self.allowed = _mask_of(params.allowed_token_ids) if params.allowed_token_ids else None
+        """Mask of the only tokens that may come next, as `ops.mask_logits` reads it; words behind it are 0."""
         self._stops = _bans((token, _ALWAYS) for token in (*eos_token_ids, *params.stop_token_ids))
         self._runs = _BannedRuns(params.bad_words_ids) if params.bad_words_ids else None
 
@@ -70,6 +72,14 @@ class _BannedRuns:
             return bans
         more = _bans(found)
         return Bans(np.concatenate((bans.ids, more.ids)), np.concatenate((bans.after, more.after)))
+
+
+def _mask_of(tokens: Iterable[int]) -> Integers:
+    """int32 words with a bit for each token: bit i of word w stands for token 32 * w + i."""
+    ids = np.array(tuple(tokens), dtype=np.int64)
+    mask = np.zeros(int(ids.max()) // 32 + 1, dtype=np.uint32)
+    np.bitwise_or.at(mask, ids // 32, np.uint32(1) << (ids % 32).astype(np.uint32))
+    return mask.view(np.int32)
 
 
 def _bans(pairs: Iterable[tuple[int, int]]) -> Bans:

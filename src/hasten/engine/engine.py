@@ -17,7 +17,7 @@ from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError, InvalidRequestError
 from hasten.core.types import CompletionOutput, FinishReason, Logprob, Request, RequestOutput, SamplingParams
 from hasten.engine.batch import Batch
-from hasten.engine.beam import BeamSearch, Hypothesis, candidate_count
+from hasten.engine.beam import BeamSearch, Hypothesis, candidate_count, go_on
 from hasten.engine.constraint import Constraint
 from hasten.engine.grammar import Grammar, GrammarCompiler, GrammarLimits
 from hasten.engine.sampler import Choice, PromptLogprobs, Sampled, TextOf, mix64
@@ -375,11 +375,18 @@ class Engine:
         with explained_out_of_memory():
             self._take_prompt_logprobs(flight.prompts)
             sampled = [] if flight.choice is None else flight.choice.collect(self._text_of)
+        searching: dict[str, _RequestState] = {}
         for sequence, token in zip(flight.sequences, sampled, strict=True):
             state = self._owners.get(sequence.key)
-            if state is not None:
-                touched[sequence.request_id] = state
+            if state is None:
+                continue
+            touched[sequence.request_id] = state
+            if state.search is None:
                 self._take_token(state, sequence, token)
+            elif self._take_candidates(state, state.search, sequence, token):
+                searching[sequence.request_id] = state
+        if searching:
+            self._go_on(searching)
 
     def _forget_flight_of_none(self) -> None:
         """Once no request is left, nobody will step again for what is in flight, and it has only surplus tokens."""
@@ -426,23 +433,40 @@ class Engine:
             output.logprobs, output.cumulative_logprob = [], 0.0
         state.completions[sequence.index] = _Completion(output, text, sequence, state.continues)
 
-    def _take_candidates(self, state: _RequestState, search: BeamSearch, sequence: Sequence, sampled: Sampled) -> None:
-        """Take what may follow one beam; once that is known of all, the search goes on or is done."""
-        if sampled.error is None:
-            self._generation_tokens += 1
-            moves = search.take(sequence.key, sampled.candidates or [])
-            if moves:
-                self._pending["moves"].append(moves)
-            if not search.done:
-                return
-            self._complete(state, sequence, search.hypotheses, None)
-        else:
+    def _take_candidates(self, state: _RequestState, search: BeamSearch, sequence: Sequence, sampled: Sampled) -> bool:
+        """Take what may follow one beam; whether that is known of all then."""
+        if sampled.error is not None:
             best = search.unfinished() or [Hypothesis((), 0.0, 0.0, ended=False)] * sequence.params.n
-            self._complete(state, sequence, best, FinishReason.ERROR, sampled.error)
+            self._end_search(state, search, best, FinishReason.ERROR, sampled.error)
+            return False
+        assert sampled.candidates is not None
+        self._generation_tokens += 1
+        return search.take(sequence.key, sampled.candidates)
+
+    def _go_on(self, states: dict[str, _RequestState]) -> None:
+        """Let the searches of these requests go on or end; nothing where one has failed since."""
+        pairs = [(state, state.search) for name, state in states.items() if state.search and name in self._requests]
+        for (state, search), moves in zip(pairs, go_on([search for _, search in pairs]), strict=True):
+            if search.done:
+                self._end_search(state, search, search.hypotheses, None)
+            else:
+                self._pending["moves"].append(moves)
+
+    def _end_search(
+        self,
+        state: _RequestState,
+        search: BeamSearch,
+        best: list[Hypothesis],
+        reason: FinishReason | None,
+        error: str | None = None,
+    ) -> None:
+        beam = self.scheduler.get(search.keys[0])
+        assert beam is not None, "its beams are there until it ends"
+        self._complete(state, beam, best, reason, error)
         state.unfinished = 0
         for key in search.keys:
             self._release(key)
-        del self._requests[sequence.request_id]
+        del self._requests[beam.request_id]
 
     def _complete(
         self,
@@ -462,9 +486,6 @@ class Engine:
             self._end(completion, reason or (FinishReason.STOP if stopped else FinishReason.LENGTH))
 
     def _take_token(self, state: _RequestState, sequence: Sequence, sampled: Sampled) -> None:
-        if state.search is not None:
-            self._take_candidates(state, state.search, sequence, sampled)
-            return
         completion = state.completions[sequence.index]
         output, token = completion.output, sampled.token_id
         constraint = sequence.constraint

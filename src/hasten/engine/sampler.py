@@ -15,11 +15,12 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.core.types import Logprob
-from hasten.engine.beam import Candidate, candidate_count
+from hasten.engine.beam import Candidates, candidate_count
 from hasten.engine.constraint import fill_allowed
 from hasten.engine.edits import RowEdits
 from hasten.engine.history import TokenHistory
 from hasten.engine.sequence import Sequence
+from hasten.ops.plan import Integers
 from hasten.ops.transfer import host_buffer, send
 
 _MASK = (1 << 64) - 1
@@ -45,8 +46,8 @@ class Sampled:
     """The chosen token and the most probable ones, if the request asked for log-probabilities."""
     error: str | None = None
     """Why there is no token."""
-    candidates: list[Candidate] | None = None
-    """For a beam, the tokens that may come next, the most probable first."""
+    candidates: Candidates | None = None
+    """Of a beam."""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -96,9 +97,9 @@ class Choice:
         sampled = [Sampled(token) if token >= 0 else self._none(row, token) for row, token in enumerate(tokens)]
         if self._beams:
             values_rk, ids_rk, *tops = tops
-            pairs = zip(self._beams.items(), ids_rk.tolist(), values_rk.tolist(), strict=True)
-            for (row, count), ids, values in pairs:
-                sampled[row].candidates = list(zip(ids[:count], values, strict=False))
+            pairs = zip(self._beams.items(), ids_rk.numpy(), values_rk.double().numpy(), strict=True)
+            for (row, count), ids_k, values_k in pairs:
+                sampled[row].candidates = (ids_k[:count], values_k[:count])
         if self._asked:
             chosen = [tokens[row] for row in self._asked]
             rows = _entries(chosen, list(self._asked.values()), ops.TopLogprobs(*tops), text_of)
@@ -135,9 +136,10 @@ class Sampler:
         """
         slots = self._history.slots_of(sequence for sequence in sequences if sequence.params.has_penalty)
         edited_rv = self._edit(logits_rv, sequences, slots, chosen_r)
-        return PreparedChoice(
-            logits_rv, edited_rv, sequences, slots, self._history, self._continuations(logits_rv, sequences)
-        )
+        masks = (self._edits[sequence.key].allowed for sequence in sequences)
+        allowed = {row: mask for row, mask in enumerate(masks) if mask is not None}
+        beams = self._continuations(logits_rv, sequences)
+        return PreparedChoice(logits_rv, edited_rv, sequences, slots, self._history, allowed, beams)
 
     def _edit(
         self,
@@ -177,10 +179,14 @@ class Sampler:
         if not counts:
             return None
         (own_rv,) = _selected(list(counts), logits_rv)
-        beams = [sequences[row] for row in counts]
+        beams, most = [sequences[row] for row in counts], max(counts.values())
+        if not any(self._edits[beam.key].any for beam in beams):
+            none_r = torch.zeros(len(beams), dtype=torch.int32, device=own_rv.device)
+            _, _, values_rk, ids_rk = ops.top_logprobs(own_rv, none_r, most)
+            return _Continuations(counts, values_rk, ids_rk)
         slots = self._history.slots_of(beam for beam in beams if beam.params.has_penalty)
         adjusted_rv = self._edit(own_rv.float().log_softmax(-1), beams, slots, None)
-        return _Continuations(counts, *adjusted_rv.topk(max(counts.values()), dim=-1))
+        return _Continuations(counts, *adjusted_rv.topk(most, dim=-1))
 
 
 class PreparedChoice:
@@ -196,13 +202,13 @@ class PreparedChoice:
         sequences: list[Sequence],
         slots: dict[int, int],
         history: TokenHistory,
+        allowed: dict[int, Integers],
         beams: "_Continuations | None",
     ) -> None:
         self._logits_rv, self._edited_rv, self._beams = logits_rv, edited_rv, beams
-        self._history = history
+        self._history, self._allowed = history, allowed
         params = [sequence.params for sequence in sequences]
         self._constraints = {row: s.constraint for row, s in enumerate(sequences) if s.constraint is not None}
-        self._allowed = {row: p.allowed_token_ids for row, p in enumerate(params) if p.allowed_token_ids}
         self._drawn = [row for row, s in enumerate(sequences) if s.beams is None and not s.params.greedy]
         self._draws = _draws([sequences[row] for row in self._drawn], logits_rv.device) if self._drawn else None
         # Which token a beam goes on with is known only once all beams of its search have candidates.
@@ -235,10 +241,8 @@ class PreparedChoice:
         masks: NDArray[np.int32] = masks_kw.numpy()
         if constraints:
             fill_allowed(list(constraints.values()), masks[: len(constraints)])
-        for mask, ids in zip(masks[len(constraints) :], self._allowed.values(), strict=True):
-            mask.fill(0)
-            tokens = np.array(ids)
-            np.bitwise_or.at(mask.view(np.uint32), tokens // 32, np.uint32(1) << (tokens % 32).astype(np.uint32))
+        for mask, own in zip(masks[len(constraints) :], self._allowed.values(), strict=True):
+            mask[: len(own)], mask[len(own) :] = own, 0
         index = np.full(rows_total, -1, np.int32)
         index[rows] = np.arange(len(rows))
         index_r = send({"index": index}, device)["index"]
