@@ -9,16 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from hasten import __version__
 from hasten.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,10 @@ class Environment:
     dtype: str
 
 
-def environment(device: torch.device, dtype: torch.dtype) -> Environment:
+def environment(device: "torch.device", dtype: "torch.dtype") -> Environment:
     """This process's versions, and what it computed on and in."""
+    import torch  # clients of a server use this module without it
+
     return Environment(
         hasten=__version__,
         torch=torch.__version__,
@@ -62,6 +66,8 @@ def environment(device: torch.device, dtype: torch.dtype) -> Environment:
 
 
 def _cpu() -> str:
+    import torch
+
     return f"CPU, {torch.backends.cpu.get_cpu_capability()}"
 
 

@@ -5,8 +5,6 @@ Imports no torch, since the server's process imports this module: it starts as `
 
 import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from pathlib import Path
 import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
+from hasten.bench.child import end_with_parent
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError, HastenError
 from hasten.core.ports import free_ports
@@ -68,19 +67,11 @@ def served(engine: EngineConfig, log: Path) -> Iterator[Served]:
 def _serve(options: ServeOptions) -> None:
     from hasten.server.app import run_server
 
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     try:
         raise SystemExit(run_server(options))
     except HastenError as error:
         raise SystemExit(f"hasten: error: {error}") from None
-
-
-def _end_with_parent() -> None:
-    """Who measures may be killed, and can tell nobody then."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def channel_options(address: str) -> list[tuple[str, int]]:

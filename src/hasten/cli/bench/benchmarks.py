@@ -2,7 +2,7 @@
 
 import argparse
 
-from hasten.cli.bench import kernels, lambada, serving, speed, suite
+from hasten.cli.bench import kernels, lambada, load, serving, speed, suite
 from hasten.cli.options import Parser
 
 
@@ -18,4 +18,5 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     speed.add_parsers(benches)
     suite.add_parser(benches)
     serving.add_parser(benches)
+    load.add_parser(benches)
     kernels.add_parser(benches)

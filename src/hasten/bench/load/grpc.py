@@ -1,0 +1,163 @@
+"""A gRPC client of Triton's protocol: a stream per request, over connections that no limit of streams holds up."""
+
+import struct
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2
+
+from hasten.bench.load.address import Address
+from hasten.bench.load.reply import Event, Reply, RequestError
+from hasten.bench.load.triton import ModelInput, TextModelInputs
+from hasten.bench.served import channel_options
+
+_SERVICE = "/inference.GRPCInferenceService"
+_STREAMS_PER_CONNECTION = 64
+"""Well below what servers allow: further streams would wait inside the client."""
+_FORMATS = {"BOOL": "?", "INT32": "i", "UINT32": "I", "INT64": "q", "UINT64": "Q", "FP32": "f", "FP64": "d"}
+
+
+class GrpcClient:
+    """Connections to one server, and the form of requests to one of its models."""
+
+    def __init__(self, address: Address, headers: Mapping[str, str]) -> None:
+        self._address = address
+        self._metadata = tuple((name.lower(), value) for name, value in headers.items())
+        self._channels: list[_Channel] = []
+
+    async def unary(self, method: str, request: Any, response: Any) -> Any:
+        """The answer to a call that has one; RequestError says how it failed."""
+        with _Failures():
+            call = self._channel().channel.unary_unary(
+                f"{_SERVICE}/{method}",
+                request_serializer=type(request).SerializeToString,
+                response_deserializer=response.FromString,
+            )
+            return await call(request, metadata=self._metadata)
+
+    async def stream(self, request: Any, reply: Reply, clock: Any) -> None:
+        """Send a request on a stream of its own and note its responses; RequestError says how it failed."""
+        with _Failures():
+            async with self._infer() as call:
+                await call.write(request)
+                await call.done_writing()
+                async for response in call:
+                    now = clock()
+                    if response.error_message:
+                        raise RequestError("error in the stream", response.error_message)
+                    reply.take(now, event(response.infer_response))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for each in self._channels:
+            await each.channel.close()
+
+    @asynccontextmanager
+    async def _infer(self) -> AsyncIterator[Any]:
+        used = self._channel()
+        used.streams += 1
+        call = used.infer(metadata=self._metadata)
+        try:
+            yield call
+        finally:
+            call.cancel()  # has no effect on a stream that has ended
+            used.streams -= 1
+
+    def _channel(self) -> "_Channel":
+        free = (each for each in self._channels if each.streams < _STREAMS_PER_CONNECTION)
+        found = next(free, None)
+        if found is None:
+            found = _Channel(self._address)
+            self._channels.append(found)
+        return found
+
+
+class _Channel:
+    """One connection and the number of its open streams."""
+
+    def __init__(self, address: Address) -> None:
+        # channels with equal options would share one connection
+        options = [*channel_options(address.authority), ("grpc.use_local_subchannel_pool", 1)]
+        if address.tls:
+            credentials = grpc.ssl_channel_credentials()
+            self.channel = grpc.aio.secure_channel(address.authority, credentials, options=options)
+        else:
+            self.channel = grpc.aio.insecure_channel(address.authority, options=options)
+        self.streams = 0
+        self.infer = self.channel.stream_stream(
+            f"{_SERVICE}/ModelStreamInfer",
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
+
+
+class _Failures:
+    """Errors of gRPC as RequestError."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, grpc.RpcError):
+            code = error.code().name
+            raise RequestError(f"gRPC {code}", f"{code}: {error.details()}") from None
+
+
+def infer_request(model: str, inputs: TextModelInputs, prompt: str, output_length: int) -> Any:
+    """A request's message."""
+    message = service_pb2.ModelInferRequest(model_name=model)
+    for name, value in inputs.values(prompt, output_length).items():
+        tensor = inputs.inputs[name]
+        values = value if isinstance(value, list) else [value]
+        message.inputs.add(name=name, datatype=tensor.datatype, shape=_shape(tensor, len(values)))
+        message.raw_input_contents.append(_raw(tensor, values))
+    return message
+
+
+def _shape(tensor: ModelInput, count: int) -> list[int]:
+    """The tensor's shape with the values along its last axis."""
+    return [*(1 for _ in tensor.shape[:-1]), count]
+
+
+def _raw(tensor: ModelInput, values: list[Any]) -> bytes:
+    if tensor.datatype == "BYTES":
+        texts = [str(value).encode() for value in values]
+        return b"".join(struct.pack("<I", len(text)) + text for text in texts)
+    kind = _FORMATS[tensor.datatype]
+    return struct.pack(f"<{len(values)}{kind}", *(float(value) if kind in "fd" else value for value in values))
+
+
+def event(response: Any) -> Event:
+    """What a response says."""
+    text, input_tokens, new_tokens, is_output = "", None, 0, False
+    for index, output in enumerate(response.outputs):
+        if output.name not in ("text_output", "num_input_tokens", "num_output_tokens"):
+            continue
+        raw = response.raw_output_contents[index] if response.raw_output_contents else None
+        if output.name == "text_output":
+            is_output = True
+            text = "".join(_texts(raw) if raw is not None else map(bytes.decode, output.contents.bytes_contents))
+        else:
+            count = sum(_numbers(output, raw))
+            input_tokens, new_tokens = (
+                (count, new_tokens) if output.name == "num_input_tokens" else (input_tokens, count)
+            )
+    return Event(is_output, text, input_tokens, None, new_tokens)
+
+
+def _numbers(output: Any, raw: bytes | None) -> tuple[int, ...]:
+    if raw is None:
+        return (*output.contents.int_contents, *output.contents.uint_contents, *output.contents.uint64_contents)
+    kind = _FORMATS[output.datatype]
+    return struct.unpack(f"<{len(raw) // struct.calcsize(kind)}{kind}", raw)
+
+
+def _texts(raw: bytes) -> list[str]:
+    texts, at = [], 0
+    while at < len(raw):
+        (size,) = struct.unpack_from("<I", raw, at)
+        texts.append(raw[at + 4 : at + 4 + size].decode(errors="replace"))
+        at += 4 + size
+    return texts

@@ -1,0 +1,207 @@
+"""The figures of a load, under the names that the field gives them. Latencies are in milliseconds."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain
+
+import numpy as np
+
+from hasten.bench.load.client import Ran
+from hasten.bench.load.reply import Record
+from hasten.core.errors import ConfigError
+
+_MS = 1000.0
+_BUSY, _DELAY_SHARE, _LEAST_DELAY_MS = 0.8, 0.1, 2.0
+"""From which CPU share on, and from which part of a measured 99th percentile on (if it is more than the resolution of
+timers), a client process is taken for the bottleneck."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A latency over requests, or over the gaps between events, in milliseconds."""
+
+    mean: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Latency | None":
+        """Mean and percentiles, interpolated linearly; None of no values."""
+        if not len(seconds):
+            return None
+        values = np.asarray(seconds) * _MS
+        return cls(float(values.mean()), *map(float, np.percentile(values, [50, 90, 95, 99])))
+
+
+@dataclass(frozen=True)
+class ClientFigures:
+    """How the client processes kept up. Delays are in milliseconds."""
+
+    processes: int
+    cpu_share: float
+    """CPU seconds per second of the process that needed the most."""
+    send_delay: Latency | None
+    """From the moment that a request might be sent until it was."""
+    loop_lag: Latency | None
+    """By which an event loop was late for a timer, and so for an event that arrived then."""
+    bottleneck: list[str]
+    """Reasons to take the client for a bottleneck; empty where there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadResult:
+    """What one run has measured."""
+
+    request_rate: float | str
+    """Of the schedule; `inf` and `trace` are words."""
+    max_concurrency: int | None
+    requests: int
+    completed: int
+    failed: int
+    errors: dict[str, int]
+    """Failed requests by kind."""
+    error_messages: dict[str, str]
+    """The first message of each kind."""
+    duration: float
+    """Seconds from the first request's start to the last one's end."""
+    request_throughput: float
+    """Completed requests per second."""
+    output_throughput: float | None
+    """Output tokens per second; None where nobody has counted them, here and below."""
+    total_token_throughput: float | None
+    goodput: float | None
+    """Requests per second that met all objectives; None where none were set."""
+    input_tokens: int | None
+    output_tokens: int | None
+    events: int
+    events_per_token: float | None
+    ttft: Latency | None
+    tpot: Latency | None
+    itl: Latency | None
+    e2el: Latency | None
+    ttft_from_schedule: Latency | None
+    """The same from the time at which the request was due: it has the waiting for the maximum concurrency in it."""
+    e2el_from_schedule: Latency | None
+    client: ClientFigures
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """Limits in milliseconds that a request has to meet; None: no limit."""
+
+    ttft: float | None = None
+    tpot: float | None = None
+    e2el: float | None = None
+
+    @classmethod
+    def parse(cls, texts: Sequence[str]) -> "Objectives":
+        """From texts such as `ttft:200`; ConfigError for anything else."""
+        names = [field.name for field in fields(cls)]
+        limits: dict[str, float] = {}
+        for text in texts:
+            name, _, limit = text.partition(":")
+            if name not in names or name in limits or not _is_positive(limit):
+                known = ", ".join(names)
+                raise ConfigError(f"goodput {text!r} is not NAME:MILLISECONDS with a name of its own of {known}")
+            limits[name] = float(limit)
+        return cls(**limits)
+
+    @property
+    def names(self) -> list[str]:
+        """The latencies that have a limit."""
+        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
+
+    def met_by(self, record: Record) -> bool:
+        """Whether a completed request met all of them, from the time at which it was due on."""
+        values = {"ttft": record.times[0] - record.due, "tpot": _tpot(record), "e2el": record.last - record.due}
+        return all(
+            value is None or value * _MS <= getattr(self, name)
+            for name, value in values.items()
+            if getattr(self, name) is not None
+        )
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
+
+
+def _tpot(record: Record) -> float | None:
+    """Seconds per output token after the first."""
+    if record.output_tokens is None or record.output_tokens < 2:
+        return None
+    return (record.last - record.times[0]) / (record.output_tokens - 1)
+
+
+def _gaps(record: Record) -> Sequence[float]:
+    return np.diff(np.frombuffer(record.times)).tolist()
+
+
+def result_of(
+    ran: Sequence[Ran], *, request_rate: float | str, max_concurrency: int | None, objectives: Objectives
+) -> LoadResult:
+    """The figures of a run in which at least one request was completed; token counts are in the records."""
+    records = [record for each in ran for record in each.records]
+    done = [record for record in records if not record.error]
+    failed = [record for record in records if record.error]
+    duration = max(record.end for record in done) - min(record.sent for record in done)
+    inputs, outputs = (
+        _total(done, lambda record: record.input_tokens),
+        _total(done, lambda record: record.output_tokens),
+    )
+    events = sum(len(record.times) for record in done)
+    needs_tokens = objectives.tpot is not None and outputs is None
+    good = None if not objectives.names or needs_tokens else sum(map(objectives.met_by, done)) / duration
+    ttft = Latency.of([record.times[0] - record.sent for record in done])
+    itl = Latency.of(list(chain.from_iterable(map(_gaps, done))))
+    return LoadResult(
+        request_rate=request_rate,
+        max_concurrency=max_concurrency,
+        requests=len(records),
+        completed=len(done),
+        failed=len(failed),
+        errors=dict(Counter(record.error for record in failed).most_common()),
+        error_messages={record.error: record.message for record in reversed(failed)},
+        duration=duration,
+        request_throughput=len(done) / duration,
+        output_throughput=None if outputs is None else outputs / duration,
+        total_token_throughput=None if outputs is None or inputs is None else (inputs + outputs) / duration,
+        goodput=good,
+        input_tokens=inputs,
+        output_tokens=outputs,
+        events=events,
+        events_per_token=events / outputs if outputs else None,
+        ttft=ttft,
+        tpot=Latency.of([tpot for record in done if (tpot := _tpot(record)) is not None]) if outputs else None,
+        itl=itl,
+        e2el=Latency.of([record.last - record.sent for record in done]),
+        ttft_from_schedule=Latency.of([record.times[0] - record.due for record in done]),
+        e2el_from_schedule=Latency.of([record.last - record.due for record in done]),
+        client=_client_figures(ran, records, {"ttft": ttft, "itl": itl}),
+    )
+
+
+def _total(records: Sequence[Record], count: Callable[[Record], int | None]) -> int | None:
+    counts = [count(record) for record in records]
+    return None if None in counts else sum(each for each in counts if each is not None)
+
+
+def _client_figures(
+    ran: Sequence[Ran], records: Sequence[Record], measured: Mapping[str, Latency | None]
+) -> ClientFigures:
+    cpu_share = max(each.cpu_share for each in ran)
+    delay = Latency.of([record.sent - record.ready for record in records])
+    lag = Latency.of(list(chain.from_iterable(each.lags for each in ran)))
+    reasons = [f"a client process needs {cpu_share:.0%} of a CPU: raise --processes"] if cpu_share >= _BUSY else []
+    advice = "raise --processes" if cpu_share >= _BUSY / 2 else "the machine leaves the client too little CPU"
+    for what, own, name in (("requests were sent", delay, "ttft"), ("events were read", lag, "itl")):
+        latency = measured[name]
+        if own and latency and own.p99 > max(_LEAST_DELAY_MS, _DELAY_SHARE * latency.p99):
+            late = f"{what} up to {own.p99:.1f} ms late (p99)"
+            reasons.append(f"{late}, where the {name} is {latency.p99:.1f} ms: {advice}")
+    return ClientFigures(len(ran), cpu_share, delay, lag, reasons)

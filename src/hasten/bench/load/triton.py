@@ -1,0 +1,64 @@
+"""Text models of Triton's protocol: which inputs they take, in vLLM's form or in TensorRT-LLM's."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hasten.core.errors import ConfigError
+
+TEXT_INPUT = "text_input"
+_SAMPLING = "sampling_parameters"
+_TENSORRT_LLM = {"min_tokens": "min_length", "stop": "stop_words"}
+"""Names that TensorRT-LLM's models give to sampling parameters; the others are called as here."""
+_FLAGS = ("exclude_input_in_output", "return_num_input_tokens", "return_num_output_tokens")
+"""What is asked of models that have it: the new text alone, and its tokens."""
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """One input tensor of a model."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TextModelInputs:
+    """The inputs of one text model, and what all requests of a load give to them."""
+
+    inputs: Mapping[str, ModelInput]
+    fixed: Mapping[str, Any]
+    sampling: Mapping[str, Any]
+    """What `sampling_parameters` has, where the model has this input."""
+
+    @classmethod
+    def of(cls, model: str, inputs: Sequence[ModelInput], sampling: Mapping[str, Any]) -> "TextModelInputs":
+        """For a model with these inputs; ConfigError where it takes no text, or not these sampling parameters."""
+        named = {each.name: each for each in inputs}
+        if TEXT_INPUT not in named:
+            names = ", ".join(named) or "none"
+            raise ConfigError(f"the model {model!r} has no input {TEXT_INPUT!r}; its inputs are: {names}")
+        fixed: dict[str, Any] = {flag: True for flag in ("stream", *_FLAGS) if flag in named}
+        given = {name: list(value) if isinstance(value, tuple) else value for name, value in sampling.items()}
+        if _SAMPLING in named:
+            return cls(named, fixed, given)
+        if "max_tokens" not in named:
+            raise ConfigError(
+                f"the model {model!r} has neither an input {_SAMPLING!r}, as vLLM's have, nor 'max_tokens', as "
+                "TensorRT-LLM's"
+            )
+        for name, value in given.items():
+            known = _TENSORRT_LLM.get(name, name)
+            if known not in named:
+                raise ConfigError(f"the model {model!r} has no input for {name}; leave it out")
+            fixed[known] = value
+        return cls(named, fixed, {})
+
+    def values(self, prompt: str, output_length: int) -> dict[str, Any]:
+        """Values by the names of the inputs."""
+        values = {TEXT_INPUT: prompt, **self.fixed}
+        if _SAMPLING in self.inputs:
+            return values | {_SAMPLING: json.dumps({**self.sampling, "max_tokens": output_length})}
+        return values | {"max_tokens": output_length}
