@@ -15,6 +15,9 @@ from hasten.core.extras import EXTRAS, require_extra
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCE = ROOT / "src" / "hasten"
+SERVED = {"bench/served.py", "bench/serving.py", "bench/load/codec.py", "bench/load/grpc.py", "bench/load/http.py"}
+SERVED |= {"bench/load/target.py"}
+"""Benchmarks of servers, which need the extra `serve`."""
 CORE_ROOMS = ("core", "ops", "parallel", "layers", "models", "checkpoint", "engine", "bench")
 OPTIONAL = {"triton", "pynvml", "llguidance", "uvloop", "huggingface_hub"}
 """Imported only where they are there (transformers brings huggingface_hub), or behind `require_extra`."""
@@ -62,13 +65,13 @@ def test_the_packages_of_an_extra_are_those_of_pyproject(extra: str) -> None:
 def test_the_engine_needs_the_dependencies_alone() -> None:
     declared = distributions(PROJECT["dependencies"])
     for file, modules in imports(*CORE_ROOMS).items():
-        if file not in ("bench/served.py", "bench/serving.py"):
+        if file not in SERVED:
             assert packages(modules) <= declared, file
 
 
 def test_the_server_needs_the_extra_serve() -> None:
     declared = distributions([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["serve"]])
-    for file, modules in imports("server").items():
+    for file, modules in {**imports("server"), **{file: imports("bench")[file] for file in SERVED}}.items():
         # in a real Triton its own module is there
         assert packages(modules - {"triton_python_backend_utils"}) <= declared, file
 

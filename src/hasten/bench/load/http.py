@@ -46,10 +46,11 @@ class HttpClient:
         """Send a request; the body of its answer."""
         return await self._exchange(request, None)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close the connections."""
         for connection in self._free:
             connection.close()
+        await asyncio.sleep(0)  # in which the transports close their sockets
 
     async def _exchange(self, request: bytes, receive: Receive | None) -> bytes:
         connection, is_used = await self._connection()

@@ -10,7 +10,8 @@ from hasten.engine.text import Tokenizer
 
 _SAMPLED_TOKENS, _MOST_WORDS = 20_000, 2000
 _SHORTEST_WORD = 2
-_FILL = "a"
+_FIRST = "a"
+"""The first word of each text; without a space before it, other words may be several tokens."""
 
 
 class PromptWriter:
@@ -36,12 +37,12 @@ class PromptWriter:
 
         Equal states of `rng` give texts of which the shorter is the beginning of the longer.
         """
-        words = [rng.choice(self._words) for _ in range(length)]
+        words = [_FIRST, *(rng.choice(self._words) for _ in range(length - 1))]
         while len(words) > 1 and self.count(" ".join(words)) > length:
             words.pop()
         text = " ".join(words)
         missing = length - self.count(text)
-        return text + f" {_FILL}" * missing
+        return text + f" {_FIRST}" * missing
 
     def count(self, text: str) -> int:
         """The tokens of a text, without special ones; ConfigError without a tokenizer."""
@@ -57,12 +58,12 @@ class PromptWriter:
     def _words(self) -> list[str]:
         """Words that add one token to a text that they are appended to with a space."""
         tokenizer = self._tokenizer
-        base = self.count(_FILL)
+        base = self.count(_FIRST)
         assert tokenizer is not None
         size = tokenizer.vocab_size
         sample = random.Random(0).sample(range(size), min(size, _SAMPLED_TOKENS))
         words = {tokenizer.decode([token]).strip() for token in sample}
         candidates = sorted(word for word in words if word.isalpha() and len(word) >= _SHORTEST_WORD)
-        counts = self.counts([f"{_FILL} {word}" for word in candidates])
+        counts = self.counts([f"{_FIRST} {word}" for word in candidates])
         single = [word for word, count in zip(candidates, counts, strict=True) if count == base + 1]
-        return single[:_MOST_WORDS] or candidates or [_FILL]
+        return single[:_MOST_WORDS] or candidates or [_FIRST]

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote
@@ -23,6 +24,7 @@ _OPENAI_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1")
 _DISCOVERY_S = 30.0
 
 Result = TypeVar("Result")
+AnyClient = TypeVar("AnyClient", "HttpClient", "GrpcClient")
 
 
 class Client(Protocol):
@@ -82,7 +84,7 @@ class _Http:
 
     async def close(self) -> None:
         """See Client."""
-        self._http.close()
+        await self._http.close()
 
 
 class _Grpc:
@@ -164,38 +166,44 @@ def _run(work: Coroutine[Any, Any, Result], address: Address) -> Result:
         ) from None
 
 
+@asynccontextmanager
+async def _closing(client: AnyClient) -> AsyncIterator[AnyClient]:
+    """The client for as long as the block runs."""
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
 async def _fetched(http: HttpClient, method: str, path: str) -> Any:
     return json.loads(await http.fetch(http.request(method, path)))
 
 
 async def _first_model(address: Address, headers: Mapping[str, str]) -> str:
-    http = HttpClient(address, headers)
-    models = await _fetched(http, "GET", f"{address.path}/v1/models")
-    return str(models["data"][0]["id"])
+    async with _closing(HttpClient(address, headers)) as http:
+        models = await _fetched(http, "GET", f"{address.path}/v1/models")
+        return str(models["data"][0]["id"])
 
 
 async def _over_http(address: Address, headers: Mapping[str, str], model: str | None) -> tuple[str, list[ModelInput]]:
-    http = HttpClient(address, headers)
+    async with _closing(HttpClient(address, headers)) as http:
 
-    async def inputs(name: str) -> list[ModelInput]:
-        metadata = await _fetched(http, "GET", f"{address.path}/v2/models/{quote(name)}")
-        return [ModelInput(each["name"], each["datatype"], tuple(each["shape"])) for each in metadata["inputs"]]
+        async def inputs(name: str) -> list[ModelInput]:
+            metadata = await _fetched(http, "GET", f"{address.path}/v2/models/{quote(name)}")
+            return [ModelInput(each["name"], each["datatype"], tuple(each["shape"])) for each in metadata["inputs"]]
 
-    if model is not None:
-        return model, await inputs(model)
-    index = await _fetched(http, "POST", f"{address.path}/v2/repository/index")
-    names = {each["name"] for each in index if each.get("state", "READY") == "READY"}
-    return _text_model({name: await inputs(name) for name in sorted(names)})
+        if model is not None:
+            return model, await inputs(model)
+        index = await _fetched(http, "POST", f"{address.path}/v2/repository/index")
+        names = {each["name"] for each in index if each.get("state", "READY") == "READY"}
+        return _text_model({name: await inputs(name) for name in sorted(names)})
 
 
 async def _over_grpc(address: Address, headers: Mapping[str, str], model: str | None) -> tuple[str, list[ModelInput]]:
     from hasten.bench.load.grpc import GrpcClient
 
-    client = GrpcClient(address, headers)
-    try:
+    async with _closing(GrpcClient(address, headers)) as client:
         return await _described(client, model)
-    finally:
-        await client.close()
 
 
 async def _described(client: "GrpcClient", model: str | None) -> tuple[str, list[ModelInput]]:
