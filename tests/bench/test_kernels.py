@@ -1,6 +1,7 @@
 """The cases run on Triton's interpreter at the size of a very small model; times are made up."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -84,6 +85,31 @@ def test_kernels_agree_with_their_definitions(name: str, monkeypatch: pytest.Mon
     assert kernels.largest_error(call.kernel(), call.exact()) <= limit
     expected = call.exact()
     assert kernels.largest_error(call.reference(), expected) <= max(limit, 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtypes", "shared_memory"),
+    [("90", ["fp16", "bf16"], 227 * 1024), ("80", ["fp16"], 163 * 1024)],
+    ids=["H100 and H200", "A100"],
+)
+def test_kernels_compile_for_gpus_that_are_not_here(
+    capability: str, dtypes: list[str], shared_memory: int, tmp_path: Path
+) -> None:
+    """The interpreter takes much that a GPU's compiler refuses, and knows no limit of memory."""
+    program = Path(__file__).with_name("compile_cases.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(program), capability, *dtypes],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {"_skinny", "_one_query", "_tile", "_add_norm", "_edit", "_draw"} <= {
+        kernel["kernel"] for kernel in compiled
+    }
+    assert max(kernel["shared"] for kernel in compiled) <= shared_memory
 
 
 def test_inputs_that_take_turns_differ() -> None:

@@ -1,0 +1,64 @@
+"""Compiles the kernels of `bench kernels` for a GPU that is not there: a line of JSON for each, and no result.
+
+compile_cases.py CAPABILITY DTYPE... (90 is an H100 or H200, 80 an A100)
+"""
+
+import json
+import sys
+from dataclasses import replace
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from hasten import ops
+from hasten.bench.kernel_cases import Setting, cases, model_shape
+from hasten.core.config import DTypeName
+from hasten.ops import gpu
+
+ROOMS = ("attention", "cache", "edits", "exchange", "logprobs", "matmul", "norm", "sampling")
+LARGE = ("8192", "prefill 94 x 87", "prefill 4 x 2048", "256 x 192", "256 of 16 to 2056", "128 blocks")
+"""Shapes with the kernels of smaller ones."""
+
+
+def compile_all(capability: int, dtypes: list[DTypeName]) -> None:
+    """Run every case with launches that compile instead."""
+    target = GPUTarget("cuda", capability, 32)
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda _device: 0
+        )
+    )
+    run = JITFunction.run
+    seen = set()
+
+    def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            json.dump({"kernel": kernel.name, "shared": kernel.metadata.shared}, sys.stdout)
+            sys.stdout.write("\n")
+
+    JITFunction.run = compiled
+    overlaps = capability >= 90
+    for room in ROOMS:
+        module: Any = import_module(f"{gpu.__name__}.{room}")
+        module.overlapped = lambda _tensor: {"PDL": overlaps, "launch_pdl": overlaps}
+        for name in vars(module).keys() & vars(ops).keys():
+            if getattr(vars(module)[name], "__module__", None) == module.__name__:
+                setattr(ops, name, vars(module)[name])
+    model = model_shape("bloom-7b1")
+    heads = replace(model.attention, num_heads=8, num_kv_heads=8)
+    small = replace(model, hidden_size=1024, intermediate_size=4096, vocab_size=60_000, attention=heads)
+    for dtype in dtypes:
+        for case in cases(Setting(small, ops.TORCH_DTYPES[dtype], torch.device("cpu"))):
+            if not any(size in case.shape for size in LARGE):
+                case.make().kernel()
+
+
+if __name__ == "__main__":
+    compile_all(int(sys.argv[1]), cast(list[DTypeName], sys.argv[2:]))
