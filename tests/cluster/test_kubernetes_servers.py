@@ -236,7 +236,7 @@ def test_whole_gpus_and_parts_of_one_do_not_go_together(world: World, shared: di
         world.place.serve(serving(gpus=1, **shared))
     world.place.serve(serving(gpus=0, **shared))
     before = world.object("Deployment", NAME)
-    with pytest.raises(ConfigError, match=r"--gpus 1: this server has parts of a shared GPU \(aliyun\.com/gpu-"):
+    with pytest.raises(ConfigError, match="--gpumemory and --gpucore take parts of a shared one: give either"):
         world.place.update_server("ft-triton-bloom", None, "default", ServerUpdate(gpus=1))
     assert world.object("Deployment", NAME) == before
 
@@ -246,9 +246,10 @@ def test_two_managers_conflict(world: World) -> None:
     kind = BY_NAME["deployments.apps"]
     theirs = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": NAME}, "spec": {"replicas": 5}}
     world.store.apply(kind, "default", NAME, theirs, "their-autoscaler", force=True)
-    update = ServerUpdate(replicas=2)
-    with pytest.raises(ClusterError, match=r'spec\.replicas \(conflict with "their-autoscaler" using apps/v1\)'):
-        world.place.update_server("ft-triton-bloom", None, "default", update)
+    for replicas in (1, 2):  # the number that it was made with is not that which it has
+        update = ServerUpdate(replicas=replicas)
+        with pytest.raises(ClusterError, match=r'spec\.replicas \(conflict with "their-autoscaler" using apps/v1\)'):
+            world.place.update_server("ft-triton-bloom", None, "default", update)
     assert world.object("Deployment", NAME)["spec"]["replicas"] == 5
     world.place.update_server("ft-triton-bloom", None, "default", ServerUpdate(image="hasten:2"))
     assert world.object("Deployment", NAME)["spec"]["replicas"] == 5
@@ -277,17 +278,53 @@ def test_a_server_that_others_made(world: World) -> None:
         api = CustomObjectsApi(client)
         api.create_namespaced_custom_object("apps", "v1", "default", "deployments", body, field_manager="helm")
     assert world.place.servers("default")[0].name == "old"
-    with pytest.raises(ClusterError, match='conflict with "helm"'):
+    before = world.object("Deployment", "old")
+    with pytest.raises(UnsupportedError, match="old has no annotation hasten/spec: hasten, or this version"):
         world.place.update_server("old", None, "default", ServerUpdate(image="triton:2"))
-    with pytest.raises(UnsupportedError, match="hasten did not make this server's command"):
-        world.place.update_server("old", None, "default", ServerUpdate(load_model=["bloom"]))
+    assert world.object("Deployment", "old") == before
     world.place.delete_server("old", None, "default")
     assert world.leftovers() == []
 
 
+def test_an_update_replans_nothing_that_it_does_not_name(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an upgrade of hasten, whose plans are different from those that the server was made by."""
+    world.place.serve(serving(env=["A=1"]))
+    before = world.object("Deployment", NAME)["spec"]
+    monkeypatch.setattr("hasten.cluster.manifests.server._PROBE_PERIOD", 7)
+    monkeypatch.setattr("hasten.cluster.manifests.pod.USER", 2000)
+    world.place.update_server("ft-triton-bloom", None, "default", ServerUpdate(replicas=2))
+    assert world.object("Deployment", NAME)["spec"] == {**before, "replicas": 2}
+    world.place.update_server("ft-triton-bloom", None, "default", ServerUpdate(image="hasten:2", env=["A=2"]))
+    after = world.object("Deployment", NAME)["spec"]
+    text = json.dumps({**before, "replicas": 2}).replace('"hasten:1"', '"hasten:2"')
+    assert json.dumps(after) == text.replace('{"name": "A", "value": "1"}', '{"name": "A", "value": "2"}')
+
+
+def test_updates_add_up(world: World) -> None:
+    world.place.serve(serving(load_model=["a"], exit_timeout=40))
+    for update in (ServerUpdate(load_model=["b"]), ServerUpdate(model_repository="/new"), ServerUpdate(gpus=4)):
+        world.place.update_server("ft-triton-bloom", None, "default", update)
+    words = container(world)["command"][2].split()
+    assert {"--model-repository=/new", "--load-model=b", "--exit-timeout-secs=40"} <= set(words)
+    spec = json.loads(world.object("Deployment", NAME)["metadata"]["annotations"]["hasten/spec"])
+    assert (spec["load_model"], spec["model_repository"], spec["gpus"]) == (["b"], "/new", 4)
+
+
+@pytest.mark.parametrize("text", ["{half", "[]", '{"later": 1}'])
+def test_a_server_of_another_version_is_not_changed(world: World, text: str) -> None:
+    world.place.serve(serving())
+    body = world.object("Deployment", NAME)
+    annotations = {**body["metadata"]["annotations"], "hasten/spec": text}
+    world.change(body, {"metadata": {**body["metadata"], "annotations": annotations}})
+    before = world.object("Deployment", NAME)
+    with pytest.raises(UnsupportedError, match=f"hasten/spec of {NAME} is of another version of hasten"):
+        world.place.update_server("ft-triton-bloom", None, "default", ServerUpdate(replicas=2))
+    assert world.object("Deployment", NAME) == before
+
+
 def test_labels_that_bind_pods_to_their_server_cannot_be_changed(world: World) -> None:
     world.place.serve(serving())
-    with pytest.raises(ConfigError, match="--label servingName=other: this label tells whose pods are whose"):
+    with pytest.raises(ConfigError, match="--label servingName=other: hasten sets it to 'ft-triton-bloom'"):
         world.place.update_server("ft-triton-bloom", None, "default", ServerUpdate(label=["servingName=other"]))
 
 

@@ -16,7 +16,7 @@ from tests.waiting import LIMIT_S, eventually
 from hasten.cli.main import main
 from hasten.cluster.local.launch import Launch, ServerPlan
 from hasten.cluster.local.place import _new_state
-from hasten.cluster.local.serving import found, spec_of, updated
+from hasten.cluster.local.serving import found, spec_of
 from hasten.cluster.local.state import Folder, create
 from hasten.cluster.local.supervisor import signal_supervisor, start
 from hasten.cluster.places import Instance, LogOptions, Server, ServerUpdate, Status
@@ -264,14 +264,6 @@ def test_a_port_in_use_is_refused(here: Site, tmp_path: Path) -> None:
                 )
             )
     assert here.place.servers(None) == []
-
-
-def test_updates_are_put_into_what_was_asked() -> None:
-    server = TritonServer(name="s", version="1", model_repository="/m", env=("A=1", "B=2"), replicas=2)
-    made = updated(server, ServerUpdate(env=["B=3", "C=4"], load_model=["x"], extend_command="--id y"))
-    assert made == replace(server, env=("A=1", "B=3", "C=4"), load_model=("x",), extend_command="--id y")
-    with pytest.raises(ConfigError, match="--replicas must be at least 0"):
-        updated(server, ServerUpdate(replicas=-1))
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Protocol
 
-from hasten.cluster.spec import TrainingJob, TritonServer, Volume
+from hasten.cluster.spec import TrainingJob, TritonServer, Volume, pairs
 from hasten.core.config import option
-from hasten.core.errors import UnsupportedError
+from hasten.core.errors import ConfigError, UnsupportedError
 
 PYTORCHJOB = "PYTORCHJOB"
 """What the column TRAINER says."""
@@ -168,6 +168,23 @@ class ServerUpdate:
         given = {name: value for name, value in changed.items() if value not in (None, ())}
         # the rules are those of a server that is made so
         TritonServer(**{"name": "server", "version": "1", "model_repository": "/", **given})
+
+    def applied_to(self, server: TritonServer) -> TritonServer:
+        """A server with these options; variables, annotations and labels are added to those that it has."""
+        if self.replicas is not None and server.autoscale is not None:
+            raise ConfigError("--replicas: this server was made with --autoscale, which decides on their number")
+        given: dict[str, Any] = {}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, str | int):
+                given[one.name] = value
+            elif value and one.name in ("env", "annotation", "label"):
+                flag = f"--{one.name}"
+                whole = pairs(getattr(server, one.name), flag) | pairs(value, flag)
+                given[one.name] = tuple(f"{name}={text}" for name, text in whole.items())
+            elif value:
+                given[one.name] = tuple(value)
+        return replace(server, **given)
 
 
 class Place(Protocol):

@@ -6,10 +6,10 @@ field asks raises UnsupportedError (`places.refuse_unsupported`).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
-from typing import Literal
+from typing import Any, Literal
 
 from hasten.core.config import option
 from hasten.core.errors import ConfigError
@@ -39,31 +39,24 @@ LARGEST_PORT = 65535
 
 def checked_name(name: str, what: str) -> str:
     """A name that Kubernetes takes for a service as well (RFC 1035); ConfigError for others."""
-    if len(name) > _LONGEST_NAME or not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"{what} {name!r} must have at most {_LONGEST_NAME} lower-case letters, digits and '-', "
-            "begin with a letter and end with a letter or digit"
-        )
-    return name
+    ends = " and '-', begin with a letter and end with a letter or digit"
+    return _checked(name, what, _NAME, _LONGEST_NAME, ends)
 
 
 def checked_namespace(name: str, what: str = "--namespace") -> str:
     """A name that a namespace can have (RFC 1123, a label); ConfigError for others."""
-    if len(name) > _LONGEST_NAME or not _NAMESPACE.fullmatch(name):
-        raise ConfigError(
-            f"{what} {name!r} must have at most {_LONGEST_NAME} lower-case letters, digits and '-', "
-            "and begin and end with a letter or digit"
-        )
-    return name
+    return _checked(name, what, _NAMESPACE, _LONGEST_NAME, " and '-', and begin and end with a letter or digit")
 
 
 def checked_object_name(name: str, what: str) -> str:
     """A name that an object of a cluster can have, whoever made it (RFC 1123, a subdomain); ConfigError for others."""
-    if len(name) > _LONGEST_OBJECT_NAME or not _OBJECT_NAME.fullmatch(name):
-        raise ConfigError(
-            f"{what} {name!r} must have at most {_LONGEST_OBJECT_NAME} lower-case letters, digits, '-' and '.', "
-            "and each part between dots must begin and end with a letter or digit"
-        )
+    parts = ", '-' and '.', and each part between dots must begin and end with a letter or digit"
+    return _checked(name, what, _OBJECT_NAME, _LONGEST_OBJECT_NAME, parts)
+
+
+def _checked(name: str, what: str, pattern: re.Pattern[str], longest: int, rest: str) -> str:
+    if len(name) > longest or not pattern.fullmatch(name):
+        raise ConfigError(f"{what} {name!r} must have at most {longest} lower-case letters, digits{rest}")
     return name
 
 
@@ -334,6 +327,23 @@ class TritonServer(Workload):
         good = is_number(least) and is_number(most) and int(least) <= int(most) and int(most) > 0
         _require(good, f"--autoscale {self.autoscale!r} is not MIN:MAX")
         return int(least), int(most)
+
+
+def record_of(spec: Workload) -> dict[str, Any]:
+    """The options that are not at their defaults, as JSON has them."""
+    defaults = {one.name: one.default for one in fields(spec)}
+    chosen = {name: getattr(spec, name) for name in defaults}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in chosen.items()
+        if value not in (defaults[name], [])
+    }
+
+
+def server_of(record: Mapping[str, Any]) -> TritonServer:
+    """The server of a record; TypeError for one with options that this version does not know."""
+    options: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in record.items()}
+    return TritonServer(**options)
 
 
 def checked_version(version: str) -> str:

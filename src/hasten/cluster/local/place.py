@@ -5,7 +5,6 @@ Nothing has to be installed and nothing runs beforehand. Each job and server is 
 HASTEN_HOME (`state.py`). Several commands may run at once.
 """
 
-import dataclasses
 import logging
 import os
 import platform
@@ -44,7 +43,7 @@ from hasten.cluster.local.supervisor import start
 from hasten.cluster.local.view import chosen_instance, job_view
 from hasten.cluster.local.volumes import Volumes, user_name
 from hasten.cluster.places import Job, LogOptions, Node, Server, ServerUpdate, VolumeRecord
-from hasten.cluster.spec import TrainingJob, TritonServer, Volume, Workload
+from hasten.cluster.spec import TrainingJob, TritonServer, Volume, Workload, record_of
 from hasten.core.errors import ClusterError, ConfigError, NotFoundError, UnsupportedError
 
 _log = logging.getLogger(__name__)
@@ -254,7 +253,7 @@ class LocalPlace:
 
 
 def _job_spec(job: TrainingJob, plan: JobPlan) -> dict[str, Any]:
-    return {"kind": "job", "asked": dataclasses.asdict(job), "plan": to_json(plan)}
+    return {"kind": "job", "asked": record_of(job), "plan": to_json(plan)}
 
 
 def _new_state(now: float) -> State:

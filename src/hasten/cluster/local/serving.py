@@ -17,7 +17,7 @@ from hasten.cluster.local.supervisor import signal_supervisor, start
 from hasten.cluster.local.view import server_view
 from hasten.cluster.local.volumes import Volumes
 from hasten.cluster.places import Server, ServerUpdate
-from hasten.cluster.spec import TritonServer, checked_name, checked_version, pairs
+from hasten.cluster.spec import TritonServer, checked_name, checked_version, record_of
 from hasten.core.errors import ClusterError, ConfigError, NotFoundError
 from hasten.core.ports import port_is_free
 
@@ -35,7 +35,7 @@ def planned(home: Path, server: TritonServer) -> ServerPlan:
 
 def spec_of(server: TritonServer, plan: ServerPlan) -> dict[str, Any]:
     """What is written of a server."""
-    return {"kind": "server", "asked": dataclasses.asdict(server), "plan": to_json(plan)}
+    return {"kind": "server", "asked": record_of(server), "plan": to_json(plan)}
 
 
 def check_ports(home: Path, plan: ServerPlan, folder: Folder) -> None:
@@ -89,27 +89,10 @@ def exit_grace(folder: Folder) -> float:
     return float(folder.server_plan().exit_timeout)
 
 
-def updated(server: TritonServer, update: ServerUpdate) -> TritonServer:
-    """A server with some of its options changed; variables, annotations and labels are added to what it has."""
-    given = {name: value for name, value in _fields(update).items() if value is not None and value != ()}
-    for name in ("env", "annotation", "label"):
-        if name in given:
-            whole = pairs(getattr(server, name), f"--{name}") | pairs(given[name], f"--{name}")
-            given[name] = tuple(f"{key}={value}" for key, value in whole.items())
-    return dataclasses.replace(server, **given)
-
-
-def _fields(update: ServerUpdate) -> dict[str, Any]:
-    return {
-        one.name: tuple(value) if isinstance(value := getattr(update, one.name), list) else value
-        for one in dataclasses.fields(update)
-    }
-
-
 def change(home: Path, folder: Folder, update: ServerUpdate) -> None:
     """Write a server's new form, and have its supervisor follow it: a new supervisor where the old one died."""
     with locked(home / "update.lock"):
-        server = updated(folder.server(), update)
+        server = update.applied_to(folder.server())
         plan = planned(home, server)
         check_mounts(plan.launch, ())
         lock = folder.try_lock()

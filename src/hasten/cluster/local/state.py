@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 from hasten.cluster.local.launch import JobPlan, Launch, ServerPlan, job_plan_of, launch_of, server_plan_of
 from hasten.cluster.places import Status
-from hasten.cluster.spec import TritonServer, checked_name, checked_namespace, checked_version
+from hasten.cluster.spec import TrainingJob, TritonServer, checked_name, checked_namespace, checked_version, server_of
 from hasten.core.errors import ClusterError, ConfigError, ExistsError, NotFoundError
 from hasten.core.files import expand_home
 
@@ -230,11 +230,13 @@ class Folder:
 
     def server(self) -> TritonServer:
         """A server as it was asked for."""
-        return self._read(SPEC, lambda spec: _server_of(spec["asked"]))
+        return self._read(SPEC, lambda spec: server_of(spec["asked"]))
 
     def launch(self) -> tuple[Launch, str]:
         """How its processes are started, and the shell that an interactive one of them gets."""
-        return self._read(SPEC, lambda spec: (launch_of(spec["plan"]), str(spec["asked"].get("shell", "sh"))))
+        return self._read(
+            SPEC, lambda spec: (launch_of(spec["plan"]), str(spec["asked"].get("shell", TrainingJob.shell)))
+        )
 
     def state(self) -> State:
         """How it is, as last written."""
@@ -280,11 +282,6 @@ class Folder:
         with using(self.path), suppress(FileNotFoundError):
             self.path.rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
-
-
-def _server_of(asked: Mapping[str, Any]) -> TritonServer:
-    options: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in asked.items()}
-    return TritonServer(**options)
 
 
 def _state_of(record: dict[str, Any]) -> State:

@@ -6,13 +6,13 @@ LWS_WORKER_INDEX, which are passed on under torchrun's names, as PET_*. Only the
 
 from collections.abc import Set as AbstractSet
 
-from hasten.cluster.manifests.pod import Object, metadata, pod, storage
+from hasten.cluster.manifests.pod import Object, pod, storage
 from hasten.cluster.manifests.server import (
     pod_metadata,
     pod_template,
     replicas,
     server_container,
-    server_labels,
+    server_metadata,
 )
 from hasten.cluster.spec import TritonServer
 from hasten.core.errors import ConfigError
@@ -52,7 +52,7 @@ def leader_worker_set(server: TritonServer, crds: AbstractSet[str]) -> Object:
     return {
         "apiVersion": "leaderworkerset.x-k8s.io/v1",
         "kind": "LeaderWorkerSet",
-        "metadata": metadata(server, server.full_name, server_labels(server)),
+        "metadata": server_metadata(server),
         "spec": spec,
     }
 

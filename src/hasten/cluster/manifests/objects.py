@@ -18,7 +18,16 @@ from hasten.cluster.manifests.train_job import train_job
 from hasten.cluster.manifests.volume import volume_objects
 from hasten.cluster.spec import TrainingJob, TritonServer
 
-__all__ = ["CRDS", "job_objects", "missing_crd", "needs_crds", "owned", "server_objects", "volume_objects"]
+__all__ = [
+    "CRDS",
+    "job_objects",
+    "main_object",
+    "missing_crd",
+    "needs_crds",
+    "owned",
+    "server_objects",
+    "volume_objects",
+]
 
 
 def job_objects(job: TrainingJob) -> list[Object]:
@@ -41,13 +50,9 @@ def server_objects(server: TritonServer, *, crds: AbstractSet[str]) -> list[Obje
 
     `crds` are the CRDs that the cluster has, as plural.group. ClusterError where one of those needed is not among them.
     """
-    check_server(server)
-    if server.multinode > 1:
-        require_crd(crds, "leaderworkersets.leaderworkerset.x-k8s.io", "--multinode")
-    main = leader_worker_set(server, crds) if server.multinode > 1 else deployment(server, crds)
     return _plain(
         [
-            main,
+            main_object(server, crds),
             service(server),
             *config_maps(server, server_labels(server)),
             *disruption_budgets(server),
@@ -56,6 +61,15 @@ def server_objects(server: TritonServer, *, crds: AbstractSet[str]) -> list[Obje
             *inference_pools(server, crds),
         ]
     )
+
+
+def main_object(server: TritonServer, crds: AbstractSet[str]) -> Object:
+    """The Deployment or LeaderWorkerSet of a server."""
+    check_server(server)
+    if server.multinode == 1:
+        return deployment(server, crds)
+    require_crd(crds, "leaderworkersets.leaderworkerset.x-k8s.io", "--multinode")
+    return leader_worker_set(server, crds)
 
 
 def _plain(objects: list[Object]) -> list[Object]:

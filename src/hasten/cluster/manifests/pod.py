@@ -51,13 +51,15 @@ def merged(own: Mapping[str, str], users: Sequence[str], flag: str) -> dict[str,
     return {**own, **added}
 
 
-def metadata(spec: Workload, name: str, labels: Mapping[str, str]) -> Object:
+def metadata(
+    spec: Workload, name: str, labels: Mapping[str, str], annotations: Mapping[str, str] | None = None
+) -> Object:
     """Name, namespace, labels and annotations of an object that is made for `spec`."""
     return {
         "name": name,
         "namespace": spec.namespace,
         "labels": merged({**labels, "app.kubernetes.io/managed-by": MANAGER}, spec.label, "--label"),
-        **given(annotations=merged({}, spec.annotation, "--annotation")),
+        **given(annotations=merged(annotations or {}, spec.annotation, "--annotation")),
     }
 
 

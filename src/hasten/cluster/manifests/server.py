@@ -1,5 +1,6 @@
 """A server's Deployment, Service and PodDisruptionBudget, named and labelled as Arena does it."""
 
+import json
 import math
 import shlex
 from collections.abc import Set as AbstractSet
@@ -17,9 +18,11 @@ from hasten.cluster.manifests.pod import (
     pod,
     storage,
 )
-from hasten.cluster.spec import TritonServer, pairs
+from hasten.cluster.spec import TritonServer, pairs, record_of
 from hasten.core.errors import ConfigError
 
+SPEC = "hasten/spec"
+"""Annotation of the main object."""
 PODMONITORS = "podmonitors.monitoring.coreos.com"
 HTTP, GRPC, METRICS = "http-serving", "grpc-serving", "http-metrics"
 """Names of the ports."""
@@ -29,6 +32,11 @@ _FAREWELL = 5
 """Seconds from an instance's leaving the Service until it is told to end: clients come for as long as that."""
 _LEEWAY = 10
 """Seconds from the server's own deadline until it is killed."""
+
+
+def server_metadata(server: TritonServer) -> Object:
+    """Metadata of the main object, with all options of the server: an update changes those, and plans again."""
+    return metadata(server, server.full_name, server_labels(server), {SPEC: json.dumps(record_of(server))})
 
 
 def server_labels(server: TritonServer) -> dict[str, str]:
@@ -88,7 +96,7 @@ def deployment(server: TritonServer, crds: AbstractSet[str]) -> Object:
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": metadata(server, server.full_name, server_labels(server)),
+        "metadata": server_metadata(server),
         "spec": spec,
     }
 
