@@ -252,6 +252,18 @@ def test_a_client_process_that_dies_is_an_error() -> None:
         clients.run(single(0.0))
 
 
+def test_an_interrupt_ends_client_processes_in_the_middle_of_a_run() -> None:
+    def interrupt(done: int) -> None:
+        if server.completions:
+            raise KeyboardInterrupt
+
+    with scripted(_never) as server:
+        clients = LoadClients(ClientOptions(target=target_of(server)), 2)
+        with pytest.raises(KeyboardInterrupt), clients:
+            clients.run(single(0.0, 0.0), progress=interrupt)
+    assert [child._process.exitcode for child in clients._children] == [-signal.SIGTERM] * 2
+
+
 def test_client_processes_end_with_their_parent() -> None:
     with scripted() as server:
         options = replace(ClientOptions(target=target_of(server)), max_concurrency=2)

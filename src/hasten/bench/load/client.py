@@ -15,6 +15,7 @@ from hasten.bench.child import end_with_parent
 from hasten.bench.load.reply import Record, Reply, RequestError
 from hasten.bench.load.target import Client, Target
 from hasten.bench.load.workload import Conversation
+from hasten.server.machine import raise_descriptor_limit
 
 _LAG_S = 0.01
 """Seconds between two measurements of the event loop's lag."""
@@ -187,6 +188,7 @@ def serve_parent(pipe: Connection, options: ClientOptions, done: Any) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, too, and ends this process
     end_with_parent()
+    raise_descriptor_limit()  # a connection per request in flight
 
     def count() -> None:
         done.value += 1

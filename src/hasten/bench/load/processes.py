@@ -33,7 +33,10 @@ class LoadClients:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None:
+            for child in self._children:
+                child.terminate()  # it may be in the middle of a run, which nobody waits for
         self._stack.close()
 
     @property
@@ -97,6 +100,9 @@ class _Child:
         self._process = context.Process(target=serve_parent, args=(there, self._options, self.done), daemon=True)
         self._process.start()
         there.close()
+
+    def terminate(self) -> None:
+        self._process.terminate()
 
     def stop(self) -> None:
         self.pipe.close()

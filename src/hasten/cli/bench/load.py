@@ -152,15 +152,18 @@ def _add_requests(parser: Parser) -> None:
         "(default: random)",
     )
     group.add_argument("--dataset-path", type=path, metavar="FILE", help="file of the dataset")
-    lengths = "tokens: N, LOW:HIGH, or lognormal:MEAN,STDDEV[,MAX]"
+    forms = "N, LOW:HIGH, or lognormal:MEAN,STDDEV[,MAX]"
     group.add_argument(
-        "--prompt-length", type=_typed(_lengths), metavar="L", help=f"random prompts, {lengths} (default: 128)"
+        "--prompt-length",
+        type=_typed(_lengths),
+        metavar="L",
+        help=f"tokens of random prompts: {forms} (default: 128)",
     )
     group.add_argument(
         "--output-length",
         type=_typed(_lengths),
         metavar="L",
-        help=f"maximum new tokens, {lengths} (default: 128; what a dataset says). --ignore-eos makes it exact",
+        help=f"maximum new tokens: {forms} (default: 128; what a dataset says); with --ignore-eos, exactly so many",
     )
     group.add_argument(
         "--shared-prefix", type=_typed(_count), default=0, metavar="N", help="tokens that all random prompts begin with"
