@@ -201,6 +201,7 @@ class CountingEngine:
             assert not self.closed, "a request was lost"
             told.completions[0].token_ids.append(token)
             told.completions[0].text += "x"
+            told.tokens += 1
             told.finished = token == ids[-1] + params.max_tokens
             if stream or told.finished:
                 yield told

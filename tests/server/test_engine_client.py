@@ -28,8 +28,10 @@ from hasten.server.engine.client import (
     CompletionDelta,
     EngineClient,
     EngineClosedError,
+    EngineStats,
     Progress,
 )
+from hasten.server.engine.wire import Output, Step
 
 PROMPT = "Anna looked out of the window and"
 
@@ -124,6 +126,47 @@ def test_counters(run: Any, demo_engine: EngineClient) -> None:
     assert after.prefix_query_tokens - before.prefix_query_tokens == 128
     assert after.prefix_hit_tokens - before.prefix_hit_tokens == 48
     assert (after.running, after.waiting, after.used_blocks) == (0, 0, 0)
+
+
+def test_readers_of_first_tokens_are_woken_before_all_others(run: Any, demo_engine: EngineClient) -> None:
+    """Of whatever the engine's process has sent meanwhile, in several messages."""
+    woken: list[int] = []
+
+    async def read(number: int, stream: AsyncIterator[Progress]) -> None:
+        async for _ in stream:
+            woken.append(number)
+
+    def step(*numbers: int) -> Step:
+        outputs = [Output(number, [CompletionDelta(0, [7], "a")], finished=False) for number in numbers]
+        return Step(EngineStats(running=3, steps=1), outputs)
+
+    async def ask() -> None:
+        with stopped(demo_engine):
+            readers = [asyncio.create_task(read(at, demo_engine.generate([at + 5], LONG))) for at in range(3)]
+            await until(lambda: demo_engine._queue.engine_has_work and len(demo_engine._queue._sent) == 3)
+            first, second, third = demo_engine._queue._sent
+            demo_engine._on_steps([step(first)])
+            await until(lambda: woken == [0])
+            demo_engine._on_steps([step(first), step(first, second), step(first, third)])
+            await until(lambda: len(woken) == 4)
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+        await until(lambda: demo_engine.stats().running == 0)
+
+    run(ask())
+    assert woken == [0, 1, 2, 0]
+
+
+def test_the_way_of_tokens_is_timed(run: Any, demo_engine: EngineClient) -> None:
+    delivery = demo_engine.delivery
+    before = delivery.socket.count, delivery.write.count, delivery.write.total
+    run(collect(demo_engine, [5], SHORT))
+    run(asyncio.sleep(0))  # the message is acknowledged once its readers have run
+    assert 1 <= delivery.socket.count - before[0] <= 4
+    assert delivery.write.count - before[1] == delivery.socket.count - before[0]
+    assert delivery.write.total > before[2]
+    assert delivery.socket.total > 0
 
 
 @pytest.mark.parametrize("how", ["closed", "cancelled"])

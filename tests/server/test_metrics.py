@@ -9,10 +9,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hasten.engine.stats import EngineStats
 from hasten.server.access import AccessLog
+from hasten.server.engine.link import Delivery
+from hasten.server.histogram import Histogram
 from hasten.server.inflight import InflightBytes
 from hasten.server.machine import CpuMeter, GpuMeter
 from hasten.server.metrics import Family, Machine, Metrics
-from hasten.server.statistics import Counters, FailureReason, Histogram, LanguageCounters
+from hasten.server.statistics import Counters, FailureReason, LanguageCounters
 from hasten.server.types import ErrorKind, ServiceError
 
 TRITON = {  # of Triton 2.51.0 on a machine without GPUs, but for its pinned memory
@@ -41,6 +43,7 @@ OWN = {
     "hasten_requests_waiting": "gauge",
     "hasten_requests_refused_total": "counter",
     "hasten_estimated_wait_seconds": "gauge",
+    "hasten_token_delivery_seconds": "histogram",
     "hasten_kv_cache_usage_ratio": "gauge",
     "hasten_prefix_cache_hit_tokens_total": "counter",
     "hasten_prefix_cache_query_tokens_total": "counter",
@@ -58,6 +61,7 @@ class Engine:
     restarts: int = 3
     refused: Counter[str] = field(default_factory=lambda: Counter(queue_wait=5))
     wait: float | None = 2.5
+    delivery: Delivery = field(default_factory=Delivery)
 
     def stats(self) -> EngineStats:
         return self.now
@@ -159,8 +163,11 @@ def test_what_was_counted_is_exposed(service: Counted) -> None:
     counters.load_seconds = 1.5
     assert counters.language is not None
     counters.language.prompt_tokens, counters.language.generation_tokens = 100, 20
+    service.running["tokens", "1"].delivery.write.observe(0.002)
     _, samples = exposed(service)
     key = of("tokens", "1")
+    assert samples["hasten_token_delivery_seconds_sum", of("tokens", "1", stage="write")] == 0.002
+    assert samples["hasten_token_delivery_seconds_count", of("tokens", "1", stage="socket")] == 0
     assert samples["nv_inference_request_success", key] == 1
     assert samples["nv_inference_request_duration_us", key] == 3000
     assert samples["nv_inference_queue_duration_us", key] == 5

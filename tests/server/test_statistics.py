@@ -8,11 +8,11 @@ from tests.server.service_fixtures import LONGEST, Running, demo, streaming, tok
 from hasten.core.errors import EngineError, InvalidRequestError
 from hasten.core.types import FinishReason
 from hasten.server.engine.client import CompletionDelta, Progress, QueueFullError, QueueTimeoutError
+from hasten.server.histogram import Histogram
 from hasten.server.models.work import Work
 from hasten.server.statistics import (
     Counters,
     FailureReason,
-    Histogram,
     LanguageCounters,
     ModelCounters,
 )
@@ -79,7 +79,7 @@ async def progresses(*sizes: int, wait: float = 0.0) -> AsyncGenerator[Progress,
         await asyncio.sleep(wait)
         last = place + 1 == len(sizes)
         delta = CompletionDelta(0, list(range(size)), "", finish_reason=FinishReason.LENGTH if last else None)
-        yield Progress([delta], last, (1, 2, 3) if place == 0 else (), None, 0.25 if place == 0 else None)
+        yield Progress([delta], last, (1, 2, 3) if place == 0 else (), None, 0.25 if place == 0 else None, size)
 
 
 async def collected(source: AsyncGenerator[Progress, None]) -> int:

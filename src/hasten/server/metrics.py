@@ -16,9 +16,10 @@ from starlette.routing import Route
 from hasten import __version__
 from hasten.server.access import AccessLog
 from hasten.server.engine.queue import QUEUE_REASONS
+from hasten.server.histogram import Histogram
 from hasten.server.inflight import InflightBytes
 from hasten.server.machine import CpuMeter, GpuMeter
-from hasten.server.statistics import Histogram, ModelCounters
+from hasten.server.statistics import ModelCounters
 from hasten.server.types import ServiceError
 
 if TYPE_CHECKING:
@@ -207,6 +208,15 @@ class Metrics:
             for reason in QUEUE_REASONS:
                 refused.add({**_model(key), "reason": reason}, engine.refused[reason])
         yield refused
+        delivery = Family(
+            "hasten_token_delivery_seconds",
+            "histogram",
+            "Time that tokens took from the engine's process to the server's (stage socket) and to all streams (write)",
+        )
+        for key, engine in self._service.engines().items():
+            for stage, histogram in engine.delivery.stages().items():
+                delivery.add_histogram({**_model(key), "stage": stage}, histogram)
+        yield delivery
         waits = {key: engine.estimated_wait() for key, engine in self._service.engines().items()}
         yield _family(
             "hasten_estimated_wait_seconds",

@@ -38,15 +38,25 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
+async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(events, b"")
+
+
 class EventStream(Response):
-    """Server-sent events, sent as they come; the generator is closed when the client leaves."""
+    """Server-sent events, sent as they come; the generator is closed when the client leaves. Made by `of`."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, first: bytes, others: AsyncGenerator[bytes, None]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._first = first
+        self._events = others
+
+    @classmethod
+    async def of(cls, request: Request, events: AsyncGenerator[bytes, None]) -> "EventStream":
+        """The answer with these events, once there is one: an error before it has a status of its own."""
+        return cls(await unless_gone(request, _first(events)), events)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -58,6 +68,8 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        if self._first:
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
         async for events in self._events:
             await send({"type": "http.response.body", "body": events, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

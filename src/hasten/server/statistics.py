@@ -1,7 +1,6 @@
 """What is counted of each version of a model: Triton's statistics, and what only language models have."""
 
 import time
-from bisect import bisect_left
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from tritonclient.grpc import service_pb2
 from hasten.core.errors import EngineError, HastenError
 from hasten.core.types import FinishReason
 from hasten.server.engine.client import Progress, QueueError
+from hasten.server.histogram import Histogram
 from hasten.server.models.work import Work
 
 
@@ -31,30 +31,6 @@ _FIRST_RESPONSE_MS = (100.0, 500.0, 2000.0, 5000.0)
 _LATENCY_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
 _PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 _WHOLE_S = (0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0)
-
-
-@dataclass
-class Histogram:
-    """How many values were at most so large."""
-
-    bounds: tuple[float, ...]
-    """Upper ends of the buckets; one more is without end."""
-    counts: list[int] = field(default_factory=list)
-    """Of each bucket alone."""
-    total: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.counts = [0] * (len(self.bounds) + 1)
-
-    @property
-    def count(self) -> int:
-        """Values so far."""
-        return sum(self.counts)
-
-    def observe(self, value: float) -> None:
-        """Count a value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
 
 
 @dataclass
@@ -141,7 +117,7 @@ class _Meter:
         if progress.queue_seconds is not None:
             counters.queue_time.observe(progress.queue_seconds)
             counters.prompt_tokens += len(progress.prompt_token_ids)
-        new = sum(len(delta.token_ids) for delta in progress.completions)
+        new = progress.tokens
         self._tokens += new
         counters.generation_tokens += new
         if new and self._first is None:

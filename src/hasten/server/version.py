@@ -90,13 +90,13 @@ class Version:
 
     async def run(self, request: InferRequest) -> AsyncGenerator[Outcome, None]:
         """Compute a request, checked and counted. Raises ServiceError alone."""
-        work = self._rules.work(request)
+        work, decoupled = self._rules.work(request), is_decoupled(self.config)
         with self.use():
             tracked = self._counters.track(work)
             try:
                 async with aclosing(self.model.execute(work)) as outcomes:
                     async for outcome in outcomes:
-                        tracked.respond(decoupled=is_decoupled(self.config))
+                        tracked.respond(decoupled=decoupled)
                         if outcome.final:
                             tracked.succeed()
                         yield outcome

@@ -16,7 +16,7 @@ from hasten.core.errors import EngineError, HastenError, InvalidRequestError, er
 from hasten.core.types import SamplingParams
 from hasten.engine.stats import EngineStats
 from hasten.engine.text import Tokenizer
-from hasten.server.engine.link import EngineLink
+from hasten.server.engine.link import Delivery, EngineLink
 from hasten.server.engine.queue import (
     QueueError,
     QueueFullError,
@@ -26,7 +26,7 @@ from hasten.server.engine.queue import (
     RequestQueue,
 )
 from hasten.server.engine.ticket import Progress, Ticket
-from hasten.server.engine.wire import Abort, Add, CompletionDelta, EngineInfo, Expire, Step, framed
+from hasten.server.engine.wire import Abort, Add, CompletionDelta, EngineInfo, Expire, Output, Step, framed
 from hasten.server.tokenizing import check_words, tokenizing
 
 __all__ = [
@@ -97,6 +97,7 @@ class EngineClient:
         """Times that a dead process was started again."""
         self.refused: Counter[str] = Counter()
         """Requests that the queue refused or gave up, by the reasons of QueueError."""
+        self.delivery = Delivery()
         self._config = config
         self._limits = limits
         self._queue = RequestQueue(limits)
@@ -329,10 +330,29 @@ class EngineClient:
         for ticket in self._queue.next_for_engine():
             self._link.send_frame(ticket.frame)
 
-    def _on_step(self, step: Step) -> None:
-        self._now, queue = step.stats, self._queue
+    def _on_steps(self, steps: list[Step]) -> None:
+        """Take in what the engine has computed, and wake the readers: those of first tokens before all others."""
         self._heard = time.monotonic()
         self._set_stalled(False)
+        first, others = dict[Ticket, None](), dict[Ticket, None]()
+        for step in steps:
+            self._take_changes(step)
+            for output in step.outputs:
+                if (ticket := self._queue.get(output.id)) is not None:
+                    (others if ticket.has_output else first)[ticket] = None
+                    self._take_output(ticket, output)
+        for ticket in (*first, *others):
+            ticket.wake()
+
+    def _take_output(self, ticket: Ticket, output: Output) -> None:
+        ticket.push(output)
+        if output.finished:
+            self._queue.finish(ticket)
+            self._after_removal()
+
+    def _take_changes(self, step: Step) -> None:
+        """Note which requests were begun, have to wait for their grammars, or are none any more."""
+        self._now, queue = step.stats, self._queue
         for numbers, compiling in ((step.compiling, True), (step.compiled, False)):
             for number in numbers:
                 if (ticket := queue.get(number)) is not None:
@@ -345,12 +365,6 @@ class EngineClient:
         for number in step.expired:
             if (ticket := queue.get(number)) is not None:
                 self._end_late(ticket)
-        for output in step.outputs:
-            if (ticket := queue.get(output.id)) is not None:
-                ticket.push(output)
-                if output.finished:
-                    queue.finish(ticket)
-                    self._after_removal()
 
     async def _watch(self) -> None:
         """See whether the process stands still."""
@@ -370,7 +384,7 @@ class EngineClient:
     async def _launch(self) -> EngineLink:
         """Start a process and wait until it is ready."""
         began = time.monotonic()
-        link = await EngineLink.open(self._config, self._on_step)
+        link = await EngineLink.open(self._config, self._on_steps, self.delivery)
         try:
             info = await asyncio.shield(link.info)
             if info.tokenizer_folder is not None:

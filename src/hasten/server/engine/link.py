@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import msgspec
@@ -15,17 +16,35 @@ import msgspec
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError, HastenError, error_of
 from hasten.server.engine.wire import Acknowledge, EngineInfo, Frames, FromEngine, Ready, Start, Step, framed
+from hasten.server.histogram import Histogram
 
 _LEAVE_S = 1.0
 """How long a process that has closed its end may take to leave."""
 _CLOSE_S = 5.0
 """How long a process that is told to end may take."""
+_DELIVERY_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
+
+
+@dataclass
+class Delivery:
+    """How long tokens take on their way, one value for each message of the engine that has some."""
+
+    socket: Histogram = field(default_factory=lambda: Histogram(_DELIVERY_S))
+    """From the engine's process until this one has read them."""
+    write: Histogram = field(default_factory=lambda: Histogram(_DELIVERY_S))
+    """From there until all streams have been given theirs."""
+
+    def stages(self) -> dict[str, Histogram]:
+        """By the names that they have in metrics."""
+        return {"socket": self.socket, "write": self.write}
 
 
 class EngineLink(asyncio.Protocol):
     """One engine's process and the socket to it. Made by `open`."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", on_step: Callable[[Step], None]) -> None:
+    def __init__(
+        self, process: "subprocess.Popen[bytes]", on_steps: Callable[[list[Step]], None], delivery: Delivery
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.info: asyncio.Future[EngineInfo] = loop.create_future()
         """Comes when the model is loaded; the error where it cannot be."""
@@ -36,7 +55,8 @@ class EngineLink(asyncio.Protocol):
         self.failure: HastenError | None = None
         """Why the process ended, where it could still say so."""
         self._process = process
-        self._on_step = on_step
+        self._on_steps = on_steps
+        self._delivery = delivery
         self._frames = Frames()
         self._decode = msgspec.msgpack.Decoder(FromEngine).decode
         self._closing = False
@@ -44,14 +64,19 @@ class EngineLink(asyncio.Protocol):
         self._reaping: asyncio.Task[None]
 
     @classmethod
-    async def open(cls, config: EngineConfig, on_step: Callable[[Step], None]) -> "EngineLink":
-        """Start a process that loads the model; OSError where the system cannot."""
+    async def open(
+        cls, config: EngineConfig, on_steps: Callable[[list[Step]], None], delivery: Delivery
+    ) -> "EngineLink":
+        """Start a process that loads the model; OSError where the system cannot.
+
+        `on_steps` gets all that its steps have brought since the last call.
+        """
         ours, theirs = socket.socketpair()
         try:
             with theirs:
                 process = _spawn(theirs)
             ours.setblocking(False)
-            link = cls(process, on_step)
+            link = cls(process, on_steps, delivery)
         except BaseException:
             ours.close()
             raise
@@ -85,20 +110,26 @@ class EngineLink(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes have come from the process."""
-        began, steps = time.thread_time(), 0
+        began, read, steps = time.thread_time(), time.monotonic(), list[Step]()
         for body in self._frames.feed(data):
             message: FromEngine = self._decode(body)
             if isinstance(message, Step):
-                self._on_step(message)
-                steps += 1
+                steps.append(message)
             elif isinstance(message, Ready):
                 self.info.set_result(message.info)
             else:
                 self.failure = error_of(message.kind, message.message)
-        if steps:  # the readers that have woken up are before this in the loop's queue
-            asyncio.get_running_loop().call_soon(self._acknowledge, steps, began)
+        if steps:
+            self._on_steps(steps)
+            # the readers that have woken up are before this in the loop's queue
+            with_tokens = [step.sent for step in steps if step.outputs]
+            asyncio.get_running_loop().call_soon(self._acknowledge, len(steps), began, read, with_tokens)
 
-    def _acknowledge(self, steps: int, began: float) -> None:
+    def _acknowledge(self, steps: int, began: float, read: float, with_tokens: list[float]) -> None:
+        written = time.monotonic()
+        for sent in with_tokens:
+            self._delivery.socket.observe(read - sent)
+            self._delivery.write.observe(written - read)
         if not self._transport.is_closing():
             self.send(Acknowledge(steps, time.thread_time() - began))
 

@@ -229,6 +229,7 @@ class EngineLoop:
                 self._expired,
                 self._began_compiling,
                 self._compiled,
+                now,
             )
             self._channel.send(step)
             self._coalescer.sent()

@@ -28,6 +28,8 @@ class Progress:
     """One entry a prompt token, with the first progress."""
     queue_seconds: float | None = None
     """Time until the engine began to compute it, with the first progress."""
+    tokens: int = 0
+    """Of all completions."""
 
     def merge(self, later: "Progress") -> None:
         """Take in what came after it."""
@@ -38,6 +40,7 @@ class Progress:
                 self.completions.append(delta)
             else:
                 _extend(before, delta)
+        self.tokens += later.tokens
         self.finished = later.finished
 
 
@@ -78,14 +81,15 @@ class Ticket:
     begun_step: int = 0
     """The engine's count of steps at that time."""
     tokens: int = 0
-    """Tokens that have come, of all its completions."""
+    """That have come, of all its completions."""
+    has_output: bool = False
+    """Whether anything of it has come."""
     stops: int = 0
     """Completions that ended before their `max_tokens`."""
     arrived: float = field(default_factory=time.monotonic)
     _pending: Progress | None = None
     _error: HastenError | None = None
     _reader: "asyncio.Future[None] | None" = None
-    _told: bool = False
 
     @property
     def order(self) -> tuple[float, int]:
@@ -104,29 +108,30 @@ class Ticket:
             self.timer = None
 
     def push(self, output: Output) -> None:
-        """Give its reader more."""
+        """Keep more for its reader, who is to be woken up then."""
+        progress = Progress(output.completions, output.finished)
         for delta in output.completions:
-            self.tokens += len(delta.token_ids)
+            progress.tokens += len(delta.token_ids)
             if delta.finish_reason is FinishReason.STOP:
                 self.stops += 1
-        progress = Progress(output.completions, output.finished)
-        if not self._told:
-            self._told = True
+        self.tokens += progress.tokens
+        if not self.has_output:
+            self.has_output = True
             progress.prompt_token_ids, progress.prompt_logprobs = self.prompt_token_ids, output.prompt_logprobs
             progress.queue_seconds = max(0.0, (self.begun or time.monotonic()) - self.arrived)
         if self._pending is None:
             self._pending = progress
         else:
             self._pending.merge(progress)
-        self._wake()
 
     def fail(self, error: HastenError) -> None:
         """Give its reader an error, after what came before it."""
         self.stop_timer()
         self._error = error
-        self._wake()
+        self.wake()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Have its reader take what there is."""
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 

@@ -67,7 +67,7 @@ class WaitEstimator:
         was_busy, self._busy = self._busy, bool(stats.running or stats.waiting)
         held_back, self._holds_back = self._holds_back, holds_back
         seconds, steps = now - self._since, stats.steps - self._steps
-        if was_busy and steps == 0:
+        if was_busy and steps <= 0:
             return
         self._since, self._steps = now, stats.steps
         if not was_busy:

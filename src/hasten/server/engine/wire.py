@@ -137,6 +137,8 @@ class Step(msgspec.Struct, tag=True):
     """Requests that wait for their grammar to be compiled, from now on, and take no part in steps."""
     compiled: list[int] = []
     """Requests that wait for it no longer."""
+    sent: float = 0.0
+    """When it was sent, on the same clock."""
 
 
 ToEngine = Start | Add | Abort | Expire | Acknowledge

@@ -89,11 +89,15 @@ class _Reply:
     def tensors(self, progress: Progress) -> list[Tensor]:
         """The outputs that say what is new."""
         self._prompt_tokens = self._prompt_tokens or len(progress.prompt_token_ids)
-        deltas = [replace(last, token_ids=[], text="", logprobs=None) for last in self._last]
+        new = {delta.index: delta for delta in progress.completions}
         for delta in progress.completions:
             if delta.finish_reason is FinishReason.ERROR:
                 raise ServiceError(ErrorKind.INTERNAL, f"the prompt could not be continued: {delta.stop_reason}")
-            deltas[delta.index] = self._last[delta.index] = delta
+            self._last[delta.index] = delta
+        deltas = [
+            last if index in new else replace(last, token_ids=[], text="", logprobs=None)
+            for index, last in enumerate(self._last)
+        ]
         made = [self._tensor("text_output", "BYTES", self._texts(deltas))]
         made += [self._extra(name, deltas) for name in sorted(self._asked.wanted) if self._has(name)]
         return [tensor for tensor in made if tensor.name in self._work.outputs]

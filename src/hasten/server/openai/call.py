@@ -33,7 +33,7 @@ class _Usage:
     def count(self, progress: Progress) -> None:
         self.prompt_tokens += len(progress.prompt_token_ids)
         if not self.prompts_only:
-            self.completion_tokens += sum(len(delta.token_ids) for delta in progress.completions)
+            self.completion_tokens += progress.tokens
 
     def as_json(self) -> dict[str, int]:
         total = self.prompt_tokens + self.completion_tokens
@@ -88,24 +88,26 @@ class Call:
         with_usage = options is not None and bool(options.include_usage)
         kind = "text_completion" if self.kind == "text_completion" else "chat.completion.chunk"
         begin, end = b"data: " + self.head(kind), b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
-        begun = False
+        begun, left = False, len(self.prompts)
         try:
             async with aclosing(self._run(stream=True)) as run:
                 async for number, progress in run:
                     usage.count(progress)
                     progress.completions = [delta for delta in progress.completions if _shows(delta)]
                     pieces = self._taken(number, progress)
-                    if pieces:
+                    event = b"".join([begin + _encode(piece) + end for piece in pieces])
+                    left -= progress.finished
+                    if left == 0:  # its end goes with it, in one write
+                        if with_usage:
+                            event += begin + b'],"usage":' + _encode(usage.as_json()) + b"}\n\n"
+                        event += b"data: [DONE]\n\n"
+                    if event:
                         begun = True
-                        yield b"".join([begin + _encode(piece) + end for piece in pieces])
+                        yield event
         except HastenError as error:
             if not begun:
                 raise
             yield b"data: " + error_answer(error)[1] + b"\n\n"
-            return
-        if with_usage:
-            yield begin + b'],"usage":' + _encode(usage.as_json()) + b"}\n\n"
-        yield b"data: [DONE]\n\n"
 
     def _taken(self, number: int, progress: Progress) -> Sequence[Choice]:
         for delta in progress.completions:

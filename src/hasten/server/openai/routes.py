@@ -3,8 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -240,20 +239,7 @@ async def _respond(request: Request, call: Call) -> Response:
     """Run a call for as long as its client is there."""
     if not call.request.stream:
         return _json(await unless_gone(request, call.answer()))
-    events = call.events()
-    first = await unless_gone(request, _next(events))
-    return EventStream(_followed(first, events))
-
-
-async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
-    return await anext(events)
-
-
-async def _followed(first: bytes, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(events):
-        yield first
-        async for more in events:
-            yield more
+    return await EventStream.of(request, call.events())
 
 
 def _json(body: bytes) -> Response:

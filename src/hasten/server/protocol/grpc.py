@@ -254,8 +254,7 @@ class GrpcCalls:
 
 
 def _serialized(response: InferResponse, received: ReceivedInfer) -> bytes:
-    raw: bytes = infer_response(response, received.place(response)).SerializeToString()
-    return raw
+    return infer_response(response, received.place(response))
 
 
 def _refuse_repository(request: Any) -> None:

@@ -20,7 +20,14 @@ from hasten.server.by_size import by_size
 from hasten.server.errors import service_error
 from hasten.server.inflight import Claim, InflightBytes
 from hasten.server.protocol.placement import place, placements
-from hasten.server.protocol.proto import FINAL, WANTS_EMPTY_FINAL, infer_request, infer_response, parsed_infer
+from hasten.server.protocol.proto import (
+    FINAL,
+    WANTS_EMPTY_FINAL,
+    infer_request,
+    infer_response,
+    parsed_infer,
+    stream_response,
+)
 from hasten.server.protocol.shared_memory import SharedMemory
 from hasten.server.protocol.tensors import byte_size
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
@@ -251,7 +258,7 @@ class _Stream:
 
 
 def _stream_response(response: InferResponse, placed: Placed) -> bytes:
-    return _serialized(infer_response(response, placed(response), final=response.final))
+    return stream_response(infer_response(response, placed(response), final=response.final))
 
 
 def _serialized(response: Any, error: str = "") -> bytes:

@@ -135,10 +135,7 @@ class InferRoutes:
     async def generate_stream(self, request: Request) -> Response:
         """All responses of a request, as server-sent events."""
         wanted = await self._generate_request(request)
-        events = self._events(wanted)
-        # an error before the first event gets a status of its own
-        first = await unless_gone(request, _next(events))
-        return EventStream(_chain(first, events))
+        return await EventStream.of(request, self._events(wanted))
 
     async def _events(self, request: InferRequest) -> AsyncGenerator[bytes, None]:
         started = False
@@ -160,18 +157,6 @@ async def _generate_json(response: InferResponse) -> bytes:
 
 def _event(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
-
-
-async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
-    return await anext(events, b"")
-
-
-async def _chain(first: bytes, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(events):
-        if first:
-            yield first
-        async for event in events:
-            yield event
 
 
 def named_model(request: Request) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Inference requests and responses to and from Triton's protobuf messages. Texts of errors are Triton's."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,10 @@ FINAL = "triton_final_response"
 WANTS_EMPTY_FINAL = "triton_enable_empty_final_response"
 _CHUNK = 1 << 16
 """Elements that are converted at once, a few milliseconds in which no other thread runs."""
+_ID, _RAW_OUTPUT, _INFER_RESPONSE = 3, 6, 2
+"""Numbers of fields, of ModelInferResponse and of ModelStreamInferResponse."""
+_KEPT = 1024
+"""Parts of responses that are kept serialized."""
 _SHOWN_SIZES = 17
 """Of a shape in an error; one more than a tensor may have."""
 
@@ -191,20 +196,57 @@ def _typed(tensor: Any, *, model: str, request_id: str) -> Tensor:
     return Tensor(name, datatype, shape, data.reshape(shape))
 
 
-def infer_response(response: InferResponse, elsewhere: set[str], *, final: bool | None = None) -> Any:
-    """The ModelInferResponse of a response, its tensors raw; empty for those that are `elsewhere`, in shared memory.
+def infer_response(response: InferResponse, elsewhere: set[str], *, final: bool | None = None) -> bytes:
+    """The ModelInferResponse of a response, serialized, its tensors raw; empty for those that are `elsewhere`, in
+    shared memory.
 
-    `final`, where it is given, becomes the parameter `triton_final_response`.
+    `final`, where it is given, becomes the parameter `triton_final_response`. A stream has one of these for each token,
+    so it is put together from parts that were serialized before.
     """
-    message = pb.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
+    parts = [_model(response.model, response.version, final), field(_ID, response.id.encode())]
+    if response.parameters:
+        parts.append(_parameters(response.parameters))
+    parts += [_output(output.name, output.datatype, output.shape) for output in response.outputs]
+    for output in response.outputs:
+        parts.append(field(_RAW_OUTPUT, b"" if output.name in elsewhere else to_bytes(output)))
+    return b"".join(parts)
+
+
+def stream_response(response: bytes) -> bytes:
+    """The ModelStreamInferResponse, serialized, of a ModelInferResponse."""
+    return field(_INFER_RESPONSE, response)
+
+
+def field(number: int, value: bytes) -> bytes:
+    """A field of a message that holds bytes, a text or another message, serialized."""
+    size, head = len(value), bytearray((number << 3 | 2,))
+    while size > 0x7F:
+        head.append(size & 0x7F | 0x80)
+        size >>= 7
+    head.append(size)
+    return bytes(head) + value
+
+
+@lru_cache(_KEPT)
+def _model(name: str, version: str, final: bool | None) -> bytes:
+    message = pb.ModelInferResponse(model_name=name, model_version=version)
     if final is not None:
         message.parameters[FINAL].bool_param = final
-    for key, value in response.parameters.items():
+    return bytes(message.SerializeToString())
+
+
+@lru_cache(_KEPT)
+def _output(name: str, datatype: str, shape: tuple[int, ...]) -> bytes:
+    message = pb.ModelInferResponse()
+    message.outputs.add(name=name, datatype=datatype, shape=shape)
+    return bytes(message.SerializeToString())
+
+
+def _parameters(given: Mapping[str, Parameter]) -> bytes:
+    message = pb.ModelInferResponse()
+    for key, value in given.items():
         _set(message.parameters[key], value)
-    for output in response.outputs:
-        message.outputs.add(name=output.name, datatype=output.datatype, shape=output.shape)
-        message.raw_output_contents.append(b"" if output.name in elsewhere else to_bytes(output))
-    return message
+    return bytes(message.SerializeToString())
 
 
 def _set(message: Any, value: Parameter) -> None:
