@@ -81,10 +81,12 @@ def test_a_server_that_never_answers_is_waited_for_no_longer_than_the_limit(
     monkeypatch.setattr(bench_served, "_ANSWER_S", 0.1)
     with socket.create_server((HOST, 0)) as silent:
         address = f"{HOST}:{silent.getsockname()[1]}"
-        with pytest.raises(
-            EngineError, match=rf"the server at {address} was not ready within .*; its log says: nothing"
-        ):
-            wait_until_ready(address, lambda: True, tmp_path / "log")
+        for log, words in ((None, "nothing"), ("loading\nstill loading\n", "still loading")):
+            if log is not None:
+                (tmp_path / "log").write_text(log)
+            late = rf"the server at {address} was not ready within .*; its log says: {words}$"
+            with pytest.raises(EngineError, match=late):
+                wait_until_ready(address, lambda: True, tmp_path / "log")
 
 
 def test_engine_and_servers_take_turns(llm: LLM, server: Served) -> None:

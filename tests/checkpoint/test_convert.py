@@ -272,8 +272,11 @@ def test_a_folder_that_is_not_ours_is_left_alone(tiny_bloom: Path, copy_of: Copy
     for outside in (source, source / "." / "..", folder):
         with pytest.raises((ConfigError, CheckpointError)):
             run(source, outside)
-    with pytest.raises(ConfigError, match="take the place of the input"):
-        run(folder, out)
+    before = sorted(source.iterdir())
+    for given, output in ((folder, out), (source, source)):
+        with pytest.raises(ConfigError, match="take the place of the input; give another output folder"):
+            run(given, output)
+    assert sorted(source.iterdir()) == before
 
 
 def test_an_empty_folder_may_be_given(tiny_bloom: Path, tmp_path: Path) -> None:

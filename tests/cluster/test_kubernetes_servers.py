@@ -374,6 +374,6 @@ def test_more_groups_than_their_name_leaves_room_for(world: World) -> None:
     name = "a" * 26
     world.place.serve(serving(name, multinode=2, replicas=10, runtime="tritonserver"))
     before = world.store.all("LeaderWorkerSet")
-    with pytest.raises(ConfigError, match="too long for --multinode with up to 11 replicas: 49 letters are the most"):
+    with pytest.raises(ConfigError, match="too long for --multinode with up to 11 replicas: at most 49 letters"):
         world.place.update_server(name, None, "default", ServerUpdate(replicas=11))
     assert world.store.all("LeaderWorkerSet") == before

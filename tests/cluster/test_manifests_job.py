@@ -138,8 +138,8 @@ def test_other_tolerations_are_refused(text: str) -> None:
         ({"tensorboard": True}, "cannot see the job's /training_logs"),
         ({"tensorboard": True, "logdir": "/mntother", "data": ["a:/mnt"]}, "cannot see the job's /mntother"),
         ({"sync_mode": "git", "sync_source": "https://"}, "is not the address of a git repository"),
-        ({"api": "trainer", "name": "a" * 49}, "too long for a TrainJob of --workers 1: 48 letters are the most"),
-        ({"api": "trainer", "name": "a" * 48, "workers": 11}, "too long for a TrainJob of --workers 11: 47 letters"),
+        ({"api": "trainer", "name": "a" * 49}, "too long for a TrainJob of --workers 1: at most 48 letters"),
+        ({"api": "trainer", "name": "a" * 48, "workers": 11}, "too long for a TrainJob of --workers 11: at most 47"),
         ({"api": "trainer", "image": None}, "--image is required"),
     ],
 )
@@ -152,7 +152,7 @@ def test_files_of_more_than_a_megabyte_belong_into_a_volume(tmp_path: Path) -> N
     (tmp_path / "large").write_bytes(bytes(600_000))
     given_twice = [f"{tmp_path}/large:/a", f"{tmp_path}/large:/b"]
     assert len(job_objects(job(config_file=given_twice[:1]))) == 2
-    with pytest.raises(ConfigError, match="1200000 bytes, and 1 MB is the most"):
+    with pytest.raises(ConfigError, match="1200000 bytes, more than 1 MB"):
         job_objects(job(config_file=given_twice))
 
 

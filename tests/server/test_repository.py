@@ -200,7 +200,7 @@ def test_what_is_written_is_what_is_made_in_memory(tmp_path: Path) -> None:
     assert token.config.model_transaction_policy.decoupled
     ini = (tmp_path / "fastertransformer" / "1" / "config.ini").read_text()
     assert "model_name=demo-model\nnum_layer=4\nhead_num=4\n" in ini
-    with pytest.raises(ConfigError, match="exists; give another folder, or remove it first"):
+    with pytest.raises(ConfigError, match="exists; give another folder, or move it elsewhere first"):
         write_repository(configs, tmp_path, engine)
 
 

@@ -162,7 +162,7 @@ class HuggingFaceEngine:
 
 @contextmanager
 def _num_threads(count: int) -> Iterator[None]:
-    """Let torch use so many threads; ranks of hasten on one machine divide its cores, Hugging Face has them all."""
+    """Let torch use `count` threads; ranks of hasten on one machine divide its cores, Hugging Face has them all."""
     before = torch.get_num_threads()
     if count == before:
         yield

@@ -118,7 +118,7 @@ class Setting:
         return attention.num_heads, attention.num_kv_heads, attention.head_size
 
     def caches(self, slots: int) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values, at least so many slots, of random numbers."""
+        """A layer's keys and values of random numbers, at least that number of slots."""
         _, kv_heads, size = self.heads
         keys, values = self.draw(2, -(-slots // _BLOCK_SIZE), _BLOCK_SIZE, kv_heads, size)
         return keys, values
@@ -252,7 +252,7 @@ def _project(setting: Setting, rows: int) -> Case:
 
 
 def _attention(setting: Setting, shape: str, lengths: list[tuple[int, int]]) -> Case:
-    """Sequences of so many new tokens, and so many with what is before them."""
+    """Sequences by their numbers of new tokens and of all tokens."""
     heads, kv_heads, size = setting.heads
     tokens, kept = sum(new for new, _ in lengths), sum(length for _, length in lengths)
     pairs = sum(new * length - new * (new - 1) // 2 for new, length in lengths)

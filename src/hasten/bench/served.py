@@ -101,7 +101,7 @@ def wait_until_ready(address: str, is_alive: Callable[[], bool], log: Path) -> N
         while not _is_ready(client):
             late = time.monotonic() > until
             if late or not is_alive():
-                said = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
+                said = log.read_text(encoding="utf-8", errors="replace").strip().split("\n") if log.exists() else []
                 errors = [line for line in said if line.startswith("E")]
                 how = f"was not ready within {_START_S:.0f} s" if late else "ended before it was ready"
                 words = " / ".join(errors or said[-1:]) or "nothing"

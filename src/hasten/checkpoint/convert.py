@@ -79,8 +79,8 @@ def convert(job: Conversion, report: Report = lambda _: None) -> None:
     source = open_source(given, job.ranks)
     parallel.validate(source.config)
     _check_format(job.format, source.config.architecture)
+    _check_apart(source, given, Path(job.output_dir), f"{job.ranks}-gpu")
     target = Target(Path(job.output_dir), job.ranks)
-    _check_apart(source, given, target)
     side = side_folder(source)
     target.check_model(read_json(side / "config.json") if (side / "config.json").is_file() else None)
     if source.manifest is not None:
@@ -103,10 +103,10 @@ def _check_format(name: Format, architecture: str) -> None:
         )
 
 
-def _check_apart(source: Source, given: Path, target: Target) -> None:
-    taken = (target.out, target.out / target.name)
-    if given.resolve() == target.out or source.folder.resolve() in taken:
-        raise ConfigError(f"the output {target.folder} would take the place of the input; give another output folder")
+def _check_apart(source: Source, given: Path, out: Path, name: str) -> None:
+    taken = (out.resolve(), out.resolve() / name)
+    if given.resolve() == out.resolve() or source.folder.resolve() in taken:
+        raise ConfigError(f"the output {out / name} would take the place of the input; give another output folder")
 
 
 def _writer(job: Conversion, source: Source, folder: Path) -> Writer:

@@ -72,7 +72,9 @@ class Manifest:
         for name in sorted(names):
             path = folder / name
             if name not in self.files:
-                raise ChecksumError(f"{path} is not in {MANIFEST}: it does not belong to this checkpoint; remove it")
+                raise ChecksumError(
+                    f"{path} is not in {MANIFEST}: it does not belong to this checkpoint; move it elsewhere"
+                )
             self._check_size(path, name)
             offset = 0
             for piece in self.files[name]:

@@ -371,7 +371,7 @@ class FasterTransformerSource(_RankedSource):
     def _check_files(self) -> None:
         stray = {path.name for path in self.folder.glob("model.*.bin")} - set(self._names)
         if stray:
-            raise CheckpointError(f"{self.folder / min(stray)} belongs to no weight of this model; remove it")
+            raise CheckpointError(f"{self.folder / min(stray)} belongs to no weight of this model; move it elsewhere")
         for path in (self.folder / name for name in self._names):
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing; copy it, or convert the checkpoint again")

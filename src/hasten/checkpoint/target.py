@@ -50,9 +50,7 @@ class Target:
         entries = {path.name for path in self.out.iterdir() if not path.name.startswith(_MARK)}
         ours = {path.name for path in rank_folders(self.out).values()}
         if entries and not ours:
-            raise CheckpointError(
-                f"{self.shown} exists and is not a folder that hasten wrote; give another, or remove it first"
-            )
+            raise CheckpointError(f"{self.shown} exists and is not a folder that hasten wrote; give another one")
         if self.name in entries:
             self._check_replaced(self.out / self.name)
         # a folder that someone stands in would vanish under them
@@ -62,10 +60,10 @@ class Target:
 
     def _check_replaced(self, folder: Path) -> None:
         if not is_rank_folder(folder):
-            raise CheckpointError(f"{self.shown / self.name} was not written by a converter; remove it first")
+            raise CheckpointError(f"{self.shown / self.name} was not written by a converter; give another folder")
         for path in folder.iterdir():
             if path.is_dir() or path.suffix not in _OURS:
-                raise CheckpointError(f"{path} would be lost with the old {self.name}; move it away first")
+                raise CheckpointError(f"{path} would be lost with the old {self.name}; move it elsewhere first")
 
     def check_model(self, config: Mapping[str, Any] | None) -> None:
         """CheckpointError if OUT keeps rank folders of a model that config.json describes otherwise."""
@@ -73,9 +71,7 @@ class Target:
         if self.whole or config is None or not path.is_file():
             return
         if _lasting(read_json(path)) != _lasting(config):
-            raise CheckpointError(
-                f"{self.shown} holds another model (its config.json differs); give another folder, or remove it first"
-            )
+            raise CheckpointError(f"{self.shown} holds another model (its config.json differs); give another folder")
 
     @property
     def folder(self) -> Path:

@@ -141,7 +141,7 @@ class LogOptions:
     """Seconds before now."""
     since_time: datetime | None = None
     tail: int = -1
-    """So many last lines; -1 is all."""
+    """Number of last lines; -1 is all."""
     timestamps: bool = False
     instance: str | None = None
     container: str | None = None

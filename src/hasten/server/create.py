@@ -88,7 +88,7 @@ def write_repository(configs: list[model_config_pb2.ModelConfig], target: Path, 
     ini = _config_ini(engine)
     for config in configs:
         if (target / config.name).exists():
-            raise ConfigError(f"{target / config.name} exists; give another folder, or remove it first")
+            raise ConfigError(f"{target / config.name} exists; give another folder, or move it elsewhere first")
     with removed_on_failure([target / config.name for config in configs]):
         for config in configs:
             version = target / config.name / "1"

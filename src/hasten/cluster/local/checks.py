@@ -63,7 +63,7 @@ def check_resources(spec: Workload, count: int) -> None:
     if wanted > there:
         each = f" ({count} instances of {spec.gpus})" if count > 1 else ""
         hint = "" if GPUS_VARIABLE in os.environ else f"; {GPUS_VARIABLE}=N says how many where they are not found"
-        raise ConfigError(f"--gpus asks for {wanted} GPUs{each}, this machine has {there}{hint}")
+        raise ConfigError(f"--gpus asks for {wanted} GPU{'s' * (wanted != 1)}{each}, this machine has {there}{hint}")
     cores, memory = available_cpus(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if spec.cpu is not None and count * quantity(spec.cpu, "--cpu") > cores:
         raise ConfigError(f"--cpu {spec.cpu} of {count} instances is more than the {cores} cores of this machine")

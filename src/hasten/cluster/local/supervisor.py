@@ -29,7 +29,7 @@ _START = '"$@" &'
 
 
 def back_off(failures: int) -> float:
-    """Seconds until the next start after so many failures: longer and longer, up to a minute."""
+    """Seconds until the next start after a number of failures: longer and longer, up to a minute."""
     return min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(failures, _DOUBLINGS))
 
 

@@ -64,7 +64,7 @@ def config_maps(spec: Workload, labels: Mapping[str, str]) -> list[Object]:
         except UnicodeDecodeError:
             others[config_key(number)] = base64.b64encode(content).decode()
     if size > _MOST_BYTES:
-        raise ConfigError(f"the files of --config-file have {size} bytes, and 1 MB is the most; put them into a volume")
+        raise ConfigError(f"the files of --config-file have {size} bytes, more than 1 MB; put them into a volume")
     if not texts and not others:
         return []
     made = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata(spec, f"{object_name(spec)}-config", labels)}

@@ -32,7 +32,7 @@ def check_group_name(name: str, replicas: int) -> None:
     if len(name) > longest:
         raise ConfigError(
             f"--name and --version make {name!r}, which is too long for --multinode with up to {replicas} replicas: "
-            f"{longest} letters are the most"
+            f"at most {longest} letters"
         )
 
 

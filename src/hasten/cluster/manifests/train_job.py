@@ -49,7 +49,7 @@ def train_job(job: TrainingJob) -> Object:
     longest = _LONGEST_POD_NAME - len(f"-{_CONTAINER}-0-{job.workers - 1}-abcde")
     if len(job.name) > longest:
         raise ConfigError(
-            f"--name {job.name!r} is too long for a TrainJob of --workers {job.workers}: {longest} letters are the most"
+            f"--name {job.name!r} is too long for a TrainJob of --workers {job.workers}: at most {longest} letters"
         )
     count = job.nproc_per_node
     trainer = {

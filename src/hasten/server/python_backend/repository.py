@@ -43,7 +43,7 @@ def create_triton_repository(
     """
     folder = target / name
     if folder.exists():
-        raise ConfigError(f"{folder} exists; give another folder, or remove it first")
+        raise ConfigError(f"{folder} exists; give another folder, or move it elsewhere first")
     version = folder / "1"
     config = _triton_config(engine, name, decoupled, environment or _own_environment())
     with removed_on_failure([folder]):
