@@ -53,6 +53,11 @@ def test_notes() -> None:
     ]
 
 
+def test_tokens_without_events_are_explained() -> None:
+    line = notes([result(replace(FIRST, output_tokens=32))])[0]
+    assert line.startswith("rate 4: 0.0938 events per token: the server joins tokens, or they have no text")
+
+
 def test_the_picture_has_each_figure(tmp_path: Path) -> None:
     write_plot(str(tmp_path / "load.svg"), "model <m> & more", results())
     root = ElementTree.parse(tmp_path / "load.svg").getroot()

@@ -93,6 +93,14 @@ def test_one_token_has_no_time_per_token() -> None:
     assert found.goodput == pytest.approx(1 / found.duration)
 
 
+def test_tokens_of_a_single_event_have_no_time_each() -> None:
+    joined = answered(1.0, [1.5], output_tokens=32)
+    assert result(joined).tpot is None
+    found = result(joined, FIRST).tpot
+    assert found is not None
+    assert found.mean == pytest.approx(75)
+
+
 def test_uncounted_tokens_are_not_guessed() -> None:
     found = result(FIRST, replace(SECOND, output_tokens=None), objectives=Objectives(tpot=1))
     assert found.output_tokens is None

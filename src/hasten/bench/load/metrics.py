@@ -132,8 +132,8 @@ def _is_positive(text: str) -> bool:
 
 
 def _tpot(record: Record) -> float | None:
-    """Seconds per output token after the first."""
-    if record.output_tokens is None or record.output_tokens < 2:
+    """Seconds per output token after the first; None of one token, or where all came in one event."""
+    if record.output_tokens is None or record.output_tokens < 2 or record.last == record.times[0]:
         return None
     return (record.last - record.times[0]) / (record.output_tokens - 1)
 

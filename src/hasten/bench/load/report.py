@@ -11,6 +11,14 @@ _DIFFERS = 1.05
 """From which ratio on a latency from the schedule has a row of its own."""
 
 
+_FEW_EVENTS = 0.5
+"""Per token; fewer need an explanation."""
+_WHY_FEW_EVENTS = (
+    "the server joins tokens, or they have no text (--no-skip-special-tokens shows end tokens, which --ignore-eos may "
+    "bring)"
+)
+
+
 def show(title: str, results: Sequence[LoadResult]) -> None:
     """Print throughput and latencies of each run."""
     columns = ("rate", "ok", "failed", "req/s", "output tok/s", "goodput", "events/tok")
@@ -50,6 +58,8 @@ def notes(results: Sequence[LoadResult]) -> list[str]:
             lines.append(f"{where}: {count} of {result.requests} failed with {kind}: {result.error_messages[kind]}")
         if result.output_tokens is None:
             lines.append(f"{where}: the server does not count its tokens; give --tokenizer for tpot and tokens/s")
+        if result.events_per_token is not None and result.events_per_token < _FEW_EVENTS:
+            lines.append(f"{where}: {number(result.events_per_token)} events per token: {_WHY_FEW_EVENTS}")
         lines += [f"{where}: the client is a bottleneck: {reason}" for reason in result.client.bottleneck]
     if not any(result.client.bottleneck for result in results):
         lines.append(f"the client kept up: {_kept_up(results)}")
