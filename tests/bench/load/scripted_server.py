@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -101,7 +102,7 @@ class Server:
 
 
 @contextmanager
-def scripted(answer: Answer = three_tokens) -> Iterator[Server]:
+def scripted(answer: Answer = three_tokens, tls: ssl.SSLContext | None = None) -> Iterator[Server]:
     """A server on a thread of its own."""
     exchanges: list[Exchange] = []
     ready: list[tuple[asyncio.AbstractEventLoop, asyncio.Event, int]] = []
@@ -127,7 +128,7 @@ def scripted(answer: Answer = three_tokens) -> Iterator[Server]:
 
     async def serve() -> None:
         stop = asyncio.Event()
-        async with await asyncio.start_server(connected, HOST, 0) as server:
+        async with await asyncio.start_server(connected, HOST, 0, ssl=tls) as server:
             ready.append((asyncio.get_running_loop(), stop, server.sockets[0].getsockname()[1]))
             is_ready.set()
             await stop.wait()
@@ -141,7 +142,7 @@ def scripted(answer: Answer = three_tokens) -> Iterator[Server]:
     is_ready.wait()
     loop, stop, port = ready[0]
     try:
-        yield Server(f"http://{HOST}:{port}", exchanges)
+        yield Server(f"{'http' if tls is None else 'https'}://{HOST}:{port}", exchanges)
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join()

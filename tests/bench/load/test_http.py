@@ -1,6 +1,8 @@
 import asyncio
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from hasten.core.ports import free_port
 
 
 def client_of(url: str, **headers: str) -> HttpClient:
-    return HttpClient(Address.parse(url, ("http",)), headers)
+    return HttpClient(Address.parse(url, ("http", "https")), headers)
 
 
 async def events(http: HttpClient, path: str = "/v1/completions") -> list[tuple[float, bytes]]:
@@ -234,3 +236,15 @@ def test_an_unanswered_connection_is_ended_with_its_task() -> None:
 
     with socket.create_server((HOST, 0)) as silent, pytest.raises(TimeoutError):
         asyncio.run(run(f"http://{HOST}:{silent.getsockname()[1]}"))
+
+
+def test_tls(monkeypatch: pytest.MonkeyPatch, certificate: tuple[Path, Path]) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*certificate)
+    with scripted(tls=context) as server:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+        assert len(stream(server.url)[0]) == 5
+        monkeypatch.delenv("SSL_CERT_FILE")
+        with pytest.raises(RequestError, match="certificate") as caught:
+            stream(server.url)
+    assert caught.value.kind == "TLS error"
