@@ -12,11 +12,11 @@ from tests.server.engine_helpers import LONG, SHORT, begin, collect, count, erro
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError
-from hasten.core.types import FinishReason, Logprob, SamplingParams
+from hasten.core.types import FinishReason, SamplingParams
 from hasten.server.engine.client import EngineClient
 from hasten.server.engine.queue import QueueFullError, QueueLimits, QueueTimeoutError, QueueWaitError, RequestQueue
 from hasten.server.engine.ticket import Progress, Ticket
-from hasten.server.engine.wire import CompletionDelta, Output
+from hasten.server.engine.wire import CompletionDelta, Logprob, Output
 
 
 def ticket(number: int, *, width: int = 1, priority: int = 0) -> Ticket:

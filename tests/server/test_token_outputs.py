@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from hasten.core.types import FinishReason, Logprob, SamplingParams
+from hasten.core.types import FinishReason, SamplingParams
 from hasten.server.engine.client import CompletionDelta
+from hasten.server.engine.wire import Logprob
 from hasten.server.models.token_inputs import Item, TokenRequest
 from hasten.server.models.token_outputs import BatchOutput
 from hasten.server.types import ServiceError, Tensor

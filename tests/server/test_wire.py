@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hasten.core.config import EngineConfig
-from hasten.core.types import FinishReason, Logprob, SamplingParams
+from hasten.core.types import FinishReason, SamplingParams
 from hasten.engine.stats import EngineStats
 from hasten.server.engine.wire import (
     Acknowledge,
@@ -16,6 +16,7 @@ from hasten.server.engine.wire import (
     CompletionDelta,
     Frames,
     FromEngine,
+    Logprob,
     Output,
     Refusal,
     Start,

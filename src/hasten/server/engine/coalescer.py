@@ -5,7 +5,11 @@ streams. Once it is a window of messages behind, what comes is joined: a server 
 itself, and one that does not gets as much as it can send. The first and the last tokens of a request never wait.
 """
 
+from collections import deque
+from typing import Any
+
 from hasten.core.types import CompletionOutput, RequestOutput
+from hasten.server.engine.pieces import MAX_COST, cost, split
 from hasten.server.engine.wire import CompletionDelta, Output
 
 _STREAMS_SHARE = 1 / 30
@@ -35,7 +39,7 @@ class Deltas:
         """What is new in `output`."""
         deltas = [delta for completion in output.outputs if (delta := self._delta(completion)) is not None]
         prompt_logprobs, self.is_first = output.prompt_logprobs if self.is_first else None, False
-        return Output(number, deltas, output.finished, prompt_logprobs)
+        return Output(number, deltas, output.finished, _on_wire(prompt_logprobs))
 
     def _delta(self, completion: CompletionOutput) -> CompletionDelta | None:
         index, tokens, characters = completion.index, *self._sent.get(completion.index, (0, 0))
@@ -50,11 +54,16 @@ class Deltas:
             index,
             completion.token_ids[tokens:],
             completion.text[characters:],
-            None if completion.logprobs is None else completion.logprobs[tokens:],
+            _on_wire(None if completion.logprobs is None else completion.logprobs[tokens:]),
             completion.cumulative_logprob,
             completion.finish_reason,
             completion.stop_reason,
         )
+
+
+def _on_wire(logprobs: Any) -> Any:
+    """Log-probabilities of the engine, which become those of the server by being encoded."""
+    return logprobs
 
 
 class OutputCoalescer:
@@ -67,6 +76,8 @@ class OutputCoalescer:
         self._deltas: dict[int, Deltas] = {}
         self._streams: set[int] = set()
         self._outputs: dict[int, RequestOutput] = {}
+        self._rest: deque[Output] = deque()
+        """Outputs, or pieces of them, that did not fit the messages before."""
         self._in_flight = 0
         """Messages that the server has not acknowledged."""
         self._next_at = 0.0
@@ -83,6 +94,8 @@ class OutputCoalescer:
         self._deltas.pop(number, None)
         self._streams.discard(number)
         self._outputs.pop(number, None)
+        if self._rest:
+            self._rest = deque(output for output in self._rest if output.id != number)
 
     def put(self, output: RequestOutput) -> None:
         """Take in the output of a request: all of it so far."""
@@ -104,9 +117,31 @@ class OutputCoalescer:
         """
         return self._in_flight < self._window and (now >= self._next_at or len(self._streams) <= 1)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether a further message may have outputs that did not fit the last one."""
+        return bool(self._rest) and self._in_flight < self._window
+
     def take(self, *, everything: bool) -> list[Output]:
-        """The outputs to send now: the first and the last of a request, the rest with `everything`."""
-        return [self._take(number) for number in list(self._outputs) if everything or self._is_urgent(number)]
+        """The outputs to send now: the first and the last of a request, the rest with `everything`.
+
+        What is too large for one message goes with this one and those after it, while the server keeps up with them.
+        """
+        taken, room = list[Output](), MAX_COST
+        waiting = {output.id for output in self._rest}
+        for number in list(self._outputs):
+            if everything or self._is_urgent(number):
+                pieces = split(self._take(number))
+                size = cost(pieces[0])
+                if len(pieces) == 1 and size <= room and number not in waiting:
+                    taken += pieces
+                    room -= size
+                else:
+                    self._rest.extend(pieces)
+        while self.goes_on and (not taken or cost(self._rest[0]) <= room):
+            taken.append(self._rest.popleft())
+            room -= cost(taken[-1])
+        return taken
 
     def _is_urgent(self, number: int) -> bool:
         return self._outputs[number].finished or self._deltas[number].is_first
@@ -115,5 +150,6 @@ class OutputCoalescer:
         output = self._outputs.pop(number)
         taken = self._deltas[number].take(number, output)
         if output.finished:
-            self.forget(number)
+            self._deltas.pop(number)
+            self._streams.discard(number)
         return taken

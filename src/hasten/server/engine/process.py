@@ -142,6 +142,7 @@ class EngineLoop:
         for message in self._channel.receive(wait=wait):
             if isinstance(message, Acknowledge):
                 self._coalescer.acknowledge(message.steps, message.cpu_seconds, time.monotonic())
+                self._changed = self._changed or self._coalescer.goes_on
                 continue
             self._changed = True
             if isinstance(message, Add):
@@ -236,7 +237,7 @@ class EngineLoop:
             self._sent = now
             self._started, self._refused, self._expired = set(), [], []
             self._began_compiling, self._compiled = [], []
-            self._changed = not everything
+            self._changed = not everything or self._coalescer.goes_on
 
 
 def server_coalescer(engine: "Engine") -> OutputCoalescer:

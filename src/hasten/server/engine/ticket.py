@@ -5,11 +5,15 @@ import time
 from dataclasses import dataclass, field
 
 from hasten.core.errors import HastenError
-from hasten.core.types import FinishReason, Logprob
-from hasten.server.engine.wire import CompletionDelta, Output
+from hasten.core.types import FinishReason
+from hasten.server.engine.pieces import cost
+from hasten.server.engine.wire import CompletionDelta, Logprob, Output
 
 _DEFAULT_RANK = 1.5
 """Where requests without a priority stand: behind priority 1, before all larger ones."""
+
+
+_TOKEN_BYTES = 8
 
 
 def rank_of(priority: int) -> float:
@@ -31,6 +35,11 @@ class Progress:
     tokens: int = 0
     """Of all completions."""
 
+    @property
+    def size(self) -> int:
+        """About the bytes of what is made of it for a client."""
+        return _TOKEN_BYTES * (cost(self) + len(self.prompt_token_ids))
+
     def merge(self, later: "Progress") -> None:
         """Take in what came after it."""
         known = {delta.index: delta for delta in self.completions}
@@ -42,6 +51,8 @@ class Progress:
                 _extend(before, delta)
         self.tokens += later.tokens
         self.finished = later.finished
+        if later.prompt_logprobs is not None:
+            self.prompt_logprobs = (self.prompt_logprobs or []) + later.prompt_logprobs
 
 
 def _extend(delta: CompletionDelta, later: CompletionDelta) -> None:
@@ -90,6 +101,8 @@ class Ticket:
     _pending: Progress | None = None
     _error: HastenError | None = None
     _reader: "asyncio.Future[None] | None" = None
+    _partial: bool = False
+    """Whether the end of what is pending has yet to come."""
 
     @property
     def order(self) -> tuple[float, int]:
@@ -109,7 +122,7 @@ class Ticket:
 
     def push(self, output: Output) -> None:
         """Keep more for its reader, who is to be woken up then."""
-        progress = Progress(output.completions, output.finished)
+        progress = Progress(output.completions, output.finished, prompt_logprobs=output.prompt_logprobs)
         for delta in output.completions:
             progress.tokens += len(delta.token_ids)
             if delta.finish_reason is FinishReason.STOP:
@@ -117,12 +130,13 @@ class Ticket:
         self.tokens += progress.tokens
         if not self.has_output:
             self.has_output = True
-            progress.prompt_token_ids, progress.prompt_logprobs = self.prompt_token_ids, output.prompt_logprobs
+            progress.prompt_token_ids = self.prompt_token_ids
             progress.queue_seconds = max(0.0, (self.begun or time.monotonic()) - self.arrived)
         if self._pending is None:
             self._pending = progress
         else:
             self._pending.merge(progress)
+        self._partial = output.partial
 
     def fail(self, error: HastenError) -> None:
         """Give its reader an error, after what came before it."""
@@ -137,7 +151,7 @@ class Ticket:
 
     async def read(self) -> Progress:
         """What is new; waits for it. Raises the error that ended the request."""
-        while self._pending is None and self._error is None:
+        while (self._pending is None or self._partial) and self._error is None:
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
         progress, self._pending = self._pending, None

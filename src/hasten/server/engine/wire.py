@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from hasten.core.config import EngineConfig
-from hasten.core.types import FinishReason, Logprob, SamplingParams
+from hasten.core.types import FinishReason, SamplingParams
 from hasten.engine.stats import EngineStats
 
 
@@ -42,6 +42,17 @@ class EngineInfo:
     """Family of the architecture, for example `bloom`."""
     load_seconds: float = 0.0
     """From the start of its process until it was ready."""
+
+
+class Logprob(msgspec.Struct, gc=False):
+    """Log-probability of one token at one position, as core.types has it.
+
+    An answer may have a million of them; to look at each, the garbage collector would hold up the server.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
 
 
 @dataclass
@@ -111,6 +122,8 @@ class Output(msgspec.Struct):
     completions: list[CompletionDelta]
     finished: bool
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    partial: bool = False
+    """Whether the rest of it comes with later messages: it is one output, but too large for one message."""
 
 
 class Refusal(msgspec.Struct):

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2
 
 from hasten.core.errors import ConfigError
-from hasten.core.types import FinishReason, Logprob
+from hasten.core.types import FinishReason
+from hasten.server.by_size import by_size
 from hasten.server.engine.client import CompletionDelta, Progress
+from hasten.server.engine.wire import Logprob
 from hasten.server.models.config import is_decoupled, parameter
 from hasten.server.models.model import Models, required_engine
 from hasten.server.models.parameters import TOKEN_MODEL
@@ -70,7 +72,7 @@ class TextModel:
                 async for progress in progresses:
                     work.clock.wait(progress.queue_seconds)
                     work.clock.compute()
-                    yield Outcome(reply.tensors(progress), progress.finished)
+                    yield Outcome(await by_size(progress.size, reply.tensors, progress), progress.finished)
 
     async def close(self, timeout: float) -> None:
         """It holds nothing."""

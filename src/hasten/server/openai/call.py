@@ -11,6 +11,7 @@ import msgspec
 
 from hasten.core.errors import HastenError, InvalidRequestError
 from hasten.core.types import FinishReason, SamplingParams
+from hasten.server.by_size import by_size
 from hasten.server.engine.client import CompletionDelta, EngineClient, Progress
 from hasten.server.openai.choices import Choice, Choices
 from hasten.server.openai.params import error_answer
@@ -74,11 +75,15 @@ class Call:
 
     async def answer(self) -> bytes:
         """The whole answer."""
-        usage, found = _Usage(prompts_only=self.prompts_only), list[Choice]()
+        usage, found, size = _Usage(prompts_only=self.prompts_only), list[Choice](), 0
         async with aclosing(self._run(stream=False)) as run:
             async for number, progress in run:
                 usage.count(progress)
-                found += self._taken(number, progress)
+                size += progress.size
+                found += await by_size(progress.size, self._taken, number, progress)
+        return await by_size(size, self._whole, found, usage)
+
+    def _whole(self, found: list[Choice], usage: _Usage) -> bytes:
         parts = b",".join(map(_encode, sorted(found, key=lambda choice: choice.index)))
         return self.head(self.kind) + parts + b'],"usage":' + _encode(usage.as_json()) + b"}"
 
@@ -94,8 +99,7 @@ class Call:
                 async for number, progress in run:
                     usage.count(progress)
                     progress.completions = [delta for delta in progress.completions if _shows(delta)]
-                    pieces = self._taken(number, progress)
-                    event = b"".join([begin + _encode(piece) + end for piece in pieces])
+                    event = await by_size(progress.size, self._events, number, progress, begin, end)
                     left -= progress.finished
                     if left == 0:  # its end goes with it, in one write
                         if with_usage:
@@ -108,6 +112,9 @@ class Call:
             if not begun:
                 raise
             yield b"data: " + error_answer(error)[1] + b"\n\n"
+
+    def _events(self, number: int, progress: Progress, begin: bytes, end: bytes) -> bytes:
+        return b"".join([begin + _encode(piece) + end for piece in self._taken(number, progress)])
 
     def _taken(self, number: int, progress: Progress) -> Sequence[Choice]:
         for delta in progress.completions:

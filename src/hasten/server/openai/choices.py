@@ -6,9 +6,10 @@ from typing import Protocol
 
 import msgspec
 
-from hasten.core.types import FinishReason, Logprob
+from hasten.core.types import FinishReason
 from hasten.engine.text import Tokenizer
 from hasten.server.engine.client import CompletionDelta, Progress
+from hasten.server.engine.wire import Logprob
 
 _LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have; as OpenAI writes it."""

@@ -1,0 +1,69 @@
+"""Large outputs in pieces: a message is encoded by the engine and decoded by the server at once, and holds up both."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+from hasten.server.engine.wire import CompletionDelta, Logprob, Output
+
+if TYPE_CHECKING:
+    from hasten.server.engine.ticket import Progress
+
+MAX_COST = 100_000
+"""Of the outputs of one message, where a token costs 1: some 10 ms to decode."""
+_ENTRY_COST = 10
+"""Of a log-probability."""
+Entry = TypeVar("Entry")
+
+
+def cost(output: "Output | Progress") -> int:
+    """What an output takes to encode and to decode, in tokens."""
+    prompt = output.prompt_logprobs or ()
+    return sum(_delta_cost(delta) for delta in output.completions) + len(prompt) * _token_cost(prompt[-1:])
+
+
+def _delta_cost(delta: CompletionDelta) -> int:
+    return len(delta.token_ids) * _token_cost(delta.logprobs)
+
+
+def _token_cost(logprobs: Sequence[dict[int, Logprob] | None] | None) -> int:
+    """Of a token, by the log-probabilities of the first."""
+    return 1 + _ENTRY_COST * len((logprobs or [None])[0] or ())
+
+
+def split(output: Output, most: int = MAX_COST) -> list[Output]:
+    """An output as pieces that cost no more than `most` (or have one token), all but the last marked as partial."""
+    if cost(output) <= most:
+        return [output]
+    pieces = [Output(output.id, [], False, part) for part in _prompt_parts(output, most)]
+    pieces += [Output(output.id, [part], False) for delta in output.completions for part in _delta_parts(delta, most)]
+    for piece in pieces:
+        piece.partial = True
+    pieces[-1].partial, pieces[-1].finished = False, output.finished
+    return pieces
+
+
+def _prompt_parts(output: Output, most: int) -> Iterator[list[dict[int, Logprob] | None]]:
+    logprobs = output.prompt_logprobs or []
+    return _chunks(logprobs, max(1, most // _token_cost(logprobs[-1:])))
+
+
+def _delta_parts(delta: CompletionDelta, most: int) -> Iterator[CompletionDelta]:
+    """Pieces of a delta; the first one has its text, the last one says how it ended."""
+    if _delta_cost(delta) <= most:
+        yield delta
+        return
+    length = max(1, most // _token_cost(delta.logprobs))
+    text = delta.text
+    for begin in range(0, len(delta.token_ids), length):
+        end = begin + length
+        logprobs = None if delta.logprobs is None else delta.logprobs[begin:end]
+        made = replace(delta, token_ids=delta.token_ids[begin:end], logprobs=logprobs, text=text)
+        if end < len(delta.token_ids):
+            made.finish_reason = made.stop_reason = None
+        text = ""
+        yield made
+
+
+def _chunks(entries: list[Entry], length: int) -> Iterator[list[Entry]]:
+    return (entries[begin : begin + length] for begin in range(0, len(entries), length))
