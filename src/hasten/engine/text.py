@@ -98,6 +98,10 @@ class Tokenizer:
         text = self._detokenizer.decode(ids, skip_special_tokens=skip_special_tokens, continues=continues)
         return cleaned(text) if self._cleans_up else text
 
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """What the vocabulary has for each id, empty where it has nothing: not yet text, `Ġhouse` or `<0x0A>`."""
+        return [self._fast.id_to_token(token) or "" for token in ids]
+
     def continues(self, prompt: Sequence[int], *, skip_special_tokens: bool) -> bool:
         """Whether tokens that follow this prompt are decoded otherwise than at the beginning of a text."""
         if not self._detokenizer.anchor:

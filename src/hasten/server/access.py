@@ -15,6 +15,8 @@ from urllib.parse import quote
 import grpc
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hasten.server.http_errors import OPENAI_PATHS
+
 REQUEST_ID = "x-request-id"
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _LONGEST_PATH = 200
@@ -54,7 +56,7 @@ def _api(path: str) -> str:
     """The API that an HTTP path belongs to."""
     if path in _PROBES:
         return "probe"
-    if path.startswith("/v1/"):
+    if path.startswith(OPENAI_PATHS):
         return "openai"
     if path == "/v2" or path.startswith("/v2/"):
         return "triton_http"

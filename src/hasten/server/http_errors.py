@@ -1,4 +1,4 @@
-"""What errors look like over HTTP: Triton's shape, and OpenAI's under /v1."""
+"""What errors look like over HTTP: Triton's shape, and OpenAI's on its own routes and those beside them."""
 
 import math
 from collections.abc import Mapping
@@ -19,6 +19,8 @@ STATUS = {
     ErrorKind.DEADLINE: 504,
     ErrorKind.INTERNAL: 500,
 }
+OPENAI_PATHS = ("/v1/", "/tokenize", "/detokenize")
+"""How paths begin whose errors have OpenAI's form."""
 _OPENAI_CODES = {401: "invalid_api_key", 404: "unknown_url"}
 
 
@@ -30,7 +32,7 @@ def retry_after(seconds: float | None) -> int:
 def error_response(path: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
     """The answer to a request that failed."""
     error: object = message
-    if path.startswith("/v1/"):
+    if path.startswith(OPENAI_PATHS):
         kind = "invalid_request_error" if status < 500 else "server_error"
         error = {"message": message, "type": kind, "param": None, "code": _OPENAI_CODES.get(status)}
     return Response(

@@ -13,6 +13,10 @@ MAX_TEXT_BYTES = 1 << 20
 """Of a text whose tokenizer sets no bound on the bytes of a token, unless the server's options say otherwise."""
 SHORT_TEXT = 2048
 """Characters that are tokenized at once: it takes a few milliseconds."""
+MAX_DECODED = 1 << 18
+"""Tokens of one text: decoding them holds Python's lock."""
+FEW_DECODED = 4096
+"""Which are decoded at once."""
 _THREADS = 2
 _MAX_WAITING = 256
 """Requests whose texts wait for a thread; each text is one that may fit."""
@@ -59,6 +63,19 @@ class Tokenizing:
             for text in texts:
                 tokenizer.check_length(len(text), most_tokens)
         return await self.run(work)
+
+    async def decode(self, tokenizer: Tokenizer, ids: Sequence[int], vocab_size: int) -> str:
+        """Text of token ids, special ones included; InvalidRequestError where they are too many, or unknown."""
+        if len(ids) > MAX_DECODED:
+            raise InvalidRequestError(f"there are {len(ids)} tokens, the limit is {MAX_DECODED}")
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+            wrong = next(token for token in ids if not 0 <= token < vocab_size)
+            raise InvalidRequestError(f"there is token id {wrong}; the vocabulary ends at {vocab_size - 1}")
+
+        def work() -> str:
+            return tokenizer.decode(ids, skip_special_tokens=False)
+
+        return work() if len(ids) <= FEW_DECODED else await self.run(work)
 
     async def run(self, work: Callable[[], Result]) -> Result:
         """Do some work on one of the threads."""

@@ -22,13 +22,9 @@ from hasten.server.models.model import Models, required_engine
 from hasten.server.models.parameters import TOKEN_MODEL, TOKENIZER
 from hasten.server.models.token_inputs import pack_words
 from hasten.server.models.work import Outcome, Work
-from hasten.server.tokenizing import check_words, tokenizing
+from hasten.server.tokenizing import FEW_DECODED, MAX_DECODED, check_words, tokenizing
 from hasten.server.types import ErrorKind, ServiceError, Tensor
 
-_MOST_DECODED = 1 << 18
-"""Tokens of one text: decoding them holds Python's lock."""
-_FEW_DECODED = 4096
-"""Which are decoded at once."""
 _MAX_CSV_CHARACTERS = 32 << 10
 """Of the words of one item, with commas and quotes."""
 _MAX_DISTINCT_WORDS = 16_384
@@ -118,8 +114,8 @@ class Postprocessing(_Processing):
         tokenizer, tokens = self.tokenizer(), work.inputs["TOKENS_BATCH"].data
         lengths = _lengths(work, tokens)
         work.clock.prepare()
-        if tokens.shape[2] > _MOST_DECODED:
-            raise _invalid(f"input 'TOKENS_BATCH' has {tokens.shape[2]} tokens an item, the limit is {_MOST_DECODED}")
+        if tokens.shape[2] > MAX_DECODED:
+            raise _invalid(f"input 'TOKENS_BATCH' has {tokens.shape[2]} tokens an item, the limit is {MAX_DECODED}")
 
         def decode() -> NDArray[Any]:
             texts = np.empty(tokens.shape[:2], dtype=object)
@@ -127,7 +123,7 @@ class Postprocessing(_Processing):
                 texts[item, beam] = tokenizer.decode(tokens[item, beam, : lengths[item, beam]].tolist()).encode()
             return texts
 
-        texts = decode() if tokens.size <= _FEW_DECODED else await tokenizing.run(decode)
+        texts = decode() if tokens.size <= FEW_DECODED else await tokenizing.run(decode)
         yield Outcome([_tensor("OUTPUT", "BYTES", texts)], final=True)
 
 

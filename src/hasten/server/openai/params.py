@@ -38,7 +38,7 @@ QUEUE_TIMEOUT = "x-queue-timeout-ms"
 _MOST_DIGITS = 15
 _FIELD = re.compile(r"`\$\.(\w+)|(?:key|unknown|required) field `(\w+)`|in `\$\.(\w+)")
 
-Decoded = TypeVar("Decoded", bound=GenerationRequest)
+Decoded = TypeVar("Decoded", bound=msgspec.Struct)
 
 
 class OpenAIError(HastenError):
