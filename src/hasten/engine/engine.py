@@ -15,7 +15,7 @@ import torch
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError, InvalidRequestError
-from hasten.core.types import CompletionOutput, FinishReason, Logprob, Request, RequestOutput, SamplingParams
+from hasten.core.types import CompletionOutput, FinishReason, Request, RequestOutput, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.beam import BeamSearch, Hypothesis, candidate_count, go_on
 from hasten.engine.constraint import Constraint
@@ -49,9 +49,9 @@ class _RequestState:
     """A request under way, and the outputs it has so far."""
 
     request: Request
+    output: RequestOutput
     completions: dict[int, _Completion] = field(default_factory=dict)
     """By the sequence's index."""
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     unfinished: int = 0
     stream: bool = False
     continues: bool = False
@@ -65,6 +65,16 @@ class _RequestState:
         if self.search is not None:
             return self.search.keys
         return [completion.sequence.key for completion in self.completions.values()]
+
+    def shown(self) -> RequestOutput:
+        """What it has so far; unfinished completions show the text that no stop string can take back."""
+        for completion in self.completions.values():
+            if completion.text is not None and completion.output.finish_reason is None:
+                completion.output.text = completion.text.settled
+        if len(self.output.outputs) != len(self.completions):
+            self.output.outputs = [completion.output for _, completion in sorted(self.completions.items())]
+        self.output.finished = self.unfinished == 0
+        return self.output
 
 
 @dataclass(frozen=True)
@@ -170,12 +180,13 @@ class Engine:
         sequence = Sequence(request, seed, self.max_model_len)
         sequence.constraint = None if grammar is None else Constraint.begin(grammar)
         # what a search will return is not known before its end
-        state = _RequestState(request, unfinished=params.n, stream=stream and params.beam_width == 1)
+        output = RequestOutput(request.request_id, request.prompt, list(request.prompt_token_ids))
+        state = _RequestState(request, output, unfinished=params.n, stream=stream and params.beam_width == 1)
         if self.tokenizer is not None:
             skip = params.skip_special_tokens
             state.continues = self.tokenizer.continues(request.prompt_token_ids, skip_special_tokens=skip)
         if params.prompt_logprobs is not None:
-            state.prompt_logprobs = [None]
+            output.prompt_logprobs = [None]
         self._requests[request.request_id] = state
         self._added[request.request_id] = sequence
         self._prompt_tokens += sequence.prompt_len
@@ -270,11 +281,12 @@ class Engine:
             if key in self._owners:
                 self._release(key)
         self._forget_flight_of_none()
-        return _output(state)
+        return state.shown()
 
     def step(self) -> list[RequestOutput]:
         """Compute one batch; the outputs of requests that it finished and of streaming ones that it brought further.
 
+        An output that is not finished grows with further steps: whoever keeps one copies it.
         With overlapped steps they are those of the batch before.
         """
         with self._change(), self._closing_on_errors(), self.ranks.guard("computing a step"), torch.inference_mode():
@@ -354,7 +366,7 @@ class Engine:
         if not self.worker.overlap:
             self._collect(touched)
         self._forget_flight_of_none()
-        return [_output(state) for state in touched.values() if state.stream or state.unfinished == 0]
+        return [state.shown() for state in touched.values() if state.stream or state.unfinished == 0]
 
     def _launch(self, batch: Batch) -> Launched | None:
         if not batch.sequences:
@@ -580,7 +592,7 @@ class Engine:
         """Keep the entries of positions in order; those before a preemption come again and are kept already."""
         for sequence, position, top in prompts.collect(self._text_of):
             state = self._owners.get(sequence.key)
-            kept = None if state is None else state.prompt_logprobs
+            kept = None if state is None else state.output.prompt_logprobs
             if kept is not None and len(kept) == position + 1:
                 kept.append(top)
 
@@ -625,22 +637,3 @@ def _announcement(sequence: Sequence) -> NewSequence:
         "plain": sequence.is_plain,
         "prompt_logprobs": sequence.params.prompt_logprobs is not None,
     }
-
-
-def _output(state: _RequestState) -> RequestOutput:
-    """What a request has so far; unfinished completions show the text that no stop string can take back."""
-    outputs = []
-    for _, completion in sorted(state.completions.items()):
-        output = completion.output
-        if output.finish_reason is None and completion.text is not None:
-            output.text = completion.text.settled
-        logprobs = None if output.logprobs is None else list(output.logprobs)
-        outputs.append(replace(output, token_ids=list(output.token_ids), logprobs=logprobs))
-    return RequestOutput(
-        request_id=state.request.request_id,
-        prompt=state.request.prompt,
-        prompt_token_ids=list(state.request.prompt_token_ids),
-        outputs=outputs,
-        prompt_logprobs=state.prompt_logprobs,
-        finished=state.unfinished == 0,
-    )

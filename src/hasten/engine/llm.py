@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,15 @@ _NOT_OFFERED = {
 }
 """Methods of vLLM's LLM that there are not, and why."""
 _NOTE_EVERY_S = 0.2
+
+
+def _as_it_is(output: RequestOutput) -> RequestOutput:
+    """A copy of an output that does not grow with it."""
+    outputs = [
+        replace(each, token_ids=each.token_ids.copy(), logprobs=None if each.logprobs is None else each.logprobs.copy())
+        for each in output.outputs
+    ]
+    return replace(output, prompt_token_ids=output.prompt_token_ids.copy(), outputs=outputs)
 
 
 class LLM:
@@ -244,7 +254,7 @@ class LLM:
                     if output.request_id in open_ids:
                         if output.finished:
                             finished.add(output.request_id)
-                        yield output
+                        yield _as_it_is(output)
         finally:
             self._abandon(ids, finished)
 
