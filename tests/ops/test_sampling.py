@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from hasten import ops
-from hasten.ops import reference
+from hasten.ops import cpu_sampling, reference
 
 pytest.importorskip("triton")
 
@@ -51,6 +51,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_sampling, "_FIRST", 100)
     monkeypatch.setattr(sampling, "_BLOCK", BLOCK)
     monkeypatch.setattr(sampling, "_CHUNK", BLOCK)
 
@@ -82,6 +83,7 @@ def drawn(logits_rv: Tensor, rows: list[dict[str, Any]], at: list[float], device
     probs_rv = reference.filtered(logits_rv, draws)
     ends_rv = probs_rv.cumsum(-1) / probs_rv.sum(-1, keepdim=True)
     found, expected = found_r.tolist(), reference.draw(logits_rv, draws).tolist()
+    assert cpu_sampling.draw(logits_rv, draws).tolist() == expected
     for row, (token, wanted) in enumerate(zip(found, expected, strict=True)):
         if token == wanted:
             continue
@@ -112,7 +114,7 @@ def test_greedy_takes_the_first_of_equals(dtype: torch.dtype, device: torch.devi
     logits[-2, 1:], logits[-1, 1:] = -0.0, 0.0
     wanted = [*map(min, places), 0, 0]
     assert sampling.greedy(logits.to(device)).tolist() == wanted
-    assert reference.greedy(logits).tolist() == wanted
+    assert reference.greedy(logits).tolist() == cpu_sampling.greedy(logits).tolist() == wanted
 
 
 def not_finite(dtype: torch.dtype) -> tuple[Tensor, list[bool]]:
@@ -133,6 +135,7 @@ def not_finite(dtype: torch.dtype) -> tuple[Tensor, list[bool]]:
 def test_rows_that_are_not_finite_have_no_token(dtype: torch.dtype, device: torch.device) -> None:
     logits, fine = not_finite(dtype)
     assert [token >= 0 for token in reference.greedy(logits).tolist()] == fine
+    assert torch.equal(cpu_sampling.greedy(logits), reference.greedy(logits))
     assert torch.equal(sampling.greedy(logits.to(device)).cpu(), reference.greedy(logits))
     for options in ({}, {"top_k": 3, "top_p": 0.9, "min_p": 0.1}):
         found = drawn(logits, [options] * len(fine), points(len(fine)), device)

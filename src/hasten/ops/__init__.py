@@ -1,7 +1,7 @@
 """Typed tensor operations: the only room that asks which device a tensor is on.
 
-Each function is defined in `reference.py`, in plain torch; `cpu.py` and `gpu/` hold faster paths with the same
-signatures. The kernels of `gpu/` are imported when the first tensor on a GPU comes by.
+Each function is defined in `reference.py`, in plain torch; `cpu.py`, `cpu_sampling.py` and `gpu/` hold faster paths
+with the same signatures. The kernels of `gpu/` are imported when the first tensor on a GPU comes by.
 Shapes: t tokens of the flat batch, h hidden, o output features, n heads, m key/value heads, d head size, v vocabulary.
 """
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hasten.core.config import DTypeName
-from hasten.ops import cpu, reference
+from hasten.ops import cpu, cpu_sampling, reference
 from hasten.ops.block_caches import BlockCaches
 from hasten.ops.draws import NONE_LEFT, Draws
 from hasten.ops.edits import Bans, EditList, LogitEdits, TokenCounts
@@ -234,7 +234,7 @@ def greedy(logits_rv: Tensor) -> Tensor:
         from hasten.ops.gpu import sampling
 
         return sampling.greedy(logits_rv)
-    return reference.greedy(logits_rv)
+    return cpu_sampling.greedy(logits_rv)
 
 
 def draw(logits_rv: Tensor, draws: Draws) -> Tensor:
@@ -249,7 +249,7 @@ def draw(logits_rv: Tensor, draws: Draws) -> Tensor:
         from hasten.ops.gpu import sampling
 
         return sampling.draw(logits_rv, draws)
-    return reference.draw(logits_rv, draws)
+    return cpu_sampling.draw(logits_rv, draws)
 
 
 def edit_logits(logits_rv: Tensor, edits: LogitEdits, counts: TokenCounts, chosen_r: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Every op in plain torch: its definition, and the oracle of the tests. Docstrings stand at `hasten.ops`."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
@@ -139,27 +141,49 @@ def copy_blocks(caches: BlockCaches, sources_n: Tensor, targets_n: Tensor) -> No
 
 def greedy(logits_rv: Tensor) -> Tensor:  # noqa: D103
     best_r, tokens_r = logits_rv.max(-1)
-    return _where_finite(tokens_r, best_r)
+    return where_finite(tokens_r, best_r)
 
 
-def _where_finite(tokens_r: Tensor, best_r: Tensor) -> Tensor:
+def where_finite(tokens_r: Tensor, best_r: Tensor) -> Tensor:
     """The tokens as int32, and what stands for none where a row's greatest logit is not finite."""
     return tokens_r.where(best_r.isfinite(), -1).masked_fill(best_r == float("-inf"), NONE_LEFT).int()
 
 
 def draw(logits_rv: Tensor, draws: Draws) -> Tensor:  # noqa: D103
-    cumulative_rv = filtered(logits_rv, draws).cumsum(-1)
+    return drawn(filtered(logits_rv, draws), logits_rv, draws)
+
+
+def drawn(probs_rv: Tensor, logits_rv: Tensor, draws: Draws) -> Tensor:
+    """What `draw` draws from what `filtered` has left of the logits."""
+    cumulative_rv = probs_rv.cumsum(-1)
     places_r1 = torch.searchsorted(cumulative_rv, draws.point_r1 * cumulative_rv[:, -1:], right=True)
-    return _where_finite(places_r1.squeeze(1).clamp_(max=logits_rv.shape[1] - 1), logits_rv.amax(-1))
+    return where_finite(places_r1.squeeze(1).clamp_(max=logits_rv.shape[1] - 1), logits_rv.amax(-1))
 
 
-def filtered(logits_rv: Tensor, draws: Draws) -> Tensor:
+def floor(probs_rv: Tensor, top_k_r1: Tensor, top_p_r1: Tensor) -> Tensor:
+    """The least probability [r, 1] that top-k, and then top-p among what is left, keep.
+
+    What is as probable as the last of the k is left as well, and counts for top-p.
+    """
+    sorted_rk = probs_rv.topk(int(top_k_r1.max()), dim=-1).values
+    left_rv = probs_rv * (probs_rv >= sorted_rk.gather(1, top_k_r1 - 1))
+    return floor_among(sorted_rk, left_rv.sum(-1, keepdim=True), top_k_r1, top_p_r1)
+
+
+def floor_among(sorted_rk: Tensor, left_r1: Tensor, top_k_r1: Tensor, top_p_r1: Tensor) -> Tensor:
+    """`floor` from each row's greatest probabilities, in descending order, and the sum of what top-k leaves."""
+    kept_rk = sorted_rk.cumsum(-1) - sorted_rk < top_p_r1 * left_r1
+    kept_rk &= torch.arange(sorted_rk.shape[1], device=sorted_rk.device) < top_k_r1
+    return sorted_rk.gather(1, kept_rk.sum(-1, keepdim=True).clamp_(min=1) - 1)
+
+
+def filtered(logits_rv: Tensor, draws: Draws, floor: Callable[[Tensor, Tensor, Tensor], Tensor] = floor) -> Tensor:
     """What `draw` draws from, in fp64: probabilities before the filters, and 0 for tokens that a filter drops."""
     # fp64 for the temperature: a tiny one would overflow fp32 and leave no distribution to draw from.
     probs_rv = (logits_rv.double() / draws.temperature_r1).softmax(-1)
     if not draws.filters:
         return probs_rv
-    probs_rv = probs_rv.masked_fill(probs_rv < probs_rv.amax(-1, keepdim=True) * draws.min_p_r1, 0)
+    probs_rv = probs_rv * (probs_rv >= probs_rv.amax(-1, keepdim=True) * draws.min_p_r1)
     vocab = logits_rv.shape[1]
     top_k_r1 = draws.top_k_r1.long().clamp(max=vocab)
     top_k_r1 = top_k_r1.where(top_k_r1 > 0, vocab)
@@ -167,21 +191,8 @@ def filtered(logits_rv: Tensor, draws: Draws) -> Tensor:
     if cut.numel() == 0:
         return probs_rv
     floor_r1 = probs_rv.new_zeros(probs_rv.shape[0], 1)
-    floor_r1[cut] = _floor(probs_rv[cut], top_k_r1[cut], draws.top_p_r1[cut])
-    return probs_rv.masked_fill(probs_rv < floor_r1, 0)
-
-
-def _floor(probs_rv: Tensor, top_k_r1: Tensor, top_p_r1: Tensor) -> Tensor:
-    """The least probability [r, 1] that top-k, and then top-p among what is left, keep.
-
-    What is as probable as the last of the k is left as well, and counts for top-p.
-    """
-    sorted_rk = probs_rv.topk(int(top_k_r1.max()), dim=-1).values
-    last_r1 = top_k_r1 - 1
-    left_rv = probs_rv.where(probs_rv >= sorted_rk.gather(1, last_r1), 0)
-    kept_rk = sorted_rk.cumsum(-1) - sorted_rk < top_p_r1 * left_rv.sum(-1, keepdim=True)
-    kept_rk &= torch.arange(sorted_rk.shape[1], device=probs_rv.device) <= last_r1
-    return sorted_rk.where(kept_rk, sorted_rk[:, :1]).amin(-1, keepdim=True)
+    floor_r1[cut] = floor(probs_rv[cut], top_k_r1[cut], draws.top_p_r1[cut])
+    return probs_rv * (probs_rv >= floor_r1)
 
 
 def edit_logits(  # noqa: D103
@@ -217,16 +228,19 @@ def _penalize(edited_rv: Tensor, rows_k: Tensor, slots_k: Tensor, penalties_k3: 
 
 
 def count_tokens(counts: TokenCounts, slots_r: Tensor, tokens_r: Tensor) -> None:  # noqa: D103
-    for slot, token in zip(slots_r.tolist(), tokens_r.tolist(), strict=True):
-        if slot < 0 or token < 0:
-            continue
-        size = int(counts.sizes_s[slot])
-        found = (counts.ids_sw[slot, :size] == token).nonzero().flatten()
-        if len(found):
-            counts.counts_sw[slot, found] += 1
-        else:
-            counts.ids_sw[slot, size], counts.counts_sw[slot, size] = token, 1
-            counts.sizes_s[slot] += 1
+    counted_r = (slots_r >= 0) & (tokens_r >= 0)
+    slots_k, tokens_k = slots_r[counted_r].long(), tokens_r[counted_r]
+    if not len(slots_k):
+        return
+    sizes_k = counts.sizes_s[slots_k]
+    width = int(sizes_k.max()) + 1  # with the entry that a new token gets
+    held_kw = torch.arange(width, device=sizes_k.device) < sizes_k.unsqueeze(1)
+    found_kw = held_kw & (counts.ids_sw[slots_k, :width] == tokens_k.unsqueeze(1))
+    known_k = found_kw.any(1)
+    at_k = found_kw.int().argmax(1).where(known_k, sizes_k.long())
+    counts.ids_sw[slots_k, at_k] = tokens_k
+    counts.counts_sw[slots_k, at_k] = counts.counts_sw[slots_k, at_k].where(known_k, 0) + 1
+    counts.sizes_s[slots_k] = sizes_k + ~known_k
 
 
 def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs:  # noqa: D103
