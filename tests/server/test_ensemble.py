@@ -9,6 +9,7 @@ from tests.server.service_fixtures import DEMO, Outputs, Running, demo, streamin
 
 from hasten.core.errors import ConfigError
 from hasten.engine.text import Tokenizer
+from hasten.server.engine.client import QueueLimits
 from hasten.server.models import text_processing
 from hasten.server.models.config import completed, is_decoupled, parse_config
 from hasten.server.models.ensemble import Ensemble, ordered_steps
@@ -133,6 +134,16 @@ def test_the_distinct_words_of_a_batch_are_limited(demo: Running, monkeypatch: p
     error = demo.refused(asked(TEXTS[:2], INPUT_2=[["a,b"], ["b,a"]], INPUT_3=[["a"], ["c,d"]]))
     assert error.kind is ErrorKind.INVALID
     assert "more than 3 distinct words" in str(error)
+
+
+def test_queries_have_the_limits_of_prompts(demo: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = demo.service.engines()["fastertransformer", "1"]
+    monkeypatch.setattr(engine, "_limits", QueueLimits(max_prompt_tokens=3, max_text_bytes=20))
+    error = demo.refused(preprocessing("a b c d"))
+    assert "input 'QUERY': the prompt has 4 tokens, the limit is 3" in str(error)
+    monkeypatch.setattr(engine.tokenizer, "most_bytes_per_token", None)
+    error = demo.refused(preprocessing("a" * 21))
+    assert "input 'QUERY': the text has more than 20 bytes, which is the limit (--max-text-bytes)" in str(error)
 
 
 def test_an_ensemble_streams_as_its_steps_do(demo: Running, streaming: Running) -> None:

@@ -221,13 +221,19 @@ class EngineClient:
         each = None if self.tokenizer is None else self.tokenizer.most_bytes_per_token
         return self._limits.max_text_bytes if each is None else self.most_prompt_tokens * each
 
-    async def tokenize(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of prompts; TextTooLongError where one is longer than may be, most often without tokenizing it."""
-        if self.tokenizer is None:
+    async def tokenize(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, tokenizer: Tokenizer | None = None
+    ) -> list[list[int]]:
+        """Token ids of prompts, by another tokenizer than the model's where that is given.
+
+        TextTooLongError where one is longer than may be, most often without tokenizing it.
+        """
+        tokenizer = tokenizer or self.tokenizer
+        if tokenizer is None:
             raise InvalidRequestError("the model has no tokenizer; send token ids, or start it with --tokenizer-path")
         try:
             return await tokenizing.encode(
-                self.tokenizer,
+                tokenizer,
                 texts,
                 most_tokens=self.most_prompt_tokens,
                 max_bytes=self._limits.max_text_bytes,

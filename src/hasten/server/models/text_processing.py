@@ -61,7 +61,7 @@ class _Processing:
             if not self._token_model:
                 return await tokenizing.encode(tokenizer, texts)
             engine = required_engine(self._models.find(self._token_model))
-            return await tokenizing.encode(tokenizer, texts, most_tokens=engine.most_prompt_tokens)
+            return await engine.tokenize(texts, tokenizer=tokenizer)
         except InvalidRequestError as error:
             raise _invalid(f"input 'QUERY': {error}") from None
 
