@@ -179,7 +179,7 @@ def test_all_doors_lead_to_the_same_engine(served: Server) -> None:
         completed = client.post("/v1/completions", json=body | {"model": model}).json()
         assert generated["text_output"].removeprefix("Anna") == completed["choices"][0]["text"]
         assert client.get("/").text.startswith("<!doctype html>")
-    metrics = httpx.get(f"http://{served.place('Metrics Service')}/metrics").text
+    metrics = httpx.get(f"http://{served.place('Metrics Service')}/metrics", timeout=LIMIT_S).text
     assert re.search(r'^hasten_generation_tokens_total\{model="fastertransformer",version="1"\} [1-9]', metrics, re.M)
     assert 'nv_inference_request_success{model="demo-model",version="1"} 1\n' in metrics
 
@@ -231,12 +231,12 @@ def test_work_in_flight_is_finished_before_the_end(start: Start) -> None:
         with stopped(engines):
             server.process.send_signal(signal.SIGTERM)
             server.wait_for("SIGTERM received")
-            refused = httpx.post(path, json={"text_input": "Ben", "max_tokens": 2})
+            refused = httpx.post(path, json={"text_input": "Ben", "max_tokens": 2}, timeout=LIMIT_S)
             assert refused.status_code == 503
             body = {"model": "demo-model", "prompt": "Ben", "max_tokens": 2}
-            assert httpx.post(f"{server.http}/v1/completions", json=body).status_code == 503
-            assert httpx.get(f"{server.http}/v2/health/ready").status_code == 400
-            assert httpx.get(f"{server.http}/v2/health/live").status_code == 200
+            assert httpx.post(f"{server.http}/v1/completions", json=body, timeout=LIMIT_S).status_code == 503
+            assert httpx.get(f"{server.http}/v2/health/ready", timeout=LIMIT_S).status_code == 400
+            assert httpx.get(f"{server.http}/v2/health/live", timeout=LIMIT_S).status_code == 200
         events = [json.loads(line[6:]) for line in lines if line]
     assert not any("error" in event for event in events)
     assert len("".join(event["text_output"] for event in events)) > 100
