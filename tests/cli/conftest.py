@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from tests.cli.memory_place import MemoryPlace
+from tests.cli.memory_backend import MemoryBackend
 
-from hasten.cli.cluster import place as cluster_place
+from hasten.cli.cluster import backend as cluster_backend
 from hasten.cli.main import main
 
 RUN_TIMEOUT_S = 100
@@ -59,9 +59,9 @@ def hasten_process() -> Hasten:
 
 
 @pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> MemoryPlace:
-    """The place that `hasten cluster` asks, for this test: in memory."""
-    made = MemoryPlace()
-    monkeypatch.setitem(cluster_place.PLACES, "local", lambda args: made)
+def backend(monkeypatch: pytest.MonkeyPatch) -> MemoryBackend:
+    """The backend that `hasten cluster` asks, for this test: in memory."""
+    made = MemoryBackend()
+    monkeypatch.setitem(cluster_backend.BACKENDS, "local", lambda args: made)
     monkeypatch.delenv("HASTEN_CLUSTER", raising=False)
     return made

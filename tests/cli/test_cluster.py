@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.cli.memory_place import MemoryPlace
+from tests.cli.memory_backend import MemoryBackend
 
 import hasten
-from hasten.cli.cluster import place as cluster_place
+from hasten.cli.cluster import backend as cluster_backend
 from hasten.cli.cluster.parser import VerbParser
 from hasten.cli.main import build_parser, main
 
@@ -22,7 +22,7 @@ try:
     main(sys.argv[1:])
 except SystemExit as end:
     assert end.code == 0, end.code
-heavy = {"torch", "transformers", "numpy", "rich", "kubernetes", "yaml", "psutil", "hasten.cluster.local.place"}
+heavy = {"torch", "transformers", "numpy", "rich", "kubernetes", "yaml", "psutil", "hasten.cluster.local.backend"}
 print("heavy:", sorted(heavy & set(sys.modules)), file=sys.stderr)
 print("cpu:", time.process_time(), file=sys.stderr)
 """
@@ -62,14 +62,14 @@ def descendants(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser
     return [parser, *(found for child in subparsers(parser).values() for found in descendants(child))]
 
 
-def test_every_verb_takes_the_options_of_the_place() -> None:
+def test_every_verb_takes_the_options_of_the_backend() -> None:
     without = {"hasten cluster completion"}
     for parser in descendants(subparsers(build_parser())["cluster"]):
         taken = {"-n", "--cluster", "--config", "--loglevel", "--arena-namespace"} <= set(parser._option_string_actions)
         assert taken == (parser.prog not in without), parser.prog
 
 
-def test_whoami_and_version(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_whoami_and_version(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cluster", "whoami"]) == 0
     assert main(["cluster", "version"]) == 0
     assert capsys.readouterr().out == f"somebody\nhasten: {hasten.__version__}\nmemory: 1.0\n"
@@ -79,15 +79,15 @@ Opened = list[argparse.Namespace]
 
 
 @pytest.fixture
-def opened(place: MemoryPlace, monkeypatch: pytest.MonkeyPatch) -> Opened:
-    """What the Kubernetes place was opened with."""
+def opened(backend: MemoryBackend, monkeypatch: pytest.MonkeyPatch) -> Opened:
+    """What the Kubernetes backend was opened with."""
     found: Opened = []
 
-    def kubernetes(args: argparse.Namespace) -> MemoryPlace:
+    def kubernetes(args: argparse.Namespace) -> MemoryBackend:
         found.append(args)
-        return place
+        return backend
 
-    monkeypatch.setitem(cluster_place.PLACES, "kubernetes", kubernetes)
+    monkeypatch.setitem(cluster_backend.BACKENDS, "kubernetes", kubernetes)
     return found
 
 
@@ -104,7 +104,7 @@ def opened(place: MemoryPlace, monkeypatch: pytest.MonkeyPatch) -> Opened:
         (("serve", "--cluster", "kubernetes", "list"), "local", True),
     ],
 )
-def test_which_place(
+def test_which_backend(
     opened: Opened, monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...], variable: str | None, kubernetes: bool
 ) -> None:
     if variable is not None:
@@ -125,8 +125,8 @@ def test_the_kubeconfig_is_kubernetes_own(
         assert capsys.readouterr().err.startswith(f"hasten: error: {flag} is of Kubernetes: add --cluster kubernetes")
 
 
-def test_a_place_that_is_not_known(
-    place: MemoryPlace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_backend_that_is_not_known(
+    backend: MemoryBackend, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["cluster", "list", "--cluster", "slurm"]) == 2
     assert "invalid choice: 'slurm'" in capsys.readouterr().err
@@ -138,15 +138,15 @@ def test_a_place_that_is_not_known(
 def test_log_level() -> None:
     code = (
         "import sys, logging\n"
-        "from hasten.cli.cluster import place\n"
+        "from hasten.cli.cluster import backend\n"
         "from hasten.cli.main import main\n"
-        "from tests.cli.memory_place import MemoryPlace\n"
-        "class Talks(MemoryPlace):\n"
+        "from tests.cli.memory_backend import MemoryBackend\n"
+        "class Talks(MemoryBackend):\n"
         "    def whoami(self):\n"
         "        logging.getLogger('hasten.cluster').info('asked')\n"
         "        logging.getLogger('kubernetes.client.rest').debug('a secret')\n"
         "        return 'somebody'\n"
-        "place.PLACES['local'] = lambda args: Talks()\n"
+        "backend.BACKENDS['local'] = lambda args: Talks()\n"
         "sys.exit(main(['cluster', 'whoami', *sys.argv[1:]]))"
     )
     root = Path(__file__).parents[2]

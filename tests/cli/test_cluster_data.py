@@ -1,12 +1,12 @@
-"""Volumes and machines by the command, in a place of memory."""
+"""Volumes and machines by the command, in a backend of memory."""
 
 import json
 
 import pytest
 import yaml
-from tests.cli.memory_place import MemoryPlace, ago, cluster, instance, job
+from tests.cli.memory_backend import MemoryBackend, ago, cluster, instance, job
 
-from hasten.cluster.places import Job, Node, Status, VolumeRecord
+from hasten.cluster.backend import Job, Node, Status, VolumeRecord
 from hasten.cluster.spec import Volume
 
 
@@ -21,12 +21,12 @@ def volume(name: str, namespace: str = "default") -> VolumeRecord:
     )
 
 
-def test_create(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_create(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
     assert cluster("data", "create", "bloom-pvc", "--path", "/data", "--description", "the model", "--read-only") == 0
     bucket = ("--oss-bucket", "b", "--oss-url", "u", "--oss-fuse", "ossfs", "--access-key-id", "k", "--size", "1Ti")
     assert cluster("data", "-n", "a", "create", "other", *bucket, "--mount-options=-o x") == 0
     assert capsys.readouterr().out == "volume bloom-pvc is created\nvolume other is created\n"
-    assert place.made_volumes == [
+    assert backend.made_volumes == [
         Volume(name="bloom-pvc", path="/data", description="the model", read_only=True),
         Volume(
             name="other",
@@ -41,14 +41,14 @@ def test_create(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_a_dry_run(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
     assert cluster("data", "create", "v", "--nfs-server", "s", "--dry-run") == 0
     assert yaml.safe_load(capsys.readouterr().out) == {"kind": "PersistentVolumeClaim", "metadata": {"name": "v"}}
-    assert place.made_volumes == []
+    assert backend.made_volumes == []
 
 
-def test_list(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
-    place.volume_records = [volume("bloom-pvc"), volume("v", "other")]
+def test_list(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
+    backend.volume_records = [volume("bloom-pvc"), volume("v", "other")]
     assert cluster("data", "list") == 0
     assert capsys.readouterr().out.splitlines() == [
         "NAME       ACCESSMODE    DESCRIPTION  OWNER  AGE",
@@ -65,13 +65,13 @@ def test_list(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
     assert [one["name"] for one in json.loads(capsys.readouterr().out)] == ["v"]
 
 
-def test_delete(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
-    place.volume_records = [volume("v")]
+def test_delete(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
+    backend.volume_records = [volume("v")]
     assert cluster("data", "delete", "gone", "v") == 1
     captured = capsys.readouterr()
     assert captured.out == "volume v is deleted\n"
     assert captured.err == "hasten: error: there is no volume gone in namespace default\n"
-    assert place.volume_records == []
+    assert backend.volume_records == []
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_delete(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_bad_input(
-    place: MemoryPlace, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], status: int, message: str
+    backend: MemoryBackend, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], status: int, message: str
 ) -> None:
     assert cluster(*argv) == status
     captured = capsys.readouterr()
@@ -97,10 +97,10 @@ def test_bad_input(
     assert message in captured.err
 
 
-def test_top_node(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_top_node(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
     assert cluster("top", "node") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "Allocated/Total GPUs In Cluster: 0/0 (0.0%)"
-    place.node_records = [
+    backend.node_records = [
         Node(name="n1", address="192.168.7.1", role="master", status="Ready", gpus=0, allocated_gpus=0),
         Node(name="n2", address="192.168.7.22", role="<none>", status="NotReady", gpus=3, allocated_gpus=1),
     ]
@@ -126,8 +126,8 @@ def jobs() -> list[Job]:
     ]
 
 
-def test_top_job(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
-    place.job_records = jobs()
+def test_top_job(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
+    backend.job_records = jobs()
     assert cluster("top", "job") == 0
     assert capsys.readouterr().out.splitlines() == [
         "NAME  STATUS   TRAINER     AGE  GPU(Requested)  GPU(Allocated)  NODE",

@@ -1,4 +1,4 @@
-"""Training jobs by the command, in a place of memory."""
+"""Training jobs by the command, in a backend of memory."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.cli.memory_place import MemoryPlace, ago, cluster, instance, job
+from tests.cli.memory_backend import MemoryBackend, ago, cluster, instance, job
 
-from hasten.cluster.places import Event, Job, LogOptions, Status
+from hasten.cluster.backend import Event, Job, LogOptions, Status
 from hasten.cluster.spec import TrainingJob
 
 ARTICLE = (
@@ -33,9 +33,9 @@ def submit(*argv: str) -> int:
     return cluster("submit", "pytorchjob", "--name", "x", *argv)
 
 
-def test_the_article_s_conversion(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_article_s_conversion(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
     assert cluster(*ARTICLE) == 0
-    assert place.submitted == [
+    assert backend.submitted == [
         TrainingJob(
             name="convert-bloom",
             namespace="default-group",
@@ -53,9 +53,9 @@ def test_the_article_s_conversion(place: MemoryPlace, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("dashes", [(), ("--",)])
-def test_a_quoted_command_arrives_as_it_is(place: MemoryPlace, command: str, dashes: tuple[str, ...]) -> None:
+def test_a_quoted_command_arrives_as_it_is(backend: MemoryBackend, command: str, dashes: tuple[str, ...]) -> None:
     assert submit(*dashes, command) == 0
-    assert place.submitted[0].command == command
+    assert backend.submitted[0].command == command
 
 
 @pytest.mark.parametrize(
@@ -69,13 +69,13 @@ def test_a_quoted_command_arrives_as_it_is(place: MemoryPlace, command: str, das
         (("python a.py", "--n", "1"), "python a.py --n 1"),
     ],
 )
-def test_words_of_a_command_are_joined(place: MemoryPlace, words: tuple[str, ...], command: str) -> None:
+def test_words_of_a_command_are_joined(backend: MemoryBackend, words: tuple[str, ...], command: str) -> None:
     assert submit(*words) == 0
-    assert place.submitted[0].command == command
-    assert place.submitted[0].name == "x"
+    assert backend.submitted[0].command == command
+    assert backend.submitted[0].name == "x"
 
 
-def test_every_option_of_a_job(place: MemoryPlace, tmp_path: Path) -> None:
+def test_every_option_of_a_job(backend: MemoryBackend, tmp_path: Path) -> None:
     options = (
         *("--image=i", "--gpus", "2", "--workers=3", "--cpu", "500m", "--memory", "16Gi", "--device", "amd.com/gpu=1"),
         *("--working-dir", "/w", "-e", "A=1", "-eB=2", "--env=C=x=y", "-d", "p:/a", "--data=q:/b", "--data-dir", "/c"),
@@ -87,7 +87,7 @@ def test_every_option_of_a_job(place: MemoryPlace, tmp_path: Path) -> None:
         *("--tensorboard", "--logdir", "/logs", "--api", "trainer", "-n", "space"),
     )
     assert submit(*options, "run") == 0
-    assert place.submitted == [
+    assert backend.submitted == [
         TrainingJob(
             name="x",
             namespace="space",
@@ -150,15 +150,15 @@ def test_every_option_of_a_job(place: MemoryPlace, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_submitted(
-    place: MemoryPlace, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str
+    backend: MemoryBackend, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str
 ) -> None:
-    place.submitted.append(TrainingJob(name="x", command="run"))
+    backend.submitted.append(TrainingJob(name="x", command="run"))
     assert submit(*argv) == (1 if "already" in message else 2)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("hasten: error: ")
     assert message in captured.err
-    assert len(place.submitted) == 1
+    assert len(backend.submitted) == 1
 
 
 @pytest.mark.parametrize(
@@ -175,31 +175,33 @@ def test_what_cannot_be_submitted(
     ],
 )
 def test_what_is_no_submission(
-    place: MemoryPlace, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str
+    backend: MemoryBackend, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str
 ) -> None:
     assert cluster(*argv) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [("-n", "a", "submit", "pytorch"), ("submit", "-n", "a", "pytorchjob")])
-def test_a_namespace_before_the_verb(place: MemoryPlace, argv: tuple[str, ...]) -> None:
+def test_a_namespace_before_the_verb(backend: MemoryBackend, argv: tuple[str, ...]) -> None:
     assert cluster(*argv, "--name", "x", "run") == 0
-    assert place.submitted[0].namespace == "a"
+    assert backend.submitted[0].namespace == "a"
     assert cluster(*argv, "--name", "y", "-n", "b", "run") == 0
-    assert place.submitted[1].namespace == "b"
+    assert backend.submitted[1].namespace == "b"
 
 
-def test_a_dry_run_prints_objects_and_touches_nothing(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_prints_objects_and_touches_nothing(
+    backend: MemoryBackend, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = "echo 'a: b' # c\n\techo \"$HOME\"  "
     assert submit("--dry-run", command) == 0
     out = capsys.readouterr().out
-    planned = place.plan_job(TrainingJob(name="x", command=command))
+    planned = backend.plan_job(TrainingJob(name="x", command=command))
     assert list(yaml.safe_load_all(out)) == planned
     assert out.startswith(
         "kind: ConfigMap\nmetadata:\n  name: x\n  labels:\n    app: pytorchjob\n---\nkind: PyTorchJob\n"
     )
     assert "&id" not in out
-    assert place.submitted == []
+    assert backend.submitted == []
 
 
 def two_jobs() -> list[Job]:
@@ -211,8 +213,8 @@ def two_jobs() -> list[Job]:
     ]
 
 
-def test_list(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
-    place.job_records = two_jobs()
+def test_list(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
+    backend.job_records = two_jobs()
     table = [
         "NAME           STATUS     TRAINER     DURATION  GPU(Requested)  GPU(Allocated)  NODE",
         "convert-bloom  SUCCEEDED  PYTORCHJOB  3m        1               N/A             192.168.123.35",
@@ -232,8 +234,8 @@ def test_list(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "NAME  STATUS  TRAINER  DURATION  GPU(Requested)  GPU(Allocated)  NODE\n"
 
 
-def test_list_for_programs(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
-    place.job_records = two_jobs()
+def test_list_for_programs(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
+    backend.job_records = two_jobs()
     assert cluster("list", "-A", "-o", "json") == 0
     found = json.loads(capsys.readouterr().out)
     assert [one["name"] for one in found] == ["convert-bloom", "compare", "waits"]
@@ -266,7 +268,9 @@ def test_list_for_programs(place: MemoryPlace, capsys: pytest.CaptureFixture[str
         (("attach", "--", "ls"), "the following arguments are required: NAME"),
     ],
 )
-def test_bad_input(place: MemoryPlace, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str) -> None:
+def test_bad_input(
+    backend: MemoryBackend, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str
+) -> None:
     assert cluster(*argv) == 2
     captured = capsys.readouterr()
     assert (captured.out, captured.err.count("\n")) == ("", 1)
@@ -274,25 +278,27 @@ def test_bad_input(place: MemoryPlace, capsys: pytest.CaptureFixture[str], argv:
 
 
 @pytest.mark.parametrize("verb", [("get",), ("logs",), ("delete",)])
-def test_a_job_that_is_not_there(place: MemoryPlace, capsys: pytest.CaptureFixture[str], verb: tuple[str, ...]) -> None:
+def test_a_job_that_is_not_there(
+    backend: MemoryBackend, capsys: pytest.CaptureFixture[str], verb: tuple[str, ...]
+) -> None:
     assert cluster(*verb, "gone") == 1
     assert capsys.readouterr().err == "hasten: error: there is no job gone in namespace default\n"
 
 
 @pytest.mark.parametrize("verb", ["get", "logs", "attach", "delete"])
-def test_a_job_of_another_type(place: MemoryPlace, capsys: pytest.CaptureFixture[str], verb: str) -> None:
-    place.job_records = [job("x", trainer="TRAINJOB")]
+def test_a_job_of_another_type(backend: MemoryBackend, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    backend.job_records = [job("x", trainer="TRAINJOB")]
     assert cluster(verb, "x", "-T", "pytorchjob") == 1
     assert capsys.readouterr().err == "hasten: error: job x is a trainjob, not a pytorchjob\n"
     assert cluster(verb, "x", "-T", "trainjob") == (7 if verb == "attach" else 0)
 
 
-def test_get(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_get(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
     began = datetime(2026, 8, 1, 12)
     ended = began + timedelta(minutes=3)
     worker = instance("x-worker-0", Status.SUCCEEDED, created=began, ended=ended, is_chief=False, gpus=8, node=None)
     chief = instance("x-master-0", Status.SUCCEEDED, created=began, ended=ended)
-    place.job_records = [
+    backend.job_records = [
         job("x", Status.SUCCEEDED, created=began, ended=ended, instances=(chief, worker), priority="high")
     ]
     assert cluster("get", "x") == 0
@@ -314,9 +320,9 @@ def test_get(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_get_with_events_and_gpus(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_get_with_events_and_gpus(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
     event = Event(time=ago(minutes=2), kind="Normal", reason="Started", source="pod/x-master-0", message="it\nruns")
-    place.job_records = [job("x", events=(event,))]
+    backend.job_records = [job("x", events=(event,))]
     assert cluster("get", "x", "-e", "-g") == 0
     assert capsys.readouterr().out.splitlines()[7:] == [
         "EndTime:     N/A",
@@ -349,20 +355,22 @@ WARNED = Event(time=ago(minutes=1), kind="Warning", reason="FailedScheduling", s
         (job("x", Status.PENDING, reason="0/3 nodes fit"), "0/3 nodes fit"),
         (job("x", Status.PENDING, instances=(instance("x-0", Status.PENDING, reason="no image"),)), "no image"),
         (job("x", Status.PENDING, events=(WARNED,)), "no GPU is free"),
-        (job("x", Status.QUEUING), "its place has not said why"),
+        (job("x", Status.QUEUING), "its backend has not said why"),
         (job("x", Status.FAILED, reason="exit status 3"), "exit status 3"),
         (job("x", Status.RUNNING, reason="old"), None),
     ],
 )
-def test_get_says_why(place: MemoryPlace, capsys: pytest.CaptureFixture[str], record: Job, reason: str | None) -> None:
-    place.job_records = [record]
+def test_get_says_why(
+    backend: MemoryBackend, capsys: pytest.CaptureFixture[str], record: Job, reason: str | None
+) -> None:
+    backend.job_records = [record]
     assert cluster("get", "x") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("Reason:")] == ([f"Reason:      {reason}"] if reason else [])
 
 
-def test_get_for_programs(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
-    place.job_records = [job("x", events=(WARNED,))]
+def test_get_for_programs(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
+    backend.job_records = [job("x", events=(WARNED,))]
     assert cluster("get", "x", "-o", "json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["events"][0]["reason"] == "FailedScheduling"
@@ -370,14 +378,14 @@ def test_get_for_programs(place: MemoryPlace, capsys: pytest.CaptureFixture[str]
     assert yaml.safe_load(capsys.readouterr().out).keys() == found.keys()
 
 
-def test_logs(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
-    place.job_records = [job("x")]
+def test_logs(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
+    backend.job_records = [job("x")]
     assert cluster("logs", "x") == 0
     assert capsys.readouterr().out == "first\n  second\n\n"
     moment = datetime(2026, 8, 1, 12, tzinfo=UTC)
     assert cluster("log", "-f", "-t", "5", "--timestamps", "-i", "x-1", "-c", "c", "--since", "1h30m", "x") == 0
     assert cluster("logs", "x", "--since-time", "2026-08-01T14:00:00+02:00") == 0
-    assert place.asked == [
+    assert backend.asked == [
         ("x", LogOptions()),
         ("x", LogOptions(follow=True, tail=5, timestamps=True, instance="x-1", container="c", since=5400.0)),
         ("x", LogOptions(since_time=moment)),
@@ -393,25 +401,25 @@ def test_logs(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
         (("x", "-n", "a", "--", "sh", "-c", "echo a  b"), ("x", "a", None, None, ["sh", "-c", "echo a  b"])),
     ],
 )
-def test_attach(place: MemoryPlace, argv: tuple[str, ...], asked: tuple[object, ...]) -> None:
-    place.job_records = [job("x")]
+def test_attach(backend: MemoryBackend, argv: tuple[str, ...], asked: tuple[object, ...]) -> None:
+    backend.job_records = [job("x")]
     assert cluster("attach", *argv) == 7
-    assert place.asked == [asked]
+    assert backend.asked == [asked]
 
 
-def test_delete_goes_on_where_one_is_not_there(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
-    place.job_records = [job("a"), job("b"), job("c")]
+def test_delete_goes_on_where_one_is_not_there(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
+    backend.job_records = [job("a"), job("b"), job("c")]
     assert cluster("delete", "a", "gone", "c") == 1
     captured = capsys.readouterr()
     assert captured.out == "job a is deleted\njob c is deleted\n"
     assert captured.err == "hasten: error: there is no job gone in namespace default\n"
     assert cluster("del", "b") == 0
-    assert place.job_records == []
+    assert backend.job_records == []
 
 
-def test_prune(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
     old, young = ago(days=8), ago(days=6)
-    place.job_records = [
+    backend.job_records = [
         job("old", Status.SUCCEEDED, created=ago(days=30), ended=old),
         job("failed", Status.FAILED, created=ago(days=30), instances=(instance("f-0", Status.FAILED, ended=old),)),
         job("young", Status.SUCCEEDED, created=ago(days=30), ended=young),
@@ -424,4 +432,4 @@ def test_prune(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "no job ended more than 7d ago\n"
     assert cluster("prune", "-A", "-s", "7d") == 0
     assert capsys.readouterr().out == "job other/elsewhere is deleted\n"
-    assert [one.name for one in place.job_records] == ["young", "runs"]
+    assert [one.name for one in backend.job_records] == ["young", "runs"]

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.cli.memory_place import cluster
+from tests.cli.memory_backend import cluster
 from tests.waiting import eventually
 
-from hasten.cluster.local.place import LocalPlace
+from hasten.cluster.local.backend import LocalBackend
 
 COMMANDS = {
     "quotes": """printf '%s|' 'a  b' "c 'd'" "\\$HOME" \\"e\\" "$(echo f)" "${NOTHING:-g h}" && echo""",
@@ -26,14 +26,14 @@ WRITTEN = {
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The local place's own folder; jobs that a test leaves are ended."""
+    """The local backend's own folder; jobs that a test leaves are ended."""
     folder = tmp_path / "home"
     monkeypatch.setenv("HASTEN_HOME", str(folder))
     monkeypatch.delenv("HASTEN_CLUSTER", raising=False)
     yield folder
-    place = LocalPlace(folder)
-    for job in place.jobs(None):
-        place.delete_job(job.name, job.namespace)
+    backend = LocalBackend(folder)
+    for job in backend.jobs(None):
+        backend.delete_job(job.name, job.namespace)
 
 
 def wait_for(name: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -89,11 +89,11 @@ def many_jobs(home: Path, count: int, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_thousand_jobs_are_listed_as_fast_as_they_are_read(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     many_jobs(home, 1000, capsys)
-    place = LocalPlace(home)
+    backend = LocalBackend(home)
     reading, listing = [], []
     for _ in range(6):
         began = time.process_time()
-        assert len(place.jobs("default")) == 1000
+        assert len(backend.jobs("default")) == 1000
         reading.append(time.process_time() - began)
         capsys.readouterr()
         began = time.process_time()

@@ -1,13 +1,13 @@
-"""Servers by the command, in a place of memory."""
+"""Servers by the command, in a backend of memory."""
 
 import json
 import re
 
 import pytest
 import yaml
-from tests.cli.memory_place import MemoryPlace, ago, cluster, instance
+from tests.cli.memory_backend import MemoryBackend, ago, cluster, instance
 
-from hasten.cluster.places import Event, LogOptions, Server, ServerUpdate, Status
+from hasten.cluster.backend import Event, LogOptions, Server, ServerUpdate, Status
 from hasten.cluster.spec import TritonServer
 
 ARTICLE = (
@@ -32,9 +32,9 @@ def server(name: str, version: str = "1", **others: object) -> Server:
     return Server(name=name, version=version, **made)  # type: ignore[arg-type]
 
 
-def test_the_article_s_server(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_article_s_server(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
     assert cluster(*ARTICLE) == 0
-    assert place.served == [
+    assert backend.served == [
         TritonServer(
             name="ft-triton-bloom",
             namespace="default-group",
@@ -56,12 +56,12 @@ def triton(*argv: str) -> int:
     return cluster("serve", "triton", "--name", "x", "--model-repository", "/r", *argv)
 
 
-def test_a_version_is_the_time(place: MemoryPlace) -> None:
+def test_a_version_is_the_time(backend: MemoryBackend) -> None:
     assert triton() == 0
-    assert re.fullmatch(r"20\d{10}", place.served[0].version)
+    assert re.fullmatch(r"20\d{10}", backend.served[0].version)
 
 
-def test_every_option_of_a_server(place: MemoryPlace) -> None:
+def test_every_option_of_a_server(backend: MemoryBackend) -> None:
     options = (
         *("--version", "v2", "--replicas", "3", "--load-model", "a", "--load-model", "b", "--http-port", "18000"),
         *("--grpc-port", "18001", "--metrics-port", "18002", "--runtime", "tritonserver"),
@@ -71,7 +71,7 @@ def test_every_option_of_a_server(place: MemoryPlace) -> None:
         *("--multinode", "2", "--gateway", "picker", "--share-memory", "4Gi", "--image-pull-policy", "Always"),
     )
     assert triton(*options) == 0
-    assert place.served == [
+    assert backend.served == [
         TritonServer(
             name="x",
             model_repository="/r",
@@ -102,13 +102,13 @@ def test_every_option_of_a_server(place: MemoryPlace) -> None:
     ]
 
 
-def test_a_dry_run(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
     assert triton("--version", "1", "--dry-run") == 0
     assert list(yaml.safe_load_all(capsys.readouterr().out)) == [
         {"kind": "Deployment", "metadata": {"name": "x-1-tritoninferenceserver"}},
         {"kind": "Service", "metadata": {"name": "x-1-tritoninferenceserver"}},
     ]
-    assert place.served == []
+    assert backend.served == []
 
 
 @pytest.mark.parametrize(
@@ -133,31 +133,33 @@ def test_a_dry_run(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> No
         (("serve", "logs", "two", "-t", "x"), "argument -t/--tail: invalid int value: 'x'"),
     ],
 )
-def test_bad_input(place: MemoryPlace, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str) -> None:
-    place.server_records = [server("two", "1"), server("two", "2")]
+def test_bad_input(
+    backend: MemoryBackend, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str
+) -> None:
+    backend.server_records = [server("two", "1"), server("two", "2")]
     assert cluster(*argv) == 2
     captured = capsys.readouterr()
     assert (captured.out, captured.err.count("\n")) == ("", 1)
     assert message in captured.err
 
 
-def test_update(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_update(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--version", "1", "--replicas", "0", "--image", "i", "-e", "A=1", "--env", "B=2", "--memory", "2Gi")
     assert cluster("serve", "update", "triton", "--name", "x", *options) == 0
     update = ServerUpdate(replicas=0, image="i", env=("A=1", "B=2"), memory="2Gi")
-    assert place.asked == [("x", "1", "default", update)]
+    assert backend.asked == [("x", "1", "default", update)]
     assert capsys.readouterr().out == "server x is updated\nsee it: hasten cluster serve get x --version 1\n"
 
 
-def test_list(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
-    place.server_records = [server("bloom"), server("new", "202608011200", available=0, address=None, ports={})]
+def test_list(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
+    backend.server_records = [server("bloom"), server("new", "202608011200", available=0, address=None, ports={})]
     assert cluster("serve", "list") == 0
     assert capsys.readouterr().out.splitlines() == [
         "NAME   TYPE    VERSION       DESIRED  AVAILABLE  ADDRESS     PORTS",
         "bloom  Triton  1             1        1          172.16.0.9  RESTFUL:8000,GRPC:8001",
         "new    Triton  202608011200  1        0          N/A         N/A",
     ]
-    place.server_records.append(server("big", namespace="other", gpus=2))
+    backend.server_records.append(server("big", namespace="other", gpus=2))
     assert cluster("serve", "ls", "-A", "-T", "triton", "-o", "wide") == 0
     assert capsys.readouterr().out.splitlines() == [
         "NAMESPACE  NAME   TYPE    VERSION       DESIRED  AVAILABLE  ADDRESS     PORTS"
@@ -173,8 +175,8 @@ def test_list(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
     assert [one["ports"].get("GRPC") for one in json.loads(capsys.readouterr().out)] == [8001, None]
 
 
-def test_get(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
-    place.server_records = [server("bloom")]
+def test_get(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
+    backend.server_records = [server("bloom")]
     assert cluster("serve", "get", "bloom", "-v", "1") == 0
     assert capsys.readouterr().out.splitlines() == [
         "Name:       bloom",
@@ -194,10 +196,10 @@ def test_get(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_get_of_one_that_does_not_start(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_get_of_one_that_does_not_start(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
     event = Event(time=ago(days=400), kind="Warning", reason="Failed", source="pod/bloom-0", message="no image")
     waiting = instance("bloom-0", Status.PENDING, gpus=2, node=None, reason="the image\nis not there")
-    place.server_records = [server("bloom", available=0, gpus=2, instances=(waiting,), events=(event,))]
+    backend.server_records = [server("bloom", available=0, gpus=2, instances=(waiting,), events=(event,))]
     assert cluster("serve", "get", "bloom", "-e") == 0
     assert capsys.readouterr().out.splitlines()[8:] == [
         "Port:       RESTFUL:8000,GRPC:8001,METRICS:8002",
@@ -216,11 +218,11 @@ def test_get_of_one_that_does_not_start(place: MemoryPlace, capsys: pytest.Captu
     ]
 
 
-def test_logs_attach_and_delete(place: MemoryPlace, capsys: pytest.CaptureFixture[str]) -> None:
-    place.server_records = [server("two", "1"), server("two", "2"), server("one")]
+def test_logs_attach_and_delete(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
+    backend.server_records = [server("two", "1"), server("two", "2"), server("one")]
     assert cluster("serve", "logs", "two", "-v", "2", "-t", "1", "-i", "two-0") == 0
     assert cluster("serve", "attach", "two", "-v", "2", "--", "ls", "-v") == 0
-    assert place.asked == [
+    assert backend.asked == [
         ("2", LogOptions(tail=1, instance="two-0")),
         ("two", "2", "default", None, None, ["ls", "-v"]),
     ]

@@ -55,14 +55,14 @@ class Server:
         assert words in self.text, self.text
         return self.text
 
-    def place(self, service: str) -> str:
+    def address(self, service: str) -> str:
         found = re.search(rf"Started {service} at (127\.0\.0\.1:\d+)", self.wait_for("Started Metrics Service"))
         assert found is not None
         return found[1]
 
     @property
     def http(self) -> str:
-        return f"http://{self.place('HTTPService')}"
+        return f"http://{self.address('HTTPService')}"
 
     def end(self) -> int:
         return self.process.wait(LIMIT_S)
@@ -143,7 +143,7 @@ def test_the_log_says_what_is_served(served: Server) -> None:
     assert re.search(r"^\| demo-model +\| 1 +\| READY +\|$", text, re.MULTILINE)
     assert re.search(r"^\| fastertransformer +\| 1 +\| cpu +\| 1 +\| fp32 ", text, re.MULTILINE)
     assert "max_prompt_tokens" not in text, "all options are for verbose logs"
-    port = served.place("HTTPService").rpartition(":")[2]
+    port = served.address("HTTPService").rpartition(":")[2]
     assert f"ready: page at http://localhost:{port}/, OpenAI's API at http://localhost:{port}/v1" in text
     assert text.index(f"loading {DEMO} ...") < text.index("| fastertransformer ")
     endpoints = re.findall(r'"Started (.*) at 127\.0\.0\.1:(\d+)"', text)
@@ -164,7 +164,7 @@ def token_inputs(prompts: Sequence[Sequence[int]], wanted: int) -> list[grpcclie
 
 
 def test_the_articles_call_is_answered(served: Server) -> None:
-    with grpcclient.InferenceServerClient(served.place("GRPCInferenceService")) as client:
+    with grpcclient.InferenceServerClient(served.address("GRPCInferenceService")) as client:
         result = client.infer("fastertransformer", token_inputs([[5, 6, 7, 8]], 32))
         ids = result.as_numpy("output_ids")
         assert ids.shape == (1, 1, 36)
@@ -179,13 +179,13 @@ def test_all_doors_lead_to_the_same_engine(served: Server) -> None:
         completed = client.post("/v1/completions", json=body | {"model": model}).json()
         assert generated["text_output"].removeprefix("Anna") == completed["choices"][0]["text"]
         assert client.get("/").text.startswith("<!doctype html>")
-    metrics = httpx.get(f"http://{served.place('Metrics Service')}/metrics", timeout=LIMIT_S).text
+    metrics = httpx.get(f"http://{served.address('Metrics Service')}/metrics", timeout=LIMIT_S).text
     assert re.search(r'^hasten_generation_tokens_total\{model="fastertransformer",version="1"\} [1-9]', metrics, re.M)
     assert 'nv_inference_request_success{model="demo-model",version="1"} 1\n' in metrics
 
 
 def test_prompts_and_batches_have_limits(served: Server) -> None:
-    with grpcclient.InferenceServerClient(served.place("GRPCInferenceService")) as client:
+    with grpcclient.InferenceServerClient(served.address("GRPCInferenceService")) as client:
         with pytest.raises(InferenceServerException, match="the prompt has 21 tokens, the limit is 20") as error:
             client.infer("fastertransformer", token_inputs([[5] * 21], 4))
         assert error.value.status() == "StatusCode.INVALID_ARGUMENT"

@@ -82,7 +82,7 @@ class WebSocket:
             size = int.from_bytes(self._reader.read(2 if size == 126 else 8), "big")
         mask = self._reader.read(4)
         data = self._reader.read(size)
-        return head[0] & 0x0F, bytes(byte ^ mask[place % 4] for place, byte in enumerate(data))
+        return head[0] & 0x0F, bytes(byte ^ mask[index % 4] for index, byte in enumerate(data))
 
 
 def run_command(websocket: WebSocket, command: list[str], *, terminal: bool) -> None:

@@ -1,4 +1,4 @@
-"""A cluster for tests: the small API server, the place that talks to it, and who else acts in it."""
+"""A cluster for tests: the small API server, the backend that talks to it, and who else acts in it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from tests.cluster.api_server import ADMIN, ApiServer
 
-from hasten.cluster.kubernetes.place import KubernetesPlace
-from hasten.cluster.places import Place
+from hasten.cluster.backend import Backend
+from hasten.cluster.kubernetes.backend import KubernetesBackend
 from hasten.cluster.spec import TrainingJob, TritonServer
 
 Object = dict[str, Any]
@@ -16,16 +16,16 @@ GPU_NODE = "192.168.123.35"
 
 
 class World:
-    """The server, a place, and what operators, schedulers and kubelets do."""
+    """The server, a backend, and what operators, schedulers and kubelets do."""
 
     def __init__(self, server: ApiServer, folder: Path) -> None:
         self.server, self.store, self.folder = server, server.store, folder
-        self.place: Place = self.connect()
+        self.backend: Backend = self.connect()
 
-    def connect(self, token: str | None = ADMIN, namespace: str | None = None, **options: Any) -> KubernetesPlace:
+    def connect(self, token: str | None = ADMIN, namespace: str | None = None, **options: Any) -> KubernetesBackend:
         """Another connection."""
         path = self.folder / f"kubeconfig-{token}-{namespace}"
-        return KubernetesPlace(self.server.kubeconfig(path, token, namespace), **options)
+        return KubernetesBackend(self.server.kubeconfig(path, token, namespace), **options)
 
     def leftovers(self) -> list[str]:
         """All that there is once the cluster has come to rest."""

@@ -1,4 +1,4 @@
-"""A local place in a folder of its own, for tests: real processes, of which none may be left at the end."""
+"""A local backend in a folder of its own, for tests: real processes, of which none may be left at the end."""
 
 import subprocess
 import sys
@@ -10,26 +10,26 @@ from typing import Any
 import pytest
 from tests.waiting import eventually
 
-from hasten.cluster.local.place import LocalPlace
+from hasten.cluster.backend import Job, LogOptions, Status
+from hasten.cluster.local.backend import LocalBackend
 from hasten.cluster.local.state import Folder, State
-from hasten.cluster.places import Job, LogOptions, Status
 from hasten.cluster.spec import TrainingJob
 
 PYTHON = sys.executable
 
 
 class Site:
-    """The place, and short forms of what tests do with it."""
+    """The backend, and short forms of what tests do with it."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        self.place = LocalPlace(home)
+        self.backend = LocalBackend(home)
 
     def submit(self, name: str, command: str, **options: Any) -> None:
-        self.place.submit(TrainingJob(name=name, command=command, **options))
+        self.backend.submit(TrainingJob(name=name, command=command, **options))
 
     def job(self, name: str) -> Job:
-        return self.place.job(name, "default")
+        return self.backend.job(name, "default")
 
     def ended(self, name: str) -> Job:
         return self.reaches(name, lambda job: job.status.ended)
@@ -49,7 +49,7 @@ class Site:
         return self.logs(name)
 
     def logs(self, name: str, **options: Any) -> list[str]:
-        return list(self.place.job_logs(name, "default", LogOptions(**options)))
+        return list(self.backend.job_logs(name, "default", LogOptions(**options)))
 
     def state(self, name: str) -> State:
         return self.folder(name).state()
@@ -58,7 +58,7 @@ class Site:
         return Folder(self.home / "jobs" / "default" / name)
 
     def processes(self) -> list[int]:
-        """All that have this place's folder in their environment (see `site`): supervisors and instances."""
+        """All that have this backend's folder in their environment (see `site`): supervisors and instances."""
         found = []
         for entry in Path("/proc").iterdir():
             try:
@@ -69,10 +69,10 @@ class Site:
         return found
 
     def close(self) -> None:
-        for server in self.place.servers(None):
-            self.place.delete_server(server.name, server.version, server.namespace)
-        for job in self.place.jobs(None):
-            self.place.delete_job(job.name, job.namespace)
+        for server in self.backend.servers(None):
+            self.backend.delete_server(server.name, server.version, server.namespace)
+        for job in self.backend.jobs(None):
+            self.backend.delete_job(job.name, job.namespace)
         eventually(lambda: not self.processes(), lambda: f"processes {self.processes()} are left")
 
 

@@ -11,7 +11,7 @@ import yaml
 from tests.cluster.manifest_cases import CASES
 from tests.cluster.test_manifests import RELEASES, builtins, validate_lists
 
-from hasten.cli.cluster.place import PLACES
+from hasten.cli.cluster.backend import BACKENDS
 from hasten.cli.main import build_parser, main
 from hasten.cluster.manifests.objects import CRDS, job_objects, server_objects, volume_objects
 from hasten.cluster.spec import TrainingJob, TritonServer, Volume
@@ -34,7 +34,7 @@ VERBS = (["submit", "pytorchjob"], ["serve", "triton"], ["data", "create"])
 MAKING = [words for words in commands() if words[:2] in VERBS]
 
 
-class PlanningPlace:
+class PlanningBackend:
     """A cluster with all CRDs that can only be asked what it would make."""
 
     name = "kubernetes"
@@ -66,7 +66,7 @@ def test_a_command_parses(words: list[str]) -> None:
 def test_what_a_command_makes_is_valid(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(PLACES, "kubernetes", lambda _: PlanningPlace())
+    monkeypatch.setitem(BACKENDS, "kubernetes", lambda _: PlanningBackend())
     monkeypatch.setenv("HASTEN_CLUSTER", "kubernetes")
     monkeypatch.setenv("HASTEN_ACCESS_KEY_SECRET", "not-a-real-secret")
     code = main(["cluster", *words[:2], "--dry-run", *words[2:]])

@@ -16,7 +16,7 @@ from tests.cluster.api_server import ADMIN, ApiServer
 from tests.cluster.kubernetes_fixtures import World, serving, training, world
 
 from hasten.cli.main import main
-from hasten.cluster.kubernetes.place import KubernetesPlace
+from hasten.cluster.kubernetes.backend import KubernetesBackend
 from hasten.core.errors import ClusterError, ConfigError
 
 __all__ = ["world"]
@@ -35,42 +35,42 @@ def test_the_file_of_the_option_of_the_variable_and_of_the_home(
 ) -> None:
     (tmp_path / ".kube").mkdir()
     world.server.kubeconfig(tmp_path / ".kube" / "config", namespace="of-home")
-    assert KubernetesPlace().default_namespace() == "of-home"
+    assert KubernetesBackend().default_namespace() == "of-home"
     named = world.server.kubeconfig(tmp_path / "named", namespace="of-variable")
     monkeypatch.setenv("KUBECONFIG", f"{tmp_path / 'not-there'}:{named}")
-    assert KubernetesPlace().default_namespace() == "of-variable"
+    assert KubernetesBackend().default_namespace() == "of-variable"
     given = world.server.kubeconfig(tmp_path / "given")
-    assert KubernetesPlace(given).default_namespace() == "default"
+    assert KubernetesBackend(given).default_namespace() == "default"
 
 
 def test_contexts(world: World, tmp_path: Path) -> None:
     config = world.server.kubeconfig(tmp_path / "config")
-    assert KubernetesPlace(config, "test").version().startswith("Kubernetes v1.37.0 at http://127.0.0.1")
+    assert KubernetesBackend(config, "test").version().startswith("Kubernetes v1.37.0 at http://127.0.0.1")
     with pytest.raises(ConfigError, match=r"has no context other; it has test"):
-        KubernetesPlace(config, "other")
+        KubernetesBackend(config, "other")
 
 
 def test_what_is_wrong_with_a_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no cluster is configured: ~/.kube/config does not exist and this is not a"):
-        KubernetesPlace()
+        KubernetesBackend()
     with pytest.raises(ConfigError, match="there is no kubeconfig /nowhere"):
-        KubernetesPlace("/nowhere")
+        KubernetesBackend("/nowhere")
     for text in ("[1, 2]", "a: b: c", "{}", "", "current-context: x\ncontexts: []\nclusters: []\nusers: []"):
         (tmp_path / "bad").write_text(text)
         with pytest.raises(ConfigError, match="cannot use the kubeconfig"):
-            KubernetesPlace(str(tmp_path / "bad"))
+            KubernetesBackend(str(tmp_path / "bad"))
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
     with pytest.raises(ConfigError, match="pod's service account"):
-        KubernetesPlace()
+        KubernetesBackend()
 
 
 def test_a_dry_run_needs_no_cluster(caplog: pytest.LogCaptureFixture) -> None:
-    place = KubernetesPlace(only_plans=True)
-    assert place.default_namespace() == "default"
-    assert [one["kind"] for one in place.plan_job(training())] == ["PyTorchJob"]
-    assert [one["kind"] for one in place.plan_server(serving())] == ["Deployment", "Service"]
+    backend = KubernetesBackend(only_plans=True)
+    assert backend.default_namespace() == "default"
+    assert [one["kind"] for one in backend.plan_job(training())] == ["PyTorchJob"]
+    assert [one["kind"] for one in backend.plan_server(serving())] == ["Deployment", "Service"]
     assert not caplog.records  # as there would be of attempts that are made again
-    kinds = [one["kind"] for one in place.plan_server(serving(allow_metrics=True, multinode=2))]
+    kinds = [one["kind"] for one in backend.plan_server(serving(allow_metrics=True, multinode=2))]
     assert kinds == ["LeaderWorkerSet", "Service", "PodMonitor"]
     assert "for a cluster with all CRDs of docs/kubernetes.md: no cluster is configured" in caplog.text
 
@@ -79,27 +79,27 @@ def test_a_dry_run_needs_no_cluster_that_answers(tmp_path: Path, caplog: pytest.
     server = ApiServer()
     config = server.kubeconfig(tmp_path / "config", namespace="team")
     server.close()
-    place = KubernetesPlace(config)
-    assert place.default_namespace() == "team"
-    assert [one["kind"] for one in place.plan_server(serving())] == ["Deployment", "Service"]
+    backend = KubernetesBackend(config)
+    assert backend.default_namespace() == "team"
+    assert [one["kind"] for one in backend.plan_server(serving())] == ["Deployment", "Service"]
     assert not caplog.records  # as there would be of attempts that are made again
-    assert place.plan_server(serving(allow_metrics=True))[-1]["kind"] == "PodMonitor"
+    assert backend.plan_server(serving(allow_metrics=True))[-1]["kind"] == "PodMonitor"
     assert "no answer from the cluster" in caplog.text
     with pytest.raises(ClusterError, match="no answer from the cluster"):
-        place.serve(serving(allow_metrics=True))
+        backend.serve(serving(allow_metrics=True))
 
 
 def test_a_dry_run_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    place = ("cluster", "--cluster", "kubernetes")
+    options = ("cluster", "--cluster", "kubernetes")
     server = ("--name", "x", "--version", "1", "--image", "i", "--model-repository", "/m")
-    assert main([*place, "serve", "triton", *server, "--dry-run"]) == 0
-    assert main([*place, "submit", "pytorchjob", "--name", "x", "--image", "i", "--dry-run", "run"]) == 0
-    assert main([*place, "data", "create", "v", "--nfs-server", "s", "--path", "/p", "--dry-run"]) == 0
+    assert main([*options, "serve", "triton", *server, "--dry-run"]) == 0
+    assert main([*options, "submit", "pytorchjob", "--name", "x", "--image", "i", "--dry-run", "run"]) == 0
+    assert main([*options, "data", "create", "v", "--nfs-server", "s", "--path", "/p", "--dry-run"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     assert captured.out.count("kind: Deployment\n") == 1
-    assert main([*place, "serve", "triton", *server]) == 2
-    assert main([*place, "--config", "/nowhere", "serve", "triton", *server, "--dry-run"]) == 2
+    assert main([*options, "serve", "triton", *server]) == 2
+    assert main([*options, "--config", "/nowhere", "serve", "triton", *server, "--dry-run"]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[2].strip()[:28] for line in errors] == [
         "error: no cluster is configu",
@@ -112,9 +112,9 @@ def test_a_server_that_is_not_there_is_an_error_at_once(tmp_path: Path, caplog: 
     config = server.kubeconfig(tmp_path / "config")
     server.close()
     with pytest.raises(ClusterError, match=r"no answer from the cluster at http://127.* \(.*refused.*\): check"):
-        KubernetesPlace(config).jobs("default")
+        KubernetesBackend(config).jobs("default")
     with pytest.raises(ClusterError, match=r"address$"):
-        KubernetesPlace(config).version()
+        KubernetesBackend(config).version()
     assert not caplog.records  # as there would be of attempts that are made again
 
 
@@ -136,20 +136,20 @@ def test_something_else_that_answers(world: World, tmp_path: Path) -> None:
         port = str(server.server_address[1])
         (tmp_path / "config").write_text(text.replace(world.server.url.rpartition(":")[2], port))
         with pytest.raises(ClusterError, match=r"is no API server: b'<html></html>'; check the kubeconfig's address"):
-            KubernetesPlace(str(tmp_path / "config")).jobs("default")
+            KubernetesBackend(str(tmp_path / "config")).jobs("default")
 
 
 def test_a_name_that_is_not_known(world: World, tmp_path: Path) -> None:
     text = Path(world.server.kubeconfig(tmp_path / "config")).read_text()
     (tmp_path / "config").write_text(text.replace("127.0.0.1", "no-such-host.invalid"))
     with pytest.raises(ClusterError, match=r"no answer from the cluster at http://no-such-host\.invalid"):
-        KubernetesPlace(str(tmp_path / "config")).version()
+        KubernetesBackend(str(tmp_path / "config")).version()
 
 
 def test_a_connection_that_breaks_leaves_open_what_was_done(world: World) -> None:
     world.store.admission.append(lambda kind, body: world.server.drop_connections())
     with pytest.raises(ClusterError, match=r"no answer .*Whether it did create PyTorchJob convert-bloom is not known"):
-        world.place.submit(training())
+        world.backend.submit(training())
 
 
 def _web_token(expiry: float) -> str:
@@ -171,14 +171,14 @@ def test_who_is_not_known(world: World) -> None:
 
 
 def test_who_is_known(world: World) -> None:
-    told = world.place.whoami()
+    told = world.backend.whoami()
     assert told.startswith("admin (developers, system:authenticated) at http://127.0.0.1")
     assert "context test of" in told
 
 
 def test_a_busy_server_is_asked_again(world: World) -> None:
     world.server.rules.busy = 1
-    world.place.submit(training())
+    world.backend.submit(training())
     assert world.leftovers() == ["PyTorchJob/convert-bloom"]
 
 
@@ -186,11 +186,11 @@ def test_a_proxy_is_not_asked_for_this_machine(world: World, monkeypatch: pytest
     config = world.server.kubeconfig(tmp_path / "config")
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    assert KubernetesPlace(config).jobs("default") == []
+    assert KubernetesBackend(config).jobs("default") == []
     text = Path(config).read_text().replace("127.0.0.1", "cluster.invalid")
     (tmp_path / "far").write_text(text)
     with pytest.raises(ClusterError, match=r"through the proxy http://127.0.0.1:9"):
-        KubernetesPlace(str(tmp_path / "far")).jobs("default")
+        KubernetesBackend(str(tmp_path / "far")).jobs("default")
 
 
 class _Proxy(BaseHTTPRequestHandler):
@@ -228,7 +228,7 @@ def test_the_proxy_of_the_kubeconfig_holds_for_all_hosts(
         monkeypatch.setenv(name, "127.0.0.1,localhost,*")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     config = world.server.kubeconfig(tmp_path / "config", ADMIN, None, **{"proxy-url": proxy})
-    assert KubernetesPlace(config).version() == f"Kubernetes v1.0-by-proxy at {world.server.url}"
+    assert KubernetesBackend(config).version() == f"Kubernetes v1.0-by-proxy at {world.server.url}"
     assert _Proxy.asked == [f"{world.server.url}/version"]
     assert world.server.requests == []
 
@@ -239,11 +239,11 @@ def test_the_proxy_of_the_environment_leaves_its_hosts_alone(
     monkeypatch.setenv("http_proxy", proxy)
     text = Path(world.server.kubeconfig(tmp_path / "config")).read_text()
     (tmp_path / "far").write_text(text.replace("127.0.0.1", "cluster.invalid"))
-    assert "by-proxy" in KubernetesPlace(str(tmp_path / "far")).version()
+    assert "by-proxy" in KubernetesBackend(str(tmp_path / "far")).version()
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "cluster.invalid")
     with pytest.raises(ClusterError, match=r"no answer from the cluster at http://cluster\.invalid"):
-        KubernetesPlace(str(tmp_path / "far")).version()
+        KubernetesBackend(str(tmp_path / "far")).version()
 
 
 def plugin(world: World, folder: Path, script: str) -> str:
@@ -268,7 +268,7 @@ def credential(**status: str) -> str:
 
 
 def test_a_plugin_tells_the_credentials(world: World, tmp_path: Path) -> None:
-    assert KubernetesPlace(plugin(world, tmp_path, credential(token=ADMIN))).jobs("default") == []
+    assert KubernetesBackend(plugin(world, tmp_path, credential(token=ADMIN))).jobs("default") == []
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_a_plugin_that_fails_is_told_as_such(
     with pytest.raises(
         ConfigError, match=f"cannot use the kubeconfig .*its credential plugin failed: .*{reason}"
     ) as told:
-        KubernetesPlace(plugin(world, tmp_path, script)).jobs("default")
+        KubernetesBackend(plugin(world, tmp_path, script)).jobs("default")
     assert "\n" not in str(told.value)
     assert capfd.readouterr() == ("", "")
     assert world.server.requests == []
@@ -296,7 +296,7 @@ def test_a_plugin_that_is_not_there(world: World, tmp_path: Path) -> None:
     config = plugin(world, tmp_path, "")
     (tmp_path / "plugin").unlink()
     with pytest.raises(ConfigError, match=r"its credential plugin failed: .*No such file or directory"):
-        KubernetesPlace(config)
+        KubernetesBackend(config)
 
 
 def test_a_plugin_that_fails_later(world: World, tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_a_plugin_that_fails_later(world: World, tmp_path: Path) -> None:
     once = f"[ -e {tmp_path}/asked ] && {{ echo gone >&2; exit 1; }}; touch {tmp_path}/asked"
     ended = credential(token=ADMIN, expirationTimestamp="2026-01-01T00:00:00Z")
     with pytest.raises(ConfigError, match=r"its credential plugin failed: exec: process returned 1\. gone"):
-        KubernetesPlace(plugin(world, tmp_path, f"{once}\n{ended}")).jobs("default")
+        KubernetesBackend(plugin(world, tmp_path, f"{once}\n{ended}")).jobs("default")
 
 
 @pytest.fixture(scope="module")
@@ -330,10 +330,10 @@ def secure(certificate: tuple[str, str]) -> Iterator[ApiServer]:
 
 def test_a_certificate_is_checked(secure: ApiServer, certificate: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match=r"no safe connection .*certificate.*: check certificate-authority"):
-        KubernetesPlace(secure.kubeconfig(tmp_path / "a")).version()
-    trusting = KubernetesPlace(secure.kubeconfig(tmp_path / "b", **{"certificate-authority": certificate[0]}))
+        KubernetesBackend(secure.kubeconfig(tmp_path / "a")).version()
+    trusting = KubernetesBackend(secure.kubeconfig(tmp_path / "b", **{"certificate-authority": certificate[0]}))
     assert trusting.version().startswith("Kubernetes v1.37.0 at https://127.0.0.1")
-    careless = KubernetesPlace(secure.kubeconfig(tmp_path / "c", ADMIN, None, **{"insecure-skip-tls-verify": True}))
+    careless = KubernetesBackend(secure.kubeconfig(tmp_path / "c", ADMIN, None, **{"insecure-skip-tls-verify": True}))
     assert careless.jobs("default") == []
 
 
@@ -342,13 +342,13 @@ def test_commands_over_tls(
 ) -> None:
     world = World(secure, tmp_path)
     config = secure.kubeconfig(tmp_path / "config", ADMIN, **{"certificate-authority": certificate[0]})
-    place = KubernetesPlace(config)
-    place.submit(training())
+    backend = KubernetesBackend(config)
+    backend.submit(training())
     world.run(world.train("convert-bloom"))
     data = b"0123456789" * 30_000
     (tmp_path / "in").write_bytes(data)
     with (tmp_path / "in").open() as source, (tmp_path / "out").open("w") as sink, monkeypatch.context() as patch:
         patch.setattr(sys, "stdin", source)
         patch.setattr(sys, "stdout", sink)
-        assert place.attach_job("convert-bloom", "default", None, None, ["cat"]) == 0
+        assert backend.attach_job("convert-bloom", "default", None, None, ["cat"]) == 0
     assert (tmp_path / "out").read_bytes() == data

@@ -23,13 +23,13 @@ __all__ = ["world"]
 @pytest.fixture
 def running(world: World) -> World:
     """A cluster with a running job."""
-    world.place.submit(training())
+    world.backend.submit(training())
     world.run(world.train("convert-bloom"))
     return world
 
 
 def attach(world: World, *command: str) -> int:
-    return world.place.attach_job("convert-bloom", "default", None, None, list(command))
+    return world.backend.attach_job("convert-bloom", "default", None, None, list(command))
 
 
 @contextmanager
@@ -139,10 +139,10 @@ def test_a_command_that_cannot_be_started(running: World, monkeypatch: pytest.Mo
 
 def test_attach_is_refused_with_a_reason(running: World) -> None:
     with pytest.raises(NotFoundError, match="no instance x"):
-        running.place.attach_job("convert-bloom", "default", "x", None, ["true"])
+        running.backend.attach_job("convert-bloom", "default", "x", None, ["true"])
     running.server.rules.denied.add(("create", "pods/exec"))
     with pytest.raises(ClusterError, match="admin may not create pods/exec in namespace default"):
         attach(running, "true")
-    running.place.serve(serving())
+    running.backend.serve(serving())
     with pytest.raises(NotFoundError, match="server ft-triton-bloom has no pods"):
-        running.place.attach_server("ft-triton-bloom", None, "default", None, None, ["true"])
+        running.backend.attach_server("ft-triton-bloom", None, "default", None, None, ["true"])

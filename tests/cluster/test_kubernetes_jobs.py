@@ -8,7 +8,7 @@ import pytest
 from tests.cluster.api_server_kinds import Kind, RefusedError
 from tests.cluster.kubernetes_fixtures import GPU_NODE, World, training, world
 
-from hasten.cluster.places import Status
+from hasten.cluster.backend import Status
 from hasten.core.errors import ClusterError, ExistsError
 
 __all__ = ["world"]
@@ -17,7 +17,7 @@ __all__ = ["world"]
 def test_a_job_is_made_with_what_belongs_to_it_and_leaves_nothing_behind(world: World, tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text("{}")
     files = [f"{tmp_path / 'settings.json'}:/etc/settings.json"]
-    world.place.submit(training(config_file=files, tensorboard=True, logdir="/mnt/logs"))
+    world.backend.submit(training(config_file=files, tensorboard=True, logdir="/mnt/logs"))
     made = world.leftovers()
     assert made == [
         "ConfigMap/convert-bloom-config",
@@ -31,13 +31,13 @@ def test_a_job_is_made_with_what_belongs_to_it_and_leaves_nothing_behind(world: 
         assert [owner["uid"] for owner in owners] == [job["metadata"]["uid"]]
     assert {one["manager"] for one in job["metadata"]["managedFields"]} == {"hasten"}
     world.run(world.train("convert-bloom"))
-    world.place.delete_job("convert-bloom", "default")
+    world.backend.delete_job("convert-bloom", "default")
     assert world.store.names("PyTorchJob", "Pod") == []  # at once: its name is free again
     assert world.leftovers() == []
 
 
 def test_a_dry_run_asks_nothing(world: World) -> None:
-    assert [one["kind"] for one in world.place.plan_job(training())] == ["PyTorchJob"]
+    assert [one["kind"] for one in world.backend.plan_job(training())] == ["PyTorchJob"]
     assert world.server.requests == []
 
 
@@ -46,7 +46,7 @@ def test_nothing_is_left_of_a_submit_that_fails(world: World, tmp_path: Path) ->
     job = training(config_file=[f"{tmp_path / 'a'}:/a"], tensorboard=True, logdir="/mnt/logs")
     world.server.rules.denied.add(("create", "services"))
     with pytest.raises(ClusterError, match="admin may not create services in namespace default"):
-        world.place.submit(job)
+        world.backend.submit(job)
     assert world.leftovers() == []
 
     def refuse(kind: Kind, body: dict[str, Any]) -> None:
@@ -55,15 +55,15 @@ def test_nothing_is_left_of_a_submit_that_fails(world: World, tmp_path: Path) ->
 
     world.store.admission.append(refuse)
     with pytest.raises(ClusterError, match="no files"):
-        world.place.submit(job)
+        world.backend.submit(job)
     assert world.leftovers() == []
 
 
 def test_a_name_that_is_taken(world: World) -> None:
-    world.place.submit(training())
+    world.backend.submit(training())
     before = world.object("PyTorchJob", "convert-bloom")
     with pytest.raises(ExistsError, match="PyTorchJob convert-bloom in namespace default already"):
-        world.place.submit(training(gpus=4))
+        world.backend.submit(training(gpus=4))
     assert world.object("PyTorchJob", "convert-bloom") == before
 
 
@@ -77,7 +77,7 @@ def test_a_config_map_of_somebody_else_is_not_taken_over(world: World, tmp_path:
     }
     world.store.write(foreign)
     with pytest.raises(ExistsError, match="ConfigMap convert-bloom-config"):
-        world.place.submit(training(config_file=[f"{tmp_path / 'a'}:/a"]))
+        world.backend.submit(training(config_file=[f"{tmp_path / 'a'}:/a"]))
     assert world.leftovers() == ["ConfigMap/convert-bloom-config"]
     assert world.object("ConfigMap", "convert-bloom-config")["data"] == {"k": "v"}
 
@@ -89,14 +89,14 @@ def test_an_interrupt_rolls_back(world: World) -> None:
 
     world.store.admission.append(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        world.place.submit(training(tensorboard=True, logdir="/mnt/logs"))
+        world.backend.submit(training(tensorboard=True, logdir="/mnt/logs"))
     assert world.leftovers() == []
 
 
 def test_a_job_goes_through_its_states(world: World) -> None:
-    place = world.place
-    place.submit(training(workers=3, gpus=2, priority="high"))
-    job = place.job("convert-bloom", "default")
+    backend = world.backend
+    backend.submit(training(workers=3, gpus=2, priority="high"))
+    job = backend.job("convert-bloom", "default")
     assert (job.status, job.gpus, job.priority, job.trainer) == (Status.PENDING, 6, "high", "PYTORCHJOB")
     assert job.reason == "there are no pods yet, and no operator has taken up this PyTorchJob: does it run?"
     world.set_conditions("convert-bloom", "Created")
@@ -104,7 +104,7 @@ def test_a_job_goes_through_its_states(world: World) -> None:
     for pod in pods:
         world.run(pod)
     world.set_conditions("convert-bloom", "Created", "Running", startTime="2026-11-23T10:00:00Z")
-    job = place.job("convert-bloom", "default")
+    job = backend.job("convert-bloom", "default")
     assert (job.status, job.reason) == (Status.RUNNING, None)
     assert [(one.name, one.is_chief, one.gpus, one.node) for one in job.instances] == [
         ("convert-bloom-master-0", True, 2, GPU_NODE),
@@ -113,14 +113,14 @@ def test_a_job_goes_through_its_states(world: World) -> None:
     ]
     world.run(pods[1], "Succeeded")
     world.set_conditions("convert-bloom", "Created", "Running", "Succeeded", completionTime="2026-11-23T10:03:00Z")
-    job = place.job("convert-bloom", "default")
+    job = backend.job("convert-bloom", "default")
     assert job.status is Status.SUCCEEDED
     assert job.ended is not None
     assert job.ended.isoformat() == "2026-11-23T10:03:00+00:00"
 
 
 def test_conditions_in_their_order(world: World) -> None:
-    world.place.submit(training())
+    world.backend.submit(training())
     for held, status in (
         (("Queuing",), Status.QUEUING),
         (("Queuing", "Running"), Status.RUNNING),
@@ -128,7 +128,7 @@ def test_conditions_in_their_order(world: World) -> None:
         (("Running", "Failed", "Succeeded"), Status.SUCCEEDED),
     ):
         world.set_conditions("convert-bloom", *held)
-        assert world.place.jobs("default")[0].status is status
+        assert world.backend.jobs("default")[0].status is status
 
 
 UNSCHEDULABLE = {
@@ -154,24 +154,24 @@ def _waiting(reason: str, message: str) -> dict[str, Any]:
     ],
 )
 def test_why_a_job_is_pending(world: World, status: dict[str, Any], reason: str) -> None:
-    world.place.submit(training())
+    world.backend.submit(training())
     world.set_conditions("convert-bloom", "Created")
     world.train("convert-bloom", **status)
-    for job in (world.place.jobs("default")[0], world.place.job("convert-bloom", "default")):
+    for job in (world.backend.jobs("default")[0], world.backend.job("convert-bloom", "default")):
         assert job.status is Status.PENDING
         assert job.reason is not None
         assert re.search(reason, job.reason)
 
 
 def test_a_quota_is_told_by_events_in_their_order(world: World) -> None:
-    world.place.submit(training())
+    world.backend.submit(training())
     world.set_conditions("convert-bloom", "Created")
     job = world.object("PyTorchJob", "convert-bloom")
     message = 'Error creating: pods "convert-bloom-master-0" is forbidden: exceeded quota: gpus'
     world.event(job, "FailedCreatePod", message, "2026-11-23T10:00:09Z")
     world.event(job, "Created", "PyTorchJob is created", "2026-11-23T10:00:01Z", kind="Normal")
     world.event(world.object("Namespace", "default"), "Other", "of somebody else", "2026-11-23T10:00:02Z")
-    found = world.place.job("convert-bloom", "default")
+    found = world.backend.job("convert-bloom", "default")
     assert [(event.reason, event.source) for event in found.events] == [
         ("Created", "pytorchjob/convert-bloom"),
         ("FailedCreatePod", "pytorchjob/convert-bloom"),
@@ -182,27 +182,27 @@ def test_a_quota_is_told_by_events_in_their_order(world: World) -> None:
 
 
 def test_a_volume_that_cannot_be_mounted_is_told_by_events(world: World) -> None:
-    world.place.submit(training())
+    world.backend.submit(training())
     world.set_conditions("convert-bloom", "Created")
     pod = world.train("convert-bloom", **_waiting("ContainerCreating", ""))
-    assert world.place.job("convert-bloom", "default").reason == "its pods are being started"
+    assert world.backend.job("convert-bloom", "default").reason == "its pods are being started"
     world.event(pod, "FailedMount", "MountVolume.SetUp failed: timed out", "2026-11-23T10:00:00Z")
-    reason = world.place.job("convert-bloom", "default").reason
+    reason = world.backend.job("convert-bloom", "default").reason
     assert reason == "pod/convert-bloom-master-0: FailedMount: MountVolume.SetUp failed: timed out (2 times)"
 
 
 def test_why_a_job_failed(world: World) -> None:
-    world.place.submit(training())
+    world.backend.submit(training())
     world.run(world.train("convert-bloom"), "Failed", exitCode=137, reason="OOMKilled")
     world.set_conditions("convert-bloom", "Created", "Failed")
-    job = world.place.job("convert-bloom", "default")
+    job = world.backend.job("convert-bloom", "default")
     assert job.status is Status.FAILED
     assert job.reason == "convert-bloom-master-0: container pytorch ended with status 137 (OOMKilled)"
     assert job.ended is not None
 
 
 def test_a_train_job_runs_when_its_pods_do(world: World) -> None:
-    world.place.submit(training(api="trainer", workers=2, gpus=4))
+    world.backend.submit(training(api="trainer", workers=2, gpus=4))
     owner = world.object("TrainJob", "convert-bloom")
     for index in (1, 0):
         labels = {
@@ -212,27 +212,27 @@ def test_a_train_job_runs_when_its_pods_do(world: World) -> None:
         }
         spec = {"containers": [{"name": "node", "resources": {"limits": {"nvidia.com/gpu": "4"}}}]}
         world.run(world.pod(f"convert-bloom-node-0-{index}-abcde", labels, spec, owner))
-    job = world.place.jobs("default")[0]
+    job = world.backend.jobs("default")[0]
     assert (job.status, job.trainer, job.gpus) == (Status.RUNNING, "TRAINJOB", 8)
     assert [one.name for one in job.instances if one.is_chief] == ["convert-bloom-node-0-0-abcde"]
     world.set_conditions("convert-bloom", "Complete", kind="TrainJob")
-    assert world.place.job("convert-bloom", "default").status is Status.SUCCEEDED
-    world.place.delete_job("convert-bloom", "default")
+    assert world.backend.job("convert-bloom", "default").status is Status.SUCCEEDED
+    world.backend.delete_job("convert-bloom", "default")
     assert world.leftovers() == []
 
 
 def test_jobs_of_all_namespaces_newest_first(world: World) -> None:
     world.store.write({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "default-group"}})
     for number, namespace in enumerate(("default", "default-group", "default")):
-        world.place.submit(training(f"job-{number}", namespace=namespace))
+        world.backend.submit(training(f"job-{number}", namespace=namespace))
         found = world.object("PyTorchJob", f"job-{number}")
         world.change(found, {"metadata": {**found["metadata"], "creationTimestamp": f"2026-11-23T10:00:0{number}Z"}})
-    assert [job.name for job in world.place.jobs(None)] == ["job-2", "job-1", "job-0"]
-    assert [job.name for job in world.place.jobs("default")] == ["job-2", "job-0"]
+    assert [job.name for job in world.backend.jobs(None)] == ["job-2", "job-1", "job-0"]
+    assert [job.name for job in world.backend.jobs("default")] == ["job-2", "job-0"]
 
 
 def test_a_deletion_that_does_not_end_says_what_it_waits_for(world: World) -> None:
-    world.place.submit(training())
+    world.backend.submit(training())
     found = world.object("PyTorchJob", "convert-bloom")
     world.change(found, {"metadata": {**found["metadata"], "finalizers": ["example.com/backup"]}})
     with pytest.raises(ClusterError, match=r"waits for: example.com/backup"):

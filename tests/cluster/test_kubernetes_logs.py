@@ -9,7 +9,7 @@ from tests.cluster.api_server_logs import Log
 from tests.cluster.kubernetes_fixtures import World, serving, training, world
 from tests.waiting import LIMIT_S, eventually
 
-from hasten.cluster.places import LogOptions
+from hasten.cluster.backend import LogOptions
 from hasten.core.errors import ClusterError, NotFoundError
 
 __all__ = ["world"]
@@ -22,14 +22,14 @@ SECOND = 10**9
 @pytest.fixture
 def log(world: World) -> Log:
     """Log of a running job's chief."""
-    world.place.submit(training(workers=2))
+    world.backend.submit(training(workers=2))
     world.run(world.train("convert-bloom", 1))
     world.run(world.train("convert-bloom", 0))
     return world.server.log("default", POD, "pytorch")
 
 
 def read(world: World, **options: Any) -> list[str]:
-    return list(world.place.job_logs("convert-bloom", "default", LogOptions(**options)))
+    return list(world.backend.job_logs("convert-bloom", "default", LogOptions(**options)))
 
 
 def end(world: World, phase: str = "Succeeded") -> None:
@@ -75,7 +75,7 @@ def test_lines_end_at_line_feeds_alone(world: World, log: Log) -> None:
     odd = "\x0b \x0c \x1c \x1e \x85 \u2028 \u2029 \r \x00"
     log.write(odd, "last")
     assert read(world) == [odd, "last"]
-    assert list(world.place.job_logs("convert-bloom", "default", LogOptions(tail=1))) == ["last"]
+    assert list(world.backend.job_logs("convert-bloom", "default", LogOptions(tail=1))) == ["last"]
 
 
 def test_lines_since(world: World, log: Log) -> None:
@@ -104,7 +104,7 @@ def test_an_instance_and_a_container_by_name(world: World, log: Log) -> None:
 
 
 def test_of_several_containers_the_main_one(world: World) -> None:
-    world.place.submit(training())
+    world.backend.submit(training())
     spec = {"containers": [{"name": "istio"}, {"name": "pytorch"}], "initContainers": [{"name": "init"}]}
     labels = {"training.kubeflow.org/job-name": "convert-bloom", "training.kubeflow.org/replica-type": "master"}
     world.run(world.pod(POD, labels, spec, world.object("PyTorchJob", "convert-bloom")))
@@ -122,7 +122,7 @@ def test_a_finished_pod_still_has_its_log(world: World, log: Log) -> None:
 
 
 def test_a_log_that_is_not_there_yet_says_why(world: World) -> None:
-    world.place.submit(training())
+    world.backend.submit(training())
     with pytest.raises(NotFoundError, match="job convert-bloom has no pods"):
         read(world)
     waiting = {"name": "pytorch", "state": {"waiting": {"reason": "ErrImagePull", "message": "no such image"}}}
@@ -133,7 +133,7 @@ def test_a_log_that_is_not_there_yet_says_why(world: World) -> None:
 
 def test_a_followed_log_ends_with_its_pod(world: World, log: Log) -> None:
     log.write("one")
-    reader = Reader(world.place.job_logs("convert-bloom", "default", LogOptions(follow=True)))
+    reader = Reader(world.backend.job_logs("convert-bloom", "default", LogOptions(follow=True)))
     reader.until(1)
     log.write("two")
     reader.until(2)
@@ -149,7 +149,7 @@ def test_a_followed_log_goes_on_where_it_was_cut(world: World, log: Log, abrupt:
     log.write("before", at=now - 5 * SECOND)
     log.write("a", "b", at=now)  # at the very same time
     options = LogOptions(follow=True, tail=2, timestamps=timestamps)
-    reader = Reader(world.place.job_logs("convert-bloom", "default", options))
+    reader = Reader(world.backend.job_logs("convert-bloom", "default", options))
     reader.until(2)
     for number in range(3):
         log.cut(abrupt=abrupt)
@@ -163,7 +163,7 @@ def test_a_followed_log_goes_on_where_it_was_cut(world: World, log: Log, abrupt:
 
 def test_a_followed_log_survives_a_restart_of_its_container(world: World, log: Log) -> None:
     log.write("first try")
-    reader = Reader(world.place.job_logs("convert-bloom", "default", LogOptions(follow=True)))
+    reader = Reader(world.backend.job_logs("convert-bloom", "default", LogOptions(follow=True)))
     reader.until(1)
     pod = world.object("Pod", POD)
     waiting = {"name": "pytorch", "restartCount": 1, "state": {"waiting": {"reason": "CrashLoopBackOff"}}}
@@ -176,8 +176,8 @@ def test_a_followed_log_survives_a_restart_of_its_container(world: World, log: L
 
 
 def test_a_followed_log_waits_for_its_pod(world: World) -> None:
-    world.place.submit(training())
-    reader = Reader(world.place.job_logs("convert-bloom", "default", LogOptions(follow=True)))
+    world.backend.submit(training())
+    reader = Reader(world.backend.job_logs("convert-bloom", "default", LogOptions(follow=True)))
     pod = world.train("convert-bloom")
     world.server.log("default", POD, "pytorch").write("at last")
     world.run(pod)
@@ -188,18 +188,18 @@ def test_a_followed_log_waits_for_its_pod(world: World) -> None:
 
 def test_a_followed_log_ends_when_its_pod_is_deleted(world: World, log: Log) -> None:
     log.write("one")
-    reader = Reader(world.place.job_logs("convert-bloom", "default", LogOptions(follow=True)))
+    reader = Reader(world.backend.job_logs("convert-bloom", "default", LogOptions(follow=True)))
     reader.until(1)
-    world.place.delete_job("convert-bloom", "default")
+    world.backend.delete_job("convert-bloom", "default")
     assert reader.finish() == ["one"]
 
 
 def test_a_reader_that_leaves_does_not_keep_the_connection(world: World, log: Log) -> None:
     log.write("one")
-    lines = world.place.job_logs("convert-bloom", "default", LogOptions(follow=True))
+    lines = world.backend.job_logs("convert-bloom", "default", LogOptions(follow=True))
     assert next(lines) == "one"
     lines.close()  # type: ignore[attr-defined]
-    assert world.place.jobs("default")[0].name == "convert-bloom"
+    assert world.backend.jobs("default")[0].name == "convert-bloom"
 
 
 def test_the_right_to_read_logs(world: World, log: Log) -> None:
@@ -209,11 +209,11 @@ def test_the_right_to_read_logs(world: World, log: Log) -> None:
 
 
 def test_a_server_has_logs_too(world: World) -> None:
-    world.place.serve(serving())
+    world.backend.serve(serving())
     name = "ft-triton-bloom-1-tritoninferenceserver"
     owner = world.object("Deployment", name)
     template = owner["spec"]["template"]
     world.run(world.pod(f"{name}-a", template["metadata"]["labels"], template["spec"], owner))
     world.server.log("default", f"{name}-a", "triton").write("Started GRPCInferenceService at 0.0.0.0:8001")
-    lines = world.place.server_logs("ft-triton-bloom", None, "default", LogOptions())
+    lines = world.backend.server_logs("ft-triton-bloom", None, "default", LogOptions())
     assert list(lines) == ["Started GRPCInferenceService at 0.0.0.0:8001"]

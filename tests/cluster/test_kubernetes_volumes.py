@@ -22,15 +22,15 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_volume_and_all_that_belongs_to_it(world: World) -> None:
-    world.place.create_volume(bucket(description="BLOOM"))
+    world.backend.create_volume(bucket(description="BLOOM"))
     parts = ["PersistentVolume/default.bloom-pvc", "PersistentVolumeClaim/bloom-pvc", "Secret/bloom-pvc-key"]
     assert world.leftovers() == parts
     assert base64.b64decode(world.object("Secret", "bloom-pvc-key")["data"]["akSecret"]) == b"geheim"
-    listed = world.place.volumes("default")
+    listed = world.backend.volumes("default")
     assert [(one.name, one.access_mode, one.description) for one in listed] == [
         ("bloom-pvc", "ReadWriteMany", "BLOOM"),
     ]
-    world.place.delete_volume("bloom-pvc", "default")
+    world.backend.delete_volume("bloom-pvc", "default")
     assert world.leftovers() == []
 
 
@@ -47,11 +47,11 @@ NEIGHBOURS = [("a", "b-c"), ("a-b", "c")]
 def test_a_volume_of_another_namespace_stays(world: World, gone: tuple[str, str], stays: tuple[str, str]) -> None:
     namespaces(world, "a", "a-b")
     for namespace, name in NEIGHBOURS:
-        world.place.create_volume(bucket(namespace=namespace, name=name))
+        world.backend.create_volume(bucket(namespace=namespace, name=name))
     bound = {one["metadata"]["name"] for one in world.store.all("PersistentVolume")}
     assert {one["spec"]["volumeName"] for one in world.store.all("PersistentVolumeClaim")} == bound
     assert len(bound) == 2
-    world.place.delete_volume(gone[1], gone[0])
+    world.backend.delete_volume(gone[1], gone[0])
     namespace, name = stays
     assert world.leftovers() == [
         f"PersistentVolume/{namespace}.{name}",
@@ -71,43 +71,43 @@ def earlier_volume(world: World, namespace: str, name: str) -> None:
 def test_a_volume_of_an_earlier_version_is_found_by_its_claim(world: World) -> None:
     namespaces(world, "a", "a-b")
     earlier_volume(world, "a-b", "c")
-    world.place.create_volume(bucket(namespace="a", name="b-c"))
-    world.place.delete_volume("b-c", "a")
+    world.backend.create_volume(bucket(namespace="a", name="b-c"))
+    world.backend.delete_volume("b-c", "a")
     assert "PersistentVolume/a-b-c" in world.leftovers()
-    world.place.delete_volume("c", "a-b")
+    world.backend.delete_volume("c", "a-b")
     assert world.leftovers() == []
 
 
 def test_a_volume_that_is_kept_for_another_claim_stays(world: World) -> None:
-    world.place.create_volume(bucket())
+    world.backend.create_volume(bucket())
     claim = {"namespace": "default", "name": "other"}
     world.change(world.object("PersistentVolume", "default.bloom-pvc"), {"spec": {"claimRef": claim}})
-    world.place.delete_volume("bloom-pvc", "default")
+    world.backend.delete_volume("bloom-pvc", "default")
     assert world.leftovers() == ["PersistentVolume/default.bloom-pvc"]
 
 
 def test_nothing_is_left_of_a_volume_that_fails(world: World) -> None:
     world.server.rules.denied.add(("create", "persistentvolumeclaims"))
     with pytest.raises(ClusterError, match="admin may not create persistentvolumeclaims in namespace default"):
-        world.place.create_volume(bucket())
+        world.backend.create_volume(bucket())
     assert world.leftovers() == []
     world.server.rules.denied = {("create", "persistentvolumes")}
     with pytest.raises(ClusterError, match="admin may not create persistentvolumes in the cluster"):
-        world.place.create_volume(bucket())
+        world.backend.create_volume(bucket())
     assert world.leftovers() == []
 
 
 def test_a_name_that_is_taken(world: World) -> None:
-    world.place.create_volume(bucket())
+    world.backend.create_volume(bucket())
     with pytest.raises(ExistsError, match="Secret bloom-pvc-key in namespace default already"):
-        world.place.create_volume(bucket(oss_bucket="other"))
+        world.backend.create_volume(bucket(oss_bucket="other"))
     assert len(world.leftovers()) == 3
 
 
 def test_a_key_without_its_secret(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HASTEN_ACCESS_KEY_SECRET")
     with pytest.raises(ConfigError, match="HASTEN_ACCESS_KEY_SECRET"):
-        world.place.create_volume(bucket())
+        world.backend.create_volume(bucket())
 
 
 def claim(world: World, name: str, phase: str) -> None:
@@ -119,43 +119,43 @@ def claim(world: World, name: str, phase: str) -> None:
 def test_claims_of_others_are_listed_when_bound_and_never_deleted(world: World) -> None:
     claim(world, "shared", "Bound")
     claim(world, "waiting", "Pending")
-    assert [(one.name, one.owner, one.access_mode) for one in world.place.volumes("default")] == [
+    assert [(one.name, one.owner, one.access_mode) for one in world.backend.volumes("default")] == [
         ("shared", "anna", "ReadOnlyMany")
     ]
     with pytest.raises(ClusterError, match="volume shared was not made by hasten"):
-        world.place.delete_volume("shared", "default")
+        world.backend.delete_volume("shared", "default")
     assert len(world.leftovers()) == 2
 
 
 def test_a_secret_of_somebody_else_stays(world: World) -> None:
-    world.place.create_volume(bucket(access_key_id=None))
+    world.backend.create_volume(bucket(access_key_id=None))
     world.store.write({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "bloom-pvc-key"}})
-    world.place.delete_volume("bloom-pvc", "default")
+    world.backend.delete_volume("bloom-pvc", "default")
     assert world.leftovers() == ["Secret/bloom-pvc-key"]
 
 
 def test_what_is_left_of_a_volume_can_be_deleted(world: World) -> None:
-    world.place.create_volume(bucket())
+    world.backend.create_volume(bucket())
     world.store.remove("v1", "PersistentVolumeClaim", "default", "bloom-pvc")
-    world.place.delete_volume("bloom-pvc", "default")
+    world.backend.delete_volume("bloom-pvc", "default")
     assert world.leftovers() == []
 
 
 def test_a_volume_in_use_stays(world: World) -> None:
-    world.place.create_volume(bucket())
-    world.place.submit(training())
+    world.backend.create_volume(bucket())
+    world.backend.submit(training())
     pod = world.train("convert-bloom")
     with pytest.raises(ClusterError, match="volume bloom-pvc is mounted by convert-bloom-master-0: delete the job"):
-        world.place.delete_volume("bloom-pvc", "default")
+        world.backend.delete_volume("bloom-pvc", "default")
     world.run(pod, "Succeeded")
-    world.place.delete_volume("bloom-pvc", "default")
+    world.backend.delete_volume("bloom-pvc", "default")
     assert world.store.names("PersistentVolumeClaim") == []
 
 
 def test_a_volume_that_is_not_there(world: World) -> None:
     with pytest.raises(NotFoundError, match="there is no volume x in namespace default"):
-        world.place.delete_volume("x", "default")
-    for ask in (world.place.volumes, lambda namespace: world.place.delete_volume("x", namespace)):
+        world.backend.delete_volume("x", "default")
+    for ask in (world.backend.volumes, lambda namespace: world.backend.delete_volume("x", namespace)):
         with pytest.raises(NotFoundError, match="no namespace nowhere"):
             ask("nowhere")
 
@@ -178,20 +178,20 @@ def test_nodes_and_their_gpus(world: World) -> None:
     node(world, "amd-1", "Unknown", {"amd.com/gpu": "4"})
     node(world, "head", "True", roles=("control-plane",))
     world.change(world.object("Node", "head"), {"spec": {"unschedulable": True}})
-    world.place.submit(training(gpus=4))
+    world.backend.submit(training(gpus=4))
     world.run(world.train("convert-bloom"))
-    world.place.submit(training("ended", gpus=2))
+    world.backend.submit(training("ended", gpus=2))
     world.run(world.train("ended"), "Succeeded")
-    told = [(one.name, one.role, one.status, one.gpus, one.allocated_gpus) for one in world.place.nodes()]
+    told = [(one.name, one.role, one.status, one.gpus, one.allocated_gpus) for one in world.backend.nodes()]
     assert told == [
         ("amd-1", "<none>", "NotReady", 4, 0),
         ("gpu-1", "<none>", "Ready", 10, 4),
         ("head", "control-plane", "Ready,SchedulingDisabled", 0, 0),
     ]
-    assert world.place.nodes()[0].address == "10.0.0.1"
+    assert world.backend.nodes()[0].address == "10.0.0.1"
 
 
 def test_the_right_to_see_nodes(world: World) -> None:
     world.server.rules.denied.add(("list", "nodes"))
     with pytest.raises(ClusterError, match="admin may not list nodes in the cluster: have a role bound to it"):
-        world.place.nodes()
+        world.backend.nodes()

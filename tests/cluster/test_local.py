@@ -12,19 +12,19 @@ import pytest
 from tests.cluster.local_site import Site, alive, python, site
 from tests.waiting import eventually
 
-from hasten.cluster.local.place import LocalPlace, _new_state
+from hasten.cluster.backend import Status
+from hasten.cluster.local.backend import LocalBackend, _new_state
 from hasten.cluster.local.state import create
 from hasten.cluster.local.supervisor import start
-from hasten.cluster.places import Status
 from hasten.cluster.spec import TrainingJob
 from hasten.core.errors import ClusterError, ConfigError, ExistsError, NotFoundError, UnsupportedError
 
 SUBMIT = """
 import sys
 from pathlib import Path
-from hasten.cluster.local.place import LocalPlace
+from hasten.cluster.local.backend import LocalBackend
 from hasten.cluster.spec import TrainingJob
-LocalPlace(Path(sys.argv[1])).submit(TrainingJob(name=sys.argv[2], command=sys.argv[3]))
+LocalBackend(Path(sys.argv[1])).submit(TrainingJob(name=sys.argv[2], command=sys.argv[3]))
 print("submitted", flush=True)
 sys.stdin.read()
 """
@@ -91,8 +91,8 @@ def test_a_job_is_told_from_its_start_to_its_end(here: Site, caplog: pytest.LogC
     ]
     assert here.logs("told") == ["one", "two"]
     here.submit("later", "true")
-    assert [(job.name, job.events) for job in here.place.jobs(None)] == [("later", ()), ("told", ())]
-    assert here.place.jobs("other") == []
+    assert [(job.name, job.events) for job in here.backend.jobs(None)] == [("later", ()), ("told", ())]
+    assert here.backend.jobs("other") == []
 
 
 def test_a_killed_job_says_what_killed_it(here: Site) -> None:
@@ -158,12 +158,12 @@ def test_a_job_from_before_a_restart_of_the_machine_has_failed(here: Site) -> No
 
 def test_what_dies_while_it_submits_leaves_a_job_that_failed(here: Site) -> None:
     """A command that is killed between the record and the supervisor."""
-    (spec,) = here.place.plan_job(TrainingJob(name="half", command="true"))
+    (spec,) = here.backend.plan_job(TrainingJob(name="half", command="true"))
     code = """
 import json, os, signal, sys
 from pathlib import Path
 from hasten.cluster.local import state as local_state
-from hasten.cluster.local import place as local
+from hasten.cluster.local import backend as local
 folder = local_state.Folder(Path(sys.argv[1]) / "jobs/default/half")
 local_state.create(folder, json.loads(sys.argv[2]), local._new_state(1.0), {}, what="job")
 os.kill(os.getpid(), signal.SIGKILL)
@@ -192,11 +192,11 @@ def test_delete_ends_all_processes_and_removes_all_files(here: Site, tmp_path: P
     pids = [pid for pid in here.processes() if pid != os.getpid()]
     assert len(pids) > 6
     os.kill(here.state("gone").instances[0].pid or 0, signal.SIGUSR1)  # ends the master, which ends the rest
-    here.place.delete_job("gone", "default")
+    here.backend.delete_job("gone", "default")
     assert not any(alive(pid) for pid in pids)
     assert [path for path in here.home.rglob("*") if "gone" in path.name] == []
     assert list((here.home / "scratch").iterdir()) == []
-    for verb in (here.job, here.logs, lambda name: here.place.delete_job(name, "default")):
+    for verb in (here.job, here.logs, lambda name: here.backend.delete_job(name, "default")):
         with pytest.raises(NotFoundError, match="there is no job gone in namespace default"):
             verb("gone")
 
@@ -211,7 +211,7 @@ def test_delete_when_the_supervisor_does_not_answer(here: Site, monkeypatch: pyt
     monkeypatch.setattr(local_end, "_SLACK_S", 0.1)
     local_end.end_and_remove(here.folder("hangs"), 0.1)
     assert not any(alive(pid) for pid in pids)
-    assert here.place.jobs(None) == []
+    assert here.backend.jobs(None) == []
 
 
 def test_delete_of_a_job_that_does_not_hear(here: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_delete_of_a_job_that_does_not_hear(here: Site, monkeypatch: pytest.Monk
     monkeypatch.setattr(local_end, "_SLACK_S", 0.3)
     local_end.end_and_remove(here.folder("deaf"), 0.1)
     assert not any(alive(pid) for pid in [*pids, int((tmp_path / "pid").read_text())])
-    assert here.place.jobs(None) == []
+    assert here.backend.jobs(None) == []
 
 
 def test_a_supervisor_that_is_told_to_end_says_so(here: Site) -> None:
@@ -240,20 +240,20 @@ def test_a_hundred_jobs_are_submitted_and_none_is_lost(here: Site, capsys: pytes
     code = """
 import sys
 from pathlib import Path
-from hasten.cluster.local.place import LocalPlace
+from hasten.cluster.local.backend import LocalBackend
 from hasten.cluster.spec import TrainingJob
-place, part = LocalPlace(Path(sys.argv[1])), int(sys.argv[2])
+backend, part = LocalBackend(Path(sys.argv[1])), int(sys.argv[2])
 for number in range(part, 100, 4):
-    place.submit(TrainingJob(name=f"job-{number}", command=f"echo this is {number}; exit $(( {number} % 5 == 0 ))"))
+    backend.submit(TrainingJob(name=f"job-{number}", command=f"echo this is {number}; exit $(( {number} % 5 == 0 ))"))
 """
     begun = time.monotonic()
     submitters = [python(code, str(here.home), str(part)) for part in range(4)]
     for submitter in submitters:
         assert submitter.communicate() == ("", "")
     submitted = time.monotonic() - begun
-    eventually(lambda: all(job.status.ended for job in here.place.jobs(None)), lambda: f"{here.place.jobs(None)}")
+    eventually(lambda: all(job.status.ended for job in here.backend.jobs(None)), lambda: f"{here.backend.jobs(None)}")
     took = time.monotonic() - begun
-    jobs = {job.name: job for job in here.place.jobs(None)}
+    jobs = {job.name: job for job in here.backend.jobs(None)}
     assert set(jobs) == {f"job-{number}" for number in range(100)}
     for number in range(100):
         expected = Status.SUCCEEDED if number % 5 else Status.FAILED
@@ -272,7 +272,7 @@ def test_a_record_that_cannot_be_read_hides_no_other(here: Site, caplog: pytest.
     record = here.folder("bad").path / "state.json"
     whole = record.read_text()
     record.write_text(whole[:50])
-    assert [job.name for job in here.place.jobs(None)] == ["good"]
+    assert [job.name for job in here.backend.jobs(None)] == ["good"]
     assert f"the record {record} cannot be read" in caplog.text
     with pytest.raises(ClusterError, match="cannot be read"):
         here.job("bad")
@@ -284,7 +284,7 @@ def test_attach_runs_a_command_with_the_environment_of_an_instance(
 ) -> None:
     here.submit("open", "sleep 60", env=("COLOUR=blue",), workers=2, working_dir=str(tmp_path))
     here.running("open")
-    attach = here.place.attach_job
+    attach = here.backend.attach_job
     show = ["sh", "-c", "echo $COLOUR $RANK $PWD; exit 7"]
     assert attach("open", "default", "open-worker-0", None, show) == 7
     assert capfd.readouterr().out == f"blue 1 {tmp_path}\n"
@@ -295,7 +295,7 @@ def test_attach_runs_a_command_with_the_environment_of_an_instance(
         attach("open", "default", "open-x", None, [])
     with pytest.raises(UnsupportedError, match="no containers"):
         attach("open", "default", None, "sidecar", [])
-    here.place.delete_job("open", "default")
+    here.backend.delete_job("open", "default")
     here.submit("over", "true")
     here.ended("over")
     with pytest.raises(ClusterError, match=r"over-master-0 does not run \(succeeded\)"):
@@ -305,7 +305,11 @@ def test_attach_runs_a_command_with_the_environment_of_an_instance(
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"selector": ("a=b",), "rdma": True}, UnsupportedError, "the local place cannot do --selector, --rdma; leave"),
+        (
+            {"selector": ("a=b",), "rdma": True},
+            UnsupportedError,
+            "the local backend cannot do --selector, --rdma; leave",
+        ),
         ({"priority": "high", "scheduler": "s"}, UnsupportedError, "--priority, --scheduler"),
         ({"host_network": True}, UnsupportedError, "--hostNetwork"),
         ({"toleration": ("all",)}, UnsupportedError, "--toleration"),
@@ -328,36 +332,36 @@ def test_attach_runs_a_command_with_the_environment_of_an_instance(
 def test_what_cannot_be_done_is_refused(
     tmp_path: Path, options: dict[str, object], error: type[Exception], message: str
 ) -> None:
-    place = LocalPlace(tmp_path / "home")
+    backend = LocalBackend(tmp_path / "home")
     with pytest.raises(error, match=message):
-        place.submit(TrainingJob(**{"name": "job", "command": "true", **options}))  # type: ignore[arg-type]
-    assert place.jobs(None) == []
+        backend.submit(TrainingJob(**{"name": "job", "command": "true", **options}))  # type: ignore[arg-type]
+    assert backend.jobs(None) == []
 
 
 def test_a_dry_run_shows_the_record_and_touches_nothing(tmp_path: Path) -> None:
-    place = LocalPlace(tmp_path / "home")
-    (plan,) = place.plan_job(TrainingJob(name="job", command="echo $X", workers=3, env=("X=1",), shell="bash"))
+    backend = LocalBackend(tmp_path / "home")
+    (plan,) = backend.plan_job(TrainingJob(name="job", command="echo $X", workers=3, env=("X=1",), shell="bash"))
     assert plan["plan"]["names"] == ["job-master-0", "job-worker-0", "job-worker-1"]
     assert plan["plan"]["launch"]["command"] == ["bash", "-c", "echo $X"]
     assert plan["plan"]["launch"]["env"] == {"X": "1"}
     assert not (tmp_path / "home").exists()
 
 
-def test_the_place_knows_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backend_knows_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HASTEN_HOME", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("HASTEN_GPUS", "3")
-    place = LocalPlace()
-    assert place.home == tmp_path / "elsewhere"
-    (node,) = place.nodes()
+    backend = LocalBackend()
+    assert backend.home == tmp_path / "elsewhere"
+    (node,) = backend.nodes()
     assert (node.address, node.status, node.gpus, node.allocated_gpus) == ("127.0.0.1", "Ready", 3, 0)
-    assert f"uid {os.getuid()}" in place.whoami()
-    assert place.version().startswith("hasten ")
-    assert place.default_namespace() == "default"
+    assert f"uid {os.getuid()}" in backend.whoami()
+    assert backend.version().startswith("hasten ")
+    assert backend.default_namespace() == "default"
 
 
 def test_nothing_heavy_is_imported() -> None:
     code = (
-        "import sys, hasten.cluster.local.place;"
+        "import sys, hasten.cluster.local.backend;"
         "print(sorted({'torch', 'kubernetes', 'yaml', 'psutil'} & set(sys.modules)))"
     )
     assert python(code).communicate()[0] == "[]\n"

@@ -7,8 +7,8 @@ import pytest
 from tests.cluster.local_site import Site, alive, site
 from tests.waiting import eventually
 
+from hasten.cluster.backend import Status
 from hasten.cluster.local.gpus import devices
-from hasten.cluster.places import Status
 from hasten.core.errors import ConfigError
 
 HOLD = "echo $CUDA_VISIBLE_DEVICES; exec sleep 60"
@@ -33,10 +33,10 @@ def test_gpus_are_handed_out_and_queued_for(here: Site) -> None:
     waits(here, "two", "waits for 2 GPUs, 1 of 4 is free")
     here.submit("one", HOLD, gpus=1)
     waits(here, "one", "waits for 1 GPU, 1 of 4 is free, 1 before it in the queue")  # else `two` might wait for ever
-    (node,) = here.place.nodes()
+    (node,) = here.backend.nodes()
     assert (node.gpus, node.allocated_gpus) == (4, 3)
     assert here.logs("three") == ["0,1,2"]
-    here.place.delete_job("three", "default")
+    here.backend.delete_job("three", "default")
     here.running("two")
     here.running("one")
     for name, instance, device in (
@@ -47,7 +47,7 @@ def test_gpus_are_handed_out_and_queued_for(here: Site) -> None:
         eventually(lambda: bool(here.logs(name, instance=instance)), lambda: "no output")  # noqa: B023
         assert here.logs(name, instance=instance) == [device]
     assert here.job("two").gpus == 2
-    assert here.place.nodes()[0].allocated_gpus == 3
+    assert here.backend.nodes()[0].allocated_gpus == 3
     with pytest.raises(ConfigError, match=r"--gpus asks for 6 GPUs \(3 instances of 2\), this machine has 4$"):
         here.submit("six", HOLD, gpus=2, workers=3)
 
@@ -73,7 +73,7 @@ def test_a_job_that_waits_can_be_deleted(here: Site) -> None:
     here.submit("waits", HOLD, gpus=4)
     waits(here, "waits", "waits for 4 GPUs, 0 of 4 are free")
     assert here.logs("waits") == []
-    here.place.delete_job("waits", "default")
+    here.backend.delete_job("waits", "default")
     assert len(list((here.home / "gpus").rglob("*.ticket"))) == 1
 
 
@@ -119,7 +119,7 @@ def test_what_is_no_ticket_holds_up_nobody(here: Site, caplog: pytest.LogCapture
     here.submit("second", "echo $CUDA_VISIBLE_DEVICES", gpus=1)
     assert here.ended("second").status is Status.SUCCEEDED
     assert here.logs("second") == ["3"]
-    assert here.place.nodes()[0].allocated_gpus == 3
+    assert here.backend.nodes()[0].allocated_gpus == 3
     for path in strays:
         assert str(path) in caplog.text
         assert path.exists()

@@ -10,8 +10,8 @@ import pytest
 from tests.cluster.local_site import Site, alive, site
 from tests.waiting import eventually
 
+from hasten.cluster.backend import Status
 from hasten.cluster.local.supervisor import back_off
-from hasten.cluster.places import Status
 from hasten.core.errors import NotFoundError
 
 GLOO = """
@@ -171,7 +171,7 @@ def test_what_left_its_environment_and_session_ends_with_its_job(here: Site, tmp
     assert here.ended("ends").status is Status.SUCCEEDED
     assert not alive(ends)
     assert alive(deleted)
-    here.place.delete_job("deleted", "default")
+    here.backend.delete_job("deleted", "default")
     assert not alive(deleted)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tests.cluster.local_site import Site, site
 
+from hasten.cluster.backend import LogOptions
 from hasten.cluster.local.logs import LogReader, LogWriter
-from hasten.cluster.places import LogOptions
 from hasten.core.errors import NotFoundError
 
 
@@ -38,7 +38,7 @@ def test_lines_come_while_they_are_written(here: Site, tmp_path: Path) -> None:
     """The job goes on once its first line has been read."""
     wait = f"while [ ! -e {tmp_path}/read ]; do sleep 0.02; done"
     here.submit("follow", f"echo first; {wait}; printf second; sleep 0.2; echo ' half'; printf last")
-    lines = here.place.job_logs("follow", "default", LogOptions(follow=True))
+    lines = here.backend.job_logs("follow", "default", LogOptions(follow=True))
     assert next(lines) == "first"
     (tmp_path / "read").touch()
     assert list(lines) == ["second half", "last"]
@@ -46,9 +46,9 @@ def test_lines_come_while_they_are_written(here: Site, tmp_path: Path) -> None:
 
 def test_following_ends_when_the_job_is_deleted(here: Site) -> None:
     here.submit("deleted", "echo begun; sleep 60")
-    following = here.place.job_logs("deleted", "default", LogOptions(follow=True))
+    following = here.backend.job_logs("deleted", "default", LogOptions(follow=True))
     assert next(following) == "begun"
-    here.place.delete_job("deleted", "default")
+    here.backend.delete_job("deleted", "default")
     assert list(following) == []
 
 

@@ -10,8 +10,8 @@ import pytest
 from tests.cluster.local_site import PYTHON, Site, site
 
 import hasten
+from hasten.cluster.backend import Status
 from hasten.cluster.local.mounts import FAILED, mount_command
-from hasten.cluster.places import Status
 from hasten.cluster.spec import TrainingJob, Volume
 from hasten.core.errors import ClusterError, ConfigError, ExistsError, NotFoundError
 
@@ -148,25 +148,25 @@ def test_where_the_kernel_forbids_it_another_way_is_named(volume: Path) -> None:
 JOB = """
 import sys, time
 from pathlib import Path
-from hasten.cluster.local.place import LocalPlace
-from hasten.cluster.places import LogOptions
+from hasten.cluster.local.backend import LocalBackend
+from hasten.cluster.backend import LogOptions
 from hasten.cluster.spec import TrainingJob, Volume
-place = LocalPlace(Path(sys.argv[1]))
-place.create_volume(Volume(name="vol", path=sys.argv[2]))
+backend = LocalBackend(Path(sys.argv[1]))
+backend.create_volume(Volume(name="vol", path=sys.argv[2]))
 command = "cat /mnt/sub/file /no-such/file; id -u"
-place.submit(TrainingJob(name="job", command=command, data=("vol:/mnt",), data_dir=(sys.argv[2] + "/sub:/no-such",)))
-print(*place.job_logs("job", "default", LogOptions(follow=True)))
-while not place.jobs(None)[0].status.ended:
+backend.submit(TrainingJob(name="job", command=command, data=("vol:/mnt",), data_dir=(sys.argv[2] + "/sub:/no-such",)))
+print(*backend.job_logs("job", "default", LogOptions(follow=True)))
+while not backend.jobs(None)[0].status.ended:
     time.sleep(0.02)
-print(place.jobs(None)[0].status)
-place.delete_job("job", "default")
+print(backend.jobs(None)[0].status)
+backend.delete_job("job", "default")
 """
 
 
 def _interpreter(prefix: list[str], env: dict[str, str]) -> str:
     """A Python that the user of `prefix` may start: this one may lie in a folder that is closed to others."""
     again = "import subprocess, sys;"
-    again += "sys.exit(subprocess.call([sys.executable, '-c', 'import hasten.cluster.local.place']))"
+    again += "sys.exit(subprocess.call([sys.executable, '-c', 'import hasten.cluster.local.backend']))"
     for python in (PYTHON, "/usr/bin/python3"):
         if Path(python).exists():
             made = subprocess.run([*prefix, python, "-c", again], capture_output=True, check=False, cwd="/", env=env)
@@ -184,21 +184,21 @@ def test_a_job_of_a_user_without_privileges(prefix: list[str], volume: Path) -> 
 
 
 def test_volumes_are_known_by_name(here: Site, volume: Path) -> None:
-    place = here.place
-    place.create_volume(Volume(name="vol", path=str(volume)))
-    place.create_volume(Volume(name="fixed", path=str(volume), read_only=True, description="tales"))
+    backend = here.backend
+    backend.create_volume(Volume(name="vol", path=str(volume)))
+    backend.create_volume(Volume(name="fixed", path=str(volume), read_only=True, description="tales"))
     with pytest.raises(ExistsError, match="volume vol exists in namespace default"):
-        place.create_volume(Volume(name="vol", path=str(volume)))
-    seen = [(one.name, one.access_mode, one.description) for one in place.volumes(None)]
+        backend.create_volume(Volume(name="vol", path=str(volume)))
+    seen = [(one.name, one.access_mode, one.description) for one in backend.volumes(None)]
     assert seen == [("fixed", "ReadOnlyMany", "tales"), ("vol", "ReadWriteMany", str(volume))]
-    assert place.volumes("other") == []
-    place.delete_volume("vol", "default")
+    assert backend.volumes("other") == []
+    backend.delete_volume("vol", "default")
     with pytest.raises(NotFoundError, match="there is no volume vol in namespace default"):
-        place.delete_volume("vol", "default")
+        backend.delete_volume("vol", "default")
     assert (volume / "sub" / "file").exists()
     with pytest.raises(ConfigError, match="--path /no/such is not a folder"):
-        place.create_volume(Volume(name="no", path="/no/such"))
-    assert place.plan_volume(Volume(name="new", path=str(volume)))[0]["path"] == str(volume)
+        backend.create_volume(Volume(name="no", path="/no/such"))
+    assert backend.plan_volume(Volume(name="new", path=str(volume)))[0]["path"] == str(volume)
 
 
 def test_jobs_and_those_who_attach_see_the_same(
@@ -206,7 +206,7 @@ def test_jobs_and_those_who_attach_see_the_same(
 ) -> None:
     if (refusal := _refusal([])) is not None:
         pytest.skip(f"no mounts here: {refusal}")
-    here.place.create_volume(Volume(name="vol", path=str(volume)))
+    here.backend.create_volume(Volume(name="vol", path=str(volume)))
     (config := tmp_path / "conf").write_text("as submitted\n")
     here.submit(
         "job",
@@ -219,15 +219,15 @@ def test_jobs_and_those_who_attach_see_the_same(
     config.write_text("changed since\n")
     assert here.logs("job") == ["inside", "as submitted"]
     show = ["sh", "-c", "pwd; cat /etc/hasten-no-such/conf"]
-    assert here.place.attach_job("job", "default", None, None, show) == 0
+    assert here.backend.attach_job("job", "default", None, None, show) == 0
     assert capfd.readouterr().out == "/mnt/sub\nas submitted\n"
     with pytest.raises(ClusterError, match=r"cannot mount .*: one is a folder and the other is not"):
         here.submit("other", "true", data=("vol:/etc/passwd",))
-    assert [job.name for job in here.place.jobs(None)] == ["job"]
+    assert [job.name for job in here.backend.jobs(None)] == ["job"]
 
 
 def test_mapped_paths_need_no_mount(here: Site, volume: Path) -> None:
-    here.place.create_volume(Volume(name="vol", path=str(volume)))
+    here.backend.create_volume(Volume(name="vol", path=str(volume)))
     lines = here.run("job", "cat /mnt/sub/file; echo $X", data=("vol:/mnt",), env=("X=/mnt",), map_paths=True)
     assert lines == ["inside", str(volume)]
     assert here.folder("job").job_plan().launch.mounts == []

@@ -14,12 +14,12 @@ from tests.cluster.local_site import Site, alive, site
 from tests.waiting import LIMIT_S, eventually
 
 from hasten.cli.main import main
+from hasten.cluster.backend import Instance, LogOptions, Server, ServerUpdate, Status
+from hasten.cluster.local.backend import _new_state
 from hasten.cluster.local.launch import Launch, ServerPlan
-from hasten.cluster.local.place import _new_state
 from hasten.cluster.local.serving import found, spec_of
 from hasten.cluster.local.state import Folder, create
 from hasten.cluster.local.supervisor import signal_supervisor, start
-from hasten.cluster.places import Instance, LogOptions, Server, ServerUpdate, Status
 from hasten.cluster.spec import TritonServer
 from hasten.core.errors import ConfigError, ExistsError, NotFoundError, UnsupportedError
 from hasten.core.ports import free_port
@@ -79,7 +79,7 @@ class StandIn:
         assert signal_supervisor(self.folder, signal.SIGHUP)
 
     def seen(self) -> Server:
-        return self.here.place.server("s", None, "default")
+        return self.here.backend.server("s", None, "default")
 
     def reaches(self, available: int) -> list[Instance]:
         eventually(lambda: self.seen().available == available, lambda: f"{self.seen()}")
@@ -98,7 +98,7 @@ class StandIn:
 
     def logs(self, number: int, **options: Any) -> list[str]:
         chosen = LogOptions(instance=f"{self.plan.name}-{number}", **options)
-        return list(self.here.place.server_logs("s", "1", "default", chosen))
+        return list(self.here.backend.server_logs("s", "1", "default", chosen))
 
 
 def test_a_replica_that_dies_comes_back(here: Site) -> None:
@@ -107,7 +107,7 @@ def test_a_replica_that_dies_comes_back(here: Site) -> None:
     assert first.node == f"127.0.0.1:{server.plan.ports['http']}"
     assert second.node not in (None, first.node)
     assert server.logs(0) == [f"serves --http-port {server.plan.ports['http']} 0"]
-    assert here.place.nodes()[0].allocated_gpus == 2
+    assert here.backend.nodes()[0].allocated_gpus == 2
     os.kill(pid := server.pid(1), signal.SIGKILL)
     eventually(lambda: server.seen().instances[1].restarts == 1, lambda: f"{server.seen()}")
     again = server.reaches(2)[1]
@@ -157,7 +157,7 @@ def test_replicas_wait_for_gpus(here: Site) -> None:
     # the second replica fits beside the first's old form, which is replaced only then
     eventually(lambda: [one.gpus for one in server.seen().instances] == [1, 1], lambda: f"{server.seen()}")
     server.reaches(2)
-    assert here.place.nodes()[0].allocated_gpus == 2
+    assert here.backend.nodes()[0].allocated_gpus == 2
 
 
 def test_a_replica_that_is_never_ready_is_started_again(here: Site) -> None:
@@ -171,14 +171,14 @@ def test_deleting_leaves_nothing(here: Site) -> None:
     server = StandIn(here, replicas=2)
     server.reaches(2)
     pids = [server.pid(0), server.pid(1), server.folder.state().pid or 0]
-    following = here.place.server_logs("s", None, "default", LogOptions(follow=True))
+    following = here.backend.server_logs("s", None, "default", LogOptions(follow=True))
     assert next(following).startswith("serves")
-    here.place.delete_server("s", None, "default")
+    here.backend.delete_server("s", None, "default")
     assert not any(alive(pid) for pid in pids)
     assert list(following) == ["ends"]
     assert not server.folder.path.exists()
     with pytest.raises(NotFoundError, match="there is no server s in namespace default"):
-        here.place.server("s", None, "default")
+        here.backend.server("s", None, "default")
 
 
 def test_a_server_whose_supervisor_was_killed(here: Site) -> None:
@@ -198,21 +198,21 @@ def test_hasten_serves_a_model(here: Site, tmp_path: Path) -> None:
     assert main(["repository", "create", "examples/demo-model", str(tmp_path / "models")]) == 0
     ports: dict[str, Any] = {f"{name}_port": free_port() for name in ("http", "grpc", "metrics")}
     asked = TritonServer(name="demo", version="1", model_repository=str(tmp_path / "models"), **ports)
-    here.place.serve(asked)
+    here.backend.serve(asked)
     with pytest.raises(ExistsError, match="server demo of version 1 exists"):
-        here.place.serve(asked)
+        here.backend.serve(asked)
     with pytest.raises(ConfigError, match=f"--http-port {ports['http_port']} is a port of server demo@1"):
-        here.place.serve(replace(asked, version="2"))
+        here.backend.serve(replace(asked, version="2"))
 
     def ready() -> bool:
-        return here.place.server("demo", None, "default").available == 1
+        return here.backend.server("demo", None, "default").available == 1
 
-    eventually(ready, lambda: "\n".join(here.place.server_logs("demo", None, "default", LogOptions())))
+    eventually(ready, lambda: "\n".join(here.backend.server_logs("demo", None, "default", LogOptions())))
     folder = found(here.home, "demo", None, "default")
     os.kill(folder.state().instances[0].pid or 0, signal.SIGKILL)
     eventually(lambda: not ready(), lambda: "still ready")
-    eventually(ready, lambda: f"{here.place.server('demo', None, 'default')}")
-    (server,) = here.place.servers(None)
+    eventually(ready, lambda: f"{here.backend.server('demo', None, 'default')}")
+    (server,) = here.backend.servers(None)
     assert (server.address, server.ports) == (
         "127.0.0.1",
         {"RESTFUL": ports["http_port"], "GRPC": ports["grpc_port"]},
@@ -221,49 +221,51 @@ def test_hasten_serves_a_model(here: Site, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{ports['http_port']}/v2/models/fastertransformer/ready"
     with urllib.request.urlopen(url, timeout=LIMIT_S) as answer:
         assert answer.status == 200
-    here.place.delete_server("demo", "1", "default")
-    assert here.place.servers(None) == []
+    here.backend.delete_server("demo", "1", "default")
+    assert here.backend.servers(None) == []
 
 
 def test_which_server_is_meant(here: Site, tmp_path: Path) -> None:
     for version in ("1", "2"):
         ports: dict[str, Any] = {"http_port": free_port(), "grpc_port": free_port()}
-        here.place.serve(TritonServer(name="two", version=version, model_repository=str(tmp_path), replicas=0, **ports))
+        here.backend.serve(
+            TritonServer(name="two", version=version, model_repository=str(tmp_path), replicas=0, **ports)
+        )
     with pytest.raises(ConfigError, match="server two has the versions 1, 2; say which with --version"):
-        here.place.server("two", None, "default")
-    assert here.place.server("two", "2", "default").version == "2"
+        here.backend.server("two", None, "default")
+    assert here.backend.server("two", "2", "default").version == "2"
     with pytest.raises(NotFoundError, match="no server two of version 3"):
-        here.place.server("two", "3", "default")
-    here.place.update_server("two", "1", "default", ServerUpdate(env=("A=1",), image="new"))
+        here.backend.server("two", "3", "default")
+    here.backend.update_server("two", "1", "default", ServerUpdate(env=("A=1",), image="new"))
     assert found(here.home, "two", "1", "default").server_plan().launch.env == {"A": "1"}
-    here.place.delete_server("two", "1", "default")
-    assert [server.version for server in here.place.servers("default")] == ["2"]
+    here.backend.delete_server("two", "1", "default")
+    assert [server.version for server in here.backend.servers("default")] == ["2"]
 
 
 def test_a_server_is_updated_after_its_supervisor_was_killed(here: Site, tmp_path: Path) -> None:
     ports: dict[str, Any] = {"http_port": free_port(), "grpc_port": free_port()}
-    here.place.serve(TritonServer(name="s", version="1", model_repository=str(tmp_path), replicas=0, **ports))
+    here.backend.serve(TritonServer(name="s", version="1", model_repository=str(tmp_path), replicas=0, **ports))
     folder = found(here.home, "s", "1", "default")
     eventually(lambda: folder.state().status == "RUNNING", lambda: "does not begin")
     first = folder.state().pid
     assert signal_supervisor(folder, signal.SIGKILL)
     eventually(lambda: not alive(first or 0), lambda: "it lives")
-    here.place.update_server("s", None, "default", ServerUpdate(label=("a=b",)))
+    here.backend.update_server("s", None, "default", ServerUpdate(label=("a=b",)))
     eventually(lambda: folder.state().status == "RUNNING", lambda: f"{folder.state()}")
     assert folder.state().pid != first
-    assert [event.reason for event in here.place.server("s", None, "default").events] == ["SupervisorLost", "Revived"]
+    assert [event.reason for event in here.backend.server("s", None, "default").events] == ["SupervisorLost", "Revived"]
 
 
 def test_a_port_in_use_is_refused(here: Site, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--grpc-port {port} is in use on this machine; give another"):
-            here.place.serve(
+            here.backend.serve(
                 TritonServer(
                     name="s", version="1", model_repository=str(tmp_path), http_port=free_port(), grpc_port=port
                 )
             )
-    assert here.place.servers(None) == []
+    assert here.backend.servers(None) == []
 
 
 @pytest.mark.parametrize(
@@ -272,5 +274,5 @@ def test_a_port_in_use_is_refused(here: Site, tmp_path: Path) -> None:
 )
 def test_what_servers_cannot_be_here(here: Site, tmp_path: Path, options: dict[str, Any]) -> None:
     flag = "--" + next(iter(options)).replace("_", "-")
-    with pytest.raises(UnsupportedError, match=f"the local place cannot do {flag};"):
-        here.place.serve(TritonServer(name="s", version="1", model_repository=str(tmp_path), **options))
+    with pytest.raises(UnsupportedError, match=f"the local backend cannot do {flag};"):
+        here.backend.serve(TritonServer(name="s", version="1", model_repository=str(tmp_path), **options))

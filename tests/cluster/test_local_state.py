@@ -1,4 +1,4 @@
-"""The files of the local place: damaged ones, and folders that cannot be used."""
+"""The files of the local backend: damaged ones, and folders that cannot be used."""
 
 import errno
 import json
@@ -12,9 +12,9 @@ import pytest
 from tests.cluster.local_site import Site, alive, site
 from tests.waiting import eventually
 
-from hasten.cluster.local.place import LocalPlace
+from hasten.cluster.backend import Backend, ServerUpdate, Status
+from hasten.cluster.local.backend import LocalBackend
 from hasten.cluster.local.state import home_folder
-from hasten.cluster.places import Place, ServerUpdate, Status
 from hasten.cluster.spec import TrainingJob, TritonServer, Volume
 from hasten.core.errors import ClusterError, ConfigError
 from hasten.core.ports import free_port
@@ -29,11 +29,11 @@ def here(tmp_path: Path) -> Iterator[Site]:
 def test_a_volume_whose_record_is_damaged(here: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The advice concerns that record alone, and following it loses no other volume."""
     for name in ("good", "bad", "old"):
-        here.place.create_volume(Volume(name=name, path=str(tmp_path)))
+        here.backend.create_volume(Volume(name=name, path=str(tmp_path)))
     folder = here.home / "volumes" / "default"
     (folder / "bad.json").write_text("{half")
     (folder / "old.json").write_text("{}")
-    assert [one.name for one in here.place.volumes("default")] == ["good"]
+    assert [one.name for one in here.backend.volumes("default")] == ["good"]
     for name in ("bad", "old"):
         record = folder / f"{name}.json"
         assert f"the record {record} cannot be read" in caplog.text
@@ -41,8 +41,8 @@ def test_a_volume_whose_record_is_damaged(here: Site, tmp_path: Path, caplog: py
         with pytest.raises(ClusterError, match=f"{record} cannot be read: .*or move {record} elsewhere"):
             here.submit("job", "true", data=(f"{name}:/mnt",))
         record.rename(tmp_path / record.name)
-        here.place.create_volume(Volume(name=name, path=str(tmp_path)))
-    assert [one.name for one in here.place.volumes("default")] == ["bad", "good", "old"]
+        here.backend.create_volume(Volume(name=name, path=str(tmp_path)))
+    assert [one.name for one in here.backend.volumes("default")] == ["bad", "good", "old"]
     assert "delete" not in caplog.text
 
 
@@ -57,7 +57,7 @@ def test_a_job_whose_record_is_damaged(here: Site, tmp_path: Path) -> None:
         with pytest.raises(ClusterError, match=f"{folder}/state.json cannot be read: .*or move {folder} elsewhere"):
             here.job("bad")
         with pytest.raises(ClusterError, match="cannot be read"):
-            here.place.delete_job("bad", "default")
+            here.backend.delete_job("bad", "default")
     folder.rename(tmp_path / "bad")
     assert here.run("bad", "echo again") == ["again"]
     assert here.logs("good") == ["done"]
@@ -68,9 +68,9 @@ def test_a_server_whose_record_is_of_another_version(
     part: str, here: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is named with what to do, and stands in the way of no other server."""
-    place = here.place
+    backend = here.backend
     for name in ("good", "bad"):
-        place.serve(server(name, str(tmp_path)))
+        backend.serve(server(name, str(tmp_path)))
     folder = here.home / "servers" / "default" / "bad@1"
     record = json.loads((folder / "spec.json").read_text())
     later = {**record, part: {**record[part], "later": 1}}
@@ -80,18 +80,18 @@ def test_a_server_whose_record_is_of_another_version(
     )
     if part == "asked":
         with pytest.raises(ClusterError, match=unreadable):
-            place.update_server("bad", None, "default", ServerUpdate(replicas=0))
+            backend.update_server("bad", None, "default", ServerUpdate(replicas=0))
     else:
-        assert [one.name for one in place.servers(None)] == ["good"]
+        assert [one.name for one in backend.servers(None)] == ["good"]
         assert f"the record {folder}/spec.json cannot be read" in caplog.text
-        for verb in (place.server, place.delete_server):
+        for verb in (backend.server, backend.delete_server):
             with pytest.raises(ClusterError, match=unreadable):
                 verb("bad", None, "default")
-    place.serve(server("third", str(tmp_path)))
-    place.update_server("good", None, "default", ServerUpdate(env=("A=1",)))
-    assert {"good", "third"} <= {one.name for one in place.servers(None)}
+    backend.serve(server("third", str(tmp_path)))
+    backend.update_server("good", None, "default", ServerUpdate(env=("A=1",)))
+    assert {"good", "third"} <= {one.name for one in backend.servers(None)}
     (folder / "spec.json").write_text(json.dumps(record))
-    assert {one.name for one in place.servers(None)} == {"bad", "good", "third"}
+    assert {one.name for one in backend.servers(None)} == {"bad", "good", "third"}
 
 
 def server(name: str, repository: str) -> TritonServer:
@@ -110,7 +110,7 @@ def test_what_others_keep_in_the_home_stays(here: Site, tmp_path: Path) -> None:
             os.utime(one, (0, 0))
     here.run("good", "true")
     eventually(lambda: here.state("good").done, lambda: "not done")
-    here.place.delete_job("good", "default")
+    here.backend.delete_job("good", "default")
     assert theirs.exists()
     assert not dead.exists()
 
@@ -121,15 +121,15 @@ def test_files_that_are_no_records(here: Site) -> None:
     (here.home / "jobs" / "default" / "notes.txt").touch()
     (here.home / "servers" / "default").mkdir(parents=True)
     (here.home / "servers" / "default" / "notes.txt").touch()
-    assert [job.name for job in here.place.jobs(None)] == ["good"]
-    assert here.place.servers(None) == []
+    assert [job.name for job in here.backend.jobs(None)] == ["good"]
+    assert here.backend.servers(None) == []
 
 
-WRITES: dict[str, Callable[[Place, str], object]] = {
-    "submit": lambda place, folder: place.submit(TrainingJob(name="x", command="true")),
-    "serve": lambda place, folder: place.serve(TritonServer(name="x", version="1", model_repository=folder)),
-    "data create": lambda place, folder: place.create_volume(Volume(name="x", path=folder)),
-    "top node": lambda place, folder: place.nodes(),
+WRITES: dict[str, Callable[[Backend, str], object]] = {
+    "submit": lambda backend, folder: backend.submit(TrainingJob(name="x", command="true")),
+    "serve": lambda backend, folder: backend.serve(TritonServer(name="x", version="1", model_repository=folder)),
+    "data create": lambda backend, folder: backend.create_volume(Volume(name="x", path=folder)),
+    "top node": lambda backend, folder: backend.nodes(),
 }
 
 
@@ -137,7 +137,7 @@ WRITES: dict[str, Callable[[Place, str], object]] = {
 def test_a_home_that_is_no_folder(tmp_path: Path, verb: str) -> None:
     (tmp_path / "home").touch()
     with pytest.raises(ConfigError, match=r"cannot use .*\(Not a directory\).* HASTEN_HOME, default"):
-        WRITES[verb](LocalPlace(tmp_path / "home"), str(tmp_path))
+        WRITES[verb](LocalBackend(tmp_path / "home"), str(tmp_path))
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC, errno.EACCES, errno.EDQUOT])
@@ -146,10 +146,10 @@ def test_a_home_that_is_full_or_read_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, code: int
 ) -> None:
     home = tmp_path / "home"
-    place = LocalPlace(home)
+    backend = LocalBackend(home)
     _refuse_writes(monkeypatch, home, code)
     with pytest.raises(ConfigError, match=rf"cannot use {home}.*\({os.strerror(code)}\): .* HASTEN_HOME, default"):
-        WRITES[verb](place, str(tmp_path))
+        WRITES[verb](backend, str(tmp_path))
     assert not home.exists()
 
 
@@ -172,7 +172,7 @@ def _refuse_writes(monkeypatch: pytest.MonkeyPatch, home: Path, code: int) -> No
 
 
 def test_a_disk_that_fills_up_leaves_nothing_half(here: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    here.place.create_volume(Volume(name="v", path=str(tmp_path)))
+    here.backend.create_volume(Volume(name="v", path=str(tmp_path)))
     here.run("good", "true")
     eventually(lambda: here.state("good").done, lambda: "not done")
     before = sorted(here.home.rglob("*"))
@@ -180,11 +180,11 @@ def test_a_disk_that_fills_up_leaves_nothing_half(here: Site, monkeypatch: pytes
         _refuse_writes(patch, here.home, errno.ENOSPC)
         for verb in ("submit", "serve", "data create"):
             with pytest.raises(ConfigError, match="No space left on device"):
-                WRITES[verb](here.place, str(tmp_path))
+                WRITES[verb](here.backend, str(tmp_path))
         assert sorted(here.home.rglob("*")) == before
-        assert [job.name for job in here.place.jobs(None)] == ["good"]
-        assert [one.name for one in here.place.volumes(None)] == ["v"]
-        here.place.delete_job("good", "default")  # which makes room
+        assert [job.name for job in here.backend.jobs(None)] == ["good"]
+        assert [one.name for one in here.backend.volumes(None)] == ["v"]
+        here.backend.delete_job("good", "default")  # which makes room
     assert not here.folder("good").path.exists()
     assert list((here.home / "scratch").iterdir()) == []
 
@@ -198,24 +198,24 @@ def test_a_job_that_died_on_a_full_disk_is_told_and_can_be_deleted(
     os.kill(supervisor, signal.SIGKILL)
     eventually(lambda: not alive(supervisor), lambda: "it lives")
     _refuse_writes(monkeypatch, here.home, errno.ENOSPC)
-    (job,) = here.place.jobs(None)
+    (job,) = here.backend.jobs(None)
     assert (job.status, job.reason) == (Status.FAILED, "its supervisor was killed")
     assert "No space left on device" in caplog.text
-    here.place.delete_job("died", "default")
-    assert here.place.jobs(None) == []
+    here.backend.delete_job("died", "default")
+    assert here.backend.jobs(None) == []
 
 
 def test_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HASTEN_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does where it finds no home
     with pytest.raises(ConfigError, match="there is no home directory; set HASTEN_HOME to a folder"):
-        LocalPlace()
+        LocalBackend()
     monkeypatch.setenv("HASTEN_HOME", str(tmp_path))
     assert home_folder(None) == tmp_path
 
 
 def test_a_server_that_is_not_there_needs_no_home(tmp_path: Path) -> None:
-    place = LocalPlace(tmp_path / "home")
+    backend = LocalBackend(tmp_path / "home")
     with pytest.raises(ClusterError, match="there is no server x"):
-        place.update_server("x", None, "default", ServerUpdate(replicas=1))
+        backend.update_server("x", None, "default", ServerUpdate(replicas=1))
     assert not (tmp_path / "home").exists()

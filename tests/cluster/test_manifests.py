@@ -117,9 +117,9 @@ def test_every_schema_is_used_and_is_itself_valid() -> None:
 @pytest.mark.parametrize("release", RELEASES)
 def test_a_misspelt_field_is_found(release: str) -> None:
     good = SERVERS["serve"].objects()
-    for place in ("Deployment", "Service"):
+    for kind in ("Deployment", "Service"):
         bad = copy.deepcopy(good)
-        next(one for one in bad if one["kind"] == place)["spec"]["tipe"] = "x"
+        next(one for one in bad if one["kind"] == kind)["spec"]["tipe"] = "x"
         with pytest.raises(kubernetes_validate.ValidationError, match="tipe"):
             validate_lists(bad, release)
     pods = list(builtins(CASES["job"].objects()))

@@ -207,5 +207,5 @@ def test_torchrun_in_two_pods_gives_hasten_its_ranks(tmp_path: Path) -> None:
         for pod in pods:
             pod.kill()
             pod.communicate()
-    places = [rank_from_environment(json.loads(out.partition("VARIABLES ")[2])) for out, _ in told]
-    assert places == [RankInfo(rank, 2, 1, "127.0.0.1", int(port)) for rank in (0, 1)], told
+    ranks = [rank_from_environment(json.loads(out.partition("VARIABLES ")[2])) for out, _ in told]
+    assert ranks == [RankInfo(rank, 2, 1, "127.0.0.1", int(port)) for rank in (0, 1)], told

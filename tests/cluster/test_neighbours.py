@@ -10,7 +10,7 @@ from tests.cluster.kubernetes_fixtures import World, serving, training, world
 from tests.cluster.local_site import Site, site
 from tests.waiting import eventually
 
-from hasten.cluster.places import Place, ServerUpdate, Status
+from hasten.cluster.backend import Backend, ServerUpdate, Status
 from hasten.cluster.spec import TrainingJob, Volume
 from hasten.core.errors import ConfigError, ExistsError
 
@@ -28,11 +28,11 @@ def full(world: World) -> World:
     for name in NAMESPACES:
         world.store.write({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
     for namespace, name in JOBS:
-        world.place.submit(training(name, namespace=namespace, config_file=[f"{__file__}:/etc/x"]))
+        world.backend.submit(training(name, namespace=namespace, config_file=[f"{__file__}:/etc/x"]))
     for namespace, name, version in SERVERS:
-        world.place.serve(serving(name, version, namespace=namespace, replicas=2, allow_metrics=True))
+        world.backend.serve(serving(name, version, namespace=namespace, replicas=2, allow_metrics=True))
     for namespace, name in VOLUMES:
-        world.place.create_volume(Volume(namespace=namespace, name=name, nfs_server="s", path=f"/{namespace}/{name}"))
+        world.backend.create_volume(Volume(namespace=namespace, name=name, nfs_server="s", path=f"/{namespace}/{name}"))
     return world
 
 
@@ -45,23 +45,23 @@ def state(world: World) -> dict[str, str]:
     }
 
 
-def changed(world: World, act: Callable[[Place], object]) -> set[str]:
+def changed(world: World, act: Callable[[Backend], object]) -> set[str]:
     """What is not as it was, once something was done."""
     before = state(world)
-    act(world.place)
+    act(world.backend)
     after = state(world)
     return {key for key in before | after if before.get(key) != after.get(key)}
 
 
 @pytest.mark.parametrize(("namespace", "name"), JOBS)
 def test_a_job_is_deleted_alone(full: World, namespace: str, name: str) -> None:
-    gone = changed(full, lambda place: place.delete_job(name, namespace))
+    gone = changed(full, lambda backend: backend.delete_job(name, namespace))
     assert gone == {f"PyTorchJob {namespace} {name}", f"ConfigMap {namespace} {name}-config"}
 
 
 @pytest.mark.parametrize(("namespace", "name", "version"), SERVERS)
 def test_a_server_is_deleted_alone(full: World, namespace: str, name: str, version: str) -> None:
-    gone = changed(full, lambda place: place.delete_server(name, version, namespace))
+    gone = changed(full, lambda backend: backend.delete_server(name, version, namespace))
     own = f"{namespace} {name}-{version}-tritoninferenceserver"
     assert gone == {f"{kind} {own}" for kind in ("Deployment", "Service", "PodDisruptionBudget", "PodMonitor")}
 
@@ -70,12 +70,12 @@ def test_a_server_is_deleted_alone(full: World, namespace: str, name: str, versi
 def test_a_server_is_changed_alone(full: World, namespace: str, name: str, version: str) -> None:
     update = ServerUpdate(image="hasten:2", replicas=3, env=["A=1"], label=["team=b"])
     own = {f"Deployment {namespace} {name}-{version}-tritoninferenceserver"}
-    assert changed(full, lambda place: place.update_server(name, version, namespace, update)) == own
+    assert changed(full, lambda backend: backend.update_server(name, version, namespace, update)) == own
 
 
 @pytest.mark.parametrize(("namespace", "name"), VOLUMES)
 def test_a_volume_is_deleted_alone(full: World, namespace: str, name: str) -> None:
-    gone = changed(full, lambda place: place.delete_volume(name, namespace))
+    gone = changed(full, lambda backend: backend.delete_volume(name, namespace))
     assert gone == {f"PersistentVolumeClaim {namespace} {name}", f"PersistentVolume  {namespace}.{name}"}
 
 
@@ -83,19 +83,19 @@ def test_the_key_of_a_volume_is_its_own(world: World, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HASTEN_ACCESS_KEY_SECRET", "secret")
     bucket: dict[str, Any] = {"oss_bucket": "b", "oss_url": "u", "access_key_id": "i"}
     for name in ("a", "a-key"):
-        world.place.create_volume(Volume(name=name, **bucket))
-    gone = changed(world, lambda place: place.delete_volume("a", "default"))
+        world.backend.create_volume(Volume(name=name, **bucket))
+    gone = changed(world, lambda backend: backend.delete_volume("a", "default"))
     assert gone == {"PersistentVolumeClaim default a", "PersistentVolume  default.a", "Secret default a-key"}
 
 
 def test_names_and_versions_that_make_the_same_do_not_share(world: World) -> None:
-    world.place.serve(serving("a", "b-c"))
+    world.backend.serve(serving("a", "b-c"))
     assert changed(world, _taken) == set()
 
 
-def _taken(place: Place) -> None:
+def _taken(backend: Backend) -> None:
     with pytest.raises(ExistsError, match="there is a Deployment a-b-c-tritoninferenceserver already"):
-        place.serve(serving("a-b", "c"))
+        backend.serve(serving("a-b", "c"))
 
 
 @pytest.fixture
@@ -107,20 +107,20 @@ def here(tmp_path: Path) -> Iterator[Site]:
 def test_local_neighbours(here: Site, tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     for namespace, name in JOBS:
-        here.place.submit(TrainingJob(name=name, namespace=namespace, command="exec sleep 60"))
+        here.backend.submit(TrainingJob(name=name, namespace=namespace, command="exec sleep 60"))
     for namespace, name in VOLUMES:
-        here.place.create_volume(Volume(namespace=namespace, name=name, path=str(tmp_path)))
-    place = here.place
-    eventually(lambda: {job.status for job in place.jobs(None)} == {Status.RUNNING}, lambda: f"{place.jobs(None)}")
-    here.place.delete_job("a", "a")
-    here.place.delete_volume("b-c", "a")
-    left = {(job.namespace, job.name): job.status for job in here.place.jobs(None)}
+        here.backend.create_volume(Volume(namespace=namespace, name=name, path=str(tmp_path)))
+    backend = here.backend
+    eventually(lambda: {job.status for job in backend.jobs(None)} == {Status.RUNNING}, lambda: f"{backend.jobs(None)}")
+    here.backend.delete_job("a", "a")
+    here.backend.delete_volume("b-c", "a")
+    left = {(job.namespace, job.name): job.status for job in here.backend.jobs(None)}
     assert left == {key: Status.RUNNING for key in JOBS if key != ("a", "a")}
-    assert {(one.namespace, one.name) for one in here.place.volumes(None)} == set(VOLUMES) - {("a", "b-c")}
+    assert {(one.namespace, one.name) for one in here.backend.volumes(None)} == set(VOLUMES) - {("a", "b-c")}
 
 
 def test_an_update_of_one_version_names_it(full: World) -> None:
     before = state(full)
     with pytest.raises(ConfigError, match="has the versions 1, 1-1: name one with --version"):
-        full.place.update_server("a", None, "default", ServerUpdate(replicas=5))
+        full.backend.update_server("a", None, "default", ServerUpdate(replicas=5))
     assert state(full) == before

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hasten.cluster.places import ServerUpdate
+from hasten.cluster.backend import ServerUpdate
 from hasten.cluster.spec import (
     TrainingJob,
     TritonServer,

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hasten.cluster import table
-from hasten.cluster.places import Instance, Job, Status
+from hasten.cluster.backend import Instance, Job, Status
 
 BEGAN = datetime(2026, 8, 1, 12, tzinfo=UTC)
 

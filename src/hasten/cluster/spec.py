@@ -1,8 +1,8 @@
 """What a user asks of a cluster, in Arena's words: a training job, a server, a volume. Checked once, at their making.
 
 Fields with a help text are the options of `hasten cluster submit`, `serve` and `data create`. None means that the user
-did not say; what holds then is the place's own business, and the help text tells it. A place that cannot do what a
-field asks raises UnsupportedError (`places.refuse_unsupported`).
+did not say; what holds then is the backend's own business, and the help text tells it. A backend that cannot do what a
+field asks raises UnsupportedError (`backend.refuse_unsupported`).
 """
 
 import re
@@ -61,7 +61,7 @@ def _checked(name: str, what: str, pattern: re.Pattern[str], longest: int, rest:
 
 
 def checked_text(text: str, what: str) -> str:
-    """A text that every place can pass on as it is; ConfigError for others."""
+    """A text that every backend can pass on as it is; ConfigError for others."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""What places tell, as tables for people and as plain data for programs."""
+"""The records of backends, as tables for people and as plain data for programs."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Any
 
-from hasten.cluster.places import Event, Instance, Job, Node, Server, Status, VolumeRecord
+from hasten.cluster.backend import Event, Instance, Job, Node, Server, Status, VolumeRecord
 
 NOTHING = "N/A"
 _UNITS = (("y", 365 * 86400), ("d", 86400), ("h", 3600), ("m", 60))
@@ -83,14 +83,14 @@ def allocated_gpus(job: Job) -> int:
 
 
 def why(job: Job) -> str | None:
-    """Why it waits or has failed, from the best that its place tells; None for jobs that run or went well."""
+    """Why it waits or has failed, from the best that its backend tells; None for jobs that run or went well."""
     if job.status in (Status.RUNNING, Status.SUCCEEDED):
         return None
     if job.reason:
         return job.reason
     told = [one.reason for one in job.instances if one.reason]
     warnings = sorted((event for event in job.events if event.kind == "Warning"), key=lambda event: event.time)
-    return next(iter(told), None) or (warnings[-1].message if warnings else "its place has not said why")
+    return next(iter(told), None) or (warnings[-1].message if warnings else "its backend has not said why")
 
 
 def job_details(job: Job, *, events: bool = False, gpus: bool = False) -> list[str]:

@@ -2,27 +2,27 @@
 
 import argparse
 
-from hasten.cli.cluster.jobs import find, of_type
-from hasten.cli.cluster.parser import VerbParser, VerbParsers
-from hasten.cli.cluster.place import (
+from hasten.cli.cluster.backend import (
     JOB_TYPES,
     add_all_namespaces,
+    add_backend_options,
     add_dry_run,
     add_output,
-    add_place_options,
     add_type,
     for_each,
     namespace,
     one_or_all,
-    open_place,
+    open_backend,
     print_lines,
     print_objects,
     print_records,
 )
+from hasten.cli.cluster.jobs import find, of_type
+from hasten.cli.cluster.parser import VerbParser, VerbParsers
 from hasten.cli.cluster.spec import build_spec
 from hasten.cli.options import add_fields
 from hasten.cluster import table
-from hasten.cluster.places import Node
+from hasten.cluster.backend import Node
 from hasten.cluster.spec import Volume
 from hasten.core.errors import NotFoundError
 
@@ -36,7 +36,7 @@ def add_parsers(verbs: VerbParsers) -> None:
 
 
 def _fill_data(data: VerbParser) -> None:
-    add_place_options(data)
+    add_backend_options(data)
     actions = data.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=VerbParser)
     listing = actions.add_parser("list", aliases=["ls"], help="list the volumes", description="List the volumes.")
     add_all_namespaces(listing)
@@ -55,11 +55,11 @@ def _fill_data(data: VerbParser) -> None:
     delete.add_argument("names", metavar="NAME", nargs="+", help="the volumes")
     delete.set_defaults(run=run_delete)
     for parser in (listing, create, delete):
-        add_place_options(parser)
+        add_backend_options(parser)
 
 
 def _fill_top(top: VerbParser) -> None:
-    add_place_options(top)
+    add_backend_options(top)
     kinds = top.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=VerbParser)
     node = kinds.add_parser("node", help="by machine", description="Show the machines and their GPUs.")
     node.add_argument("names", metavar="NAME", nargs="*", help="these machines alone")
@@ -71,36 +71,36 @@ def _fill_top(top: VerbParser) -> None:
     job.set_defaults(run=run_top_job)
     for parser in (node, job):
         add_output(parser)
-        add_place_options(parser)
+        add_backend_options(parser)
 
 
 def run_list(args: argparse.Namespace) -> int:
     """Print the volumes."""
-    place = open_place(args)
-    volumes = place.volumes(one_or_all(args, place))
+    backend = open_backend(args)
+    volumes = backend.volumes(one_or_all(args, backend))
     return print_records(volumes, args.output, lambda: table.volume_lines(volumes, namespaces=args.all_namespaces))
 
 
 def run_create(args: argparse.Namespace) -> int:
     """Make a volume, or print what would be made."""
-    place = open_place(args)
-    volume = build_spec(Volume, args, namespace=namespace(args, place))
+    backend = open_backend(args)
+    volume = build_spec(Volume, args, namespace=namespace(args, backend))
     if args.dry_run:
-        return print_objects(place.plan_volume(volume))
-    place.create_volume(volume)
+        return print_objects(backend.plan_volume(volume))
+    backend.create_volume(volume)
     return print_lines([f"volume {volume.name} is created"])
 
 
 def run_delete(args: argparse.Namespace) -> int:
     """Forget volumes by name."""
-    place = open_place(args)
-    where = namespace(args, place)
-    return for_each(args.names, lambda name: place.delete_volume(name, where), "volume {} is deleted")
+    backend = open_backend(args)
+    where = namespace(args, backend)
+    return for_each(args.names, lambda name: backend.delete_volume(name, where), "volume {} is deleted")
 
 
 def run_top_node(args: argparse.Namespace) -> int:
     """Print the machines."""
-    nodes = _named(open_place(args).nodes(), args.names)
+    nodes = _named(open_backend(args).nodes(), args.names)
     return print_records(nodes, args.output, lambda: table.node_lines(nodes))
 
 
@@ -113,6 +113,6 @@ def _named(nodes: list[Node], names: list[str]) -> list[Node]:
 
 def run_top_job(args: argparse.Namespace) -> int:
     """Print the jobs and their GPUs."""
-    place = open_place(args)
-    jobs = [find(place, args)] if args.name else of_type(place.jobs(one_or_all(args, place)), args.type)
+    backend = open_backend(args)
+    jobs = [find(backend, args)] if args.name else of_type(backend.jobs(one_or_all(args, backend)), args.type)
     return print_records(jobs, args.output, lambda: table.top_job_lines(jobs, namespaces=args.all_namespaces))

@@ -4,27 +4,27 @@ import argparse
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
-from hasten.cli.cluster.parser import VerbParser, VerbParsers, refuse
-from hasten.cli.cluster.place import (
+from hasten.cli.cluster.backend import (
     JOB_TYPES,
     add_all_namespaces,
+    add_backend_options,
     add_dry_run,
     add_output,
-    add_place_options,
     add_type,
     for_each,
     namespace,
     one_or_all,
-    open_place,
+    open_backend,
     print_lines,
     print_objects,
     print_records,
 )
+from hasten.cli.cluster.parser import VerbParser, VerbParsers, refuse
 from hasten.cli.cluster.spec import build_spec, see_it
 from hasten.cli.cluster.streams import add_attach_options, add_log_options, log_options
 from hasten.cli.options import add_fields
 from hasten.cluster import table
-from hasten.cluster.places import Job, Place
+from hasten.cluster.backend import Backend, Job
 from hasten.cluster.spec import TrainingJob, seconds
 from hasten.core.errors import NotFoundError
 
@@ -66,13 +66,13 @@ def add_parsers(verbs: VerbParsers) -> None:
 
 def _add_verb(verbs: VerbParsers, name: str, run: Run, words: str, *aliases: str) -> VerbParser:
     parser = verbs.add_parser(name, aliases=aliases, help=words, description=f"{words[0].upper()}{words[1:]}.")
-    add_place_options(parser)
+    add_backend_options(parser)
     parser.set_defaults(run=run)
     return parser
 
 
 def _fill_submit(submit: VerbParser) -> None:
-    add_place_options(submit)
+    add_backend_options(submit)
     kinds = submit.add_subparsers(title="types", metavar="TYPE", required=True, parser_class=VerbParser)
     refuse(kinds, _OTHER_TRAINERS, "hasten submits jobs of the type pytorchjob alone")
     parser = kinds.add_parser(
@@ -84,7 +84,7 @@ def _fill_submit(submit: VerbParser) -> None:
         "given to a shell: in one pair of quotes it arrives exactly as it is. Options stand before its first word.",
     )
     parser.words_before_command = 0
-    add_place_options(parser)
+    add_backend_options(parser)
     add_dry_run(parser)
     add_fields(parser, TrainingJob, "the job")
     parser.set_defaults(run=run_submit)
@@ -92,18 +92,18 @@ def _fill_submit(submit: VerbParser) -> None:
 
 def run_submit(args: argparse.Namespace) -> int:
     """Start a job, or print what would be made."""
-    place = open_place(args)
-    job = build_spec(TrainingJob, args, namespace=namespace(args, place), command=" ".join(args.command))
+    backend = open_backend(args)
+    job = build_spec(TrainingJob, args, namespace=namespace(args, backend), command=" ".join(args.command))
     if args.dry_run:
-        return print_objects(place.plan_job(job))
-    place.submit(job)
-    return print_lines([f"job {job.name} is submitted", see_it(args, place, "get", job.name)])
+        return print_objects(backend.plan_job(job))
+    backend.submit(job)
+    return print_lines([f"job {job.name} is submitted", see_it(args, backend, "get", job.name)])
 
 
 def run_list(args: argparse.Namespace) -> int:
     """Print the jobs."""
-    place = open_place(args)
-    jobs = of_type(place.jobs(one_or_all(args, place)), args.type)
+    backend = open_backend(args)
+    jobs = of_type(backend.jobs(one_or_all(args, backend)), args.type)
     return print_records(jobs, args.output, lambda: table.job_lines(jobs, namespaces=args.all_namespaces))
 
 
@@ -114,13 +114,13 @@ def of_type(jobs: list[Job], kind: str | None) -> list[Job]:
 
 def run_get(args: argparse.Namespace) -> int:
     """Print one job."""
-    job = find(open_place(args), args)
+    job = find(open_backend(args), args)
     return print_records(job, args.output, lambda: table.job_details(job, events=args.events, gpus=args.gpu))
 
 
-def find(place: Place, args: argparse.Namespace) -> Job:
+def find(backend: Backend, args: argparse.Namespace) -> Job:
     """The job that is named; NotFoundError where it is of another type than asked."""
-    job = place.job(args.name, namespace(args, place))
+    job = backend.job(args.name, namespace(args, backend))
     check_type(job, args.type)
     return job
 
@@ -134,29 +134,29 @@ def check_type(job: Job, kind: str | None) -> None:
 def run_logs(args: argparse.Namespace) -> int:
     """Print a log."""
     options = log_options(args)
-    place = open_place(args)
+    backend = open_backend(args)
     if args.type is not None:
-        find(place, args)
-    return print_lines(place.job_logs(args.name, namespace(args, place), options), follow=options.follow)
+        find(backend, args)
+    return print_lines(backend.job_logs(args.name, namespace(args, backend), options), follow=options.follow)
 
 
 def run_attach(args: argparse.Namespace) -> int:
     """Run a command in an instance; its exit status is this one's."""
-    place = open_place(args)
+    backend = open_backend(args)
     if args.type is not None:
-        find(place, args)
-    return place.attach_job(args.name, namespace(args, place), args.instance, args.container, args.command)
+        find(backend, args)
+    return backend.attach_job(args.name, namespace(args, backend), args.instance, args.container, args.command)
 
 
 def run_delete(args: argparse.Namespace) -> int:
     """Delete jobs by name."""
-    place = open_place(args)
-    where = namespace(args, place)
+    backend = open_backend(args)
+    where = namespace(args, backend)
 
     def delete(name: str) -> None:
         if args.type is not None:
-            check_type(place.job(name, where), args.type)
-        place.delete_job(name, where)
+            check_type(backend.job(name, where), args.type)
+        backend.delete_job(name, where)
 
     return for_each(args.names, delete, "job {} is deleted")
 
@@ -164,18 +164,18 @@ def run_delete(args: argparse.Namespace) -> int:
 def run_prune(args: argparse.Namespace) -> int:
     """Delete jobs that ended long ago."""
     before = datetime.now(UTC) - timedelta(seconds=seconds(args.since, "--since"))
-    place = open_place(args)
-    old = [job for job in place.jobs(one_or_all(args, place)) if job.status.ended and _end(job) < before]
+    backend = open_backend(args)
+    old = [job for job in backend.jobs(one_or_all(args, backend)) if job.status.ended and _end(job) < before]
     if not old:
         return print_lines([f"no job ended more than {args.since} ago"])
     where = {f"{job.namespace}/{job.name}" if args.all_namespaces else job.name: job for job in old}
 
     def delete(label: str) -> None:
-        place.delete_job(where[label].name, where[label].namespace)
+        backend.delete_job(where[label].name, where[label].namespace)
 
     return for_each(list(where), delete, "job {} is deleted")
 
 
 def _end(job: Job) -> datetime:
-    """When a job ended; the nearest earlier moment known, where its place has not noted that."""
+    """When a job ended; the nearest earlier moment known, where its backend has not noted that."""
     return job.ended or max((one.ended for one in job.instances if one.ended), default=job.created)

@@ -4,27 +4,27 @@ import argparse
 from collections.abc import Callable
 from datetime import datetime
 
-from hasten.cli.cluster.parser import VerbParser, VerbParsers, refuse
-from hasten.cli.cluster.place import (
+from hasten.cli.cluster.backend import (
     SERVER_TYPES,
     add_all_namespaces,
+    add_backend_options,
     add_dry_run,
     add_output,
-    add_place_options,
     add_type,
     for_each,
     namespace,
     one_or_all,
-    open_place,
+    open_backend,
     print_lines,
     print_objects,
     print_records,
 )
+from hasten.cli.cluster.parser import VerbParser, VerbParsers, refuse
 from hasten.cli.cluster.spec import build_spec, see_it
 from hasten.cli.cluster.streams import add_attach_options, add_log_options, log_options
 from hasten.cli.options import add_fields, given
 from hasten.cluster import table
-from hasten.cluster.places import ServerUpdate
+from hasten.cluster.backend import ServerUpdate
 from hasten.cluster.spec import TritonServer, checked_name
 from hasten.core.errors import ConfigError
 
@@ -40,7 +40,7 @@ def add_parser(verbs: VerbParsers) -> None:
 
 
 def _fill_serve(serve: VerbParser) -> None:
-    add_place_options(serve)
+    add_backend_options(serve)
     actions = serve.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=VerbParser)
     _add_triton(actions)
     refuse(actions, _OTHER_SERVERS, "hasten serves the type triton alone")
@@ -72,7 +72,7 @@ def _fill_serve(serve: VerbParser) -> None:
 
 def _add_verb(actions: VerbParsers, name: str, run: Run, words: str, *aliases: str) -> VerbParser:
     parser = actions.add_parser(name, aliases=aliases, help=words, description=f"{words[0].upper()}{words[1:]}.")
-    add_place_options(parser)
+    add_backend_options(parser)
     parser.set_defaults(run=run)
     return parser
 
@@ -87,14 +87,14 @@ def _add_triton(actions: VerbParsers) -> None:
 
 
 def _fill_triton(parser: VerbParser) -> None:
-    add_place_options(parser)
+    add_backend_options(parser)
     add_dry_run(parser)
     add_fields(parser, TritonServer, "the server")
     parser.set_defaults(run=run_triton)
 
 
 def _fill_update(update: VerbParser) -> None:
-    add_place_options(update)
+    add_backend_options(update)
     kinds = update.add_subparsers(title="types", metavar="TYPE", required=True, parser_class=VerbParser)
     refuse(kinds, _OTHER_SERVERS, "hasten serves the type triton alone")
     parser = kinds.add_parser(
@@ -102,7 +102,7 @@ def _fill_update(update: VerbParser) -> None:
         help="a server of Triton's protocol",
         description="Change a server; its instances are replaced one after the other.",
     )
-    add_place_options(parser)
+    add_backend_options(parser)
     parser.add_argument("--name", required=True, help="the server")
     parser.add_argument("--version", metavar="VERSION", help="which version, where there are several")
     add_fields(parser, ServerUpdate, "what changes")
@@ -111,13 +111,13 @@ def _fill_update(update: VerbParser) -> None:
 
 def run_triton(args: argparse.Namespace) -> int:
     """Start a server, or print what would be made."""
-    place = open_place(args)
+    backend = open_backend(args)
     version = getattr(args, "version", None) or datetime.now().strftime("%Y%m%d%H%M")
-    server = build_spec(TritonServer, args, namespace=namespace(args, place), version=version)
+    server = build_spec(TritonServer, args, namespace=namespace(args, backend), version=version)
     if args.dry_run:
-        return print_objects(place.plan_server(server))
-    place.serve(server)
-    how = see_it(args, place, "serve", "get", server.name, "--version", server.version)
+        return print_objects(backend.plan_server(server))
+    backend.serve(server)
+    how = see_it(args, backend, "serve", "get", server.name, "--version", server.version)
     return print_lines([f"server {server.name}, version {server.version}, is submitted", how])
 
 
@@ -127,16 +127,16 @@ def run_update(args: argparse.Namespace) -> int:
     if not given(args, ServerUpdate):
         raise ConfigError("there is nothing to change: give an option such as --replicas")
     update = build_spec(ServerUpdate, args)
-    place = open_place(args)
-    place.update_server(args.name, args.version, namespace(args, place), update)
+    backend = open_backend(args)
+    backend.update_server(args.name, args.version, namespace(args, backend), update)
     versioned = ["--version", args.version] if args.version else []
-    return print_lines([f"server {args.name} is updated", see_it(args, place, "serve", "get", args.name, *versioned)])
+    return print_lines([f"server {args.name} is updated", see_it(args, backend, "serve", "get", args.name, *versioned)])
 
 
 def run_list(args: argparse.Namespace) -> int:
     """Print the servers."""
-    place = open_place(args)
-    servers = place.servers(one_or_all(args, place))
+    backend = open_backend(args)
+    servers = backend.servers(one_or_all(args, backend))
     return print_records(
         servers,
         args.output,
@@ -146,28 +146,28 @@ def run_list(args: argparse.Namespace) -> int:
 
 def run_get(args: argparse.Namespace) -> int:
     """Print one server."""
-    place = open_place(args)
-    server = place.server(args.name, args.version, namespace(args, place))
+    backend = open_backend(args)
+    server = backend.server(args.name, args.version, namespace(args, backend))
     return print_records(server, args.output, lambda: table.server_details(server, events=args.events))
 
 
 def run_logs(args: argparse.Namespace) -> int:
     """Print a log."""
     options = log_options(args)
-    place = open_place(args)
-    lines = place.server_logs(args.name, args.version, namespace(args, place), options)
+    backend = open_backend(args)
+    lines = backend.server_logs(args.name, args.version, namespace(args, backend), options)
     return print_lines(lines, follow=options.follow)
 
 
 def run_attach(args: argparse.Namespace) -> int:
     """Run a command in an instance; its exit status is this one's."""
-    place = open_place(args)
-    where = namespace(args, place)
-    return place.attach_server(args.name, args.version, where, args.instance, args.container, args.command)
+    backend = open_backend(args)
+    where = namespace(args, backend)
+    return backend.attach_server(args.name, args.version, where, args.instance, args.container, args.command)
 
 
 def run_delete(args: argparse.Namespace) -> int:
     """Delete servers by name."""
-    place = open_place(args)
-    where = namespace(args, place)
-    return for_each(args.names, lambda name: place.delete_server(name, args.version, where), "server {} is deleted")
+    backend = open_backend(args)
+    where = namespace(args, backend)
+    return for_each(args.names, lambda name: backend.delete_server(name, args.version, where), "server {} is deleted")

@@ -1,12 +1,12 @@
-"""From the options of the command line to what a place is asked for, and what is said afterwards."""
+"""From the options of the command line to what a backend is asked for, and what is said afterwards."""
 
 import argparse
 import shlex
 from typing import Any, TypeVar
 
-from hasten.cli.cluster.place import namespace
+from hasten.cli.cluster.backend import namespace
 from hasten.cli.options import field_names, given
-from hasten.cluster.places import Place, ServerUpdate
+from hasten.cluster.backend import Backend, ServerUpdate
 from hasten.cluster.spec import TrainingJob, TritonServer, Volume
 from hasten.core.errors import ConfigError
 
@@ -22,9 +22,9 @@ def build_spec(kind: type[Spec], args: argparse.Namespace, **others: Any) -> Spe
     return kind(**tuples)
 
 
-def see_it(args: argparse.Namespace, place: Place, *words: str) -> str:
+def see_it(args: argparse.Namespace, backend: Backend, *words: str) -> str:
     """How to see what was made, as a command to copy."""
-    where = namespace(args, place)
-    named = [] if where == place.default_namespace() else ["-n", where]
-    chosen = [] if getattr(args, "place", None) is None else ["--cluster", args.place]
+    where = namespace(args, backend)
+    named = [] if where == backend.default_namespace() else ["-n", where]
+    chosen = [] if getattr(args, "backend", None) is None else ["--cluster", args.backend]
     return f"see it: {shlex.join(['hasten', 'cluster', *words, *named, *chosen])}"

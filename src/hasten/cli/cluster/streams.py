@@ -4,7 +4,7 @@ import argparse
 from datetime import UTC, datetime
 
 from hasten.cli.cluster.parser import VerbParser
-from hasten.cluster.places import LogOptions
+from hasten.cluster.backend import LogOptions
 from hasten.cluster.spec import seconds
 from hasten.core.errors import ConfigError
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hasten.cluster.backend import PYTORCHJOB, Event, Instance, Job, Status
 from hasten.cluster.kubernetes.client import Cluster
 from hasten.cluster.kubernetes.errors import ForbiddenError, MissingKindError
 from hasten.cluster.kubernetes.records import (
@@ -31,7 +32,6 @@ from hasten.cluster.kubernetes.resources import (
     labels_of,
     name_of,
 )
-from hasten.cluster.places import PYTORCHJOB, Event, Instance, Job, Status
 from hasten.core.errors import NotFoundError
 
 _INDEX = "batch.kubernetes.io/job-completion-index"
@@ -150,7 +150,7 @@ def job_with_events(cluster: Cluster, found: FoundJob) -> Job:
 
 
 def _in_order(kind: _Kind, pods: Sequence[Object]) -> list[Object]:
-    def place(pod: Object) -> tuple[int, int, str]:
+    def position(pod: Object) -> tuple[int, int, str]:
         labels = labels_of(pod)
         role = labels.get(kind.role_label, "").lower()
         return (
@@ -159,7 +159,7 @@ def _in_order(kind: _Kind, pods: Sequence[Object]) -> list[Object]:
             name_of(pod),
         )
 
-    return sorted(pods, key=place)
+    return sorted(pods, key=position)
 
 
 def job_record(found: FoundJob) -> Job:

@@ -15,11 +15,11 @@ from typing import Any
 
 import urllib3
 
+from hasten.cluster.backend import LogOptions
 from hasten.cluster.kubernetes.client import Cluster, Query
 from hasten.cluster.kubernetes.errors import NotStartedError
 from hasten.cluster.kubernetes.records import instance
 from hasten.cluster.kubernetes.resources import PODS, Object, name_of
-from hasten.cluster.places import LogOptions
 from hasten.core.errors import ClusterError, NotFoundError
 
 MAIN_CONTAINERS = ("pytorch", "node")

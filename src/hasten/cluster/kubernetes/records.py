@@ -1,4 +1,4 @@
-"""Pods, nodes and events of the API, as what places tell.
+"""Pods, nodes and events of the API, as the records of a backend.
 
 Phases, conditions and reasons of waiting: kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle.
 """
@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
+from hasten.cluster.backend import Event, Instance, Status
 from hasten.cluster.kubernetes.resources import Object, name_of
-from hasten.cluster.places import Event, Instance, Status
 
 _ACCELERATORS = frozenset(
     (

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hasten.cluster.backend import Server
 from hasten.cluster.kubernetes.client import Cluster
 from hasten.cluster.kubernetes.errors import ForbiddenError, MissingKindError
 from hasten.cluster.kubernetes.records import (
@@ -31,7 +32,6 @@ from hasten.cluster.kubernetes.resources import (
     name_of,
 )
 from hasten.cluster.manifests.server import GRPC, HTTP, METRICS
-from hasten.cluster.places import Server
 from hasten.cluster.spec import checked_name, checked_version
 from hasten.core.errors import ConfigError, NotFoundError
 

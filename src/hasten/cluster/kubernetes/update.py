@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 
+from hasten.cluster.backend import ServerUpdate
 from hasten.cluster.kubernetes.apply import change
 from hasten.cluster.kubernetes.client import Cluster
 from hasten.cluster.kubernetes.resources import Object, name_of
@@ -16,7 +17,6 @@ from hasten.cluster.kubernetes.servers import FoundServer
 from hasten.cluster.manifests.objects import CRDS, main_object, owned
 from hasten.cluster.manifests.pod import GPU
 from hasten.cluster.manifests.server import SPEC, disruption_budgets
-from hasten.cluster.places import ServerUpdate
 from hasten.cluster.spec import TritonServer, pairs, server_of
 from hasten.core.errors import ExistsError, UnsupportedError
 

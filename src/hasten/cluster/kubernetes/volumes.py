@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 
+from hasten.cluster.backend import Node, VolumeRecord
 from hasten.cluster.kubernetes.client import Cluster
 from hasten.cluster.kubernetes.records import accelerators, created, newest_first, pod_gpus
 from hasten.cluster.kubernetes.resources import (
@@ -20,7 +21,6 @@ from hasten.cluster.kubernetes.resources import (
 from hasten.cluster.manifests.objects import volume_objects
 from hasten.cluster.manifests.pod import MANAGER
 from hasten.cluster.manifests.volume import earlier_volume_name, is_of, secret_name, volume_name
-from hasten.cluster.places import Node, VolumeRecord
 from hasten.cluster.spec import Volume
 from hasten.core.errors import ClusterError, NotFoundError
 

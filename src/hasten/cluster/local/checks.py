@@ -1,4 +1,4 @@
-"""What the local place refuses, and what it says about options that processes cannot follow."""
+"""What the local backend refuses, and what it says about options that processes cannot follow."""
 
 import os
 import shutil
@@ -6,10 +6,10 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from hasten.cluster.backend import refuse_unsupported
 from hasten.cluster.local.gpus import GPUS_VARIABLE, devices
 from hasten.cluster.local.launch import Launch
 from hasten.cluster.local.mounts import mount_command
-from hasten.cluster.places import refuse_unsupported
 from hasten.cluster.spec import TrainingJob, TritonServer, Volume, Workload, pairs, quantity
 from hasten.core.cpus import available_cpus
 from hasten.core.errors import ClusterError, ConfigError
@@ -34,7 +34,7 @@ _MOST_INSTANCES = 1000
 
 def check_job(job: TrainingJob) -> None:
     """UnsupportedError and ConfigError for what this machine cannot do."""
-    refuse_unsupported("the local place", job, JOB_OPTIONS)
+    refuse_unsupported("the local backend", job, JOB_OPTIONS)
     check_resources(job, job.workers)
     path = pairs(job.env, "--env").get("PATH")
     if shutil.which(job.shell, path=path) is None:
@@ -43,13 +43,13 @@ def check_job(job: TrainingJob) -> None:
 
 def check_server(server: TritonServer) -> None:
     """The same of a server."""
-    refuse_unsupported("the local place", server, SERVER_OPTIONS)
+    refuse_unsupported("the local backend", server, SERVER_OPTIONS)
     check_resources(server, server.replicas)
 
 
 def check_volume(volume: Volume) -> None:
     """The same of a volume: it is a folder that exists."""
-    refuse_unsupported("the local place", volume, VOLUME_OPTIONS)
+    refuse_unsupported("the local backend", volume, VOLUME_OPTIONS)
     if volume.path is None:
         raise ConfigError("give the volume's folder with --path")
     if not Path(volume.path).is_dir():

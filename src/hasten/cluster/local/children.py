@@ -28,7 +28,7 @@ _LAST_WORDS_S = 1.0
 """How long the output of a process that has ended may still be on its way."""
 
 
-class Asked(Exception):  # noqa: N818 - no error: somebody wants an end
+class ShutdownRequested(Exception):  # noqa: N818 - no error
     """This supervisor was told to end what it watches."""
 
 
@@ -74,7 +74,7 @@ class Children:
         self._uid = uid
         self._selector = selectors.DefaultSelector()
         self._running: list[Child] = []
-        self._asked = False
+        self._shutdown_requested = False
         self._looked_for = False
         adopt_orphans()
         self._wake, self._woken = socket.socketpair()
@@ -97,7 +97,7 @@ class Children:
         return list(self._running)
 
     def _ask(self, *_: object) -> None:
-        self._asked = True
+        self._shutdown_requested = True
 
     def _look(self, *_: object) -> None:
         self._looked_for = True
@@ -141,11 +141,11 @@ class Children:
         return f"{self._uid}/{name}"
 
     def turn(self, seconds: float) -> None:
-        """Wait for output, an end or a signal, at most so long; Asked if this supervisor is to end."""
+        """Wait for output, an end or a signal, at most that long; ShutdownRequested if this supervisor is to end."""
         self._turn(seconds)
-        if self._asked:
-            self._asked = False
-            raise Asked
+        if self._shutdown_requested:
+            self._shutdown_requested = False
+            raise ShutdownRequested
 
     def _turn(self, seconds: float) -> None:
         for key, _ in self._selector.select(min(max(0.0, seconds), _LONGEST_WAIT_S)):
@@ -155,7 +155,7 @@ class Children:
                 key.data()
         for child in self.running:
             if child.process.poll() is not None:
-                self._bury(child)
+                self._reap(child)
         reap_orphans({child.pid for child in self._running})
 
     def _read(self, child: Child) -> None:
@@ -170,7 +170,7 @@ class Children:
             os.close(child.output)
             child.log.close()
 
-    def _bury(self, child: Child) -> None:
+    def _reap(self, child: Child) -> None:
         """An instance ends with its first process, as a container does: what that left running is killed."""
         others = {one.pid for one in self._running if one is not child}
         # an instance that runs adopts its own orphans, so those that came here are of instances that have ended

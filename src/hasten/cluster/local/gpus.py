@@ -1,6 +1,6 @@
 """GPUs of this machine: how many there are, and who waits for them or has them.
 
-Who asks draws a ticket, a file in HOME/gpus/HOST whose name is its place in the queue. The first of those that wait is
+A request is a ticket, a file in HOME/gpus/HOST whose name is its position in the queue. The first of those that wait is
 served as soon as enough GPUs are free, the others after it, so a large request is not passed by small ones for ever. A
 ticket holds as long as its job's supervisor lives: there is no count that could go wrong, and nobody has to run all the
 time.
@@ -76,13 +76,13 @@ class Wait:
     """Why a ticket is not served yet."""
 
     reason: str
-    place: int
-    """So many are before it."""
+    ahead: int
+    """Tickets before it."""
 
     @property
     def pause(self) -> float:
         """Seconds until the next look: the further back, the longer."""
-        return min(_LATEST_S, _SOONEST_S * (1 + self.place))
+        return min(_LATEST_S, _SOONEST_S * (1 + self.ahead))
 
 
 class GpuQueue:
@@ -124,7 +124,7 @@ class GpuQueue:
         return Wait(_waits(mine.count, len(free), len(there), before), before)
 
     def give_back(self, path: Path) -> None:
-        """Tear up a ticket."""
+        """Release a ticket and its GPUs."""
         path.unlink(missing_ok=True)
 
     def allocated(self) -> int:

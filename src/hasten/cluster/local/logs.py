@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
-    from hasten.cluster.places import LogOptions
+    from hasten.cluster.backend import LogOptions
 
 _PAIR = struct.Struct(">QQ")
 _BLOCK = 1 << 16
@@ -101,8 +101,8 @@ class LogReader:
         if not asked:
             return 0
         times, offsets = _pairs(self._index)
-        place = bisect_left(times, int(max(asked) * 1e9))
-        return offsets[place] if place < len(offsets) else self._log.stat().st_size
+        index = bisect_left(times, int(max(asked) * 1e9))
+        return offsets[index] if index < len(offsets) else self._log.stat().st_size
 
 
 class _Times:
@@ -121,8 +121,8 @@ class _Times:
             if size != self._size:
                 self._size = size
                 self._times, self._offsets = _pairs(self._path)
-        place = max(0, bisect_right(self._offsets, offset) - 1)
-        nanoseconds = self._times[place] if self._times else 0
+        index = max(0, bisect_right(self._offsets, offset) - 1)
+        nanoseconds = self._times[index] if self._times else 0
         moment = datetime.fromtimestamp(nanoseconds // 10**9, UTC)
         return f"{moment:%Y-%m-%dT%H:%M:%S}.{nanoseconds % 10**9:09d}Z"
 
@@ -151,9 +151,9 @@ def _offset_of_tail(log: BinaryIO, count: int) -> int:
             wanted += 1
         found = block.count(b"\n")
         if found >= wanted:
-            place = len(block)
+            cut = len(block)
             for _ in range(wanted):
-                place = block.rindex(b"\n", 0, place)
-            return position + place + 1
+                cut = block.rindex(b"\n", 0, cut)
+            return position + cut + 1
         wanted -= found
     return 0

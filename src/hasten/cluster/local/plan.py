@@ -1,4 +1,4 @@
-"""What the local place makes of a job or a server: commands, variables, folders. Written into the record, run by the
+"""What the local backend makes of a job or a server: commands, variables, folders. Written into the record, run by the
 supervisor, and printed by a dry run. Pure, but for looks at what exists.
 """
 
@@ -121,7 +121,7 @@ def config_files(spec: Workload, folder: Path) -> list[tuple[Path, Path, str]]:
 
 
 def _mapped(text: str, given: Sequence[tuple[str, str, bool]]) -> str:
-    """A text with the folders of mounts in place of their paths; longer paths first, each place once.
+    """A text with the folders of mounts instead of their paths; longer paths first, each occurrence once.
 
     A path counts where it begins the text, or follows white space or one of = : , ; ( ' ", and where no letter, digit,
     '_', '.' or '-' follows it.

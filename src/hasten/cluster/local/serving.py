@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hasten.cluster.backend import Server, ServerUpdate
 from hasten.cluster.local.checks import check_mounts, check_server
 from hasten.cluster.local.launch import ServerPlan, to_json
 from hasten.cluster.local.plan import server_plan
@@ -16,7 +17,6 @@ from hasten.cluster.local.state import Folder, UnreadableError, folders, locked,
 from hasten.cluster.local.supervisor import signal_supervisor, start
 from hasten.cluster.local.view import server_view
 from hasten.cluster.local.volumes import Volumes
-from hasten.cluster.places import Server, ServerUpdate
 from hasten.cluster.spec import TritonServer, checked_name, checked_version, record_of
 from hasten.core.errors import ClusterError, ConfigError, NotFoundError
 from hasten.core.ports import port_is_free

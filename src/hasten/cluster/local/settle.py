@@ -10,9 +10,9 @@ import os
 import time
 from contextlib import suppress
 
+from hasten.cluster.backend import Status
 from hasten.cluster.local.processes import boot_id, host_name, kill_all, members
 from hasten.cluster.local.state import Folder, State
-from hasten.cluster.places import Status
 from hasten.core.errors import ClusterError, ConfigError, NotFoundError
 
 _log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""What the local place keeps on disk: a folder for each job and server, and who owns it.
+"""What the local backend keeps on disk: a folder for each job and server, and who owns it.
 
     HOME/jobs/NAMESPACE/NAME/         a job; HOME/servers/NAMESPACE/NAME@VERSION/ a server
         spec.json                     what was asked, and the plan made of it; written by commands
@@ -27,8 +27,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hasten.cluster.backend import Status
 from hasten.cluster.local.launch import JobPlan, Launch, ServerPlan, job_plan_of, launch_of, server_plan_of
-from hasten.cluster.places import Status
 from hasten.cluster.spec import TrainingJob, TritonServer, checked_name, checked_namespace, checked_version, server_of
 from hasten.core.errors import ClusterError, ConfigError, ExistsError, NotFoundError
 from hasten.core.files import expand_home
@@ -97,7 +97,7 @@ class State:
 
 
 def home_folder(home: Path | None) -> Path:
-    """Where the local place keeps its state: `home`, else HASTEN_HOME, else ~/.hasten."""
+    """Where the local backend keeps its state: `home`, else HASTEN_HOME, else ~/.hasten."""
     chosen = home or Path(os.environ.get(HOME_VARIABLE) or "~/.hasten")
     return expand_home(chosen, f"set {HOME_VARIABLE} to a folder").absolute()
 
@@ -197,7 +197,7 @@ class Folder:
 
     @property
     def home(self) -> Path:
-        """The folder of the whole place."""
+        """The folder of all state."""
         return self.path.parents[2]
 
     @property

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 
-from hasten.cluster.local.children import Asked, Child, Children
+from hasten.cluster.local.children import Child, Children, ShutdownRequested
 from hasten.cluster.local.environment import instance_environment
 from hasten.cluster.local.gpus import GpuQueue, Wait, devices
 from hasten.cluster.local.launch import Launch
@@ -89,9 +89,9 @@ class Supervisor(ABC):
         try:
             # looked for once the process id is written: whoever left it there before that could send no signal
             if self.folder.end_mark.exists():
-                raise Asked
+                raise ShutdownRequested
             self.work()
-        except Asked:
+        except ShutdownRequested:
             self.end_all()
         self.conclude()
 

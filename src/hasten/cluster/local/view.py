@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from hasten.cluster.backend import Event, Instance, Job, Server, Status
 from hasten.cluster.local.launch import ServerPlan
 from hasten.cluster.local.plan import LOCAL_ADDRESS
 from hasten.cluster.local.settle import elsewhere
 from hasten.cluster.local.state import Folder, InstanceState, State
-from hasten.cluster.places import Event, Instance, Job, Server, Status
 from hasten.core.errors import NotFoundError
 
 _WORDS = {"http": "RESTFUL", "grpc": "GRPC", "metrics": "METRICS"}

@@ -1,4 +1,4 @@
-"""Volumes of the local place: folders of this machine, known by names."""
+"""Volumes of the local backend: folders of this machine, known by names."""
 
 import getpass
 import logging
@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hasten.cluster.backend import VolumeRecord
 from hasten.cluster.local.plan import Source
 from hasten.cluster.local.state import UnreadableError, locked, make_folder, read_json, using, write_json
-from hasten.cluster.places import VolumeRecord
 from hasten.cluster.spec import Volume, checked_name, checked_namespace, mounts
 from hasten.core.errors import ExistsError, NotFoundError
 

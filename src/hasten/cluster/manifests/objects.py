@@ -73,5 +73,5 @@ def main_object(server: TritonServer, crds: AbstractSet[str]) -> Object:
 
 
 def _plain(objects: list[Object]) -> list[Object]:
-    """The same with no part in two places: YAML would write references."""
+    """The same without shared parts: YAML would write references."""
     return json.loads(json.dumps(objects))

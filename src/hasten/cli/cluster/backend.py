@@ -1,4 +1,4 @@
-"""Options that every verb of `hasten cluster` has: which place, which namespace, how its answers are printed."""
+"""Options that every verb of `hasten cluster` has: which backend, which namespace, how its answers are printed."""
 
 import argparse
 import os
@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from hasten.cluster import table
-from hasten.cluster.places import Place
+from hasten.cluster.backend import Backend
 from hasten.core.errors import ClusterError, ConfigError, HastenError, UnsupportedError
 from hasten.core.extras import require_extra
 
-PLACE_VARIABLE = "HASTEN_CLUSTER"
+BACKEND_VARIABLE = "HASTEN_CLUSTER"
 LOCAL, KUBERNETES = "local", "kubernetes"
 FORMATS = ("wide", "json", "yaml")
 LEVELS = {"debug": "DEBUG", "info": "INFO", "warn": "WARNING", "error": "ERROR"}
@@ -19,38 +19,40 @@ JOB_TYPES = {"pytorchjob": "pytorchjob", "pytorch": "pytorchjob", "trainjob": "t
 SERVER_TYPES = {"triton": "triton", "triton-serving": "triton"}
 
 
-def _local(args: argparse.Namespace) -> Place:
+def _local(args: argparse.Namespace) -> Backend:
     for name, flag in (("kubeconfig", "--config"), ("context", "--context")):
         if getattr(args, name, None) is not None:
-            raise UnsupportedError(f"{flag} is of Kubernetes: add --cluster kubernetes, or set {PLACE_VARIABLE} to it")
-    from hasten.cluster.local.place import LocalPlace
+            raise UnsupportedError(
+                f"{flag} is of Kubernetes: add --cluster kubernetes, or set {BACKEND_VARIABLE} to it"
+            )
+    from hasten.cluster.local.backend import LocalBackend
 
-    return LocalPlace()
+    return LocalBackend()
 
 
-def _kubernetes(args: argparse.Namespace) -> Place:
-    from hasten.cluster.kubernetes.place import KubernetesPlace
+def _kubernetes(args: argparse.Namespace) -> Backend:
+    from hasten.cluster.kubernetes.backend import KubernetesBackend
 
     only_plans = getattr(args, "dry_run", False)
-    return KubernetesPlace(getattr(args, "kubeconfig", None), getattr(args, "context", None), only_plans=only_plans)
+    return KubernetesBackend(getattr(args, "kubeconfig", None), getattr(args, "context", None), only_plans=only_plans)
 
 
-PLACES: dict[str, Callable[[argparse.Namespace], Place]] = {LOCAL: _local, KUBERNETES: _kubernetes}
+BACKENDS: dict[str, Callable[[argparse.Namespace], Backend]] = {LOCAL: _local, KUBERNETES: _kubernetes}
 
 
-def add_place_options(parser: argparse.ArgumentParser) -> None:
+def add_backend_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of all verbs. They have no defaults, so that those before a verb hold where it has none."""
-    group = parser.add_argument_group("place")
+    group = parser.add_argument_group("backend")
 
     def add(*flags: str, **options: Any) -> None:
         group.add_argument(*flags, default=argparse.SUPPRESS, **options)
 
-    add("-n", "--namespace", metavar="NAME", help="namespace of the jobs, servers and volumes (default: the place's)")
+    add("-n", "--namespace", metavar="NAME", help="namespace of the jobs, servers and volumes (default: the backend's)")
     add(
         "--cluster",
-        dest="place",
-        choices=tuple(PLACES),
-        help=f"where: processes of this machine, or a Kubernetes cluster (default: ${PLACE_VARIABLE}, or {LOCAL})",
+        dest="backend",
+        choices=tuple(BACKENDS),
+        help=f"where: processes of this machine, or a Kubernetes cluster (default: ${BACKEND_VARIABLE}, or {LOCAL})",
     )
     add("--config", dest="kubeconfig", metavar="FILE", help="kubeconfig (default: as kubectl's)")
     add("--context", metavar="NAME", help="context of the kubeconfig (default: its current one)")
@@ -65,14 +67,14 @@ class _Refused(argparse.Action):
         )
 
 
-def open_place(args: argparse.Namespace) -> Place:
-    """The place that the command line, or else the environment, names."""
+def open_backend(args: argparse.Namespace) -> Backend:
+    """The backend that the command line, or else the environment, names."""
     require_extra("cluster", "hasten cluster")
     _log(getattr(args, "loglevel", None))
-    name = getattr(args, "place", None) or os.environ.get(PLACE_VARIABLE) or LOCAL
-    if name not in PLACES:
-        raise ConfigError(f"{PLACE_VARIABLE} is {name!r}, which is none of {', '.join(PLACES)}")
-    return PLACES[name](args)
+    name = getattr(args, "backend", None) or os.environ.get(BACKEND_VARIABLE) or LOCAL
+    if name not in BACKENDS:
+        raise ConfigError(f"{BACKEND_VARIABLE} is {name!r}, which is none of {', '.join(BACKENDS)}")
+    return BACKENDS[name](args)
 
 
 def _log(level: str | None) -> None:
@@ -86,15 +88,15 @@ def _log(level: str | None) -> None:
     logging.getLogger("urllib3").setLevel(LEVELS[level])
 
 
-def namespace(args: argparse.Namespace, place: Place) -> str:
-    """The namespace that the user names, or the place's own."""
+def namespace(args: argparse.Namespace, backend: Backend) -> str:
+    """The namespace that the user names, or the backend's own."""
     named: str | None = getattr(args, "namespace", None)
-    return place.default_namespace() if named is None else named
+    return backend.default_namespace() if named is None else named
 
 
-def one_or_all(args: argparse.Namespace, place: Place) -> str | None:
+def one_or_all(args: argparse.Namespace, backend: Backend) -> str | None:
     """As `namespace`; None, all of them, with --all-namespaces."""
-    return None if args.all_namespaces else namespace(args, place)
+    return None if args.all_namespaces else namespace(args, backend)
 
 
 def add_all_namespaces(parser: argparse.ArgumentParser) -> None:

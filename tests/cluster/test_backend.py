@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from hasten.cluster.places import ServerUpdate
+from hasten.cluster.backend import ServerUpdate
 from hasten.cluster.spec import TrainingJob, TritonServer, record_of, server_of
 from hasten.core.errors import ConfigError
 

@@ -1,4 +1,4 @@
-"""A Kubernetes cluster as a place to run: every verb is a few requests to its API server.
+"""A Kubernetes cluster as a backend: every verb is a few requests to its API server.
 
 It keeps nothing of its own: what there is stands in the cluster, where any number of users and tools see the same.
 """
@@ -9,6 +9,15 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
+from hasten.cluster.backend import (
+    Job,
+    LogOptions,
+    Node,
+    Server,
+    ServerUpdate,
+    VolumeRecord,
+    refuse_unsupported,
+)
 from hasten.cluster.kubernetes.apply import PATIENCE, apply_all, create_all, delete_and_wait
 from hasten.cluster.kubernetes.client import Cluster
 from hasten.cluster.kubernetes.config import NoClusterError, find_access
@@ -26,15 +35,6 @@ from hasten.cluster.kubernetes.servers import (
 from hasten.cluster.kubernetes.update import update_server
 from hasten.cluster.kubernetes.volumes import delete_volume, list_nodes, list_volumes, objects_of
 from hasten.cluster.manifests.objects import CRDS, job_objects, needs_crds, server_objects
-from hasten.cluster.places import (
-    Job,
-    LogOptions,
-    Node,
-    Server,
-    ServerUpdate,
-    VolumeRecord,
-    refuse_unsupported,
-)
 from hasten.cluster.spec import TrainingJob, TritonServer, Volume
 from hasten.core.errors import ClusterError, ExistsError
 
@@ -48,7 +48,7 @@ def _check(spec: TrainingJob | TritonServer) -> None:
     refuse_unsupported(NAME, spec, {one.name for one in fields(spec)} - _LOCAL_ONLY)
 
 
-class KubernetesPlace:
+class KubernetesBackend:
     """The cluster of a kubeconfig, or the one that this process runs in.
 
     `patience`: seconds that a deletion may take until it is an error. With `only_plans`, no cluster need be configured.

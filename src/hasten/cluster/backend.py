@@ -1,4 +1,4 @@
-"""A place where work runs, and what it tells about it. `local` and `kubernetes` implement the same few verbs."""
+"""A backend runs jobs and servers: its verbs, which `local` and `kubernetes` implement, and the records they return."""
 
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
@@ -187,8 +187,8 @@ class ServerUpdate:
         return replace(server, **given)
 
 
-class Place(Protocol):
-    """The verbs. All raise ClusterError where the place fails, NotFoundError and ExistsError by name.
+class Backend(Protocol):
+    """The verbs. All raise ClusterError where the backend fails, NotFoundError and ExistsError by name.
 
     `namespace=None` is all namespaces.
     """
@@ -269,18 +269,20 @@ class Place(Protocol):
         """As `attach_job`."""
 
     def whoami(self) -> str:
-        """Who asks, and as whom the place knows them."""
+        """The user as the backend knows them."""
 
     def version(self) -> str:
-        """Version of the place."""
+        """Version of the backend."""
 
 
-def refuse_unsupported(place: str, spec: TrainingJob | TritonServer | Volume, supported: AbstractSet[str]) -> None:
-    """UnsupportedError that names the options which the user gave and the place cannot do."""
+def refuse_unsupported(backend: str, spec: TrainingJob | TritonServer | Volume, supported: AbstractSet[str]) -> None:
+    """UnsupportedError that names the options which the user gave and the backend cannot do."""
     asked = []
     for one in fields(spec):
         default = one.default_factory() if one.default_factory is not MISSING else one.default
         if one.name not in supported and getattr(spec, one.name) != default:
             asked.append(one.metadata.get("flag", "--" + one.name.replace("_", "-")))
     if asked:
-        raise UnsupportedError(f"{place} cannot do {', '.join(asked)}; leave it out or use another place (--cluster)")
+        raise UnsupportedError(
+            f"{backend} cannot do {', '.join(asked)}; leave it out or use another backend (--cluster)"
+        )

@@ -1,11 +1,11 @@
-"""A place that keeps what it is asked for in lists, and runs nothing."""
+"""A backend that keeps what it is asked for in lists, and runs nothing."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from hasten.cli.main import main
-from hasten.cluster.places import Instance, Job, LogOptions, Node, Place, Server, ServerUpdate, Status, VolumeRecord
+from hasten.cluster.backend import Backend, Instance, Job, LogOptions, Node, Server, ServerUpdate, Status, VolumeRecord
 from hasten.cluster.spec import TrainingJob, TritonServer, Volume
 from hasten.core.errors import ConfigError, ExistsError, NotFoundError
 
@@ -40,7 +40,7 @@ def job(name: str, status: Status = Status.RUNNING, **others: Any) -> Job:
     return Job(name=name, status=status, **made)
 
 
-class MemoryPlace(Place):
+class MemoryBackend(Backend):
     """Every verb, in memory. `asked` has the arguments of verbs that leave no record."""
 
     name = "memory"

@@ -1,4 +1,4 @@
-"""The local place: jobs and servers are processes of this machine, volumes are its folders.
+"""The local backend: jobs and servers are processes of this machine, volumes are its folders.
 
 Nothing has to be installed and nothing runs beforehand. Each job and server is owned by a supervisor of its own
 (`supervisor.py`), which a command starts and which outlives the terminal; all that is known stands in files under
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hasten
+from hasten.cluster.backend import Job, LogOptions, Node, Server, ServerUpdate, VolumeRecord
 from hasten.cluster.local import serving
 from hasten.cluster.local.attach import attach
 from hasten.cluster.local.checks import check_job, check_mounts, check_volume, notices
@@ -42,7 +43,6 @@ from hasten.cluster.local.state import (
 from hasten.cluster.local.supervisor import start
 from hasten.cluster.local.view import chosen_instance, job_view
 from hasten.cluster.local.volumes import Volumes, user_name
-from hasten.cluster.places import Job, LogOptions, Node, Server, ServerUpdate, VolumeRecord
 from hasten.cluster.spec import TrainingJob, TritonServer, Volume, Workload, record_of
 from hasten.core.errors import ClusterError, ConfigError, NotFoundError, UnsupportedError
 
@@ -51,14 +51,14 @@ _JOB_GRACE_S = 10.0
 Read = TypeVar("Read")
 
 
-class LocalPlace:
-    """Implements `places.Place`. `home` is the folder of its state (default: HASTEN_HOME, else ~/.hasten)."""
+class LocalBackend:
+    """Implements `backend.Backend`. `home` is the folder of its state (default: HASTEN_HOME, else ~/.hasten)."""
 
     name = "local"
 
     def __init__(self, home: Path | None = None) -> None:
         if not sys.platform.startswith("linux"):
-            raise UnsupportedError("the local place runs on Linux alone: it needs /proc; use --cluster kubernetes")
+            raise UnsupportedError("the local backend runs on Linux alone: it needs /proc; use --cluster kubernetes")
         self.home = home_folder(home)
         self._volumes = Volumes(self.home)
         self._gpus = GpuQueue(self.home, settle)
@@ -278,7 +278,7 @@ def _tell(asked: Workload, state: State, source: str) -> None:
 
 def _refuse_container(container: str | None) -> None:
     if container is not None:
-        raise UnsupportedError("the local place has no containers; leave --container out")
+        raise UnsupportedError("the local backend has no containers; leave --container out")
 
 
 def _end_of(folder: Folder, name: str) -> Callable[[], bool]:
