@@ -234,8 +234,10 @@ def test_the_readme_from_top_to_bottom(walk: Walk) -> None:
 
 @pytest.mark.slow
 def test_the_examples_of_the_python_api_run(walk: Walk) -> None:
-    (example,) = (block for block in blocks(ROOT / "docs" / "python.md") if block.is_python)
-    walk.python(example.text)
+    examples = [block.text for block in blocks(ROOT / "docs" / "python.md") if block.is_python]
+    assert examples
+    for example in examples:
+        walk.python(example)
 
 
 @pytest.mark.parametrize("page", [README, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
