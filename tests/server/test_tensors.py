@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 import struct
 from typing import Any
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from tritonclient.utils import serialize_byte_tensor, triton_to_np_dtype
 
 from hasten.server.protocol.classification import classify
-from hasten.server.protocol.tensors import NUMPY, flatten, from_bytes, from_list, to_bytes, to_list
+from hasten.server.protocol.tensors import NUMPY, elements_json, flatten, from_bytes, from_list, to_bytes
 from hasten.server.types import ErrorKind, ServiceError, Tensor
 
 NUMBERS = [name for name in NUMPY if name not in ("BYTES", "BF16")]
@@ -18,6 +19,10 @@ NUMBERS = [name for name in NUMPY if name not in ("BYTES", "BF16")]
 
 def read(datatype: str, shape: tuple[int, ...], raw: bytes) -> Tensor:
     return from_bytes("x", datatype, shape, raw, model="m", request_id="")
+
+
+def as_json(tensor: Tensor) -> Any:
+    return json.loads(bytes(elements_json(tensor)))
 
 
 @pytest.mark.parametrize("datatype", NUMBERS)
@@ -95,7 +100,7 @@ def test_json_lists_may_be_flat_or_nested(datatype: str) -> None:
     for data in ([1, 2, 3, 4], [[1, 2], [3, 4]], [[[1], [2]], [3, [4]]]):
         tensor = from_list("x", datatype, [2, 2], data)
         assert tensor.data.dtype == NUMPY[datatype]
-        assert to_list(tensor) == [1, 2, 3, 4]
+        assert as_json(tensor) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +130,7 @@ def test_wrong_json_lists_are_refused(datatype: str, data: Any, message: str) ->
 
 
 def test_numbers_beyond_a_float_are_infinite_as_for_triton() -> None:
-    assert to_list(from_list("x", "FP32", [1], [1e39])) == [math.inf]
+    assert as_json(from_list("x", "FP32", [1], [1e39])) == [math.inf]
 
 
 def test_lists_may_be_nested_as_deeply_as_triton_takes_them() -> None:
@@ -147,7 +152,7 @@ def test_lists_are_not_unpacked_for_ever() -> None:
 
 
 def test_text_that_is_no_utf_8_is_still_text() -> None:
-    assert to_list(read("BYTES", (1,), struct.pack("<I", 2) + b"a\xff")) == ["a�"]
+    assert as_json(read("BYTES", (1,), struct.pack("<I", 2) + b"a\xff")) == ["a�"]
 
 
 @pytest.mark.parametrize(
@@ -185,4 +190,18 @@ def test_empty_tensors_are_tensors() -> None:
         tensor = read(datatype, shape, b"")
         assert tensor.data.shape == shape
         assert to_bytes(tensor) == b""
-        assert to_list(tensor) == []
+        assert as_json(tensor) == []
+
+
+@pytest.mark.parametrize("count", [65_535, 65_536, 65_537, 200_000])
+def test_json_in_pieces_is_whole(count: int) -> None:
+    numbers = np.arange(count, dtype=np.uint32)
+    assert as_json(Tensor("x", "UINT32", (count,), numbers)) == numbers.tolist()
+    texts = np.empty(count, object)
+    texts[:] = [b"%d" % number for number in range(count)]
+    assert as_json(Tensor("x", "BYTES", (count,), texts)) == [str(number) for number in range(count)]
+    floats = np.full((2, count), 0.5, np.float32)
+    floats[1, -1] = math.inf
+    floats[0, 0] = math.nan
+    found = as_json(Tensor("x", "FP32", floats.shape, floats))
+    np.testing.assert_array_equal(found, floats.ravel())

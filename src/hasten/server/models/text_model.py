@@ -151,9 +151,11 @@ def _chosen(delta: CompletionDelta) -> list[float]:
 
 
 def _logprobs_json(delta: CompletionDelta) -> str:
-    return json.dumps(
-        [{token: _entry(entry) for token, entry in position.items()} for position in delta.logprobs or ()]
+    """A list with an entry for each token; encoded one by one, so that other threads run between them."""
+    positions = (
+        json.dumps({token: _entry(entry) for token, entry in position.items()}) for position in delta.logprobs or ()
     )
+    return f"[{', '.join(positions)}]"
 
 
 def _entry(entry: Logprob) -> dict[str, Any]:

@@ -22,11 +22,11 @@ from hasten.server.protocol.tensors import (
     bounded,
     check_outputs,
     dtype_of,
+    elements_json,
     from_bytes,
     from_list,
     invalid,
     to_bytes,
-    to_list,
 )
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, Parameter, RequestedOutput, ServiceError, Tensor
 
@@ -121,9 +121,9 @@ def parse_object(body: bytes | memoryview, *, max_bytes: int = MAX_JSON_BYTES) -
     return made
 
 
-def dump_json(value: Any, *, finite: bool = True) -> bytes:
-    """JSON of plain values. Unless they are `finite`, NaN and Infinity are written as such, as Triton does."""
-    return msgspec.json.encode(value) if finite else json.dumps(value, separators=(",", ":")).encode()
+def dump_json(value: Any) -> bytes:
+    """JSON of plain values."""
+    return msgspec.json.encode(value)
 
 
 @dataclass
@@ -304,7 +304,6 @@ def infer_response(response: InferResponse, body: InferBody, elsewhere: set[str]
     if response.parameters:
         head["parameters"] = response.parameters
     raws: list[bytes] = []
-    finite = True
     head["outputs"] = outputs = []
     for output in response.outputs:
         made: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
@@ -314,12 +313,6 @@ def infer_response(response: InferResponse, body: InferBody, elsewhere: set[str]
             raws.append(to_bytes(output))
             made["parameters"] = {"binary_data_size": len(raws[-1])}
         else:
-            made["data"] = to_list(output)
-            finite = finite and is_finite(output)
+            made["data"] = elements_json(output)
         outputs.append(made)
-    return dump_json(head, finite=finite), raws
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor has only numbers that JSON has."""
-    return tensor.data.dtype.kind != "f" or bool(np.isfinite(tensor.data).all())
+    return dump_json(head), raws

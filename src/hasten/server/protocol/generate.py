@@ -1,10 +1,12 @@
 """Triton's generate extension: an inference as one flat JSON object each way."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hasten.server.protocol.bodies import checked_parameters, dump_json, is_finite
-from hasten.server.protocol.tensors import flatten, from_list, invalid, to_list
+import msgspec
+
+from hasten.server.protocol.bodies import checked_parameters, dump_json
+from hasten.server.protocol.tensors import elements_json, flatten, from_list, invalid
 from hasten.server.types import InferRequest, InferResponse, Parameter, Tensor
 
 if TYPE_CHECKING:
@@ -79,11 +81,12 @@ def generate_json(response: InferResponse) -> bytes:
     """A response as one JSON object: outputs by name, those of one element without a list."""
     made: dict[str, Any] = {"id": response.id} if response.id else {}
     made |= response.parameters
-    made |= {output.name: _plain(to_list(output)) for output in response.outputs}
+    made |= {output.name: _plain(output) for output in response.outputs}
     made |= {"model_name": response.model, "model_version": response.version}
     ordered = {key: made[key] for key in sorted(made)}
-    return dump_json(ordered, finite=all(map(is_finite, response.outputs)))
+    return dump_json(ordered)
 
 
-def _plain(values: Sequence[Any]) -> Any:
-    return values[0] if len(values) == 1 else values
+def _plain(output: Tensor) -> msgspec.Raw:
+    values = elements_json(output)
+    return msgspec.Raw(bytes(values)[1:-1]) if output.data.size == 1 else values

@@ -4,11 +4,13 @@ Raw bytes are C-order and little-endian; BYTES are elements of a 4-byte length a
 Texts of errors are Triton's.
 """
 
+import json
 import math
 import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,6 +34,8 @@ MAX_TEXTS = 1 << 18
 """Elements of BYTES in a request: each is an object of Python's, of which a million take a second."""
 MAX_TENSORS = 1024
 """Inputs of a request, and outputs that it asks for."""
+_PIECE = 1 << 16
+"""Elements that are converted to JSON at once."""
 _LENGTH = struct.Struct("<I")
 _JSON_TYPES: dict[str, tuple[frozenset[type], str]] = {
     "B": (frozenset({bool}), "non-boolean as boolean"),
@@ -217,11 +221,23 @@ def _add_leaves(data: list[Any], leaves: list[Any], depth: int) -> None:
             leaves.append(part)
 
 
-def to_list(tensor: Tensor) -> list[Any]:
-    """The elements, flat, as JSON has them. BYTES become text; what is not UTF-8 in them is replaced."""
+def elements_json(tensor: Tensor) -> msgspec.Raw:
+    """The elements as a flat list of JSON, made in pieces between which other threads run.
+
+    BYTES become text; what is not UTF-8 in them is replaced. NaN and Infinity are written as such, as Triton does.
+    """
     if tensor.datatype in ("FP16", "BF16"):
         raise invalid(
             f"sending {tensor.datatype} data via JSON is not supported. Please use the binary data format for output"
         )
-    flat = tensor.data.ravel().tolist()
-    return [text.decode(errors="replace") for text in flat] if tensor.data.dtype.hasobject else flat
+    flat = tensor.data.ravel()
+    pieces = (_piece_json(flat[begin : begin + _PIECE]) for begin in range(0, flat.size, _PIECE))
+    return msgspec.Raw(b"[" + b",".join(pieces) + b"]")
+
+
+def _piece_json(data: NDArray[Any]) -> bytes:
+    if data.dtype.hasobject:
+        return msgspec.json.encode([text.decode(errors="replace") for text in data.tolist()])[1:-1]
+    if data.dtype.kind != "f" or np.isfinite(data).all():
+        return msgspec.json.encode(data.tolist())[1:-1]
+    return json.dumps(data.tolist(), separators=(",", ":")).encode()[1:-1]
