@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -48,8 +49,11 @@ def imports(*rooms: str) -> dict[str, set[str]]:
     return found
 
 
+known_packages = cache(packages_distributions)
+
+
 def packages(modules: set[str]) -> set[str]:
-    known = packages_distributions()
+    known = known_packages()
     return {known[module][0].lower() for module in modules}
 
 
@@ -58,7 +62,7 @@ def test_the_packages_of_an_extra_are_those_of_pyproject(extra: str) -> None:
     declared = PROJECT["optional-dependencies"][extra]
     assert distributions(list(EXTRAS[extra].values())) <= distributions(declared)
     for module, package in EXTRAS[extra].items():
-        assert packages_distributions()[module][0].lower() == distribution(package)
+        assert known_packages()[module][0].lower() == distribution(package)
     require_extra(extra, "a test")
 
 
