@@ -20,7 +20,7 @@ from hasten.bench.kernel_cases import Setting, cases, model_shape
 from hasten.core.config import DTypeName
 from hasten.ops import gpu
 
-ROOMS = ("attention", "cache", "edits", "exchange", "logprobs", "matmul", "norm", "sampling")
+ROOMS = ("attention", "cache", "edits", "exchange", "gated", "heads", "logprobs", "matmul", "norm", "sampling")
 LARGE = ("8192", "prefill 94 x 87", "prefill 4 x 2048", "256 x 192", "256 of 16 to 2056", "128 blocks")
 """Shapes with the kernels of smaller ones."""
 

@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 
 from hasten.ops.gpu import sampling
 
-ROOMS = ("attention", "cache", "edits", "exchange", "logprobs", "matmul", "norm", "sampling")
+ROOMS = ("attention", "cache", "edits", "exchange", "gated", "heads", "logprobs", "matmul", "norm", "sampling")
 """Of `ops/gpu`: the ones with kernels, and not what they share."""
 WITHOUT_KERNEL = {"pack_linear"}
 MOST = Ceilings(4e12, 800e12)
@@ -106,14 +106,14 @@ def test_kernels_compile_for_gpus_that_are_not_here(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {"_skinny", "_one_query", "_tile", "_add_norm", "_edit", "_draw"} <= {
+    assert {"_skinny", "_one_query", "_tile", "_add_norm", "_gate", "_store_heads", "_edit", "_draw"} <= {
         kernel["kernel"] for kernel in compiled
     }
     assert max(kernel["shared"] for kernel in compiled) <= shared_memory
 
 
 def test_inputs_that_take_turns_differ() -> None:
-    case = named("layer_norm 64 rows")
+    case = named("norm 64 rows")
     sums = [call.kernel.args[0] for call in (case.make(), case.make())]  # type: ignore[attr-defined]
     assert all(isinstance(sum_, PartialSum) for sum_ in sums)
     assert not torch.equal(sums[0].parts, sums[1].parts)

@@ -75,7 +75,7 @@ def test_unknown_data_types_are_named_with_those_known(text: str) -> None:
         (ModelConfig, MODEL, {"hidden_size": -96}, "hidden_size must be positive, got -96"),
         (ModelConfig, MODEL, {"intermediate_size": 0}, "intermediate_size must be positive, got 0"),
         (ModelConfig, MODEL, {"vocab_size": 0}, "vocab_size must be positive, got 0"),
-        (ModelConfig, MODEL, {"hidden_size": 100}, "heads x head size = 96 differs from hidden_size 100"),
+        (ModelConfig, MODEL, {"layer_attention": (1,)}, "attention of 1 layers is given, but there are"),
         (ParallelConfig, {}, {"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1, got 0"),
         (CacheConfig, {}, {"block_size": 0}, "block_size must be at least 1, got 0"),
         (
@@ -146,7 +146,8 @@ def test_configurations_cannot_be_changed() -> None:
         (1, None),
         (4, None),
         (5, "tensor parallel size 5 does not divide attention heads (12)"),
-        (6, "tensor parallel size 6 does not divide key/value heads (4)"),
+        (6, "tensor parallel size 6 does not divide key/value heads (4); choose a size that does: 1, 2, 4, 12"),
+        (12, None),
         (2, "tensor parallel size 2 does not divide the MLP's inner size (385)"),
     ],
 )

@@ -128,6 +128,7 @@ def test_layer_norm() -> None:
     normed_th, found_th = norm(x_th)
     assert torch.equal(normed_th, F.layer_norm(x_th, (8,), norm.weight, norm.bias, 0.1))
     assert torch.equal(found_th, x_th)
+    assert norm.bias is not None
     normed_th, found_th = norm(ops.PartialSum(x_th, norm.bias.data, residual=x_th * 2))
     torch.testing.assert_close(found_th, x_th * 3 + norm.bias)
     assert torch.equal(normed_th, F.layer_norm(found_th, (8,), norm.weight, norm.bias, 0.1))
@@ -149,7 +150,7 @@ def test_embedding_and_head_of_all_ranks_are_those_of_one(size: int, vocab: int)
 
     def run(built: tuple[Embedding, Head]) -> tuple[Tensor, Tensor, Tensor | None]:
         embedding, head = built
-        return embedding(ids_t, norm), head.local_logits(weight_vh), head(weight_vh)
+        return embedding.normed(ids_t, norm), head.local_logits(weight_vh), head(weight_vh)
 
     found = on_ranks(size, build, run)
     for normed_th, shard, _ in found:
@@ -273,7 +274,7 @@ def part(meta: ops.AttentionMeta, count: int) -> ops.AttentionMeta:
 
 def make_attention(rank: int = 0, size: int = 1) -> Attention:
     """This rank's shard of one attention layer over a cache of zeros; call it inside `rank_of`."""
-    layer = Attention(HIDDEN, ATTENTION, bias=True)
+    layer = Attention(HIDDEN, ATTENTION)
     width = 3 * HIDDEN
     fill(
         layer,
@@ -309,7 +310,7 @@ def test_attention_of_all_ranks_in_any_chunks_is_that_of_one_without_a_cache(siz
         first, found = 0, []
         for count in chunks:
             rows = slice(first, first + count)
-            found.append(settled(layer(x_th[rows], one_sequence(first, count), residual_th[rows])))
+            found.append(settled(layer(x_th[rows], torch.arange(count), one_sequence(first, count), residual_th[rows])))
             first += count
         return torch.cat(found).double()
 
@@ -323,13 +324,13 @@ def test_the_last_layer_computes_what_is_asked_for_and_writes_all(count: int) ->
     with rank_of(TensorGroup()):
         whole, some = make_attention(), make_attention()
         meta = one_sequence(0, 9)
-        expected_th = whole(x_th, meta, residual_th, last=True)
+        expected_th = whole(x_th, torch.arange(9), meta, residual_th, last=True)
         asked = replace(meta, output_part=part(meta, count), scratch={})
-        found_th = some(x_th, asked, residual_th, last=True)
+        found_th = some(x_th, torch.arange(9), asked, residual_th, last=True)
         torch.testing.assert_close(found_th, expected_th[9 - count :])
         assert torch.equal(some.key_cache, whole.key_cache)
         assert torch.equal(some.value_cache, whole.value_cache)
-        assert torch.equal(make_attention()(x_th, asked, residual_th), expected_th)
+        assert torch.equal(make_attention()(x_th, torch.arange(9), asked, residual_th), expected_th)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
@@ -337,5 +338,7 @@ def test_slopes_go_with_their_heads(size: int) -> None:
     shards = []
     for rank in range(size):
         with rank_of(TensorGroup(rank, size)), torch.device("meta"):
-            shards.append(Attention(HIDDEN, ATTENTION, bias=True).slopes_n)
+            slopes_n = Attention(HIDDEN, ATTENTION).slopes_n
+        assert slopes_n is not None
+        shards.append(slopes_n)
     assert torch.equal(torch.cat(shards), alibi_slopes(12))

@@ -68,6 +68,14 @@ GARBAGE = {torch.float32: 1e30, torch.float16: 6e4, torch.bfloat16: 1e30}
 """What cache slots hold that belong to nobody: finite, and absurd enough to show in any result that it reaches."""
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Of what a token sees, and of scores."""
+
+    window: int | None = None
+    softcap: float | None = None
+
+
 @dataclass
 class Case:
     """A batch, the cache that it is in, and the attention that it should get."""
@@ -80,10 +88,12 @@ class Case:
     slopes_n: Tensor | None
     expected_tnd: Tensor
     """fp64."""
+    limits: Limits
 
     def run(self, op: Callable[..., Tensor] = ops.paged_attention) -> Tensor:
         self.meta.scratch.clear()
-        return op(self.query_tnd, self.key_cache, self.value_cache, self.meta, self.scale, self.slopes_n)
+        inputs = (self.query_tnd, self.key_cache, self.value_cache, self.meta, self.scale, self.slopes_n)
+        return op(*inputs, window=self.limits.window, softcap=self.limits.softcap)
 
     @property
     def plan(self) -> list[tuple[tuple[int, int, int], Tensor | None]]:
@@ -91,7 +101,14 @@ class Case:
         return [(group.size, bias) for group, bias in self.meta.scratch["attention"]]
 
 
-def attend(query_qnd: Tensor, key_kmd: Tensor, value_kmd: Tensor, scale: float, slopes_n: Tensor | None) -> Tensor:
+def attend(
+    query_qnd: Tensor,
+    key_kmd: Tensor,
+    value_kmd: Tensor,
+    scale: float,
+    slopes_n: Tensor | None,
+    limits: Limits,
+) -> Tensor:
     """Attention of one sequence head by head and query by query, in fp64."""
     queries, heads, _ = query_qnd.shape
     keys, kv_heads, _ = key_kmd.shape
@@ -103,9 +120,12 @@ def attend(query_qnd: Tensor, key_kmd: Tensor, value_kmd: Tensor, scale: float, 
         for row in range(queries):
             position = keys - queries + row
             scores_k = scores_qk[row, : position + 1]
+            if limits.softcap is not None:
+                scores_k = limits.softcap * torch.tanh(scores_k / limits.softcap)
             if slopes_n is not None:
                 scores_k = scores_k - float(slopes_n[head]) * torch.arange(position, -1, -1, dtype=torch.float64)
-            out_qnd[row, head] = scores_k.softmax(0) @ value_kd[: position + 1]
+            first = 0 if limits.window is None else max(0, position + 1 - limits.window)
+            out_qnd[row, head] = scores_k[first:].softmax(0) @ value_kd[first : position + 1]
     return out_qnd
 
 
@@ -127,7 +147,13 @@ def make_meta(lengths: Lengths, block_size: int, block_tables: Tensor) -> ops.At
 
 
 def make_case(
-    lengths: Lengths, heads: Heads, dtype: torch.dtype = torch.float32, *, alibi: bool = True, seed: int = 0
+    lengths: Lengths,
+    heads: Heads,
+    dtype: torch.dtype = torch.float32,
+    *,
+    alibi: bool = True,
+    seed: int = 0,
+    limits: Limits = Limits(),
 ) -> Case:
     """Sequences in blocks in random order, with garbage in every slot that no token of theirs is in."""
     generator = torch.Generator().manual_seed(seed)
@@ -150,7 +176,7 @@ def make_case(
         # as wide again as the queries, so that they are a view of something larger, as they are of the fused QKV
         query_qnd = torch.randn(count, 2 * heads.query, heads.size, generator=generator).to(dtype)
         queries.append(query_qnd)
-        outputs.append(attend(query_qnd[:, : heads.query], new[0], new[1], scale, slopes_n))
+        outputs.append(attend(query_qnd[:, : heads.query], new[0], new[1], scale, slopes_n, limits))
     return Case(
         query_tnd=torch.cat(queries)[:, : heads.query],
         key_cache=caches[0],
@@ -159,6 +185,7 @@ def make_case(
         scale=scale,
         slopes_n=slopes_n,
         expected_tnd=torch.cat(outputs),
+        limits=limits,
     )
 
 
@@ -186,6 +213,36 @@ def test_prompts_longer_than_a_query_run(lengths: Lengths, assert_close: Close) 
 def test_every_shape(heads: Heads, alibi: bool, dtype: torch.dtype, assert_close: Close) -> None:
     for name in ("one token", "prompt, chunk, decodes", "decodes around a block border"):
         check(make_case(BATCHES[name], heads, dtype, alibi=alibi), assert_close)
+
+
+@pytest.mark.parametrize("alibi", [True, False], ids=["alibi", "no slopes"])
+@pytest.mark.parametrize(
+    "limits",
+    [*(Limits(window=w) for w in (1, 2, 15, 16, 17, 33, 5000)), Limits(softcap=0.5), Limits(16, 2.0)],
+    ids=str,
+)
+def test_windows_and_capped_scores(limits: Limits, alibi: bool, assert_close: Close) -> None:
+    for name in ("prompt, chunk, decodes", "decodes around a block border", "very uneven"):
+        check(make_case(BATCHES[name], Heads(query=4, kv=2, size=8), alibi=alibi, limits=limits), assert_close)
+
+
+def test_a_long_prompt_in_a_window_skips_what_lies_before_it(assert_close: Close) -> None:
+    case = make_case([(2 * RUN, 900)], Heads(query=2, kv=1, size=8), limits=Limits(window=40))
+    check(case, assert_close)
+    case.run()
+    plan = case.meta.scratch["attention, window 40"]
+    assert max(group.size[2] for group, _ in plan) <= RUN + 40 + 2 * 16
+
+
+def test_layers_with_different_windows_have_plans_of_their_own(assert_close: Close) -> None:
+    heads, lengths = Heads(query=2, kv=2, size=8), BATCHES["prompt, chunk, decodes"]
+    first = make_case(lengths, heads)
+    for window in (None, 20, None, 3):
+        case = make_case(lengths, heads, limits=Limits(window=window))
+        found = ops.paged_attention(
+            case.query_tnd, case.key_cache, case.value_cache, first.meta, case.scale, case.slopes_n, window=window
+        )
+        assert_close("attention", found, case.expected_tnd)
 
 
 @pytest.mark.parametrize("alibi", [True, False], ids=["alibi", "no slopes"])

@@ -49,11 +49,27 @@ def test_layer_norm(rows: int, hidden: int, dtype: torch.dtype, assert_close: Cl
     generator = torch.Generator().manual_seed(rows + hidden)
     x = (torch.randn(rows, hidden, generator=generator) * 3 + 1).to(dtype)
     weight, bias = torch.randn(2, hidden, generator=generator).to(dtype)
-    for op in (ops.layer_norm, reference.layer_norm):
+    for op in (ops.norm, reference.norm):
         normed, settled = op(x, weight, bias, 1e-5)
         assert normed.dtype == dtype
         assert_close("layer_norm", normed, exact_norm(x, weight, bias))
         assert settled is x  # there is nothing to add up
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [1, 8, 96, 1024])
+def test_rms_norm_and_norms_without_bias(hidden: int, dtype: torch.dtype, assert_close: Close) -> None:
+    generator = torch.Generator().manual_seed(hidden)
+    x = (torch.randn(5, hidden, generator=generator) * 3 + 1).to(dtype)
+    weight, bias = torch.randn(2, hidden, generator=generator).to(dtype)
+    scaled = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    for op in (ops.norm, reference.norm):
+        assert_close("layer_norm", op(x, weight, None, 1e-5, rms=True)[0], scaled)
+        assert_close("layer_norm", op(x, weight, bias, 1e-5, rms=True)[0], scaled + bias.double())
+        assert_close("layer_norm", op(x, weight, None, 1e-5)[0], exact_norm(x, weight, torch.zeros(hidden)))
+        of_sum, total = op(ops.PartialSum(x, residual=x), weight, None, 1e-5, rms=True)
+        assert torch.equal(total, x + x)
+        assert_close("layer_norm", of_sum, op(total, weight, None, 1e-5, rms=True)[0].double())
 
 
 def exact_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -67,7 +83,7 @@ def test_layer_norm_of_a_row_without_variance_is_its_bias() -> None:
     bias = torch.arange(4.0)
     x = torch.full((2, 4), 5.0)
     for of in (x, ops.PartialSum(x), ops.PartialSum(torch.full((3, 2, 4), 2.5), residual=-x / 2)):
-        assert torch.equal(ops.layer_norm(of, torch.ones(4), bias, 1e-5)[0], bias.expand(2, 4))
+        assert torch.equal(ops.norm(of, torch.ones(4), bias, 1e-5)[0], bias.expand(2, 4))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -102,7 +118,7 @@ def test_layer_norm_of_a_sum(
             ].double()
     given = [tensor for tensor in (sum_.parts, sum_.bias, sum_.residual, sum_.residual_indices) if tensor is not None]
     before = [tensor.clone() for tensor in given]
-    for op in (ops.layer_norm, reference.layer_norm):
+    for op in (ops.norm, reference.norm):
         normed, settled = op(sum_, weight, norm_bias, 1e-5)
         assert normed.dtype == settled.dtype == dtype
         # parts in fp32 are added up in fp32 and rounded once; a whole in a half type, after every step

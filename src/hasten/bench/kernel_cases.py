@@ -27,6 +27,7 @@ from hasten.ops import (
     BlockCaches,
     Draws,
     EditList,
+    HeadTransform,
     PackedLinear,
     PartialSum,
     TokenCounts,
@@ -157,11 +158,16 @@ def cases(setting: Setting) -> list[Case]:
         *(_attention(setting, f"{size} x 192", [(1, 192)] * size) for size in (1, 16, 64, 256)),
         _attention(setting, "256 of 16 to 2056", [(1, 16 + 8 * n) for n in range(256)]),
         *(_attention(setting, f"prefill {n} x {k}", [(k, k)] * n) for n, k in ((94, 87), (14, 560), (4, 2048))),
+        _attention(setting, "64 x 2048, window 512, capped", [(1, 2048)] * 64, window=512, softcap=50.0),
+        _attention(setting, "prefill 14 x 560, window 256, capped", [(560, 560)] * 14, window=256, softcap=50.0),
         *(_add_norm(setting, rows) for rows in (1, 64, 8192)),
+        *(_add_norm(setting, rows, rms=True) for rows in (1, 64, 8192)),
         _exchange_norm(setting, 64),
         *_embedding_norms(setting, (1, 64, 8192)),
         *(_write_cache(setting, rows) for rows in (64, 8192)),
         *(_copy_blocks(setting, count) for count in (32, 128)),
+        *(_store_heads(setting, rows) for rows in (1, 64, 8192)),
+        *(_gated(setting, rows) for rows in (1, 64)),
         _resolve_ids(setting, 256),
         *(_greedy(setting, rows) for rows in (1, 64, 256)),
         *(_draw(setting, rows) for rows in (64, 256)),
@@ -186,6 +192,8 @@ def _wide(value: Any) -> Any:
     """The same values in fp32."""
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
+    if isinstance(value, HeadTransform):
+        return replace(value, query_norm_d=_wide(value.query_norm_d), key_norm_d=_wide(value.key_norm_d))
     if isinstance(value, PackedLinear):
         return replace(value, plain=_wide(value.plain))
     if isinstance(value, PartialSum):
@@ -251,18 +259,28 @@ def _project(setting: Setting, rows: int) -> Case:
     return replace(_product(setting, "project", "qkv", rows, into, out, make), waits=True)
 
 
-def _attention(setting: Setting, shape: str, lengths: list[tuple[int, int]]) -> Case:
+def _attention(
+    setting: Setting,
+    shape: str,
+    lengths: list[tuple[int, int]],
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Case:
     """Sequences by their numbers of new tokens and of all tokens."""
     heads, kv_heads, size = setting.heads
-    tokens, kept = sum(new for new, _ in lengths), sum(length for _, length in lengths)
-    pairs = sum(new * length - new * (new - 1) // 2 for new, length in lengths)
+    widest = max(length for _, length in lengths) if window is None else window
+    tokens, kept = sum(new for new, _ in lengths), sum(min(length, widest + new - 1) for new, length in lengths)
+    pairs = sum(min(seen + 1, widest) for new, length in lengths for seen in range(length - new, length))
 
     def make() -> Call:
         blocks = sum(-(-length // _BLOCK_SIZE) for _, length in lengths)
         slopes_n = alibi_slopes(heads).to(setting.device)
         inputs = (setting.draw(tokens, heads, size), *setting.caches(blocks * _BLOCK_SIZE))
         meta = _meta(setting, lengths, blocks)
-        return _call(ops.paged_attention, reference.paged_attention, *inputs, meta, size**-0.5, slopes_n)
+        both = (ops.paged_attention, reference.paged_attention)
+        kernel, definition = (partial(op, window=window, softcap=softcap) for op in both)
+        return _call(kernel, definition, *inputs, meta, size**-0.5, slopes_n)
 
     return Case(
         op="paged_attention",
@@ -291,15 +309,18 @@ def _meta(setting: Setting, lengths: list[tuple[int, int]], blocks: int) -> Atte
     return inputs.tokens(batch, batch.counts).meta
 
 
-def _add_norm(setting: Setting, rows: int) -> Case:
+def _add_norm(setting: Setting, rows: int, *, rms: bool = False) -> Case:
     hidden = setting.model.hidden_size
 
     def make() -> Call:
         sum_ = PartialSum(setting.draw(rows, hidden), setting.draw(hidden), setting.draw(rows, hidden))
-        return _call(ops.layer_norm, reference.layer_norm, sum_, *_gain(setting), _EPS)
+        weight, bias = _gain(setting)
+        kernel, definition = (partial(op, rms=rms) for op in (ops.norm, reference.norm))
+        return _call(kernel, definition, sum_, weight, None if rms else bias, _EPS)
 
+    shape = f"rms, {_rows(rows)}" if rms else _rows(rows)
     nbytes = 4 * rows * hidden * setting.itemsize
-    return Case(op="layer_norm", shape=_rows(rows), make=make, nbytes=nbytes, tolerance=_norm_of_sum(setting))
+    return Case(op="norm", shape=shape, make=make, nbytes=nbytes, tolerance=_norm_of_sum(setting))
 
 
 def _norm_of_sum(setting: Setting) -> float:
@@ -329,7 +350,7 @@ def _exchange_norm(setting: Setting, rows: int) -> Case:
             abort_flag=torch.zeros(1, dtype=torch.int32, device=device),
         )
         sum_ = PartialSum(setting.draw(rows, hidden), setting.draw(hidden), setting.draw(rows, hidden), peers=peers)
-        return _call(ops.layer_norm, reference.layer_norm, sum_, *_gain(setting), _EPS)
+        return _call(ops.norm, reference.norm, sum_, *_gain(setting), _EPS)
 
     nbytes = 4 * rows * hidden * setting.itemsize
     return Case(
@@ -393,6 +414,46 @@ def _copy_blocks(setting: Setting, count: int) -> Case:
     nbytes = 2 * _COPIED_CACHES * count * _BLOCK_SIZE * kv_heads * size * setting.itemsize
     shape = f"{count} blocks in {_COPIED_CACHES} caches"
     return Case(op="copy_blocks", shape=shape, make=make, nbytes=nbytes, tolerance=0)
+
+
+def _store_heads(setting: Setting, rows: int) -> Case:
+    """Queries and keys normed and turned behind their projection."""
+    heads, kv_heads, size = setting.heads
+
+    def stored(store: Callable[..., Tensor], *inputs: Any) -> Outputs:
+        return store(*inputs), inputs[1], inputs[2]
+
+    def make() -> Call:
+        # here, so that nothing but a GPU's own cases needs triton
+        from hasten.ops.gpu.heads import store_heads
+
+        transform = HeadTransform(
+            positions_t=torch.arange(rows, device=setting.device),
+            table_pr=torch.rand(rows, size, device=setting.device),
+            query_norm_d=setting.draw(size),
+            key_norm_d=setting.draw(size),
+            eps=_EPS,
+        )
+        qkv = setting.draw(rows, (heads + 2 * kv_heads) * size)
+        inputs = (qkv, *setting.caches(rows), torch.randperm(rows, device=setting.device), heads, transform)
+        return _call(partial(stored, store_heads), partial(stored, reference.store_heads), *inputs)
+
+    nbytes = 2 * rows * (heads + 2 * kv_heads) * size * setting.itemsize
+    return Case(op="store_heads", shape=_rows(rows), make=make, nbytes=nbytes, waits=True)
+
+
+def _gated(setting: Setting, rows: int) -> Case:
+    into, out = setting.model.hidden_size, 2 * setting.model.intermediate_size
+
+    def make() -> Call:
+        kernel, definition = (
+            partial(op, bias_o=None, gate="silu") for op in (ops.gated_linear, reference.gated_linear)
+        )
+        return _call(kernel, definition, setting.draw(rows, into), _packed(setting, into, out))
+
+    # the halves of the product are rounded before they meet
+    case = _product(setting, "gated_linear", "gate and up", rows, into, out, make)
+    return replace(case, tolerance=4 * TOLERANCE[setting.dtype])
 
 
 def _resolve_ids(setting: Setting, rows: int) -> Case:

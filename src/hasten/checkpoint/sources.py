@@ -24,7 +24,7 @@ from torch import Tensor
 from hasten.checkpoint import faster_transformer as ft
 from hasten.checkpoint.hub import ADAPTER
 from hasten.checkpoint.manifest import MANIFEST, Manifest
-from hasten.core.config import AttentionConfig, ModelConfig
+from hasten.core.config import AttentionConfig, ModelConfig, RopeConfig
 from hasten.core.errors import CheckpointError, ConfigError, HastenError, UnsupportedError
 from hasten.models import hf_config
 from hasten.models.generation_config import not_applied
@@ -468,10 +468,17 @@ def _rank_metadata(path: Path) -> dict[str, Any]:
     return facts
 
 
+def _attention_from_json(raw: dict[str, Any]) -> AttentionConfig:
+    rope = raw.get("rope")
+    return AttentionConfig(**{**raw, "rope": None if rope is None else RopeConfig(**rope)})
+
+
 def _config_from_json(raw: dict[str, Any], path: Path) -> ModelConfig:
     try:
-        attention = AttentionConfig(**raw["attention"])
-        return ModelConfig(**{**raw, "attention": attention, "eos_token_ids": tuple(raw["eos_token_ids"])})
+        layers = tuple(_attention_from_json(each) for each in raw.get("layer_attention", ()))
+        attention = _attention_from_json(raw["attention"])
+        ends = tuple(raw["eos_token_ids"])
+        return ModelConfig(**{**raw, "attention": attention, "layer_attention": layers, "eos_token_ids": ends})
     except (TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(f"{path}: its metadata does not describe a model ({error}); convert it again") from error
 

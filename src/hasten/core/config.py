@@ -93,6 +93,39 @@ def _check_kinds(config: Any) -> None:
                 _require(fits(value), f"{name} must be {kind}{or_none}, got {value!r:.80}")
 
 
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding: which dimensions of a head turn, and how fast."""
+
+    width: int
+    """Dimensions of each head that turn, the first ones; even."""
+    theta: float = 10_000.0
+    kind: RopeKind = "default"
+    """How the frequencies are changed for sequences longer than the model was first trained for."""
+    factor: float = 1.0
+    original_max_position: int | None = None
+    """Longest sequence of the first training; every kind but `default` and `linear` needs it."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    """Both of `llama3`."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """All three of `yarn`."""
+    attention_factor: float = 1.0
+    """What cosines and sines are multiplied by."""
+
+    def __post_init__(self) -> None:
+        _require(self.width > 0 and self.width % 2 == 0, f"{self.width} dimensions of a head cannot turn in pairs")
+        for name in ("theta", "factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"):
+            _require(getattr(self, name) > 0, f"{name} of the rope must be positive, got {getattr(self, name)}")
+        needs = self.kind not in ("default", "linear")
+        _require(not needs or self.original_max_position is not None, f"rope {self.kind} needs its original length")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """Heads and positions of one attention layer, before any split over ranks."""
@@ -100,11 +133,31 @@ class AttentionConfig:
     num_heads: int
     num_kv_heads: int
     head_size: int
-    position: Literal["alibi"] = "alibi"
+    position: Literal["alibi", "rope", "none"] = "alibi"
+    rope: RopeConfig | None = None
+    """Given where `position` is `rope`."""
+    scale: float | None = None
+    """What scores are multiplied by; None: 1 / sqrt(head size)."""
+    window: int | None = None
+    """Tokens that a token sees, itself included; None: all before it."""
+    softcap: float | None = None
+    """Scores become c * tanh(score / c)."""
+    qk_norm: bool = False
+    """Whether each query and key head has a root mean square norm before its rotation."""
+    qkv_bias: bool = True
+    dense_bias: bool = True
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_kv_heads", "head_size"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("scale", "window", "softcap"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} of attention must be positive, got {value}")
+        _require((self.position == "rope") == (self.rope is not None), "attention has a rope where position is rope")
+        _require(
+            self.rope is None or self.rope.width <= self.head_size,
+            f"{self.rope and self.rope.width} dimensions cannot turn in a head of {self.head_size}",
+        )
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
@@ -122,8 +175,12 @@ class ModelConfig:
     intermediate_size: int
     vocab_size: int
     attention: AttentionConfig
+    """That of every layer, or of layer 0 where `layer_attention` says more."""
+    layer_attention: tuple[AttentionConfig, ...] = ()
+    """Where layers differ: that of each. Their heads are alike."""
     norm_eps: float = 1e-5
-    activation: Literal["gelu_tanh"] = "gelu_tanh"
+    activation: Literal["gelu_tanh", "gelu", "silu"] = "gelu_tanh"
+    mlp_bias: bool = True
     residual_after_norm: bool = False
     """BLOOM's `apply_residual_connection_post_layernorm`: the residual is the norm's output, not its input."""
     tie_word_embeddings: bool = True
@@ -139,8 +196,20 @@ class ModelConfig:
         for name in ("num_layers", "hidden_size", "intermediate_size", "vocab_size"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         _require(self.num_layers < _MOST_LAYERS, f"num_layers {self.num_layers} cannot be right")
-        width = self.attention.num_heads * self.attention.head_size
-        _require(width == self.hidden_size, f"heads x head size = {width} differs from hidden_size {self.hidden_size}")
+        _require(
+            len(self.layer_attention) in (0, self.num_layers),
+            f"attention of {len(self.layer_attention)} layers is given, but there are {self.num_layers}",
+        )
+        for attention in self.layer_attention:
+            _require(_heads(attention) == _heads(self.attention), "layers with different heads are not supported")
+
+    def attention_of(self, layer: int) -> AttentionConfig:
+        """The attention of one layer."""
+        return self.layer_attention[layer] if self.layer_attention else self.attention
+
+
+def _heads(attention: AttentionConfig) -> tuple[int, int, int]:
+    return attention.num_heads, attention.num_kv_heads, attention.head_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,15 +229,35 @@ class ParallelConfig:
     def validate(self, model: ModelConfig) -> None:
         """Raise ConfigError unless `model` can be split over these ranks."""
         size, attention = self.tensor_parallel_size, model.attention
-        for name, count in (
-            ("attention heads", attention.num_heads),
-            ("key/value heads", attention.num_kv_heads),
-            ("the MLP's inner size", model.intermediate_size),
+        for name, count, fits in (
+            ("attention heads", attention.num_heads, _divides),
+            ("key/value heads", attention.num_kv_heads, _divides_or_repeats),
+            ("the MLP's inner size", model.intermediate_size, _divides),
         ):
             _require(
-                count % size == 0,
-                f"tensor parallel size {size} does not divide {name} ({count}); choose a size that does",
+                fits(size, count),
+                f"tensor parallel size {size} does not divide {name} ({count}); choose a size that does: "
+                f"{', '.join(map(str, self._fitting(model)))}",
             )
+
+    def _fitting(self, model: ModelConfig) -> list[int]:
+        attention = model.attention
+        return [
+            size
+            for size in range(1, attention.num_heads + 1)
+            if _divides(size, attention.num_heads)
+            and _divides_or_repeats(size, attention.num_kv_heads)
+            and _divides(size, model.intermediate_size)
+        ]
+
+
+def _divides(size: int, count: int) -> bool:
+    return count % size == 0
+
+
+def _divides_or_repeats(size: int, kv_heads: int) -> bool:
+    """With more ranks than key/value heads, as many ranks hold each."""
+    return kv_heads % size == 0 or size % kv_heads == 0
 
 
 @dataclass(frozen=True, kw_only=True)

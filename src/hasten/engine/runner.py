@@ -15,6 +15,7 @@ from hasten.engine.batch import Batch
 from hasten.engine.graphs import DecodeGraphs, StepOutput
 from hasten.engine.inputs import BlockTables, Inputs, Tokens
 from hasten.layers.attention import Attention
+from hasten.layers.position import RopeTables
 from hasten.models.base import CausalLM
 from hasten.ops.plan import Planner
 
@@ -49,8 +50,13 @@ class Runner:
         width = sum(2 * a.num_kv_heads * a.head_size for a in self._attentions)
         return width * self.block_size * self.dtype.itemsize
 
-    def allocate_cache(self, num_blocks: int, max_blocks: int) -> None:
-        """Allocate the cache, as zeros, and give every layer its part; `max_blocks` is what one sequence may hold."""
+    def allocate_cache(self, num_blocks: int, max_blocks: int, longest: int) -> None:
+        """Allocate the cache, as zeros, and give every layer its part.
+
+        One sequence may hold `max_blocks`. `longest` is the length in tokens that positions are prepared for: that of
+        the model or the configuration, whatever the memory allows, since some change with it.
+        """
+        ropes = RopeTables(longest, self.device)
         tables = BlockTables(self.max_sequences, max_blocks)
         planner = Planner.of(self.device, self._attentions[0].num_heads)
         self._inputs = Inputs(tables, self.block_size, planner, self.device)
@@ -58,7 +64,7 @@ class Runner:
         for attention in self._attentions:
             shape = (2, num_blocks, self.block_size, attention.num_kv_heads, attention.head_size)
             key_cache, value_cache = self._zeros(shape)
-            attention.bind_cache(key_cache, value_cache)
+            attention.bind_cache(key_cache, value_cache, ropes)
             caches += [key_cache, value_cache]
         self._caches = ops.BlockCaches.of(caches)
 

@@ -181,7 +181,7 @@ class Worker:
         block_size, asked = config.cache.block_size, config.scheduler.max_model_len
         length = asked or self.model_config.max_position_embeddings or _DEFAULT_MODEL_LEN
         with explained_out_of_memory("sizing the cache"):
-            budget = config.cache.kv_cache_memory or self._free_memory(config, -(-length // block_size))
+            budget = config.cache.kv_cache_memory or self._free_memory(config, length)
         fits = budget // self.runner.block_bytes
         if self.ranks.group.size > 1:
             smallest = torch.tensor(fits)
@@ -194,10 +194,10 @@ class Worker:
                 f"{self.runner.block_bytes} a block of {block_size}), but one sequence may have {length}; "
                 "lower max_model_len or raise kv_cache_memory"
             )
-        length = min(length, fits * block_size)
+        longest, length = length, min(length, fits * block_size)
         useful = config.scheduler.max_num_seqs * -(-length // block_size)
         with explained_out_of_memory("allocating the cache"):
-            self.runner.allocate_cache(min(useful, fits), -(-length // block_size))
+            self.runner.allocate_cache(min(useful, fits), -(-length // block_size), longest)
             if self.device.type == "cuda":
                 self._warm_up(config.scheduler)
                 if not config.enforce_eager:
@@ -209,12 +209,12 @@ class Worker:
         most = min(config.max_num_batched_tokens or 1, _WARMUP_TOKENS)
         self.runner.warm_up(most, [count for count in _WARMUP_SEQUENCES if count <= min(config.max_num_seqs, most)])
 
-    def _free_memory(self, config: EngineConfig, max_blocks: int) -> int:
+    def _free_memory(self, config: EngineConfig, length: int) -> int:
         """Bytes that the cache may take by default: on a GPU what the largest step leaves."""
         if self.device.type == "cpu":
             return free_memory(self.device, config.cache.gpu_memory_utilization, self.ranks.local_size)
         assert config.scheduler.max_num_batched_tokens is not None
-        self.runner.allocate_cache(1, max_blocks)
+        self.runner.allocate_cache(1, -(-length // config.cache.block_size), length)
         working = self.runner.warm_up(config.scheduler.max_num_batched_tokens, [config.scheduler.max_num_seqs])
         self.runner.release_cache()
         torch.cuda.empty_cache()

@@ -9,46 +9,83 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.core.config import AttentionConfig
-from hasten.layers.linear import ColumnLinear, RowLinear
-from hasten.layers.position import alibi_slopes
+from hasten.layers.linear import QKVLinear, RowLinear
+from hasten.layers.norm import RMSNorm
+from hasten.layers.position import RopeTables, alibi_slopes
 from hasten.parallel.groups import tensor_group
+from hasten.parallel.shard import shard_config
 
 
 class Attention(nn.Module):
-    """Fused QKV, cache write, attention and output projection."""
+    """QKV projection, norm and rotation of heads, cache write, attention and output projection of one layer."""
 
     key_cache: Tensor
     value_cache: Tensor
     """[blocks, block size, m, d] each; the runner gives them before the first step."""
 
-    def __init__(self, hidden_size: int, config: AttentionConfig, *, bias: bool) -> None:
+    def __init__(self, hidden_size: int, config: AttentionConfig, *, norm_eps: float = 0.0) -> None:
+        """`norm_eps`: that of the norms of queries and keys, where the configuration has them."""
         super().__init__()
         group = tensor_group()
-        self.head_size = config.head_size
-        self.num_heads = config.num_heads // group.size
-        self.num_kv_heads = config.num_kv_heads // group.size
-        self.scale = config.head_size**-0.5
-        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_size
-        self.qkv = ColumnLinear(hidden_size, width, bias=bias)
-        self.dense = RowLinear(config.num_heads * config.head_size, hidden_size, bias=bias)
-        first = group.rank * self.num_heads
-        with torch.device("cpu"):
-            self.slopes_n = alibi_slopes(config.num_heads)[first : first + self.num_heads]
+        heads = shard_config(config, group.size)
+        self.config = config
+        self.head_size, self.num_heads, self.num_kv_heads = heads.head_size, heads.num_heads, heads.num_kv_heads
+        self.scale = config.head_size**-0.5 if config.scale is None else config.scale
+        self.qkv = QKVLinear(hidden_size, heads, bias=config.qkv_bias)
+        self.query_norm = RMSNorm(config.head_size, eps=norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(config.head_size, eps=norm_eps) if config.qk_norm else None
+        self.dense = RowLinear(config.num_heads * config.head_size, hidden_size, bias=config.dense_bias)
+        self.rope_table: Tensor | None = None
+        self.slopes_n: Tensor | None = None
+        if config.position == "alibi":
+            first = group.rank * self.num_heads
+            with torch.device("cpu"):
+                self.slopes_n = alibi_slopes(config.num_heads)[first : first + self.num_heads]
 
-    def bind_cache(self, key_cache: Tensor, value_cache: Tensor) -> None:
+    def bind_cache(self, key_cache: Tensor, value_cache: Tensor, ropes: RopeTables | None = None) -> None:
         """Take the caches of this layer, and what else must stand on their device."""
         self.key_cache, self.value_cache = key_cache, value_cache
-        self.slopes_n = self.slopes_n.to(key_cache.device)
+        if self.slopes_n is not None:
+            self.slopes_n = self.slopes_n.to(key_cache.device)
+        if self.config.rope is not None:
+            assert ropes is not None
+            self.rope_table = ropes.of(self.config.rope)
+
+    def _transform(self, positions_t: Tensor) -> ops.HeadTransform | None:
+        if self.rope_table is None and self.query_norm is None:
+            return None
+        return ops.HeadTransform(
+            positions_t=positions_t,
+            table_pr=self.rope_table,
+            query_norm_d=None if self.query_norm is None else self.query_norm.weight,
+            key_norm_d=None if self.key_norm is None else self.key_norm.weight,
+            eps=0.0 if self.query_norm is None else self.query_norm.eps,
+        )
 
     def forward(
-        self, x_th: Tensor, meta: ops.AttentionMeta, residual_th: Tensor, *, last: bool = False
+        self,
+        x_th: Tensor,
+        positions_t: Tensor,
+        meta: ops.AttentionMeta,
+        residual_th: Tensor | None,
+        *,
+        last: bool = False,
     ) -> Tensor | ops.PartialSum:
         """`residual_th` + attention of each token over its sequence: [t, h].
 
         In the `last` layer only for the tokens of `meta.output_part`, where there is one; all leave keys and values.
         """
-        query_tnd = self.qkv.project(x_th, self.key_cache, self.value_cache, meta.slot_mapping, self.num_heads)
+        caches = (self.key_cache, self.value_cache)
+        query_tnd = self.qkv(x_th, *caches, meta.slot_mapping, self._transform(positions_t))
         if last and meta.output_part is not None:
             meta = meta.output_part
-        out_tnd = ops.paged_attention(query_tnd, self.key_cache, self.value_cache, meta, self.scale, self.slopes_n)
+        out_tnd = ops.paged_attention(
+            query_tnd,
+            *caches,
+            meta,
+            self.scale,
+            self.slopes_n,
+            window=self.config.window,
+            softcap=self.config.softcap,
+        )
         return self.dense(out_tnd.flatten(1), residual_th, meta.output_indices)

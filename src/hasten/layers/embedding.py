@@ -21,9 +21,14 @@ class Embedding(nn.Module):
         self.first = self.group.rank * rows if self.group.size > 1 else None
         self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
 
-    def forward(self, ids_t: Tensor, norm: LayerNorm) -> Tensor:
-        """Embeddings after `norm`, [t, h], whole on every rank."""
-        if self.first is None:
+    def forward(self, ids_t: Tensor) -> Tensor:
+        """Embeddings, [t, h], whole on every rank."""
+        rows_th = ops.embedding(ids_t, self.weight, self.first)
+        return rows_th if self.first is None else self.group.all_reduce(rows_th)
+
+    def normed(self, ids_t: Tensor, norm: LayerNorm) -> Tensor:
+        """Embeddings after `norm`, which has a bias: [t, h], whole on every rank."""
+        if self.first is None and norm.bias is not None:
             return ops.embedding_norm(ids_t, self.weight, norm.weight, norm.bias, norm.eps)
         return norm(self.group.all_reduce_sum(ops.embedding(ids_t, self.weight, self.first)))[0]
 

@@ -5,6 +5,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten import ops
+from hasten.core.config import AttentionConfig
 from hasten.parallel.groups import tensor_group
 
 
@@ -44,9 +45,37 @@ class ColumnLinear(_Linear):
         """`activation(x @ W.T + b)`, this rank's features: [t, o]."""
         return ops.linear(x_th, self.packed, self.bias, activation=self.activation)
 
-    def project(self, x_th: Tensor, key_cache: Tensor, value_cache: Tensor, slots_t: Tensor, num_heads: int) -> Tensor:
-        """As a fused QKV projection: queries [t, n, d] of this rank's heads; keys and values go to the caches."""
-        return ops.project(x_th, self.packed, self.bias, key_cache, value_cache, slots_t, num_heads)
+
+class GatedColumnLinear(_Linear):
+    """Gate and up projection of a gated unit in one; each rank computes a shard of both."""
+
+    def __init__(self, in_features: int, inner_features: int, *, bias: bool, gate: ops.Gate) -> None:
+        super().__init__(in_features, 2 * inner_features // tensor_group().size, bias=bias)
+        self.gate = gate
+
+    def forward(self, x_th: Tensor) -> Tensor:
+        """`gate(x @ G.T) * (x @ U.T)`, this rank's features: [t, o / 2]."""
+        return ops.gated_linear(x_th, self.packed, self.bias, self.gate)
+
+
+class QKVLinear(_Linear):
+    """Fused projection to queries, keys and values; each rank computes those of its heads."""
+
+    def __init__(self, in_features: int, heads: AttentionConfig, *, bias: bool) -> None:
+        """`heads`: those of this rank."""
+        super().__init__(in_features, (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_size, bias=bias)
+        self.num_heads = heads.num_heads
+
+    def forward(
+        self,
+        x_th: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slots_t: Tensor,
+        transform: ops.HeadTransform | None = None,
+    ) -> Tensor:
+        """Queries [t, n, d]; keys and values go to the caches. Queries and keys are changed by `transform` before."""
+        return ops.project(x_th, self.packed, self.bias, key_cache, value_cache, slots_t, self.num_heads, transform)
 
 
 class RowLinear(_Linear):
@@ -55,7 +84,9 @@ class RowLinear(_Linear):
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
         super().__init__(in_features // tensor_group().size, out_features, bias=bias)
 
-    def forward(self, x_th: Tensor, residual_to: Tensor, rows_t: Tensor | None = None) -> Tensor | ops.PartialSum:
+    def forward(
+        self, x_th: Tensor, residual_to: Tensor | None, rows_t: Tensor | None = None
+    ) -> Tensor | ops.PartialSum:
         """`residual[rows] + x @ W.T + b` over all ranks' features: [t, o], or a sum for the next norm to add up."""
         if self.group.size == 1:
             return ops.add_linear(x_th, self.packed, self.bias, residual_to, rows_t)

@@ -1,4 +1,4 @@
-"""Normalisation over the hidden axis."""
+"""Normalisation over the hidden axis; every rank holds the weights whole."""
 
 import torch
 import torch.nn as nn
@@ -8,14 +8,27 @@ from hasten import ops
 
 
 class LayerNorm(nn.Module):
-    """Layer norm with weight and bias; every rank holds it whole."""
+    """Layer norm with a weight, and with a bias or without."""
+
+    def __init__(self, size: int, *, eps: float, bias: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(size), requires_grad=False) if bias else None
+
+    def forward(self, x_th: Tensor | ops.PartialSum) -> tuple[Tensor, Tensor]:
+        """Normalised [t, h], and what was normalised, added up: [t, h]."""
+        return ops.norm(x_th, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm with a weight."""
 
     def __init__(self, size: int, *, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(size), requires_grad=False)
 
     def forward(self, x_th: Tensor | ops.PartialSum) -> tuple[Tensor, Tensor]:
         """Normalised [t, h], and what was normalised, added up: [t, h]."""
-        return ops.layer_norm(x_th, self.weight, self.bias, self.eps)
+        return ops.norm(x_th, self.weight, None, self.eps, rms=True)

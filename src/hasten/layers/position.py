@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from hasten.core.config import RopeConfig
+
 
 def alibi_slopes(num_heads: int) -> Tensor:
     """ALiBi's slope of each head, [heads] in fp32, for any number of heads.
@@ -17,3 +19,76 @@ def alibi_slopes(num_heads: int) -> Tensor:
     slopes = [2.0 ** (-8.0 * (i + 1) / below) for i in range(below)]
     slopes += [2.0 ** (-4.0 * (2 * i + 1) / below) for i in range(num_heads - below)]
     return torch.tensor(slopes, dtype=torch.float32)
+
+
+def rope_frequencies(config: RopeConfig, longest: int) -> Tensor:
+    """Radians per position of each pair of dimensions, [width / 2] in fp64, for sequences of up to `longest` tokens.
+
+    Sources: Su et al., "RoFormer", 2021; Chen et al., "Extending Context Window of Large Language Models via Positional
+    Interpolation", 2023 (linear); bloc97, "NTK-Aware Scaled RoPE", 2023 (dynamic); Peng et al., "YaRN", 2023; Llama
+    Team, "The Llama 3 Herd of Models", 2024 (llama3).
+    """
+    theta, width = config.theta, config.width
+    if config.kind == "dynamic" and width > 2:
+        assert config.original_max_position is not None
+        stretched = config.factor * max(longest, config.original_max_position) / config.original_max_position
+        theta *= (stretched - (config.factor - 1)) ** (width / (width - 2))
+    plain = theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    if config.kind == "linear":
+        return plain / config.factor
+    if config.kind == "llama3":
+        return _llama3(plain, config)
+    if config.kind == "yarn":
+        kept = _kept_by_yarn(config)
+        return plain * kept + plain / config.factor * (1 - kept)
+    return plain
+
+
+def _llama3(plain: Tensor, config: RopeConfig) -> Tensor:
+    """Fast pairs as they are, slow ones slowed down, and those between by interpolation."""
+    assert config.original_max_position is not None
+    low, high = config.low_freq_factor, config.high_freq_factor
+    turns = config.original_max_position * plain / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * plain / config.factor + kept * plain
+
+
+def _kept_by_yarn(config: RopeConfig) -> Tensor:
+    """How much of each pair's own frequency is kept: 1 for those that turn often, 0 for those that hardly turn."""
+    assert config.original_max_position is not None
+
+    def pair(turns: float) -> float:
+        """The pair that turns so often over the original length."""
+        of_length = math.log(config.original_max_position / (turns * 2 * math.pi))  # type: ignore[operator]  # asserted
+        return config.width * of_length / (2 * math.log(config.theta))
+
+    first, last = pair(config.beta_fast), pair(config.beta_slow)
+    if config.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, config.width - 1)
+    ramp = (torch.arange(config.width // 2, dtype=torch.float64) - first) / max(last - first, 1e-3)
+    return 1 - ramp.clamp(0, 1)
+
+
+def rope_table(config: RopeConfig, longest: int) -> Tensor:
+    """Cosines and sines of every position below `longest`, [longest, width] in fp32, as `ops.HeadTransform` has them.
+
+    They are worked out in fp64: in fp32 the angle of position 100,000 would be off by 0.004.
+    """
+    angles = torch.outer(torch.arange(longest, dtype=torch.float64), rope_frequencies(config, longest))
+    return (torch.cat((angles.cos(), angles.sin()), dim=1) * config.attention_factor).float()
+
+
+class RopeTables:
+    """Tables of one device, each made once for all layers that need it."""
+
+    def __init__(self, longest: int, device: torch.device) -> None:
+        self._longest = longest
+        self._device = device
+        self._tables: dict[RopeConfig, Tensor] = {}
+
+    def of(self, config: RopeConfig) -> Tensor:
+        """`rope_table` on the device."""
+        if config not in self._tables:
+            self._tables[config] = rope_table(config, self._longest).to(self._device)
+        return self._tables[config]

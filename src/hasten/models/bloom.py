@@ -29,7 +29,7 @@ class BloomMLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = ColumnLinear(config.hidden_size, config.intermediate_size, activation=config.activation)
+        self.up = ColumnLinear(config.hidden_size, config.intermediate_size, activation="gelu_tanh")
         self.down = RowLinear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_th: Tensor, residual_th: Tensor) -> Tensor | PartialSum:
@@ -44,16 +44,16 @@ class BloomBlock(nn.Module):
         super().__init__()
         self.last = last
         self.input_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.attention = Attention(config.hidden_size, config.attention, bias=True)
+        self.attention = Attention(config.hidden_size, config.attention)
         self.post_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = BloomMLP(config)
         self.residual_after_norm = config.residual_after_norm
 
-    def forward(self, x_th: Tensor | PartialSum, meta: AttentionMeta) -> Tensor | PartialSum:
+    def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> Tensor | PartialSum:
         """Hidden states after this layer, or a sum for the next norm to add up."""
         normed_th, x_th = self.input_norm(x_th)
         residual_th = normed_th if self.residual_after_norm else x_th
-        normed_th, x_th = self.post_norm(self.attention(normed_th, meta, residual_th, last=self.last))
+        normed_th, x_th = self.post_norm(self.attention(normed_th, positions_t, meta, residual_th, last=self.last))
         return self.mlp(normed_th, normed_th if self.residual_after_norm else x_th)
 
 
@@ -73,9 +73,9 @@ class BloomForCausalLM(CausalLM):
 
     def forward(self, input_ids_t: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
         """Hidden states after the last norm, of the tokens of `meta.output_part` where it names some: [t, h]."""
-        x_th = self.embedding(input_ids_t, self.embedding_norm)
+        x_th = self.embedding.normed(input_ids_t, self.embedding_norm)
         for layer in self.layers:
-            x_th = layer(x_th, meta)
+            x_th = layer(x_th, positions_t, meta)
         return self.final_norm(x_th)[0]
 
     hf_harmless: ClassVar[frozenset[str]] = frozenset(

@@ -15,6 +15,7 @@ from hasten.ops import cpu, cpu_sampling, reference
 from hasten.ops.block_caches import BlockCaches
 from hasten.ops.draws import NONE_LEFT, Draws
 from hasten.ops.edits import Bans, EditList, LogitEdits, TokenCounts
+from hasten.ops.heads import HeadTransform
 from hasten.ops.logprobs import TopLogprobs
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.packed import PackedLinear
@@ -22,6 +23,8 @@ from hasten.ops.partial_sum import PartialSum
 from hasten.ops.transfer import HostCopy, to_device
 
 Activation = Literal["gelu_tanh"]
+Gate = Literal["silu", "gelu", "gelu_tanh"]
+"""Activations of a gated unit; `gelu` is the exact one, by the error function."""
 
 TORCH_DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """torch's types by the names of the configuration."""
@@ -35,6 +38,8 @@ __all__ = [
     "BlockCaches",
     "Draws",
     "EditList",
+    "Gate",
+    "HeadTransform",
     "HostCopy",
     "LogitEdits",
     "PackedLinear",
@@ -49,11 +54,12 @@ __all__ = [
     "edit_logits",
     "embedding",
     "embedding_norm",
+    "gated_linear",
     "greedy",
-    "layer_norm",
     "linear",
     "linear_parts",
     "mask_logits",
+    "norm",
     "pack_linear",
     "paged_attention",
     "project",
@@ -73,24 +79,27 @@ def embedding(ids_t: Tensor, weight_vh: Tensor, first: int | None = None) -> Ten
     return reference.embedding(ids_t, weight_vh, first)
 
 
-def layer_norm(x_th: Tensor | PartialSum, weight_h: Tensor, bias_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def norm(
+    x_th: Tensor | PartialSum, weight_h: Tensor, bias_h: Tensor | None, eps: float, *, rms: bool = False
+) -> tuple[Tensor, Tensor]:
     """Layer norm over the last axis: [t, h], and with it what was normed, a sum added up: [t, h].
 
-    Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
+    With `rms`, the root mean square norm, which subtracts no mean. Sources: Ba, Kiros, Hinton, "Layer Normalization",
+    2016; Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
     if weight_h.is_cuda:
-        from hasten.ops.gpu import norm
+        from hasten.ops.gpu import norm as kernels
 
-        return norm.layer_norm(x_th, weight_h, bias_h, eps)
-    return reference.layer_norm(x_th, weight_h, bias_h, eps)
+        return kernels.norm(x_th, weight_h, bias_h, eps, rms=rms)
+    return reference.norm(x_th, weight_h, bias_h, eps, rms=rms)
 
 
 def embedding_norm(ids_t: Tensor, table_vh: Tensor, weight_h: Tensor, bias_h: Tensor, eps: float) -> Tensor:
     """The layer norm of rows of a table: [t, h]."""
     if table_vh.is_cuda:
-        from hasten.ops.gpu import norm
+        from hasten.ops.gpu import norm as kernels
 
-        return norm.embedding_norm(ids_t, table_vh, weight_h, bias_h, eps)
+        return kernels.embedding_norm(ids_t, table_vh, weight_h, bias_h, eps)
     return reference.embedding_norm(ids_t, table_vh, weight_h, bias_h, eps)
 
 
@@ -121,11 +130,23 @@ def linear(
     return cpu.linear(x_th, weight, bias_o, activation)
 
 
+def gated_linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: Gate) -> Tensor:
+    """`gate(a) * b`, [t, o / 2], where `a` and `b` are the halves of `x @ weight.T + bias`.
+
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020.
+    """
+    if x_th.is_cuda:
+        from hasten.ops.gpu import gated
+
+        return gated.gated_linear(x_th, weight, bias_o, gate)
+    return cpu.gated_linear(x_th, weight, bias_o, gate)
+
+
 def add_linear(
     x_th: Tensor,
     weight: PackedLinear,
     bias_o: Tensor | None,
-    residual_to: Tensor,
+    residual_to: Tensor | None,
     rows_t: Tensor | None = None,
 ) -> Tensor | PartialSum:
     """`residual + x @ weight.T + bias`, [t, o]; or what it is the sum of, where the norm that reads it adds for free.
@@ -156,16 +177,18 @@ def project(
     value_cache: Tensor,
     slots_t: Tensor,
     num_heads: int,
+    transform: HeadTransform | None = None,
 ) -> Tensor:
     """Fused queries, keys and values: queries [t, n, d] come back, the rest goes to the caches as `write_cache` says.
 
-    The weight's output features are the queries of all n heads, then the keys of all m, then the values.
+    The weight's output features are the queries of all n heads, then the keys of all m, then the values. Queries and
+    keys are first changed by `transform`, computed in at least fp32.
     """
     if x_th.is_cuda:
         from hasten.ops.gpu import matmul
 
-        return matmul.project(x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads)
-    return cpu.project(x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads)
+        return matmul.project(x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads, transform)
+    return cpu.project(x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads, transform)
 
 
 def write_cache(key_tmd: Tensor, value_tmd: Tensor, key_cache: Tensor, value_cache: Tensor, slots_t: Tensor) -> None:
@@ -185,19 +208,28 @@ def paged_attention(
     meta: AttentionMeta,
     scale: float,
     alibi_slopes_n: Tensor | None = None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention of each token over its own sequence in the paged cache: [t, n, d].
 
     Where `meta` is a part of a batch (`rows`), the queries are those of the whole batch. The keys and values of the
-    batch's own tokens must be in the cache already. With slopes, `slope * (key position - query position)` is added to
-    each score. Source: Press, Smith, Lewis, "Train Short, Test Long", 2022 (ALiBi); Kwon et al., "Efficient Memory
-    Management for Large Language Model Serving with PagedAttention", 2023; Dao, "FlashAttention-2", 2023.
+    batch's own tokens must be in the cache already. Scores are `scale * query . key`; with `softcap` c they become
+    c * tanh(score / c). With slopes, `slope * (key position - query position)` is added to each. With `window` w, a
+    token sees the last w tokens, itself included. Sources: Press, Smith, Lewis, "Train Short, Test Long", 2022 (ALiBi);
+    Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023; Dao,
+    "FlashAttention-2", 2023; Beltagy, Peters, Cohan, "Longformer", 2020 (window); Gemma Team, "Gemma 2", 2024 (cap).
     """
     if query_tnd.is_cuda:
         from hasten.ops.gpu import attention
 
-        return attention.paged_attention(query_tnd, key_cache, value_cache, meta, scale, alibi_slopes_n)
-    return cpu.paged_attention(query_tnd, key_cache, value_cache, meta, scale, alibi_slopes_n)
+        return attention.paged_attention(
+            query_tnd, key_cache, value_cache, meta, scale, alibi_slopes_n, window=window, softcap=softcap
+        )
+    return cpu.paged_attention(
+        query_tnd, key_cache, value_cache, meta, scale, alibi_slopes_n, window=window, softcap=softcap
+    )
 
 
 def resolve_ids(ids_t: Tensor, chosen_r: Tensor) -> Tensor:

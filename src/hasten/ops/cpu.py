@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from hasten.ops import reference
+from hasten.ops.heads import HeadTransform
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.packed import PackedLinear
 
@@ -76,9 +77,16 @@ def linear(  # noqa: D103
 
 
 def add_linear(  # noqa: D103
-    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, residual_to: Tensor, rows_t: Tensor | None
+    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, residual_to: Tensor | None, rows_t: Tensor | None
 ) -> Tensor:
-    return _linear(x_th, weight, bias_o, None, residual_to if rows_t is None else residual_to[rows_t])
+    if residual_to is not None and rows_t is not None:
+        residual_to = residual_to[rows_t]
+    return _linear(x_th, weight, bias_o, None, residual_to)
+
+
+def gated_linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: str) -> Tensor:  # noqa: D103
+    gate_to, up_to = _linear(x_th.float(), weight, bias_o, None, None).chunk(2, dim=-1)
+    return reference.activated(gate_to, gate).mul_(up_to).to(x_th.dtype)
 
 
 def project(  # noqa: D103
@@ -89,11 +97,10 @@ def project(  # noqa: D103
     value_cache: Tensor,
     slots_t: Tensor,
     num_heads: int,
+    transform: HeadTransform | None = None,
 ) -> Tensor:
     qkv_to = linear(x_th, weight, bias_o, None)
-    query_tnd, key_tmd, value_tmd = reference.split_heads(qkv_to, num_heads, key_cache)
-    reference.write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t)
-    return query_tnd
+    return reference.store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform)
 
 
 def _linear(
@@ -158,14 +165,16 @@ class _Group:
     size: tuple[int, int, int]
     """b, q, k."""
 
-    def bias(self, slopes_n: Tensor | None) -> Tensor:
-        """What is added to the scores, [b, n or 1, q, k]: ALiBi, and -inf for keys that lie ahead."""
+    def bias(self, slopes_n: Tensor | None, window: int | None) -> Tensor:
+        """What is added to the scores, [b, n or 1, q, k]: ALiBi, and -inf for keys ahead or before the window."""
         _, queries, keys = self.size
         positions_bq = (self.ends - self.counts).unsqueeze(1) + torch.arange(queries)
         distance = (torch.arange(keys) - positions_bq.unsqueeze(2)).unsqueeze(1)
-        if slopes_n is None:
-            return torch.zeros(distance.shape).masked_fill_(distance > 0, float("-inf"))
-        return (distance * slopes_n.view(-1, 1, 1)).masked_fill_(distance > 0, float("-inf"))
+        unseen = distance > 0
+        if window is not None:
+            unseen |= distance <= -window
+        bias = torch.zeros(distance.shape) if slopes_n is None else distance * slopes_n.view(-1, 1, 1)
+        return bias.masked_fill_(unseen, float("-inf"))
 
 
 def paged_attention(  # noqa: D103
@@ -175,19 +184,23 @@ def paged_attention(  # noqa: D103
     meta: AttentionMeta,
     scale: float,
     alibi_slopes_n: Tensor | None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     if meta.output_indices is not None:
         query_tnd = query_tnd[meta.output_indices]
     if query_tnd.shape[0] == 0:
         return torch.empty_like(query_tnd)
-    plan: list[tuple[_Group, Tensor | None]] | None = meta.scratch.get("attention")
+    key = "attention" if window is None else f"attention, window {window}"
+    plan: list[tuple[_Group, Tensor | None]] | None = meta.scratch.get(key)
     if plan is None:
-        plan = meta.scratch["attention"] = _plan(meta, key_cache, query_tnd.shape[1], alibi_slopes_n)
+        plan = meta.scratch[key] = _plan(meta, key_cache, query_tnd.shape[1], alibi_slopes_n, window)
     query_tx = query_tnd.flatten(1).float()
     out_tx = query_tx.new_empty(query_tx.shape) if len(plan) > 1 or plan[0][0].rows is not None else None
     for group, kept in plan:
-        bias = group.bias(alibi_slopes_n) if kept is None else kept
-        done = _attend(group, query_tx, key_cache, value_cache, bias, scale)
+        bias = group.bias(alibi_slopes_n, window) if kept is None else kept
+        done = _attend(group, query_tx, key_cache, value_cache, bias, scale, softcap)
         if out_tx is None:
             return done.view_as(query_tnd).to(query_tnd.dtype)
         if group.places is not None:
@@ -202,7 +215,13 @@ def paged_attention(  # noqa: D103
 
 
 def _attend(
-    group: _Group, query_tx: Tensor, key_cache: Tensor, value_cache: Tensor, bias: Tensor, scale: float
+    group: _Group,
+    query_tx: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    bias: Tensor,
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """Attention of one group: [b * q, n * d], padding included."""
     runs, queries, keys = group.size
@@ -217,8 +236,21 @@ def _attend(
         for use, cache in (("key", key_cache), ("value", value_cache))
     )
     grouped = query_bnqd.shape[1] != kv_heads
+    if softcap is not None:
+        out = _capped(query_bnqd, key, value, bias, scale, softcap)
+        return out.transpose(1, 2).reshape(runs * queries, -1)
     out = F.scaled_dot_product_attention(query_bnqd, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).reshape(runs * queries, -1)
+
+
+def _capped(
+    query_bnqd: Tensor, key_bmkd: Tensor, value_bmkd: Tensor, bias: Tensor, scale: float, softcap: float
+) -> Tensor:
+    """Attention with capped scores, [b, n, q, d], which torch's own op does not know."""
+    groups = query_bnqd.shape[1] // key_bmkd.shape[1]
+    key_bnkd, value_bnkd = (x.repeat_interleave(groups, dim=1) for x in (key_bmkd, value_bmkd))
+    scores = torch.tanh(query_bnqd @ key_bnkd.transpose(2, 3) * (scale / softcap)) * softcap
+    return (scores + bias).softmax(-1) @ value_bnkd
 
 
 def _gather(use: str, cache: Tensor, group: _Group) -> Tensor:
@@ -236,30 +268,36 @@ class _Run:
     sequence: int
     first: int
     count: int
+    skipped: int
+    """Cache blocks that lie before the window of its first query."""
     end: int
-    """Keys that its last query sees."""
+    """Keys that its last query sees, and those before its window, as far as their block is not skipped."""
 
 
 def _plan(
-    meta: AttentionMeta, key_cache: Tensor, heads: int, slopes_n: Tensor | None
+    meta: AttentionMeta, key_cache: Tensor, heads: int, slopes_n: Tensor | None, window: int | None
 ) -> list[tuple[_Group, Tensor | None]]:
     """Divide a batch into padded groups, once a step; with each group its bias, if all of them may be kept.
 
-    All layers use it again: they have as many heads and the same slopes.
+    All layers with the same window use it again: they have as many heads and the same slopes.
     """
     most_keys = _CACHED_ELEMENTS // (key_cache.shape[2] * key_cache.shape[3])
-    groups = [_group(meta, runs, key_cache.shape[1]) for runs in _pack(_runs(meta), most_keys)]
+    block_size = key_cache.shape[1]
+    groups = [_group(meta, runs, block_size) for runs in _pack(_runs(meta, block_size, window), most_keys)]
     elements = sum(g.size[0] * g.size[1] * g.size[2] for g in groups) * (heads if slopes_n is not None else 1)
     keep = elements <= _KEPT_BIAS
-    return [(group, group.bias(slopes_n) if keep else None) for group in groups]
+    return [(group, group.bias(slopes_n, window) if keep else None) for group in groups]
 
 
-def _runs(meta: AttentionMeta) -> list[_Run]:
+def _runs(meta: AttentionMeta, block_size: int, window: int | None) -> list[_Run]:
     runs, start = [], 0
     for sequence, (queries, keys) in enumerate(zip(meta.query_lens, meta.kv_lens, strict=True)):
         for offset in range(0, queries, _QUERY_CHUNK):
             count = min(_QUERY_CHUNK, queries - offset)
-            runs.append(_Run(sequence, start + offset, count, keys - queries + offset + count))
+            position = keys - queries + offset
+            skipped = 0 if window is None else max(0, position - window + 1) // block_size
+            end = position + count - skipped * block_size
+            runs.append(_Run(sequence, start + offset, count, skipped, end))
         start += queries
     return runs
 
@@ -309,9 +347,18 @@ def _group(meta: AttentionMeta, runs: list[_Run], block_size: int) -> _Group:
         first=rows[0],
         places=None if even else torch.tensor(places),
         targets=None if even else torch.tensor(rows),
-        blocks=meta.block_tables[[run.sequence for run in runs], :blocks].flatten(),
+        blocks=_blocks(meta.block_tables, runs, blocks),
         ends=ends,
         blank=(torch.arange(blocks * block_size) >= ends.unsqueeze(1)).flatten().nonzero().squeeze(1),
         counts=torch.tensor([run.count for run in runs]),
         size=(len(runs), queries, blocks * block_size),
     )
+
+
+def _blocks(tables: Tensor, runs: list[_Run], count: int) -> Tensor:
+    """The next `count` cache blocks of each run, behind those that it skips: [runs * count]."""
+    own = tables[[run.sequence for run in runs]]
+    if not any(run.skipped for run in runs):
+        return own[:, :count].flatten()
+    places = torch.tensor([run.skipped for run in runs]).unsqueeze(1) + torch.arange(count)
+    return own.gather(1, places.clamp_(max=tables.shape[1] - 1)).flatten()

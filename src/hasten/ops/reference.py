@@ -9,6 +9,7 @@ from torch import Tensor
 from hasten.ops.block_caches import BlockCaches
 from hasten.ops.draws import NONE_LEFT, Draws
 from hasten.ops.edits import IN_PROMPT, LogitEdits, TokenCounts
+from hasten.ops.heads import HeadTransform
 from hasten.ops.logprobs import TopLogprobs
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.packed import PackedLinear
@@ -24,13 +25,27 @@ def embedding(ids_t: Tensor, weight_vh: Tensor, first: int | None) -> Tensor:  #
     return rows_th.masked_fill_(~held_t.unsqueeze(1), 0)
 
 
-def layer_norm(x_th: Tensor | PartialSum, weight_h: Tensor, bias_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # noqa: D103
-    x_th = x_th if isinstance(x_th, Tensor) else settle(x_th).to(weight_h.dtype)
-    return F.layer_norm(x_th, weight_h.shape, weight_h, bias_h, eps), x_th
+def norm(  # noqa: D103
+    x_th: Tensor | PartialSum, weight_h: Tensor, bias_h: Tensor | None, eps: float, *, rms: bool = False
+) -> tuple[Tensor, Tensor]:
+    x_th = x_th if isinstance(x_th, Tensor) else complete(x_th).to(weight_h.dtype)
+    if not rms:
+        return F.layer_norm(x_th, weight_h.shape, weight_h, bias_h, eps), x_th
+    normed_th = _rms_norm(_wide(x_th), eps) * weight_h
+    return (normed_th if bias_h is None else normed_th + bias_h).to(x_th.dtype), x_th
 
 
-def settle(sum_: PartialSum) -> Tensor:
-    """A sum added up, in the widest type of what it is made of."""
+def _wide(x: Tensor) -> Tensor:
+    """The values in fp32, or in fp64 where they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _rms_norm(x: Tensor, eps: float) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def complete(sum_: PartialSum) -> Tensor:
+    """A sum added up, in the widest type of its terms; those of other ranks must be in it already."""
     total_th = sum_.parts if sum_.parts.dim() == 2 else sum_.parts.sum(0)
     if sum_.bias is not None:
         total_th = total_th + sum_.bias
@@ -57,10 +72,25 @@ def linear(  # noqa: D103
     return F.gelu(out_to, approximate="tanh") if activation == "gelu_tanh" else out_to
 
 
+def gated_linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: str) -> Tensor:  # noqa: D103
+    gate_to, up_to = _wide(linear(x_th, weight, bias_o, None)).chunk(2, dim=-1)
+    return (activated(gate_to, gate) * up_to).to(x_th.dtype)
+
+
+def activated(x: Tensor, name: str) -> Tensor:
+    """An activation by its name, element by element."""
+    if name == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
 def add_linear(  # noqa: D103
-    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, residual_to: Tensor, rows_t: Tensor | None
+    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, residual_to: Tensor | None, rows_t: Tensor | None
 ) -> Tensor:
-    return linear(x_th, weight, bias_o, None) + (residual_to if rows_t is None else residual_to[rows_t])
+    out_to = linear(x_th, weight, bias_o, None)
+    if residual_to is None:
+        return out_to
+    return out_to + (residual_to if rows_t is None else residual_to[rows_t])
 
 
 def project(  # noqa: D103
@@ -71,10 +101,43 @@ def project(  # noqa: D103
     value_cache: Tensor,
     slots_t: Tensor,
     num_heads: int,
+    transform: HeadTransform | None = None,
 ) -> Tensor:
-    query_tnd, key_tmd, value_tmd = split_heads(linear(x_th, weight, bias_o, None), num_heads, key_cache)
+    return store_heads(linear(x_th, weight, bias_o, None), key_cache, value_cache, slots_t, num_heads, transform)
+
+
+def store_heads(
+    qkv_to: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots_t: Tensor,
+    num_heads: int,
+    transform: HeadTransform | None,
+) -> Tensor:
+    """The second half of `project`: from the fused projection [t, o] to queries [t, n, d] and the caches."""
+    query_tnd, key_tmd, value_tmd = split_heads(qkv_to, num_heads, key_cache)
+    if transform is not None:
+        query_tnd = _transformed(query_tnd, transform.query_norm_d, transform)
+        key_tmd = _transformed(key_tmd, transform.key_norm_d, transform)
     write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t)
     return query_tnd
+
+
+def _transformed(heads_tnd: Tensor, norm_d: Tensor | None, transform: HeadTransform) -> Tensor:
+    x_tnd = _wide(heads_tnd)
+    if norm_d is not None:
+        x_tnd = _rms_norm(x_tnd, transform.eps) * norm_d
+    if transform.table_pr is not None:
+        x_tnd = rotated(x_tnd, transform.table_pr[transform.positions_t])
+    return x_tnd.to(heads_tnd.dtype)
+
+
+def rotated(x_tnd: Tensor, turn_tr: Tensor) -> Tensor:
+    """Heads [t, n, d] with their first r dimensions turned by cosines and sines [t, r]."""
+    width = turn_tr.shape[1]
+    cos, sin = turn_tr.to(x_tnd.dtype).unsqueeze(1).chunk(2, dim=-1)
+    first, second = x_tnd[..., :width].chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, x_tnd[..., width:]), dim=-1)
 
 
 def split_heads(qkv_to: Tensor, num_heads: int, key_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,6 +166,9 @@ def paged_attention(  # noqa: D103
     meta: AttentionMeta,
     scale: float,
     alibi_slopes_n: Tensor | None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     query_tnd = query_tnd if meta.output_indices is None else query_tnd[meta.output_indices]
     block_size, groups = key_cache.shape[1], query_tnd.shape[1] // key_cache.shape[2]
@@ -114,10 +180,13 @@ def paged_attention(  # noqa: D103
         value_knd = value_cache[blocks].flatten(0, 1)[:kv_len].float().repeat_interleave(groups, dim=1)
         query_qnd = query_tnd[start : start + query_len].float()
         scores_nqk = torch.einsum("qnd,knd->nqk", query_qnd, key_knd) * scale
+        if softcap is not None:
+            scores_nqk = softcap * torch.tanh(scores_nqk / softcap)
         distance_qk = _distances(query_len, kv_len, query_tnd.device)
         if alibi_slopes_n is not None:
             scores_nqk = scores_nqk + alibi_slopes_n.float().view(-1, 1, 1) * distance_qk
-        weights_nqk = scores_nqk.masked_fill(distance_qk > 0, float("-inf")).softmax(-1)
+        unseen_qk = distance_qk > 0 if window is None else (distance_qk > 0) | (distance_qk <= -window)
+        weights_nqk = scores_nqk.masked_fill(unseen_qk, float("-inf")).softmax(-1)
         out_tnd[start : start + query_len] = torch.einsum("nqk,knd->qnd", weights_nqk, value_knd).to(out_tnd.dtype)
         start += query_len
     return out_tnd

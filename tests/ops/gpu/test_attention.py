@@ -103,6 +103,8 @@ class Case:
     device: torch.device
     alibi: bool = True
     seed: int = 0
+    window: int | None = None
+    softcap: float | None = None
     inputs: Inputs = field(init=False)
     batch: Batch = field(init=False)
     query_tnd: Tensor = field(init=False)
@@ -151,12 +153,14 @@ class Case:
         return alibi_slopes(self.heads.query).to(self.device) if self.alibi else None
 
     def run(self, meta: AttentionMeta) -> Tensor:
-        return attention.paged_attention(self.query_tnd, *self.caches, meta, self.heads.size**-0.5, self.slopes_n)
+        inputs = (self.query_tnd, *self.caches, meta, self.heads.size**-0.5, self.slopes_n)
+        return attention.paged_attention(*inputs, window=self.window, softcap=self.softcap)
 
     def expected(self, meta: AttentionMeta) -> Tensor:
         """The reference on the same values in fp32."""
         query_tnd, keys, values = (tensor.float() for tensor in (self.query_tnd, *self.caches))
-        return reference.paged_attention(query_tnd, keys, values, meta, self.heads.size**-0.5, self.slopes_n)
+        inputs = (query_tnd, keys, values, meta, self.heads.size**-0.5, self.slopes_n)
+        return reference.paged_attention(*inputs, window=self.window, softcap=self.softcap)
 
     def check(self, meta: AttentionMeta, assert_close: Close) -> None:
         found = self.run(meta)
@@ -232,6 +236,21 @@ def test_prompts_of_every_shape(
     heads: Heads, alibi: bool, dtype: torch.dtype, device: torch.device, assert_close: Close
 ) -> None:
     case = Case(heads, dtype, device, alibi).fill([(13, 13), (70, 83)])
+    case.check(whole(case), assert_close)
+
+
+@pytest.mark.parametrize("extra_splits", [WHOLE, CUT])
+@pytest.mark.parametrize("window", [1, 16, 65, 500])
+def test_windows(window: int, extra_splits: int, device: torch.device, assert_close: Close) -> None:
+    case = Case(Heads(query=2, kv=1), torch.float16, device, alibi=window == 65, window=window)
+    case.fill([(20, 20), (70, 150), (1, 33), (1, 1), (1, 140)], extra_splits)
+    case.check(whole(case), assert_close)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_capped_scores(window: int | None, device: torch.device, assert_close: Close) -> None:
+    case = Case(Heads(query=2, kv=1), torch.float16, device, softcap=0.7, window=window)
+    case.fill([(20, 20), (70, 150), (1, 33), (1, 140)], CUT)
     case.check(whole(case), assert_close)
 
 

@@ -79,7 +79,7 @@ class Case:
         return whole + self.bias.double() + self.residual[self.rows.long()].double()
 
     def norm(self, total: Tensor) -> Tensor:
-        return reference.layer_norm(total.double(), self.weight.double(), self.shift.double(), EPS)[0]
+        return reference.norm(total.double(), self.weight.double(), self.shift.double(), EPS)[0]
 
 
 def make_peers(ranks: int, width: int, device: torch.device, max_rows: int = MAX_ROWS) -> list[Peers]:
@@ -120,7 +120,19 @@ def test_one_rank_alone_sums_as_a_norm_does(
         assert_close("layer_norm", found, case.norm(total))
         assert peers.exchanges.tolist() == [number] * 3 + [0] * (MAX_ROWS - 3)
     plain = PartialSum(case.sent(0), case.bias, case.residual, case.rows)
-    assert_close("layer_norm", total, norm.layer_norm(plain, case.weight, case.shift, EPS)[1].double())
+    assert_close("layer_norm", total, norm.norm(plain, case.weight, case.shift, EPS)[1].double())
+
+
+@pytest.mark.parametrize(("dtype", "split"), KINDS, ids=str)
+def test_a_root_mean_square_norm_without_bias(
+    dtype: torch.dtype, split: int, device: torch.device, assert_close: Close
+) -> None:
+    (peers,) = make_peers(1, 100, device)
+    case = Case.of(1, 3, 100, dtype, device, split)
+    sum_ = PartialSum(case.parts[0], case.bias, case.residual, case.rows, peers)
+    found, total = norm.norm(sum_, case.weight, None, EPS, rms=True)
+    assert_close("layer_norm", total, case.total)
+    assert_close("layer_norm", found, reference.norm(total.double(), case.weight.double(), None, EPS, rms=True)[0])
 
 
 @pytest.mark.parametrize(("dtype", "split"), KINDS, ids=str)

@@ -54,18 +54,33 @@ def wide(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.double()
 
 
-def check(x: Tensor | PartialSum, dtype: torch.dtype, assert_close: Close) -> None:
+def check(
+    x: Tensor | PartialSum, dtype: torch.dtype, assert_close: Close, *, shift: bool = True, rms: bool = False
+) -> None:
     width, device = x.shape[1], (x.parts if isinstance(x, PartialSum) else x).device
-    weight, bias = draw(2, width, dtype=dtype, device=device, seed=4)
-    found, total = norm.layer_norm(x, weight, bias, EPS)
+    weight, drawn = draw(2, width, dtype=dtype, device=device, seed=4)
+    bias = drawn if shift else None
+    found, total = norm.norm(x, weight, bias, EPS, rms=rms)
     assert found.dtype == total.dtype == dtype
     if isinstance(x, PartialSum):
-        exact = PartialSum(x.parts.double(), wide(x.bias), wide(x.residual), x.residual_indices)
-        assert_close("layer_norm", total, reference.settle(exact))
+        summed = PartialSum(x.parts.double(), wide(x.bias), wide(x.residual), x.residual_indices)
+        assert_close("layer_norm", total, reference.complete(summed))
     else:
         assert total is x
     # What is normed is the sum as it is stored.
-    assert_close("layer_norm", found, reference.layer_norm(total.double(), weight.double(), bias.double(), EPS)[0])
+    exact = reference.norm(total.double(), weight.double(), wide(bias), EPS, rms=rms)[0]
+    assert_close("layer_norm", found, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("shift", "rms"), [(False, False), (False, True), (True, True)])
+def test_every_kind(
+    shift: bool, rms: bool, width: int, dtype: torch.dtype, device: torch.device, assert_close: Close
+) -> None:
+    check(draw(3, width, dtype=dtype, device=device) * 3 + 1, dtype, assert_close, shift=shift, rms=rms)
+    sum_ = make_sum(3, width, 2, dtype, device, bias=True, residual=True)
+    check(sum_, dtype, assert_close, shift=shift, rms=rms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -108,14 +123,14 @@ def test_what_is_added_stays_as_it_is(device: torch.device) -> None:
     inputs = [tensor for tensor in (sum_.parts, sum_.bias, sum_.residual) if tensor is not None]
     before = [tensor.clone() for tensor in inputs]
     weight, bias = draw(2, 64, dtype=torch.float16, device=device)
-    norm.layer_norm(sum_, weight, bias, EPS)
+    norm.norm(sum_, weight, bias, EPS)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
 @pytest.mark.parametrize("width", [64, 100])
 def test_a_row_without_variance_is_its_bias(width: int, device: torch.device) -> None:
     weight, bias = draw(2, width, dtype=torch.float32, device=device)
-    found, _ = norm.layer_norm(torch.full((2, width), 5.0, device=device), weight, bias, EPS)
+    found, _ = norm.norm(torch.full((2, width), 5.0, device=device), weight, bias, EPS)
     # the mean of equal numbers may be off by a rounding of theirs, which 1 / sqrt(variance + EPS) then magnifies
     rounding = 5.0 * torch.finfo(torch.float32).eps / EPS**0.5
     assert ((found - bias).abs() <= rounding * weight.abs() + 1e-6).all()
@@ -124,8 +139,8 @@ def test_a_row_without_variance_is_its_bias(width: int, device: torch.device) ->
 def test_a_mean_far_from_zero_costs_little_precision(device: torch.device) -> None:
     x = draw(3, 1024, dtype=torch.float32, device=device) + 1000
     one, zero = torch.ones(1024, device=device), torch.zeros(1024, device=device)
-    exact = reference.layer_norm(x.double(), one.double(), zero.double(), EPS)[0]
-    assert (norm.layer_norm(x, one, zero, EPS)[0] - exact).abs().max() <= 2e-4
+    exact = reference.norm(x.double(), one.double(), zero.double(), EPS)[0]
+    assert (norm.norm(x, one, zero, EPS)[0] - exact).abs().max() <= 2e-4
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -160,5 +175,5 @@ def test_a_table_of_more_numbers_than_32_bits_count(assert_close: Close) -> None
     table[ids] = draw(4, 14_336, dtype=torch.float16, device=device)
     weight, bias = draw(2, 14_336, dtype=torch.float16, device=device, seed=4)
     found = norm.embedding_norm(ids, table, weight, bias, EPS)
-    exact = reference.layer_norm(table[ids].double(), weight.double(), bias.double(), EPS)[0]
+    exact = reference.norm(table[ids].double(), weight.double(), bias.double(), EPS)[0]
     assert_close("layer_norm", found, exact)

@@ -19,6 +19,12 @@ _FAR = tl.constexpr(-1.0e30)
 
 
 @triton.jit
+def _capped(score, cap):
+    """Cap * tanh(score / cap), by the logistic function; a large score leads to cap and not to infinity."""
+    return cap * (2 / (1 + tl.exp(-2 * (score / cap))) - 1)
+
+
+@triton.jit
 def _add_up(part_sums, part_weights, first, parts, STEP: tl.constexpr, BLOCK_D: tl.constexpr):
     """The parts of one softmax, STEP places from each other, that other programs wrote: their sum [d] and weight."""
     top = _FAR
@@ -54,6 +60,7 @@ def _one_query(
     token_stride,
     head_stride,
     scale,
+    cap,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -62,6 +69,8 @@ def _one_query(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -97,6 +106,8 @@ def _one_query(
         weight_n = tl.zeros([BLOCK_N], tl.float32)
         sum_nd = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         lane_nd = (n * token_stride)[:, None] + d[None, :]
+        if WINDOW:
+            begin = tl.maximum(begin, tl.minimum(end, tl.maximum(length - WINDOW, 0) // BLOCK_N * BLOCK_N))
         for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
             held = start + n < end
             if BLOCK_SIZE % BLOCK_N == 0:
@@ -113,7 +124,11 @@ def _one_query(
             k_nd = tl.load(k_start, mask_nd, 0.0)
             v_nd = tl.load(v_start, mask_nd, 0.0)
             score_n = tl.sum(k_nd.to(tl.float32) * q_d[None, :], 1)
+            if CAPPED:
+                score_n = _capped(score_n, cap)
             score_n += slope * (start + n - (length - 1)).to(tl.float32)
+            if WINDOW:
+                held = held & (start + n >= length - WINDOW)
             score_n = tl.where(held, score_n, _FAR)
             new_n = tl.maximum(top_n, score_n)
             decay_n = tl.exp2(top_n - new_n)
@@ -157,6 +172,7 @@ def _tile(
     token_stride,
     head_stride,
     scale,
+    cap,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -166,6 +182,8 @@ def _tile(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
@@ -195,7 +213,10 @@ def _tile(
     weight_m = tl.zeros([BLOCK_M], tl.float32)
     sum_md = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     end = position + count
-    for start in tl.range(0, end, BLOCK_N, num_stages=STAGES):
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         key_n = start + n
         held = key_n < end
         block_n = tl.load(table + key_n // BLOCK_SIZE, held, 0).to(tl.int64)
@@ -205,8 +226,15 @@ def _tile(
         k_nd = tl.load(keys + at_nd, mask_nd, 0.0)
         v_nd = tl.load(values + at_nd, mask_nd, 0.0)
         distance_mn = key_n[None, :] - (position + m)[:, None]
-        score_mn = tl.dot(q_md, k_nd.T, input_precision=PRECISION) * scale + slope * distance_mn.to(tl.float32)
-        score_mn = tl.where(distance_mn <= 0, score_mn, _FAR)
+        if CAPPED:
+            score_mn = _capped(tl.dot(q_md, k_nd.T, input_precision=PRECISION) * scale, cap)
+            score_mn += slope * distance_mn.to(tl.float32)
+        else:
+            score_mn = tl.dot(q_md, k_nd.T, input_precision=PRECISION) * scale + slope * distance_mn.to(tl.float32)
+        if WINDOW:
+            score_mn = tl.where((distance_mn <= 0) & (distance_mn > -WINDOW), score_mn, _FAR)
+        else:
+            score_mn = tl.where(distance_mn <= 0, score_mn, _FAR)
         new_m = tl.maximum(top_m, tl.max(score_mn, 1))
         decay_m = tl.exp2(top_m - new_m)
         p_mn = tl.exp2(score_mn - new_m[:, None])
@@ -225,6 +253,9 @@ def paged_attention(
     meta: AttentionMeta,
     scale: float,
     alibi_slopes_n: Tensor | None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     plan = meta.plan
     assert plan is not None
@@ -238,15 +269,18 @@ def paged_attention(
         D=d,
         BLOCK_D=max(16, triton.next_power_of_2(d)),
         HAS_SLOPES=alibi_slopes_n is not None,
+        WINDOW=window or 0,
+        CAPPED=softcap is not None,
         **overlapped(query_tnd),
     )
     slopes = query_tnd if alibi_slopes_n is None else alibi_slopes_n
     shared = (query_tnd, key_cache, value_cache, slopes, meta.block_tables)
     strides = (query_tnd.stride(0), meta.block_tables.stride(0), *key_cache.stride()[:3])
+    cap = (softcap or 0.0) * _LOG2_E
     wide = key_cache.dtype == torch.float32
     if plan.tiles is not None:
         _tile[(heads, plan.tiles.shape[0])](
-            *shared, plan.tiles, out_tnd, *strides, scale * _LOG2_E,
+            *shared, plan.tiles, out_tnd, *strides, scale * _LOG2_E, cap,
             BLOCK_M=TILE, BLOCK_N=32, STAGES=1 if wide else 2,
             PRECISION="ieee" if wide else "tf32", COLUMNS=TILE_COLUMNS, num_warps=4, **common,
         )  # fmt: skip
@@ -254,7 +288,7 @@ def paged_attention(
         sums, weights, arrived = _parts(meta, plan.splits.shape[0], heads, common["BLOCK_D"])
         lanes, stages, warps = _cut(meta.num_tokens)
         _one_query[(heads, plan.splits.shape[0])](
-            *shared, plan.splits, out_tnd, sums, weights, arrived, *strides, scale * _LOG2_E,
+            *shared, plan.splits, out_tnd, sums, weights, arrived, *strides, scale * _LOG2_E, cap,
             BLOCK_N=lanes, STAGES=stages, COLUMNS=SPLIT_COLUMNS, num_warps=warps, **common,
         )  # fmt: skip
     return out_tnd

@@ -54,6 +54,8 @@ def _exchange_norm(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    RMS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Add up all ranks' parts of a row, bias and residual; store the sum and its norm."""
@@ -105,23 +107,29 @@ def _exchange_norm(
     tl.store(total_out + row * H + odd, high, valid)
     low = low.to(tl.float32)
     high = high.to(tl.float32)
-    mean = tl.sum(tl.where(valid, low + high, 0.0), 0) / H
-    low = tl.where(valid, low - mean, 0.0)
-    high = tl.where(valid, high - mean, 0.0)
+    if RMS:
+        low = tl.where(valid, low, 0.0)
+        high = tl.where(valid, high, 0.0)
+    else:
+        mean = tl.sum(tl.where(valid, low + high, 0.0), 0) / H
+        low = tl.where(valid, low - mean, 0.0)
+        high = tl.where(valid, high - mean, 0.0)
     scale = tl.rsqrt(tl.sum(low * low + high * high, 0) / H + eps)
     for half in tl.static_range(2):
         at = even if half == 0 else odd
         centred = low if half == 0 else high
         gain = tl.load(weight + at, valid, 0.0).to(tl.float32)
-        shift = tl.load(norm_bias + at, valid, 0.0).to(tl.float32)
+        shift = 0.0
+        if HAS_SHIFT:
+            shift = tl.load(norm_bias + at, valid, 0.0).to(tl.float32)
         tl.store(out + row * H + at, (centred * scale * gain + shift).to(dtype), valid)
     tl.store(exchanges + row, number)  # last: every warp of this program has read it by then
 
 
 def exchange_norm(
-    sum_: PartialSum, peers: Peers, weight_h: Tensor, bias_h: Tensor, eps: float
+    sum_: PartialSum, peers: Peers, weight_h: Tensor, bias_h: Tensor | None, eps: float, *, rms: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The norm of a sum over ranks, and the sum: see `hasten.ops.layer_norm`."""
+    """The norm of a sum over ranks, and the sum: see `hasten.ops.norm`."""
     rows, width = sum_.shape
     assert rows <= peers.max_rows
     assert width == peers.width
@@ -135,7 +143,7 @@ def exchange_norm(
         parts if sum_.residual_indices is None else sum_.residual_indices,
         total_th,
         weight_h,
-        bias_h,
+        weight_h if bias_h is None else bias_h,
         out_th,
         peers.addresses,
         peers.mailbox,
@@ -151,6 +159,8 @@ def exchange_norm(
         HAS_BIAS=sum_.bias is not None,
         HAS_RESIDUAL=sum_.residual is not None,
         HAS_ROWS=sum_.residual_indices is not None,
+        HAS_SHIFT=bias_h is not None,
+        RMS=rms,
         num_warps=max(1, min(16, triton.next_power_of_2(width) // 256)),
         **overlapped(weight_h),
     )

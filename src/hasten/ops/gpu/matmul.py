@@ -13,7 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hasten.ops.gpu.cache import write_cache
+from hasten.ops.gpu.heads import store_heads
 from hasten.ops.gpu.launch import multiprocessors, overlapped, prefetch, shared_memory, start_next, wait_for_inputs
+from hasten.ops.heads import HeadTransform
 from hasten.ops.packed import PackedLinear
 from hasten.ops.reference import split_heads
 
@@ -214,8 +216,12 @@ def project(
     value_cache: Tensor,
     slots_t: Tensor,
     num_heads: int,
+    transform: HeadTransform | None = None,
 ) -> Tensor:
     """See `hasten.ops.project`."""
+    if transform is not None:
+        qkv_to = linear(x_th, weight, bias_o, None)
+        return store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform)
     head_size = key_cache.shape[3]
     if _serves(x_th, weight):
         to = _Projection(num_heads * head_size, key_cache, value_cache, slots_t)

@@ -1,4 +1,4 @@
-"""Layer norm, and the sums that come before it: embedding rows, split matrix products, bias and residual.
+"""Layer and RMS norm, and the sums that come before it: embedding rows, split matrix products, bias and residual.
 
 Shapes: t tokens, h hidden. One program a row.
 """
@@ -13,10 +13,13 @@ from hasten.ops.partial_sum import PartialSum
 
 
 @triton.jit
-def _store_norm(x, valid, gain, shift, target, eps, H: tl.constexpr):
+def _store_norm(x, valid, gain, shift, target, eps, H: tl.constexpr, RMS: tl.constexpr):
     """Store the norm of a row, which is zero where it is not valid."""
-    mean = tl.sum(x, 0) / H
-    centred = tl.where(valid, x - mean, 0.0)
+    if RMS:
+        centred = x
+    else:
+        mean = tl.sum(x, 0) / H
+        centred = tl.where(valid, x - mean, 0.0)
     variance = tl.sum(centred * centred, 0) / H
     y = centred * tl.rsqrt(variance + eps) * gain + shift
     tl.store(target, y.to(target.dtype.element_ty), valid)
@@ -41,6 +44,8 @@ def _add_norm(
     HAS_RESIDUAL: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     STORES_TOTAL: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    RMS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Add up the parts of a row, bias and residual; store the sum and its norm."""
@@ -49,7 +54,9 @@ def _add_norm(
     h = tl.arange(0, BLOCK_H)
     valid = h < H
     gain = tl.load(weight + h, valid, 0.0).to(tl.float32)
-    shift = tl.load(norm_bias + h, valid, 0.0).to(tl.float32)
+    shift = 0.0
+    if HAS_SHIFT:
+        shift = tl.load(norm_bias + h, valid, 0.0).to(tl.float32)
     if HAS_BIAS:
         bias_h = tl.load(bias + h, valid, 0.0).to(tl.float32)
     wait_for_inputs(PDL)
@@ -65,7 +72,7 @@ def _add_norm(
         rounded = x.to(total_out.dtype.element_ty)
         tl.store(total_out + row * H + h, rounded, valid)
         x = rounded.to(tl.float32)
-    _store_norm(x, valid, gain, shift, out + row * H + h, eps, H)
+    _store_norm(x, valid, gain, shift, out + row * H + h, eps, H, RMS)
 
 
 @triton.jit
@@ -90,13 +97,15 @@ def _embed_norm(
     wait_for_inputs(PDL)
     token = tl.load(ids + row).to(tl.int64)
     x = tl.load(table + token * H + h, valid, 0.0).to(tl.float32)
-    _store_norm(x, valid, gain, shift, out + row * H + h, eps, H)
+    _store_norm(x, valid, gain, shift, out + row * H + h, eps, H, RMS=False)
 
 
-def layer_norm(x_th: Tensor | PartialSum, weight_h: Tensor, bias_h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def norm(
+    x_th: Tensor | PartialSum, weight_h: Tensor, bias_h: Tensor | None, eps: float, *, rms: bool = False
+) -> tuple[Tensor, Tensor]:
     sum_ = x_th if isinstance(x_th, PartialSum) else PartialSum(x_th)
     if sum_.peers is not None:
-        return exchange_norm(sum_, sum_.peers, weight_h, bias_h, eps)
+        return exchange_norm(sum_, sum_.peers, weight_h, bias_h, eps, rms=rms)
     parts, (rows, width) = sum_.parts, sum_.shape
     count = sum_.num_parts
     settled = isinstance(x_th, PartialSum)
@@ -110,7 +119,7 @@ def layer_norm(x_th: Tensor | PartialSum, weight_h: Tensor, bias_h: Tensor, eps:
         parts if sum_.residual_indices is None else sum_.residual_indices,
         total_th,
         weight_h,
-        bias_h,
+        weight_h if bias_h is None else bias_h,
         out_th,
         eps,
         H=width,
@@ -120,6 +129,8 @@ def layer_norm(x_th: Tensor | PartialSum, weight_h: Tensor, bias_h: Tensor, eps:
         HAS_RESIDUAL=sum_.residual is not None,
         HAS_ROWS=sum_.residual_indices is not None,
         STORES_TOTAL=settled,
+        HAS_SHIFT=bias_h is not None,
+        RMS=rms,
         num_warps=_warps(width),
         **overlapped(weight_h),
     )

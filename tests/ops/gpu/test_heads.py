@@ -1,0 +1,89 @@
+"""Shapes: t tokens, n query heads, m key/value heads, d head size, r dimensions that turn."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from hasten import ops
+from hasten.ops import reference
+from hasten.ops.gpu import gated, heads, matmul
+
+Close = Callable[[str, Tensor, Tensor], None]
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TOKENS = 5
+
+
+def draw(*shape: int, device: torch.device, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normed", [False, True], ids=["no norm", "norm"])
+@pytest.mark.parametrize(
+    ("num_heads", "kv_heads", "size", "width"),
+    [(4, 2, 16, 16), (3, 1, 24, 12), (2, 2, 80, 80), (1, 1, 128, 32), (4, 1, 64, 2), (2, 1, 256, 256), (2, 1, 16, 0)],
+)
+def test_heads_are_those_of_the_definition(
+    num_heads: int,
+    kv_heads: int,
+    size: int,
+    width: int,
+    normed: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    assert_close: Close,
+) -> None:
+    # a view of something wider, whose other part is nobody's
+    qkv_to = draw(TOKENS, (num_heads + 2 * kv_heads + 1) * size, device=device, dtype=dtype)[:, size:]
+    query_norm_d, key_norm_d = draw(2, size, device=device, seed=1, dtype=dtype)
+    transform = ops.HeadTransform(
+        positions_t=torch.tensor([3, 0, 19, 7, 7], device=device),
+        table_pr=draw(20, width, device=device, seed=2) if width else None,
+        query_norm_d=query_norm_d if normed else None,
+        key_norm_d=key_norm_d if normed else None,
+        eps=1e-3,
+    )
+    slots_t = torch.tensor([4, -1, 0, 7, 2], device=device)
+    found, expected = (
+        torch.full((2, 4, 2, kv_heads, size), 7.0, dtype=kind, device=device) for kind in (dtype, torch.float64)
+    )
+    query = heads.store_heads(qkv_to, found[0], found[1], slots_t, num_heads, transform)
+    exact = reference.store_heads(qkv_to.double(), expected[0], expected[1], slots_t, num_heads, transform)
+    assert query.dtype == dtype
+    assert_close("layer_norm", query, exact)
+    assert_close("layer_norm", found, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_projection_with_a_transform_takes_this_way(rows: int, device: torch.device, assert_close: Close) -> None:
+    weight = draw(6 * 16, 128, device=device, dtype=torch.float16) * 0.1
+    x_th = draw(rows, 128, device=device, seed=1, dtype=torch.float16)
+    transform = ops.HeadTransform(
+        positions_t=torch.arange(rows, device=device), table_pr=draw(rows, 16, device=device, seed=2)
+    )
+    slots_t = torch.arange(rows, device=device)
+    found, expected = (torch.zeros(2, 2, 4, 1, 16, dtype=x_th.dtype, device=device) for _ in range(2))
+    packed = matmul.pack_linear(weight, shared=False)
+    query = matmul.project(x_th, packed, None, found[0], found[1], slots_t, 4, transform)
+    exact = reference.project(x_th, packed, None, expected[0], expected[1], slots_t, 4, transform)
+    assert_close("stepwise", query, exact)
+    assert_close("stepwise", found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gate", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("rows", "inner"), [(1, 40), (3, 1030), (3, 64)])
+def test_gated_units(
+    rows: int, inner: int, gate: ops.Gate, dtype: torch.dtype, device: torch.device, assert_close: Close
+) -> None:
+    weight, bias = draw(2 * inner, 128, device=device, dtype=dtype) * 0.1, draw(2 * inner, device=device, dtype=dtype)
+    x_th = draw(rows, 128, device=device, seed=1, dtype=dtype)
+    packed = matmul.pack_linear(weight, shared=False)
+    found = gated.gated_linear(x_th, packed, bias, gate)
+    # the halves of the product are rounded to the type before they meet
+    gate_to, up_to = matmul.linear(x_th, packed, bias, None).double().chunk(2, dim=-1)
+    assert found.dtype == dtype
+    assert_close("linear", found, reference.activated(gate_to, gate) * up_to)
