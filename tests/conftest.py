@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MakeBloom = Callable[..., Path]
+MakeModel = Callable[..., Path]
 
 WORDS = (
     "the a of to and in was he she it on with as at his her had said that for Anna Ben Clara David river garden house "
@@ -82,6 +83,32 @@ def _save_bloom(folder: Path, seed: int, **config: Any) -> None:
     model.save_pretrained(folder)
 
 
+def _save_family(folder: Path, family: str, seed: int, **config: Any) -> None:
+    import transformers
+
+    options: dict[str, Any] = {
+        "vocab_size": _save_tokenizer(folder),
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(seed)
+    settings = getattr(transformers, f"{family}Config")(**(options | config))
+    model = getattr(transformers, f"{family}ForCausalLM")(settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs more GPUs than there are."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -105,6 +132,22 @@ def make_bloom(tmp_path_factory: pytest.TempPathFactory) -> MakeBloom:
         if key not in made:
             folder = tmp_path_factory.mktemp("bloom")
             _save_bloom(folder, seed, **config)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """Make a folder with a random model of a family, such as `Llama`, and its tokenizer; as `make_bloom` otherwise."""
+    made: dict[str, Path] = {}
+
+    def make(family: str, seed: int = 0, **config: Any) -> Path:
+        key = repr((family, seed, sorted(config.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(family.lower())
+            _save_family(folder, family, seed, **config)
             made[key] = folder
         return made[key]
 

@@ -2,7 +2,7 @@ import gc
 import json
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,14 @@ def test_compare_prints_both_lines_and_writes_every_answer(
             assert len(answer["answer_ids"]) == len(answer["target_ids"])
             assert isinstance(answer["model_answer"], str)
             assert answer["prompt_ids"]
+
+
+def test_a_model_of_another_family_is_compared(
+    make_model: Callable[..., Path], dataset: Path, hasten_here: "Hasten"
+) -> None:
+    done = hasten_here(*lambada(make_model("Qwen3", head_dim=20), dataset), "--compare")
+    assert done.status == 0, done.err
+    assert done.out.splitlines()[-1].endswith("the answers differ on 0 of 5 samples")
 
 
 def test_both_search_with_beams(tiny_bloom: Path, dataset: Path, hasten_here: "Hasten") -> None:

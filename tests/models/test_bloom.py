@@ -6,24 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from hasten.checkpoint.sources import read_hf_config
-from hasten.core.config import AttentionConfig, EngineConfig, ModelConfig
+from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import ConfigError
-from hasten.engine.sequence import Sequence
-from hasten.engine.worker import Message, NewSequence, Worker
 from hasten.models.bloom import BloomForCausalLM
-from hasten.parallel.launch import Ranks
 
 MakeBloom = Callable[..., Path]
 
 BOUND = 1e-4
 """Largest difference between two logits."""
-DECODED = 3
-"""Tokens that follow each prompt, one a step."""
-BLOCK_SIZE = 16
 LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 48, 70, 5]
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -44,80 +36,14 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def random_ids(lengths: list[int], vocab_size: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
-
-
-def our_logits(folder: Path, prompts: list[list[int]], followed_by: list[list[int]], **options: Any) -> list[Tensor]:
-    """Logits [t, v] of every token, from the steps that the engine makes: prompts, chunks and decodes together."""
-    config = EngineConfig.create(
-        str(folder), dtype="fp32", device="cpu", block_size=BLOCK_SIZE, kv_cache_memory=16 << 20, **options
-    )
-    worker = Worker(config, Ranks(None, None, "cpu"))
-    found: dict[str, list[Tensor]] = {str(number): [] for number in range(len(prompts))}
-
-    def keep(positions: list[tuple[Sequence, int]], logits: Tensor) -> None:
-        for (sequence, position), row in zip(positions, logits.split(1), strict=True):
-            assert len(found[sequence.request_id]) == position
-            found[sequence.request_id].append(row)
-
-    added = [
-        NewSequence(
-            request_id=str(number),
-            token_ids=ids,
-            n=1,
-            beam_width=1,
-            max_tokens=DECODED + 1,
-            plain=False,
-            prompt_logprobs=True,
-        )
-        for number, ids in enumerate(prompts)
-    ]
-    worker.apply(Message(tokens=[], finished=[], moves=[], added=added, stop=False))
-    while worker.scheduler.has_work:
-        batch = worker.scheduler.schedule()
-        with torch.inference_mode():
-            logits = worker.runner.logits(*worker.compute(batch, keep))
-        assert logits is not None
-        message = Message(tokens=[], finished=[], moves=[], added=[], stop=False)
-        for row, place in enumerate(batch.sampled):
-            sequence = batch.sequences[place]
-            if sequence.output_len > 0:
-                found[sequence.request_id].append(logits[row : row + 1])
-            if sequence.output_len < DECODED:
-                token = followed_by[int(sequence.request_id)][sequence.output_len]
-                message["tokens"].append((sequence.key, token))
-            else:
-                message["finished"].append(sequence.key)
-        worker.scheduler.advance(batch)
-        worker.apply(message)
-    return [torch.cat(found[str(number)]) for number in range(len(prompts))]
-
-
-def their_logits(folder: Path, texts: list[list[int]]) -> list[Tensor]:
-    """Logits [t, v] of each text alone: no padding, no cache."""
-    from transformers import BloomForCausalLM as Reference
-
-    model = Reference.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        return [model(torch.tensor([ids])).logits[0] for ids in texts]
-
-
 @pytest.mark.parametrize("options", MODELS.values(), ids=list(MODELS))
-def test_logits_are_those_of_hugging_face(options: dict[str, Any], make_bloom: MakeBloom) -> None:
-    folder = make_bloom(**options)
-    vocab_size = read_hf_config(folder).vocab_size
-    prompts = random_ids(LENGTHS, vocab_size)
-    followed_by = random_ids([DECODED] * len(LENGTHS), vocab_size)
-    expected = their_logits(folder, [a + b for a, b in zip(prompts, followed_by, strict=True)])
-    assert all(logits.std() > 0.1 for logits in expected), "a bound means something only if logits differ by more"
+def test_logits_are_those_of_hugging_face(
+    options: dict[str, Any], make_bloom: MakeBloom, worst_logit: Callable[..., float]
+) -> None:
     # all prompts in one step, and in steps so small that prompts are cut and stand beside decodes
     for budget in (2048, 21):
-        found = our_logits(folder, prompts, followed_by, max_num_batched_tokens=budget, max_num_seqs=16)
-        for ours, theirs in zip(found, expected, strict=True):
-            assert ours.shape == theirs.shape
-            assert (ours - theirs).abs().max() <= BOUND
+        worst = worst_logit(make_bloom(**options), LENGTHS, max_num_batched_tokens=budget, max_num_seqs=16)
+        assert worst <= BOUND
 
 
 HF: dict[str, Any] = {"hidden_size": 96, "n_head": 12, "n_layer": 3, "vocab_size": 509}

@@ -10,6 +10,7 @@ from hasten.core.config import ModelConfig
 from hasten.core.errors import ConfigError, HastenError, UnsupportedError
 from hasten.models import generation_config
 from hasten.models.hf_config import Fields
+from hasten.models.registry import architecture_of
 
 BLOOM: dict[str, Any] = {"model_type": "bloom", "hidden_size": 96, "n_head": 12, "n_layer": 3, "vocab_size": 509}
 PUBLISHED: dict[str, Any] = {
@@ -109,10 +110,13 @@ def test_a_bloom_without_a_vocabulary_size_has_that_of_transformers(tmp_path: Pa
         ({"n_layer": 24}, r'names no architecture; add "architectures": \[NAME\], where NAME is one of BloomForC'),
         ({"architectures": []}, "names no architecture"),
         ({"architectures": "BloomForCausalLM"}, "architectures 'BloomForCausalLM' is not a list of names"),
-        ({"model_type": "llama"}, r"model type 'llama' is not supported; supported are bloom \(docs/adding-a-model"),
         (
-            {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
-            r"architecture 'LlamaForCausalLM' is not supported; .* \(docs/adding-a-model\.md",
+            {"model_type": "gptj"},
+            r"model type 'gptj' is not supported; supported are bloom, llama, .* \(docs/adding-a-model",
+        ),
+        (
+            {"model_type": "gptj", "architectures": ["GPTJForCausalLM"]},
+            r"architecture 'GPTJForCausalLM' is not supported; .* \(docs/adding-a-model\.md",
         ),
     ],
 )
@@ -151,3 +155,26 @@ def test_settings_that_act_in_transformers_alone_are_named(
     read(tmp_path, BLOOM | raw)  # where checkpoints of transformers 4 have them
     named = [record.getMessage().rpartition(": ")[2] for record in caplog.records]
     assert named == ([", ".join(expected)] if expected else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [
+        ("DeepseekV3ForCausalLM", "a model with latent attention"),
+        ("Qwen3MoeForCausalLM", "a mixture of experts"),
+        ("MixtralForCausalLM", "a mixture of experts"),
+        ("T5ForConditionalGeneration", "an encoder-decoder"),
+        ("BertModel", "an encoder or a classifier"),
+        ("LlamaForSequenceClassification", "an encoder or a classifier"),
+        ("Qwen2VLForConditionalGeneration", "a model of images and text"),
+        ("Gemma3ForConditionalGeneration", "a model of images and text"),
+        ("MambaForCausalLM", "a model with recurrent layers"),
+        ("GPTNeoXForCausalLM", None),
+        ("PhiForCausalLM", None),
+    ],
+)
+def test_an_architecture_of_another_build_is_named_with_what_it_is(name: str, build: str | None) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        architecture_of({"architectures": [name]})
+    shown = f"architecture {name!r} is" if build is None else f"architecture {name!r} ({build}) is"
+    assert str(caught.value).startswith(f"{shown} not supported; supported are BloomForCausalLM, ")

@@ -25,7 +25,7 @@ def build_parser() -> Parser:
     """The whole command line. Imports nothing heavy: subcommands import what they need when they run."""
     parser = Parser(
         prog="hasten",
-        description="Inference engine and server for BLOOM language models: convert, benchmark, generate, serve.",
+        description="Inference engine and server for language models: convert, benchmark, generate, serve.",
     )
     parser.add_argument("--version", action="version", version=f"hasten {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

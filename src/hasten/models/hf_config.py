@@ -5,7 +5,7 @@ left is unknown, and a warning names it.
 """
 
 from collections.abc import Iterator, Mapping, Set
-from typing import Any
+from typing import Any, Literal
 
 from hasten.core.config import DTypeName, dtype_name
 from hasten.core.errors import ConfigError, UnsupportedError
@@ -90,6 +90,41 @@ def fraction(raw: Raw, name: str, default: float) -> float:
     return float(value)
 
 
+def number(raw: Raw, name: str, default: float) -> float:
+    """A number above 0."""
+    value = default if raw.get(name) is None else raw[name]
+    _require(_is_number(value) and value > 0, name, value, "a number above 0")
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def optional_count(raw: Raw, name: str, default: int | None) -> int | None:
+    """A whole number above 0, or none where it is given as null."""
+    return default if name not in raw else None if raw[name] is None else count(raw, name)
+
+
+def activation(raw: Raw, name: str, default: str) -> Literal["silu", "gelu", "gelu_tanh"]:
+    """The activation of a gated unit; UnsupportedError names the key of another."""
+    value = default if raw.get(name) is None else raw[name]
+    if not isinstance(value, str) or value not in _ACTIVATIONS:
+        raise UnsupportedError(f"{name} {value!r} is not supported; supported are {', '.join(sorted(_ACTIVATIONS))}")
+    return _ACTIVATIONS[value]
+
+
+_ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
 def flag(raw: Raw, name: str, default: bool) -> bool:
     """True or false."""
     value = default if raw.get(name) is None else raw[name]
@@ -104,7 +139,7 @@ def token(raw: Raw, name: str, default: int | None = None) -> int | None:
     return value
 
 
-def tokens(raw: Raw, name: str, default: int) -> tuple[int, ...]:
+def tokens(raw: Raw, name: str, default: int | None) -> tuple[int, ...]:
     """Token ids, given as one, a list or none."""
     value = raw.get(name, default)
     ids = value if isinstance(value, list) else [] if value is None else [value]

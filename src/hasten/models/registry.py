@@ -1,5 +1,6 @@
 """Architectures by their Hugging Face name; a model's module is imported when it is asked for."""
 
+import re
 from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,24 @@ if TYPE_CHECKING:
 MODELS: dict[str, str] = {
     "BloomForCausalLM": "hasten.models.bloom:BloomForCausalLM",
     "BloomModel": "hasten.models.bloom:BloomForCausalLM",
+    "LlamaForCausalLM": "hasten.models.llama:LlamaForCausalLM",
+    "LlamaModel": "hasten.models.llama:LlamaForCausalLM",
+    "MistralForCausalLM": "hasten.models.mistral:MistralForCausalLM",
+    "MistralModel": "hasten.models.mistral:MistralForCausalLM",
+    "Qwen2ForCausalLM": "hasten.models.qwen2:Qwen2ForCausalLM",
+    "Qwen2Model": "hasten.models.qwen2:Qwen2ForCausalLM",
+    "Qwen3ForCausalLM": "hasten.models.qwen3:Qwen3ForCausalLM",
+    "Qwen3Model": "hasten.models.qwen3:Qwen3ForCausalLM",
 }
 
 
-_MODEL_TYPES: dict[str, str] = {"bloom": "BloomForCausalLM"}
+_MODEL_TYPES: dict[str, str] = {
+    "bloom": "BloomForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 """Architectures by `model_type`, for a config.json that names no architecture."""
 
 
@@ -36,10 +51,23 @@ def architecture_of(raw: Mapping[str, Any]) -> str:
     return _MODEL_TYPES[_known("model type", str(model_type), _MODEL_TYPES)]
 
 
+_OTHER_BUILDS: tuple[tuple[str, str], ...] = (
+    (r"deepseek_?v?[23]|minicpm3|kimi", "a model with latent attention"),
+    (r"moe|mixtral|dbrx|gpt_?oss|grok|olmoe|arctic", "a mixture of experts"),
+    (r"mamba|rwkv|falcon_?h1|jamba|zamba|bamba", "a model with recurrent layers"),
+    (r"t5|bart|pegasus|marian|m2m|whisper|led(for|$)", "an encoder-decoder"),
+    (r"bert|electra|deberta|mpnet|xlm|nomic|sequenceclassification|tokenclassification", "an encoder or a classifier"),
+    (r"conditionalgeneration|llava|vl(for|model|$|_)|vision|idefics|mllama|paligemma", "a model of images and text"),
+)
+"""What architectures are that are built otherwise than any that hasten has, by a part of their name in lower case."""
+
+
 def _known(what: str, name: str, table: Mapping[str, str]) -> str:
     if name not in table:
+        found = (build for pattern, build in _OTHER_BUILDS if re.search(pattern, name.lower()))
+        build = next((f" ({build})" for build in found), "")
         raise UnsupportedError(
-            f"{what} {name!r} is not supported; supported are {', '.join(sorted(table))} "
+            f"{what} {name!r}{build} is not supported; supported are {', '.join(sorted(table))} "
             "(docs/adding-a-model.md says how to add another)"
         )
     return name

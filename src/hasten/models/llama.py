@@ -1,0 +1,171 @@
+"""LLaMA 1 to 3: RMS norms before each part, rotary positions, gated MLP, key/value heads shared by groups of queries.
+
+Shapes: t tokens of the flat batch, h hidden.
+Source: Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch.nn as nn
+from torch import Tensor
+
+from hasten.core.config import AttentionConfig, ModelConfig
+from hasten.core.errors import ConfigError
+from hasten.layers.attention import Attention
+from hasten.layers.embedding import Embedding, Head
+from hasten.layers.linear import GatedColumnLinear, RowLinear
+from hasten.layers.norm import RMSNorm
+from hasten.models import hf_config
+from hasten.models.base import CausalLM
+from hasten.models.rope import rope_from_hf
+from hasten.models.weight_map import Axis, Tie, WeightMap, WeightSpec, linear, norm, vocabulary
+from hasten.ops.meta import AttentionMeta
+from hasten.ops.partial_sum import PartialSum
+from hasten.parallel.shard import Split
+
+
+class LlamaBlock(nn.Module):
+    """One layer: attention and gated MLP, each behind a norm and added to a residual."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        hidden, inner, eps = config.hidden_size, config.intermediate_size, config.norm_eps
+        self.last = layer == config.num_layers - 1
+        self.input_norm = RMSNorm(hidden, eps=eps)
+        self.attention = Attention(hidden, config.attention_of(layer), norm_eps=eps)
+        self.post_norm = RMSNorm(hidden, eps=eps)
+        self.gate_up = GatedColumnLinear(hidden, inner, bias=config.mlp_bias, gate=config.activation)
+        self.down = RowLinear(inner, hidden, bias=config.mlp_bias)
+
+    def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> Tensor | PartialSum:
+        """Hidden states after this layer, or a sum for the next norm to add up."""
+        normed_th, residual_th = self.input_norm(x_th)
+        x_th = self.attention(normed_th, positions_t, meta, residual_th, last=self.last)
+        normed_th, residual_th = self.post_norm(x_th)
+        return self.down(self.gate_up(normed_th), residual_th)
+
+
+class LlamaForCausalLM(CausalLM):
+    """LLaMA with its language model head; families of the same build differ in their configuration alone."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaBlock(config, layer) for layer in range(config.num_layers))
+        self.final_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.head = Head(
+            config.vocab_size, config.hidden_size, tied=self.embedding if config.tie_word_embeddings else None
+        )
+
+    def forward(self, input_ids_t: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
+        """Hidden states after the last norm, of the tokens of `meta.output_part` where it names some: [t, h]."""
+        x_th: Tensor | PartialSum = self.embedding(input_ids_t)
+        for layer in self.layers:
+            x_th = layer(x_th, positions_t, meta)
+        return self.final_norm(x_th)[0]
+
+    hf_harmless: ClassVar[frozenset[str]] = frozenset({"attention_dropout", "initializer_range", "pretraining_tp"})
+
+    @staticmethod
+    def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+        """Read Hugging Face's config.json, with the rope under its keys of old and new versions."""
+        bias = hf_config.flag(raw, "attention_bias", False)
+        attention = replace(attention_from_hf(raw, max_position=2048), qkv_bias=bias, dense_bias=bias)
+        config = config_from_hf(raw, "LlamaForCausalLM", attention, max_position=2048, bos=1, eos=2)
+        return replace(config, mlp_bias=hf_config.flag(raw, "mlp_bias", False))
+
+    @staticmethod
+    def weight_map(config: ModelConfig) -> WeightMap:
+        """Names, layouts and splits of all weights."""
+        return WeightMap(
+            specs=tuple(_specs(config)),
+            hf_prefix="model.",
+            hf_unprefixed=frozenset({"lm_head.weight"}),
+            hf_ignored=("rotary_emb.inv_freq", "layers.{layer}.self_attn.rotary_emb.inv_freq"),
+            head_tie=Tie(_HEAD, _EMBEDDING) if config.tie_word_embeddings else None,
+        )
+
+
+def attention_from_hf(
+    raw: Mapping[str, Any], *, max_position: int, kv_heads: int | None = None, head_size: int | None = None
+) -> AttentionConfig:
+    """Heads and rope, without biases; the keywords are what a config.json that is silent stands for.
+
+    Without `kv_heads` there are as many as query heads, without `head_size` they divide the width.
+    """
+    hidden, heads = hf_config.count(raw, "hidden_size"), hf_config.count(raw, "num_attention_heads")
+    if raw.get("head_dim") is None and head_size is None and hidden % heads:
+        raise ConfigError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    size = hf_config.count(raw, "head_dim", default=head_size or hidden // heads)
+    longest = hf_config.count(raw, "max_position_embeddings", default=max_position)
+    return AttentionConfig(
+        num_heads=heads,
+        num_kv_heads=hf_config.optional_count(raw, "num_key_value_heads", kv_heads) or heads,
+        head_size=size,
+        position="rope",
+        rope=rope_from_hf(raw, size, longest),
+        qkv_bias=False,
+        dense_bias=False,
+    )
+
+
+def config_from_hf(
+    raw: Mapping[str, Any],
+    architecture: str,
+    attention: AttentionConfig,
+    *,
+    max_position: int,
+    bos: int | None = None,
+    eos: int | None = None,
+) -> ModelConfig:
+    """All that families of this build have in common, without biases in the MLP."""
+    return ModelConfig(
+        architecture=architecture,
+        num_layers=hf_config.count(raw, "num_hidden_layers"),
+        hidden_size=hf_config.count(raw, "hidden_size"),
+        intermediate_size=hf_config.count(raw, "intermediate_size"),
+        vocab_size=hf_config.count(raw, "vocab_size"),
+        attention=attention,
+        norm_eps=hf_config.fraction(raw, "rms_norm_eps", 1e-6),
+        activation=hf_config.activation(raw, "hidden_act", "silu"),
+        mlp_bias=False,
+        tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", False),
+        dtype=hf_config.dtype(raw) or "fp32",
+        bos_token_id=hf_config.token(raw, "bos_token_id", bos),
+        eos_token_ids=hf_config.tokens(raw, "eos_token_id", eos),
+        pad_token_id=hf_config.token(raw, "pad_token_id"),
+        max_position_embeddings=hf_config.count(raw, "max_position_embeddings", default=max_position),
+    )
+
+
+_EMBEDDING = vocabulary("embedding.weight", "embed_tokens.weight")
+_HEAD = vocabulary("head.weight", "lm_head.weight")
+
+
+def _of_layer(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
+    name, hf, attention = f"layers.{layer}", f"layers.{layer}", config.attention_of(layer)
+    qkv: dict[str, Axis] = {f"{hf}.self_attn.q_proj": "query"}
+    qkv |= {f"{hf}.self_attn.{each}_proj": "kv" for each in "kv"}
+    dense: dict[str, Axis] = {f"{hf}.self_attn.o_proj": "hidden"}
+    gate_up: dict[str, Axis] = {f"{hf}.mlp.gate_proj": "inner", f"{hf}.mlp.up_proj": "inner"}
+    down: dict[str, Axis] = {f"{hf}.mlp.down_proj": "hidden"}
+    yield from norm(f"{name}.input_norm", f"{hf}.input_layernorm", bias=False)
+    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=attention.qkv_bias)
+    if attention.qk_norm:
+        yield from norm(f"{name}.attention.query_norm", f"{hf}.self_attn.q_norm", bias=False, axis="head")
+        yield from norm(f"{name}.attention.key_norm", f"{hf}.self_attn.k_norm", bias=False, axis="head")
+    yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=attention.dense_bias)
+    yield from norm(f"{name}.post_norm", f"{hf}.post_attention_layernorm", bias=False)
+    yield from linear(f"{name}.gate_up", gate_up, "gate_up", "hidden", Split.GATE_UP, bias=config.mlp_bias)
+    yield from linear(f"{name}.down", down, "hidden", "inner", Split.ROW, bias=config.mlp_bias)
+
+
+def _specs(config: ModelConfig) -> Iterator[WeightSpec]:
+    yield _EMBEDDING
+    for layer in range(config.num_layers):
+        yield from _of_layer(config, layer)
+    yield from norm("final_norm", "norm", bias=False)
+    if not config.tie_word_embeddings:
+        yield _HEAD
