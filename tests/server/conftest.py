@@ -1,15 +1,22 @@
 """One event loop for all tests of the server, and one engine on the demo model behind it."""
 
 import asyncio
+import inspect
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx
 import pytest
+from tests.waiting import LIMIT_S
 
 from hasten.core.config import EngineConfig
 from hasten.engine.llm import LLM
 from hasten.server.engine.client import EngineClient
+
+# By default httpx gives an answer 5 s, which it may need longer for on a busy machine.
+_timeout = inspect.signature(httpx.get).parameters["timeout"].default
+_timeout.connect = _timeout.read = _timeout.write = _timeout.pool = LIMIT_S
 
 T = TypeVar("T")
 Run = Callable[[Coroutine[Any, Any, T]], T]

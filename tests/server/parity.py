@@ -13,6 +13,7 @@ import httpx
 from google.protobuf import json_format
 from tests.server.serve_process import serve_process
 from tests.server.tritonserver import TritonServer
+from tests.waiting import LIMIT_S
 from tritonclient.grpc import service_pb2_grpc
 
 HEADER_LENGTH = "inference-header-content-length"
@@ -49,7 +50,7 @@ class Side:
 
     def __init__(self, http: str, grpc_place: str, metrics: str = "") -> None:
         self.http_place, self.grpc_place, self.metrics = http, grpc_place, metrics
-        self._web = httpx.Client(base_url=f"http://{http}", timeout=30)
+        self._web = httpx.Client(base_url=f"http://{http}", timeout=LIMIT_S)
         self._channel = grpc.insecure_channel(grpc_place)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
@@ -73,13 +74,13 @@ class Side:
     def call(self, name: str, message: Any) -> Answer:
         """The answer to one call over gRPC."""
         try:
-            return Answer("OK", plain(getattr(self._stub, name)(message, timeout=30)))
+            return Answer("OK", plain(getattr(self._stub, name)(message, timeout=LIMIT_S)))
         except grpc.RpcError as error:
             return Answer(error.code().name, error.details())
 
     def stream(self, *messages: Any) -> list[Any]:
         """All that comes back from one stream."""
-        return [plain(message) for message in self._stub.ModelStreamInfer(iter(messages), timeout=30)]
+        return [plain(message) for message in self._stub.ModelStreamInfer(iter(messages), timeout=LIMIT_S)]
 
     def close(self) -> None:
         """Close the connections."""

@@ -9,6 +9,7 @@ import pytest
 import tritonclient.grpc as grpcclient
 from google.protobuf import text_format
 from tests.server.loop_thread import LoopThread
+from tests.waiting import LIMIT_S
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError, EngineError
@@ -232,5 +233,5 @@ def test_a_server_whose_start_takes_long_lives_meanwhile(thread: LoopThread, tmp
         assert client.get("/v2/health/ready").status_code == 400
     assert not starting.done()
     thread.loop.call_soon_threadsafe(loading.set)
-    starting.result(10)
+    starting.result(LIMIT_S)
     thread.run(server.stop(0))

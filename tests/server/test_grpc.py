@@ -10,7 +10,7 @@ import tritonclient.grpc as grpcclient
 import tritonclient.grpc.aio as aioclient
 from tests.server.adding_service import EXTENSIONS, OWN_ERROR
 from tests.server.transport_fixtures import LIMIT, Transports, serving, workers
-from tests.waiting import eventually
+from tests.waiting import LIMIT_S, eventually
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 from tritonclient.utils import InferenceServerException
@@ -75,7 +75,7 @@ def count(wanted: int, name: str = "d", delay: float = 0, **parameters: Any) -> 
 
 def refusal(call: Callable[..., Any], message: Any) -> tuple[grpc.StatusCode, str]:
     with pytest.raises(grpc.RpcError) as error:
-        call(message, timeout=30)
+        call(message, timeout=LIMIT_S)
     return error.value.code(), error.value.details()
 
 
@@ -90,7 +90,7 @@ def test_all_calls_of_the_service_are_served(stub: Any) -> None:
 
 def status(call: Callable[..., Any], message: Any) -> grpc.StatusCode:
     try:
-        call(message, timeout=30)
+        call(message, timeout=LIMIT_S)
     except grpc.RpcError as error:
         return error.code()
     return Code.OK
@@ -334,7 +334,7 @@ def test_bytes_that_are_no_message_are_the_clients_fault(site: Transports) -> No
         assert refusal(infer, GARBAGE) == (Code.INVALID_ARGUMENT, NO_MESSAGE)
         stream = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
         messages = (request(id="a").SerializeToString(), GARBAGE, request(id="b").SerializeToString())
-        found = [pb.ModelStreamInferResponse.FromString(raw) for raw in stream(iter(messages), timeout=30)]
+        found = [pb.ModelStreamInferResponse.FromString(raw) for raw in stream(iter(messages), timeout=LIMIT_S)]
     assert [(one.infer_response.id, one.error_message) for one in found] == [("a", ""), ("", NO_MESSAGE), ("b", "")]
 
 

@@ -6,6 +6,7 @@ import pytest
 import tritonclient.http as httpclient
 from tests.server.adding_service import EXTENSIONS
 from tests.server.transport_fixtures import Transports, refusal, serving
+from tests.waiting import LIMIT_S
 from tritonclient.utils import InferenceServerException
 
 # Expected answers are those that Triton 2.51.0 gave to the same requests. Where the fault is the client's, the status
@@ -23,7 +24,7 @@ def site() -> Iterator[Transports]:
 
 @pytest.fixture(scope="module")
 def client(site: Transports) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=f"http://{site.http}", timeout=30) as client:
+    with httpx.Client(base_url=f"http://{site.http}", timeout=LIMIT_S) as client:
         yield client
 
 

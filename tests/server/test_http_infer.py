@@ -14,7 +14,7 @@ import pytest
 import tritonclient.http as httpclient
 from tests.server.adding_service import OWN_ERROR
 from tests.server.transport_fixtures import LIMIT, Transports, refusal, serving, workers
-from tests.waiting import eventually
+from tests.waiting import LIMIT_S, eventually
 
 from hasten.server.protocol import http_infer
 
@@ -38,7 +38,7 @@ def site() -> Iterator[Transports]:
 
 @pytest.fixture(scope="module")
 def client(site: Transports) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=f"http://{site.http}", timeout=30) as client:
+    with httpx.Client(base_url=f"http://{site.http}", timeout=LIMIT_S) as client:
         yield client
 
 

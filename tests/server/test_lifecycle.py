@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tests.server.engine_helpers import until
 from tests.server.service_fixtures import CountingEngine, Running, tensor, token_request, values
+from tests.waiting import LIMIT_S
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import CapacityError, CheckpointError
@@ -617,7 +618,7 @@ def test_loads_of_one_model_come_one_after_another(bench: Bench) -> None:
 
     bench.run(at_once())
     assert len(bench.engines.started) == 1
-    bench.run(_wait(asyncio.wait_for(_gathered(bench, ["m"] * 3), 5)))
+    bench.run(_wait(asyncio.wait_for(_gathered(bench, ["m"] * 3), LIMIT_S)))
     bench.until(lambda: len(bench.engines.alive) == 1)
     assert len(bench.engines.started) == 4
 

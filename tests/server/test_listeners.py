@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from starlette.types import Receive, Scope, Send
+from tests.waiting import LIMIT_S
 
 from hasten.server.listeners import HttpListener
 
@@ -29,7 +30,7 @@ def test_an_end_that_is_given_up_can_be_had_at_once(run: Any) -> None:
         patient.cancel()
         with pytest.raises(asyncio.CancelledError):
             await patient
-        await asyncio.wait_for(listener.stop(0), 30)
+        await asyncio.wait_for(listener.stop(0), LIMIT_S)
         with pytest.raises(ConnectionRefusedError):
             await asyncio.open_connection("127.0.0.1", listener.port)
         never.set()

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
+from tests.waiting import LIMIT_S
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 LOCAL = ["--http-address", "127.0.0.1", "--http-port", "0", "--allow-grpc", "false", "--allow-metrics", "false"]
@@ -28,7 +29,7 @@ def limited(log: Path, soft: int, hard: int) -> "Iterator[tuple[subprocess.Popen
         yield process, int(wait_for(log, process, r"Started HTTPService at 127\.0\.0\.1:(\d+)"))
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(LIMIT_S)
 
 
 def wait_for(log: Path, process: "subprocess.Popen[bytes]", pattern: str) -> str:
@@ -50,7 +51,7 @@ def test_a_server_without_descriptors_says_so_once_a_minute_and_serves_again(tmp
             for _ in range(LIMIT + 20):
                 connections.enter_context(socket.create_connection(("127.0.0.1", port), 10))
             wait_for(log, process, f"(all {LIMIT} file descriptors are in use)")
-        with httpx.Client(transport=httpx.HTTPTransport(retries=50), timeout=30) as client:
+        with httpx.Client(transport=httpx.HTTPTransport(retries=50), timeout=LIMIT_S) as client:
             assert until_served(client, f"http://127.0.0.1:{port}/v2/health/ready").status_code == 200
         assert log.read_text().count("file descriptors are in use") == 1
 
