@@ -12,7 +12,7 @@ import pytest
 from tests.bench.load.scripted_server import Exchange, Script, Server, scripted, text, three_tokens, usage
 
 from hasten.bench.load.client import ClientOptions, LoadClient, Ran, Run
-from hasten.bench.load.processes import LoadClients, _shares
+from hasten.bench.load.processes import LoadClients, _divided
 from hasten.bench.load.reply import Record
 from hasten.bench.load.target import Target, find_target
 from hasten.bench.load.workload import Conversation, Turn
@@ -237,10 +237,10 @@ def test_processes_share_a_run() -> None:
     assert seen[-1] <= 3
 
 
-def test_shares_of_a_maximum_concurrency() -> None:
-    assert _shares(None, 3) == [None, None, None]
-    assert _shares(7, 3) == [3, 2, 2]
-    assert _shares(2, 4) == [1, 1]
+def test_a_maximum_concurrency_is_divided_among_processes() -> None:
+    assert _divided(None, 3) == [None, None, None]
+    assert _divided(7, 3) == [3, 2, 2]
+    assert _divided(2, 4) == [1, 1]
 
 
 def test_a_client_process_that_dies_is_an_error() -> None:

@@ -215,7 +215,7 @@ def test_tls(monkeypatch: pytest.MonkeyPatch, certificate: tuple[Path, Path]) ->
         _, ran = run(options_of(f"grpcs://{address}"), single(0.0))
         assert [record.error for record in ran.records] == [""]
         monkeypatch.delenv("SSL_CERT_FILE")
-        with pytest.raises(EngineError, match="cannot be asked for its models: UNAVAILABLE"):
+        with pytest.raises(EngineError, match="does not list its models: UNAVAILABLE"):
             options_of(f"grpcs://{address}")
 
 

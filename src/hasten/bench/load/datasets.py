@@ -84,7 +84,7 @@ def _entries(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _json_lines(path: str, lines: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each line's place and object; ConfigError for a line that is no JSON object."""
+    """Each line's location and object; ConfigError for a line that is no JSON object."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{path}, line {number}"

@@ -80,7 +80,7 @@ class _Channel:
     """One connection and the number of its open streams."""
 
     def __init__(self, address: Address) -> None:
-        # channels with equal options would share one connection
+        # channels with equal options would use the same connection
         options = [*channel_options(address.authority), ("grpc.use_local_subchannel_pool", 1)]
         if address.tls:
             self.channel = grpc.aio.secure_channel(address.authority, _credentials(), options=options)

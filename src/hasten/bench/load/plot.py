@@ -12,7 +12,7 @@ _WIDTH, _HEIGHT, _COLUMNS = 340, 240, 3
 _LEFT, _TOP, _RIGHT, _BOTTOM = 52, 34, 16, 40
 _TITLE_HEIGHT = 36
 _COLORS = ("#0072b2", "#e69f00", "#d55e00", "#009e73")
-"""Told apart by readers who see colours otherwise, too."""
+"""Distinguishable with colour blindness."""
 _LINES = 4
 _STEPS = (1, 2, 2.5, 5, 10)
 _TITLES = {
@@ -64,7 +64,7 @@ def _requests(results: Sequence[LoadResult]) -> Series:
 
 
 def _panel(name: str, rates: Sequence[str], series: Series) -> str:
-    """A diagram with its axes. Rates stand at equal distances, so that `inf` has its place."""
+    """A diagram with its axes. Rates stand at equal distances, since `inf` is among them."""
     top = _ceiling(max((value for values in series.values() for value in values if value is not None), default=0.0))
     across, down = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
     step = across / max(1, len(rates) - 1)

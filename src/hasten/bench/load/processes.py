@@ -19,11 +19,11 @@ _STOP_S = 5.0
 
 
 class LoadClients:
-    """Client processes that share the requests of each run. A context manager: they end with it."""
+    """Client processes among which the requests of each run are divided. A context manager: they end with it."""
 
     def __init__(self, options: ClientOptions, count: int) -> None:
-        shares = _shares(options.max_concurrency, count)
-        self._children = [_Child(replace(options, max_concurrency=share)) for share in shares]
+        limits = _divided(options.max_concurrency, count)
+        self._children = [_Child(replace(options, max_concurrency=limit)) for limit in limits]
 
     def __enter__(self) -> "LoadClients":
         with ExitStack() as stack:
@@ -76,7 +76,7 @@ class LoadClients:
         return sum(child.done.value for child in self._children)
 
 
-def _shares(total: int | None, count: int) -> list[int | None]:
+def _divided(total: int | None, count: int) -> list[int | None]:
     """A maximum of requests in flight divided among processes, of which there are no more than requests."""
     if total is None:
         return [None] * count

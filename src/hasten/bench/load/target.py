@@ -58,7 +58,7 @@ class Target:
         return _Http(self)
 
     def codec(self) -> Codec:
-        """The form of the API, which is one over HTTP."""
+        """The form of an API over HTTP."""
         if self.api == "triton-generate":
             assert self.inputs is not None
             return Generate(self.options, self.inputs)
@@ -128,7 +128,7 @@ def find_target(
     sampling: Mapping[str, Any],
     extra: Mapping[str, Any],
 ) -> Target:
-    """The target at a URL; the server is asked for what is not given: its model, and the inputs of Triton's models.
+    """The target at a URL; what is not given is read from the server: its model, and the inputs of Triton's models.
 
     ConfigError for what does not fit the server, EngineError where the server does not answer.
     """
@@ -159,7 +159,7 @@ def _run(work: Coroutine[Any, Any, Result], address: Address) -> Result:
     except TimeoutError:
         raise EngineError(f"the server at {address} did not answer within {_DISCOVERY_S:.0f} s") from None
     except RequestError as error:
-        raise EngineError(f"the server at {address} cannot be asked for its models: {error}") from None
+        raise EngineError(f"the server at {address} does not list its models: {error}") from None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise EngineError(
             f"the server at {address} does not answer as its API says ({error!r:.80}); is --api right?"
@@ -225,9 +225,9 @@ async def _described(client: "GrpcClient", model: str | None) -> tuple[str, list
 
 
 def _text_model(models: Mapping[str, Sequence[ModelInput]]) -> tuple[str, list[ModelInput]]:
-    """The one model that takes text."""
+    """The only model that takes text."""
     found = [name for name, inputs in models.items() if any(each.name == TEXT_INPUT for each in inputs)]
     if len(found) != 1:
         what = f"several models that take text ({', '.join(found)})" if found else "no model that takes text"
-        raise ConfigError(f"the server has {what}; name one with --served-model-name")
+        raise ConfigError(f"the server has {what}; choose it with --served-model-name")
     return found[0], list(models[found[0]])

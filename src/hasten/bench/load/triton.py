@@ -12,7 +12,7 @@ _SAMPLING = "sampling_parameters"
 _TENSORRT_LLM = {"min_tokens": "min_length", "stop": "stop_words"}
 """Names that TensorRT-LLM's models give to sampling parameters; the others are called as here."""
 _FLAGS = ("exclude_input_in_output", "return_num_input_tokens", "return_num_output_tokens")
-"""What is asked of models that have it: the new text alone, and its tokens."""
+"""Inputs that are set where a model has them: the new text alone, and its number of tokens."""
 
 
 @dataclass(frozen=True)
