@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,58 @@ def test_log_probabilities_are_still_the_models_own(llm: LLM) -> None:
     assert output.text == "☃"
     assert output.logprobs is not None
     assert all(max(entry.rank for entry in step.values()) > 1 for step in output.logprobs[:1])
+
+
+FORCED: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "drawn": {"seed": 3},
+    "siblings": {"seed": 4, "n": 3},
+    "penalties": {"seed": 5, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
+    "stop": {"seed": 6, "stop": ['ge"', "ag"]},
+    "stop token": {"seed": 6, "stop_token_ids": [21]},
+    "cut off": {"seed": 7, "max_tokens": 11},
+    "cut off within": {"seed": 7, "max_tokens": 13},
+    "log-probabilities": {"seed": 8, "logprobs": 1},
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_tokens_that_a_grammar_forces_are_taken_without_a_step(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = SCHEMAS["person"] | {"properties": SCHEMAS["person"]["properties"] | {"population": {"type": "boolean"}}}
+    schema |= {"required": list(schema["properties"])}
+    params = [constrained(schema, **options) for options in FORCED.values()]
+    with LLM(DEMO, device="cpu", overlap_steps=False, tensor_parallel_size=ranks) as llm:
+
+        def run() -> tuple[list[RequestOutput], int]:
+            before = llm.engine.stats.steps
+            return llm.generate(["Anna"] * len(params), params), llm.engine.stats.steps - before
+
+        found, steps = run()
+        assert llm.engine.scheduler.blocks.num_used == 0
+        assert not llm.engine.scheduler.running
+        alone = llm.generate("Anna", params[1])
+        monkeypatch.setattr(Constraint, "forced", lambda _self: [])
+        one_by_one, more_steps = run()
+    for name, output, expected in zip(FORCED, found, one_by_one, strict=True):
+        # the last bits of log-probabilities depend on what else is in the batch
+        same = [[replace(one, logprobs=None, cumulative_logprob=None) for one in o.outputs] for o in (output, expected)]
+        assert same[0] == same[1], name
+    assert [completion.token_ids for completion in alone[0].outputs] == [found[1].outputs[0].token_ids]
+    assert len(found[-1].outputs[0].logprobs or ()) == len(found[-1].outputs[0].token_ids)
+    assert more_steps == max(len(c.token_ids) for output in one_by_one for c in output.outputs)
+    assert steps == len(found[-1].outputs[0].token_ids)  # log-probabilities need each step
+
+
+def test_fewer_steps_where_much_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(regex="yes, of course|no, not at all, never", max_tokens=60, temperature=0)
+    with LLM(DEMO, device="cpu", overlap_steps=False) as llm:
+        (quick,) = llm.generate("Anna", params)
+        steps = llm.engine.stats.steps
+        monkeypatch.setattr(Constraint, "forced", lambda _self: [])
+        (slow,) = llm.generate("Anna", params)
+        assert quick.outputs == slow.outputs
+        assert llm.engine.stats.steps - steps == len(slow.outputs[0].token_ids)
+        assert steps <= 3
 
 
 def test_max_tokens_cuts_off(llm: LLM) -> None:

@@ -54,6 +54,15 @@ class Constraint:
         self._note(time.thread_time() - began)
         return self.error is None and self.matcher.is_stopped()
 
+    def forced(self) -> list[int]:
+        """The tokens that have to come next, up to where there is a choice or the text is whole."""
+        if self.is_over:
+            return []
+        began = time.thread_time()
+        tokens: list[int] = self.matcher.compute_ff_tokens()
+        self._note(time.thread_time() - began)
+        return tokens
+
     def fill_mask(self, masks: NDArray[np.int32], row: int) -> None:
         """Which tokens may come next, into a row of masks; takes note of the time."""
         from llguidance.numpy import fill_next_token_bitmask

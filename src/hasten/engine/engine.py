@@ -509,16 +509,34 @@ class Engine:
             output.stop_reason = sampled.error
             self._finish(state, completion, FinishReason.ERROR)
             return
-        sequence.append(token)
-        output.token_ids.append(token)
-        self._generation_tokens += 1
-        self._pending["tokens"].append((sequence.key, token))
         if sampled.top is not None and output.logprobs is not None:
             output.logprobs.append(sampled.top)
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + (sampled.logprob or 0.0)
+        if self._extend(state, completion, token) or constraint is None or not self._skips_forced(sequence):
+            return
+        for forced in constraint.forced():
+            if self._extend(state, completion, forced):
+                return
+
+    def _skips_forced(self, sequence: Sequence) -> bool:
+        """Whether tokens that a grammar leaves no choice about are taken without a step that chooses them.
+
+        The next step then computes all of them at once. With overlapped steps it is launched already; and who asks for
+        log-probabilities needs the logits at each token.
+        """
+        return not self.worker.overlap and sequence.params.logprobs is None
+
+    def _extend(self, state: _RequestState, completion: _Completion, token: int) -> bool:
+        """Let a token be the next one of a completion; whether that ended it."""
+        sequence = completion.sequence
+        sequence.append(token)
+        completion.output.token_ids.append(token)
+        self._generation_tokens += 1
+        self._pending["tokens"].append((sequence.key, token))
         reason = self._finish_reason(completion, token)
         if reason is not None:
             self._finish(state, completion, reason)
+        return reason is not None
 
     def _finish(self, state: _RequestState, completion: _Completion, reason: FinishReason) -> None:
         sequence = completion.sequence

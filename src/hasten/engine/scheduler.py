@@ -121,8 +121,6 @@ class Scheduler:
         if sequence is None:
             return
         self.blocks.free(sequence)
-        if sequence.is_complete:
-            return  # neither runs nor waits
         for holders in (self.running, self.waiting):
             if sequence in holders:
                 holders.remove(sequence)

@@ -136,9 +136,9 @@ class Sequence:
         return self.token_ids[self.prompt_len :]
 
     def append(self, token: int) -> None:
-        """Take note of the token that was pending for the longest."""
+        """Take note of a token: of the one that was pending for the longest, or of one that no step has to choose."""
         self.token_ids.append(token)
-        self.pending -= 1
+        self.pending = max(0, self.pending - 1)
 
     def fork(self, index: int) -> "Sequence":
         """A sibling with the same prompt and a seed of its own; the scheduler shares the blocks."""
