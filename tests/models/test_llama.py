@@ -19,6 +19,7 @@ from hasten.core.config import AttentionConfig, ModelConfig, ParallelConfig, Rop
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
 from hasten.models.llama import LlamaForCausalLM
 from hasten.models.mistral import MistralForCausalLM
+from hasten.models.phi3 import Phi3ForCausalLM
 from hasten.models.qwen2 import Qwen2ForCausalLM
 from hasten.models.qwen3 import Qwen3ForCausalLM
 from hasten.models.registry import model_class
@@ -63,6 +64,13 @@ MODELS: dict[str, Model] = {
     ),
     "mistral": ("Mistral", {"sliding_window": 7, "head_dim": 20}),
     "mistral, no window": ("Mistral", {"sliding_window": None}),
+    "phi3": (
+        "Phi3",
+        {
+            "sliding_window": 9,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        },
+    ),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2, windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 20}),
@@ -99,6 +107,30 @@ def test_a_dynamic_rope_is_that_of_the_longest_sequence(make_model: MakeModel, w
     assert worst_logit(folder, [5], max_model_len=100) > 100 * BOUND
 
 
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0, 1.5, 1.0, 2.0, 1.0, 1.0],
+    "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+}
+
+
+@pytest.mark.parametrize("family", ["Phi3", "Llama"])
+def test_a_longrope_is_that_of_the_longest_sequence(
+    family: str, make_model: MakeModel, worst_logit: Worst, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outer = {"original_max_position_embeddings": 16} if family == "Phi3" else {}
+    rope = LONGROPE if outer else LONGROPE | {"original_max_position_embeddings": 16, "factor": 8.0}
+    folder = make_model(family, rope_parameters=rope, **outer)
+    assert worst_logit(folder, [14, 40, 70]) <= BOUND  # all grow longer than 16, and transformers looks at that
+    assert worst_logit(folder, [5, 13], max_model_len=16) <= BOUND
+    assert worst_logit(folder, [5, 13]) > 100 * BOUND
+    for control in ({"attention_factor": 1.0}, {"long_factor": (2.0,) * 6}):
+        changed = _rope(read_hf_config(folder), **control)
+        monkeypatch.setattr(sources, "read_hf_config", lambda _, changed=changed: changed)
+        assert worst_logit(folder, [14, 40, 70]) > 2 * BOUND
+
+
 def _attention(config: ModelConfig, **changes: Any) -> ModelConfig:
     layers = tuple(replace(layer, **changes) for layer in config.layer_attention)
     return replace(config, attention=replace(config.attention, **changes), layer_attention=layers)
@@ -132,6 +164,8 @@ CONTROLS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "epsilon": ("llama, biases, tied, head size, gelu", lambda config: replace(config, norm_eps=1e-6)),
     "a token less in the window": ("mistral", lambda config: _window(config, -1)),
     "a token more in the window": ("mistral", lambda config: _window(config, 1)),
+    "half of a Phi's head turns": ("phi3", lambda config: _rope(config, width=12)),
+    "a token more in a Phi's window": ("phi3", lambda config: _window(config, 1)),
     "windows in some layers": ("qwen2, windows", lambda config: replace(config, layer_attention=())),
     "a window in the first layer": (
         "qwen2, windows",
@@ -340,6 +374,7 @@ RAW: dict[str, Any] = {
 CLASSES = {
     "Llama": LlamaForCausalLM,
     "Mistral": MistralForCausalLM,
+    "Phi3": Phi3ForCausalLM,
     "Qwen2": Qwen2ForCausalLM,
     "Qwen3": Qwen3ForCausalLM,
 }
@@ -354,7 +389,7 @@ def test_what_a_config_leaves_out_is_as_in_hugging_face(family: str) -> None:
     found = CLASSES[family].config_from_hf(raw)
     assert found.architecture == f"{family}ForCausalLM"
     assert found.attention.num_kv_heads == reference.num_key_value_heads
-    assert found.attention.head_size == reference.head_dim if family != "Qwen2" else 8
+    assert found.attention.head_size == getattr(reference, "head_dim", 8)
     assert found.norm_eps == reference.rms_norm_eps
     assert found.activation == reference.hidden_act
     assert found.tie_word_embeddings == reference.tie_word_embeddings
@@ -390,10 +425,16 @@ def test_the_keys_of_old_and_new_versions_mean_the_same() -> None:
         ("Llama", {"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
         ("Llama", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported are gelu, "),
         ("Llama", {"hidden_act": 3}, "hidden_act 3 is not supported"),
-        ("Llama", {"rope_scaling": {"type": "longrope"}}, "rope_scaling.rope_type 'longrope' is not supported; "),
+        ("Llama", {"rope_scaling": {"type": "longrope"}}, "rope_scaling: longrope lacks 'short_factor'"),
         ("Llama", {"rope_parameters": {"rope_type": "ntk"}}, "rope_parameters.rope_type 'ntk' is not supported"),
         ("Llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling: linear lacks 'factor'"),
         ("Llama", {"rope_scaling": {"type": "linear", "factor": -1}}, "rope_scaling: factor has a value"),
+        (
+            "Phi3",
+            {"rope_scaling": {"type": "su", "short_factor": [1.0] * 6, "long_factor": [1.0] * 5}},
+            "rope_scaling: long_factor has 5 numbers for 6 pairs of dimensions",
+        ),
+        ("Phi3", {"rope_scaling": {"type": "su", "short_factor": ["a"]}}, "rope_scaling: short_factor has a value"),
         ("Llama", {"rope_scaling": {"mrope_section": [1]}}, "rope_scaling.mrope_section is not supported"),
         ("Llama", {"rope_scaling": "linear"}, "rope_scaling 'linear' is not an object"),
         ("Llama", {"rope_theta": "big"}, "rope_theta has a value of the wrong kind: 'big' is not a number above 0"),

@@ -470,7 +470,10 @@ def _rank_metadata(path: Path) -> dict[str, Any]:
 
 def _attention_from_json(raw: dict[str, Any]) -> AttentionConfig:
     rope = raw.get("rope")
-    return AttentionConfig(**{**raw, "rope": None if rope is None else RopeConfig(**rope)})
+    if rope is not None:
+        factors = {name: tuple(rope.get(name, ())) for name in ("short_factor", "long_factor")}
+        rope = RopeConfig(**rope | factors)
+    return AttentionConfig(**{**raw, "rope": rope})
 
 
 def _config_from_json(raw: dict[str, Any], path: Path) -> ModelConfig:

@@ -93,7 +93,7 @@ def _check_kinds(config: Any) -> None:
                 _require(fits(value), f"{name} must be {kind}{or_none}, got {value!r:.80}")
 
 
-RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +115,9 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     """All three of `yarn`."""
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    """Both of `longrope`: what each pair is slowed down by, up to the original length and beyond."""
     attention_factor: float = 1.0
     """What cosines and sines are multiplied by."""
 
@@ -124,6 +127,9 @@ class RopeConfig:
             _require(getattr(self, name) > 0, f"{name} of the rope must be positive, got {getattr(self, name)}")
         needs = self.kind not in ("default", "linear")
         _require(not needs or self.original_max_position is not None, f"rope {self.kind} needs its original length")
+        for name in ("short_factor", "long_factor") if self.kind == "longrope" else ():
+            count = len(getattr(self, name))
+            _require(count == self.width // 2, f"{name} has {count} numbers for {self.width // 2} pairs of dimensions")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ def rope_frequencies(config: RopeConfig, longest: int) -> Tensor:
 
     Sources: Su et al., "RoFormer", 2021; Chen et al., "Extending Context Window of Large Language Models via Positional
     Interpolation", 2023 (linear); bloc97, "NTK-Aware Scaled RoPE", 2023 (dynamic); Peng et al., "YaRN", 2023; Llama
-    Team, "The Llama 3 Herd of Models", 2024 (llama3).
+    Team, "The Llama 3 Herd of Models", 2024 (llama3); Ding et al., "LongRoPE", 2024.
     """
     theta, width = config.theta, config.width
     if config.kind == "dynamic" and width > 2:
@@ -38,6 +38,10 @@ def rope_frequencies(config: RopeConfig, longest: int) -> Tensor:
         return plain / config.factor
     if config.kind == "llama3":
         return _llama3(plain, config)
+    if config.kind == "longrope":
+        assert config.original_max_position is not None
+        factors = config.long_factor if longest > config.original_max_position else config.short_factor
+        return plain / torch.tensor(factors, dtype=torch.float64)
     if config.kind == "yarn":
         kept = _kept_by_yarn(config)
         return plain * kept + plain / config.factor * (1 - kept)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch.nn as nn
 from torch import Tensor
 
-from hasten.core.config import AttentionConfig, ModelConfig
+from hasten.core.config import AttentionConfig, ModelConfig, RopeKind
 from hasten.core.errors import ConfigError
 from hasten.layers.attention import Attention
 from hasten.layers.embedding import Embedding, Head
@@ -19,7 +19,7 @@ from hasten.layers.linear import GatedColumnLinear, RowLinear
 from hasten.layers.norm import RMSNorm
 from hasten.models import hf_config
 from hasten.models.base import CausalLM
-from hasten.models.rope import rope_from_hf
+from hasten.models.rope import ROPE_ALIASES, rope_from_hf
 from hasten.models.weight_map import Axis, Tie, WeightMap, WeightSpec, linear, norm, vocabulary
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.partial_sum import PartialSum
@@ -79,21 +79,32 @@ class LlamaForCausalLM(CausalLM):
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:
         """Names, layouts and splits of all weights."""
-        return WeightMap(
-            specs=tuple(_specs(config)),
-            hf_prefix="model.",
-            hf_unprefixed=frozenset({"lm_head.weight"}),
-            hf_ignored=("rotary_emb.inv_freq", "layers.{layer}.self_attn.rotary_emb.inv_freq"),
-            head_tie=Tie(_HEAD, _EMBEDDING) if config.tie_word_embeddings else None,
-        )
+        return weight_map(config)
+
+
+def weight_map(config: ModelConfig, *, fused: bool = False) -> WeightMap:
+    """That of a model of this build; `fused`: its checkpoints hold QKV, and gate and up, as one tensor each."""
+    return WeightMap(
+        specs=tuple(_specs(config, fused)),
+        hf_prefix="model.",
+        hf_unprefixed=frozenset({"lm_head.weight"}),
+        hf_ignored=("rotary_emb.inv_freq", "layers.{layer}.self_attn.rotary_emb.inv_freq"),
+        head_tie=Tie(_HEAD, _EMBEDDING) if config.tie_word_embeddings else None,
+    )
 
 
 def attention_from_hf(
-    raw: Mapping[str, Any], *, max_position: int, kv_heads: int | None = None, head_size: int | None = None
+    raw: Mapping[str, Any],
+    *,
+    max_position: int,
+    kv_heads: int | None = None,
+    head_size: int | None = None,
+    rope_aliases: Mapping[str, RopeKind] = ROPE_ALIASES,
 ) -> AttentionConfig:
     """Heads and rope, without biases; the keywords are what a config.json that is silent stands for.
 
-    Without `kv_heads` there are as many as query heads, without `head_size` they divide the width.
+    Without `kv_heads` there are as many as query heads, without `head_size` they divide the width. `rope_aliases` are
+    names under which a family knows kinds of ropes.
     """
     hidden, heads = hf_config.count(raw, "hidden_size"), hf_config.count(raw, "num_attention_heads")
     if raw.get("head_dim") is None and head_size is None and hidden % heads:
@@ -105,7 +116,7 @@ def attention_from_hf(
         num_kv_heads=hf_config.optional_count(raw, "num_key_value_heads", kv_heads) or heads,
         head_size=size,
         position="rope",
-        rope=rope_from_hf(raw, size, longest),
+        rope=rope_from_hf(raw, size, longest, rope_aliases),
         qkv_bias=False,
         dense_bias=False,
     )
@@ -144,12 +155,14 @@ _EMBEDDING = vocabulary("embedding.weight", "embed_tokens.weight")
 _HEAD = vocabulary("head.weight", "lm_head.weight")
 
 
-def _of_layer(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
+def _of_layer(config: ModelConfig, layer: int, fused: bool) -> Iterator[WeightSpec]:
     name, hf, attention = f"layers.{layer}", f"layers.{layer}", config.attention_of(layer)
     qkv: dict[str, Axis] = {f"{hf}.self_attn.q_proj": "query"}
     qkv |= {f"{hf}.self_attn.{each}_proj": "kv" for each in "kv"}
     dense: dict[str, Axis] = {f"{hf}.self_attn.o_proj": "hidden"}
     gate_up: dict[str, Axis] = {f"{hf}.mlp.gate_proj": "inner", f"{hf}.mlp.up_proj": "inner"}
+    if fused:
+        qkv, gate_up = {f"{hf}.self_attn.qkv_proj": "qkv"}, {f"{hf}.mlp.gate_up_proj": "gate_up"}
     down: dict[str, Axis] = {f"{hf}.mlp.down_proj": "hidden"}
     yield from norm(f"{name}.input_norm", f"{hf}.input_layernorm", bias=False)
     yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=attention.qkv_bias)
@@ -162,10 +175,10 @@ def _of_layer(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
     yield from linear(f"{name}.down", down, "hidden", "inner", Split.ROW, bias=config.mlp_bias)
 
 
-def _specs(config: ModelConfig) -> Iterator[WeightSpec]:
+def _specs(config: ModelConfig, fused: bool) -> Iterator[WeightSpec]:
     yield _EMBEDDING
     for layer in range(config.num_layers):
-        yield from _of_layer(config, layer)
+        yield from _of_layer(config, layer, fused)
     yield from norm("final_norm", "norm", bias=False)
     if not config.tie_word_embeddings:
         yield _HEAD

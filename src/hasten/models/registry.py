@@ -17,6 +17,8 @@ MODELS: dict[str, str] = {
     "LlamaModel": "hasten.models.llama:LlamaForCausalLM",
     "MistralForCausalLM": "hasten.models.mistral:MistralForCausalLM",
     "MistralModel": "hasten.models.mistral:MistralForCausalLM",
+    "Phi3ForCausalLM": "hasten.models.phi3:Phi3ForCausalLM",
+    "Phi3Model": "hasten.models.phi3:Phi3ForCausalLM",
     "Qwen2ForCausalLM": "hasten.models.qwen2:Qwen2ForCausalLM",
     "Qwen2Model": "hasten.models.qwen2:Qwen2ForCausalLM",
     "Qwen3ForCausalLM": "hasten.models.qwen3:Qwen3ForCausalLM",
@@ -28,6 +30,7 @@ _MODEL_TYPES: dict[str, str] = {
     "bloom": "BloomForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }

@@ -1,6 +1,7 @@
 """Rotary position embeddings as Hugging Face's config.json describes them, under the keys of old and new versions."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from hasten.core.config import RopeConfig, RopeKind
@@ -12,16 +13,21 @@ _KINDS = get_args(RopeKind)
 _KEYS = frozenset(
     """
     rope_type type rope_theta factor original_max_position_embeddings low_freq_factor high_freq_factor beta_fast
-    beta_slow attention_factor mscale mscale_all_dim truncate partial_rotary_factor
+    beta_slow attention_factor mscale mscale_all_dim truncate partial_rotary_factor short_factor long_factor
     """.split()
 )
+_ORIGINAL = "original_max_position_embeddings"
+ROPE_ALIASES: Mapping[str, RopeKind] = {"su": "longrope"}
+"""Old names of kinds."""
 _WITH_FACTOR = ("linear", "dynamic", "llama3", "yarn")
 
 
-def rope_from_hf(raw: Raw, head_size: int, max_position: int) -> RopeConfig:
+def rope_from_hf(
+    raw: Raw, head_size: int, max_position: int, aliases: Mapping[str, RopeKind] = ROPE_ALIASES
+) -> RopeConfig:
     """The rope of a model: `rope_parameters`, or `rope_theta` and `rope_scaling` of older versions.
 
-    ConfigError and UnsupportedError name the key.
+    `aliases`: names of kinds under which a family knows others. ConfigError and UnsupportedError name the key.
     """
     key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
     values: dict[str, Any] = {} if raw.get(key) is None else raw[key]
@@ -30,6 +36,7 @@ def rope_from_hf(raw: Raw, head_size: int, max_position: int) -> RopeConfig:
     if unknown := sorted(name for name in values if name not in _KEYS):
         raise UnsupportedError(f"{key}.{unknown[0]} is not supported")
     kind: Any = values.get("rope_type") or values.get("type") or "default"
+    kind = aliases.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in _KINDS:
         raise UnsupportedError(f"{key}.rope_type {kind!r} is not supported; supported are {', '.join(_KINDS)}")
     try:
@@ -39,9 +46,11 @@ def rope_from_hf(raw: Raw, head_size: int, max_position: int) -> RopeConfig:
 
 
 def _with_outer(values: dict[str, Any], raw: Raw) -> dict[str, Any]:
-    """With the keys that older versions have beside the object."""
+    """With the keys that older versions have beside the object; an original length there wins."""
     outer = {name: raw.get(name) for name in ("rope_theta", "partial_rotary_factor")}
-    return {name: value for name, value in outer.items() if value is not None} | values
+    whole = {name: value for name, value in outer.items() if value is not None} | values
+    original = raw.get(_ORIGINAL)
+    return whole if original is None else whole | {_ORIGINAL: original}
 
 
 def _rope(kind: RopeKind, values: dict[str, Any], head_size: int, max_position: int) -> RopeConfig:
@@ -49,8 +58,8 @@ def _rope(kind: RopeKind, values: dict[str, Any], head_size: int, max_position: 
         raise ConfigError(f"{kind} lacks 'factor'")
     factor = hf_config.number(values, "factor", 1.0)
     original = None if kind in ("default", "linear") else max_position
-    if kind in ("llama3", "yarn"):
-        original = hf_config.count(values, "original_max_position_embeddings", default=max_position)
+    if kind in ("llama3", "yarn", "longrope"):
+        original = hf_config.count(values, _ORIGINAL, default=max_position)
     return RopeConfig(
         width=int(head_size * hf_config.number(values, "partial_rotary_factor", 1.0)),
         theta=hf_config.number(values, "rope_theta", 10_000.0),
@@ -62,18 +71,34 @@ def _rope(kind: RopeKind, values: dict[str, Any], head_size: int, max_position: 
         beta_fast=hf_config.number(values, "beta_fast", 32.0),
         beta_slow=hf_config.number(values, "beta_slow", 1.0),
         truncate=hf_config.flag(values, "truncate", True),
-        attention_factor=_attention_factor(values, factor) if kind == "yarn" else 1.0,
+        short_factor=_factors(values, "short_factor") if kind == "longrope" else (),
+        long_factor=_factors(values, "long_factor") if kind == "longrope" else (),
+        attention_factor=_attention_factor(kind, values, max_position / (original or max_position)),
     )
 
 
-def _attention_factor(values: dict[str, Any], factor: float) -> float:
-    """What yarn multiplies cosines and sines by."""
+def _factors(values: dict[str, Any], name: str) -> tuple[float, ...]:
+    found = values.get(name)
+    if not isinstance(found, list):
+        raise ConfigError(f"longrope lacks {name!r}" if found is None else f"{name} {found!r} is not a list of numbers")
+    return tuple(hf_config.number({name: value}, name, 1.0) for value in found)
+
+
+def _attention_factor(kind: RopeKind, values: dict[str, Any], stretched: float) -> float:
+    """What cosines and sines are multiplied by; `stretched`: the model's length in original lengths."""
+    if kind not in ("yarn", "longrope"):
+        return 1.0
+    if values.get("attention_factor") is not None:
+        return hf_config.number(values, "attention_factor", 1.0)
+    if kind == "longrope":
+        factor = hf_config.number(values, "factor", stretched)
+        original = hf_config.count(values, _ORIGINAL, default=2)
+        return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    factor = hf_config.number(values, "factor", 1.0)
 
     def scaled(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    if values.get("attention_factor") is not None:
-        return hf_config.number(values, "attention_factor", 1.0)
     if values.get("mscale") and values.get("mscale_all_dim"):
         return scaled(hf_config.number(values, "mscale", 1)) / scaled(hf_config.number(values, "mscale_all_dim", 1))
     return scaled(1.0)
