@@ -59,7 +59,7 @@ NEVER = 5000
         (HastenError("x"), ErrorKind.INTERNAL, "x"),
         (QueueFullError("x"), ErrorKind.UNAVAILABLE, "[request id: q7] Exceeds maximum queue size: x"),
         (QueueTimeoutError("x"), ErrorKind.UNAVAILABLE, "[request id: q7] Request timeout expired: x"),
-        (ServiceError(ErrorKind.DEADLINE, "x"), ErrorKind.DEADLINE, "x"),
+        (ServiceError(ErrorKind.EXHAUSTED, "x"), ErrorKind.EXHAUSTED, "x"),
     ],
 )
 def test_what_errors_are_to_a_client(error: HastenError, kind: ErrorKind, message: str) -> None:

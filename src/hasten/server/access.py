@@ -15,14 +15,12 @@ from urllib.parse import quote
 import grpc
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hasten.server.http_errors import OPENAI_PATHS
+from hasten.server.http_errors import CLIENT_GONE, OPENAI_PATHS
+from hasten.server.security import OPEN_CALLS, OPEN_PATHS
 
 REQUEST_ID = "x-request-id"
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _LONGEST_PATH = 200
-_CLIENT_GONE = 499
-_PROBES = frozenset({"/v2/health/live", "/v2/health/ready", "/health", "/ping"})
-_GRPC_PROBES = frozenset({"ServerLive", "ServerReady", "Check"})
 _GRPC_STATUS = {code.value[0]: code.name for code in grpc.StatusCode}
 _log = logging.getLogger(__name__)
 
@@ -54,7 +52,7 @@ def _request_id(given: str) -> str:
 
 def _api(path: str) -> str:
     """The API that an HTTP path belongs to."""
-    if path in _PROBES:
+    if path in OPEN_PATHS:
         return "probe"
     if path.startswith(OPENAI_PATHS):
         return "openai"
@@ -74,7 +72,7 @@ class _RecordedApp:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.monotonic(), _CLIENT_GONE
+        began, status = time.monotonic(), CLIENT_GONE
         headers: dict[bytes, bytes] = dict(scope["headers"])
         request_id = _request_id(headers.get(REQUEST_ID.encode(), b"").decode("latin-1"))
 
@@ -121,7 +119,7 @@ class _Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc ha
                 status = code.name if isinstance(code, grpc.StatusCode) else _GRPC_STATUS[code]
                 raise
             finally:
-                api = "probe" if method.rpartition("/")[2] in _GRPC_PROBES else "triton_grpc"
+                api = "probe" if method.rpartition("/")[2] in OPEN_CALLS else "triton_grpc"
                 self._calls.record(api, f"gRPC {method}", status, began, request_id)
 
         return recorded

@@ -1,5 +1,7 @@
 """What the errors of the engine and of the rest of hasten are to a client."""
 
+import logging
+
 from hasten.core.errors import (
     CapacityError,
     ConfigError,
@@ -12,6 +14,8 @@ from hasten.server.engine.client import QueueError, QueueFullError
 from hasten.server.protocol.tensors import about
 from hasten.server.types import ErrorKind, ServiceError
 
+INTERNAL = "internal error; the server's log says more"
+_log = logging.getLogger(__name__)
 _KINDS: tuple[tuple[type[HastenError], ErrorKind], ...] = (
     (InvalidRequestError, ErrorKind.INVALID),
     (ConfigError, ErrorKind.INVALID),
@@ -30,3 +34,11 @@ def service_error(error: HastenError, request_id: str = "") -> ServiceError:
         return ServiceError(ErrorKind.UNAVAILABLE, f"{about(request_id)}{text}: {error}", error.retry_after)
     kind = next((kind for base, kind in _KINDS if isinstance(error, base)), ErrorKind.INTERNAL)
     return ServiceError(kind, str(error))
+
+
+def client_error(error: Exception, what: str) -> ServiceError:
+    """Any error as a client sees it: of one that nobody foresaw, the log alone says more, with `what` failed."""
+    if isinstance(error, HastenError):
+        return service_error(error)
+    _log.error("%s failed", what, exc_info=error)
+    return ServiceError(ErrorKind.INTERNAL, INTERNAL)

@@ -8,6 +8,8 @@ from starlette.responses import Response
 from hasten.server.protocol.bodies import dump_json
 from hasten.server.types import ErrorKind, ServiceError
 
+CLIENT_GONE = 499
+"""Nobody reads it; it stands in the log and among the counts of calls."""
 STATUS = {
     ErrorKind.INVALID: 400,
     ErrorKind.NOT_FOUND: 404,
@@ -15,8 +17,7 @@ STATUS = {
     ErrorKind.UNAVAILABLE: 503,
     ErrorKind.EXHAUSTED: 503,
     ErrorKind.UNSUPPORTED: 501,
-    ErrorKind.CANCELLED: 499,
-    ErrorKind.DEADLINE: 504,
+    ErrorKind.CANCELLED: CLIENT_GONE,
     ErrorKind.INTERNAL: 500,
 }
 OPENAI_PATHS = ("/v1/", "/tokenize", "/detokenize")

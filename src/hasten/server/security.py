@@ -20,7 +20,8 @@ from hasten.server.types import ServiceError
 
 NO_KEY = "a valid API key is required: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
 OPEN_PATHS = frozenset({"/v2/health/live", "/v2/health/ready", "/health", "/ping"})
-"""What needs no key: a cluster's probes have none."""
+OPEN_CALLS = frozenset({"ServerLive", "ServerReady", "Check"})
+"""What needs no key, over HTTP and over gRPC: a cluster's probes have none."""
 
 
 class ApiKeys:

@@ -32,7 +32,6 @@ class ErrorKind(Enum):
     """Not Triton's: what is in flight leaves no room for the request."""
     UNSUPPORTED = "unsupported"
     CANCELLED = "cancelled"
-    DEADLINE = "deadline exceeded"
     INTERNAL = "internal"
 
 

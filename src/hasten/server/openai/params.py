@@ -12,6 +12,7 @@ from hasten.core.errors import EngineError, HastenError, InvalidRequestError
 from hasten.core.text import shortened
 from hasten.core.types import SamplingParams
 from hasten.server.engine.client import QueueError
+from hasten.server.errors import INTERNAL
 from hasten.server.http_errors import retry_after
 from hasten.server.json_size import check_json_size
 from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest
@@ -80,7 +81,7 @@ def error_answer(error: Exception) -> tuple[int, bytes]:
     if isinstance(error, OpenAIError):
         status, code, param = error.status, error.code, error.param
         kind = "invalid_request_error" if status < 500 else "server_error"
-    message = str(error) if isinstance(error, HastenError) else "internal error; the server's log says more"
+    message = str(error) if isinstance(error, HastenError) else INTERNAL
     message = shortened(message, LONGEST_MESSAGE)
     return status, msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
 

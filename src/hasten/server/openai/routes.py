@@ -14,6 +14,7 @@ from starlette.routing import Route
 from hasten.core.errors import EngineError, HastenError
 from hasten.server.by_size import by_size
 from hasten.server.engine.client import EngineClient
+from hasten.server.http_errors import CLIENT_GONE
 from hasten.server.json_size import check_declared_size
 from hasten.server.openai.call import Call
 from hasten.server.openai.choices import BestChoices, ChatChoices, CompletionChoices
@@ -34,8 +35,6 @@ from hasten.server.openai.types import ChatRequest, CompletionRequest, Generatio
 from hasten.server.sse import EventStream, unless_gone
 from hasten.server.statistics import LanguageCounters
 
-_CLIENT_LEFT = 499
-"""Nobody reads it; it stands in the log."""
 _log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 
@@ -63,7 +62,7 @@ def _guarded(handler: Handler) -> Handler:
         try:
             return await handler(request)
         except ClientDisconnect:
-            return Response(status_code=_CLIENT_LEFT)
+            return Response(status_code=CLIENT_GONE)
         except HTTPException:
             raise
         except Exception as error:

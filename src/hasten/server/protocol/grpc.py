@@ -3,7 +3,6 @@ asked is done by the service. The twentieth, ModelStreamInfer, is in `grpc_strea
 """
 
 import inspect
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from tritonclient.grpc import service_pb2 as pb
 
-from hasten.core.errors import HastenError
 from hasten.server.by_size import by_size
-from hasten.server.errors import service_error
+from hasten.server.errors import client_error
 from hasten.server.http_errors import retry_after
 from hasten.server.inflight import Claim, InflightBytes
 from hasten.server.protocol.grpc_stream import MAX_STREAM_BYTES, ReceivedInfer, received_infer, stream_infer
@@ -22,7 +20,7 @@ from hasten.server.protocol.proto import infer_response, parsed, parsed_infer
 from hasten.server.protocol.settings import LogSettings, TraceSettings
 from hasten.server.protocol.shared_memory import NO_CUDA, SharedMemory
 from hasten.server.protocol.tensors import byte_size, invalid
-from hasten.server.security import NO_KEY, ApiKeys
+from hasten.server.security import NO_KEY, OPEN_CALLS, ApiKeys
 from hasten.server.types import ErrorKind, InferResponse, ServiceError
 
 if TYPE_CHECKING:
@@ -37,19 +35,14 @@ STATUS = {
     ErrorKind.EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ErrorKind.UNSUPPORTED: grpc.StatusCode.UNIMPLEMENTED,
     ErrorKind.CANCELLED: grpc.StatusCode.CANCELLED,
-    ErrorKind.DEADLINE: grpc.StatusCode.DEADLINE_EXCEEDED,
     ErrorKind.INTERNAL: grpc.StatusCode.INTERNAL,
 }
-INTERNAL = "internal error; the server's log says more"
 
-_OPEN_CALLS = ("ServerLive", "ServerReady")
-"""What needs no key: a cluster's probes have none."""
 _DECOUPLED = "ModelInfer RPC doesn't support models with decoupled transaction policy"
 _PUSHBACK = "grpc-retry-pushback-ms"
 """Of trailing metadata: when gRPC's own retries try again."""
 _SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"
 """HealthCheckResponse, serialized."""
-_log = logging.getLogger(__name__)
 
 Handler = Callable[[Any], Any]
 Reader = Callable[[bytes, Claim], Any]
@@ -275,7 +268,7 @@ def add_to_server(server: Any, calls: GrpcCalls, keys: ApiKeys | None) -> None:
         read = calls.readers().get(name, _reader(getattr(pb, f"{name}Request")))
         serializer = None if name == "ModelInfer" else getattr(pb, f"{name}Response").SerializeToString
         handlers[name] = grpc.unary_unary_rpc_method_handler(
-            _answering(handler, read, calls.inflight, None if name in _OPEN_CALLS else keys),
+            _answering(handler, read, calls.inflight, None if name in OPEN_CALLS else keys),
             response_serializer=serializer,
         )
 
@@ -311,11 +304,8 @@ def _answering(
                 claim.grow(len(raw))
                 response = handler(await by_size(len(raw), read, raw, claim))
                 return await response if waits else response
-        except HastenError as error:
-            known = service_error(error)
-        except Exception:
-            _log.exception("a gRPC call failed")
-            known = ServiceError(ErrorKind.INTERNAL, INTERNAL)
+        except Exception as error:
+            known = client_error(error, "a gRPC call")
         if known.is_temporary:
             _set_retry_after(context, retry_after(known.retry_after))
         await context.abort(STATUS[known.kind], str(known))

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from tritonclient.grpc import service_pb2 as pb
 
-from hasten.core.errors import HastenError
 from hasten.server.by_size import by_size
-from hasten.server.errors import service_error
+from hasten.server.errors import client_error
 from hasten.server.inflight import Claim, InflightBytes
 from hasten.server.protocol.placement import place, placements
 from hasten.server.protocol.proto import (
@@ -218,7 +217,7 @@ class _Stream:
             answer = await self._service.infer(request)
             response = await by_size(byte_size(answer.outputs), _stream_response, answer, placed)
         except Exception as error:
-            known = _known(error)
+            known = client_error(error, "a streamed request")
             await turn.come()
             await self._write_error(known, _closing(known, request))
         else:
@@ -237,7 +236,7 @@ class _Stream:
         except _UnsentError:
             raise
         except Exception as error:
-            known = _known(error)
+            known = client_error(error, "a streamed request")
             refused = not started and known.kind in _REFUSED
             closing = pb.ModelInferResponse(model_name=request.model, id=request.id)
             closing.parameters[FINAL].bool_param = refused or not empty_final
@@ -247,7 +246,7 @@ class _Stream:
                 await self._send(_serialized(closing))
 
     async def _write_error(self, error: Exception, response: Any) -> None:
-        await self._send(_serialized(response, str(_known(error))))
+        await self._send(_serialized(response, str(client_error(error, "a streamed request"))))
 
     async def _send(self, message: bytes) -> None:
         async with self._writing:
@@ -274,10 +273,3 @@ def _closing(error: ServiceError, request: InferRequest) -> Any:
         closing.model_name = request.model
         closing.parameters[FINAL].bool_param = True
     return closing
-
-
-def _known(error: Exception) -> ServiceError:
-    if isinstance(error, HastenError):
-        return service_error(error)
-    _log.error("a streamed request failed", exc_info=error)
-    return ServiceError(ErrorKind.INTERNAL, "internal error; the server's log says more")

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +13,9 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
-from hasten.core.errors import HastenError
 from hasten.server.by_size import SMALL, by_size
-from hasten.server.errors import service_error
-from hasten.server.http_errors import error_response, service_error_response
+from hasten.server.errors import client_error
+from hasten.server.http_errors import CLIENT_GONE, error_response, service_error_response
 from hasten.server.inflight import InflightBytes
 from hasten.server.json_size import check_declared_size
 from hasten.server.protocol.bodies import dump_json, parse_object
@@ -35,12 +33,10 @@ if TYPE_CHECKING:
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 _MODEL, _VERSION = "/v2/models/{model}", "/versions/{version}"
-_CLIENT_GONE = 499
 _MAX_LOAD_BYTES = 16 << 20
 """Of a body of JSON with a model's files, which come as long texts; over gRPC they are bytes, and may be more."""
 _BASE64_PIECE = 1 << 20
 """Characters, a multiple of the four that become three bytes."""
-_log = logging.getLogger(__name__)
 
 
 class HttpRoutes:
@@ -309,13 +305,10 @@ def _trace_values(body: dict[str, Any]) -> dict[str, list[str] | None]:
 
 async def _failed(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
-        return Response(status_code=_CLIENT_GONE)
+        return Response(status_code=CLIENT_GONE)
     if isinstance(error, HTTPException):
         return error_response(request.url.path, error.status_code, error.detail)
-    if isinstance(error, HastenError):
-        return service_error_response(request.url.path, service_error(error))
-    _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return error_response(request.url.path, 500, "internal error; the server's log says more")
+    return service_error_response(request.url.path, client_error(error, f"{request.method} {request.url.path}"))
 
 
 def http_app(

@@ -35,7 +35,7 @@ _LOOK_S, _LOOK_EACH_S = 0.05, 0.002
 _LOOK_PARENT_S = 1.0
 _LONGEST_END_S = 3600.0
 """How long requests may go on once the model is unloaded."""
-_CODES = {ErrorKind.INVALID: "INVALID_ARG", ErrorKind.DEADLINE: "UNAVAILABLE"}
+_CODES = {ErrorKind.INVALID: "INVALID_ARG", ErrorKind.EXHAUSTED: "UNAVAILABLE"}
 """What the backend calls a kind of error, where that is not the kind's own name."""
 _DATATYPES = {dtype: name for name, dtype in NUMPY.items() if name != "BF16"}
 _T = TypeVar("_T")
