@@ -82,6 +82,14 @@ class PlayedEngine:
         self.until_idle()
         return self
 
+    def give_up(self, timeout: float) -> int:
+        """Take out what has waited for longer than `timeout` seconds; how many they are."""
+        late = [ticket for ticket in self._waiting if self.now - self._came[ticket.number] > timeout]
+        for ticket in late:
+            self._waiting.remove(ticket)
+            self.queue.remove(ticket)
+        return len(late)
+
     def until_idle(self) -> None:
         while not self.queue.is_empty:
             self.step()
@@ -162,6 +170,43 @@ def test_a_queue_of_prompts_begins_at_the_rate_at_which_it_did() -> None:
     estimate = engine.queue.estimated_wait()
     assert estimate is not None
     assert estimate == pytest.approx(engine.wait_of(engine.add(4)), rel=0.2)
+
+
+@dataclass
+class Served:
+    """What came of requests that may wait for a second, per second."""
+
+    good: float
+    refused: float
+    given_up: float
+
+
+def under_load(multiple: float, *, known: bool) -> Served:
+    """Poisson arrivals at a multiple of what 16 sequences of 64 tokens on the average can do."""
+    engine, rng, seconds = PlayedEngine(16), random.Random(7), 60
+    rate, refused, given_up, taken = multiple * 16 / (64 * STEP_S), 0, 0, list[int]()
+    at = 0.0
+    while engine.now < seconds:
+        while at < engine.now:
+            at += rng.expovariate(rate)
+            try:
+                length = rng.randint(32, 96) if known else min(299, 1 + int(rng.expovariate(1 / 64)))
+                taken.append(engine.add(length, most=None if known else 300, timeout=1.0))
+            except QueueWaitError:
+                refused += 1
+        engine.step()
+        given_up += engine.give_up(1.0)
+    return Served(len(engine.waits) / seconds, refused / seconds, given_up / seconds)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_goodput_stays_at_its_best_however_many_come(known: bool) -> None:
+    calm, full, thrice = (under_load(multiple, known=known) for multiple in (0.7, 1.0, 3.0))
+    assert calm.refused + calm.given_up < 0.01 * calm.good, "they would have been served"
+    assert full.refused + full.given_up < 0.15 * full.good
+    assert thrice.good >= 0.95 * full.good
+    assert thrice.good >= 0.95 * 25, "of what it can do"
+    assert thrice.given_up < (0.01 if known else 0.4) * thrice.good, "they might have been refused at once"
 
 
 def test_who_goes_first_waits_for_those_in_front_alone() -> None:

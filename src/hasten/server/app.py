@@ -100,7 +100,8 @@ class Server:
         if self.grpc is not None:
             await self.grpc.start()
         if self.http is not None:
-            routes = [*self._routes.routes(), *openai_routes(self.service), *page_routes(self.service)]
+            # tried one after the other: those of which there are few come first
+            routes = [*openai_routes(self.service), *self._routes.routes(), *page_routes(self.service)]
             if self.metrics is not None:
                 routes += self._metrics.routes()
             app = http_app(routes, self._keys, limit, OPEN_PATHS | {"/"}, self._inflight)

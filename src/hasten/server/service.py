@@ -268,7 +268,8 @@ class Service:
 
     def engines(self) -> Mapping[tuple[str, str], EngineClient]:
         """The engines of the models that serve, by model and version."""
-        pairs = ((one, one.model.engine) for one in self._registry.versions() if self._serves(one))
+        owners = (one for one in self._registry.versions() if one.description.kind is Kind.TOKEN)
+        pairs = ((one, one.model.engine) for one in owners if self._serves(one))
         return {(one.name, str(one.number)): engine for one, engine in pairs if engine is not None}
 
     def backends(self) -> Mapping[str, list[str]]:
@@ -282,9 +283,9 @@ class Service:
 
     def text_models(self) -> Mapping[str, str]:
         """The text models that serve, each with the token model whose engine it uses."""
-        serving = (one for one in self._registry.versions() if self._serves(one))
-        texts = (one for one in serving if one.description.kind is Kind.TEXT)
-        return {one.name: parameter(one.config, TOKEN_MODEL, DEFAULT_TOKEN_MODEL) for one in texts}
+        texts = (one for one in self._registry.versions() if one.description.kind is Kind.TEXT)
+        serving = (one for one in texts if self._serves(one))
+        return {one.name: parameter(one.config, TOKEN_MODEL, DEFAULT_TOKEN_MODEL) for one in serving}
 
     async def close(self, exit_timeout: float) -> None:
         """Take no more requests, let those under way finish for so many seconds, and end the engines."""
