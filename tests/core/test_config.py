@@ -95,6 +95,8 @@ def test_unknown_data_types_are_named_with_those_known(text: str) -> None:
         (SchedulerConfig, {}, {"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
         (SchedulerConfig, {}, {"max_num_batched_tokens": 0}, "max_num_batched_tokens must be at least 1, got 0"),
         (SchedulerConfig, {}, {"max_model_len": 0}, "max_model_len must be at least 1, got 0"),
+        (SchedulerConfig, {}, {"itl_target": -1.0}, "itl_target must be a number of milliseconds, 0 for no target"),
+        (SchedulerConfig, {}, {"itl_target": float("nan")}, "itl_target must be a number of milliseconds, 0 for no"),
         (
             SchedulerConfig,
             {},

@@ -196,7 +196,7 @@ def record(batch: Batch) -> list[object]:
 
 
 def message() -> Message:
-    return Message(tokens=[], finished=[], moves=[], added=[], stop=False)
+    return Message(tokens=[], finished=[], moves=[], added=[], prompt_tokens=None, stop=False)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -198,7 +199,11 @@ def test_preempted_beams_are_the_same(
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["steps", "overlapped"])
 def test_beams_of_two_ranks_are_the_same(
-    overlap: bool, bloom: Path, right: list[Beams], right_others: list[list[int]]
+    overlap: bool,
+    bloom: Path,
+    right: list[Beams],
+    right_others: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     memory = cache_of(14, bloom) // 2  # a rank's blocks are half as large
     options: dict[str, Any] = {
@@ -206,8 +211,11 @@ def test_beams_of_two_ranks_are_the_same(
         "max_num_batched_tokens": 30,
         "max_num_seqs": 20,
         "overlap_steps": overlap,
+        "itl_target": 1e-3,
     }
     with LLM(bloom, tensor_parallel_size=2, device="cpu", **options) as llm:
+        limits = itertools.cycle([None, 3, 11])
+        monkeypatch.setattr(llm.engine._pacer, "prompt_tokens", lambda *_: next(limits))  # the other rank is told
         preempted = assert_all(llm, right, right_others)
         assert preempted >= 3
         stream = llm.stream(PROMPTS, beam_params())

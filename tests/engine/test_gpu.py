@@ -170,6 +170,22 @@ def test_preempted_requests_make_the_same_tokens(
         assert llm.engine.scheduler.blocks.num_used == 0
 
 
+@pytest.mark.parametrize("options", [{}, {"overlap_steps": False}, {"enforce_eager": True}], ids=str)
+def test_steps_are_timed_on_the_device_where_there_is_a_target(
+    options: dict[str, Any], folder: Callable[[str], Path], on_cpu: Callable[[str], Tokens]
+) -> None:
+    name = "8 heads of 8"
+    with on_gpu(
+        folder(name), itl_target=1e-3, max_num_seqs=2, enable_prefix_caching=False, **CHUNKED, **options
+    ) as llm:
+        for _ in range(3):  # in chunks, beside what has begun to decode
+            assert tokens_of(llm.generate(PROMPTS, GREEDY)) == on_cpu(name)
+        stats = llm.engine.stats
+        assert stats.mixed_steps > 0
+        assert 0 < stats.mixed_seconds < 1.0 * stats.mixed_steps
+        assert stats.predicted_mixed_seconds > 0
+
+
 def test_a_gpu_is_taken_by_default_with_all_that_makes_it_fast(
     folder: Callable[[str], Path], on_cpu: Callable[[str], Tokens]
 ) -> None:
@@ -289,13 +305,14 @@ def our_logits(model: Path, prompts: Tokens, followed_by: Tokens, **options: Any
             max_tokens=DECODED + 1,
             plain=False,
             prompt_logprobs=True,
+            due=0,
         )
         for number, ids in enumerate(prompts)
     ]
-    worker.apply(Message(tokens=[], finished=[], moves=[], added=added, stop=False))
+    worker.apply(Message(tokens=[], finished=[], moves=[], added=added, prompt_tokens=None, stop=False))
     while worker.scheduler.has_work:
         batch = worker.scheduler.schedule()
-        message = Message(tokens=[], finished=[], moves=[], added=[], stop=False)
+        message = Message(tokens=[], finished=[], moves=[], added=[], prompt_tokens=None, stop=False)
         with torch.inference_mode():
             hidden, rows = worker.compute(batch, keep)
             logits = worker.runner.logits(hidden, rows)

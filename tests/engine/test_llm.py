@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pty
@@ -151,6 +152,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"overlap_steps": True, "max_num_batched_tokens": 8, "max_num_seqs": 8},
     {"overlap_steps": True, "enable_prefix_caching": False, "max_num_batched_tokens": 20, "max_num_seqs": 3},
     {"overlap_steps": True, "block_size": 1},
+    {"itl_target": 1e-3, "max_num_batched_tokens": 8, "max_num_seqs": 3},
+    {"itl_target": 1e-3, "max_num_seqs": 3, "overlap_steps": True},
 ]
 
 
@@ -165,6 +168,21 @@ def test_greedy_tokens_do_not_depend_on_the_options(
         hits = llm.engine.scheduler.blocks.prefix_hits
         assert (hits > 0) == (options.get("enable_prefix_caching", True) and options.get("block_size", 16) < 70)
         assert preemptions(llm) == 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_steps_are_timed_where_there_is_a_target(overlap: bool, tiny_bloom: Path) -> None:
+    stats = []
+    for target in (0, 1e-3):
+        with LLM(tiny_bloom, itl_target=target, max_num_seqs=3, overlap_steps=overlap) as llm:
+            lengths = [SamplingParams(temperature=0, max_tokens=3 + 2 * place) for place in range(len(PROMPTS))]
+            llm.generate(PROMPTS, lengths)  # of different lengths, so that prompts come in while others decode
+            stats.append(llm.engine.stats)
+    without, with_target = stats
+    assert without.mixed_steps == without.mixed_seconds == 0
+    assert with_target.mixed_steps > 0
+    assert with_target.mixed_seconds > 0
+    assert with_target.predicted_mixed_seconds > 0
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -537,11 +555,15 @@ def test_overlapped_steps_give_the_same_outputs(
         assert (preemptions(llm) > 0) == ("blocks" in options)
 
 
-def test_overlapped_ranks_give_the_same_outputs(tiny_bloom: Path, right_mixed: list[RequestOutput]) -> None:
+def test_overlapped_ranks_give_the_same_outputs(
+    tiny_bloom: Path, right_mixed: list[RequestOutput], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tight = {key: value // 2 for key, value in cache_of(9, tiny_bloom).items()}  # a rank's blocks are half as large
     options: dict[str, Any] = {"max_num_batched_tokens": 24, "max_num_seqs": 6, **tight}
     penalized = SamplingParams(temperature=0, max_tokens=20, repetition_penalty=1.3, ignore_eos=True)
-    with LLM(tiny_bloom, overlap_steps=True, tensor_parallel_size=2, device="cpu", **options) as llm:
+    with LLM(tiny_bloom, overlap_steps=True, tensor_parallel_size=2, device="cpu", itl_target=1e-3, **options) as llm:
+        limits = itertools.cycle([None, 1, 7, 3])
+        monkeypatch.setattr(llm.engine._pacer, "prompt_tokens", lambda *_: next(limits))  # the other rank is told
         found = llm.generate(*mixed())
         same_but_for_logprobs(found, right_mixed)
         assert preemptions(llm) > 0

@@ -67,6 +67,8 @@ class Run:
     cache: Shadow
     follower: Worker
     overlap: bool = False
+    prompt_tokens: int | None = None
+    """Limit of prompt tokens per step; with one, short prompts overtake long ones."""
     wanted: dict[str, Job] = field(default_factory=dict)
     outputs: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     first_seen: list[str] = field(default_factory=list)
@@ -74,7 +76,9 @@ class Run:
     flight: list[tuple[Sequence, int]] = field(default_factory=list)
     """What the last launched step chose: the device still has it, and perhaps the device alone."""
     collected: bool = True
-    message: Message = field(default_factory=lambda: Message(tokens=[], finished=[], moves=[], added=[], stop=False))
+    message: Message = field(
+        default_factory=lambda: Message(tokens=[], finished=[], moves=[], added=[], prompt_tokens=None, stop=False)
+    )
 
     def add(self, name: str, job: Job) -> None:
         params = SamplingParams(
@@ -82,6 +86,8 @@ class Run:
         )
         self.wanted[name] = job
         sequence = Sequence(Request(request_id=name, prompt_token_ids=job.prompt, params=params), seed=0)
+        if self.prompt_tokens is not None:
+            sequence.due = self.scheduler.prompt_tokens + sequence.length
         self.message["added"].append(_announcement(sequence))
         self.scheduler.add(sequence)
 
@@ -118,7 +124,10 @@ class Run:
     def schedule(self) -> Batch:
         scheduler = self.scheduler
         running_before = list(scheduler.running)
-        batch = scheduler.schedule()
+        decoding = {s.key for s in running_before if not s.is_prefilling}
+        batch = scheduler.schedule(self.prompt_tokens)
+        prompts = sum(n for s, n in zip(batch.sequences, batch.counts, strict=True) if s.key not in decoding)
+        assert self.prompt_tokens is None or prompts <= self.prompt_tokens
         assert len(batch.sequences) <= len(scheduler.running) <= scheduler.config.max_num_seqs
         assert batch.num_tokens <= scheduler._max_tokens
         assert batch.sequences or not (scheduler.running or scheduler.waiting)
@@ -137,13 +146,16 @@ class Run:
 
     def tell(self) -> None:
         """Bring the other rank up to date."""
-        message, self.message = self.message, Message(tokens=[], finished=[], moves=[], added=[], stop=False)
+        message, self.message = (
+            self.message,
+            Message(tokens=[], finished=[], moves=[], added=[], prompt_tokens=None, stop=False),
+        )
         self.follower.apply(message)
 
     def follow(self, batch: Batch) -> None:
         """The other rank chooses the same."""
         self.tell()
-        other = self.follower.scheduler.schedule()
+        other = self.follower.scheduler.schedule(self.prompt_tokens)
         assert record(other) == record(batch)
         self.follower.scheduler.advance(other)
 
@@ -205,13 +217,19 @@ MakeRun = Callable[..., Run]
 @pytest.fixture(scope="session")
 def make_run(shadow: type[Shadow]) -> MakeRun:
     def make(
-        blocks: int = 64, seqs: int = 8, tokens: int = 16, *, prefix_cache: bool = True, overlap: bool = False
+        blocks: int = 64,
+        seqs: int = 8,
+        tokens: int = 16,
+        *,
+        prefix_cache: bool = True,
+        overlap: bool = False,
+        prompt_tokens: int | None = None,
     ) -> Run:
         config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens)
         manager, other = (BlockManager(blocks, SIZE, enable_prefix_caching=prefix_cache) for _ in range(2))
         follower = object.__new__(Worker)  # messages need its scheduler alone, not a model
         follower.scheduler = Scheduler(config, other)
-        return Run(Scheduler(config, manager), shadow(manager), follower, overlap)
+        return Run(Scheduler(config, manager), shadow(manager), follower, overlap, prompt_tokens)
 
     return make
 
@@ -248,12 +266,13 @@ LIMITS = st.fixed_dictionaries(
         "tokens": st.integers(6, 40),
         "prefix_cache": st.booleans(),
         "overlap": st.booleans(),
+        "prompt_tokens": st.sampled_from([None, None, 1, 5, 12]),
     }
 )
 
 
 def test_scheduling_does_not_need_torch() -> None:
-    program = "import sys, hasten.engine.scheduler; sys.exit('torch' in sys.modules)"
+    program = "import sys, hasten.engine.scheduler, hasten.engine.pacing; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
@@ -263,8 +282,9 @@ def test_whatever_comes_everything_ends_as_if_alone(make_run: MakeRun, jobs: lis
     run = make_run(**limits)
     run.run_all(jobs)
     assert run.outputs == expected(jobs)
-    order = sorted(range(len(jobs)), key=lambda number: jobs[number].arrives)
-    assert run.first_seen == [str(number) for number in order]
+    if run.prompt_tokens is None:
+        order = sorted(range(len(jobs)), key=lambda number: jobs[number].arrives)
+        assert run.first_seen == [str(number) for number in order]
 
 
 @given(jobs=JOBS, limits=LIMITS, leaves=st.lists(st.integers(0, 25), min_size=7, max_size=7))
@@ -297,8 +317,9 @@ def test_two_schedulers_of_the_same_requests_choose_the_same(
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize("prompt_tokens", [None, 1, 7])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_larger_load_under_pressure(make_run: MakeRun, overlap: bool) -> None:
+def test_a_larger_load_under_pressure(make_run: MakeRun, overlap: bool, prompt_tokens: int | None) -> None:
     rng = random.Random(3)
     jobs = [
         Job(
@@ -310,7 +331,7 @@ def test_a_larger_load_under_pressure(make_run: MakeRun, overlap: bool) -> None:
         )
         for _ in range(60)
     ]
-    run = make_run(blocks=40, seqs=12, tokens=48, overlap=overlap)
+    run = make_run(blocks=40, seqs=12, tokens=48, overlap=overlap, prompt_tokens=prompt_tokens)
     run.run_all(jobs)
     assert run.outputs == expected(jobs)
     assert run.scheduler.stats.preemptions > 0
@@ -325,6 +346,41 @@ def test_a_long_prompt_goes_in_chunks_beside_the_others(make_run: MakeRun) -> No
     batches = [run.step() for _ in range(4)]
     assert {tuple(s.request_id for s in batch.sequences) for batch in batches} == {("short", "long")}
     assert [batch.counts for batch in batches] == [[1, 7], [1, 7], [1, 6], [1, 1]]
+
+
+def test_short_prompts_overtake_the_rest_of_a_long_one_but_not_forever(make_run: MakeRun) -> None:
+    run = make_run(blocks=200, seqs=40, tokens=64, prompt_tokens=4)
+    run.add("decoding", Job((1, 2), output=60))
+    run.step()
+    run.add("long", Job(tuple(range(40)), output=1))
+    run.step()
+    arrived = 0
+    while ("long", 0) not in run.outputs:
+        run.add(f"short {arrived}", Job((arrived, 1, 1, 1), output=1))  # as many tokens as a step may have
+        arrived += 1
+        run.step()
+        assert arrived < 100
+    # as many tokens as the long prompt has came before its rest, and no more
+    overtaking = [s for s in run.first_seen if s.startswith("short")]
+    assert 40 - 2 * 4 <= 4 * len(overtaking) <= 40 + 2 * 4
+    assert set(overtaking) == {f"short {number}" for number in range(len(overtaking))}
+
+
+def test_a_limit_holds_back_prompts_and_no_decodes(make_run: MakeRun) -> None:
+    run = make_run(seqs=8, tokens=64, prompt_tokens=3)
+    for name in "abcd":
+        run.add(name, Job((1,), output=30))
+    while len(run.first_seen) < 4:
+        run.step()
+    run.add("long", Job(tuple(range(8)), output=1))
+    assert [run.step().counts for _ in range(3)] == [[1, 1, 1, 1, 3], [1, 1, 1, 1, 3], [1, 1, 1, 1, 2]]
+
+
+def test_prompts_that_cannot_all_stay_in_the_cache_are_computed_one_after_the_other(make_run: MakeRun) -> None:
+    run = make_run(blocks=12, seqs=4, tokens=8, prefix_cache=False, prompt_tokens=8)
+    jobs = [Job((number,) * (44 - 10 * number), output=3, arrives=number) for number in range(4)]
+    run.run_all(jobs)  # each overtakes those before it, and none fits beside them
+    assert run.outputs == expected(jobs)
 
 
 def test_only_as_many_run_as_may(make_run: MakeRun) -> None:

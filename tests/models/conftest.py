@@ -52,16 +52,17 @@ def _our_logits(folder: Path, prompts: list[list[int]], followed_by: list[list[i
             max_tokens=DECODED + 1,
             plain=False,
             prompt_logprobs=True,
+            due=0,
         )
         for number, ids in enumerate(prompts)
     ]
-    worker.apply(Message(tokens=[], finished=[], moves=[], added=added, stop=False))
+    worker.apply(Message(tokens=[], finished=[], moves=[], added=added, prompt_tokens=None, stop=False))
     while worker.scheduler.has_work:
         batch = worker.scheduler.schedule()
         with torch.inference_mode():
             logits = worker.runner.logits(*worker.compute(batch, keep))
         assert logits is not None
-        message = Message(tokens=[], finished=[], moves=[], added=[], stop=False)
+        message = Message(tokens=[], finished=[], moves=[], added=[], prompt_tokens=None, stop=False)
         for row, place in enumerate(batch.sampled):
             sequence = batch.sequences[place]
             if sequence.output_len > 0:

@@ -16,10 +16,12 @@ import psutil
 import pytest
 from tests.server.engine_helpers import LONG, SHORT, begin, collect, count, error_of, joined, started, stopped, until
 
+from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError, InvalidRequestError
 from hasten.core.types import SamplingParams
 from hasten.engine.llm import LLM
 from hasten.server.engine.client import EngineClient, QueueTimeoutError
+from hasten.server.engine.process import with_defaults
 
 
 def test_signals_to_the_process_are_the_servers_to_handle(run: Any, demo_engine: EngineClient) -> None:
@@ -32,6 +34,25 @@ def test_signals_to_the_process_are_the_servers_to_handle(run: Any, demo_engine:
         assert [progress.finished async for progress in stream][-1]
         assert count(await collect(demo_engine, [5], SHORT)) == 4
         assert (demo_engine.pid, demo_engine.ready) == (pid, True)
+
+    run(ask())
+
+
+def test_a_server_has_a_target_for_the_time_between_tokens_unless_it_is_given_none(
+    run: Any, demo_engine: EngineClient
+) -> None:
+    assert with_defaults(EngineConfig.create("m")).scheduler.itl_target == 30
+    for target in (0, 7.5):
+        given = EngineConfig.create("m", itl_target=target)
+        assert with_defaults(given) is given
+
+    async def ask() -> None:
+        before = demo_engine.stats()
+        stream = await begin(demo_engine, [5], LONG)
+        while demo_engine.stats().mixed_steps == before.mixed_steps:
+            await collect(demo_engine, [6, 7, 8], SHORT)
+        await stream.aclose()
+        assert demo_engine.stats().mixed_seconds > before.mixed_seconds
 
     run(ask())
 

@@ -1,7 +1,7 @@
 import sys
 import types
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import pytest
@@ -48,6 +48,10 @@ OWN = {
     "hasten_prefix_cache_hit_tokens_total": "counter",
     "hasten_prefix_cache_query_tokens_total": "counter",
     "hasten_preemptions_total": "counter",
+    "hasten_engine_mixed_steps_total": "counter",
+    "hasten_engine_limited_steps_total": "counter",
+    "hasten_engine_mixed_step_seconds_total": "counter",
+    "hasten_engine_mixed_step_predicted_seconds_total": "counter",
     "hasten_inflight_request_bytes": "gauge",
     "hasten_inflight_refusals_total": "counter",
 }
@@ -93,6 +97,7 @@ def service() -> Counted:
     for name in ("streams", "gone"):
         service.counters.of(name, "2")
     stats = EngineStats(running=3, waiting=4, used_blocks=5, num_blocks=20, preemptions=6, prefix_hit_tokens=7)
+    stats = replace(stats, mixed_steps=12, limited_steps=3, mixed_seconds=0.5, predicted_mixed_seconds=0.25)
     service.running["tokens", "1"] = Engine(stats)
     return service
 
@@ -181,6 +186,10 @@ def test_what_was_counted_is_exposed(service: Counted) -> None:
     assert samples["hasten_requests_waiting", key] == 4
     assert samples["hasten_kv_cache_usage_ratio", key] == 0.25
     assert samples["hasten_preemptions_total", key] == 6
+    assert samples["hasten_engine_mixed_steps_total", key] == 12
+    assert samples["hasten_engine_limited_steps_total", key] == 3
+    assert samples["hasten_engine_mixed_step_seconds_total", key] == 0.5
+    assert samples["hasten_engine_mixed_step_predicted_seconds_total", key] == 0.25
     refused = {reason: samples["hasten_requests_refused_total", of("tokens", "1", reason=reason)] for reason in REASONS}
     assert refused == {"queue_full": 0, "queue_timeout": 0, "queue_wait": 5}
     assert samples["hasten_estimated_wait_seconds", key] == 2.5

@@ -5,6 +5,7 @@
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import typing
@@ -307,6 +308,12 @@ class SchedulerConfig:
     max_model_len: int | None = option(
         None, "maximum length of a sequence, prompt and output together (default: the model's own, or 2048)", type=int
     )
+    itl_target: float | None = option(
+        None,
+        "target in milliseconds for the time between tokens: longer prompts join the steps of others in parts that "
+        "keep to it, and short prompts overtake their rest; 0: no target (default: 30 in a server, else 0)",
+        type=float,
+    )
     overlap_steps: bool | None = option(
         None,
         "asynchronous scheduling: launch a step before the previous one's tokens reach the host (default: on a GPU)",
@@ -323,6 +330,10 @@ class SchedulerConfig:
         for name in names:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        _require(
+            self.itl_target is None or 0 <= self.itl_target < math.inf,
+            f"itl_target must be a number of milliseconds, 0 for no target, got {self.itl_target}",
+        )
         _require(
             self.max_num_batched_tokens is None or self.max_num_batched_tokens >= self.max_num_seqs,
             f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs {self.max_num_seqs}: "
@@ -474,6 +485,7 @@ class EngineOptions(TypedDict, total=False):
     max_num_seqs: int
     max_num_batched_tokens: int | None
     max_model_len: int | None
+    itl_target: float | None
     overlap_steps: bool | None
     max_grammar_seconds: int
     max_grammar_memory: int | str

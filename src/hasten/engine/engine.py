@@ -6,6 +6,7 @@ next one is launched, so that the device has that to do while Python looks at th
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from hasten.engine.batch import Batch
 from hasten.engine.beam import BeamSearch, Hypothesis, candidate_count, go_on
 from hasten.engine.constraint import Constraint
 from hasten.engine.grammar import Grammar, GrammarCompiler, GrammarLimits
+from hasten.engine.pacing import PacedStep, Pacer
 from hasten.engine.sampler import Choice, PromptLogprobs, Sampled, TextOf, mix64
 from hasten.engine.sequence import Sequence
 from hasten.engine.stats import EngineStats
@@ -87,6 +89,17 @@ class _Flight:
     prompts: PromptLogprobs
     blocks_next: bool
     """Whether the tokens must be known before the next step is launched."""
+    step: PacedStep | None = None
+    """What its time is measured for, if it is."""
+    after: Choice | None = None
+    """The choice of the step that was in flight when it was launched."""
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took the device, right after its tokens were collected; None where that is not known."""
+        if self.after is not None:
+            return None if self.choice is None else self.choice.seconds_after(self.after)
+        return None if self.step is None else time.perf_counter() - self.step.began
 
 
 class Engine:
@@ -107,6 +120,11 @@ class Engine:
             self.model_config.eos_token_ids,
             GrammarLimits(config.scheduler.max_grammar_seconds, config.scheduler.max_grammar_memory),
         )
+        scheduler = self.scheduler.config
+        assert scheduler.max_num_batched_tokens is not None, "the worker resolves the default"
+        self._pacer = Pacer((scheduler.itl_target or 0.0) / 1000, scheduler.max_num_batched_tokens)
+        self._is_unmeasured = False
+        """Whether the last step launched chooses no tokens, whose arrival would show when it ends."""
         self._requests: dict[str, _RequestState] = {}
         self._owners: dict[int, _RequestState] = {}
         """Sequence key -> its request."""
@@ -155,6 +173,7 @@ class Engine:
             steps=scheduler.stats.steps,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
+            **vars(self._pacer.stats),
         )
 
     def add(self, request: Request, *, stream: bool = False, grammar: Grammar | None = None) -> None:
@@ -178,6 +197,7 @@ class Engine:
         params = request.params
         seed = self._next_seed() if params.seed is None else params.seed
         sequence = Sequence(request, seed, self.max_model_len)
+        sequence.arrived = time.monotonic()
         sequence.constraint = None if grammar is None else Constraint.begin(grammar)
         # what a search will return is not known before its end
         output = RequestOutput(request.request_id, request.prompt, list(request.prompt_token_ids))
@@ -356,11 +376,13 @@ class Engine:
         touched: dict[str, _RequestState] = {}
         if self._flight is not None and self._flight.blocks_next:
             self._collect(touched)
-        self._deliver()
-        launched = self._launch(self.scheduler.schedule())
+        limit = self._deliver()
+        previous, batch = self._flight, self.scheduler.schedule(limit)
+        step = self._pacer.begin(batch, limit)
+        launched = self._launch(batch)
         if launched is not None and launched.reads_tokens:
             self._collect(touched)  # while the device computes what the choice is made from
-        flight = None if launched is None else _flight_of(launched)
+        flight = None if launched is None else self._choose(launched, step, previous)
         self._collect(touched)
         self._flight = flight
         if not self.worker.overlap:
@@ -376,6 +398,21 @@ class Engine:
             self._own(sequence)
         return launched
 
+    def _choose(self, launched: Launched, step: PacedStep | None, previous: _Flight | None) -> _Flight | None:
+        """A launched step whose next tokens are chosen now; None where it has nothing to collect."""
+        choice = launched.choose()
+        if step is not None and self.worker.device.type == "cpu":
+            self._pacer.observe(step, time.perf_counter() - step.began)
+            step = None
+        if self._is_unmeasured or (previous is not None and previous.choice is None):
+            step = None  # the device may still be busy with the step before, nobody knows for how long
+        self._is_unmeasured = choice is None and self.worker.overlap
+        if choice is None and not launched.prompts:
+            return None
+        blocks_next = any(sequence.reads_history for sequence in launched.sequences)
+        after = None if previous is None else previous.choice
+        return _Flight(launched.sequences, choice, launched.prompts, blocks_next, step, after)
+
     def _collect(self, touched: dict[str, _RequestState]) -> None:
         """Take the tokens of the step in flight, if there is one, and note whose they are in `touched`.
 
@@ -387,6 +424,8 @@ class Engine:
         with explained_out_of_memory():
             self._take_prompt_logprobs(flight.prompts)
             sampled = [] if flight.choice is None else flight.choice.collect(self._text_of)
+        if flight.step is not None and (seconds := flight.seconds) is not None:
+            self._pacer.observe(flight.step, seconds)
         searching: dict[str, _RequestState] = {}
         for sequence, token in zip(flight.sequences, sampled, strict=True):
             state = self._owners.get(sequence.key)
@@ -405,9 +444,14 @@ class Engine:
         if not self._requests:
             self._flight = None
 
-    def _deliver(self) -> None:
-        """Bring all schedulers, this one's and the other ranks', up to date."""
+    def _deliver(self) -> int | None:
+        """Bring all schedulers, this one's and the other ranks', up to date; the step's limit of prompt tokens."""
         message, self._pending = self._pending, _empty_message()
+        message["prompt_tokens"] = limit = self._pacer.prompt_tokens(
+            self.scheduler, self._added.values(), time.monotonic()
+        )
+        for sequence in self._added.values():
+            sequence.due = self._pacer.due(sequence, self.scheduler)
         message["added"] = [_announcement(sequence) for sequence in self._added.values()]
         self.ranks.broadcast(message)
         if message.get("forget_prefixes"):
@@ -418,6 +462,7 @@ class Engine:
             self.scheduler.add(sequence)
             self._own(sequence)
         self._added = {}
+        return limit
 
     def _release(self, key: int) -> None:
         """Free what an ended sequence holds; the other ranks do so, in the same order, with the next message."""
@@ -632,17 +677,8 @@ class Engine:
         self.ranks.leave()
 
 
-def _flight_of(launched: Launched) -> _Flight | None:
-    """A launched step whose next tokens are chosen now; None where it has nothing to collect."""
-    choice = launched.choose()
-    if choice is None and not launched.prompts:
-        return None
-    blocks_next = any(sequence.reads_history for sequence in launched.sequences)
-    return _Flight(launched.sequences, choice, launched.prompts, blocks_next)
-
-
 def _empty_message() -> Message:
-    return {"tokens": [], "finished": [], "moves": [], "added": [], "stop": False}
+    return {"tokens": [], "finished": [], "moves": [], "added": [], "prompt_tokens": None, "stop": False}
 
 
 def _announcement(sequence: Sequence) -> NewSequence:
@@ -654,4 +690,5 @@ def _announcement(sequence: Sequence) -> NewSequence:
         "max_tokens": sequence.max_length - sequence.prompt_len,
         "plain": sequence.is_plain,
         "prompt_logprobs": sequence.params.prompt_logprobs is not None,
+        "due": sequence.due,
     }

@@ -108,6 +108,10 @@ class Choice:
                     sampled[row].top, sampled[row].logprob = top, top[token].logprob
         return sampled
 
+    def seconds_after(self, earlier: "Choice") -> float | None:
+        """Seconds on the device between the ends of an earlier choice and this one, both collected; None on a CPU."""
+        return self._copy.seconds_after(earlier._copy)
+
     def _none(self, row: int, token: int) -> Sampled:
         excluded = token == ops.NONE_LEFT and row in self._restricted
         return Sampled(token, error=_NOTHING_ALLOWED if excluded else _NOT_FINITE)

@@ -2,13 +2,16 @@
 
 There are no phases: each sequence has tokens and `num_computed` of them are in the cache; a step lets sequences catch
 up within a budget of tokens. Chunked prefill, prefix cache and preemption follow from that. All ranks run the same
-scheduler over the same additions, so that they agree without talking.
+scheduler over the same additions and limits, so that they agree without talking.
+
+Decodes come first. What is left of the budget, or less (`pacing.py`), goes to prompts in the order of their `due`.
 
 Numbers of tokens matter here, not which they are: a step can be scheduled while the tokens of the one before are still
 pending on the device.
 """
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hasten.core.config import SchedulerConfig
@@ -40,12 +43,17 @@ class Scheduler:
         self.stats = SchedulerStats()
         self._sequences: dict[int, Sequence] = {}
         self._next_key = 0
+        self.prompt_tokens = 0
+        """Computed since the start."""
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence behind the others; beams are queued with their leader."""
+        """Queue a sequence behind those whose `due` is not later; beams are queued with their leader."""
         for member in sequence.unit:
             self._register_key(member)
-        self.waiting.append(sequence)
+        place = len(self.waiting)
+        while place > 0 and self.waiting[place - 1].due > sequence.due:
+            place -= 1
+        self.waiting.insert(place, sequence)
 
     def get(self, key: int) -> Sequence | None:
         """The unfinished sequence with this key."""
@@ -56,12 +64,19 @@ class Scheduler:
         """Whether any sequence is unfinished."""
         return bool(self._sequences)
 
-    def schedule(self) -> Batch:
-        """Choose the next step's work and reserve its blocks; empty only when nothing is left to compute."""
+    def prompts(self) -> Iterator[Sequence]:
+        """The sequences with prompts to compute: those that have begun, then those that wait."""
+        yield from (sequence for sequence in self.running if sequence.is_prefilling)
+        yield from self.waiting
+
+    def schedule(self, prompt_tokens: int | None = None) -> Batch:
+        """Choose the next step's work and reserve its blocks; empty only when nothing is left to compute.
+
+        At most `prompt_tokens`, if given, are computed of prompts; the same number on every rank.
+        """
         batch = Batch()
-        budget = self._continue_running(batch)
-        if not batch.preempted:
-            self._admit_waiting(batch, budget)
+        budget = self._continue_decodes(batch)
+        self._compute_prompts(batch, budget if prompt_tokens is None else min(budget, prompt_tokens))
         if not batch.sequences and (self.waiting or self.running):
             raise CapacityError(
                 f"the key/value cache of {self.blocks.num_blocks} blocks cannot hold one sequence; "
@@ -134,30 +149,33 @@ class Scheduler:
         children = []
         for index in range(1, parent.group_size):
             child = parent.fork(index)
+            child.due = 0
             self.blocks.fork(parent, child)
             self._register_key(child)
             children.append(child)
         parent.group_size = 1
         return children
 
-    def _continue_running(self, batch: Batch) -> int:
+    def _continue_decodes(self, batch: Batch) -> int:
+        """Let every running sequence but the prefilling ones compute what it lacks; the budget left."""
         budget = self._max_tokens
         place = 0
         while place < len(self.running) and budget > 0:
             sequence = self.running[place]
-            if sequence.beams is not None:
+            if sequence.is_prefilling:
+                place += len(sequence.unit)
+            elif sequence.beams is not None:
                 budget, place = self._continue_beams(sequence.beams, place, batch, budget)
-                continue
-            count = min(sequence.length - sequence.num_computed, budget)
-            copies = self.blocks.reserve(sequence, count)
-            if copies is None:
-                copies = self._preempt_for(sequence, count, batch)
-            if copies is None:
-                continue
-            batch.add(sequence, count, copies)
-            budget -= count
-            place += 1
+            elif (copies := self._reserve(sequence, 1, batch)) is not None:
+                batch.add(sequence, 1, copies)
+                budget -= 1
+                place += 1
         return budget
+
+    def _reserve(self, sequence: Sequence, count: int, batch: Batch) -> list[tuple[int, int]] | None:
+        """Reserve blocks of a running sequence, others' if none are free; None if it had to give way itself."""
+        copies = self.blocks.reserve(sequence, count)
+        return self._preempt_for(sequence, count, batch) if copies is None else copies
 
     def _continue_beams(self, beams: Beams, place: int, batch: Batch, budget: int) -> tuple[int, int]:
         """The budget that beams running from `place` on leave, and the place behind them.
@@ -169,9 +187,7 @@ class Scheduler:
             count = min(beam.uncomputed, left)
             if count == 0:
                 continue
-            copies = self.blocks.reserve(beam, count)
-            if copies is None:
-                copies = self._preempt_for(beam, count, batch)
+            copies = self._reserve(beam, count, batch)
             if copies is None:
                 return budget, place
             work.append((beam, count, copies))
@@ -179,6 +195,36 @@ class Scheduler:
         for beam, count, copies in work:
             batch.add(beam, count, copies)
         return left, place + len(beams.members)
+
+    def _compute_prompts(self, batch: Batch, budget: int) -> None:
+        """Let prompts, begun and waiting, compute up to `budget` tokens in the order of their `due`."""
+        begun = deque(sorted((s for s in self.running if s.is_prefilling), key=_due))
+        may_admit = not batch.preempted
+        while budget > 0 and (begun or may_admit):
+            if begun and not (may_admit and self.waiting and self.waiting[0].due < begun[0].due):
+                count = self._continue_prompt(begun.popleft(), batch, budget)
+                may_admit = may_admit and count is not None and not batch.preempted
+            else:
+                count = self._admit(batch, budget)
+                may_admit = count is not None
+            budget -= count or 0
+            self.prompt_tokens += count or 0
+
+    def _continue_prompt(self, sequence: Sequence, batch: Batch, budget: int) -> int | None:
+        """Let a running prompt compute more of its tokens: their number; None if its blocks have to wait for others'.
+
+        It takes blocks from none that is in the batch, and has to give way itself only if it came last.
+        """
+        if sequence in batch.preempted:
+            return None
+        count = min(sequence.uncomputed, budget)
+        copies = self.blocks.reserve(sequence, count)
+        if copies is None and (not batch.sequences or self.running[-1] in sequence.unit):
+            copies = self._preempt_for(sequence, count, batch)
+        if copies is None:
+            return None
+        batch.add(sequence, count, copies)
+        return count
 
     def _spread(self, beams: Beams) -> None:
         """Share the leader's blocks with the other beams, as soon as it has all that they have in common."""
@@ -208,6 +254,7 @@ class Scheduler:
         last = self.running[-1]
         victim = last if last.beams is None else last.beams.leader
         del self.running[-len(victim.unit) :]
+        victim.due = 0
         self.waiting.appendleft(victim)
         batch.preempted.append(victim)
         self.stats.preemptions += 1
@@ -215,28 +262,33 @@ class Scheduler:
             victim.beams.scatter()
         return victim
 
-    def _admit_waiting(self, batch: Batch, budget: int) -> None:
-        while self.waiting and budget > 0:
-            sequence = self.waiting[0]
-            if len(self.running) + len(sequence.unit) > self.config.max_num_seqs:
-                return
-            if not sequence.block_table:
-                self.blocks.share_prefix(sequence)
-            count = min(sequence.length - sequence.num_computed, budget)
+    def _admit(self, batch: Batch, budget: int) -> int | None:
+        """Let the first waiting sequence run: its tokens in this step; None where there is none or no room for it."""
+        if not self.waiting:
+            return None
+        sequence = self.waiting[0]
+        if len(self.running) + len(sequence.unit) > self.config.max_num_seqs:
+            return None
+        if not sequence.block_table:
+            self.blocks.share_prefix(sequence)
+        count = min(sequence.length - sequence.num_computed, budget)
+        copies = self.blocks.reserve(sequence, count)
+        if copies is None and not self.running:
+            self._release_waiting()
             copies = self.blocks.reserve(sequence, count)
-            if copies is None:
-                if not self.running:
-                    self._release_waiting()
-                    copies = self.blocks.reserve(sequence, count)
-                if copies is None:
-                    return
-            self.waiting.popleft()
-            self.running += sequence.unit
-            batch.add(sequence, count, copies)
-            budget -= count
+        if copies is None:
+            return None
+        self.waiting.popleft()
+        self.running += sequence.unit
+        batch.add(sequence, count, copies)
+        return count
 
     def _release_waiting(self) -> None:
         """Take back the blocks of waiting sequences but the first; nothing runs that could free any."""
         for sequence in list(self.waiting)[1:]:
             if sequence.block_table:
                 self.blocks.free(sequence)
+
+
+def _due(sequence: Sequence) -> int:
+    return sequence.due

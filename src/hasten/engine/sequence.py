@@ -37,9 +37,11 @@ class Sequence:
     """
 
     __slots__ = (
+        "arrived",
         "beams",
         "block_table",
         "constraint",
+        "due",
         "group_size",
         "index",
         "is_plain",
@@ -81,6 +83,10 @@ class Sequence:
         """Tokens that the device has chosen and that are not known here: between two steps, 1 at most."""
         self.pending_row = 0
         """Row of its pending token among those that the last launched step chose."""
+        self.arrived = 0.0
+        """When rank 0 got it, in seconds; other ranks do not know."""
+        self.due = 0
+        """Prompts are computed in this order, and in that of their arrival where it is the same."""
         self.num_computed = 0
         self.block_table: list[int] = []
         self.table_version = 0
@@ -119,6 +125,14 @@ class Sequence:
         if self.beams is not None and self.beams.scattered and self is not self.beams.leader:
             return 0
         return self.length - self.num_computed
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether several tokens are left to compute: of its prompt or, after a preemption, of all that it had."""
+        if len(self.token_ids) + self.pending - self.num_computed < 2:
+            return False
+        beams = self.beams
+        return beams is None or (beams.scattered and beams.leader is self)
 
     @property
     def is_complete(self) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 _COUNTERS = (
     *("prefix_hit_tokens", "prefix_query_tokens", "preemptions", "steps"),
     *("prompt_tokens", "generation_tokens"),
+    *("mixed_steps", "limited_steps", "mixed_seconds", "predicted_mixed_seconds"),
 )
 
 
@@ -28,6 +29,13 @@ class EngineStats:
     """Of the requests that were taken."""
     generation_tokens: int = 0
     """Tokens chosen; of a beam search all its beams' tokens."""
+    mixed_steps: int = 0
+    limited_steps: int = 0
+    """Steps that computed prompts while others decoded, and those of them in which the target for the time between
+    tokens left prompt tokens for a later step."""
+    mixed_seconds: float = 0.0
+    predicted_mixed_seconds: float = 0.0
+    """Time of these steps, measured and predicted."""
 
     def after(self, earlier: "EngineStats") -> "EngineStats":
         """What goes on here, with counters that go on where those of an earlier engine ended."""

@@ -81,6 +81,8 @@ class NewSequence(TypedDict):
     plain: bool
     """Whether the most probable token is all that is asked for."""
     prompt_logprobs: bool
+    due: int
+    """Its order among prompts."""
 
 
 class Message(TypedDict):
@@ -93,6 +95,8 @@ class Message(TypedDict):
     moves: list[list[Move]]
     """For each beam search, how its beams go on: after others have ended."""
     added: list[NewSequence]
+    prompt_tokens: int | None
+    """Most prompt tokens of the step; None: as many as fit."""
     forget_prefixes: NotRequired[bool]
     """Whether nothing that the cache holds by now is to be found by prompts to come."""
     stop: bool
@@ -321,7 +325,7 @@ class Worker:
                 self.release()
                 return
             self.apply(message)
-            batch = self.scheduler.schedule()
+            batch = self.scheduler.schedule(message["prompt_tokens"])
             if batch.sequences:
                 self.launch(batch).choose()
                 self.scheduler.advance(batch)
@@ -337,7 +341,9 @@ def _announced(new: NewSequence) -> Sequence:
         prompt_logprobs=0 if new["prompt_logprobs"] else None,
     )
     request = Request(request_id=new["request_id"], prompt_token_ids=tuple(new["token_ids"]), params=params)
-    return Sequence(request, 0)
+    sequence = Sequence(request, 0)
+    sequence.due = new["due"]
+    return sequence
 
 
 def resolve_scheduler(config: SchedulerConfig, device: torch.device) -> SchedulerConfig:

@@ -31,7 +31,7 @@ class HostCopy:
         self._arrived: torch.cuda.Event | None = None
         if tensors[0].is_cuda:
             self._tensors = [_start(tensor) for tensor in tensors]
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event(enable_timing=True)
             self._arrived.record(torch.cuda.current_stream(tensors[0].device))
 
     def wait(self) -> list[Tensor]:
@@ -39,6 +39,12 @@ class HostCopy:
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._tensors
+
+    def seconds_after(self, earlier: "HostCopy") -> float | None:
+        """Time on the device between the arrivals of two copies that were waited for; None on a CPU."""
+        if self._arrived is None or earlier._arrived is None:
+            return None
+        return earlier._arrived.elapsed_time(self._arrived) / 1000
 
 
 def _start(tensor: Tensor) -> Tensor:

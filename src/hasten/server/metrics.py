@@ -240,6 +240,14 @@ class Metrics:
              {key: one.preemptions for key, one in stats.items()}),
             ("engine_steps_total", "counter", "Steps of the engine",
              {key: one.steps for key, one in stats.items()}),
+            ("engine_mixed_steps_total", "counter", "Steps that computed prompts while other requests decoded",
+             {key: one.mixed_steps for key, one in stats.items()}),
+            ("engine_limited_steps_total", "counter", "Mixed steps whose prompts were cut to keep to --itl-target",
+             {key: one.limited_steps for key, one in stats.items()}),
+            ("engine_mixed_step_seconds_total", "counter", "Time of mixed steps, measured",
+             {key: one.mixed_seconds for key, one in stats.items()}),
+            ("engine_mixed_step_predicted_seconds_total", "counter", "Time of mixed steps, as predicted",
+             {key: one.predicted_mixed_seconds for key, one in stats.items()}),
         )  # fmt: skip
         for name, kind, text, values in rows:
             yield _family(f"hasten_{name}", kind, text, values)

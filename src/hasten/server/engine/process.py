@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from hasten.core.config import EngineConfig
 from hasten.core.cpus import available_cpus
 from hasten.core.errors import EngineError, HastenError
 from hasten.core.types import Request
@@ -51,6 +52,8 @@ _GRACE_S = 2.0
 _READ_BYTES = 1 << 18
 _HEARTBEAT_S = 1.0
 """The server hears of a working engine at least so often, and after the step that takes longer."""
+_ITL_TARGET_MS = 30.0
+"""The default of a server, whose clients see each token. Offline, the time of all together counts alone."""
 _MOST_COMPILING = 1024
 """Requests that wait for their grammars: they take no places, so the queue's limits do not hold for them."""
 
@@ -277,11 +280,19 @@ def engine_info(engine: "Engine") -> EngineInfo:
     )
 
 
+def with_defaults(config: EngineConfig) -> EngineConfig:
+    """The configuration with a server's own defaults in place of what was left open."""
+    if config.scheduler.itl_target is not None:
+        return config
+    return replace(config, scheduler=replace(config.scheduler, itl_target=_ITL_TARGET_MS))
+
+
 def _load(start: ToEngine) -> "Engine":
     from hasten.engine.launch import launched_place, start_engine
 
     assert isinstance(start, Start)
-    return start_engine(start.config, launched_place(start.config))
+    config = with_defaults(start.config)
+    return start_engine(config, launched_place(config))
 
 
 def serve(channel: Channel) -> None:
