@@ -53,7 +53,7 @@ async def _mid_stream(place: Place, count: int, chances: random.Random, report: 
     report.require(running == count, f"{running:g} requests ran when {count} clients were to leave")
     await asyncio.gather(*(client.leave() for client in clients))
     report.figures["ways of leaving"] = dict(Counter(client.way for client in clients))
-    return await place.server.idle_after(10)
+    return await place.server.idle_after()
 
 
 async def _waiting(place: Place, count: int) -> float:
@@ -67,7 +67,7 @@ async def _waiting(place: Place, count: int) -> float:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    return await place.server.idle_after(10)
+    return await place.server.idle_after()
 
 
 async def _run(server: Server, report: Report, clients: int, seed: int, limit: float) -> None:

@@ -119,7 +119,7 @@ async def _run(server: Server, report: Report, rounds: int, pause: float, seed: 
     clients.done = True
     await asyncio.gather(*tasks)
     report.figures["s until one engine was left"] = round(await _one_engine(server), 2)
-    report.figures["s until all was free"] = round(await server.idle_after(5), 3)
+    report.figures["s until all was free"] = round(await server.idle_after(), 3)
     await place.channel.close()
     report.figures["ends"] = dict(sorted(clients.ends.items()))
     report.figures |= {f"ms to {name}": milliseconds(values) for name, values in seconds.items()}

@@ -20,7 +20,8 @@ _LOCAL = (
     *("--http-address", "127.0.0.1", "--grpc-address", "127.0.0.1"),
     *("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"),
 )
-_START_S = 60.0
+_START_S = _IDLE_S = 60.0
+"""For a server that hangs; says nothing of how fast it should be."""
 _IDLE = ("kv_cache_usage_ratio", "requests_running", "requests_waiting")
 
 
@@ -95,7 +96,7 @@ class Server:
         names = [f"hasten_{name}{{" for name in _IDLE] + ["nv_inference_pending_request_count{"]
         return {name: value for name, value in samples.items() if value and name.startswith(tuple(names))}
 
-    async def idle_after(self, seconds: float) -> float:
+    async def idle_after(self, seconds: float = _IDLE_S) -> float:
         """How long it took until no block was in use and nothing ran; AssertionError after so many seconds."""
         began = time.monotonic()
         while busy := await self.busy():

@@ -120,7 +120,7 @@ async def _wave(place: Place, options: argparse.Namespace, into: _Waves, *, slow
         into.held.append((await stays.read() - sent / len(found)) / _MIB)
     for reader in found:
         reader.leave()
-    await server.idle_after(5)
+    await server.idle_after()
     into.alone += await _others(place, options.others)
 
 
@@ -140,7 +140,7 @@ async def _flood(place: Place, report: Report) -> None:
     report.require(sent < _GRPC_REQUESTS, "the server takes any number of requests whose answers nobody reads")
     call.cancel()
     await channel.close()
-    await place.server.idle_after(5)
+    await place.server.idle_after()
 
 
 def _judge(report: Report, slow: _Waves, fast: _Waves, options: argparse.Namespace) -> None:

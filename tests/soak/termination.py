@@ -16,6 +16,7 @@ _LONG = 1900
 _GRACE_S = 5.0
 """For the exit of a server that has nothing left to wait for, beyond its timeout."""
 _REFUSALS = ("503", "UNAVAILABLE")
+_HELD = '{"model":"demo-model","prompt":"Ben","max_tokens":%d,"ignore_eos":true,"stream":true}'
 _STUCK = '{"model":"demo-model","prompt":"Anna","max_tokens":%d,"ignore_eos":true,"stream":true,"n":64,"logprobs":20}'
 
 
@@ -43,16 +44,19 @@ async def _begun(server: Server, count: int) -> None:
         await asyncio.sleep(0.02)
 
 
-async def _finishes(server: Server, report: Report, each: int, tokens: int) -> None:
+async def _finishes(server: Server, report: Report, each: int, tokens: int, grace: float) -> None:
     place = Place.of(server)
     expected = await answers(place, Ask("Anna looked", tokens))
     kinds = [kind for kind in KINDS for _ in range(each)]
     tasks = [asyncio.create_task(answer(kind, place, Ask("Anna looked", tokens))) for kind in kinds]
-    await _begun(server, len(kinds))
+    held = await _unread(server, _HELD)  # the server goes on until this one has left
+    await _begun(server, len(kinds) + 1)
     server.process.send_signal(signal.SIGTERM)
     signalled = time.monotonic()
-    await asyncio.sleep(0.05)
+    while await place.server.ready():
+        await asyncio.sleep(0.01)
     await _refused(place, report)
+    held.leave(reset=True)
     found = await asyncio.gather(*tasks, return_exceptions=True)
     worked = time.monotonic() - signalled
     wrong = [
@@ -63,7 +67,7 @@ async def _finishes(server: Server, report: Report, each: int, tokens: int) -> N
     report.require(not wrong, f"{len(wrong)} requests under way were not finished: {wrong[:3]}")
     report.figures["requests under way that were finished"] = sum(isinstance(got, str) for got in found)
     report.figures["s that they took from SIGTERM on"] = round(worked, 2)
-    report.at_most("s from the last answer to the exit", await _exit(server, signalled) - worked, _GRACE_S)
+    report.at_most("s from the last answer to the exit", await _exit(server, signalled) - worked, grace)
     report.require(server.process.poll() == 0, f"exit status {server.process.poll()}")
     await place.channel.close()
 
@@ -78,18 +82,18 @@ async def _end_of(kind: Kind, place: Place) -> str:
         return "connection closed"
 
 
-async def _stuck(server: Server) -> Connection:
+async def _unread(server: Server, body: str) -> Connection:
     """A stream that nobody reads."""
     connection = await Connection.open(server.http, receive_buffer=4096)
-    await connection.send(request("POST", "/v1/completions", (_STUCK % _LONG).encode()))
+    await connection.send(request("POST", "/v1/completions", (body % _LONG).encode()))
     await connection.head()
     return connection
 
 
-async def _is_cut(server: Server, report: Report, each: int, timeout: float) -> None:
+async def _is_cut(server: Server, report: Report, each: int, timeout: float, grace: float) -> None:
     """With more work than the exit timeout allows, and a client that does not read."""
     place = Place.of(server)
-    stuck = await _stuck(server)
+    stuck = await _unread(server, _STUCK)
     kinds = [kind for kind in KINDS for _ in range(each)]
     tasks = [asyncio.create_task(_end_of(kind, place)) for kind in kinds]
     await _begun(server, len(kinds))
@@ -99,22 +103,22 @@ async def _is_cut(server: Server, report: Report, each: int, timeout: float) -> 
     seconds = await _exit(server, signalled)
     report.figures["how they were cut off"] = dict(sorted(ends.items()))
     report.require(not any(how.endswith("answered") for how in ends), "the work was too short to be cut off")
-    report.at_most(f"s to the exit with an exit timeout of {timeout:g} s", seconds, timeout + _GRACE_S)
+    report.at_most(f"s to the exit with an exit timeout of {timeout:g} s", seconds, timeout + grace)
     report.require(seconds >= timeout, "the exit timeout was not waited for")
     report.require(server.process.poll() == 0, f"exit status {server.process.poll()} after the exit timeout")
     stuck.leave()
     await place.channel.close()
 
 
-def run(*, each: int, tokens: int, timeout: float) -> Report:
+def run(*, each: int, tokens: int, timeout: float, grace: float = _GRACE_S) -> Report:
     """With `each` requests under way over each transport, of so many tokens; and with longer ones than the timeout."""
     report = Report("termination")
     with serving(str(DEMO), "--exit-timeout-secs", "120") as server:
-        asyncio.run(_finishes(server, report, each, tokens))
+        asyncio.run(_finishes(server, report, each, tokens, grace))
         report.require("Traceback" not in server.log, f"the log has a traceback: {server.log[-3000:]}")
     with serving(str(DEMO), "--exit-timeout-secs", str(timeout)) as server:
         engines = server.engines
-        asyncio.run(_is_cut(server, report, each, timeout))
+        asyncio.run(_is_cut(server, report, each, timeout, grace))
         report.require(not any(map(server.lives, engines)), "the engine's process outlived the server")
         report.require("Traceback" not in server.log, f"the log has a traceback: {server.log[-3000:]}")
     return report
@@ -125,5 +129,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="termination", description=__doc__)
     parser.add_argument("--each", type=int, default=8, help="requests over each transport")
     parser.add_argument("--tokens", type=int, default=200, help="of each request that is to be finished")
+    parser.add_argument("--grace", type=float, default=_GRACE_S, help="seconds for the exit itself")
     parser.add_argument("--timeout", type=float, default=2.0, help="exit timeout for requests that are longer")
     return run(**vars(parser.parse_args(arguments))).tell()

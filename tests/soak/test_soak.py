@@ -16,10 +16,10 @@ from tests.soak.report import Report
 
 SHORT: dict[Callable[..., Report], dict[str, Any]] = {
     malformed.run: {"requests": 200},
-    departures.run: {"clients": 24},
-    engine_death.run: {"rounds": 1, "each": 1},
-    termination.run: {"each": 1, "tokens": 60, "timeout": 1.0},
     # the figures of so few requests on a busy machine say little: here it is about what hangs, or grows by a multiple
+    departures.run: {"clients": 24, "limit": 60.0},
+    engine_death.run: {"rounds": 1, "each": 1, "limit": 60.0},
+    termination.run: {"each": 1, "tokens": 60, "timeout": 1.0, "grace": 60.0},
     slow_readers.run: {
         **{"readers": 1, "tokens": 160, "completions": 32, "others": 6, "waves": 1},
         **{"limit": 10.0, "growth": 0.5},

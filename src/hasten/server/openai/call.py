@@ -80,12 +80,23 @@ class Call:
             async for number, progress in run:
                 usage.count(progress)
                 size += progress.size
-                found += await by_size(progress.size, self._taken, number, progress)
+                found += await by_size(progress.size, self._used_up, number, progress)
         return await by_size(size, self._whole, found, usage)
 
     def _whole(self, found: list[Choice], usage: _Usage) -> bytes:
-        parts = b",".join(map(_encode, sorted(found, key=lambda choice: choice.index)))
-        return self.head(self.kind) + parts + b'],"usage":' + _encode(usage.as_json()) + b"}"
+        """The answer of choices, which are used up: to free a million objects takes as long as to make them."""
+        found.sort(key=lambda choice: choice.index, reverse=True)
+        parts = []
+        while found:
+            parts.append(_encode(found.pop()))
+        return self.head(self.kind) + b",".join(parts) + b'],"usage":' + _encode(usage.as_json()) + b"}"
+
+    def _used_up(self, number: int, progress: Progress) -> Sequence[Choice]:
+        """The choices of a progress, whose log-probabilities are freed one completion after the other."""
+        made = self._taken(number, progress)
+        for delta in progress.completions:
+            delta.logprobs = None
+        return made
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as events. What is wrong with the request shows before the first of them."""
