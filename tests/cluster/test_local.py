@@ -115,7 +115,7 @@ def test_a_job_goes_on_when_its_terminal_closes(here: Site) -> None:
 
 def test_the_end_is_known_when_the_supervisor_was_killed(here: Site, tmp_path: Path) -> None:
     """Its processes are found and ended: those of its session, and those that left it."""
-    command = f"setsid sleep 61 & echo $! > {tmp_path}/pid; sleep 62 & sleep 63"
+    command = f"setsid sleep 601 & echo $! > {tmp_path}/pid; sleep 602 & sleep 603"
     here.submit("orphan", command)
     here.running("orphan")
     eventually((tmp_path / "pid").exists, lambda: "the job does not begin")
@@ -136,14 +136,14 @@ def test_the_end_is_known_when_the_supervisor_was_killed(here: Site, tmp_path: P
 
 
 def test_a_job_from_before_a_restart_of_the_machine_has_failed(here: Site) -> None:
-    here.submit("before", "sleep 60")
+    here.submit("before", "sleep 600")
     here.running("before")
     state = here.state("before")
     assert state.pid is not None
     os.kill(state.pid, signal.SIGKILL)
     eventually(lambda: not alive(state.pid or 0), lambda: "the supervisor lives")
     # what another run of the kernel would have left: its boot id, and numbers of processes that are now others'
-    bystander = subprocess.Popen(["sleep", "60"])
+    bystander = subprocess.Popen(["sleep", "600"])
     leader = state.instances[0].pid
     state.boot, state.instances[0].pid = "another", bystander.pid
     here.folder("before").write_state(state)
@@ -186,7 +186,7 @@ def test_a_supervisor_that_fails_says_why(here: Site) -> None:
 
 
 def test_delete_ends_all_processes_and_removes_all_files(here: Site, tmp_path: Path) -> None:
-    here.submit("gone", "sleep 60 & setsid sleep 60 & nohup sleep 60 & sleep 0.3; echo begun; wait", workers=2)
+    here.submit("gone", "sleep 600 & setsid sleep 600 & nohup sleep 600 & sleep 0.3; echo begun; wait", workers=2)
     for instance in ("gone-master-0", "gone-worker-0"):
         eventually(lambda name=instance: "begun" in here.logs("gone", instance=name))  # type: ignore[misc]
     pids = [pid for pid in here.processes() if pid != os.getpid()]
@@ -204,7 +204,7 @@ def test_delete_ends_all_processes_and_removes_all_files(here: Site, tmp_path: P
 def test_delete_when_the_supervisor_does_not_answer(here: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     from hasten.cluster.local import end as local_end
 
-    here.submit("hangs", "sleep 60")
+    here.submit("hangs", "sleep 600")
     here.running("hangs")
     pids = [pid for pid in here.processes() if pid != os.getpid()]
     os.kill(here.state("hangs").pid or 0, signal.SIGSTOP)
@@ -229,7 +229,7 @@ def test_delete_of_a_job_that_does_not_hear(here: Site, monkeypatch: pytest.Monk
 
 
 def test_a_supervisor_that_is_told_to_end_says_so(here: Site) -> None:
-    here.submit("told-to-end", "sleep 60")
+    here.submit("told-to-end", "sleep 600")
     here.running("told-to-end")
     os.kill(here.state("told-to-end").pid or 0, signal.SIGTERM)
     assert here.ended("told-to-end").reason == "its supervisor was told to end"
@@ -282,7 +282,7 @@ def test_a_record_that_cannot_be_read_hides_no_other(here: Site, caplog: pytest.
 def test_attach_runs_a_command_with_the_environment_of_an_instance(
     here: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    here.submit("open", "sleep 60", env=("COLOUR=blue",), workers=2, working_dir=str(tmp_path))
+    here.submit("open", "sleep 600", env=("COLOUR=blue",), workers=2, working_dir=str(tmp_path))
     here.running("open")
     attach = here.backend.attach_job
     show = ["sh", "-c", "echo $COLOUR $RANK $PWD; exit 7"]

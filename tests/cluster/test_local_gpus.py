@@ -11,7 +11,7 @@ from hasten.cluster.backend import Status
 from hasten.cluster.local.gpus import devices
 from hasten.core.errors import ConfigError
 
-HOLD = "echo $CUDA_VISIBLE_DEVICES; exec sleep 60"
+HOLD = "echo $CUDA_VISIBLE_DEVICES; exec sleep 600"
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_lines_come_while_they_are_written(here: Site, tmp_path: Path) -> None:
 
 
 def test_following_ends_when_the_job_is_deleted(here: Site) -> None:
-    here.submit("deleted", "echo begun; sleep 60")
+    here.submit("deleted", "echo begun; sleep 600")
     following = here.backend.job_logs("deleted", "default", LogOptions(follow=True))
     assert next(following) == "begun"
     here.backend.delete_job("deleted", "default")

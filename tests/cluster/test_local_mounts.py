@@ -210,7 +210,7 @@ def test_jobs_and_those_who_attach_see_the_same(
     (config := tmp_path / "conf").write_text("as submitted\n")
     here.submit(
         "job",
-        "cat file; cat /etc/hasten-no-such/conf; exec sleep 60",
+        "cat file; cat /etc/hasten-no-such/conf; exec sleep 600",
         data=("vol:/mnt",),
         config_file=(f"{config}:/etc/hasten-no-such/conf",),
         working_dir="/mnt/sub",

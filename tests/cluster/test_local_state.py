@@ -192,7 +192,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half(here: Site, monkeypatch: pytes
 def test_a_job_that_died_on_a_full_disk_is_told_and_can_be_deleted(
     here: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    here.submit("died", "exec sleep 60")
+    here.submit("died", "exec sleep 600")
     here.running("died")
     supervisor = here.state("died").pid or 0
     os.kill(supervisor, signal.SIGKILL)

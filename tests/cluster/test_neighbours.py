@@ -107,7 +107,7 @@ def here(tmp_path: Path) -> Iterator[Site]:
 def test_local_neighbours(here: Site, tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     for namespace, name in JOBS:
-        here.backend.submit(TrainingJob(name=name, namespace=namespace, command="exec sleep 60"))
+        here.backend.submit(TrainingJob(name=name, namespace=namespace, command="exec sleep 600"))
     for namespace, name in VOLUMES:
         here.backend.create_volume(Volume(namespace=namespace, name=name, path=str(tmp_path)))
     backend = here.backend
