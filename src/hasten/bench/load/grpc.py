@@ -42,9 +42,7 @@ class GrpcClient:
     async def stream(self, request: Any, reply: Reply, clock: Any) -> None:
         """Send a request on a stream of its own and note its responses; RequestError says how it failed."""
         with _Failures():
-            async with self._infer() as call:
-                await call.write(request)
-                await call.done_writing()
+            async with self._infer(request) as call:
                 async for response in call:
                     now = clock()
                     if response.error_message:
@@ -57,10 +55,10 @@ class GrpcClient:
             await each.channel.close()
 
     @asynccontextmanager
-    async def _infer(self) -> AsyncIterator[Any]:
+    async def _infer(self, request: Any) -> AsyncIterator[Any]:
         used = self._channel()
         used.streams += 1
-        call = used.infer(metadata=self._metadata)
+        call = used.infer(request, metadata=self._metadata)
         try:
             yield call
         finally:
@@ -87,7 +85,9 @@ class _Channel:
         else:
             self.channel = grpc.aio.insecure_channel(address.authority, options=options)
         self.streams = 0
-        self.infer = self.channel.stream_stream(
+        # a stream of one request, which is sent with the end of the requests: were it written to an open stream, a
+        # server that refuses at once would fail the writing, and its status be lost
+        self.infer = self.channel.unary_stream(
             f"{_SERVICE}/ModelStreamInfer",
             request_serializer=service_pb2.ModelInferRequest.SerializeToString,
             response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
