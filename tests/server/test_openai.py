@@ -15,11 +15,14 @@ import openai
 import pydantic
 import pytest
 from tests.server.openai_site import DEMO, Site, models, with_template
+from tests.server.transport_fixtures import workers
 from tests.waiting import eventually
 
 from hasten import LLM, SamplingParams
 from hasten.core.types import Logprob
+from hasten.server import by_size
 from hasten.server.engine.client import QueueLimits
+from hasten.server.openai.call import Call
 from hasten.server.openai.models import models_by_id
 from hasten.server.statistics import Counters
 
@@ -601,6 +604,21 @@ def test_a_client_that_does_not_wait_for_its_answer_is_forgotten(site: Site, cli
         client.with_options(timeout=0.5).completions.create(model="story", **ENDLESS)
     eventually(lambda: site.idle("tokens"))
     assert site.generated("tokens") - before < ENDLESS["max_tokens"]
+
+
+def test_large_answers_are_made_beside_the_loop(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: Any = {"model": "story", "prompt": [PROMPT, "Ben"], "max_tokens": 5, "temperature": 0, "logprobs": 2}
+    expected = client.completions.create(**asked).choices
+    used = [workers(monkeypatch, Call, name) for name in ("_used_up", "_whole", "_events")]
+    monkeypatch.setattr(by_size, "SMALL", -1)
+    assert client.completions.create(**asked).choices == expected
+    texts = ["", ""]
+    for event in client.completions.create(**asked, stream=True):
+        for choice in event.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in expected]
+    for names in used:
+        assert {name.rpartition("_")[0] for name in names} == {"by-size"}
 
 
 def test_a_queue_that_is_full_says_so(site: Site, client: openai.OpenAI) -> None:

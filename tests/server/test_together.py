@@ -6,33 +6,11 @@ from functools import partial
 from typing import Any
 
 import pytest
+from tests.server.turns import Turns
 
 from hasten.server.together import TASKS_PER_TURN, running, together, whenever
 
 MANY = 10 * TASKS_PER_TURN
-
-
-class Turns:
-    """Counts the turns of the event loop, and what is done in each of them."""
-
-    def __init__(self) -> None:
-        self._now = 0
-        self._done: dict[int, int] = {}
-        self._handle = asyncio.get_running_loop().call_soon(self._next)
-
-    def _next(self) -> None:
-        self._now += 1
-        self._handle = asyncio.get_running_loop().call_soon(self._next)
-
-    def count(self) -> None:
-        self._done[self._now] = self._done.get(self._now, 0) + 1
-
-    @property
-    def most(self) -> int:
-        return max(self._done.values())
-
-    def close(self) -> None:
-        self._handle.cancel()
 
 
 async def at_once(turns: Turns) -> None:
