@@ -100,7 +100,8 @@ def _save_family(folder: Path, family: str, seed: int, **config: Any) -> None:
         "initializer_range": 0.2,
     }
     torch.manual_seed(seed)
-    settings = getattr(transformers, f"{family}Config")(**(options | config))
+    name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+    settings = getattr(transformers, name)(**(options | config))
     model = getattr(transformers, f"{family}ForCausalLM")(settings)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

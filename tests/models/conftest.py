@@ -81,7 +81,7 @@ def _their_logits(folder: Path, texts: list[list[int]]) -> list[Tensor]:
     """Logits [t, v] of each text alone: no padding, no cache."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.inference_mode():
         return [model(torch.tensor([ids])).logits[0] for ids in texts]
 

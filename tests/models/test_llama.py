@@ -17,6 +17,7 @@ from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.sources import read_hf_config
 from hasten.core.config import AttentionConfig, ModelConfig, ParallelConfig, RopeConfig
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
+from hasten.models.gemma import Gemma2ForCausalLM, Gemma3ForCausalLM, GemmaForCausalLM
 from hasten.models.llama import LlamaForCausalLM
 from hasten.models.mistral import MistralForCausalLM
 from hasten.models.phi3 import Phi3ForCausalLM
@@ -45,7 +46,28 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+GEMMA2: dict[str, Any] = {
+    "head_dim": 20,
+    "sliding_window": 7,
+    "query_pre_attn_scalar": 30,
+    "attn_logit_softcapping": 3.0,
+    "final_logit_softcapping": 4.0,
+}
+GEMMA3: dict[str, Any] = {
+    "head_dim": 20,
+    "sliding_window": 7,
+    "query_pre_attn_scalar": 30,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
+    },
+}
 MODELS: dict[str, Model] = {
+    "gemma": ("Gemma", {"head_dim": 20}),
+    "gemma2": ("Gemma2", GEMMA2),
+    "gemma2, no caps": ("Gemma2", GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3": ("Gemma3", GEMMA3),
     "llama": ("Llama", {}),
     "llama, every head its own key": ("Llama", {"num_key_value_heads": 4}),
     "llama, one key head": ("Llama", {"num_key_value_heads": 1, "rope_parameters": LLAMA3}),
@@ -150,6 +172,15 @@ def _window(config: ModelConfig, more: int) -> ModelConfig:
 
 
 CONTROLS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
+    "one more than the weights of norms": ("gemma", lambda config: replace(config, norm_offset=False)),
+    "the embedding's scale": ("gemma", lambda config: replace(config, embedding_scale=None)),
+    "Gemma's gate": ("gemma", lambda config: replace(config, activation="gelu")),
+    "Gemma 2's scale": ("gemma2", lambda config: _attention(config, scale=None)),
+    "capped scores": ("gemma2", lambda config: _attention(config, softcap=None)),
+    "capped logits": ("gemma2", lambda config: replace(config, logit_softcap=None)),
+    "a token more in Gemma's window": ("gemma2", lambda config: _window(config, 1)),
+    "Gemma 2's layers": ("gemma2", lambda config: replace(config, layer_attention=(config.attention,) * 3)),
+    "Gemma 3's ropes": ("gemma3", lambda config: _rope(config, kind="default")),
     "positions": ("llama", lambda config: _attention(config, position="none", rope=None)),
     "theta": ("llama", lambda config: _rope(config, theta=9_000.0)),
     "scale": ("llama", lambda config: _attention(config, scale=0.3)),
@@ -190,6 +221,9 @@ def test_what_is_left_out_shows(
 
 
 WEIGHTS = {
+    "norms of what attention adds": ("gemma2", "post_attention_layernorm.weight"),
+    "norms of what the MLP adds": ("gemma2", "post_feedforward_layernorm.weight"),
+    "norms of queries in Gemma": ("gemma3", "self_attn.q_norm.weight"),
     "norms of queries": ("qwen3", "self_attn.q_norm.weight"),
     "norms of keys": ("qwen3", "self_attn.k_norm.weight"),
     "biases of queries": ("qwen2", "self_attn.q_proj.bias"),
@@ -225,7 +259,7 @@ def changed(folder: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tens
 
 GREEDY = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True)
 PROMPTS = [[(7 * n + k) % 400 + 4 for k in range(n)] for n in (1, 2, 9, 16, 17, 33, 70)]
-SERVED = ["llama, one key head", "mistral", "qwen2, windows", "qwen3, all of it"]
+SERVED = ["llama, one key head", "gemma2", "mistral", "qwen2, windows", "qwen3, all of it"]
 
 
 @pytest.fixture(scope="module")
@@ -238,8 +272,10 @@ def right_tokens(make_model: MakeModel) -> Callable[[str], list[list[int]]]:
             from transformers import AutoModelForCausalLM
 
             family, options = MODELS[name]
-            model = AutoModelForCausalLM.from_pretrained(make_model(family, **options), dtype=torch.float32).eval()
-            known[name] = [continued(model, prompt) for prompt in PROMPTS]
+            folder = make_model(family, **options)
+            # Gemma's scores are capped in eager attention alone
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager")
+            known[name] = [continued(model.eval(), prompt) for prompt in PROMPTS]
         return known[name]
 
     return make
@@ -274,7 +310,7 @@ def test_greedy_tokens_are_those_of_hugging_face(
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks"), [("llama, one key head", 2), ("qwen3, all of it", 4), ("qwen2, windows", 4)]
+    ("name", "ranks"), [("phi3", 4), ("gemma2", 2), ("qwen3, all of it", 4), ("llama, one key head", 2)]
 )
 def test_ranks_with_fewer_key_heads_than_ranks(
     name: str, ranks: int, make_model: MakeModel, right_tokens: Callable[[str], list[list[int]]]
@@ -372,6 +408,9 @@ RAW: dict[str, Any] = {
     "vocab_size": 500,
 }
 CLASSES = {
+    "Gemma": GemmaForCausalLM,
+    "Gemma2": Gemma2ForCausalLM,
+    "Gemma3": Gemma3ForCausalLM,
     "Llama": LlamaForCausalLM,
     "Mistral": MistralForCausalLM,
     "Phi3": Phi3ForCausalLM,
@@ -380,7 +419,10 @@ CLASSES = {
 }
 
 
-@pytest.mark.parametrize("family", list(CLASSES))
+GEMMAS = {"Gemma": "GemmaConfig", "Gemma2": "Gemma2Config", "Gemma3": "Gemma3TextConfig"}
+
+
+@pytest.mark.parametrize("family", [family for family in CLASSES if not family.startswith("Gemma")])
 def test_what_a_config_leaves_out_is_as_in_hugging_face(family: str) -> None:
     import transformers
 
@@ -402,6 +444,44 @@ def test_what_a_config_leaves_out_is_as_in_hugging_face(family: str) -> None:
     assert found.attention.rope.theta == reference.rope_parameters["rope_theta"]
     # what a configuration that was saved says, and an old one without it
     assert CLASSES[family].config_from_hf(json.loads(reference.to_json_string(use_diff=False))) == found
+
+
+@pytest.mark.parametrize(("family", "config_class"), GEMMAS.items())
+def test_what_a_config_of_gemma_leaves_out_is_as_in_hugging_face(family: str, config_class: str) -> None:
+    import transformers
+
+    raw = RAW | {"num_attention_heads": 16, "num_hidden_layers": 13}
+    reference = getattr(transformers, config_class)(**raw)
+    found = CLASSES[family].config_from_hf(raw)
+    names = ("bos_token_id", "pad_token_id", "tie_word_embeddings", "max_position_embeddings")
+    assert [getattr(found, name) for name in names] == [getattr(reference, name) for name in names]
+    assert found.eos_token_ids == (reference.eos_token_id,)
+    assert found.attention.num_kv_heads == reference.num_key_value_heads
+    assert found.attention.head_size == reference.head_dim
+    assert (found.norm_eps, found.activation) == (reference.rms_norm_eps, "gelu_tanh")
+    assert found.logit_softcap == getattr(reference, "final_logit_softcapping", None)
+    assert found.attention.softcap == getattr(reference, "attn_logit_softcapping", None)
+    kinds = getattr(reference, "layer_types", ["full_attention"] * 13)
+    for layer, kind in enumerate(kinds):
+        attention, slides = found.attention_of(layer), kind == "sliding_attention"
+        assert attention.window == (reference.sliding_window if slides else None)
+        assert attention.rope is not None
+        assert attention.rope.theta == reference.rope_parameters.get(kind, reference.rope_parameters)["rope_theta"]
+    assert CLASSES[family].config_from_hf(json.loads(reference.to_json_string(use_diff=False))) == found
+
+
+def test_old_keys_of_gemma() -> None:
+    raw = RAW | {"num_key_value_heads": 2}
+    assert GemmaForCausalLM.config_from_hf(raw | {"hidden_act": "gelu"}).activation == "gelu_tanh"
+    nested = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 7.0, "factor": 8.0},
+    }
+    old = {"rope_local_base_freq": 5.0, "rope_theta": 7.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    new = Gemma3ForCausalLM.config_from_hf(raw | {"rope_parameters": nested})
+    assert Gemma3ForCausalLM.config_from_hf(raw | old) == new
+    every = Gemma3ForCausalLM.config_from_hf(raw | {"sliding_window_pattern": 2})
+    assert [layer.window for layer in every.layer_attention] == [4096, None, 4096]
 
 
 def test_the_keys_of_old_and_new_versions_mean_the_same() -> None:
@@ -440,6 +520,9 @@ def test_the_keys_of_old_and_new_versions_mean_the_same() -> None:
         ("Llama", {"rope_theta": "big"}, "rope_theta has a value of the wrong kind: 'big' is not a number above 0"),
         ("Llama", {"head_dim": 7}, "7 dimensions of a head cannot turn in pairs"),
         ("Llama", {"attention_bias": "no"}, "attention_bias has a value of the wrong kind"),
+        ("Gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is not supported in Gemma 3"),
+        ("Gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+        ("Gemma2", {"final_logit_softcapping": -1}, "final_logit_softcapping has a value of the wrong kind"),
         ("Mistral", {"sliding_window": 0}, "sliding_window has a value of the wrong kind"),
         ("Qwen2", {"use_mrope": True}, "use_mrope: "),
         ("Qwen3", {"layer_types": ["full_attention"]}, "layer_types is not a list of 3"),

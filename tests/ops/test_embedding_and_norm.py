@@ -66,6 +66,8 @@ def test_rms_norm_and_norms_without_bias(hidden: int, dtype: torch.dtype, assert
     for op in (ops.norm, reference.norm):
         assert_close("layer_norm", op(x, weight, None, 1e-5, rms=True)[0], scaled)
         assert_close("layer_norm", op(x, weight, bias, 1e-5, rms=True)[0], scaled + bias.double())
+        more = scaled / weight.double() * (weight.double() + 1)
+        assert_close("layer_norm", op(x, weight, None, 1e-5, rms=True, unit_offset=True)[0], more)
         assert_close("layer_norm", op(x, weight, None, 1e-5)[0], exact_norm(x, weight, torch.zeros(hidden)))
         of_sum, total = op(ops.PartialSum(x, residual=x), weight, None, 1e-5, rms=True)
         assert torch.equal(total, x + x)

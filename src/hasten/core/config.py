@@ -188,6 +188,12 @@ class ModelConfig:
     norm_eps: float = 1e-5
     activation: Literal["gelu_tanh", "gelu", "silu"] = "gelu_tanh"
     mlp_bias: bool = True
+    norm_offset: bool = False
+    """Whether the weights of norms are stored less one."""
+    embedding_scale: float | None = None
+    """What embeddings are multiplied by."""
+    logit_softcap: float | None = None
+    """Logits become c * tanh(logit / c)."""
     residual_after_norm: bool = False
     """BLOOM's `apply_residual_connection_post_layernorm`: the residual is the norm's output, not its input."""
     tie_word_embeddings: bool = True

@@ -23,8 +23,10 @@ class Attention(nn.Module):
     value_cache: Tensor
     """[blocks, block size, m, d] each; the runner gives them before the first step."""
 
-    def __init__(self, hidden_size: int, config: AttentionConfig, *, norm_eps: float = 0.0) -> None:
-        """`norm_eps`: that of the norms of queries and keys, where the configuration has them."""
+    def __init__(
+        self, hidden_size: int, config: AttentionConfig, *, norm_eps: float = 0.0, unit_offset: bool = False
+    ) -> None:
+        """`norm_eps`, `unit_offset`: of the norms of queries and keys, where the configuration has them."""
         super().__init__()
         group = tensor_group()
         heads = shard_config(config, group.size)
@@ -32,8 +34,10 @@ class Attention(nn.Module):
         self.head_size, self.num_heads, self.num_kv_heads = heads.head_size, heads.num_heads, heads.num_kv_heads
         self.scale = config.head_size**-0.5 if config.scale is None else config.scale
         self.qkv = QKVLinear(hidden_size, heads, bias=config.qkv_bias)
-        self.query_norm = RMSNorm(config.head_size, eps=norm_eps) if config.qk_norm else None
-        self.key_norm = RMSNorm(config.head_size, eps=norm_eps) if config.qk_norm else None
+        self.query_norm, self.key_norm = (
+            RMSNorm(config.head_size, eps=norm_eps, unit_offset=unit_offset) if config.qk_norm else None
+            for _ in range(2)
+        )
         self.dense = RowLinear(config.num_heads * config.head_size, hidden_size, bias=config.dense_bias)
         self.rope_table: Tensor | None = None
         self.slopes_n: Tensor | None = None
@@ -60,6 +64,7 @@ class Attention(nn.Module):
             query_norm_d=None if self.query_norm is None else self.query_norm.weight,
             key_norm_d=None if self.key_norm is None else self.key_norm.weight,
             eps=0.0 if self.query_norm is None else self.query_norm.eps,
+            unit_offset=self.query_norm is not None and self.query_norm.unit_offset,
         )
 
     def forward(

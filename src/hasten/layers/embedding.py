@@ -14,9 +14,11 @@ from hasten.parallel.shard import padded_vocab
 class Embedding(nn.Module):
     """Token embedding; each rank holds a range of the vocabulary."""
 
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, *, scale: float | None = None) -> None:
+        """`scale`: what embeddings are multiplied by, rounded to their type; a tied head takes them as they are."""
         super().__init__()
         self.group = tensor_group()
+        self.scale = scale
         rows = padded_vocab(vocab_size, self.group.size) // self.group.size
         self.first = self.group.rank * rows if self.group.size > 1 else None
         self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
@@ -24,7 +26,9 @@ class Embedding(nn.Module):
     def forward(self, ids_t: Tensor) -> Tensor:
         """Embeddings, [t, h], whole on every rank."""
         rows_th = ops.embedding(ids_t, self.weight, self.first)
-        return rows_th if self.first is None else self.group.all_reduce(rows_th)
+        if self.first is not None:
+            rows_th = self.group.all_reduce(rows_th)
+        return rows_th if self.scale is None else rows_th * float(torch.tensor(self.scale, dtype=rows_th.dtype))
 
     def normed(self, ids_t: Tensor, norm: LayerNorm) -> Tensor:
         """Embeddings after `norm`, which has a bias: [t, h], whole on every rank."""
@@ -38,9 +42,13 @@ class Head(PackedModule):
 
     packed: ops.PackedLinear
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, tied: Embedding | None) -> None:
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, tied: Embedding | None, softcap: float | None = None
+    ) -> None:
+        """With `softcap` c, logits become c * tanh(logit / c)."""
         super().__init__()
         self.group = tensor_group()
+        self.softcap = softcap
         self.vocab_size = vocab_size
         self.tied = [tied] if tied is not None else []  # in a list, so that its parameters are not counted twice
         if tied is None:
@@ -57,7 +65,10 @@ class Head(PackedModule):
 
     def local_logits(self, hidden_rh: Tensor) -> Tensor:
         """This rank's shard of the logits, [r, v / ranks], with what pads the vocabulary at its end."""
-        return ops.linear(hidden_rh, self.packed)
+        logits_rv = ops.linear(hidden_rh, self.packed)
+        if self.softcap is None:
+            return logits_rv
+        return (logits_rv.float() / self.softcap).tanh_().mul_(self.softcap).to(logits_rv.dtype)
 
     def gather(self, local_rv: Tensor) -> Tensor | None:
         """Logits [r, v] on rank 0; None on the others."""

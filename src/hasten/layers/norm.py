@@ -22,13 +22,14 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm with a weight."""
+    """Root mean square norm with a weight, or with a weight that is stored less one (`unit_offset`)."""
 
-    def __init__(self, size: int, *, eps: float) -> None:
+    def __init__(self, size: int, *, eps: float, unit_offset: bool = False) -> None:
         super().__init__()
         self.eps = eps
+        self.unit_offset = unit_offset
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
 
     def forward(self, x_th: Tensor | ops.PartialSum) -> tuple[Tensor, Tensor]:
         """Normalised [t, h], and what was normalised, added up: [t, h]."""
-        return ops.norm(x_th, self.weight, None, self.eps, rms=True)
+        return ops.norm(x_th, self.weight, None, self.eps, rms=True, unit_offset=self.unit_offset)

@@ -4,7 +4,7 @@ Shapes: t tokens of the flat batch, h hidden.
 Source: Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten.core.config import AttentionConfig, ModelConfig, RopeKind
-from hasten.core.errors import ConfigError
+from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.layers.attention import Attention
 from hasten.layers.embedding import Embedding, Head
 from hasten.layers.linear import GatedColumnLinear, RowLinear
@@ -33,9 +33,10 @@ class LlamaBlock(nn.Module):
         super().__init__()
         hidden, inner, eps = config.hidden_size, config.intermediate_size, config.norm_eps
         self.last = layer == config.num_layers - 1
-        self.input_norm = RMSNorm(hidden, eps=eps)
-        self.attention = Attention(hidden, config.attention_of(layer), norm_eps=eps)
-        self.post_norm = RMSNorm(hidden, eps=eps)
+        offset = config.norm_offset
+        self.input_norm = RMSNorm(hidden, eps=eps, unit_offset=offset)
+        self.attention = Attention(hidden, config.attention_of(layer), norm_eps=eps, unit_offset=offset)
+        self.post_norm = RMSNorm(hidden, eps=eps, unit_offset=offset)
         self.gate_up = GatedColumnLinear(hidden, inner, bias=config.mlp_bias, gate=config.activation)
         self.down = RowLinear(inner, hidden, bias=config.mlp_bias)
 
@@ -48,16 +49,19 @@ class LlamaBlock(nn.Module):
 
 
 class LlamaForCausalLM(CausalLM):
-    """LLaMA with its language model head; families of the same build differ in their configuration alone."""
+    """LLaMA with its language model head; families of the same build differ in their configuration, or in a block."""
+
+    block: ClassVar[type[nn.Module]] = LlamaBlock
+    """One layer, made of the configuration and its number."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LlamaBlock(config, layer) for layer in range(config.num_layers))
-        self.final_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.head = Head(
-            config.vocab_size, config.hidden_size, tied=self.embedding if config.tie_word_embeddings else None
-        )
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self.embedding = Embedding(vocab, hidden, scale=config.embedding_scale)
+        self.layers = nn.ModuleList(self.block(config, layer) for layer in range(config.num_layers))
+        self.final_norm = RMSNorm(hidden, eps=config.norm_eps, unit_offset=config.norm_offset)
+        tied = self.embedding if config.tie_word_embeddings else None
+        self.head = Head(vocab, hidden, tied=tied, softcap=config.logit_softcap)
 
     def forward(self, input_ids_t: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
         """Hidden states after the last norm, of the tokens of `meta.output_part` where it names some: [t, h]."""
@@ -82,10 +86,16 @@ class LlamaForCausalLM(CausalLM):
         return weight_map(config)
 
 
-def weight_map(config: ModelConfig, *, fused: bool = False) -> WeightMap:
+NORMS: Mapping[str, str] = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"}
+"""The norms of a block: the module's names and the checkpoint's."""
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers, as `layer_types` in config.json calls them."""
+
+
+def weight_map(config: ModelConfig, *, fused: bool = False, norms: Mapping[str, str] = NORMS) -> WeightMap:
     """That of a model of this build; `fused`: its checkpoints hold QKV, and gate and up, as one tensor each."""
     return WeightMap(
-        specs=tuple(_specs(config, fused)),
+        specs=tuple(_specs(config, fused, norms)),
         hf_prefix="model.",
         hf_unprefixed=frozenset({"lm_head.weight"}),
         hf_ignored=("rotary_emb.inv_freq", "layers.{layer}.self_attn.rotary_emb.inv_freq"),
@@ -122,6 +132,16 @@ def attention_from_hf(
     )
 
 
+def layer_kinds(raw: Mapping[str, Any], default: Sequence[str]) -> Sequence[str]:
+    """`layer_types`, or the default of each layer; errors name a list that does not fit and a kind that is unknown."""
+    kinds = default if raw.get("layer_types") is None else raw["layer_types"]
+    if not isinstance(kinds, list) or len(kinds) != len(default):
+        raise ConfigError(f"layer_types is not a list of {len(default)} kinds")
+    if unknown := [kind for kind in kinds if kind not in (FULL, SLIDING)]:
+        raise UnsupportedError(f"layer_types has {unknown[0]!r}; supported are {FULL} and {SLIDING}")
+    return kinds
+
+
 def config_from_hf(
     raw: Mapping[str, Any],
     architecture: str,
@@ -155,7 +175,7 @@ _EMBEDDING = vocabulary("embedding.weight", "embed_tokens.weight")
 _HEAD = vocabulary("head.weight", "lm_head.weight")
 
 
-def _of_layer(config: ModelConfig, layer: int, fused: bool) -> Iterator[WeightSpec]:
+def _of_layer(config: ModelConfig, layer: int, fused: bool, norms: Mapping[str, str]) -> Iterator[WeightSpec]:
     name, hf, attention = f"layers.{layer}", f"layers.{layer}", config.attention_of(layer)
     qkv: dict[str, Axis] = {f"{hf}.self_attn.q_proj": "query"}
     qkv |= {f"{hf}.self_attn.{each}_proj": "kv" for each in "kv"}
@@ -164,21 +184,21 @@ def _of_layer(config: ModelConfig, layer: int, fused: bool) -> Iterator[WeightSp
     if fused:
         qkv, gate_up = {f"{hf}.self_attn.qkv_proj": "qkv"}, {f"{hf}.mlp.gate_up_proj": "gate_up"}
     down: dict[str, Axis] = {f"{hf}.mlp.down_proj": "hidden"}
-    yield from norm(f"{name}.input_norm", f"{hf}.input_layernorm", bias=False)
+    for ours, theirs in norms.items():
+        yield from norm(f"{name}.{ours}", f"{hf}.{theirs}", bias=False)
     yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=attention.qkv_bias)
     if attention.qk_norm:
         yield from norm(f"{name}.attention.query_norm", f"{hf}.self_attn.q_norm", bias=False, axis="head")
         yield from norm(f"{name}.attention.key_norm", f"{hf}.self_attn.k_norm", bias=False, axis="head")
     yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=attention.dense_bias)
-    yield from norm(f"{name}.post_norm", f"{hf}.post_attention_layernorm", bias=False)
     yield from linear(f"{name}.gate_up", gate_up, "gate_up", "hidden", Split.GATE_UP, bias=config.mlp_bias)
     yield from linear(f"{name}.down", down, "hidden", "inner", Split.ROW, bias=config.mlp_bias)
 
 
-def _specs(config: ModelConfig, fused: bool) -> Iterator[WeightSpec]:
+def _specs(config: ModelConfig, fused: bool, norms: Mapping[str, str]) -> Iterator[WeightSpec]:
     yield _EMBEDDING
     for layer in range(config.num_layers):
-        yield from _of_layer(config, layer, fused)
+        yield from _of_layer(config, layer, fused, norms)
     yield from norm("final_norm", "norm", bias=False)
     if not config.tie_word_embeddings:
         yield _HEAD

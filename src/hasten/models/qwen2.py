@@ -10,10 +10,9 @@ from typing import Any
 from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.models import hf_config
-from hasten.models.llama import LlamaForCausalLM, attention_from_hf, config_from_hf
+from hasten.models.llama import FULL, SLIDING, LlamaForCausalLM, attention_from_hf, config_from_hf, layer_kinds
 
 MAX_POSITION, KV_HEADS = 32_768, 32
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 class Qwen2ForCausalLM(LlamaForCausalLM):
@@ -34,18 +33,11 @@ def with_windows(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
     slides = hf_config.flag(raw, "use_sliding_window", False)
     window = hf_config.optional_count(raw, "sliding_window", 4096) if slides else None
     first = hf_config.optional_count(raw, "max_window_layers", 28) if raw.get("max_window_layers") != 0 else 0
-    kinds = raw.get("layer_types")
-    if kinds is None:
-        kinds = [
-            _SLIDING if window is not None and layer >= (first or 0) else _FULL for layer in range(config.num_layers)
-        ]
-    if not isinstance(kinds, list) or len(kinds) != config.num_layers:
-        raise ConfigError(f"layer_types is not a list of {config.num_layers} kinds")
-    if unknown := [kind for kind in kinds if kind not in (_FULL, _SLIDING)]:
-        raise UnsupportedError(f"layer_types has {unknown[0]!r}; supported are {_FULL} and {_SLIDING}")
-    if _SLIDING not in kinds:
+    layers = range(config.num_layers)
+    kinds = layer_kinds(raw, [SLIDING if window is not None and layer >= (first or 0) else FULL for layer in layers])
+    if SLIDING not in kinds:
         return config
     if window is None:
-        raise ConfigError(f"layer_types has {_SLIDING!r}, but use_sliding_window and sliding_window give no window")
-    layers: dict[str, AttentionConfig] = {_FULL: config.attention, _SLIDING: replace(config.attention, window=window)}
-    return replace(config, layer_attention=tuple(layers[kind] for kind in kinds))
+        raise ConfigError(f"layer_types has {SLIDING!r}, but use_sliding_window and sliding_window give no window")
+    by_kind: dict[str, AttentionConfig] = {FULL: config.attention, SLIDING: replace(config.attention, window=window)}
+    return replace(config, layer_attention=tuple(by_kind[kind] for kind in kinds))

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 MODELS: dict[str, str] = {
     "BloomForCausalLM": "hasten.models.bloom:BloomForCausalLM",
     "BloomModel": "hasten.models.bloom:BloomForCausalLM",
+    "Gemma2ForCausalLM": "hasten.models.gemma:Gemma2ForCausalLM",
+    "Gemma2Model": "hasten.models.gemma:Gemma2ForCausalLM",
+    "Gemma3ForCausalLM": "hasten.models.gemma:Gemma3ForCausalLM",
+    "Gemma3TextModel": "hasten.models.gemma:Gemma3ForCausalLM",
+    "GemmaForCausalLM": "hasten.models.gemma:GemmaForCausalLM",
+    "GemmaModel": "hasten.models.gemma:GemmaForCausalLM",
     "LlamaForCausalLM": "hasten.models.llama:LlamaForCausalLM",
     "LlamaModel": "hasten.models.llama:LlamaForCausalLM",
     "MistralForCausalLM": "hasten.models.mistral:MistralForCausalLM",
@@ -28,6 +34,9 @@ MODELS: dict[str, str] = {
 
 _MODEL_TYPES: dict[str, str] = {
     "bloom": "BloomForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "phi3": "Phi3ForCausalLM",

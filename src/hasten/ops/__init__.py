@@ -80,18 +80,25 @@ def embedding(ids_t: Tensor, weight_vh: Tensor, first: int | None = None) -> Ten
 
 
 def norm(
-    x_th: Tensor | PartialSum, weight_h: Tensor, bias_h: Tensor | None, eps: float, *, rms: bool = False
+    x_th: Tensor | PartialSum,
+    weight_h: Tensor,
+    bias_h: Tensor | None,
+    eps: float,
+    *,
+    rms: bool = False,
+    unit_offset: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Layer norm over the last axis: [t, h], and with it what was normed, a sum added up: [t, h].
 
-    With `rms`, the root mean square norm, which subtracts no mean. Sources: Ba, Kiros, Hinton, "Layer Normalization",
-    2016; Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019.
+    With `rms`, the root mean square norm, which subtracts no mean; with `unit_offset` its weight is `weight_h` + 1.
+    Sources: Ba, Kiros, Hinton, "Layer Normalization", 2016; Zhang, Sennrich, "Root Mean Square Layer Normalization",
+    2019.
     """
     if weight_h.is_cuda:
         from hasten.ops.gpu import norm as kernels
 
-        return kernels.norm(x_th, weight_h, bias_h, eps, rms=rms)
-    return reference.norm(x_th, weight_h, bias_h, eps, rms=rms)
+        return kernels.norm(x_th, weight_h, bias_h, eps, rms=rms, unit_offset=unit_offset)
+    return reference.norm(x_th, weight_h, bias_h, eps, rms=rms, unit_offset=unit_offset)
 
 
 def embedding_norm(ids_t: Tensor, table_vh: Tensor, weight_h: Tensor, bias_h: Tensor, eps: float) -> Tensor:

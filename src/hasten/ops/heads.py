@@ -22,4 +22,5 @@ class HeadTransform:
     key_norm_d: Tensor | None = None
     """[d]: that of the key heads; given where `query_norm_d` is."""
     eps: float = 0.0
-    """Of both norms."""
+    unit_offset: bool = False
+    """Of both norms; with an offset their weights are one more than these."""

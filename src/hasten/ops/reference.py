@@ -26,12 +26,18 @@ def embedding(ids_t: Tensor, weight_vh: Tensor, first: int | None) -> Tensor:  #
 
 
 def norm(  # noqa: D103
-    x_th: Tensor | PartialSum, weight_h: Tensor, bias_h: Tensor | None, eps: float, *, rms: bool = False
+    x_th: Tensor | PartialSum,
+    weight_h: Tensor,
+    bias_h: Tensor | None,
+    eps: float,
+    *,
+    rms: bool = False,
+    unit_offset: bool = False,
 ) -> tuple[Tensor, Tensor]:
     x_th = x_th if isinstance(x_th, Tensor) else complete(x_th).to(weight_h.dtype)
     if not rms:
         return F.layer_norm(x_th, weight_h.shape, weight_h, bias_h, eps), x_th
-    normed_th = _rms_norm(_wide(x_th), eps) * weight_h
+    normed_th = _rms_norm(_wide(x_th), weight_h, eps, unit_offset)
     return (normed_th if bias_h is None else normed_th + bias_h).to(x_th.dtype), x_th
 
 
@@ -40,8 +46,9 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _rms_norm(x: Tensor, eps: float) -> Tensor:
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
+    weight = _wide(weight) + 1 if unit_offset else weight
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
 
 
 def complete(sum_: PartialSum) -> Tensor:
@@ -126,7 +133,7 @@ def store_heads(
 def _transformed(heads_tnd: Tensor, norm_d: Tensor | None, transform: HeadTransform) -> Tensor:
     x_tnd = _wide(heads_tnd)
     if norm_d is not None:
-        x_tnd = _rms_norm(x_tnd, transform.eps) * norm_d
+        x_tnd = _rms_norm(x_tnd, norm_d, transform.eps, transform.unit_offset)
     if transform.table_pr is not None:
         x_tnd = rotated(x_tnd, transform.table_pr[transform.positions_t])
     return x_tnd.to(heads_tnd.dtype)

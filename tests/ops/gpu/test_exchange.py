@@ -130,9 +130,11 @@ def test_a_root_mean_square_norm_without_bias(
     (peers,) = make_peers(1, 100, device)
     case = Case.of(1, 3, 100, dtype, device, split)
     sum_ = PartialSum(case.parts[0], case.bias, case.residual, case.rows, peers)
-    found, total = norm.norm(sum_, case.weight, None, EPS, rms=True)
-    assert_close("layer_norm", total, case.total)
-    assert_close("layer_norm", found, reference.norm(total.double(), case.weight.double(), None, EPS, rms=True)[0])
+    for offset in (False, True):
+        found, total = norm.norm(sum_, case.weight, None, EPS, rms=True, unit_offset=offset)
+        exact = reference.norm(total.double(), case.weight.double(), None, EPS, rms=True, unit_offset=offset)[0]
+        assert_close("layer_norm", total, case.total)
+        assert_close("layer_norm", found, exact)
 
 
 @pytest.mark.parametrize(("dtype", "split"), KINDS, ids=str)

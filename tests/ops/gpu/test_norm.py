@@ -55,12 +55,18 @@ def wide(tensor: Tensor | None) -> Tensor | None:
 
 
 def check(
-    x: Tensor | PartialSum, dtype: torch.dtype, assert_close: Close, *, shift: bool = True, rms: bool = False
+    x: Tensor | PartialSum,
+    dtype: torch.dtype,
+    assert_close: Close,
+    *,
+    shift: bool = True,
+    rms: bool = False,
+    offset: bool = False,
 ) -> None:
     width, device = x.shape[1], (x.parts if isinstance(x, PartialSum) else x).device
     weight, drawn = draw(2, width, dtype=dtype, device=device, seed=4)
     bias = drawn if shift else None
-    found, total = norm.norm(x, weight, bias, EPS, rms=rms)
+    found, total = norm.norm(x, weight, bias, EPS, rms=rms, unit_offset=offset)
     assert found.dtype == total.dtype == dtype
     if isinstance(x, PartialSum):
         summed = PartialSum(x.parts.double(), wide(x.bias), wide(x.residual), x.residual_indices)
@@ -68,7 +74,7 @@ def check(
     else:
         assert total is x
     # What is normed is the sum as it is stored.
-    exact = reference.norm(total.double(), weight.double(), wide(bias), EPS, rms=rms)[0]
+    exact = reference.norm(total.double(), weight.double(), wide(bias), EPS, rms=rms, unit_offset=offset)[0]
     assert_close("layer_norm", found, exact)
 
 
@@ -80,7 +86,7 @@ def test_every_kind(
 ) -> None:
     check(draw(3, width, dtype=dtype, device=device) * 3 + 1, dtype, assert_close, shift=shift, rms=rms)
     sum_ = make_sum(3, width, 2, dtype, device, bias=True, residual=True)
-    check(sum_, dtype, assert_close, shift=shift, rms=rms)
+    check(sum_, dtype, assert_close, shift=shift, rms=rms, offset=rms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -56,6 +56,7 @@ def _exchange_norm(
     HAS_ROWS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     RMS: tl.constexpr,
+    OFFSET: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Add up all ranks' parts of a row, bias and residual; store the sum and its norm."""
@@ -119,6 +120,8 @@ def _exchange_norm(
         at = even if half == 0 else odd
         centred = low if half == 0 else high
         gain = tl.load(weight + at, valid, 0.0).to(tl.float32)
+        if OFFSET:
+            gain += 1.0
         shift = 0.0
         if HAS_SHIFT:
             shift = tl.load(norm_bias + at, valid, 0.0).to(tl.float32)
@@ -127,7 +130,14 @@ def _exchange_norm(
 
 
 def exchange_norm(
-    sum_: PartialSum, peers: Peers, weight_h: Tensor, bias_h: Tensor | None, eps: float, *, rms: bool = False
+    sum_: PartialSum,
+    peers: Peers,
+    weight_h: Tensor,
+    bias_h: Tensor | None,
+    eps: float,
+    *,
+    rms: bool = False,
+    unit_offset: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The norm of a sum over ranks, and the sum: see `hasten.ops.norm`."""
     rows, width = sum_.shape
@@ -161,6 +171,7 @@ def exchange_norm(
         HAS_ROWS=sum_.residual_indices is not None,
         HAS_SHIFT=bias_h is not None,
         RMS=rms,
+        OFFSET=unit_offset,
         num_warps=max(1, min(16, triton.next_power_of_2(width) // 256)),
         **overlapped(weight_h),
     )

@@ -12,19 +12,39 @@ from hasten.ops.heads import HeadTransform
 
 
 @triton.jit
-def _change(start, norm, table, position, d, in_head, eps, D: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr):
+def _gain(norm, d, mask, OFFSET: tl.constexpr):
+    gain = tl.load(norm + d, mask, 0.0).to(tl.float32)
+    if OFFSET:
+        gain += 1.0
+    return gain
+
+
+@triton.jit
+def _change(
+    start,
+    norm,
+    table,
+    position,
+    d,
+    in_head,
+    eps,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
     """A query or key head after its norm and rotation, in fp32."""
     x = tl.load(start + d, in_head, 0.0).to(tl.float32)
     scale = 1.0
     if NORM:
         scale = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
-        x = x * scale * tl.load(norm + d, in_head, 0.0).to(tl.float32)
+        x = x * scale * _gain(norm, d, in_head, OFFSET)
     if R:
         half: tl.constexpr = R // 2
         partner = tl.where(d < half, d + half, tl.where(d < R, d - half, d))
         y = tl.load(start + partner, in_head, 0.0).to(tl.float32)
         if NORM:
-            y = y * scale * tl.load(norm + partner, in_head, 0.0).to(tl.float32)
+            y = y * scale * _gain(norm, partner, in_head, OFFSET)
         turn = table + position * R + tl.where(d < half, d, d - half)
         cos = tl.load(turn, d < R, 1.0)
         sin = tl.load(turn + half, d < R, 0.0)
@@ -51,6 +71,7 @@ def _store_heads(
     BLOCK_D: tl.constexpr,
     R: tl.constexpr,
     NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One head of one token: a query goes to `out`, a key or value to the token's slot of its cache."""
@@ -64,11 +85,11 @@ def _store_heads(
     position = tl.load(positions + row).to(tl.int64)
     start = qkv + row * row_stride + head * D
     if head < HEADS:
-        changed = _change(start, query_norm, table, position, d, in_head, eps, D, R, NORM)
+        changed = _change(start, query_norm, table, position, d, in_head, eps, D, R, NORM, OFFSET)
         tl.store(out + (row * HEADS + head) * D + d, changed.to(out.dtype.element_ty), in_head)
     elif slot >= 0:
         if head < HEADS + KV_HEADS:
-            changed = _change(start, key_norm, table, position, d, in_head, eps, D, R, NORM)
+            changed = _change(start, key_norm, table, position, d, in_head, eps, D, R, NORM, OFFSET)
             tl.store(keys + (slot * KV_HEADS + head - HEADS) * D + d, changed.to(keys.dtype.element_ty), in_head)
         else:
             value = tl.load(start + d, in_head, 0.0)
@@ -110,6 +131,7 @@ def store_heads(
         BLOCK_D=block,
         R=0 if table is None else table.shape[1],
         NORM=normed,
+        OFFSET=transform.unit_offset,
         num_warps=max(1, min(4, block // 64)),
         **overlapped(qkv_to),
     )

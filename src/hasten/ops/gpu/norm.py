@@ -46,6 +46,7 @@ def _add_norm(
     STORES_TOTAL: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     RMS: tl.constexpr,
+    OFFSET: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Add up the parts of a row, bias and residual; store the sum and its norm."""
@@ -54,6 +55,8 @@ def _add_norm(
     h = tl.arange(0, BLOCK_H)
     valid = h < H
     gain = tl.load(weight + h, valid, 0.0).to(tl.float32)
+    if OFFSET:
+        gain += 1.0
     shift = 0.0
     if HAS_SHIFT:
         shift = tl.load(norm_bias + h, valid, 0.0).to(tl.float32)
@@ -101,11 +104,17 @@ def _embed_norm(
 
 
 def norm(
-    x_th: Tensor | PartialSum, weight_h: Tensor, bias_h: Tensor | None, eps: float, *, rms: bool = False
+    x_th: Tensor | PartialSum,
+    weight_h: Tensor,
+    bias_h: Tensor | None,
+    eps: float,
+    *,
+    rms: bool = False,
+    unit_offset: bool = False,
 ) -> tuple[Tensor, Tensor]:
     sum_ = x_th if isinstance(x_th, PartialSum) else PartialSum(x_th)
     if sum_.peers is not None:
-        return exchange_norm(sum_, sum_.peers, weight_h, bias_h, eps, rms=rms)
+        return exchange_norm(sum_, sum_.peers, weight_h, bias_h, eps, rms=rms, unit_offset=unit_offset)
     parts, (rows, width) = sum_.parts, sum_.shape
     count = sum_.num_parts
     settled = isinstance(x_th, PartialSum)
@@ -131,6 +140,7 @@ def norm(
         STORES_TOTAL=settled,
         HAS_SHIFT=bias_h is not None,
         RMS=rms,
+        OFFSET=unit_offset,
         num_warps=_warps(width),
         **overlapped(weight_h),
     )
