@@ -46,7 +46,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Opened:
-    """Told when the input is open and found good, before anything is written."""
+    """Progress: the input is open and found good; nothing is written yet."""
 
     source: Source
     nbytes: int
@@ -59,7 +59,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Wrote:
-    """Told for each part that was written, in the order of the weights."""
+    """Progress: a part is written; parts come in the order of the weights."""
 
     part: Part
     path: Path
