@@ -8,6 +8,7 @@ from copy import deepcopy
 import pytest
 
 from hasten.core import types
+from hasten.core.errors import EngineError
 from hasten.core.types import CompletionOutput, FinishReason, RequestOutput
 from hasten.server.engine.coalescer import OutputCoalescer
 from hasten.server.engine.pieces import MAX_COST, cost, split
@@ -63,6 +64,19 @@ def test_pieces_are_the_whole(seed: int) -> None:
     assert all(cost(piece) <= max(most, 1 + 10 * 5) for piece in pieces)
     assert [piece.partial for piece in pieces] == [True] * (len(pieces) - 1) + [False]
     assert read(pieces) == read([whole])
+
+
+def test_who_lacks_the_last_piece_gets_the_error_that_ended_the_request() -> None:
+    async def check() -> None:
+        ticket = Ticket(7, (1, 2), 1, bytearray())
+        ticket.push(Output(7, [CompletionDelta(0, [1], "a")], False))
+        assert (await ticket.read()).completions[0].text == "a"
+        ticket.push(Output(7, [CompletionDelta(0, [2], "b")], False, partial=True))
+        ticket.fail(EngineError("it died"))
+        with pytest.raises(EngineError, match="it died"):
+            await ticket.read()
+
+    asyncio.run(check())
 
 
 def test_what_is_small_stays_as_it_is() -> None:

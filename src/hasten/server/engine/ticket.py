@@ -155,7 +155,7 @@ class Ticket:
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
         progress, self._pending = self._pending, None
-        if progress is not None:
+        if progress is not None and not self._partial:
             return progress
         assert self._error is not None
         raise self._error
