@@ -248,7 +248,7 @@ def floor(probs_rv: Tensor, top_k_r1: Tensor, top_p_r1: Tensor) -> Tensor:
 
 def floor_among(sorted_rk: Tensor, left_r1: Tensor, top_k_r1: Tensor, top_p_r1: Tensor) -> Tensor:
     """`floor` from each row's greatest probabilities, in descending order, and the sum of what top-k leaves."""
-    kept_rk = sorted_rk.cumsum(-1) - sorted_rk < top_p_r1 * left_r1
+    kept_rk = sorted_rk.cumsum(-1).sub_(sorted_rk) < top_p_r1 * left_r1
     kept_rk &= torch.arange(sorted_rk.shape[1], device=sorted_rk.device) < top_k_r1
     return sorted_rk.gather(1, kept_rk.sum(-1, keepdim=True).clamp_(min=1) - 1)
 
@@ -256,19 +256,22 @@ def floor_among(sorted_rk: Tensor, left_r1: Tensor, top_k_r1: Tensor, top_p_r1: 
 def filtered(logits_rv: Tensor, draws: Draws, floor: Callable[[Tensor, Tensor, Tensor], Tensor] = floor) -> Tensor:
     """What `draw` draws from, in fp64: probabilities before the filters, and 0 for tokens that a filter drops."""
     # fp64 for the temperature: a tiny one would overflow fp32 and leave no distribution to draw from.
-    probs_rv = (logits_rv.double() / draws.temperature_r1).softmax(-1)
+    probs_rv = logits_rv.to(torch.float64, copy=True).div_(draws.temperature_r1).softmax(-1)
     if not draws.filters:
         return probs_rv
-    probs_rv = probs_rv * (probs_rv >= probs_rv.amax(-1, keepdim=True) * draws.min_p_r1)
+    if bool((draws.min_p_r1 > 0).any()):
+        probs_rv *= probs_rv >= probs_rv.amax(-1, keepdim=True) * draws.min_p_r1
     vocab = logits_rv.shape[1]
     top_k_r1 = draws.top_k_r1.long().clamp(max=vocab)
     top_k_r1 = top_k_r1.where(top_k_r1 > 0, vocab)
-    cut = ((top_k_r1 < vocab) | (draws.top_p_r1 < 1)).nonzero()[:, 0]
-    if cut.numel() == 0:
+    cut_r = ((top_k_r1 < vocab) | (draws.top_p_r1 < 1)).squeeze(1)
+    if not bool(cut_r.any()):
         return probs_rv
+    if bool(cut_r.all()):
+        return probs_rv.mul_(probs_rv >= floor(probs_rv, top_k_r1, draws.top_p_r1))
     floor_r1 = probs_rv.new_zeros(probs_rv.shape[0], 1)
-    floor_r1[cut] = floor(probs_rv[cut], top_k_r1[cut], draws.top_p_r1[cut])
-    return probs_rv * (probs_rv >= floor_r1)
+    floor_r1[cut_r] = floor(probs_rv[cut_r], top_k_r1[cut_r], draws.top_p_r1[cut_r])
+    return probs_rv.mul_(probs_rv >= floor_r1)
 
 
 def edit_logits(  # noqa: D103
@@ -279,28 +282,29 @@ def edit_logits(  # noqa: D103
     penalized_k = edits.slots_k >= 0
     if bool(penalized_k.any()):
         _penalize(edited_rv, rows_k[penalized_k], edits.slots_k[penalized_k], edits.penalties_k3[penalized_k], counts)
-    biased_b = rows_k.repeat_interleave(edits.bias_starts.diff())
-    edited_rv.index_put_((biased_b, edits.bias_ids_b.long()), edits.biases_b, accumulate=True)
-    lengths_k = edits.ban_starts.diff()
-    last_n = chosen_r[edits.chosen_k.long()].repeat_interleave(lengths_k)
-    holds_n = (edits.ban_after_n < 0) | (edits.ban_after_n == last_n)
-    banned = (rows_k.repeat_interleave(lengths_k)[holds_n], edits.ban_ids_n[holds_n].long())
-    edited_rv.index_put_(banned, edited_rv.new_tensor(float("-inf")))
+    if len(edits.bias_ids_b):
+        biased_b = rows_k.repeat_interleave(edits.bias_starts.diff())
+        edited_rv.index_put_((biased_b, edits.bias_ids_b.long()), edits.biases_b, accumulate=True)
+    if len(edits.ban_ids_n):
+        lengths_k = edits.ban_starts.diff()
+        last_n = chosen_r[edits.chosen_k.long()].repeat_interleave(lengths_k)
+        holds_n = (edits.ban_after_n < 0) | (edits.ban_after_n == last_n)
+        banned = (rows_k.repeat_interleave(lengths_k)[holds_n], edits.ban_ids_n[holds_n].long())
+        edited_rv.index_put_(banned, edited_rv.new_tensor(float("-inf")))
     return edited_rv
 
 
 def _penalize(edited_rv: Tensor, rows_k: Tensor, slots_k: Tensor, penalties_k3: Tensor, counts: TokenCounts) -> None:
     sizes_k1 = counts.sizes_s[slots_k].unsqueeze(1)
-    width = int(sizes_k1.max())
-    held_kw = torch.arange(width, device=rows_k.device) < sizes_k1
-    ids_kw = counts.ids_sw[slots_k, :width].long().where(held_kw, 0)
-    output_kw = counts.counts_sw[slots_k, :width] & (IN_PROMPT - 1)
-    repetition_k1, presence_k1, frequency_k1 = penalties_k3.split(1, dim=1)
-    rows_kw = rows_k.unsqueeze(1).expand_as(ids_kw)
-    x_kw = edited_rv[rows_kw, ids_kw]
-    x_kw = torch.where(x_kw > 0, x_kw / repetition_k1, x_kw * repetition_k1)
-    x_kw = x_kw - (presence_k1 + frequency_k1 * output_kw).where(output_kw > 0, 0)
-    edited_rv[rows_kw[held_kw], ids_kw[held_kw]] = x_kw[held_kw]
+    held_kw = torch.arange(int(sizes_k1.max()), device=rows_k.device) < sizes_k1
+    k_n, w_n = held_kw.nonzero(as_tuple=True)  # the entries of all rows, one after the other
+    entries = slots_k[k_n], w_n
+    logits = rows_k[k_n], counts.ids_sw[entries].long()
+    output_n = counts.counts_sw[entries] & (IN_PROMPT - 1)
+    repetition_n, presence_n, frequency_n = penalties_k3[k_n].unbind(1)
+    x_n = edited_rv[logits]
+    x_n = torch.where(x_n > 0, x_n / repetition_n, x_n * repetition_n)
+    edited_rv[logits] = x_n - (presence_n + frequency_n * output_n).where(output_n > 0, 0)
 
 
 def count_tokens(counts: TokenCounts, slots_r: Tensor, tokens_r: Tensor) -> None:  # noqa: D103
