@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.engine.grammar import Grammar, one_line
+from hasten.engine.grammar import Grammar
+from hasten.engine.grammar_text import one_line
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher

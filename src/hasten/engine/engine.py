@@ -20,7 +20,8 @@ from hasten.core.types import CompletionOutput, FinishReason, Request, RequestOu
 from hasten.engine.batch import Batch
 from hasten.engine.beam import BeamSearch, Hypothesis, candidate_count, go_on
 from hasten.engine.constraint import Constraint
-from hasten.engine.grammar import Grammar, GrammarCompiler, GrammarLimits
+from hasten.engine.grammar import Grammar, GrammarCompiler
+from hasten.engine.grammar_trial import GrammarLimits
 from hasten.engine.pacing import PacedStep, Pacer
 from hasten.engine.sampler import Choice, PromptLogprobs, Sampled, TextOf, mix64
 from hasten.engine.sequence import Sequence
