@@ -28,14 +28,14 @@ class Peak(TorchDispatchMode):
         self._alive: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
                 self._alive[id(leaf)] = (weakref.ref(leaf), storage.data_ptr(), storage.nbytes())
         self._alive = {key: entry for key, entry in self._alive.items() if entry[0]() is not None}
         self.nbytes = max(self.nbytes, sum({start: nbytes for _, start, nbytes in self._alive.values()}.values()))
-        return made
+        return result
 
 
 def test_memory_does_not_grow_with_the_prompt(make_bloom: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

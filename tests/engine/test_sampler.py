@@ -395,7 +395,7 @@ def test_minus_infinity_is_a_token_that_cannot_come(make_sequence: MakeSequence)
 
 
 def test_tokens_chosen_elsewhere() -> None:
-    found = Choice.of_tokens(torch.tensor([4, -1, 0], dtype=torch.int32)).collect()
+    found = Choice(torch.tensor([4, -1, 0], dtype=torch.int32)).collect()
     assert [one.token_id for one in found] == [4, -1, 0]
     assert [one.error is None for one in found] == [True, False, True]
     assert all(one.top is None and one.logprob is None for one in found)

@@ -70,13 +70,13 @@ class Choice:
         self,
         tokens_r: Tensor,
         tops: ops.TopLogprobs | None = None,
-        asked: dict[int, int] | None = None,
+        logprobs: dict[int, int] | None = None,
         beams: "_Continuations | None" = None,
         restricted: frozenset[int] = frozenset(),
     ) -> None:
         self.tokens = tokens_r
         """int32 [r] on the device, below 0 where there is none (`ops.greedy`)."""
-        self._asked = asked or {}
+        self._logprobs = logprobs or {}
         """Row -> how many log-probabilities its request asks for; `tops` has those rows in this order."""
         self._beams = {} if beams is None else beams.counts
         """Row -> how many candidates it looks at, for rows of beams."""
@@ -84,11 +84,6 @@ class Choice:
         self._restricted = restricted
         """Rows whose requests exclude tokens."""
         self._copy = ops.HostCopy([tokens_r, *continuations, *(() if tops is None else tops)])
-
-    @classmethod
-    def of_tokens(cls, tokens_r: Tensor) -> "Choice":
-        """Tokens chosen elsewhere, int32 [r], for sequences that ask for nothing else."""
-        return cls(tokens_r)
 
     def collect(self, text_of: TextOf | None = None) -> list[Sampled]:
         """The tokens, or an error for a sequence without any finite logit. Waits until the device has chosen."""
@@ -100,10 +95,10 @@ class Choice:
             pairs = zip(self._beams.items(), ids_rk.numpy(), values_rk.double().numpy(), strict=True)
             for (row, count), ids_k, values_k in pairs:
                 sampled[row].candidates = (ids_k[:count], values_k[:count])
-        if self._asked:
-            chosen = [tokens[row] for row in self._asked]
-            rows = _entries(chosen, list(self._asked.values()), ops.TopLogprobs(*tops), text_of)
-            for row, token, top in zip(self._asked, chosen, rows, strict=True):
+        if self._logprobs:
+            chosen = [tokens[row] for row in self._logprobs]
+            rows = _entries(chosen, list(self._logprobs.values()), ops.TopLogprobs(*tops), text_of)
+            for row, token, top in zip(self._logprobs, chosen, rows, strict=True):
                 if token >= 0:
                     sampled[row].top, sampled[row].logprob = top, top[token].logprob
         return sampled
@@ -217,20 +212,20 @@ class PreparedChoice:
         self._draws = _draws([sequences[row] for row in self._drawn], logits_rv.device) if self._drawn else None
         # Which token a beam goes on with is known only once all beams of its search have candidates.
         self._slots = [slots.get(s.key, -1) if s.beams is None else -1 for s in sequences] if slots else []
-        self._asked = {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None}
+        self._logprobs = {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None}
         self._restricted = frozenset(row for row, sequence in enumerate(sequences) if _excludes_tokens(sequence))
 
     def choose(self) -> Choice:
-        """Choose the tokens. What their grammars have been told of the sequences' tokens must be up to date."""
+        """Choose the tokens. The sequences' grammars must have accepted all tokens before."""
         logits_rv = self._masked()
         tokens_r = self._chosen(logits_rv)
         if self._slots:
             self._history.record(self._slots, tokens_r)
         tops = None
-        if self._asked:
-            own_rv, own_r = _selected(list(self._asked), self._logits_rv, tokens_r)
-            tops = ops.top_logprobs(own_rv, own_r, max(self._asked.values()))
-        return Choice(tokens_r, tops, self._asked, self._beams, self._restricted)
+        if self._logprobs:
+            own_rv, own_r = _selected(list(self._logprobs), self._logits_rv, tokens_r)
+            tops = ops.top_logprobs(own_rv, own_r, max(self._logprobs.values()))
+        return Choice(tokens_r, tops, self._logprobs, self._beams, self._restricted)
 
     def _masked(self) -> Tensor:
         """Logits with -inf for tokens that a grammar or a list of allowed tokens leaves out."""

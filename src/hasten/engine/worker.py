@@ -276,7 +276,7 @@ class Worker:
         """What chooses the next token of each sequence, once what only the host can tell it is known there."""
         if all(sequence.is_plain for sequence in sequences):
             tokens = self.runner.greedy(hidden_th, rows)
-            choice = Choice.of_tokens(tokens) if self.ranks.group.rank == 0 else None
+            choice = Choice(tokens) if self.ranks.group.rank == 0 else None
             self._remember(tokens)
             return lambda: choice
         logits = self.runner.logits(hidden_th, rows)
