@@ -128,7 +128,9 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether several tokens are left to compute: of its prompt or, after a preemption, of all that it had."""
+        """Whether several tokens are left to compute: of its prompt, those that a grammar forced, or, after a
+        preemption, all that it had.
+        """
         if len(self.token_ids) + self.pending - self.num_computed < 2:
             return False
         beams = self.beams
