@@ -43,13 +43,15 @@ class Connection:
     @classmethod
     async def open(cls, port: int, *, receive_buffer: int = 0) -> "Connection":
         """Connect. With a receive buffer of few bytes the server soon notices that nobody reads."""
-        made = socket.socket()
-        if receive_buffer:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        made.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(made, ("127.0.0.1", port))
-        limit = receive_buffer or _CHUNK
-        return cls(*await asyncio.open_connection(sock=made, limit=limit))
+        with contextlib.ExitStack() as closing:
+            sock = closing.enter_context(socket.socket())
+            if receive_buffer:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            sock.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
+            reader, writer = await asyncio.open_connection(sock=sock, limit=receive_buffer or _CHUNK)
+            closing.pop_all()  # the writer's from now on
+        return cls(reader, writer)
 
     def _begin(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
