@@ -152,6 +152,6 @@ def test_names_of_groups_leave_room_for_their_numbers(replicas: dict[str, Any], 
     assert len(f"{fits.full_name}-{index}-0123456789") <= 63
     assert server_objects(fits, crds=ALL_CRDS)[0]["kind"] == "LeaderWorkerSet"
     with pytest.raises(
-        ConfigError, match=f"too long for --multinode with up to {index + 1} replicas: {longest} letters"
+        ConfigError, match=f"too long for --multinode with up to {index + 1} replicas: at most {longest} letters"
     ):
         server_objects(server(name="a" * (longest - suffix + 1), **options), crds=ALL_CRDS)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from hasten import LLM, SamplingParams
 from hasten.engine import worker
 
-VOCAB = 4000
+VOCAB = 16_000
 ROWS, STEP = 32, 96
 
 
@@ -53,5 +53,6 @@ def test_memory_does_not_grow_with_the_prompt(make_bloom: Callable[..., Path], m
             peaks.append(peak.nbytes)
     logits = ROWS * VOCAB * 4
     assert peaks[0] > 2 * logits  # it sees them, and their log-probabilities
-    assert peaks[1] - peaks[0] < logits / 2
+    scores = 8 * STEP * STEP * 4  # of a step's tokens with all that came before: attention's, whatever is reported
+    assert peaks[1] - peaks[0] < 2 * scores < logits / 2
     assert peaks[1] < STEP * VOCAB * 4 * 2

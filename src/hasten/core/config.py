@@ -441,7 +441,7 @@ WITHOUT_EFFECT: Mapping[str, tuple[tuple[object, ...] | None, str]] = {
     "enable_lora": ((False, None), "adapters are not supported; merge them into the checkpoint"),
     "skip_tokenizer_init": ((False,), "a folder without a tokenizer does without one"),
     "tokenizer_mode": (("auto", "fast"), "the tokenizer is the checkpoint's tokenizer.json"),
-    "scheduling_policy": (("fcfs",), "requests are served in the order in which they come"),
+    "scheduling_policy": (("fcfs",), "requests begin in the order in which they come; only itl_target changes that"),
     "speculative_config": ((None,), "there is no speculative decoding"),
 }
 """Options of vLLM that choose nothing here: the values that ask for what hasten does anyway (None: any value), and why
