@@ -1,5 +1,6 @@
 """The files of the local backend: damaged ones, and folders that cannot be used."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -97,6 +98,27 @@ def test_a_server_whose_record_is_of_another_version(
 def server(name: str, repository: str) -> TritonServer:
     ports: dict[str, Any] = {"http_port": free_port(), "grpc_port": free_port()}
     return TritonServer(name=name, version="1", model_repository=repository, replicas=0, **ports)
+
+
+def test_an_update_from_another_folder_changes_only_what_it_names(
+    here: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, other = tmp_path / "served", tmp_path / "other"
+    for folder in (served, other):
+        (folder / "models").mkdir(parents=True)
+    (served / "c.txt").write_text("settings")
+    monkeypatch.chdir(served)
+    relative = dataclasses.replace(server("s", "models"), config_file=["c.txt:/etc/c.txt"])
+    here.backend.serve(relative)
+    record = here.home / "servers" / "default" / "s@1" / "spec.json"
+    before = json.loads(record.read_text())
+    (served / "c.txt").unlink()  # its copy is in the record
+    monkeypatch.chdir(other)
+    here.backend.update_server("s", None, "default", ServerUpdate(label=("a=b",)))
+    after = json.loads(record.read_text())
+    assert after["plan"]["launch"] == before["plan"]["launch"]
+    assert after["asked"] == {**before["asked"], "label": ["a=b"]}
+    assert before["asked"]["model_repository"] == str(served / "models")
 
 
 def test_what_others_keep_in_the_home_stays(here: Site, tmp_path: Path) -> None:

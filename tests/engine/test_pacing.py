@@ -235,6 +235,29 @@ def test_prompts_that_wait_for_long_make_steps_longer() -> None:
     assert all_late == MAX_TOKENS
 
 
+def test_what_has_begun_to_answer_is_not_late() -> None:
+    """Tokens that a grammar forced are computed like a prompt, however long ago the request came."""
+    server = Server(compute_bound, target=0.02)
+    server.warm_up()
+    answering = sequence("answering", 2000, 20, server.now)
+    soon = server.pacer.prompt_tokens(server.scheduler, [answering], server.now)
+    answering.append(1)
+    assert server.pacer.prompt_tokens(server.scheduler, [answering], server.now + 1) == soon
+
+
+def test_beams_whose_prompt_is_not_computed_do_not_decode() -> None:
+    server = Server(compute_bound, target=0.02)
+    server.warm_up()
+    while server.scheduler.has_work:
+        server.step()
+    params = SamplingParams(max_tokens=4, beam_width=4)
+    beams = Sequence(Request(request_id="beams", prompt_token_ids=tuple(range(3 * MAX_TOKENS)), params=params), 0)
+    server.times.clear()
+    for _ in range(3):
+        server.step(*([beams] if not server.times else []))
+    assert [(work.prompt_tokens, limit) for work, limit, _ in server.times] == [(MAX_TOKENS, None)] * 3
+
+
 def test_no_prompt_starves_under_a_load_of_short_ones() -> None:
     server, rng = Server(compute_bound, target=0.02), random.Random(5)
     server.warm_up()

@@ -11,7 +11,7 @@ from hasten.core.types import FinishReason
 from hasten.engine.stats import EngineStats
 from hasten.server.engine.queue import QueueLimits, QueueWaitError, RequestQueue
 from hasten.server.engine.ticket import Ticket
-from hasten.server.engine.wait import MOST_SIMULATED, RecentRatio
+from hasten.server.engine.wait import MOST_SIMULATED, RecentRatio, WaitEstimator
 from hasten.server.engine.wire import CompletionDelta, Output, Step
 
 STEP_S = 0.01
@@ -36,7 +36,7 @@ class PlayedEngine:
         self.waits: dict[int, float] = {}
         """By the request's number: seconds until it was begun."""
         self._places = places
-        self._begins = begins
+        self.begins = begins
         self._steps = self._numbers = 0
         self._came: dict[int, float] = {}
         self._lengths: dict[int, int] = {}
@@ -53,7 +53,7 @@ class PlayedEngine:
         return ticket.number
 
     def step(self) -> None:
-        room = min(self._begins, self._places - len(self._running))
+        room = min(self.begins, self._places - len(self._running))
         started, self._waiting = self._waiting[:room], self._waiting[room:]
         self._running += [Run(ticket, self._lengths[ticket.number]) for ticket in started]
         for ticket in started:
@@ -266,6 +266,36 @@ def test_whatever_happens_an_estimate_is_of_now() -> None:
         known = engine.queue.estimated_wait()
         engine.queue._estimates.clear()
         assert engine.queue.estimated_wait() == known, name
+
+
+def test_an_estimate_grows_no_faster_than_time_while_nothing_begins() -> None:
+    """The cache is full: places are free, and none of those that wait can be begun."""
+    engine = PlayedEngine(1000, begins=2).measured()
+    for _ in range(600):
+        engine.add(10_000)
+    for _ in range(40):
+        engine.step()
+    before, since = engine.queue.estimated_wait(), engine.now
+    engine.begins = 0
+    for _ in range(5000):
+        engine.step()
+    after = engine.queue.estimated_wait()
+    assert before is not None
+    assert after is not None
+    assert before < after < before * (1 + (engine.now - since) / (40 * STEP_S)) * 1.2
+
+
+def test_one_end_before_very_many_requests_without_any_counts_no_more() -> None:
+    estimator = WaitEstimator(1)
+    ticket = Ticket(1, (1,), 1, bytearray(), max_tokens=8, may_stop=True)
+    ticket.tokens, ticket.stops = 8, 1
+    estimator.ended(ticket)
+    ticket.stops = 0
+    for _ in range(150_000):
+        estimator.ended(ticket)
+    estimator.observe(EngineStats(running=1), 0.0, (), holds_back=False)
+    estimator.observe(EngineStats(running=1, steps=100), 100 * STEP_S, (), holds_back=False)
+    assert estimator.seconds((), [ticket], 1) == pytest.approx(8 * STEP_S)
 
 
 def test_a_recent_ratio_forgets() -> None:

@@ -61,6 +61,16 @@ def test_a_request_holds_its_bytes_beyond_the_first_until_it_ends() -> None:
     assert inflight.held == 0
 
 
+def test_a_request_that_was_given_up_holds_nothing_that_a_thread_still_reads() -> None:
+    inflight = InflightBytes(100)
+    with inflight.claim() as claim:
+        claim.grow(SMALL + 60)
+    with pytest.raises(ServiceError) as error:
+        claim.grow(SMALL + 60)
+    assert error.value.kind is ErrorKind.CANCELLED
+    assert inflight.held == 0
+
+
 def infer_body(first: float, values: int) -> bytes:
     tensor = {"datatype": "FP32", "shape": [1, values]}
     inputs = [tensor | {"name": "INPUT0", "data": [first] * values}, tensor | {"name": "INPUT1", "data": [1] * values}]

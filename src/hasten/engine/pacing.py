@@ -205,7 +205,7 @@ class Pacer:
         prompts = list(islice(chain(scheduler.prompts(), added), _MOST_LOOKED_AT))
         if not prompts:
             return None
-        contexts = [sequence.length for sequence in scheduler.running if not sequence.is_prefilling]
+        contexts = [sequence.length for sequence in scheduler.running if _decodes(sequence)]
         if not contexts:
             return None
         decodes = StepWork(len(contexts), sum(contexts), 0)
@@ -228,7 +228,9 @@ class Pacer:
     def _count_late(self, prompts: Iterable[Sequence], now: float) -> int:
         per_token = self.times.seconds_per_prompt_token
         patience = _LATE_TARGETS * self._target
-        return sum(now - s.arrived > patience + _LATE_PROMPTS * per_token * s.length for s in prompts)
+        # what computes a prompt anew, or tokens that a grammar forced, has begun to answer long ago
+        new = (sequence for sequence in prompts if sequence.output_len == 0)
+        return sum(now - s.arrived > patience + _LATE_PROMPTS * per_token * s.length for s in new)
 
     def observe(self, step: PacedStep, seconds: float) -> None:
         """Learn from a step that took `seconds`."""
@@ -239,3 +241,8 @@ class Pacer:
             stats.mixed_seconds += seconds
             stats.predicted_mixed_seconds += self.times.predict(work)
         self.times.observe(work, seconds)
+
+
+def _decodes(sequence: Sequence) -> bool:
+    """Whether a running sequence computes a token per step: beams do not while the first computes their prompt."""
+    return not sequence.is_prefilling and not (sequence.beams is not None and sequence.beams.scattered)

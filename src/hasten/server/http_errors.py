@@ -22,12 +22,14 @@ STATUS = {
 }
 OPENAI_PATHS = ("/v1/", "/tokenize", "/detokenize")
 """How paths begin whose errors have OpenAI's form."""
+_LONGEST_RETRY_S = 3600
+"""An estimate beyond it is not worth more."""
 _OPENAI_CODES = {401: "invalid_api_key", 404: "unknown_url"}
 
 
 def retry_after(seconds: float | None) -> int:
-    """Value of the header Retry-After: an estimate in whole seconds; 1 where there is none."""
-    return max(1, math.ceil(seconds or 0))
+    """Value of the header Retry-After: an estimate in whole seconds, up to an hour; 1 where there is none."""
+    return max(1, math.ceil(min(seconds or 0, _LONGEST_RETRY_S)))
 
 
 def error_response(path: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:

@@ -46,6 +46,8 @@ class Claim:
         self._inflight = inflight
         self._bytes = 0
         self._counted = 0
+        self._released = False
+        self._lock = threading.Lock()
 
     def check(self, size: int) -> None:
         """ServiceError where there is no room for a request of so many bytes."""
@@ -54,15 +56,23 @@ class Claim:
         self._inflight.hold(-counted)
 
     def grow(self, size: int) -> None:
-        """Hold more bytes. ServiceError where all requests together have too many; may be called from any thread."""
-        counted = max(0, self._bytes + size - SMALL) - self._counted
-        self._inflight.hold(counted)
-        self._bytes, self._counted = self._bytes + size, self._counted + counted
+        """Hold more bytes. ServiceError where all requests together have too many; may be called from any thread.
+
+        CANCELLED once it is released: a thread may still read a message whose client has left.
+        """
+        with self._lock:
+            if self._released:
+                raise ServiceError(ErrorKind.CANCELLED, "the request was given up")
+            counted = max(0, self._bytes + size - SMALL) - self._counted
+            self._inflight.hold(counted)
+            self._bytes, self._counted = self._bytes + size, self._counted + counted
 
     def release(self) -> None:
-        """Hold nothing any more."""
-        self._inflight.hold(-self._counted)
-        self._bytes = self._counted = 0
+        """Hold nothing any more, for good."""
+        with self._lock:
+            self._released = True
+            self._inflight.hold(-self._counted)
+            self._bytes = self._counted = 0
 
     def __enter__(self) -> "Claim":
         return self

@@ -64,7 +64,7 @@ class Registry:
         if not numbers:
             raise ServiceError(ErrorKind.NOT_FOUND, f"{unknown} is not found")
         if version == -1:
-            serving = [number for number, found in numbers.items() if self.serves(found)]
+            serving = [number for number, found in numbers.copy().items() if self.serves(found)]
             if not serving:
                 raise ServiceError(ErrorKind.NOT_FOUND, f"{unknown} has no available versions")
             return numbers[max(serving)]

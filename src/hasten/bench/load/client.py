@@ -152,6 +152,8 @@ class _Conversations:
             record.fail(RequestError("timeout", f"no complete answer within {self._options.timeout:g} s"))
         except RequestError as error:
             record.fail(error)
+        except Exception as error:  # an answer that this client does not understand ends its request, not the run
+            record.fail(RequestError("not understood", repr(error)))
 
 
 async def _until(moment: float) -> None:

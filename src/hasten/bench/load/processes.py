@@ -112,7 +112,7 @@ class _Child:
             self._process.join()
 
     def send(self, what: Any) -> None:
-        with suppress(BrokenPipeError):  # `receive` says that the process has ended
+        with suppress(ConnectionError):  # `receive` says that the process has ended
             self.pipe.send(what)
 
     def receive(self) -> Any:

@@ -111,12 +111,16 @@ def _mounts(spec: Workload, sources: Mapping[str, Source], folder: Path) -> list
 
 
 def config_files(spec: Workload, folder: Path) -> list[tuple[Path, Path, str]]:
-    """Copy in the record, file as given, and path inside of each --config-file; ConfigError for what is no file."""
+    """Copy in the record, file as given, and path inside of each --config-file.
+
+    ConfigError for what is no file and has no copy yet.
+    """
     made = []
     for number, (text, path) in enumerate(mounts(spec.config_file, "--config-file")):
-        if not Path(text).is_file():
+        copy = folder / FILES / str(number)
+        if not Path(text).is_file() and not copy.is_file():
             raise ConfigError(f"--config-file {text} is not a file")
-        made.append((folder / FILES / str(number), Path(text), path))
+        made.append((copy, Path(text), path))
     return made
 
 

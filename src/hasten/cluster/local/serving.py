@@ -17,7 +17,7 @@ from hasten.cluster.local.state import Folder, UnreadableError, folders, locked,
 from hasten.cluster.local.supervisor import signal_supervisor, start
 from hasten.cluster.local.view import server_view
 from hasten.cluster.local.volumes import Volumes
-from hasten.cluster.spec import TritonServer, checked_name, checked_version, record_of
+from hasten.cluster.spec import TritonServer, checked_name, checked_version, mounts, record_of
 from hasten.core.errors import ClusterError, ConfigError, NotFoundError
 from hasten.core.ports import port_is_free
 
@@ -31,6 +31,21 @@ def planned(home: Path, server: TritonServer) -> ServerPlan:
     check_server(server)
     sources = Volumes(home).sources(server.data, server.namespace)
     return server_plan(server, sources, server_folder(home, server.name, server.version, server.namespace).path)
+
+
+def anchored(server: TritonServer) -> TritonServer:
+    """The server with absolute paths of this machine: its options mean the same wherever an update reads them again."""
+    repository = server.model_repository
+    return dataclasses.replace(
+        server,
+        working_dir=_absolute(server.working_dir or "."),
+        model_repository=repository if not repository or server.map_paths else _absolute(repository),
+        config_file=[f"{_absolute(source)}:{path}" for source, path in mounts(server.config_file, "--config-file")],
+    )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute())
 
 
 def spec_of(server: TritonServer, plan: ServerPlan) -> dict[str, Any]:
@@ -92,7 +107,7 @@ def exit_grace(folder: Folder) -> float:
 def change(home: Path, folder: Folder, update: ServerUpdate) -> None:
     """Write a server's new form, and have its supervisor follow it: a new supervisor where the old one died."""
     with locked(home / "update.lock"):
-        server = update.applied_to(folder.server())
+        server = anchored(update.applied_to(folder.server()))
         plan = planned(home, server)
         check_mounts(plan.launch, ())
         lock = folder.try_lock()

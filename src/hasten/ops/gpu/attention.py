@@ -281,7 +281,7 @@ def paged_attention(
     if plan.tiles is not None:
         _tile[(heads, plan.tiles.shape[0])](
             *shared, plan.tiles, out_tnd, *strides, scale * _LOG2_E, cap,
-            BLOCK_M=TILE, BLOCK_N=32, STAGES=1 if wide else 2,
+            BLOCK_M=TILE, BLOCK_N=16 if wide and d > 128 else 32, STAGES=1 if wide else 2,
             PRECISION="ieee" if wide else "tf32", COLUMNS=TILE_COLUMNS, num_warps=4, **common,
         )  # fmt: skip
     if plan.splits is not None:

@@ -54,6 +54,8 @@ class WaitEstimator:
         """Tokens of the requests that were begun per second, while the engine held others back."""
         self._stops = RecentRatio(_HALF_LIFE_REQUESTS)
         """Ends per token, of completions that may end before their maximum."""
+        self._held_seconds, self._held_steps = 0.0, 0
+        """Since a request was begun, while the engine held others back."""
         self._steps_measured = 0
         self._since, self._steps = 0.0, 0
         """When the measured time began, and the engine's count of steps then."""
@@ -74,8 +76,14 @@ class WaitEstimator:
             return  # part of that time it had nothing to do
         self._steps_measured += steps
         self._step_seconds.add(seconds, steps, age=steps)
-        if held_back and holds_back:
-            self._begun_tokens.add(sum(map(self._size, begun)), seconds, age=steps)
+        if not (held_back and holds_back):
+            self._held_seconds, self._held_steps = 0.0, 0
+            return
+        self._held_seconds += seconds
+        self._held_steps += steps
+        if tokens := sum(map(self._size, begun)):
+            self._begun_tokens.add(tokens, self._held_seconds, age=self._held_steps)
+            self._held_seconds, self._held_steps = 0.0, 0
 
     def ended(self, ticket: Ticket) -> None:
         """A request has its last token."""
@@ -92,8 +100,9 @@ class WaitEstimator:
         if self._steps_measured < _LEAST_STEPS:
             return None
         wait = steps * self._step_seconds.value
-        if self._holds_back and self._begun_tokens.value:
-            wait = max(wait, sum(map(self._size, waiting)) / self._begun_tokens.value)
+        if self._holds_back and (begun := self._begun_tokens).numerator:
+            per_token = (begun.denominator + self._held_seconds) / begun.numerator
+            wait = max(wait, sum(map(self._size, waiting)) * per_token)
         return wait * count / len(waiting) if waiting else wait
 
     def _left(self, ticket: Ticket, done: int) -> float:
@@ -107,10 +116,11 @@ class WaitEstimator:
             return most
         if not self._stops.denominator:
             return 0.0
-        if not self._stops.numerator:
+        ends_per_token = self._stops.value  # 0 too where so few ended that the quotient is below the smallest number
+        if ends_per_token == 0:
             return most
         part = ticket.number * _GOLDEN % 1
-        return min(most, 1 + math.log1p(-part) / math.log1p(-min(0.99, self._stops.value)))
+        return min(most, 1 + math.log1p(-part) / math.log1p(-min(0.99, ends_per_token)))
 
     def _size(self, ticket: Ticket) -> float:
         """Tokens of a request, prompt and outputs."""

@@ -130,9 +130,9 @@ class SharedMemory:
 
     def slice(self, region: str, byte_size: int, offset: int = 0) -> Slice:
         """A part of a region; NOT_FOUND for an unknown one, INVALID for what lies outside."""
-        if region not in self._regions:
+        found = self._regions.get(region)  # once: another thread may unregister it
+        if found is None:
             raise ServiceError(ErrorKind.NOT_FOUND, f"Unable to find shared memory region: '{region}'")
-        found = self._regions[region]
         if not 0 <= offset <= found.byte_size:
             raise invalid(f"Invalid offset for shared memory region: '{region}'")
         if byte_size < 0 or offset + byte_size > found.byte_size:
