@@ -7,6 +7,7 @@ from torch import Tensor
 from hasten import ops
 from hasten.layers.linear import PackedModule
 from hasten.layers.norm import LayerNorm
+from hasten.ops.partial_sum import PartialSum
 from hasten.parallel.groups import tensor_group
 from hasten.parallel.shard import padded_vocab
 
@@ -23,12 +24,12 @@ class Embedding(nn.Module):
         self.first = self.group.rank * rows if self.group.size > 1 else None
         self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
 
-    def forward(self, ids_t: Tensor) -> Tensor:
-        """Embeddings, [t, h], whole on every rank."""
+    def forward(self, ids_t: Tensor) -> Tensor | PartialSum:
+        """Embeddings, [t, h]; with several ranks as a sum for the next norm to add up."""
         rows_th = ops.embedding(ids_t, self.weight, self.first)
-        if self.first is not None:
-            rows_th = self.group.all_reduce(rows_th)
-        return rows_th if self.scale is None else rows_th * float(torch.tensor(self.scale, dtype=rows_th.dtype))
+        if self.scale is not None:
+            rows_th = rows_th * float(torch.tensor(self.scale, dtype=rows_th.dtype))
+        return rows_th if self.first is None else self.group.all_reduce_sum(rows_th)
 
     def normed(self, ids_t: Tensor, norm: LayerNorm) -> Tensor:
         """Embeddings after `norm`, which has a bias: [t, h], whole on every rank."""
