@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Protocol
 
-from hasten.cluster.spec import TrainingJob, TritonServer, Volume, pairs
+from hasten.cluster.spec import TrainingJob, TritonServer, Volume, pairs, record_of, server_of
 from hasten.core.config import option
 from hasten.core.errors import ConfigError, UnsupportedError
 
@@ -164,27 +164,18 @@ class ServerUpdate:
     extend_command: str | None = option(None, "further options of the server, as one string for the shell")
 
     def __post_init__(self) -> None:
-        changed = {one.name: getattr(self, one.name) for one in fields(self)}
-        given = {name: value for name, value in changed.items() if value not in (None, ())}
         # the rules are those of a server that is made so
-        TritonServer(**{"name": "server", "version": "1", "model_repository": "/", **given})
+        self.applied_to(TritonServer(name="server", version="1", model_repository="/"))
 
     def applied_to(self, server: TritonServer) -> TritonServer:
         """A server with these options; variables, annotations and labels are added to those that it has."""
         if self.replicas is not None and server.autoscale is not None:
             raise ConfigError("--replicas: this server was made with --autoscale, which decides on their number")
-        given: dict[str, Any] = {}
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if isinstance(value, str | int):
-                given[one.name] = value
-            elif value and one.name in ("env", "annotation", "label"):
-                flag = f"--{one.name}"
-                whole = pairs(getattr(server, one.name), flag) | pairs(value, flag)
-                given[one.name] = tuple(f"{name}={text}" for name, text in whole.items())
-            elif value:
-                given[one.name] = tuple(value)
-        return replace(server, **given)
+        given = record_of(self)
+        for name in [one for one in ("env", "annotation", "label") if one in given]:
+            whole = pairs(getattr(server, name), f"--{name}") | pairs(given[name], f"--{name}")
+            given[name] = [f"{key}={value}" for key, value in whole.items()]
+        return server_of(record_of(server) | given)
 
 
 class Backend(Protocol):

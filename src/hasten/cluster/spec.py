@@ -9,10 +9,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hasten.core.config import option
 from hasten.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 PULL_POLICIES = ("Always", "IfNotPresent", "Never")
 CLEAN_POLICIES = ("Running", "All", "None")
@@ -329,7 +332,7 @@ class TritonServer(Workload):
         return int(least), int(most)
 
 
-def record_of(spec: Workload) -> dict[str, Any]:
+def record_of(spec: "DataclassInstance") -> dict[str, Any]:
     """The options that are not at their defaults, as JSON has them."""
     defaults = {one.name: one.default for one in fields(spec)}
     chosen = {name: getattr(spec, name) for name in defaults}

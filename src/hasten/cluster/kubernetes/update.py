@@ -13,7 +13,7 @@ from hasten.cluster.backend import ServerUpdate
 from hasten.cluster.kubernetes.apply import change
 from hasten.cluster.kubernetes.client import Cluster
 from hasten.cluster.kubernetes.resources import Object, name_of
-from hasten.cluster.kubernetes.servers import FoundServer
+from hasten.cluster.kubernetes.servers import FoundServer, templates
 from hasten.cluster.manifests.objects import CRDS, main_object, owned
 from hasten.cluster.manifests.pod import GPU
 from hasten.cluster.manifests.server import SPEC, disruption_budgets
@@ -29,8 +29,7 @@ def update_server(cluster: Cluster, found: FoundServer, update: ServerUpdate) ->
     change(cluster, found.resource, namespace, name, lambda managed, live: _edit(managed, live, update))
     if update.replicas is not None:
         owner = {**found.body, "apiVersion": found.resource.api_version, "kind": found.resource.kind}
-        _, server = _before_and_after(found.body, update)
-        for budget in owned(disruption_budgets(server), owner):
+        for budget in owned(disruption_budgets(update.applied_to(_server(found.body))), owner):
             with suppress(ExistsError):
                 cluster.create(budget)
 
@@ -52,14 +51,10 @@ def _server(live: Object) -> TritonServer:
         ) from error
 
 
-def _before_and_after(live: Object, update: ServerUpdate) -> tuple[TritonServer, TritonServer]:
-    before = _server(live)
-    return before, update.applied_to(before)
-
-
 def _edit(managed: Object, live: Object, update: ServerUpdate) -> None:
     """Change the fields that are to be applied; `live` is the object as it is."""
-    before, plan = (main_object(each, set(CRDS)) for each in _before_and_after(live, update))
+    server = _server(live)
+    before, plan = (main_object(each, set(CRDS)) for each in (server, update.applied_to(server)))
     _copy(plan, managed, "metadata", "annotations", SPEC)
     if update.replicas is not None:
         _copy(plan, managed, "spec", "replicas")
@@ -67,7 +62,7 @@ def _edit(managed: Object, live: Object, update: ServerUpdate) -> None:
     metadata += [("annotations", name) for name in pairs(update.annotation, "--annotation")]
     for path in metadata:
         _copy(plan, managed, "metadata", *path)
-    for (planned, part), (old, _) in zip(_templates(plan, managed), _templates(before, {}), strict=True):
+    for (planned, part), (_, old) in zip(_templates(plan, managed), templates(before), strict=True):
         for path in metadata:
             _copy(planned, part, "metadata", *path)
         _edit_container(_main(old), _main(planned), part, update)

@@ -133,12 +133,10 @@ class LocalBackend:
 
     def plan_server(self, server: TritonServer) -> list[dict[str, Any]]:
         """The record of a server."""
-        server = serving.anchored(server)
         return [serving.spec_of(server, serving.planned(self.home, server))]
 
     def serve(self, server: TritonServer) -> None:
         """Start a server; returns as soon as its supervisor runs, before it is ready."""
-        server = serving.anchored(server)
         plan = serving.planned(self.home, server)
         folder = server_folder(self.home, server.name, server.version, server.namespace)
         check_mounts(plan.launch, config_files(server, folder.path))

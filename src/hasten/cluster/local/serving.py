@@ -33,24 +33,20 @@ def planned(home: Path, server: TritonServer) -> ServerPlan:
     return server_plan(server, sources, server_folder(home, server.name, server.version, server.namespace).path)
 
 
-def anchored(server: TritonServer) -> TritonServer:
-    """The server with absolute paths of this machine: its options mean the same wherever an update reads them again."""
-    repository = server.model_repository
-    return dataclasses.replace(
+def spec_of(server: TritonServer, plan: ServerPlan) -> dict[str, Any]:
+    """What is written of a server: its options with absolute paths, as an update may read them in another folder."""
+    repository = server.model_repository or ""
+    absolute = dataclasses.replace(
         server,
         working_dir=_absolute(server.working_dir or "."),
-        model_repository=repository if not repository or server.map_paths else _absolute(repository),
+        model_repository=repository if server.map_paths else _absolute(repository),
         config_file=[f"{_absolute(source)}:{path}" for source, path in mounts(server.config_file, "--config-file")],
     )
+    return {"kind": "server", "asked": record_of(absolute), "plan": to_json(plan)}
 
 
 def _absolute(path: str) -> str:
     return str(Path(path).absolute())
-
-
-def spec_of(server: TritonServer, plan: ServerPlan) -> dict[str, Any]:
-    """What is written of a server."""
-    return {"kind": "server", "asked": record_of(server), "plan": to_json(plan)}
 
 
 def check_ports(home: Path, plan: ServerPlan, folder: Folder) -> None:
@@ -107,7 +103,7 @@ def exit_grace(folder: Folder) -> float:
 def change(home: Path, folder: Folder, update: ServerUpdate) -> None:
     """Write a server's new form, and have its supervisor follow it: a new supervisor where the old one died."""
     with locked(home / "update.lock"):
-        server = anchored(update.applied_to(folder.server()))
+        server = update.applied_to(folder.server())
         plan = planned(home, server)
         check_mounts(plan.launch, ())
         lock = folder.try_lock()
