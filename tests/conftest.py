@@ -1,9 +1,10 @@
-"""Small real models for all tests: random BLOOMs with a tokenizer, saved by transformers."""
+"""Small real models for all tests: random ones with a tokenizer, saved by transformers."""
 
 import os
 import random
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,44 +60,25 @@ def _save_tokenizer(folder: Path) -> int:
     return int(tokenizer.get_vocab_size())
 
 
-def _save_bloom(folder: Path, seed: int, **config: Any) -> None:
-    from transformers import BloomConfig, BloomForCausalLM
-
-    options: dict[str, Any] = {
-        "vocab_size": _save_tokenizer(folder),
-        "hidden_size": 64,
-        "n_layer": 3,
-        "n_head": 8,
-        "seq_length": 512,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 3,
-        # wide enough that logits differ clearly and greedy decoding does not run into ties
-        "initializer_range": 0.2,
-    }
-    torch.manual_seed(seed)
-    model = BloomForCausalLM(BloomConfig(**(options | config)))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "layernorm" in name or "ln_f" in name or name.endswith("bias"):
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
-
-
-def _save_family(folder: Path, family: str, seed: int, **config: Any) -> None:
+def _save_model(folder: Path, family: str, seed: int, **config: Any) -> None:
     import transformers
 
-    options: dict[str, Any] = {
-        "vocab_size": _save_tokenizer(folder),
+    bloom = {"hidden_size": 64, "n_layer": 3, "n_head": 8, "seq_length": 512}
+    other = {
         "hidden_size": 48,
         "intermediate_size": 80,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
+    }
+    sizes, spread = (bloom, 0.1) if family == "Bloom" else (other, 0.2)
+    options: dict[str, Any] = sizes | {
+        "vocab_size": _save_tokenizer(folder),
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 3,
+        # wide enough that logits differ clearly and greedy decoding does not run into ties
         "initializer_range": 0.2,
     }
     torch.manual_seed(seed)
@@ -105,8 +87,8 @@ def _save_family(folder: Path, family: str, seed: int, **config: Any) -> None:
     model = getattr(transformers, f"{family}ForCausalLM")(settings)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                parameter.add_(torch.randn_like(parameter) * 0.2)
+            if "norm" in name or "ln_f" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * spread)
     model.save_pretrained(folder)
 
 
@@ -121,18 +103,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def make_bloom(tmp_path_factory: pytest.TempPathFactory) -> MakeBloom:
-    """Make a folder with a random BLOOM and its tokenizer; equal arguments give the same folder, so do not write to it.
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """Make a folder with a random model of a family, such as `Llama`, and its tokenizer.
 
-    `seed` chooses the weights, all other arguments go to BloomConfig.
+    Equal arguments give the same folder, so do not write to it. `seed` chooses the weights, all other arguments go to
+    the family's configuration.
     """
     made: dict[str, Path] = {}
 
-    def make(seed: int = 0, **config: Any) -> Path:
-        key = repr((seed, sorted(config.items())))
+    def make(family: str, seed: int = 0, **config: Any) -> Path:
+        key = repr((family, seed, sorted(config.items())))
         if key not in made:
-            folder = tmp_path_factory.mktemp("bloom")
-            _save_bloom(folder, seed, **config)
+            folder = tmp_path_factory.mktemp(family.lower())
+            _save_model(folder, family, seed, **config)
             made[key] = folder
         return made[key]
 
@@ -140,19 +123,9 @@ def make_bloom(tmp_path_factory: pytest.TempPathFactory) -> MakeBloom:
 
 
 @pytest.fixture(scope="session")
-def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
-    """Make a folder with a random model of a family, such as `Llama`, and its tokenizer; as `make_bloom` otherwise."""
-    made: dict[str, Path] = {}
-
-    def make(family: str, seed: int = 0, **config: Any) -> Path:
-        key = repr((family, seed, sorted(config.items())))
-        if key not in made:
-            folder = tmp_path_factory.mktemp(family.lower())
-            _save_family(folder, family, seed, **config)
-            made[key] = folder
-        return made[key]
-
-    return make
+def make_bloom(make_model: MakeModel) -> MakeBloom:
+    """`make_model` for BLOOM."""
+    return partial(make_model, "Bloom")
 
 
 @pytest.fixture(scope="session")
