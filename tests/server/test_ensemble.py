@@ -9,6 +9,7 @@ from tests.server.service_fixtures import DEMO, Outputs, Running, demo, streamin
 
 from hasten.core.errors import ConfigError
 from hasten.engine.text import Tokenizer
+from hasten.server import tokenizing
 from hasten.server.engine.client import QueueLimits
 from hasten.server.models import text_processing
 from hasten.server.models.config import completed, is_decoupled, parse_config
@@ -144,6 +145,17 @@ def test_queries_have_the_limits_of_prompts(demo: Running, monkeypatch: pytest.M
     monkeypatch.setattr(engine.tokenizer, "most_bytes_per_token", None)
     error = demo.refused(preprocessing("a" * 21))
     assert "input 'QUERY': the text has more than 20 bytes, which is the limit (--max-text-bytes)" in str(error)
+
+
+def test_a_refusal_to_tokenize_is_the_token_models(demo: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = demo.service.engines()["fastertransformer", "1"]
+    monkeypatch.setattr(tokenizing, "_MAX_WAITING", 0)
+    monkeypatch.setattr(engine, "estimated_wait", lambda priority: 6.5)
+    before = engine.refused["queue_full"]
+    error = demo.refused(preprocessing("a"))
+    assert (error.kind, error.retry_after) == (ErrorKind.UNAVAILABLE, 6.5)
+    assert "Exceeds maximum queue size: the texts of 0 requests wait" in str(error)
+    assert engine.refused["queue_full"] == before + 1
 
 
 def test_an_ensemble_streams_as_its_steps_do(demo: Running, streaming: Running) -> None:

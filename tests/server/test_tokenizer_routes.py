@@ -11,6 +11,7 @@ from tests.server.openai_site import DEMO, with_template
 
 from hasten.core.config import EngineConfig
 from hasten.engine.text import Tokenizer
+from hasten.server import tokenizing
 from hasten.server.engine.client import EngineClient, EngineInfo, QueueLimits
 from hasten.server.openai.routes import openai_routes
 from hasten.server.protocol.http import http_app
@@ -129,6 +130,26 @@ def test_what_is_wrong_is_refused(site: Site, path: str, body: dict[str, Any], m
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
     assert answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("tokenize", {"prompt": TEXT, "return_token_strs": True}),
+        ("tokenize", {"messages": CHAT, "chat_template_kwargs": {"x": 1}}),
+        ("detokenize", {"tokens": [5] * (tokenizing.FEW_DECODED + 1)}),
+    ],
+)
+def test_where_too_many_texts_wait_it_is_a_counted_refusal(
+    site: Site, story: EngineClient, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(tokenizing, "_MAX_WAITING", 0)
+    monkeypatch.setattr(story, "estimated_wait", lambda priority: 6.5)
+    before = story.refused["queue_full"]
+    answer = site.post(f"/{path}", **body)
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "7")
+    assert answer.json()["error"]["code"] == "queue_full"
+    assert story.refused["queue_full"] == before + 1
 
 
 def test_a_model_is_named_where_there_are_several(story: EngineClient) -> None:

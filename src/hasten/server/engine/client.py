@@ -7,7 +7,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from operator import index
 
@@ -96,7 +97,7 @@ class EngineClient:
         self.restarts = 0
         """Times that a dead process was started again."""
         self.refused: Counter[str] = Counter()
-        """Requests that the queue refused or gave up, by the reasons of QueueError."""
+        """Requests that were refused or given up, by the reasons of QueueError."""
         self.delivery = Delivery()
         self._config = config
         self._limits = limits
@@ -193,14 +194,20 @@ class EngineClient:
 
     def check_wait(self, priority: int, queue_timeout: float | None) -> None:
         """QueueWaitError where a request would have to wait for longer than it may: to refuse it before any work."""
-        try:
+        with self.counting_refusals(priority):
             self._queue.check_wait(priority, self._timeout(queue_timeout))
-        except QueueError as error:
-            raise self._refusal(error, priority) from None
 
     def _timeout(self, queue_timeout: float | None) -> float:
         """Seconds that a request may wait, 0 for ever: the least of its own limit and the engine's."""
         return min(filter(None, (queue_timeout, self._limits.default_timeout)), default=0.0)
+
+    @contextmanager
+    def counting_refusals(self, priority: int = 0) -> Iterator[None]:
+        """Whatever works for a request of this engine: QueueErrors of it are counted, and say when to try again."""
+        try:
+            yield
+        except QueueError as error:
+            raise self._refusal(error, priority) from None
 
     def _refusal(self, error: QueueError, priority: int) -> QueueError:
         """An error of the queue, counted, with what its client should know."""
@@ -231,7 +238,7 @@ class EngineClient:
         tokenizer = tokenizer or self.tokenizer
         if tokenizer is None:
             raise InvalidRequestError("the model has no tokenizer; send token ids, or start it with --tokenizer-path")
-        try:
+        with self.counting_refusals():
             return await tokenizing.encode(
                 tokenizer,
                 texts,
@@ -239,8 +246,6 @@ class EngineClient:
                 max_bytes=self._limits.max_text_bytes,
                 add_special_tokens=add_special_tokens,
             )
-        except QueueError as error:
-            raise self._refusal(error, 0) from None
 
     async def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):
@@ -272,7 +277,8 @@ class EngineClient:
         def runs() -> list[list[int]]:
             return [run for word in params.bad_words for run in tokenizer.words_ids(word)]
 
-        found = runs() if len(params.bad_words) <= _FEW_WORDS else await tokenizing.run(runs)
+        with self.counting_refusals():
+            found = runs() if len(params.bad_words) <= _FEW_WORDS else await tokenizing.run(runs)
         return replace(params, bad_words=(), bad_words_ids=(*params.bad_words_ids, *found))
 
     def _ticket(self, tokens: tuple[int, ...], params: SamplingParams, *, stream: bool, priority: int) -> Ticket:
@@ -290,10 +296,8 @@ class EngineClient:
         return Ticket(self._numbers, tokens, width, frame, priority, most, _may_stop(params))
 
     def _submit(self, ticket: Ticket) -> None:
-        try:
+        with self.counting_refusals(ticket.priority):
             self._queue.put(ticket)
-        except QueueError as error:
-            raise self._refusal(error, ticket.priority) from None
         self._idle.clear()
         if ticket.timeout:
             ticket.timer = asyncio.get_running_loop().call_later(ticket.timeout, self._expire, ticket)

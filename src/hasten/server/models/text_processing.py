@@ -6,7 +6,8 @@ postprocessing: TOKENS_BATCH [batch, beam, longest] to OUTPUT [batch, beam], up 
 """
 
 import csv
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from tritonclient.grpc import model_config_pb2
 
 from hasten.core.errors import ConfigError, InvalidRequestError
 from hasten.engine.text import Tokenizer
+from hasten.server.engine.client import EngineClient
 from hasten.server.models.config import parameter
 from hasten.server.models.model import Models, required_engine
 from hasten.server.models.parameters import TOKEN_MODEL, TOKENIZER
 from hasten.server.models.token_inputs import pack_words
 from hasten.server.models.work import Outcome, Work
-from hasten.server.tokenizing import FEW_DECODED, MAX_DECODED, check_words, tokenizing
+from hasten.server.tokenizing import FEW_DECODED, MAX_DECODED, Result, check_words, tokenizing
 from hasten.server.types import ErrorKind, ServiceError, Tensor
 
 _MAX_CSV_CHARACTERS = 32 << 10
@@ -50,18 +52,25 @@ class _Processing:
         """The one to use now; ConfigError where there is none."""
         if self._own is not None:
             return self._own
-        tokenizer = required_engine(self._models.find(self._token_model)).tokenizer
+        tokenizer = self._token_engine().tokenizer
         if tokenizer is None:
             raise ConfigError(f"model '{self._token_model}' has no tokenizer; set its parameter 'tokenizer_path'")
         return tokenizer
+
+    def _token_engine(self) -> EngineClient:
+        return required_engine(self._models.find(self._token_model))
+
+    async def _run(self, work: Callable[[], Result]) -> Result:
+        """Do some work on a thread; a refusal is counted as the token model's where there is one."""
+        with self._token_engine().counting_refusals() if self._token_model else nullcontext():
+            return await tokenizing.run(work)
 
     async def _encode(self, tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
         """Token ids of each text: by the token model's limits where there is one."""
         try:
             if not self._token_model:
                 return await tokenizing.encode(tokenizer, texts)
-            engine = required_engine(self._models.find(self._token_model))
-            return await engine.tokenize(texts, tokenizer=tokenizer)
+            return await self._token_engine().tokenize(texts, tokenizer=tokenizer)
         except InvalidRequestError as error:
             raise _invalid(f"input 'QUERY': {error}") from None
 
@@ -83,7 +92,7 @@ class Preprocessing(_Processing):
         tokenizer = self.tokenizer()
         queries = [_only(texts, place) for place, texts in enumerate(_texts(work.inputs["QUERY"]))]
         prompts = await self._encode(tokenizer, queries)
-        made = await tokenizing.run(partial(_prepared, tokenizer, prompts, work.inputs))
+        made = await self._run(partial(_prepared, tokenizer, prompts, work.inputs))
         work.clock.prepare()
         yield Outcome([tensor for tensor in made if tensor.name in work.outputs], final=True)
 
@@ -123,7 +132,7 @@ class Postprocessing(_Processing):
                 texts[item, beam] = tokenizer.decode(tokens[item, beam, : lengths[item, beam]].tolist()).encode()
             return texts
 
-        texts = decode() if tokens.size <= FEW_DECODED else await tokenizing.run(decode)
+        texts = decode() if tokens.size <= FEW_DECODED else await self._run(decode)
         yield Outcome([_tensor("OUTPUT", "BYTES", texts)], final=True)
 
 

@@ -57,7 +57,8 @@ async def _rendered(asked: ChatRequest, template: ChatTemplate, client: EngineCl
     limits = RenderLimits(longest, _RENDER_S)
     if count <= SHORT_TEXT and len(asked.messages) <= _FEW_MESSAGES and not asked.chat_template_kwargs:
         return chat_text(asked, template, limits)
-    return await tokenizing.run(partial(chat_text, asked, template, limits))
+    with client.counting_refusals():
+        return await tokenizing.run(partial(chat_text, asked, template, limits))
 
 
 async def tokenized(

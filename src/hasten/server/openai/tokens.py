@@ -42,7 +42,8 @@ class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
 async def token_ids(asked: TokenizeRequest, client: EngineClient, chats: ChatPrompts) -> bytes:
     """The answer to a TokenizeRequest: `count`, `max_model_len`, `tokens` and perhaps `token_strs`."""
     ids = await _ids(asked, client, chats)
-    texts = await tokenizing.run(partial(_tokenizer(client).tokens, ids)) if asked.return_token_strs else None
+    with client.counting_refusals():
+        texts = await tokenizing.run(partial(_tokenizer(client).tokens, ids)) if asked.return_token_strs else None
     answer = {"count": len(ids), "max_model_len": client.info.max_model_len, "tokens": ids, "token_strs": texts}
     return _encode(answer)
 
@@ -68,7 +69,8 @@ async def _ids(asked: TokenizeRequest, client: EngineClient, chats: ChatPrompts)
 async def text_of(asked: DetokenizeRequest, client: EngineClient) -> bytes:
     """The answer to a DetokenizeRequest: the text of its tokens, special ones included, as `prompt`."""
     try:
-        text = await tokenizing.decode(_tokenizer(client), asked.tokens, client.info.vocab_size)
+        with client.counting_refusals():
+            text = await tokenizing.decode(_tokenizer(client), asked.tokens, client.info.vocab_size)
     except InvalidRequestError as error:
         raise OpenAIError(str(error), param="tokens") from None
     return _encode({"prompt": text})
