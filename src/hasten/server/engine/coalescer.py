@@ -131,13 +131,13 @@ class OutputCoalescer:
         waiting = {output.id for output in self._rest}
         for number in list(self._outputs):
             if everything or self._is_urgent(number):
-                pieces = split(self._take(number))
-                size = cost(pieces[0])
-                if len(pieces) == 1 and size <= room and number not in waiting:
-                    taken += pieces
+                output = self._take(number)
+                size = cost(output)
+                if size <= room and number not in waiting:
+                    taken.append(output)
                     room -= size
                 else:
-                    self._rest.extend(pieces)
+                    self._rest.extend(split(output))
         while self.goes_on and (not taken or cost(self._rest[0]) <= room):
             taken.append(self._rest.popleft())
             room -= cost(taken[-1])
