@@ -201,10 +201,11 @@ class Metrics:
         return build, calls, held, refusals
 
     def _engines(self) -> Iterable[Family]:
-        restarts = {key: float(engine.restarts) for key, engine in self._service.engines().items()}
+        engines = self._service.engines()
+        restarts = {key: float(engine.restarts) for key, engine in engines.items()}
         yield _family("hasten_engine_restarts_total", "counter", "Times that a dead engine was started again", restarts)
         refused = Family("hasten_requests_refused_total", "counter", "Requests that were not begun, by the reason")
-        for key, engine in self._service.engines().items():
+        for key, engine in engines.items():
             for reason in QUEUE_REASONS:
                 refused.add({**_model(key), "reason": reason}, engine.refused[reason])
         yield refused
@@ -213,18 +214,18 @@ class Metrics:
             "histogram",
             "Time that tokens took from the engine's process to the server's (stage socket) and to all streams (write)",
         )
-        for key, engine in self._service.engines().items():
+        for key, engine in engines.items():
             for stage, histogram in engine.delivery.stages().items():
                 delivery.add_histogram({**_model(key), "stage": stage}, histogram)
         yield delivery
-        waits = {key: engine.estimated_wait() for key, engine in self._service.engines().items()}
+        waits = {key: engine.estimated_wait() for key, engine in engines.items()}
         yield _family(
             "hasten_estimated_wait_seconds",
             "gauge",
             "Estimated time until a request of default priority that came now would be begun",
             {key: wait for key, wait in waits.items() if wait is not None},
         )
-        stats = {key: engine.stats() for key, engine in self._service.engines().items()}
+        stats = {key: engine.stats() for key, engine in engines.items()}
         rows: Sequence[tuple[str, str, str, dict[Key, float]]] = (
             ("requests_running", "gauge", "Requests that have begun and are not finished",
              {key: one.running for key, one in stats.items()}),
