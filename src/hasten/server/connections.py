@@ -15,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from hasten.server.http_errors import error_response
+from hasten.server.options import EndpointOptions, SecurityOptions
 
 _LINGER_S, _LINGER_BYTES = 2.0, 1 << 20
 """For how long a connection is read on whose request was refused: closed at once, the client would lose the answer."""
@@ -26,18 +27,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionLimits:
-    """What a client may take of an HTTP port, in bytes and seconds. The defaults are those of the options."""
+    """What a client may take of an HTTP port, in bytes and seconds."""
 
-    connections: int = 4096
-    header_bytes: int = 64 << 10
-    url_bytes: int = 8 << 10
-    idle_timeout: float = 75.0
+    connections: int = EndpointOptions.http_max_connections
+    header_bytes: int = SecurityOptions.max_header_bytes
+    url_bytes: int = SecurityOptions.max_url_bytes
+    idle_timeout: float = EndpointOptions.http_idle_timeout_secs
     """Without a request: before the first, and from each answer to the next request."""
-    header_timeout: float = 30.0
+    header_timeout: float = EndpointOptions.http_header_timeout_secs
     """From a request's first byte to the end of its headers."""
-    body_timeout: float = 60.0
+    body_timeout: float = EndpointOptions.http_body_timeout_secs
     """Between two pieces of a body."""
-    write_timeout: float = 300.0
+    write_timeout: float = EndpointOptions.http_write_timeout_secs
     """In which a client takes nothing of an answer that waits for it."""
 
 

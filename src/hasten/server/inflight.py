@@ -7,15 +7,16 @@ beyond the limit is refused, so that no number of connections decides the server
 import threading
 
 from hasten.server.by_size import SMALL
+from hasten.server.options import SecurityOptions
 from hasten.server.types import ErrorKind, ServiceError
 
-DEFAULT_INFLIGHT_BYTES = 512 << 20
+_DEFAULT_LIMIT = SecurityOptions().inflight_bytes
 
 
 class InflightBytes:
     """The bytes of all requests in flight."""
 
-    def __init__(self, limit: int = DEFAULT_INFLIGHT_BYTES) -> None:
+    def __init__(self, limit: int = _DEFAULT_LIMIT) -> None:
         self.limit = limit
         self.held = 0
         self.refusals = 0

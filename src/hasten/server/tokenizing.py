@@ -8,9 +8,8 @@ from typing import TypeVar
 from hasten.core.errors import InvalidRequestError
 from hasten.engine.text import Tokenizer
 from hasten.server.engine.queue import QueueFullError
+from hasten.server.options import SecurityOptions
 
-MAX_TEXT_BYTES = 1 << 20
-"""Of a text whose tokenizer sets no bound on the bytes of a token, unless the server's options say otherwise."""
 SHORT_TEXT = 2048
 """Characters that are tokenized at once: it takes a few milliseconds."""
 MAX_DECODED = 1 << 18
@@ -39,7 +38,7 @@ class Tokenizing:
         texts: Sequence[str],
         *,
         most_tokens: int | None = None,
-        max_bytes: int = MAX_TEXT_BYTES,
+        max_bytes: int = SecurityOptions.max_text_bytes,
         add_special_tokens: bool = True,
     ) -> list[list[int]]:
         """Token ids of each text.

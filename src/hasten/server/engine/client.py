@@ -28,6 +28,7 @@ from hasten.server.engine.queue import (
 )
 from hasten.server.engine.ticket import Progress, Ticket
 from hasten.server.engine.wire import Abort, Add, CompletionDelta, EngineInfo, Expire, Output, Step, framed
+from hasten.server.options import ServerOptions
 from hasten.server.tokenizing import check_words, tokenizing
 
 __all__ = [
@@ -57,7 +58,6 @@ _MOST_ENTRIES = {"stop_token_ids": 1024, "stop_words_ids": 1024, "bad_words_ids"
 _MOST_LOGPROBS = 1024
 """Of one token."""
 _NO_LIMITS = QueueLimits()
-DEFAULT_STALL_TIMEOUT_S = 60.0
 _log = logging.getLogger(__name__)
 
 
@@ -129,7 +129,7 @@ class EngineClient:
         limits: QueueLimits = _NO_LIMITS,
         *,
         name: str = "engine",
-        stall_timeout: float = DEFAULT_STALL_TIMEOUT_S,
+        stall_timeout: float = ServerOptions.stall_timeout_secs,
     ) -> "EngineClient":
         """Start the process and wait until its model is loaded. Raises the HastenError that kept it from that.
 

@@ -9,6 +9,7 @@ from hasten.core.errors import HastenError
 from hasten.server.engine.ticket import Ticket, rank_of
 from hasten.server.engine.wait import MOST_SIMULATED, WaitEstimator
 from hasten.server.engine.wire import Step
+from hasten.server.options import SecurityOptions
 
 _SLACK = 8
 """One sequence more for each so many that may run waits in the engine, and fills a free place in the very next step."""
@@ -55,9 +56,9 @@ class QueueLimits:
     """Seconds that a request may wait unless it says otherwise; None or 0: for ever."""
     max_prompt_tokens: int | None = None
     """Longer prompts are refused; None: what the engine can take."""
-    max_queue_bytes: int = 64 << 20
+    max_queue_bytes: int = SecurityOptions.max_queue_bytes
     """Of the requests that wait, as they go to the engine: a token takes 1 to 5 bytes, and here about 50."""
-    max_text_bytes: int = 1 << 20
+    max_text_bytes: int = SecurityOptions.max_text_bytes
     """Longer texts are refused where the tokenizer sets no bound on the bytes of a token."""
 
 

@@ -14,7 +14,8 @@ from hasten.server.by_size import by_size
 from hasten.server.errors import client_error
 from hasten.server.http_errors import retry_after
 from hasten.server.inflight import Claim, InflightBytes
-from hasten.server.protocol.grpc_stream import MAX_STREAM_BYTES, ReceivedInfer, received_infer, stream_infer
+from hasten.server.options import SecurityOptions
+from hasten.server.protocol.grpc_stream import ReceivedInfer, received_infer, stream_infer
 from hasten.server.protocol.http import require_known_model
 from hasten.server.protocol.proto import infer_response, parsed, parsed_infer
 from hasten.server.protocol.settings import LogSettings, TraceSettings
@@ -69,7 +70,7 @@ class GrpcCalls:
         logs: LogSettings,
         inflight: InflightBytes | None = None,
         *,
-        max_stream_bytes: int = MAX_STREAM_BYTES,
+        max_stream_bytes: int = SecurityOptions.max_request_bytes,
     ) -> None:
         self.service = service
         self.memory = memory

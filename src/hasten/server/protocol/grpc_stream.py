@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 _MOST_REQUESTS = 1024
 """Under way in one stream; no more are read from it before one ends."""
-MAX_STREAM_BYTES = 64 << 20
-"""Of the requests under way in one stream, unless the server's options say otherwise."""
 _REFUSED = (ErrorKind.INVALID, ErrorKind.NOT_FOUND, ErrorKind.UNSUPPORTED)
 _log = logging.getLogger(__name__)
 
@@ -73,7 +71,7 @@ async def stream_infer(
     context: Any,
     inflight: InflightBytes,
     *,
-    max_bytes: int = MAX_STREAM_BYTES,
+    max_bytes: int,
 ) -> None:
     """Serve one stream; `requests` gives ModelInferRequest messages as bytes, `context` takes serialized answers.
 
