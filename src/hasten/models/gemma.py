@@ -26,6 +26,7 @@ from hasten.models.llama import (
     config_from_hf,
     layer_kinds,
     weight_map,
+    with_layers,
 )
 from hasten.models.rope import rope_from_hf
 from hasten.models.weight_map import WeightMap
@@ -84,12 +85,11 @@ class Gemma2ForCausalLM(LlamaForCausalLM):
     @staticmethod
     def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         """Read Hugging Face's config.json; layers 0, 2, 4, ... have a window unless `layer_types` says otherwise."""
-        full = attention_from_hf(raw, max_position=8192, kv_heads=4, head_size=_HEAD_SIZE)
-        full = replace(full, scale=_scale(raw), softcap=_cap(raw, "attn_logit_softcapping", 50.0))
-        sliding = replace(full, window=hf_config.count(raw, "sliding_window", default=_WINDOW))
-        config = _config(raw, "Gemma2ForCausalLM", full, 8192)
+        attention = attention_from_hf(raw, max_position=8192, kv_heads=4, head_size=_HEAD_SIZE)
+        attention = replace(attention, scale=_scale(raw), softcap=_cap(raw, "attn_logit_softcapping", 50.0))
+        config = _config(raw, "Gemma2ForCausalLM", attention, 8192)
         config = replace(config, logit_softcap=_cap(raw, "final_logit_softcapping", 30.0))
-        return _with_layers(raw, config, sliding, every=2)
+        return _with_windows(raw, config, every=2)
 
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:
@@ -115,11 +115,10 @@ class Gemma3ForCausalLM(Gemma2ForCausalLM):
         full = attention_from_hf(heads, max_position=131_072, kv_heads=4, head_size=_HEAD_SIZE)
         longest = hf_config.count(raw, "max_position_embeddings", default=131_072)
         full = replace(full, scale=_scale(raw), qk_norm=True, rope=rope_from_hf(of_full, full.head_size, longest))
-        window = hf_config.count(raw, "sliding_window", default=_WINDOW)
-        sliding = replace(full, window=window, rope=rope_from_hf(of_sliding, full.head_size, longest))
         config = _config(raw, "Gemma3ForCausalLM", full, 131_072)
         config = replace(config, logit_softcap=_cap(raw, "final_logit_softcapping", None))
-        return _with_layers(raw, config, sliding, every=hf_config.count(raw, "sliding_window_pattern", default=6))
+        every = hf_config.count(raw, "sliding_window_pattern", default=6)
+        return _with_windows(raw, config, every=every, rope=rope_from_hf(of_sliding, full.head_size, longest))
 
 
 def _present(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,9 +156,8 @@ def _config(raw: Mapping[str, Any], architecture: str, attention: AttentionConfi
     )
 
 
-def _with_layers(raw: Mapping[str, Any], config: ModelConfig, sliding: AttentionConfig, *, every: int) -> ModelConfig:
-    """The configuration with its layers: one of `every` sees all, the others a window."""
+def _with_windows(raw: Mapping[str, Any], config: ModelConfig, *, every: int, **sliding: Any) -> ModelConfig:
+    """The configuration with its layers: one of `every` sees all, the others a window, with `sliding` as well."""
     kinds = layer_kinds(raw, [SLIDING if (layer + 1) % every else FULL for layer in range(config.num_layers)])
-    sliding = replace(sliding, qkv_bias=config.attention.qkv_bias, dense_bias=config.attention.dense_bias)
-    by_kind = {FULL: config.attention, SLIDING: sliding}
-    return replace(config, layer_attention=tuple(by_kind[kind] for kind in kinds))
+    window = hf_config.count(raw, "sliding_window", default=_WINDOW)
+    return with_layers(config, kinds, window=window, **sliding)

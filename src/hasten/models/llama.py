@@ -142,6 +142,12 @@ def layer_kinds(raw: Mapping[str, Any], default: Sequence[str]) -> Sequence[str]
     return kinds
 
 
+def with_layers(config: ModelConfig, kinds: Sequence[str], **sliding: Any) -> ModelConfig:
+    """The configuration with layers of these kinds; `sliding`: fields of the attention of those with a window."""
+    by_kind = {FULL: config.attention, SLIDING: replace(config.attention, **sliding)}
+    return replace(config, layer_attention=tuple(by_kind[kind] for kind in kinds))
+
+
 def config_from_hf(
     raw: Mapping[str, Any],
     architecture: str,

@@ -7,10 +7,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from hasten.core.config import AttentionConfig, ModelConfig
+from hasten.core.config import ModelConfig
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.models import hf_config
-from hasten.models.llama import FULL, SLIDING, LlamaForCausalLM, attention_from_hf, config_from_hf, layer_kinds
+from hasten.models.llama import (
+    FULL,
+    SLIDING,
+    LlamaForCausalLM,
+    attention_from_hf,
+    config_from_hf,
+    layer_kinds,
+    with_layers,
+)
 
 MAX_POSITION, KV_HEADS = 32_768, 32
 
@@ -39,5 +47,4 @@ def with_windows(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
         return config
     if window is None:
         raise ConfigError(f"layer_types has {SLIDING!r}, but use_sliding_window and sliding_window give no window")
-    by_kind: dict[str, AttentionConfig] = {FULL: config.attention, SLIDING: replace(config.attention, window=window)}
-    return replace(config, layer_attention=tuple(by_kind[kind] for kind in kinds))
+    return with_layers(config, kinds, window=window)
