@@ -182,9 +182,9 @@ class ModelConfig:
     intermediate_size: int
     vocab_size: int
     attention: AttentionConfig
-    """That of every layer, or of layer 0 where `layer_attention` says more."""
+    """That of every layer, unless `layer_attention` says more; its heads are those of all layers."""
     layer_attention: tuple[AttentionConfig, ...] = ()
-    """Where layers differ: that of each. Their heads are alike."""
+    """Where layers differ: that of each."""
     norm_eps: float = 1e-5
     activation: Literal["gelu_tanh", "gelu", "silu"] = "gelu_tanh"
     mlp_bias: bool = True
@@ -241,36 +241,26 @@ class ParallelConfig:
 
     def validate(self, model: ModelConfig) -> None:
         """Raise ConfigError unless `model` can be split over these ranks."""
-        size, attention = self.tensor_parallel_size, model.attention
-        for name, count, fits in (
-            ("attention heads", attention.num_heads, _divides),
-            ("key/value heads", attention.num_kv_heads, _divides_or_repeats),
-            ("the MLP's inner size", model.intermediate_size, _divides),
-        ):
-            _require(
-                fits(size, count),
-                f"tensor parallel size {size} does not divide {name} ({count}); choose a size that does: "
-                f"{', '.join(map(str, self._fitting(model)))}",
+        size = self.tensor_parallel_size
+        if unfit := _unfit(size, model):
+            fitting = (str(size) for size in range(1, model.attention.num_heads + 1) if _unfit(size, model) is None)
+            raise ConfigError(
+                f"tensor parallel size {size} does not divide {unfit}; choose a size that does: {', '.join(fitting)}"
             )
 
-    def _fitting(self, model: ModelConfig) -> list[int]:
-        attention = model.attention
-        return [
-            size
-            for size in range(1, attention.num_heads + 1)
-            if _divides(size, attention.num_heads)
-            and _divides_or_repeats(size, attention.num_kv_heads)
-            and _divides(size, model.intermediate_size)
-        ]
 
-
-def _divides(size: int, count: int) -> bool:
-    return count % size == 0
-
-
-def _divides_or_repeats(size: int, kv_heads: int) -> bool:
-    """With more ranks than key/value heads, as many ranks hold each."""
-    return kv_heads % size == 0 or size % kv_heads == 0
+def _unfit(size: int, model: ModelConfig) -> str | None:
+    """What of a model cannot be split over `size` ranks, None if all can."""
+    heads, kv_heads, inner = model.attention.num_heads, model.attention.num_kv_heads, model.intermediate_size
+    for name, count, fits in (
+        ("attention heads", heads, heads % size == 0),
+        # with more ranks than key/value heads, as many ranks hold each
+        ("key/value heads", kv_heads, kv_heads % size == 0 or size % kv_heads == 0),
+        ("the MLP's inner size", inner, inner % size == 0),
+    ):
+        if not fits:
+            return f"{name} ({count})"
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
