@@ -243,14 +243,13 @@ class HuggingFaceSource(Source):
             if base in own:
                 raise CheckpointError(f"{where} holds {base!r} twice, as {own[base][0]!r} and as {name!r}; remove one")
             own[base] = (name, path)
-        tie = self.weight_map.head_tie
-        head, embedding = (None, None) if tie is None else (tie.spec.sources[0].name, tie.to.sources[0].name)
-        tied = own.pop(head, None) if head is not None else None
-        if embedding is not None and tied is not None:
+        tie, tied = self.weight_map.head_tie, {}
+        if tie is not None and (head := tie.spec.sources[0].name) in own:
+            tied[head] = own.pop(head)
             # safetensors keeps one name of two tensors that share memory, and it may be the head's
-            own.setdefault(embedding, tied)
+            own.setdefault(tie.to.sources[0].name, tied[head])
         _check_names(where, (source.name for spec in self.specs for source in spec.sources), own)
-        return own if head is None or tied is None else {**own, head: tied}
+        return own | tied
 
     def holds(self, spec: WeightSpec) -> bool:
         """Whether the files hold a weight that the configuration ties to another."""
