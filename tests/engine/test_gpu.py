@@ -14,21 +14,16 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from tests.engine_logits import DECODED, engine_logits
 from torch import Tensor
 
 from hasten import LLM, CapacityError, EngineError, RankError, RequestOutput, SamplingParams
 from hasten.bench import lambada
 from hasten.bench.engines import HastenEngine
-from hasten.core.config import EngineConfig
-from hasten.engine.worker import Message, NewSequence, Worker
-from hasten.parallel.launch import Ranks
-
-if TYPE_CHECKING:
-    from hasten.engine.sequence import Sequence
 
 pytestmark = pytest.mark.gpu
 
@@ -264,8 +259,6 @@ WIDE: dict[str, Any] = {
     "initializer_range": 0.05,
     "seq_length": 2048,
 }
-DECODED = 3
-"""Tokens that follow each prompt, one a step."""
 FP32_BOUND = 5e-4
 """Most that a logit may differ in fp32. Their standard deviation is 1.6; transformers itself, in fp32 on a CPU, is
 1.3e-5 from fp64, and a GPU adds in other orders."""
@@ -281,57 +274,6 @@ def their_logits(model: Path, texts: Tokens, dtype: torch.dtype = torch.float32)
     reference = BloomForCausalLM.from_pretrained(model, dtype=dtype).eval().cuda()
     with torch.inference_mode():
         return [reference(torch.tensor([text], device="cuda")).logits[0].float() for text in texts]
-
-
-def our_logits(model: Path, prompts: Tokens, followed_by: Tokens, **options: Any) -> list[Tensor]:
-    """Logits [t, v] of every token, from the steps that the engine makes: prompts, chunks and decodes together."""
-    # steps that overlap would read their own tokens, not the ones that are to follow
-    config = EngineConfig.create(str(model), device="cuda", overlap_steps=False, **options)
-    worker = Worker(config, Ranks(None, None, "cuda"))
-    found: dict[str, list[Tensor]] = {str(number): [] for number in range(len(prompts))}
-
-    def keep(positions: list[tuple[Sequence, int]], logits: Tensor) -> None:
-        for (sequence, position), row in zip(positions, logits.split(1), strict=True):
-            assert len(found[sequence.request_id]) == position
-            # a copy: a graph's logits are overwritten by its next replay
-            found[sequence.request_id].append(row.float().clone())
-
-    added = [
-        NewSequence(
-            request_id=str(number),
-            token_ids=ids,
-            n=1,
-            beam_width=1,
-            max_tokens=DECODED + 1,
-            plain=False,
-            prompt_logprobs=True,
-            due=0,
-        )
-        for number, ids in enumerate(prompts)
-    ]
-    worker.apply(Message(tokens=[], finished=[], moves=[], added=added, prompt_tokens=None, stop=False))
-    while worker.scheduler.has_work:
-        batch = worker.scheduler.schedule()
-        message = Message(tokens=[], finished=[], moves=[], added=[], prompt_tokens=None, stop=False)
-        with torch.inference_mode():
-            hidden, rows = worker.compute(batch, keep)
-            logits = worker.runner.logits(hidden, rows)
-            greedy = worker.runner.greedy(hidden, rows)
-        assert logits is not None
-        assert torch.equal(logits.gather(1, greedy.long().unsqueeze(1)), logits.amax(1, keepdim=True))
-        for row, place in enumerate(batch.sampled):
-            sequence = batch.sequences[place]
-            if sequence.output_len > 0:
-                # a copy: a graph's logits are overwritten by its next replay
-                found[sequence.request_id].append(logits[row : row + 1].float().clone())
-            if sequence.output_len < DECODED:
-                token = followed_by[int(sequence.request_id)][sequence.output_len]
-                message["tokens"].append((sequence.key, token))
-            else:
-                message["finished"].append(sequence.key)
-        worker.scheduler.advance(batch)
-        worker.apply(message)
-    return [torch.cat(found[str(number)]) for number in range(len(prompts))]
 
 
 LOGIT_OPTIONS: list[dict[str, Any]] = [
@@ -354,7 +296,7 @@ def test_logits_are_near_those_of_transformers(
     lengths = tuple(1 + 37 * number % 150 for number in range(sequences))
     prompts, following = random_prompts(lengths, vocab=5000), random_prompts((DECODED,) * sequences, 1, vocab=5000)
     limits: dict[str, Any] = {"max_num_seqs": 80, "max_num_batched_tokens": 4096, "kv_cache_memory": 1 << 30}
-    ours = our_logits(model, prompts, following, dtype=dtype, **(limits | options))
+    ours = engine_logits(model, prompts, following, "cuda", dtype=dtype, **(limits | options))
     theirs = their_logits(model, [a + b for a, b in zip(prompts, following, strict=True)])
     for found, right in zip(ours, theirs, strict=True):
         assert found.shape == right.shape

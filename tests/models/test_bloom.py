@@ -1,21 +1,18 @@
 """BLOOM beside Hugging Face's own, in fp32. Shapes: t tokens, v vocabulary."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import MakeBloom
+from tests.models.conftest import BOUND, Worst
 
 from hasten.checkpoint.sources import read_hf_config
 from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import ConfigError
 from hasten.models.bloom import BloomForCausalLM
 
-MakeBloom = Callable[..., Path]
-
-BOUND = 1e-4
-"""Largest difference between two logits."""
 LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 48, 70, 5]
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -37,9 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", MODELS.values(), ids=list(MODELS))
-def test_logits_are_those_of_hugging_face(
-    options: dict[str, Any], make_bloom: MakeBloom, worst_logit: Callable[..., float]
-) -> None:
+def test_logits_are_those_of_hugging_face(options: dict[str, Any], make_bloom: MakeBloom, worst_logit: Worst) -> None:
     # all prompts in one step, and in steps so small that prompts are cut and stand beside decodes
     for budget in (2048, 21):
         worst = worst_logit(make_bloom(**options), LENGTHS, max_num_batched_tokens=budget, max_num_seqs=16)

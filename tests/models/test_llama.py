@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.conftest import MakeModel
+from tests.models.conftest import BOUND, Worst
 
 from hasten import LLM, SamplingParams
 from hasten.checkpoint import sources
@@ -27,12 +29,8 @@ from hasten.models.registry import model_class
 from hasten.parallel.groups import TensorGroup, use_group
 from hasten.parallel.shard import shard_shape
 
-MakeModel = Callable[..., Path]
-Worst = Callable[..., float]
 Model = tuple[str, dict[str, Any]]
 
-BOUND = 1e-4
-"""Largest difference between two logits."""
 LENGTHS = [1, 2, 6, 7, 8, 9, 15, 16, 17, 31, 33, 48, 70]
 """On both sides of a block, of the windows and of the ropes' original lengths."""
 COUNT = 12
