@@ -94,6 +94,8 @@ def _check_kinds(config: Any) -> None:
                 _require(fits(value), f"{name} must be {kind}{or_none}, got {value!r:.80}")
 
 
+Gate = Literal["silu", "gelu", "gelu_tanh"]
+"""Activations of a gated unit; `gelu` is the exact one, by the error function."""
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
@@ -186,7 +188,7 @@ class ModelConfig:
     layer_attention: tuple[AttentionConfig, ...] = ()
     """Where layers differ: that of each."""
     norm_eps: float = 1e-5
-    activation: Literal["gelu_tanh", "gelu", "silu"] = "gelu_tanh"
+    activation: Gate = "gelu_tanh"
     mlp_bias: bool = True
     norm_offset: bool = False
     """Whether the weights of norms are stored less one."""

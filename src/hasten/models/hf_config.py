@@ -5,9 +5,9 @@ left is unknown, and a warning names it.
 """
 
 from collections.abc import Iterator, Mapping, Set
-from typing import Any, Literal
+from typing import Any
 
-from hasten.core.config import DTypeName, dtype_name
+from hasten.core.config import DTypeName, Gate, dtype_name
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.models.generation_config import SETTINGS
 
@@ -106,7 +106,7 @@ def optional_count(raw: Raw, name: str, default: int | None) -> int | None:
     return default if name not in raw else None if raw[name] is None else count(raw, name)
 
 
-def activation(raw: Raw, name: str, default: str) -> Literal["silu", "gelu", "gelu_tanh"]:
+def activation(raw: Raw, name: str, default: str) -> Gate:
     """The activation of a gated unit; UnsupportedError names the key of another."""
     value = default if raw.get(name) is None else raw[name]
     if not isinstance(value, str) or value not in _ACTIVATIONS:
@@ -114,7 +114,7 @@ def activation(raw: Raw, name: str, default: str) -> Literal["silu", "gelu", "ge
     return _ACTIVATIONS[value]
 
 
-_ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
+_ACTIVATIONS: dict[str, Gate] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hasten.core.config import DTypeName
+from hasten.core.config import DTypeName, Gate
 from hasten.ops import cpu, cpu_sampling, reference
 from hasten.ops.block_caches import BlockCaches
 from hasten.ops.draws import NONE_LEFT, Draws
@@ -23,8 +23,6 @@ from hasten.ops.partial_sum import PartialSum
 from hasten.ops.transfer import HostCopy, to_device
 
 Activation = Literal["gelu_tanh"]
-Gate = Literal["silu", "gelu", "gelu_tanh"]
-"""Activations of a gated unit; `gelu` is the exact one, by the error function."""
 
 TORCH_DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """torch's types by the names of the configuration."""
