@@ -25,8 +25,8 @@ from tests.soak.server import DEMO, Server, create_repository, serving
 
 _ANSWER_S, _UNOWED_S = 60.0, 0.2
 _CLIENTS = 16
-_STATES = (501, 503, 504)
-"""Of the server or its models: not supported, not available, not in time."""
+_STATES = (501, 503)
+"""Of the server or its models: not supported, not available."""
 _KEPT = 20
 """Failures that are shown."""
 _OWN_FAULT = ("internal error", "server's log says more")

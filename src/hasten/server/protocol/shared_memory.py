@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from hasten.server.inflight import Claim
+from hasten.server.options import SecurityOptions
 from hasten.server.protocol.tensors import invalid
 from hasten.server.types import ErrorKind, Parameter, ServiceError
 
@@ -22,8 +23,6 @@ REGION, BYTE_SIZE, OFFSET = "shared_memory_region", "shared_memory_byte_size", "
 MAX_REGIONS = 512
 """Each takes a file descriptor."""
 _LONGEST_NAME = 256
-_MAX_REQUEST_BYTES = 64 << 20
-"""Of a request's inputs, unless the server's options say otherwise."""
 _T = TypeVar("_T", str, int)
 NO_CUDA = "CUDA shared memory is not supported; use system shared memory or send the tensors"
 
@@ -76,7 +75,7 @@ def _beyond(name: str) -> ServiceError:
 class SharedMemory:
     """The regions that clients registered."""
 
-    def __init__(self, *, allowed: bool = True, max_request_bytes: int = _MAX_REQUEST_BYTES) -> None:
+    def __init__(self, *, allowed: bool = True, max_request_bytes: int = SecurityOptions.max_request_bytes) -> None:
         self._allowed = allowed
         self._max_request_bytes = max_request_bytes
         self._regions: dict[str, Region] = {}
