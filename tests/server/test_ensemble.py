@@ -16,6 +16,7 @@ from hasten.server.models.config import completed, is_decoupled, parse_config
 from hasten.server.models.ensemble import Ensemble, ordered_steps
 from hasten.server.models.model import Model, Served
 from hasten.server.models.work import Outcome, Work
+from hasten.server.statistics import FailureReason
 from hasten.server.types import ErrorKind, InferRequest, RequestedOutput, ServiceError, Tensor
 
 __all__ = ["demo", "streaming"]
@@ -156,6 +157,14 @@ def test_a_refusal_to_tokenize_is_the_token_models(demo: Running, monkeypatch: p
     assert (error.kind, error.retry_after) == (ErrorKind.UNAVAILABLE, 6.5)
     assert "Exceeds maximum queue size: the texts of 0 requests wait" in str(error)
     assert engine.refused["queue_full"] == before + 1
+
+
+def test_a_refusal_of_a_step_is_counted_as_one_of_the_ensemble(demo: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizing, "_MAX_WAITING", 0)
+    failures = demo.service.counters.of("ensemble", "1").failures
+    before = failures[FailureReason.REJECTED]
+    demo.refused(asked(TEXTS))
+    assert failures[FailureReason.REJECTED] == before + 1
 
 
 def test_an_ensemble_streams_as_its_steps_do(demo: Running, streaming: Running) -> None:

@@ -85,7 +85,10 @@ class Ensemble:
                 async for outcome in outcomes:
                     yield outcome
         except ServiceError as error:
-            raise ServiceError(error.kind, f"in ensemble '{self._name}', {error}", error.retry_after) from error
+            # the step's own cause is what failures are counted by
+            raise ServiceError(
+                error.kind, f"in ensemble '{self._name}', {error}", error.retry_after
+            ) from error.__cause__
 
     async def close(self, timeout: float) -> None:
         """It holds nothing."""
