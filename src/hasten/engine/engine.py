@@ -405,7 +405,7 @@ class Engine:
         if step is not None and self.worker.device.type == "cpu":
             self._pacer.observe(step, time.perf_counter() - step.began)
             step = None
-        if self._is_unmeasured or (previous is not None and previous.choice is None):
+        if self._is_unmeasured:
             step = None  # the device may still be busy with the step before, nobody knows for how long
         self._is_unmeasured = choice is None and self.worker.overlap
         if choice is None and not launched.prompts:

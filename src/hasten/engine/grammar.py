@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Protocol
@@ -195,15 +196,11 @@ class GrammarCompiler:
 
     def _made(self, text: GrammarText) -> tuple[Grammar, int]:
         """A grammar that came through the trial, and its bytes."""
-        assert self._tokenizer is not None, "checked where it came"
-        described = Vocabulary(
-            self._tokenizer.to_json(), max(self._vocab_size, self._tokenizer.vocab_size), self._eos_token_ids
-        )
         if self._vocabulary is None:
-            self._vocabulary = described.load()
+            self._vocabulary = self._described.load()
         with self._lock:
             if self._trial is None or self._trial.ended:
-                self._trial = GrammarTrial(described, self._limits)
+                self._trial = GrammarTrial(self._described, self._limits)
             trial = self._trial
         size = trial.run(text)
         began = time.perf_counter()
@@ -213,6 +210,13 @@ class GrammarCompiler:
         matchers += (text.compile(self._vocabulary) for _ in range(more))
         words = -(-self._vocabulary.vocab_size // 32)
         return Grammar(tuple(matchers), words), size * len(matchers)
+
+    @cached_property
+    def _described(self) -> Vocabulary:
+        """Of the tokenizer, whose JSON is written once: that takes the time of several steps, which wait for it."""
+        assert self._tokenizer is not None, "checked where it came"
+        size = max(self._vocab_size, self._tokenizer.vocab_size)
+        return Vocabulary(self._tokenizer.to_json(), size, self._eos_token_ids)
 
 
 class _HasJson(Protocol):

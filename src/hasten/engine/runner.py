@@ -50,13 +50,11 @@ class Runner:
         width = sum(2 * a.num_kv_heads * a.head_size for a in self._attentions)
         return width * self.block_size * self.dtype.itemsize
 
-    def allocate_cache(self, num_blocks: int, max_blocks: int, longest: int) -> None:
+    def allocate_cache(self, num_blocks: int, max_blocks: int, ropes: RopeTables) -> None:
         """Allocate the cache, as zeros, and give every layer its part.
 
-        One sequence may hold `max_blocks`. `longest` is the length in tokens that positions are prepared for: that of
-        the model or the configuration, whatever the memory allows, since some change with it.
+        One sequence may hold `max_blocks`. `ropes` are on the same device.
         """
-        ropes = RopeTables(longest, self.device)
         tables = BlockTables(self.max_sequences, max_blocks)
         planner = Planner.of(self.device, self._attentions[0].num_heads)
         self._inputs = Inputs(tables, self.block_size, planner, self.device)

@@ -47,6 +47,7 @@ from hasten.engine.sampler import Choice, PromptLogprobs, Sampler
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
 from hasten.layers.linear import PackedModule
+from hasten.layers.position import RopeTables
 from hasten.models.base import CausalLM
 from hasten.models.registry import model_class
 from hasten.ops.peers import Peers
@@ -184,8 +185,9 @@ class Worker:
         """Longest sequence and number of blocks of the cache, which is then there; the same on every rank."""
         block_size, asked = config.cache.block_size, config.scheduler.max_model_len
         length = asked or self.model_config.max_position_embeddings or _DEFAULT_MODEL_LEN
+        ropes = RopeTables(length, self.device)  # some change with the length: this one, whatever the memory allows
         with explained_out_of_memory("sizing the cache"):
-            budget = config.cache.kv_cache_memory or self._free_memory(config, length)
+            budget = config.cache.kv_cache_memory or self._free_memory(config, length, ropes)
         fits = budget // self.runner.block_bytes
         if self.ranks.group.size > 1:
             smallest = torch.tensor(fits)
@@ -198,10 +200,10 @@ class Worker:
                 f"{self.runner.block_bytes} a block of {block_size}), but one sequence may have {length}; "
                 "lower max_model_len or raise kv_cache_memory"
             )
-        longest, length = length, min(length, fits * block_size)
+        length = min(length, fits * block_size)
         useful = config.scheduler.max_num_seqs * -(-length // block_size)
         with explained_out_of_memory("allocating the cache"):
-            self.runner.allocate_cache(min(useful, fits), -(-length // block_size), longest)
+            self.runner.allocate_cache(min(useful, fits), -(-length // block_size), ropes)
             if self.device.type == "cuda":
                 self._warm_up(config.scheduler)
                 if not config.enforce_eager:
@@ -213,12 +215,12 @@ class Worker:
         most = min(config.max_num_batched_tokens or 1, _WARMUP_TOKENS)
         self.runner.warm_up(most, [count for count in _WARMUP_SEQUENCES if count <= min(config.max_num_seqs, most)])
 
-    def _free_memory(self, config: EngineConfig, length: int) -> int:
+    def _free_memory(self, config: EngineConfig, length: int, ropes: RopeTables) -> int:
         """Bytes that the cache may take by default: on a GPU what the largest step leaves."""
         if self.device.type == "cpu":
             return free_memory(self.device, config.cache.gpu_memory_utilization, self.ranks.local_size)
         assert config.scheduler.max_num_batched_tokens is not None
-        self.runner.allocate_cache(1, -(-length // config.cache.block_size), length)
+        self.runner.allocate_cache(1, -(-length // config.cache.block_size), ropes)
         working = self.runner.warm_up(config.scheduler.max_num_batched_tokens, [config.scheduler.max_num_seqs])
         self.runner.release_cache()
         torch.cuda.empty_cache()

@@ -32,10 +32,10 @@ class Embedding(nn.Module):
         return rows_th if self.first is None else self.group.all_reduce_sum(rows_th)
 
     def normed(self, ids_t: Tensor, norm: LayerNorm) -> Tensor:
-        """Embeddings after `norm`, which has a bias: [t, h], whole on every rank."""
+        """Embeddings after `norm`: [t, h], whole on every rank."""
         if self.first is None and norm.bias is not None:
             return ops.embedding_norm(ids_t, self.weight, norm.weight, norm.bias, norm.eps)
-        return norm(self.group.all_reduce_sum(ops.embedding(ids_t, self.weight, self.first)))[0]
+        return norm(self(ids_t))[0]
 
 
 class Head(PackedModule):

@@ -219,11 +219,11 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of each token over its own sequence in the paged cache: [t, n, d].
 
-    Where `meta` is a part of a batch (`rows`), the queries are those of the whole batch. The keys and values of the
-    batch's own tokens must be in the cache already. Scores are `scale * query . key`; with `softcap` c they become
-    c * tanh(score / c). With slopes, `slope * (key position - query position)` is added to each. With `window` w, a
-    token sees the last w tokens, itself included. Sources: Press, Smith, Lewis, "Train Short, Test Long", 2022 (ALiBi);
-    Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023; Dao,
+    Where `meta` is a part of a batch (`output_indices`), the queries are those of the whole batch. The keys and values
+    of the batch's own tokens must be in the cache already. Scores are `scale * query . key`; with `softcap` c they
+    become c * tanh(score / c). With slopes, `slope * (key position - query position)` is added to each. With `window`
+    w, a token sees the last w tokens, itself included. Sources: Press, Smith, Lewis, "Train Short, Test Long", 2022
+    (ALiBi); Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023; Dao,
     "FlashAttention-2", 2023; Beltagy, Peters, Cohan, "Longformer", 2020 (window); Gemma Team, "Gemma 2", 2024 (cap).
     """
     if query_tnd.is_cuda:

@@ -51,8 +51,8 @@ class Planner:
     def max_num_splits(self, sequences: int) -> int:
         """How many splits a step of so many sequences with one query may have.
 
-        Enough to keep every multiprocessor busy with several programs (one a run and head), and a few a sequence, so
-        that a long one does not end after all others.
+        Enough to keep every multiprocessor busy with several programs (one per split and head), and a few a sequence,
+        so that a long one does not end after all others.
         """
         return max(2 * sequences, -(-_PROGRAMS * self.multiprocessors // self.heads))
 
