@@ -142,6 +142,28 @@ def test_what_nobody_waits_for_is_not_compiled(compiler: GrammarCompiler, held: 
     assert compiler.compiled(params) is not None  # somebody asks for it again
 
 
+def test_nobody_waits_while_the_process_starts(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    starting, free = threading.Event(), threading.Event()
+    start = GrammarTrial.__init__
+
+    def wait(self: GrammarTrial, *described: object) -> None:
+        starting.set()
+        free.wait(PATIENCE_S)
+        start(self, *described)  # type: ignore[arg-type]  # it is what it was given
+
+    monkeypatch.setattr(GrammarTrial, "__init__", wait)
+    futures = [compiler.compile(SamplingParams(regex="a"))]
+    assert starting.wait(PATIENCE_S)
+    futures.append(compiler.compile(SamplingParams(regex="b")))
+    assert all(future is not None and not future.done() for future in futures)
+    compiler.close()
+    free.set()
+    for future in futures:
+        assert future is not None
+        with pytest.raises(EngineError, match="closed"):
+            future.result(PATIENCE_S)
+
+
 def test_the_process_ends_with_the_compiler(compiler: GrammarCompiler) -> None:
     compiler.compiled(SamplingParams(regex="a"))
     assert compiler._trial is not None

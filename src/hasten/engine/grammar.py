@@ -198,11 +198,7 @@ class GrammarCompiler:
         """A grammar that came through the trial, and its bytes."""
         if self._vocabulary is None:
             self._vocabulary = self._described.load()
-        with self._lock:
-            if self._trial is None or self._trial.ended:
-                self._trial = GrammarTrial(self._described, self._limits)
-            trial = self._trial
-        size = trial.run(text)
+        size = self._running_trial().run(text)
         began = time.perf_counter()
         matchers = [text.compile(self._vocabulary)]
         affordable = int(_MORE_MATCHERS_S / max(time.perf_counter() - began, 1e-6))
@@ -210,6 +206,19 @@ class GrammarCompiler:
         matchers += (text.compile(self._vocabulary) for _ in range(more))
         words = -(-self._vocabulary.vocab_size // 32)
         return Grammar(tuple(matchers), words), size * len(matchers)
+
+    def _running_trial(self) -> GrammarTrial:
+        """The trial, started again where a grammar ended it: without the lock, since starting it takes seconds."""
+        trial = self._trial
+        if trial is not None and not trial.ended:
+            return trial
+        trial = GrammarTrial(self._described, self._limits)
+        with self._lock:
+            if not self._closed:
+                self._trial = trial
+                return trial
+        trial.kill()
+        raise EngineError("the grammars' compiler is closed")
 
     @cached_property
     def _described(self) -> Vocabulary:
