@@ -186,7 +186,7 @@ class Run:
                 continue
             sequence.append(token)
             self.message["tokens"].append((sequence.key, token))
-            output = sequence.output_token_ids
+            output = sequence.token_ids[sequence.prompt_len :]
             if len(output) == self.wanted[sequence.request_id].output:
                 self.outputs[sequence.request_id, sequence.index] = output
                 self.finish(sequence)

@@ -31,11 +31,6 @@ class BlockManager:
         """Tokens looked up in the prefix cache, and those found."""
 
     @property
-    def num_free(self) -> int:
-        """Blocks that nobody holds."""
-        return len(self._free)
-
-    @property
     def num_used(self) -> int:
         """Blocks that a sequence holds."""
         return self.num_blocks - len(self._free)

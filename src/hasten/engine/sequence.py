@@ -146,11 +146,6 @@ class Sequence:
         """Tokens chosen so far, known here or not."""
         return self.length - self.prompt_len
 
-    @property
-    def output_token_ids(self) -> list[int]:
-        """Tokens chosen so far and known here."""
-        return self.token_ids[self.prompt_len :]
-
     def append(self, token: int) -> None:
         """Take note of a token: of the one that was pending for the longest, or of one that no step has to choose."""
         self.token_ids.append(token)
