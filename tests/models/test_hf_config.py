@@ -73,6 +73,20 @@ def test_unknown_keys_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert record.getMessage() == f"{path}: ignored, since hasten does not know what they change: auto_map, rope_theta"
 
 
+@pytest.mark.parametrize("family", ["Gemma", "Gemma2", "Gemma3Text", "Llama", "Mistral", "Phi3", "Qwen2", "Qwen3"])
+def test_what_transformers_writes_is_known_and_nothing_else(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")()
+    config.save_pretrained(tmp_path)
+    read_hf_config(tmp_path)
+    assert not caplog.records
+    read(tmp_path, json.loads(config.to_json_string(use_diff=False)) | {"strange": 1})
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["strange"]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -100,6 +100,9 @@ class Gemma2ForCausalLM(LlamaForCausalLM):
 class Gemma3ForCausalLM(Gemma2ForCausalLM):
     """Gemma 3, the text model, with its language model head."""
 
+    # transformers writes it next to `layer_types`, which it stands for
+    hf_harmless: ClassVar[frozenset[str]] = Gemma2ForCausalLM.hf_harmless | {"_sliding_window_pattern"}
+
     @staticmethod
     def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         """Read Hugging Face's config.json; every sixth layer has no window, and a rope of its own."""
@@ -111,13 +114,11 @@ class Gemma3ForCausalLM(Gemma2ForCausalLM):
         ropes: Mapping[str, Any] = nested if isinstance(nested, Mapping) and FULL in nested else {}
         of_full = {"rope_parameters": ropes[FULL]} if ropes else {"rope_theta": 1e6, **_present(raw)}
         of_sliding = {"rope_parameters": ropes.get(SLIDING)} if ropes else {"rope_theta": _local_theta(raw)}
-        heads = {name: raw[name] for name in raw if name not in ("rope_parameters", "rope_scaling", "rope_theta")}
-        full = attention_from_hf(heads, max_position=131_072, kv_heads=4, head_size=_HEAD_SIZE)
-        longest = hf_config.count(raw, "max_position_embeddings", default=131_072)
-        full = replace(full, scale=_scale(raw), qk_norm=True, rope=rope_from_hf(of_full, full.head_size, longest))
-        config = _config(raw, "Gemma3ForCausalLM", full, 131_072)
+        full = attention_from_hf(raw, max_position=131_072, kv_heads=4, head_size=_HEAD_SIZE, rope_raw=of_full)
+        config = _config(raw, "Gemma3ForCausalLM", replace(full, scale=_scale(raw), qk_norm=True), 131_072)
         config = replace(config, logit_softcap=_cap(raw, "final_logit_softcapping", None))
         every = hf_config.count(raw, "sliding_window_pattern", default=6)
+        longest = hf_config.count(raw, "max_position_embeddings", default=131_072)
         return _with_windows(raw, config, every=every, rope=rope_from_hf(of_sliding, full.head_size, longest))
 
 

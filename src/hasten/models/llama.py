@@ -110,11 +110,12 @@ def attention_from_hf(
     kv_heads: int | None = None,
     head_size: int | None = None,
     rope_aliases: Mapping[str, RopeKind] = ROPE_ALIASES,
+    rope_raw: Mapping[str, Any] | None = None,
 ) -> AttentionConfig:
     """Heads and rope, without biases; the keywords are what a config.json that is silent stands for.
 
     Without `kv_heads` there are as many as query heads, without `head_size` they divide the width. `rope_aliases` are
-    names under which a family knows kinds of ropes.
+    names under which a family knows kinds of ropes, `rope_raw` has the rope's keys where they are not in `raw` itself.
     """
     hidden, heads = hf_config.count(raw, "hidden_size"), hf_config.count(raw, "num_attention_heads")
     if raw.get("head_dim") is None and head_size is None and hidden % heads:
@@ -126,7 +127,7 @@ def attention_from_hf(
         num_kv_heads=hf_config.optional_count(raw, "num_key_value_heads", kv_heads) or heads,
         head_size=size,
         position="rope",
-        rope=rope_from_hf(raw, size, longest, rope_aliases),
+        rope=rope_from_hf(raw if rope_raw is None else rope_raw, size, longest, rope_aliases),
         qkv_bias=False,
         dense_bias=False,
     )
