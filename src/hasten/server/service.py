@@ -19,7 +19,7 @@ from hasten.server.models.parameters import TOKEN_MODEL
 from hasten.server.models.text_model import DEFAULT_TOKEN_MODEL
 from hasten.server.repository import Repository
 from hasten.server.statistics import Counters
-from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
+from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, TensorSpec
 from hasten.server.version import State, Version, version_number
 
 __all__ = ["ControlMode", "IndexEntry", "ModelMetadata", "ServerMetadata", "Service", "TensorSpec", "service_error"]
@@ -52,15 +52,6 @@ class ServerMetadata:
     name: str
     version: str
     extensions: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor of a model, with the batch axis if it has one."""
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)

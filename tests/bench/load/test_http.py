@@ -32,7 +32,7 @@ def stream(url: str, count: int = 1, **headers: str) -> list[list[tuple[float, b
         try:
             return [await events(http) for _ in range(count)]
         finally:
-            await http.close()
+            await http.aclose()
 
     return asyncio.run(run())
 
@@ -57,7 +57,7 @@ def test_events_have_the_time_at_which_they_arrive() -> None:
     async def run(url: str) -> None:
         http = client_of(url)
         await http.stream(http.request("POST", "/", b"{}"), lambda now, data: found.append((now, data)))
-        await http.close()
+        await http.aclose()
 
     with scripted(in_turns) as server:
         asyncio.run(run(server.url))
@@ -159,7 +159,7 @@ def test_an_error_of_the_reader_ends_the_request() -> None:
         with pytest.raises(RequestError, match="no"):
             await http.stream(http.request("POST", "/v1/completions", b"{}"), refuse)
         assert len(await events(http)) == 5
-        await http.close()
+        await http.aclose()
 
     with scripted() as server:
         asyncio.run(run(server))
@@ -188,7 +188,7 @@ def test_a_body_with_usage() -> None:
     async def run(url: str) -> bytes:
         http = client_of(url)
         body = await http.fetch(http.request("GET", "/anything"))
-        await http.close()
+        await http.aclose()
         return body
 
     with scripted(whole) as server:

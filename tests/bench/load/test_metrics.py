@@ -14,7 +14,7 @@ from hasten.core.errors import ConfigError
 
 def answered(due: float, times: list[float], *, sent: float | None = None, **more: Any) -> Record:
     sent = due if sent is None else sent
-    record = Record(0, due, ready=sent, sent=sent, times=array("d", times), last=times[-1], end=times[-1] + 0.001)
+    record = Record(due, ready=sent, sent=sent, times=array("d", times), last=times[-1], end=times[-1] + 0.001)
     return replace(record, **{"input_tokens": 10, "output_tokens": len(times), **more})
 
 

@@ -18,8 +18,9 @@ from tritonclient.grpc import service_pb2
 from hasten.bench.load.client import ClientOptions
 from hasten.bench.load.grpc import event, infer_request
 from hasten.bench.load.target import find_target
-from hasten.bench.load.triton import ModelInput, TextModelInputs
+from hasten.bench.load.triton import TextModelInputs
 from hasten.core.errors import ConfigError, EngineError
+from hasten.server.types import TensorSpec
 
 SERVICE = "inference.GRPCInferenceService"
 VLLM = ("text_input BYTES", "stream BOOL", "sampling_parameters BYTES", "return_num_output_tokens BOOL")
@@ -28,19 +29,19 @@ TENSORRT_LLM = ("text_input BYTES", "stream BOOL", "max_tokens INT32", "temperat
 Responses = Callable[[Any, grpc.ServicerContext], Iterator[Any]]
 
 
-def inputs(names: tuple[str, ...], shape: tuple[int, ...] = (1,)) -> list[ModelInput]:
-    return [ModelInput(name, datatype, shape) for name, datatype in map(str.split, names)]
+def inputs(names: tuple[str, ...], shape: tuple[int, ...] = (1,)) -> list[TensorSpec]:
+    return [TensorSpec(name, datatype, shape) for name, datatype in map(str.split, names)]
 
 
 def test_vllm_takes_its_parameters_as_json() -> None:
-    found = TextModelInputs.of("m", inputs(VLLM), {"temperature": 0.5, "stop": ("a",)})
+    found = TextModelInputs.of("m", inputs(VLLM), {"temperature": 0.5, "stop": ["a"]})
     values = found.values("once", 7)
     assert json.loads(values.pop("sampling_parameters")) == {"temperature": 0.5, "stop": ["a"], "max_tokens": 7}
     assert values == {"text_input": "once", "stream": True, "return_num_output_tokens": True}
 
 
 def test_tensorrt_llm_has_a_tensor_for_each() -> None:
-    found = TextModelInputs.of("m", inputs(TENSORRT_LLM, (-1, 1)), {"temperature": 0.5, "stop": ("end", "of")})
+    found = TextModelInputs.of("m", inputs(TENSORRT_LLM, (-1, 1)), {"temperature": 0.5, "stop": ["end", "of"]})
     message = infer_request("m", found, "once", 7)
     tensors = {each.name: (each.datatype, list(each.shape)) for each in message.inputs}
     assert tensors == {

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 
 from hasten.core.errors import ConfigError
 
-PROCESSES = ("poisson", "constant")
-"""Distributions of the time between two arrivals: exponential, or always the same."""
 AT_ONCE = math.inf
 """The rate of requests that are all due at the start."""
 
@@ -25,7 +23,10 @@ def rate_of(text: str) -> float:
 
 
 def arrival_times(rate: float, process: str, rng: random.Random) -> Iterator[float]:
-    """Seconds after the start at which requests are due, without end; the first is due at 0."""
+    """Seconds after the start at which requests are due, without end; the first is due at 0.
+
+    Between two of them are exponentially distributed times where the process is `poisson`, or always the same.
+    """
     if rate == AT_ONCE:
         return itertools.repeat(0.0)
     gaps = (rng.expovariate(rate) if process == "poisson" else 1 / rate for _ in itertools.count())

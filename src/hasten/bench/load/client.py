@@ -81,9 +81,9 @@ class LoadClient:
                 group.create_task(work.converse(conversation, first))
         return ran
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Close the connections."""
-        await self._client.close()
+        await self._client.aclose()
 
 
 class _Conversations:
@@ -114,7 +114,7 @@ class _Conversations:
             if number:
                 await _until(due)
                 request = self._client.prepare(turn.prompt, turn.output_length, before)
-            record, reply = Record(turn=number, due=due), Reply()
+            record, reply = Record(due=due), Reply()
             async with self._slot() as was_full:
                 record.ready = time.perf_counter() if was_full else due
                 if self._run.waits_for_slots:
@@ -207,7 +207,7 @@ def serve_parent(pipe: Connection, options: ClientOptions, done: Any) -> None:
                 pipe.send(runner.run(client.run(run, prepared, pipe.recv())))
             except EOFError:
                 break
-        runner.run(client.close())
+        runner.run(client.aclose())
 
 
 async def _client(options: ClientOptions, progress: Callable[[], None]) -> LoadClient:

@@ -80,12 +80,9 @@ class _OpenAI:
     """What completions and chats have in common."""
 
     def __init__(self, options: RequestOptions) -> None:
-        sampling = {
-            name: list(value) if isinstance(value, tuple) else value for name, value in options.sampling.items()
-        }
         self._fixed = {
             "model": options.model,
-            **sampling,
+            **options.sampling,
             "stream": True,
             "stream_options": {"include_usage": True},
         }

@@ -1,24 +1,27 @@
 """A gRPC client of Triton's protocol: a stream per request, over connections that no limit of streams holds up."""
 
 import os
-import struct
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 from tritonclient.grpc import service_pb2
+from tritonclient.utils import deserialize_bytes_tensor
 
 from hasten.bench.load.address import Address
 from hasten.bench.load.reply import Event, Reply, RequestError
-from hasten.bench.load.triton import ModelInput, TextModelInputs
+from hasten.bench.load.triton import TextModelInputs
 from hasten.bench.served import channel_options
+from hasten.server.protocol.tensors import NUMPY, objects, to_bytes
+from hasten.server.types import Tensor, TensorSpec
 
 _SERVICE = "/inference.GRPCInferenceService"
 _STREAMS_PER_CONNECTION = 64
 """Well below what servers allow: further streams would wait inside the client."""
-_FORMATS = {"BOOL": "?", "INT32": "i", "UINT32": "I", "INT64": "q", "UINT64": "Q", "FP32": "f", "FP64": "d"}
 
 
 class GrpcClient:
@@ -39,17 +42,17 @@ class GrpcClient:
             )
             return await call(request, metadata=self._metadata)
 
-    async def stream(self, request: Any, reply: Reply, clock: Any) -> None:
+    async def stream(self, request: Any, reply: Reply) -> None:
         """Send a request on a stream of its own and note its responses; RequestError says how it failed."""
         with _Failures():
             async with self._infer(request) as call:
                 async for response in call:
-                    now = clock()
+                    now = time.perf_counter()
                     if response.error_message:
                         raise RequestError("error in the stream", response.error_message)
                     reply.take(now, event(response.infer_response))
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Close the connections."""
         for each in self._channels:
             await each.channel.close()
@@ -116,24 +119,17 @@ def infer_request(model: str, inputs: TextModelInputs, prompt: str, output_lengt
     """A request's message."""
     message = service_pb2.ModelInferRequest(model_name=model)
     for name, value in inputs.values(prompt, output_length).items():
-        tensor = inputs.inputs[name]
-        values = value if isinstance(value, list) else [value]
-        message.inputs.add(name=name, datatype=tensor.datatype, shape=_shape(tensor, len(values)))
-        message.raw_input_contents.append(_raw(tensor, values))
+        sent = _tensor(inputs.inputs[name], value if isinstance(value, list) else [value])
+        message.inputs.add(name=name, datatype=sent.datatype, shape=sent.shape)
+        message.raw_input_contents.append(to_bytes(sent))
     return message
 
 
-def _shape(tensor: ModelInput, count: int) -> list[int]:
-    """The tensor's shape with the values along its last axis."""
-    return [*(1 for _ in tensor.shape[:-1]), count]
-
-
-def _raw(tensor: ModelInput, values: list[Any]) -> bytes:
-    if tensor.datatype == "BYTES":
-        texts = [str(value).encode() for value in values]
-        return b"".join(struct.pack("<I", len(text)) + text for text in texts)
-    kind = _FORMATS[tensor.datatype]
-    return struct.pack(f"<{len(values)}{kind}", *(float(value) if kind in "fd" else value for value in values))
+def _tensor(spec: TensorSpec, values: list[Any]) -> Tensor:
+    """The values along the last axis of an input."""
+    dtype = NUMPY[spec.datatype]
+    data = objects([str(value).encode() for value in values]) if dtype.hasobject else np.array(values, dtype)
+    return Tensor(spec.name, spec.datatype, (*(1 for _ in spec.shape[:-1]), len(values)), data)
 
 
 def event(response: Any) -> Event:
@@ -145,7 +141,8 @@ def event(response: Any) -> Event:
         raw = response.raw_output_contents[index] if response.raw_output_contents else None
         if output.name == "text_output":
             is_output = True
-            text = "".join(_texts(raw) if raw is not None else map(bytes.decode, output.contents.bytes_contents))
+            texts = output.contents.bytes_contents if raw is None else deserialize_bytes_tensor(raw)
+            text = b"".join(texts).decode(errors="replace")
         else:
             count = sum(_numbers(output, raw))
             input_tokens, new_tokens = (
@@ -154,17 +151,8 @@ def event(response: Any) -> Event:
     return Event(is_output, text, input_tokens, None, new_tokens)
 
 
-def _numbers(output: Any, raw: bytes | None) -> tuple[int, ...]:
+def _numbers(output: Any, raw: bytes | None) -> list[int]:
     if raw is None:
-        return (*output.contents.int_contents, *output.contents.uint_contents, *output.contents.uint64_contents)
-    kind = _FORMATS[output.datatype]
-    return struct.unpack(f"<{len(raw) // struct.calcsize(kind)}{kind}", raw)
-
-
-def _texts(raw: bytes) -> list[str]:
-    texts, at = [], 0
-    while at < len(raw):
-        (size,) = struct.unpack_from("<I", raw, at)
-        texts.append(raw[at + 4 : at + 4 + size].decode(errors="replace"))
-        at += 4 + size
-    return texts
+        return [*output.contents.int_contents, *output.contents.uint_contents, *output.contents.uint64_contents]
+    numbers: list[int] = np.frombuffer(raw, NUMPY[output.datatype]).tolist()
+    return numbers

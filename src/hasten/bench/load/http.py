@@ -46,7 +46,7 @@ class HttpClient:
         """Send a request; the body of its answer."""
         return await self._exchange(request, None)
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Close the connections."""
         for connection in self._free:
             connection.close()

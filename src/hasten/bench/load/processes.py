@@ -39,11 +39,6 @@ class LoadClients:
                 child.terminate()  # it may be in the middle of a run, which nobody waits for
         self._stack.close()
 
-    @property
-    def count(self) -> int:
-        """How many processes there are."""
-        return len(self._children)
-
     def run(
         self,
         conversations: Sequence[Conversation],
@@ -57,7 +52,7 @@ class LoadClients:
         `progress` is called now and then with the number of requests that have ended so far.
         """
         for index, child in enumerate(self._children):
-            part = conversations[index :: self.count]
+            part = conversations[index :: len(self._children)]
             child.send(Run(conversations=part, waits_for_slots=waits_for_slots, duration=duration))
         for child in self._children:
             child.receive()

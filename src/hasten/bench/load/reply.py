@@ -36,8 +36,6 @@ class Event:
 class Record:
     """The measured times of one request, in seconds of `time.perf_counter`, and what was counted."""
 
-    turn: int
-    """Its number in its conversation, from 0."""
     due: float
     """When it was scheduled. Without a rate: when it might be sent, because another had ended."""
     ready: float = 0.0

@@ -2,9 +2,8 @@
 
 import asyncio
 import json
-import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote
@@ -13,18 +12,17 @@ from hasten.bench.load.address import Address
 from hasten.bench.load.codec import Chats, Codec, Completions, Exchanged, Generate, RequestOptions, full_prompt
 from hasten.bench.load.http import HttpClient
 from hasten.bench.load.reply import Reply, RequestError
-from hasten.bench.load.triton import TEXT_INPUT, ModelInput, TextModelInputs
+from hasten.bench.load.triton import TEXT_INPUT, TextModelInputs
 from hasten.core.errors import ConfigError, EngineError
+from hasten.server.types import TensorSpec
 
 if TYPE_CHECKING:
     from hasten.bench.load.grpc import GrpcClient
 
-APIS = ("openai", "openai-chat", "triton-grpc", "triton-generate")
 _OPENAI_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1")
 _DISCOVERY_S = 30.0
 
 Result = TypeVar("Result")
-AnyClient = TypeVar("AnyClient", "HttpClient", "GrpcClient")
 
 
 class Client(Protocol):
@@ -36,7 +34,7 @@ class Client(Protocol):
     async def send(self, request: Any, reply: Reply) -> None:
         """Send a prepared request and note its events; RequestError says how it failed."""
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Close the connections."""
 
 
@@ -82,9 +80,9 @@ class _Http:
         event = self._codec.event
         await self._http.stream(request, lambda now, data: reply.take(now, event(data)))
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """See Client."""
-        await self._http.close()
+        await self._http.aclose()
 
 
 class _Grpc:
@@ -104,11 +102,11 @@ class _Grpc:
 
     async def send(self, request: Any, reply: Reply) -> None:
         """See Client."""
-        await self._grpc.stream(request, reply, time.perf_counter)
+        await self._grpc.stream(request, reply)
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """See Client."""
-        await self._grpc.close()
+        await self._grpc.aclose()
 
 
 def address_of(api: str, url: str) -> Address:
@@ -166,31 +164,22 @@ def _run(work: Coroutine[Any, Any, Result], address: Address) -> Result:
         ) from None
 
 
-@asynccontextmanager
-async def _closing(client: AnyClient) -> AsyncIterator[AnyClient]:
-    """The client for as long as the block runs."""
-    try:
-        yield client
-    finally:
-        await client.close()
-
-
 async def _fetched(http: HttpClient, method: str, path: str) -> Any:
     return json.loads(await http.fetch(http.request(method, path)))
 
 
 async def _first_model(address: Address, headers: Mapping[str, str]) -> str:
-    async with _closing(HttpClient(address, headers)) as http:
+    async with aclosing(HttpClient(address, headers)) as http:
         models = await _fetched(http, "GET", f"{address.path}/v1/models")
         return str(models["data"][0]["id"])
 
 
-async def _over_http(address: Address, headers: Mapping[str, str], model: str | None) -> tuple[str, list[ModelInput]]:
-    async with _closing(HttpClient(address, headers)) as http:
+async def _over_http(address: Address, headers: Mapping[str, str], model: str | None) -> tuple[str, list[TensorSpec]]:
+    async with aclosing(HttpClient(address, headers)) as http:
 
-        async def inputs(name: str) -> list[ModelInput]:
+        async def inputs(name: str) -> list[TensorSpec]:
             metadata = await _fetched(http, "GET", f"{address.path}/v2/models/{quote(name)}")
-            return [ModelInput(each["name"], each["datatype"], tuple(each["shape"])) for each in metadata["inputs"]]
+            return [TensorSpec(each["name"], each["datatype"], tuple(each["shape"])) for each in metadata["inputs"]]
 
         if model is not None:
             return model, await inputs(model)
@@ -199,21 +188,21 @@ async def _over_http(address: Address, headers: Mapping[str, str], model: str | 
         return _text_model({name: await inputs(name) for name in sorted(names)})
 
 
-async def _over_grpc(address: Address, headers: Mapping[str, str], model: str | None) -> tuple[str, list[ModelInput]]:
+async def _over_grpc(address: Address, headers: Mapping[str, str], model: str | None) -> tuple[str, list[TensorSpec]]:
     from hasten.bench.load.grpc import GrpcClient
 
-    async with _closing(GrpcClient(address, headers)) as client:
+    async with aclosing(GrpcClient(address, headers)) as client:
         return await _described(client, model)
 
 
-async def _described(client: "GrpcClient", model: str | None) -> tuple[str, list[ModelInput]]:
+async def _described(client: "GrpcClient", model: str | None) -> tuple[str, list[TensorSpec]]:
     from tritonclient.grpc import service_pb2
 
-    async def inputs(name: str) -> list[ModelInput]:
+    async def inputs(name: str) -> list[TensorSpec]:
         metadata = await client.unary(
             "ModelMetadata", service_pb2.ModelMetadataRequest(name=name), service_pb2.ModelMetadataResponse
         )
-        return [ModelInput(each.name, each.datatype, tuple(each.shape)) for each in metadata.inputs]
+        return [TensorSpec(each.name, each.datatype, tuple(each.shape)) for each in metadata.inputs]
 
     if model is not None:
         return model, await inputs(model)
@@ -224,7 +213,7 @@ async def _described(client: "GrpcClient", model: str | None) -> tuple[str, list
     return _text_model({name: await inputs(name) for name in sorted(names)})
 
 
-def _text_model(models: Mapping[str, Sequence[ModelInput]]) -> tuple[str, list[ModelInput]]:
+def _text_model(models: Mapping[str, Sequence[TensorSpec]]) -> tuple[str, list[TensorSpec]]:
     """The only model that takes text."""
     found = [name for name, inputs in models.items() if any(each.name == TEXT_INPUT for each in inputs)]
     if len(found) != 1:

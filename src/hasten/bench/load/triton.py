@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hasten.core.errors import ConfigError
+from hasten.server.types import TensorSpec
 
 TEXT_INPUT = "text_input"
 _SAMPLING = "sampling_parameters"
@@ -16,40 +17,30 @@ _FLAGS = ("exclude_input_in_output", "return_num_input_tokens", "return_num_outp
 
 
 @dataclass(frozen=True)
-class ModelInput:
-    """One input tensor of a model."""
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class TextModelInputs:
     """The inputs of one text model, and what all requests of a load give to them."""
 
-    inputs: Mapping[str, ModelInput]
+    inputs: Mapping[str, TensorSpec]
     fixed: Mapping[str, Any]
     sampling: Mapping[str, Any]
     """What `sampling_parameters` has, where the model has this input."""
 
     @classmethod
-    def of(cls, model: str, inputs: Sequence[ModelInput], sampling: Mapping[str, Any]) -> "TextModelInputs":
+    def of(cls, model: str, inputs: Sequence[TensorSpec], sampling: Mapping[str, Any]) -> "TextModelInputs":
         """For a model with these inputs; ConfigError where it takes no text, or not these sampling parameters."""
         named = {each.name: each for each in inputs}
         if TEXT_INPUT not in named:
             names = ", ".join(named) or "none"
             raise ConfigError(f"the model {model!r} has no input {TEXT_INPUT!r}; its inputs are: {names}")
         fixed: dict[str, Any] = {flag: True for flag in ("stream", *_FLAGS) if flag in named}
-        given = {name: list(value) if isinstance(value, tuple) else value for name, value in sampling.items()}
         if _SAMPLING in named:
-            return cls(named, fixed, given)
+            return cls(named, fixed, sampling)
         if "max_tokens" not in named:
             raise ConfigError(
                 f"the model {model!r} has neither an input {_SAMPLING!r}, as vLLM's have, nor 'max_tokens', as "
                 "TensorRT-LLM's"
             )
-        for name, value in given.items():
+        for name, value in sampling.items():
             known = _TENSORRT_LLM.get(name, name)
             if known not in named:
                 raise ConfigError(f"the model {model!r} has no input for {name}; leave it out")

@@ -12,7 +12,6 @@ from hasten.bench.load.lengths import Lengths
 from hasten.bench.load.prompts import PromptWriter
 from hasten.core.errors import ConfigError
 
-DATASETS = ("random", "sharegpt", "prompts", "trace")
 DEFAULT_PROMPT_LENGTH, DEFAULT_OUTPUT_LENGTH = Lengths(128, 128), Lengths(128, 128)
 _SINGLE = Lengths(1, 1)
 _DEFAULT_PROMPTS = 100

@@ -7,10 +7,10 @@ import msgspec
 
 from hasten.server.protocol.bodies import checked_parameters, dump_json
 from hasten.server.protocol.tensors import elements_json, flatten, from_list, invalid
-from hasten.server.types import InferRequest, InferResponse, Parameter, Tensor
+from hasten.server.types import InferRequest, InferResponse, Parameter, Tensor, TensorSpec
 
 if TYPE_CHECKING:
-    from hasten.server.service import ModelMetadata, TensorSpec
+    from hasten.server.service import ModelMetadata
 
 ONE_RESPONSE = (
     "generate expects model to produce exactly 1 response, use generate stream for model that generates various "
@@ -42,12 +42,12 @@ def generate_request(
     return InferRequest(model=model, version=version, id=request_id, parameters=parameters, inputs=inputs)
 
 
-def _tensor(spec: "TensorSpec", value: Any, *, batched: bool) -> Tensor:
+def _tensor(spec: TensorSpec, value: Any, *, batched: bool) -> Tensor:
     values = value if isinstance(value, list) else [value]
     return from_list(spec.name, spec.datatype, _shape(spec, values, batched=batched), values)
 
 
-def _shape(spec: "TensorSpec", values: list[Any], *, batched: bool) -> list[int]:
+def _shape(spec: TensorSpec, values: list[Any], *, batched: bool) -> list[int]:
     """Shape of an input: that of the lists where it fits the model's, else what makes a flat list fit."""
     nested = _nested_shape(values)
     if len(nested) == len(spec.shape) and all(
