@@ -51,6 +51,8 @@ SAMPLING_HELP: dict[str, str] = {
 
 NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 
+Value = typing.TypeVar("Value")
+
 _SAMPLING_FLAGS = {"max_tokens": "--max-new-tokens", "min_tokens": "--min-new-tokens"}
 
 
@@ -143,25 +145,25 @@ def positive(text: str) -> int:
     return number
 
 
-def size(text: str) -> int:
-    """The `type` of an option that is a number of bytes."""
-    try:
-        return parse_size(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def typed(read: Callable[[str], Value]) -> Callable[[str], Value]:
+    """The `type` of an option that a function reads which raises ConfigError."""
+
+    def read_option(text: str) -> Value:
+        try:
+            return read(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read_option
 
 
+@typed
 def path(text: str) -> str:
     """The `type` of an option that is a file or a folder: a `~` that no shell has expanded is the home directory."""
-    if not text.startswith("~"):
-        return text
-    try:
-        return str(expand_home(Path(text), "set HOME, or write the path in full"))
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return str(expand_home(Path(text), "set HOME, or write the path in full")) if text.startswith("~") else text
 
 
-_KINDS: dict[str, Callable[[str], Any]] = {"size": size, "path": path}
+_KINDS: dict[str, Callable[[str], Any]] = {"size": typed(parse_size), "path": path}
 
 
 @dataclass(frozen=True)

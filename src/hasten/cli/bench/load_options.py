@@ -1,13 +1,11 @@
 """The options of `hasten bench load`."""
 
-import argparse
 import json
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from hasten.cli.bench.common import SAMPLING_DEFAULTS, add_output
-from hasten.cli.options import Parser, add_engine_options, add_sampling_options, path, positive
+from hasten.cli.options import Parser, add_engine_options, add_sampling_options, path, positive, typed
 from hasten.core.errors import ConfigError
 
 NOT_SENT = frozenset({"n", "max_tokens", "seed", "beam_width", "length_penalty", "early_stopping", "prompt_logprobs"})
@@ -16,8 +14,6 @@ NOT_SENT |= {"beam_search_diversity_rate"}
 KEY = "OPENAI_API_KEY"
 """The environment variable with the key of OpenAI's API."""
 _APIS = ("openai", "openai-chat", "triton-grpc", "triton-generate")
-
-Value = TypeVar("Value")
 
 
 def add_options(parser: Parser) -> None:
@@ -49,21 +45,21 @@ def _add_server(parser: Parser) -> None:
         "--header",
         action="append",
         default=[],
-        type=_typed(_header),
+        type=typed(_header),
         metavar="NAME:VALUE",
         help="header, or metadata of gRPC, of each request; may be given more than once. The environment variable "
         f"{KEY} is sent as the key of OpenAI's API",
     )
     group.add_argument(
         "--extra-body",
-        type=_typed(json_object),
+        type=typed(json_object),
         default={},
         metavar="JSON",
         help="fields that the body of each request over HTTP has in addition, or instead of those of the same name; "
         "null removes one",
     )
     group.add_argument(
-        "--timeout", type=_typed(_seconds), default=600.0, metavar="SECS", help="per request (default: 600)"
+        "--timeout", type=typed(_seconds), default=600.0, metavar="SECS", help="per request (default: 600)"
     )
 
 
@@ -71,7 +67,7 @@ def _add_arrivals(parser: Parser) -> None:
     group = parser.add_argument_group("arrivals")
     group.add_argument(
         "--request-rate",
-        type=_typed(_rate),
+        type=typed(_rate),
         nargs="+",
         metavar="R",
         help="requests (with --turns: conversations) per second, each measured in a run of its own; inf: all at once "
@@ -93,11 +89,11 @@ def _add_arrivals(parser: Parser) -> None:
         help="requests, or conversations, per run (default: 100; all of a trace; as many as --duration has)",
     )
     group.add_argument(
-        "--duration", type=_typed(_seconds), metavar="SECS", help="seconds of a run in which requests become due"
+        "--duration", type=typed(_seconds), metavar="SECS", help="seconds of a run in which requests become due"
     )
     group.add_argument(
         "--num-warmups",
-        type=_typed(_count),
+        type=typed(_count),
         default=1,
         metavar="N",
         help="requests before the first run, one after the other and not measured (default: 1)",
@@ -120,28 +116,28 @@ def _add_requests(parser: Parser) -> None:
     forms = "N, LOW:HIGH, or lognormal:MEAN,STDDEV[,MAX]"
     group.add_argument(
         "--prompt-length",
-        type=_typed(_lengths),
+        type=typed(_lengths),
         metavar="L",
         help=f"tokens of random prompts: {forms} (default: 128)",
     )
     group.add_argument(
         "--output-length",
-        type=_typed(_lengths),
+        type=typed(_lengths),
         metavar="L",
         help=f"maximum new tokens: {forms} (default: 128; what a dataset says); exact with --ignore-eos",
     )
     group.add_argument(
-        "--shared-prefix", type=_typed(_count), default=0, metavar="N", help="tokens that all random prompts begin with"
+        "--shared-prefix", type=typed(_count), default=0, metavar="N", help="tokens that all random prompts begin with"
     )
     group.add_argument(
         "--turns",
-        type=_typed(_lengths),
+        type=typed(_lengths),
         metavar="T",
         help="turns per conversation, each sent with those before it and their answers: N or LOW:HIGH (default: 1)",
     )
     group.add_argument(
         "--think-time",
-        type=_typed(_seconds_or_none),
+        type=typed(_seconds_or_none),
         default=0.0,
         metavar="SECS",
         help="between an answer and the next turn (default: 0)",
@@ -165,18 +161,6 @@ def _add_results(parser: Parser) -> None:
     )
     group.add_argument("--plot", type=path, metavar="FILE", help="write an SVG of the latencies by request rate")
     add_output(parser)
-
-
-def _typed(read: Callable[[str], Value]) -> Callable[[str], Value]:
-    """The `type` of an option that a function reads which raises ConfigError."""
-
-    def typed(text: str) -> Value:
-        try:
-            return read(text)
-        except ConfigError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return typed
 
 
 def _rate(text: str) -> str:
