@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import replace
 from importlib import import_module
-from types import SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -21,8 +21,23 @@ from hasten.core.config import DTypeName
 from hasten.ops import gpu
 
 ROOMS = ("attention", "cache", "edits", "exchange", "gated", "heads", "logprobs", "matmul", "norm", "sampling")
+"""Of `ops/gpu`: the ones with kernels, and not what they share."""
 LARGE = ("8192", "prefill 94 x 87", "prefill 4 x 2048", "256 x 192", "256 of 16 to 2056", "128 blocks")
 """Shapes with the kernels of smaller ones."""
+
+
+def _module(room: str) -> ModuleType:
+    return import_module(f"{gpu.__name__}.{room}")
+
+
+def launchers() -> dict[str, FunctionType]:
+    """The public functions of `ops/gpu`, by name."""
+    return {
+        name: member
+        for module in map(_module, ROOMS)
+        for name, member in vars(module).items()
+        if isinstance(member, FunctionType) and member.__module__ == module.__name__ and not name.startswith("_")
+    }
 
 
 def compile_all(capability: int, dtypes: list[DTypeName]) -> None:
@@ -46,11 +61,10 @@ def compile_all(capability: int, dtypes: list[DTypeName]) -> None:
     JITFunction.run = compiled
     overlaps = capability >= 90
     for room in ROOMS:
-        module: Any = import_module(f"{gpu.__name__}.{room}")
-        module.overlapped = lambda _tensor: {"PDL": overlaps, "launch_pdl": overlaps}
-        for name in vars(module).keys() & vars(ops).keys():
-            if getattr(vars(module)[name], "__module__", None) == module.__name__:
-                setattr(ops, name, vars(module)[name])
+        vars(_module(room))["overlapped"] = lambda _tensor: {"PDL": overlaps, "launch_pdl": overlaps}
+    for name, launcher in launchers().items():
+        if hasattr(ops, name):
+            setattr(ops, name, launcher)
     model = model_shape("bloom-7b1")
     heads = replace(model.attention, num_heads=8, num_kv_heads=8)
     small = replace(model, hidden_size=1024, intermediate_size=4096, vocab_size=60_000, attention=heads)

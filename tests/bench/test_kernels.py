@@ -4,9 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
-from types import FunctionType
 
 import pytest
 import torch
@@ -22,10 +20,10 @@ from hasten.ops.partial_sum import PartialSum
 
 pytest.importorskip("triton")
 
+from tests.bench.compile_cases import launchers
+
 from hasten.ops.gpu import sampling
 
-ROOMS = ("attention", "cache", "edits", "exchange", "gated", "heads", "logprobs", "matmul", "norm", "sampling")
-"""Of `ops/gpu`: the ones with kernels, and not what they share."""
 WITHOUT_KERNEL = {"pack_linear"}
 MOST = Ceilings(4e12, 800e12)
 TINY = ModelConfig(
@@ -38,17 +36,6 @@ TINY = ModelConfig(
 )
 TOO_LARGE = ("16 x", "64 x", "256 x", "256 of", "256 rows of", "prefill", "8192")
 """What takes the interpreter seconds."""
-
-
-def launchers() -> dict[str, FunctionType]:
-    """The public functions of `ops/gpu`, by name."""
-    modules = [import_module(f"hasten.ops.gpu.{room}") for room in ROOMS]
-    return {
-        name: member
-        for module in modules
-        for name, member in vars(module).items()
-        if isinstance(member, FunctionType) and member.__module__ == module.__name__ and not name.startswith("_")
-    }
 
 
 def tiny(dtype: torch.dtype = torch.float16) -> Setting:
