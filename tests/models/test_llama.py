@@ -478,6 +478,12 @@ def test_old_keys_of_gemma() -> None:
     old = {"rope_local_base_freq": 5.0, "rope_theta": 7.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
     new = Gemma3ForCausalLM.config_from_hf(raw | {"rope_parameters": nested})
     assert Gemma3ForCausalLM.config_from_hf(raw | old) == new
+    without = {kind: {name: rope[name] for name in rope if name != "rope_theta"} for kind, rope in nested.items()}
+    thetas = {"rope_local_base_freq": 5.0, "rope_theta": 7.0, "rope_parameters": without}
+    assert Gemma3ForCausalLM.config_from_hf(raw | thetas) == new
+    default = Gemma3ForCausalLM.config_from_hf(raw | {"rope_parameters": without}).attention.rope
+    assert default is not None
+    assert default.theta == 1_000_000
     every = Gemma3ForCausalLM.config_from_hf(raw | {"sliding_window_pattern": 2})
     assert [layer.window for layer in every.layer_attention] == [4096, None, 4096]
 

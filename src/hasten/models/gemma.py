@@ -112,8 +112,8 @@ class Gemma3ForCausalLM(Gemma2ForCausalLM):
             raise UnsupportedError("use_bidirectional_attention is not supported")
         nested = raw.get("rope_parameters")
         ropes: Mapping[str, Any] = nested if isinstance(nested, Mapping) and FULL in nested else {}
-        of_full = {"rope_parameters": ropes[FULL]} if ropes else {"rope_theta": 1e6, **_present(raw)}
-        of_sliding = {"rope_parameters": ropes.get(SLIDING)} if ropes else {"rope_theta": _local_theta(raw)}
+        of_full = {"rope_theta": 1e6, **_present(raw), "rope_parameters": ropes.get(FULL)}
+        of_sliding = {"rope_theta": _local_theta(raw), "rope_parameters": ropes.get(SLIDING)}
         full = attention_from_hf(raw, max_position=131_072, kv_heads=4, head_size=_HEAD_SIZE, rope_raw=of_full)
         config = _config(raw, "Gemma3ForCausalLM", replace(full, scale=_scale(raw), qk_norm=True), 131_072)
         config = replace(config, logit_softcap=_cap(raw, "final_logit_softcapping", None))
