@@ -258,6 +258,23 @@ def test_beams_whose_prompt_is_not_computed_do_not_decode() -> None:
     assert [(work.prompt_tokens, limit) for work, limit, _ in server.times] == [(MAX_TOKENS, None)] * 3
 
 
+def test_beams_that_wait_for_their_moves_decode() -> None:
+    server = Server(compute_bound, target=0.02)
+    server.warm_up()
+    while server.scheduler.has_work:
+        server.step()
+    params = SamplingParams(max_tokens=4, beam_width=4)
+    leader = Sequence(Request(request_id="beams", prompt_token_ids=tuple(range(20)), params=params), 0)
+    server.scheduler.add(leader)
+    server.scheduler.advance(server.scheduler.schedule())
+    assert leader.beams is not None
+    leader.beams.scattered = False
+    for beam in leader.beams.members:
+        beam.num_computed = beam.length
+    assert [beam.uncomputed for beam in server.scheduler.running] == [0] * 4
+    assert server.pacer.prompt_tokens(server.scheduler, [sequence("new", 5000, 2)], server.now) is not None
+
+
 def test_no_prompt_starves_under_a_load_of_short_ones() -> None:
     server, rng = Server(compute_bound, target=0.02), random.Random(5)
     server.warm_up()

@@ -205,7 +205,7 @@ class Pacer:
         prompts = list(islice(chain(scheduler.prompts(), added), _MOST_LOOKED_AT))
         if not prompts:
             return None
-        contexts = [sequence.length for sequence in scheduler.running if sequence.uncomputed == 1]
+        contexts = [sequence.length for sequence in scheduler.running if _decodes(sequence)]
         if not contexts:
             return None
         decodes = StepWork(len(contexts), sum(contexts), 0)
@@ -241,3 +241,12 @@ class Pacer:
             stats.mixed_seconds += seconds
             stats.predicted_mixed_seconds += self.times.predict(work)
         self.times.observe(work, seconds)
+
+
+def _decodes(sequence: Sequence) -> bool:
+    """Whether a running sequence computes a token in the next step.
+
+    Beams do not while the first of them computes their prompt. Later they do, although they have nothing to compute
+    yet: their moves, which bring the next tokens, are applied after the limit is chosen.
+    """
+    return not sequence.is_prefilling and not (sequence.beams is not None and sequence.beams.scattered)
