@@ -34,11 +34,20 @@ def distributions(requirements: list[str]) -> set[str]:
     return {distribution(requirement) for requirement in requirements}
 
 
+class _WithoutTypeChecking(ast.NodeTransformer):
+    """What only type checkers import (`_typeshed`, which no package brings) is not needed to run."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return node.orelse
+        return self.generic_visit(node)
+
+
 def imports(*rooms: str) -> dict[str, set[str]]:
-    """Modules of other packages that the files of some rooms import, wherever in the file."""
+    """Modules of other packages that the files of some rooms import when they run, wherever in the file."""
     found: dict[str, set[str]] = {}
     for file in (file for room in rooms for file in (SOURCE / room).rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(_WithoutTypeChecking().visit(ast.parse(file.read_text()))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
                 names.append(node.module)
