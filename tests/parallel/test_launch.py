@@ -227,19 +227,21 @@ def test_an_error_of_one_rank_alone_reaches_the_user(tiny_bloom: Path, tmp_path:
 RANK_ZERO_COMES_LAST = """
 import sys
 from hasten.cli.main import main
-from hasten.parallel.launch import Ranks
+from hasten.engine import worker
 
-join = Ranks._join
+with_folders = worker._with_folders
 
-def join_and_wait(self, place, device_kind):
-    join(self, place, device_kind)
-    if self._children is not None:
-        self._children.wait_for_failure(60)
+def after_another_died(config, ranks):
+    found = with_folders(config, ranks)
+    if ranks._children is not None:
+        assert ranks._children._failed.wait(100), "no rank has died"
+        ranks.broadcast("by one that is gone")
+    return found
 
-Ranks._join = join_and_wait
+worker._with_folders = after_another_died
 sys.exit(main(sys.argv[1:]))
 """
-"""The command, with a rank 0 that goes on once another rank has died."""
+"""The command, with a rank 0 whose next collective comes once another rank has died."""
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -251,7 +253,7 @@ def test_bad_input_is_one_line_and_status_2_whichever_rank_finds_it_first(make_b
         "choose a size that does: 1, 5\n"
     )
     for command in ([sys.executable, "-m", "hasten"], [sys.executable, "-c", RANK_ZERO_COMES_LAST]):
-        done = subprocess.run([*command, *argv], capture_output=True, text=True, check=False, timeout=100)
+        done = subprocess.run([*command, *argv], capture_output=True, text=True, check=False, timeout=LIMIT_S)
         assert (done.returncode, done.stderr) == (2, expected)
 
 
