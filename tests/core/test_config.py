@@ -163,6 +163,19 @@ def test_a_model_that_ranks_cannot_divide(size: int, message: str | None) -> Non
     assert message in str(caught.value)
 
 
+def test_no_sequence_is_longer_than_a_model_has_positions() -> None:
+    attention = AttentionConfig(**ATTENTION | {"position": "learned"})
+    model = ModelConfig(**MODEL | {"attention": attention, "max_position_embeddings": 100, "position_offset": 2})
+    assert model.num_positions == 102
+    for length in (None, 100):
+        SchedulerConfig(max_model_len=length).validate(model)
+    with pytest.raises(ConfigError, match=r"^max_model_len 101 is more than the 100 positions .*; use at most 100$"):
+        SchedulerConfig(max_model_len=101).validate(model)
+    SchedulerConfig(max_model_len=101).validate(ModelConfig(**MODEL | {"max_position_embeddings": 100}))
+    with pytest.raises(ConfigError, match="learned positions"):
+        ModelConfig(**MODEL | {"attention": attention})
+
+
 def test_flat_options_find_their_part() -> None:
     made = EngineConfig.create(
         "folder", tensor_parallel_size=2, block_size=32, max_model_len=100, dtype="fp16", seed=7, tokenizer=None

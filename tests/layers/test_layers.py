@@ -150,7 +150,7 @@ def test_embedding_and_head_of_all_ranks_are_those_of_one(size: int, vocab: int)
 
     def run(built: tuple[Embedding, Head]) -> tuple[Tensor, Tensor, Tensor | None]:
         embedding, head = built
-        return embedding.normed(ids_t, norm), head.local_logits(weight_vh), head(weight_vh)
+        return embedding.normed(ids_t, ids_t, norm), head.local_logits(weight_vh), head(weight_vh)
 
     found = on_ranks(size, build, run)
     for normed_th, shard, _ in found:
@@ -160,6 +160,28 @@ def test_embedding_and_head_of_all_ranks_are_those_of_one(size: int, vocab: int)
     assert logits[0] is not None
     assert logits[1:] == [None] * (size - 1)
     torch.testing.assert_close(logits[0], weight_vh @ weight_vh.T)  # and none of what pads the vocabulary
+
+
+@pytest.mark.parametrize("offset", [0, 2])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_learned_positions_are_added_once_however_many_ranks(size: int, offset: int) -> None:
+    weight_vh, positions_ph, ids_t = draw(13, HIDDEN), draw(5 + offset, HIDDEN) * 3, torch.tensor([0, 12, 6, 7, 7])
+    positions_t = torch.tensor([3, 4, 0, 1, 4])
+    norm = LayerNorm(HIDDEN, eps=1e-5)
+    fill(norm, weight=draw(HIDDEN), bias=draw(HIDDEN) + 1)
+
+    def build(rank: int) -> Embedding:
+        embedding = Embedding(13, HIDDEN, positions=5 + offset, position_offset=offset)
+        fill(embedding, weight=split(weight_vh, Split.VOCAB, rank, size, ATTENTION), positions=positions_ph)
+        return embedding
+
+    def run(embedding: Embedding) -> tuple[Tensor, Tensor]:
+        return norm(embedding(ids_t, positions_t))[1], embedding.normed(ids_t, positions_t, norm)
+
+    expected = weight_vh[ids_t] + torch.stack([positions_ph[int(position) + offset] for position in positions_t])
+    for found_th, normed_th in on_ranks(size, build, run):
+        assert torch.equal(found_th, expected)
+        assert torch.equal(normed_th, norm(expected)[0])
 
 
 @pytest.mark.parametrize("vocab", [1, 5, 13, 16])

@@ -507,7 +507,7 @@ def test_the_keys_of_old_and_new_versions_mean_the_same() -> None:
         ("Llama", {"hidden_size": None}, "lacks 'hidden_size'"),
         ("Llama", {"num_attention_heads": 5}, "hidden_size 48 is not a multiple of num_attention_heads 5"),
         ("Llama", {"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
-        ("Llama", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported are gelu, "),
+        ("Llama", {"hidden_act": "tanh"}, "hidden_act 'tanh' is not supported; supported are gelu, "),
         ("Llama", {"hidden_act": 3}, "hidden_act 3 is not supported"),
         ("Llama", {"rope_scaling": {"type": "longrope"}}, "rope_scaling: longrope lacks 'short_factor'"),
         ("Llama", {"rope_parameters": {"rope_type": "ntk"}}, "rope_parameters.rope_type 'ntk' is not supported"),

@@ -26,6 +26,20 @@ TOLERANCE: dict[str, dict[torch.dtype, float]] = {
 """Largest error of an op, relative to values above 1 and absolute for those below."""
 
 
+def exactly_activated(x: Tensor, name: str) -> Tensor:
+    """An activation by its formula, in fp64."""
+    x = x.double()
+    inner = (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)
+    return {
+        "silu": lambda: x / (1 + torch.exp(-x)),
+        "gelu": lambda: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
+        "gelu_tanh": lambda: 0.5 * x * (1 + torch.tanh(inner)),
+        "quick_gelu": lambda: x / (1 + torch.exp(-1.702 * x)),
+        "relu": lambda: x.clamp(min=0),
+        "relu2": lambda: x.clamp(min=0) ** 2,
+    }[name]()
+
+
 @pytest.fixture(scope="session")
 def assert_close() -> Close:
     """`assert_close(kind, actual, expected)` within the tolerance of that kind and of the type of `actual`."""

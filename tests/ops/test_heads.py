@@ -1,10 +1,12 @@
 """Norms and rotations of heads, gated units. Shapes: t tokens, n heads, m key/value heads, d head size, r turned."""
 
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from tests.ops.conftest import exactly_activated
 from torch import Tensor
 
 from hasten import ops
@@ -75,17 +77,13 @@ def test_queries_and_keys_are_normed_then_turned_and_values_are_not(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("gate", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("gate", get_args(ops.Activation))
 @pytest.mark.parametrize("rows", [0, 1, 7])
-def test_gated_units(rows: int, gate: ops.Gate, bias: bool, dtype: torch.dtype, assert_close: Close) -> None:
+def test_gated_units(rows: int, gate: ops.Activation, bias: bool, dtype: torch.dtype, assert_close: Close) -> None:
     weight, bias_o = draw(20, HIDDEN, seed=1).to(dtype) * 0.3, draw(20, seed=2).to(dtype) if bias else None
     x_th = draw(rows, HIDDEN, dtype=dtype)
     both = F.linear(x_th.double(), weight.double(), None if bias_o is None else bias_o.double())
-    active = (
-        F.silu(both[:, :10])
-        if gate == "silu"
-        else F.gelu(both[:, :10], approximate="tanh" if gate == "gelu_tanh" else "none")
-    )
+    active = exactly_activated(both[:, :10], gate)
     found = ops.gated_linear(x_th, ops.pack_linear(weight), bias_o, gate)
     assert found.dtype == dtype
     assert_close("linear", found, active * both[:, 10:])

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from tests.ops.conftest import exactly_activated
 from torch import Tensor
 
 from hasten import ops
@@ -62,7 +64,7 @@ def exact(
     if bias is not None:
         out = out + bias.double()
     if activation is not None:
-        out = 0.5 * out * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (out + 0.044715 * out**3)))
+        out = exactly_activated(out, activation)
     return out if residual is None else out + residual.double()
 
 
@@ -80,7 +82,7 @@ def test_any_number_of_rows(out: int, into: int, assert_close: Close) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("activation", [None, "gelu_tanh"])
+@pytest.mark.parametrize("activation", [None, *get_args(ops.Activation)])
 @pytest.mark.parametrize(("out", "into"), [(48, 64), (509, 64), LARGE], ids=str)
 def test_every_combination(
     out: int, into: int, bias: bool, activation: ops.Activation | None, dtype: torch.dtype, assert_close: Close
@@ -189,14 +191,16 @@ def test_weights_that_are_views(weight: Tensor, assert_close: Close) -> None:
         assert_close("stepwise", ops.linear(x, ops.pack_linear(weight, shared=shared)), F.linear(x, weight))
 
 
-def test_gelu_is_the_tanh_form(assert_close: Close) -> None:
+@pytest.mark.parametrize("activation", get_args(ops.Activation))
+def test_activations_of_all_values(activation: ops.Activation, assert_close: Close) -> None:
     values = torch.cat([torch.linspace(-12, 12, 4801), torch.tensor([0.0, -0.0, 1e-30, 1e10, -1e10, 1e25, -1e25])])
     for dtype in DTYPES:
         x = values.to(dtype).unsqueeze(1)
-        x = x[x.isfinite()].unsqueeze(1)
+        x = x[exactly_activated(x, activation).to(dtype).isfinite()].unsqueeze(1)
         identity = ops.pack_linear(torch.ones(1, 1, dtype=dtype))
-        found = ops.linear(x, identity, activation="gelu_tanh")
-        assert_close("linear", found, F.gelu(x.double(), approximate="tanh"))
+        found = ops.linear(x, identity, activation=activation)
+        assert_close("linear", found, exactly_activated(x, activation))
+        assert ops.linear(x[:1] * torch.nan, identity, activation=activation).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -168,6 +168,7 @@ def cases(setting: Setting) -> list[Case]:
         *(_copy_blocks(setting, count) for count in (32, 128)),
         *(_store_heads(setting, rows) for rows in (1, 64, 8192)),
         *(_gated(setting, rows) for rows in (1, 64)),
+        *_activations(setting),
         _resolve_ids(setting, 256),
         *(_greedy(setting, rows) for rows in (1, 64, 256)),
         *(_draw(setting, rows) for rows in (64, 256)),
@@ -205,9 +206,17 @@ def _linears(setting: Setting, rows: int) -> Iterator[Case]:
     hidden, inner = setting.model.hidden_size, setting.model.intermediate_size
     yield _project(setting, rows)
     yield _linear(setting, "dense", rows, setting.heads[0] * setting.heads[2], hidden, parts=True)
-    yield _linear(setting, "up", rows, hidden, inner, activation="gelu_tanh")
+    yield _linear(setting, "up", rows, hidden, inner, activation=setting.model.activation)
     yield _linear(setting, "down", rows, inner, hidden, parts=True)
     yield _linear(setting, "head", rows, hidden, setting.model.vocab_size)
+
+
+def _activations(setting: Setting) -> Iterator[Case]:
+    """Those of other models behind the same product."""
+    hidden, inner = setting.model.hidden_size, setting.model.intermediate_size
+    for activation in get_args(ops.Activation):
+        if activation != setting.model.activation:
+            yield _linear(setting, f"up by {activation}", 1, hidden, inner, activation=activation)
 
 
 def _product(setting: Setting, op: str, name: str, rows: int, into: int, out: int, make: Callable[[], Call]) -> Case:

@@ -94,8 +94,8 @@ def _check_kinds(config: Any) -> None:
                 _require(fits(value), f"{name} must be {kind}{or_none}, got {value!r:.80}")
 
 
-Gate = Literal["silu", "gelu", "gelu_tanh"]
-"""Activations of a gated unit; `gelu` is the exact one, by the error function."""
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
+"""Activations of an MLP, or of the gate of a gated unit; `gelu` is the exact one, by the error function."""
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
@@ -142,7 +142,8 @@ class AttentionConfig:
     num_heads: int
     num_kv_heads: int
     head_size: int
-    position: Literal["alibi", "rope", "none"] = "alibi"
+    position: Literal["alibi", "rope", "learned", "none"] = "alibi"
+    """What attention does about positions; `learned` ones are added to the embeddings, and it does nothing."""
     rope: RopeConfig | None = None
     """Given where `position` is `rope`."""
     scale: float | None = None
@@ -188,7 +189,7 @@ class ModelConfig:
     layer_attention: tuple[AttentionConfig, ...] = ()
     """Where layers differ: that of each."""
     norm_eps: float = 1e-5
-    activation: Gate = "gelu_tanh"
+    activation: Activation = "gelu_tanh"
     mlp_bias: bool = True
     norm_offset: bool = False
     """Whether the weights of norms are stored less one."""
@@ -206,6 +207,8 @@ class ModelConfig:
     pad_token_id: int | None = None
     max_position_embeddings: int | None = None
     """Longest sequence that the model was trained for, where its configuration says so."""
+    position_offset: int = 0
+    """Rows of a table of learned positions before that of a sequence's first token."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "intermediate_size", "vocab_size"):
@@ -217,10 +220,18 @@ class ModelConfig:
         )
         for attention in self.layer_attention:
             _require(_heads(attention) == _heads(self.attention), "layers with different heads are not supported")
+        learned = self.attention.position == "learned"
+        _require(not learned or self.max_position_embeddings is not None, "learned positions have a longest sequence")
 
     def attention_of(self, layer: int) -> AttentionConfig:
         """The attention of one layer."""
         return self.layer_attention[layer] if self.layer_attention else self.attention
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the table of learned positions; 0 where the model has none."""
+        learned = self.attention.position == "learned"
+        return self.position_offset + (self.max_position_embeddings or 0) if learned else 0
 
 
 def _heads(attention: AttentionConfig) -> tuple[int, int, int]:
@@ -336,6 +347,15 @@ class SchedulerConfig:
             self.max_num_batched_tokens is None or self.max_num_batched_tokens >= self.max_num_seqs,
             f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs {self.max_num_seqs}: "
             "a step could not even decode one token of each; raise the first or lower the second",
+        )
+
+    def validate(self, model: ModelConfig) -> None:
+        """Raise ConfigError if sequences may grow longer than `model` has positions."""
+        learned = model.max_position_embeddings if model.num_positions else None
+        _require(
+            self.max_model_len is None or learned is None or self.max_model_len <= learned,
+            f"max_model_len {self.max_model_len} is more than the {learned} positions that the model has learned; "
+            f"use at most {learned}",
         )
 
 

@@ -144,6 +144,7 @@ class Worker:
         )
         self.model_config = checkpoint.config
         replace(config.parallel, tensor_parallel_size=ranks.group.size).validate(self.model_config)
+        config.scheduler.validate(self.model_config)
         self._peers: Peers | None = None
         dtype = ops.TORCH_DTYPES[compute_dtype(config.dtype, self.model_config, self.device)]
         self.tokenizer_folder = checkpoint.tokenizer_folder

@@ -13,29 +13,46 @@ from hasten.parallel.shard import padded_vocab
 
 
 class Embedding(nn.Module):
-    """Token embedding; each rank holds a range of the vocabulary."""
+    """Token embedding, with that of learned positions or without; each rank holds a range of the vocabulary."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, scale: float | None = None) -> None:
-        """`scale`: what embeddings are multiplied by, rounded to their type; a tied head takes them as they are."""
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        scale: float | None = None,
+        positions: int = 0,
+        position_offset: int = 0,
+    ) -> None:
+        """`scale`: what embeddings are multiplied by, rounded to their type; a tied head takes them as they are.
+
+        `positions`: rows of the table of positions, which every rank holds whole; that of position p is row
+        p + `position_offset`.
+        """
         super().__init__()
         self.group = tensor_group()
         self.scale = scale
         rows = padded_vocab(vocab_size, self.group.size) // self.group.size
         self.first = self.group.rank * rows if self.group.size > 1 else None
         self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
+        self.position_offset = position_offset
+        self.positions = nn.Parameter(torch.empty(positions, hidden_size), requires_grad=False) if positions else None
 
-    def forward(self, ids_t: Tensor) -> Tensor | PartialSum:
-        """Embeddings, [t, h]; with several ranks as a sum for the next norm to add up."""
+    def forward(self, ids_t: Tensor, positions_t: Tensor) -> Tensor | PartialSum:
+        """Embeddings, [t, h]; with several ranks, or with learned positions, a sum for the next norm to add up."""
         rows_th = ops.embedding(ids_t, self.weight, self.first)
         if self.scale is not None:
             rows_th = rows_th * float(torch.tensor(self.scale, dtype=rows_th.dtype))
-        return rows_th if self.first is None else self.group.all_reduce_sum(rows_th)
+        if self.positions is None:
+            return rows_th if self.first is None else self.group.all_reduce_sum(rows_th)
+        # the norm takes the rows of these positions as it does those of a residual: no kernel of their own
+        return self.group.all_reduce_sum(rows_th, None, self.positions[self.position_offset :], positions_t)
 
-    def normed(self, ids_t: Tensor, norm: LayerNorm) -> Tensor:
+    def normed(self, ids_t: Tensor, positions_t: Tensor, norm: LayerNorm) -> Tensor:
         """Embeddings after `norm`: [t, h], whole on every rank."""
-        if self.first is None and norm.bias is not None:
+        if self.first is None and self.positions is None and norm.bias is not None:
             return ops.embedding_norm(ids_t, self.weight, norm.weight, norm.bias, norm.eps)
-        return norm(self(ids_t))[0]
+        return norm(self(ids_t, positions_t))[0]
 
 
 class Head(PackedModule):

@@ -49,7 +49,7 @@ class ColumnLinear(_Linear):
 class GatedColumnLinear(_Linear):
     """Gate and up projection of a gated unit in one; each rank computes a shard of both."""
 
-    def __init__(self, in_features: int, inner_features: int, *, bias: bool, gate: ops.Gate) -> None:
+    def __init__(self, in_features: int, inner_features: int, *, bias: bool, gate: ops.Activation) -> None:
         super().__init__(in_features, 2 * inner_features // tensor_group().size, bias=bias)
         self.gate = gate
 

@@ -14,7 +14,7 @@ from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.layers.attention import Attention
 from hasten.layers.embedding import Embedding, Head
-from hasten.layers.linear import ColumnLinear, RowLinear
+from hasten.layers.mlp import MLP
 from hasten.layers.norm import LayerNorm
 from hasten.models import hf_config
 from hasten.models.base import CausalLM
@@ -22,19 +22,6 @@ from hasten.models.weight_map import Axis, Layout, Tie, WeightMap, WeightSpec, l
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.partial_sum import PartialSum
 from hasten.parallel.shard import Split
-
-
-class BloomMLP(nn.Module):
-    """h -> 4h, GELU, 4h -> h."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.up = ColumnLinear(config.hidden_size, config.intermediate_size, activation="gelu_tanh")
-        self.down = RowLinear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x_th: Tensor, residual_th: Tensor) -> Tensor | PartialSum:
-        """`residual_th` + MLP(`x_th`)."""
-        return self.down(self.up(x_th), residual_th)
 
 
 class BloomBlock(nn.Module):
@@ -46,7 +33,7 @@ class BloomBlock(nn.Module):
         self.input_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = Attention(config.hidden_size, config.attention)
         self.post_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = BloomMLP(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, activation=config.activation)
         self.residual_after_norm = config.residual_after_norm
 
     def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> Tensor | PartialSum:
@@ -73,7 +60,7 @@ class BloomForCausalLM(CausalLM):
 
     def forward(self, input_ids_t: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
         """Hidden states after the last norm, of the tokens of `meta.output_part` where it names some: [t, h]."""
-        x_th = self.embedding.normed(input_ids_t, self.embedding_norm)
+        x_th = self.embedding.normed(input_ids_t, positions_t, self.embedding_norm)
         for layer in self.layers:
             x_th = layer(x_th, positions_t, meta)
         return self.final_norm(x_th)[0]

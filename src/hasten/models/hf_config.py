@@ -7,7 +7,7 @@ left is unknown, and a warning names it.
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
-from hasten.core.config import DTypeName, Gate, dtype_name
+from hasten.core.config import Activation, DTypeName, dtype_name
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.models.generation_config import SETTINGS
 
@@ -106,23 +106,29 @@ def optional_count(raw: Raw, name: str, default: int | None) -> int | None:
     return default if name not in raw else None if raw[name] is None else count(raw, name)
 
 
-def activation(raw: Raw, name: str, default: str) -> Gate:
-    """The activation of a gated unit; UnsupportedError names the key of another."""
+def activation(raw: Raw, name: str, default: str) -> Activation:
+    """The activation of an MLP or of its gate; UnsupportedError names the key of another."""
     value = default if raw.get(name) is None else raw[name]
     if not isinstance(value, str) or value not in _ACTIVATIONS:
         raise UnsupportedError(f"{name} {value!r} is not supported; supported are {', '.join(sorted(_ACTIVATIONS))}")
     return _ACTIVATIONS[value]
 
 
-_ACTIVATIONS: dict[str, Gate] = {
+_ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu2",
 }
+"""The names of transformers."""
 
 
 def flag(raw: Raw, name: str, default: bool) -> bool:

@@ -65,7 +65,7 @@ class LlamaForCausalLM(CausalLM):
 
     def forward(self, input_ids_t: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
         """Hidden states after the last norm, of the tokens of `meta.output_part` where it names some: [t, h]."""
-        x_th = self.embedding(input_ids_t)
+        x_th = self.embedding(input_ids_t, positions_t)
         for layer in self.layers:
             x_th = layer(x_th, positions_t, meta)
         return self.final_norm(x_th)[0]

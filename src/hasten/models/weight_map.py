@@ -15,7 +15,7 @@ from torch import Tensor
 from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.parallel.shard import Split, shard_config, split, split_sections
 
-Axis = Literal["vocab", "hidden", "inner", "gate_up", "query", "kv", "qkv", "head"]
+Axis = Literal["vocab", "position", "hidden", "inner", "gate_up", "query", "kv", "qkv", "head"]
 Init = Literal["normal", "ones", "zeros"]
 
 
@@ -25,6 +25,7 @@ def axis_size(axis: Axis, config: ModelConfig) -> int:
     query, kv = attention.num_heads * attention.head_size, attention.num_kv_heads * attention.head_size
     return {
         "vocab": config.vocab_size,
+        "position": config.num_positions,
         "hidden": config.hidden_size,
         "inner": config.intermediate_size,
         "gate_up": 2 * config.intermediate_size,
@@ -150,6 +151,12 @@ def vocabulary(name: str, hf: str) -> WeightSpec:
     """An embedding or a language model head."""
     axes: tuple[Axis, ...] = ("vocab", "hidden")
     return WeightSpec(name=name, sources=(StoredTensor(hf, axes),), axes=axes, split=Split.VOCAB)
+
+
+def positions(name: str, hf: str) -> WeightSpec:
+    """A table of learned positions, whole on every rank."""
+    axes: tuple[Axis, ...] = ("position", "hidden")
+    return WeightSpec(name=name, sources=(StoredTensor(hf, axes),), axes=axes)
 
 
 def linear(

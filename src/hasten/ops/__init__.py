@@ -5,12 +5,10 @@ with the same signatures. The kernels of `gpu/` are imported when the first tens
 Shapes: t tokens of the flat batch, h hidden, o output features, n heads, m key/value heads, d head size, v vocabulary.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from hasten.core.config import DTypeName, Gate
+from hasten.core.config import Activation, DTypeName
 from hasten.ops import cpu, cpu_sampling, reference
 from hasten.ops.block_caches import BlockCaches
 from hasten.ops.draws import NONE_LEFT, Draws
@@ -21,8 +19,6 @@ from hasten.ops.meta import AttentionMeta
 from hasten.ops.packed import PackedLinear
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.transfer import HostCopy, to_device
-
-Activation = Literal["gelu_tanh"]
 
 TORCH_DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """torch's types by the names of the configuration."""
@@ -36,7 +32,6 @@ __all__ = [
     "BlockCaches",
     "Draws",
     "EditList",
-    "Gate",
     "HeadTransform",
     "HostCopy",
     "LogitEdits",
@@ -135,7 +130,7 @@ def linear(
     return cpu.linear(x_th, weight, bias_o, activation)
 
 
-def gated_linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: Gate) -> Tensor:
+def gated_linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: Activation) -> Tensor:
     """`gate(a) * b`, [t, o / 2], where `a` and `b` are the halves of `x @ weight.T + bias`.
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.

@@ -119,8 +119,8 @@ def _linear(
         more = _compiled_rows(rows) - rows
         padded_th = F.pad(x_th, (0, 0, 0, more)) if more else x_th
         out_to = torch.ops.mkldnn._linear_pointwise(padded_th, weight.blocked, bias_o, "none", [], "")[:rows]
-    if activation == "gelu_tanh":
-        out_to = _gelu_tanh(out_to)
+    if activation is not None:
+        out_to = _gelu_tanh(out_to) if activation == "gelu_tanh" else reference.activated(out_to, activation)
     if residual_to is not None:
         out_to = out_to.add_(residual_to)
     return out_to.to(dtype)

@@ -1,6 +1,7 @@
 """Every op in plain torch: its definition, and the oracle of the tests. Docstrings stand at `hasten.ops`."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -76,7 +77,7 @@ def linear(  # noqa: D103
 ) -> Tensor:
     assert weight.plain is not None
     out_to = F.linear(x_th, weight.plain, bias_o)
-    return F.gelu(out_to, approximate="tanh") if activation == "gelu_tanh" else out_to
+    return out_to if activation is None else activated(out_to, activation)
 
 
 def gated_linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: str) -> Tensor:  # noqa: D103
@@ -85,10 +86,22 @@ def gated_linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate
 
 
 def activated(x: Tensor, name: str) -> Tensor:
-    """An activation by its name, element by element."""
-    if name == "silu":
-        return F.silu(x)
-    return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+    """An activation by its name, element by element.
+
+    Sources: Hendrycks, Gimpel, "Gaussian Error Linear Units", 2016 (silu and all kinds of gelu); So et al., "Primer",
+    2021 (relu2).
+    """
+    return _ACTIVATIONS[name](x)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
 
 
 def add_linear(  # noqa: D103

@@ -116,6 +116,7 @@ def _config_ini(engine: EngineConfig) -> str | None:
     ranks = engine.parallel.tensor_parallel_size
     config = open_checkpoint(engine.model, ranks).config
     engine.parallel.validate(config)
+    engine.scheduler.validate(config)
     if not has_format(config.architecture):
         return None
     dtype = config.dtype if engine.dtype == "auto" else dtype_name(engine.dtype)

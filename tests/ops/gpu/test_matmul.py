@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from hasten import ops
 from hasten.ops import PackedLinear, reference
 from hasten.ops.gpu import matmul
 
@@ -58,7 +60,7 @@ def check_linear(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", [None, "gelu_tanh"])
+@pytest.mark.parametrize("activation", [None, *get_args(ops.Activation)])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize(("out", "into"), [(5, 128), (40, 384), (7, 100), (1, 2049), (4, 4096)], ids=str)
 def test_one_row(
@@ -80,12 +82,13 @@ def test_few_rows(
     out: int, into: int, rows: int, dtype: torch.dtype, device: torch.device, assert_close: Close
 ) -> None:
     weight = make_weight(out, into, dtype, device)
-    for bias, activation in ((True, "gelu_tanh"), (False, None)):
+    activations = get_args(ops.Activation)
+    for bias, activation in ((True, activations[(rows + out) % len(activations)]), (False, None)):
         check_linear(rows, weight, bias, activation, dtype, assert_close)
 
 
 @pytest.mark.parametrize("rows", [2, 17, 64])
-@pytest.mark.parametrize("activation", [None, "gelu_tanh"])
+@pytest.mark.parametrize("activation", [None, "gelu_tanh", "gelu"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 def test_every_cut_does_every_combination(
     bias: bool,

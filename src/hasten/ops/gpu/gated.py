@@ -4,12 +4,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hasten.ops.gpu.activations import activated
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
 from hasten.ops.gpu.matmul import linear
 from hasten.ops.packed import PackedLinear
 
 _BLOCK = 1024
-_GATES = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 
 @triton.jit
@@ -22,13 +22,7 @@ def _gate(x, out, INNER: tl.constexpr, BLOCK: tl.constexpr, GATE: tl.constexpr, 
     wait_for_inputs(PDL)
     gate = tl.load(x + row * 2 * INNER + at, valid, 0.0).to(tl.float32)
     up = tl.load(x + row * 2 * INNER + INNER + at, valid, 0.0).to(tl.float32)
-    if GATE == 0:
-        active = gate / (1 + tl.exp(-gate))
-    elif GATE == 1:
-        active = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
-    else:
-        active = gate / (1 + tl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)))
-    tl.store(out + row * INNER + at, (active * up).to(out.dtype.element_ty), valid)
+    tl.store(out + row * INNER + at, (activated(gate, GATE) * up).to(out.dtype.element_ty), valid)
 
 
 def gated_linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: str) -> Tensor:
@@ -39,6 +33,6 @@ def gated_linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate
     out = both_to.new_empty(rows, inner)
     block = min(_BLOCK, triton.next_power_of_2(inner))
     _gate[(rows, triton.cdiv(inner, block))](
-        both_to, out, INNER=inner, BLOCK=block, GATE=_GATES[gate], num_warps=4, **overlapped(x_th)
+        both_to, out, INNER=inner, BLOCK=block, GATE=gate, num_warps=4, **overlapped(x_th)
     )
     return out

@@ -12,18 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hasten.ops import reference
+from hasten.ops.gpu.activations import activated
 from hasten.ops.gpu.cache import write_cache
 from hasten.ops.gpu.heads import store_heads
 from hasten.ops.gpu.launch import multiprocessors, overlapped, prefetch, shared_memory, start_next, wait_for_inputs
 from hasten.ops.heads import HeadTransform
 from hasten.ops.packed import PackedLinear
 from hasten.ops.reference import split_heads
-
-
-@triton.jit
-def _gelu_tanh(x):
-    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x / (1 + tl.exp(-2 * inner))
 
 
 @triton.jit
@@ -49,7 +45,7 @@ def _matvec(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    GELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     Q: tl.constexpr,
     KV: tl.constexpr,
     PDL: tl.constexpr,
@@ -75,8 +71,8 @@ def _matvec(
     value = tl.sum(total, 1)
     if HAS_BIAS:
         value += tl.load(bias + n, valid, 0.0).to(tl.float32)
-    if GELU:
-        value = _gelu_tanh(value)
+    if ACTIVATION is not None:
+        value = activated(value, ACTIVATION)
     value = value.to(out.dtype.element_ty)
     if KV:
         _store_projected(value, n * 0, tl.load(slots).to(tl.int64), n, valid, out, keys, values, Q, KV)
@@ -102,7 +98,7 @@ def _skinny(
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    GELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     Q: tl.constexpr,
     KV: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -135,8 +131,8 @@ def _skinny(
     else:
         if HAS_BIAS:
             total += tl.load(bias + n, n < N, 0.0).to(tl.float32)[:, None]
-        if GELU:
-            total = _gelu_tanh(total)
+        if ACTIVATION is not None:
+            total = activated(total, ACTIVATION)
         value = total.to(out.dtype.element_ty)
         valid = (m < M)[None, :] & (n < N)[:, None]
         if KV:
@@ -194,18 +190,19 @@ def _plain(weight: PackedLinear) -> Tensor:
 def linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation: str | None) -> Tensor:
     """See `hasten.ops.linear`."""
     if _serves(x_th, weight):
-        return _product(x_th, weight, bias_o, activation == "gelu_tanh", None, splits=1)
-    if activation == "gelu_tanh" and bias_o is not None and x_th.dtype != torch.float32:
-        return torch._addmm_activation(bias_o, x_th, _plain(weight).t(), use_gelu=True)
+        return _product(x_th, weight, bias_o, activation, None, splits=1)
+    if activation in ("gelu_tanh", "relu") and bias_o is not None and x_th.dtype != torch.float32:
+        # the two that cuBLAS computes within its product
+        return torch._addmm_activation(bias_o, x_th, _plain(weight).t(), use_gelu=activation == "gelu_tanh")
     out_to = F.linear(x_th, _plain(weight), bias_o)
-    return F.gelu(out_to, approximate="tanh") if activation == "gelu_tanh" else out_to
+    return out_to if activation is None else reference.activated(out_to, activation)
 
 
 def linear_parts(x_th: Tensor, weight: PackedLinear) -> Tensor:
     """`x @ weight.T`: [t, o], or [parts, t, o] in fp32 to be added up, where few rows leave the device idle else."""
     if not _serves(x_th, weight):
         return F.linear(x_th, _plain(weight))
-    return _product(x_th, weight, None, False, None, splits=_splits(x_th.shape[0], weight))
+    return _product(x_th, weight, None, None, None, splits=_splits(x_th.shape[0], weight))
 
 
 def project(
@@ -225,7 +222,7 @@ def project(
     head_size = key_cache.shape[3]
     if _serves(x_th, weight):
         to = _Projection(num_heads * head_size, key_cache, value_cache, slots_t)
-        return _product(x_th, weight, bias_o, False, to, splits=1).unflatten(1, (num_heads, head_size))
+        return _product(x_th, weight, bias_o, None, to, splits=1).unflatten(1, (num_heads, head_size))
     qkv_to = F.linear(x_th, _plain(weight), bias_o)
     query_tnd, key_tmd, value_tmd = split_heads(qkv_to, num_heads, key_cache)
     write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t)
@@ -267,7 +264,12 @@ def _stages(cut: Cut, block_m: int, shared: int) -> int:
 
 
 def _product(
-    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gelu: bool, to: _Projection | None, splits: int
+    x_th: Tensor,
+    weight: PackedLinear,
+    bias_o: Tensor | None,
+    activation: str | None,
+    to: _Projection | None,
+    splits: int,
 ) -> Tensor:
     rows, features, width = x_th.shape[0], weight.out_features, weight.in_features
     assert x_th.is_contiguous()
@@ -280,7 +282,7 @@ def _product(
     common = dict(
         K=width,
         HAS_BIAS=bias_o is not None,
-        GELU=gelu,
+        ACTIVATION=activation,
         Q=0 if to is None else to.queries,
         KV=0 if to is None else to.width,
         **overlapped(x_th),

@@ -1,0 +1,20 @@
+"""The plain MLP of a layer, its inner features divided over the ranks. Shapes: t tokens, h hidden."""
+
+import torch.nn as nn
+from torch import Tensor
+
+from hasten import ops
+from hasten.layers.linear import ColumnLinear, RowLinear
+
+
+class MLP(nn.Module):
+    """`down(activation(up(x)))`; `GatedColumnLinear` is the first half of a gated one."""
+
+    def __init__(self, hidden_size: int, inner_size: int, *, activation: ops.Activation, bias: bool = True) -> None:
+        super().__init__()
+        self.up = ColumnLinear(hidden_size, inner_size, bias=bias, activation=activation)
+        self.down = RowLinear(inner_size, hidden_size, bias=bias)
+
+    def forward(self, x_th: Tensor, residual_th: Tensor | None) -> Tensor | ops.PartialSum:
+        """`residual_th` + MLP(`x_th`): [t, h], or a sum for the next norm to add up."""
+        return self.down(self.up(x_th), residual_th)
