@@ -328,10 +328,17 @@ def test_a_converted_checkpoint_gives_the_same_tokens(
         assert generated(llm) == right_tokens("qwen3, all of it")
 
 
-def test_faster_transformers_format_is_refused_by_name(make_model: MakeModel, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"LlamaForCausalLM has no FasterTransformer format; .* --format safe"):
-        convert(Conversion(str(make_model("Llama")), str(tmp_path / "out")))
-    assert not (tmp_path / "out").exists()
+def test_a_family_that_faster_transformer_did_not_have_becomes_safetensors(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    folder, out = str(make_model("Llama")), tmp_path / "out"
+    with pytest.raises(
+        UnsupportedError, match=r"FasterTransformer had no LlamaForCausalLM \(it had Bloom.* --format saf"
+    ):
+        convert(Conversion(folder, str(out), format="fastertransformer"))
+    assert not out.exists()
+    convert(Conversion(folder, str(out)))
+    assert (out / "1-gpu" / "rank-00000-of-00001.safetensors").is_file()
 
 
 # --- the weights ------------------------------------------------------------------------------------------------------

@@ -8,20 +8,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Literal
 
 import torch
 
-from hasten.checkpoint.faster_transformer import has_format
+from hasten.checkpoint.faster_transformer.family import Family
+from hasten.checkpoint.faster_transformer.folder import writable_family
 from hasten.checkpoint.hub import resolve_model
 from hasten.checkpoint.plan import generation_eos, side_folder
 from hasten.checkpoint.sources import FasterTransformerSource, Source, open_source, read_json
 from hasten.checkpoint.target import SIDE_FILES, Target
-from hasten.checkpoint.writers import FasterTransformerWriter, Part, RankedSafetensorsWriter, StoppedError, Writer
-from hasten.core.config import DTypeName, ParallelConfig
+from hasten.checkpoint.writers import (
+    FasterTransformerWriter,
+    Format,
+    Part,
+    RankedSafetensorsWriter,
+    StoppedError,
+    Writer,
+)
+from hasten.core.config import DTypeName, ModelConfig, ParallelConfig
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
 
-Format = Literal["fastertransformer", "safetensors"]
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -34,7 +40,8 @@ class Conversion:
     output_dir: str
     ranks: int = 1
     dtype: DTypeName = "fp32"
-    format: Format = "fastertransformer"
+    format: Format | None = None
+    """None: FasterTransformer's for a model that it could compute, else safetensors."""
     workers: int = 1
     by_shard: bool = False
     """One input file open at a time."""
@@ -50,6 +57,8 @@ class Opened:
 
     source: Source
     nbytes: int
+    """What will be written."""
+    format: Format
     """What will be written."""
     label: str
     """`HF >> FT`, and the like."""
@@ -78,7 +87,7 @@ def convert(job: Conversion, report: Report = lambda _: None) -> None:
     given = resolve_model(job.input_dir)
     source = open_source(given, job.ranks)
     parallel.validate(source.config)
-    _check_format(job.format, source.config.architecture)
+    family = _family(job.format, source.config)
     _check_apart(source, given, Path(job.output_dir), f"{job.ranks}-gpu")
     target = Target(Path(job.output_dir), job.ranks)
     side = side_folder(source)
@@ -86,21 +95,24 @@ def convert(job: Conversion, report: Report = lambda _: None) -> None:
     if source.manifest is not None:
         source.manifest.verify(source.folder, source.manifest.files)
     with _clear_errors(job.output_dir), target.prepare() as new:
-        writer = _writer(job, source, new / target.name)
+        writer = _writer(job, source, family, new / target.name)
         _check_space(writer.nbytes, new, job.output_dir)
         replaced = target.folder if target.folder.exists() else None
-        report(Opened(source, writer.nbytes, f"{source.label} >> {writer.label}", replaced))
+        report(Opened(source, writer.nbytes, writer.format, f"{source.label} >> {writer.label}", replaced))
         _write(writer, job, lambda part: report(Wrote(part, target.folder / part.file)))
         for path in (side / name for name in SIDE_FILES):
             if path.is_file():
                 shutil.copyfile(path, new / path.name)
 
 
-def _check_format(name: Format, architecture: str) -> None:
-    if name == "fastertransformer" and not has_format(architecture):
-        raise UnsupportedError(
-            f"{architecture} has no FasterTransformer format; convert to hasten's own with --format safetensors"
-        )
+def _family(name: Format | None, config: ModelConfig) -> Family | None:
+    """The family that a model is written as in FasterTransformer's format; None: it becomes safetensors."""
+    try:
+        return None if name == "safetensors" else writable_family(config)
+    except UnsupportedError:
+        if name is None:
+            return None
+        raise
 
 
 def _check_apart(source: Source, given: Path, out: Path, name: str) -> None:
@@ -109,11 +121,11 @@ def _check_apart(source: Source, given: Path, out: Path, name: str) -> None:
         raise ConfigError(f"the output {out / name} would take the place of the input; give another output folder")
 
 
-def _writer(job: Conversion, source: Source, folder: Path) -> Writer:
-    if job.format == "safetensors":
+def _writer(job: Conversion, source: Source, family: Family | None, folder: Path) -> Writer:
+    if family is None:
         return RankedSafetensorsWriter(source, folder, job.ranks, job.dtype, generation_eos(source))
     name = source.model_name if isinstance(source, FasterTransformerSource) else job.input_dir
-    return FasterTransformerWriter(source, folder, job.ranks, job.dtype, name)
+    return FasterTransformerWriter(source, folder, job.ranks, job.dtype, family, name)
 
 
 def _check_space(nbytes: int, folder: Path, shown: str) -> None:

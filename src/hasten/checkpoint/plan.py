@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hasten.checkpoint.faster_transformer import CONFIG_INI
+from hasten.checkpoint.faster_transformer.ini import CONFIG_INI
 from hasten.checkpoint.hub import TOKENIZER_ALONE
 from hasten.checkpoint.sources import NOT_APPLIED, UNKNOWN, Source, known_tokens, open_dummy, open_source, read_json
 from hasten.core.config import ModelConfig, ParallelConfig

@@ -21,7 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hasten.checkpoint import faster_transformer as ft
+from hasten.checkpoint.faster_transformer.family import FileTensor
+from hasten.checkpoint.faster_transformer.folder import Folder, read_folder
+from hasten.checkpoint.faster_transformer.ini import CONFIG_INI
 from hasten.checkpoint.hub import ADAPTER
 from hasten.checkpoint.manifest import MANIFEST, Manifest
 from hasten.core.config import AttentionConfig, ModelConfig, RopeConfig
@@ -131,8 +133,7 @@ def _has_own_head(source: Source) -> bool:
     tie = source.weight_map.head_tie
     if tie is None or not source.holds(tie.spec):
         return False
-    # hasten's own converter, which writes a manifest, writes no head that equals the embedding
-    return source.manifest is not None or not source.repeats(tie)
+    return not source.repeats(tie)
 
 
 def _warn_of_head(path: Path) -> None:
@@ -338,28 +339,29 @@ class _RankedSource(Source):
 
 
 class FasterTransformerSource(_RankedSource):
-    """`N-gpu/` as FasterTransformer's converter or hasten's wrote it.
+    """`N-gpu/` as FasterTransformer's converters or hasten's wrote it.
 
-    FasterTransformer stores an untied head transposed, [h, v]; a manifest tells hasten's files, [v, h], from those.
+    Where FasterTransformer's own writes an untied head transposed, a manifest tells hasten's files from those.
     """
 
     kind = "fastertransformer"
     label = "FT"
 
-    def __init__(self, folder: Path, facts: ft.IniFacts, config: ModelConfig) -> None:
+    def __init__(self, folder: Path, facts: Folder, config: ModelConfig) -> None:
         super().__init__(folder, config, model_class(config.architecture).weight_map(config))
         self.manifest = Manifest.read(folder)
-        self.ranks, self.model_name = facts.ranks, facts.model_name
-        self._names = {self._file(spec, part): spec for spec in self.specs for part in range(self._parts(spec))}
-        self.files = tuple(folder / name for name in self._names)
-        tie = self.weight_map.head_tie
+        self.ranks, self.model_name, self.family = facts.ranks, facts.model_name, facts.family
+        specs, tie = self.specs, self.weight_map.head_tie
         if tie is not None and self.holds(tie.spec):
-            self._names[self._file(tie.spec, 0)] = tie.spec
-        self._check_files()
+            specs = (*specs, tie.spec)
+        tensors = tuple(filter(self._needs, self.family.tensors(specs, self.config, self.ranks)))
+        self._tensors = {tensor.spec.name: tensor for tensor in tensors if not tensor.extra}
+        self.files = tuple(folder / tensor.file(part) for tensor in tensors for part in range(tensor.parts(self.ranks)))
+        self._check_files(tensors)
 
     def holds(self, spec: WeightSpec) -> bool:
         """Whether there is a file of a weight that the configuration ties to another."""
-        name = self._file(spec, 0)
+        name = self.family.tensor(spec).file(0)
         return (self.folder / name).is_file() if self.manifest is None else name in self.manifest.files
 
     def repeats(self, tie: Tie) -> bool:
@@ -367,45 +369,54 @@ class FasterTransformerSource(_RankedSource):
         head, other = (self.folder / self._file(spec, 0) for spec in (tie.spec, tie.to))
         return filecmp.cmp(head, other, shallow=False) or super().repeats(tie)
 
-    def _check_files(self) -> None:
-        stray = {path.name for path in self.folder.glob("model.*.bin")} - set(self._names)
+    def _needs(self, tensor: FileTensor) -> bool:
+        """Whether a file must be there, or is."""
+        return not tensor.extra or (self.folder / tensor.file(0)).is_file()
+
+    def _check_files(self, tensors: Iterable[FileTensor]) -> None:
+        own = {tensor.file(part): tensor for tensor in tensors for part in range(tensor.parts(self.ranks))}
+        stray = {path.name for path in self.folder.glob("model.*.bin")} - set(own)
         if stray:
             raise CheckpointError(f"{self.folder / min(stray)} belongs to no weight of this model; move it elsewhere")
-        for path in (self.folder / name for name in self._names):
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing; copy it, or convert the checkpoint again")
-            shape = ft.file_shape(self._names[path.name], self.config, self.ranks)
-            wanted, found = math.prod(shape) * TORCH_DTYPES[self.config.dtype].itemsize, path.stat().st_size
-            if wanted != found:
-                raise CheckpointError(
-                    f"{path} has {found} bytes, but {wanted} are {shape} of {self.config.dtype}: "
-                    "it is truncated or of another model; copy or convert it again"
-                )
+        for name, tensor in own.items():
+            self._check_file(self.folder / name, tensor)
+
+    def _check_file(self, path: Path, tensor: FileTensor) -> None:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; copy it, or convert the checkpoint again")
+        shape = tensor.shape(self.config, self.ranks)
+        wanted, found = math.prod(shape) * TORCH_DTYPES[self.config.dtype].itemsize, path.stat().st_size
+        if wanted != found:
+            raise CheckpointError(
+                f"{path} has {found} bytes, but {wanted} are {shape} of {self.config.dtype}: "
+                "it is truncated or of another model; copy or convert it again"
+            )
 
     def _parts(self, spec: WeightSpec) -> int:
-        return self.ranks if ft.is_split(spec) else 1
+        return self._tensors[spec.name].parts(self.ranks)
 
     def _file(self, spec: WeightSpec, part: int) -> str:
-        return ft.file_name(spec, part)
+        return self._tensors[spec.name].file(part)
 
     def _part(self, spec: WeightSpec, part: int) -> Tensor:
-        shape = ft.file_shape(spec, self.config, self.ranks)
-        if self.manifest is None and spec.name == "head.weight":
-            return self._map(spec, part, shape[::-1]).t()
-        return ft.from_file(spec, self._map(spec, part, shape))
+        tensor = self._tensors[spec.name]
+        shape = tensor.shape(self.config, self.ranks)
+        if self.manifest is None and self.family.transposed_head and spec.name == "head.weight":
+            return self._map(tensor, part, shape[::-1]).t()
+        return tensor.parameter(self._map(tensor, part, shape))
 
-    def _map(self, spec: WeightSpec, part: int, shape: tuple[int, ...]) -> Tensor:
-        path = self.folder / self._file(spec, part)
+    def _map(self, tensor: FileTensor, part: int, shape: tuple[int, ...]) -> Tensor:
+        path = self.folder / tensor.file(part)
         size, dtype = math.prod(shape), TORCH_DTYPES[self.config.dtype]
         return torch.from_file(str(path), shared=False, size=size, dtype=dtype).view(shape)
 
 
 def _joined(ini: ModelConfig, beside: ModelConfig, folder: Path) -> ModelConfig:
     """What config.json says, in the type of the files; CheckpointError where config.ini contradicts it."""
-    for name in ("num_layers", "hidden_size", "vocab_size", "attention", "residual_after_norm"):
+    for name in ("architecture", "num_layers", "hidden_size", "vocab_size", "attention", "residual_after_norm"):
         if getattr(ini, name) != getattr(beside, name):
             raise CheckpointError(
-                f"{folder / ft.CONFIG_INI} and config.json beside it differ in {name} "
+                f"{folder / CONFIG_INI} and config.json beside it differ in {name} "
                 f"({getattr(ini, name)} and {getattr(beside, name)}): they are of different models"
             )
     return dataclasses.replace(beside, dtype=ini.dtype)
@@ -549,9 +560,7 @@ def _is_ranked(folder: Path) -> bool:
 
 def is_rank_folder(folder: Path) -> bool:
     """Whether `folder` looks like an `N-gpu` that a converter wrote."""
-    return folder.is_dir() and any(
-        ((folder / ft.CONFIG_INI).is_file(), (folder / MANIFEST).is_file(), _is_ranked(folder))
-    )
+    return folder.is_dir() and any(((folder / CONFIG_INI).is_file(), (folder / MANIFEST).is_file(), _is_ranked(folder)))
 
 
 def rank_folders(folder: Path) -> dict[int, Path]:
@@ -584,7 +593,7 @@ def open_source(path: Path, ranks: int = 1) -> Source:
         )
     if _is_ranked(path):
         return RankedSafetensorsSource(path)
-    if (path / ft.CONFIG_INI).is_file():
+    if (path / CONFIG_INI).is_file():
         return _open_faster_transformer(path)
     if any((path / name).exists() for name in _HF_FILES):
         return _open_hugging_face(path)
@@ -598,7 +607,7 @@ def open_source(path: Path, ranks: int = 1) -> Source:
 
 
 def _open_faster_transformer(folder: Path) -> FasterTransformerSource:
-    facts = ft.read_config_ini(folder / ft.CONFIG_INI)
+    facts = read_folder(folder)
     parent = folder.resolve().parent
     beside = next((path for path in (folder, parent) if (path / "config.json").is_file()), None)
     config = facts.config if beside is None else _joined(facts.config, read_hf_config(beside), folder)

@@ -4,16 +4,17 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from hasten.checkpoint import faster_transformer as ft
+from hasten.checkpoint.faster_transformer.family import Family, FileTensor
+from hasten.checkpoint.faster_transformer.ini import CONFIG_INI, ini_text
 from hasten.checkpoint.manifest import Manifest, Piece, PieceHasher, pieces_of
 from hasten.checkpoint.sources import METADATA_KEY, METADATA_VERSION, RANK_FILE, Source
 from hasten.core.config import DTypeName
@@ -22,6 +23,7 @@ from hasten.models.weight_map import WeightSpec
 from hasten.ops import TORCH_DTYPES
 from hasten.parallel.shard import Split, shard_shape
 
+Format = Literal["fastertransformer", "safetensors"]
 BLOCK = 4 << 20
 """Bytes, about, that a writer holds of one shard: small enough for a cache, so that the transpose stays in it."""
 _ALIGN = 64
@@ -49,12 +51,15 @@ class Part:
     offset: int
     nbytes: int
     transposed: bool
+    """Whether the file holds the transpose of `values`."""
+    values: Callable[[Source], Tensor]
+    """In hasten's layout."""
 
 
 class Writer(ABC):
     """Knows every part of the output beforehand; parts may be written in any order and by several threads."""
 
-    format: ClassVar[str]
+    format: ClassVar[Format]
     label: ClassVar[str]
 
     def __init__(self, source: Source, folder: Path, ranks: int, dtype: DTypeName) -> None:
@@ -79,18 +84,13 @@ class Writer(ABC):
         """Bytes of all weights."""
         return sum(part.nbytes for parts in self.parts.values() for part in parts)
 
-    def _part(
-        self, spec: WeightSpec, rank: int, size: int, name: str, file: str, shape: tuple[int, ...], offset: int
-    ) -> Part:
-        nbytes = math.prod(shape) * TORCH_DTYPES[self.dtype].itemsize
-        of_ft = self.format == FasterTransformerWriter.format
-        is_split = ft.is_split(spec) if of_ft else spec.split is not Split.REPLICATE
-        return Part(spec, rank, size, is_split, name, file, shape, offset, nbytes, of_ft and ft.is_transposed(spec))
+    def _nbytes(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * TORCH_DTYPES[self.dtype].itemsize
 
     def write(self, part: Part, stop: Event) -> None:
         """Cast and write one part; CheckpointError for a value that the type cannot hold."""
         hasher = PieceHasher()
-        shard = self.source.shard(part.spec, part.rank, part.size)
+        shard = part.values(self.source)
         file = os.open(self.folder / part.file, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             offset = part.offset
@@ -146,34 +146,51 @@ def _write_all(file: int, data: memoryview, offset: int) -> None:
 
 
 class FasterTransformerWriter(Writer):
-    """One headerless file a weight or shard, and config.ini, as FasterTransformer's converter writes them."""
+    """One headerless file a weight or shard, and config.ini, as FasterTransformer's converters write them."""
 
-    format = "fastertransformer"
+    format: ClassVar[Format] = "fastertransformer"
     label = "FT"
 
-    def __init__(self, source: Source, folder: Path, ranks: int, dtype: DTypeName, model_name: str) -> None:
+    def __init__(
+        self, source: Source, folder: Path, ranks: int, dtype: DTypeName, family: Family, model_name: str
+    ) -> None:
+        self.family = family
         self.model_name = model_name
         super().__init__(source, folder, ranks, dtype)
 
     def _lay_out(self) -> None:
-        for spec in self.source.specs:
-            shape = ft.file_shape(spec, self.source.config, self.ranks)
-            size = self.ranks if ft.is_split(spec) else 1
-            name = f"model.{ft.weight_name(spec)}"
-            for rank in range(size):
-                self.parts[spec.name].append(self._part(spec, rank, size, name, ft.file_name(spec, rank), shape, 0))
+        for tensor in self.family.tensors(self.source.specs, self.source.config, self.ranks):
+            size = tensor.parts(self.ranks)
+            self.parts[tensor.spec.name] += [self._part(tensor, rank, size) for rank in range(size)]
+
+    def _part(self, tensor: FileTensor, rank: int, size: int) -> Part:
+        shape = tensor.shape(self.source.config, self.ranks)
+        return Part(
+            spec=tensor.spec,
+            rank=rank,
+            size=size,
+            split=tensor.is_split,
+            name=f"model.{tensor.name}",
+            file=tensor.file(rank),
+            shape=shape,
+            offset=0,
+            nbytes=self._nbytes(shape),
+            transposed=tensor.is_transposed,
+            values=lambda source: tensor.values(source.shard, rank, size, TORCH_DTYPES[self.dtype]),
+        )
 
     def start(self) -> None:
         """Write config.ini."""
-        text = ft.config_ini(self.source.config, self.model_name, self.ranks, self.dtype).encode()
-        (self.folder / ft.CONFIG_INI).write_bytes(text)
-        self._pieces[ft.CONFIG_INI, 0] = pieces_of(text)
+        values = self.family.ini(self.source.config, self.model_name, self.ranks, self.dtype)
+        text = ini_text(self.family.section, values).encode()
+        (self.folder / CONFIG_INI).write_bytes(text)
+        self._pieces[CONFIG_INI, 0] = pieces_of(text)
 
 
 class RankedSafetensorsWriter(Writer):
     """One safetensors file a rank, in hasten's names and layout; its metadata describes the model."""
 
-    format = "safetensors"
+    format: ClassVar[Format] = "safetensors"
     label = "safetensors"
     _TYPES: ClassVar[dict[DTypeName, str]] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
@@ -196,9 +213,24 @@ class RankedSafetensorsWriter(Writer):
             offset = len(header)
             for spec, shape in shapes.items():
                 file = RANK_FILE.format(rank, self.ranks)
-                part = self._part(spec, rank, self.ranks, spec.name, file, shape, offset)
+                part = self._part(spec, rank, file, shape, offset)
                 self.parts[spec.name].append(part)
                 offset += part.nbytes
+
+    def _part(self, spec: WeightSpec, rank: int, file: str, shape: tuple[int, ...], offset: int) -> Part:
+        return Part(
+            spec=spec,
+            rank=rank,
+            size=self.ranks,
+            split=spec.split is not Split.REPLICATE,
+            name=spec.name,
+            file=file,
+            shape=shape,
+            offset=offset,
+            nbytes=self._nbytes(shape),
+            transposed=False,
+            values=lambda source: source.shard(spec, rank, self.ranks),
+        )
 
     def _header(self, rank: int, shapes: dict[WeightSpec, tuple[int, ...]]) -> bytes:
         model = {**asdict(self.source.config), "dtype": self.dtype}

@@ -67,9 +67,8 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        default=FORMATS[0],
-        help="fastertransformer: one file per tensor; safetensors: one file per rank, which hasten loads fastest "
-        "(default: fastertransformer)",
+        help="fastertransformer: one file per tensor, for models that FasterTransformer could compute; safetensors: "
+        "one file per rank, for every model, which hasten loads fastest (default: fastertransformer where it can be)",
     )
     parser.set_defaults(run=run)
 
@@ -101,11 +100,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_arguments(args: argparse.Namespace) -> None:
+def _print_arguments(args: argparse.Namespace, output_format: str) -> None:
     print("\n" + "=" * 23 + " Arguments " + "=" * 23)
-    names = _LOGGED if args.format == FORMATS[0] else (*_LOGGED, "format")
-    for name in names:
-        print(f" - {name.ljust(20, '.')}: {getattr(args, name)}")
+    shown = {name: getattr(args, name) for name in _LOGGED}
+    # FasterTransformer's own log has no such line
+    for name, value in shown.items() if output_format == FORMATS[0] else (*shown.items(), ("format", output_format)):
+        print(f" - {name.ljust(20, '.')}: {value}")
     print("=" * 57, flush=True)
 
 
@@ -132,7 +132,7 @@ class _Log:
 
         if isinstance(event, Opened):
             self.label, self.replaced = event.label, event.replaced
-            _print_arguments(self._args)
+            _print_arguments(self._args, event.format)
             print(f"loading from {event.source.kind} format")
             print(f"model file num: {len(event.source.files)}", flush=True)
             bar = progress_bar("Converting", event.nbytes, unit="bytes", show=not self._args.verbose)

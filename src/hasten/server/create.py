@@ -109,7 +109,8 @@ def _text(config: model_config_pb2.ModelConfig) -> str:
 def _config_ini(engine: EngineConfig) -> str | None:
     """What FasterTransformer's converter would say of the checkpoint; None for a model that it does not know."""
     # these import torch, which takes seconds, and nothing else here needs it
-    from hasten.checkpoint.faster_transformer import config_ini, has_format
+    from hasten.checkpoint.faster_transformer.folder import family_of
+    from hasten.checkpoint.faster_transformer.ini import ini_text
     from hasten.checkpoint.plan import open_checkpoint
     from hasten.core.config import dtype_name
 
@@ -117,10 +118,11 @@ def _config_ini(engine: EngineConfig) -> str | None:
     config = open_checkpoint(engine.model, ranks).config
     engine.parallel.validate(config)
     engine.scheduler.validate(config)
-    if not has_format(config.architecture):
+    family = family_of(config.architecture)
+    if family is None or family.why_not(config) is not None:
         return None
     dtype = config.dtype if engine.dtype == "auto" else dtype_name(engine.dtype)
-    return config_ini(config, model_name(engine.model), ranks, dtype)
+    return ini_text(family.section, family.ini(config, model_name(engine.model), ranks, dtype))
 
 
 def _token(engine: EngineConfig, name: str, decoupled: bool) -> model_config_pb2.ModelConfig:

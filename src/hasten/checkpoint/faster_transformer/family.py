@@ -1,0 +1,186 @@
+"""What FasterTransformer's folders of all families have in common: names, shapes and splits of their files.
+
+A file is headerless, in C order. Matrices are stored (in, out), a fused QKV as (in, 3, out / ranks).
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hasten.checkpoint.faster_transformer.ini import Section
+from hasten.core.config import AttentionConfig, DTypeName, ModelConfig, dtype_name
+from hasten.core.errors import UnsupportedError
+from hasten.models.weight_map import WeightSpec
+from hasten.parallel.shard import Split, shard_shape
+
+_SPLIT = frozenset({Split.COLUMN, Split.ROW, Split.QKV})
+_LAYER = re.compile(r"(?<=layers\.)\d+")
+
+Shards = Callable[[WeightSpec, int, int], Tensor]
+"""Rank r's shard of n of a parameter, in the type that it is stored in."""
+LAYER_MODULES = {
+    "layers.{}.input_norm": "layers.{}.input_layernorm",
+    "layers.{}.attention.qkv": "layers.{}.attention.query_key_value",
+    "layers.{}.attention.dense": "layers.{}.attention.dense",
+    "layers.{}.post_norm": "layers.{}.post_attention_layernorm",
+    "layers.{}.mlp.up": "layers.{}.mlp.dense_h_to_4h",
+    "layers.{}.mlp.down": "layers.{}.mlp.dense_4h_to_h",
+}
+"""Names of a layer's modules, the same in every family."""
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """One tensor of a folder: a file, or where it is split one per rank, be there only one rank."""
+
+    name: str
+    """Without `model.` before it, and the rank and `.bin` behind."""
+    spec: WeightSpec
+    """The parameter that it holds, or whose shape it has."""
+    derive: Callable[[Shards, torch.dtype], Tensor] | None = None
+    """Its whole values from those of the parameters, in the type of the files, where it does not hold them as they
+    are."""
+    restore: Callable[[Tensor], Tensor] | None = None
+    """The inverse: the parameter's values from those of the file."""
+    extra: bool = False
+    """Whether no parameter is read from it: its values follow from other files'."""
+
+    @property
+    def is_split(self) -> bool:
+        """Whether each rank has a file of its own."""
+        return self.spec.split in _SPLIT
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether a file holds the transpose of hasten's layout."""
+        return self.is_split and len(self.spec.axes) == 2
+
+    def parts(self, ranks: int) -> int:
+        """How many files it has."""
+        return ranks if self.is_split else 1
+
+    def file(self, rank: int) -> str:
+        """Name of the file with a rank's shard, or with the whole where it is not split."""
+        return f"model.{self.name}.{rank}.bin" if self.is_split else f"model.{self.name}.bin"
+
+    def shape(self, config: ModelConfig, ranks: int) -> tuple[int, ...]:
+        """Shape of a file as FasterTransformer sees it."""
+        shape = self.spec.shape(config)
+        if not self.is_split:
+            return shape
+        out, *into = shard_shape(shape, self.spec.split, ranks, config.attention)
+        return (*into, 3, out // 3) if self.spec.split is Split.QKV else (*into, out)
+
+    def values(self, shards: Shards, rank: int, size: int, dtype: torch.dtype) -> Tensor:
+        """A shard to write, in hasten's layout."""
+        return shards(self.spec, rank, size) if self.derive is None else self.derive(shards, dtype)
+
+    def parameter(self, stored: Tensor) -> Tensor:
+        """A parameter's shard in hasten's layout, from a file's values in the shape `shape`; a view if it can be."""
+        if self.spec.split is Split.QKV:
+            stored = stored.flatten(-2)
+        shard = stored.t() if self.is_transposed else stored
+        return shard if self.restore is None else self.restore(shard)
+
+
+class Family(ABC):
+    """How a family of models lies in FasterTransformer's folders."""
+
+    architecture: ClassVar[str]
+    label: ClassVar[str]
+    """What messages call it."""
+    section: ClassVar[str]
+    """Of config.ini."""
+    model_type: ClassVar[str]
+    """What FasterTransformer's backend for Triton calls the models that it serves so."""
+    modules: ClassVar[Mapping[str, str]]
+    """FasterTransformer's names of modules, by hasten's."""
+    parameters: ClassVar[Mapping[str, str]] = {"embedding.weight": "wte"}
+    """The same of parameters whose name does not follow from their module's."""
+    marks: ClassVar[Mapping[str, str]] = {}
+    """Keys of config.ini by whose values a folder is known among those of its section."""
+    fixed: ClassVar[Mapping[str, str]] = {}
+    """Keys of config.ini that are alike in all models of the family; where one is left out, it is so too."""
+    harmless: ClassVar[frozenset[str]] = frozenset()
+    """Keys of config.ini that say nothing that others do not."""
+    transposed_head: ClassVar[bool] = False
+    """Whether FasterTransformer's own converter writes an untied head as (hidden, vocabulary)."""
+
+    @abstractmethod
+    def ini(self, config: ModelConfig, model_name: str, ranks: int, dtype: DTypeName) -> dict[str, object]:
+        """Keys and values of config.ini, in order; `model_name` says where the model came from."""
+
+    @abstractmethod
+    def config(self, section: Section) -> ModelConfig:
+        """What config.ini describes; what it does not say is as in the family's published models."""
+
+    def why_not(self, config: ModelConfig) -> str | None:
+        """What of a model FasterTransformer cannot compute; None if it can all."""
+        return None
+
+    def described(
+        self, section: Section, attention: AttentionConfig, tokens: tuple[int, int], **more: Any
+    ) -> ModelConfig:
+        """The model of keys that every family has, and of `more`; `tokens`: start and end where there are no keys."""
+        start = section.ids("start_id", tokens[0])
+        return ModelConfig(
+            architecture=self.architecture,
+            num_layers=section.count("num_layer"),
+            hidden_size=attention.num_heads * attention.head_size,
+            intermediate_size=section.count("inter_size"),
+            vocab_size=section.count("vocab_size"),
+            attention=attention,
+            dtype=dtype_name(section.text("weight_data_type")),
+            bos_token_id=start[0] if start else None,
+            eos_token_ids=section.ids("end_id", tokens[1]),
+            **more,
+        )
+
+    def recognizes(self, section: Section) -> bool:
+        """Whether a section of config.ini is of this family, among those that have its name."""
+        return all(section.text(key, "").lower() == value.lower() for key, value in self.marks.items())
+
+    def check(self, section: Section) -> None:
+        """UnsupportedError names the key that says that a folder is of no model of this family."""
+        for key, value in self.fixed.items():
+            found = section.text(key, value)
+            is_flag = value in ("True", "False")
+            if (section.flag(key, value == "True") != (value == "True")) if is_flag else found.lower() != value.lower():
+                raise UnsupportedError(
+                    f"{section.path}: {key} is {found}, but {value} in every {self.label}; hasten reads no other kind "
+                    f"from [{self.section}]"
+                )
+
+    def tensors(self, specs: Iterable[WeightSpec], config: ModelConfig, ranks: int) -> Iterator[FileTensor]:
+        """All tensors of a folder, in the order of the parameters."""
+        for spec in specs:
+            yield self.tensor(spec)
+
+    def tensor(self, spec: WeightSpec) -> FileTensor:
+        """The tensor that holds a parameter as it is."""
+        if spec.name in self.parameters:
+            return FileTensor(self.parameters[spec.name], spec)
+        module, _, kind = spec.name.rpartition(".")
+        layer = _LAYER.search(module)
+        name = self.modules[_LAYER.sub("{}", module)]
+        return FileTensor(f"{name.format(layer[0]) if layer else name}.{kind}", spec)
+
+
+def attention_of(section: Section, **more: Any) -> AttentionConfig:
+    """Attention with the heads that config.ini says, and of `more`."""
+    heads = section.count("head_num")
+    return AttentionConfig(num_heads=heads, num_kv_heads=heads, head_size=section.count("size_per_head"), **more)
+
+
+def token_keys(config: ModelConfig) -> dict[str, object]:
+    """Keys and values of the start and end tokens."""
+    ends = config.eos_token_ids
+    return {
+        "start_id": config.bos_token_id,
+        "end_id": None if not ends else ends[0] if len(ends) == 1 else list(ends),
+    }

@@ -1,0 +1,96 @@
+"""Which family of FasterTransformer's a model or a folder is of, and what the folder's config.ini says."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from hasten.checkpoint.faster_transformer.bloom import Bloom
+from hasten.checkpoint.faster_transformer.family import Family
+from hasten.checkpoint.faster_transformer.ini import CONFIG_INI, Section, read_sections, unreadable
+from hasten.core.config import ModelConfig
+from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
+
+_log = logging.getLogger(__name__)
+
+FAMILIES: tuple[Family, ...] = (Bloom(),)
+"""Those of one section of config.ini in the order in which they are tried: the last takes what is no other's."""
+_OF_ALL_RANKS = "model.layers.0.attention.dense.weight"
+"""A tensor that is split in every family."""
+
+
+def family_of(architecture: str) -> Family | None:
+    """The family of an architecture, None where FasterTransformer had none."""
+    return next((family for family in FAMILIES if family.architecture == architecture), None)
+
+
+def writable_family(config: ModelConfig) -> Family:
+    """The family that a model is written as; UnsupportedError says why FasterTransformer could not compute it."""
+    family = family_of(config.architecture)
+    if family is None:
+        known = ", ".join(each.architecture for each in FAMILIES)
+        why = f"FasterTransformer had no {config.architecture} (it had {known})"
+    else:
+        problem = family.why_not(config)
+        if problem is None:
+            return family
+        why = f"FasterTransformer's {family.label} has no {problem}"
+    raise UnsupportedError(f"{why}; convert to hasten's own format with --format safetensors")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What config.ini says of a folder."""
+
+    family: Family
+    config: ModelConfig
+    """It does not say whether the head is tied: it is unless there is a file of a head that differs."""
+    ranks: int
+    model_name: str
+
+
+def read_folder(path: Path) -> Folder:
+    """Read config.ini of a folder; CheckpointError or UnsupportedError names the key that is wrong."""
+    ini = path / CONFIG_INI
+    sections = read_sections(ini)
+    family, section = _family_of(ini, sections)
+    family.check(section)
+    try:
+        config = family.config(section)
+        folder = Folder(family, config, _ranks(path, section), section.text("model_name", ""))
+    except ConfigError as error:
+        raise unreadable(ini, str(error)) from error
+    if unknown := sorted(set(section.unread()) - family.harmless):
+        _log.warning("%s: ignored, since hasten does not know what they change: %s", ini, ", ".join(unknown))
+    return folder
+
+
+def _family_of(ini: Path, sections: dict[str, Section]) -> tuple[Family, Section]:
+    for family in FAMILIES:
+        if family.section in sections and family.recognizes(sections[family.section]):
+            return family, sections[family.section]
+    known = dict.fromkeys(family.section for family in FAMILIES)
+    if found := next((name for name in known if name in sections), None):
+        raise _unknown_kind(sections[found])
+    raise CheckpointError(
+        f"{ini} has none of the sections {', '.join(f'[{name}]' for name in known)}: it is of a kind of model that "
+        "hasten does not read from FasterTransformer's format"
+    )
+
+
+def _unknown_kind(section: Section) -> UnsupportedError:
+    families = [family for family in FAMILIES if family.section == section.name]
+    kinds = "; ".join(
+        f"{family.label} has {', '.join(f'{key}={value}' for key, value in family.marks.items())}"
+        for family in families
+    )
+    return UnsupportedError(f"{section.path}: [{section.name}] is of no family that hasten reads: {kinds}")
+
+
+def _ranks(path: Path, section: Section) -> int:
+    """Ranks that a folder's files are for; not every family's config.ini says it."""
+    if "tensor_para_size" in section:
+        return section.count("tensor_para_size")
+    found = len(list(path.glob(f"{_OF_ALL_RANKS}.*.bin")))
+    if not found:
+        raise CheckpointError(f"{path / _OF_ALL_RANKS}.0.bin is missing; copy it, or convert the checkpoint again")
+    return found

@@ -1,0 +1,92 @@
+"""config.ini of a folder: its section, with values read as what they must be."""
+
+import configparser
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from hasten.core.errors import CheckpointError
+
+CONFIG_INI = "config.ini"
+_TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
+"""What FasterTransformer's runtime takes for true and for false, in lower case."""
+
+
+def ini_text(section: str, values: Mapping[str, object]) -> str:
+    """Text of a config.ini with one section, byte for byte as Python's configparser writes it without spaces."""
+    return f"[{section}]\n" + "".join(f"{name}={value}\n" for name, value in values.items()) + "\n"
+
+
+def read_sections(path: Path) -> "dict[str, Section]":
+    """All sections of a config.ini; CheckpointError where it is none."""
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read_string(path.read_text(encoding="utf-8"), source=str(path))
+    except (configparser.Error, ValueError, OSError) as error:
+        raise unreadable(path, str(error)) from error
+    return {name: Section(path, name, dict(parser[name])) for name in parser.sections()}
+
+
+def unreadable(path: Path, problem: str) -> CheckpointError:
+    """An error that says what is wrong with a config.ini."""
+    return CheckpointError(f"{path} cannot be read as FasterTransformer's config.ini: {problem}")
+
+
+class Section:
+    """The keys of one section, which remembers those that were read. CheckpointError names a wrong one."""
+
+    def __init__(self, path: Path, name: str, values: Mapping[str, str]) -> None:
+        self.path = path
+        self.name = name
+        self._values = values
+        self._read: set[str] = set()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A value as it is written."""
+        self._read.add(key)
+        value = self._values.get(key, default)
+        if value is None:
+            raise CheckpointError(f"{self.path} lacks {key!r} in [{self.name}]; convert the checkpoint again")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number."""
+        value = self.text(key, None if default is None else str(default))
+        try:
+            return int(value)
+        except ValueError:
+            raise self._wrong(key, value, "a whole number") from None
+
+    def number(self, key: str, default: float) -> float:
+        """A number."""
+        value = self.text(key, str(default))
+        try:
+            return float(value)
+        except ValueError:
+            raise self._wrong(key, value, "a number") from None
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A value that is true or false."""
+        value = self.text(key, str(default))
+        if value.lower() not in _TRUE | _FALSE:
+            raise self._wrong(key, value, "true or false")
+        return value.lower() in _TRUE
+
+    def ids(self, key: str, default: int) -> tuple[int, ...]:
+        """Token ids: one, a list or `None`."""
+        value = self.text(key, str(default))
+        try:
+            found = () if value == "None" else json.loads(value)
+            return tuple(int(each) for each in found) if isinstance(found, list | tuple) else (int(found),)
+        except (ValueError, TypeError):
+            raise self._wrong(key, value, "a token id or a list of them") from None
+
+    def unread(self) -> list[str]:
+        """Keys that nobody read, sorted."""
+        return sorted(set(self._values) - self._read)
+
+    def _wrong(self, key: str, value: str, wanted: str) -> CheckpointError:
+        return unreadable(self.path, f"{key} in [{self.name}] is {value!r}, not {wanted}")
