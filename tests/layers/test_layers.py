@@ -21,7 +21,7 @@ from hasten.layers.embedding import Embedding, Head
 from hasten.layers.linear import ColumnLinear, PackedModule, RowLinear
 from hasten.layers.norm import LayerNorm
 from hasten.layers.position import alibi_slopes
-from hasten.ops import NONE_LEFT
+from hasten.ops import NONE_LEFT, reference
 from hasten.parallel.groups import TensorGroup, use_group
 from hasten.parallel.shard import Split, padded_vocab, split
 
@@ -96,15 +96,10 @@ def rank_of(group: TensorGroup) -> Iterator[None]:
         yield
 
 
-def settled(made: Tensor | ops.PartialSum) -> Tensor:
+def settled(layer: RowLinear, made: Tensor | ops.PartialSum) -> Tensor:
     """What the next norm reads."""
-    if isinstance(made, Tensor):
-        return made
-    total_th = made.parts if made.parts.dim() == 2 else made.parts.sum(0)
-    if made.bias is not None:
-        total_th = total_th + made.bias
-    assert made.residual is not None
-    return total_th + (made.residual if made.residual_indices is None else made.residual[made.residual_indices])
+    reduced = layer.group.reduced(made)
+    return reduced if isinstance(reduced, Tensor) else reference.complete(reduced)
 
 
 def draw(*shape: int) -> Tensor:
@@ -138,23 +133,24 @@ def test_layer_norm() -> None:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_embedding_and_head_of_all_ranks_are_those_of_one(size: int, vocab: int) -> None:
     weight_vh, ids_t = draw(vocab, HIDDEN), torch.tensor([0, 12, 6, 7, 3])
-    norm = LayerNorm(HIDDEN, eps=1e-5)
-    fill(norm, weight=draw(HIDDEN), bias=draw(HIDDEN) + 1)
+    weight_h, bias_h = draw(HIDDEN), draw(HIDDEN) + 1
 
-    def build(rank: int) -> tuple[Embedding, Head]:
+    def build(rank: int) -> tuple[Embedding, LayerNorm, Head]:
         embedding, head = Embedding(vocab, HIDDEN), Head(vocab, HIDDEN, tied=None)
+        norm = LayerNorm(HIDDEN, eps=1e-5)
         shard = split(weight_vh, Split.VOCAB, rank, size, ATTENTION)
         fill(embedding, weight=shard)
+        fill(norm, weight=weight_h, bias=bias_h)
         fill(head, weight=shard)
-        return embedding, head
+        return embedding, norm, head
 
-    def run(built: tuple[Embedding, Head]) -> tuple[Tensor, Tensor, Tensor | None]:
-        embedding, head = built
+    def run(built: tuple[Embedding, LayerNorm, Head]) -> tuple[Tensor, Tensor, Tensor | None]:
+        embedding, norm, head = built
         return embedding.normed(ids_t, ids_t, norm), head.local_logits(weight_vh), head(weight_vh)
 
     found = on_ranks(size, build, run)
     for normed_th, shard, _ in found:
-        assert torch.equal(normed_th, F.layer_norm(weight_vh[ids_t], (HIDDEN,), norm.weight, norm.bias, 1e-5))
+        assert torch.equal(normed_th, F.layer_norm(weight_vh[ids_t], (HIDDEN,), weight_h, bias_h, 1e-5))
         assert shard.shape == (vocab, padded_vocab(vocab, size) // size)
     logits = [whole for *_, whole in found]
     assert logits[0] is not None
@@ -167,21 +163,23 @@ def test_embedding_and_head_of_all_ranks_are_those_of_one(size: int, vocab: int)
 def test_learned_positions_are_added_once_however_many_ranks(size: int, offset: int) -> None:
     weight_vh, positions_ph, ids_t = draw(13, HIDDEN), draw(5 + offset, HIDDEN) * 3, torch.tensor([0, 12, 6, 7, 7])
     positions_t = torch.tensor([3, 4, 0, 1, 4])
-    norm = LayerNorm(HIDDEN, eps=1e-5)
-    fill(norm, weight=draw(HIDDEN), bias=draw(HIDDEN) + 1)
+    weight_h, bias_h = draw(HIDDEN), draw(HIDDEN) + 1
 
-    def build(rank: int) -> Embedding:
+    def build(rank: int) -> tuple[Embedding, LayerNorm]:
         embedding = Embedding(13, HIDDEN, positions=5 + offset, position_offset=offset)
+        norm = LayerNorm(HIDDEN, eps=1e-5)
+        fill(norm, weight=weight_h, bias=bias_h)
         fill(embedding, weight=split(weight_vh, Split.VOCAB, rank, size, ATTENTION), positions=positions_ph)
-        return embedding
+        return embedding, norm
 
-    def run(embedding: Embedding) -> tuple[Tensor, Tensor]:
+    def run(built: tuple[Embedding, LayerNorm]) -> tuple[Tensor, Tensor]:
+        embedding, norm = built
         return norm(embedding(ids_t, positions_t))[1], embedding.normed(ids_t, positions_t, norm)
 
     expected = weight_vh[ids_t] + torch.stack([positions_ph[int(position) + offset] for position in positions_t])
     for found_th, normed_th in on_ranks(size, build, run):
         assert torch.equal(found_th, expected)
-        assert torch.equal(normed_th, norm(expected)[0])
+        assert torch.equal(normed_th, F.layer_norm(expected, (HIDDEN,), weight_h, bias_h, 1e-5))
 
 
 @pytest.mark.parametrize("vocab", [1, 5, 13, 16])
@@ -253,16 +251,19 @@ def test_an_mlp_of_all_ranks_is_that_of_one(size: int, bias: bool) -> None:
         fill(row, weight=split(down, Split.ROW, rank, size, ATTENTION), **({"bias": biases[1]} if bias else {}))
         return column, row
 
-    def run(built: tuple[ColumnLinear, RowLinear]) -> tuple[Tensor, Tensor]:
+    def run(built: tuple[ColumnLinear, RowLinear]) -> tuple[Tensor, Tensor, Tensor]:
         column, row = built
         inner_th = column(x_th)
-        return settled(row(inner_th, residual_th)), settled(row(inner_th, residual_th, rows_t))
+        whole_th, picked_th = (settled(row, row(inner_th, residual_th, rows)) for rows in (None, rows_t))
+        # both halves of a parallel residual at once
+        return whole_th, picked_th, settled(row, row(inner_th, row(inner_th, residual_th, rows_t)))
 
     inner_th = F.gelu(F.linear(x_th, up, up_bias if bias else None), approximate="tanh")
     product_th = F.linear(inner_th, down, down_bias if bias else None)
-    for whole_th, picked_th in on_ranks(size, build, run):
+    for whole_th, picked_th, both_th in on_ranks(size, build, run):
         torch.testing.assert_close(whole_th, product_th + residual_th)
         torch.testing.assert_close(picked_th, product_th + residual_th[rows_t])
+        torch.testing.assert_close(both_th, 2 * product_th + residual_th[rows_t])
 
 
 def one_sequence(first: int, count: int) -> ops.AttentionMeta:
@@ -332,7 +333,9 @@ def test_attention_of_all_ranks_in_any_chunks_is_that_of_one_without_a_cache(siz
         first, found = 0, []
         for count in chunks:
             rows = slice(first, first + count)
-            found.append(settled(layer(x_th[rows], torch.arange(count), one_sequence(first, count), residual_th[rows])))
+            meta = one_sequence(first, count)
+            out_th = layer(x_th[rows], torch.arange(count), meta, residual_th[rows])
+            found.append(settled(layer.dense, out_th))
             first += count
         return torch.cat(found).double()
 

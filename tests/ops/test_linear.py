@@ -122,6 +122,11 @@ def test_a_residual_is_added(
             taken_to[row] = residual_to[place]
         assert_close("linear", found, exact(x, weight, bias_o, None, taken_to))
         assert_close("stepwise", found, reference.add_linear(x, plain, bias_o, residual_to, rows_t))
+        of_sum = ops.PartialSum(taken_to, residual=residual_to, residual_indices=rows_t)
+        twice_to = ops.add_linear(x, packed, bias_o, of_sum)
+        assert isinstance(twice_to, Tensor)
+        assert_close("stepwise", twice_to, exact(x, weight, bias_o, None, 2 * taken_to.double()))
+        assert_close("stepwise", twice_to, reference.add_linear(x, plain, bias_o, of_sum, None).double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

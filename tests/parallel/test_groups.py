@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hasten.ops import reference
+from hasten.ops.partial_sum import PartialSum
 from hasten.ops.peers import Peers
 from hasten.parallel.groups import TensorGroup
 
@@ -31,12 +33,28 @@ def mailboxes() -> Peers:
 def test_parts_are_added_up_before_ranks_are_and_all_else_after(parts: int | None) -> None:
     made = torch.randn(ROWS, WIDTH) if parts is None else torch.randn(parts, ROWS, WIDTH)
     bias, residual, rows = torch.randn(WIDTH), torch.randn(ROWS + 2, WIDTH), torch.tensor([4, 0, 1])
-    sum_ = Doubling(0, 2).all_reduce_sum(made.clone(), bias, residual, rows)
-    torch.testing.assert_close(sum_.parts, 2 * (made if parts is None else made.sum(0)))
+    open_sum = PartialSum(made.clone(), bias, residual, rows, over_ranks=True)
+    whole = made if parts is None else made.sum(0)
+    sum_ = Doubling(0, 2).reduced(open_sum)
+    assert isinstance(sum_, PartialSum)
+    torch.testing.assert_close(sum_.parts, 2 * whole)
     assert sum_.bias is bias
     assert sum_.residual is residual
     assert sum_.residual_indices is rows
     assert sum_.peers is None
+    more, more_bias = torch.randn(2, ROWS, WIDTH), torch.randn(WIDTH)
+    both = Doubling(0, 2).reduced(open_sum.plus(more, more_bias))  # one all-reduce for both
+    assert isinstance(both, PartialSum)
+    torch.testing.assert_close(both.parts, 2 * (whole + more.sum(0)))
+    assert both.added is None
+    torch.testing.assert_close(reference.complete(both), 2 * (whole + more.sum(0)) + bias + more_bias + residual[rows])
+
+
+def test_what_is_whole_is_left_as_it_is() -> None:
+    x_th = torch.randn(ROWS, WIDTH)
+    whole = PartialSum(x_th, residual=x_th)
+    for value in (x_th, whole):
+        assert Doubling(0, 2, mailboxes()).reduced(value) is value
 
 
 @pytest.mark.parametrize(("rows", "by_mail"), [(1, True), (MOST_ROWS, True), (MOST_ROWS + 1, False)])
@@ -44,10 +62,14 @@ def test_parts_are_added_up_before_ranks_are_and_all_else_after(parts: int | Non
 def test_as_many_rows_as_fit_go_through_mailboxes(parts: int | None, rows: int, by_mail: bool) -> None:
     peers = mailboxes()
     made = torch.randn(rows, WIDTH) if parts is None else torch.randn(parts, rows, WIDTH)
-    sum_ = Doubling(0, 2, peers).all_reduce_sum(made)
+    more = torch.randn(rows, WIDTH)
+    sum_ = Doubling(0, 2, peers).reduced(PartialSum(made, over_ranks=True).plus(more, None))
+    assert isinstance(sum_, PartialSum)
+    assert not sum_.over_ranks
     if by_mail:  # this rank's own parts, as they are: the norm brings the others'
         assert sum_.parts is made
+        assert sum_.added is more
         assert sum_.peers is peers
     else:
-        torch.testing.assert_close(sum_.parts, 2 * (made if parts is None else made.sum(0)))
+        torch.testing.assert_close(sum_.parts, 2 * ((made if parts is None else made.sum(0)) + more))
         assert sum_.peers is None

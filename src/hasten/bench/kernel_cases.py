@@ -162,7 +162,8 @@ def cases(setting: Setting) -> list[Case]:
         _attention(setting, "prefill 14 x 560, window 256, capped", [(560, 560)] * 14, window=256, softcap=50.0),
         *(_add_norm(setting, rows) for rows in (1, 64, 8192)),
         *(_add_norm(setting, rows, rms=True) for rows in (1, 64, 8192)),
-        _exchange_norm(setting, 64),
+        *(_add_norm(setting, rows, products=2) for rows in (1, 64)),
+        *(_exchange_norm(setting, 64, products) for products in (1, 2)),
         *_embedding_norms(setting, (1, 64, 8192)),
         *(_write_cache(setting, rows) for rows in (64, 8192)),
         *(_copy_blocks(setting, count) for count in (32, 128)),
@@ -198,7 +199,8 @@ def _wide(value: Any) -> Any:
     if isinstance(value, PackedLinear):
         return replace(value, plain=_wide(value.plain))
     if isinstance(value, PartialSum):
-        return replace(value, parts=_wide(value.parts), bias=_wide(value.bias), residual=_wide(value.residual))
+        terms = ("parts", "bias", "residual", "added", "added_bias")
+        return replace(value, **{name: _wide(getattr(value, name)) for name in terms})
     return value
 
 
@@ -318,18 +320,29 @@ def _meta(setting: Setting, lengths: list[tuple[int, int]], blocks: int) -> Atte
     return inputs.tokens(batch, batch.counts).meta
 
 
-def _add_norm(setting: Setting, rows: int, *, rms: bool = False) -> Case:
+def _add_norm(setting: Setting, rows: int, *, rms: bool = False, products: int = 1) -> Case:
     hidden = setting.model.hidden_size
 
     def make() -> Call:
-        sum_ = PartialSum(setting.draw(rows, hidden), setting.draw(hidden), setting.draw(rows, hidden))
+        sum_ = _sum_of(setting, rows, products)
         weight, bias = _gain(setting)
         kernel, definition = (partial(op, rms=rms) for op in (ops.norm, reference.norm))
         return _call(kernel, definition, sum_, weight, None if rms else bias, _EPS)
 
-    shape = f"rms, {_rows(rows)}" if rms else _rows(rows)
-    nbytes = 4 * rows * hidden * setting.itemsize
+    shape = f"rms, {_rows(rows)}" if rms else f"{_products(products)}{_rows(rows)}"
+    nbytes = (3 + products) * rows * hidden * setting.itemsize
     return Case(op="norm", shape=shape, make=make, nbytes=nbytes, tolerance=_norm_of_sum(setting))
+
+
+def _sum_of(setting: Setting, rows: int, products: int) -> PartialSum:
+    """A product, its bias and a residual; with two products, those of a parallel residual."""
+    hidden = setting.model.hidden_size
+    sum_ = PartialSum(setting.draw(rows, hidden), setting.draw(hidden), setting.draw(rows, hidden))
+    return sum_ if products == 1 else sum_.plus(setting.draw(rows, hidden), setting.draw(hidden))
+
+
+def _products(count: int) -> str:
+    return "" if count == 1 else f"{count} products, "
 
 
 def _norm_of_sum(setting: Setting) -> float:
@@ -342,7 +355,7 @@ def _gain(setting: Setting) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def _exchange_norm(setting: Setting, rows: int) -> Case:
+def _exchange_norm(setting: Setting, rows: int, products: int) -> Case:
     """What it costs beside the other ranks' part: this one has nobody to wait for."""
     hidden, device = setting.model.hidden_size, setting.device
 
@@ -358,13 +371,13 @@ def _exchange_norm(setting: Setting, rows: int) -> Case:
             exchanges=torch.zeros(rows, dtype=torch.int32, device=device),
             abort_flag=torch.zeros(1, dtype=torch.int32, device=device),
         )
-        sum_ = PartialSum(setting.draw(rows, hidden), setting.draw(hidden), setting.draw(rows, hidden), peers=peers)
+        sum_ = replace(_sum_of(setting, rows, products), peers=peers)
         return _call(ops.norm, reference.norm, sum_, *_gain(setting), _EPS)
 
-    nbytes = 4 * rows * hidden * setting.itemsize
+    nbytes = (3 + products) * rows * hidden * setting.itemsize
     return Case(
         op="exchange_norm",
-        shape=f"{_rows(rows)}, one rank alone",
+        shape=f"{_products(products)}{_rows(rows)}, one rank alone",
         make=make,
         nbytes=nbytes,
         tolerance=_norm_of_sum(setting),

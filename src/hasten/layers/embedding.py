@@ -43,10 +43,12 @@ class Embedding(nn.Module):
         rows_th = ops.embedding(ids_t, self.weight, self.first)
         if self.scale is not None:
             rows_th = rows_th * float(torch.tensor(self.scale, dtype=rows_th.dtype))
+        over_ranks = self.first is not None
         if self.positions is None:
-            return rows_th if self.first is None else self.group.all_reduce_sum(rows_th)
+            return PartialSum(rows_th, over_ranks=True) if over_ranks else rows_th
         # the norm takes the rows of these positions as it does those of a residual: no kernel of their own
-        return self.group.all_reduce_sum(rows_th, None, self.positions[self.position_offset :], positions_t)
+        positions_ph = self.positions[self.position_offset :]
+        return PartialSum(rows_th, residual=positions_ph, residual_indices=positions_t, over_ranks=over_ranks)
 
     def normed(self, ids_t: Tensor, positions_t: Tensor, norm: LayerNorm) -> Tensor:
         """Embeddings after `norm`: [t, h], whole on every rank."""

@@ -85,9 +85,16 @@ class RowLinear(_Linear):
         super().__init__(in_features // tensor_group().size, out_features, bias=bias)
 
     def forward(
-        self, x_th: Tensor, residual_to: Tensor | None, rows_t: Tensor | None = None
+        self, x_th: Tensor, residual_to: Tensor | ops.PartialSum | None, rows_t: Tensor | None = None
     ) -> Tensor | ops.PartialSum:
-        """`residual[rows] + x @ W.T + b` over all ranks' features: [t, o], or a sum for the next norm to add up."""
+        """`residual[rows] + x @ W.T + b` over all ranks' features: [t, o], or a sum for the next norm to add up.
+
+        A residual may be the sum that another row layer left: both are then summed over the ranks at once.
+        """
         if self.group.size == 1:
             return ops.add_linear(x_th, self.packed, self.bias, residual_to, rows_t)
-        return self.group.all_reduce_sum(ops.linear_parts(x_th, self.packed), self.bias, residual_to, rows_t)
+        parts = ops.linear_parts(x_th, self.packed)
+        if isinstance(residual_to, ops.PartialSum):
+            assert residual_to.over_ranks
+            return residual_to.plus(parts, self.bias)
+        return ops.PartialSum(parts, self.bias, residual_to, rows_t, over_ranks=True)

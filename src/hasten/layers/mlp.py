@@ -15,6 +15,6 @@ class MLP(nn.Module):
         self.up = ColumnLinear(hidden_size, inner_size, bias=bias, activation=activation)
         self.down = RowLinear(inner_size, hidden_size, bias=bias)
 
-    def forward(self, x_th: Tensor, residual_th: Tensor | None) -> Tensor | ops.PartialSum:
+    def forward(self, x_th: Tensor, residual_th: Tensor | ops.PartialSum | None) -> Tensor | ops.PartialSum:
         """`residual_th` + MLP(`x_th`): [t, h], or a sum for the next norm to add up."""
         return self.down(self.up(x_th), residual_th)

@@ -5,6 +5,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten import ops
+from hasten.parallel.groups import tensor_group
 
 
 class LayerNorm(nn.Module):
@@ -12,13 +13,14 @@ class LayerNorm(nn.Module):
 
     def __init__(self, size: int, *, eps: float, bias: bool = True) -> None:
         super().__init__()
+        self.group = tensor_group()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(size), requires_grad=False) if bias else None
 
     def forward(self, x_th: Tensor | ops.PartialSum) -> tuple[Tensor, Tensor]:
         """Normalised [t, h], and what was normalised, added up: [t, h]."""
-        return ops.norm(x_th, self.weight, self.bias, self.eps)
+        return ops.norm(self.group.reduced(x_th), self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -26,10 +28,12 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, *, eps: float, unit_offset: bool = False) -> None:
         super().__init__()
+        self.group = tensor_group()
         self.eps = eps
         self.unit_offset = unit_offset
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
 
     def forward(self, x_th: Tensor | ops.PartialSum) -> tuple[Tensor, Tensor]:
         """Normalised [t, h], and what was normalised, added up: [t, h]."""
+        x_th = self.group.reduced(x_th)
         return ops.norm(x_th, self.weight, None, self.eps, rms=True, unit_offset=self.unit_offset)

@@ -146,17 +146,21 @@ def add_linear(
     x_th: Tensor,
     weight: PackedLinear,
     bias_o: Tensor | None,
-    residual_to: Tensor | None,
+    residual_to: Tensor | PartialSum | None,
     rows_t: Tensor | None = None,
 ) -> Tensor | PartialSum:
     """`residual + x @ weight.T + bias`, [t, o]; or what it is the sum of, where the norm that reads it adds for free.
 
-    With `rows_t`, the residual has more rows and these are the ones to take.
+    With `rows_t`, the residual has more rows and these are the ones to take. A residual may be the sum that another
+    product left, as in a parallel residual; it then has these rows already.
     """
     if x_th.is_cuda:
         from hasten.ops.gpu import matmul
 
-        return PartialSum(matmul.linear_parts(x_th, weight), bias_o, residual_to, rows_t)
+        parts = matmul.linear_parts(x_th, weight)
+        if isinstance(residual_to, PartialSum):
+            return residual_to.plus(parts, bias_o)
+        return PartialSum(parts, bias_o, residual_to, rows_t)
     return cpu.add_linear(x_th, weight, bias_o, residual_to, rows_t)
 
 

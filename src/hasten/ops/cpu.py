@@ -16,6 +16,7 @@ from hasten.ops import reference
 from hasten.ops.heads import HeadTransform
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.packed import PackedLinear
+from hasten.ops.partial_sum import PartialSum
 
 _PACK_FOR_ROWS = 64
 """Batch size that oneDNN lays a weight out for; the layout serves other sizes as well."""
@@ -77,8 +78,14 @@ def linear(  # noqa: D103
 
 
 def add_linear(  # noqa: D103
-    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, residual_to: Tensor | None, rows_t: Tensor | None
+    x_th: Tensor,
+    weight: PackedLinear,
+    bias_o: Tensor | None,
+    residual_to: Tensor | PartialSum | None,
+    rows_t: Tensor | None,
 ) -> Tensor:
+    if isinstance(residual_to, PartialSum):
+        residual_to = reference.complete(residual_to).to(x_th.dtype)
     if residual_to is not None and rows_t is not None:
         residual_to = residual_to[rows_t]
     return _linear(x_th, weight, bias_o, None, residual_to)

@@ -54,9 +54,10 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tenso
 
 def complete(sum_: PartialSum) -> Tensor:
     """A sum added up, in the widest type of its terms; those of other ranks must be in it already."""
-    total_th = sum_.parts if sum_.parts.dim() == 2 else sum_.parts.sum(0)
-    if sum_.bias is not None:
-        total_th = total_th + sum_.bias
+    assert not sum_.over_ranks
+    total_th = sum_.product()
+    for bias_h in (sum_.bias, sum_.added_bias):
+        total_th = total_th if bias_h is None else total_th + bias_h
     if sum_.residual is not None:
         total_th = total_th + (sum_.residual if sum_.residual_indices is None else sum_.residual[sum_.residual_indices])
     return total_th
@@ -105,11 +106,17 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def add_linear(  # noqa: D103
-    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, residual_to: Tensor | None, rows_t: Tensor | None
+    x_th: Tensor,
+    weight: PackedLinear,
+    bias_o: Tensor | None,
+    residual_to: Tensor | PartialSum | None,
+    rows_t: Tensor | None,
 ) -> Tensor:
     out_to = linear(x_th, weight, bias_o, None)
     if residual_to is None:
         return out_to
+    if isinstance(residual_to, PartialSum):
+        residual_to = complete(residual_to).to(out_to.dtype)
     return out_to + (residual_to if rows_t is None else residual_to[rows_t])
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -27,14 +27,13 @@ class TensorGroup:
             dist.all_reduce(tensor)
         return tensor
 
-    def all_reduce_sum(
-        self, parts: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, rows: Tensor | None = None
-    ) -> PartialSum:
-        """The sum over all ranks' `parts`, [t, h] or [parts, t, h], with bias and residual, for the norm after it."""
-        if self.peers is not None and parts.shape[-2] <= self.peers.max_rows:
-            return PartialSum(parts, bias, residual, rows, self.peers)
-        whole = parts if parts.dim() == 2 else parts.sum(0)
-        return PartialSum(self.all_reduce(whole), bias, residual, rows)
+    def reduced(self, x_th: Tensor | PartialSum) -> Tensor | PartialSum:
+        """The same value as a norm can read it: a sum over ranks is added up, or has mailboxes for its reader."""
+        if isinstance(x_th, Tensor) or not x_th.over_ranks:
+            return x_th
+        if self.peers is not None and x_th.shape[0] <= self.peers.max_rows:
+            return replace(x_th, peers=self.peers, over_ranks=False)
+        return replace(x_th, parts=self.all_reduce(x_th.product()), added=None, over_ranks=False)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's content, in place, on every rank."""

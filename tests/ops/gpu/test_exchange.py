@@ -30,6 +30,13 @@ KINDS = [
     (torch.bfloat16, 0),
     pytest.param(torch.bfloat16, 2, marks=GPU_ONLY),
 ]
+TWO_PRODUCTS = [
+    (torch.float16, 0, True),
+    (torch.float16, 2, True),
+    pytest.param(torch.bfloat16, 0, True, marks=GPU_ONLY),
+    pytest.param(torch.bfloat16, 2, True, marks=GPU_ONLY),
+]
+ONE_PRODUCT = [pytest.param(*getattr(kind, "values", kind), False, marks=getattr(kind, "marks", ())) for kind in KINDS]
 """Types, and the parts in fp32 that each rank adds up first; 0 for one in the type itself."""
 EPS = 1e-5
 MAX_ROWS = 8
@@ -51,32 +58,48 @@ class Case:
     rows: Tensor
     weight: Tensor
     shift: Tensor
+    added: list[Tensor]
+    """Of each rank, where there are two products: the parts of the second, whose bias is `shift`."""
 
     @classmethod
     def of(
-        cls, ranks: int, rows: int, width: int, dtype: torch.dtype, device: torch.device, split: int = 0, seed: int = 0
+        cls,
+        ranks: int,
+        rows: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        split: int = 0,
+        seed: int = 0,
+        second: bool = False,
     ) -> "Case":
         shape, kind = ((split, rows, width), torch.float32) if split else ((rows, width), dtype)
         parts = [draw(*shape, dtype=kind, device=device, seed=100 * seed + rank) for rank in range(ranks)]
         bias, weight, shift = draw(3, width, dtype=dtype, device=device, seed=7)
         residual = draw(2 * rows, width, dtype=dtype, device=device, seed=8)
         chosen = torch.arange(rows, dtype=torch.int32, device=device) * 2 + 1
-        return cls(parts, bias, residual, chosen, weight, shift)
+        added = [draw(*shape, dtype=kind, device=device, seed=100 * seed + 50 + rank) for rank in range(ranks * second)]
+        return cls(parts, bias, residual, chosen, weight, shift, added)
 
     def run(self, peers: Peers) -> tuple[Tensor, Tensor]:
         sum_ = PartialSum(self.parts[peers.rank], self.bias, self.residual, self.rows, peers)
+        sum_ = sum_.plus(self.added[peers.rank], self.shift) if self.added else sum_
         return exchange.exchange_norm(sum_, peers, self.weight, self.shift, EPS)
 
     def sent(self, rank: int) -> Tensor:
         """A rank's part, as the others get it."""
-        part = self.parts[rank]
-        return (part if part.dim() == 2 else part.sum(0)).to(self.weight.dtype)
+        total = torch.zeros(())
+        for part in (self.parts[rank], *self.added[rank : rank + 1]):
+            for each in part.unsqueeze(0) if part.dim() == 2 else part:
+                total = total + each.float()
+        return total.to(self.weight.dtype)
 
     @property
     def total(self) -> Tensor:
         """In fp64."""
         whole = torch.stack([self.sent(rank).double() for rank in range(len(self.parts))]).sum(0)
-        return whole + self.bias.double() + self.residual[self.rows.long()].double()
+        shift = self.shift.double() if self.added else 0
+        return whole + self.bias.double() + shift + self.residual[self.rows.long()].double()
 
     def norm(self, total: Tensor) -> Tensor:
         return reference.norm(total.double(), self.weight.double(), self.shift.double(), EPS)[0]
@@ -137,14 +160,16 @@ def test_a_root_mean_square_norm_without_bias(
         assert_close("layer_norm", found, exact)
 
 
-@pytest.mark.parametrize(("dtype", "split"), KINDS, ids=str)
+@pytest.mark.parametrize(("dtype", "split", "second"), [*ONE_PRODUCT, *TWO_PRODUCTS], ids=str)
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_in_turns(ranks: int, dtype: torch.dtype, split: int, device: torch.device, assert_close: Close) -> None:
+def test_ranks_in_turns(
+    ranks: int, dtype: torch.dtype, split: int, second: bool, device: torch.device, assert_close: Close
+) -> None:
     """The last rank comes first and finds words made here; all others find those that the ranks themselves sent."""
     width = 100
     peers = make_peers(ranks, width, device)
     for number, rows in enumerate([3, 3, 3], start=1):
-        case = Case.of(ranks, rows, width, dtype, device, split, seed=number)
+        case = Case.of(ranks, rows, width, dtype, device, split, seed=number, second=second)
         place = number & 1
         for rank in range(ranks):
             for other in range(ranks):
@@ -209,7 +234,7 @@ def run_rank(width: int, port: int, rank: int) -> None:
     peers = connect(ranks.store, rank, 2, width, 64, device)
     assert peers is not None, "these GPUs cannot write each other's memory"
     for seed, rows in enumerate([1, 64, 3, 17, 2, 64, 1, 33] * 10):
-        case = Case.of(2, rows, width, DTYPES[seed % 2], device, split=seed % 3, seed=seed)
+        case = Case.of(2, rows, width, DTYPES[seed % 2], device, split=seed % 3, seed=seed, second=seed % 4 == 1)
         check_rank(case, *case.run(peers))
     for rows in (1, 64):
         replay(Case.of(2, rows, width, torch.float16, device), peers)

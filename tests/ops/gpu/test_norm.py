@@ -70,6 +70,7 @@ def check(
     assert found.dtype == total.dtype == dtype
     if isinstance(x, PartialSum):
         summed = PartialSum(x.parts.double(), wide(x.bias), wide(x.residual), x.residual_indices)
+        summed = replace(summed, added=wide(x.added), added_bias=wide(x.added_bias))
         assert_close("layer_norm", total, reference.complete(summed))
     else:
         assert total is x
@@ -115,6 +116,20 @@ def test_every_combination_of_a_sum(
     for rows, width in ((3, 64), (2, 100)):
         sum_ = make_sum(rows, width, parts, dtype, device, bias=bias, residual=residual, chosen=chosen)
         check(sum_, dtype, assert_close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parts", [None, 2])
+@pytest.mark.parametrize("added", [None, 1, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_second_product(
+    bias: bool, added: int | None, parts: int | None, dtype: torch.dtype, device: torch.device, assert_close: Close
+) -> None:
+    for width in (64, 100):
+        sum_ = make_sum(3, width, parts, dtype, device, bias=not bias, residual=True, chosen=True)
+        more = make_sum(3, width, added, dtype, device)
+        shift = draw(width, dtype=dtype, device=device, seed=5)
+        check(sum_.plus(more.parts * 2, shift if bias else None), dtype, assert_close)
 
 
 @pytest.mark.parametrize("parts", [None, 8])

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
+from hasten.ops.gpu.sums import constants_of, terms_of
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.peers import Peers
 
@@ -29,11 +30,14 @@ def _pair(low, high):
     return low | (high << 16)
 
 
-@triton.jit(do_not_specialize=["part_stride"])
+@triton.jit(do_not_specialize=["part_stride", "added_stride"])
 def _exchange_norm(
     parts,
     part_stride,
     bias,
+    added,
+    added_stride,
+    added_bias,
     residual,
     residual_rows,
     total_out,
@@ -51,7 +55,9 @@ def _exchange_norm(
     H: tl.constexpr,
     PAIRS: tl.constexpr,
     PARTS: tl.constexpr,
+    ADDED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_ADDED_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
@@ -59,7 +65,7 @@ def _exchange_norm(
     OFFSET: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Add up all ranks' parts of a row, bias and residual; store the sum and its norm."""
+    """Add up all ranks' parts of a row, biases and residual; store the sum and its norm."""
     start_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, PAIRS)
@@ -74,6 +80,9 @@ def _exchange_norm(
     for part in tl.static_range(PARTS):
         low += tl.load(parts + part * part_stride + row * H + even, valid, 0.0).to(tl.float32)
         high += tl.load(parts + part * part_stride + row * H + odd, valid, 0.0).to(tl.float32)
+    for part in tl.static_range(ADDED):
+        low += tl.load(added + part * added_stride + row * H + even, valid, 0.0).to(tl.float32)
+        high += tl.load(added + part * added_stride + row * H + odd, valid, 0.0).to(tl.float32)
     mine = _pair(low.to(dtype), high.to(dtype)) | (number.to(tl.int64) << 32)
     place = (((number & 1).to(tl.int64) * MAX_ROWS + row) * RANKS) * (H // 2) + pair
     for other in tl.static_range(RANKS):
@@ -98,6 +107,9 @@ def _exchange_norm(
     if HAS_BIAS:
         low += tl.load(bias + even, valid, 0.0).to(tl.float32)
         high += tl.load(bias + odd, valid, 0.0).to(tl.float32)
+    if HAS_ADDED_BIAS:
+        low += tl.load(added_bias + even, valid, 0.0).to(tl.float32)
+        high += tl.load(added_bias + odd, valid, 0.0).to(tl.float32)
     if HAS_RESIDUAL:
         from_row = tl.load(residual_rows + row) if HAS_ROWS else row
         low += tl.load(residual + from_row * H + even, valid, 0.0).to(tl.float32)
@@ -144,13 +156,8 @@ def exchange_norm(
     assert rows <= peers.max_rows
     assert width == peers.width
     out_th, total_th = weight_h.new_empty(rows, width), weight_h.new_empty(rows, width)
-    parts = sum_.parts
     _exchange_norm[(rows,)](
-        parts,
-        parts.stride(0) if sum_.num_parts > 1 else 0,
-        weight_h if sum_.bias is None else sum_.bias,
-        parts if sum_.residual is None else sum_.residual,
-        parts if sum_.residual_indices is None else sum_.residual_indices,
+        *terms_of(sum_, weight_h),
         total_th,
         weight_h,
         weight_h if bias_h is None else bias_h,
@@ -165,10 +172,7 @@ def exchange_norm(
         MAX_ROWS=peers.max_rows,
         H=width,
         PAIRS=triton.next_power_of_2(width) // 2,
-        PARTS=sum_.num_parts,
-        HAS_BIAS=sum_.bias is not None,
-        HAS_RESIDUAL=sum_.residual is not None,
-        HAS_ROWS=sum_.residual_indices is not None,
+        **constants_of(sum_),
         HAS_SHIFT=bias_h is not None,
         RMS=rms,
         OFFSET=unit_offset,

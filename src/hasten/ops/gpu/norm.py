@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hasten.ops.gpu.exchange import exchange_norm
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
+from hasten.ops.gpu.sums import constants_of, terms_of
 from hasten.ops.partial_sum import PartialSum
 
 
@@ -25,11 +26,14 @@ def _store_norm(x, valid, gain, shift, target, eps, H: tl.constexpr, RMS: tl.con
     tl.store(target, y.to(target.dtype.element_ty), valid)
 
 
-@triton.jit(do_not_specialize=["part_stride"])
+@triton.jit(do_not_specialize=["part_stride", "added_stride"])
 def _add_norm(
     parts,
     part_stride,
     bias,
+    added,
+    added_stride,
+    added_bias,
     residual,
     residual_rows,
     total_out,
@@ -40,7 +44,9 @@ def _add_norm(
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PARTS: tl.constexpr,
+    ADDED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_ADDED_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     STORES_TOTAL: tl.constexpr,
@@ -49,7 +55,7 @@ def _add_norm(
     OFFSET: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Add up the parts of a row, bias and residual; store the sum and its norm."""
+    """Add up the parts of a row, those of a second product, biases and residual; store the sum and its norm."""
     start_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
@@ -62,12 +68,18 @@ def _add_norm(
         shift = tl.load(norm_bias + h, valid, 0.0).to(tl.float32)
     if HAS_BIAS:
         bias_h = tl.load(bias + h, valid, 0.0).to(tl.float32)
+    if HAS_ADDED_BIAS:
+        added_bias_h = tl.load(added_bias + h, valid, 0.0).to(tl.float32)
     wait_for_inputs(PDL)
     x = tl.load(parts + row * H + h, valid, 0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
         x += tl.load(parts + part * part_stride + row * H + h, valid, 0.0).to(tl.float32)
+    for part in tl.static_range(ADDED):
+        x += tl.load(added + part * added_stride + row * H + h, valid, 0.0).to(tl.float32)
     if HAS_BIAS:
         x += bias_h
+    if HAS_ADDED_BIAS:
+        x += added_bias_h
     if HAS_RESIDUAL:
         from_row = tl.load(residual_rows + row) if HAS_ROWS else row
         x += tl.load(residual + from_row * H + h, valid, 0.0).to(tl.float32)
@@ -115,17 +127,12 @@ def norm(
     sum_ = x_th if isinstance(x_th, PartialSum) else PartialSum(x_th)
     if sum_.peers is not None:
         return exchange_norm(sum_, sum_.peers, weight_h, bias_h, eps, rms=rms, unit_offset=unit_offset)
-    parts, (rows, width) = sum_.parts, sum_.shape
-    count = sum_.num_parts
+    rows, width = sum_.shape
     settled = isinstance(x_th, PartialSum)
     out_th = weight_h.new_empty(rows, width)
     total_th = weight_h.new_empty(rows, width) if settled else out_th
     _add_norm[(rows,)](
-        parts,
-        parts.stride(0) if count > 1 else 0,
-        weight_h if sum_.bias is None else sum_.bias,
-        parts if sum_.residual is None else sum_.residual,
-        parts if sum_.residual_indices is None else sum_.residual_indices,
+        *terms_of(sum_, weight_h),
         total_th,
         weight_h,
         weight_h if bias_h is None else bias_h,
@@ -133,10 +140,7 @@ def norm(
         eps,
         H=width,
         BLOCK_H=triton.next_power_of_2(width),
-        PARTS=count,
-        HAS_BIAS=sum_.bias is not None,
-        HAS_RESIDUAL=sum_.residual is not None,
-        HAS_ROWS=sum_.residual_indices is not None,
+        **constants_of(sum_),
         STORES_TOTAL=settled,
         HAS_SHIFT=bias_h is not None,
         RMS=rms,
@@ -144,7 +148,7 @@ def norm(
         num_warps=_warps(width),
         **overlapped(weight_h),
     )
-    return out_th, total_th if settled else parts
+    return out_th, total_th if settled else sum_.parts
 
 
 def embedding_norm(ids_t: Tensor, table_vh: Tensor, weight_h: Tensor, bias_h: Tensor, eps: float) -> Tensor:
