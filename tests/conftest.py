@@ -64,6 +64,7 @@ def _save_model(folder: Path, family: str, seed: int, **config: Any) -> None:
     import transformers
 
     bloom = {"hidden_size": 64, "n_layer": 3, "n_head": 8, "seq_length": 512}
+    gpt2 = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 128}
     other = {
         "hidden_size": 48,
         "intermediate_size": 80,
@@ -72,7 +73,8 @@ def _save_model(folder: Path, family: str, seed: int, **config: Any) -> None:
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
     }
-    sizes, spread = (bloom, 0.1) if family == "Bloom" else (other, 0.2)
+    sizes = {"Bloom": bloom, "GPT2": gpt2}.get(family, other)
+    spread = 0.1 if family == "Bloom" else 0.2
     options: dict[str, Any] = sizes | {
         "vocab_size": _save_tokenizer(folder),
         "bos_token_id": 1,
@@ -84,10 +86,11 @@ def _save_model(folder: Path, family: str, seed: int, **config: Any) -> None:
     torch.manual_seed(seed)
     name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
     settings = getattr(transformers, name)(**(options | config))
-    model = getattr(transformers, f"{family}ForCausalLM")(settings)
+    kind = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+    model = getattr(transformers, family + kind)(settings)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or "ln_f" in name or name.endswith("bias"):
+            if "norm" in name or "ln_" in name or name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * spread)
     model.save_pretrained(folder)
 

@@ -191,6 +191,8 @@ class ModelConfig:
     norm_eps: float = 1e-5
     activation: Activation = "gelu_tanh"
     mlp_bias: bool = True
+    norm_bias: bool = True
+    """Whether layer norms have a bias."""
     norm_offset: bool = False
     """Whether the weights of norms are stored less one."""
     embedding_scale: float | None = None

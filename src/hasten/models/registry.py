@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 MODELS: dict[str, str] = {
     "BloomForCausalLM": "hasten.models.bloom:BloomForCausalLM",
     "BloomModel": "hasten.models.bloom:BloomForCausalLM",
+    "GPT2LMHeadModel": "hasten.models.gpt2:GPT2LMHeadModel",
+    "GPT2Model": "hasten.models.gpt2:GPT2LMHeadModel",
     "Gemma2ForCausalLM": "hasten.models.gemma:Gemma2ForCausalLM",
     "Gemma2Model": "hasten.models.gemma:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": "hasten.models.gemma:Gemma3ForCausalLM",
@@ -37,6 +39,7 @@ _MODEL_TYPES: dict[str, str] = {
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "phi3": "Phi3ForCausalLM",

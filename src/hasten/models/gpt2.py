@@ -1,0 +1,163 @@
+"""GPT-2: layer norms before each part, learned positions, plain MLP, linear layers stored as (in, out).
+
+Shapes: t tokens of the flat batch, h hidden.
+Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch.nn as nn
+from torch import Tensor
+
+from hasten.core.config import AttentionConfig, ModelConfig
+from hasten.core.errors import ConfigError
+from hasten.layers.attention import Attention
+from hasten.layers.embedding import Embedding, Head
+from hasten.layers.mlp import MLP
+from hasten.layers.norm import LayerNorm
+from hasten.models import hf_config
+from hasten.models.base import CausalLM
+from hasten.models.weight_map import (
+    SAME,
+    TRANSPOSED,
+    Axis,
+    Layout,
+    Tie,
+    WeightMap,
+    WeightSpec,
+    linear,
+    norm,
+    positions,
+    vocabulary,
+)
+from hasten.ops.meta import AttentionMeta
+from hasten.ops.partial_sum import PartialSum
+from hasten.parallel.shard import Split
+
+
+class GPT2Block(nn.Module):
+    """One layer: attention and MLP, each behind a norm and added to a residual."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        hidden, eps, bias = config.hidden_size, config.norm_eps, config.norm_bias
+        self.last = layer == config.num_layers - 1
+        self.input_norm = LayerNorm(hidden, eps=eps, bias=bias)
+        self.attention = Attention(hidden, config.attention_of(layer))
+        self.post_norm = LayerNorm(hidden, eps=eps, bias=bias)
+        self.mlp = MLP(hidden, config.intermediate_size, activation=config.activation, bias=config.mlp_bias)
+
+    def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> Tensor | PartialSum:
+        """Hidden states after this layer, or a sum for the next norm to add up."""
+        normed_th, residual_th = self.input_norm(x_th)
+        x_th = self.attention(normed_th, positions_t, meta, residual_th, last=self.last)
+        normed_th, residual_th = self.post_norm(x_th)
+        return self.mlp(normed_th, residual_th)
+
+
+class GPT2LMHeadModel(CausalLM):
+    """GPT-2 with its language model head; families of the same build differ in their configuration and weights."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self.embedding = Embedding(vocab, hidden, positions=config.num_positions)
+        self.layers = nn.ModuleList(GPT2Block(config, layer) for layer in range(config.num_layers))
+        self.final_norm = LayerNorm(hidden, eps=config.norm_eps, bias=config.norm_bias)
+        self.head = Head(vocab, hidden, tied=self.embedding if config.tie_word_embeddings else None)
+
+    def forward(self, input_ids_t: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
+        """Hidden states after the last norm, of the tokens of `meta.output_part` where it names some: [t, h]."""
+        x_th = self.embedding(input_ids_t, positions_t)
+        for layer in self.layers:
+            x_th = layer(x_th, positions_t, meta)
+        return self.final_norm(x_th)[0]
+
+    hf_harmless: ClassVar[frozenset[str]] = frozenset(
+        """
+        attn_pdrop embd_pdrop initializer_range n_ctx predict_special_tokens reorder_and_upcast_attn resid_pdrop
+        summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+        """.split()
+    )
+
+    @staticmethod
+    def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+        """Read Hugging Face's config.json."""
+        config = config_from_hf(raw, "GPT2LMHeadModel", "gelu_new")
+        if not hf_config.flag(raw, "scale_attn_by_inverse_layer_idx", False):
+            return config
+        size, scale = config.attention.head_size, config.attention.scale
+        whole = size**-0.5 if scale is None else scale
+        layers = (replace(config.attention, scale=whole / (layer + 1)) for layer in range(config.num_layers))
+        return replace(config, layer_attention=tuple(layers))
+
+    @staticmethod
+    def weight_map(config: ModelConfig) -> WeightMap:
+        """Names, layouts and splits of all weights."""
+        return weight_map(config, lambda layer: of_layer(layer, layout=TRANSPOSED))
+
+
+def config_from_hf(raw: Mapping[str, Any], architecture: str, activation: str) -> ModelConfig:
+    """All that families with GPT-2's keys have in common; `activation` is what a silent config.json stands for."""
+    hidden, heads = hf_config.count(raw, "n_embd"), hf_config.count(raw, "n_head")
+    if hidden % heads:
+        raise ConfigError(f"n_embd {hidden} is not a multiple of n_head {heads}")
+    scaled = hf_config.flag(raw, "scale_attn_weights", True)
+    return ModelConfig(
+        architecture=architecture,
+        num_layers=hf_config.count(raw, "n_layer"),
+        hidden_size=hidden,
+        intermediate_size=hf_config.count(raw, "n_inner", default=4 * hidden),
+        vocab_size=hf_config.count(raw, "vocab_size", default=50257),
+        attention=AttentionConfig(
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_size=hidden // heads,
+            position="learned",
+            scale=None if scaled else 1.0,
+        ),
+        norm_eps=hf_config.fraction(raw, "layer_norm_epsilon", 1e-5),
+        activation=hf_config.activation(raw, "activation_function", activation),
+        tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", True),
+        dtype=hf_config.dtype(raw) or "fp32",
+        bos_token_id=hf_config.token(raw, "bos_token_id", 50256),
+        eos_token_ids=hf_config.tokens(raw, "eos_token_id", 50256),
+        pad_token_id=hf_config.token(raw, "pad_token_id"),
+        max_position_embeddings=hf_config.count(raw, "n_positions", default=1024),
+    )
+
+
+def of_layer(layer: int, *, layout: Layout = SAME, qkv_layout: Layout | None = None) -> Iterator[WeightSpec]:
+    """The weights of a layer under GPT-2's names; the fused projection may have a `qkv_layout` of its own."""
+    name, hf = f"layers.{layer}", f"h.{layer}"
+    qkv: dict[str, Axis] = {f"{hf}.attn.c_attn": "qkv"}
+    dense: dict[str, Axis] = {f"{hf}.attn.c_proj": "hidden"}
+    up: dict[str, Axis] = {f"{hf}.mlp.c_fc": "inner"}
+    down: dict[str, Axis] = {f"{hf}.mlp.c_proj": "hidden"}
+    yield from norm(f"{name}.input_norm", f"{hf}.ln_1", bias=True)
+    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=True, layout=qkv_layout or layout)
+    yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=True, layout=layout)
+    yield from norm(f"{name}.post_norm", f"{hf}.ln_2", bias=True)
+    yield from linear(f"{name}.mlp.up", up, "inner", "hidden", Split.COLUMN, bias=True, layout=layout)
+    yield from linear(f"{name}.mlp.down", down, "hidden", "inner", Split.ROW, bias=True, layout=layout)
+
+
+def weight_map(config: ModelConfig, layers: Callable[[int], Iterator[WeightSpec]]) -> WeightMap:
+    """That of a model whose weights around the layers have GPT-2's names."""
+    embedding, head = vocabulary("embedding.weight", "wte.weight"), vocabulary("head.weight", "lm_head.weight")
+    return WeightMap(
+        specs=(
+            embedding,
+            positions("embedding.positions", "wpe.weight"),
+            *chain.from_iterable(map(layers, range(config.num_layers))),
+            *norm("final_norm", "ln_f", bias=True),
+            *(() if config.tie_word_embeddings else (head,)),
+        ),
+        hf_prefix="transformer.",
+        hf_unprefixed=frozenset({"lm_head.weight"}),
+        hf_ignored=("h.{layer}.attn.bias", "h.{layer}.attn.masked_bias"),
+        head_tie=Tie(head, embedding) if config.tie_word_embeddings else None,
+    )

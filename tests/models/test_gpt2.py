@@ -1,0 +1,62 @@
+"""config.json of GPT-2 and the families of its build, and the end of their positions."""
+
+import json
+from typing import Any
+
+import pytest
+from tests.conftest import MakeModel
+
+from hasten import LLM, SamplingParams
+from hasten.core.errors import ConfigError, InvalidRequestError, UnsupportedError
+from hasten.models.registry import model_class
+
+RAW: dict[str, dict[str, Any]] = {
+    "GPT2LMHeadModel": {"n_embd": 768, "n_layer": 4, "n_head": 12},
+}
+"""The keys without which a model has no shape."""
+
+
+@pytest.mark.parametrize("architecture", RAW)
+def test_what_a_config_leaves_out_is_as_in_hugging_face(architecture: str) -> None:
+    import transformers
+
+    reference = getattr(transformers, architecture).config_class(**RAW[architecture])
+    found = model_class(architecture).config_from_hf(RAW[architecture])
+    assert found.architecture == architecture
+    # what a configuration that was saved says, and an old one without it
+    saved = json.loads(reference.to_json_string(use_diff=False))
+    assert model_class(architecture).config_from_hf(saved) == found
+    assert found.vocab_size == reference.vocab_size
+    assert found.attention.num_heads == reference.num_attention_heads
+    assert found.max_position_embeddings == reference.max_position_embeddings
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        ("GPT2LMHeadModel", {"n_layer": None}, "lacks 'n_layer'"),
+        ("GPT2LMHeadModel", {"n_head": 5}, "n_embd 768 is not a multiple of n_head 5"),
+        ("GPT2LMHeadModel", {"activation_function": "tanh"}, "activation_function 'tanh' is not supported; "),
+        ("GPT2LMHeadModel", {"n_positions": "all"}, "n_positions has a value of the wrong kind: 'all'"),
+        ("GPT2LMHeadModel", {"n_inner": 0}, "n_inner has a value of the wrong kind: 0 is not a whole number above 0"),
+        ("GPT2LMHeadModel", {"scale_attn_weights": "no"}, "scale_attn_weights has a value of the wrong kind"),
+    ],
+)
+def test_what_cannot_be_is_named_with_its_key(architecture: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, UnsupportedError)) as caught:
+        model_class(architecture).config_from_hf(RAW[architecture] | changes)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_sequence_goes_past_the_table_of_positions(make_model: MakeModel) -> None:
+    folder = make_model("GPT2")
+    with pytest.raises(ConfigError, match=r"^max_model_len 129 is more than the 128 positions .*; use at most 128$"):
+        LLM(folder, kv_cache_memory=1 << 22, max_model_len=129)
+    with LLM(folder, kv_cache_memory=1 << 22, overlap_steps=True) as llm:
+        assert llm.engine.max_model_len == 128
+        endless = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True)
+        outputs = llm.generate([[4] * 120, [5] * 127], endless)
+        assert [len(output.outputs[0].token_ids) for output in outputs] == [8, 1]
+        with pytest.raises(InvalidRequestError, match=r"128 \(max_model_len\)"):
+            llm.generate([[4] * 128], endless)
