@@ -77,6 +77,26 @@ def test_what_is_left_out_is_completed_with_the_whole_interface() -> None:
     assert len(config(ARTICLE, "fastertransformer").input) == len(interface.inputs)
 
 
+@pytest.mark.parametrize("model_type", ["GPT-J", "GPT-NeoX"])
+def test_models_with_rotary_positions_have_the_tensors_of_their_own_backends(model_type: str) -> None:
+    made = completed(with_parameters(model_type=model_type), "m")
+    check_parameters(made, kind_of(made))
+    assert {tensor.name for tensor in made.input} == {
+        *("input_ids", "input_lengths", "request_output_len", "start_id", "end_id", "runtime_top_k", "runtime_top_p"),
+        *("beam_search_diversity_rate", "temperature", "len_penalty", "repetition_penalty", "presence_penalty"),
+        *("min_length", "random_seed", "is_return_log_probs", "beam_width", "bad_words_list", "stop_words_list"),
+        *("prompt_learning_task_name_ids", "top_p_decay", "top_p_min", "top_p_reset_ids"),
+        *("request_prompt_embedding", "request_prompt_lengths", "request_prompt_type"),
+    }
+    outputs = {tensor.name for tensor in made.output}
+    assert outputs == {"output_ids", "sequence_length", "cum_log_probs", "output_log_probs"}
+    for tensor in ("input { name: 'is_return_context_embeddings'", "output { name: 'response_input_lengths'"):
+        given = parse_config(f"{tensor} data_type: TYPE_INT32 dims: [ -1 ] }}", "config.pbtxt")
+        given.parameters["model_type"].string_value = model_type
+        with pytest.raises(ConfigError, match="is not one of the model's"):
+            completed(given, "m")
+
+
 def test_what_triton_reports_of_a_configuration_is_one_again() -> None:
     given = config(ARTICLE, "fastertransformer")
     again = completed(parse_config_json(json_format.MessageToJson(given, preserving_proto_field_name=True)), given.name)
@@ -159,7 +179,7 @@ def test_json_that_is_no_configuration(text: str) -> None:
     [
         ({"pipeline_para_size": "2"}, "'pipeline_para_size' is '2', but must be 1: there is tensor parallelism alone"),
         ({"int8_mode": "1"}, "'int8_mode' is '1', but must be 0: weights are not quantized"),
-        ({"model_type": "T5"}, "'model_type' is 'T5', but must be GPT"),
+        ({"model_type": "T5"}, "'model_type' is 'T5', but must be GPT or GPT-J or GPT-NeoX"),
         ({"enable_custom_all_reduce": "2"}, "must be 0 or 1"),
         ({"tensor_para_size": "two"}, "'tensor_para_size' must be a whole number, got 'two'"),
         ({"gpu_memory_utilization": "x"}, "must be a number, got 'x'"),

@@ -204,6 +204,21 @@ def test_what_is_written_is_what_is_made_in_memory(tmp_path: Path) -> None:
         write_repository(configs, tmp_path, engine)
 
 
+@pytest.mark.parametrize(("section", "model_type"), [("gptj", "GPT-J"), ("gptneox", "GPT-NeoX"), ("gpt", "GPT")])
+def test_the_backend_of_a_folder_of_faster_transformer(section: str, model_type: str, tmp_path: Path) -> None:
+    (tmp_path / "config.ini").write_text(f"[{section}]\nhead_num=4\n", encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    models = {config.name: config for config in model_configs(EngineConfig.create(str(tmp_path), tokenizer="/t"))}
+    token, ensemble = models["fastertransformer"], models["ensemble"]
+    assert token.parameters["model_type"].string_value == model_type
+    before, middle, after = ensemble.ensemble_scheduling.step
+    assert set(middle.output_map) <= {tensor.name for tensor in token.output}
+    assert set(middle.input_map) <= {tensor.name for tensor in token.input}
+    produced = {*before.output_map.values(), *middle.output_map.values()}
+    assert set(after.input_map.values()) <= produced
+    assert ("RESPONSE_INPUT_LENGTHS" in after.input_map) == (model_type == "GPT")
+
+
 def test_names_of_the_models(tmp_path: Path) -> None:
     engine = EngineConfig.create(str(DEMO))
     assert default_text_name("/models/bloom-560m") == "bloom-560m"

@@ -1,5 +1,6 @@
 """Repositories made for one checkpoint: the article's token model, FasterTransformer's ensemble around it, and text."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -7,13 +8,15 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from hasten.checkpoint.faster_transformer.ini import CONFIG_INI, ini_text, read_sections
 from hasten.checkpoint.hub import model_name
 from hasten.core.config import EngineConfig
-from hasten.core.errors import ConfigError
+from hasten.core.errors import ConfigError, HastenError
 from hasten.core.files import removed_on_failure, write_text
+from hasten.models.registry import architecture_of
 from hasten.server.engine.client import QueueLimits
-from hasten.server.models.config import completed, kind_of
-from hasten.server.models.interfaces import INTERFACES, Kind
+from hasten.server.models.config import completed, interface_of, kind_of
+from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, INTERFACES, Kind
 from hasten.server.models.parameters import KIND, TOKEN_MODEL, engine_parameters
 from hasten.server.repository import CONFIG, is_model_name
 
@@ -30,6 +33,8 @@ _PREPARED |= {"bad_words_list": "BAD_WORDS_IDS", "stop_words_list": "STOP_WORDS_
 """The token model's inputs, by the outputs of preprocessing that they come from."""
 _INNER_OUTPUTS = {"output_ids": "_TOKENS_BATCH", "response_input_lengths": "_RESPONSE_INPUT_LENGTHS"}
 """The token model's outputs that are not the ensemble's, and what they are called within it."""
+_AFTER = {"output_ids": "TOKENS_BATCH", "response_input_lengths": "RESPONSE_INPUT_LENGTHS"}
+"""The inputs of postprocessing that they become."""
 _UNUSED = "context_embeddings"
 """Triton refuses an ensemble with a tensor that nothing takes."""
 
@@ -60,7 +65,7 @@ def model_configs(
         made += [
             _with_token_model(Kind.PREPROCESSING, _PREPROCESSING, token_name),
             _with_token_model(Kind.POSTPROCESSING, _POSTPROCESSING, token_name),
-            _ensemble(token_name),
+            _ensemble(made[0]),
             _with_token_model(Kind.TEXT, text_name, token_name),
         ]
     return [completed(config, config.name) for config in made]
@@ -81,7 +86,7 @@ def has_tokenizer(engine: EngineConfig) -> bool:
 
 
 def write_repository(configs: list[model_config_pb2.ModelConfig], target: Path, engine: EngineConfig) -> None:
-    """Write NAME/config.pbtxt and NAME/1 for each, and 1/config.ini for the token model of a BLOOM.
+    """Write NAME/config.pbtxt and NAME/1 for each, and 1/config.ini for a model that FasterTransformer had.
 
     ConfigError if `target` has one of them already; CheckpointError where the checkpoint cannot be read.
     """
@@ -110,7 +115,6 @@ def _config_ini(engine: EngineConfig) -> str | None:
     """What FasterTransformer's converter would say of the checkpoint; None for a model that it does not know."""
     # these import torch, which takes seconds, and nothing else here needs it
     from hasten.checkpoint.faster_transformer.folder import family_of
-    from hasten.checkpoint.faster_transformer.ini import ini_text
     from hasten.checkpoint.plan import open_checkpoint
     from hasten.core.config import dtype_name
 
@@ -125,10 +129,35 @@ def _config_ini(engine: EngineConfig) -> str | None:
     return ini_text(family.section, family.ini(config, model_name(engine.model), ranks, dtype))
 
 
+_MODEL_TYPES = {
+    "GPTJForCausalLM": "GPT-J",
+    "GPTJModel": "GPT-J",
+    "gptj": "GPT-J",
+    "GPTNeoXForCausalLM": "GPT-NeoX",
+    "GPTNeoXModel": "GPT-NeoX",
+    "gptneox": "GPT-NeoX",
+}
+"""FasterTransformer's backends by architecture and by the section of its config.ini; that of all others is GPT's."""
+
+
+def _model_type(folder: Path) -> str:
+    """FasterTransformer's backend for a checkpoint; GPT's also where the engine will say what is wrong with it."""
+    places = (folder, folder.parent) if folder.name.endswith("-gpu") else (folder,)
+    described = next((path for place in places if (path := place / "config.json").is_file()), None)
+    try:
+        if described is not None:
+            names = [architecture_of(json.loads(described.read_text(encoding="utf-8")))]
+        else:
+            names = list(read_sections(folder / CONFIG_INI)) if (folder / CONFIG_INI).is_file() else []
+    except (HastenError, ValueError, AttributeError, OSError):
+        names = []
+    return next((_MODEL_TYPES[name] for name in names if name in _MODEL_TYPES), DEFAULT_MODEL_TYPE)
+
+
 def _token(engine: EngineConfig, name: str, decoupled: bool) -> model_config_pb2.ModelConfig:
     made = model_config_pb2.ModelConfig(name=name, backend="fastertransformer")
     made.model_transaction_policy.decoupled = decoupled
-    for parameter, text in engine_parameters(engine).items():
+    for parameter, text in engine_parameters(engine, _model_type(Path(engine.model))).items():
         made.parameters[parameter].string_value = text
     return made
 
@@ -140,9 +169,11 @@ def _with_token_model(kind: Kind, name: str, token_name: str) -> model_config_pb
     return made
 
 
-def _ensemble(token_name: str) -> model_config_pb2.ModelConfig:
+def _ensemble(token_model: model_config_pb2.ModelConfig) -> model_config_pb2.ModelConfig:
     """Text to text by three steps; what the token model takes besides goes through under its own names."""
-    before, token, after = (INTERFACES[kind] for kind in (Kind.PREPROCESSING, Kind.TOKEN, Kind.POSTPROCESSING))
+    before, after = INTERFACES[Kind.PREPROCESSING], INTERFACES[Kind.POSTPROCESSING]
+    token = interface_of(token_model, Kind.TOKEN)
+    inner_outputs = {rule.name: _INNER_OUTPUTS[rule.name] for rule in token.outputs if rule.name in _INNER_OUTPUTS}
     texts = {rule.name: rule for rule in before.inputs}
     passed = [replace(rule, scalar=False) for rule in token.inputs if rule.name not in _PREPARED]
     results = [rule for rule in token.outputs if rule.name not in (*_INNER_OUTPUTS, _UNUSED)]
@@ -158,12 +189,11 @@ def _ensemble(token_name: str) -> model_config_pb2.ModelConfig:
     )
     _add_step(
         made,
-        token_name,
+        token_model.name,
         {name: f"_{source}" for name, source in _PREPARED.items()} | {rule.name: rule.name for rule in passed},
-        _INNER_OUTPUTS | {rule.name: rule.name for rule in results},
+        inner_outputs | {rule.name: rule.name for rule in results},
     )
-    inner = {"TOKENS_BATCH": _INNER_OUTPUTS["output_ids"], "SEQUENCE_LENGTH": "sequence_length"}
-    inner["RESPONSE_INPUT_LENGTHS"] = _INNER_OUTPUTS["response_input_lengths"]
+    inner = {_AFTER[name]: called for name, called in inner_outputs.items()} | {"SEQUENCE_LENGTH": "sequence_length"}
     _add_step(made, _POSTPROCESSING, inner, {after.outputs[0].name: _OUTPUT})
     return made
 

@@ -19,7 +19,6 @@ class Bloom(Family):
     architecture = "BloomForCausalLM"
     label = "BLOOM"
     section = "gpt"
-    model_type = "GPT"
     modules: ClassVar[Mapping[str, str]] = LAYER_MODULES | {
         "embedding_norm": "pre_decoder_layernorm",
         "final_norm": "final_layernorm",

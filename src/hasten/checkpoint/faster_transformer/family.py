@@ -96,8 +96,6 @@ class Family(ABC):
     """What messages call it."""
     section: ClassVar[str]
     """Of config.ini."""
-    model_type: ClassVar[str]
-    """What FasterTransformer's backend for Triton calls the models that it serves so."""
     modules: ClassVar[Mapping[str, str]]
     """FasterTransformer's names of modules, by hasten's."""
     parameters: ClassVar[Mapping[str, str]] = {"embedding.weight": "wte"}

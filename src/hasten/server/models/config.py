@@ -12,7 +12,15 @@ from tritonclient.grpc import model_config_pb2
 
 from hasten.core.errors import ConfigError, InvalidRequestError
 from hasten.server.json_size import check_json_size
-from hasten.server.models.interfaces import INTERFACES, Kind, TensorRule, datatype_name
+from hasten.server.models.interfaces import (
+    DEFAULT_MODEL_TYPE,
+    INTERFACES,
+    MODEL_TYPES,
+    Interface,
+    Kind,
+    TensorRule,
+    datatype_name,
+)
 
 _MAX_JSON_BYTES = 1 << 20
 """Of a configuration that comes over the network."""
@@ -116,6 +124,13 @@ def parameter(config: model_config_pb2.ModelConfig, name: str, default: str) -> 
     return config.parameters[name].string_value if name in config.parameters else default
 
 
+def interface_of(config: model_config_pb2.ModelConfig, kind: Kind) -> Interface:
+    """The tensors that a model of this kind takes and gives."""
+    if kind is not Kind.TOKEN:
+        return INTERFACES[kind]
+    return MODEL_TYPES.get(parameter(config, "model_type", DEFAULT_MODEL_TYPE), INTERFACES[kind])
+
+
 def _wrong(config: model_config_pb2.ModelConfig, message: str) -> ConfigError:
     return ConfigError(f"model '{config.name}': {message}")
 
@@ -214,7 +229,7 @@ def _check_tensors(config: model_config_pb2.ModelConfig) -> None:
 
 
 def _complete_tensors(config: model_config_pb2.ModelConfig, kind: Kind, auto_complete: bool) -> None:
-    interface = INTERFACES[kind]
+    interface = interface_of(config, kind)
     _check_tensors(config)
     _check_rules(config, "input", config.input, interface.inputs)
     _check_rules(config, "output", config.output, interface.outputs)

@@ -100,6 +100,16 @@ _TOKEN = Interface(
     ),
     max_batch_size=1024,
 )
+_NOT_ROTARY = frozenset({"is_return_context_embeddings", "context_embeddings", "response_input_lengths"})
+"""What FasterTransformer's backends of GPT-J and GPT-NeoX lack."""
+_ROTARY_TOKEN = Interface(
+    inputs=tuple(rule for rule in _TOKEN.inputs if rule.name not in _NOT_ROTARY),
+    outputs=tuple(rule for rule in _TOKEN.outputs if rule.name not in _NOT_ROTARY),
+    max_batch_size=_TOKEN.max_batch_size,
+)
+DEFAULT_MODEL_TYPE = "GPT"
+MODEL_TYPES = {DEFAULT_MODEL_TYPE: _TOKEN, "GPT-J": _ROTARY_TOKEN, "GPT-NeoX": _ROTARY_TOKEN}
+"""Tensors of a token model by parameter `model_type`: FasterTransformer's backends of decoders."""
 _PREPROCESSING = Interface(
     inputs=(
         TensorRule("QUERY", "BYTES", (-1,)),
@@ -167,4 +177,5 @@ INTERFACES = {
     Kind.PREPROCESSING: _PREPROCESSING,
     Kind.POSTPROCESSING: _POSTPROCESSING,
 }
-"""An ensemble has none of its own: its configuration says what it takes and gives."""
+"""An ensemble has none of its own: its configuration says what it takes and gives. A token model has the tensors of its
+`model_type`, here the default's."""

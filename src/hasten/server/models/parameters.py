@@ -15,7 +15,7 @@ from tritonclient.grpc import model_config_pb2
 from hasten.core.config import EngineConfig, dtype_name
 from hasten.core.errors import ConfigError
 from hasten.server.engine.client import QueueLimits
-from hasten.server.models.interfaces import Kind
+from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, MODEL_TYPES, Kind
 
 CHECKPOINT = "model_checkpoint_path"
 TOKENIZER = "tokenizer_path"
@@ -26,11 +26,12 @@ _ALIASES = {"tensor_para_size": "tensor_parallel_size", "data_type": "dtype", TO
 _FIXED = {
     "pipeline_para_size": (("1",), "there is tensor parallelism alone: set tensor_para_size"),
     "int8_mode": (("0",), "weights are not quantized"),
-    "model_type": (("GPT",), "decoder-only models are GPT here, BLOOM among them"),
+    "model_type": (tuple(MODEL_TYPES), "all decoder-only models but GPT-J and GPT-NeoX are GPT here"),
     # ranks use each other's memory for sums wherever their GPUs can reach it, and the results are the same
     "enable_custom_all_reduce": (("0", "1"), "it is 0 or 1"),
 }
-"""FasterTransformer's parameters that choose nothing here: values that ask for no more, and why there are no others."""
+"""FasterTransformer's parameters that choose nothing of the engine: values that ask for no more, and why there are no
+others."""
 _ALLOWED = {
     Kind.TEXT: (KIND, TOKEN_MODEL),
     Kind.PREPROCESSING: (KIND, TOKEN_MODEL, TOKENIZER),
@@ -80,12 +81,12 @@ def engine_options(config: model_config_pb2.ModelConfig) -> dict[str, Any]:
     return made
 
 
-def engine_parameters(config: EngineConfig) -> dict[str, str]:
+def engine_parameters(config: EngineConfig, model_type: str = DEFAULT_MODEL_TYPE) -> dict[str, str]:
     """Parameters that give this configuration, FasterTransformer's own ones among them; defaults are left out."""
     made = {
         "tensor_para_size": str(config.parallel.tensor_parallel_size),
         "pipeline_para_size": "1",
-        "model_type": "GPT",
+        "model_type": model_type,
         CHECKPOINT: config.model,
         "int8_mode": "0",
         "enable_custom_all_reduce": "0",
