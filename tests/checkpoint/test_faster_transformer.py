@@ -1,0 +1,190 @@
+"""FasterTransformer's folders of the families other than BLOOM, compared with those of an independent writer."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.checkpoint.ft_writer import TYPES, WRITERS, Files
+from tests.conftest import MakeModel
+
+from hasten.checkpoint.convert import Conversion, convert
+from hasten.checkpoint.manifest import MANIFEST
+from hasten.checkpoint.plan import Checkpoint, open_checkpoint, rank_tensors
+from hasten.core.config import ModelConfig
+from hasten.core.errors import CheckpointError, UnsupportedError
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", {}),
+}
+RANKS = (1, 2, 4)
+State = dict[str, torch.Tensor]
+
+
+@pytest.fixture(params=list(MODELS))
+def model(request: pytest.FixtureRequest) -> str:
+    """Each of the models."""
+    return str(request.param)
+
+
+@pytest.fixture
+def source(model: str, make_model: MakeModel) -> Path:
+    """What transformers saved."""
+    family, options = MODELS[model]
+    return make_model(family, **options)
+
+
+def written(files: Files, folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def converted(source: Path, out: Path, ranks: int, **options: Any) -> Path:
+    convert(Conversion(str(source), str(out), ranks=ranks, workers=2, **options))
+    return out / f"{ranks}-gpu"
+
+
+def contents(folder: Path) -> Files:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
+
+
+def loaded(checkpoint: Checkpoint, size: int) -> Iterator[State]:
+    for rank in range(size):
+        yield dict(rank_tensors(checkpoint, rank, size, torch.float32))
+
+
+def assert_loads_as(folder: Path, source: Path, size: int) -> None:
+    """That the ranks of both have the same tensors."""
+    for found, expected in zip(
+        loaded(open_checkpoint(folder), size), loaded(open_checkpoint(source), size), strict=True
+    ):
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), name
+
+
+def described(checkpoint: Checkpoint) -> ModelConfig:
+    """Without what config.ini has no key for and nothing computes."""
+    return replace(checkpoint.config, pad_token_id=None)
+
+
+@pytest.mark.parametrize("dtype", list(TYPES))
+@pytest.mark.parametrize("ranks", RANKS)
+def test_every_byte_is_as_documented(model: str, source: Path, ranks: int, dtype: str, tmp_path: Path) -> None:
+    folder = converted(source, tmp_path / "out", ranks, dtype=dtype)
+    expected, found = WRITERS[MODELS[model][0]](source, ranks, dtype), contents(folder)
+    assert found.pop("config.ini").decode() == expected.pop("config.ini").decode()
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_folder_of_faster_transformer_itself_loads_for_any_ranks(
+    model: str, source: Path, ranks: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has no manifest and no config.json."""
+    folder = written(WRITERS[MODELS[model][0]](source, ranks, "fp32"), tmp_path / f"{ranks}-gpu")
+    assert described(open_checkpoint(folder)) == described(open_checkpoint(source))
+    for size in RANKS:
+        assert_loads_as(folder, source, size)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_converted_folder_converts_again(model: str, source: Path, ranks: int, tmp_path: Path) -> None:
+    first = converted(source, tmp_path / "first", ranks)
+    again = converted(first, tmp_path / "again", 2)
+    assert contents(again) == WRITERS[MODELS[model][0]](source, 2, "fp32")
+    safe = converted(first, tmp_path / "safe", 2, format="safetensors")
+    assert_loads_as(safe, source, 4)
+
+
+def test_gpt2_is_written_as_the_runtime_reads_it_where_the_converter_drops_something(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    """An MLP of another width, a head of its own, an epsilon."""
+    source = make_model("GPT2", n_inner=80, tie_word_embeddings=False, layer_norm_epsilon=1e-3)
+    folder = converted(source, tmp_path / "out", 2).rename(tmp_path / "2-gpu")
+    ini = (folder / "config.ini").read_text(encoding="utf-8")
+    assert "inter_size=80\n" in ini
+    assert ini.endswith("tensor_para_size=2\nlayernorm_eps=0.001\n\n")
+    plain = WRITERS["GPT2"](source, 2, "fp32")
+    state = load_file(source / "model.safetensors")
+    head = state["lm_head.weight"].numpy().tobytes()
+    assert {name: data for name, data in contents(folder).items() if name != "config.ini"} == {
+        **{name: data for name, data in plain.items() if name != "config.ini"},
+        "model.lm_head.weight.bin": head,
+    }
+    (folder / MANIFEST).unlink()
+    assert described(open_checkpoint(folder)) == described(open_checkpoint(source))
+    assert_loads_as(folder, source, 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (("GPT2", {"activation_function": "relu"}), "GPT-2 has no activation relu"),
+        (("GPT2", {"scale_attn_weights": False}), "GPT-2 has no attention scores with a scale of their own"),
+        (
+            ("GPT2", {"scale_attn_by_inverse_layer_idx": True}),
+            "GPT-2 has no attention scores with a scale of their own",
+        ),
+    ],
+)
+def test_what_faster_transformer_cannot_compute_is_refused_or_becomes_safetensors(
+    model: tuple[str, dict[str, Any]], message: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    source = make_model(model[0], **model[1])
+    with pytest.raises(UnsupportedError, match=f"FasterTransformer's {message}; convert to .* --format safetensors"):
+        converted(source, tmp_path / "out", 1, format="fastertransformer")
+    assert (converted(source, tmp_path / "out", 1) / "rank-00000-of-00001.safetensors").is_file()
+
+
+def test_odd_folders(make_model: MakeModel, tmp_path: Path) -> None:
+    files = WRITERS["GPT2"](make_model("GPT2"), 2, "fp32")
+    ini = files["config.ini"].decode()
+    wpe, dense = "model.wpe.bin", "model.layers.1.attention.dense.weight.1.bin"
+    odd: dict[str, Files] = {
+        r"config.ini lacks 'max_pos_seq_len' in \[gpt\]": {"config.ini": ini.replace("max_pos", "max").encode()},
+        "head_num in .* is 'four', not a whole number": {
+            "config.ini": ini.replace("head_num=4", "head_num=four").encode()
+        },
+        "start_id in .* is 'x', not a token id": {"config.ini": ini.replace("start_id=1", "start_id=x").encode()},
+        "data type 'int8' is not known": {"config.ini": ini.replace("=fp32", "=int8").encode()},
+        r"config.ini has none of the sections \[gpt\].*: it is of a kind": {"config.ini": b"[bert]\nnum_layer=2\n"},
+        "config.ini cannot be read as FasterTransformer's config.ini: File contains no section": {
+            "config.ini": b"a=1\n"
+        },
+        f"{wpe} has 8 bytes, but 24576 are \\(128, 48\\) of fp32": {wpe: b"eight..."},
+        "model.layers.7.mlp.x.bin belongs to no weight": {"model.layers.7.mlp.x.bin": b""},
+    }
+    for number, (message, changes) in enumerate(odd.items()):
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(written(files | changes, tmp_path / str(number)))
+    folder = written({name: data for name, data in files.items() if name != dense}, tmp_path / "missing")
+    with pytest.raises(CheckpointError, match=f"{dense} is missing"):
+        open_checkpoint(folder)
+    folder = written(
+        files | {"config.ini": ini.replace("=fp32", "=fp32\nactivation_type=Swish").encode()}, tmp_path / "x"
+    )
+    with pytest.raises(UnsupportedError, match="activation_type is Swish, but Gelu in every GPT-2"):
+        open_checkpoint(folder)
+
+
+def test_a_config_json_beside_a_folder_says_more_and_must_not_contradict(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model("GPT2")
+    folder = written(WRITERS["GPT2"](source, 2, "fp16"), tmp_path / "2-gpu")
+    raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    beside = tmp_path / "config.json"
+    beside.write_text(json.dumps(raw | {"layer_norm_epsilon": 1e-3}), encoding="utf-8")
+    config = open_checkpoint(folder).config
+    assert (config.norm_eps, config.dtype, config.pad_token_id) == (1e-3, "fp16", 3)
+    beside.write_text(json.dumps(raw | {"n_layer": 2}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"config.ini and config.json beside it differ in num_layers \(3 and 2\)"):
+        open_checkpoint(folder)
