@@ -1,7 +1,18 @@
-"""`python -m hasten` is the command `hasten`."""
+"""The process `hasten`, which `python -m hasten` is, too."""
 
+import gc
 import sys
 
 from hasten.cli.main import main
 
-sys.exit(main())
+
+def run() -> int:
+    """`main` of this process's arguments, after which the process ends."""
+    try:
+        return main()
+    finally:
+        gc.freeze()  # or Python looks for garbage in all of torch before it ends, which takes half a second
+
+
+if __name__ == "__main__":
+    sys.exit(run())
