@@ -73,7 +73,17 @@ def _save_model(folder: Path, family: str, seed: int, **config: Any) -> None:
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
     }
-    sizes = {"Bloom": bloom, "GPT2": gpt2}.get(family, other)
+    opt = {
+        "hidden_size": 48,
+        "ffn_dim": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "word_embed_proj_dim": 48,
+        "init_std": 0.2,
+    }
+    own: dict[str, dict[str, Any]] = {"Bloom": bloom, "GPT2": gpt2, "OPT": opt}
+    sizes = own.get(family, other)
     spread = 0.1 if family == "Bloom" else 0.2
     options: dict[str, Any] = sizes | {
         "vocab_size": _save_tokenizer(folder),

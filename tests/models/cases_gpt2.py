@@ -19,6 +19,13 @@ MODELS: dict[str, Model] = {
     ),
     "gpt2, scores scaled by layers": ("GPT2", {"scale_attn_by_inverse_layer_idx": True, "n_head": 12}),
     "gpt2, scores not scaled": ("GPT2", {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}),
+    "opt": ("OPT", {}),
+    "opt, 350m": ("OPT", {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),
+    "opt, narrow embeddings": ("OPT", {"word_embed_proj_dim": 20, "tie_word_embeddings": False}),
+    "opt, no biases, no final norm": (
+        "OPT",
+        {"enable_bias": False, "_remove_final_layer_norm": True, "activation_function": "gelu"},
+    ),
 }
 
 CONTROLS: dict[str, tuple[str, Change]] = {
@@ -26,8 +33,25 @@ CONTROLS: dict[str, tuple[str, Change]] = {
     "GPT-2's epsilon": ("gpt2, inner size, own head, relu", lambda config: replace(config, norm_eps=1e-5)),
     "scales of layers": ("gpt2, scores scaled by layers", _same_layers),
     "no scale": ("gpt2, scores not scaled", lambda config: with_attention(config, scale=None)),
+    "OPT's first row of positions": (
+        "opt",
+        lambda config: replace(config, position_offset=1, max_position_embeddings=129),
+    ),
+    "norms of OPT 350m": ("opt, 350m", lambda config: replace(config, norm_first=True)),
+    "OPT's activation": ("opt", lambda config: replace(config, activation="gelu")),
 }
 
+_OPT_WEIGHTS = (
+    "embed_positions.weight",
+    "final_layer_norm.bias",
+    "layers.1.self_attn_layer_norm.weight",
+    "layers.1.final_layer_norm.weight",
+    "layers.1.self_attn.q_proj.bias",
+    "layers.1.self_attn.v_proj.bias",
+    "layers.1.self_attn.out_proj.bias",
+    "layers.1.fc1.bias",
+    "layers.1.fc2.bias",
+)
 WEIGHTS = {
     "learned positions": ("gpt2", "transformer.wpe.weight"),
     **{
@@ -35,16 +59,21 @@ WEIGHTS = {
         for name in ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
         for kind in ("bias", "weight")
     },
+    **{f"OPT's {name}": ("opt", f"model.decoder.{name}") for name in _OPT_WEIGHTS},
+    "OPT's projection of embeddings": ("opt, 350m", "model.decoder.project_in.weight"),
+    "OPT's projection to the head": ("opt, 350m", "model.decoder.project_out.weight"),
+    "norms behind the MLPs of OPT 350m": ("opt, 350m", "model.decoder.layers.2.final_layer_norm.bias"),
 }
 
 CASES = Cases(
     models=MODELS,
     controls=CONTROLS,
     weights=WEIGHTS,
-    served=["gpt2"],
-    ranks=[("gpt2", 4), ("gpt2, inner size, own head, relu", 2)],
-    converted=[("gpt2", ranks) for ranks in (1, 2, 4)],
+    served=["gpt2", "opt, 350m"],
+    ranks=[("gpt2, inner size, own head, relu", 4), ("opt, 350m", 4), ("opt, narrow embeddings", 2)],
+    converted=[("gpt2", 2), ("opt, 350m", 4), ("opt, narrow embeddings", 1)],
     leftovers={
+        "opt": ["model.decoder.version"],
         "gpt2": [f"transformer.h.{layer}.attn.{name}" for layer in range(3) for name in ("bias", "masked_bias")],
     },
 )

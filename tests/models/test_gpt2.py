@@ -12,6 +12,7 @@ from hasten.models.registry import model_class
 
 RAW: dict[str, dict[str, Any]] = {
     "GPT2LMHeadModel": {"n_embd": 768, "n_layer": 4, "n_head": 12},
+    "OPTForCausalLM": {"hidden_size": 768, "num_hidden_layers": 4, "num_attention_heads": 12, "ffn_dim": 3072},
 }
 """The keys without which a model has no shape."""
 
@@ -40,6 +41,11 @@ def test_what_a_config_leaves_out_is_as_in_hugging_face(architecture: str) -> No
         ("GPT2LMHeadModel", {"n_positions": "all"}, "n_positions has a value of the wrong kind: 'all'"),
         ("GPT2LMHeadModel", {"n_inner": 0}, "n_inner has a value of the wrong kind: 0 is not a whole number above 0"),
         ("GPT2LMHeadModel", {"scale_attn_weights": "no"}, "scale_attn_weights has a value of the wrong kind"),
+        ("OPTForCausalLM", {"ffn_dim": None}, "lacks 'ffn_dim'"),
+        ("OPTForCausalLM", {"num_attention_heads": 5}, "hidden_size 768 is not a multiple of num_attention_heads 5"),
+        ("OPTForCausalLM", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine false: "),
+        ("OPTForCausalLM", {"do_layer_norm_before": 1}, "do_layer_norm_before has a value of the wrong kind"),
+        ("OPTForCausalLM", {"word_embed_proj_dim": "512"}, "word_embed_proj_dim has a value of the wrong kind"),
     ],
 )
 def test_what_cannot_be_is_named_with_its_key(architecture: str, changes: dict[str, Any], message: str) -> None:

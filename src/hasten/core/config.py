@@ -188,7 +188,13 @@ class ModelConfig:
     """That of every layer, unless `layer_attention` says more; its heads are those of all layers."""
     layer_attention: tuple[AttentionConfig, ...] = ()
     """Where layers differ: that of each."""
+    embedding_size: int | None = None
+    """Width of the embeddings, and of what the head reads, where it is not the hidden size."""
     norm_eps: float = 1e-5
+    norm_first: bool = True
+    """Whether the norms of a layer stand before attention and MLP, or behind the sums that these are added to."""
+    final_norm: bool = True
+    """Whether there is a norm behind the last layer."""
     activation: Activation = "gelu_tanh"
     mlp_bias: bool = True
     norm_bias: bool = True

@@ -5,7 +5,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten import ops
-from hasten.layers.linear import PackedModule
+from hasten.layers.linear import PackedModule, ReplicatedLinear
 from hasten.layers.norm import LayerNorm
 from hasten.ops.partial_sum import PartialSum
 from hasten.parallel.groups import tensor_group
@@ -18,23 +18,26 @@ class Embedding(nn.Module):
     def __init__(
         self,
         vocab_size: int,
-        hidden_size: int,
+        width: int,
         *,
+        hidden_size: int | None = None,
         scale: float | None = None,
         positions: int = 0,
         position_offset: int = 0,
     ) -> None:
         """`scale`: what embeddings are multiplied by, rounded to their type; a tied head takes them as they are.
 
-        `positions`: rows of the table of positions, which every rank holds whole; that of position p is row
-        p + `position_offset`.
+        `hidden_size`: what they are projected to, where that is not their own `width`. `positions`: rows of the table
+        of positions, which every rank holds whole; that of position p is row p + `position_offset`.
         """
         super().__init__()
         self.group = tensor_group()
         self.scale = scale
         rows = padded_vocab(vocab_size, self.group.size) // self.group.size
         self.first = self.group.rank * rows if self.group.size > 1 else None
-        self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(rows, width), requires_grad=False)
+        hidden_size = hidden_size or width
+        self.projection = None if hidden_size == width else ReplicatedLinear(width, hidden_size, bias=False)
         self.position_offset = position_offset
         self.positions = nn.Parameter(torch.empty(positions, hidden_size), requires_grad=False) if positions else None
 
@@ -43,6 +46,8 @@ class Embedding(nn.Module):
         rows_th = ops.embedding(ids_t, self.weight, self.first)
         if self.scale is not None:
             rows_th = rows_th * float(torch.tensor(self.scale, dtype=rows_th.dtype))
+        if self.projection is not None:
+            rows_th = self.projection(rows_th)  # of the rows that this rank holds: the rest are zeros, and remain so
         over_ranks = self.first is not None
         if self.positions is None:
             return PartialSum(rows_th, over_ranks=True) if over_ranks else rows_th
@@ -52,7 +57,8 @@ class Embedding(nn.Module):
 
     def normed(self, ids_t: Tensor, positions_t: Tensor, norm: LayerNorm) -> Tensor:
         """Embeddings after `norm`: [t, h], whole on every rank."""
-        if self.first is None and self.positions is None and norm.bias is not None:
+        plain = self.positions is None and self.projection is None and self.scale is None
+        if plain and self.first is None and norm.bias is not None:
             return ops.embedding_norm(ids_t, self.weight, norm.weight, norm.bias, norm.eps)
         return norm(self(ids_t, positions_t))[0]
 

@@ -32,6 +32,14 @@ class _Linear(PackedModule):
         del self.weight
 
 
+class ReplicatedLinear(_Linear):
+    """Every rank holds the weight whole, and computes all output features."""
+
+    def forward(self, x_th: Tensor) -> Tensor:
+        """`x @ W.T + b`: [t, o]."""
+        return ops.linear(x_th, self.packed, self.bias)
+
+
 class ColumnLinear(_Linear):
     """Each rank computes a shard of the output features; no communication."""
 

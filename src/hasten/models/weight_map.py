@@ -15,7 +15,7 @@ from torch import Tensor
 from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.parallel.shard import Split, shard_config, split, split_sections
 
-Axis = Literal["vocab", "position", "hidden", "inner", "gate_up", "query", "kv", "qkv", "head"]
+Axis = Literal["vocab", "position", "embedding", "hidden", "inner", "gate_up", "query", "kv", "qkv", "head"]
 Init = Literal["normal", "ones", "zeros"]
 
 
@@ -26,6 +26,7 @@ def axis_size(axis: Axis, config: ModelConfig) -> int:
     return {
         "vocab": config.vocab_size,
         "position": config.num_positions,
+        "embedding": config.embedding_size or config.hidden_size,
         "hidden": config.hidden_size,
         "inner": config.intermediate_size,
         "gate_up": 2 * config.intermediate_size,
@@ -149,7 +150,7 @@ def norm(name: str, hf: str, *, bias: bool, axis: Axis = "hidden") -> tuple[Weig
 
 def vocabulary(name: str, hf: str) -> WeightSpec:
     """An embedding or a language model head."""
-    axes: tuple[Axis, ...] = ("vocab", "hidden")
+    axes: tuple[Axis, ...] = ("vocab", "embedding")
     return WeightSpec(name=name, sources=(StoredTensor(hf, axes),), axes=axes, split=Split.VOCAB)
 
 

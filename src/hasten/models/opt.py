@@ -1,0 +1,190 @@
+"""OPT: learned positions from row 2 of their table, ReLU; 350m has norms behind each part and narrow embeddings.
+
+Shapes: t tokens of the flat batch, h hidden.
+Source: Zhang et al., "OPT: Open Pre-trained Transformer Language Models", 2022.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch.nn as nn
+from torch import Tensor
+
+from hasten.core.config import AttentionConfig, ModelConfig
+from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.layers.attention import Attention
+from hasten.layers.embedding import Embedding, Head
+from hasten.layers.linear import ReplicatedLinear
+from hasten.layers.mlp import MLP
+from hasten.layers.norm import LayerNorm
+from hasten.models import hf_config
+from hasten.models.base import CausalLM
+from hasten.models.weight_map import Axis, Tie, WeightMap, WeightSpec, linear, norm, positions, vocabulary
+from hasten.ops.meta import AttentionMeta
+from hasten.ops.partial_sum import PartialSum
+from hasten.parallel.shard import Split
+
+
+class OPTBlock(nn.Module):
+    """One layer: attention and MLP, each behind a norm and added to a residual."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        hidden, inner, eps = config.hidden_size, config.intermediate_size, config.norm_eps
+        self.last = layer == config.num_layers - 1
+        self.attention_norm = LayerNorm(hidden, eps=eps)
+        self.attention = Attention(hidden, config.attention_of(layer))
+        self.mlp_norm = LayerNorm(hidden, eps=eps)
+        self.mlp = MLP(hidden, inner, activation=config.activation, bias=config.mlp_bias)
+
+    def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> Tensor | PartialSum:
+        """Hidden states after this layer, or a sum for the next norm to add up."""
+        normed_th, residual_th = self.attention_norm(x_th)
+        x_th = self.attention(normed_th, positions_t, meta, residual_th, last=self.last)
+        normed_th, residual_th = self.mlp_norm(x_th)
+        return self.mlp(normed_th, residual_th)
+
+
+class OPTPostNormBlock(OPTBlock):
+    """One layer of 350m: attention and MLP, each added to a residual and then normed."""
+
+    def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
+        """Hidden states after this layer."""
+        residual_th = _added_up(x_th, self.attention_norm)
+        x_th = self.attention(residual_th, positions_t, meta, residual_th, last=self.last)
+        residual_th, _ = self.attention_norm(x_th)
+        return self.mlp_norm(self.mlp(residual_th, residual_th))[0]
+
+
+def _added_up(x_th: Tensor | PartialSum, norm: LayerNorm) -> Tensor:
+    """A sum as a tensor: norms are what adds sums up, and any of them returns the sum along with its norm."""
+    return x_th if isinstance(x_th, Tensor) else norm(x_th)[1]
+
+
+class OPTForCausalLM(CausalLM):
+    """OPT with its language model head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        vocab, hidden, width = config.vocab_size, config.hidden_size, config.embedding_size or config.hidden_size
+        self.embedding = Embedding(
+            vocab,
+            width,
+            hidden_size=hidden,
+            positions=config.num_positions,
+            position_offset=config.position_offset,
+        )
+        block = OPTBlock if config.norm_first else OPTPostNormBlock
+        self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_layers))
+        self.final_norm = LayerNorm(hidden, eps=config.norm_eps) if config.final_norm else None
+        self.project_out = None if width == hidden else ReplicatedLinear(hidden, width, bias=False)
+        self.head = Head(vocab, width, tied=self.embedding if config.tie_word_embeddings else None)
+
+    def forward(self, input_ids_t: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
+        """Hidden states after the last norm, of the tokens of `meta.output_part` where it names some.
+
+        They are [t, h], or as wide as the embeddings where these are narrower.
+        """
+        x_th: Tensor | PartialSum = self.embedding(input_ids_t, positions_t)
+        for layer in self.layers:
+            x_th = layer(x_th, positions_t, meta)
+        if self.final_norm is None:
+            last = self.layers[-1]
+            assert isinstance(last, OPTBlock)
+            out_th = _added_up(x_th, last.mlp_norm)
+        else:
+            out_th, _ = self.final_norm(x_th)
+        return out_th if self.project_out is None else self.project_out(out_th)
+
+    hf_harmless: ClassVar[frozenset[str]] = frozenset(
+        {"activation_dropout", "attention_dropout", "dropout", "init_std", "layerdrop"}
+    )
+
+    @staticmethod
+    def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+        """Read Hugging Face's config.json."""
+        hidden, heads = hf_config.count(raw, "hidden_size"), hf_config.count(raw, "num_attention_heads")
+        if hidden % heads:
+            raise ConfigError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+        if not hf_config.flag(raw, "layer_norm_elementwise_affine", True):
+            raise UnsupportedError("layer_norm_elementwise_affine false: norms without weights are not supported")
+        bias = hf_config.flag(raw, "enable_bias", True)
+        norm_first = hf_config.flag(raw, "do_layer_norm_before", True)
+        width = hf_config.count(raw, "word_embed_proj_dim", default=hidden)
+        return ModelConfig(
+            architecture="OPTForCausalLM",
+            num_layers=hf_config.count(raw, "num_hidden_layers"),
+            hidden_size=hidden,
+            intermediate_size=hf_config.count(raw, "ffn_dim"),
+            vocab_size=hf_config.count(raw, "vocab_size", default=50272),
+            embedding_size=None if width == hidden else width,
+            attention=AttentionConfig(
+                num_heads=heads,
+                num_kv_heads=heads,
+                head_size=hidden // heads,
+                position="learned",
+                qkv_bias=bias,
+                dense_bias=bias,
+            ),
+            norm_first=norm_first,
+            # checkpoints that were tuned by an early version of transformers have none
+            final_norm=norm_first and not hf_config.flag(raw, "_remove_final_layer_norm", False),
+            activation=hf_config.activation(raw, "activation_function", "relu"),
+            mlp_bias=bias,
+            tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", True),
+            dtype=hf_config.dtype(raw) or "fp32",
+            bos_token_id=hf_config.token(raw, "bos_token_id", 2),
+            eos_token_ids=hf_config.tokens(raw, "eos_token_id", 2),
+            pad_token_id=hf_config.token(raw, "pad_token_id", 1),
+            max_position_embeddings=hf_config.count(raw, "max_position_embeddings", default=2048),
+            position_offset=2,
+        )
+
+    @staticmethod
+    def weight_map(config: ModelConfig) -> WeightMap:
+        """Names, layouts and splits of all weights."""
+        return WeightMap(
+            specs=tuple(_specs(config)),
+            hf_prefix="model.",
+            hf_unprefixed=frozenset({"lm_head.weight"}),
+            hf_ignored=("decoder.version",),
+            head_tie=Tie(_HEAD, _EMBEDDING) if config.tie_word_embeddings else None,
+        )
+
+
+_EMBEDDING = vocabulary("embedding.weight", "decoder.embed_tokens.weight")
+_HEAD = vocabulary("head.weight", "lm_head.weight")
+
+
+def _of_layer(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
+    name, hf, attention = f"layers.{layer}", f"decoder.layers.{layer}", config.attention
+    qkv: dict[str, Axis] = {f"{hf}.self_attn.q_proj": "query"}
+    qkv |= {f"{hf}.self_attn.{each}_proj": "kv" for each in "kv"}
+    dense: dict[str, Axis] = {f"{hf}.self_attn.out_proj": "hidden"}
+    up: dict[str, Axis] = {f"{hf}.fc1": "inner"}
+    down: dict[str, Axis] = {f"{hf}.fc2": "hidden"}
+    yield from norm(f"{name}.attention_norm", f"{hf}.self_attn_layer_norm", bias=True)
+    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=attention.qkv_bias)
+    yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=attention.dense_bias)
+    yield from norm(f"{name}.mlp_norm", f"{hf}.final_layer_norm", bias=True)
+    yield from linear(f"{name}.mlp.up", up, "inner", "hidden", Split.COLUMN, bias=config.mlp_bias)
+    yield from linear(f"{name}.mlp.down", down, "hidden", "inner", Split.ROW, bias=config.mlp_bias)
+
+
+def _projection(name: str, hf: str, out: Axis, into: Axis) -> tuple[WeightSpec, ...]:
+    return linear(name, {hf: out}, out, into, Split.REPLICATE, bias=False)
+
+
+def _specs(config: ModelConfig) -> Iterator[WeightSpec]:
+    yield _EMBEDDING
+    yield positions("embedding.positions", "decoder.embed_positions.weight")
+    if config.embedding_size is not None:
+        yield from _projection("embedding.projection", "decoder.project_in", "hidden", "embedding")
+    for layer in range(config.num_layers):
+        yield from _of_layer(config, layer)
+    if config.final_norm:
+        yield from norm("final_norm", "decoder.final_layer_norm", bias=True)
+    if config.embedding_size is not None:
+        yield from _projection("project_out", "decoder.project_out", "embedding", "hidden")
+    if not config.tie_word_embeddings:
+        yield _HEAD
