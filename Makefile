@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/hasten demo
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 30
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 30
 
 check: setup
 	$(BIN)/ruff check

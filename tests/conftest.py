@@ -106,7 +106,9 @@ def _save_model(folder: Path, family: str, seed: int, **config: Any) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs more GPUs than there are."""
+    """Skip what needs more GPUs than there are. Files with slow tests come first: at the end they would run alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for mark, least in (("gpu", 1), ("multi_gpu", 2)):
         if gpus < least:

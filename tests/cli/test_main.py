@@ -145,6 +145,7 @@ def in_shell(command: str, argv: list[str], **environment: str) -> "subprocess.C
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     ("redirection", "message"), [(">&-", "standard output is closed"), ("> /dev/full", "No space left on device")]

@@ -244,6 +244,7 @@ sys.exit(main(sys.argv[1:]))
 """The command, with a rank 0 whose next collective comes once another rank has died."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_bad_input_is_one_line_and_status_2_whichever_rank_finds_it_first(make_bloom: MakeBloom, ranks: int) -> None:
     folder = make_bloom(n_head=5, hidden_size=40)
