@@ -73,6 +73,14 @@ def _save_model(folder: Path, family: str, seed: int, **config: Any) -> None:
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
     }
+    gpt_neo = {
+        "hidden_size": 48,
+        "num_layers": 3,
+        "num_heads": 4,
+        "max_position_embeddings": 128,
+        "attention_types": [[["global", "local"], 1], [["local"], 1]],
+        "window_size": 7,
+    }
     opt = {
         "hidden_size": 48,
         "ffn_dim": 80,
@@ -82,7 +90,7 @@ def _save_model(folder: Path, family: str, seed: int, **config: Any) -> None:
         "word_embed_proj_dim": 48,
         "init_std": 0.2,
     }
-    own: dict[str, dict[str, Any]] = {"Bloom": bloom, "GPT2": gpt2, "OPT": opt}
+    own: dict[str, dict[str, Any]] = {"Bloom": bloom, "GPT2": gpt2, "GPTBigCode": gpt2, "GPTNeo": gpt_neo, "OPT": opt}
     sizes = own.get(family, other)
     spread = 0.1 if family == "Bloom" else 0.2
     options: dict[str, Any] = sizes | {

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from tests.models.families import Cases, Change, Model, with_attention
+from tests.models.families import Cases, Change, Model, with_attention, with_rope, with_window
 
 from hasten.core.config import ModelConfig
 
@@ -11,6 +11,7 @@ def _same_layers(config: ModelConfig) -> ModelConfig:
     return replace(config, layer_attention=())
 
 
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
 MODELS: dict[str, Model] = {
     "gpt2": ("GPT2", {}),
     "gpt2, inner size, own head, relu": (
@@ -26,6 +27,16 @@ MODELS: dict[str, Model] = {
         "OPT",
         {"enable_bias": False, "_remove_final_layer_norm": True, "activation_function": "gelu"},
     ),
+    "gpt bigcode": ("GPTBigCode", {"n_inner": 80}),
+    "gpt bigcode, every head its own key": ("GPTBigCode", {"multi_query": False, "tie_word_embeddings": False}),
+    "gpt bigcode, scores not scaled": ("GPTBigCode", {"scale_attn_weights": False}),
+    "gpt neo": ("GPTNeo", {}),
+    "gpt neo, inner size, own head": ("GPTNeo", {"intermediate_size": 80, "tie_word_embeddings": False}),
+    "starcoder2": ("Starcoder2", {"sliding_window": 9, "rope_parameters": ROPE}),
+    "starcoder2, no biases, own head": (
+        "Starcoder2",
+        {"use_bias": False, "tie_word_embeddings": False, "num_key_value_heads": 1, "norm_epsilon": 1e-3},
+    ),
 }
 
 CONTROLS: dict[str, tuple[str, Change]] = {
@@ -39,6 +50,14 @@ CONTROLS: dict[str, tuple[str, Change]] = {
     ),
     "norms of OPT 350m": ("opt, 350m", lambda config: replace(config, norm_first=True)),
     "OPT's activation": ("opt", lambda config: replace(config, activation="gelu")),
+    "BigCode's scale": ("gpt bigcode, scores not scaled", lambda config: with_attention(config, scale=None)),
+    "Neo's scale": ("gpt neo", lambda config: with_attention(config, scale=None)),
+    "Neo's layers": ("gpt neo", lambda config: replace(config, layer_attention=())),
+    "a token more in Neo's window": ("gpt neo", lambda config: with_window(config, 1)),
+    "a token less in Neo's window": ("gpt neo", lambda config: with_window(config, -1)),
+    "StarCoder 2's rope": ("starcoder2", lambda config: with_rope(config, theta=9_000.0)),
+    "a token more in StarCoder 2's window": ("starcoder2", lambda config: with_window(config, 1)),
+    "StarCoder 2's epsilon": ("starcoder2, no biases, own head", lambda config: replace(config, norm_eps=1e-5)),
 }
 
 _OPT_WEIGHTS = (
@@ -59,6 +78,13 @@ WEIGHTS = {
         for name in ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
         for kind in ("bias", "weight")
     },
+    "BigCode's fused projection": ("gpt bigcode", "transformer.h.1.attn.c_attn.bias"),
+    "Neo's positions": ("gpt neo", "transformer.wpe.weight"),
+    "Neo's output projection": ("gpt neo", "transformer.h.1.attn.attention.out_proj.bias"),
+    "StarCoder 2's norms": ("starcoder2", "model.layers.1.input_layernorm.bias"),
+    "StarCoder 2's biases of keys and values": ("starcoder2", "model.layers.1.self_attn.v_proj.bias"),
+    "StarCoder 2's MLP": ("starcoder2", "model.layers.1.mlp.c_fc.bias"),
+    "StarCoder 2's last norm": ("starcoder2", "model.norm.bias"),
     **{f"OPT's {name}": ("opt", f"model.decoder.{name}") for name in _OPT_WEIGHTS},
     "OPT's projection of embeddings": ("opt, 350m", "model.decoder.project_in.weight"),
     "OPT's projection to the head": ("opt, 350m", "model.decoder.project_out.weight"),
@@ -69,10 +95,29 @@ CASES = Cases(
     models=MODELS,
     controls=CONTROLS,
     weights=WEIGHTS,
-    served=["gpt2", "opt, 350m"],
-    ranks=[("gpt2, inner size, own head, relu", 4), ("opt, 350m", 4), ("opt, narrow embeddings", 2)],
-    converted=[("gpt2", 2), ("opt, 350m", 4), ("opt, narrow embeddings", 1)],
+    served=["gpt2", "opt, 350m", "gpt bigcode", "gpt neo", "starcoder2"],
+    ranks=[
+        ("gpt2, inner size, own head, relu", 4),
+        ("opt, 350m", 4),
+        ("gpt bigcode", 4),
+        ("gpt neo", 2),
+        ("starcoder2", 4),
+    ],
+    converted=[
+        ("gpt2", 2),
+        ("opt, 350m", 4),
+        ("opt, narrow embeddings", 1),
+        ("gpt bigcode", 4),
+        ("gpt bigcode, every head its own key", 2),
+        ("gpt neo", 1),
+        ("starcoder2", 4),
+    ],
     leftovers={
+        "gpt bigcode": ["transformer.h.0.attn.bias"],
+        "gpt neo": [
+            f"transformer.h.{layer}.attn.attention.{name}" for layer in range(3) for name in ("bias", "masked_bias")
+        ],
+        "starcoder2": ["model.layers.0.self_attn.rotary_emb.inv_freq"],
         "opt": ["model.decoder.version"],
         "gpt2": [f"transformer.h.{layer}.attn.{name}" for layer in range(3) for name in ("bias", "masked_bias")],
     },

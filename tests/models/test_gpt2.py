@@ -12,7 +12,15 @@ from hasten.models.registry import model_class
 
 RAW: dict[str, dict[str, Any]] = {
     "GPT2LMHeadModel": {"n_embd": 768, "n_layer": 4, "n_head": 12},
+    "GPTBigCodeForCausalLM": {"n_embd": 768, "n_layer": 4, "n_head": 12},
+    "GPTNeoForCausalLM": {"hidden_size": 768, "num_layers": 24, "num_heads": 12},
     "OPTForCausalLM": {"hidden_size": 768, "num_hidden_layers": 4, "num_attention_heads": 12, "ffn_dim": 3072},
+    "Starcoder2ForCausalLM": {
+        "hidden_size": 768,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+    },
 }
 """The keys without which a model has no shape."""
 
@@ -41,6 +49,14 @@ def test_what_a_config_leaves_out_is_as_in_hugging_face(architecture: str) -> No
         ("GPT2LMHeadModel", {"n_positions": "all"}, "n_positions has a value of the wrong kind: 'all'"),
         ("GPT2LMHeadModel", {"n_inner": 0}, "n_inner has a value of the wrong kind: 0 is not a whole number above 0"),
         ("GPT2LMHeadModel", {"scale_attn_weights": "no"}, "scale_attn_weights has a value of the wrong kind"),
+        ("GPTBigCodeForCausalLM", {"multi_query": "yes"}, "multi_query has a value of the wrong kind"),
+        ("GPTNeoForCausalLM", {"attention_types": [[["global"], 3]]}, "has 3 layers, num_layers is 24"),
+        ("GPTNeoForCausalLM", {"attention_types": [[["axial"], 24]]}, "attention_types has 'axial'; supported are glo"),
+        ("GPTNeoForCausalLM", {"attention_types": "global"}, "attention_types 'global' is not a list of kinds and how"),
+        ("GPTNeoForCausalLM", {"window_size": -1}, "window_size has a value of the wrong kind"),
+        ("Starcoder2ForCausalLM", {"mlp_type": "gated"}, "mlp_type 'gated' is not supported; supported is default"),
+        ("Starcoder2ForCausalLM", {"norm_epsilon": "tiny"}, "norm_epsilon has a value of the wrong kind"),
+        ("Starcoder2ForCausalLM", {"sliding_window": 0}, "sliding_window has a value of the wrong kind"),
         ("OPTForCausalLM", {"ffn_dim": None}, "lacks 'ffn_dim'"),
         ("OPTForCausalLM", {"num_attention_heads": 5}, "hidden_size 768 is not a multiple of num_attention_heads 5"),
         ("OPTForCausalLM", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine false: "),

@@ -18,7 +18,7 @@ from hasten.layers.mlp import MLP
 from hasten.layers.norm import LayerNorm
 from hasten.models import hf_config
 from hasten.models.base import CausalLM
-from hasten.models.weight_map import Axis, Layout, Tie, WeightMap, WeightSpec, linear, norm, vocabulary
+from hasten.models.weight_map import HEAD_MAJOR, Axis, Tie, WeightMap, WeightSpec, linear, norm, vocabulary
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.partial_sum import PartialSum
 from hasten.parallel.shard import Split
@@ -122,14 +122,6 @@ def _config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _group_qkv(tensor: Tensor, attention: AttentionConfig) -> Tensor:
-    """Hugging Face's (heads, 3, head size) rows to hasten's: (3, heads, head size)."""
-    rest = tensor.shape[1:]
-    parts = tensor.reshape(attention.num_heads, 3, attention.head_size, *rest)
-    return parts.transpose(0, 1).reshape(-1, *rest)
-
-
-_HEAD_MAJOR = Layout(_group_qkv, by_head=True)
 _EMBEDDING = vocabulary("embedding.weight", "word_embeddings.weight")
 _HEAD = vocabulary("head.weight", "lm_head.weight")
 
@@ -141,7 +133,7 @@ def _of_layer(layer: int) -> Iterator[WeightSpec]:
     up: dict[str, Axis] = {f"{hf}.mlp.dense_h_to_4h": "inner"}
     down: dict[str, Axis] = {f"{hf}.mlp.dense_4h_to_h": "hidden"}
     yield from norm(f"{name}.input_norm", f"{hf}.input_layernorm", bias=True)
-    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=True, layout=_HEAD_MAJOR)
+    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=True, layout=HEAD_MAJOR)
     yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=True)
     yield from norm(f"{name}.post_norm", f"{hf}.post_attention_layernorm", bias=True)
     yield from linear(f"{name}.mlp.up", up, "inner", "hidden", Split.COLUMN, bias=True)

@@ -15,6 +15,10 @@ MODELS: dict[str, str] = {
     "BloomModel": "hasten.models.bloom:BloomForCausalLM",
     "GPT2LMHeadModel": "hasten.models.gpt2:GPT2LMHeadModel",
     "GPT2Model": "hasten.models.gpt2:GPT2LMHeadModel",
+    "GPTBigCodeForCausalLM": "hasten.models.gpt_bigcode:GPTBigCodeForCausalLM",
+    "GPTBigCodeModel": "hasten.models.gpt_bigcode:GPTBigCodeForCausalLM",
+    "GPTNeoForCausalLM": "hasten.models.gpt_neo:GPTNeoForCausalLM",
+    "GPTNeoModel": "hasten.models.gpt_neo:GPTNeoForCausalLM",
     "Gemma2ForCausalLM": "hasten.models.gemma:Gemma2ForCausalLM",
     "Gemma2Model": "hasten.models.gemma:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": "hasten.models.gemma:Gemma3ForCausalLM",
@@ -33,6 +37,8 @@ MODELS: dict[str, str] = {
     "Qwen2Model": "hasten.models.qwen2:Qwen2ForCausalLM",
     "Qwen3ForCausalLM": "hasten.models.qwen3:Qwen3ForCausalLM",
     "Qwen3Model": "hasten.models.qwen3:Qwen3ForCausalLM",
+    "Starcoder2ForCausalLM": "hasten.models.starcoder2:Starcoder2ForCausalLM",
+    "Starcoder2Model": "hasten.models.starcoder2:Starcoder2ForCausalLM",
 }
 
 
@@ -42,12 +48,15 @@ _MODEL_TYPES: dict[str, str] = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
+    "gpt_bigcode": "GPTBigCodeForCausalLM",
+    "gpt_neo": "GPTNeoForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "opt": "OPTForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
 }
 """Architectures by `model_type`, for a config.json that names no architecture."""
 

@@ -1,0 +1,99 @@
+"""GPT-Neo: GPT-2 with layers that see a window and layers that see all, in turn, and scores that are not scaled.
+
+Source: Black et al., "GPT-Neo: Large Scale Autoregressive Language Modeling with Mesh-Tensorflow", 2021.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from hasten.core.config import AttentionConfig, ModelConfig
+from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.models import hf_config
+from hasten.models.gpt2 import GPT2LMHeadModel, weight_map
+from hasten.models.weight_map import Axis, WeightMap, WeightSpec, linear, norm
+from hasten.parallel.shard import Split
+
+_GLOBAL, _LOCAL = "global", "local"
+_ALTERNATING = [[[_GLOBAL, _LOCAL], 12]]
+
+
+class GPTNeoForCausalLM(GPT2LMHeadModel):
+    """GPT-Neo with its language model head."""
+
+    # transformers writes `attention_layers` next to `attention_types`, from which it follows
+    hf_harmless: ClassVar[frozenset[str]] = frozenset(
+        """
+        attention_dropout attention_layers classifier_dropout embed_dropout initializer_range resid_dropout
+        summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+        """.split()
+    )
+
+    @staticmethod
+    def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+        """Read Hugging Face's config.json."""
+        hidden, heads = hf_config.count(raw, "hidden_size"), hf_config.count(raw, "num_heads")
+        if hidden % heads:
+            raise ConfigError(f"hidden_size {hidden} is not a multiple of num_heads {heads}")
+        kinds = _kinds(raw, hf_config.count(raw, "num_layers"))
+        sees_all = AttentionConfig(
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_size=hidden // heads,
+            position="learned",
+            scale=1.0,
+            qkv_bias=False,
+        )
+        sees_window = replace(sees_all, window=hf_config.count(raw, "window_size", default=256))
+        return ModelConfig(
+            architecture="GPTNeoForCausalLM",
+            num_layers=len(kinds),
+            hidden_size=hidden,
+            intermediate_size=hf_config.count(raw, "intermediate_size", default=4 * hidden),
+            vocab_size=hf_config.count(raw, "vocab_size", default=50257),
+            attention=sees_all,
+            layer_attention=tuple(sees_window if kind == _LOCAL else sees_all for kind in kinds),
+            norm_eps=hf_config.fraction(raw, "layer_norm_epsilon", 1e-5),
+            activation=hf_config.activation(raw, "activation_function", "gelu_new"),
+            tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", True),
+            dtype=hf_config.dtype(raw) or "fp32",
+            bos_token_id=hf_config.token(raw, "bos_token_id", 50256),
+            eos_token_ids=hf_config.tokens(raw, "eos_token_id", 50256),
+            pad_token_id=hf_config.token(raw, "pad_token_id"),
+            max_position_embeddings=hf_config.count(raw, "max_position_embeddings", default=2048),
+        )
+
+    @staticmethod
+    def weight_map(config: ModelConfig) -> WeightMap:
+        """Names, layouts and splits of all weights."""
+        leftovers = ("h.{layer}.attn.attention.bias", "h.{layer}.attn.attention.masked_bias")
+        return replace(weight_map(config, _of_layer), hf_ignored=leftovers)
+
+
+def _kinds(raw: Mapping[str, Any], count: int) -> Sequence[str]:
+    """The kind of each layer, as `attention_types` repeats lists of them."""
+    types: Any = _ALTERNATING if raw.get("attention_types") is None else raw["attention_types"]
+    try:
+        kinds = [kind for each, times in types for _ in range(times) for kind in each]
+    except (TypeError, ValueError):
+        raise ConfigError(f"attention_types {types!r} is not a list of kinds and how often they are repeated") from None
+    if unknown := [kind for kind in kinds if kind not in (_GLOBAL, _LOCAL)]:
+        raise UnsupportedError(f"attention_types has {unknown[0]!r}; supported are {_GLOBAL} and {_LOCAL}")
+    if len(kinds) != count:
+        raise ConfigError(f"attention_types has {len(kinds)} layers, num_layers is {count}")
+    return kinds
+
+
+def _of_layer(layer: int) -> Iterator[WeightSpec]:
+    name, hf = f"layers.{layer}", f"h.{layer}"
+    qkv: dict[str, Axis] = {f"{hf}.attn.attention.q_proj": "query"}
+    qkv |= {f"{hf}.attn.attention.{each}_proj": "kv" for each in "kv"}
+    dense: dict[str, Axis] = {f"{hf}.attn.attention.out_proj": "hidden"}
+    up: dict[str, Axis] = {f"{hf}.mlp.c_fc": "inner"}
+    down: dict[str, Axis] = {f"{hf}.mlp.c_proj": "hidden"}
+    yield from norm(f"{name}.input_norm", f"{hf}.ln_1", bias=True)
+    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=False)
+    yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=True)
+    yield from norm(f"{name}.post_norm", f"{hf}.ln_2", bias=True)
+    yield from linear(f"{name}.mlp.up", up, "inner", "hidden", Split.COLUMN, bias=True)
+    yield from linear(f"{name}.mlp.down", down, "hidden", "inner", Split.ROW, bias=True)
