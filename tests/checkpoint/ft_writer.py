@@ -170,10 +170,11 @@ def opt(folder: Path, ranks: int, dtype: str) -> Files:
     """
     out = _Folder(folder, ranks, dtype)
     raw, base = out.raw, "model.decoder"
-    wte = head = out.state[f"{base}.embed_tokens.weight"]
+    wte = out.state[f"{base}.embed_tokens.weight"]
+    head = out.state.get("lm_head.weight", wte)
     if f"{base}.project_in.weight" in out.state:
         project_in, project_out = (torch.from_numpy(out.state[f"{base}.project_{way}.weight"]) for way in ("in", "out"))
-        wte, head = ((torch.from_numpy(wte) @ each).numpy() for each in (project_in.T, project_out))
+        wte, head = (torch.from_numpy(wte) @ project_in.T).numpy(), (torch.from_numpy(head) @ project_out).numpy()
     out.whole("wte", wte)
     out.whole("lm_head.weight", head)
     out.whole("wpe", out.get(f"{base}.embed_positions.weight")[2:])

@@ -2,12 +2,13 @@
 
 import errno
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import torch
 
@@ -91,11 +92,12 @@ def convert(job: Conversion, report: Report = lambda _: None) -> None:
     _check_apart(source, given, Path(job.output_dir), f"{job.ranks}-gpu")
     target = Target(Path(job.output_dir), job.ranks)
     side = side_folder(source)
-    target.check_model(read_json(side / "config.json") if (side / "config.json").is_file() else None)
+    raw = read_json(side / "config.json") if (side / "config.json").is_file() else None
+    target.check_model(raw)
     if source.manifest is not None:
         source.manifest.verify(source.folder, source.manifest.files)
     with _clear_errors(job.output_dir), target.prepare() as new:
-        writer = _writer(job, source, family, new / target.name)
+        writer = _writer(job, source, family, raw or {}, new / target.name)
         _check_space(writer.nbytes, new, job.output_dir)
         replaced = target.folder if target.folder.exists() else None
         report(Opened(source, writer.nbytes, writer.format, f"{source.label} >> {writer.label}", replaced))
@@ -121,10 +123,10 @@ def _check_apart(source: Source, given: Path, out: Path, name: str) -> None:
         raise ConfigError(f"the output {out / name} would take the place of the input; give another output folder")
 
 
-def _writer(job: Conversion, source: Source, family: Family | None, folder: Path) -> Writer:
+def _writer(job: Conversion, source: Source, family: Family | None, raw: Mapping[str, Any], folder: Path) -> Writer:
     if family is None:
         return RankedSafetensorsWriter(source, folder, job.ranks, job.dtype, generation_eos(source))
-    name = source.model_name if isinstance(source, FasterTransformerSource) else job.input_dir
+    name = source.model_name if isinstance(source, FasterTransformerSource) else family.name(job.input_dir, raw)
     return FasterTransformerWriter(source, folder, job.ranks, job.dtype, family, name)
 
 

@@ -358,6 +358,8 @@ class FasterTransformerSource(_RankedSource):
         self._tensors = {tensor.spec.name: tensor for tensor in tensors if not tensor.extra}
         self.files = tuple(folder / tensor.file(part) for tensor in tensors for part in range(tensor.parts(self.ranks)))
         self._check_files(tensors)
+        if self.manifest is None and (problem := self.family.unclear(self.config, self.ranks)):
+            raise UnsupportedError(f"{folder}: {problem}; convert the original checkpoint, or give its 1-gpu folder")
 
     def holds(self, spec: WeightSpec) -> bool:
         """Whether there is a file of a weight that the configuration ties to another."""
@@ -413,7 +415,16 @@ class FasterTransformerSource(_RankedSource):
 
 def _joined(ini: ModelConfig, beside: ModelConfig, folder: Path) -> ModelConfig:
     """What config.json says, in the type of the files; CheckpointError where config.ini contradicts it."""
-    for name in ("architecture", "num_layers", "hidden_size", "vocab_size", "attention", "residual_after_norm"):
+    for name in (
+        "architecture",
+        "num_layers",
+        "hidden_size",
+        "vocab_size",
+        "attention",
+        "residual_after_norm",
+        "norm_first",
+        "final_norm",
+    ):
         if getattr(ini, name) != getattr(beside, name):
             raise CheckpointError(
                 f"{folder / CONFIG_INI} and config.json beside it differ in {name} "
@@ -610,7 +621,12 @@ def _open_faster_transformer(folder: Path) -> FasterTransformerSource:
     facts = read_folder(folder)
     parent = folder.resolve().parent
     beside = next((path for path in (folder, parent) if (path / "config.json").is_file()), None)
-    config = facts.config if beside is None else _joined(facts.config, read_hf_config(beside), folder)
+    if beside is None:
+        config = facts.config
+        if facts.family.unsaid is not None:
+            _log.warning("%s does not say %s", folder / CONFIG_INI, facts.family.unsaid)
+    else:
+        config = _joined(facts.config, facts.family.stored(read_hf_config(beside)), folder)
     source = FasterTransformerSource(folder, facts, config)
     if not _has_own_head(source):
         return source

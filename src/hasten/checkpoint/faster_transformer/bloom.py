@@ -3,12 +3,9 @@
 from collections.abc import Mapping
 from typing import ClassVar
 
-from hasten.checkpoint.faster_transformer.family import LAYER_MODULES, Family, attention_of, token_keys
+from hasten.checkpoint.faster_transformer.family import LAYER_MODULES, LAYERNORM_TYPES, Family, attention_of, token_keys
 from hasten.checkpoint.faster_transformer.ini import Section
 from hasten.core.config import DTypeName, ModelConfig
-from hasten.core.errors import UnsupportedError
-
-_LAYERNORM_TYPES = ("pre_layernorm", "post_layernorm")
 
 
 class Bloom(Family):
@@ -60,14 +57,10 @@ class Bloom(Family):
 
     def config(self, section: Section) -> ModelConfig:
         """What config.ini describes."""
-        kind = section.text("layernorm_type", _LAYERNORM_TYPES[0])
-        if kind not in _LAYERNORM_TYPES:
-            known = ", ".join(_LAYERNORM_TYPES)
-            raise UnsupportedError(f"{section.path}: layernorm_type {kind!r} is not one of {known}")
         return self.described(
             section,
             attention_of(section),
             tokens=(1, 2),
             norm_eps=section.number("layernorm_eps", 1e-5),
-            residual_after_norm=kind == "post_layernorm",
+            residual_after_norm=section.choice("layernorm_type", LAYERNORM_TYPES) == "post_layernorm",
         )

@@ -23,6 +23,8 @@ _LAYER = re.compile(r"(?<=layers\.)\d+")
 
 Shards = Callable[[WeightSpec, int, int], Tensor]
 """Rank r's shard of n of a parameter, in the type that it is stored in."""
+Derive = Callable[[Shards, torch.dtype], Tensor]
+"""Whole values of a file, from those of the parameters and in the type of the files."""
 LAYER_MODULES = {
     "layers.{}.input_norm": "layers.{}.input_layernorm",
     "layers.{}.attention.qkv": "layers.{}.attention.query_key_value",
@@ -32,6 +34,8 @@ LAYER_MODULES = {
     "layers.{}.mlp.down": "layers.{}.mlp.dense_4h_to_h",
 }
 """Names of a layer's modules, the same in every family."""
+LAYERNORM_TYPES = ("pre_layernorm", "post_layernorm")
+"""Values of a key of config.ini, of which the first is its default."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,14 @@ class FileTensor:
     """Without `model.` before it, and the rank and `.bin` behind."""
     spec: WeightSpec
     """The parameter that it holds, or whose shape it has."""
-    derive: Callable[[Shards, torch.dtype], Tensor] | None = None
-    """Its whole values from those of the parameters, in the type of the files, where it does not hold them as they
-    are."""
+    derive: Derive | None = None
+    """How its values come about where it does not hold the parameter's as they are."""
     restore: Callable[[Tensor], Tensor] | None = None
     """The inverse: the parameter's values from those of the file."""
     extra: bool = False
     """Whether no parameter is read from it: its values follow from other files'."""
+    skipped_rows: int = 0
+    """Rows of the parameter, the first ones, that the file lacks and no token needs."""
 
     @property
     def is_split(self) -> bool:
@@ -72,19 +77,22 @@ class FileTensor:
         """Shape of a file as FasterTransformer sees it."""
         shape = self.spec.shape(config)
         if not self.is_split:
-            return shape
+            return (shape[0] - self.skipped_rows, *shape[1:])
         out, *into = shard_shape(shape, self.spec.split, ranks, config.attention)
         return (*into, 3, out // 3) if self.spec.split is Split.QKV else (*into, out)
 
     def values(self, shards: Shards, rank: int, size: int, dtype: torch.dtype) -> Tensor:
         """A shard to write, in hasten's layout."""
-        return shards(self.spec, rank, size) if self.derive is None else self.derive(shards, dtype)
+        values = shards(self.spec, rank, size) if self.derive is None else self.derive(shards, dtype)
+        return values[self.skipped_rows :]
 
     def parameter(self, stored: Tensor) -> Tensor:
         """A parameter's shard in hasten's layout, from a file's values in the shape `shape`; a view if it can be."""
         if self.spec.split is Split.QKV:
             stored = stored.flatten(-2)
         shard = stored.t() if self.is_transposed else stored
+        if self.skipped_rows:
+            shard = torch.cat([shard.new_zeros(self.skipped_rows, *shard.shape[1:]), shard])
         return shard if self.restore is None else self.restore(shard)
 
 
@@ -106,6 +114,10 @@ class Family(ABC):
     """Keys of config.ini that are alike in all models of the family; where one is left out, it is so too."""
     harmless: ClassVar[frozenset[str]] = frozenset()
     """Keys of config.ini that say nothing that others do not."""
+    unsaid: ClassVar[str | None] = None
+    """What config.ini does not say although models of the family differ in it, and what is then assumed."""
+    always_head: ClassVar[bool] = False
+    """Whether the runtime needs the head's file also where the head is tied to the embedding."""
     transposed_head: ClassVar[bool] = False
     """Whether FasterTransformer's own converter writes an untied head as (hidden, vocabulary)."""
 
@@ -139,6 +151,18 @@ class Family(ABC):
             **more,
         )
 
+    def name(self, given: str, raw: Mapping[str, Any]) -> str:
+        """What config.ini calls a model that was `given` as a folder or id and has `raw` as its config.json."""
+        return given
+
+    def stored(self, config: ModelConfig) -> ModelConfig:
+        """A model of transformers as the files hold it."""
+        return config
+
+    def unclear(self, config: ModelConfig, ranks: int) -> str | None:
+        """What FasterTransformer's own converters contradict each other in, for such a folder; None: in nothing."""
+        return None
+
     def recognizes(self, section: Section) -> bool:
         """Whether a section of config.ini is of this family, among those that have its name."""
         return all(section.text(key, "").lower() == value.lower() for key, value in self.marks.items())
@@ -156,8 +180,13 @@ class Family(ABC):
 
     def tensors(self, specs: Iterable[WeightSpec], config: ModelConfig, ranks: int) -> Iterator[FileTensor]:
         """All tensors of a folder, in the order of the parameters."""
+        embedding, has_head = None, False
         for spec in specs:
             yield self.tensor(spec)
+            embedding = spec if spec.name == "embedding.weight" else embedding
+            has_head = has_head or spec.name == "head.weight"
+        if self.always_head and not has_head and embedding is not None:
+            yield FileTensor("lm_head.weight", embedding, extra=True)
 
     def tensor(self, spec: WeightSpec) -> FileTensor:
         """The tensor that holds a parameter as it is."""

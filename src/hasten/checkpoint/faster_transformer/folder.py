@@ -8,12 +8,13 @@ from hasten.checkpoint.faster_transformer.bloom import Bloom
 from hasten.checkpoint.faster_transformer.family import Family
 from hasten.checkpoint.faster_transformer.gpt2 import GPT2
 from hasten.checkpoint.faster_transformer.ini import CONFIG_INI, Section, read_sections, unreadable
+from hasten.checkpoint.faster_transformer.opt import OPT
 from hasten.core.config import ModelConfig
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
 
 _log = logging.getLogger(__name__)
 
-FAMILIES: tuple[Family, ...] = (Bloom(), GPT2())
+FAMILIES: tuple[Family, ...] = (Bloom(), OPT(), GPT2())
 """Those of one section of config.ini in the order in which they are tried: the last takes what is no other's."""
 _OF_ALL_RANKS = "model.layers.0.attention.dense.weight"
 """A tensor that is split in every family."""

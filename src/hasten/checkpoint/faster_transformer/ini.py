@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from hasten.core.errors import CheckpointError
+from hasten.core.errors import CheckpointError, UnsupportedError
 
 CONFIG_INI = "config.ini"
 _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
@@ -74,6 +74,13 @@ class Section:
         if value.lower() not in _TRUE | _FALSE:
             raise self._wrong(key, value, "true or false")
         return value.lower() in _TRUE
+
+    def choice(self, key: str, choices: tuple[str, ...]) -> str:
+        """One of several values, the first of which is the default; UnsupportedError for another."""
+        value = self.text(key, choices[0])
+        if value not in choices:
+            raise UnsupportedError(f"{self.path}: {key} {value!r} is not one of {', '.join(choices)}")
+        return value
 
     def ids(self, key: str, default: int) -> tuple[int, ...]:
         """Token ids: one, a list or `None`."""
