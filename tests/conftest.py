@@ -60,28 +60,21 @@ def _save_tokenizer(folder: Path) -> int:
     return int(tokenizer.get_vocab_size())
 
 
-def _save_model(folder: Path, family: str, seed: int, **config: Any) -> None:
-    import transformers
-
-    bloom = {"hidden_size": 64, "n_layer": 3, "n_head": 8, "seq_length": 512}
-    gpt2 = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 128}
-    other = {
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-    }
-    gpt_neo = {
+_GPT2 = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 128}
+_SIZES: dict[str, dict[str, Any]] = {
+    "Bloom": {"hidden_size": 64, "n_layer": 3, "n_head": 8, "seq_length": 512},
+    "GPT2": _GPT2,
+    "GPTBigCode": _GPT2,
+    "GPTNeo": {
         "hidden_size": 48,
         "num_layers": 3,
         "num_heads": 4,
         "max_position_embeddings": 128,
         "attention_types": [[["global", "local"], 1], [["local"], 1]],
         "window_size": 7,
-    }
-    opt = {
+    },
+    "Mpt": {"d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 128},
+    "OPT": {
         "hidden_size": 48,
         "ffn_dim": 80,
         "num_hidden_layers": 3,
@@ -89,9 +82,23 @@ def _save_model(folder: Path, family: str, seed: int, **config: Any) -> None:
         "max_position_embeddings": 128,
         "word_embed_proj_dim": 48,
         "init_std": 0.2,
-    }
-    own: dict[str, dict[str, Any]] = {"Bloom": bloom, "GPT2": gpt2, "GPTBigCode": gpt2, "GPTNeo": gpt_neo, "OPT": opt}
-    sizes = own.get(family, other)
+    },
+    "other": {
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    },
+}
+"""Of random models, by family; a family without an entry has LLaMA's keys."""
+
+
+def _save_model(folder: Path, family: str, seed: int, **config: Any) -> None:
+    import transformers
+
+    sizes = _SIZES.get(family, _SIZES["other"])
     spread = 0.1 if family == "Bloom" else 0.2
     options: dict[str, Any] = sizes | {
         "vocab_size": _save_tokenizer(folder),

@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from hasten.core.config import RopeConfig
 from hasten.layers.position import RopeTables, alibi_slopes, rope_table
@@ -33,6 +34,13 @@ def test_slopes_are_those_of_hugging_face(heads: int) -> None:
     assert slopes.dtype == torch.float32
     torch.testing.assert_close(slopes, bias[:, 0, 1], rtol=1e-6, atol=0)
     assert slopes.unique().numel() == heads
+
+
+@pytest.mark.parametrize("bias_max", [8, 16])
+@pytest.mark.parametrize("heads", [1, 4, 6, 12, 32, 56])
+def test_slopes_of_mpt(heads: int, bias_max: int) -> None:
+    bias = build_mpt_alibi_tensor(heads, 2, bias_max)
+    torch.testing.assert_close(alibi_slopes(heads, bias_max), -bias[:, 0, 0], rtol=1e-6, atol=0)
 
 
 def theirs(values: dict[str, Any], length: int) -> torch.Tensor:

@@ -32,6 +32,11 @@ MODELS: dict[str, Model] = {
     "gpt bigcode, scores not scaled": ("GPTBigCode", {"scale_attn_weights": False}),
     "gpt neo": ("GPTNeo", {}),
     "gpt neo, inner size, own head": ("GPTNeo", {"intermediate_size": 80, "tie_word_embeddings": False}),
+    "mpt": ("Mpt", {"n_heads": 12}),
+    "mpt, clipped, scale, own head": (
+        "Mpt",
+        {"attn_config": {"clip_qkv": 0.7, "softmax_scale": 0.4}, "tie_word_embeddings": False},
+    ),
     "starcoder2": ("Starcoder2", {"sliding_window": 9, "rope_parameters": ROPE}),
     "starcoder2, no biases, own head": (
         "Starcoder2",
@@ -55,6 +60,11 @@ CONTROLS: dict[str, tuple[str, Change]] = {
     "Neo's layers": ("gpt neo", lambda config: replace(config, layer_attention=())),
     "a token more in Neo's window": ("gpt neo", lambda config: with_window(config, 1)),
     "a token less in Neo's window": ("gpt neo", lambda config: with_window(config, -1)),
+    "MPT's positions": ("mpt", lambda config: with_attention(config, position="none")),
+    "MPT's slopes": ("mpt", lambda config: with_attention(config, alibi_bias_max=7.0)),
+    "MPT's activation": ("mpt", lambda config: replace(config, activation="gelu_tanh")),
+    "MPT's clip": ("mpt, clipped, scale, own head", lambda config: with_attention(config, qkv_clip=None)),
+    "MPT's scale": ("mpt, clipped, scale, own head", lambda config: with_attention(config, scale=None)),
     "StarCoder 2's rope": ("starcoder2", lambda config: with_rope(config, theta=9_000.0)),
     "a token more in StarCoder 2's window": ("starcoder2", lambda config: with_window(config, 1)),
     "StarCoder 2's epsilon": ("starcoder2, no biases, own head", lambda config: replace(config, norm_eps=1e-5)),
@@ -79,6 +89,8 @@ WEIGHTS = {
         for kind in ("bias", "weight")
     },
     "BigCode's fused projection": ("gpt bigcode", "transformer.h.1.attn.c_attn.bias"),
+    "MPT's norms": ("mpt", "transformer.blocks.1.norm_2.weight"),
+    "MPT's last norm": ("mpt", "transformer.norm_f.weight"),
     "Neo's positions": ("gpt neo", "transformer.wpe.weight"),
     "Neo's output projection": ("gpt neo", "transformer.h.1.attn.attention.out_proj.bias"),
     "StarCoder 2's norms": ("starcoder2", "model.layers.1.input_layernorm.bias"),
@@ -95,12 +107,13 @@ CASES = Cases(
     models=MODELS,
     controls=CONTROLS,
     weights=WEIGHTS,
-    served=["gpt2", "opt, 350m", "gpt bigcode", "gpt neo", "starcoder2"],
+    served=["gpt2", "opt, 350m", "gpt bigcode", "gpt neo", "mpt", "starcoder2"],
     ranks=[
         ("gpt2, inner size, own head, relu", 4),
         ("opt, 350m", 4),
         ("gpt bigcode", 4),
         ("gpt neo", 2),
+        ("mpt", 4),
         ("starcoder2", 4),
     ],
     converted=[
@@ -110,6 +123,7 @@ CASES = Cases(
         ("gpt bigcode", 4),
         ("gpt bigcode, every head its own key", 2),
         ("gpt neo", 1),
+        ("mpt, clipped, scale, own head", 2),
         ("starcoder2", 4),
     ],
     leftovers={

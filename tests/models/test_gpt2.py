@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 from tests.conftest import MakeModel
+from tests.models.conftest import BOUND, Worst
+from transformers.models.mpt import modeling_mpt
 
 from hasten import LLM, SamplingParams
 from hasten.core.errors import ConfigError, InvalidRequestError, UnsupportedError
@@ -14,6 +16,7 @@ RAW: dict[str, dict[str, Any]] = {
     "GPT2LMHeadModel": {"n_embd": 768, "n_layer": 4, "n_head": 12},
     "GPTBigCodeForCausalLM": {"n_embd": 768, "n_layer": 4, "n_head": 12},
     "GPTNeoForCausalLM": {"hidden_size": 768, "num_layers": 24, "num_heads": 12},
+    "MptForCausalLM": {"d_model": 768, "n_layers": 4, "n_heads": 12},
     "OPTForCausalLM": {"hidden_size": 768, "num_hidden_layers": 4, "num_attention_heads": 12, "ffn_dim": 3072},
     "Starcoder2ForCausalLM": {
         "hidden_size": 768,
@@ -37,7 +40,8 @@ def test_what_a_config_leaves_out_is_as_in_hugging_face(architecture: str) -> No
     assert model_class(architecture).config_from_hf(saved) == found
     assert found.vocab_size == reference.vocab_size
     assert found.attention.num_heads == reference.num_attention_heads
-    assert found.max_position_embeddings == reference.max_position_embeddings
+    longest = "max_seq_len" if architecture == "MptForCausalLM" else "max_position_embeddings"
+    assert found.max_position_embeddings == getattr(reference, longest)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +61,17 @@ def test_what_a_config_leaves_out_is_as_in_hugging_face(architecture: str) -> No
         ("Starcoder2ForCausalLM", {"mlp_type": "gated"}, "mlp_type 'gated' is not supported; supported is default"),
         ("Starcoder2ForCausalLM", {"norm_epsilon": "tiny"}, "norm_epsilon has a value of the wrong kind"),
         ("Starcoder2ForCausalLM", {"sliding_window": 0}, "sliding_window has a value of the wrong kind"),
+        ("MptForCausalLM", {"n_heads": 7}, "d_model 768 is not a multiple of n_heads 7"),
+        ("MptForCausalLM", {"no_bias": False}, "no_bias False is not supported; supported is True"),
+        ("MptForCausalLM", {"expansion_ratio": 2}, "expansion_ratio 2 is not supported; supported is 4"),
+        ("MptForCausalLM", {"logit_scale": "inv_sqrt_d_model"}, "logit_scale 'inv_sqrt_d_model' is not supported"),
+        ("MptForCausalLM", {"norm_type": "rmsnorm"}, "norm_type 'rmsnorm' is not supported"),
+        ("MptForCausalLM", {"attn_config": {"alibi": False}}, "attn_config: alibi False is not supported"),
+        ("MptForCausalLM", {"attn_config": {"qk_ln": True}}, "attn_config: qk_ln True is not supported"),
+        ("MptForCausalLM", {"attn_config": {"attn_type": "multiquery_attention"}}, "attn_type 'multiquery_attention'"),
+        ("MptForCausalLM", {"attn_config": {"flash_window": 4}}, "attn_config: flash_window is not supported"),
+        ("MptForCausalLM", {"attn_config": {"clip_qkv": "6"}}, "attn_config: clip_qkv has a value of the wrong kind"),
+        ("MptForCausalLM", {"attn_config": [1]}, "attn_config has a value of the wrong kind: [1] is not an object"),
         ("OPTForCausalLM", {"ffn_dim": None}, "lacks 'ffn_dim'"),
         ("OPTForCausalLM", {"num_attention_heads": 5}, "hidden_size 768 is not a multiple of num_attention_heads 5"),
         ("OPTForCausalLM", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine false: "),
@@ -82,3 +97,20 @@ def test_no_sequence_goes_past_the_table_of_positions(make_model: MakeModel) -> 
         assert [len(output.outputs[0].token_ids) for output in outputs] == [8, 1]
         with pytest.raises(InvalidRequestError, match=r"128 \(max_model_len\)"):
             llm.generate([[4] * 128], endless)
+
+
+def test_mpt_has_slopes_as_steep_as_its_configuration_says(
+    make_model: MakeModel, worst_logit: Worst, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model("Mpt", attn_config={"alibi_bias_max": 16})
+    slopes = modeling_mpt.build_mpt_alibi_tensor
+    # transformers reads the key, and then computes the model with 8
+    monkeypatch.setattr(modeling_mpt, "build_mpt_alibi_tensor", lambda n, t, _, device: slopes(n, t, 16, device))
+    assert worst_logit(folder, [1, 17, 70]) <= BOUND
+
+
+@pytest.mark.parametrize("attention", [{"clip_qkv": None}, {"clip_qkv": 0}, {"rope": False, "rope_theta": 10000}, {}])
+def test_what_is_off_in_mpt(attention: dict[str, Any]) -> None:
+    plain = model_class("MptForCausalLM").config_from_hf(RAW["MptForCausalLM"])
+    assert plain.attention.qkv_clip is None
+    assert model_class("MptForCausalLM").config_from_hf(RAW["MptForCausalLM"] | {"attn_config": attention}) == plain

@@ -144,11 +144,18 @@ def test_parts_add_up_to_the_product(out: int, into: int, dtype: torch.dtype, as
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize(("bias", "clip"), [(False, None), (True, None), (True, 0.5)])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_size"), [(3, 3, 8), (8, 2, 5), (4, 1, 16), (16, 8, 32)], ids=str)
 @pytest.mark.parametrize("op", ["cpu", "reference"])
 def test_projected_keys_and_values_go_to_the_cache(
-    op: str, heads: int, kv_heads: int, head_size: int, bias: bool, dtype: torch.dtype, assert_close: Close
+    op: str,
+    clip: float | None,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    bias: bool,
+    dtype: torch.dtype,
+    assert_close: Close,
 ) -> None:
     into, out, block_size = 1024 if heads == 16 else 40, (heads + 2 * kv_heads) * head_size, 3
     weight = draw(out, into, dtype=dtype, scale=into**-0.5)
@@ -162,8 +169,9 @@ def test_projected_keys_and_values_go_to_the_cache(
         slots_t = torch.randperm(blocks * block_size, generator=torch.Generator().manual_seed(rows))[:rows]
         slots_t[1::4] = -1
         with unchanged(x, weight, bias_o, slots_t):
-            query_tnd = project(x, packed, bias_o, key_cache, value_cache, slots_t, heads)
+            query_tnd = project(x, packed, bias_o, key_cache, value_cache, slots_t, heads, clip=clip)
         rows_to = exact(x, weight, bias_o)
+        rows_to = rows_to if clip is None else rows_to.clamp(-clip, clip)
         queries, width = heads * head_size, kv_heads * head_size
         assert query_tnd.dtype == dtype
         assert_close("linear", query_tnd, rows_to[:, :queries].reshape(rows, heads, head_size))

@@ -170,6 +170,7 @@ def cases(setting: Setting) -> list[Case]:
         *(_store_heads(setting, rows) for rows in (1, 64, 8192)),
         *(_gated(setting, rows) for rows in (1, 64)),
         *_activations(setting),
+        *(_project(setting, rows, clip=1.0) for rows in (1, 8)),
         _resolve_ids(setting, 256),
         *(_greedy(setting, rows) for rows in (1, 64, 256)),
         *(_draw(setting, rows) for rows in (64, 256)),
@@ -255,7 +256,7 @@ def _linear(
     return _product(setting, "linear_parts" if parts else "linear", name, rows, into, out, make)
 
 
-def _project(setting: Setting, rows: int) -> Case:
+def _project(setting: Setting, rows: int, *, clip: float | None = None) -> Case:
     heads, kv_heads, size = setting.heads
     into, out = setting.model.hidden_size, (heads + 2 * kv_heads) * size
 
@@ -265,9 +266,11 @@ def _project(setting: Setting, rows: int) -> Case:
     def make() -> Call:
         slots_t = torch.randperm(rows, device=setting.device)
         inputs = (setting.draw(rows, into), _packed(setting, into, out), setting.draw(out), *setting.caches(rows))
-        return _call(partial(projected, ops.project), partial(projected, reference.project), *inputs, slots_t)
+        kernel, definition = (partial(projected, partial(op, clip=clip)) for op in (ops.project, reference.project))
+        return _call(kernel, definition, *inputs, slots_t)
 
-    return replace(_product(setting, "project", "qkv", rows, into, out, make), waits=True)
+    name = "qkv" if clip is None else "qkv, clipped"
+    return replace(_product(setting, "project", name, rows, into, out, make), waits=True)
 
 
 def _attention(

@@ -146,6 +146,8 @@ class AttentionConfig:
     """What attention does about positions; `learned` ones are added to the embeddings, and it does nothing."""
     rope: RopeConfig | None = None
     """Given where `position` is `rope`."""
+    alibi_bias_max: float = 8.0
+    """ALiBi's slopes go from 2^-(this / heads) to 2^-this, for a number of heads that is a power of two."""
     scale: float | None = None
     """What scores are multiplied by; None: 1 / sqrt(head size)."""
     window: int | None = None
@@ -155,12 +157,14 @@ class AttentionConfig:
     qk_norm: bool = False
     """Whether each query and key head has a root mean square norm before its rotation."""
     qkv_bias: bool = True
+    qkv_clip: float | None = None
+    """Queries, keys and values are limited to between minus this and this, before their norms and rotations."""
     dense_bias: bool = True
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_kv_heads", "head_size"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("scale", "window", "softcap"):
+        for name in ("scale", "window", "softcap", "alibi_bias_max", "qkv_clip"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} of attention must be positive, got {value}")
         _require((self.position == "rope") == (self.rope is not None), "attention has a rope where position is rope")

@@ -33,7 +33,7 @@ class Attention(nn.Module):
         self.config = config
         self.head_size, self.num_heads, self.num_kv_heads = heads.head_size, heads.num_heads, heads.num_kv_heads
         self.scale = config.head_size**-0.5 if config.scale is None else config.scale
-        self.qkv = QKVLinear(hidden_size, heads, bias=config.qkv_bias)
+        self.qkv = QKVLinear(hidden_size, heads, bias=config.qkv_bias, clip=config.qkv_clip)
         self.query_norm, self.key_norm = (
             RMSNorm(config.head_size, eps=norm_eps, unit_offset=unit_offset) if config.qk_norm else None
             for _ in range(2)
@@ -44,7 +44,7 @@ class Attention(nn.Module):
         if config.position == "alibi":
             first = group.rank * self.num_heads
             with torch.device("cpu"):
-                self.slopes_n = alibi_slopes(config.num_heads)[first : first + self.num_heads]
+                self.slopes_n = alibi_slopes(config.num_heads, config.alibi_bias_max)[first : first + self.num_heads]
 
     def bind_cache(self, key_cache: Tensor, value_cache: Tensor, ropes: RopeTables | None = None) -> None:
         """Take the caches of this layer, and what else must stand on their device."""

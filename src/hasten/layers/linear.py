@@ -69,10 +69,11 @@ class GatedColumnLinear(_Linear):
 class QKVLinear(_Linear):
     """Fused projection to queries, keys and values; each rank computes those of its heads."""
 
-    def __init__(self, in_features: int, heads: AttentionConfig, *, bias: bool) -> None:
-        """`heads`: those of this rank."""
+    def __init__(self, in_features: int, heads: AttentionConfig, *, bias: bool, clip: float | None = None) -> None:
+        """`heads`: those of this rank; `clip`: what the absolute values of all three are limited to."""
         super().__init__(in_features, (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_size, bias=bias)
         self.num_heads = heads.num_heads
+        self.clip = clip
 
     def forward(
         self,
@@ -83,7 +84,9 @@ class QKVLinear(_Linear):
         transform: ops.HeadTransform | None = None,
     ) -> Tensor:
         """Queries [t, n, d]; keys and values go to the caches. Queries and keys are changed by `transform` before."""
-        return ops.project(x_th, self.packed, self.bias, key_cache, value_cache, slots_t, self.num_heads, transform)
+        return ops.project(
+            x_th, self.packed, self.bias, key_cache, value_cache, slots_t, self.num_heads, transform, clip=self.clip
+        )
 
 
 class RowLinear(_Linear):

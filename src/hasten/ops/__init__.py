@@ -182,17 +182,20 @@ def project(
     slots_t: Tensor,
     num_heads: int,
     transform: HeadTransform | None = None,
+    *,
+    clip: float | None = None,
 ) -> Tensor:
     """Fused queries, keys and values: queries [t, n, d] come back, the rest goes to the caches as `write_cache` says.
 
-    The weight's output features are the queries of all n heads, then the keys of all m, then the values. Queries and
-    keys are first changed by `transform`, computed in at least fp32.
+    The weight's output features are the queries of all n heads, then the keys of all m, then the values. All three are
+    limited to between -`clip` and `clip`, if that is given; then queries and keys are changed by `transform`, computed
+    in at least fp32.
     """
     if x_th.is_cuda:
         from hasten.ops.gpu import matmul
 
-        return matmul.project(x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads, transform)
-    return cpu.project(x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads, transform)
+        return matmul.project(x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads, transform, clip=clip)
+    return cpu.project(x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads, transform, clip=clip)
 
 
 def write_cache(key_tmd: Tensor, value_tmd: Tensor, key_cache: Tensor, value_cache: Tensor, slots_t: Tensor) -> None:

@@ -105,8 +105,10 @@ def project(  # noqa: D103
     slots_t: Tensor,
     num_heads: int,
     transform: HeadTransform | None = None,
+    *,
+    clip: float | None = None,
 ) -> Tensor:
-    qkv_to = linear(x_th, weight, bias_o, None)
+    qkv_to = reference.clipped(linear(x_th, weight, bias_o, None), clip)
     return reference.store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform)
 
 

@@ -129,8 +129,16 @@ def project(  # noqa: D103
     slots_t: Tensor,
     num_heads: int,
     transform: HeadTransform | None = None,
+    *,
+    clip: float | None = None,
 ) -> Tensor:
-    return store_heads(linear(x_th, weight, bias_o, None), key_cache, value_cache, slots_t, num_heads, transform)
+    qkv_to = clipped(linear(x_th, weight, bias_o, None), clip)
+    return store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform)
+
+
+def clipped(x: Tensor, clip: float | None) -> Tensor:
+    """The values limited to between -`clip` and `clip`, in place; as they are if that is None."""
+    return x if clip is None else x.clamp_(-clip, clip)
 
 
 def store_heads(

@@ -139,7 +139,13 @@ def columns(weight: PackedLinear, parts: int) -> tuple[Tensor, ...]:
 
 
 def check_project(
-    rows: int, heads: tuple[int, int, int], dtype: torch.dtype, slots: list[int], into: int, device: torch.device
+    rows: int,
+    heads: tuple[int, int, int],
+    dtype: torch.dtype,
+    slots: list[int],
+    into: int,
+    device: torch.device,
+    clip: float | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Queries and both caches, by the kernel and by the reference in fp64."""
     n, m, d = heads
@@ -149,8 +155,8 @@ def check_project(
     exact_keys, exact_values = keys.double(), values.double()
     slots_t = torch.tensor(slots, dtype=torch.int64, device=device)
     double = replace(weight, plain=wide(weight.plain))
-    expected = reference.project(x.double(), double, bias.double(), exact_keys, exact_values, slots_t, n)
-    found = matmul.project(x, weight, bias, keys, values, slots_t, n)
+    expected = reference.project(x.double(), double, bias.double(), exact_keys, exact_values, slots_t, n, clip=clip)
+    found = matmul.project(x, weight, bias, keys, values, slots_t, n, clip=clip)
     return [found, keys, values], [expected, exact_keys, exact_values]
 
 
@@ -174,6 +180,13 @@ def test_few_rows_project_to_queries_and_slots(
 ) -> None:
     found, expected = check_project(rows, heads, torch.float16, make_slots(rows), 128, device)
     assert_projected(found, expected, assert_close)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 65])
+def test_queries_keys_and_values_are_clipped(rows: int, device: torch.device, assert_close: Close) -> None:
+    found, expected = check_project(rows, (4, 1, 24), torch.float16, make_slots(rows), 128, device, clip=0.5)
+    assert_projected(found, expected, assert_close)
+    assert found[0].abs().max() == 0.5
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

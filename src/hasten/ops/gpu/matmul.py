@@ -46,6 +46,7 @@ def _matvec(
     BLOCK_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    CLIP: tl.constexpr,
     Q: tl.constexpr,
     KV: tl.constexpr,
     PDL: tl.constexpr,
@@ -73,6 +74,8 @@ def _matvec(
         value += tl.load(bias + n, valid, 0.0).to(tl.float32)
     if ACTIVATION is not None:
         value = activated(value, ACTIVATION)
+    if CLIP is not None:
+        value = tl.clamp(value, -CLIP, CLIP, propagate_nan=tl.PropagateNan.ALL)
     value = value.to(out.dtype.element_ty)
     if KV:
         _store_projected(value, n * 0, tl.load(slots).to(tl.int64), n, valid, out, keys, values, Q, KV)
@@ -99,6 +102,7 @@ def _skinny(
     STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    CLIP: tl.constexpr,
     Q: tl.constexpr,
     KV: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -133,6 +137,8 @@ def _skinny(
             total += tl.load(bias + n, n < N, 0.0).to(tl.float32)[:, None]
         if ACTIVATION is not None:
             total = activated(total, ACTIVATION)
+        if CLIP is not None:
+            total = tl.clamp(total, -CLIP, CLIP, propagate_nan=tl.PropagateNan.ALL)
         value = total.to(out.dtype.element_ty)
         valid = (m < M)[None, :] & (n < N)[:, None]
         if KV:
@@ -169,6 +175,7 @@ class _Projection:
     key_cache: Tensor
     value_cache: Tensor
     slots_t: Tensor
+    clip: float | None
 
     @property
     def width(self) -> int:
@@ -214,16 +221,18 @@ def project(
     slots_t: Tensor,
     num_heads: int,
     transform: HeadTransform | None = None,
+    *,
+    clip: float | None = None,
 ) -> Tensor:
     """See `hasten.ops.project`."""
     if transform is not None:
-        qkv_to = linear(x_th, weight, bias_o, None)
+        qkv_to = reference.clipped(linear(x_th, weight, bias_o, None), clip)
         return store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform)
     head_size = key_cache.shape[3]
     if _serves(x_th, weight):
-        to = _Projection(num_heads * head_size, key_cache, value_cache, slots_t)
+        to = _Projection(num_heads * head_size, key_cache, value_cache, slots_t, clip)
         return _product(x_th, weight, bias_o, None, to, splits=1).unflatten(1, (num_heads, head_size))
-    qkv_to = F.linear(x_th, _plain(weight), bias_o)
+    qkv_to = reference.clipped(F.linear(x_th, _plain(weight), bias_o), clip)
     query_tnd, key_tmd, value_tmd = split_heads(qkv_to, num_heads, key_cache)
     write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t)
     return query_tnd
@@ -283,6 +292,7 @@ def _product(
         K=width,
         HAS_BIAS=bias_o is not None,
         ACTIVATION=activation,
+        CLIP=None if to is None else to.clip,
         Q=0 if to is None else to.queries,
         KV=0 if to is None else to.width,
         **overlapped(x_th),
