@@ -81,7 +81,6 @@ _SIZES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "max_position_embeddings": 128,
         "word_embed_proj_dim": 48,
-        "init_std": 0.2,
     },
     "other": {
         "hidden_size": 48,
@@ -106,7 +105,7 @@ def _save_model(folder: Path, family: str, seed: int, **config: Any) -> None:
         "eos_token_id": 2,
         "pad_token_id": 3,
         # wide enough that logits differ clearly and greedy decoding does not run into ties
-        "initializer_range": 0.2,
+        "init_std" if family == "OPT" else "initializer_range": 0.2,
     }
     torch.manual_seed(seed)
     name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"

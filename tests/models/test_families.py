@@ -18,7 +18,8 @@ from hasten.checkpoint import sources
 from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.sources import read_hf_config
 from hasten.core.errors import CheckpointError, UnsupportedError
-from hasten.models.registry import model_class
+from hasten.models.hf_config import Fields
+from hasten.models.registry import architecture_of, model_class
 from hasten.parallel.groups import TensorGroup, use_group
 from hasten.parallel.shard import shard_shape
 
@@ -159,6 +160,15 @@ def test_a_family_that_faster_transformer_did_not_have_becomes_safetensors(
 
 
 # --- the weights ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_all_keys_of_a_config_are_known(name: str, make_model: MakeModel) -> None:
+    family, options = MODELS[name]
+    fields = Fields(sources.read_json(make_model(family, **options) / "config.json"))
+    cls = model_class(architecture_of(fields))
+    cls.config_from_hf(fields)
+    assert fields.unknown(cls.hf_harmless) == []
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

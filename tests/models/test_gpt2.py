@@ -10,6 +10,7 @@ from transformers.models.mpt import modeling_mpt
 
 from hasten import LLM, SamplingParams
 from hasten.core.errors import ConfigError, InvalidRequestError, UnsupportedError
+from hasten.models.hf_config import Fields
 from hasten.models.registry import model_class
 
 RAW: dict[str, dict[str, Any]] = {
@@ -42,6 +43,44 @@ def test_what_a_config_leaves_out_is_as_in_hugging_face(architecture: str) -> No
     assert found.attention.num_heads == reference.num_attention_heads
     longest = "max_seq_len" if architecture == "MptForCausalLM" else "max_position_embeddings"
     assert found.max_position_embeddings == getattr(reference, longest)
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "GPT2LMHeadModel": {
+        "attn_pdrop": 0.1,
+        "gradient_checkpointing": False,
+        "n_ctx": 1024,
+        "predict_special_tokens": True,
+        "summary_type": "cls_index",
+    },
+    "GPTBigCodeForCausalLM": {"inference_runner": 0, "pad_key_length": True, "validate_runner_input": True},
+    "GPTNeoForCausalLM": {"attention_layers": ["global", "local"] * 12, "resid_dropout": 0, "summary_use_proj": True},
+    "MPTForCausalLM": {
+        "auto_map": {"AutoModelForCausalLM": "modeling_mpt.MPTForCausalLM"},
+        "attn_config": {"attn_impl": "torch", "attn_pdrop": 0, "clip_qkv": 6, "qk_ln": False},
+        "init_config": {"name": "kaiming_normal_"},
+        "tokenizer_name": "EleutherAI/gpt-neox-20b",
+        "verbose": 0,
+    },
+    "OPTForCausalLM": {
+        "_remove_final_layer_norm": False,
+        "activation_dropout": 0.0,
+        "do_layer_norm_before": False,
+        "layerdrop": 0.0,
+        "prefix": "</s>",
+        "word_embed_proj_dim": 512,
+    },
+    "Starcoder2ForCausalLM": {"mlp_type": "default", "norm_type": "layer_norm", "rope_theta": 999999.4420358813},
+}
+"""Keys that published checkpoints have and a new version of transformers does not write."""
+
+
+@pytest.mark.parametrize(("architecture", "keys"), PUBLISHED.items(), ids=list(PUBLISHED))
+def test_all_keys_of_published_checkpoints_are_known(architecture: str, keys: dict[str, Any]) -> None:
+    cls = model_class(architecture)
+    fields = Fields(RAW[architecture.replace("MPT", "Mpt")] | keys)
+    cls.config_from_hf(fields)
+    assert fields.unknown(cls.hf_harmless) == []
 
 
 @pytest.mark.parametrize(

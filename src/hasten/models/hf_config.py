@@ -17,10 +17,10 @@ _BOOKKEEPING = frozenset(
     """
     _attn_implementation_autoset _commit_hash _from_model_config _name_or_path architectures attn_implementation
     chunk_size_feed_forward cross_attention_hidden_size add_cross_attention decoder_start_token_id dtype
-    finetuning_task id2label is_decoder is_encoder_decoder label2id model_type num_labels output_attentions
-    output_hidden_states output_scores prefix problem_type return_dict return_dict_in_generate task_specific_params
-    tie_encoder_decoder tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 use_cache
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
+    finetuning_task gradient_checkpointing id2label is_decoder is_encoder_decoder label2id model_type num_labels
+    output_attentions output_hidden_states output_scores prefix problem_type return_dict return_dict_in_generate
+    task_specific_params tie_encoder_decoder tokenizer_class torch_dtype torchscript transformers_version use_bfloat16
+    use_cache bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
     """.split()
 )
 """Keys that transformers writes for every model, and that say nothing of what a decoder computes."""

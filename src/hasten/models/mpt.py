@@ -40,9 +40,11 @@ _HARMLESS_IN_ATTENTION = frozenset(
 class MptForCausalLM(GPT2LMHeadModel):
     """MPT with its language model head."""
 
+    # `auto_map` names code of the hub that computes what transformers' own does
     hf_harmless: ClassVar[frozenset[str]] = frozenset(
         """
-        emb_pdrop embedding_fraction init_config init_device initializer_range learned_pos_emb resid_pdrop verbose
+        auto_map emb_pdrop embedding_fraction init_config init_device initializer_range learned_pos_emb resid_pdrop
+        tokenizer_name verbose
         """.split()
     )
 

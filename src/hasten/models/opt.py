@@ -110,6 +110,8 @@ class OPTForCausalLM(CausalLM):
             raise UnsupportedError("layer_norm_elementwise_affine false: norms without weights are not supported")
         bias = hf_config.flag(raw, "enable_bias", True)
         norm_first = hf_config.flag(raw, "do_layer_norm_before", True)
+        # checkpoints that were tuned with an early version of transformers have none
+        removed = hf_config.flag(raw, "_remove_final_layer_norm", False)
         width = hf_config.count(raw, "word_embed_proj_dim", default=hidden)
         return ModelConfig(
             architecture="OPTForCausalLM",
@@ -127,8 +129,7 @@ class OPTForCausalLM(CausalLM):
                 dense_bias=bias,
             ),
             norm_first=norm_first,
-            # checkpoints that were tuned by an early version of transformers have none
-            final_norm=norm_first and not hf_config.flag(raw, "_remove_final_layer_norm", False),
+            final_norm=norm_first and not removed,
             activation=hf_config.activation(raw, "activation_function", "relu"),
             mlp_bias=bias,
             tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", True),

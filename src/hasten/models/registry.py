@@ -29,6 +29,7 @@ MODELS: dict[str, str] = {
     "LlamaModel": "hasten.models.llama:LlamaForCausalLM",
     "MistralForCausalLM": "hasten.models.mistral:MistralForCausalLM",
     "MistralModel": "hasten.models.mistral:MistralForCausalLM",
+    "MPTForCausalLM": "hasten.models.mpt:MptForCausalLM",
     "MptForCausalLM": "hasten.models.mpt:MptForCausalLM",
     "MptModel": "hasten.models.mpt:MptForCausalLM",
     "OPTForCausalLM": "hasten.models.opt:OPTForCausalLM",
