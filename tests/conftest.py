@@ -61,10 +61,14 @@ def _save_tokenizer(folder: Path) -> int:
 
 
 _GPT2 = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 128}
+_FALCON = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128}
 _SIZES: dict[str, dict[str, Any]] = {
     "Bloom": {"hidden_size": 64, "n_layer": 3, "n_head": 8, "seq_length": 512},
+    "Falcon": _FALCON,
     "GPT2": _GPT2,
     "GPTBigCode": _GPT2,
+    "GPTJ": _GPT2 | {"rotary_dim": 8},
+    "GPTNeoX": _FALCON | {"intermediate_size": 80},
     "GPTNeo": {
         "hidden_size": 48,
         "num_layers": 3,

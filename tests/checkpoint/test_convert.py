@@ -306,7 +306,7 @@ def test_unreadable_inputs(tiny_bloom: Path, copy_of: Copy, edit_config: Callabl
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         run(tmp_path / "empty", out)
     source = copy_of(tiny_bloom)
-    edit_config(source, architectures=["GPTJForCausalLM"])
+    edit_config(source, architectures=["XGLMForCausalLM"])
     with pytest.raises(UnsupportedError, match="BloomForCausalLM"):
         run(source, out)
     edit_config(source, architectures=["BloomForCausalLM"], n_head=None)

@@ -158,14 +158,14 @@ def test_what_cannot_be_had_is_one_line_that_says_what_to_do(site: HubSite, run:
     site.gated.add("org/gated")
     site.put("org/gguf", {"model.Q4_0.gguf": b"GGUF"})
     site.put("org/no-weights", {"config.json": files["config.json"], "model.onnx": b"x"})
-    gptj = json.dumps({"architectures": ["GPTJForCausalLM"], "model_type": "gptj"}).encode()
-    site.put("org/gptj", files | {"config.json": gptj})
+    xglm = json.dumps({"architectures": ["XGLMForCausalLM"], "model_type": "xglm"}).encode()
+    site.put("org/xglm", files | {"config.json": xglm})
     expected = {
         "org/nothing": f"CheckpointError: org/nothing is neither a folder here nor a model at {site.url}; chec",
         "org/gated": f"CheckpointError: org/gated is gated: accept its conditions at {site.url}/org/gated, and log in",
         "org/gguf": "CheckpointError: org/gguf has no config.json, so it is not a model of transformers; GGUF is",
         "org/no-weights": "CheckpointError: org/no-weights has no weights that hasten reads, model*.safetensors or",
-        "org/gptj": "UnsupportedError: org/gptj: architecture 'GPTJForCausalLM' is not supported; supp",
+        "org/xglm": "UnsupportedError: org/xglm: architecture 'XGLMForCausalLM' is not supported; supp",
         "org/a--b": "ConfigError: org/a--b is neither a folder here nor a Hugging Face id:",
         "no/such/path": "CheckpointError: no/such/path is missing; give the folder of a checkpoint, or a Hugging F",
         "bloom-560m": "CheckpointError: bloom-560m is missing; give the folder of a checkpoint, or a Hugging Face id",

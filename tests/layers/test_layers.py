@@ -182,6 +182,25 @@ def test_learned_positions_are_added_once_however_many_ranks(size: int, offset: 
         assert torch.equal(normed_th, F.layer_norm(expected, (HIDDEN,), weight_h, bias_h, 1e-5))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_head_with_a_bias_and_scaled_logits(size: int, tied: bool) -> None:
+    weight_vh, bias_v, x_rh = draw(13, HIDDEN), draw(13), draw(5, HIDDEN)
+
+    def build(rank: int) -> Head:
+        embedding = Embedding(13, HIDDEN)
+        head = Head(13, HIDDEN, tied=embedding if tied else None, bias=True, scale=0.7, softcap=1.5)
+        weight = split(weight_vh, Split.VOCAB, rank, size, ATTENTION)
+        fill(embedding, weight=weight)
+        fill(head, bias=split(bias_v, Split.VOCAB, rank, size, ATTENTION), **({} if tied else {"weight": weight}))
+        return head
+
+    found, *others = on_ranks(size, build, lambda head: head(x_rh))
+    assert others == [None] * (size - 1)
+    assert found is not None
+    torch.testing.assert_close(found, 1.5 * torch.tanh(0.7 * F.linear(x_rh, weight_vh, bias_v) / 1.5))
+
+
 @pytest.mark.parametrize("vocab", [1, 5, 13, 16])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_every_rank_knows_the_most_probable_token_of_all(size: int, vocab: int) -> None:

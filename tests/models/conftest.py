@@ -23,11 +23,18 @@ def _random_ids(lengths: list[int], vocab_size: int = _TOKENS) -> list[list[int]
     return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
+def load_theirs(folder: Path) -> Any:
+    """Hugging Face's model in fp32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    # Gemma's scores are capped in eager attention alone, and Falcon's biases by ALiBi added twice there
+    attention = "sdpa" if AutoConfig.from_pretrained(folder).model_type == "falcon" else "eager"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+
+
 def _their_logits(folder: Path, texts: list[list[int]]) -> list[Tensor]:
     """Logits [t, v] of each text alone: no padding, no cache."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = load_theirs(folder)
     with torch.inference_mode():
         return [model(torch.tensor([ids])).logits[0] for ids in texts]
 

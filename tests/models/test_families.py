@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import MakeModel
-from tests.models import cases_gpt2, cases_llama
-from tests.models.conftest import BOUND, Worst
+from tests.models import cases_gpt2, cases_llama, cases_parallel
+from tests.models.conftest import BOUND, Worst, load_theirs
 from tests.models.families import Change, Model
 
 from hasten import LLM, SamplingParams
@@ -23,7 +23,7 @@ from hasten.models.registry import architecture_of, model_class
 from hasten.parallel.groups import TensorGroup, use_group
 from hasten.parallel.shard import shard_shape
 
-ALL = (cases_llama.CASES, cases_gpt2.CASES)
+ALL = (cases_llama.CASES, cases_gpt2.CASES, cases_parallel.CASES)
 MODELS = {name: model for cases in ALL for name, model in cases.models.items()}
 CONTROLS = {what: control for cases in ALL for what, control in cases.controls.items()}
 WEIGHTS = {what: weight for cases in ALL for what, weight in cases.weights.items()}
@@ -87,13 +87,9 @@ def right_tokens(make_model: MakeModel) -> Callable[[str], list[list[int]]]:
 
     def make(name: str) -> list[list[int]]:
         if name not in known:
-            from transformers import AutoModelForCausalLM
-
             family, options = MODELS[name]
-            folder = make_model(family, **options)
-            # Gemma's scores are capped in eager attention alone
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager")
-            known[name] = [continued(model.eval(), prompt) for prompt in PROMPTS]
+            model = load_theirs(make_model(family, **options))
+            known[name] = [continued(model, prompt) for prompt in PROMPTS]
         return known[name]
 
     return make

@@ -125,12 +125,12 @@ def test_a_bloom_without_a_vocabulary_size_has_that_of_transformers(tmp_path: Pa
         ({"architectures": []}, "names no architecture"),
         ({"architectures": "BloomForCausalLM"}, "architectures 'BloomForCausalLM' is not a list of names"),
         (
-            {"model_type": "gptj"},
-            r"model type 'gptj' is not supported; supported are bloom, .*llama, .* \(docs/adding-a-model",
+            {"model_type": "xglm"},
+            r"model type 'xglm' is not supported; supported are bloom, .*llama, .* \(docs/adding-a-model",
         ),
         (
-            {"model_type": "gptj", "architectures": ["GPTJForCausalLM"]},
-            r"architecture 'GPTJForCausalLM' is not supported; .* \(docs/adding-a-model\.md",
+            {"model_type": "xglm", "architectures": ["XGLMForCausalLM"]},
+            r"architecture 'XGLMForCausalLM' is not supported; .* \(docs/adding-a-model\.md",
         ),
     ],
 )
@@ -183,8 +183,8 @@ def test_settings_that_act_in_transformers_alone_are_named(
         ("Qwen2VLForConditionalGeneration", "a model of images and text"),
         ("Gemma3ForConditionalGeneration", "a model of images and text"),
         ("MambaForCausalLM", "a model with recurrent layers"),
-        ("GPTNeoXForCausalLM", None),
-        ("PhiForCausalLM", None),
+        ("XGLMForCausalLM", None),
+        ("PersimmonForCausalLM", None),
     ],
 )
 def test_an_architecture_of_another_build_is_named_with_what_it_is(name: str, build: str | None) -> None:

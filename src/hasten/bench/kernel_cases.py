@@ -168,6 +168,8 @@ def cases(setting: Setting) -> list[Case]:
         *(_write_cache(setting, rows) for rows in (64, 8192)),
         *(_copy_blocks(setting, count) for count in (32, 128)),
         *(_store_heads(setting, rows) for rows in (1, 64, 8192)),
+        *(_store_heads(setting, rows, interleaved=True) for rows in (1, 64)),
+        *(_mean_squares(setting, rows) for rows in (1, 64, 8192)),
         *(_gated(setting, rows) for rows in (1, 64)),
         *_activations(setting),
         *(_project(setting, rows, clip=1.0) for rows in (1, 8)),
@@ -441,8 +443,8 @@ def _copy_blocks(setting: Setting, count: int) -> Case:
     return Case(op="copy_blocks", shape=shape, make=make, nbytes=nbytes, tolerance=0)
 
 
-def _store_heads(setting: Setting, rows: int) -> Case:
-    """Queries and keys normed and turned behind their projection."""
+def _store_heads(setting: Setting, rows: int, *, interleaved: bool = False) -> Case:
+    """Queries and keys normed and turned behind their projection; interleaved ones with weights of each head's own."""
     heads, kv_heads, size = setting.heads
 
     def stored(store: Callable[..., Tensor], *inputs: Any) -> Outputs:
@@ -455,8 +457,10 @@ def _store_heads(setting: Setting, rows: int) -> Case:
         transform = HeadTransform(
             positions_t=torch.arange(rows, device=setting.device),
             table_pr=torch.rand(rows, size, device=setting.device),
-            query_norm_d=setting.draw(size),
-            key_norm_d=setting.draw(size),
+            interleaved=interleaved,
+            query_norm_d=setting.draw(size * (heads if interleaved else 1)),
+            key_norm_d=setting.draw(size * (kv_heads if interleaved else 1)),
+            rms=not interleaved,
             eps=_EPS,
         )
         qkv = setting.draw(rows, (heads + 2 * kv_heads) * size)
@@ -464,7 +468,19 @@ def _store_heads(setting: Setting, rows: int) -> Case:
         return _call(partial(stored, store_heads), partial(stored, reference.store_heads), *inputs)
 
     nbytes = 2 * rows * (heads + 2 * kv_heads) * size * setting.itemsize
-    return Case(op="store_heads", shape=_rows(rows), make=make, nbytes=nbytes, waits=True)
+    shape = f"interleaved, {_rows(rows)}" if interleaved else _rows(rows)
+    return Case(op="store_heads", shape=shape, make=make, nbytes=nbytes, waits=True)
+
+
+def _mean_squares(setting: Setting, rows: int) -> Case:
+    heads, kv_heads, size = setting.heads
+
+    def make() -> Call:
+        qkv = setting.draw(rows, (heads + 2 * kv_heads) * size)
+        return _call(ops.mean_squares, reference.mean_squares, qkv, heads, kv_heads, size, 1)
+
+    nbytes = rows * (heads + kv_heads) * size * setting.itemsize
+    return Case(op="mean_squares", shape=_rows(rows), make=make, nbytes=nbytes)
 
 
 def _gated(setting: Setting, rows: int) -> Case:

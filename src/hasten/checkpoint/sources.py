@@ -12,7 +12,7 @@ import pickle
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any, ClassVar, Protocol
@@ -26,7 +26,7 @@ from hasten.checkpoint.faster_transformer.folder import Folder, read_folder
 from hasten.checkpoint.faster_transformer.ini import CONFIG_INI
 from hasten.checkpoint.hub import ADAPTER
 from hasten.checkpoint.manifest import MANIFEST, Manifest
-from hasten.core.config import AttentionConfig, ModelConfig, RopeConfig
+from hasten.core.config import AttentionConfig, ModelConfig, QKNorm, RopeConfig
 from hasten.core.errors import CheckpointError, ConfigError, HastenError, UnsupportedError
 from hasten.models import hf_config
 from hasten.models.generation_config import not_applied
@@ -489,12 +489,17 @@ def _rank_metadata(path: Path) -> dict[str, Any]:
     return facts
 
 
+_OLD_QK_NORMS: Mapping[Any, QKNorm | None] = {True: "rms", False: None}
+"""What files say that were written when there was one kind."""
+
+
 def _attention_from_json(raw: dict[str, Any]) -> AttentionConfig:
     rope = raw.get("rope")
     if rope is not None:
         factors = {name: tuple(rope.get(name, ())) for name in ("short_factor", "long_factor")}
         rope = RopeConfig(**rope | factors)
-    return AttentionConfig(**{**raw, "rope": rope})
+    kind = raw.get("qk_norm")
+    return AttentionConfig(**{**raw, "rope": rope, "qk_norm": _OLD_QK_NORMS.get(kind, kind)})
 
 
 def _config_from_json(raw: dict[str, Any], path: Path) -> ModelConfig:

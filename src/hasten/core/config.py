@@ -97,6 +97,12 @@ def _check_kinds(config: Any) -> None:
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
 """Activations of an MLP, or of the gate of a gated unit; `gelu` is the exact one, by the error function."""
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+QKNorm = Literal["rms", "rms_of_all_heads", "layer", "layer_by_head"]
+"""Norms of queries and keys before their rotation, by what they are over and whose their weights are.
+
+`rms`: of each head, with one weight for all; `rms_of_all_heads`: of all heads together; `layer`: a layer norm of each
+head, with one weight and bias for all; `layer_by_head`: one of each head, with a weight of its own and no bias.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +111,8 @@ class RopeConfig:
 
     width: int
     """Dimensions of each head that turn, the first ones; even."""
+    interleaved: bool = False
+    """Whether dimensions 2i and 2i + 1 turn together, and not i and i + width / 2."""
     theta: float = 10_000.0
     kind: RopeKind = "default"
     """How the frequencies are changed for sequences longer than the model was first trained for."""
@@ -154,8 +162,9 @@ class AttentionConfig:
     """Tokens that a token sees, itself included; None: all before it."""
     softcap: float | None = None
     """Scores become c * tanh(score / c)."""
-    qk_norm: bool = False
-    """Whether each query and key head has a root mean square norm before its rotation."""
+    alibi_scaled: bool = False
+    """Whether ALiBi's biases are scaled as scores are."""
+    qk_norm: QKNorm | None = None
     qkv_bias: bool = True
     qkv_clip: float | None = None
     """Queries, keys and values are limited to between minus this and this, before their norms and rotations."""
@@ -209,6 +218,14 @@ class ModelConfig:
     """What embeddings are multiplied by."""
     logit_softcap: float | None = None
     """Logits become c * tanh(logit / c)."""
+    logit_scale: float | None = None
+    """What logits are multiplied by, before they are capped."""
+    head_bias: bool = False
+    """Whether the language model head has a bias."""
+    parallel_residual: bool = False
+    """Whether attention and MLP of a layer stand side by side: both read the hidden states before the layer."""
+    mlp_norm: bool = True
+    """Whether a parallel MLP has a norm of its own."""
     residual_after_norm: bool = False
     """BLOOM's `apply_residual_connection_post_layernorm`: the residual is the norm's output, not its input."""
     tie_word_embeddings: bool = True

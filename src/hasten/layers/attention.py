@@ -3,6 +3,8 @@
 Shapes: t tokens, h hidden, n query heads and m key/value heads of this rank, d head size.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from hasten import ops
 from hasten.core.config import AttentionConfig
 from hasten.layers.linear import QKVLinear, RowLinear
-from hasten.layers.norm import RMSNorm
+from hasten.layers.norm import HeadNorm
 from hasten.layers.position import RopeTables, alibi_slopes
 from hasten.parallel.groups import tensor_group
 from hasten.parallel.shard import shard_config
@@ -34,9 +36,10 @@ class Attention(nn.Module):
         self.head_size, self.num_heads, self.num_kv_heads = heads.head_size, heads.num_heads, heads.num_kv_heads
         self.scale = config.head_size**-0.5 if config.scale is None else config.scale
         self.qkv = QKVLinear(hidden_size, heads, bias=config.qkv_bias, clip=config.qkv_clip)
+        self.norm_eps, self.unit_offset = norm_eps, unit_offset
         self.query_norm, self.key_norm = (
-            RMSNorm(config.head_size, eps=norm_eps, unit_offset=unit_offset) if config.qk_norm else None
-            for _ in range(2)
+            None if config.qk_norm is None else HeadNorm(config.qk_norm, count, heads.head_size)
+            for count in (heads.num_heads, heads.num_kv_heads)
         )
         self.dense = RowLinear(config.num_heads * config.head_size, hidden_size, bias=config.dense_bias)
         self.rope_table: Tensor | None = None
@@ -45,6 +48,7 @@ class Attention(nn.Module):
             first = group.rank * self.num_heads
             with torch.device("cpu"):
                 self.slopes_n = alibi_slopes(config.num_heads, config.alibi_bias_max)[first : first + self.num_heads]
+                self.slopes_n *= self.scale if config.alibi_scaled else 1.0
 
     def bind_cache(self, key_cache: Tensor, value_cache: Tensor, ropes: RopeTables | None = None) -> None:
         """Take the caches of this layer, and what else must stand on their device."""
@@ -58,13 +62,20 @@ class Attention(nn.Module):
     def _transform(self, positions_t: Tensor) -> ops.HeadTransform | None:
         if self.rope_table is None and self.query_norm is None:
             return None
-        return ops.HeadTransform(
-            positions_t=positions_t,
-            table_pr=self.rope_table,
-            query_norm_d=None if self.query_norm is None else self.query_norm.weight,
-            key_norm_d=None if self.key_norm is None else self.key_norm.weight,
-            eps=0.0 if self.query_norm is None else self.query_norm.eps,
-            unit_offset=self.query_norm is not None and self.query_norm.unit_offset,
+        rope = self.config.rope
+        interleaved = rope is not None and rope.interleaved
+        transform = ops.HeadTransform(positions_t=positions_t, table_pr=self.rope_table, interleaved=interleaved)
+        if self.query_norm is None or self.key_norm is None:
+            return transform
+        return replace(
+            transform,
+            query_norm_d=self.query_norm.weight,
+            key_norm_d=self.key_norm.weight,
+            query_bias_d=self.query_norm.bias,
+            key_bias_d=self.key_norm.bias,
+            rms=self.config.qk_norm in ("rms", "rms_of_all_heads"),
+            eps=self.norm_eps,
+            unit_offset=self.unit_offset,
         )
 
     def forward(

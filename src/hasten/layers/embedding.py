@@ -69,17 +69,26 @@ class Head(PackedModule):
     packed: ops.PackedLinear
 
     def __init__(
-        self, vocab_size: int, hidden_size: int, *, tied: Embedding | None, softcap: float | None = None
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        tied: Embedding | None,
+        bias: bool = False,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> None:
-        """With `softcap` c, logits become c * tanh(logit / c)."""
+        """With `scale` logits are multiplied by it; then, with `softcap` c, they become c * tanh(logit / c)."""
         super().__init__()
         self.group = tensor_group()
+        self.scale = scale
         self.softcap = softcap
         self.vocab_size = vocab_size
         self.tied = [tied] if tied is not None else []  # in a list, so that its parameters are not counted twice
+        rows = padded_vocab(vocab_size, self.group.size) // self.group.size
         if tied is None:
-            rows = padded_vocab(vocab_size, self.group.size) // self.group.size
             self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
 
     def pack(self) -> None:
         """Lay the head out; a tied one has no second copy."""
@@ -91,7 +100,9 @@ class Head(PackedModule):
 
     def local_logits(self, hidden_rh: Tensor) -> Tensor:
         """This rank's shard of the logits, [r, v / ranks], with what pads the vocabulary at its end."""
-        logits_rv = ops.linear(hidden_rh, self.packed)
+        logits_rv = ops.linear(hidden_rh, self.packed, self.bias)
+        if self.scale is not None:
+            logits_rv = logits_rv.mul_(self.scale)
         if self.softcap is None:
             return logits_rv
         return (logits_rv.float() / self.softcap).tanh_().mul_(self.softcap).to(logits_rv.dtype)

@@ -1,11 +1,14 @@
 """Linear layers that know their split over ranks. Shapes: t tokens, h in, o out; both are this rank's shard."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from hasten import ops
 from hasten.core.config import AttentionConfig
+from hasten.ops.reference import clipped
 from hasten.parallel.groups import tensor_group
 
 
@@ -72,7 +75,7 @@ class QKVLinear(_Linear):
     def __init__(self, in_features: int, heads: AttentionConfig, *, bias: bool, clip: float | None = None) -> None:
         """`heads`: those of this rank; `clip`: what the absolute values of all three are limited to."""
         super().__init__(in_features, (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_size, bias=bias)
-        self.num_heads = heads.num_heads
+        self.heads = heads
         self.clip = clip
 
     def forward(
@@ -84,9 +87,14 @@ class QKVLinear(_Linear):
         transform: ops.HeadTransform | None = None,
     ) -> Tensor:
         """Queries [t, n, d]; keys and values go to the caches. Queries and keys are changed by `transform` before."""
-        return ops.project(
-            x_th, self.packed, self.bias, key_cache, value_cache, slots_t, self.num_heads, transform, clip=self.clip
-        )
+        heads, caches = self.heads.num_heads, (key_cache, value_cache)
+        if transform is None or self.heads.qk_norm != "rms_of_all_heads":
+            return ops.project(x_th, self.packed, self.bias, *caches, slots_t, heads, transform, clip=self.clip)
+        qkv_to = clipped(ops.linear(x_th, self.packed, self.bias), self.clip)
+        sizes = heads, self.heads.num_kv_heads, self.heads.head_size
+        # key heads that several ranks hold count as often on each, so the mean stays what it is
+        squares_t2 = self.group.all_reduce(ops.mean_squares(qkv_to, *sizes, self.group.size))
+        return ops.store_heads(qkv_to, *caches, slots_t, heads, replace(transform, mean_squares_t2=squares_t2))
 
 
 class RowLinear(_Linear):

@@ -1,14 +1,14 @@
-"""The plain MLP of a layer, its inner features divided over the ranks. Shapes: t tokens, h hidden."""
+"""The MLP of a layer, plain or gated, its inner features divided over the ranks. Shapes: t tokens, h hidden."""
 
 import torch.nn as nn
 from torch import Tensor
 
 from hasten import ops
-from hasten.layers.linear import ColumnLinear, RowLinear
+from hasten.layers.linear import ColumnLinear, GatedColumnLinear, RowLinear
 
 
 class MLP(nn.Module):
-    """`down(activation(up(x)))`; `GatedColumnLinear` is the first half of a gated one."""
+    """`down(activation(up(x)))`."""
 
     def __init__(self, hidden_size: int, inner_size: int, *, activation: ops.Activation, bias: bool = True) -> None:
         super().__init__()
@@ -18,3 +18,16 @@ class MLP(nn.Module):
     def forward(self, x_th: Tensor, residual_th: Tensor | ops.PartialSum | None) -> Tensor | ops.PartialSum:
         """`residual_th` + MLP(`x_th`): [t, h], or a sum for the next norm to add up."""
         return self.down(self.up(x_th), residual_th)
+
+
+class GatedMLP(nn.Module):
+    """`down(gate(x @ G) * (x @ U))`: a gated unit and what follows it."""
+
+    def __init__(self, hidden_size: int, inner_size: int, *, activation: ops.Activation, bias: bool) -> None:
+        super().__init__()
+        self.gate_up = GatedColumnLinear(hidden_size, inner_size, bias=bias, gate=activation)
+        self.down = RowLinear(inner_size, hidden_size, bias=bias)
+
+    def forward(self, x_th: Tensor, residual_th: Tensor | ops.PartialSum | None) -> Tensor | ops.PartialSum:
+        """`residual_th` + MLP(`x_th`): [t, h], or a sum for the next norm to add up."""
+        return self.down(self.gate_up(x_th), residual_th)

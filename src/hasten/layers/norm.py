@@ -5,6 +5,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten import ops
+from hasten.core.config import QKNorm
 from hasten.parallel.groups import tensor_group
 
 
@@ -21,6 +22,16 @@ class LayerNorm(nn.Module):
     def forward(self, x_th: Tensor | ops.PartialSum) -> tuple[Tensor, Tensor]:
         """Normalised [t, h], and what was normalised, added up: [t, h]."""
         return ops.norm(self.group.reduced(x_th), self.weight, self.bias, self.eps)
+
+
+class HeadNorm(nn.Module):
+    """Weight and bias of a norm of each query head, or each key head, of this rank; `ops.project` computes it."""
+
+    def __init__(self, kind: QKNorm, heads: int, head_size: int) -> None:
+        super().__init__()
+        size = head_size * (heads if kind in ("rms_of_all_heads", "layer_by_head") else 1)
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(size), requires_grad=False) if kind == "layer" else None
 
 
 class RMSNorm(nn.Module):

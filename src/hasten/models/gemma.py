@@ -115,7 +115,7 @@ class Gemma3ForCausalLM(Gemma2ForCausalLM):
         of_full = {"rope_theta": 1e6, **_present(raw), "rope_parameters": ropes.get(FULL)}
         of_sliding = {"rope_theta": _local_theta(raw), "rope_parameters": ropes.get(SLIDING)}
         full = attention_from_hf(raw, max_position=131_072, kv_heads=4, head_size=_HEAD_SIZE, rope_raw=of_full)
-        config = _config(raw, "Gemma3ForCausalLM", replace(full, scale=_scale(raw), qk_norm=True), 131_072)
+        config = _config(raw, "Gemma3ForCausalLM", replace(full, scale=_scale(raw), qk_norm="rms"), 131_072)
         config = replace(config, logit_softcap=_cap(raw, "final_logit_softcapping", None))
         every = hf_config.count(raw, "sliding_window_pattern", default=6)
         longest = hf_config.count(raw, "max_position_embeddings", default=131_072)

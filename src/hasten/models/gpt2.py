@@ -10,16 +10,11 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import torch.nn as nn
-from torch import Tensor
 
 from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import ConfigError
-from hasten.layers.attention import Attention
-from hasten.layers.embedding import Embedding, Head
-from hasten.layers.mlp import MLP
-from hasten.layers.norm import LayerNorm
 from hasten.models import hf_config
-from hasten.models.base import CausalLM
+from hasten.models.decoder import Decoder, SequentialBlock
 from hasten.models.weight_map import (
     SAME,
     TRANSPOSED,
@@ -33,49 +28,13 @@ from hasten.models.weight_map import (
     positions,
     vocabulary,
 )
-from hasten.ops.meta import AttentionMeta
-from hasten.ops.partial_sum import PartialSum
 from hasten.parallel.shard import Split
 
 
-class GPT2Block(nn.Module):
-    """One layer: attention and MLP, each behind a norm and added to a residual."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        hidden, eps, bias = config.hidden_size, config.norm_eps, config.norm_bias
-        self.last = layer == config.num_layers - 1
-        self.input_norm = LayerNorm(hidden, eps=eps, bias=bias)
-        self.attention = Attention(hidden, config.attention_of(layer))
-        self.post_norm = LayerNorm(hidden, eps=eps, bias=bias)
-        self.mlp = MLP(hidden, config.intermediate_size, activation=config.activation, bias=config.mlp_bias)
-
-    def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> Tensor | PartialSum:
-        """Hidden states after this layer, or a sum for the next norm to add up."""
-        normed_th, residual_th = self.input_norm(x_th)
-        x_th = self.attention(normed_th, positions_t, meta, residual_th, last=self.last)
-        normed_th, residual_th = self.post_norm(x_th)
-        return self.mlp(normed_th, residual_th)
-
-
-class GPT2LMHeadModel(CausalLM):
+class GPT2LMHeadModel(Decoder):
     """GPT-2 with its language model head; families of the same build differ in their configuration and weights."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        vocab, hidden = config.vocab_size, config.hidden_size
-        self.embedding = Embedding(vocab, hidden, positions=config.num_positions)
-        self.layers = nn.ModuleList(GPT2Block(config, layer) for layer in range(config.num_layers))
-        self.final_norm = LayerNorm(hidden, eps=config.norm_eps, bias=config.norm_bias)
-        self.head = Head(vocab, hidden, tied=self.embedding if config.tie_word_embeddings else None)
-
-    def forward(self, input_ids_t: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
-        """Hidden states after the last norm, of the tokens of `meta.output_part` where it names some: [t, h]."""
-        x_th = self.embedding(input_ids_t, positions_t)
-        for layer in self.layers:
-            x_th = layer(x_th, positions_t, meta)
-        return self.final_norm(x_th)[0]
-
+    block: ClassVar[type[nn.Module]] = SequentialBlock
     hf_harmless: ClassVar[frozenset[str]] = frozenset(
         """
         attn_pdrop embd_pdrop initializer_range n_ctx predict_special_tokens reorder_and_upcast_attn resid_pdrop

@@ -4,8 +4,9 @@ Shapes: t tokens of the flat batch, h hidden.
 Source: Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch.nn as nn
@@ -14,11 +15,10 @@ from torch import Tensor
 from hasten.core.config import AttentionConfig, ModelConfig, RopeKind
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.layers.attention import Attention
-from hasten.layers.embedding import Embedding, Head
 from hasten.layers.linear import GatedColumnLinear, RowLinear
 from hasten.layers.norm import RMSNorm
 from hasten.models import hf_config
-from hasten.models.base import CausalLM
+from hasten.models.decoder import Decoder
 from hasten.models.rope import ROPE_ALIASES, rope_from_hf
 from hasten.models.weight_map import Axis, Tie, WeightMap, WeightSpec, linear, norm, vocabulary
 from hasten.ops.meta import AttentionMeta
@@ -48,27 +48,15 @@ class LlamaBlock(nn.Module):
         return self.down(self.gate_up(normed_th), residual_th)
 
 
-class LlamaForCausalLM(CausalLM):
+class LlamaForCausalLM(Decoder):
     """LLaMA with its language model head; families of the same build differ in their configuration, or in a block."""
 
     block: ClassVar[type[nn.Module]] = LlamaBlock
-    """One layer, made of the configuration and its number."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        vocab, hidden = config.vocab_size, config.hidden_size
-        self.embedding = Embedding(vocab, hidden, scale=config.embedding_scale)
-        self.layers = nn.ModuleList(self.block(config, layer) for layer in range(config.num_layers))
-        self.final_norm = RMSNorm(hidden, eps=config.norm_eps, unit_offset=config.norm_offset)
-        tied = self.embedding if config.tie_word_embeddings else None
-        self.head = Head(vocab, hidden, tied=tied, softcap=config.logit_softcap)
-
-    def forward(self, input_ids_t: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
-        """Hidden states after the last norm, of the tokens of `meta.output_part` where it names some: [t, h]."""
-        x_th = self.embedding(input_ids_t, positions_t)
-        for layer in self.layers:
-            x_th = layer(x_th, positions_t, meta)
-        return self.final_norm(x_th)[0]
+    @staticmethod
+    def make_final_norm(config: ModelConfig) -> RMSNorm:
+        """The norm before the head."""
+        return RMSNorm(config.hidden_size, eps=config.norm_eps, unit_offset=config.norm_offset)
 
     hf_harmless: ClassVar[frozenset[str]] = frozenset({"attention_dropout", "initializer_range", "pretraining_tp"})
 
@@ -94,8 +82,20 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 def weight_map(config: ModelConfig, *, fused: bool = False, norms: Mapping[str, str] = NORMS) -> WeightMap:
     """That of a model of this build; `fused`: its checkpoints hold QKV, and gate and up, as one tensor each."""
+    return weight_map_of(config, lambda layer: _of_layer(config, layer, fused, norms))
+
+
+def weight_map_of(
+    config: ModelConfig, of_layer: Callable[[int], Iterable[WeightSpec]], *, norm_bias: bool = False
+) -> WeightMap:
+    """That of a model whose weights outside its layers have LLaMA's names; `norm_bias`: of the last norm."""
     return WeightMap(
-        specs=tuple(_specs(config, fused, norms)),
+        specs=(
+            _EMBEDDING,
+            *chain.from_iterable(map(of_layer, range(config.num_layers))),
+            *norm("final_norm", "norm", bias=norm_bias),
+            *(() if config.tie_word_embeddings else (_HEAD,)),
+        ),
         hf_prefix="model.",
         hf_unprefixed=frozenset({"lm_head.weight"}),
         hf_ignored=("rotary_emb.inv_freq", "layers.{layer}.self_attn.rotary_emb.inv_freq"),
@@ -111,11 +111,13 @@ def attention_from_hf(
     head_size: int | None = None,
     rope_aliases: Mapping[str, RopeKind] = ROPE_ALIASES,
     rope_raw: Mapping[str, Any] | None = None,
+    **rope: Any,
 ) -> AttentionConfig:
     """Heads and rope, without biases; the keywords are what a config.json that is silent stands for.
 
     Without `kv_heads` there are as many as query heads, without `head_size` they divide the width. `rope_aliases` are
-    names under which a family knows kinds of ropes, `rope_raw` has the rope's keys where they are not in `raw` itself.
+    names under which a family knows kinds of ropes, `rope_raw` has the rope's keys where they are not in `raw` itself;
+    `rope` are further keywords of `rope_from_hf`.
     """
     hidden, heads = hf_config.count(raw, "hidden_size"), hf_config.count(raw, "num_attention_heads")
     if raw.get("head_dim") is None and head_size is None and hidden % heads:
@@ -127,7 +129,7 @@ def attention_from_hf(
         num_kv_heads=hf_config.optional_count(raw, "num_key_value_heads", kv_heads) or heads,
         head_size=size,
         position="rope",
-        rope=rope_from_hf(raw if rope_raw is None else rope_raw, size, longest, rope_aliases),
+        rope=rope_from_hf(raw if rope_raw is None else rope_raw, size, longest, rope_aliases, **rope),
         qkv_bias=False,
         dense_bias=False,
     )
@@ -183,29 +185,34 @@ _HEAD = vocabulary("head.weight", "lm_head.weight")
 
 
 def _of_layer(config: ModelConfig, layer: int, fused: bool, norms: Mapping[str, str]) -> Iterator[WeightSpec]:
-    name, hf, attention = f"layers.{layer}", f"layers.{layer}", config.attention_of(layer)
-    qkv: dict[str, Axis] = {f"{hf}.self_attn.q_proj": "query"}
-    qkv |= {f"{hf}.self_attn.{each}_proj": "kv" for each in "kv"}
-    dense: dict[str, Axis] = {f"{hf}.self_attn.o_proj": "hidden"}
-    gate_up: dict[str, Axis] = {f"{hf}.mlp.gate_proj": "inner", f"{hf}.mlp.up_proj": "inner"}
-    if fused:
-        qkv, gate_up = {f"{hf}.self_attn.qkv_proj": "qkv"}, {f"{hf}.mlp.gate_up_proj": "gate_up"}
-    down: dict[str, Axis] = {f"{hf}.mlp.down_proj": "hidden"}
+    name = f"layers.{layer}"
     for ours, theirs in norms.items():
-        yield from norm(f"{name}.{ours}", f"{hf}.{theirs}", bias=False)
+        yield from norm(f"{name}.{ours}", f"{name}.{theirs}", bias=False)
+    yield from attention_weights(config, layer, fused=fused)
+    if config.attention_of(layer).qk_norm:
+        yield from norm(f"{name}.attention.query_norm", f"{name}.self_attn.q_norm", bias=False, axis="head")
+        yield from norm(f"{name}.attention.key_norm", f"{name}.self_attn.k_norm", bias=False, axis="head")
+    yield from mlp_weights(config, layer, "", fused=fused)
+
+
+def attention_weights(config: ModelConfig, layer: int, *, fused: bool = False) -> Iterator[WeightSpec]:
+    """The projections of attention under LLaMA's names."""
+    name, attention = f"layers.{layer}", config.attention_of(layer)
+    qkv: dict[str, Axis] = {f"{name}.self_attn.q_proj": "query"}
+    qkv |= {f"{name}.self_attn.{each}_proj": "kv" for each in "kv"}
+    dense: dict[str, Axis] = {f"{name}.self_attn.o_proj": "hidden"}
+    if fused:
+        qkv = {f"{name}.self_attn.qkv_proj": "qkv"}
     yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=attention.qkv_bias)
-    if attention.qk_norm:
-        yield from norm(f"{name}.attention.query_norm", f"{hf}.self_attn.q_norm", bias=False, axis="head")
-        yield from norm(f"{name}.attention.key_norm", f"{hf}.self_attn.k_norm", bias=False, axis="head")
     yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=attention.dense_bias)
-    yield from linear(f"{name}.gate_up", gate_up, "gate_up", "hidden", Split.GATE_UP, bias=config.mlp_bias)
-    yield from linear(f"{name}.down", down, "hidden", "inner", Split.ROW, bias=config.mlp_bias)
 
 
-def _specs(config: ModelConfig, fused: bool, norms: Mapping[str, str]) -> Iterator[WeightSpec]:
-    yield _EMBEDDING
-    for layer in range(config.num_layers):
-        yield from _of_layer(config, layer, fused, norms)
-    yield from norm("final_norm", "norm", bias=False)
-    if not config.tie_word_embeddings:
-        yield _HEAD
+def mlp_weights(config: ModelConfig, layer: int, prefix: str, *, fused: bool = False) -> Iterator[WeightSpec]:
+    """A gated MLP under LLaMA's names; `prefix`: what the module's names have before `gate_up` and `down`."""
+    name = f"layers.{layer}"
+    gate_up: dict[str, Axis] = {f"{name}.mlp.gate_proj": "inner", f"{name}.mlp.up_proj": "inner"}
+    down: dict[str, Axis] = {f"{name}.mlp.down_proj": "hidden"}
+    if fused:
+        gate_up = {f"{name}.mlp.gate_up_proj": "gate_up"}
+    yield from linear(f"{name}.{prefix}gate_up", gate_up, "gate_up", "hidden", Split.GATE_UP, bias=config.mlp_bias)
+    yield from linear(f"{name}.{prefix}down", down, "hidden", "inner", Split.ROW, bias=config.mlp_bias)

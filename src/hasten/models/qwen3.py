@@ -21,6 +21,6 @@ class Qwen3ForCausalLM(LlamaForCausalLM):
         """Read Hugging Face's config.json."""
         bias = hf_config.flag(raw, "attention_bias", False)
         attention = attention_from_hf(raw, max_position=MAX_POSITION, kv_heads=KV_HEADS, head_size=128)
-        attention = replace(attention, qkv_bias=bias, dense_bias=bias, qk_norm=True)
+        attention = replace(attention, qkv_bias=bias, dense_bias=bias, qk_norm="rms")
         config = config_from_hf(raw, "Qwen3ForCausalLM", attention, max_position=MAX_POSITION)
         return with_windows(raw, config)

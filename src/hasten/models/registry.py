@@ -13,12 +13,22 @@ if TYPE_CHECKING:
 MODELS: dict[str, str] = {
     "BloomForCausalLM": "hasten.models.bloom:BloomForCausalLM",
     "BloomModel": "hasten.models.bloom:BloomForCausalLM",
+    "Cohere2ForCausalLM": "hasten.models.cohere:Cohere2ForCausalLM",
+    "Cohere2Model": "hasten.models.cohere:Cohere2ForCausalLM",
+    "CohereForCausalLM": "hasten.models.cohere:CohereForCausalLM",
+    "CohereModel": "hasten.models.cohere:CohereForCausalLM",
+    "FalconForCausalLM": "hasten.models.falcon:FalconForCausalLM",
+    "FalconModel": "hasten.models.falcon:FalconForCausalLM",
     "GPT2LMHeadModel": "hasten.models.gpt2:GPT2LMHeadModel",
     "GPT2Model": "hasten.models.gpt2:GPT2LMHeadModel",
     "GPTBigCodeForCausalLM": "hasten.models.gpt_bigcode:GPTBigCodeForCausalLM",
     "GPTBigCodeModel": "hasten.models.gpt_bigcode:GPTBigCodeForCausalLM",
+    "GPTJForCausalLM": "hasten.models.gptj:GPTJForCausalLM",
+    "GPTJModel": "hasten.models.gptj:GPTJForCausalLM",
     "GPTNeoForCausalLM": "hasten.models.gpt_neo:GPTNeoForCausalLM",
     "GPTNeoModel": "hasten.models.gpt_neo:GPTNeoForCausalLM",
+    "GPTNeoXForCausalLM": "hasten.models.gpt_neox:GPTNeoXForCausalLM",
+    "GPTNeoXModel": "hasten.models.gpt_neox:GPTNeoXForCausalLM",
     "Gemma2ForCausalLM": "hasten.models.gemma:Gemma2ForCausalLM",
     "Gemma2Model": "hasten.models.gemma:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": "hasten.models.gemma:Gemma3ForCausalLM",
@@ -34,32 +44,50 @@ MODELS: dict[str, str] = {
     "MptModel": "hasten.models.mpt:MptForCausalLM",
     "OPTForCausalLM": "hasten.models.opt:OPTForCausalLM",
     "OPTModel": "hasten.models.opt:OPTForCausalLM",
+    "Olmo2ForCausalLM": "hasten.models.olmo2:Olmo2ForCausalLM",
+    "Olmo2Model": "hasten.models.olmo2:Olmo2ForCausalLM",
     "Phi3ForCausalLM": "hasten.models.phi3:Phi3ForCausalLM",
     "Phi3Model": "hasten.models.phi3:Phi3ForCausalLM",
+    "PhiForCausalLM": "hasten.models.phi:PhiForCausalLM",
+    "PhiModel": "hasten.models.phi:PhiForCausalLM",
     "Qwen2ForCausalLM": "hasten.models.qwen2:Qwen2ForCausalLM",
     "Qwen2Model": "hasten.models.qwen2:Qwen2ForCausalLM",
     "Qwen3ForCausalLM": "hasten.models.qwen3:Qwen3ForCausalLM",
     "Qwen3Model": "hasten.models.qwen3:Qwen3ForCausalLM",
+    "RWForCausalLM": "hasten.models.falcon:FalconForCausalLM",
+    "RWModel": "hasten.models.falcon:FalconForCausalLM",
+    "StableLmForCausalLM": "hasten.models.stablelm:StableLmForCausalLM",
+    "StableLmModel": "hasten.models.stablelm:StableLmForCausalLM",
     "Starcoder2ForCausalLM": "hasten.models.starcoder2:Starcoder2ForCausalLM",
     "Starcoder2Model": "hasten.models.starcoder2:Starcoder2ForCausalLM",
 }
 
 
 _MODEL_TYPES: dict[str, str] = {
+    "RefinedWeb": "FalconForCausalLM",
+    "RefinedWebModel": "FalconForCausalLM",
     "bloom": "BloomForCausalLM",
+    "cohere": "CohereForCausalLM",
+    "cohere2": "Cohere2ForCausalLM",
+    "falcon": "FalconForCausalLM",
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
     "gpt_bigcode": "GPTBigCodeForCausalLM",
     "gpt_neo": "GPTNeoForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "gptj": "GPTJForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "mpt": "MptForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
     "opt": "OPTForCausalLM",
+    "phi": "PhiForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "stablelm": "StableLmForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
 }
 """Architectures by `model_type`, for a config.json that names no architecture."""
@@ -98,7 +126,7 @@ def _known(what: str, name: str, table: Mapping[str, str]) -> str:
         found = (build for pattern, build in _OTHER_BUILDS if re.search(pattern, name.lower()))
         build = next((f" ({build})" for build in found), "")
         raise UnsupportedError(
-            f"{what} {name!r}{build} is not supported; supported are {', '.join(sorted(table))} "
+            f"{what} {name!r}{build} is not supported; supported are {', '.join(sorted(table, key=str.lower))} "
             "(docs/adding-a-model.md says how to add another)"
         )
     return name

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from hasten.core.config import RopeConfig, RopeKind
 from hasten.core.errors import ConfigError, UnsupportedError
@@ -23,11 +23,19 @@ _WITH_FACTOR = ("linear", "dynamic", "llama3", "yarn")
 
 
 def rope_from_hf(
-    raw: Raw, head_size: int, max_position: int, aliases: Mapping[str, RopeKind] = ROPE_ALIASES
+    raw: Raw,
+    head_size: int,
+    max_position: int,
+    aliases: Mapping[str, RopeKind] = ROPE_ALIASES,
+    *,
+    theta: float = 10_000.0,
+    partial: float = 1.0,
+    interleaved: bool = False,
 ) -> RopeConfig:
     """The rope of a model: `rope_parameters`, or `rope_theta` and `rope_scaling` of older versions.
 
-    `aliases`: names of kinds under which a family knows others. ConfigError and UnsupportedError name the key.
+    `aliases`: names of kinds under which a family knows others; `theta` and `partial`: what a config.json stands for
+    that names no theta, or not the part of each head that turns. ConfigError and UnsupportedError name the key.
     """
     key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
     values: dict[str, Any] = {} if raw.get(key) is None else raw[key]
@@ -40,9 +48,20 @@ def rope_from_hf(
     if kind not in _KINDS:
         raise UnsupportedError(f"{key}.rope_type {kind!r} is not supported; supported are {', '.join(_KINDS)}")
     try:
-        return _rope(kind, _with_outer(values, raw), head_size, max_position)
+        values = _with_outer(values, raw)
+        width = int(head_size * hf_config.number(values, "partial_rotary_factor", partial))
+        turns = _Turns(width, hf_config.number(values, "rope_theta", theta), interleaved)
+        return _rope(kind, values, turns, max_position)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
+
+
+class _Turns(NamedTuple):
+    """What turns, and how fast, before any change of frequencies."""
+
+    width: int
+    theta: float
+    interleaved: bool
 
 
 def _with_outer(values: dict[str, Any], raw: Raw) -> dict[str, Any]:
@@ -53,7 +72,7 @@ def _with_outer(values: dict[str, Any], raw: Raw) -> dict[str, Any]:
     return whole if original is None else whole | {_ORIGINAL: original}
 
 
-def _rope(kind: RopeKind, values: dict[str, Any], head_size: int, max_position: int) -> RopeConfig:
+def _rope(kind: RopeKind, values: dict[str, Any], turns: _Turns, max_position: int) -> RopeConfig:
     if kind in _WITH_FACTOR and values.get("factor") is None:
         raise ConfigError(f"{kind} lacks 'factor'")
     factor = hf_config.number(values, "factor", 1.0)
@@ -61,8 +80,7 @@ def _rope(kind: RopeKind, values: dict[str, Any], head_size: int, max_position: 
     if kind in ("llama3", "yarn", "longrope"):
         original = hf_config.count(values, _ORIGINAL, default=max_position)
     return RopeConfig(
-        width=int(head_size * hf_config.number(values, "partial_rotary_factor", 1.0)),
-        theta=hf_config.number(values, "rope_theta", 10_000.0),
+        **turns._asdict(),
         kind=kind,
         factor=factor if kind in _WITH_FACTOR else 1.0,
         original_max_position=original,

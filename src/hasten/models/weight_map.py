@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.parallel.shard import Split, shard_config, split, split_sections
 
-Axis = Literal["vocab", "position", "embedding", "hidden", "inner", "gate_up", "query", "kv", "qkv", "head"]
+Axis = Literal[
+    "vocab", "position", "embedding", "hidden", "inner", "gate_up", "query", "kv", "qkv", "heads", "kv_heads", "head"
+]
 Init = Literal["normal", "ones", "zeros"]
 
 
@@ -33,6 +36,8 @@ def axis_size(axis: Axis, config: ModelConfig) -> int:
         "query": query,
         "kv": kv,
         "qkv": query + 2 * kv,
+        "heads": attention.num_heads,
+        "kv_heads": attention.num_kv_heads,
         "head": attention.head_size,
     }[axis]
 
@@ -51,19 +56,21 @@ class Layout:
 
 SAME = Layout(lambda tensor, _: tensor)
 """Hugging Face's layout of a `nn.Linear`, (out, in), which is hasten's."""
+
+
+def _group_qkv(tensor: Tensor, attention: AttentionConfig) -> Tensor:
+    """Rows of (key/value heads, query heads of each and its key and value, head size), of which queries come first."""
+    groups, rest = attention.num_kv_heads, tensor.shape[1:]
+    queries = attention.num_heads // groups
+    by_group = tensor.reshape(groups, queries + 2, attention.head_size, *rest)
+    parts = by_group.split([queries, 1, 1], dim=1)
+    return torch.cat([part.reshape(-1, *rest) for part in parts])
+
+
+HEAD_MAJOR = Layout(_group_qkv, by_head=True)
+"""That of a fused QKV in which the rows of each key/value head stand together: its queries, its key, its value."""
 TRANSPOSED = Layout(lambda tensor, _: tensor.t(), transposed=True)
 """That of a `Conv1D`, (in, out)."""
-
-
-def _grouped_by_kind(tensor: Tensor, attention: AttentionConfig) -> Tensor:
-    """(heads, 3, head size) rows of a fused QKV projection to hasten's: (3, heads, head size)."""
-    rest = tensor.shape[1:]
-    parts = tensor.reshape(attention.num_heads, 3, attention.head_size, *rest)
-    return parts.transpose(0, 1).reshape(-1, *rest)
-
-
-HEAD_MAJOR = Layout(_grouped_by_kind, by_head=True)
-"""A fused QKV projection with query, key and value of each head in turn."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class StoredTensor:
     name: str
     """Without the base model's prefix."""
     axes: tuple[Axis, ...]
-    """In hasten's layout; a linear's weight is (out, in)."""
+    """Before its layout is changed, but a linear's weight is (out, in) whichever way it is stored."""
     layout: Layout = SAME
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
@@ -89,7 +96,7 @@ class WeightSpec:
     name: str
     """Of the module's parameter."""
     sources: tuple[StoredTensor, ...]
-    """Several are concatenated along axis 0: the sections of a `split` that has as many."""
+    """Several are concatenated along axis 0; where the `split` has sections, each source is one."""
     axes: tuple[Axis, ...]
     split: Split = Split.REPLICATE
     init: Init = "normal"
@@ -106,15 +113,15 @@ class WeightSpec:
 
     def shard(self, stored: Sequence[Tensor], rank: int, size: int, attention: AttentionConfig) -> Tensor:
         """Rank `rank`'s shard of `size` from the whole stored tensors; a view where layout and split allow one."""
-        if len(stored) == 1 and self.sources[0].layout.by_head:
+        if len(stored) == 1 and self.sources[0].layout.by_head and attention.num_kv_heads % size == 0:
             part = stored[0].chunk(size, dim=0)[rank]
             return self.sources[0].layout.to_hasten(part, shard_config(attention, size))
         parts = [
             source.layout.to_hasten(tensor, attention) for source, tensor in zip(self.sources, stored, strict=True)
         ]
-        if len(parts) == 1:
-            return split(parts[0], self.split, rank, size, attention)
-        return split_sections(parts, self.split, rank, size, attention)
+        if len(parts) > 1 and self.split in (Split.QKV, Split.GATE_UP):
+            return split_sections(parts, self.split, rank, size, attention)
+        return split(parts[0] if len(parts) == 1 else torch.cat(parts), self.split, rank, size, attention)
 
 
 @dataclass(frozen=True)
@@ -150,11 +157,19 @@ class WeightMap:
         return bool(self.hf_ignored) and self._ignored.fullmatch(name) is not None
 
 
-def norm(name: str, hf: str, *, bias: bool, axis: Axis = "hidden") -> tuple[WeightSpec, ...]:
+def norm(
+    name: str, hf: str, *, bias: bool, axis: Axis = "hidden", split: Split = Split.REPLICATE
+) -> tuple[WeightSpec, ...]:
     """The weight of a norm, and its bias if it has one."""
     inits: dict[str, Init] = {"weight": "ones", "bias": "zeros"} if bias else {"weight": "ones"}
     return tuple(
-        WeightSpec(name=f"{name}.{kind}", sources=(StoredTensor(f"{hf}.{kind}", (axis,)),), axes=(axis,), init=init)
+        WeightSpec(
+            name=f"{name}.{kind}",
+            sources=(StoredTensor(f"{hf}.{kind}", (axis,)),),
+            axes=(axis,),
+            split=split,
+            init=init,
+        )
         for kind, init in inits.items()
     )
 
@@ -163,6 +178,11 @@ def vocabulary(name: str, hf: str) -> WeightSpec:
     """An embedding or a language model head."""
     axes: tuple[Axis, ...] = ("vocab", "embedding")
     return WeightSpec(name=name, sources=(StoredTensor(hf, axes),), axes=axes, split=Split.VOCAB)
+
+
+def vocabulary_bias(name: str, hf: str) -> WeightSpec:
+    """The bias of a language model head."""
+    return WeightSpec(name=name, sources=(StoredTensor(hf, ("vocab",)),), axes=("vocab",), split=Split.VOCAB)
 
 
 def positions(name: str, hf: str) -> WeightSpec:

@@ -52,11 +52,13 @@ __all__ = [
     "linear",
     "linear_parts",
     "mask_logits",
+    "mean_squares",
     "norm",
     "pack_linear",
     "paged_attention",
     "project",
     "resolve_ids",
+    "store_heads",
     "to_device",
     "top_logprobs",
     "write_cache",
@@ -196,6 +198,34 @@ def project(
 
         return matmul.project(x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads, transform, clip=clip)
     return cpu.project(x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads, transform, clip=clip)
+
+
+def mean_squares(qkv_to: Tensor, num_heads: int, kv_heads: int, head_size: int, ranks: int) -> Tensor:
+    """The mean squares of all queries, and of all keys, of a fused projection [t, o]: [t, 2] in fp32.
+
+    They are divided by `ranks`, so that those of ranks with equally many heads add up to the whole's.
+    """
+    if qkv_to.is_cuda:
+        from hasten.ops.gpu import heads
+
+        return heads.mean_squares(qkv_to, num_heads, kv_heads, head_size, ranks)
+    return reference.mean_squares(qkv_to, num_heads, kv_heads, head_size, ranks)
+
+
+def store_heads(
+    qkv_to: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots_t: Tensor,
+    num_heads: int,
+    transform: HeadTransform,
+) -> Tensor:
+    """The second half of `project`: from the fused projection [t, o] to queries [t, n, d] and the caches."""
+    if qkv_to.is_cuda:
+        from hasten.ops.gpu import heads
+
+        return heads.store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform)
+    return reference.store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform)
 
 
 def write_cache(key_tmd: Tensor, value_tmd: Tensor, key_cache: Tensor, value_cache: Tensor, slots_t: Tensor) -> None:

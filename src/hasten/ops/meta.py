@@ -37,6 +37,13 @@ class AttentionMeta:
     scratch: dict[str, Any] = field(default_factory=dict, compare=False)
     """What an op computes once per step and every layer uses again."""
 
+    def output_rows(self, x_th: Tensor, *, last: bool) -> Tensor:
+        """The rows of a batch's hidden states that a layer goes on with: in the last one those of `output_part`."""
+        if not last or self.output_part is None:
+            return x_th
+        assert self.output_part.output_indices is not None
+        return x_th[self.output_part.output_indices]
+
     @property
     def num_tokens(self) -> int:
         """Tokens of this batch, or part of one."""

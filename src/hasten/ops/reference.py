@@ -152,27 +152,47 @@ def store_heads(
     """The second half of `project`: from the fused projection [t, o] to queries [t, n, d] and the caches."""
     query_tnd, key_tmd, value_tmd = split_heads(qkv_to, num_heads, key_cache)
     if transform is not None:
-        query_tnd = _transformed(query_tnd, transform.query_norm_d, transform)
-        key_tmd = _transformed(key_tmd, transform.key_norm_d, transform)
+        queries_t, keys_t = (None, None) if transform.mean_squares_t2 is None else transform.mean_squares_t2.unbind(1)
+        query_tnd = _transformed(query_tnd, transform.query_norm_d, transform.query_bias_d, queries_t, transform)
+        key_tmd = _transformed(key_tmd, transform.key_norm_d, transform.key_bias_d, keys_t, transform)
     write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t)
     return query_tnd
 
 
-def _transformed(heads_tnd: Tensor, norm_d: Tensor | None, transform: HeadTransform) -> Tensor:
+def _transformed(
+    heads_tnd: Tensor,
+    weight_d: Tensor | None,
+    bias_d: Tensor | None,
+    mean_squares_t: Tensor | None,
+    transform: HeadTransform,
+) -> Tensor:
     x_tnd = _wide(heads_tnd)
-    if norm_d is not None:
-        x_tnd = _rms_norm(x_tnd, norm_d, transform.eps, transform.unit_offset)
+    if weight_d is not None:
+        weight_nd = _wide(weight_d).unflatten(0, (-1, x_tnd.shape[2])) + transform.unit_offset
+        if not transform.rms:
+            x_tnd = x_tnd - x_tnd.mean(-1, keepdim=True)
+        squares = x_tnd.square().mean(-1, keepdim=True) if mean_squares_t is None else mean_squares_t.view(-1, 1, 1)
+        x_tnd = x_tnd * (squares + transform.eps).rsqrt() * weight_nd
+        x_tnd = x_tnd if bias_d is None else x_tnd + bias_d
     if transform.table_pr is not None:
-        x_tnd = rotated(x_tnd, transform.table_pr[transform.positions_t])
+        x_tnd = rotated(x_tnd, transform.table_pr[transform.positions_t], transform.interleaved)
     return x_tnd.to(heads_tnd.dtype)
 
 
-def rotated(x_tnd: Tensor, turn_tr: Tensor) -> Tensor:
+def rotated(x_tnd: Tensor, turn_tr: Tensor, interleaved: bool) -> Tensor:
     """Heads [t, n, d] with their first r dimensions turned by cosines and sines [t, r]."""
     width = turn_tr.shape[1]
     cos, sin = turn_tr.to(x_tnd.dtype).unsqueeze(1).chunk(2, dim=-1)
-    first, second = x_tnd[..., :width].chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, x_tnd[..., width:]), dim=-1)
+    turning = x_tnd[..., :width]
+    first, second = turning.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turning.chunk(2, dim=-1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    both = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return torch.cat((both, x_tnd[..., width:]), dim=-1)
+
+
+def mean_squares(qkv_to: Tensor, num_heads: int, kv_heads: int, head_size: int, ranks: int) -> Tensor:  # noqa: D103
+    sections = qkv_to.split([num_heads * head_size, kv_heads * head_size, kv_heads * head_size], dim=-1)
+    return torch.stack([part.float().square().mean(-1) / ranks for part in sections[:2]], dim=1)
 
 
 def split_heads(qkv_to: Tensor, num_heads: int, key_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:

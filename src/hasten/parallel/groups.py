@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.peers import Peers
+from hasten.ops.reference import complete
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,14 @@ class TensorGroup:
         if self.peers is not None and x_th.shape[0] <= self.peers.max_rows:
             return replace(x_th, peers=self.peers, over_ranks=False)
         return replace(x_th, parts=self.all_reduce(x_th.product()), added=None, over_ranks=False)
+
+    def complete(self, x_th: Tensor | PartialSum) -> Tensor:
+        """The value itself, [t, h], for a reader that is no norm: a sum is added up, with those of all ranks."""
+        if isinstance(x_th, Tensor):
+            return x_th
+        if x_th.over_ranks:
+            x_th = replace(x_th, parts=self.all_reduce(x_th.product()), added=None, over_ranks=False)
+        return complete(x_th)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's content, in place, on every rank."""

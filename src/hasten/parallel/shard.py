@@ -30,11 +30,13 @@ class Split(Enum):
     QKV = "qkv"
     """By heads within each of Q, K and V: axis 0. Where key/value heads are fewer than ranks, consecutive ranks hold
     the same one."""
+    KV = "kv"
+    """By key/value heads: axis 0, with as many copies as in QKV."""
     GATE_UP = "gate_up"
     """By output features within each half, the gate's and the other: axis 0."""
 
 
-_SECTIONED = frozenset({Split.COLUMN, Split.QKV, Split.GATE_UP})
+_SECTIONED = frozenset({Split.COLUMN, Split.QKV, Split.KV, Split.GATE_UP})
 """Splits of axis 0 alone, by sections that are divided each for itself."""
 
 
@@ -59,7 +61,8 @@ def _sections(how: Split, rows: int, attention: AttentionConfig) -> list[int]:
 
 def _copies(how: Split, section: int, size: int, attention: AttentionConfig) -> int:
     """How many consecutive ranks of `size` hold the same rows of a section."""
-    return max(1, size // attention.num_kv_heads) if how is Split.QKV and section > 0 else 1
+    of_kv_heads = how is Split.KV or (how is Split.QKV and section > 0)
+    return max(1, size // attention.num_kv_heads) if of_kv_heads else 1
 
 
 def shard_shape(shape: tuple[int, ...], how: Split, size: int, attention: AttentionConfig) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from tests.ops.conftest import exactly_activated
 from torch import Tensor
 
 from hasten import ops
+from hasten.core.config import QKNorm
 from hasten.ops import reference
 from hasten.ops.gpu import gated, heads, matmul
 
@@ -23,29 +24,49 @@ def draw(*shape: int, device: torch.device, seed: int = 0, dtype: torch.dtype = 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("normed", [False, True], ids=["no norm", "norm"])
+@pytest.mark.parametrize("kind", [None, *get_args(QKNorm)])
 @pytest.mark.parametrize(
-    ("num_heads", "kv_heads", "size", "width"),
-    [(4, 2, 16, 16), (3, 1, 24, 12), (2, 2, 80, 80), (1, 1, 128, 32), (4, 1, 64, 2), (2, 1, 256, 256), (2, 1, 16, 0)],
+    ("num_heads", "kv_heads", "size", "width", "interleaved"),
+    [
+        (4, 2, 16, 16, False),
+        (3, 1, 24, 12, False),
+        (3, 1, 24, 12, True),
+        (2, 2, 80, 80, False),
+        (1, 1, 128, 32, True),
+        (4, 1, 64, 2, False),
+        (2, 1, 256, 256, False),
+        (2, 1, 16, 0, False),
+    ],
 )
 def test_heads_are_those_of_the_definition(
     num_heads: int,
     kv_heads: int,
     size: int,
     width: int,
-    normed: bool,
+    interleaved: bool,
+    kind: QKNorm | None,
     dtype: torch.dtype,
     device: torch.device,
     assert_close: Close,
 ) -> None:
     # a view of something wider, whose other part is nobody's
     qkv_to = draw(TOKENS, (num_heads + 2 * kv_heads + 1) * size, device=device, dtype=dtype)[:, size:]
-    query_norm_d, key_norm_d = draw(2, size, device=device, seed=1, dtype=dtype)
+    own = kind in ("rms_of_all_heads", "layer_by_head")
+    query_norm, key_norm = (
+        draw(size * (count if own else 1), device=device, seed=count, dtype=dtype) for count in (num_heads, kv_heads)
+    )
+    query_bias, key_bias = draw(2, size, device=device, seed=5, dtype=dtype)
+    of_all = kind == "rms_of_all_heads"
     transform = ops.HeadTransform(
         positions_t=torch.tensor([3, 0, 19, 7, 7], device=device),
         table_pr=draw(20, width, device=device, seed=2) if width else None,
-        query_norm_d=query_norm_d if normed else None,
-        key_norm_d=key_norm_d if normed else None,
+        interleaved=interleaved,
+        query_norm_d=None if kind is None else query_norm,
+        key_norm_d=None if kind is None else key_norm,
+        query_bias_d=query_bias if kind == "layer" else None,
+        key_bias_d=key_bias if kind == "layer" else None,
+        mean_squares_t2=heads.mean_squares(qkv_to, num_heads, kv_heads, size, 1) if of_all else None,
+        rms=kind is None or kind.startswith("rms"),
         eps=1e-3,
         unit_offset=width == 12,
     )
@@ -58,6 +79,17 @@ def test_heads_are_those_of_the_definition(
     assert query.dtype == dtype
     assert_close("layer_norm", query, exact)
     assert_close("layer_norm", found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_heads", "kv_heads", "size"), [(4, 2, 16), (3, 1, 24), (1, 1, 8), (20, 5, 80)])
+def test_mean_squares_of_all_heads(
+    num_heads: int, kv_heads: int, size: int, dtype: torch.dtype, device: torch.device, assert_close: Close
+) -> None:
+    qkv_to = draw(TOKENS, (num_heads + 2 * kv_heads + 1) * size, device=device, dtype=dtype)[:, size:]
+    for ranks in (1, 4):
+        found = heads.mean_squares(qkv_to, num_heads, kv_heads, size, ranks)
+        assert_close("linear", found, reference.mean_squares(qkv_to, num_heads, kv_heads, size, ranks).double())
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -1,0 +1,143 @@
+"""Falcon, of all forms: one key/value head, groups, or as many as query heads; ALiBi or rotations; parallel or not.
+
+Source: Almazrouei et al., "The Falcon Series of Open Language Models", 2023.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch.nn as nn
+
+from hasten.core.config import AttentionConfig, ModelConfig
+from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.models import hf_config
+from hasten.models.decoder import Decoder, ParallelBlock, SequentialBlock, TwinNormBlock
+from hasten.models.rope import rope_from_hf
+from hasten.models.weight_map import HEAD_MAJOR, Axis, Tie, WeightMap, WeightSpec, linear, norm, vocabulary
+from hasten.parallel.shard import Split
+
+_MAX_POSITION, _HEADS = 2048, 71
+
+
+class FalconForCausalLM(Decoder):
+    """Falcon with its language model head."""
+
+    @classmethod
+    def make_block(cls, config: ModelConfig, layer: int) -> nn.Module:
+        """Attention and MLP behind one norm (7B, 11B) or two (40B, 180B), or one after the other (RW)."""
+        parallel = TwinNormBlock if config.mlp_norm else ParallelBlock
+        block = parallel if config.parallel_residual else SequentialBlock
+        return block(config, layer)
+
+    hf_harmless: ClassVar[frozenset[str]] = frozenset("attention_dropout hidden_dropout initializer_range".split())
+
+    @staticmethod
+    def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+        """Read Hugging Face's config.json, the keys of the time before Falcon was part of transformers included."""
+        if hf_config.flag(raw, "apply_residual_connection_post_layernorm", False):
+            raise UnsupportedError("apply_residual_connection_post_layernorm is not supported in Falcon")
+        hidden = hf_config.count(raw, "n_embed", "hidden_size")
+        bias = hf_config.flag(raw, "bias", False)
+        parallel, two_norms = _residuals(raw)
+        return ModelConfig(
+            architecture="FalconForCausalLM",
+            num_layers=hf_config.count(raw, "n_layer", "num_hidden_layers"),
+            hidden_size=hidden,
+            intermediate_size=hf_config.count(raw, "ffn_hidden_size", default=4 * hidden),
+            vocab_size=hf_config.count(raw, "vocab_size", default=65_024),
+            attention=_attention(raw, hidden, bias),
+            norm_eps=hf_config.fraction(raw, "layer_norm_epsilon", 1e-5),
+            activation=hf_config.activation(raw, "activation", "gelu"),
+            mlp_bias=bias,
+            mlp_norm=two_norms,
+            parallel_residual=parallel,
+            tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", True),
+            dtype=hf_config.dtype(raw) or "fp32",
+            bos_token_id=hf_config.token(raw, "bos_token_id", 11),
+            eos_token_ids=hf_config.tokens(raw, "eos_token_id", 11),
+            pad_token_id=hf_config.token(raw, "pad_token_id"),
+            max_position_embeddings=hf_config.count(raw, "max_position_embeddings", default=_MAX_POSITION),
+        )
+
+    @staticmethod
+    def weight_map(config: ModelConfig) -> WeightMap:
+        """Names, layouts and splits of all weights."""
+        return WeightMap(
+            specs=tuple(_specs(config)),
+            hf_prefix="transformer.",
+            hf_unprefixed=frozenset({"lm_head.weight"}),
+            head_tie=Tie(_HEAD, _EMBEDDING) if config.tie_word_embeddings else None,
+        )
+
+
+def _new(raw: Mapping[str, Any]) -> bool:
+    """Whether it is of the second architecture, which old keys tell by the number of key/value heads."""
+    return hf_config.flag(raw, "new_decoder_architecture", raw.get("n_head_kv") is not None)
+
+
+def _residuals(raw: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether attention and MLP stand side by side, and whether the MLP has a norm of its own."""
+    new, parallel = _new(raw), hf_config.flag(raw, "parallel_attn", True)
+    norms = hf_config.count(raw, "num_ln_in_parallel_attn", default=2 if new else 1)
+    if norms > 2 or (norms == 2 and not new):
+        raise UnsupportedError(f"num_ln_in_parallel_attn {norms} is not supported in this form of Falcon")
+    if new and not parallel:
+        raise UnsupportedError("parallel_attn false is not supported with new_decoder_architecture")
+    return parallel, norms == 2 or not parallel
+
+
+def _attention(raw: Mapping[str, Any], hidden: int, bias: bool) -> AttentionConfig:
+    heads = hf_config.count(raw, "n_head", "num_attention_heads", default=_HEADS)
+    if hidden % heads:
+        raise ConfigError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    kv_heads = hf_config.count(raw, "n_head_kv", "num_kv_heads", default=heads)
+    if not _new(raw):  # num_kv_heads is then there as well, and says nothing
+        kv_heads = 1 if hf_config.flag(raw, "multi_query", True) else heads
+    alibi = hf_config.flag(raw, "alibi", False)
+    longest = hf_config.count(raw, "max_position_embeddings", default=_MAX_POSITION)
+    rope = rope_from_hf(raw, hidden // heads, longest)
+    return AttentionConfig(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_size=hidden // heads,
+        position="alibi" if alibi else "rope",
+        rope=None if alibi else rope,
+        alibi_scaled=alibi,
+        qkv_bias=bias,
+        dense_bias=bias,
+    )
+
+
+_EMBEDDING = vocabulary("embedding.weight", "word_embeddings.weight")
+_HEAD = vocabulary("head.weight", "lm_head.weight")
+
+
+def _norms(config: ModelConfig) -> dict[str, str]:
+    """The norms of a layer: the module's names and the checkpoint's."""
+    if config.parallel_residual and config.mlp_norm:
+        return {"input_norm": "ln_attn", "post_norm": "ln_mlp"}
+    both = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"}
+    return both if config.mlp_norm else {"input_norm": "input_layernorm"}
+
+
+def _of_layer(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
+    name, hf, bias = f"layers.{layer}", f"h.{layer}", config.mlp_bias
+    qkv: dict[str, Axis] = {f"{hf}.self_attention.query_key_value": "qkv"}
+    dense: dict[str, Axis] = {f"{hf}.self_attention.dense": "hidden"}
+    up: dict[str, Axis] = {f"{hf}.mlp.dense_h_to_4h": "inner"}
+    down: dict[str, Axis] = {f"{hf}.mlp.dense_4h_to_h": "hidden"}
+    for ours, theirs in _norms(config).items():
+        yield from norm(f"{name}.{ours}", f"{hf}.{theirs}", bias=True)
+    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=bias, layout=HEAD_MAJOR)
+    yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=bias)
+    yield from linear(f"{name}.mlp.up", up, "inner", "hidden", Split.COLUMN, bias=bias)
+    yield from linear(f"{name}.mlp.down", down, "hidden", "inner", Split.ROW, bias=bias)
+
+
+def _specs(config: ModelConfig) -> Iterator[WeightSpec]:
+    yield _EMBEDDING
+    for layer in range(config.num_layers):
+        yield from _of_layer(config, layer)
+    yield from norm("final_norm", "ln_f", bias=True)
+    if not config.tie_word_embeddings:
+        yield _HEAD

@@ -1,0 +1,115 @@
+"""GPT-NeoX and Pythia: rotary positions of a part of each head; attention and MLP side by side, behind two norms.
+
+Source: Black et al., "GPT-NeoX-20B: An Open-Source Autoregressive Language Model", 2022.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch.nn as nn
+
+from hasten.core.config import AttentionConfig, ModelConfig
+from hasten.core.errors import ConfigError
+from hasten.models import hf_config
+from hasten.models.decoder import Decoder, SequentialBlock, TwinNormBlock
+from hasten.models.rope import rope_from_hf
+from hasten.models.weight_map import HEAD_MAJOR, Axis, Tie, WeightMap, WeightSpec, linear, norm, vocabulary
+from hasten.parallel.shard import Split
+
+_MAX_POSITION = 2048
+
+
+class GPTNeoXForCausalLM(Decoder):
+    """GPT-NeoX with its language model head."""
+
+    @classmethod
+    def make_block(cls, config: ModelConfig, layer: int) -> nn.Module:
+        """Attention and MLP of the same hidden states, each behind a norm of its own, or one after the other."""
+        block = TwinNormBlock if config.parallel_residual else SequentialBlock
+        return block(config, layer)
+
+    hf_harmless: ClassVar[frozenset[str]] = frozenset(
+        "attention_dropout classifier_dropout hidden_dropout initializer_range".split()
+    )
+
+    @staticmethod
+    def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+        """Read Hugging Face's config.json, with the rope under its keys of old and new versions."""
+        hidden, heads = hf_config.count(raw, "hidden_size"), hf_config.count(raw, "num_attention_heads")
+        if hidden % heads:
+            raise ConfigError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+        longest = hf_config.count(raw, "max_position_embeddings", default=_MAX_POSITION)
+        bias = hf_config.flag(raw, "attention_bias", True)
+        return ModelConfig(
+            architecture="GPTNeoXForCausalLM",
+            num_layers=hf_config.count(raw, "num_hidden_layers"),
+            hidden_size=hidden,
+            intermediate_size=hf_config.count(raw, "intermediate_size"),
+            vocab_size=hf_config.count(raw, "vocab_size"),
+            attention=AttentionConfig(
+                num_heads=heads,
+                num_kv_heads=heads,
+                head_size=hidden // heads,
+                position="rope",
+                rope=rope_from_hf(
+                    raw,
+                    hidden // heads,
+                    longest,
+                    theta=hf_config.number(raw, "rotary_emb_base", 1e4),
+                    partial=hf_config.number(raw, "rotary_pct", 0.25),
+                ),
+                qkv_bias=bias,
+                dense_bias=bias,
+            ),
+            norm_eps=hf_config.fraction(raw, "layer_norm_eps", 1e-5),
+            activation=hf_config.activation(raw, "hidden_act", "gelu"),
+            parallel_residual=hf_config.flag(raw, "use_parallel_residual", True),
+            tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", False),
+            dtype=hf_config.dtype(raw) or "fp32",
+            bos_token_id=hf_config.token(raw, "bos_token_id", 0),
+            eos_token_ids=hf_config.tokens(raw, "eos_token_id", 2),
+            pad_token_id=hf_config.token(raw, "pad_token_id"),
+            max_position_embeddings=longest,
+        )
+
+    @staticmethod
+    def weight_map(config: ModelConfig) -> WeightMap:
+        """Names, layouts and splits of all weights."""
+        return WeightMap(
+            specs=tuple(_specs(config)),
+            hf_prefix="gpt_neox.",
+            hf_unprefixed=frozenset({"embed_out.weight"}),
+            hf_ignored=(
+                "layers.{layer}.attention.bias",
+                "layers.{layer}.attention.masked_bias",
+                "layers.{layer}.attention.rotary_emb.inv_freq",
+            ),
+            head_tie=Tie(_HEAD, _EMBEDDING) if config.tie_word_embeddings else None,
+        )
+
+
+_EMBEDDING = vocabulary("embedding.weight", "embed_in.weight")
+_HEAD = vocabulary("head.weight", "embed_out.weight")
+
+
+def _of_layer(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
+    name, bias = f"layers.{layer}", config.attention.qkv_bias
+    qkv: dict[str, Axis] = {f"{name}.attention.query_key_value": "qkv"}
+    dense: dict[str, Axis] = {f"{name}.attention.dense": "hidden"}
+    up: dict[str, Axis] = {f"{name}.mlp.dense_h_to_4h": "inner"}
+    down: dict[str, Axis] = {f"{name}.mlp.dense_4h_to_h": "hidden"}
+    yield from norm(f"{name}.input_norm", f"{name}.input_layernorm", bias=True)
+    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=bias, layout=HEAD_MAJOR)
+    yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=bias)
+    yield from norm(f"{name}.post_norm", f"{name}.post_attention_layernorm", bias=True)
+    yield from linear(f"{name}.mlp.up", up, "inner", "hidden", Split.COLUMN, bias=True)
+    yield from linear(f"{name}.mlp.down", down, "hidden", "inner", Split.ROW, bias=True)
+
+
+def _specs(config: ModelConfig) -> Iterator[WeightSpec]:
+    yield _EMBEDDING
+    for layer in range(config.num_layers):
+        yield from _of_layer(config, layer)
+    yield from norm("final_norm", "final_layer_norm", bias=True)
+    if not config.tie_word_embeddings:
+        yield _HEAD

@@ -1,0 +1,104 @@
+"""Phi 1, 1.5 and 2: attention and MLP side by side, behind one norm; parts of heads turn; the head has a bias.
+
+Source: Gunasekar et al., "Textbooks Are All You Need", 2023; Li et al., "Textbooks Are All You Need II: phi-1.5
+technical report", 2023.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch.nn as nn
+
+from hasten.core.config import ModelConfig
+from hasten.models import hf_config
+from hasten.models.decoder import Decoder, ParallelBlock
+from hasten.models.llama import attention_from_hf
+from hasten.models.weight_map import (
+    Axis,
+    Tie,
+    WeightMap,
+    WeightSpec,
+    linear,
+    norm,
+    vocabulary,
+    vocabulary_bias,
+)
+from hasten.parallel.shard import Split
+
+_MAX_POSITION = 2048
+
+
+class PhiForCausalLM(Decoder):
+    """Phi with its language model head, which has a bias."""
+
+    block: ClassVar[type[nn.Module]] = ParallelBlock
+
+    hf_harmless: ClassVar[frozenset[str]] = frozenset(
+        "attention_dropout embd_pdrop initializer_range resid_pdrop".split()
+    )
+
+    @staticmethod
+    def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+        """Read Hugging Face's config.json, with the rope under its keys of old and new versions."""
+        attention = attention_from_hf(raw, max_position=_MAX_POSITION, partial=0.5)
+        normed = hf_config.flag(raw, "qk_layernorm", False)
+        return ModelConfig(
+            architecture="PhiForCausalLM",
+            num_layers=hf_config.count(raw, "num_hidden_layers"),
+            hidden_size=hf_config.count(raw, "hidden_size"),
+            intermediate_size=hf_config.count(raw, "intermediate_size"),
+            vocab_size=hf_config.count(raw, "vocab_size"),
+            attention=replace(attention, qkv_bias=True, dense_bias=True, qk_norm="layer" if normed else None),
+            norm_eps=hf_config.fraction(raw, "layer_norm_eps", 1e-5),
+            activation=hf_config.activation(raw, "hidden_act", "gelu_new"),
+            head_bias=True,
+            parallel_residual=True,
+            tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", False),
+            dtype=hf_config.dtype(raw) or "fp32",
+            bos_token_id=hf_config.token(raw, "bos_token_id", 1),
+            eos_token_ids=hf_config.tokens(raw, "eos_token_id", 2),
+            pad_token_id=hf_config.token(raw, "pad_token_id"),
+            max_position_embeddings=hf_config.count(raw, "max_position_embeddings", default=_MAX_POSITION),
+        )
+
+    @staticmethod
+    def weight_map(config: ModelConfig) -> WeightMap:
+        """Names, layouts and splits of all weights."""
+        return WeightMap(
+            specs=tuple(_specs(config)),
+            hf_prefix="model.",
+            hf_unprefixed=frozenset({"lm_head.weight", "lm_head.bias"}),
+            hf_ignored=("layers.{layer}.self_attn.rotary_emb.inv_freq",),
+            head_tie=Tie(_HEAD, _EMBEDDING) if config.tie_word_embeddings else None,
+        )
+
+
+_EMBEDDING = vocabulary("embedding.weight", "embed_tokens.weight")
+_HEAD = vocabulary("head.weight", "lm_head.weight")
+
+
+def _of_layer(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
+    name, attention = f"layers.{layer}", f"layers.{layer}.self_attn"
+    qkv: dict[str, Axis] = {f"{attention}.q_proj": "query", f"{attention}.k_proj": "kv", f"{attention}.v_proj": "kv"}
+    dense: dict[str, Axis] = {f"{attention}.dense": "hidden"}
+    up: dict[str, Axis] = {f"{name}.mlp.fc1": "inner"}
+    down: dict[str, Axis] = {f"{name}.mlp.fc2": "hidden"}
+    yield from norm(f"{name}.input_norm", f"{name}.input_layernorm", bias=True)
+    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=True)
+    if config.attention.qk_norm:
+        yield from norm(f"{name}.attention.query_norm", f"{attention}.q_layernorm", bias=True, axis="head")
+        yield from norm(f"{name}.attention.key_norm", f"{attention}.k_layernorm", bias=True, axis="head")
+    yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=True)
+    yield from linear(f"{name}.mlp.up", up, "inner", "hidden", Split.COLUMN, bias=True)
+    yield from linear(f"{name}.mlp.down", down, "hidden", "inner", Split.ROW, bias=True)
+
+
+def _specs(config: ModelConfig) -> Iterator[WeightSpec]:
+    yield _EMBEDDING
+    for layer in range(config.num_layers):
+        yield from _of_layer(config, layer)
+    yield from norm("final_norm", "final_layernorm", bias=True)
+    if not config.tie_word_embeddings:
+        yield _HEAD
+    yield vocabulary_bias("head.bias", "lm_head.bias")
