@@ -1,7 +1,7 @@
 """FasterTransformer's folders of the families other than BLOOM, compared with those of an independent writer."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,13 @@ from hasten.checkpoint.plan import Checkpoint, open_checkpoint, rank_tensors
 from hasten.core.config import ModelConfig
 from hasten.core.errors import CheckpointError, UnsupportedError
 
+NEOX: dict[str, Any] = {"hidden_size": 64}
+"""Wide enough for a quarter of each head to turn."""
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", {}),
+    "gpt-neox": ("GPTNeoX", NEOX),
+    "gpt-neox, sequential": ("GPTNeoX", NEOX | {"use_parallel_residual": False}),
+    "gpt-j": ("GPTJ", {}),
     "opt": ("OPT", {}),
     "opt-350m": ("OPT", {"word_embed_proj_dim": 32, "do_layer_norm_before": False}),
     "opt, narrow embeddings": ("OPT", {"word_embed_proj_dim": 32, "tie_word_embeddings": False}),
@@ -31,7 +36,9 @@ UNSAID = {
     "GPTNeoX": "which GELU the model has, and the exact one is assumed, as in Pythia; put the checkpoint's config.json "
     "beside it if it is another"
 }
+ROPE = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
 RANKS = (1, 2, 4)
+Copy = Callable[[Path], Path]
 State = dict[str, torch.Tensor]
 
 
@@ -201,6 +208,50 @@ def test_narrow_embeddings_of_a_config_json_beside_a_folder(
     (folder / MANIFEST).unlink()
     assert_loads_as(folder, source, 1)
     assert "head is used" not in caplog.text
+
+
+@pytest.mark.parametrize(("family", "options"), [("GPTJ", {}), ("GPTNeoX", NEOX)])
+def test_the_runtimes_with_rotary_positions_need_a_file_of_a_tied_head(
+    family: str, options: dict[str, Any], make_model: MakeModel, tmp_path: Path
+) -> None:
+    source = make_model(family, tie_word_embeddings=True, **options)
+    folder = converted(source, tmp_path / "out", 2)
+    assert (folder / "model.lm_head.weight.bin").read_bytes() == (folder / "model.wte.bin").read_bytes()
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config.tie_word_embeddings
+    assert_loads_as(folder, source, 4)
+
+
+def test_a_gpt_neox_that_hasten_wrote_is_clear(make_model: MakeModel, tmp_path: Path) -> None:
+    """Whether its biases are divided: with parallel residuals alone. The sums are read by the runtime, not here."""
+    for parallel in (True, False):
+        source = make_model("GPTNeoX", use_parallel_residual=parallel, hidden_act="gelu_new", **NEOX)
+        folder = converted(source, tmp_path / str(parallel), 4)
+        assert_loads_as(folder, source, 2)
+        assert open_checkpoint(folder).config.activation == "gelu_tanh"  # config.json lies beside it
+    odd = next(folder.parent.parent.glob("True/4-gpu/model.layers.1.mlp.attention.bias.sum.bin"))
+    (odd.parent / MANIFEST).unlink()
+    odd.write_bytes(b"four")
+    with pytest.raises(CheckpointError, match=r"mlp\.attention\.bias\.sum\.bin has 4 bytes, but 256 are"):
+        open_checkpoint(odd.parent)
+    odd.unlink()
+    open_checkpoint(odd.parent)
+
+
+def test_without_a_file_that_is_split_nothing_says_for_how_many_ranks(make_model: MakeModel, tmp_path: Path) -> None:
+    files, name = WRITERS["GPTNeoX"](make_model("GPTNeoX", **NEOX), 4, "fp32"), "model.layers.0.attention.dense.weight"
+    folder = written({file: data for file, data in files.items() if name not in file}, tmp_path / "4-gpu")
+    with pytest.raises(CheckpointError, match=f"4-gpu/{name}.0.bin is missing; copy it"):
+        open_checkpoint(folder)
+
+
+def test_a_gpt_j_is_called_as_its_config_json_does(
+    make_model: MakeModel, copy_of: Copy, edit_config: Callable[..., None], tmp_path: Path
+) -> None:
+    source = copy_of(make_model("GPTJ"))
+    edit_config(source, _name_or_path="EleutherAI/gpt-j-6B")
+    ini = (converted(source, tmp_path / "out", 1) / "config.ini").read_text(encoding="utf-8")
+    assert ini.startswith("[gptj]\nmodel_name=EleutherAI/gpt-j-6B\nhead_num=")
 
 
 def test_an_opt_with_a_tied_head_shares_it(make_model: MakeModel, tmp_path: Path) -> None:

@@ -422,6 +422,7 @@ def _joined(ini: ModelConfig, beside: ModelConfig, folder: Path) -> ModelConfig:
         "vocab_size",
         "attention",
         "residual_after_norm",
+        "parallel_residual",
         "norm_first",
         "final_norm",
     ):

@@ -165,17 +165,15 @@ class Family(ABC):
 
     def recognizes(self, section: Section) -> bool:
         """Whether a section of config.ini is of this family, among those that have its name."""
-        return all(section.text(key, "").lower() == value.lower() for key, value in self.marks.items())
+        return all(_says(section, key, value, absent=False) for key, value in self.marks.items())
 
     def check(self, section: Section) -> None:
         """UnsupportedError names the key that says that a folder is of no model of this family."""
         for key, value in self.fixed.items():
-            found = section.text(key, value)
-            is_flag = value in ("True", "False")
-            if (section.flag(key, value == "True") != (value == "True")) if is_flag else found.lower() != value.lower():
+            if not _says(section, key, value, absent=True):
                 raise UnsupportedError(
-                    f"{section.path}: {key} is {found}, but {value} in every {self.label}; hasten reads no other kind "
-                    f"from [{self.section}]"
+                    f"{section.path}: {key} is {section.text(key)}, but {value} in every {self.label}; hasten reads no "
+                    f"other kind from [{self.section}]"
                 )
 
     def tensors(self, specs: Iterable[WeightSpec], config: ModelConfig, ranks: int) -> Iterator[FileTensor]:
@@ -196,6 +194,18 @@ class Family(ABC):
         layer = _LAYER.search(module)
         name = self.modules[_LAYER.sub("{}", module)]
         return FileTensor(f"{name.format(layer[0]) if layer else name}.{kind}", spec)
+
+
+_FLAGS = {"True": True, "False": False}
+
+
+def _says(section: Section, key: str, value: str, *, absent: bool) -> bool:
+    """Whether a key has a value, in any form that the runtime reads; `absent` where there is no such key."""
+    if key not in section:
+        return absent
+    if value in _FLAGS:
+        return section.flag(key, False) is _FLAGS[value]
+    return section.text(key).lower() == value.lower()
 
 
 def attention_of(section: Section, **more: Any) -> AttentionConfig:

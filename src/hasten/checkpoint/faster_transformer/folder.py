@@ -7,6 +7,8 @@ from pathlib import Path
 from hasten.checkpoint.faster_transformer.bloom import Bloom
 from hasten.checkpoint.faster_transformer.family import Family
 from hasten.checkpoint.faster_transformer.gpt2 import GPT2
+from hasten.checkpoint.faster_transformer.gpt_neox import GPTNeoX
+from hasten.checkpoint.faster_transformer.gptj import GPTJ
 from hasten.checkpoint.faster_transformer.ini import CONFIG_INI, Section, read_sections, unreadable
 from hasten.checkpoint.faster_transformer.opt import OPT
 from hasten.core.config import ModelConfig
@@ -14,7 +16,7 @@ from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
 
 _log = logging.getLogger(__name__)
 
-FAMILIES: tuple[Family, ...] = (Bloom(), OPT(), GPT2())
+FAMILIES: tuple[Family, ...] = (Bloom(), OPT(), GPT2(), GPTJ(), GPTNeoX())
 """Those of one section of config.ini in the order in which they are tried: the last takes what is no other's."""
 _OF_ALL_RANKS = "model.layers.0.attention.dense.weight"
 """A tensor that is split in every family."""
@@ -70,22 +72,11 @@ def _family_of(ini: Path, sections: dict[str, Section]) -> tuple[Family, Section
     for family in FAMILIES:
         if family.section in sections and family.recognizes(sections[family.section]):
             return family, sections[family.section]
-    known = dict.fromkeys(family.section for family in FAMILIES)
-    if found := next((name for name in known if name in sections), None):
-        raise _unknown_kind(sections[found])
+    known = ", ".join(dict.fromkeys(f"[{family.section}]" for family in FAMILIES))
     raise CheckpointError(
-        f"{ini} has none of the sections {', '.join(f'[{name}]' for name in known)}: it is of a kind of model that "
-        "hasten does not read from FasterTransformer's format"
+        f"{ini} has none of the sections {known}: it is of a kind of model that hasten does not read from "
+        "FasterTransformer's format"
     )
-
-
-def _unknown_kind(section: Section) -> UnsupportedError:
-    families = [family for family in FAMILIES if family.section == section.name]
-    kinds = "; ".join(
-        f"{family.label} has {', '.join(f'{key}={value}' for key, value in family.marks.items())}"
-        for family in families
-    )
-    return UnsupportedError(f"{section.path}: [{section.name}] is of no family that hasten reads: {kinds}")
 
 
 def _ranks(path: Path, section: Section) -> int:

@@ -1,0 +1,136 @@
+"""A GPT-NeoX in FasterTransformer's folder, served from a configuration of its backend, as stock clients meet it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpcclient
+import tritonclient.http as httpclient
+from tests.conftest import MakeModel
+from tests.server.serve_process import serve_process
+from tritonclient.utils import InferenceServerException
+
+from hasten.checkpoint.convert import Conversion, convert
+from hasten.core.config import EngineConfig
+from hasten.server.create import model_configs, write_repository
+
+CONFIG = """
+name: "theirs"
+backend: "fastertransformer"
+max_batch_size: 8
+input [
+  {{ name: "input_ids" data_type: TYPE_UINT32 dims: [ -1 ] }},
+  {{ name: "start_id" data_type: TYPE_UINT32 dims: [ 1 ] reshape: {{ shape: [ ] }} optional: true }},
+  {{ name: "end_id" data_type: TYPE_UINT32 dims: [ 1 ] reshape: {{ shape: [ ] }} optional: true }},
+  {{ name: "input_lengths" data_type: TYPE_UINT32 dims: [ 1 ] reshape: {{ shape: [ ] }} }},
+  {{ name: "request_output_len" data_type: TYPE_UINT32 dims: [ -1 ] }}
+]
+output [
+  {{ name: "output_ids" data_type: TYPE_UINT32 dims: [ -1, -1 ] }},
+  {{ name: "sequence_length" data_type: TYPE_UINT32 dims: [ -1 ] }},
+  {{ name: "cum_log_probs" data_type: TYPE_FP32 dims: [ -1 ] }},
+  {{ name: "output_log_probs" data_type: TYPE_FP32 dims: [ -1, -1 ] }}
+]
+instance_group [ {{ count: 1 kind: KIND_CPU }} ]
+parameters {{ key: "tensor_para_size" value: {{ string_value: "1" }} }}
+parameters {{ key: "pipeline_para_size" value: {{ string_value: "1" }} }}
+parameters {{ key: "data_type" value: {{ string_value: "fp32" }} }}
+parameters {{ key: "model_type" value: {{ string_value: "GPT-NeoX" }} }}
+parameters {{ key: "model_checkpoint_path" value: {{ string_value: "{}" }} }}
+parameters {{ key: "enable_custom_all_reduce" value: {{ string_value: "0" }} }}
+"""
+PROMPT = [5, 6, 7, 9]
+LENGTH = 8
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server with two token models over one checkpoint: `theirs`, and `ours` with the ensemble around it."""
+
+    source: Path
+    grpc: grpcclient.InferenceServerClient
+    http: httpclient.InferenceServerClient
+
+
+@pytest.fixture(scope="module")
+def served(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    place = tmp_path_factory.mktemp("backends")
+    source = make_model("GPTNeoX", hidden_size=64)
+    convert(Conversion(str(source), str(place / "out"), ranks=2))
+    repository, folder = place / "repository", place / "out" / "2-gpu"
+    (repository / "theirs" / "1").mkdir(parents=True)
+    (repository / "theirs" / "config.pbtxt").write_text(CONFIG.format(folder), encoding="utf-8")
+    engine = EngineConfig.create(str(folder), device="cpu", kv_cache_memory=1 << 22)
+    write_repository(model_configs(engine, token_name="ours", text_name="text"), repository, engine)
+    with (
+        serve_process(place / "log", "--model-repository", str(repository)) as places,
+        grpcclient.InferenceServerClient(places["GRPCInferenceService"]) as grpc,
+        httpclient.InferenceServerClient(places["HTTPService"]) as http,
+    ):
+        yield Served(source, grpc, http)
+
+
+def inputs(module: Any, **more: list[list[Any]]) -> list[Any]:
+    types = {"is_return_log_probs": ("BOOL", np.bool_), "is_return_context_embeddings": ("BOOL", np.bool_)}
+    made = []
+    values = {"input_ids": [PROMPT], "input_lengths": [[len(PROMPT)]], "request_output_len": [[LENGTH]], **more}
+    for name, rows in values.items():
+        datatype, dtype = types.get(name, ("UINT32", np.uint32))
+        tensor = module.InferInput(name, [len(rows), len(rows[0])], datatype)
+        tensor.set_data_from_numpy(np.array(rows, dtype))
+        made.append(tensor)
+    return made
+
+
+@pytest.fixture(scope="module")
+def right_tokens(served: Served) -> list[int]:
+    """Prompt and completion by transformers."""
+    import torch
+    from transformers import GPTNeoXForCausalLM
+
+    model = GPTNeoXForCausalLM.from_pretrained(served.source)
+    prompt = torch.tensor([PROMPT])
+    made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=LENGTH, do_sample=False)
+    tokens: list[int] = made[0].tolist()
+    return tokens
+
+
+@pytest.mark.parametrize("model", ["theirs", "ours"])
+def test_the_tensors_are_those_of_gpt_neox(served: Served, model: str) -> None:
+    found = served.http.get_model_metadata(model)
+    assert {tensor["name"] for tensor in found["outputs"]} == {
+        *("output_ids", "sequence_length", "cum_log_probs", "output_log_probs"),
+    }
+    assert "is_return_context_embeddings" not in {tensor["name"] for tensor in found["inputs"]}
+    assert served.grpc.get_model_config(model).config.parameters["model_type"].string_value == "GPT-NeoX"
+
+
+@pytest.mark.parametrize("model", ["theirs", "ours"])
+def test_tokens_are_those_of_transformers(served: Served, right_tokens: list[int], model: str) -> None:
+    for client, module in ((served.grpc, grpcclient), (served.http, httpclient)):
+        result = client.infer(model, inputs(module, is_return_log_probs=[[True]]))
+        length = len(right_tokens)
+        assert result.as_numpy("sequence_length").tolist() == [[length]]
+        assert result.as_numpy("output_ids")[0, 0, :length].tolist() == right_tokens
+        assert result.as_numpy("output_log_probs").shape == (1, 1, length - len(PROMPT))
+        for name in ("response_input_lengths", "context_embeddings"):
+            assert result.as_numpy(name) is None
+
+
+def test_what_only_gpt_has_is_refused(served: Served) -> None:
+    with pytest.raises(InferenceServerException, match="unexpected inference input 'is_return_context_embeddings'"):
+        served.grpc.infer("theirs", inputs(grpcclient, is_return_context_embeddings=[[False]]))
+    wanted = [grpcclient.InferRequestedOutput("response_input_lengths")]
+    with pytest.raises(InferenceServerException, match="unexpected inference output 'response_input_lengths'"):
+        served.grpc.infer("theirs", inputs(grpcclient), outputs=wanted)
+
+
+def test_the_ensemble_does_without_it(served: Served) -> None:
+    texts, length = (httpclient.InferInput(f"INPUT_{at}", [1, 1], kind) for at, kind in enumerate(("BYTES", "UINT32")))
+    texts.set_data_from_numpy(np.array([["Once upon a time"]], dtype=object))
+    length.set_data_from_numpy(np.array([[LENGTH]], np.uint32))
+    result = served.http.infer("ensemble", [texts, length])
+    assert result.as_numpy("OUTPUT_0")[0, 0].decode().startswith("Once upon a time")
