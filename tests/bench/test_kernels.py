@@ -24,7 +24,7 @@ from tests.bench.compile_cases import launchers
 
 from hasten.ops.gpu import sampling
 
-WITHOUT_KERNEL = {"pack_linear"}
+WITHOUT_KERNEL = {"pack_experts", "pack_linear"}
 MOST = Ceilings(4e12, 800e12)
 TINY = ModelConfig(
     architecture="BloomForCausalLM",
@@ -34,7 +34,7 @@ TINY = ModelConfig(
     vocab_size=300,
     attention=AttentionConfig(num_heads=2, num_kv_heads=2, head_size=64),
 )
-TOO_LARGE = ("16 x", "64 x", "256 x", "256 of", "256 rows of", "prefill", "8192")
+TOO_LARGE = ("512 rows", "16 x", "64 x", "256 x", "256 of", "256 rows of", "prefill", "8192")
 """What takes the interpreter seconds."""
 
 
@@ -94,9 +94,17 @@ def test_kernels_compile_for_gpus_that_are_not_here(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {"_skinny", "_one_query", "_tile", "_add_norm", "_gate", "_store_heads", "_edit", "_draw"} <= {
-        kernel["kernel"] for kernel in compiled
-    }
+    assert {
+        "_skinny",
+        "_one_query",
+        "_tile",
+        "_add_norm",
+        "_gate",
+        "_grouped_down",
+        "_store_heads",
+        "_edit",
+        "_draw",
+    } <= {kernel["kernel"] for kernel in compiled}
     assert max(kernel["shared"] for kernel in compiled) <= shared_memory
 
 
@@ -135,6 +143,9 @@ def test_errors_are_relative_above_one_and_nan_is_the_worst() -> None:
 def test_sizes_of_models(tiny_bloom: Path) -> None:
     assert model_shape("bloom-7b1").hidden_size == 4096
     assert model_shape("bloom").attention.num_heads == 112
+    mixture = model_shape("qwen3-30b-a3b").experts
+    assert mixture is not None
+    assert mixture.num_experts == 128
     assert model_shape(str(tiny_bloom)).hidden_size == 64
     with pytest.raises(ConfigError, match="no-such is no folder of a model, and none of bloom-560m, "):
         model_shape("no-such")

@@ -26,6 +26,8 @@ class Cases:
     """Models and numbers of ranks that compute them together."""
     converted: list[tuple[str, int]]
     """Models and numbers of ranks that they are converted for."""
+    whole_experts: list[tuple[str, int]] = field(default_factory=list)
+    """Models and numbers of ranks that hold whole experts of them."""
     leftovers: dict[str, list[str]] = field(default_factory=dict)
     """Models and names of tensors that old checkpoints hold, and nobody needs."""
 

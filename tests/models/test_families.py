@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import MakeModel
-from tests.models import cases_gpt2, cases_llama, cases_parallel
+from tests.models import cases_experts, cases_gpt2, cases_llama, cases_parallel
 from tests.models.conftest import BOUND, Worst, load_theirs
 from tests.models.families import Change, Model
 
@@ -18,12 +18,13 @@ from hasten.checkpoint import sources
 from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.sources import read_hf_config
 from hasten.core.errors import CheckpointError, UnsupportedError
+from hasten.layers.experts import Experts
 from hasten.models.hf_config import Fields
 from hasten.models.registry import architecture_of, model_class
 from hasten.parallel.groups import TensorGroup, use_group
 from hasten.parallel.shard import shard_shape
 
-ALL = (cases_llama.CASES, cases_gpt2.CASES, cases_parallel.CASES)
+ALL = (cases_llama.CASES, cases_gpt2.CASES, cases_parallel.CASES, cases_experts.CASES)
 MODELS = {name: model for cases in ALL for name, model in cases.models.items()}
 CONTROLS = {what: control for cases in ALL for what, control in cases.controls.items()}
 WEIGHTS = {what: weight for cases in ALL for what, weight in cases.weights.items()}
@@ -129,6 +130,18 @@ def test_ranks_give_the_tokens_of_one(
 ) -> None:
     family, options = MODELS[name]
     with LLM(make_model(family, **options), tensor_parallel_size=ranks, device="cpu", kv_cache_memory=1 << 22) as llm:
+        assert generated(llm) == right_tokens(name)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [case for cases in ALL for case in cases.whole_experts])
+def test_ranks_with_whole_experts_give_the_tokens_of_one(
+    name: str, ranks: int, make_model: MakeModel, right_tokens: Callable[[str], list[list[int]]]
+) -> None:
+    family, options = MODELS[name]
+    limits: dict[str, Any] = {"tensor_parallel_size": ranks, "device": "cpu", "kv_cache_memory": 1 << 22}
+    with LLM(make_model(family, **options), expert_parallel=True, **limits) as llm:
+        mixtures = [module for module in llm.engine.worker.runner.model.modules() if isinstance(module, Experts)]
+        assert {module.packed.count for module in mixtures} == {options.get("num_experts", 6) // ranks}
         assert generated(llm) == right_tokens(name)
 
 

@@ -175,8 +175,8 @@ def test_settings_that_act_in_transformers_alone_are_named(
     ("name", "build"),
     [
         ("DeepseekV3ForCausalLM", "a model with latent attention"),
-        ("Qwen3MoeForCausalLM", "a mixture of experts"),
-        ("MixtralForCausalLM", "a mixture of experts"),
+        ("GptOssForCausalLM", "a mixture of experts of another build"),
+        ("OlmoeForCausalLM", "a mixture of experts of another build"),
         ("T5ForConditionalGeneration", "an encoder-decoder"),
         ("BertModel", "an encoder or a classifier"),
         ("LlamaForSequenceClassification", "an encoder or a classifier"),

@@ -16,9 +16,12 @@ from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.models.gemma import Gemma2ForCausalLM, Gemma3ForCausalLM, GemmaForCausalLM
 from hasten.models.llama import LlamaForCausalLM
 from hasten.models.mistral import MistralForCausalLM
+from hasten.models.mixtral import MixtralForCausalLM
 from hasten.models.phi3 import Phi3ForCausalLM
 from hasten.models.qwen2 import Qwen2ForCausalLM
+from hasten.models.qwen2_moe import Qwen2MoeForCausalLM
 from hasten.models.qwen3 import Qwen3ForCausalLM
+from hasten.models.qwen3_moe import Qwen3MoeForCausalLM
 
 
 def test_a_dynamic_rope_is_that_of_the_longest_sequence(make_model: MakeModel, worst_logit: Worst) -> None:
@@ -68,9 +71,12 @@ CLASSES = {
     "Gemma3": Gemma3ForCausalLM,
     "Llama": LlamaForCausalLM,
     "Mistral": MistralForCausalLM,
+    "Mixtral": MixtralForCausalLM,
     "Phi3": Phi3ForCausalLM,
     "Qwen2": Qwen2ForCausalLM,
+    "Qwen2Moe": Qwen2MoeForCausalLM,
     "Qwen3": Qwen3ForCausalLM,
+    "Qwen3Moe": Qwen3MoeForCausalLM,
 }
 
 
@@ -86,7 +92,7 @@ def test_what_a_config_leaves_out_is_as_in_hugging_face(family: str) -> None:
     found = CLASSES[family].config_from_hf(raw)
     assert found.architecture == f"{family}ForCausalLM"
     assert found.attention.num_kv_heads == reference.num_key_value_heads
-    assert found.attention.head_size == getattr(reference, "head_dim", 8)
+    assert found.attention.head_size == (getattr(reference, "head_dim", None) or 8)
     assert found.norm_eps == reference.rms_norm_eps
     assert found.activation == reference.hidden_act
     assert found.tie_word_embeddings == reference.tie_word_embeddings
@@ -97,6 +103,13 @@ def test_what_a_config_leaves_out_is_as_in_hugging_face(family: str) -> None:
     assert found.layer_attention == ()
     assert found.attention.rope is not None
     assert found.attention.rope.theta == reference.rope_parameters["rope_theta"]
+    if found.experts is not None:
+        assert found.experts.num_experts == reference.num_experts
+        assert found.experts.top_k == reference.num_experts_per_tok
+        assert found.experts.inner_size == getattr(reference, "moe_intermediate_size", reference.intermediate_size)
+        assert found.experts.normalized == getattr(reference, "norm_topk_prob", True)
+        assert found.experts.shared_size == getattr(reference, "shared_expert_intermediate_size", None)
+        assert found.experts.dense_layers == ()
     # what a configuration that was saved says, and an old one without it
     assert CLASSES[family].config_from_hf(json.loads(reference.to_json_string(use_diff=False))) == found
 
@@ -184,6 +197,9 @@ def test_the_keys_of_old_and_new_versions_mean_the_same() -> None:
         ("Gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is not supported in Gemma 3"),
         ("Gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
         ("Gemma2", {"final_logit_softcapping": -1}, "final_logit_softcapping has a value of the wrong kind"),
+        ("Mixtral", {"num_local_experts": 1}, "2 experts compute each token, but there are 1"),
+        ("Qwen2Moe", {"mlp_only_layers": 3}, "mlp_only_layers 3 is not a list of layers"),
+        ("Qwen3Moe", {"num_experts": 0}, "num_experts has a value of the wrong kind"),
         ("Mistral", {"sliding_window": 0}, "sliding_window has a value of the wrong kind"),
         ("Qwen2", {"use_mrope": True}, "use_mrope: "),
         ("Qwen3", {"layer_types": ["full_attention"]}, "layer_types is not a list of 3"),

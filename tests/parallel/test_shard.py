@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hasten.core.config import AttentionConfig
-from hasten.parallel.shard import Split, merge, overlap, resplit, shard_shape, split
+from hasten.parallel.shard import OF_ONE_EXPERT, Split, by_expert, merge, overlap, resplit, shard_shape, split
 
 SIZES = (1, 2, 3, 4, 6)
 VOCAB = 29
@@ -15,6 +15,8 @@ ATTENTION = {
 
 
 def _tensor(how: Split, attention: AttentionConfig, axes: int) -> torch.Tensor:
+    if axes == 3:
+        return torch.arange(12.0 * 24 * 24).view(12, 24, 24)
     qkv = (attention.num_heads + 2 * attention.num_kv_heads) * attention.head_size
     rows = {Split.VOCAB: VOCAB, Split.QKV: qkv, Split.GATE_UP: 24}.get(how, 12)
     return torch.arange(rows * 24, dtype=torch.float32).view(rows, 24)[:, : 24 if axes == 2 else 1].squeeze(1)
@@ -24,7 +26,8 @@ def _tensor(how: Split, attention: AttentionConfig, axes: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     # a bias has no input features to split
     ("how", "axes"),
-    [(how, axes) for how in Split for axes in (1, 2) if (how, axes) != (Split.ROW, 1)],
+    [(how, axes) for how in Split for axes in (1, 2) if (how, axes) != (Split.ROW, 1) and how not in OF_ONE_EXPERT]
+    + [(how, 3) for how in (*OF_ONE_EXPERT, Split.COLUMN)],
 )
 def test_merge_undoes_split_and_resplit_goes_between_any_sizes(
     how: Split, axes: int, attention: AttentionConfig
@@ -73,3 +76,14 @@ def test_ranks_hold_the_same_key_head_where_there_are_too_few() -> None:
     whole = torch.tensor([0.0, 1, 2, 3, 10, 11, 20, 21])
     shards = [split(whole, Split.QKV, rank, 4, attention).tolist() for rank in range(4)]
     assert shards == [[0, 10, 20], [1, 10, 20], [2, 11, 21], [3, 11, 21]]
+
+
+@pytest.mark.parametrize(("how", "of_one"), OF_ONE_EXPERT.items())
+def test_experts_are_divided_each_for_itself_or_dealt_whole(how: Split, of_one: Split) -> None:
+    attention = ATTENTION["every head its own key"]
+    whole = _tensor(how, attention, 3)
+    for rank in range(2):
+        expected = torch.stack([split(expert, of_one, rank, 2, attention) for expert in whole])
+        assert torch.equal(split(whole, how, rank, 2, attention), expected)
+        assert torch.equal(split(whole, by_expert(how), rank, 2, attention), whole[6 * rank : 6 * rank + 6])
+    assert by_expert(Split.ROW) is Split.ROW

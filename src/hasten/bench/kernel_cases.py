@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hasten import ops
-from hasten.core.config import AttentionConfig, DTypeName, ModelConfig
+from hasten.core.config import AttentionConfig, DTypeName, ExpertsConfig, ModelConfig
 from hasten.core.errors import ConfigError
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
@@ -28,8 +28,10 @@ from hasten.ops import (
     Draws,
     EditList,
     HeadTransform,
+    PackedExperts,
     PackedLinear,
     PartialSum,
+    Routing,
     TokenCounts,
     TopLogprobs,
     reference,
@@ -44,6 +46,17 @@ _BLOOM = {  # hidden size, heads, layers
     "bloom-3b": (2560, 32, 30),
     "bloom-7b1": (4096, 32, 30),
     "bloom": (14_336, 112, 70),
+}
+_MIXTURES = {
+    "qwen3-30b-a3b": ModelConfig(
+        architecture="Qwen3MoeForCausalLM",
+        num_layers=48,
+        hidden_size=2048,
+        intermediate_size=6144,
+        vocab_size=151_936,
+        attention=AttentionConfig(num_heads=32, num_kv_heads=4, head_size=128),
+        experts=ExpertsConfig(num_experts=128, top_k=8, inner_size=768, normalized=True),
+    )
 }
 
 TOLERANCE = {torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
@@ -126,7 +139,9 @@ class Setting:
 
 
 def model_shape(name: str) -> ModelConfig:
-    """A BLOOM by the name of its size, or the model of a folder."""
+    """A BLOOM or a mixture of experts by the name of its size, or the model of a folder."""
+    if name in _MIXTURES:
+        return _MIXTURES[name]
     if name in _BLOOM:
         hidden, heads, layers = _BLOOM[name]
         return ModelConfig(
@@ -138,7 +153,7 @@ def model_shape(name: str) -> ModelConfig:
             attention=AttentionConfig(num_heads=heads, num_kv_heads=heads, head_size=hidden // heads),
         )
     if not Path(name).is_dir():
-        raise ConfigError(f"{name} is no folder of a model, and none of {', '.join(_BLOOM)}")
+        raise ConfigError(f"{name} is no folder of a model, and none of {', '.join((*_BLOOM, *_MIXTURES))}")
     from hasten.checkpoint.sources import read_hf_config
 
     return read_hf_config(Path(name))
@@ -172,6 +187,9 @@ def cases(setting: Setting) -> list[Case]:
         *(_mean_squares(setting, rows) for rows in (1, 64, 8192)),
         *(_gated(setting, rows) for rows in (1, 64)),
         *_activations(setting),
+        *(_route(setting, rows) for rows in (1, 64, 8192)),
+        *(_experts(setting, rows) for rows in (1, 16, 64, 192, 512, 8192)),
+        _experts(setting, 64, ranks=2),
         *(_project(setting, rows, clip=1.0) for rows in (1, 8)),
         _resolve_ids(setting, 256),
         *(_greedy(setting, rows) for rows in (1, 64, 256)),
@@ -201,6 +219,8 @@ def _wide(value: Any) -> Any:
         return replace(value, query_norm_d=_wide(value.query_norm_d), key_norm_d=_wide(value.key_norm_d))
     if isinstance(value, PackedLinear):
         return replace(value, plain=_wide(value.plain))
+    if isinstance(value, PackedExperts):
+        return replace(value, gate_up=_wide(value.gate_up), down=_wide(value.down))
     if isinstance(value, PartialSum):
         terms = ("parts", "bias", "residual", "added", "added_bias")
         return replace(value, **{name: _wide(getattr(value, name)) for name in terms})
@@ -495,6 +515,59 @@ def _gated(setting: Setting, rows: int) -> Case:
     # the halves of the product are rounded before they meet
     case = _product(setting, "gated_linear", "gate and up", rows, into, out, make)
     return replace(case, tolerance=4 * TOLERANCE[setting.dtype])
+
+
+def _mixture(setting: Setting) -> ExpertsConfig:
+    """The model's experts, or some of about its MLP's size."""
+    inner = max(1, setting.model.intermediate_size // 4)
+    return setting.model.experts or ExpertsConfig(num_experts=8, top_k=2, inner_size=inner, normalized=True)
+
+
+def _route(setting: Setting, rows: int) -> Case:
+    mixture, hidden = _mixture(setting), setting.model.hidden_size
+
+    def weights(route: Callable[..., Routing], *inputs: Tensor) -> Outputs:
+        return route(*inputs, mixture.top_k, mixture.normalized).weights_tk  # of almost equal experts either is right
+
+    def make() -> Call:
+        inputs = (setting.draw(rows, hidden), setting.draw(mixture.num_experts, hidden, scale=hidden**-0.5))
+        return _call(partial(weights, ops.route), partial(weights, reference.route), *inputs)
+
+    size = mixture.num_experts
+    return Case(
+        op="route",
+        shape=f"{_rows(rows)} to {mixture.top_k} of {size}",
+        make=make,
+        nbytes=(rows + size) * hidden * setting.itemsize + 8 * rows * mixture.top_k,
+        flops=2 * rows * hidden * size,
+    )
+
+
+def _experts(setting: Setting, rows: int, *, ranks: int = 1) -> Case:
+    """What the experts of the first of `ranks` ranks make of tokens that choose among all at random."""
+    mixture, hidden = _mixture(setting), setting.model.hidden_size
+    size, top_k, inner = mixture.num_experts, mixture.top_k, mixture.inner_size
+
+    def make() -> Call:
+        x_th, router_eh = setting.draw(rows, hidden), setting.draw(size, hidden, scale=hidden**-0.5)
+        gate_up = setting.draw(size // ranks, 2 * inner, hidden, scale=hidden**-0.5)
+        down = setting.draw(size // ranks, hidden, inner, scale=inner**-0.5)
+        weights = PackedExperts(size // ranks, 0, gate_up, down)
+        routing = ops.route(x_th, router_eh, top_k, mixture.normalized)
+        return _call(ops.experts, reference.experts, x_th, weights, routing, "silu")
+
+    chosen = size / ranks * (1 - (1 - top_k / size) ** rows)
+    pairs = rows * top_k / ranks
+    return Case(
+        op="experts" if ranks > 1 else "each_pair" if rows == 1 else "grouped",
+        shape=f"{_rows(rows)}, {top_k} of {size} experts" + (f", {ranks} ranks" if ranks > 1 else ""),
+        make=make,
+        nbytes=(3 * chosen * inner + pairs + rows) * hidden * setting.itemsize,
+        flops=6 * pairs * hidden * inner,
+        # what lies between the products is rounded
+        tolerance=4 * TOLERANCE[setting.dtype],
+        waits=True,
+    )
 
 
 def _resolve_ids(setting: Setting, rows: int) -> Case:

@@ -14,6 +14,8 @@ from hasten.checkpoint.sources import NOT_APPLIED, UNKNOWN, Source, known_tokens
 from hasten.core.config import ModelConfig, ParallelConfig
 from hasten.core.errors import CheckpointError
 from hasten.models import generation_config
+from hasten.models.weight_map import WeightSpec
+from hasten.parallel.shard import by_expert
 
 _log = logging.getLogger(__name__)
 
@@ -89,19 +91,25 @@ def _warn_of_settings(folder: Path) -> None:
         _log.warning(UNKNOWN, path, ", ".join(unknown))
 
 
-def rank_tensors(checkpoint: Checkpoint, rank: int, size: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def rank_tensors(
+    checkpoint: Checkpoint, rank: int, size: int, dtype: torch.dtype, *, expert_parallel: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """Every parameter's name with rank `rank`'s shard of it in `dtype`, file by file.
 
-    A tensor is contiguous and may be a view of a mapped file, so copy it before changing it. The files that this rank
-    reads, and no others, are first compared with the manifest. ConfigError if `size` does not divide the model,
-    ChecksumError for a changed file.
+    With `expert_parallel`, ranks get whole experts. A tensor is contiguous and may be a view of a mapped file, so copy
+    it before changing it. The files that this rank reads, and no others, are first compared with the manifest.
+    ConfigError if `size` does not divide the model, ChecksumError for a changed file.
     """
     source = checkpoint.source
-    ParallelConfig(tensor_parallel_size=size).validate(source.config)
+    ParallelConfig(tensor_parallel_size=size, expert_parallel=expert_parallel).validate(source.config)
+
+    def divided(spec: WeightSpec) -> WeightSpec:
+        return replace(spec, split=by_expert(spec.split)) if expert_parallel else spec
+
     if checkpoint.verify and source.manifest is not None:
-        names = {name for spec in source.specs for name in source.files_for(spec, rank, size)}
+        names = {name for spec in source.specs for name in source.files_for(divided(spec), rank, size)}
         source.manifest.verify(source.folder, names)
     for specs in source.batches():
-        for spec in specs:
+        for spec in map(divided, specs):
             yield spec.name, source.shard(spec, rank, size).to(dtype).contiguous()
         source.release()

@@ -13,6 +13,7 @@ import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, ClassVar, Protocol
@@ -26,7 +27,7 @@ from hasten.checkpoint.faster_transformer.folder import Folder, read_folder
 from hasten.checkpoint.faster_transformer.ini import CONFIG_INI
 from hasten.checkpoint.hub import ADAPTER
 from hasten.checkpoint.manifest import MANIFEST, Manifest
-from hasten.core.config import AttentionConfig, ModelConfig, QKNorm, RopeConfig
+from hasten.core.config import AttentionConfig, ExpertsConfig, ModelConfig, QKNorm, RopeConfig
 from hasten.core.errors import CheckpointError, ConfigError, HastenError, UnsupportedError
 from hasten.models import hf_config
 from hasten.models.generation_config import not_applied
@@ -249,6 +250,7 @@ class HuggingFaceSource(Source):
             tied[head] = own.pop(head)
             # safetensors keeps one name of two tensors that share memory, and it may be the head's
             own.setdefault(tie.to.sources[0].name, tied[head])
+        self.specs = tuple(spec.among(own) for spec in self.specs)
         _check_names(where, (source.name for spec in self.specs for source in spec.sources), own)
         return own | tied
 
@@ -279,9 +281,10 @@ class HuggingFaceSource(Source):
 
     def batches(self) -> Iterator[tuple[WeightSpec, ...]]:
         """Weights file by file, in the order of the files' names; one that lies in several comes with the last."""
-        for path in sorted(self.files):
-            if specs := tuple(spec for spec in self.specs if self._last_file(spec) == path):
-                yield specs
+        by_file: dict[Path, list[WeightSpec]] = {}
+        for spec in self.specs:
+            by_file.setdefault(self._last_file(spec), []).append(spec)
+        yield from (tuple(by_file[path]) for path in sorted(by_file))
 
     def release(self) -> None:
         """Forget the open files, and with them what is mapped."""
@@ -317,6 +320,14 @@ class _RankedSource(Source):
         """Shards that a weight is stored as."""
         return self.ranks
 
+    def _in_files(self, spec: WeightSpec) -> WeightSpec:
+        """The weight as these files divide it, which may not be the way that is asked for."""
+        return self._own.get(spec.name, spec)
+
+    @cached_property
+    def _own(self) -> dict[str, WeightSpec]:
+        return {spec.name: spec for spec in self.specs}
+
     @abstractmethod
     def _part(self, spec: WeightSpec, part: int) -> Tensor:
         """One stored shard, in hasten's layout."""
@@ -326,16 +337,20 @@ class _RankedSource(Source):
         """Name of the file that holds it."""
 
     def shard(self, spec: WeightSpec, rank: int, size: int) -> Tensor:
-        """A view of the rank's own file where the files have as many ranks."""
-        config, parts = self.config, self._parts(spec)
-        return resplit(
-            lambda part: self._part(spec, part), parts, spec.split, rank, size, config.attention, config.vocab_size
-        )
+        """A view of the rank's own file where the files have as many ranks, divided in the same way."""
+        config, stored = self.config, self._in_files(spec)
+        part, parts = partial(self._part, stored), self._parts(stored)
+        same = stored.split is spec.split
+        place = (rank, size) if same else (0, 1)
+        found = resplit(part, parts, stored.split, *place, config.attention, config.vocab_size)
+        return found if same else split(found, spec.split, rank, size, config.attention)
 
     def files_for(self, spec: WeightSpec, rank: int, size: int) -> Iterable[str]:
         """The rank's own files, or those whose shards overlap its own."""
-        parts = self._parts(spec)
-        return {self._file(spec, part) for part in overlap(spec.split, rank, size, parts, self.config.vocab_size)}
+        stored = self._in_files(spec)
+        place = (rank, size) if stored.split is spec.split else (0, 1)
+        needed = overlap(stored.split, *place, self._parts(stored), self.config.vocab_size)
+        return {self._file(stored, part) for part in needed}
 
 
 class FasterTransformerSource(_RankedSource):
@@ -503,12 +518,18 @@ def _attention_from_json(raw: dict[str, Any]) -> AttentionConfig:
     return AttentionConfig(**{**raw, "rope": rope, "qk_norm": _OLD_QK_NORMS.get(kind, kind)})
 
 
+def _experts_from_json(raw: dict[str, Any] | None) -> ExpertsConfig | None:
+    return None if raw is None else ExpertsConfig(**{**raw, "dense_layers": tuple(raw["dense_layers"])})
+
+
 def _config_from_json(raw: dict[str, Any], path: Path) -> ModelConfig:
     try:
         layers = tuple(_attention_from_json(each) for each in raw.get("layer_attention", ()))
         attention = _attention_from_json(raw["attention"])
+        experts = _experts_from_json(raw.get("experts"))
         ends = tuple(raw["eos_token_ids"])
-        return ModelConfig(**{**raw, "attention": attention, "layer_attention": layers, "eos_token_ids": ends})
+        made = {"attention": attention, "layer_attention": layers, "experts": experts, "eos_token_ids": ends}
+        return ModelConfig(**raw | made)
     except (TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(f"{path}: its metadata does not describe a model ({error}); convert it again") from error
 

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
@@ -188,6 +188,31 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """A mixture of experts in place of a layer's MLP, before any split over ranks."""
+
+    num_experts: int
+    top_k: int
+    """Experts that compute each token."""
+    inner_size: int
+    """Of each expert, which is a gated unit."""
+    normalized: bool
+    """Whether the weights of a token's experts add up to 1; else each keeps its share of all experts' softmax."""
+    shared_size: int | None = None
+    """Inner size of an expert that computes every token, scaled by a gate of its own."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers with a plain MLP instead, of the model's `intermediate_size`."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "top_k", "inner_size"):
+            _require(getattr(self, name) > 0, f"{name} of experts must be positive, got {getattr(self, name)}")
+        _require(self.shared_size is None or self.shared_size > 0, f"a shared expert of size {self.shared_size}")
+        _require(
+            self.top_k <= self.num_experts, f"{self.top_k} experts compute each token, but there are {self.num_experts}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What a decoder-only transformer looks like, whatever format its weights came in."""
 
@@ -203,6 +228,8 @@ class ModelConfig:
     """Where layers differ: that of each."""
     embedding_size: int | None = None
     """Width of the embeddings, and of what the head reads, where it is not the hidden size."""
+    experts: ExpertsConfig | None = None
+    """Where layers have a mixture of experts."""
     norm_eps: float = 1e-5
     norm_first: bool = True
     """Whether the norms of a layer stand before attention and MLP, or behind the sums that these are added to."""
@@ -262,6 +289,11 @@ class ModelConfig:
         learned = self.attention.position == "learned"
         return self.position_offset + (self.max_position_embeddings or 0) if learned else 0
 
+    @property
+    def has_mlp(self) -> bool:
+        """Whether any layer has a plain MLP."""
+        return self.experts is None or bool(self.experts.dense_layers)
+
 
 def _heads(attention: AttentionConfig) -> tuple[int, int, int]:
     return attention.num_heads, attention.num_kv_heads, attention.head_size
@@ -274,6 +306,11 @@ class ParallelConfig:
     tensor_parallel_size: int = option(
         1, "number of ranks that share every layer (tensor parallel)", short="-tp", flag="--tensor-para-size"
     )
+    expert_parallel: bool = option(
+        False,
+        "give each rank whole experts of a mixture, instead of a part of every expert",
+        aliases=("enable_expert_parallel",),
+    )
 
     def __post_init__(self) -> None:
         _check_kinds(self)
@@ -283,26 +320,41 @@ class ParallelConfig:
 
     def validate(self, model: ModelConfig) -> None:
         """Raise ConfigError unless `model` can be split over these ranks."""
+        _require(
+            not self.expert_parallel or model.experts is not None,
+            f"expert_parallel: {model.architecture} has no experts; leave the option out",
+        )
         size = self.tensor_parallel_size
-        if unfit := _unfit(size, model):
-            fitting = (str(size) for size in range(1, model.attention.num_heads + 1) if _unfit(size, model) is None)
+        if unfit := self._unfit(size, model):
+            sizes = range(1, model.attention.num_heads + 1)
+            fitting = (str(size) for size in sizes if self._unfit(size, model) is None)
             raise ConfigError(
                 f"tensor parallel size {size} does not divide {unfit}; choose a size that does: {', '.join(fitting)}"
             )
 
-
-def _unfit(size: int, model: ModelConfig) -> str | None:
-    """What of a model cannot be split over `size` ranks, None if all can."""
-    heads, kv_heads, inner = model.attention.num_heads, model.attention.num_kv_heads, model.intermediate_size
-    for name, count, fits in (
-        ("attention heads", heads, heads % size == 0),
+    def _unfit(self, size: int, model: ModelConfig) -> str | None:
+        """What of a model cannot be split over `size` ranks, None if all can."""
+        heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
         # with more ranks than key/value heads, as many ranks hold each
-        ("key/value heads", kv_heads, kv_heads % size == 0 or size % kv_heads == 0),
-        ("the MLP's inner size", inner, inner % size == 0),
-    ):
-        if not fits:
-            return f"{name} ({count})"
-    return None
+        fits = {
+            ("attention heads", heads): heads % size,
+            ("key/value heads", kv_heads): min(kv_heads % size, size % kv_heads),
+        }
+        fits |= {(name, count): count % size for name, count in self._divided(model)}
+        return next((f"{name} ({count})" for (name, count), rest in fits.items() if rest), None)
+
+    def _divided(self, model: ModelConfig) -> Iterator[tuple[str, int]]:
+        """Counts, with their names, that the ranks must divide evenly."""
+        if model.has_mlp:
+            yield "the MLP's inner size", model.intermediate_size
+        if model.experts is None:
+            return
+        if self.expert_parallel:
+            yield "the experts", model.experts.num_experts
+        else:
+            yield "the experts' inner size", model.experts.inner_size
+        if model.experts.shared_size is not None:
+            yield "the shared expert's inner size", model.experts.shared_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -525,6 +577,7 @@ class EngineOptions(TypedDict, total=False):
     seed: int
     enforce_eager: bool
     tensor_parallel_size: int
+    expert_parallel: bool
     block_size: int
     kv_cache_memory: int | str | None
     gpu_memory_utilization: float
@@ -538,6 +591,7 @@ class EngineOptions(TypedDict, total=False):
     max_grammar_memory: int | str
     kv_cache_memory_bytes: int | str | None
     async_scheduling: bool | None
+    enable_expert_parallel: bool
     enable_chunked_prefill: bool | None
     disable_log_stats: bool
     disable_custom_all_reduce: bool

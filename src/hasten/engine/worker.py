@@ -173,7 +173,7 @@ class Worker:
 
     def _with_peers(self, dtype: torch.dtype) -> TensorGroup:
         """The group, with mailboxes where its GPUs can reach each other."""
-        group = self.ranks.group
+        group = replace(self.ranks.group, expert_parallel=self.config.parallel.expert_parallel)
         store = self.ranks.store
         if self.device.type == "cpu" or dtype.itemsize != 2 or not reachable(group.size, self.ranks.local_size):
             return group
@@ -430,7 +430,8 @@ def build_model(
     nbytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     show = show_progress and group.rank == 0
     with progress_bar("Loading weights", nbytes, unit="bytes", show=show) as bar:
-        for name, tensor in rank_tensors(checkpoint, group.rank, group.size, dtype):
+        tensors = rank_tensors(checkpoint, group.rank, group.size, dtype, expert_parallel=group.expert_parallel)
+        for name, tensor in tensors:
             owner, _, attribute = name.rpartition(".")
             weight = torch.nn.Parameter(tensor.to(device), requires_grad=False)
             setattr(model.get_submodule(owner), attribute, weight)

@@ -82,7 +82,12 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 def weight_map(config: ModelConfig, *, fused: bool = False, norms: Mapping[str, str] = NORMS) -> WeightMap:
     """That of a model of this build; `fused`: its checkpoints hold QKV, and gate and up, as one tensor each."""
-    return weight_map_of(config, lambda layer: _of_layer(config, layer, fused, norms))
+
+    def of_layer(layer: int) -> Iterator[WeightSpec]:
+        yield from weights_before_mlp(config, layer, fused=fused, norms=norms)
+        yield from mlp_weights(config, layer, "", fused=fused)
+
+    return weight_map_of(config, of_layer)
 
 
 def weight_map_of(
@@ -184,7 +189,10 @@ _EMBEDDING = vocabulary("embedding.weight", "embed_tokens.weight")
 _HEAD = vocabulary("head.weight", "lm_head.weight")
 
 
-def _of_layer(config: ModelConfig, layer: int, fused: bool, norms: Mapping[str, str]) -> Iterator[WeightSpec]:
+def weights_before_mlp(
+    config: ModelConfig, layer: int, *, fused: bool = False, norms: Mapping[str, str] = NORMS
+) -> Iterator[WeightSpec]:
+    """The norms of a layer and its attention."""
     name = f"layers.{layer}"
     for ours, theirs in norms.items():
         yield from norm(f"{name}.{ours}", f"{name}.{theirs}", bias=False)
@@ -192,7 +200,6 @@ def _of_layer(config: ModelConfig, layer: int, fused: bool, norms: Mapping[str, 
     if config.attention_of(layer).qk_norm:
         yield from norm(f"{name}.attention.query_norm", f"{name}.self_attn.q_norm", bias=False, axis="head")
         yield from norm(f"{name}.attention.key_norm", f"{name}.self_attn.k_norm", bias=False, axis="head")
-    yield from mlp_weights(config, layer, "", fused=fused)
 
 
 def attention_weights(config: ModelConfig, layer: int, *, fused: bool = False) -> Iterator[WeightSpec]:

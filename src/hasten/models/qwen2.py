@@ -3,9 +3,10 @@
 Source: Qwen Team, "Qwen2 Technical Report", 2024.
 """
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from hasten.core.config import ModelConfig
 from hasten.core.errors import ConfigError, UnsupportedError
@@ -26,6 +27,9 @@ MAX_POSITION, KV_HEADS = 32_768, 32
 class Qwen2ForCausalLM(LlamaForCausalLM):
     """Qwen 2 with its language model head."""
 
+    # published checkpoints have them, and a `use_sliding_window` that is false
+    hf_harmless: ClassVar[frozenset[str]] = LlamaForCausalLM.hf_harmless | {"sliding_window", "max_window_layers"}
+
     @staticmethod
     def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         """Read Hugging Face's config.json."""
@@ -36,13 +40,18 @@ class Qwen2ForCausalLM(LlamaForCausalLM):
         return with_windows(raw, config)
 
 
-def with_windows(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
-    """The configuration with a sliding window in the layers that config.json says have one."""
+def with_windows(
+    raw: Mapping[str, Any], config: ModelConfig, chosen: Callable[[int, int], bool] = operator.ge
+) -> ModelConfig:
+    """The configuration with a sliding window in the layers that config.json says have one.
+
+    `chosen(layer, max_window_layers)`: whether a layer has one where there is no `layer_types`.
+    """
     slides = hf_config.flag(raw, "use_sliding_window", False)
     window = hf_config.optional_count(raw, "sliding_window", 4096) if slides else None
-    first = hf_config.optional_count(raw, "max_window_layers", 28) if raw.get("max_window_layers") != 0 else 0
-    layers = range(config.num_layers)
-    kinds = layer_kinds(raw, [SLIDING if window is not None and layer >= (first or 0) else FULL for layer in layers])
+    border = hf_config.optional_count(raw, "max_window_layers", 28) if raw.get("max_window_layers") != 0 else 0
+    slide = [window is not None and chosen(layer, border or 0) for layer in range(config.num_layers)]
+    kinds = layer_kinds(raw, [SLIDING if each else FULL for each in slide])
     if SLIDING not in kinds:
         return config
     if window is None:

@@ -5,16 +5,18 @@ Source: Qwen Team, "Qwen3 Technical Report", 2025.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from hasten.core.config import ModelConfig
 from hasten.models import hf_config
 from hasten.models.llama import LlamaForCausalLM, attention_from_hf, config_from_hf
-from hasten.models.qwen2 import KV_HEADS, MAX_POSITION, with_windows
+from hasten.models.qwen2 import KV_HEADS, MAX_POSITION, Qwen2ForCausalLM, with_windows
 
 
 class Qwen3ForCausalLM(LlamaForCausalLM):
     """Qwen 3 with its language model head."""
+
+    hf_harmless: ClassVar[frozenset[str]] = Qwen2ForCausalLM.hf_harmless
 
     @staticmethod
     def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:

@@ -5,20 +5,21 @@ exact; nothing is matched by substring.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hasten.core.config import AttentionConfig, ModelConfig
-from hasten.parallel.shard import Split, shard_config, split, split_sections
+from hasten.core.config import AttentionConfig, ExpertsConfig, ModelConfig
+from hasten.parallel.shard import OF_ONE_EXPERT, Split, shard_config, split, split_sections
 
 Axis = Literal[
-    "vocab", "position", "embedding", "hidden", "inner", "gate_up", "query", "kv", "qkv", "heads", "kv_heads", "head"
-]
+    "vocab", "position", "embedding", "hidden", "inner", "gate_up", "query", "kv", "qkv", "heads", "kv_heads", "head",
+    "experts", "expert_inner", "expert_gate_up", "shared_inner", "shared_gate_up", "one",
+]  # fmt: skip
 Init = Literal["normal", "ones", "zeros"]
 
 
@@ -39,7 +40,22 @@ def axis_size(axis: Axis, config: ModelConfig) -> int:
         "heads": attention.num_heads,
         "kv_heads": attention.num_kv_heads,
         "head": attention.head_size,
+        **_expert_sizes(config.experts),
+        "one": 1,
     }[axis]
+
+
+def _expert_sizes(experts: ExpertsConfig | None) -> dict[str, int]:
+    if experts is None:
+        return {}
+    shared = experts.shared_size or 0
+    return {
+        "experts": experts.num_experts,
+        "expert_inner": experts.inner_size,
+        "expert_gate_up": 2 * experts.inner_size,
+        "shared_inner": shared,
+        "shared_gate_up": 2 * shared,
+    }
 
 
 @dataclass(frozen=True)
@@ -99,13 +115,24 @@ class WeightSpec:
     """Several are concatenated along axis 0; where the `split` has sections, each source is one."""
     axes: tuple[Axis, ...]
     split: Split = Split.REPLICATE
+    stack: int = 0
+    """Where the sources are those of so many experts, expert by expert: each expert's make a slice of a first axis."""
+    other_sources: tuple[StoredTensor, ...] = ()
+    """What other checkpoints of the model hold instead of `sources`."""
     init: Init = "normal"
     """Values in a model with random weights."""
 
     @property
     def stored_names(self) -> str:
         """Names of its stored tensors, for messages."""
-        return " and ".join(repr(source.name) for source in self.sources)
+        names = [repr(source.name) for source in self.sources]
+        return f"{names[0]} to {names[-1]}" if self.stack else " and ".join(names)
+
+    def among(self, names: Container[str]) -> "WeightSpec":
+        """The spec for a checkpoint that holds tensors of these names."""
+        if not self.other_sources or not all(source.name in names for source in self.other_sources):
+            return self
+        return replace(self, sources=self.other_sources, stack=0, other_sources=())
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Shape of the whole parameter, before any split."""
@@ -119,9 +146,21 @@ class WeightSpec:
         parts = [
             source.layout.to_hasten(tensor, attention) for source, tensor in zip(self.sources, stored, strict=True)
         ]
+        if self.stack:
+            return self._stacked(parts, rank, size, attention)
         if len(parts) > 1 and self.split in (Split.QKV, Split.GATE_UP):
             return split_sections(parts, self.split, rank, size, attention)
         return split(parts[0] if len(parts) == 1 else torch.cat(parts), self.split, rank, size, attention)
+
+    def _stacked(self, parts: Sequence[Tensor], rank: int, size: int, attention: AttentionConfig) -> Tensor:
+        """A shard of experts that are stored each for itself."""
+        count = len(parts) // self.stack
+        experts = [parts[start : start + count] for start in range(0, len(parts), count)]
+        if self.split in OF_ONE_EXPERT:
+            how = OF_ONE_EXPERT[self.split]
+            return torch.stack([split_sections(each, how, rank, size, attention) for each in experts])
+        held = experts[rank * self.stack // size : (rank + 1) * self.stack // size]
+        return torch.stack([torch.cat(tuple(each)) for each in held])
 
 
 @dataclass(frozen=True)
@@ -207,3 +246,43 @@ def linear(
     if not bias:
         return (weight,)
     return weight, WeightSpec(name=f"{name}.bias", sources=biases, axes=(out,), split=of_bias, init="zeros")
+
+
+def experts(
+    name: str, hf: str, layers: tuple[str, str, str], count: int, *, stacked: str
+) -> tuple[WeightSpec, WeightSpec, WeightSpec]:
+    """The router and the weights of a mixture of `count` gated units without biases.
+
+    `hf`: the stored module, in which each expert has its `layers` gate, up and down. `stacked`: the module of
+    checkpoints that hold all experts' weights in one tensor, as transformers has them in memory.
+    """
+    gate, up, down = layers
+    router_axes: tuple[Axis, ...] = ("experts", "hidden")
+    gate_up_axes: tuple[Axis, ...] = ("experts", "expert_gate_up", "hidden")
+    down_axes: tuple[Axis, ...] = ("experts", "hidden", "expert_inner")
+    names = [f"{hf}.experts.{expert}" for expert in range(count)]
+    gates = [f"{expert}.{each}.weight" for expert in names for each in (gate, up)]
+    return (
+        WeightSpec(
+            name=f"{name}.router",
+            sources=(StoredTensor(f"{hf}.gate.weight", router_axes),),
+            axes=router_axes,
+            other_sources=(StoredTensor(f"{stacked}.gate.weight", router_axes),),
+        ),
+        WeightSpec(
+            name=f"{name}.gate_up",
+            sources=tuple(StoredTensor(each, ("expert_inner", "hidden")) for each in gates),
+            axes=gate_up_axes,
+            split=Split.EXPERTS_GATE_UP,
+            stack=count,
+            other_sources=(StoredTensor(f"{stacked}.experts.gate_up_proj", gate_up_axes),),
+        ),
+        WeightSpec(
+            name=f"{name}.down",
+            sources=tuple(StoredTensor(f"{expert}.{down}.weight", down_axes[1:]) for expert in names),
+            axes=down_axes,
+            split=Split.EXPERTS_ROW,
+            stack=count,
+            other_sources=(StoredTensor(f"{stacked}.experts.down_proj", down_axes),),
+        ),
+    )

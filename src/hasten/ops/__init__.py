@@ -16,6 +16,7 @@ from hasten.ops.edits import Bans, EditList, LogitEdits, TokenCounts
 from hasten.ops.heads import HeadTransform
 from hasten.ops.logprobs import TopLogprobs
 from hasten.ops.meta import AttentionMeta
+from hasten.ops.mixture import PackedExperts, Routing
 from hasten.ops.packed import PackedLinear
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.transfer import HostCopy, to_device
@@ -35,8 +36,10 @@ __all__ = [
     "HeadTransform",
     "HostCopy",
     "LogitEdits",
+    "PackedExperts",
     "PackedLinear",
     "PartialSum",
+    "Routing",
     "TokenCounts",
     "TopLogprobs",
     "add_linear",
@@ -47,6 +50,7 @@ __all__ = [
     "edit_logits",
     "embedding",
     "embedding_norm",
+    "experts",
     "gated_linear",
     "greedy",
     "linear",
@@ -54,10 +58,12 @@ __all__ = [
     "mask_logits",
     "mean_squares",
     "norm",
+    "pack_experts",
     "pack_linear",
     "paged_attention",
     "project",
     "resolve_ids",
+    "route",
     "store_heads",
     "to_device",
     "top_logprobs",
@@ -173,6 +179,44 @@ def linear_parts(x_th: Tensor, weight: PackedLinear) -> Tensor:
 
         return matmul.linear_parts(x_th, weight)
     return cpu.linear(x_th, weight, None, None)
+
+
+def route(x_th: Tensor, router_eh: Tensor, top_k: int, normalized: bool) -> Routing:
+    """The `top_k` most probable experts of each token by `softmax(x @ router.T)` in fp32, the first among equals.
+
+    Their probabilities are the weights of their outputs, or where `normalized` divided by their sum. Source: Shazeer
+    et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer", 2017.
+    """
+    if x_th.is_cuda:
+        from hasten.ops.gpu import router
+
+        return router.route(x_th, router_eh, top_k, normalized)
+    return reference.route(x_th, router_eh, top_k, normalized)
+
+
+def pack_experts(gate_up_eih: Tensor, down_ehi: Tensor, first: int = 0) -> PackedExperts:
+    """Lay out experts' weights [e, 2 * i, h] and [e, h, i] once for `experts`, which then has no use for them.
+
+    `first`: the number of the first of them, where other ranks hold others.
+    """
+    if gate_up_eih.is_cuda:
+        from hasten.ops.gpu import experts as kernels
+
+        return kernels.pack_experts(gate_up_eih, down_ehi, first)
+    return cpu.pack_experts(gate_up_eih, down_ehi, first)
+
+
+def experts(x_th: Tensor, weights: PackedExperts, routing: Routing, gate: Activation) -> Tensor:
+    """Sums of the experts that tokens go to, each times its weight: [t, h], or parts to be added up, [k, t, h] in fp32.
+
+    An expert is a gated unit and the product behind it: `(gate(a) * b) @ down.T`, where `a` and `b` are the halves of
+    `x @ gate_up.T`. Experts that other ranks hold count as zero.
+    """
+    if x_th.is_cuda:
+        from hasten.ops.gpu import experts as kernels
+
+        return kernels.experts(x_th, weights, routing, gate)
+    return cpu.experts(x_th, weights, routing, gate)
 
 
 def project(

@@ -15,6 +15,7 @@ from torch import Tensor
 from hasten.ops import reference
 from hasten.ops.heads import HeadTransform
 from hasten.ops.meta import AttentionMeta
+from hasten.ops.mixture import PackedExperts, Routing
 from hasten.ops.packed import PackedLinear
 from hasten.ops.partial_sum import PartialSum
 
@@ -94,6 +95,31 @@ def add_linear(  # noqa: D103
 def gated_linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: str) -> Tensor:  # noqa: D103
     gate_to, up_to = _linear(x_th.float(), weight, bias_o, None, None).chunk(2, dim=-1)
     return reference.activated(gate_to, gate).mul_(up_to).to(x_th.dtype)
+
+
+def pack_experts(gate_up_eih: Tensor, down_ehi: Tensor, first: int) -> PackedExperts:  # noqa: D103
+    pairs = zip(gate_up_eih, down_ehi, strict=True)
+    linears = tuple((pack_linear(gate_up_ih, False), pack_linear(down_hi, False)) for gate_up_ih, down_hi in pairs)
+    return PackedExperts(len(linears), first, linears=linears)
+
+
+def experts(x_th: Tensor, weights: PackedExperts, routing: Routing, gate: str) -> Tensor:
+    """Tokens sorted by expert, then one product of each kind for every expert that has any."""
+    top_k = routing.experts_tk.shape[1]
+    order_p = routing.experts_tk.flatten().sort(stable=True).indices
+    counts = torch.bincount(routing.experts_tk.flatten(), minlength=weights.first + weights.count).tolist()
+    tokens_p = order_p // top_k
+    scales_p1 = routing.weights_tk.flatten()[order_p].unsqueeze(1)
+    out_th = torch.zeros(x_th.shape, dtype=torch.float32)
+    start = sum(counts[: weights.first])
+    for linears, count in zip(weights.linears, counts[weights.first :], strict=False):
+        rows, start = slice(start, start + count), start + count
+        if count == 0:
+            continue
+        gate_up, down = linears
+        inner_ti = gated_linear(x_th[tokens_p[rows]].float(), gate_up, None, gate)
+        out_th.index_add_(0, tokens_p[rows], linear(inner_ti, down, None, None).mul_(scales_p1[rows]))
+    return out_th.to(x_th.dtype)
 
 
 def project(  # noqa: D103

@@ -13,6 +13,7 @@ from hasten.ops.edits import IN_PROMPT, LogitEdits, TokenCounts
 from hasten.ops.heads import HeadTransform
 from hasten.ops.logprobs import TopLogprobs
 from hasten.ops.meta import AttentionMeta
+from hasten.ops.mixture import PackedExperts, Routing
 from hasten.ops.packed import PackedLinear
 from hasten.ops.partial_sum import PartialSum
 
@@ -103,6 +104,34 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
 }
+
+
+def route(x_th: Tensor, router_eh: Tensor, top_k: int, normalized: bool) -> Routing:  # noqa: D103
+    logits_te = F.linear(_wide(x_th), _wide(router_eh))
+    # a stable sort: the first among equals, which topk does not promise
+    experts_tk = logits_te.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    if normalized:
+        weights_tk = logits_te.gather(1, experts_tk).softmax(-1)
+    else:
+        weights_tk = logits_te.softmax(-1).gather(1, experts_tk)
+    return Routing(experts_tk.int(), weights_tk)
+
+
+def pack_experts(gate_up_eih: Tensor, down_ehi: Tensor, first: int) -> PackedExperts:  # noqa: D103
+    return PackedExperts(gate_up_eih.shape[0], first, gate_up_eih, down_ehi)
+
+
+def experts(x_th: Tensor, weights: PackedExperts, routing: Routing, gate: str) -> Tensor:  # noqa: D103
+    assert weights.gate_up is not None
+    assert weights.down is not None
+    out_th = _wide(torch.zeros_like(x_th))
+    for expert in range(weights.count):
+        tokens, choices = torch.where(routing.experts_tk == weights.first + expert)
+        gate_ti, up_ti = _wide(F.linear(x_th[tokens], weights.gate_up[expert])).chunk(2, dim=-1)
+        inner_ti = (activated(gate_ti, gate) * up_ti).to(x_th.dtype)
+        scale_t1 = routing.weights_tk[tokens, choices].unsqueeze(1)
+        out_th.index_add_(0, tokens, _wide(F.linear(inner_ti, weights.down[expert])) * scale_t1)
+    return out_th.to(x_th.dtype)
 
 
 def add_linear(  # noqa: D103

@@ -21,6 +21,8 @@ class TensorGroup:
     size: int = 1
     peers: Peers | None = None
     """Where ranks on one host can write each other's memory: for sums of a few rows."""
+    expert_parallel: bool = False
+    """Whether each rank holds whole experts of a mixture, and not a part of every expert."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place, the same bits on every rank."""

@@ -2,7 +2,7 @@
 
 All shapes are hasten's own layout: a linear's weight is [out, in]; a fused QKV weight is
 [(heads + 2 * kv_heads) * head_size, in], first all query heads, then all key heads, then all value heads; that of a
-gated unit is [2 * inner, in], first the gate.
+gated unit is [2 * inner, in], first the gate. Those of experts are stacked along a first axis: [experts, out, in].
 """
 
 import math
@@ -34,10 +34,21 @@ class Split(Enum):
     """By key/value heads: axis 0, with as many copies as in QKV."""
     GATE_UP = "gate_up"
     """By output features within each half, the gate's and the other: axis 0."""
+    EXPERTS_GATE_UP = "experts_gate_up"
+    """As GATE_UP within each of stacked experts: axis 1."""
+    EXPERTS_ROW = "experts_row"
+    """As ROW within each of stacked experts: axis 2."""
 
 
-_SECTIONED = frozenset({Split.COLUMN, Split.QKV, Split.KV, Split.GATE_UP})
-"""Splits of axis 0 alone, by sections that are divided each for itself."""
+OF_ONE_EXPERT = {Split.EXPERTS_GATE_UP: Split.GATE_UP, Split.EXPERTS_ROW: Split.ROW}
+"""Splits of stacked experts, and those of one of them."""
+_AXIS = {Split.ROW: 1, Split.EXPERTS_GATE_UP: 1, Split.EXPERTS_ROW: 2}
+"""Axes that are divided, where it is not the first."""
+
+
+def by_expert(how: Split) -> Split:
+    """How the same weight goes to ranks that hold whole experts: stacked experts by the axis of their stack."""
+    return Split.COLUMN if how in OF_ONE_EXPERT else how
 
 
 def padded_vocab(vocab_size: int, size: int) -> int:
@@ -52,11 +63,11 @@ def shard_config(attention: AttentionConfig, size: int) -> AttentionConfig:
 
 
 def _sections(how: Split, rows: int, attention: AttentionConfig) -> list[int]:
-    """Lengths along axis 0 of the sections of a whole weight."""
+    """Lengths of the sections of a whole weight along the axis that is divided, each section for itself."""
     if how is Split.QKV:
         kv = attention.num_kv_heads * attention.head_size
         return [rows - 2 * kv, kv, kv]
-    return [rows // 2, rows // 2] if how is Split.GATE_UP else [rows]
+    return [rows // 2, rows // 2] if how in (Split.GATE_UP, Split.EXPERTS_GATE_UP) else [rows]
 
 
 def _copies(how: Split, section: int, size: int, attention: AttentionConfig) -> int:
@@ -69,21 +80,21 @@ def shard_shape(shape: tuple[int, ...], how: Split, size: int, attention: Attent
     """Shape of a rank's shard of a whole tensor of `shape`."""
     if size == 1 or how is Split.REPLICATE:
         return shape
-    if how is Split.ROW:
-        return (shape[0], shape[1] // size, *shape[2:])
     if how is Split.VOCAB:
         return (padded_vocab(shape[0], size) // size, *shape[1:])
-    lengths = enumerate(_sections(how, shape[0], attention))
-    return (sum(length * _copies(how, index, size, attention) // size for index, length in lengths), *shape[1:])
+    axis = _AXIS.get(how, 0)
+    lengths = enumerate(_sections(how, shape[axis], attention))
+    length = sum(length * _copies(how, index, size, attention) // size for index, length in lengths)
+    return (*shape[:axis], length, *shape[axis + 1 :])
 
 
 def split_sections(sections: Sequence[Tensor], how: Split, rank: int, size: int, attention: AttentionConfig) -> Tensor:
     """Rank `rank`'s shard of a tensor that is given as its whole sections: a copy where there are several."""
-    shards = []
+    shards, axis = [], _AXIS.get(how, 0)
     for index, section in enumerate(sections):
         copies = _copies(how, index, size, attention)
-        shards.append(section.chunk(size // copies, dim=0)[rank // copies])
-    return shards[0] if len(shards) == 1 else torch.cat(shards)
+        shards.append(section.chunk(size // copies, dim=axis)[rank // copies])
+    return shards[0] if len(shards) == 1 else torch.cat(shards, dim=axis)
 
 
 def split(tensor: Tensor, how: Split, rank: int, size: int, attention: AttentionConfig) -> Tensor:
@@ -93,11 +104,10 @@ def split(tensor: Tensor, how: Split, rank: int, size: int, attention: Attention
     """
     if size == 1 or how is Split.REPLICATE:
         return tensor
-    if how is Split.ROW:
-        return tensor.chunk(size, dim=1)[rank]
-    if how in _SECTIONED:
-        lengths = _sections(how, tensor.shape[0], attention)
-        return split_sections(tensor.split(lengths), how, rank, size, attention)
+    if how is not Split.VOCAB:
+        axis = _AXIS.get(how, 0)
+        lengths = _sections(how, tensor.shape[axis], attention)
+        return split_sections(tensor.split(lengths, dim=axis), how, rank, size, attention)
     rows = padded_vocab(tensor.shape[0], size) // size
     shard = tensor[rank * rows : (rank + 1) * rows]
     missing = rows - shard.shape[0]
@@ -109,15 +119,14 @@ def merge(shards: Sequence[Tensor], how: Split, attention: AttentionConfig, voca
     size = len(shards)
     if size == 1 or how is Split.REPLICATE:
         return shards[0]
-    if how is Split.ROW:
-        return torch.cat(list(shards), dim=1)
-    if how in _SECTIONED:
-        of_rank = shard_config(attention, size)
-        sections = zip(*(shard.split(_sections(how, shard.shape[0], of_rank)) for shard in shards), strict=True)
-        return torch.cat(
-            [part for index, parts in enumerate(sections) for part in parts[:: _copies(how, index, size, attention)]]
-        )
-    return torch.cat(list(shards), dim=0)[:vocab_size]
+    if how is Split.VOCAB:
+        return torch.cat(list(shards), dim=0)[:vocab_size]
+    of_rank, axis = shard_config(attention, size), _AXIS.get(how, 0)
+    lengths = _sections(how, shards[0].shape[axis], of_rank)
+    sections = zip(*(shard.split(lengths, dim=axis) for shard in shards), strict=True)
+    return torch.cat(
+        [part for index, parts in enumerate(sections) for part in parts[:: _copies(how, index, size, attention)]], axis
+    )
 
 
 def overlap(how: Split, rank: int, size: int, parts: int, vocab_size: int) -> range:

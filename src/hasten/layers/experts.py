@@ -1,0 +1,64 @@
+"""A mixture of experts: each expert divided over the ranks, or whole experts dealt to them.
+
+Shapes: t tokens, h hidden, k experts a token.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor
+
+from hasten import ops
+from hasten.core.config import ExpertsConfig
+from hasten.layers.linear import GatedColumnLinear, PackedModule, RowLinear
+from hasten.parallel.groups import tensor_group
+
+
+class SharedExpert(nn.Module):
+    """An expert that computes every token, scaled by a gate of its own; its inner size is divided over the ranks."""
+
+    def __init__(self, hidden_size: int, inner_size: int, *, gate: ops.Activation) -> None:
+        super().__init__()
+        self.gate_up = GatedColumnLinear(hidden_size, inner_size, bias=False, gate=gate)
+        self.down = RowLinear(inner_size, hidden_size, bias=False)
+        self.scale = nn.Parameter(torch.empty(1, hidden_size), requires_grad=False)
+
+    def forward(self, x_th: Tensor) -> Tensor:
+        """This rank's part of `sigmoid(x @ scale.T)` times the expert: [t, h], or [parts, t, h] in fp32."""
+        inner_ti = self.gate_up(x_th) * F.linear(x_th, self.scale).sigmoid()
+        return ops.linear_parts(inner_ti, self.down.packed)
+
+
+class Experts(PackedModule):
+    """A router and its experts, gated units without biases, of which each token sees a few, and one sees every token.
+
+    Every rank routes all tokens alike, from the same values.
+    """
+
+    packed: ops.PackedExperts
+
+    def __init__(self, hidden_size: int, config: ExpertsConfig, *, gate: ops.Activation) -> None:
+        super().__init__()
+        self.group = group = tensor_group()
+        self.config, self.gate = config, gate
+        whole = group.expert_parallel
+        count = config.num_experts // group.size if whole else config.num_experts
+        inner = config.inner_size if whole else config.inner_size // group.size
+        self.first = group.rank * count if whole else 0
+        self.router = nn.Parameter(torch.empty(config.num_experts, hidden_size), requires_grad=False)
+        self.gate_up = nn.Parameter(torch.empty(count, 2 * inner, hidden_size), requires_grad=False)
+        self.down = nn.Parameter(torch.empty(count, hidden_size, inner), requires_grad=False)
+        shared = config.shared_size
+        self.shared = None if shared is None else SharedExpert(hidden_size, shared, gate=gate)
+
+    def pack(self) -> None:
+        """Lay the experts out and let the loaded copies go."""
+        self.packed = ops.pack_experts(self.gate_up.data, self.down.data, self.first)
+        del self.gate_up, self.down
+
+    def forward(self, x_th: Tensor, residual_th: Tensor) -> ops.PartialSum:
+        """`residual_th` + what the experts make of each token, as a sum for the next norm to add up."""
+        routing = ops.route(x_th, self.router, self.config.top_k, self.config.normalized)
+        parts = ops.experts(x_th, self.packed, routing, self.gate)
+        sum_ = ops.PartialSum(parts, residual=residual_th, over_ranks=self.group.size > 1)
+        return sum_ if self.shared is None else sum_.plus(self.shared(x_th), None)

@@ -1,0 +1,259 @@
+"""Products with experts over pairs that are sorted by expert: for many tokens.
+
+A program multiplies some features of an expert with a tile of its pairs. There are as many programs as the choice of
+experts could need at most, whatever it is, and those without a tile end at once: the host need not know it.
+
+Shapes: T tokens, K experts a token, H hidden, I inner features of an expert, P = T * K pairs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hasten.ops.gpu.activations import activated
+from hasten.ops.gpu.launch import overlapped, shared_memory, start_next, wait_for_inputs
+from hasten.ops.mixture import PackedExperts, Routing
+
+
+@triton.jit(do_not_specialize=["T", "BLOCKS", "first"])
+def _sort(
+    experts,
+    counts,
+    order,
+    bounds,
+    T,
+    BLOCKS,
+    first,
+    E: tl.constexpr,
+    COUNT: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Sort the pairs of BLOCK_T tokens into those of all, by expert and then by token.
+
+    `bounds` [2, COUNT] gets the end of each expert's pairs in `order`, and of its tiles of BLOCK_M pairs.
+    """
+    start_next(PDL)
+    block = tl.program_id(0)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    held = (e >= first) & (e < first + COUNT)
+    wait_for_inputs(PDL)
+    total = tl.zeros([BLOCK_E], tl.int32)
+    before = tl.zeros([BLOCK_E], tl.int32)
+    for start in range(0, BLOCKS, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B)
+        part = tl.load(counts + b[:, None] * E + e[None, :], (b < BLOCKS)[:, None] & held[None, :], 0)
+        total += tl.sum(part, 0)
+        before += tl.sum(tl.where((b < block)[:, None], part, 0), 0)
+    ends = tl.cumsum(total, 0)
+    if block == 0:
+        tl.store(bounds + e - first, ends, held)
+        tl.store(bounds + COUNT + e - first, tl.cumsum((total + BLOCK_M - 1) // BLOCK_M, 0), held)
+    taken = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
+    for k in tl.static_range(K):
+        expert = tl.load(experts + t * K + k, t < T, -1)
+        taken += (expert[:, None] == e[None, :]).to(tl.int32)
+    place = tl.cumsum(taken, 0) - taken + (ends - total + before)[None, :]
+    for k in tl.static_range(K):
+        expert = tl.load(experts + t * K + k, t < T, -1)
+        at = tl.sum(tl.where(expert[:, None] == e[None, :], place, 0), 1)
+        tl.store(order + at, t * K + k, (expert >= first) & (expert < first + COUNT))
+
+
+@triton.jit
+def _tile(bounds, tile, COUNT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The expert of a tile, COUNT if there is none, and the places in the order of its pairs, with which are real."""
+    e = tl.arange(0, BLOCK_E)
+    expert = tl.sum((tl.load(bounds + COUNT + e, e < COUNT, 2147483647) <= tile).to(tl.int32), 0)
+    earlier = tl.load(bounds + COUNT + expert - 1, expert > 0, 0)
+    begin = tl.load(bounds + expert - 1, expert > 0, 0)
+    end = tl.load(bounds + expert, expert < COUNT, 0)
+    place = begin + (tile - earlier) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return expert, tl.where(place < end, place, begin), place < end
+
+
+@triton.jit
+def row_of(pair, T, K: tl.constexpr, PARTS: tl.constexpr):
+    """The row of a pair among outputs [K, T, H] if there are parts, else [T, K, H]."""
+    return (pair % K) * T + pair // K if PARTS else pair
+
+
+@triton.jit
+def _grouped_gate_up(
+    x,
+    weight,
+    order,
+    bounds,
+    inner,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741 - its name in the shapes above
+    K: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    GATE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`gate(a) * b` of a tile of pairs, BLOCK_N features of both halves, stored in the order of pairs: [P, I]."""
+    start_next(PDL)
+    wait_for_inputs(PDL)
+    expert, place, real = _tile(bounds, tl.program_id(0), COUNT, BLOCK_E, BLOCK_M)
+    if expert == COUNT:
+        return
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    token = tl.load(order + place) // K
+    x_start = x + token.to(tl.int64)[:, None] * H + k[None, :]
+    feature = expert.to(tl.int64) * 2 * I + tl.where(n < I, n, 0)
+    gate_start = weight + feature[:, None] * H + k[None, :]
+    up_start = gate_start + I * H
+    gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for offset in tl.range(0, H, BLOCK_K, num_stages=STAGES):
+        if H % BLOCK_K == 0:
+            x_mk = tl.load(x_start + offset)
+            gate_nk = tl.load(gate_start + offset)
+            up_nk = tl.load(up_start + offset)
+        else:
+            inside = (k + offset < H)[None, :]
+            x_mk = tl.load(x_start + offset, inside, 0.0)
+            gate_nk = tl.load(gate_start + offset, inside, 0.0)
+            up_nk = tl.load(up_start + offset, inside, 0.0)
+        gate = tl.dot(gate_nk, x_mk.T, gate, input_precision="ieee")
+        up = tl.dot(up_nk, x_mk.T, up, input_precision="ieee")
+    value = (activated(gate, GATE) * up).to(inner.dtype.element_ty)
+    tl.store(inner + place.to(tl.int64)[None, :] * I + n[:, None], value, real[None, :] & (n < I)[:, None])
+
+
+@triton.jit(do_not_specialize=["T"])
+def _grouped_down(
+    inner,
+    weight,
+    scales,
+    order,
+    bounds,
+    out,
+    T,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741 - its name in the shapes above
+    K: tl.constexpr,
+    COUNT: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The outputs of a tile of pairs times their weights, BLOCK_N features, stored by token and choice."""
+    start_next(PDL)
+    wait_for_inputs(PDL)
+    expert, place, real = _tile(bounds, tl.program_id(0), COUNT, BLOCK_E, BLOCK_M)
+    if expert == COUNT:
+        return
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    pair = tl.load(order + place)
+    scale = tl.load(scales + pair)
+    x_start = inner + place.to(tl.int64)[:, None] * I + k[None, :]
+    feature = expert.to(tl.int64) * H + tl.where(n < H, n, 0)
+    w_start = weight + feature[:, None] * I + k[None, :]
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for offset in tl.range(0, I, BLOCK_K, num_stages=STAGES):
+        if I % BLOCK_K == 0:
+            x_mk = tl.load(x_start + offset)
+            w_nk = tl.load(w_start + offset)
+        else:
+            inside = (k + offset < I)[None, :]
+            x_mk = tl.load(x_start + offset, inside, 0.0)
+            w_nk = tl.load(w_start + offset, inside, 0.0)
+        total = tl.dot(w_nk, x_mk.T, total, input_precision="ieee")
+    value = (total * scale[None, :]).to(out.dtype.element_ty)
+    at = row_of(pair, T, K, PARTS).to(tl.int64) * H
+    tl.store(out + at[None, :] + n[:, None], value, real[None, :] & (n < H)[:, None])
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How grouped products are cut: pairs, features of each half and of the output, input features, stages, warps."""
+
+    block_m: int
+    gate_up_n: int
+    down_n: int
+    block_k: int
+    stages: int
+    warps: int
+
+
+_CUTS = (
+    (4, _Cut(16, 32, 64, 128, 4, 4)),
+    (16, _Cut(32, 32, 64, 128, 4, 4)),
+    (64, _Cut(64, 64, 64, 64, 4, 4)),
+    (float("inf"), _Cut(128, 128, 128, 64, 3, 8)),
+)
+"""By the pairs of an expert on average, up to so many. Chosen by counting bytes; docs/performance.md."""
+
+
+def grouped(x_th: Tensor, weights: PackedExperts, routing: Routing, gate: str, out: Tensor, *, parts: bool) -> None:
+    """Store what each pair's expert makes of its token, times its weight.
+
+    `out` is [K, T, H] if it has `parts`, else [T, K, H]; where another rank holds the expert, it stays as it is.
+    """
+    assert routing.counts_be is not None
+    (count, hidden, inner_size), (tokens, top_k) = weights.shape, routing.experts_tk.shape
+    pairs, all_experts = tokens * top_k, routing.counts_be.shape[1]
+    cut = next(cut for most, cut in _CUTS if pairs <= most * all_experts)
+    order, bounds = _sorted(weights, routing, cut.block_m)
+    tiles = pairs // cut.block_m + min(pairs, count)
+    inner = x_th.new_empty(pairs, inner_size)
+    common = dict(
+        H=hidden, I=inner_size, K=top_k, COUNT=count, BLOCK_E=triton.next_power_of_2(count), BLOCK_M=cut.block_m,
+        num_warps=cut.warps, **overlapped(x_th),
+    )  # fmt: skip
+    blocks = _blocks(cut, cut.gate_up_n, 2, inner_size, hidden, x_th)
+    _grouped_gate_up[(tiles, triton.cdiv(inner_size, blocks["BLOCK_N"]))](
+        x_th, weights.gate_up, order, bounds, inner, GATE=gate, **blocks, **common
+    )
+    blocks = _blocks(cut, cut.down_n, 1, hidden, inner_size, x_th)
+    _grouped_down[(tiles, triton.cdiv(hidden, blocks["BLOCK_N"]))](
+        inner, weights.down, routing.weights_tk, order, bounds, out, tokens, PARTS=parts, **blocks, **common
+    )
+
+
+def _sorted(weights: PackedExperts, routing: Routing, block_m: int) -> tuple[Tensor, Tensor]:
+    """Pairs in the order of experts, [P], and the ends of experts in it and in tiles of `block_m` pairs, [2, COUNT]."""
+    assert routing.counts_be is not None
+    (tokens, top_k), (blocks, all_experts) = routing.experts_tk.shape, routing.counts_be.shape
+    order = routing.experts_tk.new_empty(tokens * top_k)
+    bounds = routing.experts_tk.new_empty(2, weights.count)
+    _sort[(blocks,)](
+        routing.experts_tk, routing.counts_be, order, bounds, tokens, blocks, weights.first,
+        E=all_experts, COUNT=weights.count, K=top_k, BLOCK_T=routing.block,
+        BLOCK_E=triton.next_power_of_2(all_experts), BLOCK_B=32, BLOCK_M=block_m,
+        num_warps=8, **overlapped(order),
+    )  # fmt: skip
+    return order, bounds
+
+
+def _blocks(cut: _Cut, features: int, halves: int, out: int, into: int, x_th: Tensor) -> dict[str, Any]:
+    """How one product is cut: input features in whole blocks where they can be, and as many stages as fit.
+
+    Each stage has both operands in shared memory, with the features of one half or both.
+    """
+    block_n = min(features, max(16, triton.next_power_of_2(out)))
+    block_k = min(cut.block_k, max(16, into & -into, triton.next_power_of_2(into) if into < cut.block_k else 0))
+    stage = (cut.block_m + halves * block_n) * block_k * x_th.dtype.itemsize
+    stages = max(1, min(cut.stages, shared_memory(x_th.device.index) // stage))
+    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "STAGES": stages}

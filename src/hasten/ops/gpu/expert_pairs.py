@@ -1,0 +1,115 @@
+"""Products with experts for each pair of a token and an expert: for few tokens, which seldom share an expert.
+
+Shapes: T tokens, K experts a token, H hidden, I inner features of an expert, P = T * K pairs.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hasten.ops.gpu.activations import activated
+from hasten.ops.gpu.expert_groups import row_of
+from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
+from hasten.ops.mixture import PackedExperts, Routing
+
+
+@triton.jit(do_not_specialize=["first"])
+def _pair_gate_up(
+    x,
+    weight,
+    experts,
+    inner,
+    first,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741 - its name in the shapes above
+    K: tl.constexpr,
+    COUNT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GATE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`gate(a) * b` of one pair, ROWS features of both halves: [P, I]."""
+    start_next(PDL)
+    wait_for_inputs(PDL)
+    pair = tl.program_id(0)
+    expert = tl.load(experts + pair) - first
+    if (expert < 0) | (expert >= COUNT):
+        return
+    n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, BLOCK_K)
+    feature = expert.to(tl.int64) * 2 * I + tl.where(n < I, n, 0)
+    gate_start = weight + feature[:, None] * H + k[None, :]
+    x_start = x + (pair // K).to(tl.int64) * H + k
+    gate = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    up = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    for offset in tl.static_range(0, H, BLOCK_K):
+        inside = k + offset < H
+        x_k = tl.load(x_start + offset, inside, 0.0).to(tl.float32)[None, :]
+        gate += tl.load(gate_start + offset, inside[None, :], 0.0).to(tl.float32) * x_k
+        up += tl.load(gate_start + I * H + offset, inside[None, :], 0.0).to(tl.float32) * x_k
+    value = activated(tl.sum(gate, 1), GATE) * tl.sum(up, 1)
+    tl.store(inner + pair.to(tl.int64) * I + n, value.to(inner.dtype.element_ty), n < I)
+
+
+@triton.jit(do_not_specialize=["first", "T"])
+def _pair_down(
+    inner,
+    weight,
+    scales,
+    experts,
+    out,
+    first,
+    T,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741 - its name in the shapes above
+    K: tl.constexpr,
+    COUNT: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The output of one pair times its weight, ROWS features, stored by token and choice."""
+    start_next(PDL)
+    wait_for_inputs(PDL)
+    pair = tl.program_id(0)
+    expert = tl.load(experts + pair) - first
+    if (expert < 0) | (expert >= COUNT):
+        return
+    n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, BLOCK_K)
+    feature = expert.to(tl.int64) * H + tl.where(n < H, n, 0)
+    w_start = weight + feature[:, None] * I + k[None, :]
+    x_start = inner + pair.to(tl.int64) * I + k
+    total = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    for offset in tl.static_range(0, I, BLOCK_K):
+        inside = k + offset < I
+        x_k = tl.load(x_start + offset, inside, 0.0).to(tl.float32)[None, :]
+        total += tl.load(w_start + offset, inside[None, :], 0.0).to(tl.float32) * x_k
+    value = (tl.sum(total, 1) * tl.load(scales + pair)).to(out.dtype.element_ty)
+    at = row_of(pair, T, K, PARTS).to(tl.int64) * H
+    tl.store(out + at + n, value, n < H)
+
+
+_GATE_UP_ROWS, _DOWN_ROWS = 2, 8
+_GATE_UP_BLOCK, _DOWN_BLOCK = 2048, 512
+"""Output features of a program, and input features at a time."""
+
+
+def each_pair(x_th: Tensor, weights: PackedExperts, routing: Routing, gate: str, out: Tensor, *, parts: bool) -> None:
+    """Store what each pair's expert makes of its token, times its weight: see `grouped`, which is for more tokens."""
+    (count, hidden, inner_size), (tokens, top_k) = weights.shape, routing.experts_tk.shape
+    pairs = tokens * top_k
+    sizes = {"H": hidden, "I": inner_size, "K": top_k, "COUNT": count}
+    inner = x_th.new_empty(pairs, inner_size)
+    _pair_gate_up[(pairs, triton.cdiv(inner_size, _GATE_UP_ROWS))](
+        x_th, weights.gate_up, routing.experts_tk, inner, weights.first, **sizes,
+        ROWS=_GATE_UP_ROWS, BLOCK_K=min(_GATE_UP_BLOCK, triton.next_power_of_2(hidden)), GATE=gate,
+        num_warps=4, **overlapped(x_th),
+    )  # fmt: skip
+    _pair_down[(pairs, triton.cdiv(hidden, _DOWN_ROWS))](
+        inner, weights.down, routing.weights_tk, routing.experts_tk, out, weights.first, tokens, **sizes,
+        PARTS=parts, ROWS=_DOWN_ROWS, BLOCK_K=min(_DOWN_BLOCK, triton.next_power_of_2(inner_size)),
+        num_warps=4, **overlapped(x_th),
+    )  # fmt: skip
