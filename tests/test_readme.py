@@ -37,7 +37,10 @@ NEEDS = {
     "hasten bench kernels": "NVIDIA GPU",
 }
 """Commands that do not run everywhere -> what the text about them must say that they need."""
-SHORTER = {"hasten bench suite": "--num-requests 2 --batch-sizes 2 --repetitions 1"}
+SHORTER = {
+    "hasten bench suite": "--num-requests 2 --batch-sizes 2 --repetitions 1",
+    "hasten bench load": "--request-rate 10 20",
+}
 """Command -> options that make it short enough for a test."""
 STAND_INS = {'"n_layer": 24, "hidden_size": 1024': '"vocab_size": 512, "n_layer": 1, "hidden_size": 32'}
 """Text of a command -> what makes it small enough for a test."""

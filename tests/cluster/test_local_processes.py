@@ -3,10 +3,13 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Collection
 
+import pytest
 from tests.cluster.local_site import alive
 from tests.waiting import eventually
 
+from hasten.cluster.local import processes
 from hasten.cluster.local.processes import MARK, environment_of, kill_all, lives, members, start_of
 
 LEAVES = "import subprocess, time; subprocess.Popen(['sleep', '60'], start_new_session=True); time.sleep(60)"
@@ -39,6 +42,27 @@ def test_members_are_found_by_mark_and_by_session() -> None:
             os.killpg(one.pid, signal.SIGKILL)
             one.wait()
     assert start_of(process.pid) is None
+
+
+def test_what_is_killed_has_ended_though_it_is_found_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a parent ends before its child: nothing then shows whose the child is."""
+    sent: list[Collection[int]] = []
+    send = processes.send
+
+    def send_late(pids: Collection[int], kind: signal.Signals) -> None:
+        sent.append(pids)
+        if len(sent) == 3:
+            send(pids, kind)
+
+    monkeypatch.setattr(processes, "send", send_late)
+    with subprocess.Popen(["sleep", "600"]) as process:
+        found = iter([[process.pid]])
+        try:
+            assert kill_all(lambda: next(found, []), seconds=60) == []
+            assert not alive(process.pid)
+        finally:
+            process.kill()
+    assert len(sent) >= 3
 
 
 def test_a_process_that_is_not_buried_does_not_live() -> None:

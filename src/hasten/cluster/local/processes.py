@@ -131,10 +131,15 @@ def send(pids: Collection[int], kind: signal.Signals) -> None:
 def kill_all(find: Callable[[], list[int]], seconds: float = 5.0) -> list[int]:
     """Kill what `find` finds until it finds nothing more, at most so long; returns what is left.
 
-    A process may start another just before it is killed, so one look is not enough.
+    A process may start another just before it is killed, so one look is not enough. A killed process takes a moment to
+    end, in which `find` may miss it: once its parent has ended, nothing shows whose descendant it is.
     """
     deadline = time.monotonic() + seconds
-    while (found := find()) and time.monotonic() < deadline:
-        send(found, signal.SIGKILL)
+    killed: dict[int, int | None] = {}
+    while True:
+        left = {*find(), *(pid for pid, start in killed.items() if lives(pid, start))}
+        if not left or time.monotonic() > deadline:
+            return sorted(left)
+        killed |= {pid: start_of(pid) for pid in left}
+        send(left, signal.SIGKILL)
         time.sleep(0.01)
-    return found
