@@ -1,7 +1,6 @@
 """What the server says of each call, over both transports."""
 
 import logging
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import openai
 import pytest
 from tests.server.loop_thread import LoopThread
 from tests.server.test_app import made, options
+from tests.waiting import eventually
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
@@ -94,9 +94,11 @@ def test_failures_of_every_api_are_counted(http: httpx.Client, stub: service_pb2
     assert "saga" in next(stream).error_message
     assert list(stream) == []
     expected = {kind: before[kind] + (2 if kind == ("triton_grpc", "OK") else 1) for kind in kinds}
-    until = time.monotonic() + 30
-    while (after := {kind: count(http, *kind) for kind in kinds}) != expected:  # a call is counted once it is over
-        assert time.monotonic() < until, after
+
+    def after() -> dict[tuple[str, str], int]:
+        return {kind: count(http, *kind) for kind in kinds}
+
+    eventually(lambda: after() == expected, lambda: str(after()))  # a call is counted once it is over
 
 
 def test_calls_are_logged_for_those_who_want_to_see_each(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:

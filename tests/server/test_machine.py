@@ -33,7 +33,7 @@ def limited(log: Path, soft: int, hard: int) -> "Iterator[tuple[subprocess.Popen
 
 
 def wait_for(log: Path, process: "subprocess.Popen[bytes]", pattern: str) -> str:
-    until = time.monotonic() + 60
+    until = time.monotonic() + LIMIT_S
     while (found := re.search(pattern, log.read_text())) is None:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < until, log.read_text()
@@ -49,7 +49,7 @@ def test_a_server_without_descriptors_says_so_once_a_minute_and_serves_again(tmp
         assert re.search(rf"CPUs: \d+; file descriptors: at most {LIMIT}\b", log.read_text())
         with ExitStack() as connections:
             for _ in range(LIMIT + 20):
-                connections.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+                connections.enter_context(socket.create_connection(("127.0.0.1", port), LIMIT_S))
             wait_for(log, process, f"(all {LIMIT} file descriptors are in use)")
         with httpx.Client(transport=httpx.HTTPTransport(retries=50), timeout=LIMIT_S) as client:
             assert until_served(client, f"http://127.0.0.1:{port}/v2/health/ready").status_code == 200
@@ -57,7 +57,7 @@ def test_a_server_without_descriptors_says_so_once_a_minute_and_serves_again(tmp
 
 
 def until_served(client: httpx.Client, url: str) -> httpx.Response:
-    until = time.monotonic() + 30
+    until = time.monotonic() + LIMIT_S
     while True:
         try:
             return client.get(url)
