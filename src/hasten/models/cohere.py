@@ -45,7 +45,7 @@ class CohereForCausalLM(Decoder):
 
     hf_harmless: ClassVar[frozenset[str]] = frozenset(
         """
-        attention_dropout initializer_range model_max_length pretraining_tp use_embedding_sharing use_gated_activation
+        attention_dropout initializer_range pretraining_tp use_embedding_sharing use_gated_activation
         use_parallel_block use_parallel_embedding
         """.split()
     )
@@ -100,6 +100,10 @@ def _config(raw: Mapping[str, Any], architecture: str, *, theta: float, **attent
         parallel_residual=True,
         tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", True),
         pad_token_id=hf_config.token(raw, "pad_token_id", 0),
+        # Command R was trained for more than the length that its rope is described by
+        max_position_embeddings=hf_config.count(
+            raw, "model_max_length", "max_position_embeddings", default=_MAX_POSITION
+        ),
     )
 
 

@@ -29,7 +29,10 @@ class FalconForCausalLM(Decoder):
         block = parallel if config.parallel_residual else SequentialBlock
         return block(config, layer)
 
-    hf_harmless: ClassVar[frozenset[str]] = frozenset("attention_dropout hidden_dropout initializer_range".split())
+    # `auto_map` names code of the hub that computes what transformers' own does
+    hf_harmless: ClassVar[frozenset[str]] = frozenset(
+        "attention_dropout auto_map ff_factor hidden_dropout initializer_range".split()
+    )
 
     @staticmethod
     def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:

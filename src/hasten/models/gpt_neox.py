@@ -29,7 +29,10 @@ class GPTNeoXForCausalLM(Decoder):
         return block(config, layer)
 
     hf_harmless: ClassVar[frozenset[str]] = frozenset(
-        "attention_dropout classifier_dropout hidden_dropout initializer_range".split()
+        """
+        attention_dropout attention_probs_dropout_prob classifier_dropout hidden_dropout hidden_dropout_prob
+        initializer_range
+        """.split()
     )
 
     @staticmethod

@@ -32,7 +32,7 @@ class GPTJForCausalLM(Decoder):
 
     hf_harmless: ClassVar[frozenset[str]] = frozenset(
         """
-        attn_pdrop embd_pdrop gradient_checkpointing initializer_range resid_pdrop rotary scale_attn_weights
+        attn_pdrop embd_pdrop initializer_range resid_pdrop rotary scale_attn_weights
         summary_activation
         summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
         """.split()
