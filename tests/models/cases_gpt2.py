@@ -109,12 +109,12 @@ CASES = Cases(
     weights=WEIGHTS,
     served=["gpt2", "opt, 350m", "gpt bigcode", "gpt neo", "mpt", "starcoder2"],
     ranks=[
-        ("gpt2, inner size, own head, relu", 4),
-        ("opt, 350m", 4),
+        ("gpt2, inner size, own head, relu", 2),
+        ("opt, 350m", 2),
         ("gpt bigcode", 4),
         ("gpt neo", 2),
         ("mpt", 4),
-        ("starcoder2", 4),
+        ("starcoder2", 2),
     ],
     converted=[
         ("gpt2", 2),

@@ -24,6 +24,9 @@ from hasten.ops.meta import AttentionMeta
 from hasten.ops.partial_sum import PartialSum
 from hasten.parallel.shard import Split
 
+_SUPPORTED = {"layer_norm_elementwise_affine": True, "learned_embeddings": True, "scale_embeddings": False}
+"""Keys of which no published checkpoint has the other value."""
+
 
 class OPTBlock(nn.Module):
     """One layer: attention and MLP, each behind a norm and added to a residual."""
@@ -106,8 +109,9 @@ class OPTForCausalLM(CausalLM):
         hidden, heads = hf_config.count(raw, "hidden_size"), hf_config.count(raw, "num_attention_heads")
         if hidden % heads:
             raise ConfigError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-        if not hf_config.flag(raw, "layer_norm_elementwise_affine", True):
-            raise UnsupportedError("layer_norm_elementwise_affine false: norms without weights are not supported")
+        for name, supported in _SUPPORTED.items():
+            if hf_config.flag(raw, name, supported) is not supported:
+                raise UnsupportedError(f"{name} {raw[name]} is not supported; supported is {supported}")
         bias = hf_config.flag(raw, "enable_bias", True)
         norm_first = hf_config.flag(raw, "do_layer_norm_before", True)
         # checkpoints that were tuned with an early version of transformers have none
