@@ -94,8 +94,9 @@ def _attention(raw: Mapping[str, Any], hidden: int, bias: bool) -> AttentionConf
     if hidden % heads:
         raise ConfigError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     kv_heads = hf_config.count(raw, "n_head_kv", "num_kv_heads", default=heads)
+    multi_query = hf_config.flag(raw, "multi_query", True)  # says nothing of the second architecture
     if not _new(raw):  # num_kv_heads is then there as well, and says nothing
-        kv_heads = 1 if hf_config.flag(raw, "multi_query", True) else heads
+        kv_heads = 1 if multi_query else heads
     alibi = hf_config.flag(raw, "alibi", False)
     longest = hf_config.count(raw, "max_position_embeddings", default=_MAX_POSITION)
     rope = rope_from_hf(raw, hidden // heads, longest)
