@@ -184,6 +184,9 @@ def test_a_thousand_jobs_are_a_matter_of_milliseconds() -> None:
         Job(name=f"job-{number}", namespace="n", status=Status.RUNNING, created=BEGAN, instances=instances)
         for number in range(1000)
     ]
-    began = time.process_time()
-    assert len(table.job_lines(jobs, namespaces=True)) == 1001
-    assert time.process_time() - began < 0.1
+    seconds = []
+    for _ in range(10):  # garbage of other tests may be collected in some
+        began = time.process_time()
+        assert len(table.job_lines(jobs, namespaces=True)) == 1001
+        seconds.append(time.process_time() - began)
+    assert min(seconds) < 0.1
