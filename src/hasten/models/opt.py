@@ -12,13 +12,12 @@ from torch import Tensor
 
 from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import ConfigError, UnsupportedError
-from hasten.layers.attention import Attention
 from hasten.layers.embedding import Embedding, Head
 from hasten.layers.linear import ReplicatedLinear
-from hasten.layers.mlp import MLP
 from hasten.layers.norm import LayerNorm
 from hasten.models import hf_config
 from hasten.models.base import CausalLM
+from hasten.models.decoder import SequentialBlock
 from hasten.models.weight_map import Axis, Tie, WeightMap, WeightSpec, linear, norm, positions, vocabulary
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.partial_sum import PartialSum
@@ -28,35 +27,18 @@ _SUPPORTED = {"layer_norm_elementwise_affine": True, "learned_embeddings": True,
 """Keys of which no published checkpoint has the other value."""
 
 
-class OPTBlock(nn.Module):
-    """One layer: attention and MLP, each behind a norm and added to a residual."""
+class OPTPostNormBlock(SequentialBlock):
+    """One layer of 350m: attention and MLP, each added to a residual and then normed.
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        hidden, inner, eps = config.hidden_size, config.intermediate_size, config.norm_eps
-        self.last = layer == config.num_layers - 1
-        self.attention_norm = LayerNorm(hidden, eps=eps)
-        self.attention = Attention(hidden, config.attention_of(layer))
-        self.mlp_norm = LayerNorm(hidden, eps=eps)
-        self.mlp = MLP(hidden, inner, activation=config.activation, bias=config.mlp_bias)
-
-    def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> Tensor | PartialSum:
-        """Hidden states after this layer, or a sum for the next norm to add up."""
-        normed_th, residual_th = self.attention_norm(x_th)
-        x_th = self.attention(normed_th, positions_t, meta, residual_th, last=self.last)
-        normed_th, residual_th = self.mlp_norm(x_th)
-        return self.mlp(normed_th, residual_th)
-
-
-class OPTPostNormBlock(OPTBlock):
-    """One layer of 350m: attention and MLP, each added to a residual and then normed."""
+    The norms have the names of those before attention and MLP in other sizes.
+    """
 
     def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
         """Hidden states after this layer."""
-        residual_th = _added_up(x_th, self.attention_norm)
+        residual_th = _added_up(x_th, self.input_norm)
         x_th = self.attention(residual_th, positions_t, meta, residual_th, last=self.last)
-        residual_th, _ = self.attention_norm(x_th)
-        return self.mlp_norm(self.mlp(residual_th, residual_th))[0]
+        residual_th, _ = self.input_norm(x_th)
+        return self.post_norm(self.mlp(residual_th, residual_th))[0]
 
 
 def _added_up(x_th: Tensor | PartialSum, norm: LayerNorm) -> Tensor:
@@ -77,7 +59,7 @@ class OPTForCausalLM(CausalLM):
             positions=config.num_positions,
             position_offset=config.position_offset,
         )
-        block = OPTBlock if config.norm_first else OPTPostNormBlock
+        block = SequentialBlock if config.norm_first else OPTPostNormBlock
         self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_layers))
         self.final_norm = LayerNorm(hidden, eps=config.norm_eps) if config.final_norm else None
         self.project_out = None if width == hidden else ReplicatedLinear(hidden, width, bias=False)
@@ -93,8 +75,8 @@ class OPTForCausalLM(CausalLM):
             x_th = layer(x_th, positions_t, meta)
         if self.final_norm is None:
             last = self.layers[-1]
-            assert isinstance(last, OPTBlock)
-            out_th = _added_up(x_th, last.mlp_norm)
+            assert isinstance(last, SequentialBlock)
+            out_th = _added_up(x_th, last.post_norm)
         else:
             out_th, _ = self.final_norm(x_th)
         return out_th if self.project_out is None else self.project_out(out_th)
@@ -168,10 +150,10 @@ def _of_layer(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
     dense: dict[str, Axis] = {f"{hf}.self_attn.out_proj": "hidden"}
     up: dict[str, Axis] = {f"{hf}.fc1": "inner"}
     down: dict[str, Axis] = {f"{hf}.fc2": "hidden"}
-    yield from norm(f"{name}.attention_norm", f"{hf}.self_attn_layer_norm", bias=True)
+    yield from norm(f"{name}.input_norm", f"{hf}.self_attn_layer_norm", bias=True)
     yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=attention.qkv_bias)
     yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=attention.dense_bias)
-    yield from norm(f"{name}.mlp_norm", f"{hf}.final_layer_norm", bias=True)
+    yield from norm(f"{name}.post_norm", f"{hf}.final_layer_norm", bias=True)
     yield from linear(f"{name}.mlp.up", up, "inner", "hidden", Split.COLUMN, bias=config.mlp_bias)
     yield from linear(f"{name}.mlp.down", down, "hidden", "inner", Split.ROW, bias=config.mlp_bias)
 

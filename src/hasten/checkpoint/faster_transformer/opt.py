@@ -39,8 +39,6 @@ class OPT(Family):
     label = "OPT"
     section = "gpt"
     modules: ClassVar[Mapping[str, str]] = {
-        "layers.{}.attention_norm": "layers.{}.input_layernorm",
-        "layers.{}.mlp_norm": "layers.{}.post_attention_layernorm",
         **LAYER_MODULES,
         "final_norm": "final_layernorm",
         "head": "lm_head",
