@@ -28,6 +28,7 @@ from hasten.bench.engines import HastenEngine
 pytestmark = pytest.mark.gpu
 
 MakeBloom = Callable[..., Path]
+MakeModel = Callable[..., Path]
 Tokens = list[list[int]]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -58,6 +59,17 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 NAMES = [*MODELS, "demo"]
+_WIDE = {"hidden_size": 256, "max_position_embeddings": 512, "initializer_range": 0.1}
+_KEYS = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "neox": ("GPTNeoX", _WIDE | _KEYS),
+    "gptj": ("GPTJ", {"n_embd": 256, "n_positions": 512, "rotary_dim": 32, "initializer_range": 0.1}),
+    "falcon 40b": ("Falcon", _WIDE | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon rw": ("Falcon", _WIDE | {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
+    "stablelm": ("StableLm", _WIDE | _KEYS | {"qk_layernorm": True, "use_parallel_residual": True}),
+    "olmo2": ("Olmo2", _WIDE),
+}
+"""What BLOOM has not: parallel residuals, other rotations, and norms of heads of every kind."""
 
 
 def random_prompts(lengths: tuple[int, ...] = LENGTHS, seed: int = 0, vocab: int = 490) -> Tokens:
@@ -81,8 +93,12 @@ def memory_is_given_back() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def folder(make_bloom: MakeBloom) -> Callable[[str], Path]:
-    return lambda name: DEMO if name == "demo" else make_bloom(**MODELS[name])
+def folder(make_model: MakeModel) -> Callable[[str], Path]:
+    def made(name: str) -> Path:
+        family, options = FAMILIES[name] if name in FAMILIES else ("Bloom", MODELS[name])
+        return make_model(family, **options)
+
+    return lambda name: DEMO if name == "demo" else made(name)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +143,7 @@ SOME_OPTIONS: list[dict[str, Any]] = [
 CASES = [
     *(("12 heads of 64", options) for options in ALL_OPTIONS),
     *((name, options) for name in NAMES if name != "12 heads of 64" for options in SOME_OPTIONS),
+    *((name, options) for name in FAMILIES for options in ({}, {"enforce_eager": True, **CHUNKED})),
 ]
 
 

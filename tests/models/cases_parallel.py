@@ -115,13 +115,10 @@ CASES = Cases(
     weights=WEIGHTS,
     served=["neox", "gptj", "falcon rw", "cohere2", "olmo2"],
     ranks=[
-        ("neox", 2),
-        ("gptj", 4),
-        ("phi, normed heads", 2),
+        ("gptj", 2),
         ("falcon 40b", 4),
         ("falcon rw", 2),
         ("stablelm, normed heads, parallel", 4),
-        ("cohere, normed heads, biases", 2),
         ("olmo2", 4),
     ],
     converted=[
