@@ -221,7 +221,8 @@ def vocabulary(name: str, hf: str) -> WeightSpec:
 
 def vocabulary_bias(name: str, hf: str) -> WeightSpec:
     """The bias of a language model head."""
-    return WeightSpec(name=name, sources=(StoredTensor(hf, ("vocab",)),), axes=("vocab",), split=Split.VOCAB)
+    source = StoredTensor(hf, ("vocab",))
+    return WeightSpec(name=name, sources=(source,), axes=("vocab",), split=Split.VOCAB, init="zeros")
 
 
 def positions(name: str, hf: str) -> WeightSpec:
