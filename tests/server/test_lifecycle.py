@@ -75,6 +75,8 @@ class Engines:
     """Starts counting engines, or fails to."""
 
     def __init__(self) -> None:
+        self.tried: list[str] = []
+        """Folders of all engines, those that cannot be started included."""
         self.started: list[CountingEngine] = []
         self.limits: list[QueueLimits] = []
         self.pause = 0.0
@@ -88,6 +90,7 @@ class Engines:
     async def start(self, config: EngineConfig, limits: QueueLimits, *, name: str) -> Any:
         while not self.gate.is_set():
             await asyncio.sleep(0.005)
+        self.tried.append(config.model)
         if any(config.model.endswith(end) for end in self.broken):
             raise CheckpointError(f"{config.model} has no weights")
         if len(self.alive) >= self.room:
@@ -519,6 +522,18 @@ def test_a_failure_at_the_start_is_told_and_does_not_stop_the_others(bench: Benc
     assert not bench.service.is_ready()
     assert bench.service.is_model_ready("good")
     assert bench.service.is_live()
+
+
+@pytest.mark.parametrize("mode", [ControlMode.NONE, ControlMode.POLL])
+def test_a_model_that_fails_is_not_tried_again_for_each_that_needs_it(bench: Bench, mode: ControlMode) -> None:
+    bench.write("m")
+    bench.write("a", TEXT)
+    bench.write("z", ENSEMBLE)
+    bench.engines.broken = {"m/1"}
+    bench.start(mode)
+    assert len(bench.engines.tried) == 1
+    assert set(bench.service.failures) == {"a", "m", "z"}
+    assert all("has no weights" in reason for reason in bench.service.failures.values())
 
 
 def test_another_configuration_for_one_load(bench: Bench) -> None:

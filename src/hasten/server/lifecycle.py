@@ -109,15 +109,17 @@ class Registry:
         await self._finish(self._unload(name, unload_dependents))
 
     async def load_all(self, names: Iterable[str]) -> None:
-        """Load those that do not serve yet; what fails is noted in `failures`."""
+        """Load those that do not serve yet, each once; what fails is noted in `failures`."""
+        failed: dict[str, ServiceError] = {}
         for name in names:
             self._asked_for.add(name)
             if not self.any_serves(name):
-                await self._try_to_load(name)
+                await self._try_to_load(name, failed)
 
     async def poll(self) -> None:
         """Load what is new or has changed in the repository since the last look, and unload what is gone."""
         names = await asyncio.to_thread(self.repository.names)
+        failed: dict[str, ServiceError] = {}
         for name in names:
             stamp = await asyncio.to_thread(self.repository.stamp, name)
             known = self._stamps.get(name)
@@ -126,7 +128,7 @@ class Registry:
             self._stamps[name] = stamp
             self._asked_for.add(name)
             if known is not None or not self.any_serves(name):  # another model may have needed it already
-                await self._try_to_load(name)
+                await self._try_to_load(name, failed)
         for name in set(self._models) - set(names):
             if any(version.state is State.READY for version in self._models[name].values()):
                 await self.unload(name)
@@ -150,9 +152,12 @@ class Registry:
             await asyncio.gather(task, return_exceptions=True)
             await version.end(0)
 
-    async def _try_to_load(self, name: str) -> None:
+    async def _try_to_load(self, name: str, failed: dict[str, ServiceError]) -> None:
+        """`failed`: models whose loading failed just now, which is not tried again for each that needs them."""
+        if name in failed:
+            return
         try:
-            await self._finish(self._load(name, None, {}, ()))
+            await self._finish(self._load(name, None, {}, (), failed))
         except ServiceError as error:
             _log.error("%s", str(error).rstrip("\n"))
 
@@ -165,7 +170,7 @@ class Registry:
 
     async def _load_asked(self, name: str, config_json: str | None, files: Files) -> None:
         try:
-            await self._load(name, config_json, files, ())
+            await self._load(name, config_json, files, (), {})
         except ServiceError:
             # a name that only a client knows is not kept, and what is not there keeps no server from being ready
             if name not in self._models and name not in await asyncio.to_thread(self.repository.names):
@@ -173,19 +178,29 @@ class Registry:
             raise
         self._asked_for.add(name)
 
-    async def _load(self, name: str, config_json: str | None, files: Files, trail: tuple[str, ...]) -> None:
+    async def _load(
+        self,
+        name: str,
+        config_json: str | None,
+        files: Files,
+        trail: tuple[str, ...],
+        failed: dict[str, ServiceError],
+    ) -> None:
         try:
             description = await self._describe(name, config_json, files)
             for needed, _ in dependencies(description):
                 if needed in (*trail, name):
                     raise ServiceError(ErrorKind.INVALID, f"load failed for model '{name}': it needs itself\n")
+                if needed in failed:
+                    raise failed[needed]
                 if not self.any_serves(needed):
-                    await self._load(needed, None, {}, (*trail, name))
+                    await self._load(needed, None, {}, (*trail, name), failed)
             async with self._locks[name]:
                 if not (trail and self.any_serves(name)):  # meanwhile another one may have needed it too
                     await self._replace(description)
         except ServiceError as error:
             self.failures[name] = str(error)
+            failed[name] = error
             raise
         self.failures.pop(name, None)
 
