@@ -16,6 +16,9 @@ _LONG = 1900
 _GRACE_S = 5.0
 """For the exit of a server that has nothing left to wait for, beyond its timeout."""
 _REFUSALS = ("503", "UNAVAILABLE")
+_RUNNING = "hasten_requests_running"
+_PROMPT_TOKENS = "hasten_prefix_cache_query_tokens_total"
+"""Counts a prompt once its request has begun, however soon it ends."""
 _HELD = '{"model":"demo-model","prompt":"Ben","max_tokens":%d,"ignore_eos":true,"stream":true}'
 _STUCK = '{"model":"demo-model","prompt":"Anna","max_tokens":%d,"ignore_eos":true,"stream":true,"n":64,"logprobs":20}'
 
@@ -39,18 +42,28 @@ async def _refused(place: Place, report: Report) -> None:
     report.require((await get(place.server.http, "/v2/health/live")).status == 200, "not live while work goes on")
 
 
-async def _begun(server: Server, count: int) -> None:
-    while sum((await server.busy()).values()) < count:
+async def _sum(server: Server, metric: str) -> float:
+    """Of a metric over all models."""
+    return sum(value for name, value in (await server.metrics()).items() if name.startswith(f"{metric}{{"))
+
+
+async def _reaches(server: Server, metric: str, value: float) -> None:
+    while await _sum(server, metric) < value:
         await asyncio.sleep(0.02)
 
 
 async def _finishes(server: Server, report: Report, each: int, tokens: int, grace: float) -> None:
     place = Place.of(server)
+    before = await _sum(server, _PROMPT_TOKENS)
     expected = await answers(place, Ask("Anna looked", tokens))
+    await server.idle_after()
+    of_each = await _sum(server, _PROMPT_TOKENS) - before
+    held = await _unread(server, _HELD)  # the server goes on until this one has left
+    await _reaches(server, _RUNNING, 1)
+    before = await _sum(server, _PROMPT_TOKENS)
     kinds = [kind for kind in KINDS for _ in range(each)]
     tasks = [asyncio.create_task(answer(kind, place, Ask("Anna looked", tokens))) for kind in kinds]
-    held = await _unread(server, _HELD)  # the server goes on until this one has left
-    await _begun(server, len(kinds) + 1)
+    await _reaches(server, _PROMPT_TOKENS, before + each * of_each)
     server.process.send_signal(signal.SIGTERM)
     signalled = time.monotonic()
     while await place.server.ready():
@@ -96,7 +109,7 @@ async def _is_cut(server: Server, report: Report, each: int, timeout: float, gra
     stuck = await _unread(server, _STUCK)
     kinds = [kind for kind in KINDS for _ in range(each)]
     tasks = [asyncio.create_task(_end_of(kind, place)) for kind in kinds]
-    await _begun(server, len(kinds))
+    await _reaches(server, _RUNNING, len(kinds))
     server.process.send_signal(signal.SIGTERM)
     signalled = time.monotonic()
     ends = Counter(f"{name_of(kind)}: {how}" for kind, how in zip(kinds, await asyncio.gather(*tasks), strict=True))

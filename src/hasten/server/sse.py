@@ -61,7 +61,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         try:
-            with suppress(ClientDisconnect):
+            # A server that stops cancels what a client has not read when its time is over: that is no fault to report.
+            with suppress(ClientDisconnect, asyncio.CancelledError):
                 await _while_there(receive, self._send(send))
         finally:
             await self._events.aclose()
