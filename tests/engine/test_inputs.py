@@ -1,8 +1,9 @@
-"""What the device is told of a batch, beside what the sequences themselves say."""
+"""What the device gets of a batch, compared with what the sequences themselves say."""
 
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,18 @@ from hasten import ops
 from hasten.core.config import SchedulerConfig
 from hasten.engine.batch import Batch
 from hasten.engine.block_manager import BlockManager
-from hasten.engine.graphs import sizes
-from hasten.engine.inputs import BlockTables, DecodeLayout, Inputs, Tokens
+from hasten.engine.graphs import Size, decode_sizes, mixed_sizes
+from hasten.engine.inputs import BlockTables, Inputs, Tokens
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
-from hasten.ops import plan
+from hasten.ops import transfer
 from hasten.ops.plan import Planner
+from hasten.ops.transfer import Sections
 
 MakeSequence = Callable[..., Sequence]
 CPU = torch.device("cpu")
 PLANNER = Planner(heads=4, multiprocessors=0)
+BLOCK_SIZE = 4
 LINE = 32
 """int32 numbers in 128 bytes."""
 GARBAGE = 0x55555555
@@ -98,49 +101,56 @@ def slot(sequence: Sequence, position: int, block_size: int) -> int:
     return sequence.block_table[position // block_size] * block_size + position % block_size
 
 
+def slots_of(work: list[tuple[Sequence, int, int]], block_size: int) -> list[int]:
+    return [slot(sequence, position, block_size) for sequence, first, end in work for position in range(first, end)]
+
+
 def expect_meta(meta: ops.AttentionMeta, work: list[tuple[Sequence, int, int]], block_size: int, blocks: int) -> None:
     """`meta` is of these sequences, with positions from the first to before the end."""
     counts = [end - first for _, first, end in work]
-    assert meta.query_start.tolist() == np.cumsum([0, *counts]).tolist()
-    assert meta.seq_lens.tolist() == meta.kv_lens == [end for *_, end in work]
+    assert meta.kv_lens == [end for *_, end in work]
     assert meta.query_lens == counts
     assert meta.num_tokens == sum(counts)
-    assert meta.slot_mapping.tolist() == [
-        slot(sequence, position, block_size) for sequence, first, end in work for position in range(first, end)
-    ]
-    assert meta.block_tables.shape[0] == len(work)
-    for (sequence, _, end), table in zip(work, meta.block_tables.tolist(), strict=True):
+    tables = meta.block_tables.tolist()
+    for row, (sequence, _, end) in zip(meta.sequences, work, strict=True):
         needed = -(-end // block_size)
-        assert table[:needed] == sequence.block_table[:needed]
-        assert all(0 <= block < blocks for block in table)
-    types = {meta.query_start.dtype, meta.seq_lens.dtype, meta.block_tables.dtype}
-    assert types == {torch.int32}
-    assert meta.slot_mapping.dtype == torch.int64
+        assert tables[row][:needed] == sequence.block_table[:needed]
+    assert all(0 <= block < blocks for table in tables for block in table)
+    assert meta.block_tables.dtype == torch.int32
 
 
-def expect_plan(meta: ops.AttentionMeta, query_rows: list[int]) -> None:
-    """Every query is read at its row of the whole batch, written to its own, and sees its sequence up to itself."""
+def expect_plan(meta: ops.AttentionMeta, query_rows: list[int], tables: Tensor) -> None:
+    """Every query is read at its row of the whole batch, written to its own, and sees its sequence up to itself.
+
+    A query that sees no keys belongs to no sequence.
+    """
     assert meta.plan is not None
-    found: dict[int, tuple[int, int, int]] = {}
-    for sequence, query_row, out_row, count, position in _items(meta.plan.tiles):
+    blocks = tables.flatten().tolist()
+    found: dict[int, tuple[int, list[int], int]] = {}
+    for start, query_row, out_row, count, position in _items(meta.plan.tiles):
         for place in range(count):
             assert out_row + place not in found
-            found[out_row + place] = (query_row + place, sequence, position + place + 1)
+            sees = max(0, position + place + 1)
+            found[out_row + place] = (query_row + place, blocks[start : start + -(-sees // BLOCK_SIZE)], sees)
     keys: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for sequence, query_row, out_row, first, end, length, place, splits in _items(meta.plan.splits):
+    for start, query_row, out_row, first, end, length, place, splits in _items(meta.plan.splits):
+        if splits == 0:
+            assert not any((start, query_row, out_row, first, end, length, place))
+            continue
         assert len(keys[out_row]) == place < splits
         keys[out_row].append((first, end))
-        found[out_row] = (query_row, sequence, length)
+        found[out_row] = (query_row, blocks[start : start + -(-length // BLOCK_SIZE)], length)
     for out_row, pieces in keys.items():
         assert [first for first, _ in pieces] == [0, *(end for _, end in pieces[:-1])]
         assert pieces[-1][1] == found[out_row][2]
-    starts = meta.query_start.tolist()
-    expected = {
-        starts[sequence] + place: (query_rows[starts[sequence] + place], sequence, kv_len - count + place + 1)
-        for sequence, (count, kv_len) in enumerate(zip(meta.query_lens, meta.kv_lens, strict=True))
-        for place in range(count)
-    }
-    assert found == expected
+    own = iter(query_rows)
+    expected = []
+    for row, count, kv_len in zip(meta.sequences, meta.query_lens, meta.kv_lens, strict=True):
+        for sees in range(kv_len - count + 1, kv_len + 1):
+            table = meta.block_tables[row].tolist() if kv_len else []
+            expected.append((next(own), table[: -(-max(0, sees) // BLOCK_SIZE)], max(0, sees)))
+    assert [found[row] for row in range(len(expected))] == expected
+    assert len(found) == len(expected)
 
 
 def _items(items: Tensor | None) -> list[list[int]]:
@@ -151,7 +161,7 @@ def _items(items: Tensor | None) -> list[list[int]]:
 @pytest.mark.parametrize("planned", [False, True], ids=["cpu", "planned"])
 @pytest.mark.parametrize("seed", range(4))
 def test_every_batch_of_a_busy_scheduler(seed: int, planned: bool, overlap: bool, make_sequence: MakeSequence) -> None:
-    block_size, blocks = 4, 24
+    block_size, blocks = BLOCK_SIZE, 24
     run = busy(make_sequence, overlap=overlap, seed=seed, block_size=block_size, blocks=blocks)
     inputs = Inputs(BlockTables(run.most, 20), block_size, PLANNER if planned else None, CPU)
     seen: dict[str, int] = defaultdict(int)
@@ -165,6 +175,7 @@ def test_every_batch_of_a_busy_scheduler(seed: int, planned: bool, overlap: bool
         assert tokens.any_pending == bool(pending)
         assert tokens.positions.tolist() == [position for _, first, end in work for position in range(first, end)]
         expect_meta(tokens.meta, work, block_size, blocks)
+        assert tokens.meta.slot_mapping.tolist() == slots_of(work, block_size)
         assert tokens.meta.output_indices is None
         last = tokens.meta.output_part
         assert (last is None) == (batch.needed == batch.counts)
@@ -180,9 +191,9 @@ def test_every_batch_of_a_busy_scheduler(seed: int, planned: bool, overlap: bool
             assert last.output_indices.tolist() == rows
             assert last.output_part is None
             if planned:
-                expect_plan(last, rows)
+                expect_plan(last, rows, tokens.meta.block_tables)
         if planned:
-            expect_plan(tokens.meta, list(range(batch.num_tokens)))
+            expect_plan(tokens.meta, list(range(batch.num_tokens)), tokens.meta.block_tables)
         else:
             assert tokens.meta.plan is None
         for kind, there in {
@@ -226,7 +237,7 @@ def test_rows_of_tables_are_kept_while_there_is_room_and_follow_every_change(mak
 
 @pytest.mark.parametrize(("tokens", "sequences"), [(1, 1), (12, 1), (12, 5), (12, 12), (900, 3)])
 @pytest.mark.parametrize("planned", [False, True], ids=["cpu", "planned"])
-def test_a_rehearsal_stores_nothing_and_stay_within_the_tables(tokens: int, sequences: int, planned: bool) -> None:
+def test_a_warm_up_stores_nothing_and_stays_within_the_tables(tokens: int, sequences: int, planned: bool) -> None:
     inputs = Inputs(BlockTables(16, 10), 4, PLANNER if planned else None, CPU)
     made = inputs.warmup_tokens(tokens, sequences)
     assert made.ids.shape == made.positions.shape == (tokens,)
@@ -245,131 +256,142 @@ def test_a_rehearsal_stores_nothing_and_stay_within_the_tables(tokens: int, sequ
         assert made.meta.output_part is None
 
 
-# --- steps of single tokens -------------------------------------------------------------------------------------------
+# --- steps in graphs --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that only a GPU's driver can give, with whatever content."""
-    real = torch.empty
-
-    def empty(*shape: Any, pin_memory: bool = False, **options: Any) -> Tensor:
-        made = real(*shape, **options)
-        return made.fill_(GARBAGE) if pin_memory else made
-
-    monkeypatch.setattr(torch, "empty", empty)
+    """Memory of the host with whatever content."""
+    monkeypatch.setattr(transfer, "host_buffer", lambda shape, _device: torch.full(shape, GARBAGE, dtype=torch.int32))
 
 
-@pytest.mark.parametrize(("size", "splits", "blocks"), [(1, 2, 1), (4, 9, 33), (24, 48, 7), (256, 512, 128)])
-def test_sections_of_a_layout_begin_at_lines_and_lie_apart(size: int, splits: int, blocks: int) -> None:
-    layout = DecodeLayout(size, splits, blocks)
-    whole = torch.zeros(layout.total, dtype=torch.int32)
-    views = layout.views(whole)
-    assert {name: tuple(view.shape) for name, view in views.items()} == {
-        "ids": (size,),
-        "positions": (size,),
-        "slots": (size,),
-        "seq_lens": (size,),
-        "splits": (splits, plan.SPLIT_COLUMNS),
-        "tables": (size, blocks),
-    }
+SECTIONS: list[dict[str, tuple[int, ...]]] = [
+    {"ids": (1,), "splits": (2, 8), "tables": (1,)},
+    {"ids": (5,), "positions": (5,), "tiles": (7, 5), "tables": (33,)},
+    {"ids": (256,), "slots": (256,), "splits": (512, 8), "tables": (256 * 128,)},
+]
+
+
+@pytest.mark.parametrize("shapes", SECTIONS, ids=len)
+def test_sections_begin_at_lines_and_lie_apart(shapes: dict[str, tuple[int, ...]]) -> None:
+    sections = Sections(shapes)
+    whole = torch.zeros(sections.total, dtype=torch.int32)
+    views = sections.views(whole)
+    assert {name: tuple(view.shape) for name, view in views.items()} == shapes
     for number, view in enumerate(views.values(), start=1):
         assert view.storage_offset() % LINE == 0
         assert view.is_contiguous()
         assert not view.any()  # no section before has written here
         view.fill_(number)
-    assert (
-        [int(view.min()) for view in views.values()] == [int(view.max()) for view in views.values()] == [*range(1, 7)]
-    )
-    assert layout.total < sum(view.numel() for view in views.values()) + 6 * LINE
+    assert [int(view.min()) for view in views.values()] == [int(view.max()) for view in views.values()]
+    assert sections.total < sum(view.numel() for view in views.values()) + len(shapes) * LINE
 
 
-def test_what_is_put_into_a_layout_is_what_the_model_reads() -> None:
-    layout = DecodeLayout(5, 11, 3)
-    whole = torch.arange(layout.total, dtype=torch.int32)
-    views, tokens = layout.views(whole), layout.tokens(whole)
-    meta = tokens.meta
-    assert meta.plan is not None
-    assert meta.plan.splits is not None
-    for name, read in {
-        "ids": tokens.ids,
-        "positions": tokens.positions,
-        "slots": meta.slot_mapping,
-        "seq_lens": meta.seq_lens,
-        "tables": meta.block_tables,
-        "splits": meta.plan.splits,
-    }.items():
-        assert torch.equal(read, views[name])
-        assert read.data_ptr() == views[name].data_ptr()  # so a graph reads what the next step writes
-    assert meta.plan.tiles is None
-    assert tokens.any_pending
-    assert meta.query_lens == [1] * 5
-    assert meta.num_tokens == 5
-    assert meta.output_indices is None
-    assert meta.output_part is None
+@pytest.mark.usefixtures("pinned_memory")
+def test_packed_arrays_stand_in_their_sections_and_nothing_travels_that_need_not() -> None:
+    sections = Sections({"ids": (40,), "tiles": (9, 5), "splits": (3, 8), "tables": (1000,)})
+    arrays = {"ids": np.arange(7), "tables": np.arange(50), "tiles": np.ones((2, 5), dtype=np.int64)}
+    assert sections.hold(arrays)
+    host = sections.packed(arrays, CPU)
+    assert len(host) < 64 + 64 + 32 + 50 + LINE
+    whole = torch.full((sections.total,), GARBAGE, dtype=torch.int32)
+    whole[: len(host)] = host
+    views = {name: view.tolist() for name, view in sections.views(whole).items()}
+    assert views["ids"] == [*range(7)] + [0] * 33
+    assert views["tiles"] == [[1] * 5] * 2 + [[0] * 5] * 7
+    assert views["splits"] == [[0] * 8] * 3
+    assert views["tables"] == [*range(50)] + [GARBAGE] * 950
+    assert not sections.hold({"ids": np.arange(41)})
+    assert not sections.hold({"tiles": np.zeros((10, 5), dtype=np.int64)})
+    assert not sections.hold({"slots": np.arange(1)})
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["steps", "overlapped"])
-@pytest.mark.parametrize("room", [0, 3], ids=["full", "filled up"])
+@pytest.mark.parametrize("room", [0, 1, 3, 70], ids=["full", "one more", "padded", "by tiles"])
 @pytest.mark.usefixtures("pinned_memory")
-def test_single_tokens_by_a_layout(room: int, overlap: bool, make_sequence: MakeSequence) -> None:
-    block_size, blocks = 4, 200
-    run = busy(make_sequence, overlap=overlap, seed=2, block_size=block_size, blocks=blocks, max_num_seqs=8)
-    inputs = Inputs(BlockTables(run.most, 20), block_size, PLANNER, CPU)
-    checked = 0
+def test_padded_steps_in_their_sections(room: int, overlap: bool, make_sequence: MakeSequence) -> None:
+    blocks = 200
+    run = busy(make_sequence, overlap=overlap, seed=2, block_size=BLOCK_SIZE, blocks=blocks, max_num_seqs=8)
+    inputs = Inputs(BlockTables(run.most, 20), BLOCK_SIZE, PLANNER, CPU)
+    seen: dict[str, int] = defaultdict(int)
     for batch in run.steps():
-        count = len(batch.sequences)
-        if batch.num_tokens > count:
+        kind = kind_of(batch)
+        seen[kind] += 1
+        if kind == "prompt logits":
             continue
-        checked += 1
-        layout = inputs.decode_layout(count + room)
-        assert (layout.size, layout.blocks) == (count + room, 20)
-        tokens = layout.tokens(inputs.decode_numbers(batch, layout))
-        expect_single(tokens, batch, run, block_size, room)
-    assert checked > 20
+        count, outputs = batch.num_tokens, sum(batch.needed)
+        size = Size(count + room, None if kind == "single tokens" else min(count + room, outputs + room))
+        sections = inputs.sections(size.tokens, size.outputs, 8 + room)
+        step = inputs.step(batch, batch.needed)
+        arrays = size.arrays(inputs, step)
+        assert sections.hold(arrays)
+        whole = torch.full((sections.total,), GARBAGE, dtype=torch.int32)
+        host = sections.packed(arrays, CPU)
+        whole[: len(host)] = host
+        tokens = inputs.seen(step.padded(size.tokens, size.outputs), sections.views(whole))
+        expect_padded(tokens, batch, run, arrays["tables"].reshape(len(batch.sequences), -1))
+    assert min(seen.values()) > 3, seen
 
 
-def expect_single(tokens: Tokens, batch: Batch, run: Run, block_size: int, room: int) -> None:
-    """One token of each sequence, and `room` tokens of none."""
-    count, meta = len(batch.sequences), tokens.meta
-    positions = [sequence.num_computed for sequence in batch.sequences]
-    truth = [run.truth[s.key][position] for s, position in zip(batch.sequences, positions, strict=True)]
+def kind_of(batch: Batch) -> str:
+    if max(batch.needed) > 1:
+        return "prompt logits"
+    return "single tokens" if sum(batch.needed) == batch.num_tokens else "with prompts"
+
+
+def expect_padded(tokens: Tokens, batch: Batch, run: Run, tables: Any) -> None:
+    """The tokens of the batch, and behind them some that store nothing, see nothing and are no part of it."""
+    count, meta = batch.num_tokens, tokens.meta
+    room = meta.num_tokens - count
+    work = [(s, s.num_computed, s.num_computed + n) for s, n in zip(batch.sequences, batch.counts, strict=True)]
+    truth = [token for s, first, end in work for token in run.truth[s.key][first:end]]
     assert ops.resolve_ids(tokens.ids, run.chosen).tolist() == truth + [0] * room
-    assert tokens.positions.tolist() == positions + [0] * room
-    assert meta.seq_lens.tolist() == [position + 1 for position in positions] + [0] * room
-    slots = [slot(s, position, block_size) for s, position in zip(batch.sequences, positions, strict=True)]
-    assert meta.slot_mapping.tolist() == slots + [-1] * room
-    for sequence, position, table in zip(batch.sequences, positions, meta.block_tables.tolist(), strict=False):
-        needed = position // block_size + 1
-        assert table[:needed] == sequence.block_table[:needed]
-    assert meta.plan is not None
-    assert meta.plan.splits is not None
-    keys: dict[int, list[int]] = defaultdict(list)
-    for sequence, query_row, out_row, first, end, length, place, splits in meta.plan.splits.tolist():
-        if sequence < 0:
-            assert splits == 1  # and nothing else of it is read
-            continue
-        assert query_row == out_row == sequence
-        assert length == positions[sequence] + 1
-        assert len(keys[sequence]) < length
-        assert place < splits
-        keys[sequence] += range(first, end)
-    assert sorted(keys) == list(range(count))
-    for row, position in enumerate(positions):
-        assert keys[row] == list(range(position + 1))
+    assert tokens.positions.tolist() == [p for _, first, end in work for p in range(first, end)] + [0] * room
+    assert meta.slot_mapping.tolist() == slots_of(work, BLOCK_SIZE) + [-1] * room
+    assert sum(meta.query_lens) == meta.num_tokens
+    assert meta.kv_lens[: len(work)] == [end for *_, end in work]
+    assert not any(meta.kv_lens[len(work) :])
+    flat = meta.block_tables[: tables.size]
+    assert flat.tolist() == tables.ravel().tolist()
+    expect_plan(replace(meta, block_tables=flat.view(tables.shape)), list(range(meta.num_tokens)), flat)
+    part = meta.output_part
+    if part is None:
+        assert meta.query_lens == [1] * meta.num_tokens
+        return
+    needed = [row for row, n in zip(np.cumsum(batch.counts) - 1, batch.needed, strict=True) if n]
+    padding = [0] * (part.num_tokens - len(needed))
+    assert part.output_indices is not None
+    assert part.output_indices.tolist() == needed + padding
+    expect_plan(replace(part, block_tables=flat.view(tables.shape)), needed + padding, flat)
 
 
 @pytest.mark.parametrize("most", [*range(1, 70), 100, 255, 256, 257, 288, 289, 512, 1000])
-def test_sizes_of_graphs(most: int) -> None:
-    made = sizes(most)
-    assert made == sorted(set(made))
-    assert made[0] == 1
-    assert made[-1] == most
+def test_sizes_of_steps_of_single_tokens(most: int) -> None:
+    made = decode_sizes(most)
+    assert all(size.outputs is None for size in made)
+    tokens = [size.tokens for size in made]
+    assert tokens == sorted(set(tokens))
+    assert tokens[0] == 1
+    assert tokens[-1] == most
     for count in range(1, most + 1):
-        size = next(size for size in made if size >= count)
-        # what fills a batch up is at most 7 tokens, or a fifth of it
+        size = next(size for size in tokens if size >= count)
+        # padding is at most 7 tokens, or a fifth of the step
         assert size - count <= max(7, size // 5)
 
 
-def test_the_sizes_of_the_default_number_of_sequences() -> None:
-    assert sizes(256) == [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16)]
+@pytest.mark.parametrize("most", [1, 16, 40, 64, 300, 512, 1024, 8192])
+@pytest.mark.parametrize("sequences", [1, 48, 256])
+def test_sizes_of_steps_with_prompts(most: int, sequences: int) -> None:
+    made = mixed_sizes(most, sequences)
+    tokens = [size.tokens for size in made]
+    assert tokens == sorted(set(tokens))
+    assert tokens[-1] == min(most, 1024)
+    assert all(size.outputs == min(size.tokens, sequences) for size in made)
+    for count in range(33, tokens[-1] + 1):
+        size = next(size for size in tokens if size >= count)
+        assert size - count < max(32, size // 8)
+
+
+def test_the_sizes_of_the_defaults() -> None:
+    assert [size.tokens for size in decode_sizes(256)] == [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16)]
+    assert len(mixed_sizes(8192, 256)) == 26

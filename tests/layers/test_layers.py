@@ -290,10 +290,10 @@ def one_sequence(first: int, count: int) -> ops.AttentionMeta:
     blocks = torch.tensor([[3, 2, 1]], dtype=torch.int32)
     places = torch.arange(first, first + count)
     return ops.AttentionMeta(
-        query_start=torch.tensor([0, count], dtype=torch.int32),
-        seq_lens=torch.tensor([first + count], dtype=torch.int32),
+        num_tokens=count,
         block_tables=blocks,
         slot_mapping=blocks[0].long()[places // BLOCK_SIZE] * BLOCK_SIZE + places % BLOCK_SIZE,
+        sequences=[0],
         query_lens=[count],
         kv_lens=[first + count],
     )
@@ -301,16 +301,16 @@ def one_sequence(first: int, count: int) -> ops.AttentionMeta:
 
 def part(meta: ops.AttentionMeta, count: int) -> ops.AttentionMeta:
     """The last `count` tokens of a batch of one sequence; no sequence at all where that is none."""
-    tokens = meta.slot_mapping.numel()
+    tokens = meta.num_tokens
     sequences = min(count, 1)
-    return ops.AttentionMeta(
-        query_start=torch.tensor([0, count], dtype=torch.int32)[: sequences + 1],
-        seq_lens=meta.seq_lens[:sequences],
-        block_tables=meta.block_tables[:sequences],
-        slot_mapping=meta.slot_mapping[tokens - count :],
+    return replace(
+        meta,
+        num_tokens=count,
+        sequences=meta.sequences[:sequences],
         query_lens=[count][:sequences],
         kv_lens=meta.kv_lens[:sequences],
         output_indices=torch.arange(tokens - count, tokens),
+        scratch={},
     )
 
 

@@ -137,10 +137,10 @@ def make_meta(lengths: Lengths, block_size: int, block_tables: Tensor) -> ops.At
         for position in range(kv_len - count, kv_len)
     ]
     return ops.AttentionMeta(
-        query_start=torch.tensor([0, *counts]).cumsum(0).int(),
-        seq_lens=torch.tensor(kv_lens, dtype=torch.int32),
+        num_tokens=sum(counts),
         block_tables=block_tables,
         slot_mapping=torch.tensor(slots, dtype=torch.int64),
+        sequences=list(range(len(lengths))),
         query_lens=counts,
         kv_lens=kv_lens,
     )
@@ -303,13 +303,35 @@ def test_a_part_of_a_batch_gets_what_it_gets_in_the_whole(
     lengths = BATCHES["prompt, chunk, decodes"]
     case = make_case(lengths, Heads(query=3, kv=3))
     chosen = [place for place, count in enumerate(needed) if count]
-    ends = case.meta.query_start[1:]
+    ends = torch.tensor(case.meta.query_lens).cumsum(0)
     rows = torch.cat([torch.arange(int(end) - count, int(end)) for end, count in zip(ends, needed, strict=True)])
     part = replace(
-        make_meta([(needed[s], lengths[s][1]) for s in chosen], 16, case.meta.block_tables[chosen]), output_indices=rows
+        case.meta,
+        num_tokens=len(rows),
+        sequences=chosen,
+        query_lens=[needed[s] for s in chosen],
+        kv_lens=[lengths[s][1] for s in chosen],
+        output_indices=rows,
+        scratch={},
     )
     found = op(case.query_tnd, case.key_cache, case.value_cache, part, case.scale, case.slopes_n)
     assert_close("attention", found, case.expected_tnd[rows])
+
+
+@pytest.mark.parametrize("op", [ops.paged_attention, reference.paged_attention], ids=["cpu", "reference"])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(
+    "lengths", [[(3, 0)], [(1, 40), (1, 0)], [(20, 30), (1, 0), (7, 0), (1, 9)]], ids=["alone", "single", "between"]
+)
+def test_tokens_without_keys_get_zeros(
+    lengths: Lengths, window: int | None, op: Callable[..., Tensor], assert_close: Close
+) -> None:
+    case = make_case([(q, k or q) for q, k in lengths], Heads(query=3, kv=3), limits=Limits(window=window))
+    meta = replace(case.meta, kv_lens=[k for _, k in lengths], scratch={})
+    found = op(case.query_tnd, case.key_cache, case.value_cache, meta, case.scale, case.slopes_n, window=window)
+    none = torch.tensor([k == 0 for _, k in lengths]).repeat_interleave(torch.tensor([q for q, _ in lengths]))
+    assert not found[none].any()
+    assert_close("attention", found[~none], case.expected_tnd[~none])
 
 
 @pytest.mark.parametrize("op", [ops.paged_attention, reference.paged_attention], ids=["cpu", "reference"])

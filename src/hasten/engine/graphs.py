@@ -1,18 +1,35 @@
-"""Steps of single tokens as CUDA graphs: one launch instead of hundreds.
+"""Steps as CUDA graphs: one launch instead of hundreds.
 
-A graph is captured for each of a few batch sizes; a smaller batch is filled up with tokens of no sequence. It reads its
-numbers from one tensor, which a step overwrites first, and the last step's tokens from where that step left them.
+A graph is captured for each of a few numbers of tokens, and a smaller step is padded with tokens of no sequence. A
+graph reads its numbers from one tensor, which a step overwrites first, and the last step's tokens from where that step
+left them. There are two families:
+
+- steps of single tokens, up to the choice of the most probable ones;
+- steps with prompts, up to the hidden states of the tokens that need them. What work attention has in such a step is
+  in its numbers, as in any other (`ops/plan.py`): a graph launches programs for the most items that it has room for,
+  and those without an item end at once. So the whole step is one graph, and nothing is launched between its layers.
+  Logits are not part of it: those of all rows that there is room for would take more memory and time than launching
+  the head saves.
+
+Padding stores nothing, sees no keys and gets zeros from attention. Numbers of tokens are so close that it is at most an
+eighth of a step with prompts where products are bound by arithmetic, beyond 256 tokens, and a quarter below, where a
+step is bound by reading weights. Larger steps keep the device busy for longer than launching them takes.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hasten.core.errors import CapacityError
 from hasten.engine.batch import Batch
-from hasten.engine.inputs import DecodeLayout, Inputs, Tokens
+from hasten.engine.inputs import Arrays, Inputs, Step, Tokens
+from hasten.ops.transfer import Sections
+
+_MOST_MIXED = 1024
+"""Tokens of the largest step with prompts that is captured: about 24 ms for 14 GB of weights on an H200."""
 
 
 @dataclass(frozen=True)
@@ -21,43 +38,82 @@ class StepOutput:
 
     hidden: Tensor
     """[r, h]"""
-    local_logits: Tensor
+    local_logits: Tensor | None = None
     """[r, v / ranks]: this rank's shard of the logits."""
-    tokens: Tensor
+    tokens: Tensor | None = None
     """[r]: the most probable tokens, int32, on every rank."""
 
     def first(self, count: int) -> "StepOutput":
-        """Without what fills the batch up."""
-        return StepOutput(self.hidden[:count], self.local_logits[:count], self.tokens[:count])
+        """Without padding."""
+        logits, tokens = self.local_logits, self.tokens
+        return StepOutput(
+            self.hidden[:count], None if logits is None else logits[:count], None if tokens is None else tokens[:count]
+        )
+
+
+@dataclass(frozen=True)
+class Size:
+    """What steps of one graph are padded to."""
+
+    tokens: int
+    outputs: int | None
+    """Tokens that need hidden states; None in a step of single tokens, where all do."""
+
+    def arrays(self, inputs: Inputs, step: Step) -> Arrays:
+        """The numbers of a step, padded, with flat block tables."""
+        arrays = inputs.arrays(step.padded(self.tokens, self.outputs))
+        return {**arrays, "tables": arrays["tables"].ravel()}
+
+
+def decode_sizes(most: int) -> list[Size]:
+    """Steps of single tokens, up to `most`: close together where a token more costs most."""
+    wanted = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, most, 32), most]
+    return [Size(tokens, None) for tokens in sorted(set(wanted)) if tokens <= most]
+
+
+def mixed_sizes(most: int, max_sequences: int) -> list[Size]:
+    """Steps with prompts, up to `most` tokens."""
+    most = min(most, _MOST_MIXED)
+    wanted = [32, 64, *range(80, 129, 16), *range(160, 257, 32), *range(288, 513, 32), *range(576, 1025, 64), most]
+    return [Size(tokens, min(tokens, max_sequences)) for tokens in sorted(set(wanted)) if tokens <= most]
 
 
 @dataclass(frozen=True)
 class _Graph:
-    layout: DecodeLayout
+    size: Size
+    sections: Sections
     numbers: Tensor
     graph: torch.cuda.CUDAGraph
     output: StepOutput
 
 
-def sizes(most: int) -> list[int]:
-    """Batch sizes to capture, up to `most`: close together where a token more costs most."""
-    wanted = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, most, 32), most]
-    return sorted({size for size in wanted if size <= most})
+Compute = Callable[[Tokens], StepOutput]
+"""One step of a family."""
 
 
-class DecodeGraphs:
+class StepGraphs:
     """Graphs of all sizes, which share their memory."""
 
-    def __init__(self, step: Callable[[Tokens], StepOutput], inputs: Inputs, max_sequences: int) -> None:
+    def __init__(
+        self, decode: Compute, mixed: Compute, inputs: Inputs, max_sequences: int, most_mixed_tokens: int
+    ) -> None:
         self._inputs = inputs
-        self._graphs: dict[int, _Graph] = {}
-        largest = inputs.decode_layout(max_sequences).total
+        self._decode: list[_Graph] = []
+        self._mixed: list[_Graph] = []
+        families = (
+            (self._mixed, mixed, mixed_sizes(most_mixed_tokens, max_sequences)),
+            (self._decode, decode, decode_sizes(max_sequences)),
+        )
+        sections = {
+            size: inputs.sections(size.tokens, size.outputs, max_sequences) for *_, sizes in families for size in sizes
+        }
+        largest = max(each.total for each in sections.values())
         self._numbers = torch.zeros(largest, dtype=torch.int32, device=inputs.device)
         stream, pool = torch.cuda.Stream(inputs.device), torch.cuda.graph_pool_handle()
         try:
             # The largest first: the others then fit into the memory that it took.
-            for size in reversed(sizes(max_sequences)):
-                self._graphs[size] = self._captured(step, inputs.decode_layout(size), stream, pool)
+            for graphs, compute, sizes in families:
+                graphs += (self._captured(compute, size, sections[size], stream, pool) for size in reversed(sizes))
         except torch.OutOfMemoryError as error:
             raise CapacityError(
                 "no memory is left for CUDA graphs; lower gpu_memory_utilization, kv_cache_memory or max_num_seqs, "
@@ -66,32 +122,46 @@ class DecodeGraphs:
 
     def _captured(
         self,
-        step: Callable[[Tokens], StepOutput],
-        layout: DecodeLayout,
+        compute: Compute,
+        size: Size,
+        sections: Sections,
         stream: torch.cuda.Stream,
         pool: "torch.cuda._POOL_HANDLE",
     ) -> _Graph:
-        numbers = self._numbers[: layout.total]
-        numbers.zero_()
-        views = layout.views(numbers)
-        views["slots"].fill_(-1)
-        views["splits"][:, 0] = -1
+        needed = 1 if size.outputs is None else 0
+        step = self._inputs.empty(np.array([1]), np.array([needed]))
+        numbers = self._numbers[: sections.total]
+        self._put(size.arrays(self._inputs, step), sections, numbers)
+        padded = step.padded(size.tokens, size.outputs)
         graph = torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            step(layout.tokens(numbers))  # compiles what is not compiled yet, which a capture must not do
+            # This compiles what is not compiled yet, which a capture must not do.
+            compute(self._inputs.seen(padded, sections.views(numbers)))
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                output = step(layout.tokens(numbers))
+                output = compute(self._inputs.seen(padded, sections.views(numbers)))
         torch.cuda.current_stream().wait_stream(stream)
-        return _Graph(layout, numbers, graph, output)
+        return _Graph(size, sections, numbers, graph, output)
 
-    def replay(self, batch: Batch) -> StepOutput | None:
-        """Run a batch of single tokens; None where it is larger than any graph."""
-        count = len(batch.sequences)
-        size = next((size for size in sorted(self._graphs) if size >= count), None)
-        if size is None:
+    def _put(self, arrays: Arrays, sections: Sections, numbers: Tensor) -> None:
+        host = sections.packed(arrays, self._inputs.device)
+        numbers[: len(host)].copy_(host, non_blocking=True)
+
+    def replay(self, batch: Batch, needed: list[int]) -> StepOutput | None:
+        """Run a batch; None where no graph has room for it."""
+        tokens, outputs = batch.num_tokens, sum(needed)
+        if outputs == tokens == len(batch.sequences):
+            graphs = self._decode
+        elif outputs < tokens and max(needed) <= 1:
+            graphs = self._mixed
+        else:
             return None
-        chosen = self._graphs[size]
-        chosen.numbers.copy_(self._inputs.decode_numbers(batch, chosen.layout), non_blocking=True)
+        chosen = next((graph for graph in reversed(graphs) if graph.size.tokens >= tokens), None)
+        if chosen is None:
+            return None
+        arrays = chosen.size.arrays(self._inputs, self._inputs.step(batch, needed))
+        if not chosen.sections.hold(arrays):
+            return None
+        self._put(arrays, chosen.sections, chosen.numbers)
         chosen.graph.replay()
-        return chosen.output.first(count)
+        return chosen.output.first(outputs)

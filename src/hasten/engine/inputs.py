@@ -1,10 +1,14 @@
 """What a batch looks like to the device: numbers worked out on the host, sent in one copy a step.
 
+A batch becomes a `Step`, its numbers by meaning; `Inputs.arrays` names what of them the device gets. Steps that are
+launched kernel by kernel send arrays of just their size, those in graphs are padded and fill sections of a fixed one.
 Shapes: t tokens of the flat batch, s sequences, b blocks of the longest.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +19,7 @@ from hasten.engine.sequence import Sequence
 from hasten.ops import plan
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.plan import AttentionPlan, Integers, Planner
-from hasten.ops.transfer import send
+from hasten.ops.transfer import Sections, send
 
 Arrays = dict[str, Integers]
 
@@ -65,20 +69,74 @@ class Tokens:
     """Whether any id is negative."""
 
 
-@dataclass(frozen=True)
-class _Work:
-    """Sequences of a batch, or of a part of one, in numbers."""
+class _Work(NamedTuple):
+    """Sequences of a step, or of a part of it, in numbers."""
 
+    sequences: Integers
+    """[s]: rows in the block tables of the step."""
+    first_rows: Integers
+    """[s]: where each sequence's tokens begin among the queries of the whole step."""
     counts: Integers
     """[s]: tokens of each sequence."""
     kv_lens: Integers
     """[s]: tokens that attention sees."""
-    table_rows: Integers
-    """[s]: rows in the block tables."""
-    first_rows: Integers
-    """[s]: where each sequence's tokens begin among the queries of the whole batch."""
-    slots: Integers
+
+    def last(self, needed: Integers) -> "_Work":
+        """The last `needed` tokens of each sequence."""
+        chosen = needed.nonzero()[0]
+        counts = needed[chosen]
+        first_rows = (self.first_rows + self.counts)[chosen] - counts
+        return _Work(self.sequences[chosen], first_rows, counts, self.kv_lens[chosen])
+
+    @property
+    def rows(self) -> Integers:
+        """[t]: the row of each token among the queries of the whole step."""
+        starts = np.cumsum(self.counts) - self.counts
+        return np.arange(self.counts.sum()) - np.repeat(starts - self.first_rows, self.counts)
+
+    def and_padding(self, counts: Integers, first_rows: Integers) -> "_Work":
+        """With so many tokens more, which belong to no sequence and see no keys, from these rows on."""
+        nothing = np.zeros_like(counts)
+        return _Work(*map(np.concatenate, zip(self, _Work(nothing, first_rows, counts, nothing), strict=True)))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A batch in numbers, on the host."""
+
+    ids: Integers
+    """[t]: as in `Tokens`."""
+    positions: Integers
     """[t]"""
+    slots: Integers
+    """[t]: cache slots; -1 to store nothing."""
+    tables: Integers
+    """[s, b]"""
+    work: _Work
+    part: _Work | None
+    """The tokens whose hidden states are needed, where not all are."""
+
+    def padded(self, tokens: int, outputs: int | None) -> "Step":
+        """This step with tokens that belong to no sequence: `tokens` in all, of which `outputs` are needed.
+
+        Without `outputs`, which is for steps without a part, each of them is for itself, as single tokens are.
+        """
+        end, more = len(self.ids), tokens - len(self.ids)
+        counts, rows = np.ones(more, dtype=np.int64), np.arange(end, tokens)
+        part = self.part
+        if outputs is not None:
+            assert part is not None
+            counts, rows = np.full(min(more, 1), more), rows[:1]
+            lacking = np.ones(outputs - int(part.counts.sum()), dtype=np.int64)
+            part = part.and_padding(lacking, np.zeros_like(lacking))
+        return Step(
+            ids=np.pad(self.ids, (0, more)),
+            positions=np.pad(self.positions, (0, more)),
+            slots=np.pad(self.slots, (0, more), constant_values=-1),
+            tables=self.tables,
+            work=self.work.and_padding(counts, rows),
+            part=part,
+        )
 
 
 class Inputs:
@@ -93,156 +151,114 @@ class Inputs:
 
     def tokens(self, batch: Batch, needed: list[int]) -> Tokens:
         """A batch of any kind; the part of `needed` tokens is told apart where not all are."""
-        ids, positions, work = self._numbers(batch)
-        return self.sent(ids, positions, work, np.array(needed))
+        return self.sent(self.step(batch, needed))
 
-    def sent(self, ids: Integers, positions: Integers, work: _Work, needed: Integers) -> Tokens:
-        """The tokens of sequences whose last `needed` ones need hidden states."""
-        arrays = {"ids": ids, "positions": positions, **self._arrays(work, "")}
-        part = None
-        if needed.sum() < len(ids):
-            part, rows = self._part(work, needed)
-            arrays |= {"output.indices": rows, **self._arrays(part, "output.")}
-        tensors = send(arrays, self.device)
-        output_part = None if part is None else self._meta(part, tensors, "output.", None)
-        meta = self._meta(work, tensors, "", output_part)
-        return Tokens(tensors["ids"], tensors["positions"], meta, bool((ids < 0).any()))
+    def sent(self, step: Step) -> Tokens:
+        """A step on the device."""
+        return self.seen(step, send(self.arrays(step), self.device))
 
-    def _numbers(self, batch: Batch) -> tuple[Integers, Integers, _Work]:
+    def step(self, batch: Batch, needed: list[int]) -> Step:
+        """A batch in numbers, of whose sequences the last `needed` tokens need hidden states."""
         sequences, counts = batch.sequences, np.array(batch.counts)
         starts = np.array([sequence.num_computed for sequence in sequences])
-        rows = np.array(self.tables.rows(sequences))
+        own = np.arange(len(sequences))
         if len(sequences) == batch.num_tokens:
             ids = np.array(
                 [-1 - s.pending_row if s.pending else s.token_ids[s.num_computed] for s in sequences], dtype=np.int64
             )
-            positions, token_rows, first_rows = starts, rows, np.arange(len(sequences))
+            positions, owners, first_rows = starts, own, own
         else:
-            work = zip(sequences, batch.counts, strict=True)
             # A pending token is the last one of its sequence, and the only one that is left to compute.
             parts = (
-                [-1 - s.pending_row] if s.pending else s.token_ids[s.num_computed : s.num_computed + n] for s, n in work
+                [-1 - s.pending_row] if s.pending else s.token_ids[s.num_computed : s.num_computed + n]
+                for s, n in zip(sequences, batch.counts, strict=True)
             )
             ids = np.fromiter(chain.from_iterable(parts), dtype=np.int64)
             first_rows = np.cumsum(counts) - counts
             positions = np.arange(len(ids)) - np.repeat(first_rows - starts, counts)
-            token_rows = np.repeat(rows, counts)
-        slots = self.tables.array[token_rows, positions // self.block_size].astype(np.int64) * self.block_size
+            owners = np.repeat(own, counts)
+        kv_lens = starts + counts
+        tables = self.tables.array[self.tables.rows(sequences), : self._width(kv_lens)]
+        slots = tables[owners, positions // self.block_size].astype(np.int64) * self.block_size
         slots += positions % self.block_size
-        return ids, positions, _Work(counts, starts + counts, rows, first_rows, slots)
+        return self._needing(np.array(needed), ids, positions, slots, tables, _Work(own, first_rows, counts, kv_lens))
 
-    def _part(self, work: _Work, needed: Integers) -> tuple[_Work, Integers]:
-        """The last `needed` tokens of each sequence, and their rows in the batch."""
-        chosen = needed.nonzero()[0]
-        counts = needed[chosen]
-        first_rows = (work.first_rows + work.counts)[chosen] - counts
-        rows = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts - first_rows, counts)
-        part = _Work(counts, work.kv_lens[chosen], work.table_rows[chosen], first_rows, work.slots[rows])
-        return part, rows
+    def _needing(
+        self, needed: Integers, ids: Integers, positions: Integers, slots: Integers, tables: Integers, work: _Work
+    ) -> Step:
+        part = work.last(needed) if needed.sum() < len(ids) else None
+        return Step(ids, positions, slots, tables, work, part)
 
-    def _arrays(self, work: _Work, prefix: str) -> Arrays:
-        width = -(-int(work.kv_lens.max(initial=1)) // self.block_size)
-        arrays: Arrays = {
-            "slots": work.slots,
-            "query_start": np.concatenate([[0], np.cumsum(work.counts)]).astype(np.int32),
-            "seq_lens": work.kv_lens.astype(np.int32),
-            "tables": self.tables.array[work.table_rows, :width],
-        }
-        if self.planner is not None:
-            arrays |= self.planner.plan(work.first_rows, work.counts, work.kv_lens)
-        return {prefix + name: array for name, array in arrays.items()}
+    def _width(self, kv_lens: Integers) -> int:
+        """Blocks of the longest sequence."""
+        return -(-int(kv_lens.max(initial=1)) // self.block_size)
+
+    def empty(self, counts: Integers, needed: Integers) -> Step:
+        """Tokens of no sequence, to run the model without effect: nothing is stored, and what is read is any memory."""
+        zeros = np.zeros(counts.sum(), dtype=np.int64)
+        # The keys of a sequence all lie in the first blocks, however long it is.
+        kv_lens = np.minimum(counts, self.tables.array.shape[1] * self.block_size)
+        tables = np.zeros((len(counts), self._width(kv_lens)), dtype=np.int32)
+        work = _Work(np.arange(len(counts)), np.cumsum(counts) - counts, counts, kv_lens)
+        return self._needing(needed, zeros, zeros, zeros - 1, tables, work)
+
+    def warmup_tokens(self, num_tokens: int, num_sequences: int) -> Tokens:
+        """An empty step of sequences of about equal length, each of which needs its last token's hidden state."""
+        counts = np.full(num_sequences, num_tokens // num_sequences)
+        counts[0] += num_tokens - counts.sum()
+        return self.sent(self.empty(counts, np.ones_like(counts)))
+
+    def arrays(self, step: Step) -> Arrays:
+        """All numbers of a step that the device gets, by name."""
+        arrays: Arrays = {"ids": step.ids, "positions": step.positions, "slots": step.slots}
+        arrays |= self._plan(step, step.work, "")
+        if step.part is not None:
+            arrays |= {"output.indices": step.part.rows, **self._plan(step, step.part, "output.")}
+        return {**arrays, "tables": step.tables}
+
+    def _plan(self, step: Step, work: _Work, prefix: str) -> Arrays:
+        if self.planner is None:
+            return {}
+        starts = work.sequences * step.tables.shape[1]
+        plan = self.planner.plan(starts, work.first_rows, work.counts, work.kv_lens)
+        return {prefix + name: array for name, array in plan.items()}
+
+    def sections(self, tokens: int, outputs: int | None, max_sequences: int) -> Sections:
+        """Room for the arrays of steps that are padded to so many tokens and outputs; of flat block tables.
+
+        Without `outputs` the steps are of single tokens. Else they have room for tiles of 16 tokens and more on the
+        average, and for eight shorter ones.
+        """
+        assert self.planner is not None, "graphs of steps are a GPU's"
+        singles = min(tokens, max_sequences)
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("ids", "positions", "slots"), (tokens,))
+        shapes["splits"] = (self.planner.max_num_splits(singles), plan.SPLIT_COLUMNS)
+        if outputs is not None:
+            shapes["tiles"] = (tokens // 16 + 8, plan.TILE_COLUMNS)
+            shapes["output.indices"] = (outputs,)
+            shapes["output.splits"] = (self.planner.max_num_splits(outputs), plan.SPLIT_COLUMNS)
+        return Sections({**shapes, "tables": (singles * self.tables.array.shape[1],)})
+
+    def seen(self, step: Step, tensors: Mapping[str, Tensor]) -> Tokens:
+        """What the model takes: the arrays of a step, as tensors on the device."""
+        part = None if step.part is None else self._meta(step.part, tensors, "output.", None)
+        meta = self._meta(step.work, tensors, "", part)
+        return Tokens(tensors["ids"], tensors["positions"], meta, bool((step.ids < 0).any()))
 
     def _meta(
-        self, work: _Work, tensors: dict[str, Tensor], prefix: str, output_part: AttentionMeta | None
+        self, work: _Work, tensors: Mapping[str, Tensor], prefix: str, output_part: AttentionMeta | None
     ) -> AttentionMeta:
         divided = None
         if self.planner is not None:
             divided = AttentionPlan(tensors.get(f"{prefix}tiles"), tensors.get(f"{prefix}splits"))
         return AttentionMeta(
-            query_start=tensors[f"{prefix}query_start"],
-            seq_lens=tensors[f"{prefix}seq_lens"],
-            block_tables=tensors[f"{prefix}tables"],
-            slot_mapping=tensors[f"{prefix}slots"],
+            num_tokens=int(work.counts.sum()),
+            block_tables=tensors["tables"],
+            slot_mapping=tensors["slots"],
+            sequences=work.sequences.tolist(),
             query_lens=work.counts.tolist(),
             kv_lens=work.kv_lens.tolist(),
             output_indices=tensors.get(f"{prefix}indices"),
             plan=divided,
             output_part=output_part,
         )
-
-    def warmup_tokens(self, num_tokens: int, num_sequences: int) -> Tokens:
-        """Tokens of no sequence, to run the model without effect: nothing is stored, and what is read is any memory."""
-        counts = np.full(num_sequences, num_tokens // num_sequences)
-        counts[0] += num_tokens - counts.sum()
-        zeros = np.zeros(num_tokens, dtype=np.int64)
-        nothing = np.zeros(num_sequences, dtype=np.int64)
-        # The keys of a sequence all lie in the first blocks, however long it is.
-        kv_lens = np.minimum(counts, self.tables.array.shape[1] * self.block_size)
-        work = _Work(counts, kv_lens, nothing, np.cumsum(counts) - counts, zeros - 1)
-        return self.sent(zeros, zeros, work, np.ones(num_sequences, dtype=np.int64))
-
-    def decode_layout(self, size: int) -> "DecodeLayout":
-        """Where the numbers of a step of up to `size` single tokens stand in one tensor."""
-        assert self.planner is not None, "graphs of steps are a GPU's"
-        return DecodeLayout(size, self.planner.max_num_splits(size), self.tables.array.shape[1])
-
-    def decode_numbers(self, batch: Batch, layout: "DecodeLayout") -> Tensor:
-        """A batch of single tokens by its layout, on the host."""
-        ids, positions, work = self._numbers(batch)
-        count, width = len(ids), -(-int(work.kv_lens.max()) // self.block_size)
-        splits = plan.kv_splits(work.first_rows, work.first_rows, work.first_rows, work.kv_lens, layout.splits)
-        host = torch.empty(layout.total, dtype=torch.int32, pin_memory=True)
-        views = {name: view.numpy() for name, view in layout.views(host).items()}
-        for name, array in (("ids", ids), ("positions", positions), ("slots", work.slots), ("seq_lens", work.kv_lens)):
-            views[name][:count] = array
-            views[name][count:] = -1 if name == "slots" else 0
-        views["splits"][: len(splits)] = splits
-        views["splits"][len(splits) :] = [-1, 0, 0, 0, 0, 0, 0, 1]
-        views["tables"][:count, :width] = self.tables.array[work.table_rows, :width]
-        return host
-
-
-@dataclass(frozen=True)
-class DecodeLayout:
-    """Sections of the one tensor that a step of single tokens sends to the device; each begins at a whole line."""
-
-    size: int
-    splits: int
-    blocks: int
-
-    @property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        tokens = dict.fromkeys(("ids", "positions", "slots", "seq_lens"), (self.size,))
-        return {**tokens, "splits": (self.splits, plan.SPLIT_COLUMNS), "tables": (self.size, self.blocks)}
-
-    @property
-    def total(self) -> int:
-        """Numbers of all sections."""
-        return sum(_padded(shape) for shape in self._shapes.values())
-
-    def views(self, whole: Tensor) -> dict[str, Tensor]:
-        """The sections of a tensor of `total` numbers."""
-        made, start = {}, 0
-        for name, shape in self._shapes.items():
-            made[name] = whole[start : start + int(np.prod(shape))].view(shape)
-            start += _padded(shape)
-        return made
-
-    def tokens(self, whole: Tensor) -> Tokens:
-        """What the model takes, as views of a tensor on the device."""
-        views = self.views(whole)
-        meta = AttentionMeta(
-            query_start=views["ids"],
-            seq_lens=views["seq_lens"],
-            block_tables=views["tables"],
-            slot_mapping=views["slots"],
-            query_lens=[1] * self.size,
-            kv_lens=[],
-            plan=AttentionPlan(None, views["splits"]),
-        )
-        return Tokens(views["ids"], views["positions"], meta, any_pending=True)
-
-
-def _padded(shape: tuple[int, ...]) -> int:
-    """Numbers of a section with what fills up its last line of 128 bytes."""
-    return -(-int(np.prod(shape)) // 32) * 32

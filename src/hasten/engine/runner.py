@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.engine.batch import Batch
-from hasten.engine.graphs import DecodeGraphs, StepOutput
+from hasten.engine.graphs import StepGraphs, StepOutput
 from hasten.engine.inputs import BlockTables, Inputs, Tokens
 from hasten.layers.attention import Attention
 from hasten.layers.position import RopeTables
@@ -40,7 +40,7 @@ class Runner:
         self._caches = ops.BlockCaches.of(())
         self.chosen = torch.zeros(max_sequences, dtype=torch.int32, device=device)
         """Tokens of the last step, in the order of its rows."""
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         self._output: StepOutput | None = None
         """Of the last step, if a graph made it."""
 
@@ -100,17 +100,20 @@ class Runner:
         return torch.cuda.max_memory_allocated() - before
 
     @torch.inference_mode()
-    def capture_graphs(self) -> None:
-        """Capture steps of single tokens; from now on they are replayed."""
-        self._graphs = DecodeGraphs(self._decode, self._inputs, self.max_sequences)
+    def capture_graphs(self, most_mixed_tokens: int) -> None:
+        """Capture steps of single tokens, and steps with prompts up to so many; from now on they are replayed."""
+        self._graphs = StepGraphs(self._decode, self._mixed, self._inputs, self.max_sequences, most_mixed_tokens)
 
     def release_graphs(self) -> None:
         """Let the graphs go: NCCL does not leave a group that one of them still has work of."""
         self._graphs = self._output = None
 
-    def _decode(self, tokens: Tokens) -> StepOutput:
+    def _mixed(self, tokens: Tokens) -> StepOutput:
         ids = ops.resolve_ids(tokens.ids, self.chosen)
-        hidden = self.model(ids, tokens.positions, tokens.meta)
+        return StepOutput(self.model(ids, tokens.positions, tokens.meta))
+
+    def _decode(self, tokens: Tokens) -> StepOutput:
+        hidden = self._mixed(tokens).hidden
         logits = self.model.head.local_logits(hidden)
         return StepOutput(hidden, logits, self.model.head.greedy(logits))
 
@@ -119,11 +122,9 @@ class Runner:
         for copies in batch.copy_rounds():
             sources_n, targets_n = ops.to_device(list(zip(*copies, strict=True)), torch.int64, self.device)
             ops.copy_blocks(self._caches, sources_n, targets_n)
-        self._output = None
-        if self._graphs is not None and sum(needed) == batch.num_tokens == len(batch.sequences):
-            self._output = self._graphs.replay(batch)
-            if self._output is not None:
-                return self._output.hidden
+        self._output = None if self._graphs is None else self._graphs.replay(batch, needed)
+        if self._output is not None:
+            return self._output.hidden
         tokens = self._inputs.tokens(batch, needed)
         ids = ops.resolve_ids(tokens.ids, self.chosen) if tokens.any_pending else tokens.ids
         hidden: Tensor = self.model(ids, tokens.positions, tokens.meta)
@@ -135,16 +136,23 @@ class Runner:
 
     def greedy(self, hidden_th: Tensor, rows: list[int]) -> Tensor:
         """The most probable tokens, int32 [r], of these rows, on every rank; -1 where the logits are not finite."""
-        if self._output is not None and self._output.hidden is hidden_th and len(rows) == len(hidden_th):
-            return self._output.tokens
+        output = self._replayed(hidden_th, rows)
+        if output is not None and output.tokens is not None:
+            return output.tokens
         return self.model.head.greedy(self._local_logits(hidden_th, rows))
 
     def _local_logits(self, hidden_th: Tensor, rows: list[int]) -> Tensor:
-        if len(rows) == hidden_th.shape[0]:
-            if self._output is not None and self._output.hidden is hidden_th:
-                return self._output.local_logits
-            return self.model.head.local_logits(hidden_th)
-        return self.model.head.local_logits(hidden_th[ops.to_device(rows, torch.int64, self.device)])
+        output = self._replayed(hidden_th, rows)
+        if output is not None and output.local_logits is not None:
+            return output.local_logits
+        if len(rows) < len(hidden_th):
+            hidden_th = hidden_th[ops.to_device(rows, torch.int64, self.device)]
+        return self.model.head.local_logits(hidden_th)
+
+    def _replayed(self, hidden_th: Tensor, rows: list[int]) -> StepOutput | None:
+        """What a graph left of these hidden states, if all rows are wanted."""
+        output = self._output
+        return output if output is not None and output.hidden is hidden_th and len(rows) == len(hidden_th) else None
 
     def remember(self, tokens_r: Tensor) -> None:
         """Keep the tokens that this step chose: the next one reads those that the host does not know by then."""

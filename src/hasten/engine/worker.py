@@ -208,13 +208,19 @@ class Worker:
             if self.device.type == "cuda":
                 self._warm_up(config.scheduler)
                 if not config.enforce_eager:
-                    self.runner.capture_graphs()
+                    self.runner.capture_graphs(self._most_mixed_tokens(config.scheduler))
         return length, min(useful, fits)
 
     def _warm_up(self, config: SchedulerConfig) -> None:
         """Compile the kernels of all kinds of steps before the first request comes."""
         most = min(config.max_num_batched_tokens or 1, _WARMUP_TOKENS)
         self.runner.warm_up(most, [count for count in _WARMUP_SEQUENCES if count <= min(config.max_num_seqs, most)])
+
+    def _most_mixed_tokens(self, config: SchedulerConfig) -> int:
+        """Tokens of the largest step with prompts that may be a graph."""
+        most = config.max_num_batched_tokens or 1
+        # Sums of more rows are NCCL's, which can hang in a graph where others set its options.
+        return most if self.ranks.group.size == 1 else min(most, _MOST_EXCHANGED_ROWS)
 
     def _free_memory(self, config: EngineConfig, length: int, ropes: RopeTables) -> int:
         """Bytes that the cache may take by default: on a GPU what the largest step leaves."""

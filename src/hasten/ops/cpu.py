@@ -232,7 +232,11 @@ def paged_attention(  # noqa: D103
     if plan is None:
         plan = meta.scratch[key] = _plan(meta, key_cache, query_tnd.shape[1], alibi_slopes_n, window)
     query_tx = query_tnd.flatten(1).float()
-    out_tx = query_tx.new_empty(query_tx.shape) if len(plan) > 1 or plan[0][0].rows is not None else None
+    out_tx = None
+    if min(meta.kv_lens) == 0:
+        out_tx = torch.zeros_like(query_tx)
+    elif len(plan) > 1 or plan[0][0].rows is not None:
+        out_tx = torch.empty_like(query_tx)
     for group, kept in plan:
         bias = group.bias(alibi_slopes_n, window) if kept is None else kept
         done = _attend(group, query_tx, key_cache, value_cache, bias, scale, softcap)
@@ -326,8 +330,8 @@ def _plan(
 
 def _runs(meta: AttentionMeta, block_size: int, window: int | None) -> list[_Run]:
     runs, start = [], 0
-    for sequence, (queries, keys) in enumerate(zip(meta.query_lens, meta.kv_lens, strict=True)):
-        for offset in range(0, queries, _QUERY_CHUNK):
+    for sequence, queries, keys in zip(meta.sequences, meta.query_lens, meta.kv_lens, strict=True):
+        for offset in range(0, queries if keys else 0, _QUERY_CHUNK):
             count = min(_QUERY_CHUNK, queries - offset)
             position = keys - queries + offset
             skipped = 0 if window is None else max(0, position - window + 1) // block_size

@@ -12,22 +12,24 @@ from hasten.ops.plan import AttentionPlan
 class AttentionMeta:
     """One form for prefill, chunks of it, decoding and mixtures: they differ only in numbers.
 
-    The batch has t tokens of s sequences, end to end. All tensors are int32 but `slot_mapping`, which is int64.
+    The batch has t tokens of s sequences, end to end. Tensors are of whole numbers, on a GPU all int32.
     """
 
-    query_start: Tensor
-    """[s + 1]: where each sequence's tokens begin in the batch; the last entry is t."""
-    seq_lens: Tensor
-    """[s]: tokens of each sequence that attention sees, those of this batch included."""
+    num_tokens: int
+    """Tokens of this batch, or of the part of one."""
     block_tables: Tensor
-    """[s, b]: numbers of the cache blocks of each sequence; entries past its end may be anything valid; on a GPU
-    they are not read."""
+    """[., b]: numbers of the cache blocks of each sequence; entries past its end may be anything valid. A part of a
+    batch has those of the whole. Kernels of a GPU find a sequence's by the plan, and nothing else of their form."""
     slot_mapping: Tensor
-    """[t]: cache slot (block * block size + offset) that each token's key and value go to; -1 to store nothing."""
+    """[t]: cache slot (block * block size + offset) that each token's key and value go to; -1 to store nothing. Of the
+    whole batch, in a part too."""
+    sequences: list[int]
+    """[s] on the host: the row of each sequence in `block_tables`."""
     query_lens: list[int]
     """[s] on the host: tokens of each sequence in this batch."""
     kv_lens: list[int]
-    """[s] on the host: `seq_lens`."""
+    """[s] on the host: tokens of each sequence that attention sees, those of this batch included. Tokens of a sequence
+    without any get zeros."""
     output_indices: Tensor | None = None
     """[t]: rows of these tokens in the batch that this is the output part of."""
     plan: AttentionPlan | None = None
@@ -43,8 +45,3 @@ class AttentionMeta:
             return x_th
         assert self.output_part.output_indices is not None
         return x_th[self.output_part.output_indices]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of this batch, or part of one."""
-        return self.slot_mapping.shape[0]

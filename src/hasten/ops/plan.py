@@ -15,9 +15,11 @@ Integers = np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]
 TILE = 64
 """Queries in a tile."""
 TILE_COLUMNS = 5
-"""Of a tile: sequence, row of its first query in the queries, in the output, queries, position of the first."""
+"""Of a tile: start of the block table, row of its first query in the queries, in the output, queries, position of the
+first."""
 SPLIT_COLUMNS = 8
-"""Of a split: sequence, row of the query, of the output, first key, end, keys of the sequence, place, splits."""
+"""Of a split: start of the block table, row of the query, of the output, first key, end, keys of the sequence, place,
+splits."""
 _MIN_SPLIT_LEN = 64
 _PROGRAMS = 16
 """Programs of the kernel for single queries that one multiprocessor can hold, and few tokens should fill."""
@@ -25,12 +27,12 @@ _PROGRAMS = 16
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """The work items of one step, on the device; None where there are none of a kind."""
+    """The work items of one step, on the device; None where there are none of a kind. Items of zeros are no work."""
 
     tiles: Tensor | None
     """[tiles, TILE_COLUMNS], int32."""
     splits: Tensor | None
-    """[splits, SPLIT_COLUMNS], int32; those with a negative sequence are empty."""
+    """[splits, SPLIT_COLUMNS], int32."""
 
 
 @dataclass(frozen=True)
@@ -56,42 +58,51 @@ class Planner:
         """
         return max(2 * sequences, -(-_PROGRAMS * self.multiprocessors // self.heads))
 
-    def plan(self, query_rows: Integers, query_lens: Integers, kv_lens: Integers) -> dict[str, Integers]:
-        """`tiles` and `splits` of a step, as far as there are any; where its sequences' queries begin, and how many."""
+    def plan(
+        self, tables: Integers, query_rows: Integers, query_lens: Integers, kv_lens: Integers
+    ) -> dict[str, Integers]:
+        """`tiles` and `splits` of a step, as far as there are any.
+
+        Of each sequence: where its block table begins among the numbers of all, where its queries begin, how many they
+        are, and its keys.
+        """
         out_rows = np.cumsum(query_lens) - query_lens
         made: dict[str, Integers] = {}
         if (which := (query_lens > 1).nonzero()[0]).size:
-            made["tiles"] = tiles(which, query_rows[which], out_rows[which], query_lens[which], kv_lens[which])
+            made["tiles"] = tiles(tables[which], query_rows[which], out_rows[which], query_lens[which], kv_lens[which])
         if (which := (query_lens <= 1).nonzero()[0]).size:
             most = self.max_num_splits(len(which))
-            made["splits"] = kv_splits(which, query_rows[which], out_rows[which], kv_lens[which], most)
+            made["splits"] = kv_splits(tables[which], query_rows[which], out_rows[which], kv_lens[which], most)
         return made
 
 
-def kv_splits(sequences: Integers, query_rows: Integers, out_rows: Integers, kv_lens: Integers, most: int) -> Integers:
-    """Cut the keys of sequences with one query each into at most `most` splits of about equal length: [splits, 8]."""
-    spare = max(1, most - len(sequences))
+def kv_splits(tables: Integers, query_rows: Integers, out_rows: Integers, kv_lens: Integers, most: int) -> Integers:
+    """Cut the keys of sequences with one query each into at most `most` splits of about equal length: [splits, 8].
+
+    A sequence without keys has one split.
+    """
+    spare = max(1, most - len(tables))
     length = max(_MIN_SPLIT_LEN, -(-int(kv_lens.sum()) // spare))
     length = -(-length // 32) * 32
     counts = np.maximum(1, -(-kv_lens // length))
-    owner = np.repeat(np.arange(len(sequences)), counts)
+    owner = np.repeat(np.arange(len(tables)), counts)
     place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
     even = (kv_lens + 32 * counts - 1) // (32 * counts) * 32  # equal splits of one sequence, none a short rest
     begin = np.minimum(place * even[owner], kv_lens[owner])
     end = np.minimum(begin + even[owner], kv_lens[owner])
-    columns = (sequences[owner], query_rows[owner], out_rows[owner], begin, end, kv_lens[owner], place, counts[owner])
+    columns = (tables[owner], query_rows[owner], out_rows[owner], begin, end, kv_lens[owner], place, counts[owner])
     return np.stack(columns, axis=1).astype(np.int32)
 
 
 def tiles(
-    sequences: Integers, query_rows: Integers, out_rows: Integers, query_lens: Integers, kv_lens: Integers
+    tables: Integers, query_rows: Integers, out_rows: Integers, query_lens: Integers, kv_lens: Integers
 ) -> Integers:
     """Cut the queries of sequences into tiles, those with the most keys first: [tiles, 5]."""
     counts = -(-query_lens // TILE)
-    owner = np.repeat(np.arange(len(sequences)), counts)
+    owner = np.repeat(np.arange(len(tables)), counts)
     first = TILE * (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts))
     count = np.minimum(TILE, query_lens[owner] - first)
     position = kv_lens[owner] - query_lens[owner] + first
-    columns = (sequences[owner], query_rows[owner] + first, out_rows[owner] + first, count, position)
+    columns = (tables[owner], query_rows[owner] + first, out_rows[owner] + first, count, position)
     made = np.stack(columns, axis=1).astype(np.int32)
     return made[np.argsort(-(position + count), kind="stable")]

@@ -258,7 +258,7 @@ def paged_attention(  # noqa: D103
     block_size, groups = key_cache.shape[1], query_tnd.shape[1] // key_cache.shape[2]
     out_tnd = torch.empty_like(query_tnd)
     start = 0
-    for row, (query_len, kv_len) in enumerate(zip(meta.query_lens, meta.kv_lens, strict=True)):
+    for row, query_len, kv_len in zip(meta.sequences, meta.query_lens, meta.kv_lens, strict=True):
         blocks = meta.block_tables[row, : -(-kv_len // block_size)].long()
         key_knd = key_cache[blocks].flatten(0, 1)[:kv_len].float().repeat_interleave(groups, dim=1)
         value_knd = value_cache[blocks].flatten(0, 1)[:kv_len].float().repeat_interleave(groups, dim=1)
@@ -283,8 +283,8 @@ def resolve_ids(ids_t: Tensor, chosen_r: Tensor) -> Tensor:  # noqa: D103
 
 def _distances(query_len: int, kv_len: int, device: torch.device) -> Tensor:
     """Key position minus query position, [q, k]; the queries are the last tokens of the sequence."""
-    keys_k = torch.arange(kv_len, device=device)
-    return keys_k.unsqueeze(0) - keys_k[kv_len - query_len :].unsqueeze(1)
+    keys_k, positions_q = (torch.arange(first, kv_len, device=device) for first in (0, kv_len - query_len))
+    return keys_k.unsqueeze(0) - positions_q.unsqueeze(1)
 
 
 def copy_blocks(caches: BlockCaches, sources_n: Tensor, targets_n: Tensor) -> None:  # noqa: D103

@@ -1,6 +1,9 @@
 """Small tensors between host and device, without the host waiting for what the device has still to do."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -51,17 +54,52 @@ def _start(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
+@dataclass(frozen=True)
+class Sections:
+    """Arrays of whole numbers in one int32 tensor, so that one copy brings them to a device."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of each array, or the largest that it may have. Each begins at a line, in this order."""
+
+    @cached_property
+    def _places(self) -> dict[str, slice]:
+        sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        starts = accumulate((-(-size // _LINE) * _LINE for size in sizes.values()), initial=0)
+        return {name: slice(start, start + size) for (name, size), start in zip(sizes.items(), starts, strict=False)}
+
+    @property
+    def total(self) -> int:
+        """Numbers of a tensor that holds all of them."""
+        return max((place.stop for place in self._places.values()), default=0)
+
+    def hold(self, arrays: Mapping[str, Integers]) -> bool:
+        """Whether there is room for each of these arrays."""
+        return all(
+            name in self.shapes and all(has <= most for has, most in zip(array.shape, self.shapes[name], strict=True))
+            for name, array in arrays.items()
+        )
+
+    def packed(self, arrays: Mapping[str, Integers], device: torch.device) -> Tensor:
+        """The arrays on the host, for a copy to `device`; zeros where there are none.
+
+        What lies behind the last array is left out. Arrays may be shorter than their sections along the first axis.
+        """
+        places = {name: self._places[name].start for name in arrays}
+        host = host_buffer((max(places[name] + array.size for name, array in arrays.items()),), device)
+        numbers = host.numpy()
+        numbers.fill(0)
+        for name, array in arrays.items():
+            numbers[places[name] : places[name] + array.size] = array.ravel()
+        return host
+
+    def views(self, whole: Tensor) -> dict[str, Tensor]:
+        """The sections of a tensor of `total` numbers."""
+        return {name: whole[place].view(self.shapes[name]) for name, place in self._places.items()}
+
+
 def send(arrays: Mapping[str, Integers], device: torch.device) -> dict[str, Tensor]:
     """Arrays of whole numbers on a device: on a CPU as they are, on others as int32, all in one copy."""
     if device.type == "cpu":
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
-    starts = list(accumulate((-(-array.size // _LINE) * _LINE for array in arrays.values()), initial=0))
-    host = torch.empty(starts[-1], dtype=torch.int32, pin_memory=True)
-    numbers = host.numpy()
-    for start, array in zip(starts, arrays.values(), strict=False):
-        numbers[start : start + array.size] = array.ravel()
-    sent = host.to(device, non_blocking=True)
-    return {
-        name: sent[start : start + array.size].view(array.shape)
-        for start, (name, array) in zip(starts, arrays.items(), strict=False)
-    }
+    sections = Sections({name: array.shape for name, array in arrays.items()})
+    return sections.views(sections.packed(arrays, device).to(device, non_blocking=True))

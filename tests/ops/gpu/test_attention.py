@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
+from hasten.engine.graphs import Size
 from hasten.engine.inputs import BlockTables, Inputs
 from hasten.engine.sequence import Sequence
 from hasten.layers.position import alibi_slopes
@@ -274,24 +275,51 @@ def test_a_part_of_a_batch_gets_what_it_gets_in_the_whole(
     assert_close("tile", case.run(part), case.expected(whole(case))[rows.long()])
 
 
+def padded(case: Case, needed: list[int], tokens: int, outputs: int | None) -> AttentionMeta:
+    """The step as in a graph: padded, in sections with room for more, and memory behind it that is no number."""
+    size = Size(tokens, outputs)
+    step = case.inputs.step(case.batch, needed)
+    sections = case.inputs.sections(tokens, outputs, tokens)
+    arrays = size.arrays(case.inputs, step)
+    assert sections.hold(arrays)
+    whole = torch.full((sections.total,), 1 << 30, dtype=torch.int32, device=case.device)
+    host = sections.packed(arrays, case.device)
+    whole[: len(host)] = host.to(case.device)
+    case.query_tnd = torch.cat((case.query_tnd, case.query_tnd[:1].expand(tokens - len(case.query_tnd), -1, -1)))
+    return case.inputs.seen(step.padded(tokens, outputs), sections.views(whole)).meta
+
+
 @pytest.mark.parametrize("size", [3, 5])
-def test_what_fills_up_a_step_of_single_tokens_reads_and_writes_nothing(
-    size: int, device: torch.device, assert_close: Close, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_padded_steps_of_single_tokens(size: int, device: torch.device, assert_close: Close) -> None:
     case = Case(Heads(), torch.float16, device).fill([(1, 70), (1, 1), (1, 33)])
     case.inputs.planner = FewSplits(case.heads.query, 0, size + 3)
-    layout = case.inputs.decode_layout(size)
-    if not HAS_GPU:
-        pageable = torch.empty
-        monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: pageable(*shape, **options))
-    meta = layout.tokens(case.inputs.decode_numbers(case.batch, layout).to(device)).meta
-    assert meta.plan is not None
-    assert meta.plan.splits is not None
-    assert -1 in meta.plan.splits[:, 0].tolist()
+    expected = case.expected(whole(case))
+    meta = padded(case, [1, 1, 1], size, None)
     for _ in range(2):  # as two layers do
         found = case.run(meta)
-        assert_close("attention", found[:3], case.expected(whole(case)))
-        assert found[3:].isnan().all()
+        assert_close("attention", found[:3], expected)
+        assert not found[3:].any()
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("tokens", [131, 132, 140, 200])
+def test_padded_steps_with_prompts(tokens: int, window: int | None, device: torch.device, assert_close: Close) -> None:
+    lengths = [(40, 40), (70, 90), (1, 33), (1, 1), (18, 18), (1, 140)]
+    case = Case(Heads(query=2, kv=1), torch.float16, device, window=window).fill(lengths, CUT)
+    needed = [1, 0, 1, 1, 1, 1]
+    whole_step = case.inputs.tokens(case.batch, needed).meta
+    part = whole_step.output_part
+    assert part is not None
+    expected, expected_part = case.expected(whole_step), case.expected(part)
+    meta = padded(case, needed, tokens, 8)
+    for _ in range(2):  # as two layers do
+        found = case.run(meta)
+        assert_close("tile", found[:131], expected)
+        assert not found[131:].any()
+    assert meta.output_part is not None
+    found = case.run(meta.output_part)
+    assert_close("attention", found[:5], expected_part)
+    assert not found[5:].any()
 
 
 @pytest.mark.parametrize("seed", range(3))

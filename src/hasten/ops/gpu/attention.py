@@ -2,6 +2,7 @@
 
 Shapes: t tokens, n query heads, m key/value heads, d head size. Caches are [blocks, block size, m, d] in any strides
 but a unit one for d. The host divides the work (`plan.py`): single tokens by splits of their keys, several by tiles.
+Queries without keys get zeros.
 """
 
 import torch
@@ -42,7 +43,7 @@ def _add_up(part_sums, part_weights, first, parts, STEP: tl.constexpr, BLOCK_D: 
     return sum_d, weight
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit
 def _one_query(
     query,
     keys,
@@ -55,7 +56,6 @@ def _one_query(
     part_weights,
     arrived,
     query_stride,
-    table_stride,
     block_stride,
     token_stride,
     head_stride,
@@ -83,7 +83,7 @@ def _one_query(
     head = tl.program_id(0)
     place = tl.program_id(1)
     item = items + place * COLUMNS
-    sequence = tl.load(item)
+    table = tables + tl.load(item)
     query_row = tl.load(item + 1).to(tl.int64)
     out_row = tl.load(item + 2).to(tl.int64)
     begin = tl.load(item + 3)
@@ -98,9 +98,8 @@ def _one_query(
     if HAS_SLOPES:
         slope = tl.load(slopes + head).to(tl.float32) * 1.4426950408889634
     base = (head // GROUP).to(tl.int64) * head_stride
-    table = tables + tl.maximum(sequence, 0).to(tl.int64) * table_stride
     wait_for_inputs(PDL)
-    if sequence >= 0:
+    if parts > 0:
         q_d = tl.load(query + query_row * query_stride + head * D + d, in_head, 0.0).to(tl.float32) * scale
         top_n = tl.full([BLOCK_N], _FAR, tl.float32)
         weight_n = tl.zeros([BLOCK_N], tl.float32)
@@ -142,7 +141,8 @@ def _one_query(
         sum_d = tl.sum(sum_nd * decay_n[:, None], 0)
         target = out + (out_row * HEADS + head) * D + d
         if parts == 1:
-            tl.store(target, (sum_d / weight).to(out.dtype.element_ty), in_head)
+            # A weight is at least 1, that of the greatest score, or 0 where there are no keys.
+            tl.store(target, (sum_d / tl.maximum(weight, 1.0)).to(out.dtype.element_ty), in_head)
         else:
             mine = place * HEADS + head
             tl.store(part_sums + mine * BLOCK_D + d, sum_d)
@@ -157,7 +157,7 @@ def _one_query(
                 tl.store(target, (sum_d / weight).to(out.dtype.element_ty), in_head)
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit
 def _tile(
     query,
     keys,
@@ -167,7 +167,6 @@ def _tile(
     items,
     out,
     query_stride,
-    table_stride,
     block_stride,
     token_stride,
     head_stride,
@@ -192,7 +191,7 @@ def _tile(
     start_next(PDL)
     head = tl.program_id(0)
     item = items + tl.program_id(1) * COLUMNS
-    sequence = tl.load(item)
+    table = tables + tl.load(item)
     query_row = tl.load(item + 1).to(tl.int64)
     out_row = tl.load(item + 2).to(tl.int64)
     count = tl.load(item + 3)
@@ -208,7 +207,6 @@ def _tile(
     if HAS_SLOPES:
         slope = tl.load(slopes + head).to(tl.float32) * 1.4426950408889634
     base = (head // GROUP).to(tl.int64) * head_stride
-    table = tables + sequence.to(tl.int64) * table_stride
     top_m = tl.full([BLOCK_M], _FAR, tl.float32)
     weight_m = tl.zeros([BLOCK_M], tl.float32)
     sum_md = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -243,7 +241,8 @@ def _tile(
         sum_md = tl.dot(p_mn.to(v_nd.dtype), v_nd, sum_md, input_precision=PRECISION)
         top_m = new_m
     target = out + ((out_row + m)[:, None] * HEADS + head) * D + d[None, :]
-    tl.store(target, (sum_md / weight_m[:, None]).to(out.dtype.element_ty), mask_md)
+    # A weight is at least 1, that of the greatest score, or 0 where there are no keys.
+    tl.store(target, (sum_md / tl.maximum(weight_m, 1.0)[:, None]).to(out.dtype.element_ty), mask_md)
 
 
 def paged_attention(
@@ -275,7 +274,7 @@ def paged_attention(
     )
     slopes = query_tnd if alibi_slopes_n is None else alibi_slopes_n
     shared = (query_tnd, key_cache, value_cache, slopes, meta.block_tables)
-    strides = (query_tnd.stride(0), meta.block_tables.stride(0), *key_cache.stride()[:3])
+    strides = (query_tnd.stride(0), *key_cache.stride()[:3])
     cap = (softcap or 0.0) * _LOG2_E
     wide = key_cache.dtype == torch.float32
     if plan.tiles is not None:
@@ -285,7 +284,7 @@ def paged_attention(
             PRECISION="ieee" if wide else "tf32", COLUMNS=TILE_COLUMNS, num_warps=4, **common,
         )  # fmt: skip
     if plan.splits is not None:
-        sums, weights, arrived = _parts(meta, plan.splits.shape[0], heads, common["BLOCK_D"])
+        sums, weights, arrived = _parts(meta, plan.splits, heads, common["BLOCK_D"])
         lanes, stages, warps = _cut(meta.num_tokens)
         _one_query[(heads, plan.splits.shape[0])](
             *shared, plan.splits, out_tnd, sums, weights, arrived, *strides, scale * _LOG2_E, cap,
@@ -303,14 +302,13 @@ def _cut(queries: int) -> tuple[int, int, int]:
     return (8, 3, 1) if 2 < queries <= 128 else (16, 3, 2)
 
 
-def _parts(meta: AttentionMeta, splits: int, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def _parts(meta: AttentionMeta, splits: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where splits of one query leave their results for each other; one place for all layers, which take turns."""
     made = meta.scratch.get("parts")
     if made is None:
-        device = meta.seq_lens.device
         made = meta.scratch["parts"] = (
-            torch.empty(splits, heads, width, dtype=torch.float32, device=device),
-            torch.empty(splits, heads, 2, dtype=torch.float32, device=device),
-            torch.zeros(meta.num_tokens, heads, dtype=torch.int32, device=device),
+            splits.new_empty(len(splits), heads, width, dtype=torch.float32),
+            splits.new_empty(len(splits), heads, 2, dtype=torch.float32),
+            splits.new_zeros(meta.num_tokens, heads),
         )
     return made
