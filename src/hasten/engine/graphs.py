@@ -79,8 +79,28 @@ def mixed_sizes(most: int, max_sequences: int) -> list[Size]:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """All sizes of both families, in ascending order."""
+
+    decode: list[Size]
+    mixed: list[Size]
+
+    @classmethod
+    def up_to(cls, max_sequences: int, most_mixed_tokens: int) -> "Sizes":
+        """For steps of as many single tokens, and of as many tokens with prompts."""
+        return cls(decode_sizes(max_sequences), mixed_sizes(most_mixed_tokens, max_sequences))
+
+    def of(self, batch: Batch, needed: list[int]) -> Size | None:
+        """The least size that a batch can be padded to; None where there is none."""
+        tokens, outputs = batch.num_tokens, sum(needed)
+        if max(needed) > 1:
+            return None
+        sizes = self.decode if outputs == tokens else self.mixed
+        return next((size for size in sizes if size.tokens >= tokens), None)
+
+
+@dataclass(frozen=True)
 class _Graph:
-    size: Size
     sections: Sections
     numbers: Tensor
     graph: torch.cuda.CUDAGraph
@@ -94,26 +114,19 @@ Compute = Callable[[Tokens], StepOutput]
 class StepGraphs:
     """Graphs of all sizes, which share their memory."""
 
-    def __init__(
-        self, decode: Compute, mixed: Compute, inputs: Inputs, max_sequences: int, most_mixed_tokens: int
-    ) -> None:
+    def __init__(self, decode: Compute, mixed: Compute, inputs: Inputs, max_sequences: int, sizes: Sizes) -> None:
         self._inputs = inputs
-        self._decode: list[_Graph] = []
-        self._mixed: list[_Graph] = []
-        families = (
-            (self._mixed, mixed, mixed_sizes(most_mixed_tokens, max_sequences)),
-            (self._decode, decode, decode_sizes(max_sequences)),
-        )
-        sections = {
-            size: inputs.sections(size.tokens, size.outputs, max_sequences) for *_, sizes in families for size in sizes
-        }
+        self._sizes = sizes
+        self._graphs: dict[Size, _Graph] = {}
+        computed = dict.fromkeys(sizes.mixed, mixed) | dict.fromkeys(sizes.decode, decode)
+        sections = {size: inputs.sections(size.tokens, size.outputs, max_sequences) for size in computed}
         largest = max(each.total for each in sections.values())
         self._numbers = torch.zeros(largest, dtype=torch.int32, device=inputs.device)
         stream, pool = torch.cuda.Stream(inputs.device), torch.cuda.graph_pool_handle()
         try:
             # The largest first: the others then fit into the memory that it took.
-            for graphs, compute, sizes in families:
-                graphs += (self._captured(compute, size, sections[size], stream, pool) for size in reversed(sizes))
+            for size in sorted(computed, key=lambda size: size.tokens, reverse=True):
+                self._graphs[size] = self._captured(computed[size], size, sections[size], stream, pool)
         except torch.OutOfMemoryError as error:
             raise CapacityError(
                 "no memory is left for CUDA graphs; lower gpu_memory_utilization, kv_cache_memory or max_num_seqs, "
@@ -141,7 +154,7 @@ class StepGraphs:
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 output = compute(self._inputs.seen(padded, sections.views(numbers)))
         torch.cuda.current_stream().wait_stream(stream)
-        return _Graph(size, sections, numbers, graph, output)
+        return _Graph(sections, numbers, graph, output)
 
     def _put(self, arrays: Arrays, sections: Sections, numbers: Tensor) -> None:
         host = sections.packed(arrays, self._inputs.device)
@@ -149,19 +162,12 @@ class StepGraphs:
 
     def replay(self, batch: Batch, needed: list[int]) -> StepOutput | None:
         """Run a batch; None where no graph has room for it."""
-        tokens, outputs = batch.num_tokens, sum(needed)
-        if outputs == tokens == len(batch.sequences):
-            graphs = self._decode
-        elif outputs < tokens and max(needed) <= 1:
-            graphs = self._mixed
-        else:
+        size = self._sizes.of(batch, needed)
+        if size is None:
             return None
-        chosen = next((graph for graph in reversed(graphs) if graph.size.tokens >= tokens), None)
-        if chosen is None:
-            return None
-        arrays = chosen.size.arrays(self._inputs, self._inputs.step(batch, needed))
+        arrays, chosen = size.arrays(self._inputs, self._inputs.step(batch, needed)), self._graphs[size]
         if not chosen.sections.hold(arrays):
             return None
         self._put(arrays, chosen.sections, chosen.numbers)
         chosen.graph.replay()
-        return chosen.output.first(outputs)
+        return chosen.output.first(sum(needed))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.engine.batch import Batch
-from hasten.engine.graphs import StepGraphs, StepOutput
+from hasten.engine.graphs import Sizes, StepGraphs, StepOutput
 from hasten.engine.inputs import BlockTables, Inputs, Tokens
 from hasten.layers.attention import Attention
 from hasten.layers.position import RopeTables
@@ -102,7 +102,8 @@ class Runner:
     @torch.inference_mode()
     def capture_graphs(self, most_mixed_tokens: int) -> None:
         """Capture steps of single tokens, and steps with prompts up to so many; from now on they are replayed."""
-        self._graphs = StepGraphs(self._decode, self._mixed, self._inputs, self.max_sequences, most_mixed_tokens)
+        sizes = Sizes.up_to(self.max_sequences, most_mixed_tokens)
+        self._graphs = StepGraphs(self._decode, self._mixed, self._inputs, self.max_sequences, sizes)
 
     def release_graphs(self) -> None:
         """Let the graphs go: NCCL does not leave a group that one of them still has work of."""

@@ -1,0 +1,105 @@
+"""Which graph a step is, and that padding changes nothing.
+
+A CPU has no graphs: here padded steps are computed kernel by kernel, and not replayed.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hasten import LLM, RequestOutput, SamplingParams
+from hasten.engine.batch import Batch
+from hasten.engine.graphs import Size, Sizes, StepOutput
+from hasten.engine.runner import Runner
+from hasten.engine.sequence import Sequence
+
+MakeModel = Callable[..., Path]
+MakeSequence = Callable[..., Sequence]
+
+LENGTHS = (1, 2, 15, 16, 17, 40, 64, 65, 90)
+"""On both sides of a block's border and of a window."""
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("Bloom", {}),
+    "llama": ("Llama", {}),
+    "windows and caps": ("Gemma2", {"sliding_window": 9, "head_dim": 16, "query_pre_attn_scalar": 20}),
+}
+
+
+class PaddedSteps:
+    """In the place of graphs: the same steps, padded in the same way, computed as they are."""
+
+    def __init__(self, runner: Runner, sizes: Sizes) -> None:
+        self.runner = runner
+        self.sizes = sizes
+        self.seen: Counter[bool | None] = Counter()
+
+    def replay(self, batch: Batch, needed: list[int]) -> StepOutput | None:
+        size = self.sizes.of(batch, needed)
+        self.seen[None if size is None else size.outputs is None] += 1
+        if size is None:
+            return None
+        inputs = self.runner._inputs
+        tokens = inputs.sent(inputs.step(batch, needed).padded(size.tokens, size.outputs))
+        compute = self.runner._decode if size.outputs is None else self.runner._mixed
+        return compute(tokens).first(sum(needed))
+
+
+def results(outputs: list[RequestOutput]) -> list[tuple[list[int], list[float]]]:
+    return [
+        (one.token_ids, [step[token].logprob for token, step in zip(one.token_ids, one.logprobs or [], strict=True)])
+        for output in outputs
+        for one in output.outputs
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_steps_give_what_the_steps_give(family: str, make_model: MakeModel) -> None:
+    name, options = FAMILIES[family]
+    folder = make_model(name, **options)
+    prompts = [[(7 * n + place) % 90 + 4 for place in range(n)] for n in LENGTHS]
+    params = [
+        SamplingParams(max_tokens=5 + 3 * n, temperature=0, ignore_eos=True, logprobs=0, n=1 + n % 2)
+        for n in range(len(prompts))
+    ]
+    limits: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 48, "enable_prefix_caching": False}
+    with LLM(folder, device="cpu", kv_cache_memory=1 << 20, **limits) as llm:
+        expected = results(llm.generate(prompts, params))
+        runner = llm.engine.worker.runner
+        padded = runner._graphs = PaddedSteps(runner, Sizes.up_to(5, 40))  # type: ignore[assignment]
+        found = results(llm.generate(prompts, params))
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+    for (_, logprobs), (_, right) in zip(found, expected, strict=True):
+        assert logprobs == pytest.approx(right, abs=1e-5)
+    assert min(padded.seen[kind] for kind in (True, False, None)) > 1
+
+
+def batch(make: MakeSequence, work: list[tuple[int, int]]) -> Batch:
+    """Sequences with these numbers of tokens to compute, of which these need hidden states."""
+    made = Batch()
+    for count, needed in work:
+        made.add(make(range(1, 1 + count + (needed == 0))), count, [])
+        made.needed[-1] = needed
+    return made
+
+
+@pytest.mark.parametrize(
+    ("work", "size"),
+    [
+        ([(1, 1)], Size(1, None)),
+        ([(1, 1)] * 5, Size(8, None)),
+        ([(1, 1)] * 33, None),
+        ([(1, 1), (1, 0)], Size(32, 32)),
+        ([(40, 0)], Size(64, 32)),
+        ([(60, 1), *[(1, 1)] * 5], Size(80, 32)),
+        ([(100, 1)], Size(100, 32)),
+        ([(101, 1)], None),
+        ([(3, 3), (1, 1)], None),
+    ],
+    ids=["one", "padded", "too many", "a chunk of one", "a chunk", "mixture", "largest", "too large", "prompt logits"],
+)
+def test_the_size_of_a_step(work: list[tuple[int, int]], size: Size | None, make_sequence: MakeSequence) -> None:
+    made = batch(make_sequence, work)
+    assert Sizes.up_to(32, 100).of(made, made.needed) == size
