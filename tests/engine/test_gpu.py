@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -24,6 +25,8 @@ from torch import Tensor
 from hasten import LLM, CapacityError, EngineError, RankError, RequestOutput, SamplingParams
 from hasten.bench import lambada
 from hasten.bench.engines import HastenEngine
+from hasten.engine.batch import Batch
+from hasten.engine.graphs import StepGraphs, StepOutput
 
 pytestmark = pytest.mark.gpu
 
@@ -165,6 +168,32 @@ def test_greedy_tokens_are_those_of_the_cpu(
         assert (scheduler.blocks.prefix_hits > 0) == options.get("enable_prefix_caching", True)
         assert scheduler.blocks.num_used == 0
         assert scheduler.stats.preemptions == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 100}, {"block_size": 5}], ids=str)
+def test_steps_with_prompts_are_replayed(
+    options: dict[str, Any],
+    folder: Callable[[str], Path],
+    on_cpu: Callable[[str], Tokens],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Unlike steps of single tokens, whose answers the other tests compare, they could all be eager unnoticed."""
+    seen: Counter[tuple[bool, bool]] = Counter()
+    replay = StepGraphs.replay
+
+    def counted(self: StepGraphs, batch: Batch, needed: list[int]) -> StepOutput | None:
+        output = replay(self, batch, needed)
+        seen[batch.num_tokens > len(batch.sequences), output is not None] += 1
+        return output
+
+    monkeypatch.setattr(StepGraphs, "replay", counted)
+    with on_gpu(folder("12 heads of 64"), **options) as llm:
+        for _ in range(2):
+            assert tokens_of(llm.generate(PROMPTS, GREEDY)) == on_cpu("12 heads of 64")
+        for prompt, right in zip(PROMPTS, on_cpu("12 heads of 64"), strict=True):
+            assert tokens_of(llm.generate([prompt], GREEDY)) == [right]
+    assert seen[True, True] > len(PROMPTS)
+    assert not seen[True, False]
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
