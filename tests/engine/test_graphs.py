@@ -5,16 +5,27 @@ A CPU has no graphs: here padded steps are computed kernel by kernel, and not re
 
 from collections import Counter
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from hasten import LLM, RequestOutput, SamplingParams
+from hasten import LLM, RequestOutput, SamplingParams, ops
 from hasten.engine.batch import Batch
 from hasten.engine.graphs import Size, Sizes, StepOutput
+from hasten.engine.inputs import Inputs, Step
 from hasten.engine.runner import Runner
 from hasten.engine.sequence import Sequence
+from hasten.ops.packed import PackedLinear
+from hasten.ops.partial_sum import PartialSum
+from hasten.ops.plan import Planner
+
+pytest.importorskip("triton")
+
+from tests.bench.compile_cases import launchers
 
 MakeModel = Callable[..., Path]
 MakeSequence = Callable[..., Sequence]
@@ -43,14 +54,29 @@ class PaddedSteps:
         if size is None:
             return None
         inputs = self.runner._inputs
-        tokens = inputs.sent(inputs.step(batch, needed).padded(size.tokens, size.outputs))
+        step = inputs.step(batch, needed)
+        padded = step.padded(size.tokens, size.outputs)
+        tokens = inputs.sent(padded)
+        if inputs.planner is not None:
+            tokens = inputs.seen(padded, in_sections(inputs, size, step))
         compute = self.runner._decode if size.outputs is None else self.runner._mixed
         return compute(tokens).first(sum(needed))
 
 
+def in_sections(inputs: Inputs, size: Size, step: Step) -> dict[str, Tensor]:
+    """The numbers of a step as a graph reads them, in memory that held others."""
+    sections = inputs.sections(size.tokens, size.outputs, inputs.tables.array.shape[0])
+    arrays = size.arrays(inputs, step)
+    assert sections.hold(arrays)
+    whole = torch.full((sections.total,), 1 << 30, dtype=torch.int32)
+    host = sections.packed(arrays, inputs.device)
+    whole[: len(host)] = host
+    return sections.views(whole)
+
+
 def results(outputs: list[RequestOutput]) -> list[tuple[list[int], list[float]]]:
     return [
-        (one.token_ids, [step[token].logprob for token, step in zip(one.token_ids, one.logprobs or [], strict=True)])
+        (one.token_ids, [step[token].logprob for token, step in zip(one.token_ids, one.logprobs or [], strict=False)])
         for output in outputs
         for one in output.outputs
     ]
@@ -75,6 +101,59 @@ def test_padded_steps_give_what_the_steps_give(family: str, make_model: MakeMode
     for (_, logprobs), (_, right) in zip(found, expected, strict=True):
         assert logprobs == pytest.approx(right, abs=1e-5)
     assert min(padded.seen[kind] for kind in (True, False, None)) > 1
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Let models compute with the kernels of a GPU, on the interpreter, from now on."""
+
+    def take() -> None:
+        for name, launcher in launchers().items():
+            if hasattr(ops, name):
+                monkeypatch.setattr(ops, name, with_defaults(getattr(ops, name), launcher))
+        monkeypatch.setattr(ops, "add_linear", add_linear)
+        monkeypatch.setattr(Planner, "of", lambda _device, heads: Planner(heads, multiprocessors=4))
+
+    return take
+
+
+def with_defaults(op: Callable[..., Any], launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """The launcher with the defaults of the op, which knows them alone."""
+    arguments = signature(op)
+
+    def call(*args: Any, **options: Any) -> Any:
+        bound = arguments.bind(*args, **options)
+        bound.apply_defaults()
+        return launcher(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def add_linear(
+    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, residual_to: Tensor | None, rows_t: Tensor | None = None
+) -> PartialSum:
+    return PartialSum(ops.linear_parts(x_th, weight), bias_o, residual_to, rows_t)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/engine/test_gpu.py replays such steps")
+def test_padded_steps_of_kernels_give_what_the_steps_give(make_model: MakeModel, kernels: Callable[[], None]) -> None:
+    """A whole model: chunks, mixtures and single tokens, some of which wait for others' blocks."""
+    folder = make_model("Bloom", n_head=2, hidden_size=128, n_layer=2, initializer_range=0.08)
+    prompts = [[(7 * n + place) % 90 + 4 for place in range(n)] for n in (1, 17, 50)]
+    params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    limits: dict[str, Any] = {"max_num_seqs": 2, "max_num_batched_tokens": 32, "enable_prefix_caching": False}
+    options: dict[str, Any] = {"device": "cpu", "dtype": "fp16", "kv_cache_memory": 1 << 20, "max_model_len": 128}
+    with LLM(folder, **options, **limits) as llm:
+        expected = results(llm.generate(prompts, params))
+    kernels()
+    with LLM(folder, **options, **limits) as llm:
+        runner = llm.engine.worker.runner
+        padded = runner._graphs = PaddedSteps(runner, Sizes.up_to(2, 32))  # type: ignore[assignment]
+        found = results(llm.generate(prompts, params))
+    assert found == expected
+    assert padded.seen[True] > 1
+    assert padded.seen[False] > 2
+    assert not padded.seen[None]
 
 
 def batch(make: MakeSequence, work: list[tuple[int, int]]) -> Batch:
