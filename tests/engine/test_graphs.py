@@ -35,7 +35,8 @@ LENGTHS = (1, 2, 15, 16, 17, 40, 64, 65, 90)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("Bloom", {}),
     "llama": ("Llama", {}),
-    "learned positions": ("GPT2", {"n_positions": 128}),
+    "learned positions": ("GPT2", {}),
+    "parallel residuals": ("GPTNeoX", {"num_attention_heads": 6}),
     "windows and caps": ("Gemma2", {"sliding_window": 9, "head_dim": 16, "query_pre_attn_scalar": 20}),
 }
 
