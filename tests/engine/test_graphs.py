@@ -37,6 +37,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "learned positions": ("GPT2", {}),
     "parallel residuals": ("GPTNeoX", {"num_attention_heads": 6}),
+    "experts": ("Mixtral", {}),
     "windows and caps": ("Gemma2", {"sliding_window": 9, "head_dim": 16, "query_pre_attn_scalar": 20}),
 }
 
