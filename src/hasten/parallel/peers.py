@@ -2,6 +2,8 @@
 
 import itertools
 import logging
+import re
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,6 +23,43 @@ _log = logging.getLogger(__name__)
 _numbers = itertools.count()
 
 
+class RunStore(Store):
+    """A store through which processes rendezvous that have done so before in other runs, and not equally often.
+
+    torch exchanges memory handles under keys of "prefix/number/rank", and counts the number up for as long as a process
+    lives. The process of rank 0 outlives its engine, while each engine starts the other ranks anew: their numbers
+    differ by what earlier engines used, and each side would wait for keys that the other never writes. Here numbers
+    count from the first that a process uses in this run.
+    """
+
+    _KEY = re.compile(r"(.*)/(\d+)/(\d+)")
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self._store = store
+        self._first: dict[str, int] = {}
+
+    def _key(self, key: str) -> str:
+        found = self._KEY.fullmatch(key)
+        if found is None:
+            return key
+        prefix, number = found[1], int(found[2])
+        return f"{prefix}/{number - self._first.setdefault(prefix, number)}/{found[3]}"
+
+    def set(self, key: str, value: Any) -> None:
+        """Write `value` (bytes)."""
+        self._store.set(self._key(key), value)
+
+    def get(self, key: str) -> bytes:
+        """The value, once there is one."""
+        return self._store.get(self._key(key))
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """Return once all keys are there; RuntimeError after the store's own time, or `timeout`."""
+        names = [self._key(key) for key in keys]
+        self._store.wait(names) if timeout is None else self._store.wait(names, timeout)
+
+
 def connect(store: Store, rank: int, size: int, width: int, max_rows: int, device: torch.device) -> Peers | None:
     """Mailboxes for rows of `width` 16-bit values, on every rank; None, on every rank, if any cannot have them.
 
@@ -38,6 +77,7 @@ def connect(store: Store, rank: int, size: int, width: int, max_rows: int, devic
 
 def _mailboxes(store: Store, rank: int, size: int, width: int, max_rows: int, device: torch.device) -> Peers:
     shape = (2, max_rows, size, width // 2)
+    shared = RunStore(PrefixStore("mailboxes", store))  # held here: C++ would not find a dead object's methods
     mailbox = symmetric_memory.empty(shape, dtype=torch.int64, device=device)
     mailbox.zero_()
     torch.cuda.synchronize(device)
@@ -46,7 +86,7 @@ def _mailboxes(store: Store, rank: int, size: int, width: int, max_rows: int, de
     name: Any = f"hasten-{next(_numbers)}"  # torch 2.13 has a type of its own for it, earlier ones take a string
     everyone = dist.group.WORLD
     assert everyone is not None, "there are ranks"
-    _SymmetricMemory.set_group_info(name, rank, size, PrefixStore("mailboxes", store))
+    _SymmetricMemory.set_group_info(name, rank, size, shared)
     _register_process_group(name, everyone)  # torch 2.11 looks the name up here as well
     try:
         handle = _SymmetricMemory.rendezvous(mailbox, name)
