@@ -293,7 +293,7 @@ def test_a_checkpoint_that_is_none_is_an_error(start: Start, tmp_path: Path) -> 
     )
     (tmp_path / "config.json").write_text("{}")
     server = start(str(tmp_path))
-    assert server.end() == 1
+    assert server.end() == 2
     last = server.text.splitlines()[-1]
     assert last.startswith(f"hasten: error: cannot load {tmp_path}: ")
     assert "names no architecture" in last

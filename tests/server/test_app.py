@@ -12,7 +12,7 @@ from tests.server.loop_thread import LoopThread
 from tests.waiting import LIMIT_S
 
 from hasten.core.config import EngineConfig
-from hasten.core.errors import ConfigError, EngineError
+from hasten.core.errors import ConfigError
 from hasten.server import app
 from hasten.server.app import Server
 from hasten.server.listeners import open_port
@@ -105,7 +105,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_if_that_is_wanted(
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.pbtxt").write_text("nonsense { }")
     server = thread.run(made(options(tmp_path, repository=RepositoryOptions())))
-    with pytest.raises(EngineError, match="not all models could be loaded: broken"):
+    with pytest.raises(ConfigError, match="not all models could be loaded: broken"):
         thread.run(server.start())
     thread.run(server.stop(0))
     lenient = ServerOptions(exit_on_error=False)

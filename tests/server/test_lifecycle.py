@@ -21,6 +21,7 @@ from hasten.server.repository import FolderRepository, MemoryRepository, Reposit
 from hasten.server.service import ControlMode, IndexEntry, Service
 from hasten.server.statistics import FailureReason
 from hasten.server.types import ErrorKind, InferRequest, ServiceError
+from hasten.server.version import LoadFailure
 
 
 def parameter(name: str, value: str) -> str:
@@ -434,7 +435,7 @@ def test_a_reload_that_fails_leaves_what_serves(bench: Bench) -> None:
         ("m", "3", "UNAVAILABLE", "unloaded"),
     ]
     assert len(bench.engines.alive) == 1
-    assert bench.service.failures == {"m": message}
+    assert bench.service.failures == {"m": LoadFailure(message, 2)}
     bench.write("m", "nope: 1")
     kind, message = bench.fails(bench.service.load("m"))
     assert kind is ErrorKind.INTERNAL
@@ -462,6 +463,7 @@ def test_where_memory_is_short_the_old_one_ends_first(bench: Bench) -> None:
     bench.engines.room = 0
     kind, message = bench.fails(bench.service.load("m"))
     assert (kind, "room for 0 tokens" in message) == (ErrorKind.INVALID, True)
+    assert bench.service.failures == {"m": LoadFailure(message, 1)}  # not what was given, but too little memory
     assert not bench.service.is_model_ready("m")
     bench.engines.room = 1
     bench.load("m")
@@ -533,7 +535,7 @@ def test_a_model_that_fails_is_not_tried_again_for_each_that_needs_it(bench: Ben
     bench.start(mode)
     assert len(bench.engines.tried) == 1
     assert set(bench.service.failures) == {"a", "m", "z"}
-    assert all("has no weights" in reason for reason in bench.service.failures.values())
+    assert all("has no weights" in failure.reason for failure in bench.service.failures.values())
 
 
 def test_another_configuration_for_one_load(bench: Bench) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hasten.core.config import EngineConfig
 from hasten.core.cpus import available_cpus
-from hasten.core.errors import EngineError
+from hasten.core.errors import ConfigError, EngineError, HastenError
 from hasten.server.access import AccessLog
 from hasten.server.connections import ConnectionLimits
 from hasten.server.create import model_configs
@@ -93,7 +93,8 @@ class Server:
     async def start(self) -> None:
         """Answer at once that the server lives, load the models, and tell that they are there.
 
-        EngineError where a model cannot be loaded and that is to be an end.
+        ConfigError, or EngineError where it is not what was given, where a model cannot be loaded and that is to be an
+        end.
         """
         limit = self.options.security.max_request_bytes
         self._watch = asyncio.create_task(watch_descriptors(self._descriptors))
@@ -113,7 +114,7 @@ class Server:
         repository = self.options.repository
         await self.service.start(repository.load_model, repository_poll_secs=repository.repository_poll_secs)
         if self.service.failures and self.options.server.exit_on_error:
-            raise EngineError(self._failure())
+            raise self._failure()
         self._log_models()
         self._log_endpoints()
 
@@ -122,16 +123,18 @@ class Server:
         engine = self.options.engine
         return [engine.model] if engine is not None else list(self.options.model_repository)
 
-    def _failure(self) -> str:
+    def _failure(self) -> HastenError:
         """Why models could not be loaded; of the one model that the command named, by its folder."""
-        reasons = {name: " ".join(reason.split()) for name, reason in sorted(self.service.failures.items())}
+        failures = sorted(self.service.failures.items())
+        kind = ConfigError if all(failure.exit_status == 2 for _, failure in failures) else EngineError
+        reasons = {name: " ".join(failure.reason.split()) for name, failure in failures}
         for entry in self.service.index():
             if entry.name in reasons and entry.reason:
                 reasons[entry.name] = " ".join(entry.reason.split())
         engine = self.options.engine
         if engine is not None and self.options.model.name in reasons:
-            return f"cannot load {engine.model}: {reasons[self.options.model.name]}"
-        return "not all models could be loaded: " + "; ".join(f"{name}: {why}" for name, why in reasons.items())
+            return kind(f"cannot load {engine.model}: {reasons[self.options.model.name]}")
+        return kind("not all models could be loaded: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))
 
     def _log_models(self) -> None:
         models = self.service.index()

@@ -24,7 +24,7 @@ from hasten.server.models.work import Outcome
 from hasten.server.repository import Description, Repository
 from hasten.server.statistics import Counters, LanguageCounters
 from hasten.server.types import ErrorKind, InferRequest, ServiceError
-from hasten.server.version import UNLOADED, State, Version, dependencies, load_error
+from hasten.server.version import UNLOADED, LoadFailure, State, Version, dependencies, load_error
 
 StartEngine = Callable[..., Awaitable[EngineClient]]
 Files = Mapping[str, bytes]
@@ -40,7 +40,7 @@ class Registry:
         self, repository: Repository, counters: Counters, *, start_engine: StartEngine = EngineClient.start
     ) -> None:
         self.repository = repository
-        self.failures: dict[str, str] = {}
+        self.failures: dict[str, LoadFailure] = {}
         """Models that could not be loaded when that was last tried, and why."""
         self._counters = counters
         self._start_engine = start_engine
@@ -199,7 +199,7 @@ class Registry:
                 if not (trail and self.any_serves(name)):  # meanwhile another one may have needed it too
                     await self._replace(description)
         except ServiceError as error:
-            self.failures[name] = str(error)
+            self.failures[name] = LoadFailure.of(error)
             failed[name] = error
             raise
         self.failures.pop(name, None)
@@ -232,17 +232,17 @@ class Registry:
         known |= {number: version for number, version in new.items() if known.get(number) not in serving}
         try:
             await self._begin_all(new.values())
-        except CapacityError:
+        except CapacityError as error:
             if not any(version.model.engine for version in serving):
-                raise load_error(name, new.values()) from None
+                raise load_error(name, new.values()) from error
             _log.warning(
                 "model %s: there is no memory for the old and the new one at once; the old one ends first", name
             )
             await asyncio.gather(*(version.end(_LONGEST_END_S) for version in serving))
             known |= new
             await self._begin_again(description, new)
-        except HastenError:
-            raise load_error(name, new.values()) from None
+        except HastenError as error:
+            raise load_error(name, new.values()) from error
         known |= new
         for version in serving:
             if version.state is State.READY:
@@ -254,8 +254,8 @@ class Registry:
             version.state, version.reason = State.LOADING, ""
         try:
             await self._begin_all(new.values())
-        except HastenError:
-            raise load_error(description.name, new.values()) from None
+        except HastenError as error:
+            raise load_error(description.name, new.values()) from error
 
     async def _begin_all(self, versions: Iterable[Version]) -> None:
         """Start all or none; the error of the first that cannot be."""

@@ -20,7 +20,7 @@ from hasten.server.models.text_model import DEFAULT_TOKEN_MODEL
 from hasten.server.repository import Repository
 from hasten.server.statistics import Counters
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, TensorSpec
-from hasten.server.version import State, Version, version_number
+from hasten.server.version import LoadFailure, State, Version, version_number
 
 __all__ = ["ControlMode", "IndexEntry", "ModelMetadata", "ServerMetadata", "Service", "TensorSpec", "service_error"]
 
@@ -116,7 +116,7 @@ class Service:
                 _log.error("the model repository cannot be read: %s", error)
 
     @property
-    def failures(self) -> Mapping[str, str]:
+    def failures(self) -> Mapping[str, LoadFailure]:
         """Models that could not be loaded when that was last tried, and why."""
         return dict(self._registry.failures)
 
@@ -216,8 +216,8 @@ class Service:
         return State.READY, ""
 
     def _never_loaded(self, name: str) -> IndexEntry:
-        reason = self._registry.failures.get(name)
-        return IndexEntry(name) if reason is None else IndexEntry(name, "", State.UNAVAILABLE, reason)
+        failure = self._registry.failures.get(name)
+        return IndexEntry(name) if failure is None else IndexEntry(name, "", State.UNAVAILABLE, failure.reason)
 
     async def load(self, model: str, config_json: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
         """Load a model or load it again, with another configuration and files if given; ServiceError if that fails."""

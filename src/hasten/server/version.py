@@ -5,10 +5,10 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from hasten.core.errors import HastenError
+from hasten.core.errors import HastenError, exit_status
 from hasten.server.errors import service_error
 from hasten.server.models.config import is_decoupled, parameter
 from hasten.server.models.interfaces import Kind
@@ -122,6 +122,21 @@ class Version:
             await self._model.close(max(0.0, deadline - time.monotonic()))
         self.description = replace(self.description, keep=None)
         self.fail(UNLOADED)
+
+
+@dataclass(frozen=True)
+class LoadFailure:
+    """Why a model could not be loaded."""
+
+    reason: str
+    exit_status: int
+    """Of a program that ends because of it: 2 for bad input, 1 otherwise."""
+
+    @classmethod
+    def of(cls, error: ServiceError) -> "LoadFailure":
+        """That of an error whose cause, if it has one, is what was found wrong."""
+        cause = error.__cause__
+        return cls(str(error), exit_status(cause) if isinstance(cause, HastenError) else 2)
 
 
 def load_error(name: str, versions: Iterable[Version]) -> ServiceError:
