@@ -1,6 +1,7 @@
 """Heads of a fused QKV projection on their way to attention: normed, rotated, and the keys and values stored.
 
-Shapes: t tokens, n query heads, m key/value heads, d head size, r dimensions that turn. One program a token and head.
+Shapes: t tokens, n query heads, m key/value heads, d head size, r dimensions that turn. In kernels h are the heads of a
+program.
 """
 
 import torch
@@ -13,69 +14,42 @@ from hasten.ops.heads import HeadTransform
 
 
 @triton.jit
-def _normed(x, mean, scale, norm, norm_bias, d, mask, RMS: tl.constexpr, OFFSET: tl.constexpr, SHIFT: tl.constexpr):
-    """Dimensions d of a head whose mean and scale are known."""
-    gain = tl.load(norm + d, mask, 0.0).to(tl.float32)
-    if OFFSET:
-        gain += 1.0
-    if not RMS:
-        x = x - mean
-    y = x * scale * gain
-    if SHIFT:
-        y += tl.load(norm_bias + d, mask, 0.0).to(tl.float32)
-    return y
+def _of_heads(query, key, head_h, d, in_head, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, OWN: tl.constexpr):
+    """A weight or bias of norms [h or 1, d], in fp32: queries have one, keys another; with OWN each head its own."""
+    is_query = (head_h < HEADS)[:, None] & in_head[None, :]
+    is_key = ((head_h >= HEADS) & (head_h < HEADS + KV_HEADS))[:, None] & in_head[None, :]
+    of_query = tl.load(query + (OWN * head_h)[:, None] + d[None, :], is_query, 0.0).to(tl.float32)
+    of_key = tl.load(key + (OWN * (head_h - HEADS))[:, None] + d[None, :], is_key, 0.0).to(tl.float32)
+    return of_query + of_key
 
 
 @triton.jit
-def _change(
-    start,
-    norm,
-    norm_bias,
-    mean_square,
-    table,
-    position,
+def _normed(
+    x_hd,
+    mean_h,
+    scale_h,
+    norms,
+    biases,
+    head_h,
     d,
     in_head,
-    eps,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    PAIRS: tl.constexpr,
-    NORM: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    OWN: tl.constexpr,
     RMS: tl.constexpr,
     OFFSET: tl.constexpr,
     SHIFT: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
-    """A query or key head after its norm and rotation, in fp32."""
-    x = tl.load(start + d, in_head, 0.0).to(tl.float32)
-    mean = 0.0
-    scale = 1.0
-    if NORM:
-        centred = x
-        if not RMS:
-            mean = tl.sum(x, 0) / D
-            centred = tl.where(in_head, x - mean, 0.0)
-        squares = tl.load(mean_square) if WHOLE else tl.sum(centred * centred, 0) / D
-        scale = tl.rsqrt(squares + eps)
-        x = _normed(x, mean, scale, norm, norm_bias, d, in_head, RMS, OFFSET, SHIFT)
-    if R:
-        half: tl.constexpr = R // 2
-        if PAIRS:
-            is_first = d % 2 == 0
-            pair = d // 2
-            partner = tl.where(d < R, d ^ 1, d)
-        else:
-            is_first = d < half
-            pair = tl.where(is_first, d, d - half)
-            partner = tl.where(is_first, d + half, tl.where(d < R, d - half, d))
-        y = tl.load(start + partner, in_head, 0.0).to(tl.float32)
-        if NORM:
-            y = _normed(y, mean, scale, norm, norm_bias, partner, in_head, RMS, OFFSET, SHIFT)
-        turn = table + position * R + pair
-        cos = tl.load(turn, d < R, 1.0)
-        sin = tl.load(turn + half, d < R, 0.0)
-        x = x * cos + tl.where(is_first, -y, y) * sin
-    return x
+    """Dimensions d of heads whose means and scales are known."""
+    gain_hd = _of_heads(norms[0], norms[1], head_h, d, in_head, HEADS, KV_HEADS, OWN)
+    if OFFSET:
+        gain_hd += 1.0
+    if not RMS:
+        x_hd = x_hd - mean_h[:, None]
+    y_hd = x_hd * scale_h[:, None] * gain_hd
+    if SHIFT:
+        y_hd += _of_heads(biases[0], biases[1], head_h, d, in_head, HEADS, KV_HEADS, 0)
+    return y_hd
 
 
 @triton.jit(do_not_specialize=["row_stride"])
@@ -97,6 +71,7 @@ def _store_heads(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     R: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -108,32 +83,84 @@ def _store_heads(
     WHOLE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One head of one token: a query goes to `out`, a key or value to the token's slot of its cache."""
+    """Some heads of one token: queries go to `out`, keys and values to the token's slot of their caches."""
     start_next(PDL)
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    head_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
     in_head = d < D
+    norms = (query_norm, key_norm)
+    biases = (query_bias, key_bias)
     wait_for_inputs(PDL)
     slot = tl.load(slots + row).to(tl.int64)
     position = tl.load(positions + row).to(tl.int64)
-    start = qkv + row * row_stride + head * D
-    if head < HEADS:
-        changed = _change(
-            start, query_norm + OWN * head, query_bias, mean_squares + 2 * row, table, position, d, in_head, eps,
-            D, R, PAIRS, NORM, RMS, OFFSET, SHIFT, WHOLE,
-        )  # fmt: skip
-        tl.store(out + (row * HEADS + head) * D + d, changed.to(out.dtype.element_ty), in_head)
-    elif slot >= 0:
-        if head < HEADS + KV_HEADS:
-            changed = _change(
-                start, key_norm + OWN * (head - HEADS), key_bias, mean_squares + 2 * row + 1, table, position, d,
-                in_head, eps, D, R, PAIRS, NORM, RMS, OFFSET, SHIFT, WHOLE,
-            )  # fmt: skip
-            tl.store(keys + (slot * KV_HEADS + head - HEADS) * D + d, changed.to(keys.dtype.element_ty), in_head)
+    start_h = qkv + row * row_stride + head_h * D
+    mask_hd = (head_h < HEADS + 2 * KV_HEADS)[:, None] & in_head[None, :]
+    stored_hd = tl.load(start_h[:, None] + d[None, :], mask_hd, 0.0)
+    x_hd = stored_hd.to(tl.float32)
+    mean_h = tl.zeros([BLOCK_H], tl.float32)
+    scale_h = tl.full([BLOCK_H], 1.0, tl.float32)
+    if NORM:
+        centred_hd = x_hd
+        if not RMS:
+            mean_h = tl.sum(x_hd, 1) / D
+            centred_hd = tl.where(in_head[None, :], x_hd - mean_h[:, None], 0.0)
+        if WHOLE:
+            squares_h = tl.load(mean_squares + 2 * row + (head_h >= HEADS).to(tl.int32))
         else:
-            value = tl.load(start + d, in_head, 0.0)
-            tl.store(values + (slot * KV_HEADS + head - HEADS - KV_HEADS) * D + d, value, in_head)
+            squares_h = tl.sum(centred_hd * centred_hd, 1) / D
+        scale_h = tl.rsqrt(squares_h + eps)
+        x_hd = _normed(
+            x_hd, mean_h, scale_h, norms, biases, head_h, d, in_head, HEADS, KV_HEADS, OWN, RMS, OFFSET, SHIFT
+        )
+    if R:
+        half: tl.constexpr = R // 2
+        if PAIRS:
+            is_first = d % 2 == 0
+            pair = d // 2
+            partner = tl.where(d < R, d ^ 1, d)
+        else:
+            is_first = d < half
+            pair = tl.where(is_first, d, d - half)
+            partner = tl.where(is_first, d + half, tl.where(d < R, d - half, d))
+        y_hd = tl.load(start_h[:, None] + partner[None, :], mask_hd, 0.0).to(tl.float32)
+        if NORM:
+            y_hd = _normed(
+                y_hd, mean_h, scale_h, norms, biases, head_h, partner, in_head, HEADS, KV_HEADS, OWN, RMS, OFFSET, SHIFT
+            )
+        turn = table + position * R + pair
+        cos = tl.load(turn, d < R, 1.0)
+        sin = tl.load(turn + half, d < R, 0.0)
+        x_hd = x_hd * cos[None, :] + tl.where(is_first[None, :], -y_hd, y_hd) * sin[None, :]
+    key_h = head_h - HEADS
+    value_h = key_h - KV_HEADS
+    tl.store(
+        out + ((row * HEADS + head_h) * D)[:, None] + d[None, :],
+        x_hd.to(out.dtype.element_ty),
+        (head_h < HEADS)[:, None] & in_head[None, :],
+    )
+    tl.store(
+        keys + ((slot * KV_HEADS + key_h) * D)[:, None] + d[None, :],
+        x_hd.to(keys.dtype.element_ty),
+        ((slot >= 0) & (key_h >= 0) & (value_h < 0))[:, None] & in_head[None, :],
+    )
+    tl.store(
+        values + ((slot * KV_HEADS + value_h) * D)[:, None] + d[None, :],
+        stored_hd,
+        ((slot >= 0) & (value_h >= 0))[:, None] & mask_hd,
+    )
+
+
+def _heads_per_program(rows: int, heads: int, block: int) -> int:
+    """A head a program fills the device with few rows; with many, larger programs are fewer to start."""
+    if rows * heads <= _FEW_HEADS:
+        return 1
+    return min(max(1, _DIMENSIONS // block), triton.next_power_of_2(heads))
+
+
+_FEW_HEADS = 1024
+_DIMENSIONS = 1024
+"""Dimensions of all heads of a program: 16 bytes of 16-bit values for each thread of four warps."""
 
 
 def store_heads(
@@ -156,8 +183,9 @@ def store_heads(
         return qkv_to if tensor is None else tensor
 
     table, weight_d = transform.table_pr, transform.query_norm_d
-    block = triton.next_power_of_2(head_size)
-    _store_heads[(rows, num_heads + 2 * kv_heads)](
+    block, heads = triton.next_power_of_2(head_size), num_heads + 2 * kv_heads
+    together = _heads_per_program(rows, heads, block)
+    _store_heads[(rows, triton.cdiv(heads, together))](
         qkv_to,
         out_tnd,
         key_cache,
@@ -175,6 +203,7 @@ def store_heads(
         HEADS=num_heads,
         KV_HEADS=kv_heads,
         D=head_size,
+        BLOCK_H=together,
         BLOCK_D=block,
         R=0 if table is None else table.shape[1],
         PAIRS=transform.interleaved,
@@ -184,7 +213,7 @@ def store_heads(
         OFFSET=transform.unit_offset,
         SHIFT=transform.query_bias_d is not None,
         WHOLE=transform.mean_squares_t2 is not None,
-        num_warps=max(1, min(4, block // 64)),
+        num_warps=max(1, min(4, together * block // 64)),
         **overlapped(qkv_to),
     )
     return out_tnd
