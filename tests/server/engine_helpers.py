@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import LIMIT_S, attempts
+
 from hasten.core.config import EngineConfig
 from hasten.core.types import SamplingParams
 from hasten.server.engine.client import EngineClient, Progress
@@ -41,10 +43,12 @@ def count(progress: list[Progress]) -> int:
 
 
 async def begin(client: EngineClient, prompt: Sequence[int], params: SamplingParams, **options: Any) -> Any:
-    """A request that has got its first progress."""
-    stream = client.generate(prompt, params, **options)
-    await anext(stream)
-    return stream
+    """A request that has got its first progress, and more to come."""
+    for _ in attempts("a request that has begun, and has not ended"):
+        stream = client.generate(prompt, params, **options)
+        if not (await anext(stream)).finished:
+            return stream
+        await stream.aclose()
 
 
 @asynccontextmanager
@@ -71,7 +75,7 @@ def stopped(client: EngineClient) -> Iterator[None]:
         os.kill(client.pid, signal.SIGCONT)
 
 
-async def until(condition: Callable[[], bool], seconds: float = 100) -> None:
+async def until(condition: Callable[[], bool], seconds: float = LIMIT_S) -> None:
     """Wait until something is so. The limit is there to end a test that hangs: no machine is too busy for it."""
     end = time.monotonic() + seconds
     while not condition():

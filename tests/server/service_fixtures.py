@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.server.loop_thread import LoopThread
+from tests.waiting import attempts
 
 from hasten.core.config import EngineConfig
 from hasten.core.types import SamplingParams
@@ -104,6 +105,14 @@ class Running(LoopThread):
             return [response async for response in self.service.stream(request)]
 
         return [(values(response), response.final) for response in self.run(collect())]
+
+    def streamed(self, request: InferRequest) -> list[tuple[Outputs, bool]]:
+        """The same of a request that is answered in pieces: several, unless the reader is slower than the engine."""
+        for _ in attempts("more than two responses"):
+            responses = self.stream(request)
+            if len(responses) > 2:
+                break
+        return responses
 
     def refused(self, request: InferRequest) -> ServiceError:
         """The error of a request that fails."""

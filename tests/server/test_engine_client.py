@@ -19,6 +19,7 @@ from tests.server.engine_helpers import (
     stopped,
     until,
 )
+from tests.waiting import LIMIT_S, attempts
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import CapacityError, CheckpointError, ConfigError, InvalidRequestError
@@ -109,7 +110,7 @@ def test_what_the_engine_is(demo_engine: EngineClient, demo_llm: LLM, demo_model
     assert info.num_blocks > 0, "how many depends on the memory that was free when the process started"
     assert (info.dtype, info.device, info.ranks, info.model_type) == ("fp32", "cpu", 1, "bloom")
     assert info.tokenizer_folder == str(demo_model)
-    assert 0 < info.load_seconds < 60
+    assert 0 < info.load_seconds < LIMIT_S
     assert demo_engine.tokenizer is not None
     assert demo_engine.tokenizer.vocab_size == info.vocab_size
 
@@ -175,10 +176,14 @@ def test_a_reader_that_leaves_frees_its_blocks(run: Any, demo_engine: EngineClie
         async for _ in stream:
             pass
 
-    async def leave() -> None:
-        streams = [await begin(demo_engine, [number + 5] * 40, LONG) for number in range(8)]
-        stats = demo_engine.stats()
-        assert (stats.running, stats.waiting) == (8, 0)
+    async def leave() -> int:
+        for _ in attempts("eight requests that run at once"):
+            before = demo_engine.stats().generation_tokens
+            streams = [await begin(demo_engine, [number + 5] * 40, LONG) for number in range(8)]
+            stats = demo_engine.stats()
+            if (stats.running, stats.waiting) == (8, 0):
+                break
+            await asyncio.gather(*(stream.aclose() for stream in streams))
         assert stats.used_blocks >= 24
         if how == "closed":
             await asyncio.gather(*(stream.aclose() for stream in streams))
@@ -188,12 +193,12 @@ def test_a_reader_that_leaves_frees_its_blocks(run: Any, demo_engine: EngineClie
             for reader in readers:
                 reader.cancel()
         await until(lambda: demo_engine.stats().used_blocks == 0)
+        assert demo_engine.stats().running == 0
+        return demo_engine.stats().generation_tokens - before
 
-    assert LONG.max_tokens is not None
-    before = demo_engine.stats().generation_tokens
-    run(leave())
-    assert demo_engine.stats().running == 0
-    assert demo_engine.stats().generation_tokens - before < 8 * LONG_TOKENS, "they were computed to their ends"
+    for _ in attempts("requests that are not computed to their ends"):
+        if run(leave()) < 8 * LONG_TOKENS:
+            break
 
 
 def test_a_slow_reader_holds_up_nobody(run: Any, demo_engine: EngineClient, demo_llm: LLM) -> None:
@@ -201,11 +206,14 @@ def test_a_slow_reader_holds_up_nobody(run: Any, demo_engine: EngineClient, demo
     (expected,) = demo_llm.generate([50, 60], params)
 
     async def ask() -> list[Any]:
-        slow = demo_engine.generate([50, 60], params)
-        progress = [await anext(slow)]
+        for _ in attempts("a first progress with more to come"):
+            slow = demo_engine.generate([50, 60], params)
+            progress = [await anext(slow)]
+            if not progress[0].finished:
+                break
         others = await asyncio.gather(*(collect(demo_engine, [number + 5], params) for number in range(3)))
         assert [count(other) for other in others] == [100] * 3
-        await until(lambda: demo_engine.stats().running == 0, 60)
+        await until(lambda: demo_engine.stats().running == 0)
         return progress + [each async for each in slow]
 
     progress = run(ask())
@@ -277,7 +285,7 @@ def test_drain_and_close(run: Any, demo_model: Path) -> None:
                 assert not await client.drain(0.05)
                 assert not client.ready
                 assert isinstance(await error_of(collect(client, [5], SHORT)), EngineClosedError)
-            assert await client.drain(100)
+            assert await client.drain(LIMIT_S)
             made = [joined(await task).completions[0] for task in tasks]
             assert [completion.finish_reason for completion in made] == [FinishReason.LENGTH] * 3
             await client.close()
@@ -290,14 +298,16 @@ def test_drain_and_close(run: Any, demo_model: Path) -> None:
 def test_close_ends_what_is_under_way(run: Any, demo_model: Path) -> None:
     async def end() -> None:
         async with started(demo_model, max_num_seqs=1) as client, asyncio.TaskGroup() as group:
-            asked = [group.create_task(error_of(collect(client, [number + 5], LONG))) for number in range(3)]
+            # more than will have been computed by then, however long the way from one line to the next takes
+            asked = [group.create_task(error_of(collect(client, [number % 500 + 5], LONG))) for number in range(100)]
             await until(lambda: client.stats().running == 1)
             link = client._link
             assert link is not None
             await client.close()
             assert await link.ended == "exit code 0"  # by itself, and not killed after a while
-            for task in asked:
-                assert isinstance(await task, EngineClosedError)
+            errors = [type(await task) for task in asked]
+            assert errors[-50:] == [EngineClosedError] * 50
+            assert set(errors) <= {EngineClosedError, type(None)}
 
     run(end())
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from tests.server.engine_helpers import LONG, SHORT, begin, collect, count, error_of, joined, started, stopped, until
+from tests.waiting import LIMIT_S
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError, InvalidRequestError
@@ -48,10 +49,9 @@ def test_a_server_has_a_target_for_the_time_between_tokens_unless_it_is_given_no
 
     async def ask() -> None:
         before = demo_engine.stats()
-        stream = await begin(demo_engine, [5], LONG)
         while demo_engine.stats().mixed_steps == before.mixed_steps:
-            await collect(demo_engine, [6, 7, 8], SHORT)
-        await stream.aclose()
+            async with aclosing(await begin(demo_engine, [5], LONG)):
+                await collect(demo_engine, [6, 7, 8], SHORT)
         assert demo_engine.stats().mixed_seconds > before.mixed_seconds
 
     run(ask())
@@ -110,6 +110,7 @@ def test_an_engine_that_stands_still_is_not_ready(run: Any, demo_model: Path, ca
 
 def test_a_grammar_holds_up_nobody_while_it_is_compiled(run: Any, demo_model: Path) -> None:
     dear = [SamplingParams(regex=".?" * (30_000 + place)) for place in range(3)]
+    order: list[asyncio.Task[Any]] = []
 
     async def ask() -> None:
         async with started(demo_model, max_num_seqs=2, max_grammar_seconds=1) as client, asyncio.TaskGroup() as group:
@@ -117,14 +118,17 @@ def test_a_grammar_holds_up_nobody_while_it_is_compiled(run: Any, demo_model: Pa
             each = (*dear, dear[0])
             waiting = [group.create_task(error_of(collect(client, [5], params))) for params in each]
             late = group.create_task(error_of(collect(client, [5], dear[2], queue_timeout=0.5)))
-            assert count(await collect(client, [5], SHORT)) == 4
-            assert not waiting[2].done()  # each takes seconds, one after the other
+            short = group.create_task(collect(client, [5], SHORT))
+            for task in (short, *waiting):
+                task.add_done_callback(order.append)
+            assert count(await short) == 4
             assert type(await late) is QueueTimeoutError
             waiting[1].cancel()
             for task in (waiting[0], waiting[2], waiting[3]):
                 error = await task
                 assert type(error) is InvalidRequestError
                 assert "regex is too expensive: compiling it takes more than" in str(error)
+            assert order.index(short) < order.index(waiting[2])  # each takes seconds, one after the other
             assert await collect(client, [5], SamplingParams(regex="ab", max_tokens=8))
             await until(lambda: client.stats().waiting == 0)
 
@@ -191,7 +195,7 @@ def test_the_process_ends_with_the_server(demo_model: Path, busy: bool) -> None:
                 time.sleep(0.01)
         finally:
             server.kill()
-        server.communicate(timeout=60)  # the engine's process holds stderr for as long as it lives
+        server.communicate(timeout=LIMIT_S)  # the engine's process holds stderr for as long as it lives
 
 
 def test_ranks_give_the_same_tokens_and_the_death_of_one_is_survived(

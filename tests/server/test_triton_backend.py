@@ -13,7 +13,7 @@ import pytest
 from google.protobuf import text_format
 from tests.server.service_fixtures import DEMO, Outputs, Running, demo, streaming, token_request
 from tests.server.tritonserver import Interpreter, Triton, TritonServer, descendants, find_wheel, is_alive
-from tests.waiting import eventually
+from tests.waiting import LIMIT_S, attempts, eventually
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput, InferResult, model_config_pb2
 from tritonclient.utils import InferenceServerException
 
@@ -26,6 +26,8 @@ __all__ = ["demo", "streaming"]  # fixtures
 
 LONG = 1500
 """Tokens that take seconds."""
+MANY, ABANDONED_S = 32, 10.0
+"""Prompts that take half a minute, and how long engines may compute them for nobody, both in CPU time."""
 NEVER = 2**31
 """An end token that does not come."""
 
@@ -161,26 +163,31 @@ def test_the_client_s_errors(client: InferenceServerClient, request_: InferReque
 def test_a_model_of_one_response_takes_requests_while_it_computes(client: InferenceServerClient) -> None:
     """Another request does not wait for the one before it to end."""
     long, short = token_request([[5, 6]], 600, end_id=NEVER), token_request([[7]], 2)
-    done: queue.Queue[InferResult] = queue.Queue()
-    client.async_infer(long.model, as_inputs(long), lambda result, error: done.put(result or error))
-    for _ in range(3):
-        ask(client, short)
-    assert done.empty(), "the short requests came back behind the long one"
-    assert values(done.get(timeout=100))["sequence_length"] == [[602]]
+    for _ in attempts("short requests that come back before a long one"):
+        done: queue.Queue[InferResult] = queue.Queue()
+        client.async_infer(long.model, as_inputs(long), lambda result, error, done=done: done.put(result or error))
+        for _ in range(3):
+            ask(client, short)
+        overtaken = done.empty()
+        assert values(done.get(timeout=LIMIT_S))["sequence_length"] == [[602]]
+        if overtaken:
+            break
 
 
 Responses = list[tuple[InferResult | None, InferenceServerException | None]]
 
 
-def stream(client: InferenceServerClient, request: InferRequest) -> Responses:
-    """All responses up to the last."""
+def stream(client: InferenceServerClient, request: InferRequest, most: int | None = None) -> Responses:
+    """All responses up to the last; with `most` no more than these, and what is left of the request is cancelled."""
     came: queue.Queue[Any] = queue.Queue()
     client.start_stream(lambda result, error: came.put((result, error)))
     client.async_stream_infer(request.model, as_inputs(request), enable_empty_final_response=True)
     responses: Responses = []
     while not responses or (responses[-1][0] is not None and not is_final(responses[-1][0])):
-        responses.append(came.get(timeout=60))
-    client.stop_stream()
+        responses.append(came.get(timeout=LIMIT_S))
+        if len(responses) == most:
+            break
+    client.stop_stream(cancel_requests=most is not None)
     return responses
 
 
@@ -188,16 +195,28 @@ def is_final(result: InferResult) -> bool:
     return bool(result.get_response().parameters["triton_final_response"].bool_param)
 
 
-def test_a_decoupled_model_streams(client: InferenceServerClient, streaming: Running) -> None:
-    request = token_request([PROMPTS[0]], 12, "streaming")
-    responses = stream(client, request)
+def tokens_of(responses: Responses) -> list[list[int]]:
+    """The tokens of each response to a request of one item, all of which must be there in the one after it."""
     assert [error for _, error in responses] == [None] * len(responses)
     tokens = [values(result)["output_ids"][0][0] for result, _ in responses if result is not None]
-    assert len(tokens) > 2
     assert all(later[: len(sooner)] == sooner for sooner, later in pairwise(tokens))
-    last, final = streaming.stream(token_request([PROMPTS[0]], 12))[-1]
+    return tokens
+
+
+def test_a_decoupled_model_streams(client: InferenceServerClient, streaming: Running) -> None:
+    *_, last = tokens_of(stream(client, token_request([PROMPTS[0]], 12, "streaming")))
+    right, final = streaming.stream(token_request([PROMPTS[0]], 12))[-1]
     assert final
-    assert tokens[-1] == last["output_ids"][0][0]
+    assert last == right["output_ids"][0][0]
+
+
+def test_a_decoupled_model_answers_while_it_computes(client: InferenceServerClient) -> None:
+    """What a slow reader has not taken comes as one response, so the request goes on until there are three."""
+    for _ in attempts("three responses that grow"):
+        tokens = tokens_of(stream(client, token_request([PROMPTS[0]], LONG, "streaming", end_id=NEVER), most=3))
+        if len(tokens) == 3:
+            assert len(tokens[0]) < len(tokens[1]) < len(tokens[2])
+            break
 
 
 def test_an_error_in_a_stream(client: InferenceServerClient) -> None:
@@ -209,7 +228,15 @@ def test_an_error_in_a_stream(client: InferenceServerClient) -> None:
 def engines(triton: TritonServer) -> set[int]:
     """The processes of engines."""
     found = {pid for pid in descendants(triton.process.pid) if is_alive(pid)}
-    return {pid for pid in found if b"hasten.server.engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    return {pid for pid in found if b"hasten.server.engine.process" in of_process(pid, "cmdline")}
+
+
+def of_process(pid: int, name: str) -> bytes:
+    """A file of /proc; empty where the process has ended meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:
+        return b""
 
 
 def cpu_seconds(triton: TritonServer) -> float:
@@ -227,16 +254,16 @@ def assert_soon_idle(triton: TritonServer) -> None:
     """Engines stop computing. Counted in their own time, which passes slowly where others have the machine."""
     before = last = cpu_seconds(triton)
     while True:
-        time.sleep(0.5)
+        time.sleep(1)
         now = cpu_seconds(triton)
         if now - last < 0.02:
             return
-        assert now - before < 2, "the request went on without its client"
+        assert now - before < ABANDONED_S, "the request went on without its client"
         last = now
 
 
 def test_a_client_that_cancels(triton: TritonServer, client: InferenceServerClient) -> None:
-    request = token_request([[5, 6]] * 8, LONG, end_id=NEVER)
+    request = token_request([[5, 6]] * MANY, LONG, end_id=NEVER)
     before = cpu_seconds(triton)
     call = client.async_infer(request.model, as_inputs(request), lambda result, error: None)
     wait_until_busy(triton, before)
@@ -245,11 +272,11 @@ def test_a_client_that_cancels(triton: TritonServer, client: InferenceServerClie
 
 
 def test_a_client_that_leaves_its_stream(triton: TritonServer, client: InferenceServerClient) -> None:
-    request = token_request([[5, 6]] * 8, LONG, "streaming", end_id=NEVER)
+    request = token_request([[5, 6]] * MANY, LONG, "streaming", end_id=NEVER)
     came: queue.Queue[Any] = queue.Queue()
     client.start_stream(lambda result, error: came.put(error))
     client.async_stream_infer(request.model, as_inputs(request))
-    assert came.get(timeout=100) is None
+    assert came.get(timeout=LIMIT_S) is None
     client.stop_stream(cancel_requests=True)
     assert_soon_idle(triton)
 
@@ -262,7 +289,7 @@ def test_a_model_s_life(installed: tuple[Triton, Path], repository: Path, tmp_pa
     ):
         assert_unloadable_is_reported(client, repository)
         client.load_model("fastertransformer")
-        assert len(engines(triton)) == 1
+        eventually(lambda: len(engines(triton)) == 1)  # that of the model that could not be loaded may end late
         assert_unloads_behind_its_requests(triton, client)
         client.load_model("fastertransformer")
         processes = descendants(triton.process.pid)
@@ -283,7 +310,7 @@ def assert_unloads_behind_its_requests(triton: TritonServer, client: InferenceSe
     client.async_infer(request.model, as_inputs(request), lambda result, error: done.put(result or error))
     wait_until_busy(triton, computed)
     client.unload_model("fastertransformer")
-    assert values(done.get(timeout=100))["sequence_length"] == [[202]]
+    assert values(done.get(timeout=LIMIT_S))["sequence_length"] == [[202]]
     wait_until_gone(before)
 
 

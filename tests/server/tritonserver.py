@@ -16,13 +16,13 @@ from types import TracebackType
 
 import pytest
 import tritonclient.grpc
+from tests.waiting import LIMIT_S
 
 from hasten.core.ports import free_ports
 
 WHEEL = "nvidia-pytriton==0.7.0"
 PLACE = "HASTEN_TRITON"
 """Environment variable: a folder that the wheel is installed in already, such as an environment's site-packages."""
-_START_S = 60.0
 _STOP_S = 15.0
 
 
@@ -162,7 +162,7 @@ class TritonServer:
         return f"127.0.0.1:{self.grpc_port}"
 
     def __enter__(self) -> "TritonServer":
-        deadline = time.monotonic() + _START_S
+        deadline = time.monotonic() + LIMIT_S
         with tritonclient.grpc.InferenceServerClient(self.url) as client:
             while not self._is_ready(client):
                 if self.process.poll() is not None or time.monotonic() > deadline:
