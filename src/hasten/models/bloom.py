@@ -18,10 +18,10 @@ from hasten.layers.mlp import MLP
 from hasten.layers.norm import LayerNorm
 from hasten.models import hf_config
 from hasten.models.base import CausalLM
-from hasten.models.weight_map import HEAD_MAJOR, Axis, Tie, WeightMap, WeightSpec, linear, norm, vocabulary
+from hasten.models.decoder_weights import BOTH_NORMS, decoder_weights, plain_layer
+from hasten.models.weight_map import HEAD_MAJOR, WeightMap, WeightSpec, norm
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.partial_sum import PartialSum
-from hasten.parallel.shard import Split
 
 
 class BloomBlock(nn.Module):
@@ -80,11 +80,13 @@ class BloomForCausalLM(CausalLM):
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:
         """Names, layouts and splits of all weights."""
-        return WeightMap(
-            specs=tuple(_specs(config)),
-            hf_prefix="transformer.",
-            hf_unprefixed=frozenset({"lm_head.weight"}),
-            head_tie=Tie(_HEAD, _EMBEDDING) if config.tie_word_embeddings else None,
+        return decoder_weights(
+            config,
+            _of_layer,
+            prefix="transformer.",
+            embedding="word_embeddings",
+            first=norm("embedding_norm", "word_embeddings_layernorm", bias=True),
+            last=norm("final_norm", "ln_f", bias=True),
         )
 
 
@@ -122,29 +124,14 @@ def _config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-_EMBEDDING = vocabulary("embedding.weight", "word_embeddings.weight")
-_HEAD = vocabulary("head.weight", "lm_head.weight")
-
-
 def _of_layer(layer: int) -> Iterator[WeightSpec]:
-    name, hf = f"layers.{layer}", f"h.{layer}"
-    qkv: dict[str, Axis] = {f"{hf}.self_attention.query_key_value": "qkv"}
-    dense: dict[str, Axis] = {f"{hf}.self_attention.dense": "hidden"}
-    up: dict[str, Axis] = {f"{hf}.mlp.dense_h_to_4h": "inner"}
-    down: dict[str, Axis] = {f"{hf}.mlp.dense_4h_to_h": "hidden"}
-    yield from norm(f"{name}.input_norm", f"{hf}.input_layernorm", bias=True)
-    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=True, layout=HEAD_MAJOR)
-    yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=True)
-    yield from norm(f"{name}.post_norm", f"{hf}.post_attention_layernorm", bias=True)
-    yield from linear(f"{name}.mlp.up", up, "inner", "hidden", Split.COLUMN, bias=True)
-    yield from linear(f"{name}.mlp.down", down, "hidden", "inner", Split.ROW, bias=True)
-
-
-def _specs(config: ModelConfig) -> Iterator[WeightSpec]:
-    yield _EMBEDDING
-    yield from norm("embedding_norm", "word_embeddings_layernorm", bias=True)
-    for layer in range(config.num_layers):
-        yield from _of_layer(layer)
-    yield from norm("final_norm", "ln_f", bias=True)
-    if not config.tie_word_embeddings:
-        yield _HEAD
+    return plain_layer(
+        layer,
+        f"h.{layer}",
+        norms=BOTH_NORMS,
+        qkv={"self_attention.query_key_value": "qkv"},
+        dense="self_attention.dense",
+        up="mlp.dense_h_to_4h",
+        down="mlp.dense_4h_to_h",
+        qkv_layout=HEAD_MAJOR,
+    )

@@ -4,6 +4,7 @@ Source: Almazrouei et al., "The Falcon Series of Open Language Models", 2023.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch.nn as nn
@@ -12,9 +13,9 @@ from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.models import hf_config
 from hasten.models.decoder import Decoder, ParallelBlock, SequentialBlock, TwinNormBlock
+from hasten.models.decoder_weights import BOTH_NORMS, decoder_weights, plain_layer
 from hasten.models.rope import rope_from_hf
-from hasten.models.weight_map import HEAD_MAJOR, Axis, Tie, WeightMap, WeightSpec, linear, norm, vocabulary
-from hasten.parallel.shard import Split
+from hasten.models.weight_map import HEAD_MAJOR, WeightMap, WeightSpec, norm
 
 _MAX_POSITION, _HEADS = 2048, 71
 
@@ -65,11 +66,12 @@ class FalconForCausalLM(Decoder):
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:
         """Names, layouts and splits of all weights."""
-        return WeightMap(
-            specs=tuple(_specs(config)),
-            hf_prefix="transformer.",
-            hf_unprefixed=frozenset({"lm_head.weight"}),
-            head_tie=Tie(_HEAD, _EMBEDDING) if config.tie_word_embeddings else None,
+        return decoder_weights(
+            config,
+            partial(_of_layer, config),
+            prefix="transformer.",
+            embedding="word_embeddings",
+            last=norm("final_norm", "ln_f", bias=True),
         )
 
 
@@ -112,36 +114,24 @@ def _attention(raw: Mapping[str, Any], hidden: int, bias: bool) -> AttentionConf
     )
 
 
-_EMBEDDING = vocabulary("embedding.weight", "word_embeddings.weight")
-_HEAD = vocabulary("head.weight", "lm_head.weight")
-
-
-def _norms(config: ModelConfig) -> dict[str, str]:
+def _norms(config: ModelConfig) -> Mapping[str, str]:
     """The norms of a layer: the module's names and the checkpoint's."""
     if config.parallel_residual and config.mlp_norm:
         return {"input_norm": "ln_attn", "post_norm": "ln_mlp"}
-    both = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"}
-    return both if config.mlp_norm else {"input_norm": "input_layernorm"}
+    return BOTH_NORMS if config.mlp_norm else {"input_norm": "input_layernorm"}
 
 
 def _of_layer(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
-    name, hf, bias = f"layers.{layer}", f"h.{layer}", config.mlp_bias
-    qkv: dict[str, Axis] = {f"{hf}.self_attention.query_key_value": "qkv"}
-    dense: dict[str, Axis] = {f"{hf}.self_attention.dense": "hidden"}
-    up: dict[str, Axis] = {f"{hf}.mlp.dense_h_to_4h": "inner"}
-    down: dict[str, Axis] = {f"{hf}.mlp.dense_4h_to_h": "hidden"}
-    for ours, theirs in _norms(config).items():
-        yield from norm(f"{name}.{ours}", f"{hf}.{theirs}", bias=True)
-    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=bias, layout=HEAD_MAJOR)
-    yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=bias)
-    yield from linear(f"{name}.mlp.up", up, "inner", "hidden", Split.COLUMN, bias=bias)
-    yield from linear(f"{name}.mlp.down", down, "hidden", "inner", Split.ROW, bias=bias)
-
-
-def _specs(config: ModelConfig) -> Iterator[WeightSpec]:
-    yield _EMBEDDING
-    for layer in range(config.num_layers):
-        yield from _of_layer(config, layer)
-    yield from norm("final_norm", "ln_f", bias=True)
-    if not config.tie_word_embeddings:
-        yield _HEAD
+    return plain_layer(
+        layer,
+        f"h.{layer}",
+        norms=_norms(config),
+        qkv={"self_attention.query_key_value": "qkv"},
+        dense="self_attention.dense",
+        up="mlp.dense_h_to_4h",
+        down="mlp.dense_4h_to_h",
+        qkv_bias=config.mlp_bias,
+        dense_bias=config.mlp_bias,
+        mlp_bias=config.mlp_bias,
+        qkv_layout=HEAD_MAJOR,
+    )

@@ -6,7 +6,6 @@ Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch.nn as nn
@@ -15,20 +14,16 @@ from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import ConfigError
 from hasten.models import hf_config
 from hasten.models.decoder import Decoder, SequentialBlock
+from hasten.models.decoder_weights import decoder_weights, plain_layer
 from hasten.models.weight_map import (
     SAME,
     TRANSPOSED,
-    Axis,
     Layout,
-    Tie,
     WeightMap,
     WeightSpec,
-    linear,
     norm,
     positions,
-    vocabulary,
 )
-from hasten.parallel.shard import Split
 
 
 class GPT2LMHeadModel(Decoder):
@@ -89,34 +84,33 @@ def config_from_hf(raw: Mapping[str, Any], architecture: str, activation: str) -
     )
 
 
+NORMS: Mapping[str, str] = {"input_norm": "ln_1", "post_norm": "ln_2"}
+"""The norms of a layer: the module's names and the checkpoint's."""
+
+
 def of_layer(layer: int, *, layout: Layout = SAME, qkv_layout: Layout | None = None) -> Iterator[WeightSpec]:
     """The weights of a layer under GPT-2's names; the fused projection may have a `qkv_layout` of its own."""
-    name, hf = f"layers.{layer}", f"h.{layer}"
-    qkv: dict[str, Axis] = {f"{hf}.attn.c_attn": "qkv"}
-    dense: dict[str, Axis] = {f"{hf}.attn.c_proj": "hidden"}
-    up: dict[str, Axis] = {f"{hf}.mlp.c_fc": "inner"}
-    down: dict[str, Axis] = {f"{hf}.mlp.c_proj": "hidden"}
-    yield from norm(f"{name}.input_norm", f"{hf}.ln_1", bias=True)
-    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=True, layout=qkv_layout or layout)
-    yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=True, layout=layout)
-    yield from norm(f"{name}.post_norm", f"{hf}.ln_2", bias=True)
-    yield from linear(f"{name}.mlp.up", up, "inner", "hidden", Split.COLUMN, bias=True, layout=layout)
-    yield from linear(f"{name}.mlp.down", down, "hidden", "inner", Split.ROW, bias=True, layout=layout)
+    return plain_layer(
+        layer,
+        f"h.{layer}",
+        norms=NORMS,
+        qkv={"attn.c_attn": "qkv"},
+        dense="attn.c_proj",
+        up="mlp.c_fc",
+        down="mlp.c_proj",
+        layout=layout,
+        qkv_layout=qkv_layout,
+    )
 
 
 def weight_map(config: ModelConfig, layers: Callable[[int], Iterator[WeightSpec]]) -> WeightMap:
     """That of a model whose weights around the layers have GPT-2's names."""
-    embedding, head = vocabulary("embedding.weight", "wte.weight"), vocabulary("head.weight", "lm_head.weight")
-    return WeightMap(
-        specs=(
-            embedding,
-            positions("embedding.positions", "wpe.weight"),
-            *chain.from_iterable(map(layers, range(config.num_layers))),
-            *norm("final_norm", "ln_f", bias=True),
-            *(() if config.tie_word_embeddings else (head,)),
-        ),
-        hf_prefix="transformer.",
-        hf_unprefixed=frozenset({"lm_head.weight"}),
-        hf_ignored=("h.{layer}.attn.bias", "h.{layer}.attn.masked_bias"),
-        head_tie=Tie(head, embedding) if config.tie_word_embeddings else None,
+    return decoder_weights(
+        config,
+        layers,
+        prefix="transformer.",
+        embedding="wte",
+        first=(positions("embedding.positions", "wpe.weight"),),
+        last=norm("final_norm", "ln_f", bias=True),
+        ignored=("h.{layer}.attn.bias", "h.{layer}.attn.masked_bias"),
     )

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.models import hf_config
-from hasten.models.gpt2 import GPT2LMHeadModel, weight_map
-from hasten.models.weight_map import Axis, WeightMap, WeightSpec, linear, norm
-from hasten.parallel.shard import Split
+from hasten.models.decoder_weights import plain_layer, separate_qkv
+from hasten.models.gpt2 import NORMS, GPT2LMHeadModel, weight_map
+from hasten.models.weight_map import WeightMap, WeightSpec
 
 _GLOBAL, _LOCAL = "global", "local"
 _ALTERNATING = [[[_GLOBAL, _LOCAL], 12]]
@@ -85,15 +85,13 @@ def _kinds(raw: Mapping[str, Any], count: int) -> Sequence[str]:
 
 
 def _of_layer(layer: int) -> Iterator[WeightSpec]:
-    name, hf = f"layers.{layer}", f"h.{layer}"
-    qkv: dict[str, Axis] = {f"{hf}.attn.attention.q_proj": "query"}
-    qkv |= {f"{hf}.attn.attention.{each}_proj": "kv" for each in "kv"}
-    dense: dict[str, Axis] = {f"{hf}.attn.attention.out_proj": "hidden"}
-    up: dict[str, Axis] = {f"{hf}.mlp.c_fc": "inner"}
-    down: dict[str, Axis] = {f"{hf}.mlp.c_proj": "hidden"}
-    yield from norm(f"{name}.input_norm", f"{hf}.ln_1", bias=True)
-    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=False)
-    yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=True)
-    yield from norm(f"{name}.post_norm", f"{hf}.ln_2", bias=True)
-    yield from linear(f"{name}.mlp.up", up, "inner", "hidden", Split.COLUMN, bias=True)
-    yield from linear(f"{name}.mlp.down", down, "hidden", "inner", Split.ROW, bias=True)
+    return plain_layer(
+        layer,
+        f"h.{layer}",
+        norms=NORMS,
+        qkv=separate_qkv("attn.attention"),
+        dense="attn.attention.out_proj",
+        up="mlp.c_fc",
+        down="mlp.c_proj",
+        qkv_bias=False,
+    )

@@ -4,6 +4,7 @@ Source: Black et al., "GPT-NeoX-20B: An Open-Source Autoregressive Language Mode
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch.nn as nn
@@ -12,9 +13,9 @@ from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import ConfigError
 from hasten.models import hf_config
 from hasten.models.decoder import Decoder, SequentialBlock, TwinNormBlock
+from hasten.models.decoder_weights import BOTH_NORMS, decoder_weights, plain_layer
 from hasten.models.rope import rope_from_hf
-from hasten.models.weight_map import HEAD_MAJOR, Axis, Tie, WeightMap, WeightSpec, linear, norm, vocabulary
-from hasten.parallel.shard import Split
+from hasten.models.weight_map import HEAD_MAJOR, WeightMap, WeightSpec, norm
 
 _MAX_POSITION = 2048
 
@@ -78,41 +79,31 @@ class GPTNeoXForCausalLM(Decoder):
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:
         """Names, layouts and splits of all weights."""
-        return WeightMap(
-            specs=tuple(_specs(config)),
-            hf_prefix="gpt_neox.",
-            hf_unprefixed=frozenset({"embed_out.weight"}),
-            hf_ignored=(
+        return decoder_weights(
+            config,
+            partial(_of_layer, config),
+            prefix="gpt_neox.",
+            embedding="embed_in",
+            last=norm("final_norm", "final_layer_norm", bias=True),
+            head="embed_out",
+            ignored=(
                 "layers.{layer}.attention.bias",
                 "layers.{layer}.attention.masked_bias",
                 "layers.{layer}.attention.rotary_emb.inv_freq",
             ),
-            head_tie=Tie(_HEAD, _EMBEDDING) if config.tie_word_embeddings else None,
         )
 
 
-_EMBEDDING = vocabulary("embedding.weight", "embed_in.weight")
-_HEAD = vocabulary("head.weight", "embed_out.weight")
-
-
 def _of_layer(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
-    name, bias = f"layers.{layer}", config.attention.qkv_bias
-    qkv: dict[str, Axis] = {f"{name}.attention.query_key_value": "qkv"}
-    dense: dict[str, Axis] = {f"{name}.attention.dense": "hidden"}
-    up: dict[str, Axis] = {f"{name}.mlp.dense_h_to_4h": "inner"}
-    down: dict[str, Axis] = {f"{name}.mlp.dense_4h_to_h": "hidden"}
-    yield from norm(f"{name}.input_norm", f"{name}.input_layernorm", bias=True)
-    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=bias, layout=HEAD_MAJOR)
-    yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=bias)
-    yield from norm(f"{name}.post_norm", f"{name}.post_attention_layernorm", bias=True)
-    yield from linear(f"{name}.mlp.up", up, "inner", "hidden", Split.COLUMN, bias=True)
-    yield from linear(f"{name}.mlp.down", down, "hidden", "inner", Split.ROW, bias=True)
-
-
-def _specs(config: ModelConfig) -> Iterator[WeightSpec]:
-    yield _EMBEDDING
-    for layer in range(config.num_layers):
-        yield from _of_layer(config, layer)
-    yield from norm("final_norm", "final_layer_norm", bias=True)
-    if not config.tie_word_embeddings:
-        yield _HEAD
+    return plain_layer(
+        layer,
+        f"layers.{layer}",
+        norms=BOTH_NORMS,
+        qkv={"attention.query_key_value": "qkv"},
+        dense="attention.dense",
+        up="mlp.dense_h_to_4h",
+        down="mlp.dense_4h_to_h",
+        qkv_bias=config.attention.qkv_bias,
+        dense_bias=config.attention.qkv_bias,
+        qkv_layout=HEAD_MAJOR,
+    )

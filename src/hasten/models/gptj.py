@@ -12,17 +12,12 @@ from hasten.core.config import AttentionConfig, ModelConfig, RopeConfig
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.models import hf_config
 from hasten.models.decoder import Decoder, ParallelBlock
+from hasten.models.decoder_weights import decoder_weights, plain_layer, separate_qkv
 from hasten.models.weight_map import (
-    Axis,
-    Tie,
     WeightMap,
     WeightSpec,
-    linear,
     norm,
-    vocabulary,
-    vocabulary_bias,
 )
-from hasten.parallel.shard import Split
 
 
 class GPTJForCausalLM(Decoder):
@@ -77,37 +72,25 @@ class GPTJForCausalLM(Decoder):
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:
         """Names, layouts and splits of all weights."""
-        return WeightMap(
-            specs=tuple(_specs(config)),
-            hf_prefix="transformer.",
-            hf_unprefixed=frozenset({"lm_head.weight", "lm_head.bias"}),
-            hf_ignored=("h.{layer}.attn.bias", "h.{layer}.attn.masked_bias"),
-            head_tie=Tie(_HEAD, _EMBEDDING) if config.tie_word_embeddings else None,
+        return decoder_weights(
+            config,
+            _of_layer,
+            prefix="transformer.",
+            embedding="wte",
+            last=norm("final_norm", "ln_f", bias=True),
+            ignored=("h.{layer}.attn.bias", "h.{layer}.attn.masked_bias"),
         )
 
 
-_EMBEDDING = vocabulary("embedding.weight", "wte.weight")
-_HEAD = vocabulary("head.weight", "lm_head.weight")
-
-
 def _of_layer(layer: int) -> Iterator[WeightSpec]:
-    name, hf = f"layers.{layer}", f"h.{layer}"
-    qkv: dict[str, Axis] = {f"{hf}.attn.q_proj": "query", f"{hf}.attn.k_proj": "kv", f"{hf}.attn.v_proj": "kv"}
-    dense: dict[str, Axis] = {f"{hf}.attn.out_proj": "hidden"}
-    up: dict[str, Axis] = {f"{hf}.mlp.fc_in": "inner"}
-    down: dict[str, Axis] = {f"{hf}.mlp.fc_out": "hidden"}
-    yield from norm(f"{name}.input_norm", f"{hf}.ln_1", bias=True)
-    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=False)
-    yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=False)
-    yield from linear(f"{name}.mlp.up", up, "inner", "hidden", Split.COLUMN, bias=True)
-    yield from linear(f"{name}.mlp.down", down, "hidden", "inner", Split.ROW, bias=True)
-
-
-def _specs(config: ModelConfig) -> Iterator[WeightSpec]:
-    yield _EMBEDDING
-    for layer in range(config.num_layers):
-        yield from _of_layer(layer)
-    yield from norm("final_norm", "ln_f", bias=True)
-    if not config.tie_word_embeddings:
-        yield _HEAD
-    yield vocabulary_bias("head.bias", "lm_head.bias")
+    return plain_layer(
+        layer,
+        f"h.{layer}",
+        norms={"input_norm": "ln_1"},
+        qkv=separate_qkv("attn"),
+        dense="attn.out_proj",
+        up="mlp.fc_in",
+        down="mlp.fc_out",
+        qkv_bias=False,
+        dense_bias=False,
+    )

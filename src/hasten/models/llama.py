@@ -6,7 +6,6 @@ Source: Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch.nn as nn
@@ -19,8 +18,9 @@ from hasten.layers.linear import GatedColumnLinear, RowLinear
 from hasten.layers.norm import RMSNorm
 from hasten.models import hf_config
 from hasten.models.decoder import Decoder
+from hasten.models.decoder_weights import BOTH_NORMS, decoder_weights, separate_qkv
 from hasten.models.rope import ROPE_ALIASES, rope_from_hf
-from hasten.models.weight_map import Axis, Tie, WeightMap, WeightSpec, linear, norm, vocabulary
+from hasten.models.weight_map import Axis, WeightMap, WeightSpec, linear, norm
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.partial_sum import PartialSum
 from hasten.parallel.shard import Split
@@ -74,13 +74,11 @@ class LlamaForCausalLM(Decoder):
         return weight_map(config)
 
 
-NORMS: Mapping[str, str] = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"}
-"""The norms of a block: the module's names and the checkpoint's."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Kinds of layers, as `layer_types` in config.json calls them."""
 
 
-def weight_map(config: ModelConfig, *, fused: bool = False, norms: Mapping[str, str] = NORMS) -> WeightMap:
+def weight_map(config: ModelConfig, *, fused: bool = False, norms: Mapping[str, str] = BOTH_NORMS) -> WeightMap:
     """That of a model of this build; `fused`: its checkpoints hold QKV, and gate and up, as one tensor each."""
 
     def of_layer(layer: int) -> Iterator[WeightSpec]:
@@ -94,17 +92,13 @@ def weight_map_of(
     config: ModelConfig, of_layer: Callable[[int], Iterable[WeightSpec]], *, norm_bias: bool = False
 ) -> WeightMap:
     """That of a model whose weights outside its layers have LLaMA's names; `norm_bias`: of the last norm."""
-    return WeightMap(
-        specs=(
-            _EMBEDDING,
-            *chain.from_iterable(map(of_layer, range(config.num_layers))),
-            *norm("final_norm", "norm", bias=norm_bias),
-            *(() if config.tie_word_embeddings else (_HEAD,)),
-        ),
-        hf_prefix="model.",
-        hf_unprefixed=frozenset({"lm_head.weight"}),
-        hf_ignored=("rotary_emb.inv_freq", "layers.{layer}.self_attn.rotary_emb.inv_freq"),
-        head_tie=Tie(_HEAD, _EMBEDDING) if config.tie_word_embeddings else None,
+    return decoder_weights(
+        config,
+        of_layer,
+        prefix="model.",
+        embedding="embed_tokens",
+        last=norm("final_norm", "norm", bias=norm_bias),
+        ignored=("rotary_emb.inv_freq", "layers.{layer}.self_attn.rotary_emb.inv_freq"),
     )
 
 
@@ -185,12 +179,8 @@ def config_from_hf(
     )
 
 
-_EMBEDDING = vocabulary("embedding.weight", "embed_tokens.weight")
-_HEAD = vocabulary("head.weight", "lm_head.weight")
-
-
 def weights_before_mlp(
-    config: ModelConfig, layer: int, *, fused: bool = False, norms: Mapping[str, str] = NORMS
+    config: ModelConfig, layer: int, *, fused: bool = False, norms: Mapping[str, str] = BOTH_NORMS
 ) -> Iterator[WeightSpec]:
     """The norms of a layer and its attention."""
     name = f"layers.{layer}"
@@ -205,11 +195,9 @@ def weights_before_mlp(
 def attention_weights(config: ModelConfig, layer: int, *, fused: bool = False) -> Iterator[WeightSpec]:
     """The projections of attention under LLaMA's names."""
     name, attention = f"layers.{layer}", config.attention_of(layer)
-    qkv: dict[str, Axis] = {f"{name}.self_attn.q_proj": "query"}
-    qkv |= {f"{name}.self_attn.{each}_proj": "kv" for each in "kv"}
+    whole: dict[str, Axis] = {f"{name}.self_attn.qkv_proj": "qkv"}
+    qkv = whole if fused else separate_qkv(f"{name}.self_attn")
     dense: dict[str, Axis] = {f"{name}.self_attn.o_proj": "hidden"}
-    if fused:
-        qkv = {f"{name}.self_attn.qkv_proj": "qkv"}
     yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=attention.qkv_bias)
     yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=attention.dense_bias)
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.models import hf_config
+from hasten.models.decoder_weights import decoder_weights, plain_layer
 from hasten.models.gpt2 import GPT2LMHeadModel
-from hasten.models.weight_map import Axis, Tie, WeightMap, WeightSpec, linear, norm, vocabulary
-from hasten.parallel.shard import Split
+from hasten.models.weight_map import WeightMap, WeightSpec, norm
 
 _SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "expansion_ratio": (4,),
@@ -77,11 +77,12 @@ class MptForCausalLM(GPT2LMHeadModel):
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:
         """Names, layouts and splits of all weights."""
-        return WeightMap(
-            specs=tuple(_specs(config)),
-            hf_prefix="transformer.",
-            hf_unprefixed=frozenset({"lm_head.weight"}),
-            head_tie=Tie(_HEAD, _EMBEDDING) if config.tie_word_embeddings else None,
+        return decoder_weights(
+            config,
+            _of_layer,
+            prefix="transformer.",
+            embedding="wte",
+            last=norm("final_norm", "norm_f", bias=False),
         )
 
 
@@ -117,28 +118,17 @@ def _attention(raw: Mapping[str, Any], heads: int, head_size: int) -> AttentionC
     return attention
 
 
-_EMBEDDING = vocabulary("embedding.weight", "wte.weight")
-_HEAD = vocabulary("head.weight", "lm_head.weight")
-
-
 def _of_layer(layer: int) -> Iterator[WeightSpec]:
-    name, hf = f"layers.{layer}", f"blocks.{layer}"
-    qkv: dict[str, Axis] = {f"{hf}.attn.Wqkv": "qkv"}
-    dense: dict[str, Axis] = {f"{hf}.attn.out_proj": "hidden"}
-    up: dict[str, Axis] = {f"{hf}.ffn.up_proj": "inner"}
-    down: dict[str, Axis] = {f"{hf}.ffn.down_proj": "hidden"}
-    yield from norm(f"{name}.input_norm", f"{hf}.norm_1", bias=False)
-    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=False)
-    yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=False)
-    yield from norm(f"{name}.post_norm", f"{hf}.norm_2", bias=False)
-    yield from linear(f"{name}.mlp.up", up, "inner", "hidden", Split.COLUMN, bias=False)
-    yield from linear(f"{name}.mlp.down", down, "hidden", "inner", Split.ROW, bias=False)
-
-
-def _specs(config: ModelConfig) -> Iterator[WeightSpec]:
-    yield _EMBEDDING
-    for layer in range(config.num_layers):
-        yield from _of_layer(layer)
-    yield from norm("final_norm", "norm_f", bias=False)
-    if not config.tie_word_embeddings:
-        yield _HEAD
+    return plain_layer(
+        layer,
+        f"blocks.{layer}",
+        norms={"input_norm": "norm_1", "post_norm": "norm_2"},
+        qkv={"attn.Wqkv": "qkv"},
+        dense="attn.out_proj",
+        up="ffn.up_proj",
+        down="ffn.down_proj",
+        qkv_bias=False,
+        dense_bias=False,
+        mlp_bias=False,
+        norm_bias=False,
+    )

@@ -5,6 +5,7 @@ Source: Zhang et al., "OPT: Open Pre-trained Transformer Language Models", 2022.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch.nn as nn
@@ -18,7 +19,8 @@ from hasten.layers.norm import LayerNorm
 from hasten.models import hf_config
 from hasten.models.base import CausalLM
 from hasten.models.decoder import SequentialBlock
-from hasten.models.weight_map import Axis, Tie, WeightMap, WeightSpec, linear, norm, positions, vocabulary
+from hasten.models.decoder_weights import decoder_weights, plain_layer, separate_qkv
+from hasten.models.weight_map import Axis, WeightMap, WeightSpec, linear, norm, positions
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.partial_sum import PartialSum
 from hasten.parallel.shard import Split
@@ -130,48 +132,38 @@ class OPTForCausalLM(CausalLM):
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:
         """Names, layouts and splits of all weights."""
-        return WeightMap(
-            specs=tuple(_specs(config)),
-            hf_prefix="model.",
-            hf_unprefixed=frozenset({"lm_head.weight"}),
-            hf_ignored=("decoder.version",),
-            head_tie=Tie(_HEAD, _EMBEDDING) if config.tie_word_embeddings else None,
+        width, whole = config.embedding_size, config.final_norm
+        return decoder_weights(
+            config,
+            partial(_of_layer, config),
+            prefix="model.",
+            embedding="decoder.embed_tokens",
+            first=(
+                positions("embedding.positions", "decoder.embed_positions.weight"),
+                *(_projection("embedding.projection", "decoder.project_in", "hidden", "embedding") if width else ()),
+            ),
+            last=(
+                *(norm("final_norm", "decoder.final_layer_norm", bias=True) if whole else ()),
+                *(_projection("project_out", "decoder.project_out", "embedding", "hidden") if width else ()),
+            ),
+            ignored=("decoder.version",),
         )
 
 
-_EMBEDDING = vocabulary("embedding.weight", "decoder.embed_tokens.weight")
-_HEAD = vocabulary("head.weight", "lm_head.weight")
-
-
 def _of_layer(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
-    name, hf, attention = f"layers.{layer}", f"decoder.layers.{layer}", config.attention
-    qkv: dict[str, Axis] = {f"{hf}.self_attn.q_proj": "query"}
-    qkv |= {f"{hf}.self_attn.{each}_proj": "kv" for each in "kv"}
-    dense: dict[str, Axis] = {f"{hf}.self_attn.out_proj": "hidden"}
-    up: dict[str, Axis] = {f"{hf}.fc1": "inner"}
-    down: dict[str, Axis] = {f"{hf}.fc2": "hidden"}
-    yield from norm(f"{name}.input_norm", f"{hf}.self_attn_layer_norm", bias=True)
-    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=attention.qkv_bias)
-    yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=attention.dense_bias)
-    yield from norm(f"{name}.post_norm", f"{hf}.final_layer_norm", bias=True)
-    yield from linear(f"{name}.mlp.up", up, "inner", "hidden", Split.COLUMN, bias=config.mlp_bias)
-    yield from linear(f"{name}.mlp.down", down, "hidden", "inner", Split.ROW, bias=config.mlp_bias)
+    return plain_layer(
+        layer,
+        f"decoder.layers.{layer}",
+        norms={"input_norm": "self_attn_layer_norm", "post_norm": "final_layer_norm"},
+        qkv=separate_qkv("self_attn"),
+        dense="self_attn.out_proj",
+        up="fc1",
+        down="fc2",
+        qkv_bias=config.attention.qkv_bias,
+        dense_bias=config.attention.dense_bias,
+        mlp_bias=config.mlp_bias,
+    )
 
 
 def _projection(name: str, hf: str, out: Axis, into: Axis) -> tuple[WeightSpec, ...]:
     return linear(name, {hf: out}, out, into, Split.REPLICATE, bias=False)
-
-
-def _specs(config: ModelConfig) -> Iterator[WeightSpec]:
-    yield _EMBEDDING
-    yield positions("embedding.positions", "decoder.embed_positions.weight")
-    if config.embedding_size is not None:
-        yield from _projection("embedding.projection", "decoder.project_in", "hidden", "embedding")
-    for layer in range(config.num_layers):
-        yield from _of_layer(config, layer)
-    if config.final_norm:
-        yield from norm("final_norm", "decoder.final_layer_norm", bias=True)
-    if config.embedding_size is not None:
-        yield from _projection("project_out", "decoder.project_out", "embedding", "hidden")
-    if not config.tie_word_embeddings:
-        yield _HEAD

@@ -6,6 +6,7 @@ technical report", 2023.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch.nn as nn
@@ -13,18 +14,13 @@ import torch.nn as nn
 from hasten.core.config import ModelConfig
 from hasten.models import hf_config
 from hasten.models.decoder import Decoder, ParallelBlock
+from hasten.models.decoder_weights import decoder_weights, plain_layer, separate_qkv
 from hasten.models.llama import attention_from_hf
 from hasten.models.weight_map import (
-    Axis,
-    Tie,
     WeightMap,
     WeightSpec,
-    linear,
     norm,
-    vocabulary,
-    vocabulary_bias,
 )
-from hasten.parallel.shard import Split
 
 _MAX_POSITION = 2048
 
@@ -65,40 +61,27 @@ class PhiForCausalLM(Decoder):
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:
         """Names, layouts and splits of all weights."""
-        return WeightMap(
-            specs=tuple(_specs(config)),
-            hf_prefix="model.",
-            hf_unprefixed=frozenset({"lm_head.weight", "lm_head.bias"}),
-            hf_ignored=("layers.{layer}.self_attn.rotary_emb.inv_freq",),
-            head_tie=Tie(_HEAD, _EMBEDDING) if config.tie_word_embeddings else None,
+        return decoder_weights(
+            config,
+            partial(_of_layer, config),
+            prefix="model.",
+            embedding="embed_tokens",
+            last=norm("final_norm", "final_layernorm", bias=True),
+            ignored=("layers.{layer}.self_attn.rotary_emb.inv_freq",),
         )
-
-
-_EMBEDDING = vocabulary("embedding.weight", "embed_tokens.weight")
-_HEAD = vocabulary("head.weight", "lm_head.weight")
 
 
 def _of_layer(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
     name, attention = f"layers.{layer}", f"layers.{layer}.self_attn"
-    qkv: dict[str, Axis] = {f"{attention}.q_proj": "query", f"{attention}.k_proj": "kv", f"{attention}.v_proj": "kv"}
-    dense: dict[str, Axis] = {f"{attention}.dense": "hidden"}
-    up: dict[str, Axis] = {f"{name}.mlp.fc1": "inner"}
-    down: dict[str, Axis] = {f"{name}.mlp.fc2": "hidden"}
-    yield from norm(f"{name}.input_norm", f"{name}.input_layernorm", bias=True)
-    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=True)
+    yield from plain_layer(
+        layer,
+        name,
+        norms={"input_norm": "input_layernorm"},
+        qkv=separate_qkv("self_attn"),
+        dense="self_attn.dense",
+        up="mlp.fc1",
+        down="mlp.fc2",
+    )
     if config.attention.qk_norm:
         yield from norm(f"{name}.attention.query_norm", f"{attention}.q_layernorm", bias=True, axis="head")
         yield from norm(f"{name}.attention.key_norm", f"{attention}.k_layernorm", bias=True, axis="head")
-    yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=True)
-    yield from linear(f"{name}.mlp.up", up, "inner", "hidden", Split.COLUMN, bias=True)
-    yield from linear(f"{name}.mlp.down", down, "hidden", "inner", Split.ROW, bias=True)
-
-
-def _specs(config: ModelConfig) -> Iterator[WeightSpec]:
-    yield _EMBEDDING
-    for layer in range(config.num_layers):
-        yield from _of_layer(config, layer)
-    yield from norm("final_norm", "final_layernorm", bias=True)
-    if not config.tie_word_embeddings:
-        yield _HEAD
-    yield vocabulary_bias("head.bias", "lm_head.bias")

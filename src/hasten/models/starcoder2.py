@@ -5,15 +5,16 @@ Source: Lozhkov et al., "StarCoder 2 and The Stack v2: The Next Generation", 202
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 from hasten.core.config import ModelConfig
 from hasten.core.errors import UnsupportedError
 from hasten.models import hf_config
+from hasten.models.decoder_weights import BOTH_NORMS, decoder_weights, plain_layer, separate_qkv
 from hasten.models.gpt2 import GPT2LMHeadModel
 from hasten.models.llama import attention_from_hf
-from hasten.models.weight_map import Axis, Tie, WeightMap, WeightSpec, linear, norm, vocabulary
-from hasten.parallel.shard import Split
+from hasten.models.weight_map import WeightMap, WeightSpec, norm
 
 _MAX_POSITION = 4096
 
@@ -59,39 +60,26 @@ class Starcoder2ForCausalLM(GPT2LMHeadModel):
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:
         """Names, layouts and splits of all weights."""
-        return WeightMap(
-            specs=tuple(_specs(config)),
-            hf_prefix="model.",
-            hf_unprefixed=frozenset({"lm_head.weight"}),
-            hf_ignored=("layers.{layer}.self_attn.rotary_emb.inv_freq",),
-            head_tie=Tie(_HEAD, _EMBEDDING) if config.tie_word_embeddings else None,
+        return decoder_weights(
+            config,
+            partial(_of_layer, config),
+            prefix="model.",
+            embedding="embed_tokens",
+            last=norm("final_norm", "norm", bias=True),
+            ignored=("layers.{layer}.self_attn.rotary_emb.inv_freq",),
         )
 
 
-_EMBEDDING = vocabulary("embedding.weight", "embed_tokens.weight")
-_HEAD = vocabulary("head.weight", "lm_head.weight")
-
-
 def _of_layer(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
-    name = hf = f"layers.{layer}"
-    attention, bias = config.attention, config.mlp_bias
-    qkv: dict[str, Axis] = {f"{hf}.self_attn.q_proj": "query"}
-    qkv |= {f"{hf}.self_attn.{each}_proj": "kv" for each in "kv"}
-    dense: dict[str, Axis] = {f"{hf}.self_attn.o_proj": "hidden"}
-    up: dict[str, Axis] = {f"{hf}.mlp.c_fc": "inner"}
-    down: dict[str, Axis] = {f"{hf}.mlp.c_proj": "hidden"}
-    yield from norm(f"{name}.input_norm", f"{hf}.input_layernorm", bias=True)
-    yield from linear(f"{name}.attention.qkv", qkv, "qkv", "hidden", Split.QKV, bias=attention.qkv_bias)
-    yield from linear(f"{name}.attention.dense", dense, "hidden", "query", Split.ROW, bias=attention.dense_bias)
-    yield from norm(f"{name}.post_norm", f"{hf}.post_attention_layernorm", bias=True)
-    yield from linear(f"{name}.mlp.up", up, "inner", "hidden", Split.COLUMN, bias=bias)
-    yield from linear(f"{name}.mlp.down", down, "hidden", "inner", Split.ROW, bias=bias)
-
-
-def _specs(config: ModelConfig) -> Iterator[WeightSpec]:
-    yield _EMBEDDING
-    for layer in range(config.num_layers):
-        yield from _of_layer(config, layer)
-    yield from norm("final_norm", "norm", bias=True)
-    if not config.tie_word_embeddings:
-        yield _HEAD
+    return plain_layer(
+        layer,
+        f"layers.{layer}",
+        norms=BOTH_NORMS,
+        qkv=separate_qkv("self_attn"),
+        dense="self_attn.o_proj",
+        up="mlp.c_fc",
+        down="mlp.c_proj",
+        qkv_bias=config.attention.qkv_bias,
+        dense_bias=config.attention.dense_bias,
+        mlp_bias=config.mlp_bias,
+    )
