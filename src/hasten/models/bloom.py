@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten.core.config import AttentionConfig, ModelConfig
-from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.errors import UnsupportedError
 from hasten.layers.attention import Attention
 from hasten.layers.embedding import Embedding, Head
 from hasten.layers.mlp import MLP
@@ -95,10 +95,7 @@ _VOCAB_SIZE = 250880
 
 
 def _config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
-    hidden = hf_config.count(raw, "n_embed", "hidden_size")
-    heads = hf_config.count(raw, "num_attention_heads", "n_head")
-    if hidden % heads:
-        raise ConfigError(f"hidden_size {hidden} is not a multiple of n_head {heads}")
+    hidden, heads = hf_config.width_and_heads(raw, ("n_embed", "hidden_size"), ("num_attention_heads", "n_head"))
     # transformers leaves the biases of two linears per layer out in this mode, which no BLOOM was trained in
     slices = hf_config.count(raw, "pretraining_tp", default=1)
     if hf_config.flag(raw, "slow_but_exact", False) and slices > 1:
@@ -115,12 +112,8 @@ def _config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         attention=AttentionConfig(num_heads=heads, num_kv_heads=heads, head_size=hidden // heads),
         norm_eps=hf_config.fraction(raw, "layer_norm_epsilon", 1e-5),
         residual_after_norm=hf_config.flag(raw, "apply_residual_connection_post_layernorm", False),
-        tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", True),
-        dtype=hf_config.dtype(raw) or "fp32",
-        bos_token_id=hf_config.token(raw, "bos_token_id", 1),
-        eos_token_ids=hf_config.tokens(raw, "eos_token_id", 2),
-        pad_token_id=hf_config.token(raw, "pad_token_id"),
         max_position_embeddings=None if raw.get("seq_length") is None else hf_config.count(raw, "seq_length"),
+        **hf_config.usual(raw, tied=True, bos=1, eos=2),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch.nn as nn
 
 from hasten.core.config import AttentionConfig, ModelConfig
-from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.errors import UnsupportedError
 from hasten.models import hf_config
 from hasten.models.decoder import Decoder, ParallelBlock, SequentialBlock, TwinNormBlock
 from hasten.models.decoder_weights import BOTH_NORMS, decoder_weights, plain_layer
@@ -55,12 +55,8 @@ class FalconForCausalLM(Decoder):
             mlp_bias=bias,
             mlp_norm=two_norms,
             parallel_residual=parallel,
-            tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", True),
-            dtype=hf_config.dtype(raw) or "fp32",
-            bos_token_id=hf_config.token(raw, "bos_token_id", 11),
-            eos_token_ids=hf_config.tokens(raw, "eos_token_id", 11),
-            pad_token_id=hf_config.token(raw, "pad_token_id"),
             max_position_embeddings=hf_config.count(raw, "max_position_embeddings", default=_MAX_POSITION),
+            **hf_config.usual(raw, tied=True, bos=11, eos=11),
         )
 
     @staticmethod
@@ -92,9 +88,7 @@ def _residuals(raw: Mapping[str, Any]) -> tuple[bool, bool]:
 
 
 def _attention(raw: Mapping[str, Any], hidden: int, bias: bool) -> AttentionConfig:
-    heads = hf_config.count(raw, "n_head", "num_attention_heads", default=_HEADS)
-    if hidden % heads:
-        raise ConfigError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    _, heads = hf_config.width_and_heads(raw, ("n_embed", "hidden_size"), ("n_head", "num_attention_heads"), _HEADS)
     kv_heads = hf_config.count(raw, "n_head_kv", "num_kv_heads", default=heads)
     multi_query = hf_config.flag(raw, "multi_query", True)  # says nothing of the second architecture
     if not _new(raw):  # num_kv_heads is then there as well, and says nothing

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch.nn as nn
 
 from hasten.core.config import AttentionConfig, ModelConfig
-from hasten.core.errors import ConfigError
 from hasten.models import hf_config
 from hasten.models.decoder import Decoder, SequentialBlock
 from hasten.models.decoder_weights import decoder_weights, plain_layer
@@ -56,9 +55,7 @@ class GPT2LMHeadModel(Decoder):
 
 def config_from_hf(raw: Mapping[str, Any], architecture: str, activation: str) -> ModelConfig:
     """All that families with GPT-2's keys have in common; `activation` is what a silent config.json stands for."""
-    hidden, heads = hf_config.count(raw, "n_embd"), hf_config.count(raw, "n_head")
-    if hidden % heads:
-        raise ConfigError(f"n_embd {hidden} is not a multiple of n_head {heads}")
+    hidden, heads = hf_config.width_and_heads(raw, ("n_embd",), ("n_head",))
     scaled = hf_config.flag(raw, "scale_attn_weights", True)
     return ModelConfig(
         architecture=architecture,
@@ -75,12 +72,8 @@ def config_from_hf(raw: Mapping[str, Any], architecture: str, activation: str) -
         ),
         norm_eps=hf_config.fraction(raw, "layer_norm_epsilon", 1e-5),
         activation=hf_config.activation(raw, "activation_function", activation),
-        tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", True),
-        dtype=hf_config.dtype(raw) or "fp32",
-        bos_token_id=hf_config.token(raw, "bos_token_id", 50256),
-        eos_token_ids=hf_config.tokens(raw, "eos_token_id", 50256),
-        pad_token_id=hf_config.token(raw, "pad_token_id"),
         max_position_embeddings=hf_config.count(raw, "n_positions", default=1024),
+        **hf_config.usual(raw, tied=True, bos=50256, eos=50256),
     )
 
 

@@ -32,9 +32,7 @@ class GPTNeoForCausalLM(GPT2LMHeadModel):
     @staticmethod
     def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         """Read Hugging Face's config.json."""
-        hidden, heads = hf_config.count(raw, "hidden_size"), hf_config.count(raw, "num_heads")
-        if hidden % heads:
-            raise ConfigError(f"hidden_size {hidden} is not a multiple of num_heads {heads}")
+        hidden, heads = hf_config.width_and_heads(raw, ("hidden_size",), ("num_heads",))
         kinds = _kinds(raw, hf_config.count(raw, "num_layers"))
         sees_all = AttentionConfig(
             num_heads=heads,
@@ -55,12 +53,8 @@ class GPTNeoForCausalLM(GPT2LMHeadModel):
             layer_attention=tuple(sees_window if kind == _LOCAL else sees_all for kind in kinds),
             norm_eps=hf_config.fraction(raw, "layer_norm_epsilon", 1e-5),
             activation=hf_config.activation(raw, "activation_function", "gelu_new"),
-            tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", True),
-            dtype=hf_config.dtype(raw) or "fp32",
-            bos_token_id=hf_config.token(raw, "bos_token_id", 50256),
-            eos_token_ids=hf_config.tokens(raw, "eos_token_id", 50256),
-            pad_token_id=hf_config.token(raw, "pad_token_id"),
             max_position_embeddings=hf_config.count(raw, "max_position_embeddings", default=2048),
+            **hf_config.usual(raw, tied=True, bos=50256, eos=50256),
         )
 
     @staticmethod

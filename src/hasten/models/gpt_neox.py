@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch.nn as nn
 
 from hasten.core.config import AttentionConfig, ModelConfig
-from hasten.core.errors import ConfigError
 from hasten.models import hf_config
 from hasten.models.decoder import Decoder, SequentialBlock, TwinNormBlock
 from hasten.models.decoder_weights import BOTH_NORMS, decoder_weights, plain_layer
@@ -39,9 +38,7 @@ class GPTNeoXForCausalLM(Decoder):
     @staticmethod
     def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         """Read Hugging Face's config.json, with the rope under its keys of old and new versions."""
-        hidden, heads = hf_config.count(raw, "hidden_size"), hf_config.count(raw, "num_attention_heads")
-        if hidden % heads:
-            raise ConfigError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+        hidden, heads = hf_config.width_and_heads(raw, ("hidden_size",), ("num_attention_heads",))
         longest = hf_config.count(raw, "max_position_embeddings", default=_MAX_POSITION)
         bias = hf_config.flag(raw, "attention_bias", True)
         return ModelConfig(
@@ -68,12 +65,8 @@ class GPTNeoXForCausalLM(Decoder):
             norm_eps=hf_config.fraction(raw, "layer_norm_eps", 1e-5),
             activation=hf_config.activation(raw, "hidden_act", "gelu"),
             parallel_residual=hf_config.flag(raw, "use_parallel_residual", True),
-            tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", False),
-            dtype=hf_config.dtype(raw) or "fp32",
-            bos_token_id=hf_config.token(raw, "bos_token_id", 0),
-            eos_token_ids=hf_config.tokens(raw, "eos_token_id", 2),
-            pad_token_id=hf_config.token(raw, "pad_token_id"),
             max_position_embeddings=longest,
+            **hf_config.usual(raw, tied=False, bos=0, eos=2),
         )
 
     @staticmethod

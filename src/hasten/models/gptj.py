@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch.nn as nn
 
 from hasten.core.config import AttentionConfig, ModelConfig, RopeConfig
-from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.errors import UnsupportedError
 from hasten.models import hf_config
 from hasten.models.decoder import Decoder, ParallelBlock
 from hasten.models.decoder_weights import decoder_weights, plain_layer, separate_qkv
@@ -36,10 +36,7 @@ class GPTJForCausalLM(Decoder):
     @staticmethod
     def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         """Read Hugging Face's config.json."""
-        hidden = hf_config.count(raw, "hidden_size", "n_embd")
-        heads = hf_config.count(raw, "num_attention_heads", "n_head")
-        if hidden % heads:
-            raise ConfigError(f"n_embd {hidden} is not a multiple of n_head {heads}")
+        hidden, heads = hf_config.width_and_heads(raw, ("hidden_size", "n_embd"), ("num_attention_heads", "n_head"))
         if "rotary_dim" in raw and raw["rotary_dim"] is None:
             raise UnsupportedError("rotary_dim null is not supported; transformers rotates heads wrongly without it")
         return ModelConfig(
@@ -61,12 +58,8 @@ class GPTJForCausalLM(Decoder):
             activation=hf_config.activation(raw, "activation_function", "gelu_new"),
             head_bias=True,
             parallel_residual=True,
-            tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", False),
-            dtype=hf_config.dtype(raw) or "fp32",
-            bos_token_id=hf_config.token(raw, "bos_token_id", 50256),
-            eos_token_ids=hf_config.tokens(raw, "eos_token_id", 50256),
-            pad_token_id=hf_config.token(raw, "pad_token_id"),
             max_position_embeddings=hf_config.count(raw, "max_position_embeddings", "n_positions", default=2048),
+            **hf_config.usual(raw, tied=False, bos=50256, eos=50256),
         )
 
     @staticmethod

@@ -5,7 +5,7 @@ left is unknown, and a warning names it.
 """
 
 from collections.abc import Iterator, Mapping, Set
-from typing import Any
+from typing import Any, TypedDict
 
 from hasten.core.config import Activation, DTypeName, dtype_name
 from hasten.core.errors import ConfigError, UnsupportedError
@@ -81,6 +81,38 @@ def count(raw: Raw, *names: str, default: int | None = None) -> int:
         raise ConfigError(f"config.json lacks {names[-1]!r}")
     _require(_is_whole(raw[name]) and raw[name] > 0, name, raw[name], "a whole number above 0")
     return int(raw[name])
+
+
+def width_and_heads(
+    raw: Raw, width: tuple[str, ...], heads: tuple[str, ...], default_heads: int | None = None
+) -> tuple[int, int]:
+    """The hidden size and the number of heads that divide it, each under the first of its names that is there."""
+    hidden, number = count(raw, *width), count(raw, *heads, default=default_heads)
+    if hidden % number:
+        where, of = (next((name for name in names if raw.get(name) is not None), names[-1]) for names in (width, heads))
+        raise ConfigError(f"{where} {hidden} is not a multiple of {of} {number}")
+    return hidden, number
+
+
+class Usual(TypedDict):
+    """Fields of a `ModelConfig` that every family has under the same keys."""
+
+    tie_word_embeddings: bool
+    dtype: DTypeName
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+
+
+def usual(raw: Raw, *, tied: bool, bos: int | None, eos: int | None, pad: int | None = None) -> Usual:
+    """The fields that every family has under the same keys; the keywords are what a silent config.json stands for."""
+    return Usual(
+        tie_word_embeddings=flag(raw, "tie_word_embeddings", tied),
+        dtype=dtype(raw) or "fp32",
+        bos_token_id=token(raw, "bos_token_id", bos),
+        eos_token_ids=tokens(raw, "eos_token_id", eos),
+        pad_token_id=token(raw, "pad_token_id", pad),
+    )
 
 
 def fraction(raw: Raw, name: str, default: float) -> float:

@@ -170,12 +170,8 @@ def config_from_hf(
         norm_eps=hf_config.fraction(raw, "rms_norm_eps", 1e-6),
         activation=hf_config.activation(raw, "hidden_act", "silu"),
         mlp_bias=False,
-        tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", False),
-        dtype=hf_config.dtype(raw) or "fp32",
-        bos_token_id=hf_config.token(raw, "bos_token_id", bos),
-        eos_token_ids=hf_config.tokens(raw, "eos_token_id", eos),
-        pad_token_id=hf_config.token(raw, "pad_token_id"),
         max_position_embeddings=hf_config.count(raw, "max_position_embeddings", default=max_position),
+        **hf_config.usual(raw, tied=False, bos=bos, eos=eos),
     )
 
 

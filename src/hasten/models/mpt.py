@@ -51,9 +51,7 @@ class MptForCausalLM(GPT2LMHeadModel):
     @staticmethod
     def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         """Read Hugging Face's config.json; a sequence may be longer than `max_seq_len`, as ALiBi allows."""
-        hidden, heads = hf_config.count(raw, "d_model"), hf_config.count(raw, "n_heads")
-        if hidden % heads:
-            raise ConfigError(f"d_model {hidden} is not a multiple of n_heads {heads}")
+        hidden, heads = hf_config.width_and_heads(raw, ("d_model",), ("n_heads",))
         _refuse(raw, _SUPPORTED, "")
         return ModelConfig(
             architecture="MptForCausalLM",
@@ -66,12 +64,8 @@ class MptForCausalLM(GPT2LMHeadModel):
             norm_bias=False,
             activation="gelu",
             mlp_bias=False,
-            tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", True),
-            dtype=hf_config.dtype(raw) or "fp32",
-            bos_token_id=hf_config.token(raw, "bos_token_id"),
-            eos_token_ids=hf_config.tokens(raw, "eos_token_id", None),
-            pad_token_id=hf_config.token(raw, "pad_token_id"),
             max_position_embeddings=hf_config.count(raw, "max_seq_len", default=2048),
+            **hf_config.usual(raw, tied=True, bos=None, eos=None),
         )
 
     @staticmethod

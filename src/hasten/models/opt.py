@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten.core.config import AttentionConfig, ModelConfig
-from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.errors import UnsupportedError
 from hasten.layers.embedding import Embedding, Head
 from hasten.layers.linear import ReplicatedLinear
 from hasten.layers.norm import LayerNorm
@@ -90,9 +90,7 @@ class OPTForCausalLM(CausalLM):
     @staticmethod
     def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         """Read Hugging Face's config.json."""
-        hidden, heads = hf_config.count(raw, "hidden_size"), hf_config.count(raw, "num_attention_heads")
-        if hidden % heads:
-            raise ConfigError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+        hidden, heads = hf_config.width_and_heads(raw, ("hidden_size",), ("num_attention_heads",))
         for name, supported in _SUPPORTED.items():
             if hf_config.flag(raw, name, supported) is not supported:
                 raise UnsupportedError(f"{name} {raw[name]} is not supported; supported is {supported}")
@@ -120,13 +118,9 @@ class OPTForCausalLM(CausalLM):
             final_norm=norm_first and not removed,
             activation=hf_config.activation(raw, "activation_function", "relu"),
             mlp_bias=bias,
-            tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", True),
-            dtype=hf_config.dtype(raw) or "fp32",
-            bos_token_id=hf_config.token(raw, "bos_token_id", 2),
-            eos_token_ids=hf_config.tokens(raw, "eos_token_id", 2),
-            pad_token_id=hf_config.token(raw, "pad_token_id", 1),
             max_position_embeddings=hf_config.count(raw, "max_position_embeddings", default=2048),
             position_offset=2,
+            **hf_config.usual(raw, tied=True, bos=2, eos=2, pad=1),
         )
 
     @staticmethod

@@ -50,12 +50,8 @@ class PhiForCausalLM(Decoder):
             activation=hf_config.activation(raw, "hidden_act", "gelu_new"),
             head_bias=True,
             parallel_residual=True,
-            tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", False),
-            dtype=hf_config.dtype(raw) or "fp32",
-            bos_token_id=hf_config.token(raw, "bos_token_id", 1),
-            eos_token_ids=hf_config.tokens(raw, "eos_token_id", 2),
-            pad_token_id=hf_config.token(raw, "pad_token_id"),
             max_position_embeddings=hf_config.count(raw, "max_position_embeddings", default=_MAX_POSITION),
+            **hf_config.usual(raw, tied=False, bos=1, eos=2),
         )
 
     @staticmethod

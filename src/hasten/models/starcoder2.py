@@ -49,12 +49,8 @@ class Starcoder2ForCausalLM(GPT2LMHeadModel):
             norm_eps=hf_config.fraction(raw, "norm_epsilon", 1e-5),
             activation=hf_config.activation(raw, "hidden_act", "gelu_pytorch_tanh"),
             mlp_bias=bias,
-            tie_word_embeddings=hf_config.flag(raw, "tie_word_embeddings", True),
-            dtype=hf_config.dtype(raw) or "fp32",
-            bos_token_id=hf_config.token(raw, "bos_token_id", 50256),
-            eos_token_ids=hf_config.tokens(raw, "eos_token_id", 50256),
-            pad_token_id=hf_config.token(raw, "pad_token_id"),
             max_position_embeddings=hf_config.count(raw, "max_position_embeddings", default=_MAX_POSITION),
+            **hf_config.usual(raw, tied=True, bos=50256, eos=50256),
         )
 
     @staticmethod
