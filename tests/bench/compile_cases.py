@@ -21,8 +21,8 @@ from hasten.core.config import DTypeName
 from hasten.ops import gpu
 
 ROOMS = (
-    *("attention", "cache", "edits", "exchange", "expert_groups", "expert_pairs", "experts", "gated", "heads"),
-    *("logprobs", "matmul", "norm", "router", "sampling"),
+    *("attention", "cache", "cuts", "draw", "edits", "exchange", "expert_groups", "expert_pairs", "experts", "gated"),
+    *("heads", "logprobs", "matmul", "norm", "router", "sampling"),
 )
 """Of `ops/gpu`: the ones with kernels, and not what they share."""
 LARGE = ("8192", "prefill 94 x 87", "prefill 4 x 2048", "256 x 192", "256 of 16 to 2056", "128 blocks", "192 rows")

@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 
 from tests.bench.compile_cases import launchers
 
-from hasten.ops.gpu import sampling
+from hasten.ops.gpu import cuts
 
 WITHOUT_KERNEL = {"pack_experts", "pack_linear"}
 MOST = Ceilings(4e12, 800e12)
@@ -64,7 +64,7 @@ def test_kernels_agree_with_their_definitions(name: str, monkeypatch: pytest.Mon
     for op, launcher in launchers().items():
         if hasattr(ops, op):
             monkeypatch.setattr(ops, op, launcher)
-    monkeypatch.setattr(sampling, "_BLOCK", 512)
+    monkeypatch.setattr(cuts, "BLOCK", 512)
     torch.manual_seed(0)
     case = named(name)
     call = case.make()
@@ -104,6 +104,8 @@ def test_kernels_compile_for_gpus_that_are_not_here(
         "_store_heads",
         "_edit",
         "_draw",
+        "_amounts",
+        "_collect",
     } <= {kernel["kernel"] for kernel in compiled}
     assert max(kernel["shared"] for kernel in compiled) <= shared_memory
 

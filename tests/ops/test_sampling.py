@@ -12,7 +12,7 @@ from hasten.ops import cpu_sampling, reference
 
 pytest.importorskip("triton")
 
-from hasten.ops.gpu import sampling
+from hasten.ops.gpu import cuts, draw, sampling
 
 DEVICE = pytest.param("cuda", marks=pytest.mark.gpu) if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -52,7 +52,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_sampling, "_FIRST", 100)
-    monkeypatch.setattr(sampling, "_BLOCK", BLOCK)
+    monkeypatch.setattr(cuts, "BLOCK", BLOCK)
     monkeypatch.setattr(sampling, "_CHUNK", BLOCK)
 
 
@@ -77,7 +77,7 @@ def make_draws(rows: list[dict[str, Any]], at: list[float], device: torch.device
 
 def drawn(logits_rv: Tensor, rows: list[dict[str, Any]], at: list[float], device: torch.device) -> list[int]:
     """The kernel's tokens, which are other than the reference's only where a point is next to a border of the CDF."""
-    found_r = sampling.draw(logits_rv.to(device), make_draws(rows, at, device))
+    found_r = draw.draw(logits_rv.to(device), make_draws(rows, at, device))
     assert found_r.dtype == torch.int32
     draws = make_draws(rows, at)
     probs_rv = reference.filtered(logits_rv, draws)
@@ -143,8 +143,12 @@ def test_rows_that_are_not_finite_have_no_token(dtype: torch.dtype, device: torc
         assert found[6] == 0
 
 
+@pytest.mark.parametrize("candidates", [16384, 8], ids=["room for all candidates", "for few"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_filter_draws_as_the_reference_does(dtype: torch.dtype, device: torch.device) -> None:
+def test_every_filter_draws_as_the_reference_does(
+    dtype: torch.dtype, candidates: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draw, "_CANDIDATES", candidates)
     rows = [{**row, "temperature": (0.7, 1.6)[n % 2]} for n, row in enumerate(FILTERS)]
     drawn(random_logits(len(rows), dtype=dtype), rows, points(len(rows)), device)
 
@@ -231,7 +235,7 @@ def test_rows_may_lie_in_something_larger(dtype: torch.dtype, device: torch.devi
     logits, plain = (where[::2, 5 : VOCAB + 5] for where in (wide.to(device), wide))
     assert torch.equal(sampling.greedy(logits).cpu(), reference.greedy(plain))
     rows, at = [{"top_k": 50, "top_p": 0.9}, {}], points(2)
-    found = sampling.draw(logits, make_draws(rows, at, device)).cpu()
+    found = draw.draw(logits, make_draws(rows, at, device)).cpu()
     assert torch.equal(found, reference.draw(plain, make_draws(rows, at)))
 
 

@@ -359,9 +359,9 @@ def draw(logits_rv: Tensor, draws: Draws) -> Tensor:
     Text Degeneration", 2020 (top-p); Nguyen et al., "Turning Up the Heat", 2024 (min-p).
     """
     if logits_rv.is_cuda:
-        from hasten.ops.gpu import sampling
+        from hasten.ops.gpu import draw as gpu_draw
 
-        return sampling.draw(logits_rv, draws)
+        return gpu_draw.draw(logits_rv, draws)
     return cpu_sampling.draw(logits_rv, draws)
 
 

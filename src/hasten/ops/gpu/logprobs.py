@@ -21,7 +21,16 @@ _MAX_TOP = 32
 
 @triton.jit
 def _chunk_top(
-    logits, tokens, keys, sums, stride, SIZE: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    logits,
+    tokens,
+    keys,
+    sums,
+    stride,
+    SIZE: tl.constexpr,
+    COUNT: tl.constexpr,
+    TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A chunk's greatest keys, its greatest logit, its sum of exponentials and how many logits exceed the token's."""
     wait_for_inputs(PDL)
@@ -37,7 +46,7 @@ def _chunk_top(
     tl.store(own + 1, tl.sum(tl.exp(x_b - shift), 0))
     tl.store(own + 2, tl.sum((x_b > chosen).to(tl.int32), 0).to(tl.float32))
     keys_b = (_image(x_b, 0).to(tl.int64) << 32) | (_LAST - tokens_b)
-    for k in range(TOP):
+    for k in range(COUNT):
         key = tl.max(keys_b, 0)
         tl.store(keys + (r * chunks + c) * TOP + k, key)
         keys_b = tl.where(keys_b == key, _NO_KEY, keys_b)
@@ -75,7 +84,7 @@ def _row_top(
     # Each count is a whole number below 2^24, so is their sum: exact in fp32.
     tl.store(ranks + r, tl.sum(tl.load(own + 2, held, 0.0), 0).to(tl.int32) + 1)
     at = tl.arange(0, CHUNKS * TOP)
-    keys_t = tl.load(keys + r * chunks * TOP + at, at < chunks * TOP, _NO_KEY)
+    keys_t = tl.load(keys + r * chunks * TOP + at, (at < chunks * TOP) & (at % TOP < COUNT), _NO_KEY)
     for k in range(COUNT):
         key = tl.max(keys_t, 0)
         keys_t = tl.where(keys_t == key, _NO_KEY, keys_t)
@@ -101,7 +110,7 @@ def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs
     options = overlapped(logits_rv)
     stride = logits_rv.stride(0)
     _chunk_top[(rows, chunks)](
-        logits_rv, tokens_r, keys, sums, stride, SIZE=size, TOP=top, BLOCK=_CHUNK, num_warps=4, **options
+        logits_rv, tokens_r, keys, sums, stride, SIZE=size, COUNT=count, TOP=top, BLOCK=_CHUNK, num_warps=4, **options
     )
     _row_top[(rows,)](
         logits_rv,
