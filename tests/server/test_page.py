@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from tests.server.engine_helpers import stopped
 from tests.server.openai_site import DEMO, Site, models
-from tests.waiting import eventually
+from tests.waiting import attempts, eventually
 
 from hasten.server.page.routes import content_security_policy
 from hasten.server.security import ApiKeys
@@ -138,12 +139,19 @@ def test_stop_withdraws_what_runs(open_page: OpenPage, site: Site) -> None:
     page = open_page()
     server_says(page, "ready")
     go_on_for_long(page)
-    page.get_by_label("Prompt").press("Control+Enter")
-    stop = page.get_by_role("button", name="Stop")
-    page.locator("article .now").get_by_text(re.compile(r"^1 / 0")).wait_for()
-    assert page.get_by_role("button", name="Generate").is_disabled()
-    stop.click()  # waits until it can be clicked
-    page.locator("#said").get_by_text(re.compile("^stopped: ")).wait_for()
+    stop, engine = page.get_by_role("button", name="Stop"), site.engine("fastertransformer")
+    for _ in attempts("a request that runs"):
+        before = engine.stats().generation_tokens
+        page.get_by_label("Prompt").press("Control+Enter")
+        eventually(lambda before=before: engine.stats().generation_tokens > before)  # type: ignore[misc]
+        with stopped(engine):  # so that it goes on for as long as the browser takes
+            if engine.stats().running != 1:
+                continue
+            page.locator("article .now").get_by_text(re.compile(r"^1 / 0")).wait_for()
+            assert page.get_by_role("button", name="Generate").is_disabled()
+            stop.click()  # waits until it can be clicked
+            page.locator("#said").get_by_text(re.compile("^stopped: ")).wait_for()
+        break
     eventually(lambda: idle(site))
     assert stop.is_disabled()
     assert page.locator("#error").is_hidden()

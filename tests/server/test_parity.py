@@ -4,6 +4,7 @@ Rules for all of them. Errors over HTTP are JSON here, and said to be; Triton ca
 status 500 for JSON that it cannot read, hasten 400 with the same text, which may say besides which input is wrong.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -389,8 +390,9 @@ def memory(name: str, action: str, **body: Any) -> Ask:
 
 def test_system_shared_memory(sides: Sides) -> None:
     both = (sides.triton, sides.serve)
-    handle = shm.create_shared_memory_region("parity", "/hasten_parity", 64)
-    whole = {"key": "/hasten_parity", "byte_size": 64}
+    key = f"/hasten_parity_{os.getpid()}"
+    handle = shm.create_shared_memory_region("parity", key, 64)
+    whole = {"key": key, "byte_size": 64}
     try:
         for ask in (
             *(memory("", "status"), memory("r", "status"), memory("r", "unregister"), memory("", "unregister")),
@@ -406,7 +408,7 @@ def test_system_shared_memory(sides: Sides) -> None:
             # which bytes there are is the client's affair: 400, and what is wrong
             assert ours.status == 400
             assert ours.body.startswith(theirs.body)
-        part = memory("s", "register", key="/hasten_parity", offset=32, byte_size=32)
+        part = memory("s", "register", key=key, offset=32, byte_size=32)
         # Triton maps regions, and only whole pages can be; hasten reads and writes them
         theirs, ours = (side.http(part) for side in both)
         assert theirs.status in (400, 500)
