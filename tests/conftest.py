@@ -1,5 +1,6 @@
 """Small real models for all tests: random ones with a tokenizer, saved by transformers."""
 
+import contextlib
 import os
 import random
 import signal
@@ -9,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# A stall of the machine is no fault of an example, and examples are the same in every run.
+with contextlib.suppress(ModuleNotFoundError):  # where only what runs on a GPU is installed
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("steady")
 
 # Before torch is loaded, here and in the processes that tests start: several of them share few cores, where threads
 # that spin while they wait take the time of those that compute.

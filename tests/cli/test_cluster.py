@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.cli.memory_backend import MemoryBackend
+from tests.waiting import attempts
 
 import hasten
 from hasten.cli.cluster import backend as cluster_backend
@@ -31,10 +32,12 @@ print("cpu:", time.process_time(), file=sys.stderr)
 @pytest.mark.parametrize("argv", [(), ("submit", "pytorchjob"), ("serve", "triton")])
 def test_help_is_quick_and_imports_nothing_heavy(argv: tuple[str, ...]) -> None:
     command = [sys.executable, "-c", TIMED, "cluster", *argv, "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "heavy: []" in done.stderr
-    assert float(done.stderr.rpartition("cpu: ")[2]) < 0.5
-    assert done.stdout.startswith("usage: hasten cluster")
+    for _ in attempts("help for half a second of CPU time"):  # the first one may compile modules
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "heavy: []" in done.stderr
+        assert done.stdout.startswith("usage: hasten cluster")
+        if float(done.stderr.rpartition("cpu: ")[2]) < 0.5:
+            break
 
 
 def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.cli.memory_backend import cluster
-from tests.waiting import eventually
+from tests.waiting import attempts, eventually
 
 from hasten.cluster.local.backend import LocalBackend
 
@@ -90,8 +90,8 @@ def many_jobs(home: Path, count: int, capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_thousand_jobs_are_listed_as_fast_as_they_are_read(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     many_jobs(home, 1000, capsys)
     backend = LocalBackend(home)
-    reading, listing = [], []
-    for _ in range(6):
+    reading, listing = list[float](), list[float]()
+    for _ in attempts("a list that costs little more than reading it"):
         began = time.process_time()
         assert len(backend.jobs("default")) == 1000
         reading.append(time.process_time() - began)
@@ -100,9 +100,9 @@ def test_a_thousand_jobs_are_listed_as_fast_as_they_are_read(home: Path, capsys:
         assert cluster("list") == 0
         listing.append(time.process_time() - began)
         assert len(capsys.readouterr().out.splitlines()) == 1001
+        if min(listing) < min(1, 1.5 * min(reading)):
+            break
     shutil.rmtree(home)
-    assert min(listing) < 1
-    assert min(listing) / min(reading) <= 1.5, (min(listing), min(reading))
 
 
 @pytest.mark.parametrize(

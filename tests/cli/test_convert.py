@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from tests.waiting import LIMIT_S
 
 
 class Done(Protocol):
@@ -153,7 +154,7 @@ def test_a_signal_ends_the_run_and_cleans_up(
 ) -> None:
     with _held_in_the_middle(many_layers, tmp_path / "deep" / "out") as process:
         process.send_signal(number)
-        assert process.wait(timeout=60) == status
+        assert process.wait(timeout=LIMIT_S) == status
         assert process.stderr is not None
         error = process.stderr.read().decode()
     assert "Traceback" not in error

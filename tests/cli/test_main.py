@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.waiting import attempts
 
 import hasten
 from hasten.cli.main import main
@@ -28,11 +29,13 @@ def run_python(code: str, *argv: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["bench", "lambada", "--help"], ["--version"]])
 def test_help_is_quick_and_imports_nothing_heavy(argv: list[str]) -> None:
-    done = run_python(TIMED, *argv)
-    assert done.returncode == 0, done.stderr
-    assert "heavy: []" in done.stderr
-    assert float(done.stderr.rpartition("cpu: ")[2]) < 0.5
-    assert done.stdout
+    for _ in attempts("help for half a second of CPU time"):  # the first one may compile modules
+        done = run_python(TIMED, *argv)
+        assert done.returncode == 0, done.stderr
+        assert "heavy: []" in done.stderr
+        assert done.stdout
+        if float(done.stderr.rpartition("cpu: ")[2]) < 0.5:
+            break
 
 
 def test_the_package_is_light_and_its_names_come_when_asked_for() -> None:

@@ -124,7 +124,8 @@ def stopped(processes: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         for process in processes:
-            os.kill(process, signal.SIGCONT)
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +226,7 @@ def test_work_in_flight_is_finished_before_the_end(start: Start) -> None:
     server = start(str(DEMO))
     path = f"{server.http}/v2/models/demo-model/generate"
     engines = server.children()
-    with httpx.stream("POST", f"{path}_stream", json=long_stream(400), timeout=LIMIT_S) as stream:
+    with httpx.stream("POST", f"{path}_stream", json=long_stream(1000), timeout=LIMIT_S) as stream:
         lines = stream.iter_lines()
         next(lines)
         with stopped(engines):
@@ -264,10 +265,11 @@ def test_a_signal_while_models_load_ends_the_server(start: Start) -> None:
     port = free_port()
     server = start(str(DEMO), "--http-port", str(port))
     eventually(lambda: listens(port))
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=LIMIT_S) as client:
+    eventually(lambda: bool(server.children()))
+    with stopped(server.children()), httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=LIMIT_S) as client:
         assert client.get("/v2/health/live").status_code == 200
         assert client.get("/v2/health/ready").status_code == 400
-    server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGTERM)
     assert server.end() == 0
     assert "Started" not in server.text
     wait_until_gone(server)

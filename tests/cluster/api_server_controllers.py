@@ -64,8 +64,8 @@ class Controllers:
             with self._store.lock:
                 self._wake.clear()
                 waits = self._collect()
-            if waits is None:
-                self._idle.set()
+                if waits is None:  # said under the lock: what changes later is not done yet
+                    self._idle.set()
             self._wake.wait(waits)
 
     def _collect(self) -> float | None:

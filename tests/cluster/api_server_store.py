@@ -31,6 +31,7 @@ from tests.cluster.api_server_kinds import (
     invalid,
     not_found,
 )
+from tests.waiting import LIMIT_S
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 _CONTROLLER = "kube-controller-manager"
@@ -169,7 +170,7 @@ class Store:
         """`Kind/name` of all objects of some kinds, or of all but namespaces."""
         return sorted(f"{one['kind']}/{one['metadata']['name']}" for one in self.all(*kinds))
 
-    def settle(self, seconds: float = 5) -> None:
+    def settle(self, seconds: float = LIMIT_S) -> None:
         """Wait until the controllers have nothing left to do."""
         assert self._controllers.settle(seconds), f"still at work on {self.names()}"
 

@@ -1,5 +1,6 @@
 """A local backend in a folder of its own, for tests: real processes, of which none may be left at the end."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -36,6 +37,16 @@ class Site:
 
     def running(self, name: str) -> Job:
         return self.reaches(name, lambda job: job.status is Status.RUNNING)
+
+    def over(self, name: str) -> None:
+        """Wait until nothing of a job changes any more: a process that ends gives its lock back after all else."""
+        eventually(lambda: self.state(name).done and self._is_free(self.folder(name)), lambda: f"{self.job(name)}")
+
+    def _is_free(self, folder: Folder) -> bool:
+        lock = folder.try_lock()
+        if lock is not None:
+            os.close(lock)
+        return lock is not None
 
     def reaches(self, name: str, wanted: Callable[[Job], bool]) -> Job:
         eventually(lambda: wanted(self.job(name)), lambda: f"{self.job(name)}")

@@ -115,7 +115,7 @@ def test_a_job_goes_on_when_its_terminal_closes(here: Site) -> None:
 
 def test_the_end_is_known_when_the_supervisor_was_killed(here: Site, tmp_path: Path) -> None:
     """Its processes are found and ended: those of its session, and those that left it."""
-    command = f"setsid sleep 601 & echo $! > {tmp_path}/pid; sleep 602 & sleep 603"
+    command = f"setsid sleep 601 & echo $! > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; sleep 602 & sleep 603"
     here.submit("orphan", command)
     here.running("orphan")
     eventually((tmp_path / "pid").exists, lambda: "the job does not begin")
@@ -268,7 +268,7 @@ def test_a_record_that_cannot_be_read_hides_no_other(here: Site, caplog: pytest.
     here.submit("bad", "true")
     here.ended("good")
     here.ended("bad")
-    eventually(lambda: here.state("bad").done, lambda: "not done")
+    here.over("bad")
     record = here.folder("bad").path / "state.json"
     whole = record.read_text()
     record.write_text(whole[:50])

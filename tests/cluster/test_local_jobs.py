@@ -11,7 +11,6 @@ from tests.cluster.local_site import Site, alive, site
 from tests.waiting import eventually
 
 from hasten.cluster.backend import Status
-from hasten.cluster.local.state import Folder
 from hasten.cluster.local.supervisor import back_off
 from hasten.core.errors import NotFoundError
 
@@ -124,21 +123,13 @@ def test_a_job_that_runs_too_long_is_ended(here: Site) -> None:
     assert 0.5 < (job.ended - job.started).total_seconds() < 600
 
 
-def has_no_supervisor(folder: Folder) -> bool:
-    """Its lock is free: a process that ends gives it back after all else."""
-    lock = folder.try_lock()
-    if lock is not None:
-        os.close(lock)
-    return lock is not None
-
-
 def test_a_job_is_deleted_when_its_time_to_live_is_over(here: Site, tmp_path: Path) -> None:
     here.submit("short", f"touch {tmp_path}/ran", ttl_after_finished="500ms")
     eventually(lambda: not here.folder("short").path.exists(), lambda: "it stays")  # nobody asks for it
     assert (tmp_path / "ran").exists()
     here.submit("short", "true", ttl_after_finished="7d")
     here.ended("short")
-    eventually(lambda: has_no_supervisor(here.folder("short")), lambda: "a process waits for days")
+    here.over("short")  # no process waits for days
     state = here.state("short")
     state.expires = time.time() - 1
     here.folder("short").write_state(state)

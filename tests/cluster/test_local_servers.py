@@ -57,13 +57,13 @@ class StandIn:
     def __init__(self, here: Site, **options: Any) -> None:
         self.here = here
         self.folder = Folder(here.home / "servers" / "default" / "s@1")
-        self.asked = TritonServer(name="s", version="1", model_repository="/tmp", exit_timeout=2)
+        self.asked = TritonServer(name="s", version="1", model_repository="/tmp", exit_timeout=60)
         env = {"READY": "1", **options.pop("env", {})}
         self.plan = ServerPlan(
             launch=Launch(command=[sys.executable, "-c", STAND_IN], env=env, working_dir="/"),
             **{
                 **{"name": self.asked.full_name, "replicas": 1, "gpus": 0, "ports": {"http": free_port()}},
-                **{"address": "127.0.0.1", "exit_timeout": 2.0, "startup_timeout": 60.0},
+                **{"address": "127.0.0.1", "exit_timeout": 60.0, "startup_timeout": LIMIT_S},
                 **options,
             },
         )
@@ -205,14 +205,14 @@ def test_hasten_serves_a_model(here: Site, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"--http-port {ports['http_port']} is a port of server demo@1"):
         here.backend.serve(replace(asked, version="2"))
 
-    def ready() -> bool:
-        return here.backend.server("demo", None, "default").available == 1
+    def ready(restarts: int = 0) -> bool:
+        server = here.backend.server("demo", None, "default")
+        return server.available == 1 and server.instances[0].restarts == restarts
 
     eventually(ready, lambda: "\n".join(here.backend.server_logs("demo", None, "default", LogOptions())))
     folder = found(here.home, "demo", None, "default")
     os.kill(folder.state().instances[0].pid or 0, signal.SIGKILL)
-    eventually(lambda: not ready(), lambda: "still ready")
-    eventually(ready, lambda: f"{here.backend.server('demo', None, 'default')}")
+    eventually(lambda: ready(restarts=1), lambda: f"{here.backend.server('demo', None, 'default')}")
     (server,) = here.backend.servers(None)
     assert (server.address, server.ports) == (
         "127.0.0.1",

@@ -51,7 +51,7 @@ def test_a_job_whose_record_is_damaged(here: Site, tmp_path: Path) -> None:
     """Its folder, with its logs, is moved elsewhere as a whole; then its name is free."""
     for name in ("good", "bad"):
         here.run(name, "echo done", map_paths=True)
-        eventually(lambda: here.state(name).done, lambda: "not done")  # noqa: B023
+        here.over(name)
     folder = here.folder("bad").path
     for text in ("{half", "[]", '{"instances": []}'):
         (folder / "state.json").write_text(text)
@@ -131,7 +131,7 @@ def test_what_others_keep_in_the_home_stays(here: Site, tmp_path: Path) -> None:
         for one in (path, path.parent):
             os.utime(one, (0, 0))
     here.run("good", "true")
-    eventually(lambda: here.state("good").done, lambda: "not done")
+    here.over("good")
     here.backend.delete_job("good", "default")
     assert theirs.exists()
     assert not dead.exists()
@@ -196,7 +196,7 @@ def _refuse_writes(monkeypatch: pytest.MonkeyPatch, home: Path, code: int) -> No
 def test_a_disk_that_fills_up_leaves_nothing_half(here: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     here.backend.create_volume(Volume(name="v", path=str(tmp_path)))
     here.run("good", "true")
-    eventually(lambda: here.state("good").done, lambda: "not done")
+    here.over("good")
     before = sorted(here.home.rglob("*"))
     with monkeypatch.context() as patch:
         _refuse_writes(patch, here.home, errno.ENOSPC)

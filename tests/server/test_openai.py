@@ -601,7 +601,7 @@ def test_a_stream_that_is_closed_is_withdrawn(site: Site, client: openai.OpenAI,
 
 
 def test_a_client_that_does_not_wait_for_its_answer_is_forgotten(site: Site, client: openai.OpenAI) -> None:
-    impatient = client.with_options(timeout=httpx.Timeout(LIMIT_S, read=0.5))
+    impatient = client.with_options(timeout=openai.Timeout(LIMIT_S, read=0.5))
     for _ in attempts("a completion that is not computed to its end"):
         before = site.generated("tokens")
         with pytest.raises(openai.APITimeoutError):

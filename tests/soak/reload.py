@@ -14,12 +14,12 @@ from tests.soak.asks import KINDS, TEXT, TOKENS, Ask, FailedError, Kind, Place, 
 from tests.soak.http_client import post
 from tests.soak.report import Report, milliseconds
 from tests.soak.server import DEMO, Server, create_repository, serving
+from tests.waiting import LIMIT_S
 
 _CLIENTS = 8
 _ASKS = (Ask("Anna looked", 3), Ask("Ben found", 40), Ask("The storm", 250))
 _PAUSE_S, _REFUSED_S = 0.02, 0.2
 """Between two requests of a client, and more after one that was refused."""
-_END_S = 30.0
 _REFUSALS = {
     "404": ("is not found", "has no available versions", "does not exist"),
     "NOT_FOUND": ("is not found", "has no available versions"),
@@ -100,7 +100,7 @@ async def _one_engine(server: Server) -> float:
     """How long it took until the engines that were replaced had ended."""
     began = time.monotonic()
     while len(server.engines) != 1:
-        assert time.monotonic() - began < _END_S, f"engines: {server.engines}"
+        assert time.monotonic() - began < LIMIT_S, f"engines: {server.engines}"
         await asyncio.sleep(0.05)
     return time.monotonic() - began
 

@@ -14,14 +14,13 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 from tests.soak.http_client import get
+from tests.waiting import LIMIT_S
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 _LOCAL = (
     *("--http-address", "127.0.0.1", "--grpc-address", "127.0.0.1"),
     *("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"),
 )
-_START_S = _IDLE_S = 60.0
-"""For a server that hangs; says nothing of how fast it should be."""
 _IDLE = ("kv_cache_usage_ratio", "requests_running", "requests_waiting")
 
 
@@ -45,7 +44,7 @@ class Server:
         return self._log.read_text(errors="replace")
 
     def _ports(self) -> tuple[int, int, int]:
-        until = time.monotonic() + _START_S
+        until = time.monotonic() + LIMIT_S
         while "Started Metrics Service" not in self.log:
             assert self.process.poll() is None, self.log
             assert time.monotonic() < until, self.log
@@ -64,11 +63,7 @@ class Server:
         if self.process.poll() is not None:
             return []
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [
-            int(child)
-            for child in children
-            if b"hasten.server.engine.process" in Path(f"/proc/{child}/cmdline").read_bytes()
-        ]
+        return [int(child) for child in children if "hasten.server.engine.process" in _read(int(child), "cmdline")]
 
     @staticmethod
     def lives(pid: int) -> bool:
@@ -96,7 +91,7 @@ class Server:
         names = [f"hasten_{name}{{" for name in _IDLE] + ["nv_inference_pending_request_count{"]
         return {name: value for name, value in samples.items() if value and name.startswith(tuple(names))}
 
-    async def idle_after(self, seconds: float = _IDLE_S) -> float:
+    async def idle_after(self, seconds: float = LIMIT_S) -> float:
         """How long it took until no block was in use and nothing ran; AssertionError after so many seconds."""
         began = time.monotonic()
         while busy := await self.busy():
@@ -121,7 +116,7 @@ class Server:
             for engine in self.engines:
                 os.kill(engine, signal.SIGKILL)
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(LIMIT_S)
         shutil.rmtree(self.folder)
 
 
@@ -137,10 +132,17 @@ def create_repository(model: Path, target: Path, *options: str) -> Path:
     return target
 
 
+def _read(pid: int, name: str) -> str:
+    """A file of /proc; empty where the process has ended meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except OSError:
+        return ""
+
+
 def _rss(pid: int) -> float:
-    found = re.search(r"^VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) / 1024
+    found = re.search(r"^VmRSS:\s+(\d+) kB", _read(pid, "status"), re.MULTILINE)
+    return 0.0 if found is None else int(found[1]) / 1024
 
 
 @contextlib.contextmanager

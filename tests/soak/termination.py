@@ -64,8 +64,8 @@ async def _finishes(server: Server, report: Report, each: int, tokens: int, grac
     kinds = [kind for kind in KINDS for _ in range(each)]
     tasks = [asyncio.create_task(answer(kind, place, Ask("Anna looked", tokens))) for kind in kinds]
     await _reaches(server, _PROMPT_TOKENS, before + each * of_each)
-    server.process.send_signal(signal.SIGTERM)
     signalled = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
     while await place.server.ready():
         await asyncio.sleep(0.01)
     await _refused(place, report)
@@ -110,8 +110,8 @@ async def _is_cut(server: Server, report: Report, each: int, timeout: float, gra
     kinds = [kind for kind in KINDS for _ in range(each)]
     tasks = [asyncio.create_task(_end_of(kind, place)) for kind in kinds]
     await _reaches(server, _RUNNING, len(kinds))
-    server.process.send_signal(signal.SIGTERM)
     signalled = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
     ends = Counter(f"{name_of(kind)}: {how}" for kind, how in zip(kinds, await asyncio.gather(*tasks), strict=True))
     seconds = await _exit(server, signalled)
     report.figures["how they were cut off"] = dict(sorted(ends.items()))
