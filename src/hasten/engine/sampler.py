@@ -94,7 +94,9 @@ class Choice:
             values_rk, ids_rk, *tops = tops
             pairs = zip(self._beams.items(), ids_rk.numpy(), values_rk.double().numpy(), strict=True)
             for (row, count), ids_k, values_k in pairs:
-                sampled[row].candidates = (ids_k[:count], values_k[:count])
+                sampled[row].candidates = (
+                    (ids_k, values_k) if count == len(ids_k) else (ids_k[:count], values_k[:count])
+                )
         if self._logprobs:
             chosen = [tokens[row] for row in self._logprobs]
             rows = _entries(chosen, list(self._logprobs.values()), ops.TopLogprobs(*tops), text_of)
