@@ -113,5 +113,9 @@ def test_gated_units(rows: int, gate: ops.Activation, bias: bool, dtype: torch.d
     found = ops.gated_linear(x_th, ops.pack_linear(weight), bias_o, gate)
     assert found.dtype == dtype
     assert_close("linear", found, active * both[:, 10:])
-    plain = reference.gated_linear(x_th, ops.PackedLinear(20, HIDDEN, plain=weight), bias_o, gate)
-    assert_close("stepwise", plain, active * both[:, 10:])
+    packed = ops.PackedLinear(20, HIDDEN, plain=weight)
+    assert_close("stepwise", reference.gated_linear(x_th, packed, bias_o, gate), active * both[:, 10:])
+    scale = draw(1, HIDDEN, seed=3).to(dtype)
+    scaled = active * both[:, 10:] * (x_th.double() @ scale.double().T).sigmoid()
+    assert_close("linear", ops.gated_linear(x_th, ops.pack_linear(weight), bias_o, gate, scale), scaled)
+    assert_close("stepwise", reference.gated_linear(x_th, packed, bias_o, gate, scale), scaled)

@@ -5,7 +5,6 @@ Shapes: t tokens, h hidden, k experts a token.
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from hasten import ops
@@ -25,8 +24,7 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_th: Tensor) -> Tensor:
         """This rank's part of `sigmoid(x @ scale.T)` times the expert: [t, h], or [parts, t, h] in fp32."""
-        inner_ti = self.gate_up(x_th) * F.linear(x_th, self.scale).sigmoid()
-        return ops.linear_parts(inner_ti, self.down.packed)
+        return ops.linear_parts(self.gate_up(x_th, self.scale), self.down.packed)
 
 
 class Experts(PackedModule):
@@ -56,9 +54,12 @@ class Experts(PackedModule):
         self.packed = ops.pack_experts(self.gate_up.data, self.down.data, self.first)
         del self.gate_up, self.down
 
-    def forward(self, x_th: Tensor, residual_th: Tensor) -> ops.PartialSum:
-        """`residual_th` + what the experts make of each token, as a sum for the next norm to add up."""
-        routing = ops.route(x_th, self.router, self.config.top_k, self.config.normalized)
+    def forward(self, x_th: Tensor, residual_th: Tensor, slots_t: Tensor) -> ops.PartialSum:
+        """`residual_th` + what the experts make of each token, as a sum for the next norm to add up.
+
+        `slots_t`: the tokens' cache slots, -1 for padding.
+        """
+        routing = ops.route(x_th, self.router, self.config.top_k, self.config.normalized, slots_t)
         parts = ops.experts(x_th, self.packed, routing, self.gate)
         sum_ = ops.PartialSum(parts, residual=residual_th, over_ranks=self.group.size > 1)
         return sum_ if self.shared is None else sum_.plus(self.shared(x_th), None)

@@ -64,9 +64,9 @@ class GatedColumnLinear(_Linear):
         super().__init__(in_features, 2 * inner_features // tensor_group().size, bias=bias)
         self.gate = gate
 
-    def forward(self, x_th: Tensor) -> Tensor:
-        """`gate(x @ G.T) * (x @ U.T)`, this rank's features: [t, o / 2]."""
-        return ops.gated_linear(x_th, self.packed, self.bias, self.gate)
+    def forward(self, x_th: Tensor, scale_1h: Tensor | None = None) -> Tensor:
+        """`gate(x @ G.T) * (x @ U.T)`, this rank's features: [t, o / 2]; with a scale, times `sigmoid(x @ scale.T)`."""
+        return ops.gated_linear(x_th, self.packed, self.bias, self.gate, scale_1h)
 
 
 class QKVLinear(_Linear):

@@ -49,7 +49,7 @@ class MixtralBlock(nn.Module):
         normed_th, residual_th = self.input_norm(x_th)
         x_th = self.attention(normed_th, positions_t, meta, residual_th, last=self.last)
         normed_th, residual_th = self.post_norm(x_th)
-        return self.experts(normed_th, residual_th)
+        return self.experts(normed_th, residual_th, meta.output_rows(meta.slot_mapping, last=self.last))
 
 
 class MixtralForCausalLM(LlamaForCausalLM):

@@ -138,16 +138,19 @@ def linear(
     return cpu.linear(x_th, weight, bias_o, activation)
 
 
-def gated_linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: Activation) -> Tensor:
+def gated_linear(
+    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: Activation, scale_1h: Tensor | None = None
+) -> Tensor:
     """`gate(a) * b`, [t, o / 2], where `a` and `b` are the halves of `x @ weight.T + bias`.
 
-    Source: Shazeer, "GLU Variants Improve Transformer", 2020.
+    With `scale_1h`, times `sigmoid(x @ scale.T)`, computed in at least fp32. Source: Shazeer, "GLU Variants Improve
+    Transformer", 2020.
     """
     if x_th.is_cuda:
         from hasten.ops.gpu import gated
 
-        return gated.gated_linear(x_th, weight, bias_o, gate)
-    return cpu.gated_linear(x_th, weight, bias_o, gate)
+        return gated.gated_linear(x_th, weight, bias_o, gate, scale_1h)
+    return cpu.gated_linear(x_th, weight, bias_o, gate, scale_1h)
 
 
 def add_linear(
@@ -181,16 +184,17 @@ def linear_parts(x_th: Tensor, weight: PackedLinear) -> Tensor:
     return cpu.linear(x_th, weight, None, None)
 
 
-def route(x_th: Tensor, router_eh: Tensor, top_k: int, normalized: bool) -> Routing:
+def route(x_th: Tensor, router_eh: Tensor, top_k: int, normalized: bool, slots_t: Tensor | None = None) -> Routing:
     """The `top_k` most probable experts of each token by `softmax(x @ router.T)` in fp32, the first among equals.
 
-    Their probabilities are the weights of their outputs, or where `normalized` divided by their sum. Source: Shazeer
-    et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer", 2017.
+    Their probabilities are the weights of their outputs, or where `normalized` divided by their sum. The last tokens
+    may be padding, which has no cache slot in `slots_t` [t] (-1) and may go to any experts. Source: Shazeer et al.,
+    "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer", 2017.
     """
     if x_th.is_cuda:
         from hasten.ops.gpu import router
 
-        return router.route(x_th, router_eh, top_k, normalized)
+        return router.route(x_th, router_eh, top_k, normalized, slots_t)
     return reference.route(x_th, router_eh, top_k, normalized)
 
 

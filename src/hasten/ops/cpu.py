@@ -92,9 +92,15 @@ def add_linear(  # noqa: D103
     return _linear(x_th, weight, bias_o, None, residual_to)
 
 
-def gated_linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: str) -> Tensor:  # noqa: D103
-    gate_to, up_to = _linear(x_th.float(), weight, bias_o, None, None).chunk(2, dim=-1)
-    return reference.activated(gate_to, gate).mul_(up_to).to(x_th.dtype)
+def gated_linear(  # noqa: D103
+    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: str, scale_1h: Tensor | None = None
+) -> Tensor:
+    wide_th = x_th.float()
+    gate_to, up_to = _linear(wide_th, weight, bias_o, None, None).chunk(2, dim=-1)
+    inner_to = reference.activated(gate_to, gate).mul_(up_to)
+    if scale_1h is not None:
+        inner_to.mul_(F.linear(wide_th, scale_1h.float()).sigmoid_())
+    return inner_to.to(x_th.dtype)
 
 
 def pack_experts(gate_up_eih: Tensor, down_ehi: Tensor, first: int) -> PackedExperts:  # noqa: D103

@@ -39,9 +39,9 @@ class AttentionMeta:
     scratch: dict[str, Any] = field(default_factory=dict, compare=False)
     """What an op computes once per step and every layer uses again."""
 
-    def output_rows(self, x_th: Tensor, *, last: bool) -> Tensor:
-        """The rows of a batch's hidden states that a layer goes on with: in the last one those of `output_part`."""
+    def output_rows(self, rows_t: Tensor, *, last: bool) -> Tensor:
+        """Those of a batch's rows, one per token, that a layer goes on with: in the last one those of `output_part`."""
         if not last or self.output_part is None:
-            return x_th
+            return rows_t
         assert self.output_part.output_indices is not None
-        return x_th[self.output_part.output_indices]
+        return rows_t[self.output_part.output_indices]

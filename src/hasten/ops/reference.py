@@ -82,9 +82,14 @@ def linear(  # noqa: D103
     return out_to if activation is None else activated(out_to, activation)
 
 
-def gated_linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: str) -> Tensor:  # noqa: D103
+def gated_linear(  # noqa: D103
+    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: str, scale_1h: Tensor | None = None
+) -> Tensor:
     gate_to, up_to = _wide(linear(x_th, weight, bias_o, None)).chunk(2, dim=-1)
-    return (activated(gate_to, gate) * up_to).to(x_th.dtype)
+    inner_to = activated(gate_to, gate) * up_to
+    if scale_1h is not None:
+        inner_to = inner_to * F.linear(_wide(x_th), _wide(scale_1h)).sigmoid()
+    return inner_to.to(x_th.dtype)
 
 
 def activated(x: Tensor, name: str) -> Tensor:

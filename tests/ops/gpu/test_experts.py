@@ -76,6 +76,29 @@ def test_tokens_choose_their_experts(
             assert block.tolist() == torch.bincount(chosen.flatten(), minlength=count).tolist()
 
 
+@pytest.mark.parametrize(("real", "padded"), [(3, 8), (5, 7), (40, 64), (200, 300)], ids=str)
+def test_padding_chooses_no_expert_that_no_token_chooses(real: int, padded: int, device: torch.device) -> None:
+    weight = torch.eye(40, device=device)
+    x_th = draw(padded, 40, dtype=torch.float32, device=device)
+    x_th[:real, 25:] -= 100
+    alone = router.route(x_th[:real], weight, 2, True)
+    slots_t = torch.arange(padded, dtype=torch.int32, device=device)
+    slots_t[real:] = -1
+    found = router.route(x_th, weight, 2, True, slots_t)
+    assert torch.equal(found.experts_tk[:real], alone.experts_tk)
+    assert torch.equal(found.weights_tk[:real], alone.weights_tk)
+    repeats = torch.arange(real, padded, device=device) % real
+    assert torch.equal(found.experts_tk[real:], alone.experts_tk[repeats])
+    assert found.counts_be is not None
+    assert found.counts_be.sum() == 2 * padded
+
+
+def test_a_step_of_padding_alone_is_routed(device: torch.device) -> None:
+    x_th, nowhere = torch.ones(3, 8, device=device), torch.full((3,), -1, dtype=torch.int32, device=device)
+    found = router.route(x_th, torch.eye(8, device=device), 2, True, nowhere)
+    assert found.experts_tk.tolist() == [[0, 1]] * 3
+
+
 def test_the_first_among_equals_is_chosen(device: torch.device) -> None:
     logits = torch.tensor([[1.0, 3, 3, 0, 3, 1], [0, 0, 0, 0, 0, 0], [2, 1, 2, 1, 2, 1]], device=device)
     found = router.route(logits, torch.eye(6, device=device), 4, True)

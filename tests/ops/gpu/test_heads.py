@@ -131,4 +131,8 @@ def test_gated_units(
     # the halves of the product are rounded to the type before they meet
     gate_to, up_to = matmul.linear(x_th, packed, bias, None).double().chunk(2, dim=-1)
     assert found.dtype == dtype
-    assert_close("linear", found, exactly_activated(gate_to, gate) * up_to)
+    exact = exactly_activated(gate_to, gate) * up_to
+    assert_close("linear", found, exact)
+    scale = draw(1, 128, device=device, seed=2, dtype=dtype) * 0.1
+    factor = (x_th.double() @ scale.double().T).sigmoid()
+    assert_close("linear", gated.gated_linear(x_th, packed, bias, gate, scale), exact * factor)

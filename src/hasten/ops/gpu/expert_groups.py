@@ -70,12 +70,18 @@ def _sort(
 
 @triton.jit
 def _tile(bounds, tile, COUNT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The expert of a tile, COUNT if there is none, and the places in the order of its pairs, with which are real."""
+    """The expert of a tile, COUNT if there is none, and the places in the order of its pairs, with which are real.
+
+    All bounds are read at once, since each read would wait for the one before it.
+    """
     e = tl.arange(0, BLOCK_E)
-    expert = tl.sum((tl.load(bounds + COUNT + e, e < COUNT, 2147483647) <= tile).to(tl.int32), 0)
-    earlier = tl.load(bounds + COUNT + expert - 1, expert > 0, 0)
-    begin = tl.load(bounds + expert - 1, expert > 0, 0)
-    end = tl.load(bounds + expert, expert < COUNT, 0)
+    ends = tl.load(bounds + e, e < COUNT, 2147483647)
+    tile_ends = tl.load(bounds + COUNT + e, e < COUNT, 2147483647)
+    before = tile_ends <= tile
+    expert = tl.sum(before.to(tl.int32), 0)
+    earlier = tl.max(tl.where(before, tile_ends, 0), 0)
+    begin = tl.max(tl.where(before, ends, 0), 0)
+    end = tl.min(tl.where(before, 2147483647, ends), 0)
     place = begin + (tile - earlier) * BLOCK_M + tl.arange(0, BLOCK_M)
     return expert, tl.where(place < end, place, begin), place < end
 
@@ -108,10 +114,11 @@ def _grouped_gate_up(
     """`gate(a) * b` of a tile of pairs, BLOCK_N features of both halves, stored in the order of pairs: [P, I]."""
     start_next(PDL)
     wait_for_inputs(PDL)
-    expert, place, real = _tile(bounds, tl.program_id(0), COUNT, BLOCK_E, BLOCK_M)
+    features: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
+    expert, place, real = _tile(bounds, tl.program_id(0) // features, COUNT, BLOCK_E, BLOCK_M)
     if expert == COUNT:
         return
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) % features * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     token = tl.load(order + place) // K
     x_start = x + token.to(tl.int64)[:, None] * H + k[None, :]
@@ -160,10 +167,11 @@ def _grouped_down(
     """The outputs of a tile of pairs times their weights, BLOCK_N features, stored by token and choice."""
     start_next(PDL)
     wait_for_inputs(PDL)
-    expert, place, real = _tile(bounds, tl.program_id(0), COUNT, BLOCK_E, BLOCK_M)
+    features: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+    expert, place, real = _tile(bounds, tl.program_id(0) // features, COUNT, BLOCK_E, BLOCK_M)
     if expert == COUNT:
         return
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) % features * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     pair = tl.load(order + place)
     scale = tl.load(scales + pair)
@@ -201,7 +209,7 @@ _CUTS = (
     (4, _Cut(16, 32, 64, 128, 4, 4)),
     (16, _Cut(32, 32, 64, 128, 4, 4)),
     (64, _Cut(64, 64, 64, 64, 4, 4)),
-    (float("inf"), _Cut(128, 128, 128, 64, 3, 8)),
+    (float("inf"), _Cut(128, 128, 256, 64, 4, 8)),
 )
 """By the pairs of an expert on average, up to so many. Chosen by counting bytes; docs/performance.md."""
 
@@ -223,11 +231,11 @@ def grouped(x_th: Tensor, weights: PackedExperts, routing: Routing, gate: str, o
         num_warps=cut.warps, **overlapped(x_th),
     )  # fmt: skip
     blocks = _blocks(cut, cut.gate_up_n, 2, inner_size, hidden, x_th)
-    _grouped_gate_up[(tiles, triton.cdiv(inner_size, blocks["BLOCK_N"]))](
+    _grouped_gate_up[(tiles * triton.cdiv(inner_size, blocks["BLOCK_N"]),)](
         x_th, weights.gate_up, order, bounds, inner, GATE=gate, **blocks, **common
     )
     blocks = _blocks(cut, cut.down_n, 1, hidden, inner_size, x_th)
-    _grouped_down[(tiles, triton.cdiv(hidden, blocks["BLOCK_N"]))](
+    _grouped_down[(tiles * triton.cdiv(hidden, blocks["BLOCK_N"]),)](
         inner, weights.down, routing.weights_tk, order, bounds, out, tokens, PARTS=parts, **blocks, **common
     )
 

@@ -3,6 +3,8 @@
 Shapes: T tokens, K experts a token, H hidden, I inner features of an expert, P = T * K pairs.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,8 +32,8 @@ def _pair_gate_up(
     PDL: tl.constexpr,
 ):
     """`gate(a) * b` of one pair, ROWS features of both halves: [P, I]."""
-    start_next(PDL)
     wait_for_inputs(PDL)
+    start_next(PDL)  # behind the wait, so that `_pair_down` may read the choice of experts before its own
     pair = tl.program_id(0)
     expert = tl.load(experts + pair) - first
     if (expert < 0) | (expert >= COUNT):
@@ -44,12 +46,26 @@ def _pair_gate_up(
     gate = tl.zeros([ROWS, BLOCK_K], tl.float32)
     up = tl.zeros([ROWS, BLOCK_K], tl.float32)
     for offset in tl.static_range(0, H, BLOCK_K):
-        inside = k + offset < H
-        x_k = tl.load(x_start + offset, inside, 0.0).to(tl.float32)[None, :]
-        gate += tl.load(gate_start + offset, inside[None, :], 0.0).to(tl.float32) * x_k
-        up += tl.load(gate_start + I * H + offset, inside[None, :], 0.0).to(tl.float32) * x_k
+        if H % BLOCK_K == 0:
+            x_k = tl.load(x_start + offset).to(tl.float32)[None, :]
+            gate += tl.load(gate_start + offset).to(tl.float32) * x_k
+            up += tl.load(gate_start + I * H + offset).to(tl.float32) * x_k
+        else:
+            inside = k + offset < H
+            x_k = tl.load(x_start + offset, inside, 0.0).to(tl.float32)[None, :]
+            gate += tl.load(gate_start + offset, inside[None, :], 0.0).to(tl.float32) * x_k
+            up += tl.load(gate_start + I * H + offset, inside[None, :], 0.0).to(tl.float32) * x_k
     value = activated(tl.sum(gate, 1), GATE) * tl.sum(up, 1)
     tl.store(inner + pair.to(tl.int64) * I + n, value.to(inner.dtype.element_ty), n < I)
+
+
+@triton.jit
+def _block(start, k, block: tl.constexpr, I: tl.constexpr, BLOCK_K: tl.constexpr):  # noqa: E741
+    """One block of the input features of some rows."""
+    if (block + 1) * BLOCK_K <= I:
+        return tl.load(start + block * BLOCK_K)
+    else:
+        return tl.load(start + block * BLOCK_K, (k + block * BLOCK_K < I)[None, :], 0.0)
 
 
 @triton.jit(do_not_specialize=["first", "T"])
@@ -68,48 +84,60 @@ def _pair_down(
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The output of one pair times its weight, ROWS features, stored by token and choice."""
+    """The output of one pair times its weight, ROWS features, stored by token and choice.
+
+    AHEAD blocks of the weights are read while the last programs of `_pair_gate_up` still run. Each of those let this
+    kernel start once the choice was there, which is read past the first-level cache: no new launch has emptied that.
+    """
     start_next(PDL)
-    wait_for_inputs(PDL)
     pair = tl.program_id(0)
-    expert = tl.load(experts + pair) - first
+    expert = tl.load(experts + pair, cache_modifier=".cg") - first
     if (expert < 0) | (expert >= COUNT):
+        wait_for_inputs(PDL)
         return
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)
     feature = expert.to(tl.int64) * H + tl.where(n < H, n, 0)
     w_start = weight + feature[:, None] * I + k[None, :]
     x_start = inner + pair.to(tl.int64) * I + k
+    early = ()
+    for block in tl.static_range(AHEAD):
+        early += (_block(w_start, k, block, I, BLOCK_K),)  # type: ignore[assignment]  # grows as it is compiled
+    wait_for_inputs(PDL)
+    scale = tl.load(scales + pair)
     total = tl.zeros([ROWS, BLOCK_K], tl.float32)
-    for offset in tl.static_range(0, I, BLOCK_K):
-        inside = k + offset < I
-        x_k = tl.load(x_start + offset, inside, 0.0).to(tl.float32)[None, :]
-        total += tl.load(w_start + offset, inside[None, :], 0.0).to(tl.float32) * x_k
-    value = (tl.sum(total, 1) * tl.load(scales + pair)).to(out.dtype.element_ty)
+    for block in tl.static_range((I + BLOCK_K - 1) // BLOCK_K):
+        w_nk = early[block] if block < AHEAD else _block(w_start, k, block, I, BLOCK_K)
+        x_k = tl.load(x_start + block * BLOCK_K, k + block * BLOCK_K < I, 0.0)
+        total += w_nk.to(tl.float32) * x_k.to(tl.float32)[None, :]
+    value = (tl.sum(total, 1) * scale).to(out.dtype.element_ty)
     at = row_of(pair, T, K, PARTS).to(tl.int64) * H
     tl.store(out + at + n, value, n < H)
 
 
-_GATE_UP_ROWS, _DOWN_ROWS = 2, 8
-_GATE_UP_BLOCK, _DOWN_BLOCK = 2048, 512
-"""Output features of a program, and input features at a time."""
+_GATE_UP_ROWS, _DOWN_ROWS = 4, 8
+"""Output features of a program, of each half where there are two."""
+_BLOCK = 256
+"""Input features at a time: those of one warp, so that a row is summed within it."""
+_AHEAD = 4
+"""Blocks of each row that `_pair_down` holds in registers before it may read its input."""
 
 
 def each_pair(x_th: Tensor, weights: PackedExperts, routing: Routing, gate: str, out: Tensor, *, parts: bool) -> None:
     """Store what each pair's expert makes of its token, times its weight: see `grouped`, which is for more tokens."""
     (count, hidden, inner_size), (tokens, top_k) = weights.shape, routing.experts_tk.shape
     pairs = tokens * top_k
-    sizes = {"H": hidden, "I": inner_size, "K": top_k, "COUNT": count}
+    block = min(_BLOCK, triton.next_power_of_2(inner_size))
+    common: dict[str, Any] = dict(H=hidden, I=inner_size, K=top_k, COUNT=count, num_warps=4, **overlapped(x_th))
     inner = x_th.new_empty(pairs, inner_size)
     _pair_gate_up[(pairs, triton.cdiv(inner_size, _GATE_UP_ROWS))](
-        x_th, weights.gate_up, routing.experts_tk, inner, weights.first, **sizes,
-        ROWS=_GATE_UP_ROWS, BLOCK_K=min(_GATE_UP_BLOCK, triton.next_power_of_2(hidden)), GATE=gate,
-        num_warps=4, **overlapped(x_th),
+        x_th, weights.gate_up, routing.experts_tk, inner, weights.first,
+        ROWS=_GATE_UP_ROWS, BLOCK_K=min(_BLOCK, triton.next_power_of_2(hidden)), GATE=gate, **common,
     )  # fmt: skip
     _pair_down[(pairs, triton.cdiv(hidden, _DOWN_ROWS))](
-        inner, weights.down, routing.weights_tk, routing.experts_tk, out, weights.first, tokens, **sizes,
-        PARTS=parts, ROWS=_DOWN_ROWS, BLOCK_K=min(_DOWN_BLOCK, triton.next_power_of_2(inner_size)),
-        num_warps=4, **overlapped(x_th),
+        inner, weights.down, routing.weights_tk, routing.experts_tk, out, weights.first, tokens,
+        PARTS=parts, ROWS=_DOWN_ROWS, BLOCK_K=block, AHEAD=min(_AHEAD, triton.cdiv(inner_size, block)), **common,
     )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Gated units: the activation of one half of a product times the other half. Shapes: t tokens, o output features."""
+"""Gated units: the activation of one half of a product times the other half.
+
+Shapes: t tokens, h hidden (H in kernels), o output features.
+"""
 
 import triton
 import triton.language as tl
@@ -13,8 +16,20 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _gate(x, out, INNER: tl.constexpr, BLOCK: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr):
-    """BLOCK features of one row."""
+def _gate(
+    x,
+    hidden,
+    scale,
+    out,
+    H: tl.constexpr,
+    INNER: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATE: tl.constexpr,
+    SCALED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """BLOCK features of one row; each program computes the row's scale, where there is one."""
     start_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -22,17 +37,31 @@ def _gate(x, out, INNER: tl.constexpr, BLOCK: tl.constexpr, GATE: tl.constexpr, 
     wait_for_inputs(PDL)
     gate = tl.load(x + row * 2 * INNER + at, valid, 0.0).to(tl.float32)
     up = tl.load(x + row * 2 * INNER + INNER + at, valid, 0.0).to(tl.float32)
-    tl.store(out + row * INNER + at, (activated(gate, GATE) * up).to(out.dtype.element_ty), valid)
+    value = activated(gate, GATE) * up
+    if SCALED:
+        h = tl.arange(0, BLOCK_H)
+        total = tl.zeros([BLOCK_H], tl.float32)
+        for offset in tl.static_range(0, H, BLOCK_H):
+            inside = h + offset < H
+            hidden_h = tl.load(hidden + row * H + offset + h, inside, 0.0).to(tl.float32)
+            total += hidden_h * tl.load(scale + offset + h, inside, 0.0).to(tl.float32)
+        value *= tl.sigmoid(tl.sum(total, 0))
+    tl.store(out + row * INNER + at, value.to(out.dtype.element_ty), valid)
 
 
-def gated_linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: str) -> Tensor:
+def gated_linear(
+    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: str, scale_1h: Tensor | None = None
+) -> Tensor:
     """See `hasten.ops.gated_linear`."""
     both_to = linear(x_th, weight, bias_o, None)
-    rows, inner = both_to.shape[0], weight.out_features // 2
+    (rows, hidden), inner = x_th.shape, weight.out_features // 2
     assert both_to.is_contiguous()
+    assert x_th.is_contiguous()
     out = both_to.new_empty(rows, inner)
     block = min(_BLOCK, triton.next_power_of_2(inner))
     _gate[(rows, triton.cdiv(inner, block))](
-        both_to, out, INNER=inner, BLOCK=block, GATE=gate, num_warps=4, **overlapped(x_th)
-    )
+        both_to, x_th, x_th if scale_1h is None else scale_1h, out,
+        H=hidden if scale_1h is not None else 1, INNER=inner, BLOCK_H=min(_BLOCK, triton.next_power_of_2(hidden)),
+        BLOCK=block, GATE=gate, SCALED=scale_1h is not None, num_warps=4, **overlapped(x_th),
+    )  # fmt: skip
     return out

@@ -1,17 +1,21 @@
 """Which experts tokens go to. Shapes: T tokens, E experts, H hidden, K experts a token."""
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
+from hasten.ops.gpu.launch import multiprocessors, overlapped, start_next, wait_for_inputs
 from hasten.ops.mixture import Routing
 
-_FEW = 64
-"""Up to so many tokens, the sums over the hidden size are cut into parts, so that programs fill the device."""
 _LOWEST = tl.constexpr(-3.0e38)
 """What stands for a logit that is not a number or minus infinity: above what is masked."""
+_NONE = tl.constexpr(-(2**31))
+"""The rank of what cannot be chosen, or is chosen already."""
+_SLOTS = tl.constexpr(1024)
+"""Cache slots that are looked at together."""
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -33,22 +37,48 @@ def _logits(
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     h = tl.program_id(2) * SPLIT_H + tl.arange(0, BLOCK_H)
-    wait_for_inputs(PDL)
     x_start = x + t.to(tl.int64)[:, None] * H + h[None, :]
     router_start = router + e[:, None] * H + h[None, :]
-    total = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-    for offset in tl.range(0, SPLIT_H, BLOCK_H, num_stages=3):
-        inside = (h + offset < H)[None, :]
-        x_th = tl.load(x_start + offset, (t < T)[:, None] & inside, 0.0)
-        router_eh = tl.load(router_start + offset, (e < E)[:, None] & inside, 0.0)
-        total = tl.dot(x_th, router_eh.T, total, input_precision="ieee")
+    if SPLIT_H == BLOCK_H:
+        # the only block of the router is read while earlier kernels still run
+        inside = (h < H)[None, :]
+        router_eh = tl.load(router_start, (e < E)[:, None] & inside, 0.0)
+        wait_for_inputs(PDL)
+        x_th = tl.load(x_start, (t < T)[:, None] & inside, 0.0)
+        total = tl.dot(x_th, router_eh.T, input_precision="ieee")
+    else:
+        wait_for_inputs(PDL)
+        total = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+        for offset in tl.range(0, SPLIT_H, BLOCK_H, num_stages=3):
+            inside = (h + offset < H)[None, :]
+            x_th = tl.load(x_start + offset, (t < T)[:, None] & inside, 0.0)
+            router_eh = tl.load(router_start + offset, (e < E)[:, None] & inside, 0.0)
+            total = tl.dot(x_th, router_eh.T, total, input_precision="ieee")
     part = out + tl.program_id(2).to(tl.int64) * T * E
     tl.store(part + t.to(tl.int64)[:, None] * E + e[None, :], total, (t < T)[:, None] & (e < E)[None, :])
+
+
+@triton.jit
+def _ranks(bits):
+    """The bits of numbers in fp32 as integers in the same order, and such integers as those bits."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _stand_ins(t, slots, T):
+    """The tokens themselves; for padding, which comes last and has no slot, others in turn."""
+    s = tl.arange(0, _SLOTS)
+    real = tl.zeros([_SLOTS], tl.int32)
+    for start in range(0, T, _SLOTS):
+        real += (tl.load(slots + start + s, start + s < T, -1) >= 0).to(tl.int32)
+    count = tl.sum(real, 0)
+    return tl.where(t < count, t, t % tl.maximum(count, 1))
 
 
 @triton.jit(do_not_specialize=["T"])
 def _choose(
     logits,
+    slots,
     experts,
     weights,
     counts,
@@ -60,38 +90,45 @@ def _choose(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NORMALIZED: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The K best experts of BLOCK_T tokens, their weights, and how many of these tokens go to each expert."""
+    """The K best experts of BLOCK_T tokens, their weights, and how many of these tokens go to each expert.
+
+    Logits are compared as integers, of which a warp finds the greatest with one instruction.
+    """
     start_next(PDL)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     k = tl.arange(0, BLOCK_K)
     valid = (t < T)[:, None] & (e < E)[None, :]
-    start = logits + t.to(tl.int64)[:, None] * E + e[None, :]
+    row = _stand_ins(t, slots, T) if HAS_SLOTS else t
+    start = logits + row.to(tl.int64)[:, None] * E + e[None, :]
     wait_for_inputs(PDL)
     x = tl.load(start, valid, 0.0)
     for part in tl.static_range(1, PARTS):
         x += tl.load(start + part * T.to(tl.int64) * E, valid, 0.0)
-    # no token may choose an expert twice, or one that does not exist, whatever its logits are
-    x = tl.where((e < E)[None, :], tl.where(x > _LOWEST, x, _LOWEST), float("-inf"))
-    left = x
+    # no token may choose an expert twice, or one that does not exist, whatever its logits are; 0 and -0 are equal
+    x = tl.where(x > _LOWEST, tl.where(x == 0.0, 0.0, x), _LOWEST)
+    left = tl.where((e < E)[None, :], _ranks(x.to(tl.int32, bitcast=True)), _NONE)
     chosen = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
-    values = tl.full([BLOCK_T, BLOCK_K], float("-inf"), tl.float32)
+    ranks = tl.full([BLOCK_T, BLOCK_K], _NONE, tl.int32)
     taken = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
     for choice in tl.static_range(K):
-        best, index = tl.max(left, 1, return_indices=True, return_indices_tie_break_left=True)
+        best = tl.max(left, 1)
+        index = tl.min(tl.where(left == best[:, None], e[None, :], BLOCK_E), 1)
         here = (k == choice)[None, :]
         chosen = tl.where(here, index[:, None], chosen)
-        values = tl.where(here, best[:, None], values)
+        ranks = tl.where(here, best[:, None], ranks)
         is_it = e[None, :] == index[:, None]
         taken += is_it.to(tl.int32)
-        left = tl.where(is_it, float("-inf"), left)
+        left = tl.where(is_it, _NONE, left)
+    values = tl.where((k < K)[None, :], _ranks(ranks).to(tl.float32, bitcast=True), float("-inf"))
     most = tl.max(values, 1)[:, None]
     weight = tl.exp(values - most)
     total = tl.sum(weight, 1)
     if not NORMALIZED:
-        total = tl.sum(tl.exp(x - most), 1)
+        total = tl.sum(tl.exp(tl.where((e < E)[None, :], x, float("-inf")) - most), 1)
     at = t.to(tl.int64)[:, None] * K + k[None, :]
     stored = (t < T)[:, None] & (k < K)[None, :]
     tl.store(experts + at, chosen, stored)
@@ -99,29 +136,58 @@ def _choose(
     tl.store(counts + tl.program_id(0) * E + e, tl.sum(tl.where((t < T)[:, None], taken, 0), 0), e < E)
 
 
-def route(x_th: Tensor, router_eh: Tensor, top_k: int, normalized: bool) -> Routing:
-    """See `hasten.ops.route`."""
-    (tokens, hidden), count = x_th.shape, router_eh.shape[0]
+@dataclass(frozen=True)
+class _Cut:
+    """How logits are cut, and tokens for the choice: tokens, experts, bytes of input features; tokens, warps."""
+
+    block_t: int
+    block_e: int
+    bytes_h: int
+    most_parts: int
+    choose_t: int
+    choose_warps: int
+
+
+_CUTS = (
+    (256, _Cut(16, 32, 256, 16, 4, 4)),
+    (1024, _Cut(64, 64, 256, 8, 16, 8)),
+    (float("inf"), _Cut(64, 64, 256, 8, 64, 8)),
+)
+"""By the tokens, up to so many. The choice has a warp per token where there are few."""
+
+
+def route(x_th: Tensor, router_eh: Tensor, top_k: int, normalized: bool, slots_t: Tensor | None = None) -> Routing:
+    """See `hasten.ops.route`; padding goes to the experts of other tokens, whose weights are read anyway."""
+    tokens, count = x_th.shape[0], router_eh.shape[0]
     assert x_th.is_contiguous()
     assert router_eh.is_contiguous()
-    few = tokens <= _FEW
-    block_h = 64 if few else 128
-    parts = min(8, triton.cdiv(hidden, block_h)) if few else 1
-    split = triton.cdiv(hidden, parts * block_h) * block_h
-    block_t, block_e = 16 if few else 64, min(32 if few else 64, max(16, triton.next_power_of_2(count)))
-    logits = x_th.new_empty(parts, tokens, count, dtype=torch.float32)
-    _logits[(triton.cdiv(tokens, block_t), triton.cdiv(count, block_e), parts)](
-        x_th, router_eh, logits, tokens,
-        H=hidden, E=count, BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_H=block_h, SPLIT_H=split,
-        num_warps=4, **overlapped(x_th),
-    )  # fmt: skip
-    blocks = triton.cdiv(tokens, block_t)
+    cut = next(cut for most, cut in _CUTS if tokens <= most)
+    logits = _computed(x_th, router_eh, cut)
+    blocks = triton.cdiv(tokens, cut.choose_t)
     experts = x_th.new_empty(tokens, top_k, dtype=torch.int32)
     weights = x_th.new_empty(tokens, top_k, dtype=torch.float32)
     counts = x_th.new_empty(blocks, count, dtype=torch.int32)
     _choose[(blocks,)](
-        logits, experts, weights, counts, tokens,
-        E=count, K=top_k, PARTS=parts, BLOCK_T=block_t, BLOCK_E=triton.next_power_of_2(count),
-        BLOCK_K=triton.next_power_of_2(top_k), NORMALIZED=normalized, num_warps=4 if few else 8, **overlapped(x_th),
+        logits, logits if slots_t is None else slots_t, experts, weights, counts, tokens,
+        E=count, K=top_k, PARTS=len(logits), BLOCK_T=cut.choose_t, BLOCK_E=triton.next_power_of_2(count),
+        BLOCK_K=triton.next_power_of_2(top_k), NORMALIZED=normalized, HAS_SLOTS=slots_t is not None,
+        num_warps=cut.choose_warps, **overlapped(x_th),
     )  # fmt: skip
-    return Routing(experts, weights, counts, block_t)
+    return Routing(experts, weights, counts, cut.choose_t)
+
+
+def _computed(x_th: Tensor, router_eh: Tensor, cut: _Cut) -> Tensor:
+    """Logits in parts to be added up, [parts, T, E] in fp32: as many as fill the device."""
+    (tokens, hidden), count = x_th.shape, router_eh.shape[0]
+    block_e, block_h = min(cut.block_e, max(16, triton.next_power_of_2(count))), cut.bytes_h // x_th.dtype.itemsize
+    tiles = triton.cdiv(tokens, cut.block_t) * triton.cdiv(count, block_e)
+    wanted = triton.next_power_of_2(max(1, triton.cdiv(multiprocessors(x_th.device.index), max(1, tiles))))
+    parts = min(cut.most_parts, wanted, triton.next_power_of_2(triton.cdiv(hidden, block_h)))
+    split = triton.cdiv(hidden, parts * block_h) * block_h
+    logits = x_th.new_empty(triton.cdiv(hidden, split), tokens, count, dtype=torch.float32)
+    _logits[(triton.cdiv(tokens, cut.block_t), triton.cdiv(count, block_e), len(logits))](
+        x_th, router_eh, logits, tokens,
+        H=hidden, E=count, BLOCK_T=cut.block_t, BLOCK_E=block_e, BLOCK_H=block_h, SPLIT_H=split,
+        num_warps=4, **overlapped(x_th),
+    )  # fmt: skip
+    return logits
