@@ -78,8 +78,11 @@ def compile_all(capability: int, dtypes: list[DTypeName]) -> None:
     model = model_shape("bloom-7b1")
     heads = replace(model.attention, num_heads=8, num_kv_heads=8)
     small = replace(model, hidden_size=1024, intermediate_size=4096, vocab_size=60_000, attention=heads)
+    grouped = replace(small, attention=replace(heads, num_kv_heads=2))
     for dtype in dtypes:
-        for case in cases(Unfilled(small, ops.TORCH_DTYPES[dtype], torch.device("cpu"))):
+        alone, same_keys = (cases(Unfilled(m, ops.TORCH_DTYPES[dtype], torch.device("cpu"))) for m in (small, grouped))
+        singles = (case for case in same_keys if case.op == "paged_attention" and "prefill" not in case.shape)
+        for case in (*alone, *singles):
             if not any(size in case.shape for size in LARGE):
                 case.make().kernel()
 

@@ -96,7 +96,8 @@ def test_kernels_compile_for_gpus_that_are_not_here(
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     assert {
         "_skinny",
-        "_one_query",
+        "one_query",
+        "query_group",
         "_tile",
         "_add_norm",
         "_gate",
@@ -145,6 +146,7 @@ def test_errors_are_relative_above_one_and_nan_is_the_worst() -> None:
 def test_sizes_of_models(tiny_bloom: Path) -> None:
     assert model_shape("bloom-7b1").hidden_size == 4096
     assert model_shape("bloom").attention.num_heads == 112
+    assert model_shape("llama-3-8b").attention.num_kv_heads == 8
     mixture = model_shape("qwen3-30b-a3b").experts
     assert mixture is not None
     assert mixture.num_experts == 128

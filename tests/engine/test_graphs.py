@@ -114,7 +114,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
             if hasattr(ops, name):
                 monkeypatch.setattr(ops, name, with_defaults(getattr(ops, name), launcher))
         monkeypatch.setattr(ops, "add_linear", add_linear)
-        monkeypatch.setattr(Planner, "of", lambda _device, heads: Planner(heads, multiprocessors=4))
+        monkeypatch.setattr(Planner, "of", lambda _device, heads, kv_heads: Planner(heads, kv_heads, 4))
 
     return take
 

@@ -25,7 +25,7 @@ from hasten.ops.transfer import Sections
 
 MakeSequence = Callable[..., Sequence]
 CPU = torch.device("cpu")
-PLANNER = Planner(heads=4, multiprocessors=0)
+PLANNER = Planner(heads=4, kv_heads=4, multiprocessors=0)
 BLOCK_SIZE = 4
 LINE = 32
 """int32 numbers in 128 bytes."""

@@ -19,7 +19,7 @@ def numbers(values: list[int]) -> Integers:
 def make_splits(kv_lens: list[int], most: int) -> list[list[int]]:
     """Runs of sequences whose numbers and rows all differ, so that a swapped column shows."""
     own = np.arange(len(kv_lens))
-    return plan.kv_splits(3 * own + 1, 2 * own + 5, own + 100, numbers(kv_lens), most).tolist()
+    return plan.kv_splits(3 * own + 1, 2 * own + 5, own + 100, numbers(kv_lens), most, plan.MIN_SPLIT_LEN).tolist()
 
 
 @given(kv_lens=LENGTHS, spare=st.integers(0, 300))
@@ -60,7 +60,7 @@ def test_no_sequence_is_left_to_one_program_while_others_have_much_less(
     kv_lens: list[int], heads: int, multiprocessors: int
 ) -> None:
     """A split is at most twice what an equal share of all keys would be, unless it is short anyway."""
-    most = Planner(heads, multiprocessors).max_num_splits(len(kv_lens))
+    most = Planner(heads, heads, multiprocessors).max_num_splits(len(kv_lens))
     assert most >= 2 * len(kv_lens)
     made = make_splits(kv_lens, most)
     assert len(made) <= most
@@ -68,10 +68,28 @@ def test_no_sequence_is_left_to_one_program_while_others_have_much_less(
     assert all(end - begin <= max(64, 2 * share + 32) for _, _, _, begin, end, *_ in made)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "programs"), [(32, 8, 8), (32, 4, 4), (17, 1, 1), (64, 1, 1), (71, 1, 2), (142, 2, 4)]
+)
+def test_heads_with_the_same_keys_are_one_program_up_to_64(heads: int, kv_heads: int, programs: int) -> None:
+    splits = Planner(heads, kv_heads, 132).max_num_splits(1)
+    assert splits * programs == 4 * 132
+    assert Planner(heads, kv_heads, 132).max_num_splits(1000) == 2000
+
+
+def test_short_keys_of_a_group_are_not_cut() -> None:
+    def splits(heads: int, kv_heads: int, keys: int) -> int:
+        rows, lens = numbers([0]), numbers([keys])
+        return len(Planner(heads, kv_heads, 132).plan(rows, rows, numbers([1]), lens)["splits"])
+
+    assert [splits(32, 32, keys) for keys in (64, 192, 257)] == [1, 3, 5]
+    assert [splits(32, 8, keys) for keys in (192, 256, 257, 32_768)] == [1, 1, 2, 64]
+
+
 def test_few_sequences_are_cut_into_enough_runs_to_fill_the_device() -> None:
-    assert Planner(32, 132).max_num_splits(1) == 66
-    assert Planner(5, 132).max_num_splits(1) == 423
-    assert Planner(32, 132).max_num_splits(256) == 512
+    assert Planner(32, 32, 132).max_num_splits(1) == 66
+    assert Planner(5, 5, 132).max_num_splits(1) == 423
+    assert Planner(32, 32, 132).max_num_splits(256) == 512
     assert len(make_splits([8192], 66)) > 60
     assert make_splits([64], 66) == [[1, 5, 100, 0, 64, 64, 0, 1]]
     assert make_splits([65], 66) == [[1, 5, 100, 0, 64, 65, 0, 2], [1, 5, 100, 64, 65, 65, 1, 2]]
@@ -110,7 +128,7 @@ def test_tiles_with_the_most_keys_come_first(work: list[tuple[int, int]]) -> Non
 
 @pytest.mark.parametrize("most", [0, 1, 100])
 def test_nothing_to_do_is_no_items(most: int) -> None:
-    splits = plan.kv_splits(NOTHING, NOTHING, NOTHING, NOTHING, most)
+    splits = plan.kv_splits(NOTHING, NOTHING, NOTHING, NOTHING, most, plan.MIN_SPLIT_LEN)
     tiles = plan.tiles(NOTHING, NOTHING, NOTHING, NOTHING, NOTHING)
     assert splits.shape == (0, plan.SPLIT_COLUMNS)
     assert tiles.shape == (0, plan.TILE_COLUMNS)

@@ -47,7 +47,15 @@ _BLOOM = {  # hidden size, heads, layers
     "bloom-7b1": (4096, 32, 30),
     "bloom": (14_336, 112, 70),
 }
-_MIXTURES = {
+_SHAPES = {
+    "llama-3-8b": ModelConfig(
+        architecture="LlamaForCausalLM",
+        num_layers=32,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        vocab_size=128_256,
+        attention=AttentionConfig(num_heads=32, num_kv_heads=8, head_size=128),
+    ),
     "qwen3-30b-a3b": ModelConfig(
         architecture="Qwen3MoeForCausalLM",
         num_layers=48,
@@ -56,7 +64,7 @@ _MIXTURES = {
         vocab_size=151_936,
         attention=AttentionConfig(num_heads=32, num_kv_heads=4, head_size=128),
         experts=ExpertsConfig(num_experts=128, top_k=8, inner_size=768, normalized=True),
-    )
+    ),
 }
 
 TOLERANCE = {torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
@@ -139,9 +147,9 @@ class Setting:
 
 
 def model_shape(name: str) -> ModelConfig:
-    """A BLOOM or a mixture of experts by the name of its size, or the model of a folder."""
-    if name in _MIXTURES:
-        return _MIXTURES[name]
+    """A model by the name of its size, or that of a folder."""
+    if name in _SHAPES:
+        return _SHAPES[name]
     if name in _BLOOM:
         hidden, heads, layers = _BLOOM[name]
         return ModelConfig(
@@ -153,7 +161,7 @@ def model_shape(name: str) -> ModelConfig:
             attention=AttentionConfig(num_heads=heads, num_kv_heads=heads, head_size=hidden // heads),
         )
     if not Path(name).is_dir():
-        raise ConfigError(f"{name} is no folder of a model, and none of {', '.join((*_BLOOM, *_MIXTURES))}")
+        raise ConfigError(f"{name} is no folder of a model, and none of {', '.join((*_BLOOM, *_SHAPES))}")
     from hasten.checkpoint.sources import read_hf_config
 
     return read_hf_config(Path(name))
@@ -331,9 +339,9 @@ def _meta(setting: Setting, lengths: list[tuple[int, int]], blocks: int) -> Atte
     """A batch as the engine makes it, its sequences scattered over the blocks."""
     free = torch.randperm(blocks).tolist()
     tables = BlockTables(len(lengths), max(-(-length // _BLOCK_SIZE) for _, length in lengths))
-    heads = setting.heads[0]
+    heads, kv_heads, _ = setting.heads
     # Triton's interpreter, which runs the kernels in tests, wants the work divided as well
-    planner = Planner.of(setting.device, heads) or Planner(heads, multiprocessors=0)
+    planner = Planner.of(setting.device, heads, kv_heads) or Planner(heads, kv_heads, multiprocessors=0)
     inputs = Inputs(tables, _BLOCK_SIZE, planner, setting.device)
     batch = Batch()
     for key, (new, length) in enumerate(lengths):

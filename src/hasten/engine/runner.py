@@ -56,7 +56,8 @@ class Runner:
         One sequence may hold `max_blocks`. `ropes` are on the same device.
         """
         tables = BlockTables(self.max_sequences, max_blocks)
-        planner = Planner.of(self.device, self._attentions[0].num_heads)
+        first = self._attentions[0]
+        planner = Planner.of(self.device, first.num_heads, first.num_kv_heads)
         self._inputs = Inputs(tables, self.block_size, planner, self.device)
         caches: list[Tensor] = []
         for attention in self._attentions:

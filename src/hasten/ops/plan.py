@@ -20,9 +20,28 @@ first."""
 SPLIT_COLUMNS = 8
 """Of a split: start of the block table, row of the query, of the output, first key, end, keys of the sequence, place,
 splits."""
-_MIN_SPLIT_LEN = 64
+SPLIT_STEP = 32
+"""A split begins at a multiple of so many keys."""
+MIN_SPLIT_LEN = 64
+"""Keys of one head that are worth a program."""
+_GROUP_MIN_SPLIT_LEN = 256
+"""The same of a group of heads, whose programs have more keys in flight."""
 _PROGRAMS = 16
-"""Programs of the kernel for single queries that one multiprocessor can hold, and few tokens should fill."""
+"""Programs for single queries of one head that a multiprocessor can hold, and few tokens should fill."""
+_GROUP_PROGRAMS = 4
+"""The same for those of a group of heads."""
+_MAX_GROUP_ROWS = 64
+
+
+def group_rows(group: int) -> int:
+    """Rows of the matrix product that a program computes for a group of heads with the same keys, padded."""
+    return min(max(16, 1 << (group - 1).bit_length()), _MAX_GROUP_ROWS)
+
+
+def programs_per_split(heads: int, kv_heads: int) -> int:
+    """One for each head, or for each group of heads with the same keys, or several for a large group."""
+    group = heads // kv_heads
+    return heads if group == 1 else kv_heads * -(-group // group_rows(group))
 
 
 @dataclass(frozen=True)
@@ -41,22 +60,30 @@ class Planner:
 
     heads: int
     """Query heads of one layer of this rank."""
+    kv_heads: int
+    """Key/value heads of one layer of this rank."""
     multiprocessors: int
 
     @classmethod
-    def of(cls, device: torch.device, heads: int) -> "Planner | None":
+    def of(cls, device: torch.device, heads: int, kv_heads: int) -> "Planner | None":
         """That of a device; None for a CPU, whose attention takes a step as it is."""
         if device.type == "cpu":
             return None
-        return cls(heads, torch.cuda.get_device_properties(device).multi_processor_count)
+        return cls(heads, kv_heads, torch.cuda.get_device_properties(device).multi_processor_count)
 
     def max_num_splits(self, sequences: int) -> int:
         """How many splits a step of so many sequences with one query may have.
 
-        Enough to keep every multiprocessor busy with several programs (one per split and head), and a few a sequence,
-        so that a long one does not end after all others.
+        Enough to keep every multiprocessor busy with several programs, and a few a sequence, so that a long one does
+        not end after all others.
         """
-        return max(2 * sequences, -(-_PROGRAMS * self.multiprocessors // self.heads))
+        held = _PROGRAMS if self.heads == self.kv_heads else _GROUP_PROGRAMS
+        return max(2 * sequences, -(-held * self.multiprocessors // programs_per_split(self.heads, self.kv_heads)))
+
+    @property
+    def min_split_len(self) -> int:
+        """Keys of a sequence up to which it is not cut."""
+        return MIN_SPLIT_LEN if self.heads == self.kv_heads else _GROUP_MIN_SPLIT_LEN
 
     def plan(
         self, tables: Integers, query_rows: Integers, query_lens: Integers, kv_lens: Integers
@@ -72,22 +99,25 @@ class Planner:
             made["tiles"] = tiles(tables[which], query_rows[which], out_rows[which], query_lens[which], kv_lens[which])
         if (which := (query_lens <= 1).nonzero()[0]).size:
             most = self.max_num_splits(len(which))
-            made["splits"] = kv_splits(tables[which], query_rows[which], out_rows[which], kv_lens[which], most)
+            rows = query_rows[which], out_rows[which]
+            made["splits"] = kv_splits(tables[which], *rows, kv_lens[which], most, self.min_split_len)
         return made
 
 
-def kv_splits(tables: Integers, query_rows: Integers, out_rows: Integers, kv_lens: Integers, most: int) -> Integers:
+def kv_splits(
+    tables: Integers, query_rows: Integers, out_rows: Integers, kv_lens: Integers, most: int, shortest: int
+) -> Integers:
     """Cut the keys of sequences with one query each into at most `most` splits of about equal length: [splits, 8].
 
-    A sequence without keys has one split.
+    A sequence of up to `shortest` keys is not cut; one without keys has one split.
     """
     spare = max(1, most - len(tables))
-    length = max(_MIN_SPLIT_LEN, -(-int(kv_lens.sum()) // spare))
-    length = -(-length // 32) * 32
+    length = max(shortest, -(-int(kv_lens.sum()) // spare))
+    length = -(-length // SPLIT_STEP) * SPLIT_STEP
     counts = np.maximum(1, -(-kv_lens // length))
     owner = np.repeat(np.arange(len(tables)), counts)
     place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    even = (kv_lens + 32 * counts - 1) // (32 * counts) * 32  # equal splits of one sequence, none a short rest
+    even = -(-kv_lens // (SPLIT_STEP * counts)) * SPLIT_STEP  # equal splits of one sequence, none a short rest
     begin = np.minimum(place * even[owner], kv_lens[owner])
     end = np.minimum(begin + even[owner], kv_lens[owner])
     columns = (tables[owner], query_rows[owner], out_rows[owner], begin, end, kv_lens[owner], place, counts[owner])

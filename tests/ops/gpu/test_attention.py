@@ -20,7 +20,7 @@ from hasten.engine.sequence import Sequence
 from hasten.layers.position import alibi_slopes
 from hasten.ops import AttentionMeta, reference
 from hasten.ops.gpu import attention
-from hasten.ops.plan import Planner
+from hasten.ops.plan import MIN_SPLIT_LEN, Planner
 
 Close = Callable[[str, Tensor, Tensor], None]
 Lengths = list[tuple[int, int]]
@@ -71,6 +71,13 @@ SHAPES = [
     Heads(query=2, kv=1, size=64, block=1),
     Heads(query=1, kv=1, size=128, block=48),
 ]
+GROUPS = [
+    Heads(query=5, kv=1, block=5),
+    Heads(query=24, kv=2, size=24, block=32),
+    Heads(query=17, kv=1, size=40),
+    Heads(query=71, kv=1, block=64),
+]
+"""Groups of heads with the same keys, in one program or two."""
 REAL: dict[str, tuple[Heads, Lengths]] = {
     "a step of 256": (Heads(32, 32, 128), [(1, 20 + 2 * n) for n in range(256)]),
     "one at 32k": (Heads(32, 32, 128), [(1, 32_768)]),
@@ -78,6 +85,11 @@ REAL: dict[str, tuple[Heads, Lengths]] = {
     "94 prompts of 87": (Heads(32, 32, 128), [(87, 87)] * 94),
     "4 prompts of 2048": (Heads(12, 12, 64), [(2048, 2048)] * 4),
     "grouped heads": (Heads(32, 8, 128), [(1, 900), (500, 1500), (1, 3), (64, 64)]),
+    "a step of 256 of grouped heads": (Heads(32, 8, 128), [(1, 20 + 8 * n) for n in range(256)]),
+    "one at 32k of grouped heads": (Heads(32, 4, 128), [(1, 32_768)]),
+    "a group of 71 heads": (Heads(71, 1, 64), [(1, 90 * n + 1) for n in range(40)]),
+    "groups of 12 heads of 80": (Heads(24, 2, 80, block=5), [(1, 90 * n + 1) for n in range(40)]),
+    "groups of 4 heads of 256": (Heads(16, 4, 256), [(1, 90 * n + 1) for n in range(40)]),
     "112 heads of 128": (Heads(112, 112, 128), [(1, 300), (90, 90), (1, 2000)]),
     "heads of 80": (Heads(32, 32, 80), [(1, 900), (500, 1500), (1, 3)]),
     "heads of 96": (Heads(16, 16, 96, block=8), [(1, 900), (500, 1500), (1, 3)]),
@@ -87,9 +99,13 @@ REAL: dict[str, tuple[Heads, Lengths]] = {
 
 @dataclass(frozen=True)
 class FewSplits(Planner):
-    """Cuts a step into so many splits more than it has sequences."""
+    """Cuts a step into so many splits more than it has sequences, however few keys a group of heads has."""
 
     extra: int
+
+    @property
+    def min_split_len(self) -> int:
+        return MIN_SPLIT_LEN
 
     def max_num_splits(self, sequences: int) -> int:
         return sequences + self.extra
@@ -119,10 +135,10 @@ class Case:
         order = rng.permutation(sum(needs) + 1).tolist()
         tables = BlockTables(len(lengths) + 1, max(needs) + 2)
         tables.array[:] = order.pop()  # behind its end a table names a block of nobody
-        heads = self.heads.query
-        planner = Planner.of(self.device, heads) or Planner(heads, multiprocessors=0)
+        heads = (self.heads.query, self.heads.kv)
+        planner = Planner.of(self.device, *heads) or Planner(*heads, multiprocessors=0)
         if extra_splits is not None:
-            planner = FewSplits(heads, planner.multiprocessors, extra_splits)
+            planner = FewSplits(*heads, planner.multiprocessors, extra_splits)
         self.inputs = Inputs(tables, block, planner, self.device)
         self.batch = Batch()
         for key, ((count, kv_len), need) in enumerate(zip(lengths, needs, strict=True)):
@@ -163,11 +179,15 @@ class Case:
         inputs = (query_tnd, keys, values, meta, self.heads.size**-0.5, self.slopes_n)
         return reference.paged_attention(*inputs, window=self.window, softcap=self.softcap)
 
+    def kind(self, meta: AttentionMeta) -> str:
+        """How exact the kernels are: matrix units multiply values by weights in the type of both."""
+        assert meta.plan is not None
+        return "attention" if meta.plan.tiles is None and self.heads.query == self.heads.kv else "tile"
+
     def check(self, meta: AttentionMeta, assert_close: Close) -> None:
         found = self.run(meta)
         assert found.dtype == self.dtype
-        assert meta.plan is not None
-        assert_close("attention" if meta.plan.tiles is None else "tile", found, self.expected(meta))
+        assert_close(self.kind(meta), found, self.expected(meta))
         if "parts" in meta.scratch:
             assert not meta.scratch["parts"][2].any(), "the next layer would not know who finishes last"
 
@@ -186,6 +206,15 @@ def whole(case: Case) -> AttentionMeta:
 def interpreted(dtypes: list[torch.dtype]) -> list[object]:
     """Types of kernels with matrix products: the interpreter's are of the bits in bf16, which numpy does not know."""
     return [pytest.param(d, marks=pytest.mark.gpu) if d == torch.bfloat16 and not HAS_GPU else d for d in dtypes]
+
+
+def decoded(shapes: list[Heads]) -> list[object]:
+    """Shapes with each type that their kernel for single queries can be run in."""
+    return [
+        pytest.param(heads, *getattr(dtype, "values", [dtype]), marks=getattr(dtype, "marks", ()), id=f"{heads}, {d}")
+        for heads in shapes
+        for d, dtype in zip(DTYPES, DTYPES if heads.query == heads.kv else interpreted(DTYPES), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("extra_splits", [WHOLE, 3, CUT])
@@ -220,13 +249,34 @@ def test_mixtures(lengths: Lengths, dtype: torch.dtype, device: torch.device, as
     case.check(whole(case), assert_close)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("alibi", [True, False], ids=["alibi", "no slopes"])
-@pytest.mark.parametrize("heads", SHAPES, ids=str)
+@pytest.mark.parametrize(("heads", "dtype"), decoded(SHAPES + GROUPS))
 def test_decodes_of_every_shape(
-    heads: Heads, alibi: bool, dtype: torch.dtype, device: torch.device, assert_close: Close
+    heads: Heads, dtype: torch.dtype, alibi: bool, device: torch.device, assert_close: Close
 ) -> None:
     case = Case(heads, dtype, device, alibi).fill([(1, 13), (1, 70)], CUT)
+    case.check(whole(case), assert_close)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("block", [5, 16, 64])
+@pytest.mark.parametrize("keys", [16, 32, 64])
+def test_keys_at_a_time_of_a_group(
+    keys: int,
+    block: int,
+    window: int | None,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_close: Close,
+) -> None:
+    monkeypatch.setattr(attention, "_group_cut", lambda *_: (keys, 3, 2))
+    case = Case(Heads(query=6, kv=2, block=block), torch.float16, device, window=window)
+    case.fill([(1, 15), (1, 97), (1, 161)], CUT)
+    case.check(whole(case), assert_close)
+
+
+def test_many_queries_of_groups(device: torch.device, assert_close: Close) -> None:
+    case = Case(Heads(query=2, kv=1), torch.float16, device).fill([(1, 3 * n + 1) for n in range(18)])
     case.check(whole(case), assert_close)
 
 
@@ -289,15 +339,16 @@ def padded(case: Case, needed: list[int], tokens: int, outputs: int | None) -> A
     return case.inputs.seen(step.padded(tokens, outputs), sections.views(whole)).meta
 
 
+@pytest.mark.parametrize("heads", [Heads(), Heads(query=4)], ids=str)
 @pytest.mark.parametrize("size", [3, 5])
-def test_padded_steps_of_single_tokens(size: int, device: torch.device, assert_close: Close) -> None:
-    case = Case(Heads(), torch.float16, device).fill([(1, 70), (1, 1), (1, 33)])
-    case.inputs.planner = FewSplits(case.heads.query, 0, size + 3)
+def test_padded_steps_of_single_tokens(size: int, heads: Heads, device: torch.device, assert_close: Close) -> None:
+    case = Case(heads, torch.float16, device).fill([(1, 70), (1, 1), (1, 33)])
+    case.inputs.planner = FewSplits(case.heads.query, case.heads.kv, 0, size + 3)
     expected = case.expected(whole(case))
     meta = padded(case, [1, 1, 1], size, None)
     for _ in range(2):  # as two layers do
         found = case.run(meta)
-        assert_close("attention", found[:3], expected)
+        assert_close(case.kind(meta), found[:3], expected)
         assert not found[3:].any()
 
 
@@ -318,7 +369,7 @@ def test_padded_steps_with_prompts(tokens: int, window: int | None, device: torc
         assert not found[131:].any()
     assert meta.output_part is not None
     found = case.run(meta.output_part)
-    assert_close("attention", found[:5], expected_part)
+    assert_close("tile", found[:5], expected_part)
     assert not found[5:].any()
 
 
@@ -358,5 +409,7 @@ def test_real_sizes(heads: Heads, lengths: Lengths, dtype: torch.dtype, assert_c
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
 def test_real_head_sizes_in_fp32(size: int, assert_close: Close) -> None:
-    case = Case(Heads(12, 12, size), torch.float32, torch.device("cuda", 0)).fill([(1, 900), (300, 700), (1, 3)])
-    case.check(whole(case), assert_close)
+    for kv_heads in (12, 3):
+        case = Case(Heads(12, kv_heads, size), torch.float32, torch.device("cuda", 0))
+        case.fill([(1, 900), (300, 700), (1, 3)])
+        case.check(whole(case), assert_close)

@@ -20,8 +20,8 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
         type=path,
         default="bloom-7b1",
         metavar="MODEL",
-        help="a size of BLOOM (bloom-560m to bloom-7b1, bloom), qwen3-30b-a3b, or the folder of a model "
-        "(default: bloom-7b1)",
+        help="a size of BLOOM (bloom-560m to bloom-7b1, bloom), llama-3-8b, qwen3-30b-a3b, or the folder of a "
+        "model (default: bloom-7b1)",
     )
     parser.add_argument(
         "-dt",

@@ -1,0 +1,105 @@
+"""Attention by matrix units: rows of queries against the keys of one key/value head, for tiles and for groups of heads.
+
+Shapes: m rows, n keys at a time, d head size.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+FAR = tl.constexpr(-1.0e30)
+"""Below every score, and finite, so that the difference of two of them is a number."""
+
+
+@triton.jit
+def capped(score, cap):
+    """Cap * tanh(score / cap), by the logistic function; a large score leads to cap and not to infinity."""
+    return cap * (2 / (1 + tl.exp(-2 * (score / cap))) - 1)
+
+
+@triton.jit
+def _blocks(table, start, end, n, BLOCK_SIZE: tl.constexpr, ONE_BLOCK: tl.constexpr):
+    """Numbers of the cache blocks of the keys from `start` on that lie before `end`: one, or one per key."""
+    if ONE_BLOCK:
+        return tl.load(table + start // BLOCK_SIZE, start < end, 0).to(tl.int64)
+    else:
+        return tl.load(table + (start + n) // BLOCK_SIZE, start + n < end, 0).to(tl.int64)
+
+
+@triton.jit
+def attend(
+    q_md,
+    keys,
+    values,
+    table,
+    begin,
+    end,
+    position_m,
+    last_m,
+    slope_m,
+    block_stride,
+    token_stride,
+    scale,
+    cap,
+    BLOCK_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Softmax of queries [m, d] over the keys from `begin` to `end`: unscaled sums [m, d], weights [m], tops [m].
+
+    `position_m` are the queries' positions, and `last_m` those of the last keys that they see here. With ONE_BLOCK no
+    step of BLOCK_N keys crosses a border between cache blocks, so that a step reads a single block number.
+    With AHEAD a step reads the block numbers of the next: Triton loads keys as many stages ahead of their use as it is
+    given only where their addresses do not depend on what the same step reads.
+    """
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    in_head = d < D
+    top_m = tl.full([BLOCK_M], FAR, tl.float32)
+    weight_m = tl.zeros([BLOCK_M], tl.float32)
+    sum_md = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    lane_nd = (n * token_stride)[:, None] + d[None, :]
+    if AHEAD:
+        next_n = _blocks(table, begin, end, n, BLOCK_SIZE, ONE_BLOCK)
+    for start in range(begin, end, BLOCK_N):
+        key_n = start + n
+        held = key_n < end
+        if AHEAD:
+            block_n = next_n
+            next_n = _blocks(table, start + BLOCK_N, end, n, BLOCK_SIZE, ONE_BLOCK)
+        else:
+            block_n = _blocks(table, start, end, n, BLOCK_SIZE, ONE_BLOCK)
+        if ONE_BLOCK:
+            at_nd = block_n * block_stride + (start % BLOCK_SIZE) * token_stride + lane_nd
+        else:
+            at_n = block_n * block_stride + (key_n % BLOCK_SIZE) * token_stride
+            at_nd = at_n[:, None] + d[None, :]
+        mask_nd = held[:, None] & in_head[None, :]
+        k_nd = tl.load(keys + at_nd, mask_nd, 0.0)
+        v_nd = tl.load(values + at_nd, mask_nd, 0.0)
+        distance_mn = key_n[None, :] - position_m[:, None]
+        score_mn = tl.dot(q_md, k_nd.T, input_precision=PRECISION) * scale
+        if CAPPED:
+            score_mn = capped(score_mn, cap)
+        if HAS_SLOPES:
+            score_mn += slope_m[:, None] * distance_mn.to(tl.float32)
+        seen_mn = key_n[None, :] <= last_m[:, None]
+        if WINDOW:
+            seen_mn = seen_mn & (distance_mn > -WINDOW)
+        score_mn = tl.where(seen_mn, score_mn, FAR)
+        new_m = tl.maximum(top_m, tl.max(score_mn, 1))
+        decay_m = tl.exp2(top_m - new_m)
+        p_mn = tl.exp2(score_mn - new_m[:, None])
+        weight_m = weight_m * decay_m + tl.sum(p_mn, 1)
+        sum_md = sum_md * decay_m[:, None]
+        sum_md = tl.dot(p_mn.to(v_nd.dtype), v_nd, sum_md, input_precision=PRECISION)
+        top_m = new_m
+    return sum_md, weight_m, top_m
