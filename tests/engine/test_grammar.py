@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -70,6 +71,28 @@ def test_sequences_take_turns_among_the_matchers_of_a_grammar(
     fill_allowed(constraints, masks)
     assert masks.any()
     assert (masks == masks[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "matchers"), [([5.0, 0.25, 0.25, 0.25], 4), ([0.25, 0.75, 0.5, 0.25], 3), ([1, 9], 2)]
+)
+def test_a_grammar_is_compiled_again_as_long_as_that_takes_little_time_whatever_the_first_time_took(
+    seconds: list[float], matchers: int, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, times = [0.0], iter(seconds)
+    compile_ = GrammarText.compile
+
+    def slow(self: GrammarText, vocabulary: object) -> object:
+        now[0] += next(times)
+        return compile_(self, vocabulary)  # type: ignore[arg-type]  # it is what it was given
+
+    monkeypatch.setattr(GrammarText, "compile", slow)
+    monkeypatch.setattr(time, "thread_time", lambda: now[0])
+    monkeypatch.setattr(grammar, "available_cpus", lambda: 4)
+    monkeypatch.setattr(grammar, "_MORE_MATCHERS_S", 1.0)
+    made = compiler.compiled(SamplingParams(regex=f"{seconds}"))
+    assert made is not None
+    assert len(made.matchers) == matchers
 
 
 def test_a_grammar_is_compiled_once(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
