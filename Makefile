@@ -23,10 +23,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/hasten demo
 
-# Three workers keep two cores busy: many tests wait for other processes. Bytecode is kept, since they start hundreds.
+# OPTIONS= are pytest's. Three workers keep two cores busy: many tests wait for other processes. Bytecode is kept, since they start hundreds.
 test: export PYTHONDONTWRITEBYTECODE =
 test: setup
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations 30
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations 30 $(OPTIONS)
 
 check: setup
 	$(BIN)/ruff check

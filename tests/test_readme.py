@@ -221,6 +221,7 @@ def needs(command: str) -> str | None:
 
 
 @pytest.mark.slow
+@pytest.mark.any_python
 @pytest.mark.timeout(LONGEST_S)
 def test_the_readme_from_top_to_bottom(walk: Walk) -> None:
     for block in blocks(README):

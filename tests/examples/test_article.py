@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tests.waiting import eventually
 
 from hasten.core.ports import free_ports
 
@@ -60,6 +61,7 @@ def run(environment: Environment, *command: str) -> "subprocess.CompletedProcess
 
 
 @pytest.mark.slow
+@pytest.mark.any_python
 @pytest.mark.timeout(LONGEST_S)
 def test_the_article_from_start_to_end(environment: Environment) -> None:
     done = run(environment, "bash", str(SCRIPT))
@@ -67,7 +69,7 @@ def test_the_article_from_start_to_end(environment: Environment) -> None:
     titles = re.findall(r"^== (\w+)", done.stdout, re.MULTILINE)
     assert titles == ["Upload", "Convert", "Compare", "Deploy", "Ask", "Clean"]
     lines = done.stdout.splitlines()
-    assert any(re.fullmatch(r"bloom-pvc  \S+ +a model and its data  \S+ +\d+s", line) for line in lines)
+    assert any(re.fullmatch(r"bloom-pvc  \S+ +a model and its data  \S+ +\d+[sm]", line) for line in lines)
     tensor = " - model.layers.0.attention.query_key_value.bias...: shape (3, 128)         s | saved at /mnt/model"
     assert any(line.startswith(tensor) for line in lines)
     job = r"convert-bloom  SUCCEEDED  PYTORCHJOB  \d+[sm] +0 +N/A +\S+"
@@ -98,7 +100,7 @@ def assert_the_same_accuracy(lines: list[str]) -> None:
 
 
 def assert_nothing_is_left(environment: Environment) -> None:
-    assert remaining(environment) == []
+    eventually(lambda: remaining(environment) == [], lambda: str(remaining(environment)))
     for verb in ("list", "serve list", "data list"):
         listed = run(environment, "hasten", "cluster", *verb.split(), "-A", "-o", "json")
         assert (listed.stdout, listed.returncode) == ("[]\n", 0)

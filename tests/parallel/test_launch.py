@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,12 @@ def running(command: list[str], **environment: str) -> Iterator[subprocess.Popen
 
 def children_of(parent: int) -> list[int]:
     """Processes that it has started; not the one that multiprocessing leaves running once a test has used it."""
-    children = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-    return [pid for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found = []
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it may have ended since
+            if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return found
 
 
 def runs(process: int) -> bool:
@@ -219,7 +223,7 @@ def test_an_error_of_one_rank_alone_reaches_the_user(tiny_bloom: Path, tmp_path:
     file.write_bytes(content)
     with pytest.raises(ChecksumError, match="rank-00001"):
         LLM(tmp_path, tensor_parallel_size=2, device="cpu")
-    assert children_of(os.getpid()) == others
+    assert set(children_of(os.getpid())) <= set(others)
     with pytest.raises(ChecksumError):
         LLM(tmp_path, device="cpu")
 
@@ -295,7 +299,7 @@ def test_a_rank_that_dies_between_calls_ends_the_next_one(tiny_bloom: Path) -> N
             llm.generate("the")
         with pytest.raises(EngineError):
             llm.generate("the")
-    assert children_of(os.getpid()) == others
+    assert set(children_of(os.getpid())) <= set(others)
 
 
 def test_the_place_of_a_rank_comes_from_whoever_started_it() -> None:
@@ -337,4 +341,4 @@ def test_an_interrupt_ends_all_ranks(tiny_bloom: Path) -> None:
         process.send_signal(signal.SIGINT)
         code, _ = end_of(process)
     assert code == 130
-    assert not Path(f"/proc/{child}").exists()
+    eventually(lambda: not runs(child))
