@@ -160,14 +160,14 @@ def _group_cut(queries: int, rows: int, width: int, wide: bool) -> tuple[int, in
     """Keys at a time, stages and warps of a program for single queries of a group of heads, of padded sizes.
 
     Few programs each have much in flight; with many the memory is busy anyway, and a single warp waits for no other.
-    Counted: docs/performance.md.
+    Measured: docs/performance.md.
     """
     warps = -(-rows * width // 2048)  # 64 registers of a thread hold its share of the sums
     if wide:
         return 16, 1, max(4, warps)
     if queries <= 16:
-        return min(64, 8192 // width), 3, max(4, warps)
-    return 16, 4, warps
+        return min(64, 8192 // width), 4, max(4, warps)
+    return 16, 3, warps
 
 
 def _parts(meta: AttentionMeta, splits: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -152,15 +152,14 @@ def _store_heads(
 
 
 def _heads_per_program(rows: int, heads: int, block: int) -> int:
-    """A head a program fills the device with few rows; with many, larger programs are fewer to start."""
-    if rows * heads <= _FEW_HEADS:
-        return 1
-    return min(max(1, _DIMENSIONS // block), triton.next_power_of_2(heads))
+    """Larger programs are fewer to start, but few rows want all multiprocessors. Measured: docs/performance.md."""
+    dimensions = next((most for limit, most in _DIMENSIONS if rows <= limit), _MOST_DIMENSIONS)
+    return min(max(1, dimensions // block), triton.next_power_of_2(heads))
 
 
-_FEW_HEADS = 1024
-_DIMENSIONS = 1024
-"""Dimensions of all heads of a program: 16 bytes of 16-bit values for each thread of four warps."""
+_DIMENSIONS = [(128, 512), (1024, 1024)]
+"""Up to so many rows, so many dimensions of all heads of a program."""
+_MOST_DIMENSIONS = 2048
 
 
 def store_heads(
