@@ -18,9 +18,9 @@ from hasten.ops.gpu.sampling import _INFINITE, _image, _read
 
 CONSTANT_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 """Lowest bits of the image that tell no two numbers of a type apart."""
-BLOCK, WARPS = 4096, 8
+BLOCK, WARPS = 4096, 4
 """Logits of one program, and its warps."""
-_STEPS = (16, 8)
+_STEPS = (8, 8)
 """Images that the first and the second pass find the amounts for; powers of 2."""
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
