@@ -67,12 +67,12 @@ async def started(
 @contextmanager
 def stopped(client: EngineClient) -> Iterator[None]:
     """The engine's process stands still: what it has not done yet, it does not do."""
-    assert client.pid is not None
-    os.kill(client.pid, signal.SIGSTOP)
+    assert client.replicas[0].pid is not None
+    os.kill(client.replicas[0].pid, signal.SIGSTOP)
     try:
         yield
     finally:
-        os.kill(client.pid, signal.SIGCONT)
+        os.kill(client.replicas[0].pid, signal.SIGCONT)
 
 
 async def until(condition: Callable[[], bool], seconds: float = LIMIT_S) -> None:

@@ -170,6 +170,7 @@ class CountingEngine:
         self.name = name
         self.ready = True
         self.closed = False
+        self.replicas = ()
         self.pause = 0.0
         """Seconds before each token."""
         self.go = asyncio.Event()

@@ -132,6 +132,7 @@ def test_counters(run: Any, demo_engine: EngineClient) -> None:
 def test_readers_of_first_tokens_are_woken_before_all_others(run: Any, demo_engine: EngineClient) -> None:
     """Of whatever the engine's process has sent meanwhile, in several messages."""
     woken: list[int] = []
+    (engine,) = demo_engine.replicas
 
     async def read(number: int, stream: AsyncIterator[Progress]) -> None:
         async for _ in stream:
@@ -144,11 +145,11 @@ def test_readers_of_first_tokens_are_woken_before_all_others(run: Any, demo_engi
     async def ask() -> None:
         with stopped(demo_engine):
             readers = [asyncio.create_task(read(at, demo_engine.generate([at + 5], LONG))) for at in range(3)]
-            await until(lambda: demo_engine._queue.engine_has_work and len(demo_engine._queue._sent) == 3)
-            first, second, third = demo_engine._queue._sent
-            demo_engine._on_steps([step(first)])
+            await until(lambda: engine.requests.sequences == 3)
+            first, second, third = engine.requests._tickets
+            engine.on_steps([step(first)])
             await until(lambda: woken == [0])
-            demo_engine._on_steps([step(first), step(first, second), step(first, third)])
+            engine.on_steps([step(first), step(first, second), step(first, third)])
             await until(lambda: len(woken) == 4)
             for reader in readers:
                 reader.cancel()
@@ -244,13 +245,13 @@ def test_a_slow_reader_holds_up_nobody(run: Any, demo_engine: EngineClient, demo
 def test_what_cannot_be_served_is_refused(
     run: Any, demo_engine: EngineClient, prompt: Any, params: SamplingParams, message: str
 ) -> None:
-    pid = demo_engine.pid
+    pid = demo_engine.replicas[0].pid
     with pytest.raises(InvalidRequestError, match=message):
         run(collect(demo_engine, prompt, params))
     with pytest.raises(InvalidRequestError, match="priority must be"):
         run(collect(demo_engine, [5], SHORT, priority=-1))
     assert count(run(collect(demo_engine, [5], SHORT))) == 4
-    assert (demo_engine.pid, demo_engine.ready) == (pid, True)
+    assert (demo_engine.replicas[0].pid, demo_engine.ready) == (pid, True)
 
 
 @pytest.mark.parametrize(
@@ -270,9 +271,9 @@ def test_what_cannot_be_served_is_refused(
 def test_extreme_parameters_leave_the_engine_as_it_is(
     run: Any, demo_engine: EngineClient, params: SamplingParams
 ) -> None:
-    pid = demo_engine.pid
+    pid = demo_engine.replicas[0].pid
     assert joined(run(collect(demo_engine, [5, 6, 7], params))).finished
-    assert (demo_engine.pid, demo_engine.ready) == (pid, True)
+    assert (demo_engine.replicas[0].pid, demo_engine.ready) == (pid, True)
 
 
 def test_drain_and_close(run: Any, demo_model: Path) -> None:
@@ -290,7 +291,7 @@ def test_drain_and_close(run: Any, demo_model: Path) -> None:
             assert [completion.finish_reason for completion in made] == [FinishReason.LENGTH] * 3
             await client.close()
             await client.close()
-            assert client.pid is None
+            assert client.replicas[0].pid is None
 
     run(end())
 
@@ -301,7 +302,7 @@ def test_close_ends_what_is_under_way(run: Any, demo_model: Path) -> None:
             # more than will have been computed by then, however long the way from one line to the next takes
             asked = [group.create_task(error_of(collect(client, [number % 500 + 5], LONG))) for number in range(100)]
             await until(lambda: client.stats().running == 1)
-            link = client._link
+            link = client.replicas[0].link
             assert link is not None
             await client.close()
             assert await link.ended == "exit code 0"  # by itself, and not killed after a while
@@ -315,7 +316,7 @@ def test_close_ends_what_is_under_way(run: Any, demo_model: Path) -> None:
 def test_a_close_that_is_cancelled_is_waited_for_by_the_next(run: Any, demo_model: Path) -> None:
     async def end() -> None:
         async with started(demo_model) as client:
-            link = client._link
+            link = client.replicas[0].link
             assert link is not None
             closing = asyncio.create_task(client.close())
             await asyncio.sleep(0)  # it begins

@@ -28,13 +28,13 @@ from hasten.server.engine.process import with_defaults
 def test_signals_to_the_process_are_the_servers_to_handle(run: Any, demo_engine: EngineClient) -> None:
     async def ask() -> None:
         stream = await begin(demo_engine, [5], SamplingParams(max_tokens=30, ignore_eos=True))
-        pid = demo_engine.pid
+        pid = demo_engine.replicas[0].pid
         assert pid is not None
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGINT)
         assert [progress.finished async for progress in stream][-1]
         assert count(await collect(demo_engine, [5], SHORT)) == 4
-        assert (demo_engine.pid, demo_engine.ready) == (pid, True)
+        assert (demo_engine.replicas[0].pid, demo_engine.ready) == (pid, True)
 
     run(ask())
 
@@ -67,7 +67,7 @@ def test_a_killed_process_comes_back(run: Any, demo_model: Path, tmp_path: Path,
             with_it = [group.create_task(error_of(collect(client, [number + 5], LONG))) for number in range(3)]
             not_yet = [group.create_task(collect(client, [number + 9], SHORT)) for number in range(2)]
             await until(lambda: client.stats().generation_tokens > 20 and client.stats().waiting == 3)
-            before, pid = client.stats(), client.pid
+            before, pid = client.stats(), client.replicas[0].pid
             assert pid is not None
             model.rename(tmp_path / "away")
             os.kill(pid, signal.SIGKILL)
@@ -80,7 +80,7 @@ def test_a_killed_process_comes_back(run: Any, demo_model: Path, tmp_path: Path,
             assert not client.ready
             (tmp_path / "away").rename(model)
             await until(lambda: client.ready)
-            assert client.pid != pid
+            assert client.replicas[0].pid != pid
             assert [count(await task) for task in not_yet] == [4, 4]
             assert client.restarts == 1
             after = client.stats()
@@ -152,8 +152,8 @@ def test_close_while_the_process_is_dead(run: Any, demo_model: Path) -> None:
 
     async def end() -> None:
         async with started(demo_model) as client, asyncio.TaskGroup() as group:
-            assert client.pid is not None
-            os.kill(client.pid, signal.SIGKILL)
+            assert client.replicas[0].pid is not None
+            os.kill(client.replicas[0].pid, signal.SIGKILL)
             await until(lambda: not client.ready)
             waiting = group.create_task(error_of(collect(client, [5], SHORT)))
             await until(lambda: len(others()) == 1)  # the next one loads
@@ -209,7 +209,7 @@ def test_ranks_give_the_same_tokens_and_the_death_of_one_is_survived(
             progress = await collect(client, [5, 6, 7], SamplingParams(max_tokens=12, temperature=0))
             assert joined(progress).completions[0].token_ids == expected.outputs[0].token_ids
             async with aclosing(await begin(client, [5], LONG)) as stream:
-                (rank,) = psutil.Process(client.pid).children()
+                (rank,) = psutil.Process(client.replicas[0].pid).children()
                 rank.kill()
                 with pytest.raises(EngineError, match=r"rank 1 of 2 .* died"):
                     async for _ in stream:

@@ -27,12 +27,12 @@ def ticket(number: int, *, width: int = 1, priority: int = 0) -> Ticket:
 
 def queue(places: int, limit: int = 0) -> RequestQueue:
     made = RequestQueue(QueueLimits(max_queue_size=limit))
-    made.attach(places)
+    made.engines[0].attach(places, 0, 16)
     return made
 
 
 def sent(requests: RequestQueue) -> list[int]:
-    return [ticket.number for ticket in requests.next_for_engine()]
+    return [ticket.number for ticket in requests.assign_next()]
 
 
 def test_the_engine_gets_what_it_can_run_and_an_eighth_more() -> None:
@@ -41,7 +41,7 @@ def test_the_engine_gets_what_it_can_run_and_an_eighth_more() -> None:
         requests.put(ticket(number))
     assert sent(requests) == list(range(18))
     assert sent(requests) == []
-    first = requests.get(0)
+    first = requests.engines[0].get(0)
     assert first is not None
     assert requests.remove(first)
     assert sent(requests) == [18]
@@ -57,8 +57,8 @@ def test_order_is_by_priority_then_by_arrival() -> None:
     order = []
     while not requests.is_empty:
         order += sent(requests)
-        oldest = min(number for number in range(10) if requests.get(number))
-        leaving = requests.get(oldest)
+        oldest = min(number for number in range(10) if requests.engines[0].get(number))
+        leaving = requests.engines[0].get(oldest)
         assert leaving is not None
         requests.remove(leaving)
     assert order == [3, 6, 1, 5, 4, 2]
@@ -70,7 +70,7 @@ def test_wide_requests_count_as_many_and_do_not_wait_for_an_empty_engine() -> No
     requests.put(ticket(2, width=5))
     requests.put(ticket(3))
     assert sent(requests) == [1, 2]
-    wide = requests.get(1)
+    wide = requests.engines[0].get(1)
     assert wide is not None
     requests.remove(wide)
     assert sent(requests) == [3]
@@ -84,7 +84,7 @@ def test_the_limit_counts_those_that_wait_here_and_in_the_engine() -> None:
     assert requests.num_waiting == 2
     with pytest.raises(QueueFullError, match="3 requests wait already, and max_queue_size is 3"):
         requests.put(ticket(5))
-    begun = requests.get(2)
+    begun = requests.engines[0].get(2)
     assert begun is not None
     begun.begin(0.0)
     requests.put(ticket(5))
@@ -101,7 +101,7 @@ def test_a_limit_refuses_nobody_who_need_not_wait() -> None:
 
 def test_the_bytes_of_those_that_wait_are_limited() -> None:
     requests = RequestQueue(QueueLimits(max_queue_bytes=100))
-    requests.attach(1)
+    requests.engines[0].attach(1, 0, 16)
 
     def of(number: int, size: int) -> Ticket:
         made = ticket(number)
@@ -119,7 +119,7 @@ def test_the_bytes_of_those_that_wait_are_limited() -> None:
     requests.put(of(5, 60))
     with pytest.raises(QueueFullError):
         requests.put(of(6, 1))
-    running = requests.get(1)
+    running = requests.engines[0].get(1)
     assert running is not None
     requests.remove(running)
     assert sent(requests) == [3, 5]
@@ -136,8 +136,8 @@ def test_requests_leave_from_wherever_they_stand() -> None:
         requests.put(each)
     there = sent(requests)
     for each in tickets:
-        assert requests.remove(each) is (each.number in there)
-        assert requests.remove(each) is False
+        assert (requests.remove(each) is not None) is (each.number in there)
+        assert requests.remove(each) is None
     assert requests.is_empty
     requests.put(tickets[0])
     assert sent(requests) == [0]
@@ -225,7 +225,7 @@ def test_more_than_may_wait_are_refused(run: Any, narrow: EngineClient) -> None:
 def test_who_waits_too_long_is_told_so(run: Any, narrow: EngineClient) -> None:
     async def ask() -> None:
         async with aclosing(await begin(narrow, [5], LONG)):  # which goes on: what waits there expires there
-            narrow._queue.attach(1)  # nothing is measured, so nobody is refused before
+            narrow._queue.engines[0].attach(1, 0, 16)  # nothing is measured, so nobody is refused before
             began, refused = time.monotonic(), narrow.refused["queue_timeout"]
             requests = [collect(narrow, [number + 6], SHORT, queue_timeout=0.3) for number in range(3)]
             errors = await asyncio.gather(*map(error_of, requests))
@@ -268,12 +268,12 @@ def test_who_was_begun_in_time_is_not_timed_out(run: Any, narrow: EngineClient) 
     params = SamplingParams(max_tokens=2, ignore_eos=True, prompt_logprobs=50)
 
     async def ask() -> None:
-        engine = psutil.Process(narrow.pid)
+        engine = psutil.Process(narrow.replicas[0].pid)
         for _ in attempts("a request in its first step"):
             before = engine.cpu_times().user
             request = asyncio.create_task(collect(narrow, prompt, params, queue_timeout=1000))
             await until(lambda before=before: engine.cpu_times().user > before + 0.2)  # type: ignore[misc]
-            sent = list(narrow._queue._sent.values())
+            sent = list(narrow._queue.engines[0]._tickets.values())
             for each in sent:
                 narrow._expire(each)
             assert joined(await request).completions[0].finish_reason is FinishReason.LENGTH

@@ -31,7 +31,8 @@ class PlayedEngine:
 
     def __init__(self, places: int, *, begins: int = 1000) -> None:
         self.queue = RequestQueue(QueueLimits())
-        self.queue.attach(places)
+        (self.engine,) = self.queue.engines
+        self.engine.attach(places, 0, 16)
         self.now = 0.0
         self.waits: dict[int, float] = {}
         """By the request's number: seconds until it was begun."""
@@ -49,7 +50,7 @@ class PlayedEngine:
         ticket = Ticket(self._numbers, (1,) * 8, 1, bytearray(), priority, most or length, most is not None, timeout)
         self.queue.put(ticket)
         self._came[ticket.number], self._lengths[ticket.number] = self.now, length
-        self._waiting += self.queue.next_for_engine()
+        self._waiting += self.queue.assign_next()
         return ticket.number
 
     def step(self) -> None:
@@ -64,17 +65,17 @@ class PlayedEngine:
         ended = [run for run in self._running if run.left == 0]
         self._running = [run for run in self._running if run.left]
         stats = EngineStats(running=len(self._running), waiting=len(self._waiting), steps=self._steps)
-        self.queue.observe(Step(stats, started=[ticket.number for ticket in started], began=began), self.now)
+        self.engine.observe(Step(stats, started=[ticket.number for ticket in started], began=began), self.now)
         for run in ended:
             self._end(run.ticket)
-        self._waiting += self.queue.next_for_engine()
+        self._waiting += self.queue.assign_next()
 
     def _end(self, ticket: Ticket) -> None:
         length = self._lengths[ticket.number]
         reason = FinishReason.STOP if length < ticket.max_tokens else FinishReason.LENGTH
         delta = CompletionDelta(0, [7] * length, "", finish_reason=reason)
         ticket.push(Output(ticket.number, [delta], finished=True))
-        self.queue.finish(ticket)
+        self.engine.finish(ticket)
 
     def measured(self) -> "PlayedEngine":
         """The same once it has run for a while."""
@@ -249,11 +250,11 @@ def changes(engine: PlayedEngine) -> Iterator[tuple[str, Callable[[], object]]]:
     first = engine.add(50)
     yield "a step", engine.step
     yield "a request more", lambda: engine.add(50)
-    ticket = engine.queue.get(first)
+    ticket = engine.engine.get(first)
     assert ticket is not None
-    yield "grammar", lambda: engine.queue.set_compiling(ticket, compiling=True)
+    yield "grammar", lambda: engine.engine.set_compiling(ticket, compiling=True)
     yield "a request less", lambda: engine.queue.remove(ticket)
-    yield "a new process", lambda: engine.queue.attach(1)
+    yield "a new process", lambda: engine.engine.attach(1, 0, 16)
 
 
 def test_whatever_happens_an_estimate_is_of_now() -> None:

@@ -88,7 +88,7 @@ class Engines:
         self.gate = threading.Event()
         self.gate.set()
 
-    async def start(self, config: EngineConfig, limits: QueueLimits, *, name: str) -> Any:
+    async def start(self, config: EngineConfig, limits: QueueLimits, *, name: str, engines: int) -> Any:
         while not self.gate.is_set():
             await asyncio.sleep(0.005)
         self.tried.append(config.model)

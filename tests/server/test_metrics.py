@@ -52,6 +52,14 @@ OWN = {
     "hasten_engine_limited_steps_total": "counter",
     "hasten_engine_mixed_step_seconds_total": "counter",
     "hasten_engine_mixed_step_predicted_seconds_total": "counter",
+    "hasten_replica_ready": "gauge",
+    "hasten_replica_restarts_total": "counter",
+    "hasten_replica_requests_running": "gauge",
+    "hasten_replica_requests_waiting": "gauge",
+    "hasten_replica_kv_cache_usage_ratio": "gauge",
+    "hasten_replica_prefix_cache_hit_tokens_total": "counter",
+    "hasten_replica_prompt_tokens_total": "counter",
+    "hasten_replica_generation_tokens_total": "counter",
     "hasten_inflight_request_bytes": "gauge",
     "hasten_inflight_refusals_total": "counter",
 }
@@ -66,6 +74,8 @@ class Engine:
     refused: Counter[str] = field(default_factory=lambda: Counter(queue_wait=5))
     wait: float | None = 2.5
     delivery: Delivery = field(default_factory=Delivery)
+    ready: bool = True
+    replicas: list["Engine"] = field(default_factory=list)
 
     def stats(self) -> EngineStats:
         return self.now
@@ -98,7 +108,9 @@ def service() -> Counted:
         service.counters.of(name, "2")
     stats = EngineStats(running=3, waiting=4, used_blocks=5, num_blocks=20, preemptions=6, prefix_hit_tokens=7)
     stats = replace(stats, mixed_steps=12, limited_steps=3, mixed_seconds=0.5, predicted_mixed_seconds=0.25)
-    service.running["tokens", "1"] = Engine(stats)
+    parts = [Engine(replace(stats, running=running, used_blocks=4 * running)) for running in (1, 2)]
+    parts[1].ready, parts[1].restarts = False, 2
+    service.running["tokens", "1"] = Engine(stats, replicas=parts)
     return service
 
 
@@ -194,6 +206,11 @@ def test_what_was_counted_is_exposed(service: Counted) -> None:
     assert refused == {"queue_full": 0, "queue_timeout": 0, "queue_wait": 5}
     assert samples["hasten_estimated_wait_seconds", key] == 2.5
     assert samples["hasten_prefix_cache_hit_tokens_total", key] == 7
+    first, second = (of("tokens", "1", replica=index) for index in "01")
+    assert [samples["hasten_replica_ready", one] for one in (first, second)] == [1, 0]
+    assert [samples["hasten_replica_restarts_total", one] for one in (first, second)] == [3, 2]
+    assert [samples["hasten_replica_requests_running", one] for one in (first, second)] == [1, 2]
+    assert [samples["hasten_replica_kv_cache_usage_ratio", one] for one in (first, second)] == [0.2, 0.4]
 
 
 def test_histograms_are_cumulative(service: Counted) -> None:

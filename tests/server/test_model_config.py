@@ -136,7 +136,8 @@ def test_without_completion_the_tensors_must_be_there() -> None:
         ('model_repository_agents { agents { name: "a" } }', "model_repository_agents is not supported"),
         ('batch_input { kind: BATCH_ELEMENT_COUNT }', "batch_input is not supported"),
         ('runtime: "x"', "runtime is not supported"),
-        ("instance_group [ { count: 2 } ]", "instance_group count 2 is not supported"),
+        (TEXT + "instance_group [ { count: 2 } ]", "instance_group count 2 belongs to the model that has the engines"),
+        ("instance_group [ { count: -1 } ]", "instance_group count must be at least 1, got -1"),
         ("instance_group [ { }, { } ]", "several instance_groups are not supported"),
         ("instance_group [ { kind: KIND_GPU gpus: [ 0 ] } ]", "instance_group gpus is not supported"),
         (TEXT + 'instance_group [ { kind: KIND_GPU } ]', "GPU belongs"),
@@ -220,6 +221,11 @@ def test_an_instance_on_a_gpu_has_its_engine_there() -> None:
     assert engine_options(config(group + device.format("cuda:1")))["device"] == "cuda:1"
     with pytest.raises(ConfigError, match="'device' is 'cpu', but its instance_group is KIND_GPU"):
         engine_options(config(group + device.format("cpu")))
+
+
+def test_instances_are_engines_of_the_model() -> None:
+    for text, count in (("", 1), ("instance_group [ { } ]", 1), ("instance_group [ { count: 3 } ]", 3)):
+        assert [group.count for group in config(text).instance_group] == [count]
 
 
 def test_where_the_weights_lie(tmp_path: Path) -> None:

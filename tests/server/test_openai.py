@@ -642,9 +642,9 @@ def test_a_queue_that_is_full_says_so(site: Site, client: openai.OpenAI) -> None
     with stopped(engine):  # so that the streams go on for as long as it takes
         with httpx.Client(timeout=httpx.Timeout(LIMIT_S, read=0.3)) as waiting, pytest.raises(httpx.ReadTimeout):
             waiting.post(url, json=body)
-        eventually(lambda: len(engine._queue._sent) == 2)
+        eventually(lambda: len(engine._queue.engines[0]._tickets) == 2)
         answer = _in_thread(lambda: httpx.post(url, json=body))
-        eventually(lambda: len(engine._queue._sent) == 3)
+        eventually(lambda: len(engine._queue.engines[0]._tickets) == 3)
         with pytest.raises(openai.RateLimitError, match="max_queue_size is 1") as caught:
             client.completions.create(model="narrow", prompt="a")
         assert caught.value.code == "queue_full"
@@ -670,7 +670,7 @@ def _in_thread(work: Callable[[], httpx.Response]) -> Callable[[], httpx.Respons
 def test_an_engine_that_dies_is_an_error_in_the_stream_and_comes_back(site: Site, client: openai.OpenAI) -> None:
     stream = client.completions.create(model="narrow", **ENDLESS, stream=True)
     next(stream)
-    pid = site.engine("narrow").pid
+    pid = site.engine("narrow").replicas[0].pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(openai.APIError, match=r"engine narrow.* failed .*died"):

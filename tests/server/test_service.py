@@ -367,7 +367,7 @@ def test_a_killed_engine_fails_what_it_computed_and_comes_back() -> None:
         async def kill() -> None:
             request = token_request(PROMPTS, 1500, end_id=NEVER)
             under_way = await seen_running(running, lambda: asyncio.create_task(error_of(service.infer(request))))
-            pid = engine(running).pid
+            pid = engine(running).replicas[0].pid
             assert pid is not None
             os.kill(pid, signal.SIGKILL)
             error = await under_way

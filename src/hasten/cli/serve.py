@@ -88,6 +88,11 @@ def run(args: argparse.Namespace) -> int:
 
     options = serve_options(args)
     place = rank_from_environment()
+    if place is not None and options.model.data_parallel_size > 1:
+        raise ConfigError(
+            f"data_parallel_size is {options.model.data_parallel_size}, but this is one of {place.size} ranks that "
+            "torchrun, mpirun or a cluster started, which serve one engine; leave the option out"
+        )
     if place is not None and place.rank > 0:
         from hasten.server.follower import follow
 

@@ -530,7 +530,7 @@ WITHOUT_EFFECT: Mapping[str, tuple[tuple[object, ...] | None, str]] = {
     "kv_cache_dtype": (("auto",), "the cache has the type that the model computes in"),
     "cpu_offload_gb": ((0,), "all weights stay on the device"),
     "pipeline_parallel_size": ((1,), "there is tensor parallelism alone; see tensor_parallel_size"),
-    "data_parallel_size": ((1,), "start one engine per replica"),
+    "data_parallel_size": ((1,), "this is one engine; hasten serve --data-parallel-size runs several"),
     "enable_lora": ((False, None), "adapters are not supported; merge them into the checkpoint"),
     "skip_tokenizer_init": ((False,), "a folder without a tokenizer does without one"),
     "tokenizer_mode": (("auto", "fast"), "the tokenizer is the checkpoint's tokenizer.json"),

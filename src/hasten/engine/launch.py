@@ -19,16 +19,19 @@ def launched_place(config: EngineConfig) -> RankInfo | None:
     return place
 
 
-def start_engine(config: EngineConfig, place: RankInfo | None = None) -> Engine:
-    """Start the other ranks, unless `place` says that others did, and the engine.
+def start_engine(config: EngineConfig, place: RankInfo | None = None, *, index: int = 0, count: int = 1) -> Engine:
+    """Start the other ranks, unless `place` says that others did, and number `index` of `count` engines on this host.
 
-    Raises as `LLM` does; nothing is left behind if that fails.
+    Each engine has GPUs of its own, and its share of the threads and memory of a host without any. Raises as `LLM`
+    does; nothing is left behind if that fails.
     """
     size = config.parallel.tensor_parallel_size
+    if count > 1:
+        _check_several(config, place, count)
     children = None
-    if place is None and size > 1:
-        place = RankInfo(0, size, size, LOCAL, free_local_port())
-        children = Children("hasten.engine.worker", config_to_json(config), place)
+    if place is None and size * count > 1:
+        place = RankInfo(0, size, size * count, LOCAL, free_local_port() if size > 1 else 0, index * size)
+        children = Children("hasten.engine.worker", config_to_json(config), place) if size > 1 else None
     ranks: Ranks | None = None
     try:
         ranks = Ranks(place, children, device_kind(config))
@@ -41,6 +44,19 @@ def start_engine(config: EngineConfig, place: RankInfo | None = None) -> Engine:
         elif children is not None:
             children.end()
         raise
+
+
+def _check_several(config: EngineConfig, place: RankInfo | None, count: int) -> None:
+    if place is not None:
+        raise ConfigError(
+            f"data_parallel_size is {count}, but this is one of {place.size} ranks that torchrun, mpirun or a cluster "
+            "started, which serve one engine; leave the option out"
+        )
+    if ":" in config.device:
+        raise ConfigError(
+            f"device {config.device} is one GPU, but data_parallel_size is {count}; give cuda, and choose GPUs with "
+            "CUDA_VISIBLE_DEVICES"
+        )
 
 
 def run_worker(config: EngineConfig) -> bool:

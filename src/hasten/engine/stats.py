@@ -1,6 +1,7 @@
 """What an engine says of itself. Imports no torch, so that other processes can name it."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 _COUNTERS = (
     *("prefix_hit_tokens", "prefix_query_tokens", "preemptions", "steps"),
@@ -40,3 +41,8 @@ class EngineStats:
     def after(self, earlier: "EngineStats") -> "EngineStats":
         """What goes on here, with counters that go on where those of an earlier engine ended."""
         return replace(self, **{name: getattr(earlier, name) + getattr(self, name) for name in _COUNTERS})
+
+    @classmethod
+    def total(cls, parts: "Sequence[EngineStats]") -> "EngineStats":
+        """What goes on in several engines together."""
+        return cls(**{field.name: sum(getattr(part, field.name) for part in parts) for field in fields(cls)})

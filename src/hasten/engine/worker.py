@@ -129,7 +129,7 @@ class Worker:
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.device = rank_device(config, ranks.group, ranks.local_size)
+        self.device = rank_device(config, ranks.group, ranks.local_size, ranks.first)
         config = _with_folders(config, ranks)
         self.config = config
         """As it was given, with folders for the names of models."""
@@ -175,7 +175,8 @@ class Worker:
         """The group, with mailboxes where its GPUs can reach each other."""
         group = replace(self.ranks.group, expert_parallel=self.config.parallel.expert_parallel)
         store = self.ranks.store
-        if self.device.type == "cpu" or dtype.itemsize != 2 or not reachable(group.size, self.ranks.local_size):
+        ranks = self.ranks
+        if self.device.type == "cpu" or dtype.itemsize != 2 or not reachable(group.size, ranks.local_size, ranks.first):
             return group
         assert store is not None
         width = self.model_config.hidden_size
@@ -379,18 +380,29 @@ def device_kind(config: EngineConfig) -> str:
     return ops.default_device().type if config.device == "auto" else config.device.partition(":")[0]
 
 
-def rank_device(config: EngineConfig, group: TensorGroup, local_size: int) -> torch.device:
-    """The device of this rank, one of `local_size` on this host; ConfigError where there is no such GPU."""
+def rank_device(config: EngineConfig, group: TensorGroup, local_size: int, first: int = 0) -> torch.device:
+    """The device of this rank, one of `local_size` on this host; ConfigError where there is no such GPU.
+
+    Where several engines share the host, rank 0 of this one is number `first` among their ranks.
+    """
     if device_kind(config) == "cpu":
         return torch.device("cpu")
     number = int(config.device.partition(":")[2] or 0)
-    if group.size > 1:
+    engines = local_size // group.size
+    if engines > 1:
+        number = first + group.rank
+    elif group.size > 1:
         number = int(os.environ.get("LOCAL_RANK", group.rank % local_size))
     if torch.cuda.device_count() == 0:
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
         raise ConfigError(
             f"no NVIDIA GPU is visible (CUDA_VISIBLE_DEVICES is {'not set' if chosen is None else repr(chosen)}, "
             f"torch is {torch.__version__}; is the driver installed?); use --device cpu"
+        )
+    if engines > 1 and local_size > torch.cuda.device_count():
+        raise ConfigError(
+            f"data_parallel_size {engines} with tensor_parallel_size {group.size} needs {local_size} GPUs, but "
+            f"{torch.cuda.device_count()} are visible here; lower one of them"
         )
     if number >= torch.cuda.device_count():
         raise ConfigError(

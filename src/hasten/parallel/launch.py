@@ -66,13 +66,19 @@ class Ranks:
     def __init__(self, place: RankInfo | None, children: "Children | None", device_kind: str) -> None:
         self.group = TensorGroup(place.rank, place.size) if place else TensorGroup()
         self.local_size = place.local_size if place else 1
-        """Ranks on this host."""
+        """Ranks on this host, those of other engines of the same server included."""
+        self.engines = place.engines if place else 1
+        """Engines that share this host."""
+        self.first = place.first if place else 0
+        """Rank 0's number among the ranks on this host."""
         self._place = place
         self._children = children
         self._store: PrefixStore | None = None
         self._threads = limit_threads()
         if place is not None and place.size > 1:
             self._join(place, device_kind)
+        if self.local_size > 1 and device_kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, self._threads // self.local_size))
 
     def _join(self, place: RankInfo, device_kind: str) -> None:
         timeout = timedelta(seconds=_START_TIMEOUT_S)
@@ -94,8 +100,6 @@ class Ranks:
             dist.init_process_group(
                 backend, store=self._store, rank=place.rank, world_size=place.size, timeout=_IDLE_TIMEOUT
             )
-        if device_kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, self._threads // place.local_size))
 
     @property
     def store(self) -> PrefixStore | None:
@@ -204,6 +208,7 @@ class Ranks:
         if self._place is not None and self._place.size > 1:
             with suppress(RuntimeError):
                 dist.destroy_process_group()
+        if self.local_size > 1:
             torch.set_num_threads(self._threads)
         if self._children is not None:
             self._children.end()
@@ -238,7 +243,7 @@ class Children:
             **os.environ,
             "RANK": str(rank),
             "WORLD_SIZE": str(place.size),
-            "LOCAL_RANK": str(rank),
+            "LOCAL_RANK": str(place.first + rank),
             "LOCAL_WORLD_SIZE": str(place.local_size),
             "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // place.local_size)),
             "MASTER_ADDR": place.address,

@@ -105,9 +105,10 @@ def _mailboxes(store: Store, rank: int, size: int, width: int, max_rows: int, de
     )
 
 
-def reachable(size: int, local_size: int) -> bool:
-    """Whether all ranks' GPUs are on this host and can write each other's memory."""
-    if size < 2 or size != local_size or torch.cuda.device_count() < size:
+def reachable(size: int, local_size: int, first: int = 0) -> bool:
+    """Whether all ranks' GPUs, from number `first` on, are on this host and can write each other's memory."""
+    if size < 2 or size > local_size or torch.cuda.device_count() < first + size:
         return False
-    pairs = ((one, other) for one in range(size) for other in range(size) if one != other)
+    numbers = range(first, first + size)
+    pairs = ((one, other) for one in numbers for other in numbers if one != other)
     return all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)

@@ -23,6 +23,13 @@ class RankInfo:
     local_size: int
     address: str
     port: int
+    first: int = 0
+    """Rank 0's number among all ranks of this host: above 0 where other engines of a server come before this one."""
+
+    @property
+    def engines(self) -> int:
+        """Engines of as many ranks that share this host; 1 where one spans several hosts."""
+        return max(1, self.local_size // self.size)
 
 
 def rank_from_environment(env: Mapping[str, str] = os.environ) -> RankInfo | None:
@@ -49,9 +56,9 @@ def rank_from_environment(env: Mapping[str, str] = os.environ) -> RankInfo | Non
                 "(and MASTER_PORT to a free port there)"
             )
         address = env.get("MASTER_ADDR", LOCAL)
-        return RankInfo(
-            rank, size, local_size, address, _number(env, "MASTER_PORT") if "MASTER_PORT" in env else _port_of_job(env)
-        )
+        port = _number(env, "MASTER_PORT") if "MASTER_PORT" in env else _port_of_job(env)
+        first = _number(env, "LOCAL_RANK") - rank if "LOCAL_RANK" in env and local_size > size else 0
+        return RankInfo(rank, size, local_size, address, port, first)
     return None
 
 

@@ -285,9 +285,11 @@ def _repository(options: ServeOptions) -> Repository:
 
 
 def _limit(config: Any, model: ModelOptions) -> None:
-    """Put the limits of one model into its configuration."""
+    """Put the limits of one model, and the number of its engines, into its configuration."""
     if config.max_batch_size and model.max_batch is not None:
         config.max_batch_size = model.max_batch
+    if config.name == model.name:
+        config.instance_group[0].count = model.data_parallel_size
     if config.name == model.name and (model.max_queue_size or model.queue_timeout_secs):
         policy = config.dynamic_batching.default_queue_policy
         policy.max_queue_size = model.max_queue_size
@@ -298,13 +300,13 @@ def _limit(config: Any, model: ModelOptions) -> None:
 def _engine_starter(security: SecurityOptions, stall_timeout: float) -> StartEngine:
     """Starts engines that refuse what is too long, and are not ready once they stand still."""
 
-    async def start(config: EngineConfig, limits: QueueLimits, *, name: str) -> EngineClient:
+    async def start(config: EngineConfig, limits: QueueLimits, *, name: str, engines: int) -> EngineClient:
         limits = replace(
             limits,
             max_prompt_tokens=security.max_prompt_tokens,
             max_text_bytes=security.max_text_bytes,
             max_queue_bytes=security.max_queue_bytes,
         )
-        return await EngineClient.start(config, limits, name=name, stall_timeout=stall_timeout)
+        return await EngineClient.start(config, limits, name=name, engines=engines, stall_timeout=stall_timeout)
 
     return start

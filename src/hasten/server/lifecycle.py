@@ -281,7 +281,8 @@ class Registry:
             counters.language = counters.language or LanguageCounters()
             name = f"{version.name} version {version.number}"
             engine_config = description.engine_config(version.number)
-            engine = await self._start_engine(engine_config, queue_limits(config), name=name)
+            engines = config.instance_group[0].count
+            engine = await self._start_engine(engine_config, queue_limits(config), name=name, engines=engines)
             return TokenModel(config, engine, counters.language)
         if description.kind is Kind.ENSEMBLE:
             return Ensemble(config, self)

@@ -5,7 +5,7 @@ Counters are there, at 0, from the moment a model is loaded.
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,8 @@ from hasten.server.statistics import ModelCounters
 from hasten.server.types import ServiceError
 
 if TYPE_CHECKING:
+    from hasten.engine.stats import EngineStats
+    from hasten.server.engine.replica import Replica
     from hasten.server.service import Service
 
 CONTENT_TYPE = "text/plain; charset=utf-8"
@@ -158,6 +160,7 @@ class Metrics:
             self._first_response(models),
             *_language(models),
             *self._engines(),
+            *self._replicas(),
             *self._server(),
             *self._machine.families(),
         ]
@@ -252,6 +255,37 @@ class Metrics:
         )  # fmt: skip
         for name, kind, text, values in rows:
             yield _family(f"hasten_{name}", kind, text, values)
+
+    def _replicas(self) -> Iterable[Family]:
+        """What is exposed of each engine of a model; what the models' own families have is the sum."""
+        rows: Sequence[tuple[str, str, str, Callable[[Replica, EngineStats], float]]] = (
+            ("ready", "gauge", "Whether the engine computes requests: 1, or 0 while it starts again or stands still",
+             lambda replica, _: replica.ready),
+            ("restarts_total", "counter", "Times that the engine was started again after it had died",
+             lambda replica, _: replica.restarts),
+            ("requests_running", "gauge", "Requests that the engine has begun and not finished",
+             lambda _, stats: stats.running),
+            ("requests_waiting", "gauge", "Requests that the engine has and has not begun",
+             lambda _, stats: stats.waiting),
+            ("kv_cache_usage_ratio", "gauge", "Share of the blocks of the engine's key/value cache in use [0.0 - 1.0]",
+             lambda _, stats: stats.used_blocks / max(1, stats.num_blocks)),
+            ("prefix_cache_hit_tokens_total", "counter", "Tokens of prompts that the engine found in its prefix cache",
+             lambda _, stats: stats.prefix_hit_tokens),
+            ("prompt_tokens_total", "counter", "Tokens of the prompts that the engine has taken",
+             lambda _, stats: stats.prompt_tokens),
+            ("generation_tokens_total", "counter", "Tokens that the engine has generated",
+             lambda _, stats: stats.generation_tokens),
+        )  # fmt: skip
+        replicas = [
+            ({**_model(key), "replica": str(index)}, replica, replica.stats())
+            for key, engine in self._service.engines().items()
+            for index, replica in enumerate(engine.replicas)
+        ]
+        for name, kind, text, value in rows:
+            family = Family(f"hasten_replica_{name}", kind, text)
+            for labels, replica, stats in replicas:
+                family.add(labels, value(replica, stats))
+            yield family
 
 
 def _model(key: Key) -> Labels:

@@ -189,6 +189,11 @@ class ModelOptions:
     text_name: str | None = option(
         None, "name of the text model (default: the folder's)", aliases=("served_model_name",)
     )
+    data_parallel_size: int = option(
+        1,
+        "number of engines that serve the model, each on GPUs of its own, or with its part of a machine's CPUs",
+        short="-dp",
+    )
     decoupled: bool = option(False, "the token-id model streams: its clients must use ModelStreamInfer")
     max_batch: int | None = option(None, "maximum prompts per request (default: 1024)", type=int)
     max_queue_size: int = option(0, "maximum waiting requests, more are refused; 0: any number")
@@ -197,7 +202,8 @@ class ModelOptions:
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("max_batch", 1), ("max_queue_size", 0), ("queue_timeout_secs", 0)):
+        at_least = {"data_parallel_size": 1, "max_batch": 1, "max_queue_size": 0, "queue_timeout_secs": 0}
+        for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")

@@ -213,7 +213,10 @@ class Service:
             return State.UNAVAILABLE, f"it needs model '{lacks}', which is not ready"
         if not version.model.ready:
             return State.UNAVAILABLE, "its engine is starting again"
-        return State.READY, ""
+        replicas = () if version.model.engine is None else version.model.engine.replicas
+        absent = [str(index) for index, replica in enumerate(replicas) if not replica.ready]
+        text = f"{len(absent)} of {len(replicas)} replicas not ready: {', '.join(absent)}"
+        return State.READY, text if absent else ""
 
     def _never_loaded(self, name: str) -> IndexEntry:
         failure = self._registry.failures.get(name)

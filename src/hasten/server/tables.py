@@ -41,10 +41,12 @@ def engine_table(engines: "Mapping[tuple[str, str], EngineClient]") -> str:
     """What each engine runs on."""
     rows = []
     for (model, version), engine in engines.items():
-        info = engine.info
-        cache = f"{info.num_blocks} x {info.block_size}"
-        row = (model, version, info.device, str(info.ranks), info.dtype, cache, f"{info.load_seconds:.1f} s")
-        rows.append(row)
+        several = len(engine.replicas) > 1
+        for index, replica in enumerate(engine.replicas):
+            info, name = replica.info, f"{model}, replica {index}" if several else model
+            cache = f"{info.num_blocks} x {info.block_size}"
+            row = (name, version, info.device, str(info.ranks), info.dtype, cache, f"{info.load_seconds:.1f} s")
+            rows.append(row)
     return table(("Engine", "Version", "Device", "Ranks", "Type", "Cache (tokens)", "Load time"), rows)
 
 

@@ -1,11 +1,9 @@
-"""An engine in a process of its own, for the server: requests go in, deltas come out, and a dead process comes back.
+"""The engines of one model, for the server: requests go in, deltas come out, whichever engine computes them.
 
-Imports no torch. A request waits here, by priority and arrival, until the engine has a place for it.
+Imports no torch. A request waits here, by priority and arrival, until an engine has a place for it.
 """
 
 import asyncio
-import logging
-import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,11 +11,11 @@ from dataclasses import replace
 from operator import index
 
 from hasten.core.config import EngineConfig
-from hasten.core.errors import EngineError, HastenError, InvalidRequestError, error_of
+from hasten.core.errors import EngineError, HastenError, InvalidRequestError
 from hasten.core.types import SamplingParams
 from hasten.engine.stats import EngineStats
 from hasten.engine.text import Tokenizer
-from hasten.server.engine.link import Delivery, EngineLink
+from hasten.server.engine.link import Delivery
 from hasten.server.engine.queue import (
     QueueError,
     QueueFullError,
@@ -26,8 +24,10 @@ from hasten.server.engine.queue import (
     QueueWaitError,
     RequestQueue,
 )
+from hasten.server.engine.replica import Replica
+from hasten.server.engine.routing import prefixes_of
 from hasten.server.engine.ticket import Progress, Ticket
-from hasten.server.engine.wire import Abort, Add, CompletionDelta, EngineInfo, Expire, Output, Step, framed
+from hasten.server.engine.wire import Add, CompletionDelta, EngineInfo, Start, framed
 from hasten.server.options import ServerOptions
 from hasten.server.tokenizing import check_words, tokenizing
 
@@ -45,8 +45,6 @@ __all__ = [
     "QueueWaitError",
 ]
 
-_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.5, 30.0
-"""Before a dead process is started again: doubled each time, from the start again once it has lived for the longest."""
 _SHORT_PROMPT = 256
 """Tokens of prompts of which a thousand may begin at once: it takes some ten milliseconds."""
 _FEW_WORDS = 8
@@ -58,7 +56,6 @@ _MOST_ENTRIES = {"stop_token_ids": 1024, "stop_words_ids": 1024, "bad_words_ids"
 _MOST_LOGPROBS = 1024
 """Of one token."""
 _NO_LIMITS = QueueLimits()
-_log = logging.getLogger(__name__)
 
 
 def _check_sizes(params: SamplingParams, vocab_size: int) -> None:
@@ -88,39 +85,44 @@ class EngineClosedError(EngineError):
 
 
 class EngineClient:
-    """One engine. Made by `start`; `generate` may be called by many tasks of one event loop."""
+    """The engines of one model. Made by `start`; `generate` may be called by many tasks of one event loop."""
 
-    def __init__(self, config: EngineConfig, limits: QueueLimits, name: str, stall_timeout: float) -> None:
+    def __init__(
+        self, config: EngineConfig, limits: QueueLimits, name: str, stall_timeout: float, engines: int = 1
+    ) -> None:
         self.name = name
         self.info: EngineInfo
+        """What its engines are, which are alike: the cache's blocks are those of all."""
         self.tokenizer: Tokenizer | None = None
-        self.restarts = 0
-        """Times that a dead process was started again."""
         self.refused: Counter[str] = Counter()
         """Requests that were refused or given up, by the reasons of QueueError."""
         self.delivery = Delivery()
         self._config = config
         self._limits = limits
-        self._queue = RequestQueue(limits)
-        self._link: EngineLink | None = None
-        """The process that is ready, if there is one."""
-        self._keeper: asyncio.Task[None] | None = None
-        """Starts the process again when it has died."""
+        self._queue = RequestQueue(limits, engines)
+        self.replicas = [self._replica(index, stall_timeout) for index in range(engines)]
+        """Each of the engines."""
+        self._started = False
+        self._preparing = asyncio.Lock()
+        self._infos: dict[Replica, EngineInfo] = {}
         self._closing: asyncio.Task[None] | None = None
-        self._ready_since = 0.0
-        self._now = EngineStats()
-        self._before = EngineStats()
-        """Of processes that have ended: only the counters count."""
         self._numbers = 0
         self._draining = False
         self._beginning = asyncio.Lock()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._stall_timeout = stall_timeout
-        self._heard = time.monotonic()
-        """When the process last said something, or got work after it had none."""
-        self._stalled = False
-        self._watcher: asyncio.Task[None] | None = None
+
+    def _replica(self, index: int, stall_timeout: float) -> Replica:
+        engines = self._queue.engines
+        config = self._config if index == 0 else replace(self._config, progress_bars=False)
+        return Replica(
+            Start(config, index, len(engines)),
+            engines[index],
+            self,
+            name=self.name if len(engines) == 1 else f"{self.name}, replica {index}",
+            stall_timeout=stall_timeout,
+            delivery=self.delivery,
+        )
 
     @classmethod
     async def start(
@@ -129,31 +131,40 @@ class EngineClient:
         limits: QueueLimits = _NO_LIMITS,
         *,
         name: str = "engine",
+        engines: int = 1,
         stall_timeout: float = ServerOptions.stall_timeout_secs,
     ) -> "EngineClient":
-        """Start the process and wait until its model is loaded. Raises the HastenError that kept it from that.
+        """Start so many engines and wait until all have loaded the model. Raises the HastenError that prevented it.
 
-        With requests and without a step for `stall_timeout` seconds, it is not `ready`.
+        An engine with requests and without a step for `stall_timeout` seconds is not `ready`.
         """
-        client = cls(config, limits, name, stall_timeout)
-        link = await client._launch()
-        client._keeper = asyncio.create_task(client._keep(link))
-        client._watcher = asyncio.create_task(client._watch())
+        client = cls(config, limits, name, stall_timeout, engines)
+        starting = [asyncio.create_task(replica.start()) for replica in client.replicas]
+        try:
+            await asyncio.gather(*starting)
+        except BaseException:
+            for task in starting:
+                task.cancel()
+            await asyncio.gather(*starting, return_exceptions=True)
+            await client.close()
+            raise
+        client._started = True
         return client
 
     @property
     def ready(self) -> bool:
-        """Whether requests are computed now; False while the process is dead, loads or stands still, and at the end."""
-        return self._link is not None and not self._draining and not self._stalled
+        """Whether requests are computed now: an engine is there that does not stand still, and it is not the end."""
+        return not self._draining and any(replica.ready for replica in self.replicas)
 
     @property
-    def pid(self) -> int | None:
-        """Number of the engine's process; None while there is none that is ready."""
-        return None if self._link is None else self._link.pid
+    def restarts(self) -> int:
+        """Times that a dead process was started again."""
+        return sum(replica.restarts for replica in self.replicas)
 
     def stats(self) -> EngineStats:
-        """What goes on as of the engine's last step; counters go on when the process is started again."""
-        return replace(self._now.after(self._before), waiting=self._now.waiting + self._queue.num_waiting)
+        """What goes on as of the engines' last steps; counters go on when a process is started again."""
+        total = EngineStats.total([replica.stats() for replica in self.replicas])
+        return replace(total, waiting=total.waiting + self._queue.num_waiting)
 
     async def generate(
         self,
@@ -293,7 +304,13 @@ class EngineClient:
             raise InvalidRequestError(f"the request cannot be passed to the engine: {error}") from None
         most = params.max_length(len(tokens), self.info.max_model_len) - len(tokens)
         width = max(params.n, params.beam_width)
-        return Ticket(self._numbers, tokens, width, frame, priority, most, _may_stop(params))
+        prefixes = self._prefixes(tokens, params)
+        return Ticket(self._numbers, tokens, width, frame, priority, most, _may_stop(params), prefixes=prefixes)
+
+    def _prefixes(self, tokens: tuple[int, ...], params: SamplingParams) -> tuple[int, ...]:
+        """What decides between engines: nothing for one, or for a prompt that no engine takes from its cache."""
+        shares = self._config.cache.enable_prefix_caching and params.prompt_logprobs is None
+        return prefixes_of(tokens, self.info.block_size) if shares and len(self.replicas) > 1 else ()
 
     def _submit(self, ticket: Ticket) -> None:
         with self.counting_refusals(ticket.priority):
@@ -304,146 +321,66 @@ class EngineClient:
         self._send_next()
 
     def _expire(self, ticket: Ticket) -> None:
-        """A request has waited for as long as it may. The engine, if it has it, knows whether it was begun."""
-        if self._link is not None and self._queue.get(ticket.number) is not None:
-            self._link.send(Expire(ticket.number))
+        """A request has waited for as long as it may. The engine, if one has it, knows whether it was begun."""
+        if ticket.engine is None:
+            self.end_late(ticket)
         else:
-            self._end_late(ticket)
+            self.replicas[ticket.engine.index].expire(ticket)
 
-    def _end_late(self, ticket: Ticket) -> None:
+    def end_late(self, ticket: Ticket) -> None:
+        """End a request that has waited for as long as it may."""
         text = f"the request was not begun within {ticket.timeout:g} s of waiting; try again later"
-        self._end(ticket, self._refusal(QueueTimeoutError(text), ticket.priority))
+        self.end(ticket, self._refusal(QueueTimeoutError(text), ticket.priority))
 
-    def _end(self, ticket: Ticket | None, error: HastenError) -> None:
-        """End a request with an error; None, if it has ended already."""
-        if ticket is not None:
-            self._queue.remove(ticket)
-            ticket.fail(error)
-            self._after_removal()
+    def end(self, ticket: Ticket, error: HastenError) -> None:
+        """End a request with an error."""
+        self._queue.remove(ticket)
+        ticket.fail(error)
+        self.engine_changed()
 
     def _withdraw(self, ticket: Ticket) -> None:
         """Forget a request wherever it stands; one that has ended is forgotten already."""
-        if self._queue.remove(ticket) and self._link is not None:
-            self._link.send(Abort(ticket.number))
-        self._after_removal()
+        engine = self._queue.remove(ticket)
+        if engine is not None:
+            self.replicas[engine.index].abort(ticket)
+        self.engine_changed()
 
-    def _after_removal(self) -> None:
+    def engine_changed(self) -> None:
+        """An engine may take requests that wait, or there are fewer."""
         self._send_next()
         if self._queue.is_empty:
             self._idle.set()
 
     def _send_next(self) -> None:
-        if self._link is None:
-            return
-        if not self._queue.engine_has_work:
-            self._heard = time.monotonic()
-        for ticket in self._queue.next_for_engine():
-            self._link.send_frame(ticket.frame)
+        for ticket in self._queue.assign_next():
+            assert ticket.engine is not None, "it was assigned to one"
+            self.replicas[ticket.engine.index].send(ticket)
 
-    def _on_steps(self, steps: list[Step]) -> None:
-        """Take in what the engine has computed, and wake the readers: those of first tokens before all others."""
-        self._heard = time.monotonic()
-        self._set_stalled(False)
-        first, others = dict[Ticket, None](), dict[Ticket, None]()
-        for step in steps:
-            self._take_changes(step)
-            for output in step.outputs:
-                if (ticket := self._queue.get(output.id)) is not None:
-                    (others if ticket.has_output else first)[ticket] = None
-                    self._take_output(ticket, output)
-        for ticket in (*first, *others):
-            ticket.wake()
-
-    def _take_output(self, ticket: Ticket, output: Output) -> None:
-        ticket.push(output)
-        if output.finished:
-            self._queue.finish(ticket)
-            self._after_removal()
-
-    def _take_changes(self, step: Step) -> None:
-        """Note which requests were begun, have to wait for their grammars, or are none any more."""
-        self._now, queue = step.stats, self._queue
-        for numbers, compiling in ((step.compiling, True), (step.compiled, False)):
-            for number in numbers:
-                if (ticket := queue.get(number)) is not None:
-                    queue.set_compiling(ticket, compiling)
-        if step.compiling:
-            self._send_next()
-        queue.observe(step, self._heard)
-        for refusal in step.refused:
-            self._end(queue.get(refusal.id), error_of(refusal.kind, refusal.message))
-        for number in step.expired:
-            if (ticket := queue.get(number)) is not None:
-                self._end_late(ticket)
-
-    async def _watch(self) -> None:
-        """See whether the process stands still."""
-        while True:
-            await asyncio.sleep(self._stall_timeout / 4)
-            silent = time.monotonic() - self._heard > self._stall_timeout
-            self._set_stalled(silent and self._link is not None and self._queue.engine_has_work)
-
-    def _set_stalled(self, stalled: bool) -> None:
-        if stalled and not self._stalled:
-            text = "engine %s: it has requests, but has computed no step for %g s: not ready until it does"
-            _log.error(text, self.name, time.monotonic() - self._heard)
-        elif self._stalled and not stalled:
-            _log.warning("engine %s: it computes again", self.name)
-        self._stalled = stalled
-
-    async def _launch(self) -> EngineLink:
-        """Start a process and wait until it is ready."""
-        began = time.monotonic()
-        link = await EngineLink.open(self._config, self._on_steps, self.delivery)
-        try:
-            info = await asyncio.shield(link.info)
-            if info.tokenizer_folder is not None:
+    async def prepare(self, replica: Replica, info: EngineInfo) -> None:
+        """Take in what an engine is that has loaded its model; load the tokenizer, once at the start."""
+        async with self._preparing:
+            if info.tokenizer_folder is not None and (self._started or self.tokenizer is None):
                 self.tokenizer = await asyncio.to_thread(Tokenizer.from_folder, info.tokenizer_folder)
-            if link.lost.done():
-                raise link.failure or EngineError("the engine's process died as soon as the model was loaded")
-        except BaseException:
-            await link.close()
-            raise
-        self._ready_since = time.monotonic()
-        self.info = replace(info, load_seconds=self._ready_since - began)
-        self._now = EngineStats(num_blocks=info.num_blocks)
-        self._queue.attach(info.max_num_seqs)
-        self._link = link
-        link.lost.add_done_callback(lambda _: self._on_loss(link))
-        self._send_next()
-        return link
+        self._infos[replica] = info
+        self.info = EngineInfo.of_all(list(self._infos.values()))
 
-    def _on_loss(self, link: EngineLink) -> None:
-        """The process is gone: who was with it gets an error at once; the others wait for the next one."""
-        if self._link is not link:
-            return  # it was told to end
-        self._link = None
-        reason = link.failure or "its process died"
-        for ticket in self._queue.take_sent():
-            ticket.fail(EngineError(f"engine {self.name} failed while it had the request: {reason}"))
-        self._before = self.stats()
-        self._now = EngineStats(num_blocks=self.info.num_blocks)
-        self._after_removal()
+    def engine_lost(self, tickets: list[Ticket], error: EngineError) -> None:
+        """Requests that have begun get an error at once; the others go to another engine, where there are several."""
+        for ticket in tickets:
+            if ticket.may_move and len(self.replicas) > 1:
+                self._queue.put_back(ticket)
+            else:
+                ticket.fail(error)
+        self.engine_changed()
 
-    async def _keep(self, link: EngineLink) -> None:
-        """Whenever the process has died, start it again."""
-        delay = _FIRST_DELAY_S
-        while True:
-            how = await asyncio.shield(link.ended)
-            _log.error(
-                "engine %s: process %d died (%s): %s", self.name, link.pid, how, link.failure or "it said no more"
-            )
-            if time.monotonic() - self._ready_since > _LONGEST_DELAY_S:
-                delay = _FIRST_DELAY_S
-            while self._link is None:
-                await asyncio.sleep(delay)
-                delay = min(2 * delay, _LONGEST_DELAY_S)
-                try:
-                    link = await self._launch()
-                except Exception as error:
-                    _log.error("engine %s: cannot be started, next try in %.1f s: %s", self.name, delay, error)
-            self.restarts += 1
-            _log.warning("engine %s: ready again as process %d", self.name, link.pid)
+    def engine_stalled(self, replica: Replica) -> None:
+        """What an engine has not begun goes to another one, where one computes."""
+        if not any(other.ready for other in self.replicas):
+            return
+        for ticket in replica.requests.take_movable():
+            replica.abort(ticket)
+            self._queue.put_back(ticket)
+        self.engine_changed()
 
     async def drain(self, timeout: float) -> bool:
         """Take no new requests and wait until all are done; whether they were within `timeout` seconds."""
@@ -455,7 +392,7 @@ class EngineClient:
         return True
 
     async def close(self) -> None:
-        """End the process; requests that are not done get an EngineClosedError.
+        """End all processes; requests that are not done get an EngineClosedError.
 
         Cancelled, it goes on; a second call waits for the end of the first.
         """
@@ -468,10 +405,4 @@ class EngineClient:
         for ticket in self._queue.take_all():
             ticket.fail(EngineClosedError(f"engine {self.name} was closed before the request was done"))
         self._idle.set()
-        link, self._link = self._link, None
-        for task in (self._keeper, self._watcher):
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-        if link is not None:
-            await link.close()
+        await asyncio.gather(*(replica.close() for replica in self.replicas))

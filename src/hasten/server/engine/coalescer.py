@@ -16,9 +16,10 @@ _STREAMS_SHARE = 1 / 30
 """Of the cores that engine and server compete for, so much may go to writing streams; more slows down all of them."""
 
 
-def pause_per_cpu_second(cores: int, engine_threads: int) -> float:
+def pause_per_cpu_second(cores: float, engine_threads: int) -> float:
     """Seconds without a message to streams for each CPU second that the server spends on one.
 
+    `cores`: of the machine, or the engine's part of them where several engines share it.
     0 where the server has a core of its own. Where the engine's threads want all cores, a message delays the tokens
     that it does not carry, by the time that it costs.
     """

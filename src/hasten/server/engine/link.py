@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import msgspec
 
-from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError, HastenError, error_of
 from hasten.server.engine.wire import Acknowledge, EngineInfo, Frames, FromEngine, Ready, Start, Step, framed
 from hasten.server.histogram import Histogram
@@ -64,10 +63,8 @@ class EngineLink(asyncio.Protocol):
         self._reaping: asyncio.Task[None]
 
     @classmethod
-    async def open(
-        cls, config: EngineConfig, on_steps: Callable[[list[Step]], None], delivery: Delivery
-    ) -> "EngineLink":
-        """Start a process that loads the model; OSError where the system cannot.
+    async def open(cls, start: Start, on_steps: Callable[[list[Step]], None], delivery: Delivery) -> "EngineLink":
+        """Start a process that loads the model that `start` describes; OSError where the system cannot.
 
         `on_steps` gets all that its steps have brought since the last call.
         """
@@ -87,7 +84,7 @@ class EngineLink(asyncio.Protocol):
             process.kill()
             link._wait(_LEAVE_S)
             raise
-        link.send(Start(config))
+        link.send(start)
         return link
 
     @property

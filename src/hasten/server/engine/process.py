@@ -248,7 +248,8 @@ def server_coalescer(engine: "Engine") -> OutputCoalescer:
     import torch
 
     threads = torch.get_num_threads() if engine.worker.device.type == "cpu" else 1
-    pause = pause_per_cpu_second(available_cpus(), engine_threads=threads * engine.ranks.group.size)
+    ranks = engine.ranks
+    pause = pause_per_cpu_second(available_cpus() / ranks.engines, engine_threads=threads * ranks.group.size)
     return OutputCoalescer(pause, window=1 if pause else _WINDOW)
 
 
@@ -292,7 +293,7 @@ def _load(start: ToEngine) -> "Engine":
 
     assert isinstance(start, Start)
     config = with_defaults(start.config)
-    return start_engine(config, launched_place(config))
+    return start_engine(config, launched_place(config), index=start.index, count=start.count)
 
 
 def serve(channel: Channel) -> None:

@@ -3,11 +3,15 @@
 import asyncio
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from hasten.core.errors import HastenError
 from hasten.core.types import FinishReason
 from hasten.server.engine.pieces import cost
 from hasten.server.engine.wire import CompletionDelta, Logprob, Output
+
+if TYPE_CHECKING:
+    from hasten.server.engine.assigned import AssignedRequests
 
 _DEFAULT_RANK = 1.5
 """Where requests without a priority stand: behind priority 1, before all larger ones."""
@@ -83,6 +87,14 @@ class Ticket:
     """Seconds that it may wait; 0: for ever."""
     timer: asyncio.TimerHandle | None = None
     """Asks after it when it has waited for so long."""
+    prefixes: tuple[int, ...] = ()
+    """Hashes of its prompt's blocks, where several engines might have them cached."""
+    engine: "AssignedRequests | None" = None
+    """The requests of the engine that has it; None while it waits in the server, and once it has ended."""
+    to_compute: int = 0
+    """Tokens of its prompt that this engine probably has not cached."""
+    moved: bool = False
+    """Whether an engine had it that died or stood still before it began it."""
     compiling: bool = False
     """Whether the engine has it, but waits for its grammar: it takes none of the engine's places then."""
     ahead: bool = False
@@ -113,6 +125,18 @@ class Ticket:
         """The engine computes it: the end of its wait."""
         self.begun, self.begun_step, self.ahead = now, step, False
         self.stop_timer()
+
+    @property
+    def may_move(self) -> bool:
+        """Whether another engine may have it instead: nothing of it was computed, and it did not lose an engine before.
+
+        That may have been its fault; it is not to end one engine after the other.
+        """
+        return self.begun is None and not self.moved
+
+    def move(self) -> None:
+        """It goes back to those that wait, from an engine that has not begun it."""
+        self.moved, self.ahead, self.compiling = True, False, False
 
     def stop_timer(self) -> None:
         """It may take as long as it likes from now on."""

@@ -4,8 +4,8 @@ Imports no torch: the server's process has none.
 """
 
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -43,6 +43,17 @@ class EngineInfo:
     load_seconds: float = 0.0
     """From the start of its process until it was ready."""
 
+    @classmethod
+    def of_all(cls, infos: "Sequence[EngineInfo]") -> "EngineInfo":
+        """What engines of one model are together: what each of them takes, and the blocks of all."""
+        return replace(
+            infos[0],
+            max_model_len=min(info.max_model_len for info in infos),
+            max_num_seqs=min(info.max_num_seqs for info in infos),
+            num_blocks=sum(info.num_blocks for info in infos),
+            load_seconds=max(info.load_seconds for info in infos),
+        )
+
 
 class Logprob(msgspec.Struct, gc=False):
     """Log-probability of one token at one position, as core.types has it.
@@ -72,6 +83,9 @@ class Start(msgspec.Struct, tag=True):
     """The first message to an engine's process."""
 
     config: EngineConfig
+    index: int = 0
+    count: int = 1
+    """Which of how many engines on this machine it is."""
 
 
 class Add(msgspec.Struct, tag=True):

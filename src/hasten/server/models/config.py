@@ -197,10 +197,12 @@ def _check_batching(config: model_config_pb2.ModelConfig, kind: Kind) -> None:
 
 def _check_instances(config: model_config_pb2.ModelConfig, kind: Kind) -> None:
     if len(config.instance_group) > 1:
-        raise _wrong(config, "several instance_groups are not supported: one engine serves all requests at once")
+        raise _wrong(config, "several instance_groups are not supported: set count in one of them")
     for group in config.instance_group:
-        if group.count > 1:
-            raise _wrong(config, f"instance_group count {group.count} is not supported: one engine serves all requests")
+        if kind is not Kind.TOKEN and group.count > 1:
+            raise _wrong(config, f"instance_group count {group.count} belongs to the model that has the engines")
+        if group.count < 0:
+            raise _wrong(config, f"instance_group count must be at least 1, got {group.count}")
         if kind is not Kind.TOKEN and group.kind == model_config_pb2.ModelInstanceGroup.KIND_GPU:
             raise _wrong(config, "instance_group kind KIND_GPU belongs to the model that has the engine")
         others = [name for name in _set_fields(group) if name not in ("name", "kind", "count")]
@@ -290,6 +292,6 @@ def _complete_defaults(config: model_config_pb2.ModelConfig, kind: Kind) -> None
     if not config.instance_group:
         config.instance_group.add()
     group = config.instance_group[0]
-    group.name, group.count = group.name or f"{config.name}_0", 1
+    group.name, group.count = group.name or f"{config.name}_0", group.count or 1
     if group.kind == model_config_pb2.ModelInstanceGroup.KIND_AUTO:
         group.kind = model_config_pb2.ModelInstanceGroup.KIND_CPU

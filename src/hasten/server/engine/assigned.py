@@ -1,0 +1,160 @@
+"""The requests that one engine has: at most as many sequences as it runs, and a few more."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from hasten.server.engine.routing import PrefixTable
+from hasten.server.engine.ticket import Ticket
+from hasten.server.engine.wait import WaitEstimator
+from hasten.server.engine.wire import Step
+
+_SLACK = 8
+"""One sequence more for each so many that may run waits in the engine, and fills a free place in the very next step."""
+
+
+class AssignedRequests:
+    """What one of a model's engines has, as the server knows it."""
+
+    def __init__(self, index: int, on_change: Callable[[], None]) -> None:
+        self.index = index
+        """Number of the engine among those of its model."""
+        self.attached = False
+        """Whether a process of it is ready."""
+        self.stalled = False
+        """Whether its process has requests and computes nothing."""
+        self.heard = time.monotonic()
+        """When its process last said something, or got work after it had none."""
+        self.sequences = 0
+        """Of its requests, but for those that wait for their grammars."""
+        self.tokens_ahead = self.tokens_sent = 0
+        """Tokens to compute of the prompts that it has not begun, and of all that it was ever sent."""
+        self.prefixes = PrefixTable()
+        self._on_change = on_change
+        """Called whenever a request that came now might have to wait for another time."""
+        self._places = 1
+        """Sequences that it runs at once."""
+        self._waits = WaitEstimator(self._places)
+        self._tickets: dict[int, Ticket] = {}
+        self._begun = 0
+        """Sequences of the requests that it has begun."""
+        self._compiling = 0
+        """Requests that wait for their grammars."""
+
+    def attach(self, places: int, num_blocks: int, block_size: int) -> None:
+        """A process is ready that runs so many sequences at once; nothing is measured of it yet.
+
+        Its cache is empty and has `num_blocks` blocks of `block_size` tokens.
+        """
+        self.attached, self.stalled = True, False
+        self._places = places
+        self._waits = WaitEstimator(places)
+        self.prefixes.reset(num_blocks, block_size)
+        self._on_change()
+
+    def detach(self) -> list[Ticket]:
+        """The process is gone; returns the requests that it had."""
+        self.attached = self.stalled = False
+        return self.take_all()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no request."""
+        return not self._tickets
+
+    @property
+    def has_work(self) -> bool:
+        """Whether it has a request that it should compute."""
+        return self.sequences > 0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it may get a request more, which may take more places than are left."""
+        return self.sequences < self._places + max(1, self._places // _SLACK)
+
+    @property
+    def num_ahead(self) -> int:
+        """Requests that it has although it had no place for them when they came."""
+        return sum(ticket.ahead for ticket in self._tickets.values())
+
+    def fits(self, width: int) -> bool:
+        """Whether it has places for so many sequences now."""
+        return self.sequences + width <= self._places
+
+    def get(self, number: int) -> Ticket | None:
+        """The request with this number, if it has it."""
+        return self._tickets.get(number)
+
+    def assign(self, ticket: Ticket) -> None:
+        """It gets a request."""
+        if not self.has_work:
+            self.heard = time.monotonic()
+        ticket.engine = self
+        ticket.ahead = self.has_work and not self.fits(ticket.width)
+        ticket.to_compute = len(ticket.prompt_token_ids)
+        if ticket.prefixes:
+            ticket.to_compute -= self.prefixes.cached_tokens(ticket.prefixes)
+            self.prefixes.add(ticket.prefixes)
+        self.tokens_ahead += ticket.to_compute
+        self.tokens_sent += ticket.to_compute
+        self.sequences += ticket.width
+        self._tickets[ticket.number] = ticket
+        self._on_change()
+
+    def estimated_wait(self, front: Sequence[Ticket], count: int) -> float | None:
+        """Seconds until it would begin a request behind `front`, which stands for `count` requests that are to come."""
+        running = [ticket for ticket in self._tickets.values() if ticket.begun is not None]
+        ahead = [ticket for ticket in self._tickets.values() if ticket.begun is None and not ticket.compiling]
+        return self._waits.seconds(running, [*ahead, *front], len(ahead) + count)
+
+    def observe(self, step: Step, now: float) -> None:
+        """Take in what the engine says of its state, and of the requests that it has begun."""
+        self._on_change()
+        begun = [ticket for number in step.started if (ticket := self._tickets.get(number)) is not None]
+        for ticket in begun:
+            ticket.begin(step.began, step.stats.steps)
+            self._begun += ticket.width
+            self.tokens_ahead -= ticket.to_compute
+        holds_back = step.stats.waiting > self._compiling and self._begun < self._places
+        self._waits.observe(step.stats, now, begun, holds_back=holds_back)
+
+    def finish(self, ticket: Ticket) -> None:
+        """A request has its last token."""
+        self._waits.ended(ticket)
+        self.remove(ticket)
+
+    def set_compiling(self, ticket: Ticket, compiling: bool) -> None:
+        """A request begins to wait for its grammar, or has waited for it."""
+        if ticket.compiling != compiling:
+            ticket.compiling = compiling
+            self.sequences += -ticket.width if compiling else ticket.width
+            self._compiling += 1 if compiling else -1
+            self._on_change()
+
+    def remove(self, ticket: Ticket) -> None:
+        """Forget a request that it has."""
+        del self._tickets[ticket.number]
+        ticket.stop_timer()
+        self._forget(ticket)
+        self._on_change()
+
+    def _forget(self, ticket: Ticket) -> None:
+        ticket.engine = None
+        self.sequences -= 0 if ticket.compiling else ticket.width
+        self._begun -= 0 if ticket.begun is None else ticket.width
+        self._compiling -= ticket.compiling
+        self.tokens_ahead -= ticket.to_compute if ticket.begun is None else 0
+
+    def take_all(self) -> list[Ticket]:
+        """Forget all requests, and return them."""
+        return self._take(list(self._tickets.values()))
+
+    def take_movable(self) -> list[Ticket]:
+        """Forget the requests that another engine may have instead, and return them."""
+        return self._take([ticket for ticket in self._tickets.values() if ticket.may_move])
+
+    def _take(self, tickets: list[Ticket]) -> list[Ticket]:
+        for ticket in tickets:
+            del self._tickets[ticket.number]
+            self._forget(ticket)
+        self._on_change()
+        return tickets
