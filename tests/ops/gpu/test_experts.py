@@ -93,10 +93,11 @@ def test_padding_chooses_no_expert_that_no_token_chooses(real: int, padded: int,
     assert found.counts_be.sum() == 2 * padded
 
 
-def test_a_step_of_padding_alone_is_routed(device: torch.device) -> None:
-    x_th, nowhere = torch.ones(3, 8, device=device), torch.full((3,), -1, dtype=torch.int32, device=device)
+@pytest.mark.parametrize("padded", [1, 3])
+def test_a_step_of_padding_alone_is_routed(padded: int, device: torch.device) -> None:
+    x_th, nowhere = torch.ones(padded, 8, device=device), torch.full((padded,), -1, dtype=torch.int32, device=device)
     found = router.route(x_th, torch.eye(8, device=device), 2, True, nowhere)
-    assert found.experts_tk.tolist() == [[0, 1]] * 3
+    assert found.experts_tk.tolist() == [[0, 1]] * padded
 
 
 def test_the_first_among_equals_is_chosen(device: torch.device) -> None:

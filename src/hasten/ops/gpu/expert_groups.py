@@ -164,8 +164,13 @@ def _grouped_down(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The outputs of a tile of pairs times their weights, BLOCK_N features, stored by token and choice."""
+    """The outputs of a tile of pairs times their weights, BLOCK_N features, stored by token and choice.
+
+    Features are the rows of the product, since few pairs fill no rows of a matrix instruction. In the largest tiles
+    they are the columns: an instruction has up to 256 of these for 64 rows, and reads less per operation.
+    """
     start_next(PDL)
+    pairs_are_rows: tl.constexpr = BLOCK_M >= 128
     wait_for_inputs(PDL)
     features: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     expert, place, real = _tile(bounds, tl.program_id(0) // features, COUNT, BLOCK_E, BLOCK_M)
@@ -178,7 +183,7 @@ def _grouped_down(
     x_start = inner + place.to(tl.int64)[:, None] * I + k[None, :]
     feature = expert.to(tl.int64) * H + tl.where(n < H, n, 0)
     w_start = weight + feature[:, None] * I + k[None, :]
-    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_N] if pairs_are_rows else [BLOCK_N, BLOCK_M], tl.float32)
     for offset in tl.range(0, I, BLOCK_K, num_stages=STAGES):
         if I % BLOCK_K == 0:
             x_mk = tl.load(x_start + offset)
@@ -187,7 +192,12 @@ def _grouped_down(
             inside = (k + offset < I)[None, :]
             x_mk = tl.load(x_start + offset, inside, 0.0)
             w_nk = tl.load(w_start + offset, inside, 0.0)
-        total = tl.dot(w_nk, x_mk.T, total, input_precision="ieee")
+        if pairs_are_rows:
+            total = tl.dot(x_mk, w_nk.T, total, input_precision="ieee")
+        else:
+            total = tl.dot(w_nk, x_mk.T, total, input_precision="ieee")
+    if pairs_are_rows:
+        total = total.T
     value = (total * scale[None, :]).to(out.dtype.element_ty)
     at = row_of(pair, T, K, PARTS).to(tl.int64) * H
     tl.store(out + at[None, :] + n[:, None], value, real[None, :] & (n < H)[:, None])

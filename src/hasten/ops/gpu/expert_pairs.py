@@ -118,7 +118,7 @@ def _pair_down(
     tl.store(out + at + n, value, n < H)
 
 
-_GATE_UP_ROWS, _DOWN_ROWS = 4, 8
+_GATE_UP_ROWS, _DOWN_ROWS = 8, 8
 """Output features of a program, of each half where there are two."""
 _BLOCK = 256
 """Input features at a time: those of one warp, so that a row is summed within it."""

@@ -149,7 +149,9 @@ class _Cut:
 
 
 _CUTS = (
-    (256, _Cut(16, 32, 256, 16, 4, 4)),
+    (1, _Cut(16, 32, 256, 16, 1, 1)),
+    (64, _Cut(16, 32, 256, 16, 4, 4)),
+    (256, _Cut(16, 64, 256, 8, 4, 4)),
     (1024, _Cut(64, 64, 256, 8, 16, 8)),
     (float("inf"), _Cut(64, 64, 256, 8, 64, 8)),
 )
@@ -162,6 +164,8 @@ def route(x_th: Tensor, router_eh: Tensor, top_k: int, normalized: bool, slots_t
     assert x_th.is_contiguous()
     assert router_eh.is_contiguous()
     cut = next(cut for most, cut in _CUTS if tokens <= most)
+    if tokens <= 1:
+        slots_t = None  # there is no other token for padding to follow
     logits = _computed(x_th, router_eh, cut)
     blocks = triton.cdiv(tokens, cut.choose_t)
     experts = x_th.new_empty(tokens, top_k, dtype=torch.int32)
