@@ -25,7 +25,10 @@ ROOMS = (
     *("heads", "logprobs", "matmul", "norm", "router", "sampling"),
 )
 """Of `ops/gpu`: the ones with kernels, and not what they share."""
-LARGE = ("8192", "prefill 94 x 87", "prefill 4 x 2048", "256 x 192", "256 of 16 to 2056", "128 blocks", "192 rows")
+LARGE = (
+    *("8192", "prefill 94 x 87", "prefill 4 x 2048", "256 x 192", "256 of 16 to 2056", "128 blocks", "192 rows"),
+    *("dense int8", "head int8", "int8, 64 rows", "qkv int8, 128 rows", "qkv int8, 512 rows", "down int8, 512 rows"),
+)
 """Shapes with the kernels of smaller ones."""
 
 

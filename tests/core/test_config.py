@@ -112,6 +112,7 @@ def test_unknown_data_types_are_named_with_those_known(text: str) -> None:
         ),
         (EngineConfig, {"model": "m"}, {"device": "cuda:"}, "device 'cuda:' is not known"),
         (EngineConfig, {"model": "m"}, {"device": "cpu "}, "device 'cpu ' is not known"),
+        (EngineConfig, {"model": "m"}, {"quantization": "int4"}, "quantization 'int4' is not supported; there is int8"),
         (EngineConfig, {"model": "m"}, {"load_format": "gguf"}, "load_format 'gguf' is not auto or dummy"),
     ],
 )
@@ -129,6 +130,7 @@ def test_bad_values_are_named(kind: type[Any], good: dict[str, Any], bad: dict[s
         (CacheConfig, {"block_size": 1, "gpu_memory_utilization": 1.0, "kv_cache_memory": 1}),
         (SchedulerConfig, {"max_num_seqs": 1, "max_num_batched_tokens": 1, "max_model_len": 1}),
         (EngineConfig, {"model": "m", "dtype": "torch.bfloat16", "device": "cuda:11", "load_format": "dummy"}),
+        (EngineConfig, {"model": "m", "quantization": "int8"}),
     ],
 )
 def test_values_at_the_edge_are_good(kind: type[Any], values: dict[str, Any]) -> None:

@@ -235,6 +235,7 @@ def test_a_tied_head_has_no_weights_of_its_own(rows: int) -> None:
     fill(embedding, weight=draw(rows, 256))
     head.pack()
     held = [tensor for tensor in (head.packed.plain, head.packed.blocked) if tensor is not None]
+    assert isinstance(embedding.weight, Tensor)
     assert [tensor.data_ptr() for tensor in held] == [embedding.weight.data_ptr()]
     logits = head(embedding.weight[[3, 5]])
     assert logits is not None

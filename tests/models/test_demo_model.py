@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -21,6 +22,8 @@ MOST_BYTES = 8 * 1000**2
 LEAST_ACCURACY = 60.0
 HARMED = 96
 """Stories on which a harm is measured."""
+QUANTIZED = 200
+"""Stories that are answered with quantized weights as well."""
 BESIDE_HUGGING_FACE = 32
 """Stories that Hugging Face answers as well."""
 
@@ -91,6 +94,16 @@ def test_the_folder_is_small_and_its_heads_can_be_divided(model: BloomForCausalL
 def test_it_knows_how_most_stories_end(unharmed: lambada.LambadaResult) -> None:
     assert unharmed.total == 512
     assert unharmed.accuracy >= LEAST_ACCURACY
+
+
+def test_int8_weights_cost_it_at_most_a_point(
+    samples: list[lambada.Sample], unharmed: lambada.LambadaResult, llm: LLM
+) -> None:
+    options: dict[str, Any] = {"dtype": "fp32", "device": "cpu", "kv_cache_memory": 64 << 20}
+    with LLM(FOLDER, quantization="int8", **options) as quantized:
+        found = answers(quantized, samples[:QUANTIZED])
+    before = sum(answer.right for answer in unharmed.answers[:QUANTIZED])
+    assert found.right >= before - QUANTIZED / 100
 
 
 def test_its_answers_are_those_of_hugging_face(

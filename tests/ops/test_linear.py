@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.ops import cpu, reference
+from hasten.ops.compiled_rows import compiled_rows
 
 Close = Callable[[str, Tensor, Tensor], None]
 
@@ -29,7 +30,7 @@ def test_the_sizes_lie_on_both_sides_of_a_small_weight() -> None:
 
 
 def test_few_numbers_of_rows_are_compiled_and_few_rows_are_added() -> None:
-    made = {rows: cpu._compiled_rows(rows) for rows in range(1, 8193)}
+    made = {rows: compiled_rows(rows) for rows in range(1, 8193)}
     assert all(rows <= found <= rows * 9 / 8 for rows, found in made.items())
     assert all(made[rows] == rows for rows in (1, 7, 32, 64, 128, 2048))
     assert len(set(made.values())) < 100

@@ -179,7 +179,8 @@ def test_json_that_is_no_configuration(text: str) -> None:
     ("parameters", "message"),
     [
         ({"pipeline_para_size": "2"}, "'pipeline_para_size' is '2', but must be 1: there is tensor parallelism alone"),
-        ({"int8_mode": "1"}, "'int8_mode' is '1', but must be 0: weights are not quantized"),
+        ({"int8_mode": "2"}, "'int8_mode' is '2', but must be 0 or 1: 2 is SmoothQuant, whose int8 files are not read"),
+        ({"int8_mode": "1", "quantization": "int8"}, "'quantization' says the same as another one"),
         ({"model_type": "T5"}, "'model_type' is 'T5', but must be GPT or GPT-J or GPT-NeoX"),
         ({"enable_custom_all_reduce": "2"}, "must be 0 or 1"),
         ({"tensor_para_size": "two"}, "'tensor_para_size' must be a whole number, got 'two'"),
@@ -202,6 +203,7 @@ def test_every_option_of_the_engine_is_a_parameter_and_back() -> None:
         "/m", tokenizer="/t", tensor_parallel_size=4, dtype="bf16", device="cuda:1", verify_checksums=False, seed=7,
         block_size=32, kv_cache_memory=1 << 30, gpu_memory_utilization=0.5, enable_prefix_caching=False, max_num_seqs=9,
         max_num_batched_tokens=99, max_model_len=512, overlap_steps=True, enforce_eager=True, load_format="dummy",
+        quantization="int8",
     )  # fmt: skip
     made = completed(with_parameters(**engine_parameters(engine)), "m")
     folder = checkpoint_folder(made, Path(), Path("1"))

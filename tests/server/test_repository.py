@@ -64,8 +64,8 @@ def test_what_is_wrong_names_file_and_line(tmp_path: Path) -> None:
     path.write_bytes(b"\xff")
     with pytest.raises(ConfigError, match=f"{path} cannot be read"):
         repository.describe("m")
-    make(tmp_path, "m", 'parameters { key: "int8_mode" value { string_value: "1" } }')
-    with pytest.raises(ConfigError, match="'int8_mode' is '1'"):
+    make(tmp_path, "m", 'parameters { key: "int8_mode" value { string_value: "2" } }')
+    with pytest.raises(ConfigError, match="'int8_mode' is '2'"):
         repository.describe("m")
     with pytest.raises(ConfigError, match="is not a folder"):
         FolderRepository([tmp_path / "nothing"])

@@ -14,6 +14,7 @@ from hasten.server.engine.wire import (
     Acknowledge,
     Add,
     CompletionDelta,
+    EngineInfo,
     Frames,
     FromEngine,
     Logprob,
@@ -78,3 +79,18 @@ def test_the_servers_process_gets_no_torch() -> None:
     code = "import json, sys, hasten.server.engine.client; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert not {"torch", "transformers", "triton"} & set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize(("quantization", "shown"), [(None, "fp16"), ("int8", "fp16, int8 weights")])
+def test_what_an_engine_computes_in_is_shown_with_what_its_weights_are(quantization: str | None, shown: str) -> None:
+    tokens: dict[str, Any] = {"eos_token_ids": (2,), "bos_token_id": 1, "pad_token_id": 3, "tokenizer_folder": None}
+    sizes: dict[str, Any] = {
+        "vocab_size": 9,
+        "max_model_len": 64,
+        "num_blocks": 4,
+        "block_size": 16,
+        "max_num_seqs": 8,
+        "ranks": 1,
+    }
+    info = EngineInfo(**tokens, **sizes, dtype="fp16", device="cpu", model_type="bloom", quantization=quantization)
+    assert info.types == shown

@@ -38,6 +38,7 @@ from hasten.ops import (
 )
 from hasten.ops.peers import Peers
 from hasten.ops.plan import Planner
+from hasten.quantization.scheme import SCHEMES
 
 _BLOOM = {  # hidden size, heads, layers
     "bloom-560m": (1024, 16, 24),
@@ -119,6 +120,8 @@ class Setting:
     model: ModelConfig
     dtype: torch.dtype
     device: torch.device
+    quantization: str | None = None
+    """Scheme of the weights of linear layers."""
 
     def draw(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Normal random numbers."""
@@ -178,6 +181,7 @@ def cases(setting: Setting) -> list[Case]:
     """All that is measured."""
     return [
         *(case for rows in (1, 8, 16, 64) for case in _linears(setting, rows)),
+        *(case for rows in (1, 16, 64, 128, 512) for case in _linears(replace(setting, quantization="int8"), rows)),
         *(_attention(setting, f"{size} x 192", [(1, 192)] * size) for size in (1, 16, 64, 256)),
         _attention(setting, "256 of 16 to 2056", [(1, 16 + 8 * n) for n in range(256)]),
         *(_attention(setting, f"prefill {n} x {k}", [(k, k)] * n) for n, k in ((94, 87), (14, 560), (4, 2048))),
@@ -253,17 +257,22 @@ def _activations(setting: Setting) -> Iterator[Case]:
 
 
 def _product(setting: Setting, op: str, name: str, rows: int, into: int, out: int, make: Callable[[], Call]) -> Case:
+    scheme = setting.quantization
+    weight_bytes = into * out * setting.itemsize if scheme is None else into * out + 4 * out
     return Case(
         op=op,
-        shape=f"{name}, {_rows(rows)}",
+        shape=f"{name}{'' if scheme is None else f' {scheme}'}, {_rows(rows)}",
         make=make,
-        nbytes=(rows * (into + out) + into * out) * setting.itemsize,
+        nbytes=rows * (into + out) * setting.itemsize + weight_bytes,
         flops=2 * rows * into * out,
     )
 
 
 def _packed(setting: Setting, into: int, out: int) -> PackedLinear:
-    return ops.pack_linear(setting.draw(out, into, scale=into**-0.5), shared=True)
+    weight = setting.draw(out, into, scale=into**-0.5)
+    if setting.quantization is None:
+        return ops.pack_linear(weight, shared=True)
+    return ops.pack_linear(SCHEMES[setting.quantization].quantize(weight, "drawn"), shared=True)
 
 
 def _linear(

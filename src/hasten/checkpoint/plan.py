@@ -11,7 +11,7 @@ from torch import Tensor
 from hasten.checkpoint.faster_transformer.ini import CONFIG_INI
 from hasten.checkpoint.hub import TOKENIZER_ALONE
 from hasten.checkpoint.sources import NOT_APPLIED, UNKNOWN, Source, known_tokens, open_dummy, open_source, read_json
-from hasten.core.config import ModelConfig, ParallelConfig
+from hasten.core.config import ModelConfig, ParallelConfig, Quantization
 from hasten.core.errors import CheckpointError
 from hasten.models import generation_config
 from hasten.models.weight_map import WeightSpec
@@ -30,6 +30,8 @@ class Checkpoint:
     tokenizer_folder: Path | None
     """Where the tokenizer's files lie: the folder itself, or OUT for OUT/N-gpu."""
     source: Source
+    quantization: Quantization | None = None
+    """What the checkpoint asks to be quantized with while it is loaded."""
     verify: bool = True
     """Whether `rank_tensors` compares the files that it reads with the manifest, where there is one."""
 
@@ -62,6 +64,7 @@ def open_checkpoint(
         config=replace(source.config, eos_token_ids=ends) if ends is not None else source.config,
         tokenizer_folder=side if any((side / name).is_file() for name in TOKENIZER_ALONE) else None,
         source=source,
+        quantization=source.quantization,
         verify=verify,
     )
 

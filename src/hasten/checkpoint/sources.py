@@ -27,7 +27,7 @@ from hasten.checkpoint.faster_transformer.folder import Folder, read_folder
 from hasten.checkpoint.faster_transformer.ini import CONFIG_INI
 from hasten.checkpoint.hub import ADAPTER
 from hasten.checkpoint.manifest import MANIFEST, Manifest
-from hasten.core.config import AttentionConfig, ExpertsConfig, ModelConfig, QKNorm, RopeConfig
+from hasten.core.config import AttentionConfig, ExpertsConfig, ModelConfig, QKNorm, Quantization, RopeConfig
 from hasten.core.errors import CheckpointError, ConfigError, HastenError, UnsupportedError
 from hasten.models import hf_config
 from hasten.models.generation_config import not_applied
@@ -61,6 +61,8 @@ class Source(ABC):
     manifest: Manifest | None = None
     ranks: int = 1
     """Shards that the files themselves hold."""
+    quantization: Quantization | None = None
+    """What the files, which are in full precision, are to be quantized with while they are loaded."""
 
     def __init__(self, folder: Path, config: ModelConfig, weight_map: WeightMap) -> None:
         self.folder = folder
@@ -366,6 +368,7 @@ class FasterTransformerSource(_RankedSource):
         super().__init__(folder, config, model_class(config.architecture).weight_map(config))
         self.manifest = Manifest.read(folder)
         self.ranks, self.model_name, self.family = facts.ranks, facts.model_name, facts.family
+        self.quantization = facts.quantization
         specs, tie = self.specs, self.weight_map.head_tie
         if tie is not None and self.holds(tie.spec):
             specs = (*specs, tie.spec)

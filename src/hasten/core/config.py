@@ -31,6 +31,11 @@ _DTYPE_ALIASES: dict[str, DTypeName] = {
 }
 
 
+Quantization = Literal["int8"]
+"""Schemes of quantization that weights may be loaded with."""
+QUANTIZATIONS: tuple[Quantization, ...] = typing.get_args(Quantization)
+
+
 def dtype_name(text: str) -> DTypeName:
     """Short name of a data type given as `fp16`, `float16`, `torch.float16` or `half`; ConfigError for others."""
     name = _DTYPE_ALIASES.get(text.removeprefix("torch."))
@@ -456,6 +461,12 @@ class EngineConfig:
         flag="--data-type",
     )
     device: str = option("auto", "cpu, cuda, or auto (a GPU where there is one)")
+    quantization: str | None = option(
+        None,
+        "int8: linear layers and the head in int8, with a scale for each output column, made from a full-precision "
+        "checkpoint while it is loaded (default: full precision)",
+        choices=QUANTIZATIONS,
+    )
     load_format: str = option(
         "auto", "auto, or dummy: random weights from a config.json alone", choices=("auto", "dummy")
     )
@@ -482,6 +493,10 @@ class EngineConfig:
             f"device {self.device!r} is not known; use cpu, cuda, cuda:NUMBER or auto",
         )
         _require(self.load_format in ("auto", "dummy"), f"load_format {self.load_format!r} is not auto or dummy")
+        _require(
+            self.quantization is None or self.quantization in QUANTIZATIONS,
+            f"quantization {self.quantization!r} is not supported; there is {', '.join(QUANTIZATIONS)}",
+        )
 
     @classmethod
     def create(cls, model: str, **options: Any) -> "EngineConfig":
@@ -526,7 +541,6 @@ WITHOUT_EFFECT: Mapping[str, tuple[tuple[object, ...] | None, str]] = {
     "trust_remote_code": (None, ""),
     "swap_space": (None, ""),
     "max_seq_len_to_capture": (None, ""),
-    "quantization": ((None,), "weights are not quantized"),
     "kv_cache_dtype": (("auto",), "the cache has the type that the model computes in"),
     "cpu_offload_gb": ((0,), "all weights stay on the device"),
     "pipeline_parallel_size": ((1,), "there is tensor parallelism alone; see tensor_parallel_size"),
@@ -568,6 +582,7 @@ class EngineOptions(TypedDict, total=False):
     tokenizer: str | os.PathLike[str] | None
     dtype: Any
     device: Any
+    quantization: Literal["int8"] | None
     load_format: str
     verify_checksums: bool
     revision: str | None
@@ -598,7 +613,6 @@ class EngineOptions(TypedDict, total=False):
     trust_remote_code: bool
     swap_space: float
     max_seq_len_to_capture: int
-    quantization: str | None
     kv_cache_dtype: str
     cpu_offload_gb: float
     pipeline_parallel_size: int

@@ -46,7 +46,7 @@ from hasten.engine.runner import Runner
 from hasten.engine.sampler import Choice, PromptLogprobs, Sampler
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
-from hasten.layers.linear import PackedModule
+from hasten.layers.linear import PackedModule, set_weight
 from hasten.layers.position import RopeTables
 from hasten.models.base import CausalLM
 from hasten.models.registry import model_class
@@ -55,6 +55,7 @@ from hasten.parallel.groups import TensorGroup, use_group
 from hasten.parallel.launch import Ranks, reported
 from hasten.parallel.peers import connect, reachable
 from hasten.parallel.rank import RankInfo, rank_from_environment
+from hasten.quantization.scheme import SCHEMES, Quantizer
 
 _log = logging.getLogger(__name__)
 
@@ -143,6 +144,7 @@ class Worker:
             dummy=self.device if config.load_format == "dummy" else None,
         )
         self.model_config = checkpoint.config
+        self.quantization = config.quantization or checkpoint.quantization
         replace(config.parallel, tensor_parallel_size=ranks.group.size).validate(self.model_config)
         config.scheduler.validate(self.model_config)
         self._peers: Peers | None = None
@@ -150,7 +152,14 @@ class Worker:
         self.tokenizer_folder = checkpoint.tokenizer_folder
         with explained_out_of_memory("loading the model"):
             group = self._with_peers(dtype)
-            model = build_model(checkpoint, group, dtype, self.device, show_progress=config.progress_bars)
+            model = build_model(
+                checkpoint,
+                group,
+                dtype,
+                self.device,
+                quantization=self.quantization,
+                show_progress=config.progress_bars,
+            )
         self.runner = Runner(model, dtype, self.device, config.cache.block_size, config.scheduler.max_num_seqs)
         self.max_model_len, self._num_blocks = self._make_cache(config)
         self._config = config
@@ -435,9 +444,18 @@ def _with_folders(config: EngineConfig, ranks: Ranks) -> EngineConfig:
 
 
 def build_model(
-    checkpoint: Checkpoint, group: TensorGroup, dtype: torch.dtype, device: torch.device, *, show_progress: bool = False
+    checkpoint: Checkpoint,
+    group: TensorGroup,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    quantization: str | None = None,
+    show_progress: bool = False,
 ) -> CausalLM:
-    """The model of this rank with its weights, laid out for the device; rank 0 logs what it loads."""
+    """The model of this rank with its weights, laid out for the device; rank 0 logs what it loads.
+
+    With `quantization`, each weight is quantized as it comes: at most one of them is held in full precision besides.
+    """
     level = logging.INFO if group.rank == 0 else logging.DEBUG
     config, source = checkpoint.config, checkpoint.source
     _log.log(level, "loading %s (%s) from %s to %s", config.architecture, source.kind, source.folder, device)
@@ -445,21 +463,28 @@ def build_model(
     with use_group(group), torch.device("meta"):
         model = model_class(config.architecture)(config)
     model.eval()
+    quantizer = None if quantization is None else Quantizer(SCHEMES[quantization], model)
     nbytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     show = show_progress and group.rank == 0
     with progress_bar("Loading weights", nbytes, unit="bytes", show=show) as bar:
         tensors = rank_tensors(checkpoint, group.rank, group.size, dtype, expert_parallel=group.expert_parallel)
+        held = 0
         for name, tensor in tensors:
             owner, _, attribute = name.rpartition(".")
-            weight = torch.nn.Parameter(tensor.to(device), requires_grad=False)
-            setattr(model.get_submodule(owner), attribute, weight)
-            bar.advance(weight.nbytes)
+            full = tensor.to(device)
+            weight: ops.Weight = full if quantizer is None else quantizer(name, full)
+            set_weight(model.get_submodule(owner), attribute, weight)
+            held += weight.nbytes
+            bar.advance(full.nbytes)
     with torch.inference_mode():
         for module in model.modules():
             if isinstance(module, PackedModule):
                 module.pack()
-    size = f"{nbytes / 1e9:.3f} GB" + (f" for each of {group.size} ranks" if group.size > 1 else "")
-    _log.log(level, "loaded %s of weights as %s in %.1f s", size, dtype, time.perf_counter() - start)
+    size = f"{held / 1e9:.3f} GB" + (f" for each of {group.size} ranks" if group.size > 1 else "")
+    types = f"{dtype}" if quantization is None else f"{quantization} and {dtype}"
+    _log.log(level, "loaded %s of weights as %s in %.1f s", size, types, time.perf_counter() - start)
+    if quantization is not None and config.experts is not None:
+        _log.log(level, "quantization %s: the experts of the mixture stay in %s", quantization, dtype)
     return model
 
 

@@ -1,5 +1,7 @@
 """The vocabulary at both ends of a model, divided over the ranks. Shapes: t tokens, r rows, h hidden, v vocabulary."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -14,6 +16,8 @@ from hasten.parallel.shard import padded_vocab
 
 class Embedding(nn.Module):
     """Token embedding, with that of learned positions or without; each rank holds a range of the vocabulary."""
+
+    weight: ops.Weight
 
     def __init__(
         self,
@@ -66,6 +70,7 @@ class Embedding(nn.Module):
 class Head(PackedModule):
     """The language model head, with weights of its own or tied to the embedding's."""
 
+    weight: ops.Weight
     packed: ops.PackedLinear
 
     def __init__(
@@ -93,10 +98,14 @@ class Head(PackedModule):
     def pack(self) -> None:
         """Lay the head out; a tied one has no second copy."""
         if self.tied:
-            self.packed = ops.pack_linear(self.tied[0].weight.data, shared=True)
+            self.packed = ops.pack_linear(self.tied[0].weight, shared=True)
         else:
-            self.packed = ops.pack_linear(self.weight.data)
+            self.packed = ops.pack_linear(self.weight)
             del self.weight
+
+    def matrices(self) -> Iterable[tuple[nn.Module, str]]:
+        """The weight, be it the embedding's."""
+        return ((self.tied[0] if self.tied else self, "weight"),)
 
     def local_logits(self, hidden_rh: Tensor) -> Tensor:
         """This rank's shard of the logits, [r, v / ranks], with what pads the vocabulary at its end."""

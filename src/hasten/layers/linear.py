@@ -1,5 +1,6 @@
 """Linear layers that know their split over ranks. Shapes: t tokens, h in, o out; both are this rank's shard."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -19,8 +20,22 @@ class PackedModule(nn.Module):
         """Lay the weight out and let the loaded copy go."""
         raise NotImplementedError
 
+    def matrices(self) -> Iterable[tuple[nn.Module, str]]:
+        """The parameters that it multiplies by and that may be quantized, each as a module and its name there."""
+        return ()
+
+
+def set_weight(module: nn.Module, name: str, weight: ops.Weight) -> None:
+    """Give a module a loaded weight in place of the parameter that it was built with."""
+    if isinstance(weight, Tensor):
+        setattr(module, name, nn.Parameter(weight, requires_grad=False))
+    else:
+        delattr(module, name)
+        setattr(module, name, weight)
+
 
 class _Linear(PackedModule):
+    weight: ops.Weight
     packed: ops.PackedLinear
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
@@ -31,8 +46,12 @@ class _Linear(PackedModule):
 
     def pack(self) -> None:
         """Lay the weight out and let the loaded copy go."""
-        self.packed = ops.pack_linear(self.weight.data)
+        self.packed = ops.pack_linear(self.weight)
         del self.weight
+
+    def matrices(self) -> Iterable[tuple[nn.Module, str]]:
+        """The weight."""
+        return ((self, "weight"),)
 
 
 class ReplicatedLinear(_Linear):

@@ -17,7 +17,7 @@ from hasten.ops.heads import HeadTransform
 from hasten.ops.logprobs import TopLogprobs
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.mixture import PackedExperts, Routing
-from hasten.ops.packed import PackedLinear
+from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.transfer import HostCopy, to_device
 
@@ -39,9 +39,11 @@ __all__ = [
     "PackedExperts",
     "PackedLinear",
     "PartialSum",
+    "QuantizedWeight",
     "Routing",
     "TokenCounts",
     "TopLogprobs",
+    "Weight",
     "add_linear",
     "copy_blocks",
     "count_tokens",
@@ -71,7 +73,7 @@ __all__ = [
 ]
 
 
-def embedding(ids_t: Tensor, weight_vh: Tensor, first: int | None = None) -> Tensor:
+def embedding(ids_t: Tensor, weight_vh: Weight, first: int | None = None) -> Tensor:
     """Rows of `weight_vh` for token ids [t].
 
     With `first`, the weight is a shard of the vocabulary that begins there: ids outside it, which other ranks hold,
@@ -102,7 +104,7 @@ def norm(
     return reference.norm(x_th, weight_h, bias_h, eps, rms=rms, unit_offset=unit_offset)
 
 
-def embedding_norm(ids_t: Tensor, table_vh: Tensor, weight_h: Tensor, bias_h: Tensor, eps: float) -> Tensor:
+def embedding_norm(ids_t: Tensor, table_vh: Weight, weight_h: Tensor, bias_h: Tensor, eps: float) -> Tensor:
     """The layer norm of rows of a table: [t, h]."""
     if table_vh.is_cuda:
         from hasten.ops.gpu import norm as kernels
@@ -111,7 +113,7 @@ def embedding_norm(ids_t: Tensor, table_vh: Tensor, weight_h: Tensor, bias_h: Te
     return reference.embedding_norm(ids_t, table_vh, weight_h, bias_h, eps)
 
 
-def pack_linear(weight_oh: Tensor, *, shared: bool = False) -> PackedLinear:
+def pack_linear(weight_oh: Weight, *, shared: bool = False) -> PackedLinear:
     """Lay out a weight [o, h] once for `linear` on the device that it is on; the weight itself may then be dropped.
 
     A `shared` weight stays in use elsewhere: it is not copied unless the device cannot compute on it as it is.

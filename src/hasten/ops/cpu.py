@@ -1,7 +1,8 @@
 """Fast paths of the CPU, with the signatures of `reference.py`; docstrings stand at `hasten.ops`.
 
 Half-precision weights are widened to fp32 when they are packed: without matrix units for them a CPU takes 20 times as
-long over a half-precision product (docs/performance.md), and the products are then summed in fp32 as well.
+long over a half-precision product (docs/performance.md), and the products are then summed in fp32 as well. Quantized
+weights stay int8.
 """
 
 import math
@@ -12,11 +13,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from hasten.ops import reference
+from hasten.ops import cpu_int8, reference
+from hasten.ops.compiled_rows import compiled_rows
 from hasten.ops.heads import HeadTransform
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.mixture import PackedExperts, Routing
-from hasten.ops.packed import PackedLinear
+from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight
 from hasten.ops.partial_sum import PartialSum
 
 _PACK_FOR_ROWS = 64
@@ -24,8 +26,6 @@ _PACK_FOR_ROWS = 64
 _SMALL_WEIGHT = 1 << 20
 """Weights of fewer elements keep a plain layout too: oneDNN takes longer to start than to multiply a few rows."""
 _FEW_ROWS = 1
-_EXACT_ROWS = 32
-"""Up to so many rows none are added."""
 _QUERY_CHUNK = 256
 """Most queries of one sequence in one attention call: bounds the bias and skips keys that lie ahead."""
 _CACHED_ELEMENTS = 1 << 19
@@ -58,7 +58,9 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def pack_linear(weight_oh: Tensor, shared: bool) -> PackedLinear:  # noqa: D103
+def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:  # noqa: D103
+    if isinstance(weight_oh, QuantizedWeight):
+        return cpu_int8.pack_linear(weight_oh, shared)
     as_it_is = shared and weight_oh.dtype == torch.float32
     weight_oh = weight_oh.float().contiguous()
     out_features, in_features = weight_oh.shape
@@ -152,12 +154,15 @@ def _linear(
         return x_th.new_empty(0, weight.out_features)
     x_th = x_th.float()
     bias_o = None if bias_o is None else bias_o.float()
-    if weight.blocked is None or (weight.plain is not None and x_th.shape[0] <= _FEW_ROWS):
+    if weight.scales is not None:
+        out_to = cpu_int8.product(x_th, weight, weight.scales)
+        out_to = out_to if bias_o is None else out_to.add_(bias_o)
+    elif weight.blocked is None or (weight.plain is not None and x_th.shape[0] <= _FEW_ROWS):
         assert weight.plain is not None
         out_to = F.linear(x_th, weight.plain, bias_o)
     else:
         rows = x_th.shape[0]
-        more = _compiled_rows(rows) - rows
+        more = compiled_rows(rows) - rows
         padded_th = F.pad(x_th, (0, 0, 0, more)) if more else x_th
         out_to = torch.ops.mkldnn._linear_pointwise(padded_th, weight.blocked, bias_o, "none", [], "")[:rows]
     if activation is not None:
@@ -165,15 +170,6 @@ def _linear(
     if residual_to is not None:
         out_to = out_to.add_(residual_to)
     return out_to.to(dtype)
-
-
-def _compiled_rows(rows: int) -> int:
-    """How many rows to multiply so that `rows` of them are: up to an eighth more, so that there are few such numbers.
-
-    oneDNN compiles code for each number of rows that it meets, and keeps all of it.
-    """
-    step = 1 << max(0, (rows - 1).bit_length() - 4)
-    return rows if rows <= _EXACT_ROWS else -(-rows // step) * step
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

@@ -1,8 +1,41 @@
-"""A linear layer's weight in the layout that its device reads fastest."""
+"""Weights of linear layers: as they are loaded, and in the layout that their device reads fastest."""
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight in int8 with a scale for each output feature: row o is `values[o] * scales[o]`."""
+
+    values: Tensor
+    """[o, h] int8"""
+    scales: Tensor
+    """[o] in fp32"""
+    dtype: torch.dtype
+    """Type that the model computes in: that of rows which are looked up."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(o, h)."""
+        out_features, in_features = self.values.shape
+        return out_features, in_features
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether it lies on a GPU."""
+        return self.values.is_cuda
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales."""
+        return self.values.nbytes + self.scales.nbytes
+
+
+Weight = Tensor | QuantizedWeight
+"""A weight [o, h] in full precision, or quantized."""
 
 
 @dataclass(frozen=True)
@@ -12,6 +45,8 @@ class PackedLinear:
     out_features: int
     in_features: int
     plain: Tensor | None
-    """[o, h], with either axis innermost."""
+    """[o, h], with either axis innermost; int8 where there are `scales`."""
     blocked: Tensor | None = None
     """An opaque layout of the device's matrix library."""
+    scales: Tensor | None = None
+    """[o] in fp32: what the rows of a quantized weight are multiplied by."""

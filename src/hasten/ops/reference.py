@@ -14,17 +14,23 @@ from hasten.ops.heads import HeadTransform
 from hasten.ops.logprobs import TopLogprobs
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.mixture import PackedExperts, Routing
-from hasten.ops.packed import PackedLinear
+from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight
 from hasten.ops.partial_sum import PartialSum
 
 
-def embedding(ids_t: Tensor, weight_vh: Tensor, first: int | None) -> Tensor:  # noqa: D103
+def embedding(ids_t: Tensor, weight_vh: Weight, first: int | None) -> Tensor:  # noqa: D103
     if first is None:
-        return F.embedding(ids_t, weight_vh)
+        return _rows(ids_t, weight_vh)
     local_t = ids_t - first
     held_t = (local_t >= 0) & (local_t < weight_vh.shape[0])
-    rows_th = F.embedding(local_t.where(held_t, 0), weight_vh)
+    rows_th = _rows(local_t.where(held_t, 0), weight_vh)
     return rows_th.masked_fill_(~held_t.unsqueeze(1), 0)
+
+
+def _rows(ids_t: Tensor, weight_vh: Weight) -> Tensor:
+    if isinstance(weight_vh, Tensor):
+        return F.embedding(ids_t, weight_vh)
+    return (weight_vh.values[ids_t] * weight_vh.scales[ids_t].unsqueeze(1)).to(weight_vh.dtype)
 
 
 def norm(  # noqa: D103
@@ -65,20 +71,30 @@ def complete(sum_: PartialSum) -> Tensor:
 
 
 def embedding_norm(  # noqa: D103
-    ids_t: Tensor, table_vh: Tensor, weight_h: Tensor, bias_h: Tensor, eps: float
+    ids_t: Tensor, table_vh: Weight, weight_h: Tensor, bias_h: Tensor, eps: float
 ) -> Tensor:
-    return F.layer_norm(F.embedding(ids_t, table_vh), weight_h.shape, weight_h, bias_h, eps)
+    return F.layer_norm(_rows(ids_t, table_vh), weight_h.shape, weight_h, bias_h, eps)
 
 
-def pack_linear(weight_oh: Tensor, shared: bool) -> PackedLinear:  # noqa: ARG001, D103
+def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:  # noqa: ARG001, D103
+    if isinstance(weight_oh, QuantizedWeight):
+        return PackedLinear(*weight_oh.shape, plain=weight_oh.values, scales=weight_oh.scales)
     return PackedLinear(weight_oh.shape[0], weight_oh.shape[1], plain=weight_oh)
+
+
+def dequantized(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
+    """The weight in `dtype`, [o, h]; one that is not quantized as it is."""
+    assert weight.plain is not None
+    if weight.scales is None:
+        return weight.plain
+    wide = torch.promote_types(dtype, torch.float32)
+    return (weight.plain.to(wide) * weight.scales.to(wide).unsqueeze(1)).to(dtype)
 
 
 def linear(  # noqa: D103
     x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation: str | None
 ) -> Tensor:
-    assert weight.plain is not None
-    out_to = F.linear(x_th, weight.plain, bias_o)
+    out_to = F.linear(x_th, dequantized(weight, x_th.dtype), bias_o)
     return out_to if activation is None else activated(out_to, activation)
 
 

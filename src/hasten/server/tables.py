@@ -45,7 +45,7 @@ def engine_table(engines: "Mapping[tuple[str, str], EngineClient]") -> str:
         for index, replica in enumerate(engine.replicas):
             info, name = replica.info, f"{model}, replica {index}" if several else model
             cache = f"{info.num_blocks} x {info.block_size}"
-            row = (name, version, info.device, str(info.ranks), info.dtype, cache, f"{info.load_seconds:.1f} s")
+            row = (name, version, info.device, str(info.ranks), info.types, cache, f"{info.load_seconds:.1f} s")
             rows.append(row)
     return table(("Engine", "Version", "Device", "Ranks", "Type", "Cache (tokens)", "Load time"), rows)
 

@@ -9,9 +9,16 @@ from hasten.checkpoint.faster_transformer.family import Family
 from hasten.checkpoint.faster_transformer.gpt2 import GPT2
 from hasten.checkpoint.faster_transformer.gpt_neox import GPTNeoX
 from hasten.checkpoint.faster_transformer.gptj import GPTJ
-from hasten.checkpoint.faster_transformer.ini import CONFIG_INI, Section, read_sections, unreadable
+from hasten.checkpoint.faster_transformer.ini import (
+    CONFIG_INI,
+    INT8_MODES,
+    NO_SMOOTHQUANT,
+    Section,
+    read_sections,
+    unreadable,
+)
 from hasten.checkpoint.faster_transformer.opt import OPT
-from hasten.core.config import ModelConfig
+from hasten.core.config import ModelConfig, Quantization
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
 
 _log = logging.getLogger(__name__)
@@ -50,6 +57,7 @@ class Folder:
     """It does not say whether the head is tied: it is unless there is a file of a head that differs."""
     ranks: int
     model_name: str
+    quantization: Quantization | None
 
 
 def read_folder(path: Path) -> Folder:
@@ -60,7 +68,8 @@ def read_folder(path: Path) -> Folder:
     family.check(section)
     try:
         config = family.config(section)
-        folder = Folder(family, config, _ranks(path, section), section.text("model_name", ""))
+        ranks, mode = _ranks(path, section), _quantization(section)
+        folder = Folder(family, config, ranks, section.text("model_name", ""), mode)
     except ConfigError as error:
         raise unreadable(ini, str(error)) from error
     if unknown := sorted(set(section.unread()) - family.harmless):
@@ -77,6 +86,13 @@ def _family_of(ini: Path, sections: dict[str, Section]) -> tuple[Family, Section
         f"{ini} has none of the sections {known}: it is of a kind of model that hasten does not read from "
         "FasterTransformer's format"
     )
+
+
+def _quantization(section: Section) -> Quantization | None:
+    mode = section.text("int8_mode", "0")
+    if mode not in INT8_MODES:
+        raise UnsupportedError(f"{section.path}: int8_mode is {mode!r}, but must be 0 or 1: {NO_SMOOTHQUANT}")
+    return INT8_MODES[mode]
 
 
 def _ranks(path: Path, section: Section) -> int:

@@ -1,10 +1,11 @@
 """Linear layers of few rows, whose time is that of reading their weights.
 
-Shapes: M rows, N output features, K input features; weights [N, K], row by row.
+Quantized weights are read as int8 and widened in registers; their scales, one for each output feature, are applied to
+the sums. Shapes: M rows, N output features, K input features; weights [N, K], row by row.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -18,7 +19,7 @@ from hasten.ops.gpu.cache import write_cache
 from hasten.ops.gpu.heads import store_heads
 from hasten.ops.gpu.launch import multiprocessors, overlapped, prefetch, shared_memory, start_next, wait_for_inputs
 from hasten.ops.heads import HeadTransform
-from hasten.ops.packed import PackedLinear
+from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight
 from hasten.ops.reference import split_heads
 
 
@@ -31,10 +32,21 @@ def _store_projected(value, row, slot, n, valid, out, keys, values, Q: tl.conste
     tl.store(values + slot * KV + (n - Q - KV), value, kept & (n >= Q + KV))
 
 
+@triton.jit
+def _as_float(values, dtype: tl.constexpr):
+    """int8 in fp16 or bf16."""
+    if dtype == tl.float16:
+        # 0x6400 is 1024, and the low ten bits count in ones: exact, and fewer instructions than a conversion
+        biased = values.to(tl.uint8, bitcast=True) ^ 0x80
+        return (biased.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+    return values.to(dtype)
+
+
 @triton.jit(do_not_specialize=["N"])
 def _matvec(
     x,
     weight,
+    scales,
     bias,
     out,
     keys,
@@ -44,6 +56,7 @@ def _matvec(
     K: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CLIP: tl.constexpr,
@@ -68,8 +81,12 @@ def _matvec(
         else:
             more = tl.load(start + offset, valid[:, None], 0.0)
             part = tl.load(x + offset + k)
+        if SCALED and offset // BLOCK_K % 2 == 1:
+            more = _as_float(more, tl.float16)  # conversions of the other blocks fill their own pipe by themselves
         total += more.to(tl.float32) * part.to(tl.float32)[None, :]
     value = tl.sum(total, 1)
+    if SCALED:
+        value *= tl.load(scales + n, valid, 0.0)
     if HAS_BIAS:
         value += tl.load(bias + n, valid, 0.0).to(tl.float32)
     if ACTIVATION is not None:
@@ -87,6 +104,7 @@ def _matvec(
 def _skinny(
     x,
     weight,
+    scales,
     bias,
     out,
     keys,
@@ -100,6 +118,8 @@ def _skinny(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    TILED: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CLIP: tl.constexpr,
@@ -110,25 +130,35 @@ def _skinny(
 ):
     """Up to BLOCK_M rows on the tensor cores; the weight is the wide operand, so that few rows waste little.
 
+    With TILED, any number of rows: programs of the same part of the weight and other rows lie next to each other.
     With SPLITS above 1, each split of K writes its own fp32 sums [SPLITS, M, N]; whoever reads them adds them up.
     """
     start_next(PDL)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = tl.program_id(0)
     m = tl.arange(0, BLOCK_M)
+    if TILED:
+        tiles = tl.cdiv(M, BLOCK_M)
+        m += block % tiles * BLOCK_M
+        block //= tiles
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * (K // SPLITS)
     k = begin + tl.arange(0, BLOCK_K)
     row = tl.where(n < N, n, 0).to(tl.int64)
     w_start = weight + row[:, None] * K + k[None, :]
     if PDL and AHEAD:
-        line = begin + tl.arange(0, AHEAD) * 64
+        line = begin + tl.arange(0, AHEAD) * (1024 // weight.dtype.element_ty.primitive_bitwidth)
         prefetch(weight + row[:, None] * K + line[None, :])
     wait_for_inputs(PDL)
     x_start = x + m[:, None] * K + k[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for offset in tl.range(0, K // SPLITS, BLOCK_K, num_stages=STAGES):
         w_nk = tl.load(w_start + offset)
+        if SCALED:
+            w_nk = _as_float(w_nk, x.dtype.element_ty)
         x_mk = tl.load(x_start + offset, m[:, None] < M, 0.0)
         total = tl.dot(w_nk, x_mk.T, total)
+    if SCALED:
+        total *= tl.load(scales + n, n < N, 0.0)[:, None]
     if SPLITS > 1:
         base = out + tl.program_id(1).to(tl.int64) * M * N
         tl.store(base + m[None, :] * N + n[:, None], total, (m < M)[None, :] & (n < N)[:, None])
@@ -148,6 +178,28 @@ def _skinny(
             tl.store(out + m[None, :].to(tl.int64) * N + n[:, None], value, valid)
 
 
+@triton.jit(do_not_specialize=["N"])
+def _widen(
+    values,
+    scales,
+    out,
+    N,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """BLOCK_N rows of a quantized weight in the type of `out`."""
+    start_next(PDL)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    valid = (n < N)[:, None] & (k < K)[None, :]
+    at = n.to(tl.int64)[:, None] * K + k[None, :]
+    value = tl.load(values + at, valid, 0).to(tl.float32) * tl.load(scales + n, n < N, 0.0)[:, None]
+    wait_for_inputs(PDL)  # kernels before this one may still use the memory of `out`
+    tl.store(out + at, value.to(out.dtype.element_ty), valid)
+
+
 @dataclass(frozen=True)
 class Cut:
     """How `_skinny` is cut: features a program, input features at a time, stages, warps."""
@@ -161,8 +213,13 @@ class Cut:
 _MATVEC_ROWS, _MATVEC_BLOCK, _MATVEC_WARPS = 2, 2048, 4
 MOST_ROWS = 64
 """More rows than that are cuBLAS's."""
+MOST_QUANTIZED_ROWS = 128
+"""The same of quantized weights, which are widened for cuBLAS first."""
+_LARGE_WEIGHT = 1 << 28
+"""Elements of a quantized weight that is never widened: a head would take gigabytes."""
+_WIDEN_ROWS, _WIDEN_BLOCK = 4, 1024
 _AHEAD = 2
-"""Lines of 64 input features of each row that `_skinny` fetches before it may read its input."""
+"""Lines of 128 bytes of each row of the weight that `_skinny` fetches before it may read its input."""
 _WIDE, _NARROW = Cut(64, 128, 4, 4), Cut(32, 128, 6, 4)
 _MIDDLE, _TALL = Cut(64, 128, 3, 4), Cut(128, 64, 5, 8)
 
@@ -183,15 +240,26 @@ class _Projection:
         return self.key_cache.shape[2] * self.key_cache.shape[3]
 
 
-def pack_linear(weight_oh: Tensor, shared: bool) -> PackedLinear:
+def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:
     """A GPU reads weights as they are, row by row."""
+    if isinstance(weight_oh, QuantizedWeight):
+        return PackedLinear(*weight_oh.shape, plain=weight_oh.values, scales=weight_oh.scales)
     return PackedLinear(weight_oh.shape[0], weight_oh.shape[1], plain=weight_oh if shared else weight_oh.contiguous())
 
 
-def _plain(weight: PackedLinear) -> Tensor:
-    """The weight as `pack_linear` left it."""
+def _plain(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
+    """The weight as `pack_linear` left it, or widened to `dtype` in memory that is free again after the product."""
     assert weight.plain is not None
-    return weight.plain
+    if weight.scales is None:
+        return weight.plain
+    features, width = weight.out_features, weight.in_features
+    out = weight.plain.new_empty(features, width, dtype=dtype)
+    block = min(_WIDEN_BLOCK, triton.next_power_of_2(width))
+    _widen[(triton.cdiv(features, _WIDEN_ROWS), triton.cdiv(width, block))](
+        weight.plain, weight.scales, out, features,
+        K=width, BLOCK_N=_WIDEN_ROWS, BLOCK_K=block, num_warps=4, **overlapped(weight.plain),
+    )  # fmt: skip
+    return out
 
 
 def linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation: str | None) -> Tensor:
@@ -200,15 +268,15 @@ def linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation
         return _product(x_th, weight, bias_o, activation, None, splits=1)
     if activation in ("gelu_tanh", "relu") and bias_o is not None and x_th.dtype != torch.float32:
         # the two that cuBLAS computes within its product
-        return torch._addmm_activation(bias_o, x_th, _plain(weight).t(), use_gelu=activation == "gelu_tanh")
-    out_to = F.linear(x_th, _plain(weight), bias_o)
+        return torch._addmm_activation(bias_o, x_th, _plain(weight, x_th.dtype).t(), use_gelu=activation == "gelu_tanh")
+    out_to = F.linear(x_th, _plain(weight, x_th.dtype), bias_o)
     return out_to if activation is None else reference.activated(out_to, activation)
 
 
 def linear_parts(x_th: Tensor, weight: PackedLinear) -> Tensor:
     """`x @ weight.T`: [t, o], or [parts, t, o] in fp32 to be added up, where few rows leave the device idle else."""
     if not _serves(x_th, weight):
-        return F.linear(x_th, _plain(weight))
+        return F.linear(x_th, _plain(weight, x_th.dtype))
     return _product(x_th, weight, None, None, None, splits=_splits(x_th.shape[0], weight))
 
 
@@ -232,7 +300,7 @@ def project(
     if _serves(x_th, weight):
         to = _Projection(num_heads * head_size, key_cache, value_cache, slots_t, clip)
         return _product(x_th, weight, bias_o, None, to, splits=1).unflatten(1, (num_heads, head_size))
-    qkv_to = reference.clipped(F.linear(x_th, _plain(weight), bias_o), clip)
+    qkv_to = reference.clipped(F.linear(x_th, _plain(weight, x_th.dtype), bias_o), clip)
     query_tnd, key_tmd, value_tmd = split_heads(qkv_to, num_heads, key_cache)
     write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t)
     return query_tnd
@@ -241,15 +309,24 @@ def project(
 def _serves(x_th: Tensor, weight: PackedLinear) -> bool:
     """Whether these kernels are the ones to take."""
     rows = x_th.shape[0]
-    few = rows == 1 or (1 < rows <= MOST_ROWS and weight.in_features % _WIDE.block_k == 0)
+    few = rows == 1 or (1 < rows <= _most_rows(weight) and weight.in_features % _WIDE.block_k == 0)
     return few and x_th.dtype != torch.float32
+
+
+def _most_rows(weight: PackedLinear) -> float:
+    """Most rows of `_skinny`."""
+    if weight.scales is None:
+        return MOST_ROWS
+    return MOST_QUANTIZED_ROWS if weight.out_features * weight.in_features < _LARGE_WEIGHT else math.inf
 
 
 def _splits(rows: int, weight: PackedLinear) -> int:
     """Parts to cut the input features into, so that programs fill the device about twice, or once with many rows."""
     if rows == 1:
         return 1
-    wanted = (256 if rows <= 16 else 128) // triton.cdiv(weight.out_features, _WIDE.block_n)
+    block_n = _TALL.block_n if weight.scales is not None and rows > 32 else _WIDE.block_n
+    tiles = triton.cdiv(rows, MOST_ROWS)
+    wanted = (256 if rows <= 16 else 128) // (tiles * triton.cdiv(weight.out_features, block_n))
     splits = 1
     while splits < min(wanted, 8) and weight.in_features % (2 * splits * _WIDE.block_k) == 0:
         splits *= 2
@@ -267,9 +344,29 @@ def _cut(rows: int, features: int, splits: int, multiprocessors: int) -> Cut:
     return _NARROW if rows <= 16 else _MIDDLE
 
 
-def _stages(cut: Cut, block_m: int, shared: int) -> int:
-    """The cut's stages, or as many as fit: both operands lie in shared memory once a stage, two bytes an element."""
-    return max(1, min(cut.stages, shared // (2 * (cut.block_n + block_m) * cut.block_k)))
+def _quantized_cut(
+    rows: int, weight: PackedLinear, splits: int, block_m: int, multiprocessors: int, shared: int
+) -> Cut:
+    """The same for int8 weights, which warps widen: more of them a program from 32 rows on.
+
+    Twice as many features at a time, as many bytes as of other weights, if they divide and all programs still find
+    room at once: widening takes longer than waiting for memory, and warps of several programs share the work.
+    """
+    cut = _TALL if rows > 32 else _cut(rows, weight.out_features, splits, multiprocessors)
+    wide = replace(cut, block_k=2 * cut.block_k)
+    programs = triton.cdiv(rows, block_m) * triton.cdiv(weight.out_features, cut.block_n) * splits
+    room = shared // (wide.stages * _stage_bytes(wide, block_m, 1)) * multiprocessors
+    return wide if weight.in_features % (splits * wide.block_k) == 0 and programs <= room else cut
+
+
+def _stage_bytes(cut: Cut, block_m: int, weight_bytes: int) -> int:
+    """Bytes of shared memory of one stage: a part of both operands, the input's in two bytes an element."""
+    return (weight_bytes * cut.block_n + 2 * block_m) * cut.block_k
+
+
+def _stages(cut: Cut, block_m: int, shared: int, weight_bytes: int = 2) -> int:
+    """The cut's stages, or as many as fit into shared memory."""
+    return max(1, min(cut.stages, shared // _stage_bytes(cut, block_m, weight_bytes)))
 
 
 def _product(
@@ -287,9 +384,12 @@ def _product(
     else:
         out = x_th.new_empty(rows, features if to is None else to.queries)
     keys, values, slots = (x_th,) * 3 if to is None else (to.key_cache, to.value_cache, to.slots_t)
-    arguments = (x_th, weight.plain, x_th if bias_o is None else bias_o, out, keys, values, slots)
+    assert weight.plain is not None
+    scales = x_th if weight.scales is None else weight.scales
+    arguments = (x_th, weight.plain, scales, x_th if bias_o is None else bias_o, out, keys, values, slots)
     common = dict(
         K=width,
+        SCALED=weight.scales is not None,
         HAS_BIAS=bias_o is not None,
         ACTIVATION=activation,
         CLIP=None if to is None else to.clip,
@@ -299,16 +399,23 @@ def _product(
     )
     if rows == 1:
         block = min(_MATVEC_BLOCK, triton.next_power_of_2(width))
-        _matvec[(triton.cdiv(features, _MATVEC_ROWS),)](
-            *arguments, features, ROWS=_MATVEC_ROWS, BLOCK_K=block, num_warps=_MATVEC_WARPS, **common
+        count = _MATVEC_ROWS * x_th.itemsize // weight.plain.itemsize  # as many bytes of any type
+        _matvec[(triton.cdiv(features, count),)](
+            *arguments, features, ROWS=count, BLOCK_K=block, num_warps=_MATVEC_WARPS, **common
         )
         return out
-    block_m = max(16, triton.next_power_of_2(rows))
-    cut = _cut(rows, features, splits, multiprocessors(x_th.device.index))
-    stages = _stages(cut, block_m, shared_memory(x_th.device.index))
-    _skinny[(triton.cdiv(features, cut.block_n), splits)](
+    block_m = max(16, triton.next_power_of_2(min(rows, MOST_ROWS)))
+    tiles = triton.cdiv(rows, block_m)
+    device = x_th.device.index
+    limits = multiprocessors(device), shared_memory(device)
+    if weight.scales is None:
+        cut = _cut(rows, features, splits, limits[0])
+    else:
+        cut = _quantized_cut(rows, weight, splits, block_m, *limits)
+    stages = _stages(cut, block_m, limits[1], weight.plain.itemsize)
+    _skinny[(tiles * triton.cdiv(features, cut.block_n), splits)](
         *arguments, rows, features,
         BLOCK_M=block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, SPLITS=splits,
-        STAGES=stages, AHEAD=_AHEAD, num_warps=cut.warps, **common,
+        STAGES=stages, TILED=tiles > 1, AHEAD=_AHEAD, num_warps=cut.warps, **common,
     )  # fmt: skip
     return out

@@ -10,6 +10,7 @@ from torch import Tensor
 from hasten.ops.gpu.exchange import exchange_norm
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
 from hasten.ops.gpu.sums import constants_of, terms_of
+from hasten.ops.packed import Weight
 from hasten.ops.partial_sum import PartialSum
 
 
@@ -94,15 +95,17 @@ def _add_norm(
 def _embed_norm(
     ids,
     table,
+    scales,
     weight,
     norm_bias,
     out,
     eps,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Look a token's row up and norm it."""
+    """Look a token's row up, multiply it by its scale where the table is quantized, and norm it."""
     start_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
@@ -112,6 +115,8 @@ def _embed_norm(
     wait_for_inputs(PDL)
     token = tl.load(ids + row).to(tl.int64)
     x = tl.load(table + token * H + h, valid, 0.0).to(tl.float32)
+    if SCALED:
+        x *= tl.load(scales + token)
     _store_norm(x, valid, gain, shift, out + row * H + h, eps, H, RMS=False)
 
 
@@ -151,20 +156,23 @@ def norm(
     return out_th, total_th if settled else sum_.parts
 
 
-def embedding_norm(ids_t: Tensor, table_vh: Tensor, weight_h: Tensor, bias_h: Tensor, eps: float) -> Tensor:
-    width = table_vh.shape[1]
-    out_th = table_vh.new_empty(ids_t.shape[0], width)
+def embedding_norm(ids_t: Tensor, table_vh: Weight, weight_h: Tensor, bias_h: Tensor, eps: float) -> Tensor:
+    values, scales = (table_vh, None) if isinstance(table_vh, Tensor) else (table_vh.values, table_vh.scales)
+    width = values.shape[1]
+    out_th = weight_h.new_empty(ids_t.shape[0], width)
     _embed_norm[(ids_t.shape[0],)](
         ids_t,
-        table_vh,
+        values,
+        weight_h if scales is None else scales,
         weight_h,
         bias_h,
         out_th,
         eps,
         H=width,
         BLOCK_H=triton.next_power_of_2(width),
+        SCALED=scales is not None,
         num_warps=_warps(width),
-        **overlapped(table_vh),
+        **overlapped(values),
     )
     return out_th
 

@@ -274,6 +274,7 @@ def engine_info(engine: "Engine") -> EngineInfo:
         block_size=engine.scheduler.blocks.block_size,
         max_num_seqs=engine.scheduler.config.max_num_seqs,
         dtype=names[worker.runner.dtype],
+        quantization=worker.quantization,
         device=torch.cuda.get_device_name(worker.device) if on_gpu else "cpu",
         ranks=engine.ranks.group.size,
         tokenizer_folder=None if folder is None else str(folder),

@@ -42,6 +42,13 @@ class EngineInfo:
     """Family of the architecture, for example `bloom`."""
     load_seconds: float = 0.0
     """From the start of its process until it was ready."""
+    quantization: str | None = None
+    """Scheme of its weights; None: they are in `dtype`."""
+
+    @property
+    def types(self) -> str:
+        """What it computes in and what its weights are, for people."""
+        return self.dtype if self.quantization is None else f"{self.dtype}, {self.quantization} weights"
 
     @classmethod
     def of_all(cls, infos: "Sequence[EngineInfo]") -> "EngineInfo":

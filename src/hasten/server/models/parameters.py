@@ -12,6 +12,7 @@ from typing import Any
 
 from tritonclient.grpc import model_config_pb2
 
+from hasten.checkpoint.faster_transformer.ini import INT8_MODES, NO_SMOOTHQUANT
 from hasten.core.config import EngineConfig, dtype_name
 from hasten.core.errors import ConfigError
 from hasten.server.engine.client import QueueLimits
@@ -19,13 +20,18 @@ from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, MODEL_TYPES, Kin
 
 CHECKPOINT = "model_checkpoint_path"
 TOKENIZER = "tokenizer_path"
+INT8_MODE = "int8_mode"
 KIND = "kind"
 TOKEN_MODEL = "token_model"
-_ALIASES = {"tensor_para_size": "tensor_parallel_size", "data_type": "dtype", TOKENIZER: "tokenizer"}
+_ALIASES = {
+    "tensor_para_size": "tensor_parallel_size",
+    "data_type": "dtype",
+    TOKENIZER: "tokenizer",
+    INT8_MODE: "quantization",
+}
 """FasterTransformer's name of an option, and the engine's."""
 _FIXED = {
     "pipeline_para_size": (("1",), "there is tensor parallelism alone: set tensor_para_size"),
-    "int8_mode": (("0",), "weights are not quantized"),
     "model_type": (tuple(MODEL_TYPES), "all decoder-only models but GPT-J and GPT-NeoX are GPT here"),
     # ranks use each other's memory for sums wherever their GPUs can reach it, and the results are the same
     "enable_custom_all_reduce": (("0", "1"), "it is 0 or 1"),
@@ -66,6 +72,12 @@ def engine_options(config: model_config_pb2.ModelConfig) -> dict[str, Any]:
             continue
         if name in (CHECKPOINT, KIND):
             continue
+        if name == INT8_MODE:
+            if text not in INT8_MODES:
+                raise ConfigError(f"{where} is {text!r}, but must be 0 or 1: {NO_SMOOTHQUANT}")
+            if (scheme := INT8_MODES[text]) is None:
+                continue
+            text = scheme
         option = _ALIASES.get(name, name)
         if option not in hints:
             known = ", ".join((CHECKPOINT, *_FIXED, *_ALIASES, *sorted(hints)))
@@ -83,17 +95,19 @@ def engine_options(config: model_config_pb2.ModelConfig) -> dict[str, Any]:
 
 def engine_parameters(config: EngineConfig, model_type: str = DEFAULT_MODEL_TYPE) -> dict[str, str]:
     """Parameters that give this configuration, FasterTransformer's own ones among them; defaults are left out."""
+    modes = {scheme: mode for mode, scheme in INT8_MODES.items()}
     made = {
         "tensor_para_size": str(config.parallel.tensor_parallel_size),
         "pipeline_para_size": "1",
         "model_type": model_type,
         CHECKPOINT: config.model,
-        "int8_mode": "0",
+        INT8_MODE: "0",
         "enable_custom_all_reduce": "0",
     }
     names = {option: name for name, option in _ALIASES.items()}
     for option, value, default in _flat(config):
         if value != default and option != "tensor_parallel_size":
+            value = modes[value] if names.get(option) == INT8_MODE else value
             made[names.get(option, option)] = str(value).lower() if isinstance(value, bool) else str(value)
     return made
 

@@ -70,7 +70,7 @@ def server_state(service: Models) -> dict[str, Any]:
 
 def _engine(name: str, client: EngineClient) -> dict[str, Any]:
     info = client.info
-    facts = {"type": info.model_type, "dtype": info.dtype, "device": info.device, "max_model_len": info.max_model_len}
+    facts = {"type": info.model_type, "dtype": info.types, "device": info.device, "max_model_len": info.max_model_len}
     ready = [replica.ready for replica in client.replicas]
     state = {"id": name, "ready": client.ready, "replicas": len(ready), "replicas_ready": sum(ready)}
     return state | facts | asdict(client.stats())

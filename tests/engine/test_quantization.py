@@ -1,0 +1,172 @@
+"""Whole models with int8 weights beside the same models with the values that these stand for, in fp32."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import MakeModel
+from tests.engine_logits import DECODED, engine_logits
+from tests.quantization.definition import changed_folder, dequantized_folder
+from torch import Tensor
+
+from hasten import LLM, SamplingParams
+from hasten.checkpoint.convert import Conversion, convert
+from hasten.checkpoint.plan import open_checkpoint
+from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
+from hasten.ops import cpu_int8
+
+SAME = {False: 1e-4, True: 6e-3}
+"""Largest difference of two logits between int8 weights and their values in fp32; True: with activations of 15 bits."""
+NEAR = 0.06
+"""Root mean square of the differences from the full-precision model, as a share of the logits' standard deviation."""
+HEADS = {
+    "Bloom": "transformer.word_embeddings.weight",
+    "Llama": "lm_head.weight",
+    "GPT2": "transformer.wte.weight",
+}
+"""What the head of each family is in its files: two are tied to the embedding."""
+FAMILIES = list(HEADS)
+OPTIONS: dict[str, Any] = {"dtype": "fp32", "kv_cache_memory": 8 << 20}
+GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+
+
+def ids_of(length: int) -> list[int]:
+    return torch.randint(200, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+PROMPTS = [ids_of(length) for length in (1, 17, 40)]
+
+
+def logits_of(folder: Path, **options: Any) -> Tensor:
+    followed_by = [ids_of(DECODED)] * len(PROMPTS)
+    return torch.cat(engine_logits(folder, PROMPTS, followed_by, "cpu", **OPTIONS, **options))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_values_that_int8_stands_for(
+    family: str, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model(family)
+    dequantized = dequantized_folder(folder, tmp_path / "dequantized", HEADS[family])
+    full, expected = logits_of(folder), logits_of(dequantized)
+    for digits in {False, cpu_int8.exact_int8()}:
+        monkeypatch.setattr(cpu_int8, "exact_int8", lambda digits=digits: digits)
+        found = logits_of(folder, quantization="int8")
+        assert (found - expected).abs().max() <= SAME[digits]
+        assert 10 * SAME[False] < (found - full).square().mean().sqrt() / full.std() <= NEAR
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_of_two_ranks_quantizes_its_shards(family: str, make_model: MakeModel, tmp_path: Path) -> None:
+    folder = make_model(family)
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=3)
+
+    def logprobs(folder: Path, **options: Any) -> list[float]:
+        with LLM(folder, device="cpu", **OPTIONS, **options) as llm:
+            (output,) = llm.generate([PROMPTS[-1]], params, use_tqdm=False)
+        assert output.prompt_logprobs is not None
+        found = [entry[token] for entry, token in zip(output.prompt_logprobs, PROMPTS[-1], strict=True) if entry]
+        return [each.logprob for each in found]
+
+    expected = logprobs(dequantized_folder(folder, tmp_path / "dequantized", HEADS[family], ranks=2))
+    found = logprobs(folder, tensor_parallel_size=2, quantization="int8")
+    assert found == pytest.approx(expected, abs=SAME[True])
+    assert found != pytest.approx(logprobs(folder), abs=SAME[True])
+
+
+def test_less_is_held_and_the_log_says_of_what(tiny_bloom: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level("INFO", logger="hasten"),
+        LLM(tiny_bloom, device="cpu", quantization="int8", **OPTIONS) as llm,
+    ):
+        model: Any = llm.engine.worker.runner.model
+    message = next(record.getMessage() for record in caplog.records if "loaded" in record.getMessage())
+    assert "GB of weights as int8 and torch.float32 in" in message
+    held = model.layers[0].mlp.up.packed
+    assert held.plain.dtype == torch.int8
+    assert held.blocked is None
+    assert model.head.packed.plain.data_ptr() == model.embedding.weight.values.data_ptr()
+    assert not any("mixture" in record.getMessage() for record in caplog.records)
+
+
+def test_experts_stay_in_full_precision_and_the_log_says_so(
+    make_model: MakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_model("Qwen2Moe", num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=32)
+    with (
+        caplog.at_level("INFO", logger="hasten"),
+        LLM(folder, device="cpu", quantization="int8", **OPTIONS) as llm,
+    ):
+        assert len(llm.generate([PROMPTS[1]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == 4
+        model: Any = llm.engine.worker.runner.model
+        layer = model.layers[0]
+    assert layer.experts.packed.linears[0][0].scales is None
+    assert layer.experts.shared.down.packed.scales is not None
+    assert "quantization int8: the experts of the mixture stay in torch.float32" in caplog.text
+
+
+@pytest.fixture
+def ft(tiny_bloom: Path, tmp_path: Path) -> Path:
+    """A folder in FasterTransformer's format."""
+    convert(Conversion(str(tiny_bloom), str(tmp_path / "ft")))
+    return tmp_path / "ft" / "1-gpu"
+
+
+def with_mode(folder: Path, mode: str) -> Path:
+    ini = folder / "config.ini"
+    ini.write_text(ini.read_text().replace("end_id=", f"int8_mode={mode}\nend_id="))
+    return folder
+
+
+def test_config_ini_chooses_it_as_in_fastertransformer(ft: Path, tiny_bloom: Path) -> None:
+    assert open_checkpoint(ft).quantization is None
+    assert open_checkpoint(with_mode(ft, "1"), verify=False).quantization == "int8"
+    found = logits_of(ft, verify_checksums=False)
+    assert torch.equal(found, logits_of(tiny_bloom, quantization="int8"))
+
+
+@pytest.mark.parametrize("mode", ["2", "3", "yes"])
+def test_other_modes_are_refused(mode: str, ft: Path) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        open_checkpoint(with_mode(ft, mode), verify=False)
+    assert f"config.ini: int8_mode is '{mode}', but must be 0 or 1: 2 is SmoothQuant, whose int8" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_is_quantized_already_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    config = (make_model("Llama") / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace("{", '{"quantization_config": {"quant_method": "gptq"},', 1))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UnsupportedError, match=r"quantization_config \(gptq\): quantized weights are not supported"):
+        LLM(tmp_path, device="cpu", quantization="int8")
+
+
+def test_other_schemes_are_refused_by_name(tiny_bloom: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^quantization 'fp8' is not supported; there is int8$"):
+        LLM(tiny_bloom, quantization="fp8")  # type: ignore[arg-type]  # as a user may
+
+
+def test_a_weight_with_nan_is_named(tiny_bloom: Path, tmp_path: Path) -> None:
+    def damage(state: dict[str, Tensor]) -> None:
+        state["transformer.h.1.mlp.dense_h_to_4h.weight"][7, 3] = float("nan")
+
+    damaged = changed_folder(tiny_bloom, tmp_path / "damaged", damage)
+    with pytest.raises(CheckpointError, match=r"tensor layers\.1\.mlp\.up\.weight has NaN or infinity in row 7"):
+        LLM(damaged, device="cpu", quantization="int8", **OPTIONS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("dtype", "bound"), [("fp16", 6e-3), ("bf16", 5e-2)])
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
+def test_a_gpu_computes_the_same(
+    family: str, dtype: str, bound: float, enforce_eager: bool, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"n_embd": 128} if family == "GPT2" else {"hidden_size": 128}  # wide enough for the kernel for some rows
+    folder = make_model(family, **sizes)
+    monkeypatch.setattr(cpu_int8, "exact_int8", lambda: False)
+    right = logits_of(folder, quantization="int8")
+    options = OPTIONS | {"dtype": dtype, "quantization": "int8", "enforce_eager": enforce_eager}
+    found = torch.cat(engine_logits(folder, PROMPTS, [ids_of(DECODED)] * len(PROMPTS), "cuda", **options)).cpu()
+    assert (found - right).norm() / right.norm() <= bound
