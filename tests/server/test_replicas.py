@@ -4,14 +4,14 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from tests.server.engine_helpers import LONG, SHORT, begin, collect, joined, until
+from tests.server.engine_helpers import LONG, SHORT, begin, collect, joined, stopped, until
 from tests.server.loop_thread import LoopThread
 from tests.server.test_engine_process import engine_processes
 
@@ -140,12 +140,13 @@ def test_a_prefix_goes_to_the_engine_that_has_it(site: Site) -> None:
 
 async def fill(site: Site, stack: AsyncExitStack) -> dict[Replica, list[AsyncGenerator[Any, None]]]:
     """Long requests in all places of both engines, by their engines."""
-    made: dict[Replica, list[AsyncGenerator[Any, None]]] = {replica: [] for replica in site.engines.replicas}
-    for number in range(8):
-        before = {replica: set(replica.requests._tickets) for replica in made}
-        stream = await stack.enter_async_context(aclosing(await begin(site.engines, prompt(number + 50, 20), LONG)))
-        (mine,) = (replica for replica in made if set(replica.requests._tickets) - before[replica])
-        made[mine].append(stream)
+    streams = await asyncio.gather(*(begin(site.engines, prompt(number + 50, 20), LONG) for number in range(8)))
+    replicas = site.engines.replicas
+    numbers = sorted((number, at) for at, replica in enumerate(replicas) for number in replica.requests._tickets)
+    made: dict[Replica, list[AsyncGenerator[Any, None]]] = {replica: [] for replica in replicas}
+    for stream, (_, at) in zip(streams, numbers, strict=True):
+        stack.push_async_callback(stream.aclose)
+        made[replicas[at]].append(stream)
     return made
 
 
@@ -155,12 +156,13 @@ def test_the_shortest_queue_gets_the_next_and_a_client_that_leaves_frees_its_eng
             streams = await fill(site, stack)
             first, second = site.engines.replicas
             assert [len(streams[replica]) for replica in (first, second)] == [4, 4]
-            for stream in streams[second][:2]:
-                await stream.aclose()
-            await until(lambda: (first.stats().running, second.stats().running) == (4, 2))
-            before = first.stats().prompt_tokens, second.stats().prompt_tokens
-            await asyncio.gather(*(collect(site.engines, prompt(number + 70), SHORT) for number in range(2)))
-            assert (first.stats().prompt_tokens, second.stats().prompt_tokens) == (before[0], before[1] + 80)
+            with stopped(site.engines):  # the first one, whose requests do not end meanwhile
+                for stream in streams[second]:
+                    await stream.aclose()
+                await until(lambda: second.stats().running == 0)
+                before = taken(site)
+                await asyncio.gather(*(collect(site.engines, prompt(number + 70), SHORT) for number in range(4)))
+                assert taken(site) == [before[0], before[1] + 160]
         await until(lambda: site.engines.stats().used_blocks == 0)
 
     site.run(ask())
@@ -180,12 +182,13 @@ def test_an_engine_is_killed_under_load(site: Site, caplog: pytest.LogCaptureFix
         dying, other = site.engines.replicas
         async with AsyncExitStack() as stack:
             streams = await fill(site, stack)
-            waiting = [asyncio.create_task(collect(site.engines, prompt(number), SHORT)) for number in range(10)]
-            await until(lambda: site.engines.stats().waiting == 10)
-            ahead = [each for each in dying.requests._tickets.values() if each.begun is None]
-            assert len(ahead) == 1
             pid = dying.pid
             assert pid is not None
+            os.kill(pid, signal.SIGSTOP)  # it ends none of its requests before it is killed
+            waiting = [asyncio.create_task(collect(site.engines, prompt(number), SHORT)) for number in range(10)]
+            await until(lambda: len(dying.requests._tickets) == 5)
+            ahead = [each for each in dying.requests._tickets.values() if each.begun is None]
+            assert len(ahead) == 1
             os.kill(pid, signal.SIGKILL)
             for stream in streams[dying]:
                 with pytest.raises(
