@@ -35,7 +35,7 @@ def on_a_terminal(script: str, **environment: str) -> tuple[str, str]:
         pass
     finally:
         os.close(leader)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=100)
     return output, shown.decode()
 
 
@@ -53,7 +53,7 @@ def test_nothing_is_drawn_where_the_caller_or_the_terminal_says_so() -> None:
 
 
 def test_nothing_is_drawn_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = subprocess.run([sys.executable, "-c", _SCRIPT.format(show=True)], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", _SCRIPT.format(show=True)], capture_output=True, text=True, timeout=100)
     assert (run.stdout, run.stderr) == ("done\n", "")
     monkeypatch.setattr(sys, "stderr", None)
     with progress_bar("Loading weights", 1) as bar:

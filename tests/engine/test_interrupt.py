@@ -40,6 +40,8 @@ with LLM(sys.argv[1], overlap_steps=sys.argv[2] == "overlapped") as llm:
             while engine.stats.steps < begin + rng.randrange(1, 9):
                 go.wait(rng.random() / 1000)
             os.kill(os.getpid(), signal.SIGINT)
+            while not go.wait(20):  # a destructor may have swallowed it
+                os.kill(os.getpid(), signal.SIGINT)
 
         thread = threading.Thread(target=interrupt)
         try:
@@ -51,7 +53,7 @@ with LLM(sys.argv[1], overlap_steps=sys.argv[2] == "overlapped") as llm:
                     for _ in llm.stream(prompts, params):
                         pass
         except KeyboardInterrupt:
-            pass
+            go.set()
         thread.join()
         llm.abort()
         assert not engine.has_unfinished and not engine.scheduler.has_work
