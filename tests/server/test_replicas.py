@@ -14,6 +14,7 @@ import pytest
 from tests.server.engine_helpers import LONG, SHORT, begin, collect, joined, stopped, until
 from tests.server.loop_thread import LoopThread
 from tests.server.test_engine_process import engine_processes
+from tests.waiting import attempts
 
 from hasten.cli.main import build_parser
 from hasten.cli.serve import serve_options
@@ -140,9 +141,14 @@ def test_a_prefix_goes_to_the_engine_that_has_it(site: Site) -> None:
 
 async def fill(site: Site, stack: AsyncExitStack) -> dict[Replica, list[AsyncGenerator[Any, None]]]:
     """Long requests in all places of both engines, by their engines."""
-    streams = await asyncio.gather(*(begin(site.engines, prompt(number + 50, 20), LONG) for number in range(8)))
     replicas = site.engines.replicas
-    numbers = sorted((number, at) for at, replica in enumerate(replicas) for number in replica.requests._tickets)
+    for _ in attempts("long requests that all run at once"):
+        streams = await asyncio.gather(*(begin(site.engines, prompt(number + 50, 20), LONG) for number in range(8)))
+        numbers = sorted((number, at) for at, replica in enumerate(replicas) for number in replica.requests._tickets)
+        if len(numbers) == len(streams):
+            break
+        for stream in streams:
+            await stream.aclose()
     made: dict[Replica, list[AsyncGenerator[Any, None]]] = {replica: [] for replica in replicas}
     for stream, (_, at) in zip(streams, numbers, strict=True):
         stack.push_async_callback(stream.aclose)
@@ -231,6 +237,7 @@ def test_an_engine_that_stands_still_gives_back_what_it_has_not_begun(site: Site
             try:
                 waiting = [asyncio.create_task(collect(site.engines, prompt(number), SHORT)) for number in range(2)]
                 await until(lambda: len(frozen.requests._tickets) == 5)
+                await asyncio.sleep(0.05)  # what its process had sent is read
                 frozen.requests.heard -= STALL_S
                 for stream in streams[other]:
                     await stream.aclose()
