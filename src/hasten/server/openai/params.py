@@ -52,11 +52,15 @@ class OpenAIError(HastenError):
         self.code = code
 
 
-def decode(body: bytes, kind: type[Decoded]) -> Decoded:
-    """The request in a body; OpenAIError naming the field that is wrong or unknown."""
+def decode(body: bytes, decoder: msgspec.json.Decoder[Decoded]) -> Decoded:
+    """The request in a body; OpenAIError naming the field that is wrong or unknown.
+
+    The decoder exists beforehand: msgspec learns a type's fields when it first needs them, and two threads that
+    do so at once end the process.
+    """
     check_json_size(body)
     try:
-        return msgspec.json.decode(body, type=kind)
+        return decoder.decode(body)
     except msgspec.ValidationError as error:
         found = _FIELD.search(str(error))
         param = next(filter(None, found.groups()), None) if found else None

@@ -37,6 +37,8 @@ from hasten.server.statistics import LanguageCounters
 
 _log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
+_COMPLETION, _CHAT = msgspec.json.Decoder(CompletionRequest), msgspec.json.Decoder(ChatRequest)
+_TOKENIZE, _DETOKENIZE = msgspec.json.Decoder(TokenizeRequest), msgspec.json.Decoder(DetokenizeRequest)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -122,15 +124,15 @@ class _Api:
         return self._find(next(iter(found), "") if name is None else name)[0]
 
     async def tokenize(self, request: Request) -> Response:
-        asked = await _asked(request, TokenizeRequest)
+        asked = await _asked(request, _TOKENIZE)
         return _json(await token_ids(asked, self._find_any(asked.model), self._prompts))
 
     async def detokenize(self, request: Request) -> Response:
-        asked = await _asked(request, DetokenizeRequest)
+        asked = await _asked(request, _DETOKENIZE)
         return _json(await text_of(asked, self._find_any(asked.model)))
 
     async def completions(self, request: Request) -> Response:
-        asked = await _asked(request, CompletionRequest)
+        asked = await _asked(request, _COMPLETION)
         client, counters = self._find_ready(asked.model)
         prompts = asked.prompts()
         params = completion_params(asked, len(prompts))
@@ -148,7 +150,7 @@ class _Api:
         )
 
     async def chat(self, request: Request) -> Response:
-        asked = await _asked(request, ChatRequest)
+        asked = await _asked(request, _CHAT)
         client, counters = self._find_ready(asked.model)
         check_chat(asked)
         timeout = _checked_wait(request, asked, client)
@@ -166,11 +168,11 @@ def _checked_wait(request: Request, asked: GenerationRequest, client: EngineClie
     return timeout
 
 
-async def _asked(request: Request, kind: type[Decoded]) -> Decoded:
+async def _asked(request: Request, decoder: msgspec.json.Decoder[Decoded]) -> Decoded:
     """What a body asks for."""
     check_declared_size(request.headers.get("content-length"))
     body = await request.body()
-    return await by_size(len(body), decode, body, kind)
+    return await by_size(len(body), decode, body, decoder)
 
 
 async def _respond(request: Request, call: Call) -> Response:
