@@ -582,7 +582,7 @@ class EngineOptions(TypedDict, total=False):
     tokenizer: str | os.PathLike[str] | None
     dtype: Any
     device: Any
-    quantization: Literal["int8"] | None
+    quantization: Quantization | None
     load_format: str
     verify_checksums: bool
     revision: str | None

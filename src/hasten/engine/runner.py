@@ -102,7 +102,7 @@ class Runner:
 
     @torch.inference_mode()
     def capture_graphs(self, most_mixed_tokens: int) -> None:
-        """Capture steps of single tokens, and steps with prompts up to so many; from now on they are replayed."""
+        """Capture steps of single tokens, and steps with prompts of at most `most_mixed_tokens`, to be replayed."""
         sizes = Sizes.up_to(self.max_sequences, most_mixed_tokens)
         self._graphs = StepGraphs(self._decode, self._mixed, self._inputs, self.max_sequences, sizes)
 

@@ -40,7 +40,9 @@ class FalconForCausalLM(Decoder):
         """Read Hugging Face's config.json, the keys of the time before Falcon was part of transformers included."""
         if hf_config.flag(raw, "apply_residual_connection_post_layernorm", False):
             raise UnsupportedError("apply_residual_connection_post_layernorm is not supported in Falcon")
-        hidden = hf_config.count(raw, "n_embed", "hidden_size")
+        hidden, heads = hf_config.width_and_heads(
+            raw, ("n_embed", "hidden_size"), ("n_head", "num_attention_heads"), _HEADS
+        )
         bias = hf_config.flag(raw, "bias", False)
         parallel, two_norms = _residuals(raw)
         return ModelConfig(
@@ -49,7 +51,7 @@ class FalconForCausalLM(Decoder):
             hidden_size=hidden,
             intermediate_size=hf_config.count(raw, "ffn_hidden_size", default=4 * hidden),
             vocab_size=hf_config.count(raw, "vocab_size", default=65_024),
-            attention=_attention(raw, hidden, bias),
+            attention=_attention(raw, heads, hidden // heads, bias),
             norm_eps=hf_config.fraction(raw, "layer_norm_epsilon", 1e-5),
             activation=hf_config.activation(raw, "activation", "gelu"),
             mlp_bias=bias,
@@ -87,19 +89,18 @@ def _residuals(raw: Mapping[str, Any]) -> tuple[bool, bool]:
     return parallel, norms == 2 or not parallel
 
 
-def _attention(raw: Mapping[str, Any], hidden: int, bias: bool) -> AttentionConfig:
-    _, heads = hf_config.width_and_heads(raw, ("n_embed", "hidden_size"), ("n_head", "num_attention_heads"), _HEADS)
+def _attention(raw: Mapping[str, Any], heads: int, head_size: int, bias: bool) -> AttentionConfig:
     kv_heads = hf_config.count(raw, "n_head_kv", "num_kv_heads", default=heads)
     multi_query = hf_config.flag(raw, "multi_query", True)  # says nothing of the second architecture
     if not _new(raw):  # num_kv_heads is then there as well, and says nothing
         kv_heads = 1 if multi_query else heads
     alibi = hf_config.flag(raw, "alibi", False)
     longest = hf_config.count(raw, "max_position_embeddings", default=_MAX_POSITION)
-    rope = rope_from_hf(raw, hidden // heads, longest)
+    rope = rope_from_hf(raw, head_size, longest)
     return AttentionConfig(
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_size=hidden // heads,
+        head_size=head_size,
         position="alibi" if alibi else "rope",
         rope=None if alibi else rope,
         alibi_scaled=alibi,

@@ -21,7 +21,7 @@ SPLIT_COLUMNS = 8
 """Of a split: start of the block table, row of the query, of the output, first key, end, keys of the sequence, place,
 splits."""
 SPLIT_STEP = 32
-"""A split begins at a multiple of so many keys."""
+"""A split begins at a multiple of this number of keys."""
 MIN_SPLIT_LEN = 64
 """Keys of one head that are worth a program."""
 _GROUP_MIN_SPLIT_LEN = 256

@@ -102,7 +102,6 @@ def paged_attention(
     out_tnd = query_tnd.new_empty(meta.num_tokens, heads, d)
     common = dict(
         HEADS=heads,
-        GROUP=heads // kv_heads,
         BLOCK_SIZE=block_size,
         D=d,
         BLOCK_D=max(16, triton.next_power_of_2(d)),
@@ -114,16 +113,16 @@ def paged_attention(
     slopes = query_tnd if alibi_slopes_n is None else alibi_slopes_n
     shared = (query_tnd, key_cache, value_cache, slopes, meta.block_tables)
     numbers = (query_tnd.stride(0), *key_cache.stride()[:3], scale * LOG2_E, (softcap or 0.0) * LOG2_E)
-    wide = key_cache.dtype == torch.float32
+    wide, group = key_cache.dtype == torch.float32, heads // kv_heads
     if plan.tiles is not None:
         _tile[(heads, len(plan.tiles))](
-            *shared, plan.tiles, out_tnd, *numbers, BLOCK_M=TILE, COLUMNS=TILE_COLUMNS, num_warps=4,
+            *shared, plan.tiles, out_tnd, *numbers, GROUP=group, BLOCK_M=TILE, COLUMNS=TILE_COLUMNS, num_warps=4,
             **_product(16 if wide and d > 128 else 32, block_size, wide), AHEAD=False, num_stages=1 if wide else 2,
             **common,
         )  # fmt: skip
     if plan.splits is not None:
         parts = _parts(meta, plan.splits, heads, common["BLOCK_D"])
-        kernel, options = _single(heads // kv_heads, meta.num_tokens, common["BLOCK_D"], block_size, wide)
+        kernel, options = _single(group, meta.num_tokens, common["BLOCK_D"], block_size, wide)
         kernel[(programs_per_split(heads, kv_heads), len(plan.splits))](
             *shared, plan.splits, out_tnd, *parts, *numbers, COLUMNS=SPLIT_COLUMNS, **options, **common
         )
@@ -131,18 +130,25 @@ def paged_attention(
 
 
 def _single(group: int, queries: int, width: int, block_size: int, wide: bool) -> tuple[Any, dict[str, Any]]:
-    """The kernel for single queries, and its options, for groups of so many heads of a padded size."""
+    """The kernel for single queries, and its options, for groups of heads of a padded size."""
     if group == 1:
         lanes, stages, warps = _cut(queries)
         return one_query, {"BLOCK_N": lanes, "STAGES": stages, "num_warps": warps}
     rows = group_rows(group)
     keys, stages, warps = _group_cut(queries, rows, width, wide)
     product = _product(keys, block_size, wide)
-    return query_group, {**product, "BLOCK_M": rows, "AHEAD": True, "num_stages": stages, "num_warps": warps}
+    return query_group, {
+        **product,
+        "GROUP": group,
+        "BLOCK_M": rows,
+        "AHEAD": True,
+        "num_stages": stages,
+        "num_warps": warps,
+    }
 
 
 def _product(keys: int, block_size: int, wide: bool) -> dict[str, Any]:
-    """What `attend` must know of its products, of so many keys at a time, which begin at a multiple of them."""
+    """What `attend` must know of its products: `keys` at a time, which begin at a multiple of that number."""
     one_block = block_size % keys == 0 and SPLIT_STEP % keys == 0
     return {"BLOCK_N": keys, "ONE_BLOCK": one_block, "PRECISION": "ieee" if wide else "tf32"}
 

@@ -101,9 +101,7 @@ def _bracket(
     finite = (best > float("-inf")) & (best < float("inf"))
     tl.store(cut, best)
     best, least = tl.where(finite, best, 0.0), tl.where(finite, least, 0.0)
-    tl.store(
-        cut + 1, tl.minimum(1 / temperature * _LOG2_E, _LARGEST)
-    )  # weights are powers of 2: the device has those alone
+    tl.store(cut + 1, tl.minimum(1 / temperature * _LOG2_E, _LARGEST))  # weights are powers of 2, the device's own
     high = _image(best, BITS)
     # What is less probable than 1e-300 has no weight in fp32.
     floor = tl.minimum(_image_from(best + temperature * tl.log(tl.maximum(min_p, 1e-300)), BITS), high)
@@ -111,12 +109,9 @@ def _bracket(
     low = tl.maximum(floor, tl.minimum(_image(least, BITS), high))
     if by_weight:
         # All tokens up to this one, even if they were the whole vocabulary, are less than what top-p drops.
-        dropped = best + temperature * tl.log((1 - top_p) / (2 * SIZE))
-        low = tl.where(
-            by_count,
-            low,
-            tl.maximum(low, tl.minimum(_image(tl.maximum(dropped, -_LARGEST).to(tl.float32), BITS), high)),
-        )
+        dropped = tl.maximum(best + temperature * tl.log((1 - top_p) / (2 * SIZE)), -_LARGEST)
+        above = tl.maximum(low, tl.minimum(_image(dropped.to(tl.float32), BITS), high))
+        low = tl.where(by_count, low, above)
     cutting = by_count | by_weight
     tl.store(cut + 2, tl.where(cutting, low, floor))
     tl.store(cut + 3, tl.where(cutting, high, floor))

@@ -59,15 +59,6 @@ def _pair_gate_up(
     tl.store(inner + pair.to(tl.int64) * I + n, value.to(inner.dtype.element_ty), n < I)
 
 
-@triton.jit
-def _block(start, k, block: tl.constexpr, I: tl.constexpr, BLOCK_K: tl.constexpr):  # noqa: E741
-    """One block of the input features of some rows."""
-    if (block + 1) * BLOCK_K <= I:
-        return tl.load(start + block * BLOCK_K)
-    else:
-        return tl.load(start + block * BLOCK_K, (k + block * BLOCK_K < I)[None, :], 0.0)
-
-
 @triton.jit(do_not_specialize=["first", "T"])
 def _pair_down(
     inner,
@@ -84,13 +75,12 @@ def _pair_down(
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The output of one pair times its weight, ROWS features, stored by token and choice.
 
-    AHEAD blocks of the weights are read while the last programs of `_pair_gate_up` still run. Each of those let this
-    kernel start once the choice was there, which is read past the first-level cache: no new launch has emptied that.
+    Each program of `_pair_gate_up` let this kernel start once the choice of experts was there, which is read before
+    the wait and past the first-level cache: no new launch has emptied that.
     """
     start_next(PDL)
     pair = tl.program_id(0)
@@ -103,15 +93,13 @@ def _pair_down(
     feature = expert.to(tl.int64) * H + tl.where(n < H, n, 0)
     w_start = weight + feature[:, None] * I + k[None, :]
     x_start = inner + pair.to(tl.int64) * I + k
-    early = ()
-    for block in tl.static_range(AHEAD):
-        early += (_block(w_start, k, block, I, BLOCK_K),)  # type: ignore[assignment]  # grows as it is compiled
     wait_for_inputs(PDL)
     scale = tl.load(scales + pair)
     total = tl.zeros([ROWS, BLOCK_K], tl.float32)
-    for block in tl.static_range((I + BLOCK_K - 1) // BLOCK_K):
-        w_nk = early[block] if block < AHEAD else _block(w_start, k, block, I, BLOCK_K)
-        x_k = tl.load(x_start + block * BLOCK_K, k + block * BLOCK_K < I, 0.0)
+    for offset in tl.static_range(0, I, BLOCK_K):
+        inside = k + offset < I
+        w_nk = tl.load(w_start + offset) if offset + BLOCK_K <= I else tl.load(w_start + offset, inside[None, :], 0.0)
+        x_k = tl.load(x_start + offset, inside, 0.0)
         total += w_nk.to(tl.float32) * x_k.to(tl.float32)[None, :]
     value = (tl.sum(total, 1) * scale).to(out.dtype.element_ty)
     at = row_of(pair, T, K, PARTS).to(tl.int64) * H
@@ -122,15 +110,12 @@ _GATE_UP_ROWS, _DOWN_ROWS = 8, 8
 """Output features of a program, of each half where there are two."""
 _BLOCK = 256
 """Input features at a time: those of one warp, so that a row is summed within it."""
-_AHEAD = 4
-"""Blocks of each row that `_pair_down` holds in registers before it may read its input."""
 
 
 def each_pair(x_th: Tensor, weights: PackedExperts, routing: Routing, gate: str, out: Tensor, *, parts: bool) -> None:
     """Store what each pair's expert makes of its token, times its weight: see `grouped`, which is for more tokens."""
     (count, hidden, inner_size), (tokens, top_k) = weights.shape, routing.experts_tk.shape
     pairs = tokens * top_k
-    block = min(_BLOCK, triton.next_power_of_2(inner_size))
     common: dict[str, Any] = dict(H=hidden, I=inner_size, K=top_k, COUNT=count, num_warps=4, **overlapped(x_th))
     inner = x_th.new_empty(pairs, inner_size)
     _pair_gate_up[(pairs, triton.cdiv(inner_size, _GATE_UP_ROWS))](
@@ -139,5 +124,5 @@ def each_pair(x_th: Tensor, weights: PackedExperts, routing: Routing, gate: str,
     )  # fmt: skip
     _pair_down[(pairs, triton.cdiv(hidden, _DOWN_ROWS))](
         inner, weights.down, routing.weights_tk, routing.experts_tk, out, weights.first, tokens,
-        PARTS=parts, ROWS=_DOWN_ROWS, BLOCK_K=block, AHEAD=min(_AHEAD, triton.cdiv(inner_size, block)), **common,
+        PARTS=parts, ROWS=_DOWN_ROWS, BLOCK_K=min(_BLOCK, triton.next_power_of_2(inner_size)), **common,
     )  # fmt: skip

@@ -158,7 +158,7 @@ def _heads_per_program(rows: int, heads: int, block: int) -> int:
 
 
 _DIMENSIONS = [(128, 512), (1024, 1024)]
-"""Up to so many rows, so many dimensions of all heads of a program."""
+"""Maximum number of rows, and dimensions of all heads of a program up to it."""
 _MOST_DIMENSIONS = 2048
 
 

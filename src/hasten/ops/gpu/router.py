@@ -155,7 +155,7 @@ _CUTS = (
     (1024, _Cut(64, 64, 256, 8, 16, 8)),
     (float("inf"), _Cut(64, 64, 256, 8, 64, 8)),
 )
-"""By the tokens, up to so many. The choice has a warp per token where there are few."""
+"""Each with the most tokens that it is for. The choice has a warp per token where there are few."""
 
 
 def route(x_th: Tensor, router_eh: Tensor, top_k: int, normalized: bool, slots_t: Tensor | None = None) -> Routing:

@@ -61,7 +61,6 @@ def one_query(
     scale,
     cap,
     HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -73,7 +72,7 @@ def one_query(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One query of one head against a split of the keys.
+    """One query of one head against a split of the keys of that head.
 
     Each of BLOCK_N lanes of keys keeps its own running softmax, so that nothing crosses lanes before the end. The
     program that finishes last among the splits of a query adds them up.
@@ -96,7 +95,7 @@ def one_query(
     slope = 0.0
     if HAS_SLOPES:
         slope = tl.load(slopes + head).to(tl.float32) * 1.4426950408889634
-    base = (head // GROUP).to(tl.int64) * head_stride
+    base = head.to(tl.int64) * head_stride
     wait_for_inputs(PDL)
     if parts > 0:
         q_d = tl.load(query + query_row * query_stride + head * D + d, in_head, 0.0).to(tl.float32) * scale

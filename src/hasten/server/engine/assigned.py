@@ -9,7 +9,7 @@ from hasten.server.engine.wait import WaitEstimator
 from hasten.server.engine.wire import Step
 
 _SLACK = 8
-"""One sequence more for each so many that may run waits in the engine, and fills a free place in the very next step."""
+"""For each of these that may run, a sequence more waits in the engine, and fills a free place in the very next step."""
 
 
 class AssignedRequests:
@@ -41,7 +41,7 @@ class AssignedRequests:
         """Requests that wait for their grammars."""
 
     def attach(self, places: int, num_blocks: int, block_size: int) -> None:
-        """A process is ready that runs so many sequences at once; nothing is measured of it yet.
+        """A process is ready that runs up to `places` sequences at once; nothing is measured of it yet.
 
         Its cache is empty and has `num_blocks` blocks of `block_size` tokens.
         """
@@ -77,7 +77,7 @@ class AssignedRequests:
         return sum(ticket.ahead for ticket in self._tickets.values())
 
     def fits(self, width: int) -> bool:
-        """Whether it has places for so many sequences now."""
+        """Whether it has places for `width` sequences now."""
         return self.sequences + width <= self._places
 
     def get(self, number: int) -> Ticket | None:

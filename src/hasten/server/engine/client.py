@@ -134,7 +134,7 @@ class EngineClient:
         engines: int = 1,
         stall_timeout: float = ServerOptions.stall_timeout_secs,
     ) -> "EngineClient":
-        """Start so many engines and wait until all have loaded the model. Raises the HastenError that prevented it.
+        """Start the engines and wait until all have loaded the model. Raises the HastenError that prevented it.
 
         An engine with requests and without a step for `stall_timeout` seconds is not `ready`.
         """
@@ -309,8 +309,8 @@ class EngineClient:
 
     def _prefixes(self, tokens: tuple[int, ...], params: SamplingParams) -> tuple[int, ...]:
         """What decides between engines: nothing for one, or for a prompt that no engine takes from its cache."""
-        shares = self._config.cache.enable_prefix_caching and params.prompt_logprobs is None
-        return prefixes_of(tokens, self.info.block_size) if shares and len(self.replicas) > 1 else ()
+        cached = self._config.cache.enable_prefix_caching and params.prompt_logprobs is None
+        return prefixes_of(tokens, self.info.block_size) if cached and len(self.replicas) > 1 else ()
 
     def _submit(self, ticket: Ticket) -> None:
         with self.counting_refusals(ticket.priority):

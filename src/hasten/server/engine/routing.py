@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hasten.server.engine.ticket import Ticket
 
 _SEQUENCE_TOKENS = 64
-"""A sequence with an engine counts as so many tokens of prompts: its own tokens to come, each of which takes a step."""
+"""Tokens of prompts that a sequence with an engine counts as: its own tokens to come, each of which takes a step."""
 _MOST_BLOCKS = 1024
 """Of a prompt that are looked at: each takes about half a microsecond."""
 
@@ -42,7 +42,7 @@ class PrefixTable:
         """Blocks of the engine's cache, and tokens of a block."""
 
     def reset(self, num_blocks: int, block_size: int) -> None:
-        """The engine's cache is empty, and has so many blocks of so many tokens."""
+        """The engine's cache is empty, and has `num_blocks` blocks of `block_size` tokens."""
         self._known.clear()
         self._num_blocks, self._block_size = num_blocks, block_size
 
