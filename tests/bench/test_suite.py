@@ -87,6 +87,16 @@ def test_latency_is_the_least_of_the_repetitions() -> None:
         assert figures[step] == pytest.approx(1000 * further / 127)
 
 
+def test_long_prompts_are_a_batch_of_eight() -> None:
+    engine = Clock()
+    report = run(engine, suite.Plan(tests=("long",), repetitions=2, max_model_len=16_448))
+    assert engine.shapes() == [(4, 8), (8, 64), *([(8, 64), (8, 1)] * 2)]
+    assert {len(prompt) for prompts, _ in engine.calls[1:] for prompt in prompts} == {16_384}
+    figures = report["long"]
+    assert figures["ms_per_step"] == pytest.approx(1000 * (figures["e2e_s"] - figures["prefill_s"]) / 63)
+    assert figures["tok_s_e2e"] == pytest.approx(8 * 64 / figures["e2e_s"])
+
+
 def test_figures_of_many_requests() -> None:
     report = run(Clock(), suite.Plan(tests=("lambada", "tput"), max_num_seqs=7, max_model_len=1100))
     lambada, tput = report["lambada"], report["tput"]
@@ -131,13 +141,15 @@ def test_what_nobody_foresaw_is_no_result() -> None:
         run(Clock(refuse=lambda lengths: ZeroDivisionError()), suite.Plan())
 
 
-def test_hugging_face_is_spared_large_batches_and_tput() -> None:
+def test_hugging_face_is_spared_what_would_take_hours() -> None:
     plan, left_out = suite.hf_plan(suite.Plan(), 64)
     assert (plan.tests, plan.batch_sizes, plan.lambada_batch_size) == (("lat", "fixed", "lambada"), (16, 64), 16)
     assert left_out == ["fixed_b256", "tput"]
     plan, left_out = suite.hf_plan(suite.Plan(tests=("fixed", "lambada"), batch_sizes=(2, 3)), 1)
     assert (plan.tests, left_out) == (("lambada",), ["fixed_b2", "fixed_b3"])
     assert suite.hf_plan(suite.Plan(tests=("lat",)), 64)[1] == []
+    plan, left_out = suite.hf_plan(suite.Plan(tests=("long", "lat"), max_model_len=16_448), 64)
+    assert (plan.tests, left_out) == (("lat",), ["long"])
 
 
 def test_speedups_are_ratios_of_times_that_both_have() -> None:
@@ -173,7 +185,11 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"tests": ("lat", "lamda")}, "'lamda' is no test"), ({"repetitions": 0}, "repetitions must be at least 1")],
+    [
+        ({"tests": ("lat", "lamda")}, "'lamda' is no test"),
+        ({"repetitions": 0}, "repetitions must be at least 1"),
+        ({"tests": ("long",)}, "long needs a max_model_len of 16448 or more, got 2048"),
+    ],
 )
 def test_plans_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

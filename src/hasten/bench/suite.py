@@ -1,4 +1,4 @@
-"""The four workloads that peers are measured with, one after the other on one engine.
+"""The workloads that peers are measured with, one after the other on one engine.
 
 Lengths, seeds, their order and the names of the figures are those of the peers' benchmark, so that results lie side by
 side. Prompts are random token ids; each measurement is one generate call whose requests all arrive at once:
@@ -8,6 +8,7 @@ side. Prompts are random token ids; each measurement is one generate call whose 
 - `fixed`: the same for batches.
 - `lambada`: many requests of about 87 tokens in and 4 out, once.
 - `tput`: many requests of 100 to 1024 tokens in and out, once.
+- `long`: as `fixed`, 8 requests of 16,384 tokens in and 64 out. Only where it is named: such sequences need memory.
 """
 
 import random
@@ -19,10 +20,11 @@ import torch
 
 from hasten.bench.engines import Engine, Generation, in_batches
 from hasten.bench.report import print_table
-from hasten.bench.workloads import Workload, fixed, lambada, tput
+from hasten.bench.workloads import Workload, fixed, lambada, long, tput
 from hasten.core.errors import ConfigError, HastenError
 
-TESTS = ("lat", "fixed", "lambada", "tput")
+TESTS = ("lat", "fixed", "lambada", "tput", "long")
+DEFAULT_TESTS = TESTS[:4]
 FAILURES = (HastenError, torch.OutOfMemoryError)
 """What ends one workload and not the whole suite."""
 
@@ -37,13 +39,13 @@ Figures = dict[str, float]
 class Plan:
     """What to measure; the defaults are what peers are measured on."""
 
-    tests: tuple[str, ...] = TESTS
+    tests: tuple[str, ...] = DEFAULT_TESTS
     batch_sizes: tuple[int, ...] = (16, 64, 256)
     """Of `fixed`."""
     num_requests: int | None = None
     """Of `lambada` and `tput`; None is 5153 and 1000."""
     repetitions: int = 3
-    """Of `lat` and `fixed`."""
+    """Of `lat`, `fixed` and `long`."""
     max_model_len: int = 2048
     """Outputs of `tput` end there."""
     max_num_seqs: int = 256
@@ -56,18 +58,21 @@ class Plan:
                 raise ConfigError(f"{test!r} is no test of the suite; choose among {', '.join(TESTS)}")
         if self.repetitions < 1:
             raise ConfigError(f"repetitions must be at least 1, got {self.repetitions}")
+        if "long" in self.tests and self.max_model_len < long().max_len:
+            raise ConfigError(f"long needs a max_model_len of {long().max_len} or more, got {self.max_model_len}")
 
 
 def hf_plan(plan: Plan, largest_batch: int) -> tuple[Plan, list[str]]:
     """What of a plan Hugging Face is measured on, and the workloads that are left out.
 
-    It computes a batch's padding as well and frees no place before the longest output ends: `tput` would take hours, so
-    would large batches.
+    It computes a batch's padding as well and frees nothing before the longest output ends: `tput` would take hours, so
+    would large batches. `long` exceeds what most GPUs hold without a paged cache.
     """
     sizes = tuple(size for size in plan.batch_sizes if size <= largest_batch)
-    without = {"tput"} if sizes else {"tput", "fixed"}
+    too_large = {"tput", "long"}
+    without = too_large if sizes else too_large | {"fixed"}
     left_out = [f"fixed_b{size}" for size in plan.batch_sizes if size > largest_batch and "fixed" in plan.tests]
-    left_out += [test for test in plan.tests if test == "tput"]
+    left_out += [test for test in plan.tests if test in too_large]
     tests = tuple(test for test in plan.tests if test not in without)
     return replace(plan, tests=tests, batch_sizes=sizes, lambada_batch_size=_HF_LAMBADA_BATCH), left_out
 
@@ -87,6 +92,7 @@ def measure(engine: Engine, plan: Plan, vocab_size: int) -> Iterator[dict[str, A
         "fixed": run.fixed,
         "lambada": run.lambada,
         "tput": run.tput,
+        "long": run.long,
     }
     for test in plan.tests:
         yield _entries(test, tests[test]())
@@ -123,12 +129,16 @@ class _Run:
 
     def lat(self) -> Iterator[tuple[str, Figures]]:
         """Yield the figures of a single request."""
-        yield "lat_b1", self._equal(1, first="ttft_s", step="ms_per_tok")
+        yield "lat_b1", self._equal(fixed(1, _LENGTH, _LENGTH), first="ttft_s", step="ms_per_tok")
 
     def fixed(self) -> Iterator[tuple[str, Figures]]:
         """Yield the figures of each batch."""
         for size in self._plan.batch_sizes:
-            yield f"fixed_b{size}", self._equal(size, first="prefill_s", step="ms_per_step")
+            yield f"fixed_b{size}", self._equal(fixed(size, _LENGTH, _LENGTH), first="prefill_s", step="ms_per_step")
+
+    def long(self) -> Iterator[tuple[str, Figures]]:
+        """Yield the figures of a batch of long prompts."""
+        yield "long", self._equal(long(), first="prefill_s", step="ms_per_step")
 
     def lambada(self) -> Iterator[tuple[str, Figures]]:
         """Yield the figures of many short requests."""
@@ -164,21 +174,21 @@ class _Run:
             },
         )
 
-    def _equal(self, batch_size: int, *, first: str, step: str) -> Figures:
-        whole, short = fixed(batch_size, _LENGTH, _LENGTH), fixed(batch_size, _LENGTH, 1)
+    def _equal(self, whole: Workload, *, first: str, step: str) -> Figures:
+        short = replace(whole, output_lengths=(1,) * len(whole.output_lengths))
         self._generate(whole)
         to_last, to_first = [], []
         for _ in range(self._plan.repetitions):
             to_last.append(self._generate(whole).seconds)
             to_first.append(self._generate(short).seconds)
-        total, steps = min(to_last), _LENGTH - 1
+        total, batch_size, output_length = min(to_last), len(whole.output_lengths), whole.output_lengths[0]
         decoding = total - min(to_first)
         return {
             "e2e_s": total,
-            "tok_s_e2e": batch_size * _LENGTH / total,
+            "tok_s_e2e": batch_size * output_length / total,
             first: min(to_first),
-            "tok_s_decode": batch_size * steps / decoding,
-            step: 1000 * decoding / steps,
+            "tok_s_decode": batch_size * (output_length - 1) / decoding,
+            step: 1000 * decoding / (output_length - 1),
         }
 
     def _generate(self, workload: Workload, batch_size: int | None = None) -> Generation:

@@ -41,6 +41,11 @@ def fixed(batch_size: int, prompt_length: int = 128, output_length: int = 128) -
     return Workload(f"fixed-{batch_size}", (prompt_length,) * batch_size, (output_length,) * batch_size)
 
 
+def long() -> Workload:
+    """Eight prompts of 16,384 tokens, and 64 new tokens each."""
+    return Workload("long", (16_384,) * 8, (64,) * 8)
+
+
 def lambada(count: int | None = None) -> Workload:
     """Prompts as long as LAMBADA's under BLOOM's tokenizer, N(87, 25) clipped to 20..230, and 4 new tokens each."""
     count = _count(count, 5153)

@@ -26,13 +26,17 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
         "suite",
         help="the workloads that peers are measured with, in one process",
         description="The workloads that peers are measured with, one after the other on one engine: lat (one request), "
-        "fixed (batches; both 128 tokens in and out), lambada (many short requests) and tput (many of mixed lengths). "
-        "With --output-path the results so far are written after each. Sequences have at most 2048 tokens and steps at "
-        "most 8192 unless an option says otherwise.",
+        "fixed (batches; both 128 tokens in and out), lambada (many short requests) and tput (many of mixed lengths); "
+        "long (8 requests of 16384 tokens in and 64 out) where --tests names it. With --output-path the results so far "
+        "are written after each. Sequences have at most 2048 tokens (16448 with long) and steps at most 8192 unless an "
+        "option says otherwise.",
     )
-    add_model(parser, compare="measure Hugging Face after it, on all but tput")
+    add_model(parser, compare="measure Hugging Face after it, on all but tput and long")
     parser.add_argument(
-        "--tests", default="lat,fixed,lambada,tput", metavar="NAMES", help="which, in this order (default: all four)"
+        "--tests",
+        default="lat,fixed,lambada,tput",
+        metavar="NAMES",
+        help="which, in this order (default: lat,fixed,lambada,tput)",
     )
     parser.add_argument(
         "--batch-sizes", type=positive, nargs="+", default=[16, 64, 256], metavar="N", help="fixed (default: 16 64 256)"
@@ -48,7 +52,7 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
         "--num-requests", type=positive, metavar="N", help="requests (default: lambada 5153, tput 1000)"
     )
     parser.add_argument(
-        "--repetitions", type=positive, default=3, metavar="N", help="lat and fixed: the best of N (default: 3)"
+        "--repetitions", type=positive, default=3, metavar="N", help="lat, fixed and long: the best of N (default: 3)"
     )
     add_output(parser)
     add_engine_options(parser, defaults=_DEFAULTS)
@@ -58,13 +62,16 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure what peers are measured on; a workload that fails is told and makes the status 1."""
     from hasten.bench import report, suite
+    from hasten.bench.workloads import long
     from hasten.parallel.threads import limit_threads
 
     report.require_writable(args.output_path)
-    options = engine_options(args, defaults=_DEFAULTS)
+    tests = tuple(args.tests.split(","))
+    lengths = {"max_model_len": long().max_len} if "long" in tests else {}
+    options = engine_options(args, defaults={**_DEFAULTS, **lengths})
     threads = limit_threads()
     plan = suite.Plan(
-        tests=tuple(args.tests.split(",")),
+        tests=tests,
         batch_sizes=tuple(args.batch_sizes),
         num_requests=args.num_requests,
         repetitions=args.repetitions,
