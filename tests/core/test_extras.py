@@ -89,6 +89,12 @@ def test_the_server_needs_the_extra_serve() -> None:
         assert packages(modules - {"triton_python_backend_utils"}) <= declared, file
 
 
+def test_batches_need_the_extra_batch() -> None:
+    declared = distributions([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["batch"]])
+    for file, modules in imports("batch").items():
+        assert packages(modules) <= declared, file
+
+
 def test_the_cluster_needs_the_extra_cluster() -> None:
     declared = distributions(PROJECT["optional-dependencies"]["cluster"])
     for file, modules in imports("cluster").items():

@@ -15,6 +15,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
         "uvicorn": "uvicorn",
     },
     "cluster": {"kubernetes": "kubernetes", "msgspec": "msgspec", "yaml": "pyyaml"},
+    "batch": {"msgspec": "msgspec"},
     "grammar": {"llguidance": "llguidance"},
 }
 """For each extra the packages that it does not work without: name of the import -> name on the package index."""

@@ -112,6 +112,11 @@ class LLM:
         return self._engine
 
     @property
+    def model(self) -> str:
+        """The folder or Hugging Face id that it was given."""
+        return self._model
+
+    @property
     def config(self) -> ModelConfig:
         """What the model looks like."""
         return self.engine.model_config

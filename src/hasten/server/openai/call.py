@@ -2,19 +2,19 @@
 
 import asyncio
 import secrets
-import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
 import msgspec
 
-from hasten.core.errors import HastenError, InvalidRequestError
-from hasten.core.types import FinishReason, SamplingParams
+from hasten.core.errors import HastenError
+from hasten.core.types import SamplingParams
 from hasten.server.by_size import by_size
 from hasten.server.engine.client import CompletionDelta, EngineClient, Progress
+from hasten.server.openai.answer import Usage, answer_head, check_completions, whole_answer
 from hasten.server.openai.choices import Choice, Choices
-from hasten.server.openai.params import error_answer
+from hasten.server.openai.errors import error_answer
 from hasten.server.openai.types import GenerationRequest
 from hasten.server.statistics import LanguageCounters
 from hasten.server.together import running
@@ -22,27 +22,6 @@ from hasten.server.together import running
 _encode = msgspec.json.Encoder().encode
 _News = tuple[int, Progress | Exception | None]
 """A prompt's number with its progress, with the error that ended it, or with None at its end."""
-
-
-@dataclass
-class _Usage:
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    prompts_only: bool = False
-    """Whether no completion is shown, and so none counts."""
-
-    def count(self, progress: Progress) -> None:
-        self.prompt_tokens += len(progress.prompt_token_ids)
-        if not self.prompts_only:
-            self.completion_tokens += progress.tokens
-
-    def as_json(self) -> dict[str, int]:
-        total = self.prompt_tokens + self.completion_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
-        }
 
 
 def _shows(delta: CompletionDelta) -> bool:
@@ -69,27 +48,17 @@ class Call:
 
     def head(self, kind: str) -> bytes:
         """How each JSON object of the answer begins."""
-        prefix = "cmpl" if self.kind == "text_completion" else "chatcmpl"
-        made = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time())}
-        return _encode(made | {"model": self.request.model})[:-1] + b',"choices":['
+        return answer_head(self.kind, kind, self.request.model, secrets.token_hex(12))
 
     async def answer(self) -> bytes:
         """The whole answer."""
-        usage, found, size = _Usage(prompts_only=self.prompts_only), list[Choice](), 0
+        usage, found, size = Usage(prompts_only=self.prompts_only), list[Choice](), 0
         async with aclosing(self._run(stream=False)) as run:
             async for number, progress in run:
                 usage.count(progress)
                 size += progress.size
                 found += await by_size(progress.size, self._used_up, number, progress)
-        return await by_size(size, self._whole, found, usage)
-
-    def _whole(self, found: list[Choice], usage: _Usage) -> bytes:
-        """The answer of choices, which are used up: to free a million objects takes as long as to make them."""
-        found.sort(key=lambda choice: choice.index, reverse=True)
-        parts = []
-        while found:
-            parts.append(_encode(found.pop()))
-        return self.head(self.kind) + b",".join(parts) + b'],"usage":' + _encode(usage.as_json()) + b"}"
+        return await by_size(size, whole_answer, self.head(self.kind), found, usage)
 
     def _used_up(self, number: int, progress: Progress) -> Sequence[Choice]:
         """The choices of a progress, whose log-probabilities are freed one completion after the other."""
@@ -100,7 +69,7 @@ class Call:
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as events. What is wrong with the request shows before the first of them."""
-        usage, options = _Usage(prompts_only=self.prompts_only), self.request.stream_options
+        usage, options = Usage(prompts_only=self.prompts_only), self.request.stream_options
         with_usage = options is not None and bool(options.include_usage)
         kind = "text_completion" if self.kind == "text_completion" else "chat.completion.chunk"
         begin, end = b"data: " + self.head(kind), b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
@@ -128,11 +97,7 @@ class Call:
         return b"".join([begin + _encode(piece) + end for piece in self._taken(number, progress)])
 
     def _taken(self, number: int, progress: Progress) -> Sequence[Choice]:
-        for delta in progress.completions:
-            if delta.finish_reason == FinishReason.ERROR:
-                message = f"the completion could not be continued: {delta.stop_reason}"
-                # what ends a constrained completion is its grammar, as good as always
-                raise InvalidRequestError(message) if self.params.is_constrained else HastenError(message)
+        check_completions(progress, self.params)
         return self.choices.take(number, progress)
 
     def _run(self, *, stream: bool) -> AsyncGenerator[tuple[int, Progress], None]:

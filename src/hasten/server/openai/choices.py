@@ -6,10 +6,12 @@ from typing import Protocol
 
 import msgspec
 
-from hasten.core.types import FinishReason
+from hasten.core.types import FinishReason, SamplingParams
 from hasten.engine.text import Tokenizer
-from hasten.server.engine.client import CompletionDelta, Progress
-from hasten.server.engine.wire import Logprob
+from hasten.server.engine.ticket import Progress
+from hasten.server.engine.wire import CompletionDelta, Logprob
+from hasten.server.openai.params import OpenAIError
+from hasten.server.openai.types import CompletionRequest
 
 _LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have; as OpenAI writes it."""
@@ -184,6 +186,18 @@ class BestChoices:
             if not self.with_logprobs:
                 delta.logprobs = None
         return self.choices.take(number, progress)
+
+
+def completion_choices(
+    asked: CompletionRequest, prompts: Sequence[str | list[int]], params: SamplingParams, tokenizer: Tokenizer | None
+) -> Choices:
+    """The form of the answer to POST /v1/completions; OpenAIError where it needs a tokenizer and there is none."""
+    if asked.echo and tokenizer is None:
+        raise OpenAIError("echo needs a tokenizer, and the model has none", param="echo")
+    texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
+    shown = 1 if asked.n is None else asked.n
+    choices = CompletionChoices(shown, bool(asked.echo), asked.shows_prompts_only, tokenizer, texts)
+    return choices if params.n == shown else BestChoices(choices, with_logprobs=asked.logprobs is not None)
 
 
 def _mean_logprob(delta: CompletionDelta) -> float:

@@ -1,4 +1,4 @@
-"""From a request of OpenAI's API to sampling parameters, and its errors in OpenAI's form."""
+"""From a request of OpenAI's API to sampling parameters, for servers and for batches of requests in files."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -6,17 +6,11 @@ from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Raw
-from starlette.responses import Response
 
-from hasten.core.errors import EngineError, HastenError, InvalidRequestError
-from hasten.core.text import shortened
+from hasten.core.errors import HastenError
 from hasten.core.types import SamplingParams
-from hasten.server.engine.client import QueueError
-from hasten.server.errors import INTERNAL
-from hasten.server.http_errors import retry_after
 from hasten.server.json_size import check_json_size
 from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest
-from hasten.server.types import LONGEST_MESSAGE, ServiceError
 
 _MOST_COMPLETIONS, _MOST_PROMPTS, _MOST_LOGPROBS, _MOST_STOPS = 128, 2048, 20, 64
 """Each as OpenAI's own limit or above it: without one, a short request could ask for any amount of work."""
@@ -32,7 +26,6 @@ _PASSED_ON = (
     *("skip_special_tokens", "logit_bias", "length_penalty", "early_stopping"),
 )
 """Fields that are SamplingParams' own."""
-_FIELDS = {*CompletionRequest.__struct_fields__, *ChatRequest.__struct_fields__}
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for a text that is none, or is nested too deeply."""
 QUEUE_TIMEOUT = "x-queue-timeout-ms"
@@ -77,37 +70,6 @@ def queue_timeout(headers: Mapping[str, str]) -> float | None:
     if not (text.isascii() and text.isdigit() and 0 < len(text) <= _MOST_DIGITS and int(text) > 0):
         raise OpenAIError(f"the header {QUEUE_TIMEOUT} must be a whole number of milliseconds from 1 on")
     return int(text) / 1e3
-
-
-def error_answer(error: Exception) -> tuple[int, bytes]:
-    """HTTP status and body for an error."""
-    status, kind, code, param = _classified(error)
-    if isinstance(error, OpenAIError):
-        status, code, param = error.status, error.code, error.param
-        kind = "invalid_request_error" if status < 500 else "server_error"
-    message = str(error) if isinstance(error, HastenError) else INTERNAL
-    message = shortened(message, LONGEST_MESSAGE)
-    return status, msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
-
-
-def _classified(error: Exception) -> tuple[int, str, str | None, str | None]:
-    """Status, type, code and parameter."""
-    if isinstance(error, InvalidRequestError):
-        named = re.split(r"\W", str(error), maxsplit=1)[0]
-        return 400, "invalid_request_error", None, named if named in _FIELDS else None
-    if isinstance(error, QueueError):
-        return 429, "rate_limit_error", error.reason, None
-    if isinstance(error, EngineError) or (isinstance(error, ServiceError) and error.is_temporary):
-        return 503, "server_error", "service_unavailable", None
-    return 500, "server_error", None, None
-
-
-def error_response(error: Exception) -> Response:
-    """The response to a request that failed before its first token."""
-    status, body = error_answer(error)
-    wait = error.retry_after if isinstance(error, QueueError | ServiceError) else None
-    headers = {"retry-after": str(retry_after(wait))} if status in (429, 503) else None
-    return Response(body, status, headers, media_type="application/json")
 
 
 def completion_params(request: CompletionRequest, prompts: int) -> SamplingParams:

@@ -13,11 +13,12 @@ from starlette.routing import Route
 
 from hasten.core.errors import EngineError, HastenError
 from hasten.server.by_size import by_size
-from hasten.server.engine.client import EngineClient
-from hasten.server.http_errors import CLIENT_GONE
+from hasten.server.engine.client import EngineClient, QueueError
+from hasten.server.http_errors import CLIENT_GONE, retry_after
 from hasten.server.json_size import check_declared_size
 from hasten.server.openai.call import Call
-from hasten.server.openai.choices import BestChoices, ChatChoices, CompletionChoices
+from hasten.server.openai.choices import ChatChoices, completion_choices
+from hasten.server.openai.errors import error_answer
 from hasten.server.openai.models import Models, models_by_id
 from hasten.server.openai.params import (
     Decoded,
@@ -26,7 +27,6 @@ from hasten.server.openai.params import (
     check_chat,
     completion_params,
     decode,
-    error_response,
     queue_timeout,
 )
 from hasten.server.openai.prompts import ChatPrompts, tokenized
@@ -34,6 +34,7 @@ from hasten.server.openai.tokens import DetokenizeRequest, TokenizeRequest, text
 from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest
 from hasten.server.sse import EventStream, unless_gone
 from hasten.server.statistics import LanguageCounters
+from hasten.server.types import ServiceError
 
 _log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
@@ -70,9 +71,17 @@ def _guarded(handler: Handler) -> Handler:
         except Exception as error:
             if not isinstance(error, HastenError):
                 _log.exception("%s %s failed", request.method, request.url.path)
-            return error_response(error)
+            return _error_response(error)
 
     return guarded
+
+
+def _error_response(error: Exception) -> Response:
+    """The response to a request that failed before its first token."""
+    status, body = error_answer(error)
+    wait = error.retry_after if isinstance(error, QueueError | ServiceError) else None
+    headers = {"retry-after": str(retry_after(wait))} if status in (429, 503) else None
+    return Response(body, status, headers, media_type="application/json")
 
 
 async def _unknown(request: Request) -> Response:
@@ -136,18 +145,13 @@ class _Api:
         client, counters = self._find_ready(asked.model)
         prompts = asked.prompts()
         params = completion_params(asked, len(prompts))
-        if asked.echo and client.tokenizer is None:
-            raise OpenAIError("echo needs a tokenizer, and the model has none", param="echo")
+        choices = completion_choices(asked, prompts, params, client.tokenizer)
         timeout = _checked_wait(request, asked, client)
         tokens = await tokenized(prompts, client, "prompt", add_special_tokens=True)
-        hidden = bool(asked.echo) and asked.max_tokens == 0
-        texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
-        count = 1 if asked.n is None else asked.n
-        made = CompletionChoices(count, bool(asked.echo), hidden, client.tokenizer, texts)
-        choices = made if params.n == count else BestChoices(made, with_logprobs=asked.logprobs is not None)
-        return await _respond(
-            request, Call(asked, client, counters, tokens, params, choices, "text_completion", timeout, hidden)
+        call = Call(
+            asked, client, counters, tokens, params, choices, "text_completion", timeout, asked.shows_prompts_only
         )
+        return await _respond(request, call)
 
     async def chat(self, request: Request) -> Response:
         asked = await _asked(request, _CHAT)

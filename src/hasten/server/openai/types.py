@@ -98,6 +98,11 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     logprobs: int | None = None
     suffix: str | None = None
 
+    @property
+    def shows_prompts_only(self) -> bool:
+        """Whether prompts are to be given back and nothing is to follow them."""
+        return bool(self.echo) and self.max_tokens == 0
+
     def prompts(self) -> list[str | list[int]]:
         """Each prompt; InvalidRequestError where texts and token ids are mixed up or there is none."""
         if isinstance(self.prompt, str):

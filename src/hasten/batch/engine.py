@@ -1,0 +1,73 @@
+"""What computes a batch: `LLM`, or whatever offers the same few calls."""
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+from hasten.core.types import Request, RequestOutput
+from hasten.engine.chat import ChatTemplate
+from hasten.engine.text import Tokenizer
+
+if TYPE_CHECKING:
+    from hasten.engine.llm import LLM
+
+_WINDOWS = 2
+"""Prompts that are in the engine, for each that it may compute at once: as many wait, so that no step has room left."""
+
+
+class BatchEngine(Protocol):
+    """What a batch needs of an engine."""
+
+    @property
+    def window(self) -> int:
+        """Maximum prompts that are in the engine at once, waiting ones included."""
+        ...
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest sequence."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """What the seeds of rows without one are derived from."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, if it has one."""
+        ...
+
+    @property
+    def template(self) -> ChatTemplate | None:
+        """The tokenizer's chat template, if it has one."""
+        ...
+
+    def add(self, request: Request) -> None:
+        """Queue a prompt; InvalidRequestError where it cannot be served."""
+        ...
+
+    def abort(self, request_id: str) -> object:
+        """Withdraw a prompt."""
+        ...
+
+    def step(self) -> list[RequestOutput]:
+        """Compute a step; the outputs of prompts that it finished."""
+        ...
+
+
+class LLMEngine:
+    """An `LLM` as a batch sees it."""
+
+    def __init__(self, llm: "LLM") -> None:
+        self._engine = llm.engine
+        self.window = _WINDOWS * self._engine.scheduler.config.max_num_seqs
+        self.max_model_len = self._engine.max_model_len
+        self.seed = self._engine.config.seed
+        self.tokenizer = self._engine.tokenizer
+        self.add, self.abort, self.step = self._engine.add, self._engine.abort, self._engine.step
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """The tokenizer's chat template; CheckpointError where it is not valid."""
+        folder = self._engine.config.tokenizer or self._engine.worker.tokenizer_folder
+        return None if folder is None else ChatTemplate.from_folder(folder)

@@ -1,0 +1,59 @@
+"""The output folder of a batch: whose it is, what of it is done, and who writes to it."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hasten.batch.shards import write_whole
+from hasten.core.errors import ConfigError
+from hasten.core.files import naming, reading
+
+JOB, SUMMARY, _LOCK = "job.json", "summary.json", ".lock"
+_WORDS = {"input": "the input differs", "model": "the model differs", "defaults": "the sampling options differ"}
+"""What messages say where a field of job.json is another."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Create a folder and hold it for this process; ConfigError where another one has it."""
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is writing this batch to {folder}; wait for it or end it") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def claim(folder: Path, job: Mapping[str, Any]) -> None:
+    """Write down whose results a folder has; ConfigError where it has those of another job, or other files."""
+    file = folder / JOB
+    if not file.exists():
+        if any(path.name != _LOCK and not path.name.endswith(".partial") for path in folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty and has no {JOB}; give a new folder for the results")
+        write_whole(file, json.dumps(job, indent=2) + "\n")
+        return
+    known = _known(file)
+    for name, word in _WORDS.items():
+        if known.get(name) != job[name]:
+            raise ConfigError(
+                f"{folder} has results of another batch: {word} ({known.get(name)!r:.120}, now "
+                f"{job[name]!r:.120}); give another folder"
+            )
+
+
+def _known(file: Path) -> dict[str, Any]:
+    try:
+        with reading(str(file)):
+            known = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON ({error}); give a new folder for the results") from None
+    return known if isinstance(known, dict) else {}

@@ -1,0 +1,104 @@
+"""The input of a batch: rows of JSON, read one by one however many there are."""
+
+import hashlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from hasten.core.errors import ConfigError
+from hasten.core.files import reading
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the input."""
+
+    number: int
+    """Its line in the file, from 0 on."""
+    text: bytes
+    """Its JSON."""
+
+    @property
+    def where(self) -> str:
+        """What messages call it."""
+        return f"line {self.number + 1}"
+
+
+class _Ids(msgspec.Struct):
+    custom_id: str | int | None = None
+    id: str | int | None = None
+
+
+_decode_ids = msgspec.json.Decoder(_Ids).decode
+
+
+def id_of(row: Row) -> str:
+    """What a row is called: its `custom_id`, else its `id`, else `row-LINE`, which also stands for what is no JSON."""
+    try:
+        ids = _decode_ids(row.text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        ids = _Ids()
+    given = ids.id if ids.custom_id is None else ids.custom_id
+    return f"row-{row.number + 1}" if given is None else str(given)
+
+
+class JsonLines:
+    """A file with one JSON object per line; blank lines are no rows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rows(self) -> Iterator[Row]:
+        """The rows in order; ConfigError where the file cannot be read."""
+        with reading(f"rows from {self.path}"), self.path.open("rb") as file:
+            for number, line in enumerate(file):
+                text = line.removeprefix(_BYTE_ORDER_MARK) if number == 0 else line
+                if not text.isspace():
+                    yield Row(number, text)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file."""
+        with reading(f"rows from {self.path}"), self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """What is known of an input before its first row is computed. Takes memory for no text of it."""
+
+    rows: int
+    size: int
+    """Above the number of every row."""
+    repeated: frozenset[int]
+    """Numbers of rows whose id an earlier row has."""
+
+    @classmethod
+    def of(cls, source: JsonLines) -> "RowIndex":
+        """Read all ids once, and a second time those of rows that may be repeated."""
+        hashes, last = array("q"), -1
+        for row in source.rows():
+            hashes.append(hash(id_of(row)))
+            last = row.number
+        if last < 0:
+            raise ConfigError(f"{source.path} has no rows; give a file with one JSON object per line")
+        values, counts = np.unique(np.frombuffer(hashes, dtype=np.int64), return_counts=True)
+        suspects = frozenset(values[counts > 1].tolist())
+        return cls(len(hashes), last + 1, _repeated(source, suspects) if suspects else frozenset())
+
+
+def _repeated(source: JsonLines, suspects: frozenset[int]) -> frozenset[int]:
+    """Numbers of rows whose id an earlier row has, where ids with these hashes occur more than once."""
+    seen, found = set[str](), set[int]()
+    for row in source.rows():
+        name = id_of(row)
+        if hash(name) in suspects:
+            (found.add(row.number) if name in seen else seen.add(name))
+    return frozenset(found)
