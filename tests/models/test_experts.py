@@ -11,14 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import MakeModel
-from tests.models.cases_experts import MIXTRAL, QWEN2, with_experts
+from tests.models.cases_experts import GPT_OSS, MIXTRAL, QWEN2, with_experts
 from tests.models.conftest import BOUND, Worst
 
 from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.plan import open_checkpoint, rank_tensors
 from hasten.checkpoint.sources import open_source, read_hf_config
 from hasten.core.config import ParallelConfig
-from hasten.core.errors import CheckpointError, ConfigError
+from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
+from hasten.models.gpt_oss import GptOssForCausalLM
 from hasten.models.llama import LlamaForCausalLM
 from hasten.models.qwen2_moe import Qwen2MoeForCausalLM
 
@@ -170,3 +171,74 @@ def test_the_keys_of_published_checkpoints_are_known(
     assert config.attention.window is None
     assert config.layer_attention == ()
     assert caplog.messages == []
+
+
+OF_GPT_OSS: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": 200_002,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131_072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "output_router_logits": False,
+    "pad_token_id": 199_999,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150_000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 201_088,
+}
+
+
+def test_the_keys_of_a_published_gpt_oss_are_known(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(OF_GPT_OSS))
+    config = read_hf_config(tmp_path)
+    assert caplog.messages == []
+    assert [layer.window for layer in config.layer_attention] == [128, None] * 12
+    assert config.experts is not None
+    assert (config.experts.num_experts, config.experts.top_k, config.experts.limit) == (32, 4, 7.0)
+    rope = config.attention.rope
+    assert rope is not None
+    assert (rope.kind, rope.theta, rope.truncate) == ("yarn", 150_000, False)
+    # what a config.json that names none of it stands for
+    silent = {name: value for name, value in OF_GPT_OSS.items() if not name.startswith(("rope", "layer", "sliding"))}
+    assert GptOssForCausalLM.config_from_hf(silent) == config
+
+
+def test_a_gpt_oss_of_another_gate_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"swiglu_alpha 1\.5 is not supported; supported is 1\.702"):
+        GptOssForCausalLM.config_from_hf(OF_GPT_OSS | {"swiglu_alpha": 1.5})
+
+
+def test_biases_of_outputs_are_whole_on_every_rank_or_dealt(make_model: MakeModel) -> None:
+    folder = make_model("GptOss", **GPT_OSS)
+    whole = tensors(folder)["layers.1.experts.down_bias"]
+    for rank in range(2):
+        assert torch.equal(tensors(folder, rank, 2)["layers.1.experts.down_bias"], whole)
+        held = tensors(folder, rank, 2, expert_parallel=True)["layers.1.experts.down_bias"]
+        assert torch.equal(held, whole[4 * rank : 4 * rank + 4])

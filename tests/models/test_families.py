@@ -141,7 +141,8 @@ def test_ranks_with_whole_experts_give_the_tokens_of_one(
     limits: dict[str, Any] = {"tensor_parallel_size": ranks, "device": "cpu", "kv_cache_memory": 1 << 22}
     with LLM(make_model(family, **options), expert_parallel=True, **limits) as llm:
         mixtures = [module for module in llm.engine.worker.runner.model.modules() if isinstance(module, Experts)]
-        assert {module.packed.count for module in mixtures} == {options.get("num_experts", 6) // ranks}
+        count = options["num_experts" if "num_experts" in options else "num_local_experts"]
+        assert {module.packed.count for module in mixtures} == {count // ranks}
         assert generated(llm) == right_tokens(name)
 
 

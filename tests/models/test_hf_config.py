@@ -175,7 +175,6 @@ def test_settings_that_act_in_transformers_alone_are_named(
     ("name", "build"),
     [
         ("DeepseekV3ForCausalLM", "a model with latent attention"),
-        ("GptOssForCausalLM", "a mixture of experts of another build"),
         ("OlmoeForCausalLM", "a mixture of experts of another build"),
         ("T5ForConditionalGeneration", "an encoder-decoder"),
         ("BertModel", "an encoder or a classifier"),

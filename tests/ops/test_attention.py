@@ -74,6 +74,11 @@ class Limits:
 
     window: int | None = None
     softcap: float | None = None
+    sinks: float | None = None
+    """Mean of the heads' sinks."""
+
+    def sinks_n(self, heads: int) -> Tensor | None:
+        return None if self.sinks is None else torch.linspace(self.sinks - 2, self.sinks + 2, heads)
 
 
 @dataclass
@@ -93,7 +98,8 @@ class Case:
     def run(self, op: Callable[..., Tensor] = ops.paged_attention) -> Tensor:
         self.meta.scratch.clear()
         inputs = (self.query_tnd, self.key_cache, self.value_cache, self.meta, self.scale, self.slopes_n)
-        return op(*inputs, window=self.limits.window, softcap=self.limits.softcap)
+        sinks_n = self.limits.sinks_n(self.query_tnd.shape[1])
+        return op(*inputs, window=self.limits.window, softcap=self.limits.softcap, sinks_n=sinks_n)
 
     @property
     def plan(self) -> list[tuple[tuple[int, int, int], Tensor | None]]:
@@ -112,7 +118,7 @@ def attend(
     """Attention of one sequence head by head and query by query, in fp64."""
     queries, heads, _ = query_qnd.shape
     keys, kv_heads, _ = key_kmd.shape
-    out_qnd = torch.zeros(query_qnd.shape, dtype=torch.float64)
+    out_qnd, sinks_n = torch.zeros(query_qnd.shape, dtype=torch.float64), limits.sinks_n(heads)
     for head in range(heads):
         kv_head = head * kv_heads // heads
         key_kd, value_kd = key_kmd[:, kv_head].double(), value_kmd[:, kv_head].double()
@@ -125,7 +131,9 @@ def attend(
             if slopes_n is not None:
                 scores_k = scores_k - float(slopes_n[head]) * torch.arange(position, -1, -1, dtype=torch.float64)
             first = 0 if limits.window is None else max(0, position + 1 - limits.window)
-            out_qnd[row, head] = scores_k[first:].softmax(0) @ value_kd[first : position + 1]
+            weights_k = scores_k[first:].exp()
+            total = weights_k.sum() if sinks_n is None else weights_k.sum() + sinks_n[head].double().exp()
+            out_qnd[row, head] = weights_k / total @ value_kd[first : position + 1]
     return out_qnd
 
 
@@ -218,10 +226,17 @@ def test_every_shape(heads: Heads, alibi: bool, dtype: torch.dtype, assert_close
 @pytest.mark.parametrize("alibi", [True, False], ids=["alibi", "no slopes"])
 @pytest.mark.parametrize(
     "limits",
-    [*(Limits(window=w) for w in (1, 2, 15, 16, 17, 33, 5000)), Limits(softcap=0.5), Limits(16, 2.0)],
+    [
+        *(Limits(window=w) for w in (1, 2, 15, 16, 17, 33, 5000)),
+        Limits(softcap=0.5),
+        Limits(16, 2.0),
+        Limits(sinks=0.0),
+        Limits(sinks=60.0),
+        Limits(16, 2.0, -3.0),
+    ],
     ids=str,
 )
-def test_windows_and_capped_scores(limits: Limits, alibi: bool, assert_close: Close) -> None:
+def test_windows_capped_scores_and_sinks(limits: Limits, alibi: bool, assert_close: Close) -> None:
     for name in ("prompt, chunk, decodes", "decodes around a block border", "very uneven"):
         check(make_case(BATCHES[name], Heads(query=4, kv=2, size=8), alibi=alibi, limits=limits), assert_close)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hasten import ops
-from hasten.core.config import AttentionConfig, DTypeName, ExpertsConfig, ModelConfig
+from hasten.core.config import AttentionConfig, DTypeName, ExpertsConfig, GatedUnit, ModelConfig
 from hasten.core.errors import ConfigError
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
@@ -187,6 +187,8 @@ def cases(setting: Setting) -> list[Case]:
         *(_attention(setting, f"prefill {n} x {k}", [(k, k)] * n) for n, k in ((94, 87), (14, 560), (4, 2048))),
         _attention(setting, "64 x 2048, window 512, capped", [(1, 2048)] * 64, window=512, softcap=50.0),
         _attention(setting, "prefill 14 x 560, window 256, capped", [(560, 560)] * 14, window=256, softcap=50.0),
+        _attention(setting, "2 x 192, sinks", [(1, 192)] * 2, sinks=True),
+        _attention(setting, "prefill 2 x 560, window 128, sinks", [(560, 560)] * 2, window=128, sinks=True),
         *(_add_norm(setting, rows) for rows in (1, 64, 8192)),
         *(_add_norm(setting, rows, rms=True) for rows in (1, 64, 8192)),
         *(_add_norm(setting, rows, products=2) for rows in (1, 64)),
@@ -202,6 +204,7 @@ def cases(setting: Setting) -> list[Case]:
         *(_route(setting, rows) for rows in (1, 64, 8192)),
         *(_experts(setting, rows) for rows in (1, 16, 64, 192, 512, 8192)),
         _experts(setting, 64, ranks=2),
+        *(_experts(setting, rows, biases=True) for rows in (1, 16)),
         *(_project(setting, rows, clip=1.0) for rows in (1, 8)),
         _resolve_ids(setting, 256),
         *(_greedy(setting, rows) for rows in (1, 64, 256)),
@@ -232,7 +235,8 @@ def _wide(value: Any) -> Any:
     if isinstance(value, PackedLinear):
         return replace(value, plain=_wide(value.plain))
     if isinstance(value, PackedExperts):
-        return replace(value, gate_up=_wide(value.gate_up), down=_wide(value.down))
+        held = ("gate_up", "down", "gate_up_bias", "down_bias")
+        return replace(value, **{name: _wide(getattr(value, name)) for name in held})
     if isinstance(value, PartialSum):
         terms = ("parts", "bias", "residual", "added", "added_bias")
         return replace(value, **{name: _wide(getattr(value, name)) for name in terms})
@@ -319,6 +323,7 @@ def _attention(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: bool = False,
 ) -> Case:
     """Sequences by their numbers of new tokens and of all tokens."""
     heads, kv_heads, size = setting.heads
@@ -332,7 +337,8 @@ def _attention(
         inputs = (setting.draw(tokens, heads, size), *setting.caches(blocks * _BLOCK_SIZE))
         meta = _meta(setting, lengths, blocks)
         both = (ops.paged_attention, reference.paged_attention)
-        kernel, definition = (partial(op, window=window, softcap=softcap) for op in both)
+        sinks_n = setting.draw(heads) if sinks else None
+        kernel, definition = (partial(op, window=window, softcap=softcap, sinks_n=sinks_n) for op in both)
         return _call(kernel, definition, *inputs, meta, size**-0.5, slopes_n)
 
     return Case(
@@ -560,8 +566,11 @@ def _route(setting: Setting, rows: int) -> Case:
     )
 
 
-def _experts(setting: Setting, rows: int, *, ranks: int = 1) -> Case:
-    """What the experts of the first of `ranks` ranks make of tokens that choose among all at random."""
+def _experts(setting: Setting, rows: int, *, ranks: int = 1, biases: bool = False) -> Case:
+    """What the experts of the first of `ranks` ranks make of tokens that choose among all at random.
+
+    With `biases`, the linear layers have some, and the gated unit is clamped.
+    """
     mixture, hidden = _mixture(setting), setting.model.hidden_size
     size, top_k, inner = mixture.num_experts, mixture.top_k, mixture.inner_size
 
@@ -569,15 +578,21 @@ def _experts(setting: Setting, rows: int, *, ranks: int = 1) -> Case:
         x_th, router_eh = setting.draw(rows, hidden), setting.draw(size, hidden, scale=hidden**-0.5)
         gate_up = setting.draw(size // ranks, 2 * inner, hidden, scale=hidden**-0.5)
         down = setting.draw(size // ranks, hidden, inner, scale=inner**-0.5)
-        weights = PackedExperts(size // ranks, 0, gate_up, down)
-        routing = ops.route(x_th, router_eh, top_k, mixture.normalized)
-        return _call(ops.experts, reference.experts, x_th, weights, routing, "silu")
+        widths = (2 * inner, hidden) if biases else ()
+        drawn = (setting.draw(size // ranks, width) for width in widths)
+        weights = PackedExperts(size // ranks, 0, gate_up, down, (), *drawn)
+        bias_e = setting.draw(size) if biases else None
+        routing = ops.route(x_th, router_eh, top_k, mixture.normalized, bias_e=bias_e)
+        unit = GatedUnit("quick_gelu", 7.0, 1.0) if biases else GatedUnit("silu")
+        return _call(ops.experts, reference.experts, x_th, weights, routing, unit)
 
     chosen = size / ranks * (1 - (1 - top_k / size) ** rows)
     pairs = rows * top_k / ranks
     return Case(
         op="experts" if ranks > 1 else "each_pair" if rows == 1 else "grouped",
-        shape=f"{_rows(rows)}, {top_k} of {size} experts" + (f", {ranks} ranks" if ranks > 1 else ""),
+        shape=f"{_rows(rows)}, {top_k} of {size} experts"
+        + (f", {ranks} ranks" if ranks > 1 else "")
+        + (", biases" if biases else ""),
         make=make,
         nbytes=(3 * chosen * inner + pairs + rows) * hidden * setting.itemsize,
         flops=6 * pairs * hidden * inner,

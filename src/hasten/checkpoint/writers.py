@@ -21,7 +21,7 @@ from hasten.core.config import DTypeName
 from hasten.core.errors import CheckpointError
 from hasten.models.weight_map import WeightSpec
 from hasten.ops import TORCH_DTYPES
-from hasten.parallel.shard import Split, shard_shape
+from hasten.parallel.shard import WHOLE, shard_shape
 
 Format = Literal["fastertransformer", "safetensors"]
 BLOCK = 4 << 20
@@ -222,7 +222,7 @@ class RankedSafetensorsWriter(Writer):
             spec=spec,
             rank=rank,
             size=self.ranks,
-            split=spec.split is not Split.REPLICATE,
+            split=spec.split not in WHOLE,
             name=spec.name,
             file=file,
             shape=shape,

@@ -102,6 +102,18 @@ def _check_kinds(config: Any) -> None:
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
 """Activations of an MLP, or of the gate of a gated unit; `gelu` is the exact one, by the error function."""
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+
+
+@dataclass(frozen=True)
+class GatedUnit:
+    """`gate(a) * (b + offset)` of two halves a and b, both limited first."""
+
+    gate: Activation
+    limit: float | None = None
+    """Upper bound of a, and of the absolute value of b."""
+    offset: float = 0.0
+
+
 QKNorm = Literal["rms", "rms_of_all_heads", "layer", "layer_by_head"]
 """Norms of queries and keys before their rotation, by what they are over and whose their weights are.
 
@@ -174,6 +186,8 @@ class AttentionConfig:
     qkv_clip: float | None = None
     """Queries, keys and values are limited to between minus this and this, before their norms and rotations."""
     dense_bias: bool = True
+    sinks: bool = False
+    """Whether each query head has a learned logit that takes part in its softmax and has no value."""
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_kv_heads", "head_size"):
@@ -203,6 +217,11 @@ class ExpertsConfig:
     """Of each expert, which is a gated unit."""
     normalized: bool
     """Whether the weights of a token's experts add up to 1; else each keeps its share of all experts' softmax."""
+    bias: bool = False
+    """Whether the router and both linear layers of each expert have biases."""
+    limit: float | None = None
+    offset: float = 0.0
+    """Both of the experts' gated units, see `GatedUnit`."""
     shared_size: int | None = None
     """Inner size of an expert that computes every token, scaled by a gate of its own."""
     dense_layers: tuple[int, ...] = ()
@@ -212,6 +231,7 @@ class ExpertsConfig:
         for name in ("num_experts", "top_k", "inner_size"):
             _require(getattr(self, name) > 0, f"{name} of experts must be positive, got {getattr(self, name)}")
         _require(self.shared_size is None or self.shared_size > 0, f"a shared expert of size {self.shared_size}")
+        _require(self.limit is None or self.limit > 0, f"limit of experts must be positive, got {self.limit}")
         _require(
             self.top_k <= self.num_experts, f"{self.top_k} experts compute each token, but there are {self.num_experts}"
         )

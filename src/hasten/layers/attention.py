@@ -42,6 +42,7 @@ class Attention(nn.Module):
             for count in (heads.num_heads, heads.num_kv_heads)
         )
         self.dense = RowLinear(config.num_heads * config.head_size, hidden_size, bias=config.dense_bias)
+        self.sinks = nn.Parameter(torch.empty(heads.num_heads), requires_grad=False) if config.sinks else None
         self.rope_table: Tensor | None = None
         self.slopes_n: Tensor | None = None
         if config.position == "alibi":
@@ -103,5 +104,6 @@ class Attention(nn.Module):
             self.slopes_n,
             window=self.config.window,
             softcap=self.config.softcap,
+            sinks_n=self.sinks,
         )
         return self.dense(out_tnd.flatten(1), residual_th, meta.output_indices)

@@ -28,9 +28,10 @@ class SharedExpert(nn.Module):
 
 
 class Experts(PackedModule):
-    """A router and its experts, gated units without biases, of which each token sees a few, and one sees every token.
+    """A router and its experts, gated units, of which each token sees a few, and one sees every token.
 
-    Every rank routes all tokens alike, from the same values.
+    Every rank routes all tokens alike, from the same values. Where each rank has a part of every expert, the first one
+    adds the biases of their outputs.
     """
 
     packed: ops.PackedExperts
@@ -38,28 +39,41 @@ class Experts(PackedModule):
     def __init__(self, hidden_size: int, config: ExpertsConfig, *, gate: ops.Activation) -> None:
         super().__init__()
         self.group = group = tensor_group()
-        self.config, self.gate = config, gate
+        self.config = config
+        self.unit = ops.GatedUnit(gate, config.limit, config.offset)
         whole = group.expert_parallel
         count = config.num_experts // group.size if whole else config.num_experts
         inner = config.inner_size if whole else config.inner_size // group.size
         self.first = group.rank * count if whole else 0
+        self.adds_bias = whole or group.rank == 0
         self.router = nn.Parameter(torch.empty(config.num_experts, hidden_size), requires_grad=False)
         self.gate_up = nn.Parameter(torch.empty(count, 2 * inner, hidden_size), requires_grad=False)
         self.down = nn.Parameter(torch.empty(count, hidden_size, inner), requires_grad=False)
+        self.router_bias, self.gate_up_bias, self.down_bias = (
+            nn.Parameter(torch.empty(shape), requires_grad=False) if config.bias else None
+            for shape in ((config.num_experts,), (count, 2 * inner), (count, hidden_size))
+        )
         shared = config.shared_size
         self.shared = None if shared is None else SharedExpert(hidden_size, shared, gate=gate)
 
     def pack(self) -> None:
         """Lay the experts out and let the loaded copies go."""
-        self.packed = ops.pack_experts(self.gate_up.data, self.down.data, self.first)
-        del self.gate_up, self.down
+        self.packed = ops.pack_experts(
+            self.gate_up.data,
+            self.down.data,
+            self.first,
+            gate_up_bias_ei=self.gate_up_bias,
+            down_bias_eh=self.down_bias if self.adds_bias else None,
+        )
+        del self.gate_up, self.down, self.gate_up_bias, self.down_bias
 
     def forward(self, x_th: Tensor, residual_th: Tensor, slots_t: Tensor) -> ops.PartialSum:
         """`residual_th` + what the experts make of each token, as a sum for the next norm to add up.
 
         `slots_t`: the tokens' cache slots, -1 for padding.
         """
-        routing = ops.route(x_th, self.router, self.config.top_k, self.config.normalized, slots_t)
-        parts = ops.experts(x_th, self.packed, routing, self.gate)
+        top_k, normalized = self.config.top_k, self.config.normalized
+        routing = ops.route(x_th, self.router, top_k, normalized, slots_t, bias_e=self.router_bias)
+        parts = ops.experts(x_th, self.packed, routing, self.unit)
         sum_ = ops.PartialSum(parts, residual=residual_th, over_ranks=self.group.size > 1)
         return sum_ if self.shared is None else sum_.plus(self.shared(x_th), None)

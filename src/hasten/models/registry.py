@@ -23,6 +23,8 @@ MODELS: dict[str, str] = {
     "GPT2Model": "hasten.models.gpt2:GPT2LMHeadModel",
     "GPTBigCodeForCausalLM": "hasten.models.gpt_bigcode:GPTBigCodeForCausalLM",
     "GPTBigCodeModel": "hasten.models.gpt_bigcode:GPTBigCodeForCausalLM",
+    "GptOssForCausalLM": "hasten.models.gpt_oss:GptOssForCausalLM",
+    "GptOssModel": "hasten.models.gpt_oss:GptOssForCausalLM",
     "GPTJForCausalLM": "hasten.models.gptj:GPTJForCausalLM",
     "GPTJModel": "hasten.models.gptj:GPTJForCausalLM",
     "GPTNeoForCausalLM": "hasten.models.gpt_neo:GPTNeoForCausalLM",
@@ -83,6 +85,7 @@ _MODEL_TYPES: dict[str, str] = {
     "gpt_bigcode": "GPTBigCodeForCausalLM",
     "gpt_neo": "GPTNeoForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
     "gptj": "GPTJForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -121,7 +124,7 @@ def architecture_of(raw: Mapping[str, Any]) -> str:
 
 _OTHER_BUILDS: tuple[tuple[str, str], ...] = (
     (r"deepseek_?v?[23]|minicpm3|kimi", "a model with latent attention"),
-    (r"moe|mixtral|dbrx|gpt_?oss|grok|olmoe|arctic", "a mixture of experts of another build"),
+    (r"moe|mixtral|dbrx|grok|olmoe|arctic", "a mixture of experts of another build"),
     (r"mamba|rwkv|falcon_?h1|jamba|zamba|bamba", "a model with recurrent layers"),
     (r"t5|bart|pegasus|marian|m2m|whisper|led(for|$)", "an encoder-decoder"),
     (r"bert|electra|deberta|mpnet|xlm|nomic|sequenceclassification|tokenclassification", "an encoder or a classifier"),

@@ -8,7 +8,7 @@ Shapes: t tokens of the flat batch, h hidden, o output features, n heads, m key/
 import torch
 from torch import Tensor
 
-from hasten.core.config import Activation, DTypeName
+from hasten.core.config import Activation, DTypeName, GatedUnit
 from hasten.ops import cpu, cpu_sampling, reference
 from hasten.ops.block_caches import BlockCaches
 from hasten.ops.draws import NONE_LEFT, Draws
@@ -33,6 +33,7 @@ __all__ = [
     "BlockCaches",
     "Draws",
     "EditList",
+    "GatedUnit",
     "HeadTransform",
     "HostCopy",
     "LogitEdits",
@@ -186,43 +187,59 @@ def linear_parts(x_th: Tensor, weight: PackedLinear) -> Tensor:
     return cpu.linear(x_th, weight, None, None)
 
 
-def route(x_th: Tensor, router_eh: Tensor, top_k: int, normalized: bool, slots_t: Tensor | None = None) -> Routing:
-    """The `top_k` most probable experts of each token by `softmax(x @ router.T)` in fp32, the first among equals.
+def route(
+    x_th: Tensor,
+    router_eh: Tensor,
+    top_k: int,
+    normalized: bool,
+    slots_t: Tensor | None = None,
+    *,
+    bias_e: Tensor | None = None,
+) -> Routing:
+    """The `top_k` most probable experts of each token by `softmax(x @ router.T + bias)` in fp32.
 
-    Their probabilities are the weights of their outputs, or where `normalized` divided by their sum. The last tokens
-    may be padding, which has no cache slot in `slots_t` [t] (-1) and may go to any experts. Source: Shazeer et al.,
-    "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer", 2017.
+    The first among equals is taken. Their probabilities are the weights of their outputs, or where `normalized` divided
+    by their sum. The last tokens may be padding, which has no cache slot in `slots_t` [t] (-1) and may go to any
+    experts. Source: Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer",
+    2017.
     """
     if x_th.is_cuda:
         from hasten.ops.gpu import router
 
-        return router.route(x_th, router_eh, top_k, normalized, slots_t)
-    return reference.route(x_th, router_eh, top_k, normalized)
+        return router.route(x_th, router_eh, top_k, normalized, slots_t, bias_e=bias_e)
+    return reference.route(x_th, router_eh, top_k, normalized, bias_e=bias_e)
 
 
-def pack_experts(gate_up_eih: Tensor, down_ehi: Tensor, first: int = 0) -> PackedExperts:
+def pack_experts(
+    gate_up_eih: Tensor,
+    down_ehi: Tensor,
+    first: int = 0,
+    *,
+    gate_up_bias_ei: Tensor | None = None,
+    down_bias_eh: Tensor | None = None,
+) -> PackedExperts:
     """Lay out experts' weights [e, 2 * i, h] and [e, h, i] once for `experts`, which then has no use for them.
 
-    `first`: the number of the first of them, where other ranks hold others.
+    `first`: the number of the first of them, where other ranks hold others. Biases are [e, 2 * i] and [e, h].
     """
     if gate_up_eih.is_cuda:
         from hasten.ops.gpu import experts as kernels
 
-        return kernels.pack_experts(gate_up_eih, down_ehi, first)
-    return cpu.pack_experts(gate_up_eih, down_ehi, first)
+        return kernels.pack_experts(gate_up_eih, down_ehi, first, gate_up_bias_ei, down_bias_eh)
+    return cpu.pack_experts(gate_up_eih, down_ehi, first, gate_up_bias_ei, down_bias_eh)
 
 
-def experts(x_th: Tensor, weights: PackedExperts, routing: Routing, gate: Activation) -> Tensor:
+def experts(x_th: Tensor, weights: PackedExperts, routing: Routing, unit: GatedUnit) -> Tensor:
     """Sums of the experts that tokens go to, each times its weight: [t, h], or parts to be added up, [k, t, h] in fp32.
 
-    An expert is a gated unit and the product behind it: `(gate(a) * b) @ down.T`, where `a` and `b` are the halves of
-    `x @ gate_up.T`. Experts that other ranks hold count as zero.
+    An expert is a gated unit of the halves of `x @ gate_up.T + gate_up_bias`, and the linear layer behind it,
+    `inner @ down.T + down_bias`. Experts that other ranks hold count as zero.
     """
     if x_th.is_cuda:
         from hasten.ops.gpu import experts as kernels
 
-        return kernels.experts(x_th, weights, routing, gate)
-    return cpu.experts(x_th, weights, routing, gate)
+        return kernels.experts(x_th, weights, routing, unit)
+    return cpu.experts(x_th, weights, routing, unit)
 
 
 def project(
@@ -298,24 +315,35 @@ def paged_attention(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    sinks_n: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each token over its own sequence in the paged cache: [t, n, d].
 
     Where `meta` is a part of a batch (`output_indices`), the queries are those of the whole batch. The keys and values
     of the batch's own tokens must be in the cache already. Scores are `scale * query . key`; with `softcap` c they
     become c * tanh(score / c). With slopes, `slope * (key position - query position)` is added to each. With `window`
-    w, a token sees the last w tokens, itself included. Sources: Press, Smith, Lewis, "Train Short, Test Long", 2022
-    (ALiBi); Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023; Dao,
-    "FlashAttention-2", 2023; Beltagy, Peters, Cohan, "Longformer", 2020 (window); Gemma Team, "Gemma 2", 2024 (cap).
+    w, a token sees the last w tokens, itself included. With sinks, the softmax of each head has one more logit, which
+    is neither scaled nor capped and has no value: it takes weight from the keys. Sources: Press, Smith, Lewis, "Train
+    Short, Test Long", 2022 (ALiBi); Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+    PagedAttention", 2023; Dao, "FlashAttention-2", 2023; Beltagy, Peters, Cohan, "Longformer", 2020 (window); Gemma
+    Team, "Gemma 2", 2024 (cap); OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", 2025 (sinks).
     """
     if query_tnd.is_cuda:
         from hasten.ops.gpu import attention
 
         return attention.paged_attention(
-            query_tnd, key_cache, value_cache, meta, scale, alibi_slopes_n, window=window, softcap=softcap
+            query_tnd,
+            key_cache,
+            value_cache,
+            meta,
+            scale,
+            alibi_slopes_n,
+            window=window,
+            softcap=softcap,
+            sinks_n=sinks_n,
         )
     return cpu.paged_attention(
-        query_tnd, key_cache, value_cache, meta, scale, alibi_slopes_n, window=window, softcap=softcap
+        query_tnd, key_cache, value_cache, meta, scale, alibi_slopes_n, window=window, softcap=softcap, sinks_n=sinks_n
     )
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from hasten.core.config import GatedUnit
 from hasten.ops import cpu_int8, reference
 from hasten.ops.compiled_rows import compiled_rows
 from hasten.ops.heads import HeadTransform
@@ -105,13 +106,19 @@ def gated_linear(  # noqa: D103
     return inner_to.to(x_th.dtype)
 
 
-def pack_experts(gate_up_eih: Tensor, down_ehi: Tensor, first: int) -> PackedExperts:  # noqa: D103
+def pack_experts(  # noqa: D103
+    gate_up_eih: Tensor,
+    down_ehi: Tensor,
+    first: int,
+    gate_up_bias_ei: Tensor | None = None,
+    down_bias_eh: Tensor | None = None,
+) -> PackedExperts:
     pairs = zip(gate_up_eih, down_ehi, strict=True)
     linears = tuple((pack_linear(gate_up_ih, False), pack_linear(down_hi, False)) for gate_up_ih, down_hi in pairs)
-    return PackedExperts(len(linears), first, linears=linears)
+    return PackedExperts(len(linears), first, linears=linears, gate_up_bias=gate_up_bias_ei, down_bias=down_bias_eh)
 
 
-def experts(x_th: Tensor, weights: PackedExperts, routing: Routing, gate: str) -> Tensor:
+def experts(x_th: Tensor, weights: PackedExperts, routing: Routing, unit: GatedUnit) -> Tensor:
     """Tokens sorted by expert, then one product of each kind for every expert that has any."""
     top_k = routing.experts_tk.shape[1]
     order_p = routing.experts_tk.flatten().sort(stable=True).indices
@@ -120,13 +127,17 @@ def experts(x_th: Tensor, weights: PackedExperts, routing: Routing, gate: str) -
     scales_p1 = routing.weights_tk.flatten()[order_p].unsqueeze(1)
     out_th = torch.zeros(x_th.shape, dtype=torch.float32)
     start = sum(counts[: weights.first])
-    for linears, count in zip(weights.linears, counts[weights.first :], strict=False):
+    for expert, (gate_up, down) in enumerate(weights.linears):
+        count = counts[weights.first + expert]
         rows, start = slice(start, start + count), start + count
         if count == 0:
             continue
-        gate_up, down = linears
-        inner_ti = gated_linear(x_th[tokens_p[rows]].float(), gate_up, None, gate)
-        out_th.index_add_(0, tokens_p[rows], linear(inner_ti, down, None, None).mul_(scales_p1[rows]))
+        gate_up_bias, down_bias = (
+            None if bias is None else bias[expert] for bias in (weights.gate_up_bias, weights.down_bias)
+        )
+        gate_ti, up_ti = linear(x_th[tokens_p[rows]].float(), gate_up, gate_up_bias, None).chunk(2, dim=-1)
+        inner_ti = reference.gated(gate_ti, up_ti, unit)
+        out_th.index_add_(0, tokens_p[rows], linear(inner_ti, down, down_bias, None).mul_(scales_p1[rows]))
     return out_th.to(x_th.dtype)
 
 
@@ -224,6 +235,7 @@ def paged_attention(  # noqa: D103
     *,
     window: int | None = None,
     softcap: float | None = None,
+    sinks_n: Tensor | None = None,
 ) -> Tensor:
     if meta.output_indices is not None:
         query_tnd = query_tnd[meta.output_indices]
@@ -241,7 +253,7 @@ def paged_attention(  # noqa: D103
         out_tx = torch.empty_like(query_tx)
     for group, kept in plan:
         bias = group.bias(alibi_slopes_n, window) if kept is None else kept
-        done = _attend(group, query_tx, key_cache, value_cache, bias, scale, softcap)
+        done = _attend(group, query_tx, key_cache, value_cache, bias, scale, softcap, sinks_n)
         if out_tx is None:
             return done.view_as(query_tnd).to(query_tnd.dtype)
         if group.places is not None:
@@ -263,6 +275,7 @@ def _attend(
     bias: Tensor,
     scale: float,
     softcap: float | None,
+    sinks_n: Tensor | None,
 ) -> Tensor:
     """Attention of one group: [b * q, n * d], padding included."""
     runs, queries, keys = group.size
@@ -277,21 +290,29 @@ def _attend(
         for use, cache in (("key", key_cache), ("value", value_cache))
     )
     grouped = query_bnqd.shape[1] != kv_heads
-    if softcap is not None:
-        out = _capped(query_bnqd, key, value, bias, scale, softcap)
+    if softcap is not None or sinks_n is not None:
+        out = _step_by_step(query_bnqd, key, value, bias, scale, softcap, sinks_n)
         return out.transpose(1, 2).reshape(runs * queries, -1)
     out = F.scaled_dot_product_attention(query_bnqd, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).reshape(runs * queries, -1)
 
 
-def _capped(
-    query_bnqd: Tensor, key_bmkd: Tensor, value_bmkd: Tensor, bias: Tensor, scale: float, softcap: float
+def _step_by_step(
+    query_bnqd: Tensor,
+    key_bmkd: Tensor,
+    value_bmkd: Tensor,
+    bias: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks_n: Tensor | None,
 ) -> Tensor:
-    """Attention with capped scores, [b, n, q, d], which torch's own op does not know."""
+    """Attention with capped scores or sinks, [b, n, q, d], which torch's own op does not know."""
     groups = query_bnqd.shape[1] // key_bmkd.shape[1]
     key_bnkd, value_bnkd = (x.repeat_interleave(groups, dim=1) for x in (key_bmkd, value_bmkd))
-    scores = torch.tanh(query_bnqd @ key_bnkd.transpose(2, 3) * (scale / softcap)) * softcap
-    return (scores + bias).softmax(-1) @ value_bnkd
+    scores = query_bnqd @ key_bnkd.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    return reference.with_sinks(scores + bias, sinks_n) @ value_bnkd
 
 
 def _gather(use: str, cache: Tensor, group: _Group) -> Tensor:

@@ -21,6 +21,10 @@ class PackedExperts:
     """[count, h, i]"""
     linears: tuple[tuple[PackedLinear, PackedLinear], ...] = ()
     """Both products of each expert."""
+    gate_up_bias: Tensor | None = None
+    """[count, 2 * i]"""
+    down_bias: Tensor | None = None
+    """[count, h]"""
 
     @property
     def shape(self) -> tuple[int, int, int]:

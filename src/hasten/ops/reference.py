@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from hasten.core.config import GatedUnit
 from hasten.ops.block_caches import BlockCaches
 from hasten.ops.draws import NONE_LEFT, Draws
 from hasten.ops.edits import IN_PROMPT, LogitEdits, TokenCounts
@@ -127,8 +128,21 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def route(x_th: Tensor, router_eh: Tensor, top_k: int, normalized: bool) -> Routing:  # noqa: D103
-    logits_te = F.linear(_wide(x_th), _wide(router_eh))
+def gated(gate: Tensor, up: Tensor, unit: GatedUnit) -> Tensor:
+    """A gated unit of two halves, element by element.
+
+    Sources: Shazeer, "GLU Variants Improve Transformer", 2020; OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", 2025
+    (limits and offset).
+    """
+    if unit.limit is not None:
+        gate, up = gate.clamp(max=unit.limit), up.clamp(-unit.limit, unit.limit)
+    return activated(gate, unit.gate) * (up + unit.offset if unit.offset else up)
+
+
+def route(  # noqa: D103
+    x_th: Tensor, router_eh: Tensor, top_k: int, normalized: bool, *, bias_e: Tensor | None = None
+) -> Routing:
+    logits_te = F.linear(_wide(x_th), _wide(router_eh), None if bias_e is None else _wide(bias_e))
     # a stable sort: the first among equals, which topk does not promise
     experts_tk = logits_te.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     if normalized:
@@ -138,20 +152,30 @@ def route(x_th: Tensor, router_eh: Tensor, top_k: int, normalized: bool) -> Rout
     return Routing(experts_tk.int(), weights_tk)
 
 
-def pack_experts(gate_up_eih: Tensor, down_ehi: Tensor, first: int) -> PackedExperts:  # noqa: D103
-    return PackedExperts(gate_up_eih.shape[0], first, gate_up_eih, down_ehi)
+def pack_experts(  # noqa: D103
+    gate_up_eih: Tensor,
+    down_ehi: Tensor,
+    first: int,
+    gate_up_bias_ei: Tensor | None = None,
+    down_bias_eh: Tensor | None = None,
+) -> PackedExperts:
+    count = gate_up_eih.shape[0]
+    return PackedExperts(count, first, gate_up_eih, down_ehi, gate_up_bias=gate_up_bias_ei, down_bias=down_bias_eh)
 
 
-def experts(x_th: Tensor, weights: PackedExperts, routing: Routing, gate: str) -> Tensor:  # noqa: D103
+def experts(x_th: Tensor, weights: PackedExperts, routing: Routing, unit: GatedUnit) -> Tensor:  # noqa: D103
     assert weights.gate_up is not None
     assert weights.down is not None
     out_th = _wide(torch.zeros_like(x_th))
     for expert in range(weights.count):
         tokens, choices = torch.where(routing.experts_tk == weights.first + expert)
-        gate_ti, up_ti = _wide(F.linear(x_th[tokens], weights.gate_up[expert])).chunk(2, dim=-1)
-        inner_ti = (activated(gate_ti, gate) * up_ti).to(x_th.dtype)
+        gate_up_bias, down_bias = (
+            None if bias is None else bias[expert] for bias in (weights.gate_up_bias, weights.down_bias)
+        )
+        gate_ti, up_ti = _wide(F.linear(x_th[tokens], weights.gate_up[expert], gate_up_bias)).chunk(2, dim=-1)
+        inner_ti = gated(gate_ti, up_ti, unit).to(x_th.dtype)
         scale_t1 = routing.weights_tk[tokens, choices].unsqueeze(1)
-        out_th.index_add_(0, tokens, _wide(F.linear(inner_ti, weights.down[expert])) * scale_t1)
+        out_th.index_add_(0, tokens, _wide(F.linear(inner_ti, weights.down[expert], down_bias)) * scale_t1)
     return out_th.to(x_th.dtype)
 
 
@@ -274,6 +298,7 @@ def paged_attention(  # noqa: D103
     *,
     window: int | None = None,
     softcap: float | None = None,
+    sinks_n: Tensor | None = None,
 ) -> Tensor:
     query_tnd = query_tnd if meta.output_indices is None else query_tnd[meta.output_indices]
     block_size, groups = key_cache.shape[1], query_tnd.shape[1] // key_cache.shape[2]
@@ -291,10 +316,18 @@ def paged_attention(  # noqa: D103
         if alibi_slopes_n is not None:
             scores_nqk = scores_nqk + alibi_slopes_n.float().view(-1, 1, 1) * distance_qk
         unseen_qk = distance_qk > 0 if window is None else (distance_qk > 0) | (distance_qk <= -window)
-        weights_nqk = scores_nqk.masked_fill(unseen_qk, float("-inf")).softmax(-1)
+        weights_nqk = with_sinks(scores_nqk.masked_fill(unseen_qk, float("-inf")), sinks_n)
         out_tnd[start : start + query_len] = torch.einsum("nqk,knd->qnd", weights_nqk, value_knd).to(out_tnd.dtype)
         start += query_len
     return out_tnd
+
+
+def with_sinks(scores_nqk: Tensor, sinks_n: Tensor | None) -> Tensor:
+    """The softmax over keys of scores [..., n, q, k], of which each head's sink takes a part that is dropped."""
+    if sinks_n is None:
+        return scores_nqk.softmax(-1)
+    sinks_nq1 = sinks_n.to(scores_nqk.dtype).view(-1, 1, 1).expand(*scores_nqk.shape[:-1], 1)
+    return torch.cat((scores_nqk, sinks_nq1), dim=-1).softmax(-1)[..., :-1]
 
 
 def resolve_ids(ids_t: Tensor, chosen_r: Tensor) -> Tensor:  # noqa: D103

@@ -38,10 +38,18 @@ class Split(Enum):
     """As GATE_UP within each of stacked experts: axis 1."""
     EXPERTS_ROW = "experts_row"
     """As ROW within each of stacked experts: axis 2."""
+    EXPERTS_REPLICATE = "experts_replicate"
+    """As REPLICATE of each of stacked experts."""
 
 
-OF_ONE_EXPERT = {Split.EXPERTS_GATE_UP: Split.GATE_UP, Split.EXPERTS_ROW: Split.ROW}
+OF_ONE_EXPERT = {
+    Split.EXPERTS_GATE_UP: Split.GATE_UP,
+    Split.EXPERTS_ROW: Split.ROW,
+    Split.EXPERTS_REPLICATE: Split.REPLICATE,
+}
 """Splits of stacked experts, and those of one of them."""
+WHOLE = (Split.REPLICATE, Split.EXPERTS_REPLICATE)
+"""Splits with which every rank holds the same."""
 _AXIS = {Split.ROW: 1, Split.EXPERTS_GATE_UP: 1, Split.EXPERTS_ROW: 2}
 """Axes that are divided, where it is not the first."""
 
@@ -72,13 +80,15 @@ def _sections(how: Split, rows: int, attention: AttentionConfig) -> list[int]:
 
 def _copies(how: Split, section: int, size: int, attention: AttentionConfig) -> int:
     """How many consecutive ranks of `size` hold the same rows of a section."""
+    if how in WHOLE:
+        return size
     of_kv_heads = how is Split.KV or (how is Split.QKV and section > 0)
     return max(1, size // attention.num_kv_heads) if of_kv_heads else 1
 
 
 def shard_shape(shape: tuple[int, ...], how: Split, size: int, attention: AttentionConfig) -> tuple[int, ...]:
     """Shape of a rank's shard of a whole tensor of `shape`."""
-    if size == 1 or how is Split.REPLICATE:
+    if size == 1 or how in WHOLE:
         return shape
     if how is Split.VOCAB:
         return (padded_vocab(shape[0], size) // size, *shape[1:])
@@ -102,7 +112,7 @@ def split(tensor: Tensor, how: Split, rank: int, size: int, attention: Attention
 
     The sizes must divide (`ParallelConfig.validate`), except for VOCAB, which is padded.
     """
-    if size == 1 or how is Split.REPLICATE:
+    if size == 1 or how in WHOLE:
         return tensor
     if how is not Split.VOCAB:
         axis = _AXIS.get(how, 0)
@@ -117,7 +127,7 @@ def split(tensor: Tensor, how: Split, rank: int, size: int, attention: Attention
 def merge(shards: Sequence[Tensor], how: Split, attention: AttentionConfig, vocab_size: int) -> Tensor:
     """The whole tensor from all ranks' shards, in rank order: the inverse of `split`."""
     size = len(shards)
-    if size == 1 or how is Split.REPLICATE:
+    if size == 1 or how in WHOLE:
         return shards[0]
     if how is Split.VOCAB:
         return torch.cat(list(shards), dim=0)[:vocab_size]
@@ -131,7 +141,7 @@ def merge(shards: Sequence[Tensor], how: Split, attention: AttentionConfig, voca
 
 def overlap(how: Split, rank: int, size: int, parts: int, vocab_size: int) -> range:
     """Which of `parts` shards hold what rank `rank` of `size` needs."""
-    if how is Split.REPLICATE:
+    if how in WHOLE:
         return range(rank * parts // size, rank * parts // size + 1)
     if how is Split.VOCAB:
         wanted, held = padded_vocab(vocab_size, size) // size, padded_vocab(vocab_size, parts) // parts
@@ -152,7 +162,7 @@ def resplit(
 ) -> Tensor:
     """Rank `rank`'s shard of `size`, from a tensor that is stored as `parts` shards; asks only for those it needs."""
     needed = overlap(how, rank, size, parts, vocab_size)
-    if parts == size or how is Split.REPLICATE:
+    if parts == size or how in WHOLE:
         return part(rank if parts == size else needed[0])
     if how is Split.VOCAB:
         return _resplit_vocab([part(index) for index in needed], needed[0], parts, rank, size, vocab_size)

@@ -6,6 +6,7 @@ Batches are made as the engine makes them, by `Inputs`, with the work divided as
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,6 +126,8 @@ class Case:
     seed: int = 0
     window: int | None = None
     softcap: float | None = None
+    sinks: float | None = None
+    """Mean of the heads' sinks."""
     inputs: Inputs = field(init=False)
     batch: Batch = field(init=False)
     query_tnd: Tensor = field(init=False)
@@ -172,15 +175,23 @@ class Case:
     def slopes_n(self) -> Tensor | None:
         return alibi_slopes(self.heads.query).to(self.device) if self.alibi else None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        sinks_n = None
+        if self.sinks is not None:
+            sinks_n = torch.linspace(self.sinks - 2, self.sinks + 2, self.heads.query, device=self.device)
+            sinks_n = sinks_n.to(self.dtype)
+        return {"window": self.window, "softcap": self.softcap, "sinks_n": sinks_n}
+
     def run(self, meta: AttentionMeta) -> Tensor:
         inputs = (self.query_tnd, *self.caches, meta, self.heads.size**-0.5, self.slopes_n)
-        return attention.paged_attention(*inputs, window=self.window, softcap=self.softcap)
+        return attention.paged_attention(*inputs, **self.options)
 
     def expected(self, meta: AttentionMeta) -> Tensor:
         """The reference on the same values in fp32."""
         query_tnd, keys, values = (tensor.float() for tensor in (self.query_tnd, *self.caches))
         inputs = (query_tnd, keys, values, meta, self.heads.size**-0.5, self.slopes_n)
-        return reference.paged_attention(*inputs, window=self.window, softcap=self.softcap)
+        return reference.paged_attention(*inputs, **self.options)
 
     def kind(self, meta: AttentionMeta) -> str:
         """How exact the kernels are: matrix units multiply values by weights in the type of both."""
@@ -308,6 +319,24 @@ def test_capped_scores(window: int | None, device: torch.device, assert_close: C
     case.check(whole(case), assert_close)
 
 
+@pytest.mark.parametrize(("sinks", "window"), [(0.0, None), (-3.0, 20), (50.0, 20)], ids=str)
+@pytest.mark.parametrize("heads", [Heads(), Heads(query=6), Heads(query=71, kv=1)], ids=str)
+def test_sinks(heads: Heads, sinks: float, window: int | None, device: torch.device, assert_close: Close) -> None:
+    case = Case(heads, torch.float16, device, alibi=False, sinks=sinks, window=window)
+    case.fill([(20, 20), (70, 90), (1, 33), (1, 1), (1, 140)] if heads.query < 10 else [(1, 1), (1, 140)], CUT)
+    case.check(whole(case), assert_close)
+
+
+@pytest.mark.parametrize("heads", [Heads(), Heads(query=4)], ids=str)
+def test_sinks_of_padded_steps(heads: Heads, device: torch.device, assert_close: Close) -> None:
+    case = Case(heads, torch.float16, device, alibi=False, sinks=1.0).fill([(1, 70), (1, 1), (1, 33)])
+    case.inputs.planner = FewSplits(case.heads.query, case.heads.kv, 0, 8)
+    expected = case.expected(whole(case))
+    found = case.run(padded(case, [1, 1, 1], 5, None))
+    assert_close("tile", found[:3], expected)
+    assert not found[3:].any()
+
+
 @pytest.mark.parametrize(
     "needed",
     [[0, 0, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1], [40, 0, 0, 0, 3, 0], [0, 66, 1, 0, 0, 0]],
@@ -407,6 +436,15 @@ def test_real_sizes(heads: Heads, lengths: Lengths, dtype: torch.dtype, assert_c
     found = case.run(meta)
     for _ in range(10):  # splits of one query finish in any order, and are added up in one
         assert torch.equal(case.run(meta), found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 128])
+def test_sinks_at_real_sizes(window: int | None, assert_close: Close) -> None:
+    for heads in (Heads(64, 8, 64), Heads(12, 12, 64)):
+        case = Case(heads, torch.bfloat16, torch.device("cuda", 0), alibi=False, sinks=1.0, window=window)
+        case.fill([(1, 900), (500, 1500), (1, 3), *[(1, 90 * n + 1) for n in range(40)], (1, 32_768)])
+        case.check(whole(case), assert_close)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.ops import PackedExperts, Routing, reference
+from hasten.ops import GatedUnit, PackedExperts, Routing, reference
 from hasten.ops.gpu import experts as kernels
 from hasten.ops.gpu import router
 
@@ -19,6 +19,7 @@ Close = Callable[[str, Tensor, Tensor], None]
 
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 """bf16 is not among numpy's types: the interpreter multiplies matrices of its bits instead."""
+SILU = GatedUnit("silu")
 TOKENS = [1, 5, 64, 65, 150]
 """Alone, in tiles of each size, at both ends of what is cut into parts."""
 
@@ -28,16 +29,21 @@ def draw(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1
     return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(device)
 
 
-def make_experts(count: int, hidden: int, inner: int, dtype: torch.dtype, device: torch.device) -> PackedExperts:
+def make_experts(
+    count: int, hidden: int, inner: int, dtype: torch.dtype, device: torch.device, *, biases: int = 0
+) -> PackedExperts:
+    """`biases`: whether none, the first or both linear layers have some."""
     gate_up = draw(count, 2 * inner, hidden, dtype=dtype, device=device, scale=hidden**-0.5)
     down = draw(count, hidden, inner, dtype=dtype, device=device, scale=inner**-0.5)
-    return kernels.pack_experts(gate_up, down, 0)
+    both = [draw(count, width, dtype=dtype, device=device) for width in (2 * inner, hidden)]
+    return kernels.pack_experts(gate_up, down, 0, *both[:biases])
 
 
 def wide(weights: PackedExperts) -> PackedExperts:
     assert weights.gate_up is not None
     assert weights.down is not None
-    return replace(weights, gate_up=weights.gate_up.double(), down=weights.down.double())
+    biases = (None if bias is None else bias.double() for bias in (weights.gate_up_bias, weights.down_bias))
+    return PackedExperts(weights.count, weights.first, weights.gate_up.double(), weights.down.double(), (), *biases)
 
 
 def make_routing(rows: list[list[int]], count: int, device: torch.device) -> Routing:
@@ -51,12 +57,18 @@ def make_routing(rows: list[list[int]], count: int, device: torch.device) -> Rou
 
 
 def check(
-    x_th: Tensor, weights: PackedExperts, routing: Routing, assert_close: Close, *, parts: bool, gate: str = "silu"
+    x_th: Tensor,
+    weights: PackedExperts,
+    routing: Routing,
+    assert_close: Close,
+    *,
+    parts: bool,
+    unit: GatedUnit = SILU,
 ) -> None:
-    found = kernels.experts(x_th, weights, routing, gate)
+    found = kernels.experts(x_th, weights, routing, unit)
     assert found.dim() == (3 if parts else 2)
     assert found.dtype == (torch.float32 if parts else x_th.dtype)
-    exact = reference.experts(x_th.double(), wide(weights), routing, gate)
+    exact = reference.experts(x_th.double(), wide(weights), routing, unit)
     # what lies between the products is rounded to the type
     total = (found.sum(0) if parts else found).to(x_th.dtype)
     assert_close("stepwise", total, exact)
@@ -164,27 +176,50 @@ def test_gates_of_other_families(device: torch.device, assert_close: Close) -> N
     for tokens in (1, 20):
         x_th = draw(tokens, 32, dtype=torch.float32, device=device)
         routing = router.route(x_th, draw(4, 32, dtype=torch.float32, device=device), 2, True)
-        check(x_th, weights, routing, assert_close, parts=True, gate="gelu_tanh")
+        check(x_th, weights, routing, assert_close, parts=True, unit=GatedUnit("gelu_tanh"))
+
+
+@pytest.mark.parametrize(("inner", "biases"), [(24, 2), (32, 1)], ids=str)
+def test_clamped_units_with_biases(inner: int, biases: int, device: torch.device, assert_close: Close) -> None:
+    unit = GatedUnit("quick_gelu", limit=0.7, offset=1.0)
+    weights = make_experts(5, 48, inner, HALF, device, biases=biases)
+    router_eh, bias_e = draw(5, 48, dtype=HALF, device=device), draw(5, dtype=HALF, device=device, scale=9.0)
+    for tokens in (1, 20, 70):
+        x_th = draw(tokens, 48, dtype=HALF, device=device)
+        routing, exact = (op.route(x_th, router_eh, 2, True, bias_e=bias_e) for op in (router, reference))
+        assert torch.equal(routing.experts_tk, exact.experts_tk)
+        assert_close("linear", routing.weights_tk, exact.weights_tk)
+        check(x_th, weights, routing, assert_close, parts=tokens <= 64, unit=unit)
+
+
+def test_values_that_are_no_numbers_stay_so(device: torch.device) -> None:
+    weights = make_experts(2, 16, 16, torch.float32, device, biases=2)
+    x_th = torch.full((1, 16), float("nan"), device=device)
+    found = kernels.experts(x_th, weights, make_routing([[0]], 2, device), GatedUnit("silu", limit=1.0))
+    assert found.isnan().all()
 
 
 def test_no_tokens(device: torch.device) -> None:
     x_th = torch.empty(0, 32, device=device)
     routing = router.route(x_th, torch.eye(4, 32, device=device), 2, True)
-    found = kernels.experts(x_th, make_experts(4, 32, 16, torch.float32, device), routing, "silu")
+    found = kernels.experts(x_th, make_experts(4, 32, 16, torch.float32, device), routing, SILU)
     assert found.shape == (2, 0, 32)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("count", "top_k", "hidden", "inner"), [(128, 8, 2048, 768), (60, 4, 2048, 1408), (8, 2, 4096, 3584)], ids=str
+    ("count", "top_k", "hidden", "inner"),
+    [(128, 8, 2048, 768), (60, 4, 2048, 1408), (8, 2, 4096, 3584), (32, 4, 2880, 2880)],
+    ids=str,
 )
 def test_real_sizes(
     count: int, top_k: int, hidden: int, inner: int, dtype: torch.dtype, device: torch.device, assert_close: Close
 ) -> None:
-    weights = make_experts(count, hidden, inner, dtype, device)
+    unit = GatedUnit("quick_gelu", limit=7.0, offset=1.0) if hidden == 2880 else SILU
+    weights = make_experts(count, hidden, inner, dtype, device, biases=2 if hidden == 2880 else 0)
     router_eh = draw(count, hidden, dtype=dtype, device=device, scale=hidden**-0.5)
     for tokens in (*TOKENS, 8192):
         x_th = draw(tokens, hidden, dtype=dtype, device=device)
         routing = router.route(x_th, router_eh, top_k, True)
-        check(x_th, weights, routing, assert_close, parts=tokens <= 64)
+        check(x_th, weights, routing, assert_close, parts=tokens <= 64, unit=unit)

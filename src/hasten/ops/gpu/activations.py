@@ -1,4 +1,4 @@
-"""Activations within kernels, by the names of the configuration."""
+"""Activations and gated units within kernels, by the names of the configuration."""
 
 import triton
 import triton.language as tl
@@ -22,3 +22,14 @@ def activated(x, ACTIVATION: tl.constexpr):
         if ACTIVATION == "relu2":
             y = y * y
     return y
+
+
+@triton.jit
+def gated(gate, up, GATE: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr):
+    """A gated unit of the fp32 values of both halves: see `hasten.ops.reference.gated`."""
+    if LIMIT is not None:
+        gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    if OFFSET != 0:
+        up += OFFSET
+    return activated(gate, GATE) * up

@@ -18,6 +18,26 @@ def capped(score, cap):
 
 
 @triton.jit
+def column(x):
+    """Numbers of rows [m] as a column [m, 1]; the number of a single row as it is."""
+    if len(x.shape) == 1:
+        return x[:, None]
+    else:
+        return x
+
+
+@triton.jit
+def with_sink(sums, weight, top, sink):
+    """A softmax that has one more logit, without a value, in the units of `top`: its sums, weights and tops.
+
+    Of one row, with sums [d] and numbers, or of rows, with sums [m, d] and [m].
+    """
+    new = tl.maximum(top, sink)
+    decay = tl.exp2(top - new)
+    return sums * column(decay), weight * decay + tl.exp2(sink - new), new
+
+
+@triton.jit
 def _blocks(table, start, end, n, BLOCK_SIZE: tl.constexpr, ONE_BLOCK: tl.constexpr):
     """Numbers of the cache blocks of the keys from `start` on that lie before `end`: one, or one per key."""
     if ONE_BLOCK:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hasten.ops.gpu.attend import LOG2_E, attend
+from hasten.ops.gpu.attend import LOG2_E, attend, with_sink
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
 from hasten.ops.gpu.splits import one_query, query_group
 from hasten.ops.meta import AttentionMeta
@@ -25,6 +25,7 @@ def _tile(
     keys,
     values,
     slopes,
+    sinks,
     tables,
     items,
     out,
@@ -74,11 +75,14 @@ def _tile(
     if WINDOW:
         begin = tl.maximum(position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
     slope_m = tl.zeros([BLOCK_M], tl.float32) + slope
-    sum_md, weight_m, _ = attend(
+    sum_md, weight_m, top_m = attend(
         q_md, keys + base, values + base, table, begin, end, position + m, position + m, slope_m, block_stride,
         token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD, HAS_SLOPES, WINDOW,
         CAPPED, PRECISION,
     )  # fmt: skip
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        sum_md, weight_m, top_m = with_sink(sum_md, weight_m, top_m, sink)
     target = out + ((out_row + m)[:, None] * HEADS + head) * D + d[None, :]
     # A weight is at least 1, that of the greatest score, or 0 where there are no keys.
     tl.store(target, (sum_md / tl.maximum(weight_m, 1.0)[:, None]).to(out.dtype.element_ty), mask_md)
@@ -94,6 +98,7 @@ def paged_attention(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    sinks_n: Tensor | None = None,
 ) -> Tensor:
     plan = meta.plan
     assert plan is not None
@@ -111,7 +116,7 @@ def paged_attention(
         **overlapped(query_tnd),
     )
     slopes = query_tnd if alibi_slopes_n is None else alibi_slopes_n
-    shared = (query_tnd, key_cache, value_cache, slopes, meta.block_tables)
+    shared = (query_tnd, key_cache, value_cache, slopes, sinks_n, meta.block_tables)
     numbers = (query_tnd.stride(0), *key_cache.stride()[:3], scale * LOG2_E, (softcap or 0.0) * LOG2_E)
     wide, group = key_cache.dtype == torch.float32, heads // kv_heads
     if plan.tiles is not None:

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hasten.ops.gpu.activations import activated
+from hasten.core.config import GatedUnit
+from hasten.ops.gpu.activations import gated
 from hasten.ops.gpu.launch import overlapped, shared_memory, start_next, wait_for_inputs
 from hasten.ops.mixture import PackedExperts, Routing
 
@@ -96,6 +97,7 @@ def row_of(pair, T, K: tl.constexpr, PARTS: tl.constexpr):
 def _grouped_gate_up(
     x,
     weight,
+    bias,
     order,
     bounds,
     inner,
@@ -109,9 +111,11 @@ def _grouped_gate_up(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     GATE: tl.constexpr,
+    LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`gate(a) * b` of a tile of pairs, BLOCK_N features of both halves, stored in the order of pairs: [P, I]."""
+    """The gated unit of a tile of pairs, BLOCK_N features of both halves, stored in the order of pairs: [P, I]."""
     start_next(PDL)
     wait_for_inputs(PDL)
     features: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
@@ -139,7 +143,11 @@ def _grouped_gate_up(
             up_nk = tl.load(up_start + offset, inside, 0.0)
         gate = tl.dot(gate_nk, x_mk.T, gate, input_precision="ieee")
         up = tl.dot(up_nk, x_mk.T, up, input_precision="ieee")
-    value = (activated(gate, GATE) * up).to(inner.dtype.element_ty)
+    if bias is not None:
+        bias_start = bias + expert * 2 * I + n
+        gate += tl.load(bias_start, n < I, 0.0).to(tl.float32)[:, None]
+        up += tl.load(bias_start + I, n < I, 0.0).to(tl.float32)[:, None]
+    value = gated(gate, up, GATE, LIMIT, OFFSET).to(inner.dtype.element_ty)
     tl.store(inner + place.to(tl.int64)[None, :] * I + n[:, None], value, real[None, :] & (n < I)[:, None])
 
 
@@ -147,6 +155,7 @@ def _grouped_gate_up(
 def _grouped_down(
     inner,
     weight,
+    bias,
     scales,
     order,
     bounds,
@@ -198,6 +207,8 @@ def _grouped_down(
             total = tl.dot(w_nk, x_mk.T, total, input_precision="ieee")
     if pairs_are_rows:
         total = total.T
+    if bias is not None:
+        total += tl.load(bias + expert * H + n, n < H, 0.0).to(tl.float32)[:, None]
     value = (total * scale[None, :]).to(out.dtype.element_ty)
     at = row_of(pair, T, K, PARTS).to(tl.int64) * H
     tl.store(out + at[None, :] + n[:, None], value, real[None, :] & (n < H)[:, None])
@@ -224,7 +235,9 @@ _CUTS = (
 """By the pairs of an expert on average, up to so many. Chosen by counting bytes; docs/performance.md."""
 
 
-def grouped(x_th: Tensor, weights: PackedExperts, routing: Routing, gate: str, out: Tensor, *, parts: bool) -> None:
+def grouped(
+    x_th: Tensor, weights: PackedExperts, routing: Routing, unit: GatedUnit, out: Tensor, *, parts: bool
+) -> None:
     """Store what each pair's expert makes of its token, times its weight.
 
     `out` is [K, T, H] if it has `parts`, else [T, K, H]; where another rank holds the expert, it stays as it is.
@@ -242,12 +255,14 @@ def grouped(x_th: Tensor, weights: PackedExperts, routing: Routing, gate: str, o
     )  # fmt: skip
     blocks = _blocks(cut, cut.gate_up_n, 2, inner_size, hidden, x_th)
     _grouped_gate_up[(tiles * triton.cdiv(inner_size, blocks["BLOCK_N"]),)](
-        x_th, weights.gate_up, order, bounds, inner, GATE=gate, **blocks, **common
-    )
+        x_th, weights.gate_up, weights.gate_up_bias, order, bounds, inner,
+        GATE=unit.gate, LIMIT=unit.limit, OFFSET=unit.offset, **blocks, **common,
+    )  # fmt: skip
     blocks = _blocks(cut, cut.down_n, 1, hidden, inner_size, x_th)
     _grouped_down[(tiles * triton.cdiv(hidden, blocks["BLOCK_N"]),)](
-        inner, weights.down, routing.weights_tk, order, bounds, out, tokens, PARTS=parts, **blocks, **common
-    )
+        inner, weights.down, weights.down_bias, routing.weights_tk, order, bounds, out, tokens,
+        PARTS=parts, **blocks, **common,
+    )  # fmt: skip
 
 
 def _sorted(weights: PackedExperts, routing: Routing, block_m: int) -> tuple[Tensor, Tensor]:

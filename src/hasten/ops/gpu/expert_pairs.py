@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hasten.ops.gpu.activations import activated
+from hasten.core.config import GatedUnit
+from hasten.ops.gpu.activations import gated
 from hasten.ops.gpu.expert_groups import row_of
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
 from hasten.ops.mixture import PackedExperts, Routing
@@ -19,6 +20,7 @@ from hasten.ops.mixture import PackedExperts, Routing
 def _pair_gate_up(
     x,
     weight,
+    bias,
     experts,
     inner,
     first,
@@ -29,9 +31,11 @@ def _pair_gate_up(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GATE: tl.constexpr,
+    LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`gate(a) * b` of one pair, ROWS features of both halves: [P, I]."""
+    """The gated unit of one pair, ROWS features of both halves: [P, I]."""
     wait_for_inputs(PDL)
     start_next(PDL)  # behind the wait, so that `_pair_down` may read the choice of experts before its own
     pair = tl.program_id(0)
@@ -55,7 +59,13 @@ def _pair_gate_up(
             x_k = tl.load(x_start + offset, inside, 0.0).to(tl.float32)[None, :]
             gate += tl.load(gate_start + offset, inside[None, :], 0.0).to(tl.float32) * x_k
             up += tl.load(gate_start + I * H + offset, inside[None, :], 0.0).to(tl.float32) * x_k
-    value = activated(tl.sum(gate, 1), GATE) * tl.sum(up, 1)
+    gate_n = tl.sum(gate, 1)
+    up_n = tl.sum(up, 1)
+    if bias is not None:
+        bias_start = bias + expert * 2 * I + n
+        gate_n += tl.load(bias_start, n < I, 0.0).to(tl.float32)
+        up_n += tl.load(bias_start + I, n < I, 0.0).to(tl.float32)
+    value = gated(gate_n, up_n, GATE, LIMIT, OFFSET)
     tl.store(inner + pair.to(tl.int64) * I + n, value.to(inner.dtype.element_ty), n < I)
 
 
@@ -63,6 +73,7 @@ def _pair_gate_up(
 def _pair_down(
     inner,
     weight,
+    bias,
     scales,
     experts,
     out,
@@ -101,7 +112,10 @@ def _pair_down(
         w_nk = tl.load(w_start + offset) if offset + BLOCK_K <= I else tl.load(w_start + offset, inside[None, :], 0.0)
         x_k = tl.load(x_start + offset, inside, 0.0)
         total += w_nk.to(tl.float32) * x_k.to(tl.float32)[None, :]
-    value = (tl.sum(total, 1) * scale).to(out.dtype.element_ty)
+    value = tl.sum(total, 1)
+    if bias is not None:
+        value += tl.load(bias + expert * H + n, n < H, 0.0).to(tl.float32)
+    value = (value * scale).to(out.dtype.element_ty)
     at = row_of(pair, T, K, PARTS).to(tl.int64) * H
     tl.store(out + at + n, value, n < H)
 
@@ -112,17 +126,20 @@ _BLOCK = 256
 """Input features at a time: those of one warp, so that a row is summed within it."""
 
 
-def each_pair(x_th: Tensor, weights: PackedExperts, routing: Routing, gate: str, out: Tensor, *, parts: bool) -> None:
+def each_pair(
+    x_th: Tensor, weights: PackedExperts, routing: Routing, unit: GatedUnit, out: Tensor, *, parts: bool
+) -> None:
     """Store what each pair's expert makes of its token, times its weight: see `grouped`, which is for more tokens."""
     (count, hidden, inner_size), (tokens, top_k) = weights.shape, routing.experts_tk.shape
     pairs = tokens * top_k
     common: dict[str, Any] = dict(H=hidden, I=inner_size, K=top_k, COUNT=count, num_warps=4, **overlapped(x_th))
     inner = x_th.new_empty(pairs, inner_size)
     _pair_gate_up[(pairs, triton.cdiv(inner_size, _GATE_UP_ROWS))](
-        x_th, weights.gate_up, routing.experts_tk, inner, weights.first,
-        ROWS=_GATE_UP_ROWS, BLOCK_K=min(_BLOCK, triton.next_power_of_2(hidden)), GATE=gate, **common,
+        x_th, weights.gate_up, weights.gate_up_bias, routing.experts_tk, inner, weights.first,
+        ROWS=_GATE_UP_ROWS, BLOCK_K=min(_BLOCK, triton.next_power_of_2(hidden)),
+        GATE=unit.gate, LIMIT=unit.limit, OFFSET=unit.offset, **common,
     )  # fmt: skip
     _pair_down[(pairs, triton.cdiv(hidden, _DOWN_ROWS))](
-        inner, weights.down, routing.weights_tk, routing.experts_tk, out, weights.first, tokens,
+        inner, weights.down, weights.down_bias, routing.weights_tk, routing.experts_tk, out, weights.first, tokens,
         PARTS=parts, ROWS=_DOWN_ROWS, BLOCK_K=min(_BLOCK, triton.next_power_of_2(inner_size)), **common,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hasten.core.config import GatedUnit
 from hasten.ops.gpu.expert_groups import grouped
 from hasten.ops.gpu.expert_pairs import each_pair
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
@@ -47,12 +48,20 @@ _PARTS_ROWS = 64
 """Up to so many tokens, each choice's outputs are parts for the next norm to add up; with more, that would be slow."""
 
 
-def pack_experts(gate_up_eih: Tensor, down_ehi: Tensor, first: int) -> PackedExperts:
+def pack_experts(
+    gate_up_eih: Tensor,
+    down_ehi: Tensor,
+    first: int,
+    gate_up_bias_ei: Tensor | None = None,
+    down_bias_eh: Tensor | None = None,
+) -> PackedExperts:
     """A GPU reads weights as they are."""
-    return PackedExperts(gate_up_eih.shape[0], first, gate_up_eih.contiguous(), down_ehi.contiguous())
+    weights = gate_up_eih.contiguous(), down_ehi.contiguous()
+    biases = (None if bias is None else bias.contiguous() for bias in (gate_up_bias_ei, down_bias_eh))
+    return PackedExperts(len(gate_up_eih), first, *weights, (), *biases)
 
 
-def experts(x_th: Tensor, weights: PackedExperts, routing: Routing, gate: str) -> Tensor:
+def experts(x_th: Tensor, weights: PackedExperts, routing: Routing, unit: GatedUnit) -> Tensor:
     """See `hasten.ops.experts`."""
     assert x_th.is_contiguous()
     assert routing.counts_be is not None
@@ -63,9 +72,9 @@ def experts(x_th: Tensor, weights: PackedExperts, routing: Routing, gate: str) -
     hidden = x_th.shape[1]
     out = x_th.new_empty((top_k, tokens, hidden) if as_parts else (tokens, top_k, hidden), dtype=dtype)
     if (tokens - 1) * top_k * _ALONE <= all_experts:
-        each_pair(x_th, weights, routing, gate, out, parts=as_parts)
+        each_pair(x_th, weights, routing, unit, out, parts=as_parts)
     else:
-        grouped(x_th, weights, routing, gate, out, parts=as_parts)
+        grouped(x_th, weights, routing, unit, out, parts=as_parts)
     return out if as_parts else _added_up(out, weights, routing, x_th.dtype)
 
 

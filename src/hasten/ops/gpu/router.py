@@ -78,6 +78,7 @@ def _stand_ins(t, slots, T):
 @triton.jit(do_not_specialize=["T"])
 def _choose(
     logits,
+    bias,
     slots,
     experts,
     weights,
@@ -108,6 +109,8 @@ def _choose(
     x = tl.load(start, valid, 0.0)
     for part in tl.static_range(1, PARTS):
         x += tl.load(start + part * T.to(tl.int64) * E, valid, 0.0)
+    if bias is not None:
+        x += tl.load(bias + e, e < E, 0.0).to(tl.float32)[None, :]
     # no token may choose an expert twice, or one that does not exist, whatever its logits are; 0 and -0 are equal
     x = tl.where(x > _LOWEST, tl.where(x == 0.0, 0.0, x), _LOWEST)
     left = tl.where((e < E)[None, :], _ranks(x.to(tl.int32, bitcast=True)), _NONE)
@@ -158,7 +161,15 @@ _CUTS = (
 """Each with the most tokens that it is for. The choice has a warp per token where there are few."""
 
 
-def route(x_th: Tensor, router_eh: Tensor, top_k: int, normalized: bool, slots_t: Tensor | None = None) -> Routing:
+def route(
+    x_th: Tensor,
+    router_eh: Tensor,
+    top_k: int,
+    normalized: bool,
+    slots_t: Tensor | None = None,
+    *,
+    bias_e: Tensor | None = None,
+) -> Routing:
     """See `hasten.ops.route`; padding goes to the experts of other tokens, whose weights are read anyway."""
     tokens, count = x_th.shape[0], router_eh.shape[0]
     assert x_th.is_contiguous()
@@ -172,7 +183,7 @@ def route(x_th: Tensor, router_eh: Tensor, top_k: int, normalized: bool, slots_t
     weights = x_th.new_empty(tokens, top_k, dtype=torch.float32)
     counts = x_th.new_empty(blocks, count, dtype=torch.int32)
     _choose[(blocks,)](
-        logits, logits if slots_t is None else slots_t, experts, weights, counts, tokens,
+        logits, bias_e, logits if slots_t is None else slots_t, experts, weights, counts, tokens,
         E=count, K=top_k, PARTS=len(logits), BLOCK_T=cut.choose_t, BLOCK_E=triton.next_power_of_2(count),
         BLOCK_K=triton.next_power_of_2(top_k), NORMALIZED=normalized, HAS_SLOTS=slots_t is not None,
         num_warps=cut.choose_warps, **overlapped(x_th),

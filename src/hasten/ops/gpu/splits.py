@@ -8,17 +8,8 @@ a matrix product, so that keys are read once and not once per head.
 import triton
 import triton.language as tl
 
-from hasten.ops.gpu.attend import FAR, attend, capped
+from hasten.ops.gpu.attend import FAR, attend, capped, column, with_sink
 from hasten.ops.gpu.launch import start_next, wait_for_inputs
-
-
-@triton.jit
-def _column(x):
-    """Numbers of rows [m] as a column [m, 1]; the number of a single row as it is."""
-    if len(x.shape) == 1:
-        return x[:, None]
-    else:
-        return x
 
 
 @triton.jit
@@ -29,15 +20,15 @@ def _add_up(part_sums, part_weights, first, parts, STEP: tl.constexpr, BLOCK_D: 
     """
     top = tl.full(first.shape, FAR, tl.float32)
     weight = tl.full(first.shape, 0.0, tl.float32)
-    sums = tl.zeros((part_sums + _column(first)).shape, tl.float32)
+    sums = tl.zeros((part_sums + column(first)).shape, tl.float32)
     for number in range(parts):
         place = first + number * STEP
         their_top = tl.load(part_weights + place * 2, cache_modifier=".cg")
         their_weight = tl.load(part_weights + place * 2 + 1, cache_modifier=".cg")
-        their_sums = tl.load(part_sums + _column(place) * BLOCK_D, cache_modifier=".cg")
+        their_sums = tl.load(part_sums + column(place) * BLOCK_D, cache_modifier=".cg")
         new = tl.maximum(top, their_top)
         weight = weight * tl.exp2(top - new) + their_weight * tl.exp2(their_top - new)
-        sums = sums * _column(tl.exp2(top - new)) + their_sums * _column(tl.exp2(their_top - new))
+        sums = sums * column(tl.exp2(top - new)) + their_sums * column(tl.exp2(their_top - new))
         top = new
     return sums, weight
 
@@ -48,6 +39,7 @@ def one_query(
     keys,
     values,
     slopes,
+    sinks,
     tables,
     items,
     out,
@@ -137,6 +129,10 @@ def one_query(
         decay_n = tl.exp2(top_n - top)
         weight = tl.sum(weight_n * decay_n, 0)
         sum_d = tl.sum(sum_nd * decay_n[:, None], 0)
+        if sinks is not None:
+            # of all splits of a query, the first one has the sink
+            sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+            sum_d, weight, top = with_sink(sum_d, weight, top, tl.where(part == 0, sink, FAR))
         target = out + (out_row * HEADS + head) * D + d
         if parts == 1:
             # A weight is at least 1, that of the greatest score, or 0 where there are no keys.
@@ -161,6 +157,7 @@ def query_group(
     keys,
     values,
     slopes,
+    sinks,
     tables,
     items,
     out,
@@ -226,6 +223,9 @@ def query_group(
             token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD, HAS_SLOPES, WINDOW,
             CAPPED, PRECISION,
         )  # fmt: skip
+        if sinks is not None:
+            sink_m = tl.load(sinks + head_m).to(tl.float32) * 1.4426950408889634
+            sum_md, weight_m, top_m = with_sink(sum_md, weight_m, top_m, tl.where(part == 0, sink_m, FAR))
         target = out + (out_row * HEADS + head_m)[:, None] * D + d[None, :]
         if parts == 1:
             # A weight is at least 1, that of the greatest score, or 0 where there are no keys.
