@@ -11,11 +11,14 @@ import pytest
 
 from hasten.bench import engines, report
 from hasten.engine.runner import Runner
+from hasten.engine.start_times import PHASES
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Hasten
 
 ACCURACY = re.compile(r"Accuracy: (\d+\.\d{4})% \((\d+)/(\d+)\) \(elapsed time: \d+\.\d{4} sec\)")
+
+GPU_PHASES = ("kernels", "graphs")
 
 TEXTS = (
     "Anna walked to the river",
@@ -363,3 +366,25 @@ def test_suite_that_leaves_nothing_to_hugging_face(tiny_bloom: Path, hasten_here
         "enable_prefix_caching": False,
     }
     assert wanted.items() <= last["options"].items()
+
+
+@pytest.mark.slow
+def test_startup_has_the_phases_of_cold_and_warm_starts(
+    tiny_bloom: Path, hasten_here: "Hasten", tmp_path: Path
+) -> None:
+    output = tmp_path / "results.json"
+    options = ("--repetitions", "1", "--device", "cpu", "--max-num-seqs", "4", "--output-path", output)
+    done = hasten_here("bench", "startup", tiny_bloom, *options)
+    assert (done.status, done.err) == (0, "")
+    assert re.search(r"phase +cold +warm", done.out)
+    found = json.loads(output.read_text())
+    assert found["environment"]["dtype"] == "float32"
+    assert [start["kind"] for start in found["results"]] == ["cold", "warm"]
+    for start in found["results"]:
+        phases = start["phases"]
+        assert [name for name in phases if name in PHASES] == [name for name in PHASES if name not in GPU_PHASES]
+        assert list(phases)[:3] == ["python", "import torch", "import hasten"]
+        assert list(phases)[-2:] == ["other", "first token"]
+        assert all(seconds >= 0 for seconds in phases.values())
+        assert sum(phases.values()) == pytest.approx(start["total_s"])
+        assert start["totals_s"] == [start["total_s"]]

@@ -114,7 +114,8 @@ class Engine:
         self.scheduler = self.worker.scheduler
         self.model_config = self.worker.model_config
         self.max_model_len = self.worker.max_model_len
-        self.tokenizer = self._load_tokenizer()
+        with self.worker.start_times.phase("tokenizer"):
+            self.tokenizer = self._load_tokenizer()
         self.grammars = GrammarCompiler(
             self.tokenizer,
             self.model_config.vocab_size,

@@ -46,6 +46,7 @@ from hasten.engine.runner import Runner
 from hasten.engine.sampler import Choice, PromptLogprobs, Sampler
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
+from hasten.engine.start_times import StartTimes
 from hasten.layers.linear import PackedModule, set_weight
 from hasten.layers.position import RopeTables
 from hasten.models.base import CausalLM
@@ -130,19 +131,13 @@ class Worker:
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         self.ranks = ranks
+        self.start_times = StartTimes()
         self.device = rank_device(config, ranks.group, ranks.local_size, ranks.first)
-        config = _with_folders(config, ranks)
-        self.config = config
-        """As it was given, with folders for the names of models."""
-        config = replace(config, scheduler=resolve_scheduler(config.scheduler, self.device))
-        self.overlap = bool(config.scheduler.overlap_steps)
-        """Whether a step is launched before the tokens of the one before are known here."""
-        checkpoint = open_checkpoint(
-            config.model,
-            ranks=ranks.group.size,
-            verify=config.verify_checksums,
-            dummy=self.device if config.load_format == "dummy" else None,
-        )
+        with self.start_times.phase("device"), explained_out_of_memory("starting the device"):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # creates its context, which the next use would otherwise do
+        with self.start_times.phase("config"):
+            config, checkpoint = self._opened(config)
         self.model_config = checkpoint.config
         self.quantization = config.quantization or checkpoint.quantization
         replace(config.parallel, tensor_parallel_size=ranks.group.size).validate(self.model_config)
@@ -150,7 +145,7 @@ class Worker:
         self._peers: Peers | None = None
         dtype = ops.TORCH_DTYPES[compute_dtype(config.dtype, self.model_config, self.device)]
         self.tokenizer_folder = checkpoint.tokenizer_folder
-        with explained_out_of_memory("loading the model"):
+        with self.start_times.phase("weights"), explained_out_of_memory("loading the model"):
             group = self._with_peers(dtype)
             model = build_model(
                 checkpoint,
@@ -165,6 +160,22 @@ class Worker:
         self._config = config
         self.scheduler = self._make_scheduler()
         self.sampler = Sampler(self.model_config.eos_token_ids, self.device)
+
+    def _opened(self, config: EngineConfig) -> tuple[EngineConfig, Checkpoint]:
+        """The configuration with what this device and this host make of it, and the checkpoint."""
+        config = _with_folders(config, self.ranks)
+        self.config = config
+        """As it was given, with folders for the names of models."""
+        config = replace(config, scheduler=resolve_scheduler(config.scheduler, self.device))
+        self.overlap = bool(config.scheduler.overlap_steps)
+        """Whether a step is launched before the tokens of the one before are known here."""
+        checkpoint = open_checkpoint(
+            config.model,
+            ranks=self.ranks.group.size,
+            verify=config.verify_checksums,
+            dummy=self.device if config.load_format == "dummy" else None,
+        )
+        return config, checkpoint
 
     def _make_scheduler(self) -> Scheduler:
         cache = self._config.cache
@@ -197,7 +208,7 @@ class Worker:
         block_size, asked = config.cache.block_size, config.scheduler.max_model_len
         length = asked or self.model_config.max_position_embeddings or _DEFAULT_MODEL_LEN
         ropes = RopeTables(length, self.device)  # some change with the length: this one, whatever the memory allows
-        with explained_out_of_memory("sizing the cache"):
+        with self.start_times.phase("memory"), explained_out_of_memory("sizing the cache"):
             budget = config.cache.kv_cache_memory or self._free_memory(config, length, ropes)
         fits = budget // self.runner.block_bytes
         if self.ranks.group.size > 1:
@@ -214,11 +225,14 @@ class Worker:
         length = min(length, fits * block_size)
         useful = config.scheduler.max_num_seqs * -(-length // block_size)
         with explained_out_of_memory("allocating the cache"):
-            self.runner.allocate_cache(min(useful, fits), -(-length // block_size), ropes)
+            with self.start_times.phase("cache"):
+                self.runner.allocate_cache(min(useful, fits), -(-length // block_size), ropes)
             if self.device.type == "cuda":
-                self._warm_up(config.scheduler)
+                with self.start_times.phase("kernels"):
+                    self._warm_up(config.scheduler)
                 if not config.enforce_eager:
-                    self.runner.capture_graphs(self._most_mixed_tokens(config.scheduler))
+                    with self.start_times.phase("graphs"):
+                        self.runner.capture_graphs(self._most_mixed_tokens(config.scheduler))
         return length, min(useful, fits)
 
     def _warm_up(self, config: SchedulerConfig) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from hasten.cli.bench import kernels, lambada, load, serving, speed, suite
+from hasten.cli.bench import kernels, lambada, load, serving, speed, startup, suite
 from hasten.cli.options import Parser
 
 
@@ -17,6 +17,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     lambada.add_parser(benches)
     speed.add_parsers(benches)
     suite.add_parser(benches)
+    startup.add_parser(benches)
     serving.add_parser(benches)
     load.add_parser(benches)
     kernels.add_parser(benches)

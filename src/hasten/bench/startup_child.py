@@ -1,0 +1,63 @@
+"""A process that starts an engine, computes a token, and prints how long each phase took, as JSON.
+
+Its first argument is JSON: `model`, `options` of the engine, and `spawned`, when it was started, on the clock of
+`time.monotonic`, which all processes of a machine share.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from typing import Any
+
+_PROMPT = [1, 2, 3, 4]
+
+
+def main() -> None:
+    """Start and measure."""
+    began = time.monotonic()
+    asked: dict[str, Any] = json.loads(sys.argv[1])
+    from hasten.core.errors import HastenError
+
+    try:
+        measured = _start(asked["model"], asked["options"], began, asked["spawned"])
+    except HastenError as error:
+        measured = {"error": type(error).__name__, "message": str(error)}
+    sys.stdout.write(json.dumps(measured) + "\n")
+
+
+def _start(model: str, options: dict[str, Any], began: float, spawned: float) -> dict[str, Any]:
+    seconds = {"python": began - spawned}
+    import torch
+
+    torch_there = time.monotonic()
+    seconds["import torch"] = torch_there - began
+    from hasten.bench import report
+    from hasten.core.types import SamplingParams
+    from hasten.engine.llm import LLM
+
+    start = time.monotonic()
+    seconds["import hasten"] = start - torch_there
+    with LLM(model, **options) as llm:
+        ready = time.monotonic()
+        phases = llm.engine.worker.start_times.seconds
+        token = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
+        llm.generate([_PROMPT], token, use_tqdm=False)
+        first = time.monotonic()
+        llm.generate([_PROMPT], token, use_tqdm=False)
+        second = time.monotonic()
+        environment = report.environment(llm.device, llm.dtype)
+        allocated = torch.cuda.memory_allocated() if llm.device.type == "cuda" else None
+    other = ready - start - sum(phases.values())
+    seconds |= {**phases, "other": other, "first token": first - ready}
+    return {
+        "seconds": seconds,
+        "total_s": first - spawned,
+        "second_token_s": second - first,
+        "allocated_bytes": allocated,
+        "environment": dataclasses.asdict(environment),
+    }
+
+
+if __name__ == "__main__":
+    main()

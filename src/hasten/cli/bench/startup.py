@@ -1,0 +1,43 @@
+"""`hasten bench startup`: seconds from nothing to the first token."""
+
+import argparse
+
+from hasten.cli.bench.common import add_output, write
+from hasten.cli.options import Parser, add_engine_options, engine_options, path, positive
+
+
+def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the benchmark `startup`."""
+    parser = benches.add_parser(
+        "startup",
+        help="seconds from the start of a process to its first token, by phase",
+        description="Seconds from the start of a process to its first token, by phase: cold, without compiled kernels "
+        "and without the weights in the system's file cache, and warm, right after that.",
+    )
+    parser.add_argument("model", type=path, metavar="MODEL", help="folder of the checkpoint, or its Hugging Face id")
+    parser.add_argument("--repetitions", type=positive, default=3, metavar="N", help="starts of each kind (default: 3)")
+    parser.add_argument(
+        "--cold", action=argparse.BooleanOptionalAction, default=True, help="measure cold starts too (default: yes)"
+    )
+    add_output(parser)
+    add_engine_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure starts."""
+    from hasten.bench import report, startup
+    from hasten.checkpoint.hub import resolve_engine
+    from hasten.core.config import EngineConfig
+
+    report.require_writable(args.output_path)
+    options = engine_options(args)
+    engine = resolve_engine(EngineConfig.create(args.model, **options))
+    if engine.tokenizer is not None:
+        options["tokenizer"] = engine.tokenizer
+    options.pop("revision", None)
+    measured = startup.measure(engine.model, options, repetitions=args.repetitions, cold=args.cold)
+    write(args, {"environment": measured.environment, "results": measured.starts})
+    if not args.json:
+        startup.show(measured)
+    return 0

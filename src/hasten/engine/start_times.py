@@ -1,0 +1,25 @@
+"""How long the phases of an engine's start take."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PHASES = ("device", "config", "weights", "memory", "cache", "kernels", "graphs", "tokenizer")
+"""In order. `device`: a GPU's context; `memory`: the largest step, which shows what is left for the cache; `kernels`:
+steps of all kinds, for which kernels are compiled; `graphs`: their capture."""
+
+
+class StartTimes:
+    """Seconds of each phase, in the order in which they began."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure what the block does."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.perf_counter() - start
