@@ -101,12 +101,15 @@ def test_hugging_face_alone(tiny_bloom: Path, dataset: Path, hasten_here: "Haste
     assert (result["engine"], result["total"]) == ("HF", 5)
 
 
-def test_a_missed_threshold_is_status_1(tiny_bloom: Path, dataset: Path, hasten_here: "Hasten") -> None:
+def test_a_threshold_decides_the_status(tiny_bloom: Path, dataset: Path, hasten_here: "Hasten") -> None:
     done = hasten_here(*lambada(tiny_bloom, dataset), "--acc-threshold", "100.5")
     assert done.status == 1
     assert ACCURACY.fullmatch(done.out.strip())
     assert "below the threshold of 100.5%" in done.err
-    assert hasten_here(*lambada(tiny_bloom, dataset), "--acc-threshold", "0").status == 0
+    as_in_scripts = ("--acc-threshold", "0", "--lib-path", "lib/libth_transformer.so")
+    done = hasten_here(*lambada(tiny_bloom, dataset), *as_in_scripts)
+    assert done.status == 0
+    assert "hasten: --lib-path lib/libth_transformer.so is not read" in done.err
 
 
 def test_ranks_of_two_give_the_answers_of_one(

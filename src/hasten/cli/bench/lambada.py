@@ -69,6 +69,11 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--beam-width", type=positive, default=1, metavar="N", help="beams of a search; 1: no search (default: 1)"
     )
+    parser.add_argument(
+        "--lib-path",
+        metavar="FILE",
+        help="the library that FasterTransformer's script loads: accepted from its commands, and not read",
+    )
     add_output(parser)
     add_engine_options(parser, defaults=ENGINE_DEFAULTS, skip=_NOT_OFFERED)
     parser.set_defaults(run=run)
@@ -77,6 +82,8 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
 def run(args: argparse.Namespace) -> int:
     """Run LAMBADA with hasten, with Hugging Face, or with both in turns."""
     sampling = _sampling(args)
+    if args.lib_path is not None:
+        print(f"hasten: --lib-path {args.lib_path} is not read: hasten has kernels of its own", file=sys.stderr)
     from hasten.bench import lambada, report
     from hasten.bench.engines import HastenEngine, HuggingFaceEngine
     from hasten.checkpoint.hub import resolve_model
