@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 from tests.checkpoint.ft_writer import TYPES, WRITERS, Files
 from tests.conftest import MakeModel
+from tests.rank_shards import rank_shards
 
 from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.manifest import MANIFEST
-from hasten.checkpoint.plan import Checkpoint, open_checkpoint, rank_tensors
+from hasten.checkpoint.plan import Checkpoint, open_checkpoint
 from hasten.core.config import ModelConfig
 from hasten.core.errors import CheckpointError, UnsupportedError
 
@@ -73,7 +74,7 @@ def contents(folder: Path) -> Files:
 
 def loaded(checkpoint: Checkpoint, size: int) -> Iterator[State]:
     for rank in range(size):
-        yield dict(rank_tensors(checkpoint, rank, size, torch.float32))
+        yield rank_shards(checkpoint, rank, size)
 
 
 def as_in_files(state: State, config: ModelConfig) -> State:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.rank_shards import rank_shards
 
 from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.manifest import MANIFEST
@@ -29,7 +30,7 @@ def converted(source: Path, out: Path, ranks: int, output_format: Format, dtype:
 def loaded(checkpoint: Checkpoint, size: int, dtype: torch.dtype = torch.float32) -> State:
     """All ranks' shards, put together again."""
     config = checkpoint.config
-    ranks = [dict(rank_tensors(checkpoint, rank, size, dtype)) for rank in range(size)]
+    ranks = [rank_shards(checkpoint, rank, size, dtype) for rank in range(size)]
     specs = {spec.name: spec for spec in BloomForCausalLM.weight_map(config).specs}
     assert all(list(state) == list(ranks[0]) for state in ranks)
     assert all(tensor.is_contiguous() for state in ranks for tensor in state.values())

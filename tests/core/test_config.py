@@ -112,7 +112,7 @@ def test_unknown_data_types_are_named_with_those_known(text: str) -> None:
         ),
         (EngineConfig, {"model": "m"}, {"device": "cuda:"}, "device 'cuda:' is not known"),
         (EngineConfig, {"model": "m"}, {"device": "cpu "}, "device 'cpu ' is not known"),
-        (EngineConfig, {"model": "m"}, {"quantization": "int4"}, "quantization 'int4' is not supported; there is int8"),
+        (EngineConfig, {"model": "m"}, {"quantization": "int3"}, "quantization 'int3' is not supported"),
         (EngineConfig, {"model": "m"}, {"load_format": "gguf"}, "load_format 'gguf' is not auto or dummy"),
     ],
 )

@@ -7,7 +7,9 @@ import pytest
 import torch
 from tests.conftest import MakeModel
 from tests.engine_logits import DECODED, engine_logits
-from tests.quantization.definition import changed_folder, dequantized_folder
+from tests.quantization.definition import TRANSPOSED, changed_folder, dequantized_folder, rounded
+from tests.quantization.test_int4 import rounded as rounded_to_4_bits
+from tests.quantization.writers import is_quantized
 from torch import Tensor
 
 from hasten import LLM, SamplingParams
@@ -21,6 +23,8 @@ SAME = {False: 1e-4, True: 6e-3}
 """Largest difference of two logits between int8 weights and their values in fp32; True: with activations of 15 bits."""
 NEAR = 0.06
 """Root mean square of the differences from the full-precision model, as a share of the logits' standard deviation."""
+IN_BF16 = 0.03
+"""The same of int4 weights, whose products a CPU computes in bf16."""
 HEADS = {
     "Bloom": "transformer.word_embeddings.weight",
     "Llama": "lm_head.weight",
@@ -76,6 +80,27 @@ def test_each_of_two_ranks_quantizes_its_shards(family: str, make_model: MakeMod
     assert found != pytest.approx(logprobs(folder), abs=SAME[True])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int4_is_near_full_precision_and_a_checkpoint_of_the_same_values(
+    family: str, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model(family)
+
+    def round_layers(state: dict[str, Tensor]) -> None:
+        for name, weight in state.items():
+            if is_quantized(name, weight):
+                turned = TRANSPOSED.search(name) is not None
+                part = rounded_to_4_bits(weight.T if turned else weight)
+                state[name] = (part.T if turned else part).contiguous()
+        state[HEADS[family]] = rounded(state[HEADS[family]])
+
+    expected, full = logits_of(changed_folder(folder, tmp_path / "rounded", round_layers)), logits_of(folder)
+    monkeypatch.setattr(cpu_int8, "exact_int8", lambda: False)
+    found = logits_of(folder, quantization="int4")
+    assert (found - expected).norm() <= IN_BF16 * expected.norm()
+    assert 2 * IN_BF16 * full.norm() < (found - full).norm() < full.norm()
+
+
 def test_less_is_held_and_the_log_says_of_what(tiny_bloom: Path, caplog: pytest.LogCaptureFixture) -> None:
     with (
         caplog.at_level("INFO", logger="hasten"),
@@ -104,7 +129,7 @@ def test_experts_stay_in_full_precision_and_the_log_says_so(
         layer = model.layers[0]
     assert layer.experts.packed.linears[0][0].scales is None
     assert layer.experts.shared.down.packed.scales is not None
-    assert "quantization int8: the experts of the mixture stay in torch.float32" in caplog.text
+    assert "quantization int8: the experts of the mixture are in torch.float32" in caplog.text
 
 
 @pytest.fixture
@@ -135,16 +160,8 @@ def test_other_modes_are_refused(mode: str, ft: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_that_is_quantized_already_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
-    config = (make_model("Llama") / "config.json").read_text()
-    (tmp_path / "config.json").write_text(config.replace("{", '{"quantization_config": {"quant_method": "gptq"},', 1))
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(UnsupportedError, match=r"quantization_config \(gptq\): quantized weights are not supported"):
-        LLM(tmp_path, device="cpu", quantization="int8")
-
-
 def test_other_schemes_are_refused_by_name(tiny_bloom: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^quantization 'fp8' is not supported; there is int8$"):
+    with pytest.raises(ConfigError, match=r"^quantization 'fp8' is not supported; there is int8, int4$"):
         LLM(tiny_bloom, quantization="fp8")  # type: ignore[arg-type]  # as a user may
 
 

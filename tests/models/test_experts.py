@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import MakeModel
 from tests.models.cases_experts import GPT_OSS, MIXTRAL, QWEN2, with_experts
 from tests.models.conftest import BOUND, Worst
+from tests.rank_shards import rank_shards
 
 from hasten.checkpoint.convert import Conversion, convert
-from hasten.checkpoint.plan import open_checkpoint, rank_tensors
+from hasten.checkpoint.plan import open_checkpoint
 from hasten.checkpoint.sources import open_source, read_hf_config
 from hasten.core.config import ParallelConfig
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
@@ -45,7 +46,7 @@ def stacked(folder: Path, out: Path) -> Path:
 
 
 def tensors(folder: Path, rank: int = 0, size: int = 1, **options: Any) -> dict[str, torch.Tensor]:
-    return dict(rank_tensors(open_checkpoint(folder, size), rank, size, torch.float32, **options))
+    return rank_shards(open_checkpoint(folder, size), rank, size, **options)
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["experts divided", "whole experts"])

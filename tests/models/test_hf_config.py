@@ -87,22 +87,6 @@ def test_what_transformers_writes_is_known_and_nothing_else(
     assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["strange"]
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("quantization_config", {"quant_method": "gptq"}, r"quantization_config \(gptq\): quantized weights are not"),
-        ("quantization_config", {"load_in_8bit": True}, "quantization_config: quantized"),
-        ("compression_config", {"format": "pack"}, "compression_config: quantized"),
-    ],
-)
-def test_quantized_weights_are_refused_by_the_key_that_says_so(
-    key: str, value: object, message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(UnsupportedError, match=message):
-        read(tmp_path, BLOOM | {key: value})
-    assert read(tmp_path, BLOOM | {key: None}) == read(tmp_path, BLOOM)
-
-
 def test_the_mode_that_leaves_biases_out_is_refused(tmp_path: Path) -> None:
     for raw in ({"slow_but_exact": True}, {"slow_but_exact": False, "pretraining_tp": 4}):
         assert read(tmp_path, BLOOM | raw) == read(tmp_path, BLOOM)

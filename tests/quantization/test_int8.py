@@ -34,6 +34,7 @@ def test_weights_are_rounded_to_multiples_of_a_step_of_their_row(
     for elements in (1, 1000, 1 << 24):  # pieces of one row, of some, and of all
         monkeypatch.setattr(int8, "_ELEMENTS", elements)
         made = SCHEME.quantize(weight, "w")
+        assert isinstance(made, QuantizedWeight)
         assert (made.values.dtype, made.scales.dtype, made.dtype) == (torch.int8, torch.float32, dtype)
         assert made.shape == shape
         found = made.values.double() * made.scales.double().unsqueeze(1)
@@ -71,7 +72,7 @@ LAYER = {f"layers.0.{name}.weight" for name in ("attention.qkv", "attention.dens
 @pytest.mark.parametrize(("tied", "head"), [(True, "embedding.weight"), (False, "head.weight")])
 def test_linear_layers_and_the_head_are_quantized_and_nothing_else(tied: bool, head: str) -> None:
     quantizer = Quantizer(SCHEME, built(tied))
-    assert quantizer.names == LAYER | {head}
+    assert set(quantizer.schemes) == LAYER | {head}
     weight = draw(16)
     assert quantizer("final_norm.weight", weight) is weight
     assert isinstance(quantizer(head, draw(40, 16)), QuantizedWeight)
@@ -91,7 +92,7 @@ def test_routers_and_experts_stay_as_they_are() -> None:
     )
     with torch.device("meta"):
         model = model_class(config.architecture)(config)
-    assert Quantizer(SCHEME, model).names == {
+    assert set(Quantizer(SCHEME, model).schemes) == {
         "layers.0.attention.qkv.weight",
         "layers.0.attention.dense.weight",
         "head.weight",

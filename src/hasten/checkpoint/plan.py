@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from hasten.checkpoint.faster_transformer.ini import CONFIG_INI
 from hasten.checkpoint.hub import TOKENIZER_ALONE
@@ -15,6 +14,7 @@ from hasten.core.config import ModelConfig, ParallelConfig, Quantization
 from hasten.core.errors import CheckpointError
 from hasten.models import generation_config
 from hasten.models.weight_map import WeightSpec
+from hasten.ops import Weight
 from hasten.parallel.shard import by_expert
 
 _log = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ class Checkpoint:
     source: Source
     quantization: Quantization | None = None
     """What the checkpoint asks to be quantized with while it is loaded."""
+    stored_quantization: str | None = None
+    """How the files hold quantized weights, None for full precision."""
     verify: bool = True
     """Whether `rank_tensors` compares the files that it reads with the manifest, where there is one."""
 
@@ -65,6 +67,7 @@ def open_checkpoint(
         tokenizer_folder=side if any((side / name).is_file() for name in TOKENIZER_ALONE) else None,
         source=source,
         quantization=source.quantization,
+        stored_quantization=None if source.format is None else source.format.name,
         verify=verify,
     )
 
@@ -96,12 +99,12 @@ def _warn_of_settings(folder: Path) -> None:
 
 def rank_tensors(
     checkpoint: Checkpoint, rank: int, size: int, dtype: torch.dtype, *, expert_parallel: bool = False
-) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter's name with rank `rank`'s shard of it in `dtype`, file by file.
+) -> Iterator[tuple[str, Weight]]:
+    """Every parameter's name with rank `rank`'s shard of it, file by file: quantized where it is stored so.
 
-    With `expert_parallel`, ranks get whole experts. A tensor is contiguous and may be a view of a mapped file, so copy
-    it before changing it. The files that this rank reads, and no others, are first compared with the manifest.
-    ConfigError if `size` does not divide the model, ChecksumError for a changed file.
+    All others are in `dtype`. With `expert_parallel`, ranks get whole experts. A tensor is contiguous and may be a view
+    of a mapped file, so copy it before changing it. The files that this rank reads, and no others, are first compared
+    with the manifest. ConfigError if `size` does not divide the model, ChecksumError for a changed file.
     """
     source = checkpoint.source
     ParallelConfig(tensor_parallel_size=size, expert_parallel=expert_parallel).validate(source.config)
@@ -114,5 +117,5 @@ def rank_tensors(
         source.manifest.verify(source.folder, names)
     for specs in source.batches():
         for spec in map(divided, specs):
-            yield spec.name, source.shard(spec, rank, size).to(dtype).contiguous()
+            yield spec.name, source.weight(spec, rank, size, dtype)
         source.release()

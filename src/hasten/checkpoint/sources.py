@@ -12,7 +12,8 @@ import pickle
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
@@ -32,9 +33,13 @@ from hasten.core.errors import CheckpointError, ConfigError, HastenError, Unsupp
 from hasten.models import hf_config
 from hasten.models.generation_config import not_applied
 from hasten.models.registry import architecture_of, model_class
-from hasten.models.weight_map import StoredTensor, Tie, WeightMap, WeightSpec
-from hasten.ops import TORCH_DTYPES
+from hasten.models.weight_map import SAME, StoredTensor, Tie, WeightMap, WeightSpec
+from hasten.ops import TORCH_DTYPES, Weight
 from hasten.parallel.shard import overlap, resplit, shard_shape, split
+from hasten.quantization import stored as stored_weight
+from hasten.quantization.formats import registry as formats
+from hasten.quantization.formats.base import Format, Module
+from hasten.quantization.stored import StoredWeight
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +68,8 @@ class Source(ABC):
     """Shards that the files themselves hold."""
     quantization: Quantization | None = None
     """What the files, which are in full precision, are to be quantized with while they are loaded."""
+    format: Format | None = None
+    """How the files hold quantized weights; None: they are in full precision."""
 
     def __init__(self, folder: Path, config: ModelConfig, weight_map: WeightMap) -> None:
         self.folder = folder
@@ -76,6 +83,10 @@ class Source(ABC):
     @abstractmethod
     def shard(self, spec: WeightSpec, rank: int, size: int) -> Tensor:
         """Rank `rank`'s shard of `size`, in the stored type; often a view of a mapped file."""
+
+    def weight(self, spec: WeightSpec, rank: int, size: int, dtype: torch.dtype) -> Weight:
+        """Rank `rank`'s shard of `size`, contiguous: quantized where the files hold it so, else in `dtype`."""
+        return self.shard(spec, rank, size).to(dtype).contiguous()
 
     def holds(self, spec: WeightSpec) -> bool:
         """Whether the files hold a weight that the configuration ties to another."""
@@ -223,8 +234,13 @@ class HuggingFaceSource(Source):
 
     label = "HF"
 
-    def __init__(self, folder: Path, config: ModelConfig, weight_map: WeightMap) -> None:
+    def __init__(
+        self, folder: Path, config: ModelConfig, weight_map: WeightMap, stored_format: Format | None = None
+    ) -> None:
         super().__init__(folder, config, weight_map)
+        self.format = stored_format
+        self._quantized: dict[str, Mapping[str, str]] = {}
+        """Names of quantized weights -> their stored tensors, by what they are."""
         self._open: dict[Path, _TensorFile] = {}
         self._lock = Lock()
         first = next(path for name in _HF_FILES if (path := folder / name).exists())
@@ -253,8 +269,26 @@ class HuggingFaceSource(Source):
             # safetensors keeps one name of two tensors that share memory, and it may be the head's
             own.setdefault(tie.to.sources[0].name, tied[head])
         self.specs = tuple(spec.among(own) for spec in self.specs)
-        _check_names(where, (source.name for spec in self.specs for source in spec.sources), own)
+        expected = {
+            name for spec in self.specs for source in spec.sources for name in self._tensors_of(source, own, where)
+        }
+        if self.format is not None:
+            own = {name: place for name, place in own.items() if name in expected or not self.format.is_leftover(name)}
+        _check_names(where, expected, own)
         return own | tied
+
+    def _tensors_of(self, source: StoredTensor, names: Container[str], where: Path) -> Iterable[str]:
+        """Names of the tensors that a weight is read from."""
+        module, _, kind = source.name.rpartition(".")
+        if self.format is not None and kind == "weight":
+            try:
+                found = self.format.find(module, names)
+            except CheckpointError as error:
+                raise CheckpointError(f"{where} {error}") from error
+            if found is not None:
+                self._quantized[source.name] = found
+                return found.values()
+        return (source.name,)
 
     def holds(self, spec: WeightSpec) -> bool:
         """Whether the files hold a weight that the configuration ties to another."""
@@ -274,12 +308,45 @@ class HuggingFaceSource(Source):
         stored = [self._stored(source) for source in spec.sources]
         return spec.shard(stored, rank, size, self.config.attention)
 
+    def weight(self, spec: WeightSpec, rank: int, size: int, dtype: torch.dtype) -> Weight:
+        """See `Source.weight`; a weight whose parts are quantized in different ways is dequantized."""
+        if spec.stack or not all(source.name in self._quantized for source in spec.sources):
+            return super().weight(spec, rank, size, dtype)
+        stored = [self._read(source) for source in spec.sources]
+        if not all(stored[0].fits(other) for other in stored[1:]):
+            _log.warning(
+                "%s: %s are quantized in different ways; held in full precision", self.folder, spec.stored_names
+            )
+            return super().weight(spec, rank, size, dtype)
+        part = stored_weight.shard(spec, stored, rank, size, self.config.attention)
+        return part.pack(part, dtype)
+
+    def _read(self, source: StoredTensor) -> StoredWeight:
+        """A quantized weight of the files."""
+        assert self.format is not None
+        places = {kind: self._names[name] for kind, name in self._quantized[source.name].items()}
+        tensors = {kind: self._opened(path).get_tensor(name) for kind, (name, path) in places.items()}
+        kind, (name, path) = next(iter(places.items()))
+        out_features, in_features = replace(source, layout=SAME).shape(self.config)
+        try:
+            return self.format.read(Module(name.removesuffix(f".{kind}"), (out_features, in_features), tensors))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
     def _stored(self, source: StoredTensor) -> Tensor:
+        if source.name in self._quantized:
+            weight = self._read(source).dequantized(TORCH_DTYPES[self.config.dtype])
+            return weight.t() if source.layout.transposed else weight
         name, path = self._names[source.name]
         return _check_tensor(path, name, self._opened(path).get_tensor(name), source.shape(self.config))
 
     def _last_file(self, spec: WeightSpec) -> Path:
-        return max(self._names[source.name][1] for source in spec.sources)
+        names = (
+            name
+            for source in spec.sources
+            for name in self._quantized.get(source.name, {source.name: source.name}).values()
+        )
+        return max(self._names[name][1] for name in names)
 
     def batches(self) -> Iterator[tuple[WeightSpec, ...]]:
         """Weights file by file, in the order of the files' names; one that lies in several comes with the last."""
@@ -578,7 +645,6 @@ def read_hf_config(folder: Path) -> ModelConfig:
     try:
         fields = hf_config.Fields(raw)
         cls = model_class(architecture_of(raw))
-        fields.refuse_quantization()
         config = cls.config_from_hf(fields)
     except HastenError as error:
         raise type(error)(f"{path}: {error}") from error
@@ -589,6 +655,15 @@ def read_hf_config(folder: Path) -> ModelConfig:
     if settings := not_applied(raw):
         _log.warning(NOT_APPLIED, path, ", ".join(settings))
     return config
+
+
+def read_format(folder: Path) -> Format | None:
+    """How the Hugging Face checkpoint in `folder` holds quantized weights; None: it is in full precision."""
+    files = {name: read_json(folder / name) for name in formats.FILES if (folder / name).is_file()}
+    try:
+        return formats.format_of(read_json(folder / "config.json"), files)
+    except HastenError as error:
+        raise type(error)(f"{folder / 'config.json'}: {error}") from error
 
 
 UNKNOWN = "%s: ignored, since hasten does not know what they change: %s"
@@ -666,12 +741,12 @@ def _open_faster_transformer(folder: Path) -> FasterTransformerSource:
 
 
 def _open_hugging_face(folder: Path) -> HuggingFaceSource:
-    config = read_hf_config(folder)
-    source = HuggingFaceSource(folder, config, model_class(config.architecture).weight_map(config))
+    config, stored_format = read_hf_config(folder), read_format(folder)
+    source = HuggingFaceSource(folder, config, model_class(config.architecture).weight_map(config), stored_format)
     if _has_own_head(source):
         _warn_of_head(folder / "config.json")
         config = dataclasses.replace(source.config, tie_word_embeddings=False)
-        source = HuggingFaceSource(folder, config, model_class(config.architecture).weight_map(config))
+        source = HuggingFaceSource(folder, config, model_class(config.architecture).weight_map(config), stored_format)
     if hf_config.dtype(read_json(folder / "config.json")) is None:
         stored = source.stored_dtype()
         name = next((name for name, dtype in TORCH_DTYPES.items() if dtype is stored), config.dtype)
@@ -682,6 +757,11 @@ def _open_hugging_face(folder: Path) -> HuggingFaceSource:
 def open_dummy(path: Path, device: torch.device) -> DummySource:
     """Random weights, made on `device`, for the model that config.json of `path` describes."""
     config = read_hf_config(path)
+    if read_format(path) is not None:
+        raise UnsupportedError(
+            f"{path / 'config.json'} has quantized weights, but random ones are in full precision: remove its "
+            "quantization_config; --quantization quantizes them"
+        )
     source = DummySource(path, config, model_class(config.architecture).weight_map(config))
     source.device = device
     return source

@@ -9,6 +9,7 @@ rank they stay on the device, where the next step reads them.
 
 import json
 import logging
+import math
 import os
 import sys
 import threading
@@ -56,7 +57,7 @@ from hasten.parallel.groups import TensorGroup, use_group
 from hasten.parallel.launch import Ranks, reported
 from hasten.parallel.peers import connect, reachable
 from hasten.parallel.rank import RankInfo, rank_from_environment
-from hasten.quantization.scheme import SCHEMES, Quantizer
+from hasten.quantization.scheme import SCHEMES, Quantizer, matrices
 
 _log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class Worker:
         with self.start_times.phase("config"):
             config, checkpoint = self._opened(config)
         self.model_config = checkpoint.config
-        self.quantization = config.quantization or checkpoint.quantization
+        self.quantization = _quantization(config, checkpoint)
         replace(config.parallel, tensor_parallel_size=ranks.group.size).validate(self.model_config)
         config.scheduler.validate(self.model_config)
         self._peers: Peers | None = None
@@ -152,7 +153,7 @@ class Worker:
                 group,
                 dtype,
                 self.device,
-                quantization=self.quantization,
+                quantization=config.quantization or checkpoint.quantization,
                 show_progress=config.progress_bars,
             )
         self.runner = Runner(model, dtype, self.device, config.cache.block_size, config.scheduler.max_num_seqs)
@@ -478,28 +479,45 @@ def build_model(
         model = model_class(config.architecture)(config)
     model.eval()
     quantizer = None if quantization is None else Quantizer(SCHEMES[quantization], model)
+    quantizable = matrices(model)
     nbytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     show = show_progress and group.rank == 0
     with progress_bar("Loading weights", nbytes, unit="bytes", show=show) as bar:
         tensors = rank_tensors(checkpoint, group.rank, group.size, dtype, expert_parallel=group.expert_parallel)
         held = 0
-        for name, tensor in tensors:
+        for name, loaded in tensors:
             owner, _, attribute = name.rpartition(".")
-            full = tensor.to(device)
-            weight: ops.Weight = full if quantizer is None else quantizer(name, full)
+            weight = ops.moved(loaded, device)
+            if not isinstance(weight, Tensor) and name not in quantizable:
+                weight = weight.dequantized(dtype)
+            if quantizer is not None and isinstance(weight, Tensor):
+                weight = quantizer(name, weight)
             set_weight(model.get_submodule(owner), attribute, weight)
             held += weight.nbytes
-            bar.advance(full.nbytes)
+            bar.advance(math.prod(loaded.shape) * dtype.itemsize)
     with torch.inference_mode():
         for module in model.modules():
             if isinstance(module, PackedModule):
                 module.pack()
     size = f"{held / 1e9:.3f} GB" + (f" for each of {group.size} ranks" if group.size > 1 else "")
-    types = f"{dtype}" if quantization is None else f"{quantization} and {dtype}"
+    shown = quantization or checkpoint.stored_quantization
+    types = f"{dtype}" if shown is None else f"{shown} and {dtype}"
     _log.log(level, "loaded %s of weights as %s in %.1f s", size, types, time.perf_counter() - start)
-    if quantization is not None and config.experts is not None:
-        _log.log(level, "quantization %s: the experts of the mixture stay in %s", quantization, dtype)
+    if shown is not None and config.experts is not None:
+        _log.log(level, "quantization %s: the experts of the mixture are in %s", shown, dtype)
     return model
+
+
+def _quantization(config: EngineConfig, checkpoint: Checkpoint) -> str | None:
+    """How weights are quantized; ConfigError where both the checkpoint and the configuration say so."""
+    if checkpoint.stored_quantization is None:
+        return config.quantization or checkpoint.quantization
+    if config.quantization is not None:
+        raise ConfigError(
+            f"{checkpoint.path} is quantized already ({checkpoint.stored_quantization}); leave out quantization "
+            f"{config.quantization}, or give the full-precision checkpoint"
+        )
+    return checkpoint.stored_quantization
 
 
 def config_to_json(config: EngineConfig) -> str:

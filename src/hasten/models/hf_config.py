@@ -25,7 +25,7 @@ _BOOKKEEPING = frozenset(
 )
 """Keys that transformers writes for every model, and that say nothing of what a decoder computes."""
 _QUANTIZATION = frozenset({"quantization_config", "compression_config", "sparsity_config"})
-"""Keys of any model that change what its weights mean."""
+"""Keys of any model that say how its weights are stored: `quantization/formats` reads them."""
 
 
 class Fields(Raw):
@@ -44,17 +44,6 @@ class Fields(Raw):
 
     def __len__(self) -> int:
         return len(self._raw)
-
-    def refuse_quantization(self) -> None:
-        """UnsupportedError names the key that says that the weights are quantized."""
-        for name in sorted(_QUANTIZATION):
-            value = self._raw.get(name)
-            if value:
-                method = value.get("quant_method") if isinstance(value, dict) else None
-                raise UnsupportedError(
-                    f"{name}{f' ({method})' if method else ''}: quantized weights are not supported; "
-                    "give the checkpoint in fp32, fp16 or bf16"
-                )
 
     def unknown(self, harmless: Set[str]) -> list[str]:
         """Keys with a value that were not read and are not known to change nothing, sorted."""

@@ -13,11 +13,12 @@ from hasten.ops import cpu, cpu_sampling, reference
 from hasten.ops.block_caches import BlockCaches
 from hasten.ops.draws import NONE_LEFT, Draws
 from hasten.ops.edits import Bans, EditList, LogitEdits, TokenCounts
+from hasten.ops.grouped import Columns, GroupedWeight, pack_nibbles, packs
 from hasten.ops.heads import HeadTransform
 from hasten.ops.logprobs import TopLogprobs
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.mixture import PackedExperts, Routing
-from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight
+from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight, moved
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.transfer import HostCopy, to_device
 
@@ -31,9 +32,11 @@ __all__ = [
     "AttentionMeta",
     "Bans",
     "BlockCaches",
+    "Columns",
     "Draws",
     "EditList",
     "GatedUnit",
+    "GroupedWeight",
     "HeadTransform",
     "HostCopy",
     "LogitEdits",
@@ -60,9 +63,12 @@ __all__ = [
     "linear_parts",
     "mask_logits",
     "mean_squares",
+    "moved",
     "norm",
     "pack_experts",
     "pack_linear",
+    "pack_nibbles",
+    "packs",
     "paged_attention",
     "project",
     "resolve_ids",

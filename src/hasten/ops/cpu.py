@@ -14,8 +14,9 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from hasten.core.config import GatedUnit
-from hasten.ops import cpu_int8, reference
+from hasten.ops import cpu_grouped, cpu_int8, reference
 from hasten.ops.compiled_rows import compiled_rows
+from hasten.ops.grouped import GroupedWeight
 from hasten.ops.heads import HeadTransform
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.mixture import PackedExperts, Routing
@@ -62,6 +63,8 @@ _scratch = _Scratch()
 def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:  # noqa: D103
     if isinstance(weight_oh, QuantizedWeight):
         return cpu_int8.pack_linear(weight_oh, shared)
+    if isinstance(weight_oh, GroupedWeight):
+        return cpu_grouped.pack_linear(weight_oh)
     as_it_is = shared and weight_oh.dtype == torch.float32
     weight_oh = weight_oh.float().contiguous()
     out_features, in_features = weight_oh.shape
@@ -167,6 +170,9 @@ def _linear(
     bias_o = None if bias_o is None else bias_o.float()
     if weight.scales is not None:
         out_to = cpu_int8.product(x_th, weight, weight.scales)
+        out_to = out_to if bias_o is None else out_to.add_(bias_o)
+    elif weight.grouped is not None or weight.blocked_groups is not None:
+        out_to = cpu_grouped.product(x_th, weight)
         out_to = out_to if bias_o is None else out_to.add_(bias_o)
     elif weight.blocked is None or (weight.plain is not None and x_th.shape[0] <= _FEW_ROWS):
         assert weight.plain is not None

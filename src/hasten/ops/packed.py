@@ -1,9 +1,11 @@
 """Weights of linear layers: as they are loaded, and in the layout that their device reads fastest."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from hasten.ops.grouped import BlockedGroups, GroupedWeight
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,28 @@ class QuantizedWeight:
         """Bytes of values and scales."""
         return self.values.nbytes + self.scales.nbytes
 
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`, [o, h], rounded once."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return (self.values.to(wide) * self.scales.to(wide).unsqueeze(1)).to(dtype)
 
-Weight = Tensor | QuantizedWeight
+
+Weight = Tensor | QuantizedWeight | GroupedWeight
 """A weight [o, h] in full precision, or quantized."""
+
+
+def moved(weight: Weight, device: torch.device) -> Weight:
+    """The weight on a device."""
+    if isinstance(weight, Tensor):
+        return weight.to(device)
+    if isinstance(weight, QuantizedWeight):
+        return replace(weight, values=weight.values.to(device), scales=weight.scales.to(device))
+    return weight.to(device)
 
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """What `ops.pack_linear` makes and `ops.linear` takes; at least one of the two layouts is there."""
+    """What `ops.pack_linear` makes and `ops.linear` takes; at least one of the layouts is there."""
 
     out_features: int
     in_features: int
@@ -50,3 +66,7 @@ class PackedLinear:
     """An opaque layout of the device's matrix library."""
     scales: Tensor | None = None
     """[o] in fp32: what the rows of a quantized weight are multiplied by."""
+    grouped: GroupedWeight | None = None
+    """A weight with scales of groups, in place of the others."""
+    blocked_groups: BlockedGroups | None = None
+    """The same for torch's product on a CPU, in place of the others."""

@@ -11,6 +11,7 @@ from hasten.core.config import GatedUnit
 from hasten.ops.block_caches import BlockCaches
 from hasten.ops.draws import NONE_LEFT, Draws
 from hasten.ops.edits import IN_PROMPT, LogitEdits, TokenCounts
+from hasten.ops.grouped import GroupedWeight
 from hasten.ops.heads import HeadTransform
 from hasten.ops.logprobs import TopLogprobs
 from hasten.ops.meta import AttentionMeta
@@ -31,6 +32,7 @@ def embedding(ids_t: Tensor, weight_vh: Weight, first: int | None) -> Tensor:  #
 def _rows(ids_t: Tensor, weight_vh: Weight) -> Tensor:
     if isinstance(weight_vh, Tensor):
         return F.embedding(ids_t, weight_vh)
+    assert isinstance(weight_vh, QuantizedWeight)  # tables have scales of rows
     return (weight_vh.values[ids_t] * weight_vh.scales[ids_t].unsqueeze(1)).to(weight_vh.dtype)
 
 
@@ -80,11 +82,15 @@ def embedding_norm(  # noqa: D103
 def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:  # noqa: ARG001, D103
     if isinstance(weight_oh, QuantizedWeight):
         return PackedLinear(*weight_oh.shape, plain=weight_oh.values, scales=weight_oh.scales)
+    if isinstance(weight_oh, GroupedWeight):
+        return PackedLinear(*weight_oh.shape, plain=None, grouped=weight_oh)
     return PackedLinear(weight_oh.shape[0], weight_oh.shape[1], plain=weight_oh)
 
 
 def dequantized(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
     """The weight in `dtype`, [o, h]; one that is not quantized as it is."""
+    if weight.grouped is not None:
+        return weight.grouped.dequantized(dtype)
     assert weight.plain is not None
     if weight.scales is None:
         return weight.plain

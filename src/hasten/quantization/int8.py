@@ -20,6 +20,11 @@ class Int8:
 
     name: Quantization = "int8"
 
+    @property
+    def head(self) -> "Int8":
+        """See `Scheme.head`."""
+        return self
+
     def quantize(self, weight_oh: Tensor, name: str) -> QuantizedWeight:
         """See `Scheme.quantize`; CheckpointError for a weight with NaN or infinity."""
         values = torch.empty(weight_oh.shape, dtype=torch.int8, device=weight_oh.device)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.core.config import Quantization
+from hasten.layers.embedding import Head
 from hasten.layers.linear import PackedModule
+from hasten.quantization.int4 import Int4
 from hasten.quantization.int8 import Int8
 
 
@@ -21,12 +23,28 @@ class Scheme(Protocol):
 
     name: Quantization
 
-    def quantize(self, weight_oh: Tensor, name: str) -> ops.QuantizedWeight:
+    @property
+    def head(self) -> "Scheme":
+        """What the head is quantized with, and an embedding that it is tied to."""
+        ...
+
+    def quantize(self, weight_oh: Tensor, name: str) -> ops.Weight:
         """A weight, on its device; CheckpointError with its `name` where it cannot be quantized."""
         ...
 
 
-SCHEMES: Mapping[str, Scheme] = {scheme.name: scheme for scheme in (Int8(),)}
+SCHEMES: Mapping[str, Scheme] = {scheme.name: scheme for scheme in (Int8(), Int4())}
+
+
+def matrices(model: nn.Module) -> dict[str, bool]:
+    """The parameters that a model multiplies by and that may be quantized, each with whether it is the head's."""
+    names = {module: name for name, module in model.named_modules()}
+    return {
+        f"{names[owner]}.{parameter}": isinstance(layer, Head)
+        for layer in model.modules()
+        if isinstance(layer, PackedModule)
+        for owner, parameter in layer.matrices()
+    }
 
 
 class Quantizer:
@@ -36,12 +54,10 @@ class Quantizer:
     """
 
     def __init__(self, scheme: Scheme, model: nn.Module) -> None:
-        self.scheme = scheme
-        names = {module: name for name, module in model.named_modules()}
-        layers = (module for module in model.modules() if isinstance(module, PackedModule))
-        self.names = {f"{names[owner]}.{parameter}" for layer in layers for owner, parameter in layer.matrices()}
-        """Of the parameters that are quantized."""
+        self.schemes = {name: scheme.head if of_head else scheme for name, of_head in matrices(model).items()}
+        """Of the parameters that are quantized, by name."""
 
     def __call__(self, name: str, weight: Tensor) -> ops.Weight:
         """The parameter `name` as the model is to have it."""
-        return self.scheme.quantize(weight, name) if name in self.names else weight
+        scheme = self.schemes.get(name)
+        return weight if scheme is None else scheme.quantize(weight, name)

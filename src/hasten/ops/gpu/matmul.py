@@ -18,6 +18,7 @@ from hasten.ops.gpu.activations import activated
 from hasten.ops.gpu.cache import write_cache
 from hasten.ops.gpu.heads import store_heads
 from hasten.ops.gpu.launch import multiprocessors, overlapped, prefetch, shared_memory, start_next, wait_for_inputs
+from hasten.ops.grouped import GroupedWeight
 from hasten.ops.heads import HeadTransform
 from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight
 from hasten.ops.reference import split_heads
@@ -244,11 +245,15 @@ def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:
     """A GPU reads weights as they are, row by row."""
     if isinstance(weight_oh, QuantizedWeight):
         return PackedLinear(*weight_oh.shape, plain=weight_oh.values, scales=weight_oh.scales)
+    if isinstance(weight_oh, GroupedWeight):
+        return PackedLinear(*weight_oh.shape, plain=None, grouped=weight_oh)
     return PackedLinear(weight_oh.shape[0], weight_oh.shape[1], plain=weight_oh if shared else weight_oh.contiguous())
 
 
 def _plain(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
     """The weight as `pack_linear` left it, or widened to `dtype` in memory that is free again after the product."""
+    if weight.grouped is not None:
+        return weight.grouped.dequantized(dtype)
     assert weight.plain is not None
     if weight.scales is None:
         return weight.plain
@@ -309,6 +314,8 @@ def project(
 def _serves(x_th: Tensor, weight: PackedLinear) -> bool:
     """Whether these kernels are the ones to take."""
     rows = x_th.shape[0]
+    if weight.grouped is not None:
+        return False
     few = rows == 1 or (1 < rows <= _most_rows(weight) and weight.in_features % _WIDE.block_k == 0)
     return few and x_th.dtype != torch.float32
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from hasten.ops.gpu.exchange import exchange_norm
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
 from hasten.ops.gpu.sums import constants_of, terms_of
-from hasten.ops.packed import Weight
+from hasten.ops.packed import QuantizedWeight, Weight
 from hasten.ops.partial_sum import PartialSum
 
 
@@ -157,6 +157,7 @@ def norm(
 
 
 def embedding_norm(ids_t: Tensor, table_vh: Weight, weight_h: Tensor, bias_h: Tensor, eps: float) -> Tensor:
+    assert isinstance(table_vh, Tensor | QuantizedWeight)  # tables have scales of rows
     values, scales = (table_vh, None) if isinstance(table_vh, Tensor) else (table_vh.values, table_vh.scales)
     width = values.shape[1]
     out_th = weight_h.new_empty(ids_t.shape[0], width)

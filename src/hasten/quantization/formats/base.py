@@ -1,0 +1,99 @@
+"""What a format of quantized checkpoints must offer, and how its tensors are checked.
+
+Shapes: o output features, h input features, g groups of input features.
+"""
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hasten.core.errors import CheckpointError
+from hasten.quantization.stored import StoredWeight
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Module:
+    """A quantized linear layer of a checkpoint."""
+
+    name: str
+    """As its file has it, with the model's prefix."""
+    shape: tuple[int, int]
+    """(o, h)."""
+    tensors: Mapping[str, Tensor]
+    """By what they are called behind the module's name."""
+
+    def fail(self, kind: str, what: str) -> CheckpointError:
+        """An error that names one of its tensors."""
+        return CheckpointError(f"tensor '{self.name}.{kind}' {what}")
+
+    def tensor(self, kind: str, shape: Sequence[int], dtypes: Sequence[torch.dtype], key: str) -> Tensor:
+        """One of its tensors; CheckpointError where shape or type is another than `key` of the configuration asks."""
+        tensor = self.tensors[kind]
+        if tuple(tensor.shape) != tuple(shape):
+            raise self.fail(kind, f"has shape {tuple(tensor.shape)}, but {key} asks for {tuple(shape)}")
+        if tensor.dtype not in dtypes:
+            raise self.fail(kind, f"has type {tensor.dtype}, but {key} asks for {' or '.join(map(str, dtypes))}")
+        return tensor
+
+    def scales(self, kind: str, shape: Sequence[int], key: str) -> Tensor:
+        """Scales; CheckpointError where one is not finite."""
+        tensor = self.tensor(kind, shape, FLOATS, key)
+        if not bool(tensor.isfinite().all()):
+            raise self.fail(kind, "has NaN or infinity: the checkpoint is damaged; copy it again")
+        return tensor
+
+
+class Format(Protocol):
+    """A way in which checkpoints hold quantized weights, as one checkpoint's configuration describes it."""
+
+    @property
+    def name(self) -> str:
+        """As messages call it."""
+        ...
+
+    def find(self, module: str, names: Container[str]) -> Mapping[str, str] | None:
+        """Stored names of a module's tensors by what they are, among `names`; None for one that is not quantized.
+
+        CheckpointError names a tensor that is missing.
+        """
+        ...
+
+    def is_leftover(self, name: str) -> bool:
+        """Whether a tensor that belongs to no weight may be ignored."""
+        ...
+
+    def read(self, module: Module) -> StoredWeight:
+        """A module's weight; CheckpointError names the tensor and the key of the configuration that differ."""
+        ...
+
+
+def find(
+    module: str, names: Container[str], required: Sequence[str], optional: Sequence[str], format_name: str
+) -> Mapping[str, str] | None:
+    """`Format.find` where a module that has any of the required tensors is quantized."""
+    of_module = {kind: f"{module}.{kind}" for kind in (*required, *optional)}
+    present = {kind: name for kind, name in of_module.items() if name in names}
+    if not any(kind in present for kind in required):
+        return None
+    if missing := [kind for kind in required if kind not in present]:
+        raise CheckpointError(
+            f"lacks tensor '{of_module[missing[0]]}', which {format_name} keeps with "
+            f"'{next(iter(present.values()))}'; the checkpoint is incomplete: copy it again"
+        )
+    return present
+
+
+def unpacked(words: Tensor, bits: int) -> Tensor:
+    """Values of 4 or 8 bits in words of 32, the lowest bits first: int32 [...] as uint8 [..., 32 / bits]."""
+    octets = words.contiguous().view(torch.uint8).unflatten(-1, (*words.shape[-1:], 4))
+    return octets if bits == 8 else torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
+
+
+def groups_of(in_features: int, group_size: int | None) -> Tensor:
+    """The groups of consecutive input features [h]; without a size there is one."""
+    return torch.arange(in_features) // (group_size or in_features)

@@ -1,0 +1,59 @@
+"""Weights of 4 bits with a scale for each group of 128 input features. Activations stay as they are.
+
+Shapes: h input features, o output features, g groups.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor
+
+from hasten.core.config import Quantization
+from hasten.core.errors import CheckpointError
+from hasten.ops import Weight
+from hasten.quantization.int8 import Int8
+from hasten.quantization.stored import StoredWeight, pack_groups
+
+GROUP_SIZE = 128
+_MIDDLE = 8
+_STEPS = 7.5
+"""Steps from zero to the largest magnitude of a group: at either end rounding then errs by half a step at most."""
+_ELEMENTS = 1 << 24
+"""Weights in fp32 at a time."""
+
+
+class Int4:
+    """Symmetric rounding to nearest; scales are of type bf16, which every type that a model computes in can hold."""
+
+    name: Quantization = "int4"
+    head = Int8()
+
+    def quantize(self, weight_oh: Tensor, name: str) -> Weight:
+        """See `Scheme.quantize`; CheckpointError for a weight with NaN or infinity."""
+        out_features, in_features = weight_oh.shape
+        groups = -(-in_features // GROUP_SIZE)
+        values = torch.empty(weight_oh.shape, dtype=torch.uint8, device=weight_oh.device)
+        scales = torch.empty(out_features, groups, dtype=torch.bfloat16, device=weight_oh.device)
+        rows = max(1, _ELEMENTS // in_features)
+        for start in range(0, out_features, rows):
+            piece = slice(start, start + rows)
+            values[piece], scales[piece] = _rounded(weight_oh[piece].float())
+        if not bool(scales.isfinite().all()):
+            row = int((~scales.isfinite()).any(1).nonzero()[0])
+            raise CheckpointError(
+                f"tensor {name} has NaN or infinity in row {row}, which int4 cannot hold: the checkpoint is damaged, "
+                "or its training diverged"
+            )
+        groups_h = torch.arange(in_features, device=weight_oh.device) // GROUP_SIZE
+        return pack_groups(
+            StoredWeight(values, scales, pack_groups, groups_h=groups_h, middle=_MIDDLE), weight_oh.dtype
+        )
+
+
+def _rounded(weight_oh: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [o, h] of 0 to 15 and scales [o, g] of a weight in fp32."""
+    in_features = weight_oh.shape[1]
+    grouped_ogc = F.pad(weight_oh, (0, -in_features % GROUP_SIZE)).unflatten(1, (-1, GROUP_SIZE))
+    scales_og = (grouped_ogc.abs().amax(2) / _STEPS).bfloat16()
+    steps_og1 = scales_og.float().masked_fill(scales_og == 0, 1.0).unsqueeze(2)
+    values = (grouped_ogc / steps_og1).round_().clamp_(-_MIDDLE, _MIDDLE - 1).add_(_MIDDLE)
+    return values.flatten(1)[:, :in_features], scales_og
