@@ -12,7 +12,11 @@ _FILES = (
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 """Of a control group, by version: limit and use, and what of that the system gives back before it refuses memory."""
-_CPU_SHARE = 0.25
+DEFAULT_MODEL_LEN = 2048
+"""Longest sequence, where neither options nor the model say how long one may be."""
+DEFAULT_STEP_TOKENS = {"cpu": 2048, "cuda": 8192}
+"""Maximum tokens of a step: enough to keep the device busy."""
+CPU_SHARE = 0.25
 """Part of the free memory of a host that caches take by default: the system lends it page by page, as it is used."""
 
 
@@ -24,7 +28,7 @@ def free_memory(device: torch.device, utilization: float, ranks: int) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return max(0, free - int(total * (1 - utilization)))
-    return int(available_host_memory() * _CPU_SHARE) // ranks
+    return int(available_host_memory() * CPU_SHARE) // ranks
 
 
 def available_host_memory(

@@ -42,7 +42,14 @@ from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.beam import Move
 from hasten.engine.block_manager import BlockManager
-from hasten.engine.memory import free_memory
+from hasten.engine.memory import (
+    DEFAULT_MODEL_LEN,
+    DEFAULT_STEP_TOKENS,
+    available_host_memory,
+    free_memory,
+)
+from hasten.engine.planning.hardware import Device
+from hasten.engine.planning.plan import Planner, advice, setup_of
 from hasten.engine.runner import Runner
 from hasten.engine.sampler import Choice, PromptLogprobs, Sampler
 from hasten.engine.scheduler import Scheduler
@@ -61,9 +68,6 @@ from hasten.quantization.scheme import SCHEMES, Quantizer, matrices
 
 _log = logging.getLogger(__name__)
 
-_DEFAULT_MODEL_LEN = 2048
-_DEFAULT_STEP_TOKENS = {"cpu": 2048, "cuda": 8192}
-"""Most tokens of a step: enough to keep the device busy."""
 _WARMUP_TOKENS, _WARMUP_SEQUENCES = 512, (1, 4, 24, 48, 128)
 """Steps that are run before the first request comes: kernels are made for a few ranges of rows, and these hit each."""
 _MOST_EXCHANGED_ROWS = 256
@@ -146,7 +150,7 @@ class Worker:
         self._peers: Peers | None = None
         dtype = ops.TORCH_DTYPES[compute_dtype(config.dtype, self.model_config, self.device)]
         self.tokenizer_folder = checkpoint.tokenizer_folder
-        with self.start_times.phase("weights"), explained_out_of_memory("loading the model"):
+        with self.start_times.phase("weights"), explained_out_of_memory("loading the model", self._advice):
             group = self._with_peers(dtype)
             model = build_model(
                 checkpoint,
@@ -207,9 +211,9 @@ class Worker:
     def _make_cache(self, config: EngineConfig) -> tuple[int, int]:
         """Longest sequence and number of blocks of the cache, which is then there; the same on every rank."""
         block_size, asked = config.cache.block_size, config.scheduler.max_model_len
-        length = asked or self.model_config.max_position_embeddings or _DEFAULT_MODEL_LEN
+        length = asked or self.model_config.max_position_embeddings or DEFAULT_MODEL_LEN
         ropes = RopeTables(length, self.device)  # some change with the length: this one, whatever the memory allows
-        with self.start_times.phase("memory"), explained_out_of_memory("sizing the cache"):
+        with self.start_times.phase("memory"), explained_out_of_memory("sizing the cache", self._advice):
             budget = config.cache.kv_cache_memory or self._free_memory(config, length, ropes)
         fits = budget // self.runner.block_bytes
         if self.ranks.group.size > 1:
@@ -218,14 +222,15 @@ class Worker:
             fits = int(smallest)
         if fits < 1 or (asked is not None and fits * block_size < asked):
             # a size that was given contradicts the length, wherever it runs; else this device has too little memory
-            raise (CapacityError if config.cache.kv_cache_memory is None else ConfigError)(
+            given = config.cache.kv_cache_memory is not None
+            raise (ConfigError if given else CapacityError)(
                 f"the key/value cache has room for {fits * block_size} tokens ({budget} bytes a rank, "
                 f"{self.runner.block_bytes} a block of {block_size}), but one sequence may have {length}; "
-                "lower max_model_len or raise kv_cache_memory"
+                "lower max_model_len or raise kv_cache_memory" + ("" if given else f"; {self._advice()}")
             )
         length = min(length, fits * block_size)
         useful = config.scheduler.max_num_seqs * -(-length // block_size)
-        with explained_out_of_memory("allocating the cache"):
+        with explained_out_of_memory("allocating the cache", self._advice):
             with self.start_times.phase("cache"):
                 self.runner.allocate_cache(min(useful, fits), -(-length // block_size), ropes)
             if self.device.type == "cuda":
@@ -235,6 +240,18 @@ class Worker:
                     with self.start_times.phase("graphs"):
                         self.runner.capture_graphs(self._most_mixed_tokens(config.scheduler))
         return length, min(useful, fits)
+
+    def _advice(self) -> str:
+        """What this model needs, and which options would do, for whoever has too little memory."""
+        gpu = self.device.type == "cuda"
+        memory = torch.cuda.mem_get_info(self.device)[1] if gpu else available_host_memory()
+        device = Device(str(self.device), memory, math.inf, math.inf, is_gpu=gpu)
+        config = replace(
+            self.config, parallel=replace(self.config.parallel, tensor_parallel_size=self.ranks.group.size)
+        )
+        setup = setup_of(config, compute_dtype(config.dtype, self.model_config, self.device), self.device.type)
+        setup = replace(setup, quantization=self.quantization)
+        return advice(Planner(self.model_config, device), setup, torch.cuda.device_count() if gpu else setup.ranks)
 
     def _warm_up(self, config: SchedulerConfig) -> None:
         """Compile the kernels of all kinds of steps before the first request comes."""
@@ -382,20 +399,21 @@ def _announced(new: NewSequence) -> Sequence:
 
 def resolve_scheduler(config: SchedulerConfig, device: torch.device) -> SchedulerConfig:
     """The limits of a step with the defaults of a device in place of what was left open."""
-    tokens = config.max_num_batched_tokens or max(_DEFAULT_STEP_TOKENS[device.type], config.max_num_seqs)
+    tokens = config.max_num_batched_tokens or max(DEFAULT_STEP_TOKENS[device.type], config.max_num_seqs)
     overlap = device.type != "cpu" if config.overlap_steps is None else config.overlap_steps
     return replace(config, max_num_batched_tokens=tokens, overlap_steps=overlap)
 
 
 @contextmanager
-def explained_out_of_memory(doing: str = "computing a step") -> Iterator[None]:
-    """Turn the device's running out of memory into a CapacityError that says what to lower."""
+def explained_out_of_memory(doing: str = "computing a step", advice: Callable[[], str] | None = None) -> Iterator[None]:
+    """Turn the device's running out of memory into a CapacityError that says what to lower, with further `advice`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
+        more = "" if advice is None else f"; {advice()}"
         raise CapacityError(
             f"the device's memory ran out while {doing}; lower max_num_batched_tokens, max_num_seqs, "
-            f"kv_cache_memory or gpu_memory_utilization, or use more ranks ({str(error).partition(chr(10))[0]})"
+            f"kv_cache_memory or gpu_memory_utilization, or use more ranks ({str(error).partition(chr(10))[0]}){more}"
         ) from error
 
 

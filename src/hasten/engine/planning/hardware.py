@@ -1,0 +1,100 @@
+"""Devices and their limits: those of GPUs from their makers' data sheets, that of the CPU measured."""
+
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hasten.core.errors import ConfigError
+from hasten.engine.memory import available_host_memory
+from hasten.parallel.threads import limit_threads
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one device has."""
+
+    name: str
+    memory: int
+    """Bytes, of which a program can have all."""
+    bytes_per_second: float
+    """Of reading memory, at most."""
+    flops: float
+    """Operations per second at most in dense products of fp16 or bf16, summed in fp32; on a CPU of fp32."""
+    is_gpu: bool = True
+
+
+_SHEET: tuple[tuple[str, float, float, float], ...] = (
+    ("B200", 178.0, 8.0, 2250),
+    ("GH200", 94.5, 4.0, 989),
+    ("H200", 139.8, 4.8, 989),
+    ("H100 PCIe", 79.2, 2.0, 756),
+    ("H100 NVL", 93.1, 3.9, 835),
+    ("H100", 79.2, 3.35, 989),
+    ("A100-40GB", 39.4, 1.555, 312),
+    ("A100", 79.2, 2.039, 312),
+    ("L40S", 44.4, 0.864, 362),
+    ("L40", 44.4, 0.864, 181),
+    ("L4", 22.0, 0.3, 121),
+    ("A10G", 22.0, 0.6, 70),
+    ("A10", 22.0, 0.6, 125),
+    ("RTX 4090", 23.6, 1.008, 165),
+    ("RTX 3090", 23.6, 0.936, 71),
+)
+"""Name, GiB, TB/s and TFLOP/s; the first name whose words are all in a driver's name is the device's."""
+GPUS = tuple(name for name, *_ in _SHEET)
+
+
+def gpu(name: str) -> Device:
+    """A GPU of the table, by any spelling of its name; ConfigError names those that there are."""
+    given = name.lower()
+    for known, gib, terabytes, teraflops in _SHEET:
+        if all(word in given for word in re.split("[ -]", known.lower())) or given == known.lower().rpartition(" ")[2]:
+            return Device(known, round(gib * _GIB), terabytes * 1e12, teraflops * 1e12)
+    raise ConfigError(f"gpu {name!r} is not known; use one of {', '.join(GPUS)}")
+
+
+def this_gpu() -> Device | None:
+    """The GPU of this machine with its real memory, if there is one; ConfigError where the table lacks it."""
+    if not torch.cuda.is_available():
+        return None
+    found = gpu(torch.cuda.get_device_name())
+    return Device(found.name, torch.cuda.mem_get_info()[1], found.bytes_per_second, found.flops)
+
+
+_READ_BYTES, _PRODUCT = 64 << 20, 512
+_MEASURE_S = 0.3
+_SATURATING_THREADS = 8
+"""About as many as read all that a socket's memory gives."""
+
+
+def this_cpu() -> Device:
+    """The CPU of this machine: what its threads read and multiply, measured in a moment, and the memory that is free.
+
+    One thread is measured, which other programs disturb less than all of them together.
+    """
+    threads = limit_threads()
+    torch.set_num_threads(1)
+    try:
+        values, square = torch.ones(_READ_BYTES // 4), torch.ones(_PRODUCT, _PRODUCT)
+        reading = _least_seconds(lambda: values.sum())
+        multiplying = _least_seconds(lambda: square @ square)
+    finally:
+        torch.set_num_threads(threads)
+    name = f"CPU, {threads} thread{'s' * (threads != 1)}"
+    read = min(threads, _SATURATING_THREADS) * _READ_BYTES / reading
+    return Device(name, available_host_memory(), read, threads * 2 * _PRODUCT**3 / multiplying, is_gpu=False)
+
+
+def _least_seconds(work: Callable[[], object]) -> float:
+    """Of all times that something is done within a moment, the shortest: other programs only make it longer."""
+    least, end = math.inf, time.perf_counter() + _MEASURE_S
+    while (start := time.perf_counter()) < end or math.isinf(least):
+        work()
+        least = min(least, time.perf_counter() - start)
+    return least

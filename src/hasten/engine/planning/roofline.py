@@ -1,0 +1,145 @@
+"""Expected seconds of a step, from the bytes that it moves and the operations that it computes.
+
+The shares of a device's limits that steps reach, and what each layer takes besides, are those of one H200, where
+BLOOM-7B1, LLaMA-3-8B and Qwen3-30B-A3B were measured, and of two CPU cores with the demo model (docs/performance.md).
+"""
+
+import math
+from dataclasses import dataclass
+
+from hasten.core.config import ModelConfig
+from hasten.engine.planning.footprint import Footprint
+from hasten.engine.planning.hardware import Device
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Shares of a device's limits that are reached, and fixed times."""
+
+    single_row: float
+    """Of the read rate: weights for one row."""
+    rows: float
+    """Weights for several rows."""
+    keys: float
+    """Keys and values."""
+    decode_flops: float
+    """Of the operations per second: products of few rows."""
+    expert_flops: float
+    """Products of experts, of whole tiles."""
+    prompt_flops: float
+    """Products of many rows."""
+    scores_flops: float
+    """Attention of prompts."""
+    layer_s: float
+    """What a layer takes besides: the beginnings and ends of its kernels."""
+    mixture_s: float
+    """What the router of a mixture takes."""
+    step_s: float
+    """What a step takes on the host that the device does not hide."""
+    row_s: float
+    """The same, for each of its sequences."""
+    expert_tile: int
+    """Rows that an expert computes together, filled or not."""
+
+
+_GPU = _Rates(0.93, 0.85, 0.93, 0.7, 0.42, 0.63, 0.4, 16e-6, 10e-6, 0.0, 0.0, 64)
+_CPU = _Rates(0.9, 0.9, 0.5, 0.6, 0.4, 0.6, 0.4, 60e-6, 60e-6, 2e-3, 125e-6, 1)
+_EXCHANGE_S, _EXCHANGE_BYTES_PER_S = 5e-6, 300e9
+"""A sum over ranks, of which a layer has two: GPUs of one host that reach each other's memory."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step's expected time, and what it consists of."""
+
+    tokens: int
+    """That it brings."""
+    seconds: float
+    limits: dict[str, float]
+    """Seconds of each limit, by its name; they overlap."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all sequences together."""
+        return self.tokens / self.seconds
+
+    @property
+    def limit(self) -> str:
+        """What takes most of the time."""
+        return max(self.limits, key=lambda name: self.limits[name])
+
+
+WEIGHTS, KEYS, COMPUTE, LAUNCH, HOST, EXCHANGE = (
+    "memory bandwidth (weights)",
+    "memory bandwidth (keys and values)",
+    "compute",
+    "fixed time per layer",
+    "Python on the host",
+    "sums over ranks",
+)
+
+
+def decode_step(
+    model: ModelConfig, rank: Footprint, device: Device, batch: int, context: int, *, ranks: int = 1
+) -> Step:
+    """A step of `batch` single tokens behind `context` tokens each."""
+    rates = _GPU if device.is_gpu else _CPU
+    read = device.bytes_per_second * (rates.single_row if batch == 1 else rates.rows)
+    experts = _experts(model, rank, batch)
+    weights = (rank.read_bytes + experts * rank.expert_bytes) / read
+    keys = batch * _seen(model, context) * rank.kv_bytes_per_token / (device.bytes_per_second * rates.keys)
+    compute = 2 * batch * (rank.layer_products + rank.head_products) / (device.flops * rates.decode_flops)
+    if model.experts is not None:
+        rows = _expert_rows(model, rank, batch)
+        rows = max(rows, experts * rates.expert_tile) if batch > 1 else rows
+        compute += 2 * rows * rank.expert_products / (device.flops * rates.expert_flops)
+    limits = {WEIGHTS: weights, KEYS: keys, COMPUTE: compute, HOST: rates.step_s + batch * rates.row_s}
+    return _step(model, rates, batch, ranks, limits)
+
+
+def prompt_step(
+    model: ModelConfig, rank: Footprint, device: Device, tokens: int, length: int, *, ranks: int = 1
+) -> Step:
+    """A step with `tokens` of prompts that have `length` tokens each."""
+    rates = _GPU if device.is_gpu else _CPU
+    experts = _experts(model, rank, tokens)
+    weights = (rank.read_bytes + experts * rank.expert_bytes) / (device.bytes_per_second * rates.rows)
+    width = model.attention.num_heads * model.attention.head_size * model.num_layers / ranks
+    # a token sees half of its prompt on the average, and multiplies both keys and values
+    scores = tokens * _seen(model, length) * width
+    dense = tokens * rank.layer_products + tokens / length * rank.head_products
+    compute = 2 * (dense / rates.prompt_flops + scores / rates.scores_flops) / device.flops
+    if model.experts is not None:
+        products = _expert_rows(model, rank, tokens) * rank.expert_products
+        compute += 2 * products / (device.flops * rates.expert_flops)
+    return _step(model, rates, tokens, ranks, {WEIGHTS: weights, COMPUTE: compute})
+
+
+def _step(model: ModelConfig, rates: _Rates, tokens: int, ranks: int, limits: dict[str, float]) -> Step:
+    """Weights are read while products are computed; all else follows one another."""
+    mixture = 0.0 if model.experts is None else rates.mixture_s
+    limits[LAUNCH] = model.num_layers * (rates.layer_s + mixture)
+    if ranks > 1:
+        row_bytes = 2 * model.hidden_size
+        limits[EXCHANGE] = 2 * model.num_layers * (_EXCHANGE_S + tokens * row_bytes / _EXCHANGE_BYTES_PER_S)
+    others = sum(seconds for name, seconds in limits.items() if name not in (WEIGHTS, COMPUTE))
+    return Step(tokens, math.hypot(limits[WEIGHTS], limits[COMPUTE]) + others, limits)
+
+
+def _experts(model: ModelConfig, rank: Footprint, tokens: int) -> float:
+    """Experts of each mixture on this rank that at least one of the tokens chooses, if all are equally likely."""
+    if model.experts is None:
+        return 0.0
+    return rank.experts * (1 - (1 - model.experts.top_k / model.experts.num_experts) ** tokens)
+
+
+def _expert_rows(model: ModelConfig, rank: Footprint, tokens: int) -> float:
+    """Rows that this rank's experts of each mixture compute, together."""
+    assert model.experts is not None
+    return tokens * model.experts.top_k * rank.experts / model.experts.num_experts
+
+
+def _seen(model: ModelConfig, context: int) -> float:
+    """Tokens whose keys a token reads, on the average of all layers."""
+    windows = (model.attention_of(layer).window for layer in range(model.num_layers))
+    return sum(context if window is None else min(window, context) for window in windows) / model.num_layers

@@ -1,0 +1,156 @@
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hasten import LLM
+from hasten.checkpoint.plan import open_checkpoint, rank_tensors
+from hasten.checkpoint.sources import read_hf_config
+from hasten.core.config import ModelConfig, Quantization
+from hasten.core.errors import CapacityError, ConfigError
+from hasten.engine.planning.footprint import footprint
+from hasten.engine.planning.hardware import GPUS, Device, gpu, this_cpu
+from hasten.engine.planning.plan import BATCHES, Planner, Setup, advice
+
+MakeModel = Callable[..., Path]
+FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "Llama": {},
+    "Bloom": {},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "OPT": {},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_are_those_of_the_tensors_of_each_rank(family: str, make_model: MakeModel) -> None:
+    folder = make_model(family, **FAMILIES[family])
+    for ranks in (1, 2):
+        checkpoint = open_checkpoint(folder, ranks=ranks)
+        expected = footprint(checkpoint.config, "fp32", ranks=ranks)
+        for rank in range(ranks):
+            held = sum(tensor.nbytes for _, tensor in rank_tensors(checkpoint, rank, ranks, torch.float32))
+            assert expected.weight_bytes == held
+        assert "other" not in expected.parts
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("family", ["Llama", "Bloom", "Mixtral"])
+def test_bytes_are_those_that_an_engine_takes(
+    family: str, quantization: Quantization | None, make_model: MakeModel
+) -> None:
+    folder = make_model(family, **FAMILIES[family])
+    logged: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hasten.engine.worker._log.log", lambda level, text, *values: logged.append(text % values))
+        with LLM(folder, device="cpu", quantization=quantization, kv_cache_memory="64KiB", max_num_seqs=4) as llm:
+            blocks, runner, config = llm.engine.scheduler.blocks, llm.engine.worker.runner, llm.config
+    expected = footprint(config, "fp32", quantization=quantization)
+    loaded = next(found for line in logged if (found := re.match(r"loaded (\d+\.\d+) GB", line)))
+    assert float(loaded[1]) == pytest.approx(expected.weight_bytes / 1e9, abs=0.0006)
+    assert runner.block_bytes == expected.kv_bytes_per_token * blocks.block_size
+    assert blocks.num_blocks == (64 << 10) // runner.block_bytes
+
+
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "bloom": {
+        **{"architectures": ["BloomForCausalLM"], "model_type": "bloom", "hidden_size": 4096, "n_layer": 30},
+        **{"n_head": 32, "vocab_size": 250880},
+    },
+    "llama": {
+        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096},
+        **{"intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+        **{"vocab_size": 128256, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "hidden_act": "silu"},
+        **{"tie_word_embeddings": False},
+    },
+    "qwen3_moe": {
+        **{"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048},
+        **{"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128},
+        **{"vocab_size": 151936, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+        **{"intermediate_size": 6144, "mlp_only_layers": [], "decoder_sparse_step": 1, "norm_topk_prob": True},
+        **{"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 40960, "hidden_act": "silu"},
+    },
+}
+MEASURED_MS = {
+    "bloom": (3.65, 4.31, 5.70, 12.5),
+    "llama": (3.91, 4.8, 5.4, 10.0),
+    "qwen3_moe": (2.47, 11.7, 17.3, 21.8),
+}
+"""On an H200 with 192 tokens of context, at batch 1, 16, 64 and 256; docs/performance.md says what was counted."""
+
+
+@pytest.fixture
+def model_of(tmp_path: Path) -> Callable[[str], ModelConfig]:
+    def read(shape: str) -> ModelConfig:
+        (tmp_path / "config.json").write_text(json.dumps(SHAPES[shape]))
+        return read_hf_config(tmp_path)
+
+    return read
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_steps_are_within_a_fifth_of_what_was_measured(shape: str, model_of: Callable[[str], ModelConfig]) -> None:
+    planner, setup = Planner(model_of(shape), gpu("H200")), Setup(dtype="bf16")
+    steps = planner.decode(setup, 192)
+    assert [step.tokens for step in steps] == list(BATCHES)
+    for step, measured in zip(steps, MEASURED_MS[shape], strict=True):
+        assert step.seconds * 1e3 == pytest.approx(measured, rel=0.2)
+    assert steps[0].limit == "memory bandwidth (weights)"
+    if shape == "llama":
+        assert planner.prompts(setup, 16_384).tokens_per_second == pytest.approx(131_072 / 4.57, rel=0.2)
+    halves = planner.decode(replace(setup, ranks=2), 192)
+    assert all(0.4 < half.seconds / step.seconds < 1 for half, step in zip(halves, steps, strict=True))
+
+
+def test_what_fits_where_something_does_not(model_of: Callable[[str], ModelConfig]) -> None:
+    device = Device("small", 16 << 30, 1e12, 1e14)
+    planner, setup = Planner(model_of("llama"), device), Setup(dtype="bf16", max_model_len=8192)
+    assert list(planner.sizes(setup, 8)) == [1, 2, 4, 8]
+    assert not planner.fit(setup).fits
+    ways = planner.alternatives(setup, 8)
+    assert ways == [{"tensor_parallel_size": 2}, {"quantization": "int8"}]
+    assert planner.fit(replace(setup, ranks=2)).fits
+    assert planner.fit(replace(setup, quantization="int8")).fits
+    text = advice(planner, setup, 8)
+    assert text.startswith("it needs 16.06 GB of weights as bf16, about ")
+    assert text.endswith('of 17.18 GB; what fits: tensor_parallel_size 2, or quantization="int8"')
+    nowhere = Planner(planner.model, replace(device, memory=1 << 30))
+    assert advice(nowhere, setup, 1).endswith("`hasten plan` shows what would do")
+
+
+def test_a_length_that_does_not_fit(model_of: Callable[[str], ModelConfig]) -> None:
+    planner = Planner(model_of("llama"), Device("little room", 20_100_000_000, 1e12, 1e14))
+    setup = Setup(dtype="bf16", max_model_len=8192, utilization=0.93)
+    assert not planner.fit(setup).fits
+    shortened = planner.fit(replace(setup, max_model_len=None))
+    assert shortened.fits
+    assert shortened.max_model_len == shortened.cache_tokens < 8192
+    assert {"max_model_len": shortened.max_model_len} in planner.alternatives(setup, 1)
+
+
+def test_names_of_gpus() -> None:
+    assert gpu("NVIDIA H100 80GB HBM3").name == "H100"
+    assert gpu("NVIDIA A100-SXM4-40GB").name == "A100-40GB"
+    assert gpu("4090").name == "RTX 4090"
+    assert all(gpu(name).name == name for name in GPUS)
+    with pytest.raises(ConfigError, match="gpu 'K80' is not known; use one of B200, "):
+        gpu("K80")
+
+
+def test_this_cpu_is_measured() -> None:
+    before, device = torch.get_num_threads(), this_cpu()
+    assert not device.is_gpu
+    assert device.memory > 0
+    assert 1e7 < device.bytes_per_second < 1e13
+    assert 1e7 < device.flops < 1e14
+    assert torch.get_num_threads() == before
+
+
+def test_a_start_that_fails_for_memory_says_what_would_do(tiny_bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hasten.engine.worker.free_memory", lambda *_: 1)
+    with pytest.raises(CapacityError, match=r"lower max_model_len or raise kv_cache_memory; it needs 0\.00 GB of weig"):
+        LLM(tiny_bloom, device="cpu")
