@@ -67,7 +67,7 @@ def open_checkpoint(
         tokenizer_folder=side if any((side / name).is_file() for name in TOKENIZER_ALONE) else None,
         source=source,
         quantization=source.quantization,
-        stored_quantization=None if source.format is None else source.format.name,
+        stored_quantization=source.stored_quantization,
         verify=verify,
     )
 

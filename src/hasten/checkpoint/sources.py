@@ -53,6 +53,8 @@ METADATA_VERSION = 1
 _RANK_FILES = "rank-*-of-*.safetensors"
 _HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _WEIGHTS_AT_ONCE = 24
+_MATRIX = 2
+"""Axes of the weight of a linear layer; experts' weights are stacked along a third."""
 _FLOATS = frozenset({torch.float64, *TORCH_DTYPES.values()})
 
 
@@ -70,6 +72,8 @@ class Source(ABC):
     """What the files, which are in full precision, are to be quantized with while they are loaded."""
     format: Format | None = None
     """How the files hold quantized weights; None: they are in full precision."""
+    stored_quantization: str | None = None
+    """The format's name, where the model holds weights as the files do."""
 
     def __init__(self, folder: Path, config: ModelConfig, weight_map: WeightMap) -> None:
         self.folder = folder
@@ -252,6 +256,12 @@ class HuggingFaceSource(Source):
         self._names = self._own_names(first, names)
         for path in () if self.pickled else self.files:
             self._opened(path)
+        if self.format is not None and any(map(self._is_held, self.specs)):
+            self.stored_quantization = self.format.name
+
+    def _is_held(self, spec: WeightSpec) -> bool:
+        """Whether the model holds a weight quantized, as the files do, and not in full precision: experts are."""
+        return len(spec.axes) == _MATRIX and all(source.name in self._quantized for source in spec.sources)
 
     def _own_names(self, where: Path, names: dict[str, Path]) -> dict[str, tuple[str, Path]]:
         """Base names, with or without the full model's prefix in the file, to the name and the file that hold them."""
@@ -279,10 +289,9 @@ class HuggingFaceSource(Source):
 
     def _tensors_of(self, source: StoredTensor, names: Container[str], where: Path) -> Iterable[str]:
         """Names of the tensors that a weight is read from."""
-        module, _, kind = source.name.rpartition(".")
-        if self.format is not None and kind == "weight":
+        if self.format is not None:
             try:
-                found = self.format.find(module, names)
+                found = self.format.find(source.name.removesuffix(".weight"), names)
             except CheckpointError as error:
                 raise CheckpointError(f"{where} {error}") from error
             if found is not None:
@@ -309,10 +318,12 @@ class HuggingFaceSource(Source):
         return spec.shard(stored, rank, size, self.config.attention)
 
     def weight(self, spec: WeightSpec, rank: int, size: int, dtype: torch.dtype) -> Weight:
-        """See `Source.weight`; a weight whose parts are quantized in different ways is dequantized."""
-        if spec.stack or not all(source.name in self._quantized for source in spec.sources):
+        """See `Source.weight`; experts, and a weight whose parts are quantized in different ways, are dequantized."""
+        if not self._is_held(spec):
             return super().weight(spec, rank, size, dtype)
-        stored = [self._read(source) for source in spec.sources]
+        read = [self._read(source) for source in spec.sources]
+        stored = [each for each in read if isinstance(each, StoredWeight)]
+        assert len(stored) == len(read)
         if not all(stored[0].fits(other) for other in stored[1:]):
             _log.warning(
                 "%s: %s are quantized in different ways; held in full precision", self.folder, spec.stored_names
@@ -321,21 +332,31 @@ class HuggingFaceSource(Source):
         part = stored_weight.shard(spec, stored, rank, size, self.config.attention)
         return part.pack(part, dtype)
 
-    def _read(self, source: StoredTensor) -> StoredWeight:
+    @property
+    def dequantized_bytes(self) -> int:
+        """Bytes in 16 bits of the experts that the files hold quantized, and the model in full precision."""
+        stacks = (spec for spec in self.specs if len(spec.axes) > _MATRIX)
+        quantized = (spec for spec in stacks if any(source.name in self._quantized for source in spec.sources))
+        return sum(2 * math.prod(spec.shape(self.config)) for spec in quantized)
+
+    def _read(self, source: StoredTensor) -> StoredWeight | Tensor:
         """A quantized weight of the files."""
         assert self.format is not None
         places = {kind: self._names[name] for kind, name in self._quantized[source.name].items()}
         tensors = {kind: self._opened(path).get_tensor(name) for kind, (name, path) in places.items()}
         kind, (name, path) = next(iter(places.items()))
-        out_features, in_features = replace(source, layout=SAME).shape(self.config)
+        module, shape = name.removesuffix(kind), replace(source, layout=SAME).shape(self.config)
         try:
-            return self.format.read(Module(name.removesuffix(f".{kind}"), (out_features, in_features), tensors))
+            return self.format.read(Module(module[:-1], shape, tensors, separator=module[-1]))
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
 
     def _stored(self, source: StoredTensor) -> Tensor:
         if source.name in self._quantized:
-            weight = self._read(source).dequantized(TORCH_DTYPES[self.config.dtype])
+            found = self._read(source)
+            if isinstance(found, Tensor):
+                return found
+            weight = found.dequantized(TORCH_DTYPES[self.config.dtype])
             return weight.t() if source.layout.transposed else weight
         name, path = self._names[source.name]
         return _check_tensor(path, name, self._opened(path).get_tensor(name), source.shape(self.config))
@@ -751,6 +772,15 @@ def _open_hugging_face(folder: Path) -> HuggingFaceSource:
         stored = source.stored_dtype()
         name = next((name for name, dtype in TORCH_DTYPES.items() if dtype is stored), config.dtype)
         source.config = dataclasses.replace(source.config, dtype=name)
+    if size := source.dequantized_bytes:
+        assert source.format is not None
+        _log.warning(
+            "%s: the experts are stored in %s and dequantized while they are loaded; in 16 bits they need %.1f GB, "
+            "divided over the ranks",
+            folder,
+            source.format.name,
+            size / 1e9,
+        )
     return source
 
 

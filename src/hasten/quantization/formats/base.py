@@ -18,18 +18,20 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Module:
-    """A quantized linear layer of a checkpoint."""
+    """A quantized linear layer of a checkpoint, or the weights of all experts of a layer."""
 
     name: str
     """As its file has it, with the model's prefix."""
-    shape: tuple[int, int]
-    """(o, h)."""
+    shape: tuple[int, ...]
+    """(o, h), or that of a stacked weight of experts, as a full-precision file would have it."""
     tensors: Mapping[str, Tensor]
     """By what they are called behind the module's name."""
+    separator: str = "."
+    """What stands between both."""
 
     def fail(self, kind: str, what: str) -> CheckpointError:
         """An error that names one of its tensors."""
-        return CheckpointError(f"tensor '{self.name}.{kind}' {what}")
+        return CheckpointError(f"tensor '{self.name}{self.separator}{kind}' {what}")
 
     def tensor(self, kind: str, shape: Sequence[int], dtypes: Sequence[torch.dtype], key: str) -> Tensor:
         """One of its tensors; CheckpointError where shape or type is another than `key` of the configuration asks."""
@@ -59,7 +61,7 @@ class Format(Protocol):
     def find(self, module: str, names: Container[str]) -> Mapping[str, str] | None:
         """Stored names of a module's tensors by what they are, among `names`; None for one that is not quantized.
 
-        CheckpointError names a tensor that is missing.
+        A weight that is not called `weight` is a module of its own. CheckpointError names a tensor that is missing.
         """
         ...
 
@@ -67,16 +69,25 @@ class Format(Protocol):
         """Whether a tensor that belongs to no weight may be ignored."""
         ...
 
-    def read(self, module: Module) -> StoredWeight:
-        """A module's weight; CheckpointError names the tensor and the key of the configuration that differ."""
+    def read(self, module: Module) -> StoredWeight | Tensor:
+        """A module's weight, or a tensor where nothing computes on it as it is stored.
+
+        CheckpointError names the tensor and the key of the configuration that differ.
+        """
         ...
 
 
 def find(
-    module: str, names: Container[str], required: Sequence[str], optional: Sequence[str], format_name: str
+    module: str,
+    names: Container[str],
+    required: Sequence[str],
+    optional: Sequence[str],
+    format_name: str,
+    *,
+    separator: str = ".",
 ) -> Mapping[str, str] | None:
     """`Format.find` where a module that has any of the required tensors is quantized."""
-    of_module = {kind: f"{module}.{kind}" for kind in (*required, *optional)}
+    of_module = {kind: f"{module}{separator}{kind}" for kind in (*required, *optional)}
     present = {kind: name for kind, name in of_module.items() if name in names}
     if not any(kind in present for kind in required):
         return None

@@ -8,13 +8,17 @@ from hasten.quantization.formats.awq import AWQ
 from hasten.quantization.formats.base import Format
 from hasten.quantization.formats.compressed_tensors import CompressedTensors
 from hasten.quantization.formats.gptq import GPTQ
+from hasten.quantization.formats.mxfp4 import MXFP4
 
 FORMATS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
     "gptq": GPTQ,
     "awq": AWQ,
     "compressed-tensors": CompressedTensors,
+    "mxfp4": MXFP4,
 }
 """By their `quant_method`."""
+_MODEL_TYPES = {"mxfp4": "gpt_oss"}
+"""Methods that are read for one `model_type` alone."""
 KEYS = ("quantization_config", "compression_config")
 """Of config.json, the second in old files of compressed-tensors."""
 FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
@@ -39,27 +43,28 @@ def format_of(raw: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]] | N
         raise UnsupportedError("sparsity_config: sparse weights are not supported; give the dense checkpoint")
     for key in KEYS:
         if raw.get(key):
-            return _opened(key, raw[key], None)
+            return _opened(key, raw[key], None, raw.get("model_type"))
     for name, method in FILES.items():
         if files and name in files:
-            return _opened(name, files[name], method)
+            return _opened(name, files[name], method, raw.get("model_type"))
     return None
 
 
-def _opened(where: str, raw: object, method: str | None) -> Format:
+def _opened(where: str, raw: object, method: str | None, model_type: object) -> Format:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{where} is not an object")
     default = "compressed-tensors" if where == "compression_config" else method
     if any(raw.get(key) for key in _AT_LOAD):
         default = "bitsandbytes"
     name = str(raw.get("quant_method") or default)
-    if name not in FORMATS:
+    formats = {each: FORMATS[each] for each in FORMATS if _MODEL_TYPES.get(each, model_type) == model_type}
+    if name not in formats:
         advice = _ADVICE.get(name, _LOAD_TIME)
         raise UnsupportedError(
-            f"{where} ({name}): quantized weights of this kind are not supported, those of {', '.join(FORMATS)} are; "
+            f"{where} ({name}): quantized weights of this kind are not supported, those of {', '.join(formats)} are; "
             f"{advice}"
         )
     try:
-        return FORMATS[name](raw)
+        return formats[name](raw)
     except HastenError as error:
         raise type(error)(f"{where} ({name}): {error}") from error
