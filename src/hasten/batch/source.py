@@ -89,8 +89,8 @@ class RowIndex:
             last = row.number
         if last < 0:
             raise ConfigError(f"{source.path} has no rows; give a file with one JSON object per line")
-        values, counts = np.unique(np.frombuffer(hashes, dtype=np.int64), return_counts=True)
-        suspects = frozenset(values[counts > 1].tolist())
+        ordered = np.sort(np.frombuffer(hashes, dtype=np.int64))
+        suspects = frozenset(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
         return cls(len(hashes), last + 1, _repeated(source, suspects) if suspects else frozenset())
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.cli.options import Parser, add_engine_options, engine_options, path, positive, typed
 from hasten.core.config import parse_size
-from hasten.core.errors import ConfigError
+from hasten.core.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from hasten.engine.planning.hardware import Device
@@ -55,14 +55,20 @@ def run(args: argparse.Namespace) -> int:
     """Plan, and print."""
     from hasten.bench import report
     from hasten.checkpoint.hub import resolve_model
-    from hasten.checkpoint.sources import read_hf_config
+    from hasten.checkpoint.sources import read_format, read_hf_config
     from hasten.core.config import EngineConfig, dtype_name
     from hasten.engine.planning.plan import Planner, setup_of
 
     engine = EngineConfig.create(args.model, **engine_options(args, skip=SKIP))
     device, most = _device(args)
     options = {"revision": engine.revision, "download_dir": engine.download_dir}
-    model = read_hf_config(resolve_model(engine.model, part="config", show_progress=False, **options))
+    folder = resolve_model(engine.model, part="config", show_progress=False, **options)
+    model = read_hf_config(folder)
+    if (stored := read_format(folder)) is not None:
+        raise UnsupportedError(
+            f"{args.model} has weights in the format {stored.name}, whose bytes a plan does not know; plan the model "
+            "in full precision that it was made of, with --quantization"
+        )
     default = model.dtype if device.is_gpu else "fp32"
     dtype = default if engine.dtype == "auto" else dtype_name(engine.dtype)
     setup = setup_of(engine, dtype, "cuda" if device.is_gpu else "cpu")

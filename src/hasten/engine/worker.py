@@ -226,7 +226,7 @@ class Worker:
             raise (ConfigError if given else CapacityError)(
                 f"the key/value cache has room for {fits * block_size} tokens ({budget} bytes a rank, "
                 f"{self.runner.block_bytes} a block of {block_size}), but one sequence may have {length}; "
-                "lower max_model_len or raise kv_cache_memory" + ("" if given else f"; {self._advice()}")
+                "lower max_model_len or raise kv_cache_memory" + ("" if given else self._advice())
             )
         length = min(length, fits * block_size)
         useful = config.scheduler.max_num_seqs * -(-length // block_size)
@@ -242,7 +242,9 @@ class Worker:
         return length, min(useful, fits)
 
     def _advice(self) -> str:
-        """What this model needs, and which options would do, for whoever has too little memory."""
+        """The end of a message for whoever has too little memory: what this model needs, and which options would do."""
+        if self.quantization is not None and self.quantization not in SCHEMES:
+            return ""  # the checkpoint's own format, of which bits and groups are its files' matter
         gpu = self.device.type == "cuda"
         memory = torch.cuda.mem_get_info(self.device)[1] if gpu else available_host_memory()
         device = Device(str(self.device), memory, math.inf, math.inf, is_gpu=gpu)
@@ -251,7 +253,8 @@ class Worker:
         )
         setup = setup_of(config, compute_dtype(config.dtype, self.model_config, self.device), self.device.type)
         setup = replace(setup, quantization=self.quantization)
-        return advice(Planner(self.model_config, device), setup, torch.cuda.device_count() if gpu else setup.ranks)
+        most_ranks = torch.cuda.device_count() if gpu else setup.ranks
+        return f"; {advice(Planner(self.model_config, device), setup, most_ranks)}"
 
     def _warm_up(self, config: SchedulerConfig) -> None:
         """Compile the kernels of all kinds of steps before the first request comes."""
@@ -410,7 +413,7 @@ def explained_out_of_memory(doing: str = "computing a step", advice: Callable[[]
     try:
         yield
     except torch.OutOfMemoryError as error:
-        more = "" if advice is None else f"; {advice()}"
+        more = "" if advice is None else advice()
         raise CapacityError(
             f"the device's memory ran out while {doing}; lower max_num_batched_tokens, max_num_seqs, "
             f"kv_cache_memory or gpu_memory_utilization, or use more ranks ({str(error).partition(chr(10))[0]}){more}"

@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn as nn
 
 from hasten import ops
-from hasten.core.config import DTypeName, ModelConfig
+from hasten.core.config import DTypeName, ModelConfig, Quantization
 from hasten.layers.attention import Attention
 from hasten.layers.embedding import Embedding, Head
 from hasten.layers.experts import Experts, SharedExpert
@@ -30,7 +31,6 @@ _PARTS: tuple[tuple[type[nn.Module], str], ...] = (
     (RMSNorm, "norms"),
 )
 """Which part of a model the weights of a module are counted as, if no module that holds it is one of another."""
-_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ def footprint(
     with use_group(group), torch.device("meta"):
         model = model_class(config.architecture)(config)
     itemsize = ops.TORCH_DTYPES[dtype].itemsize
-    quantized = set() if quantization is None else Quantizer(SCHEMES[quantization], model).names
+    schemes = {} if quantization is None else Quantizer(SCHEMES[quantization], model).schemes
     parts, products = Counter[str](), Counter[str]()
     tied = any(isinstance(module, Head) and module.tied for module in model.modules())
     for name, part, parameter in _parameters(model):
         count = parameter.numel()
-        nbytes = count + parameter.shape[0] * _SCALE_BYTES if name in quantized else count * itemsize
-        parts[part] += nbytes
+        scheme = schemes.get(name)
+        parts[part] += count * itemsize if scheme is None else _quantized_bytes(scheme.name, *parameter.shape)
         products[part] += count if parameter.ndim > 1 else 0
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
     experts = [module for module in model.modules() if isinstance(module, Experts)]
@@ -95,6 +95,17 @@ def footprint(
         expert_products=products["experts"] // max(1, held),
         head_products=products["embedding" if tied else "head"],
     )
+
+
+def _quantized_bytes(scheme: Quantization, rows: int, columns: int) -> int:
+    """Of a weight of `rows` output features, from weights of one and of two that are really quantized."""
+    one, two = (_bytes_of_rows(scheme, count, columns) for count in (1, 2))
+    return one + (rows - 1) * (two - one)
+
+
+@cache
+def _bytes_of_rows(scheme: Quantization, rows: int, columns: int) -> int:
+    return SCHEMES[scheme].quantize(torch.zeros(rows, columns), "a weight").nbytes
 
 
 def _parameters(model: CausalLM) -> Iterator[tuple[str, str, nn.Parameter]]:

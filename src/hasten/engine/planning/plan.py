@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hasten import ops
-from hasten.core.config import DTypeName, EngineConfig, ModelConfig, ParallelConfig
+from hasten.core.config import QUANTIZATIONS, DTypeName, EngineConfig, ModelConfig, ParallelConfig
 from hasten.core.errors import ConfigError
 from hasten.engine.memory import CPU_SHARE, DEFAULT_MODEL_LEN, DEFAULT_STEP_TOKENS
 from hasten.engine.planning.footprint import Footprint, footprint
@@ -144,8 +144,10 @@ class Planner:
             if size > setup.ranks and self.fit(replace(setup, ranks=size)).fits:
                 found.append({"tensor_parallel_size": size})
                 break
-        if setup.quantization is None and self.fit(replace(setup, quantization="int8")).fits:
-            found.append({"quantization": "int8"})
+        for scheme in QUANTIZATIONS if setup.quantization is None else ():
+            if self.fit(replace(setup, quantization=scheme)).fits:
+                found.append({"quantization": scheme})
+                break
         fewer = replace(setup, max_num_seqs=_FEW_SEQUENCES, step_tokens=_FEW_TOKENS)
         if self.device.is_gpu and setup.step_tokens > _FEW_TOKENS and self.fit(fewer).fits:
             found.append({"max_num_seqs": _FEW_SEQUENCES, "max_num_batched_tokens": _FEW_TOKENS})

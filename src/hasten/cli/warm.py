@@ -1,0 +1,43 @@
+"""`hasten warm`: compile the kernels that a model needs."""
+
+import argparse
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from hasten.cli.options import Parser, add_engine_options, engine_options, path
+
+_DEFAULTS: Mapping[str, Any] = {"load_format": "dummy"}
+
+
+def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the subcommand `warm`."""
+    parser = commands.add_parser(
+        "warm",
+        help="compile the kernels that a model needs on this machine's GPU",
+        description="Compile the kernels that serving a model needs on this machine's GPU, so that the next start, and "
+        "the first request of each kind, need not. Weights are random: config.json is enough, and nothing is "
+        "downloaded but that. Give the options that the model is to be served with. Kernels lie in ~/.triton/cache, or "
+        "where TRITON_CACHE_DIR says, which may be part of an image or a volume.",
+    )
+    parser.add_argument("model", type=path, metavar="MODEL", help="folder with a config.json, or a Hugging Face id")
+    add_engine_options(parser, defaults=_DEFAULTS)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Start an engine and have it compute requests of all kinds."""
+    from hasten.engine.llm import LLM, run_worker
+    from hasten.engine.warming import compute_all_kinds
+
+    options = engine_options(args, defaults=_DEFAULTS)
+    if run_worker(args.model, **options):
+        return 0
+    start = time.perf_counter()
+    with LLM(args.model, **options) as llm:
+        started = time.perf_counter() - start
+        count = compute_all_kinds(llm)
+        seconds = time.perf_counter() - start - started
+        device = "the CPU, which compiles no kernels" if llm.device.type == "cpu" else str(llm.device)
+        print(f"started in {started:.1f} s, computed {count} requests of all kinds in {seconds:.1f} s on {device}")
+    return 0
