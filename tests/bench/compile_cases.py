@@ -76,7 +76,7 @@ def compile_all(capability: int, dtypes: list[DTypeName]) -> None:
     for room in ROOMS:
         vars(_module(room))["overlapped"] = lambda _tensor: {"PDL": overlaps, "launch_pdl": overlaps}
     for name, launcher in launchers().items():
-        if hasattr(ops, name):
+        if callable(getattr(ops, name, None)):
             setattr(ops, name, launcher)
     model = model_shape("bloom-7b1")
     heads = replace(model.attention, num_heads=8, num_kv_heads=8)

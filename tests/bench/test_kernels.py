@@ -62,7 +62,7 @@ SMALL = [case.name for case in cases(tiny()) if not any(size in case.shape for s
 @pytest.mark.parametrize("name", SMALL)
 def test_kernels_agree_with_their_definitions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for op, launcher in launchers().items():
-        if hasattr(ops, op):
+        if callable(getattr(ops, op, None)):
             monkeypatch.setattr(ops, op, launcher)
     monkeypatch.setattr(cuts, "BLOCK", 512)
     torch.manual_seed(0)

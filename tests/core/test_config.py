@@ -219,10 +219,13 @@ def test_options_that_choose_nothing_are_accepted_where_they_ask_for_nothing_els
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("max_seqs", "unknown engine option max_seqs; did you mean max_num_seqs? there are block_size, device, d"),
+        (
+            "max_seqs",
+            "unknown engine option max_seqs; did you mean max_num_seqs? there are block_size, deterministic, d",
+        ),
         ("memory_utilization", "unknown engine option memory_utilization; did you mean gpu_memory_utilization? there"),
         ("quantisation", "unknown engine option quantisation; did you mean quantization? there are"),
-        ("xyz", "unknown engine option xyz; there are block_size, device, download_dir, dtype, enable_"),
+        ("xyz", "unknown engine option xyz; there are block_size, deterministic, device, download_dir, dtype, enable_"),
     ],
 )
 def test_an_unknown_option_suggests_the_nearest(name: str, message: str) -> None:

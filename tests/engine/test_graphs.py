@@ -111,10 +111,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def take() -> None:
         for name, launcher in launchers().items():
-            if hasattr(ops, name):
+            if callable(getattr(ops, name, None)):
                 monkeypatch.setattr(ops, name, with_defaults(getattr(ops, name), launcher))
         monkeypatch.setattr(ops, "add_linear", add_linear)
-        monkeypatch.setattr(Planner, "of", lambda _device, heads, kv_heads: Planner(heads, kv_heads, 4))
+        monkeypatch.setattr(Planner, "of", lambda _device, heads, kv_heads, **_: Planner(heads, kv_heads, 4))
 
     return take
 

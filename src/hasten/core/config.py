@@ -501,6 +501,11 @@ class EngineConfig:
     )
     seed: int = option(0, "seed of requests that bring none")
     enforce_eager: bool = option(False, "launch every step kernel by kernel on a GPU, without CUDA graphs")
+    deterministic: bool = option(
+        False,
+        "a request's tokens and log-probabilities have the same bits in any batch: alone or among others, in chunks or "
+        "whole, after a preemption, with prompts from the prefix cache, in every run",
+    )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -517,6 +522,18 @@ class EngineConfig:
         _require(
             self.quantization is None or self.quantization in QUANTIZATIONS,
             f"quantization {self.quantization!r} is not supported; there is {', '.join(QUANTIZATIONS)}",
+        )
+        self.check_deterministic(self.parallel.tensor_parallel_size, self.quantization)
+
+    def check_deterministic(self, ranks: int, quantization: str | None) -> None:
+        """Raise ConfigError if so many ranks, or weights quantized so, cannot be `deterministic` as is asked for."""
+        _require(
+            not self.deterministic or ranks == 1,
+            f"deterministic: sums over {ranks} ranks have no fixed order; use tensor_parallel_size 1",
+        )
+        _require(
+            not self.deterministic or quantization is None,
+            f"deterministic: products with {quantization} weights have no fixed order; use full precision",
         )
 
     @classmethod
@@ -612,6 +629,7 @@ class EngineOptions(TypedDict, total=False):
     use_tqdm_on_load: bool
     seed: int
     enforce_eager: bool
+    deterministic: bool
     tensor_parallel_size: int
     expert_parallel: bool
     block_size: int

@@ -142,8 +142,17 @@ class Step:
 class Inputs:
     """Makes the device's view of batches."""
 
-    def __init__(self, tables: BlockTables, block_size: int, planner: Planner | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        tables: BlockTables,
+        block_size: int,
+        planner: Planner | None,
+        device: torch.device,
+        run: int | None = None,
+    ) -> None:
+        """`run`: that of `AttentionMeta`."""
         self.tables = tables
+        self.run = run
         self.block_size = block_size
         self.planner = planner
         """Divides the work where the device's kernels want that."""
@@ -260,5 +269,6 @@ class Inputs:
             kv_lens=work.kv_lens.tolist(),
             output_indices=tensors.get(f"{prefix}indices"),
             plan=divided,
+            run=self.run,
             output_part=output_part,
         )

@@ -30,7 +30,10 @@ class Runner:
         device: torch.device,
         block_size: int,
         max_sequences: int,
+        *,
+        deterministic: bool = False,
     ) -> None:
+        self.deterministic = deterministic
         self.model = model
         self.dtype = dtype
         self.device = device
@@ -57,8 +60,10 @@ class Runner:
         """
         tables = BlockTables(self.max_sequences, max_blocks)
         first = self._attentions[0]
-        planner = Planner.of(self.device, first.num_heads, first.num_kv_heads)
-        self._inputs = Inputs(tables, self.block_size, planner, self.device)
+        longest = max_blocks * self.block_size
+        run = ops.fixed_run(self.device, longest) if self.deterministic else None
+        planner = Planner.of(self.device, first.num_heads, first.num_kv_heads, run=run, max_kv_len=longest)
+        self._inputs = Inputs(tables, self.block_size, planner, self.device, run)
         caches: list[Tensor] = []
         for attention in self._attentions:
             shape = (2, num_blocks, self.block_size, attention.num_kv_heads, attention.head_size)

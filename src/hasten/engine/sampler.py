@@ -187,7 +187,7 @@ class Sampler:
             return _Continuations(counts, values_rk, ids_rk)
         slots = self._history.slots_of(beam for beam in beams if beam.params.has_penalty)
         adjusted_rv = self._edit(own_rv.float().log_softmax(-1), beams, slots, None)
-        return _Continuations(counts, *adjusted_rv.topk(most, dim=-1))
+        return _Continuations(counts, *ops.largest(adjusted_rv, most))
 
 
 class PreparedChoice:

@@ -145,12 +145,14 @@ class Worker:
             config, checkpoint = self._opened(config)
         self.model_config = checkpoint.config
         self.quantization = _quantization(config, checkpoint)
+        config.check_deterministic(ranks.group.size, self.quantization)
         replace(config.parallel, tensor_parallel_size=ranks.group.size).validate(self.model_config)
         config.scheduler.validate(self.model_config)
         self._peers: Peers | None = None
         dtype = ops.TORCH_DTYPES[compute_dtype(config.dtype, self.model_config, self.device)]
         self.tokenizer_folder = checkpoint.tokenizer_folder
-        with self.start_times.phase("weights"), explained_out_of_memory("loading the model", self._advice):
+        phase, explained = self.start_times.phase("weights"), explained_out_of_memory("loading the model", self._advice)
+        with phase, explained, ops.fixed_order(config.deterministic):
             group = self._with_peers(dtype)
             model = build_model(
                 checkpoint,
@@ -160,7 +162,14 @@ class Worker:
                 quantization=config.quantization or checkpoint.quantization,
                 show_progress=config.progress_bars,
             )
-        self.runner = Runner(model, dtype, self.device, config.cache.block_size, config.scheduler.max_num_seqs)
+        self.runner = Runner(
+            model,
+            dtype,
+            self.device,
+            config.cache.block_size,
+            config.scheduler.max_num_seqs,
+            deterministic=config.deterministic,
+        )
         self.max_model_len, self._num_blocks = self._make_cache(config)
         self._config = config
         self.scheduler = self._make_scheduler()

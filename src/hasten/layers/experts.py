@@ -72,8 +72,8 @@ class Experts(PackedModule):
 
         `slots_t`: the tokens' cache slots, -1 for padding.
         """
-        top_k, normalized = self.config.top_k, self.config.normalized
-        routing = ops.route(x_th, self.router, top_k, normalized, slots_t, bias_e=self.router_bias)
+        top_k, normalized, fixed = self.config.top_k, self.config.normalized, self.packed.fixed_order
+        routing = ops.route(x_th, self.router, top_k, normalized, slots_t, bias_e=self.router_bias, fixed_order=fixed)
         parts = ops.experts(x_th, self.packed, routing, self.unit)
         sum_ = ops.PartialSum(parts, residual=residual_th, over_ranks=self.group.size > 1)
         return sum_ if self.shared is None else sum_.plus(self.shared(x_th), None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hasten.core.config import Activation, DTypeName, GatedUnit
-from hasten.ops import cpu, cpu_sampling, reference
+from hasten.ops import cpu, cpu_fixed, cpu_sampling, plan, reference
 from hasten.ops.block_caches import BlockCaches
 from hasten.ops.draws import NONE_LEFT, Draws
 from hasten.ops.edits import Bans, EditList, LogitEdits, TokenCounts
@@ -18,6 +18,7 @@ from hasten.ops.heads import HeadTransform
 from hasten.ops.logprobs import TopLogprobs
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.mixture import PackedExperts, Routing
+from hasten.ops.order import fixed_order
 from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight, moved
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.transfer import HostCopy, to_device
@@ -57,8 +58,11 @@ __all__ = [
     "embedding",
     "embedding_norm",
     "experts",
+    "fixed_order",
+    "fixed_run",
     "gated_linear",
     "greedy",
+    "largest",
     "linear",
     "linear_parts",
     "mask_logits",
@@ -177,7 +181,7 @@ def add_linear(
     if x_th.is_cuda:
         from hasten.ops.gpu import matmul
 
-        parts = matmul.linear_parts(x_th, weight)
+        parts = matmul.linear_parts(x_th, weight, whole=isinstance(residual_to, PartialSum))
         if isinstance(residual_to, PartialSum):
             return residual_to.plus(parts, bias_o)
         return PartialSum(parts, bias_o, residual_to, rows_t)
@@ -189,7 +193,7 @@ def linear_parts(x_th: Tensor, weight: PackedLinear) -> Tensor:
     if x_th.is_cuda:
         from hasten.ops.gpu import matmul
 
-        return matmul.linear_parts(x_th, weight)
+        return matmul.linear_parts(x_th, weight, whole=True)
     return cpu.linear(x_th, weight, None, None)
 
 
@@ -201,19 +205,20 @@ def route(
     slots_t: Tensor | None = None,
     *,
     bias_e: Tensor | None = None,
+    fixed_order: bool = False,
 ) -> Routing:
     """The `top_k` most probable experts of each token by `softmax(x @ router.T + bias)` in fp32.
 
     The first among equals is taken. Their probabilities are the weights of their outputs, or where `normalized` divided
     by their sum. The last tokens may be padding, which has no cache slot in `slots_t` [t] (-1) and may go to any
-    experts. Source: Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer",
-    2017.
+    experts. With `fixed_order`, other tokens change no bit of a token's weights. Source: Shazeer et al., "Outrageously
+    Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer", 2017.
     """
     if x_th.is_cuda:
         from hasten.ops.gpu import router
 
-        return router.route(x_th, router_eh, top_k, normalized, slots_t, bias_e=bias_e)
-    return reference.route(x_th, router_eh, top_k, normalized, bias_e=bias_e)
+        return router.route(x_th, router_eh, top_k, normalized, slots_t, bias_e=bias_e, fixed_order=fixed_order)
+    return cpu.route(x_th, router_eh, top_k, normalized, bias_e, fixed_order)
 
 
 def pack_experts(
@@ -353,6 +358,11 @@ def paged_attention(
     )
 
 
+def fixed_run(device: torch.device, max_kv_len: int) -> int:
+    """Keys of a run (`AttentionMeta.run`) for attention in a fixed order over sequences up to a length."""
+    return cpu_fixed.RUN if device.type == "cpu" else plan.fixed_run(max_kv_len)
+
+
 def resolve_ids(ids_t: Tensor, chosen_r: Tensor) -> Tensor:
     """Token ids [t] with those below 0 replaced: -1 - i stands for `chosen_r[i]`, and for token 0 if that is below 0.
 
@@ -455,6 +465,11 @@ def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs
 
         return logprobs.top_logprobs(logits_rv, tokens_r, count)
     return reference.top_logprobs(logits_rv, tokens_r, count)
+
+
+def largest(x_rv: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` greatest numbers of each row in descending order, and where they stand; among equals the first."""
+    return reference.largest(x_rv, count)
 
 
 def default_device() -> torch.device:

@@ -14,12 +14,13 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from hasten.core.config import GatedUnit
-from hasten.ops import cpu_grouped, cpu_int8, reference
+from hasten.ops import cpu_fixed, cpu_grouped, cpu_int8, reference
 from hasten.ops.compiled_rows import compiled_rows
 from hasten.ops.grouped import GroupedWeight
 from hasten.ops.heads import HeadTransform
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.mixture import PackedExperts, Routing
+from hasten.ops.order import order_is_fixed
 from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight
 from hasten.ops.partial_sum import PartialSum
 
@@ -69,13 +70,13 @@ def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:  # noqa: D103
     weight_oh = weight_oh.float().contiguous()
     out_features, in_features = weight_oh.shape
     if as_it_is or not torch.backends.mkldnn.is_available():
-        return PackedLinear(out_features, in_features, plain=weight_oh)
+        return PackedLinear(out_features, in_features, plain=weight_oh, fixed_order=order_is_fixed())
     plain = None
-    if weight_oh.numel() < _SMALL_WEIGHT:
+    if weight_oh.numel() < _SMALL_WEIGHT and not order_is_fixed():
         # The longer axis innermost: one row is then multiplied in up to half the time.
         plain = weight_oh if in_features > out_features else weight_oh.t().contiguous().t()
     blocked = torch.ops.mkldnn._reorder_linear_weight(weight_oh, _PACK_FOR_ROWS)
-    return PackedLinear(out_features, in_features, plain=plain, blocked=blocked)
+    return PackedLinear(out_features, in_features, plain=plain, blocked=blocked, fixed_order=order_is_fixed())
 
 
 def linear(  # noqa: D103
@@ -103,10 +104,26 @@ def gated_linear(  # noqa: D103
 ) -> Tensor:
     wide_th = x_th.float()
     gate_to, up_to = _linear(wide_th, weight, bias_o, None, None).chunk(2, dim=-1)
+    if weight.fixed_order:
+        inner_to = cpu_fixed.activated(gate_to, gate).mul_(up_to)
+        if scale_1h is not None:
+            inner_to.mul_(cpu_fixed.sigmoid((wide_th * scale_1h.float()).sum(-1, keepdim=True)))
+        return inner_to.to(x_th.dtype)
     inner_to = reference.activated(gate_to, gate).mul_(up_to)
     if scale_1h is not None:
         inner_to.mul_(F.linear(wide_th, scale_1h.float()).sigmoid_())
     return inner_to.to(x_th.dtype)
+
+
+def route(  # noqa: D103
+    x_th: Tensor, router_eh: Tensor, top_k: int, normalized: bool, bias_e: Tensor | None, fixed: bool
+) -> Routing:
+    if not fixed:
+        return reference.route(x_th, router_eh, top_k, normalized, bias_e=bias_e)
+    count, width = router_eh.shape
+    weight = PackedLinear(count, width, plain=router_eh.float().contiguous(), fixed_order=True)
+    logits_te = cpu_fixed.product(x_th.float(), weight)
+    return reference.chosen(logits_te if bias_e is None else logits_te.add_(bias_e), top_k, normalized)
 
 
 def pack_experts(  # noqa: D103
@@ -118,7 +135,8 @@ def pack_experts(  # noqa: D103
 ) -> PackedExperts:
     pairs = zip(gate_up_eih, down_ehi, strict=True)
     linears = tuple((pack_linear(gate_up_ih, False), pack_linear(down_hi, False)) for gate_up_ih, down_hi in pairs)
-    return PackedExperts(len(linears), first, linears=linears, gate_up_bias=gate_up_bias_ei, down_bias=down_bias_eh)
+    biases = gate_up_bias_ei, down_bias_eh
+    return PackedExperts(len(linears), first, None, None, linears, *biases, fixed_order=order_is_fixed())
 
 
 def experts(x_th: Tensor, weights: PackedExperts, routing: Routing, unit: GatedUnit) -> Tensor:
@@ -139,7 +157,7 @@ def experts(x_th: Tensor, weights: PackedExperts, routing: Routing, unit: GatedU
             None if bias is None else bias[expert] for bias in (weights.gate_up_bias, weights.down_bias)
         )
         gate_ti, up_ti = linear(x_th[tokens_p[rows]].float(), gate_up, gate_up_bias, None).chunk(2, dim=-1)
-        inner_ti = reference.gated(gate_ti, up_ti, unit)
+        inner_ti = reference.gated(gate_ti, up_ti, unit, cpu_fixed.activated if weights.fixed_order else None)
         out_th.index_add_(0, tokens_p[rows], linear(inner_ti, down, down_bias, None).mul_(scales_p1[rows]))
     return out_th.to(x_th.dtype)
 
@@ -174,6 +192,9 @@ def _linear(
     elif weight.grouped is not None or weight.blocked_groups is not None:
         out_to = cpu_grouped.product(x_th, weight)
         out_to = out_to if bias_o is None else out_to.add_(bias_o)
+    elif weight.fixed_order:
+        out_to = cpu_fixed.product(x_th, weight)
+        out_to = out_to if bias_o is None else out_to.add_(bias_o)
     elif weight.blocked is None or (weight.plain is not None and x_th.shape[0] <= _FEW_ROWS):
         assert weight.plain is not None
         out_to = F.linear(x_th, weight.plain, bias_o)
@@ -183,10 +204,16 @@ def _linear(
         padded_th = F.pad(x_th, (0, 0, 0, more)) if more else x_th
         out_to = torch.ops.mkldnn._linear_pointwise(padded_th, weight.blocked, bias_o, "none", [], "")[:rows]
     if activation is not None:
-        out_to = _gelu_tanh(out_to) if activation == "gelu_tanh" else reference.activated(out_to, activation)
+        out_to = _activated(out_to, activation, weight.fixed_order)
     if residual_to is not None:
         out_to = out_to.add_(residual_to)
     return out_to.to(dtype)
+
+
+def _activated(x: Tensor, name: str, fixed: bool) -> Tensor:
+    if fixed:
+        return cpu_fixed.activated(x, name)
+    return _gelu_tanh(x) if name == "gelu_tanh" else reference.activated(x, name)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -259,7 +286,7 @@ def paged_attention(  # noqa: D103
         out_tx = torch.empty_like(query_tx)
     for group, kept in plan:
         bias = group.bias(alibi_slopes_n, window) if kept is None else kept
-        done = _attend(group, query_tx, key_cache, value_cache, bias, scale, softcap, sinks_n)
+        done = _attend(group, query_tx, key_cache, value_cache, bias, scale, softcap, sinks_n, meta.run)
         if out_tx is None:
             return done.view_as(query_tnd).to(query_tnd.dtype)
         if group.places is not None:
@@ -282,6 +309,7 @@ def _attend(
     scale: float,
     softcap: float | None,
     sinks_n: Tensor | None,
+    fixed_run: int | None,
 ) -> Tensor:
     """Attention of one group: [b * q, n * d], padding included."""
     runs, queries, keys = group.size
@@ -290,11 +318,15 @@ def _attend(
         padded = query_tx[group.first : group.first + runs * queries]
     else:
         padded = query_tx.index_select(0, group.rows)
-    query_bnqd = padded.view(runs, queries, -1, head_size).transpose(1, 2)
-    key, value = (
-        _gather(use, cache, group).view(runs, keys, kv_heads, head_size).transpose(1, 2)
+    query_bqnd = padded.view(runs, queries, -1, head_size)
+    key_bkmd, value_bkmd = (
+        _gather(use, cache, group).view(runs, keys, kv_heads, head_size)
         for use, cache in (("key", key_cache), ("value", value_cache))
     )
+    if fixed_run is not None:
+        out_bqnd = cpu_fixed.attend(query_bqnd, key_bkmd, value_bkmd, bias, scale, softcap, sinks_n, fixed_run)
+        return out_bqnd.reshape(runs * queries, -1)
+    query_bnqd, key, value = (x.transpose(1, 2) for x in (query_bqnd, key_bkmd, value_bkmd))
     grouped = query_bnqd.shape[1] != kv_heads
     if softcap is not None or sinks_n is not None:
         out = _step_by_step(query_bnqd, key, value, bias, scale, softcap, sinks_n)
@@ -351,19 +383,39 @@ def _plan(
     """
     most_keys = _CACHED_ELEMENTS // (key_cache.shape[2] * key_cache.shape[3])
     block_size = key_cache.shape[1]
-    groups = [_group(meta, runs, block_size) for runs in _pack(_runs(meta, block_size, window), most_keys)]
+    cut = _Cut.of(meta.run, block_size)
+    groups = [_group(meta, runs, block_size, cut) for runs in _pack(_runs(meta, block_size, window, cut), most_keys)]
     elements = sum(g.size[0] * g.size[1] * g.size[2] for g in groups) * (heads if slopes_n is not None else 1)
     keep = elements <= _KEPT_BIAS
     return [(group, group.bias(slopes_n, window) if keep else None) for group in groups]
 
 
-def _runs(meta: AttentionMeta, block_size: int, window: int | None) -> list[_Run]:
+@dataclass(frozen=True)
+class _Cut:
+    """How the queries of a sequence, and the keys that they see, are cut."""
+
+    queries: int = _QUERY_CHUNK
+    """Most queries of a run."""
+    blocks: int = 1
+    """Cache blocks of keys come in multiples of this number."""
+    padded: bool = False
+    """Whether every run has as many queries."""
+
+    @classmethod
+    def of(cls, run: int | None, block_size: int) -> "_Cut":
+        """For runs of keys of a fixed length, or of any."""
+        if run is None:
+            return cls()
+        return cls(cpu_fixed.QUERIES, run // math.gcd(run, block_size), padded=True)
+
+
+def _runs(meta: AttentionMeta, block_size: int, window: int | None, cut: _Cut) -> list[_Run]:
     runs, start = [], 0
     for sequence, queries, keys in zip(meta.sequences, meta.query_lens, meta.kv_lens, strict=True):
-        for offset in range(0, queries if keys else 0, _QUERY_CHUNK):
-            count = min(_QUERY_CHUNK, queries - offset)
+        for offset in range(0, queries if keys else 0, cut.queries):
+            count = min(cut.queries, queries - offset)
             position = keys - queries + offset
-            skipped = 0 if window is None else max(0, position - window + 1) // block_size
+            skipped = 0 if window is None else max(0, position - window + 1) // block_size // cut.blocks * cut.blocks
             end = position + count - skipped * block_size
             runs.append(_Run(sequence, start + offset, count, skipped, end))
         start += queries
@@ -401,9 +453,9 @@ def _fits(runs: list[_Run], most_keys: int) -> bool:
     return len(runs) * keys <= most_keys and padded <= 1.5 * sum(run.count * run.end for run in runs)
 
 
-def _group(meta: AttentionMeta, runs: list[_Run], block_size: int) -> _Group:
-    queries = max(run.count for run in runs)
-    blocks = -(-max(run.end for run in runs) // block_size)
+def _group(meta: AttentionMeta, runs: list[_Run], block_size: int, cut: _Cut) -> _Group:
+    queries = cut.queries if cut.padded else max(run.count for run in runs)
+    blocks = -(-max(run.end for run in runs) // (block_size * cut.blocks)) * cut.blocks
     even = all(run.count == queries for run in runs)
     rows = [row for run in runs for row in range(run.first, run.first + run.count)]
     in_place = even and rows == list(range(rows[0], rows[0] + len(rows)))
@@ -426,7 +478,7 @@ def _group(meta: AttentionMeta, runs: list[_Run], block_size: int) -> _Group:
 def _blocks(tables: Tensor, runs: list[_Run], count: int) -> Tensor:
     """The next `count` cache blocks of each run, behind those that it skips: [runs * count]."""
     own = tables[[run.sequence for run in runs]]
-    if not any(run.skipped for run in runs):
+    if not any(run.skipped for run in runs) and count <= tables.shape[1]:
         return own[:, :count].flatten()
     places = torch.tensor([run.skipped for run in runs]).unsqueeze(1) + torch.arange(count)
     return own.gather(1, places.clamp_(max=tables.shape[1] - 1)).flatten()

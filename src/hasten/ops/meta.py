@@ -34,6 +34,9 @@ class AttentionMeta:
     """[t]: rows of these tokens in the batch that this is the output part of."""
     plan: AttentionPlan | None = None
     """How the kernels of a GPU divide the work; other devices need none."""
+    run: int | None = None
+    """Keys, from a multiple of this position on, whose part of a softmax is computed by itself and then added to those
+    before it, so that a token's sums have the same order in any batch; None: in an order that suits the device."""
     output_part: "AttentionMeta | None" = None
     """The tokens whose hidden states are needed, if not all are: the last layer computes no others."""
     scratch: dict[str, Any] = field(default_factory=dict, compare=False)

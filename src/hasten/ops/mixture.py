@@ -1,6 +1,6 @@
 """What a mixture of experts computes with: its weights as their device reads them, and which experts see a token."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -25,6 +25,8 @@ class PackedExperts:
     """[count, 2 * i]"""
     down_bias: Tensor | None = None
     """[count, h]"""
+    fixed_order: bool = field(default=False, kw_only=True)
+    """As in `PackedLinear`; that of the sum over a token's experts too."""
 
     @property
     def shape(self) -> tuple[int, int, int]:

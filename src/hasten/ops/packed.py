@@ -70,3 +70,5 @@ class PackedLinear:
     """A weight with scales of groups, in place of the others."""
     blocked_groups: BlockedGroups | None = None
     """The same for torch's product on a CPU, in place of the others."""
+    fixed_order: bool = False
+    """Whether products are added up in an order that does not depend on the number of rows (`ops.fixed_order`)."""

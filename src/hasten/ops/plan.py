@@ -33,6 +33,14 @@ _GROUP_PROGRAMS = 4
 _MAX_GROUP_ROWS = 64
 
 
+def fixed_run(max_kv_len: int) -> int:
+    """Keys of a split of a fixed length, for sequences up to a length: at most 16 of them.
+
+    Fewer than 256 keys are not worth a program.
+    """
+    return max(_GROUP_MIN_SPLIT_LEN, 1 << max(0, -(-max_kv_len // 16) - 1).bit_length())
+
+
 def group_rows(group: int) -> int:
     """Rows of the matrix product that a program computes for a group of heads with the same keys, padded."""
     return min(max(16, 1 << (group - 1).bit_length()), _MAX_GROUP_ROWS)
@@ -63,20 +71,31 @@ class Planner:
     kv_heads: int
     """Key/value heads of one layer of this rank."""
     multiprocessors: int
+    run: int | None = None
+    """Keys of every split but a sequence's last, whatever the batch, if that is wanted: see `AttentionMeta.run`."""
+    max_kv_len: int = 0
+    """Keys of the longest sequence, where splits have a fixed length."""
 
     @classmethod
-    def of(cls, device: torch.device, heads: int, kv_heads: int) -> "Planner | None":
+    def of(
+        cls, device: torch.device, heads: int, kv_heads: int, *, run: int | None = None, max_kv_len: int = 0
+    ) -> "Planner | None":
         """That of a device; None for a CPU, whose attention takes a step as it is."""
         if device.type == "cpu":
             return None
-        return cls(heads, kv_heads, torch.cuda.get_device_properties(device).multi_processor_count)
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        return cls(heads, kv_heads, multiprocessors, run, max_kv_len)
 
     def max_num_splits(self, sequences: int) -> int:
         """How many splits a step of so many sequences with one query may have.
 
         Enough to keep every multiprocessor busy with several programs, and a few a sequence, so that a long one does
-        not end after all others.
+        not end after all others. Splits of a fixed length are as many as the sequences have, up to four a sequence on
+        the average, and eight where they are few.
         """
+        if self.run is not None:
+            longest = -(-self.max_kv_len // self.run)
+            return min(sequences * longest, max(4 * sequences, 8 * min(sequences, 32), longest))
         held = _PROGRAMS if self.heads == self.kv_heads else _GROUP_PROGRAMS
         return max(2 * sequences, -(-held * self.multiprocessors // programs_per_split(self.heads, self.kv_heads)))
 
@@ -98,9 +117,11 @@ class Planner:
         if (which := (query_lens > 1).nonzero()[0]).size:
             made["tiles"] = tiles(tables[which], query_rows[which], out_rows[which], query_lens[which], kv_lens[which])
         if (which := (query_lens <= 1).nonzero()[0]).size:
-            most = self.max_num_splits(len(which))
-            rows = query_rows[which], out_rows[which]
-            made["splits"] = kv_splits(tables[which], *rows, kv_lens[which], most, self.min_split_len)
+            own = tables[which], query_rows[which], out_rows[which], kv_lens[which]
+            if self.run is None:
+                made["splits"] = kv_splits(*own, self.max_num_splits(len(which)), self.min_split_len)
+            else:
+                made["splits"] = splits_of(*own, np.full(len(which), self.run))
         return made
 
 
@@ -115,11 +136,19 @@ def kv_splits(
     length = max(shortest, -(-int(kv_lens.sum()) // spare))
     length = -(-length // SPLIT_STEP) * SPLIT_STEP
     counts = np.maximum(1, -(-kv_lens // length))
+    even = -(-kv_lens // (SPLIT_STEP * counts)) * SPLIT_STEP  # equal splits of one sequence, none a short rest
+    return splits_of(tables, query_rows, out_rows, kv_lens, np.maximum(even, 1))
+
+
+def splits_of(
+    tables: Integers, query_rows: Integers, out_rows: Integers, kv_lens: Integers, lengths: Integers
+) -> Integers:
+    """Cut the keys of sequences with one query each into splits of the sequence's length: [splits, 8]."""
+    counts = np.maximum(1, -(-kv_lens // lengths))
     owner = np.repeat(np.arange(len(tables)), counts)
     place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    even = -(-kv_lens // (SPLIT_STEP * counts)) * SPLIT_STEP  # equal splits of one sequence, none a short rest
-    begin = np.minimum(place * even[owner], kv_lens[owner])
-    end = np.minimum(begin + even[owner], kv_lens[owner])
+    begin = np.minimum(place * lengths[owner], kv_lens[owner])
+    end = np.minimum(begin + lengths[owner], kv_lens[owner])
     columns = (tables[owner], query_rows[owner], out_rows[owner], begin, end, kv_lens[owner], place, counts[owner])
     return np.stack(columns, axis=1).astype(np.int32)
 

@@ -134,21 +134,26 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def gated(gate: Tensor, up: Tensor, unit: GatedUnit) -> Tensor:
-    """A gated unit of two halves, element by element.
+def gated(gate: Tensor, up: Tensor, unit: GatedUnit, activate: Callable[[Tensor, str], Tensor] | None = None) -> Tensor:
+    """A gated unit of two halves, element by element; `activate` computes activations, if that is given.
 
     Sources: Shazeer, "GLU Variants Improve Transformer", 2020; OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", 2025
     (limits and offset).
     """
     if unit.limit is not None:
         gate, up = gate.clamp(max=unit.limit), up.clamp(-unit.limit, unit.limit)
-    return activated(gate, unit.gate) * (up + unit.offset if unit.offset else up)
+    return (activate or activated)(gate, unit.gate) * (up + unit.offset if unit.offset else up)
 
 
 def route(  # noqa: D103
     x_th: Tensor, router_eh: Tensor, top_k: int, normalized: bool, *, bias_e: Tensor | None = None
 ) -> Routing:
-    logits_te = F.linear(_wide(x_th), _wide(router_eh), None if bias_e is None else _wide(bias_e))
+    bias_e = None if bias_e is None else _wide(bias_e)
+    return chosen(F.linear(_wide(x_th), _wide(router_eh), bias_e), top_k, normalized)
+
+
+def chosen(logits_te: Tensor, top_k: int, normalized: bool) -> Routing:
+    """The experts of tokens by the router's logits."""
     # a stable sort: the first among equals, which topk does not promise
     experts_tk = logits_te.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     if normalized:
@@ -465,7 +470,7 @@ def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs
     logprobs_rv = logits_rv.log_softmax(-1)
     tokens_r1 = tokens_r.long().clamp(min=0).unsqueeze(1)
     ranks_r = (logits_rv > logits_rv.gather(1, tokens_r1)).sum(-1, dtype=torch.int32) + 1
-    ids_rk = logits_rv.topk(min(count, logits_rv.shape[1]), dim=-1).indices
+    _, ids_rk = largest(logits_rv, count)
     return TopLogprobs(
         logprobs_rv.gather(1, tokens_r1).squeeze(1), ranks_r, logprobs_rv.gather(1, ids_rk), ids_rk.int()
     )
@@ -477,3 +482,20 @@ def mask_logits(logits_rv: Tensor, index_r: Tensor, masks_kw: Tensor) -> Tensor:
     bits_kv = (words_kw.unsqueeze(-1) >> torch.arange(32, device=words_kw.device)).bitwise_and_(1).flatten(1)
     own_kv = logits_rv[rows_k].masked_fill_(bits_kv[:, : logits_rv.shape[1]] == 0, float("-inf"))
     return logits_rv.index_copy(0, rows_k, own_kv)
+
+
+def largest(x_rv: Tensor, count: int) -> tuple[Tensor, Tensor]:  # noqa: D103
+    vocab = x_rv.shape[1]
+    values_rk, ids_rk = x_rv.topk(min(count + 1, vocab), dim=-1)
+    # topk takes any among equals, and others for another count
+    tied_r = (values_rk[:, 1:] == values_rk[:, :-1]).any(-1)
+    if bool(tied_r.any()):
+        ids_rk[tied_r] = _keys(x_rv[tied_r]).topk(values_rk.shape[1], dim=-1).indices
+    return values_rk[:, :count], ids_rk[:, :count]
+
+
+def _keys(x_rv: Tensor) -> Tensor:
+    """Distinct numbers in the order of fp32 ones, and among equals the first one's the greatest: int64."""
+    bits_rv = (x_rv.float() + 0.0).view(torch.int32).long()  # -0 + 0 is 0
+    images_rv = bits_rv ^ ((bits_rv >> 31) & 0x7FFFFFFF)
+    return (images_rv << 32) - torch.arange(x_rv.shape[1], device=x_rv.device)

@@ -105,7 +105,7 @@ REAL: dict[str, tuple[Heads, Lengths]] = {
 class FewSplits(Planner):
     """Cuts a step into so many splits more than it has sequences, however few keys a group of heads has."""
 
-    extra: int
+    extra: int = 0
 
     @property
     def min_split_len(self) -> int:
@@ -128,6 +128,7 @@ class Case:
     softcap: float | None = None
     sinks: float | None = None
     """Mean of the heads' sinks."""
+    fixed_run: int | None = None
     inputs: Inputs = field(init=False)
     batch: Batch = field(init=False)
     query_tnd: Tensor = field(init=False)
@@ -143,9 +144,10 @@ class Case:
         tables.array[:] = order.pop()  # behind its end a table names a block of nobody
         heads = (self.heads.query, self.heads.kv)
         planner = Planner.of(self.device, *heads) or Planner(*heads, multiprocessors=0)
+        planner = replace(planner, run=self.fixed_run, max_kv_len=max(kv_len for _, kv_len in lengths))
         if extra_splits is not None:
-            planner = FewSplits(*heads, planner.multiprocessors, extra_splits)
-        self.inputs = Inputs(tables, block, planner, self.device)
+            planner = FewSplits(*heads, planner.multiprocessors, extra=extra_splits)
+        self.inputs = Inputs(tables, block, planner, self.device, self.fixed_run)
         self.batch = Batch()
         for key, ((count, kv_len), need) in enumerate(zip(lengths, needs, strict=True)):
             self.batch.add(make_sequence(key, kv_len, count, [order.pop() for _ in range(need)]), count, [])
@@ -196,7 +198,8 @@ class Case:
     def kind(self, meta: AttentionMeta) -> str:
         """How exact the kernels are: matrix units multiply values by weights in the type of both."""
         assert meta.plan is not None
-        return "attention" if meta.plan.tiles is None and self.heads.query == self.heads.kv else "tile"
+        single = meta.plan.tiles is None and self.heads.query == self.heads.kv and self.fixed_run is None
+        return "attention" if single else "tile"
 
     def check(self, meta: AttentionMeta, assert_close: Close) -> None:
         found = self.run(meta)
@@ -330,7 +333,7 @@ def test_sinks(heads: Heads, sinks: float, window: int | None, device: torch.dev
 @pytest.mark.parametrize("heads", [Heads(), Heads(query=4)], ids=str)
 def test_sinks_of_padded_steps(heads: Heads, device: torch.device, assert_close: Close) -> None:
     case = Case(heads, torch.float16, device, alibi=False, sinks=1.0).fill([(1, 70), (1, 1), (1, 33)])
-    case.inputs.planner = FewSplits(case.heads.query, case.heads.kv, 0, 8)
+    case.inputs.planner = FewSplits(case.heads.query, case.heads.kv, 0, extra=8)
     expected = case.expected(whole(case))
     found = case.run(padded(case, [1, 1, 1], 5, None))
     assert_close("tile", found[:3], expected)
@@ -375,7 +378,7 @@ def padded(case: Case, needed: list[int], tokens: int, outputs: int | None) -> A
 @pytest.mark.parametrize("size", [3, 5])
 def test_padded_steps_of_single_tokens(size: int, heads: Heads, device: torch.device, assert_close: Close) -> None:
     case = Case(heads, torch.float16, device).fill([(1, 70), (1, 1), (1, 33)])
-    case.inputs.planner = FewSplits(case.heads.query, case.heads.kv, 0, size + 3)
+    case.inputs.planner = FewSplits(case.heads.query, case.heads.kv, 0, extra=size + 3)
     expected = case.expected(whole(case))
     meta = padded(case, [1, 1, 1], size, None)
     for _ in range(2):  # as two layers do
@@ -454,3 +457,43 @@ def test_real_head_sizes_in_fp32(size: int, assert_close: Close) -> None:
         case = Case(Heads(12, kv_heads, size), torch.float32, torch.device("cuda", 0))
         case.fill([(1, 900), (300, 700), (1, 3)])
         case.check(whole(case), assert_close)
+
+
+FIXED: list[tuple[Heads, dict[str, object]]] = [
+    (Heads(), {}),
+    (Heads(query=6, kv=2, size=24, block=8), {"window": 20}),
+    (Heads(query=17, kv=1, block=5), {"alibi": False, "softcap": 0.7}),
+    (Heads(query=4, kv=2, size=128), {}),
+]
+
+
+def check_fixed(case: Case, lengths: Lengths, assert_close: Close) -> None:
+    """Whole prompts, short chunks and single queries: the same bits, if matrix products are a GPU's."""
+    case.fill(lengths)
+    prompts = whole(case)
+    case.check(prompts, assert_close)
+    found = case.run(prompts)
+    for last in (1, 2, 7):
+        part = case.inputs.tokens(case.batch, [min(last, count) for count, _ in lengths]).meta.output_part
+        assert part is not None
+        assert part.output_indices is not None
+        expected = found[part.output_indices.long()]
+        if expected.is_cuda:
+            assert torch.equal(case.run(part), expected)
+        else:
+            assert_close("tile", case.run(part), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "options"), FIXED, ids=str)
+def test_in_a_fixed_order_a_query_is_the_same_alone_and_in_a_prompt(
+    heads: Heads, options: dict[str, object], dtype: torch.dtype, device: torch.device, assert_close: Close
+) -> None:
+    case = Case(heads, dtype, device, fixed_run=64, **options)  # type: ignore[arg-type]  # fields by name
+    check_fixed(case, [(1, 150), (3, 64), (16, 16), (50, 200), (70, 129), (33, 33), (1, 640)], assert_close)
+
+
+def test_attention_in_a_fixed_order(device: torch.device, assert_close: Close) -> None:
+    case = Case(Heads(query=2, kv=1), torch.float16, device, window=40, fixed_run=32)
+    check_fixed(case, [(2, 70), (19, 36)], assert_close)

@@ -250,3 +250,56 @@ def test_stages_are_as_many_as_fit(cut: matmul.Cut, block_m: int) -> None:
         stages = matmul._stages(cut, block_m, shared)
         assert 1 <= stages <= cut.stages
         assert stages * (cut.block_n + block_m) * cut.block_k * 2 <= shared
+
+
+def fixed(out: int, into: int, dtype: torch.dtype, device: torch.device) -> PackedLinear:
+    with ops.fixed_order():
+        return make_weight(out, into, dtype, device)
+
+
+def assert_same(found: Tensor, expected: Tensor, rows: int, assert_close: Close) -> None:
+    """Bit by bit on a GPU; the interpreter leaves the order of a matrix product to numpy."""
+    if found.is_cuda:
+        assert torch.equal(found, expected), f"among {rows} rows"
+    else:
+        assert_close("parts" if found.dtype == torch.float32 else "stepwise", found, expected)
+
+
+FIXED_ROWS = [1, 2, 16, 17, 64, 65, 130]
+FIXED_DTYPES = [torch.float32, *HALF]
+
+
+@pytest.mark.parametrize("dtype", FIXED_DTYPES, ids=str)
+@pytest.mark.parametrize(("out", "into"), [(40, 128), (130, 200)], ids=str)
+def test_in_a_fixed_order_a_row_is_the_same_among_any_number(
+    out: int, into: int, dtype: torch.dtype, device: torch.device, assert_close: Close
+) -> None:
+    weight = fixed(out, into, dtype, device)
+    bias = draw(out, dtype=dtype, device=device)
+    x = draw(max(FIXED_ROWS), into, dtype=dtype, device=device)
+    whole = matmul.linear(x, weight, bias, "gelu_tanh")
+    assert_close("stepwise", whole, exact(x, weight, bias, "gelu_tanh"))
+    for rows in FIXED_ROWS:
+        for first in (0, max(FIXED_ROWS) - rows):
+            found = matmul.linear(x[first : first + rows].clone(), weight, bias, "gelu_tanh")
+            assert_same(found, whole[first : first + rows], rows, assert_close)
+
+
+@pytest.mark.parametrize("dtype", FIXED_DTYPES, ids=str)
+def test_parts_in_a_fixed_order_come_to_the_same(
+    dtype: torch.dtype, device: torch.device, assert_close: Close, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matmul, "_MAX_SPLIT_ROWS", 70)
+    weight = fixed(40, 1024, dtype, device)
+    x = draw(100, 1024, dtype=dtype, device=device)
+    rows = {}
+    for count in (1, 20, 70, 100):
+        parts = matmul.linear_parts(x[:count].clone(), weight)
+        total = parts if parts.dim() == 2 else parts[0]
+        for part in parts[1:] if parts.dim() == 3 else ():
+            total = total + part
+        rows[count] = total
+        assert (parts.shape[0] > 1) == (dtype != torch.float32 and count <= 70) or parts.dim() == 2
+    assert_close("parts" if dtype != torch.float32 else "linear", rows[100].float(), exact(x, weight).float())
+    for count, total in rows.items():
+        assert_same(total, rows[100][:count], count, assert_close)

@@ -123,3 +123,12 @@ def attend(
         sum_md = tl.dot(p_mn.to(v_nd.dtype), v_nd, sum_md, input_precision=PRECISION)
         top_m = new_m
     return sum_md, weight_m, top_m
+
+
+@triton.jit
+def merged(sums, weight, top, their_sums, their_weight, their_top):
+    """Two parts of a softmax as one: unscaled sums, weights and tops."""
+    new = tl.maximum(top, their_top)
+    own, theirs = tl.exp2(top - new), tl.exp2(their_top - new)
+    weight = weight * own + their_weight * theirs
+    return sums * column(own) + their_sums * column(theirs), weight, new

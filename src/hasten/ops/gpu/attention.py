@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hasten.ops.gpu.attend import LOG2_E, attend, with_sink
+from hasten.ops.gpu.attend import FAR, LOG2_E, attend, merged, with_sink
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
 from hasten.ops.gpu.splits import one_query, query_group
 from hasten.ops.meta import AttentionMeta
@@ -48,10 +48,15 @@ def _tile(
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
+    RUN: tl.constexpr,
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A tile of a sequence's queries, of one head, against all keys that they see."""
+    """A tile of a sequence's queries, of one head, against all keys that they see.
+
+    With RUN, BLOCK_M queries of it, and the softmax over the keys from each multiple of RUN on is computed by itself
+    and added to the one before, as for single queries.
+    """
     start_next(PDL)
     head = tl.program_id(0)
     item = items + tl.program_id(1) * COLUMNS
@@ -61,6 +66,10 @@ def _tile(
     count = tl.load(item + 3)
     position = tl.load(item + 4)
     m = tl.arange(0, BLOCK_M)
+    if RUN:
+        first = tl.program_id(2) * BLOCK_M
+        count = tl.maximum(tl.minimum(count - first, BLOCK_M), 0)
+        query_row, out_row, position = query_row + first, out_row + first, position + first
     d = tl.arange(0, BLOCK_D)
     in_head = d < D
     wait_for_inputs(PDL)
@@ -71,18 +80,39 @@ def _tile(
         slope = tl.load(slopes + head).to(tl.float32) * 1.4426950408889634
     base = (head // GROUP).to(tl.int64) * head_stride
     end = position + count
+    if RUN:
+        end = tl.where(count > 0, end, 0)
     begin = 0
     if WINDOW:
         begin = tl.maximum(position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
     slope_m = tl.zeros([BLOCK_M], tl.float32) + slope
-    sum_md, weight_m, top_m = attend(
-        q_md, keys + base, values + base, table, begin, end, position + m, position + m, slope_m, block_stride,
-        token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD, HAS_SLOPES, WINDOW,
-        CAPPED, PRECISION,
-    )  # fmt: skip
-    if sinks is not None:
-        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
-        sum_md, weight_m, top_m = with_sink(sum_md, weight_m, top_m, sink)
+    if RUN:
+        sum_md = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        weight_m = tl.zeros([BLOCK_M], tl.float32)
+        top_m = tl.full([BLOCK_M], FAR, tl.float32)
+        first_run = begin // RUN * RUN
+        if sinks is not None:
+            sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+            first_run *= 0  # the first run has the sink, even if the window begins behind its keys
+        for start in range(first_run, end, RUN):
+            part_md, part_weight_m, part_top_m = attend(
+                q_md, keys + base, values + base, table, tl.maximum(start, begin), tl.minimum(start + RUN, end),
+                position + m, position + m, slope_m, block_stride, token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M,
+                BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD, HAS_SLOPES, WINDOW, CAPPED, PRECISION,
+            )  # fmt: skip
+            if sinks is not None:
+                in_run = tl.where(start == 0, sink, FAR)
+                part_md, part_weight_m, part_top_m = with_sink(part_md, part_weight_m, part_top_m, in_run)
+            sum_md, weight_m, top_m = merged(sum_md, weight_m, top_m, part_md, part_weight_m, part_top_m)
+    else:
+        sum_md, weight_m, top_m = attend(
+            q_md, keys + base, values + base, table, begin, end, position + m, position + m, slope_m, block_stride,
+            token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD, HAS_SLOPES, WINDOW,
+            CAPPED, PRECISION,
+        )  # fmt: skip
+        if sinks is not None:
+            sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+            sum_md, weight_m, top_m = with_sink(sum_md, weight_m, top_m, sink)
     target = out + ((out_row + m)[:, None] * HEADS + head) * D + d[None, :]
     # A weight is at least 1, that of the greatest score, or 0 where there are no keys.
     tl.store(target, (sum_md / tl.maximum(weight_m, 1.0)[:, None]).to(out.dtype.element_ty), mask_md)
@@ -120,22 +150,53 @@ def paged_attention(
     numbers = (query_tnd.stride(0), *key_cache.stride()[:3], scale * LOG2_E, (softcap or 0.0) * LOG2_E)
     wide, group = key_cache.dtype == torch.float32, heads // kv_heads
     if plan.tiles is not None:
-        _tile[(heads, len(plan.tiles))](
-            *shared, plan.tiles, out_tnd, *numbers, GROUP=group, BLOCK_M=TILE, COLUMNS=TILE_COLUMNS, num_warps=4,
-            **_product(16 if wide and d > 128 else 32, block_size, wide), AHEAD=False, num_stages=1 if wide else 2,
-            **common,
-        )  # fmt: skip
+        options = _tiles(meta.run, d, block_size, wide)
+        _tile[(heads, len(plan.tiles), TILE // options["BLOCK_M"])](
+            *shared, plan.tiles, out_tnd, *numbers, GROUP=group, COLUMNS=TILE_COLUMNS, **options, **common
+        )
     if plan.splits is not None:
         parts = _parts(meta, plan.splits, heads, common["BLOCK_D"])
-        kernel, options = _single(group, meta.num_tokens, common["BLOCK_D"], block_size, wide)
-        kernel[(programs_per_split(heads, kv_heads), len(plan.splits))](
+        fixed = meta.run is not None
+        kernel, options = _single(group, meta.num_tokens, common["BLOCK_D"], block_size, wide, fixed)
+        programs = kv_heads * triton.cdiv(group, options["BLOCK_M"]) if fixed else programs_per_split(heads, kv_heads)
+        kernel[(programs, len(plan.splits))](
             *shared, plan.splits, out_tnd, *parts, *numbers, COLUMNS=SPLIT_COLUMNS, **options, **common
         )
     return out_tnd
 
 
-def _single(group: int, queries: int, width: int, block_size: int, wide: bool) -> tuple[Any, dict[str, Any]]:
-    """The kernel for single queries, and its options, for groups of heads of a padded size."""
+def _tiles(run: int | None, head_size: int, block_size: int, wide: bool) -> dict[str, Any]:
+    """The options of the kernel for tiles."""
+    if run is not None:
+        return {
+            **_fixed(block_size, wide), "BLOCK_M": 16 if wide else 32, "AHEAD": True, "RUN": run,
+            "num_warps": 4 if wide else 2, "num_stages": 1 if wide else 3,
+        }  # fmt: skip
+    keys = _product(16 if wide and head_size > 128 else 32, block_size, wide)
+    return {**keys, "BLOCK_M": TILE, "AHEAD": False, "RUN": 0, "num_warps": 4, "num_stages": 1 if wide else 2}
+
+
+def _fixed(block_size: int, wide: bool) -> dict[str, Any]:
+    """Keys at a time in a fixed order: as many for tiles as for single queries, and for any number of them."""
+    return _product(_FIXED_KEYS, block_size, wide)
+
+
+_FIXED_KEYS = 16
+
+
+def _single(
+    group: int, queries: int, width: int, block_size: int, wide: bool, fixed: bool
+) -> tuple[Any, dict[str, Any]]:
+    """The kernel for single queries, and its options, for groups of heads of a padded size.
+
+    In a fixed order single heads are groups of one, and each warp has 16 rows, as those of tiles have: what it does
+    for a row is the same.
+    """
+    if fixed:
+        return query_group, {
+            **_fixed(block_size, wide), "GROUP": group, "BLOCK_M": 16, "AHEAD": True,
+            "num_stages": 1 if wide else 3, "num_warps": 4 if wide else 1,
+        }  # fmt: skip
     if group == 1:
         lanes, stages, warps = _cut(queries)
         return one_query, {"BLOCK_N": lanes, "STAGES": stages, "num_warps": warps}

@@ -15,6 +15,7 @@ from hasten.ops.gpu.expert_groups import grouped
 from hasten.ops.gpu.expert_pairs import each_pair
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
 from hasten.ops.mixture import PackedExperts, Routing
+from hasten.ops.order import order_is_fixed
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -58,7 +59,7 @@ def pack_experts(
     """A GPU reads weights as they are."""
     weights = gate_up_eih.contiguous(), down_ehi.contiguous()
     biases = (None if bias is None else bias.contiguous() for bias in (gate_up_bias_ei, down_bias_eh))
-    return PackedExperts(len(gate_up_eih), first, *weights, (), *biases)
+    return PackedExperts(len(gate_up_eih), first, *weights, (), *biases, fixed_order=order_is_fixed())
 
 
 def experts(x_th: Tensor, weights: PackedExperts, routing: Routing, unit: GatedUnit) -> Tensor:
@@ -66,12 +67,12 @@ def experts(x_th: Tensor, weights: PackedExperts, routing: Routing, unit: GatedU
     assert x_th.is_contiguous()
     assert routing.counts_be is not None
     (tokens, top_k), all_experts = routing.experts_tk.shape, routing.counts_be.shape[1]
-    few = tokens <= _PARTS_ROWS
-    as_parts = few and weights.count == all_experts
+    few = weights.fixed_order or tokens <= _PARTS_ROWS
+    as_parts = few and not weights.fixed_order and weights.count == all_experts
     dtype = torch.float32 if few else x_th.dtype
     hidden = x_th.shape[1]
     out = x_th.new_empty((top_k, tokens, hidden) if as_parts else (tokens, top_k, hidden), dtype=dtype)
-    if (tokens - 1) * top_k * _ALONE <= all_experts:
+    if not weights.fixed_order and (tokens - 1) * top_k * _ALONE <= all_experts:
         each_pair(x_th, weights, routing, unit, out, parts=as_parts)
     else:
         grouped(x_th, weights, routing, unit, out, parts=as_parts)

@@ -169,8 +169,10 @@ def store_heads(
     slots_t: Tensor,
     num_heads: int,
     transform: HeadTransform,
+    *,
+    fixed_order: bool = False,
 ) -> Tensor:
-    """See `hasten.ops.reference.store_heads`."""
+    """See `hasten.ops.reference.store_heads`; with `fixed_order` norms of heads do not depend on the number of rows."""
     kv_heads, head_size = key_cache.shape[2:]
     assert qkv_to.stride(1) == 1
     assert key_cache.is_contiguous()
@@ -183,7 +185,7 @@ def store_heads(
 
     table, weight_d = transform.table_pr, transform.query_norm_d
     block, heads = triton.next_power_of_2(head_size), num_heads + 2 * kv_heads
-    together = _heads_per_program(rows, heads, block)
+    together = _heads_per_program(1 if fixed_order and weight_d is not None else rows, heads, block)
     _store_heads[(rows, triton.cdiv(heads, together))](
         qkv_to,
         out_tnd,

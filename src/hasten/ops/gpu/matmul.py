@@ -14,12 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from hasten.ops import reference
+from hasten.ops.gpu import library
 from hasten.ops.gpu.activations import activated
 from hasten.ops.gpu.cache import write_cache
 from hasten.ops.gpu.heads import store_heads
 from hasten.ops.gpu.launch import multiprocessors, overlapped, prefetch, shared_memory, start_next, wait_for_inputs
 from hasten.ops.grouped import GroupedWeight
 from hasten.ops.heads import HeadTransform
+from hasten.ops.order import order_is_fixed
 from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight
 from hasten.ops.reference import split_heads
 
@@ -101,6 +103,44 @@ def _matvec(
         tl.store(out + n, value, valid)
 
 
+@triton.jit
+def _tile_of(block, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """The tiles of rows and of features of a program, of GROUP tiles of rows by all features at a time."""
+    tiles = tl.cdiv(M, BLOCK_M)
+    programs = GROUP * tl.cdiv(N, BLOCK_N)
+    first = block // programs * GROUP
+    count = tl.minimum(tiles - first, GROUP)
+    return first + block % programs % count, block % programs // count
+
+
+@triton.jit
+def _dots(
+    x_start,
+    w_start,
+    total,
+    in_rows,
+    k,
+    LENGTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    SCALED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`total` and the products over LENGTH input features, in their order."""
+    for offset in tl.range(0, LENGTH, BLOCK_K, num_stages=STAGES):
+        if LENGTH % BLOCK_K == 0:
+            w_nk = tl.load(w_start + offset)
+            x_mk = tl.load(x_start + offset, in_rows[:, None], 0.0)
+        else:
+            inside = (k + offset < LENGTH)[None, :]
+            w_nk = tl.load(w_start + offset, inside, 0.0)
+            x_mk = tl.load(x_start + offset, in_rows[:, None] & inside, 0.0)
+        if SCALED:
+            w_nk = _as_float(w_nk, x_mk.dtype)
+        total = tl.dot(w_nk, x_mk.T, total, input_precision=PRECISION)
+    return total
+
+
 @triton.jit(do_not_specialize=["M", "N"])
 def _skinny(
     x,
@@ -118,26 +158,35 @@ def _skinny(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     STAGES: tl.constexpr,
     TILED: tl.constexpr,
+    GROUP: tl.constexpr,
     SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ROUNDED: tl.constexpr,
     CLIP: tl.constexpr,
     Q: tl.constexpr,
     KV: tl.constexpr,
+    PRECISION: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Up to BLOCK_M rows on the tensor cores; the weight is the wide operand, so that few rows waste little.
 
-    With TILED, any number of rows: programs of the same part of the weight and other rows lie next to each other.
-    With SPLITS above 1, each split of K writes its own fp32 sums [SPLITS, M, N]; whoever reads them adds them up.
+    With TILED, any number of rows: programs of the same part of the weight and other rows lie next to each other, or
+    of GROUP tiles of rows. With SPLITS above 1, each split of K writes its own fp32 sums [SPLITS, M, N]; whoever reads
+    them adds them up. With SEGMENTS above 1, a program adds up those of so many splits itself: [1, M, N].
+    With ROUNDED, the activation is that of what would be stored without it.
     """
     start_next(PDL)
     block = tl.program_id(0)
     m = tl.arange(0, BLOCK_M)
-    if TILED:
+    if TILED and GROUP > 0:
+        tile, block = _tile_of(block, M, N, BLOCK_M, BLOCK_N, GROUP)
+        m += tile * BLOCK_M
+    elif TILED:
         tiles = tl.cdiv(M, BLOCK_M)
         m += block % tiles * BLOCK_M
         block //= tiles
@@ -152,20 +201,22 @@ def _skinny(
     wait_for_inputs(PDL)
     x_start = x + m[:, None] * K + k[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for offset in tl.range(0, K // SPLITS, BLOCK_K, num_stages=STAGES):
-        w_nk = tl.load(w_start + offset)
-        if SCALED:
-            w_nk = _as_float(w_nk, x.dtype.element_ty)
-        x_mk = tl.load(x_start + offset, m[:, None] < M, 0.0)
-        total = tl.dot(w_nk, x_mk.T, total)
+    length: tl.constexpr = K // (SPLITS * SEGMENTS)
+    total = _dots(x_start, w_start, total, m < M, k, length, BLOCK_K, STAGES, SCALED, PRECISION)
+    for segment in tl.range(1, SEGMENTS, num_stages=1):
+        part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        at = segment * length
+        total += _dots(x_start + at, w_start + at, part, m < M, k, length, BLOCK_K, STAGES, SCALED, PRECISION)
     if SCALED:
         total *= tl.load(scales + n, n < N, 0.0)[:, None]
-    if SPLITS > 1:
+    if SPLITS > 1 or SEGMENTS > 1:
         base = out + tl.program_id(1).to(tl.int64) * M * N
         tl.store(base + m[None, :] * N + n[:, None], total, (m < M)[None, :] & (n < N)[:, None])
     else:
         if HAS_BIAS:
             total += tl.load(bias + n, n < N, 0.0).to(tl.float32)[:, None]
+        if ROUNDED:
+            total = total.to(out.dtype.element_ty).to(tl.float32)
         if ACTIVATION is not None:
             total = activated(total, ACTIVATION)
         if CLIP is not None:
@@ -201,6 +252,16 @@ def _widen(
     tl.store(out + at, value.to(out.dtype.element_ty), valid)
 
 
+@triton.jit(do_not_specialize=["count"])
+def _activate(x, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """The activation of each number, in place."""
+    start_next(PDL)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    wait_for_inputs(PDL)
+    value = activated(tl.load(x + at, at < count, 0.0).to(tl.float32), ACTIVATION)
+    tl.store(x + at, value.to(x.dtype.element_ty), at < count)
+
+
 @dataclass(frozen=True)
 class Cut:
     """How `_skinny` is cut: features a program, input features at a time, stages, warps."""
@@ -223,6 +284,12 @@ _AHEAD = 2
 """Lines of 128 bytes of each row of the weight that `_skinny` fetches before it may read its input."""
 _WIDE, _NARROW = Cut(64, 128, 4, 4), Cut(32, 128, 6, 4)
 _MIDDLE, _TALL = Cut(64, 128, 3, 4), Cut(128, 64, 5, 8)
+_MANY, _FULL = Cut(128, 64, 4, 8), Cut(64, 32, 2, 4)
+"""Of products in a fixed order: of many rows, and in fp32."""
+_MAX_SPLIT_ROWS = 512
+"""Of a product in a fixed order; with more, a program adds up all parts itself."""
+_GROUP = 8
+"""Tiles of many rows that lie next to each other."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +314,9 @@ def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:
         return PackedLinear(*weight_oh.shape, plain=weight_oh.values, scales=weight_oh.scales)
     if isinstance(weight_oh, GroupedWeight):
         return PackedLinear(*weight_oh.shape, plain=None, grouped=weight_oh)
-    return PackedLinear(weight_oh.shape[0], weight_oh.shape[1], plain=weight_oh if shared else weight_oh.contiguous())
+    features, width = weight_oh.shape
+    plain = weight_oh if shared else weight_oh.contiguous()
+    return PackedLinear(features, width, plain=plain, fixed_order=order_is_fixed())
 
 
 def _plain(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
@@ -269,6 +338,11 @@ def _plain(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
 
 def linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation: str | None) -> Tensor:
     """See `hasten.ops.linear`."""
+    if weight.fixed_order:
+        product_to = _by_library(x_th, weight, bias_o)
+        if product_to is None:
+            return _product(x_th, weight, bias_o, activation, None, splits=1)
+        return product_to if activation is None else _activated(product_to, activation)
     if _serves(x_th, weight):
         return _product(x_th, weight, bias_o, activation, None, splits=1)
     if activation in ("gelu_tanh", "relu") and bias_o is not None and x_th.dtype != torch.float32:
@@ -278,8 +352,34 @@ def linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation
     return out_to if activation is None else reference.activated(out_to, activation)
 
 
-def linear_parts(x_th: Tensor, weight: PackedLinear) -> Tensor:
-    """`x @ weight.T`: [t, o], or [parts, t, o] in fp32 to be added up, where few rows leave the device idle else."""
+def _activated(out_to: Tensor, activation: str) -> Tensor:
+    _activate[(triton.cdiv(out_to.numel(), 1024),)](
+        out_to, out_to.numel(), ACTIVATION=activation, BLOCK=1024, num_warps=4, **overlapped(out_to)
+    )
+    return out_to
+
+
+def _by_library(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None) -> Tensor | None:
+    """A product of many rows by the library, where that has the bits of `_product`; else None."""
+    if x_th.shape[0] <= MOST_ROWS or x_th.dtype == torch.float32:
+        return None
+    assert weight.plain is not None
+
+    def own(rows_th: Tensor) -> Tensor:
+        return _product(rows_th, weight, bias_o, None, None, splits=1)
+
+    return library.product(x_th, weight.plain, bias_o, own)
+
+
+def linear_parts(x_th: Tensor, weight: PackedLinear, *, whole: bool = False) -> Tensor:
+    """`x @ weight.T`: [t, o], or [parts, t, o] in fp32 to be added up, where few rows leave the device idle else.
+
+    `whole`: in a fixed order the parts of all rows are added up at once, as a sum of two products wants its second.
+    """
+    if weight.fixed_order:
+        splits = 1 if whole or x_th.dtype == torch.float32 else _splits(16, weight)
+        product_to = _by_library(x_th, weight, None) if splits == 1 else None
+        return _product(x_th, weight, None, None, None, splits=splits) if product_to is None else product_to
     if not _serves(x_th, weight):
         return F.linear(x_th, _plain(weight, x_th.dtype))
     return _product(x_th, weight, None, None, None, splits=_splits(x_th.shape[0], weight))
@@ -300,13 +400,18 @@ def project(
     """See `hasten.ops.project`."""
     if transform is not None:
         qkv_to = reference.clipped(linear(x_th, weight, bias_o, None), clip)
-        return store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform)
+        caches = key_cache, value_cache
+        return store_heads(qkv_to, *caches, slots_t, num_heads, transform, fixed_order=weight.fixed_order)
     head_size = key_cache.shape[3]
-    if _serves(x_th, weight):
+    if weight.fixed_order:
+        product_to = _by_library(x_th, weight, bias_o)
+    else:
+        served = _serves(x_th, weight)
+        product_to = None if served else F.linear(x_th, _plain(weight, x_th.dtype), bias_o)
+    if product_to is None:
         to = _Projection(num_heads * head_size, key_cache, value_cache, slots_t, clip)
         return _product(x_th, weight, bias_o, None, to, splits=1).unflatten(1, (num_heads, head_size))
-    qkv_to = reference.clipped(F.linear(x_th, _plain(weight, x_th.dtype), bias_o), clip)
-    query_tnd, key_tmd, value_tmd = split_heads(qkv_to, num_heads, key_cache)
+    query_tnd, key_tmd, value_tmd = split_heads(reference.clipped(product_to, clip), num_heads, key_cache)
     write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t)
     return query_tnd
 
@@ -376,6 +481,41 @@ def _stages(cut: Cut, block_m: int, shared: int, weight_bytes: int = 2) -> int:
     return max(1, min(cut.stages, shared // _stage_bytes(cut, block_m, weight_bytes)))
 
 
+@dataclass(frozen=True)
+class _Form:
+    """A program of `_skinny`, and its options."""
+
+    cut: Cut
+    block_m: int
+    stages: int
+    segments: int = 1
+    group: int = 0
+
+
+def _form(x_th: Tensor, weight: PackedLinear, splits: int) -> _Form:
+    rows, device = x_th.shape[0], x_th.device.index
+    limits = multiprocessors(device), shared_memory(device)
+    if weight.fixed_order and (rows > MOST_ROWS or x_th.dtype == torch.float32):
+        return _fixed_form(rows, splits, x_th.dtype, limits[1])
+    block_m = max(16, triton.next_power_of_2(min(rows, MOST_ROWS)))
+    if weight.scales is None:
+        cut = _cut(rows, weight.out_features, splits, limits[0])
+    else:
+        cut = _quantized_cut(rows, weight, splits, block_m, *limits)
+    assert weight.plain is not None
+    return _Form(cut, block_m, _stages(cut, block_m, limits[1], weight.plain.itemsize))
+
+
+def _fixed_form(rows: int, splits: int, dtype: torch.dtype, shared: int) -> _Form:
+    """Of many rows, or in fp32: tiles differ, but every sum goes through the input features in the same order."""
+    if dtype == torch.float32:
+        return _Form(_FULL, 16 if rows <= 16 else MOST_ROWS, _FULL.stages, group=_GROUP)
+    segments = splits if rows > _MAX_SPLIT_ROWS else 1
+    # sums of two segments are in registers at once
+    block_m = 128 if rows <= 128 or segments > 1 else 256
+    return _Form(_MANY, block_m, _stages(_MANY, block_m, shared), segments, _GROUP)
+
+
 def _product(
     x_th: Tensor,
     weight: PackedLinear,
@@ -386,8 +526,10 @@ def _product(
 ) -> Tensor:
     rows, features, width = x_th.shape[0], weight.out_features, weight.in_features
     assert x_th.is_contiguous()
+    form = _form(x_th, weight, splits)
+    grid_splits = splits // form.segments
     if splits > 1:
-        out = x_th.new_empty(splits, rows, features, dtype=torch.float32)
+        out = x_th.new_empty(grid_splits, rows, features, dtype=torch.float32)
     else:
         out = x_th.new_empty(rows, features if to is None else to.queries)
     keys, values, slots = (x_th,) * 3 if to is None else (to.key_cache, to.value_cache, to.slots_t)
@@ -404,25 +546,19 @@ def _product(
         KV=0 if to is None else to.width,
         **overlapped(x_th),
     )
-    if rows == 1:
+    if rows == 1 and not weight.fixed_order:
         block = min(_MATVEC_BLOCK, triton.next_power_of_2(width))
         count = _MATVEC_ROWS * x_th.itemsize // weight.plain.itemsize  # as many bytes of any type
         _matvec[(triton.cdiv(features, count),)](
             *arguments, features, ROWS=count, BLOCK_K=block, num_warps=_MATVEC_WARPS, **common
         )
         return out
-    block_m = max(16, triton.next_power_of_2(min(rows, MOST_ROWS)))
-    tiles = triton.cdiv(rows, block_m)
-    device = x_th.device.index
-    limits = multiprocessors(device), shared_memory(device)
-    if weight.scales is None:
-        cut = _cut(rows, features, splits, limits[0])
-    else:
-        cut = _quantized_cut(rows, weight, splits, block_m, *limits)
-    stages = _stages(cut, block_m, limits[1], weight.plain.itemsize)
-    _skinny[(tiles * triton.cdiv(features, cut.block_n), splits)](
+    cut, tiles = form.cut, triton.cdiv(rows, form.block_m)
+    _skinny[(tiles * triton.cdiv(features, cut.block_n), grid_splits)](
         *arguments, rows, features,
-        BLOCK_M=block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, SPLITS=splits,
-        STAGES=stages, TILED=tiles > 1, AHEAD=_AHEAD, num_warps=cut.warps, **common,
+        BLOCK_M=form.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, SPLITS=grid_splits, SEGMENTS=form.segments,
+        STAGES=form.stages, TILED=tiles > 1 or form.group > 0, GROUP=form.group,
+        ROUNDED=weight.fixed_order and activation is not None,
+        PRECISION="ieee" if x_th.dtype == torch.float32 else None, AHEAD=_AHEAD, num_warps=cut.warps, **common,
     )  # fmt: skip
     return out

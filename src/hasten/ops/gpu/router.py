@@ -161,6 +161,10 @@ _CUTS = (
 """Each with the most tokens that it is for. The choice has a warp per token where there are few."""
 
 
+_FIXED_CUT = _Cut(16, 32, 256, 4, 16, 8)
+"""Of any number of tokens, where each token's sums are to have a fixed order."""
+
+
 def route(
     x_th: Tensor,
     router_eh: Tensor,
@@ -169,12 +173,13 @@ def route(
     slots_t: Tensor | None = None,
     *,
     bias_e: Tensor | None = None,
+    fixed_order: bool = False,
 ) -> Routing:
     """See `hasten.ops.route`; padding goes to the experts of other tokens, whose weights are read anyway."""
     tokens, count = x_th.shape[0], router_eh.shape[0]
     assert x_th.is_contiguous()
     assert router_eh.is_contiguous()
-    cut = next(cut for most, cut in _CUTS if tokens <= most)
+    cut = _FIXED_CUT if fixed_order else next(cut for most, cut in _CUTS if tokens <= most)
     if tokens <= 1:
         slots_t = None  # there is no other token for padding to follow
     logits = _computed(x_th, router_eh, cut)
@@ -197,6 +202,7 @@ def _computed(x_th: Tensor, router_eh: Tensor, cut: _Cut) -> Tensor:
     block_e, block_h = min(cut.block_e, max(16, triton.next_power_of_2(count))), cut.bytes_h // x_th.dtype.itemsize
     tiles = triton.cdiv(tokens, cut.block_t) * triton.cdiv(count, block_e)
     wanted = triton.next_power_of_2(max(1, triton.cdiv(multiprocessors(x_th.device.index), max(1, tiles))))
+    wanted = cut.most_parts if cut is _FIXED_CUT else wanted
     parts = min(cut.most_parts, wanted, triton.next_power_of_2(triton.cdiv(hidden, block_h)))
     split = triton.cdiv(hidden, parts * block_h) * block_h
     logits = x_th.new_empty(triton.cdiv(hidden, split), tokens, count, dtype=torch.float32)

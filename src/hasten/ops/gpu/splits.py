@@ -8,7 +8,7 @@ a matrix product, so that keys are read once and not once per head.
 import triton
 import triton.language as tl
 
-from hasten.ops.gpu.attend import FAR, attend, capped, column, with_sink
+from hasten.ops.gpu.attend import FAR, attend, capped, column, merged, with_sink
 from hasten.ops.gpu.launch import start_next, wait_for_inputs
 
 
@@ -26,10 +26,7 @@ def _add_up(part_sums, part_weights, first, parts, STEP: tl.constexpr, BLOCK_D: 
         their_top = tl.load(part_weights + place * 2, cache_modifier=".cg")
         their_weight = tl.load(part_weights + place * 2 + 1, cache_modifier=".cg")
         their_sums = tl.load(part_sums + column(place) * BLOCK_D, cache_modifier=".cg")
-        new = tl.maximum(top, their_top)
-        weight = weight * tl.exp2(top - new) + their_weight * tl.exp2(their_top - new)
-        sums = sums * column(tl.exp2(top - new)) + their_sums * column(tl.exp2(their_top - new))
-        top = new
+        sums, weight, top = merged(sums, weight, top, their_sums, their_weight, their_top)
     return sums, weight
 
 
