@@ -210,7 +210,6 @@ OF_GPT_OSS: dict[str, Any] = {
     "sliding_window": 128,
     "swiglu_limit": 7.0,
     "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
     "use_cache": True,
     "vocab_size": 201_088,
 }
@@ -221,6 +220,7 @@ def test_the_keys_of_a_published_gpt_oss_are_known(tmp_path: Path, caplog: pytes
     config = read_hf_config(tmp_path)
     assert caplog.messages == []
     assert [layer.window for layer in config.layer_attention] == [128, None] * 12
+    assert config.dtype == "bf16"
     assert config.experts is not None
     assert (config.experts.num_experts, config.experts.top_k, config.experts.limit) == (32, 4, 7.0)
     rope = config.attention.rope

@@ -1,5 +1,6 @@
 """Checkpoints of gpt-oss with experts in MXFP4, compared with transformers' own dequantization."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch import Tensor
 from hasten import LLM, SamplingParams
 from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.plan import open_checkpoint
-from hasten.checkpoint.sources import HuggingFaceSource, open_source
+from hasten.checkpoint.sources import HuggingFaceSource, open_dummy, open_source
+from hasten.cli.main import main
 from hasten.core.errors import CheckpointError, UnsupportedError
 from hasten.quantization.formats.mxfp4 import dequantized
 
@@ -38,6 +40,7 @@ CONFIG = {
         "lm_head",
     ],
 }
+CPU = torch.device("cpu")
 GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
 
 
@@ -133,6 +136,18 @@ def test_a_converted_checkpoint_is_in_full_precision(folders: tuple[Path, Path],
     convert(Conversion(str(folders[0]), str(tmp_path / "out"), ranks=2))
     found, expected = (rank_shards(open_checkpoint(folder, 2), 1, 2) for folder in (tmp_path / "out", folders[1]))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_random_weights_and_plans_are_those_of_full_precision(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = [[spec.shape(made.config) for spec in made.specs] for made in map(open_dummy, folders, [CPU, CPU])]
+    assert shapes[0] == shapes[1]
+    found = []
+    for folder in folders:
+        assert main(["plan", str(folder), "--gpu", "H200", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["weights"])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

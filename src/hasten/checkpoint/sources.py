@@ -787,7 +787,7 @@ def _open_hugging_face(folder: Path) -> HuggingFaceSource:
 def open_dummy(path: Path, device: torch.device) -> DummySource:
     """Random weights, made on `device`, for the model that config.json of `path` describes."""
     config = read_hf_config(path)
-    if read_format(path) is not None:
+    if (stored := read_format(path)) is not None and stored.is_held:
         raise UnsupportedError(
             f"{path / 'config.json'} has quantized weights, but random ones are in full precision: remove its "
             "quantization_config; --quantization quantizes them"

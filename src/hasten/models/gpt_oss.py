@@ -73,7 +73,9 @@ class GptOssForCausalLM(LlamaForCausalLM):
         eps = hf_config.fraction(raw, "rms_norm_eps", _EPS)
         kinds = layer_kinds(raw, [FULL if layer % 2 else SLIDING for layer in range(config.num_layers)])
         window = hf_config.optional_count(raw, "sliding_window", _WINDOW)
-        config = replace(config, norm_eps=eps, activation="quick_gelu", experts=experts)
+        # published files are bf16, or MXFP4, which becomes that, and do not say so
+        dtype = hf_config.dtype(raw) or "bf16"
+        config = replace(config, norm_eps=eps, activation="quick_gelu", experts=experts, dtype=dtype)
         return with_layers(config, kinds, window=window)
 
     @staticmethod

@@ -26,6 +26,7 @@ class AWQ:
     """`quant_method` awq in its version gemm: 4 bits, with a zero point for each group."""
 
     name = "awq"
+    is_held = True
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         bits = hf_config.count(raw, "w_bit", "bits")

@@ -58,6 +58,11 @@ class Format(Protocol):
         """As messages call it."""
         ...
 
+    @property
+    def is_held(self) -> bool:
+        """Whether models hold weights as the files do; else all of them are in full precision in memory."""
+        ...
+
     def find(self, module: str, names: Container[str]) -> Mapping[str, str] | None:
         """Stored names of a module's tensors by what they are, among `names`; None for one that is not quantized.
 

@@ -50,6 +50,7 @@ class CompressedTensors:
     """`quant_method` compressed-tensors."""
 
     name = "compressed-tensors"
+    is_held = True
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         if (sparsity := raw.get("sparsity_config")) and sparsity.get("format") not in (None, "dense"):

@@ -46,6 +46,7 @@ class GPTQ:
     """`quant_method` gptq: 4 or 8 bits, with any order of activations."""
 
     name = "gptq"
+    is_held = True
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         self.settings = _Settings.of(raw)

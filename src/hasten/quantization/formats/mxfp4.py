@@ -25,6 +25,7 @@ class MXFP4:
     """`quant_method` mxfp4, in which stacked weights of experts are quantized and all others are not."""
 
     name = "mxfp4"
+    is_held = False
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         """The configuration says nothing but which modules are not quantized, which their tensors show."""
