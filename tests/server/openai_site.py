@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from tests.server.loop_thread import LoopThread
 from tritonclient.grpc import model_config_pb2
 
 from hasten.core.config import EngineConfig
 from hasten.server.create import model_configs
 from hasten.server.engine.client import EngineClient, QueueLimits
+from hasten.server.listeners import HttpListener
 from hasten.server.openai.routes import openai_routes
 from hasten.server.page.routes import page_routes
 from hasten.server.protocol.http import http_app
@@ -64,12 +63,9 @@ class Site:
         service = Service(MemoryRepository(configs))
         await service.start()
         app = http_app([*openai_routes(service), *page_routes(service)], self._keys, 1 << 22, frozenset({"/"}))
-        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
-        self._serving = asyncio.get_running_loop().create_task(self._server.serve())
-        while not self._server.started:
-            await asyncio.sleep(0.01)
-        port = self._server.servers[0].sockets[0].getsockname()[1]
-        return service, f"http://127.0.0.1:{port}"
+        self._listener = HttpListener("127.0.0.1", 0, "--http-port")
+        await self._listener.start(app)
+        return service, f"http://127.0.0.1:{self._listener.port}"
 
     def engine(self, name: str) -> EngineClient:
         return self.service.engines()[name, "1"]
@@ -84,8 +80,7 @@ class Site:
         return (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0)
 
     async def _stop(self) -> None:
-        self._server.should_exit = self._server.force_exit = True
-        await self._serving
+        await self._listener.stop(0)
         await self.service.close(0)
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from hasten import LLM, SamplingParams
 from hasten.core.types import Logprob
 from hasten.server import by_size
 from hasten.server.engine.client import QueueLimits
-from hasten.server.openai import call
+from hasten.server.openai import call, events
 from hasten.server.openai.models import models_by_id
 from hasten.server.statistics import Counters
 
@@ -614,9 +614,10 @@ def test_a_client_that_does_not_wait_for_its_answer_is_forgotten(site: Site, cli
 def test_large_answers_are_made_beside_the_loop(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: Any = {"model": "story", "prompt": [PROMPT, "Ben"], "max_tokens": 5, "temperature": 0, "logprobs": 2}
     expected = client.completions.create(**asked).choices
-    used = [workers(monkeypatch, call.Call, name) for name in ("_used_up", "_events")]
+    used = [workers(monkeypatch, call.Call, "_used_up"), workers(monkeypatch, events.CallEvents, "_events")]
     used.append(workers(monkeypatch, call, "whole_answer"))
-    monkeypatch.setattr(by_size, "SMALL", -1)
+    for module in (by_size, events):
+        monkeypatch.setattr(module, "SMALL", -1)
     for choice, right in zip(client.completions.create(**asked).choices, expected, strict=True):
         assert choice.logprobs is not None
         assert right.logprobs is not None

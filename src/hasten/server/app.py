@@ -36,6 +36,8 @@ from hasten.server.tables import backend_table, engine_table, model_table, optio
 SUCCESS, FAILED = 0, 1
 _LAST_WORDS_S = 2.0
 """For answers on their way once nothing is computed any more."""
+_YOUNG_OBJECTS = 10_000
+"""Between two garbage collections. A step of many streams makes a few thousand objects, which are gone after it."""
 _log = logging.getLogger(__name__)
 
 
@@ -176,6 +178,7 @@ class Server:
 def run_server(options: ServeOptions) -> int:
     """`serve`, on uvloop where there is one: it takes half the time for each message."""
     gc.freeze()  # modules stay: to look through them again in each collection would hold up the loop for up to 50 ms
+    gc.set_threshold(_YOUNG_OBJECTS)
     try:
         import uvloop
     except ImportError:

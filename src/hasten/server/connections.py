@@ -14,6 +14,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from hasten.server.body_writer import BODY, BodyWriter, Flow
 from hasten.server.http_errors import error_response
 from hasten.server.options import EndpointOptions, SecurityOptions
 
@@ -87,6 +88,8 @@ class _HeadTooLargeError(Exception):
 class _Connection(HttpToolsProtocol):
     """One connection."""
 
+    flow: Flow
+
     def __init__(
         self,
         all_: Connections,
@@ -118,6 +121,7 @@ class _Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = Flow(transport)
         if not self._all.opened(self):
             self._refuse(503, "too many connections are open; try again later", {"retry-after": "1"})
             transport.close()  # it is not among those that are checked
@@ -177,6 +181,7 @@ class _Connection(HttpToolsProtocol):
         self._since = self._all.clock()
         self._reading_head, self._reading_body = False, True
         super().on_headers_complete()
+        self.scope["state"][BODY] = BodyWriter(self.cycle, self.flow)
 
     def on_body(self, body: bytes) -> None:
         self._parser_gave = True

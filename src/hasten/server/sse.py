@@ -3,11 +3,13 @@
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from hasten.server.body_writer import BodyWriter
 
 Result = TypeVar("Result")
 
@@ -38,39 +40,71 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
-    return await anext(events, b"")
+class Events(Protocol):
+    """What an answer has as server-sent events."""
+
+    async def first(self) -> bytes:
+        """The first events, with which the answer begins. Raises what is wrong with the request."""
+
+    async def write(self, body: BodyWriter) -> None:
+        """Write all others to a body, as they come."""
+
+    async def close(self) -> None:
+        """Withdraw the request if it has not ended."""
+
+
+class GeneratedEvents:
+    """The events that a generator yields."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        self._events = events
+
+    async def first(self) -> bytes:
+        """See Events."""
+        return await anext(self._events, b"")
+
+    async def write(self, body: BodyWriter) -> None:
+        """See Events."""
+        async for events in self._events:
+            body.write(events)
+            await body.drain()
+
+    async def close(self) -> None:
+        """See Events."""
+        await self._events.aclose()
 
 
 class EventStream(Response):
-    """Server-sent events, sent as they come; the generator is closed when the client leaves. Made by `of`."""
+    """Server-sent events, sent as they come; they are closed when the client leaves. Made by `of`."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, others: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, first: bytes, events: Events) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._first = first
-        self._events = others
+        self._events = events
 
     @classmethod
-    async def of(cls, request: Request, events: AsyncGenerator[bytes, None]) -> "EventStream":
+    async def of(cls, request: Request, events: Events) -> "EventStream":
         """The answer with these events, once there is one: an error before it has a status of its own."""
-        return cls(await unless_gone(request, _first(events)), events)
+        try:
+            return cls(await unless_gone(request, events.first()), events)
+        except BaseException:
+            await events.close()
+            raise
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         try:
             # A server that stops cancels what a client has not read when its time is over: that is no fault to report.
             with suppress(ClientDisconnect, asyncio.CancelledError):
-                await _while_there(receive, self._send(send))
+                await _while_there(receive, self._send(send, BodyWriter.of(scope)))
         finally:
-            await self._events.aclose()
+            await self._events.close()
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, body: BodyWriter) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        if self._first:
-            await send({"type": "http.response.body", "body": self._first, "more_body": True})
-        async for events in self._events:
-            await send({"type": "http.response.body", "body": events, "more_body": True})
+        body.write(self._first)
+        await self._events.write(body)
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -91,19 +91,23 @@ class LanguageCounters:
     finished: dict[FinishReason, int] = field(default_factory=lambda: dict.fromkeys(FinishReason, 0))
     """Completions by how they ended."""
 
+    def meter(self, *, stream: bool) -> "Meter":
+        """What counts one request, from now on."""
+        return Meter(self, stream)
+
     async def measured(
         self, progresses: AsyncGenerator[Progress, None], *, stream: bool
     ) -> AsyncGenerator[Progress, None]:
         """The progress of one request of `EngineClient.generate`, counted on its way; closes it when it is closed."""
-        meter = _Meter(self, stream)
+        meter = self.meter(stream=stream)
         async with aclosing(progresses):
             async for progress in progresses:
                 meter.take(progress)
                 yield progress
 
 
-class _Meter:
-    """Counts one request."""
+class Meter:
+    """Counts one request. Made by `LanguageCounters.meter`."""
 
     def __init__(self, counters: LanguageCounters, stream: bool) -> None:
         self._counters = counters
@@ -113,7 +117,8 @@ class _Meter:
         self._tokens = 0
 
     def take(self, progress: Progress) -> None:
-        counters, now = self._counters, time.monotonic()
+        """Count what is new of it."""
+        counters = self._counters
         if progress.queue_seconds is not None:
             counters.queue_time.observe(progress.queue_seconds)
             counters.prompt_tokens += len(progress.prompt_token_ids)
@@ -121,13 +126,14 @@ class _Meter:
         self._tokens += new
         counters.generation_tokens += new
         if new and self._first is None:
-            self._first = now
+            self._first = now = time.monotonic()
             if self._stream:
                 counters.time_to_first_token.observe(now - self._begun)
         for delta in progress.completions:
             if delta.finish_reason is not None:
                 counters.finished[delta.finish_reason] += 1
         if progress.finished:
+            now = time.monotonic()
             counters.latency.observe(now - self._begun)
             if self._stream and self._first is not None and self._tokens > 1:
                 counters.time_per_output_token.observe((now - self._first) / (self._tokens - 1))

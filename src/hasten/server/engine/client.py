@@ -5,7 +5,7 @@ Imports no torch. A request waits here, by priority and arrival, until an engine
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from operator import index
@@ -184,12 +184,7 @@ class EngineClient:
         Raises InvalidRequestError, QueueError where it cannot be begun in time, EngineClosedError where no new
         requests are taken, and EngineError where the process died.
         """
-        _check_sizes(params, self.info.vocab_size)
-        self.check_wait(priority, queue_timeout)
-        tokens = await self._tokens(prompt)
-        ticket = self._ticket(tokens, await self._without_words(params), stream=stream, priority=priority)
-        ticket.timeout = self._timeout(queue_timeout)
-        self._submit(ticket)
+        ticket = await self.submit(prompt, params, stream=stream, priority=priority, queue_timeout=queue_timeout)
         try:
             while True:
                 progress = await ticket.read()
@@ -197,7 +192,30 @@ class EngineClient:
                 if progress.finished:
                     return
         finally:
-            self._withdraw(ticket)
+            self.withdraw(ticket)
+
+    async def submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        stream: bool = True,
+        priority: int = 0,
+        queue_timeout: float | None = None,
+        listener: Callable[[], None] | None = None,
+    ) -> Ticket:
+        """Queue a request; what comes of it is taken from its ticket, whose `listener` hears of it.
+
+        `withdraw` is to be called at its end. Arguments and errors are those of `generate`, but for an engine's death,
+        which the ticket raises.
+        """
+        _check_sizes(params, self.info.vocab_size)
+        self.check_wait(priority, queue_timeout)
+        tokens = await self._tokens(prompt)
+        ticket = self._ticket(tokens, await self._without_words(params), stream=stream, priority=priority)
+        ticket.timeout, ticket.listener = self._timeout(queue_timeout), listener
+        self._put(ticket)
+        return ticket
 
     def estimated_wait(self, priority: int = 0) -> float | None:
         """Seconds until a request that came now would be begun; None while too little is measured."""
@@ -312,7 +330,7 @@ class EngineClient:
         cached = self._config.cache.enable_prefix_caching and params.prompt_logprobs is None
         return prefixes_of(tokens, self.info.block_size) if cached and len(self.replicas) > 1 else ()
 
-    def _submit(self, ticket: Ticket) -> None:
+    def _put(self, ticket: Ticket) -> None:
         with self.counting_refusals(ticket.priority):
             self._queue.put(ticket)
         self._idle.clear()
@@ -338,7 +356,7 @@ class EngineClient:
         ticket.fail(error)
         self.engine_changed()
 
-    def _withdraw(self, ticket: Ticket) -> None:
+    def withdraw(self, ticket: Ticket) -> None:
         """Forget a request wherever it stands; one that has ended is forgotten already."""
         engine = self._queue.remove(ticket)
         if engine is not None:

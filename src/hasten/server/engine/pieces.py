@@ -1,8 +1,9 @@
 """Large outputs in pieces: a message is encoded by the engine and decoded by the server at once, and holds up both."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
+
+from msgspec.structs import replace
 
 from hasten.server.engine.wire import CompletionDelta, Logprob, Output
 
@@ -18,12 +19,17 @@ Entry = TypeVar("Entry")
 
 def cost(output: "Output | Progress") -> int:
     """What an output takes to encode and to decode, in tokens."""
-    prompt = output.prompt_logprobs or ()
-    return sum(_delta_cost(delta) for delta in output.completions) + len(prompt) * _token_cost(prompt[-1:])
+    total = 0
+    for delta in output.completions:
+        total += _delta_cost(delta)
+    if prompt := output.prompt_logprobs:
+        total += len(prompt) * _token_cost(prompt[-1:])
+    return total
 
 
 def _delta_cost(delta: CompletionDelta) -> int:
-    return len(delta.token_ids) * _token_cost(delta.logprobs)
+    tokens = len(delta.token_ids)
+    return tokens if delta.logprobs is None else tokens * _token_cost(delta.logprobs)
 
 
 def _token_cost(logprobs: Sequence[dict[int, Logprob] | None] | None) -> int:

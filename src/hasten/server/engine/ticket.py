@@ -2,7 +2,9 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hasten.core.errors import HastenError
@@ -25,7 +27,7 @@ def rank_of(priority: int) -> float:
     return priority or _DEFAULT_RANK
 
 
-@dataclass
+@dataclass(slots=True)
 class Progress:
     """What is new of a request since its last progress."""
 
@@ -68,7 +70,7 @@ def _extend(delta: CompletionDelta, later: CompletionDelta) -> None:
     delta.finish_reason, delta.stop_reason = later.finish_reason, later.stop_reason
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Ticket:
     """One request on its way. What its reader has not taken yet is kept as one progress, however slow the reader is."""
 
@@ -110,9 +112,10 @@ class Ticket:
     stops: int = 0
     """Completions that ended before their `max_tokens`."""
     arrived: float = field(default_factory=time.monotonic)
+    listener: Callable[[], None] | None = None
+    """Called when there is something to take, from the event loop's callback that brought it: it must not raise."""
     _pending: Progress | None = None
     _error: HastenError | None = None
-    _reader: "asyncio.Future[None] | None" = None
     _partial: bool = False
     """Whether the end of what is pending has yet to come."""
 
@@ -170,16 +173,27 @@ class Ticket:
 
     def wake(self) -> None:
         """Have its reader take what there is."""
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        if self.listener is not None:
+            self.listener()
+
+    def take(self) -> Progress | None:
+        """What is new since the last call, if anything. Raises the error that ended the request, after the rest."""
+        if self._pending is not None and not self._partial:
+            progress, self._pending = self._pending, None
+            return progress
+        if self._error is not None:
+            raise self._error
+        return None
 
     async def read(self) -> Progress:
         """What is new; waits for it. Raises the error that ended the request."""
-        while (self._pending is None or self._partial) and self._error is None:
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
-        progress, self._pending = self._pending, None
-        if progress is not None and not self._partial:
-            return progress
-        assert self._error is not None
-        raise self._error
+        while (progress := self.take()) is None:
+            news = asyncio.get_running_loop().create_future()
+            self.listener = partial(_set, news)
+            await news
+        return progress
+
+
+def _set(news: "asyncio.Future[None]") -> None:
+    if not news.done():
+        news.set_result(None)

@@ -73,9 +73,12 @@ class Logprob(msgspec.Struct, gc=False):
     decoded_token: str | None = None
 
 
-@dataclass
-class CompletionDelta:
-    """What is new of one completion; the lists and the text go on where the last one ended."""
+class CompletionDelta(msgspec.Struct, array_like=True, gc=False):
+    """What is new of one completion; the lists and the text go on where the last one ended.
+
+    There is one for each token of each stream: without its fields' names a message is decoded in half the time, and
+    the garbage collector need not look at it.
+    """
 
     index: int
     token_ids: list[int]
@@ -136,8 +139,8 @@ class Failed(msgspec.Struct, tag=True):
     message: str
 
 
-class Output(msgspec.Struct):
-    """What is new of one request."""
+class Output(msgspec.Struct, array_like=True, gc=False):
+    """What is new of one request; see CompletionDelta."""
 
     id: int
     completions: list[CompletionDelta]

@@ -7,10 +7,10 @@ each completion. When it streams, a response has what is new since the one befor
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2
 

@@ -42,7 +42,7 @@ class Usage:
 def check_completions(progress: Progress, params: SamplingParams) -> None:
     """HastenError where a completion ended with an error; InvalidRequestError where its own grammar was the reason."""
     for delta in progress.completions:
-        if delta.finish_reason == FinishReason.ERROR:
+        if delta.finish_reason is FinishReason.ERROR:
             message = f"the completion could not be continued: {delta.stop_reason}"
             # what ends a constrained completion is its grammar, as good as always
             raise InvalidRequestError(message) if params.is_constrained else HastenError(message)

@@ -28,7 +28,7 @@ from hasten.server.protocol.generate import ONE_RESPONSE, generate_json, generat
 from hasten.server.protocol.placement import place, placements
 from hasten.server.protocol.shared_memory import SharedMemory
 from hasten.server.protocol.tensors import byte_size, invalid
-from hasten.server.sse import EventStream, unless_gone
+from hasten.server.sse import EventStream, GeneratedEvents, unless_gone
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class InferRoutes:
     async def generate_stream(self, request: Request) -> Response:
         """All responses of a request, as server-sent events."""
         wanted = await self._generate_request(request)
-        return await EventStream.of(request, self._events(wanted))
+        return await EventStream.of(request, GeneratedEvents(self._events(wanted)))
 
     async def _events(self, request: InferRequest) -> AsyncGenerator[bytes, None]:
         started = False

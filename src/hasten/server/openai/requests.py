@@ -1,0 +1,87 @@
+"""The requests that one call of OpenAI's API makes of an engine: one per prompt."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from hasten.core.types import SamplingParams
+from hasten.server.engine.client import EngineClient, Progress
+from hasten.server.engine.ticket import Ticket
+from hasten.server.openai.answer import Usage
+from hasten.server.statistics import LanguageCounters, Meter
+from hasten.server.together import TASKS_PER_TURN
+
+
+class PromptRequests:
+    """What comes of several prompts, each with its number. `close` withdraws what has not ended."""
+
+    def __init__(self, client: EngineClient, counters: LanguageCounters | None, usage: Usage, *, stream: bool) -> None:
+        self.unfinished = 0
+        """Prompts that have not ended."""
+        self.listener: Callable[[], None] = self._wake
+        """Called, in a callback of the event loop, when a prompt has something to take."""
+        self._client = client
+        self._counters = counters
+        self._usage = usage
+        self._stream = stream
+        self._tickets: list[tuple[Ticket, Meter | None]] = []
+        self._news: dict[int, None] = {}
+        """Prompts that have something to take, in the order in which it came."""
+        self._reader: asyncio.Future[None] | None = None
+
+    async def submit(
+        self, prompts: Sequence[list[int]], params: SamplingParams, *, priority: int, queue_timeout: float | None
+    ) -> None:
+        """Queue all prompts, a few in each turn of the event loop. Errors are those of `EngineClient.submit`."""
+        self.unfinished = len(prompts)
+        for number, prompt in enumerate(prompts):
+            if number and number % TASKS_PER_TURN == 0:
+                await asyncio.sleep(0)
+            meter = None if self._counters is None else self._counters.meter(stream=self._stream)
+            ticket = await self._client.submit(
+                prompt,
+                params,
+                stream=self._stream,
+                priority=priority,
+                queue_timeout=queue_timeout,
+                listener=partial(self._on_news, number),
+            )
+            self._tickets.append((ticket, meter))
+
+    def _on_news(self, number: int) -> None:
+        self._news[number] = None
+        self.listener()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def take(self) -> tuple[int, Progress] | None:
+        """What came first of all that is new, if anything is. Raises the error that ended a prompt."""
+        while self._news:
+            number = next(iter(self._news))
+            del self._news[number]
+            ticket, meter = self._tickets[number]
+            if (progress := ticket.take()) is not None:
+                self._usage.count(progress)
+                if meter is not None:
+                    meter.take(progress)
+                self.unfinished -= progress.finished
+                return number, progress
+        return None
+
+    async def read(self) -> tuple[int, Progress]:
+        """What came first of all that is new; waits for it. Raises the error that ended a prompt."""
+        while (taken := self.take()) is None:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        return taken
+
+    def close(self) -> None:
+        """Withdraw what has not ended, and hear no more of it."""
+        self.listener = self._wake
+        for ticket, _ in self._tickets:
+            ticket.listener = None
+            self._client.withdraw(ticket)
+        self._tickets.clear()
+        self._news.clear()
