@@ -31,7 +31,7 @@ class Flow(FlowControl):
 
 
 class BodyWriter:
-    """Writes chunks of an answer straight to its connection, behind the head and before the end that ASGI's `send` writes."""
+    """Writes chunks of an answer straight to its connection, behind the head and before the end, which ASGI writes."""
 
     def __init__(self, cycle: RequestResponseCycle, flow: Flow) -> None:
         self._cycle = cycle

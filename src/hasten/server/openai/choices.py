@@ -93,7 +93,7 @@ class Choices(Protocol):
 
 
 def _reason(delta: CompletionDelta) -> str | None:
-    return None if delta.finish_reason is None else FinishReason(delta.finish_reason).value
+    return None if delta.finish_reason is None else delta.finish_reason.value
 
 
 def _value(entry: Logprob) -> float:
@@ -124,6 +124,8 @@ class CompletionChoices:
 
     def _choice(self, number: int, delta: CompletionDelta) -> CompletionChoice:
         index = number * self.n + delta.index
+        if delta.logprobs is None and not self.echo:
+            return CompletionChoice(index, delta.text, None, _reason(delta))
         tokens = [] if self.prompts_only else delta.token_ids
         text = "" if self.prompts_only else delta.text
         entries: list[dict[int, Logprob] | None] | None = None

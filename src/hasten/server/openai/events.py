@@ -82,8 +82,9 @@ class CallEvents:
     def _flush(self) -> None:
         """Write what there is. Errors end the answer: whoever calls this has nothing to do with it."""
         try:
-            while not self._paused and self._body.writable and (taken := self._requests.take()) is not None:
-                self._write(*taken)
+            while self._requests.news and not self._paused and self._body.writable:
+                if (taken := self._requests.take()) is not None:
+                    self._write(*taken)
         except Exception as error:
             self._fail(error)
 

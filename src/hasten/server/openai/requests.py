@@ -25,7 +25,7 @@ class PromptRequests:
         self._usage = usage
         self._stream = stream
         self._tickets: list[tuple[Ticket, Meter | None]] = []
-        self._news: dict[int, None] = {}
+        self.news: dict[int, None] = {}
         """Prompts that have something to take, in the order in which it came."""
         self._reader: asyncio.Future[None] | None = None
 
@@ -49,7 +49,7 @@ class PromptRequests:
             self._tickets.append((ticket, meter))
 
     def _on_news(self, number: int) -> None:
-        self._news[number] = None
+        self.news[number] = None
         self.listener()
 
     def _wake(self) -> None:
@@ -58,9 +58,9 @@ class PromptRequests:
 
     def take(self) -> tuple[int, Progress] | None:
         """What came first of all that is new, if anything is. Raises the error that ended a prompt."""
-        while self._news:
-            number = next(iter(self._news))
-            del self._news[number]
+        while self.news:
+            number = next(iter(self.news))
+            del self.news[number]
             ticket, meter = self._tickets[number]
             if (progress := ticket.take()) is not None:
                 self._usage.count(progress)
@@ -84,4 +84,4 @@ class PromptRequests:
             ticket.listener = None
             self._client.withdraw(ticket)
         self._tickets.clear()
-        self._news.clear()
+        self.news.clear()
