@@ -6,7 +6,7 @@ from typing import Protocol
 
 import msgspec
 
-from hasten.core.types import FinishReason, SamplingParams
+from hasten.core.types import SamplingParams
 from hasten.engine.text import Tokenizer
 from hasten.server.engine.ticket import Progress
 from hasten.server.engine.wire import CompletionDelta, Logprob
