@@ -24,10 +24,13 @@ ROOMS = (
     *("attention", "cache", "cuts", "draw", "edits", "exchange", "expert_groups", "expert_pairs", "experts", "gated"),
     *("heads", "logprobs", "matmul", "norm", "router", "sampling"),
 )
-"""Of `ops/gpu`: the ones with kernels, and not what they share."""
+"""Of `ops/gpu`: the ones that launch kernels for `hasten.ops`."""
+INNER = ("grouped",)
+"""The ones that launch kernels for these."""
 LARGE = (
     *("8192", "prefill 94 x 87", "prefill 4 x 2048", "256 x 192", "256 of 16 to 2056", "128 blocks", "192 rows"),
     *("dense int8", "head int8", "int8, 64 rows", "qkv int8, 128 rows", "qkv int8, 512 rows", "down int8, 512 rows"),
+    *("dense int4", "down int4", "qkv int4, 16", "qkv int4, 64", "qkv int4, 256", "up int4, 1", "up int4, 64"),
 )
 """Shapes with the kernels of smaller ones."""
 
@@ -73,7 +76,7 @@ def compile_all(capability: int, dtypes: list[DTypeName]) -> None:
 
     JITFunction.run = compiled
     overlaps = capability >= 90
-    for room in ROOMS:
+    for room in (*ROOMS, *INNER):
         vars(_module(room))["overlapped"] = lambda _tensor: {"PDL": overlaps, "launch_pdl": overlaps}
     for name, launcher in launchers().items():
         if callable(getattr(ops, name, None)):

@@ -80,21 +80,27 @@ def test_each_of_two_ranks_quantizes_its_shards(family: str, make_model: MakeMod
     assert found != pytest.approx(logprobs(folder), abs=SAME[True])
 
 
+def int4_folder(folder: Path, target: Path, head: str) -> Path:
+    """A copy of a folder with the values that int4 weights, and the head's int8 ones, stand for."""
+
+    def dequantize(state: dict[str, Tensor]) -> None:
+        for name, weight in state.items():
+            if is_quantized(name, weight):
+                turned = TRANSPOSED.search(name) is not None
+                part = rounded_to_4_bits(weight.T if turned else weight)
+                state[name] = (part.T if turned else part).contiguous()
+        state[head] = rounded(state[head])
+
+    return changed_folder(folder, target, dequantize)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_int4_is_near_full_precision_and_a_checkpoint_of_the_same_values(
     family: str, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_model(family)
 
-    def round_layers(state: dict[str, Tensor]) -> None:
-        for name, weight in state.items():
-            if is_quantized(name, weight):
-                turned = TRANSPOSED.search(name) is not None
-                part = rounded_to_4_bits(weight.T if turned else weight)
-                state[name] = (part.T if turned else part).contiguous()
-        state[HEADS[family]] = rounded(state[HEADS[family]])
-
-    expected, full = logits_of(changed_folder(folder, tmp_path / "rounded", round_layers)), logits_of(folder)
+    expected, full = logits_of(int4_folder(folder, tmp_path / "rounded", HEADS[family])), logits_of(folder)
     monkeypatch.setattr(cpu_int8, "exact_int8", lambda: False)
     found = logits_of(folder, quantization="int4")
     assert (found - expected).norm() <= IN_BF16 * expected.norm()
@@ -178,8 +184,10 @@ def test_a_weight_with_nan_is_named(tiny_bloom: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("dtype", "bound"), [("fp16", 6e-3), ("bf16", 5e-2)])
 @pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_a_gpu_computes_the_same(
     family: str,
+    quantization: str,
     dtype: DTypeName,
     bound: float,
     enforce_eager: bool,
@@ -196,7 +204,10 @@ def test_a_gpu_computes_the_same(
 
     folder = changed_folder(make_model(family, **sizes), tmp_path / "rounded", round_weights)
     monkeypatch.setattr(cpu_int8, "exact_int8", lambda: False)
-    right = logits_of(folder, quantization="int8")
-    options = OPTIONS | {"dtype": dtype, "quantization": "int8", "enforce_eager": enforce_eager}
+    if quantization == "int8":
+        right = logits_of(folder, quantization="int8")
+    else:  # whose products a CPU computes in bf16
+        right = logits_of(int4_folder(folder, tmp_path / "int4", HEADS[family]))
+    options = OPTIONS | {"dtype": dtype, "quantization": quantization, "enforce_eager": enforce_eager}
     found = torch.cat(engine_logits(folder, PROMPTS, [ids_of(DECODED)] * len(PROMPTS), "cuda", **options)).cpu()
     assert (found - right).norm() / right.norm() <= bound

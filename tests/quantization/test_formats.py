@@ -36,6 +36,7 @@ CASES = {
     "pack-quantized": pack_quantized(4, 16),
     "pack-quantized, asymmetric": pack_quantized(4, 16, symmetric=False),
     "pack-quantized, channels": pack_quantized(4, -1),
+    "pack-quantized, asymmetric, channels": pack_quantized(4, -1, symmetric=False),
     "pack-quantized, in the order of activations": pack_quantized(4, 16, shuffled=True),
     "pack-quantized, 8 bits, channels": pack_quantized(8, -1),
 }

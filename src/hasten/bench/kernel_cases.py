@@ -182,6 +182,7 @@ def cases(setting: Setting) -> list[Case]:
     return [
         *(case for rows in (1, 8, 16, 64) for case in _linears(setting, rows)),
         *(case for rows in (1, 16, 64, 128, 512) for case in _linears(replace(setting, quantization="int8"), rows)),
+        *(case for rows in (1, 16, 64, 256, 8192) for case in _layers(replace(setting, quantization="int4"), rows)),
         *(_attention(setting, f"{size} x 192", [(1, 192)] * size) for size in (1, 16, 64, 256)),
         _attention(setting, "256 of 16 to 2056", [(1, 16 + 8 * n) for n in range(256)]),
         *(_attention(setting, f"prefill {n} x {k}", [(k, k)] * n) for n, k in ((94, 87), (14, 560), (4, 2048))),
@@ -244,12 +245,17 @@ def _wide(value: Any) -> Any:
 
 
 def _linears(setting: Setting, rows: int) -> Iterator[Case]:
+    yield from _layers(setting, rows)
+    yield _linear(setting, "head", rows, setting.model.hidden_size, setting.model.vocab_size)
+
+
+def _layers(setting: Setting, rows: int) -> Iterator[Case]:
+    """The products of a layer."""
     hidden, inner = setting.model.hidden_size, setting.model.intermediate_size
     yield _project(setting, rows)
     yield _linear(setting, "dense", rows, setting.heads[0] * setting.heads[2], hidden, parts=True)
     yield _linear(setting, "up", rows, hidden, inner, activation=setting.model.activation)
     yield _linear(setting, "down", rows, inner, hidden, parts=True)
-    yield _linear(setting, "head", rows, hidden, setting.model.vocab_size)
 
 
 def _activations(setting: Setting) -> Iterator[Case]:
@@ -262,7 +268,9 @@ def _activations(setting: Setting) -> Iterator[Case]:
 
 def _product(setting: Setting, op: str, name: str, rows: int, into: int, out: int, make: Callable[[], Call]) -> Case:
     scheme = setting.quantization
-    weight_bytes = into * out * setting.itemsize if scheme is None else into * out + 4 * out
+    weight_bytes = {"int8": into * out + 4 * out, "int4": into * out / 2 + 2 * out * -(-into // 128)}.get(
+        scheme or "", into * out * setting.itemsize
+    )
     return Case(
         op=op,
         shape=f"{name}{'' if scheme is None else f' {scheme}'}, {_rows(rows)}",

@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hasten.ops import reference
-from hasten.ops.gpu import library
+from hasten.ops.gpu import grouped, library
 from hasten.ops.gpu.activations import activated
 from hasten.ops.gpu.cache import write_cache
+from hasten.ops.gpu.endings import Projection, store_projected
 from hasten.ops.gpu.heads import store_heads
 from hasten.ops.gpu.launch import multiprocessors, overlapped, prefetch, shared_memory, start_next, wait_for_inputs
 from hasten.ops.grouped import GroupedWeight
@@ -24,15 +25,6 @@ from hasten.ops.heads import HeadTransform
 from hasten.ops.order import order_is_fixed
 from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight
 from hasten.ops.reference import split_heads
-
-
-@triton.jit
-def _store_projected(value, row, slot, n, valid, out, keys, values, Q: tl.constexpr, KV: tl.constexpr):
-    """Store output features n of a row: queries to `out`, keys and values to the row's slot of the caches."""
-    kept = valid & (slot >= 0)
-    tl.store(out + row.to(tl.int64) * Q + n, value, valid & (n < Q))
-    tl.store(keys + slot * KV + (n - Q), value, kept & (n >= Q) & (n < Q + KV))
-    tl.store(values + slot * KV + (n - Q - KV), value, kept & (n >= Q + KV))
 
 
 @triton.jit
@@ -98,7 +90,7 @@ def _matvec(
         value = tl.clamp(value, -CLIP, CLIP, propagate_nan=tl.PropagateNan.ALL)
     value = value.to(out.dtype.element_ty)
     if KV:
-        _store_projected(value, n * 0, tl.load(slots).to(tl.int64), n, valid, out, keys, values, Q, KV)
+        store_projected(value, n * 0, tl.load(slots).to(tl.int64), n, valid, out, keys, values, Q, KV)
     else:
         tl.store(out + n, value, valid)
 
@@ -225,7 +217,7 @@ def _skinny(
         valid = (m < M)[None, :] & (n < N)[:, None]
         if KV:
             slot = tl.load(slots + m, m < M, -1).to(tl.int64)
-            _store_projected(value, m[None, :], slot[None, :], n[:, None], valid, out, keys, values, Q, KV)
+            store_projected(value, m[None, :], slot[None, :], n[:, None], valid, out, keys, values, Q, KV)
         else:
             tl.store(out + m[None, :].to(tl.int64) * N + n[:, None], value, valid)
 
@@ -292,28 +284,12 @@ _GROUP = 8
 """Tiles of many rows that lie next to each other."""
 
 
-@dataclass(frozen=True)
-class _Projection:
-    """Where the output features of a fused QKV product go: queries to the output, the rest to the caches."""
-
-    queries: int
-    key_cache: Tensor
-    value_cache: Tensor
-    slots_t: Tensor
-    clip: float | None
-
-    @property
-    def width(self) -> int:
-        """Features of the keys, and of the values."""
-        return self.key_cache.shape[2] * self.key_cache.shape[3]
-
-
 def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:
     """A GPU reads weights as they are, row by row."""
     if isinstance(weight_oh, QuantizedWeight):
         return PackedLinear(*weight_oh.shape, plain=weight_oh.values, scales=weight_oh.scales)
     if isinstance(weight_oh, GroupedWeight):
-        return PackedLinear(*weight_oh.shape, plain=None, grouped=weight_oh)
+        return grouped.pack_linear(weight_oh)
     features, width = weight_oh.shape
     plain = weight_oh if shared else weight_oh.contiguous()
     return PackedLinear(features, width, plain=plain, fixed_order=order_is_fixed())
@@ -321,8 +297,6 @@ def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:
 
 def _plain(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
     """The weight as `pack_linear` left it, or widened to `dtype` in memory that is free again after the product."""
-    if weight.grouped is not None:
-        return weight.grouped.dequantized(dtype)
     assert weight.plain is not None
     if weight.scales is None:
         return weight.plain
@@ -336,6 +310,13 @@ def _plain(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def _operands(x_th: Tensor, weight: PackedLinear) -> tuple[Tensor, Tensor]:
+    """Inputs and the weight for cuBLAS."""
+    if weight.grouped is None:
+        return x_th, _plain(weight, x_th.dtype)
+    return weight.grouped.columns.of(x_th), grouped.widened(weight.grouped, x_th.dtype)
+
+
 def linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation: str | None) -> Tensor:
     """See `hasten.ops.linear`."""
     if weight.fixed_order:
@@ -345,10 +326,11 @@ def linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation
         return product_to if activation is None else _activated(product_to, activation)
     if _serves(x_th, weight):
         return _product(x_th, weight, bias_o, activation, None, splits=1)
+    x_tk, weight_ok = _operands(x_th, weight)
     if activation in ("gelu_tanh", "relu") and bias_o is not None and x_th.dtype != torch.float32:
         # the two that cuBLAS computes within its product
-        return torch._addmm_activation(bias_o, x_th, _plain(weight, x_th.dtype).t(), use_gelu=activation == "gelu_tanh")
-    out_to = F.linear(x_th, _plain(weight, x_th.dtype), bias_o)
+        return torch._addmm_activation(bias_o, x_tk, weight_ok.t(), use_gelu=activation == "gelu_tanh")
+    out_to = F.linear(x_tk, weight_ok, bias_o)
     return out_to if activation is None else reference.activated(out_to, activation)
 
 
@@ -381,7 +363,9 @@ def linear_parts(x_th: Tensor, weight: PackedLinear, *, whole: bool = False) -> 
         product_to = _by_library(x_th, weight, None) if splits == 1 else None
         return _product(x_th, weight, None, None, None, splits=splits) if product_to is None else product_to
     if not _serves(x_th, weight):
-        return F.linear(x_th, _plain(weight, x_th.dtype))
+        return F.linear(*_operands(x_th, weight))
+    if weight.grouped is not None:
+        return grouped.product(x_th, weight.grouped, None, None, None, split=True)
     return _product(x_th, weight, None, None, None, splits=_splits(x_th.shape[0], weight))
 
 
@@ -407,9 +391,9 @@ def project(
         product_to = _by_library(x_th, weight, bias_o)
     else:
         served = _serves(x_th, weight)
-        product_to = None if served else F.linear(x_th, _plain(weight, x_th.dtype), bias_o)
+        product_to = None if served else F.linear(*_operands(x_th, weight), bias_o)
     if product_to is None:
-        to = _Projection(num_heads * head_size, key_cache, value_cache, slots_t, clip)
+        to = Projection(num_heads * head_size, key_cache, value_cache, slots_t, clip)
         return _product(x_th, weight, bias_o, None, to, splits=1).unflatten(1, (num_heads, head_size))
     query_tnd, key_tmd, value_tmd = split_heads(reference.clipped(product_to, clip), num_heads, key_cache)
     write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t)
@@ -420,7 +404,7 @@ def _serves(x_th: Tensor, weight: PackedLinear) -> bool:
     """Whether these kernels are the ones to take."""
     rows = x_th.shape[0]
     if weight.grouped is not None:
-        return False
+        return grouped.serves(x_th, weight.grouped)
     few = rows == 1 or (1 < rows <= _most_rows(weight) and weight.in_features % _WIDE.block_k == 0)
     return few and x_th.dtype != torch.float32
 
@@ -521,9 +505,11 @@ def _product(
     weight: PackedLinear,
     bias_o: Tensor | None,
     activation: str | None,
-    to: _Projection | None,
+    to: Projection | None,
     splits: int,
 ) -> Tensor:
+    if weight.grouped is not None:
+        return grouped.product(x_th, weight.grouped, bias_o, activation, to, split=False)
     rows, features, width = x_th.shape[0], weight.out_features, weight.in_features
     assert x_th.is_contiguous()
     form = _form(x_th, weight, splits)

@@ -106,7 +106,8 @@ def find(
 
 def unpacked(words: Tensor, bits: int) -> Tensor:
     """Values of 4 or 8 bits in words of 32, the lowest bits first: int32 [...] as uint8 [..., 32 / bits]."""
-    octets = words.contiguous().view(torch.uint8).unflatten(-1, (*words.shape[-1:], 4))
+    # flat: the strides of a single column are arbitrary, and a view as bytes needs one of 1
+    octets = words.flatten().view(torch.uint8).unflatten(0, (*words.shape, 4))
     return octets if bits == 8 else torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
 
 

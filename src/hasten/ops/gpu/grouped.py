@@ -1,0 +1,362 @@
+"""Linear layers whose weights have scales of groups, of 4 bits or 8 a value.
+
+Values are widened in registers, by bits and not by conversions, and multiplied by the tensor cores. With few rows each
+group's sums are multiplied by their scale in fp32; with more, the widened values are. Beyond that the weight is widened
+once, in memory, for cuBLAS.
+
+Shapes: M rows, N output features, K columns (input features in the order of their groups), G groups; values [N, K] in
+bytes, or [N, K / 4] in words of four columns, which are 32 apart; scales and zeros [G, N].
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hasten.ops.gpu.endings import Projection, store_sums
+from hasten.ops.gpu.launch import multiprocessors, overlapped, prefetch, shared_memory, start_next, wait_for_inputs
+from hasten.ops.grouped import GroupedWeight
+from hasten.ops.packed import PackedLinear
+
+_FP16_0 = tl.constexpr(
+    "{.reg .b32 t; lop3.b32 $0, $1, 0x000f000f, 0x64006400, 0xea; mov.b32 t, 0x64086408; sub.f16x2 $0, $0, t;}"
+)
+_FP16_1 = tl.constexpr(
+    "{.reg .b32 t, u; lop3.b32 $0, $1, 0x00f000f0, 0x64006400, 0xea; "
+    "mov.b32 t, 0x2c002c00; mov.b32 u, 0xd480d480; fma.rn.f16x2 $0, $0, t, u;}"
+)
+_FP16_2 = tl.constexpr(
+    "{.reg .b32 t; shr.b32 $0, $1, 8; lop3.b32 $0, $0, 0x000f000f, 0x64006400, 0xea; "
+    "mov.b32 t, 0x64086408; sub.f16x2 $0, $0, t;}"
+)
+_FP16_3 = tl.constexpr(
+    "{.reg .b32 t, u; shr.b32 $0, $1, 8; lop3.b32 $0, $0, 0x00f000f0, 0x64006400, 0xea; "
+    "mov.b32 t, 0x2c002c00; mov.b32 u, 0xd480d480; fma.rn.f16x2 $0, $0, t, u;}"
+)
+"""1024 + v, whose low ten bits count in ones, less 1032; or 1024 + 16 v divided by 16, less 72: exact in fp16."""
+_BF16_0 = tl.constexpr(
+    "{.reg .b32 t, u; lop3.b32 $0, $1, 0x000f000f, 0x43004300, 0xea; "
+    "mov.b32 t, 0x3f803f80; mov.b32 u, 0xc308c308; fma.rn.bf16x2 $0, $0, t, u;}"
+)
+_BF16_1 = tl.constexpr(
+    "{.reg .b32 t, u; shr.b32 $0, $1, 4; lop3.b32 $0, $0, 0x000f000f, 0x43004300, 0xea; "
+    "mov.b32 t, 0x3f803f80; mov.b32 u, 0xc308c308; fma.rn.bf16x2 $0, $0, t, u;}"
+)
+_BF16_2 = tl.constexpr(
+    "{.reg .b32 t, u; shr.b32 $0, $1, 8; lop3.b32 $0, $0, 0x000f000f, 0x43004300, 0xea; "
+    "mov.b32 t, 0x3f803f80; mov.b32 u, 0xc308c308; fma.rn.bf16x2 $0, $0, t, u;}"
+)
+_BF16_3 = tl.constexpr(
+    "{.reg .b32 t, u; shr.b32 $0, $1, 12; lop3.b32 $0, $0, 0x000f000f, 0x43004300, 0xea; "
+    "mov.b32 t, 0x3f803f80; mov.b32 u, 0xc308c308; fma.rn.bf16x2 $0, $0, t, u;}"
+)
+"""128 + v less 136: exact in bf16."""
+
+
+@triton.jit
+def _quarter(words, PLACE: tl.constexpr, dtype: tl.constexpr, PDL: tl.constexpr):
+    """The values at one of the four places of words, less 8; on newer devices of two words at once."""
+    if not PDL:
+        value = _less((words >> (4 * PLACE)) & 15, 8, dtype)
+    elif dtype == tl.float16:
+        if PLACE == 0:
+            value = tl.inline_asm_elementwise(_FP16_0, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+        elif PLACE == 1:
+            value = tl.inline_asm_elementwise(_FP16_1, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+        elif PLACE == 2:
+            value = tl.inline_asm_elementwise(_FP16_2, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+        else:
+            value = tl.inline_asm_elementwise(_FP16_3, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        if PLACE == 0:
+            value = tl.inline_asm_elementwise(_BF16_0, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
+        elif PLACE == 1:
+            value = tl.inline_asm_elementwise(_BF16_1, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
+        elif PLACE == 2:
+            value = tl.inline_asm_elementwise(_BF16_2, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
+        else:
+            value = tl.inline_asm_elementwise(_BF16_3, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
+    return value
+
+
+@triton.jit
+def _less(values, middle: tl.constexpr, dtype: tl.constexpr):
+    """Values of a byte less the middle: exact in fp16 and bf16."""
+    if dtype == tl.float16:
+        return (values.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + middle)
+    return (values.to(tl.int16) - middle).to(dtype)
+
+
+@triton.jit(do_not_specialize=["M", "N"])
+def _by_groups(
+    x,
+    values,
+    scales,
+    zeros,
+    bias,
+    out,
+    keys,
+    cached_values,
+    slots,
+    M,
+    N,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACKED: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    SCALES_SUMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CLIP: tl.constexpr,
+    Q: tl.constexpr,
+    KV: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """BLOCK_M rows with BLOCK_N output features; programs of the same features and other rows are neighbours.
+
+    BLOCK_K columns at a time, of one group; of words, each quarter may be of another one. With SPLITS above 1, each
+    split of K writes its own sums [SPLITS, M, N] in fp32; whoever reads them adds them up.
+    """
+    start_next(PDL)
+    tiles = tl.cdiv(M, BLOCK_M)
+    m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = tl.program_id(1) * (K // SPLITS)
+    row = tl.where(n < N, n, 0)
+    per_element: tl.constexpr = 4 if PACKED else 1
+    element = tl.arange(0, BLOCK_K // per_element)
+    start = values + row.to(tl.int64)[:, None] * (K // per_element) + begin // per_element
+    if PDL and AHEAD:
+        prefetch(start + tl.arange(0, AHEAD)[None, :] * (1024 // values.dtype.element_ty.primitive_bitwidth))
+    wait_for_inputs(PDL)
+    dtype: tl.constexpr = x.dtype.element_ty
+    x_start = x + tl.where(m < M, m, 0).to(tl.int64)[:, None] * K + begin + element[None, :]
+    v_start = start + element[None, :]
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for offset in tl.range(0, K // SPLITS, BLOCK_K, num_stages=STAGES):
+        read = tl.load(v_start + offset // per_element)
+        x_mk = tl.load(x_start + offset)
+        at = (begin + offset) // GROUP * N + row
+        if PACKED:
+            one, two = _quarter(read, 0, dtype, PDL), _quarter(read, 1, dtype, PDL)
+            three, four = _quarter(read, 2, dtype, PDL), _quarter(read, 3, dtype, PDL)
+            second = tl.load(x_start + offset + 32)
+            third = tl.load(x_start + offset + 64)
+            fourth = tl.load(x_start + offset + 96)
+            if GROUP % 128 == 0:
+                scale_n, zero_n = _of_group(scales, zeros, at, MIDDLE, HAS_ZEROS)
+                if SCALES_SUMS:
+                    sums = tl.dot(two, second.T, tl.dot(one, x_mk.T))
+                    sums = tl.dot(four, fourth.T, tl.dot(three, third.T, sums))
+                    if HAS_ZEROS:
+                        inputs_m = _sum(x_mk) + _sum(second) + _sum(third) + _sum(fourth)
+                        sums -= zero_n[:, None] * inputs_m[None, :]
+                    total += sums * scale_n[:, None]
+                else:
+                    total = tl.dot(_scaled(one, scale_n, zero_n, HAS_ZEROS), x_mk.T, total)
+                    total = tl.dot(_scaled(two, scale_n, zero_n, HAS_ZEROS), second.T, total)
+                    total = tl.dot(_scaled(three, scale_n, zero_n, HAS_ZEROS), third.T, total)
+                    total = tl.dot(_scaled(four, scale_n, zero_n, HAS_ZEROS), fourth.T, total)
+            else:
+                total = _add(one, x_mk, total, scales, zeros, at, MIDDLE, HAS_ZEROS)
+                at = (begin + offset + 32) // GROUP * N + row
+                total = _add(two, second, total, scales, zeros, at, MIDDLE, HAS_ZEROS)
+                at = (begin + offset + 64) // GROUP * N + row
+                total = _add(three, third, total, scales, zeros, at, MIDDLE, HAS_ZEROS)
+                at = (begin + offset + 96) // GROUP * N + row
+                total = _add(four, fourth, total, scales, zeros, at, MIDDLE, HAS_ZEROS)
+        else:
+            total = _add(_less(read, MIDDLE, dtype), x_mk, total, scales, zeros, at, MIDDLE, HAS_ZEROS)
+    store_sums(total, m, n, M, N, bias, out, keys, cached_values, slots, SPLITS, HAS_BIAS, ACTIVATION, CLIP, Q, KV)
+
+
+@triton.jit
+def _of_group(scales, zeros, at, MIDDLE: tl.constexpr, HAS_ZEROS: tl.constexpr):
+    """Scales and zero points less the middle of one group; without any, these are not read."""
+    scale_n = tl.load(scales + at).to(tl.float32)
+    if HAS_ZEROS:
+        return scale_n, tl.load(zeros + at).to(tl.float32) - MIDDLE
+    return scale_n, scale_n
+
+
+@triton.jit
+def _scaled(w_nk, scale_n, zero_n, HAS_ZEROS: tl.constexpr):
+    """Values of one group as the weights that they stand for."""
+    if HAS_ZEROS:
+        w_nk -= zero_n.to(w_nk.dtype)[:, None]
+    return w_nk * scale_n.to(w_nk.dtype)[:, None]
+
+
+@triton.jit
+def _sum(x_mk):
+    """Each row's sum."""
+    return tl.sum(x_mk.to(tl.float32), 1)
+
+
+@triton.jit
+def _add(w_nk, x_mk, total, scales, zeros, at, MIDDLE: tl.constexpr, HAS_ZEROS: tl.constexpr):
+    """`total` and the product of columns of one group."""
+    scale_n, zero_n = _of_group(scales, zeros, at, MIDDLE, HAS_ZEROS)
+    sums = tl.dot(w_nk, x_mk.T)
+    if HAS_ZEROS:
+        sums -= zero_n[:, None] * _sum(x_mk)[None, :]
+    return total + sums * scale_n[:, None]
+
+
+@triton.jit(do_not_specialize=["N"])
+def _widen_groups(
+    values,
+    scales,
+    zeros,
+    out,
+    N,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACKED: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """BLOCK_N rows of BLOCK_K columns in the type of `out`."""
+    start_next(PDL)
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    k = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+    valid = (n < N) & (k < K)
+    row = n.to(tl.int64)
+    if PACKED:
+        words = tl.load(values + row * (K // 4) + k // 128 * 32 + k % 32, valid, 0).to(tl.int32)
+        value = ((words >> (k % 128 // 32 * 4)) & 15).to(tl.float32)
+    else:
+        value = tl.load(values + row * K + k, valid, 0).to(tl.float32)
+    at = k // GROUP * N + n
+    zero = tl.load(zeros + at, valid, 0).to(tl.float32) if HAS_ZEROS else MIDDLE
+    value = (value - zero) * tl.load(scales + at, valid, 0.0).to(tl.float32)
+    wait_for_inputs(PDL)  # kernels before this one may still use the memory of `out`
+    tl.store(out + row * K + k, value.to(out.dtype.element_ty), valid)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How `_by_groups` is cut: rows and features a program, stages, warps, and whether it scales sums or weights."""
+
+    block_m: int
+    block_n: int
+    stages: int
+    warps: int
+    scales_sums: bool
+
+
+MOST_ROWS = 256
+"""More rows are cuBLAS's, with a weight that is widened to 16 bits first."""
+_FEW_ROWS = 64
+_WIDEN_ROWS, _WIDEN_BLOCK = 4, 1024
+_AHEAD = 2
+"""Lines of 128 bytes of each row of the weight that are fetched before inputs may be read."""
+_BLOCKS = (128, 64, 32)
+"""Columns at a time, of one group."""
+
+
+def pack_linear(weight_oh: GroupedWeight) -> PackedLinear:
+    """A GPU reads it as it is."""
+    return PackedLinear(*weight_oh.shape, plain=None, grouped=weight_oh)
+
+
+def serves(x_th: Tensor, weight: GroupedWeight) -> bool:
+    """Whether `product` is what to take for these rows, and not a library."""
+    return 0 < x_th.shape[0] <= MOST_ROWS and _block(weight) is not None and x_th.dtype != torch.float32
+
+
+def _block(weight: GroupedWeight) -> int | None:
+    """Columns at a time; None where no block divides the groups."""
+    block = next((block for block in _BLOCKS if weight.group_size % block == 0), None)
+    return _BLOCKS[0] if weight.is_packed and block is not None else block
+
+
+def widened(weight: GroupedWeight, dtype: torch.dtype) -> Tensor:
+    """The weight in `dtype`, its columns in their order: [o, k]."""
+    features, columns = weight.shape[0], weight.num_columns
+    out = weight.values.new_empty(features, columns, dtype=dtype)
+    block = min(_WIDEN_BLOCK, triton.next_power_of_2(columns))
+    _widen_groups[(triton.cdiv(features, _WIDEN_ROWS), triton.cdiv(columns, block))](
+        *_tensors(weight), out, features, BLOCK_N=_WIDEN_ROWS, BLOCK_K=block, num_warps=4,
+        **_constants(weight), **overlapped(weight.values),
+    )  # fmt: skip
+    return out
+
+
+def _tensors(weight: GroupedWeight) -> tuple[Tensor, Tensor, Tensor]:
+    return weight.values, weight.scales, weight.values if weight.zeros is None else weight.zeros
+
+
+def _constants(weight: GroupedWeight) -> dict[str, int]:
+    return {
+        "K": weight.num_columns,
+        "GROUP": weight.group_size,
+        "PACKED": weight.is_packed,
+        "MIDDLE": weight.middle,
+        "HAS_ZEROS": weight.zeros is not None,
+    }
+
+
+def product(
+    x_th: Tensor,
+    weight: GroupedWeight,
+    bias_o: Tensor | None,
+    activation: str | None,
+    to: Projection | None,
+    *,
+    split: bool,
+) -> Tensor:
+    """[t, o] in the type of `x_th`, with `to` the queries alone; with `split` maybe [splits, t, o] in fp32."""
+    x_tk = weight.columns.of(x_th)
+    assert x_tk.is_contiguous()
+    rows, features, columns = x_tk.shape[0], weight.shape[0], weight.num_columns
+    device = x_tk.device.index
+    block_k = _block(weight)
+    assert block_k is not None
+    cut = _cut(rows)
+    splits = _splits(rows, features, columns // block_k, cut, multiprocessors(device)) if split else 1
+    if splits > 1:
+        out = x_tk.new_empty(splits, rows, features, dtype=torch.float32)
+    else:
+        out = x_tk.new_empty(rows, features if to is None else to.queries)
+    keys, values, slots = (x_tk,) * 3 if to is None else (to.key_cache, to.value_cache, to.slots_t)
+    stage_bytes = block_k * 2 * cut.block_m + cut.block_n * block_k // (2 if weight.is_packed else 1)
+    _by_groups[(triton.cdiv(rows, cut.block_m) * triton.cdiv(features, cut.block_n), splits)](
+        x_tk, *_tensors(weight), x_tk if bias_o is None else bias_o, out, keys, values, slots, rows, features,
+        SCALES_SUMS=cut.scales_sums, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=block_k, SPLITS=splits,
+        STAGES=max(2, min(cut.stages, shared_memory(device) // stage_bytes)),
+        HAS_BIAS=bias_o is not None, ACTIVATION=activation, CLIP=None if to is None else to.clip,
+        Q=0 if to is None else to.queries, KV=0 if to is None else to.width, AHEAD=_AHEAD, num_warps=cut.warps,
+        **_constants(weight), **overlapped(x_tk),
+    )  # fmt: skip
+    return out
+
+
+def _cut(rows: int) -> Cut:
+    """With more rows, weights are scaled once for all of them and sums need no registers of their own."""
+    if rows > _FEW_ROWS:
+        return Cut(max(128, triton.next_power_of_2(rows)), 128, 4, 8, scales_sums=False)
+    block_m = max(16, triton.next_power_of_2(rows))
+    return Cut(block_m, 64, 6 if rows <= 16 else 4, 4, scales_sums=True)
+
+
+def _splits(rows: int, features: int, blocks: int, cut: Cut, processors: int) -> int:
+    """Parts to cut the columns into, so that programs fill the device about twice, or once with many rows."""
+    programs = triton.cdiv(rows, cut.block_m) * triton.cdiv(features, cut.block_n)
+    wanted = (2 if rows <= 16 else 1) * processors // programs
+    splits = 1
+    while splits < min(wanted, 8) and blocks % (2 * splits) == 0:
+        splits *= 2
+    return splits
