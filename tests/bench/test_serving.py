@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.bench.report_form import form_errors
 from tests.waiting import eventually
 
 from hasten.bench import served as bench_served
@@ -155,6 +156,7 @@ def test_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--concurrency", "2", "--prompt-length", "3", "--output-length", "2", "--requests", "1", "--rounds", "1"]
     assert main(["bench", "serving", str(DEMO), *sizes, "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert form_errors(found) == []
     assert found["start_s"] > 0
     assert [one["name"] for one in found["results"]] == ["one request", "2 requests at once", "2 streams at once"]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.bench.report_form import form_errors
 
 from hasten.bench import engines, report
 from hasten.engine.runner import Runner
@@ -62,6 +63,7 @@ def test_compare_prints_both_lines_and_writes_every_answer(
     assert re.fullmatch(r"hasten is \d+\.\d\d times as fast; the answers differ on 0 of 5 samples", summary)
     report = json.loads(output.read_text())
     assert [result["engine"] for result in report["results"]] == ["HF", "hasten"]
+    assert form_errors(report) == []
     assert report["differing_samples"] == 0
     assert report["environment"]["dtype"] == "float32"
     for result in report["results"]:
@@ -381,6 +383,7 @@ def test_startup_has_the_phases_of_cold_and_warm_starts(
     assert (done.status, done.err) == (0, "")
     assert re.search(r"phase +cold +warm", done.out)
     found = json.loads(output.read_text())
+    assert form_errors(found) == []
     assert found["environment"]["dtype"] == "float32"
     assert [start["kind"] for start in found["results"]] == ["cold", "warm"]
     for start in found["results"]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.bench.load.scripted_server import HOST, Script, scripted, three_tokens
+from tests.bench.report_form import form_errors
 
 from hasten.core.ports import free_port
 
@@ -132,6 +133,7 @@ def test_keys_are_sent_and_not_written(hasten_here: "Hasten", monkeypatch: pytes
     assert "secret-team" not in written
     assert "from-environment" not in written
     assert json.loads(written)["options"]["header"] == ["X-Team"]
+    assert form_errors(json.loads(written)) == []
 
 
 def test_neither_torch_nor_transformers_is_needed(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -51,6 +52,15 @@ class Result:
     def is_exact(self) -> bool:
         """Whether the error is within the tolerance."""
         return self.error <= self.tolerance
+
+
+class KernelsReport(TypedDict):
+    """What is written: kernels of one shape of model, on one GPU."""
+
+    device: str
+    torch: str
+    most: Ceilings
+    results: list[Result]
 
 
 def largest_error(found: Outputs, expected: Outputs) -> float:

@@ -10,8 +10,10 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from hasten.bench.engines import Engine
+from hasten.bench.report import Environment
 from hasten.core.errors import ConfigError, InvalidRequestError
 from hasten.core.files import reading
 from hasten.core.text import require_utf8, utf8_lines
@@ -58,6 +60,15 @@ class LambadaResult:
     def line(self) -> str:
         """The closing line of the reference, to the letter."""
         return f"Accuracy: {self.accuracy:0.4f}% ({self.right}/{self.total}) (elapsed time: {self.seconds:.4f} sec)"
+
+
+class LambadaReport(TypedDict):
+    """What is written: one engine, or Hugging Face and hasten, on the same samples."""
+
+    environment: Environment
+    results: list[LambadaResult]
+    speedup: NotRequired[float]
+    differing_samples: NotRequired[int]
 
 
 def read_texts(path: str) -> Iterator[tuple[str, str]]:

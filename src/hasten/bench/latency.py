@@ -4,9 +4,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypedDict
 
 from hasten.bench.engines import Engine
-from hasten.bench.report import Spread, print_table
+from hasten.bench.report import Environment, Spread, print_table
 from hasten.bench.workloads import Workload
 from hasten.core.errors import ConfigError
 
@@ -77,6 +78,14 @@ class Speedup:
     batch_size: int
     first_token: float
     token: float
+
+
+class LatencyReport(TypedDict):
+    """What is written: each engine on each batch size."""
+
+    environment: Environment
+    results: list[LatencyResult]
+    speedups: list[Speedup]
 
 
 def speedups(results: Sequence[LatencyResult]) -> list[Speedup]:

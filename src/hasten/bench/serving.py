@@ -11,14 +11,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import tritonclient.grpc as grpcclient
 import tritonclient.grpc.aio as aioclient
 from tritonclient.utils import InferenceServerException
 
-from hasten.bench.report import Spread, print_table
+from hasten.bench.report import Environment, Spread, print_table
 from hasten.bench.served import CALL_S, HOST, TEXT_MODEL, TOKEN_MODEL, Served, channel_options
 from hasten.bench.workloads import random_prompt
 from hasten.core.errors import EngineError
@@ -56,6 +56,14 @@ class Turns:
     """By who was measured; the engine or server that others are compared with comes first."""
     ratios: dict[str, float]
     """Median of the others divided by the median of the first."""
+
+
+class ServingReport(TypedDict):
+    """What is written: a server beside its engine."""
+
+    environment: Environment
+    start_s: float
+    results: list[Turns]
 
 
 def measure(llm: LLM, server: Served, load: Load, peer: str | None = None) -> list[Turns]:

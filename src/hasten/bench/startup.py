@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from hasten.bench.report import print_table
+from hasten.bench.report import Environment, print_table
 from hasten.core.errors import ConfigError, EngineError, error_of
 
 _KERNEL_CACHES = ("TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
@@ -47,6 +47,13 @@ class Measured:
 
     starts: list[Start]
     environment: Mapping[str, Any]
+
+
+class StartupReport(TypedDict):
+    """What is written: starts of each kind."""
+
+    environment: Environment
+    results: list[Start]
 
 
 def measure(model: str, options: Mapping[str, Any], *, repetitions: int = 3, cold: bool = True) -> Measured:

@@ -14,12 +14,12 @@ side. Prompts are random token ids; each measurement is one generate call whose 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
 from hasten.bench.engines import Engine, Generation, in_batches
-from hasten.bench.report import print_table
+from hasten.bench.report import Environment, print_table
 from hasten.bench.workloads import Workload, fixed, lambada, long, tput
 from hasten.core.errors import ConfigError, HastenError
 
@@ -33,6 +33,18 @@ _HF_LAMBADA_BATCH = 16
 
 Figures = dict[str, float]
 """What was measured on one workload, under the peers' names."""
+
+
+class SuiteReport(TypedDict):
+    """What is written: besides these, the figures of each workload under its name, such as `lat_b1`."""
+
+    engine: str
+    model: str
+    init_s: float
+    vocab_size: int
+    environment: Environment
+    hf: NotRequired[dict[str, Any]]
+    speedup: NotRequired[dict[str, dict[str, float]]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,10 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from hasten.bench.engines import Engine
-from hasten.bench.report import print_table
+from hasten.bench.report import Environment, print_table
 from hasten.bench.workloads import Workload
 from hasten.core.errors import ConfigError
 
@@ -26,6 +27,14 @@ class ThroughputResult:
     requests_per_second: float
     output_tokens_per_second: float
     total_tokens_per_second: float
+
+
+class ThroughputReport(TypedDict):
+    """What is written: each engine on one workload."""
+
+    environment: Environment
+    results: list[ThroughputResult]
+    speedup: float | None
 
 
 def measure(

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -86,6 +87,14 @@ class LoadResult:
     """The same from the time at which the request was due: it has the waiting for the maximum concurrency in it."""
     e2el_from_schedule: Latency | None
     client: ClientFigures
+
+
+class LoadReport(TypedDict):
+    """What is written: a server under each rate, and what put it under load."""
+
+    client: dict[str, Any]
+    server: dict[str, Any]
+    results: list[LoadResult]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from hasten.cli.bench import kernels, lambada, load, serving, speed, startup, suite
+from hasten.cli.bench import kernels, lambada, load, schema, serving, speed, startup, suite
 from hasten.cli.options import Parser
 
 
@@ -21,3 +21,4 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     serving.add_parser(benches)
     load.add_parser(benches)
     kernels.add_parser(benches)
+    schema.add_parser(benches)

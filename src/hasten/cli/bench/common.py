@@ -92,6 +92,11 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in ("run", "parser")}
 
 
+def benchmark_of(args: argparse.Namespace) -> str:
+    """The name of the benchmark that was asked for."""
+    return str(args.parser.prog.rpartition(" ")[2])
+
+
 def write_measured(args: argparse.Namespace, engine: "Engine", results: Mapping[str, Any]) -> None:
     """Write results of engines, with what they were measured on."""
     from hasten.bench import report
@@ -101,9 +106,9 @@ def write_measured(args: argparse.Namespace, engine: "Engine", results: Mapping[
 
 def write(args: argparse.Namespace, results: Mapping[str, Any]) -> None:
     """Write results, with what was asked for, as JSON to wherever that was."""
-    from hasten.bench import report
+    from hasten.bench import report, schema
 
-    full = {"options": options_of(args), **results}
+    full = {**schema.head(benchmark_of(args)), "options": options_of(args), **results}
     if args.output_path is not None:
         report.write_json(args.output_path, full)
     if args.json:

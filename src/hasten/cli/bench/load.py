@@ -130,12 +130,13 @@ def _client_options(args: argparse.Namespace, target: "Target") -> "ClientOption
 def _report(args: argparse.Namespace, target: "Target", results: "list[LoadResult]") -> dict[str, Any]:
     """What goes into a file; of headers, which may hold keys, the names alone."""
     from hasten import __version__
+    from hasten.bench import schema
     from hasten.core.cpus import available_cpus
 
     options = {**options_of(args), "header": [name for name, _ in args.header]}
     client = {"hasten": __version__, "python": platform.python_version(), "cpus": available_cpus()}
     server = {"api": args.api, "url": str(target.address), "model": target.options.model}
-    return {"options": options, "client": client, "server": server, "results": results}
+    return {**schema.head("load"), "options": options, "client": client, "server": server, "results": results}
 
 
 @contextmanager

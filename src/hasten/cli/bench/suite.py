@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _of_hasten(args: argparse.Namespace, options: Mapping[str, Any], plan: "Plan") -> dict[str, Any] | None:
     """The report of hasten; None on ranks but the first. The engine is gone when this returns."""
-    from hasten.bench import report, suite
+    from hasten.bench import report, schema, suite
     from hasten.bench.engines import HastenEngine, clock
     from hasten.checkpoint.hub import model_name
     from hasten.engine.llm import LLM, run_worker
@@ -105,6 +105,7 @@ def _of_hasten(args: argparse.Namespace, options: Mapping[str, Any], plan: "Plan
         return None
     with LLM(args.model, **options) as llm:
         results: dict[str, Any] = {
+            **schema.head("suite"),
             "engine": HastenEngine.label,
             "model": model_name(args.model),
             "init_s": clock(llm.device) - start,
