@@ -33,6 +33,8 @@ LARGE = (
     *("dense int4", "down int4", "qkv int4, 16", "qkv int4, 64", "qkv int4, 256", "up int4, 1", "up int4, 64"),
 )
 """Shapes with the kernels of smaller ones."""
+FIXED = ("16 x 192", "64 x 2048, window 512, capped", "prefill 2 x 560, window 128, sinks")
+"""Of attention, to be compiled in a fixed order as well."""
 
 
 class Unfilled(Setting):
@@ -91,6 +93,25 @@ def compile_all(capability: int, dtypes: list[DTypeName]) -> None:
         for case in (*alone, *singles):
             if not any(size in case.shape for size in LARGE):
                 case.make().kernel()
+            if case.shape in FIXED:
+                in_fixed_order(case.make().kernel)
+        compile_many_rows(ops.TORCH_DTYPES[dtype])
+
+
+def in_fixed_order(kernel: Any) -> None:
+    """Run a case with a batch whose sums have a fixed order."""
+    arguments = (replace(each, run=256) if isinstance(each, ops.AttentionMeta) else each for each in kernel.args)
+    kernel.func(*arguments, **kernel.keywords)
+
+
+def compile_many_rows(dtype: torch.dtype) -> None:
+    """Products in a fixed order: as few rows as have kernels of their own, and more."""
+    with ops.fixed_order():
+        weight = ops.pack_linear(torch.zeros(1024, 1024, dtype=dtype), shared=True)
+    for rows in (1, 64, 130, 600):
+        x_th = torch.zeros(rows, 1024, dtype=dtype)
+        ops.linear(x_th, weight, x_th[0], activation="gelu_tanh")
+        ops.linear_parts(x_th, weight)
 
 
 if __name__ == "__main__":
