@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 
 from hasten.core.config import EngineConfig
+from hasten.core.types import Request, SamplingParams
+from hasten.engine.block_manager import BlockManager
+from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
-from hasten.engine.worker import Message, NewSequence, Worker
+from hasten.engine.step_message import StepMessage, TableRows
+from hasten.engine.worker import Worker
 from hasten.parallel.launch import Ranks
 
 DECODED = 3
@@ -22,47 +26,39 @@ def engine_logits(
     # steps that overlap would read their own tokens, not the ones that are to follow
     config = EngineConfig.create(str(folder), device=device, overlap_steps=False, **options)
     worker = Worker(config, Ranks(None, None, device))
+    scheduler = Scheduler(worker.scheduler_config, BlockManager(worker.num_blocks, config.cache.block_size))
+    tables = TableRows(worker.scheduler_config.max_num_seqs)
     found: dict[str, list[Tensor]] = {str(number): [] for number in range(len(prompts))}
+    params = SamplingParams(max_tokens=DECODED + 1, prompt_logprobs=0)
+    for number, ids in enumerate(prompts):
+        scheduler.add(Sequence(Request(request_id=str(number), prompt_token_ids=tuple(ids), params=params), 0))
+    while scheduler.has_work:
+        batch = scheduler.schedule()
+        message = StepMessage.of(batch, tables)
+        positions = list(batch.prompt_positions())
 
-    def keep(positions: list[tuple[Sequence, int]], logits: Tensor) -> None:
-        for (sequence, position), row in zip(positions, logits.split(1), strict=True):
-            assert len(found[sequence.request_id]) == position
-            # a copy: a graph's logits are overwritten by its next replay
-            found[sequence.request_id].append(row.float().clone())
+        def keep(piece: slice, logits: Tensor, positions: list[tuple[int, Sequence, int]] = positions) -> None:
+            for (_, sequence, position), row in zip(positions[piece], logits.split(1), strict=True):
+                assert len(found[sequence.request_id]) == position
+                # a copy: a graph's logits are overwritten by its next replay
+                found[sequence.request_id].append(row.float().clone())
 
-    added = [
-        NewSequence(
-            request_id=str(number),
-            token_ids=ids,
-            n=1,
-            beam_width=1,
-            max_tokens=DECODED + 1,
-            plain=False,
-            prompt_logprobs=True,
-            due=0,
-        )
-        for number, ids in enumerate(prompts)
-    ]
-    worker.apply(Message(tokens=[], finished=[], moves=[], added=added, prompt_tokens=None, stop=False))
-    while worker.scheduler.has_work:
-        batch = worker.scheduler.schedule()
-        message = Message(tokens=[], finished=[], moves=[], added=[], prompt_tokens=None, stop=False)
         with torch.inference_mode():
-            hidden, rows = worker.compute(batch, keep)
-            logits = worker.runner.logits(hidden, rows)
-            greedy = worker.runner.greedy(hidden, rows)
+            hidden = worker.compute(message, keep)
+            logits = worker.runner.logits(hidden, message.sampled_rows)
+            greedy = worker.runner.greedy(hidden, message.sampled_rows)
         assert logits is not None
         assert torch.equal(logits.gather(1, greedy.long().unsqueeze(1)), logits.amax(1, keepdim=True))
-        for row, place in enumerate(batch.sampled):
-            sequence = batch.sequences[place]
+        chosen = [batch.sequences[place] for place in batch.sampled]
+        for row, sequence in enumerate(chosen):
             if sequence.output_len > 0:
                 # a copy here, too
                 found[sequence.request_id].append(logits[row : row + 1].float().clone())
-            if sequence.output_len < DECODED:
-                token = followed_by[int(sequence.request_id)][sequence.output_len]
-                message["tokens"].append((sequence.key, token))
+        scheduler.advance(batch)
+        for sequence in chosen:
+            known = len(sequence.token_ids) - sequence.prompt_len
+            if known < DECODED:
+                sequence.append(followed_by[int(sequence.request_id)][known])
             else:
-                message["finished"].append(sequence.key)
-        worker.scheduler.advance(batch)
-        worker.apply(message)
+                scheduler.finish(sequence.key)
     return [torch.cat(found[str(number)]) for number in range(len(prompts))]

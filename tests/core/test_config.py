@@ -165,6 +165,36 @@ def test_a_model_that_ranks_cannot_divide(size: int, message: str | None) -> Non
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("stages", "layers", "message"),
+    [
+        (3, None, None),
+        (3, "1,1,1", None),
+        (2, "2, 1", None),
+        (4, None, "pipeline_parallel_size 4 is more than the 3 layers of the model"),
+        (2, "2,2", "pipeline_layers 2,2 deals 4 layers, but the model has 3"),
+        (2, "1,1,1", "pipeline_layers 1,1,1 is for 3 stages, pipeline_parallel_size is 2"),
+        (2, "3,0", "pipeline_layers must be positive numbers separated by commas, as 10,11,11; got '3,0'"),
+        (2, "3,", "pipeline_layers must be positive numbers separated by commas"),
+        (0, None, "pipeline_parallel_size must be at least 1, got 0"),
+    ],
+)
+def test_layers_that_stages_cannot_have(stages: int, layers: str | None, message: str | None) -> None:
+    model = ModelConfig(**MODEL | {"num_layers": 3})
+    if message is None:
+        ParallelConfig(pipeline_parallel_size=stages, pipeline_layers=layers).validate(model)
+        return
+    with pytest.raises(ConfigError) as caught:
+        ParallelConfig(pipeline_parallel_size=stages, pipeline_layers=layers).validate(model)
+    assert message in str(caught.value)
+
+
+def test_layers_of_stages_as_python_has_them() -> None:
+    made = EngineConfig.create("m", tensor_parallel_size=2, pipeline_parallel_size=3, pipeline_layers=[10, 11, 11])
+    assert made.parallel == ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=3, pipeline_layers="10,11,11")
+    assert (made.parallel.dealt_layers, made.parallel.ranks) == ((10, 11, 11), 6)
+
+
 def test_no_sequence_is_longer_than_a_model_has_positions() -> None:
     attention = AttentionConfig(**ATTENTION | {"position": "learned"})
     model = ModelConfig(**MODEL | {"attention": attention, "max_position_embeddings": 100, "position_offset": 2})

@@ -12,8 +12,10 @@ import pytest
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.block_manager import BlockManager
+from hasten.engine.inputs import BlockTables
 from hasten.engine.llm import LLM
 from hasten.engine.sequence import Sequence
+from hasten.engine.step_message import StepMessage, TableRows
 
 MakeSequence = Callable[..., Sequence]
 
@@ -74,6 +76,29 @@ class Shadow:
             assert self.slots[block][size - 1][-size:] == tokens
             if before in whole:  # the block before may have been handed out anew, and then nobody can come this far
                 assert self.slots[block][size - 1] == whole[before] + tokens
+
+
+class Follower:
+    """The block tables of another rank, which knows nothing but messages."""
+
+    def __init__(self, max_sequences: int, max_blocks: int = 64) -> None:
+        self.rows = TableRows(max_sequences)
+        self.tables = BlockTables(max_sequences, max_blocks)
+
+    def follow(self, batch: Batch) -> None:
+        """What arrives is what was sent, and the tables are those of the sequences then."""
+        message = StepMessage.of(batch, self.rows)
+        numbers = message.packed()
+        arrived = StepMessage.unpacked(numbers)
+        assert arrived == message
+        self.tables.apply(arrived.edits)
+        for row, sequence in zip(arrived.rows, batch.sequences, strict=True):
+            assert self.tables.array[row, : len(sequence.block_table)].tolist() == sequence.block_table
+
+
+@pytest.fixture(scope="session")
+def make_follower() -> type[Follower]:
+    return Follower
 
 
 @pytest.fixture(scope="session")

@@ -21,13 +21,11 @@ from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.beam import BeamSearch, Hypothesis, Move, candidate_count, go_on
 from hasten.engine.block_manager import BlockManager
-from hasten.engine.engine import _announcement
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
-from hasten.engine.worker import Message, Worker
 
 if TYPE_CHECKING:
-    from tests.engine.conftest import MakeSequence, Shadow
+    from tests.engine.conftest import Follower, MakeSequence, Shadow
 
 VOCAB = 24
 Tokens = tuple[int, ...]
@@ -189,24 +187,13 @@ class Job:
         return run(self.params, self.prompt) if self.width > 1 else []
 
 
-def record(batch: Batch) -> list[object]:
-    """All that ranks must agree on."""
-    work = [(s.key, n, list(s.block_table)) for s, n in zip(batch.sequences, batch.counts, strict=True)]
-    return [work, batch.needed, batch.sampled, batch.copies, [s.key for s in batch.preempted]]
-
-
-def message() -> Message:
-    return Message(tokens=[], finished=[], moves=[], added=[], prompt_tokens=None, stop=False)
-
-
 @dataclass
 class Ranks:
-    """Two ranks without a model, and a cache on paper."""
+    """Two ranks without a model, of which one follows, and a cache on paper."""
 
     scheduler: Scheduler
-    follower: Worker
+    follower: Follower
     cache: Shadow
-    pending: Message = field(default_factory=message)
     keys: dict[str, list[int]] = field(default_factory=dict)
     """Of the sequences of each unfinished request."""
     searches: dict[str, BeamSearch] = field(default_factory=dict)
@@ -214,7 +201,6 @@ class Ranks:
 
     def add(self, name: str, job: Job) -> None:
         leader = Sequence(Request(request_id=name, prompt_token_ids=job.prompt, params=job.params), seed=0)
-        self.pending["added"].append(_announcement(leader))
         self.scheduler.add(leader)
         self.keys[name] = [member.key for member in leader.unit]
         if job.width > 1:
@@ -222,22 +208,17 @@ class Ranks:
 
     def end(self, name: str) -> None:
         for key in self.keys.pop(name):
-            self.pending["finished"].append(key)
             self.scheduler.finish(key)
+            self.follower.rows.release(key)
 
     def step(self) -> None:
-        told, self.pending = self.pending, message()
-        for moves in told["moves"]:
-            self.scheduler.move(moves)
-        self.follower.apply(told)
-        batch, other = self.scheduler.schedule(), self.follower.scheduler.schedule()
-        assert record(batch) == record(other)
+        batch = self.scheduler.schedule()
+        self.follower.follow(batch)
         assert batch.num_tokens <= self.scheduler._max_tokens
         assert len(self.scheduler.running) <= self.scheduler.config.max_num_seqs
         self.check_together(batch)
         self.cache.run(batch)
-        for scheduler, chosen in ((self.scheduler, batch), (self.follower.scheduler, other)):
-            scheduler.advance(chosen)
+        self.scheduler.advance(batch)
         self.cache.check(self.scheduler._sequences.values())
         for sequence in [batch.sequences[place] for place in batch.sampled]:
             self.take(sequence)
@@ -256,7 +237,6 @@ class Ranks:
             return
         if sequence.beams is None:
             sequence.append(sequence.length % VOCAB)
-            self.pending["tokens"].append((sequence.key, sequence.token_ids[-1]))
             if sequence.output_len == sequence.params.max_tokens:
                 self.found[name] = []
                 self.end(name)
@@ -265,7 +245,7 @@ class Ranks:
         count = candidate_count(sequence.params, ())
         moves = take(search, sequence.key, candidates(tuple(sequence.token_ids), count))
         if moves:
-            self.pending["moves"].append(moves)
+            self.scheduler.move(moves)
         if search.done:
             self.found[name] = search.hypotheses
             self.end(name)
@@ -282,22 +262,19 @@ class Ranks:
             steps += 1
             assert steps < 3000
         self.step()
-        for scheduler in (self.scheduler, self.follower.scheduler):
-            assert scheduler.blocks.num_used == 0
-            assert not scheduler.has_work
+        assert self.scheduler.blocks.num_used == 0
+        assert not self.scheduler.has_work
 
 
 MakeRanks = Callable[..., Ranks]
 
 
 @pytest.fixture(scope="session")
-def make_ranks(shadow: type[Shadow]) -> MakeRanks:
+def make_ranks(shadow: type[Shadow], make_follower: type[Follower]) -> MakeRanks:
     def make(blocks: int, seqs: int, tokens: int, *, prefix_cache: bool) -> Ranks:
         config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens)
-        manager, other = (BlockManager(blocks, 4, enable_prefix_caching=prefix_cache) for _ in range(2))
-        follower = object.__new__(Worker)  # messages need its scheduler alone, not a model
-        follower.scheduler = Scheduler(config, other)
-        return Ranks(Scheduler(config, manager), follower, shadow(manager))
+        manager = BlockManager(blocks, 4, enable_prefix_caching=prefix_cache)
+        return Ranks(Scheduler(config, manager), make_follower(seqs), shadow(manager))
 
     return make
 

@@ -152,7 +152,7 @@ def assert_all(llm: LLM, right: list[Beams], right_others: list[list[int]]) -> i
     assert llm.engine.scheduler.blocks.num_used == 0
     assert not llm.engine.scheduler.has_work
     assert llm.engine._owners == {}
-    assert llm.engine._flight is None
+    assert not llm.engine._flights
     return llm.engine.scheduler.stats.preemptions - before
 
 

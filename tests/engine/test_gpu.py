@@ -25,8 +25,8 @@ from torch import Tensor
 from hasten import LLM, CapacityError, EngineError, RankError, RequestOutput, SamplingParams
 from hasten.bench import lambada
 from hasten.bench.engines import HastenEngine
-from hasten.engine.batch import Batch
 from hasten.engine.graphs import StepGraphs, StepOutput
+from hasten.engine.step_message import StepMessage
 
 pytestmark = pytest.mark.gpu
 
@@ -181,9 +181,9 @@ def test_steps_with_prompts_are_replayed(
     seen: Counter[tuple[bool, bool]] = Counter()
     replay = StepGraphs.replay
 
-    def counted(self: StepGraphs, batch: Batch, needed: list[int]) -> StepOutput | None:
-        output = replay(self, batch, needed)
-        seen[batch.num_tokens > len(batch.sequences), output is not None] += 1
+    def counted(self: StepGraphs, message: StepMessage) -> StepOutput | None:
+        output = replay(self, message)
+        seen[message.num_tokens > len(message.rows), output is not None] += 1
         return output
 
     monkeypatch.setattr(StepGraphs, "replay", counted)
@@ -481,6 +481,47 @@ def test_two_ranks_choose_the_tokens_of_one(
         for _ in range(2):
             assert tokens_of(llm.generate(PROMPTS, GREEDY)) == expected
         assert llm.engine.scheduler.blocks.num_used == 0
+    assert ranks_of(os.getpid()) == []
+
+
+STAGED = [
+    {},
+    {"enforce_eager": True},
+    {"overlap_steps": False},
+    {"block_size": 5, **CHUNKED},
+    {"pipeline_layers": "1,2", "max_num_seqs": 3},
+]
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("options", STAGED, ids=str)
+def test_two_stages_choose_the_tokens_of_one(
+    options: dict[str, Any], folder: Callable[[str], Path], on_cpu: Callable[[str], Tokens]
+) -> None:
+    params = [SamplingParams(**{"seed": 7, "max_tokens": COUNT, "ignore_eos": True, **chosen}) for chosen in SAMPLED]
+    prompts = PROMPTS[-len(params) :]
+    model = folder("12 heads of 64")
+    alone_options = {name: value for name, value in options.items() if name != "pipeline_layers"}
+    with on_gpu(model, **alone_options) as alone:
+        drawn = tokens_of(alone.generate(prompts, params))
+    with on_gpu(model, pipeline_parallel_size=2, **options) as llm:
+        for _ in range(2):
+            assert tokens_of(llm.generate(PROMPTS, GREEDY)) == on_cpu("12 heads of 64")
+        assert tokens_of(llm.generate(prompts, params)) == drawn
+        assert llm.engine.scheduler.blocks.num_used == 0
+    assert ranks_of(os.getpid()) == []
+
+
+@pytest.mark.multi_gpu
+def test_a_stage_that_dies_between_calls_ends_the_next_one(folder: Callable[[str], Path]) -> None:
+    with on_gpu(folder("8 heads of 8"), pipeline_parallel_size=2) as llm:
+        llm.generate("the")
+        (child,) = ranks_of(os.getpid())
+        os.kill(child, signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(RankError, match="rank 1 of 2"):
+            llm.generate("the")
+    assert time.monotonic() - start < LIMIT_S
     assert ranks_of(os.getpid()) == []
 
 

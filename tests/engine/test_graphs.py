@@ -19,6 +19,7 @@ from hasten.engine.graphs import Size, Sizes, StepOutput
 from hasten.engine.inputs import Inputs, Step
 from hasten.engine.runner import Runner
 from hasten.engine.sequence import Sequence
+from hasten.engine.step_message import StepMessage, TableRows
 from hasten.ops.packed import PackedLinear
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.plan import Planner
@@ -50,19 +51,19 @@ class PaddedSteps:
         self.sizes = sizes
         self.seen: Counter[bool | None] = Counter()
 
-    def replay(self, batch: Batch, needed: list[int]) -> StepOutput | None:
-        size = self.sizes.of(batch, needed)
+    def replay(self, message: StepMessage) -> StepOutput | None:
+        size = self.sizes.of(message)
         self.seen[None if size is None else size.outputs is None] += 1
         if size is None:
             return None
         inputs = self.runner._inputs
-        step = inputs.step(batch, needed)
+        step = inputs.step(message)
         padded = step.padded(size.tokens, size.outputs)
         tokens = inputs.sent(padded)
         if inputs.planner is not None:
             tokens = inputs.seen(padded, in_sections(inputs, size, step))
         compute = self.runner._decode if size.outputs is None else self.runner._mixed
-        return compute(tokens).first(sum(needed))
+        return compute(tokens).first(sum(message.needed))
 
 
 def in_sections(inputs: Inputs, size: Size, step: Step) -> dict[str, Tensor]:
@@ -184,4 +185,4 @@ def batch(make: MakeSequence, work: list[tuple[int, int]]) -> Batch:
 )
 def test_the_size_of_a_step(work: list[tuple[int, int]], size: Size | None, make_sequence: MakeSequence) -> None:
     made = batch(make_sequence, work)
-    assert Sizes.up_to(32, 100).of(made, made.needed) == size
+    assert Sizes.up_to(32, 100).of(StepMessage.of(made, TableRows(40))) == size

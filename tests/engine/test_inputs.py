@@ -19,6 +19,7 @@ from hasten.engine.graphs import Size, decode_sizes, mixed_sizes
 from hasten.engine.inputs import BlockTables, Inputs, Tokens
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
+from hasten.engine.step_message import StepMessage, TableRows
 from hasten.ops import transfer
 from hasten.ops.plan import Planner
 from hasten.ops.transfer import Sections
@@ -165,8 +166,9 @@ def test_every_batch_of_a_busy_scheduler(seed: int, planned: bool, overlap: bool
     run = busy(make_sequence, overlap=overlap, seed=seed, block_size=block_size, blocks=blocks)
     inputs = Inputs(BlockTables(run.most, 20), block_size, PLANNER if planned else None, CPU)
     seen: dict[str, int] = defaultdict(int)
+    rows = TableRows(run.most)
     for batch in run.steps():
-        tokens = inputs.tokens(batch, batch.needed)
+        tokens = inputs.tokens(StepMessage.of(batch, rows))
         work = [(s, s.num_computed, s.num_computed + n) for s, n in zip(batch.sequences, batch.counts, strict=True)]
         ids = [token for s, first, end in work for token in run.truth[s.key][first:end]]
         assert ops.resolve_ids(tokens.ids, run.chosen).tolist() == ids
@@ -183,15 +185,15 @@ def test_every_batch_of_a_busy_scheduler(seed: int, planned: bool, overlap: bool
             needed = zip(work, batch.needed, strict=True)
             expect_meta(last, [(s, end - n, end) for (s, _, end), n in needed if n], block_size, blocks)
             assert last.output_indices is not None
-            rows = [
+            last_rows = [
                 row
                 for end, n in zip(np.cumsum(batch.counts).tolist(), batch.needed, strict=True)
                 for row in range(end - n, end)
             ]
-            assert last.output_indices.tolist() == rows
+            assert last.output_indices.tolist() == last_rows
             assert last.output_part is None
             if planned:
-                expect_plan(last, rows, tokens.meta.block_tables)
+                expect_plan(last, last_rows, tokens.meta.block_tables)
         if planned:
             expect_plan(tokens.meta, list(range(batch.num_tokens)), tokens.meta.block_tables)
         else:
@@ -210,29 +212,6 @@ def test_every_batch_of_a_busy_scheduler(seed: int, planned: bool, overlap: bool
     assert run.blocks.prefix_hits > 0
     assert seen.pop("pending") > 0 or not overlap
     assert all(seen.values()), dict(seen)
-
-
-def test_rows_of_tables_are_kept_while_there_is_room_and_follow_every_change(make_sequence: MakeSequence) -> None:
-    tables = BlockTables(2, 4)
-    one, two, three = (make_sequence([1]) for _ in range(3))
-    for key, sequence in enumerate((one, two, three)):
-        sequence.key = key
-    one.block_table, two.block_table, three.block_table = [5], [6, 7], [9]
-    rows = tables.rows([one, two])
-    assert len(set(rows)) == 2
-    assert tables.array[rows[0], :1].tolist() == [5]
-    assert tables.array[rows[1], :2].tolist() == [6, 7]
-    one.block_table += [8, 3]  # more of them: the version stays
-    two.block_table = [6, 1]  # one is another: the version changes
-    two.table_version += 1
-    assert tables.rows([two, one]) == rows[::-1]
-    assert tables.array[rows[0], :3].tolist() == [5, 8, 3]
-    assert tables.array[rows[1], :2].tolist() == [6, 1]
-    (row,) = tables.rows([three])  # takes the place of one that does not run
-    assert tables.array[row, 0] == 9
-    again = tables.rows([three, two])
-    assert sorted(again) == [0, 1]
-    assert tables.array[again[1], :2].tolist() == [6, 1]
 
 
 @pytest.mark.parametrize(("tokens", "sequences"), [(1, 1), (12, 1), (12, 5), (12, 12), (900, 3)])
@@ -314,15 +293,16 @@ def test_padded_steps_in_their_sections(room: int, overlap: bool, make_sequence:
     run = busy(make_sequence, overlap=overlap, seed=2, block_size=BLOCK_SIZE, blocks=blocks, max_num_seqs=8)
     inputs = Inputs(BlockTables(run.most, 20), BLOCK_SIZE, PLANNER, CPU)
     seen: dict[str, int] = defaultdict(int)
+    rows = TableRows(run.most)
     for batch in run.steps():
         kind = kind_of(batch)
+        step = inputs.step(StepMessage.of(batch, rows))
         seen[kind] += 1
         if kind == "prompt logits":
             continue
         count, outputs = batch.num_tokens, sum(batch.needed)
         size = Size(count + room, None if kind == "single tokens" else min(count + room, outputs + room))
         sections = inputs.sections(size.tokens, size.outputs, 8 + room)
-        step = inputs.step(batch, batch.needed)
         arrays = size.arrays(inputs, step)
         assert sections.hold(arrays)
         whole = torch.full((sections.total,), GARBAGE, dtype=torch.int32)

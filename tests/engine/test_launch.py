@@ -62,7 +62,7 @@ def test_engines_divide_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         torch.set_num_threads(6)
         ranks = Ranks(RankInfo(0, 1, 3, LOCAL, 0, 1), None, "cpu")
-        assert (ranks.engines, ranks.group.size, torch.get_num_threads()) == (3, 1, 2)
+        assert (ranks.engines, ranks.world.size, torch.get_num_threads()) == (3, 1, 2)
         ranks.leave()
         assert torch.get_num_threads() == 6
         monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "6")

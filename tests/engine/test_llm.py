@@ -96,7 +96,7 @@ def assert_nothing_is_left(llm: LLM) -> None:
     assert not llm.engine.has_unfinished
     assert not llm.engine.scheduler.has_work
     assert llm.engine._owners == {}
-    assert llm.engine._flight is None
+    assert not llm.engine._flights
 
 
 @pytest.fixture(autouse=True)
@@ -670,10 +670,10 @@ def test_an_engine_may_be_closed_with_a_step_in_flight(tiny_bloom: Path) -> None
         llm = LLM(tiny_bloom, overlap_steps=True, tensor_parallel_size=ranks, device="cpu")
         stream = llm.stream(PROMPTS[0], GREEDY)
         next(stream)
-        assert llm.engine._flight is not None
+        assert llm.engine._flights
         engine = llm.engine
         llm.close()
-        assert engine._flight is None
+        assert not engine._flights
         with pytest.raises(EngineError, match="closed"):
             next(stream)
 
@@ -909,7 +909,7 @@ def test_the_same_id_twice(llm: LLM) -> None:
         llm.engine.add(request)
     output = llm.engine.abort("mine")
     assert output is not None
-    assert (output.finished, output.outputs) == (False, [])
+    assert [(c.finish_reason, c.token_ids) for c in output.outputs] == [(FinishReason.ABORT, [])]
     assert llm.engine.abort("mine") is None
 
 

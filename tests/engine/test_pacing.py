@@ -139,11 +139,10 @@ class Server:
         self.pacer = Pacer(self.target, MAX_TOKENS)
 
     def step(self, *added: Sequence) -> None:
-        limit = self.pacer.prompt_tokens(self.scheduler, added, self.now)
         for new in added:
             new.due = self.pacer.due(new, self.scheduler)
-        for new in added:
             self.scheduler.add(new)
+        limit = self.pacer.prompt_tokens(self.scheduler, self.now)
         batch = self.scheduler.schedule(limit)
         if not batch.sequences:
             return
@@ -225,9 +224,12 @@ def test_prompts_that_wait_for_long_make_steps_longer() -> None:
     server.warm_up()
     waiting = [sequence(str(number), 2000, 2, server.now) for number in range(10)]
     pacer, scheduler = server.pacer, server.scheduler
-    soon = pacer.prompt_tokens(scheduler, waiting, server.now)
-    late = pacer.prompt_tokens(scheduler, waiting[:1], server.now + 1)
-    all_late = pacer.prompt_tokens(scheduler, waiting, server.now + 1)
+    scheduler.add(waiting[0])
+    late = pacer.prompt_tokens(scheduler, server.now + 1)
+    for new in waiting[1:]:
+        scheduler.add(new)
+    soon = pacer.prompt_tokens(scheduler, server.now)
+    all_late = pacer.prompt_tokens(scheduler, server.now + 1)
     assert soon is not None
     assert late is not None
     assert all_late is not None
@@ -240,9 +242,10 @@ def test_what_has_begun_to_answer_is_not_late() -> None:
     server = Server(compute_bound, target=0.02)
     server.warm_up()
     answering = sequence("answering", 2000, 20, server.now)
-    soon = server.pacer.prompt_tokens(server.scheduler, [answering], server.now)
+    server.scheduler.add(answering)
+    soon = server.pacer.prompt_tokens(server.scheduler, server.now)
     answering.append(1)
-    assert server.pacer.prompt_tokens(server.scheduler, [answering], server.now + 1) == soon
+    assert server.pacer.prompt_tokens(server.scheduler, server.now + 1) == soon
 
 
 def test_beams_whose_prompt_is_not_computed_do_not_decode() -> None:
@@ -272,7 +275,8 @@ def test_beams_that_wait_for_their_moves_decode() -> None:
     for beam in leader.beams.members:
         beam.num_computed = beam.length
     assert [beam.uncomputed for beam in server.scheduler.running] == [0] * 4
-    assert server.pacer.prompt_tokens(server.scheduler, [sequence("new", 5000, 2)], server.now) is not None
+    server.scheduler.add(sequence("new", 5000, 2))
+    assert server.pacer.prompt_tokens(server.scheduler, server.now) is not None
 
 
 def test_no_prompt_starves_under_a_load_of_short_ones() -> None:

@@ -115,7 +115,7 @@ def test_less_is_held_and_the_log_says_of_what(tiny_bloom: Path, caplog: pytest.
         model: Any = llm.engine.worker.runner.model
     message = next(record.getMessage() for record in caplog.records if "loaded" in record.getMessage())
     assert "GB of weights as int8 and torch.float32 in" in message
-    held = model.layers[0].mlp.up.packed
+    held = model.layers["0"].mlp.up.packed
     assert held.plain.dtype == torch.int8
     assert held.blocked is None
     assert model.head.packed.plain.data_ptr() == model.embedding.weight.values.data_ptr()
@@ -132,7 +132,7 @@ def test_experts_stay_in_full_precision_and_the_log_says_so(
     ):
         assert len(llm.generate([PROMPTS[1]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == 4
         model: Any = llm.engine.worker.runner.model
-        layer = model.layers[0]
+        layer = model.layers["0"]
     assert layer.experts.packed.linears[0][0].scales is None
     assert layer.experts.shared.down.packed.scales is not None
     assert "quantization int8: the experts of the mixture are in torch.float32" in caplog.text

@@ -17,13 +17,11 @@ from hasten.core.errors import CapacityError
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.block_manager import BlockManager
-from hasten.engine.engine import _announcement
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
-from hasten.engine.worker import Message, Worker
 
 if TYPE_CHECKING:
-    from tests.engine.conftest import Shadow
+    from tests.engine.conftest import Follower, Shadow
 
 SIZE = 4
 
@@ -50,7 +48,7 @@ def next_token(sequence: Sequence) -> int:
 
 
 def record(batch: Batch) -> list[object]:
-    """All that ranks must agree on."""
+    """All that a step consists of."""
     work = [(s.key, s.index, n, list(s.block_table)) for s, n in zip(batch.sequences, batch.counts, strict=True)]
     return [work, batch.needed, batch.sampled, batch.copies, [s.key for s in batch.preempted]]
 
@@ -59,13 +57,12 @@ def record(batch: Batch) -> list[object]:
 class Run:
     """An engine without a model: the next token is worked out from those before it.
 
-    With `overlap`, what a step chose is told to the scheduler after the next one is launched. Beside it goes the
-    scheduler of another rank, which knows nothing but the messages.
+    With `overlap`, what a step chose is told to the scheduler after the next one is launched. Another rank follows.
     """
 
     scheduler: Scheduler
     cache: Shadow
-    follower: Worker
+    follower: Follower
     overlap: bool = False
     prompt_tokens: int | None = None
     """Limit of prompt tokens per step; with one, short prompts overtake long ones."""
@@ -76,9 +73,6 @@ class Run:
     flight: list[tuple[Sequence, int]] = field(default_factory=list)
     """What the last launched step chose: the device still has it, and perhaps the device alone."""
     collected: bool = True
-    message: Message = field(
-        default_factory=lambda: Message(tokens=[], finished=[], moves=[], added=[], prompt_tokens=None, stop=False)
-    )
 
     def add(self, name: str, job: Job) -> None:
         params = SamplingParams(
@@ -88,19 +82,17 @@ class Run:
         sequence = Sequence(Request(request_id=name, prompt_token_ids=job.prompt, params=params), seed=0)
         if self.prompt_tokens is not None:
             sequence.due = self.scheduler.prompt_tokens + sequence.length
-        self.message["added"].append(_announcement(sequence))
         self.scheduler.add(sequence)
 
     def abort(self, name: str) -> None:
-        self.tell()  # an engine would drop what it has not told the other ranks; here they all have it
         for sequence in list(self.scheduler._sequences.values()):
             if sequence.request_id == name:
                 self.finish(sequence)
         self.check()
 
     def finish(self, sequence: Sequence) -> None:
-        self.message["finished"].append(sequence.key)
         self.scheduler.finish(sequence.key)
+        self.follower.rows.release(sequence.key)
 
     @contextmanager
     def as_the_device_knows_them(self) -> Iterator[None]:
@@ -144,28 +136,13 @@ class Run:
         assert running_before[left:] == batch.preempted[::-1] == list(scheduler.waiting)[: len(batch.preempted)]
         return batch
 
-    def tell(self) -> None:
-        """Bring the other rank up to date."""
-        message, self.message = (
-            self.message,
-            Message(tokens=[], finished=[], moves=[], added=[], prompt_tokens=None, stop=False),
-        )
-        self.follower.apply(message)
-
-    def follow(self, batch: Batch) -> None:
-        """The other rank chooses the same."""
-        self.tell()
-        other = self.follower.scheduler.schedule(self.prompt_tokens)
-        assert record(other) == record(batch)
-        self.follower.scheduler.advance(other)
-
     def step(self) -> Batch:
         if any(self.wanted[sequence.request_id].penalized for sequence, _ in self.flight):
             self.collect()
         batch = self.schedule()
         self.first_seen += [s.request_id for s in batch.sequences if s.request_id not in self.first_seen]
         self.log.append(record(batch))
-        self.follow(batch)
+        self.follower.follow(batch)
         with self.as_the_device_knows_them():
             self.cache.run(batch)
             chosen = [(sequence, next_token(sequence)) for sequence in (batch.sequences[i] for i in batch.sampled)]
@@ -185,7 +162,6 @@ class Run:
             if self.scheduler.get(sequence.key) is None:
                 continue
             sequence.append(token)
-            self.message["tokens"].append((sequence.key, token))
             output = sequence.token_ids[sequence.prompt_len :]
             if len(output) == self.wanted[sequence.request_id].output:
                 self.outputs[sequence.request_id, sequence.index] = output
@@ -204,18 +180,16 @@ class Run:
                 self.step()
             steps += 1
             assert steps < 2000
-        self.tell()
-        for scheduler in (self.scheduler, self.follower.scheduler):
-            assert scheduler.blocks.num_used == 0
-            assert not scheduler.has_work
-            assert scheduler.schedule().sequences == []
+        assert self.scheduler.blocks.num_used == 0
+        assert not self.scheduler.has_work
+        assert self.scheduler.schedule().sequences == []
 
 
 MakeRun = Callable[..., Run]
 
 
 @pytest.fixture(scope="session")
-def make_run(shadow: type[Shadow]) -> MakeRun:
+def make_run(shadow: type[Shadow], make_follower: type[Follower]) -> MakeRun:
     def make(
         blocks: int = 64,
         seqs: int = 8,
@@ -226,10 +200,8 @@ def make_run(shadow: type[Shadow]) -> MakeRun:
         prompt_tokens: int | None = None,
     ) -> Run:
         config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens)
-        manager, other = (BlockManager(blocks, SIZE, enable_prefix_caching=prefix_cache) for _ in range(2))
-        follower = object.__new__(Worker)  # messages need its scheduler alone, not a model
-        follower.scheduler = Scheduler(config, other)
-        return Run(Scheduler(config, manager), shadow(manager), follower, overlap, prompt_tokens)
+        manager = BlockManager(blocks, SIZE, enable_prefix_caching=prefix_cache)
+        return Run(Scheduler(config, manager), shadow(manager), make_follower(seqs), overlap, prompt_tokens)
 
     return make
 

@@ -1,8 +1,7 @@
 """Layers with weights, alone and as ranks that share one. Shapes: t tokens, h hidden, v vocabulary."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import Barrier
 from typing import TypeVar
@@ -22,7 +21,7 @@ from hasten.layers.linear import ColumnLinear, PackedModule, RowLinear
 from hasten.layers.norm import LayerNorm
 from hasten.layers.position import alibi_slopes
 from hasten.ops import NONE_LEFT, reference
-from hasten.parallel.groups import TensorGroup, use_group
+from hasten.parallel.groups import ALONE, TensorGroup
 from hasten.parallel.shard import Split, padded_vocab, split
 
 ATTENTION = AttentionConfig(num_heads=12, num_kv_heads=12, head_size=4)
@@ -70,13 +69,13 @@ Built = TypeVar("Built")
 Found = TypeVar("Found")
 
 
-def on_ranks(size: int, build: Callable[[int], Built], run: Callable[[Built], Found]) -> list[Found]:
-    """What `run` finds on every rank, with what `build` made there."""
+def on_ranks(size: int, build: Callable[[TensorGroup], Built], run: Callable[[Built], Found]) -> list[Found]:
+    """What `run` finds on every rank, with what `build` made there for the rank's group."""
     meeting = Meeting(size)
     built = []
     for rank in range(size):
-        with rank_of(Together(rank, size, meeting=meeting)):
-            built.append(build(rank))
+        with torch.inference_mode():
+            built.append(build(Together(rank, size, meeting=meeting)))
 
     def one(rank: int) -> Found:
         try:
@@ -88,12 +87,6 @@ def on_ranks(size: int, build: Callable[[int], Built], run: Callable[[Built], Fo
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(one, range(size)))
-
-
-@contextmanager
-def rank_of(group: TensorGroup) -> Iterator[None]:
-    with use_group(group), torch.inference_mode():
-        yield
 
 
 def settled(layer: RowLinear, made: Tensor | ops.PartialSum) -> Tensor:
@@ -135,10 +128,10 @@ def test_embedding_and_head_of_all_ranks_are_those_of_one(size: int, vocab: int)
     weight_vh, ids_t = draw(vocab, HIDDEN), torch.tensor([0, 12, 6, 7, 3])
     weight_h, bias_h = draw(HIDDEN), draw(HIDDEN) + 1
 
-    def build(rank: int) -> tuple[Embedding, LayerNorm, Head]:
-        embedding, head = Embedding(vocab, HIDDEN), Head(vocab, HIDDEN, tied=None)
-        norm = LayerNorm(HIDDEN, eps=1e-5)
-        shard = split(weight_vh, Split.VOCAB, rank, size, ATTENTION)
+    def build(group: TensorGroup) -> tuple[Embedding, LayerNorm, Head]:
+        embedding, head = Embedding(vocab, HIDDEN, group=group), Head(vocab, HIDDEN, tied=None, group=group)
+        norm = LayerNorm(HIDDEN, eps=1e-5, group=group)
+        shard = split(weight_vh, Split.VOCAB, group.rank, size, ATTENTION)
         fill(embedding, weight=shard)
         fill(norm, weight=weight_h, bias=bias_h)
         fill(head, weight=shard)
@@ -165,11 +158,11 @@ def test_learned_positions_are_added_once_however_many_ranks(size: int, offset: 
     positions_t = torch.tensor([3, 4, 0, 1, 4])
     weight_h, bias_h = draw(HIDDEN), draw(HIDDEN) + 1
 
-    def build(rank: int) -> tuple[Embedding, LayerNorm]:
-        embedding = Embedding(13, HIDDEN, positions=5 + offset, position_offset=offset)
-        norm = LayerNorm(HIDDEN, eps=1e-5)
+    def build(group: TensorGroup) -> tuple[Embedding, LayerNorm]:
+        embedding = Embedding(13, HIDDEN, positions=5 + offset, position_offset=offset, group=group)
+        norm = LayerNorm(HIDDEN, eps=1e-5, group=group)
         fill(norm, weight=weight_h, bias=bias_h)
-        fill(embedding, weight=split(weight_vh, Split.VOCAB, rank, size, ATTENTION), positions=positions_ph)
+        fill(embedding, weight=split(weight_vh, Split.VOCAB, group.rank, size, ATTENTION), positions=positions_ph)
         return embedding, norm
 
     def run(built: tuple[Embedding, LayerNorm]) -> tuple[Tensor, Tensor]:
@@ -187,12 +180,12 @@ def test_learned_positions_are_added_once_however_many_ranks(size: int, offset: 
 def test_a_head_with_a_bias_and_scaled_logits(size: int, tied: bool) -> None:
     weight_vh, bias_v, x_rh = draw(13, HIDDEN), draw(13), draw(5, HIDDEN)
 
-    def build(rank: int) -> Head:
-        embedding = Embedding(13, HIDDEN)
-        head = Head(13, HIDDEN, tied=embedding if tied else None, bias=True, scale=0.7, softcap=1.5)
-        weight = split(weight_vh, Split.VOCAB, rank, size, ATTENTION)
+    def build(group: TensorGroup) -> Head:
+        embedding, tie = Embedding(13, HIDDEN, group=group), tied or None
+        head = Head(13, HIDDEN, tied=tie and embedding, bias=True, scale=0.7, softcap=1.5, group=group)
+        weight = split(weight_vh, Split.VOCAB, group.rank, size, ATTENTION)
         fill(embedding, weight=weight)
-        fill(head, bias=split(bias_v, Split.VOCAB, rank, size, ATTENTION), **({} if tied else {"weight": weight}))
+        fill(head, bias=split(bias_v, Split.VOCAB, group.rank, size, ATTENTION), **({} if tied else {"weight": weight}))
         return head
 
     found, *others = on_ranks(size, build, lambda head: head(x_rh))
@@ -224,7 +217,7 @@ def test_every_rank_knows_the_most_probable_token_of_all(size: int, vocab: int) 
         assert tokens_r.dtype == torch.int32
         return tokens_r.tolist()
 
-    assert on_ranks(size, lambda _: Head(vocab, HIDDEN, tied=None), run) == [expected] * size
+    assert on_ranks(size, lambda group: Head(vocab, HIDDEN, tied=None, group=group), run) == [expected] * size
 
 
 @pytest.mark.parametrize("rows", [40, 4096])
@@ -259,16 +252,16 @@ def test_an_mlp_of_all_ranks_is_that_of_one(size: int, bias: bool) -> None:
     x_th, residual_th = draw(5, HIDDEN), draw(5, HIDDEN) * 9
     rows_t = torch.tensor([4, 0, 2, 2, 1])
 
-    def build(rank: int) -> tuple[ColumnLinear, RowLinear]:
-        column = ColumnLinear(HIDDEN, inner, bias=bias, activation="gelu_tanh")
-        row = RowLinear(inner, HIDDEN, bias=bias)
-        biases = split(up_bias, Split.COLUMN, rank, size, ATTENTION), down_bias
+    def build(group: TensorGroup) -> tuple[ColumnLinear, RowLinear]:
+        column = ColumnLinear(HIDDEN, inner, bias=bias, activation="gelu_tanh", group=group)
+        row = RowLinear(inner, HIDDEN, bias=bias, group=group)
+        biases = split(up_bias, Split.COLUMN, group.rank, size, ATTENTION), down_bias
         fill(
             column,
-            weight=split(up, Split.COLUMN, rank, size, ATTENTION),
+            weight=split(up, Split.COLUMN, group.rank, size, ATTENTION),
             **({"bias": biases[0]} if bias else {}),
         )
-        fill(row, weight=split(down, Split.ROW, rank, size, ATTENTION), **({"bias": biases[1]} if bias else {}))
+        fill(row, weight=split(down, Split.ROW, group.rank, size, ATTENTION), **({"bias": biases[1]} if bias else {}))
         return column, row
 
     def run(built: tuple[ColumnLinear, RowLinear]) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,15 +308,15 @@ def part(meta: ops.AttentionMeta, count: int) -> ops.AttentionMeta:
     )
 
 
-def make_attention(rank: int = 0, size: int = 1) -> Attention:
-    """This rank's shard of one attention layer over a cache of zeros; call it inside `rank_of`."""
-    layer = Attention(HIDDEN, ATTENTION)
+def make_attention(group: TensorGroup = ALONE) -> Attention:
+    """This rank's shard of one attention layer over a cache of zeros."""
+    layer, size = Attention(HIDDEN, ATTENTION, group=group), group.size
     width = 3 * HIDDEN
     fill(
         layer,
-        qkv__weight=split(draw(width, HIDDEN), Split.QKV, rank, size, ATTENTION),
-        qkv__bias=split(draw(width), Split.QKV, rank, size, ATTENTION),
-        dense__weight=split(draw(HIDDEN, HIDDEN), Split.ROW, rank, size, ATTENTION),
+        qkv__weight=split(draw(width, HIDDEN), Split.QKV, group.rank, size, ATTENTION),
+        qkv__bias=split(draw(width), Split.QKV, group.rank, size, ATTENTION),
+        dense__weight=split(draw(HIDDEN, HIDDEN), Split.ROW, group.rank, size, ATTENTION),
         dense__bias=draw(HIDDEN),
     )
     key_cache, value_cache = torch.zeros(2, 4, BLOCK_SIZE, layer.num_kv_heads, layer.head_size)
@@ -359,14 +352,14 @@ def test_attention_of_all_ranks_in_any_chunks_is_that_of_one_without_a_cache(siz
             first += count
         return torch.cat(found).double()
 
-    for found_th in on_ranks(size, lambda rank: make_attention(rank, size), run):
+    for found_th in on_ranks(size, make_attention, run):
         torch.testing.assert_close(found_th, expected_attention(x_th, residual_th), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_the_last_layer_computes_what_is_asked_for_and_writes_all(count: int) -> None:
     x_th, residual_th = draw(9, HIDDEN) * 3, draw(9, HIDDEN)
-    with rank_of(TensorGroup()):
+    with torch.inference_mode():
         whole, some = make_attention(), make_attention()
         meta = one_sequence(0, 9)
         expected_th = whole(x_th, torch.arange(9), meta, residual_th, last=True)
@@ -382,8 +375,8 @@ def test_the_last_layer_computes_what_is_asked_for_and_writes_all(count: int) ->
 def test_slopes_go_with_their_heads(size: int) -> None:
     shards = []
     for rank in range(size):
-        with rank_of(TensorGroup(rank, size)), torch.device("meta"):
-            slopes_n = Attention(HIDDEN, ATTENTION).slopes_n
+        with torch.device("meta"):
+            slopes_n = Attention(HIDDEN, ATTENTION, group=TensorGroup(rank, size)).slopes_n
         assert slopes_n is not None
         shards.append(slopes_n)
     assert torch.equal(torch.cat(shards), alibi_slopes(12))

@@ -11,6 +11,7 @@ from hasten.bench import lambada
 from hasten.bench.engines import HastenEngine, HuggingFaceEngine
 from hasten.engine.llm import LLM
 from hasten.layers.attention import Attention
+from hasten.layers.norm import LayerNorm
 from hasten.layers.position import alibi_slopes
 from hasten.models.bloom import BloomBlock, BloomForCausalLM
 from hasten.ops import reference
@@ -79,7 +80,7 @@ def assert_ruined(
 
 
 def blocks(model: BloomForCausalLM) -> list[BloomBlock]:
-    return [layer for layer in model.layers if isinstance(layer, BloomBlock)]
+    return [layer for layer in model.layers.values() if isinstance(layer, BloomBlock)]
 
 
 def attentions(model: BloomForCausalLM) -> list[Attention]:
@@ -145,6 +146,7 @@ def swap_in_layer(number: int) -> SwapNorms:
 
 def swap_ends(model: BloomForCausalLM) -> None:
     """Swap the norm behind the embedding and the last one; a second call undoes it."""
+    assert isinstance(model.final_norm, LayerNorm)
     model.embedding_norm, model.final_norm = model.final_norm, model.embedding_norm
 
 

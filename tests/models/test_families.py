@@ -21,7 +21,7 @@ from hasten.core.errors import CheckpointError, UnsupportedError
 from hasten.layers.experts import Experts
 from hasten.models.hf_config import Fields
 from hasten.models.registry import architecture_of, model_class
-from hasten.parallel.groups import TensorGroup, use_group
+from hasten.parallel.groups import ParallelGroups, TensorGroup
 from hasten.parallel.shard import shard_shape
 
 ALL = (cases_llama.CASES, cases_gpt2.CASES, cases_parallel.CASES, cases_experts.CASES)
@@ -188,8 +188,8 @@ def test_the_map_is_that_of_the_module_and_of_hugging_face(name: str, size: int,
     folder = make_model(family, **options)
     config = read_hf_config(folder)
     cls = model_class(config.architecture)
-    with use_group(TensorGroup(rank=size - 1, size=size)), torch.device("meta"):
-        model = cls(config)
+    with torch.device("meta"):
+        model = cls(config, ParallelGroups(tensor=TensorGroup(size - 1, size)))
     weight_map = cls.weight_map(config)
     mapped = {
         spec.name: shard_shape(spec.shape(config), spec.split, size, config.attention) for spec in weight_map.specs

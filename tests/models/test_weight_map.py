@@ -9,7 +9,7 @@ from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.models.bloom import BloomForCausalLM
 from hasten.models.registry import model_class
 from hasten.models.weight_map import TRANSPOSED, WeightMap, WeightSpec, linear
-from hasten.parallel.groups import TensorGroup, use_group
+from hasten.parallel.groups import ParallelGroups, TensorGroup
 from hasten.parallel.shard import Split, shard_shape, split
 
 MODELS = ["tiny_bloom", "tiny_bloom_12_heads", "tiny_bloom_untied", "tiny_bloom_post_norm", "tiny_bloom_odd_vocab"]
@@ -24,8 +24,8 @@ def folder(request: pytest.FixtureRequest) -> Path:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_map_names_every_parameter_of_the_model_with_its_shape(folder: Path, size: int) -> None:
     config = read_hf_config(folder)
-    with use_group(TensorGroup(rank=size - 1, size=size)), torch.device("meta"):
-        model = model_class(config.architecture)(config)
+    with torch.device("meta"):
+        model = model_class(config.architecture)(config, ParallelGroups(tensor=TensorGroup(size - 1, size)))
     mapped = {
         spec.name: shard_shape(spec.shape(config), spec.split, size, config.attention)
         for spec in BloomForCausalLM.weight_map(config).specs

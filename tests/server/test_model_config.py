@@ -57,7 +57,7 @@ def with_parameters(**parameters: str) -> Any:
 
 def test_the_configuration_of_the_article() -> None:
     made = config(ARTICLE, "fastertransformer")
-    assert engine_options(made) == {"tensor_parallel_size": 2, "dtype": "fp16"}
+    assert engine_options(made) == {"tensor_parallel_size": 2, "pipeline_parallel_size": 1, "dtype": "fp16"}
     assert made.max_batch_size == 64
     assert [tensor.name for tensor in made.input][:4] == [
         "input_ids", "input_lengths", "request_output_len", "runtime_top_k",
@@ -178,7 +178,8 @@ def test_json_that_is_no_configuration(text: str) -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"pipeline_para_size": "2"}, "'pipeline_para_size' is '2', but must be 1: there is tensor parallelism alone"),
+        ({"pipeline_para_size": "two"}, "'pipeline_para_size' must be a whole number, got 'two'"),
+        ({"pipeline_para_size": "2", "pipeline_parallel_size": "2"}, "says the same as another one"),
         ({"int8_mode": "2"}, "'int8_mode' is '2', but must be 0 or 1: 2 is SmoothQuant, whose int8 files are not read"),
         ({"int8_mode": "1", "quantization": "int8"}, "'quantization' says the same as another one"),
         ({"model_type": "T5"}, "'model_type' is 'T5', but must be GPT or GPT-J or GPT-NeoX"),
@@ -200,7 +201,8 @@ def test_a_wrong_parameter_is_named(parameters: dict[str, str], message: str) ->
 
 def test_every_option_of_the_engine_is_a_parameter_and_back() -> None:
     engine = EngineConfig.create(
-        "/m", tokenizer="/t", tensor_parallel_size=4, dtype="bf16", device="cuda:1", verify_checksums=False, seed=7,
+        "/m", tokenizer="/t", tensor_parallel_size=4, pipeline_parallel_size=2, pipeline_layers="3,1",
+        dtype="bf16", device="cuda:1", verify_checksums=False, seed=7,
         block_size=32, kv_cache_memory=1 << 30, gpu_memory_utilization=0.5, enable_prefix_caching=False, max_num_seqs=9,
         max_num_batched_tokens=99, max_model_len=512, overlap_steps=True, enforce_eager=True, load_format="dummy",
         quantization="int8",

@@ -20,6 +20,7 @@ from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.inputs import BlockTables, Inputs
 from hasten.engine.sequence import Sequence
+from hasten.engine.step_message import StepMessage, TableRows
 from hasten.layers.position import alibi_slopes
 from hasten.ops import (
     AttentionMeta,
@@ -373,7 +374,8 @@ def _meta(setting: Setting, lengths: list[tuple[int, int]], blocks: int) -> Atte
         made.key, made.num_computed = key, length - new
         made.block_table = [free.pop() for _ in range(-(-length // _BLOCK_SIZE))]
         batch.add(made, new, [])
-    return inputs.tokens(batch, batch.counts).meta
+    message = StepMessage.of(batch, TableRows(len(lengths)))
+    return inputs.tokens(replace(message, needed=batch.counts)).meta
 
 
 def _add_norm(setting: Setting, rows: int, *, rms: bool = False, products: int = 1) -> Case:

@@ -1,7 +1,7 @@
 """From a folder to the tensors of one rank: map, source and number of ranks."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -98,13 +98,20 @@ def _warn_of_settings(folder: Path) -> None:
 
 
 def rank_tensors(
-    checkpoint: Checkpoint, rank: int, size: int, dtype: torch.dtype, *, expert_parallel: bool = False
+    checkpoint: Checkpoint,
+    rank: int,
+    size: int,
+    dtype: torch.dtype,
+    *,
+    expert_parallel: bool = False,
+    names: Container[str] | None = None,
 ) -> Iterator[tuple[str, Weight]]:
     """Every parameter's name with rank `rank`'s shard of it, file by file: quantized where it is stored so.
 
-    All others are in `dtype`. With `expert_parallel`, ranks get whole experts. A tensor is contiguous and may be a view
-    of a mapped file, so copy it before changing it. The files that this rank reads, and no others, are first compared
-    with the manifest. ConfigError if `size` does not divide the model, ChecksumError for a changed file.
+    All others are in `dtype`. With `expert_parallel`, ranks get whole experts. With `names`, only parameters of these
+    names come; a tied head that is among them gets the embedding's values. A tensor is contiguous and may be a view of
+    a mapped file, so copy it before changing it. The files that this rank reads, and no others, are first compared with
+    the manifest. ConfigError if `size` does not divide the model, ChecksumError for a changed file.
     """
     source = checkpoint.source
     ParallelConfig(tensor_parallel_size=size, expert_parallel=expert_parallel).validate(source.config)
@@ -112,10 +119,20 @@ def rank_tensors(
     def divided(spec: WeightSpec) -> WeightSpec:
         return replace(spec, split=by_expert(spec.split)) if expert_parallel else spec
 
+    tie = source.weight_map.head_tie
+
+    def names_of(spec: WeightSpec) -> list[str]:
+        """The parameters that get these values."""
+        if names is None:
+            return [spec.name]
+        tied = [tie.spec.name] if tie is not None and spec.name == tie.to.name else []
+        return [name for name in (spec.name, *tied) if name in names]
+
     if checkpoint.verify and source.manifest is not None:
-        names = {name for spec in source.specs for name in source.files_for(divided(spec), rank, size)}
-        source.manifest.verify(source.folder, names)
+        needed = [divided(spec) for spec in source.specs if names_of(spec)]
+        source.manifest.verify(source.folder, {name for spec in needed for name in source.files_for(spec, rank, size)})
     for specs in source.batches():
-        for spec in map(divided, specs):
-            yield spec.name, source.weight(spec, rank, size, dtype)
+        for spec in specs:
+            for name in names_of(spec):
+                yield name, source.weight(divided(spec), rank, size, dtype)
         source.release()

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
@@ -331,6 +331,15 @@ class ParallelConfig:
     tensor_parallel_size: int = option(
         1, "number of ranks that share every layer (tensor parallel)", short="-tp", flag="--tensor-para-size"
     )
+    pipeline_parallel_size: int = option(
+        1,
+        "number of pipeline stages that the layers are dealt to, each with tensor-para-size ranks",
+        short="-pp",
+        flag="--pipeline-para-size",
+    )
+    pipeline_layers: str | None = option(
+        None, "number of layers in each pipeline stage, such as 10,11,11 (default: as equal as can be)"
+    )
     expert_parallel: bool = option(
         False,
         "give each rank whole experts of a mixture, instead of a part of every expert",
@@ -342,12 +351,45 @@ class ParallelConfig:
         _require(
             self.tensor_parallel_size >= 1, f"tensor_parallel_size must be at least 1, got {self.tensor_parallel_size}"
         )
+        stages = self.pipeline_parallel_size
+        _require(stages >= 1, f"pipeline_parallel_size must be at least 1, got {stages}")
+        counts = self.dealt_layers
+        _require(
+            not counts or len(counts) == stages,
+            f"pipeline_layers {self.pipeline_layers} is for {len(counts)} stages, pipeline_parallel_size is {stages}",
+        )
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of one engine."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def dealt_layers(self) -> tuple[int, ...]:
+        """The layers of each pipeline stage, where they are given."""
+        if self.pipeline_layers is None:
+            return ()
+        counts = self.pipeline_layers.split(",")
+        _require(
+            all(count.strip().isdecimal() and int(count) > 0 for count in counts),
+            f"pipeline_layers must be positive numbers separated by commas, as 10,11,11; got {self.pipeline_layers!r}",
+        )
+        return tuple(map(int, counts))
 
     def validate(self, model: ModelConfig) -> None:
         """Raise ConfigError unless `model` can be split over these ranks."""
         _require(
             not self.expert_parallel or model.experts is not None,
             f"expert_parallel: {model.architecture} has no experts; leave the option out",
+        )
+        layers, counts = model.num_layers, self.dealt_layers
+        _require(
+            self.pipeline_parallel_size <= layers,
+            f"pipeline_parallel_size {self.pipeline_parallel_size} is more than the {layers} layers of the model",
+        )
+        _require(
+            not counts or sum(counts) == layers,
+            f"pipeline_layers {self.pipeline_layers} deals {sum(counts)} layers, but the model has {layers}",
         )
         size = self.tensor_parallel_size
         if unfit := self._unfit(size, model):
@@ -416,8 +458,8 @@ class SchedulerConfig:
     max_num_seqs: int = option(256, "maximum sequences per step")
     max_num_batched_tokens: int | None = option(
         None,
-        "maximum tokens per step; longer prompts are computed in chunks of this size "
-        "(default: 8192 on a GPU, else 2048)",
+        "maximum tokens per step, with pipeline stages of as many steps together; longer prompts are computed in "
+        "chunks of this size (default: 8192 on a GPU, else 2048)",
         type=int,
     )
     max_model_len: int | None = option(
@@ -581,7 +623,6 @@ WITHOUT_EFFECT: Mapping[str, tuple[tuple[object, ...] | None, str]] = {
     "max_seq_len_to_capture": (None, ""),
     "kv_cache_dtype": (("auto",), "the cache has the type that the model computes in"),
     "cpu_offload_gb": ((0,), "all weights stay on the device"),
-    "pipeline_parallel_size": ((1,), "there is tensor parallelism alone; see tensor_parallel_size"),
     "data_parallel_size": ((1,), "this is one engine; hasten serve --data-parallel-size runs several"),
     "enable_lora": ((False, None), "adapters are not supported; merge them into the checkpoint"),
     "skip_tokenizer_init": ((False,), "a folder without a tokenizer does without one"),
@@ -606,9 +647,11 @@ def _unknown_option(name: str) -> str:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Data types and devices of torch, and paths, as the text that they stand for; sizes as numbers."""
+    """Data types and devices of torch, paths and lists of layers as the text that stands for them; sizes as numbers."""
     if name in _SIZES and isinstance(value, str):
         return parse_size(value)
+    if name == "pipeline_layers" and isinstance(value, list | tuple):
+        return ",".join(map(str, value))
     if name in ("dtype", "device"):
         return str(value)
     return os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -631,6 +674,8 @@ class EngineOptions(TypedDict, total=False):
     enforce_eager: bool
     deterministic: bool
     tensor_parallel_size: int
+    pipeline_parallel_size: int
+    pipeline_layers: str | Sequence[int] | None
     expert_parallel: bool
     block_size: int
     kv_cache_memory: int | str | None
@@ -654,7 +699,6 @@ class EngineOptions(TypedDict, total=False):
     max_seq_len_to_capture: int
     kv_cache_dtype: str
     cpu_offload_gb: float
-    pipeline_parallel_size: int
     data_parallel_size: int
     enable_lora: bool | None
     skip_tokenizer_init: bool

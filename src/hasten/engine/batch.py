@@ -1,5 +1,6 @@
 """The work of one step. Never imports torch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from hasten.engine.sequence import Sequence
@@ -9,6 +10,8 @@ from hasten.engine.sequence import Sequence
 class Batch:
     """Sequences with the number of tokens that each computes, and the block copies to make before."""
 
+    number: int = 0
+    """Of the step, counted from 0."""
     sequences: list[Sequence] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     needed: list[int] = field(default_factory=list)
@@ -32,21 +35,18 @@ class Batch:
         if copies:
             self.copies += copies
 
-    def copy_rounds(self) -> list[list[tuple[int, int]]]:
-        """The copies in groups to be done one after the other, each in any order: no group writes what it reads.
+    def prompt_positions(self) -> Iterator[tuple[int, Sequence, int]]:
+        """Row among the needed hidden states, sequence and position of each token whose prompt's logits are asked for.
 
-        A block that was copied away and then freed by a preemption may be the target of a later copy. No target is a
-        source: its holder got it in this step, for itself alone.
+        Before the batch is noted as done.
         """
-        rounds: list[list[tuple[int, int]]] = []
-        read: set[int] = set()
-        for source, target in self.copies:
-            if not rounds or target in read:
-                rounds.append([])
-                read.clear()
-            rounds[-1].append((source, target))
-            read.add(source)
-        return rounds
+        end = 0
+        for sequence, needed in zip(self.sequences, self.needed, strict=True):
+            begin, end = end, end + needed
+            if sequence.wants_prompt_logits:
+                first = sequence.num_computed
+                for offset in range(min(needed, sequence.prompt_len - first)):
+                    yield begin + offset, sequence, first + offset
 
     @property
     def num_tokens(self) -> int:

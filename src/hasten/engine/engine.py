@@ -7,6 +7,7 @@ next one is launched, so that the device has that to do while Python looks at th
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -19,15 +20,17 @@ from hasten.core.errors import EngineError, InvalidRequestError
 from hasten.core.types import CompletionOutput, FinishReason, Request, RequestOutput, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.beam import BeamSearch, Hypothesis, candidate_count, go_on
+from hasten.engine.block_manager import BlockManager
 from hasten.engine.constraint import Constraint
 from hasten.engine.grammar import Grammar, GrammarCompiler
 from hasten.engine.grammar_trial import GrammarLimits
 from hasten.engine.pacing import PacedStep, Pacer
 from hasten.engine.sampler import Choice, PromptLogprobs, Sampled, TextOf, mix64
+from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
 from hasten.engine.stats import EngineStats
 from hasten.engine.text import TextState, Tokenizer
-from hasten.engine.worker import Launched, Message, NewSequence, Worker, explained_out_of_memory
+from hasten.engine.worker import Launched, Worker, explained_out_of_memory
 from hasten.parallel.launch import Ranks
 
 _KEPT_WORDS = 1024
@@ -80,26 +83,30 @@ class _RequestState:
         return self.output
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Flight:
     """A step that was launched, and whose tokens are not collected yet."""
 
-    sequences: list[Sequence]
-    choice: Choice | None
-    """The next token of each; None where there are no sequences."""
-    prompts: PromptLogprobs
-    blocks_next: bool
-    """Whether the tokens must be known before the next step is launched."""
-    step: PacedStep | None = None
+    launched: Launched
+    batch: Batch
+    step: PacedStep | None
     """What its time is measured for, if it is."""
-    after: Choice | None = None
-    """The choice of the step that was in flight when it was launched."""
+    before: "_Flight | None"
+    """The step that was launched before it, if that was in flight then."""
+    choice: Choice | None = None
+    """The next token of each sequence, once they are chosen; None where there are none."""
+
+    @property
+    def blocks_next(self) -> bool:
+        """Whether its tokens must be known before its sequences can go on."""
+        return any(sequence.reads_history for sequence in self.launched.sequences)
 
     @property
     def seconds(self) -> float | None:
         """How long it took the device, right after its tokens were collected; None where that is not known."""
-        if self.after is not None:
-            return None if self.choice is None else self.choice.seconds_after(self.after)
+        if self.before is not None:
+            earlier = self.before.choice
+            return None if self.choice is None or earlier is None else self.choice.seconds_after(earlier)
         return None if self.step is None else time.perf_counter() - self.step.began
 
 
@@ -111,7 +118,7 @@ class Engine:
         with ranks.guard("loading the model"):
             self.worker = Worker(config, ranks)
         self.config = self.worker.config
-        self.scheduler = self.worker.scheduler
+        self.scheduler = self._new_scheduler()
         self.model_config = self.worker.model_config
         self.max_model_len = self.worker.max_model_len
         with self.worker.start_times.phase("tokenizer"):
@@ -124,16 +131,17 @@ class Engine:
         )
         scheduler = self.scheduler.config
         assert scheduler.max_num_batched_tokens is not None, "the worker resolves the default"
-        self._pacer = Pacer((scheduler.itl_target or 0.0) / 1000, scheduler.max_num_batched_tokens)
+        # a sequence is in every step, or in one of as many as there are stages
+        target = (scheduler.itl_target or 0.0) / 1000 / self.worker.stage.size
+        self._pacer = Pacer(target, scheduler.max_num_batched_tokens)
         self._is_unmeasured = False
         """Whether the last step launched chooses no tokens, whose arrival would show when it ends."""
         self._requests: dict[str, _RequestState] = {}
         self._owners: dict[int, _RequestState] = {}
         """Sequence key -> its request."""
-        self._added: dict[str, Sequence] = {}
-        """Request id -> its sequence, which no scheduler has yet."""
-        self._pending: Message = _empty_message()
-        self._flight: _Flight | None = None
+        self._stages = self.worker.stage.size
+        self._flights: deque[_Flight] = deque()
+        """In the order in which they were launched."""
         self._words_ids = None if self.tokenizer is None else lru_cache(_KEPT_WORDS)(self.tokenizer.words_ids)
         self._token_texts: dict[int, str] = {}
         self._unseeded = 0
@@ -143,6 +151,13 @@ class Engine:
         self._failed = self._left = False
         self._changing: int | None = None
         """The thread that is changing the engine's state, for as long as that takes."""
+
+    def _new_scheduler(self) -> Scheduler:
+        cache = self.config.cache
+        blocks = BlockManager(
+            self.worker.num_blocks, cache.block_size, enable_prefix_caching=cache.enable_prefix_caching
+        )
+        return Scheduler(self.worker.scheduler_config, blocks, self.worker.stage.size)
 
     def _load_tokenizer(self) -> Tokenizer | None:
         folder = self.config.tokenizer or self.worker.tokenizer_folder
@@ -156,8 +171,7 @@ class Engine:
     @property
     def waiting(self) -> set[str]:
         """Ids of the requests that have not begun, or were preempted."""
-        begin_with = {sequence.request_id for sequence in self.scheduler.waiting if sequence.index == 0}
-        return begin_with.union(self._added)
+        return {sequence.request_id for sequence in self.scheduler.waiting if sequence.index == 0}
 
     @property
     def stats(self) -> EngineStats:
@@ -210,7 +224,9 @@ class Engine:
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
         self._requests[request.request_id] = state
-        self._added[request.request_id] = sequence
+        sequence.due = self._pacer.due(sequence, self.scheduler)
+        self.scheduler.add(sequence)
+        self._own(sequence)
         self._prompt_tokens += sequence.prompt_len
 
     def _next_seed(self) -> int:
@@ -278,9 +294,9 @@ class Engine:
             return self._abort(request_id)
 
     def reset_prefix_cache(self) -> None:
-        """Let prompts to come find nothing of what the cache holds now; all ranks learn it with the next step."""
+        """Let prompts to come find nothing of what the cache holds now."""
         with self._change():
-            self._pending["forget_prefixes"] = True
+            self.scheduler.blocks.forget_prefixes()
 
     def abort_all(self) -> None:
         """Withdraw all requests."""
@@ -298,11 +314,11 @@ class Engine:
         for completion in state.completions.values():
             if completion.output.finish_reason is None:
                 self._end(completion, FinishReason.ABORT)
-        self._added.pop(request_id, None)
         for key in state.keys:
             if key in self._owners:
                 self._release(key)
-        self._forget_flight_of_none()
+        if not self.worker.defers:
+            self._forget_flights_of_none()
         return state.shown()
 
     def step(self) -> list[RequestOutput]:
@@ -352,7 +368,7 @@ class Engine:
 
     def _recover(self) -> None:
         """After an interrupt: no request and no block in use, whatever was half done."""
-        if self.ranks.group.size > 1:
+        if self.ranks.world.size > 1:
             self._close_for("it was interrupted in the middle of a step, which its other ranks cannot leave")
         else:
             self._forget_all()
@@ -364,10 +380,11 @@ class Engine:
         self._forget_all()
 
     def _forget_all(self) -> None:
-        self._requests, self._owners, self._added = {}, {}, {}
-        self._pending, self._flight = _empty_message(), None
+        self._requests, self._owners = {}, {}
+        self._flights.clear()
         self.worker.reset()
-        self.scheduler = self.worker.scheduler
+        before, self.scheduler = self.scheduler, self._new_scheduler()
+        self.scheduler.go_on_counting(before)
 
     @property
     def closed_because(self) -> str | None:
@@ -376,60 +393,71 @@ class Engine:
 
     def _step(self) -> list[RequestOutput]:
         touched: dict[str, _RequestState] = {}
-        if self._flight is not None and self._flight.blocks_next:
+        while len(self._flights) >= self._stages and self._flights[0].blocks_next:
             self._collect(touched)
-        limit = self._deliver()
-        previous, batch = self._flight, self.scheduler.schedule(limit)
-        step = self._pacer.begin(batch, limit)
-        launched = self._launch(batch)
-        if launched is not None and launched.reads_tokens:
-            self._collect(touched)  # while the device computes what the choice is made from
-        flight = None if launched is None else self._choose(launched, step, previous)
-        self._collect(touched)
-        self._flight = flight
-        if not self.worker.overlap:
+        limit = self._pacer.prompt_tokens(self.scheduler, time.monotonic())
+        batch = self.scheduler.schedule(limit)
+        if batch.sequences:
+            self._launch(batch, limit, touched)
+        elif self._flights:
             self._collect(touched)
-        self._forget_flight_of_none()
+        while len(self._flights) > (self._stages if self.worker.overlap else self._stages - 1):
+            self._collect(touched)
+        self._forget_flights_of_none()
         return [state.shown() for state in touched.values() if state.stream or state.unfinished == 0]
 
-    def _launch(self, batch: Batch) -> Launched | None:
-        if not batch.sequences:
-            return None
+    def _launch(self, batch: Batch, limit: int | None, touched: dict[str, _RequestState]) -> None:
+        step, before = self._pacer.begin(batch, limit), self._flights[-1] if self._flights else None
         launched = self.worker.launch(batch)
-        for sequence in self.scheduler.advance(batch):
+        for sequence in self.scheduler.advance(batch, chosen=not self.worker.defers):
             self._own(sequence)
-        return launched
+        while self._flights and launched.reads_tokens:
+            self._collect(touched)  # while the device computes what the choice is made from
+        flight = _Flight(launched, batch, step, before)
+        if not self.worker.defers:
+            self._choose(flight)
+        self._flights.append(flight)
+        while self._flights[0] is not flight and any(sequence.pending > 1 for sequence in launched.sequences):
+            self._collect(touched)
 
-    def _choose(self, launched: Launched, step: PacedStep | None, previous: _Flight | None) -> _Flight | None:
-        """A launched step whose next tokens are chosen now; None where it has nothing to collect."""
-        choice = launched.choose()
+    def _choose(self, flight: _Flight) -> None:
+        """Choose the next tokens of a launched step."""
+        step = flight.step
+        flight.choice = flight.launched.choose()
         if step is not None and self.worker.device.type == "cpu":
             self._pacer.observe(step, time.perf_counter() - step.began)
-            step = None
+            flight.step = None
         if self._is_unmeasured:
-            step = None  # the device may still be busy with the step before, nobody knows for how long
-        self._is_unmeasured = choice is None and self.worker.overlap
-        if choice is None and not launched.prompts:
-            return None
-        blocks_next = any(sequence.reads_history for sequence in launched.sequences)
-        after = None if previous is None else previous.choice
-        return _Flight(launched.sequences, choice, launched.prompts, blocks_next, step, after)
+            flight.step = None  # the device may still be busy with the step before, nobody knows for how long
+        self._is_unmeasured = flight.choice is None and self.worker.overlap
+
+    def _compute(self, flight: _Flight) -> None:
+        """Compute this rank's stage of a step that other stages have begun with, and choose its tokens."""
+        if flight.step is not None:
+            flight.step = replace(flight.step, began=time.perf_counter())
+        self._choose(flight)
+        self.scheduler.note_chosen(flight.batch)
+        for sequence in flight.launched.sequences:
+            if sequence.key not in self._owners:
+                self.worker.forget(sequence.key)
 
     def _collect(self, touched: dict[str, _RequestState]) -> None:
-        """Take the tokens of the step in flight, if there is one, and note whose they are in `touched`.
+        """Take the tokens of the step that is in flight for the longest, and note whose they are in `touched`.
 
         A sequence that ended after the step was launched is no longer owned, and its surplus token is nobody's.
         """
-        flight, self._flight = self._flight, None
-        if flight is None:
-            return
+        flight = self._flights.popleft()
+        if self.worker.defers:
+            self._compute(flight)
+        self.scheduler.land(flight.launched.sequences)
         with explained_out_of_memory():
-            self._take_prompt_logprobs(flight.prompts)
+            self._take_prompt_logprobs(flight.launched.prompts)
             sampled = [] if flight.choice is None else flight.choice.collect(self._text_of)
         if flight.step is not None and (seconds := flight.seconds) is not None:
             self._pacer.observe(flight.step, seconds)
+        flight.before = None
         searching: dict[str, _RequestState] = {}
-        for sequence, token in zip(flight.sequences, sampled, strict=True):
+        for sequence, token in zip(flight.launched.sequences, sampled, strict=True):
             state = self._owners.get(sequence.key)
             if state is None:
                 continue
@@ -441,36 +469,17 @@ class Engine:
         if searching:
             self._go_on(searching)
 
-    def _forget_flight_of_none(self) -> None:
+    def _forget_flights_of_none(self) -> None:
         """Once no request is left, nobody will step again for what is in flight, and it has only surplus tokens."""
-        if not self._requests:
-            self._flight = None
-
-    def _deliver(self) -> int | None:
-        """Bring all schedulers, this one's and the other ranks', up to date; the step's limit of prompt tokens."""
-        message, self._pending = self._pending, _empty_message()
-        message["prompt_tokens"] = limit = self._pacer.prompt_tokens(
-            self.scheduler, self._added.values(), time.monotonic()
-        )
-        for sequence in self._added.values():
-            sequence.due = self._pacer.due(sequence, self.scheduler)
-        message["added"] = [_announcement(sequence) for sequence in self._added.values()]
-        self.ranks.broadcast(message)
-        if message.get("forget_prefixes"):
-            self.scheduler.blocks.forget_prefixes()
-        for moves in message["moves"]:
-            self.scheduler.move(moves)
-        for sequence in self._added.values():
-            self.scheduler.add(sequence)
-            self._own(sequence)
-        self._added = {}
-        return limit
+        if self._requests:
+            return
+        self._finish_stages()
+        self._flights.clear()
 
     def _release(self, key: int) -> None:
-        """Free what an ended sequence holds; the other ranks do so, in the same order, with the next message."""
-        self._pending["finished"].append(key)
+        """Free what an ended sequence holds."""
         self.scheduler.finish(key)
-        self.worker.sampler.release(key)
+        self.worker.forget(key)
         del self._owners[key]
 
     def _own(self, sequence: Sequence) -> None:
@@ -509,7 +518,7 @@ class Engine:
             if search.done:
                 self._end_search(state, search, search.hypotheses, None)
             else:
-                self._pending["moves"].append(moves)
+                self.scheduler.move(moves)
 
     def _end_search(
         self,
@@ -579,7 +588,6 @@ class Engine:
         sequence.append(token)
         completion.output.token_ids.append(token)
         self._generation_tokens += 1
-        self._pending["tokens"].append((sequence.key, token))
         reason = self._finish_reason(completion, token)
         if reason is not None:
             self._finish(state, completion, reason)
@@ -661,36 +669,29 @@ class Engine:
             if kept is not None and len(kept) == position + 1:
                 kept.append(top)
 
+    def _finish_stages(self) -> None:
+        """Compute this rank's stage of all steps that other stages have begun with, whose tokens nobody wants."""
+        for flight in self._flights if self.worker.defers else ():
+            flight.launched.compute()
+            for sequence in flight.launched.sequences:
+                self.worker.forget(sequence.key)
+
     def close(self) -> None:
         """Tell the other ranks to end and leave the group; a second call does nothing."""
         if self._left:
             return
         self._left = True
         self._closed_because = self._closed_because or "close() was called"
-        self._flight = None
         self.grammars.close()
+        if not self._failed:
+            with suppress(RuntimeError):
+                self._finish_stages()
+        self._flights.clear()
         self.ranks.expect_end()
         if self._failed:
             self.worker.give_up()
             return
         self.worker.release()
         with suppress(RuntimeError):  # a rank that is gone already needs no telling
-            self.ranks.broadcast({**_empty_message(), "stop": True})
+            self.ranks.publish_end()
         self.ranks.leave()
-
-
-def _empty_message() -> Message:
-    return {"tokens": [], "finished": [], "moves": [], "added": [], "prompt_tokens": None, "stop": False}
-
-
-def _announcement(sequence: Sequence) -> NewSequence:
-    return {
-        "request_id": sequence.request_id,
-        "token_ids": sequence.token_ids,
-        "n": sequence.params.n,
-        "beam_width": sequence.params.beam_width,
-        "max_tokens": sequence.max_length - sequence.prompt_len,
-        "plain": sequence.is_plain,
-        "prompt_logprobs": sequence.params.prompt_logprobs is not None,
-        "due": sequence.due,
-    }

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from hasten.core.errors import CapacityError
-from hasten.engine.batch import Batch
 from hasten.engine.inputs import Arrays, Inputs, Step, Tokens
+from hasten.engine.step_message import StepMessage
 from hasten.ops.transfer import Sections
 
 _MOST_MIXED = 1024
@@ -90,10 +90,10 @@ class Sizes:
         """For steps of as many single tokens, and of as many tokens with prompts."""
         return cls(decode_sizes(max_sequences), mixed_sizes(most_mixed_tokens, max_sequences))
 
-    def of(self, batch: Batch, needed: list[int]) -> Size | None:
-        """The least size that a batch can be padded to; None where there is none."""
-        tokens, outputs = batch.num_tokens, sum(needed)
-        if max(needed) > 1:
+    def of(self, message: StepMessage) -> Size | None:
+        """The least size that a step can be padded to; None where there is none."""
+        tokens, outputs = message.num_tokens, sum(message.needed)
+        if max(message.needed) > 1:
             return None
         sizes = self.decode if outputs == tokens else self.mixed
         return next((size for size in sizes if size.tokens >= tokens), None)
@@ -114,8 +114,12 @@ Compute = Callable[[Tokens], StepOutput]
 class StepGraphs:
     """Graphs of all sizes, which share their memory."""
 
-    def __init__(self, decode: Compute, mixed: Compute, inputs: Inputs, max_sequences: int, sizes: Sizes) -> None:
+    def __init__(
+        self, decode: Compute, mixed: Compute, inputs: Inputs, max_sequences: int, sizes: Sizes, *, is_last: bool = True
+    ) -> None:
+        """`is_last`: whether these are steps of the last pipeline stage; others leave hidden states of all tokens."""
         self._inputs = inputs
+        self._is_last = is_last
         self._sizes = sizes
         self._graphs: dict[Size, _Graph] = {}
         computed = dict.fromkeys(sizes.mixed, mixed) | dict.fromkeys(sizes.decode, decode)
@@ -160,14 +164,14 @@ class StepGraphs:
         host = sections.packed(arrays, self._inputs.device)
         numbers[: len(host)].copy_(host, non_blocking=True)
 
-    def replay(self, batch: Batch, needed: list[int]) -> StepOutput | None:
-        """Run a batch; None where no graph has room for it."""
-        size = self._sizes.of(batch, needed)
+    def replay(self, message: StepMessage) -> StepOutput | None:
+        """Run a step; None where no graph has room for it."""
+        size = self._sizes.of(message)
         if size is None:
             return None
-        arrays, chosen = size.arrays(self._inputs, self._inputs.step(batch, needed)), self._graphs[size]
+        arrays, chosen = size.arrays(self._inputs, self._inputs.step(message)), self._graphs[size]
         if not chosen.sections.hold(arrays):
             return None
         self._put(arrays, chosen.sections, chosen.numbers)
         chosen.graph.replay()
-        return chosen.output.first(sum(needed))
+        return chosen.output.first(sum(message.needed) if self._is_last else message.num_tokens)

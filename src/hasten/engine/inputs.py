@@ -1,21 +1,20 @@
 """What a batch looks like to the device: numbers worked out on the host, sent in one copy a step.
 
-A batch becomes a `Step`, its numbers by meaning; `Inputs.arrays` names what of them the device gets. Steps that are
-launched kernel by kernel send arrays of just their size, those in graphs are padded and fill sections of a fixed one.
+A `StepMessage` becomes a `Step`, its numbers by meaning; `Inputs.arrays` names what of them the device gets. Steps that
+are launched kernel by kernel send arrays of just their size, those in graphs are padded and fill sections of a fixed
+one.
 Shapes: t tokens of the flat batch, s sequences, b blocks of the longest.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.engine.batch import Batch
-from hasten.engine.sequence import Sequence
+from hasten.engine.step_message import StepMessage, TableEdit
 from hasten.ops import plan
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.plan import AttentionPlan, Integers, Planner
@@ -25,35 +24,15 @@ Arrays = dict[str, Integers]
 
 
 class BlockTables:
-    """The block tables of running sequences as one array, so that a step copies only what is new."""
+    """The block tables of running sequences as one array, of which a step changes only what is new."""
 
     def __init__(self, max_sequences: int, max_blocks: int) -> None:
         self.array = np.zeros((max_sequences, max_blocks), dtype=np.int32)
-        self.clear()
 
-    def clear(self) -> None:
-        """Forget all sequences."""
-        self._rows: dict[int, tuple[int, int, int]] = {}
-        """Sequence key -> row, version of the table it holds, blocks it holds."""
-        self._free = list(range(len(self.array)))
-
-    def rows(self, sequences: list[Sequence]) -> list[int]:
-        """The row of each sequence, brought up to date."""
-        known = self._rows
-        if len(self._free) < sum(s.key not in known for s in sequences):
-            current = {s.key for s in sequences}
-            for key in [key for key in known if key not in current]:
-                self._free.append(known.pop(key)[0])
-        rows = []
-        for sequence in sequences:
-            table = sequence.block_table
-            row, version, filled = known.get(sequence.key) or (self._free.pop(), -1, 0)
-            if version != sequence.table_version or filled < len(table):
-                filled = filled if version == sequence.table_version else 0
-                self.array[row, filled : len(table)] = table[filled:]
-                known[sequence.key] = (row, sequence.table_version, len(table))
-            rows.append(row)
-        return rows
+    def apply(self, edits: list[TableEdit]) -> None:
+        """Bring rows up to date."""
+        for row, first, blocks in edits:
+            self.array[row, first : first + len(blocks)] = blocks
 
 
 @dataclass(frozen=True)
@@ -158,39 +137,31 @@ class Inputs:
         """Divides the work where the device's kernels want that."""
         self.device = device
 
-    def tokens(self, batch: Batch, needed: list[int]) -> Tokens:
-        """A batch of any kind; the part of `needed` tokens is told apart where not all are."""
-        return self.sent(self.step(batch, needed))
+    def tokens(self, message: StepMessage) -> Tokens:
+        """A step of any kind; the part of `needed` tokens is told apart where not all are."""
+        return self.sent(self.step(message))
 
     def sent(self, step: Step) -> Tokens:
         """A step on the device."""
         return self.seen(step, send(self.arrays(step), self.device))
 
-    def step(self, batch: Batch, needed: list[int]) -> Step:
-        """A batch in numbers, of whose sequences the last `needed` tokens need hidden states."""
-        sequences, counts = batch.sequences, np.array(batch.counts)
-        starts = np.array([sequence.num_computed for sequence in sequences])
-        own = np.arange(len(sequences))
-        if len(sequences) == batch.num_tokens:
-            ids = np.array(
-                [-1 - s.pending_row if s.pending else s.token_ids[s.num_computed] for s in sequences], dtype=np.int64
-            )
+    def step(self, message: StepMessage) -> Step:
+        """A step's numbers, laid out for each of its tokens. The tables are brought up to date."""
+        counts, starts, ids = np.array(message.counts), np.array(message.starts), np.array(message.ids, dtype=np.int64)
+        own = np.arange(len(counts))
+        if len(counts) == len(ids):
             positions, owners, first_rows = starts, own, own
         else:
-            # A pending token is the last one of its sequence, and the only one that is left to compute.
-            parts = (
-                [-1 - s.pending_row] if s.pending else s.token_ids[s.num_computed : s.num_computed + n]
-                for s, n in zip(sequences, batch.counts, strict=True)
-            )
-            ids = np.fromiter(chain.from_iterable(parts), dtype=np.int64)
             first_rows = np.cumsum(counts) - counts
             positions = np.arange(len(ids)) - np.repeat(first_rows - starts, counts)
             owners = np.repeat(own, counts)
         kv_lens = starts + counts
-        tables = self.tables.array[self.tables.rows(sequences), : self._width(kv_lens)]
+        self.tables.apply(message.edits)
+        tables = self.tables.array[message.rows, : self._width(kv_lens)]
         slots = tables[owners, positions // self.block_size].astype(np.int64) * self.block_size
         slots += positions % self.block_size
-        return self._needing(np.array(needed), ids, positions, slots, tables, _Work(own, first_rows, counts, kv_lens))
+        work = _Work(own, first_rows, counts, kv_lens)
+        return self._needing(np.array(message.needed), ids, positions, slots, tables, work)
 
     def _needing(
         self, needed: Integers, ids: Integers, positions: Integers, slots: Integers, tables: Integers, work: _Work

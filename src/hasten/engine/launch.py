@@ -10,11 +10,20 @@ from hasten.parallel.rank import LOCAL, RankInfo, free_local_port, rank_from_env
 
 def launched_place(config: EngineConfig) -> RankInfo | None:
     """This process's place among ranks that others started; ConfigError where `config` asks for another number."""
-    place, size = rank_from_environment(), config.parallel.tensor_parallel_size
-    if place is not None and size not in (1, place.size):
+    place, parallel = rank_from_environment(), config.parallel
+    size, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    if place is None:
+        return None
+    if place.size % stages:
         raise ConfigError(
-            f"tensor_parallel_size is {size}, but this is one of {place.size} ranks that torchrun, mpirun or a cluster "
-            "started; leave the option out or give their number"
+            f"pipeline_parallel_size is {stages}, but this is one of {place.size} ranks that torchrun, mpirun or a "
+            "cluster started, which that does not divide"
+        )
+    if size not in (1, place.size // stages):
+        each = f" and pipeline_parallel_size {stages}" if stages > 1 else ""
+        raise ConfigError(
+            f"tensor_parallel_size is {size}{each}, but this is one of {place.size} ranks that torchrun, mpirun or a "
+            "cluster started; leave the option out or give their number"
         )
     return place
 
@@ -25,7 +34,7 @@ def start_engine(config: EngineConfig, place: RankInfo | None = None, *, index: 
     Each engine has GPUs of its own, and its share of the threads and memory of a host without any. Raises as `LLM`
     does; nothing is left behind if that fails.
     """
-    size = config.parallel.tensor_parallel_size
+    size = config.parallel.ranks
     if count > 1:
         _check_several(config, place, count)
     children = None
@@ -34,7 +43,7 @@ def start_engine(config: EngineConfig, place: RankInfo | None = None, *, index: 
         children = Children("hasten.engine.worker", config_to_json(config), place) if size > 1 else None
     ranks: Ranks | None = None
     try:
-        ranks = Ranks(place, children, device_kind(config))
+        ranks = Ranks(place, children, device_kind(config), config.parallel)
         return Engine(config, ranks)
     except BaseException as error:
         if ranks is not None:

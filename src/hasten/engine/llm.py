@@ -99,7 +99,7 @@ class LLM:
         return (
             f"{engine.model_config.architecture} in {str(self.dtype).removeprefix('torch.')}{weights} "
             f"on {self.device}, "
-            f"{engine.ranks.group.size} rank(s), max_model_len {engine.max_model_len}, key/value cache of "
+            f"{engine.ranks.world.size} rank(s), max_model_len {engine.max_model_len}, key/value cache of "
             f"{blocks.num_blocks} blocks of {blocks.block_size} tokens "
             f"({blocks.num_blocks * engine.worker.runner.block_bytes / 2**20:.0f} MiB per rank)"
         )

@@ -8,7 +8,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import islice
 
 from hasten.engine.batch import Batch
 from hasten.engine.scheduler import Scheduler
@@ -195,14 +195,14 @@ class Pacer:
         """Whether steps are to be predicted and measured."""
         return self._target > 0
 
-    def prompt_tokens(self, scheduler: Scheduler, added: Iterable[Sequence], now: float) -> int | None:
+    def prompt_tokens(self, scheduler: Scheduler, now: float) -> int | None:
         """The limit of the next step; None where there is none: nobody decodes, or nothing is known yet.
 
-        `added`: sequences that the scheduler is about to get. `now` and `arrived`: seconds of one clock.
+        `now` and `arrived`: seconds of one clock.
         """
         if not self.has_target or not self.times.is_known:
             return None
-        prompts = list(islice(chain(scheduler.prompts(), added), _MOST_LOOKED_AT))
+        prompts = list(islice(scheduler.prompts(), _MOST_LOOKED_AT))
         if not prompts:
             return None
         contexts = [sequence.length for sequence in scheduler.running if _decodes(sequence)]

@@ -1,4 +1,4 @@
-"""One rank's model and cache: from a batch to hidden states, logits and tokens.
+"""One rank's model and cache: from a step's numbers to hidden states, logits and tokens.
 
 Shapes: t tokens of the flat batch, r rows that need logits, v vocabulary, h hidden.
 """
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hasten import ops
-from hasten.engine.batch import Batch
 from hasten.engine.graphs import Sizes, StepGraphs, StepOutput
 from hasten.engine.inputs import BlockTables, Inputs, Tokens
+from hasten.engine.step_message import StepMessage
 from hasten.layers.attention import Attention
 from hasten.layers.position import RopeTables
 from hasten.models.base import CausalLM
@@ -21,7 +21,7 @@ from hasten.ops.plan import Planner
 
 
 class Runner:
-    """Runs batches through one rank's model."""
+    """Runs steps through one rank's model."""
 
     def __init__(
         self,
@@ -32,17 +32,24 @@ class Runner:
         max_sequences: int,
         *,
         deterministic: bool = False,
+        hidden_size: int = 0,
+        max_tokens: int = 0,
     ) -> None:
+        """`hidden_size` and `max_tokens` of a step: needed in pipeline stages behind the first."""
         self.deterministic = deterministic
         self.model = model
+        self.stage = model.stage
         self.dtype = dtype
         self.device = device
         self.block_size = block_size
         self.max_sequences = max_sequences
+        tokens = 0 if self.stage.is_first else max_tokens
+        self._incoming = torch.zeros(tokens, hidden_size, dtype=dtype, device=device)
+        """Hidden states that the stage before gave for the tokens of this step."""
         self._attentions = [module for module in model.modules() if isinstance(module, Attention)]
         self._caches = ops.BlockCaches.of(())
-        self.chosen = torch.zeros(max_sequences, dtype=torch.int32, device=device)
-        """Tokens of the last step, in the order of its rows."""
+        self.chosen = torch.zeros(self.stage.size * max_sequences, dtype=torch.int32, device=device)
+        """Tokens of the last steps, of as many as there are pipeline stages, each in the order of its rows."""
         self._graphs: StepGraphs | None = None
         self._output: StepOutput | None = None
         """Of the last step, if a graph made it."""
@@ -72,11 +79,6 @@ class Runner:
             caches += [key_cache, value_cache]
         self._caches = ops.BlockCaches.of(caches)
 
-    def reset(self) -> None:
-        """Forget the sequences of earlier batches; what the device has been given comes before all that follows."""
-        self._inputs.tables.clear()
-        self._output = None
-
     def release_cache(self) -> None:
         """Let the cache go."""
         self._caches = ops.BlockCaches.of(())
@@ -100,8 +102,7 @@ class Runner:
         before = torch.cuda.memory_allocated()
         for count in sequences:
             tokens = self._inputs.warmup_tokens(max(num_tokens, count), count)
-            hidden = self.model(tokens.ids, tokens.positions, tokens.meta)
-            self.model.head.greedy(self.model.head.local_logits(hidden))
+            self._decode(tokens)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
@@ -109,33 +110,66 @@ class Runner:
     def capture_graphs(self, most_mixed_tokens: int) -> None:
         """Capture steps of single tokens, and steps with prompts of at most `most_mixed_tokens`, to be replayed."""
         sizes = Sizes.up_to(self.max_sequences, most_mixed_tokens)
-        self._graphs = StepGraphs(self._decode, self._mixed, self._inputs, self.max_sequences, sizes)
+        self._graphs = StepGraphs(
+            self._decode, self._mixed, self._inputs, self.max_sequences, sizes, is_last=self.stage.is_last
+        )
 
     def release_graphs(self) -> None:
         """Let the graphs go: NCCL does not leave a group that one of them still has work of."""
         self._graphs = self._output = None
 
     def _mixed(self, tokens: Tokens) -> StepOutput:
-        ids = ops.resolve_ids(tokens.ids, self.chosen)
-        return StepOutput(self.model(ids, tokens.positions, tokens.meta))
+        ids = ops.resolve_ids(tokens.ids, self.chosen) if self.stage.is_first else tokens.ids
+        return StepOutput(self._hidden(ids, tokens))
+
+    def _hidden(self, ids_t: Tensor, tokens: Tokens) -> Tensor:
+        read = ids_t if self.stage.is_first else self._incoming[: len(ids_t)]
+        hidden: Tensor = self.model(read, tokens.positions, tokens.meta)
+        return hidden
 
     def _decode(self, tokens: Tokens) -> StepOutput:
-        hidden = self._mixed(tokens).hidden
-        logits = self.model.head.local_logits(hidden)
-        return StepOutput(hidden, logits, self.model.head.greedy(logits))
+        output = self._mixed(tokens)
+        if not self.stage.is_last:
+            return output
+        logits = self.model.head.local_logits(output.hidden)
+        return StepOutput(output.hidden, logits, self.model.head.greedy(logits))
 
-    def forward(self, batch: Batch, needed: list[int]) -> Tensor:
-        """Hidden states of each sequence's last `needed` tokens, in order; all tokens leave their keys and values."""
-        for copies in batch.copy_rounds():
+    def forward(self, message: StepMessage) -> Tensor:
+        """Hidden states of each sequence's last `needed` tokens, in order; all tokens leave their keys and values.
+
+        In pipeline stages before the last they are of all tokens, and go to the next stage.
+        """
+        for copies in message.copy_rounds():
             sources_n, targets_n = ops.to_device(list(zip(*copies, strict=True)), torch.int64, self.device)
             ops.copy_blocks(self._caches, sources_n, targets_n)
-        self._output = None if self._graphs is None else self._graphs.replay(batch, needed)
+        link = self.stage.link
+        if link is not None and not self.stage.is_first:
+            link.receive(self._incoming[: message.num_tokens])
+        if link is not None and self.stage.is_first and (latest := self._latest_pending(message)) is not None:
+            link.await_tokens(latest)
+        hidden = self._computed(message)
+        if link is not None and not self.stage.is_last:
+            # the next replay of a graph overwrites what this one left
+            link.send(hidden if self._output is None else hidden.clone())
+        return hidden
+
+    def _computed(self, message: StepMessage) -> Tensor:
+        self._output = None if self._graphs is None else self._graphs.replay(message)
         if self._output is not None:
             return self._output.hidden
-        tokens = self._inputs.tokens(batch, needed)
-        ids = ops.resolve_ids(tokens.ids, self.chosen) if tokens.any_pending else tokens.ids
-        hidden: Tensor = self.model(ids, tokens.positions, tokens.meta)
-        return hidden
+        tokens = self._inputs.tokens(message)
+        return self._mixed(tokens).hidden if tokens.any_pending else self._hidden(tokens.ids, tokens)
+
+    def _latest_pending(self, message: StepMessage) -> int | None:
+        """Number of the latest step of whose chosen tokens this one reads any that only devices know."""
+        slots = {(-1 - token) // self.max_sequences for token in message.ids if token < 0}
+        before = message.number - 1
+        return max((before - (before - slot) % self.stage.size for slot in slots), default=None)
+
+    def _chosen_by(self, message: StepMessage) -> Tensor:
+        """Where the tokens that a step chooses are kept."""
+        first = message.number % self.stage.size * self.max_sequences
+        return self.chosen[first : first + len(message.sampled)]
 
     def logits(self, hidden_th: Tensor, rows: list[int]) -> Tensor | None:
         """Logits [r, v] of these rows of the hidden states, on rank 0; None on the others, which must call it too."""
@@ -161,6 +195,13 @@ class Runner:
         output = self._output
         return output if output is not None and output.hidden is hidden_th and len(rows) == len(hidden_th) else None
 
-    def remember(self, tokens_r: Tensor) -> None:
-        """Keep the tokens that this step chose: the next one reads those that the host does not know by then."""
-        self.chosen[: tokens_r.shape[0]].copy_(tokens_r)
+    def remember(self, message: StepMessage, tokens_r: Tensor) -> None:
+        """Keep the tokens that a step chose, here and in the first stage: later steps read what the host lacks."""
+        self._chosen_by(message).copy_(tokens_r)
+        if self.stage.link is not None:
+            self.stage.link.return_tokens(tokens_r)
+
+    def expect(self, message: StepMessage) -> None:
+        """In the first of several stages, let the tokens that a step chooses come from the last one."""
+        if self.stage.link is not None and self.stage.is_first:
+            self.stage.link.expect_tokens(self._chosen_by(message), message.number)

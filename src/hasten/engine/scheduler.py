@@ -1,8 +1,8 @@
 """Who computes how many tokens in the next step. Never imports torch.
 
 There are no phases: each sequence has tokens and `num_computed` of them are in the cache; a step lets sequences catch
-up within a budget of tokens. Chunked prefill, prefix cache and preemption follow from that. All ranks run the same
-scheduler over the same additions and limits, so that they agree without talking.
+up within a budget of tokens. Chunked prefill, prefix cache and preemption follow from that. Rank 0 alone has a
+scheduler.
 
 Decodes come first. What is left of the budget, or less (`pacing.py`), goes to prompts in the order of their `due`.
 
@@ -33,18 +33,29 @@ class SchedulerStats:
 class Scheduler:
     """Waiting and running sequences over one block manager."""
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager, stages: int = 1) -> None:
+        """`stages` of a pipeline work on as many steps at a time."""
         assert config.max_num_batched_tokens is not None, "the worker resolves the default"
         self.config = config
         self.blocks = blocks
+        self._stages = stages
         self._max_tokens = config.max_num_batched_tokens
+        self._max_joint = -(-config.max_num_seqs // stages)
+        """Sequences of a step that prompts may join: those that run are dealt to as many steps as there are stages."""
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.stats = SchedulerStats()
         self._sequences: dict[int, Sequence] = {}
         self._next_key = 0
+        self._next_number = 0
         self.prompt_tokens = 0
         """Computed since the start."""
+
+    def go_on_counting(self, before: "Scheduler") -> None:
+        """Let counters go on from those of a scheduler in whose place this one stands."""
+        self.stats = before.stats
+        self.blocks.prefix_queries = before.blocks.prefix_queries
+        self.blocks.prefix_hits = before.blocks.prefix_hits
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind those whose `due` is not later; beams are queued with their leader."""
@@ -70,23 +81,35 @@ class Scheduler:
         yield from self.waiting
 
     def schedule(self, prompt_tokens: int | None = None) -> Batch:
-        """Choose the next step's work and reserve its blocks; empty only when nothing is left to compute.
+        """Choose the next step's work and reserve its blocks.
 
-        At most `prompt_tokens`, if given, are computed of prompts; the same number on every rank.
+        At most `prompt_tokens`, if given, are computed of prompts. Empty when nothing is left to compute or, with
+        several stages, before tokens are known that steps under way choose.
         """
-        batch = Batch()
-        budget = self._continue_decodes(batch)
+        batch = Batch(self._next_number)
+        budget = self._continue_decodes(batch, self._micro_batch(rested=True))
         self._compute_prompts(batch, budget if prompt_tokens is None else min(budget, prompt_tokens))
-        if not batch.sequences and (self.waiting or self.running):
+        if not batch.sequences and self._stages > 1:
+            self._continue_decodes(batch, self._micro_batch(rested=False))
+        if not batch.sequences and (self.waiting or self.running) and not self._is_waiting_for_tokens:
             raise CapacityError(
                 f"the key/value cache of {self.blocks.num_blocks} blocks cannot hold one sequence; "
                 "lower max_model_len or give the cache more memory"
             )
         self.stats.steps += 1
+        self._next_number += bool(batch.sequences)
         return batch
 
-    def advance(self, batch: Batch) -> list[Sequence]:
-        """Note that `batch` was launched; fork the siblings of prompts now whole; return these new sequences."""
+    @property
+    def _is_waiting_for_tokens(self) -> bool:
+        """Whether steps under way choose tokens of sequences that run or were preempted meanwhile."""
+        return any(member.in_flight for sequence in (*self.running, *self.waiting) for member in sequence.unit)
+
+    def advance(self, batch: Batch, *, chosen: bool = True) -> list[Sequence]:
+        """Note that `batch` was launched; fork the siblings of prompts now whole; return these new sequences.
+
+        Unless its next tokens are `chosen` as part of that, `note_chosen` is to follow.
+        """
         forked = []
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             sequence.num_computed += count
@@ -96,17 +119,29 @@ class Scheduler:
             if sequence.beams is not None:
                 self._spread(sequence.beams)
         self.waiting.extendleft(reversed(forked))
-        self._note_pending(batch)
+        if self._stages > 1:
+            for place in batch.sampled:
+                batch.sequences[place].in_flight += 1
+                batch.sequences[place].last_step = batch.number
+        if chosen:
+            self.note_chosen(batch)
         return forked
 
-    def _note_pending(self, batch: Batch) -> None:
+    def land(self, sequences: list[Sequence]) -> None:
+        """Note that the tokens which one step chose for these sequences are known."""
+        if self._stages > 1:
+            for sequence in sequences:
+                sequence.in_flight -= 1
+
+    def note_chosen(self, batch: Batch) -> None:
         """Count the tokens that `batch` chooses. Who has all of its tokens runs no more and needs no blocks.
 
         Blocks may go to others at once: what those write is launched later, and so comes later on the device. A beam's
         token is known only when `move` says whose continuation it is.
         """
         any_complete = False
-        for row, place in enumerate(batch.sampled):
+        first_row = batch.number % self._stages * self.config.max_num_seqs
+        for row, place in enumerate(batch.sampled, start=first_row):
             sequence = batch.sequences[place]
             if sequence.beams is not None:
                 continue
@@ -156,13 +191,37 @@ class Scheduler:
         parent.group_size = 1
         return children
 
-    def _continue_decodes(self, batch: Batch) -> int:
-        """Let every running sequence but the prefilling ones compute what it lacks; the budget left."""
-        budget = self._max_tokens
+    def _micro_batch(self, *, rested: bool) -> set[int] | None:
+        """Keys of those that may decode in the next step, of beams the leader's; None: all that can.
+
+        With several stages a step takes its part of the running sequences, those first whose last step is longest ago.
+        `rested`: only those whose last step has left the pipeline, so that no stage waits for the next one's tokens.
+        """
+        if self._stages == 1:
+            return None
+        decodes = [s for s in self.running if s.unit[0] is s and not s.is_prefilling]
+        ready = [s for s in decodes if self._is_ready(s)]
+        if rested:
+            ready = [s for s in ready if s.last_step + self._stages <= self._next_number]
+        ready.sort(key=_last_step)
+        return {sequence.key for sequence in ready[: -(-len(decodes) // self._stages)]}
+
+    def _is_ready(self, sequence: Sequence) -> bool:
+        """Whether a running sequence, or one that comes and goes with it, can compute a token now.
+
+        Without overlapped steps its last token must be known; with them the device has it.
+        """
+        if not self.config.overlap_steps and sequence.in_flight:
+            return False
+        return any(member.uncomputed for member in sequence.unit)
+
+    def _continue_decodes(self, batch: Batch, chosen: set[int] | None) -> int:
+        """Let the running sequences of these keys, but the prefilling ones, compute what they lack; the budget left."""
+        budget = self._max_tokens - batch.num_tokens
         place = 0
         while place < len(self.running) and budget > 0:
             sequence = self.running[place]
-            if sequence.is_prefilling:
+            if sequence.is_prefilling or (chosen is not None and sequence.key not in chosen):
                 place += len(sequence.unit)
             elif sequence.beams is not None:
                 budget, place = self._continue_beams(sequence.beams, place, batch, budget)
@@ -269,6 +328,10 @@ class Scheduler:
         sequence = self.waiting[0]
         if len(self.running) + len(sequence.unit) > self.config.max_num_seqs:
             return None
+        if batch.sequences and len(batch.sequences) + len(sequence.unit) > self._max_joint:
+            return None
+        if any(member.in_flight for member in sequence.unit):
+            return None  # it was preempted, and would choose a token again that is not known yet
         if not sequence.block_table:
             self.blocks.share_prefix(sequence)
         count = min(sequence.length - sequence.num_computed, budget)
@@ -292,3 +355,7 @@ class Scheduler:
 
 def _due(sequence: Sequence) -> int:
     return sequence.due
+
+
+def _last_step(sequence: Sequence) -> int:
+    return sequence.last_step

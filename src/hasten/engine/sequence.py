@@ -43,9 +43,11 @@ class Sequence:
         "constraint",
         "due",
         "group_size",
+        "in_flight",
         "index",
         "is_plain",
         "key",
+        "last_step",
         "max_length",
         "num_computed",
         "num_registered",
@@ -82,7 +84,11 @@ class Sequence:
         self.pending = 0
         """Tokens that the device has chosen and that are not known here: between two steps, 1 at most."""
         self.pending_row = 0
-        """Row of its pending token among those that the last launched step chose."""
+        """Where the devices keep its pending token."""
+        self.in_flight = 0
+        """Steps under way that choose a token of it, which is pending or not chosen yet; with several stages alone."""
+        self.last_step = -1
+        """Number of the last of them."""
         self.arrived = 0.0
         """When rank 0 got it, in seconds; other ranks do not know."""
         self.due = 0
@@ -159,7 +165,7 @@ class Sequence:
         made.index, made.group_size = index, 1
         made.seed = (self.seed + index * 0x632BE59BD9B4E019) % 2**64
         made.token_ids = self.token_ids[: self.prompt_len]
-        made.pending = 0
+        made.pending = made.in_flight = 0
         made.block_table = []
         made.table_version = 0
         if self.constraint is not None:

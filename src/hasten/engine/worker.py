@@ -1,10 +1,7 @@
-"""One rank: its model, its cache and its scheduler, which every rank runs over the same messages.
+"""One rank: its model and its cache. Rank 0 schedules, and each step's work in numbers is all that the others know.
 
-A step begins with a message from rank 0: the tokens that have become known, the sequences that end, those that come.
-Ranks then schedule and launch alike; only rank 0 has the logits.
-
-With overlapped steps a step is launched before the tokens of the one before are known to any rank's Python: on every
-rank they stay on the device, where the next step reads them.
+Only rank 0 has the logits. With overlapped steps a step is launched before the tokens of the one before are known to
+its Python: on every rank they stay on the device, where the next step reads them.
 """
 
 import json
@@ -16,10 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,10 +35,7 @@ from hasten.core.config import (
 )
 from hasten.core.errors import CapacityError, ConfigError
 from hasten.core.progress import progress_bar
-from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
-from hasten.engine.beam import Move
-from hasten.engine.block_manager import BlockManager
 from hasten.engine.memory import (
     DEFAULT_MODEL_LEN,
     DEFAULT_STEP_TOKENS,
@@ -52,15 +46,15 @@ from hasten.engine.planning.hardware import Device
 from hasten.engine.planning.plan import Planner, advice, setup_of
 from hasten.engine.runner import Runner
 from hasten.engine.sampler import Choice, PromptLogprobs, Sampler
-from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
 from hasten.engine.start_times import StartTimes
+from hasten.engine.step_message import StepMessage, TableRows
 from hasten.layers.linear import PackedModule, set_weight
 from hasten.layers.position import RopeTables
 from hasten.models.base import CausalLM
 from hasten.models.registry import model_class
 from hasten.ops.peers import Peers
-from hasten.parallel.groups import TensorGroup, use_group
+from hasten.parallel.groups import ALONE, ParallelGroups, TensorGroup
 from hasten.parallel.launch import Ranks, reported
 from hasten.parallel.peers import connect, reachable
 from hasten.parallel.rank import RankInfo, rank_from_environment
@@ -68,6 +62,8 @@ from hasten.quantization.scheme import SCHEMES, Quantizer, matrices
 
 _log = logging.getLogger(__name__)
 
+_LEAST_STEP_TOKENS = 1024
+"""Tokens of a step that are not divided any further: products of fewer rows are bound by reading weights."""
 _WARMUP_TOKENS, _WARMUP_SEQUENCES = 512, (1, 4, 24, 48, 128)
 """Steps that are run before the first request comes: kernels are made for a few ranges of rows, and these hit each."""
 _MOST_EXCHANGED_ROWS = 256
@@ -75,58 +71,38 @@ _MOST_EXCHANGED_ROWS = 256
 _PROMPT_LOGITS_ROWS = 256
 """Rows of prompt logits computed at a time: a whole prompt's would need vocabulary times length."""
 
-OnPromptLogits = Callable[[list[tuple[Sequence, int]], Tensor], None]
+OnPromptLogits = Callable[[slice, Tensor], None]
+ChooseTokens = Callable[[], Choice | None]
 
 
-class NewSequence(TypedDict):
-    """What a rank must know of a sequence that comes."""
-
-    request_id: str
-    token_ids: list[int]
-    n: int
-    beam_width: int
-    max_tokens: int
-    plain: bool
-    """Whether the most probable token is all that is asked for."""
-    prompt_logprobs: bool
-    due: int
-    """Its order among prompts."""
-
-
-class Message(TypedDict):
-    """What rank 0 tells the others before a step."""
-
-    tokens: list[tuple[int, int]]
-    """(sequence key, token) that have become known since the last message."""
-    finished: list[int]
-    """Keys of sequences that end, in order."""
-    moves: list[list[Move]]
-    """For each beam search, how its beams go on: after others have ended."""
-    added: list[NewSequence]
-    prompt_tokens: int | None
-    """Most prompt tokens of the step; None: as many as fit."""
-    forget_prefixes: NotRequired[bool]
-    """Whether nothing that the cache holds by now is to be found by prompts to come."""
-    stop: bool
-
-
-@dataclass(frozen=True)
 class Launched:
-    """A step on the device, up to the choice of its next tokens."""
+    """A step whose work all ranks have, on rank 0."""
 
-    sequences: list[Sequence]
-    """Those that get a next token, in the order of the choice."""
-    prompts: PromptLogprobs
-    """Log-probabilities of prompts that asked for them; none on ranks other than 0."""
-    _choose: Callable[[], Choice | None] | None
+    def __init__(
+        self, sequences: list[Sequence], prompts: PromptLogprobs, compute: Callable[[], ChooseTokens | None]
+    ) -> None:
+        self.sequences = sequences
+        """Those that get a next token, in the order of the choice."""
+        self.prompts = prompts
+        """Log-probabilities of prompts that asked for them."""
+        self._compute = compute
+        self._is_computed = False
+        self._choose: ChooseTokens | None = None
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether the choice depends on which tokens the previous step chose, which the host must know by then."""
-        return any(sequence.constraint is not None for sequence in self.sequences)
+        """Whether the choice depends on tokens that earlier steps chose and that the host does not know yet."""
+        return any(sequence.constraint is not None and sequence.pending > 1 for sequence in self.sequences)
+
+    def compute(self) -> None:
+        """Put the step on this rank's device, up to the choice of its next tokens, unless it is there."""
+        if not self._is_computed:
+            self._is_computed = True
+            self._choose = self._compute()
 
     def choose(self) -> Choice | None:
-        """Choose the next tokens; None on ranks other than 0, and where no sequence gets one."""
+        """Choose the next tokens, of a step that is then computed; None where no sequence gets one."""
+        self.compute()
         with explained_out_of_memory(), torch.inference_mode():
             return None if self._choose is None else self._choose()
 
@@ -137,7 +113,7 @@ class Worker:
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         self.ranks = ranks
         self.start_times = StartTimes()
-        self.device = rank_device(config, ranks.group, ranks.local_size, ranks.first)
+        self.device = rank_device(config, ranks.world, ranks.local_size, ranks.first)
         with self.start_times.phase("device"), explained_out_of_memory("starting the device"):
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # creates its context, which the next use would otherwise do
@@ -145,23 +121,26 @@ class Worker:
             config, checkpoint = self._opened(config)
         self.model_config = checkpoint.config
         self.quantization = _quantization(config, checkpoint)
-        config.check_deterministic(ranks.group.size, self.quantization)
-        replace(config.parallel, tensor_parallel_size=ranks.group.size).validate(self.model_config)
+        config.check_deterministic(ranks.groups.tensor.size, self.quantization)
+        replace(config.parallel, tensor_parallel_size=ranks.groups.tensor.size).validate(self.model_config)
         config.scheduler.validate(self.model_config)
         self._peers: Peers | None = None
         dtype = ops.TORCH_DTYPES[compute_dtype(config.dtype, self.model_config, self.device)]
         self.tokenizer_folder = checkpoint.tokenizer_folder
         phase, explained = self.start_times.phase("weights"), explained_out_of_memory("loading the model", self._advice)
         with phase, explained, ops.fixed_order(config.deterministic):
-            group = self._with_peers(dtype)
             model = build_model(
                 checkpoint,
-                group,
+                self._groups(dtype),
                 dtype,
                 self.device,
                 quantization=config.quantization or checkpoint.quantization,
                 show_progress=config.progress_bars,
             )
+        self.stage = ranks.groups.pipeline
+        self.defers = self.stage.size > 1 and self.device.type == "cpu" and not self.overlap
+        """Whether rank 0 computes its stage of a step only when its tokens are collected: a CPU computes at once, and
+        the other stages are to have the next steps by then."""
         self.runner = Runner(
             model,
             dtype,
@@ -169,53 +148,53 @@ class Worker:
             config.cache.block_size,
             config.scheduler.max_num_seqs,
             deterministic=config.deterministic,
+            hidden_size=self.model_config.hidden_size,
+            max_tokens=config.scheduler.max_num_batched_tokens or 0,
         )
-        self.max_model_len, self._num_blocks = self._make_cache(config)
-        self._config = config
-        self.scheduler = self._make_scheduler()
-        self.sampler = Sampler(self.model_config.eos_token_ids, self.device)
+        if self.stage.link is not None:
+            self.stage.link.connect(torch.zeros(1, dtype=torch.int32, device=self.device))
+        self.max_model_len, self.num_blocks = self._make_cache(config)
+        self.scheduler_config = config.scheduler
+        self.reset()
 
     def _opened(self, config: EngineConfig) -> tuple[EngineConfig, Checkpoint]:
         """The configuration with what this device and this host make of it, and the checkpoint."""
         config = _with_folders(config, self.ranks)
         self.config = config
         """As it was given, with folders for the names of models."""
-        config = replace(config, scheduler=resolve_scheduler(config.scheduler, self.device))
+        groups = self.ranks.groups
+        config = replace(config, scheduler=resolve_scheduler(config.scheduler, self.device, groups.pipeline.size))
         self.overlap = bool(config.scheduler.overlap_steps)
         """Whether a step is launched before the tokens of the one before are known here."""
         checkpoint = open_checkpoint(
             config.model,
-            ranks=self.ranks.group.size,
+            ranks=groups.tensor.size,
             verify=config.verify_checksums,
             dummy=self.device if config.load_format == "dummy" else None,
         )
         return config, checkpoint
 
-    def _make_scheduler(self) -> Scheduler:
-        cache = self._config.cache
-        blocks = BlockManager(self._num_blocks, cache.block_size, enable_prefix_caching=cache.enable_prefix_caching)
-        return Scheduler(self._config.scheduler, blocks)
-
     def reset(self) -> None:
-        """Forget all sequences and what the cache holds, in whatever state they are; counters go on."""
-        before, self.scheduler = self.scheduler, self._make_scheduler()
-        self.scheduler.stats = before.stats
-        self.scheduler.blocks.prefix_queries = before.blocks.prefix_queries
-        self.scheduler.blocks.prefix_hits = before.blocks.prefix_hits
-        self.sampler = Sampler(self.model_config.eos_token_ids, self.device)
-        self.runner.reset()
+        """Forget all sequences, in whatever state they are."""
+        self._sampler = Sampler(self.model_config.eos_token_ids, self.device)
+        self._tables = TableRows(self.scheduler_config.max_num_seqs)
 
-    def _with_peers(self, dtype: torch.dtype) -> TensorGroup:
-        """The group, with mailboxes where its GPUs can reach each other."""
-        group = replace(self.ranks.group, expert_parallel=self.config.parallel.expert_parallel)
-        store = self.ranks.store
-        ranks = self.ranks
-        if self.device.type == "cpu" or dtype.itemsize != 2 or not reachable(group.size, ranks.local_size, ranks.first):
-            return group
-        assert store is not None
-        width = self.model_config.hidden_size
-        self._peers = connect(store, group.rank, group.size, width, _MOST_EXCHANGED_ROWS, self.device)
-        return replace(group, peers=self._peers)
+    def forget(self, key: int) -> None:
+        """Forget the sequence with this key, which has ended."""
+        self._sampler.release(key)
+        self._tables.release(key)
+
+    def _groups(self, dtype: torch.dtype) -> ParallelGroups:
+        """The groups of this rank, the tensor group with mailboxes where its GPUs can reach each other."""
+        ranks, tensor = self.ranks, self.ranks.groups.tensor
+        reach = reachable(tensor.size, ranks.local_size, ranks.first + tensor.first)
+        if self.device.type == "cuda" and dtype.itemsize == 2 and reach:
+            assert ranks.store is not None
+            width = self.model_config.hidden_size
+            self._peers = connect(ranks.store, tensor, width, _MOST_EXCHANGED_ROWS, self.device)
+            tensor = replace(tensor, peers=self._peers)
+        expert = tensor if self.config.parallel.expert_parallel else ALONE
+        return replace(ranks.groups, tensor=tensor, expert=expert)
 
     def _make_cache(self, config: EngineConfig) -> tuple[int, int]:
         """Longest sequence and number of blocks of the cache, which is then there; the same on every rank."""
@@ -225,7 +204,7 @@ class Worker:
         with self.start_times.phase("memory"), explained_out_of_memory("sizing the cache", self._advice):
             budget = config.cache.kv_cache_memory or self._free_memory(config, length, ropes)
         fits = budget // self.runner.block_bytes
-        if self.ranks.group.size > 1:
+        if self.ranks.world.size > 1:
             smallest = torch.tensor(fits)
             torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
             fits = int(smallest)
@@ -254,11 +233,13 @@ class Worker:
         """The end of a message for whoever has too little memory: what this model needs, and which options would do."""
         if self.quantization is not None and self.quantization not in SCHEMES:
             return ""  # the checkpoint's own format, of which bits and groups are its files' matter
+        if self.ranks.groups.pipeline.size > 1:
+            return ""  # it is reckoned for whole models
         gpu = self.device.type == "cuda"
         memory = torch.cuda.mem_get_info(self.device)[1] if gpu else available_host_memory()
         device = Device(str(self.device), memory, math.inf, math.inf, is_gpu=gpu)
         config = replace(
-            self.config, parallel=replace(self.config.parallel, tensor_parallel_size=self.ranks.group.size)
+            self.config, parallel=replace(self.config.parallel, tensor_parallel_size=self.ranks.groups.tensor.size)
         )
         setup = setup_of(config, compute_dtype(config.dtype, self.model_config, self.device), self.device.type)
         setup = replace(setup, quantization=self.quantization)
@@ -274,7 +255,7 @@ class Worker:
         """Tokens of the largest step with prompts that may be a graph."""
         most = config.max_num_batched_tokens or 1
         # Sums of more rows are NCCL's, which can hang in a graph where others set its options.
-        return most if self.ranks.group.size == 1 else min(most, _MOST_EXCHANGED_ROWS)
+        return most if self.ranks.groups.tensor.size == 1 else min(most, _MOST_EXCHANGED_ROWS)
 
     def _free_memory(self, config: EngineConfig, length: int, ropes: RopeTables) -> int:
         """Bytes that the cache may take by default: on a GPU what the largest step leaves."""
@@ -289,78 +270,85 @@ class Worker:
         free = free_memory(self.device, config.cache.gpu_memory_utilization, self.ranks.local_size)
         return max(0, free - 2 * working)
 
-    def apply(self, message: Message) -> None:
-        """Bring the scheduler up to date with rank 0's message."""
-        for key, token in message["tokens"]:
-            sequence = self.scheduler.get(key)
-            if sequence is not None:
-                sequence.append(token)
-        for key in message["finished"]:
-            self.scheduler.finish(key)
-        if message.get("forget_prefixes"):
-            self.scheduler.blocks.forget_prefixes()
-        for moves in message["moves"]:
-            self.scheduler.move(moves)
-        for new in message["added"]:
-            self.scheduler.add(_announced(new))
-
     def launch(self, batch: Batch) -> "Launched":
-        """Put one step's batch on the device; the choice of its next tokens is to follow."""
-        prompts = PromptLogprobs()
-        with explained_out_of_memory(), torch.inference_mode():
-            hidden, rows = self.compute(batch, prompts.add)
-            sequences = [batch.sequences[place] for place in batch.sampled]
-            choose = self._prepare(hidden, rows, sequences) if rows else None
-        return Launched(sequences, prompts, choose)
+        """Put one step's batch on the devices of all ranks; the choice of its next tokens is to follow.
 
-    def compute(self, batch: Batch, on_prompt_logits: OnPromptLogits) -> tuple[Tensor, list[int]]:
-        """Hidden states of a batch, and the rows in them of the sequences that get a next token.
-
-        `on_prompt_logits(positions, logits)` is called on rank 0 with logits [r, v] of the prompts that asked for
-        log-probabilities, and the sequence and position of each row.
+        On rank 0, before the batch is noted as done.
         """
-        hidden = self.runner.forward(batch, batch.needed)
-        ends = list(accumulate(batch.needed))
-        positions: list[tuple[Sequence, int]] = []
-        rows: list[int] = []
-        for sequence, needed, end in zip(batch.sequences, batch.needed, ends, strict=True):
-            if sequence.wants_prompt_logits:
-                first, count = sequence.num_computed, min(needed, sequence.prompt_len - sequence.num_computed)
-                positions += ((sequence, first + offset) for offset in range(count))
-                rows += range(end - needed, end - needed + count)
-        for start in range(0, len(rows), _PROMPT_LOGITS_ROWS):
-            piece = slice(start, start + _PROMPT_LOGITS_ROWS)
-            logits = self.runner.logits(hidden, rows[piece])
-            if logits is not None:
-                on_prompt_logits(positions[piece], logits)
-        return hidden, [ends[place] - 1 for place in batch.sampled]
+        message = StepMessage.of(batch, self._tables)
+        if self.ranks.world.size > 1:
+            self.ranks.publish(message.packed())
+        prompts = PromptLogprobs()
+        positions = [(sequence, at) for _, sequence, at in batch.prompt_positions()] if message.prompt_rows else []
+        sequences = [batch.sequences[place] for place in batch.sampled]
 
-    def _prepare(self, hidden_th: Tensor, rows: list[int], sequences: list[Sequence]) -> Callable[[], Choice | None]:
+        def compute() -> ChooseTokens | None:
+            return self._compute(message, sequences, lambda piece, logits: prompts.add(positions[piece], logits))
+
+        launched = Launched(sequences, prompts, compute)
+        if not self.defers:
+            launched.compute()
+        return launched
+
+    def _compute(
+        self, message: StepMessage, sequences: list[Sequence], on_prompt_logits: OnPromptLogits
+    ) -> ChooseTokens | None:
+        """Put a step on this rank's device; what chooses its next tokens, where there are any.
+
+        `sequences`: those that get them; on rank 0 alone.
+        """
+        with explained_out_of_memory(), torch.inference_mode():
+            hidden = self.compute(message, on_prompt_logits)
+            if not message.sampled:
+                return None
+            if self.stage.is_last:
+                return self._prepare(hidden, message, sequences)
+            if self.overlap:
+                self.runner.expect(message)
+            return None
+
+    def compute(self, message: StepMessage, on_prompt_logits: OnPromptLogits) -> Tensor:
+        """Hidden states of a step.
+
+        `on_prompt_logits(piece, logits)` is called on rank 0 with logits [r, v] of a piece of `message.prompt_rows`.
+        """
+        hidden = self.runner.forward(message)
+        if not self.stage.is_last:
+            return hidden
+        for start in range(0, len(message.prompt_rows), _PROMPT_LOGITS_ROWS):
+            piece = slice(start, start + _PROMPT_LOGITS_ROWS)
+            logits = self.runner.logits(hidden, message.prompt_rows[piece])
+            if logits is not None:
+                on_prompt_logits(piece, logits)
+        return hidden
+
+    def _prepare(self, hidden_th: Tensor, message: StepMessage, sequences: list[Sequence]) -> ChooseTokens:
         """What chooses the next token of each sequence, once what only the host can tell it is known there."""
-        if all(sequence.is_plain for sequence in sequences):
+        rows = message.sampled_rows
+        if message.greedy:
             tokens = self.runner.greedy(hidden_th, rows)
-            choice = Choice(tokens) if self.ranks.group.rank == 0 else None
-            self._remember(tokens)
+            choice = Choice(tokens) if self.ranks.world.rank == 0 else None
+            self._remember(message, tokens)
             return lambda: choice
         logits = self.runner.logits(hidden_th, rows)
-        prepared = None if logits is None else self.sampler.prepare(logits, sequences, self.runner.chosen)
+        prepared = None if logits is None else self._sampler.prepare(logits, sequences, self.runner.chosen)
 
         def choose() -> Choice | None:
             choice = None if prepared is None else prepared.choose()
-            self._remember(self._shared(choice, len(rows)))
+            self._remember(message, self._shared(choice, len(rows)))
             return choice
 
         return choose
 
-    def _remember(self, tokens_r: Tensor) -> None:
-        """Every rank remembers the chosen tokens where the next step is to read them."""
+    def _remember(self, message: StepMessage, tokens_r: Tensor) -> None:
+        """The ranks of the first and the last stage keep the chosen tokens where later steps are to read them."""
         if self.overlap:
-            self.runner.remember(tokens_r)
+            self.runner.remember(message, tokens_r)
 
     def _shared(self, choice: Choice | None, count: int) -> Tensor:
         """The tokens that rank 0 chose, on every rank's device if the next step is to read them there."""
         tokens = torch.empty(count, dtype=torch.int32, device=self.device) if choice is None else choice.tokens
-        return self.ranks.group.broadcast(tokens) if self.overlap else tokens
+        return self.ranks.groups.tensor.broadcast(tokens) if self.overlap else tokens
 
     def release(self) -> None:
         """Let go what must not outlast the ranks' group."""
@@ -382,36 +370,24 @@ class Worker:
             raise
 
     def _follow(self) -> None:
-        while True:
-            message: Message = self.ranks.broadcast(None)  # type: ignore[assignment]  # rank 0 sent a Message
-            if message["stop"]:
-                self.release()
-                return
-            self.apply(message)
-            batch = self.scheduler.schedule(message["prompt_tokens"])
-            if batch.sequences:
-                self.launch(batch).choose()
-                self.scheduler.advance(batch)
+        while len(numbers := self.ranks.receive()):
+            message = StepMessage.unpacked(numbers)
+            Launched([], PromptLogprobs(), partial(self._compute, message, [], _no_logits)).choose()
+        self.release()
 
 
-def _announced(new: NewSequence) -> Sequence:
-    """A sequence as ranks other than 0 know it: with all that decides which work it needs, and nothing more."""
-    params = SamplingParams(
-        n=new["n"],
-        beam_width=new["beam_width"],
-        max_tokens=new["max_tokens"],
-        temperature=0.0 if new["plain"] else 1.0,
-        prompt_logprobs=0 if new["prompt_logprobs"] else None,
-    )
-    request = Request(request_id=new["request_id"], prompt_token_ids=tuple(new["token_ids"]), params=params)
-    sequence = Sequence(request, 0)
-    sequence.due = new["due"]
-    return sequence
+def _no_logits(_piece: slice, _logits: Tensor) -> None:
+    raise AssertionError("rank 0 alone has logits")
 
 
-def resolve_scheduler(config: SchedulerConfig, device: torch.device) -> SchedulerConfig:
-    """The limits of a step with the defaults of a device in place of what was left open."""
+def resolve_scheduler(config: SchedulerConfig, device: torch.device, stages: int = 1) -> SchedulerConfig:
+    """The limits of a step with the defaults of a device in place of what was left open.
+
+    With several pipeline stages the tokens are those of as many steps, which are under way together: the smaller steps
+    are, the less a stage waits for the one before.
+    """
     tokens = config.max_num_batched_tokens or max(DEFAULT_STEP_TOKENS[device.type], config.max_num_seqs)
+    tokens = max(tokens // stages, min(tokens, _LEAST_STEP_TOKENS), config.max_num_seqs)
     overlap = device.type != "cpu" if config.overlap_steps is None else config.overlap_steps
     return replace(config, max_num_batched_tokens=tokens, overlap_steps=overlap)
 
@@ -455,7 +431,7 @@ def rank_device(config: EngineConfig, group: TensorGroup, local_size: int, first
         )
     if engines > 1 and local_size > torch.cuda.device_count():
         raise ConfigError(
-            f"data_parallel_size {engines} with tensor_parallel_size {group.size} needs {local_size} GPUs, but "
+            f"data_parallel_size {engines} with {_sizes(config, group)} needs {local_size} GPUs, but "
             f"{torch.cuda.device_count()} are visible here; lower one of them"
         )
     if number >= torch.cuda.device_count():
@@ -466,6 +442,12 @@ def rank_device(config: EngineConfig, group: TensorGroup, local_size: int, first
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
+
+
+def _sizes(config: EngineConfig, world: TensorGroup) -> str:
+    stages = config.parallel.pipeline_parallel_size
+    tensor = f"tensor_parallel_size {world.size // stages}"
+    return tensor if stages == 1 else f"{tensor} and pipeline_parallel_size {stages}"
 
 
 def compute_dtype(name: str, model: ModelConfig, device: torch.device) -> DTypeName:
@@ -480,17 +462,17 @@ def _with_folders(config: EngineConfig, ranks: Ranks) -> EngineConfig:
 
     A rank whose host does not have rank 0's folder looks its own up.
     """
-    if ranks.group.rank == 0:
+    if ranks.world.rank == 0:
         config = resolve_engine(config)
     folder = str(ranks.broadcast(config.model))
-    if ranks.group.rank == 0:
+    if ranks.world.rank == 0:
         return config
     return replace(config, model=folder, revision=None) if Path(folder).exists() else resolve_engine(config)
 
 
 def build_model(
     checkpoint: Checkpoint,
-    group: TensorGroup,
+    groups: ParallelGroups,
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -501,19 +483,28 @@ def build_model(
 
     With `quantization`, each weight is quantized as it comes: at most one of them is held in full precision besides.
     """
-    level = logging.INFO if group.rank == 0 else logging.DEBUG
+    world, within = groups.world, groups.tensor
+    level = logging.INFO if world.rank == 0 else logging.DEBUG
     config, source = checkpoint.config, checkpoint.source
     _log.log(level, "loading %s (%s) from %s to %s", config.architecture, source.kind, source.folder, device)
     start = time.perf_counter()
-    with use_group(group), torch.device("meta"):
-        model = model_class(config.architecture)(config)
+    with torch.device("meta"):
+        model = model_class(config.architecture)(config, groups)
     model.eval()
     quantizer = None if quantization is None else Quantizer(SCHEMES[quantization], model)
     quantizable = matrices(model)
     nbytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    show = show_progress and group.rank == 0
+    show = show_progress and world.rank == 0
     with progress_bar("Loading weights", nbytes, unit="bytes", show=show) as bar:
-        tensors = rank_tensors(checkpoint, group.rank, group.size, dtype, expert_parallel=group.expert_parallel)
+        whole_experts = groups.expert.size > 1
+        tensors = rank_tensors(
+            checkpoint,
+            within.rank,
+            within.size,
+            dtype,
+            expert_parallel=whole_experts,
+            names={name for name, _ in model.named_parameters()},
+        )
         held = 0
         for name, loaded in tensors:
             owner, _, attribute = name.rpartition(".")
@@ -529,7 +520,7 @@ def build_model(
         for module in model.modules():
             if isinstance(module, PackedModule):
                 module.pack()
-    size = f"{held / 1e9:.3f} GB" + (f" for each of {group.size} ranks" if group.size > 1 else "")
+    size = f"{held / 1e9:.3f} GB" + (f" for each of {world.size} ranks" if world.size > 1 else "")
     shown = quantization or checkpoint.stored_quantization
     types = f"{dtype}" if shown is None else f"{shown} and {dtype}"
     _log.log(level, "loaded %s of weights as %s in %.1f s", size, types, time.perf_counter() - start)
@@ -571,7 +562,7 @@ def config_from_json(text: str) -> EngineConfig:
 def follow_rank_zero(config: EngineConfig, place: RankInfo) -> None:
     """Be rank `place.rank` until rank 0 says stop; an error is told to the other ranks before it is raised."""
     logging.getLogger("hasten").setLevel(logging.ERROR)  # rank 0 says once what every rank would warn of
-    ranks = Ranks(place, None, device_kind(config))
+    ranks = Ranks(place, None, device_kind(config), config.parallel)
     try:
         with ranks.guard("following rank 0"):
             Worker(config, ranks).follow()

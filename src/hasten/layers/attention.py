@@ -14,7 +14,7 @@ from hasten.core.config import AttentionConfig
 from hasten.layers.linear import QKVLinear, RowLinear
 from hasten.layers.norm import HeadNorm
 from hasten.layers.position import RopeTables, alibi_slopes
-from hasten.parallel.groups import tensor_group
+from hasten.parallel.groups import ALONE, TensorGroup
 from hasten.parallel.shard import shard_config
 
 
@@ -26,22 +26,27 @@ class Attention(nn.Module):
     """[blocks, block size, m, d] each; the runner gives them before the first step."""
 
     def __init__(
-        self, hidden_size: int, config: AttentionConfig, *, norm_eps: float = 0.0, unit_offset: bool = False
+        self,
+        hidden_size: int,
+        config: AttentionConfig,
+        *,
+        norm_eps: float = 0.0,
+        unit_offset: bool = False,
+        group: TensorGroup = ALONE,
     ) -> None:
         """`norm_eps`, `unit_offset`: of the norms of queries and keys, where the configuration has them."""
         super().__init__()
-        group = tensor_group()
         heads = shard_config(config, group.size)
         self.config = config
         self.head_size, self.num_heads, self.num_kv_heads = heads.head_size, heads.num_heads, heads.num_kv_heads
         self.scale = config.head_size**-0.5 if config.scale is None else config.scale
-        self.qkv = QKVLinear(hidden_size, heads, bias=config.qkv_bias, clip=config.qkv_clip)
+        self.qkv = QKVLinear(hidden_size, heads, bias=config.qkv_bias, clip=config.qkv_clip, group=group)
         self.norm_eps, self.unit_offset = norm_eps, unit_offset
         self.query_norm, self.key_norm = (
             None if config.qk_norm is None else HeadNorm(config.qk_norm, count, heads.head_size)
             for count in (heads.num_heads, heads.num_kv_heads)
         )
-        self.dense = RowLinear(config.num_heads * config.head_size, hidden_size, bias=config.dense_bias)
+        self.dense = RowLinear(config.num_heads * config.head_size, hidden_size, bias=config.dense_bias, group=group)
         self.sinks = nn.Parameter(torch.empty(heads.num_heads), requires_grad=False) if config.sinks else None
         self.rope_table: Tensor | None = None
         self.slopes_n: Tensor | None = None

@@ -10,7 +10,7 @@ from hasten import ops
 from hasten.layers.linear import PackedModule, ReplicatedLinear
 from hasten.layers.norm import LayerNorm
 from hasten.ops.partial_sum import PartialSum
-from hasten.parallel.groups import tensor_group
+from hasten.parallel.groups import ALONE, TensorGroup
 from hasten.parallel.shard import padded_vocab
 
 
@@ -28,6 +28,7 @@ class Embedding(nn.Module):
         scale: float | None = None,
         positions: int = 0,
         position_offset: int = 0,
+        group: TensorGroup = ALONE,
     ) -> None:
         """`scale`: what embeddings are multiplied by, rounded to their type; a tied head takes them as they are.
 
@@ -35,13 +36,15 @@ class Embedding(nn.Module):
         of positions, which every rank holds whole; that of position p is row p + `position_offset`.
         """
         super().__init__()
-        self.group = tensor_group()
+        self.group = group
         self.scale = scale
         rows = padded_vocab(vocab_size, self.group.size) // self.group.size
         self.first = self.group.rank * rows if self.group.size > 1 else None
         self.weight = nn.Parameter(torch.empty(rows, width), requires_grad=False)
         hidden_size = hidden_size or width
-        self.projection = None if hidden_size == width else ReplicatedLinear(width, hidden_size, bias=False)
+        self.projection = (
+            None if hidden_size == width else ReplicatedLinear(width, hidden_size, bias=False, group=group)
+        )
         self.position_offset = position_offset
         self.positions = nn.Parameter(torch.empty(positions, hidden_size), requires_grad=False) if positions else None
 
@@ -82,10 +85,11 @@ class Head(PackedModule):
         bias: bool = False,
         scale: float | None = None,
         softcap: float | None = None,
+        group: TensorGroup = ALONE,
     ) -> None:
         """With `scale` logits are multiplied by it; then, with `softcap` c, they become c * tanh(logit / c)."""
         super().__init__()
-        self.group = tensor_group()
+        self.group = group
         self.scale = scale
         self.softcap = softcap
         self.vocab_size = vocab_size

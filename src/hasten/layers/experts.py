@@ -10,16 +10,16 @@ from torch import Tensor
 from hasten import ops
 from hasten.core.config import ExpertsConfig
 from hasten.layers.linear import GatedColumnLinear, PackedModule, RowLinear
-from hasten.parallel.groups import tensor_group
+from hasten.parallel.groups import ALL_ALONE, ALONE, ParallelGroups, TensorGroup
 
 
 class SharedExpert(nn.Module):
     """An expert that computes every token, scaled by a gate of its own; its inner size is divided over the ranks."""
 
-    def __init__(self, hidden_size: int, inner_size: int, *, gate: ops.Activation) -> None:
+    def __init__(self, hidden_size: int, inner_size: int, *, gate: ops.Activation, group: TensorGroup = ALONE) -> None:
         super().__init__()
-        self.gate_up = GatedColumnLinear(hidden_size, inner_size, bias=False, gate=gate)
-        self.down = RowLinear(inner_size, hidden_size, bias=False)
+        self.gate_up = GatedColumnLinear(hidden_size, inner_size, bias=False, gate=gate, group=group)
+        self.down = RowLinear(inner_size, hidden_size, bias=False, group=group)
         self.scale = nn.Parameter(torch.empty(1, hidden_size), requires_grad=False)
 
     def forward(self, x_th: Tensor) -> Tensor:
@@ -36,16 +36,17 @@ class Experts(PackedModule):
 
     packed: ops.PackedExperts
 
-    def __init__(self, hidden_size: int, config: ExpertsConfig, *, gate: ops.Activation) -> None:
+    def __init__(
+        self, hidden_size: int, config: ExpertsConfig, *, gate: ops.Activation, groups: ParallelGroups = ALL_ALONE
+    ) -> None:
         super().__init__()
-        self.group = group = tensor_group()
+        self.group = groups.tensor
         self.config = config
         self.unit = ops.GatedUnit(gate, config.limit, config.offset)
-        whole = group.expert_parallel
-        count = config.num_experts // group.size if whole else config.num_experts
-        inner = config.inner_size if whole else config.inner_size // group.size
-        self.first = group.rank * count if whole else 0
-        self.adds_bias = whole or group.rank == 0
+        count = config.num_experts // groups.expert.size
+        inner = config.inner_size * groups.expert.size // groups.tensor.size
+        self.first = groups.expert.rank * count
+        self.adds_bias = groups.expert.size > 1 or groups.tensor.rank == 0
         self.router = nn.Parameter(torch.empty(config.num_experts, hidden_size), requires_grad=False)
         self.gate_up = nn.Parameter(torch.empty(count, 2 * inner, hidden_size), requires_grad=False)
         self.down = nn.Parameter(torch.empty(count, hidden_size, inner), requires_grad=False)
@@ -54,7 +55,7 @@ class Experts(PackedModule):
             for shape in ((config.num_experts,), (count, 2 * inner), (count, hidden_size))
         )
         shared = config.shared_size
-        self.shared = None if shared is None else SharedExpert(hidden_size, shared, gate=gate)
+        self.shared = None if shared is None else SharedExpert(hidden_size, shared, gate=gate, group=groups.tensor)
 
     def pack(self) -> None:
         """Lay the experts out and let the loaded copies go."""

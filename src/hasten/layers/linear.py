@@ -10,7 +10,7 @@ from torch import Tensor
 from hasten import ops
 from hasten.core.config import AttentionConfig
 from hasten.ops.reference import clipped
-from hasten.parallel.groups import tensor_group
+from hasten.parallel.groups import ALONE, TensorGroup
 
 
 class PackedModule(nn.Module):
@@ -38,9 +38,9 @@ class _Linear(PackedModule):
     weight: ops.Weight
     packed: ops.PackedLinear
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, group: TensorGroup = ALONE) -> None:
         super().__init__()
-        self.group = tensor_group()
+        self.group = group
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
@@ -66,9 +66,15 @@ class ColumnLinear(_Linear):
     """Each rank computes a shard of the output features; no communication."""
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool = True, activation: ops.Activation | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        activation: ops.Activation | None = None,
+        group: TensorGroup = ALONE,
     ) -> None:
-        super().__init__(in_features, out_features // tensor_group().size, bias=bias)
+        super().__init__(in_features, out_features // group.size, bias=bias, group=group)
         self.activation = activation
 
     def forward(self, x_th: Tensor) -> Tensor:
@@ -79,8 +85,10 @@ class ColumnLinear(_Linear):
 class GatedColumnLinear(_Linear):
     """Gate and up projection of a gated unit in one; each rank computes a shard of both."""
 
-    def __init__(self, in_features: int, inner_features: int, *, bias: bool, gate: ops.Activation) -> None:
-        super().__init__(in_features, 2 * inner_features // tensor_group().size, bias=bias)
+    def __init__(
+        self, in_features: int, inner_features: int, *, bias: bool, gate: ops.Activation, group: TensorGroup = ALONE
+    ) -> None:
+        super().__init__(in_features, 2 * inner_features // group.size, bias=bias, group=group)
         self.gate = gate
 
     def forward(self, x_th: Tensor, scale_1h: Tensor | None = None) -> Tensor:
@@ -91,9 +99,18 @@ class GatedColumnLinear(_Linear):
 class QKVLinear(_Linear):
     """Fused projection to queries, keys and values; each rank computes those of its heads."""
 
-    def __init__(self, in_features: int, heads: AttentionConfig, *, bias: bool, clip: float | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        heads: AttentionConfig,
+        *,
+        bias: bool,
+        clip: float | None = None,
+        group: TensorGroup = ALONE,
+    ) -> None:
         """`heads`: those of this rank; `clip`: what the absolute values of all three are limited to."""
-        super().__init__(in_features, (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_size, bias=bias)
+        out_features = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_size
+        super().__init__(in_features, out_features, bias=bias, group=group)
         self.heads = heads
         self.clip = clip
 
@@ -119,8 +136,8 @@ class QKVLinear(_Linear):
 class RowLinear(_Linear):
     """Each rank takes a shard of the input features; the outputs are summed over the ranks."""
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
-        super().__init__(in_features // tensor_group().size, out_features, bias=bias)
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, group: TensorGroup = ALONE) -> None:
+        super().__init__(in_features // group.size, out_features, bias=bias, group=group)
 
     def forward(
         self, x_th: Tensor, residual_to: Tensor | ops.PartialSum | None, rows_t: Tensor | None = None

@@ -5,15 +5,24 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.layers.linear import ColumnLinear, GatedColumnLinear, RowLinear
+from hasten.parallel.groups import ALONE, TensorGroup
 
 
 class MLP(nn.Module):
     """`down(activation(up(x)))`."""
 
-    def __init__(self, hidden_size: int, inner_size: int, *, activation: ops.Activation, bias: bool = True) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        inner_size: int,
+        *,
+        activation: ops.Activation,
+        bias: bool = True,
+        group: TensorGroup = ALONE,
+    ) -> None:
         super().__init__()
-        self.up = ColumnLinear(hidden_size, inner_size, bias=bias, activation=activation)
-        self.down = RowLinear(inner_size, hidden_size, bias=bias)
+        self.up = ColumnLinear(hidden_size, inner_size, bias=bias, activation=activation, group=group)
+        self.down = RowLinear(inner_size, hidden_size, bias=bias, group=group)
 
     def forward(self, x_th: Tensor, residual_th: Tensor | ops.PartialSum | None) -> Tensor | ops.PartialSum:
         """`residual_th` + MLP(`x_th`): [t, h], or a sum for the next norm to add up."""
@@ -23,10 +32,12 @@ class MLP(nn.Module):
 class GatedMLP(nn.Module):
     """`down(gate(x @ G) * (x @ U))`: a gated unit and what follows it."""
 
-    def __init__(self, hidden_size: int, inner_size: int, *, activation: ops.Activation, bias: bool) -> None:
+    def __init__(
+        self, hidden_size: int, inner_size: int, *, activation: ops.Activation, bias: bool, group: TensorGroup = ALONE
+    ) -> None:
         super().__init__()
-        self.gate_up = GatedColumnLinear(hidden_size, inner_size, bias=bias, gate=activation)
-        self.down = RowLinear(inner_size, hidden_size, bias=bias)
+        self.gate_up = GatedColumnLinear(hidden_size, inner_size, bias=bias, gate=activation, group=group)
+        self.down = RowLinear(inner_size, hidden_size, bias=bias, group=group)
 
     def forward(self, x_th: Tensor, residual_th: Tensor | ops.PartialSum | None) -> Tensor | ops.PartialSum:
         """`residual_th` + MLP(`x_th`): [t, h], or a sum for the next norm to add up."""

@@ -6,15 +6,15 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.core.config import QKNorm
-from hasten.parallel.groups import tensor_group
+from hasten.parallel.groups import ALONE, TensorGroup
 
 
 class LayerNorm(nn.Module):
     """Layer norm with a weight, and with a bias or without."""
 
-    def __init__(self, size: int, *, eps: float, bias: bool = True) -> None:
+    def __init__(self, size: int, *, eps: float, bias: bool = True, group: TensorGroup = ALONE) -> None:
         super().__init__()
-        self.group = tensor_group()
+        self.group = group
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(size), requires_grad=False) if bias else None
@@ -37,9 +37,9 @@ class HeadNorm(nn.Module):
 class RMSNorm(nn.Module):
     """Root mean square norm with a weight, or with a weight that is stored less one (`unit_offset`)."""
 
-    def __init__(self, size: int, *, eps: float, unit_offset: bool = False) -> None:
+    def __init__(self, size: int, *, eps: float, unit_offset: bool = False, group: TensorGroup = ALONE) -> None:
         super().__init__()
-        self.group = tensor_group()
+        self.group = group
         self.eps = eps
         self.unit_offset = unit_offset
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)

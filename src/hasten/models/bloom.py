@@ -13,27 +13,27 @@ from torch import Tensor
 from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import UnsupportedError
 from hasten.layers.attention import Attention
-from hasten.layers.embedding import Embedding, Head
 from hasten.layers.mlp import MLP
 from hasten.layers.norm import LayerNorm
 from hasten.models import hf_config
-from hasten.models.base import CausalLM
+from hasten.models.decoder import Decoder, make_norm
 from hasten.models.decoder_weights import BOTH_NORMS, decoder_weights, plain_layer
 from hasten.models.weight_map import HEAD_MAJOR, WeightMap, WeightSpec, norm
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.partial_sum import PartialSum
+from hasten.parallel.groups import ParallelGroups
 
 
 class BloomBlock(nn.Module):
     """One layer: attention and MLP, each behind a norm and added to a residual."""
 
-    def __init__(self, config: ModelConfig, *, last: bool) -> None:
+    def __init__(self, config: ModelConfig, layer: int, groups: ParallelGroups) -> None:
         super().__init__()
-        self.last = last
-        self.input_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.attention = Attention(config.hidden_size, config.attention)
-        self.post_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, activation=config.activation)
+        self.last = layer == config.num_layers - 1
+        self.input_norm = LayerNorm(config.hidden_size, eps=config.norm_eps, group=groups.tensor)
+        self.attention = Attention(config.hidden_size, config.attention, group=groups.tensor)
+        self.post_norm = LayerNorm(config.hidden_size, eps=config.norm_eps, group=groups.tensor)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, activation=config.activation, group=groups.tensor)
         self.residual_after_norm = config.residual_after_norm
 
     def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> Tensor | PartialSum:
@@ -44,26 +44,19 @@ class BloomBlock(nn.Module):
         return self.mlp(normed_th, normed_th if self.residual_after_norm else x_th)
 
 
-class BloomForCausalLM(CausalLM):
+class BloomForCausalLM(Decoder):
     """BLOOM with its language model head, tied to the embedding or not."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.embedding_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
-        end = config.num_layers - 1
-        self.layers = nn.ModuleList(BloomBlock(config, last=i == end) for i in range(config.num_layers))
-        self.final_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.head = Head(
-            config.vocab_size, config.hidden_size, tied=self.embedding if config.tie_word_embeddings else None
-        )
+    block: ClassVar[type[nn.Module]] = BloomBlock
 
-    def forward(self, input_ids_t: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
-        """Hidden states after the last norm, of the tokens of `meta.output_part` where it names some: [t, h]."""
-        x_th = self.embedding.normed(input_ids_t, positions_t, self.embedding_norm)
-        for layer in self.layers:
-            x_th = layer(x_th, positions_t, meta)
-        return self.final_norm(x_th)[0]
+    def build_start(self, config: ModelConfig, groups: ParallelGroups) -> None:
+        """The embedding and its norm."""
+        super().build_start(config, groups)
+        self.embedding_norm = make_norm(config, groups)
+
+    def start(self, input_ids_t: Tensor, positions_t: Tensor) -> Tensor:
+        """The embeddings after their norm."""
+        return self.embedding.normed(input_ids_t, positions_t, self.embedding_norm)
 
     hf_harmless: ClassVar[frozenset[str]] = frozenset(
         """

@@ -16,57 +16,59 @@ from hasten.layers.norm import LayerNorm, RMSNorm
 from hasten.models.base import CausalLM
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.partial_sum import PartialSum
+from hasten.parallel.groups import ParallelGroups
 
 
 class Decoder(CausalLM):
     """Embedding, layers, a last norm and the language model head."""
 
     block: ClassVar[type[nn.Module]]
-    """One layer, made of the configuration and its number."""
+    """One layer, made of the configuration, its number and the groups of this rank."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        vocab, hidden = config.vocab_size, config.hidden_size
+    def build_start(self, config: ModelConfig, groups: ParallelGroups) -> None:
+        """The embedding."""
         self.embedding = Embedding(
-            vocab,
-            hidden,
+            config.vocab_size,
+            config.hidden_size,
             scale=config.embedding_scale,
             positions=config.num_positions,
             position_offset=config.position_offset,
+            group=groups.tensor,
         )
-        self.layers = nn.ModuleList(self.make_block(config, layer) for layer in range(config.num_layers))
-        self.final_norm = self.make_final_norm(config)
+
+    def make_block(self, config: ModelConfig, layer: int, groups: ParallelGroups) -> nn.Module:
+        """One layer, by its number."""
+        return self.block(config, layer, groups)
+
+    def make_final_norm(self, config: ModelConfig, groups: ParallelGroups) -> LayerNorm | RMSNorm:
+        """The norm before the head."""
+        return make_norm(config, groups)
+
+    def build_end(self, config: ModelConfig, groups: ParallelGroups) -> None:
+        """The last norm and the head."""
+        self.final_norm = self.make_final_norm(config, groups)
         self.head = Head(
-            vocab,
-            hidden,
-            tied=self.embedding if config.tie_word_embeddings else None,
+            config.vocab_size,
+            config.hidden_size,
+            tied=self.tied_embedding(config),
             bias=config.head_bias,
             scale=config.logit_scale,
             softcap=config.logit_softcap,
+            group=groups.tensor,
         )
 
-    @classmethod
-    def make_block(cls, config: ModelConfig, layer: int) -> nn.Module:
-        """One layer, by its number."""
-        return cls.block(config, layer)
+    def start(self, input_ids_t: Tensor, positions_t: Tensor) -> Tensor | PartialSum:
+        """The embeddings."""
+        return self.embedding(input_ids_t, positions_t)
 
-    @staticmethod
-    def make_final_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
-        """The norm before the head."""
-        return make_norm(config)
-
-    def forward(self, input_ids_t: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
-        """Hidden states after the last norm, of the tokens of `meta.output_part` where it names some: [t, h]."""
-        x_th = self.embedding(input_ids_t, positions_t)
-        for layer in self.layers:
-            x_th = layer(x_th, positions_t, meta)
-        normed_th: Tensor = self.final_norm(x_th)[0]
-        return normed_th
+    def end(self, x_th: Tensor | PartialSum) -> Tensor:
+        """Hidden states after the last norm."""
+        return self.final_norm(x_th)[0]
 
 
-def make_norm(config: ModelConfig) -> LayerNorm:
+def make_norm(config: ModelConfig, groups: ParallelGroups) -> LayerNorm:
     """A layer norm of the model's width."""
-    return LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+    return LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias, group=groups.tensor)
 
 
 class Block(nn.Module):
@@ -74,21 +76,22 @@ class Block(nn.Module):
 
     mlp_kind: ClassVar[type[MLP] | type[GatedMLP]] = MLP
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, groups: ParallelGroups) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
+        self.group = groups.tensor
         self.last = layer == config.num_layers - 1
-        self.input_norm = make_norm(config)
-        self.attention = Attention(hidden, config.attention_of(layer), norm_eps=config.norm_eps)
-        self.mlp = self.mlp_kind(hidden, inner, activation=config.activation, bias=config.mlp_bias)
+        self.input_norm = make_norm(config, groups)
+        self.attention = Attention(hidden, config.attention_of(layer), norm_eps=config.norm_eps, group=groups.tensor)
+        self.mlp = self.mlp_kind(hidden, inner, activation=config.activation, bias=config.mlp_bias, group=groups.tensor)
 
 
 class SequentialBlock(Block):
     """First attention, then the MLP, each behind a norm and added to a residual."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config, layer)
-        self.post_norm = make_norm(config)
+    def __init__(self, config: ModelConfig, layer: int, groups: ParallelGroups) -> None:
+        super().__init__(config, layer, groups)
+        self.post_norm = make_norm(config, groups)
 
     def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> Tensor | PartialSum:
         """Hidden states after this layer, or a sum for the next norm to add up."""
@@ -111,9 +114,9 @@ class ParallelBlock(Block):
 class TwinNormBlock(Block):
     """Attention and MLP side by side, each behind a norm of its own, and added to one residual."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config, layer)
-        self.post_norm = make_norm(config)
+    def __init__(self, config: ModelConfig, layer: int, groups: ParallelGroups) -> None:
+        super().__init__(config, layer, groups)
+        self.post_norm = make_norm(config, groups)
 
     def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> Tensor | PartialSum:
         """Hidden states after this layer, or a sum for the next norm to add up."""

@@ -16,6 +16,7 @@ from hasten.models.decoder import Decoder, ParallelBlock, SequentialBlock, TwinN
 from hasten.models.decoder_weights import BOTH_NORMS, decoder_weights, plain_layer
 from hasten.models.rope import rope_from_hf
 from hasten.models.weight_map import HEAD_MAJOR, WeightMap, WeightSpec, norm
+from hasten.parallel.groups import ParallelGroups
 
 _MAX_POSITION, _HEADS = 2048, 71
 
@@ -23,12 +24,11 @@ _MAX_POSITION, _HEADS = 2048, 71
 class FalconForCausalLM(Decoder):
     """Falcon with its language model head."""
 
-    @classmethod
-    def make_block(cls, config: ModelConfig, layer: int) -> nn.Module:
+    def make_block(self, config: ModelConfig, layer: int, groups: ParallelGroups) -> nn.Module:
         """Attention and MLP behind one norm (7B, 11B) or two (40B, 180B), or one after the other (RW)."""
         parallel = TwinNormBlock if config.mlp_norm else ParallelBlock
         block = parallel if config.parallel_residual else SequentialBlock
-        return block(config, layer)
+        return block(config, layer, groups)
 
     # `auto_map` names code of the hub that computes what transformers' own does
     hf_harmless: ClassVar[frozenset[str]] = frozenset(

@@ -32,6 +32,7 @@ from hasten.models.rope import rope_from_hf
 from hasten.models.weight_map import WeightMap
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.partial_sum import PartialSum
+from hasten.parallel.groups import ParallelGroups
 
 _NORMS = {
     "input_norm": "input_layernorm",
@@ -45,16 +46,17 @@ _WINDOW, _HEAD_SIZE = 4096, 256
 class Gemma2Block(nn.Module):
     """One layer: attention and gated MLP, each between two norms and then added to a residual."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, groups: ParallelGroups) -> None:
         super().__init__()
+        group = groups.tensor
         hidden, inner, eps = config.hidden_size, config.intermediate_size, config.norm_eps
         self.last = layer == config.num_layers - 1
         self.input_norm, self.post_attention_norm, self.pre_mlp_norm, self.post_mlp_norm = (
-            RMSNorm(hidden, eps=eps, unit_offset=True) for _ in _NORMS
+            RMSNorm(hidden, eps=eps, unit_offset=True, group=group) for _ in _NORMS
         )
-        self.attention = Attention(hidden, config.attention_of(layer), norm_eps=eps, unit_offset=True)
-        self.gate_up = GatedColumnLinear(hidden, inner, bias=config.mlp_bias, gate=config.activation)
-        self.down = RowLinear(inner, hidden, bias=config.mlp_bias)
+        self.attention = Attention(hidden, config.attention_of(layer), norm_eps=eps, unit_offset=True, group=group)
+        self.gate_up = GatedColumnLinear(hidden, inner, bias=config.mlp_bias, gate=config.activation, group=group)
+        self.down = RowLinear(inner, hidden, bias=config.mlp_bias, group=group)
 
     def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> PartialSum:
         """Hidden states after this layer, as a sum for the next norm to add up."""

@@ -15,6 +15,7 @@ from hasten.models.decoder import Decoder, SequentialBlock, TwinNormBlock
 from hasten.models.decoder_weights import BOTH_NORMS, decoder_weights, plain_layer
 from hasten.models.rope import rope_from_hf
 from hasten.models.weight_map import HEAD_MAJOR, WeightMap, WeightSpec, norm
+from hasten.parallel.groups import ParallelGroups
 
 _MAX_POSITION = 2048
 
@@ -22,11 +23,10 @@ _MAX_POSITION = 2048
 class GPTNeoXForCausalLM(Decoder):
     """GPT-NeoX with its language model head."""
 
-    @classmethod
-    def make_block(cls, config: ModelConfig, layer: int) -> nn.Module:
+    def make_block(self, config: ModelConfig, layer: int, groups: ParallelGroups) -> nn.Module:
         """Attention and MLP of the same hidden states, each behind a norm of its own, or one after the other."""
         block = TwinNormBlock if config.parallel_residual else SequentialBlock
-        return block(config, layer)
+        return block(config, layer, groups)
 
     hf_harmless: ClassVar[frozenset[str]] = frozenset(
         """

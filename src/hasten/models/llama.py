@@ -23,22 +23,24 @@ from hasten.models.rope import ROPE_ALIASES, rope_from_hf
 from hasten.models.weight_map import Axis, WeightMap, WeightSpec, linear, norm
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.partial_sum import PartialSum
+from hasten.parallel.groups import ParallelGroups
 from hasten.parallel.shard import Split
 
 
 class LlamaBlock(nn.Module):
     """One layer: attention and gated MLP, each behind a norm and added to a residual."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, groups: ParallelGroups) -> None:
         super().__init__()
+        group = groups.tensor
         hidden, inner, eps = config.hidden_size, config.intermediate_size, config.norm_eps
         self.last = layer == config.num_layers - 1
         offset = config.norm_offset
-        self.input_norm = RMSNorm(hidden, eps=eps, unit_offset=offset)
-        self.attention = Attention(hidden, config.attention_of(layer), norm_eps=eps, unit_offset=offset)
-        self.post_norm = RMSNorm(hidden, eps=eps, unit_offset=offset)
-        self.gate_up = GatedColumnLinear(hidden, inner, bias=config.mlp_bias, gate=config.activation)
-        self.down = RowLinear(inner, hidden, bias=config.mlp_bias)
+        self.input_norm = RMSNorm(hidden, eps=eps, unit_offset=offset, group=group)
+        self.attention = Attention(hidden, config.attention_of(layer), norm_eps=eps, unit_offset=offset, group=group)
+        self.post_norm = RMSNorm(hidden, eps=eps, unit_offset=offset, group=group)
+        self.gate_up = GatedColumnLinear(hidden, inner, bias=config.mlp_bias, gate=config.activation, group=group)
+        self.down = RowLinear(inner, hidden, bias=config.mlp_bias, group=group)
 
     def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> Tensor | PartialSum:
         """Hidden states after this layer, or a sum for the next norm to add up."""
@@ -53,10 +55,9 @@ class LlamaForCausalLM(Decoder):
 
     block: ClassVar[type[nn.Module]] = LlamaBlock
 
-    @staticmethod
-    def make_final_norm(config: ModelConfig) -> RMSNorm:
+    def make_final_norm(self, config: ModelConfig, groups: ParallelGroups) -> RMSNorm:
         """The norm before the head."""
-        return RMSNorm(config.hidden_size, eps=config.norm_eps, unit_offset=config.norm_offset)
+        return RMSNorm(config.hidden_size, eps=config.norm_eps, unit_offset=config.norm_offset, group=groups.tensor)
 
     hf_harmless: ClassVar[frozenset[str]] = frozenset({"attention_dropout", "initializer_range", "pretraining_tp"})
 

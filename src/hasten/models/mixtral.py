@@ -27,6 +27,7 @@ from hasten.models.llama import (
 from hasten.models.weight_map import WeightMap, WeightSpec, experts
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.partial_sum import PartialSum
+from hasten.parallel.groups import ParallelGroups
 
 _MAX_POSITION, _EPS = 131_072, 1e-5
 
@@ -34,15 +35,16 @@ _MAX_POSITION, _EPS = 131_072, 1e-5
 class MixtralBlock(nn.Module):
     """One layer: attention and a mixture of experts, each behind a norm and added to a residual."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, groups: ParallelGroups) -> None:
         super().__init__()
+        group = groups.tensor
         assert config.experts is not None
         hidden, eps = config.hidden_size, config.norm_eps
         self.last = layer == config.num_layers - 1
-        self.input_norm = RMSNorm(hidden, eps=eps)
-        self.attention = Attention(hidden, config.attention_of(layer), norm_eps=eps)
-        self.post_norm = RMSNorm(hidden, eps=eps)
-        self.experts = Experts(hidden, config.experts, gate=config.activation)
+        self.input_norm = RMSNorm(hidden, eps=eps, group=group)
+        self.attention = Attention(hidden, config.attention_of(layer), norm_eps=eps, group=group)
+        self.post_norm = RMSNorm(hidden, eps=eps, group=group)
+        self.experts = Experts(hidden, config.experts, gate=config.activation, groups=groups)
 
     def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> PartialSum:
         """Hidden states after this layer, as a sum for the next norm to add up."""

@@ -27,7 +27,7 @@ from hasten.models.llama import (
 from hasten.models.weight_map import WeightMap, WeightSpec, norm
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.partial_sum import PartialSum
-from hasten.parallel.groups import tensor_group
+from hasten.parallel.groups import ParallelGroups
 from hasten.parallel.shard import Split
 
 _MAX_POSITION = 2048
@@ -36,15 +36,17 @@ _MAX_POSITION = 2048
 class Olmo2Block(nn.Module):
     """One layer: attention and gated MLP, each normed and then added to what it read."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, groups: ParallelGroups) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.norm_eps
-        self.group = tensor_group()
+        self.group = group = groups.tensor
         self.last = layer == config.num_layers - 1
-        self.attention = Attention(hidden, config.attention_of(layer), norm_eps=eps)
-        self.post_attention_norm = RMSNorm(hidden, eps=eps)
-        self.mlp = GatedMLP(hidden, config.intermediate_size, activation=config.activation, bias=config.mlp_bias)
-        self.post_mlp_norm = RMSNorm(hidden, eps=eps)
+        self.attention = Attention(hidden, config.attention_of(layer), norm_eps=eps, group=group)
+        self.post_attention_norm = RMSNorm(hidden, eps=eps, group=group)
+        self.mlp = GatedMLP(
+            hidden, config.intermediate_size, activation=config.activation, bias=config.mlp_bias, group=group
+        )
+        self.post_mlp_norm = RMSNorm(hidden, eps=eps, group=group)
 
     def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
         """Hidden states after this layer: [t, h]."""

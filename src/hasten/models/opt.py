@@ -15,14 +15,14 @@ from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import UnsupportedError
 from hasten.layers.embedding import Embedding, Head
 from hasten.layers.linear import ReplicatedLinear
-from hasten.layers.norm import LayerNorm
 from hasten.models import hf_config
 from hasten.models.base import CausalLM
-from hasten.models.decoder import SequentialBlock
+from hasten.models.decoder import SequentialBlock, make_norm
 from hasten.models.decoder_weights import decoder_weights, plain_layer, separate_qkv
 from hasten.models.weight_map import Axis, WeightMap, WeightSpec, linear, norm, positions
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.partial_sum import PartialSum
+from hasten.parallel.groups import ParallelGroups
 from hasten.parallel.shard import Split
 
 _SUPPORTED = {"layer_norm_elementwise_affine": True, "learned_embeddings": True, "scale_embeddings": False}
@@ -37,50 +37,47 @@ class OPTPostNormBlock(SequentialBlock):
 
     def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
         """Hidden states after this layer."""
-        residual_th = _added_up(x_th, self.input_norm)
+        residual_th = self.group.complete(x_th)
         x_th = self.attention(residual_th, positions_t, meta, residual_th, last=self.last)
         residual_th, _ = self.input_norm(x_th)
         return self.post_norm(self.mlp(residual_th, residual_th))[0]
 
 
-def _added_up(x_th: Tensor | PartialSum, norm: LayerNorm) -> Tensor:
-    """A sum as a tensor: norms are what adds sums up, and any of them returns the sum along with its norm."""
-    return x_th if isinstance(x_th, Tensor) else norm(x_th)[1]
-
-
 class OPTForCausalLM(CausalLM):
     """OPT with its language model head."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        vocab, hidden, width = config.vocab_size, config.hidden_size, config.embedding_size or config.hidden_size
+    def build_start(self, config: ModelConfig, groups: ParallelGroups) -> None:
+        """The embedding, projected to the hidden size where it is narrower."""
         self.embedding = Embedding(
-            vocab,
-            width,
-            hidden_size=hidden,
+            config.vocab_size,
+            config.embedding_size or config.hidden_size,
+            hidden_size=config.hidden_size,
             positions=config.num_positions,
             position_offset=config.position_offset,
+            group=groups.tensor,
         )
+
+    def make_block(self, config: ModelConfig, layer: int, groups: ParallelGroups) -> nn.Module:
+        """One layer, by its number."""
         block = SequentialBlock if config.norm_first else OPTPostNormBlock
-        self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_layers))
-        self.final_norm = LayerNorm(hidden, eps=config.norm_eps) if config.final_norm else None
-        self.project_out = None if width == hidden else ReplicatedLinear(hidden, width, bias=False)
-        self.head = Head(vocab, width, tied=self.embedding if config.tie_word_embeddings else None)
+        return block(config, layer, groups)
 
-    def forward(self, input_ids_t: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
-        """Hidden states after the last norm, of the tokens of `meta.output_part` where it names some.
+    def build_end(self, config: ModelConfig, groups: ParallelGroups) -> None:
+        """The last norm, if there is one, and the head, behind a projection where the embeddings are narrower."""
+        hidden, width = config.hidden_size, config.embedding_size or config.hidden_size
+        self.final_norm = make_norm(config, groups) if config.final_norm else None
+        self.project_out = None
+        if width != hidden:
+            self.project_out = ReplicatedLinear(hidden, width, bias=False, group=groups.tensor)
+        self.head = Head(config.vocab_size, width, tied=self.tied_embedding(config), group=groups.tensor)
 
-        They are [t, h], or as wide as the embeddings where these are narrower.
-        """
-        x_th: Tensor | PartialSum = self.embedding(input_ids_t, positions_t)
-        for layer in self.layers:
-            x_th = layer(x_th, positions_t, meta)
-        if self.final_norm is None:
-            last = self.layers[-1]
-            assert isinstance(last, SequentialBlock)
-            out_th = _added_up(x_th, last.post_norm)
-        else:
-            out_th, _ = self.final_norm(x_th)
+    def start(self, input_ids_t: Tensor, positions_t: Tensor) -> Tensor | PartialSum:
+        """The embeddings."""
+        return self.embedding(input_ids_t, positions_t)
+
+    def end(self, x_th: Tensor | PartialSum) -> Tensor:
+        """Hidden states after the last norm, as wide as the embeddings."""
+        out_th = self.group.complete(x_th) if self.final_norm is None else self.final_norm(x_th)[0]
         return out_th if self.project_out is None else self.project_out(out_th)
 
     hf_harmless: ClassVar[frozenset[str]] = frozenset(

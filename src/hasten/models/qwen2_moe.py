@@ -25,6 +25,7 @@ from hasten.models.llama import (
 from hasten.models.mixtral import MixtralBlock, MixtralForCausalLM
 from hasten.models.qwen2 import MAX_POSITION, Qwen2ForCausalLM, with_windows
 from hasten.models.weight_map import Axis, StoredTensor, WeightMap, WeightSpec, experts, linear
+from hasten.parallel.groups import ParallelGroups
 from hasten.parallel.shard import Split
 
 _KV_HEADS, _SHARED_SIZE = 16, 5632
@@ -35,11 +36,10 @@ class Qwen2MoeForCausalLM(LlamaForCausalLM):
 
     hf_harmless: ClassVar[frozenset[str]] = MixtralForCausalLM.hf_harmless | Qwen2ForCausalLM.hf_harmless
 
-    @classmethod
-    def make_block(cls, config: ModelConfig, layer: int) -> nn.Module:
+    def make_block(self, config: ModelConfig, layer: int, groups: ParallelGroups) -> nn.Module:
         """One layer, with a mixture of experts or with a plain MLP."""
         assert config.experts is not None
-        return (LlamaBlock if layer in config.experts.dense_layers else MixtralBlock)(config, layer)
+        return (LlamaBlock if layer in config.experts.dense_layers else MixtralBlock)(config, layer, groups)
 
     @staticmethod
     def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:

@@ -15,6 +15,7 @@ from hasten.models import hf_config
 from hasten.models.decoder import Decoder, ParallelBlock, SequentialBlock
 from hasten.models.llama import attention_from_hf, attention_weights, config_from_hf, mlp_weights, weight_map_of
 from hasten.models.weight_map import Axis, StoredTensor, WeightMap, WeightSpec, norm
+from hasten.parallel.groups import ParallelGroups
 from hasten.parallel.shard import Split
 
 _MAX_POSITION = 4096
@@ -35,11 +36,10 @@ class ParallelStableLmBlock(ParallelBlock):
 class StableLmForCausalLM(Decoder):
     """StableLM with its language model head."""
 
-    @classmethod
-    def make_block(cls, config: ModelConfig, layer: int) -> nn.Module:
+    def make_block(self, config: ModelConfig, layer: int, groups: ParallelGroups) -> nn.Module:
         """One layer, by its number."""
         block = ParallelStableLmBlock if config.parallel_residual else StableLmBlock
-        return block(config, layer)
+        return block(config, layer, groups)
 
     hf_harmless: ClassVar[frozenset[str]] = frozenset(
         "attention_dropout hidden_dropout initializer_range rotary_scaling_factor".split()

@@ -1,8 +1,9 @@
-"""The ranks that share a model, and what they do together: identities where there is one rank alone."""
+"""Groups of ranks, and what the ranks of one do together: identities where there is one rank alone.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+No group is a global: whoever builds layers says which ones they belong to.
+"""
+
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -11,23 +12,27 @@ from torch import Tensor
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.peers import Peers
 from hasten.ops.reference import complete
+from hasten.parallel.pipeline import StageLink
 
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """The ranks that share every layer."""
+    """Ranks that compute the same tokens, each with its shard of the weights."""
 
     rank: int = 0
+    """Of this process, in the group."""
     size: int = 1
     peers: Peers | None = None
     """Where ranks on one host can write each other's memory: for sums of a few rows."""
-    expert_parallel: bool = False
-    """Whether each rank holds whole experts of a mixture, and not a part of every expert."""
+    first: int = 0
+    """The rank in the world of the group's rank 0."""
+    handle: dist.ProcessGroup | None = None
+    """torch's group; None: that of the world."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, in place, the same bits on every rank."""
+        """The sum over all ranks of the group, in place, the same bits on every rank."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.handle)
         return tensor
 
     def reduced(self, x_th: Tensor | PartialSum) -> Tensor | PartialSum:
@@ -49,7 +54,7 @@ class TensorGroup:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's content, in place, on every rank."""
         if self.size > 1:
-            dist.broadcast(tensor, 0)
+            dist.broadcast(tensor, self.first, group=self.handle)
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -57,7 +62,7 @@ class TensorGroup:
         if self.size == 1:
             return tensor.unsqueeze(0)
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather(list(gathered.unbind()), tensor.contiguous())
+        dist.all_gather(list(gathered.unbind()), tensor.contiguous(), group=self.handle)
         return gathered
 
     def gather(self, shard: Tensor) -> Tensor | None:
@@ -66,24 +71,55 @@ class TensorGroup:
             return shard
         shard = shard.contiguous()
         shards = [torch.empty_like(shard) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(shard, shards, dst=0)
+        dist.gather(shard, shards, dst=self.first, group=self.handle)
         return None if shards is None else torch.cat(shards, dim=-1)
 
 
-_current = TensorGroup()
+@dataclass(frozen=True)
+class PipelineGroup:
+    """Ranks that each hold one stage of the model: some of its layers, which follow each other."""
+
+    stage: int = 0
+    """Of this rank: 0 has the embedding, the last one the head."""
+    size: int = 1
+    """Stages."""
+    dealt: tuple[int, ...] = ()
+    """Layers of each stage; none: as equal as can be, the first stages having one more where that is left over."""
+    link: StageLink | None = None
+    """The connections to the other stages, where there are any."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this stage reads token ids."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this stage has the head."""
+        return self.stage == self.size - 1
+
+    def layers(self, num_layers: int) -> range:
+        """Numbers of this stage's layers."""
+        least, over = divmod(num_layers, self.size)
+        counts = self.dealt or [least + (stage < over) for stage in range(self.size)]
+        begin = sum(counts[: self.stage])
+        return range(begin, begin + counts[self.stage])
 
 
-def tensor_group() -> TensorGroup:
-    """The group that layers built now belong to."""
-    return _current
+@dataclass(frozen=True)
+class ParallelGroups:
+    """The groups that a rank belongs to, by what the ranks of each do together."""
+
+    world: TensorGroup = field(default_factory=TensorGroup)
+    """All ranks of the engine."""
+    tensor: TensorGroup = field(default_factory=TensorGroup)
+    """Those that share every layer of this rank."""
+    pipeline: PipelineGroup = field(default_factory=PipelineGroup)
+    """Those that compute the same tokens one after the other."""
+    expert: TensorGroup = field(default_factory=TensorGroup)
+    """Those of the tensor group, if each of them holds whole experts of a mixture; else this rank alone."""
 
 
-@contextmanager
-def use_group(group: TensorGroup) -> Iterator[None]:
-    """Build layers for `group` inside this context."""
-    global _current
-    before, _current = _current, group
-    try:
-        yield
-    finally:
-        _current = before
+ALONE = TensorGroup()
+ALL_ALONE = ParallelGroups()
+"""What layers and models belong to where nothing else is said."""

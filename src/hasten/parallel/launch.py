@@ -11,18 +11,24 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import IO
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed offers them, but its types do not
 
+from hasten.core.config import ParallelConfig
 from hasten.core.errors import EngineError, HastenError, RankError, error_of, exit_status
-from hasten.parallel.groups import TensorGroup
+from hasten.parallel.groups import ALONE, ParallelGroups, PipelineGroup, TensorGroup
+from hasten.parallel.pipeline import StageLink
 from hasten.parallel.rank import RankInfo
 from hasten.parallel.threads import limit_threads
 
@@ -63,8 +69,16 @@ def _failure(where: str, report: bytes) -> Failure:
 class Ranks:
     """The group of this process's run: its collectives, and the word of any rank's death."""
 
-    def __init__(self, place: RankInfo | None, children: "Children | None", device_kind: str) -> None:
-        self.group = TensorGroup(place.rank, place.size) if place else TensorGroup()
+    def __init__(
+        self,
+        place: RankInfo | None,
+        children: "Children | None",
+        device_kind: str,
+        parallel: ParallelConfig | None = None,
+    ) -> None:
+        """`parallel`: how many pipeline stages the ranks form, with which layers; None: one."""
+        self.world = TensorGroup(place.rank, place.size) if place else ALONE
+        self.groups = ParallelGroups(world=self.world, tensor=self.world)
         self.local_size = place.local_size if place else 1
         """Ranks on this host, those of other engines of the same server included."""
         self.engines = place.engines if place else 1
@@ -74,9 +88,15 @@ class Ranks:
         self._place = place
         self._children = children
         self._store: PrefixStore | None = None
+        self._sent: deque[tuple[Tensor, list[dist.Work | None]]] = deque()
+        """Published parts that may be under way, which must stay in memory."""
         self._threads = limit_threads()
+        self._most_under_way = _MOST_UNDER_WAY
         if place is not None and place.size > 1:
             self._join(place, device_kind)
+            if parallel is not None and parallel.pipeline_parallel_size > 1:
+                self._most_under_way += 2 * parallel.pipeline_parallel_size
+                self.groups = self._form_stages(parallel)
         if self.local_size > 1 and device_kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, self._threads // self.local_size))
 
@@ -100,6 +120,26 @@ class Ranks:
             dist.init_process_group(
                 backend, store=self._store, rank=place.rank, world_size=place.size, timeout=_IDLE_TIMEOUT
             )
+
+    def _form_stages(self, parallel: ParallelConfig) -> ParallelGroups:
+        """The groups of this rank where there are several stages: the last one has the ranks from 0 on.
+
+        So rank 0, which schedules, has the logits. All ranks make all groups, in the same order.
+        """
+        stages, world = parallel.pipeline_parallel_size, self.world
+        size = world.size // stages
+        ranks_of = [list(range((stages - 1 - stage) * size, (stages - stage) * size)) for stage in range(stages)]
+        stage, rank = stages - 1 - world.rank // size, world.rank % size
+        tensor = TensorGroup(rank, size, first=ranks_of[stage][0])
+        if size > 1:
+            handles = [dist.new_group(ranks, timeout=_IDLE_TIMEOUT) for ranks in ranks_of]
+            tensor = replace(tensor, handle=handles[stage])
+        columns = [list(column) for column in zip(*ranks_of, strict=True)]
+        both = [[dist.new_group(column, timeout=_IDLE_TIMEOUT) for _ in range(2)] for column in columns]
+        hidden, tokens = both[rank]
+        link = StageLink(columns[rank], stage, hidden, tokens)
+        pipeline = PipelineGroup(stage, stages, parallel.dealt_layers, link)
+        return ParallelGroups(world=world, tensor=tensor, pipeline=pipeline)
 
     @property
     def store(self) -> PrefixStore | None:
@@ -129,7 +169,7 @@ class Ranks:
         try:
             yield
         except (RuntimeError, dist.DistError) as error:
-            if self.group.size == 1:
+            if self.world.size == 1:
                 raise
             failure = self._explain(error)
             raise failure.error or RankError(f"{failure.text} (while {doing})") from error
@@ -144,51 +184,80 @@ class Ranks:
                 return self._children.failure
         elif self._store is not None:
             return self._explain_by_roll_call(error)
-        return Failure(f"rank {self.group.rank} of {self.group.size} failed: {_brief(error)}")
+        return Failure(f"rank {self.world.rank} of {self.world.size} failed: {_brief(error)}")
 
     def report_failure(self, error: BaseException) -> None:
         """Tell the other ranks why this one is about to end."""
         if self._store is not None and self._children is None:
             with suppress(RuntimeError):
-                self._store.set(f"failed/{self.group.rank}", reported(error).decode())
+                self._store.set(f"failed/{self.world.rank}", reported(error).decode())
 
     def _explain_by_roll_call(self, error: Exception) -> Failure:
         """Who is missing among ranks that nobody here started: those that answer are alive."""
         assert self._store is not None
-        others = [rank for rank in range(self.group.size) if rank != self.group.rank]
+        others = [rank for rank in range(self.world.size) if rank != self.world.rank]
         try:
-            self._store.set(f"alive/{self.group.rank}", "1")
+            self._store.set(f"alive/{self.world.rank}", "1")
             deadline = time.monotonic() + _GRACE_S
             while time.monotonic() < deadline:
                 for rank in others:
                     if self._store.check([f"failed/{rank}"]):
-                        return _failure(f"rank {rank} of {self.group.size} failed", self._store.get(f"failed/{rank}"))
+                        return _failure(f"rank {rank} of {self.world.size} failed", self._store.get(f"failed/{rank}"))
                 time.sleep(0.1)
             dead = [rank for rank in others if not self._store.check([f"alive/{rank}"])]
         except RuntimeError:
             dead = [0]  # the store went with the rank that hosts it
         names = ", ".join(f"rank {rank}" for rank in dead) or "a rank"
         return Failure(
-            f"{names} of {self.group.size} died: its connection to rank {self.group.rank} broke ({_brief(error)})"
+            f"{names} of {self.world.size} died: its connection to rank {self.world.rank} broke ({_brief(error)})"
         )
 
     def broadcast(self, message: object | None) -> object:
         """Rank 0's message, any JSON value, on every rank."""
-        if self.group.size == 1:
+        if self.world.size == 1:
             return message
-        header = torch.zeros(_HEADER, dtype=torch.uint8)
-        body = json.dumps(message).encode() if self.group.rank == 0 else b""
-        size = len(body).to_bytes(8, "little")
-        if self.group.rank == 0:
-            start = size + body[: _HEADER - 8]
-            header[: len(start)] = torch.frombuffer(bytearray(start), dtype=torch.uint8)
-        dist.broadcast(header, 0)
-        length = int.from_bytes(bytes(header[:8].tolist()), "little")
-        if length <= _HEADER - 8:
-            return json.loads(bytes(header[8 : 8 + length].numpy()))
-        whole = torch.frombuffer(bytearray(body or bytes(length)), dtype=torch.uint8)
+        body = json.dumps(message).encode() if self.world.rank == 0 else b""
+        length = torch.tensor(len(body))
+        dist.broadcast(length, 0)
+        whole = torch.frombuffer(bytearray(body or bytes(int(length))), dtype=torch.uint8)
         dist.broadcast(whole, 0)
         return json.loads(bytes(whole.numpy()))
+
+    def publish(self, numbers: NDArray[np.int32]) -> None:
+        """Send whole numbers to the other ranks, which `receive` them; on rank 0, which does not wait for that."""
+        first = torch.zeros(_FIRST_NUMBERS, dtype=torch.int32)
+        first[0] = len(numbers)
+        first[1 : 1 + len(numbers)] = torch.from_numpy(numbers[: _FIRST_NUMBERS - 1])
+        parts = [first]
+        if len(numbers) >= _FIRST_NUMBERS:
+            parts.append(torch.from_numpy(numbers[_FIRST_NUMBERS - 1 :].copy()))
+        for part in parts:
+            self._sent.append((part, [dist.isend(part, rank) for rank in range(1, self.world.size)]))
+        while len(self._sent) > self._most_under_way:
+            for work in self._sent.popleft()[1]:
+                assert work is not None, "every rank is in the group"
+                work.wait()
+
+    def publish_end(self) -> None:
+        """Let the other ranks end, whose next `receive` gets no numbers; returns once they have all been sent."""
+        if self.world.size > 1:
+            self.publish(np.empty(0, dtype=np.int32))
+        for _, works in self._sent:
+            for work in works:
+                assert work is not None, "every rank is in the group"
+                work.wait()
+        self._sent.clear()
+
+    def receive(self) -> NDArray[np.int32]:
+        """The numbers that rank 0 published next; on the others."""
+        first = torch.empty(_FIRST_NUMBERS, dtype=torch.int32)
+        dist.recv(first, 0)
+        count = int(first[0])
+        if count < _FIRST_NUMBERS:
+            return first[1 : 1 + count].numpy()
+        rest = torch.empty(count - _FIRST_NUMBERS + 1, dtype=torch.int32)
+        dist.recv(rest, 0)
+        return torch.cat((first[1:], rest)).numpy()
 
     def expect_end(self) -> None:
         """From now on the other ranks end because they were told to."""
@@ -199,8 +268,9 @@ class Ranks:
         """End this process's part after a failure, without waiting for what the other ranks may still owe."""
         everyone = dist.group.WORLD
         if everyone is not None and torch.cuda.is_initialized():
-            with suppress(RuntimeError):
-                everyone._get_backend(torch.device("cuda")).abort()
+            for group in list(dist.distributed_c10d._world.pg_map):
+                with suppress(RuntimeError):
+                    group._get_backend(torch.device("cuda")).abort()
         self.leave()
 
     def leave(self) -> None:
@@ -219,8 +289,10 @@ def _brief(error: Exception) -> str:
     return str(error).partition(". This is typically")[0].rpartition("] ")[2].strip()
 
 
-_HEADER = 4096
-"""Bytes of the first broadcast of a message: most messages fit."""
+_FIRST_NUMBERS = 2048
+"""Numbers of the first part of a message, with its length: most messages fit."""
+_MOST_UNDER_WAY = 16
+"""Parts of messages that other ranks may not have received yet."""
 
 
 class Children:

@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import (
 )
 
 from hasten.ops.peers import Peers
+from hasten.parallel.groups import TensorGroup
 
 _log = logging.getLogger(__name__)
 _numbers = itertools.count()
@@ -60,22 +61,24 @@ class RunStore(Store):
         self._store.wait(names) if timeout is None else self._store.wait(names, timeout)
 
 
-def connect(store: Store, rank: int, size: int, width: int, max_rows: int, device: torch.device) -> Peers | None:
+def connect(store: Store, group: TensorGroup, width: int, max_rows: int, device: torch.device) -> Peers | None:
     """Mailboxes for rows of `width` 16-bit values, on every rank; None, on every rank, if any cannot have them.
 
     The ranks find each other's memory through `store`, which must be this run's own.
     """
     try:
-        made = _mailboxes(store, rank, size, width, max_rows, device)
+        made = _mailboxes(PrefixStore(f"from {group.first}", store), group, width, max_rows, device)
     except RuntimeError as error:
         made = None
         _log.warning("ranks sum through NCCL alone: %s", str(error).partition("\n")[0])
     agreed = torch.tensor(int(made is not None))
-    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)  # also: nobody writes before all mailboxes are empty
+    # also: nobody writes before all mailboxes are empty
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=group.handle)
     return made if int(agreed) else None
 
 
-def _mailboxes(store: Store, rank: int, size: int, width: int, max_rows: int, device: torch.device) -> Peers:
+def _mailboxes(store: Store, group: TensorGroup, width: int, max_rows: int, device: torch.device) -> Peers:
+    rank, size = group.rank, group.size
     shape = (2, max_rows, size, width // 2)
     shared = RunStore(PrefixStore("mailboxes", store))  # held here: C++ would not find a dead object's methods
     mailbox = symmetric_memory.empty(shape, dtype=torch.int64, device=device)
@@ -84,7 +87,7 @@ def _mailboxes(store: Store, rank: int, size: int, width: int, max_rows: int, de
     # Not torch's own name for the group of all ranks: a process may be rank 0 of several runs, one after the other, and
     # torch would look for the first run's store again.
     name: Any = f"hasten-{next(_numbers)}"  # torch 2.13 has a type of its own for it, earlier ones take a string
-    everyone = dist.group.WORLD
+    everyone = group.handle or dist.group.WORLD
     assert everyone is not None, "there are ranks"
     _SymmetricMemory.set_group_info(name, rank, size, shared)
     _register_process_group(name, everyone)  # torch 2.11 looks the name up here as well

@@ -16,7 +16,7 @@ from hasten.engine.planning.footprint import footprint
 from hasten.engine.planning.hardware import GPUS, Device, gpu, this_cpu
 from hasten.engine.planning.plan import BATCHES, Planner, Setup, advice
 from hasten.models.registry import model_class
-from hasten.parallel.groups import TensorGroup, use_group
+from hasten.parallel.groups import ParallelGroups, TensorGroup
 from hasten.quantization.scheme import SCHEMES, Quantizer
 
 MakeModel = Callable[..., Path]
@@ -33,8 +33,9 @@ def test_bytes_are_those_of_the_tensors_of_each_rank(family: str, make_model: Ma
     folder = make_model(family, **FAMILIES[family])
     for ranks in (1, 2):
         checkpoint = open_checkpoint(folder, ranks=ranks)
-        with use_group(TensorGroup(0, ranks)), torch.device("meta"):
-            model = model_class(checkpoint.config.architecture)(checkpoint.config)
+        with torch.device("meta"):
+            groups = ParallelGroups(tensor=TensorGroup(0, ranks))
+            model = model_class(checkpoint.config.architecture)(checkpoint.config, groups)
         for scheme in (None, *QUANTIZATIONS):
             quantizer = None if scheme is None else Quantizer(SCHEMES[scheme], model)
             expected = footprint(checkpoint.config, "fp32", ranks=ranks, quantization=scheme)

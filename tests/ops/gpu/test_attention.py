@@ -18,6 +18,7 @@ from hasten.engine.batch import Batch
 from hasten.engine.graphs import Size
 from hasten.engine.inputs import BlockTables, Inputs
 from hasten.engine.sequence import Sequence
+from hasten.engine.step_message import StepMessage, TableRows
 from hasten.layers.position import alibi_slopes
 from hasten.ops import AttentionMeta, reference
 from hasten.ops.gpu import attention
@@ -215,9 +216,14 @@ def make_sequence(key: int, kv_len: int, count: int, blocks: list[int]) -> Seque
     return made
 
 
+def message(case: Case, needed: list[int]) -> StepMessage:
+    """The batch as ranks get it, with hidden states of as many tokens of each sequence asked for."""
+    return replace(StepMessage.of(case.batch, TableRows(len(case.inputs.tables.array))), needed=needed)
+
+
 def whole(case: Case) -> AttentionMeta:
     """The batch with hidden states of all its tokens asked for."""
-    return case.inputs.tokens(case.batch, case.batch.counts).meta
+    return case.inputs.tokens(message(case, case.batch.counts)).meta
 
 
 def interpreted(dtypes: list[torch.dtype]) -> list[object]:
@@ -351,7 +357,7 @@ def test_a_part_of_a_batch_gets_what_it_gets_in_the_whole(
     case = Case(Heads(query=1, kv=1), torch.float16, device).fill(
         [(40, 40), (70, 90), (1, 33), (1, 1), (17, 17), (1, 140)], CUT
     )
-    part = case.inputs.tokens(case.batch, needed).meta.output_part
+    part = case.inputs.tokens(message(case, needed)).meta.output_part
     assert part is not None
     assert part.num_tokens == sum(needed)
     case.check(part, assert_close)
@@ -363,7 +369,7 @@ def test_a_part_of_a_batch_gets_what_it_gets_in_the_whole(
 def padded(case: Case, needed: list[int], tokens: int, outputs: int | None) -> AttentionMeta:
     """The step as in a graph: padded, in sections with room for more, and memory behind it that is no number."""
     size = Size(tokens, outputs)
-    step = case.inputs.step(case.batch, needed)
+    step = case.inputs.step(message(case, needed))
     sections = case.inputs.sections(tokens, outputs, tokens)
     arrays = size.arrays(case.inputs, step)
     assert sections.hold(arrays)
@@ -393,7 +399,7 @@ def test_padded_steps_with_prompts(tokens: int, window: int | None, device: torc
     lengths = [(40, 40), (70, 90), (1, 33), (1, 1), (18, 18), (1, 140)]
     case = Case(Heads(query=2, kv=1), torch.float16, device, window=window).fill(lengths, CUT)
     needed = [1, 0, 1, 1, 1, 1]
-    whole_step = case.inputs.tokens(case.batch, needed).meta
+    whole_step = case.inputs.tokens(message(case, needed)).meta
     part = whole_step.output_part
     assert part is not None
     expected, expected_part = case.expected(whole_step), case.expected(part)
@@ -474,7 +480,7 @@ def check_fixed(case: Case, lengths: Lengths, assert_close: Close) -> None:
     case.check(prompts, assert_close)
     found = case.run(prompts)
     for last in (1, 2, 7):
-        part = case.inputs.tokens(case.batch, [min(last, count) for count, _ in lengths]).meta.output_part
+        part = case.inputs.tokens(message(case, [min(last, count) for count, _ in lengths])).meta.output_part
         assert part is not None
         assert part.output_indices is not None
         expected = found[part.output_indices.long()]

@@ -17,7 +17,7 @@ from hasten.layers.linear import PackedModule
 from hasten.layers.norm import LayerNorm, RMSNorm
 from hasten.models.base import CausalLM
 from hasten.models.registry import model_class
-from hasten.parallel.groups import TensorGroup, use_group
+from hasten.parallel.groups import ALONE, ParallelGroups, TensorGroup
 from hasten.quantization.scheme import SCHEMES, Quantizer
 
 _PARTS: tuple[tuple[type[nn.Module], str], ...] = (
@@ -69,9 +69,10 @@ def footprint(
     whole_experts: bool = False,
 ) -> Footprint:
     """What rank 0 of `ranks` takes; the others take as much. `whole_experts`: expert_parallel."""
-    group = TensorGroup(0, ranks, expert_parallel=whole_experts)
-    with use_group(group), torch.device("meta"):
-        model = model_class(config.architecture)(config)
+    group = TensorGroup(0, ranks)
+    groups = ParallelGroups(tensor=group, expert=group if whole_experts else ALONE)
+    with torch.device("meta"):
+        model = model_class(config.architecture)(config, groups)
     itemsize = ops.TORCH_DTYPES[dtype].itemsize
     schemes = {} if quantization is None else Quantizer(SCHEMES[quantization], model).schemes
     parts, products = Counter[str](), Counter[str]()

@@ -249,7 +249,7 @@ def server_coalescer(engine: "Engine") -> OutputCoalescer:
 
     threads = torch.get_num_threads() if engine.worker.device.type == "cpu" else 1
     ranks = engine.ranks
-    pause = pause_per_cpu_second(available_cpus() / ranks.engines, engine_threads=threads * ranks.group.size)
+    pause = pause_per_cpu_second(available_cpus() / ranks.engines, engine_threads=threads * ranks.world.size)
     return OutputCoalescer(pause, window=1 if pause else _WINDOW)
 
 
@@ -276,7 +276,7 @@ def engine_info(engine: "Engine") -> EngineInfo:
         dtype=names[worker.runner.dtype],
         quantization=worker.quantization,
         device=torch.cuda.get_device_name(worker.device) if on_gpu else "cpu",
-        ranks=engine.ranks.group.size,
+        ranks=engine.ranks.world.size,
         tokenizer_folder=None if folder is None else str(folder),
         model_type=MODELS[model.architecture].partition(":")[0].rpartition(".")[2],
     )

@@ -25,13 +25,13 @@ KIND = "kind"
 TOKEN_MODEL = "token_model"
 _ALIASES = {
     "tensor_para_size": "tensor_parallel_size",
+    "pipeline_para_size": "pipeline_parallel_size",
     "data_type": "dtype",
     TOKENIZER: "tokenizer",
     INT8_MODE: "quantization",
 }
 """FasterTransformer's name of an option, and the engine's."""
 _FIXED = {
-    "pipeline_para_size": (("1",), "there is tensor parallelism alone: set tensor_para_size"),
     "model_type": (tuple(MODEL_TYPES), "all decoder-only models but GPT-J and GPT-NeoX are GPT here"),
     # ranks use each other's memory for sums wherever their GPUs can reach it, and the results are the same
     "enable_custom_all_reduce": (("0", "1"), "it is 0 or 1"),
@@ -98,7 +98,7 @@ def engine_parameters(config: EngineConfig, model_type: str = DEFAULT_MODEL_TYPE
     modes = {scheme: mode for mode, scheme in INT8_MODES.items()}
     made = {
         "tensor_para_size": str(config.parallel.tensor_parallel_size),
-        "pipeline_para_size": "1",
+        "pipeline_para_size": str(config.parallel.pipeline_parallel_size),
         "model_type": model_type,
         CHECKPOINT: config.model,
         INT8_MODE: "0",
@@ -106,7 +106,7 @@ def engine_parameters(config: EngineConfig, model_type: str = DEFAULT_MODEL_TYPE
     }
     names = {option: name for name, option in _ALIASES.items()}
     for option, value, default in _flat(config):
-        if value != default and option != "tensor_parallel_size":
+        if value != default and option not in ("tensor_parallel_size", "pipeline_parallel_size"):
             value = modes[value] if names.get(option) == INT8_MODE else value
             made[names.get(option, option)] = str(value).lower() if isinstance(value, bool) else str(value)
     return made

@@ -1,0 +1,194 @@
+"""One step's work in numbers: all that a rank needs in order to compute it. Never imports torch.
+
+Rank 0 makes it of the batch that it scheduled, and sends it to the other ranks, which know nothing of sequences. Its
+size depends on the tokens that the step computes, and on the cache blocks that are new to it, not on the length of
+sequences.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate, chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.engine.batch import Batch
+from hasten.engine.sequence import Sequence
+
+Numbers = NDArray[np.int32]
+TableEdit = tuple[int, int, list[int]]
+"""A row of the block tables, a column, and the blocks that stand in the row from that column on."""
+
+
+class TableRows:
+    """Rank 0's record of the block tables that all ranks have: whose each row is, and what stands in it."""
+
+    def __init__(self, max_sequences: int) -> None:
+        self._rows: dict[int, tuple[int, int, list[int]]] = {}
+        """Sequence key -> row, version of the sequence's table, blocks that the row holds."""
+        self._free = list(range(max_sequences))
+
+    def place(self, sequences: list[Sequence]) -> tuple[list[int], list[TableEdit]]:
+        """The row of each sequence, and the edits that bring the rows up to date."""
+        known, edits, rows = self._rows, [], []
+        if len(self._free) < sum(sequence.key not in known for sequence in sequences):
+            self._evict({sequence.key for sequence in sequences})
+        for sequence in sequences:
+            table, version = sequence.block_table, sequence.table_version
+            entry = known.get(sequence.key) or (self._free.pop(), version, [])
+            row, held_version, held = entry
+            if held_version != version or len(held) < len(table) or not held:
+                first = len(held) if held_version == version else _common(held, table)
+                if first < len(table):
+                    edits.append((row, first, table[first:]))
+                held[first:] = table[first:]
+                known[sequence.key] = (row, version, held)
+            rows.append(row)
+        return rows, edits
+
+    def release(self, key: int) -> None:
+        """Give the row of an ended sequence, if it has one, to others."""
+        entry = self._rows.pop(key, None)
+        if entry is not None:
+            self._free.append(entry[0])
+
+    def _evict(self, current: set[int]) -> None:
+        for key in [key for key in self._rows if key not in current]:
+            self.release(key)
+
+
+def _common(held: list[int], table: list[int]) -> int:
+    """How many blocks two tables have in common at their beginning."""
+    pairs = enumerate(zip(held, table, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(held), len(table)))
+
+
+@dataclass(frozen=True)
+class StepMessage:
+    """Shapes: t tokens of the flat batch, s sequences."""
+
+    number: int
+    """Of the step, counted from 0."""
+    ids: list[int]
+    """[t]: token ids; -1 - i stands for number i of the chosen tokens that devices keep, which rank 0 does not know."""
+    rows: list[int]
+    """[s]: rows in the block tables."""
+    starts: list[int]
+    """[s]: tokens of each sequence that the cache holds already."""
+    counts: list[int]
+    """[s]: tokens of each sequence that this step computes."""
+    needed: list[int]
+    """[s]: how many of each sequence's last tokens need hidden states."""
+    sampled: list[int]
+    """Places among the sequences of those that get a next token."""
+    prompt_rows: list[int]
+    """Rows of the needed hidden states whose logits are asked for because they are a prompt's."""
+    edits: list[TableEdit]
+    """To make before the tables are read."""
+    copies: list[tuple[int, int]]
+    """Blocks, source and target, to copy before they are written."""
+    greedy: bool
+    """Whether the most probable token is all that is asked for of any sequence."""
+
+    @classmethod
+    def of(cls, batch: Batch, tables: TableRows) -> "StepMessage":
+        """The work of a batch, before it is noted as done."""
+        sequences, counts = batch.sequences, batch.counts
+        rows, edits = tables.place(sequences)
+        if len(sequences) == batch.num_tokens:
+            ids = [-1 - s.pending_row if s.pending else s.token_ids[s.num_computed] for s in sequences]
+        else:
+            # A pending token is the last one of its sequence, and the only one that is left to compute.
+            parts = (
+                [-1 - s.pending_row] if s.pending else s.token_ids[s.num_computed : s.num_computed + n]
+                for s, n in zip(sequences, counts, strict=True)
+            )
+            ids = list(chain.from_iterable(parts))
+        return cls(
+            number=batch.number,
+            ids=ids,
+            rows=rows,
+            starts=[sequence.num_computed for sequence in sequences],
+            counts=counts,
+            needed=batch.needed,
+            sampled=batch.sampled,
+            prompt_rows=[row for row, _, _ in batch.prompt_positions()],
+            edits=edits,
+            copies=batch.copies,
+            greedy=all(sequences[place].is_plain for place in batch.sampled),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences together."""
+        return len(self.ids)
+
+    @property
+    def sampled_rows(self) -> list[int]:
+        """Rows of the needed hidden states from which next tokens are chosen."""
+        ends = list(accumulate(self.needed))
+        return [ends[place] - 1 for place in self.sampled]
+
+    def copy_rounds(self) -> list[list[tuple[int, int]]]:
+        """The copies in groups to be done one after the other, each in any order: no group writes what it reads.
+
+        A block that was copied away and then freed by a preemption may be the target of a later copy. No target is a
+        source: its holder got it in this step, for itself alone.
+        """
+        rounds: list[list[tuple[int, int]]] = []
+        read: set[int] = set()
+        for source, target in self.copies:
+            if not rounds or target in read:
+                rounds.append([])
+                read.clear()
+            rounds[-1].append((source, target))
+            read.add(source)
+        return rounds
+
+    def packed(self) -> Numbers:
+        """The message as whole numbers: those that stand for themselves, the length of each list, and their content."""
+        lists = [
+            self.ids,
+            self.rows,
+            self.starts,
+            self.counts,
+            self.needed,
+            self.sampled,
+            self.prompt_rows,
+            [number for row, first, blocks in self.edits for number in (row, first, len(blocks))],
+            list(chain.from_iterable(blocks for _, _, blocks in self.edits)),
+            list(chain.from_iterable(self.copies)),
+        ]
+        return np.array([self.number, self.greedy, *map(len, lists), *chain.from_iterable(lists)], dtype=np.int32)
+
+    @classmethod
+    def unpacked(cls, numbers: Numbers) -> "StepMessage":
+        """The message that `packed` made numbers of."""
+        number, greedy, *lengths = numbers[: 2 + _LISTS].tolist()
+        content = iter(np.split(numbers, np.cumsum([2 + _LISTS, *lengths]))[1:])
+        ids, rows, starts, counts, needed, sampled, prompt_rows, heads, blocks, copies = (
+            next(content).tolist() for _ in range(_LISTS)
+        )
+        return cls(
+            number=number,
+            ids=ids,
+            rows=rows,
+            starts=starts,
+            counts=counts,
+            needed=needed,
+            sampled=sampled,
+            prompt_rows=prompt_rows,
+            edits=list(_edits(heads, blocks)),
+            copies=list(zip(copies[::2], copies[1::2], strict=True)),
+            greedy=bool(greedy),
+        )
+
+
+_LISTS = 10
+
+
+def _edits(heads: list[int], blocks: list[int]) -> Iterable[TableEdit]:
+    begin = 0
+    for row, first, count in zip(heads[::3], heads[1::3], heads[2::3], strict=True):
+        yield row, first, blocks[begin : begin + count]
+        begin += count
