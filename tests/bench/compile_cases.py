@@ -25,12 +25,13 @@ ROOMS = (
     *("heads", "logprobs", "matmul", "norm", "router", "sampling"),
 )
 """Of `ops/gpu`: the ones that launch kernels for `hasten.ops`."""
-INNER = ("grouped",)
+INNER = ("grouped", "rounded")
 """The ones that launch kernels for these."""
 LARGE = (
     *("8192", "prefill 94 x 87", "prefill 4 x 2048", "256 x 192", "256 of 16 to 2056", "128 blocks", "192 rows"),
     *("dense int8", "head int8", "int8, 64 rows", "qkv int8, 128 rows", "qkv int8, 512 rows", "down int8, 512 rows"),
     *("dense int4", "down int4", "qkv int4, 16", "qkv int4, 64", "qkv int4, 256", "up int4, 1", "up int4, 64"),
+    *("down fp8", "dense fp8", "qkv fp8", "w8a8, 64 rows", "w8a8, 256 rows", "dense w8a8", "head w8a8", "qkv w8a8"),
 )
 """Shapes with the kernels of smaller ones."""
 FIXED = ("16 x 192", "64 x 2048, window 512, capped", "prefill 2 x 560, window 128, sinks")
@@ -91,7 +92,8 @@ def compile_all(capability: int, dtypes: list[DTypeName]) -> None:
         alone, same_keys = (cases(Unfilled(m, ops.TORCH_DTYPES[dtype], torch.device("cpu"))) for m in (small, grouped))
         singles = (case for case in same_keys if case.op == "paged_attention" and "prefill" not in case.shape)
         for case in (*alone, *singles):
-            if not any(size in case.shape for size in LARGE):
+            fits = capability >= 89 or "fp8" not in case.shape
+            if fits and not any(size in case.shape for size in LARGE):
                 case.make().kernel()
             if case.shape in FIXED:
                 in_fixed_order(case.make().kernel)

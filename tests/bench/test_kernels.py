@@ -35,17 +35,9 @@ TINY = ModelConfig(
     attention=AttentionConfig(num_heads=2, num_kv_heads=2, head_size=64),
 )
 TOO_LARGE = (
-    "512 rows",
-    "int8, 64 rows",
-    "16 x",
-    "64 x",
-    "256 x",
-    "256 of",
-    "256 rows of",
-    "prefill",
-    "8192",
-    "int4, 64",
-    "int4, 256",
+    *("512 rows", "int8, 64 rows", "int8, 128 rows", "8, 16 rows", "w8a8, 64", "w8a8, 256", "fp8, 64", "fp8, 256"),
+    *("16 x", "64 x", "256 x", "256 of", "256 rows of", "prefill", "8192"),
+    *("int4, 64", "int4, 256"),
 )
 """What takes the interpreter seconds."""
 

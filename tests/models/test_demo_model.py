@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hasten.bench import lambada
 from hasten.bench.engines import HastenEngine, HuggingFaceEngine
+from hasten.core.config import Quantization
 from hasten.engine.llm import LLM
 from hasten.layers.attention import Attention
 from hasten.layers.norm import LayerNorm
@@ -97,11 +98,12 @@ def test_it_knows_how_most_stories_end(unharmed: lambada.LambadaResult) -> None:
     assert unharmed.accuracy >= LEAST_ACCURACY
 
 
-def test_int8_weights_cost_it_at_most_a_point(
-    samples: list[lambada.Sample], unharmed: lambada.LambadaResult, llm: LLM
+@pytest.mark.parametrize("scheme", ["int8", "w8a8", "fp8"])
+def test_weights_of_8_bits_cost_it_at_most_a_point(
+    scheme: Quantization, samples: list[lambada.Sample], unharmed: lambada.LambadaResult, llm: LLM
 ) -> None:
     options: dict[str, Any] = {"dtype": "fp32", "device": "cpu", "kv_cache_memory": 64 << 20}
-    with LLM(FOLDER, quantization="int8", **options) as quantized:
+    with LLM(FOLDER, quantization=scheme, **options) as quantized:
         found = answers(quantized, samples[:QUANTIZED])
     before = sum(answer.right for answer in unharmed.answers[:QUANTIZED])
     assert found.right >= before - QUANTIZED / 100

@@ -20,6 +20,10 @@ TOLERANCE: dict[str, dict[torch.dtype, float]] = {
     "tile": {torch.float32: 5e-6, torch.float16: 1.2e-3, torch.bfloat16: 1e-2},
     # Sums in fp32 of products of half types, in the order and with the precision of matrix units.
     "parts": {torch.float32: 1e-4},
+    # Inputs of 15 bits: half a unit of each of the values that are added up, and the result's own rounding.
+    "digits": {torch.float32: 5e-4, torch.float16: 1.5e-3, torch.bfloat16: 8e-3},
+    # Sums of products of fp8 in the 14 bits or so of a tensor core's accumulators.
+    "fp8": {torch.float32: 2e-2, torch.float16: 2e-2, torch.bfloat16: 2e-2},
     # A whole unit of the last place, where half types are cut off and not rounded.
     "cut off": {torch.bfloat16: 1e-2},
 }

@@ -1,4 +1,4 @@
-"""What int8 weights stand for, written down apart from hasten: symmetric, by output column, rounded to nearest."""
+"""What weights of 8 bits stand for, written down apart from hasten: symmetric, by output column, rounded to nearest."""
 
 import re
 import shutil
@@ -18,19 +18,24 @@ QUANTIZED = re.compile(
 )
 
 
-def rounded(weight_oh: Tensor) -> Tensor:
-    """Each row to the 255 multiples of its own step, in fp32."""
+TYPES = {"int8": torch.int8, "w8a8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""Of weights, by scheme."""
+
+
+def rounded(weight_oh: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each row to the 255 multiples of its own step, or to the values of e4m3 times its scale, in fp32."""
     wide_oh = weight_oh.float()
-    steps_o1 = wide_oh.abs().amax(1, keepdim=True) / 127
-    whole_oh = torch.round(wide_oh / torch.where(steps_o1 == 0, 1, steps_o1))
-    return (whole_oh * steps_o1).to(weight_oh.dtype)
+    steps_o1 = wide_oh.abs().amax(1, keepdim=True) / (127 if dtype == torch.int8 else 448)
+    ratios_oh = wide_oh / torch.where(steps_o1 == 0, 1, steps_o1)
+    values_oh = torch.round(ratios_oh) if dtype == torch.int8 else ratios_oh.to(dtype).float()
+    return (values_oh * steps_o1).to(weight_oh.dtype)
 
 
-def _of_ranks(name: str, weight: Tensor, ranks: int) -> Tensor:
+def _of_ranks(name: str, weight: Tensor, ranks: int, dtype: torch.dtype) -> Tensor:
     turned = TRANSPOSED.search(name) is not None
     weight_oh = weight.T if turned else weight
     parts = weight_oh.chunk(ranks, 1) if ROW_SPLIT.search(name) else (weight_oh,)
-    made = torch.cat([rounded(part) for part in parts], 1)
+    made = torch.cat([rounded(part, dtype) for part in parts], 1)
     return (made.T if turned else made).contiguous()
 
 
@@ -43,12 +48,14 @@ def changed_folder(folder: Path, target: Path, change: Callable[[dict[str, Tenso
     return made
 
 
-def dequantized_folder(folder: Path, target: Path, head: str, ranks: int = 1) -> Path:
-    """A copy of a folder with the values that int8 weights stand for; `head`: name of the head's weight."""
+def dequantized_folder(folder: Path, target: Path, head: str, ranks: int = 1, kind: str = "int8") -> Path:
+    """A copy of a folder with the values that quantized weights stand for; `head`: name of the head's weight."""
 
     def dequantize(state: dict[str, Tensor]) -> None:
         for name, weight in state.items():
-            if name == head or (QUANTIZED.search(name) and weight.dim() == 2):
-                state[name] = _of_ranks(name, weight, ranks)
+            if name == head:
+                state[name] = _of_ranks(name, weight, ranks, torch.int8)
+            elif QUANTIZED.search(name) and weight.dim() == 2:
+                state[name] = _of_ranks(name, weight, ranks, TYPES[kind])
 
     return changed_folder(folder, target, dequantize)

@@ -71,6 +71,8 @@ _SHAPES = {
 
 TOLERANCE = {torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 """Largest error, relative to values above 1 and absolute for those below: two units in the last place."""
+_FP8_TOLERANCE = 0.02
+"""The same of products in fp8, which matrix units add up in about 14 bits."""
 _DIFFERING_DRAWS = 0.05
 """Share of rows whose point may lie so close to a border between two tokens that fp32 does not tell its side."""
 
@@ -184,6 +186,8 @@ def cases(setting: Setting) -> list[Case]:
         *(case for rows in (1, 8, 16, 64) for case in _linears(setting, rows)),
         *(case for rows in (1, 16, 64, 128, 512) for case in _linears(replace(setting, quantization="int8"), rows)),
         *(case for rows in (1, 16, 64, 256, 8192) for case in _layers(replace(setting, quantization="int4"), rows)),
+        *(case for rows in (1, 16, 64, 256) for case in _linears(replace(setting, quantization="w8a8"), rows)),
+        *_fp8(setting),
         *(_attention(setting, f"{size} x 192", [(1, 192)] * size) for size in (1, 16, 64, 256)),
         _attention(setting, "256 of 16 to 2056", [(1, 16 + 8 * n) for n in range(256)]),
         *(_attention(setting, f"prefill {n} x {k}", [(k, k)] * n) for n, k in ((94, 87), (14, 560), (4, 2048))),
@@ -259,6 +263,12 @@ def _layers(setting: Setting, rows: int) -> Iterator[Case]:
     yield _linear(setting, "down", rows, inner, hidden, parts=True)
 
 
+def _fp8(setting: Setting) -> Iterator[Case]:
+    if ops.multiplies(torch.float8_e4m3fn, setting.device):
+        for rows in (1, 16, 64, 256, 8192):
+            yield from _layers(replace(setting, quantization="fp8"), rows)
+
+
 def _activations(setting: Setting) -> Iterator[Case]:
     """Those of other models behind the same product."""
     hidden, inner = setting.model.hidden_size, setting.model.intermediate_size
@@ -278,6 +288,7 @@ def _product(setting: Setting, op: str, name: str, rows: int, into: int, out: in
         make=make,
         nbytes=rows * (into + out) * setting.itemsize + weight_bytes,
         flops=2 * rows * into * out,
+        tolerance=_FP8_TOLERANCE if scheme == "fp8" else None,
     )
 
 

@@ -31,7 +31,7 @@ _DTYPE_ALIASES: dict[str, DTypeName] = {
 }
 
 
-Quantization = Literal["int8", "int4"]
+Quantization = Literal["int8", "w8a8", "fp8", "int4"]
 """Schemes of quantization that weights may be loaded with."""
 QUANTIZATIONS: tuple[Quantization, ...] = typing.get_args(Quantization)
 
@@ -525,9 +525,10 @@ class EngineConfig:
     device: str = option("auto", "cpu, cuda, or auto (a GPU where there is one)")
     quantization: str | None = option(
         None,
-        "int8: linear layers and the head in int8, with a scale for each output column; int4: linear layers in 4 bits, "
-        "with a scale for each group of 128 inputs, and the head in int8; made from a full-precision checkpoint while "
-        "it is loaded (default: as the checkpoint is)",
+        "weights of linear layers and of the head in 8 bits, with a scale for each output column: int8; w8a8, which "
+        "rounds each token's activations to int8 too; fp8, weights and activations in e4m3 and the head in int8. int4: "
+        "linear layers in 4 bits, with a scale for each group of 128 inputs, and the head in int8. Made from a "
+        "full-precision checkpoint while it is loaded (default: as the checkpoint is)",
         choices=QUANTIZATIONS,
     )
     load_format: str = option(

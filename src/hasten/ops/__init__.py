@@ -68,6 +68,7 @@ __all__ = [
     "mask_logits",
     "mean_squares",
     "moved",
+    "multiplies",
     "norm",
     "pack_experts",
     "pack_linear",
@@ -127,7 +128,8 @@ def embedding_norm(ids_t: Tensor, table_vh: Weight, weight_h: Tensor, bias_h: Te
 def pack_linear(weight_oh: Weight, *, shared: bool = False) -> PackedLinear:
     """Lay out a weight [o, h] once for `linear` on the device that it is on; the weight itself may then be dropped.
 
-    A `shared` weight stays in use elsewhere: it is not copied unless the device cannot compute on it as it is.
+    A `shared` weight stays in use elsewhere: it is not copied unless the device cannot compute on it as it is, or is
+    several times as fast with another layout.
     """
     if weight_oh.is_cuda:
         from hasten.ops.gpu import matmul
@@ -475,3 +477,9 @@ def largest(x_rv: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def default_device() -> torch.device:
     """A GPU where there is one, the CPU otherwise."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device multiplies values of a type of 8 bits; a CPU computes on what they stand for."""
+    fp8 = dtype == torch.float8_e4m3fn
+    return not (fp8 and device.type == "cuda") or torch.cuda.get_device_capability(device) >= (8, 9)

@@ -1,13 +1,13 @@
 """Fast paths of the CPU, with the signatures of `reference.py`; docstrings stand at `hasten.ops`.
 
 Half-precision weights are widened to fp32 when they are packed: without matrix units for them a CPU takes 20 times as
-long over a half-precision product (docs/performance.md), and the products are then summed in fp32 as well. Quantized
-weights stay int8.
+long over a half-precision product (docs/performance.md), and the products are then summed in fp32 as well. So are
+weights in fp8, of which a CPU has no products at all; weights in int8 stay so.
 """
 
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -23,6 +23,7 @@ from hasten.ops.mixture import PackedExperts, Routing
 from hasten.ops.order import order_is_fixed
 from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight
 from hasten.ops.partial_sum import PartialSum
+from hasten.ops.rounding import rounded
 
 _PACK_FOR_ROWS = 64
 """Batch size that oneDNN lays a weight out for; the layout serves other sizes as well."""
@@ -63,7 +64,10 @@ _scratch = _Scratch()
 
 def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:  # noqa: D103
     if isinstance(weight_oh, QuantizedWeight):
-        return cpu_int8.pack_linear(weight_oh, shared)
+        if weight_oh.values.dtype == torch.int8:
+            return cpu_int8.pack_linear(weight_oh)
+        wide_oh = weight_oh.values.float().mul_(weight_oh.scales.unsqueeze(1))
+        return replace(pack_linear(wide_oh, False), inputs=weight_oh.inputs)
     if isinstance(weight_oh, GroupedWeight):
         return cpu_grouped.pack_linear(weight_oh)
     as_it_is = shared and weight_oh.dtype == torch.float32
@@ -186,6 +190,8 @@ def _linear(
         return x_th.new_empty(0, weight.out_features)
     x_th = x_th.float()
     bias_o = None if bias_o is None else bias_o.float()
+    if weight.scales is None and weight.inputs is not None:
+        x_th = rounded(x_th, weight.inputs)
     if weight.scales is not None:
         out_to = cpu_int8.product(x_th, weight, weight.scales)
         out_to = out_to if bias_o is None else out_to.add_(bias_o)

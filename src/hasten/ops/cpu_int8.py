@@ -1,8 +1,8 @@
 """Products with int8 weights on a CPU. Shapes: t tokens, h input features, o output features.
 
-Where the CPU adds products of int8 up exactly, activations become whole numbers too: each token's values are rounded
-to multiples of 1/16319 of its largest, and such a number is two int8 digits. That is finer than fp16 (docs/
-performance.md), a token's result does not depend on its neighbours, and int8 products are up to twice as fast as fp32.
+Where the CPU adds products of int8 up exactly, inputs become whole numbers. Where the scheme rounds them to int8, they
+are one such number; else each token's values are rounded to multiples of 1/16319 of its largest, and such a number is
+two int8 digits. That is finer than fp16 (docs/performance.md). A token's result does not depend on its neighbours.
 """
 
 from functools import cache
@@ -13,29 +13,35 @@ from torch import Tensor
 
 from hasten.ops.compiled_rows import compiled_rows
 from hasten.ops.packed import PackedLinear, QuantizedWeight
+from hasten.ops.rounding import BASE, digits_of, numbers_of, rounded
 
-_BASE = 128
-"""A number is `_BASE * high + low`."""
-_LARGEST = 127 * _BASE + 63
-"""The largest number whose digits are both int8."""
+_PACK_FOR_ROWS = 16
+"""Batch size that oneDNN lays a weight out for; the layout serves other sizes as well."""
 _ROWS = 512
 """Most tokens of one product: bounds the memory of the sums of both digits."""
 _FEATURES = 256
 """Output features that are widened to fp32 at a time: few enough to be in the cache when they are multiplied."""
+_ZERO = 128
+"""What is added to int8 inputs: oneDNN has fast code for uint8 ones alone."""
 
 
-def pack_linear(weight_oh: QuantizedWeight, shared: bool) -> PackedLinear:
-    """Output features innermost, which oneDNN reads fastest; a shared weight as it is."""
-    values = weight_oh.values if shared else weight_oh.values.t().contiguous().t()
-    return PackedLinear(*weight_oh.shape, plain=values, scales=weight_oh.scales)
+def pack_linear(weight_oh: QuantizedWeight) -> PackedLinear:
+    """OneDNN's layout, which it reads up to three times as fast as rows; a shared weight has rows besides."""
+    shape, scales, inputs = weight_oh.shape, weight_oh.scales, weight_oh.inputs
+    if not exact_int8():
+        return PackedLinear(*shape, plain=weight_oh.values, scales=scales, inputs=inputs)
+    blocked = torch.ops.onednn.qlinear_prepack(weight_oh.values, [_PACK_FOR_ROWS, shape[1]])
+    return PackedLinear(*shape, plain=None, blocked=blocked, scales=scales, inputs=inputs)
 
 
 def product(x_th: Tensor, weight: PackedLinear, scales_o: Tensor) -> Tensor:
     """`x @ (values * scales).T` of fp32: [t, o]."""
-    assert weight.plain is not None
-    if not exact_int8() or weight.in_features == 1:  # a matrix of width 1 has no strides to tell its order by
+    if weight.blocked is None:
+        assert weight.plain is not None
+        x_th = x_th if weight.inputs is None else rounded(x_th, weight.inputs)
         return _widened(x_th, weight.plain).mul_(scales_o)
-    pieces = [_by_digits(piece, weight.plain, scales_o) for piece in x_th.split(_ROWS)]
+    by = _by_digits if weight.inputs is None else _by_numbers
+    pieces = [by(piece, weight.blocked, scales_o) for piece in x_th.split(_ROWS)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
@@ -44,22 +50,35 @@ def exact_int8() -> bool:
     """Whether products of int8 are added up without saturating here: CPUs without VNNI add pairs of them in int16."""
     if not torch.backends.mkldnn.is_available():
         return False
-    largest = torch.full((2, 64), 127, dtype=torch.int8)
-    return int(torch._int_mm(largest, largest.t()).min()) == 127 * 127 * 64
+    largest = torch.full((64, 64), 127, dtype=torch.int8)
+    blocked = torch.ops.onednn.qlinear_prepack(largest, [2, 64])
+    return int(_products(torch.full((2, 64), 127.0), blocked, torch.ones(64)).min()) == 127 * 127 * 64
 
 
-def _by_digits(x_th: Tensor, values_oh: Tensor, scales_o: Tensor) -> Tensor:
+def _by_digits(x_th: Tensor, blocked: Tensor, scales_o: Tensor) -> Tensor:
     """One product of all high digits and all low ones."""
     rows = x_th.shape[0]
-    unit_t1 = x_th.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny * _LARGEST).div_(_LARGEST)
-    numbers_th = x_th.div(unit_t1).round_()
-    high_th = numbers_th.div(_BASE).round_()
-    digits = torch.zeros(compiled_rows(2 * rows), x_th.shape[1], dtype=torch.int8)
-    digits[:rows] = high_th
-    digits[rows : 2 * rows] = numbers_th.sub_(high_th, alpha=_BASE)
-    sums = torch._int_mm(digits, values_oh.t())
+    high_th, low_th, units_t1 = digits_of(x_th)
+    sums = _products(torch.cat((high_th, low_th)), blocked, scales_o)
     # NaN and infinity are in the unit, and come back with it
-    return sums[:rows].float().mul_(_BASE).add_(sums[rows : 2 * rows]).mul_(unit_t1).mul_(scales_o)
+    return sums[:rows].mul_(BASE).add_(sums[rows:]).mul_(units_t1)
+
+
+def _by_numbers(x_th: Tensor, blocked: Tensor, scales_o: Tensor) -> Tensor:
+    numbers_th, units_t1 = numbers_of(x_th, torch.int8)
+    return _products(numbers_th, blocked, scales_o).mul_(units_t1)
+
+
+def _products(numbers_th: Tensor, blocked: Tensor, scales_o: Tensor) -> Tensor:
+    """Of whole numbers from -127 to 127 in fp32, which are overwritten: [t, o] in fp32."""
+    rows, width = numbers_th.shape
+    inputs_th = torch.zeros(compiled_rows(rows), width, dtype=torch.uint8)
+    inputs_th[:rows] = numbers_th.add_(_ZERO)
+    zero = torch.zeros(1, dtype=torch.int32)  # of the weight
+    sums: Tensor = torch.ops.onednn.qlinear_pointwise(
+        inputs_th, 1.0, _ZERO, blocked, scales_o, zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return sums[:rows]
 
 
 def _widened(x_th: Tensor, values_oh: Tensor) -> Tensor:

@@ -10,14 +10,17 @@ from hasten.ops.grouped import BlockedGroups, GroupedWeight
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight in int8 with a scale for each output feature: row o is `values[o] * scales[o]`."""
+    """A weight of 8 bits an element with a scale for each output feature: row o is `values[o] * scales[o]`."""
 
     values: Tensor
-    """[o, h] int8"""
+    """[o, h] int8 or float8_e4m3fn"""
     scales: Tensor
     """[o] in fp32"""
     dtype: torch.dtype
     """Type that the model computes in: that of rows which are looked up."""
+    inputs: torch.dtype | None = None
+    """What inputs are rounded to before they are multiplied, with a scale for each token (`ops/rounding.py`): the type
+    of the values. None: they keep their precision."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,11 +64,13 @@ class PackedLinear:
     out_features: int
     in_features: int
     plain: Tensor | None
-    """[o, h], with either axis innermost; int8 where there are `scales`."""
+    """[o, h], with either axis innermost; where there are `scales` of 8 bits, and more columns of zeros may follow."""
     blocked: Tensor | None = None
     """An opaque layout of the device's matrix library."""
     scales: Tensor | None = None
     """[o] in fp32: what the rows of a quantized weight are multiplied by."""
+    inputs: torch.dtype | None = None
+    """As in `QuantizedWeight`."""
     grouped: GroupedWeight | None = None
     """A weight with scales of groups, in place of the others."""
     blocked_groups: BlockedGroups | None = None

@@ -18,6 +18,7 @@ from hasten.ops.meta import AttentionMeta
 from hasten.ops.mixture import PackedExperts, Routing
 from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight
 from hasten.ops.partial_sum import PartialSum
+from hasten.ops.rounding import rounded
 
 
 def embedding(ids_t: Tensor, weight_vh: Weight, first: int | None) -> Tensor:  # noqa: D103
@@ -81,7 +82,7 @@ def embedding_norm(  # noqa: D103
 
 def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:  # noqa: ARG001, D103
     if isinstance(weight_oh, QuantizedWeight):
-        return PackedLinear(*weight_oh.shape, plain=weight_oh.values, scales=weight_oh.scales)
+        return PackedLinear(*weight_oh.shape, plain=weight_oh.values, scales=weight_oh.scales, inputs=weight_oh.inputs)
     if isinstance(weight_oh, GroupedWeight):
         return PackedLinear(*weight_oh.shape, plain=None, grouped=weight_oh)
     return PackedLinear(weight_oh.shape[0], weight_oh.shape[1], plain=weight_oh)
@@ -95,12 +96,15 @@ def dequantized(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
     if weight.scales is None:
         return weight.plain
     wide = torch.promote_types(dtype, torch.float32)
-    return (weight.plain.to(wide) * weight.scales.to(wide).unsqueeze(1)).to(dtype)
+    values_oh = weight.plain[:, : weight.in_features]  # behind them are zeros
+    return (values_oh.to(wide) * weight.scales.to(wide).unsqueeze(1)).to(dtype)
 
 
 def linear(  # noqa: D103
     x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation: str | None
 ) -> Tensor:
+    if weight.inputs is not None:
+        x_th = rounded(x_th, weight.inputs).to(x_th.dtype)
     out_to = F.linear(x_th, dequantized(weight, x_th.dtype), bias_o)
     return out_to if activation is None else activated(out_to, activation)
 

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from hasten.core.config import Quantization
 from hasten.core.errors import CheckpointError
+from hasten.layers.embedding import Head
+from hasten.layers.linear import PackedModule
 from hasten.ops import Weight
-from hasten.quantization.int8 import Int8
+from hasten.quantization.eight_bit import INT8, EightBit
 from hasten.quantization.stored import StoredWeight, pack_groups
 
 GROUP_SIZE = 128
@@ -25,7 +27,10 @@ class Int4:
     """Symmetric rounding to nearest; scales are of type bf16, which every type that a model computes in can hold."""
 
     name: Quantization = "int4"
-    head = Int8()
+
+    def of(self, layer: PackedModule) -> "Int4 | EightBit":
+        """See `Scheme.of`: the head is in int8."""
+        return INT8 if isinstance(layer, Head) else self
 
     def quantize(self, weight_oh: Tensor, name: str) -> Weight:
         """See `Scheme.quantize`; CheckpointError for a weight with NaN or infinity."""

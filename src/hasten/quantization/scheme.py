@@ -12,20 +12,21 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.core.config import Quantization
-from hasten.layers.embedding import Head
 from hasten.layers.linear import PackedModule
+from hasten.quantization.eight_bit import FP8, INT8, W8A8
 from hasten.quantization.int4 import Int4
-from hasten.quantization.int8 import Int8
 
 
 class Scheme(Protocol):
     """A way to quantize weights."""
 
-    name: Quantization
-
     @property
-    def head(self) -> "Scheme":
-        """What the head is quantized with, and an embedding that it is tied to."""
+    def name(self) -> Quantization:
+        """As the configuration has it."""
+        ...
+
+    def of(self, layer: PackedModule) -> "Scheme":
+        """What a layer is quantized with; an embedding has what the head has that is tied to it."""
         ...
 
     def quantize(self, weight_oh: Tensor, name: str) -> ops.Weight:
@@ -33,14 +34,14 @@ class Scheme(Protocol):
         ...
 
 
-SCHEMES: Mapping[str, Scheme] = {scheme.name: scheme for scheme in (Int8(), Int4())}
+SCHEMES: Mapping[str, Scheme] = {scheme.name: scheme for scheme in (INT8, W8A8, FP8, Int4())}
 
 
-def matrices(model: nn.Module) -> dict[str, bool]:
-    """The parameters that a model multiplies by and that may be quantized, each with whether it is the head's."""
+def matrices(model: nn.Module) -> dict[str, PackedModule]:
+    """The parameters that a model multiplies by and that may be quantized, each with the layer that does so."""
     names = {module: name for name, module in model.named_modules()}
     return {
-        f"{names[owner]}.{parameter}": isinstance(layer, Head)
+        f"{names[owner]}.{parameter}": layer
         for layer in model.modules()
         if isinstance(layer, PackedModule)
         for owner, parameter in layer.matrices()
@@ -54,7 +55,7 @@ class Quantizer:
     """
 
     def __init__(self, scheme: Scheme, model: nn.Module) -> None:
-        self.schemes = {name: scheme.head if of_head else scheme for name, of_head in matrices(model).items()}
+        self.schemes = {name: scheme.of(layer) for name, layer in matrices(model).items()}
         """Of the parameters that are quantized, by name."""
 
     def __call__(self, name: str, weight: Tensor) -> ops.Weight:

@@ -1,11 +1,11 @@
 """Linear layers of few rows, whose time is that of reading their weights.
 
-Quantized weights are read as int8 and widened in registers; their scales, one for each output feature, are applied to
-the sums. Shapes: M rows, N output features, K input features; weights [N, K], row by row.
+Weights of 8 bits with a scale for each output feature are multiplied as `rounded.py` says, those with scales of groups
+as `grouped.py` does. Shapes: M rows, N output features, K input features; weights [N, K], row by row.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hasten.ops import reference
-from hasten.ops.gpu import grouped, library
+from hasten.ops.gpu import grouped, library, rounded
 from hasten.ops.gpu.activations import activated
 from hasten.ops.gpu.cache import write_cache
 from hasten.ops.gpu.endings import Projection, store_projected
@@ -27,21 +27,10 @@ from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight
 from hasten.ops.reference import split_heads
 
 
-@triton.jit
-def _as_float(values, dtype: tl.constexpr):
-    """int8 in fp16 or bf16."""
-    if dtype == tl.float16:
-        # 0x6400 is 1024, and the low ten bits count in ones: exact, and fewer instructions than a conversion
-        biased = values.to(tl.uint8, bitcast=True) ^ 0x80
-        return (biased.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
-    return values.to(dtype)
-
-
 @triton.jit(do_not_specialize=["N"])
 def _matvec(
     x,
     weight,
-    scales,
     bias,
     out,
     keys,
@@ -51,7 +40,6 @@ def _matvec(
     K: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CLIP: tl.constexpr,
@@ -76,12 +64,8 @@ def _matvec(
         else:
             more = tl.load(start + offset, valid[:, None], 0.0)
             part = tl.load(x + offset + k)
-        if SCALED and offset // BLOCK_K % 2 == 1:
-            more = _as_float(more, tl.float16)  # conversions of the other blocks fill their own pipe by themselves
         total += more.to(tl.float32) * part.to(tl.float32)[None, :]
     value = tl.sum(total, 1)
-    if SCALED:
-        value *= tl.load(scales + n, valid, 0.0)
     if HAS_BIAS:
         value += tl.load(bias + n, valid, 0.0).to(tl.float32)
     if ACTIVATION is not None:
@@ -115,7 +99,6 @@ def _dots(
     LENGTH: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`total` and the products over LENGTH input features, in their order."""
@@ -127,8 +110,6 @@ def _dots(
             inside = (k + offset < LENGTH)[None, :]
             w_nk = tl.load(w_start + offset, inside, 0.0)
             x_mk = tl.load(x_start + offset, in_rows[:, None] & inside, 0.0)
-        if SCALED:
-            w_nk = _as_float(w_nk, x_mk.dtype)
         total = tl.dot(w_nk, x_mk.T, total, input_precision=PRECISION)
     return total
 
@@ -137,7 +118,6 @@ def _dots(
 def _skinny(
     x,
     weight,
-    scales,
     bias,
     out,
     keys,
@@ -152,9 +132,7 @@ def _skinny(
     SPLITS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     STAGES: tl.constexpr,
-    TILED: tl.constexpr,
     GROUP: tl.constexpr,
-    SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROUNDED: tl.constexpr,
@@ -167,21 +145,17 @@ def _skinny(
 ):
     """Up to BLOCK_M rows on the tensor cores; the weight is the wide operand, so that few rows waste little.
 
-    With TILED, any number of rows: programs of the same part of the weight and other rows lie next to each other, or
-    of GROUP tiles of rows. With SPLITS above 1, each split of K writes its own fp32 sums [SPLITS, M, N]; whoever reads
-    them adds them up. With SEGMENTS above 1, a program adds up those of so many splits itself: [1, M, N].
+    With GROUP, any number of rows: programs of so many tiles of rows lie next to each other. With SPLITS above 1, each
+    split of K writes its own fp32 sums [SPLITS, M, N]; whoever reads them adds them up. With SEGMENTS above 1, a
+    program adds up those of so many splits itself: [1, M, N].
     With ROUNDED, the activation is that of what would be stored without it.
     """
     start_next(PDL)
     block = tl.program_id(0)
     m = tl.arange(0, BLOCK_M)
-    if TILED and GROUP > 0:
+    if GROUP > 0:
         tile, block = _tile_of(block, M, N, BLOCK_M, BLOCK_N, GROUP)
         m += tile * BLOCK_M
-    elif TILED:
-        tiles = tl.cdiv(M, BLOCK_M)
-        m += block % tiles * BLOCK_M
-        block //= tiles
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * (K // SPLITS)
     k = begin + tl.arange(0, BLOCK_K)
@@ -194,13 +168,11 @@ def _skinny(
     x_start = x + m[:, None] * K + k[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     length: tl.constexpr = K // (SPLITS * SEGMENTS)
-    total = _dots(x_start, w_start, total, m < M, k, length, BLOCK_K, STAGES, SCALED, PRECISION)
+    total = _dots(x_start, w_start, total, m < M, k, length, BLOCK_K, STAGES, PRECISION)
     for segment in tl.range(1, SEGMENTS, num_stages=1):
         part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         at = segment * length
-        total += _dots(x_start + at, w_start + at, part, m < M, k, length, BLOCK_K, STAGES, SCALED, PRECISION)
-    if SCALED:
-        total *= tl.load(scales + n, n < N, 0.0)[:, None]
+        total += _dots(x_start + at, w_start + at, part, m < M, k, length, BLOCK_K, STAGES, PRECISION)
     if SPLITS > 1 or SEGMENTS > 1:
         base = out + tl.program_id(1).to(tl.int64) * M * N
         tl.store(base + m[None, :] * N + n[:, None], total, (m < M)[None, :] & (n < N)[:, None])
@@ -220,28 +192,6 @@ def _skinny(
             store_projected(value, m[None, :], slot[None, :], n[:, None], valid, out, keys, values, Q, KV)
         else:
             tl.store(out + m[None, :].to(tl.int64) * N + n[:, None], value, valid)
-
-
-@triton.jit(do_not_specialize=["N"])
-def _widen(
-    values,
-    scales,
-    out,
-    N,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """BLOCK_N rows of a quantized weight in the type of `out`."""
-    start_next(PDL)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    valid = (n < N)[:, None] & (k < K)[None, :]
-    at = n.to(tl.int64)[:, None] * K + k[None, :]
-    value = tl.load(values + at, valid, 0).to(tl.float32) * tl.load(scales + n, n < N, 0.0)[:, None]
-    wait_for_inputs(PDL)  # kernels before this one may still use the memory of `out`
-    tl.store(out + at, value.to(out.dtype.element_ty), valid)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -267,11 +217,6 @@ class Cut:
 _MATVEC_ROWS, _MATVEC_BLOCK, _MATVEC_WARPS = 2, 2048, 4
 MOST_ROWS = 64
 """More rows than that are cuBLAS's."""
-MOST_QUANTIZED_ROWS = 128
-"""The same of quantized weights, which are widened for cuBLAS first."""
-_LARGE_WEIGHT = 1 << 28
-"""Elements of a quantized weight that is never widened: a head would take gigabytes."""
-_WIDEN_ROWS, _WIDEN_BLOCK = 4, 1024
 _AHEAD = 2
 """Lines of 128 bytes of each row of the weight that `_skinny` fetches before it may read its input."""
 _WIDE, _NARROW = Cut(64, 128, 4, 4), Cut(32, 128, 6, 4)
@@ -287,7 +232,7 @@ _GROUP = 8
 def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:
     """A GPU reads weights as they are, row by row."""
     if isinstance(weight_oh, QuantizedWeight):
-        return PackedLinear(*weight_oh.shape, plain=weight_oh.values, scales=weight_oh.scales)
+        return rounded.pack_linear(weight_oh)
     if isinstance(weight_oh, GroupedWeight):
         return grouped.pack_linear(weight_oh)
     features, width = weight_oh.shape
@@ -295,26 +240,19 @@ def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:
     return PackedLinear(features, width, plain=plain, fixed_order=order_is_fixed())
 
 
-def _plain(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
-    """The weight as `pack_linear` left it, or widened to `dtype` in memory that is free again after the product."""
-    assert weight.plain is not None
-    if weight.scales is None:
-        return weight.plain
-    features, width = weight.out_features, weight.in_features
-    out = weight.plain.new_empty(features, width, dtype=dtype)
-    block = min(_WIDEN_BLOCK, triton.next_power_of_2(width))
-    _widen[(triton.cdiv(features, _WIDEN_ROWS), triton.cdiv(width, block))](
-        weight.plain, weight.scales, out, features,
-        K=width, BLOCK_N=_WIDEN_ROWS, BLOCK_K=block, num_warps=4, **overlapped(weight.plain),
-    )  # fmt: skip
-    return out
-
-
 def _operands(x_th: Tensor, weight: PackedLinear) -> tuple[Tensor, Tensor]:
-    """Inputs and the weight for cuBLAS."""
-    if weight.grouped is None:
-        return x_th, _plain(weight, x_th.dtype)
-    return weight.grouped.columns.of(x_th), grouped.widened(weight.grouped, x_th.dtype)
+    """Inputs and the weight for cuBLAS; a weight that is widened takes memory that is free again after the product."""
+    if weight.grouped is not None:
+        return weight.grouped.columns.of(x_th), grouped.widened(weight.grouped, x_th.dtype)
+    assert weight.plain is not None
+    return x_th, weight.plain if weight.scales is None else rounded.widened(weight, x_th.dtype)
+
+
+def _library(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` by cuBLAS."""
+    if weight.inputs is not None:
+        return rounded.library_product(x_th, weight, bias_o)
+    return F.linear(*_operands(x_th, weight), bias_o)
 
 
 def linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation: str | None) -> Tensor:
@@ -326,11 +264,11 @@ def linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation
         return product_to if activation is None else _activated(product_to, activation)
     if _serves(x_th, weight):
         return _product(x_th, weight, bias_o, activation, None, splits=1)
-    x_tk, weight_ok = _operands(x_th, weight)
-    if activation in ("gelu_tanh", "relu") and bias_o is not None and x_th.dtype != torch.float32:
-        # the two that cuBLAS computes within its product
+    fused = activation in ("gelu_tanh", "relu") and weight.inputs is None and x_th.dtype != torch.float32
+    if fused and bias_o is not None:  # the two that cuBLAS computes within its product
+        x_tk, weight_ok = _operands(x_th, weight)
         return torch._addmm_activation(bias_o, x_tk, weight_ok.t(), use_gelu=activation == "gelu_tanh")
-    out_to = F.linear(x_tk, weight_ok, bias_o)
+    out_to = _library(x_th, weight, bias_o)
     return out_to if activation is None else reference.activated(out_to, activation)
 
 
@@ -363,9 +301,11 @@ def linear_parts(x_th: Tensor, weight: PackedLinear, *, whole: bool = False) -> 
         product_to = _by_library(x_th, weight, None) if splits == 1 else None
         return _product(x_th, weight, None, None, None, splits=splits) if product_to is None else product_to
     if not _serves(x_th, weight):
-        return F.linear(*_operands(x_th, weight))
+        return _library(x_th, weight, None)
     if weight.grouped is not None:
         return grouped.product(x_th, weight.grouped, None, None, None, split=True)
+    if weight.scales is not None:
+        return rounded.product(x_th, weight, None, None, None, split=True)
     return _product(x_th, weight, None, None, None, splits=_splits(x_th.shape[0], weight))
 
 
@@ -391,7 +331,7 @@ def project(
         product_to = _by_library(x_th, weight, bias_o)
     else:
         served = _serves(x_th, weight)
-        product_to = None if served else F.linear(*_operands(x_th, weight), bias_o)
+        product_to = None if served else _library(x_th, weight, bias_o)
     if product_to is None:
         to = Projection(num_heads * head_size, key_cache, value_cache, slots_t, clip)
         return _product(x_th, weight, bias_o, None, to, splits=1).unflatten(1, (num_heads, head_size))
@@ -405,24 +345,17 @@ def _serves(x_th: Tensor, weight: PackedLinear) -> bool:
     rows = x_th.shape[0]
     if weight.grouped is not None:
         return grouped.serves(x_th, weight.grouped)
-    few = rows == 1 or (1 < rows <= _most_rows(weight) and weight.in_features % _WIDE.block_k == 0)
+    if weight.scales is not None:
+        return rounded.serves(x_th, weight)
+    few = rows == 1 or (1 < rows <= MOST_ROWS and weight.in_features % _WIDE.block_k == 0)
     return few and x_th.dtype != torch.float32
-
-
-def _most_rows(weight: PackedLinear) -> float:
-    """Most rows of `_skinny`."""
-    if weight.scales is None:
-        return MOST_ROWS
-    return MOST_QUANTIZED_ROWS if weight.out_features * weight.in_features < _LARGE_WEIGHT else math.inf
 
 
 def _splits(rows: int, weight: PackedLinear) -> int:
     """Parts to cut the input features into, so that programs fill the device about twice, or once with many rows."""
     if rows == 1:
         return 1
-    block_n = _TALL.block_n if weight.scales is not None and rows > 32 else _WIDE.block_n
-    tiles = triton.cdiv(rows, MOST_ROWS)
-    wanted = (256 if rows <= 16 else 128) // (tiles * triton.cdiv(weight.out_features, block_n))
+    wanted = (256 if rows <= 16 else 128) // triton.cdiv(weight.out_features, _WIDE.block_n)
     splits = 1
     while splits < min(wanted, 8) and weight.in_features % (2 * splits * _WIDE.block_k) == 0:
         splits *= 2
@@ -440,29 +373,9 @@ def _cut(rows: int, features: int, splits: int, multiprocessors: int) -> Cut:
     return _NARROW if rows <= 16 else _MIDDLE
 
 
-def _quantized_cut(
-    rows: int, weight: PackedLinear, splits: int, block_m: int, multiprocessors: int, shared: int
-) -> Cut:
-    """The same for int8 weights, which warps widen: more of them a program from 32 rows on.
-
-    Twice as many features at a time, as many bytes as of other weights, if they divide and all programs still find
-    room at once: widening takes longer than waiting for memory, and warps of several programs share the work.
-    """
-    cut = _TALL if rows > 32 else _cut(rows, weight.out_features, splits, multiprocessors)
-    wide = replace(cut, block_k=2 * cut.block_k)
-    programs = triton.cdiv(rows, block_m) * triton.cdiv(weight.out_features, cut.block_n) * splits
-    room = shared // (wide.stages * _stage_bytes(wide, block_m, 1)) * multiprocessors
-    return wide if weight.in_features % (splits * wide.block_k) == 0 and programs <= room else cut
-
-
-def _stage_bytes(cut: Cut, block_m: int, weight_bytes: int) -> int:
-    """Bytes of shared memory of one stage: a part of both operands, the input's in two bytes an element."""
-    return (weight_bytes * cut.block_n + 2 * block_m) * cut.block_k
-
-
-def _stages(cut: Cut, block_m: int, shared: int, weight_bytes: int = 2) -> int:
-    """The cut's stages, or as many as fit into shared memory."""
-    return max(1, min(cut.stages, shared // _stage_bytes(cut, block_m, weight_bytes)))
+def _stages(cut: Cut, block_m: int, shared: int) -> int:
+    """The cut's stages, or as many as fit into shared memory: each has a part of both operands, in two bytes."""
+    return max(1, min(cut.stages, shared // (2 * (cut.block_n + block_m) * cut.block_k)))
 
 
 @dataclass(frozen=True)
@@ -481,13 +394,9 @@ def _form(x_th: Tensor, weight: PackedLinear, splits: int) -> _Form:
     limits = multiprocessors(device), shared_memory(device)
     if weight.fixed_order and (rows > MOST_ROWS or x_th.dtype == torch.float32):
         return _fixed_form(rows, splits, x_th.dtype, limits[1])
-    block_m = max(16, triton.next_power_of_2(min(rows, MOST_ROWS)))
-    if weight.scales is None:
-        cut = _cut(rows, weight.out_features, splits, limits[0])
-    else:
-        cut = _quantized_cut(rows, weight, splits, block_m, *limits)
-    assert weight.plain is not None
-    return _Form(cut, block_m, _stages(cut, block_m, limits[1], weight.plain.itemsize))
+    block_m = max(16, triton.next_power_of_2(rows))
+    cut = _cut(rows, weight.out_features, splits, limits[0])
+    return _Form(cut, block_m, _stages(cut, block_m, limits[1]))
 
 
 def _fixed_form(rows: int, splits: int, dtype: torch.dtype, shared: int) -> _Form:
@@ -510,6 +419,8 @@ def _product(
 ) -> Tensor:
     if weight.grouped is not None:
         return grouped.product(x_th, weight.grouped, bias_o, activation, to, split=False)
+    if weight.scales is not None:
+        return rounded.product(x_th, weight, bias_o, activation, to, split=False)
     rows, features, width = x_th.shape[0], weight.out_features, weight.in_features
     assert x_th.is_contiguous()
     form = _form(x_th, weight, splits)
@@ -520,11 +431,9 @@ def _product(
         out = x_th.new_empty(rows, features if to is None else to.queries)
     keys, values, slots = (x_th,) * 3 if to is None else (to.key_cache, to.value_cache, to.slots_t)
     assert weight.plain is not None
-    scales = x_th if weight.scales is None else weight.scales
-    arguments = (x_th, weight.plain, scales, x_th if bias_o is None else bias_o, out, keys, values, slots)
+    arguments = (x_th, weight.plain, x_th if bias_o is None else bias_o, out, keys, values, slots)
     common = dict(
         K=width,
-        SCALED=weight.scales is not None,
         HAS_BIAS=bias_o is not None,
         ACTIVATION=activation,
         CLIP=None if to is None else to.clip,
@@ -534,16 +443,15 @@ def _product(
     )
     if rows == 1 and not weight.fixed_order:
         block = min(_MATVEC_BLOCK, triton.next_power_of_2(width))
-        count = _MATVEC_ROWS * x_th.itemsize // weight.plain.itemsize  # as many bytes of any type
-        _matvec[(triton.cdiv(features, count),)](
-            *arguments, features, ROWS=count, BLOCK_K=block, num_warps=_MATVEC_WARPS, **common
+        _matvec[(triton.cdiv(features, _MATVEC_ROWS),)](
+            *arguments, features, ROWS=_MATVEC_ROWS, BLOCK_K=block, num_warps=_MATVEC_WARPS, **common
         )
         return out
     cut, tiles = form.cut, triton.cdiv(rows, form.block_m)
     _skinny[(tiles * triton.cdiv(features, cut.block_n), grid_splits)](
         *arguments, rows, features,
         BLOCK_M=form.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, SPLITS=grid_splits, SEGMENTS=form.segments,
-        STAGES=form.stages, TILED=tiles > 1 or form.group > 0, GROUP=form.group,
+        STAGES=form.stages, GROUP=form.group,
         ROUNDED=weight.fixed_order and activation is not None,
         PRECISION="ieee" if x_th.dtype == torch.float32 else None, AHEAD=_AHEAD, num_warps=cut.warps, **common,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Products with int8 weights on a CPU, and rows of int8 tables. Shapes: t tokens, h in, o out, v vocabulary."""
+"""Products with weights of 8 bits on a CPU, and rows of int8 tables. Shapes: t tokens, h in, o out, v vocabulary."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +11,7 @@ from tests.ops.conftest import exactly_activated
 from torch import Tensor
 
 from hasten import ops
-from hasten.ops import QuantizedWeight, cpu_int8, reference
+from hasten.ops import QuantizedWeight, cpu_int8, reference, rounding
 
 Close = Callable[[str, Tensor, Tensor], None]
 
@@ -20,15 +20,21 @@ BOUND = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPES = list(BOUND)
 SIZES = [(1, 1), (1, 40), (40, 1), (48, 64), (509, 64), (3, 333), (300, 1024)]
 COUNTS = (0, 1, 2, 33, 600)
-PATHS = ["digits", "widened"]
+FP8 = torch.float8_e4m3fn
+KINDS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "int8": (torch.int8, None),
+    "w8a8": (torch.int8, torch.int8),
+    "fp8": (FP8, FP8),
+}
+"""Types of weights, and what inputs are rounded to."""
 
 
-@pytest.fixture(params=PATHS)
+@pytest.fixture(params=["exact", "saturating"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to multiply; the first only where this CPU adds int8 products up exactly."""
-    if request.param == "digits" and not cpu_int8.exact_int8():
+    if request.param == "exact" and not cpu_int8.exact_int8():
         pytest.skip("this CPU saturates sums of int8 products")
-    monkeypatch.setattr(cpu_int8, "exact_int8", lambda: request.param == "digits")
+    monkeypatch.setattr(cpu_int8, "exact_int8", lambda: request.param == "exact")
     return str(request.param)
 
 
@@ -36,14 +42,16 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-def make_weight(out: int, into: int, dtype: torch.dtype = torch.float32) -> QuantizedWeight:
+def make_weight(out: int, into: int, dtype: torch.dtype = torch.float32, kind: str = "int8") -> QuantizedWeight:
+    values_type, inputs = KINDS[kind]
     generator = torch.Generator().manual_seed(out + into)
-    values = torch.randint(-127, 128, (out, into), dtype=torch.int8, generator=generator)
-    return QuantizedWeight(values, (torch.rand(out, generator=generator) + 0.5) * into**-0.5 / 73, dtype)
+    values = torch.randint(-127, 128, (out, into), generator=generator).float().to(values_type)
+    return QuantizedWeight(values, (torch.rand(out, generator=generator) + 0.5) * into**-0.5 / 73, dtype, inputs)
 
 
 def exact(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    return x.double() @ (weight.values.double() * weight.scales.double().unsqueeze(1)).T
+    inputs = x if weight.inputs is None else rounding.rounded(x, weight.inputs)
+    return inputs.double() @ (weight.values.double() * weight.scales.double().unsqueeze(1)).T
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
@@ -55,12 +63,10 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize(("out", "into"), SIZES, ids=str)
-def test_any_number_of_rows(out: int, into: int, shared: bool) -> None:
-    weight = make_weight(out, into)
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_rows(kind: str, out: int, into: int, shared: bool) -> None:
+    weight = make_weight(out, into, kind=kind)
     packed = ops.pack_linear(weight, shared=shared)
-    assert packed.plain is not None
-    assert packed.plain.dtype == torch.int8
-    assert (packed.plain.data_ptr() == weight.values.data_ptr()) >= shared
     for rows in COUNTS:
         x = draw(rows, into)
         before = x.clone()
@@ -71,8 +77,9 @@ def test_any_number_of_rows(out: int, into: int, shared: bool) -> None:
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", [None, *get_args(ops.Activation)])
-def test_every_ending(activation: ops.Activation | None, dtype: torch.dtype) -> None:
-    weight, bias = make_weight(48, 64, dtype), draw(48, dtype=dtype)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_ending(kind: str, activation: ops.Activation | None, dtype: torch.dtype) -> None:
+    weight, bias = make_weight(48, 64, dtype, kind), draw(48, dtype=dtype)
     packed, x, residual = ops.pack_linear(weight), draw(7, 64, dtype=dtype), draw(7, 48, dtype=dtype)
     sums = exact(x, weight) + bias.double()
     ended = sums if activation is None else exactly_activated(sums, activation)
@@ -87,16 +94,32 @@ def test_every_ending(activation: ops.Activation | None, dtype: torch.dtype) -> 
         assert found.dtype == dtype
 
 
-def test_the_definition_multiplies_by_the_widened_weight() -> None:
-    weight, x = make_weight(48, 64), draw(7, 64)
+@pytest.mark.parametrize("inputs", [torch.int8, FP8], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inputs_become_the_nearest_multiples_of_a_unit_of_their_token(dtype: torch.dtype, inputs: torch.dtype) -> None:
+    x = draw(9, 333, dtype=dtype) * torch.logspace(-4, 3, 9).to(dtype)[:, None]
+    x[2] = 0
+    numbers, units = rounding.numbers_of(x, inputs)
+    largest = rounding.LARGEST[inputs]
+    assert torch.equal(numbers.to(inputs).float(), numbers)
+    assert numbers.abs().amax(1).tolist() == [largest if row != 2 else 0 for row in range(9)]
+    error = (rounding.rounded(x, inputs).double() - x.double()).abs()
+    step = units.double() if inputs == torch.int8 else (x.double().abs() / 8).maximum(units.double() * 2**-9)
+    assert bool((error <= 0.5001 * step).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_definition_multiplies_by_the_widened_weight(kind: str) -> None:
+    weight, x = make_weight(48, 64, kind=kind), draw(7, 64)
     packed = reference.pack_linear(weight, False)
     torch.testing.assert_close(reference.linear(x.double(), packed, None, None), exact(x, weight))
     torch.testing.assert_close(reference.linear(x, packed, None, None).double(), exact(x, weight), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("path")
-def test_the_result_of_a_token_does_not_depend_on_the_others() -> None:
-    packed = ops.pack_linear(make_weight(300, 1024))
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_result_of_a_token_does_not_depend_on_the_others(kind: str) -> None:
+    packed = ops.pack_linear(make_weight(300, 1024, kind=kind))
     x = draw(40, 1024)
     among = ops.linear(torch.cat((x, 1e4 * draw(3, 1024))), packed)[:40]
     torch.testing.assert_close(ops.linear(x[:1], packed), among[:1], rtol=1e-5, atol=1e-5)
@@ -104,8 +127,9 @@ def test_the_result_of_a_token_does_not_depend_on_the_others() -> None:
 
 
 @pytest.mark.skipif(not cpu_int8.exact_int8(), reason="this CPU saturates sums of int8 products")
-def test_sums_of_digits_are_the_same_bits_among_any_others() -> None:
-    packed = ops.pack_linear(make_weight(300, 1024))
+@pytest.mark.parametrize("kind", ["int8", "w8a8"])
+def test_sums_of_int8_are_the_same_bits_among_any_others(kind: str) -> None:
+    packed = ops.pack_linear(make_weight(300, 1024, kind=kind))
     x = draw(40, 1024)
     among = ops.linear(torch.cat((x, 1e4 * draw(3, 1024))), packed)
     for row in (0, 7, 39):
@@ -114,8 +138,9 @@ def test_sums_of_digits_are_the_same_bits_among_any_others() -> None:
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_stays_so_in_its_token_alone(value: float) -> None:
-    packed = ops.pack_linear(make_weight(48, 64))
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_stays_so_in_its_token_alone(kind: str, value: float) -> None:
+    packed = ops.pack_linear(make_weight(48, 64, kind=kind))
     x = draw(3, 64)
     whole = ops.linear(x, packed)
     x[1, 5] = value
@@ -125,8 +150,9 @@ def test_what_is_not_finite_stays_so_in_its_token_alone(value: float) -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_zeros_and_the_smallest_and_largest_values() -> None:
-    weight = make_weight(48, 64)
+@pytest.mark.parametrize("kind", KINDS)
+def test_zeros_and_the_smallest_and_largest_values(kind: str) -> None:
+    weight = make_weight(48, 64, kind=kind)
     packed = ops.pack_linear(weight)
     for scale in (0.0, 1e-44, 1e-30, 1e30):
         x = draw(3, 64) * scale
@@ -138,7 +164,7 @@ def test_this_cpu_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert cpu_int8.exact_int8.__wrapped__() is False
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "_int_mm", lambda one, other: torch.full((2, 2), 8160))  # as int16 saturates
+    monkeypatch.setattr(cpu_int8, "_products", lambda *_: torch.full((2, 64), 8160.0))  # as int16 saturates
     assert cpu_int8.exact_int8.__wrapped__() is False
 
 

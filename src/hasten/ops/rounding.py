@@ -1,0 +1,45 @@
+"""Inputs of products rounded to 8 bits, with a scale for each token. Shapes: t tokens, h input features.
+
+The definition of what kernels compute, in fp32 throughout, so that every device rounds a value to the same number.
+"""
+
+import torch
+from torch import Tensor
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""Types that inputs are rounded to, and what the largest magnitude of a token becomes."""
+BASE = 128
+"""A number of two int8 digits is `BASE * high + low`."""
+LARGEST_OF_DIGITS = 127.0 * BASE + 63
+"""The largest number whose digits are both int8."""
+
+
+def units_of(x_th: Tensor, largest: float) -> Tensor:
+    """What each token's numbers are multiples of: [t, 1] in fp32; NaN where the token has NaN."""
+    return x_th.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny * largest).div_(largest)
+
+
+def numbers_of(x_th: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values of `dtype` in fp32, [t, h], and their units, [t, 1]: their product is `x_th` rounded."""
+    x_th = x_th.float()
+    units_t1 = units_of(x_th, LARGEST[dtype])
+    numbers_th = x_th / units_t1
+    if dtype == torch.int8:
+        return numbers_th.round_(), units_t1
+    # a quotient may be a little above the largest value, which is not a number in some conversions
+    return numbers_th.clamp_(-LARGEST[dtype], LARGEST[dtype]).to(dtype).float(), units_t1
+
+
+def rounded(x_th: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x_th` as a product takes it whose inputs are of 8 bits, in at least fp32."""
+    numbers_th, units_t1 = numbers_of(x_th, dtype)
+    wide = torch.promote_types(x_th.dtype, torch.float32)
+    return numbers_th.to(wide) * units_t1.to(wide)
+
+
+def digits_of(x_th: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """High and low digits, [t, h] each, and units, [t, 1], all in fp32: tokens in 15 bits."""
+    units_t1 = units_of(x_th, LARGEST_OF_DIGITS)
+    numbers_th = x_th.div(units_t1).round_()
+    high_th = numbers_th.div(BASE).round_()
+    return high_th, numbers_th.sub_(high_th, alpha=BASE), units_t1
