@@ -18,6 +18,7 @@ from hasten.batch.lines import Answer, error_line
 from hasten.batch.requests import RowReader
 from hasten.batch.shards import ShardWriter, write_whole
 from hasten.batch.source import JsonLines, Row, RowIndex, id_of
+from hasten.checkpoint.hub import model_name
 from hasten.core.errors import ConfigError, EngineError, HastenError, InvalidRequestError
 from hasten.core.progress import ProgressBar, progress_bar
 from hasten.core.types import Request, RequestOutput
@@ -77,7 +78,7 @@ class BatchJob:
             raise ConfigError(f"rows_per_shard must be at least 1, got {rows_per_shard}")
         self.folder = Path(output)
         self._source = JsonLines(Path(source))
-        self._models = tuple(dict.fromkeys((*names, model, model.rstrip("/").rpartition("/")[2])))
+        self._models = tuple(dict.fromkeys((*names, model, model_name(model))))
         self._defaults = dict(defaults or {})
         _check_defaults(self._defaults)
         self._index = RowIndex.of(self._source)
@@ -191,7 +192,7 @@ class _Run:
         self._job = job
         self._answers: dict[int, Answer] = {}
         self._in_engine = set[str]()
-        """Ids of prompts: the row's number and the prompt's place in it."""
+        """Ids of prompts: the row's number and the prompt's index in it."""
         self.prompt_tokens = self.completion_tokens = 0
         self.seconds = 0.0
 
@@ -233,8 +234,8 @@ class _Run:
         request = self._reader.read(row)
         queued = set[str]()
         try:
-            for place, (prompt, params) in enumerate(zip(request.prompts, request.params, strict=True)):
-                each = f"{row.number}.{place}"
+            for index, (prompt, params) in enumerate(zip(request.prompts, request.params, strict=True)):
+                each = f"{row.number}.{index}"
                 self._add(Request(request_id=each, prompt_token_ids=tuple(prompt), params=params))
                 queued.add(each)
         except BaseException:
@@ -256,12 +257,12 @@ class _Run:
     def _take(self, output: RequestOutput) -> bool:
         """Take a finished prompt; whether its row is done by it."""
         self._in_engine.discard(output.request_id)
-        number, place = map(int, output.request_id.split("."))
+        number, index = map(int, output.request_id.split("."))
         answer = self._answers.get(number)
         if answer is None:
             return False  # another prompt of its row has failed
         try:
-            line = answer.take(place, output)
+            line = answer.take(index, output)
         except HastenError as error:
             del self._answers[number]
             self._job.write_error(answer.row, error_line(answer.row, error))

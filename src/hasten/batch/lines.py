@@ -30,12 +30,12 @@ class Answer:
         self._choices: list[Choice] = []
         self._left = len(request.prompts)
 
-    def take(self, place: int, output: RequestOutput) -> bytes | None:
+    def take(self, index: int, output: RequestOutput) -> bytes | None:
         """Take the finished output of one prompt; the row's line once all have come. HastenError where one failed."""
         progress = _progress(output)
-        check_completions(progress, self.request.params[place])
+        check_completions(progress, self.request.params[index])
         self.usage.count(progress)
-        self._choices += self.request.choices.take(place, progress)
+        self._choices += self.request.choices.take(index, progress)
         self._left -= 1
         if self._left:
             return None

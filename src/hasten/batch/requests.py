@@ -53,23 +53,23 @@ class RowReader:
 
     def read(self, row: Row) -> RowRequest:
         """The request in a row; OpenAIError or InvalidRequestError says what is wrong with it."""
-        url, body = self._call(row)
+        url, fields = self._call(row)
         if url == _CHATS:
-            asked: GenerationRequest = decode(self._completed(body, chat=True), _decode_chat)
+            body: GenerationRequest = decode(self._completed(fields, chat=True), _decode_chat)
         else:
-            asked = decode(self._completed(body, chat=False), _decode_completion)
-        if asked.model not in self._models:
-            message = f"the model {asked.model!r:.200} is not the batch's; it is called: {', '.join(self._models)}"
+            body = decode(self._completed(fields, chat=False), _decode_completion)
+        if body.model not in self._models:
+            message = f"the model {body.model!r:.200} is not the batch's; it is called: {', '.join(self._models)}"
             raise OpenAIError(message, status=404, param="model", code="model_not_found")
-        if asked.stream:
+        if body.stream:
             raise OpenAIError("stream is not supported in a batch; leave it out", param="stream")
-        has_seed = asked.seed is not None
+        has_seed = body.seed is not None
         if not has_seed:
-            asked.seed = self._seed(row, 0)
-        request = self._chat(asked) if isinstance(asked, ChatRequest) else self._completion(asked)
+            body.seed = self._seed(row, 0)
+        request = self._chat(body) if isinstance(body, ChatRequest) else self._completion(body)
         if has_seed or len(request.prompts) == 1 or request.params[0].is_plain:
             return request
-        each = [replace(params, seed=self._seed(row, place)) for place, params in enumerate(request.params)]
+        each = [replace(params, seed=self._seed(row, index)) for index, params in enumerate(request.params)]
         return replace(request, params=each)
 
     def _call(self, row: Row) -> tuple[str, dict[str, Raw]]:
@@ -101,25 +101,25 @@ class RowReader:
             common.pop("max_tokens", None)
         return _encode({"model": self._models[0], **common, **own})
 
-    def _completion(self, asked: CompletionRequest | GenerationRequest) -> RowRequest:
-        assert isinstance(asked, CompletionRequest)
-        prompts = asked.prompts()
-        params = completion_params(asked, len(prompts))
-        choices = completion_choices(asked, prompts, params, self._engine.tokenizer)
+    def _completion(self, body: CompletionRequest | GenerationRequest) -> RowRequest:
+        assert isinstance(body, CompletionRequest)
+        prompts = body.prompts()
+        params = completion_params(body, len(prompts))
+        choices = completion_choices(body, prompts, params, self._engine.tokenizer)
         ids = self._encoded(prompts)
         call = "text_completion"
-        return RowRequest(call, asked.model, ids, [params] * len(ids), choices, asked.shows_prompts_only)
+        return RowRequest(call, body.model, ids, [params] * len(ids), choices, body.shows_prompts_only)
 
-    def _chat(self, asked: ChatRequest) -> RowRequest:
-        check_chat(asked)
+    def _chat(self, body: ChatRequest) -> RowRequest:
+        check_chat(body)
         template = self._engine.template
         if template is None:
             raise OpenAIError("the model's tokenizer has no chat template; use prompts, or /v1/completions")
         # the template writes special tokens itself
-        (ids,) = self._encoded([chat_text(asked, template)], add_special_tokens=False)
-        params = chat_params(asked, self._engine.max_model_len - len(ids))
-        choices = ChatChoices(stream=False, top_logprobs=asked.top_logprobs or 0)
-        return RowRequest("chat.completion", asked.model, [ids], [params], choices)
+        (ids,) = self._encoded([chat_text(body, template)], add_special_tokens=False)
+        params = chat_params(body, self._engine.max_model_len - len(ids))
+        choices = ChatChoices(stream=False, top_logprobs=body.top_logprobs or 0)
+        return RowRequest("chat.completion", body.model, [ids], [params], choices)
 
     def _encoded(self, prompts: Sequence[str | list[int]], *, add_special_tokens: bool = True) -> list[list[int]]:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
@@ -132,9 +132,9 @@ class RowReader:
         of_texts = iter(encoded)
         return [next(of_texts) if isinstance(prompt, str) else prompt for prompt in prompts]
 
-    def _seed(self, row: Row, place: int) -> int:
+    def _seed(self, row: Row, index: int) -> int:
         """The seed of a row's prompt that has none: its own, so that it does not matter when the row is computed."""
-        name = f"{self._engine.seed} {row.number} {place}"
+        name = f"{self._engine.seed} {row.number} {index}"
         return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
 
 

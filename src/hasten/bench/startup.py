@@ -100,8 +100,8 @@ def _forget_files(folder: Path) -> None:
 
 
 def _start(model: str, options: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    asked = json.dumps({"model": model, "options": dict(options), "spawned": time.monotonic()})
-    command = [sys.executable, "-m", "hasten.bench.startup_child", asked]
+    arguments = json.dumps({"model": model, "options": dict(options), "spawned": time.monotonic()})
+    command = [sys.executable, "-m", "hasten.bench.startup_child", arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:

@@ -16,11 +16,11 @@ _PROMPT = [1, 2, 3, 4]
 def main() -> None:
     """Start and measure."""
     began = time.monotonic()
-    asked: dict[str, Any] = json.loads(sys.argv[1])
+    arguments: dict[str, Any] = json.loads(sys.argv[1])
     from hasten.core.errors import HastenError
 
     try:
-        measured = _start(asked["model"], asked["options"], began, asked["spawned"])
+        measured = _start(arguments["model"], arguments["options"], began, arguments["spawned"])
     except HastenError as error:
         measured = {"error": type(error).__name__, "message": str(error)}
     sys.stdout.write(json.dumps(measured) + "\n")

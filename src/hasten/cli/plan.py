@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if (stored := read_format(folder)) is not None and stored.is_held:
         raise UnsupportedError(
             f"{args.model} has weights in the format {stored.name}, whose bytes a plan does not know; plan the model "
-            "in full precision that it was made of, with --quantization"
+            "in full precision that it was quantized from, with --quantization"
         )
     default = model.dtype if device.is_gpu else "fp32"
     dtype = default if engine.dtype == "auto" else dtype_name(engine.dtype)
@@ -125,7 +125,7 @@ class _Plan:
     def as_json(self) -> dict[str, Any]:
         rank = self.planner.rank(self.setup)
         ways = [] if self.chosen.fits else self.planner.alternatives(self.setup, self.most)
-        made: dict[str, Any] = {
+        report: dict[str, Any] = {
             "model": self.name,
             "architecture": self.planner.model.architecture,
             "device": self.planner.device,
@@ -142,12 +142,12 @@ class _Plan:
         if self.chosen.fits:
             steps = self.planner.decode(self.setup, self.context)
             prompts = self.planner.prompts(self.setup, self.context)
-            made["decode"] = [
+            report["decode"] = [
                 {"batch": step.tokens, "tokens_per_second": step.tokens_per_second, "limit": step.limit}
                 for step in steps
             ]
-            made["prompts"] = {"tokens_per_second": prompts.tokens_per_second, "limit": prompts.limit}
-        return made
+            report["prompts"] = {"tokens_per_second": prompts.tokens_per_second, "limit": prompts.limit}
+        return report
 
     def command(self) -> str:
         """What serves the model like this."""

@@ -43,6 +43,9 @@ class Footprint:
     """Of the key/value cache."""
     read_bytes: int
     """Weights that a step reads whatever it computes: all but experts, and but an embedding that is no head."""
+    quantization: str | None
+    widened_bytes: int
+    """What quantized weights have in the type that the model computes in; 0 where none is quantized."""
     experts: int
     """That this rank holds of each mixture, or a part of each; 0 where there is none."""
     expert_bytes: int
@@ -75,11 +78,12 @@ def footprint(
         model = model_class(config.architecture)(config, groups)
     itemsize = ops.TORCH_DTYPES[dtype].itemsize
     schemes = {} if quantization is None else Quantizer(SCHEMES[quantization], model).schemes
-    parts, products = Counter[str](), Counter[str]()
+    parts, products, widened = Counter[str](), Counter[str](), 0
     tied = any(isinstance(module, Head) and module.tied for module in model.modules())
     for name, part, parameter in _parameters(model):
         count = parameter.numel()
         scheme = schemes.get(name)
+        widened += 0 if scheme is None else count * itemsize
         parts[part] += count * itemsize if scheme is None else _quantized_bytes(scheme.name, *parameter.shape)
         products[part] += count if parameter.ndim > 1 else 0
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
@@ -90,6 +94,8 @@ def footprint(
         parts=dict(parts.most_common()),
         kv_bytes_per_token=sum(2 * each.num_kv_heads * each.head_size for each in attentions) * itemsize,
         read_bytes=sum(parts.values()) - looked_up - parts["experts"],
+        quantization=quantization,
+        widened_bytes=widened,
         experts=held,
         expert_bytes=parts["experts"] // max(1, held),
         layer_products=products["attention"] + products["mlp"],

@@ -20,6 +20,9 @@ class _Rates:
     """Of the read rate: weights for one row."""
     rows: float
     """Weights for several rows."""
+    quantized_single_row: float
+    quantized_rows: float
+    """The same of quantized weights."""
     keys: float
     """Keys and values."""
     decode_flops: float
@@ -42,8 +45,10 @@ class _Rates:
     """Rows that an expert computes together, filled or not."""
 
 
-_GPU = _Rates(0.93, 0.85, 0.93, 0.7, 0.42, 0.63, 0.4, 16e-6, 10e-6, 0.0, 0.0, 64)
-_CPU = _Rates(0.9, 0.9, 0.5, 0.6, 0.4, 0.6, 0.4, 60e-6, 60e-6, 2e-3, 125e-6, 1)
+_GPU = _Rates(0.93, 0.85, 0.66, 0.42, 0.93, 0.7, 0.42, 0.63, 0.4, 16e-6, 10e-6, 0.0, 0.0, 64)
+_CPU = _Rates(0.9, 0.9, 0.9, 0.9, 0.5, 0.6, 0.4, 0.6, 0.4, 60e-6, 60e-6, 2e-3, 125e-6, 1)
+_MOST_NARROW_ROWS = {"int8": 64, "int4": 256}
+"""Rows that are multiplied by quantized weights as they are on a GPU; for more these are widened before."""
 _EXCHANGE_S, _EXCHANGE_BYTES_PER_S = 5e-6, 300e9
 """A sum over ranks, of which a layer has two: GPUs of one host that reach each other's memory."""
 
@@ -84,9 +89,8 @@ def decode_step(
 ) -> Step:
     """A step of `batch` single tokens behind `context` tokens each."""
     rates = _GPU if device.is_gpu else _CPU
-    read = device.bytes_per_second * (rates.single_row if batch == 1 else rates.rows)
     experts = _experts(model, rank, batch)
-    weights = (rank.read_bytes + experts * rank.expert_bytes) / read
+    weights = _weights_s(rank, device, rates, batch, experts)
     keys = batch * _seen(model, context) * rank.kv_bytes_per_token / (device.bytes_per_second * rates.keys)
     compute = 2 * batch * (rank.layer_products + rank.head_products) / (device.flops * rates.decode_flops)
     if model.experts is not None:
@@ -103,7 +107,7 @@ def prompt_step(
     """A step with `tokens` of prompts that have `length` tokens each."""
     rates = _GPU if device.is_gpu else _CPU
     experts = _experts(model, rank, tokens)
-    weights = (rank.read_bytes + experts * rank.expert_bytes) / (device.bytes_per_second * rates.rows)
+    weights = _weights_s(rank, device, rates, tokens, experts)
     width = model.attention.num_heads * model.attention.head_size * model.num_layers / ranks
     # a token sees half of its prompt on the average, and multiplies both keys and values
     scores = tokens * _seen(model, length) * width
@@ -113,6 +117,18 @@ def prompt_step(
         products = _expert_rows(model, rank, tokens) * rank.expert_products
         compute += 2 * products / (device.flops * rates.expert_flops)
     return _step(model, rates, tokens, ranks, {WEIGHTS: weights, COMPUTE: compute})
+
+
+def _weights_s(rank: Footprint, device: Device, rates: _Rates, rows: int, experts: float) -> float:
+    """Seconds of reading the weights of a step."""
+    nbytes = rank.read_bytes + experts * rank.expert_bytes
+    single, several = rates.single_row, rates.rows
+    narrow = _MOST_NARROW_ROWS.get(rank.quantization or "")
+    if narrow is not None and device.is_gpu and rows > narrow:
+        nbytes += 2 * rank.widened_bytes  # written, and read by the product
+    elif narrow is not None:
+        single, several = rates.quantized_single_row, rates.quantized_rows
+    return nbytes / (device.bytes_per_second * (single if rows == 1 else several))
 
 
 def _step(model: ModelConfig, rates: _Rates, tokens: int, ranks: int, limits: dict[str, float]) -> Step:
