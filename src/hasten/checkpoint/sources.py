@@ -381,6 +381,15 @@ class HuggingFaceSource(Source):
         with self._lock:
             self._open.clear()
 
+    def tensors_in(self, path: Path) -> list[tuple[str, str]]:
+        """The tensors of one file that belong to a weight: their names without the base model's prefix, and with it."""
+        own = {name: base for base, (name, file) in self._names.items() if file == path}
+        return sorted((base, name) for name, base in own.items())
+
+    def stored_tensor(self, name: str, path: Path) -> Tensor:
+        """A tensor of a file, as it is."""
+        return self._opened(path).get_tensor(name)
+
     def stored_dtype(self) -> torch.dtype:
         """Type of the first weight."""
         name, path = self._names[self.specs[0].sources[0].name]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from hasten import __version__
-from hasten.cli import batch, convert, demo, download, generate, plan, repository, serve, warm
+from hasten.cli import batch, convert, demo, download, generate, plan, quantize, repository, serve, warm
 from hasten.cli.bench import benchmarks as bench
 from hasten.cli.cluster import verbs as cluster
 from hasten.cli.options import Parser
@@ -29,7 +29,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"hasten {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for room in (plan, download, convert, warm, generate, batch, serve, repository, bench, cluster, demo):
+    for room in (plan, download, convert, quantize, warm, generate, batch, serve, repository, bench, cluster, demo):
         room.add_parser(commands)
     return parser
 
