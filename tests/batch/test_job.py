@@ -193,6 +193,8 @@ def test_an_input_that_cannot_be_read(tmp_path: Path) -> None:
         run(tmp_path / "none", tmp_path / "out")
     with pytest.raises(ConfigError, match="has no rows"):
         run(write_rows(tmp_path / "in", ["", " "]), tmp_path / "out")
+    with pytest.raises(ConfigError, match="is a Parquet file; give a file with one JSON object per line"):
+        run(write_rows(tmp_path / "in", ["PAR1..."]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -13,6 +13,8 @@ import numpy as np
 from hasten.core.errors import ConfigError
 from hasten.core.files import reading
 
+_OTHER_FORMATS = {b"PAR1": "a Parquet file", b"\x1f\x8b": "compressed by gzip", b"PK\x03\x04": "a ZIP archive"}
+"""First bytes of what is not read, and what it is."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -59,9 +61,16 @@ class JsonLines:
         """The rows in order; ConfigError where the file cannot be read."""
         with reading(f"rows from {self.path}"), self.path.open("rb") as file:
             for number, line in enumerate(file):
+                if number == 0:
+                    self._check_beginning(line)
                 text = line.removeprefix(_BYTE_ORDER_MARK) if number == 0 else line
                 if not text.isspace():
                     yield Row(number, text)
+
+    def _check_beginning(self, line: bytes) -> None:
+        kind = next((kind for mark, kind in _OTHER_FORMATS.items() if line.startswith(mark)), None)
+        if kind is not None:
+            raise ConfigError(f"{self.path} is {kind}; give a file with one JSON object per line")
 
     @cached_property
     def digest(self) -> str:
