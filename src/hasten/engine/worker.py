@@ -43,7 +43,7 @@ from hasten.engine.memory import (
     free_memory,
 )
 from hasten.engine.planning.hardware import Device
-from hasten.engine.planning.plan import Planner, advice, setup_of
+from hasten.engine.planning.plan import Planner, advice, others_use, setup_of
 from hasten.engine.runner import Runner
 from hasten.engine.sampler import Choice, PromptLogprobs, Sampler
 from hasten.engine.sequence import Sequence
@@ -236,13 +236,14 @@ class Worker:
         if self.ranks.groups.pipeline.size > 1:
             return ""  # it is reckoned for whole models
         gpu = self.device.type == "cuda"
-        memory = torch.cuda.mem_get_info(self.device)[1] if gpu else available_host_memory()
+        free, memory = torch.cuda.mem_get_info(self.device) if gpu else (0, available_host_memory())
+        own = torch.cuda.memory_reserved(self.device) if gpu else memory
         device = Device(str(self.device), memory, math.inf, math.inf, is_gpu=gpu)
         config = replace(
             self.config, parallel=replace(self.config.parallel, tensor_parallel_size=self.ranks.groups.tensor.size)
         )
         setup = setup_of(config, compute_dtype(config.dtype, self.model_config, self.device), self.device.type)
-        setup = replace(setup, quantization=self.quantization)
+        setup = replace(setup, quantization=self.quantization, others=others_use(memory, free, own))
         most_ranks = torch.cuda.device_count() if gpu else setup.ranks
         return f"; {advice(Planner(self.model_config, device), setup, most_ranks)}"
 

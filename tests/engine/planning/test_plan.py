@@ -14,7 +14,7 @@ from hasten.core.config import QUANTIZATIONS, ModelConfig
 from hasten.core.errors import CapacityError, ConfigError
 from hasten.engine.planning.footprint import footprint
 from hasten.engine.planning.hardware import GPUS, Device, gpu, this_cpu
-from hasten.engine.planning.plan import BATCHES, Planner, Setup, advice
+from hasten.engine.planning.plan import BATCHES, Planner, Setup, advice, others_use
 from hasten.models.registry import model_class
 from hasten.parallel.groups import ParallelGroups, TensorGroup
 from hasten.quantization.scheme import SCHEMES, Quantizer
@@ -125,6 +125,11 @@ def test_what_fits_where_something_does_not(model_of: Callable[[str], ModelConfi
     text = advice(planner, setup, 8)
     assert text.startswith("it needs 16.06 GB of weights as bf16, about ")
     assert text.endswith('of 17.18 GB; what fits: tensor_parallel_size 2, or quantization="int8"')
+    roomy = Planner(planner.model, replace(device, memory=140 << 30))
+    assert roomy.fit(setup).fits
+    crowded = replace(setup, others=others_use(140 << 30, free=1 << 30, own=13 << 30))
+    assert not roomy.fit(crowded).fits
+    assert "of 150.32 GB of which other processes use 134.66 GB; `hasten plan`" in advice(roomy, crowded, 1)
     nowhere = Planner(planner.model, replace(device, memory=1 << 30))
     assert advice(nowhere, setup, 1).endswith("`hasten plan` shows what would do")
 

@@ -33,6 +33,8 @@ class Setup:
     max_num_seqs: int = 256
     step_tokens: int = 8192
     utilization: float = 0.9
+    others: int = 0
+    """Bytes of a GPU that other processes use."""
     block_size: int = 16
 
 
@@ -82,7 +84,7 @@ class Planner:
         rank = self.rank(setup)
         if self.device.is_gpu:
             working = _CONTEXT_BYTES + 2 * self._step_bytes(setup)
-            left = int(self.device.memory * setup.utilization) - working - rank.weight_bytes
+            left = int(self.device.memory * setup.utilization) - setup.others - working - rank.weight_bytes
         else:
             working = self._step_bytes(setup)
             left = int((self.device.memory - setup.ranks * rank.weight_bytes) * CPU_SHARE) // setup.ranks
@@ -174,6 +176,11 @@ def setup_of(config: EngineConfig, dtype: DTypeName, device_kind: str) -> Setup:
     )
 
 
+def others_use(total: int, free: int, own: int) -> int:
+    """Bytes of a GPU that other processes use, where this one has `own` for tensors, and what CUDA takes."""
+    return max(0, total - free - own - _CONTEXT_BYTES)
+
+
 def advice(planner: Planner, setup: Setup, most_ranks: int) -> str:
     """One line for whoever has too little memory: what is needed, what there is, and options that would do."""
     fit = planner.fit(setup)
@@ -184,6 +191,8 @@ def advice(planner: Planner, setup: Setup, most_ranks: int) -> str:
         f"{fit.working_bytes / 1e9:.2f} GB to compute with, and {token / 1e6:.3f} MB of cache per token, "
         f"of {planner.device.memory / 1e9:.2f} GB"
     )
+    if setup.others > _CONTEXT_BYTES:
+        needs += f" of which other processes use {setup.others / 1e9:.2f} GB"
     ways = [" and ".join(map(_named, options.items())) for options in planner.alternatives(setup, most_ranks)]
     return f"it needs {needs}; " + (f"what fits: {', or '.join(ways)}" if ways else "`hasten plan` shows what would do")
 
