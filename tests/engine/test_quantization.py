@@ -259,7 +259,11 @@ def test_a_gpu_computes_the_same(
         right = logits_of(folder, quantization=quantization)
     options = OPTIONS | {"dtype": dtype, "quantization": quantization, "enforce_eager": enforce_eager}
     found = torch.cat(engine_logits(folder, PROMPTS, [ids_of(DECODED)] * len(PROMPTS), "cuda", **options)).cpu()
-    # inputs that are rounded to 8 bits may be rounded the other way where they differ at all
-    assert (found - right).norm() / right.norm() <= bound + (
-        0.05 if quantization in TYPES and quantization != "int8" else 0
-    )
+    error = (found - right).norm()
+    if quantization in ("int8", "int4"):
+        assert error / right.norm() <= bound
+        return
+    # The types' own rounding makes inputs become the other one of two numbers: that changes logits less than rounding
+    # inputs at all does, or in bf16 about as much.
+    most = 0.7 if dtype == "fp16" else 1.4
+    assert error <= most * (right - logits_of(folder)).norm()

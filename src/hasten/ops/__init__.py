@@ -21,6 +21,7 @@ from hasten.ops.mixture import PackedExperts, Routing
 from hasten.ops.order import fixed_order
 from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight, moved
 from hasten.ops.partial_sum import PartialSum
+from hasten.ops.rounding import multiplies
 from hasten.ops.transfer import HostCopy, to_device
 
 TORCH_DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -477,9 +478,3 @@ def largest(x_rv: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def default_device() -> torch.device:
     """A GPU where there is one, the CPU otherwise."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the device multiplies values of a type of 8 bits; a CPU computes on what they stand for."""
-    fp8 = dtype == torch.float8_e4m3fn
-    return not (fp8 and device.type == "cuda") or torch.cuda.get_device_capability(device) >= (8, 9)

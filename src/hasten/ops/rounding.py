@@ -43,3 +43,9 @@ def digits_of(x_th: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     numbers_th = x_th.div(units_t1).round_()
     high_th = numbers_th.div(BASE).round_()
     return high_th, numbers_th.sub_(high_th, alpha=BASE), units_t1
+
+
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device multiplies values of a type of 8 bits; a CPU computes on what they stand for."""
+    fp8 = dtype == torch.float8_e4m3fn
+    return not (fp8 and device.type == "cuda") or torch.cuda.get_device_capability(device) >= (8, 9)

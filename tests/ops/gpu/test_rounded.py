@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hasten.core.errors import UnsupportedError
 from hasten.ops import PackedLinear, QuantizedWeight, reference, rounding
 from hasten.ops.gpu import matmul, norm, rounded
 
@@ -91,6 +92,7 @@ def test_many_rows_in_fp8_are_a_librarys(
     bias: bool, dtype: torch.dtype, device: torch.device, assert_close: Close, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rounded, "MOST_ROWS_IN_FP8", 3)
+    monkeypatch.setattr(rounded, "MOST_ROWS_OF_PARTS_IN_FP8", 3)
     monkeypatch.setattr(rounded, "_eight_bit", None)
     weight = make_weight(48, 100, dtype, device, "fp8")
     bias_o = draw(48, dtype=dtype, device=device) if bias else None
@@ -189,6 +191,14 @@ def test_the_result_of_a_row_does_not_depend_on_the_others(kind: str, device: to
     x = draw(5, 128, dtype=torch.float16, device=device)
     among = matmul.linear(torch.cat((x, 1000 * x)), weight, None, None)[:5]
     assert torch.equal(matmul.linear(x, weight, None, None), among)
+
+
+def test_a_gpu_that_does_not_multiply_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounded, "multiplies", lambda dtype, device: dtype != FP8)
+    cpu = torch.device("cpu")
+    make_weight(6, 128, torch.float16, cpu, "w8a8")
+    with pytest.raises(UnsupportedError, match=r"^weights in fp8 need a GPU of compute capability 8\.9 or later; give"):
+        make_weight(6, 128, torch.float16, cpu, "fp8")
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -300,7 +300,7 @@ def linear_parts(x_th: Tensor, weight: PackedLinear, *, whole: bool = False) -> 
         splits = 1 if whole or x_th.dtype == torch.float32 else _splits(16, weight)
         product_to = _by_library(x_th, weight, None) if splits == 1 else None
         return _product(x_th, weight, None, None, None, splits=splits) if product_to is None else product_to
-    if not _serves(x_th, weight):
+    if not _serves(x_th, weight, split=True):
         return _library(x_th, weight, None)
     if weight.grouped is not None:
         return grouped.product(x_th, weight.grouped, None, None, None, split=True)
@@ -340,13 +340,13 @@ def project(
     return query_tnd
 
 
-def _serves(x_th: Tensor, weight: PackedLinear) -> bool:
-    """Whether these kernels are the ones to take."""
+def _serves(x_th: Tensor, weight: PackedLinear, *, split: bool = False) -> bool:
+    """Whether these kernels are the ones to take; `split`: for a product that may be cut into parts."""
     rows = x_th.shape[0]
     if weight.grouped is not None:
         return grouped.serves(x_th, weight.grouped)
     if weight.scales is not None:
-        return rounded.serves(x_th, weight)
+        return rounded.serves(x_th, weight, split=split)
     few = rows == 1 or (1 < rows <= MOST_ROWS and weight.in_features % _WIDE.block_k == 0)
     return few and x_th.dtype != torch.float32
 

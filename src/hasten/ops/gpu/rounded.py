@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hasten.core.errors import UnsupportedError
 from hasten.ops.gpu.endings import Projection, store_sums
 from hasten.ops.gpu.launch import multiprocessors, overlapped, prefetch, shared_memory, start_next, wait_for_inputs
 from hasten.ops.packed import PackedLinear, QuantizedWeight
-from hasten.ops.rounding import BASE, LARGEST, LARGEST_OF_DIGITS
+from hasten.ops.rounding import BASE, LARGEST, LARGEST_OF_DIGITS, multiplies
 
 _BASE = tl.constexpr(BASE)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -120,15 +121,16 @@ def _eight_bit(
         line = begin + tl.arange(0, AHEAD) * 128
         prefetch(weight + row[:, None] * WIDTH + line[None, :])
     wait_for_inputs(PDL)
-    x_start = x + tl.where(m < M, m, 0).to(tl.int64)[:, None] * (DIGITS * WIDTH) + k[None, :]
+    in_rows = (m < M)[:, None]
+    x_start = x + m.to(tl.int64)[:, None] * (DIGITS * WIDTH) + k[None, :]
     dtype: tl.constexpr = tl.int32 if weight.dtype.element_ty == tl.int8 else tl.float32
     total = tl.zeros([BLOCK_N, BLOCK_M], dtype)
     low = tl.zeros([BLOCK_N, BLOCK_M], dtype)
     for offset in tl.range(0, WIDTH // SPLITS, BLOCK_K, num_stages=STAGES):
         w_nk = tl.load(w_start + offset)
-        total = tl.dot(w_nk, tl.load(x_start + offset).T, total, out_dtype=dtype)
+        total = tl.dot(w_nk, tl.load(x_start + offset, in_rows, 0.0).T, total, out_dtype=dtype)
         if DIGITS == 2:
-            low = tl.dot(w_nk, tl.load(x_start + (offset + WIDTH)).T, low, out_dtype=dtype)
+            low = tl.dot(w_nk, tl.load(x_start + (offset + WIDTH), in_rows, 0.0).T, low, out_dtype=dtype)
     sums = total.to(tl.float32)
     if DIGITS == 2:
         sums = sums * _BASE + low.to(tl.float32)
@@ -173,21 +175,32 @@ class Cut:
 
 _ALIGNED = 128
 """Input features are padded with zeros to a multiple of this."""
-_AHEAD = 4
+_AHEAD = 2
 """Lines of 128 bytes of each row of the weight that are fetched before inputs are rounded."""
 MOST_ROWS_IN_DIGITS = 128
 """More rows are cuBLAS's, with a weight that is widened to 16 bits first."""
-MOST_ROWS_IN_FP8 = 256
-"""More rows are cuBLAS's."""
+MOST_ROWS_IN_FP8 = 128
+"""More rows are cuBLAS's, whose products are never cut into parts."""
+MOST_ROWS_OF_PARTS_IN_FP8 = 256
+"""The same of products that may be cut into parts."""
 _LARGE_WEIGHT = 1 << 28
 """Elements of a weight that is never widened: a head would take gigabytes."""
+_FEW_ROWS = 64
+"""Up to so many rows their rounding takes as many threads as there are; more rows fill the device with fewer each."""
 _WIDEN_ROWS, _WIDEN_BLOCK = 4, 1024
 _BUSY = 0.85
 """What fraction of the multiprocessors' time must have a program for a larger tile to be better."""
 
 
 def pack_linear(weight_oh: QuantizedWeight) -> PackedLinear:
-    """Rows as they are, or with zeros at their ends where the tensor cores need them."""
+    """Rows as they are, or with zeros at their ends where the tensor cores need them.
+
+    UnsupportedError for fp8 on a GPU that does not multiply it.
+    """
+    if not multiplies(weight_oh.values.dtype, weight_oh.values.device):
+        raise UnsupportedError(
+            "weights in fp8 need a GPU of compute capability 8.9 or later; give int8, or full precision"
+        )
     values, features = weight_oh.values, weight_oh.shape[1]
     if features % _ALIGNED:
         padded = values.new_zeros(values.shape[0], _padded(features))
@@ -200,13 +213,14 @@ def _padded(features: int) -> int:
     return triton.cdiv(features, _ALIGNED) * _ALIGNED
 
 
-def serves(x_th: Tensor, weight: PackedLinear) -> bool:
+def serves(x_th: Tensor, weight: PackedLinear, *, split: bool) -> bool:
     """Whether `product` is what to take for these rows, and not a library."""
     rows = x_th.shape[0]
     if weight.inputs is None:
         large = weight.out_features * weight.in_features >= _LARGE_WEIGHT
         return x_th.dtype != torch.float32 and (large or rows <= MOST_ROWS_IN_DIGITS) and rows > 0
-    return rows > 0 and (rows <= MOST_ROWS_IN_FP8 or weight.inputs == torch.int8 or weight.out_features % 16 > 0)
+    most = MOST_ROWS_OF_PARTS_IN_FP8 if split else MOST_ROWS_IN_FP8
+    return rows > 0 and (rows <= most or weight.inputs == torch.int8 or weight.out_features % 16 > 0)
 
 
 def widened(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
@@ -253,7 +267,7 @@ def round_rows(x_th: Tensor, inputs: torch.dtype | None) -> tuple[Tensor, Tensor
     _round_rows[(rows,)](
         x_th, numbers, units_t, K=width, WIDTH=_padded(width), BLOCK_K=block,
         LARGEST=LARGEST_OF_DIGITS if inputs is None else LARGEST[inputs], DIGITS=digits,
-        num_warps=max(1, min(16, block // 256)), **overlapped(x_th),
+        num_warps=max(1, min(16, block // (256 if rows <= _FEW_ROWS else 1024))), **overlapped(x_th),
     )  # fmt: skip
     return numbers, units_t
 

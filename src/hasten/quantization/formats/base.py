@@ -91,10 +91,10 @@ def find(
     *,
     separator: str = ".",
 ) -> Mapping[str, str] | None:
-    """`Format.find` where a module that has any of the required tensors is quantized."""
+    """`Format.find` where a module that has any of the required tensors is quantized; a plain one has its `weight`."""
     of_module = {kind: f"{module}{separator}{kind}" for kind in (*required, *optional)}
     present = {kind: name for kind, name in of_module.items() if name in names}
-    if not any(kind in present for kind in required):
+    if not any(kind in present for kind in required if kind != "weight"):
         return None
     if missing := [kind for kind in required if kind not in present]:
         raise CheckpointError(

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
 from hasten.quantization.formats.base import Module, find
+from hasten.quantization.formats.eight_bit import FLOAT_QUANTIZED, INT_QUANTIZED
 from hasten.quantization.formats.pack_quantized import PackQuantized
 from hasten.quantization.formats.scheme import Arguments
 from hasten.quantization.stored import StoredWeight
@@ -18,8 +19,15 @@ from hasten.quantization.stored import StoredWeight
 class Packing(Protocol):
     """A value of `format`: the tensors of a module, and what they mean."""
 
-    required: Sequence[str]
-    optional: Sequence[str]
+    @property
+    def required(self) -> Sequence[str]:
+        """What its tensors are called behind the module's name."""
+        ...
+
+    @property
+    def optional(self) -> Sequence[str]:
+        """Tensors that may be there as well."""
+        ...
 
     def check(self, weights: Arguments, activations: Arguments | None) -> None:
         """UnsupportedError names the key of `config_groups` that is not supported."""
@@ -30,7 +38,11 @@ class Packing(Protocol):
         ...
 
 
-PACKINGS: Mapping[str, Packing] = {"pack-quantized": PackQuantized()}
+PACKINGS: Mapping[str, Packing] = {
+    "pack-quantized": PackQuantized(),
+    "int-quantized": INT_QUANTIZED,
+    "float-quantized": FLOAT_QUANTIZED,
+}
 _LINEAR = "Linear"
 _OF_CACHE = re.compile(r".*\.([kvq]_(scale|zero_point)|[kv]_proj\.output_scale)")
 

@@ -7,6 +7,7 @@ from hasten.core.errors import ConfigError, HastenError, UnsupportedError
 from hasten.quantization.formats.awq import AWQ
 from hasten.quantization.formats.base import Format
 from hasten.quantization.formats.compressed_tensors import CompressedTensors
+from hasten.quantization.formats.eight_bit import FP8
 from hasten.quantization.formats.gptq import GPTQ
 from hasten.quantization.formats.mxfp4 import MXFP4
 
@@ -14,6 +15,7 @@ FORMATS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
     "gptq": GPTQ,
     "awq": AWQ,
     "compressed-tensors": CompressedTensors,
+    "fp8": FP8,
     "mxfp4": MXFP4,
 }
 """By their `quant_method`."""
