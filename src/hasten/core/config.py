@@ -527,8 +527,8 @@ class EngineConfig:
         None,
         "weights of linear layers and of the head in 8 bits, with a scale for each output column: int8; w8a8, which "
         "rounds each token's activations to int8 too; fp8, weights and activations in e4m3 and the head in int8. int4: "
-        "linear layers in 4 bits, with a scale for each group of 128 inputs, and the head in int8. Made from a "
-        "full-precision checkpoint while it is loaded (default: as the checkpoint is)",
+        "linear layers in 4 bits, with a scale for each group of 128 inputs, and the head in int8, for memory and few "
+        "requests at a time. Made from a full-precision checkpoint while it is loaded (default: as the checkpoint is)",
         choices=QUANTIZATIONS,
     )
     load_format: str = option(

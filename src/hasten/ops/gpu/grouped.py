@@ -8,7 +8,7 @@ Shapes: M rows, N output features, K columns (input features in the order of the
 bytes, or [N, K / 4] in words of four columns, which are 32 apart; scales and zeros [G, N].
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -268,8 +268,8 @@ _BLOCKS = (128, 64, 32)
 
 
 def pack_linear(weight_oh: GroupedWeight) -> PackedLinear:
-    """A GPU reads it as it is."""
-    return PackedLinear(*weight_oh.shape, plain=None, grouped=weight_oh)
+    """A GPU reads it as it is, with scales in fp32: what has less than 4 bytes a thread is not fetched beforehand."""
+    return PackedLinear(*weight_oh.shape, plain=None, grouped=replace(weight_oh, scales=weight_oh.scales.float()))
 
 
 def serves(x_th: Tensor, weight: GroupedWeight) -> bool:
@@ -325,7 +325,7 @@ def product(
     device = x_tk.device.index
     block_k = _block(weight)
     assert block_k is not None
-    cut = _cut(rows)
+    cut = _cut(rows, split)
     splits = _splits(rows, features, columns // block_k, cut, multiprocessors(device)) if split else 1
     if splits > 1:
         out = x_tk.new_empty(splits, rows, features, dtype=torch.float32)
@@ -344,12 +344,16 @@ def product(
     return out
 
 
-def _cut(rows: int) -> Cut:
-    """With more rows, weights are scaled once for all of them and sums need no registers of their own."""
+def _cut(rows: int, split: bool) -> Cut:
+    """Measured choices: docs/performance.md. Where columns may be split there are programs enough for wide ones.
+
+    With more rows, weights are scaled once for all of them, so that sums need no registers of their own.
+    """
     if rows > _FEW_ROWS:
         return Cut(max(128, triton.next_power_of_2(rows)), 128, 4, 8, scales_sums=False)
     block_m = max(16, triton.next_power_of_2(rows))
-    return Cut(block_m, 64, 6 if rows <= 16 else 4, 4, scales_sums=True)
+    stages = 4 if rows > 16 else 6 if split else 8
+    return Cut(block_m, 128, stages, 8, scales_sums=True) if split else Cut(block_m, 64, stages, 4, scales_sums=True)
 
 
 def _splits(rows: int, features: int, blocks: int, cut: Cut, processors: int) -> int:
