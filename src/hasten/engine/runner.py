@@ -125,7 +125,7 @@ class Runner:
     def _hidden(self, ids_t: Tensor, tokens: Tokens) -> Tensor:
         read = ids_t if self.stage.is_first else self._incoming[: len(ids_t)]
         hidden: Tensor = self.model(read, tokens.positions, tokens.meta)
-        return hidden
+        return hidden.to(self.dtype)  # of the parts of a product, which are fp32, a stage's sum is fp32 too
 
     def _decode(self, tokens: Tokens) -> StepOutput:
         output = self._mixed(tokens)
