@@ -19,11 +19,17 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from hasten.core.types import (
+        ClassificationOutput,
         CompletionOutput,
+        EmbeddingOutput,
         FinishReason,
         Logprob,
+        PoolingOutput,
+        PoolingParams,
+        PoolingRequestOutput,
         RequestOutput,
         SamplingParams,
+        ScoringOutput,
         StructuredOutputsParams,
     )
     from hasten.engine.llm import LLM, run_worker
@@ -36,9 +42,11 @@ __all__ = [
     "CapacityError",
     "CheckpointError",
     "ChecksumError",
+    "ClassificationOutput",
     "ClusterError",
     "CompletionOutput",
     "ConfigError",
+    "EmbeddingOutput",
     "EngineError",
     "ExistsError",
     "FinishReason",
@@ -46,9 +54,13 @@ __all__ = [
     "InvalidRequestError",
     "Logprob",
     "NotFoundError",
+    "PoolingOutput",
+    "PoolingParams",
+    "PoolingRequestOutput",
     "RankError",
     "RequestOutput",
     "SamplingParams",
+    "ScoringOutput",
     "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
@@ -61,6 +73,8 @@ _MODULES = {
     **dict.fromkeys(("LLM", "run_worker"), "hasten.engine.llm"),
     **dict.fromkeys(("TextPrompt", "TokensPrompt"), "hasten.engine.prompts"),
     **dict.fromkeys(("CompletionOutput", "FinishReason", "Logprob"), "hasten.core.types"),
+    **dict.fromkeys(("ClassificationOutput", "EmbeddingOutput", "PoolingOutput", "ScoringOutput"), "hasten.core.types"),
+    **dict.fromkeys(("PoolingParams", "PoolingRequestOutput"), "hasten.core.types"),
     **dict.fromkeys(("RequestOutput", "SamplingParams", "StructuredOutputsParams"), "hasten.core.types"),
 }
 """Where the names are that are no errors."""

@@ -545,7 +545,7 @@ def test_sums_through_the_memory_of_peers_are_the_same_every_time(dtype: str, fo
     options: dict[str, Any] = {"dtype": dtype, "tensor_parallel_size": 2, "enable_prefix_caching": False}
     for _ in range(2):
         with on_gpu(folder("12 heads of 64"), **options) as llm:
-            group = llm.engine.worker.runner.model.head.group
+            group = llm.engine.worker.runner.head.group
             assert group.peers is not None
             assert group.peers.size == 2
             found += [tokens_of(llm.generate(PROMPTS, GREEDY)) for _ in range(2)]

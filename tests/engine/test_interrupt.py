@@ -118,7 +118,7 @@ def test_wherever_it_comes_nothing_is_left(llm: LLM, monkeypatch: pytest.MonkeyP
 def test_a_stream_left_open_is_withdrawn(llm: LLM) -> None:
     stream = llm.stream(PROMPTS, LONG)
     next(stream)
-    with pytest.raises(EngineError, match="another generate or stream of this LLM is under way"):
+    with pytest.raises(EngineError, match="another call of this LLM is under way"):
         llm.generate(PROMPTS, LONG)
     llm.abort()
     assert llm.engine.scheduler.blocks.num_used == 0

@@ -136,9 +136,14 @@ def test_what_it_is_and_what_it_does_not_do(llm: LLM, folder: Path, caplog: pyte
     assert "key/value cache of" in ready.getMessage()
     assert summary.levelno == logging.DEBUG
     assert summary.getMessage().startswith("2 prompts in ")
-    for name, reason in (("encode", "get_tokenizer"), ("embed", "are not supported"), ("beam_search", "beam_width")):
+    for name, reason in (("reward", "classify"), ("beam_search", "beam_width")):
         with pytest.raises(AttributeError, match=rf"LLM\.{name} is not supported: .*{reason}"):
             getattr(llm, name)
+    for method in (llm.embed, llm.classify, llm.encode):
+        with pytest.raises(InvalidRequestError, match="BloomForCausalLM generates text; it gives no vectors"):
+            method("Anna")
+    with pytest.raises(InvalidRequestError, match="BloomForCausalLM generates text; it gives no vectors"):
+        llm.score("Anna", "Ben")
     with pytest.raises(AttributeError, match=r"LLM\.foo does not exist"):
         llm.foo  # type: ignore[attr-defined]  # noqa: B018
 

@@ -15,7 +15,7 @@ MakeSequence = Callable[..., Sequence]
 
 
 def rounds_of(copies: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    return StepMessage(0, [], [], [], [], [], [], [], [], copies, greedy=True).copy_rounds()
+    return StepMessage(0, [], [], [], [], [], [], [], [], copies, [], greedy=True).copy_rounds()
 
 
 def test_copies_are_done_together_unless_one_overwrites_what_another_reads() -> None:
@@ -119,7 +119,7 @@ def test_what_beams_share_is_not_sent_again(make_sequence: MakeSequence) -> None
 
 
 def test_numbers_arrive_as_they_were(make_sequence: MakeSequence) -> None:
-    empty = StepMessage(0, [], [], [], [], [], [], [], [], [], greedy=True)
+    empty = StepMessage(0, [], [], [], [], [], [], [], [], [], [], greedy=True)
     assert StepMessage.unpacked(empty.packed()) == empty
     message = StepMessage(
         number=70_001,
@@ -132,6 +132,7 @@ def test_numbers_arrive_as_they_were(make_sequence: MakeSequence) -> None:
         prompt_rows=[1, 2],
         edits=[(3, 9, [4]), (1, 0, [2, 8])],
         copies=[(4, 5), (6, 7)],
+        positions=[7, 8, 9],
         greedy=False,
     )
     assert message.packed().dtype == np.int32

@@ -76,9 +76,17 @@ class Limits:
     softcap: float | None = None
     sinks: float | None = None
     """Mean of the heads' sinks."""
+    causal: bool = True
+    farthest: int | None = None
+    """Distance from which on all have the same bias; None: there are no biases by distance."""
 
     def sinks_n(self, heads: int) -> Tensor | None:
         return None if self.sinks is None else torch.linspace(self.sinks - 2, self.sinks + 2, heads)
+
+    def bias_nr(self, heads: int) -> Tensor | None:
+        if self.farthest is None:
+            return None
+        return torch.randn(heads, 2 * self.farthest + 1, generator=torch.Generator().manual_seed(5))
 
 
 @dataclass
@@ -98,8 +106,9 @@ class Case:
     def run(self, op: Callable[..., Tensor] = ops.paged_attention) -> Tensor:
         self.meta.scratch.clear()
         inputs = (self.query_tnd, self.key_cache, self.value_cache, self.meta, self.scale, self.slopes_n)
-        sinks_n = self.limits.sinks_n(self.query_tnd.shape[1])
-        return op(*inputs, window=self.limits.window, softcap=self.limits.softcap, sinks_n=sinks_n)
+        heads = self.query_tnd.shape[1]
+        limits = {"window": self.limits.window, "softcap": self.limits.softcap, "causal": self.limits.causal}
+        return op(*inputs, **limits, bias_nr=self.limits.bias_nr(heads), sinks_n=self.limits.sinks_n(heads))
 
     @property
     def plan(self) -> list[tuple[tuple[int, int, int], Tensor | None]]:
@@ -123,17 +132,23 @@ def attend(
         kv_head = head * kv_heads // heads
         key_kd, value_kd = key_kmd[:, kv_head].double(), value_kmd[:, kv_head].double()
         scores_qk = query_qnd[:, head].double() @ key_kd.T * scale
+        bias_nr = limits.bias_nr(heads)
         for row in range(queries):
             position = keys - queries + row
-            scores_k = scores_qk[row, : position + 1]
+            first = 0 if limits.window is None else max(0, position + 1 - limits.window)
+            last = position if limits.causal else min(keys - 1, position + (limits.window or keys) - 1)
+            scores_k = scores_qk[row, first : last + 1]
+            distance_k = torch.arange(first, last + 1, dtype=torch.float64) - position
             if limits.softcap is not None:
                 scores_k = limits.softcap * torch.tanh(scores_k / limits.softcap)
             if slopes_n is not None:
-                scores_k = scores_k - float(slopes_n[head]) * torch.arange(position, -1, -1, dtype=torch.float64)
-            first = 0 if limits.window is None else max(0, position + 1 - limits.window)
-            weights_k = scores_k[first:].exp()
+                scores_k = scores_k + float(slopes_n[head]) * distance_k
+            if bias_nr is not None and limits.farthest is not None:
+                places = distance_k.clamp(-limits.farthest, limits.farthest).long() + limits.farthest
+                scores_k = scores_k + bias_nr[head, places].double()
+            weights_k = scores_k.exp()
             total = weights_k.sum() if sinks_n is None else weights_k.sum() + sinks_n[head].double().exp()
-            out_qnd[row, head] = weights_k / total @ value_kd[first : position + 1]
+            out_qnd[row, head] = weights_k / total @ value_kd[first : last + 1]
     return out_qnd
 
 
@@ -239,6 +254,30 @@ def test_every_shape(heads: Heads, alibi: bool, dtype: torch.dtype, assert_close
 def test_windows_capped_scores_and_sinks(limits: Limits, alibi: bool, assert_close: Close) -> None:
     for name in ("prompt, chunk, decodes", "decodes around a block border", "very uneven"):
         check(make_case(BATCHES[name], Heads(query=4, kv=2, size=8), alibi=alibi, limits=limits), assert_close)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        Limits(causal=False),
+        *(Limits(causal=False, window=w) for w in (1, 2, 16, 17, 33, 5000)),
+        Limits(causal=False, farthest=7),
+        Limits(causal=False, farthest=300, softcap=2.0),
+        Limits(farthest=7),
+    ],
+    ids=str,
+)
+def test_keys_behind_the_query_and_biases_by_distance(limits: Limits, assert_close: Close) -> None:
+    for name in ("prompts that grow", "prompts around a block border", "prompts of equal length", "very uneven"):
+        check(make_case(BATCHES[name], Heads(query=4, kv=2, size=8), alibi=False, limits=limits), assert_close)
+    check(make_case([(2 * RUN + 3, 2 * RUN + 3)], Heads(2, 2, 8), alibi=False, limits=limits), assert_close)
+
+
+def test_texts_of_equal_length_need_no_bias() -> None:
+    for lengths, none in (([(20, 20)] * 3, True), ([(20, 20), (21, 21)], False)):
+        case = make_case(lengths, Heads(3, 3), alibi=False, limits=Limits(causal=False))
+        case.run()
+        assert [bias is None for _, bias in case.plan] == [none]
 
 
 def test_a_long_prompt_in_a_window_skips_what_lies_before_it(assert_close: Close) -> None:

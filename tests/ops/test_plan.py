@@ -138,3 +138,18 @@ def test_nothing_to_do_is_no_items(most: int) -> None:
 def test_as_many_runs_as_sequences_leave_each_whole() -> None:
     made = make_splits([5000, 3, 700], 3)
     assert [split[3:] for split in made] == [[0, n, n, 0, 1] for n in (5000, 3, 700)]
+
+
+@given(kv_lens=st.lists(st.integers(1, 400), min_size=1, max_size=20))
+def test_tiles_of_texts_whose_tokens_see_all_others(kv_lens: list[int]) -> None:
+    own, lens = np.arange(len(kv_lens)), numbers(kv_lens)
+    planner = Planner(4, 4, multiprocessors=8, causal=False)
+    made = planner.plan(3 * own + 1, np.cumsum(lens) - lens, lens, lens)
+    assert list(made) == ["tiles"]
+    tiles = made["tiles"].tolist()
+    assert [tile[5] for tile in tiles] == sorted((tile[5] for tile in tiles), reverse=True)
+    for index, kv_len in enumerate(kv_lens):
+        mine = [tile for tile in tiles if tile[0] == 3 * index + 1]
+        assert all(tile[5] == kv_len for tile in mine)
+        assert [tile[4] for tile in mine] == list(range(0, kv_len, plan.TILE))
+        assert sum(tile[3] for tile in mine) == kv_len

@@ -3,6 +3,7 @@
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
+from hasten.core.errors import UnsupportedError
 from hasten.core.types import Request, RequestOutput
 from hasten.engine.chat import ChatTemplate
 from hasten.engine.text import Tokenizer
@@ -64,7 +65,14 @@ class LLMEngine:
         self.max_model_len = self._engine.max_model_len
         self.seed = self._engine.config.seed
         self.tokenizer = self._engine.tokenizer
-        self.add, self.abort, self.step = self._engine.add, self._engine.abort, self._engine.step
+        self.add, self.abort = self._engine.add, self._engine.abort
+        if self._engine.worker.pooler is not None:
+            name = self._engine.model_config.architecture
+            raise UnsupportedError(f"{name} generates no text; give hasten batch a model that does")
+
+    def step(self) -> list[RequestOutput]:
+        """Compute a step; the outputs of prompts that it finished."""
+        return [output for output in self._engine.step() if isinstance(output, RequestOutput)]
 
     @cached_property
     def template(self) -> ChatTemplate | None:

@@ -195,6 +195,8 @@ def cases(setting: Setting) -> list[Case]:
         _attention(setting, "prefill 14 x 560, window 256, capped", [(560, 560)] * 14, window=256, softcap=50.0),
         _attention(setting, "2 x 192, sinks", [(1, 192)] * 2, sinks=True),
         _attention(setting, "prefill 2 x 560, window 128, sinks", [(560, 560)] * 2, window=128, sinks=True),
+        _attention(setting, "prefill 32 x 264, not causal", [(264, 264)] * 32, causal=False),
+        _attention(setting, "prefill 32 x 264, not causal, by distance", [(264, 264)] * 32, causal=False, farthest=128),
         *(_add_norm(setting, rows) for rows in (1, 64, 8192)),
         *(_add_norm(setting, rows, rms=True) for rows in (1, 64, 8192)),
         *(_add_norm(setting, rows, products=2) for rows in (1, 64)),
@@ -344,21 +346,28 @@ def _attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: bool = False,
+    causal: bool = True,
+    farthest: int | None = None,
 ) -> Case:
-    """Sequences by their numbers of new tokens and of all tokens."""
+    """Sequences by their numbers of new tokens and of all tokens; `farthest`: distance up to which biases differ."""
     heads, kv_heads, size = setting.heads
     widest = max(length for _, length in lengths) if window is None else window
     tokens, kept = sum(new for new, _ in lengths), sum(min(length, widest + new - 1) for new, length in lengths)
-    pairs = sum(min(seen + 1, widest) for new, length in lengths for seen in range(length - new, length))
+    pairs = sum(
+        min(seen + 1, widest) if causal else length for new, length in lengths for seen in range(length - new, length)
+    )
 
     def make() -> Call:
         blocks = sum(-(-length // _BLOCK_SIZE) for _, length in lengths)
-        slopes_n = alibi_slopes(heads).to(setting.device)
+        slopes_n = alibi_slopes(heads).to(setting.device) if causal else None
+        bias_nr = None if farthest is None else setting.draw(heads, 2 * farthest + 1).float()
         inputs = (setting.draw(tokens, heads, size), *setting.caches(blocks * _BLOCK_SIZE))
-        meta = _meta(setting, lengths, blocks)
+        meta = _meta(setting, lengths, blocks, causal=causal)
         both = (ops.paged_attention, reference.paged_attention)
         sinks_n = setting.draw(heads) if sinks else None
-        kernel, definition = (partial(op, window=window, softcap=softcap, sinks_n=sinks_n) for op in both)
+        kernel, definition = (
+            partial(op, window=window, softcap=softcap, sinks_n=sinks_n, causal=causal, bias_nr=bias_nr) for op in both
+        )
         return _call(kernel, definition, *inputs, meta, size**-0.5, slopes_n)
 
     return Case(
@@ -370,13 +379,14 @@ def _attention(
     )
 
 
-def _meta(setting: Setting, lengths: list[tuple[int, int]], blocks: int) -> AttentionMeta:
+def _meta(setting: Setting, lengths: list[tuple[int, int]], blocks: int, *, causal: bool) -> AttentionMeta:
     """A batch as the engine makes it, its sequences scattered over the blocks."""
     free = torch.randperm(blocks).tolist()
     tables = BlockTables(len(lengths), max(-(-length // _BLOCK_SIZE) for _, length in lengths))
     heads, kv_heads, _ = setting.heads
     # Triton's interpreter, which runs the kernels in tests, wants the work divided as well
-    planner = Planner.of(setting.device, heads, kv_heads) or Planner(heads, kv_heads, multiprocessors=0)
+    planner = Planner.of(setting.device, heads, kv_heads, causal=causal)
+    planner = planner or Planner(heads, kv_heads, multiprocessors=0, causal=causal)
     inputs = Inputs(tables, _BLOCK_SIZE, planner, setting.device)
     batch = Batch()
     for key, (new, length) in enumerate(lengths):

@@ -88,6 +88,11 @@ def convert(job: Conversion, report: Report = lambda _: None) -> None:
     given = resolve_model(job.input_dir)
     source = open_source(given, job.ranks)
     parallel.validate(source.config)
+    if source.config.task != "generate":
+        raise UnsupportedError(
+            f"{source.folder}: {source.config.architecture} generates no text, and only models that do are converted; "
+            "load the checkpoint as it is, with any number of ranks"
+        )
     family = _family(job.format, source.config)
     _check_apart(source, given, Path(job.output_dir), f"{job.ranks}-gpu")
     target = Target(Path(job.output_dir), job.ranks)

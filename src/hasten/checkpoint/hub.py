@@ -50,7 +50,11 @@ _EXAMPLE = "bigscience/bloom-560m"
 _ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@]+))?", re.ASCII)
 _CACHED = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 _RANK_FOLDER = re.compile(r"\d+-gpu")
-_SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES, ADAPTER)
+POOLING_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+"""What sentence-transformers writes next to a model, for all its modules."""
+_SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES, *POOLING_FILES, ADAPTER)
+_OF_MODULE = re.compile(r"\d+_\w+/(config\.json|model\.safetensors|pytorch_model\.bin)")
+"""Files of such a module, which are small."""
 _WEIGHTS = (
     re.compile(r"model[^/]*\.safetensors(\.index\.json)?"),
     re.compile(r"pytorch_model[^/]*\.bin(\.index\.json)?"),
@@ -260,7 +264,7 @@ def _download(model: HubModel, part: Part, cache: Path | None, output_dir: Path 
 
 
 def _needed(model: HubModel, part: Part, names: Sequence[str]) -> list[str]:
-    side = [name for name in names if name in _SIDE_FILES]
+    side = [name for name in names if name in _SIDE_FILES or _OF_MODULE.fullmatch(name)]
     if part != "model":
         return side
     if "config.json" not in side:

@@ -9,6 +9,7 @@ import torch
 
 from hasten.checkpoint.faster_transformer.ini import CONFIG_INI
 from hasten.checkpoint.hub import TOKENIZER_ALONE
+from hasten.checkpoint.pooling import PoolingConfig, read_pooling
 from hasten.checkpoint.sources import NOT_APPLIED, UNKNOWN, Source, known_tokens, open_dummy, open_source, read_json
 from hasten.core.config import ModelConfig, ParallelConfig, Quantization
 from hasten.core.errors import CheckpointError
@@ -34,6 +35,8 @@ class Checkpoint:
     """What the checkpoint asks to be quantized with while it is loaded."""
     stored_quantization: str | None = None
     """How the files hold quantized weights, None for full precision."""
+    pooling: PoolingConfig | None = None
+    """How vectors are made of hidden states; None where the model generates."""
     verify: bool = True
     """Whether `rank_tensors` compares the files that it reads with the manifest, where there is one."""
 
@@ -68,6 +71,7 @@ def open_checkpoint(
         source=source,
         quantization=source.quantization,
         stored_quantization=source.stored_quantization,
+        pooling=None if source.config.task == "generate" else read_pooling(side, source.config),
         verify=verify,
     )
 

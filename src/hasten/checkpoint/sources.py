@@ -28,7 +28,15 @@ from hasten.checkpoint.faster_transformer.folder import Folder, read_folder
 from hasten.checkpoint.faster_transformer.ini import CONFIG_INI
 from hasten.checkpoint.hub import ADAPTER
 from hasten.checkpoint.manifest import MANIFEST, Manifest
-from hasten.core.config import AttentionConfig, ExpertsConfig, ModelConfig, QKNorm, Quantization, RopeConfig
+from hasten.core.config import (
+    AttentionConfig,
+    ClassifierConfig,
+    ExpertsConfig,
+    ModelConfig,
+    QKNorm,
+    Quantization,
+    RopeConfig,
+)
 from hasten.core.errors import CheckpointError, ConfigError, HastenError, UnsupportedError
 from hasten.models import hf_config
 from hasten.models.generation_config import not_applied
@@ -622,6 +630,10 @@ def _experts_from_json(raw: dict[str, Any] | None) -> ExpertsConfig | None:
     return None if raw is None else ExpertsConfig(**{**raw, "dense_layers": tuple(raw["dense_layers"])})
 
 
+def _classifier_from_json(raw: dict[str, Any] | None) -> ClassifierConfig | None:
+    return None if raw is None else ClassifierConfig(**{**raw, "labels": tuple(raw["labels"])})
+
+
 def _config_from_json(raw: dict[str, Any], path: Path) -> ModelConfig:
     try:
         layers = tuple(_attention_from_json(each) for each in raw.get("layer_attention", ()))
@@ -629,6 +641,7 @@ def _config_from_json(raw: dict[str, Any], path: Path) -> ModelConfig:
         experts = _experts_from_json(raw.get("experts"))
         ends = tuple(raw["eos_token_ids"])
         made = {"attention": attention, "layer_attention": layers, "experts": experts, "eos_token_ids": ends}
+        made["classifier"] = _classifier_from_json(raw.get("classifier"))
         return ModelConfig(**raw | made)
     except (TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(f"{path}: its metadata does not describe a model ({error}); convert it again") from error
@@ -657,15 +670,40 @@ class DummySource(Source):
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError names the file and what is wrong."""
+    raw = _json(path)
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} is not a JSON object; copy it again")
+    return raw
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """A JSON list from a file; CheckpointError names the file and what is wrong."""
+    raw = _json(path)
+    if not isinstance(raw, list):
+        raise CheckpointError(f"{path} is not a JSON list; copy it again")
+    return raw
+
+
+def _json(path: Path) -> Any:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}: is it the folder of a model?") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); copy it again") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} is not a JSON object; copy it again")
-    return raw
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a small `model.safetensors` or `pytorch_model.bin`; CheckpointError where neither is whole."""
+    path = folder / "model.safetensors"
+    if path.is_file():
+        with _open_safetensors(path) as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - it is no dict
+    path = folder / "pytorch_model.bin"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no model.safetensors and no pytorch_model.bin; copy it again")
+    pickled = _Pickle(path)
+    return {name: pickled.get_tensor(name) for name in pickled.keys()}  # noqa: SIM118
 
 
 def read_hf_config(folder: Path) -> ModelConfig:

@@ -7,7 +7,20 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from hasten import __version__
-from hasten.cli import batch, convert, demo, download, generate, plan, quantize, repository, serve, warm
+from hasten.cli import (
+    batch,
+    classify,
+    convert,
+    demo,
+    download,
+    embed,
+    generate,
+    plan,
+    quantize,
+    repository,
+    serve,
+    warm,
+)
 from hasten.cli.bench import benchmarks as bench
 from hasten.cli.cluster import verbs as cluster
 from hasten.cli.options import Parser
@@ -29,7 +42,22 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"hasten {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for room in (plan, download, convert, quantize, warm, generate, batch, serve, repository, bench, cluster, demo):
+    for room in (
+        plan,
+        download,
+        convert,
+        quantize,
+        warm,
+        generate,
+        embed,
+        classify,
+        batch,
+        serve,
+        repository,
+        bench,
+        cluster,
+        demo,
+    ):
         room.add_parser(commands)
     return parser
 

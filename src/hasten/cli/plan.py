@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     options = {"revision": engine.revision, "download_dir": engine.download_dir}
     folder = resolve_model(engine.model, part="config", show_progress=False, **options)
     model = read_hf_config(folder)
+    if model.task != "generate":
+        raise UnsupportedError(f"{model.architecture} generates no text, and holds no cache that could be planned")
     if (stored := read_format(folder)) is not None and stored.is_held:
         raise UnsupportedError(
             f"{args.model} has weights in the format {stored.name}, whose bytes a plan does not know; plan the model "

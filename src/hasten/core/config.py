@@ -122,6 +122,36 @@ head, with one weight and bias for all; `layer_by_head`: one of each head, with 
 """
 
 
+Task = Literal["generate", "embed", "classify", "token_classify"]
+"""What models give: text, a vector of each text, or a score of each label for each text or for each token."""
+LabelActivation = Literal["softmax", "sigmoid", "none"]
+Pooling = Literal["cls", "max", "mean", "mean_sqrt_len", "weightedmean", "last"]
+"""How hidden states become a vector: that of the first or last token, or a maximum or mean over all of them.
+
+`mean_sqrt_len` is the sum divided by the root of the number of tokens; `weightedmean` weighs the i-th token by i.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """From hidden states to scores of labels: a linear layer, and perhaps a dense layer and a norm before it."""
+
+    labels: tuple[str, ...]
+    activation: LabelActivation
+    """What makes scores of logits."""
+    pooling: Pooling = "cls"
+    """Whose hidden state it reads; that of every token where tokens are classified."""
+    dense: Literal["tanh", "gelu", "relu"] | None = None
+    """Activation of the dense layer; None: there is none."""
+    dense_bias: bool = True
+    norm: bool = False
+    """Whether there is a norm behind the dense layer."""
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        _require(bool(self.labels), "a classifier has at least one label")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Rotary position embedding: which dimensions of a head turn, and how fast."""
@@ -167,8 +197,13 @@ class AttentionConfig:
     num_heads: int
     num_kv_heads: int
     head_size: int
-    position: Literal["alibi", "rope", "learned", "none"] = "alibi"
-    """What attention does about positions; `learned` ones are added to the embeddings, and it does nothing."""
+    position: Literal["alibi", "rope", "learned", "relative", "none"] = "alibi"
+    """What attention does about positions; `learned` ones are added to the embeddings, and it does nothing. `relative`
+    ones are learned too, and each score has a learned bias for how far the key is from the query."""
+    relative_buckets: int = 0
+    """Biases of each head where `position` is `relative`: distances share them, more of them the longer they are."""
+    causal: bool = True
+    """Whether a token sees only those before it, and itself."""
     rope: RopeConfig | None = None
     """Given where `position` is `rope`."""
     alibi_bias_max: float = 8.0
@@ -176,7 +211,8 @@ class AttentionConfig:
     scale: float | None = None
     """What scores are multiplied by; None: 1 / sqrt(head size)."""
     window: int | None = None
-    """Tokens that a token sees, itself included; None: all before it."""
+    """Tokens that a token sees, itself included; None: all before it. Where attention is not causal, it sees as many
+    behind it."""
     softcap: float | None = None
     """Scores become c * tanh(score / c)."""
     alibi_scaled: bool = False
@@ -196,6 +232,10 @@ class AttentionConfig:
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} of attention must be positive, got {value}")
         _require((self.position == "rope") == (self.rope is not None), "attention has a rope where position is rope")
+        _require(
+            (self.position == "relative") == (self.relative_buckets > 0) and self.relative_buckets % 4 == 0,
+            f"relative positions have a number of buckets that 4 divides, got {self.relative_buckets}",
+        )
         _require(
             self.rope is None or self.rope.width <= self.head_size,
             f"{self.rope and self.rope.width} dimensions cannot turn in a head of {self.head_size}",
@@ -239,7 +279,7 @@ class ExpertsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What a decoder-only transformer looks like, whatever format its weights came in."""
+    """What a transformer looks like, whatever format its weights came in."""
 
     architecture: str
     """Hugging Face's class name, for example `BloomForCausalLM`."""
@@ -290,6 +330,14 @@ class ModelConfig:
     """Longest sequence that the model was trained for, where its configuration says so."""
     position_offset: int = 0
     """Rows of a table of learned positions before that of a sequence's first token."""
+    token_types: int = 0
+    """Types of tokens, such as those of the first and second text of a pair, whose embeddings are added; 0: none."""
+    skips_padding: bool = False
+    """Whether a padding token within a text takes no learned position: it has the row before the first one's."""
+    task: Task = "generate"
+    """What the model is for."""
+    classifier: ClassifierConfig | None = None
+    """What makes scores of labels of its hidden states."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "intermediate_size", "vocab_size"):
@@ -301,8 +349,12 @@ class ModelConfig:
         )
         for attention in self.layer_attention:
             _require(_heads(attention) == _heads(self.attention), "layers with different heads are not supported")
-        learned = self.attention.position == "learned"
-        _require(not learned or self.max_position_embeddings is not None, "learned positions have a longest sequence")
+        _require(
+            not self._has_learned_positions or self.max_position_embeddings is not None,
+            "learned positions have a longest sequence",
+        )
+        classifies = self.task in ("classify", "token_classify")
+        _require(classifies == (self.classifier is not None), f"a model to {self.task} has a classifier, or has none")
 
     def attention_of(self, layer: int) -> AttentionConfig:
         """The attention of one layer."""
@@ -311,8 +363,11 @@ class ModelConfig:
     @property
     def num_positions(self) -> int:
         """Rows of the table of learned positions; 0 where the model has none."""
-        learned = self.attention.position == "learned"
-        return self.position_offset + (self.max_position_embeddings or 0) if learned else 0
+        return self.position_offset + (self.max_position_embeddings or 0) if self._has_learned_positions else 0
+
+    @property
+    def _has_learned_positions(self) -> bool:
+        return self.attention.position in ("learned", "relative")
 
     @property
     def has_mlp(self) -> bool:
@@ -381,6 +436,10 @@ class ParallelConfig:
         _require(
             not self.expert_parallel or model.experts is not None,
             f"expert_parallel: {model.architecture} has no experts; leave the option out",
+        )
+        _require(
+            self.pipeline_parallel_size == 1 or model.task == "generate",
+            f"pipeline_parallel_size: {model.architecture} generates no text, and has no stages; leave the option out",
         )
         layers, counts = model.num_layers, self.dealt_layers
         _require(

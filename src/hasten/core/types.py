@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from numbers import Integral, Real
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar, get_args
 
 from hasten.core.errors import InvalidRequestError
 from hasten.core.text import require_utf8
@@ -378,14 +378,63 @@ class SamplingParams:
         )
 
 
+PoolingTask = Literal["embed", "classify", "score", "token_embed", "token_classify"]
+"""What is made of a text: its vector, its scores by label, the score of a pair, or the first two for each token."""
+POOLING_TASKS: tuple[PoolingTask, ...] = get_args(PoolingTask)
+
+
+@_with_known_names
+@dataclass(frozen=True, kw_only=True)
+class PoolingParams:
+    """What to make of the hidden states of one text, with vLLM's names."""
+
+    task: PoolingTask = "embed"
+    dimensions: int | None = None
+    """Length of the vector, of a model whose vectors may be cut (Matryoshka); None: whole."""
+    normalize: bool | None = None
+    """Whether vectors have length 1; None: as the model's own pooling says."""
+    activation: bool = True
+    """Whether scores of labels are made of logits by the model's activation; else they are the logits."""
+    truncate_prompt_tokens: int | None = None
+    """Keep so many tokens of a longer text; -1: as many as the model takes; None: a longer text is an error."""
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        _require(self.task in POOLING_TASKS, f"task must be one of {', '.join(POOLING_TASKS)}, got {self.task!r:.80}")
+        for name in ("dimensions", "truncate_prompt_tokens"):
+            value = getattr(self, name)
+            if value is not None:
+                _require(_is_whole(value), f"{name} must be a whole number, got {value!r:.80}")
+                set_(self, name, int(value))
+        _require(self.dimensions is None or self.dimensions >= 1, f"dimensions must be at least 1: {self.dimensions}")
+        most = self.truncate_prompt_tokens
+        _require(
+            most is None or most == -1 or most >= 1, f"truncate_prompt_tokens must be -1 or at least 1, got {most}"
+        )
+        for name in ("normalize", "activation"):
+            value = getattr(self, name)
+            optional = name == "normalize" and value is None
+            _require(optional or isinstance(value, bool), f"{name} must be True or False, got {value!r:.80}")
+        for name in ("dimensions", "normalize"):
+            value = getattr(self, name)
+            _require(value is None or "embed" in self.task, f"{name} is for vectors, not for {self.task}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """A prompt on its way through the engine."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
+    params: SamplingParams = SamplingParams()
+    """Without effect on a request with `pooling`."""
     prompt: str | None = None
+    pooling: PoolingParams | None = None
+    """Given where a vector or scores are made of the prompt, and nothing is generated."""
+    token_type_ids: tuple[int, ...] = ()
+    """Type of each token, of models that have types; none given: 0 for all."""
+    skipped_tokens: int = 0
+    """Tokens at the beginning, those of an instruction, that a vector is not made of."""
 
 
 @dataclass(slots=True)
@@ -423,3 +472,67 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """One entry a prompt token; the first is None, since nothing precedes it."""
     finished: bool = False
+
+
+@dataclass
+class EmbeddingOutput:
+    """The vector of a text."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """Its length."""
+        return len(self.embedding)
+
+
+@dataclass
+class ClassificationOutput:
+    """The scores of a text."""
+
+    probs: list[float]
+    """By label, in the order of the model's `labels`; logits where no activation was asked for."""
+
+    @property
+    def num_classes(self) -> int:
+        """How many labels there are."""
+        return len(self.probs)
+
+
+@dataclass
+class ScoringOutput:
+    """How well a document answers a query."""
+
+    score: float
+
+
+@dataclass
+class PoolingOutput:
+    """Vectors or scores of the tokens of a text, or what any other task makes of it."""
+
+    data: Any
+    """A torch tensor in fp32 on the host, [t, width] for tasks of tokens and [width] for others."""
+
+
+@dataclass
+class FailedOutput:
+    """Nothing, of a text that could not be computed."""
+
+    error: str
+    """Why."""
+
+
+PooledOutput = EmbeddingOutput | ClassificationOutput | ScoringOutput | PoolingOutput | FailedOutput
+"""What became of a text, by task."""
+PooledT = TypeVar("PooledT", bound=PooledOutput)
+
+
+@dataclass
+class PoolingRequestOutput(Generic[PooledT]):
+    """A request with what was made of its text."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: PooledT
+    finished: bool = True

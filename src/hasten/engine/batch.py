@@ -15,7 +15,8 @@ class Batch:
     sequences: list[Sequence] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     needed: list[int] = field(default_factory=list)
-    """How many of each sequence's last tokens need hidden states: all where its prompt's logits are asked for."""
+    """How many of each sequence's last tokens need hidden states: all where its prompt's logits are asked for, or what
+    is made of the text depends on all."""
     sampled: list[int] = field(default_factory=list)
     """Places in `sequences` of those that have no token left to compute after this step, and so get a next one."""
     copies: list[tuple[int, int]] = field(default_factory=list)
@@ -26,7 +27,7 @@ class Batch:
         needed = 0
         if sequence.num_computed + count == sequence.length:
             self.sampled.append(len(self.sequences))
-            needed = 1
+            needed = sequence.num_states
         if sequence.wants_prompt_logits:
             needed = count
         self.needed.append(needed)

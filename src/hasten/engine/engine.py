@@ -8,7 +8,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -17,7 +17,15 @@ import torch
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError, InvalidRequestError
-from hasten.core.types import CompletionOutput, FinishReason, Request, RequestOutput, SamplingParams
+from hasten.core.types import (
+    CompletionOutput,
+    FinishReason,
+    PooledOutput,
+    PoolingRequestOutput,
+    Request,
+    RequestOutput,
+    SamplingParams,
+)
 from hasten.engine.batch import Batch
 from hasten.engine.beam import BeamSearch, Hypothesis, candidate_count, go_on
 from hasten.engine.block_manager import BlockManager
@@ -25,14 +33,18 @@ from hasten.engine.constraint import Constraint
 from hasten.engine.grammar import Grammar, GrammarCompiler
 from hasten.engine.grammar_trial import GrammarLimits
 from hasten.engine.pacing import PacedStep, Pacer
+from hasten.engine.pooling import Pooled, truncated
 from hasten.engine.sampler import Choice, PromptLogprobs, Sampled, TextOf, mix64
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
 from hasten.engine.stats import EngineStats
 from hasten.engine.text import TextState, Tokenizer
 from hasten.engine.worker import Launched, Worker, explained_out_of_memory
+from hasten.models.encoder import position_rows
 from hasten.parallel.launch import Ranks
 
+Output = RequestOutput | PoolingRequestOutput[PooledOutput]
+"""What became of a request: text, or a vector or scores of it."""
 _KEPT_WORDS = 1024
 """Bad words whose tokens are kept: most requests of a program ban the same ones."""
 
@@ -84,6 +96,34 @@ class _RequestState:
 
 
 @dataclass
+class _TextState:
+    """A text under way of which a vector or scores are to be made."""
+
+    request: Request
+    sequence: Sequence
+    output: PoolingRequestOutput[PooledOutput] | None = None
+    stream: bool = False
+
+    @property
+    def unfinished(self) -> int:
+        """1 until it is done."""
+        return 1 if self.output is None else 0
+
+    @property
+    def keys(self) -> list[int]:
+        """Of its sequence."""
+        return [self.sequence.key]
+
+    def shown(self) -> PoolingRequestOutput[PooledOutput]:
+        """What was made of it, once it is done."""
+        assert self.output is not None
+        return self.output
+
+
+_State = _RequestState | _TextState
+
+
+@dataclass
 class _Flight:
     """A step that was launched, and whose tokens are not collected yet."""
 
@@ -93,8 +133,8 @@ class _Flight:
     """What its time is measured for, if it is."""
     before: "_Flight | None"
     """The step that was launched before it, if that was in flight then."""
-    choice: Choice | None = None
-    """The next token of each sequence, once they are chosen; None where there are none."""
+    choice: Choice | Pooled | None = None
+    """The next token of each sequence, once they are chosen, or what was made of texts; None where there are none."""
 
     @property
     def blocks_next(self) -> bool:
@@ -105,8 +145,10 @@ class _Flight:
     def seconds(self) -> float | None:
         """How long it took the device, right after its tokens were collected; None where that is not known."""
         if self.before is not None:
-            earlier = self.before.choice
-            return None if self.choice is None or earlier is None else self.choice.seconds_after(earlier)
+            choice, earlier = self.choice, self.before.choice
+            if not isinstance(choice, Choice) or not isinstance(earlier, Choice):
+                return None
+            return choice.seconds_after(earlier)
         return None if self.step is None else time.perf_counter() - self.step.began
 
 
@@ -132,12 +174,14 @@ class Engine:
         scheduler = self.scheduler.config
         assert scheduler.max_num_batched_tokens is not None, "the worker resolves the default"
         # a sequence is in every step, or in one of as many as there are stages
-        target = (scheduler.itl_target or 0.0) / 1000 / self.worker.stage.size
+        target = 0.0
+        if self.worker.pooler is None:
+            target = (scheduler.itl_target or 0.0) / 1000 / self.worker.stage.size
         self._pacer = Pacer(target, scheduler.max_num_batched_tokens)
         self._is_unmeasured = False
         """Whether the last step launched chooses no tokens, whose arrival would show when it ends."""
-        self._requests: dict[str, _RequestState] = {}
-        self._owners: dict[int, _RequestState] = {}
+        self._requests: dict[str, _State] = {}
+        self._owners: dict[int, _State] = {}
         """Sequence key -> its request."""
         self._stages = self.worker.stage.size
         self._flights: deque[_Flight] = deque()
@@ -154,9 +198,8 @@ class Engine:
 
     def _new_scheduler(self) -> Scheduler:
         cache = self.config.cache
-        blocks = BlockManager(
-            self.worker.num_blocks, cache.block_size, enable_prefix_caching=cache.enable_prefix_caching
-        )
+        keeps = cache.enable_prefix_caching and self.worker.pooler is None
+        blocks = BlockManager(self.worker.num_blocks, cache.block_size, enable_prefix_caching=keeps)
         return Scheduler(self.worker.scheduler_config, blocks, self.worker.stage.size)
 
     def _load_tokenizer(self) -> Tokenizer | None:
@@ -201,6 +244,9 @@ class Engine:
         self._check_usable()
         if request.request_id in self._requests:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use")
+        if request.pooling is not None or self.worker.pooler is not None:
+            self._add_text(request)
+            return
         params = self._resolve(request)
         if params is not request.params:
             request = replace(request, params=params)
@@ -229,6 +275,48 @@ class Engine:
         self._own(sequence)
         self._prompt_tokens += sequence.prompt_len
 
+    def _add_text(self, request: Request) -> None:
+        """Queue a text of which a vector or scores are to be made."""
+        name, pooler, params = f"request {request.request_id}", self.worker.pooler, request.pooling
+        architecture = self.model_config.architecture
+        if pooler is None:
+            raise InvalidRequestError(f"{name}: {architecture} generates text; it gives no vectors and no scores")
+        if params is None:
+            raise InvalidRequestError(f"{name}: {architecture} generates no text; it does {', '.join(pooler.tasks)}")
+        pooler.check(params)
+        request = truncated(request, self.max_model_len)
+        self._check_text(name, request)
+        sequence = Sequence(request, 0)
+        sequence.arrived = time.monotonic()
+        sequence.num_states = pooler.num_states(request)
+        sequence.position_rows = position_rows(self.model_config, request.prompt_token_ids, request.token_type_ids)
+        with self._change():
+            self._requests[request.request_id] = _TextState(request, sequence)
+            self.scheduler.add(sequence)
+            self._own(sequence)
+            self._prompt_tokens += sequence.prompt_len
+
+    def _check_text(self, name: str, request: Request) -> None:
+        ids, types, model = request.prompt_token_ids, request.token_type_ids, self.model_config
+        if not ids:
+            raise InvalidRequestError(f"{name}: the text has no tokens")
+        if len(ids) > self.max_model_len:
+            raise InvalidRequestError(
+                f"{name}: the text has {len(ids)} tokens, more than the longest of {self.max_model_len} "
+                "(max_model_len); shorten it, or let truncate_prompt_tokens do so"
+            )
+        self._check_vocabulary(name, "the text", ids)
+        if types and len(types) != len(ids):
+            raise InvalidRequestError(f"{name}: {len(types)} token_type_ids for {len(ids)} tokens")
+        if types and model.token_types and not 0 <= min(types) <= max(types) < model.token_types:
+            raise InvalidRequestError(f"{name}: token_type_ids must be below {model.token_types}, got {max(types)}")
+
+    def _check_vocabulary(self, name: str, where: str, ids: Collection[int]) -> None:
+        vocab = self.model_config.vocab_size
+        if ids and not 0 <= min(ids) <= max(ids) < vocab:
+            wrong = next(token for token in ids if not 0 <= token < vocab)
+            raise InvalidRequestError(f"{name}: {where} has token id {wrong}; the vocabulary ends at {vocab - 1}")
+
     def _next_seed(self) -> int:
         self._unseeded += 1
         return mix64(mix64(self.config.seed) + self._unseeded)
@@ -236,7 +324,7 @@ class Engine:
     def _resolve(self, request: Request) -> SamplingParams:
         """The request's parameters, checked against the model, words turned into tokens."""
         params, prompt = request.params, request.prompt_token_ids
-        name, vocab = f"request {request.request_id}", self.model_config.vocab_size
+        name = f"request {request.request_id}"
         if not prompt:
             raise InvalidRequestError(f"{name}: the prompt has no tokens")
         if len(prompt) >= self.max_model_len:
@@ -249,9 +337,7 @@ class Engine:
         named |= {"bad_words_ids": tuple(itertools.chain(*params.bad_words_ids))}
         named |= {"logit_bias": tuple(params.logit_bias), "allowed_token_ids": params.allowed_token_ids}
         for where, ids in named.items():
-            if ids and not 0 <= min(ids) <= max(ids) < vocab:
-                wrong = next(token for token in ids if not 0 <= token < vocab)
-                raise InvalidRequestError(f"{name}: {where} has token id {wrong}; the vocabulary ends at {vocab - 1}")
+            self._check_vocabulary(name, where, ids)
         if self.tokenizer is None and (params.stop or params.bad_words):
             raise InvalidRequestError(f"{name}: stop strings and bad words need a tokenizer; give --tokenizer-path")
         if params.beam_width > 1:
@@ -261,7 +347,7 @@ class Engine:
         assert self._words_ids is not None, "refused above"
         runs = [run for word in params.bad_words for run in self._words_ids(word)]
         # what has tokens that the model lacks cannot be produced anyway
-        runs = [run for run in runs if max(run) < vocab]
+        runs = [run for run in runs if max(run) < self.model_config.vocab_size]
         return replace(params, bad_words=(), bad_words_ids=(*params.bad_words_ids, *runs))
 
     def _check_beams(self, name: str, params: SamplingParams, prompt_len: int) -> None:
@@ -307,6 +393,16 @@ class Engine:
         state = self._requests.pop(request_id, None)
         if state is None:
             return None
+        if isinstance(state, _RequestState):
+            self._end_aborted(state)
+        for key in state.keys:
+            if key in self._owners:
+                self._release(key)
+        if not self.worker.defers:
+            self._forget_flights_of_none()
+        return state.shown() if isinstance(state, _RequestState) else None
+
+    def _end_aborted(self, state: _RequestState) -> None:
         if state.search is not None:
             beam = self.scheduler.get(state.search.keys[0])
             assert beam is not None, "its beams are there until it ends"
@@ -314,14 +410,8 @@ class Engine:
         for completion in state.completions.values():
             if completion.output.finish_reason is None:
                 self._end(completion, FinishReason.ABORT)
-        for key in state.keys:
-            if key in self._owners:
-                self._release(key)
-        if not self.worker.defers:
-            self._forget_flights_of_none()
-        return state.shown()
 
-    def step(self) -> list[RequestOutput]:
+    def step(self) -> list[Output]:
         """Compute one batch; the outputs of requests that it finished and of streaming ones that it brought further.
 
         An output that is not finished grows with further steps: whoever keeps one copies it.
@@ -391,8 +481,8 @@ class Engine:
         """Why nothing more is computed; None while the engine is open."""
         return self._closed_because
 
-    def _step(self) -> list[RequestOutput]:
-        touched: dict[str, _RequestState] = {}
+    def _step(self) -> list[Output]:
+        touched: dict[str, _State] = {}
         while len(self._flights) >= self._stages and self._flights[0].blocks_next:
             self._collect(touched)
         limit = self._pacer.prompt_tokens(self.scheduler, time.monotonic())
@@ -406,7 +496,7 @@ class Engine:
         self._forget_flights_of_none()
         return [state.shown() for state in touched.values() if state.stream or state.unfinished == 0]
 
-    def _launch(self, batch: Batch, limit: int | None, touched: dict[str, _RequestState]) -> None:
+    def _launch(self, batch: Batch, limit: int | None, touched: dict[str, _State]) -> None:
         step, before = self._pacer.begin(batch, limit), self._flights[-1] if self._flights else None
         launched = self.worker.launch(batch)
         for sequence in self.scheduler.advance(batch, chosen=not self.worker.defers):
@@ -441,7 +531,7 @@ class Engine:
             if sequence.key not in self._owners:
                 self.worker.forget(sequence.key)
 
-    def _collect(self, touched: dict[str, _RequestState]) -> None:
+    def _collect(self, touched: dict[str, _State]) -> None:
         """Take the tokens of the step that is in flight for the longest, and note whose they are in `touched`.
 
         A sequence that ended after the step was launched is no longer owned, and its surplus token is nobody's.
@@ -451,6 +541,9 @@ class Engine:
             self._compute(flight)
         self.scheduler.land(flight.launched.sequences)
         with explained_out_of_memory():
+            if isinstance(flight.choice, Pooled):
+                self._take_pooled(flight.launched.sequences, flight.choice, touched)
+                return
             self._take_prompt_logprobs(flight.launched.prompts)
             sampled = [] if flight.choice is None else flight.choice.collect(self._text_of)
         if flight.step is not None and (seconds := flight.seconds) is not None:
@@ -459,7 +552,7 @@ class Engine:
         searching: dict[str, _RequestState] = {}
         for sequence, token in zip(flight.launched.sequences, sampled, strict=True):
             state = self._owners.get(sequence.key)
-            if state is None:
+            if not isinstance(state, _RequestState):
                 continue
             touched[sequence.request_id] = state
             if state.search is None:
@@ -468,6 +561,23 @@ class Engine:
                 searching[sequence.request_id] = state
         if searching:
             self._go_on(searching)
+
+    def _take_pooled(self, sequences: list[Sequence], pooled: Pooled, touched: dict[str, _State]) -> None:
+        """Finish the texts of a step; one that was withdrawn since is nobody's."""
+        pooler = self.worker.pooler
+        assert pooler is not None
+        for sequence, (vector, rows) in zip(sequences, pooled.collect(), strict=True):
+            state = self._owners.get(sequence.key)
+            if not isinstance(state, _TextState):
+                continue
+            request = state.request
+            assert request.pooling is not None
+            found = pooler.output(request.pooling, vector, rows)
+            ids = list(request.prompt_token_ids)
+            state.output = PoolingRequestOutput(request.request_id, request.prompt, ids, found)
+            touched[sequence.request_id] = state
+            self._release(sequence.key)
+            del self._requests[sequence.request_id]
 
     def _forget_flights_of_none(self) -> None:
         """Once no request is left, nobody will step again for what is in flight, and it has only surplus tokens."""
@@ -487,6 +597,8 @@ class Engine:
         params = sequence.params
         for member in sequence.unit:
             self._owners[member.key] = state
+        if isinstance(state, _TextState):
+            return
         if sequence.beams is not None:
             keys = [member.key for member in sequence.beams.members]
             longest = sequence.max_length - sequence.prompt_len
@@ -665,7 +777,7 @@ class Engine:
         """Keep the entries of positions in order; those before a preemption come again and are kept already."""
         for sequence, position, top in prompts.collect(self._text_of):
             state = self._owners.get(sequence.key)
-            kept = None if state is None else state.output.prompt_logprobs
+            kept = state.output.prompt_logprobs if isinstance(state, _RequestState) else None
             if kept is not None and len(kept) == position + 1:
                 kept.append(top)
 

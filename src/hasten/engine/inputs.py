@@ -161,6 +161,8 @@ class Inputs:
         slots = tables[owners, positions // self.block_size].astype(np.int64) * self.block_size
         slots += positions % self.block_size
         work = _Work(own, first_rows, counts, kv_lens)
+        if message.positions:
+            positions = np.array(message.positions, dtype=np.int64)
         return self._needing(np.array(message.needed), ids, positions, slots, tables, work)
 
     def _needing(

@@ -20,7 +20,8 @@ from hasten.core.errors import ConfigError, EngineError, InvalidRequestError
 from hasten.core.progress import ProgressBar, progress_bar
 from hasten.core.types import Request, RequestOutput, SamplingParams
 from hasten.engine import launch
-from hasten.engine.engine import Engine
+from hasten.engine.engine import Engine, Output
+from hasten.engine.llm_pooling import PoolingMethods
 from hasten.engine.prompts import ParsedPrompt, Prompt, params_for_each, parse_prompts
 from hasten.engine.text import Tokenizer
 
@@ -31,10 +32,8 @@ _log = logging.getLogger(__name__)
 _DEFAULTS = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
 _DEFAULTS |= {"max_new_tokens": "max_tokens"}
 """Settings of generation_config.json that are parameters of a request."""
-_POOLING = "models that give vectors or scores are not supported; there are generate, stream and chat"
 _NOT_OFFERED = {
-    **dict.fromkeys(("embed", "classify", "score", "reward"), _POOLING),
-    "encode": f"{_POOLING}; get_tokenizer().encode gives token ids",
+    "reward": "give classify a model of rewards, with activation=False",
     "beam_search": "give generate SamplingParams(beam_width=..., n=...)",
 }
 """Methods of vLLM's LLM that there are not, and why."""
@@ -50,8 +49,8 @@ def _as_it_is(output: RequestOutput) -> RequestOutput:
     return replace(output, prompt_token_ids=output.prompt_token_ids.copy(), outputs=outputs)
 
 
-class LLM:
-    """A model ready to generate.
+class LLM(PoolingMethods):
+    """A model ready to generate, or to make vectors or scores of texts.
 
     With `tensor_parallel_size` above 1 it starts the other ranks itself. In a program that torchrun or mpirun started
     it is the driver, on rank 0; the other ranks call `run_worker` instead.
@@ -94,13 +93,21 @@ class LLM:
 
     def _description(self) -> str:
         engine = self.engine
-        blocks, quantization = engine.scheduler.blocks, engine.worker.quantization
+        quantization = engine.worker.quantization
         weights = "" if quantization is None else f" with {quantization} weights"
         return (
             f"{engine.model_config.architecture} in {str(self.dtype).removeprefix('torch.')}{weights} "
             f"on {self.device}, "
-            f"{engine.ranks.world.size} rank(s), max_model_len {engine.max_model_len}, key/value cache of "
-            f"{blocks.num_blocks} blocks of {blocks.block_size} tokens "
+            f"{engine.ranks.world.size} rank(s), max_model_len {engine.max_model_len}, {self._purpose()}"
+        )
+
+    def _purpose(self) -> str:
+        engine = self.engine
+        blocks, pooler = engine.scheduler.blocks, engine.worker.pooler
+        if pooler is not None:
+            return f"to {' and '.join(pooler.tasks)}"
+        return (
+            f"key/value cache of {blocks.num_blocks} blocks of {blocks.block_size} tokens "
             f"({blocks.num_blocks * engine.worker.runner.block_bytes / 2**20:.0f} MiB per rank)"
         )
 
@@ -188,10 +195,15 @@ class LLM:
         computed, where a prompt cannot be served.
         """
         ids = self._submit(prompts, sampling_params, stream=False)
-        finished: dict[str, RequestOutput] = {}
+        outputs = self._finished(ids, "generating", show_progress=use_tqdm)
+        return [output for output in outputs if isinstance(output, RequestOutput)]
+
+    def _finished(self, ids: Sequence[str], doing: str, *, show_progress: bool) -> list[Output]:
+        """The outputs of requests, in order, once all are finished."""
+        finished: dict[str, Output] = {}
         start = time.perf_counter()
         try:
-            with progress_bar("generating", len(ids), show=use_tqdm and len(ids) > 1) as bar:
+            with progress_bar(doing, len(ids), show=show_progress and len(ids) > 1) as bar:
                 meter = _Meter(self.engine, bar)
                 while len(finished) < len(ids):
                     outputs = self.engine.step()
@@ -258,7 +270,7 @@ class LLM:
         try:
             while len(finished) < len(ids):
                 for output in self.engine.step():
-                    if output.request_id in open_ids:
+                    if output.request_id in open_ids and isinstance(output, RequestOutput):
                         if output.finished:
                             finished.add(output.request_id)
                         yield _as_it_is(output)
@@ -292,25 +304,32 @@ class LLM:
         *,
         stream: bool,
     ) -> list[str]:
-        engine = self.engine
-        if engine.has_unfinished:
-            raise EngineError("another generate or stream of this LLM is under way; finish, close or abort it first")
+        self._check_free()
         parsed = parse_prompts(prompts)
         each = params_for_each(len(parsed), params, SamplingParams())
-        requests = []
-        for prompt, token_ids, chosen in zip(parsed, self._token_ids(parsed), each, strict=True):
-            request_id = str(self._next_id)
-            self._next_id += 1
-            requests.append(
-                Request(request_id=request_id, prompt_token_ids=token_ids, params=chosen, prompt=prompt.text)
-            )
+        return self._queue(
+            [
+                (prompt.where, Request(request_id="", prompt_token_ids=ids, params=chosen, prompt=prompt.text))
+                for prompt, ids, chosen in zip(parsed, self._token_ids(parsed), each, strict=True)
+            ],
+            stream=stream,
+        )
+
+    def _check_free(self) -> None:
+        if self.engine.has_unfinished:
+            raise EngineError("another call of this LLM is under way; finish, close or abort it first")
+
+    def _queue(self, requests: Sequence[tuple[str, Request]], *, stream: bool) -> list[str]:
+        """Queue requests, each behind what messages call its prompt; their ids. All of them or none."""
+        ids = [str(self._next_id + number) for number in range(len(requests))]
+        self._next_id += len(ids)
         try:
-            for request, prompt in zip(requests, parsed, strict=True):
-                self._add(request, prompt.where, stream=stream)
+            for request_id, (where, request) in zip(ids, requests, strict=True):
+                self._add(replace(request, request_id=request_id), where, stream=stream)
         except BaseException:
-            self._abandon([request.request_id for request in requests], ())
+            self._abandon(ids, ())
             raise
-        return [request.request_id for request in requests]
+        return ids
 
     def _add(self, request: Request, where: str, *, stream: bool) -> None:
         try:

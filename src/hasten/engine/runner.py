@@ -15,8 +15,9 @@ from hasten.engine.graphs import Sizes, StepGraphs, StepOutput
 from hasten.engine.inputs import BlockTables, Inputs, Tokens
 from hasten.engine.step_message import StepMessage
 from hasten.layers.attention import Attention
+from hasten.layers.embedding import Head
 from hasten.layers.position import RopeTables
-from hasten.models.base import CausalLM
+from hasten.models.base import CausalLM, Transformer
 from hasten.ops.plan import Planner
 
 
@@ -25,7 +26,7 @@ class Runner:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: Transformer,
         dtype: torch.dtype,
         device: torch.device,
         block_size: int,
@@ -34,8 +35,13 @@ class Runner:
         deterministic: bool = False,
         hidden_size: int = 0,
         max_tokens: int = 0,
+        keeps_cache: bool = True,
     ) -> None:
-        """`hidden_size` and `max_tokens` of a step: needed in pipeline stages behind the first."""
+        """`hidden_size` and `max_tokens` of a step: needed in pipeline stages behind the first.
+
+        `keeps_cache`: whether later steps read the keys and values of a step; else all layers write to one cache.
+        """
+        self._keeps_cache = keeps_cache
         self.deterministic = deterministic
         self.model = model
         self.stage = model.stage
@@ -55,9 +61,16 @@ class Runner:
         """Of the last step, if a graph made it."""
 
     @property
+    def head(self) -> Head:
+        """The language model head."""
+        assert isinstance(self.model, CausalLM), "nothing is generated without one"
+        return self.model.head
+
+    @property
     def block_bytes(self) -> int:
-        """Bytes of one cache block over all layers of this rank."""
-        width = sum(2 * a.num_kv_heads * a.head_size for a in self._attentions)
+        """Bytes of one cache block over all caches of this rank."""
+        cached = self._attentions if self._keeps_cache else self._attentions[:1]
+        width = sum(2 * a.num_kv_heads * a.head_size for a in cached)
         return width * self.block_size * self.dtype.itemsize
 
     def allocate_cache(self, num_blocks: int, max_blocks: int, ropes: RopeTables) -> None:
@@ -69,14 +82,15 @@ class Runner:
         first = self._attentions[0]
         longest = max_blocks * self.block_size
         run = ops.fixed_run(self.device, longest) if self.deterministic else None
-        planner = Planner.of(self.device, first.num_heads, first.num_kv_heads, run=run, max_kv_len=longest)
+        heads, causal = (first.num_heads, first.num_kv_heads), first.config.causal
+        planner = Planner.of(self.device, *heads, run=run, max_kv_len=longest, causal=causal)
         self._inputs = Inputs(tables, self.block_size, planner, self.device, run)
         caches: list[Tensor] = []
         for attention in self._attentions:
-            shape = (2, num_blocks, self.block_size, attention.num_kv_heads, attention.head_size)
-            key_cache, value_cache = self._zeros(shape)
-            attention.bind_cache(key_cache, value_cache, ropes)
-            caches += [key_cache, value_cache]
+            if self._keeps_cache or not caches:
+                shape = (2, num_blocks, self.block_size, attention.num_kv_heads, attention.head_size)
+                caches += self._zeros(shape)
+            attention.bind_cache(caches[-2], caches[-1], ropes)
         self._caches = ops.BlockCaches.of(caches)
 
     def release_cache(self) -> None:
@@ -129,10 +143,10 @@ class Runner:
 
     def _decode(self, tokens: Tokens) -> StepOutput:
         output = self._mixed(tokens)
-        if not self.stage.is_last:
+        if not self.stage.is_last or not isinstance(self.model, CausalLM):
             return output
-        logits = self.model.head.local_logits(output.hidden)
-        return StepOutput(output.hidden, logits, self.model.head.greedy(logits))
+        logits = self.head.local_logits(output.hidden)
+        return StepOutput(output.hidden, logits, self.head.greedy(logits))
 
     def forward(self, message: StepMessage) -> Tensor:
         """Hidden states of each sequence's last `needed` tokens, in order; all tokens leave their keys and values.
@@ -173,14 +187,14 @@ class Runner:
 
     def logits(self, hidden_th: Tensor, rows: list[int]) -> Tensor | None:
         """Logits [r, v] of these rows of the hidden states, on rank 0; None on the others, which must call it too."""
-        return self.model.head.gather(self._local_logits(hidden_th, rows))
+        return self.head.gather(self._local_logits(hidden_th, rows))
 
     def greedy(self, hidden_th: Tensor, rows: list[int]) -> Tensor:
         """The most probable tokens, int32 [r], of these rows, on every rank; -1 where the logits are not finite."""
         output = self._replayed(hidden_th, rows)
         if output is not None and output.tokens is not None:
             return output.tokens
-        return self.model.head.greedy(self._local_logits(hidden_th, rows))
+        return self.head.greedy(self._local_logits(hidden_th, rows))
 
     def _local_logits(self, hidden_th: Tensor, rows: list[int]) -> Tensor:
         output = self._replayed(hidden_th, rows)
@@ -188,7 +202,7 @@ class Runner:
             return output.local_logits
         if len(rows) < len(hidden_th):
             hidden_th = hidden_th[ops.to_device(rows, torch.int64, self.device)]
-        return self.model.head.local_logits(hidden_th)
+        return self.head.local_logits(hidden_th)
 
     def _replayed(self, hidden_th: Tensor, rows: list[int]) -> StepOutput | None:
         """What a graph left of these hidden states, if all rows are wanted."""

@@ -145,8 +145,9 @@ class Scheduler:
             sequence = batch.sequences[place]
             if sequence.beams is not None:
                 continue
-            sequence.pending += 1
-            sequence.pending_row = row
+            if not sequence.pooling:
+                sequence.pending += 1
+                sequence.pending_row = row
             if sequence.is_complete:
                 self.blocks.free(sequence)
                 any_complete = True
@@ -334,7 +335,11 @@ class Scheduler:
             return None  # it was preempted, and would choose a token again that is not known yet
         if not sequence.block_table:
             self.blocks.share_prefix(sequence)
-        count = min(sequence.length - sequence.num_computed, budget)
+        count = sequence.length - sequence.num_computed
+        if not sequence.pooling:
+            count = min(count, budget)
+        elif count > budget and batch.sequences:
+            return None  # it is computed whole, alone if need be
         copies = self.blocks.reserve(sequence, count)
         if copies is None and not self.running:
             self._release_waiting()

@@ -51,9 +51,12 @@ class Sequence:
         "max_length",
         "num_computed",
         "num_registered",
+        "num_states",
         "params",
         "pending",
         "pending_row",
+        "pooling",
+        "position_rows",
         "prefix",
         "prompt_len",
         "reads_history",
@@ -80,7 +83,13 @@ class Sequence:
         """Completions still to be forked from it once its prompt is computed, itself included."""
         self.token_ids = list(request.prompt_token_ids)
         self.prompt_len = len(self.token_ids)
-        self.max_length = self.params.max_length(self.prompt_len, max_model_len)
+        self.pooling = None if request.pooling is None else request.pooling.task
+        """What is made of its hidden states: it is then computed whole, in one step, and has no next token."""
+        self.max_length = self.prompt_len if self.pooling else self.params.max_length(self.prompt_len, max_model_len)
+        self.num_states = 1
+        """Of its last tokens, how many need hidden states once it is computed."""
+        self.position_rows: list[int] | None = None
+        """Rows of its tokens in the model's table of positions, where those are not their positions."""
         self.pending = 0
         """Tokens that the device has chosen and that are not known here: between two steps, 1 at most."""
         self.pending_row = 0

@@ -87,6 +87,8 @@ class StepMessage:
     """To make before the tables are read."""
     copies: list[tuple[int, int]]
     """Blocks, source and target, to copy before they are written."""
+    positions: list[int]
+    """[t]: rows of the tokens in the model's table of positions; empty where those are their positions."""
     greedy: bool
     """Whether the most probable token is all that is asked for of any sequence."""
 
@@ -115,6 +117,7 @@ class StepMessage:
             prompt_rows=[row for row, _, _ in batch.prompt_positions()],
             edits=edits,
             copies=batch.copies,
+            positions=[row for sequence in sequences for row in sequence.position_rows or ()],
             greedy=all(sequences[place].is_plain for place in batch.sampled),
         )
 
@@ -158,6 +161,7 @@ class StepMessage:
             [number for row, first, blocks in self.edits for number in (row, first, len(blocks))],
             list(chain.from_iterable(blocks for _, _, blocks in self.edits)),
             list(chain.from_iterable(self.copies)),
+            self.positions,
         ]
         return np.array([self.number, self.greedy, *map(len, lists), *chain.from_iterable(lists)], dtype=np.int32)
 
@@ -166,7 +170,7 @@ class StepMessage:
         """The message that `packed` made numbers of."""
         number, greedy, *lengths = numbers[: 2 + _LISTS].tolist()
         content = iter(np.split(numbers, np.cumsum([2 + _LISTS, *lengths]))[1:])
-        ids, rows, starts, counts, needed, sampled, prompt_rows, heads, blocks, copies = (
+        ids, rows, starts, counts, needed, sampled, prompt_rows, heads, blocks, copies, positions = (
             next(content).tolist() for _ in range(_LISTS)
         )
         return cls(
@@ -180,11 +184,12 @@ class StepMessage:
             prompt_rows=prompt_rows,
             edits=list(_edits(heads, blocks)),
             copies=list(zip(copies[::2], copies[1::2], strict=True)),
+            positions=positions,
             greedy=bool(greedy),
         )
 
 
-_LISTS = 10
+_LISTS = 11
 
 
 def _edits(heads: list[int], blocks: list[int]) -> Iterable[TableEdit]:

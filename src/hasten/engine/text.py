@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -21,6 +22,17 @@ _PROMPT_END = 16
 
 _ANCHORS, _FOLLOWER = ("\n", ".", "(", "-"), "a"
 """Texts that no token joins with what follows, and a text to see that with."""
+
+
+class Tokens(NamedTuple):
+    """A text, or a pair of texts, as a model takes it."""
+
+    ids: list[int]
+    type_ids: list[int]
+
+
+def _parts(text: str | tuple[str, str]) -> tuple[str, ...]:
+    return text if isinstance(text, tuple) else (text,)
 
 
 class Tokenizer:
@@ -92,6 +104,34 @@ class Tokenizer:
             encoding = self._fast.encode(first, second)
         pairs = list(zip(encoding.ids, encoding.type_ids, strict=True))
         return [token for token, kind in pairs if kind == 0], [token for token, kind in pairs if kind == 1]
+
+    def encode_texts(self, texts: Sequence[str | tuple[str, str]], *, most_tokens: int | None = None) -> list[Tokens]:
+        """Token ids and types of each text or pair of texts, with what begins and ends them.
+
+        With `most_tokens`, longer ones are cut: a pair at the end of its longer text. InvalidRequestError where a text
+        is not UTF-8, or `most_tokens` leaves no room for the text itself.
+        """
+        with _utf8(*(part for text in texts for part in _parts(text))):
+            encodings = self._fast.encode_batch_fast(list(texts))
+        return [
+            Tokens(encoding.ids, encoding.type_ids)
+            if most_tokens is None or len(encoding) <= most_tokens
+            else self._cut(_parts(text), most_tokens)
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def _cut(self, texts: tuple[str, ...], most_tokens: int) -> Tokens:
+        parts = [self._fast.encode(text, add_special_tokens=False) for text in texts]
+        room = most_tokens - self._fast.num_special_tokens_to_add(len(parts) == 2)
+        if room < 1:
+            raise InvalidRequestError(f"truncate_prompt_tokens is {most_tokens}, which leaves no token of the text")
+        *shorter, longest = sorted(parts, key=len)
+        for part in shorter:
+            part.truncate(min(len(part), room // 2))
+            room -= len(part)
+        longest.truncate(room)
+        encoding = self._fast.post_process(parts[0], parts[1] if len(parts) == 2 else None)
+        return Tokens(encoding.ids, encoding.type_ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True, continues: bool = False) -> str:
         """Text of token ids; with `continues`, of tokens that follow others, whose first one keeps its space."""

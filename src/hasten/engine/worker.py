@@ -44,6 +44,7 @@ from hasten.engine.memory import (
 )
 from hasten.engine.planning.hardware import Device
 from hasten.engine.planning.plan import Planner, advice, others_use, setup_of
+from hasten.engine.pooling import Pooled, Pooler
 from hasten.engine.runner import Runner
 from hasten.engine.sampler import Choice, PromptLogprobs, Sampler
 from hasten.engine.sequence import Sequence
@@ -51,7 +52,8 @@ from hasten.engine.start_times import StartTimes
 from hasten.engine.step_message import StepMessage, TableRows
 from hasten.layers.linear import PackedModule, set_weight
 from hasten.layers.position import RopeTables
-from hasten.models.base import CausalLM
+from hasten.models.base import Transformer
+from hasten.models.encoder import Encoder
 from hasten.models.registry import model_class
 from hasten.ops.peers import Peers
 from hasten.parallel.groups import ALONE, ParallelGroups, TensorGroup
@@ -72,7 +74,7 @@ _PROMPT_LOGITS_ROWS = 256
 """Rows of prompt logits computed at a time: a whole prompt's would need vocabulary times length."""
 
 OnPromptLogits = Callable[[slice, Tensor], None]
-ChooseTokens = Callable[[], Choice | None]
+ChooseTokens = Callable[[], Choice | Pooled | None]
 
 
 class Launched:
@@ -100,8 +102,11 @@ class Launched:
             self._is_computed = True
             self._choose = self._compute()
 
-    def choose(self) -> Choice | None:
-        """Choose the next tokens, of a step that is then computed; None where no sequence gets one."""
+    def choose(self) -> Choice | Pooled | None:
+        """Choose the next tokens of a step, which is then computed, or give what was made of its texts.
+
+        None where no sequence gets one.
+        """
         self.compute()
         with explained_out_of_memory(), torch.inference_mode():
             return None if self._choose is None else self._choose()
@@ -124,6 +129,9 @@ class Worker:
         config.check_deterministic(ranks.groups.tensor.size, self.quantization)
         replace(config.parallel, tensor_parallel_size=ranks.groups.tensor.size).validate(self.model_config)
         config.scheduler.validate(self.model_config)
+        if config.deterministic and self.model_config.task != "generate":
+            name = self.model_config.architecture
+            raise ConfigError(f"deterministic is for models that generate text; {name} does not")
         self._peers: Peers | None = None
         dtype = ops.TORCH_DTYPES[compute_dtype(config.dtype, self.model_config, self.device)]
         self.tokenizer_folder = checkpoint.tokenizer_folder
@@ -141,6 +149,8 @@ class Worker:
         self.defers = self.stage.size > 1 and self.device.type == "cpu" and not self.overlap
         """Whether rank 0 computes its stage of a step only when its tokens are collected: a CPU computes at once, and
         the other stages are to have the next steps by then."""
+        self.pooler = pooler_of(model, checkpoint, self.device)
+        """What makes vectors or scores of texts; None where text is generated."""
         self.runner = Runner(
             model,
             dtype,
@@ -150,10 +160,12 @@ class Worker:
             deterministic=config.deterministic,
             hidden_size=self.model_config.hidden_size,
             max_tokens=config.scheduler.max_num_batched_tokens or 0,
+            keeps_cache=self.pooler is None,
         )
         if self.stage.link is not None:
             self.stage.link.connect(torch.zeros(1, dtype=torch.int32, device=self.device))
-        self.max_model_len, self.num_blocks = self._make_cache(config)
+        make = self._make_cache if self.pooler is None else self._make_step_cache
+        self.max_model_len, self.num_blocks = make(config)
         self.scheduler_config = config.scheduler
         self.reset()
 
@@ -231,6 +243,8 @@ class Worker:
 
     def _advice(self) -> str:
         """The end of a message for whoever has too little memory: what this model needs, and which options would do."""
+        if self.model_config.task != "generate":
+            return ""  # it holds no cache to be planned
         if self.quantization is not None and self.quantization not in SCHEMES:
             return ""  # the checkpoint's own format, of which bits and groups are its files' matter
         if self.ranks.groups.pipeline.size > 1:
@@ -246,6 +260,23 @@ class Worker:
         setup = replace(setup, quantization=self.quantization, others=others_use(memory, free, own))
         most_ranks = torch.cuda.device_count() if gpu else setup.ranks
         return f"; {advice(Planner(self.model_config, device), setup, most_ranks)}"
+
+    def _make_step_cache(self, config: EngineConfig) -> tuple[int, int]:
+        """Longest text and number of blocks of a cache that holds the keys and values of one layer, for one step."""
+        assert self.pooler is not None
+        block_size, scheduler = config.cache.block_size, config.scheduler
+        limits = (scheduler.max_model_len, self.model_config.max_position_embeddings, self.pooler.pooling.max_length)
+        length = min((limit for limit in limits if limit is not None), default=DEFAULT_MODEL_LEN)
+        tokens = max(scheduler.max_num_batched_tokens or 1, length)
+        num_blocks = tokens // block_size + scheduler.max_num_seqs
+        with explained_out_of_memory("allocating the keys and values of a step"):
+            with self.start_times.phase("cache"):
+                self.runner.allocate_cache(num_blocks, -(-length // block_size), RopeTables(length, self.device))
+            if self.device.type == "cuda":
+                with self.start_times.phase("kernels"):
+                    self.runner.warm_up(tokens, [scheduler.max_num_seqs])
+                    self._warm_up(scheduler)
+        return length, num_blocks
 
     def _warm_up(self, config: SchedulerConfig) -> None:
         """Compile the kernels of all kinds of steps before the first request comes."""
@@ -284,12 +315,22 @@ class Worker:
         sequences = [batch.sequences[place] for place in batch.sampled]
 
         def compute() -> ChooseTokens | None:
+            if self.pooler is not None:
+                return self._pool(self.pooler, message, sequences)
             return self._compute(message, sequences, lambda piece, logits: prompts.add(positions[piece], logits))
 
         launched = Launched(sequences, prompts, compute)
         if not self.defers:
             launched.compute()
         return launched
+
+    def _pool(self, pooler: Pooler, message: StepMessage, sequences: list[Sequence]) -> ChooseTokens:
+        """Put a step of texts on this rank's device; what gives what was made of them."""
+        with explained_out_of_memory(), torch.inference_mode():
+            hidden_th = self.runner.forward(message)
+            tasks = [sequence.pooling for sequence in sequences if sequence.pooling is not None]
+            pooled = pooler(hidden_th, message.needed, tasks)
+        return lambda: pooled
 
     def _compute(
         self, message: StepMessage, sequences: list[Sequence], on_prompt_logits: OnPromptLogits
@@ -300,8 +341,8 @@ class Worker:
         """
         with explained_out_of_memory(), torch.inference_mode():
             hidden = self.compute(message, on_prompt_logits)
-            if not message.sampled:
-                return None
+            if not message.sampled or self.pooler is not None:
+                return None  # rank 0 alone makes vectors and scores
             if self.stage.is_last:
                 return self._prepare(hidden, message, sequences)
             if self.overlap:
@@ -379,6 +420,14 @@ class Worker:
 
 def _no_logits(_piece: slice, _logits: Tensor) -> None:
     raise AssertionError("rank 0 alone has logits")
+
+
+def pooler_of(model: Transformer, checkpoint: Checkpoint, device: torch.device) -> Pooler | None:
+    """What makes vectors or scores of a model's hidden states; None where it generates."""
+    if checkpoint.pooling is None:
+        return None
+    classifier = model.classifier if isinstance(model, Encoder) else None
+    return Pooler(checkpoint.config, checkpoint.pooling, classifier, device)
 
 
 def resolve_scheduler(config: SchedulerConfig, device: torch.device, stages: int = 1) -> SchedulerConfig:
@@ -479,7 +528,7 @@ def build_model(
     *,
     quantization: str | None = None,
     show_progress: bool = False,
-) -> CausalLM:
+) -> Transformer:
     """The model of this rank with its weights, laid out for the device; rank 0 logs what it loads.
 
     With `quantization`, each weight is quantized as it comes: at most one of them is held in full precision besides.

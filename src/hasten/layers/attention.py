@@ -13,7 +13,7 @@ from hasten import ops
 from hasten.core.config import AttentionConfig
 from hasten.layers.linear import QKVLinear, RowLinear
 from hasten.layers.norm import HeadNorm
-from hasten.layers.position import RopeTables, alibi_slopes
+from hasten.layers.position import RelativeBias, RopeTables, alibi_slopes
 from hasten.parallel.groups import ALONE, TensorGroup
 from hasten.parallel.shard import shard_config
 
@@ -32,9 +32,13 @@ class Attention(nn.Module):
         *,
         norm_eps: float = 0.0,
         unit_offset: bool = False,
+        relative_bias: RelativeBias | None = None,
         group: TensorGroup = ALONE,
     ) -> None:
-        """`norm_eps`, `unit_offset`: of the norms of queries and keys, where the configuration has them."""
+        """`norm_eps`, `unit_offset`: of the norms of queries and keys, where the configuration has them.
+
+        `relative_bias`: that of the model, which all layers share.
+        """
         super().__init__()
         heads = shard_config(config, group.size)
         self.config = config
@@ -48,6 +52,7 @@ class Attention(nn.Module):
         )
         self.dense = RowLinear(config.num_heads * config.head_size, hidden_size, bias=config.dense_bias, group=group)
         self.sinks = nn.Parameter(torch.empty(heads.num_heads), requires_grad=False) if config.sinks else None
+        self.relative_bias = [] if relative_bias is None else [relative_bias]  # in a list: its weight is the model's
         self.rope_table: Tensor | None = None
         self.slopes_n: Tensor | None = None
         if config.position == "alibi":
@@ -110,5 +115,7 @@ class Attention(nn.Module):
             window=self.config.window,
             softcap=self.config.softcap,
             sinks_n=self.sinks,
+            causal=self.config.causal,
+            bias_nr=self.relative_bias[0].bias_nr if self.relative_bias else None,
         )
         return self.dense(out_tnd.flatten(1), residual_th, meta.output_indices)

@@ -14,7 +14,7 @@ from hasten.parallel.groups import ALONE, TensorGroup
 from hasten.parallel.shard import padded_vocab
 
 
-class Embedding(nn.Module):
+class Embedding(PackedModule):
     """Token embedding, with that of learned positions or without; each rank holds a range of the vocabulary."""
 
     weight: ops.Weight
@@ -28,12 +28,14 @@ class Embedding(nn.Module):
         scale: float | None = None,
         positions: int = 0,
         position_offset: int = 0,
+        types: int = 0,
         group: TensorGroup = ALONE,
     ) -> None:
         """`scale`: what embeddings are multiplied by, rounded to their type; a tied head takes them as they are.
 
         `hidden_size`: what they are projected to, where that is not their own `width`. `positions`: rows of the table
-        of positions, which every rank holds whole; that of position p is row p + `position_offset`.
+        of positions, which every rank holds whole; that of position p is row p + `position_offset`. `types`: of tokens,
+        whose embeddings are added too; that of type k at position p is then p + k * `positions`.
         """
         super().__init__()
         self.group = group
@@ -47,6 +49,15 @@ class Embedding(nn.Module):
         )
         self.position_offset = position_offset
         self.positions = nn.Parameter(torch.empty(positions, hidden_size), requires_grad=False) if positions else None
+        self.types = nn.Parameter(torch.empty(types, hidden_size), requires_grad=False) if types else None
+
+    def pack(self) -> None:
+        """Make one table of positions and types: each token then has one row to add."""
+        if self.types is not None:
+            assert self.positions is not None
+            whole = (self.types.unsqueeze(1) + self.positions).flatten(0, 1)
+            self.positions = nn.Parameter(whole, requires_grad=False)
+            self.types = None
 
     def forward(self, ids_t: Tensor, positions_t: Tensor) -> Tensor | PartialSum:
         """Embeddings, [t, h]; with several ranks, or with learned positions, a sum for the next norm to add up."""

@@ -15,8 +15,37 @@ from hasten.ops.partial_sum import PartialSum
 from hasten.parallel.groups import ALL_ALONE, ParallelGroups
 
 
-class CausalLM(nn.Module):
-    """A decoder-only language model over a flat batch of tokens, or one pipeline stage of it.
+class Transformer(nn.Module):
+    """A model over a flat batch of tokens, up to its hidden states, or one pipeline stage of it."""
+
+    hf_harmless: ClassVar[frozenset[str]] = frozenset()
+    """Keys of its config.json, besides those that every model has, that change nothing it computes."""
+
+    def __init__(self, config: ModelConfig, groups: ParallelGroups = ALL_ALONE) -> None:
+        super().__init__()
+        self.stage, self.group = groups.pipeline, groups.tensor
+
+    @staticmethod
+    @abstractmethod
+    def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+        """Read Hugging Face's config.json; ConfigError names the key that is missing or not supported."""
+
+    @staticmethod
+    @abstractmethod
+    def weight_map(config: ModelConfig) -> WeightMap:
+        """Names, layouts and splits of all weights of a model so configured."""
+
+    @abstractmethod
+    def forward(self, inputs: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
+        """Hidden states after the last norm, or for the next stage: [t, h].
+
+        `inputs` are token ids [t], or hidden states [t, h] of the stage before; `positions_t` those of the tokens. The
+        last stage has hidden states of the tokens of `meta.output_part` alone, where it names some.
+        """
+
+
+class CausalLM(Transformer):
+    """A decoder-only language model, or one pipeline stage of it.
 
     The first stage begins with the embedding, the last one ends with the head; each has its own of the layers.
     """
@@ -26,12 +55,8 @@ class CausalLM(nn.Module):
     head: Head
     """Of the last stage: makes logits of hidden states."""
 
-    hf_harmless: ClassVar[frozenset[str]] = frozenset()
-    """Keys of its config.json, besides those that every model has, that change nothing it computes."""
-
     def __init__(self, config: ModelConfig, groups: ParallelGroups = ALL_ALONE) -> None:
-        super().__init__()
-        self.stage, self.group = groups.pipeline, groups.tensor
+        super().__init__(config, groups)
         if self.stage.is_first:
             self.build_start(config, groups)
         layers = self.stage.layers(config.num_layers)
@@ -64,22 +89,8 @@ class CausalLM(nn.Module):
     def end(self, x_th: Tensor | PartialSum) -> Tensor:
         """Hidden states for the head, of what the last layer gives."""
 
-    @staticmethod
-    @abstractmethod
-    def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
-        """Read Hugging Face's config.json; ConfigError names the key that is missing or not supported."""
-
-    @staticmethod
-    @abstractmethod
-    def weight_map(config: ModelConfig) -> WeightMap:
-        """Names, layouts and splits of all weights of a model so configured."""
-
     def forward(self, inputs: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
-        """Hidden states for the head, or for the next stage: [t, h].
-
-        `inputs` are token ids [t], or hidden states [t, h] of the stage before; `positions_t` those of the tokens. The
-        last stage has hidden states of the tokens of `meta.output_part` alone, where it names some.
-        """
+        """Hidden states for the head, or for the next stage: [t, h]."""
         x_th: Tensor | PartialSum = self.start(inputs, positions_t) if self.stage.is_first else inputs
         for layer in self.layers.values():
             x_th = layer(x_th, positions_t, meta)

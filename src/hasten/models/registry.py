@@ -8,23 +8,30 @@ from typing import TYPE_CHECKING, Any
 from hasten.core.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
-    from hasten.models.base import CausalLM
+    from hasten.models.base import Transformer
 
 MODELS: dict[str, str] = {
+    "BertForMaskedLM": "hasten.models.bert:BertModel",
+    "BertForPreTraining": "hasten.models.bert:BertModel",
+    "BertForSequenceClassification": "hasten.models.bert:BertModel",
+    "BertForTokenClassification": "hasten.models.bert:BertModel",
+    "BertModel": "hasten.models.bert:BertModel",
     "BloomForCausalLM": "hasten.models.bloom:BloomForCausalLM",
     "BloomModel": "hasten.models.bloom:BloomForCausalLM",
     "Cohere2ForCausalLM": "hasten.models.cohere:Cohere2ForCausalLM",
     "Cohere2Model": "hasten.models.cohere:Cohere2ForCausalLM",
     "CohereForCausalLM": "hasten.models.cohere:CohereForCausalLM",
     "CohereModel": "hasten.models.cohere:CohereForCausalLM",
+    "DistilBertForMaskedLM": "hasten.models.distilbert:DistilBertModel",
+    "DistilBertForSequenceClassification": "hasten.models.distilbert:DistilBertModel",
+    "DistilBertForTokenClassification": "hasten.models.distilbert:DistilBertModel",
+    "DistilBertModel": "hasten.models.distilbert:DistilBertModel",
     "FalconForCausalLM": "hasten.models.falcon:FalconForCausalLM",
     "FalconModel": "hasten.models.falcon:FalconForCausalLM",
     "GPT2LMHeadModel": "hasten.models.gpt2:GPT2LMHeadModel",
     "GPT2Model": "hasten.models.gpt2:GPT2LMHeadModel",
     "GPTBigCodeForCausalLM": "hasten.models.gpt_bigcode:GPTBigCodeForCausalLM",
     "GPTBigCodeModel": "hasten.models.gpt_bigcode:GPTBigCodeForCausalLM",
-    "GptOssForCausalLM": "hasten.models.gpt_oss:GptOssForCausalLM",
-    "GptOssModel": "hasten.models.gpt_oss:GptOssForCausalLM",
     "GPTJForCausalLM": "hasten.models.gptj:GPTJForCausalLM",
     "GPTJModel": "hasten.models.gptj:GPTJForCausalLM",
     "GPTNeoForCausalLM": "hasten.models.gpt_neo:GPTNeoForCausalLM",
@@ -37,13 +44,23 @@ MODELS: dict[str, str] = {
     "Gemma3TextModel": "hasten.models.gemma:Gemma3ForCausalLM",
     "GemmaForCausalLM": "hasten.models.gemma:GemmaForCausalLM",
     "GemmaModel": "hasten.models.gemma:GemmaForCausalLM",
+    "GptOssForCausalLM": "hasten.models.gpt_oss:GptOssForCausalLM",
+    "GptOssModel": "hasten.models.gpt_oss:GptOssForCausalLM",
     "LlamaForCausalLM": "hasten.models.llama:LlamaForCausalLM",
     "LlamaModel": "hasten.models.llama:LlamaForCausalLM",
+    "MPNetForMaskedLM": "hasten.models.mpnet:MPNetModel",
+    "MPNetForSequenceClassification": "hasten.models.mpnet:MPNetModel",
+    "MPNetForTokenClassification": "hasten.models.mpnet:MPNetModel",
+    "MPNetModel": "hasten.models.mpnet:MPNetModel",
+    "MPTForCausalLM": "hasten.models.mpt:MptForCausalLM",
     "MistralForCausalLM": "hasten.models.mistral:MistralForCausalLM",
     "MistralModel": "hasten.models.mistral:MistralForCausalLM",
     "MixtralForCausalLM": "hasten.models.mixtral:MixtralForCausalLM",
     "MixtralModel": "hasten.models.mixtral:MixtralForCausalLM",
-    "MPTForCausalLM": "hasten.models.mpt:MptForCausalLM",
+    "ModernBertForMaskedLM": "hasten.models.modernbert:ModernBertModel",
+    "ModernBertForSequenceClassification": "hasten.models.modernbert:ModernBertModel",
+    "ModernBertForTokenClassification": "hasten.models.modernbert:ModernBertModel",
+    "ModernBertModel": "hasten.models.modernbert:ModernBertModel",
     "MptForCausalLM": "hasten.models.mpt:MptForCausalLM",
     "MptModel": "hasten.models.mpt:MptForCausalLM",
     "OPTForCausalLM": "hasten.models.opt:OPTForCausalLM",
@@ -64,19 +81,29 @@ MODELS: dict[str, str] = {
     "Qwen3MoeModel": "hasten.models.qwen3_moe:Qwen3MoeForCausalLM",
     "RWForCausalLM": "hasten.models.falcon:FalconForCausalLM",
     "RWModel": "hasten.models.falcon:FalconForCausalLM",
+    "RobertaForMaskedLM": "hasten.models.roberta:RobertaModel",
+    "RobertaForSequenceClassification": "hasten.models.roberta:RobertaModel",
+    "RobertaForTokenClassification": "hasten.models.roberta:RobertaModel",
+    "RobertaModel": "hasten.models.roberta:RobertaModel",
     "StableLmForCausalLM": "hasten.models.stablelm:StableLmForCausalLM",
     "StableLmModel": "hasten.models.stablelm:StableLmForCausalLM",
     "Starcoder2ForCausalLM": "hasten.models.starcoder2:Starcoder2ForCausalLM",
     "Starcoder2Model": "hasten.models.starcoder2:Starcoder2ForCausalLM",
+    "XLMRobertaForMaskedLM": "hasten.models.roberta:RobertaModel",
+    "XLMRobertaForSequenceClassification": "hasten.models.roberta:RobertaModel",
+    "XLMRobertaForTokenClassification": "hasten.models.roberta:RobertaModel",
+    "XLMRobertaModel": "hasten.models.roberta:RobertaModel",
 }
 
 
 _MODEL_TYPES: dict[str, str] = {
     "RefinedWeb": "FalconForCausalLM",
     "RefinedWebModel": "FalconForCausalLM",
+    "bert": "BertModel",
     "bloom": "BloomForCausalLM",
     "cohere": "CohereForCausalLM",
     "cohere2": "Cohere2ForCausalLM",
+    "distilbert": "DistilBertModel",
     "falcon": "FalconForCausalLM",
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
@@ -90,6 +117,8 @@ _MODEL_TYPES: dict[str, str] = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "modernbert": "ModernBertModel",
+    "mpnet": "MPNetModel",
     "mpt": "MptForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "opt": "OPTForCausalLM",
@@ -99,8 +128,10 @@ _MODEL_TYPES: dict[str, str] = {
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "roberta": "RobertaModel",
     "stablelm": "StableLmForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
+    "xlm-roberta": "XLMRobertaModel",
 }
 """Architectures by `model_type`, for a config.json that names no architecture."""
 
@@ -127,7 +158,8 @@ _OTHER_BUILDS: tuple[tuple[str, str], ...] = (
     (r"moe|mixtral|dbrx|grok|olmoe|arctic", "a mixture of experts of another build"),
     (r"mamba|rwkv|falcon_?h1|jamba|zamba|bamba", "a model with recurrent layers"),
     (r"t5|bart|pegasus|marian|m2m|whisper|led(for|$)", "an encoder-decoder"),
-    (r"bert|electra|deberta|mpnet|xlm|nomic|sequenceclassification|tokenclassification", "an encoder or a classifier"),
+    (r"bert|electra|mpnet|roberta|xlm|nomic|gte|jina", "an encoder of another build, or with another head"),
+    (r"sequenceclassification|tokenclassification", "a classifier of another build"),
     (r"conditionalgeneration|llava|vl(for|model|$|_)|vision|idefics|mllama|paligemma", "a model of images and text"),
 )
 """What architectures are that are built otherwise than any that hasten has, by a part of their name in lower case."""
@@ -144,9 +176,9 @@ def _known(what: str, name: str, table: Mapping[str, str]) -> str:
     return name
 
 
-def model_class(architecture: str) -> "type[CausalLM]":
+def model_class(architecture: str) -> "type[Transformer]":
     """The class for an architecture of Hugging Face; UnsupportedError where hasten has none."""
     _known("architecture", architecture, MODELS)
     module, name = MODELS[architecture].split(":")
-    found: type[CausalLM] = getattr(import_module(module), name)
+    found: type[Transformer] = getattr(import_module(module), name)
     return found

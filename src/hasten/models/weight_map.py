@@ -18,7 +18,7 @@ from hasten.parallel.shard import OF_ONE_EXPERT, Split, shard_config, split, spl
 
 Axis = Literal[
     "vocab", "position", "embedding", "hidden", "inner", "gate_up", "query", "kv", "qkv", "heads", "kv_heads", "head",
-    "experts", "expert_inner", "expert_gate_up", "shared_inner", "shared_gate_up", "one",
+    "experts", "expert_inner", "expert_gate_up", "shared_inner", "shared_gate_up", "types", "buckets", "labels", "one",
 ]  # fmt: skip
 Init = Literal["normal", "ones", "zeros"]
 
@@ -41,6 +41,9 @@ def axis_size(axis: Axis, config: ModelConfig) -> int:
         "kv_heads": attention.num_kv_heads,
         "head": attention.head_size,
         **_expert_sizes(config.experts),
+        "types": config.token_types,
+        "buckets": attention.relative_buckets,
+        "labels": 0 if config.classifier is None else len(config.classifier.labels),
         "one": 1,
     }[axis]
 
@@ -225,10 +228,15 @@ def vocabulary_bias(name: str, hf: str) -> WeightSpec:
     return WeightSpec(name=name, sources=(source,), axes=("vocab",), split=Split.VOCAB, init="zeros")
 
 
+def table(name: str, hf: str, rows: Axis, width: Axis = "hidden") -> WeightSpec:
+    """A table of learned rows, whole on every rank."""
+    axes: tuple[Axis, ...] = (rows, width)
+    return WeightSpec(name=name, sources=(StoredTensor(hf, axes),), axes=axes)
+
+
 def positions(name: str, hf: str) -> WeightSpec:
     """A table of learned positions, whole on every rank."""
-    axes: tuple[Axis, ...] = ("position", "hidden")
-    return WeightSpec(name=name, sources=(StoredTensor(hf, axes),), axes=axes)
+    return table(name, hf, "position")
 
 
 def linear(

@@ -330,34 +330,31 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks_n: Tensor | None = None,
+    causal: bool = True,
+    bias_nr: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of each token over its own sequence in the paged cache: [t, n, d].
+    """Attention of each token over its own sequence in the paged cache, up to itself where `causal`: [t, n, d].
 
     Where `meta` is a part of a batch (`output_indices`), the queries are those of the whole batch. The keys and values
     of the batch's own tokens must be in the cache already. Scores are `scale * query . key`; with `softcap` c they
     become c * tanh(score / c). With slopes, `slope * (key position - query position)` is added to each. With `window`
-    w, a token sees the last w tokens, itself included. With sinks, the softmax of each head has one more logit, which
-    is neither scaled nor capped and has no value: it takes weight from the keys. Sources: Press, Smith, Lewis, "Train
-    Short, Test Long", 2022 (ALiBi); Kwon et al., "Efficient Memory Management for Large Language Model Serving with
-    PagedAttention", 2023; Dao, "FlashAttention-2", 2023; Beltagy, Peters, Cohan, "Longformer", 2020 (window); Gemma
-    Team, "Gemma 2", 2024 (cap); OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", 2025 (sinks).
+    w, a token sees the last w tokens, itself included, and where not causal the next w - 1. With `bias_nr` [n, 2 * r +
+    1] in fp32, `bias[key position - query position + r]` is added to each score, the ends standing for longer
+    distances. With sinks, the softmax of each head has one more logit, which is neither scaled nor capped and has no
+    value: it takes weight from the keys. The queries of a sequence are its last tokens. Sources: Press, Smith, Lewis,
+    "Train Short, Test Long", 2022 (ALiBi); Kwon et al., "Efficient Memory Management for Large Language Model Serving
+    with PagedAttention", 2023; Dao, "FlashAttention-2", 2023; Beltagy, Peters, Cohan, "Longformer", 2020 (window);
+    Gemma Team, "Gemma 2", 2024 (cap); OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", 2025 (sinks).
     """
+    operands = (query_tnd, key_cache, value_cache, meta, scale, alibi_slopes_n)
     if query_tnd.is_cuda:
         from hasten.ops.gpu import attention
 
         return attention.paged_attention(
-            query_tnd,
-            key_cache,
-            value_cache,
-            meta,
-            scale,
-            alibi_slopes_n,
-            window=window,
-            softcap=softcap,
-            sinks_n=sinks_n,
+            *operands, window=window, softcap=softcap, sinks_n=sinks_n, causal=causal, bias_nr=bias_nr
         )
     return cpu.paged_attention(
-        query_tnd, key_cache, value_cache, meta, scale, alibi_slopes_n, window=window, softcap=softcap, sinks_n=sinks_n
+        *operands, window=window, softcap=softcap, sinks_n=sinks_n, causal=causal, bias_nr=bias_nr
     )
 
 

@@ -242,26 +242,53 @@ class _Group:
     targets: Tensor | None
     """[real queries] row of the flat batch of each real query."""
     blocks: Tensor
-    """[b * k / block size] cache blocks."""
+    """[b * k / block size, rounded up] cache blocks."""
+    positions: Tensor
+    """[b] position of each run's first query, from the first key of its blocks on."""
     ends: Tensor
-    """[b] position behind each run's last query."""
-    counts: Tensor
-    """[b] real queries of each run."""
+    """[b] keys of each run: all that any of its queries sees, and those before their window in the same block."""
     blank: Tensor
     """[padding] keys of the b * k that are of no sequence, or not written yet: whatever stands there must not count."""
     size: tuple[int, int, int]
-    """b, q, k."""
+    """b, q, k; of keys in whole blocks only where attention is causal, which makes nothing of those behind the last."""
 
-    def bias(self, slopes_n: Tensor | None, window: int | None) -> Tensor:
-        """What is added to the scores, [b, n or 1, q, k]: ALiBi, and -inf for keys ahead or before the window."""
+    def bias(self, scores: "_Scores") -> Tensor | None:
+        """What is added to the scores, [b, n or 1, q, k], and -inf for unseen keys; None where that is nothing."""
         _, queries, keys = self.size
-        positions_bq = (self.ends - self.counts).unsqueeze(1) + torch.arange(queries)
-        distance = (torch.arange(keys) - positions_bq.unsqueeze(2)).unsqueeze(1)
-        unseen = distance > 0
-        if window is not None:
-            unseen |= distance <= -window
-        bias = torch.zeros(distance.shape) if slopes_n is None else distance * slopes_n.view(-1, 1, 1)
-        return bias.masked_fill_(unseen, float("-inf"))
+        if scores.are_plain and bool((self.ends == keys).all()):
+            return None
+        positions_bq = self.positions.unsqueeze(1) + torch.arange(queries)
+        keys_k = torch.arange(keys)
+        distance_bqk = keys_k - positions_bq.unsqueeze(2)
+        unseen_bqk = reference.unseen(distance_bqk, scores.window, scores.causal)
+        if not scores.causal:
+            unseen_bqk |= (keys_k >= self.ends.unsqueeze(1)).unsqueeze(1)
+        distance = distance_bqk.unsqueeze(1)
+        bias = torch.zeros(distance.shape) if scores.slopes_n is None else distance * scores.slopes_n.view(-1, 1, 1)
+        if scores.bias_nr is not None:
+            bias = bias + reference.relative_bias(scores.bias_nr, distance_bqk).transpose(0, 1)
+        return bias.masked_fill_(unseen_bqk.unsqueeze(1), float("-inf"))
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What decides which keys queries see, and what is added to their scores."""
+
+    slopes_n: Tensor | None
+    window: int | None
+    causal: bool
+    bias_nr: Tensor | None
+
+    @property
+    def are_plain(self) -> bool:
+        """Whether every query sees every key of its sequence, and nothing is added."""
+        return not self.causal and self.slopes_n is None and self.window is None and self.bias_nr is None
+
+    @property
+    def heads(self) -> int:
+        """Heads that have biases of their own; 1 where all have the same."""
+        own = self.slopes_n if self.bias_nr is None else self.bias_nr
+        return 1 if own is None else own.shape[0]
 
 
 def paged_attention(  # noqa: D103
@@ -275,15 +302,18 @@ def paged_attention(  # noqa: D103
     window: int | None = None,
     softcap: float | None = None,
     sinks_n: Tensor | None = None,
+    causal: bool = True,
+    bias_nr: Tensor | None = None,
 ) -> Tensor:
     if meta.output_indices is not None:
         query_tnd = query_tnd[meta.output_indices]
     if query_tnd.shape[0] == 0:
         return torch.empty_like(query_tnd)
+    scores = _Scores(alibi_slopes_n, window, causal, bias_nr)
     key = "attention" if window is None else f"attention, window {window}"
     plan: list[tuple[_Group, Tensor | None]] | None = meta.scratch.get(key)
     if plan is None:
-        plan = meta.scratch[key] = _plan(meta, key_cache, query_tnd.shape[1], alibi_slopes_n, window)
+        plan = meta.scratch[key] = _plan(meta, key_cache, scores)
     query_tx = query_tnd.flatten(1).float()
     out_tx = None
     if min(meta.kv_lens) == 0:
@@ -291,7 +321,7 @@ def paged_attention(  # noqa: D103
     elif len(plan) > 1 or plan[0][0].rows is not None:
         out_tx = torch.empty_like(query_tx)
     for group, kept in plan:
-        bias = group.bias(alibi_slopes_n, window) if kept is None else kept
+        bias = group.bias(scores) if kept is None else kept
         done = _attend(group, query_tx, key_cache, value_cache, bias, scale, softcap, sinks_n, meta.run)
         if out_tx is None:
             return done.view_as(query_tnd).to(query_tnd.dtype)
@@ -311,7 +341,7 @@ def _attend(
     query_tx: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     scale: float,
     softcap: float | None,
     sinks_n: Tensor | None,
@@ -326,10 +356,11 @@ def _attend(
         padded = query_tx.index_select(0, group.rows)
     query_bqnd = padded.view(runs, queries, -1, head_size)
     key_bkmd, value_bkmd = (
-        _gather(use, cache, group).view(runs, keys, kv_heads, head_size)
+        _gather(use, cache, group).view(runs, -1, kv_heads, head_size)[:, :keys]
         for use, cache in (("key", key_cache), ("value", value_cache))
     )
     if fixed_run is not None:
+        assert bias is not None, "runs of keys are of causal attention"
         out_bqnd = cpu_fixed.attend(query_bqnd, key_bkmd, value_bkmd, bias, scale, softcap, sinks_n, fixed_run)
         return out_bqnd.reshape(runs * queries, -1)
     query_bnqd, key, value = (x.transpose(1, 2) for x in (query_bqnd, key_bkmd, value_bkmd))
@@ -345,7 +376,7 @@ def _step_by_step(
     query_bnqd: Tensor,
     key_bmkd: Tensor,
     value_bmkd: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     scale: float,
     softcap: float | None,
     sinks_n: Tensor | None,
@@ -356,7 +387,7 @@ def _step_by_step(
     scores = query_bnqd @ key_bnkd.transpose(2, 3) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    return reference.with_sinks(scores + bias, sinks_n) @ value_bnkd
+    return reference.with_sinks(scores if bias is None else scores + bias, sinks_n) @ value_bnkd
 
 
 def _gather(use: str, cache: Tensor, group: _Group) -> Tensor:
@@ -364,7 +395,7 @@ def _gather(use: str, cache: Tensor, group: _Group) -> Tensor:
     rows = cache.flatten(1)
     found = _scratch.take(use, (group.blocks.shape[0], rows.shape[1]), cache.dtype)
     torch.index_select(rows, 0, group.blocks, out=found)
-    return found.view(group.size[0] * group.size[2], -1).index_fill_(0, group.blank, 0).float()
+    return found.view(-1, cache.shape[2] * cache.shape[3]).index_fill_(0, group.blank, 0).float()
 
 
 @dataclass(frozen=True)
@@ -376,24 +407,24 @@ class _Run:
     count: int
     skipped: int
     """Cache blocks that lie before the window of its first query."""
+    position: int
+    """Of its first query, from the first key that is not skipped on."""
     end: int
     """Keys that its last query sees, and those before its window, as far as their block is not skipped."""
 
 
-def _plan(
-    meta: AttentionMeta, key_cache: Tensor, heads: int, slopes_n: Tensor | None, window: int | None
-) -> list[tuple[_Group, Tensor | None]]:
+def _plan(meta: AttentionMeta, key_cache: Tensor, scores: _Scores) -> list[tuple[_Group, Tensor | None]]:
     """Divide a batch into padded groups, once a step; with each group its bias, if all of them may be kept.
 
-    All layers with the same window use it again: they have as many heads and the same slopes.
+    All layers with the same window use it again: they have as many heads and the same slopes and biases.
     """
     most_keys = _CACHED_ELEMENTS // (key_cache.shape[2] * key_cache.shape[3])
     block_size = key_cache.shape[1]
-    cut = _Cut.of(meta.run, block_size)
-    groups = [_group(meta, runs, block_size, cut) for runs in _pack(_runs(meta, block_size, window, cut), most_keys)]
-    elements = sum(g.size[0] * g.size[1] * g.size[2] for g in groups) * (heads if slopes_n is not None else 1)
-    keep = elements <= _KEPT_BIAS
-    return [(group, group.bias(slopes_n, window) if keep else None) for group in groups]
+    cut = _Cut.of(meta.run, block_size, causal=scores.causal)
+    runs = _runs(meta, block_size, scores, cut)
+    groups = [_group(meta, pack, block_size, cut) for pack in _pack(runs, most_keys)]
+    keep = sum(math.prod(group.size) for group in groups) * scores.heads <= _KEPT_BIAS
+    return [(group, group.bias(scores) if keep else None) for group in groups]
 
 
 @dataclass(frozen=True)
@@ -406,24 +437,30 @@ class _Cut:
     """Cache blocks of keys come in multiples of this number."""
     padded: bool = False
     """Whether every run has as many queries."""
+    whole_blocks: bool = True
+    """Whether the keys behind the last ones, in the same block, are computed too: a causal query sees none of them."""
 
     @classmethod
-    def of(cls, run: int | None, block_size: int) -> "_Cut":
+    def of(cls, run: int | None, block_size: int, *, causal: bool) -> "_Cut":
         """For runs of keys of a fixed length, or of any."""
         if run is None:
-            return cls()
+            return cls(whole_blocks=causal)
         return cls(cpu_fixed.QUERIES, run // math.gcd(run, block_size), padded=True)
 
 
-def _runs(meta: AttentionMeta, block_size: int, window: int | None, cut: _Cut) -> list[_Run]:
+def _runs(meta: AttentionMeta, block_size: int, scores: _Scores, cut: _Cut) -> list[_Run]:
+    window = scores.window
     runs, start = [], 0
     for sequence, queries, keys in zip(meta.sequences, meta.query_lens, meta.kv_lens, strict=True):
         for offset in range(0, queries if keys else 0, cut.queries):
             count = min(cut.queries, queries - offset)
             position = keys - queries + offset
             skipped = 0 if window is None else max(0, position - window + 1) // block_size // cut.blocks * cut.blocks
-            end = position + count - skipped * block_size
-            runs.append(_Run(sequence, start + offset, count, skipped, end))
+            end = position + count
+            if not scores.causal:
+                end = keys if window is None else min(keys, end + window - 1)
+            before = skipped * block_size
+            runs.append(_Run(sequence, start + offset, count, skipped, position - before, end - before))
         start += queries
     return runs
 
@@ -460,8 +497,8 @@ def _fits(runs: list[_Run], most_keys: int) -> bool:
 
 
 def _group(meta: AttentionMeta, runs: list[_Run], block_size: int, cut: _Cut) -> _Group:
-    queries = cut.queries if cut.padded else max(run.count for run in runs)
-    blocks = -(-max(run.end for run in runs) // (block_size * cut.blocks)) * cut.blocks
+    queries, keys = cut.queries if cut.padded else max(run.count for run in runs), max(run.end for run in runs)
+    blocks = -(-keys // (block_size * cut.blocks)) * cut.blocks
     even = all(run.count == queries for run in runs)
     rows = [row for run in runs for row in range(run.first, run.first + run.count)]
     in_place = even and rows == list(range(rows[0], rows[0] + len(rows)))
@@ -474,10 +511,10 @@ def _group(meta: AttentionMeta, runs: list[_Run], block_size: int, cut: _Cut) ->
         places=None if even else torch.tensor(places),
         targets=None if even else torch.tensor(rows),
         blocks=_blocks(meta.block_tables, runs, blocks),
+        positions=torch.tensor([run.position for run in runs]),
         ends=ends,
         blank=(torch.arange(blocks * block_size) >= ends.unsqueeze(1)).flatten().nonzero().squeeze(1),
-        counts=torch.tensor([run.count for run in runs]),
-        size=(len(runs), queries, blocks * block_size),
+        size=(len(runs), queries, blocks * block_size if cut.whole_blocks else keys),
     )
 
 

@@ -16,7 +16,7 @@ TILE = 64
 """Queries in a tile."""
 TILE_COLUMNS = 5
 """Of a tile: start of the block table, row of its first query in the queries, in the output, queries, position of the
-first."""
+first; and where attention is not causal, the keys of the sequence."""
 SPLIT_COLUMNS = 8
 """Of a split: start of the block table, row of the query, of the output, first key, end, keys of the sequence, place,
 splits."""
@@ -75,16 +75,25 @@ class Planner:
     """Keys of every split but a sequence's last, whatever the batch, if that is wanted: see `AttentionMeta.run`."""
     max_kv_len: int = 0
     """Keys of the longest sequence, where splits have a fixed length."""
+    causal: bool = True
+    """Whether tokens see those before them alone."""
 
     @classmethod
     def of(
-        cls, device: torch.device, heads: int, kv_heads: int, *, run: int | None = None, max_kv_len: int = 0
+        cls,
+        device: torch.device,
+        heads: int,
+        kv_heads: int,
+        *,
+        run: int | None = None,
+        max_kv_len: int = 0,
+        causal: bool = True,
     ) -> "Planner | None":
         """That of a device; None for a CPU, whose attention takes a step as it is."""
         if device.type == "cpu":
             return None
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        return cls(heads, kv_heads, multiprocessors, run, max_kv_len)
+        return cls(heads, kv_heads, multiprocessors, run, max_kv_len, causal)
 
     def max_num_splits(self, sequences: int) -> int:
         """How many splits a step of so many sequences with one query may have.
@@ -113,6 +122,8 @@ class Planner:
         are, and its keys.
         """
         out_rows = np.cumsum(query_lens) - query_lens
+        if not self.causal:
+            return {"tiles": tiles(tables, query_rows, out_rows, query_lens, kv_lens, causal=False)}
         made: dict[str, Integers] = {}
         if (which := (query_lens > 1).nonzero()[0]).size:
             made["tiles"] = tiles(tables[which], query_rows[which], out_rows[which], query_lens[which], kv_lens[which])
@@ -154,14 +165,21 @@ def splits_of(
 
 
 def tiles(
-    tables: Integers, query_rows: Integers, out_rows: Integers, query_lens: Integers, kv_lens: Integers
+    tables: Integers,
+    query_rows: Integers,
+    out_rows: Integers,
+    query_lens: Integers,
+    kv_lens: Integers,
+    *,
+    causal: bool = True,
 ) -> Integers:
-    """Cut the queries of sequences into tiles, those with the most keys first: [tiles, 5]."""
+    """Cut the queries of sequences into tiles, those with the most keys first: [tiles, 5], or 6 where not `causal`."""
     counts = -(-query_lens // TILE)
     owner = np.repeat(np.arange(len(tables)), counts)
     first = TILE * (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts))
     count = np.minimum(TILE, query_lens[owner] - first)
     position = kv_lens[owner] - query_lens[owner] + first
+    keys = position + count if causal else kv_lens[owner]
     columns = (tables[owner], query_rows[owner] + first, out_rows[owner] + first, count, position)
-    made = np.stack(columns, axis=1).astype(np.int32)
-    return made[np.argsort(-(position + count), kind="stable")]
+    made = np.stack(columns if causal else (*columns, keys), axis=1).astype(np.int32)
+    return made[np.argsort(-keys, kind="stable")]

@@ -314,6 +314,8 @@ def paged_attention(  # noqa: D103
     window: int | None = None,
     softcap: float | None = None,
     sinks_n: Tensor | None = None,
+    causal: bool = True,
+    bias_nr: Tensor | None = None,
 ) -> Tensor:
     query_tnd = query_tnd if meta.output_indices is None else query_tnd[meta.output_indices]
     block_size, groups = key_cache.shape[1], query_tnd.shape[1] // key_cache.shape[2]
@@ -330,7 +332,9 @@ def paged_attention(  # noqa: D103
         distance_qk = _distances(query_len, kv_len, query_tnd.device)
         if alibi_slopes_n is not None:
             scores_nqk = scores_nqk + alibi_slopes_n.float().view(-1, 1, 1) * distance_qk
-        unseen_qk = distance_qk > 0 if window is None else (distance_qk > 0) | (distance_qk <= -window)
+        if bias_nr is not None:
+            scores_nqk = scores_nqk + relative_bias(bias_nr, distance_qk)
+        unseen_qk = unseen(distance_qk, window, causal)
         weights_nqk = with_sinks(scores_nqk.masked_fill(unseen_qk, float("-inf")), sinks_n)
         out_tnd[start : start + query_len] = torch.einsum("nqk,knd->qnd", weights_nqk, value_knd).to(out_tnd.dtype)
         start += query_len
@@ -343,6 +347,20 @@ def with_sinks(scores_nqk: Tensor, sinks_n: Tensor | None) -> Tensor:
         return scores_nqk.softmax(-1)
     sinks_nq1 = sinks_n.to(scores_nqk.dtype).view(-1, 1, 1).expand(*scores_nqk.shape[:-1], 1)
     return torch.cat((scores_nqk, sinks_nq1), dim=-1).softmax(-1)[..., :-1]
+
+
+def unseen(distance: Tensor, window: int | None, causal: bool) -> Tensor:
+    """Whether a query does not see a key at a distance, which is above 0 behind it; of the distances' shape."""
+    hidden = distance > 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
+    if window is not None:
+        hidden = hidden | (distance <= -window) | (distance >= window)
+    return hidden
+
+
+def relative_bias(bias_nr: Tensor, distance: Tensor) -> Tensor:
+    """The bias of each head for each distance from query to key: [n, *distance]."""
+    farthest = bias_nr.shape[1] // 2
+    return bias_nr[:, distance.long().clamp(-farthest, farthest) + farthest]
 
 
 def resolve_ids(ids_t: Tensor, chosen_r: Tensor) -> Tensor:  # noqa: D103

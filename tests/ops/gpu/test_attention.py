@@ -130,6 +130,9 @@ class Case:
     sinks: float | None = None
     """Mean of the heads' sinks."""
     fixed_run: int | None = None
+    causal: bool = True
+    farthest: int | None = None
+    """Distance from which on all have the same bias; None: there are no biases by distance."""
     inputs: Inputs = field(init=False)
     batch: Batch = field(init=False)
     query_tnd: Tensor = field(init=False)
@@ -144,7 +147,8 @@ class Case:
         tables = BlockTables(len(lengths) + 1, max(needs) + 2)
         tables.array[:] = order.pop()  # behind its end a table names a block of nobody
         heads = (self.heads.query, self.heads.kv)
-        planner = Planner.of(self.device, *heads) or Planner(*heads, multiprocessors=0)
+        planner = Planner.of(self.device, *heads, causal=self.causal)
+        planner = planner or Planner(*heads, multiprocessors=0, causal=self.causal)
         planner = replace(planner, run=self.fixed_run, max_kv_len=max(kv_len for _, kv_len in lengths))
         if extra_splits is not None:
             planner = FewSplits(*heads, planner.multiprocessors, extra=extra_splits)
@@ -180,11 +184,16 @@ class Case:
 
     @property
     def options(self) -> dict[str, Any]:
+        bias = None
+        if self.farthest is not None:
+            bias = torch.randn(self.heads.query, 2 * self.farthest + 1, generator=torch.Generator().manual_seed(5))
+            bias = bias.to(self.device)
         sinks_n = None
         if self.sinks is not None:
             sinks_n = torch.linspace(self.sinks - 2, self.sinks + 2, self.heads.query, device=self.device)
             sinks_n = sinks_n.to(self.dtype)
-        return {"window": self.window, "softcap": self.softcap, "sinks_n": sinks_n}
+        limits = {"window": self.window, "softcap": self.softcap, "causal": self.causal}
+        return {**limits, "bias_nr": bias, "sinks_n": sinks_n}
 
     def run(self, meta: AttentionMeta) -> Tensor:
         inputs = (self.query_tnd, *self.caches, meta, self.heads.size**-0.5, self.slopes_n)
@@ -263,6 +272,41 @@ def test_prompts(lengths: Lengths, device: torch.device, assert_close: Close) ->
     assert meta.plan is not None
     assert meta.plan.splits is None
     case.check(meta, assert_close)
+
+
+@pytest.mark.parametrize(
+    ("heads", "options"),
+    [
+        (Heads(query=1, kv=1), {"causal": False}),
+        (Heads(query=2, kv=1, size=24, block=8), {"causal": False, "window": 20}),
+        (Heads(query=2, kv=2), {"causal": False, "farthest": 9}),
+        (Heads(query=1, kv=1), {"causal": False, "window": 70, "softcap": 3.0}),
+        (Heads(query=2, kv=2), {"farthest": 9}),
+    ],
+    ids=str,
+)
+def test_keys_behind_the_query_and_biases_by_distance(
+    heads: Heads, options: dict[str, Any], device: torch.device, assert_close: Close
+) -> None:
+    for lengths in ([(n, n) for n in (15, 16, 17, 1, 65)], [(150, 150)], [(5, 13), (1, 33)]):
+        if options.get("causal", True):
+            lengths = [(count, kv_len) for count, kv_len in lengths if count > 1]
+        case = Case(heads, torch.float16, device, alibi=False, **options).fill(lengths)
+        meta = whole(case)
+        assert meta.plan is not None
+        assert meta.plan.splits is None
+        case.check(meta, assert_close)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": 65}, {"farthest": 128}], ids=str)
+def test_texts_of_many_lengths(
+    options: dict[str, Any], dtype: torch.dtype, device: torch.device, assert_close: Close
+) -> None:
+    lengths = [(n, n) for n in range(1, 1200, 37)]
+    case = Case(Heads(16, 16, 64), dtype, device, alibi=False, causal=False, **options).fill(lengths)
+    case.check(whole(case), assert_close)
 
 
 @pytest.mark.parametrize("dtype", interpreted(DTYPES), ids=str)

@@ -15,7 +15,7 @@ from hasten.layers.embedding import Embedding, Head
 from hasten.layers.experts import Experts, SharedExpert
 from hasten.layers.linear import PackedModule
 from hasten.layers.norm import LayerNorm, RMSNorm
-from hasten.models.base import CausalLM
+from hasten.models.base import Transformer
 from hasten.models.registry import model_class
 from hasten.parallel.groups import ALONE, ParallelGroups, TensorGroup
 from hasten.quantization.scheme import SCHEMES, Quantizer
@@ -115,7 +115,7 @@ def _bytes_of_rows(scheme: Quantization, rows: int, columns: int) -> int:
     return SCHEMES[scheme].quantize(torch.zeros(rows, columns), "a weight").nbytes
 
 
-def _parameters(model: CausalLM) -> Iterator[tuple[str, str, nn.Parameter]]:
+def _parameters(model: Transformer) -> Iterator[tuple[str, str, nn.Parameter]]:
     """Name, part and shape of each parameter."""
     kinds = {name: _part(module) for name, module in model.named_modules()}
     for name, parameter in model.named_parameters():

@@ -57,6 +57,7 @@ def attend(
     position_m,
     last_m,
     slope_m,
+    bias,
     block_stride,
     token_stride,
     scale,
@@ -71,11 +72,14 @@ def attend(
     HAS_SLOPES: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    FARTHEST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Softmax of queries [m, d] over the keys from `begin` to `end`: unscaled sums [m, d], weights [m], tops [m].
 
-    `position_m` are the queries' positions, and `last_m` those of the last keys that they see here. With ONE_BLOCK no
+    `position_m` are the queries' positions, and `last_m` those of the last keys that they see here. Where FARTHEST is
+    not 0, `bias` has what is added for each distance from query to key, up to so far either way. With ONE_BLOCK no
     step of BLOCK_N keys crosses a border between cache blocks, so that a step reads a single block number.
     With AHEAD a step reads the block numbers of the next: Triton loads keys as many stages ahead of their use as it is
     given only where their addresses do not depend on what the same step reads.
@@ -111,9 +115,14 @@ def attend(
             score_mn = capped(score_mn, cap)
         if HAS_SLOPES:
             score_mn += slope_m[:, None] * distance_mn.to(tl.float32)
+        if FARTHEST:
+            near_mn = tl.minimum(tl.maximum(distance_mn, -FARTHEST), FARTHEST)
+            score_mn += tl.load(bias + near_mn + FARTHEST) * 1.4426950408889634
         seen_mn = key_n[None, :] <= last_m[:, None]
         if WINDOW:
             seen_mn = seen_mn & (distance_mn > -WINDOW)
+            if not CAUSAL:
+                seen_mn = seen_mn & (distance_mn < WINDOW)
         score_mn = tl.where(seen_mn, score_mn, FAR)
         new_m = tl.maximum(top_m, tl.max(score_mn, 1))
         decay_m = tl.exp2(top_m - new_m)

@@ -16,7 +16,7 @@ from hasten.ops.gpu.attend import FAR, LOG2_E, attend, merged, with_sink
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
 from hasten.ops.gpu.splits import one_query, query_group
 from hasten.ops.meta import AttentionMeta
-from hasten.ops.plan import SPLIT_COLUMNS, SPLIT_STEP, TILE, TILE_COLUMNS, group_rows, programs_per_split
+from hasten.ops.plan import SPLIT_COLUMNS, SPLIT_STEP, TILE, group_rows, programs_per_split
 
 
 @triton.jit
@@ -47,6 +47,8 @@ def _tile(
     HAS_SLOPES: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    FARTHEST: tl.constexpr,
     PRECISION: tl.constexpr,
     RUN: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -55,7 +57,8 @@ def _tile(
     """A tile of a sequence's queries, of one head, against all keys that they see.
 
     With RUN, BLOCK_M queries of it, and the softmax over the keys from each multiple of RUN on is computed by itself
-    and added to the one before, as for single queries.
+    and added to the one before, as for single queries. Where FARTHEST is not 0,
+    `slopes` are biases by distance instead, 2 * FARTHEST + 1 of each head.
     """
     start_next(PDL)
     head = tl.program_id(0)
@@ -82,10 +85,17 @@ def _tile(
     end = position + count
     if RUN:
         end = tl.where(count > 0, end, 0)
+    if not CAUSAL:
+        length = tl.load(item + 5)
+        end = tl.minimum(end + WINDOW - 1, length) if WINDOW else length
     begin = 0
     if WINDOW:
         begin = tl.maximum(position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
     slope_m = tl.zeros([BLOCK_M], tl.float32) + slope
+    last_m = position + m
+    if not CAUSAL:
+        last_m = tl.zeros([BLOCK_M], tl.int32) + (end - 1)
+    biases = slopes + head * (2 * FARTHEST + 1)
     if RUN:
         sum_md = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         weight_m = tl.zeros([BLOCK_M], tl.float32)
@@ -97,8 +107,8 @@ def _tile(
         for start in range(first_run, end, RUN):
             part_md, part_weight_m, part_top_m = attend(
                 q_md, keys + base, values + base, table, tl.maximum(start, begin), tl.minimum(start + RUN, end),
-                position + m, position + m, slope_m, block_stride, token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M,
-                BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD, HAS_SLOPES, WINDOW, CAPPED, PRECISION,
+                position + m, last_m, slope_m, biases, block_stride, token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M,
+                BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD, HAS_SLOPES, WINDOW, CAPPED, CAUSAL, FARTHEST, PRECISION,
             )  # fmt: skip
             if sinks is not None:
                 in_run = tl.where(start == 0, sink, FAR)
@@ -106,9 +116,9 @@ def _tile(
             sum_md, weight_m, top_m = merged(sum_md, weight_m, top_m, part_md, part_weight_m, part_top_m)
     else:
         sum_md, weight_m, top_m = attend(
-            q_md, keys + base, values + base, table, begin, end, position + m, position + m, slope_m, block_stride,
+            q_md, keys + base, values + base, table, begin, end, position + m, last_m, slope_m, biases, block_stride,
             token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD, HAS_SLOPES, WINDOW,
-            CAPPED, PRECISION,
+            CAPPED, CAUSAL, FARTHEST, PRECISION,
         )  # fmt: skip
         if sinks is not None:
             sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
@@ -129,6 +139,8 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks_n: Tensor | None = None,
+    causal: bool = True,
+    bias_nr: Tensor | None = None,
 ) -> Tensor:
     plan = meta.plan
     assert plan is not None
@@ -145,16 +157,19 @@ def paged_attention(
         CAPPED=softcap is not None,
         **overlapped(query_tnd),
     )
-    slopes = query_tnd if alibi_slopes_n is None else alibi_slopes_n
+    assert alibi_slopes_n is None or bias_nr is None, "positions are relative in one way alone"
+    slopes = next((biases for biases in (alibi_slopes_n, bias_nr) if biases is not None), query_tnd)
     shared = (query_tnd, key_cache, value_cache, slopes, sinks_n, meta.block_tables)
     numbers = (query_tnd.stride(0), *key_cache.stride()[:3], scale * LOG2_E, (softcap or 0.0) * LOG2_E)
     wide, group = key_cache.dtype == torch.float32, heads // kv_heads
     if plan.tiles is not None:
         options = _tiles(meta.run, d, block_size, wide)
         _tile[(heads, len(plan.tiles), TILE // options["BLOCK_M"])](
-            *shared, plan.tiles, out_tnd, *numbers, GROUP=group, COLUMNS=TILE_COLUMNS, **options, **common
-        )
+            *shared, plan.tiles, out_tnd, *numbers, GROUP=group, COLUMNS=plan.tiles.shape[1], CAUSAL=causal,
+            FARTHEST=0 if bias_nr is None else bias_nr.shape[1] // 2, **options, **common,
+        )  # fmt: skip
     if plan.splits is not None:
+        assert causal, "where keys behind a query count, every sequence is cut into tiles"
         parts = _parts(meta, plan.splits, heads, common["BLOCK_D"])
         fixed = meta.run is not None
         kernel, options = _single(group, meta.num_tokens, common["BLOCK_D"], block_size, wide, fixed)

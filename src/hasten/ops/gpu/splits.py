@@ -216,9 +216,9 @@ def query_group(
         position_m = tl.zeros([BLOCK_M], tl.int32) + (length - 1)
         last_m = tl.zeros([BLOCK_M], tl.int32) + (end - 1)
         sum_md, weight_m, top_m = attend(
-            q_md, keys + base, values + base, table, begin, end, position_m, last_m, slope_m, block_stride,
-            token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD, HAS_SLOPES, WINDOW,
-            CAPPED, PRECISION,
+            q_md, keys + base, values + base, table, begin, end, position_m, last_m, slope_m, slopes,
+            block_stride, token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD,
+            HAS_SLOPES, WINDOW, CAPPED, True, 0, PRECISION,
         )  # fmt: skip
         if sinks is not None:
             sink_m = tl.load(sinks + head_m).to(tl.float32) * 1.4426950408889634

@@ -23,7 +23,7 @@ import msgspec
 from hasten.core.config import EngineConfig
 from hasten.core.cpus import available_cpus
 from hasten.core.errors import EngineError, HastenError
-from hasten.core.types import Request
+from hasten.core.types import Request, RequestOutput
 from hasten.server.engine.coalescer import OutputCoalescer, pause_per_cpu_second
 from hasten.server.engine.wire import (
     Abort,
@@ -209,7 +209,8 @@ class EngineLoop:
         """Compute a step."""
         self._began = time.monotonic()
         for output in self._engine.step():
-            self._coalescer.put(output)
+            if isinstance(output, RequestOutput):
+                self._coalescer.put(output)
         self._started = set()
         if self._not_begun:
             self._started = self._not_begun - self._engine.waiting - set(map(str, self._compiling))

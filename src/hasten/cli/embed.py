@@ -1,0 +1,39 @@
+"""`hasten embed`: vectors of texts."""
+
+import argparse
+
+from hasten.cli.options import Parser, engine_options
+from hasten.cli.texts import ENGINE_SKIP, add_text_options, pooling_params, print_lines, read_texts
+from hasten.core.text import from_command_line
+
+
+def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the subcommand `embed`."""
+    parser = commands.add_parser(
+        "embed",
+        help="vectors of texts",
+        description="Print a JSON line for each text, with its vector as embedding and the number of its tokens.",
+    )
+    add_text_options(parser)
+    parser.add_argument("--prompt", help="text that stands before each text, such as an instruction")
+    parser.add_argument("--prompt-name", metavar="NAME", help="one of the model's own prompts, by its name")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Embed and print."""
+    entries, params = read_texts(args), pooling_params(args)
+    prompt = None if args.prompt is None else from_command_line(args.prompt)
+
+    from hasten.engine.llm import LLM, run_worker
+
+    options = engine_options(args, skip=ENGINE_SKIP)
+    if not run_worker(args.model, **options):
+        with LLM(args.model, **options) as llm:
+            texts = [entry.text for entry in entries]
+            outputs = llm.embed(texts, pooling_params=params, prompt=prompt, prompt_name=args.prompt_name)
+            found = (
+                {"tokens": len(output.prompt_token_ids), "embedding": output.outputs.embedding} for output in outputs
+            )
+            print_lines(entries, found)
+    return 0

@@ -1,0 +1,181 @@
+"""What `LLM` makes of texts other than more text: vectors, scores of labels and of pairs, under vLLM's names."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from hasten.core.errors import EngineError, InvalidRequestError
+from hasten.core.types import (
+    ClassificationOutput,
+    EmbeddingOutput,
+    FailedOutput,
+    PooledOutput,
+    PoolingParams,
+    PoolingRequestOutput,
+    PoolingTask,
+    Request,
+    ScoringOutput,
+)
+from hasten.engine.engine import Engine, Output
+from hasten.engine.pooling import Pooler
+from hasten.engine.prompts import Prompt
+from hasten.engine.texts import Instruction, TextRequests, instruction, text_pairs
+
+
+class PoolingMethods(ABC):
+    """The methods of an `LLM` whose model gives vectors or scores.
+
+    All of them raise InvalidRequestError, before anything is computed, where the model is for another task or a text
+    cannot be served, and EngineError where one could not be computed. For several texts a bar on standard error shows
+    how far they are, if that is a terminal; `use_tqdm=False` does without.
+    """
+
+    @property
+    @abstractmethod
+    def engine(self) -> Engine:
+        """The engine below."""
+
+    @abstractmethod
+    def _check_free(self) -> None: ...
+
+    @abstractmethod
+    def _queue(self, requests: Sequence[tuple[str, Request]], *, stream: bool) -> list[str]: ...
+
+    @abstractmethod
+    def _finished(self, ids: Sequence[str], doing: str, *, show_progress: bool) -> list[Output]: ...
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of scores; none where the model does not classify."""
+        classifier = self.engine.model_config.classifier
+        return () if classifier is None else classifier.labels
+
+    def embed(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        pooling_params: PoolingParams | None = None,
+        truncate_prompt_tokens: int | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        use_tqdm: bool = True,
+    ) -> list[PoolingRequestOutput[EmbeddingOutput]]:
+        """The vector of each text, or list of token ids: `outputs.embedding`, in the order of the prompts.
+
+        `prompt` stands before each text, or the one that the model has under `prompt_name`, or its default.
+        """
+        params = _params("embed", pooling_params, truncate_prompt_tokens)
+        outputs = self._pooled(prompts, params, use_tqdm=use_tqdm, prompt_name=prompt_name, prompt=prompt)
+        return cast("list[PoolingRequestOutput[EmbeddingOutput]]", outputs)
+
+    def classify(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        pooling_params: PoolingParams | None = None,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[PoolingRequestOutput[ClassificationOutput]]:
+        """The scores of each text by label: `outputs.probs`, in the order of `labels`."""
+        params = _params("classify", pooling_params, truncate_prompt_tokens)
+        outputs = self._pooled(prompts, params, use_tqdm=use_tqdm)
+        return cast("list[PoolingRequestOutput[ClassificationOutput]]", outputs)
+
+    def encode(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        pooling_task: PoolingTask | None = None,
+        pooling_params: PoolingParams | None = None,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[PoolingRequestOutput[Any]]:
+        """What a model makes of each text for a task, by default its own.
+
+        For `token_embed` and `token_classify` that is `outputs.data`, a tensor with a row for each token.
+        """
+        task = pooling_task or (pooling_params.task if pooling_params is not None else self._pooler("encode").tasks[0])
+        params = _params(task, pooling_params, truncate_prompt_tokens)
+        return self._pooled(prompts, params, use_tqdm=use_tqdm)
+
+    def score(
+        self,
+        queries: str | Sequence[str],
+        documents: str | Sequence[str],
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[PoolingRequestOutput[ScoringOutput]]:
+        """How well each document answers its query: `outputs.score`. One query stands for all documents.
+
+        A cross-encoder reads both texts together; of a model that gives vectors, it is their cosine.
+        """
+        pairs = text_pairs(queries, documents)
+        pooler = self._pooler("score")
+        if "embed" in pooler.tasks:
+            return self._cosines(pairs, truncate_prompt_tokens, use_tqdm=use_tqdm)
+        params = _params("score", None, truncate_prompt_tokens)
+        pooler.check(params)
+        outputs = self._outputs(self._requests().of_pairs(pairs, params), "scoring", use_tqdm=use_tqdm)
+        return cast("list[PoolingRequestOutput[ScoringOutput]]", outputs)
+
+    def _cosines(
+        self, pairs: Sequence[tuple[str, str]], truncate: int | None, *, use_tqdm: bool
+    ) -> list[PoolingRequestOutput[ScoringOutput]]:
+        params = PoolingParams(normalize=True, truncate_prompt_tokens=truncate)
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+        outputs = self.embed(texts, pooling_params=params, prompt="", use_tqdm=use_tqdm)
+        found = dict(zip(texts, outputs, strict=True))
+
+        def scored(first: str, second: str) -> PoolingRequestOutput[ScoringOutput]:
+            one, other = found[first], found[second]
+            products = (a * b for a, b in zip(one.outputs.embedding, other.outputs.embedding, strict=True))
+            ids = one.prompt_token_ids + other.prompt_token_ids
+            return PoolingRequestOutput(other.request_id, None, ids, ScoringOutput(sum(products)))
+
+        return [scored(*pair) for pair in pairs]
+
+    def _pooler(self, method: str) -> Pooler:
+        engine = self.engine
+        if engine.worker.pooler is None:
+            raise InvalidRequestError(
+                f"{method}: {engine.model_config.architecture} generates text; it gives no vectors and no scores"
+            )
+        return engine.worker.pooler
+
+    def _requests(self) -> TextRequests:
+        engine = self.engine
+        return TextRequests(self._pooler("encode").pooling, engine.tokenizer, engine.max_model_len)
+
+    def _pooled(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: PoolingParams,
+        *,
+        use_tqdm: bool,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+    ) -> list[PoolingRequestOutput[PooledOutput]]:
+        pooler = self._pooler(params.task)
+        pooler.check(params)
+        before = instruction(pooler.pooling, prompt, prompt_name) if params.task == "embed" else Instruction()
+        return self._outputs(self._requests().of_prompts(prompts, params, before), "encoding", use_tqdm=use_tqdm)
+
+    def _outputs(
+        self, requests: Sequence[tuple[str, Request]], doing: str, *, use_tqdm: bool
+    ) -> list[PoolingRequestOutput[PooledOutput]]:
+        self._check_free()
+        ids = self._queue(requests, stream=False)
+        outputs = self._finished(ids, doing, show_progress=use_tqdm)
+        pooled = [output for output in outputs if isinstance(output, PoolingRequestOutput)]
+        for (where, _), output in zip(requests, pooled, strict=True):
+            if isinstance(output.outputs, FailedOutput):
+                raise EngineError(f"{where}: {output.outputs.error}")
+        return pooled
+
+
+def _params(task: PoolingTask, params: PoolingParams | None, truncate: int | None) -> PoolingParams:
+    """Parameters of a method's task, with what its own argument says."""
+    params = PoolingParams(task=task) if params is None else replace(params, task=task)
+    return params if truncate is None else replace(params, truncate_prompt_tokens=truncate)

@@ -1,0 +1,128 @@
+"""What callers of `LLM` give to have vectors or scores made of it: texts, token ids and pairs, with their prompts."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from hasten.checkpoint.pooling import PoolingConfig
+from hasten.core.errors import InvalidRequestError
+from hasten.core.text import require_utf8
+from hasten.core.types import PoolingParams, Request
+from hasten.engine.prompts import ParsedPrompt, Prompt, parse_prompts
+from hasten.engine.text import Tokenizer, Tokens
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What stands before texts, as sentence-transformers' prompts do."""
+
+    text: str = ""
+    counts: bool = True
+    """Whether a vector is made of it too."""
+
+
+def instruction(pooling: PoolingConfig, prompt: str | None, prompt_name: str | None) -> Instruction:
+    """The text given, or the model's own under a name, or its default; InvalidRequestError where there is none."""
+    if prompt is not None:
+        if prompt_name is not None:
+            raise InvalidRequestError("prompt and prompt_name both say what stands before the texts; give one of them")
+        if not isinstance(prompt, str):
+            raise InvalidRequestError(f"prompt must be a text, got {prompt!r:.80}")
+        require_utf8("prompt", prompt)
+        return Instruction(prompt, pooling.include_prompt)
+    name = pooling.default_prompt if prompt_name is None else prompt_name
+    if name is None:
+        return Instruction()
+    if name not in pooling.prompts:
+        there = ", ".join(pooling.prompts) or "none"
+        raise InvalidRequestError(f"prompt_name {name!r:.80} is no prompt of the model; there are: {there}")
+    return Instruction(pooling.prompts[name], pooling.include_prompt)
+
+
+class TextRequests:
+    """Makes requests of texts, for one model."""
+
+    def __init__(self, pooling: PoolingConfig, tokenizer: Tokenizer | None, longest: int) -> None:
+        """`longest`: most tokens of a text."""
+        self._pooling = pooling
+        self._tokenizer = tokenizer
+        self._longest = longest
+
+    def of_prompts(
+        self, prompts: Prompt | Iterable[Prompt], params: PoolingParams, before: Instruction
+    ) -> list[tuple[str, Request]]:
+        """A request of each text or list of token ids, with what messages call it."""
+        parsed = parse_prompts(prompts)
+        texts = [before.text + prompt.text for prompt in parsed if prompt.token_ids is None and prompt.text is not None]
+        encoded = iter(self._encoded(texts, params))
+        skipped = 0 if before.counts or not before.text else self._length(before.text)
+
+        def request(number: int, prompt: ParsedPrompt) -> Request:
+            tokens = next(encoded) if prompt.token_ids is None else Tokens(list(prompt.token_ids), [])
+            return _request(number, tokens, params, prompt.text, 0 if prompt.token_ids else skipped)
+
+        return [(prompt.where, request(number, prompt)) for number, prompt in enumerate(parsed)]
+
+    def of_pairs(self, pairs: Sequence[tuple[str, str]], params: PoolingParams) -> list[tuple[str, Request]]:
+        """A request of each pair of texts, which are told apart by the tokenizer's own means."""
+        encoded = self._encoded(pairs, params)
+        return [(f"pair {number}", _request(number, tokens, params, None, 0)) for number, tokens in enumerate(encoded)]
+
+    def _encoded(self, texts: Sequence[str | tuple[str, str]], params: PoolingParams) -> list[Tokens]:
+        if not texts:
+            return []
+        if self._tokenizer is None:
+            raise InvalidRequestError("the model's folder has no tokenizer; give token ids, or name one (tokenizer)")
+        if self._pooling.lowercase:
+            texts = [text.lower() if isinstance(text, str) else (text[0].lower(), text[1].lower()) for text in texts]
+        most = params.truncate_prompt_tokens
+        limit = None if most is None else self._longest if most == -1 else min(most, self._longest)
+        return self._tokenizer.encode_texts(texts, most_tokens=limit)
+
+    def _length(self, before: str) -> int:
+        """Tokens at the beginning of a text that an instruction takes, with what begins every text."""
+        assert self._tokenizer is not None
+        text = before.lower() if self._pooling.lowercase else before
+        (tokens,) = self._tokenizer.encode_texts([text])
+        plain = self._tokenizer.encode(text, add_special_tokens=False)
+        ending = len(tokens.ids) - len(plain) - _common(tokens.ids, plain)
+        return len(tokens.ids) - max(0, ending)
+
+
+def _common(whole: Sequence[int], part: Sequence[int]) -> int:
+    """Where `part` begins in `whole`."""
+    count = len(part)
+    return next((at for at in range(len(whole) - count + 1) if list(whole[at : at + count]) == list(part)), 0)
+
+
+def _request(number: int, tokens: Tokens, params: PoolingParams, text: str | None, skipped: int) -> Request:
+    types = tuple(tokens.type_ids) if any(tokens.type_ids) else ()
+    return Request(
+        request_id=str(number),
+        prompt_token_ids=tuple(tokens.ids),
+        pooling=params,
+        prompt=text,
+        token_type_ids=types,
+        skipped_tokens=skipped,
+    )
+
+
+def text_pairs(queries: str | Sequence[str], documents: str | Sequence[str]) -> list[tuple[str, str]]:
+    """A query with each document, or as many queries as documents, pair by pair; InvalidRequestError for others."""
+    first, second = (_texts(name, given) for name, given in (("queries", queries), ("documents", documents)))
+    if len(first) == 1:
+        first *= len(second)
+    if len(first) != len(second):
+        raise InvalidRequestError(f"{len(first)} queries, but {len(second)} documents; give one query, or one for each")
+    return list(zip(first, second, strict=True))
+
+
+def _texts(name: str, given: str | Sequence[str]) -> list[str]:
+    if isinstance(given, str):
+        given = [given]
+    if not isinstance(given, Sequence) or isinstance(given, Mapping | bytes):
+        raise InvalidRequestError(f"{name} must be a text or a list of texts, got {given!r:.80}")
+    for number, text in enumerate(given):
+        if not isinstance(text, str):
+            raise InvalidRequestError(f"{name}[{number}] must be a text, got {text!r:.80}")
+        require_utf8(f"{name}[{number}]", text)
+    return list(given)

@@ -1,0 +1,60 @@
+"""MPNet: RoBERTa without types of tokens, with a learned bias of each score for how far the key is from the query.
+
+Source: Song et al., "MPNet: Masked and Permuted Pre-training for Language Understanding", 2020.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hasten.core.config import ModelConfig
+from hasten.models.bert import POOLER, bert_fields
+from hasten.models.decoder_weights import plain_layer
+from hasten.models.encoder import Encoder, classifier_from_hf, embedding_weights, encoder_weights, refuse, task_from_hf
+from hasten.models.roberta import MASKED_WORDS, padded_positions
+from hasten.models.weight_map import WeightMap, WeightSpec, table
+
+_BUCKETS = 32
+
+
+class MPNetModel(Encoder):
+    """MPNet, as an encoder or with a classifier of texts or tokens."""
+
+    @staticmethod
+    def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+        """Read Hugging Face's config.json."""
+        architecture, task = task_from_hf(raw)
+        refuse(raw, {"relative_attention_num_buckets": _BUCKETS})  # transformers computes with these, whatever it says
+        fields = bert_fields(raw, pad=1, position="relative", relative_buckets=_BUCKETS)
+        return ModelConfig(
+            architecture=architecture or "MPNetModel",
+            task=task,
+            classifier=classifier_from_hf(raw, task, dense="tanh" if task == "classify" else None),
+            **fields | {"token_types": 0},
+            **padded_positions(raw, fields["pad_token_id"]),
+        )
+
+    @staticmethod
+    def weight_map(config: ModelConfig) -> WeightMap:
+        """Names, layouts and splits of all weights."""
+        bias = table("relative_bias.weight", "encoder.relative_attention_bias.weight", "buckets", "heads")
+        return encoder_weights(
+            config,
+            _of_layer,
+            prefix="mpnet.",
+            first=(*embedding_weights(config), bias),
+            dense="classifier.dense",
+            classifier="classifier.out_proj" if config.task == "classify" else "classifier",
+            ignored=(*MASKED_WORDS, *POOLER),
+        )
+
+
+def _of_layer(layer: int) -> Iterator[WeightSpec]:
+    return plain_layer(
+        layer,
+        f"encoder.layer.{layer}",
+        norms={"attention_norm": "attention.LayerNorm", "output_norm": "output.LayerNorm"},
+        qkv={"attention.attn.q": "query", "attention.attn.k": "kv", "attention.attn.v": "kv"},
+        dense="attention.attn.o",
+        up="intermediate.dense",
+        down="output.dense",
+    )
