@@ -41,8 +41,13 @@ def product(x_th: Tensor, weight: PackedLinear, scales_o: Tensor) -> Tensor:
         x_th = x_th if weight.inputs is None else rounded(x_th, weight.inputs)
         return _widened(x_th, weight.plain).mul_(scales_o)
     by = _by_digits if weight.inputs is None else _by_numbers
-    pieces = [by(piece, weight.blocked, scales_o) for piece in x_th.split(_ROWS)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    if x_th.shape[0] <= _ROWS:
+        sums_to, units_t1 = by(x_th, weight.blocked, scales_o)
+        return sums_to.mul_(units_t1)
+    out_to = x_th.new_empty(x_th.shape[0], weight.out_features)
+    for piece, target in zip(x_th.split(_ROWS), out_to.split(_ROWS), strict=True):
+        torch.mul(*by(piece, weight.blocked, scales_o), out=target)
+    return out_to
 
 
 @cache
@@ -55,18 +60,19 @@ def exact_int8() -> bool:
     return int(_products(torch.full((2, 64), 127.0), blocked, torch.ones(64)).min()) == 127 * 127 * 64
 
 
-def _by_digits(x_th: Tensor, blocked: Tensor, scales_o: Tensor) -> Tensor:
-    """One product of all high digits and all low ones."""
+def _by_digits(x_th: Tensor, blocked: Tensor, scales_o: Tensor) -> tuple[Tensor, Tensor]:
+    """One product of all high digits and all low ones; and the units."""
     rows = x_th.shape[0]
     high_th, low_th, units_t1 = digits_of(x_th)
     sums = _products(torch.cat((high_th, low_th)), blocked, scales_o)
     # NaN and infinity are in the unit, and come back with it
-    return sums[:rows].mul_(BASE).add_(sums[rows:]).mul_(units_t1)
+    return sums[:rows].mul_(BASE).add_(sums[rows:]), units_t1
 
 
-def _by_numbers(x_th: Tensor, blocked: Tensor, scales_o: Tensor) -> Tensor:
+def _by_numbers(x_th: Tensor, blocked: Tensor, scales_o: Tensor) -> tuple[Tensor, Tensor]:
+    """The product of single numbers; and the units."""
     numbers_th, units_t1 = numbers_of(x_th, torch.int8)
-    return _products(numbers_th, blocked, scales_o).mul_(units_t1)
+    return _products(numbers_th, blocked, scales_o), units_t1
 
 
 def _products(numbers_th: Tensor, blocked: Tensor, scales_o: Tensor) -> Tensor:
