@@ -160,7 +160,10 @@ def test_what_cannot_be_had_is_one_line_that_says_what_to_do(site: HubSite, run:
     site.put("org/no-weights", {"config.json": files["config.json"], "model.onnx": b"x"})
     xglm = json.dumps({"architectures": ["XGLMForCausalLM"], "model_type": "xglm"}).encode()
     site.put("org/xglm", files | {"config.json": xglm})
+    bits = json.loads(files["config.json"]) | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    site.put("org/bits", files | {"config.json": json.dumps(bits).encode()})
     expected = {
+        "org/bits": "UnsupportedError: org/bits: quantization_config (bitsandbytes): quantized weights of this kind",
         "org/nothing": f"CheckpointError: org/nothing is neither a folder here nor a model at {site.url}; chec",
         "org/gated": f"CheckpointError: org/gated is gated: accept its conditions at {site.url}/org/gated, and log in",
         "org/gguf": "CheckpointError: org/gguf has no config.json, so it is not a model of transformers; GGUF is",

@@ -22,6 +22,7 @@ from hasten.core.errors import CheckpointError, ConfigError, HastenError
 from hasten.core.files import expand_home
 from hasten.core.progress import ProgressBar, progress_bar
 from hasten.models.registry import architecture_of
+from hasten.quantization.formats.files import METHODS
 
 Part = Literal["model", "config", "tokenizer"]
 """What of a model is needed: everything, what describes it, or its tokenizer."""
@@ -52,7 +53,7 @@ _CACHED = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 _RANK_FOLDER = re.compile(r"\d+-gpu")
 POOLING_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 """What sentence-transformers writes next to a model, for all its modules."""
-_SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES, *POOLING_FILES, ADAPTER)
+_SIDE_FILES = ("config.json", "generation_config.json", *METHODS, *TOKENIZER_FILES, *POOLING_FILES, ADAPTER)
 _OF_MODULE = re.compile(r"\d+_\w+/(config\.json|model\.safetensors|pytorch_model\.bin)")
 """Files of such a module, which are small."""
 _WEIGHTS = (
@@ -249,7 +250,7 @@ def _download(model: HubModel, part: Part, cache: Path | None, output_dir: Path 
         )
 
     if "config.json" in names and part != "tokenizer":
-        _check_architecture(fetch("config.json"), model)
+        _check_config(fetch("config.json"), model)
     folder = output_dir or _storage(model, cache) / "snapshots" / info.sha
     missing = [name for name in names if not (folder / name).is_file()] if output_dir is None else names
     if missing:
@@ -278,10 +279,14 @@ def _needed(model: HubModel, part: Part, names: Sequence[str]) -> list[str]:
     )
 
 
-def _check_architecture(path: Path, model: HubModel) -> None:
-    """Refuse a model that hasten lacks before its weights are downloaded."""
+def _check_config(path: Path, model: HubModel) -> None:
+    """Refuse an architecture and a format of weights that hasten lacks before the weights are downloaded."""
+    from hasten.quantization.formats.registry import format_of
+
     try:
-        architecture_of(json.loads(path.read_text(encoding="utf-8")))
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        architecture_of(raw)
+        format_of(raw)
     except ValueError as error:
         raise CheckpointError(f"{model.id}: its config.json is not JSON ({error})") from error
     except HastenError as error:

@@ -47,6 +47,7 @@ from hasten.parallel.shard import overlap, resplit, shard_shape, split
 from hasten.quantization import stored as stored_weight
 from hasten.quantization.formats import registry as formats
 from hasten.quantization.formats.base import Format, Module
+from hasten.quantization.formats.files import METHODS
 from hasten.quantization.stored import StoredWeight
 
 _log = logging.getLogger(__name__)
@@ -727,7 +728,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
 
 def read_format(folder: Path) -> Format | None:
     """How the Hugging Face checkpoint in `folder` holds quantized weights; None: it is in full precision."""
-    files = {name: read_json(folder / name) for name in formats.FILES if (folder / name).is_file()}
+    files = {name: read_json(folder / name) for name in METHODS if (folder / name).is_file()}
     try:
         return formats.format_of(read_json(folder / "config.json"), files)
     except HastenError as error:

@@ -8,6 +8,7 @@ from hasten.quantization.formats.awq import AWQ
 from hasten.quantization.formats.base import Format
 from hasten.quantization.formats.compressed_tensors import CompressedTensors
 from hasten.quantization.formats.eight_bit import FP8
+from hasten.quantization.formats.files import METHODS
 from hasten.quantization.formats.gptq import GPTQ
 from hasten.quantization.formats.mxfp4 import MXFP4
 
@@ -23,8 +24,6 @@ _MODEL_TYPES = {"mxfp4": "gpt_oss"}
 """Methods that are read for one `model_type` alone."""
 KEYS = ("quantization_config", "compression_config")
 """Of config.json, the second in old files of compressed-tensors."""
-FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
-"""Where older repositories have their configuration, and which method it is of."""
 _AT_LOAD = ("load_in_4bit", "load_in_8bit")
 """Keys of bitsandbytes, which once had no name."""
 _LOAD_TIME = "give the full-precision checkpoint, which --quantization quantizes while it loads"
@@ -46,7 +45,7 @@ def format_of(raw: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]] | N
     for key in KEYS:
         if raw.get(key):
             return _opened(key, raw[key], None, raw.get("model_type"))
-    for name, method in FILES.items():
+    for name, method in METHODS.items():
         if files and name in files:
             return _opened(name, files[name], method, raw.get("model_type"))
     return None
