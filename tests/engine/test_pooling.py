@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tests.conftest import MakeModel
 from tests.encoders import TEXTS, save_encoder, save_pooling, their_output, theirs
 from torch import Tensor
 
@@ -208,8 +209,6 @@ def test_withdrawn_texts_leave_nothing(llm: LLM) -> None:
 
 
 def test_hidden_states_that_are_not_finite_are_an_error(bert: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     folder = Path(shutil.copytree(bert, tmp_path / "model"))
     tensors = load_file(folder / "model.safetensors")
     tensors["encoder.layer.2.output.dense.bias"].fill_(float("inf"))
@@ -297,3 +296,28 @@ def test_requests_need_no_sampling_parameters() -> None:
 def test_what_is_for_models_that_generate(bert: Path) -> None:
     with pytest.raises(HastenError, match="deterministic is for models that generate text; BertModel does not"):
         LLM(bert, device="cpu", deterministic=True)
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "OPT", "GPT2"])
+def test_decoders_that_give_vectors(family: str, make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model(family, tie_word_embeddings=False)
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    save_pooling(folder, [pooling_of("lasttoken"), NORMALIZE])
+    model = theirs(folder)
+    with LLM(folder, device="cpu") as llm:
+        for output in llm.embed(TEXTS):
+            last = their_output(model, output.prompt_token_ids)[-1]
+            assert (torch.tensor(output.outputs.embedding) - last / last.norm()).abs().max() < BOUND
+        with pytest.raises(InvalidRequestError, match="generates no text; it does embed, token_embed"):
+            llm.generate("the garden")
+
+
+def test_a_decoder_without_a_head(make_model: MakeModel, tmp_path: Path) -> None:
+    """As published embedding models are, whose files are those of the base model."""
+    folder = Path(shutil.copytree(make_model("Qwen3", tie_word_embeddings=False), tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    names = {name: name.removeprefix("model.") for name in tensors if name != "lm_head.weight"}
+    save_file({short: tensors[name] for name, short in names.items()}, folder / "model.safetensors")
+    save_pooling(folder, [pooling_of("lasttoken")])
+    with LLM(folder, device="cpu") as llm:
+        assert len(llm.embed("the garden")[0].outputs.embedding) == 48

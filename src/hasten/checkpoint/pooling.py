@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.checkpoint.sources import read_json, read_json_list, read_tensors
+from hasten.checkpoint.sources import MODULES, read_json, read_json_list, read_tensors
 from hasten.core.config import ModelConfig, Pooling
 from hasten.core.errors import CheckpointError, UnsupportedError
 
 _log = logging.getLogger(__name__)
 
-MODULES = "modules.json"
 _PROMPTS = "config_sentence_transformers.json"
 _BERT = "sentence_bert_config.json"
 _MODES: tuple[tuple[str, Pooling], ...] = (

@@ -719,6 +719,9 @@ def read_hf_config(folder: Path) -> ModelConfig:
         raise type(error)(f"{path}: {error}") from error
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"{path} has a value of the wrong kind: {error}") from error
+    if config.task == "generate" and (folder / MODULES).is_file():
+        # vectors need no head, which such a checkpoint may lack
+        config = dataclasses.replace(config, task="embed", tie_word_embeddings=True)
     if unknown := fields.unknown(cls.hf_harmless):
         _log.warning(UNKNOWN, path, ", ".join(unknown))
     if settings := not_applied(raw):
@@ -735,6 +738,8 @@ def read_format(folder: Path) -> Format | None:
         raise type(error)(f"{folder / 'config.json'}: {error}") from error
 
 
+MODULES = "modules.json"
+"""What sentence-transformers writes next to a model that gives vectors."""
 UNKNOWN = "%s: ignored, since hasten does not know what they change: %s"
 NOT_APPLIED = "%s: not applied, since every request brings its own settings: %s"
 

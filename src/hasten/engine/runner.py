@@ -143,7 +143,7 @@ class Runner:
 
     def _decode(self, tokens: Tokens) -> StepOutput:
         output = self._mixed(tokens)
-        if not self.stage.is_last or not isinstance(self.model, CausalLM):
+        if not self.stage.is_last or not self._keeps_cache:
             return output
         logits = self.head.local_logits(output.hidden)
         return StepOutput(output.hidden, logits, self.head.greedy(logits))

@@ -66,6 +66,9 @@ _log = logging.getLogger(__name__)
 
 _LEAST_STEP_TOKENS = 1024
 """Tokens of a step that are not divided any further: products of fewer rows are bound by reading weights."""
+_TEXT_STEP_TOKENS = {"cpu": 1, "cuda": 32_768}
+"""Tokens of a step of texts of which vectors or scores are made, at least: nobody waits for the end of a step, and a
+GPU takes a third less time over as many tokens in larger steps (docs/performance.md)."""
 _WARMUP_TOKENS, _WARMUP_SEQUENCES = 512, (1, 4, 24, 48, 128)
 """Steps that are run before the first request comes: kernels are made for a few ranges of rows, and these hit each."""
 _MOST_EXCHANGED_ROWS = 256
@@ -184,6 +187,9 @@ class Worker:
             verify=config.verify_checksums,
             dummy=self.device if config.load_format == "dummy" else None,
         )
+        if checkpoint.pooling is not None and self.config.scheduler.max_num_batched_tokens is None:
+            tokens = max(config.scheduler.max_num_batched_tokens or 1, _TEXT_STEP_TOKENS[self.device.type])
+            config = replace(config, scheduler=replace(config.scheduler, max_num_batched_tokens=tokens))
         return config, checkpoint
 
     def reset(self) -> None:
