@@ -17,6 +17,7 @@ from hasten.engine.planning.hardware import GPUS, Device, gpu, this_cpu
 from hasten.engine.planning.plan import BATCHES, Planner, Setup, advice, others_use
 from hasten.models.registry import model_class
 from hasten.parallel.groups import ParallelGroups, TensorGroup
+from hasten.parallel.threads import limit_threads
 from hasten.quantization.scheme import SCHEMES, Quantizer
 
 MakeModel = Callable[..., Path]
@@ -154,7 +155,7 @@ def test_names_of_gpus() -> None:
 
 
 def test_this_cpu_is_measured() -> None:
-    before, device = torch.get_num_threads(), this_cpu()
+    before, device = limit_threads(), this_cpu()
     assert not device.is_gpu
     assert device.memory > 0
     assert 1e7 < device.bytes_per_second < 1e13
