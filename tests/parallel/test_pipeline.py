@@ -30,6 +30,8 @@ from hasten.core.ports import free_port
 from hasten.engine.worker import resolve_scheduler
 from hasten.parallel.groups import PipelineGroup
 
+pytestmark = pytest.mark.any_python
+
 MakeModel = Callable[..., Path]
 
 PROMPTS = [[5 + (7 * i + j) % 90 for j in range(3 + 9 * i)] for i in range(6)]

@@ -11,6 +11,8 @@ from hasten.core.errors import UnsupportedError
 from hasten.ops import PackedLinear, QuantizedWeight, reference, rounding
 from hasten.ops.gpu import matmul, norm, rounded
 
+pytestmark = pytest.mark.any_python
+
 Close = Callable[[str, Tensor, Tensor], None]
 
 HAS_GPU = torch.cuda.is_available()
