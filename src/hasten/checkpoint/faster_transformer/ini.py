@@ -11,7 +11,10 @@ from hasten.core.errors import CheckpointError, UnsupportedError
 CONFIG_INI = "config.ini"
 INT8_MODES: Mapping[str, Quantization | None] = {"0": None, "1": "int8"}
 """FasterTransformer's int8_mode, and the scheme that it stands for."""
-NO_SMOOTHQUANT = "2 is SmoothQuant, whose int8 files are not read; 1 quantizes full-precision files while they load"
+NO_SMOOTHQUANT = (
+    "2 is SmoothQuant, whose int8 files are not read; 1 quantizes full-precision files while they load, "
+    "and so does --quantization w8a8, with activations in int8 as well"
+)
 _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 """What FasterTransformer's runtime takes for true and for false, in lower case."""
 
