@@ -18,8 +18,8 @@ Close = Callable[[str, Tensor, Tensor], None]
 HAS_GPU = torch.cuda.is_available()
 # bf16 is not among numpy's types: the interpreter multiplies matrices of its bits instead.
 HALF = [torch.float16, torch.bfloat16 if HAS_GPU else pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-ROWS = [1, 17, 64, 65, 256]
-"""One, few, and as many as are scaled before they are multiplied."""
+ROWS = [1, 17, 70]
+"""One, few, and so many that weights are scaled before they are multiplied."""
 REAL = {"qkv": (12_288, 4096), "dense": (4096, 4096), "up": (16_384, 4096), "down": (4096, 16_384)}
 """BLOOM-7B1's (o, h)."""
 
@@ -78,7 +78,7 @@ def test_any_number_of_rows(name: str, dtype: torch.dtype, device: torch.device,
     shape, options = CASES[name]
     weight = make_weight(*shape, device, **options)
     out, into, _ = shape
-    for rows in ROWS if name == "groups of 128" else (1, 5, 70):
+    for rows in ROWS:
         x, bias = draw(rows, into, dtype=dtype, device=device), draw(out, dtype=dtype, device=device)
         for bias_o, activation in ((bias, "gelu_tanh"), (None, None)):
             found = matmul.linear(x, weight, bias_o, activation)
@@ -112,7 +112,7 @@ def test_parts_add_up_to_the_product(rows: int, device: torch.device, assert_clo
         assert_close("stepwise", found.sum(0).half(), expected)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 70, 257])
+@pytest.mark.parametrize("rows", [1, 70, 257])
 def test_queries_keys_and_values_go_where_they_belong(rows: int, device: torch.device, assert_close: Close) -> None:
     heads, kv_heads, size, dtype = 4, 1, 24, torch.float16
     weight = make_weight((heads + 2 * kv_heads) * size, 128, 128, device)
