@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.test_scheduler import JOBS, SIZE, Job, expected
@@ -19,6 +21,8 @@ from hasten.engine.block_manager import BlockManager
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
 from hasten.engine.step_message import StepMessage, TableRows
+from hasten.engine.worker import resolve_scheduler
+from hasten.parallel.groups import PipelineGroup
 
 if TYPE_CHECKING:
     from tests.engine.conftest import Shadow
@@ -209,3 +213,51 @@ def test_a_cache_that_holds_no_sequence_is_an_error_here_too(make_pipeline: Make
     pipeline.add("0", Job((0,) * 30))
     with pytest.raises(CapacityError, match="cannot hold one sequence"):
         pipeline.step()
+
+
+LAYERS, PROMPTS = 30, 5153
+SECONDS_PER_TOKEN, LEAST_SECONDS, SECONDS_PER_ROW, HEAD_SECONDS, BORDER_SECONDS = 21.5e-6, 3.3e-3, 7.7e-6, 0.6e-3, 30e-6
+"""Of a step of BLOOM-7B1 on an H200: many tokens and few, the head, and what goes from one stage to the next."""
+
+
+def layer_seconds(batch: Batch) -> float:
+    """What one layer takes for a step."""
+    tokens = batch.num_tokens
+    return max(LEAST_SECONDS + SECONDS_PER_ROW * tokens, SECONDS_PER_TOKEN * tokens) / LAYERS
+
+
+@pytest.mark.parametrize(("stages", "most"), [(2, 0.08), (4, 0.12), (8, 0.20)])
+def test_stages_seldom_stand_idle(stages: int, most: float) -> None:
+    """A simulation: the scheduler over as many requests as LAMBADA has, and a device that takes its time."""
+    rng = random.Random(1)
+    config = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=8192, overlap_steps=True)
+    config = resolve_scheduler(config, torch.device("cuda"), stages)
+    scheduler = Scheduler(config, BlockManager(60_000, 16, enable_prefix_caching=False), stages)
+    for number in range(PROMPTS):
+        length = max(10, round(rng.gauss(87, 30)))
+        params = SamplingParams(max_tokens=4)
+        request = Request(request_id=str(number), prompt_token_ids=tuple(range(length)), params=params)
+        scheduler.add(Sequence(request, 0))
+    layers = [len(PipelineGroup(stage, stages).layers(LAYERS)) for stage in range(stages)]
+    free, busy, chosen_at = [0.0] * stages, 0.0, {-1: 0.0}
+    flights: deque[list[Sequence]] = deque()
+    while scheduler.has_work:
+        batch = scheduler.schedule()
+        if batch.sequences:
+            at = max((chosen_at[s.last_step] for s in batch.sequences if s.pending), default=0.0)
+            for stage in range(stages):
+                seconds = layers[stage] * layer_seconds(batch) + HEAD_SECONDS * (stage == stages - 1)
+                free[stage] = max(at, free[stage]) + seconds
+                at, busy = free[stage] + BORDER_SECONDS, busy + seconds
+            chosen_at[batch.number] = at
+            scheduler.advance(batch)
+            flights.append([batch.sequences[place] for place in batch.sampled])
+        while len(flights) > stages * bool(batch.sequences):
+            landed = flights.popleft()
+            scheduler.land(landed)
+            for sequence in landed:
+                if scheduler.get(sequence.key) is not None:
+                    sequence.append(1)
+                    if len(sequence.token_ids) == sequence.max_length:
+                        scheduler.finish(sequence.key)
+    assert 1 - busy / (stages * max(free)) < most
