@@ -139,7 +139,8 @@ class Runner:
     def _hidden(self, ids_t: Tensor, tokens: Tokens) -> Tensor:
         read = ids_t if self.stage.is_first else self._incoming[: len(ids_t)]
         hidden: Tensor = self.model(read, tokens.positions, tokens.meta)
-        return hidden.to(self.dtype)  # of the parts of a product, which are fp32, a stage's sum is fp32 too
+        # a sum that a stage ends with is in fp32, and what is sent must be what the next stage makes room for
+        return hidden if self.stage.is_last else hidden.to(self.dtype)
 
     def _decode(self, tokens: Tokens) -> StepOutput:
         output = self._mixed(tokens)

@@ -79,7 +79,6 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, groups: ParallelGroups) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.group = groups.tensor
         self.last = layer == config.num_layers - 1
         self.input_norm = make_norm(config, groups)
         self.attention = Attention(hidden, config.attention_of(layer), norm_eps=config.norm_eps, group=groups.tensor)

@@ -15,6 +15,7 @@ from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import UnsupportedError
 from hasten.layers.embedding import Embedding, Head
 from hasten.layers.linear import ReplicatedLinear
+from hasten.layers.norm import LayerNorm
 from hasten.models import hf_config
 from hasten.models.base import CausalLM
 from hasten.models.decoder import SequentialBlock, make_norm
@@ -37,10 +38,15 @@ class OPTPostNormBlock(SequentialBlock):
 
     def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
         """Hidden states after this layer."""
-        residual_th = self.group.complete(x_th)
+        residual_th = _added_up(x_th, self.input_norm)
         x_th = self.attention(residual_th, positions_t, meta, residual_th, last=self.last)
         residual_th, _ = self.input_norm(x_th)
         return self.post_norm(self.mlp(residual_th, residual_th))[0]
+
+
+def _added_up(x_th: Tensor | PartialSum, norm: LayerNorm) -> Tensor:
+    """A sum as a tensor of the model's type: norms are what adds sums up, and any of them returns the sum as well."""
+    return x_th if isinstance(x_th, Tensor) else norm(x_th)[1]
 
 
 class OPTForCausalLM(CausalLM):
@@ -77,7 +83,12 @@ class OPTForCausalLM(CausalLM):
 
     def end(self, x_th: Tensor | PartialSum) -> Tensor:
         """Hidden states after the last norm, as wide as the embeddings."""
-        out_th = self.group.complete(x_th) if self.final_norm is None else self.final_norm(x_th)[0]
+        if self.final_norm is None:
+            last = list(self.layers.values())[-1]
+            assert isinstance(last, SequentialBlock)
+            out_th = _added_up(x_th, last.post_norm)
+        else:
+            out_th, _ = self.final_norm(x_th)
         return out_th if self.project_out is None else self.project_out(out_th)
 
     hf_harmless: ClassVar[frozenset[str]] = frozenset(

@@ -91,11 +91,14 @@ class Ranks:
         self._sent: deque[tuple[Tensor, list[dist.Work | None]]] = deque()
         """Published parts that may be under way, which must stay in memory."""
         self._threads = limit_threads()
-        self._most_under_way = _MOST_UNDER_WAY
+        self._most_under_way = 0
+        """Parts of messages that other ranks may not have received yet: with several stages on a CPU ranks compute
+        before they receive again. Elsewhere they receive at once, and who does not is dead."""
         if place is not None and place.size > 1:
             self._join(place, device_kind)
             if parallel is not None and parallel.pipeline_parallel_size > 1:
-                self._most_under_way += 2 * parallel.pipeline_parallel_size
+                if device_kind == "cpu":
+                    self._most_under_way = 2 * parallel.pipeline_parallel_size + _MOST_UNDER_WAY
                 self.groups = self._form_stages(parallel)
         if self.local_size > 1 and device_kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, self._threads // self.local_size))
@@ -224,7 +227,7 @@ class Ranks:
         return json.loads(bytes(whole.numpy()))
 
     def publish(self, numbers: NDArray[np.int32]) -> None:
-        """Send whole numbers to the other ranks, which `receive` them; on rank 0, which does not wait for that."""
+        """Send whole numbers to the other ranks, which `receive` them; on rank 0."""
         first = torch.zeros(_FIRST_NUMBERS, dtype=torch.int32)
         first[0] = len(numbers)
         first[1 : 1 + len(numbers)] = torch.from_numpy(numbers[: _FIRST_NUMBERS - 1])
@@ -292,7 +295,7 @@ def _brief(error: Exception) -> str:
 _FIRST_NUMBERS = 2048
 """Numbers of the first part of a message, with its length: most messages fit."""
 _MOST_UNDER_WAY = 16
-"""Parts of messages that other ranks may not have received yet."""
+"""Parts of messages, besides two for each stage, that other ranks may not have received yet."""
 
 
 class Children:
