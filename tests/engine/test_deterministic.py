@@ -98,7 +98,7 @@ def check(folder: Path, **options: Any) -> None:
         assert_same(expected, together(llm, shuffled()), "with a warm prefix cache")
         assert_same(expected, alone(llm), "alone with a warm prefix cache")
         assert llm.engine.scheduler.blocks.prefix_hits > 0
-    with engine(folder, **options, max_num_batched_tokens=16, block_size=8) as llm:
+    with engine(folder, **{**options, "max_num_batched_tokens": 16, "block_size": 8}) as llm:
         assert_same(expected, together(llm, shuffled()), "in chunks")
 
 

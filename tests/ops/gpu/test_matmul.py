@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.ops import PackedLinear, reference
-from hasten.ops.gpu import matmul
+from hasten.ops.gpu import library, matmul
 
 # tests/bench/test_kernels.py runs every kernel on every Python
 pytestmark = pytest.mark.any_python
@@ -303,3 +303,67 @@ def test_parts_in_a_fixed_order_come_to_the_same(
     assert_close("parts" if dtype != torch.float32 else "linear", rows[100].float(), exact(x, weight).float())
     for count, total in rows.items():
         assert_same(total, rows[100][:count], count, assert_close)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_library_and_tiles_of_many_rows_change_no_bit(dtype: torch.dtype, device: torch.device) -> None:
+    weight = fixed(2048, 8192, dtype, device)
+    bias = draw(2048, dtype=dtype, device=device)
+    x = draw(1100, 8192, dtype=dtype, device=device)
+    few = [matmul.linear(x[first : first + 64], weight, bias, "gelu_tanh") for first in (0, 1036)]
+    parts = matmul.linear_parts(x[:5], weight)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    assert len(parts) > 1
+    for rows in (65, 80, 256, 513, 1000, 1100):
+        found = matmul.linear(x[:rows].contiguous(), weight, bias, "gelu_tanh")
+        assert torch.equal(found[:64], few[0]), rows
+        sums = matmul.linear_parts(x[:rows].contiguous(), weight)
+        whole = sums[0]
+        for part in sums[1:]:
+            whole = whole + part
+        assert torch.equal(whole[:5], total), rows
+    assert torch.equal(found[1036:], few[1])
+
+
+@pytest.mark.parametrize(("rows", "padded"), [(1, 16), (65, 80), (256, 256), (257, 288), (1000, 1024), (8191, 8192)])
+def test_the_library_is_given_few_numbers_of_rows(rows: int, padded: int) -> None:
+    assert library.padded_rows(rows) == padded
+
+
+def test_one_bit_is_enough_to_leave_the_library_out() -> None:
+    calls = []
+
+    def own(x_th: Tensor) -> Tensor:
+        return x_th @ torch.ones(8, 4)
+
+    def other(x_th: Tensor) -> Tensor:
+        calls.append(x_th.shape)
+        out_to = own(x_th)
+        if len(calls) == 3:
+            out_to[0, 0] = out_to[0, 0].nextafter(torch.tensor(9.0))
+        return out_to
+
+    assert library._agree(torch.empty(1 << 16, 8), 4, own, own)
+    assert not library._agree(torch.empty(1 << 16, 8), 4, other, own)
+    assert len(calls) == 3
+
+
+def test_parts_are_added_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU without products of half types in fp32: their operands are widened first."""
+
+    def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    def addmm(total: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+        assert total.dtype == out_dtype
+        return total + mm(a, b, out_dtype)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    x, weight = torch.randn(6, 64).half(), torch.randn(5, 64).half()
+    found = library._by_parts(x, weight, 4)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, (x.float() @ weight.float().T).unsqueeze(0))

@@ -114,7 +114,8 @@ def attend(
         if CAPPED:
             score_mn = capped(score_mn, cap)
         if HAS_SLOPES:
-            score_mn += slope_m[:, None] * distance_mn.to(tl.float32)
+            # a fused operation, named so that it is the same one in every kernel
+            score_mn = tl.fma(slope_m[:, None], distance_mn.to(tl.float32), score_mn)
         if FARTHEST:
             near_mn = tl.minimum(tl.maximum(distance_mn, -FARTHEST), FARTHEST)
             score_mn += tl.load(bias + near_mn + FARTHEST) * 1.4426950408889634
@@ -139,5 +140,6 @@ def merged(sums, weight, top, their_sums, their_weight, their_top):
     """Two parts of a softmax as one: unscaled sums, weights and tops."""
     new = tl.maximum(top, their_top)
     own, theirs = tl.exp2(top - new), tl.exp2(their_top - new)
-    weight = weight * own + their_weight * theirs
-    return sums * column(own) + their_sums * column(theirs), weight, new
+    # which of two products is fused with the sum would else be the compiler's choice in each kernel
+    weight = tl.fma(weight, own, their_weight * theirs)
+    return tl.fma(sums, column(own), their_sums * column(theirs)), weight, new

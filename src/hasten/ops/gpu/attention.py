@@ -183,35 +183,32 @@ def paged_attention(
 def _tiles(run: int | None, head_size: int, block_size: int, wide: bool) -> dict[str, Any]:
     """The options of the kernel for tiles."""
     if run is not None:
-        return {
-            **_fixed(block_size, wide), "BLOCK_M": 16 if wide else 32, "AHEAD": True, "RUN": run,
-            "num_warps": 4 if wide else 2, "num_stages": 1 if wide else 3,
-        }  # fmt: skip
+        return {**_fixed(block_size, wide), "RUN": run}
     keys = _product(16 if wide and head_size > 128 else 32, block_size, wide)
     return {**keys, "BLOCK_M": TILE, "AHEAD": False, "RUN": 0, "num_warps": 4, "num_stages": 1 if wide else 2}
 
 
 def _fixed(block_size: int, wide: bool) -> dict[str, Any]:
-    """Keys at a time in a fixed order: as many for tiles as for single queries, and for any number of them."""
-    return _product(_FIXED_KEYS, block_size, wide)
+    """The options of both kernels in a fixed order, whatever the number of queries and the size of a group.
+
+    With several warps matrix units divide the keys of a step among them in one kernel and not in the other, and their
+    weights are added up in another order.
+    """
+    keys = _product(_FIXED_KEYS, block_size, wide)
+    warps = {"num_stages": 1, "num_warps": 4} if wide else {"num_stages": 3, "num_warps": 1}
+    return {**keys, **warps, "BLOCK_M": _FIXED_ROWS, "AHEAD": True}
 
 
-_FIXED_KEYS = 16
+_FIXED_KEYS, _FIXED_ROWS = 16, 16
+"""Keys at a time, and rows of the matrix product."""
 
 
 def _single(
     group: int, queries: int, width: int, block_size: int, wide: bool, fixed: bool
 ) -> tuple[Any, dict[str, Any]]:
-    """The kernel for single queries, and its options, for groups of heads of a padded size.
-
-    In a fixed order single heads are groups of one, and each warp has 16 rows, as those of tiles have: what it does
-    for a row is the same.
-    """
+    """The kernel for single queries, and its options, for groups of heads of a padded size."""
     if fixed:
-        return query_group, {
-            **_fixed(block_size, wide), "GROUP": group, "BLOCK_M": 16, "AHEAD": True,
-            "num_stages": 1 if wide else 3, "num_warps": 4 if wide else 1,
-        }  # fmt: skip
+        return query_group, {**_fixed(block_size, wide), "GROUP": group}
     if group == 1:
         lanes, stages, warps = _cut(queries)
         return one_query, {"BLOCK_N": lanes, "STAGES": stages, "num_warps": warps}

@@ -1,11 +1,12 @@
 """The matrix library's products of many rows where a fixed order is wanted: taken only where they have the same bits.
 
 The library chooses among many programs by the shapes of the operands, and does not say in which order they add up. So
-it is given few numbers of rows, and for each of them, and each shape of a weight, its product of random rows is
-compared with that of the own kernel once. Where one bit differs, the own kernel goes on to compute these products.
+it is given few numbers of rows, and for each of them, and each shape of a weight, its products of random rows are
+compared with those of the own kernel first. Where one bit differs, the own kernel goes on to compute these products.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -13,6 +14,12 @@ from torch import Tensor
 
 _MIN_STEP = 16
 _MAX_ROWS = 8192
+_MIN_WEIGHT = 1 << 22
+"""Elements of a weight: products with smaller ones are too short for another order to show."""
+_MIN_PART = 2048
+"""Input features of a part: with fewer, adding up takes longer than the own kernel."""
+_COMPARED = 1 << 20
+"""Least number of outputs that are compared: another order changes one in a hundred to ten thousand."""
 _ALIGNMENT = 256
 """Bytes; the library's choice depends on lower alignments."""
 
@@ -30,20 +37,45 @@ def padded_rows(rows: int) -> int:
 
 def product(x_th: Tensor, weight_oh: Tensor, bias_o: Tensor | None, own: Product) -> Tensor | None:
     """`x @ weight.T + bias`, [t, o], with the same bits as `own(x)`; None where the library has others."""
+    return _checked(x_th, weight_oh, bias_o, 1, partial(F.linear, weight=weight_oh, bias=bias_o), own)
+
+
+def summed(x_th: Tensor, weight_oh: Tensor, parts: int, own: Product) -> Tensor | None:
+    """`x @ weight.T` by parts of the input features that are added up in fp32, [1, t, o], or None: as in `product`."""
+    if weight_oh.shape[1] // parts < _MIN_PART:
+        return None
+    return _checked(x_th, weight_oh, None, parts, partial(_by_parts, weight_oh=weight_oh, parts=parts), own)
+
+
+def _by_parts(x_th: Tensor, weight_oh: Tensor, parts: int) -> Tensor:
+    first, *others = zip(x_th.chunk(parts, dim=1), weight_oh.chunk(parts, dim=1), strict=True)
+    total_to = torch.mm(first[0], first[1].t(), out_dtype=torch.float32)
+    for x_tk, weight_ok in others:
+        total_to = torch.addmm(total_to, x_tk, weight_ok.t(), out_dtype=torch.float32)
+    return total_to.unsqueeze(0)
+
+
+def _checked(
+    x_th: Tensor, weight_oh: Tensor, bias_o: Tensor | None, parts: int, compute: Product, own: Product
+) -> Tensor | None:
     rows = x_th.shape[0]
     padded = padded_rows(rows)
     operands = [weight_oh, *([] if bias_o is None else [bias_o]), *([x_th] if padded == rows else [])]
     aligned = all(operand.data_ptr() % _ALIGNMENT == 0 for operand in operands)
-    if padded > _MAX_ROWS or not x_th.is_cuda or not aligned:
+    if not (x_th.is_cuda and aligned and padded <= _MAX_ROWS and weight_oh.numel() >= _MIN_WEIGHT):
         return None
-    key = (x_th.device.index, x_th.dtype, *weight_oh.shape, bias_o is None, padded)
+    key = (x_th.device.index, x_th.dtype, *weight_oh.shape, bias_o is None, parts, padded)
     if key not in _agreed:
-        _agreed[key] = _agrees(x_th.new_empty(padded, x_th.shape[1]), weight_oh, bias_o, own)
+        _agreed[key] = _agree(x_th.new_empty(padded, x_th.shape[1]), weight_oh.shape[0], compute, own)
     if not _agreed[key]:
         return None
-    return F.linear(F.pad(x_th, (0, 0, 0, padded - rows)) if padded > rows else x_th, weight_oh, bias_o)[:rows]
+    return compute(F.pad(x_th, (0, 0, 0, padded - rows)) if padded > rows else x_th)[..., :rows, :]
 
 
-def _agrees(x_th: Tensor, weight_oh: Tensor, bias_o: Tensor | None, own: Product) -> bool:
-    x_th.normal_(generator=torch.Generator(x_th.device).manual_seed(0))
-    return torch.equal(F.linear(x_th, weight_oh, bias_o), own(x_th))
+def _agree(x_th: Tensor, features: int, compute: Product, own: Product) -> bool:
+    generator = torch.Generator(x_th.device).manual_seed(0)
+    for _ in range(-(-_COMPARED // (x_th.shape[0] * features))):
+        x_th.normal_(generator=generator)
+        if not torch.equal(compute(x_th), own(x_th)):
+            return False
+    return True

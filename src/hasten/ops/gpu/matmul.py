@@ -279,15 +279,17 @@ def _activated(out_to: Tensor, activation: str) -> Tensor:
     return out_to
 
 
-def _by_library(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None) -> Tensor | None:
+def _by_library(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, splits: int = 1) -> Tensor | None:
     """A product of many rows by the library, where that has the bits of `_product`; else None."""
-    if x_th.shape[0] <= MOST_ROWS or x_th.dtype == torch.float32:
+    if x_th.shape[0] <= (MOST_ROWS if splits == 1 else _MAX_SPLIT_ROWS) or x_th.dtype == torch.float32:
         return None
     assert weight.plain is not None
 
     def own(rows_th: Tensor) -> Tensor:
-        return _product(rows_th, weight, bias_o, None, None, splits=1)
+        return _product(rows_th, weight, bias_o, None, None, splits=splits)
 
+    if splits > 1:
+        return library.summed(x_th, weight.plain, splits, own)
     return library.product(x_th, weight.plain, bias_o, own)
 
 
@@ -298,7 +300,7 @@ def linear_parts(x_th: Tensor, weight: PackedLinear, *, whole: bool = False) -> 
     """
     if weight.fixed_order:
         splits = 1 if whole or x_th.dtype == torch.float32 else _splits(16, weight)
-        product_to = _by_library(x_th, weight, None) if splits == 1 else None
+        product_to = _by_library(x_th, weight, None, splits)
         return _product(x_th, weight, None, None, None, splits=splits) if product_to is None else product_to
     if not _serves(x_th, weight, split=True):
         return _library(x_th, weight, None)
