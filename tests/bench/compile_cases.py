@@ -32,6 +32,7 @@ LARGE = (
     *("dense int8", "head int8", "int8, 64 rows", "qkv int8, 128 rows", "qkv int8, 512 rows", "down int8, 512 rows"),
     *("dense int4", "down int4", "qkv int4, 16", "qkv int4, 64", "qkv int4, 256", "up int4, 1", "up int4, 64"),
     *("down fp8", "dense fp8", "qkv fp8", "w8a8, 64 rows", "w8a8, 256 rows", "dense w8a8", "head w8a8", "qkv w8a8"),
+    *("up w8a8", "w8a8, 16 rows", "fp8, 16 rows", "fp8, 64 rows"),
 )
 """Shapes with the kernels of smaller ones."""
 FIXED = ("16 x 192", "64 x 2048, window 512, capped", "prefill 2 x 560, window 128, sinks")

@@ -25,7 +25,7 @@ KINDS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "fp8": (FP8, FP8),
 }
 """Types of weights, and what inputs are rounded to."""
-ROWS = [1, 2, 17, 64, 65]
+ROWS = [1, 17, 65]
 """One, few, and more than one tile."""
 REAL = {"qkv": (12_288, 4096), "dense": (4096, 4096), "up": (16_384, 4096), "down": (4096, 16_384)}
 """BLOOM-7B1's (o, h)."""
