@@ -1,6 +1,7 @@
 """Several engines on one host: which GPUs each has, and how many threads."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from hasten.engine.worker import rank_device
 from hasten.parallel.groups import TensorGroup
 from hasten.parallel.launch import Ranks
 from hasten.parallel.rank import LOCAL, RankInfo, rank_from_environment
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 
 
 @pytest.fixture
@@ -70,3 +73,11 @@ def test_engines_divide_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.get_num_threads() == 6
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_split_that_is_none_is_refused_before_ranks_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("hasten.engine.launch.Children")
+    for load_format in ("auto", "dummy"):
+        config = EngineConfig.create(str(DEMO), tensor_parallel_size=7, load_format=load_format)
+        with pytest.raises(ConfigError, match=r"size 7 does not divide attention heads \(4\)"):
+            start_engine(config)

@@ -343,3 +343,10 @@ def test_what_keeps_an_engine_from_starting(run: Any, demo_model: Path, tmp_path
         with pytest.raises((ConfigError, CapacityError, CheckpointError)) as here:
             LLM(demo_model if options else tmp_path, **options)  # type: ignore[arg-type]  # options of each kind
         assert (type(error), str(error)) == (here.type, str(here.value))
+
+
+def test_more_engines_than_a_machine_can_run_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hasten.server.engine.client.available_cpus", lambda: 12)
+    monkeypatch.delattr(EngineClient, "_replica")
+    with pytest.raises(ConfigError, match=r"data_parallel_size is 13, the maximum on this machine is 12: .* 12 CPUs"):
+        asyncio.run(EngineClient.start(EngineConfig.create("m"), engines=13))

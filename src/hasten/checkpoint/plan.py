@@ -76,6 +76,11 @@ def open_checkpoint(
     )
 
 
+def stored_config(path: Path, ranks: int, *, dummy: bool) -> ModelConfig:
+    """A model's configuration alone, without a look at its weights; errors are those of `open_checkpoint`."""
+    return (open_dummy(path, torch.device("cpu")) if dummy else open_source(path, ranks)).config
+
+
 def generation_eos(source: Source) -> tuple[int, ...] | None:
     """The end tokens that generation_config.json sets, now or when the checkpoint was converted; None: it sets none."""
     path = side_folder(source) / "generation_config.json"

@@ -1,5 +1,8 @@
 """How the ranks of an engine start: rank 0 as an `Engine`, the others as workers that follow it."""
 
+from pathlib import Path
+
+from hasten.checkpoint.plan import stored_config
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
 from hasten.engine.engine import Engine
@@ -38,6 +41,8 @@ def start_engine(config: EngineConfig, place: RankInfo | None = None, *, index: 
     if count > 1:
         _check_several(config, place, count)
     children = None
+    if place is None and size > 1:
+        _check_split(config, size)
     if place is None and size * count > 1:
         place = RankInfo(0, size, size * count, LOCAL, free_local_port() if size > 1 else 0, index * size)
         children = Children("hasten.engine.worker", config_to_json(config), place) if size > 1 else None
@@ -66,6 +71,13 @@ def _check_several(config: EngineConfig, place: RankInfo | None, count: int) -> 
             f"device {config.device} is one GPU, but data_parallel_size is {count}; give cuda, and choose GPUs with "
             "CUDA_VISIBLE_DEVICES"
         )
+
+
+def _check_split(config: EngineConfig, size: int) -> None:
+    """ConfigError, before any rank starts, where a model of this host cannot be split over so many."""
+    path = Path(config.model)
+    if path.exists():
+        config.parallel.validate(stored_config(path, size, dummy=config.load_format == "dummy"))
 
 
 def run_worker(config: EngineConfig) -> bool:

@@ -11,7 +11,8 @@ from dataclasses import replace
 from operator import index
 
 from hasten.core.config import EngineConfig
-from hasten.core.errors import EngineError, HastenError, InvalidRequestError
+from hasten.core.cpus import available_cpus
+from hasten.core.errors import ConfigError, EngineError, HastenError, InvalidRequestError
 from hasten.core.types import SamplingParams
 from hasten.engine.stats import EngineStats
 from hasten.engine.text import Tokenizer
@@ -55,7 +56,20 @@ _MOST_ENTRIES = {"stop_token_ids": 1024, "stop_words_ids": 1024, "bad_words_ids"
 """Of one request: each is looked at for each token."""
 _MOST_LOGPROBS = 1024
 """Of one token."""
+_MIN_ENGINE_LIMIT = 8
+"""Engines of one model that a machine with fewer CPUs may have, too: those of GPUs need little of them."""
 _NO_LIMITS = QueueLimits()
+
+
+def _check_engines(count: int) -> None:
+    """ConfigError where one machine is to have more engines of a model than it could run."""
+    cpus = available_cpus()
+    most = max(cpus, _MIN_ENGINE_LIMIT)
+    if count > most:
+        raise ConfigError(
+            f"data_parallel_size is {count}, the maximum on this machine is {most}: "
+            f"each engine is a process that computes, and there are {cpus} CPUs"
+        )
 
 
 def _check_sizes(params: SamplingParams, vocab_size: int) -> None:
@@ -138,6 +152,7 @@ class EngineClient:
 
         An engine with requests and without a step for `stall_timeout` seconds is not `ready`.
         """
+        _check_engines(engines)
         client = cls(config, limits, name, stall_timeout, engines)
         starting = [asyncio.create_task(replica.start()) for replica in client.replicas]
         try:

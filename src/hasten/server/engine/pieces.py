@@ -21,7 +21,7 @@ def cost(output: "Output | Progress") -> int:
     """What an output takes to encode and to decode, in tokens."""
     total = 0
     for delta in output.completions:
-        total += _delta_cost(delta)
+        total += len(delta.token_ids) if delta.logprobs is None else _delta_cost(delta)
     if prompt := output.prompt_logprobs:
         total += len(prompt) * _token_cost(prompt[-1:])
     return total

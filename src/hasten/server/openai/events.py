@@ -12,7 +12,7 @@ import msgspec
 from hasten.core.errors import HastenError
 from hasten.server.body_writer import BodyWriter
 from hasten.server.by_size import SMALL, by_size
-from hasten.server.engine.client import Progress
+from hasten.server.engine.client import CompletionDelta, Progress
 from hasten.server.openai.answer import Usage
 from hasten.server.openai.errors import error_answer
 
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from hasten.server.openai.call import Call
 
 _encode = msgspec.json.Encoder().encode
+
+
+def _shows(delta: CompletionDelta) -> bool:
+    """Whether there is anything to see: a token may be the beginning of a character, or of a stop string."""
+    return bool(delta.text or delta.logprobs) or delta.finish_reason is not None
 
 
 class CallEvents:
@@ -53,10 +58,7 @@ class CallEvents:
 
     def _events(self, number: int, progress: Progress) -> bytes:
         """What is new of a prompt; the last ones go with the end of the answer."""
-        # a token without text may be the beginning of a character, or of a stop string
-        progress.completions = [
-            delta for delta in progress.completions if delta.text or delta.logprobs or delta.finish_reason is not None
-        ]
+        progress.completions = list(filter(_shows, progress.completions))
         events = b""
         for piece in self._call.taken(number, progress):
             events += self._begin + _encode(piece) + self._end
