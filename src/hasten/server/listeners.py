@@ -102,6 +102,7 @@ class HttpListener:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # nothing depends on where a client is
             timeout_keep_alive=max(1, round(self._limits.idle_timeout)),
             **_tls_options(self._tls),
         )

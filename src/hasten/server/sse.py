@@ -23,16 +23,26 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
 
 
 async def _while_there(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
+    task, left = asyncio.current_task(), False
+    assert task is not None, "requests are answered by tasks"
+
+    def leave(gone: "asyncio.Future[None]") -> None:
+        nonlocal left
+        left = True
+        gone.exception()  # whatever ended the reading, there is nobody to answer
         task.cancel()
+
+    gone = asyncio.ensure_future(_gone(receive))
+    gone.add_done_callback(leave)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if left and task.uncancel() == 0:
+            raise ClientDisconnect from None
+        raise
+    finally:
+        gone.remove_done_callback(leave)
         gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 async def _gone(receive: Receive) -> None:

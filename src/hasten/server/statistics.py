@@ -252,7 +252,10 @@ class Counters:
 
     def of(self, model: str, version: str) -> ModelCounters:
         """Those of one version; they are there from its first loading on."""
-        return self._models.setdefault((model, version), ModelCounters())
+        key = (model, version)
+        if key not in self._models:
+            self._models[key] = ModelCounters()
+        return self._models[key]
 
     def all(self) -> Mapping[tuple[str, str], ModelCounters]:
         """Of every version that was ever loaded."""

@@ -59,6 +59,8 @@ class EngineLink(asyncio.Protocol):
         self._frames = Frames()
         self._decode = msgspec.msgpack.Decoder(FromEngine).decode
         self._closing = False
+        self._queued = bytearray()
+        """Messages that are sent at the end of this turn of the event loop."""
         self._transport: asyncio.WriteTransport
         self._reaping: asyncio.Task[None]
 
@@ -93,12 +95,20 @@ class EngineLink(asyncio.Protocol):
         return self._process.pid
 
     def send(self, message: Any) -> None:
-        """Send a message."""
-        self.send_frame(framed(message))
+        """Send a message, behind those that `send_frame` queued."""
+        self._queued += framed(message)
+        self._flush()
 
     def send_frame(self, frame: bytearray) -> None:
-        """Send a message that `framed` made."""
-        self._transport.write(frame)
+        """Send a message that `framed` made, with others of this turn of the event loop: requests come in bursts."""
+        if not self._queued:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._queued += frame
+
+    def _flush(self) -> None:
+        if self._queued and not self._transport.is_closing():
+            self._transport.write(self._queued)
+        self._queued = bytearray()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is this object's."""

@@ -1,8 +1,10 @@
 """OpenAI's API: models, completions and chats over the server's engines, whole or as streams."""
 
+import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -19,7 +21,7 @@ from hasten.server.json_size import check_declared_size
 from hasten.server.openai.call import Call
 from hasten.server.openai.choices import ChatChoices, completion_choices
 from hasten.server.openai.errors import error_answer
-from hasten.server.openai.models import Models, models_by_id
+from hasten.server.openai.models import Key, Models, models_by_id
 from hasten.server.openai.params import (
     Decoded,
     OpenAIError,
@@ -92,14 +94,24 @@ async def _unknown(request: Request) -> Response:
     raise OpenAIError(f"unknown request URL: {where}", status=404, code="unknown_url")
 
 
+@dataclass(frozen=True)
+class _Serving:
+    """The models that serve."""
+
+    by_id: Mapping[str, Key]
+    engines: Mapping[Key, EngineClient]
+
+
 class _Api:
     def __init__(self, service: Models) -> None:
         self._service = service
         self._created = int(time.time())
         self._prompts = ChatPrompts()
+        self._serving: _Serving | None = None
+        """Of this turn of the event loop."""
 
     async def models(self, request: Request) -> Response:
-        entries = [self._entry(name) for name in models_by_id(self._service)]
+        entries = [self._entry(name) for name in self._served().by_id]
         return _json(_encode({"object": "list", "data": entries}))
 
     async def model(self, request: Request) -> Response:
@@ -112,12 +124,23 @@ class _Api:
 
     def _find(self, name: str) -> tuple[EngineClient, LanguageCounters | None]:
         self._service.check_open()
-        found = models_by_id(self._service)
+        serving = self._served()
+        found = serving.by_id
         if name not in found:
             message = f"the model {name!r:.200} does not exist; there are: {', '.join(found) or 'none'}"
             raise OpenAIError(message, status=404, param="model", code="model_not_found")
         key = found[name]
-        return self._service.engines()[key], self._service.counters.of(*key).language
+        return serving.engines[key], self._service.counters.of(*key).language
+
+    def _served(self) -> "_Serving":
+        """What serves now. All requests that come in one turn of the event loop share it: they come in bursts."""
+        if self._serving is None:
+            self._serving = _Serving(models_by_id(self._service), self._service.engines())
+            asyncio.get_running_loop().call_soon(self._forget)
+        return self._serving
+
+    def _forget(self) -> None:
+        self._serving = None
 
     def _find_ready(self, name: str) -> tuple[EngineClient, LanguageCounters | None]:
         client, counters = self._find(name)
@@ -127,7 +150,7 @@ class _Api:
 
     def _find_any(self, name: str | None) -> EngineClient:
         """The engine of a model; without a name, the only one that there is."""
-        found = models_by_id(self._service)
+        found = self._served().by_id
         if name is None and len(set(found.values())) > 1:
             raise OpenAIError(f"give the model; there are: {', '.join(found)}", param="model")
         return self._find(next(iter(found), "") if name is None else name)[0]
