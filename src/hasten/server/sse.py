@@ -28,6 +28,8 @@ async def _while_there(receive: Receive, work: Coroutine[Any, Any, Result]) -> R
 
     def leave(gone: "asyncio.Future[None]") -> None:
         nonlocal left
+        if gone.cancelled():
+            return  # the event loop ends, and with it this task
         left = True
         gone.exception()  # whatever ended the reading, there is nobody to answer
         task.cancel()
