@@ -42,7 +42,7 @@ def start_engine(config: EngineConfig, place: RankInfo | None = None, *, index: 
         _check_several(config, place, count)
     children = None
     if place is None and size > 1:
-        _check_split(config, size)
+        _check_split(config)
     if place is None and size * count > 1:
         place = RankInfo(0, size, size * count, LOCAL, free_local_port() if size > 1 else 0, index * size)
         children = Children("hasten.engine.worker", config_to_json(config), place) if size > 1 else None
@@ -73,11 +73,11 @@ def _check_several(config: EngineConfig, place: RankInfo | None, count: int) -> 
         )
 
 
-def _check_split(config: EngineConfig, size: int) -> None:
-    """ConfigError, before any rank starts, where a model of this host cannot be split over so many."""
-    path = Path(config.model)
+def _check_split(config: EngineConfig) -> None:
+    """ConfigError, before any rank starts, where a model of this host cannot be split over them."""
+    path, parallel = Path(config.model), config.parallel
     if path.exists():
-        config.parallel.validate(stored_config(path, size, dummy=config.load_format == "dummy"))
+        parallel.validate(stored_config(path, parallel.tensor_parallel_size, dummy=config.load_format == "dummy"))
 
 
 def run_worker(config: EngineConfig) -> bool:
