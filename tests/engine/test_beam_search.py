@@ -13,6 +13,7 @@ import torch
 
 from hasten import LLM, FinishReason, InvalidRequestError, RequestOutput, SamplingParams
 from hasten.core.types import Request
+from hasten.engine.batch import Batch
 
 if TYPE_CHECKING:
     from tests.engine.conftest import Reference
@@ -287,19 +288,19 @@ def test_great_diversity_lets_each_beam_go_on_greedily(bloom: Path, reference: C
                 assert completion.cumulative_logprob == pytest.approx(float(total), abs=CLOSE)
 
 
-def test_beams_share_the_prompts_blocks(bloom: Path) -> None:
+def test_beams_share_the_prompts_blocks(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM(bloom) as llm:
-        request = Request(
-            request_id="one",
-            prompt_token_ids=tuple(PROMPTS[6]),
-            params=SamplingParams(beam_width=5, max_tokens=6, ignore_eos=True),
-        )
-        llm.engine.add(request)
-        most = 0
-        while llm.engine.has_unfinished:
-            llm.engine.step()
-            most = max(most, llm.engine.scheduler.blocks.num_used)
-        assert most == 70 // 16 + 5  # 4 full blocks once, and for each the one that it writes
+        scheduler, used = llm.engine.scheduler, list[int]()
+        schedule = scheduler.schedule
+
+        def watched(prompt_tokens: int | None = None) -> Batch:
+            batch = schedule(prompt_tokens)
+            used.append(scheduler.blocks.num_used)
+            return batch
+
+        monkeypatch.setattr(scheduler, "schedule", watched)
+        llm.generate([PROMPTS[6]], SamplingParams(beam_width=5, max_tokens=6, ignore_eos=True))
+        assert max(used) == 70 // 16 + 5  # 4 full blocks once, and for each beam the one that it writes
 
 
 def test_streams_have_the_beams_once_they_are_known(bloom: Path, right: list[Beams]) -> None:
