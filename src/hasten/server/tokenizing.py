@@ -1,7 +1,7 @@
 """Texts become tokens here for all doors of the server: bounded by their bytes first, and where they hold up nobody."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -21,6 +21,11 @@ _MAX_WAITING = 256
 """Requests whose texts wait for a thread; each text is one that may fit."""
 _MAX_WORDS, _MAX_WORDS_CHARACTERS = 1024, 16 << 10
 """Of one request: words that are to stop or must not appear are looked at for each token."""
+_MAX_ENTRIES = {
+    **{"stop": _MAX_WORDS, "bad_words": _MAX_WORDS, "stop_token_ids": 1024, "stop_words_ids": 1024},
+    **{"bad_words_ids": 2048, "logit_bias": 4096},
+}
+"""Of one request: each is looked at for each token."""
 
 Result = TypeVar("Result")
 
@@ -92,6 +97,17 @@ def check_bytes(name: str, texts: Sequence[str], most: int) -> None:
     for text in texts:
         if len(text) > most or len(text.encode(errors="replace")) > most:
             raise InvalidRequestError(f"{name} has more than {most} bytes, which is the limit (--max-text-bytes)")
+
+
+def check_entries(given: Mapping[str, object]) -> None:
+    """InvalidRequestError where sampling parameters, by name, have more entries than should be looked at.
+
+    It takes no time: to be called before they become SamplingParams, which look at each.
+    """
+    for name, most in _MAX_ENTRIES.items():
+        value = given.get(name)
+        if isinstance(value, Sized) and not isinstance(value, str) and len(value) > most:
+            raise InvalidRequestError(f"{name} has {len(value)} entries, the limit is {most}")
 
 
 def check_words(name: str, words: Sequence[str]) -> None:

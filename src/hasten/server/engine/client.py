@@ -30,7 +30,7 @@ from hasten.server.engine.routing import prefixes_of
 from hasten.server.engine.ticket import Progress, Ticket
 from hasten.server.engine.wire import Add, CompletionDelta, EngineInfo, Start, framed
 from hasten.server.options import ServerOptions
-from hasten.server.tokenizing import check_words, tokenizing
+from hasten.server.tokenizing import check_entries, check_words, tokenizing
 
 __all__ = [
     "CompletionDelta",
@@ -52,8 +52,6 @@ _FEW_WORDS = 8
 """Which are tokenized at once."""
 _MOST_COMPLETIONS = 1024
 """Of one request: each is a sequence in the engine from the end of its prompt on."""
-_MOST_ENTRIES = {"stop_token_ids": 1024, "stop_words_ids": 1024, "bad_words_ids": 2048, "logit_bias": 4096}
-"""Of one request: each is looked at for each token."""
 _MOST_LOGPROBS = 1024
 """Of one token."""
 _MIN_ENGINE_LIMIT = 8
@@ -76,10 +74,7 @@ def _check_sizes(params: SamplingParams, vocab_size: int) -> None:
     """InvalidRequestError where parameters would make each token take long."""
     if params.n > _MOST_COMPLETIONS:
         raise InvalidRequestError(f"n must be at most {_MOST_COMPLETIONS}, got {params.n}")
-    for name, most in _MOST_ENTRIES.items():
-        count = len(getattr(params, name))
-        if count > most:
-            raise InvalidRequestError(f"{name} has {count} entries, the limit is {most}")
+    check_entries(vars(params))
     for name in ("logprobs", "prompt_logprobs"):
         count = getattr(params, name) or 0
         if min(count, vocab_size) > _MOST_LOGPROBS:

@@ -18,6 +18,7 @@ from hasten.server.json_size import check_json_size
 from hasten.server.models.interfaces import TENSORRT_LLM_INPUTS
 from hasten.server.models.token_inputs import end_options, sampling
 from hasten.server.models.work import Work
+from hasten.server.tokenizing import check_entries
 from hasten.server.types import ErrorKind, ServiceError, Tensor
 
 _TENSORRT_LLM = frozenset(rule.name for rule in TENSORRT_LLM_INPUTS)
@@ -143,7 +144,11 @@ _READERS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 def sampling_options(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of SamplingParams from JSON; ServiceError for an unknown name or a wrong value. Null: unset."""
+    """Keyword arguments of SamplingParams from JSON; ServiceError for an unknown name or a wrong value. Null: unset.
+
+    InvalidRequestError for too many entries of one.
+    """
+    check_entries(raw)
     made = {}
     for name, value in raw.items():
         if name not in _READERS:

@@ -11,6 +11,7 @@ from hasten.core.errors import HastenError
 from hasten.core.types import SamplingParams
 from hasten.server.json_size import check_json_size
 from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest
+from hasten.server.tokenizing import check_entries
 
 _MOST_COMPLETIONS, _MOST_PROMPTS, _MOST_LOGPROBS, _MOST_STOPS = 128, 2048, 20, 64
 """Each as OpenAI's own limit or above it: without one, a short request could ask for any amount of work."""
@@ -146,6 +147,7 @@ def _params(request: GenerationRequest, **values: Any) -> SamplingParams:
         raise OpenAIError("stream_options needs stream to be true", param="stream_options")
     given = {name: getattr(request, name) for name in _PASSED_ON}
     values |= {name: value for name, value in given.items() if value is not None}
+    check_entries(values)
     if request.seed is not None:
         values["seed"] = request.seed % 2**64  # OpenAI's are signed
     values = {"n": 1 if request.n is None else request.n} | values
