@@ -34,6 +34,8 @@ from hasten.parallel.threads import limit_threads
 
 _GRACE_S = 2.0
 """How long a failure may take to be explained by the rank that caused it."""
+_UNNOTICED_S = 5.0
+"""After which this process ends where a collective has not noticed a rank's death: a busy machine takes long to."""
 _START_TIMEOUT_S = 120.0
 _IDLE_TIMEOUT = timedelta(days=365)
 """How long a collective waits: ranks wait in one for the next request, however long that takes."""
@@ -235,7 +237,10 @@ class Ranks:
         if len(numbers) >= _FIRST_NUMBERS:
             parts.append(torch.from_numpy(numbers[_FIRST_NUMBERS - 1 :].copy()))
         for part in parts:
-            self._sent.append((part, [dist.isend(part, rank) for rank in range(1, self.world.size)]))
+            if self._most_under_way == 0:
+                dist.broadcast(part, 0)
+            else:
+                self._sent.append((part, [dist.isend(part, rank) for rank in range(1, self.world.size)]))
         while len(self._sent) > self._most_under_way:
             for work in self._sent.popleft()[1]:
                 assert work is not None, "every rank is in the group"
@@ -253,14 +258,20 @@ class Ranks:
 
     def receive(self) -> NDArray[np.int32]:
         """The numbers that rank 0 published next; on the others."""
-        first = torch.empty(_FIRST_NUMBERS, dtype=torch.int32)
-        dist.recv(first, 0)
+        first = self._received(_FIRST_NUMBERS)
         count = int(first[0])
         if count < _FIRST_NUMBERS:
             return first[1 : 1 + count].numpy()
-        rest = torch.empty(count - _FIRST_NUMBERS + 1, dtype=torch.int32)
-        dist.recv(rest, 0)
-        return torch.cat((first[1:], rest)).numpy()
+        return torch.cat((first[1:], self._received(count - _FIRST_NUMBERS + 1))).numpy()
+
+    def _received(self, count: int) -> Tensor:
+        """So many numbers of rank 0, which sends them one after the other."""
+        part = torch.empty(count, dtype=torch.int32)
+        if self._most_under_way == 0:
+            dist.broadcast(part, 0)
+        else:
+            dist.recv(part, 0)
+        return part
 
     def expect_end(self) -> None:
         """From now on the other ranks end because they were told to."""
@@ -349,7 +360,7 @@ class Children:
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         self.failure = _failure(where, report) if report else Failure(f"{where}: {how}")
         self._failed.set()
-        time.sleep(_GRACE_S)
+        time.sleep(_UNNOTICED_S)
         if self.guarded and not self.ending:
             # The collective did not notice (NCCL waits for ever); nothing else would end this process.
             error = self.failure.shown
