@@ -36,6 +36,8 @@ _GRACE_S = 2.0
 """How long a failure may take to be explained by the rank that caused it."""
 _UNNOTICED_S = 5.0
 """After which this process ends where a collective has not noticed a rank's death: a busy machine takes long to."""
+_SEND_LOOK = timedelta(milliseconds=500)
+"""How long a part of a message is waited for before it is looked whether its reader has died."""
 _START_TIMEOUT_S = 120.0
 _IDLE_TIMEOUT = timedelta(days=365)
 """How long a collective waits: ranks wait in one for the next request, however long that takes."""
@@ -237,41 +239,44 @@ class Ranks:
         if len(numbers) >= _FIRST_NUMBERS:
             parts.append(torch.from_numpy(numbers[_FIRST_NUMBERS - 1 :].copy()))
         for part in parts:
-            if self._most_under_way == 0:
-                dist.broadcast(part, 0)
-            else:
-                self._sent.append((part, [dist.isend(part, rank) for rank in range(1, self.world.size)]))
+            self._sent.append((part, [dist.isend(part, rank) for rank in range(1, self.world.size)]))
         while len(self._sent) > self._most_under_way:
-            for work in self._sent.popleft()[1]:
-                assert work is not None, "every rank is in the group"
-                work.wait()
+            self._await_sent(self._sent.popleft()[1])
 
     def publish_end(self) -> None:
         """Let the other ranks end, whose next `receive` gets no numbers; returns once they have all been sent."""
         if self.world.size > 1:
             self.publish(np.empty(0, dtype=np.int32))
         for _, works in self._sent:
-            for work in works:
-                assert work is not None, "every rank is in the group"
-                work.wait()
+            self._await_sent(works)
         self._sent.clear()
+
+    def _await_sent(self, works: "list[dist.Work | None]") -> None:
+        """Wait until the other ranks have a part; RuntimeError where one has died.
+
+        Gloo does not notice a rank that died before it was ready for the part: it would wait for ever.
+        """
+        for work in works:
+            assert work is not None, "every rank is in the group"
+            while True:
+                try:
+                    work.wait(_SEND_LOOK)
+                    break
+                except RuntimeError as error:
+                    dead = self._children is not None and self._children.failure is not None
+                    if dead or "Timed out" not in str(error):
+                        raise
 
     def receive(self) -> NDArray[np.int32]:
         """The numbers that rank 0 published next; on the others."""
-        first = self._received(_FIRST_NUMBERS)
+        first = torch.empty(_FIRST_NUMBERS, dtype=torch.int32)
+        dist.recv(first, 0)
         count = int(first[0])
         if count < _FIRST_NUMBERS:
             return first[1 : 1 + count].numpy()
-        return torch.cat((first[1:], self._received(count - _FIRST_NUMBERS + 1))).numpy()
-
-    def _received(self, count: int) -> Tensor:
-        """So many numbers of rank 0, which sends them one after the other."""
-        part = torch.empty(count, dtype=torch.int32)
-        if self._most_under_way == 0:
-            dist.broadcast(part, 0)
-        else:
-            dist.recv(part, 0)
-        return part
+        rest = torch.empty(count - _FIRST_NUMBERS + 1, dtype=torch.int32)
+        dist.recv(rest, 0)
+        return torch.cat((first[1:], rest)).numpy()
 
     def expect_end(self) -> None:
         """From now on the other ranks end because they were told to."""
