@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from itertools import count
+from pathlib import Path
 
 LIMIT_S = 100.0
 """Ends a test that hangs, with what is otherwise; says nothing of how fast anything is."""
@@ -14,6 +15,24 @@ def eventually(condition: Callable[[], bool], what: Callable[[], str] = lambda: 
     while not condition():
         assert time.monotonic() < end, f"not so within {seconds:g} s: {what()}"
         time.sleep(0.01)
+
+
+def await_idle(pid: int) -> None:
+    """Wait until a process waits for others: its main thread sleeps and takes no CPU time for half a second."""
+
+    def state() -> tuple[str, str, str]:
+        fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], fields[11], fields[12]
+
+    last, since = state(), time.monotonic()
+
+    def idle() -> bool:
+        nonlocal last, since
+        if (now := state()) != last or now[0] != "S":
+            last, since = now, time.monotonic()
+        return time.monotonic() - since > 0.5
+
+    eventually(idle, lambda: f"process {pid} is {last}")
 
 
 def attempts(what: str) -> Iterator[int]:

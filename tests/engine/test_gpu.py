@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from tests.engine_logits import DECODED, engine_logits
+from tests.waiting import await_idle
 from torch import Tensor
 
 from hasten import LLM, CapacityError, EngineError, RankError, RequestOutput, SamplingParams
@@ -517,6 +518,7 @@ def test_a_stage_that_dies_between_calls_ends_the_next_one(folder: Callable[[str
     with on_gpu(folder("8 heads of 8"), pipeline_parallel_size=2) as llm:
         llm.generate("the")
         (child,) = ranks_of(os.getpid())
+        await_idle(child)
         os.kill(child, signal.SIGKILL)
         start = time.monotonic()
         with pytest.raises(RankError, match="rank 1 of 2"):
@@ -582,6 +584,7 @@ def test_a_rank_that_dies_between_calls_ends_the_next_one(folder: Callable[[str]
     with on_gpu(folder("8 heads of 8"), tensor_parallel_size=2) as llm:
         llm.generate("the")
         (child,) = ranks_of(os.getpid())
+        await_idle(child)
         os.kill(child, signal.SIGKILL)
         start = time.monotonic()
         with pytest.raises(RankError, match="rank 1 of 2"):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from tests.conftest import MakeBloom
-from tests.waiting import LIMIT_S, eventually
+from tests.waiting import LIMIT_S, await_idle, eventually
 from torch._C._distributed_c10d import TCPStore  # torch.distributed offers it, but its types do not
 
 from hasten import LLM, SamplingParams
@@ -294,6 +294,7 @@ def test_a_rank_that_dies_between_calls_ends_the_next_one(tiny_bloom: Path) -> N
     with LLM(tiny_bloom, tensor_parallel_size=2, device="cpu") as llm:
         llm.generate("the")
         (child,) = set(children_of(os.getpid())) - set(others)
+        await_idle(child)
         os.kill(child, signal.SIGKILL)
         with pytest.raises(RankError, match="rank 1 of 2"):
             llm.generate("the")

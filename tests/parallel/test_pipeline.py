@@ -19,7 +19,7 @@ from tests.parallel.test_launch import (
     mpi_environment,
     running,
 )
-from tests.waiting import LIMIT_S
+from tests.waiting import LIMIT_S, await_idle
 
 from hasten import LLM, RequestOutput, SamplingParams
 from hasten.checkpoint.convert import Conversion, convert
@@ -208,6 +208,7 @@ def test_a_stage_that_dies_between_calls_ends_the_next_one(four_layers: Path) ->
     with LLM(four_layers, pipeline_parallel_size=2, **OPTIONS) as llm:
         llm.generate(PROMPTS[:1], GREEDY)
         (child,) = set(children_of(os.getpid())) - set(others)
+        await_idle(child)
         os.kill(child, signal.SIGKILL)
         with pytest.raises(RankError, match="rank 1 of 2"):
             llm.generate(PROMPTS[:1], GREEDY)

@@ -36,8 +36,6 @@ _GRACE_S = 2.0
 """How long a failure may take to be explained by the rank that caused it."""
 _UNNOTICED_S = 5.0
 """After which this process ends where a collective has not noticed a rank's death: a busy machine takes long to."""
-_SEND_LOOK = timedelta(milliseconds=500)
-"""How long a part of a message is waited for before it is looked whether its reader has died."""
 _START_TIMEOUT_S = 120.0
 _IDLE_TIMEOUT = timedelta(days=365)
 """How long a collective waits: ranks wait in one for the next request, however long that takes."""
@@ -252,20 +250,10 @@ class Ranks:
         self._sent.clear()
 
     def _await_sent(self, works: "list[dist.Work | None]") -> None:
-        """Wait until the other ranks have a part; RuntimeError where one has died.
-
-        Gloo does not notice a rank that died before it was ready for the part: it would wait for ever.
-        """
+        """Wait until the other ranks have a part."""
         for work in works:
             assert work is not None, "every rank is in the group"
-            while True:
-                try:
-                    work.wait(_SEND_LOOK)
-                    break
-                except RuntimeError as error:
-                    dead = self._children is not None and self._children.failure is not None
-                    if dead or "Timed out" not in str(error):
-                        raise
+            work.wait()
 
     def receive(self) -> NDArray[np.int32]:
         """The numbers that rank 0 published next; on the others."""
@@ -367,7 +355,8 @@ class Children:
         self._failed.set()
         time.sleep(_UNNOTICED_S)
         if self.guarded and not self.ending:
-            # The collective did not notice (NCCL waits for ever); nothing else would end this process.
+            # What waits for the rank did not notice: NCCL waits for ever, and so does gloo for a rank that died
+            # before it was ready to receive. Nothing else would end this process.
             error = self.failure.shown
             sys.stderr.write(f"hasten: error: {error}\n")
             sys.stderr.flush()
