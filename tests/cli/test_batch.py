@@ -11,6 +11,7 @@ import pytest
 from tests.waiting import eventually
 
 from hasten import LLM, SamplingParams
+from hasten.batch.job import run_batch
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Hasten
@@ -41,6 +42,9 @@ def test_results_are_those_of_generate(tiny_bloom: Path, hasten_here: "Hasten", 
     with LLM(tiny_bloom) as llm:
         params = [SamplingParams(temperature=0, max_tokens=3 + n) for n in range(len(WORDS))]
         outputs = llm.generate(WORDS, params, use_tqdm=False)
+        summary = run_batch(llm, source, tmp_path / "python", defaults={"temperature": 0}, use_tqdm=False)
+    assert (summary.rows, summary.results, summary.errors) == (4, 4, 0)
+    assert texts(tmp_path / "python") == texts(out)
     assert texts(out) == {output.prompt: output.outputs[0].text for output in outputs}
     again = hasten_here("batch", source, out, "--model", tiny_bloom, "--temperature", "0")
     assert again.out == f"4 rows: 4 results, 0 errors, 4 of them in earlier runs\nin {out}\n"

@@ -514,20 +514,6 @@ def test_two_stages_choose_the_tokens_of_one(
 
 
 @pytest.mark.multi_gpu
-def test_a_stage_that_dies_between_calls_ends_the_next_one(folder: Callable[[str], Path]) -> None:
-    with on_gpu(folder("8 heads of 8"), pipeline_parallel_size=2) as llm:
-        llm.generate("the")
-        (child,) = ranks_of(os.getpid())
-        await_idle(child)
-        os.kill(child, signal.SIGKILL)
-        start = time.monotonic()
-        with pytest.raises(RankError, match="rank 1 of 2"):
-            llm.generate("the")
-    assert time.monotonic() - start < LIMIT_S
-    assert ranks_of(os.getpid()) == []
-
-
-@pytest.mark.multi_gpu
 def test_two_ranks_draw_the_tokens_of_one(folder: Callable[[str], Path]) -> None:
     params = [SamplingParams(**{"seed": 7, "max_tokens": COUNT, "ignore_eos": True, **chosen}) for chosen in SAMPLED]
     prompts = PROMPTS[-len(params) :]
@@ -580,8 +566,9 @@ def test_sums_through_the_memory_of_peers_are_those_of_one_rank(make_bloom: Make
 
 
 @pytest.mark.multi_gpu
-def test_a_rank_that_dies_between_calls_ends_the_next_one(folder: Callable[[str], Path]) -> None:
-    with on_gpu(folder("8 heads of 8"), tensor_parallel_size=2) as llm:
+@pytest.mark.parametrize("option", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_a_rank_that_dies_between_calls_ends_the_next_one(option: str, folder: Callable[[str], Path]) -> None:
+    with on_gpu(folder("8 heads of 8"), **{option: 2}) as llm:
         llm.generate("the")
         (child,) = ranks_of(os.getpid())
         await_idle(child)
