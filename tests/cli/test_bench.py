@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ACCURACY = re.compile(r"Accuracy: (\d+\.\d{4})% \((\d+)/(\d+)\) \(elapsed time: \d+\.\d{4} sec\)")
 
-GPU_PHASES = ("kernels", "graphs")
+GPU_PHASES = ("compile", "kernels", "graphs")
 
 TEXTS = (
     "Anna walked to the river",

@@ -13,6 +13,7 @@ from torch import Tensor
 from hasten import ops
 from hasten.engine.graphs import Sizes, StepGraphs, StepOutput
 from hasten.engine.inputs import BlockTables, Inputs, Tokens
+from hasten.engine.sampler import draw_every_way
 from hasten.engine.step_message import StepMessage
 from hasten.layers.attention import Attention
 from hasten.layers.embedding import Head
@@ -106,6 +107,21 @@ class Runner:
         return torch.from_numpy(np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)).view(self.dtype).view(shape)
 
     @torch.inference_mode()
+    def compile_kernels(self, steps: Iterable[tuple[int, int]], processes: int) -> None:
+        """Compile the kernels of steps of these numbers of tokens and sequences on a GPU, several at a time.
+
+        On every rank, each in a process without kernels; `processes` of them are on this host.
+        """
+        with ops.compiled_together(processes):
+            for num_tokens, sequences in steps:
+                tokens = self._inputs.warmup_tokens(max(num_tokens, sequences), sequences)
+                ops.resolve_ids(tokens.ids, self.chosen)
+                output = self._predict(self._hidden(tokens.ids, tokens))
+                logits = None if output.local_logits is None else self.head.gather(output.local_logits)
+                if logits is not None:
+                    draw_every_way(logits)
+
+    @torch.inference_mode()
     def warm_up(self, num_tokens: int, sequences: Iterable[int]) -> int:
         """Run steps of so many tokens on a GPU, without effect on the cache: bytes that they need at the most.
 
@@ -143,11 +159,13 @@ class Runner:
         return hidden if self.stage.is_last else hidden.to(self.dtype)
 
     def _decode(self, tokens: Tokens) -> StepOutput:
-        output = self._mixed(tokens)
+        return self._predict(self._mixed(tokens).hidden)
+
+    def _predict(self, hidden: Tensor) -> StepOutput:
         if not self.stage.is_last or not self._keeps_cache:
-            return output
-        logits = self.head.local_logits(output.hidden)
-        return StepOutput(output.hidden, logits, self.head.greedy(logits))
+            return StepOutput(hidden)
+        logits = self.head.local_logits(hidden)
+        return StepOutput(hidden, logits, self.head.greedy(logits))
 
     def forward(self, message: StepMessage) -> Tensor:
         """Hidden states of each sequence's last `needed` tokens, in order; all tokens leave their keys and values.

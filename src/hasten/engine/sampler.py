@@ -296,6 +296,17 @@ def _draws(sequences: list[Sequence], device: torch.device) -> ops.Draws:
     )
 
 
+def draw_every_way(logits_rv: Tensor) -> None:
+    """Choose a token of each row with and without filters, for what is compiled by it."""
+    rows = len(logits_rv)
+    even, none = [1.0] * rows, [0] * rows
+    for top_p in (1.0, 0.9):
+        draws = ops.Draws.of(
+            temperature=even, top_k=none, top_p=[top_p] * rows, min_p=none, point=none, device=logits_rv.device
+        )
+        ops.draw(logits_rv, draws)
+
+
 def _entries(
     tokens: list[int], counts: list[int], tops: ops.TopLogprobs, text_of: TextOf | None
 ) -> list[dict[int, Logprob]]:

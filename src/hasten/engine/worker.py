@@ -71,6 +71,8 @@ _TEXT_STEP_TOKENS = {"cpu": 1, "cuda": 32_768}
 GPU takes a third less time over as many tokens in larger steps (docs/performance.md)."""
 _WARMUP_TOKENS, _WARMUP_SEQUENCES = 512, (1, 4, 24, 48, 128)
 """Steps that are run before the first request comes: kernels are made for a few ranges of rows, and these hit each."""
+_COMPILED_TOKENS = (32, 80, 192, 512, 1024)
+"""Tokens of prompts' steps whose kernels are compiled before any runs."""
 _MOST_EXCHANGED_ROWS = 256
 """Rows of one sum over ranks through each other's memory; NCCL is as fast with more."""
 _PROMPT_LOGITS_ROWS = 256
@@ -219,6 +221,8 @@ class Worker:
         block_size, asked = config.cache.block_size, config.scheduler.max_model_len
         length = asked or self.model_config.max_position_embeddings or DEFAULT_MODEL_LEN
         ropes = RopeTables(length, self.device)  # some change with the length: this one, whatever the memory allows
+        with explained_out_of_memory("sizing the cache", self._advice):
+            self._compile_kernels(config, length, ropes)
         with self.start_times.phase("memory"), explained_out_of_memory("sizing the cache", self._advice):
             budget = config.cache.kv_cache_memory or self._free_memory(config, length, ropes)
         fits = budget // self.runner.block_bytes
@@ -276,16 +280,36 @@ class Worker:
         tokens = max(scheduler.max_num_batched_tokens or 1, length)
         num_blocks = tokens // block_size + scheduler.max_num_seqs
         with explained_out_of_memory("allocating the keys and values of a step"):
+            ropes = RopeTables(length, self.device)
+            self._compile_kernels(config, length, ropes)
             with self.start_times.phase("cache"):
-                self.runner.allocate_cache(num_blocks, -(-length // block_size), RopeTables(length, self.device))
+                self.runner.allocate_cache(num_blocks, -(-length // block_size), ropes)
             if self.device.type == "cuda":
                 with self.start_times.phase("kernels"):
                     self.runner.warm_up(tokens, [scheduler.max_num_seqs])
                     self._warm_up(scheduler)
         return length, num_blocks
 
+    def _compile_kernels(self, config: EngineConfig, length: int, ropes: RopeTables) -> None:
+        """Compile what steps of all kinds need on a GPU, where no rank's process has kernels yet."""
+        if self.device.type == "cpu":
+            return
+        with self.start_times.phase("compile"):
+            present = torch.tensor(int(ops.any_compiled()))
+            if self.ranks.world.size > 1:
+                torch.distributed.all_reduce(present, op=torch.distributed.ReduceOp.MAX)
+            if present:
+                return
+            scheduler = config.scheduler
+            most, sequences = scheduler.max_num_batched_tokens or 1, scheduler.max_num_seqs
+            self.runner.allocate_cache(1, -(-length // config.cache.block_size), ropes)
+            steps = [(most, sequences), *((tokens, 1) for tokens in _COMPILED_TOKENS if tokens < most)]
+            steps += [(count, count) for count in (*_WARMUP_SEQUENCES, sequences) if count <= min(sequences, most)]
+            self.runner.compile_kernels(steps, self.ranks.local_size)
+            self.runner.release_cache()
+
     def _warm_up(self, config: SchedulerConfig) -> None:
-        """Compile the kernels of all kinds of steps before the first request comes."""
+        """Run steps of all kinds before the first request comes: what they need is compiled and loaded then."""
         most = min(config.max_num_batched_tokens or 1, _WARMUP_TOKENS)
         self.runner.warm_up(most, [count for count in _WARMUP_SEQUENCES if count <= min(config.max_num_seqs, most)])
 

@@ -5,6 +5,8 @@ with the same signatures. The kernels of `gpu/` are imported when the first tens
 Shapes: t tokens of the flat batch, h hidden, o output features, n heads, m key/value heads, d head size, v vocabulary.
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,8 @@ __all__ = [
     "TopLogprobs",
     "Weight",
     "add_linear",
+    "any_compiled",
+    "compiled_together",
     "copy_blocks",
     "count_tokens",
     "default_device",
@@ -470,6 +474,20 @@ def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs
 def largest(x_rv: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` greatest numbers of each row in descending order, and where they stand; among equals the first."""
     return reference.largest(x_rv, count)
+
+
+def any_compiled() -> bool:
+    """Whether this process has kernels for a GPU, compiled or read from the cache of kernels."""
+    from hasten.ops.gpu import compiling
+
+    return compiling.any_compiled()
+
+
+def compiled_together(processes: int) -> AbstractContextManager[None]:
+    """A block whose kernels for a GPU are compiled by several threads, and not launched; see `gpu/compiling.py`."""
+    from hasten.ops.gpu import compiling
+
+    return compiling.compiled_together(processes)
 
 
 def default_device() -> torch.device:

@@ -1,0 +1,52 @@
+"""Kernels compiled by several threads before any of them is launched."""
+
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from triton import JITFunction, knobs
+
+from hasten.core.cpus import available_cpus
+
+_MOST_THREADS = 16
+"""The part of a compilation that holds Python's lock keeps no more threads than these busy."""
+_PACKAGE = __name__.rpartition(".")[0]
+
+
+@contextmanager
+def compiled_together(processes: int) -> Iterator[None]:
+    """A block whose kernels are not launched but compiled, by several threads, when it ends.
+
+    Results of the block have no meaning: memory that its kernels would write holds anything. For the same reason no
+    kernel may be there before (`any_compiled`): it would be launched and read such memory. `processes`: those of this
+    host that compile at the same time.
+    """
+    assert not any_compiled()
+    missing: dict[str, tuple[JITFunction[Any], str]] = {}
+    thread = threading.get_ident()
+
+    def collect(*, key: str, fn: Any, **details: Any) -> bool:
+        if threading.get_ident() != thread:
+            return False  # another thread's kernel, which is to be launched
+        missing[fn.name + key] = fn.jit_function, details["compile"]["specialization_data"]
+        return True
+
+    with knobs.runtime.scope():
+        knobs.runtime.jit_cache_hook = collect
+        yield
+    with ThreadPoolExecutor(max(1, min(_MOST_THREADS, available_cpus() // processes))) as threads:
+        # What cannot be compiled fails again where it is launched, where the error says in which step.
+        done = [threads.submit(function.preload, data) for function, data in missing.values()]
+        for future in done:
+            future.exception()
+
+
+def any_compiled() -> bool:
+    """Whether this process has a kernel of this package, compiled or read from the cache of kernels."""
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(_PACKAGE + ".")]
+    functions = {id(value): value for module in modules for value in vars(module).values()}
+    jitted = [value for value in functions.values() if isinstance(value, JITFunction)]
+    return any(caches[0] for function in jitted for caches in function.device_caches.values())

@@ -1,0 +1,61 @@
+"""Kernels for a GPU that is not there, compiled together: what was compiled, and what is missing then, as JSON."""
+
+import json
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from hasten import ops
+from hasten.ops.gpu import norm, sampling
+
+
+def main() -> None:
+    """Compile, then ask for the same kernels once more."""
+    target = GPUTarget("cuda", 90, 32)
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda _device: 0
+        )
+    )
+    found: dict[str, Any] = {"before": ops.any_compiled()}
+    compiled: list[str] = []
+    knobs.runtime.jit_post_compile_hook = _named_in(compiled, skip=False)
+    with ops.compiled_together(processes=1):
+        _compute()
+        during = len(compiled)
+    missing: list[str] = []
+    knobs.runtime.jit_cache_hook = _named_in(missing, skip=True)
+    run = JITFunction.run
+    JITFunction.run = lambda self, *args, warmup, **options: run(self, *args, warmup=True, **options)
+    _compute()
+    found |= {"during": during, "compiled": sorted(compiled), "missing": missing, "after": ops.any_compiled()}
+    json.dump(found, sys.stdout)
+
+
+def _named_in(names: list[str], *, skip: bool) -> Callable[..., bool]:
+    """A hook that notes the kernel's name, and says whether to leave it out."""
+
+    def hook(*, fn: Any, **_: Any) -> bool:
+        names.append(fn.name)
+        return skip
+
+    return hook
+
+
+def _compute() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        weight_h: Any = torch.zeros(64, dtype=dtype)
+        for rows in (1, 3):
+            norm.norm(torch.zeros(rows, 64, dtype=dtype), weight_h, None, 1e-5, rms=True)
+    sampling.greedy(torch.zeros(2, 300))
+
+
+if __name__ == "__main__":
+    main()
