@@ -160,6 +160,13 @@ def streaming(request: pytest.FixtureRequest) -> Running:
     return _shared(request, decoupled=True)
 
 
+class CountingTicket:
+    """In place of a Ticket: reads what a CountingEngine gives."""
+
+    def __init__(self, progresses: AsyncGenerator[Progress, None]) -> None:
+        self.read = progresses.__anext__
+
+
 class CountingEngine:
     """In place of an EngineClient where only its coming and going matters: gives prompt + 1, prompt + 2 and so on."""
 
@@ -216,6 +223,12 @@ class CountingEngine:
             if stream or told.finished:
                 yield told
                 told = Progress([CompletionDelta(0, [], "")], False)
+
+    async def submit(self, prompt: str | Sequence[int], params: SamplingParams, **options: Any) -> CountingTicket:
+        return CountingTicket(self.generate(prompt, params, **options))
+
+    def withdraw(self, ticket: CountingTicket) -> None:
+        pass
 
     async def drain(self, timeout: float) -> bool:
         return True

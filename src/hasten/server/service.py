@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,7 +20,7 @@ from hasten.server.models.text_model import DEFAULT_TOKEN_MODEL
 from hasten.server.repository import Repository
 from hasten.server.statistics import Counters
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, TensorSpec
-from hasten.server.version import LoadFailure, State, Version, version_number
+from hasten.server.version import LoadFailure, Responses, State, Version, version_number
 
 __all__ = ["ControlMode", "IndexEntry", "ModelMetadata", "ServerMetadata", "Service", "TensorSpec", "service_error"]
 
@@ -134,18 +134,9 @@ class Service:
         assert first is not None, "a model gives one response at least"
         return first
 
-    async def stream(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
-        """The responses to a request; closing the generator withdraws it. Raises ServiceError."""
-        version = self._find(request.model, request.version)
-        async with aclosing(version.run(request)) as outcomes:
-            async for outcome in outcomes:
-                yield InferResponse(
-                    model=request.model,
-                    version=str(version.number),
-                    id=request.id,
-                    outputs=outcome.outputs,
-                    final=outcome.final,
-                )
+    def stream(self, request: InferRequest) -> Responses:
+        """The responses to a request; ServiceError where no such model serves."""
+        return self._find(request.model, request.version).run(request)
 
     def check_open(self) -> None:
         """ServiceError once the server is to end and takes no more requests."""

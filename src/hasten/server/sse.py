@@ -1,7 +1,7 @@
 """Answers that follow their client: what is computed for a client ends when the client is gone."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
@@ -63,27 +63,6 @@ class Events(Protocol):
 
     async def close(self) -> None:
         """Withdraw the request if it has not ended."""
-
-
-class GeneratedEvents:
-    """The events that a generator yields."""
-
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
-        self._events = events
-
-    async def first(self) -> bytes:
-        """See Events."""
-        return await anext(self._events, b"")
-
-    async def write(self, body: BodyWriter) -> None:
-        """See Events."""
-        async for events in self._events:
-            body.write(events)
-            await body.drain()
-
-    async def close(self) -> None:
-        """See Events."""
-        await self._events.aclose()
 
 
 class EventStream(Response):

@@ -15,7 +15,7 @@ from hasten.server.models.config import is_decoupled
 from hasten.server.models.interfaces import datatype_name
 from hasten.server.models.model import Models, Served
 from hasten.server.models.work import Outcome, Work
-from hasten.server.types import InferRequest, Parameter, RequestedOutput, ServiceError, Tensor
+from hasten.server.types import InferRequest, InferResponse, Parameter, RequestedOutput, ServiceError, Tensor
 
 Step: TypeAlias = Any  # model_config_pb2.ModelEnsembling.Step, which has no types
 
@@ -71,7 +71,7 @@ class Ensemble:
 
     async def _outcomes(
         self, step: Step, served: Served, tensors: Mapping[str, Tensor], work: Work
-    ) -> AsyncGenerator[Outcome, None]:
+    ) -> AsyncGenerator[Outcome | InferResponse, None]:
         request = InferRequest(
             model=step.model_name,
             # an optional input that nobody gave, or an output that was not made, is left out

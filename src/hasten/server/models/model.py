@@ -1,14 +1,13 @@
 """What every kind of model offers the service."""
 
-from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from tritonclient.grpc import model_config_pb2
 
 from hasten.core.errors import ConfigError
-from hasten.server.models.work import Outcome, Work
-from hasten.server.types import InferRequest
+from hasten.server.models.work import Outcome, Stream, Work
+from hasten.server.types import InferRequest, InferResponse
 
 if TYPE_CHECKING:
     from hasten.server.engine.client import EngineClient
@@ -30,8 +29,8 @@ class Model(Protocol):
     def language(self) -> "LanguageCounters | None":
         """What its engine's requests are counted by."""
 
-    def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
-        """Compute a request. Closing the generator withdraws it. Raises HastenError."""
+    def execute(self, work: Work) -> Stream[Outcome]:
+        """Compute a request."""
 
     async def close(self, timeout: float) -> None:
         """Wait, for so many seconds, for what other doors still compute, and end."""
@@ -58,7 +57,7 @@ class Models(Protocol):
     def find(self, name: str, version: int = -1) -> Served:
         """The version that serves now, -1 for the newest; ServiceError where there is none."""
 
-    def run(self, served: Served, request: InferRequest) -> AsyncGenerator[Outcome, None]:
+    def run(self, served: Served, request: InferRequest) -> Stream[Outcome | InferResponse]:
         """Compute a request with it, checked and counted as if it had come from outside."""
 
 

@@ -5,8 +5,7 @@ each completion. When it streams, a response has what is new since the one befor
 """
 
 import json
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,16 @@ from tritonclient.grpc import model_config_pb2
 from hasten.core.errors import ConfigError
 from hasten.core.types import FinishReason
 from hasten.server.by_size import by_size
-from hasten.server.engine.client import CompletionDelta, Progress
+from hasten.server.engine.client import CompletionDelta, EngineClient, Progress
+from hasten.server.engine.ticket import Ticket
 from hasten.server.engine.wire import Logprob
 from hasten.server.models.config import is_decoupled, parameter
-from hasten.server.models.model import Models, required_engine
+from hasten.server.models.model import Models, Served, required_engine
 from hasten.server.models.parameters import TOKEN_MODEL
 from hasten.server.models.text_inputs import TextRequest, read_text
 from hasten.server.models.work import Outcome, Work
+from hasten.server.protocol.tensors import objects
+from hasten.server.statistics import Meter
 from hasten.server.types import ErrorKind, ServiceError, Tensor
 
 DEFAULT_TOKEN_MODEL = "fastertransformer"
@@ -45,37 +47,77 @@ class TextModel:
     @property
     def ready(self) -> bool:
         """Whether the token model is."""
-        return self._models.find(self._token_model).model.ready
+        return self.find().model.ready
 
-    async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
+    def execute(self, work: Work) -> "_Responses":
         """One response, or with `stream` one whenever there is more."""
-        served = self._models.find(self._token_model)
-        with served.use():
-            engine, language = required_engine(served), served.model.language
-            assert language is not None, "it counts what its engine does"
-            asked = read_text(work, engine.info)
-            if asked.stream and not self._decoupled:
-                raise ServiceError(ErrorKind.UNSUPPORTED, f"model '{work.model}' is not decoupled and cannot stream")
-            work.clock.prepare()
-            reply = _Reply(asked, work)
-            progresses = language.measured(
-                engine.generate(
-                    asked.prompt,
-                    asked.params,
-                    stream=asked.stream,
-                    priority=work.priority,
-                    queue_timeout=work.queue_timeout,
-                ),
-                stream=asked.stream,
-            )
-            async with aclosing(progresses):
-                async for progress in progresses:
-                    work.clock.wait(progress.queue_seconds)
-                    work.clock.compute()
-                    yield Outcome(await by_size(progress.size, reply.tensors, progress), progress.finished)
+        return _Responses(self, work)
+
+    def find(self) -> Served:
+        """The token model that serves now; ServiceError where there is none."""
+        return self._models.find(self._token_model)
+
+    def check_stream(self, name: str) -> None:
+        """ServiceError where it cannot stream; `name`: its own."""
+        if not self._decoupled:
+            raise ServiceError(ErrorKind.UNSUPPORTED, f"model '{name}' is not decoupled and cannot stream")
 
     async def close(self, timeout: float) -> None:
         """It holds nothing."""
+
+
+class _Responses:
+    """The responses to one request; see Stream."""
+
+    def __init__(self, model: TextModel, work: Work) -> None:
+        self._model = model
+        self._work = work
+        self._held = ExitStack()
+        self._engine: EngineClient
+        self._ticket: Ticket | None = None
+        self._meter: Meter
+        self._reply: _Reply
+        self._ended = False
+
+    def __aiter__(self) -> "_Responses":
+        return self
+
+    async def __anext__(self) -> Outcome:
+        if self._ended:
+            raise StopAsyncIteration
+        ticket = self._ticket or await self._begin()
+        progress = await ticket.read()
+        self._meter.take(progress)
+        self._work.clock.wait(progress.queue_seconds)
+        self._work.clock.compute()
+        self._ended = progress.finished
+        return Outcome(await by_size(progress.size, self._reply.tensors, progress), progress.finished)
+
+    async def _begin(self) -> Ticket:
+        work, served = self._work, self._model.find()
+        self._held.enter_context(served.use())
+        self._engine, language = required_engine(served), served.model.language
+        assert language is not None, "it counts what its engine does"
+        asked = read_text(work, self._engine.info)
+        if asked.stream:
+            self._model.check_stream(work.model)
+        work.clock.prepare()
+        self._reply, self._meter = _Reply(asked, work), language.meter(stream=asked.stream)
+        self._ticket = await self._engine.submit(
+            asked.prompt,
+            asked.params,
+            stream=asked.stream,
+            priority=work.priority,
+            queue_timeout=work.queue_timeout,
+        )
+        return self._ticket
+
+    async def aclose(self) -> None:
+        """See Stream."""
+        self._ended = True
+        if self._ticket is not None:
+            self._engine.withdraw(self._ticket)
+        self._held.close()
 
 
 class _Reply:
@@ -85,34 +127,31 @@ class _Reply:
         self._asked = asked
         self._work = work
         self._last = [CompletionDelta(index, [], "") for index in range(asked.params.n)]
-        """What came last of each completion."""
+        """What came last of each completion, without what the responses so far have."""
+        self._first = asked.prompt if asked.prepend_input else ""
         self._prompt_tokens = 0
+        names = ("text_output", *filter(self._has, sorted(asked.wanted)))
+        self._names = [name for name in names if name in work.outputs]
 
     def tensors(self, progress: Progress) -> list[Tensor]:
         """The outputs that say what is new."""
         self._prompt_tokens = self._prompt_tokens or len(progress.prompt_token_ids)
-        new = {delta.index: delta for delta in progress.completions}
         for delta in progress.completions:
             if delta.finish_reason is FinishReason.ERROR:
                 raise ServiceError(ErrorKind.INTERNAL, f"the prompt could not be continued: {delta.stop_reason}")
             self._last[delta.index] = delta
-        deltas = [
-            last if index in new else replace(last, token_ids=[], text="", logprobs=None)
-            for index, last in enumerate(self._last)
-        ]
-        made = [self._tensor("text_output", "BYTES", self._texts(deltas))]
-        made += [self._extra(name, deltas) for name in sorted(self._asked.wanted) if self._has(name)]
-        return [tensor for tensor in made if tensor.name in self._work.outputs]
+        made = [self._output(name, self._last) for name in self._names]
+        for delta in progress.completions:
+            self._last[delta.index] = replace(delta, token_ids=[], text="", logprobs=None)
+        return made
 
     def _has(self, name: str) -> bool:
         """Of beams there is only the sum of the log-probabilities."""
         return name != "output_log_probs" or self._asked.params.beam_width == 1
 
-    def _texts(self, deltas: list[CompletionDelta]) -> NDArray[Any]:
-        first = self._asked.prompt if self._asked.prepend_input else ""
-        return _strings([first + delta.text for delta in deltas])
-
-    def _extra(self, name: str, deltas: list[CompletionDelta]) -> Tensor:
+    def _output(self, name: str, deltas: list[CompletionDelta]) -> Tensor:
+        if name == "text_output":
+            return self._tensor(name, "BYTES", _strings([self._first + delta.text for delta in deltas]))
         if name == "finish_reason":
             return self._tensor(name, "BYTES", _strings([str(delta.finish_reason) for delta in deltas]))
         if name == "logprobs":
@@ -134,9 +173,7 @@ class _Reply:
 
 
 def _strings(texts: list[str]) -> NDArray[Any]:
-    made = np.empty(len(texts), dtype=object)
-    made[:] = [text.encode() for text in texts]
-    return made
+    return objects([text.encode() for text in texts])
 
 
 def _matrix(rows: list[list[float]]) -> NDArray[np.float32]:

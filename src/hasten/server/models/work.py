@@ -2,11 +2,14 @@
 
 import difflib
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import AsyncIterable, Awaitable, Collection, Mapping
 from dataclasses import dataclass, field, fields
+from typing import Protocol, TypeVar
 
 from hasten.core.types import SamplingParams
 from hasten.server.types import ErrorKind, Parameter, ServiceError, Tensor
+
+Item_co = TypeVar("Item_co", covariant=True)
 
 _SAMPLING = frozenset(option.name for option in fields(SamplingParams)) | {
     *("max_new_tokens", "max_length", "do_sample", "num_beams", "stop_sequences", "typical_p", "best_of"),
@@ -84,3 +87,17 @@ class Outcome:
     outputs: list[Tensor]
     final: bool
     """Whether it is the last one."""
+
+
+class Stream(AsyncIterable[Item_co], Protocol[Item_co]):
+    """What comes of a request, as it comes. Nothing is computed before the first item is awaited.
+
+    Asynchronous generators are streams. Those with an item per token are objects with `__anext__` instead, so that no
+    chain of generators runs for each token. Raises the HastenError that ended the request.
+    """
+
+    def __anext__(self) -> Awaitable[Item_co]:
+        """The next item."""
+
+    async def aclose(self) -> None:
+        """Withdraw the request if it has not ended. To be called by whoever has begun to read."""

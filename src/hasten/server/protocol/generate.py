@@ -87,6 +87,9 @@ def generate_json(response: InferResponse) -> bytes:
     return dump_json(ordered)
 
 
-def _plain(output: Tensor) -> msgspec.Raw:
+def _plain(output: Tensor) -> msgspec.Raw | str:
+    if output.data.size == 1 and output.datatype == "BYTES":
+        text: bytes = output.data.item()
+        return text.decode(errors="replace")
     values = elements_json(output)
     return msgspec.Raw(bytes(values)[1:-1]) if output.data.size == 1 else values

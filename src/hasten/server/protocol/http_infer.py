@@ -2,7 +2,6 @@
 
 import sys
 import zlib
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from hasten.core.errors import HastenError
+from hasten.server.body_writer import BodyWriter
 from hasten.server.by_size import by_size
 from hasten.server.errors import service_error
 from hasten.server.json_size import check_declared_size
@@ -28,11 +28,12 @@ from hasten.server.protocol.generate import ONE_RESPONSE, generate_json, generat
 from hasten.server.protocol.placement import place, placements
 from hasten.server.protocol.shared_memory import SharedMemory
 from hasten.server.protocol.tensors import byte_size, invalid
-from hasten.server.sse import EventStream, GeneratedEvents, unless_gone
+from hasten.server.sse import EventStream, unless_gone
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
 
 if TYPE_CHECKING:
     from hasten.server.service import Service
+    from hasten.server.version import Responses
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _MOST_DIGITS = 18
@@ -135,20 +136,35 @@ class InferRoutes:
     async def generate_stream(self, request: Request) -> Response:
         """All responses of a request, as server-sent events."""
         wanted = await self._generate_request(request)
-        return await EventStream.of(request, GeneratedEvents(self._events(wanted)))
+        return await EventStream.of(request, _ResponseEvents(self._service.stream(wanted)))
 
-    async def _events(self, request: InferRequest) -> AsyncGenerator[bytes, None]:
-        started = False
-        async with aclosing(self._service.stream(request)) as responses:
-            try:
-                async for response in responses:
-                    if response.outputs:
-                        yield _event(await _generate_json(response))
-                        started = True
-            except HastenError as error:
-                if not started:
-                    raise
-                yield _event(dump_json({"error": str(service_error(error))}))
+
+class _ResponseEvents:
+    """Responses as events; see Events."""
+
+    def __init__(self, responses: "Responses") -> None:
+        self._responses = responses
+
+    async def first(self) -> bytes:
+        """See Events."""
+        async for response in self._responses:
+            if response.outputs:
+                return _event(await _generate_json(response))
+        return b""
+
+    async def write(self, body: BodyWriter) -> None:
+        """See Events."""
+        try:
+            while event := await self.first():
+                body.write(event)
+                if not body.writable:
+                    await body.drain()
+        except HastenError as error:
+            body.write(_event(dump_json({"error": str(service_error(error))})))
+
+    async def close(self) -> None:
+        """See Events."""
+        await self._responses.aclose()
 
 
 async def _generate_json(response: InferResponse) -> bytes:

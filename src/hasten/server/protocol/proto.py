@@ -32,7 +32,7 @@ _CHUNK = 1 << 16
 _ID, _RAW_OUTPUT, _INFER_RESPONSE = 3, 6, 2
 """Numbers of fields, of ModelInferResponse and of ModelStreamInferResponse."""
 _KEPT = 1024
-"""Parts of responses that are kept serialized."""
+"""Heads of responses that are kept serialized."""
 _SHOWN_SIZES = 17
 """Of a shape in an error; one more than a tensor may have."""
 
@@ -201,13 +201,15 @@ def infer_response(response: InferResponse, elsewhere: set[str], *, final: bool 
     shared memory.
 
     `final`, where it is given, becomes the parameter `triton_final_response`. A stream has one of these for each token,
-    so it is put together from parts that were serialized before.
+    so all but its tensors and its id was serialized before.
     """
-    parts = [_model(response.model, response.version, final), field(_ID, response.id.encode())]
+    outputs = response.outputs
+    parts = [_head(response.model, response.version, final, *[(one.name, one.datatype, one.shape) for one in outputs])]
+    if response.id:
+        parts.append(field(_ID, response.id.encode()))
     if response.parameters:
         parts.append(_parameters(response.parameters))
-    parts += [_output(output.name, output.datatype, output.shape) for output in response.outputs]
-    for output in response.outputs:
+    for output in outputs:
         parts.append(field(_RAW_OUTPUT, b"" if output.name in elsewhere else to_bytes(output)))
     return b"".join(parts)
 
@@ -219,7 +221,10 @@ def stream_response(response: bytes) -> bytes:
 
 def field(number: int, value: bytes) -> bytes:
     """A field of a message that holds bytes, a text or another message, serialized."""
-    size, head = len(value), bytearray((number << 3 | 2,))
+    size = len(value)
+    if size <= 0x7F:
+        return bytes((number << 3 | 2, size)) + value
+    head = bytearray((number << 3 | 2,))
     while size > 0x7F:
         head.append(size & 0x7F | 0x80)
         size >>= 7
@@ -228,17 +233,13 @@ def field(number: int, value: bytes) -> bytes:
 
 
 @lru_cache(_KEPT)
-def _model(name: str, version: str, final: bool | None) -> bytes:
-    message = pb.ModelInferResponse(model_name=name, model_version=version)
+def _head(model: str, version: str, final: bool | None, *outputs: tuple[str, str, tuple[int, ...]]) -> bytes:
+    """What does not change from response to response; outputs are names, data types and shapes."""
+    message = pb.ModelInferResponse(model_name=model, model_version=version)
     if final is not None:
         message.parameters[FINAL].bool_param = final
-    return bytes(message.SerializeToString())
-
-
-@lru_cache(_KEPT)
-def _output(name: str, datatype: str, shape: tuple[int, ...]) -> bytes:
-    message = pb.ModelInferResponse()
-    message.outputs.add(name=name, datatype=datatype, shape=shape)
+    for name, datatype, shape in outputs:
+        message.outputs.add(name=name, datatype=datatype, shape=shape)
     return bytes(message.SerializeToString())
 
 

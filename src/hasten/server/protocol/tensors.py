@@ -166,7 +166,7 @@ def to_bytes(tensor: Tensor) -> bytes:
     """The raw bytes of a tensor."""
     data = tensor.data
     if data.dtype.hasobject:
-        return b"".join(part for text in data.ravel().tolist() for part in (_LENGTH.pack(len(text)), text))
+        return b"".join([_LENGTH.pack(len(text)) + text for text in data.ravel().tolist()])
     return data.tobytes()
 
 
