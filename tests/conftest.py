@@ -4,9 +4,11 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,6 +143,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for item in items:
                 if item.get_closest_marker(mark) is not None:
                     item.add_marker(pytest.mark.skip(reason=f"needs {least} GPU{'s' * (least > 1)}; {gpus} are here"))
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that an engine starts are copies of one process, which takes a tenth of the time of new ones."""
+    from tests.forked_ranks import ForkedRank
+
+    own = SimpleNamespace(**vars(subprocess) | {"Popen": ForkedRank})
+    monkeypatch.setattr("hasten.parallel.launch.subprocess", own)
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from hasten.ops.partial_sum import PartialSum
 
 pytest.importorskip("triton")
 
+import tests.interpreter  # noqa: F401  # kernels run on it where there is no GPU
 from tests.bench.compile_cases import launchers
 
 from hasten.ops.gpu import cuts
@@ -82,8 +83,8 @@ def test_kernels_agree_with_their_definitions(name: str, monkeypatch: pytest.Mon
 @pytest.mark.any_python
 @pytest.mark.parametrize(
     ("capability", "dtype", "shared_memory"),
-    [("90", "fp16", 227 * 1024), ("90", "bf16", 227 * 1024), ("80", "fp16", 163 * 1024)],
-    ids=["H100 and H200, fp16", "H100 and H200, bf16", "A100"],
+    [("90", "bf16", 227 * 1024), ("80", "fp16", 163 * 1024)],
+    ids=["H100 and H200, bf16", "A100, fp16"],
 )
 def test_kernels_compile_for_gpus_that_are_not_here(
     capability: str, dtype: str, shared_memory: int, tmp_path: Path

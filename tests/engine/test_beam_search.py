@@ -198,6 +198,7 @@ def test_preempted_beams_are_the_same(
         assert preempted >= 3
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("overlap", [False, True], ids=["steps", "overlapped"])
 def test_beams_of_two_ranks_are_the_same(
     overlap: bool,

@@ -192,6 +192,7 @@ FORCED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_tokens_that_a_grammar_forces_are_taken_without_a_step(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     schema = SCHEMAS["person"] | {"properties": SCHEMAS["person"]["properties"] | {"population": {"type": "boolean"}}}

@@ -26,6 +26,7 @@ from hasten.ops.plan import Planner
 
 pytest.importorskip("triton")
 
+import tests.interpreter  # noqa: F401  # kernels run on it where there is no GPU
 from tests.bench.compile_cases import launchers
 
 MakeModel = Callable[..., Path]

@@ -555,6 +555,7 @@ def test_overlapped_steps_give_the_same_outputs(
         assert (preemptions(llm) > 0) == ("blocks" in options)
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_overlapped_ranks_give_the_same_outputs(
     tiny_bloom: Path, right_mixed: list[RequestOutput], monkeypatch: pytest.MonkeyPatch
 ) -> None:

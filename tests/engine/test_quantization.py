@@ -112,6 +112,7 @@ def logprobs_of(folder: Path, **options: Any) -> list[float]:
     return [each.logprob for each in found]
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_of_two_ranks_quantizes_its_shards(family: str, make_model: MakeModel, tmp_path: Path) -> None:
     folder = make_model(family)
@@ -121,6 +122,7 @@ def test_each_of_two_ranks_quantizes_its_shards(family: str, make_model: MakeMod
     assert found != pytest.approx(logprobs_of(folder), abs=SAME[True])
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("kind", ["w8a8", "fp8"])
 def test_each_of_two_ranks_rounds_its_part_of_the_inputs(kind: str, tiny_bloom: Path, tmp_path: Path) -> None:
     dequantized = dequantized_folder(tiny_bloom, tmp_path / "dequantized", HEADS["Bloom"], ranks=2, kind=kind)

@@ -158,6 +158,7 @@ def test_controls(family: str, what: str, folder: Folder, load: Load, monkeypatc
     assert (found - their_output(theirs(path), LONG[-2])).abs().max() > 1e-2
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_ranks_and_steps_change_nothing(folder: Folder, load: Load) -> None:
     path = folder("mpnet")
     whole = hidden_states(load(path), [*TEXTS, *LONG])

@@ -124,6 +124,7 @@ def test_greedy_tokens_are_those_of_hugging_face(
         assert llm.engine.scheduler.stats.preemptions > 0
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(("name", "ranks"), [case for cases in ALL for case in cases.ranks])
 def test_ranks_give_the_tokens_of_one(
     name: str, ranks: int, make_model: MakeModel, right_tokens: Callable[[str], list[list[int]]]
@@ -133,6 +134,7 @@ def test_ranks_give_the_tokens_of_one(
         assert generated(llm) == right_tokens(name)
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(("name", "ranks"), [case for cases in ALL for case in cases.whole_experts])
 def test_ranks_with_whole_experts_give_the_tokens_of_one(
     name: str, ranks: int, make_model: MakeModel, right_tokens: Callable[[str], list[list[int]]]

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -59,11 +60,11 @@ def running(command: list[str], **environment: str) -> Iterator[subprocess.Popen
 
 
 def children_of(parent: int) -> list[int]:
-    """Processes that it has started; not the one that multiprocessing leaves running once a test has used it."""
+    """Processes that it has started; not those that multiprocessing leaves running once a test has used it."""
     found = []
     for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
         with suppress(FileNotFoundError, ProcessLookupError):  # it may have ended since
-            if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+            if not re.search(rb"resource_tracker|forkserver", Path(f"/proc/{child}/cmdline").read_bytes()):
                 found.append(int(child))
     return found
 
@@ -98,6 +99,7 @@ def mpi_environment(rank: int, size: int, port: int) -> dict[str, str]:
     }
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_choose_the_tokens_of_one_rank(tiny_bloom_odd_vocab: Path, ranks: int) -> None:
     options: dict[str, Any] = {"device": "cpu", "max_num_batched_tokens": 40, "max_num_seqs": 4}
@@ -115,6 +117,7 @@ def test_ranks_choose_the_tokens_of_one_rank(tiny_bloom_odd_vocab: Path, ranks: 
     assert len(found[2].prompt_logprobs) == len(PROMPTS[2])
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_ranks_agree_through_preemption(tiny_bloom: Path) -> None:
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     with LLM(tiny_bloom, device="cpu") as alone:

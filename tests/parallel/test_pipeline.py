@@ -114,6 +114,7 @@ def most_under_way(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> int:
     return most
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_choose_the_tokens_of_one_rank(
     name: str,
@@ -137,6 +138,7 @@ def test_stages_choose_the_tokens_of_one_rank(
         assert_nothing_is_left(llm)
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("name", ["two", "three, overlapped"])
 def test_stages_with_too_small_a_cache(name: str, four_layers: Path) -> None:
     params = [SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, repetition_penalty=1.1)] * 6
@@ -153,6 +155,7 @@ def test_stages_with_too_small_a_cache(name: str, four_layers: Path) -> None:
         assert_nothing_is_left(tight)
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -171,6 +174,7 @@ def test_families(name: str, options: dict[str, Any], make_model: MakeModel) -> 
         assert tokens_of(found.generate(PROMPTS[:3], params)) == expected
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_faster_transformer_folder_of_two_ranks_serves_two_stages_of_two(
     four_layers: Path, tmp_path: Path, right: Callable[[Path], list[RequestOutput]]
 ) -> None:

@@ -104,6 +104,7 @@ def test_logits_are_those_of_the_values(
     assert (found - expected).norm() <= bound * expected.norm()
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_ranks_agree_with_one(make_model: MakeModel, tmp_path: Path) -> None:
     """The second product of attention reads 48 features, so each of 2 ranks has half of a group of 16."""
     folder, _ = write(make_model("Llama"), tmp_path, CASES["gptq, 8 bits"])
