@@ -157,6 +157,7 @@ def assert_all(llm: LLM, right: list[Beams], right_others: list[list[int]]) -> i
     return llm.engine.scheduler.stats.preemptions - before
 
 
+@pytest.mark.any_python
 @pytest.mark.parametrize("overlap", [False, True], ids=["steps", "overlapped"])
 @pytest.mark.parametrize(
     "options",
@@ -177,6 +178,7 @@ def test_beams_are_those_of_transformers(
         assert llm.engine.scheduler.stats.preemptions == 0
 
 
+@pytest.mark.any_python
 @pytest.mark.parametrize("overlap", [False, True], ids=["steps", "overlapped"])
 @pytest.mark.parametrize("prefix_cache", [False, True])
 @pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 18, "max_num_seqs": 18}], ids=str)
@@ -198,6 +200,7 @@ def test_preempted_beams_are_the_same(
         assert preempted >= 3
 
 
+@pytest.mark.any_python
 @pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("overlap", [False, True], ids=["steps", "overlapped"])
 def test_beams_of_two_ranks_are_the_same(
@@ -227,6 +230,7 @@ def test_beams_of_two_ranks_are_the_same(
         assert_all(llm, right, right_others)
 
 
+@pytest.mark.any_python
 @pytest.mark.parametrize("early", [False, True])
 def test_the_models_own_end_token(early: bool, make_bloom: MakeBloom, reference: Callable[[Path], Reference]) -> None:
     folder = make_bloom(tie_word_embeddings=False, eos_token_id=EOS)
@@ -246,6 +250,7 @@ def test_the_models_own_end_token(early: bool, make_bloom: MakeBloom, reference:
     assert hidden > 4
 
 
+@pytest.mark.any_python
 @pytest.mark.parametrize(
     "options",
     [{"min_tokens": 6}, {"repetition_penalty": 1.2}, {"bad_words_ids": "its first tokens"}],

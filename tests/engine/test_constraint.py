@@ -130,6 +130,7 @@ def test_plain_requests_beside_constrained_ones_are_what_they_are_alone(llm: LLM
     check([outputs[1], outputs[3]], schema, least=2)
 
 
+@pytest.mark.any_python
 def test_chunked_and_preempted_requests_make_the_same_output(llm: LLM) -> None:
     schema, prompts = SCHEMAS["person"], ["Anna looked at the garden and " * 4, "Ben", "Clara opened the window"] * 2
     params = [constrained(schema, seed=seed) for seed in range(6)]
@@ -192,6 +193,7 @@ FORCED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.any_python
 @pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_tokens_that_a_grammar_forces_are_taken_without_a_step(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:

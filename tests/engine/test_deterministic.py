@@ -102,6 +102,7 @@ def check(folder: Path, **options: Any) -> None:
         assert_same(expected, together(llm, shuffled()), "in chunks")
 
 
+@pytest.mark.any_python
 @pytest.mark.parametrize(("name", "dtype"), ON_CPU)
 def test_company_changes_no_bit(name: str, dtype: str, make_model: MakeModel) -> None:
     family, config = MODELS[name]

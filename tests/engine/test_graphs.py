@@ -86,6 +86,7 @@ def results(outputs: list[RequestOutput]) -> list[tuple[list[int], list[float]]]
     ]
 
 
+@pytest.mark.any_python
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_steps_give_what_the_steps_give(family: str, make_model: MakeModel) -> None:
     name, options = FAMILIES[family]
@@ -139,6 +140,7 @@ def add_linear(
     return PartialSum(ops.linear_parts(x_th, weight), bias_o, residual_to, rows_t)
 
 
+@pytest.mark.any_python
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/engine/test_gpu.py replays such steps")
 def test_padded_steps_of_kernels_give_what_the_steps_give(make_model: MakeModel, kernels: Callable[[], None]) -> None:
     """A whole model: chunks, mixtures and single tokens, some of which wait for others' blocks."""

@@ -539,6 +539,7 @@ def right_mixed(tiny_bloom: Path) -> list[RequestOutput]:
     return outputs
 
 
+@pytest.mark.any_python
 @pytest.mark.parametrize("prefix_cache", [True, False])
 @pytest.mark.parametrize(
     "options", [{}, {"max_num_batched_tokens": 8, "max_num_seqs": 4}, {"max_num_seqs": 6, "blocks": 8}], ids=str
@@ -555,6 +556,7 @@ def test_overlapped_steps_give_the_same_outputs(
         assert (preemptions(llm) > 0) == ("blocks" in options)
 
 
+@pytest.mark.any_python
 @pytest.mark.usefixtures("forked_ranks")
 def test_overlapped_ranks_give_the_same_outputs(
     tiny_bloom: Path, right_mixed: list[RequestOutput], monkeypatch: pytest.MonkeyPatch

@@ -111,6 +111,7 @@ def test_the_tokenizer_of_transformers(llm: LLM, folder: Path) -> None:
         assert by_file.get_tokenizer().encode(text) == llm.tokenizer.encode(text)
 
 
+@pytest.mark.any_python
 @pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_prefix_cache_that_is_reset_finds_nothing(tiny_bloom: Path, ranks: int) -> None:

@@ -112,6 +112,7 @@ def logprobs_of(folder: Path, **options: Any) -> list[float]:
     return [each.logprob for each in found]
 
 
+@pytest.mark.any_python
 @pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_of_two_ranks_quantizes_its_shards(family: str, make_model: MakeModel, tmp_path: Path) -> None:
@@ -122,6 +123,7 @@ def test_each_of_two_ranks_quantizes_its_shards(family: str, make_model: MakeMod
     assert found != pytest.approx(logprobs_of(folder), abs=SAME[True])
 
 
+@pytest.mark.any_python
 @pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("kind", ["w8a8", "fp8"])
 def test_each_of_two_ranks_rounds_its_part_of_the_inputs(kind: str, tiny_bloom: Path, tmp_path: Path) -> None:

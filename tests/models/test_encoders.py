@@ -79,6 +79,7 @@ def hidden_states(llm: LLM, prompts: list[Any]) -> list[Tensor]:
     return [output.outputs.data for output in llm.encode(prompts, pooling_task="token_embed")]
 
 
+@pytest.mark.any_python
 @pytest.mark.parametrize("name", FAMILIES)
 def test_hidden_states(name: str, folder: Folder, load: Load) -> None:
     path = folder(name)
@@ -94,6 +95,7 @@ def test_hidden_states(name: str, folder: Folder, load: Load) -> None:
         assert torch.allclose(torch.tensor(vector.outputs.embedding), mean, atol=BOUND)
 
 
+@pytest.mark.any_python
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", [name for name in FAMILIES if "," not in name])
 def test_classifiers(name: str, head: str, folder: Folder, load: Load) -> None:
@@ -158,6 +160,7 @@ def test_controls(family: str, what: str, folder: Folder, load: Load, monkeypatc
     assert (found - their_output(theirs(path), LONG[-2])).abs().max() > 1e-2
 
 
+@pytest.mark.any_python
 @pytest.mark.usefixtures("forked_ranks")
 def test_ranks_and_steps_change_nothing(folder: Folder, load: Load) -> None:
     path = folder("mpnet")

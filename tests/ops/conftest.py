@@ -1,10 +1,14 @@
 """What all tests of ops share: how exact an op must be, and memory that betrays whoever reads it before writing."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 import torch
 from torch import Tensor
+
+with suppress(ModuleNotFoundError):  # without triton there are no kernels
+    import tests.interpreter  # noqa: F401  # they run on it where there is no GPU
 
 Close = Callable[[str, Tensor, Tensor], None]
 

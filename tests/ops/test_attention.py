@@ -12,6 +12,8 @@ from hasten import ops
 from hasten.layers.position import alibi_slopes
 from hasten.ops import cpu, reference
 
+pytestmark = pytest.mark.any_python
+
 Close = Callable[[str, Tensor, Tensor], None]
 Lengths = list[tuple[int, int]]
 """(new tokens, tokens that attention sees, these included) of each sequence."""

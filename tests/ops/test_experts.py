@@ -9,6 +9,8 @@ from torch import Tensor
 from hasten import ops
 from hasten.ops import GatedUnit, PackedExperts, Routing, cpu, reference
 
+pytestmark = pytest.mark.any_python
+
 Close = Callable[[str, Tensor, Tensor], None]
 
 HIDDEN, INNER, COUNT = 24, 20, 6

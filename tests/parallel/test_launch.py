@@ -99,6 +99,7 @@ def mpi_environment(rank: int, size: int, port: int) -> dict[str, str]:
     }
 
 
+@pytest.mark.any_python
 @pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_choose_the_tokens_of_one_rank(tiny_bloom_odd_vocab: Path, ranks: int) -> None:
@@ -117,6 +118,7 @@ def test_ranks_choose_the_tokens_of_one_rank(tiny_bloom_odd_vocab: Path, ranks: 
     assert len(found[2].prompt_logprobs) == len(PROMPTS[2])
 
 
+@pytest.mark.any_python
 @pytest.mark.usefixtures("forked_ranks")
 def test_ranks_agree_through_preemption(tiny_bloom: Path) -> None:
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)

@@ -9,8 +9,6 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-import tests.interpreter  # noqa: F401  # kernels run on it where there is no GPU
-
 Close = Callable[[str, Tensor, Tensor], None]
 
 # Deterministic algorithms, which poison new memory, refuse cuBLAS without it.

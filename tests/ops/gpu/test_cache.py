@@ -5,6 +5,8 @@ from torch import Tensor
 from hasten.ops import BlockCaches, reference
 from hasten.ops.gpu import cache
 
+pytestmark = pytest.mark.any_python
+
 NAN = float("nan")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BLOCKS, BLOCK_SIZE = 7, 5

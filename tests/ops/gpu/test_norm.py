@@ -11,6 +11,8 @@ from torch import Tensor
 from hasten.ops import PartialSum, reference
 from hasten.ops.gpu import norm
 
+pytestmark = pytest.mark.any_python
+
 Close = Callable[[str, Tensor, Tensor], None]
 
 NAN = float("nan")
