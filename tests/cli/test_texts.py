@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     heads = ("Model", "ForSequenceClassification", "ForTokenClassification")
-    return {head: save_encoder(tmp_path_factory.mktemp(head), "DistilBert", head) for head in heads}
+    return {head: save_encoder(tmp_path_factory.mktemp(head), "DistilBert", head, is_matryoshka=True) for head in heads}
 
 
 def objects(out: str) -> list[dict[str, Any]]:

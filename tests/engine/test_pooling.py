@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ NORMALIZE = ("Normalize", "2_Normalize", dict[str, Any]())
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_encoder(tmp_path_factory.mktemp("bert"), "Bert")
+    folder = save_encoder(tmp_path_factory.mktemp("bert"), "Bert", is_matryoshka=True)
     save_pooling(folder, [pooling_of("mean_tokens"), NORMALIZE])
     return folder
 
@@ -190,6 +191,10 @@ def test_what_an_encoder_cannot_do(llm: LLM) -> None:
         llm.classify("the garden")
     with pytest.raises(InvalidRequestError, match="dimensions is 49; the model's vectors have 48"):
         llm.embed("the garden", pooling_params=PoolingParams(dimensions=49))
+    uncut = replace(llm.engine.worker.pooler.info, dimensions=None)  # type: ignore[union-attr]  # it has one
+    uncut.check(PoolingParams(dimensions=48))
+    with pytest.raises(InvalidRequestError, match=r"config\.json does not say that its vectors"):
+        uncut.check(PoolingParams(dimensions=8))
     with pytest.raises(InvalidRequestError, match="the text has token id 999999"):
         llm.embed([[5, 999_999]])
     with pytest.raises(InvalidRequestError, match="2 token_type_ids for 1 tokens"):

@@ -60,6 +60,7 @@ def test_numbers_of_numpy_are_taken() -> None:
     params = SamplingParams(temperature=np.float32(0.5), top_p=np.float64(0.25))  # type: ignore[arg-type]
     (body,) = bodies([framed(Add(1, (5,), params, stream=False))], 1000)
     again = msgspec.msgpack.Decoder(Add).decode(body)
+    assert again.params is not None
     assert (again.params.temperature, again.params.top_p) == (0.5, 0.25)
 
 

@@ -1,16 +1,15 @@
 """How hidden states become vectors: what sentence-transformers writes next to a model, and what else is assumed."""
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hasten.checkpoint.sources import MODULES, read_json, read_json_list, read_tensors
-from hasten.core.config import ModelConfig, Pooling
+from hasten.core.config import ModelConfig, Pooling, TextConfig
 from hasten.core.errors import CheckpointError, UnsupportedError
 
 _log = logging.getLogger(__name__)
@@ -50,16 +49,10 @@ class PoolingConfig:
     normalize: bool = False
     """Whether vectors have length 1."""
     dense: tuple[DenseModule, ...] = ()
-    include_prompt: bool = True
-    """Whether an instruction before the text counts."""
-    max_length: int | None = None
-    """Most tokens of a text."""
-    lowercase: bool = False
-    """Whether texts are tokenized in lower case."""
-    prompts: Mapping[str, str] = field(default_factory=dict)
-    """What stands before texts, by the name of their purpose."""
-    default_prompt: str | None = None
-    """Name of the prompt that stands before texts for which none is named."""
+    texts: TextConfig = field(default_factory=TextConfig)
+    """How texts become tokens."""
+    dimensions: tuple[int, ...] | None = None
+    """Lengths that vectors may be cut to (Matryoshka), none of them: to any; None: they may not be cut."""
 
 
 def read_pooling(folder: Path, model: ModelConfig) -> PoolingConfig:
@@ -70,33 +63,34 @@ def read_pooling(folder: Path, model: ModelConfig) -> PoolingConfig:
     """
     max_length, lowercase = _limits(folder)
     prompts, default = _prompts(folder)
-    fields: dict[str, Any] = {"max_length": max_length, "lowercase": lowercase, "prompts": prompts}
-    fields |= {"default_prompt": default}
+    texts = TextConfig(max_length=max_length, lowercase=lowercase, prompts=prompts, default_prompt=default)
+    dimensions = _dimensions(folder)
     if not (folder / MODULES).is_file():
         mode: Pooling = "last" if model.attention.causal else "mean"
         if model.task == "embed":
             _log.warning("%s has no %s: vectors are made by %s pooling", folder, MODULES, mode)
-        return PoolingConfig(modes=(mode,), **fields)
-    pooling: dict[str, Any] = {}
+        return PoolingConfig(modes=(mode,), texts=texts, dimensions=dimensions)
+    modes: tuple[Pooling, ...] = ()
     dense: list[DenseModule] = []
     normalize = False
     for place, (kind, path) in enumerate(_modules(folder)):
         if kind == "Transformer" and place == 0 and path == folder:
             continue
-        if kind == "Pooling" and not pooling:
-            pooling = _pooling(path / "config.json")
-        elif kind == "Dense" and pooling and not normalize:
+        if kind == "Pooling" and not modes:
+            modes, include_prompt = _pooling(path / "config.json")
+            texts = replace(texts, include_prompt=include_prompt)
+        elif kind == "Dense" and modes and not normalize:
             dense.append(_dense(path))
-        elif kind == "Normalize" and pooling:
+        elif kind == "Normalize" and modes:
             normalize = True
         else:
             raise UnsupportedError(
                 f"{folder / MODULES}: module {place}, {kind!r}, is not supported there; supported are a Transformer of "
                 "this folder, a Pooling, then Dense modules and Normalize"
             )
-    if not pooling:
+    if not modes:
         raise UnsupportedError(f"{folder / MODULES} has no Pooling: the model gives no vectors of texts")
-    return PoolingConfig(normalize=normalize, dense=tuple(dense), **pooling, **fields)
+    return PoolingConfig(modes=modes, normalize=normalize, dense=tuple(dense), texts=texts, dimensions=dimensions)
 
 
 def _modules(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -112,7 +106,8 @@ def _modules(folder: Path) -> Iterator[tuple[str, Path]]:
         yield module["type"].rpartition(".")[2], folder / path
 
 
-def _pooling(file: Path) -> dict[str, Any]:
+def _pooling(file: Path) -> tuple[tuple[Pooling, ...], bool]:
+    """Ways of pooling, and whether a prompt counts."""
     raw = read_json(file)
     modes = tuple(mode for key, mode in _MODES if raw.get(key))
     named = raw.get("pooling_mode")
@@ -129,7 +124,7 @@ def _pooling(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} names no way of pooling; supported are {', '.join(dict(_MODES))}")
     if len(modes) > 1 and "cls" in modes and not raw.get("include_prompt", True):
         raise UnsupportedError(f"{file}: include_prompt false is not supported with the first token and others")
-    return {"modes": modes, "include_prompt": bool(raw.get("include_prompt", True))}
+    return modes, bool(raw.get("include_prompt", True))
 
 
 def _dense(folder: Path) -> DenseModule:
@@ -158,6 +153,18 @@ def _limits(folder: Path) -> tuple[int | None, bool]:
     if most is not None and (type(most) is not int or most < 1):
         raise CheckpointError(f"{file}: max_seq_length {most!r:.80} is not a whole number above 0")
     return most, bool(raw.get("do_lower_case", False))
+
+
+def _dimensions(folder: Path) -> tuple[int, ...] | None:
+    """Lengths that vectors may be cut to, none of them: to any; None where config.json does not say that they may."""
+    file = folder / "config.json"
+    raw = read_json(file) if file.is_file() else {}
+    lengths = raw.get("matryoshka_dimensions")
+    if lengths is None:
+        return () if raw.get("is_matryoshka") is True else None
+    if not isinstance(lengths, list) or not all(type(length) is int and length > 0 for length in lengths):
+        raise CheckpointError(f"{file}: matryoshka_dimensions {lengths!r:.80} is not a list of whole numbers above 0")
+    return tuple(lengths)
 
 
 def _prompts(folder: Path) -> tuple[dict[str, str], str | None]:

@@ -153,6 +153,22 @@ class ClassifierConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """How the texts of a model that makes vectors or scores of them become tokens."""
+
+    max_length: int | None = None
+    """Most tokens of a text."""
+    lowercase: bool = False
+    """Whether texts are tokenized in lower case."""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    """What stands before texts, by the name of its purpose."""
+    default_prompt: str | None = None
+    """Name of the prompt that stands before texts for which none is named."""
+    include_prompt: bool = True
+    """Whether a vector is made of the prompt too."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Rotary position embedding: which dimensions of a head turn, and how fast."""
 

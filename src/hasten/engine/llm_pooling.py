@@ -146,7 +146,7 @@ class PoolingMethods(ABC):
 
     def _requests(self) -> TextRequests:
         engine = self.engine
-        return TextRequests(self._pooler("encode").pooling, engine.tokenizer, engine.max_model_len)
+        return TextRequests(self._pooler("encode").pooling.texts, engine.tokenizer, engine.max_model_len)
 
     def _pooled(
         self,
@@ -159,7 +159,7 @@ class PoolingMethods(ABC):
     ) -> list[PoolingRequestOutput[PooledOutput]]:
         pooler = self._pooler(params.task)
         pooler.check(params)
-        before = instruction(pooler.pooling, prompt, prompt_name) if params.task == "embed" else Instruction()
+        before = instruction(pooler.pooling.texts, prompt, prompt_name) if params.task == "embed" else Instruction()
         return self._outputs(self._requests().of_prompts(prompts, params, before), "encoding", use_tqdm=use_tqdm)
 
     def _outputs(

@@ -5,6 +5,7 @@ Shapes: t tokens of the flat batch, s texts, h hidden, w width of a vector, or l
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -13,7 +14,6 @@ from torch import Tensor
 from hasten import ops
 from hasten.checkpoint.pooling import DenseModule, PoolingConfig
 from hasten.core.config import ModelConfig, Pooling
-from hasten.core.errors import InvalidRequestError
 from hasten.core.types import (
     ClassificationOutput,
     EmbeddingOutput,
@@ -25,6 +25,7 @@ from hasten.core.types import (
     Request,
     ScoringOutput,
 )
+from hasten.engine.pooling_info import PoolingInfo
 from hasten.layers.classifier import Classifier
 
 _OF_TOKENS: tuple[PoolingTask, ...] = ("token_embed", "token_classify")
@@ -100,21 +101,27 @@ class Pooler:
         return self.pooling.modes if classifier is None else (classifier.pooling,)
 
     @property
-    def width(self) -> int:
+    def _width(self) -> int:
         """Length of a vector."""
         dense = self.pooling.dense
         return dense[-1].weight.shape[0] if dense else self.config.hidden_size * len(self.pooling.modes)
 
+    @cached_property
+    def info(self) -> PoolingInfo:
+        """What requests are checked against."""
+        classifier = self.config.classifier
+        return PoolingInfo(
+            architecture=self.config.architecture,
+            tasks=self.tasks,
+            width=self._width if classifier is None else len(classifier.labels),
+            labels=() if classifier is None else classifier.labels,
+            dimensions=self.pooling.dimensions,
+            texts=self.pooling.texts,
+        )
+
     def check(self, params: PoolingParams) -> None:
         """InvalidRequestError where the model cannot do what is asked for."""
-        if params.task not in self.tasks:
-            if params.task == "score" and self.config.classifier is not None:
-                raise InvalidRequestError(f"score needs a model with one label; {self.config.architecture} has others")
-            raise InvalidRequestError(
-                f"{self.config.architecture} is not a model to {params.task}; it does {', '.join(self.tasks)}"
-            )
-        if params.dimensions is not None and params.dimensions > self.width:
-            raise InvalidRequestError(f"dimensions is {params.dimensions}; the model's vectors have {self.width}")
+        self.info.check(params)
 
     def num_states(self, request: Request) -> int:
         """How many of a text's last tokens need hidden states."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hasten.checkpoint.pooling import PoolingConfig
+from hasten.core.config import TextConfig
 from hasten.core.errors import InvalidRequestError
 from hasten.core.text import require_utf8
 from hasten.core.types import PoolingParams, Request
@@ -20,7 +20,7 @@ class Instruction:
     """Whether a vector is made of it too."""
 
 
-def instruction(pooling: PoolingConfig, prompt: str | None, prompt_name: str | None) -> Instruction:
+def instruction(config: TextConfig, prompt: str | None, prompt_name: str | None) -> Instruction:
     """The text given, or the model's own under a name, or its default; InvalidRequestError where there is none."""
     if prompt is not None:
         if prompt_name is not None:
@@ -28,22 +28,22 @@ def instruction(pooling: PoolingConfig, prompt: str | None, prompt_name: str | N
         if not isinstance(prompt, str):
             raise InvalidRequestError(f"prompt must be a text, got {prompt!r:.80}")
         require_utf8("prompt", prompt)
-        return Instruction(prompt, pooling.include_prompt)
-    name = pooling.default_prompt if prompt_name is None else prompt_name
+        return Instruction(prompt, config.include_prompt)
+    name = config.default_prompt if prompt_name is None else prompt_name
     if name is None:
         return Instruction()
-    if name not in pooling.prompts:
-        there = ", ".join(pooling.prompts) or "none"
+    if name not in config.prompts:
+        there = ", ".join(config.prompts) or "none"
         raise InvalidRequestError(f"prompt_name {name!r:.80} is no prompt of the model; there are: {there}")
-    return Instruction(pooling.prompts[name], pooling.include_prompt)
+    return Instruction(config.prompts[name], config.include_prompt)
 
 
 class TextRequests:
     """Makes requests of texts, for one model."""
 
-    def __init__(self, pooling: PoolingConfig, tokenizer: Tokenizer | None, longest: int) -> None:
+    def __init__(self, config: TextConfig, tokenizer: Tokenizer | None, longest: int) -> None:
         """`longest`: most tokens of a text."""
-        self._pooling = pooling
+        self._config = config
         self._tokenizer = tokenizer
         self._longest = longest
 
@@ -72,7 +72,7 @@ class TextRequests:
             return []
         if self._tokenizer is None:
             raise InvalidRequestError("the model's folder has no tokenizer; give token ids, or name one (tokenizer)")
-        if self._pooling.lowercase:
+        if self._config.lowercase:
             texts = [text.lower() if isinstance(text, str) else (text[0].lower(), text[1].lower()) for text in texts]
         most = params.truncate_prompt_tokens
         limit = None if most is None else self._longest if most == -1 else min(most, self._longest)
@@ -81,7 +81,7 @@ class TextRequests:
     def _length(self, before: str) -> int:
         """Tokens at the beginning of a text that an instruction takes, with what begins every text."""
         assert self._tokenizer is not None
-        text = before.lower() if self._pooling.lowercase else before
+        text = before.lower() if self._config.lowercase else before
         (tokens,) = self._tokenizer.encode_texts([text])
         plain = self._tokenizer.encode(text, add_special_tokens=False)
         ending = len(tokens.ids) - len(plain) - _common(tokens.ids, plain)

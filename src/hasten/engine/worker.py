@@ -275,7 +275,11 @@ class Worker:
         """Longest text and number of blocks of a cache that holds the keys and values of one layer, for one step."""
         assert self.pooler is not None
         block_size, scheduler = config.cache.block_size, config.scheduler
-        limits = (scheduler.max_model_len, self.model_config.max_position_embeddings, self.pooler.pooling.max_length)
+        limits = (
+            scheduler.max_model_len,
+            self.model_config.max_position_embeddings,
+            self.pooler.pooling.texts.max_length,
+        )
         length = min((limit for limit in limits if limit is not None), default=DEFAULT_MODEL_LEN)
         tokens = max(scheduler.max_num_batched_tokens or 1, length)
         num_blocks = tokens // block_size + scheduler.max_num_seqs

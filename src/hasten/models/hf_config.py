@@ -21,6 +21,7 @@ _BOOKKEEPING = frozenset(
     output_attentions output_hidden_states output_scores prefix problem_type return_dict return_dict_in_generate
     task_specific_params tie_encoder_decoder tokenizer_class torch_dtype torchscript transformers_version use_bfloat16
     use_cache bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
+    is_matryoshka matryoshka_dimensions
     """.split()
 )
 """Keys that transformers writes for every model, and that say nothing of what a decoder computes."""

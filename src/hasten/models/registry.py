@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hasten.core.config import Task
 from hasten.core.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -151,6 +152,20 @@ def architecture_of(raw: Mapping[str, Any]) -> str:
             f'names no architecture; add "architectures": [NAME], where NAME is one of {", ".join(sorted(MODELS))}'
         )
     return _MODEL_TYPES[_known("model type", str(model_type), _MODEL_TYPES)]
+
+
+_ENCODERS = frozenset({"bert", "distilbert", "modernbert", "mpnet", "roberta"})
+"""Modules of models that generate no text."""
+
+
+def task_of(architecture: str) -> Task:
+    """What the models of an architecture give, unless other files of the checkpoint say otherwise."""
+    if architecture.endswith("ForTokenClassification"):
+        return "token_classify"
+    if architecture.endswith("ForSequenceClassification"):
+        return "classify"
+    module = MODELS[architecture].partition(":")[0].rpartition(".")[2]
+    return "embed" if module in _ENCODERS else "generate"
 
 
 _OTHER_BUILDS: tuple[tuple[str, str], ...] = (

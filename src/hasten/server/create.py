@@ -1,4 +1,7 @@
-"""Repositories made for one checkpoint: the article's token model, FasterTransformer's ensemble around it, and text."""
+"""Repositories made for one checkpoint: the article's token model, FasterTransformer's ensemble around it, and text.
+
+A model that generates no text has a token model and a text model alone.
+"""
 
 import json
 from collections.abc import Mapping
@@ -13,10 +16,10 @@ from hasten.checkpoint.hub import model_name
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError, HastenError
 from hasten.core.files import removed_on_failure, write_text
-from hasten.models.registry import architecture_of
+from hasten.models.registry import architecture_of, task_of
 from hasten.server.engine.client import QueueLimits
 from hasten.server.models.config import completed, interface_of, kind_of
-from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, INTERFACES, Kind
+from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, ENCODER_TYPES, INTERFACES, POOLING_KINDS, Kind
 from hasten.server.models.parameters import KIND, TOKEN_MODEL, engine_parameters
 from hasten.server.repository import CONFIG, is_model_name
 
@@ -57,11 +60,17 @@ def model_configs(
         if not is_model_name(name) or names.count(name) > 1:
             raise ConfigError(f"a model cannot be called {name!r}: another one is, or it is no name of a folder")
     made = [_token(engine, token_name, decoupled)]
+    model_type = made[0].parameters["model_type"].string_value
+    kind = next((kind for kind, task in POOLING_KINDS.items() if ENCODER_TYPES[task] == model_type), None)
+    if kind is not None and decoupled:
+        raise ConfigError("decoupled is for models that generate text: there is nothing to stream of a vector")
     if limits is not None:
         policy = made[0].dynamic_batching.default_queue_policy
         policy.max_queue_size, policy.allow_timeout_override = limits.max_queue_size, True
         policy.default_timeout_microseconds = int((limits.default_timeout or 0) * 1e6)
-    if has_tokenizer(engine):
+    if has_tokenizer(engine) and kind is not None:
+        made.append(_with_token_model(kind, text_name, token_name))
+    elif has_tokenizer(engine):
         made += [
             _with_token_model(Kind.PREPROCESSING, _PREPROCESSING, token_name),
             _with_token_model(Kind.POSTPROCESSING, _POSTPROCESSING, token_name),
@@ -147,6 +156,11 @@ def _model_type(folder: Path) -> str:
     try:
         if described is not None:
             names = [architecture_of(json.loads(described.read_text(encoding="utf-8")))]
+            task = task_of(names[0])
+            if task == "generate" and (described.parent / "modules.json").is_file():
+                task = "embed"
+            if task != "generate":
+                return ENCODER_TYPES[task]
         else:
             names = list(read_sections(folder / CONFIG_INI)) if (folder / CONFIG_INI).is_file() else []
     except (HastenError, ValueError, AttributeError, OSError):

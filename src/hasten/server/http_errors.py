@@ -20,7 +20,7 @@ STATUS = {
     ErrorKind.CANCELLED: CLIENT_GONE,
     ErrorKind.INTERNAL: 500,
 }
-OPENAI_PATHS = ("/v1/", "/tokenize", "/detokenize")
+OPENAI_PATHS = ("/v1/", "/tokenize", "/detokenize", "/score", "/rerank", "/v2/rerank", "/pooling", "/classify")
 """How paths begin whose errors have OpenAI's form."""
 _LONGEST_RETRY_S = 3600
 """An estimate beyond it is not worth more."""

@@ -13,10 +13,12 @@ from typing import Any
 
 from hasten.core.errors import CapacityError, HastenError
 from hasten.server.engine.client import EngineClient
+from hasten.server.models.encoder_model import EncoderModel, check_model_type
 from hasten.server.models.ensemble import Ensemble
-from hasten.server.models.interfaces import Kind
+from hasten.server.models.interfaces import POOLING_KINDS, Kind
 from hasten.server.models.model import Model, Served
 from hasten.server.models.parameters import queue_limits
+from hasten.server.models.pooled_text_model import PooledTextModel
 from hasten.server.models.text_model import TextModel
 from hasten.server.models.text_processing import Postprocessing, Preprocessing
 from hasten.server.models.token_model import TokenModel
@@ -282,13 +284,21 @@ class Registry:
             engine_config = description.engine_config(version.number)
             engines = config.instance_group[0].count
             engine = await self._start_engine(engine_config, queue_limits(config), name=name, engines=engines)
-            return TokenModel(config, engine, counters.language)
+            try:
+                check_model_type(config, engine.info)
+            except HastenError:
+                await engine.close()
+                raise
+            kind = TokenModel if engine.info.pooling is None else EncoderModel
+            return kind(config, engine, counters.language)
         if description.kind is Kind.ENSEMBLE:
             return Ensemble(config, self)
         if description.kind is Kind.TEXT:
             return TextModel(config, self)
-        kind = Preprocessing if description.kind is Kind.PREPROCESSING else Postprocessing
-        return kind(config, self, description.folder)
+        if description.kind in POOLING_KINDS:
+            return PooledTextModel(config, description.kind, self)
+        processing = Preprocessing if description.kind is Kind.PREPROCESSING else Postprocessing
+        return processing(config, self, description.folder)
 
     async def _unload(self, name: str, unload_dependents: bool) -> None:
         if not any(name in known for known in (self._models, self._locks, self.failures)):

@@ -352,6 +352,8 @@ def _language(models: Mapping[Key, ModelCounters]) -> Iterable[Family]:
     made = {key: float(one.generation_tokens) for key, one in language.items()}
     yield _family("hasten_prompt_tokens_total", "counter", "Tokens of prompts", prompts)
     yield _family("hasten_generation_tokens_total", "counter", "Tokens generated", made)
+    texts = {key: float(one.texts) for key, one in language.items()}
+    yield _family("hasten_texts_total", "counter", "Texts of which a vector or scores were made", texts)
     ends = Family("hasten_completions_total", "counter", "Completions by how they ended")
     for key, one in language.items():
         for reason, count in one.finished.items():

@@ -14,7 +14,7 @@ from hasten.server.engine.client import EngineClient
 from hasten.server.errors import service_error
 from hasten.server.lifecycle import Registry, StartEngine
 from hasten.server.models.config import is_decoupled, parameter
-from hasten.server.models.interfaces import Kind, datatype_name
+from hasten.server.models.interfaces import TEXT_KINDS, Kind, datatype_name
 from hasten.server.models.parameters import TOKEN_MODEL
 from hasten.server.models.text_model import DEFAULT_TOKEN_MODEL
 from hasten.server.repository import Repository
@@ -268,7 +268,7 @@ class Service:
 
     def text_models(self) -> Mapping[str, str]:
         """The text models that serve, each with the token model whose engine it uses."""
-        texts = (one for one in self._registry.versions() if one.description.kind is Kind.TEXT)
+        texts = (one for one in self._registry.versions() if one.description.kind in TEXT_KINDS)
         serving = (one for one in texts if self._serves(one))
         return {one.name: parameter(one.config, TOKEN_MODEL, DEFAULT_TOKEN_MODEL) for one in serving}
 

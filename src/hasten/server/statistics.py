@@ -90,6 +90,8 @@ class LanguageCounters:
     generation_tokens: int = 0
     finished: dict[FinishReason, int] = field(default_factory=lambda: dict.fromkeys(FinishReason, 0))
     """Completions by how they ended."""
+    texts: int = 0
+    """Of which a vector or scores were made."""
 
     def meter(self, *, stream: bool) -> "Meter":
         """What counts one request, from now on."""
@@ -132,6 +134,8 @@ class Meter:
         for delta in progress.completions:
             if delta.finish_reason is not None:
                 counters.finished[delta.finish_reason] += 1
+        if progress.pooled is not None:
+            counters.texts += 1
         if progress.finished:
             now = time.monotonic()
             counters.latency.observe(now - self._begun)

@@ -11,7 +11,7 @@ from enum import StrEnum
 from hasten.core.errors import HastenError, exit_status
 from hasten.server.errors import service_error
 from hasten.server.models.config import is_decoupled, parameter
-from hasten.server.models.interfaces import Kind
+from hasten.server.models.interfaces import TEXT_KINDS, Kind
 from hasten.server.models.model import Model
 from hasten.server.models.parameters import TOKEN_MODEL
 from hasten.server.models.text_model import DEFAULT_TOKEN_MODEL
@@ -199,7 +199,7 @@ def dependencies(description: Description) -> list[tuple[str, int]]:
     config = description.config
     if description.kind is Kind.ENSEMBLE:
         return [(step.model_name, step.model_version or -1) for step in config.ensemble_scheduling.step]
-    default = DEFAULT_TOKEN_MODEL if description.kind is Kind.TEXT else ""
+    default = DEFAULT_TOKEN_MODEL if description.kind in TEXT_KINDS else ""
     name = "" if description.kind is Kind.TOKEN else parameter(config, TOKEN_MODEL, default)
     return [(name, -1)] if name else []
 

@@ -13,7 +13,7 @@ from operator import index
 from hasten.core.config import EngineConfig
 from hasten.core.cpus import available_cpus
 from hasten.core.errors import ConfigError, EngineError, HastenError, InvalidRequestError
-from hasten.core.types import SamplingParams
+from hasten.core.types import Request, SamplingParams
 from hasten.engine.stats import EngineStats
 from hasten.engine.text import Tokenizer
 from hasten.server.engine.link import Delivery
@@ -219,12 +219,33 @@ class EngineClient:
         `withdraw` is to be called at its end. Arguments and errors are those of `generate`, but for an engine's death,
         which the ticket raises.
         """
+        self.info.check_task(params)
         _check_sizes(params, self.info.vocab_size)
         self.check_wait(priority, queue_timeout)
         tokens = await self._tokens(prompt)
         ticket = self._ticket(tokens, await self._without_words(params), stream=stream, priority=priority)
-        ticket.timeout, ticket.listener = self._timeout(queue_timeout), listener
-        self._put(ticket)
+        self._put(ticket, queue_timeout, listener)
+        return ticket
+
+    async def submit_text(
+        self,
+        request: Request,
+        *,
+        priority: int = 0,
+        queue_timeout: float | None = None,
+        listener: Callable[[], None] | None = None,
+    ) -> Ticket:
+        """Queue a text of which a vector or scores are to be made, as `request.pooling` says; else as `submit`."""
+        assert request.pooling is not None, "it says what to make of the text"
+        self.info.check_task(request.pooling)
+        self.check_wait(priority, queue_timeout)
+        tokens = request.prompt_token_ids
+        self._check_length(tokens)
+        await self._spread(len(tokens))
+        number = self._next_number(priority)
+        message = Add(number, tokens, None, False, request.pooling, request.token_type_ids, request.skipped_tokens)
+        ticket = Ticket(number, tokens, 1, framed(message), priority)
+        self._put(ticket, queue_timeout, listener)
         return ticket
 
     def estimated_wait(self, priority: int = 0) -> float | None:
@@ -256,10 +277,15 @@ class EngineClient:
 
     @property
     def most_prompt_tokens(self) -> int:
-        """Longest prompt that is taken: one token at least must fit behind it."""
-        most = self.info.max_model_len - 1
+        """Longest prompt that is taken: one token at least must fit behind it, where any are generated."""
+        most = self.info.max_model_len - (1 if self.info.pooling is None else 0)
         limit = self._limits.max_prompt_tokens
         return most if limit is None else min(most, limit)
+
+    @property
+    def max_text_bytes(self) -> int:
+        """Of a text whose bytes say nothing of its tokens."""
+        return self._limits.max_text_bytes
 
     @property
     def most_characters(self) -> int:
@@ -321,26 +347,32 @@ class EngineClient:
         return replace(params, bad_words=(), bad_words_ids=(*params.bad_words_ids, *found))
 
     def _ticket(self, tokens: tuple[int, ...], params: SamplingParams, *, stream: bool, priority: int) -> Ticket:
-        if self._draining:
-            raise EngineClosedError(f"engine {self.name} takes no new requests: it is about to end")
-        if priority < 0:
-            raise InvalidRequestError(f"priority must be 0 (the default), 1 (the highest) or larger, got {priority}")
-        self._numbers += 1
+        number = self._next_number(priority)
         try:
-            frame = framed(Add(self._numbers, tokens, params, stream))
+            frame = framed(Add(number, tokens, params, stream))
         except (OverflowError, ValueError, TypeError) as error:
             raise InvalidRequestError(f"the request cannot be passed to the engine: {error}") from None
         most = params.max_length(len(tokens), self.info.max_model_len) - len(tokens)
         width = max(params.n, params.beam_width)
         prefixes = self._prefixes(tokens, params)
-        return Ticket(self._numbers, tokens, width, frame, priority, most, _may_stop(params), prefixes=prefixes)
+        return Ticket(number, tokens, width, frame, priority, most, _may_stop(params), prefixes=prefixes)
+
+    def _next_number(self, priority: int) -> int:
+        """Of a request that may be queued."""
+        if self._draining:
+            raise EngineClosedError(f"engine {self.name} takes no new requests: it is about to end")
+        if priority < 0:
+            raise InvalidRequestError(f"priority must be 0 (the default), 1 (the highest) or larger, got {priority}")
+        self._numbers += 1
+        return self._numbers
 
     def _prefixes(self, tokens: tuple[int, ...], params: SamplingParams) -> tuple[int, ...]:
         """What decides between engines: nothing for one, or for a prompt that no engine takes from its cache."""
         cached = self._config.cache.enable_prefix_caching and params.prompt_logprobs is None
         return prefixes_of(tokens, self.info.block_size) if cached and len(self.replicas) > 1 else ()
 
-    def _put(self, ticket: Ticket) -> None:
+    def _put(self, ticket: Ticket, queue_timeout: float | None, listener: Callable[[], None] | None) -> None:
+        ticket.timeout, ticket.listener = self._timeout(queue_timeout), listener
         with self.counting_refusals(ticket.priority):
             self._queue.put(ticket)
         self._idle.clear()

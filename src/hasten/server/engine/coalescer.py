@@ -5,12 +5,24 @@ streams. Once it is a window of messages behind, what comes is joined: a server 
 itself, and one that does not gets as much as it can send. The first and the last tokens of a request never wait.
 """
 
+from array import array
 from collections import deque
 from typing import Any
 
-from hasten.core.types import CompletionOutput, RequestOutput
+from hasten.core.types import (
+    CompletionOutput,
+    EmbeddingOutput,
+    FailedOutput,
+    PooledOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    RequestOutput,
+    ScoringOutput,
+)
 from hasten.server.engine.pieces import MAX_COST, cost, split
-from hasten.server.engine.wire import CompletionDelta, Output
+from hasten.server.engine.wire import CompletionDelta, Output, PooledData
+
+EngineOutput = RequestOutput | PoolingRequestOutput[PooledOutput]
 
 _STREAMS_SHARE = 1 / 30
 """Of the cores that engine and server compete for, so much may go to writing streams; more slows down all of them."""
@@ -36,8 +48,10 @@ class Deltas:
         """Index -> (tokens, characters)."""
         self._ended: set[int] = set()
 
-    def take(self, number: int, output: RequestOutput) -> Output:
+    def take(self, number: int, output: EngineOutput) -> Output:
         """What is new in `output`."""
+        if isinstance(output, PoolingRequestOutput):
+            return Output(number, [], output.finished, pooled=_pooled(output.outputs))
         deltas = [delta for completion in output.outputs if (delta := self._delta(completion)) is not None]
         prompt_logprobs, self.is_first = output.prompt_logprobs if self.is_first else None, False
         return Output(number, deltas, output.finished, _on_wire(prompt_logprobs))
@@ -62,6 +76,19 @@ class Deltas:
         )
 
 
+def _pooled(output: PooledOutput) -> PooledData:
+    """What was made of a text, as it goes to the server."""
+    if isinstance(output, FailedOutput):
+        return PooledData(b"", error=output.error)
+    if isinstance(output, PoolingOutput):
+        return PooledData(output.data.numpy().tobytes(), rows=len(output.data))
+    if isinstance(output, ScoringOutput):
+        numbers = [output.score]
+    else:
+        numbers = output.embedding if isinstance(output, EmbeddingOutput) else output.probs
+    return PooledData(array("f", numbers).tobytes())
+
+
 def _on_wire(logprobs: Any) -> Any:
     """Log-probabilities of the engine, which become those of the server by being encoded."""
     return logprobs
@@ -76,7 +103,7 @@ class OutputCoalescer:
         """Messages that the server may be behind before outputs are joined."""
         self._deltas: dict[int, Deltas] = {}
         self._streams: set[int] = set()
-        self._outputs: dict[int, RequestOutput] = {}
+        self._outputs: dict[int, EngineOutput] = {}
         self._rest: deque[Output] = deque()
         """Outputs, or pieces of them, that did not fit the messages before."""
         self._in_flight = 0
@@ -98,7 +125,7 @@ class OutputCoalescer:
         if self._rest:
             self._rest = deque(output for output in self._rest if output.id != number)
 
-    def put(self, output: RequestOutput) -> None:
+    def put(self, output: EngineOutput) -> None:
         """Take in the output of a request: all of it so far."""
         self._outputs[int(output.request_id)] = output
 

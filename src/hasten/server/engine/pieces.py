@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from msgspec.structs import replace
 
-from hasten.server.engine.wire import CompletionDelta, Logprob, Output
+from hasten.server.engine.wire import CompletionDelta, Logprob, Output, PooledData
 
 if TYPE_CHECKING:
     from hasten.server.engine.ticket import Progress
@@ -14,6 +14,8 @@ MAX_COST = 100_000
 """Of the outputs of one message, where a token costs 1: some 10 ms to decode."""
 _ENTRY_COST = 10
 """Of a log-probability."""
+_BYTES_PER_TOKEN = 64
+"""Of a vector's numbers: they are copied, and not looked at."""
 Entry = TypeVar("Entry")
 
 
@@ -24,6 +26,8 @@ def cost(output: "Output | Progress") -> int:
         total += len(delta.token_ids) if delta.logprobs is None else _delta_cost(delta)
     if prompt := output.prompt_logprobs:
         total += len(prompt) * _token_cost(prompt[-1:])
+    if output.pooled is not None:
+        total += 1 + len(output.pooled.data) // _BYTES_PER_TOKEN
     return total
 
 
@@ -43,6 +47,8 @@ def split(output: Output, most: int = MAX_COST) -> list[Output]:
         return [output]
     pieces = [Output(output.id, [], False, part) for part in _prompt_parts(output, most)]
     pieces += [Output(output.id, [part], False) for delta in output.completions for part in _delta_parts(delta, most)]
+    if output.pooled is not None:
+        pieces += [Output(output.id, [], False, pooled=part) for part in _pooled_parts(output.pooled, most)]
     for piece in pieces:
         piece.partial = True
     pieces[-1].partial, pieces[-1].finished = False, output.finished
@@ -69,6 +75,12 @@ def _delta_parts(delta: CompletionDelta, most: int) -> Iterator[CompletionDelta]
             made.finish_reason = made.stop_reason = None
         text = ""
         yield made
+
+
+def _pooled_parts(pooled: PooledData, most: int) -> Iterator[PooledData]:
+    length = most * _BYTES_PER_TOKEN
+    for begin in range(0, len(pooled.data), length):
+        yield replace(pooled, data=pooled.data[begin : begin + length])
 
 
 def _chunks(entries: list[Entry], length: int) -> Iterator[list[Entry]]:

@@ -23,7 +23,7 @@ import msgspec
 from hasten.core.config import EngineConfig
 from hasten.core.cpus import available_cpus
 from hasten.core.errors import EngineError, HastenError
-from hasten.core.types import Request, RequestOutput
+from hasten.core.types import Request, SamplingParams
 from hasten.server.engine.coalescer import OutputCoalescer, pause_per_cpu_second
 from hasten.server.engine.wire import (
     Abort,
@@ -54,6 +54,7 @@ _HEARTBEAT_S = 1.0
 """The server hears of a working engine at least so often, and after the step that takes longer."""
 _ITL_TARGET_MS = 30.0
 """The default of a server, whose clients see each token. Offline, the time of all together counts alone."""
+_NO_SAMPLING = SamplingParams()
 _MOST_COMPILING = 1024
 """Requests that wait for their grammars: they take no places, so the queue's limits do not hold for them."""
 
@@ -158,11 +159,12 @@ class EngineLoop:
 
     def _add(self, message: Add) -> None:
         """Give the engine a request, at once or when its grammar is compiled."""
-        future = self._engine.grammars.compile(message.params)
+        future = None if message.params is None else self._engine.grammars.compile(message.params)
         self._not_begun.add(str(message.id))
         if future is None or future.done():
             self._admit(message, future)
             return
+        assert message.params is not None, "it has a grammar"
         if len(self._compiling) >= _MOST_COMPILING:
             self._engine.grammars.withdraw(message.params)
             self._refuse(message.id, EngineError(f"{_MOST_COMPILING} requests wait for their grammars already"))
@@ -181,7 +183,14 @@ class EngineLoop:
 
     def _admit(self, message: Add, grammar: "Future[Grammar] | None") -> None:
         request_id = str(message.id)
-        request = Request(request_id=request_id, prompt_token_ids=message.prompt_token_ids, params=message.params)
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=message.prompt_token_ids,
+            params=message.params or _NO_SAMPLING,
+            pooling=message.pooling,
+            token_type_ids=message.token_type_ids,
+            skipped_tokens=message.skipped_tokens,
+        )
         try:
             self._engine.add(request, stream=message.stream, grammar=None if grammar is None else grammar.result())
         except Exception as error:  # nothing is queued, so whatever it is ends this request alone
@@ -201,16 +210,15 @@ class EngineLoop:
         if waiting is None:
             self._engine.abort(str(number))
             self._coalescer.forget(number)
-        else:
-            self._engine.grammars.withdraw(waiting[0].params)
+        elif (params := waiting[0].params) is not None:
+            self._engine.grammars.withdraw(params)
         self._not_begun.discard(str(number))
 
     def _step(self) -> None:
         """Compute a step."""
         self._began = time.monotonic()
         for output in self._engine.step():
-            if isinstance(output, RequestOutput):
-                self._coalescer.put(output)
+            self._coalescer.put(output)
         self._started = set()
         if self._not_begun:
             self._started = self._not_begun - self._engine.waiting - set(map(str, self._compiling))
@@ -279,6 +287,7 @@ def engine_info(engine: "Engine") -> EngineInfo:
         device=torch.cuda.get_device_name(worker.device) if on_gpu else "cpu",
         ranks=engine.ranks.world.size,
         tokenizer_folder=None if folder is None else str(folder),
+        pooling=None if worker.pooler is None else worker.pooler.info,
         model_type=MODELS[model.architecture].partition(":")[0].rpartition(".")[2],
     )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from hasten.core.errors import HastenError
 from hasten.core.types import FinishReason
 from hasten.server.engine.pieces import cost
-from hasten.server.engine.wire import CompletionDelta, Logprob, Output
+from hasten.server.engine.wire import CompletionDelta, Logprob, Output, PooledData
 
 if TYPE_CHECKING:
     from hasten.server.engine.assigned import AssignedRequests
@@ -40,6 +40,8 @@ class Progress:
     """Time until the engine began to compute it, with the first progress."""
     tokens: int = 0
     """Of all completions."""
+    pooled: PooledData | None = None
+    """What was made of a text."""
 
     @property
     def size(self) -> int:
@@ -59,6 +61,8 @@ class Progress:
         self.finished = later.finished
         if later.prompt_logprobs is not None:
             self.prompt_logprobs = (self.prompt_logprobs or []) + later.prompt_logprobs
+        if later.pooled is not None and self.pooled is not None:
+            self.pooled.data += later.pooled.data
 
 
 def _extend(delta: CompletionDelta, later: CompletionDelta) -> None:
@@ -150,6 +154,7 @@ class Ticket:
     def push(self, output: Output) -> None:
         """Keep more for its reader, who is to be woken up then."""
         progress = Progress(output.completions, output.finished, prompt_logprobs=output.prompt_logprobs)
+        progress.pooled = output.pooled
         for delta in output.completions:
             progress.tokens += len(delta.token_ids)
             if delta.finish_reason is FinishReason.STOP:

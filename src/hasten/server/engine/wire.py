@@ -12,7 +12,9 @@ from typing import Any
 import msgspec
 
 from hasten.core.config import EngineConfig
-from hasten.core.types import FinishReason, SamplingParams
+from hasten.core.errors import InvalidRequestError
+from hasten.core.types import FinishReason, PoolingParams, SamplingParams
+from hasten.engine.pooling_info import PoolingInfo
 from hasten.engine.stats import EngineStats
 
 
@@ -44,6 +46,18 @@ class EngineInfo:
     """From the start of its process until it was ready."""
     quantization: str | None = None
     """Scheme of its weights; None: they are in `dtype`."""
+    pooling: PoolingInfo | None = None
+    """What it makes of texts; None where it generates text."""
+
+    def check_task(self, params: SamplingParams | PoolingParams) -> None:
+        """InvalidRequestError where the model does not do what is asked for."""
+        pooling = self.pooling
+        if isinstance(params, PoolingParams):
+            if pooling is None:
+                raise InvalidRequestError(f"a model of type {self.model_type} generates text; it cannot {params.task}")
+            pooling.check(params)
+        elif pooling is not None:
+            raise InvalidRequestError(f"{pooling.architecture} generates no text; it does {', '.join(pooling.tasks)}")
 
     @property
     def types(self) -> str:
@@ -103,8 +117,13 @@ class Add(msgspec.Struct, tag=True):
 
     id: int
     prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
+    params: SamplingParams | None
+    """None of a text of which a vector or scores are to be made."""
     stream: bool
+    pooling: PoolingParams | None = None
+    token_type_ids: tuple[int, ...] = ()
+    skipped_tokens: int = 0
+    """These three as core.types' Request has them."""
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -139,6 +158,15 @@ class Failed(msgspec.Struct, tag=True):
     message: str
 
 
+class PooledData(msgspec.Struct, array_like=True, gc=False):
+    """What was made of a text: numbers in fp32, the machine's own order, or why there are none."""
+
+    data: bytes
+    rows: int | None = None
+    """Tokens, of a task that gives numbers for each; None: they are one vector."""
+    error: str | None = None
+
+
 class Output(msgspec.Struct, array_like=True, gc=False):
     """What is new of one request; see CompletionDelta."""
 
@@ -148,6 +176,8 @@ class Output(msgspec.Struct, array_like=True, gc=False):
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     partial: bool = False
     """Whether the rest of it comes with later messages: it is one output, but too large for one message."""
+    pooled: PooledData | None = None
+    """Of a text, of which there are no completions."""
 
 
 class Refusal(msgspec.Struct):

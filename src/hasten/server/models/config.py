@@ -284,7 +284,7 @@ def _complete_defaults(config: model_config_pb2.ModelConfig, kind: Kind) -> None
         policy.latest.num_versions = 1
     if kind is Kind.TEXT and not config.HasField("model_transaction_policy"):
         config.model_transaction_policy.decoupled = True
-    if is_decoupled(config) and kind in (Kind.PREPROCESSING, Kind.POSTPROCESSING):
+    if is_decoupled(config) and kind not in (Kind.TOKEN, Kind.TEXT, Kind.ENSEMBLE):
         raise _wrong(config, "a model of this kind gives one response; remove model_transaction_policy")
     if kind is Kind.ENSEMBLE:
         return

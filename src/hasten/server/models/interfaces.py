@@ -7,6 +7,8 @@ from enum import Enum
 
 from tritonclient.grpc import model_config_pb2
 
+from hasten.core.types import PoolingTask
+
 DATATYPES = {name.removeprefix("TYPE_"): number for name, number in model_config_pb2.DataType.items()}
 DATATYPES["BYTES"] = DATATYPES.pop("STRING")
 """Number in the configuration of each data type, by the name that the protocol gives it."""
@@ -25,9 +27,25 @@ class Kind(Enum):
     """Token ids to token ids: an engine of its own, behind FasterTransformer's tensors."""
     TEXT = "text"
     """Text to text, with the engine of a token model, behind vLLM's and TensorRT-LLM's tensors."""
+    EMBEDDING = "embedding"
+    """Texts to vectors, with the engine of a token model."""
+    CLASSIFICATION = "classification"
+    """Texts, or pairs of texts, to scores by label, with the engine of a token model."""
+    TOKEN_CLASSIFICATION = "token-classification"
+    """Texts to scores of each of their tokens by label, with the engine of a token model."""
     PREPROCESSING = "preprocessing"
     POSTPROCESSING = "postprocessing"
     ENSEMBLE = "ensemble"
+
+
+POOLING_KINDS: dict[Kind, PoolingTask] = {
+    Kind.EMBEDDING: "embed",
+    Kind.CLASSIFICATION: "classify",
+    Kind.TOKEN_CLASSIFICATION: "token_classify",
+}
+"""Kinds of text models that generate none, and what they make of texts."""
+TEXT_KINDS = (Kind.TEXT, *POOLING_KINDS)
+"""Kinds of models that take texts for a token model's engine."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +125,35 @@ _ROTARY_TOKEN = Interface(
     outputs=tuple(rule for rule in _TOKEN.outputs if rule.name not in _NOT_ROTARY),
     max_batch_size=_TOKEN.max_batch_size,
 )
+_ENCODER_INPUTS = (
+    TensorRule("input_ids", "UINT32", (-1,)),
+    TensorRule("sequence_lengths", "INT32", (1,), scalar=True),
+    TensorRule("token_type_ids", "UINT32", (-1,), optional=True),
+)
+
+
+def _encoder(*outputs: TensorRule) -> Interface:
+    return Interface(inputs=_ENCODER_INPUTS, outputs=outputs, max_batch_size=1024)
+
+
 DEFAULT_MODEL_TYPE = "GPT"
-MODEL_TYPES = {DEFAULT_MODEL_TYPE: _TOKEN, "GPT-J": _ROTARY_TOKEN, "GPT-NeoX": _ROTARY_TOKEN}
-"""Tensors of a token model by parameter `model_type`: FasterTransformer's backends of decoders."""
+ENCODER_TYPES: dict[PoolingTask, str] = {
+    "embed": "bert",
+    "classify": "classifier",
+    "token_classify": "token-classifier",
+}
+"""Parameter `model_type` of models that generate no text, by their own task."""
+MODEL_TYPES = {
+    DEFAULT_MODEL_TYPE: _TOKEN,
+    "GPT-J": _ROTARY_TOKEN,
+    "GPT-NeoX": _ROTARY_TOKEN,
+    "bert": _encoder(
+        TensorRule("output_hidden_state", "FP32", (-1, -1)), TensorRule("output_embedding", "FP32", (-1,))
+    ),
+    "classifier": _encoder(TensorRule("output_scores", "FP32", (-1,))),
+    "token-classifier": _encoder(TensorRule("output_scores", "FP32", (-1, -1))),
+}
+"""Tensors of a token model by parameter `model_type`: FasterTransformer's backends, and those of classifiers."""
 _PREPROCESSING = Interface(
     inputs=(
         TensorRule("QUERY", "BYTES", (-1,)),
@@ -171,9 +215,34 @@ _TEXT = Interface(
     ),
     max_batch_size=0,
 )
+_COUNTS = _options("BOOL", "return_num_input_tokens return_num_output_tokens", scalar=False)
+_COUNTED = (TensorRule("num_input_tokens", "UINT32", (-1,)), TensorRule("num_output_tokens", "UINT32", (-1,)))
+_EMBEDDING = Interface(
+    inputs=(
+        TensorRule("text_input", "BYTES", (-1,), optional=True),
+        *_options("BYTES", "embedding_request", scalar=False),
+        *_COUNTS,
+    ),
+    outputs=(TensorRule("text_output", "BYTES", (-1,)), TensorRule("embedding", "FP32", (-1, -1)), *_COUNTED),
+    max_batch_size=0,
+)
+
+
+def _classification(*dims: int) -> Interface:
+    pair = TensorRule("text_pair", "BYTES", (-1,), optional=True)
+    return Interface(
+        inputs=(TensorRule("text_input", "BYTES", (-1,)), pair, *_COUNTS),
+        outputs=(TensorRule("text_output", "BYTES", (-1,)), TensorRule("scores", "FP32", dims), *_COUNTED),
+        max_batch_size=0,
+    )
+
+
 INTERFACES = {
     Kind.TOKEN: _TOKEN,
     Kind.TEXT: _TEXT,
+    Kind.EMBEDDING: _EMBEDDING,
+    Kind.CLASSIFICATION: _classification(-1, -1),
+    Kind.TOKEN_CLASSIFICATION: _classification(-1, -1, -1),
     Kind.PREPROCESSING: _PREPROCESSING,
     Kind.POSTPROCESSING: _POSTPROCESSING,
 }

@@ -16,7 +16,7 @@ from hasten.checkpoint.faster_transformer.ini import INT8_MODES, NO_SMOOTHQUANT
 from hasten.core.config import EngineConfig, dtype_name
 from hasten.core.errors import ConfigError
 from hasten.server.engine.client import QueueLimits
-from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, MODEL_TYPES, Kind
+from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, MODEL_TYPES, TEXT_KINDS, Kind
 
 CHECKPOINT = "model_checkpoint_path"
 TOKENIZER = "tokenizer_path"
@@ -32,14 +32,17 @@ _ALIASES = {
 }
 """FasterTransformer's name of an option, and the engine's."""
 _FIXED = {
-    "model_type": (tuple(MODEL_TYPES), "all decoder-only models but GPT-J and GPT-NeoX are GPT here"),
+    "model_type": (
+        tuple(MODEL_TYPES),
+        "all decoder-only models but GPT-J and GPT-NeoX are GPT here, and all models of vectors are bert",
+    ),
     # ranks use each other's memory for sums wherever their GPUs can reach it, and the results are the same
     "enable_custom_all_reduce": (("0", "1"), "it is 0 or 1"),
 }
 """FasterTransformer's parameters that choose nothing of the engine: values that ask for no more, and why there are no
 others."""
 _ALLOWED = {
-    Kind.TEXT: (KIND, TOKEN_MODEL),
+    **dict.fromkeys(TEXT_KINDS, (KIND, TOKEN_MODEL)),
     Kind.PREPROCESSING: (KIND, TOKEN_MODEL, TOKENIZER),
     Kind.POSTPROCESSING: (KIND, TOKEN_MODEL, TOKENIZER),
     Kind.ENSEMBLE: (),

@@ -41,7 +41,13 @@ class TextModel:
         self._decoupled = is_decoupled(config)
         self._token_model = parameter(config, TOKEN_MODEL, DEFAULT_TOKEN_MODEL)
         self._models = models
-        if required_engine(models.find(self._token_model)).tokenizer is None:
+        engine = required_engine(models.find(self._token_model))
+        if (pooling := engine.info.pooling) is not None:
+            raise ConfigError(
+                f"model '{config.name}': {pooling.architecture} generates no text; set parameter 'kind' to embedding "
+                "or classification"
+            )
+        if engine.tokenizer is None:
             raise ConfigError(f"model '{self._token_model}' has no tokenizer; set its parameter 'tokenizer_path'")
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from tritonclient.grpc import model_config_pb2
 
 from hasten.server.models.config import kind_of
-from hasten.server.models.interfaces import Kind, datatype_name
+from hasten.server.models.interfaces import TEXT_KINDS, datatype_name
 from hasten.server.models.work import Work
 from hasten.server.protocol.tensors import NUMPY, about
 from hasten.server.types import ErrorKind, InferRequest, Parameter, ServiceError, Tensor
@@ -27,7 +27,7 @@ class Rules:
 
     def __init__(self, config: model_config_pb2.ModelConfig) -> None:
         self.name = config.name
-        self._may_add_batch = kind_of(config) is Kind.TEXT
+        self._may_add_batch = kind_of(config) in TEXT_KINDS
         """Whether inputs may have a batch axis of 1 although the model has none: TensorRT-LLM's clients send one."""
         self.inputs = {tensor.name: tensor for tensor in config.input}
         self.outputs = [tensor.name for tensor in config.output]

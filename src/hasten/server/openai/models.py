@@ -1,16 +1,22 @@
 """Which models OpenAI's API has: every engine by the name of its token model, and by those of its text models."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from hasten.core.errors import EngineError
+from hasten.core.types import SamplingParams
 from hasten.server.engine.client import EngineClient
-from hasten.server.statistics import Counters
+from hasten.server.openai.params import OpenAIError
+from hasten.server.statistics import Counters, LanguageCounters
 
 if TYPE_CHECKING:
     from hasten.server.service import IndexEntry
 
 Key = tuple[str, str]
 """Model and version."""
+_GENERATION = SamplingParams()
 
 
 class Models(Protocol):
@@ -48,3 +54,80 @@ def models_by_id(service: Models) -> dict[str, Key]:
         if len(numbers) > 1:
             made |= {f"{name}:{version}": (name, version) for version in sorted(numbers, key=int)}
     return made
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model that serves."""
+
+    name: str
+    client: EngineClient
+    counters: LanguageCounters | None
+
+
+@dataclass(frozen=True)
+class _Serving:
+    by_id: Mapping[str, Key]
+    engines: Mapping[Key, EngineClient]
+
+
+class ModelFinder:
+    """Finds engines by the names that clients use. Its methods raise OpenAIError where there is no such model."""
+
+    def __init__(self, service: Models) -> None:
+        self._service = service
+        self._serving: _Serving | None = None
+        """Of this turn of the event loop."""
+
+    def names(self) -> list[str]:
+        """All names."""
+        return list(self._served().by_id)
+
+    def find(self, name: str) -> Found:
+        """The model of this name, whether or not its engine is ready."""
+        self._service.check_open()
+        serving = self._served()
+        found = serving.by_id
+        if name not in found:
+            message = f"the model {name!r:.200} does not exist; there are: {', '.join(found) or 'none'}"
+            raise OpenAIError(message, status=404, param="model", code="model_not_found")
+        key = found[name]
+        return Found(name, serving.engines[key], self._service.counters.of(*key).language)
+
+    def find_any(self, name: str | None) -> Found:
+        """The same; without a name, the only model that there is."""
+        return self.find(self._only(self._served().by_id) if name is None else name)
+
+    def find_generator(self, name: str) -> Found:
+        """The model of this name, whose engine is ready and generates text; EngineError where it is not ready."""
+        found = self._ready(self.find(name))
+        found.client.info.check_task(_GENERATION)
+        return found
+
+    def find_pooler(self, name: str | None) -> Found:
+        """The same that makes vectors or scores of texts; without a name, the only one."""
+        if name is None:
+            serving = self._served()
+            pooling = {each: key for each, key in serving.by_id.items() if serving.engines[key].info.pooling}
+            name = self._only(pooling or serving.by_id)
+        return self._ready(self.find(name))
+
+    def _ready(self, found: Found) -> Found:
+        if not found.client.ready:
+            raise EngineError(f"the engine of model {found.name!r} is not ready; it starts again, try again soon")
+        return found
+
+    def _only(self, by_id: Mapping[str, Key]) -> str:
+        if len(set(by_id.values())) > 1:
+            raise OpenAIError(f"give the model; there are: {', '.join(by_id)}", param="model")
+        return next(iter(by_id), "")
+
+    def _served(self) -> _Serving:
+        """What serves now. All requests that come in one turn of the event loop share it: they come in bursts."""
+        if self._serving is None:
+            self._serving = _Serving(models_by_id(self._service), self._service.engines())
+            asyncio.get_running_loop().call_soon(self._forget)
+        return self._serving
+
+    def _forget(self) -> None:
+        self._serving = None

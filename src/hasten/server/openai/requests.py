@@ -1,15 +1,18 @@
 """The requests that one call of OpenAI's API makes of an engine: one per prompt."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
-from hasten.core.types import SamplingParams
+from hasten.core.types import Request, SamplingParams
 from hasten.server.engine.client import EngineClient, Progress
 from hasten.server.engine.ticket import Ticket
 from hasten.server.openai.answer import Usage
 from hasten.server.statistics import LanguageCounters, Meter
 from hasten.server.together import TASKS_PER_TURN
+
+Prompt = TypeVar("Prompt")
 
 
 class PromptRequests:
@@ -33,20 +36,30 @@ class PromptRequests:
         self, prompts: Sequence[list[int]], params: SamplingParams, *, priority: int, queue_timeout: float | None
     ) -> None:
         """Queue all prompts, a few in each turn of the event loop. Errors are those of `EngineClient.submit`."""
+
+        def put(prompt: list[int], listener: Callable[[], None]) -> Awaitable[Ticket]:
+            options: dict[str, Any] = {"stream": self._stream, "priority": priority, "queue_timeout": queue_timeout}
+            return self._client.submit(prompt, params, listener=listener, **options)
+
+        await self._submit(prompts, put)
+
+    async def submit_texts(self, requests: Sequence[Request], *, priority: int, queue_timeout: float | None) -> None:
+        """Queue texts of which vectors or scores are to be made; as `submit`."""
+
+        def put(request: Request, listener: Callable[[], None]) -> Awaitable[Ticket]:
+            return self._client.submit_text(request, priority=priority, queue_timeout=queue_timeout, listener=listener)
+
+        await self._submit(requests, put)
+
+    async def _submit(
+        self, prompts: Sequence[Prompt], put: Callable[[Prompt, Callable[[], None]], Awaitable[Ticket]]
+    ) -> None:
         self.unfinished = len(prompts)
         for number, prompt in enumerate(prompts):
             if number and number % TASKS_PER_TURN == 0:
                 await asyncio.sleep(0)
             meter = None if self._counters is None else self._counters.meter(stream=self._stream)
-            ticket = await self._client.submit(
-                prompt,
-                params,
-                stream=self._stream,
-                priority=priority,
-                queue_timeout=queue_timeout,
-                listener=partial(self._on_news, number),
-            )
-            self._tickets.append((ticket, meter))
+            self._tickets.append((await put(prompt, partial(self._on_news, number)), meter))
 
     def _on_news(self, number: int) -> None:
         self.news[number] = None

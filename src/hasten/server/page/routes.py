@@ -71,6 +71,10 @@ def server_state(service: Models) -> dict[str, Any]:
 def _engine(name: str, client: EngineClient) -> dict[str, Any]:
     info = client.info
     facts = {"type": info.model_type, "dtype": info.types, "device": info.device, "max_model_len": info.max_model_len}
+    pooling = info.pooling
+    does = {"tasks": ("generate",), "labels": ()}
+    if pooling is not None:
+        does = {"tasks": pooling.tasks, "labels": pooling.labels}
     ready = [replica.ready for replica in client.replicas]
     state = {"id": name, "ready": client.ready, "replicas": len(ready), "replicas_ready": sum(ready)}
-    return state | facts | asdict(client.stats())
+    return state | facts | does | asdict(client.stats())

@@ -1,0 +1,142 @@
+"""The token model over an encoder or another model that generates no text, behind FasterTransformer's kind of tensors.
+
+Outputs have the batch as their first axis: output_hidden_state [batch, longest, hidden] of each token, 0 behind a
+text's end; output_embedding [batch, width]; output_scores [batch, labels], or [batch, longest, labels] of tokens.
+"""
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+import numpy as np
+from tritonclient.grpc import model_config_pb2
+
+from hasten.core.errors import ConfigError, InvalidRequestError
+from hasten.core.types import PoolingParams, PoolingTask, Request
+from hasten.server.by_size import by_size
+from hasten.server.engine.client import EngineClient, EngineInfo
+from hasten.server.models.config import parameter
+from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, ENCODER_TYPES
+from hasten.server.models.pooling_parameters import pooling_params
+from hasten.server.models.work import Outcome, Work
+from hasten.server.pooling.call import Numbers, PoolingCall, Result
+from hasten.server.statistics import LanguageCounters
+from hasten.server.types import Tensor
+
+_OUTPUTS: dict[str, dict[str, PoolingTask]] = {
+    "bert": {"output_hidden_state": "token_embed", "output_embedding": "embed"},
+    "classifier": {"output_scores": "classify"},
+    "token-classifier": {"output_scores": "token_classify"},
+}
+"""What each output is made by, by the model's type."""
+
+
+def check_model_type(config: model_config_pb2.ModelConfig, info: EngineInfo) -> None:
+    """ConfigError where the tensors of a token model are not those of the model that its engine has loaded."""
+    given = parameter(config, "model_type", DEFAULT_MODEL_TYPE)
+    pooling = info.pooling
+    if pooling is None and given in _OUTPUTS:
+        raise ConfigError(
+            f"model '{config.name}': parameter 'model_type' is {given!r}, but the model generates text; set "
+            f"{DEFAULT_MODEL_TYPE!r}"
+        )
+    if pooling is not None and given != (wanted := ENCODER_TYPES[pooling.tasks[0]]):
+        raise ConfigError(
+            f"model '{config.name}': parameter 'model_type' is {given!r}, but {pooling.architecture} generates no "
+            f"text; set {wanted!r}"
+        )
+
+
+class EncoderModel:
+    """One version of a token model that makes vectors or scores. It owns its engine."""
+
+    def __init__(self, config: model_config_pb2.ModelConfig, engine: EngineClient, language: LanguageCounters) -> None:
+        self._outputs = _OUTPUTS[parameter(config, "model_type", DEFAULT_MODEL_TYPE)]
+        self._engine = engine
+        self._language = language
+
+    @property
+    def ready(self) -> bool:
+        """Whether the engine's process lives and has loaded the model."""
+        return self._engine.ready
+
+    @property
+    def engine(self) -> EngineClient:
+        """The engine."""
+        return self._engine
+
+    @property
+    def language(self) -> LanguageCounters:
+        """What its requests are counted by."""
+        return self._language
+
+    async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
+        """One response."""
+        outputs = {name: task for name, task in self._outputs.items() if name in work.outputs}
+        params = {name: pooling_params(work, task) for name, task in outputs.items()}
+        size = sum(tensor.data.nbytes for tensor in work.inputs.values())
+        call = PoolingCall(self._engine, self._language, priority=work.priority, queue_timeout=work.queue_timeout)
+        found: dict[str, list[Result]] = {}
+        for name, each in params.items():
+            requests = await by_size(size, self._requests, work, each)
+            work.clock.prepare()
+            found[name] = await call.results(requests, each)
+            work.clock.wait(max(result.queue_seconds for result in found[name]))
+        work.clock.compute()
+        yield Outcome([await _tensor(name, results) for name, results in found.items()], final=True)
+
+    def _requests(self, work: Work, params: PoolingParams) -> list[Request]:
+        """A request of each item; InvalidRequestError names the item and the input that is wrong."""
+        ids, types = work.inputs["input_ids"].data, work.inputs.get("token_type_ids")
+        lengths = work.inputs["sequence_lengths"].data.reshape(work.batch_size, -1)
+        if lengths.shape[1] != 1:
+            raise _wrong(0, "sequence_lengths", f"has {lengths.shape[1]} values, but an item has one")
+        if types is not None and types.data.shape != ids.shape:
+            raise _wrong(0, "token_type_ids", f"has shape {list(types.data.shape)}, but 'input_ids' {list(ids.shape)}")
+        made = []
+        for place, (length,) in enumerate(lengths.tolist()):
+            if not 0 < length <= ids.shape[1]:
+                raise _wrong(place, "sequence_lengths", f"is {length}; it must be from 1 to {ids.shape[1]}")
+            row: list[int] = ids[place, :length].tolist()
+            kinds: list[int] = [] if types is None else types.data[place, :length].tolist()
+            self._check(place, row)
+            made.append(
+                Request(
+                    request_id="",
+                    prompt_token_ids=tuple(row),
+                    pooling=params,
+                    token_type_ids=tuple(kinds) if any(kinds) else (),
+                )
+            )
+        return made
+
+    def _check(self, place: int, row: Sequence[int]) -> None:
+        info = self._engine.info
+        if len(row) > (most := self._engine.most_prompt_tokens):
+            raise _wrong(place, "input_ids", f"has {len(row)} tokens; the model takes at most {most}")
+        if max(row) >= info.vocab_size:
+            raise _wrong(place, "input_ids", f"has token id {max(row)}; the vocabulary ends at {info.vocab_size - 1}")
+
+    async def close(self, timeout: float) -> None:
+        """Wait, for `timeout` seconds at most, for what other doors still compute with the engine, and end it."""
+        await self._engine.drain(timeout)
+        await self._engine.close()
+
+
+def _wrong(place: int, name: str, problem: str) -> InvalidRequestError:
+    return InvalidRequestError(f"item {place} of the batch: input '{name}' {problem}")
+
+
+async def _tensor(name: str, results: Sequence[Result]) -> Tensor:
+    arrays = [result.numbers for result in results]
+    data: np.ndarray[Any, Any] = await by_size(sum(array.nbytes for array in arrays), padded, arrays)
+    return Tensor(name, "FP32", data.shape, data)
+
+
+def padded(arrays: Sequence[Numbers]) -> Numbers:
+    """Arrays of one or two axes under each other, with zeros behind those whose first axis is shorter."""
+    if arrays[0].ndim == 1:
+        return np.stack(arrays)
+    made = np.zeros((len(arrays), max(map(len, arrays)), arrays[0].shape[1]), np.float32)
+    for row, array in zip(made, arrays, strict=True):
+        row[: len(array)] = array
+    return made

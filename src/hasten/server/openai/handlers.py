@@ -1,0 +1,67 @@
+"""What the routes of OpenAI's API, and those with its form of errors, have in common."""
+
+import logging
+from collections.abc import Awaitable, Callable
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from hasten.core.errors import HastenError
+from hasten.server.by_size import by_size
+from hasten.server.engine.client import EngineClient, QueueError
+from hasten.server.http_errors import CLIENT_GONE, retry_after
+from hasten.server.json_size import check_declared_size
+from hasten.server.openai.errors import error_answer
+from hasten.server.openai.params import Decoded, decode, queue_timeout
+from hasten.server.types import ServiceError
+
+_log = logging.getLogger(__name__)
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def guarded(handler: Handler) -> Handler:
+    """A handler whose errors become OpenAI's error objects."""
+
+    async def wrapped(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_GONE)
+        except HTTPException:
+            raise
+        except Exception as error:
+            if not isinstance(error, HastenError):
+                _log.exception("%s %s failed", request.method, request.url.path)
+            return _error_response(error)
+
+    return wrapped
+
+
+def _error_response(error: Exception) -> Response:
+    """The response to a request that failed before its first token."""
+    status, body = error_answer(error)
+    wait = error.retry_after if isinstance(error, QueueError | ServiceError) else None
+    headers = {"retry-after": str(retry_after(wait))} if status in (429, 503) else None
+    return Response(body, status, headers, media_type="application/json")
+
+
+def checked_wait(request: Request, priority: int | None, client: EngineClient) -> float | None:
+    """Seconds that a request may wait; QueueWaitError, before its prompt costs anything, where that is too short."""
+    timeout = queue_timeout(request.headers)
+    client.check_wait(priority or 0, timeout)
+    return timeout
+
+
+async def read_body(request: Request, decoder: msgspec.json.Decoder[Decoded]) -> Decoded:
+    """What a body asks for; OpenAIError and InvalidRequestError where it is not valid, or too large."""
+    check_declared_size(request.headers.get("content-length"))
+    body = await request.body()
+    return await by_size(len(body), decode, body, decoder)
+
+
+def json_response(body: bytes) -> Response:
+    """An answer of JSON."""
+    return Response(body, media_type="application/json")

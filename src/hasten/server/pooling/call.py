@@ -1,0 +1,120 @@
+"""One request for vectors or scores on its way: its texts to the engine, and what was made of them back, in order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.core.errors import HastenError, InvalidRequestError
+from hasten.core.types import PoolingParams, Request
+from hasten.engine.pooling_info import PoolingInfo
+from hasten.engine.texts import Instruction
+from hasten.server.engine.client import EngineClient, Progress
+from hasten.server.openai.answer import Usage
+from hasten.server.openai.requests import PromptRequests
+from hasten.server.pooling.texts import Pair, TextReader
+from hasten.server.statistics import LanguageCounters
+
+_MOST_NUMBERS = 1 << 24
+"""Of an answer: 64 MiB, and about five times that as JSON."""
+Numbers = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was made of a text."""
+
+    numbers: Numbers
+    """Its vector or scores [w], or those of each of its tokens [t, w]."""
+    prompt_token_ids: tuple[int, ...]
+    queue_seconds: float
+    """Time that it waited before it was begun."""
+
+
+class PoolingCall:
+    """Has a model make vectors and scores of texts, for one request."""
+
+    def __init__(
+        self,
+        client: EngineClient,
+        counters: LanguageCounters | None,
+        *,
+        priority: int = 0,
+        queue_timeout: float | None = None,
+    ) -> None:
+        """`queue_timeout`: seconds that its texts may wait before they are begun."""
+        self.usage = Usage()
+        self.client = client
+        self._counters = counters
+        self._priority = priority
+        self._queue_timeout = queue_timeout
+
+    @property
+    def info(self) -> PoolingInfo:
+        """What the model makes of texts; InvalidRequestError where it generates text."""
+        info = self.client.info
+        if info.pooling is None:
+            info.check_task(PoolingParams())
+        assert info.pooling is not None, "refused above"
+        return info.pooling
+
+    async def prompts(
+        self, prompts: Sequence[str | list[int]], params: PoolingParams, before: Instruction | None = None
+    ) -> list[Result]:
+        """What is made of each text, or list of token ids; errors are those of `EngineClient.submit_text`."""
+        self.info.check(params)
+        reader = TextReader(self.client, params, "input")
+        return await self.results(await reader.prompts(prompts, before or Instruction()), params)
+
+    async def scores(self, pairs: Sequence[Pair], truncate: int | None, name: str) -> list[float]:
+        """How well each document answers its query: by a cross-encoder, or as the cosine of vectors."""
+        if "embed" in self.info.tasks:
+            return await self._cosines(pairs, truncate, name)
+        params = PoolingParams(task="score", truncate_prompt_tokens=truncate)
+        self.info.check(params)
+        requests = await TextReader(self.client, params, name).pairs(pairs)
+        return [float(result.numbers[0]) for result in await self.results(requests, params)]
+
+    async def _cosines(self, pairs: Sequence[Pair], truncate: int | None, name: str) -> list[float]:
+        params = PoolingParams(normalize=True, truncate_prompt_tokens=truncate)
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+        requests = await TextReader(self.client, params, name).prompts(texts)
+        results = await self.results(requests, params)
+        vectors = {text: result.numbers for text, result in zip(texts, results, strict=True)}
+        return [float(vectors[first] @ vectors[second]) for first, second in pairs]
+
+    async def results(self, requests: Sequence[Request], params: PoolingParams) -> list[Result]:
+        """What is made of texts by their requests, all of which have these parameters."""
+        self._check_size(requests, params)
+        found: list[Result | None] = [None] * len(requests)
+        running = PromptRequests(self.client, self._counters, self.usage, stream=False)
+        try:
+            await running.submit_texts(requests, priority=self._priority, queue_timeout=self._queue_timeout)
+            while running.unfinished:
+                number, progress = await running.read()
+                found[number] = _result(progress)
+        finally:
+            running.close()
+        return [result for result in found if result is not None]
+
+    def _check_size(self, requests: Sequence[Request], params: PoolingParams) -> None:
+        """InvalidRequestError where the answer would be too large."""
+        of_tokens = params.task in ("token_embed", "token_classify")
+        rows = sum(len(request.prompt_token_ids) for request in requests) if of_tokens else len(requests)
+        numbers = rows * self.info.width
+        if numbers > _MOST_NUMBERS:
+            raise InvalidRequestError(
+                f"the answer would have {numbers} numbers, the limit is {_MOST_NUMBERS}; send fewer texts at once"
+            )
+
+
+def _result(progress: Progress) -> Result:
+    pooled = progress.pooled
+    assert pooled is not None, "it is a text's"
+    if pooled.error is not None:
+        raise HastenError(pooled.error)
+    numbers: Numbers = np.frombuffer(pooled.data, np.float32)
+    if pooled.rows is not None:
+        numbers = numbers.reshape(pooled.rows, -1)
+    return Result(numbers, progress.prompt_token_ids, progress.queue_seconds or 0.0)

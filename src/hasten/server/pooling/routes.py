@@ -1,0 +1,101 @@
+"""Routes for vectors and scores of texts: OpenAI's embeddings, vLLM's score, pooling and classify, Cohere's rerank."""
+
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from hasten.engine.texts import instruction
+from hasten.server.by_size import by_size
+from hasten.server.openai.handlers import checked_wait, guarded, json_response, read_body
+from hasten.server.openai.models import Found, ModelFinder
+from hasten.server.openai.params import Decoded
+from hasten.server.pooling import answers
+from hasten.server.pooling.call import PoolingCall, Result
+from hasten.server.pooling.types import (
+    ClassifyRequest,
+    EmbeddingRequest,
+    PoolingRequest,
+    RerankRequest,
+    ScoreRequest,
+    TextsRequest,
+)
+from hasten.server.sse import unless_gone
+
+_EMBED, _POOL = msgspec.json.Decoder(EmbeddingRequest), msgspec.json.Decoder(PoolingRequest)
+_CLASSIFY, _SCORE = msgspec.json.Decoder(ClassifyRequest), msgspec.json.Decoder(ScoreRequest)
+_RERANK = msgspec.json.Decoder(RerankRequest)
+_NUMBER_BYTES = 20
+"""Of JSON."""
+
+Answer = Callable[[Decoded, str, PoolingCall], Coroutine[Any, Any, bytes]]
+
+
+def pooling_routes(models: ModelFinder) -> list[Route]:
+    """The routes, all of them POST."""
+
+    def route(path: str, decoder: msgspec.json.Decoder[Decoded], answer: Answer[Decoded]) -> Route:
+        async def handler(request: Request) -> Response:
+            asked = await read_body(request, decoder)
+            assert isinstance(asked, TextsRequest), "all of these are"
+            found = models.find_pooler(asked.model)
+            call = _call(request, asked, found)
+            return json_response(await unless_gone(request, answer(asked, found.name, call)))
+
+        return Route(path, guarded(handler), methods=["POST"])
+
+    return [
+        route("/v1/embeddings", _EMBED, _embeddings),
+        route("/pooling", _POOL, _pooling),
+        route("/classify", _CLASSIFY, _classify),
+        *(route(path, _SCORE, _score) for path in ("/score", "/v1/score")),
+        # Cohere's second version has no documents in its answers
+        *(route(path, _RERANK, partial(_rerank, with_documents=True)) for path in ("/rerank", "/v1/rerank")),
+        route("/v2/rerank", _RERANK, partial(_rerank, with_documents=False)),
+    ]
+
+
+def _call(request: Request, asked: TextsRequest, found: Found) -> PoolingCall:
+    timeout = checked_wait(request, asked.priority, found.client)
+    return PoolingCall(found.client, found.counters, priority=asked.priority or 0, queue_timeout=timeout)
+
+
+def _size(results: list[Result]) -> int:
+    return _NUMBER_BYTES * sum(result.numbers.size for result in results)
+
+
+async def _embeddings(asked: EmbeddingRequest, model: str, call: PoolingCall) -> bytes:
+    form, params, prompts = answers.number_form(asked.encoding_format), asked.params(), asked.prompts()
+    before = instruction(call.info.texts, None, asked.prompt_name)
+    results = await call.prompts(prompts, params, before)
+    return await by_size(_size(results), answers.listed, "embd", model, answers.embeddings(results, form), call.usage)
+
+
+async def _pooling(asked: PoolingRequest, model: str, call: PoolingCall) -> bytes:
+    form, prompts = answers.number_form(asked.encoding_format), asked.prompts()
+    params = asked.params(call.info.tasks[0])
+    before = instruction(call.info.texts, None, None) if params.task == "embed" else None
+    results = await call.prompts(prompts, params, before)
+    return await by_size(_size(results), answers.listed, "pool", model, answers.pooled(results, form), call.usage)
+
+
+async def _classify(asked: ClassifyRequest, model: str, call: PoolingCall) -> bytes:
+    results = await call.prompts(asked.prompts(), asked.params())
+    entries = answers.classes(results, call.info.labels)
+    return await by_size(_size(results), answers.listed, "classify", model, entries, call.usage)
+
+
+async def _score(asked: ScoreRequest, model: str, call: PoolingCall) -> bytes:
+    found = await call.scores(asked.pairs(), asked.truncate_prompt_tokens, "documents")
+    return answers.listed("score", model, answers.scores(found), call.usage)
+
+
+async def _rerank(asked: RerankRequest, model: str, call: PoolingCall, *, with_documents: bool) -> bytes:
+    texts = asked.texts()
+    found = await call.scores([(asked.query, text) for text in texts], asked.truncate_prompt_tokens, "documents")
+    shows = with_documents if asked.return_documents is None else asked.return_documents
+    return answers.ranking(model, found, call.usage, asked.top_n, texts if shows else None)

@@ -1,0 +1,165 @@
+"""Requests for vectors and scores as they come in: OpenAI's, vLLM's, Cohere's and Jina's fields. Others are refused."""
+
+from typing import Any
+
+import msgspec
+
+from hasten.core.errors import InvalidRequestError
+from hasten.core.types import PoolingParams, PoolingTask
+
+Input = str | list[str | int | list[int]]
+"""A text, several texts, token ids, or several lists of token ids."""
+_MOST_TEXTS = 2048
+"""Of a request; OpenAI's own limit."""
+
+
+class TextsRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What all of them have in common; `null` stands for a field that is left out."""
+
+    model: str | None = None
+    """The server's only one that makes vectors or scores, where it is left out."""
+    truncate_prompt_tokens: int | None = None
+    priority: int | None = None
+    """As everywhere in this server: 1 is the highest, larger ones come later, 0 is the default, between 1 and 2."""
+    user: str | None = None
+    """Without effect: nothing here depends on who asks."""
+
+
+class InputRequest(TextsRequest, kw_only=True):
+    """A request with texts that do not belong together."""
+
+    input: Input
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each text, or its token ids; InvalidRequestError where they are mixed up, too many, or none."""
+        if isinstance(self.input, str):
+            return [self.input]
+        kinds = set(map(type, self.input))
+        if kinds == {int}:
+            return [self.input]  # type: ignore[list-item]  # all of them are int
+        check_count("input", len(self.input))
+        if kinds in ({str}, {list}):
+            return list(self.input)  # type: ignore[arg-type]  # none of them is int
+        raise InvalidRequestError("input mixes texts, token ids and lists of token ids")
+
+
+class EmbeddingRequest(InputRequest, kw_only=True):
+    """POST /v1/embeddings."""
+
+    encoding_format: str | None = None
+    dimensions: int | None = None
+    normalize: bool | None = None
+    prompt_name: str | None = None
+    """The model's own prompt that stands before each text."""
+
+    def params(self) -> PoolingParams:
+        """What to make of each text."""
+        truncate = self.truncate_prompt_tokens
+        return PoolingParams(dimensions=self.dimensions, normalize=self.normalize, truncate_prompt_tokens=truncate)
+
+
+class PoolingRequest(InputRequest, kw_only=True):
+    """POST /pooling."""
+
+    task: PoolingTask | None = None
+    encoding_format: str | None = None
+    dimensions: int | None = None
+    normalize: bool | None = None
+    activation: bool | None = None
+    softmax: bool | None = None
+    use_activation: bool | None = None
+    """Both are vLLM's other names of `activation`."""
+
+    def params(self, task: PoolingTask) -> PoolingParams:
+        """What to make of each text; `task`: where the request names none."""
+        return PoolingParams(
+            task=self.task or task,
+            dimensions=self.dimensions,
+            normalize=self.normalize,
+            activation=_activation(self.activation, self.use_activation, self.softmax),
+            truncate_prompt_tokens=self.truncate_prompt_tokens,
+        )
+
+
+class ClassifyRequest(InputRequest, kw_only=True):
+    """POST /classify."""
+
+    activation: bool | None = None
+    use_activation: bool | None = None
+    softmax: bool | None = None
+
+    def params(self) -> PoolingParams:
+        """What to make of each text."""
+        activation = _activation(self.activation, self.use_activation, self.softmax)
+        truncate = self.truncate_prompt_tokens
+        return PoolingParams(task="classify", activation=activation, truncate_prompt_tokens=truncate)
+
+
+def _activation(*given: bool | None) -> bool:
+    values = [value for value in given if value is not None]
+    return values[0] if values else True
+
+
+class ScoreRequest(TextsRequest, kw_only=True):
+    """POST /score and /v1/score."""
+
+    text_1: str | list[str] | None = None
+    text_2: str | list[str] | None = None
+    queries: str | list[str] | None = None
+    documents: str | list[str] | None = None
+    """vLLM's later names of the two."""
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each query with its document; one query stands for all documents."""
+        first = _list("text_1", "queries", self.text_1, self.queries)
+        second = _list("text_2", "documents", self.text_2, self.documents)
+        if len(first) == 1:
+            first *= len(second)
+        if len(first) != len(second):
+            raise InvalidRequestError(
+                f"text_1 has {len(first)} texts and text_2 {len(second)}; give one query, or one for each document"
+            )
+        return list(zip(first, second, strict=True))
+
+
+def _list(name: str, other_name: str, given: str | list[str] | None, other: str | list[str] | None) -> list[str]:
+    if (given is None) == (other is None):
+        raise InvalidRequestError(f"{name} is missing" if given is None else f"give {name} or {other_name}, not both")
+    texts = other if given is None else given
+    assert texts is not None
+    if isinstance(texts, str):
+        return [texts]
+    check_count(name, len(texts))
+    return texts
+
+
+class RerankRequest(TextsRequest, kw_only=True):
+    """POST /rerank, /v1/rerank and /v2/rerank."""
+
+    query: str
+    documents: list[str | dict[str, Any]]
+    """Texts, or objects whose `text` is one."""
+    top_n: int | None = None
+    return_documents: bool | None = None
+
+    def texts(self) -> list[str]:
+        """The text of each document; InvalidRequestError where one has none, or they are too many."""
+        check_count("documents", len(self.documents))
+        if self.top_n is not None and self.top_n < 1:
+            raise InvalidRequestError(f"top_n must be at least 1, got {self.top_n}")
+        return [_text(number, document) for number, document in enumerate(self.documents)]
+
+
+def _text(number: int, document: str | dict[str, Any]) -> str:
+    text = document if isinstance(document, str) else document.get("text")
+    if not isinstance(text, str):
+        raise InvalidRequestError(f"documents[{number}] has no text; give a text, or an object with one as its 'text'")
+    return text
+
+
+def check_count(name: str, count: int) -> None:
+    """InvalidRequestError where a request has no texts, or too many."""
+    if not count:
+        raise InvalidRequestError(f"{name} is empty")
+    if count > _MOST_TEXTS:
+        raise InvalidRequestError(f"{name} has {count} texts, the limit is {_MOST_TEXTS}; send several requests")
