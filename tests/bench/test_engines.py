@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from hasten.bench.engines import Engine, HastenEngine, HuggingFaceEngine, _load
+from hasten.bench.engines import Engine, HastenEngine, HuggingFaceEngine, load_hugging_face
 from hasten.core.errors import ConfigError, HastenError
 from hasten.core.types import SamplingParams
 from hasten.engine.llm import LLM
@@ -67,7 +68,7 @@ def test_random_weights_are_made_where_they_are_used(tiny_bloom: Path, monkeypat
         raise AssertionError("the model was made elsewhere and moved")
 
     monkeypatch.setattr(torch.nn.Module, "to", refuse)
-    model = _load(str(tiny_bloom), torch.float16, torch.device("meta"), "dummy")
+    model = load_hugging_face(AutoModelForCausalLM, str(tiny_bloom), torch.float16, torch.device("meta"), "dummy")
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float16)}
 
 

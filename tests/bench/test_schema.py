@@ -49,5 +49,5 @@ def test_types_become_schemas() -> None:
 
 
 def test_an_unknown_benchmark() -> None:
-    with pytest.raises(ConfigError, match="benchmark 'speed' is not known; there are kernels, lambada, "):
+    with pytest.raises(ConfigError, match="benchmark 'speed' is not known; there are embed, kernels, lambada, "):
         schema.schema("speed")

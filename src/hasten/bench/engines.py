@@ -127,7 +127,9 @@ class HuggingFaceEngine:
         config = open_checkpoint(folder, dummy=torch.device("cpu")).config
         self.dtype = TORCH_DTYPES[compute_dtype(dtype, config, self.device)]
         self._batch_size = batch_size
-        self._model = _load(folder, self.dtype, self.device, load_format).eval()
+        from transformers import AutoModelForCausalLM
+
+        self._model = load_hugging_face(AutoModelForCausalLM, folder, self.dtype, self.device, load_format).eval()
         self._model.generation_config.eos_token_id = None
         draws = sampling.beam_width == 1 and not sampling.greedy
         self._options: dict[str, Any] = {"do_sample": draws, "num_beams": sampling.beam_width}
@@ -144,7 +146,7 @@ class HuggingFaceEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
         """Continue each prompt by exactly its length."""
-        with _num_threads(self._threads):
+        with num_threads(self._threads):
             return in_batches(self._generate_batch, prompts, lengths, self._batch_size)
 
     def _generate_batch(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
@@ -161,7 +163,7 @@ class HuggingFaceEngine:
 
 
 @contextmanager
-def _num_threads(count: int) -> Iterator[None]:
+def num_threads(count: int) -> Iterator[None]:
     """Let torch use `count` threads; ranks of hasten on one machine divide its cores, Hugging Face has them all."""
     before = torch.get_num_threads()
     if count == before:
@@ -196,8 +198,9 @@ def _require_length(completion: CompletionOutput, length: int) -> None:
         )
 
 
-def _load(folder: str, dtype: torch.dtype, device: torch.device, load_format: str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def load_hugging_face(auto_class: Any, folder: str, dtype: torch.dtype, device: torch.device, load_format: str) -> Any:
+    """A model of one of transformers' automatic classes on its device; HastenError where it cannot be loaded."""
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -205,8 +208,8 @@ def _load(folder: str, dtype: torch.dtype, device: torch.device, load_format: st
         if load_format == "dummy":
             # a CPU takes minutes to draw the random numbers of a large model, a GPU no time
             with torch.device(device):
-                return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+                return auto_class.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+        return auto_class.from_pretrained(folder, dtype=dtype).to(device)
     except torch.OutOfMemoryError as error:
         raise CapacityError(
             f"Hugging Face cannot load {folder}: {_first_line(error)}; where hasten is loaded beside it, lower "

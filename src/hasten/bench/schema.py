@@ -14,6 +14,7 @@ from hasten.core.errors import ConfigError
 
 VERSION = 1
 _REPORTS: Mapping[str, str] = {
+    "embed": "hasten.bench.embed:EmbedReport",
     "kernels": "hasten.bench.kernels:KernelsReport",
     "lambada": "hasten.bench.lambada:LambadaReport",
     "latency": "hasten.bench.latency:LatencyReport",

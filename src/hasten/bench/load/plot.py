@@ -6,13 +6,11 @@ from xml.sax.saxutils import escape
 
 from hasten.bench.load.metrics import LoadResult
 from hasten.bench.load.report import LATENCIES, number, rate_text
+from hasten.bench.svg import COLORS, TITLE_HEIGHT, document, text
 from hasten.core.files import write_text
 
 _WIDTH, _HEIGHT, _COLUMNS = 340, 240, 3
 _LEFT, _TOP, _RIGHT, _BOTTOM = 52, 34, 16, 40
-_TITLE_HEIGHT = 36
-_COLORS = ("#0072b2", "#e69f00", "#d55e00", "#009e73")
-"""Distinguishable with colour blindness."""
 _LINES = 4
 _STEPS = (1, 2, 2.5, 5, 10)
 _TITLES = {
@@ -38,17 +36,11 @@ def svg(title: str, results: Sequence[LoadResult]) -> str:
     panels.append(("tokens per second", {"output": [result.output_throughput for result in results]}))
     panels.append(("requests per second", _requests(results)))
     rows = -(-len(panels) // _COLUMNS)
-    width, height = _COLUMNS * _WIDTH, rows * _HEIGHT + _TITLE_HEIGHT
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="11">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        _text(12, 24, title, size=14),
-    ]
+    parts = []
     for index, (name, series) in enumerate(panels):
-        x, y = index % _COLUMNS * _WIDTH, index // _COLUMNS * _HEIGHT + _TITLE_HEIGHT
+        x, y = index % _COLUMNS * _WIDTH, index // _COLUMNS * _HEIGHT + TITLE_HEIGHT
         parts.append(f'<g transform="translate({x} {y})">{_panel(name, rates, series)}</g>')
-    return "\n".join([*parts, "</svg>\n"])
+    return document(_COLUMNS * _WIDTH, rows * _HEIGHT + TITLE_HEIGHT, title, parts)
 
 
 def _percentiles(name: str, results: Sequence[LoadResult]) -> Series:
@@ -75,14 +67,14 @@ def _panel(name: str, rates: Sequence[str], series: Series) -> str:
     def y(value: float) -> float:
         return _TOP + down * (1 - value / top)
 
-    parts = [_text(_LEFT, _TOP - 18, name, size=12)]
+    parts = [text(_LEFT, _TOP - 18, name, size=12)]
     for line in range(_LINES + 1):
         value = top * line / _LINES
         parts.append(f'<path d="M{_LEFT} {y(value):.1f}h{across}" stroke="#ddd"/>')
-        parts.append(_text(_LEFT - 6, y(value) + 4, number(value), anchor="end"))
-    parts += [_text(x(index), _HEIGHT - _BOTTOM + 16, rate, anchor="middle") for index, rate in enumerate(rates)]
-    parts.append(_text(_LEFT + across / 2, _HEIGHT - 8, "requests per second", anchor="middle"))
-    for color, (label, values) in zip(_COLORS, series.items(), strict=False):
+        parts.append(text(_LEFT - 6, y(value) + 4, number(value), anchor="end"))
+    parts += [text(x(index), _HEIGHT - _BOTTOM + 16, rate, anchor="middle") for index, rate in enumerate(rates)]
+    parts.append(text(_LEFT + across / 2, _HEIGHT - 8, "requests per second", anchor="middle"))
+    for color, (label, values) in zip(COLORS, series.items(), strict=False):
         parts.append(_line(color, label, rates, values, x, y))
     parts += _legend(series)
     return "".join(parts)
@@ -111,8 +103,8 @@ def _legend(series: Series) -> list[str]:
     if len(series) < 2:
         return []
     parts, at = [], float(_WIDTH - _RIGHT)
-    for color, label in reversed(list(zip(_COLORS, series, strict=False))):
-        parts.append(_text(at, _TOP - 18, label, anchor="end", color=color))
+    for color, label in reversed(list(zip(COLORS, series, strict=False))):
+        parts.append(text(at, _TOP - 18, label, anchor="end", color=color))
         at -= 7 * len(label) + 8
     return parts
 
@@ -125,9 +117,3 @@ def _ceiling(value: float) -> float:
     while power * 10 < value:
         power *= 10
     return next(step * power for step in _STEPS if step * power >= value)
-
-
-def _text(x: float, y: float, text: str, *, anchor: str = "start", size: int = 11, color: str = "#333") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{color}">{escape(text)}</text>'
-    )

@@ -2,7 +2,7 @@
 
 import argparse
 
-from hasten.cli.bench import kernels, lambada, load, schema, serving, speed, startup, suite
+from hasten.cli.bench import embed, kernels, lambada, load, schema, serving, speed, startup, suite
 from hasten.cli.options import Parser
 
 
@@ -16,6 +16,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     benches = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     lambada.add_parser(benches)
     speed.add_parsers(benches)
+    embed.add_parser(benches)
     suite.add_parser(benches)
     startup.add_parser(benches)
     serving.add_parser(benches)

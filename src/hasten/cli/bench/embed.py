@@ -1,0 +1,96 @@
+"""`hasten bench embed`: vectors of many texts per second."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from hasten.cli.bench.common import add_model, add_output, write
+from hasten.cli.options import Parser, add_engine_options, engine_options, path, positive
+from hasten.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hasten.bench.embed import Embedder
+    from hasten.engine.llm import LLM
+
+_SKIP = frozenset({"seed"})
+"""Nothing is drawn."""
+
+
+def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the benchmark `embed`."""
+    parser = benches.add_parser(
+        "embed",
+        help="vectors of texts per second",
+        description="Vectors of texts of random token ids that are all there at once: texts and tokens per second, "
+        "also compared with transformers, and with sentence-transformers where it is installed, in sorted, padded "
+        "batches.",
+    )
+    add_model(parser, compare="measure transformers and sentence-transformers too, alternating, and compare vectors")
+    parser.add_argument("--num-texts", type=positive, default=256, metavar="N", help="texts (default: 256)")
+    parser.add_argument("--min-tokens", type=positive, default=8, metavar="N", help="shortest text (default: 8)")
+    parser.add_argument("--max-tokens", type=positive, default=256, metavar="N", help="longest text (default: 256)")
+    parser.add_argument(
+        "--hf-batch-size", type=positive, default=32, metavar="N", help="texts in a batch of the others (default: 32)"
+    )
+    parser.add_argument("--repetitions", type=positive, default=3, metavar="N", help="times to run it (default: 3)")
+    add_output(parser)
+    parser.add_argument("--plot", type=path, metavar="FILE", help="write an SVG of texts and tokens per second")
+    add_engine_options(parser, skip=_SKIP)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, and compare if asked."""
+    from hasten.bench import embed, report
+    from hasten.bench.embed_plot import write_plot
+    from hasten.engine.llm import LLM, run_worker
+    from hasten.parallel.threads import limit_threads
+
+    if args.min_tokens > args.max_tokens:
+        raise ConfigError(f"min_tokens is {args.min_tokens}, above max_tokens, {args.max_tokens}")
+    for file in (args.output_path, args.plot):
+        report.require_writable(file)
+    options, threads = engine_options(args, skip=_SKIP), limit_threads()
+    if run_worker(args.model, **options):
+        return 0
+    with LLM(args.model, **options) as llm:
+        if args.max_tokens > llm.engine.max_model_len:
+            raise ConfigError(f"max_tokens is {args.max_tokens}; the model takes at most {llm.engine.max_model_len}")
+        prompts = embed.texts(args.num_texts, args.min_tokens, args.max_tokens, llm.config.vocab_size)
+        engines = [*(_others(args, llm, options, threads) if args.compare else ()), embed.HastenEmbedder(llm)]
+        results, agreement = embed.measure(engines, prompts, repetitions=args.repetitions)
+        environment = report.environment(llm.device, llm.dtype)
+    found = {"results": results, "agreement": agreement, "speedups": embed.speedups(results)}
+    write(args, {"environment": environment, **found})
+    if args.plot is not None:
+        write_plot(args.plot, f"{args.model}: {args.num_texts} texts", results)
+    if not args.json:
+        embed.show(results, agreement)
+    return 0
+
+
+def _others(args: argparse.Namespace, llm: "LLM", options: dict[str, Any], threads: int) -> "list[Embedder]":
+    from hasten.bench.embed_others import (
+        SentenceTransformersEmbedder,
+        TransformersEmbedder,
+        has_sentence_transformers,
+    )
+    from hasten.checkpoint.hub import resolve_engine
+    from hasten.core.config import EngineConfig
+
+    pooler = llm.engine.worker.pooler
+    if pooler is None or "embed" not in pooler.tasks:
+        raise ConfigError(f"{llm.config.architecture} makes no vectors")
+    engine = resolve_engine(EngineConfig.create(args.hf_model or args.model, **options))
+    common: dict[str, Any] = {
+        "device": llm.device,
+        "dtype": llm.dtype,
+        "batch_size": args.hf_batch_size,
+        "threads": threads,
+    }
+    dummy = engine.load_format == "dummy"
+    made: list[Embedder] = [
+        TransformersEmbedder(engine.model, pooler.pooling, load_format=engine.load_format, **common)
+    ]
+    if has_sentence_transformers() and not dummy:
+        made.append(SentenceTransformersEmbedder(engine.model, **common))
+    return made
