@@ -12,20 +12,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 from tests.conftest import MakeBloom
-from tests.waiting import LIMIT_S, await_idle, eventually
+from tests.waiting import LIMIT_S, eventually
 from torch._C._distributed_c10d import TCPStore  # torch.distributed offers it, but its types do not
 
 from hasten import LLM, SamplingParams
 from hasten.core.errors import CapacityError, ChecksumError, ConfigError, EngineError, RankError
 from hasten.core.ports import free_port
-from hasten.parallel.launch import _failure, reported
+from hasten.parallel.liveness import failure_of, reported
 from hasten.parallel.rank import RankInfo, free_local_port, rank_from_environment
 
+HOST = socket.gethostname()
 PROMPTS = [[5 + (7 * i + j) % 200 for j in range(3 + 9 * i)] for i in range(5)]
 PARAMS = [
     SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
@@ -191,7 +193,7 @@ def test_a_killed_rank_ends_the_run_with_its_name(tiny_bloom: Path) -> None:
         os.kill(child, signal.SIGKILL)
         code, error = end_of(process)
     assert code == 1
-    assert f"rank 1 of 2 (process {child}) died: killed by SIGKILL" in error
+    assert f"rank 1 of 2 on {HOST} (process {child}) died: killed by SIGKILL" in error
 
 
 def test_a_killed_first_rank_takes_the_others_along(tiny_bloom: Path) -> None:
@@ -214,7 +216,7 @@ def test_ranks_of_mpirun_name_the_one_that_was_killed(tiny_bloom: Path, victim: 
         processes[victim].kill()
         code, error = end_of(processes[1 - victim])
     assert code == 1
-    assert f"rank {victim} of 2 died" in error
+    assert f"rank {victim} of 2 on {HOST} died" in error
 
 
 def test_an_error_of_one_rank_alone_reaches_the_user(tiny_bloom: Path, tmp_path: Path) -> None:
@@ -243,7 +245,7 @@ with_folders = worker._with_folders
 def after_another_died(config, ranks):
     found = with_folders(config, ranks)
     if ranks._children is not None:
-        assert ranks._children._failed.wait(100), "no rank has died"
+        assert ranks.liveness.await_failure(100), "no rank has died"
         ranks.broadcast("by one that is gone")
     return found
 
@@ -268,10 +270,10 @@ def test_bad_input_is_one_line_and_status_2_whichever_rank_finds_it_first(make_b
 
 
 def test_what_no_rank_could_foresee_names_the_rank() -> None:
-    found = _failure("rank 1 of 2 died", reported(ZeroDivisionError("a bug")))
+    found = failure_of("rank 1 of 2 died", reported(ZeroDivisionError("a bug")))
     assert (found.error, str(found.shown)) == (None, "rank 1 of 2 died: ZeroDivisionError: a bug")
     assert isinstance(found.shown, RankError)
-    found = _failure("rank 1 of 2 died", reported(CapacityError("too little memory\nfor é")))
+    found = failure_of("rank 1 of 2 died", reported(CapacityError("too little memory\nfor é")))
     assert isinstance(found.shown, CapacityError)
     assert str(found.shown) == "too little memory\nfor é"
 
@@ -294,18 +296,22 @@ def test_ranks_meet_after_a_start_that_failed(tiny_bloom: Path) -> None:
         assert len(llm.generate([[5, 6]], PARAMS[0])[0].outputs[0].token_ids) == 12
 
 
-def test_a_rank_that_dies_between_calls_ends_the_next_one(tiny_bloom: Path) -> None:
+def test_a_rank_that_dies_before_it_is_ready_ends_the_call_alone(tiny_bloom: Path) -> None:
     others = children_of(os.getpid())
-    with LLM(tiny_bloom, tensor_parallel_size=2, device="cpu") as llm:
-        llm.generate("the")
-        (child,) = set(children_of(os.getpid())) - set(others)
-        await_idle(child)
-        os.kill(child, signal.SIGKILL)
-        with pytest.raises(RankError, match="rank 1 of 2"):
-            llm.generate("the")
-        with pytest.raises(EngineError):
-            llm.generate("the")
-    assert set(children_of(os.getpid())) <= set(others)
+    for dies in (True, False):  # the program goes on with another LLM
+        with LLM(tiny_bloom, tensor_parallel_size=2, device="cpu") as llm:
+            assert len(llm.generate([[5, 6]], PARAMS[0])[0].outputs[0].token_ids) == 12
+            if not dies:
+                continue
+            (child,) = set(children_of(os.getpid())) - set(others)
+            os.kill(child, signal.SIGSTOP)  # it neither receives nor ends
+            Timer(0.5, os.kill, (child, signal.SIGKILL)).start()
+            end = rf"rank 1 of 2 on {HOST} \(process {child}\) died: killed by SIGKILL"
+            with pytest.raises(RankError, match=end):
+                llm.generate("the")
+            with pytest.raises(EngineError, match=end):
+                llm.generate("the")
+        assert set(children_of(os.getpid())) <= set(others)
 
 
 def test_the_place_of_a_rank_comes_from_whoever_started_it() -> None:

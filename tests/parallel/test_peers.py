@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch._C._distributed_c10d import HashStore, PrefixStore
 
+from hasten.parallel.liveness import Liveness
 from hasten.parallel.peers import RunStore
 
 
@@ -22,7 +23,7 @@ def exchange(store: PrefixStore, rank: int, first: int) -> list[bytes]:
 @pytest.mark.parametrize("firsts", [(0, 0), (3, 0), (0, 5), (9, 12)])
 def test_processes_that_counted_differently_before_find_each_other(firsts: tuple[int, int]) -> None:
     run = HashStore()
-    renumbered = [RunStore(run) for _ in firsts]
+    renumbered = [RunStore(run, Liveness()) for _ in firsts]
     stores = [PrefixStore("run", each) for each in renumbered]  # as in torch: C++ calls the methods
     with ThreadPoolExecutor(2) as pool:
         found = [pool.submit(exchange, stores[rank], rank, firsts[rank]) for rank in range(2)]
@@ -34,5 +35,5 @@ def test_processes_that_counted_differently_before_find_each_other(firsts: tuple
 
 def test_other_keys_are_left_as_they_are() -> None:
     run = HashStore()
-    RunStore(run).set("barrier", b"reached")
+    RunStore(run, Liveness()).set("barrier", b"reached")
     assert run.get("barrier") == b"reached"

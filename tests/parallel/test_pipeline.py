@@ -5,12 +5,14 @@ import signal
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
 import torch
 from tests.conftest import MakeBloom
 from tests.parallel.test_launch import (
+    HOST,
     await_first_output,
     children_of,
     end_of,
@@ -19,7 +21,7 @@ from tests.parallel.test_launch import (
     mpi_environment,
     running,
 )
-from tests.waiting import LIMIT_S, await_idle
+from tests.waiting import LIMIT_S
 
 from hasten import LLM, RequestOutput, SamplingParams
 from hasten.checkpoint.convert import Conversion, convert
@@ -204,18 +206,19 @@ def test_the_death_of_the_first_of_three_stages_ends_the_run_by_name(four_layers
         os.kill(child, signal.SIGKILL)
         code, error = end_of(process)
     assert code == 1
-    assert f"rank {victim} of 3 (process {child}) died: killed by SIGKILL" in error
+    assert f"rank {victim} of 3 on {HOST} (process {child}) died: killed by SIGKILL" in error
 
 
-def test_a_stage_that_dies_between_calls_ends_the_next_one(four_layers: Path) -> None:
+def test_a_stage_that_dies_ends_waits_for_another_one(four_layers: Path) -> None:
     others = children_of(os.getpid())
-    with LLM(four_layers, pipeline_parallel_size=2, **OPTIONS) as llm:
+    with LLM(four_layers, **OPTIONS | STAGES["three, overlapped"]) as llm:
         llm.generate(PROMPTS[:1], GREEDY)
-        (child,) = set(children_of(os.getpid())) - set(others)
-        await_idle(child)
-        os.kill(child, signal.SIGKILL)
-        with pytest.raises(RankError, match="rank 1 of 2"):
-            llm.generate(PROMPTS[:1], GREEDY)
+        new = sorted(set(children_of(os.getpid())) - set(others))
+        for child in new:
+            os.kill(child, signal.SIGSTOP)
+        Timer(0.5, os.kill, (new[1], signal.SIGKILL)).start()
+        with pytest.raises(RankError, match=rf"rank \d of 3 on {HOST} \(process {new[1]}\) died: killed by SIGKILL"):
+            llm.generate(PROMPTS[:1], GREEDY)  # which waits for the stage between, and that one lives
     assert set(children_of(os.getpid())) <= set(others)
 
 

@@ -467,6 +467,7 @@ class Engine:
     def _close_for(self, reason: str) -> None:
         self._closed_because = reason
         self._failed = True
+        self.ranks.report_failure(EngineError(reason))
         self._forget_all()
 
     def _forget_all(self) -> None:
@@ -800,7 +801,7 @@ class Engine:
                 self._finish_stages()
         self._flights.clear()
         self.ranks.expect_end()
-        if self._failed:
+        if self._failed or self.ranks.liveness.failure is not None:
             self.worker.give_up()
             return
         self.worker.release()

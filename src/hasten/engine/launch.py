@@ -7,7 +7,8 @@ from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
 from hasten.engine.engine import Engine
 from hasten.engine.worker import config_to_json, device_kind, follow_rank_zero
-from hasten.parallel.launch import Children, Ranks
+from hasten.parallel.children import Children
+from hasten.parallel.launch import Ranks
 from hasten.parallel.rank import LOCAL, RankInfo, free_local_port, rank_from_environment
 
 
@@ -53,8 +54,7 @@ def start_engine(config: EngineConfig, place: RankInfo | None = None, *, index: 
     except BaseException as error:
         if ranks is not None:
             ranks.report_failure(error)
-            ranks.expect_end()
-            ranks.leave()
+            ranks.abandon()
         elif children is not None:
             children.end()
         raise

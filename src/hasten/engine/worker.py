@@ -57,7 +57,8 @@ from hasten.models.encoder import Encoder
 from hasten.models.registry import model_class
 from hasten.ops.peers import Peers
 from hasten.parallel.groups import ALONE, ParallelGroups, TensorGroup
-from hasten.parallel.launch import Ranks, reported
+from hasten.parallel.launch import Ranks
+from hasten.parallel.liveness import reported
 from hasten.parallel.peers import connect, reachable
 from hasten.parallel.rank import RankInfo, rank_from_environment
 from hasten.quantization.scheme import SCHEMES, Quantizer, matrices
@@ -213,6 +214,8 @@ class Worker:
             width = self.model_config.hidden_size
             self._peers = connect(ranks.store, tensor, width, _MOST_EXCHANGED_ROWS, self.device)
             tensor = replace(tensor, peers=self._peers)
+            if self._peers is not None:
+                ranks.liveness.on_failure(partial(self._peers.abort_flag.fill_, 1))
         expert = tensor if self.config.parallel.expert_parallel else ALONE
         return replace(ranks.groups, tensor=tensor, expert=expert)
 
@@ -226,10 +229,7 @@ class Worker:
         with self.start_times.phase("memory"), explained_out_of_memory("sizing the cache", self._advice):
             budget = config.cache.kv_cache_memory or self._free_memory(config, length, ropes)
         fits = budget // self.runner.block_bytes
-        if self.ranks.world.size > 1:
-            smallest = torch.tensor(fits)
-            torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
-            fits = int(smallest)
+        fits = self.ranks.world.least(fits)
         if fits < 1 or (asked is not None and fits * block_size < asked):
             # a size that was given contradicts the length, wherever it runs; else this device has too little memory
             given = config.cache.kv_cache_memory is not None
@@ -439,13 +439,6 @@ class Worker:
 
     def follow(self) -> None:
         """What ranks other than 0 do until rank 0 says stop."""
-        try:
-            self._follow()
-        except BaseException:
-            self.give_up()
-            raise
-
-    def _follow(self) -> None:
         while len(numbers := self.ranks.receive()):
             message = StepMessage.unpacked(numbers)
             Launched([], PromptLogprobs(), partial(self._compute, message, [], _no_logits)).choose()
@@ -647,11 +640,15 @@ def follow_rank_zero(config: EngineConfig, place: RankInfo) -> None:
     """Be rank `place.rank` until rank 0 says stop; an error is told to the other ranks before it is raised."""
     logging.getLogger("hasten").setLevel(logging.ERROR)  # rank 0 says once what every rank would warn of
     ranks = Ranks(place, None, device_kind(config), config.parallel)
+    give_up = ranks.abandon
     try:
         with ranks.guard("following rank 0"):
-            Worker(config, ranks).follow()
+            worker = Worker(config, ranks)
+            give_up = worker.give_up
+            worker.follow()
     except BaseException as error:
         ranks.report_failure(error)
+        give_up()
         raise
     ranks.leave()
 

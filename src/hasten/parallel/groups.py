@@ -3,7 +3,9 @@
 No group is a global: whoever builds layers says which ones they belong to.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from torch import Tensor
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.peers import Peers
 from hasten.ops.reference import complete
+from hasten.parallel.liveness import Liveness
 from hasten.parallel.pipeline import StageLink
 
 
@@ -28,12 +31,27 @@ class TensorGroup:
     """The rank in the world of the group's rank 0."""
     handle: dist.ProcessGroup | None = None
     """torch's group; None: that of the world."""
+    liveness: Liveness = field(default_factory=Liveness, compare=False, repr=False)
+    """What ends a wait for a rank that dies."""
+
+    def _run(self, collective: Callable[..., dist.Work | None], *arguments: Any, on_gpu: bool, **options: Any) -> None:
+        """A collective of torch; a GPU waits for it, and this process does not."""
+        work = collective(*arguments, group=self.handle, async_op=not on_gpu, **options)
+        if work is not None:
+            self.liveness.finish(work)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks of the group, in place, the same bits on every rank."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self.handle)
+            self._run(dist.all_reduce, tensor, on_gpu=tensor.is_cuda)
         return tensor
+
+    def least(self, number: int) -> int:
+        """The least of all ranks' numbers, on every rank."""
+        smallest = torch.tensor(number)
+        if self.size > 1:
+            self._run(dist.all_reduce, smallest, on_gpu=False, op=dist.ReduceOp.MIN)
+        return int(smallest)
 
     def reduced(self, x_th: Tensor | PartialSum) -> Tensor | PartialSum:
         """The same value as a norm can read it: a sum over ranks is added up, or has mailboxes for its reader."""
@@ -54,7 +72,7 @@ class TensorGroup:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's content, in place, on every rank."""
         if self.size > 1:
-            dist.broadcast(tensor, self.first, group=self.handle)
+            self._run(dist.broadcast, tensor, self.first, on_gpu=tensor.is_cuda)
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -62,7 +80,7 @@ class TensorGroup:
         if self.size == 1:
             return tensor.unsqueeze(0)
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather(list(gathered.unbind()), tensor.contiguous(), group=self.handle)
+        self._run(dist.all_gather, list(gathered.unbind()), tensor.contiguous(), on_gpu=tensor.is_cuda)
         return gathered
 
     def gather(self, shard: Tensor) -> Tensor | None:
@@ -71,7 +89,7 @@ class TensorGroup:
             return shard
         shard = shard.contiguous()
         shards = [torch.empty_like(shard) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(shard, shards, dst=self.first, group=self.handle)
+        self._run(dist.gather, shard, shards, on_gpu=shard.is_cuda, dst=self.first)
         return None if shards is None else torch.cat(shards, dim=-1)
 
 

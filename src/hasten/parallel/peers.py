@@ -3,6 +3,7 @@
 import itertools
 import logging
 import re
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -19,9 +20,12 @@ from torch._C._distributed_c10d import (
 
 from hasten.ops.peers import Peers
 from hasten.parallel.groups import TensorGroup
+from hasten.parallel.liveness import Liveness
 
 _log = logging.getLogger(__name__)
 _numbers = itertools.count()
+_TIMEOUT = timedelta(seconds=120)
+_POLL_S = 0.005
 
 
 class RunStore(Store):
@@ -35,9 +39,10 @@ class RunStore(Store):
 
     _KEY = re.compile(r"(.*)/(\d+)/(\d+)")
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, liveness: Liveness) -> None:
         super().__init__()
         self._store = store
+        self._liveness = liveness
         self._first: dict[str, int] = {}
 
     def _key(self, key: str) -> str:
@@ -53,12 +58,16 @@ class RunStore(Store):
 
     def get(self, key: str) -> bytes:
         """The value, once there is one."""
+        self.wait([key])
         return self._store.get(self._key(key))
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """Return once all keys are there; RuntimeError after the store's own time, or `timeout`."""
+        """Return once all keys are there; RuntimeError after two minutes, or `timeout`, or if a rank dies."""
         names = [self._key(key) for key in keys]
-        self._store.wait(names) if timeout is None else self._store.wait(names, timeout)
+        deadline = time.monotonic() + (timeout or _TIMEOUT).total_seconds()
+        while not self._store.check(names):
+            if self._liveness.await_failure(_POLL_S) is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"no other rank wrote {', '.join(keys)}")
 
 
 def connect(store: Store, group: TensorGroup, width: int, max_rows: int, device: torch.device) -> Peers | None:
@@ -71,16 +80,16 @@ def connect(store: Store, group: TensorGroup, width: int, max_rows: int, device:
     except RuntimeError as error:
         made = None
         _log.warning("ranks sum through NCCL alone: %s", str(error).partition("\n")[0])
-    agreed = torch.tensor(int(made is not None))
     # also: nobody writes before all mailboxes are empty
-    dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=group.handle)
-    return made if int(agreed) else None
+    return made if group.least(int(made is not None)) else None
 
 
 def _mailboxes(store: Store, group: TensorGroup, width: int, max_rows: int, device: torch.device) -> Peers:
     rank, size = group.rank, group.size
     shape = (2, max_rows, size, width // 2)
-    shared = RunStore(PrefixStore("mailboxes", store))  # held here: C++ would not find a dead object's methods
+    shared = RunStore(
+        PrefixStore("mailboxes", store), group.liveness
+    )  # held here: C++ would not find a dead object's methods
     mailbox = symmetric_memory.empty(shape, dtype=torch.int64, device=device)
     mailbox.zero_()
     torch.cuda.synchronize(device)
