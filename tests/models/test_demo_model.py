@@ -10,6 +10,7 @@ from torch import Tensor
 from hasten.bench import lambada
 from hasten.bench.engines import HastenEngine, HuggingFaceEngine
 from hasten.core.config import Quantization
+from hasten.engine.calibration.quantize import QuantizeOptions, quantize
 from hasten.engine.llm import LLM
 from hasten.layers.attention import Attention
 from hasten.layers.norm import LayerNorm
@@ -28,6 +29,8 @@ HARMED = 96
 """Stories on which a harm is measured."""
 QUANTIZED = 200
 """Stories that are answered with quantized weights as well."""
+CALIBRATED = 128
+"""Others with which weights of 4 bits are calibrated."""
 BESIDE_HUGGING_FACE = 32
 """Stories that Hugging Face answers as well."""
 
@@ -109,6 +112,17 @@ def test_weights_of_8_bits_cost_it_at_most_a_point(
         found = answers(quantized, samples[:QUANTIZED])
     before = sum(answer.right for answer in unharmed.answers[:QUANTIZED])
     assert found.right >= before - QUANTIZED / 100
+
+
+def test_a_calibrated_checkpoint_with_weights_of_4_bits_costs_it_at_most_two_points(
+    samples: list[lambada.Sample], unharmed: lambada.LambadaResult, llm: LLM, tmp_path: Path
+) -> None:
+    others = [sample.prompt_ids + sample.target_ids for sample in samples[QUANTIZED : QUANTIZED + CALIBRATED]]
+    quantize(str(FOLDER), tmp_path / "out", QuantizeOptions("int4", samples=others, device="cpu"))
+    with LLM(tmp_path / "out", dtype="fp32", device="cpu", kv_cache_memory=64 << 20) as quantized:
+        found = answers(quantized, samples[:QUANTIZED])
+    before = sum(answer.right for answer in unharmed.answers[:QUANTIZED])
+    assert found.right >= before - 2 * QUANTIZED / 100
 
 
 def test_its_answers_are_those_of_hugging_face(

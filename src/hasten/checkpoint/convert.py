@@ -1,10 +1,8 @@
 """Convert a checkpoint: any source to FasterTransformer's format or to ranked safetensors."""
 
-import errno
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -17,7 +15,7 @@ from hasten.checkpoint.faster_transformer.folder import writable_family
 from hasten.checkpoint.hub import resolve_model
 from hasten.checkpoint.plan import generation_eos, side_folder
 from hasten.checkpoint.sources import FasterTransformerSource, Source, open_source, read_json
-from hasten.checkpoint.target import SIDE_FILES, Target
+from hasten.checkpoint.target import SIDE_FILES, Target, clear_errors
 from hasten.checkpoint.writers import (
     FasterTransformerWriter,
     Format,
@@ -28,8 +26,6 @@ from hasten.checkpoint.writers import (
 )
 from hasten.core.config import DTypeName, ModelConfig, ParallelConfig
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
-
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ def convert(job: Conversion, report: Report = lambda _: None) -> None:
     target.check_model(raw)
     if source.manifest is not None:
         source.manifest.verify(source.folder, source.manifest.files)
-    with _clear_errors(job.output_dir), target.prepare() as new:
+    with clear_errors(job.output_dir), target.prepare() as new:
         writer = _writer(job, source, family, raw or {}, new / target.name)
         _check_space(writer.nbytes, new, job.output_dir)
         replaced = target.folder if target.folder.exists() else None
@@ -142,19 +138,6 @@ def _check_space(nbytes: int, folder: Path, shown: str) -> None:
             f"no space left for {shown}: the output takes {nbytes / 1e9:.2f} GB beside what is there, "
             f"{free / 1e9:.2f} GB are free"
         )
-
-
-@contextmanager
-def _clear_errors(shown: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        if error.errno in _FULL:
-            raise CheckpointError(
-                f"no space left to write {shown}{where}; free some, or give another folder"
-            ) from error
-        raise CheckpointError(f"cannot write {shown}{where}: {error.strerror or error}") from error
 
 
 def _write(writer: Writer, job: Conversion, wrote: Callable[[Part], None]) -> None:

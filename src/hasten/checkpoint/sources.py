@@ -390,13 +390,18 @@ class HuggingFaceSource(Source):
         with self._lock:
             self._open.clear()
 
-    def tensors_in(self, path: Path) -> list[tuple[str, str]]:
-        """The tensors of one file that belong to a weight: their names without the base model's prefix, and with it."""
-        own = {name: base for base, (name, file) in self._names.items() if file == path}
-        return sorted((base, name) for name, base in own.items())
+    @property
+    def stored_names(self) -> Iterable[str]:
+        """Names of all tensors that the files hold, without the base model's prefix."""
+        return self._names
 
-    def stored_tensor(self, name: str, path: Path) -> Tensor:
-        """A tensor of a file, as it is."""
+    def stored_name(self, base: str) -> str:
+        """The name in the files of a tensor that is named without the base model's prefix."""
+        return self._names[base][0]
+
+    def stored_tensor(self, base: str) -> Tensor:
+        """A tensor of the files, as it is, by its name without the base model's prefix."""
+        name, path = self._names[base]
         return self._opened(path).get_tensor(name)
 
     def stored_dtype(self) -> torch.dtype:

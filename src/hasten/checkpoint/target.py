@@ -13,12 +13,13 @@ from typing import Any
 
 from hasten.checkpoint.hub import TOKENIZER_FILES
 from hasten.checkpoint.sources import is_rank_folder, rank_folders, read_json
-from hasten.core.errors import CheckpointError
+from hasten.core.errors import CheckpointError, ConfigError
 
 SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 """Files that lie in OUT beside the rank folders."""
 _VOLATILE = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version"})
 """Keys of config.json that say nothing of what the model is."""
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _NO_EXCHANGE = frozenset({errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EACCES})
@@ -93,9 +94,7 @@ class Target:
                 yield new
                 self._swap_in(work, new)
         except BaseException:
-            for folder in made:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+            _remove_empty(made)
             raise
 
     def _swap_in(self, work: Path, new: Path) -> None:
@@ -108,6 +107,40 @@ class Target:
         for path in new.iterdir():
             if path.is_file():
                 path.replace(self.out / path.name)
+
+
+@contextlib.contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `out`, which is new or empty, when the block ends well, and else vanishes."""
+    shown, out = out, out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{shown} exists; give a folder that is new or empty")
+    made = _make_parents(out.parent)
+    prefix = f".{out.name}{_MARK}"
+    _remove_stale(out.parent, prefix)
+    try:
+        with _locked_folder(out.parent, prefix) as work:
+            new = work / "new"
+            new.mkdir()
+            yield new
+            swap(new, out, work / _OLD)
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+@contextlib.contextmanager
+def clear_errors(shown: str) -> Iterator[None]:
+    """Turn the system's errors while `shown` is written into CheckpointErrors that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        if error.errno in _FULL:
+            raise CheckpointError(
+                f"no space left to write {shown}{where}; free some, or give another folder"
+            ) from error
+        raise CheckpointError(f"cannot write {shown}{where}: {error.strerror or error}") from error
 
 
 def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,6 +179,12 @@ def _make_parents(folder: Path) -> list[Path]:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -2,11 +2,20 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hasten.cli.options import Parser, path
+from hasten.cli.options import Parser, path, positive
+from hasten.core.errors import ConfigError
 from hasten.core.progress import progress_bar
 
-_SCHEMES = ("int4", "int8")
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hasten.bench.quality import Text
+    from hasten.checkpoint.quantize import Summary
+
+_SCHEMES = ("int4", "int8", "w8a8", "fp8")
+_METHODS = ("rtn", "gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq")
 
 
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -14,8 +23,8 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = commands.add_parser(
         "quantize",
         help="write a checkpoint with quantized weights",
-        description="Round the weights of a checkpoint's linear layers to nearest and write them in the format of "
-        "compressed-tensors (pack-quantized). Embedding, head, norms, biases and experts stay as they are.",
+        description="Quantize the linear layers of a checkpoint and write it in compressed-tensors' format. Embedding, "
+        "head, biases and experts stay as they are; so do norms, unless scales are moved out of them.",
     )
     parser.add_argument("model", metavar="MODEL", type=path, help="Hugging Face folder, or id on the hub")
     parser.add_argument("output", metavar="OUT", type=path, help="folder to write, new or empty")
@@ -23,19 +32,101 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--scheme",
         choices=_SCHEMES,
         required=True,
-        help="int4: 4 bits, a scale for each group of 128 inputs; int8: 8 bits, a scale for each output column",
+        help="int4: 4 bits, a scale for each group of 128 inputs; int8: 8 bits, a scale for each output column; w8a8 "
+        "and fp8: 8 bits (int8, e4m3) for weights and for activations, which get a scale for each token",
     )
+    parser.add_argument(
+        "--method",
+        choices=_METHODS,
+        help="rtn: round to nearest; gptq: let weights take up each other's errors; awq (int4, int8) and smoothquant "
+        "(w8a8, fp8): move scales from norms into weights, then round to nearest or by gptq (default: rtn without "
+        "--calibration; with it awq+gptq or smoothquant+gptq)",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=path,
+        metavar="FILE",
+        help='texts that show what the layers read: JSON lines, each an object with "text", or any text file',
+    )
+    parser.add_argument(
+        "--num-samples", type=positive, default=256, metavar="N", help="texts to calibrate with (default: 256)"
+    )
+    parser.add_argument(
+        "--sequence-length", type=positive, default=512, metavar="N", help="most tokens of a text (default: 512)"
+    )
+    parser.add_argument(
+        "--dampening",
+        type=float,
+        default=0.01,
+        metavar="D",
+        help="of gptq: more keeps weights nearer to what they were (default: 0.01)",
+    )
+    parser.add_argument(
+        "--evaluate",
+        type=int,
+        default=256,
+        metavar="N",
+        help="other texts of FILE on which the model is compared before and after; 0: none (default: 256)",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Quantize, and print one line of what was written."""
-    from hasten.checkpoint.quantize import quantize
+    """Quantize, print one line of what was written, and with calibration a table of the model before and after."""
+    from hasten.engine.calibration.quantize import QuantizeOptions, check_method, quantize
 
-    with progress_bar("Quantizing weights", None, unit="bytes") as bar:
-        made = quantize(str(args.model), Path(args.output), args.scheme, bar.advance)
-    print(
-        f"{args.output}: {made.tensors} weights in {args.scheme}, {made.bytes_after / 1e9:.3f} GB instead of "
-        f"{made.bytes_before / 1e9:.3f} GB; rounding error {made.error:.2%} of the weights' root mean square"
+    options = QuantizeOptions(args.scheme, args.method, dampening=args.dampening, device=args.device)
+    if args.calibration is None:
+        check_method(args.scheme, options.chosen, calibrates=False)
+        with progress_bar("Quantizing weights", None, unit="bytes") as bar:
+            _say(args, quantize(str(args.model), Path(args.output), options, bar.advance))
+        return 0
+    if args.method is not None:
+        check_method(args.scheme, args.method, calibrates=True)
+    texts, others, layers = _texts(args)
+    options = QuantizeOptions(
+        args.scheme, args.method, [text.token_ids for text in texts], args.dampening, device=args.device
     )
+    with progress_bar("Quantizing layers", layers) as bar:
+        _say(args, quantize(str(args.model), Path(args.output), options, advance=bar.advance))
+    if args.evaluate > 0:
+        _compare(args, others[: args.evaluate] or texts[: args.evaluate], are_others=bool(others))
     return 0
+
+
+def _texts(args: argparse.Namespace) -> "tuple[Sequence[Text], Sequence[Text], int]":
+    """Texts to calibrate with, others, and how many layers the model has."""
+    from hasten.bench.quality import divided, read_texts
+    from hasten.checkpoint.hub import resolve_model
+    from hasten.checkpoint.quantize import open_unquantized
+    from hasten.engine.text import Tokenizer
+
+    source = open_unquantized(str(args.model))
+    longest = source.config.max_position_embeddings
+    length = args.sequence_length if longest is None else min(args.sequence_length, longest - 1)
+    if length < 2:
+        raise ConfigError(f"sequence_length must be at least 2, got {length}")
+    tokenizer = Tokenizer.from_folder(resolve_model(str(args.model)))
+    texts = read_texts(str(args.calibration), tokenizer, length)
+    return *divided(texts, args.num_samples), source.config.num_layers
+
+
+def _say(args: argparse.Namespace, summary: "Summary") -> None:
+    kept = "; the experts of the mixture stay in full precision" if summary.kept_experts else ""
+    print(
+        f"{args.output}: {summary.tensors} weights in {args.scheme}, {summary.bytes_after / 1e9:.3f} GB instead of "
+        f"{summary.bytes_before / 1e9:.3f} GB; {summary.error}{kept}"
+    )
+
+
+def _compare(args: argparse.Namespace, texts: "Sequence[Text]", *, are_others: bool) -> None:
+    from hasten.bench.quality import measured
+    from hasten.bench.report import print_table
+
+    before, after = (measured(str(model), texts, device=args.device) for model in (args.model, args.output))
+    rows = [("perplexity", f"{before.perplexity:.4f}", f"{after.perplexity:.4f}")]
+    if before.accuracy is not None and after.accuracy is not None:
+        rows.append(("last words right", f"{before.accuracy:.2f}%", f"{after.accuracy:.2f}%"))
+    which = "other texts of the file" if are_others else "of the calibration texts themselves: there are no others"
+    print_table(f"The model on {len(texts)} {which}", ("", "before", "after"), rows)

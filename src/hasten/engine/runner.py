@@ -148,6 +148,10 @@ class Runner:
         """Let the graphs go: NCCL does not leave a group that one of them still has work of."""
         self._graphs = self._output = None
 
+    def tokens(self, message: StepMessage) -> Tokens:
+        """A step on the device, for who runs a part of the model alone."""
+        return self._inputs.tokens(message)
+
     def _mixed(self, tokens: Tokens) -> StepOutput:
         ids = ops.resolve_ids(tokens.ids, self.chosen) if self.stage.is_first else tokens.ids
         return StepOutput(self._hidden(ids, tokens))

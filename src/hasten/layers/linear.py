@@ -30,7 +30,8 @@ def set_weight(module: nn.Module, name: str, weight: ops.Weight) -> None:
     if isinstance(weight, Tensor):
         setattr(module, name, nn.Parameter(weight, requires_grad=False))
     else:
-        delattr(module, name)
+        if hasattr(module, name):
+            delattr(module, name)
         setattr(module, name, weight)
 
 

@@ -6,6 +6,7 @@ Shapes: o output features, h input features, g groups of input features.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from hasten.core.errors import UnsupportedError
@@ -56,6 +57,13 @@ class PackQuantized:
             middle=1 << (bits - 1),
             pack=pack_groups,
         )
+
+
+def words(values: Tensor, bits: int) -> Tensor:
+    """Values of 4 or 8 bits [o, h] in words of 32 along the rows, the first in the lowest bits, zeros at the end."""
+    octets = values if bits == 8 else F.pad(values, (0, values.shape[1] % 2)).unflatten(1, (-1, 2))
+    octets = octets if bits == 8 else octets[:, :, 0] | (octets[:, :, 1] << 4)
+    return F.pad(octets, (0, -octets.shape[1] % 4)).contiguous().view(torch.int32)
 
 
 def _groups(weights: Arguments, in_features: int) -> tuple[int, str]:
