@@ -26,6 +26,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 
+# Small models are as fast on one thread as on two, which wait for each other where other workers have the cores.
+torch.set_num_threads(1)
+
 # Before anything imports triton: without a GPU its kernels run on its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -61,6 +61,15 @@ def requests() -> list[tuple[list[int], SamplingParams]]:
 REQUESTS = requests()
 
 
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Threads that share a sum must do so in one order, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(2, before))
+    yield
+    torch.set_num_threads(before)
+
+
 @contextmanager
 def engine(folder: Path, **options: Any) -> Iterator[LLM]:
     llm = LLM(folder, **{**OPTIONS, **options})
