@@ -149,12 +149,15 @@ def in_shell(command: str, argv: list[str], **environment: str) -> "subprocess.C
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
-    ("redirection", "message"), [(">&-", "standard output is closed"), ("> /dev/full", "No space left on device")]
+    ("redirection", "unbuffered", "form"),
+    [(">&-", "", ()), (">&-", "1", ("--json",)), ("> /dev/full", "", ("--json",)), ("> /dev/full", "1", ())],
 )
-def test_output_that_cannot_be_written(model: list[str], redirection: str, message: str, unbuffered: str) -> None:
-    for argv in (model, ["--help"], ["--version"], [*model, "--json"]):
+def test_output_that_cannot_be_written(
+    model: list[str], redirection: str, unbuffered: str, form: tuple[str, ...]
+) -> None:
+    message = "standard output is closed" if redirection == ">&-" else "No space left on device"
+    for argv in ([*model, *form], ["--help"], ["--version"]):
         done = in_shell(f'"$@" {redirection}', argv, PYTHONUNBUFFERED=unbuffered)
         assert done.returncode == 1, done.stderr
         assert done.stderr.startswith("hasten: error: ")

@@ -179,9 +179,16 @@ def test_beams_are_those_of_transformers(
 
 
 @pytest.mark.any_python
-@pytest.mark.parametrize("overlap", [False, True], ids=["steps", "overlapped"])
-@pytest.mark.parametrize("prefix_cache", [False, True])
-@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 18, "max_num_seqs": 18}], ids=str)
+@pytest.mark.parametrize(
+    ("options", "prefix_cache", "overlap"),
+    [
+        ({}, False, False),
+        ({}, True, True),
+        ({"max_num_batched_tokens": 18, "max_num_seqs": 18}, False, True),
+        ({"max_num_batched_tokens": 18, "max_num_seqs": 18}, True, False),
+    ],
+    ids=str,
+)
 def test_preempted_beams_are_the_same(
     options: dict[str, Any],
     prefix_cache: bool,

@@ -173,6 +173,7 @@ def decoded(kind: str, ids: list[int], *, skip: bool) -> str:
     return str(reference_of(kind).decode(ids, skip_special_tokens=skip))
 
 
+@pytest.mark.any_python
 @pytest.mark.parametrize("kind", [*KINDS, *CLEANED])
 @given(data=st.data(), skip=st.booleans())
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -187,6 +188,7 @@ def test_a_stream_is_the_beginning_of_the_text_and_in_the_end_all_of_it(
     assert text + stream.flush() == decoded(kind, ids, skip=skip)
 
 
+@pytest.mark.any_python
 @pytest.mark.parametrize("kind", [*KINDS, *CLEANED])
 @given(data=st.data(), skip=st.booleans())
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -201,6 +203,7 @@ def test_what_follows_a_prompt_is_the_rest_of_the_whole_text(kind: str, data: st
     assert "".join(map(stream.add, ids)) + stream.flush() == text
 
 
+@pytest.mark.any_python
 @pytest.mark.parametrize("kind", [*KINDS, *CLEANED])
 @given(data=st.data(), include=st.booleans(), continues=st.booleans())
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -25,9 +25,9 @@ FOLDER, STORIES = EXAMPLES / "demo-model", EXAMPLES / "stories" / "test.jsonl"
 
 MOST_BYTES = 8 * 1000**2
 LEAST_ACCURACY = 60.0
-HARMED = 96
+HARMED = 48
 """Stories on which a harm is measured."""
-QUANTIZED = 200
+QUANTIZED = 100
 """Stories that are answered with quantized weights as well."""
 CALIBRATED = 128
 """Others with which weights of 4 bits are calibrated."""
