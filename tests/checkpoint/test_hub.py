@@ -118,8 +118,8 @@ def test_a_download_that_was_cut_off_is_completed(site: HubSite, run: Run, tiny_
     files = {name: data for name, data in files_of(tiny_bloom).items() if name != "model.safetensors"}
     commit = site.put(ID, files | shards | index)
     folder = cache(tmp_path) / "snapshots" / commit
+    [found] = run(f"resolve_model({ID!r})")
     for missing in ("model-00002-of-00002.safetensors", "config.json", "tokenizer.json"):
-        [found] = run(f"resolve_model({ID!r})")
         (folder / missing).unlink()
         [offline] = run(f"resolve_model({ID!r})", HF_HUB_OFFLINE="1")
         if missing == "tokenizer.json":  # a model does without one
@@ -129,7 +129,7 @@ def test_a_download_that_was_cut_off_is_completed(site: HubSite, run: Run, tiny_
                 f"CheckpointError: {ID} at revision main is not complete in the Hugging Face cache"
             )
             assert f"HF_HUB_OFFLINE is set: unset it, or run `hasten download {ID}`" in offline
-        run(f"resolve_model({ID!r})")
+        assert run(f"resolve_model({ID!r})") == [found]
         assert (folder / missing).is_file()
 
 

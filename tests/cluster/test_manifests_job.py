@@ -183,6 +183,7 @@ def test_the_users_own_home_folder_is_not_hidden() -> None:
     assert [mount["name"] for mount in made["volumeMounts"] if mount["mountPath"] == "/root"] == ["home-of-all"]
 
 
+@pytest.mark.any_python
 def test_torchrun_in_two_pods_gives_hasten_its_ranks(tmp_path: Path) -> None:
     """Two nodes as an operator starts them: RANK and WORLD_SIZE count nodes, PET_* is for torchrun."""
     port = str(free_port())

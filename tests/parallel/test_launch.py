@@ -137,6 +137,7 @@ def test_ranks_agree_through_preemption(tiny_bloom: Path) -> None:
     assert found == expected
 
 
+@pytest.mark.any_python
 def test_ranks_that_mpirun_started_join_and_the_first_alone_prints(tiny_bloom: Path) -> None:
     command = hasten("generate", str(tiny_bloom), "--prompt", "the river", "--json", "--device", "cpu")
     single = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=LIMIT_S).stdout)
@@ -165,6 +166,7 @@ else:
 """
 
 
+@pytest.mark.any_python
 def test_a_program_of_several_ranks_has_its_llm_on_the_first_alone(tiny_bloom: Path) -> None:
     with LLM(tiny_bloom, device="cpu") as llm:
         output = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=6))[0]
@@ -204,6 +206,7 @@ def test_a_killed_first_rank_takes_the_others_along(tiny_bloom: Path) -> None:
         eventually(lambda: not runs(child))
 
 
+@pytest.mark.any_python
 @pytest.mark.parametrize("victim", [0, 1])
 def test_ranks_of_mpirun_name_the_one_that_was_killed(tiny_bloom: Path, victim: int) -> None:
     port = free_port()
@@ -255,6 +258,7 @@ sys.exit(main(sys.argv[1:]))
 """The command, with a rank 0 whose next collective comes once another rank has died."""
 
 
+@pytest.mark.any_python
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_bad_input_is_one_line_and_status_2_whichever_rank_finds_it_first(make_bloom: MakeBloom, ranks: int) -> None:

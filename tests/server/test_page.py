@@ -17,6 +17,8 @@ from tests.waiting import attempts, eventually
 from hasten.server.page.routes import content_security_policy
 from hasten.server.security import ApiKeys
 
+pytestmark = pytest.mark.any_python
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
