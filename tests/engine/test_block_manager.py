@@ -333,3 +333,93 @@ def test_nobody_looks_for_a_prefix_with_a_token_pending(walk: Walk, make_sequenc
     sequence.pending = 1
     with pytest.raises(AssertionError):
         manager.share_prefix(sequence)
+
+
+# --- encoders' inputs -------------------------------------------------------------------------------------------------
+
+
+def encoded(manager: BlockManager, prompt: tuple[int, ...], output: int = 0) -> Sequence | None:
+    """A decoder's sequence whose encoder read the prompt, with so many tokens more than its first; None: no room."""
+    sequence = Sequence(Request(request_id="r", prompt_token_ids=prompt, params=SamplingParams()), 0, start=(0,))
+    sequence.token_ids += [9] * output
+    given = sequence.encoder_input
+    assert given is not None
+    if not manager.hold_input(sequence):
+        return None
+    manager.share_prefix(sequence)
+    if not given.is_computed:
+        given.is_computed = True
+        manager.register_input(given)
+    count = len(sequence.token_ids) - sequence.num_computed
+    if manager.reserve(sequence, count) is None:
+        manager.free(sequence)
+        return None
+    sequence.num_computed += count
+    manager.register(sequence)
+    return sequence
+
+
+def of_input(sequence: Sequence | None) -> list[int]:
+    assert sequence is not None
+    assert sequence.encoder_input is not None
+    return sequence.encoder_input.block_table
+
+
+def test_equal_inputs_share_what_the_encoder_left_and_different_ones_nothing() -> None:
+    manager, prompt = BlockManager(40, SIZE), tuple(range(10))
+    first = encoded(manager, prompt, output=2 * SIZE)
+    same, longer, other = (encoded(manager, ids, output=2 * SIZE) for ids in (prompt, (*prompt, 10), prompt[::-1]))
+    assert first is not None
+    assert of_input(same) == of_input(first)
+    assert len({*of_input(first), *of_input(longer), *of_input(other)}) == 3 + 3 + 3
+    # the decoders' tokens are equal as well, and depend on the inputs
+    assert same is not None
+    assert same.block_table[:2] == first.block_table[:2]
+    for different in (longer, other):
+        assert different is not None
+        assert not set(different.block_table) & set(first.block_table)
+    for sequence in (first, same, longer, other):
+        assert sequence is not None
+        manager.free(sequence)
+        manager.free(sequence)
+    assert manager.num_used == 0
+
+
+def test_a_decoder_never_finds_the_blocks_of_an_input(make_sequence: MakeSequence) -> None:
+    manager = BlockManager(40, SIZE)
+    encoded(manager, (0,) * (3 * SIZE))
+    plain = make_sequence((0,) * (3 * SIZE))
+    manager.share_prefix(plain)
+    assert plain.block_table == []
+
+
+def test_an_input_is_there_until_its_last_holder_goes_and_is_computed_again_where_a_block_is_lost() -> None:
+    manager, prompt = BlockManager(6, SIZE), tuple(range(3 * SIZE))
+    parent = encoded(manager, prompt)
+    assert parent is not None
+    child = parent.fork(1)
+    manager.fork(parent, child)
+    assert manager.hold_input(child)
+    manager.free(parent)
+    assert of_input(child) != []
+    manager.free(child)
+    assert manager.num_used == 0
+    found = encoded(manager, prompt)
+    assert manager.prefix_hits == len(prompt)
+    assert found is not None
+    manager.free(found)
+    # 5 blocks in use are as many as lose the input's last one
+    other = encoded(manager, tuple(range(50, 50 + 4 * SIZE)))
+    assert other is not None
+    assert encoded(manager, prompt) is None
+    manager.free(other)
+    again = encoded(manager, prompt)
+    assert len(set(of_input(again))) == 3
+    assert manager.prefix_hits == len(prompt)
+
+
+def test_an_input_without_room_changes_nothing() -> None:
+    manager = BlockManager(2, SIZE, enable_prefix_caching=False)
+    assert encoded(manager, tuple(range(3 * SIZE))) is None
+    assert encoded(manager, tuple(range(2 * SIZE))) is None
+    assert manager.num_used == 0

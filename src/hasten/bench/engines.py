@@ -94,7 +94,7 @@ def require_comparable(sampling: SamplingParams) -> None:
 
 
 class HuggingFaceEngine:
-    """Hugging Face's `generate` as its users use it: padding on the left, attention mask, KV cache.
+    """Hugging Face's `generate` as its users use it: padding on the left, or for an encoder on the right, KV cache.
 
     Prompts go through it in batches of `batch_size`, or all at once; a batch runs until its longest output is done,
     and what is beyond a prompt's own length is dropped, so beams want outputs of one length. `threads` are the CPU
@@ -127,9 +127,11 @@ class HuggingFaceEngine:
         config = open_checkpoint(folder, dummy=torch.device("cpu")).config
         self.dtype = TORCH_DTYPES[compute_dtype(dtype, config, self.device)]
         self._batch_size = batch_size
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-        self._model = load_hugging_face(AutoModelForCausalLM, folder, self.dtype, self.device, load_format).eval()
+        self._has_encoder = config.encoder is not None
+        kind = AutoModelForSeq2SeqLM if self._has_encoder else AutoModelForCausalLM
+        self._model = load_hugging_face(kind, folder, self.dtype, self.device, load_format).eval()
         self._model.generation_config.eos_token_id = None
         draws = sampling.beam_width == 1 and not sampling.greedy
         self._options: dict[str, Any] = {"do_sample": draws, "num_beams": sampling.beam_width}
@@ -150,7 +152,7 @@ class HuggingFaceEngine:
             return in_batches(self._generate_batch, prompts, lengths, self._batch_size)
 
     def _generate_batch(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
-        input_ids, attention_mask = _pad_left(prompts)
+        input_ids, attention_mask = _padded(prompts, left=not self._has_encoder)
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         start = clock(self.device)
         with torch.inference_mode():
@@ -158,7 +160,8 @@ class HuggingFaceEngine:
                 input_ids, attention_mask=attention_mask, max_new_tokens=max(lengths), **self._options
             )
         seconds = clock(self.device) - start
-        new: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
+        # what an encoder's prompt is answered with begins behind one token of the decoder
+        new: list[list[int]] = output[:, 1 if self._has_encoder else input_ids.shape[1] :].tolist()
         return Generation([ids[:length] for ids, length in zip(new, lengths, strict=True)], seconds)
 
 
@@ -225,9 +228,13 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask [prompts, longest], zeros on the left of shorter prompts."""
+def _padded(prompts: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask [prompts, longest], zeros on one side of shorter prompts."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask
+
+    def whole(values: Sequence[int]) -> list[int]:
+        more = [0] * (width - len(values))
+        return [*more, *values] if left else [*values, *more]
+
+    ids = torch.tensor([whole(prompt) for prompt in prompts])
+    return ids, torch.tensor([whole([1] * len(prompt)) for prompt in prompts])

@@ -197,6 +197,7 @@ def cases(setting: Setting) -> list[Case]:
         _attention(setting, "prefill 2 x 560, window 128, sinks", [(560, 560)] * 2, window=128, sinks=True),
         _attention(setting, "prefill 32 x 264, not causal", [(264, 264)] * 32, causal=False),
         _attention(setting, "prefill 32 x 264, not causal, by distance", [(264, 264)] * 32, causal=False, farthest=128),
+        _attention(setting, "2 x 192, by distance", [(1, 192)] * 2, farthest=128),
         *(_add_norm(setting, rows) for rows in (1, 64, 8192)),
         *(_add_norm(setting, rows, rms=True) for rows in (1, 64, 8192)),
         *(_add_norm(setting, rows, products=2) for rows in (1, 64)),
@@ -359,7 +360,7 @@ def _attention(
 
     def make() -> Call:
         blocks = sum(-(-length // _BLOCK_SIZE) for _, length in lengths)
-        slopes_n = alibi_slopes(heads).to(setting.device) if causal else None
+        slopes_n = alibi_slopes(heads).to(setting.device) if causal and farthest is None else None
         bias_nr = None if farthest is None else setting.draw(heads, 2 * farthest + 1).float()
         inputs = (setting.draw(tokens, heads, size), *setting.caches(blocks * _BLOCK_SIZE))
         meta = _meta(setting, lengths, blocks, causal=causal)
@@ -385,9 +386,8 @@ def _meta(setting: Setting, lengths: list[tuple[int, int]], blocks: int, *, caus
     tables = BlockTables(len(lengths), max(-(-length // _BLOCK_SIZE) for _, length in lengths))
     heads, kv_heads, _ = setting.heads
     # Triton's interpreter, which runs the kernels in tests, wants the work divided as well
-    planner = Planner.of(setting.device, heads, kv_heads, causal=causal)
-    planner = planner or Planner(heads, kv_heads, multiprocessors=0, causal=causal)
-    inputs = Inputs(tables, _BLOCK_SIZE, planner, setting.device)
+    planner = Planner.of(setting.device, heads, kv_heads) or Planner(heads, kv_heads, multiprocessors=0)
+    inputs = Inputs(tables, _BLOCK_SIZE, planner, setting.device, causal=causal)
     batch = Batch()
     for key, (new, length) in enumerate(lengths):
         request = Request(request_id=str(key), prompt_token_ids=(0,) * length, params=SamplingParams())

@@ -31,6 +31,7 @@ from hasten.checkpoint.manifest import MANIFEST, Manifest
 from hasten.core.config import (
     AttentionConfig,
     ClassifierConfig,
+    EncoderConfig,
     ExpertsConfig,
     ModelConfig,
     QKNorm,
@@ -39,7 +40,8 @@ from hasten.core.config import (
 )
 from hasten.core.errors import CheckpointError, ConfigError, HastenError, UnsupportedError
 from hasten.models import hf_config
-from hasten.models.generation_config import not_applied
+from hasten.models.encoder_decoder import EncoderDecoder
+from hasten.models.generation_config import TOKENS_OF_OUTPUTS, not_applied
 from hasten.models.registry import architecture_of, model_class
 from hasten.models.weight_map import SAME, StoredTensor, Tie, WeightMap, WeightSpec
 from hasten.ops import TORCH_DTYPES, Weight
@@ -628,6 +630,8 @@ def _attention_from_json(raw: dict[str, Any]) -> AttentionConfig:
     if rope is not None:
         factors = {name: tuple(rope.get(name, ())) for name in ("short_factor", "long_factor")}
         rope = RopeConfig(**rope | factors)
+    if raw.get("position") == "relative":
+        raw = raw | {"position": "learned"}  # as files say that were written when biases by distance implied these
     kind = raw.get("qk_norm")
     return AttentionConfig(**{**raw, "rope": rope, "qk_norm": _OLD_QK_NORMS.get(kind, kind)})
 
@@ -640,6 +644,10 @@ def _classifier_from_json(raw: dict[str, Any] | None) -> ClassifierConfig | None
     return None if raw is None else ClassifierConfig(**{**raw, "labels": tuple(raw["labels"])})
 
 
+def _encoder_from_json(raw: dict[str, Any] | None) -> EncoderConfig | None:
+    return None if raw is None else EncoderConfig(**{**raw, "attention": _attention_from_json(raw["attention"])})
+
+
 def _config_from_json(raw: dict[str, Any], path: Path) -> ModelConfig:
     try:
         layers = tuple(_attention_from_json(each) for each in raw.get("layer_attention", ()))
@@ -648,6 +656,7 @@ def _config_from_json(raw: dict[str, Any], path: Path) -> ModelConfig:
         ends = tuple(raw["eos_token_ids"])
         made = {"attention": attention, "layer_attention": layers, "experts": experts, "eos_token_ids": ends}
         made["classifier"] = _classifier_from_json(raw.get("classifier"))
+        made["encoder"] = _encoder_from_json(raw.get("encoder"))
         return ModelConfig(**raw | made)
     except (TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(f"{path}: its metadata does not describe a model ({error}); convert it again") from error
@@ -717,8 +726,10 @@ def read_hf_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     raw = read_json(path)
     try:
-        fields = hf_config.Fields(raw)
         cls = model_class(architecture_of(raw))
+        if issubclass(cls, EncoderDecoder):
+            raw |= _tokens_of_outputs(folder)
+        fields = hf_config.Fields(raw)
         config = cls.config_from_hf(fields)
     except HastenError as error:
         raise type(error)(f"{path}: {error}") from error
@@ -732,6 +743,13 @@ def read_hf_config(folder: Path) -> ModelConfig:
     if settings := not_applied(raw):
         _log.warning(NOT_APPLIED, path, ", ".join(settings))
     return config
+
+
+def _tokens_of_outputs(folder: Path) -> dict[str, Any]:
+    """What generation_config.json says of the tokens at both ends of an encoder-decoder's outputs."""
+    path = folder / "generation_config.json"
+    found = read_json(path) if path.is_file() else {}
+    return {name: found[name] for name in TOKENS_OF_OUTPUTS if found.get(name) is not None}
 
 
 def read_format(folder: Path) -> Format | None:

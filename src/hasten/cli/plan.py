@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     model = read_hf_config(folder)
     if model.task != "generate":
         raise UnsupportedError(f"{model.architecture} generates no text, and holds no cache that could be planned")
+    if model.encoder is not None:
+        raise UnsupportedError(f"{model.architecture} has an encoder, whose cache and time a plan does not know")
     if (stored := read_format(folder)) is not None and stored.is_held:
         raise UnsupportedError(
             f"{args.model} has weights in the format {stored.name}, whose bytes a plan does not know; plan the model "

@@ -213,11 +213,13 @@ class AttentionConfig:
     num_heads: int
     num_kv_heads: int
     head_size: int
-    position: Literal["alibi", "rope", "learned", "relative", "none"] = "alibi"
-    """What attention does about positions; `learned` ones are added to the embeddings, and it does nothing. `relative`
-    ones are learned too, and each score has a learned bias for how far the key is from the query."""
+    position: Literal["alibi", "rope", "learned", "none"] = "alibi"
+    """What attention does about positions; `learned` ones are added to the embeddings, and it does nothing."""
     relative_buckets: int = 0
-    """Biases of each head where `position` is `relative`: distances share them, more of them the longer they are."""
+    """Learned biases of each head, for how far a key is from the query: distances share them, more of them the longer
+    they are. 0: scores have no such bias."""
+    relative_farthest: int = 128
+    """Distance from which on all have the same bias."""
     causal: bool = True
     """Whether a token sees only those before it, and itself."""
     rope: RopeConfig | None = None
@@ -249,8 +251,13 @@ class AttentionConfig:
             _require(value is None or value > 0, f"{name} of attention must be positive, got {value}")
         _require((self.position == "rope") == (self.rope is not None), "attention has a rope where position is rope")
         _require(
-            (self.position == "relative") == (self.relative_buckets > 0) and self.relative_buckets % 4 == 0,
-            f"relative positions have a number of buckets that 4 divides, got {self.relative_buckets}",
+            self.relative_buckets >= 0 and self.relative_buckets % 4 == 0,
+            f"biases by distance have a number of buckets that 4 divides, got {self.relative_buckets}",
+        )
+        exact = self.relative_buckets // (2 if self.causal else 4)
+        _require(
+            self.relative_buckets == 0 or self.relative_farthest > exact,
+            f"biases by distance have {exact} buckets of one distance, and end at {self.relative_farthest} already",
         )
         _require(
             self.rope is None or self.rope.width <= self.head_size,
@@ -294,6 +301,20 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The encoder of an encoder-decoder, where it differs from the decoder."""
+
+    num_layers: int
+    intermediate_size: int
+    attention: AttentionConfig
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "intermediate_size"):
+            _require(getattr(self, name) > 0, f"{name} of the encoder must be positive, got {getattr(self, name)}")
+        _require(self.num_layers < _MOST_LAYERS, f"num_layers {self.num_layers} of the encoder cannot be right")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What a transformer looks like, whatever format its weights came in."""
 
@@ -317,6 +338,8 @@ class ModelConfig:
     final_norm: bool = True
     """Whether there is a norm behind the last layer."""
     activation: Activation = "gelu_tanh"
+    gated_mlp: bool = False
+    """Whether the MLP is a gated unit, where a family has both."""
     mlp_bias: bool = True
     norm_bias: bool = True
     """Whether layer norms have a bias."""
@@ -354,6 +377,10 @@ class ModelConfig:
     """What the model is for."""
     classifier: ClassifierConfig | None = None
     """What makes scores of labels of its hidden states."""
+    encoder: EncoderConfig | None = None
+    """That of an encoder-decoder, whose decoder everything else here describes; None: prompts are the decoder's own."""
+    decoder_start_token_id: int | None = None
+    """What an encoder-decoder's output begins behind."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "intermediate_size", "vocab_size"):
@@ -369,6 +396,14 @@ class ModelConfig:
             not self._has_learned_positions or self.max_position_embeddings is not None,
             "learned positions have a longest sequence",
         )
+        _require(
+            (self.encoder is None) == (self.decoder_start_token_id is None),
+            "an encoder-decoder has a decoder_start_token_id, and only it",
+        )
+        _require(
+            self.encoder is None or _width(self.encoder.attention) == _width(self.attention),
+            "heads of encoder and decoder that differ in their width together are not supported",
+        )
         classifies = self.task in ("classify", "token_classify")
         _require(classifies == (self.classifier is not None), f"a model to {self.task} has a classifier, or has none")
 
@@ -383,12 +418,16 @@ class ModelConfig:
 
     @property
     def _has_learned_positions(self) -> bool:
-        return self.attention.position in ("learned", "relative")
+        return self.attention.position == "learned"
 
     @property
     def has_mlp(self) -> bool:
         """Whether any layer has a plain MLP."""
         return self.experts is None or bool(self.experts.dense_layers)
+
+
+def _width(attention: AttentionConfig) -> int:
+    return attention.num_kv_heads * attention.head_size
 
 
 def _heads(attention: AttentionConfig) -> tuple[int, int, int]:
@@ -457,6 +496,10 @@ class ParallelConfig:
             self.pipeline_parallel_size == 1 or model.task == "generate",
             f"pipeline_parallel_size: {model.architecture} generates no text, and has no stages; leave the option out",
         )
+        _require(
+            self.pipeline_parallel_size == 1 or model.encoder is None,
+            f"pipeline_parallel_size: {model.architecture} has an encoder, and no stages; leave the option out",
+        )
         layers, counts = model.num_layers, self.dealt_layers
         _require(
             self.pipeline_parallel_size <= layers,
@@ -489,6 +532,9 @@ class ParallelConfig:
         """Counts, with their names, that the ranks must divide evenly."""
         if model.has_mlp:
             yield "the MLP's inner size", model.intermediate_size
+        if model.encoder is not None:
+            yield "the encoder's attention heads", model.encoder.attention.num_heads
+            yield "the inner size of the encoder's MLP", model.encoder.intermediate_size
         if model.experts is None:
             return
         if self.expert_parallel:

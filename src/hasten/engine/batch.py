@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from hasten.engine.encoder_input import EncoderInput
 from hasten.engine.sequence import Sequence
 
 
@@ -21,6 +22,8 @@ class Batch:
     """Places in `sequences` of those that have no token left to compute after this step, and so get a next one."""
     copies: list[tuple[int, int]] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+    inputs: list[EncoderInput] = field(default_factory=list)
+    """What the encoder computes, before the decoder computes its tokens."""
 
     def add(self, sequence: Sequence, count: int, copies: list[tuple[int, int]]) -> None:
         """Let `sequence` compute its next `count` tokens."""

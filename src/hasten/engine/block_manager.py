@@ -2,10 +2,13 @@
 
 from collections import OrderedDict
 
+from hasten.engine.encoder_input import EncoderInput
 from hasten.engine.sequence import Sequence
 
 _ROOT = 0
 """Number of the empty prefix."""
+_INPUT = -1
+"""In its place before the first block of an encoder's input, which is known by all tokens of the input."""
 
 
 class BlockManager:
@@ -14,6 +17,9 @@ class BlockManager:
     A full block is known by its prefix: the number of the prefix before it and its own tokens, compared exactly, so
     that two prompts never share by accident. A block that nobody holds keeps its content until it is handed out anew:
     those without any first, the last one freed before the others, then the longest unused.
+
+    The keys and values that an encoder leaves depend on all of its input, so they are known by that, and their number
+    is what the decoder's prefixes begin with in place of the empty one.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
@@ -25,7 +31,7 @@ class BlockManager:
         self._known: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
         """(prefix before, tokens) -> (block, prefix with these tokens)."""
         self._content: list[tuple[int, tuple[int, ...]] | None] = [None] * num_blocks
-        self._last_prefix = _ROOT
+        self._last_prefix = -_INPUT
         self.prefix_queries = 0
         self.prefix_hits = 0
         """Tokens looked up in the prefix cache, and those found."""
@@ -42,10 +48,10 @@ class BlockManager:
         way are known by now.
         """
         assert not sequence.pending
-        if not self.enable_prefix_caching or sequence.wants_prompt_logprobs:
+        prefix = _first_prefix(sequence)
+        if not self.enable_prefix_caching or sequence.wants_prompt_logprobs or prefix is None:
             return
-        size, tokens = self.block_size, sequence.token_ids
-        prefix, found = _ROOT, []
+        size, tokens, found = self.block_size, sequence.token_ids, []
         for start in range(0, (len(tokens) - 1) // size * size, size):
             entry = self._known.get((prefix, tuple(tokens[start : start + size])))
             if entry is None:
@@ -98,6 +104,8 @@ class BlockManager:
         size, whole = self.block_size, min(sequence.num_computed, len(sequence.token_ids))
         while (sequence.num_registered + 1) * size <= whole:
             place = sequence.num_registered
+            if place == 0:
+                sequence.prefix = _first_prefix(sequence) or _ROOT
             content = (sequence.prefix, tuple(sequence.token_ids[place * size : (place + 1) * size]))
             block = sequence.block_table[place]
             entry = self._known.get(content)
@@ -108,6 +116,59 @@ class BlockManager:
                 self._content[block] = content
             sequence.prefix = entry[1]
             sequence.num_registered += 1
+
+    def hold_input(self, sequence: Sequence) -> bool:
+        """Let a sequence hold the blocks of its encoder's input: known ones of the same input, or ones to be written.
+
+        False, with nothing changed, if blocks run out.
+        """
+        given = sequence.encoder_input
+        if given is None or sequence.holds_input:
+            return True
+        if given.holders == 0:
+            missing = -(-len(given.token_ids) // self.block_size)
+            given.is_computed = self._share_input(given, missing)
+            if not given.is_computed:
+                if missing > len(self._free):
+                    return False
+                given.block_table = [self._take() for _ in range(missing)]
+            given.table_version += 1
+        given.holders += 1
+        sequence.holds_input = True
+        return True
+
+    def _share_input(self, given: EncoderInput, count: int) -> bool:
+        """Give an encoder's input the `count` blocks of an equal one, if all are known."""
+        if not self.enable_prefix_caching:
+            return False
+        self.prefix_queries += len(given.token_ids)
+        first = self._known.get((_INPUT, given.token_ids))
+        if first is None:
+            return False
+        more = [self._known.get((-first[1], (place,))) for place in range(1, count)]
+        found = [first[0], *(entry[0] for entry in more if entry is not None)]
+        if len(found) < count:
+            return False
+        for block in found:
+            self._hold(block)
+        given.block_table, given.prefix = found, first[1]
+        self.prefix_hits += len(given.token_ids)
+        return True
+
+    def register_input(self, given: EncoderInput) -> None:
+        """Make the blocks of an encoder's input, which a step writes, known to others with the same one."""
+        if not self.enable_prefix_caching:
+            return
+        entry = self._known.get((_INPUT, given.token_ids))
+        if entry is None:
+            self._last_prefix += 1
+        given.prefix = self._last_prefix if entry is None else entry[1]
+        for place, block in enumerate(given.block_table):
+            content = (-given.prefix, (place,)) if place else (_INPUT, given.token_ids)
+            if content not in self._known:
+                self._forget(block)
+                self._known[content] = (block, given.prefix)
+                self._content[block] = content
 
     def forget_prefixes(self) -> None:
         """Let no sequence to come find the blocks that are known by now; who holds them keeps them."""
@@ -138,19 +199,35 @@ class BlockManager:
     def free(self, sequence: Sequence) -> None:
         """Let all blocks of `sequence` go, its tail to be reused first."""
         self._release(sequence, 0)
+        self.release_input(sequence)
+
+    def release_input(self, sequence: Sequence) -> None:
+        """Let a sequence no longer hold the blocks of its encoder's input; the last holder frees them."""
+        given = sequence.encoder_input
+        if given is None or not sequence.holds_input:
+            return
+        sequence.holds_input = False
+        given.holders -= 1
+        if given.holders == 0:
+            self._drop(given.block_table)
+            given.block_table, given.is_computed = [], False
+            given.table_version += 1
 
     def _release(self, sequence: Sequence, first: int) -> None:
         """Let the blocks of `sequence` from `first` on go; it has none then, and nothing computed."""
-        for block in reversed(sequence.block_table[first:]):
+        self._drop(sequence.block_table[first:])
+        sequence.block_table = []
+        sequence.table_version += 1
+        sequence.num_computed = sequence.num_registered = 0
+        sequence.prefix = _ROOT
+
+    def _drop(self, blocks: list[int]) -> None:
+        for block in reversed(blocks):
             self._references[block] -= 1
             if self._references[block] == 0:
                 self._free[block] = None
                 if self._content[block] is None:
                     self._free.move_to_end(block, last=False)  # nothing to keep: reuse it while it is warm
-        sequence.block_table = []
-        sequence.table_version += 1
-        sequence.num_computed = sequence.num_registered = 0
-        sequence.prefix = _ROOT
 
     def _hold(self, block: int) -> None:
         if self._references[block] == 0:
@@ -168,3 +245,8 @@ class BlockManager:
         if content is not None:
             del self._known[content]
             self._content[block] = None
+
+
+def _first_prefix(sequence: Sequence) -> int | None:
+    """What a sequence's prefixes begin with: the number of its encoder's input, if it has one; None: not known yet."""
+    return _ROOT if sequence.encoder_input is None else sequence.encoder_input.prefix or None

@@ -152,6 +152,10 @@ class _Flight:
         return None if self.step is None else time.perf_counter() - self.step.began
 
 
+def _second(pair: tuple[str, int]) -> int:
+    return pair[1]
+
+
 class Engine:
     """Continuous batching over one model, step by step."""
 
@@ -163,6 +167,9 @@ class Engine:
         self.scheduler = self._new_scheduler()
         self.model_config = self.worker.model_config
         self.max_model_len = self.worker.max_model_len
+        start = self.model_config.decoder_start_token_id
+        self._start = () if start is None else (start,)
+        """What a decoder begins with whose encoder reads the prompts."""
         with self.worker.start_times.phase("tokenizer"):
             self.tokenizer = self._load_tokenizer()
         self.grammars = GrammarCompiler(
@@ -258,7 +265,7 @@ class Engine:
     def _add(self, request: Request, stream: bool, grammar: Grammar | None) -> None:
         params = request.params
         seed = self._next_seed() if params.seed is None else params.seed
-        sequence = Sequence(request, seed, self.max_model_len)
+        sequence = Sequence(request, seed, self.max_model_len, self._start)
         sequence.arrived = time.monotonic()
         sequence.constraint = None if grammar is None else Constraint.begin(grammar)
         # what a search will return is not known before its end
@@ -266,14 +273,16 @@ class Engine:
         state = _RequestState(request, output, unfinished=params.n, stream=stream and params.beam_width == 1)
         if self.tokenizer is not None:
             skip = params.skip_special_tokens
-            state.continues = self.tokenizer.continues(request.prompt_token_ids, skip_special_tokens=skip)
+            state.continues = not self._start and self.tokenizer.continues(
+                request.prompt_token_ids, skip_special_tokens=skip
+            )
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
         self._requests[request.request_id] = state
         sequence.due = self._pacer.due(sequence, self.scheduler)
         self.scheduler.add(sequence)
         self._own(sequence)
-        self._prompt_tokens += sequence.prompt_len
+        self._prompt_tokens += len(request.prompt_token_ids)
 
     def _add_text(self, request: Request) -> None:
         """Queue a text of which a vector or scores are to be made."""
@@ -327,7 +336,9 @@ class Engine:
         name = f"request {request.request_id}"
         if not prompt:
             raise InvalidRequestError(f"{name}: the prompt has no tokens")
-        if len(prompt) >= self.max_model_len:
+        if self._start:
+            self._check_encoder_input(name, params, len(prompt))
+        elif len(prompt) >= self.max_model_len:
             raise InvalidRequestError(
                 f"{name}: the prompt has {len(prompt)} tokens; with at least one to come, "
                 f"more than the longest sequence of {self.max_model_len} (max_model_len)"
@@ -350,6 +361,20 @@ class Engine:
         runs = [run for run in runs if max(run) < self.model_config.vocab_size]
         return replace(params, bad_words=(), bad_words_ids=(*params.bad_words_ids, *runs))
 
+    def _check_encoder_input(self, name: str, params: SamplingParams, length: int) -> None:
+        """Whether an encoder can compute a prompt of so many tokens, which it does in one step."""
+        whole = self.scheduler.config.max_num_batched_tokens or length
+        option, most = min(("max_model_len", self.max_model_len), ("max_num_batched_tokens", whole), key=_second)
+        if length > most:
+            raise InvalidRequestError(
+                f"{name}: the prompt has {length} tokens; the encoder takes {most} at the most ({option})"
+            )
+        if params.prompt_logprobs is not None:
+            raise InvalidRequestError(
+                f"{name}: prompt_logprobs are of models that continue their prompts; "
+                f"{self.model_config.architecture} has an encoder for them"
+            )
+
     def _check_beams(self, name: str, params: SamplingParams, prompt_len: int) -> None:
         """Whether all beams of a request can run together, which they must."""
         width, blocks, vocab = params.beam_width, self.scheduler.blocks, self.model_config.vocab_size
@@ -363,9 +388,11 @@ class Engine:
             raise InvalidRequestError(
                 f"{name}: beam_width is {width}; it chooses among {needed} tokens, but the vocabulary has {vocab}"
             )
+        of_input = -(-prompt_len // blocks.block_size) if self._start else 0
+        prompt_len = len(self._start) or prompt_len
         longest = params.max_length(prompt_len, self.max_model_len)
         shared = prompt_len // blocks.block_size
-        needed = shared + width * (-(-longest // blocks.block_size) - shared)
+        needed = of_input + shared + width * (-(-longest // blocks.block_size) - shared)
         if needed > blocks.num_blocks:
             raise InvalidRequestError(
                 f"{name}: {width} beams of {longest} tokens may need {needed} cache blocks, but there are "
@@ -589,8 +616,12 @@ class Engine:
 
     def _release(self, key: int) -> None:
         """Free what an ended sequence holds."""
+        sequence = self.scheduler.get(key)
         self.scheduler.finish(key)
         self.worker.forget(key)
+        given = None if sequence is None else sequence.encoder_input
+        if given is not None and given.holders == 0:
+            self.worker.forget(given.key)
         del self._owners[key]
 
     def _own(self, sequence: Sequence) -> None:

@@ -9,7 +9,7 @@ left them. There are two families:
   in its numbers, as in any other (`ops/plan.py`): a graph launches programs for the most items that it has room for,
   and those without an item end at once. So the whole step is one graph, and nothing is launched between its layers.
   Logits are not part of it: those of all rows that there is room for would take more memory and time than launching
-  the head saves.
+  the head saves. Nor are there any where an encoder computes the prompts: those steps are launched kernel by kernel.
 
 Padding stores nothing, sees no keys and gets zeros from attention. Numbers of tokens are so close that it is at most an
 eighth of a step with prompts where products are bound by arithmetic, beyond 256 tokens, and a quarter below, where a
@@ -62,7 +62,7 @@ class Size:
     def arrays(self, inputs: Inputs, step: Step) -> Arrays:
         """The numbers of a step, padded, with flat block tables."""
         arrays = inputs.arrays(step.padded(self.tokens, self.outputs))
-        return {**arrays, "tables": arrays["tables"].ravel()}
+        return {name: array.ravel() if name in ("tables", "cross.tables") else array for name, array in arrays.items()}
 
 
 def decode_sizes(most: int) -> list[Size]:
@@ -72,10 +72,10 @@ def decode_sizes(most: int) -> list[Size]:
 
 
 def mixed_sizes(most: int, max_sequences: int) -> list[Size]:
-    """Steps with prompts, up to `most` tokens."""
+    """Steps with prompts, up to `most` tokens; none where that is 0."""
     most = min(most, _MOST_MIXED)
     wanted = [32, 64, *range(80, 129, 16), *range(160, 257, 32), *range(288, 513, 32), *range(576, 1025, 64), most]
-    return [Size(tokens, min(tokens, max_sequences)) for tokens in sorted(set(wanted)) if tokens <= most]
+    return [Size(tokens, min(tokens, max_sequences)) for tokens in sorted(set(wanted)) if 0 < tokens <= most]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Sizes:
     def of(self, message: StepMessage) -> Size | None:
         """The least size that a step can be padded to; None where there is none."""
         tokens, outputs = message.num_tokens, sum(message.needed)
-        if max(message.needed) > 1:
+        if max(message.needed) > 1 or message.encoder_counts:
             return None
         sizes = self.decode if outputs == tokens else self.mixed
         return next((size for size in sizes if size.tokens >= tokens), None)

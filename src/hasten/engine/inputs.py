@@ -7,7 +7,7 @@ Shapes: t tokens of the flat batch, s sequences, b blocks of the longest.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +46,8 @@ class Tokens:
     meta: AttentionMeta
     any_pending: bool
     """Whether any id is negative."""
+    encoder: "Tokens | None" = None
+    """What the encoder computes first."""
 
 
 class _Work(NamedTuple):
@@ -79,8 +81,21 @@ class _Work(NamedTuple):
         return _Work(*map(np.concatenate, zip(self, _Work(nothing, first_rows, counts, nothing), strict=True)))
 
 
-@dataclass(frozen=True)
-class Step:
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """What the tokens of a step attend to."""
+
+    tables: Integers
+    """[s, b]"""
+    work: _Work
+    part: _Work | None
+    """The tokens whose hidden states are needed, where not all are."""
+    causal: bool
+    """Whether tokens see those before them alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(_Seen):
     """A batch in numbers, on the host."""
 
     ids: Integers
@@ -89,11 +104,10 @@ class Step:
     """[t]"""
     slots: Integers
     """[t]: cache slots; -1 to store nothing."""
-    tables: Integers
-    """[s, b]"""
-    work: _Work
-    part: _Work | None
-    """The tokens whose hidden states are needed, where not all are."""
+    cross: _Seen | None = None
+    """What an encoder left for these tokens' sequences."""
+    encoder: "Step | None" = None
+    """The tokens that it computes first."""
 
     def padded(self, tokens: int, outputs: int | None) -> "Step":
         """This step with tokens that belong to no sequence: `tokens` in all, of which `outputs` are needed.
@@ -108,6 +122,10 @@ class Step:
             counts, rows = np.full(min(more, 1), more), rows[:1]
             lacking = np.ones(outputs - int(part.counts.sum()), dtype=np.int64)
             part = part.and_padding(lacking, np.zeros_like(lacking))
+        cross = self.cross
+        if cross is not None:
+            assert outputs is None, "with an encoder, steps of single tokens alone are padded"
+            cross = replace(cross, work=cross.work.and_padding(counts, rows))
         return Step(
             ids=np.pad(self.ids, (0, more)),
             positions=np.pad(self.positions, (0, more)),
@@ -115,6 +133,8 @@ class Step:
             tables=self.tables,
             work=self.work.and_padding(counts, rows),
             part=part,
+            causal=self.causal,
+            cross=cross,
         )
 
 
@@ -128,8 +148,15 @@ class Inputs:
         planner: Planner | None,
         device: torch.device,
         run: int | None = None,
+        *,
+        causal: bool = True,
+        has_encoder: bool = False,
     ) -> None:
-        """`run`: that of `AttentionMeta`."""
+        """`run`: that of `AttentionMeta`. `causal`: whether tokens see those before them alone.
+
+        `has_encoder`: whether they see what an encoder left, too.
+        """
+        self.causal, self.has_encoder = causal, has_encoder
         self.tables = tables
         self.run = run
         self.block_size = block_size
@@ -147,7 +174,22 @@ class Inputs:
 
     def step(self, message: StepMessage) -> Step:
         """A step's numbers, laid out for each of its tokens. The tables are brought up to date."""
-        counts, starts, ids = np.array(message.counts), np.array(message.starts), np.array(message.ids, dtype=np.int64)
+        self.tables.apply(message.edits)
+        step = self._laid_out(message.ids, message.rows, message.starts, message.counts)
+        if message.positions:
+            step = replace(step, positions=np.array(message.positions, dtype=np.int64))
+        step = self._needing(step, np.array(message.needed))
+        if message.input_rows:
+            step = self._crossing(step, np.array(message.input_rows), np.array(message.input_lens))
+        if message.encoder_counts:
+            counts = message.encoder_counts
+            encoder = self._laid_out(message.encoder_ids, message.encoder_rows, [0] * len(counts), counts)
+            step = replace(step, encoder=replace(encoder, causal=False))
+        return step
+
+    def _laid_out(self, token_ids: list[int], rows: list[int], first: list[int], lengths: list[int]) -> Step:
+        """Tokens of sequences with these rows of the tables; of each, `first` are computed and `lengths` come."""
+        counts, starts, ids = np.array(lengths), np.array(first), np.array(token_ids, dtype=np.int64)
         own = np.arange(len(counts))
         if len(counts) == len(ids):
             positions, owners, first_rows = starts, own, own
@@ -156,20 +198,24 @@ class Inputs:
             positions = np.arange(len(ids)) - np.repeat(first_rows - starts, counts)
             owners = np.repeat(own, counts)
         kv_lens = starts + counts
-        self.tables.apply(message.edits)
-        tables = self.tables.array[message.rows, : self._width(kv_lens)]
+        tables = self.tables.array[rows, : self._width(kv_lens)]
         slots = tables[owners, positions // self.block_size].astype(np.int64) * self.block_size
         slots += positions % self.block_size
         work = _Work(own, first_rows, counts, kv_lens)
-        if message.positions:
-            positions = np.array(message.positions, dtype=np.int64)
-        return self._needing(np.array(message.needed), ids, positions, slots, tables, work)
+        return Step(ids=ids, positions=positions, slots=slots, tables=tables, work=work, part=None, causal=self.causal)
 
-    def _needing(
-        self, needed: Integers, ids: Integers, positions: Integers, slots: Integers, tables: Integers, work: _Work
-    ) -> Step:
-        part = work.last(needed) if needed.sum() < len(ids) else None
-        return Step(ids, positions, slots, tables, work, part)
+    def _needing(self, step: Step, needed: Integers) -> Step:
+        return replace(step, part=step.work.last(needed)) if needed.sum() < len(step.ids) else step
+
+    def _crossing(self, step: Step, rows: Integers, lengths: Integers) -> Step:
+        """The step of sequences for which an encoder left so many tokens, in blocks of these rows of the tables."""
+        tables = self.tables.array[rows, : self._width(lengths)]
+        work, part = step.work._replace(kv_lens=lengths), step.part
+        if part is not None:
+            # the last layer's queries are those of the part alone by then
+            starts = np.cumsum(part.counts) - part.counts
+            part = part._replace(first_rows=starts, kv_lens=lengths[part.sequences])
+        return replace(step, cross=_Seen(tables=tables, work=work, part=part, causal=False))
 
     def _width(self, kv_lens: Integers) -> int:
         """Blocks of the longest sequence."""
@@ -182,27 +228,46 @@ class Inputs:
         kv_lens = np.minimum(counts, self.tables.array.shape[1] * self.block_size)
         tables = np.zeros((len(counts), self._width(kv_lens)), dtype=np.int32)
         work = _Work(np.arange(len(counts)), np.cumsum(counts) - counts, counts, kv_lens)
-        return self._needing(needed, zeros, zeros, zeros - 1, tables, work)
+        step = Step(
+            ids=zeros, positions=zeros, slots=zeros - 1, tables=tables, work=work, part=None, causal=self.causal
+        )
+        step = self._needing(step, needed)
+        return self._crossing(step, np.zeros_like(counts), kv_lens) if self.has_encoder else step
 
     def warmup_tokens(self, num_tokens: int, num_sequences: int) -> Tokens:
-        """An empty step of sequences of about equal length, each of which needs its last token's hidden state."""
+        """An empty step of sequences of about equal length, each of which needs its last token's hidden state.
+
+        Where there is an encoder, these are the lengths of its inputs, and the decoder computes a token of each.
+        """
         counts = np.full(num_sequences, num_tokens // num_sequences)
         counts[0] += num_tokens - counts.sum()
-        return self.sent(self.empty(counts, np.ones_like(counts)))
+        ones = np.ones_like(counts)
+        if not self.has_encoder:
+            return self.sent(self.empty(counts, ones))
+        encoder = replace(self.empty(counts, counts), causal=False, cross=None)
+        return self.sent(replace(self.empty(ones, ones), encoder=encoder))
 
     def arrays(self, step: Step) -> Arrays:
         """All numbers of a step that the device gets, by name."""
         arrays: Arrays = {"ids": step.ids, "positions": step.positions, "slots": step.slots}
-        arrays |= self._plan(step, step.work, "")
+        arrays |= self._plans(step, "")
         if step.part is not None:
-            arrays |= {"output.indices": step.part.rows, **self._plan(step, step.part, "output.")}
+            arrays["output.indices"] = step.part.rows
+        if step.encoder is not None:
+            arrays |= {f"encoder.{name}": array for name, array in self.arrays(step.encoder).items()}
+        if step.cross is not None:
+            arrays |= {**self._plans(step.cross, "cross."), "cross.tables": step.cross.tables}
         return {**arrays, "tables": step.tables}
 
-    def _plan(self, step: Step, work: _Work, prefix: str) -> Arrays:
+    def _plans(self, seen: _Seen, prefix: str) -> Arrays:
+        part = {} if seen.part is None else self._plan(seen, seen.part, f"{prefix}output.")
+        return self._plan(seen, seen.work, prefix) | part
+
+    def _plan(self, seen: _Seen, work: _Work, prefix: str) -> Arrays:
         if self.planner is None:
             return {}
-        starts = work.sequences * step.tables.shape[1]
-        plan = self.planner.plan(starts, work.first_rows, work.counts, work.kv_lens)
+        starts = work.sequences * seen.tables.shape[1]
+        plan = self.planner.plan(starts, work.first_rows, work.counts, work.kv_lens, causal=seen.causal)
         return {prefix + name: array for name, array in plan.items()}
 
     def sections(self, tokens: int, outputs: int | None, max_sequences: int) -> Sections:
@@ -219,29 +284,50 @@ class Inputs:
             shapes["tiles"] = (tokens // 16 + 8, plan.TILE_COLUMNS)
             shapes["output.indices"] = (outputs,)
             shapes["output.splits"] = (self.planner.max_num_splits(outputs), plan.SPLIT_COLUMNS)
-        return Sections({**shapes, "tables": (singles * self.tables.array.shape[1],)})
+        tables = (singles * self.tables.array.shape[1],)
+        if self.has_encoder:
+            shapes |= {"cross.splits": shapes["splits"], "cross.tables": tables}
+        return Sections({**shapes, "tables": tables})
 
     def seen(self, step: Step, tensors: Mapping[str, Tensor]) -> Tokens:
         """What the model takes: the arrays of a step, as tensors on the device."""
-        part = None if step.part is None else self._meta(step.part, tensors, "output.", None)
-        meta = self._meta(step.work, tensors, "", part)
-        return Tokens(tensors["ids"], tensors["positions"], meta, bool((step.ids < 0).any()))
+        cross = whole = None
+        if step.cross is not None:
+            whole = self._meta(step.cross.work, tensors, "cross.", "")
+            cross = None if step.cross.part is None else self._meta(step.cross.part, tensors, "cross.", "output.")
+        part = None if step.part is None else self._meta(step.part, tensors, "", "output.", cross=cross)
+        meta = self._meta(step.work, tensors, "", "", part, whole)
+        encoder = None
+        if step.encoder is not None:
+            start = "encoder."
+            own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+            encoder = self.seen(step.encoder, own)
+        return Tokens(tensors["ids"], tensors["positions"], meta, bool((step.ids < 0).any()), encoder)
 
     def _meta(
-        self, work: _Work, tensors: Mapping[str, Tensor], prefix: str, output_part: AttentionMeta | None
+        self,
+        work: _Work,
+        tensors: Mapping[str, Tensor],
+        seen: str,
+        part: str,
+        output_part: AttentionMeta | None = None,
+        cross: AttentionMeta | None = None,
     ) -> AttentionMeta:
+        """`seen` and `part`: what names of its arrays begin with."""
+        prefix = seen + part
         divided = None
         if self.planner is not None:
             divided = AttentionPlan(tensors.get(f"{prefix}tiles"), tensors.get(f"{prefix}splits"))
         return AttentionMeta(
             num_tokens=int(work.counts.sum()),
-            block_tables=tensors["tables"],
+            block_tables=tensors[f"{seen}tables"],
             slot_mapping=tensors["slots"],
             sequences=work.sequences.tolist(),
             query_lens=work.counts.tolist(),
             kv_lens=work.kv_lens.tolist(),
-            output_indices=tensors.get(f"{prefix}indices"),
+            output_indices=None if seen else tensors.get(f"{part}indices"),
             plan=divided,
             run=self.run,
             output_part=output_part,
+            cross=cross,
         )

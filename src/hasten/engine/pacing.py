@@ -42,7 +42,7 @@ class StepWork:
     keys: int
     """Keys that attention reads, per layer: the context of each of `rows`, and of each tile of prompt tokens."""
     prompt_tokens: int
-    """Tokens of all other sequences."""
+    """Tokens of all other sequences, and of encoders' inputs."""
 
     @classmethod
     def of(cls, batch: Batch) -> "StepWork":
@@ -55,6 +55,10 @@ class StepWork:
             else:
                 tokens += count
                 keys += (sequence.num_computed + count // 2) * count // _TILE
+        for given in batch.inputs:
+            count = len(given.token_ids)
+            tokens += count
+            keys += count * count // _TILE
         return cls(rows, keys, tokens)
 
 
@@ -219,7 +223,7 @@ class Pacer:
         With a target it is due once as many prompt tokens have been computed as it has itself. So those that come later
         overtake it by no more tokens than that, and what is left of a long prompt is overtaken by shorter ones alone.
         """
-        return scheduler.prompt_tokens + sequence.length if self.has_target else 0
+        return scheduler.prompt_tokens + sequence.length + sequence.uncomputed_input if self.has_target else 0
 
     def begin(self, batch: Batch, limit: int | None) -> PacedStep | None:
         """The step that is about to compute `batch`, scheduled with `limit`; None if it need not be measured."""
@@ -230,7 +234,8 @@ class Pacer:
         patience = _LATE_TARGETS * self._target
         # what computes a prompt anew, or tokens that a grammar forced, has begun to answer long ago
         new = (sequence for sequence in prompts if sequence.output_len == 0)
-        return sum(now - s.arrived > patience + _LATE_PROMPTS * per_token * s.length for s in new)
+        lengths = ((s, s.length + s.uncomputed_input) for s in new)
+        return sum(now - s.arrived > patience + _LATE_PROMPTS * per_token * length for s, length in lengths)
 
     def observe(self, step: PacedStep, seconds: float) -> None:
         """Learn from a step that took `seconds`."""

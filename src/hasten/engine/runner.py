@@ -5,6 +5,7 @@ Shapes: t tokens of the flat batch, r rows that need logits, v vocabulary, h hid
 
 import math
 from collections.abc import Iterable
+from itertools import chain
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from hasten.layers.attention import Attention
 from hasten.layers.embedding import Head
 from hasten.layers.position import RopeTables
 from hasten.models.base import CausalLM, Transformer
+from hasten.models.encoder_decoder import EncoderDecoder
 from hasten.ops.plan import Planner
 
 
@@ -53,7 +55,9 @@ class Runner:
         tokens = 0 if self.stage.is_first else max_tokens
         self._incoming = torch.zeros(tokens, hidden_size, dtype=dtype, device=device)
         """Hidden states that the stage before gave for the tokens of this step."""
-        self._attentions = [module for module in model.modules() if isinstance(module, Attention)]
+        by_cache = model.attentions_by_cache()
+        self._attentions = by_cache if keeps_cache else [[each for attentions in by_cache for each in attentions]]
+        """Layers of attention, those together that write to the same cache."""
         self._caches = ops.BlockCaches.of(())
         self.chosen = torch.zeros(self.stage.size * max_sequences, dtype=torch.int32, device=device)
         """Tokens of the last steps, of as many as there are pipeline stages, each in the order of its rows."""
@@ -70,8 +74,7 @@ class Runner:
     @property
     def block_bytes(self) -> int:
         """Bytes of one cache block over all caches of this rank."""
-        cached = self._attentions if self._keeps_cache else self._attentions[:1]
-        width = sum(2 * a.num_kv_heads * a.head_size for a in cached)
+        width = sum(2 * first.num_kv_heads * first.head_size for first, *_ in self._attentions)
         return width * self.block_size * self.dtype.itemsize
 
     def allocate_cache(self, num_blocks: int, max_blocks: int, ropes: RopeTables) -> None:
@@ -79,25 +82,31 @@ class Runner:
 
         One sequence may hold `max_blocks`. `ropes` are on the same device.
         """
-        tables = BlockTables(self.max_sequences, max_blocks)
-        first = self._attentions[0]
+        has_encoder = isinstance(self.model, EncoderDecoder)
+        tables = BlockTables((2 if has_encoder else 1) * self.max_sequences, max_blocks)
+        first = self._attentions[0][0]
+        assert isinstance(first, Attention)
         longest = max_blocks * self.block_size
         run = ops.fixed_run(self.device, longest) if self.deterministic else None
-        heads, causal = (first.num_heads, first.num_kv_heads), first.config.causal
-        planner = Planner.of(self.device, *heads, run=run, max_kv_len=longest, causal=causal)
-        self._inputs = Inputs(tables, self.block_size, planner, self.device, run)
+        planner = Planner.of(self.device, first.num_heads, first.num_kv_heads, run=run, max_kv_len=longest)
+        causal = first.config.causal
+        self._inputs = Inputs(
+            tables, self.block_size, planner, self.device, run, causal=causal, has_encoder=has_encoder
+        )
         caches: list[Tensor] = []
-        for attention in self._attentions:
-            if self._keeps_cache or not caches:
-                shape = (2, num_blocks, self.block_size, attention.num_kv_heads, attention.head_size)
-                caches += self._zeros(shape)
-            attention.bind_cache(caches[-2], caches[-1], ropes)
+        for attentions in self._attentions:
+            width = attentions[0].num_kv_heads * attentions[0].head_size
+            caches += self._zeros((2, num_blocks, self.block_size, width))
+            for attention in attentions:
+                heads = (attention.num_kv_heads, attention.head_size)
+                keys, values = (cache.unflatten(-1, heads) for cache in caches[-2:])
+                attention.bind_cache(keys, values, ropes)
         self._caches = ops.BlockCaches.of(caches)
 
     def release_cache(self) -> None:
         """Let the cache go."""
         self._caches = ops.BlockCaches.of(())
-        for attention in self._attentions:
+        for attention in chain.from_iterable(self._attentions):
             del attention.key_cache, attention.value_cache
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
@@ -139,6 +148,7 @@ class Runner:
     @torch.inference_mode()
     def capture_graphs(self, most_mixed_tokens: int) -> None:
         """Capture steps of single tokens, and steps with prompts of at most `most_mixed_tokens`, to be replayed."""
+        most_mixed_tokens = 0 if isinstance(self.model, EncoderDecoder) else most_mixed_tokens
         sizes = Sizes.up_to(self.max_sequences, most_mixed_tokens)
         self._graphs = StepGraphs(
             self._decode, self._mixed, self._inputs, self.max_sequences, sizes, is_last=self.stage.is_last
@@ -157,6 +167,9 @@ class Runner:
         return StepOutput(self._hidden(ids, tokens))
 
     def _hidden(self, ids_t: Tensor, tokens: Tokens) -> Tensor:
+        if tokens.encoder is not None:
+            assert isinstance(self.model, EncoderDecoder)
+            self.model.encode(tokens.encoder.ids, tokens.encoder.positions, tokens.encoder.meta)
         read = ids_t if self.stage.is_first else self._incoming[: len(ids_t)]
         hidden: Tensor = self.model(read, tokens.positions, tokens.meta)
         # a sum that a stage ends with is in fp32, and what is sent must be what the next stage makes room for

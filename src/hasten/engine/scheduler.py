@@ -61,6 +61,8 @@ class Scheduler:
         """Queue a sequence behind those whose `due` is not later; beams are queued with their leader."""
         for member in sequence.unit:
             self._register_key(member)
+        if sequence.encoder_input is not None:
+            sequence.encoder_input.key = self._new_key()
         place = len(self.waiting)
         while place > 0 and self.waiting[place - 1].due > sequence.due:
             place -= 1
@@ -111,6 +113,8 @@ class Scheduler:
         Unless its next tokens are `chosen` as part of that, `note_chosen` is to follow.
         """
         forked = []
+        for given in batch.inputs:
+            self.blocks.register_input(given)
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             sequence.num_computed += count
             self.blocks.register(sequence)
@@ -177,9 +181,12 @@ class Scheduler:
                 holders.remove(sequence)
 
     def _register_key(self, sequence: Sequence) -> None:
-        sequence.key = self._next_key
+        sequence.key = self._new_key()
         self._sequences[sequence.key] = sequence
+
+    def _new_key(self) -> int:
         self._next_key += 1
+        return self._next_key - 1
 
     def _fork(self, parent: Sequence) -> list[Sequence]:
         children = []
@@ -187,6 +194,7 @@ class Scheduler:
             child = parent.fork(index)
             child.due = 0
             self.blocks.fork(parent, child)
+            self.blocks.hold_input(child)
             self._register_key(child)
             children.append(child)
         parent.group_size = 1
@@ -259,16 +267,17 @@ class Scheduler:
     def _compute_prompts(self, batch: Batch, budget: int) -> None:
         """Let prompts, begun and waiting, compute up to `budget` tokens in the order of their `due`."""
         begun = deque(sorted((s for s in self.running if s.is_prefilling), key=_due))
-        may_admit = not batch.preempted
+        may_admit, computed = not batch.preempted, 0
         while budget > 0 and (begun or may_admit):
             if begun and not (may_admit and self.waiting and self.waiting[0].due < begun[0].due):
                 count = self._continue_prompt(begun.popleft(), batch, budget)
                 may_admit = may_admit and count is not None and not batch.preempted
             else:
-                count = self._admit(batch, budget)
+                count = self._admit(batch, budget, is_first=not computed)
                 may_admit = count is not None
             budget -= count or 0
-            self.prompt_tokens += count or 0
+            computed += count or 0
+        self.prompt_tokens += computed
 
     def _continue_prompt(self, sequence: Sequence, batch: Batch, budget: int) -> int | None:
         """Let a running prompt compute more of its tokens: their number; None if its blocks have to wait for others'.
@@ -322,8 +331,12 @@ class Scheduler:
             victim.beams.scatter()
         return victim
 
-    def _admit(self, batch: Batch, budget: int) -> int | None:
-        """Let the first waiting sequence run: its tokens in this step; None where there is none or no room for it."""
+    def _admit(self, batch: Batch, budget: int, *, is_first: bool) -> int | None:
+        """Let the first waiting sequence run: its tokens in this step; None where there is none or no room for it.
+
+        What is computed whole, a text or an encoder's input, may exceed the budget if it `is_first`, before all other
+        prompts of the step.
+        """
         if not self.waiting:
             return None
         sequence = self.waiting[0]
@@ -333,23 +346,43 @@ class Scheduler:
             return None
         if any(member.in_flight for member in sequence.unit):
             return None  # it was preempted, and would choose a token again that is not known yet
-        if not sequence.block_table:
-            self.blocks.share_prefix(sequence)
-        count = sequence.length - sequence.num_computed
-        if not sequence.pooling:
-            count = min(count, budget)
-        elif count > budget and batch.sequences:
-            return None  # it is computed whole, alone if need be
-        copies = self.blocks.reserve(sequence, count)
-        if copies is None and not self.running:
+        found = self._reserve_first(sequence, budget, is_first=is_first)
+        if found is None and not self.running:
             self._release_waiting()
-            copies = self.blocks.reserve(sequence, count)
-        if copies is None:
+            found = self._reserve_first(sequence, budget, is_first=is_first)
+        if found is None:
             return None
         self.waiting.popleft()
         self.running += sequence.unit
+        count, copies = found
         batch.add(sequence, count, copies)
-        return count
+        whole = sequence.uncomputed_input
+        if whole:
+            assert sequence.encoder_input is not None
+            sequence.encoder_input.is_computed = True
+            batch.inputs.append(sequence.encoder_input)
+        return count + whole
+
+    def _reserve_first(
+        self, sequence: Sequence, budget: int, *, is_first: bool
+    ) -> tuple[int, list[tuple[int, int]]] | None:
+        """Blocks for the first tokens of a waiting sequence: how many, and copies to make; None if they do not fit."""
+        if not self.blocks.hold_input(sequence):
+            return None
+        if not sequence.block_table:
+            self.blocks.share_prefix(sequence)
+        count, whole = sequence.length - sequence.num_computed, sequence.uncomputed_input
+        if sequence.pooling:
+            count, whole = 0, count
+        copies = None
+        if whole <= budget or is_first:
+            # of what is not computed whole, a part will do
+            count = whole if sequence.pooling else min(count, max(1, budget - whole))
+            copies = self.blocks.reserve(sequence, count)
+        if copies is None:
+            self.blocks.release_input(sequence)
+            return None
+        return count, copies
 
     def _release_waiting(self) -> None:
         """Take back the blocks of waiting sequences but the first; nothing runs that could free any."""

@@ -4,6 +4,7 @@ from itertools import takewhile
 
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.constraint import Constraint
+from hasten.engine.encoder_input import EncoderInput
 
 
 class Beams:
@@ -42,7 +43,9 @@ class Sequence:
         "block_table",
         "constraint",
         "due",
+        "encoder_input",
         "group_size",
+        "holds_input",
         "in_flight",
         "index",
         "is_plain",
@@ -67,7 +70,10 @@ class Sequence:
         "wants_prompt_logprobs",
     )
 
-    def __init__(self, request: Request, seed: int, max_model_len: int | None = None) -> None:
+    def __init__(
+        self, request: Request, seed: int, max_model_len: int | None = None, start: tuple[int, ...] = ()
+    ) -> None:
+        """`start`: what a decoder begins with whose encoder reads the request's prompt."""
         self.request_id = request.request_id
         self.params: SamplingParams = request.params
         self.index = 0
@@ -81,7 +87,11 @@ class Sequence:
         """Whether the host must know the tokens so far before the next step can be launched."""
         self.group_size = request.params.n if beam_width == 1 else 1
         """Completions still to be forked from it once its prompt is computed, itself included."""
-        self.token_ids = list(request.prompt_token_ids)
+        self.encoder_input = EncoderInput(request.prompt_token_ids) if start else None
+        """What cross-attention reads, in an encoder-decoder; all sequences of a request have it in common."""
+        self.holds_input = False
+        """Whether it is one of the holders of that."""
+        self.token_ids = list(start or request.prompt_token_ids)
         self.prompt_len = len(self.token_ids)
         self.pooling = None if request.pooling is None else request.pooling.task
         """What is made of its hidden states: it is then computed whole, in one step, and has no next token."""
@@ -128,6 +138,12 @@ class Sequence:
     def length(self) -> int:
         """Tokens of the prompt and those chosen so far, known here or not."""
         return len(self.token_ids) + self.pending
+
+    @property
+    def uncomputed_input(self) -> int:
+        """Tokens that the encoder has to compute before it can run."""
+        given = self.encoder_input
+        return 0 if given is None or given.is_computed else len(given.token_ids)
 
     @property
     def unit(self) -> "list[Sequence]":
@@ -177,6 +193,7 @@ class Sequence:
         made.pending = made.in_flight = 0
         made.block_table = []
         made.table_version = 0
+        made.holds_input = False
         if self.constraint is not None:
             made.constraint = self.constraint.fork()
         return made

@@ -6,13 +6,14 @@ sequences.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hasten.engine.batch import Batch
+from hasten.engine.encoder_input import EncoderInput
 from hasten.engine.sequence import Sequence
 
 Numbers = NDArray[np.int32]
@@ -28,8 +29,8 @@ class TableRows:
         """Sequence key -> row, version of the sequence's table, blocks that the row holds."""
         self._free = list(range(max_sequences))
 
-    def place(self, sequences: list[Sequence]) -> tuple[list[int], list[TableEdit]]:
-        """The row of each sequence, and the edits that bring the rows up to date."""
+    def place(self, sequences: list[Sequence | EncoderInput]) -> tuple[list[int], list[TableEdit]]:
+        """The row of each of different sequences and encoders' inputs, and the edits that bring the rows up to date."""
         known, edits, rows = self._rows, [], []
         if len(self._free) < sum(sequence.key not in known for sequence in sequences):
             self._evict({sequence.key for sequence in sequences})
@@ -91,12 +92,25 @@ class StepMessage:
     """[t]: rows of the tokens in the model's table of positions; empty where those are their positions."""
     greedy: bool
     """Whether the most probable token is all that is asked for of any sequence."""
+    input_rows: list[int] = field(default_factory=list)
+    """[s]: rows in the block tables of what the encoder left for each sequence; empty where there is no encoder."""
+    input_lens: list[int] = field(default_factory=list)
+    """[s]: tokens of that."""
+    encoder_ids: list[int] = field(default_factory=list)
+    """Token ids of the inputs that the encoder computes before, end to end."""
+    encoder_rows: list[int] = field(default_factory=list)
+    """Rows of these inputs in the block tables."""
+    encoder_counts: list[int] = field(default_factory=list)
+    """Tokens of each."""
 
     @classmethod
     def of(cls, batch: Batch, tables: TableRows) -> "StepMessage":
         """The work of a batch, before it is noted as done."""
         sequences, counts = batch.sequences, batch.counts
-        rows, edits = tables.place(sequences)
+        given = [sequence.encoder_input for sequence in sequences if sequence.encoder_input is not None]
+        own = list({each.key: each for each in given}.values())
+        rows, edits = tables.place([*sequences, *own])
+        row_of = {each.key: row for each, row in zip(own, rows[len(sequences) :], strict=True)}
         if len(sequences) == batch.num_tokens:
             ids = [-1 - s.pending_row if s.pending else s.token_ids[s.num_computed] for s in sequences]
         else:
@@ -109,7 +123,7 @@ class StepMessage:
         return cls(
             number=batch.number,
             ids=ids,
-            rows=rows,
+            rows=rows[: len(sequences)],
             starts=[sequence.num_computed for sequence in sequences],
             counts=counts,
             needed=batch.needed,
@@ -118,6 +132,11 @@ class StepMessage:
             edits=edits,
             copies=batch.copies,
             positions=[row for sequence in sequences for row in sequence.position_rows or ()],
+            input_rows=[row_of[each.key] for each in given],
+            input_lens=[len(each.token_ids) for each in given],
+            encoder_ids=[token for each in batch.inputs for token in each.token_ids],
+            encoder_rows=[row_of[each.key] for each in batch.inputs],
+            encoder_counts=[len(each.token_ids) for each in batch.inputs],
             greedy=all(sequences[place].is_plain for place in batch.sampled),
         )
 
@@ -162,6 +181,11 @@ class StepMessage:
             list(chain.from_iterable(blocks for _, _, blocks in self.edits)),
             list(chain.from_iterable(self.copies)),
             self.positions,
+            self.input_rows,
+            self.input_lens,
+            self.encoder_ids,
+            self.encoder_rows,
+            self.encoder_counts,
         ]
         return np.array([self.number, self.greedy, *map(len, lists), *chain.from_iterable(lists)], dtype=np.int32)
 
@@ -170,9 +194,10 @@ class StepMessage:
         """The message that `packed` made numbers of."""
         number, greedy, *lengths = numbers[: 2 + _LISTS].tolist()
         content = iter(np.split(numbers, np.cumsum([2 + _LISTS, *lengths]))[1:])
-        ids, rows, starts, counts, needed, sampled, prompt_rows, heads, blocks, copies, positions = (
+        ids, rows, starts, counts, needed, sampled, prompt_rows, heads, blocks, copies, positions, *encoder = (
             next(content).tolist() for _ in range(_LISTS)
         )
+        input_rows, input_lens, encoder_ids, encoder_rows, encoder_counts = encoder
         return cls(
             number=number,
             ids=ids,
@@ -185,11 +210,16 @@ class StepMessage:
             edits=list(_edits(heads, blocks)),
             copies=list(zip(copies[::2], copies[1::2], strict=True)),
             positions=positions,
+            input_rows=input_rows,
+            input_lens=input_lens,
+            encoder_ids=encoder_ids,
+            encoder_rows=encoder_rows,
+            encoder_counts=encoder_counts,
             greedy=bool(greedy),
         )
 
 
-_LISTS = 11
+_LISTS = 16
 
 
 def _edits(heads: list[int], blocks: list[int]) -> Iterable[TableEdit]:

@@ -14,8 +14,8 @@ _ROWS = (1, 24)
 """Requests at once: kernels differ between few rows and many."""
 
 
-def kinds(vocab_size: int) -> Iterator[SamplingParams]:
-    """Sampling parameters that use each kernel by which tokens are chosen."""
+def kinds(vocab_size: int, *, has_encoder: bool = False) -> Iterator[SamplingParams]:
+    """Sampling parameters that use each kernel by which tokens are chosen; prompts of encoders have no logits."""
     token = min(7, vocab_size - 1)
     for temperature in (0.0, 1.0):
         yield _params(temperature=temperature)
@@ -27,7 +27,8 @@ def kinds(vocab_size: int) -> Iterator[SamplingParams]:
     yield _params(min_p=0.05)
     yield _params(top_k=20, top_p=0.9, min_p=0.05)
     yield _params(n=2)
-    yield _params(prompt_logprobs=1)
+    if not has_encoder:
+        yield _params(prompt_logprobs=1)
     yield _params(beam_width=2)
 
 
@@ -41,7 +42,7 @@ def compute_all_kinds(llm: "LLM") -> int:
         return len([output for rows in _ROWS for output in llm.encode([[1, 2, 3, 4]] * rows, use_tqdm=False)])
     count = 0
     for rows in _ROWS:
-        for params in kinds(llm.config.vocab_size):
+        for params in kinds(llm.config.vocab_size, has_encoder=llm.config.encoder is not None):
             llm.generate([[1, 2, 3, 4]] * rows, params, use_tqdm=False)
             count += rows
     return count

@@ -135,9 +135,9 @@ class Worker:
         config.check_deterministic(ranks.groups.tensor.size, self.quantization)
         replace(config.parallel, tensor_parallel_size=ranks.groups.tensor.size).validate(self.model_config)
         config.scheduler.validate(self.model_config)
-        if config.deterministic and self.model_config.task != "generate":
+        if config.deterministic and (self.model_config.task != "generate" or self.model_config.encoder is not None):
             name = self.model_config.architecture
-            raise ConfigError(f"deterministic is for models that generate text; {name} does not")
+            raise ConfigError(f"deterministic is for models that continue a text; {name} does not")
         self._peers: Peers | None = None
         dtype = ops.TORCH_DTYPES[compute_dtype(config.dtype, self.model_config, self.device)]
         self.tokenizer_folder = checkpoint.tokenizer_folder
@@ -198,7 +198,7 @@ class Worker:
     def reset(self) -> None:
         """Forget all sequences, in whatever state they are."""
         self._sampler = Sampler(self.model_config.eos_token_ids, self.device)
-        self._tables = TableRows(self.scheduler_config.max_num_seqs)
+        self._tables = TableRows(self.scheduler_config.max_num_seqs * (1 if self.model_config.encoder is None else 2))
 
     def forget(self, key: int) -> None:
         """Forget the sequence with this key, which has ended."""
@@ -228,18 +228,22 @@ class Worker:
             self._compile_kernels(config, length, ropes)
         with self.start_times.phase("memory"), explained_out_of_memory("sizing the cache", self._advice):
             budget = config.cache.kv_cache_memory or self._free_memory(config, length, ropes)
+        inputs = 1 if self.model_config.encoder is None else 2
+        """Block tables of a request: its sequence's, and that of its encoder's input, which may be as long."""
         fits = budget // self.runner.block_bytes
         fits = self.ranks.world.least(fits)
-        if fits < 1 or (asked is not None and fits * block_size < asked):
+        room = fits // inputs * block_size
+        if room < 1 or (asked is not None and room < asked):
             # a size that was given contradicts the length, wherever it runs; else this device has too little memory
             given = config.cache.kv_cache_memory is not None
             raise (ConfigError if given else CapacityError)(
-                f"the key/value cache has room for {fits * block_size} tokens ({budget} bytes a rank, "
-                f"{self.runner.block_bytes} a block of {block_size}), but one sequence may have {length}; "
+                f"the key/value cache has room for {room} tokens ({budget} bytes a rank, "
+                f"{self.runner.block_bytes} a block of {block_size}), but one sequence may have {length}"
+                f"{' and the encoder as many for it' if inputs > 1 else ''}; "
                 "lower max_model_len or raise kv_cache_memory" + ("" if given else self._advice())
             )
-        length = min(length, fits * block_size)
-        useful = config.scheduler.max_num_seqs * -(-length // block_size)
+        length = min(length, room)
+        useful = config.scheduler.max_num_seqs * inputs * -(-length // block_size)
         with explained_out_of_memory("allocating the cache", self._advice):
             with self.start_times.phase("cache"):
                 self.runner.allocate_cache(min(useful, fits), -(-length // block_size), ropes)
@@ -253,8 +257,8 @@ class Worker:
 
     def _advice(self) -> str:
         """The end of a message for whoever has too little memory: what this model needs, and which options would do."""
-        if self.model_config.task != "generate":
-            return ""  # it holds no cache to be planned
+        if self.model_config.task != "generate" or self.model_config.encoder is not None:
+            return ""  # it holds no cache to be planned, or one that is read in another way
         if self.quantization is not None and self.quantization not in SCHEMES:
             return ""  # the checkpoint's own format, of which bits and groups are its files' matter
         if self.ranks.groups.pipeline.size > 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.core.config import AttentionConfig
-from hasten.layers.linear import QKVLinear, RowLinear
+from hasten.layers.linear import ColumnLinear, QKVLinear, RowLinear
 from hasten.layers.norm import HeadNorm
 from hasten.layers.position import RelativeBias, RopeTables, alibi_slopes
 from hasten.parallel.groups import ALONE, TensorGroup
@@ -119,3 +119,45 @@ class Attention(nn.Module):
             bias_nr=self.relative_bias[0].bias_nr if self.relative_bias else None,
         )
         return self.dense(out_tnd.flatten(1), residual_th, meta.output_indices)
+
+
+class CrossAttention(nn.Module):
+    """Attention of a decoder's tokens over the keys and values that the encoder left in the paged cache."""
+
+    key_cache: Tensor
+    value_cache: Tensor
+    """As those of `Attention`."""
+
+    def __init__(self, hidden_size: int, config: AttentionConfig, *, group: TensorGroup = ALONE) -> None:
+        super().__init__()
+        heads = shard_config(config, group.size)
+        self.head_size, self.num_heads, self.num_kv_heads = heads.head_size, heads.num_heads, heads.num_kv_heads
+        self.scale = config.head_size**-0.5 if config.scale is None else config.scale
+        width, kv_width = (count * config.head_size for count in (config.num_heads, config.num_kv_heads))
+        self.query = ColumnLinear(hidden_size, width, bias=config.qkv_bias, group=group)
+        self.key_value = ColumnLinear(hidden_size, 2 * kv_width, bias=config.qkv_bias, group=group)
+        self.dense = RowLinear(width, hidden_size, bias=config.dense_bias, group=group)
+
+    def bind_cache(self, key_cache: Tensor, value_cache: Tensor, ropes: RopeTables | None = None) -> None:
+        """Take the caches of this layer."""
+        self.key_cache, self.value_cache = key_cache, value_cache
+
+    def store(self, encoded_th: Tensor, slots_t: Tensor) -> None:
+        """Leave the keys and values of what the encoder made of its input, [t, h], at these slots of the cache."""
+        heads = (2, self.num_kv_heads, self.head_size)
+        key_tmd, value_tmd = self.key_value(encoded_th).view(-1, *heads).unbind(1)
+        ops.write_cache(key_tmd, value_tmd, self.key_cache, self.value_cache, slots_t)
+
+    def forward(
+        self, x_th: Tensor, meta: ops.AttentionMeta, residual_th: Tensor | None, *, last: bool = False
+    ) -> Tensor | ops.PartialSum:
+        """`residual_th` + attention of each token over what the encoder left for its sequence: [t, h].
+
+        In the `last` layer the tokens are those of `meta.output_part` alone, where there is one.
+        """
+        whole = meta if not last or meta.output_part is None else meta.output_part
+        assert whole.cross is not None
+        query_tnd = self.query(x_th).view(-1, self.num_heads, self.head_size)
+        caches = (self.key_cache, self.value_cache)
+        out_tnd = ops.paged_attention(query_tnd, *caches, whole.cross, self.scale, causal=False)
+        return self.dense(out_tnd.flatten(1), residual_th)

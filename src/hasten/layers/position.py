@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from hasten.core.config import RopeConfig
+from hasten.core.config import AttentionConfig, RopeConfig
 from hasten.layers.linear import PackedModule
 from hasten.parallel.groups import ALONE, TensorGroup
 
@@ -101,40 +101,39 @@ class RopeTables:
         return self._tables[config]
 
 
-_FARTHEST = 128
-"""Distance from which on all have the same bias."""
-
-
-def relative_buckets(buckets: int, farthest: int = _FARTHEST) -> Tensor:
+def relative_buckets(buckets: int, farthest: int, *, causal: bool = False) -> Tensor:
     """The bucket of each distance from a query to a key, from -`farthest` to `farthest`: int64 [2 * farthest + 1].
 
-    Half of the buckets are for keys before the query or at it, half for those behind. A quarter has a distance each;
-    the next ones share more of them the longer they are. Source: Raffel et al., "Exploring the Limits of Transfer
-    Learning with a Unified Text-to-Text Transformer", 2020.
+    Half of the buckets are for keys before the query or at it, half for those behind; where attention is `causal`, all
+    are for those before. Of them half have a distance each; the next ones share more of them the longer they are.
+    Source: Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", 2020.
     """
     distances = torch.arange(-farthest, farthest + 1)
-    side, exact = buckets // 2, buckets // 4
-    lengths = distances.abs()
+    side = buckets if causal else buckets // 2
+    exact = side // 2
+    lengths = distances.clamp(max=0).abs() if causal else distances.abs()
     # in fp32, as transformers has it: a bucket's border is where its logarithm is rounded to
     logs = torch.log(lengths.float().clamp_(min=1) / exact) / math.log(farthest / exact)
     far = (exact + (logs * (side - exact)).long()).clamp_(max=side - 1)
-    return torch.where(lengths < exact, lengths, far) + (distances > 0) * side
+    near = torch.where(lengths < exact, lengths, far)
+    return near if causal else near + (distances > 0) * side
 
 
 class RelativeBias(PackedModule):
-    """Learned biases of scores by the distance from query to key, for all layers of a model."""
+    """Learned biases of scores by the distance from query to key, for all layers of a stack."""
 
     bias_nr: Tensor
     """Of this rank's heads, for each distance from -r to r; those of longer ones are the first and the last."""
 
-    def __init__(self, buckets: int, num_heads: int, *, group: TensorGroup = ALONE) -> None:
+    def __init__(self, config: AttentionConfig, *, group: TensorGroup = ALONE) -> None:
         super().__init__()
-        count = num_heads // group.size
+        self.farthest, self.causal = config.relative_farthest, config.causal
+        count = config.num_heads // group.size
         self.heads = slice(group.rank * count, (group.rank + 1) * count)
-        self.weight = nn.Parameter(torch.empty(buckets, num_heads), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(config.relative_buckets, config.num_heads), requires_grad=False)
 
     def pack(self) -> None:
         """Lay the biases out by distance."""
-        buckets = relative_buckets(self.weight.shape[0]).to(self.weight.device)
+        buckets = relative_buckets(self.weight.shape[0], self.farthest, causal=self.causal).to(self.weight.device)
         self.bias_nr = self.weight[buckets, self.heads].t().float().contiguous()
         del self.weight

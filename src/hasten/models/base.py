@@ -8,6 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten.core.config import ModelConfig
+from hasten.layers.attention import Attention, CrossAttention
 from hasten.layers.embedding import Embedding, Head
 from hasten.models.weight_map import WeightMap
 from hasten.ops.meta import AttentionMeta
@@ -43,9 +44,13 @@ class Transformer(nn.Module):
         last stage has hidden states of the tokens of `meta.output_part` alone, where it names some.
         """
 
+    def attentions_by_cache(self) -> list[list[Attention | CrossAttention]]:
+        """Layers of attention, those together that share a cache: each has its own where nothing else is said."""
+        return [[module] for module in self.modules() if isinstance(module, Attention)]
+
 
 class CausalLM(Transformer):
-    """A decoder-only language model, or one pipeline stage of it.
+    """A language model, or one pipeline stage of it: a decoder.
 
     The first stage begins with the embedding, the last one ends with the head; each has its own of the layers.
     """

@@ -73,8 +73,8 @@ class Encoder(Transformer):
             group=groups.tensor,
         )
         self.embedding_norm = make_norm(config, groups)
-        buckets, heads = config.attention.relative_buckets, config.attention.num_heads
-        self.relative_bias = RelativeBias(buckets, heads, group=groups.tensor) if buckets else None
+        biased = config.attention.relative_buckets > 0
+        self.relative_bias = RelativeBias(config.attention, group=groups.tensor) if biased else None
         self.layers = nn.ModuleList(
             self.block(config, layer, groups, self.relative_bias) for layer in range(config.num_layers)
         )

@@ -11,6 +11,8 @@ _ANY = object()
 """Stands for every value: a setting that a request of hasten always brings itself, or that changes no token."""
 _ONLY_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
+TOKENS_OF_OUTPUTS = ("decoder_start_token_id",)
+"""Settings of encoder-decoders that models read, for each request."""
 SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "do_sample": (False,),
     "temperature": (1,),

@@ -24,7 +24,7 @@ class MPNetModel(Encoder):
         """Read Hugging Face's config.json."""
         architecture, task = task_from_hf(raw)
         refuse(raw, {"relative_attention_num_buckets": _BUCKETS})  # transformers computes with these, whatever it says
-        fields = bert_fields(raw, pad=1, position="relative", relative_buckets=_BUCKETS)
+        fields = bert_fields(raw, pad=1, position="learned", relative_buckets=_BUCKETS)
         return ModelConfig(
             architecture=architecture or "MPNetModel",
             task=task,

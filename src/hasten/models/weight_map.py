@@ -13,12 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hasten.core.config import AttentionConfig, ExpertsConfig, ModelConfig
+from hasten.core.config import AttentionConfig, EncoderConfig, ExpertsConfig, ModelConfig
 from hasten.parallel.shard import OF_ONE_EXPERT, Split, shard_config, split, split_sections
 
 Axis = Literal[
     "vocab", "position", "embedding", "hidden", "inner", "gate_up", "query", "kv", "qkv", "heads", "kv_heads", "head",
     "experts", "expert_inner", "expert_gate_up", "shared_inner", "shared_gate_up", "types", "buckets", "labels", "one",
+    "both_kv", "encoder_inner", "encoder_gate_up", "encoder_heads",
 ]  # fmt: skip
 Init = Literal["normal", "ones", "zeros"]
 
@@ -37,15 +38,28 @@ def axis_size(axis: Axis, config: ModelConfig) -> int:
         "query": query,
         "kv": kv,
         "qkv": query + 2 * kv,
+        "both_kv": 2 * kv,
         "heads": attention.num_heads,
         "kv_heads": attention.num_kv_heads,
         "head": attention.head_size,
         **_expert_sizes(config.experts),
+        **_encoder_sizes(config.encoder),
         "types": config.token_types,
         "buckets": attention.relative_buckets,
         "labels": 0 if config.classifier is None else len(config.classifier.labels),
         "one": 1,
     }[axis]
+
+
+def _encoder_sizes(encoder: EncoderConfig | None) -> dict[str, int]:
+    if encoder is None:
+        return {}
+    inner = encoder.intermediate_size
+    return {
+        "encoder_inner": inner,
+        "encoder_gate_up": 2 * inner,
+        "encoder_heads": encoder.attention.num_heads,
+    }
 
 
 def _expert_sizes(experts: ExpertsConfig | None) -> dict[str, int]:

@@ -311,6 +311,7 @@ def paged_attention(  # noqa: D103
         return torch.empty_like(query_tnd)
     scores = _Scores(alibi_slopes_n, window, causal, bias_nr)
     key = "attention" if window is None else f"attention, window {window}"
+    key = key if bias_nr is None else f"{key}, biases {bias_nr.data_ptr()}"
     plan: list[tuple[_Group, Tensor | None]] | None = meta.scratch.get(key)
     if plan is None:
         plan = meta.scratch[key] = _plan(meta, key_cache, scores)
@@ -416,7 +417,7 @@ class _Run:
 def _plan(meta: AttentionMeta, key_cache: Tensor, scores: _Scores) -> list[tuple[_Group, Tensor | None]]:
     """Divide a batch into padded groups, once a step; with each group its bias, if all of them may be kept.
 
-    All layers with the same window use it again: they have as many heads and the same slopes and biases.
+    All layers with the same window and biases use it again: they have as many heads and the same slopes.
     """
     most_keys = _CACHED_ELEMENTS // (key_cache.shape[2] * key_cache.shape[3])
     block_size = key_cache.shape[1]

@@ -39,6 +39,8 @@ class AttentionMeta:
     before it, so that a token's sums have the same order in any batch; None: in an order that suits the device."""
     output_part: "AttentionMeta | None" = None
     """The tokens whose hidden states are needed, if not all are: the last layer computes no others."""
+    cross: "AttentionMeta | None" = None
+    """Of an encoder-decoder: the same tokens, over the keys that the encoder left for their sequences."""
     scratch: dict[str, Any] = field(default_factory=dict, compare=False)
     """What an op computes once per step and every layer uses again."""
 

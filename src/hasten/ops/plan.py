@@ -75,25 +75,16 @@ class Planner:
     """Keys of every split but a sequence's last, whatever the batch, if that is wanted: see `AttentionMeta.run`."""
     max_kv_len: int = 0
     """Keys of the longest sequence, where splits have a fixed length."""
-    causal: bool = True
-    """Whether tokens see those before them alone."""
 
     @classmethod
     def of(
-        cls,
-        device: torch.device,
-        heads: int,
-        kv_heads: int,
-        *,
-        run: int | None = None,
-        max_kv_len: int = 0,
-        causal: bool = True,
+        cls, device: torch.device, heads: int, kv_heads: int, *, run: int | None = None, max_kv_len: int = 0
     ) -> "Planner | None":
         """That of a device; None for a CPU, whose attention takes a step as it is."""
         if device.type == "cpu":
             return None
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        return cls(heads, kv_heads, multiprocessors, run, max_kv_len, causal)
+        return cls(heads, kv_heads, multiprocessors, run, max_kv_len)
 
     def max_num_splits(self, sequences: int) -> int:
         """How many splits a step of so many sequences with one query may have.
@@ -114,25 +105,25 @@ class Planner:
         return MIN_SPLIT_LEN if self.heads == self.kv_heads else _GROUP_MIN_SPLIT_LEN
 
     def plan(
-        self, tables: Integers, query_rows: Integers, query_lens: Integers, kv_lens: Integers
+        self, tables: Integers, query_rows: Integers, query_lens: Integers, kv_lens: Integers, *, causal: bool = True
     ) -> dict[str, Integers]:
         """`tiles` and `splits` of a step, as far as there are any.
 
         Of each sequence: where its block table begins among the numbers of all, where its queries begin, how many they
-        are, and its keys.
+        are, and its keys. `causal`: whether tokens see those before them alone; a single query is a sequence's last
+        token, or has no position, and sees all keys either way.
         """
         out_rows = np.cumsum(query_lens) - query_lens
-        if not self.causal:
-            return {"tiles": tiles(tables, query_rows, out_rows, query_lens, kv_lens, causal=False)}
         made: dict[str, Integers] = {}
         if (which := (query_lens > 1).nonzero()[0]).size:
-            made["tiles"] = tiles(tables[which], query_rows[which], out_rows[which], query_lens[which], kv_lens[which])
+            own = tables[which], query_rows[which], out_rows[which], query_lens[which], kv_lens[which]
+            made["tiles"] = tiles(*own, causal=causal)
         if (which := (query_lens <= 1).nonzero()[0]).size:
-            own = tables[which], query_rows[which], out_rows[which], kv_lens[which]
+            single = tables[which], query_rows[which], out_rows[which], kv_lens[which]
             if self.run is None:
-                made["splits"] = kv_splits(*own, self.max_num_splits(len(which)), self.min_split_len)
+                made["splits"] = kv_splits(*single, self.max_num_splits(len(which)), self.min_split_len)
             else:
-                made["splits"] = splits_of(*own, np.full(len(which), self.run))
+                made["splits"] = splits_of(*single, np.full(len(which), self.run))
         return made
 
 

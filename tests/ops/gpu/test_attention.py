@@ -147,12 +147,11 @@ class Case:
         tables = BlockTables(len(lengths) + 1, max(needs) + 2)
         tables.array[:] = order.pop()  # behind its end a table names a block of nobody
         heads = (self.heads.query, self.heads.kv)
-        planner = Planner.of(self.device, *heads, causal=self.causal)
-        planner = planner or Planner(*heads, multiprocessors=0, causal=self.causal)
+        planner = Planner.of(self.device, *heads) or Planner(*heads, multiprocessors=0)
         planner = replace(planner, run=self.fixed_run, max_kv_len=max(kv_len for _, kv_len in lengths))
         if extra_splits is not None:
             planner = FewSplits(*heads, planner.multiprocessors, extra=extra_splits)
-        self.inputs = Inputs(tables, block, planner, self.device, self.fixed_run)
+        self.inputs = Inputs(tables, block, planner, self.device, self.fixed_run, causal=self.causal)
         self.batch = Batch()
         for key, ((count, kv_len), need) in enumerate(zip(lengths, needs, strict=True)):
             self.batch.add(make_sequence(key, kv_len, count, [order.pop() for _ in range(need)]), count, [])
@@ -282,6 +281,7 @@ def test_prompts(lengths: Lengths, device: torch.device, assert_close: Close) ->
         (Heads(query=2, kv=2), {"causal": False, "farthest": 9}),
         (Heads(query=1, kv=1), {"causal": False, "window": 70, "softcap": 3.0}),
         (Heads(query=2, kv=2), {"farthest": 9}),
+        (Heads(query=4, kv=2), {"farthest": 3, "softcap": 3.0}),
     ],
     ids=str,
 )
@@ -289,12 +289,10 @@ def test_keys_behind_the_query_and_biases_by_distance(
     heads: Heads, options: dict[str, Any], device: torch.device, assert_close: Close
 ) -> None:
     for lengths in ([(n, n) for n in (15, 16, 17, 1, 65)], [(150, 150)], [(5, 13), (1, 33)]):
-        if options.get("causal", True):
-            lengths = [(count, kv_len) for count, kv_len in lengths if count > 1]
         case = Case(heads, torch.float16, device, alibi=False, **options).fill(lengths)
         meta = whole(case)
         assert meta.plan is not None
-        assert meta.plan.splits is None
+        assert (meta.plan.splits is None) == all(count > 1 for count, _ in lengths)
         case.check(meta, assert_close)
 
 

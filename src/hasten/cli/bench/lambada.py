@@ -15,7 +15,7 @@ from hasten.cli.bench.common import (
     write_measured,
 )
 from hasten.cli.options import Parser, add_engine_options, engine_options, path, positive
-from hasten.core.errors import ConfigError
+from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.core.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -111,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
             if run_worker(model, **options):
                 return 0
             llm = stack.enter_context(LLM(model, **options))
+            if llm.config.encoder is not None:
+                raise UnsupportedError(f"{llm.config.architecture} has an encoder, and does not continue texts")
             engines.append(HastenEngine(llm, sampling))
             options["dtype"] = str(engines[0].dtype)
         if args.test_hf or args.compare:

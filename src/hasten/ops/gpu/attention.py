@@ -155,6 +155,7 @@ def paged_attention(
         HAS_SLOPES=alibi_slopes_n is not None,
         WINDOW=window or 0,
         CAPPED=softcap is not None,
+        FARTHEST=0 if bias_nr is None else bias_nr.shape[1] // 2,
         **overlapped(query_tnd),
     )
     assert alibi_slopes_n is None or bias_nr is None, "positions are relative in one way alone"
@@ -166,10 +167,9 @@ def paged_attention(
         options = _tiles(meta.run, d, block_size, wide)
         _tile[(heads, len(plan.tiles), TILE // options["BLOCK_M"])](
             *shared, plan.tiles, out_tnd, *numbers, GROUP=group, COLUMNS=plan.tiles.shape[1], CAUSAL=causal,
-            FARTHEST=0 if bias_nr is None else bias_nr.shape[1] // 2, **options, **common,
+            **options, **common,
         )  # fmt: skip
     if plan.splits is not None:
-        assert causal, "where keys behind a query count, every sequence is cut into tiles"
         parts = _parts(meta, plan.splits, heads, common["BLOCK_D"])
         fixed = meta.run is not None
         kernel, options = _single(group, meta.num_tokens, common["BLOCK_D"], block_size, wide, fixed)

@@ -58,13 +58,15 @@ def one_query(
     HAS_SLOPES: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
+    FARTHEST: tl.constexpr,
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One query of one head against a split of the keys of that head.
 
-    Each of BLOCK_N lanes of keys keeps its own running softmax, so that nothing crosses lanes before the end. The
-    program that finishes last among the splits of a query adds them up.
+    The query is the last token of its sequence, or has no position. Each of BLOCK_N lanes of keys keeps its own running
+    softmax, so that nothing crosses lanes before the end. The program that finishes last among the splits of a query
+    adds them up. Where FARTHEST is not 0, `slopes` are biases by distance instead, 2 * FARTHEST + 1 of each head.
     """
     start_next(PDL)
     head = tl.program_id(0)
@@ -113,6 +115,9 @@ def one_query(
             if CAPPED:
                 score_n = capped(score_n, cap)
             score_n += slope * (start + n - (length - 1)).to(tl.float32)
+            if FARTHEST:
+                near_n = tl.minimum(tl.maximum(start + n - (length - 1), -FARTHEST), FARTHEST)
+                score_n += tl.load(slopes + head * (2 * FARTHEST + 1) + FARTHEST + near_n) * 1.4426950408889634
             if WINDOW:
                 held = held & (start + n >= length - WINDOW)
             score_n = tl.where(held, score_n, FAR)
@@ -179,6 +184,7 @@ def query_group(
     HAS_SLOPES: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
+    FARTHEST: tl.constexpr,
     PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
@@ -216,9 +222,10 @@ def query_group(
         position_m = tl.zeros([BLOCK_M], tl.int32) + (length - 1)
         last_m = tl.zeros([BLOCK_M], tl.int32) + (end - 1)
         sum_md, weight_m, top_m = attend(
-            q_md, keys + base, values + base, table, begin, end, position_m, last_m, slope_m, slopes,
+            q_md, keys + base, values + base, table, begin, end, position_m, last_m, slope_m,
+            slopes + (head_m * (2 * FARTHEST + 1))[:, None],
             block_stride, token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD,
-            HAS_SLOPES, WINDOW, CAPPED, True, 0, PRECISION,
+            HAS_SLOPES, WINDOW, CAPPED, True, FARTHEST, PRECISION,
         )  # fmt: skip
         if sinks is not None:
             sink_m = tl.load(sinks + head_m).to(tl.float32) * 1.4426950408889634

@@ -1,0 +1,144 @@
+"""Encoder-decoders compared with transformers' `generate`, in fp32."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.encoder_decoders import KINDS, save_encoder_decoder, their_logprobs, their_tokens, without_padding
+from tests.models.families import with_attention
+
+from hasten import LLM, SamplingParams
+from hasten.checkpoint import sources
+from hasten.checkpoint.convert import Conversion, convert
+from hasten.checkpoint.sources import read_hf_config
+from hasten.core.config import ModelConfig
+from hasten.core.errors import ConfigError, InvalidRequestError
+
+PROMPTS = [[(7 * n + k * k) % 190 + 5 for k in range(n)] for n in (1, 2, 15, 16, 17, 33, 70, 150)]
+GREEDY = SamplingParams(temperature=0, max_tokens=14, min_tokens=14)
+BEAMS = SamplingParams(max_tokens=10, beam_width=3, n=2)
+SAMPLED = SamplingParams(seed=5, n=3, max_tokens=20, ignore_eos=True)
+Save = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def save(tmp_path_factory: pytest.TempPathFactory) -> Save:
+    """The folder of a kind, saved once."""
+    made: dict[str, Path] = {}
+
+    def of(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = save_encoder_decoder(tmp_path_factory.mktemp(kind), kind)
+        return made[kind]
+
+    return of
+
+
+def tokens(llm: LLM, params: SamplingParams, prompts: list[list[int]] = PROMPTS) -> list[list[list[int]]]:
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [[list(completion.token_ids) for completion in output.outputs] for output in outputs]
+
+
+def greedy(folder: Path, count: int = 14) -> list[list[list[int]]]:
+    return their_tokens(folder, PROMPTS, min_new_tokens=count, max_new_tokens=count)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_and_beams_are_those_of_transformers(kind: str, save: Save) -> None:
+    folder = save(kind)
+    expected, beams = (
+        greedy(folder),
+        their_tokens(folder, PROMPTS, max_new_tokens=10, num_beams=3, num_return_sequences=2),
+    )
+    with LLM(folder, kv_cache_memory=1 << 22, overlap_steps=True) as llm:
+        for _ in range(2):  # the second time with what the encoder left for the same prompts
+            assert tokens(llm, GREEDY) == expected
+        assert llm.engine.scheduler.blocks.prefix_hits >= sum(map(len, PROMPTS))
+        assert [[without_padding(beam) for beam in each] for each in tokens(llm, BEAMS)] == beams
+        (output,) = llm.generate([PROMPTS[3]], SamplingParams(seed=1, logprobs=3, max_tokens=8), use_tqdm=False)
+    found = output.outputs[0]
+    assert found.logprobs is not None
+    right = their_logprobs(folder, PROMPTS[3], found.token_ids)
+    for place, top in enumerate(found.logprobs):
+        assert all(abs(entry.logprob - float(right[place, token])) < 1e-4 for token, entry in top.items())
+
+
+@pytest.mark.parametrize("kind", ["t5"])
+def test_preempted_requests_go_on_with_the_same_tokens(kind: str, save: Save) -> None:
+    folder = save(kind)
+    with LLM(folder, kv_cache_memory=1 << 22, enable_prefix_caching=False) as llm:
+        block, sampled = llm.engine.worker.runner.block_bytes, tokens(llm, SAMPLED)
+        beams = tokens(llm, BEAMS)
+    limits: dict[str, Any] = {"max_model_len": 150, "max_num_batched_tokens": 150, "max_num_seqs": 6}
+    for cached in (True, False):
+        with LLM(folder, kv_cache_memory=22 * block, enable_prefix_caching=cached, **limits) as llm:
+            assert tokens(llm, GREEDY) == greedy(folder)
+            assert tokens(llm, SAMPLED) == sampled
+            assert tokens(llm, BEAMS) == beams
+            assert llm.engine.scheduler.stats.preemptions > 0
+            assert llm.engine.scheduler.blocks.num_used == 0
+
+
+def test_ranks_and_converted_checkpoints_give_the_same_tokens(save: Save, tmp_path: Path) -> None:
+    folder = save("flan-t5")
+    convert(Conversion(str(folder), str(tmp_path / "out"), ranks=2))
+    for ranks in (1, 2):
+        with LLM(tmp_path / "out", tensor_parallel_size=ranks, device="cpu", kv_cache_memory=1 << 22) as llm:
+            assert tokens(llm, GREEDY) == greedy(folder)
+
+
+def _without_scale(config: ModelConfig) -> ModelConfig:
+    return replace(config, logit_scale=None)
+
+
+def _shorter(config: ModelConfig) -> ModelConfig:
+    return with_attention(config, relative_farthest=20)
+
+
+def _symmetric(config: ModelConfig) -> ModelConfig:
+    assert config.encoder is not None
+    attention = replace(config.encoder.attention, relative_farthest=20)
+    return replace(config, encoder=replace(config.encoder, attention=attention))
+
+
+@pytest.mark.parametrize("change", [_without_scale, _shorter, _symmetric])
+def test_what_is_left_out_shows(
+    change: Callable[[ModelConfig], ModelConfig], save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save("t5")
+    monkeypatch.setattr(sources, "read_hf_config", lambda folder: change(read_hf_config(folder)))
+    params = SamplingParams(temperature=0, logprobs=1, max_tokens=40, ignore_eos=True)
+    with LLM(folder, kv_cache_memory=1 << 22) as llm:
+        (output,) = llm.generate([PROMPTS[-1]], params, use_tqdm=False)
+    found = output.outputs[0]
+    assert found.logprobs is not None
+    right = their_logprobs(folder, PROMPTS[-1], found.token_ids)
+    pairs = zip(found.token_ids, found.logprobs, strict=True)
+    assert max(abs(top[token].logprob - float(right[place, token])) for place, (token, top) in enumerate(pairs)) > 1e-2
+
+
+def test_bad_input(save: Save) -> None:
+    folder = save("t5")
+    refused: dict[str, Any] = {"pipeline_parallel_size": 2, "deterministic": True}
+    for name, value in refused.items():
+        options = {name: value}
+        with pytest.raises(ConfigError, match=f"{name}.*T5ForConditionalGeneration"):
+            LLM(folder, device="cpu", **options)
+    with LLM(folder, kv_cache_memory=1 << 22, max_model_len=40, max_num_batched_tokens=30, max_num_seqs=4) as llm:
+        for prompt, params, message in (
+            ([], SamplingParams(), "the prompt has no tokens"),
+            (
+                [5] * 31,
+                SamplingParams(),
+                r"31 tokens; the encoder takes 30 at the most \(max_num_batched_tokens\)",
+            ),
+            ([5], SamplingParams(prompt_logprobs=1), "prompt_logprobs are of models that continue their prompts"),
+            ([200], SamplingParams(), "the vocabulary ends at 199"),
+        ):
+            with pytest.raises(InvalidRequestError, match=message):
+                llm.generate([prompt], params)
+        assert llm.generate([[5] * 30], GREEDY, use_tqdm=False)[0].outputs[0].finish_reason == "length"
+        with pytest.raises(InvalidRequestError, match="generates text"):
+            llm.embed([[5, 6]])
