@@ -24,6 +24,22 @@ _T5: dict[str, Any] = {
     "num_decoder_layers": 2,
     "initializer_factor": 1.5,
 }
+_BART: dict[str, Any] = {
+    "vocab_size": 200,
+    "d_model": 48,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 6,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 80,
+    "max_position_embeddings": 420,
+    "decoder_start_token_id": 2,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "forced_eos_token_id": 2,
+    "init_std": 0.2,
+}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("T5", _T5),
     "flan-t5": ("T5", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
@@ -37,6 +53,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "umt5": ("UMT5", _T5),
+    "bart": ("Bart", _BART),
+    "mbart": ("MBart", {**_BART, "scale_embedding": True, "activation_function": "relu"}),
 }
 """Families, as transformers' classes are called, and their configurations."""
 
@@ -54,8 +72,11 @@ def save_encoder_decoder(folder: Path, kind: str, **config: Any) -> Path:
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     if options.get("tie_word_embeddings") is False:
-        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * 0.2)
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.2)
         model.config.tie_word_embeddings = False
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.normal_()
+        model.generation_config.forced_bos_token_id = 7
     model.save_pretrained(folder)
     return folder
 
@@ -74,20 +95,20 @@ def their_tokens(folder: Path, prompts: Sequence[Sequence[int]], **options: Any)
     for prompt in prompts:
         with torch.inference_mode():
             output = theirs(folder).generate(torch.tensor([prompt]), do_sample=False, **options)
-        found.append([without_padding(row[1:]) for row in output.tolist()])
+        found.append([without_padding(folder, row[1:]) for row in output.tolist()])
     return found
 
 
-def without_padding(tokens: list[int], pad: int = 0) -> list[int]:
-    """The tokens but those that fill up a row behind its end."""
-    while tokens and tokens[-1] == pad:
+def without_padding(folder: Path, tokens: list[int]) -> list[int]:
+    """The tokens but those at the end that may fill up a row of transformers'."""
+    while tokens and tokens[-1] == theirs(folder).config.pad_token_id:
         tokens = tokens[:-1]
     return tokens
 
 
-def their_logprobs(folder: Path, prompt: Sequence[int], tokens: Sequence[int], start: int = 0) -> torch.Tensor:
+def their_logprobs(folder: Path, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
     """Log-probabilities [t, v] of each token of an output."""
-    decoder = torch.tensor([[start, *tokens[:-1]]])
+    decoder = torch.tensor([[theirs(folder).config.decoder_start_token_id, *tokens[:-1]]])
     with torch.inference_mode():
         logits = theirs(folder)(input_ids=torch.tensor([list(prompt)]), decoder_input_ids=decoder).logits
     found: torch.Tensor = logits[0].float().log_softmax(-1)

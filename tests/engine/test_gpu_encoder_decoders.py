@@ -25,7 +25,7 @@ def test_tokens_and_beams(kind: str, eager: bool, tmp_path: Path) -> None:
         for _ in range(2):
             assert [[list(o.outputs[0].token_ids)] for o in llm.generate(PROMPTS, GREEDY, use_tqdm=False)] == expected
         found = llm.generate(PROMPTS, SamplingParams(max_tokens=10, beam_width=3), use_tqdm=False)
-        assert [[without_padding(list(output.outputs[0].token_ids))] for output in found] == beams
+        assert [[without_padding(folder, list(output.outputs[0].token_ids))] for output in found] == beams
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

@@ -56,7 +56,7 @@ def test_tokens_and_beams_are_those_of_transformers(kind: str, save: Save) -> No
         for _ in range(2):  # the second time with what the encoder left for the same prompts
             assert tokens(llm, GREEDY) == expected
         assert llm.engine.scheduler.blocks.prefix_hits >= sum(map(len, PROMPTS))
-        assert [[without_padding(beam) for beam in each] for each in tokens(llm, BEAMS)] == beams
+        assert [[without_padding(folder, beam) for beam in each] for each in tokens(llm, BEAMS)] == beams
         (output,) = llm.generate([PROMPTS[3]], SamplingParams(seed=1, logprobs=3, max_tokens=8), use_tqdm=False)
     found = output.outputs[0]
     assert found.logprobs is not None

@@ -160,7 +160,7 @@ def test_settings_that_act_in_transformers_alone_are_named(
     [
         ("DeepseekV3ForCausalLM", "a model with latent attention"),
         ("OlmoeForCausalLM", "a mixture of experts of another build"),
-        ("T5ForConditionalGeneration", "an encoder-decoder"),
+        ("PegasusForConditionalGeneration", "an encoder-decoder"),
         ("ElectraModel", "an encoder of another build, or with another head"),
         ("LlamaForSequenceClassification", "a classifier of another build"),
         ("Qwen2VLForConditionalGeneration", "a model of images and text"),

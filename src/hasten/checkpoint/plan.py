@@ -63,7 +63,7 @@ def open_checkpoint(
     if verify and source.manifest is not None and CONFIG_INI in source.manifest.files:
         source.manifest.verify(source.folder, [CONFIG_INI])
     ends = generation_eos(source)
-    _warn_of_settings(side)
+    _warn_of_settings(side, source.config)
     return Checkpoint(
         path=path,
         config=replace(source.config, eos_token_ids=ends) if ends is not None else source.config,
@@ -95,12 +95,12 @@ def generation_eos(source: Source) -> tuple[int, ...] | None:
     return known_tokens(tuple(ends), source.config.vocab_size, f"{path}: eos_token_id")
 
 
-def _warn_of_settings(folder: Path) -> None:
+def _warn_of_settings(folder: Path, config: ModelConfig) -> None:
     path = folder / "generation_config.json"
     if not path.is_file():
         return
     raw = read_json(path)
-    if settings := generation_config.not_applied(raw):
+    if settings := generation_config.not_applied(raw, has_encoder=config.encoder is not None):
         _log.warning(NOT_APPLIED, path, ", ".join(settings))
     if unknown := generation_config.unknown(raw):
         _log.warning(UNKNOWN, path, ", ".join(unknown))

@@ -277,13 +277,18 @@ class HuggingFaceSource(Source):
     def _own_names(self, where: Path, names: dict[str, Path]) -> dict[str, tuple[str, Path]]:
         """Base names, with or without the full model's prefix in the file, to the name and the file that hold them."""
         own: dict[str, tuple[str, Path]] = {}
+        aliases: dict[str, tuple[str, Path]] = {}
         for name, path in names.items():
             base = name if name in self.weight_map.hf_unprefixed else name.removeprefix(self.weight_map.hf_prefix)
             if self.weight_map.ignores(base):
                 continue
+            if base in self.weight_map.hf_aliases:
+                aliases[self.weight_map.hf_aliases[base]] = (name, path)
+                continue
             if base in own:
                 raise CheckpointError(f"{where} holds {base!r} twice, as {own[base][0]!r} and as {name!r}; remove one")
             own[base] = (name, path)
+        own = aliases | own
         tie, tied = self.weight_map.head_tie, {}
         if tie is not None and (head := tie.spec.sources[0].name) in own:
             tied[head] = own.pop(head)
@@ -654,7 +659,9 @@ def _config_from_json(raw: dict[str, Any], path: Path) -> ModelConfig:
         attention = _attention_from_json(raw["attention"])
         experts = _experts_from_json(raw.get("experts"))
         ends = tuple(raw["eos_token_ids"])
-        made = {"attention": attention, "layer_attention": layers, "experts": experts, "eos_token_ids": ends}
+        forced = tuple(raw.get("forced_eos_token_ids", ()))
+        made: dict[str, Any] = {"forced_eos_token_ids": forced}
+        made |= {"attention": attention, "layer_attention": layers, "experts": experts, "eos_token_ids": ends}
         made["classifier"] = _classifier_from_json(raw.get("classifier"))
         made["encoder"] = _encoder_from_json(raw.get("encoder"))
         return ModelConfig(**raw | made)
@@ -740,7 +747,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
         config = dataclasses.replace(config, task="embed", tie_word_embeddings=True)
     if unknown := fields.unknown(cls.hf_harmless):
         _log.warning(UNKNOWN, path, ", ".join(unknown))
-    if settings := not_applied(raw):
+    if settings := not_applied(raw, has_encoder=config.encoder is not None):
         _log.warning(NOT_APPLIED, path, ", ".join(settings))
     return config
 

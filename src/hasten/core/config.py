@@ -381,6 +381,10 @@ class ModelConfig:
     """That of an encoder-decoder, whose decoder everything else here describes; None: prompts are the decoder's own."""
     decoder_start_token_id: int | None = None
     """What an encoder-decoder's output begins behind."""
+    forced_bos_token_id: int | None = None
+    """What its outputs begin with, whatever the probabilities, such as the language of a translation."""
+    forced_eos_token_ids: tuple[int, ...] = ()
+    """The most probable of these is what its outputs of the maximum length end with."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "intermediate_size", "vocab_size"):

@@ -266,6 +266,8 @@ class Engine:
         params = request.params
         seed = self._next_seed() if params.seed is None else params.seed
         sequence = Sequence(request, seed, self.max_model_len, self._start)
+        for member in sequence.unit:
+            member.forced = self._forced(member)
         sequence.arrived = time.monotonic()
         sequence.constraint = None if grammar is None else Constraint.begin(grammar)
         # what a search will return is not known before its end
@@ -283,6 +285,15 @@ class Engine:
         self.scheduler.add(sequence)
         self._own(sequence)
         self._prompt_tokens += len(request.prompt_token_ids)
+
+    def _forced(self, sequence: Sequence) -> dict[int, tuple[int, ...]]:
+        """The tokens that the model's outputs begin with, and end with at their maximum length, by their places."""
+        model, forced = self.model_config, dict[int, tuple[int, ...]]()
+        if model.forced_bos_token_id is not None:
+            forced[0] = (model.forced_bos_token_id,)
+        if model.forced_eos_token_ids and not sequence.params.ignore_eos:
+            forced[sequence.max_length - sequence.prompt_len - 1] = model.forced_eos_token_ids
+        return forced
 
     def _add_text(self, request: Request) -> None:
         """Queue a text of which a vector or scores are to be made."""
@@ -368,6 +379,11 @@ class Engine:
         if length > most:
             raise InvalidRequestError(
                 f"{name}: the prompt has {length} tokens; the encoder takes {most} at the most ({option})"
+            )
+        if params.structured_outputs is not None and self.model_config.forced_bos_token_id is not None:
+            raise InvalidRequestError(
+                f"{name}: every output of this {self.model_config.architecture} begins with token "
+                f"{self.model_config.forced_bos_token_id} (forced_bos_token_id), which no grammar knows"
             )
         if params.prompt_logprobs is not None:
             raise InvalidRequestError(

@@ -136,7 +136,7 @@ class Sampler:
         sequence has a pending token.
         """
         slots = self._history.slots_of(sequence for sequence in sequences if sequence.params.has_penalty)
-        edited_rv = self._edit(logits_rv, sequences, slots, chosen_r)
+        edited_rv = _forced(self._edit(logits_rv, sequences, slots, chosen_r), sequences)
         masks = (self._edits[sequence.key].allowed for sequence in sequences)
         allowed = {row: mask for row, mask in enumerate(masks) if mask is not None}
         beams = self._continuations(logits_rv, sequences)
@@ -181,13 +181,29 @@ class Sampler:
             return None
         (own_rv,) = _selected(list(counts), logits_rv)
         beams, most = [sequences[row] for row in counts], max(counts.values())
-        if not any(self._edits[beam.key].any for beam in beams):
+        forced = [row for row, beam in enumerate(beams) if beam.forced_next]
+        if not forced and not any(self._edits[beam.key].any for beam in beams):
             none_r = torch.zeros(len(beams), dtype=torch.int32, device=own_rv.device)
             _, _, values_rk, ids_rk = ops.top_logprobs(own_rv, none_r, most)
             return _Continuations(counts, values_rk, ids_rk)
         slots = self._history.slots_of(beam for beam in beams if beam.params.has_penalty)
-        adjusted_rv = self._edit(own_rv.float().log_softmax(-1), beams, slots, None)
-        return _Continuations(counts, *ops.largest(adjusted_rv, most))
+        adjusted_rv = _forced(self._edit(own_rv.float().log_softmax(-1), beams, slots, None), beams)
+        values_rk, ids_rk = ops.largest(adjusted_rv, most)
+        if forced:
+            # behind what is forced come tokens that no beam may go on with, and that must not end one either
+            ids_rk = ids_rk.where(values_rk > float("-inf"), ids_rk[:, :1])
+        return _Continuations(counts, values_rk, ids_rk)
+
+
+def _forced(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Logits with 0 for the tokens that are forced in a row, and minus infinity for its others, as in transformers."""
+    forced = [(row, token) for row, sequence in enumerate(sequences) for token in sequence.forced_next]
+    if not forced:
+        return logits_rv
+    rows, tokens = ops.to_device(list(zip(*forced, strict=True)), torch.int64, logits_rv.device)
+    logits_rv = logits_rv.index_fill(0, rows, float("-inf"))
+    logits_rv[rows, tokens] = 0
+    return logits_rv
 
 
 class PreparedChoice:

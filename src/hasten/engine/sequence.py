@@ -1,5 +1,6 @@
 """One completion on its way through the scheduler."""
 
+from collections.abc import Mapping
 from itertools import takewhile
 
 from hasten.core.types import Request, SamplingParams
@@ -44,6 +45,7 @@ class Sequence:
         "constraint",
         "due",
         "encoder_input",
+        "forced",
         "group_size",
         "holds_input",
         "in_flight",
@@ -95,6 +97,8 @@ class Sequence:
         self.prompt_len = len(self.token_ids)
         self.pooling = None if request.pooling is None else request.pooling.task
         """What is made of its hidden states: it is then computed whole, in one step, and has no next token."""
+        self.forced: Mapping[int, tuple[int, ...]] = {}
+        """Tokens of which the most probable comes next, whatever others have, after so many of its output."""
         self.max_length = self.prompt_len if self.pooling else self.params.max_length(self.prompt_len, max_model_len)
         self.num_states = 1
         """Of its last tokens, how many need hidden states once it is computed."""
@@ -138,6 +142,11 @@ class Sequence:
     def length(self) -> int:
         """Tokens of the prompt and those chosen so far, known here or not."""
         return len(self.token_ids) + self.pending
+
+    @property
+    def forced_next(self) -> tuple[int, ...]:
+        """The only tokens that may come next; empty: any may."""
+        return self.forced.get(self.output_len, ()) if self.forced else ()
 
     @property
     def uncomputed_input(self) -> int:

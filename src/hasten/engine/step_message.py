@@ -137,7 +137,7 @@ class StepMessage:
             encoder_ids=[token for each in batch.inputs for token in each.token_ids],
             encoder_rows=[row_of[each.key] for each in batch.inputs],
             encoder_counts=[len(each.token_ids) for each in batch.inputs],
-            greedy=all(sequences[place].is_plain for place in batch.sampled),
+            greedy=all(sequences[place].is_plain and not sequences[place].forced_next for place in batch.sampled),
         )
 
     @property

@@ -135,9 +135,11 @@ class Worker:
         config.check_deterministic(ranks.groups.tensor.size, self.quantization)
         replace(config.parallel, tensor_parallel_size=ranks.groups.tensor.size).validate(self.model_config)
         config.scheduler.validate(self.model_config)
-        if config.deterministic and (self.model_config.task != "generate" or self.model_config.encoder is not None):
-            name = self.model_config.architecture
-            raise ConfigError(f"deterministic is for models that continue a text; {name} does not")
+        name = self.model_config.architecture
+        if config.deterministic and self.model_config.task != "generate":
+            raise ConfigError(f"deterministic is for models that generate text; {name} does not")
+        if config.deterministic and self.model_config.encoder is not None:
+            raise ConfigError(f"deterministic is for models without an encoder; {name} has one")
         self._peers: Peers | None = None
         dtype = ops.TORCH_DTYPES[compute_dtype(config.dtype, self.model_config, self.device)]
         self.tokenizer_folder = checkpoint.tokenizer_folder

@@ -59,8 +59,11 @@ class Embedding(PackedModule):
             self.positions = nn.Parameter(whole, requires_grad=False)
             self.types = None
 
-    def forward(self, ids_t: Tensor, positions_t: Tensor) -> Tensor | PartialSum:
-        """Embeddings, [t, h]; with several ranks, or with learned positions, a sum for the next norm to add up."""
+    def forward(self, ids_t: Tensor, positions_t: Tensor, table_ph: Tensor | None = None) -> Tensor | PartialSum:
+        """Embeddings, [t, h]; with several ranks, or with learned positions, a sum for the next norm to add up.
+
+        `table_ph`: of positions, in place of its own.
+        """
         rows_th = ops.embedding(ids_t, self.weight, self.first)
         if self.scale is not None:
             rows_th = rows_th * float(torch.tensor(self.scale, dtype=rows_th.dtype))
@@ -70,7 +73,7 @@ class Embedding(PackedModule):
         if self.positions is None:
             return PartialSum(rows_th, over_ranks=True) if over_ranks else rows_th
         # the norm takes the rows of these positions as it does those of a residual: no kernel of their own
-        positions_ph = self.positions[self.position_offset :]
+        positions_ph = (self.positions if table_ph is None else table_ph)[self.position_offset :]
         return PartialSum(rows_th, residual=positions_ph, residual_indices=positions_t, over_ranks=over_ranks)
 
     def normed(self, ids_t: Tensor, positions_t: Tensor, norm: LayerNorm) -> Tensor:

@@ -11,8 +11,8 @@ _ANY = object()
 """Stands for every value: a setting that a request of hasten always brings itself, or that changes no token."""
 _ONLY_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
-TOKENS_OF_OUTPUTS = ("decoder_start_token_id",)
-"""Settings of encoder-decoders that models read, for each request."""
+TOKENS_OF_OUTPUTS = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+"""Settings of encoder-decoders that are applied to each request."""
 SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "do_sample": (False,),
     "temperature": (1,),
@@ -80,9 +80,10 @@ def unknown(raw: Mapping[str, Any]) -> list[str]:
     )
 
 
-def not_applied(raw: Mapping[str, Any]) -> list[str]:
-    """Names of the settings that would act in transformers and do not in hasten."""
-    inert = () if raw.get("do_sample") else _ONLY_SAMPLING
+def not_applied(raw: Mapping[str, Any], *, has_encoder: bool = False) -> list[str]:
+    """Names of the settings that would act in transformers and do not in hasten; `has_encoder`: in such a model."""
+    inert: tuple[str, ...] = () if raw.get("do_sample") else _ONLY_SAMPLING
+    inert += TOKENS_OF_OUTPUTS if has_encoder else ()
     return [
         name
         for name, neutral in SETTINGS.items()

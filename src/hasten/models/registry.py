@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hasten.models.base import Transformer
 
 MODELS: dict[str, str] = {
+    "BartForConditionalGeneration": "hasten.models.bart:BartForConditionalGeneration",
     "BertForMaskedLM": "hasten.models.bert:BertModel",
     "BertForPreTraining": "hasten.models.bert:BertModel",
     "BertForSequenceClassification": "hasten.models.bert:BertModel",
@@ -49,6 +50,7 @@ MODELS: dict[str, str] = {
     "GptOssModel": "hasten.models.gpt_oss:GptOssForCausalLM",
     "LlamaForCausalLM": "hasten.models.llama:LlamaForCausalLM",
     "LlamaModel": "hasten.models.llama:LlamaForCausalLM",
+    "MBartForConditionalGeneration": "hasten.models.bart:MBartForConditionalGeneration",
     "MPNetForMaskedLM": "hasten.models.mpnet:MPNetModel",
     "MPNetForSequenceClassification": "hasten.models.mpnet:MPNetModel",
     "MPNetForTokenClassification": "hasten.models.mpnet:MPNetModel",
@@ -104,6 +106,7 @@ MODELS: dict[str, str] = {
 _MODEL_TYPES: dict[str, str] = {
     "RefinedWeb": "FalconForCausalLM",
     "RefinedWebModel": "FalconForCausalLM",
+    "bart": "BartForConditionalGeneration",
     "bert": "BertModel",
     "bloom": "BloomForCausalLM",
     "cohere": "CohereForCausalLM",
@@ -120,6 +123,7 @@ _MODEL_TYPES: dict[str, str] = {
     "gpt_oss": "GptOssForCausalLM",
     "gptj": "GPTJForCausalLM",
     "llama": "LlamaForCausalLM",
+    "mbart": "MBartForConditionalGeneration",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "modernbert": "ModernBertModel",

@@ -249,11 +249,8 @@ def _weight_map(config: ModelConfig, *, own_biases: bool) -> WeightMap:
         ),
         hf_prefix="",
         hf_unprefixed=frozenset({"lm_head.weight"}),
-        hf_ignored=(
-            "encoder.embed_tokens.weight",
-            "decoder.embed_tokens.weight",
-            "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
-        ),
+        hf_ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+        hf_aliases={f"{stack}.embed_tokens.weight": "shared.weight" for stack in ("encoder", "decoder")},
         head_tie=Tie(head, embedding) if tied else None,
     )
 

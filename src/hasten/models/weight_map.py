@@ -6,7 +6,7 @@ exact; nothing is matched by substring.
 
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -201,6 +201,8 @@ class WeightMap:
     """Names that belong to the full model itself and never carry the prefix."""
     hf_ignored: tuple[str, ...] = ()
     """Names, without the prefix, of tensors that old checkpoints hold and no model needs; `{layer}` is any number."""
+    hf_aliases: Mapping[str, str] = field(default_factory=dict)
+    """Names, without the prefix, under which checkpoints may hold a tensor too, or instead: from these to its own."""
     head_tie: Tie | None = None
     """The language model head, where the configuration ties it; a head in the checkpoint that differs wins."""
 
