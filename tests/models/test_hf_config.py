@@ -105,12 +105,12 @@ def test_a_bloom_without_a_vocabulary_size_has_that_of_transformers(tmp_path: Pa
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"n_layer": 24}, r'names no architecture; add "architectures": \[NAME\], where NAME is one of BertForM'),
+        ({"n_layer": 24}, r'names no architecture; add "architectures": \[NAME\], where NAME is one of BartFor'),
         ({"architectures": []}, "names no architecture"),
         ({"architectures": "BloomForCausalLM"}, "architectures 'BloomForCausalLM' is not a list of names"),
         (
             {"model_type": "xglm"},
-            r"model type 'xglm' is not supported; supported are bert, .*llama, .* \(docs/adding-a-model",
+            r"model type 'xglm' is not supported; supported are bart, .*llama, .* \(docs/adding-a-model",
         ),
         (
             {"model_type": "xglm", "architectures": ["XGLMForCausalLM"]},
@@ -174,4 +174,4 @@ def test_an_architecture_of_another_build_is_named_with_what_it_is(name: str, bu
     with pytest.raises(UnsupportedError) as caught:
         architecture_of({"architectures": [name]})
     shown = f"architecture {name!r} is" if build is None else f"architecture {name!r} ({build}) is"
-    assert str(caught.value).startswith(f"{shown} not supported; supported are BertForMaskedLM, ")
+    assert str(caught.value).startswith(f"{shown} not supported; supported are BartForConditionalGeneration, ")
