@@ -13,7 +13,7 @@ from hasten.core.types import CompletionOutput, FinishReason, RequestOutput
 from hasten.server.engine.coalescer import OutputCoalescer
 from hasten.server.engine.pieces import MAX_COST, cost, split
 from hasten.server.engine.ticket import Progress, Ticket
-from hasten.server.engine.wire import CompletionDelta, Logprob, Output
+from hasten.server.engine.wire import CompletionDelta, Logprob, Output, PooledData
 
 
 def entries(rng: random.Random, count: int, width: int) -> list[dict[int, Logprob]]:
@@ -144,3 +144,15 @@ def test_many_small_outputs_at_once_are_several_messages() -> None:
         assert sum(map(cost, outputs)) <= MAX_COST
         found += [output.id for output in outputs]
     assert sorted(found) == list(range(30))
+
+
+def test_numbers_of_a_text_come_in_pieces() -> None:
+    data = random.Random(0).randbytes(48 * 700 * 4)
+    whole = Output(7, [], True, pooled=PooledData(data, rows=700))
+    pieces = split(whole, 500)
+    assert len(pieces) > 3
+    assert max(map(cost, pieces)) <= 501
+    assert [piece.partial for piece in pieces] == [True] * (len(pieces) - 1) + [False]
+    progress = read(pieces)
+    assert progress.finished
+    assert progress.pooled == PooledData(data, rows=700)

@@ -18,6 +18,7 @@ from tests.waiting import LIMIT_S, eventually
 from torch import Tensor
 
 from hasten.engine.text import Tokenizer
+from hasten.server.engine.client import QueueLimits
 
 BOUND = 1e-5
 QUERY = "Where is the garden?"
@@ -38,7 +39,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def site(folders: dict[str, Path]) -> Iterator[Site]:
     """An embedder, a cross-encoder, a model that labels tokens, and one that generates."""
-    configs = [config for name, folder in folders.items() for config in models(folder, f"{name}-ids", name)]
+    few = {"ranker": {"limits": QueueLimits(max_queue_size=9), "max_num_seqs": 2}}
+    configs = [
+        config
+        for name, folder in folders.items()
+        for config in models(folder, f"{name}-ids", name, **few.get(name, {}))
+    ]
     site = Site([*configs, *models(DEMO, "demo-ids", "demo")])
     yield site
     site.close()
@@ -295,6 +301,14 @@ def test_a_client_that_leaves_takes_its_texts_with_it(site: Site) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{site.url}/v1/embeddings", json={"model": "embedder", "input": texts}, timeout=0.3)
     eventually(lambda: site.idle("embedder-ids"))
+
+
+def test_more_than_may_wait_is_refused(site: Site) -> None:
+    response = httpx.post(f"{site.url}/rerank", json={"model": "ranker", "query": QUERY, "documents": ["a"] * 100})
+    assert response.status_code == 429
+    assert response.json()["error"]["code"] == "queue_full"
+    assert int(response.headers["retry-after"]) >= 1
+    eventually(lambda: site.idle("ranker-ids"))
 
 
 def test_they_are_counted(site: Site) -> None:

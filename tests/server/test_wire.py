@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hasten.core.config import EngineConfig
-from hasten.core.types import FinishReason, SamplingParams
+from hasten.core.types import FinishReason, PoolingParams, SamplingParams
 from hasten.engine.stats import EngineStats
 from hasten.server.engine.wire import (
     Acknowledge,
@@ -19,6 +19,7 @@ from hasten.server.engine.wire import (
     FromEngine,
     Logprob,
     Output,
+    PooledData,
     Refusal,
     Start,
     Step,
@@ -54,6 +55,15 @@ def test_outputs_keep_their_types() -> None:
     assert again == step
     assert isinstance(again, Step)
     assert again.outputs[0].completions[0].finish_reason is FinishReason.STOP
+
+
+def test_a_text_and_what_is_made_of_it() -> None:
+    params = PoolingParams(dimensions=3, truncate_prompt_tokens=-1)
+    text = Add(3, (5, 6), None, False, params, (0, 1), 1)
+    step = Step(EngineStats(), [Output(3, [], True, pooled=PooledData(b"abcd", rows=1))])
+    added, stepped = bodies([framed(text), framed(step)], 1000)
+    assert msgspec.msgpack.Decoder(ToEngine).decode(added) == text
+    assert msgspec.msgpack.Decoder(FromEngine).decode(stepped) == step
 
 
 def test_numbers_of_numpy_are_taken() -> None:

@@ -1,5 +1,6 @@
 """One request for vectors or scores on its way: its texts to the engine, and what was made of them back, in order."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from hasten.server.openai.answer import Usage
 from hasten.server.openai.requests import PromptRequests
 from hasten.server.pooling.texts import Pair, TextReader
 from hasten.server.statistics import LanguageCounters
+from hasten.server.together import TASKS_PER_TURN
 
 _MOST_NUMBERS = 1 << 24
 """Of an answer: 64 MiB, and about five times that as JSON."""
@@ -94,6 +96,8 @@ class PoolingCall:
             while running.unfinished:
                 number, progress = await running.read()
                 found[number] = _result(progress)
+                if running.unfinished % TASKS_PER_TURN == 0:
+                    await asyncio.sleep(0)  # a step ends many at once
         finally:
             running.close()
         return [result for result in found if result is not None]
