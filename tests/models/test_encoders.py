@@ -18,7 +18,7 @@ from hasten.core.config import ModelConfig
 from hasten.core.errors import CheckpointError, HastenError, UnsupportedError
 from hasten.layers.position import relative_buckets
 from hasten.models import encoder
-from hasten.models.registry import model_class
+from hasten.models.registry import MODELS, model_class, task_of
 
 
 def rope(theta: float) -> dict[str, Any]:
@@ -251,3 +251,11 @@ def test_only_models_that_generate_are_converted(folder: Folder, tmp_path: Path)
     job = Conversion(input_dir=str(folder("bert")), output_dir=str(tmp_path / "out"), ranks=1)
     with pytest.raises(UnsupportedError, match="generates no text"):
         convert(job)
+
+
+@pytest.mark.any_python
+def test_the_task_of_an_architecture_is_known_without_its_class() -> None:
+    for architecture in MODELS:
+        encodes = issubclass(model_class(architecture), encoder.Encoder)
+        assert (task_of(architecture) != "generate") == encodes, architecture
+        assert (task_of(architecture) == "embed") == (encodes and "Classification" not in architecture), architecture

@@ -39,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def site(folders: dict[str, Path]) -> Iterator[Site]:
     """An embedder, a cross-encoder, a model that labels tokens, and one that generates."""
-    few = {"ranker": {"limits": QueueLimits(max_queue_size=9), "max_num_seqs": 2}}
+    few: dict[str, dict[str, Any]] = {"ranker": {"limits": QueueLimits(max_queue_size=9), "max_num_seqs": 2}}
     configs = [
         config
         for name, folder in folders.items()
