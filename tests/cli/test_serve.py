@@ -443,6 +443,26 @@ def test_ranks_that_torchrun_started_serve_together(tmp_path: Path) -> None:
         process.wait()
 
 
+def test_the_ranks_of_two_hosts_start_again_together(start: Start) -> None:
+    meet = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--node-rank"]
+    first, second = (start(str(DEMO), "--tensor-para-size", "2", *meet, str(rank)) for rank in range(2))
+    request = {"text_input": "Anna looked", "max_tokens": 5, "temperature": 0}
+
+    def answer() -> Any:
+        reply = httpx.post(f"{first.http}/v2/models/demo-model/generate", json=request, timeout=LIMIT_S)
+        assert reply.status_code == 200, reply.text
+        return reply.json()["text_output"]
+
+    before = answer()
+    (rank,) = second.children()
+    os.kill(rank, signal.SIGKILL)
+    assert f"rank 1 of 2 on {socket.gethostname()}" in first.wait_for("ready again")
+    assert f"(process {rank}) died: killed by SIGKILL; waiting for rank 0 to start again" in second.text
+    assert answer() == before
+    first.process.terminate()
+    assert (first.end(), second.end()) == (0, 0)
+
+
 def test_ranks_must_know_which_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["repository", "create", str(DEMO), str(tmp_path)]) == 0
     for variable, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():

@@ -57,9 +57,10 @@ def run(args: argparse.Namespace) -> int:
 
     require_extra("batch", "hasten batch")
     options = engine_options(args, skip=ENGINE_SKIP)
-    from hasten.parallel.rank import rank_from_environment
+    from hasten.core.config import EngineConfig
+    from hasten.parallel.rank import rank_info
 
-    rank = rank_from_environment()
+    rank = rank_info(EngineConfig.create(args.model, **options).parallel)
     if rank is not None and rank.rank > 0:
         from hasten.engine.llm import run_worker
 

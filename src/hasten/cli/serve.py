@@ -6,7 +6,7 @@ import typing
 from typing import Any
 
 from hasten.cli.options import Parser, add_engine_options, add_fields, engine_options, given, path
-from hasten.core.config import EngineConfig
+from hasten.core.config import EngineConfig, ParallelConfig
 from hasten.core.errors import ConfigError
 from hasten.core.extras import require_extra
 from hasten.server.options import (
@@ -84,18 +84,19 @@ def _switch(text: str) -> bool:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     require_extra("serve", "hasten serve")
-    from hasten.parallel.rank import rank_from_environment
+    from hasten.parallel.rank import on_several_hosts, rank_info
+    from hasten.server.follower import engine_of, follow
 
     options = serve_options(args)
-    place = rank_from_environment()
+    # what a repository has is read before it is served only where it says which ranks this host has
+    one = options.engine or (engine_of(options) if on_several_hosts() else None)
+    place = rank_info(ParallelConfig() if one is None else one.parallel)
     if place is not None and options.model.data_parallel_size > 1:
         raise ConfigError(
             f"data_parallel_size is {options.model.data_parallel_size}, but this is one of {place.size} ranks that "
             "torchrun, mpirun or a cluster started, which serve one engine; leave the option out"
         )
     if place is not None and place.rank > 0:
-        from hasten.server.follower import follow
-
         return follow(options)
 
     from hasten.checkpoint.hub import resolve_engine

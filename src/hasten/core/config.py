@@ -460,6 +460,14 @@ class ParallelConfig:
         aliases=("enable_expert_parallel",),
     )
 
+    nnodes: int | None = option(
+        None,
+        "number of hosts with equally many ranks, each of which runs this command (default: what a cluster says)",
+    )
+    node_rank: int | None = option(None, "number of this host, from 0, which is the one that answers")
+    master_addr: str | None = option(None, "name or address of host 0")
+    master_port: int | None = option(None, "port of host 0 at which the ranks meet (default: 29500)")
+
     def __post_init__(self) -> None:
         _check_kinds(self)
         _require(

@@ -1,5 +1,7 @@
 """How the ranks of an engine start: rank 0 as an `Engine`, the others as workers that follow it."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from hasten.checkpoint.plan import stored_config
@@ -8,13 +10,17 @@ from hasten.core.errors import ConfigError
 from hasten.engine.engine import Engine
 from hasten.engine.worker import config_to_json, device_kind, follow_rank_zero
 from hasten.parallel.children import Children
-from hasten.parallel.launch import Ranks
-from hasten.parallel.rank import LOCAL, RankInfo, free_local_port, rank_from_environment
+from hasten.parallel.control import await_host
+from hasten.parallel.launch import JOIN_TIMEOUT_S, Ranks
+from hasten.parallel.rank import LOCAL, RankInfo, free_local_port, rank_info
+
+WORKER = "hasten.engine.worker"
+"""The program of a rank that another process starts."""
 
 
 def launched_place(config: EngineConfig) -> RankInfo | None:
     """This process's place among ranks that others started; ConfigError where `config` asks for another number."""
-    place, parallel = rank_from_environment(), config.parallel
+    place, parallel = rank_info(config.parallel), config.parallel
     size, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     if place is None:
         return None
@@ -41,12 +47,14 @@ def start_engine(config: EngineConfig, place: RankInfo | None = None, *, index: 
     size = config.parallel.ranks
     if count > 1:
         _check_several(config, place, count)
-    children = None
-    if place is None and size > 1:
-        _check_split(config)
     if place is None and size * count > 1:
-        place = RankInfo(0, size, size * count, LOCAL, free_local_port() if size > 1 else 0, index * size)
-        children = Children("hasten.engine.worker", config_to_json(config), place) if size > 1 else None
+        place = RankInfo(
+            0, size, size * count, LOCAL, free_local_port() if size > 1 else 0, index * size, starts_node=size > 1
+        )
+    children = None
+    if place is not None and place.starts_node:
+        _check_split(config)
+        children = Children(WORKER, config_to_json(config), place)
     ranks: Ranks | None = None
     try:
         ranks = Ranks(place, children, device_kind(config), config.parallel)
@@ -88,5 +96,24 @@ def run_worker(config: EngineConfig) -> bool:
     place = launched_place(config)
     if place is None or place.rank == 0:
         return False
-    follow_rank_zero(config, place)
+    if place.starts_node:
+        run_node(config, place)
+    else:
+        follow_rank_zero(config, place)
     return True
+
+
+def run_node(
+    config: EngineConfig, place: RankInfo, around: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> None:
+    """All ranks of a host other than rank 0's, until rank 0 ends; raises the error of the first that fails.
+
+    They start once rank 0 is there; EngineError where it is not within two minutes. `around` is entered while they run.
+    """
+    await_host(place.address, place.port, JOIN_TIMEOUT_S)
+    with around():
+        children = Children(WORKER, config_to_json(config), place)
+        try:
+            children.wait()
+        finally:
+            children.end()

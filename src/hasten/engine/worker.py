@@ -210,7 +210,8 @@ class Worker:
     def _groups(self, dtype: torch.dtype) -> ParallelGroups:
         """The groups of this rank, the tensor group with mailboxes where its GPUs can reach each other."""
         ranks, tensor = self.ranks, self.ranks.groups.tensor
-        reach = reachable(tensor.size, ranks.local_size, ranks.first + tensor.first)
+        first = ranks.first + tensor.first % ranks.local_size
+        reach = first + tensor.size <= ranks.local_size and reachable(tensor.size, ranks.local_size, first)
         if self.device.type == "cuda" and dtype.itemsize == 2 and reach:
             assert ranks.store is not None
             width = self.model_config.hidden_size

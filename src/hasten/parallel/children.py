@@ -16,13 +16,17 @@ from hasten.parallel.rank import RankInfo
 
 
 class Children:
-    """Ranks 1 and up, started by this process as children that end with it."""
+    """Ranks that are started by this process as children that end with it."""
 
     def __init__(self, module: str, configuration: str, place: RankInfo) -> None:
+        """Start the ranks of this host: all of them, or all but rank 0, which is this process."""
         self.liveness = Liveness()
         """What knows of the first death that nobody asked for."""
         self._size = place.size
-        self._processes = [self._start(module, configuration, place, rank) for rank in range(1, place.size)]
+        self._ended = 0
+        self._changed = threading.Condition()
+        ranks = range(place.rank or 1, min(place.rank + place.local_size, place.size))
+        self._processes = [self._start(module, configuration, place, rank) for rank in ranks]
 
     def _start(self, module: str, configuration: str, place: RankInfo, rank: int) -> "subprocess.Popen[bytes]":
         reader, writer = os.pipe()
@@ -30,7 +34,7 @@ class Children:
             **os.environ,
             "RANK": str(rank),
             "WORLD_SIZE": str(place.size),
-            "LOCAL_RANK": str(place.first + rank),
+            "LOCAL_RANK": str(place.first + rank % place.local_size),
             "LOCAL_WORLD_SIZE": str(place.local_size),
             "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // place.local_size)),
             "MASTER_ADDR": place.address,
@@ -57,7 +61,17 @@ class Children:
         code = process.wait()
         where = f"{rank_name(rank, self._size)} (process {process.pid}) died"
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        self.liveness.fail(failure_of(where, report) if report else Failure(f"{where}: {how}"))
+        if report or code:
+            self.liveness.fail(failure_of(where, report) if report else Failure(f"{where}: {how}"))
+        with self._changed:
+            self._ended += 1
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait until all have ended; raises the error of the first that failed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended == len(self._processes) or self.liveness.failure is not None)
+        self.liveness.raise_failure()
 
     def end(self) -> None:
         """Let the children leave, and end those that do not."""

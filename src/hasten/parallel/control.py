@@ -4,10 +4,12 @@ Collectives are for tensors. A connection of our own is broken the moment that i
 its host does, whatever either side is doing.
 """
 
+import fcntl
 import hmac
 import json
 import secrets
 import socket
+import struct
 import threading
 import time
 from contextlib import suppress
@@ -21,7 +23,8 @@ from hasten.parallel.rank import LOCAL, RankInfo
 _PROBE_AFTER_S, _PROBE_EVERY_S, _PROBES = 2, 1, 4
 """A host that does not answer so many probes is taken for dead."""
 _ACCEPT_S, _HELLO_S, _HELLO_BYTES = 0.1, 5.0, 4096
-_RETRY_S = 0.2
+_RETRY_S, _CONNECT_S = 0.2, 5.0
+_SIOCGIFADDR = 0x8915
 _STEPS, _WATCH = "steps", "watch"
 
 
@@ -48,6 +51,11 @@ def _connection(raw: socket.socket) -> Connection:
     return Connection(raw.detach())
 
 
+def _own_address(raw: socket.socket) -> str:
+    """This side's address, as IPv4 where it is that."""
+    return str(raw.getsockname()[0]).removeprefix("::ffff:")
+
+
 def _shut(connection: Connection) -> None:
     """End both directions: whoever reads or writes, on either side, goes on at once."""
     with suppress(OSError), socket.socket(fileno=connection.fileno()) as raw:
@@ -66,6 +74,8 @@ class Hub:
         self._steps: dict[int, Connection] = {}
         self._watched: dict[int, Connection] = {}
         self._hosts: dict[int, str] = {}
+        self.address = ""
+        """Of this host, as the other ranks see it."""
         token = secrets.token_hex()
         with _listener(place.address) as listener:
             store.set("control", json.dumps([listener.getsockname()[1], token, socket.gethostname()]))
@@ -85,15 +95,16 @@ class Hub:
                 missing = ", ".join(str(rank) for rank in range(1, self._size) if rank not in self._watched)
                 raise EngineError(f"ranks {missing} did not appear within {seconds:.0f} s")
             with suppress(TimeoutError):
-                self._admit(_connection(listener.accept()[0]), token)
+                raw, _ = listener.accept()
+                self._admit(_own_address(raw), _connection(raw), token)
 
-    def _admit(self, connection: Connection, token: str) -> None:
-        """Keep a connection if it is one of this run's ranks."""
+    def _admit(self, address: str, connection: Connection, token: str) -> None:
+        """Keep a connection to this host's `address` if it is one of this run's ranks."""
         with suppress(OSError, EOFError, ValueError):
             if connection.poll(_HELLO_S):
                 rank, host, purpose, shown = json.loads(connection.recv_bytes(_HELLO_BYTES))
                 if hmac.compare_digest(shown, token):
-                    self._hosts[rank] = host
+                    self._hosts[rank], self.address = host, address
                     (self._steps if purpose == _STEPS else self._watched)[rank] = connection
                     return
         connection.close()
@@ -121,10 +132,13 @@ class Hub:
                 except (EOFError, OSError) as error:
                     rank = watched.pop(connection)
                     lost = lost or self._loss(rank, error)
+                    if not isinstance(error, EOFError | ConnectionError):
+                        self._liveness.fail(lost)  # nobody is left there to say why
 
     def _loss(self, rank: int, error: Exception) -> Failure:
         host = self._hosts[rank]
-        how = f"{host} does not answer" if isinstance(error, TimeoutError) else "its connection to rank 0 broke"
+        broke = isinstance(error, EOFError | ConnectionError)
+        how = "its connection to rank 0 broke" if broke else f"its host does not answer ({error})"
         return Failure(f"{rank_name(rank, self._size, host)} died: {how}")
 
     def _tell_failure(self) -> None:
@@ -154,14 +168,20 @@ class Hub:
 class Spoke:
     """Another rank's connections to rank 0."""
 
-    def __init__(self, place: RankInfo, store: KeyValues, liveness: Liveness, seconds: float) -> None:
-        """Connect; RuntimeError where rank 0 cannot be reached within so many seconds."""
+    def __init__(self, place: RankInfo, store: KeyValues, liveness: Liveness) -> None:
+        """Connect; RuntimeError where rank 0 does not listen."""
         port, token, self._host = json.loads(store.get("control"))
         self._size, self._liveness = place.size, liveness
-        deadline = time.monotonic() + seconds
+        self.address = ""
+        """Of this host, as rank 0 sees it."""
 
         def connected(purpose: str) -> Connection:
-            connection = _connection(_reach(place.address, port, deadline))
+            try:
+                raw = _reach(place.address, port, _CONNECT_S)
+            except OSError as error:
+                raise RuntimeError(f"rank 0 does not listen at port {port} ({error.strerror or error})") from error
+            self.address = _own_address(raw)
+            connection = _connection(raw)
             connection.send_bytes(json.dumps([place.rank, socket.gethostname(), purpose, token]).encode())
             return connection
 
@@ -213,12 +233,35 @@ def _listener(address: str) -> socket.socket:
     return socket.create_server(("", 0))
 
 
-def _reach(address: str, port: int, deadline: float) -> socket.socket:
+def _reach(address: str, port: int, seconds: float) -> socket.socket:
+    """A connection to rank 0's host; OSError where there is none within so many seconds."""
+    deadline = time.monotonic() + seconds
     while True:
         try:
             return socket.create_connection((address, port), max(_RETRY_S, deadline - time.monotonic()))
-        except OSError as error:
+        except OSError:
             if time.monotonic() > deadline:
-                text = f"rank 0 cannot be reached at {address}, port {port} ({error.strerror or error})"
-                raise RuntimeError(text) from error
+                raise
             time.sleep(_RETRY_S)
+
+
+def await_host(address: str, port: int, seconds: float) -> None:
+    """Wait until rank 0's host listens; EngineError where it does not within so many seconds."""
+    try:
+        _reach(address, port, seconds).close()
+    except OSError as error:
+        raise EngineError(
+            f"rank 0 was not to be reached at {address}, port {port}, for {seconds:.0f} s ({error.strerror or error}); "
+            "check that it runs, and the address and port of its host"
+        ) from error
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface of this host that has an address of IPv4; None for any other."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    return None

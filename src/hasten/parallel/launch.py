@@ -6,6 +6,7 @@ ends the others: the collective that waits for it fails, and rank 0 says who it 
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from ctypes import py_object, pythonapi
@@ -21,14 +22,17 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distribute
 from hasten.core.config import ParallelConfig
 from hasten.core.errors import RankError
 from hasten.parallel.children import Children
-from hasten.parallel.control import Hub, Spoke
+from hasten.parallel.control import Hub, Spoke, await_host, interface_of
 from hasten.parallel.groups import ALONE, ParallelGroups, PipelineGroup, TensorGroup
 from hasten.parallel.liveness import Failure, Liveness, failure_of, rank_name, reported
 from hasten.parallel.pipeline import StageLink
-from hasten.parallel.rank import RankInfo
+from hasten.parallel.rank import LOCAL, RankInfo
 from hasten.parallel.threads import limit_threads
 
-_START_TIMEOUT_S = 120.0
+JOIN_TIMEOUT_S = 120.0
+"""How long ranks wait for each other to appear."""
+_RETRY_S = 0.2
+_INTERFACE = "GLOO_SOCKET_IFNAME"
 _IDLE_TIMEOUT = timedelta(days=365)
 """How long a collective waits: as long as all ranks are alive, however long one of them computes."""
 
@@ -71,14 +75,30 @@ class Ranks:
             torch.set_num_threads(max(1, self._threads // self.local_size))
 
     def _connect(self, place: RankInfo) -> None:
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and self._children is None
+        """Meet rank 0, which may not be there yet, or be that of a run before, which is about to end."""
+        deadline = time.monotonic() + JOIN_TIMEOUT_S
+        while True:
+            try:
+                self._store = self._open_store(place, max(1.0, deadline - time.monotonic()))
+                if place.rank == 0:
+                    self._control = Hub(place, self._store, self.liveness, JOIN_TIMEOUT_S)
+                else:
+                    self._control = Spoke(place, self._store, self.liveness)
+                return
+            except RuntimeError:
+                if place.rank == 0 or self.liveness.failure is not None or time.monotonic() > deadline:
+                    raise
+                time.sleep(_RETRY_S)
+
+    def _open_store(self, place: RankInfo, seconds: float) -> PrefixStore:
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not place.starts_node
         hosts_store = place.rank == 0 and not agent
-        timeout = timedelta(seconds=_START_TIMEOUT_S)
+        if not hosts_store:
+            await_host(place.address, place.port, seconds)
+        timeout = timedelta(seconds=seconds)
         store = TCPStore(place.address, place.port, place.size, hosts_store, timeout=timeout, wait_for_workers=False)
         # torchrun's own store outlives the ranks that it starts anew.
-        self._store = PrefixStore(f"hasten/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        kind = Hub if place.rank == 0 else Spoke
-        self._control = kind(place, self._store, self.liveness, _START_TIMEOUT_S)
+        return PrefixStore(f"hasten/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
     def _form_groups(self, place: RankInfo, device_kind: str, parallel: ParallelConfig | None) -> ParallelGroups:
         backend = "cpu:gloo,cuda:nccl" if device_kind == "cuda" else "gloo"
@@ -88,9 +108,13 @@ class Ranks:
             # A group that failed while it was built has used a number up. Groups meet by their numbers: with
             # another one here than in the other ranks, which are new processes, all would wait for ever.
             dist.distributed_c10d._world.group_count = 0
-        dist.init_process_group(
-            backend, store=self._store, rank=place.rank, world_size=place.size, timeout=_IDLE_TIMEOUT
-        )
+        with _interface(None if self._control is None or place.address == LOCAL else self._control.address):
+            dist.init_process_group(
+                backend, store=self._store, rank=place.rank, world_size=place.size, timeout=_IDLE_TIMEOUT
+            )
+            return self._divided(parallel)
+
+    def _divided(self, parallel: ParallelConfig | None) -> ParallelGroups:
         stages = 1 if parallel is None else parallel.pipeline_parallel_size
         return self.groups if parallel is None or stages == 1 else self._form_stages(parallel)
 
@@ -197,6 +221,20 @@ class Ranks:
             torch.set_num_threads(self._threads)
         if self._children is not None:
             self._children.end()
+
+
+@contextmanager
+def _interface(address: str | None) -> Iterator[None]:
+    """Let gloo listen where the other hosts find this one, which is not always what the host's name stands for."""
+    name = None if address is None else interface_of(address)
+    if name is None or _INTERFACE in os.environ:
+        yield
+        return
+    os.environ[_INTERFACE] = name
+    try:
+        yield
+    finally:
+        del os.environ[_INTERFACE]
 
 
 def _groups() -> list[dist.ProcessGroup]:

@@ -63,6 +63,8 @@ def failure_of(where: str, report: bytes) -> Failure:
     """What a rank's report says; `where` names the rank and how it ended."""
     kind, message = json.loads(report)
     error = error_of(kind, message)
+    if isinstance(error, RankError):
+        return Failure(message)  # it ended because another one died
     return Failure(f"{where}: {kind}: {message}", None if isinstance(error, EngineError) else error)
 
 

@@ -1,31 +1,58 @@
-"""A rank other than 0 of a model that several processes serve: it computes, and rank 0 has the ports and answers."""
+"""Ranks other than 0 of a model that several processes serve: they compute, and rank 0 has the ports and answers."""
 
+import logging
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from hasten.core.config import EngineConfig
-from hasten.core.errors import ConfigError
+from hasten.core.errors import ConfigError, RankError
 from hasten.server.models.interfaces import Kind
 from hasten.server.options import ServeOptions
 from hasten.server.repository import FolderRepository
+
+_log = logging.getLogger(__name__)
 
 
 def follow(options: ServeOptions) -> int:
     """Compute until rank 0 ends; returns the exit status.
 
-    ConfigError where it is not clear which model that is. A signal to end does nothing here: whoever started the ranks
-    sends it to rank 0 as well, which finishes what is under way and then ends the others.
+    Where this process has all ranks of a host and one of the run dies, it starts them anew and waits for rank 0, which
+    its server starts again. ConfigError where it is not clear which model that is.
     """
-    config = options.engine or _engine_of(options)
-    from hasten.engine.launch import run_worker
+    config = engine_of(options)
+    from hasten.engine.launch import launched_place, run_node, run_worker
 
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, signal.SIG_IGN)
-    run_worker(config)
+    place = launched_place(config)
+    while place is not None and place.starts_node:
+        try:
+            run_node(config, place, around=_ignoring_signals)
+            return 0
+        except RankError as error:
+            _log.error("%s; waiting for rank 0 to start again", error)
+    with _ignoring_signals():
+        run_worker(config)
     return 0
 
 
-def _engine_of(options: ServeOptions) -> EngineConfig:
-    """The engine of the one version of the one token model that is loaded at the start."""
+@contextmanager
+def _ignoring_signals() -> Iterator[None]:
+    """While ranks compute, a signal to end does nothing: whoever started them sends it to rank 0 as well.
+
+    Rank 0 finishes what is under way and then ends the others.
+    """
+    before = {kind: signal.signal(kind, signal.SIG_IGN) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def engine_of(options: ServeOptions) -> EngineConfig:
+    """The engine that is served: of the one version of the one token model that a repository loads at the start."""
+    if options.engine is not None:
+        return options.engine
     repository = FolderRepository(
         options.model_repository, auto_complete=not options.repository.disable_auto_complete_config
     )

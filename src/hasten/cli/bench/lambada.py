@@ -87,16 +87,17 @@ def run(args: argparse.Namespace) -> int:
     from hasten.bench import lambada, report
     from hasten.bench.engines import HastenEngine, HuggingFaceEngine
     from hasten.checkpoint.hub import resolve_model
+    from hasten.core.config import EngineConfig
     from hasten.engine.text import Tokenizer
-    from hasten.parallel.rank import rank_from_environment
+    from hasten.parallel.rank import rank_info
     from hasten.parallel.threads import limit_threads
 
-    place = rank_from_environment()
+    defaults = COMPARED_DEFAULTS if args.compare else ENGINE_DEFAULTS
+    options = engine_options(args, defaults=defaults, skip=_NOT_OFFERED)
+    place = rank_info(EngineConfig.create(args.checkpoint_path or args.tokenizer_path, **options).parallel)
     if args.test_hf and place is not None and place.rank > 0:
         return 0  # Hugging Face runs in one process, whatever started this one
     report.require_writable(args.output_path)
-    defaults = COMPARED_DEFAULTS if args.compare else ENGINE_DEFAULTS
-    options = engine_options(args, defaults=defaults, skip=_NOT_OFFERED)
     hub = {name: options[name] for name in ("revision", "download_dir") if name in options}
     tokenizer = Tokenizer.from_folder(resolve_model(args.tokenizer_path, part="tokenizer", **hub))
     samples = lambada.read_samples(args.dataset_path, tokenizer)

@@ -138,6 +138,7 @@ class EngineLoop:
             if self._engine.has_unfinished:
                 self._step()
             self._receive(wait=not self._engine.has_unfinished and not self._changed)
+            self._engine.ranks.liveness.raise_failure()
             self._admit_compiled()
             if self._changed and not self._channel.closed:
                 self._send()
@@ -311,6 +312,7 @@ def serve(channel: Channel) -> None:
     """Load the engine that the first message describes, and serve until the server is gone."""
     for start in channel.receive(wait=True):
         engine = _load(start)
+        engine.ranks.liveness.on_failure(channel.wake)  # a rank may die while there is nothing to compute
         channel.send(Ready(engine_info(engine)))
         gc.freeze()  # what loading left stays: no collection need look at it
         gc.enable()
