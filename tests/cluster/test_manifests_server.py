@@ -135,8 +135,9 @@ def test_ranks_of_hasten_are_started_on_every_node() -> None:
     group = server_objects(server(multinode=2, gpus=8), crds=ALL_CRDS)[0]["spec"]["leaderWorkerTemplate"]
     for pod in (group["leaderTemplate"], group["workerTemplate"]):
         main = pod["spec"]["containers"][0]
-        assert main["command"][2].startswith("exec torchrun --no-python hasten serve --model-repository=")
-        assert {"name": "PET_NPROC_PER_NODE", "value": "8"} in main["env"]
+        assert main["command"][2].startswith("exec hasten serve --model-repository=")
+        assert not any(variable["name"].startswith("PET_") for variable in main["env"])
+        assert pod["spec"]["terminationGracePeriodSeconds"] == 45
 
 
 @pytest.mark.parametrize(

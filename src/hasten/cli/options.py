@@ -49,6 +49,9 @@ SAMPLING_HELP: dict[str, str] = {
 }
 """What the command line says of each field of SamplingParams that it offers."""
 
+HOST_OPTIONS = frozenset({"nnodes", "node_rank", "master_addr", "master_port"})
+"""Options of an engine that are those of one process, not of a model."""
+
 NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 
 Value = typing.TypeVar("Value")

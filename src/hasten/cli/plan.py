@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hasten.cli.options import Parser, add_engine_options, engine_options, path, positive, typed
+from hasten.cli.options import HOST_OPTIONS, Parser, add_engine_options, engine_options, path, positive, typed
 from hasten.core.config import parse_size
 from hasten.core.errors import ConfigError, UnsupportedError
 
@@ -16,11 +16,8 @@ if TYPE_CHECKING:
 NO_FIT = 1
 _SKIP = frozenset({"device", "load_format", "verify_checksums", "progress_bars", "seed", "enforce_eager", "itl_target"})
 _SKIP_MORE = frozenset({"kv_cache_memory", "overlap_steps", "max_grammar_seconds", "max_grammar_memory", "tokenizer"})
-_SKIP_MOST = frozenset(
-    {"enable_prefix_caching", "deterministic", "pipeline_parallel_size", "pipeline_layers"}
-    | {"nnodes", "node_rank", "master_addr", "master_port"}
-)
-SKIP = _SKIP | _SKIP_MORE | _SKIP_MOST
+_SKIP_MOST = frozenset({"enable_prefix_caching", "deterministic", "pipeline_parallel_size", "pipeline_layers"})
+SKIP = _SKIP | _SKIP_MORE | _SKIP_MOST | HOST_OPTIONS
 """Options of an engine that change nothing of a plan, or that it does not know: pipeline stages."""
 _FLAGS = {"tensor_parallel_size": "-tp"}
 

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from hasten.cli.options import Parser, add_engine_options, engine_options, path
+from hasten.cli.options import HOST_OPTIONS, Parser, add_engine_options, engine_options, path
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
 from hasten.core.extras import require_extra
@@ -40,7 +40,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     create.add_argument(
         "--decoupled", action="store_true", help="let the token model and the ensemble send responses while they grow"
     )
-    add_engine_options(create)
+    add_engine_options(create, skip=HOST_OPTIONS)
     create.set_defaults(run=run)
 
 

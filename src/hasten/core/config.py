@@ -459,7 +459,6 @@ class ParallelConfig:
         "give each rank whole experts of a mixture, instead of a part of every expert",
         aliases=("enable_expert_parallel",),
     )
-
     nnodes: int | None = option(
         None,
         "number of hosts with equally many ranks, each of which runs this command (default: what a cluster says)",
@@ -475,6 +474,9 @@ class ParallelConfig:
         )
         stages = self.pipeline_parallel_size
         _require(stages >= 1, f"pipeline_parallel_size must be at least 1, got {stages}")
+        _require(self.nnodes is None or self.nnodes >= 1, f"nnodes must be at least 1, got {self.nnodes}")
+        port = self.master_port
+        _require(port is None or 1 <= port <= 65535, f"master_port must be from 1 to 65535, got {port}")
         counts = self.dealt_layers
         _require(
             not counts or len(counts) == stages,
@@ -811,6 +813,10 @@ class EngineOptions(TypedDict, total=False):
     pipeline_parallel_size: int
     pipeline_layers: str | Sequence[int] | None
     expert_parallel: bool
+    nnodes: int | None
+    node_rank: int | None
+    master_addr: str | None
+    master_port: int | None
     block_size: int
     kv_cache_memory: int | str | None
     gpu_memory_utilization: float

@@ -1,13 +1,14 @@
 """A server whose instances are groups of nodes, as a LeaderWorkerSet: a group comes, fails and goes as one.
 
 Every pod of a group runs the same command. LeaderWorkerSet tells it LWS_LEADER_ADDRESS, LWS_GROUP_SIZE and
-LWS_WORKER_INDEX, which are passed on under torchrun's names, as PET_*. Only the leader answers requests.
+LWS_WORKER_INDEX, which hasten reads; other servers get them under torchrun's names, as PET_*. Only the leader answers.
 """
 
 from collections.abc import Set as AbstractSet
 
 from hasten.cluster.manifests.pod import Object, pod, storage
 from hasten.cluster.manifests.server import (
+    grace_seconds,
     pod_metadata,
     pod_template,
     replicas,
@@ -58,7 +59,9 @@ def leader_worker_set(server: TritonServer, crds: AbstractSet[str]) -> Object:
 
 
 def _ranks(server: TritonServer) -> list[Object]:
-    """The variables of torchrun; Kubernetes fills in those of the group."""
+    """The variables of torchrun for a server other than hasten's; Kubernetes fills in those of the group."""
+    if server.runtime == "hasten":
+        return []
     values = {
         "PET_NNODES": "$(LWS_GROUP_SIZE)",
         "PET_NODE_RANK": "$(LWS_WORKER_INDEX)",
@@ -72,4 +75,6 @@ def _ranks(server: TritonServer) -> list[Object]:
 def _worker(server: TritonServer) -> Object:
     held = storage(server)
     main = server_container(server, held, *_ranks(server), serves=False)
-    return {"metadata": pod_metadata(server, {}), "spec": pod(server, main, held.volumes)}
+    # it computes for as long as the leader answers
+    spec = pod(server, main, held.volumes, terminationGracePeriodSeconds=grace_seconds(server))
+    return {"metadata": pod_metadata(server, {}), "spec": spec}

@@ -122,10 +122,15 @@ def pod_template(server: TritonServer, crds: AbstractSet[str], *variables: Objec
             server,
             main,
             held.volumes,
-            terminationGracePeriodSeconds=_FAREWELL + server.exit_timeout + _LEEWAY,
+            terminationGracePeriodSeconds=grace_seconds(server),
             **given(topologySpreadConstraints=[spread] if may_have_several(server) else None),
         ),
     }
+
+
+def grace_seconds(server: TritonServer) -> int:
+    """Seconds from the word to end until a pod is killed."""
+    return _FAREWELL + server.exit_timeout + _LEEWAY
 
 
 def pod_metadata(server: TritonServer, annotations: dict[str, str]) -> Object:
@@ -189,13 +194,8 @@ def _probes(server: TritonServer) -> Object:
 
 
 def server_command(server: TritonServer) -> str:
-    """The server's command line for a shell, which the server replaces so that signals reach it.
-
-    Over several nodes torchrun starts a rank of hasten for each GPU; the variables of the group tell it where.
-    """
+    """The server's command line for a shell, which the server replaces so that signals reach it."""
     program = ["hasten", "serve"] if server.runtime == "hasten" else ["tritonserver"]
-    if server.runtime == "hasten" and server.multinode > 1:
-        program = ["torchrun", "--no-python", *program]
     options = [f"--model-repository={server.model_repository}"]
     options += [f"--{name}-port={port}" for name, port in server.ports.items()]
     options += [f"--allow-metrics={str(server.allow_metrics).lower()}", f"--exit-timeout-secs={server.exit_timeout}"]
