@@ -154,7 +154,7 @@ def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.forked_ranks import ForkedRank
 
     own = SimpleNamespace(**vars(subprocess) | {"Popen": ForkedRank})
-    monkeypatch.setattr("hasten.parallel.launch.subprocess", own)
+    monkeypatch.setattr("hasten.parallel.children.subprocess", own)
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ def _be_rank(configuration: Connection, errors: Connection, environment: dict[st
 
 
 class ForkedRank:
-    """What `subprocess.Popen` is to `hasten.parallel.launch`."""
+    """What `subprocess.Popen` is to `hasten.parallel.children`."""
 
     def __init__(
         self, command: list[str], stdin: int, env: dict[str, str], pass_fds: list[int], start_new_session: bool
