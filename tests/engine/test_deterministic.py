@@ -40,8 +40,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2", {"num_hidden_layers": 2, "head_dim": 16, "sliding_window": 24}),
 }
 OPTIONS: dict[str, Any] = {"deterministic": True, "max_model_len": 256, "max_num_seqs": 16, "progress_bars": False}
-ON_CPU = [*((name, "fp32") for name in MODELS), ("bloom", "bf16"), ("qwen3 moe", "bf16")]
-ON_GPU = [("bloom", "fp16"), ("llama", "bf16"), ("qwen3 moe", "fp16"), ("gemma2", "bf16"), ("bloom", "fp32")]
+ON_CPU = [
+    ("bloom", "fp32", "auto"),
+    ("llama", "fp32", "int8"),
+    ("qwen3 moe", "fp32", "auto"),
+    ("gemma2", "fp32", "fp8"),
+    ("bloom", "bf16", "auto"),
+    ("qwen3 moe", "bf16", "auto"),
+]
+"""Model, type to compute in, type of the cache."""
+ON_GPU = [
+    *(("bloom", "fp16", cache) for cache in ("auto", "fp8")),
+    ("llama", "bf16", "auto"),
+    ("qwen3 moe", "fp16", "int8"),
+    ("gemma2", "bf16", "auto"),
+    ("bloom", "fp32", "auto"),
+]
 
 
 def answer(output: RequestOutput) -> Answer:
@@ -112,18 +126,19 @@ def check(folder: Path, **options: Any) -> None:
 
 
 @pytest.mark.any_python
-@pytest.mark.parametrize(("name", "dtype"), ON_CPU)
-def test_company_changes_no_bit(name: str, dtype: str, make_model: MakeModel) -> None:
+@pytest.mark.parametrize(("name", "dtype", "cache"), ON_CPU)
+def test_company_changes_no_bit(name: str, dtype: str, cache: str, make_model: MakeModel) -> None:
     family, config = MODELS[name]
-    check(make_model(family, **config), device="cpu", dtype=dtype)
+    check(make_model(family, **config), device="cpu", dtype=dtype, kv_cache_dtype=cache)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "dtype"), ON_GPU)
-def test_company_changes_no_bit_on_a_gpu(name: str, dtype: str, make_model: MakeModel) -> None:
+@pytest.mark.parametrize(("name", "dtype", "cache"), ON_GPU)
+def test_company_changes_no_bit_on_a_gpu(name: str, dtype: str, cache: str, make_model: MakeModel) -> None:
     family, config = MODELS[name]
     folder = make_model(family, **config)
     options = {"device": "cuda", "dtype": dtype, "kv_cache_memory": 64 << 20, "max_num_batched_tokens": 256}
+    options["kv_cache_dtype"] = cache
     check(folder, **options)
     with engine(folder, **options) as graphs, engine(folder, **options, enforce_eager=True) as eager:
         assert_same(alone(graphs), alone(eager), "without graphs")

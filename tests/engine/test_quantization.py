@@ -238,9 +238,8 @@ def test_a_weight_with_nan_is_named(tiny_bloom: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
 @pytest.mark.parametrize("quantization", ["int8", "w8a8", "fp8", "int4"])
 def test_a_gpu_computes_the_same(
-    kind: Quantization,
     family: str,
-    quantization: str,
+    quantization: Quantization,
     dtype: DTypeName,
     bound: float,
     enforce_eager: bool,

@@ -11,6 +11,7 @@ from torch import Tensor
 from hasten import ops
 from hasten.layers.position import alibi_slopes
 from hasten.ops import cpu, reference
+from hasten.ops.cache_scales import octets, stored
 
 pytestmark = pytest.mark.any_python
 
@@ -104,13 +105,16 @@ class Case:
     expected_tnd: Tensor
     """fp64."""
     limits: Limits
+    scales: ops.CacheScales | None = None
+    """Those of caches of 8 bits."""
 
     def run(self, op: Callable[..., Tensor] = ops.paged_attention) -> Tensor:
         self.meta.scratch.clear()
         inputs = (self.query_tnd, self.key_cache, self.value_cache, self.meta, self.scale, self.slopes_n)
         heads = self.query_tnd.shape[1]
         limits = {"window": self.limits.window, "softcap": self.limits.softcap, "causal": self.limits.causal}
-        return op(*inputs, **limits, bias_nr=self.limits.bias_nr(heads), sinks_n=self.limits.sinks_n(heads))
+        more = {"bias_nr": self.limits.bias_nr(heads), "sinks_n": self.limits.sinks_n(heads), "scales": self.scales}
+        return op(*inputs, **limits, **more)
 
     @property
     def plan(self) -> list[tuple[tuple[int, int, int], Tensor | None]]:
@@ -179,8 +183,12 @@ def make_case(
     alibi: bool = True,
     seed: int = 0,
     limits: Limits = Limits(),
+    cache: torch.dtype | None = None,
 ) -> Case:
-    """Sequences in blocks in random order, with garbage in every slot that no token of theirs is in."""
+    """Sequences in blocks in random order, with garbage in every slot that no token of theirs is in.
+
+    `cache`: a type of 8 bits of the caches; None: that of the queries.
+    """
     generator = torch.Generator().manual_seed(seed)
     blocks_of = [math.ceil(k / heads.block) for _, k in lengths]
     total, width = sum(blocks_of) + 3, max(blocks_of) + 1
@@ -189,6 +197,10 @@ def make_case(
     tables = torch.randint(total, (len(lengths), width), generator=generator, dtype=torch.int32)
     caches = torch.full((2, total, heads.block, heads.kv, heads.size), GARBAGE[dtype], dtype=dtype)
     caches[..., ::2] *= -1
+    scales = None
+    if cache is not None:
+        scales = ops.CacheScales.of(2.0 + torch.arange(2.0 * heads.kv).view(2, heads.kv), cache)
+        caches = torch.full(caches.shape, 127, dtype=torch.int8).view(cache)  # NaN in fp8
     slopes_n = alibi_slopes(heads.query) if alibi else None
     scale = heads.size**-0.5
     queries, outputs = [], []
@@ -197,7 +209,13 @@ def make_case(
         tables[row, : len(own)] = own
         new = torch.randn(2, kv_len, heads.kv, heads.size, generator=generator).to(dtype)
         slots = own.long().repeat_interleave(heads.block)[:kv_len] * heads.block + torch.arange(kv_len) % heads.block
-        caches.flatten(1, 2)[:, slots] = new
+        if scales is not None:
+            parts = zip(new, scales.inverses_2m, strict=True)
+            held = torch.stack([stored(part, inverses, caches.dtype) for part, inverses in parts])
+            octets(caches).flatten(1, 2)[:, slots] = octets(held)
+            new = held.double() * scales.scales_2m.view(2, 1, -1, 1)
+        else:
+            caches.flatten(1, 2)[:, slots] = new
         # as wide again as the queries, so that they are a view of something larger, as they are of the fused QKV
         query_qnd = torch.randn(count, 2 * heads.query, heads.size, generator=generator).to(dtype)
         queries.append(query_qnd)
@@ -211,6 +229,7 @@ def make_case(
         slopes_n=slopes_n,
         expected_tnd=torch.cat(outputs),
         limits=limits,
+        scales=scales,
     )
 
 
@@ -273,6 +292,17 @@ def test_keys_behind_the_query_and_biases_by_distance(limits: Limits, assert_clo
     for name in ("prompts that grow", "prompts around a block border", "prompts of equal length", "very uneven"):
         check(make_case(BATCHES[name], Heads(query=4, kv=2, size=8), alibi=False, limits=limits), assert_close)
     check(make_case([(2 * RUN + 3, 2 * RUN + 3)], Heads(2, 2, 8), alibi=False, limits=limits), assert_close)
+
+
+@pytest.mark.parametrize("cache", ops.CACHE_DTYPES.values(), ids=list(ops.CACHE_DTYPES))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [Heads(query=3, kv=3), Heads(query=6, kv=3, size=8, block=5)], ids=str)
+@pytest.mark.parametrize("limits", [Limits(), Limits(16, 2.0, -3.0)], ids=str)
+def test_caches_in_8_bits(
+    limits: Limits, heads: Heads, dtype: torch.dtype, cache: torch.dtype, assert_close: Close
+) -> None:
+    for name in ("prompt, chunk, decodes", "decodes around a block border"):
+        check(make_case(BATCHES[name], heads, dtype, limits=limits, cache=cache), assert_close)
 
 
 def test_texts_of_equal_length_need_no_bias() -> None:

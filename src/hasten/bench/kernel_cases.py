@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hasten import ops
-from hasten.core.config import AttentionConfig, DTypeName, ExpertsConfig, GatedUnit, ModelConfig
+from hasten.core.config import AttentionConfig, CacheDType, DTypeName, ExpertsConfig, GatedUnit, ModelConfig
 from hasten.core.errors import ConfigError
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
@@ -26,6 +26,7 @@ from hasten.ops import (
     AttentionMeta,
     Bans,
     BlockCaches,
+    CacheScales,
     Draws,
     EditList,
     HeadTransform,
@@ -77,7 +78,11 @@ _DIFFERING_DRAWS = 0.05
 """Share of rows whose point may lie so close to a border between two tokens that fp32 does not tell its side."""
 
 
+_A_STEP = {"fp8": 0.13, "int8": 1.0}
+"""The same of values in a cache of 8 bits, where a little may make them the next one."""
 _BLOCK_SIZE = 16
+_RANDOM_STEPS, _LARGEST_STEP = 32.0, 127.0
+"""Of random numbers in a cache of 8 bits: what 1 is stored as, and the largest that is."""
 _EPS = 1e-5
 
 Outputs = Tensor | tuple[Tensor, ...]
@@ -125,6 +130,8 @@ class Setting:
     device: torch.device
     quantization: str | None = None
     """Scheme of the weights of linear layers."""
+    cache_dtype: CacheDType | None = None
+    """Type of 8 bits of the key/value cache; None: that of the rest."""
 
     def draw(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Normal random numbers."""
@@ -145,11 +152,28 @@ class Setting:
         attention = self.model.attention
         return attention.num_heads, attention.num_kv_heads, attention.head_size
 
+    @property
+    def cache_itemsize(self) -> int:
+        """Bytes of a number of the cache."""
+        return self.itemsize if self.cache_dtype is None else ops.CACHE_DTYPES[self.cache_dtype].itemsize
+
     def caches(self, slots: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values of random numbers, at least that number of slots."""
         _, kv_heads, size = self.heads
         keys, values = self.draw(2, -(-slots // _BLOCK_SIZE), _BLOCK_SIZE, kv_heads, size)
+        if self.cache_dtype is not None:
+            dtype = ops.CACHE_DTYPES[self.cache_dtype]
+            keys, values = (
+                cache.mul_(_RANDOM_STEPS).clamp_(-_LARGEST_STEP, _LARGEST_STEP).to(dtype) for cache in (keys, values)
+            )
         return keys, values
+
+    def scales(self) -> CacheScales | None:
+        """Those of a cache of 8 bits."""
+        if self.cache_dtype is None:
+            return None
+        ranges = torch.full((2, self.heads[1]), _LARGEST_STEP / _RANDOM_STEPS, device=self.device)
+        return CacheScales(ranges / _LARGEST_STEP, _LARGEST_STEP / ranges)
 
 
 def model_shape(name: str) -> ModelConfig:
@@ -198,6 +222,7 @@ def cases(setting: Setting) -> list[Case]:
         _attention(setting, "prefill 32 x 264, not causal", [(264, 264)] * 32, causal=False),
         _attention(setting, "prefill 32 x 264, not causal, by distance", [(264, 264)] * 32, causal=False, farthest=128),
         _attention(setting, "2 x 192, by distance", [(1, 192)] * 2, farthest=128),
+        *(case for name in _cache_dtypes(setting) for case in _in_8_bits(replace(setting, cache_dtype=name))),
         *(_add_norm(setting, rows) for rows in (1, 64, 8192)),
         *(_add_norm(setting, rows, rms=True) for rows in (1, 64, 8192)),
         *(_add_norm(setting, rows, products=2) for rows in (1, 64)),
@@ -225,6 +250,10 @@ def cases(setting: Setting) -> list[Case]:
     ]
 
 
+def _of_cache(setting: Setting) -> str:
+    return "" if setting.cache_dtype is None else f", {setting.cache_dtype} cache"
+
+
 def _rows(count: int) -> str:
     return "1 row" if count == 1 else f"{count} rows"
 
@@ -236,9 +265,9 @@ def _call(kernel: Callable[..., Outputs], definition: Callable[..., Outputs], *i
 
 
 def _wide(value: Any) -> Any:
-    """The same values in fp32."""
+    """The same values in fp32, but for caches of 8 bits."""
     if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
+        return value.float() if value.is_floating_point() and value.itemsize > 1 else value
     if isinstance(value, HeadTransform):
         return replace(value, query_norm_d=_wide(value.query_norm_d), key_norm_d=_wide(value.key_norm_d))
     if isinstance(value, PackedLinear):
@@ -270,6 +299,23 @@ def _fp8(setting: Setting) -> Iterator[Case]:
     if ops.multiplies(torch.float8_e4m3fn, setting.device):
         for rows in (1, 16, 64, 256, 8192):
             yield from _layers(replace(setting, quantization="fp8"), rows)
+
+
+def _cache_dtypes(setting: Setting) -> Iterator[CacheDType]:
+    """Types of 8 bits that the device's kernels read."""
+    yield from (name for name, dtype in ops.CACHE_DTYPES.items() if ops.multiplies(dtype, setting.device))
+
+
+def _in_8_bits(setting: Setting) -> Iterator[Case]:
+    """What reads and writes a cache of 8 bits."""
+    for size in (1, 16, 64, 256):
+        yield _attention(setting, f"{size} x 192", [(1, 192)] * size)
+    yield _attention(setting, "64 x 2048", [(1, 2048)] * 64)
+    yield _attention(setting, "prefill 14 x 560", [(560, 560)] * 14)
+    for rows in (64, 8192):
+        yield _write_cache(setting, rows)
+        yield _store_heads(setting, rows)
+    yield _project(setting, 16)
 
 
 def _activations(setting: Setting) -> Iterator[Case]:
@@ -332,11 +378,13 @@ def _project(setting: Setting, rows: int, *, clip: float | None = None) -> Case:
     def make() -> Call:
         slots_t = torch.randperm(rows, device=setting.device)
         inputs = (setting.draw(rows, into), _packed(setting, into, out), setting.draw(out), *setting.caches(rows))
-        kernel, definition = (partial(projected, partial(op, clip=clip)) for op in (ops.project, reference.project))
+        both, scales = (ops.project, reference.project), setting.scales()
+        kernel, definition = (partial(projected, partial(op, clip=clip, scales=scales)) for op in both)
         return _call(kernel, definition, *inputs, slots_t)
 
-    name = "qkv" if clip is None else "qkv, clipped"
-    return replace(_product(setting, "project", name, rows, into, out, make), waits=True)
+    name = f"qkv{'' if clip is None else ', clipped'}{_of_cache(setting)}"
+    case = _product(setting, "project", name, rows, into, out, make)
+    return replace(case, waits=True, tolerance=case.tolerance or _A_STEP.get(setting.cache_dtype or ""))
 
 
 def _attention(
@@ -367,15 +415,24 @@ def _attention(
         both = (ops.paged_attention, reference.paged_attention)
         sinks_n = setting.draw(heads) if sinks else None
         kernel, definition = (
-            partial(op, window=window, softcap=softcap, sinks_n=sinks_n, causal=causal, bias_nr=bias_nr) for op in both
+            partial(
+                op,
+                window=window,
+                softcap=softcap,
+                sinks_n=sinks_n,
+                causal=causal,
+                bias_nr=bias_nr,
+                scales=setting.scales(),
+            )
+            for op in both
         )
         return _call(kernel, definition, *inputs, meta, size**-0.5, slopes_n)
 
     return Case(
         op="paged_attention",
-        shape=shape,
+        shape=shape + _of_cache(setting),
         make=make,
-        nbytes=2 * (tokens * heads + kept * kv_heads) * size * setting.itemsize,
+        nbytes=2 * (tokens * heads * setting.itemsize + kept * kv_heads * setting.cache_itemsize) * size,
         flops=4 * pairs * heads * size,
     )
 
@@ -487,10 +544,16 @@ def _write_cache(setting: Setting, rows: int) -> Case:
         fused = setting.draw(rows, heads + 2 * kv_heads, size)
         _, keys, values = fused.split([heads, kv_heads, kv_heads], dim=1)
         inputs = (keys, values, *setting.caches(rows), torch.randperm(rows, device=setting.device))
-        return _call(partial(written, ops.write_cache), partial(written, reference.write_cache), *inputs)
+        scales = setting.scales()
+        kernel, definition = (
+            partial(written, partial(op, scales=scales)) for op in (ops.write_cache, reference.write_cache)
+        )
+        return _call(kernel, definition, *inputs)
 
-    nbytes = 4 * rows * kv_heads * size * setting.itemsize
-    return Case(op="write_cache", shape=_rows(rows), make=make, nbytes=nbytes, tolerance=0, waits=True)
+    nbytes = 2 * rows * kv_heads * size * (setting.itemsize + setting.cache_itemsize)
+    return Case(
+        op="write_cache", shape=_rows(rows) + _of_cache(setting), make=make, nbytes=nbytes, tolerance=0, waits=True
+    )
 
 
 _COPIED_CACHES = 4
@@ -539,11 +602,17 @@ def _store_heads(setting: Setting, rows: int, *, interleaved: bool = False) -> C
         )
         qkv = setting.draw(rows, (heads + 2 * kv_heads) * size)
         inputs = (qkv, *setting.caches(rows), torch.randperm(rows, device=setting.device), heads, transform)
-        return _call(partial(stored, store_heads), partial(stored, reference.store_heads), *inputs)
+        both, scales = (store_heads, reference.store_heads), setting.scales()
+        kernel, definition = (partial(stored, partial(op, scales=scales)) for op in both)
+        return _call(kernel, definition, *inputs)
 
-    nbytes = 2 * rows * (heads + 2 * kv_heads) * size * setting.itemsize
-    shape = f"interleaved, {_rows(rows)}" if interleaved else _rows(rows)
-    return Case(op="store_heads", shape=shape, make=make, nbytes=nbytes, waits=True)
+    values = rows * (heads + 2 * kv_heads) * size
+    nbytes = values * setting.itemsize + rows * size * (
+        heads * setting.itemsize + 2 * kv_heads * setting.cache_itemsize
+    )
+    shape = (f"interleaved, {_rows(rows)}" if interleaved else _rows(rows)) + _of_cache(setting)
+    tolerance = _A_STEP.get(setting.cache_dtype or "")
+    return Case(op="store_heads", shape=shape, make=make, nbytes=nbytes, waits=True, tolerance=tolerance)
 
 
 def _mean_squares(setting: Setting, rows: int) -> Case:

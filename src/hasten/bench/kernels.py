@@ -68,6 +68,8 @@ def largest_error(found: Outputs, expected: Outputs) -> float:
     if not isinstance(found, Tensor):
         return max(largest_error(one, other) for one, other in zip(found, expected, strict=True))
     assert isinstance(expected, Tensor)
+    if found.itemsize == 1:  # a cache in steps of 8 bits
+        found, expected = found.float(), expected.float()
     if not found.is_floating_point():
         return float((found != expected).float().mean())
     found = found.sum(0) if found.dim() > expected.dim() else found  # parts, which their reader adds up

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hasten.checkpoint.cache_ranges import read_ranges
 from hasten.checkpoint.faster_transformer.family import FileTensor
 from hasten.checkpoint.faster_transformer.folder import Folder, read_folder
 from hasten.checkpoint.faster_transformer.ini import CONFIG_INI
@@ -118,6 +119,13 @@ class Source(ABC):
     def batches(self) -> Iterator[tuple[WeightSpec, ...]]:
         """All weights, grouped by the file that holds them, so that a reader needs one file open at a time."""
         yield self.specs
+
+    def cache_ranges(self) -> Mapping[str, Tensor] | None:
+        """Greatest keys and values of each head, [2, m] in fp32, by the name of the model's attention module.
+
+        None where the files do not have them. CheckpointError and UnsupportedError name the tensor or key.
+        """
+        return None
 
     def release(self) -> None:  # noqa: B027 - a source may have nothing to close
         """Close the files that are open; they open again when they are needed."""
@@ -256,6 +264,8 @@ class HuggingFaceSource(Source):
         self.format = stored_format
         self._quantized: dict[str, Mapping[str, str]] = {}
         """Names of quantized weights -> their stored tensors, by what they are."""
+        self._leftover: dict[str, tuple[str, Path]] = {}
+        """Names, without the prefix, of tensors that belong to no weight -> the name and the file that hold them."""
         self._open: dict[Path, _TensorFile] = {}
         self._lock = Lock()
         first = next(path for name in _HF_FILES if (path := folder / name).exists())
@@ -299,7 +309,8 @@ class HuggingFaceSource(Source):
             name for spec in self.specs for source in spec.sources for name in self._tensors_of(source, own, where)
         }
         if self.format is not None:
-            own = {name: place for name, place in own.items() if name in expected or not self.format.is_leftover(name)}
+            extra = {name for name in own if name not in expected and self.format.is_leftover(name)}
+            self._leftover = {name: own.pop(name) for name in extra}
         _check_names(where, expected, own)
         return own | tied
 
@@ -347,6 +358,16 @@ class HuggingFaceSource(Source):
             return super().weight(spec, rank, size, dtype)
         part = stored_weight.shard(spec, stored, rank, size, self.config.attention)
         return part.pack(part, dtype)
+
+    def cache_ranges(self) -> Mapping[str, Tensor] | None:
+        """See `Source.cache_ranges`."""
+        if self.format is None or not self._leftover or (dtype := self.format.cache_dtype) is None:
+            return None
+        return read_ranges(self.specs, self._leftover, self._scale_of_cache, self.config.attention, dtype)
+
+    def _scale_of_cache(self, name: str) -> Tensor:
+        stored, path = self._leftover[name]
+        return self._opened(path).get_tensor(stored)
 
     @property
     def dequantized_bytes(self) -> int:

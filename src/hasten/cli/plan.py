@@ -158,6 +158,7 @@ class _Plan:
         """What serves the model like this."""
         options: dict[str, object] = {"tensor_parallel_size": self.setup.ranks if self.setup.ranks > 1 else None}
         options |= {"max_model_len": self.setup.max_model_len, "quantization": self.setup.quantization}
+        options |= {"kv_cache_dtype": self.setup.cache_dtype}
         given = {name: value for name, value in options.items() if value is not None}
         return " ".join(["hasten serve", self.name, *([_flags(given)] if given else [])])
 
@@ -170,7 +171,9 @@ class _Plan:
         types = self.setup.quantization or self.setup.dtype
         print(f"{self.name}: {model.architecture}, {types}, on {devices}")
         print(f"weights  {rank.weight_bytes / 1e9:.3f} GB on each rank ({parts})")
-        print(f"cache    {rank.kv_bytes_per_token / 1024:.1f} KiB per token")
+        print(
+            f"cache    {rank.kv_bytes_per_token / 1024:.1f} KiB per token, {self.setup.cache_dtype or self.setup.dtype}"
+        )
         rows = [
             (
                 str(fit.ranks),

@@ -36,6 +36,13 @@ Quantization = Literal["int8", "w8a8", "fp8", "int4"]
 QUANTIZATIONS: tuple[Quantization, ...] = typing.get_args(Quantization)
 
 
+KVCacheDType = Literal["auto", "fp8", "fp8_e4m3", "int8"]
+"""Types of the key/value cache: `auto` is the type that the model computes in, `fp8` is e4m3."""
+KV_CACHE_DTYPES: tuple[KVCacheDType, ...] = typing.get_args(KVCacheDType)
+CacheDType = Literal["fp8", "int8"]
+"""Those of 8 bits."""
+
+
 def dtype_name(text: str) -> DTypeName:
     """Short name of a data type given as `fp16`, `float16`, `torch.float16` or `half`; ConfigError for others."""
     name = _DTYPE_ALIASES.get(text.removeprefix("torch."))
@@ -572,6 +579,13 @@ class CacheConfig:
     )
     gpu_memory_utilization: float = option(0.9, "fraction of a GPU's memory that the engine may use, weights included")
     enable_prefix_caching: bool = option(True, "share cache blocks between requests whose prompts have a common prefix")
+    kv_cache_dtype: str = option(
+        "auto",
+        "type of the key/value cache: auto (the type that the model computes in), or int8 or fp8 (e4m3), which hold "
+        "twice the tokens of fp16 in the same memory, with a scale for each head: that of a checkpoint that has scales "
+        "of its cache, else measured at the start",
+        choices=KV_CACHE_DTYPES,
+    )
 
     def __post_init__(self) -> None:
         _check_kinds(self)
@@ -584,6 +598,15 @@ class CacheConfig:
             self.kv_cache_memory is None or self.kv_cache_memory > 0,
             f"kv_cache_memory must be positive, got {self.kv_cache_memory}",
         )
+        _require(
+            self.kv_cache_dtype in KV_CACHE_DTYPES,
+            f"kv_cache_dtype {self.kv_cache_dtype!r} is not supported; there is {', '.join(KV_CACHE_DTYPES)}",
+        )
+
+    @property
+    def eight_bits(self) -> CacheDType | None:
+        """The type of a cache of 8 bits; None where it has the type that the model computes in."""
+        return None if self.kv_cache_dtype == "auto" else "int8" if self.kv_cache_dtype == "int8" else "fp8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -757,7 +780,6 @@ WITHOUT_EFFECT: Mapping[str, tuple[tuple[object, ...] | None, str]] = {
     "trust_remote_code": (None, ""),
     "swap_space": (None, ""),
     "max_seq_len_to_capture": (None, ""),
-    "kv_cache_dtype": (("auto",), "the cache has the type that the model computes in"),
     "cpu_offload_gb": ((0,), "all weights stay on the device"),
     "data_parallel_size": ((1,), "this is one engine; hasten serve --data-parallel-size runs several"),
     "enable_lora": ((False, None), "adapters are not supported; merge them into the checkpoint"),
@@ -821,6 +843,7 @@ class EngineOptions(TypedDict, total=False):
     kv_cache_memory: int | str | None
     gpu_memory_utilization: float
     enable_prefix_caching: bool
+    kv_cache_dtype: KVCacheDType
     max_num_seqs: int
     max_num_batched_tokens: int | None
     max_model_len: int | None
@@ -837,7 +860,6 @@ class EngineOptions(TypedDict, total=False):
     trust_remote_code: bool
     swap_space: float
     max_seq_len_to_capture: int
-    kv_cache_dtype: str
     cpu_offload_gb: float
     data_parallel_size: int
     enable_lora: bool | None

@@ -106,8 +106,10 @@ class LLM(PoolingMethods):
         blocks, pooler = engine.scheduler.blocks, engine.worker.pooler
         if pooler is not None:
             return f"to {' and '.join(pooler.tasks)}"
+        cache_dtype = engine.config.cache.eight_bits
+        kind = "key/value cache" if cache_dtype is None else f"{cache_dtype} key/value cache"
         return (
-            f"key/value cache of {blocks.num_blocks} blocks of {blocks.block_size} tokens "
+            f"{kind} of {blocks.num_blocks} blocks of {blocks.block_size} tokens "
             f"({blocks.num_blocks * engine.worker.runner.block_bytes / 2**20:.0f} MiB per rank)"
         )
 

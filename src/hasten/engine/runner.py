@@ -4,7 +4,7 @@ Shapes: t tokens of the flat batch, r rows that need logits, v vocabulary, h hid
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -39,12 +39,15 @@ class Runner:
         hidden_size: int = 0,
         max_tokens: int = 0,
         keeps_cache: bool = True,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         """`hidden_size` and `max_tokens` of a step: needed in pipeline stages behind the first.
 
+        `cache_dtype`: a type of 8 bits; None for `dtype`.
         `keeps_cache`: whether later steps read the keys and values of a step; else all layers write to one cache.
         """
         self._keeps_cache = keeps_cache
+        self.cache_dtype = cache_dtype or dtype
         self.deterministic = deterministic
         self.model = model
         self.stage = model.stage
@@ -58,6 +61,9 @@ class Runner:
         by_cache = model.attentions_by_cache()
         self._attentions = by_cache if keeps_cache else [[each for attentions in by_cache for each in attentions]]
         """Layers of attention, those together that write to the same cache."""
+        names = {id(module): name for name, module in model.named_modules()}
+        self.attention_names = [names[id(first)] for first, *_ in self._attentions]
+        """Of the first of those layers."""
         self._caches = ops.BlockCaches.of(())
         self.chosen = torch.zeros(self.stage.size * max_sequences, dtype=torch.int32, device=device)
         """Tokens of the last steps, of as many as there are pipeline stages, each in the order of its rows."""
@@ -75,13 +81,22 @@ class Runner:
     def block_bytes(self) -> int:
         """Bytes of one cache block over all caches of this rank."""
         width = sum(2 * first.num_kv_heads * first.head_size for first, *_ in self._attentions)
-        return width * self.block_size * self.dtype.itemsize
+        return width * self.block_size * self.cache_dtype.itemsize
 
-    def allocate_cache(self, num_blocks: int, max_blocks: int, ropes: RopeTables) -> None:
+    @property
+    def placeholder_ranges(self) -> list[Tensor]:
+        """Some ranges of each cache, for steps whose results nobody reads."""
+        return [torch.ones(2, first.num_kv_heads) for first, *_ in self._attentions]
+
+    def allocate_cache(
+        self, num_blocks: int, max_blocks: int, ropes: RopeTables, ranges: Sequence[Tensor] | None = None
+    ) -> None:
         """Allocate the cache, as zeros, and give every layer its part.
 
-        One sequence may hold `max_blocks`. `ropes` are on the same device.
+        One sequence may hold `max_blocks`. `ropes` are on the same device. With `ranges` of each layer of attention,
+        [2, m], the cache is in 8 bits, else in the type that the model computes in.
         """
+        dtype = self.dtype if ranges is None else self.cache_dtype
         has_encoder = isinstance(self.model, EncoderDecoder)
         tables = BlockTables((2 if has_encoder else 1) * self.max_sequences, max_blocks)
         first = self._attentions[0][0]
@@ -94,13 +109,15 @@ class Runner:
             tables, self.block_size, planner, self.device, run, causal=causal, has_encoder=has_encoder
         )
         caches: list[Tensor] = []
-        for attentions in self._attentions:
+        for number, attentions in enumerate(self._attentions):
             width = attentions[0].num_kv_heads * attentions[0].head_size
-            caches += self._zeros((2, num_blocks, self.block_size, width))
+            caches += self._zeros((2, num_blocks, self.block_size, width), dtype)
+            scales = None if ranges is None else ops.CacheScales.of(ranges[number].to(self.device), dtype)
+            assert scales is None or len(attentions) == 1, "layers that share a cache would need ranges of their own"
             for attention in attentions:
                 heads = (attention.num_kv_heads, attention.head_size)
                 keys, values = (cache.unflatten(-1, heads) for cache in caches[-2:])
-                attention.bind_cache(keys, values, ropes)
+                attention.bind_cache(keys, values, ropes, scales)
         self._caches = ops.BlockCaches.of(caches)
 
     def release_cache(self) -> None:
@@ -109,11 +126,26 @@ class Runner:
         for attention in chain.from_iterable(self._attentions):
             del attention.key_cache, attention.value_cache
 
-    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+    @torch.inference_mode()
+    def measured_ranges(self, steps: Sequence[StepMessage], ropes: RopeTables) -> list[Tensor]:
+        """Greatest keys and values of the tokens of some steps, [2, m] on the host for each layer of attention.
+
+        The steps have a cache of their own, and there must be no other. Each is of one sequence, whose blocks it names.
+        """
+        tables = [blocks for step in steps for _, _, blocks in step.edits]
+        self.allocate_cache(1 + max(map(max, tables)), max(map(len, tables)), ropes)
+        for step in steps:
+            self.forward(step)
+        caches = [(first.key_cache, first.value_cache) for first, *_ in self._attentions]
+        ranges = [torch.stack([cache.abs().amax((0, 1, 3)) for cache in pair]).float().cpu() for pair in caches]
+        self.release_cache()
+        return ranges
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self.device.type != "cpu":
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+            return torch.zeros(shape, dtype=dtype, device=self.device)
         # numpy asks the system for zero pages, which cost nothing until they are used; torch would write every one.
-        return torch.from_numpy(np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)).view(self.dtype).view(shape)
+        return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
     @torch.inference_mode()
     def compile_kernels(self, steps: Iterable[tuple[int, int]], processes: int) -> None:

@@ -4,10 +4,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PHASES = ("device", "config", "weights", "compile", "memory", "cache", "kernels", "graphs", "tokenizer")
-"""In order. `device`: a GPU's context; `compile`: kernels of all kinds of steps, by several threads; `memory`: the
-largest step, which shows what is left for the cache; `kernels`: steps of all kinds, which load what they need;
-`graphs`: their capture."""
+PHASES = ("device", "config", "weights", "compile", "scales", "memory", "cache", "kernels", "graphs", "tokenizer")
+"""In order. `device`: a GPU's context; `compile`: kernels of all kinds of steps, by several threads; `scales`: those of
+a cache in 8 bits, where they are measured; `memory`: the largest step, which shows what is left for the cache;
+`kernels`: steps of all kinds, which load what they need; `graphs`: their capture."""
 
 
 class StartTimes:

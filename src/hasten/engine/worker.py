@@ -33,9 +33,10 @@ from hasten.core.config import (
     SchedulerConfig,
     dtype_name,
 )
-from hasten.core.errors import CapacityError, ConfigError
+from hasten.core.errors import CapacityError, ConfigError, UnsupportedError
 from hasten.core.progress import progress_bar
 from hasten.engine.batch import Batch
+from hasten.engine.cache_ranges import measured_ranges, stored_ranges
 from hasten.engine.memory import (
     DEFAULT_MODEL_LEN,
     DEFAULT_STEP_TOKENS,
@@ -169,13 +170,35 @@ class Worker:
             hidden_size=self.model_config.hidden_size,
             max_tokens=config.scheduler.max_num_batched_tokens or 0,
             keeps_cache=self.pooler is None,
+            cache_dtype=self._cache_dtype(config.cache),
         )
+        eight_bits = config.cache.eight_bits is not None
+        self._stored_ranges = stored_ranges(self.runner, checkpoint, ranks.groups.tensor) if eight_bits else None
         if self.stage.link is not None:
             self.stage.link.connect(torch.zeros(1, dtype=torch.int32, device=self.device))
         make = self._make_cache if self.pooler is None else self._make_step_cache
         self.max_model_len, self.num_blocks = make(config)
         self.scheduler_config = config.scheduler
         self.reset()
+
+    def _cache_dtype(self, config: CacheConfig) -> torch.dtype | None:
+        """A type of 8 bits for the cache, None for that which the model computes in; errors where it cannot be had."""
+        if config.eight_bits is None:
+            return None
+        if self.pooler is not None:
+            name = self.model_config.architecture
+            raise ConfigError(
+                f"kv_cache_dtype: {name} generates no text, and keeps no keys and values; leave the option out"
+            )
+        if self.model_config.encoder is not None:
+            name = self.model_config.architecture
+            raise ConfigError(f"kv_cache_dtype is for models without an encoder; {name} has one; leave the option out")
+        dtype = ops.CACHE_DTYPES[config.eight_bits]
+        if not ops.multiplies(dtype, self.device):
+            raise UnsupportedError(
+                "kv_cache_dtype: fp8 needs a GPU of compute capability 8.9 or later; use int8, or auto"
+            )
+        return dtype
 
     def _opened(self, config: EngineConfig) -> tuple[EngineConfig, Checkpoint]:
         """The configuration with what this device and this host make of it, and the checkpoint."""
@@ -229,8 +252,9 @@ class Worker:
         ropes = RopeTables(length, self.device)  # some change with the length: this one, whatever the memory allows
         with explained_out_of_memory("sizing the cache", self._advice):
             self._compile_kernels(config, length, ropes)
+        ranges = self._cache_ranges(config, length, ropes)
         with self.start_times.phase("memory"), explained_out_of_memory("sizing the cache", self._advice):
-            budget = config.cache.kv_cache_memory or self._free_memory(config, length, ropes)
+            budget = config.cache.kv_cache_memory or self._free_memory(config, length, ropes, ranges)
         inputs = 1 if self.model_config.encoder is None else 2
         """Block tables of a request: its sequence's, and that of its encoder's input, which may be as long."""
         fits = budget // self.runner.block_bytes
@@ -249,7 +273,7 @@ class Worker:
         useful = config.scheduler.max_num_seqs * inputs * -(-length // block_size)
         with explained_out_of_memory("allocating the cache", self._advice):
             with self.start_times.phase("cache"):
-                self.runner.allocate_cache(min(useful, fits), -(-length // block_size), ropes)
+                self.runner.allocate_cache(min(useful, fits), -(-length // block_size), ropes, ranges)
             if self.device.type == "cuda":
                 with self.start_times.phase("kernels"):
                     self._warm_up(config.scheduler)
@@ -257,6 +281,19 @@ class Worker:
                     with self.start_times.phase("graphs"):
                         self.runner.capture_graphs(self._most_mixed_tokens(config.scheduler))
         return length, min(useful, fits)
+
+    def _cache_ranges(self, config: EngineConfig, length: int, ropes: RopeTables) -> list[Tensor] | None:
+        """Ranges of keys and values for a cache of 8 bits; None for one in the type that the model computes in."""
+        if (name := config.cache.eight_bits) is None:
+            return None
+        with self.start_times.phase("scales"), explained_out_of_memory("measuring keys and values", self._advice):
+            ranges, source = self._stored_ranges, "the checkpoint"
+            if ranges is None:
+                most_tokens, source = config.scheduler.max_num_batched_tokens or 1, "random tokens"
+                ranges = measured_ranges(self.runner, name, self.model_config.vocab_size, ropes, length, most_tokens)
+        level = logging.INFO if self.ranks.world.rank == 0 else logging.DEBUG
+        _log.log(level, "key/value cache in %s, with a scale for each head from %s", name, source)
+        return ranges
 
     def _advice(self) -> str:
         """The end of a message for whoever has too little memory: what this model needs, and which options would do."""
@@ -313,7 +350,8 @@ class Worker:
                 return
             scheduler = config.scheduler
             most, sequences = scheduler.max_num_batched_tokens or 1, scheduler.max_num_seqs
-            self.runner.allocate_cache(1, -(-length // config.cache.block_size), ropes)
+            ranges = None if config.cache.eight_bits is None else self.runner.placeholder_ranges
+            self.runner.allocate_cache(1, -(-length // config.cache.block_size), ropes, ranges)
             steps = [(most, sequences), *((tokens, 1) for tokens in _COMPILED_TOKENS if tokens < most)]
             steps += [(count, count) for count in (*_WARMUP_SEQUENCES, sequences) if count <= min(sequences, most)]
             self.runner.compile_kernels(steps, self.ranks.local_size)
@@ -330,12 +368,12 @@ class Worker:
         # Sums of more rows are NCCL's, which can hang in a graph where others set its options.
         return most if self.ranks.groups.tensor.size == 1 else min(most, _MOST_EXCHANGED_ROWS)
 
-    def _free_memory(self, config: EngineConfig, length: int, ropes: RopeTables) -> int:
+    def _free_memory(self, config: EngineConfig, length: int, ropes: RopeTables, ranges: list[Tensor] | None) -> int:
         """Bytes that the cache may take by default: on a GPU what the largest step leaves."""
         if self.device.type == "cpu":
             return free_memory(self.device, config.cache.gpu_memory_utilization, self.ranks.local_size)
         assert config.scheduler.max_num_batched_tokens is not None
-        self.runner.allocate_cache(1, -(-length // config.cache.block_size), ropes)
+        self.runner.allocate_cache(1, -(-length // config.cache.block_size), ropes, ranges)
         working = self.runner.warm_up(config.scheduler.max_num_batched_tokens, [config.scheduler.max_num_seqs])
         self.runner.release_cache()
         torch.cuda.empty_cache()

@@ -24,6 +24,8 @@ class Attention(nn.Module):
     key_cache: Tensor
     value_cache: Tensor
     """[blocks, block size, m, d] each; the runner gives them before the first step."""
+    cache_scales: ops.CacheScales | None
+    """Those of caches of 8 bits; None where caches have the model's type."""
 
     def __init__(
         self,
@@ -61,9 +63,15 @@ class Attention(nn.Module):
                 self.slopes_n = alibi_slopes(config.num_heads, config.alibi_bias_max)[first : first + self.num_heads]
                 self.slopes_n *= self.scale if config.alibi_scaled else 1.0
 
-    def bind_cache(self, key_cache: Tensor, value_cache: Tensor, ropes: RopeTables | None = None) -> None:
+    def bind_cache(
+        self,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        ropes: RopeTables | None = None,
+        scales: ops.CacheScales | None = None,
+    ) -> None:
         """Take the caches of this layer, and what else must stand on their device."""
-        self.key_cache, self.value_cache = key_cache, value_cache
+        self.key_cache, self.value_cache, self.cache_scales = key_cache, value_cache, scales
         if self.slopes_n is not None:
             self.slopes_n = self.slopes_n.to(key_cache.device)
         if self.config.rope is not None:
@@ -103,7 +111,8 @@ class Attention(nn.Module):
         In the `last` layer only for the tokens of `meta.output_part`, where there is one; all leave keys and values.
         """
         caches = (self.key_cache, self.value_cache)
-        query_tnd = self.qkv(x_th, *caches, meta.slot_mapping, self._transform(positions_t))
+        transform, scales = self._transform(positions_t), self.cache_scales
+        query_tnd = self.qkv(x_th, *caches, meta.slot_mapping, transform, scales=scales)
         if last and meta.output_part is not None:
             meta = meta.output_part
         out_tnd = ops.paged_attention(
@@ -117,6 +126,7 @@ class Attention(nn.Module):
             sinks_n=self.sinks,
             causal=self.config.causal,
             bias_nr=self.relative_bias[0].bias_nr if self.relative_bias else None,
+            scales=scales,
         )
         return self.dense(out_tnd.flatten(1), residual_th, meta.output_indices)
 
@@ -138,8 +148,15 @@ class CrossAttention(nn.Module):
         self.key_value = ColumnLinear(hidden_size, 2 * kv_width, bias=config.qkv_bias, group=group)
         self.dense = RowLinear(width, hidden_size, bias=config.dense_bias, group=group)
 
-    def bind_cache(self, key_cache: Tensor, value_cache: Tensor, ropes: RopeTables | None = None) -> None:
-        """Take the caches of this layer."""
+    def bind_cache(
+        self,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        ropes: RopeTables | None = None,
+        scales: ops.CacheScales | None = None,
+    ) -> None:
+        """Take the caches of this layer, which have the model's type."""
+        assert scales is None
         self.key_cache, self.value_cache = key_cache, value_cache
 
     def store(self, encoded_th: Tensor, slots_t: Tensor) -> None:

@@ -122,16 +122,23 @@ class QKVLinear(_Linear):
         value_cache: Tensor,
         slots_t: Tensor,
         transform: ops.HeadTransform | None = None,
+        *,
+        scales: ops.CacheScales | None = None,
     ) -> Tensor:
-        """Queries [t, n, d]; keys and values go to the caches. Queries and keys are changed by `transform` before."""
+        """Queries [t, n, d]; keys and values go to the caches. Queries and keys are changed by `transform` before.
+
+        `scales`: those of caches of 8 bits.
+        """
         heads, caches = self.heads.num_heads, (key_cache, value_cache)
         if transform is None or self.heads.qk_norm != "rms_of_all_heads":
-            return ops.project(x_th, self.packed, self.bias, *caches, slots_t, heads, transform, clip=self.clip)
+            operands = (x_th, self.packed, self.bias, *caches, slots_t, heads, transform)
+            return ops.project(*operands, clip=self.clip, scales=scales)
         qkv_to = clipped(ops.linear(x_th, self.packed, self.bias), self.clip)
         sizes = heads, self.heads.num_kv_heads, self.heads.head_size
         # key heads that several ranks hold count as often on each, so the mean stays what it is
         squares_t2 = self.group.all_reduce(ops.mean_squares(qkv_to, *sizes, self.group.size))
-        return ops.store_heads(qkv_to, *caches, slots_t, heads, replace(transform, mean_squares_t2=squares_t2))
+        transform = replace(transform, mean_squares_t2=squares_t2)
+        return ops.store_heads(qkv_to, *caches, slots_t, heads, transform, scales=scales)
 
 
 class RowLinear(_Linear):

@@ -10,9 +10,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from hasten.core.config import Activation, DTypeName, GatedUnit
+from hasten.core.config import Activation, CacheDType, DTypeName, GatedUnit
 from hasten.ops import cpu, cpu_fixed, cpu_sampling, plan, reference
 from hasten.ops.block_caches import BlockCaches
+from hasten.ops.cache_scales import CacheScales
 from hasten.ops.draws import NONE_LEFT, Draws
 from hasten.ops.edits import Bans, EditList, LogitEdits, TokenCounts
 from hasten.ops.grouped import Columns, GroupedWeight, pack_nibbles, packs
@@ -29,13 +30,18 @@ from hasten.ops.transfer import HostCopy, to_device
 TORCH_DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """torch's types by the names of the configuration."""
 
+CACHE_DTYPES: dict[CacheDType, torch.dtype] = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+"""Types of 8 bits that the key/value cache may have, by the names of the configuration."""
+
 __all__ = [
+    "CACHE_DTYPES",
     "NONE_LEFT",
     "TORCH_DTYPES",
     "Activation",
     "AttentionMeta",
     "Bans",
     "BlockCaches",
+    "CacheScales",
     "Columns",
     "Draws",
     "EditList",
@@ -271,6 +277,7 @@ def project(
     transform: HeadTransform | None = None,
     *,
     clip: float | None = None,
+    scales: CacheScales | None = None,
 ) -> Tensor:
     """Fused queries, keys and values: queries [t, n, d] come back, the rest goes to the caches as `write_cache` says.
 
@@ -281,8 +288,12 @@ def project(
     if x_th.is_cuda:
         from hasten.ops.gpu import matmul
 
-        return matmul.project(x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads, transform, clip=clip)
-    return cpu.project(x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads, transform, clip=clip)
+        return matmul.project(
+            x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads, transform, clip=clip, scales=scales
+        )
+    return cpu.project(
+        x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads, transform, clip=clip, scales=scales
+    )
 
 
 def mean_squares(qkv_to: Tensor, num_heads: int, kv_heads: int, head_size: int, ranks: int) -> Tensor:
@@ -304,23 +315,37 @@ def store_heads(
     slots_t: Tensor,
     num_heads: int,
     transform: HeadTransform,
+    *,
+    scales: CacheScales | None = None,
 ) -> Tensor:
     """The second half of `project`: from the fused projection [t, o] to queries [t, n, d] and the caches."""
     if qkv_to.is_cuda:
         from hasten.ops.gpu import heads
 
-        return heads.store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform)
-    return reference.store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform)
+        return heads.store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform, scales=scales)
+    return reference.store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform, scales=scales)
 
 
-def write_cache(key_tmd: Tensor, value_tmd: Tensor, key_cache: Tensor, value_cache: Tensor, slots_t: Tensor) -> None:
-    """Store keys and values [t, m, d] in caches [blocks, block size, m, d] at `slots_t`; -1 stores nothing."""
+def write_cache(
+    key_tmd: Tensor,
+    value_tmd: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots_t: Tensor,
+    *,
+    scales: CacheScales | None = None,
+) -> None:
+    """Store keys and values [t, m, d] in caches [blocks, block size, m, d] at `slots_t`; -1 stores nothing.
+
+    With `scales`, caches are in int8 or fp8 (e4m3): values are divided by the scale of their head, limited to what the
+    type holds and rounded to the nearest.
+    """
     if key_tmd.is_cuda:
         from hasten.ops.gpu import cache
 
-        cache.write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t)
+        cache.write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t, scales=scales)
     else:
-        reference.write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t)
+        reference.write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t, scales=scales)
 
 
 def paged_attention(
@@ -336,6 +361,7 @@ def paged_attention(
     sinks_n: Tensor | None = None,
     causal: bool = True,
     bias_nr: Tensor | None = None,
+    scales: CacheScales | None = None,
 ) -> Tensor:
     """Attention of each token over its own sequence in the paged cache, up to itself where `causal`: [t, n, d].
 
@@ -345,7 +371,8 @@ def paged_attention(
     w, a token sees the last w tokens, itself included, and where not causal the next w - 1. With `bias_nr` [n, 2 * r +
     1] in fp32, `bias[key position - query position + r]` is added to each score, the ends standing for longer
     distances. With sinks, the softmax of each head has one more logit, which is neither scaled nor capped and has no
-    value: it takes weight from the keys. The queries of a sequence are its last tokens. Sources: Press, Smith, Lewis,
+    value: it takes weight from the keys. With `scales`, keys and values are those that caches of 8 bits stand for. The
+    queries of a sequence are its last tokens. Sources: Press, Smith, Lewis,
     "Train Short, Test Long", 2022 (ALiBi); Kwon et al., "Efficient Memory Management for Large Language Model Serving
     with PagedAttention", 2023; Dao, "FlashAttention-2", 2023; Beltagy, Peters, Cohan, "Longformer", 2020 (window);
     Gemma Team, "Gemma 2", 2024 (cap); OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", 2025 (sinks).
@@ -355,10 +382,10 @@ def paged_attention(
         from hasten.ops.gpu import attention
 
         return attention.paged_attention(
-            *operands, window=window, softcap=softcap, sinks_n=sinks_n, causal=causal, bias_nr=bias_nr
+            *operands, window=window, softcap=softcap, sinks_n=sinks_n, causal=causal, bias_nr=bias_nr, scales=scales
         )
     return cpu.paged_attention(
-        *operands, window=window, softcap=softcap, sinks_n=sinks_n, causal=causal, bias_nr=bias_nr
+        *operands, window=window, softcap=softcap, sinks_n=sinks_n, causal=causal, bias_nr=bias_nr, scales=scales
     )
 
 

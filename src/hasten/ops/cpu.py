@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hasten.core.config import GatedUnit
 from hasten.ops import cpu_fixed, cpu_grouped, cpu_int8, reference
+from hasten.ops.cache_scales import CacheScales, octets, widened
 from hasten.ops.compiled_rows import compiled_rows
 from hasten.ops.grouped import GroupedWeight
 from hasten.ops.heads import HeadTransform
@@ -177,9 +178,10 @@ def project(  # noqa: D103
     transform: HeadTransform | None = None,
     *,
     clip: float | None = None,
+    scales: CacheScales | None = None,
 ) -> Tensor:
     qkv_to = reference.clipped(linear(x_th, weight, bias_o, None), clip)
-    return reference.store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform)
+    return reference.store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform, scales=scales)
 
 
 def _linear(
@@ -304,14 +306,34 @@ def paged_attention(  # noqa: D103
     sinks_n: Tensor | None = None,
     causal: bool = True,
     bias_nr: Tensor | None = None,
+    scales: CacheScales | None = None,
 ) -> Tensor:
+    operands = (key_cache, value_cache, meta, scale, _Scores(alibi_slopes_n, window, causal, bias_nr))
+    if scales is None:
+        return _attention(query_tnd, *operands, softcap, sinks_n)
+    groups = query_tnd.shape[1] // key_cache.shape[2]
+    key_scales_n1, value_scales_n1 = scales.scales_2m.repeat_interleave(groups, dim=1).unsqueeze(2)
+    out_tnd = _attention(query_tnd.float() * key_scales_n1, *operands, softcap, sinks_n)
+    return out_tnd.mul_(value_scales_n1).to(query_tnd.dtype)
+
+
+def _attention(
+    query_tnd: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    meta: AttentionMeta,
+    scale: float,
+    scores: _Scores,
+    softcap: float | None,
+    sinks_n: Tensor | None,
+) -> Tensor:
+    """Attention over what stands in the caches."""
     if meta.output_indices is not None:
         query_tnd = query_tnd[meta.output_indices]
     if query_tnd.shape[0] == 0:
         return torch.empty_like(query_tnd)
-    scores = _Scores(alibi_slopes_n, window, causal, bias_nr)
-    key = "attention" if window is None else f"attention, window {window}"
-    key = key if bias_nr is None else f"{key}, biases {bias_nr.data_ptr()}"
+    key = "attention" if scores.window is None else f"attention, window {scores.window}"
+    key = key if scores.bias_nr is None else f"{key}, biases {scores.bias_nr.data_ptr()}"
     plan: list[tuple[_Group, Tensor | None]] | None = meta.scratch.get(key)
     if plan is None:
         plan = meta.scratch[key] = _plan(meta, key_cache, scores)
@@ -393,10 +415,11 @@ def _step_by_step(
 
 def _gather(use: str, cache: Tensor, group: _Group) -> Tensor:
     """The group's keys or values from the cache, [b * k, m * d] in fp32, with zeros for padding."""
-    rows = cache.flatten(1)
-    found = _scratch.take(use, (group.blocks.shape[0], rows.shape[1]), cache.dtype)
+    rows = octets(cache).flatten(1)
+    found = _scratch.take(use, (group.blocks.shape[0], rows.shape[1]), rows.dtype)
     torch.index_select(rows, 0, group.blocks, out=found)
-    return found.view(-1, cache.shape[2] * cache.shape[3]).index_fill_(0, group.blank, 0).float()
+    found = found.view(-1, cache.shape[2] * cache.shape[3]).index_fill_(0, group.blank, 0)
+    return widened(found.view(cache.dtype))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hasten.core.config import GatedUnit
 from hasten.ops.block_caches import BlockCaches
+from hasten.ops.cache_scales import CacheScales, octets, stored, widened
 from hasten.ops.draws import NONE_LEFT, Draws
 from hasten.ops.edits import IN_PROMPT, LogitEdits, TokenCounts
 from hasten.ops.grouped import GroupedWeight
@@ -220,9 +221,10 @@ def project(  # noqa: D103
     transform: HeadTransform | None = None,
     *,
     clip: float | None = None,
+    scales: CacheScales | None = None,
 ) -> Tensor:
     qkv_to = clipped(linear(x_th, weight, bias_o, None), clip)
-    return store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform)
+    return store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform, scales=scales)
 
 
 def clipped(x: Tensor, clip: float | None) -> Tensor:
@@ -237,6 +239,8 @@ def store_heads(
     slots_t: Tensor,
     num_heads: int,
     transform: HeadTransform | None,
+    *,
+    scales: CacheScales | None = None,
 ) -> Tensor:
     """The second half of `project`: from the fused projection [t, o] to queries [t, n, d] and the caches."""
     query_tnd, key_tmd, value_tmd = split_heads(qkv_to, num_heads, key_cache)
@@ -244,7 +248,7 @@ def store_heads(
         queries_t, keys_t = (None, None) if transform.mean_squares_t2 is None else transform.mean_squares_t2.unbind(1)
         query_tnd = _transformed(query_tnd, transform.query_norm_d, transform.query_bias_d, queries_t, transform)
         key_tmd = _transformed(key_tmd, transform.key_norm_d, transform.key_bias_d, keys_t, transform)
-    write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t)
+    write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t, scales=scales)
     return query_tnd
 
 
@@ -292,15 +296,26 @@ def split_heads(qkv_to: Tensor, num_heads: int, key_cache: Tensor) -> tuple[Tens
 
 
 def write_cache(  # noqa: D103
-    key_tmd: Tensor, value_tmd: Tensor, key_cache: Tensor, value_cache: Tensor, slots_t: Tensor
+    key_tmd: Tensor,
+    value_tmd: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots_t: Tensor,
+    *,
+    scales: CacheScales | None = None,
 ) -> None:
     if bool((slots_t < 0).any()):
         kept = (slots_t >= 0).nonzero().squeeze(1)
         key_tmd, value_tmd, slots_t = key_tmd[kept], value_tmd[kept], slots_t[kept]
+    if scales is not None:
+        key_tmd, value_tmd = (
+            stored(new_tmd, inverses_m, key_cache.dtype)
+            for new_tmd, inverses_m in zip((key_tmd, value_tmd), scales.inverses_2m, strict=True)
+        )
     slots_t = slots_t.long()
     width = key_cache.shape[2] * key_cache.shape[3]
     for new_tmd, cache in ((key_tmd, key_cache), (value_tmd, value_cache)):
-        cache.view(-1, width).index_copy_(0, slots_t, new_tmd.reshape(-1, width))
+        octets(cache).view(-1, width).index_copy_(0, slots_t, octets(new_tmd).reshape(-1, width))
 
 
 def paged_attention(  # noqa: D103
@@ -316,6 +331,7 @@ def paged_attention(  # noqa: D103
     sinks_n: Tensor | None = None,
     causal: bool = True,
     bias_nr: Tensor | None = None,
+    scales: CacheScales | None = None,
 ) -> Tensor:
     query_tnd = query_tnd if meta.output_indices is None else query_tnd[meta.output_indices]
     block_size, groups = key_cache.shape[1], query_tnd.shape[1] // key_cache.shape[2]
@@ -323,8 +339,10 @@ def paged_attention(  # noqa: D103
     start = 0
     for row, query_len, kv_len in zip(meta.sequences, meta.query_lens, meta.kv_lens, strict=True):
         blocks = meta.block_tables[row, : -(-kv_len // block_size)].long()
-        key_knd = key_cache[blocks].flatten(0, 1)[:kv_len].float().repeat_interleave(groups, dim=1)
-        value_knd = value_cache[blocks].flatten(0, 1)[:kv_len].float().repeat_interleave(groups, dim=1)
+        key_knd, value_knd = (
+            _held(cache[blocks].flatten(0, 1)[:kv_len], scales, kind).repeat_interleave(groups, dim=1)
+            for kind, cache in enumerate((key_cache, value_cache))
+        )
         query_qnd = query_tnd[start : start + query_len].float()
         scores_nqk = torch.einsum("qnd,knd->nqk", query_qnd, key_knd) * scale
         if softcap is not None:
@@ -339,6 +357,12 @@ def paged_attention(  # noqa: D103
         out_tnd[start : start + query_len] = torch.einsum("nqk,knd->qnd", weights_nqk, value_knd).to(out_tnd.dtype)
         start += query_len
     return out_tnd
+
+
+def _held(heads_kmd: Tensor, scales: CacheScales | None, kind: int) -> Tensor:
+    """What keys (kind 0) or values (1) of a cache stand for, in fp32."""
+    wide_kmd = widened(heads_kmd)
+    return wide_kmd if scales is None else wide_kmd * scales.scales_2m[kind].unsqueeze(1)
 
 
 def with_sinks(scores_nqk: Tensor, sinks_n: Tensor | None) -> Tensor:
@@ -375,7 +399,7 @@ def _distances(query_len: int, kv_len: int, device: torch.device) -> Tensor:
 
 
 def copy_blocks(caches: BlockCaches, sources_n: Tensor, targets_n: Tensor) -> None:  # noqa: D103
-    for cache in caches.tensors:
+    for cache in map(octets, caches.tensors):
         cache.index_copy_(0, targets_n, cache.index_select(0, sources_n))
 
 

@@ -23,10 +23,10 @@ def numbers_of(x_th: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Values of `dtype` in fp32, [t, h], and their units, [t, 1]: their product is `x_th` rounded."""
     x_th = x_th.float()
     units_t1 = units_of(x_th, LARGEST[dtype])
-    numbers_th = x_th / units_t1
+    numbers_th = x_th * units_t1.reciprocal()
     if dtype == torch.int8:
         return numbers_th.round_(), units_t1
-    # a quotient may be a little above the largest value, which is not a number in some conversions
+    # a product may be a little above the largest value, which is not a number in some conversions
     return numbers_th.clamp_(-LARGEST[dtype], LARGEST[dtype]).to(dtype).float(), units_t1
 
 
@@ -40,7 +40,7 @@ def rounded(x_th: Tensor, dtype: torch.dtype) -> Tensor:
 def digits_of(x_th: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """High and low digits, [t, h] each, and units, [t, 1], all in fp32: tokens in 15 bits."""
     units_t1 = units_of(x_th, LARGEST_OF_DIGITS)
-    numbers_th = x_th.div(units_t1).round_()
+    numbers_th = x_th.mul(units_t1.reciprocal()).round_()
     high_th = numbers_th.div(BASE).round_()
     return high_th, numbers_th.sub_(high_th, alpha=BASE), units_t1
 

@@ -20,7 +20,7 @@ from hasten.engine.inputs import BlockTables, Inputs
 from hasten.engine.sequence import Sequence
 from hasten.engine.step_message import StepMessage, TableRows
 from hasten.layers.position import alibi_slopes
-from hasten.ops import AttentionMeta, reference
+from hasten.ops import CACHE_DTYPES, AttentionMeta, CacheScales, reference
 from hasten.ops.gpu import attention
 from hasten.ops.plan import MIN_SPLIT_LEN, Planner
 
@@ -83,6 +83,14 @@ GROUPS = [
     Heads(query=71, kv=1, block=64),
 ]
 """Groups of heads with the same keys, in one program or two."""
+IN_8_BITS: list[tuple[Heads, dict[str, Any]]] = [
+    (Heads(), {}),
+    (Heads(query=4, kv=2, size=24, block=8), {"window": 20}),
+    (Heads(query=2, kv=1, size=80), {"softcap": 0.7, "alibi": False}),
+    (Heads(query=6, kv=2), {"alibi": False, "sinks": 1.0, "window": 33}),
+    (Heads(query=2, kv=1), {"fixed_run": 32}),
+]
+"""Heads and other options of caches in 8 bits."""
 REAL: dict[str, tuple[Heads, Lengths]] = {
     "a step of 256": (Heads(32, 32, 128), [(1, 20 + 2 * n) for n in range(256)]),
     "one at 32k": (Heads(32, 32, 128), [(1, 32_768)]),
@@ -133,6 +141,9 @@ class Case:
     causal: bool = True
     farthest: int | None = None
     """Distance from which on all have the same bias; None: there are no biases by distance."""
+    cache: torch.dtype | None = None
+    """Type of 8 bits of the caches; None: that of the queries."""
+    scales: CacheScales | None = field(init=False, default=None)
     inputs: Inputs = field(init=False)
     batch: Batch = field(init=False)
     query_tnd: Tensor = field(init=False)
@@ -176,6 +187,21 @@ class Case:
         for cache in caches:
             cache.flatten(0, 1).index_copy_(0, places, random(len(slots), heads.kv, heads.size).to(self.dtype))
         self.caches = caches[0], caches[1]
+        if self.cache is not None:
+            self.scales = CacheScales.of(1.5 + random(2, heads.kv).abs(), self.cache)
+            self.caches = self._in_8_bits(*caches)
+
+    def _in_8_bits(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Whole caches as `scales` say; what belongs to nobody is NaN, or the largest number where there is none."""
+        assert self.scales is not None
+        assert self.cache is not None
+        made = [keys.new_empty(keys.shape, dtype=self.cache) for _ in range(2)]
+        slots = torch.arange(keys.shape[0] * keys.shape[1], device=self.device)
+        heads = [
+            cache.flatten(0, 1).nan_to_num(NAN if self.cache.is_floating_point else 1e4) for cache in (keys, values)
+        ]
+        reference.write_cache(heads[0], heads[1], made[0], made[1], slots, scales=self.scales)
+        return made[0], made[1]
 
     @property
     def slopes_n(self) -> Tensor | None:
@@ -192,7 +218,7 @@ class Case:
             sinks_n = torch.linspace(self.sinks - 2, self.sinks + 2, self.heads.query, device=self.device)
             sinks_n = sinks_n.to(self.dtype)
         limits = {"window": self.window, "softcap": self.softcap, "causal": self.causal}
-        return {**limits, "bias_nr": bias, "sinks_n": sinks_n}
+        return {**limits, "bias_nr": bias, "sinks_n": sinks_n, "scales": self.scales}
 
     def run(self, meta: AttentionMeta) -> Tensor:
         inputs = (self.query_tnd, *self.caches, meta, self.heads.size**-0.5, self.slopes_n)
@@ -489,6 +515,35 @@ def test_real_sizes(heads: Heads, lengths: Lengths, dtype: torch.dtype, assert_c
         assert torch.equal(case.run(meta), found)
 
 
+@pytest.mark.parametrize("cache", CACHE_DTYPES.values(), ids=list(CACHE_DTYPES))
+@pytest.mark.parametrize(("heads", "options"), IN_8_BITS, ids=str)
+def test_caches_in_8_bits(
+    heads: Heads, options: dict[str, Any], cache: torch.dtype, device: torch.device, assert_close: Close
+) -> None:
+    case = Case(heads, torch.float16, device, cache=cache, **options).fill([(20, 20), (70, 90), (1, 33), (1, 140)], CUT)
+    case.check(whole(case), assert_close)
+    decodes = Case(heads, torch.float16, device, cache=cache, **options).fill([(1, 1), (1, 70), (1, 17)], CUT)
+    decodes.check(whole(decodes), assert_close)
+
+
+@pytest.mark.parametrize("cache", CACHE_DTYPES.values(), ids=list(CACHE_DTYPES))
+def test_caches_in_8_bits_with_queries_in_fp32(cache: torch.dtype, device: torch.device, assert_close: Close) -> None:
+    for heads in (Heads(), Heads(query=4)):
+        case = Case(heads, torch.float32, device, cache=cache).fill([(20, 33), (1, 33), (1, 90)], CUT)
+        case.check(whole(case), assert_close)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", CACHE_DTYPES.values(), ids=list(CACHE_DTYPES))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "lengths"), REAL.values(), ids=list(REAL))
+def test_real_sizes_in_8_bits(
+    heads: Heads, lengths: Lengths, dtype: torch.dtype, cache: torch.dtype, assert_close: Close
+) -> None:
+    case = Case(heads, dtype, torch.device("cuda", 0), cache=cache).fill(lengths)
+    case.check(whole(case), assert_close)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 128])
 def test_sinks_at_real_sizes(window: int | None, assert_close: Close) -> None:
@@ -534,11 +589,17 @@ def check_fixed(case: Case, lengths: Lengths, assert_close: Close) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cache", [None, *CACHE_DTYPES.values()], ids=str)
 @pytest.mark.parametrize(("heads", "options"), FIXED, ids=str)
 def test_in_a_fixed_order_a_query_is_the_same_alone_and_in_a_prompt(
-    heads: Heads, options: dict[str, object], dtype: torch.dtype, device: torch.device, assert_close: Close
+    heads: Heads,
+    options: dict[str, object],
+    cache: torch.dtype | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    assert_close: Close,
 ) -> None:
-    case = Case(heads, dtype, device, fixed_run=64, **options)  # type: ignore[arg-type]  # fields by name
+    case = Case(heads, dtype, device, fixed_run=64, cache=cache, **options)  # type: ignore[arg-type]  # fields by name
     check_fixed(case, [(1, 150), (3, 64), (16, 16), (50, 200), (70, 129), (33, 33), (1, 640)], assert_close)
 
 

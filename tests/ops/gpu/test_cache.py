@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.ops import BlockCaches, reference
-from hasten.ops.gpu import cache
+from hasten.ops import CACHE_DTYPES, BlockCaches, CacheScales, HeadTransform, Weight, reference
+from hasten.ops.cache_scales import octets, stored
+from hasten.ops.gpu import cache, matmul
+from hasten.quantization.scheme import SCHEMES
 
 pytestmark = pytest.mark.any_python
 
@@ -65,6 +67,72 @@ def test_a_large_step(dtype: torch.dtype) -> None:
     slots = torch.randperm(10_000, generator=torch.Generator().manual_seed(0))[:8192]
     slots[::7] = -1
     assert_same(*write_both(slots.cuda(), 32, 128, dtype, blocks=2000))
+
+
+def empty_caches(heads: int, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    keys, values = torch.zeros(2, BLOCKS, BLOCK_SIZE, heads, size, dtype=dtype, device=device)
+    return keys, values
+
+
+def in_8_bits(caches: tuple[Tensor, Tensor], scales: CacheScales, dtype: torch.dtype) -> list[Tensor]:
+    """Bits of caches in which the values of others are rounded."""
+    pairs = zip(caches, scales.inverses_2m, strict=True)
+    return [octets(stored(heads.flatten(0, 1), inverses, dtype).view(heads.shape)) for heads, inverses in pairs]
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES.values(), ids=list(CACHE_DTYPES))
+@pytest.mark.parametrize("of", [torch.float32, torch.float16], ids=str)
+def test_caches_of_8_bits_hold_rounded_values(of: torch.dtype, dtype: torch.dtype, device: torch.device) -> None:
+    """Small ones, halves, and those beyond the range of their head."""
+    slots, heads, size = torch.tensor([12, -1, 0, 30, 7], device=device), 3, 8
+    key, value = (
+        each * 3.0 ** torch.arange(-4, 4, device=device).to(of) for each in tokens(5, heads, size, of, device)
+    )
+    scales = CacheScales.of(torch.tensor([[1.0, 127.0, 0.0], [0.5, 40.0, 448.0]], device=device), dtype)
+    found, expected = empty_caches(heads, size, dtype, device), empty_caches(heads, size, dtype, device)
+    cache.write_cache(key, value, *found, slots, scales=scales)
+    reference.write_cache(key, value, *expected, slots, scales=scales)
+    assert all(map(torch.equal, map(octets, found), map(octets, expected)))
+
+
+WAYS = [
+    *((scheme, rows) for scheme in (None, "int8", "int4", "turned") for rows in (1, 5, 140)),
+    *(("fp8", rows) for rows in (1, 5)),
+    pytest.param("fp8", 140, marks=pytest.mark.gpu),  # by a library that a CPU does not have
+]
+"""Schemes of weights, or none, and numbers of rows; turned: with a rotation behind the projection."""
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES.values(), ids=list(CACHE_DTYPES))
+@pytest.mark.parametrize(("scheme", "rows"), WAYS)
+def test_projections_round_what_they_give_to_caches_of_8_bits(
+    scheme: str | None, rows: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """In every kernel, and behind libraries, as it would be in a cache of the model's type."""
+    heads, kv_heads, size, blocks = 4, 2, 24, 30
+    generator = torch.Generator().manual_seed(rows)
+    x, dense = torch.randn(rows, 128, generator=generator), torch.randn((heads + 2 * kv_heads) * size, 128) / 8
+    plain = scheme in (None, "turned")
+    weight: Weight = dense.half().to(device)
+    if scheme is not None and not plain:
+        weight = SCHEMES[scheme].quantize(dense.half().to(device), "drawn")
+    turn = None
+    if scheme == "turned":
+        positions = torch.arange(rows, device=device)
+        turn = HeadTransform(positions_t=positions, table_pr=torch.rand(rows, size, device=device))
+    slots = torch.randperm(blocks * BLOCK_SIZE, generator=generator)[:rows]
+    slots[1::3] = -1
+    packed, operand = matmul.pack_linear(weight, False), x.half().to(device)
+    scales = CacheScales.of(torch.tensor([[1.0, 3.0], [2.0, 0.5]], device=device), dtype)
+
+    def projected(held: torch.dtype, scales: CacheScales | None) -> tuple[Tensor, Tensor]:
+        keys, values = torch.zeros(2, blocks, BLOCK_SIZE, kv_heads, size, dtype=held, device=device)
+        matmul.project(operand, packed, None, keys, values, slots.to(device), heads, turn, scales=scales)
+        return keys, values
+
+    full, narrow = projected(torch.float16, None), projected(dtype, scales)
+    assert all(map(torch.equal, map(octets, narrow), in_8_bits(full, scales, dtype)))
+    assert octets(narrow[0]).any()
 
 
 def layers(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:

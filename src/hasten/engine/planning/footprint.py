@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from hasten import ops
-from hasten.core.config import DTypeName, ModelConfig, Quantization
+from hasten.core.config import CacheDType, DTypeName, ModelConfig, Quantization
 from hasten.layers.attention import Attention
 from hasten.layers.embedding import Embedding, Head
 from hasten.layers.experts import Experts, SharedExpert
@@ -69,14 +69,19 @@ def footprint(
     *,
     ranks: int = 1,
     quantization: str | None = None,
+    cache_dtype: CacheDType | None = None,
     whole_experts: bool = False,
 ) -> Footprint:
-    """What rank 0 of `ranks` takes; the others take as much. `whole_experts`: expert_parallel."""
+    """What rank 0 of `ranks` takes; the others take as much. `whole_experts`: expert_parallel.
+
+    `cache_dtype`: a type of 8 bits for the key/value cache; None for `dtype`.
+    """
     group = TensorGroup(0, ranks)
     groups = ParallelGroups(tensor=group, expert=group if whole_experts else ALONE)
     with torch.device("meta"):
         model = model_class(config.architecture)(config, groups)
     itemsize = ops.TORCH_DTYPES[dtype].itemsize
+    cache_itemsize = itemsize if cache_dtype is None else ops.CACHE_DTYPES[cache_dtype].itemsize
     schemes = {} if quantization is None else Quantizer(SCHEMES[quantization], model).schemes
     parts, products, widened = Counter[str](), Counter[str](), 0
     tied = any(isinstance(module, Head) and module.tied for module in model.modules())
@@ -92,7 +97,7 @@ def footprint(
     held = experts[0].gate_up.shape[0] if experts else 0
     return Footprint(
         parts=dict(parts.most_common()),
-        kv_bytes_per_token=sum(2 * each.num_kv_heads * each.head_size for each in attentions) * itemsize,
+        kv_bytes_per_token=sum(2 * each.num_kv_heads * each.head_size for each in attentions) * cache_itemsize,
         read_bytes=sum(parts.values()) - looked_up - parts["experts"],
         quantization=quantization,
         widened_bytes=widened,

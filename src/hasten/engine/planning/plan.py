@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hasten import ops
-from hasten.core.config import QUANTIZATIONS, DTypeName, EngineConfig, ModelConfig, ParallelConfig
+from hasten.core.config import QUANTIZATIONS, CacheDType, DTypeName, EngineConfig, ModelConfig, ParallelConfig
 from hasten.core.errors import ConfigError
 from hasten.engine.memory import CPU_SHARE, DEFAULT_MODEL_LEN, DEFAULT_STEP_TOKENS
 from hasten.engine.planning.footprint import Footprint, footprint
@@ -17,6 +17,8 @@ _CONTEXT_BYTES = 600 << 20
 """Of a GPU's memory: what CUDA, its libraries and the compiled kernels take."""
 _FEW_SEQUENCES, _FEW_TOKENS = 16, 1024
 """Of a step that needs little memory besides weights and cache."""
+_CACHE_DTYPE: CacheDType = "int8"
+"""That is proposed for a cache in 8 bits: every device computes with it."""
 Options = dict[str, object]
 """Options of an engine by the names of their fields."""
 
@@ -28,6 +30,8 @@ class Setup:
     dtype: DTypeName
     ranks: int = 1
     quantization: str | None = None
+    cache_dtype: CacheDType | None = None
+    """A type of 8 bits for the key/value cache; None for `dtype`."""
     expert_parallel: bool = False
     max_model_len: int | None = None
     max_num_seqs: int = 256
@@ -76,6 +80,7 @@ class Planner:
             setup.dtype,
             ranks=setup.ranks,
             quantization=setup.quantization,
+            cache_dtype=setup.cache_dtype,
             whole_experts=setup.expert_parallel,
         )
 
@@ -146,6 +151,8 @@ class Planner:
             if size > setup.ranks and self.fit(replace(setup, ranks=size)).fits:
                 found.append({"tensor_parallel_size": size})
                 break
+        if setup.cache_dtype is None and self.fit(replace(setup, cache_dtype=_CACHE_DTYPE)).fits:
+            found.append({"kv_cache_dtype": _CACHE_DTYPE})
         for scheme in QUANTIZATIONS if setup.quantization is None else ():
             if self.fit(replace(setup, quantization=scheme)).fits:
                 found.append({"quantization": scheme})
@@ -167,6 +174,7 @@ def setup_of(config: EngineConfig, dtype: DTypeName, device_kind: str) -> Setup:
         dtype=dtype,
         ranks=config.parallel.tensor_parallel_size,
         quantization=config.quantization,
+        cache_dtype=config.cache.eight_bits,
         expert_parallel=config.parallel.expert_parallel,
         max_model_len=scheduler.max_model_len,
         max_num_seqs=scheduler.max_num_seqs,
@@ -185,10 +193,11 @@ def advice(planner: Planner, setup: Setup, most_ranks: int) -> str:
     """One line for whoever has too little memory: what is needed, what there is, and options that would do."""
     fit = planner.fit(setup)
     token = planner.rank(setup).kv_bytes_per_token
+    cache = "" if setup.cache_dtype is None else f"{setup.cache_dtype} "
     each = " a rank" if setup.ranks > 1 else ""
     needs = (
         f"{fit.weight_bytes / 1e9:.2f} GB of weights{each} as {setup.quantization or setup.dtype}, about "
-        f"{fit.working_bytes / 1e9:.2f} GB to compute with, and {token / 1e6:.3f} MB of cache per token, "
+        f"{fit.working_bytes / 1e9:.2f} GB to compute with, and {token / 1e6:.3f} MB of {cache}cache per token, "
         f"of {planner.device.memory / 1e9:.2f} GB"
     )
     if setup.others > _CONTEXT_BYTES:

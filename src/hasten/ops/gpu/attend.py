@@ -107,8 +107,8 @@ def attend(
             at_n = block_n * block_stride + (key_n % BLOCK_SIZE) * token_stride
             at_nd = at_n[:, None] + d[None, :]
         mask_nd = held[:, None] & in_head[None, :]
-        k_nd = tl.load(keys + at_nd, mask_nd, 0.0)
-        v_nd = tl.load(values + at_nd, mask_nd, 0.0)
+        k_nd = tl.load(keys + at_nd, mask_nd, 0.0).to(q_md.dtype)
+        v_nd = tl.load(values + at_nd, mask_nd, 0.0).to(q_md.dtype)
         distance_mn = key_n[None, :] - position_m[:, None]
         score_mn = tl.dot(q_md, k_nd.T, input_precision=PRECISION) * scale
         if CAPPED:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hasten.ops.cache_scales import CacheScales
 from hasten.ops.gpu.attend import FAR, LOG2_E, attend, merged, with_sink
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
 from hasten.ops.gpu.splits import one_query, query_group
@@ -26,6 +27,7 @@ def _tile(
     values,
     slopes,
     sinks,
+    scales,
     tables,
     items,
     out,
@@ -57,8 +59,8 @@ def _tile(
     """A tile of a sequence's queries, of one head, against all keys that they see.
 
     With RUN, BLOCK_M queries of it, and the softmax over the keys from each multiple of RUN on is computed by itself
-    and added to the one before, as for single queries. Where FARTHEST is not 0,
-    `slopes` are biases by distance instead, 2 * FARTHEST + 1 of each head.
+    and added to the one before, as for single queries. Where FARTHEST is not 0, `slopes` are biases by distance
+    instead, 2 * FARTHEST + 1 of each head. `scales`: those of caches of 8 bits.
     """
     start_next(PDL)
     head = tl.program_id(0)
@@ -81,6 +83,8 @@ def _tile(
     slope = 0.0
     if HAS_SLOPES:
         slope = tl.load(slopes + head).to(tl.float32) * 1.4426950408889634
+    if scales is not None:
+        scale *= tl.load(scales + head // GROUP)
     base = (head // GROUP).to(tl.int64) * head_stride
     end = position + count
     if RUN:
@@ -123,6 +127,8 @@ def _tile(
         if sinks is not None:
             sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
             sum_md, weight_m, top_m = with_sink(sum_md, weight_m, top_m, sink)
+    if scales is not None:
+        sum_md *= tl.load(scales + (HEADS + head) // GROUP)
     target = out + ((out_row + m)[:, None] * HEADS + head) * D + d[None, :]
     # A weight is at least 1, that of the greatest score, or 0 where there are no keys.
     tl.store(target, (sum_md / tl.maximum(weight_m, 1.0)[:, None]).to(out.dtype.element_ty), mask_md)
@@ -141,6 +147,7 @@ def paged_attention(
     sinks_n: Tensor | None = None,
     causal: bool = True,
     bias_nr: Tensor | None = None,
+    scales: CacheScales | None = None,
 ) -> Tensor:
     plan = meta.plan
     assert plan is not None
@@ -160,9 +167,10 @@ def paged_attention(
     )
     assert alibi_slopes_n is None or bias_nr is None, "positions are relative in one way alone"
     slopes = next((biases for biases in (alibi_slopes_n, bias_nr) if biases is not None), query_tnd)
-    shared = (query_tnd, key_cache, value_cache, slopes, sinks_n, meta.block_tables)
+    held = None if scales is None else scales.scales_2m
+    shared = (query_tnd, key_cache, value_cache, slopes, sinks_n, held, meta.block_tables)
     numbers = (query_tnd.stride(0), *key_cache.stride()[:3], scale * LOG2_E, (softcap or 0.0) * LOG2_E)
-    wide, group = key_cache.dtype == torch.float32, heads // kv_heads
+    wide, group = query_tnd.dtype == torch.float32, heads // kv_heads
     if plan.tiles is not None:
         options = _tiles(meta.run, d, block_size, wide)
         _tile[(heads, len(plan.tiles), TILE // options["BLOCK_M"])](

@@ -5,6 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hasten.ops.block_caches import BlockCaches
+from hasten.ops.cache_scales import CacheScales
+from hasten.ops.gpu.eight_bits import in_cache
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
 
 _WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
@@ -20,13 +22,15 @@ def _write(
     keys,
     values,
     slots,
+    inverses,
     key_stride,
     value_stride,
     WIDTH: tl.constexpr,
+    D: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Copy one token's keys and values to its slot."""
+    """Copy one token's keys and values to its slot; heads of D are multiplied by `inverses` for caches of 8 bits."""
     start_next(PDL)
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -35,18 +39,33 @@ def _write(
         for start in tl.static_range(0, WIDTH, BLOCK):
             at = start + tl.arange(0, BLOCK)
             valid = at < WIDTH
-            tl.store(keys + slot * WIDTH + at, tl.load(new_keys + row * key_stride + at, valid), valid)
-            tl.store(values + slot * WIDTH + at, tl.load(new_values + row * value_stride + at, valid), valid)
+            key = tl.load(new_keys + row * key_stride + at, valid)
+            if inverses is not None:
+                key = in_cache(key, tl.load(inverses + at // D, valid), keys.dtype.element_ty)
+            tl.store(keys + slot * WIDTH + at, key, valid)
+            value = tl.load(new_values + row * value_stride + at, valid)
+            if inverses is not None:
+                value = in_cache(value, tl.load(inverses + (WIDTH + at) // D, valid), values.dtype.element_ty)
+            tl.store(values + slot * WIDTH + at, value, valid)
 
 
-def write_cache(key_tmd: Tensor, value_tmd: Tensor, key_cache: Tensor, value_cache: Tensor, slots_t: Tensor) -> None:
+def write_cache(
+    key_tmd: Tensor,
+    value_tmd: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots_t: Tensor,
+    *,
+    scales: CacheScales | None = None,
+) -> None:
     width = key_tmd.shape[1] * key_tmd.shape[2]
     assert key_tmd.stride(1) == value_tmd.stride(1) == key_tmd.shape[2]
     assert key_cache.is_contiguous()
     block = min(2048, triton.next_power_of_2(width))
     _write[(key_tmd.shape[0],)](
-        key_tmd, value_tmd, key_cache, value_cache, slots_t, key_tmd.stride(0), value_tmd.stride(0),
-        WIDTH=width, BLOCK=block, num_warps=max(1, min(8, block // 256)), **overlapped(key_tmd),
+        key_tmd, value_tmd, key_cache, value_cache, slots_t, None if scales is None else scales.inverses_2m,
+        key_tmd.stride(0), value_tmd.stride(0), WIDTH=width, D=key_tmd.shape[2], BLOCK=block,
+        num_warps=max(1, min(8, block // 256)), **overlapped(key_tmd),
     )  # fmt: skip
 
 

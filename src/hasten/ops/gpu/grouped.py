@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hasten.ops.gpu.endings import Projection, store_sums
+from hasten.ops.gpu.endings import Projection, store_sums, targets, widths
 from hasten.ops.gpu.launch import multiprocessors, overlapped, prefetch, shared_memory, start_next, wait_for_inputs
 from hasten.ops.grouped import GroupedWeight
 from hasten.ops.packed import PackedLinear
@@ -100,6 +100,7 @@ def _by_groups(
     keys,
     cached_values,
     slots,
+    inverses,
     M,
     N,
     K: tl.constexpr,
@@ -118,6 +119,7 @@ def _by_groups(
     CLIP: tl.constexpr,
     Q: tl.constexpr,
     KV: tl.constexpr,
+    D: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -176,7 +178,9 @@ def _by_groups(
                 total = _add(four, fourth, total, scales, zeros, at, MIDDLE, HAS_ZEROS)
         else:
             total = _add(_less(read, MIDDLE, dtype), x_mk, total, scales, zeros, at, MIDDLE, HAS_ZEROS)
-    store_sums(total, m, n, M, N, bias, out, keys, cached_values, slots, SPLITS, HAS_BIAS, ACTIVATION, CLIP, Q, KV)
+    store_sums(
+        total, m, n, M, N, bias, out, keys, cached_values, slots, inverses, SPLITS, HAS_BIAS, ACTIVATION, CLIP, Q, KV, D
+    )
 
 
 @triton.jit
@@ -331,14 +335,14 @@ def product(
         out = x_tk.new_empty(splits, rows, features, dtype=torch.float32)
     else:
         out = x_tk.new_empty(rows, features if to is None else to.queries)
-    keys, values, slots = (x_tk,) * 3 if to is None else (to.key_cache, to.value_cache, to.slots_t)
+    keys, values, slots, inverses = targets(to, x_tk)
     stage_bytes = block_k * 2 * cut.block_m + cut.block_n * block_k // (2 if weight.is_packed else 1)
     _by_groups[(triton.cdiv(rows, cut.block_m) * triton.cdiv(features, cut.block_n), splits)](
-        x_tk, *_tensors(weight), x_tk if bias_o is None else bias_o, out, keys, values, slots, rows, features,
+        x_tk, *_tensors(weight), x_tk if bias_o is None else bias_o, out, keys, values, slots,
+        inverses, rows, features,
         SCALES_SUMS=cut.scales_sums, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=block_k, SPLITS=splits,
         STAGES=max(2, min(cut.stages, shared_memory(device) // stage_bytes)),
-        HAS_BIAS=bias_o is not None, ACTIVATION=activation, CLIP=None if to is None else to.clip,
-        Q=0 if to is None else to.queries, KV=0 if to is None else to.width, AHEAD=_AHEAD, num_warps=cut.warps,
+        HAS_BIAS=bias_o is not None, ACTIVATION=activation, **widths(to), AHEAD=_AHEAD, num_warps=cut.warps,
         **_constants(weight), **overlapped(x_tk),
     )  # fmt: skip
     return out

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hasten.ops.cache_scales import CacheScales
+from hasten.ops.gpu.eight_bits import in_cache
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
 from hasten.ops.heads import HeadTransform
 
@@ -59,6 +61,7 @@ def _store_heads(
     keys,
     values,
     slots,
+    inverses,
     positions,
     table,
     query_norm,
@@ -139,6 +142,10 @@ def _store_heads(
         x_hd.to(out.dtype.element_ty),
         (head_h < HEADS)[:, None] & in_head[None, :],
     )
+    if inverses is not None:
+        inverse_h1 = tl.load(inverses + key_h, (key_h >= 0) & (key_h < 2 * KV_HEADS), 0.0)[:, None]
+        x_hd = in_cache(x_hd.to(out.dtype.element_ty), inverse_h1, keys.dtype.element_ty)
+        stored_hd = in_cache(stored_hd, inverse_h1, values.dtype.element_ty)
     tl.store(
         keys + ((slot * KV_HEADS + key_h) * D)[:, None] + d[None, :],
         x_hd.to(keys.dtype.element_ty),
@@ -170,6 +177,7 @@ def store_heads(
     num_heads: int,
     transform: HeadTransform,
     *,
+    scales: CacheScales | None = None,
     fixed_order: bool = False,
 ) -> Tensor:
     """See `hasten.ops.reference.store_heads`; with `fixed_order` norms of heads do not depend on the number of rows."""
@@ -192,6 +200,7 @@ def store_heads(
         key_cache,
         value_cache,
         slots_t,
+        None if scales is None else scales.inverses_2m,
         transform.positions_t,
         given(table),
         given(weight_d),

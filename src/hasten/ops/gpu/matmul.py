@@ -14,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from hasten.ops import reference
+from hasten.ops.cache_scales import CacheScales
 from hasten.ops.gpu import grouped, library, rounded
 from hasten.ops.gpu.activations import activated
 from hasten.ops.gpu.cache import write_cache
-from hasten.ops.gpu.endings import Projection, store_projected
+from hasten.ops.gpu.endings import Projection, store_projected, targets, widths
 from hasten.ops.gpu.heads import store_heads
 from hasten.ops.gpu.launch import multiprocessors, overlapped, prefetch, shared_memory, start_next, wait_for_inputs
 from hasten.ops.grouped import GroupedWeight
@@ -36,6 +37,7 @@ def _matvec(
     keys,
     values,
     slots,
+    inverses,
     N,
     K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -45,6 +47,7 @@ def _matvec(
     CLIP: tl.constexpr,
     Q: tl.constexpr,
     KV: tl.constexpr,
+    D: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One row: each program multiplies it with ROWS rows of the weight."""
@@ -74,7 +77,8 @@ def _matvec(
         value = tl.clamp(value, -CLIP, CLIP, propagate_nan=tl.PropagateNan.ALL)
     value = value.to(out.dtype.element_ty)
     if KV:
-        store_projected(value, n * 0, tl.load(slots).to(tl.int64), n, valid, out, keys, values, Q, KV)
+        slot = tl.load(slots).to(tl.int64)
+        store_projected(value, n * 0, slot, n, valid, out, keys, values, inverses, Q, KV, D)
     else:
         tl.store(out + n, value, valid)
 
@@ -123,6 +127,7 @@ def _skinny(
     keys,
     values,
     slots,
+    inverses,
     M,
     N,
     K: tl.constexpr,
@@ -139,6 +144,7 @@ def _skinny(
     CLIP: tl.constexpr,
     Q: tl.constexpr,
     KV: tl.constexpr,
+    D: tl.constexpr,
     PRECISION: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
@@ -189,7 +195,7 @@ def _skinny(
         valid = (m < M)[None, :] & (n < N)[:, None]
         if KV:
             slot = tl.load(slots + m, m < M, -1).to(tl.int64)
-            store_projected(value, m[None, :], slot[None, :], n[:, None], valid, out, keys, values, Q, KV)
+            store_projected(value, m[None, :], slot[None, :], n[:, None], valid, out, keys, values, inverses, Q, KV, D)
         else:
             tl.store(out + m[None, :].to(tl.int64) * N + n[:, None], value, valid)
 
@@ -322,12 +328,14 @@ def project(
     transform: HeadTransform | None = None,
     *,
     clip: float | None = None,
+    scales: CacheScales | None = None,
 ) -> Tensor:
     """See `hasten.ops.project`."""
     if transform is not None:
         qkv_to = reference.clipped(linear(x_th, weight, bias_o, None), clip)
         caches = key_cache, value_cache
-        return store_heads(qkv_to, *caches, slots_t, num_heads, transform, fixed_order=weight.fixed_order)
+        fixed = weight.fixed_order
+        return store_heads(qkv_to, *caches, slots_t, num_heads, transform, scales=scales, fixed_order=fixed)
     head_size = key_cache.shape[3]
     if weight.fixed_order:
         product_to = _by_library(x_th, weight, bias_o)
@@ -335,10 +343,10 @@ def project(
         served = _serves(x_th, weight)
         product_to = None if served else _library(x_th, weight, bias_o)
     if product_to is None:
-        to = Projection(num_heads * head_size, key_cache, value_cache, slots_t, clip)
+        to = Projection(num_heads * head_size, key_cache, value_cache, slots_t, clip, scales)
         return _product(x_th, weight, bias_o, None, to, splits=1).unflatten(1, (num_heads, head_size))
     query_tnd, key_tmd, value_tmd = split_heads(reference.clipped(product_to, clip), num_heads, key_cache)
-    write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t)
+    write_cache(key_tmd, value_tmd, key_cache, value_cache, slots_t, scales=scales)
     return query_tnd
 
 
@@ -431,16 +439,13 @@ def _product(
         out = x_th.new_empty(grid_splits, rows, features, dtype=torch.float32)
     else:
         out = x_th.new_empty(rows, features if to is None else to.queries)
-    keys, values, slots = (x_th,) * 3 if to is None else (to.key_cache, to.value_cache, to.slots_t)
     assert weight.plain is not None
-    arguments = (x_th, weight.plain, x_th if bias_o is None else bias_o, out, keys, values, slots)
+    arguments = (x_th, weight.plain, x_th if bias_o is None else bias_o, out, *targets(to, x_th))
     common = dict(
         K=width,
         HAS_BIAS=bias_o is not None,
         ACTIVATION=activation,
-        CLIP=None if to is None else to.clip,
-        Q=0 if to is None else to.queries,
-        KV=0 if to is None else to.width,
+        **widths(to),
         **overlapped(x_th),
     )
     if rows == 1 and not weight.fixed_order:

@@ -16,27 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from hasten.core.errors import UnsupportedError
-from hasten.ops.gpu.endings import Projection, store_sums
+from hasten.ops.gpu.eight_bits import to_e4m3, whole
+from hasten.ops.gpu.endings import Projection, store_sums, targets, widths
 from hasten.ops.gpu.launch import multiprocessors, overlapped, prefetch, shared_memory, start_next, wait_for_inputs
 from hasten.ops.packed import PackedLinear, QuantizedWeight
 from hasten.ops.rounding import BASE, LARGEST, LARGEST_OF_DIGITS, multiplies
 
 _BASE = tl.constexpr(BASE)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-
-
-@triton.jit
-def _whole(x):
-    """fp32 below 2^22 rounded to the nearest whole number, the even one of two."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _to_e4m3(x):
-    """fp32 of at most 448 to the nearest value of e4m3, still in fp32, so that conversions have nothing to round."""
-    exponent = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)  # that of the least normal one
-    large = (exponent - (3 << 23)).to(tl.float32, bitcast=True) * 12582912.0
-    return (x + large) - large
 
 
 @triton.jit
@@ -57,23 +44,23 @@ def _round_rows(
     k = tl.arange(0, BLOCK_K)
     wait_for_inputs(PDL)
     value = tl.load(x + row * K + k, k < K, 0.0).to(tl.float32)
-    damaged = tl.max((tl.abs(value) < float("inf")).to(tl.int32) ^ 1, 0) != 0
-    value = tl.where(damaged, 0.0, value)
-    unit = tl.div_rn(tl.maximum(tl.max(tl.abs(value), 0), _TINY * LARGEST), LARGEST)
-    number = tl.div_rn(value, unit)
+    top = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)  # magnitudes, and NaN above them, in their order
+    damaged = top >= 0x7F800000
+    greatest = tl.where(damaged, 0, top).to(tl.float32, bitcast=True)
+    unit = tl.div_rn(tl.maximum(greatest, _TINY * LARGEST), LARGEST)
+    number = tl.where(damaged, 0.0, value) * tl.div_rn(1.0, unit)
     target = numbers + row * DIGITS * WIDTH + k
     kept = k < WIDTH
     dtype: tl.constexpr = numbers.dtype.element_ty
     if DIGITS == 2:
-        number = _whole(number)
-        high = _whole(number * (1 / _BASE))
+        number = whole(number)
+        high = whole(number * (1 / _BASE))
         tl.store(target, high.to(dtype), kept)
         tl.store(target + WIDTH, (number - high * _BASE).to(dtype), kept)
     elif dtype == tl.int8:
-        tl.store(target, _whole(number).to(dtype), kept)
+        tl.store(target, whole(number).to(dtype), kept)
     else:
-        number = tl.minimum(tl.maximum(number, -LARGEST), LARGEST)
-        tl.store(target, _to_e4m3(number).to(dtype), kept)
+        tl.store(target, to_e4m3(number), kept)
     tl.store(units + row, tl.where(damaged, float("nan"), unit))
 
 
@@ -88,6 +75,7 @@ def _eight_bit(
     keys,
     values,
     slots,
+    inverses,
     M,
     N,
     WIDTH: tl.constexpr,
@@ -102,6 +90,7 @@ def _eight_bit(
     CLIP: tl.constexpr,
     Q: tl.constexpr,
     KV: tl.constexpr,
+    D: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -135,7 +124,7 @@ def _eight_bit(
     if DIGITS == 2:
         sums = sums * _BASE + low.to(tl.float32)
     sums *= tl.load(scales + n, n < N, 0.0)[:, None] * tl.load(units + m, m < M, 0.0)[None, :]
-    store_sums(sums, m, n, M, N, bias, out, keys, values, slots, SPLITS, HAS_BIAS, ACTIVATION, CLIP, Q, KV)
+    store_sums(sums, m, n, M, N, bias, out, keys, values, slots, inverses, SPLITS, HAS_BIAS, ACTIVATION, CLIP, Q, KV, D)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -294,13 +283,12 @@ def product(
         out = x_th.new_empty(splits, rows, features, dtype=torch.float32)
     else:
         out = x_th.new_empty(rows, features if to is None else to.queries)
-    keys, values, slots = (x_th,) * 3 if to is None else (to.key_cache, to.value_cache, to.slots_t)
+    keys, values, slots, inverses = targets(to, x_th)
     _eight_bit[(triton.cdiv(rows, cut.block_m) * triton.cdiv(features, cut.block_n), splits)](
         numbers, units_t, weight.plain, weight.scales, x_th if bias_o is None else bias_o, out, keys, values, slots,
-        rows, features, WIDTH=width, DIGITS=digits,
+        inverses, rows, features, WIDTH=width, DIGITS=digits,
         BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, SPLITS=splits, STAGES=cut.stages,
-        HAS_BIAS=bias_o is not None, ACTIVATION=activation, CLIP=None if to is None else to.clip,
-        Q=0 if to is None else to.queries, KV=0 if to is None else to.width,
+        HAS_BIAS=bias_o is not None, ACTIVATION=activation, **widths(to),
         AHEAD=_AHEAD, num_warps=cut.warps, **overlapped(x_th),
     )  # fmt: skip
     return out
@@ -310,14 +298,18 @@ def _cut(
     rows: int, features: int, width: int, digits: int, *, split: bool, processors: int, shared: int
 ) -> tuple[Cut, int]:
     """The cut that keeps all multiprocessors busy to the end, in as many stages as find room; and parts of K."""
+    fitting = []
     for cut in _cuts(rows, digits):
         while width % cut.block_k:
             cut = replace(cut, block_k=cut.block_k // 2)
         programs = triton.cdiv(rows, cut.block_m) * triton.cdiv(features, cut.block_n)
         splits = _splits(rows, width // cut.block_k, processors // programs) if split else 1
+        fitting.append((cut, splits))
         rounds = programs * splits / processors
         if rounds / math.ceil(rounds) >= _BUSY:
             break
+    else:
+        cut, splits = fitting[0 if digits > 1 and rows <= _FEW_ROWS else -1]  # measured: docs/performance.md
     stage = (cut.block_n + digits * cut.block_m) * cut.block_k
     return replace(cut, stages=max(2, min(cut.stages, shared // stage))), splits
 

@@ -37,6 +37,7 @@ def one_query(
     values,
     slopes,
     sinks,
+    scales,
     tables,
     items,
     out,
@@ -62,7 +63,7 @@ def one_query(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One query of one head against a split of the keys of that head.
+    """One query of one head against a split of the keys of that head; `scales`: those of caches of 8 bits.
 
     The query is the last token of its sequence, or has no position. Each of BLOCK_N lanes of keys keeps its own running
     softmax, so that nothing crosses lanes before the end. The program that finishes last among the splits of a query
@@ -86,6 +87,8 @@ def one_query(
     slope = 0.0
     if HAS_SLOPES:
         slope = tl.load(slopes + head).to(tl.float32) * 1.4426950408889634
+    if scales is not None:
+        scale *= tl.load(scales + head)
     base = head.to(tl.int64) * head_stride
     wait_for_inputs(PDL)
     if parts > 0:
@@ -131,6 +134,8 @@ def one_query(
         decay_n = tl.exp2(top_n - top)
         weight = tl.sum(weight_n * decay_n, 0)
         sum_d = tl.sum(sum_nd * decay_n[:, None], 0)
+        if scales is not None:
+            sum_d *= tl.load(scales + HEADS + head)
         if sinks is not None:
             # of all splits of a query, the first one has the sink
             sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
@@ -160,6 +165,7 @@ def query_group(
     values,
     slopes,
     sinks,
+    scales,
     tables,
     items,
     out,
@@ -213,6 +219,8 @@ def query_group(
     slope_m = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SLOPES:
         slope_m = tl.load(slopes + head_m).to(tl.float32) * 1.4426950408889634
+    if scales is not None:
+        scale *= tl.load(scales + kv_head)
     base = kv_head.to(tl.int64) * head_stride
     wait_for_inputs(PDL)
     if parts > 0:
@@ -227,6 +235,8 @@ def query_group(
             block_stride, token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD,
             HAS_SLOPES, WINDOW, CAPPED, True, FARTHEST, PRECISION,
         )  # fmt: skip
+        if scales is not None:
+            sum_md *= tl.load(scales + HEADS // GROUP + kv_head)
         if sinks is not None:
             sink_m = tl.load(sinks + head_m).to(tl.float32) * 1.4426950408889634
             sum_md, weight_m, top_m = with_sink(sum_md, weight_m, top_m, tl.where(part == 0, sink_m, FAR))

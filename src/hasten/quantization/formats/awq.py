@@ -27,6 +27,7 @@ class AWQ:
 
     name = "awq"
     is_held = True
+    cache_dtype = None
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         bits = hf_config.count(raw, "w_bit", "bits")

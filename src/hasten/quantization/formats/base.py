@@ -63,6 +63,14 @@ class Format(Protocol):
         """Whether models hold weights as the files do; else all of them are in full precision in memory."""
         ...
 
+    @property
+    def cache_dtype(self) -> torch.dtype | None:
+        """Type of 8 bits that stored scales of the key/value cache are for; None where there are none.
+
+        UnsupportedError names the key of the configuration that asks for another kind of cache.
+        """
+        ...
+
     def find(self, module: str, names: Container[str]) -> Mapping[str, str] | None:
         """Stored names of a module's tensors by what they are, among `names`; None for one that is not quantized.
 

@@ -8,6 +8,8 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
 from hasten.quantization.formats.base import Module, find
 from hasten.quantization.formats.eight_bit import FLOAT_QUANTIZED, INT_QUANTIZED
@@ -44,6 +46,7 @@ PACKINGS: Mapping[str, Packing] = {
     "float-quantized": FLOAT_QUANTIZED,
 }
 _LINEAR = "Linear"
+_CACHE_BITS = 8
 _OF_CACHE = re.compile(r".*\.([kvq]_(scale|zero_point)|[kv]_proj\.output_scale)")
 
 
@@ -73,6 +76,7 @@ class CompressedTensors:
         if not isinstance(groups, Mapping) or not all(isinstance(each, Mapping) for each in groups.values()):
             raise ConfigError("config_groups is not an object of groups")
         self.groups = [self._group(name, each, str(raw.get("format"))) for name, each in groups.items()]
+        self._cache_scheme = raw.get("kv_cache_scheme")
 
     def _group(self, name: str, raw: Mapping[str, Any], packed: str) -> _Group:
         packed = str(raw.get("format") or packed)
@@ -89,6 +93,16 @@ class CompressedTensors:
             raise ConfigError(f"config_groups.{name}.targets is not a list of names")
         return _Group(name, tuple(targets), weights, activations, packing)
 
+    @property
+    def cache_dtype(self) -> torch.dtype | None:
+        """See `Format.cache_dtype`; files without a scheme whose scales are there are of fp8."""
+        if self._cache_scheme is None:
+            return torch.float8_e4m3fn
+        scheme = Arguments.of(self._cache_scheme, "kv_cache_scheme")
+        if scheme.num_bits != _CACHE_BITS or not scheme.symmetric:
+            raise UnsupportedError("kv_cache_scheme: num_bits 8 and symmetric true are supported")
+        return torch.int8 if scheme.type == "int" else torch.float8_e4m3fn
+
     def find(self, module: str, names: Container[str]) -> Mapping[str, str] | None:
         """See `Format.find`; modules without a scale are those that `ignore` names."""
         for packing in {id(group.packing): group.packing for group in self.groups}.values():
@@ -97,7 +111,7 @@ class CompressedTensors:
         return None
 
     def is_leftover(self, name: str) -> bool:
-        """Scales of the key/value cache, which keeps the type that the model computes in."""
+        """Scales of the key/value cache."""
         return _OF_CACHE.fullmatch(name) is not None
 
     def read(self, module: Module) -> StoredWeight:

@@ -70,6 +70,7 @@ class FP8:
     """`quant_method` fp8: e4m3 with scales of blocks, as DeepSeek's files have them, or of the whole weight."""
 
     name = "fp8"
+    cache_dtype = _E4M3
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         if (kind := raw.get("fmt", "e4m3")) != "e4m3":
@@ -89,7 +90,7 @@ class FP8:
         return find(module, names, ("weight", scale), ("input_scale",), self.name)
 
     def is_leftover(self, name: str) -> bool:
-        """Scales of the key/value cache, which keeps the type that the model computes in."""
+        """Scales of the key/value cache."""
         return name.endswith((".k_scale", ".v_scale"))
 
     def read(self, module: Module) -> StoredWeight:

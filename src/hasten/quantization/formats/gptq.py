@@ -47,6 +47,7 @@ class GPTQ:
 
     name = "gptq"
     is_held = True
+    cache_dtype = None
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         self.settings = _Settings.of(raw)

@@ -26,6 +26,7 @@ class MXFP4:
 
     name = "mxfp4"
     is_held = False
+    cache_dtype = None
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         """The configuration says nothing but which modules are not quantized, which their tensors show."""

@@ -285,6 +285,7 @@ def engine_info(engine: "Engine") -> EngineInfo:
         max_num_seqs=engine.scheduler.config.max_num_seqs,
         dtype=names[worker.runner.dtype],
         quantization=worker.quantization,
+        cache_dtype=engine.config.cache.eight_bits,
         device=torch.cuda.get_device_name(worker.device) if on_gpu else "cpu",
         ranks=engine.ranks.world.size,
         tokenizer_folder=None if folder is None else str(folder),

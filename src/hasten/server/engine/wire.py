@@ -46,6 +46,8 @@ class EngineInfo:
     """From the start of its process until it was ready."""
     quantization: str | None = None
     """Scheme of its weights; None: they are in `dtype`."""
+    cache_dtype: str | None = None
+    """Type of 8 bits of its key/value cache; None: it is in `dtype`."""
     pooling: PoolingInfo | None = None
     """What it makes of texts; None where it generates text."""
 
@@ -61,8 +63,9 @@ class EngineInfo:
 
     @property
     def types(self) -> str:
-        """What it computes in and what its weights are, for people."""
-        return self.dtype if self.quantization is None else f"{self.dtype}, {self.quantization} weights"
+        """What it computes in and what its weights and its cache are, for people."""
+        held = {"weights": self.quantization, "key/value cache": self.cache_dtype}
+        return ", ".join([self.dtype, *(f"{kind} {what}" for what, kind in held.items() if kind is not None)])
 
     @classmethod
     def of_all(cls, infos: "Sequence[EngineInfo]") -> "EngineInfo":
