@@ -6,6 +6,7 @@ error's kind to their own status codes.
 
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +69,23 @@ class Tensor:
     """BOOL, UINT8 to UINT64, INT8 to INT64, FP16, FP32, FP64 or BYTES."""
     shape: tuple[int, ...]
     data: NDArray[np.generic]
+
+
+class Texts(Tensor):
+    """A tensor of BYTES that holds its elements in a list, end to end; an array is made of them where one is wanted.
+
+    A stream of text has one for each token, and most are only sent.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], elements: list[bytes]) -> None:
+        self.name, self.datatype, self.shape, self.elements = name, "BYTES", shape, elements
+
+    @cached_property
+    def data(self) -> NDArray[np.generic]:  # type: ignore[override]  # computed, and kept as the attribute that it is
+        """As in any tensor."""
+        made = np.empty(len(self.elements), dtype=object)
+        made[:] = self.elements
+        return made.reshape(self.shape)
 
 
 @dataclass

@@ -24,9 +24,8 @@ from hasten.server.models.model import Models, Served, required_engine
 from hasten.server.models.parameters import TOKEN_MODEL
 from hasten.server.models.text_inputs import TextRequest, read_text
 from hasten.server.models.work import Outcome, Work
-from hasten.server.protocol.tensors import objects
 from hasten.server.statistics import Meter
-from hasten.server.types import ErrorKind, ServiceError, Tensor
+from hasten.server.types import ErrorKind, ServiceError, Tensor, Texts
 
 DEFAULT_TOKEN_MODEL = "fastertransformer"
 
@@ -157,12 +156,12 @@ class _Reply:
 
     def _output(self, name: str, deltas: list[CompletionDelta]) -> Tensor:
         if name == "text_output":
-            return self._tensor(name, "BYTES", _strings([self._first + delta.text for delta in deltas]))
+            return self._texts(name, [self._first + delta.text for delta in deltas])
         if name == "finish_reason":
-            return self._tensor(name, "BYTES", _strings([str(delta.finish_reason) for delta in deltas]))
+            return self._texts(name, [str(delta.finish_reason) for delta in deltas])
         if name == "logprobs":
             texts = [_logprobs_json(delta) if self._asked.logprobs else "null" for delta in deltas]
-            return self._tensor(name, "BYTES", _strings(texts))
+            return self._texts(name, texts)
         if name == "num_input_tokens":
             return self._tensor(name, "UINT32", np.array([self._prompt_tokens], np.uint32))
         if name == "num_output_tokens":
@@ -172,14 +171,15 @@ class _Reply:
         sums = np.array([delta.cumulative_logprob or 0.0 for delta in deltas], np.float32)
         return self._tensor(name, "FP32", sums)
 
+    def _texts(self, name: str, texts: list[str]) -> Tensor:
+        """One for each completion."""
+        shape = (1, len(texts)) if self._work.batch_size else (len(texts),)
+        return Texts(name, shape, [text.encode() for text in texts])
+
     def _tensor(self, name: str, datatype: str, data: NDArray[Any]) -> Tensor:
         """With a batch axis of 1 if the inputs have one."""
         data = data[np.newaxis] if self._work.batch_size else data
         return Tensor(name, datatype, data.shape, data)
-
-
-def _strings(texts: list[str]) -> NDArray[Any]:
-    return objects([text.encode() for text in texts])
 
 
 def _matrix(rows: list[list[float]]) -> NDArray[np.float32]:

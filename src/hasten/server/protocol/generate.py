@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hasten.server.protocol.bodies import checked_parameters, dump_json
-from hasten.server.protocol.tensors import elements_json, flatten, from_list, invalid
+from hasten.server.protocol.tensors import elements_json, flatten, from_list, invalid, texts_of
 from hasten.server.types import InferRequest, InferResponse, Parameter, Tensor, TensorSpec
 
 if TYPE_CHECKING:
@@ -88,8 +88,8 @@ def generate_json(response: InferResponse) -> bytes:
 
 
 def _plain(output: Tensor) -> msgspec.Raw | str:
-    if output.data.size == 1 and output.datatype == "BYTES":
-        text: bytes = output.data.item()
-        return text.decode(errors="replace")
+    texts = texts_of(output)
+    if texts is not None and len(texts) == 1:
+        return texts[0].decode(errors="replace")
     values = elements_json(output)
     return msgspec.Raw(bytes(values)[1:-1]) if output.data.size == 1 else values

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.server.types import ErrorKind, ServiceError, Tensor
+from hasten.server.types import ErrorKind, ServiceError, Tensor, Texts
 
 NUMPY: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(bool),
@@ -156,18 +156,27 @@ def objects(values: Sequence[bytes]) -> NDArray[Any]:
 
 def byte_size(tensors: Iterable[Tensor]) -> int:
     """Bytes of some tensors' elements."""
-    return sum(
-        sum(map(len, tensor.data.ravel().tolist())) if tensor.data.dtype.hasobject else tensor.data.nbytes
-        for tensor in tensors
-    )
+    size = 0
+    for tensor in tensors:
+        texts = texts_of(tensor)
+        size += tensor.data.nbytes if texts is None else sum(map(len, texts))
+    return size
+
+
+def texts_of(tensor: Tensor) -> list[bytes] | None:
+    """The elements of a tensor of BYTES; None of one of numbers."""
+    if isinstance(tensor, Texts):
+        return tensor.elements
+    texts: list[bytes] | None = tensor.data.ravel().tolist() if tensor.data.dtype.hasobject else None
+    return texts
 
 
 def to_bytes(tensor: Tensor) -> bytes:
     """The raw bytes of a tensor."""
-    data = tensor.data
-    if data.dtype.hasobject:
-        return b"".join([_LENGTH.pack(len(text)) + text for text in data.ravel().tolist()])
-    return data.tobytes()
+    texts = texts_of(tensor)
+    if texts is None:
+        return tensor.data.tobytes()
+    return b"".join([_LENGTH.pack(len(text)) + text for text in texts])
 
 
 def from_list(name: str, datatype: str, shape: Sequence[int], data: Any, what: str = "data") -> Tensor:
