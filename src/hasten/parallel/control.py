@@ -7,6 +7,7 @@ its host does, whatever either side is doing.
 import fcntl
 import hmac
 import json
+import os
 import secrets
 import socket
 import struct
@@ -101,9 +102,11 @@ class Hub:
     def _admit(self, address: str, connection: Connection, token: str) -> None:
         """Keep a connection to this host's `address` if it is one of this run's ranks."""
         with suppress(OSError, EOFError, ValueError):
+            os.set_blocking(connection.fileno(), False)  # a stranger may send a part of a message and no more
             if connection.poll(_HELLO_S):
                 rank, host, purpose, shown = json.loads(connection.recv_bytes(_HELLO_BYTES))
                 if hmac.compare_digest(shown, token):
+                    os.set_blocking(connection.fileno(), True)
                     self._hosts[rank], self.address = host, address
                     (self._steps if purpose == _STEPS else self._watched)[rank] = connection
                     return
