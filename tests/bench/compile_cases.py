@@ -21,8 +21,8 @@ from hasten.core.config import DTypeName
 from hasten.ops import gpu
 
 ROOMS = (
-    *("attention", "cache", "cuts", "draw", "edits", "exchange", "expert_groups", "expert_pairs", "experts", "gated"),
-    *("heads", "logprobs", "matmul", "norm", "router", "sampling"),
+    *("attention", "beams", "cache", "cuts", "draw", "edits", "exchange", "expert_groups", "expert_pairs", "experts"),
+    *("gated", "heads", "logprobs", "matmul", "norm", "router", "sampling"),
 )
 """Of `ops/gpu`: the ones that launch kernels for `hasten.ops`."""
 INNER = ("grouped", "rounded")

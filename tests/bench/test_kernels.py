@@ -217,7 +217,9 @@ def test_json_and_a_wrong_result_is_status_1(capsys: pytest.CaptureFixture[str],
 @pytest.mark.usefixtures("made_up_gpu")
 def test_a_name_of_no_kernel_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "kernels", "--only", "gemm"]) == 2
-    assert "no kernel is called 'gemm'; there are copy_blocks, count_tokens, draw" in capsys.readouterr().err
+    assert (
+        "no kernel is called 'gemm'; there are choose_beams, copy_blocks, count_tokens, draw" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

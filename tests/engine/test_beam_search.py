@@ -258,29 +258,30 @@ def test_the_models_own_end_token(early: bool, make_bloom: MakeBloom, reference:
 
 
 @pytest.mark.any_python
+@pytest.mark.parametrize("overlap", [False, True], ids=["steps", "overlapped"])
 @pytest.mark.parametrize(
     "options",
-    [{"min_tokens": 6}, {"repetition_penalty": 1.2}, {"bad_words_ids": "its first tokens"}],
+    [{"min_tokens": 6}, {"repetition_penalty": 1.2}, *({"bad_words_ids": length} for length in (1, 2, 3))],
     ids=str,
 )
 def test_what_changes_log_probabilities_acts_before_the_choice(
-    options: dict[str, Any], bloom: Path, reference: Callable[[Path], Reference]
+    options: dict[str, Any], overlap: bool, bloom: Path, reference: Callable[[Path], Reference]
 ) -> None:
+    """`bad_words_ids`: the first tokens of completions that are found without."""
     plain: dict[str, Any] = {"beam_width": 4, "n": 4, "max_tokens": 12, "length_penalty": 0.0, "stop_token_ids": EOS}
     changed = 0
-    with LLM(bloom) as llm:
-        if "bad_words_ids" in options:
-            tokens = [
-                completion.token_ids for completion in llm.generate(PROMPTS[2], SamplingParams(**plain))[0].outputs
-            ]
+    with LLM(bloom, overlap_steps=overlap) as llm:
+        before = llm.generate(PROMPTS, SamplingParams(**plain))
+        if length := options.get("bad_words_ids"):
+            found = [completion.token_ids[:length] for output in before[:5] for completion in output.outputs]
             # transformers never bans an end token
-            options = {"bad_words_ids": [each[:1] for each in tokens if each[0] not in EOS]}
+            options = {"bad_words_ids": [each for each in found if len(each) == length and each[-1] not in EOS]}
             assert options["bad_words_ids"]
         params = SamplingParams(**plain, **options)
-        for prompt, without in zip(PROMPTS, llm.generate(PROMPTS, SamplingParams(**plain)), strict=True):
-            output = llm.generate(prompt, params)[0]
-            assert_beams(output, wanted(reference(bloom), prompt, params), params)
-            changed += [c.token_ids for c in output.outputs] != [c.token_ids for c in without.outputs]
+        after = llm.generate(PROMPTS, params)
+    for prompt, output, without in zip(PROMPTS, after, before, strict=True):
+        assert_beams(output, wanted(reference(bloom), prompt, params), params)
+        changed += [c.token_ids for c in output.outputs] != [c.token_ids for c in without.outputs]
     assert changed > 0
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from hasten import LLM, CapacityError, EngineError, RankError, RequestOutput, SamplingParams
 from hasten.bench import lambada
 from hasten.bench.engines import HastenEngine
-from hasten.engine.graphs import StepGraphs, StepOutput
+from hasten.engine.graphs import Prepare, StepGraphs, StepOutput
 from hasten.engine.step_message import StepMessage
 
 pytestmark = pytest.mark.gpu
@@ -183,8 +183,8 @@ def test_steps_with_prompts_are_replayed(
     seen: Counter[tuple[bool, bool]] = Counter()
     replay = StepGraphs.replay
 
-    def counted(self: StepGraphs, message: StepMessage) -> StepOutput | None:
-        output = replay(self, message)
+    def counted(self: StepGraphs, message: StepMessage, prepare: Prepare) -> StepOutput | None:
+        output = replay(self, message, prepare)
         seen[message.num_tokens > len(message.rows), output is not None] += 1
         return output
 

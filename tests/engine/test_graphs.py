@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hasten import LLM, RequestOutput, SamplingParams, ops
 from hasten.engine.batch import Batch
-from hasten.engine.graphs import Size, Sizes, StepOutput
+from hasten.engine.graphs import Prepare, Size, Sizes, StepOutput
 from hasten.engine.inputs import Inputs, Step
 from hasten.engine.runner import Runner
 from hasten.engine.sequence import Sequence
@@ -52,7 +52,7 @@ class PaddedSteps:
         self.sizes = sizes
         self.seen: Counter[bool | None] = Counter()
 
-    def replay(self, message: StepMessage) -> StepOutput | None:
+    def replay(self, message: StepMessage, prepare: Prepare) -> StepOutput | None:
         size = self.sizes.of(message)
         self.seen[None if size is None else size.outputs is None] += 1
         if size is None:
@@ -63,6 +63,7 @@ class PaddedSteps:
         tokens = inputs.sent(padded)
         if inputs.planner is not None:
             tokens = inputs.seen(padded, in_sections(inputs, size, step))
+        prepare(message, tokens.meta.block_tables.view(-1)[: step.tables.size].view(step.tables.shape))
         compute = self.runner._decode if size.outputs is None else self.runner._mixed
         return compute(tokens).first(sum(message.needed))
 
@@ -96,6 +97,7 @@ def test_padded_steps_give_what_the_steps_give(family: str, make_model: MakeMode
         SamplingParams(max_tokens=5 + 3 * n, temperature=0, ignore_eos=True, logprobs=0, n=1 + n % 2)
         for n in range(len(prompts))
     ]
+    params[5] = SamplingParams(max_tokens=20, beam_width=3, n=3, ignore_eos=True)
     limits: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 48, "enable_prefix_caching": False}
     with LLM(folder, device="cpu", kv_cache_memory=1 << 20, **limits) as llm:
         expected = results(llm.generate(prompts, params))
@@ -146,9 +148,11 @@ def test_padded_steps_of_kernels_give_what_the_steps_give(make_model: MakeModel,
     """A whole model: chunks, mixtures and single tokens, some of which wait for others' blocks."""
     folder = make_model("Bloom", n_head=2, hidden_size=128, n_layer=2, initializer_range=0.08)
     prompts = [[(7 * n + place) % 90 + 4 for place in range(n)] for n in (1, 17, 50)]
-    params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    params = [SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)] * 3
+    params[1] = SamplingParams(max_tokens=3, beam_width=2, n=2, ignore_eos=True)
     limits: dict[str, Any] = {"max_num_seqs": 2, "max_num_batched_tokens": 32, "enable_prefix_caching": False}
     options: dict[str, Any] = {"device": "cpu", "dtype": "fp16", "kv_cache_memory": 1 << 20, "max_model_len": 128}
+    options |= {"overlap_steps": True}
     with LLM(folder, **options, **limits) as llm:
         expected = results(llm.generate(prompts, params))
     kernels()

@@ -33,8 +33,8 @@ def random_logits(rows: int, seed: int, scale: float = 2.0) -> torch.Tensor:
 def sampled_of(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
     choice = Sampler(EOS, logits.device).prepare(logits, sequences).choose()
     sampled = choice.collect()
-    assert choice.tokens.dtype == torch.int32
-    assert choice.tokens.tolist() == [one.token_id for one in sampled]
+    assert choice.chosen.dtype == torch.int32
+    assert choice.chosen[0].tolist() == [one.token_id for one in sampled]
     return sampled
 
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,8 +15,11 @@ from hasten.engine.step_message import StepMessage, TableEdit, TableRows
 MakeSequence = Callable[..., Sequence]
 
 
+EMPTY = StepMessage(0, [], [], [], [], [], [], [], [], [], [], greedy=True)
+
+
 def rounds_of(copies: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    return StepMessage(0, [], [], [], [], [], [], [], [], copies, [], greedy=True).copy_rounds()
+    return replace(EMPTY, copies=copies).copy_rounds()
 
 
 def test_copies_are_done_together_unless_one_overwrites_what_another_reads() -> None:
@@ -97,7 +101,7 @@ def test_a_message_does_not_grow_with_the_length_of_sequences(make_sequence: Mak
                 if sequence.num_computed == sequence.length:
                     sequence.append(7)
         sizes.append(numbers.nbytes)
-    assert sizes[0] == sizes[1] < 200
+    assert sizes[0] == sizes[1] < 220
 
 
 def test_what_beams_share_is_not_sent_again(make_sequence: MakeSequence) -> None:
@@ -105,13 +109,17 @@ def test_what_beams_share_is_not_sent_again(make_sequence: MakeSequence) -> None
     parent, child = (make_sequence(range(400)) for _ in range(2))
     assert blocks.reserve(parent, 400) == []
     parent.num_computed = 400
-    blocks.share(parent, child, 398)
+    blocks.share(parent, child, 99)
+    child.num_computed = 396
     rows.place([parent, child])
-    assert blocks.reserve(child, 2) is not None  # the last block is the child's own from here on
+    assert blocks.reserve(child, 4) == []  # the last block is the child's own from the start
     child.num_computed = 400
     _, edits = rows.place([parent, child])
     assert [(first, len(table)) for _, first, table in edits] == [(99, 1)]
-    blocks.share(parent, child, 400)
+    version = child.table_version
+    blocks.share(parent, child, 99)
+    assert child.table_version == version
+    blocks.share(parent, child, 100)
     _, edits = rows.place([parent, child])
     assert [(first, table) for _, first, table in edits] == [(99, parent.block_table[99:])]
     child.table_version += 1
@@ -119,8 +127,7 @@ def test_what_beams_share_is_not_sent_again(make_sequence: MakeSequence) -> None
 
 
 def test_numbers_arrive_as_they_were(make_sequence: MakeSequence) -> None:
-    empty = StepMessage(0, [], [], [], [], [], [], [], [], [], [], greedy=True)
-    assert StepMessage.unpacked(empty.packed()) == empty
+    assert StepMessage.unpacked(EMPTY.packed()) == EMPTY
     message = StepMessage(
         number=70_001,
         ids=[-1, 5, 250_879],
@@ -133,6 +140,9 @@ def test_numbers_arrive_as_they_were(make_sequence: MakeSequence) -> None:
         edits=[(3, 9, [4]), (1, 0, [2, 8])],
         copies=[(4, 5), (6, 7)],
         positions=[7, 8, 9],
+        moves=[(0, 0, 2), (1, 0, -17)],
+        num_chosen=4,
+        searches=True,
         greedy=False,
     )
     assert message.packed().dtype == np.int32

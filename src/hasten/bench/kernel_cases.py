@@ -25,6 +25,10 @@ from hasten.layers.position import alibi_slopes
 from hasten.ops import (
     AttentionMeta,
     Bans,
+    BeamChoice,
+    BeamMoves,
+    BeamSearches,
+    BeamStates,
     BlockCaches,
     CacheScales,
     Draws,
@@ -34,8 +38,10 @@ from hasten.ops import (
     PackedLinear,
     PartialSum,
     Routing,
+    Search,
     TokenCounts,
     TopLogprobs,
+    beams,
     reference,
 )
 from hasten.ops.peers import Peers
@@ -247,6 +253,8 @@ def cases(setting: Setting) -> list[Case]:
         _count_tokens(setting, 256),
         _mask_logits(setting, 256),
         *(_top_logprobs(setting, rows) for rows in (64, 256)),
+        *(_choose_beams(setting, searches) for searches in (16, 64)),
+        *(_move_beams(setting, count) for count in (64, 256)),
     ]
 
 
@@ -830,3 +838,61 @@ def _top_logprobs(setting: Setting, rows: int) -> Case:
 
     nbytes = rows * vocab * setting.itemsize
     return Case(op="top_logprobs", shape=f"{_rows(rows)} of {vocab}, 5 best", make=make, nbytes=nbytes)
+
+
+_WIDTH = 4
+"""Beams of a search."""
+
+
+def _choose_beams(setting: Setting, count: int) -> Case:
+    keep, beams_in_all = 2 * _WIDTH, count * _WIDTH
+    of_all = [Search(s, s * _WIDTH, _WIDTH, _WIDTH, keep, s * _WIDTH, 0.0, (2,)) for s in range(count)]
+
+    def make() -> Call:
+        values_rk = -torch.rand(beams_in_all, keep).sort().values
+        ids_rk = torch.randint(setting.model.vocab_size, (beams_in_all, keep), dtype=torch.int32)
+        sums_sw = -torch.rand(count, _WIDTH, dtype=torch.float64)
+        order_sw = torch.arange(_WIDTH, dtype=torch.int32).repeat(count, 1)
+
+        def on(device: torch.device, choose: Callable[..., BeamChoice]) -> Run:
+            searches = BeamSearches.of(of_all, device)
+            values, ids, sums, order = (each.to(device) for each in (values_rk, ids_rk, sums_sw, order_sw))
+
+            def run() -> Outputs:
+                states = BeamStates(sums.clone(), order.clone())  # a choice changes them
+                chosen_2b = torch.zeros(2, beams_in_all, dtype=torch.int32, device=device)
+                choice = choose(states, searches, values, ids, chosen_2b, setting.model.vocab_size)
+                return tuple(tensor.to(setting.device) for tensor in choice)
+
+            return run
+
+        definition = on(torch.device("cpu"), beams.choose_beams)
+        return Call(on(setting.device, ops.choose_beams), definition, definition)
+
+    shape, nbytes = f"{count} searches of {_WIDTH} beams", beams_in_all * keep * 8
+    return Case(op="choose_beams", shape=shape, make=make, nbytes=nbytes, tolerance=0, waits=True)
+
+
+def _move_beams(setting: Setting, count: int) -> Case:
+    _, kv_heads, size = setting.heads
+    whole, tail = 2, _BLOCK_SIZE // 2
+    parents = [0, 0, 2, 2]
+    places = [(row, row - row % _WIDTH, parents[row % _WIDTH], whole, tail) for row in range(count)]
+
+    def make() -> Call:
+        blocks = count * (whole + 1)
+        caches = [cache for _ in range(_COPIED_CACHES // 2) for cache in setting.caches(blocks * _BLOCK_SIZE)]
+        held, moves = BlockCaches.of(caches), BeamMoves.of(places, setting.device)
+        tables_sn = torch.randperm(blocks, dtype=torch.int32, device=setting.device).view(count, -1)
+        kept = torch.zeros(1, dtype=torch.int32, device=setting.device)
+
+        def run(move: Callable[[BlockCaches, Tensor, BeamMoves, Tensor], None]) -> Outputs:
+            move(held, tables_sn, moves, kept)
+            return tables_sn, *(cache.view(-1, _BLOCK_SIZE, kv_heads, size)[:, :tail] for cache in held.tensors)
+
+        kernel, definition = partial(run, ops.move_beams), partial(run, beams.move_beams)
+        return Call(kernel, definition, lambda: tuple(each.float() for each in definition()))
+
+    nbytes = 2 * _COPIED_CACHES * (count // 2) * tail * kv_heads * size * setting.itemsize
+    shape = f"{count} beams, half of them moved, in {_COPIED_CACHES} caches"
+    return Case(op="move_beams", shape=shape, make=make, nbytes=nbytes, tolerance=0, waits=True)

@@ -1,24 +1,15 @@
-"""Beam search: which continuations live on, and when it ends. Never imports torch.
+"""Beam search: what the host keeps of it, and when it ends. Never imports torch.
 
-A request has `beam_width` sequences, its beams. Once the most probable tokens that may follow each beam are known, the
-best continuations of all beams together are chosen, for all searches of a step at once. Those that end become
-hypotheses; the others take the beams' places, and `Move` says whose continuation each beam is from then on.
+A request has `beam_width` sequences, its beams, which have numbers. Which continuations of all beams together are the
+best, and which beam each of them becomes, is chosen where the candidates are (`ops.choose_beams`). The host hears of it
+while the next step is computed: it keeps the completions that have ended, the hypotheses, and how to get to the others.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from hasten.core.types import SamplingParams
-
-Candidates = tuple[NDArray[np.integer], NDArray[np.floating]]
-"""Tokens that may come next, the most probable first, and their log-probabilities."""
-Move = tuple[int, int, int]
-"""A beam's key, the key of the beam that it continues, and the token that comes next."""
 
 
 def end_tokens(params: SamplingParams, eos_token_ids: Sequence[int]) -> frozenset[int]:
@@ -31,8 +22,8 @@ def candidate_count(params: SamplingParams, eos_token_ids: Sequence[int]) -> int
     return max(2, 1 + len(end_tokens(params, eos_token_ids))) * params.beam_width
 
 
-class _Continuations(NamedTuple):
-    """The best continuations of a search, best first: one list per column."""
+class Continuations(NamedTuple):
+    """Continuations of a search: one list per column."""
 
     beams: list[int]
     """Numbers of the beams that they continue."""
@@ -40,18 +31,14 @@ class _Continuations(NamedTuple):
     logprobs: list[float]
     """Sums over all tokens."""
 
-    def take(self, places: list[int]) -> "_Continuations":
-        """Those at these places."""
-        beams, tokens, logprobs = self
-        return _Continuations(
-            [beams[place] for place in places],
-            [tokens[place] for place in places],
-            [logprobs[place] for place in places],
-        )
 
-    def first(self, count: int) -> "_Continuations":
-        """The best of them."""
-        return _Continuations(self.beams[:count], self.tokens[:count], self.logprobs[:count])
+class BeamStep(NamedTuple):
+    """What was chosen for a search in one step."""
+
+    beams: Continuations
+    """What each beam is from now on, by number."""
+    best: Continuations
+    """The best continuations, whether they end or go on, best first: as many as there are beams."""
 
 
 @dataclass(frozen=True)
@@ -72,69 +59,48 @@ class BeamSearch:
 
     def __init__(self, params: SamplingParams, eos_token_ids: Sequence[int], max_tokens: int, keys: list[int]) -> None:
         self.keys = keys
-        """Of all its sequences."""
+        """Of its sequences, by number."""
         self.done = False
         self.hypotheses: list[Hypothesis] = []
         """Best first, never more than there are beams."""
         self._params = params
         self._max_tokens = max_tokens
         self._end_tokens = end_tokens(params, eos_token_ids)
-        self._keep = candidate_count(params, eos_token_ids)
-        self._beam_keys, self._logprobs = [keys[0]], [0.0]
-        """By number. At first all beams are the same, and only one has candidates."""
-        self._steps: list[tuple[list[int], list[int]]] = []
-        """For each token, the numbers that the beams had before it, and what it was: by the number after it."""
-        self._candidates: dict[int, Candidates] = {}
+        self._steps: list[Continuations] = []
+        """What the beams became in each step."""
 
-    def take(self, key: int, candidates: Candidates) -> bool:
-        """Note a beam's candidates; whether those of all beams are there, so that `go_on` can follow."""
-        self._candidates[key] = candidates  # those of a preempted beam may come once more
-        return len(self._candidates) == len(self._beam_keys)
+    def go_on(self, step: BeamStep) -> None:
+        """Take what was chosen in the next step; the search may be `done` then."""
+        beams, best = step
+        at_end = len(self._steps) + 1 >= self._max_tokens
+        if at_end or not self._end_tokens.isdisjoint(best.tokens):
+            self._conclude(zip(*best, strict=True), at_end=at_end)
+        self.done = at_end or not self._may_improve(max(beams.logprobs))
+        if not self.done:
+            self._steps.append(beams)
 
     def unfinished(self) -> list[Hypothesis]:
         """The beams as they are, best first, for a search that cannot be completed."""
         if not self._steps:
             return []
-        beams = enumerate(self._logprobs)
+        beams = enumerate(self._steps[-1].logprobs)
         found = [self._hypothesis(self._token_ids(number), logprob) for number, logprob in beams]
         return sorted(found, key=_score, reverse=True)
-
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        """Beams that have candidates, candidates of each, and how many continuations are looked at."""
-        ids_k, _ = self._candidates[self._beam_keys[0]]
-        return len(self._beam_keys), len(ids_k), self._keep
-
-    def _go_on(self, best: _Continuations) -> list[Move]:
-        """Go on with the best continuations; no moves once it is `done`."""
-        self._candidates = {}
-        width = len(self.keys)
-        at_end = len(self._steps) + 1 >= self._max_tokens
-        # What comes after as many as there are beams is there only to go on where those end.
-        going = best.first(width)
-        if at_end:
-            self._conclude(going)
-            going = going.first(0)
-        elif not self._end_tokens.isdisjoint(going.tokens):
-            ends = [token in self._end_tokens for token in best.tokens]
-            self._conclude(going.take([place for place in range(len(going.tokens)) if ends[place]]))
-            going = best.take([place for place, end in enumerate(ends) if not end][:width])
-        self.done = not going.tokens or not self._may_improve(max(going.logprobs))
-        return [] if self.done else self._move(going)
 
     def _token_ids(self, number: int) -> tuple[int, ...]:
         """The output of a beam."""
         tokens = []
-        for numbers, chosen in reversed(self._steps):
-            tokens.append(chosen[number])
-            number = numbers[number]
+        for step in reversed(self._steps):
+            tokens.append(step.tokens[number])
+            number = step.beams[number]
         return tuple(reversed(tokens))
 
-    def _conclude(self, ended: _Continuations) -> None:
-        """Keep what has ended, if it is among the best."""
+    def _conclude(self, best: "zip[tuple[int, int, float]]", *, at_end: bool) -> None:
+        """Keep what has ended, or all at the end, if it is among the best."""
         new = (
             self._hypothesis((*self._token_ids(number), token), logprob)
-            for number, token, logprob in zip(*ended, strict=True)
+            for number, token, logprob in best
+            if at_end or token in self._end_tokens
         )
         self.hypotheses = sorted([*self.hypotheses, *new], key=_score, reverse=True)[: len(self.keys)]
 
@@ -155,55 +121,6 @@ class BeamSearch:
         if self._params.early_stopping:
             return False
         return self._scored(best, len(self._steps) + 1) > self.hypotheses[-1].score
-
-    def _move(self, going: _Continuations) -> list[Move]:
-        """Give each continuation a beam: its own parent for the first of them, so that few blocks change hands."""
-        numbers, tokens, self._logprobs = going
-        self._steps.append((numbers, tokens))
-        parents = [self._beam_keys[number] for number in numbers]
-        unclaimed = set(parents)
-        if len(unclaimed) == len(self.keys):
-            self._beam_keys = parents
-            return [(key, key, token) for key, token in zip(parents, tokens, strict=True)]
-        idle = (key for key in self.keys if key not in parents)
-        keys = []
-        for parent in parents:
-            keys.append(parent if parent in unclaimed else next(idle))
-            unclaimed.discard(parent)
-        self._beam_keys = keys
-        return list(zip(keys, parents, tokens, strict=True))
-
-
-def go_on(searches: Sequence[BeamSearch]) -> list[list[Move]]:
-    """How the beams of each search go on, of which all candidates are there; no moves for one that is `done` now."""
-    alike: dict[tuple[int, int, int], list[BeamSearch]] = defaultdict(list)
-    for search in searches:
-        alike[search._shape].append(search)
-    moves: dict[int, list[Move]] = {}
-    for group in alike.values():
-        for search, best in zip(group, _best(group), strict=True):
-            moves[id(search)] = search._go_on(best)
-    return [moves[id(search)] for search in searches]
-
-
-def _best(searches: list[BeamSearch]) -> Iterator[_Continuations]:
-    """The best continuations of the beams of each search, best first, for searches of one shape.
-
-    Shapes: s searches, b beams, k candidates, n continuations. In fp64, as sums over long outputs want it.
-    """
-    beams, count, keep = searches[0]._shape
-    candidates = [search._candidates[key] for search in searches for key in search._beam_keys]
-    ids_sn, added_sn = (
-        np.concatenate(column).reshape(len(searches), beams * count) for column in zip(*candidates, strict=True)
-    )
-    before_sb = np.array([search._logprobs for search in searches])
-    rates_s1 = np.array([[search._params.beam_search_diversity_rate] for search in searches])
-    totals_sn = before_sb.repeat(count, axis=1) + added_sn
-    scores_sn = totals_sn - rates_s1 * np.tile(np.arange(count), beams)
-    order_sn = (-scores_sn).argsort(axis=1, kind="stable")[:, :keep]
-    tokens_sn, logprobs_sn = (np.take_along_axis(each, order_sn, axis=1) for each in (ids_sn, totals_sn))
-    columns = (order_sn // count).tolist(), tokens_sn.tolist(), logprobs_sn.tolist()
-    yield from map(_Continuations, *columns)
 
 
 def _score(hypothesis: Hypothesis) -> float:

@@ -44,14 +44,16 @@ class BlockManager:
     def share_prefix(self, sequence: Sequence) -> None:
         """Give a sequence without blocks those that hold its beginning; its last token is always left to compute.
 
-        No token of it may be pending: it comes for the first time, or it was preempted and those of the step then under
-        way are known by now.
+        Of beams that is the last one which all have in common. No token of it may be pending: it comes for the first
+        time, or it was preempted and those of the step then under way are known by now.
         """
         assert not sequence.pending
         prefix = _first_prefix(sequence)
         if not self.enable_prefix_caching or sequence.wants_prompt_logprobs or prefix is None:
             return
         size, tokens, found = self.block_size, sequence.token_ids, []
+        if sequence.beams is not None:
+            tokens = tokens[: sequence.beams.trunk]
         for start in range(0, (len(tokens) - 1) // size * size, size):
             entry = self._known.get((prefix, tuple(tokens[start : start + size])))
             if entry is None:
@@ -183,22 +185,28 @@ class BlockManager:
             self._hold(block)
         child.num_computed = parent.prompt_len - 1
 
-    def share(self, parent: Sequence, child: Sequence, length: int) -> None:
-        """Let `child` hold the blocks of `parent`'s first `length` tokens, which are its own too, and no others."""
-        table = parent.block_table[: -(-length // self.block_size)]
-        common = min(len(table), len(child.block_table))
-        while child.block_table[:common] != table[:common]:
+    def share(self, parent: Sequence, child: Sequence, count: int) -> None:
+        """Let the first `count` blocks of `child` be those of `parent`, all full; what is behind them stays its own."""
+        table, before = parent.block_table[:count], child.block_table[:count]
+        common = len(before)
+        while before[:common] != table[:common]:
             common -= 1  # beams differ in their last blocks alone
         for block in table[common:]:
             self._hold(block)
-        self._release(child, common)
-        child.block_table, child.num_computed = table, length
-        if parent.num_registered * self.block_size <= length:
+        self._drop(before[common:])
+        if common < count:
+            child.block_table[:count] = table
+            child.table_version += 1
+        if parent.num_registered <= count:
             child.prefix, child.num_registered = parent.prefix, parent.num_registered
 
     def free(self, sequence: Sequence) -> None:
-        """Let all blocks of `sequence` go, its tail to be reused first."""
-        self._release(sequence, 0)
+        """Let all blocks of `sequence` go, its tail to be reused first; it has nothing computed then."""
+        self._drop(sequence.block_table)
+        sequence.block_table = []
+        sequence.table_version += 1
+        sequence.num_computed = sequence.num_registered = 0
+        sequence.prefix = _ROOT
         self.release_input(sequence)
 
     def release_input(self, sequence: Sequence) -> None:
@@ -212,14 +220,6 @@ class BlockManager:
             self._drop(given.block_table)
             given.block_table, given.is_computed = [], False
             given.table_version += 1
-
-    def _release(self, sequence: Sequence, first: int) -> None:
-        """Let the blocks of `sequence` from `first` on go; it has none then, and nothing computed."""
-        self._drop(sequence.block_table[first:])
-        sequence.block_table = []
-        sequence.table_version += 1
-        sequence.num_computed = sequence.num_registered = 0
-        sequence.prefix = _ROOT
 
     def _drop(self, blocks: list[int]) -> None:
         for block in reversed(blocks):

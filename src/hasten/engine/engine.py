@@ -27,7 +27,7 @@ from hasten.core.types import (
     SamplingParams,
 )
 from hasten.engine.batch import Batch
-from hasten.engine.beam import BeamSearch, Hypothesis, candidate_count, go_on
+from hasten.engine.beam import BeamSearch, BeamStep, Hypothesis, candidate_count
 from hasten.engine.block_manager import BlockManager
 from hasten.engine.constraint import Constraint
 from hasten.engine.grammar import Grammar, GrammarCompiler
@@ -268,6 +268,8 @@ class Engine:
         sequence = Sequence(request, seed, self.max_model_len, self._start)
         for member in sequence.unit:
             member.forced = self._forced(member)
+        # the host tells all stages whose blocks a beam goes on with
+        sequence.reads_history |= params.beam_width > 1 and self._stages > 1
         sequence.arrived = time.monotonic()
         sequence.constraint = None if grammar is None else Constraint.begin(grammar)
         # what a search will return is not known before its end
@@ -593,7 +595,7 @@ class Engine:
         if flight.step is not None and (seconds := flight.seconds) is not None:
             self._pacer.observe(flight.step, seconds)
         flight.before = None
-        searching: dict[str, _RequestState] = {}
+        steps: list[tuple[_RequestState, BeamSearch, BeamStep]] = []
         for sequence, token in zip(flight.launched.sequences, sampled, strict=True):
             state = self._owners.get(sequence.key)
             if not isinstance(state, _RequestState):
@@ -601,10 +603,14 @@ class Engine:
             touched[sequence.request_id] = state
             if state.search is None:
                 self._take_token(state, sequence, token)
-            elif self._take_candidates(state, state.search, sequence, token):
-                searching[sequence.request_id] = state
-        if searching:
-            self._go_on(searching)
+            elif token.error is not None:
+                self._fail_search(state, state.search, sequence, token.error)
+            else:
+                self._generation_tokens += 1
+                if token.beams is not None:
+                    steps.append((state, state.search, token.beams))
+        for state, search, step in steps:
+            self._go_on(state, search, step)
 
     def _take_pooled(self, sequences: list[Sequence], pooled: Pooled, touched: dict[str, _State]) -> None:
         """Finish the texts of a step; one that was withdrawn since is nobody's."""
@@ -661,24 +667,19 @@ class Engine:
             output.logprobs, output.cumulative_logprob = [], 0.0
         state.completions[sequence.index] = _Completion(output, text, sequence, state.continues)
 
-    def _take_candidates(self, state: _RequestState, search: BeamSearch, sequence: Sequence, sampled: Sampled) -> bool:
-        """Take what may follow one beam; whether that is known of all then."""
-        if sampled.error is not None:
-            best = search.unfinished() or [Hypothesis((), 0.0, 0.0, ended=False)] * sequence.params.n
-            self._end_search(state, search, best, FinishReason.ERROR, sampled.error)
-            return False
-        assert sampled.candidates is not None
-        self._generation_tokens += 1
-        return search.take(sequence.key, sampled.candidates)
+    def _fail_search(self, state: _RequestState, search: BeamSearch, sequence: Sequence, error: str) -> None:
+        best = search.unfinished() or [Hypothesis((), 0.0, 0.0, ended=False)] * sequence.params.n
+        self._end_search(state, search, best, FinishReason.ERROR, error)
 
-    def _go_on(self, states: dict[str, _RequestState]) -> None:
-        """Let the searches of these requests go on or end; nothing where one has failed since."""
-        pairs = [(state, state.search) for name, state in states.items() if state.search and name in self._requests]
-        for (state, search), moves in zip(pairs, go_on([search for _, search in pairs]), strict=True):
-            if search.done:
-                self._end_search(state, search, search.hypotheses, None)
-            else:
-                self.scheduler.move(moves)
+    def _go_on(self, state: _RequestState, search: BeamSearch, step: BeamStep) -> None:
+        """Let a search go on or end; nothing where one of its beams has failed since."""
+        if state.request.request_id not in self._requests:
+            return
+        search.go_on(step)
+        if search.done:
+            self._end_search(state, search, search.hypotheses, None)
+        else:
+            self.scheduler.move(search.keys[0], step.beams.beams, step.beams.tokens)
 
     def _end_search(
         self,

@@ -109,6 +109,8 @@ class _Graph:
 
 Compute = Callable[[Tokens], StepOutput]
 """One step of a family."""
+Prepare = Callable[[StepMessage, Tensor], None]
+"""What is launched before a step, and may change its block tables."""
 
 
 class StepGraphs:
@@ -164,14 +166,18 @@ class StepGraphs:
         host = sections.packed(arrays, self._inputs.device)
         numbers[: len(host)].copy_(host, non_blocking=True)
 
-    def replay(self, message: StepMessage) -> StepOutput | None:
-        """Run a step; None where no graph has room for it."""
+    def replay(self, message: StepMessage, prepare: Prepare) -> StepOutput | None:
+        """Run a step, with its block tables [s, b] prepared before; None where no graph has room for it."""
         size = self._sizes.of(message)
         if size is None:
             return None
-        arrays, chosen = size.arrays(self._inputs, self._inputs.step(message)), self._graphs[size]
+        step, chosen = self._inputs.step(message), self._graphs[size]
+        arrays = size.arrays(self._inputs, step)
         if not chosen.sections.hold(arrays):
             return None
         self._put(arrays, chosen.sections, chosen.numbers)
+        if message.moves:
+            tables = chosen.sections.views(chosen.numbers)["tables"]
+            prepare(message, tables[: step.tables.size].view(step.tables.shape))
         chosen.graph.replay()
         return chosen.output.first(sum(message.needed) if self._is_last else message.num_tokens)

@@ -49,6 +49,19 @@ class TokenHistory:
                 self._reserve(self._lengths[slot])
         ops.count_tokens(self.counts, ops.to_device(slots_r, torch.int32, tokens_r.device), tokens_r)
 
+    def follow(self, firsts_b: list[int], slots_b: list[int], parents_b: Tensor) -> None:
+        """Let beams have the counts of the beams that they continue, by number.
+
+        `firsts_b`: for each beam the place of beam 0 of its search, -1 for what is no beam. A slot of -1 is none.
+        """
+        places = [place for place, first in enumerate(firsts_b) if first >= 0 and slots_b[place] >= 0]
+        if not places:
+            return
+        numbers = (slots_b, places, [firsts_b[place] for place in places])
+        own_b, places_k, firsts_k = (ops.to_device(each, torch.int64, parents_b.device) for each in numbers)
+        sources_k = firsts_k + parents_b[places_k]
+        self.counts.copy(own_b[sources_k], own_b[places_k])
+
     def release(self, key: int) -> None:
         """Free the slot of a sequence that has ended, if it has one."""
         slot = self._slots.pop(key, None)

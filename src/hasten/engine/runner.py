@@ -65,8 +65,11 @@ class Runner:
         self.attention_names = [names[id(first)] for first, *_ in self._attentions]
         """Of the first of those layers."""
         self._caches = ops.BlockCaches.of(())
-        self.chosen = torch.zeros(self.stage.size * max_sequences, dtype=torch.int32, device=device)
+        self._kept = torch.zeros(2, self.stage.size * max_sequences, dtype=torch.int32, device=device)
+        self.chosen = self._kept[0]
         """Tokens of the last steps, of as many as there are pipeline stages, each in the order of its rows."""
+        self._parents = self._kept[1]
+        """Where a token is a beam's, the number of the beam that it continues."""
         self._graphs: StepGraphs | None = None
         self._output: StepOutput | None = None
         """Of the last step, if a graph made it."""
@@ -236,11 +239,20 @@ class Runner:
         return hidden
 
     def _computed(self, message: StepMessage) -> Tensor:
-        self._output = None if self._graphs is None else self._graphs.replay(message)
+        self._output = None if self._graphs is None else self._graphs.replay(message, self._move_beams)
         if self._output is not None:
             return self._output.hidden
         tokens = self._inputs.tokens(message)
+        self._move_beams(message, tokens.meta.block_tables)
         return self._mixed(tokens).hidden if tokens.any_pending else self._hidden(tokens.ids, tokens)
+
+    def _move_beams(self, message: StepMessage, tables_sn: Tensor) -> None:
+        """Let the beams of a step have what the beams that they continue have in the cache."""
+        if not message.moves:
+            return
+        size, starts = self.block_size, message.starts
+        moves = ((*move, starts[move[0]] // size, starts[move[0]] % size) for move in message.moves)
+        ops.move_beams(self._caches, tables_sn, ops.BeamMoves.of(moves, self.device), self._parents)
 
     def _latest_pending(self, message: StepMessage) -> int | None:
         """Number of the latest step of whose chosen tokens this one reads any that only devices know."""
@@ -248,10 +260,10 @@ class Runner:
         before = message.number - 1
         return max((before - (before - slot) % self.stage.size for slot in slots), default=None)
 
-    def _chosen_by(self, message: StepMessage) -> Tensor:
+    def _chosen_by(self, message: StepMessage) -> slice:
         """Where the tokens that a step chooses are kept."""
         first = message.number % self.stage.size * self.max_sequences
-        return self.chosen[first : first + len(message.sampled)]
+        return slice(first, first + message.num_chosen)
 
     def logits(self, hidden_th: Tensor, rows: list[int]) -> Tensor | None:
         """Logits [r, v] of these rows of the hidden states, on rank 0; None on the others, which must call it too."""
@@ -277,13 +289,16 @@ class Runner:
         output = self._output
         return output if output is not None and output.hidden is hidden_th and len(rows) == len(hidden_th) else None
 
-    def remember(self, message: StepMessage, tokens_r: Tensor) -> None:
-        """Keep the tokens that a step chose, here and in the first stage: later steps read what the host lacks."""
-        self._chosen_by(message).copy_(tokens_r)
+    def remember(self, message: StepMessage, chosen: Tensor) -> None:
+        """Keep the tokens that a step chose, here and in the first stage: later steps read what the host lacks.
+
+        `chosen` has a row of them, and with searches a row of the beams that they continue.
+        """
+        self._kept[: len(chosen), self._chosen_by(message)].copy_(chosen)
         if self.stage.link is not None:
-            self.stage.link.return_tokens(tokens_r)
+            self.stage.link.return_tokens(chosen[0])
 
     def expect(self, message: StepMessage) -> None:
         """In the first of several stages, let the tokens that a step chooses come from the last one."""
         if self.stage.link is not None and self.stage.is_first:
-            self.stage.link.expect_tokens(self._chosen_by(message), message.number)
+            self.stage.link.expect_tokens(self.chosen[self._chosen_by(message)], message.number)

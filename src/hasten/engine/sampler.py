@@ -6,7 +6,6 @@ request's seed and the token's position: the rest of the batch and preemptions c
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.core.types import Logprob
-from hasten.engine.beam import Candidates, candidate_count
+from hasten.engine.beam import BeamStep, candidate_count
+from hasten.engine.beam_choice import BeamRecords, ChosenBeams, PreparedBeams
 from hasten.engine.constraint import fill_allowed
 from hasten.engine.edits import RowEdits
 from hasten.engine.history import TokenHistory
@@ -46,8 +46,8 @@ class Sampled:
     """The chosen token and the most probable ones, if the request asked for log-probabilities."""
     error: str | None = None
     """Why there is no token."""
-    candidates: Candidates | None = None
-    """Of a beam."""
+    beams: BeamStep | None = None
+    """How a search goes on, with the first of its beams."""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -71,32 +71,29 @@ class Choice:
         tokens_r: Tensor,
         tops: ops.TopLogprobs | None = None,
         logprobs: dict[int, int] | None = None,
-        beams: "_Continuations | None" = None,
+        beams: ChosenBeams | None = None,
         restricted: frozenset[int] = frozenset(),
     ) -> None:
-        self.tokens = tokens_r
-        """int32 [r] on the device, below 0 where there is none (`ops.greedy`)."""
+        self.chosen = tokens_r.unsqueeze(0) if beams is None else beams.choice.chosen_2b
+        """int32 on the device: a row of tokens, below 0 where there is none (`ops.greedy`); with beams as in
+        `ops.BeamChoice`."""
         self._logprobs = logprobs or {}
         """Row -> how many log-probabilities its request asks for; `tops` has those rows in this order."""
-        self._beams = {} if beams is None else beams.counts
-        """Row -> how many candidates it looks at, for rows of beams."""
-        continuations = () if beams is None else (beams.values_rk, beams.ids_rk)
+        self._beams = beams
         self._restricted = restricted
         """Rows whose requests exclude tokens."""
-        self._copy = ops.HostCopy([tokens_r, *continuations, *(() if tops is None else tops)])
+        self._copy = ops.HostCopy([tokens_r, *(() if beams is None else beams.choice), *(() if tops is None else tops)])
 
     def collect(self, text_of: TextOf | None = None) -> list[Sampled]:
         """The tokens, or an error for a sequence without any finite logit. Waits until the device has chosen."""
         tokens_r, *tops = self._copy.wait()
         tokens: list[int] = tokens_r.tolist()
         sampled = [Sampled(token) if token >= 0 else self._none(row, token) for row, token in enumerate(tokens)]
-        if self._beams:
-            values_rk, ids_rk, *tops = tops
-            pairs = zip(self._beams.items(), ids_rk.numpy(), values_rk.double().numpy(), strict=True)
-            for (row, count), ids_k, values_k in pairs:
-                sampled[row].candidates = (
-                    (ids_k, values_k) if count == len(ids_k) else (ids_k[:count], values_k[:count])
-                )
+        if self._beams is not None:
+            count = len(self._beams.choice)
+            for row, step in self._beams.steps(tops[:count]).items():
+                sampled[row].beams = step
+            tops = tops[count:]
         if self._logprobs:
             chosen = [tokens[row] for row in self._logprobs]
             rows = _entries(chosen, list(self._logprobs.values()), ops.TopLogprobs(*tops), text_of)
@@ -120,6 +117,7 @@ class Sampler:
     def __init__(self, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
         self._eos_token_ids = eos_token_ids
         self._history = TokenHistory(device)
+        self._records = BeamRecords(eos_token_ids, device)
         self._edits: dict[int, RowEdits] = {}
         """By the sequence's key."""
         self._none_chosen = torch.zeros(1, dtype=torch.int32, device=device)
@@ -127,6 +125,7 @@ class Sampler:
     def release(self, key: int) -> None:
         """Forget the sequence with this key, which has ended."""
         self._history.release(key)
+        self._records.release(key)
         self._edits.pop(key, None)
 
     def prepare(self, logits_rv: Tensor, sequences: list[Sequence], chosen_r: Tensor | None = None) -> "PreparedChoice":
@@ -135,11 +134,13 @@ class Sampler:
         `chosen_r` are the tokens that the previous step chose, at the sequences' `pending_row`; needed where any
         sequence has a pending token.
         """
-        slots = self._history.slots_of(sequence for sequence in sequences if sequence.params.has_penalty)
+        searching = any(sequence.beams is not None for sequence in sequences)
+        successors = [each for sequence in sequences for each in sequence.successors] if searching else sequences
+        slots = self._history.slots_of(sequence for sequence in successors if sequence.params.has_penalty)
         edited_rv = _forced(self._edit(logits_rv, sequences, slots, chosen_r), sequences)
         masks = (self._edits[sequence.key].allowed for sequence in sequences)
         allowed = {row: mask for row, mask in enumerate(masks) if mask is not None}
-        beams = self._continuations(logits_rv, sequences)
+        beams = self._search(logits_rv, sequences, slots, chosen_r) if searching else None
         return PreparedChoice(logits_rv, edited_rv, sequences, slots, self._history, allowed, beams)
 
     def _edit(
@@ -170,29 +171,25 @@ class Sampler:
         chosen_r = self._none_chosen if chosen_r is None else chosen_r
         return ops.edit_logits(logits_rv, edits.to(logits_rv.device), self._history.counts, chosen_r)
 
-    def _continuations(self, logits_rv: Tensor, sequences: list[Sequence]) -> "_Continuations | None":
-        """Candidates of the beams. Penalties and bans act on log-probabilities, as in transformers."""
-        counts = {
-            row: candidate_count(sequence.params, self._eos_token_ids)
-            for row, sequence in enumerate(sequences)
-            if sequence.beams is not None
-        }
-        if not counts:
-            return None
-        (own_rv,) = _selected(list(counts), logits_rv)
-        beams, most = [sequences[row] for row in counts], max(counts.values())
-        forced = [row for row, beam in enumerate(beams) if beam.forced_next]
-        if not forced and not any(self._edits[beam.key].any for beam in beams):
+    def _search(
+        self, logits_rv: Tensor, sequences: list[Sequence], slots: dict[int, int], chosen_r: Tensor | None
+    ) -> PreparedBeams:
+        """Find what may follow each beam. Penalties and bans act on log-probabilities, as in transformers."""
+        rows = [row for row, sequence in enumerate(sequences) if sequence.beams is not None]
+        (own_rv,) = _selected(rows, logits_rv)
+        beams = [sequences[row] for row in rows]
+        count = max(candidate_count(beam.params, self._eos_token_ids) for beam in beams)
+        forced = any(beam.forced_next for beam in beams)
+        if forced or any(self._edits[beam.key].any for beam in beams):
+            edited_rv = _forced(self._edit(own_rv.float().log_softmax(-1), beams, slots, chosen_r), beams)
+            values_rk, ids_rk = ops.largest(edited_rv, count)
+        else:
             none_r = torch.zeros(len(beams), dtype=torch.int32, device=own_rv.device)
-            _, _, values_rk, ids_rk = ops.top_logprobs(own_rv, none_r, most)
-            return _Continuations(counts, values_rk, ids_rk)
-        slots = self._history.slots_of(beam for beam in beams if beam.params.has_penalty)
-        adjusted_rv = _forced(self._edit(own_rv.float().log_softmax(-1), beams, slots, None), beams)
-        values_rk, ids_rk = ops.largest(adjusted_rv, most)
+            _, _, values_rk, ids_rk = ops.top_logprobs(own_rv, none_r, count)
         if forced:
             # behind what is forced come tokens that no beam may go on with, and that must not end one either
             ids_rk = ids_rk.where(values_rk > float("-inf"), ids_rk[:, :1])
-        return _Continuations(counts, values_rk, ids_rk)
+        return PreparedBeams(self._records, sequences, values_rk.contiguous(), ids_rk.contiguous())
 
 
 def _forced(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:
@@ -220,7 +217,7 @@ class PreparedChoice:
         slots: dict[int, int],
         history: TokenHistory,
         allowed: dict[int, Integers],
-        beams: "_Continuations | None",
+        beams: PreparedBeams | None,
     ) -> None:
         self._logits_rv, self._edited_rv, self._beams = logits_rv, edited_rv, beams
         self._history, self._allowed = history, allowed
@@ -228,8 +225,8 @@ class PreparedChoice:
         self._constraints = {row: s.constraint for row, s in enumerate(sequences) if s.constraint is not None}
         self._drawn = [row for row, s in enumerate(sequences) if s.beams is None and not s.params.greedy]
         self._draws = _draws([sequences[row] for row in self._drawn], logits_rv.device) if self._drawn else None
-        # Which token a beam goes on with is known only once all beams of its search have candidates.
-        self._slots = [slots.get(s.key, -1) if s.beams is None else -1 for s in sequences] if slots else []
+        successors = sequences if beams is None else beams.successors
+        self._slots = [slots.get(successor.key, -1) for successor in successors] if slots else []
         self._logprobs = {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None}
         self._restricted = frozenset(row for row, sequence in enumerate(sequences) if _excludes_tokens(sequence))
 
@@ -237,13 +234,21 @@ class PreparedChoice:
         """Choose the tokens. The sequences' grammars must have accepted all tokens before."""
         logits_rv = self._masked()
         tokens_r = self._chosen(logits_rv)
+        beams = None if self._beams is None else self._beams.choose(tokens_r, logits_rv.shape[1])
         if self._slots:
-            self._history.record(self._slots, tokens_r)
+            self._record(tokens_r, beams)
         tops = None
         if self._logprobs:
             own_rv, own_r = _selected(list(self._logprobs), self._logits_rv, tokens_r)
             tops = ops.top_logprobs(own_rv, own_r, max(self._logprobs.values()))
-        return Choice(tokens_r, tops, self._logprobs, self._beams, self._restricted)
+        return Choice(tokens_r, tops, self._logprobs, beams, self._restricted)
+
+    def _record(self, tokens_r: Tensor, beams: ChosenBeams | None) -> None:
+        """Count the tokens for the penalties to come."""
+        if beams is not None and self._beams is not None:
+            tokens_r, parents_b = beams.choice.chosen_2b
+            self._history.follow(self._beams.families, self._slots, parents_b)
+        self._history.record(self._slots, tokens_r)
 
     def _masked(self) -> Tensor:
         """Logits with -inf for tokens that a grammar or a list of allowed tokens leaves out."""
@@ -280,15 +285,6 @@ def _excludes_tokens(sequence: Sequence) -> bool:
     params = sequence.params
     excludes = params.bad_words_ids or params.allowed_token_ids or sequence.output_len < params.min_tokens
     return bool(excludes) or sequence.constraint is not None
-
-
-class _Continuations(NamedTuple):
-    """The most probable tokens after each beam of a batch."""
-
-    counts: dict[int, int]
-    """Row -> how many of its entries count."""
-    values_rk: Tensor
-    ids_rk: Tensor
 
 
 def _selected(rows: list[int], *tensors: Tensor) -> list[Tensor]:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from hasten.core.config import SchedulerConfig
 from hasten.core.errors import CapacityError
 from hasten.engine.batch import Batch
-from hasten.engine.beam import Move
 from hasten.engine.block_manager import BlockManager
 from hasten.engine.sequence import Beams, Sequence
 
@@ -117,6 +116,7 @@ class Scheduler:
             self.blocks.register_input(given)
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             sequence.num_computed += count
+            sequence.parent = None
             self.blocks.register(sequence)
             if sequence.group_size > 1 and sequence.num_computed >= sequence.prompt_len:
                 forked += self._fork(sequence)
@@ -140,35 +140,44 @@ class Scheduler:
     def note_chosen(self, batch: Batch) -> None:
         """Count the tokens that `batch` chooses. Who has all of its tokens runs no more and needs no blocks.
 
-        Blocks may go to others at once: what those write is launched later, and so comes later on the device. A beam's
-        token is known only when `move` says whose continuation it is.
+        Blocks may go to others at once: what those write is launched later, and so comes later on the device. With
+        several stages a beam's token counts once `move` says whose continuation it is, which all stages have to know.
         """
         any_complete = False
-        first_row = batch.number % self._stages * self.config.max_num_seqs
-        for row, place in enumerate(batch.sampled, start=first_row):
-            sequence = batch.sequences[place]
-            if sequence.beams is not None:
-                continue
-            if not sequence.pooling:
-                sequence.pending += 1
-                sequence.pending_row = row
-            if sequence.is_complete:
-                self.blocks.free(sequence)
-                any_complete = True
+        row = batch.number % self._stages * self.config.max_num_seqs
+        for place in batch.sampled:
+            for sequence in batch.sequences[place].successors:
+                if not sequence.pooling and (sequence.beams is None or self._stages == 1):
+                    sequence.pending += 1
+                    sequence.pending_row = row
+                row += 1
+                if sequence.is_complete:
+                    self.blocks.free(sequence)
+                    any_complete = True
         if any_complete:
             self.running = [sequence for sequence in self.running if not sequence.is_complete]
 
-    def move(self, moves: list[Move]) -> None:
-        """Let the beams of one search go on, each as itself or as another; nothing where they have ended since."""
-        if moves[0][0] not in self._sequences:
+    def move(self, leader_key: int, parents: list[int], tokens: list[int]) -> None:
+        """Let each beam of a search go on with a token, as the beam of a number; nothing where they have ended.
+
+        Their full blocks change hands here. What is in the blocks behind them follows on the devices, in the next step.
+        """
+        leader = self._sequences.get(leader_key)
+        if leader is None:
             return
-        for key, parent_key, _ in moves:
-            if key != parent_key:
-                beam, parent = self._sequences[key], self._sequences[parent_key]
-                beam.token_ids = parent.token_ids.copy()
-                self.blocks.share(parent, beam, parent.num_computed)
-        for key, _, token in moves:
-            self._sequences[key].token_ids.append(token)
+        assert leader.beams is not None
+        members, known = leader.beams.members, len(leader.token_ids)
+        for number, (beam, parent) in enumerate(zip(members, parents, strict=True)):
+            if parent != number:
+                beam.token_ids = members[parent].token_ids.copy()
+                if beam.block_table:
+                    self.blocks.share(members[parent], beam, known // self.blocks.block_size)
+            if beam.num_computed == known:
+                beam.parent = parent  # a step that was launched meanwhile has followed already
+        for beam, token in zip(members, tokens, strict=True):
+            beam.append(token)
+        if leader.beams.scattered:
+            leader.beams.scatter()
 
     def finish(self, key: int) -> None:
         """Forget a sequence and free its blocks, wherever it stands."""
@@ -250,10 +259,12 @@ class Scheduler:
 
         They come into the batch together or, having given way themselves, not at all.
         """
-        work, left = [], budget
-        for beam in beams.members:
-            count = min(beam.uncomputed, left)
-            if count == 0:
+        lacking, work, left = [beam.uncomputed for beam in beams.members], [], budget
+        # they reach their last tokens in the same step, all of them
+        kept_back = 1 if sum(lacking) > budget else 0
+        for beam, most in zip(beams.members, lacking, strict=True):
+            count = min(most - kept_back, left)
+            if count <= 0:
                 continue
             copies = self._reserve(beam, count, batch)
             if copies is None:
@@ -296,13 +307,18 @@ class Scheduler:
         return count
 
     def _spread(self, beams: Beams) -> None:
-        """Share the leader's blocks with the other beams, as soon as it has all that they have in common."""
+        """Share the leader's full blocks with the other beams, as soon as it has all that they have in common.
+
+        What is behind them follows the first choice on the devices; of beams that were preempted each computes its own.
+        """
         leader = beams.leader
         if not beams.scattered or leader.num_computed < beams.trunk:
             return
         beams.scattered = False
+        whole = beams.trunk // self.blocks.block_size
         for beam in beams.members[1:]:
-            self.blocks.share(leader, beam, beams.trunk)
+            self.blocks.share(leader, beam, whole)
+            beam.num_computed = beams.trunk if leader.length == beams.trunk else whole * self.blocks.block_size
 
     def _preempt_for(self, sequence: Sequence, count: int, batch: Batch) -> list[tuple[int, int]] | None:
         """Take blocks from others until the reservation succeeds; None if `sequence` itself had to give way."""
@@ -371,7 +387,7 @@ class Scheduler:
             return None
         if not sequence.block_table:
             self.blocks.share_prefix(sequence)
-        count, whole = sequence.length - sequence.num_computed, sequence.uncomputed_input
+        count, whole = sequence.uncomputed, sequence.uncomputed_input
         if sequence.pooling:
             count, whole = 0, count
         copies = None

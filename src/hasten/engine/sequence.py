@@ -9,7 +9,7 @@ from hasten.engine.encoder_input import EncoderInput
 
 
 class Beams:
-    """The sequences of one beam search. All of them run or none does.
+    """The sequences of one beam search, by number. All of them run or none does, and all choose tokens together.
 
     Scattered, before the prompt is computed and after a preemption, they have no blocks. The first one, the leader,
     then computes what all have in common, and the others go on from its blocks.
@@ -21,11 +21,16 @@ class Beams:
         self.scatter()
 
     def scatter(self) -> None:
-        """Note that none has blocks any more."""
+        """Note that none has blocks any more, and which tokens they have."""
         self.scattered = True
         columns = zip(*(member.token_ids for member in self.members), strict=True)
-        self.trunk = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-        """Tokens that all have in common."""
+        common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+        leader = self.leader
+        has_output = len(leader.token_ids) > leader.prompt_len
+        self.trunk = min(common, len(leader.token_ids) - 1) if has_output else common
+        """Tokens that all have in common, without the last one: all choose what comes after that, together."""
+        for member in self.members:
+            member.parent = None
 
 
 class Sequence:
@@ -58,6 +63,7 @@ class Sequence:
         "num_registered",
         "num_states",
         "params",
+        "parent",
         "pending",
         "pending_row",
         "pooling",
@@ -85,8 +91,9 @@ class Sequence:
         self.is_plain = self.params.is_plain
         """Whether the most probable token is all that is asked for."""
         beam_width = self.params.beam_width
-        self.reads_history = beam_width > 1
-        """Whether the host must know the tokens so far before the next step can be launched."""
+        self.reads_history = beam_width > 1 and any(len(run) > 2 for run in self.params.bad_words_ids)
+        """Whether the host must know the tokens so far before the next step can be launched: of beams, what ends with a
+        run of banned tokens is known only with the beams that they continue."""
         self.group_size = request.params.n if beam_width == 1 else 1
         """Completions still to be forked from it once its prompt is computed, itself included."""
         self.encoder_input = EncoderInput(request.prompt_token_ids) if start else None
@@ -128,6 +135,8 @@ class Sequence:
         """How far its output has come in the grammar that it keeps to; only rank 0 knows."""
         self.beams: Beams | None = None
         """The beams that it is one of."""
+        self.parent: int | None = None
+        """Number of the beam that it continues since its last choice, if its blocks are still to follow that."""
         if beam_width > 1:
             self.beams = Beams(self)
             for member in self.beams.members:
@@ -160,11 +169,21 @@ class Sequence:
         return [self] if self.beams is None else self.beams.members
 
     @property
+    def successors(self) -> "list[Sequence]":
+        """The sequences that get a token when one is chosen after it: all beams when a search begins, else itself."""
+        beams = self.beams
+        return beams.members if beams is not None and self.length == self.prompt_len else [self]
+
+    @property
     def uncomputed(self) -> int:
-        """Tokens that the next step may compute: none of a beam whose leader is still to share its blocks with it."""
-        if self.beams is not None and self.beams.scattered and self is not self.beams.leader:
-            return 0
-        return self.length - self.num_computed
+        """Tokens that the next steps may compute.
+
+        Of scattered beams those that all have in common, by the leader; none of the others.
+        """
+        beams = self.beams
+        if beams is None or not beams.scattered:
+            return self.length - self.num_computed
+        return beams.trunk - self.num_computed if self is beams.leader else 0
 
     @property
     def is_prefilling(self) -> bool:

@@ -19,6 +19,10 @@ from hasten.engine.sequence import Sequence
 Numbers = NDArray[np.int32]
 TableEdit = tuple[int, int, list[int]]
 """A row of the block tables, a column, and the blocks that stand in the row from that column on."""
+BeamMove = tuple[int, int, int]
+"""A beam's place among the sequences, that of beam 0 of its search, and the number of the beam that it continues.
+
+-1 - i stands for number i of those that devices keep, which rank 0 does not know."""
 
 
 class TableRows:
@@ -92,6 +96,12 @@ class StepMessage:
     """[t]: rows of the tokens in the model's table of positions; empty where those are their positions."""
     greedy: bool
     """Whether the most probable token is all that is asked for of any sequence."""
+    moves: list[BeamMove] = field(default_factory=list)
+    """Beams whose cache blocks are to follow the last choice before the step computes them."""
+    num_chosen: int = 0
+    """Tokens that the step chooses: of each sampled sequence one, of a search that begins one for each beam."""
+    searches: bool = False
+    """Whether beams are chosen, and so which ones they continue."""
     input_rows: list[int] = field(default_factory=list)
     """[s]: rows in the block tables of what the encoder left for each sequence; empty where there is no encoder."""
     input_lens: list[int] = field(default_factory=list)
@@ -120,6 +130,8 @@ class StepMessage:
                 for s, n in zip(sequences, counts, strict=True)
             )
             ids = list(chain.from_iterable(parts))
+        sampled = [sequences[place] for place in batch.sampled]
+        searches = any(sequence.beams is not None for sequence in sampled)
         return cls(
             number=batch.number,
             ids=ids,
@@ -137,7 +149,10 @@ class StepMessage:
             encoder_ids=[token for each in batch.inputs for token in each.token_ids],
             encoder_rows=[row_of[each.key] for each in batch.inputs],
             encoder_counts=[len(each.token_ids) for each in batch.inputs],
-            greedy=all(sequences[place].is_plain and not sequences[place].forced_next for place in batch.sampled),
+            moves=list(_moves(sequences)),
+            num_chosen=sum(len(sequence.successors) for sequence in sampled) if searches else len(sampled),
+            searches=searches,
+            greedy=all(sequence.is_plain and not sequence.forced_next for sequence in sampled),
         )
 
     @property
@@ -181,20 +196,22 @@ class StepMessage:
             list(chain.from_iterable(blocks for _, _, blocks in self.edits)),
             list(chain.from_iterable(self.copies)),
             self.positions,
+            list(chain.from_iterable(self.moves)),
             self.input_rows,
             self.input_lens,
             self.encoder_ids,
             self.encoder_rows,
             self.encoder_counts,
         ]
-        return np.array([self.number, self.greedy, *map(len, lists), *chain.from_iterable(lists)], dtype=np.int32)
+        single = (self.number, self.num_chosen, self.searches, self.greedy)
+        return np.array([*single, *map(len, lists), *chain.from_iterable(lists)], dtype=np.int32)
 
     @classmethod
     def unpacked(cls, numbers: Numbers) -> "StepMessage":
         """The message that `packed` made numbers of."""
-        number, greedy, *lengths = numbers[: 2 + _LISTS].tolist()
-        content = iter(np.split(numbers, np.cumsum([2 + _LISTS, *lengths]))[1:])
-        ids, rows, starts, counts, needed, sampled, prompt_rows, heads, blocks, copies, positions, *encoder = (
+        number, num_chosen, searches, greedy, *lengths = numbers[: _SINGLE + _LISTS].tolist()
+        content = iter(np.split(numbers, np.cumsum([_SINGLE + _LISTS, *lengths]))[1:])
+        ids, rows, starts, counts, needed, sampled, prompt_rows, heads, blocks, copies, positions, moves, *encoder = (
             next(content).tolist() for _ in range(_LISTS)
         )
         input_rows, input_lens, encoder_ids, encoder_rows, encoder_counts = encoder
@@ -210,6 +227,9 @@ class StepMessage:
             edits=list(_edits(heads, blocks)),
             copies=list(zip(copies[::2], copies[1::2], strict=True)),
             positions=positions,
+            moves=list(zip(moves[::3], moves[1::3], moves[2::3], strict=True)),
+            num_chosen=num_chosen,
+            searches=bool(searches),
             input_rows=input_rows,
             input_lens=input_lens,
             encoder_ids=encoder_ids,
@@ -219,7 +239,18 @@ class StepMessage:
         )
 
 
-_LISTS = 16
+_SINGLE, _LISTS = 4, 17
+
+
+def _moves(sequences: list[Sequence]) -> Iterable[BeamMove]:
+    """The beams of a step that do not have the blocks of the beams which they continue; all of a search are in it."""
+    for place, sequence in enumerate(sequences):
+        if sequence.beams is None:
+            continue
+        if sequence.pending:
+            yield place, place - sequence.index, -1 - sequence.pending_row
+        elif sequence.parent is not None and sequence.parent != sequence.index:
+            yield place, place - sequence.index, sequence.parent
 
 
 def _edits(heads: list[int], blocks: list[int]) -> Iterable[TableEdit]:

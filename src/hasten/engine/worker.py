@@ -449,27 +449,27 @@ class Worker:
         if message.greedy:
             tokens = self.runner.greedy(hidden_th, rows)
             choice = Choice(tokens) if self.ranks.world.rank == 0 else None
-            self._remember(message, tokens)
+            if self.overlap:
+                self.runner.remember(message, tokens.unsqueeze(0))
             return lambda: choice
         logits = self.runner.logits(hidden_th, rows)
         prepared = None if logits is None else self._sampler.prepare(logits, sequences, self.runner.chosen)
 
         def choose() -> Choice | None:
             choice = None if prepared is None else prepared.choose()
-            self._remember(message, self._shared(choice, len(rows)))
+            if self.overlap:
+                self._remember(message, choice)
             return choice
 
         return choose
 
-    def _remember(self, message: StepMessage, tokens_r: Tensor) -> None:
-        """The ranks of the first and the last stage keep the chosen tokens where later steps are to read them."""
-        if self.overlap:
-            self.runner.remember(message, tokens_r)
-
-    def _shared(self, choice: Choice | None, count: int) -> Tensor:
-        """The tokens that rank 0 chose, on every rank's device if the next step is to read them there."""
-        tokens = torch.empty(count, dtype=torch.int32, device=self.device) if choice is None else choice.tokens
-        return self.ranks.groups.tensor.broadcast(tokens) if self.overlap else tokens
+    def _remember(self, message: StepMessage, choice: Choice | None) -> None:
+        """Keep what rank 0 chose, on every rank's device, where later steps are to read it."""
+        if choice is None:
+            chosen = torch.empty(1 + message.searches, message.num_chosen, dtype=torch.int32, device=self.device)
+        else:
+            chosen = choice.chosen
+        self.runner.remember(message, self.ranks.groups.tensor.broadcast(chosen))
 
     def release(self) -> None:
         """Let go what must not outlast the ranks' group."""

@@ -48,6 +48,11 @@ class TokenCounts:
         larger.sizes_s[:old_slots] = self.sizes_s
         return larger
 
+    def copy(self, sources_k: Tensor, targets_k: Tensor) -> None:
+        """Replace slots by copies of others [int64]; all are read before any is written."""
+        for each in (self.ids_sw, self.counts_sw, self.sizes_s):
+            each.index_copy_(0, targets_k, each.index_select(0, sources_k))
+
     def load(self, slots: Sequence[int], sequences: Sequence[tuple[Integers, Integers]]) -> None:
         """Replace slots by sequences' prompt and output tokens, from the host."""
         entries = [_entries(prompt, output) for prompt, output in sequences]

@@ -1,0 +1,118 @@
+"""How the beam searches of a batch go on: chosen on the device, from what it keeps of them.
+
+So a search needs nothing from the host between two steps, and is launched before the previous step's choice is known.
+"""
+
+import torch
+from torch import Tensor
+
+from hasten import ops
+from hasten.engine.beam import BeamStep, Continuations, candidate_count, end_tokens
+from hasten.engine.sequence import Sequence
+
+_MIN_SLOTS = 16
+"""Searches that there is room for at first; it doubles as needed."""
+
+
+class BeamRecords:
+    """What running searches keep on the device, a slot per search until it is released."""
+
+    def __init__(self, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
+        self.states = ops.BeamStates.empty(_MIN_SLOTS, 1, device)
+        self._eos_token_ids = eos_token_ids
+        self._slots: dict[int, int] = {}
+        """Key of the sequence that leads a search -> slot."""
+        self._free = list(range(_MIN_SLOTS))
+
+    def release(self, key: int) -> None:
+        """Free the slot of a search whose leader has ended, if this is one."""
+        slot = self._slots.pop(key, None)
+        if slot is not None:
+            self._free.append(slot)
+
+    def searches(self, sequences: list[Sequence]) -> dict[int, ops.Search]:
+        """The searches of a batch, by the row of their first beam."""
+        found: dict[int, ops.Search] = {}
+        first_row = first_chosen = 0
+        for row, sequence in enumerate(sequences):
+            width, successors = sequence.params.beam_width, len(sequence.successors)
+            if sequence.beams is not None:
+                if sequence is sequence.beams.leader:
+                    begins = successors == width
+                    found[row] = self._search(sequence, first_row, 1 if begins else width, first_chosen)
+                first_row += 1
+            first_chosen += successors
+        return found
+
+    def _search(self, leader: Sequence, first_row: int, rows: int, first_chosen: int) -> ops.Search:
+        params, eos = leader.params, self._eos_token_ids
+        slot = self._slots.get(leader.key)
+        if slot is None:
+            slot = self._slots[leader.key] = self._allocate(params.beam_width)
+        return ops.Search(
+            slot=slot,
+            first_row=first_row,
+            rows=rows,
+            width=params.beam_width,
+            keep=candidate_count(params, eos),
+            first_chosen=first_chosen,
+            rate=params.beam_search_diversity_rate,
+            end_tokens=tuple(end_tokens(params, eos)),
+        )
+
+    def _allocate(self, width: int) -> int:
+        slots = self.states.order_sw.shape[0]
+        if not self._free:
+            self._free = list(range(slots, 2 * slots))
+            slots *= 2
+        self.states = self.states.grown(slots, width)
+        return self._free.pop()
+
+
+class PreparedBeams:
+    """The choice of how a batch's searches go on, up to the choice itself."""
+
+    def __init__(self, records: BeamRecords, sequences: list[Sequence], values_rk: Tensor, ids_rk: Tensor) -> None:
+        """`ids_rk`: the most probable tokens after each beam of the batch, `values_rk` their log-probabilities."""
+        self.searches = records.searches(sequences)
+        """By the row of their first beam."""
+        self.successors = [successor for sequence in sequences for successor in sequence.successors]
+        """Those that get tokens, in the order of the tokens."""
+        self._states, self._candidates = records.states, (values_rk, ids_rk)
+        self._rows = [row for row, sequence in enumerate(sequences) for _ in sequence.successors]
+
+    @property
+    def families(self) -> list[int]:
+        """For each token that is chosen for a beam the place of beam 0 of its search, -1 for others."""
+        firsts = [-1] * len(self._rows)
+        for search in self.searches.values():
+            firsts[search.first_chosen : search.first_chosen + search.width] = [search.first_chosen] * search.width
+        return firsts
+
+    def choose(self, tokens_r: Tensor, vocab: int) -> "ChosenBeams":
+        """Choose by the candidates of all beams; sequences without beams keep the tokens of their rows."""
+        chosen_2b = tokens_r.new_zeros(2, len(self._rows))
+        if len(tokens_r) < len(self._rows):
+            tokens_r = tokens_r[ops.to_device(self._rows, torch.int64, tokens_r.device)]
+        chosen_2b[0] = tokens_r
+        searches = ops.BeamSearches.of(list(self.searches.values()), tokens_r.device)
+        choice = ops.choose_beams(self._states, searches, *self._candidates, chosen_2b, vocab)
+        return ChosenBeams(self.searches, choice)
+
+
+class ChosenBeams:
+    """How searches go on, on its way to the host."""
+
+    def __init__(self, searches: dict[int, ops.Search], choice: ops.BeamChoice) -> None:
+        self.choice = choice
+        self._searches = searches
+
+    def steps(self, tensors: list[Tensor]) -> dict[int, BeamStep]:
+        """What was chosen for each search, by the row of its first beam, from `choice` on the host."""
+        (tokens, parents), logprobs, *best = (tensor.tolist() for tensor in tensors)
+        steps = {}
+        for place, (row, search) in enumerate(self._searches.items()):
+            own = slice(search.first_chosen, search.first_chosen + search.width)
+            beams = Continuations(parents[own], tokens[own], logprobs[own])
+            steps[row] = BeamStep(beams, Continuations(*(column[place][: search.width] for column in best)))
+        return steps
