@@ -23,6 +23,8 @@ from hasten.engine.cache_ranges import stored_ranges
 from hasten.engine.runner import Runner
 from hasten.parallel.groups import TensorGroup
 
+pytestmark = pytest.mark.any_python
+
 OPTIONS: dict[str, Any] = {"dtype": "fp32", "kv_cache_memory": 1 << 20, "device": "cpu"}
 TYPES = list(ops.CACHE_DTYPES)
 NEAR = {"fp8": 0.2, "int8": 0.1}
