@@ -239,13 +239,14 @@ def cases(setting: Setting) -> list[Case]:
         *(_store_heads(setting, rows) for rows in (1, 64, 8192)),
         *(_store_heads(setting, rows, interleaved=True) for rows in (1, 64)),
         *(_mean_squares(setting, rows) for rows in (1, 64, 8192)),
-        *(_gated(setting, rows) for rows in (1, 64)),
+        *(_gated(setting, rows) for rows in (1, 64, 128)),
         *_activations(setting),
         *(_route(setting, rows) for rows in (1, 64, 8192)),
         *(_experts(setting, rows) for rows in (1, 16, 64, 192, 512, 8192)),
         _experts(setting, 64, ranks=2),
         *(_experts(setting, rows, biases=True) for rows in (1, 16)),
         *(_project(setting, rows, clip=1.0) for rows in (1, 8)),
+        *(_project(setting, rows, rotated=True) for rows in (1, 16)),
         _resolve_ids(setting, 256),
         *(_greedy(setting, rows) for rows in (1, 64, 256)),
         *(_draw(setting, rows) for rows in (64, 256)),
@@ -376,7 +377,7 @@ def _linear(
     return _product(setting, "linear_parts" if parts else "linear", name, rows, into, out, make)
 
 
-def _project(setting: Setting, rows: int, *, clip: float | None = None) -> Case:
+def _project(setting: Setting, rows: int, *, clip: float | None = None, rotated: bool = False) -> Case:
     heads, kv_heads, size = setting.heads
     into, out = setting.model.hidden_size, (heads + 2 * kv_heads) * size
 
@@ -386,11 +387,18 @@ def _project(setting: Setting, rows: int, *, clip: float | None = None) -> Case:
     def make() -> Call:
         slots_t = torch.randperm(rows, device=setting.device)
         inputs = (setting.draw(rows, into), _packed(setting, into, out), setting.draw(out), *setting.caches(rows))
-        both, scales = (ops.project, reference.project), setting.scales()
-        kernel, definition = (partial(projected, partial(op, clip=clip, scales=scales)) for op in both)
+        transform = HeadTransform(
+            positions_t=torch.arange(rows, device=setting.device),
+            table_pr=torch.rand(rows, size, device=setting.device),
+        )
+        options = {"transform": transform if rotated else None, "scales": setting.scales()}
+        kernel, definition = (
+            partial(projected, partial(op, clip=clip, **options))  # type: ignore[arg-type]
+            for op in (ops.project, reference.project)
+        )
         return _call(kernel, definition, *inputs, slots_t)
 
-    name = f"qkv{'' if clip is None else ', clipped'}{_of_cache(setting)}"
+    name = f"qkv{'' if clip is None else ', clipped'}{', rotated' if rotated else ''}{_of_cache(setting)}"
     case = _product(setting, "project", name, rows, into, out, make)
     return replace(case, waits=True, tolerance=case.tolerance or _A_STEP.get(setting.cache_dtype or ""))
 

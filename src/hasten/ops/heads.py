@@ -33,3 +33,8 @@ class HeadTransform:
     eps: float = 0.0
     unit_offset: bool = False
     """Of both norms; with an offset their weights are one more than these."""
+
+    @property
+    def only_turns(self) -> bool:
+        """Whether there is a rotation and no norm."""
+        return self.table_pr is not None and self.query_norm_d is None

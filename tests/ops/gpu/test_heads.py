@@ -1,7 +1,7 @@
 """Shapes: t tokens, n query heads, m key/value heads, d head size, r dimensions that turn."""
 
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -98,20 +98,52 @@ def test_mean_squares_of_all_heads(
         assert_close("linear", found, reference.mean_squares(qkv_to, num_heads, kv_heads, size, ranks).double())
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_projection_with_a_transform_takes_this_way(rows: int, device: torch.device, assert_close: Close) -> None:
-    weight = draw(6 * 16, 128, device=device, dtype=torch.float16) * 0.1
-    x_th = draw(rows, 128, device=device, seed=1, dtype=torch.float16)
+@pytest.mark.parametrize("normed", [False, True], ids=["by one product", "norms behind a product"])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize(
+    ("num_heads", "kv_heads", "size", "width", "interleaved"),
+    [(4, 1, 16, 16, False), (3, 2, 24, 12, False), (3, 1, 24, 12, True), (2, 1, 64, 2, False)],
+)
+def test_a_projection_with_a_transform(
+    num_heads: int,
+    kv_heads: int,
+    size: int,
+    width: int,
+    interleaved: bool,
+    rows: int,
+    normed: bool,
+    device: torch.device,
+    assert_close: Close,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dtype, features = (torch.bfloat16 if rows == 20 else torch.float16), (num_heads + 2 * kv_heads) * size
+    weight, bias = draw(features, 128, device=device, dtype=dtype) * 0.1, draw(features, device=device, dtype=dtype)
+    x_th = draw(rows, 128, device=device, seed=1, dtype=dtype)
     transform = ops.HeadTransform(
-        positions_t=torch.arange(rows, device=device), table_pr=draw(rows, 16, device=device, seed=2)
+        positions_t=torch.arange(rows, device=device).flip(0),
+        table_pr=draw(rows, width, device=device, seed=2),
+        interleaved=interleaved,
+        query_norm_d=draw(size, device=device, dtype=dtype) if normed else None,
+        key_norm_d=draw(size, device=device, dtype=dtype) if normed else None,
+        eps=1e-3,
     )
-    slots_t = torch.arange(rows, device=device)
-    found, expected = (torch.zeros(2, 2, 4, 1, 16, dtype=x_th.dtype, device=device) for _ in range(2))
-    packed = matmul.pack_linear(weight, shared=False)
-    query = matmul.project(x_th, packed, None, found[0], found[1], slots_t, 4, transform)
-    exact = reference.project(x_th, packed, None, expected[0], expected[1], slots_t, 4, transform)
-    assert_close("stepwise", query, exact)
-    assert_close("stepwise", found, expected)
+    slots_t = torch.arange(rows, device=device) - 1
+    found, expected = (
+        torch.full((2, 2, 16, kv_heads, size), 7.0, dtype=kind, device=device) for kind in (dtype, torch.float64)
+    )
+    packed, called = matmul.pack_linear(weight, shared=False), list[int]()
+
+    def store(*args: Any, **options: Any) -> Tensor:
+        called.append(1)
+        return heads.store_heads(*args, **options)
+
+    monkeypatch.setattr(matmul, "store_heads", store)
+    query = matmul.project(x_th, packed, bias, found[0], found[1], slots_t, num_heads, transform, clip=1.5)
+    assert bool(called) == normed
+    qkv_to = matmul.linear(x_th, packed, bias, None).double().clamp(-1.5, 1.5)
+    exact = reference.store_heads(qkv_to, expected[0], expected[1], slots_t, num_heads, transform)
+    assert_close("layer_norm", query, exact)
+    assert_close("layer_norm", found, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

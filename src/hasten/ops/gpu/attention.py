@@ -259,6 +259,8 @@ def _group_cut(queries: int, rows: int, width: int, wide: bool) -> tuple[int, in
         return 16, 1, max(4, warps)
     if queries <= 16:
         return min(64, 8192 // width), 4, max(4, warps)
+    if queries <= 32:
+        return min(32, 4096 // width), 4, max(2, warps)
     return 16, 3, warps
 
 

@@ -1,4 +1,11 @@
-"""What products do with their sums: bias, activation, and where the results go. Shapes: M rows, N output features."""
+"""What products do with their sums: bias, activation, and where the results go. Shapes: M rows, N output features.
+
+An ending may need two output features at once: those of a head that turn together, or gate and up of a unit. A product
+with PAIRS has them in neighbouring rows of its tile, whatever their places in the weight:
+
+"gate": feature p with p + N / 2. "halves": within a head of D, of which the first R turn, i with i + R / 2.
+"neighbours": 2i with 2i + 1, which the part of a head that does not turn has in any case.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +30,17 @@ class Projection:
     clip: float | None
     scales: CacheScales | None = None
     """Those of caches of 8 bits."""
+    positions_t: Tensor | None = None
+    table_pr: Tensor | None = None
+    """Where queries and keys are rotated, see `HeadTransform`; both are given or none."""
+    interleaved: bool = False
+
+    @property
+    def pairs(self) -> str | None:
+        """Which features the kernel needs at once."""
+        if self.table_pr is None:
+            return None
+        return "neighbours" if self.interleaved else "halves"
 
 
 def targets(to: Projection | None, unused: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -55,6 +73,60 @@ def store_projected(
         value = in_cache(value, inverse, keys.dtype.element_ty)
     tl.store(keys + slot * KV + (n - Q), value, kept & (n >= Q) & (n < Q + KV))
     tl.store(values + slot * KV + (n - Q - KV), value, kept & (n >= Q + KV))
+
+
+@triton.jit
+def paired(i, N, PAIRS: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
+    """The output features of a tile's rows i: 2p and 2p + 1 are a pair."""
+    pair, second = i // 2, i % 2
+    if PAIRS == "gate":
+        n = pair + second * (N // 2)
+    elif PAIRS == "halves":
+        dim = pair % (D // 2)
+        n = i // D * D + tl.where(dim < R // 2, dim + second * (R // 2), 2 * dim + second)
+    else:
+        n = i
+    return n
+
+
+@triton.jit
+def turns_of(table, position, pair, valid, Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
+    """Cosines and sines of pairs at positions, and whether they turn: values and the rest of a head do not."""
+    dim = pair % (D // 2)
+    turn = valid & (dim < R // 2) & (2 * pair < Q + KV)
+    start = table + position * R + dim
+    return tl.load(start, turn, 1.0), tl.load(start + R // 2, turn, 0.0), turn
+
+
+@triton.jit
+def store_turned(
+    one,
+    two,
+    turns,
+    pair,
+    place,
+    out,
+    keys,
+    values,
+    inverses,
+    N,
+    Q: tl.constexpr,
+    KV: tl.constexpr,
+    PAIRS: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Rotate both features of pairs in fp32, by `turns_of`, and store them as `store_projected` does.
+
+    `place`: their rows, slots, and which are there. What does not turn stays as it is, infinite or not.
+    """
+    cos, sin, turn = turns
+    row, slot, valid = place
+    x, y = one.to(tl.float32), two.to(tl.float32)
+    one = tl.where(turn, (x * cos - y * sin).to(one.dtype), one)
+    two = tl.where(turn, (y * cos + x * sin).to(two.dtype), two)
+    store_projected(one, row, slot, paired(2 * pair, N, PAIRS, D, R), valid, out, keys, values, inverses, Q, KV, D)
+    store_projected(two, row, slot, paired(2 * pair + 1, N, PAIRS, D, R), valid, out, keys, values, inverses, Q, KV, D)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hasten.ops.gpu.activations import activated
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
-from hasten.ops.gpu.matmul import linear
+from hasten.ops.gpu.matmul import gated_pairs, linear, takes_pairs
 from hasten.ops.packed import PackedLinear
 
 _BLOCK = 1024
@@ -53,6 +53,8 @@ def gated_linear(
     x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: str, scale_1h: Tensor | None = None
 ) -> Tensor:
     """See `hasten.ops.gated_linear`."""
+    if scale_1h is None and takes_pairs(x_th, weight):
+        return gated_pairs(x_th, weight, bias_o, gate)
     both_to = linear(x_th, weight, bias_o, None)
     (rows, hidden), inner = x_th.shape, weight.out_features // 2
     assert both_to.is_contiguous()

@@ -18,7 +18,7 @@ from hasten.ops.cache_scales import CacheScales
 from hasten.ops.gpu import grouped, library, rounded
 from hasten.ops.gpu.activations import activated
 from hasten.ops.gpu.cache import write_cache
-from hasten.ops.gpu.endings import Projection, store_projected, targets, widths
+from hasten.ops.gpu.endings import Projection, paired, store_projected, store_turned, targets, turns_of, widths
 from hasten.ops.gpu.heads import store_heads
 from hasten.ops.gpu.launch import multiprocessors, overlapped, prefetch, shared_memory, start_next, wait_for_inputs
 from hasten.ops.grouped import GroupedWeight
@@ -38,6 +38,8 @@ def _matvec(
     values,
     slots,
     inverses,
+    positions,
+    table,
     N,
     K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -47,18 +49,25 @@ def _matvec(
     CLIP: tl.constexpr,
     Q: tl.constexpr,
     KV: tl.constexpr,
+    PAIRS: tl.constexpr,
     D: tl.constexpr,
+    R: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One row: each program multiplies it with ROWS rows of the weight."""
     start_next(PDL)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    k = tl.arange(0, BLOCK_K)
     valid = n < N
+    pair = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+    if PAIRS is not None:
+        n = tl.where(valid, paired(n, N, PAIRS, D, R), 0)
+    k = tl.arange(0, BLOCK_K)
     start = weight + n.to(tl.int64)[:, None] * K + k[None, :]
     ragged: tl.constexpr = K % BLOCK_K != 0
     first = tl.load(start, valid[:, None] & (k < K)[None, :], 0.0)
     wait_for_inputs(PDL)
+    if KV and PAIRS is not None:
+        cos, sin, turn = turns_of(table, tl.load(positions).to(tl.int64), pair, 2 * pair < N, Q, KV, D, R)
     total = first.to(tl.float32) * tl.load(x + k, k < K, 0.0).to(tl.float32)[None, :]
     for offset in tl.static_range(BLOCK_K, K, BLOCK_K):
         if ragged:
@@ -71,12 +80,20 @@ def _matvec(
     value = tl.sum(total, 1)
     if HAS_BIAS:
         value += tl.load(bias + n, valid, 0.0).to(tl.float32)
-    if ACTIVATION is not None:
+    if ACTIVATION is not None and PAIRS != "gate":
         value = activated(value, ACTIVATION)
     if CLIP is not None:
         value = tl.clamp(value, -CLIP, CLIP, propagate_nan=tl.PropagateNan.ALL)
     value = value.to(out.dtype.element_ty)
-    if KV:
+    if PAIRS is not None:
+        one, two = tl.split(value.reshape([ROWS // 2, 2]))
+        if KV:
+            place = pair * 0, tl.load(slots).to(tl.int64), 2 * pair < N
+            store_turned(one, two, (cos, sin, turn), pair, place, out, keys, values, inverses, N, Q, KV, PAIRS, D, R)
+        else:
+            unit = activated(one.to(tl.float32), ACTIVATION) * two.to(tl.float32)
+            tl.store(out + pair, unit.to(out.dtype.element_ty), 2 * pair < N)
+    elif KV:
         slot = tl.load(slots).to(tl.int64)
         store_projected(value, n * 0, slot, n, valid, out, keys, values, inverses, Q, KV, D)
     else:
@@ -128,6 +145,8 @@ def _skinny(
     values,
     slots,
     inverses,
+    positions,
+    table,
     M,
     N,
     K: tl.constexpr,
@@ -144,7 +163,9 @@ def _skinny(
     CLIP: tl.constexpr,
     Q: tl.constexpr,
     KV: tl.constexpr,
+    PAIRS: tl.constexpr,
     D: tl.constexpr,
+    R: tl.constexpr,
     PRECISION: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
@@ -163,14 +184,23 @@ def _skinny(
         tile, block = _tile_of(block, M, N, BLOCK_M, BLOCK_N, GROUP)
         m += tile * BLOCK_M
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_features = n < N
+    if PAIRS is not None:
+        n = paired(n, N, PAIRS, D, R)
     begin = tl.program_id(1) * (K // SPLITS)
     k = begin + tl.arange(0, BLOCK_K)
-    row = tl.where(n < N, n, 0).to(tl.int64)
+    row = tl.where(in_features, n, 0).to(tl.int64)
     w_start = weight + row[:, None] * K + k[None, :]
     if PDL and AHEAD:
         line = begin + tl.arange(0, AHEAD) * (1024 // weight.dtype.element_ty.primitive_bitwidth)
         prefetch(weight + row[:, None] * K + line[None, :])
     wait_for_inputs(PDL)
+    if PAIRS is not None:
+        pair = block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        stored = (2 * pair < N)[:, None] & (m < M)[None, :]
+        if KV:
+            position = tl.load(positions + m, m < M, 0).to(tl.int64)
+            cos, sin, turn = turns_of(table, position[None, :], pair[:, None], stored, Q, KV, D, R)
     x_start = x + m[:, None] * K + k[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     length: tl.constexpr = K // (SPLITS * SEGMENTS)
@@ -181,19 +211,31 @@ def _skinny(
         total += _dots(x_start + at, w_start + at, part, m < M, k, length, BLOCK_K, STAGES, PRECISION)
     if SPLITS > 1 or SEGMENTS > 1:
         base = out + tl.program_id(1).to(tl.int64) * M * N
-        tl.store(base + m[None, :] * N + n[:, None], total, (m < M)[None, :] & (n < N)[:, None])
+        tl.store(base + m[None, :] * N + n[:, None], total, (m < M)[None, :] & in_features[:, None])
     else:
         if HAS_BIAS:
-            total += tl.load(bias + n, n < N, 0.0).to(tl.float32)[:, None]
+            bias_n = tl.load(bias + n, in_features, 0.0).to(tl.float32)
+            # a plain sum would be the product's first one where K is a single block, in another order than elsewhere
+            total = tl.fma(bias_n[:, None], tl.full([1, 1], 1.0, tl.float32), total)
         if ROUNDED:
             total = total.to(out.dtype.element_ty).to(tl.float32)
-        if ACTIVATION is not None:
+        if ACTIVATION is not None and PAIRS != "gate":
             total = activated(total, ACTIVATION)
         if CLIP is not None:
             total = tl.clamp(total, -CLIP, CLIP, propagate_nan=tl.PropagateNan.ALL)
         value = total.to(out.dtype.element_ty)
-        valid = (m < M)[None, :] & (n < N)[:, None]
-        if KV:
+        valid = (m < M)[None, :] & in_features[:, None]
+        if PAIRS is not None:
+            one, two = tl.split(value.reshape([BLOCK_N // 2, 2, BLOCK_M]).permute(0, 2, 1))
+            if KV:
+                place = m[None, :], tl.load(slots + m, m < M, -1).to(tl.int64)[None, :], stored
+                turns = cos, sin, turn
+                store_turned(one, two, turns, pair[:, None], place, out, keys, values, inverses, N, Q, KV, PAIRS, D, R)
+            else:
+                unit = activated(one.to(tl.float32), ACTIVATION) * two.to(tl.float32)
+                target = out + m[None, :].to(tl.int64) * (N // 2) + pair[:, None]
+                tl.store(target, unit.to(out.dtype.element_ty), stored)
+        elif KV:
             slot = tl.load(slots + m, m < M, -1).to(tl.int64)
             store_projected(value, m[None, :], slot[None, :], n[:, None], valid, out, keys, values, inverses, Q, KV, D)
         else:
@@ -225,7 +267,7 @@ MOST_ROWS = 64
 """More rows than that are cuBLAS's."""
 _AHEAD = 2
 """Lines of 128 bytes of each row of the weight that `_skinny` fetches before it may read its input."""
-_WIDE, _NARROW = Cut(64, 128, 4, 4), Cut(32, 128, 6, 4)
+_WIDE, _NARROW, _NARROW_DEEP = Cut(64, 128, 4, 4), Cut(32, 128, 6, 4), Cut(32, 256, 3, 4)
 _MIDDLE, _TALL = Cut(64, 128, 3, 4), Cut(128, 64, 5, 8)
 _MANY, _FULL = Cut(128, 64, 4, 8), Cut(64, 32, 2, 4)
 """Of products in a fixed order: of many rows, and in fp32."""
@@ -331,12 +373,16 @@ def project(
     scales: CacheScales | None = None,
 ) -> Tensor:
     """See `hasten.ops.project`."""
+    head_size = key_cache.shape[3]
     if transform is not None:
+        if transform.only_turns and takes_pairs(x_th, weight):
+            turn = transform.positions_t, transform.table_pr, transform.interleaved
+            to = Projection(num_heads * head_size, key_cache, value_cache, slots_t, clip, scales, *turn)
+            return _product(x_th, weight, bias_o, None, to, splits=1).unflatten(1, (num_heads, head_size))
         qkv_to = reference.clipped(linear(x_th, weight, bias_o, None), clip)
         caches = key_cache, value_cache
         fixed = weight.fixed_order
         return store_heads(qkv_to, *caches, slots_t, num_heads, transform, scales=scales, fixed_order=fixed)
-    head_size = key_cache.shape[3]
     if weight.fixed_order:
         product_to = _by_library(x_th, weight, bias_o)
     else:
@@ -361,18 +407,33 @@ def _serves(x_th: Tensor, weight: PackedLinear, *, split: bool = False) -> bool:
     return few and x_th.dtype != torch.float32
 
 
+def takes_pairs(x_th: Tensor, weight: PackedLinear) -> bool:
+    """Whether a product of these kernels can end with pairs of output features."""
+    own = weight.plain is not None and weight.scales is None and not weight.fixed_order
+    return own and 0 < x_th.shape[0] <= MOST_ROWS and _serves(x_th, weight)
+
+
+def gated_pairs(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: str) -> Tensor:
+    """`ops.gated_linear` as the ending of one product, where `takes_pairs`."""
+    return _product(x_th, weight, bias_o, gate, None, splits=1, gated=True)
+
+
 def _splits(rows: int, weight: PackedLinear) -> int:
-    """Parts to cut the input features into, so that programs fill the device about twice, or once with many rows."""
+    """Parts to cut the input features into, so that programs fill the device: at 17 to 32 rows about twice.
+
+    Measured choices: docs/performance.md.
+    """
     if rows == 1:
         return 1
-    wanted = (256 if rows <= 16 else 128) // triton.cdiv(weight.out_features, _WIDE.block_n)
+    tiles = triton.cdiv(weight.out_features, _WIDE.block_n)
+    wanted = triton.cdiv(128, tiles) if rows <= 16 else (256 if rows <= 32 else 128) // tiles
     splits = 1
     while splits < min(wanted, 8) and weight.in_features % (2 * splits * _WIDE.block_k) == 0:
         splits *= 2
     return splits
 
 
-def _cut(rows: int, features: int, splits: int, multiprocessors: int) -> Cut:
+def _cut(rows: int, features: int, width: int, splits: int, multiprocessors: int) -> Cut:
     """The cut that keeps all multiprocessors busy to the end; measured choices: docs/performance.md."""
     if splits > 1:
         return _WIDE
@@ -380,7 +441,9 @@ def _cut(rows: int, features: int, splits: int, multiprocessors: int) -> Cut:
     rounds = triton.cdiv(features, first.block_n) / multiprocessors
     if rounds > 4 or rounds / math.ceil(rounds) >= 0.9:
         return first
-    return _NARROW if rows <= 16 else _MIDDLE
+    if rows > 16:
+        return _MIDDLE
+    return _NARROW if width % _NARROW_DEEP.block_k else _NARROW_DEEP
 
 
 def _stages(cut: Cut, block_m: int, shared: int) -> int:
@@ -405,7 +468,7 @@ def _form(x_th: Tensor, weight: PackedLinear, splits: int) -> _Form:
     if weight.fixed_order and (rows > MOST_ROWS or x_th.dtype == torch.float32):
         return _fixed_form(rows, splits, x_th.dtype, limits[1])
     block_m = max(16, triton.next_power_of_2(rows))
-    cut = _cut(rows, weight.out_features, splits, limits[0])
+    cut = _cut(rows, weight.out_features, weight.in_features, splits, limits[0])
     return _Form(cut, block_m, _stages(cut, block_m, limits[1]))
 
 
@@ -426,7 +489,10 @@ def _product(
     activation: str | None,
     to: Projection | None,
     splits: int,
+    *,
+    gated: bool = False,
 ) -> Tensor:
+    """With `gated`, `activation` is that of the gate, and half as many features come out."""
     if weight.grouped is not None:
         return grouped.product(x_th, weight.grouped, bias_o, activation, to, split=False)
     if weight.scales is not None:
@@ -438,14 +504,17 @@ def _product(
     if splits > 1:
         out = x_th.new_empty(grid_splits, rows, features, dtype=torch.float32)
     else:
-        out = x_th.new_empty(rows, features if to is None else to.queries)
+        out = x_th.new_empty(rows, to.queries if to is not None else features // 2 if gated else features)
     assert weight.plain is not None
-    arguments = (x_th, weight.plain, x_th if bias_o is None else bias_o, out, *targets(to, x_th))
+    turn = (x_th, x_th) if to is None or to.table_pr is None else (to.positions_t, to.table_pr)
+    arguments = (x_th, weight.plain, x_th if bias_o is None else bias_o, out, *targets(to, x_th), *turn)
     common = dict(
         K=width,
         HAS_BIAS=bias_o is not None,
         ACTIVATION=activation,
         **widths(to),
+        PAIRS="gate" if gated else None if to is None else to.pairs,
+        R=0 if to is None or to.table_pr is None else to.table_pr.shape[1],
         **overlapped(x_th),
     )
     if rows == 1 and not weight.fixed_order:
