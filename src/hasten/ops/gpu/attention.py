@@ -180,7 +180,9 @@ def paged_attention(
     if plan.splits is not None:
         parts = _parts(meta, plan.splits, heads, common["BLOCK_D"])
         fixed = meta.run is not None
-        kernel, options = _single(group, meta.num_tokens, common["BLOCK_D"], block_size, wide, fixed)
+        kernel, options = _single(
+            group, meta.num_tokens, common["BLOCK_D"], block_size, wide, scales is not None, fixed
+        )
         programs = kv_heads * triton.cdiv(group, options["BLOCK_M"]) if fixed else programs_per_split(heads, kv_heads)
         kernel[(programs, len(plan.splits))](
             *shared, plan.splits, out_tnd, *parts, *numbers, COLUMNS=SPLIT_COLUMNS, **options, **common
@@ -212,13 +214,16 @@ _FIXED_KEYS, _FIXED_ROWS = 16, 16
 
 
 def _single(
-    group: int, queries: int, width: int, block_size: int, wide: bool, fixed: bool
+    group: int, queries: int, width: int, block_size: int, wide: bool, narrow: bool, fixed: bool
 ) -> tuple[Any, dict[str, Any]]:
-    """The kernel for single queries, and its options, for groups of heads of a padded size."""
+    """The kernel for single queries, and its options, for groups of heads of a padded size.
+
+    `wide`: queries are in fp32; `narrow`: caches are in 8 bits.
+    """
     if fixed:
         return query_group, {**_fixed(block_size, wide), "GROUP": group}
     if group == 1:
-        lanes, stages, warps = _cut(queries)
+        lanes, stages, warps = _cut(queries, narrow)
         return one_query, {"BLOCK_N": lanes, "STAGES": stages, "num_warps": warps}
     rows = group_rows(group)
     keys, stages, warps = _group_cut(queries, rows, width, wide)
@@ -239,12 +244,15 @@ def _product(keys: int, block_size: int, wide: bool) -> dict[str, Any]:
     return {"BLOCK_N": keys, "ONE_BLOCK": one_block, "PRECISION": "ieee" if wide else "tf32"}
 
 
-def _cut(queries: int) -> tuple[int, int, int]:
+def _cut(queries: int, narrow: bool) -> tuple[int, int, int]:
     """Keys at a time, stages and warps of a program for single queries of one head.
 
     Small programs fill the device evenly; but one sequence wants its few programs to be quick, and with many the memory
-    is busy anyway and larger pieces suit it. Measured: docs/performance.md.
+    is busy anyway and larger pieces suit it. Keys in 8 bits are half as many bytes, so more of them are on their way.
+    Measured: docs/performance.md.
     """
+    if narrow and queries > 2:
+        return 8, 5, 1
     return (8, 3, 1) if 2 < queries <= 128 else (16, 3, 2)
 
 

@@ -166,7 +166,7 @@ _ALIGNED = 128
 """Input features are padded with zeros to a multiple of this."""
 _AHEAD = 2
 """Lines of 128 bytes of each row of the weight that are fetched before inputs are rounded."""
-MOST_ROWS_IN_DIGITS = 128
+MOST_ROWS_IN_DIGITS = 256
 """More rows are cuBLAS's, with a weight that is widened to 16 bits first."""
 MOST_ROWS_IN_FP8 = 128
 """More rows are cuBLAS's, whose products are never cut into parts."""
