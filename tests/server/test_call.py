@@ -142,7 +142,7 @@ def test_an_error_of_one_prompt_ends_all() -> None:
         client.refused = 40
         with pytest.raises(InvalidRequestError, match="no"):
             await call_of(client, MANY).answer()
-        assert client.withdrawn == client.tickets
+        assert client.withdrawn == client.tickets[::-1]
         assert len(client.tickets) == 40
 
     asyncio.run(check())

@@ -12,6 +12,7 @@ import pytest
 import torch
 from openai import BadRequestError, OpenAI
 from tests.encoders import TEXTS, save_encoder, save_pooling, their_output, theirs
+from tests.server.engine_helpers import stopped
 from tests.server.openai_site import DEMO, Site, models
 from tests.server.test_page import ARGUMENTS, CHROMIUM
 from tests.waiting import LIMIT_S, eventually
@@ -297,10 +298,12 @@ def test_what_the_models_are(site: Site, openai: OpenAI) -> None:
 
 
 def test_a_client_that_leaves_takes_its_texts_with_it(site: Site) -> None:
-    texts = ["the garden " * 150] * 1000
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{site.url}/v1/embeddings", json={"model": "embedder", "input": texts}, timeout=0.3)
+    engine, texts = site.engine("embedder-ids"), ["the garden " * 150] * 1000
+    before = engine.stats().prompt_tokens
+    with stopped(engine), pytest.raises(httpx.TimeoutException):
+        httpx.post(f"{site.url}/v1/embeddings", json={"model": "embedder", "input": texts}, timeout=1)
     eventually(lambda: site.idle("embedder-ids"))
+    assert engine.stats().prompt_tokens - before < 302 * len(texts) / 2
 
 
 def test_more_than_may_wait_is_refused(site: Site) -> None:

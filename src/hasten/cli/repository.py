@@ -22,8 +22,9 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "create",
         help="write a model repository for a checkpoint",
         description="Write a model repository for a checkpoint: the token model `fastertransformer`, the ensemble "
-        "`preprocessing`, `fastertransformer`, `postprocessing` around it, and a text model. The weights stay where "
-        "they are. What is written may be edited; options given here are parameters of the token model.",
+        "`preprocessing`, `fastertransformer`, `postprocessing` around it, and a text model; for a model of vectors or "
+        "scores the token model and the text model. The weights stay where they are. What is written may be edited; "
+        "options given here are parameters of the token model.",
     )
     create.add_argument("model", type=path, metavar="MODEL", help="folder of the checkpoint, or its Hugging Face id")
     create.add_argument("target", type=path, metavar="DIR", help="folder to write the models' folders into")

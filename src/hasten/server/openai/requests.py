@@ -93,7 +93,7 @@ class PromptRequests:
     def close(self) -> None:
         """Withdraw what has not ended, and hear no more of it."""
         self.listener = self._wake
-        for ticket, _ in self._tickets:
+        for ticket, _ in reversed(self._tickets):  # what waits is gone before there is a place for it
             ticket.listener = None
             self._client.withdraw(ticket)
         self._tickets.clear()
