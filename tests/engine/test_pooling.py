@@ -326,3 +326,23 @@ def test_a_decoder_without_a_head(make_model: MakeModel, tmp_path: Path) -> None
     save_pooling(folder, [pooling_of("lasttoken")])
     with LLM(folder, device="cpu") as llm:
         assert len(llm.embed("the garden")[0].outputs.embedding) == 48
+
+
+@pytest.mark.any_python
+@pytest.mark.parametrize(
+    ("modes", "include_prompt"),
+    [(("mean_tokens",), False), (("cls_token", "max_tokens"), True), (("lasttoken",), True)],
+)
+def test_sentence_transformers_gives_the_same_vectors(
+    modes: tuple[str, ...], include_prompt: bool, copied: Callable[..., Path]
+) -> None:
+    theirs = pytest.importorskip("sentence_transformers")
+    prompts = {"prompts": {"query": "the question: "}}
+    pooling = pooling_of(*modes, include_prompt=include_prompt)
+    folder = copied([pooling, NORMALIZE], config_sentence_transformers=prompts)
+    model = theirs.SentenceTransformer(str(folder), device="cpu")
+    with LLM(folder, device="cpu") as llm:
+        for name in (None, "query"):
+            expected = torch.from_numpy(model.encode(TEXTS, prompt_name=name))
+            found = torch.stack(vectors(llm.embed(TEXTS, prompt_name=name)))
+            assert (found - expected).abs().max() < BOUND
