@@ -97,10 +97,12 @@ class Liveness:
             if self.ending or self.failure is not None:
                 return
             self.failure = failure
-        self._failed.set()
-        for interrupt in self._interrupts:
-            interrupt()
-        threading.Thread(target=self._insist, daemon=True).start()
+        try:
+            for interrupt in self._interrupts:
+                interrupt()
+        finally:
+            self._failed.set()
+            threading.Thread(target=self._insist, daemon=True).start()
 
     def _insist(self) -> None:
         """End a wait that goes on: NCCL's kernels wait for ever, and its rendezvous cannot even be aborted."""
