@@ -59,6 +59,14 @@ class Size:
     outputs: int | None
     """Tokens that need hidden states; None in a step of single tokens, where all do."""
 
+    def empty(self, inputs: Inputs) -> Step:
+        """A step of this family that computes a token without effect, not padded."""
+        return inputs.empty(np.array([1]), np.array([1 if self.outputs is None else 0]))
+
+    def of_padding(self, inputs: Inputs) -> Step:
+        """A step of this size without effect."""
+        return self.empty(inputs).padded(self.tokens, self.outputs)
+
     def arrays(self, inputs: Inputs, step: Step) -> Arrays:
         """The numbers of a step, padded, with flat block tables."""
         arrays = inputs.arrays(step.padded(self.tokens, self.outputs))
@@ -147,8 +155,7 @@ class StepGraphs:
         stream: torch.cuda.Stream,
         pool: "torch.cuda._POOL_HANDLE",
     ) -> _Graph:
-        needed = 1 if size.outputs is None else 0
-        step = self._inputs.empty(np.array([1]), np.array([needed]))
+        step = size.empty(self._inputs)
         numbers = self._numbers[: sections.total]
         self._put(size.arrays(self._inputs, step), sections, numbers)
         padded = step.padded(size.tokens, size.outputs)

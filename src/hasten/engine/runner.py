@@ -4,7 +4,7 @@ Shapes: t tokens of the flat batch, r rows that need logits, v vocabulary, h hid
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 import numpy as np
@@ -21,6 +21,7 @@ from hasten.layers.embedding import Head
 from hasten.layers.position import RopeTables
 from hasten.models.base import CausalLM, Transformer
 from hasten.models.encoder_decoder import EncoderDecoder
+from hasten.models.kinds import one_layer_of_each_kind
 from hasten.ops.plan import Planner
 
 
@@ -151,19 +152,25 @@ class Runner:
         return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
     @torch.inference_mode()
-    def compile_kernels(self, steps: Iterable[tuple[int, int]], processes: int) -> None:
+    def compile_kernels(self, steps: Iterable[tuple[int, int]], sizes: Sizes, processes: int) -> None:
         """Compile the kernels of steps of these numbers of tokens and sequences on a GPU, several at a time.
 
-        On every rank, each in a process without kernels; `processes` of them are on this host.
+        And those of graphs of `sizes`. On every rank, each in a process without kernels; `processes` of them are on
+        this host.
         """
-        with ops.compiled_together(processes):
-            for num_tokens, sequences in steps:
-                tokens = self._inputs.warmup_tokens(max(num_tokens, sequences), sequences)
+        with one_layer_of_each_kind(self.model), ops.compiled_together(processes):
+            for tokens in self._warmup_steps(steps, sizes):
                 ops.resolve_ids(tokens.ids, self.chosen)
                 output = self._predict(self._hidden(tokens.ids, tokens))
                 logits = None if output.local_logits is None else self.head.gather(output.local_logits)
                 if logits is not None:
                     draw_every_way(logits)
+
+    def _warmup_steps(self, steps: Iterable[tuple[int, int]], sizes: Sizes) -> Iterator[Tokens]:
+        for num_tokens, sequences in steps:
+            yield self._inputs.warmup_tokens(max(num_tokens, sequences), sequences)
+        for size in (*sizes.decode, *sizes.mixed):
+            yield self._inputs.sent(size.of_padding(self._inputs))
 
     @torch.inference_mode()
     def warm_up(self, num_tokens: int, sequences: Iterable[int]) -> int:
@@ -180,11 +187,14 @@ class Runner:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    @torch.inference_mode()
-    def capture_graphs(self, most_mixed_tokens: int) -> None:
-        """Capture steps of single tokens, and steps with prompts of at most `most_mixed_tokens`, to be replayed."""
+    def graph_sizes(self, most_mixed_tokens: int) -> Sizes:
+        """Of steps of single tokens, and of steps with prompts of at most `most_mixed_tokens`."""
         most_mixed_tokens = 0 if isinstance(self.model, EncoderDecoder) else most_mixed_tokens
-        sizes = Sizes.up_to(self.max_sequences, most_mixed_tokens)
+        return Sizes.up_to(self.max_sequences, most_mixed_tokens)
+
+    @torch.inference_mode()
+    def capture_graphs(self, sizes: Sizes) -> None:
+        """Capture steps of these sizes, to be replayed."""
         self._graphs = StepGraphs(
             self._decode, self._mixed, self._inputs, self.max_sequences, sizes, is_last=self.stage.is_last
         )

@@ -37,6 +37,7 @@ from hasten.core.errors import CapacityError, ConfigError, UnsupportedError
 from hasten.core.progress import progress_bar
 from hasten.engine.batch import Batch
 from hasten.engine.cache_ranges import measured_ranges, stored_ranges
+from hasten.engine.graphs import Sizes
 from hasten.engine.memory import (
     DEFAULT_MODEL_LEN,
     DEFAULT_STEP_TOKENS,
@@ -73,8 +74,6 @@ _TEXT_STEP_TOKENS = {"cpu": 1, "cuda": 32_768}
 GPU takes a third less time over as many tokens in larger steps (docs/performance.md)."""
 _WARMUP_TOKENS, _WARMUP_SEQUENCES = 512, (1, 4, 24, 48, 128)
 """Steps that are run before the first request comes: kernels are made for a few ranges of rows, and these hit each."""
-_COMPILED_TOKENS = (32, 80, 192, 512, 1024)
-"""Tokens of prompts' steps whose kernels are compiled before any runs."""
 _MOST_EXCHANGED_ROWS = 256
 """Rows of one sum over ranks through each other's memory; NCCL is as fast with more."""
 _PROMPT_LOGITS_ROWS = 256
@@ -279,7 +278,8 @@ class Worker:
                     self._warm_up(config.scheduler)
                 if not config.enforce_eager:
                     with self.start_times.phase("graphs"):
-                        self.runner.capture_graphs(self._most_mixed_tokens(config.scheduler))
+                        sizes = self.runner.graph_sizes(self._most_mixed_tokens(config.scheduler))
+                        self.runner.capture_graphs(sizes)
         return length, min(useful, fits)
 
     def _cache_ranges(self, config: EngineConfig, length: int, ropes: RopeTables) -> list[Tensor] | None:
@@ -343,18 +343,18 @@ class Worker:
         if self.device.type == "cpu":
             return
         with self.start_times.phase("compile"):
-            present = torch.tensor(int(ops.any_compiled()))
-            if self.ranks.world.size > 1:
-                torch.distributed.all_reduce(present, op=torch.distributed.ReduceOp.MAX)
-            if present:
+            if not self.ranks.world.least(int(not ops.any_compiled())):
                 return
             scheduler = config.scheduler
             most, sequences = scheduler.max_num_batched_tokens or 1, scheduler.max_num_seqs
             ranges = None if config.cache.eight_bits is None else self.runner.placeholder_ranges
             self.runner.allocate_cache(1, -(-length // config.cache.block_size), ropes, ranges)
-            steps = [(most, sequences), *((tokens, 1) for tokens in _COMPILED_TOKENS if tokens < most)]
-            steps += [(count, count) for count in (*_WARMUP_SEQUENCES, sequences) if count <= min(sequences, most)]
-            self.runner.compile_kernels(steps, self.ranks.local_size)
+            steps = [(most, sequences), *((_WARMUP_TOKENS, count) for count in _WARMUP_SEQUENCES)]
+            steps += [(count, count) for count in (*_WARMUP_SEQUENCES, sequences)]
+            steps = [(tokens, count) for tokens, count in steps if tokens <= most and count <= sequences]
+            graphs = self.pooler is None and not config.enforce_eager
+            sizes = self.runner.graph_sizes(self._most_mixed_tokens(scheduler)) if graphs else Sizes([], [])
+            self.runner.compile_kernels(steps, sizes, self.ranks.local_size)
             self.runner.release_cache()
 
     def _warm_up(self, config: SchedulerConfig) -> None:
