@@ -54,7 +54,8 @@ def stories(count: int, seed: int) -> list[str]:
     return [" ".join(rng.choices(WORDS, k=rng.randint(8, 40))) for _ in range(count)]
 
 
-def _save_tokenizer(folder: Path) -> int:
+def save_tokenizer(folder: Path) -> int:
+    """A small tokenizer of bytes and their pairs; the size of its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -117,7 +118,7 @@ def _save_model(folder: Path, family: str, seed: int, **config: Any) -> None:
     sizes = _SIZES.get(family, _SIZES["other"])
     spread = 0.1 if family == "Bloom" else 0.2
     options: dict[str, Any] = sizes | {
-        "vocab_size": _save_tokenizer(folder),
+        "vocab_size": save_tokenizer(folder),
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 3,

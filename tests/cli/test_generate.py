@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.conftest import save_tokenizer
+from tests.encoder_decoders import save_encoder_decoder
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Hasten
@@ -51,6 +53,16 @@ def test_prompts_of_all_sources_in_order(
         "generate", tiny_bloom, "--prompt", PROMPT, "--prompts-file", "-", "--json", "--max-new-tokens", "2"
     )
     assert [made["prompt"] for made in objects(done.out)] == [PROMPT, "Ben found", "Clara opened"]
+
+
+def test_a_prompt_that_an_encoder_reads_is_not_shown(hasten_here: "Hasten", tmp_path: Path) -> None:
+    size = save_tokenizer(tmp_path)
+    save_encoder_decoder(tmp_path, "t5", vocab_size=size, decoder_start_token_id=3, eos_token_id=2, pad_token_id=3)
+    options = ("generate", tmp_path, "--prompt", PROMPT, "--max-new-tokens", "4")
+    (made,) = objects(hasten_here(*options, "--json").out)
+    assert made["prompt"] == PROMPT
+    for more in ((), ("--stream",)):
+        assert hasten_here(*options, *more).out == f"{made['text']}\n"
 
 
 def test_prompts_file(tiny_bloom: Path, hasten_here: "Hasten", tmp_path: Path) -> None:

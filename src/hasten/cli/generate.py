@@ -137,7 +137,7 @@ def _generate(llm: "LLM", prompts: list[str], params: SamplingParams, as_json: b
             print(json.dumps(_as_json(output), ensure_ascii=False))
         else:
             for completion in output.outputs:
-                print(f"{output.prompt}{completion.text}")
+                print(f"{_shown(llm, output.prompt)}{completion.text}")
     _raise_failures(outputs)
 
 
@@ -147,11 +147,16 @@ def _stream(llm: "LLM", prompts: list[str], params: SamplingParams, as_json: boo
         for output in outputs:
             print(json.dumps(_as_json(output) | {"finished": output.finished}, ensure_ascii=False), flush=True)
     else:
-        print(prompts[0], end="", flush=True)
+        print(_shown(llm, prompts[0]), end="", flush=True)
         for piece in _pieces(outputs):
             print(piece, end="", flush=True)
         print()
     _raise_failures(outputs.finished)
+
+
+def _shown(llm: "LLM", prompt: str | None) -> str:
+    """What stands before an output: the prompt that it continues, and nothing where an encoder has read it."""
+    return "" if prompt is None or llm.config.encoder is not None else prompt
 
 
 class _Finished:
