@@ -14,7 +14,7 @@ from hasten.checkpoint import sources
 from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.sources import read_hf_config
 from hasten.core.config import ModelConfig
-from hasten.core.errors import ConfigError, InvalidRequestError
+from hasten.core.errors import ConfigError, InvalidRequestError, UnsupportedError
 
 PROMPTS = [[(7 * n + k * k) % 190 + 5 for k in range(n)] for n in (1, 2, 15, 16, 17, 33, 70, 150)]
 GREEDY = SamplingParams(temperature=0, max_tokens=14, min_tokens=14)
@@ -87,6 +87,8 @@ def test_preempted_requests_go_on_with_the_same_tokens(kind: str, save: Save) ->
 @pytest.mark.any_python
 def test_ranks_and_converted_checkpoints_give_the_same_tokens(save: Save, tmp_path: Path) -> None:
     folder = save("flan-t5")
+    with pytest.raises(UnsupportedError, match=r"models with an encoder .* --format safetensors"):
+        convert(Conversion(str(folder), str(tmp_path / "out"), format="fastertransformer"))
     convert(Conversion(str(folder), str(tmp_path / "out"), ranks=2))
     for ranks in (1, 2):
         with LLM(tmp_path / "out", tensor_parallel_size=ranks, device="cpu", kv_cache_memory=1 << 22) as llm:

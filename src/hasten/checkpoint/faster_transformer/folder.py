@@ -37,7 +37,9 @@ def family_of(architecture: str) -> Family | None:
 def writable_family(config: ModelConfig) -> Family:
     """The family that a model is written as; UnsupportedError says why FasterTransformer could not compute it."""
     family = family_of(config.architecture)
-    if family is None:
+    if config.encoder is not None:
+        why = f"FasterTransformer's format of models with an encoder ({config.architecture}) is not written"
+    elif family is None:
         known = ", ".join(each.architecture for each in FAMILIES)
         why = f"FasterTransformer had no {config.architecture} (it had {known})"
     else:
