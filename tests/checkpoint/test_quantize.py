@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tests.conftest import MakeModel
-from tests.quantization.definition import TRANSPOSED
+from tests.quantization.definition import TRANSPOSED, changed_folder
 from tests.quantization.writers import is_quantized, words
 from torch import Tensor
 
@@ -26,6 +26,8 @@ from hasten.quantization.grid import RoundedWeight
 
 SCHEMES: dict[Quantization, int | None] = {"int4": 16, "int8": None, "w8a8": None, "fp8": None}
 """Sizes of groups of LLaMA's weights."""
+TYPES = ("w8a8", "fp8")
+"""Schemes that round activations, too."""
 E4M3 = torch.float8_e4m3fn
 MODELS: dict[str, dict[str, Any]] = {
     "Bloom": {"n_layer": 1, "hidden_size": 96, "n_head": 12},
@@ -106,7 +108,18 @@ def test_weights_are_rounded_to_nearest_and_read_back(
     assert {path.name for path in folder.iterdir()} == {path.name for path in out.iterdir()}
 
 
-TYPES = ("w8a8", "fp8")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_packed_weights_alone_have_scales_of_16_bits(dtype: torch.dtype, make_model: MakeModel, tmp_path: Path) -> None:
+    folder = changed_folder(
+        make_model("Llama", **MODELS["Llama"]),
+        tmp_path / "model",
+        lambda state: state.update({name: weight.to(dtype) for name, weight in state.items()}),
+    )
+    for scheme in SCHEMES:
+        nearest(folder, tmp_path / scheme, scheme)
+        found = load_file(tmp_path / scheme / "model.safetensors")
+        scales = {tensor.dtype for name, tensor in found.items() if name.endswith("weight_scale")}
+        assert scales == {torch.float32 if scheme in TYPES else dtype}
 
 
 def test_large_checkpoints_are_several_files(

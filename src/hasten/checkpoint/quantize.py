@@ -80,7 +80,7 @@ class ToNearest:
     """Rounds each weight for itself, with scales by the largest magnitudes."""
 
     def __init__(self, source: HuggingFaceSource, scheme: WrittenScheme) -> None:
-        self._source, self._grid = source, scheme.grid
+        self._source, self._scheme = source, scheme
         self._errors = Errors()
 
     def changes(self, specs: Sequence[WeightSpec]) -> Mapping[str, RoundedWeight]:
@@ -91,7 +91,8 @@ class ToNearest:
         stored = self._source.shard(spec, 0, 1)
         weight_oh = stored.float()
         check_finite(spec, weight_oh)
-        made = self._grid.rounded(weight_oh, self._grid.scales(weight_oh, scale_dtype(stored)))
+        grid = self._scheme.grid
+        made = grid.rounded(weight_oh, grid.scales(weight_oh, self._scheme.scale_dtype(stored.dtype)))
         self._errors.add(made.dequantized() - weight_oh, weight_oh)
         return made
 
@@ -119,11 +120,6 @@ class Summary:
 def is_linear(spec: WeightSpec) -> bool:
     """Whether a weight is one that is quantized: of a linear layer other than the head, and not of experts."""
     return spec.split in _LINEAR and len(spec.axes) == _MATRIX and not spec.stack
-
-
-def scale_dtype(weight: Tensor) -> torch.dtype:
-    """The type of scales of a weight: its own, where it has 16 bits."""
-    return weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float32
 
 
 def check_finite(spec: WeightSpec, weight: Tensor) -> None:
@@ -242,7 +238,7 @@ class _Writer:
             rows = slice(start, start + source.shape(self._source.config)[1 if source.layout.transposed else 0])
             start = rows.stop
             module = self._source.stored_name(source.name).removesuffix(".weight")
-            part = RoundedWeight(numbers[rows], scales[rows])
+            part = RoundedWeight(numbers[rows], scales[rows], weight.group_size)
             for kind, tensor in self._scheme.tensors(part).items():
                 self._put(f"{module}.{kind}", tensor)
             self.tensors += 1

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from hasten.checkpoint.quantize import Summary
 
 _SCHEMES = ("int4", "int8", "w8a8", "fp8")
+_NUM_SAMPLES, _SEQUENCE_LENGTH, _NUM_EVALUATED = 256, 512, 256
+_OF_CALIBRATION = ("num_samples", "sequence_length", "dampening", "evaluate", "device")
 _METHODS = ("rtn", "gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq")
 
 
@@ -49,26 +51,25 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         help='texts that show what the layers read: JSON lines, each an object with "text", or any text file',
     )
     parser.add_argument(
-        "--num-samples", type=positive, default=256, metavar="N", help="texts to calibrate with (default: 256)"
+        "--num-samples", type=positive, metavar="N", help=f"texts to calibrate with (default: {_NUM_SAMPLES})"
     )
     parser.add_argument(
-        "--sequence-length", type=positive, default=512, metavar="N", help="most tokens of a text (default: 512)"
+        "--sequence-length", type=positive, metavar="N", help=f"most tokens of a text (default: {_SEQUENCE_LENGTH})"
     )
     parser.add_argument(
         "--dampening",
         type=float,
-        default=0.01,
         metavar="D",
         help="of gptq: more keeps weights nearer to what they were (default: 0.01)",
     )
     parser.add_argument(
         "--evaluate",
         type=int,
-        default=256,
         metavar="N",
-        help="other texts of FILE on which the model is compared before and after; 0: none (default: 256)",
+        help="other texts of FILE on which the model is compared before and after; 0: none (default: "
+        f"{_NUM_EVALUATED})",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     parser.set_defaults(run=run)
 
 
@@ -76,22 +77,27 @@ def run(args: argparse.Namespace) -> int:
     """Quantize, print one line of what was written, and with calibration a table of the model before and after."""
     from hasten.engine.calibration.quantize import QuantizeOptions, check_method, quantize
 
-    options = QuantizeOptions(args.scheme, args.method, dampening=args.dampening, device=args.device)
     if args.calibration is None:
+        options = QuantizeOptions(args.scheme, args.method)
         check_method(args.scheme, options.chosen, calibrates=False)
+        for name in _OF_CALIBRATION:
+            if getattr(args, name) is not None:
+                raise ConfigError(f"{name} is for calibration: give --calibration as well, or leave it out")
         with progress_bar("Quantizing weights", None, unit="bytes") as bar:
             _say(args, quantize(str(args.model), Path(args.output), options, bar.advance))
         return 0
     if args.method is not None:
         check_method(args.scheme, args.method, calibrates=True)
+    count = _NUM_EVALUATED if args.evaluate is None else args.evaluate
+    if count < 0:
+        raise ConfigError(f"evaluate must be 0 or more, got {count}")
+    device = args.device or "auto"
     texts, others, layers = _texts(args)
-    options = QuantizeOptions(
-        args.scheme, args.method, [text.token_ids for text in texts], args.dampening, device=args.device
-    )
+    options = QuantizeOptions(args.scheme, args.method, [text.token_ids for text in texts], args.dampening, device)
     with progress_bar("Quantizing layers", layers) as bar:
         _say(args, quantize(str(args.model), Path(args.output), options, advance=bar.advance))
-    if args.evaluate > 0:
-        _compare(args, others[: args.evaluate] or texts[: args.evaluate], are_others=bool(others))
+    if count > 0:
+        _compare(args, others[:count] or texts[:count], device, are_others=bool(others))
     return 0
 
 
@@ -104,12 +110,13 @@ def _texts(args: argparse.Namespace) -> "tuple[Sequence[Text], Sequence[Text], i
 
     source = open_unquantized(str(args.model))
     longest = source.config.max_position_embeddings
-    length = args.sequence_length if longest is None else min(args.sequence_length, longest - 1)
+    length = args.sequence_length or _SEQUENCE_LENGTH
+    length = length if longest is None else min(length, longest - 1)
     if length < 2:
         raise ConfigError(f"sequence_length must be at least 2, got {length}")
     tokenizer = Tokenizer.from_folder(resolve_model(str(args.model)))
     texts = read_texts(str(args.calibration), tokenizer, length)
-    return *divided(texts, args.num_samples), source.config.num_layers
+    return *divided(texts, args.num_samples or _NUM_SAMPLES), source.config.num_layers
 
 
 def _say(args: argparse.Namespace, summary: "Summary") -> None:
@@ -120,11 +127,11 @@ def _say(args: argparse.Namespace, summary: "Summary") -> None:
     )
 
 
-def _compare(args: argparse.Namespace, texts: "Sequence[Text]", *, are_others: bool) -> None:
+def _compare(args: argparse.Namespace, texts: "Sequence[Text]", device: str, *, are_others: bool) -> None:
     from hasten.bench.quality import measured
     from hasten.bench.report import print_table
 
-    before, after = (measured(str(model), texts, device=args.device) for model in (args.model, args.output))
+    before, after = (measured(str(model), texts, device=device) for model in (args.model, args.output))
     rows = [("perplexity", f"{before.perplexity:.4f}", f"{after.perplexity:.4f}")]
     if before.accuracy is not None and after.accuracy is not None:
         rows.append(("last words right", f"{before.accuracy:.2f}%", f"{after.accuracy:.2f}%"))

@@ -28,10 +28,11 @@ def round_by_gptq(
     scales_og = grid.scales(weight_oh, dtype, diagonal_h)
     order_h = diagonal_h.argsort(descending=True, stable=True)
     factor_hh = _inverse_factor(hessian_hh[order_h][:, order_h], dampening)
-    steps_oh = spread(nonzero(scales_og.float()), grid.size(len(order_h)), len(order_h))[:, order_h]
+    size = grid.size(len(order_h))
+    steps_oh = spread(nonzero(scales_og.float()), size, len(order_h))[:, order_h]
     numbers_oh = torch.empty_like(weight_oh)
     numbers_oh[:, order_h] = _rounded(weight_oh[:, order_h], steps_oh, factor_hh, grid)
-    return RoundedWeight(numbers_oh.to(grid.dtype), scales_og)
+    return RoundedWeight(numbers_oh.to(grid.dtype), scales_og, size)
 
 
 def _rounded(left_oh: Tensor, steps_oh: Tensor, factor_hh: Tensor, grid: Grid) -> Tensor:

@@ -24,11 +24,8 @@ class RoundedWeight:
     """[o, h] in the grid's type."""
     scales: Tensor
     """[o, g], floating point."""
-
-    @property
-    def group_size(self) -> int:
-        """Input features of a group; the last one may have fewer."""
-        return -(-self.numbers.shape[1] // self.scales.shape[1])
+    group_size: int
+    """Input features of a group; the last one may have fewer."""
 
     def dequantized(self) -> Tensor:
         """The values, [o, h] in fp32."""
@@ -101,8 +98,9 @@ class Grid:
     def rounded(self, weight_oh: Tensor, scales_og: Tensor) -> RoundedWeight:
         """A weight in fp32 rounded to nearest."""
         in_features = weight_oh.shape[1]
-        steps_oh = spread(nonzero(scales_og.float()), self.size(in_features), in_features)
-        return RoundedWeight(self.nearest(weight_oh / steps_oh).to(self.dtype), scales_og)
+        size = self.size(in_features)
+        steps_oh = spread(nonzero(scales_og.float()), size, in_features)
+        return RoundedWeight(self.nearest(weight_oh / steps_oh).to(self.dtype), scales_og, size)
 
 
 def nonzero(scales: Tensor) -> Tensor:

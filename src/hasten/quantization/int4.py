@@ -4,7 +4,6 @@ Shapes: h input features, o output features, g groups.
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from hasten.core.config import Quantization
@@ -13,12 +12,12 @@ from hasten.layers.embedding import Head
 from hasten.layers.linear import PackedModule
 from hasten.ops import Weight
 from hasten.quantization.eight_bit import INT8, EightBit
+from hasten.quantization.grid import Grid
 from hasten.quantization.stored import StoredWeight, pack_groups
 
 GROUP_SIZE = 128
 _MIDDLE = 8
-_STEPS = 7.5
-"""Steps from zero to the largest magnitude of a group: at either end rounding then errs by half a step at most."""
+_GRID = Grid(4, group_size=GROUP_SIZE)
 _ELEMENTS = 1 << 24
 """Weights in fp32 at a time."""
 
@@ -41,7 +40,9 @@ class Int4:
         rows = max(1, _ELEMENTS // in_features)
         for start in range(0, out_features, rows):
             piece = slice(start, start + rows)
-            values[piece], scales[piece] = _rounded(weight_oh[piece].float())
+            wide_oh = weight_oh[piece].float()
+            scales[piece] = _GRID.scales(wide_oh, torch.bfloat16)
+            values[piece] = _GRID.rounded(wide_oh, scales[piece]).numbers + _MIDDLE
         if not bool(scales.isfinite().all()):
             row = int((~scales.isfinite()).any(1).nonzero()[0])
             raise CheckpointError(
@@ -52,13 +53,3 @@ class Int4:
         return pack_groups(
             StoredWeight(values, scales, pack_groups, groups_h=groups_h, middle=_MIDDLE), weight_oh.dtype
         )
-
-
-def _rounded(weight_oh: Tensor) -> tuple[Tensor, Tensor]:
-    """Values [o, h] of 0 to 15 and scales [o, g] of a weight in fp32."""
-    in_features = weight_oh.shape[1]
-    grouped_ogc = F.pad(weight_oh, (0, -in_features % GROUP_SIZE)).unflatten(1, (-1, GROUP_SIZE))
-    scales_og = (grouped_ogc.abs().amax(2) / _STEPS).bfloat16()
-    steps_og1 = scales_og.float().masked_fill(scales_og == 0, 1.0).unsqueeze(2)
-    values = (grouped_ogc / steps_og1).round_().clamp_(-_MIDDLE, _MIDDLE - 1).add_(_MIDDLE)
-    return values.flatten(1)[:, :in_features], scales_og

@@ -19,10 +19,12 @@ FEW_DECODED = 4096
 _THREADS = 2
 _MAX_WAITING = 256
 """Requests whose texts wait for a thread; each text is one that may fit."""
-_WORDS = ("stop", "bad_words")
 _MAX_WORDS, _MAX_WORDS_CHARACTERS = 1024, 16 << 10
 """Of one request: words that are to stop or must not appear are looked at for each token."""
-_MAX_ENTRIES = {"stop_token_ids": 1024, "stop_words_ids": 1024, "bad_words_ids": 2048, "logit_bias": 4096}
+_MAX_ENTRIES = {
+    **{"stop": _MAX_WORDS, "bad_words": _MAX_WORDS, "stop_token_ids": 1024, "stop_words_ids": 1024},
+    **{"bad_words_ids": 2048, "logit_bias": 4096},
+}
 """Of one request: each is looked at for each token."""
 
 Result = TypeVar("Result")
@@ -106,17 +108,13 @@ def check_entries(given: Mapping[str, object]) -> None:
         value = given.get(name)
         if isinstance(value, Sized) and not isinstance(value, str) and len(value) > most:
             raise InvalidRequestError(f"{name} has {len(value)} entries, the limit is {most}")
-    for name in _WORDS:
-        value = given.get(name)
-        if isinstance(value, list | tuple):
-            check_words(name, value)
 
 
-def check_words(name: str, words: Sequence[object]) -> None:
-    """InvalidRequestError where there are more words than should be looked for; what is no text is left to others."""
+def check_words(name: str, words: Sequence[str]) -> None:
+    """InvalidRequestError where there are more words than should be looked for."""
     if len(words) > _MAX_WORDS:
         raise InvalidRequestError(f"{name} has {len(words)} entries, the limit is {_MAX_WORDS}")
-    characters = sum(len(word) for word in words if isinstance(word, str))
+    characters = sum(map(len, words))
     if characters > _MAX_WORDS_CHARACTERS:
         raise InvalidRequestError(f"{name} has {characters} characters, the limit is {_MAX_WORDS_CHARACTERS}")
 

@@ -195,6 +195,7 @@ def test_the_command_ends_with_a_table(
 @pytest.fixture
 def bad_files(tmp_path: Path) -> dict[str, Path]:
     contents = {"empty": " \n\n", "few": '{"text": "Anna walked home"}\n' * 3, "broken": '{"text": 1}\n'}
+    contents["many"] = contents["few"] * 6
     for name, content in contents.items():
         (tmp_path / name).write_text(content)
     return {name: tmp_path / name for name in (*contents, "missing")}
@@ -224,6 +225,13 @@ def bad_files(tmp_path: Path) -> dict[str, Path]:
         ("int4", ["--calibration", "broken"], 'broken, line 1: not an object with a string "text"'),
         ("int4", ["--calibration", "missing"], "missing: No such file or directory"),
         ("int4", ["--calibration", "few", "--sequence-length", "1"], "--sequence-length must be at least 2, got 1"),
+        ("int4", ["--evaluate", "-1", "--calibration", "few"], "error: evaluate must be 0 or more, got -1"),
+        ("int4", ["--num-samples", "8"], "--num-samples is for calibration: give --calibration as well, or leave it"),
+        (
+            "int4",
+            ["--method", "awq", "--dampening", "0.1", "--calibration", "many"],
+            "error: dampening is of gptq, and the method is awq",
+        ),
         ("int3", [], "invalid choice: 'int3'"),
         ("int4", ["--method", "hqq"], "invalid choice: 'hqq'"),
     ],
@@ -251,9 +259,12 @@ def test_bad_input_is_one_line(
 def test_dampening_and_models_are_checked(tiny_bloom: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^dampening must be between 0 and 1, got 2.0$"):
         quantize(str(tiny_bloom), tmp_path / "out", QuantizeOptions("int4", samples=SAMPLES, dampening=2.0))
+    for ids in ([], [4, 10_000]):
+        with pytest.raises(ConfigError, match=r"^a sample is empty or has tokens outside the vocabulary of \d+; are"):
+            quantize(str(tiny_bloom), tmp_path / "out", QuantizeOptions("int4", samples=[*SAMPLES, ids]))
     encoder = save_encoder(tmp_path / "encoder", "Bert", num_hidden_layers=1)
     with pytest.raises(UnsupportedError, match=r"^BertModel generates no text, and only models that do are calibrated"):
-        quantize(str(encoder), tmp_path / "out", QuantizeOptions("int4", samples=SAMPLES))
+        quantize(str(encoder), tmp_path / "out", QuantizeOptions("int4", samples=[[5, 6]] * 16))
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
 
 

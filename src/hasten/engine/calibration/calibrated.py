@@ -53,7 +53,7 @@ class Calibrated:
         if not issubclass(kind, CausalLM):
             raise UnsupportedError(
                 f"{source.config.architecture} generates no text, and only models that do are calibrated; "
-                "use --method rtn"
+                "leave calibration out, which rounds to nearest"
             )
         with torch.device("meta"):
             self._model = kind(source.config)

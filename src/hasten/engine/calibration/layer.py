@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten import ops
-from hasten.checkpoint.quantize import Errors, check_finite, is_linear, scale_dtype
+from hasten.checkpoint.quantize import Errors, check_finite, is_linear
 from hasten.core.errors import CheckpointError
 from hasten.engine.calibration.observed import Magnitudes, Products, giving, reading
 from hasten.layers.linear import set_weight
@@ -47,7 +47,7 @@ class Method:
     compensates: bool = False
     """Whether input features take up each other's rounding errors (GPTQ)."""
     dampening: float = 0.01
-    """Of GPTQ."""
+    """Of GPTQ: added to the diagonal of the inputs' products, as a part of its mean."""
 
 
 class Layer:
@@ -166,7 +166,7 @@ class Layer:
         for name in self._linears.keys() - made.keys():
             _log.warning("no sample was seen to go through %s, which is rounded to nearest", name)
             weight_oh = self._weight(name)
-            scales_og = scheme.grid.scales(weight_oh, scale_dtype(self._read(self._specs[name])))
+            scales_og = scheme.grid.scales(weight_oh, scheme.scale_dtype(self._read(self._specs[name]).dtype))
             made[name] = scheme.grid.rounded(weight_oh, scales_og)
         return made
 
@@ -190,7 +190,7 @@ class Layer:
         if not bool(hessian_hh.isfinite().all()):
             raise CheckpointError(f"what {name} reads has NaN or infinity: the checkpoint is damaged")
         weight_oh, grid = self._weight(name), scheme.grid
-        dtype = scale_dtype(self._read(self._specs[name]))
+        dtype = scheme.scale_dtype(self._read(self._specs[name]).dtype)
         if method.compensates:
             made = round_by_gptq(weight_oh, hessian_hh, grid, dtype, dampening=method.dampening)
         else:

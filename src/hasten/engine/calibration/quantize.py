@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from hasten.checkpoint.quantize import (
     Report,
     Rounding,
@@ -15,7 +17,7 @@ from hasten.checkpoint.quantize import (
     write_quantized,
 )
 from hasten.core.config import EngineConfig, Quantization
-from hasten.core.errors import ConfigError
+from hasten.core.errors import CapacityError, ConfigError
 from hasten.engine.calibration.calibrated import Calibrated
 from hasten.engine.calibration.layer import Method
 from hasten.engine.worker import compute_dtype, rank_device
@@ -51,8 +53,8 @@ class QuantizeOptions:
     """None: rtn without samples, the most accurate one with them."""
     samples: Sequence[Sequence[int]] = ()
     """Token ids of the texts that it is calibrated with."""
-    dampening: float = 0.01
-    """Of GPTQ: added to the diagonal of the inputs' products, as a part of its mean."""
+    dampening: float | None = None
+    """Of GPTQ; None: that of `Method`."""
     device: str = "auto"
 
     @property
@@ -68,7 +70,9 @@ class QuantizeOptions:
                 f"{len(self.samples)} samples are too few to calibrate with; give at least {LEAST_SAMPLES}, and better "
                 "some hundred"
             )
-        if not 0 < self.dampening < 1:
+        if self.dampening is not None and "gptq" not in self.chosen:
+            raise ConfigError(f"dampening is of gptq, and the method is {self.chosen}; leave it out")
+        if self.dampening is not None and not 0 < self.dampening < 1:
             raise ConfigError(f"dampening must be between 0 and 1, got {self.dampening}")
 
 
@@ -107,6 +111,23 @@ def quantize(
     if options.chosen != RTN:
         device = rank_device(EngineConfig.create(str(source.folder), device=options.device), ALONE, 1)
         dtype = TORCH_DTYPES[compute_dtype("auto", source.config, device)]
-        method = replace(METHODS[options.chosen], dampening=options.dampening)
+        method = METHODS[options.chosen]
+        if options.dampening is not None:
+            method = replace(method, dampening=options.dampening)
+        _check_tokens(options.samples, source.config.vocab_size)
         rounding = Calibrated(source, scheme, method, options.samples, device, dtype, advance)
-    return write_quantized(source, output, scheme, rounding, report)
+    try:
+        return write_quantized(source, output, scheme, rounding, report)
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(
+            "the device's memory ran out while a layer was calibrated; give fewer or shorter samples, or device cpu"
+        ) from error
+
+
+def _check_tokens(samples: Sequence[Sequence[int]], vocab_size: int) -> None:
+    for ids in samples:
+        if not ids or not all(0 <= token < vocab_size for token in ids):
+            raise ConfigError(
+                f"a sample is empty or has tokens outside the vocabulary of {vocab_size}; are the texts tokenized with "
+                "the model's own tokenizer?"
+            )

@@ -29,6 +29,14 @@ class WrittenScheme:
         """What inputs are rounded to, each token with a scale of its own; None: they stay as they are."""
         return None if self.format == "pack-quantized" else self.grid.dtype
 
+    def scale_dtype(self, weight: torch.dtype) -> torch.dtype:
+        """The type of scales of a weight that is stored in a type.
+
+        Scales of packed weights have its 16 bits, which kernels multiply with; others are read in fp32, and in 16 bits
+        a row's largest value would miss the end of the grid.
+        """
+        return weight if self.rounds_to is None and weight.itemsize == _SIXTEEN_BITS else torch.float32
+
     def with_groups_for(self, widths: Iterable[int]) -> "WrittenScheme | None":
         """The scheme with the largest groups, up to its own, that divide the input features of all layers; or None."""
         if self.grid.group_size is None:
@@ -80,6 +88,7 @@ class WrittenScheme:
         }
 
 
+_SIXTEEN_BITS = 2
 _GROUP_SIZES = (128, 64, 32, 16)
 WRITTEN: Mapping[str, WrittenScheme] = {
     scheme.name: scheme

@@ -30,7 +30,7 @@ from hasten.server.engine.routing import prefixes_of
 from hasten.server.engine.ticket import Progress, Ticket
 from hasten.server.engine.wire import Add, CompletionDelta, EngineInfo, Start, framed
 from hasten.server.options import ServerOptions
-from hasten.server.tokenizing import check_entries, tokenizing
+from hasten.server.tokenizing import check_entries, check_words, tokenizing
 
 __all__ = [
     "CompletionDelta",
@@ -79,6 +79,8 @@ def _check_sizes(params: SamplingParams, vocab_size: int) -> None:
         count = getattr(params, name) or 0
         if min(count, vocab_size) > _MOST_LOGPROBS:
             raise InvalidRequestError(f"{name} must be at most {_MOST_LOGPROBS}, got {count}")
+    check_words("stop", params.stop)
+    check_words("bad_words", params.bad_words)
 
 
 def _may_stop(params: SamplingParams) -> bool:
