@@ -87,19 +87,18 @@ def connect(store: Store, group: TensorGroup, width: int, max_rows: int, device:
 def _mailboxes(store: Store, group: TensorGroup, width: int, max_rows: int, device: torch.device) -> Peers:
     rank, size = group.rank, group.size
     shape = (2, max_rows, size, width // 2)
-    shared = RunStore(
-        PrefixStore("mailboxes", store), group.liveness
-    )  # held here: C++ would not find a dead object's methods
+    # held here: C++ would not find a dead object's methods
+    shared = RunStore(PrefixStore("mailboxes", store), group.liveness)
     mailbox = symmetric_memory.empty(shape, dtype=torch.int64, device=device)
     mailbox.zero_()
     torch.cuda.synchronize(device)
     # Not torch's own name for the group of all ranks: a process may be rank 0 of several runs, one after the other, and
     # torch would look for the first run's store again.
     name: Any = f"hasten-{next(_numbers)}"  # torch 2.13 has a type of its own for it, earlier ones take a string
-    everyone = group.handle or dist.group.WORLD
-    assert everyone is not None, "there are ranks"
+    # torch 2.13 looks for the name among these stores, 2.11 for a group of that name, of which it takes the store
+    named = dist.ProcessGroup(shared, rank, size)
     _SymmetricMemory.set_group_info(name, rank, size, shared)
-    _register_process_group(name, everyone)  # torch 2.11 looks the name up here as well
+    _register_process_group(name, named)
     try:
         handle = _SymmetricMemory.rendezvous(mailbox, name)
     finally:

@@ -243,9 +243,7 @@ def test_real_sizes_project(rows: int, dtype: torch.dtype, assert_close: Close) 
 
 
 @pytest.mark.parametrize("block_m", [16, 32, 64])
-@pytest.mark.parametrize(
-    "cut", [matmul._WIDE, matmul._NARROW, matmul._NARROW_DEEP, matmul._MIDDLE, matmul._TALL], ids=str
-)
+@pytest.mark.parametrize("cut", [matmul._WIDE, matmul._NARROW, matmul._MIDDLE, matmul._TALL], ids=str)
 def test_stages_are_as_many_as_fit(cut: matmul.Cut, block_m: int) -> None:
     assert matmul._stages(cut, block_m, 227 << 10) == cut.stages
     for shared in (99 << 10, 64 << 10):

@@ -45,9 +45,9 @@ class _Rates:
     """Rows that an expert computes together, filled or not."""
 
 
-_GPU = _Rates(0.93, 0.85, 0.66, 0.42, 0.93, 0.7, 0.42, 0.63, 0.4, 16e-6, 10e-6, 0.0, 0.0, 64)
+_GPU = _Rates(0.93, 0.85, 0.66, 0.55, 0.93, 0.7, 0.42, 0.63, 0.4, 16e-6, 10e-6, 0.0, 0.0, 64)
 _CPU = _Rates(0.9, 0.9, 0.9, 0.9, 0.5, 0.6, 0.4, 0.6, 0.4, 60e-6, 60e-6, 2e-3, 125e-6, 1)
-_MOST_NARROW_ROWS = {"int8": 64, "int4": 256}
+_MOST_NARROW_ROWS = {"int8": 256, "int4": 256}
 """Rows that are multiplied by quantized weights as they are on a GPU; for more these are widened before."""
 _EXCHANGE_S, _EXCHANGE_BYTES_PER_S = 5e-6, 300e9
 """A sum over ranks, of which a layer has two: GPUs of one host that reach each other's memory."""

@@ -267,7 +267,7 @@ MOST_ROWS = 64
 """More rows than that are cuBLAS's."""
 _AHEAD = 2
 """Lines of 128 bytes of each row of the weight that `_skinny` fetches before it may read its input."""
-_WIDE, _NARROW, _NARROW_DEEP = Cut(64, 128, 4, 4), Cut(32, 128, 6, 4), Cut(32, 256, 3, 4)
+_WIDE, _NARROW = Cut(64, 128, 4, 4), Cut(32, 128, 6, 4)
 _MIDDLE, _TALL = Cut(64, 128, 3, 4), Cut(128, 64, 5, 8)
 _MANY, _FULL = Cut(128, 64, 4, 8), Cut(64, 32, 2, 4)
 """Of products in a fixed order: of many rows, and in fp32."""
@@ -419,21 +419,17 @@ def gated_pairs(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate:
 
 
 def _splits(rows: int, weight: PackedLinear) -> int:
-    """Parts to cut the input features into, so that programs fill the device: at 17 to 32 rows about twice.
-
-    Measured choices: docs/performance.md.
-    """
+    """Parts to cut the input features into, so that programs fill the device about twice, or once with many rows."""
     if rows == 1:
         return 1
-    tiles = triton.cdiv(weight.out_features, _WIDE.block_n)
-    wanted = triton.cdiv(128, tiles) if rows <= 16 else (256 if rows <= 32 else 128) // tiles
+    wanted = (256 if rows <= 32 else 128) // triton.cdiv(weight.out_features, _WIDE.block_n)
     splits = 1
     while splits < min(wanted, 8) and weight.in_features % (2 * splits * _WIDE.block_k) == 0:
         splits *= 2
     return splits
 
 
-def _cut(rows: int, features: int, width: int, splits: int, multiprocessors: int) -> Cut:
+def _cut(rows: int, features: int, splits: int, multiprocessors: int) -> Cut:
     """The cut that keeps all multiprocessors busy to the end; measured choices: docs/performance.md."""
     if splits > 1:
         return _WIDE
@@ -441,9 +437,7 @@ def _cut(rows: int, features: int, width: int, splits: int, multiprocessors: int
     rounds = triton.cdiv(features, first.block_n) / multiprocessors
     if rounds > 4 or rounds / math.ceil(rounds) >= 0.9:
         return first
-    if rows > 16:
-        return _MIDDLE
-    return _NARROW if width % _NARROW_DEEP.block_k else _NARROW_DEEP
+    return _NARROW if rows <= 16 else _MIDDLE
 
 
 def _stages(cut: Cut, block_m: int, shared: int) -> int:
@@ -468,7 +462,7 @@ def _form(x_th: Tensor, weight: PackedLinear, splits: int) -> _Form:
     if weight.fixed_order and (rows > MOST_ROWS or x_th.dtype == torch.float32):
         return _fixed_form(rows, splits, x_th.dtype, limits[1])
     block_m = max(16, triton.next_power_of_2(rows))
-    cut = _cut(rows, weight.out_features, weight.in_features, splits, limits[0])
+    cut = _cut(rows, weight.out_features, splits, limits[0])
     return _Form(cut, block_m, _stages(cut, block_m, limits[1]))
 
 

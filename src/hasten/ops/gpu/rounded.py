@@ -48,7 +48,8 @@ def _round_rows(
     damaged = top >= 0x7F800000
     greatest = tl.where(damaged, 0, top).to(tl.float32, bitcast=True)
     unit = tl.div_rn(tl.maximum(greatest, _TINY * LARGEST), LARGEST)
-    number = tl.where(damaged, 0.0, value) * tl.div_rn(1.0, unit)
+    # a plain product would be fused with the sum that rounds it, and then differ from the definition at ties
+    number = tl.fma(tl.where(damaged, 0.0, value), tl.div_rn(1.0, unit), 0.0)
     target = numbers + row * DIGITS * WIDTH + k
     kept = k < WIDTH
     dtype: tl.constexpr = numbers.dtype.element_ty
