@@ -196,7 +196,7 @@ def test_shifted_cache_slots_ruin_it(
     of_keys: int, of_values: int, assert_ruined: Ruins, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write_cache(
-        key_tmd: Tensor, value_tmd: Tensor, key_cache: Tensor, value_cache: Tensor, slots_t: Tensor
+        key_tmd: Tensor, value_tmd: Tensor, key_cache: Tensor, value_cache: Tensor, slots_t: Tensor, *, scales: None
     ) -> None:
         for new_tmd, cache, by in ((key_tmd, key_cache, of_keys), (value_tmd, value_cache, of_values)):
             cache.flatten(0, 1)[shifted(slots_t, cache, by)] = new_tmd
