@@ -7,7 +7,7 @@ import pytest
 
 from hasten import LLM
 from hasten.models.base import CausalLM
-from hasten.models.kinds import one_layer_of_each_kind
+from hasten.models.kinds import distinct_layers
 
 pytestmark = pytest.mark.any_python
 
@@ -26,7 +26,7 @@ def test_a_layer_of_each_kind_is_left(
         model = llm.engine.worker.runner.model
         assert isinstance(model, CausalLM)
         layers = model.layers
-        with one_layer_of_each_kind(model):
+        with distinct_layers(model):
             assert list(model.layers) == kept
             assert all(model.layers[name] is layers[name] for name in kept)
         assert model.layers is layers

@@ -21,7 +21,7 @@ from hasten.layers.embedding import Head
 from hasten.layers.position import RopeTables
 from hasten.models.base import CausalLM, Transformer
 from hasten.models.encoder_decoder import EncoderDecoder
-from hasten.models.kinds import one_layer_of_each_kind
+from hasten.models.kinds import distinct_layers
 from hasten.ops.plan import Planner
 
 
@@ -158,7 +158,7 @@ class Runner:
         And those of graphs of `sizes`. On every rank, each in a process without kernels; `processes` of them are on
         this host.
         """
-        with one_layer_of_each_kind(self.model), ops.compiled_together(processes):
+        with distinct_layers(self.model), ops.compiled_together(processes):
             for tokens in self._warmup_steps(steps, sizes):
                 ops.resolve_ids(tokens.ids, self.chosen)
                 output = self._predict(self._hidden(tokens.ids, tokens))

@@ -11,7 +11,7 @@ from hasten.models.base import CausalLM, Transformer
 
 
 @contextmanager
-def one_layer_of_each_kind(model: Transformer) -> Iterator[None]:
+def distinct_layers(model: Transformer) -> Iterator[None]:
     """A block in which a language model has the first layer of each kind alone; other models are left as they are.
 
     Layers are of a kind if they differ in nothing but the values of their tensors.

@@ -204,7 +204,7 @@ def bad_files(tmp_path: Path) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("scheme", "options", "message"),
     [
-        ("int4", ["--method", "gptq"], "method gptq needs calibration texts: a text file, or JSON lines with"),
+        ("int4", ["--method", "gptq"], "method gptq needs --calibration FILE, a text file or JSON lines with"),
         (
             "w8a8",
             ["--method", "awq", "--calibration", "few"],

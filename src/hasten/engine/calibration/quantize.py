@@ -88,7 +88,7 @@ def check_method(scheme: Quantization, method: MethodName, *, calibrates: bool) 
         raise ConfigError("method rtn reads no calibration texts: leave calibration out, or give another method")
     if method != RTN and not calibrates:
         raise ConfigError(
-            f'method {method} needs calibration texts: a text file, or JSON lines with a "text" each; or use rtn'
+            f'method {method} needs calibration="FILE", a text file or JSON lines with a "text" each; or use rtn'
         )
 
 

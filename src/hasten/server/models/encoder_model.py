@@ -15,6 +15,7 @@ from hasten.core.types import PoolingParams, PoolingTask, Request
 from hasten.server.by_size import by_size
 from hasten.server.engine.client import EngineClient, EngineInfo
 from hasten.server.models.config import parameter
+from hasten.server.models.engine_model import EngineModel
 from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, ENCODER_TYPES
 from hasten.server.models.pooling_parameters import pooling_params
 from hasten.server.models.work import Outcome, Work
@@ -46,28 +47,12 @@ def check_model_type(config: model_config_pb2.ModelConfig, info: EngineInfo) -> 
         )
 
 
-class EncoderModel:
-    """One version of a token model that makes vectors or scores. It owns its engine."""
+class EncoderModel(EngineModel):
+    """A version of a token model that makes vectors or scores."""
 
     def __init__(self, config: model_config_pb2.ModelConfig, engine: EngineClient, language: LanguageCounters) -> None:
+        super().__init__(engine, language)
         self._outputs = _OUTPUTS[parameter(config, "model_type", DEFAULT_MODEL_TYPE)]
-        self._engine = engine
-        self._language = language
-
-    @property
-    def ready(self) -> bool:
-        """Whether the engine's process lives and has loaded the model."""
-        return self._engine.ready
-
-    @property
-    def engine(self) -> EngineClient:
-        """The engine."""
-        return self._engine
-
-    @property
-    def language(self) -> LanguageCounters:
-        """What its requests are counted by."""
-        return self._language
 
     async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
         """One response."""
@@ -115,11 +100,6 @@ class EncoderModel:
             raise _wrong(place, "input_ids", f"has {len(row)} tokens; the model takes at most {most}")
         if max(row) >= info.vocab_size:
             raise _wrong(place, "input_ids", f"has token id {max(row)}; the vocabulary ends at {info.vocab_size - 1}")
-
-    async def close(self, timeout: float) -> None:
-        """Wait, for `timeout` seconds at most, for what other doors still compute with the engine, and end it."""
-        await self._engine.drain(timeout)
-        await self._engine.close()
 
 
 def _wrong(place: int, name: str, problem: str) -> InvalidRequestError:

@@ -14,6 +14,7 @@ from hasten.core.types import SamplingParams
 from hasten.server.by_size import by_size
 from hasten.server.engine.client import EngineClient, Progress
 from hasten.server.models.config import is_decoupled
+from hasten.server.models.engine_model import EngineModel
 from hasten.server.models.token_inputs import Item, TokenRequest, read_items
 from hasten.server.models.token_outputs import BatchOutput
 from hasten.server.models.work import Outcome, Work
@@ -24,28 +25,12 @@ _ITEM_BYTES = 1024
 """Of its tensors: reading an item takes as long as so many bytes, about 50 us."""
 
 
-class TokenModel:
-    """One version of a token model. It owns its engine."""
+class TokenModel(EngineModel):
+    """A version of a token model."""
 
     def __init__(self, config: model_config_pb2.ModelConfig, engine: EngineClient, language: LanguageCounters) -> None:
+        super().__init__(engine, language)
         self._decoupled = is_decoupled(config)
-        self._engine = engine
-        self._language = language
-
-    @property
-    def ready(self) -> bool:
-        """Whether the engine's process lives and has loaded the model."""
-        return self._engine.ready
-
-    @property
-    def engine(self) -> EngineClient:
-        """The engine."""
-        return self._engine
-
-    @property
-    def language(self) -> LanguageCounters:
-        """What its requests are counted by."""
-        return self._language
 
     async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
         """One response, or if decoupled one whenever there is more."""
@@ -109,11 +94,6 @@ class TokenModel:
                 known = zip(tokens, entries, strict=False)
                 log_probs += [entry[token].logprob for token, entry in known if entry is not None]
         output.score(place, index, log_probs)
-
-    async def close(self, timeout: float) -> None:
-        """Wait, for so many seconds, for what other doors still compute with the engine, and end it."""
-        await self._engine.drain(timeout)
-        await self._engine.close()
 
 
 async def _outcome(output: BatchOutput, work: Work, *, final: bool) -> Outcome:
