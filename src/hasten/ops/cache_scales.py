@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.ops.rounding import LARGEST
+from hasten.ops.rounding import LARGEST, divided
 
 _LEAST = 1e-20
 """Range of a head whose values are all zero: its scale must have an inverse."""
@@ -27,7 +27,7 @@ class CacheScales:
     @classmethod
     def of(cls, ranges_2m: Tensor, dtype: torch.dtype) -> "CacheScales":
         """The scales with which the largest number of `dtype` stands for the end of each head's range."""
-        scales_2m = ranges_2m.float().clamp(min=_LEAST).div(LARGEST[dtype])
+        scales_2m = divided(ranges_2m.float().clamp(min=_LEAST), LARGEST[dtype])
         return cls(scales_2m, scales_2m.reciprocal())
 
 

@@ -14,9 +14,14 @@ LARGEST_OF_DIGITS = 127.0 * BASE + 63
 """The largest number whose digits are both int8."""
 
 
+def divided(x: Tensor, number: float) -> Tensor:
+    """`x / number`, rounded once. By a Python number, or a tensor on the host, a GPU would multiply with its inverse."""
+    return x / x.new_full((), number)
+
+
 def units_of(x_th: Tensor, largest: float) -> Tensor:
     """What each token's numbers are multiples of: [t, 1] in fp32; NaN where the token has NaN."""
-    return x_th.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny * largest).div_(largest)
+    return divided(x_th.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny * largest), largest)
 
 
 def numbers_of(x_th: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

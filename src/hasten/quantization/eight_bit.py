@@ -14,7 +14,7 @@ from hasten.core.errors import CheckpointError, UnsupportedError
 from hasten.layers.embedding import Head
 from hasten.layers.linear import PackedModule, QKVLinear
 from hasten.ops import QuantizedWeight, multiplies
-from hasten.ops.rounding import LARGEST
+from hasten.ops.rounding import LARGEST, divided
 
 _ELEMENTS = 1 << 24
 """Weights in fp32 at a time."""
@@ -53,7 +53,7 @@ class EightBit:
         for start in range(0, weight_oh.shape[0], rows):
             piece = slice(start, start + rows)
             wide_oh = weight_oh[piece].float()
-            scales_o = wide_oh.abs().amax(1).div_(largest)
+            scales_o = divided(wide_oh.abs().amax(1), largest)
             scales_o.masked_fill_(scales_o == 0, 1.0)  # a row of zeros, such as what pads a vocabulary
             scales[piece] = scales_o
             steps_oh = wide_oh.div(scales_o.unsqueeze(1)).clamp_(-largest, largest)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from hasten.ops.rounding import LARGEST
+from hasten.ops.rounding import LARGEST, divided
 
 E4M3 = torch.float8_e4m3fn
 _SMALLEST_FACTOR, _FACTORS = 0.6, 20
@@ -76,7 +76,7 @@ class Grid:
         size = self.size(weight_oh.shape[1])
         more = -weight_oh.shape[1] % size
         grouped = F.pad(weight_oh, (0, more)).unflatten(1, (-1, size))
-        largest_og = grouped.abs().amax(2) / self.largest
+        largest_og = divided(grouped.abs().amax(2), self.largest)
         if importance_h is None or self.dtype == E4M3:
             return largest_og.to(dtype)
         importance_gc = F.pad(importance_h, (0, more)).unflatten(0, (-1, size))
