@@ -15,7 +15,7 @@ LARGEST_OF_DIGITS = 127.0 * BASE + 63
 
 
 def divided(x: Tensor, number: float) -> Tensor:
-    """`x / number`, rounded once. By a Python number, or a tensor on the host, a GPU would multiply with its inverse."""
+    """`x / number`, rounded once; with a Python number, or a tensor on the host, a GPU multiplies by its inverse."""
     return x / x.new_full((), number)
 
 
