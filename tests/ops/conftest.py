@@ -26,8 +26,6 @@ TOLERANCE: dict[str, dict[torch.dtype, float]] = {
     "parts": {torch.float32: 1e-4},
     # Inputs of 15 bits: half a unit of each of the values that are added up, and the result's own rounding.
     "digits": {torch.float32: 5e-4, torch.float16: 1.5e-3, torch.bfloat16: 8e-3},
-    # Sums of products of fp8 in the 14 bits or so of a tensor core's accumulators.
-    "fp8": {torch.float32: 2e-2, torch.float16: 2e-2, torch.bfloat16: 2e-2},
     # A whole unit of the last place, where half types are cut off and not rounded.
     "cut off": {torch.bfloat16: 1e-2},
 }

@@ -21,6 +21,9 @@ from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.rounding import rounded
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+"""Types that hold the bits of others of so many bytes."""
+
 
 def embedding(ids_t: Tensor, weight_vh: Weight, first: int | None) -> Tensor:  # noqa: D103
     if first is None:
@@ -399,8 +402,9 @@ def _distances(query_len: int, kv_len: int, device: torch.device) -> Tensor:
 
 
 def copy_blocks(caches: BlockCaches, sources_n: Tensor, targets_n: Tensor) -> None:  # noqa: D103
-    for cache in map(octets, caches.tensors):
-        cache.index_copy_(0, targets_n, cache.index_select(0, sources_n))
+    for cache in caches.tensors:
+        bits = cache.view(_BITS[cache.itemsize])  # copied as 16-bit floats, NaN loses its bits on a GPU
+        bits.index_copy_(0, targets_n, bits.index_select(0, sources_n))
 
 
 def greedy(logits_rv: Tensor) -> Tensor:  # noqa: D103

@@ -114,6 +114,8 @@ def _tile(
                 position + m, last_m, slope_m, biases, block_stride, token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M,
                 BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD, HAS_SLOPES, WINDOW, CAPPED, CAUSAL, FARTHEST, PRECISION,
             )  # fmt: skip
+            if scales is not None:
+                part_md *= tl.load(scales + (HEADS + head) // GROUP)  # before runs are merged, as for single queries
             if sinks is not None:
                 in_run = tl.where(start == 0, sink, FAR)
                 part_md, part_weight_m, part_top_m = with_sink(part_md, part_weight_m, part_top_m, in_run)
@@ -127,8 +129,8 @@ def _tile(
         if sinks is not None:
             sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
             sum_md, weight_m, top_m = with_sink(sum_md, weight_m, top_m, sink)
-    if scales is not None:
-        sum_md *= tl.load(scales + (HEADS + head) // GROUP)
+        if scales is not None:
+            sum_md *= tl.load(scales + (HEADS + head) // GROUP)
     target = out + ((out_row + m)[:, None] * HEADS + head) * D + d[None, :]
     # A weight is at least 1, that of the greatest score, or 0 where there are no keys.
     tl.store(target, (sum_md / tl.maximum(weight_m, 1.0)[:, None]).to(out.dtype.element_ty), mask_md)
