@@ -50,7 +50,6 @@ def test_transformers_and_hasten_give_the_same_vectors(
 
 
 def test_sentence_transformers_gives_the_same_vectors(folder: Path) -> None:
-    pytest.importorskip("sentence_transformers")
     theirs = SentenceTransformersEmbedder(str(folder), device=torch.device("cpu"), dtype=torch.float32, batch_size=4)
     with LLM(folder, device="cpu") as llm:
         prompts = texts(9, 1, 60, llm.config.vocab_size)

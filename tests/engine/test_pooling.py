@@ -336,11 +336,12 @@ def test_a_decoder_without_a_head(make_model: MakeModel, tmp_path: Path) -> None
 def test_sentence_transformers_gives_the_same_vectors(
     modes: tuple[str, ...], include_prompt: bool, copied: Callable[..., Path]
 ) -> None:
-    theirs = pytest.importorskip("sentence_transformers")
+    from sentence_transformers import SentenceTransformer  # takes seconds, which no other test needs
+
     prompts = {"prompts": {"query": "the question: "}}
     pooling = pooling_of(*modes, include_prompt=include_prompt)
     folder = copied([pooling, NORMALIZE], config_sentence_transformers=prompts)
-    model = theirs.SentenceTransformer(str(folder), device="cpu")
+    model = SentenceTransformer(str(folder), device="cpu")
     with LLM(folder, device="cpu") as llm:
         for name in (None, "query"):
             expected = torch.from_numpy(model.encode(TEXTS, prompt_name=name))
