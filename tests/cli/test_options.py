@@ -1,12 +1,10 @@
 import argparse
-import dataclasses
 from typing import Any
 
 import pytest
 
 from hasten.cli.main import build_parser, main
 from hasten.cli.options import (
-    SAMPLING_HELP,
     Parser,
     add_engine_options,
     add_sampling_options,
@@ -163,10 +161,6 @@ def test_sampling_options() -> None:
         skip_special_tokens=False,
         bad_words=("x",),
     )
-
-
-def test_the_sampling_options_are_fields() -> None:
-    assert set(SAMPLING_HELP) <= {field.name for field in dataclasses.fields(SamplingParams)}
 
 
 def test_help_tells_the_defaults_in_force() -> None:

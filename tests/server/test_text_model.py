@@ -7,9 +7,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.server.service_fixtures import DEMO, LONGEST, Outputs, Running, demo, tensor
 
+from hasten.core.sampling import names_at
+from hasten.core.sampling_rules import Entrance
 from hasten.core.types import SamplingParams
 from hasten.engine.llm import LLM
-from hasten.server.models.text_inputs import sampling_options
+from hasten.server.models.sampling import sampling_options
 from hasten.server.types import ErrorKind, InferRequest, ServiceError
 
 __all__ = ["demo"]
@@ -17,6 +19,7 @@ __all__ = ["demo"]
 PROMPT = "Once upon a time"
 TYPES = {
     **dict.fromkeys(("text_input", "sampling_parameters", "stop_words", "bad_words"), "BYTES"),
+    **dict.fromkeys(("guided_decoding_guide_type", "guided_decoding_guide"), "BYTES"),
     **dict.fromkeys(("max_tokens", "end_id", "pad_id", "top_k", "min_length", "beam_width"), "INT32"),
     **dict.fromkeys(("top_p", "temperature", "length_penalty", "repetition_penalty"), "FP32"),
     **dict.fromkeys(("presence_penalty", "frequency_penalty"), "FP32"),
@@ -130,6 +133,22 @@ def test_tensorrt_llms_options(demo: Running, expected: dict[str, Any]) -> None:
     assert "output_log_probs" not in beams
 
 
+def test_what_constrains_and_biases_the_output(demo: Running) -> None:
+    def text(inputs: dict[str, Any], **parameters: Any) -> str:
+        request = asked(exclude_input_in_output=True, **inputs)
+        request.parameters = parameters
+        made: str = demo.infer(request)["text_output"][0]
+        return made
+
+    wanted = text({"sampling_parameters": {**GREEDY, "regex": "(ab)+"}})
+    assert wanted.startswith("abab")
+    assert text({"max_tokens": 20, "guided_decoding_guide_type": "regex", "guided_decoding_guide": "(ab)+"}) == wanted
+    assert text({}, **GREEDY, structured_outputs='{"regex": "(ab)+"}') == wanted
+    assert text({}, **GREEDY, choice='["maybe not", "perhaps"]') in ("maybe not", "perhaps")
+    only = text({"sampling_parameters": {**GREEDY, "logit_bias": {"304": 100}}})
+    assert only == text({}, **GREEDY, allowed_token_ids="[304]") == text({}, **GREEDY, logit_bias='{"304": 100}')
+
+
 def refused(demo: Running, request: InferRequest, kind: ErrorKind = ErrorKind.INVALID) -> str:
     error = demo.refused(request)
     assert error.kind is kind
@@ -143,7 +162,10 @@ def refused(demo: Running, request: InferRequest, kind: ErrorKind = ErrorKind.IN
         ({"sampling_parameters": "[]"}, "input 'sampling_parameters' must be a JSON object"),
         ({"sampling_parameters": "[" * 100_000}, "input 'sampling_parameters' is not JSON"),
         ({"sampling_parameters": b"\xff"}, "input 'sampling_parameters' is not UTF-8"),
-        ({"sampling_parameters": {"max_token": 5}}, "sampling parameter 'max_token' is not known; there are bad_words"),
+        (
+            {"sampling_parameters": {"max_token": 5}},
+            "sampling parameter 'max_token' is not known; there are allowed",
+        ),
         ({"sampling_parameters": {"detokenize": False}}, "sampling parameter 'detokenize' is not known"),
         ({"sampling_parameters": {"max_tokens": "five"}}, "'max_tokens' must be a whole number, got 'five'"),
         ({"sampling_parameters": {"max_tokens": 1.5}}, "max_tokens must be a whole number, got 1.5"),
@@ -180,7 +202,7 @@ def test_parameters_and_inputs_that_say_the_same(demo: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["max_token", "Temperature", "top-k", "max_new_tokens", "do_sample", "logit_bias", "detokenize"]
+    "name", ["max_token", "Temperature", "top-k", "max_new_tokens", "do_sample", "logit_biases", "detokenize"]
 )
 def test_parameters_that_would_change_the_answer_are_not_ignored(demo: Running, name: str) -> None:
     request = asked()
@@ -210,14 +232,16 @@ VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
     lambda each: st.lists(each, max_size=2),
 )
-NAMES = st.sampled_from(["n", "top_k", "stop", "stop_token_ids", "temperature", "seed", "ignore_eos", "bad_words", "x"])
+NAMES = st.sampled_from(
+    ["n", "top_k", "stop", "stop_token_ids", "temperature", "ignore_eos", "logit_bias", "bad_words_ids", "choice", "x"]
+)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(NAMES, VALUES, max_size=4))
 def test_any_json_is_read_or_refused(raw: dict[str, Any]) -> None:
     try:
-        options = sampling_options(raw)
+        options = sampling_options(raw, names_at(Entrance.TEXT))
     except ServiceError as error:
         assert error.kind is ErrorKind.INVALID  # noqa: PT017 - either outcome is right
     else:

@@ -13,6 +13,7 @@ from tests.server.transport_fixtures import workers
 from hasten.core.config import EngineConfig
 from hasten.core.types import SamplingParams
 from hasten.engine.llm import LLM
+from hasten.engine.text import Tokenizer
 from hasten.server import by_size
 from hasten.server.engine.client import EngineClient
 from hasten.server.models.interfaces import INTERFACES, Kind
@@ -120,6 +121,25 @@ def test_stop_words_and_bad_words(demo: Running) -> None:
     banned = alone(demo, PROMPTS[0], 12, bad_words_list=[[[free[2], free[4], free[5]], [1, 3, -1]]])
     assert free[2] not in banned[len(PROMPTS[0]) :]
     assert (free[4], free[5]) not in itertools.pairwise(banned)
+
+
+def test_what_fastertransformer_has_no_input_for_comes_in_the_parameters(demo: Running) -> None:
+    def drawn(length: int = 6, **parameters: Any) -> list[list[int]]:
+        request = token_request(PROMPTS[:2], length)
+        request.parameters = parameters
+        made = without_padding(demo.infer(request, TOKENS))
+        return [row[len(prompt) :] for row, prompt in zip(made, PROMPTS, strict=False)]
+
+    assert drawn(logit_bias='{"304": 100}') == drawn(allowed_token_ids="[304]") == [[304] * 6] * 2
+    tokenizer = Tokenizer.from_folder(DEMO)
+    texts = [tokenizer.decode([token for token in row if token != END]) for row in drawn(30, regex="ab|cd")]
+    assert set(texts) <= {"ab", "cd"}
+    assert drawn(30, frequency_penalty=2.0) != drawn(30)
+    request = token_request(PROMPTS, 4)
+    request.parameters = {"logit_bias": '{"5000": 1}'}
+    assert "logit_bias" in str(demo.refused(request))
+    request.parameters = {"top_k": 3}
+    assert str(demo.refused(request)).startswith("parameter 'top_k' is not known to model 'fastertransformer'")
 
 
 def test_an_end_token(demo: Running) -> None:

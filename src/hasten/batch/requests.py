@@ -10,10 +10,11 @@ from msgspec import Raw
 
 from hasten.batch.engine import BatchEngine
 from hasten.batch.source import Row
+from hasten.core.structured_outputs import STRUCTURED
 from hasten.core.types import SamplingParams
 from hasten.server.openai.chat import chat_text
 from hasten.server.openai.choices import ChatChoices, Choices, completion_choices
-from hasten.server.openai.params import OpenAIError, chat_params, check_chat, completion_params, decode
+from hasten.server.openai.params import CONSTRAINING, OpenAIError, chat_params, check_chat, completion_params, decode
 from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest
 
 _COMPLETIONS, _CHATS = "/v1/completions", "/v1/chat/completions"
@@ -99,6 +100,8 @@ class RowReader:
         common = dict(self._defaults)
         if chat and "max_completion_tokens" in own:
             common.pop("max_tokens", None)
+        if own.keys() & CONSTRAINING:
+            common.pop(STRUCTURED, None)
         return _encode({"model": self._models[0], **common, **own})
 
     def _completion(self, body: CompletionRequest | GenerationRequest) -> RowRequest:

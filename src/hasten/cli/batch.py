@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from hasten.cli.options import Parser, add_engine_options, add_sampling_options, engine_options, given, path, positive
+from hasten.core.structured_outputs import structured
 from hasten.core.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _defaults(args: argparse.Namespace) -> dict[str, Any]:
     """The sampling parameters of rows without their own, by the names of the request's fields."""
-    return given(args, SamplingParams, NOT_DEFAULTS)
+    return structured(given(args, SamplingParams, NOT_DEFAULTS))
 
 
 def _computed(job: "BatchJob", model: str, options: dict[str, Any]) -> "BatchSummary":

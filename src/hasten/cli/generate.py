@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SAMPLING_DEFAULTS = {"temperature": 0.0, "max_tokens": 32}
 # `--seed` is the requests' own; the engine's would only say the same again
 ENGINE_SKIP = frozenset({"seed"})
-_TEXTS = ("prompt", "stop", "bad_words")
+_TEXTS = ("prompt", "stop", "bad_words", "choice", "json_schema", "regex", "grammar")
 
 
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -110,8 +110,11 @@ def _standard_input() -> bytes:
 def _take_text(args: argparse.Namespace) -> None:
     """Read options that are texts as UTF-8, also where the locale is another."""
     for name in _TEXTS:
-        if hasattr(args, name):
-            setattr(args, name, [from_command_line(text) for text in getattr(args, name)])
+        given = getattr(args, name, None)
+        if given is not None:
+            setattr(
+                args, name, from_command_line(given) if isinstance(given, str) else [*map(from_command_line, given)]
+            )
 
 
 def _write_text() -> None:

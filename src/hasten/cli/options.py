@@ -1,8 +1,8 @@
 """Command-line options made from the fields of configuration dataclasses, and back.
 
-A field is offered if its metadata (`core.config.option`) has a help text, or if a caller gives it words. Name, type,
-default and choices come from the field itself; its own name and its aliases are names of the option too. Options that
-the user does not give are left out of what is read back, so that defaults are stated only once, in the dataclass.
+A field is offered if its metadata (`core.config.option`) has a help text. Name, type, default and choices come from the
+field itself; its own name and its aliases are names of the option too. Options that the user does not give are left out
+of what is read back, so that defaults are stated only once, in the dataclass.
 """
 
 import argparse
@@ -19,35 +19,8 @@ from typing import Any
 
 from hasten.core.config import EngineConfig, parse_size
 from hasten.core.errors import ConfigError
-from hasten.core.files import expand_home
+from hasten.core.files import expand_home, reading
 from hasten.core.types import SamplingParams
-
-SAMPLING_HELP: dict[str, str] = {
-    "n": "completions per prompt",
-    "temperature": "0 takes the most probable token; higher values sample more randomly",
-    "top_k": "sample from the k most probable tokens; 0: from all",
-    "top_p": "sample from the most probable tokens whose probabilities add up to this",
-    "min_p": "minimum probability of a token, relative to the most probable one",
-    "repetition_penalty": "divides the logits of tokens already seen, prompt included; 1: none",
-    "presence_penalty": "subtracted from the logits of tokens already generated",
-    "frequency_penalty": "subtracted from the logits of tokens already generated, times their count",
-    "max_tokens": "maximum new tokens",
-    "min_tokens": "minimum new tokens, before which the output does not end",
-    "stop": "text that ends the output; may be given more than once",
-    "stop_token_ids": "token id that ends the output; may be given more than once",
-    "include_stop_str_in_output": "keep the stop text in the output",
-    "bad_words": "text that must not be generated; may be given more than once",
-    "ignore_eos": "go on after the model's end token",
-    "seed": "the same seed gives the same tokens, whatever else is in the batch",
-    "logprobs": "report log-probabilities of the chosen token and of the k most probable ones",
-    "prompt_logprobs": "log-probabilities of the prompt tokens, and of the k most probable ones",
-    "skip_special_tokens": "leave special tokens out of the text",
-    "beam_width": "beam search with this many beams; --n of them are printed, best first",
-    "length_penalty": "beams are compared by their log-probability divided by their length to this power",
-    "early_stopping": "end a beam search as soon as enough beams have ended",
-    "beam_search_diversity_rate": "subtracted from a beam's continuation, for each better one of that beam; 0: none",
-}
-"""What the command line says of each field of SamplingParams that it offers."""
 
 HOST_OPTIONS = frozenset({"nnodes", "node_rank", "master_addr", "master_port"})
 """Options of an engine that are those of one process, not of a model."""
@@ -55,8 +28,6 @@ HOST_OPTIONS = frozenset({"nnodes", "node_rank", "master_addr", "master_port"})
 NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 
 Value = typing.TypeVar("Value")
-
-_SAMPLING_FLAGS = {"max_tokens": "--max-new-tokens", "min_tokens": "--min-new-tokens"}
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -166,7 +137,44 @@ def path(text: str) -> str:
     return str(expand_home(Path(text), "set HOME, or write the path in full")) if text.startswith("~") else text
 
 
-_KINDS: dict[str, Callable[[str], Any]] = {"size": typed(parse_size), "path": path}
+@typed
+def _content(text: str) -> str:
+    """The `type` of an option that is a text, or `@` and the name of the file that has it."""
+    if not text.startswith("@"):
+        return text
+    with reading(name := path(text[1:])):
+        return Path(name).read_text(encoding="utf-8")
+
+
+@typed
+def _run(text: str) -> list[int]:
+    """The `type` of an option that is a run of token ids."""
+    try:
+        return [int(token) for token in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{text!r} is not a run of token ids; separate them by commas, such as 5,17") from None
+
+
+@typed
+def _bias(text: str) -> tuple[int, float]:
+    """The `type` of an option that is a token id with a number."""
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise ConfigError(f"{text!r} is not TOKEN=BIAS, such as 5=-2.5") from None
+
+
+class _AddEntry(argparse.Action):
+    """Collects what is given for an option, pairs, in a dictionary."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), **dict([values])})
+
+
+_KINDS: dict[str, Callable[[str], Any]] = {"size": typed(parse_size), "path": path, "content": _content}
 
 
 @dataclass(frozen=True)
@@ -174,7 +182,12 @@ class _Shape:
     """What the type of a field asks of its option."""
 
     type: Callable[[str], Any]
-    many: bool = False
+    action: "str | Callable[..., argparse.Action]" = "store"
+
+    @property
+    def many(self) -> bool:
+        """Whether it may be given more than once."""
+        return self.action != "store"
 
 
 def _shape(hint: Any) -> _Shape:
@@ -183,7 +196,10 @@ def _shape(hint: Any) -> _Shape:
         shapes = [_shape(part) for part in typing.get_args(hint) if part is not type(None)]
         return max(shapes, key=lambda shape: shape.many)
     if typing.get_origin(hint) is Sequence:
-        return _Shape(typing.get_args(hint)[0], many=True)
+        item = typing.get_args(hint)[0]
+        return _Shape(_run if typing.get_origin(item) is Sequence else item, "append")
+    if typing.get_origin(hint) is Mapping:
+        return _Shape(_bias, _AddEntry)
     if typing.get_origin(hint) is typing.Literal:
         return _Shape(type(typing.get_args(hint)[0]))
     return _Shape(hint)
@@ -199,29 +215,24 @@ def _help(text: str, default: Any) -> str:
     return f"{text} (default: {'yes' if default is True else default})"
 
 
-def _add_field(
-    group: argparse._ArgumentGroup, field: Field[Any], hint: Any, text: str, flag: str | None, default: Any
-) -> None:
+def _add_field(group: argparse._ArgumentGroup, field: Field[Any], hint: Any, default: Any) -> None:
     shape = _shape(field.metadata.get("type", hint))
     if "kind" in field.metadata:
         shape = dataclasses.replace(shape, type=_KINDS[field.metadata["kind"]])
-    long = flag or field.metadata.get("flag", _flag(field.name))
+    long = field.metadata.get("flag", _flag(field.name))
     names = [field.metadata["short"], long] if "short" in field.metadata else [long]
     names += [_flag(name) for name in (field.name, *field.metadata.get("aliases", ())) if _flag(name) != long]
     options: dict[str, Any] = {
         "dest": field.name,
         "default": argparse.SUPPRESS,
-        "help": _help(text, default).replace("%", "%%"),
+        "help": _help(field.metadata["help"], default).replace("%", "%%"),
     }
     if shape.type is bool:
         options["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
     else:
-        options["type"] = shape.type
-        options["metavar"] = long.rpartition("-")[2].upper()
+        options |= {"type": shape.type, "action": shape.action, "metavar": long.rpartition("-")[2].upper()}
         if "choices" in field.metadata:
             options.update(choices=field.metadata["choices"], metavar=None)
-        if shape.many:
-            options["action"] = "append"
     group.add_argument(*names, **options)
 
 
@@ -230,15 +241,13 @@ def add_fields(
     kind: type[Any],
     title: str,
     *,
-    words: Mapping[str, str] = NOTHING,
-    flags: Mapping[str, str] = NOTHING,
     defaults: Mapping[str, Any] = NOTHING,
     skip: Set[str] = frozenset(),
 ) -> None:
     """Add an option for each field of the dataclass `kind`, and of the dataclasses in it, under one title.
 
-    `words` are help texts for fields without one, `flags` other names than the fields', and `defaults` the defaults
-    that a command uses instead of the fields': they change the help alone, the command puts them in itself.
+    `defaults` are those that a command uses instead of the fields': they change the help alone, the command puts them
+    in itself.
     """
     group = parser.add_argument_group(title)
     hints = typing.get_type_hints(kind)
@@ -248,10 +257,8 @@ def add_fields(
         if dataclasses.is_dataclass(hints[field.name]):
             add_fields(parser, hints[field.name], f"{field.name} options", defaults=defaults, skip=skip)
             continue
-        text = field.metadata.get("help") or words.get(field.name)
-        if text:
-            default = defaults.get(field.name, field.default)
-            _add_field(group, field, hints[field.name], text, flags.get(field.name), default)
+        if field.metadata.get("help"):
+            _add_field(group, field, hints[field.name], defaults.get(field.name, field.default))
 
 
 def field_names(kind: type[Any]) -> set[str]:
@@ -287,8 +294,7 @@ def add_sampling_options(
     parser: argparse.ArgumentParser, *, defaults: Mapping[str, Any] = NOTHING, skip: Set[str] = frozenset()
 ) -> None:
     """Add the options of SamplingParams."""
-    words = {name: text for name, text in SAMPLING_HELP.items() if name not in skip}
-    add_fields(parser, SamplingParams, "sampling options", words=words, flags=_SAMPLING_FLAGS, defaults=defaults)
+    add_fields(parser, SamplingParams, "sampling options", defaults=defaults, skip=skip)
 
 
 def sampling_params(

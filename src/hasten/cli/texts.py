@@ -14,13 +14,6 @@ from hasten.core.files import reading
 from hasten.core.text import from_command_line, require_utf8, utf8_lines
 from hasten.core.types import PoolingParams
 
-POOLING_HELP: Mapping[str, str] = {
-    "dimensions": "length of the vectors, of a model whose vectors may be cut",
-    "normalize": "give vectors of length 1 (default: as the model's own pooling says)",
-    "truncate_prompt_tokens": "keep so many tokens of a longer text; -1: as many as the model takes "
-    "(default: a longer text is an error)",
-}
-"""What the command line says of each field of PoolingParams that it offers."""
 ENGINE_SKIP = frozenset({"seed"})
 """Nothing is drawn."""
 
@@ -44,8 +37,7 @@ def add_text_options(parser: Parser, *, skip: frozenset[str] = frozenset()) -> N
         metavar="FILE",
         help='file of JSON lines, each a text or an object with "text"; - reads standard input',
     )
-    words = {name: text for name, text in POOLING_HELP.items() if name not in skip}
-    add_fields(parser, PoolingParams, "text options", words=words)
+    add_fields(parser, PoolingParams, "text options", skip=skip)
     add_engine_options(parser, skip=ENGINE_SKIP)
 
 

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from hasten.core.errors import InvalidRequestError
+from hasten.core.sampling import RULES
 from hasten.engine.text import Tokenizer
 from hasten.server.engine.queue import QueueFullError
 from hasten.server.options import SecurityOptions
@@ -21,11 +22,7 @@ _MAX_WAITING = 256
 """Requests whose texts wait for a thread; each text is one that may fit."""
 _MAX_WORDS, _MAX_WORDS_CHARACTERS = 1024, 16 << 10
 """Of one request: words that are to stop or must not appear are looked at for each token."""
-_MAX_ENTRIES = {
-    **{"stop": _MAX_WORDS, "bad_words": _MAX_WORDS, "stop_token_ids": 1024, "stop_words_ids": 1024},
-    **{"bad_words_ids": 2048, "logit_bias": 4096},
-}
-"""Of one request: each is looked at for each token."""
+_MAX_ENTRIES = {name: rule.most for name, rule in RULES.items() if rule.most is not None}
 
 Result = TypeVar("Result")
 

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from hasten.core.errors import ConfigError
+from hasten.core.sampling import names_at
+from hasten.core.sampling_rules import Entrance
 from hasten.server.types import TensorSpec
 
 TEXT_INPUT = "text_input"
 _SAMPLING = "sampling_parameters"
-_TENSORRT_LLM = {"min_tokens": "min_length", "stop": "stop_words"}
-"""Names that TensorRT-LLM's models give to sampling parameters; the others are called as here."""
+_OTHER_VALUES = ("stop_token_ids", "ignore_eos", "logprobs")
+_TENSORRT_LLM = {name: theirs for name, theirs in names_at(Entrance.TENSORRT_LLM).items() if name not in _OTHER_VALUES}
+"""Inputs of TensorRT-LLM's models for sampling parameters, where their values are the same."""
 _FLAGS = ("exclude_input_in_output", "return_num_input_tokens", "return_num_output_tokens")
 """Inputs that are set where a model has them: the new text alone, and its number of tokens."""
 
@@ -41,8 +44,8 @@ class TextModelInputs:
                 "TensorRT-LLM's"
             )
         for name, value in sampling.items():
-            known = _TENSORRT_LLM.get(name, name)
-            if known not in named:
+            known = _TENSORRT_LLM.get(name)
+            if known is None or known not in named:
                 raise ConfigError(f"the model {model!r} has no input for {name}; leave it out")
             fixed[known] = value
         return cls(named, fixed, {})

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hasten.cli.options import Parser, add_sampling_options, engine_options, path, sampling_params
+from hasten.core.structured_outputs import CONSTRAINTS
 
 if TYPE_CHECKING:
     from hasten.bench.engines import Engine
@@ -21,6 +22,7 @@ SAMPLING_DEFAULTS: Mapping[str, Any] = {"temperature": 0.0}
 NOT_MEASURED = frozenset(
     {"max_tokens", "min_tokens", "n", "ignore_eos", "seed", "stop", "stop_token_ids", "include_stop_str_in_output"}
     | {"skip_special_tokens", "beam_width", "length_penalty", "early_stopping", "beam_search_diversity_rate"}
+    | {"stop_words_ids", *CONSTRAINTS}
 )
 """Sampling parameters that a measurement of speed does not take."""
 

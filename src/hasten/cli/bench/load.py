@@ -14,6 +14,7 @@ from hasten.cli.bench.load_options import KEY, NOT_SENT, add_options, json_objec
 from hasten.cli.options import Parser, engine_options, given, sampling_params
 from hasten.core.errors import ConfigError
 from hasten.core.extras import require_extra
+from hasten.core.structured_outputs import structured
 from hasten.core.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def _target(args: argparse.Namespace, url: str, model: str | None) -> "Target":
     from hasten.bench.load.target import find_target
 
     sampling_params(args, defaults=SAMPLING_DEFAULTS, skip=NOT_SENT)  # refuses wrong values before they are sent
-    sampling = {**SAMPLING_DEFAULTS, **given(args, SamplingParams, NOT_SENT)}
+    sampling = {**SAMPLING_DEFAULTS, **structured(given(args, SamplingParams, NOT_SENT))}
     headers = dict(args.header)
     if args.api.startswith("openai") and os.environ.get(KEY):
         headers = {"Authorization": f"Bearer {os.environ[KEY]}", **headers}

@@ -189,9 +189,10 @@ TENSORRT_LLM_INPUTS = (
     *_options("INT32", "max_tokens", scalar=False),
     TensorRule("bad_words", "BYTES", (-1,), optional=True),
     TensorRule("stop_words", "BYTES", (-1,), optional=True),
-    *_options("INT32", "end_id pad_id top_k min_length beam_width", scalar=False),
+    *_options("INT32", "end_id pad_id top_k min_length beam_width early_stopping num_return_sequences", scalar=False),
     *_options("FP32", "top_p temperature length_penalty repetition_penalty", scalar=False),
-    *_options("FP32", "presence_penalty frequency_penalty", scalar=False),
+    *_options("FP32", "presence_penalty frequency_penalty beam_search_diversity_rate", scalar=False),
+    *_options("BYTES", "guided_decoding_guide_type guided_decoding_guide", scalar=False),
     *_options("UINT64", "random_seed seed", scalar=False),
     *_options("BOOL", "return_log_probs", scalar=False),
 )

@@ -1,30 +1,39 @@
 """A text model's input tensors as a request for the engine.
 
-How to sample comes in one of two ways. vLLM's: the JSON of `sampling_parameters`, or the request's own parameters, with
-SamplingParams' names and defaults. TensorRT-LLM's: a tensor for each, and the most probable token unless `top_k` or
-`top_p` ask for others. Both at once are an error. `sampling_parameters` has no name that is not known; among the
-request's own parameters those are ignored that do not look like a way to sample.
+How to sample comes in one of two ways. vLLM's: the JSON of `sampling_parameters`, or the request's own parameters,
+with SamplingParams' names and defaults; parameters hold lists and objects as JSON. TensorRT-LLM's: a tensor for each,
+and the most probable token unless `top_k` or `top_p` ask for others. Both at once are an error. `sampling_parameters`
+has no name that is not known; among the request's own parameters those are ignored that do not look like a way to
+sample.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hasten.core.errors import InvalidRequestError
+from hasten.core.sampling import names_at
+from hasten.core.sampling_rules import Entrance
+from hasten.core.structured_outputs import ANY_OBJECT, CONSTRAINTS
 from hasten.core.types import SamplingParams
 from hasten.server.engine.client import EngineInfo
 from hasten.server.json_size import check_json_size
 from hasten.server.models.interfaces import TENSORRT_LLM_INPUTS
+from hasten.server.models.sampling import sampling_options
 from hasten.server.models.token_inputs import end_options, sampling
 from hasten.server.models.work import Work
-from hasten.server.tokenizing import check_entries
 from hasten.server.types import ErrorKind, ServiceError, Tensor
 
 _TENSORRT_LLM = frozenset(rule.name for rule in TENSORRT_LLM_INPUTS)
-_NAMES = {"max_tokens": "max_tokens", "min_length": "min_tokens", "repetition_penalty": "repetition_penalty"}
-_NAMES |= {name: name for name in ("presence_penalty", "frequency_penalty", "beam_width", "length_penalty")}
-"""TensorRT-LLM's inputs that the engine has a parameter for."""
+_KNOWN = names_at(Entrance.TEXT)
+_OTHER_VALUES = frozenset(
+    {"temperature", "top_k", "top_p", "stop", "bad_words", "seed", "stop_token_ids", "ignore_eos", "logprobs"}
+    | {*CONSTRAINTS}
+)
+_NAMES = {theirs: ours for ours, theirs in names_at(Entrance.TENSORRT_LLM).items() if ours not in _OTHER_VALUES}
+"""TensorRT-LLM's inputs whose values are the engine's, and the engine's names of them."""
+_GUIDE, _GUIDE_TYPE = "guided_decoding_guide", "guided_decoding_guide_type"
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ def _wanted(work: Work) -> frozenset[str]:
 def _params(work: Work, info: EngineInfo) -> SamplingParams:
     tensors = sorted(_TENSORRT_LLM & work.inputs.keys() - {"return_log_probs"})
     ways = ["input 'sampling_parameters'"] if "sampling_parameters" in work.inputs else []
-    parameters = work.known_parameters(_READERS)
+    parameters = work.known_parameters(_KNOWN)
     ways += [f"parameter '{name}'" for name in list(parameters)[:1]]
     ways += [f"input '{name}'" for name in tensors[:1]]
     if len(ways) > 1:
@@ -82,8 +91,8 @@ def _params(work: Work, info: EngineInfo) -> SamplingParams:
         if tensors:
             return SamplingParams(**_tensorrt_llm(work.inputs, info))
         if "sampling_parameters" in work.inputs:
-            return SamplingParams(**sampling_options(_json(_text(work.inputs["sampling_parameters"]))))
-        return SamplingParams(**sampling_options(parameters))
+            return SamplingParams(**_own_options(_json(_text(work.inputs["sampling_parameters"]))))
+        return SamplingParams(**_own_options(parameters))
     except InvalidRequestError as error:
         raise _invalid(str(error)) from None
 
@@ -101,68 +110,11 @@ def _json(text: str) -> Mapping[str, Any]:
     return raw
 
 
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, str) else value
-
-
-def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, str) else value
-
-
-def _boolean(value: Any) -> bool:
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if not isinstance(value, bool):
-        raise ValueError
-    return value
-
-
-def _list_of(kind: type) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        if isinstance(value, kind):
-            return [value]
-        if not isinstance(value, list) or not all(type(item) is kind for item in value):
-            raise ValueError
-        return value
-
-    return read
-
-
-_READERS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    **dict.fromkeys(
-        ("n", "top_k", "max_tokens", "min_tokens", "seed", "logprobs", "beam_width"), (_whole, "a whole number")
-    ),
-    **dict.fromkeys(("temperature", "top_p", "min_p", "length_penalty"), (_number, "a number")),
-    **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), (_number, "a number")),
-    **dict.fromkeys(("beam_search_diversity_rate",), (_number, "a number")),
-    **dict.fromkeys(("ignore_eos", "skip_special_tokens", "early_stopping"), (_boolean, "true or false")),
-    **dict.fromkeys(("include_stop_str_in_output",), (_boolean, "true or false")),
-    **dict.fromkeys(("stop", "bad_words"), (_list_of(str), "a text or a list of them")),
-    **dict.fromkeys(("stop_token_ids",), (_list_of(int), "a list of token ids")),
-}
-"""How each of SamplingParams' fields that a client may set is read: numbers may be written as text, as vLLM's are."""
-
-
-def sampling_options(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of SamplingParams from JSON; ServiceError for an unknown name or a wrong value. Null: unset.
-
-    InvalidRequestError for too many entries of one.
-    """
-    check_entries(raw)
-    made = {}
-    for name, value in raw.items():
-        if name not in _READERS:
-            raise _invalid(f"sampling parameter '{name}' is not known; there are {', '.join(sorted(_READERS))}")
-        if value is None:
-            continue
-        read, wanted = _READERS[name]
-        try:
-            made[name] = read(value)
-        except ValueError:
-            raise _invalid(f"sampling parameter '{name}' must be {wanted}, got {value!r:.80}") from None
-    if made.get("beam_width", 1) != 1:
-        made.setdefault("n", made["beam_width"])
-    return made
+def _own_options(raw: Mapping[str, Any]) -> dict[str, Any]:
+    options = sampling_options(raw, _KNOWN)
+    if options.get("beam_width", 1) != 1:
+        options.setdefault("n", options["beam_width"])
+    return options
 
 
 def _tensorrt_llm(inputs: Mapping[str, Tensor], info: EngineInfo) -> dict[str, Any]:
@@ -178,13 +130,32 @@ def _tensorrt_llm(inputs: Mapping[str, Tensor], info: EngineInfo) -> dict[str, A
         words = [_decode(word, name) for word in given.get(name, ())]
         made[option] = [word for word in words if word]
     made |= end_options(given["end_id"][0] if "end_id" in given else None, info)
+    made |= _guide(given)
+    if "early_stopping" in made:
+        made["early_stopping"] = bool(made["early_stopping"])
     top_k, top_p = given.get("top_k", [0])[0], given.get("top_p", [0.0])[0]
     temperature = given.get("temperature", [1.0])[0]
     if made.get("beam_width", 1) == 1:
         return {**made, **_choice(top_k, top_p, temperature)}
     if top_k > 1 or top_p not in (0.0, 1.0):
         raise _invalid("inputs 'top_k' and 'top_p' have no meaning with beam_width above 1; leave them out")
-    return {**made, "n": max(1, made["beam_width"]), "temperature": temperature}
+    return {"n": max(1, made["beam_width"]), **made, "temperature": temperature}
+
+
+def _guide(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the output keeps to, by TensorRT-LLM's name of its kind."""
+    if _GUIDE_TYPE not in given:
+        if _GUIDE in given:
+            raise _invalid(f"input '{_GUIDE}' needs '{_GUIDE_TYPE}'")
+        return {}
+    kind = _decode(given[_GUIDE_TYPE][0], _GUIDE_TYPE)
+    if kind == "json":
+        return {"json_schema": ANY_OBJECT}
+    if kind not in ("json_schema", "regex"):
+        raise _invalid(f"input '{_GUIDE_TYPE}' must be json, json_schema or regex, got {kind!r:.80}")
+    if _GUIDE not in given:
+        raise _invalid(f"input '{_GUIDE_TYPE}' {kind} needs '{_GUIDE}'")
+    return {kind: _decode(given[_GUIDE][0], _GUIDE)}
 
 
 def _choice(top_k: int, top_p: float, temperature: float) -> dict[str, Any]:

@@ -7,6 +7,9 @@ that FasterTransformer takes when it is, asks for nothing:
     temperature 1, repetition_penalty 1, presence_penalty 0, min_length 0, random_seed 0
     beam_width 1, len_penalty 0, beam_search_diversity_rate 0
     start_id, end_id                       the model's own
+
+What FasterTransformer has no input for comes in the parameters of the request, for all items, under SamplingParams'
+names: a grammar, `logit_bias`, `min_p` and others, lists and objects as JSON.
 """
 
 import re
@@ -17,8 +20,12 @@ from typing import Any
 import numpy as np
 
 from hasten.core.errors import InvalidRequestError
+from hasten.core.sampling import RULES, names_at
+from hasten.core.sampling_rules import Entrance
 from hasten.core.types import SamplingParams
 from hasten.server.engine.client import EngineInfo
+from hasten.server.models.sampling import sampling_options
+from hasten.server.models.work import Work
 from hasten.server.types import ErrorKind, ServiceError, Tensor
 
 _MAX_BEAMS_TOP_K = 1
@@ -26,16 +33,10 @@ _MOST_BEAMS = 16_384
 """Of all items of a batch."""
 _MOST_WORDS_TOKENS = 1 << 16
 """Of the words of one item, all together."""
-_INPUT_NAMES = {
-    "top_k": "runtime_top_k",
-    "top_p": "runtime_top_p",
-    "max_tokens": "request_output_len",
-    "min_tokens": "min_length",
-    "length_penalty": "len_penalty",
-    "seed": "random_seed",
-    "stop_words_ids": "stop_words_list",
-    "bad_words_ids": "bad_words_list",
-}
+_NAMES = names_at(Entrance.TOKEN)
+PARAMETERS = {name: name for name in _NAMES if Entrance.TOKEN not in RULES[name].names}
+"""Sampling parameters that FasterTransformer has no input for: those of the request hold for its whole batch."""
+_INPUT_NAMES = {ours: theirs for ours, theirs in _NAMES.items() if ours != theirs}
 """What the engine calls a parameter, and the input that it comes from."""
 _PARAMETER = re.compile(rf"\b({'|'.join(_INPUT_NAMES)})\b")
 _NOT_SUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -68,9 +69,10 @@ class TokenRequest:
     """Whether log-probabilities are asked for."""
 
 
-def read_items(inputs: Mapping[str, Tensor], batch_size: int, info: EngineInfo) -> TokenRequest:
+def read_items(work: Work, info: EngineInfo) -> TokenRequest:
     """The batch; ServiceError that names item and input where something is wrong or not supported."""
-    columns = _Columns(inputs, batch_size)
+    batch_size, columns = work.batch_size, _Columns(work.inputs, work.batch_size)
+    common = _common(work)
     _refuse_unsupported(columns)
     beam_width = columns.same("beam_width", 1)
     if beam_width > info.max_num_seqs:
@@ -80,8 +82,20 @@ def read_items(inputs: Mapping[str, Tensor], batch_size: int, info: EngineInfo) 
         problem = f"is {beam_width} with a batch of {batch_size}; a request may have {_MOST_BEAMS} beams in all"
         raise _wrong(0, "beam_width", problem)
     log_probs = columns.same("is_return_log_probs", False)
-    items = [_item(columns, place, beam_width, log_probs, info) for place in range(batch_size)]
+    items = [_item(columns, place, beam_width, log_probs, common, info) for place in range(batch_size)]
     return TokenRequest(items, beam_width, log_probs)
+
+
+def _common(work: Work) -> dict[str, Any]:
+    """What the request's parameters say for all items."""
+    try:
+        options = sampling_options(work.known_parameters(PARAMETERS), PARAMETERS)
+    except InvalidRequestError as error:
+        raise ServiceError(ErrorKind.INVALID, str(error)) from None
+    if ends := [name for name in ("ignore_eos", "stop_token_ids") if name in options and "end_id" in work.inputs]:
+        text = f"input 'end_id' and parameter '{ends[0]}' both say what ends the output; give one of them"
+        raise ServiceError(ErrorKind.INVALID, text)
+    return options
 
 
 class _Columns:
@@ -136,10 +150,13 @@ def _refuse_unsupported(columns: _Columns) -> None:
         raise _wrong(0, "request_prompt_embedding", problem, ErrorKind.UNSUPPORTED)
 
 
-def _item(columns: _Columns, place: int, beam_width: int, log_probs: bool, info: EngineInfo) -> Item:
+def _item(
+    columns: _Columns, place: int, beam_width: int, log_probs: bool, common: Mapping[str, Any], info: EngineInfo
+) -> Item:
     own_end = info.eos_token_ids[0] if info.eos_token_ids else None
     end_id = columns.get("end_id", place)
     options: dict[str, Any] = {
+        **common,
         "max_tokens": columns.get("request_output_len", place),
         "min_tokens": columns.get("min_length", place, 0),
         "repetition_penalty": columns.get("repetition_penalty", place, 1.0),

@@ -34,7 +34,6 @@ class TokenModel(EngineModel):
 
     async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
         """One response, or if decoupled one whenever there is more."""
-        work.known_parameters()
         size = sum(tensor.data.nbytes for tensor in work.inputs.values()) + _ITEM_BYTES * work.batch_size
         asked, output = await by_size(size, self._read, work)
         work.clock.prepare()
@@ -51,7 +50,7 @@ class TokenModel(EngineModel):
                 yield await _outcome(output, work, final=done)
 
     def _read(self, work: Work) -> tuple[TokenRequest, BatchOutput]:
-        asked = read_items(work.inputs, work.batch_size, self._engine.info)
+        asked = read_items(work, self._engine.info)
         return asked, BatchOutput(asked)
 
     async def _follow_all(self, asked: TokenRequest, output: BatchOutput, changed: asyncio.Event, work: Work) -> None:

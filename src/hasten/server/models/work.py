@@ -3,15 +3,15 @@
 import difflib
 import time
 from collections.abc import AsyncIterable, Awaitable, Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from hasten.core.types import SamplingParams
+from hasten.core.sampling import RULES
 from hasten.server.types import ErrorKind, Parameter, ServiceError, Tensor
 
 Item_co = TypeVar("Item_co", covariant=True)
 
-_SAMPLING = frozenset(option.name for option in fields(SamplingParams)) | {
+_SAMPLING = frozenset(RULES) | {
     *("max_new_tokens", "max_length", "do_sample", "num_beams", "stop_sequences", "typical_p", "best_of"),
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "response_format"),
 }

@@ -8,6 +8,8 @@ import msgspec
 from msgspec import Raw
 
 from hasten.core.errors import HastenError
+from hasten.core.sampling import RULES
+from hasten.core.structured_outputs import ANY_OBJECT
 from hasten.core.types import SamplingParams
 from hasten.server.json_size import check_json_size
 from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest
@@ -21,12 +23,12 @@ _MOST_IN_ALL = 16_384
 _HOTTEST = 2
 """Above it, OpenAI's own API refuses a temperature."""
 _DEFAULT_MAX_TOKENS = 16
-_PASSED_ON = (
-    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-    *("min_tokens", "ignore_eos", "stop", "stop_token_ids", "bad_words", "include_stop_str_in_output"),
-    *("skip_special_tokens", "logit_bias", "length_penalty", "early_stopping"),
-)
+_OWN_FORM = ("n", "max_tokens", "seed", "structured_outputs")
+_PASSED_ON = tuple(name for name in RULES if name in GenerationRequest.__struct_fields__ and name not in _OWN_FORM)
 """Fields that are SamplingParams' own."""
+CONSTRAINING = {"response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar"}
+CONSTRAINING |= {"structured_outputs"}
+"""Fields that constrain the output, of which a request has one."""
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for a text that is none, or is nested too deeply."""
 QUEUE_TIMEOUT = "x-queue-timeout-ms"
@@ -194,7 +196,7 @@ def _constraints(request: GenerationRequest) -> Iterator[tuple[str, str, Any]]:
     given = request.structured_outputs
     if given is not None:
         yield "structured_outputs", "json_schema", _schema_text(given.json)
-        yield "structured_outputs", "json_schema", '{"type":"object"}' if given.json_object else None
+        yield "structured_outputs", "json_schema", ANY_OBJECT if given.json_object else None
         yield "structured_outputs", "regex", given.regex
         yield "structured_outputs", "choice", given.choice
         yield "structured_outputs", "grammar", given.grammar
@@ -205,7 +207,7 @@ def _format_schema(request: GenerationRequest) -> str | None:
     if given is None or given.type == "text":
         return None
     if given.type == "json_object":
-        return '{"type":"object"}'
+        return ANY_OBJECT
     if given.type != "json_schema":
         message = f"response_format.type must be text, json_object or json_schema, got {given.type!r:.80}"
         raise OpenAIError(message, param="response_format")

@@ -73,13 +73,17 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
+    stop_words_ids: list[list[int]] | None = None
     bad_words: list[str] | None = None
+    bad_words_ids: list[list[int]] | None = None
+    allowed_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     use_beam_search: bool | None = None
     best_of: int | None = None
     length_penalty: float | None = None
     early_stopping: bool | None = None
+    beam_search_diversity_rate: float | None = None
     priority: int | None = None
     """As everywhere in this server: 1 is the highest, larger ones come later, 0 is the default, between 1 and 2."""
     guided_json: Raw = Raw()
