@@ -29,6 +29,7 @@ from hasten.bench import lambada
 from hasten.bench.engines import HastenEngine
 from hasten.engine.graphs import Prepare, StepGraphs, StepOutput
 from hasten.engine.step_message import StepMessage
+from hasten.parallel.peer_ring import PeerRing
 
 pytestmark = pytest.mark.gpu
 
@@ -507,10 +508,16 @@ def test_two_stages_choose_the_tokens_of_one(
     with on_gpu(model, **alone_options) as alone:
         drawn = tokens_of(alone.generate(prompts, params))
     with on_gpu(model, pipeline_parallel_size=2, **options) as llm:
+        link = llm.engine.worker.stage.link
+        assert link is not None
+        reach = torch.cuda.can_device_access_peer(0, 1)
+        assert [isinstance(each, PeerRing) for each in link.connections] == [reach] * 2
         for _ in range(2):
             assert tokens_of(llm.generate(PROMPTS, GREEDY)) == on_cpu("12 heads of 64")
         assert tokens_of(llm.generate(prompts, params)) == drawn
         assert llm.engine.scheduler.blocks.num_used == 0
+        stream = llm.stream(PROMPTS, GREEDY)
+        next(stream)  # the engine ends with steps under way
     assert ranks_of(os.getpid()) == []
 
 
@@ -600,11 +607,20 @@ def running(command: list[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("options", [[], ["--enforce-eager"], ["--no-overlap-steps"]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--tensor-para-size", "2"],
+        ["--tensor-para-size", "2", "--enforce-eager"],
+        ["--tensor-para-size", "2", "--no-overlap-steps"],
+        ["--pipeline-para-size", "2"],
+    ],
+    ids=" ".join,
+)
 def test_a_killed_rank_ends_the_run_with_its_name(options: list[str], folder: Callable[[str], Path]) -> None:
     """In the middle of a step, where NCCL would wait for ever."""
     endless = ["--max-new-tokens", "100000", "--max-model-len", "200000", "--ignore-eos", "--stream", "--json"]
-    small = ["--kv-cache-memory", str(1 << 30), "--max-num-seqs", "4", "--device", "cuda", "--tensor-para-size", "2"]
+    small = ["--kv-cache-memory", str(1 << 30), "--max-num-seqs", "4", "--device", "cuda"]
     command = [sys.executable, "-m", "hasten", "generate", str(folder("8 heads of 8")), "--prompt", "the"]
     with running([*command, *endless, *small, *options]) as process:
         assert process.stdout is not None

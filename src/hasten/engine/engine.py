@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 
 from hasten.core.config import EngineConfig
-from hasten.core.errors import EngineError, InvalidRequestError
+from hasten.core.errors import EngineError, HastenError, InvalidRequestError
 from hasten.core.types import (
     CompletionOutput,
     FinishReason,
@@ -847,6 +847,8 @@ class Engine:
         if not self._failed:
             with suppress(RuntimeError):
                 self._finish_stages()
+            with suppress(HastenError), self.ranks.guard("closing"):
+                self.worker.finish()
         self._flights.clear()
         self.ranks.expect_end()
         if self._failed or self.ranks.liveness.failure is not None:

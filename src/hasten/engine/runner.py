@@ -244,8 +244,7 @@ class Runner:
             link.await_tokens(latest)
         hidden = self._computed(message)
         if link is not None and not self.stage.is_last:
-            # the next replay of a graph overwrites what this one left
-            link.send(hidden if self._output is None else hidden.clone())
+            link.send(hidden)
         return hidden
 
     def _computed(self, message: StepMessage) -> Tensor:

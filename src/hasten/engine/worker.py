@@ -57,11 +57,10 @@ from hasten.layers.position import RopeTables
 from hasten.models.base import Transformer
 from hasten.models.encoder import Encoder
 from hasten.models.registry import model_class
-from hasten.ops.peers import Peers
 from hasten.parallel.groups import ALONE, ParallelGroups, TensorGroup
 from hasten.parallel.launch import Ranks
 from hasten.parallel.liveness import reported
-from hasten.parallel.peers import connect, reachable
+from hasten.parallel.peers import connect, connect_stages, reachable
 from hasten.parallel.rank import RankInfo, rank_from_environment
 from hasten.quantization.scheme import SCHEMES, Quantizer, matrices
 
@@ -125,6 +124,9 @@ class Worker:
         self.ranks = ranks
         self.start_times = StartTimes()
         self.device = rank_device(config, ranks.world, ranks.local_size, ranks.first)
+        self._abort_flag = torch.zeros(1, dtype=torch.int32, pin_memory=self._has_peers)
+        """In memory of the host that a GPU sees: not 0 once a rank has failed; no kernel waits for other ranks then."""
+        ranks.liveness.on_failure(partial(self._abort_flag.fill_, 1))
         with self.start_times.phase("device"), explained_out_of_memory("starting the device"):
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # creates its context, which the next use would otherwise do
@@ -140,7 +142,6 @@ class Worker:
             raise ConfigError(f"deterministic is for models that generate text; {name} does not")
         if config.deterministic and self.model_config.encoder is not None:
             raise ConfigError(f"deterministic is for models without an encoder; {name} has one")
-        self._peers: Peers | None = None
         dtype = ops.TORCH_DTYPES[compute_dtype(config.dtype, self.model_config, self.device)]
         self.tokenizer_folder = checkpoint.tokenizer_folder
         phase, explained = self.start_times.phase("weights"), explained_out_of_memory("loading the model", self._advice)
@@ -173,8 +174,6 @@ class Worker:
         )
         eight_bits = config.cache.eight_bits is not None
         self._stored_ranges = stored_ranges(self.runner, checkpoint, ranks.groups.tensor) if eight_bits else None
-        if self.stage.link is not None:
-            self.stage.link.connect(torch.zeros(1, dtype=torch.int32, device=self.device))
         make = self._make_cache if self.pooler is None else self._make_step_cache
         self.max_model_len, self.num_blocks = make(config)
         self.scheduler_config = config.scheduler
@@ -232,17 +231,37 @@ class Worker:
     def _groups(self, dtype: torch.dtype) -> ParallelGroups:
         """The groups of this rank, the tensor group with mailboxes where its GPUs can reach each other."""
         ranks, tensor = self.ranks, self.ranks.groups.tensor
-        first = ranks.first + tensor.first % ranks.local_size
-        reach = first + tensor.size <= ranks.local_size and reachable(tensor.size, ranks.local_size, first)
-        if self.device.type == "cuda" and dtype.itemsize == 2 and reach:
+        if dtype.itemsize == 2 and self._reach(range(tensor.first, tensor.first + tensor.size)):
             assert ranks.store is not None
             width = self.model_config.hidden_size
-            self._peers = connect(ranks.store, tensor, width, _MOST_EXCHANGED_ROWS, self.device)
-            tensor = replace(tensor, peers=self._peers)
-            if self._peers is not None:
-                ranks.liveness.on_failure(partial(self._peers.abort_flag.fill_, 1))
+            peers = connect(ranks.store, tensor, width, _MOST_EXCHANGED_ROWS, self.device, self._abort_flag)
+            tensor = replace(tensor, peers=peers)
         expert = tensor if self.config.parallel.expert_parallel else ALONE
         return replace(ranks.groups, tensor=tensor, expert=expert)
+
+    @property
+    def _has_peers(self) -> bool:
+        """Whether there are other ranks' GPUs."""
+        return self.device.type == "cuda" and self.ranks.world.size > 1
+
+    def _reach(self, group: list[int] | range) -> bool:
+        """Whether these ranks of the world have GPUs of this host that can write each other's memory."""
+        ranks = self.ranks
+        on_one_host = len({rank // ranks.local_size for rank in group}) == 1
+        numbers = [ranks.first + rank % ranks.local_size for rank in group]
+        return self.device.type == "cuda" and on_one_host and reachable(numbers)
+
+    def _connect_stages(self, config: SchedulerConfig) -> None:
+        """Open this rank's connections to other pipeline stages, through memory of GPUs that reach each other."""
+        ranks, link = self.ranks, self.stage.link
+        if link is None:
+            return
+        if ranks.world.least(int(self._reach(link.ranks))):
+            assert ranks.store is not None
+            hidden_bytes = self.model_config.hidden_size * self.runner.dtype.itemsize
+            most = max((config.max_num_batched_tokens or 1) * hidden_bytes, config.max_num_seqs * torch.int32.itemsize)
+            connect_stages(ranks.store, ranks.world, link, most, self.device, self._abort_flag)
+        link.connect(torch.zeros(1, dtype=torch.int32, device=self.device))
 
     def _make_cache(self, config: EngineConfig) -> tuple[int, int]:
         """Longest sequence and number of blocks of the cache, which is then there; the same on every rank."""
@@ -251,6 +270,7 @@ class Worker:
         ropes = RopeTables(length, self.device)  # some change with the length: this one, whatever the memory allows
         with explained_out_of_memory("sizing the cache", self._advice):
             self._compile_kernels(config, length, ropes)
+            self._connect_stages(config.scheduler)
         ranges = self._cache_ranges(config, length, ropes)
         with self.start_times.phase("memory"), explained_out_of_memory("sizing the cache", self._advice):
             budget = config.cache.kv_cache_memory or self._free_memory(config, length, ropes, ranges)
@@ -471,14 +491,18 @@ class Worker:
             chosen = choice.chosen
         self.runner.remember(message, self.ranks.groups.tensor.broadcast(chosen))
 
+    def finish(self) -> None:
+        """Wait until this rank's GPU has done all that other stages may wait for."""
+        if self._has_peers and self.stage.link is not None:
+            torch.cuda.synchronize(self.device)
+
     def release(self) -> None:
         """Let go what must not outlast the ranks' group."""
         self.runner.release_graphs()
 
     def give_up(self) -> None:
         """Leave the group after a failure: kernels that wait for another rank end first, whatever they have."""
-        if self._peers is not None:
-            self._peers.abort_flag.fill_(1)
+        self._abort_flag.fill_(1)
         self.release()
         self.ranks.abandon()
 
@@ -487,6 +511,7 @@ class Worker:
         while len(numbers := self.ranks.receive()):
             message = StepMessage.unpacked(numbers)
             Launched([], PromptLogprobs(), partial(self._compute, message, [], _no_logits)).choose()
+        self.finish()
         self.release()
 
 

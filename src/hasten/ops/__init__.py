@@ -66,6 +66,7 @@ __all__ = [
     "Weight",
     "add_linear",
     "any_compiled",
+    "await_count",
     "choose_beams",
     "compiled_together",
     "copy_blocks",
@@ -97,6 +98,7 @@ __all__ = [
     "project",
     "resolve_ids",
     "route",
+    "set_count",
     "store_heads",
     "to_device",
     "top_logprobs",
@@ -412,6 +414,27 @@ def resolve_ids(ids_t: Tensor, chosen_r: Tensor) -> Tensor:
 
         return cache.resolve_ids(ids_t, chosen_r)
     return reference.resolve_ids(ids_t, chosen_r)
+
+
+def await_count(count: Tensor, number: int, abort_flag: Tensor) -> None:
+    """Let what follows on this device wait until `count`, int32 [1], is at `number` or beyond it.
+
+    It counts modulo 2^32. `abort_flag`, int32 [1] in memory of the host, ends the wait once it is not 0.
+    """
+    if count.is_cuda:
+        from hasten.ops.gpu import signals
+
+        return signals.await_count(count, number, abort_flag)
+    return reference.await_count(count, number, abort_flag)
+
+
+def set_count(count: Tensor, number: int) -> None:
+    """Set a count that another device may wait for, behind all that this device has written."""
+    if count.is_cuda:
+        from hasten.ops.gpu import signals
+
+        return signals.set_count(count, number)
+    return reference.set_count(count, number)
 
 
 def copy_blocks(caches: BlockCaches, sources_n: Tensor, targets_n: Tensor) -> None:

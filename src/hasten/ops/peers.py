@@ -22,3 +22,8 @@ class Peers:
     """[max_rows], int32: exchanges so far of each row, the same on every rank."""
     abort_flag: Tensor
     """[1], int32, written by the host: non-zero once a peer has failed; kernels then stop polling."""
+
+
+def wrapped(number: int) -> int:
+    """The 32-bit integer that a count stands at after `number` steps."""
+    return (number + (1 << 31)) % (1 << 32) - (1 << 31)

@@ -1,5 +1,6 @@
 """Every op in plain torch: its definition, and the oracle of the tests. Docstrings stand at `hasten.ops`."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -19,10 +20,13 @@ from hasten.ops.meta import AttentionMeta
 from hasten.ops.mixture import PackedExperts, Routing
 from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight
 from hasten.ops.partial_sum import PartialSum
+from hasten.ops.peers import wrapped
 from hasten.ops.rounding import rounded
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 """Types that hold the bits of others of so many bytes."""
+_POLL_S = 1e-4
+"""Between two looks at a count that another thread writes."""
 
 
 def embedding(ids_t: Tensor, weight_vh: Weight, first: int | None) -> Tensor:  # noqa: D103
@@ -399,6 +403,15 @@ def _distances(query_len: int, kv_len: int, device: torch.device) -> Tensor:
     """Key position minus query position, [q, k]; the queries are the last tokens of the sequence."""
     keys_k, positions_q = (torch.arange(first, kv_len, device=device) for first in (0, kv_len - query_len))
     return keys_k.unsqueeze(0) - positions_q.unsqueeze(1)
+
+
+def await_count(count: Tensor, number: int, abort_flag: Tensor) -> None:  # noqa: D103
+    while wrapped(number - int(count)) > 0 and not int(abort_flag):
+        time.sleep(_POLL_S)
+
+
+def set_count(count: Tensor, number: int) -> None:  # noqa: D103
+    count.fill_(wrapped(number))
 
 
 def copy_blocks(caches: BlockCaches, sources_n: Tensor, targets_n: Tensor) -> None:  # noqa: D103

@@ -1,15 +1,17 @@
-"""Mailboxes between the GPUs of one host, where they can reach each other."""
+"""Memory that the GPUs of one host share: mailboxes for sums over ranks, and slots for what pipeline stages send."""
 
 import itertools
 import logging
 import re
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
+from torch import Tensor
 from torch._C._distributed_c10d import (
     PrefixStore,
     Store,
@@ -21,11 +23,14 @@ from torch._C._distributed_c10d import (
 from hasten.ops.peers import Peers
 from hasten.parallel.groups import TensorGroup
 from hasten.parallel.liveness import Liveness
+from hasten.parallel.peer_ring import PeerRing, RingMemory
+from hasten.parallel.pipeline import StageLink
 
 _log = logging.getLogger(__name__)
 _numbers = itertools.count()
 _TIMEOUT = timedelta(seconds=120)
 _POLL_S = 0.005
+_UNREACHABLE = "not all of their GPUs can write each other's memory"
 
 
 class RunStore(Store):
@@ -70,56 +75,101 @@ class RunStore(Store):
                 raise RuntimeError(f"no other rank wrote {', '.join(keys)}")
 
 
-def connect(store: Store, group: TensorGroup, width: int, max_rows: int, device: torch.device) -> Peers | None:
+def connect(
+    store: Store, group: TensorGroup, width: int, max_rows: int, device: torch.device, abort_flag: Tensor
+) -> Peers | None:
     """Mailboxes for rows of `width` 16-bit values, on every rank; None, on every rank, if any cannot have them.
 
-    The ranks find each other's memory through `store`, which must be this run's own.
+    The ranks find each other's memory through `store`, which must be this run's own. The host sets `abort_flag`, int32
+    [1] of its memory, once a rank has failed.
     """
-    try:
-        made = _mailboxes(PrefixStore(f"from {group.first}", store), group, width, max_rows, device)
-    except RuntimeError as error:
-        made = None
-        _log.warning("ranks sum through NCCL alone: %s", str(error).partition("\n")[0])
+    shape = (2, max_rows, group.size, width // 2)
+    store = PrefixStore(f"from {group.first}", store)
+    shared = _shared(store, group.rank, group.size, group.liveness, shape, torch.int64, device)
     # also: nobody writes before all mailboxes are empty
-    return made if group.least(int(made is not None)) else None
+    if not group.least(int(shared is not None)):
+        _log.warning("ranks sum through NCCL alone: %s", _UNREACHABLE)
+        return None
+    assert shared is not None
+    return Peers(
+        rank=group.rank,
+        size=group.size,
+        max_rows=max_rows,
+        width=width,
+        mailbox=shared[group.rank],
+        addresses=torch.tensor([each.data_ptr() for each in shared], dtype=torch.int64, device=device),
+        exchanges=torch.zeros(max_rows, dtype=torch.int32, device=device),
+        abort_flag=abort_flag,
+    )
 
 
-def _mailboxes(store: Store, group: TensorGroup, width: int, max_rows: int, device: torch.device) -> Peers:
-    rank, size = group.rank, group.size
-    shape = (2, max_rows, size, width // 2)
+def connect_stages(
+    store: Store, world: TensorGroup, link: StageLink, slot_bytes: int, device: torch.device, abort_flag: Tensor
+) -> None:
+    """Let the stages of `link` write each other's memory, on all ranks of `world`, unless any of them cannot.
+
+    `slot_bytes`: of the largest message. There are as many slots as steps under way, and one more.
+    """
+    slots, size = len(link.ranks) + 1, len(link.ranks)
+    store = PrefixStore(f"stages of {link.ranks[0]}", store)
+    shape = (RingMemory.nbytes(slots, slot_bytes),)
+    shared = _shared(store, link.stage, size, world.liveness, shape, torch.uint8, device)
+    if not world.least(int(shared is not None)):
+        _log.warning("pipeline stages send through NCCL: %s", _UNREACHABLE)
+        return
+    assert shared is not None
+    own, before, behind = (RingMemory.of(shared[(link.stage + step) % size], slots) for step in (0, -1, 1))
+    link.use(PeerRing(own, before, behind, abort_flag))
+
+
+def _shared(
+    store: Store,
+    rank: int,
+    size: int,
+    liveness: Liveness,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Tensor] | None:
+    """Zeros of one shape on each rank's GPU, by rank, as this one sees them; None if it cannot, with a log."""
+    try:
+        return _rendezvous(store, rank, size, liveness, shape, dtype, device)
+    except RuntimeError as error:
+        _log.warning("GPUs do not share memory: %s", str(error).partition("\n")[0])
+        return None
+
+
+def _rendezvous(
+    store: Store,
+    rank: int,
+    size: int,
+    liveness: Liveness,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Tensor]:
     # held here: C++ would not find a dead object's methods
-    shared = RunStore(PrefixStore("mailboxes", store), group.liveness)
-    mailbox = symmetric_memory.empty(shape, dtype=torch.int64, device=device)
-    mailbox.zero_()
+    renumbered = RunStore(PrefixStore("mailboxes", store), liveness)
+    own = symmetric_memory.empty(shape, dtype=dtype, device=device)
+    own.zero_()
     torch.cuda.synchronize(device)
     # Not torch's own name for the group of all ranks: a process may be rank 0 of several runs, one after the other, and
     # torch would look for the first run's store again.
     name: Any = f"hasten-{next(_numbers)}"  # torch 2.13 has a type of its own for it, earlier ones take a string
     # torch 2.13 looks for the name among these stores, 2.11 for a group of that name, of which it takes the store
-    named = dist.ProcessGroup(shared, rank, size)
-    _SymmetricMemory.set_group_info(name, rank, size, shared)
+    named = dist.ProcessGroup(renumbered, rank, size)
+    _SymmetricMemory.set_group_info(name, rank, size, renumbered)
     _register_process_group(name, named)
     try:
-        handle = _SymmetricMemory.rendezvous(mailbox, name)
+        handle = _SymmetricMemory.rendezvous(own, name)
     finally:
         _unregister_process_group(name)
-    addresses = [handle.get_buffer(other, shape, torch.int64).data_ptr() for other in range(size)]
-    return Peers(
-        rank=rank,
-        size=size,
-        max_rows=max_rows,
-        width=width,
-        mailbox=mailbox,
-        addresses=torch.tensor(addresses, dtype=torch.int64, device=device),
-        exchanges=torch.zeros(max_rows, dtype=torch.int32, device=device),
-        abort_flag=torch.zeros(1, dtype=torch.int32).pin_memory(),
-    )
+    return [own if other == rank else handle.get_buffer(other, shape, dtype) for other in range(size)]
 
 
-def reachable(size: int, local_size: int, first: int = 0) -> bool:
-    """Whether all ranks' GPUs, from number `first` on, are on this host and can write each other's memory."""
-    if size < 2 or size > local_size or torch.cuda.device_count() < first + size:
+def reachable(numbers: Sequence[int]) -> bool:
+    """Whether the GPUs of these numbers on this host, two at least, can write each other's memory."""
+    if len(numbers) < 2 or torch.cuda.device_count() <= max(numbers):
         return False
-    numbers = range(first, first + size)
     pairs = ((one, other) for one in numbers for other in numbers if one != other)
     return all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)

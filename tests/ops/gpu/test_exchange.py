@@ -233,7 +233,7 @@ def run_rank(width: int, port: int, rank: int) -> None:
     torch.cuda.set_device(device)
     ranks = Ranks(RankInfo(rank, 2, 2, "127.0.0.1", port), None, "cuda")
     assert ranks.store is not None
-    peers = connect(ranks.store, ranks.world, width, 64, device)
+    peers = connect(ranks.store, ranks.world, width, 64, device, torch.zeros(1, dtype=torch.int32).pin_memory())
     assert peers is not None, "these GPUs cannot write each other's memory"
     for seed, rows in enumerate([1, 64, 3, 17, 2, 64, 1, 33] * 10):
         case = Case.of(2, rows, width, DTYPES[seed % 2], device, split=seed % 3, seed=seed, second=seed % 4 == 1)

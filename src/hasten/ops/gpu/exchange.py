@@ -18,7 +18,7 @@ from hasten.ops.gpu.sums import constants_of, terms_of
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.peers import Peers
 
-_POLLS_PER_ABORT_CHECK = tl.constexpr(4096)
+POLLS_PER_ABORT_CHECK = tl.constexpr(4096)
 """Polls of the mailbox, some milliseconds, between two reads of the host's abort flag."""
 
 
@@ -100,7 +100,7 @@ def _exchange_norm(
             while (over == 0) & (tl.max((valid & ((word >> 32) != number)).to(tl.int32), 0) != 0):
                 word = tl.load(at, valid, 0, volatile=True)
                 polls += 1
-                if polls % _POLLS_PER_ABORT_CHECK == 0:
+                if polls % POLLS_PER_ABORT_CHECK == 0:
                     over = tl.load(abort_flag, volatile=True)
         low += (word & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
         high += ((word >> 16) & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
