@@ -55,12 +55,12 @@ def test_random_weights_from_a_config_alone(tiny_bloom: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 def test_random_weights_are_finite_and_of_the_type_asked_for(tiny_bloom: Path, dtype: str) -> None:
     engine = HuggingFaceEngine(str(tiny_bloom), dtype=dtype, load_format="dummy")
-    parameters = list(engine._model.parameters())
+    parameters = list(engine.model.parameters())
     assert {parameter.dtype for parameter in parameters} == {engine.dtype}
     assert all(parameter.isfinite().all() for parameter in parameters)
     assert any(parameter.std() > 0 for parameter in parameters)
     with torch.inference_mode():
-        assert engine._model(torch.tensor([PROMPTS[1]])).logits.isfinite().all()
+        assert engine.model(torch.tensor([PROMPTS[1]])).logits.isfinite().all()
 
 
 def test_random_weights_are_made_where_they_are_used(tiny_bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_hugging_face_has_the_threads_that_it_was_given(tiny_bloom: Path) -> Non
     before = torch.get_num_threads()
     engine = HuggingFaceEngine(str(tiny_bloom), threads=before + 1)
     seen: list[int] = []
-    engine._model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    engine.model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
     engine.generate(PROMPTS, LENGTHS)
     assert set(seen) == {before + 1}
     assert torch.get_num_threads() == before

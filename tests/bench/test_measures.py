@@ -71,7 +71,7 @@ def test_latency_tells_the_first_token_from_the_others() -> None:
     assert second.token_ms == report.Spread(125, 125, 125)
     assert second.decode_tokens_per_second == 4 / 0.125
     assert slow.calls == [(4, 9)] + [(4, 9), (4, 1)] * 3
-    assert latency.speedups([first, second]) == [latency.Speedup(4, 1.0, 4.0)]
+    assert latency.speedups([first, second]) == [latency.Speedup(4, 1.0, "slow", 4.0, "slow")]
     assert latency.speedups([first]) == []
 
 
@@ -83,12 +83,14 @@ def test_throughput_rates_come_from_the_median() -> None:
     assert (result.prompt_tokens, result.output_tokens) == (30, 8)
     assert result.output_tokens_per_second == pytest.approx(8 / 3)
     assert result.total_tokens_per_second == pytest.approx(38 / 3)
-    assert throughput.speedup([result]) is None
+    assert throughput.speedup([result]) == (None, None)
 
 
 def test_speedup_is_of_the_last_engine() -> None:
     results = throughput.measure([Clock("slow", 1.0), Clock("fast", 0.0)], mixed(4), 1000)
-    assert throughput.speedup(results) == results[0].median_seconds / results[1].median_seconds > 1
+    ratio = results[0].median_seconds / results[1].median_seconds
+    assert ratio > 1
+    assert throughput.speedup(results) == (ratio, "slow")
 
 
 def test_bad_counts() -> None:

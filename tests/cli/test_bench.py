@@ -56,15 +56,17 @@ def test_compare_prints_both_lines_and_writes_every_answer(
     output = tmp_path / "results.json"
     done = hasten_here(*lambada(tiny_bloom, dataset), "--compare", "--output-path", output)
     assert done.status == 0, done.err
-    hf, ours, summary = done.out.splitlines()
+    hf, ours, summary, without = done.out.splitlines()
     assert hf.startswith("HF ")
     assert ours.startswith("hasten ")
     assert all(ACCURACY.search(line) and line.endswith(" sec)") for line in (hf, ours))
-    assert re.fullmatch(r"hasten is \d+\.\d\d times as fast; the answers differ on 0 of 5 samples", summary)
+    assert re.fullmatch(r"hasten is \d+\.\d\d times as fast as HF; the answers differ on 0 of 5 samples", summary)
+    assert without.startswith("HF generate_batch is not measured: BloomForCausalLM's attention")
     report = json.loads(output.read_text())
     assert [result["engine"] for result in report["results"]] == ["HF", "hasten"]
     assert form_errors(report) == []
     assert report["differing_samples"] == 0
+    assert [each["engine"] for each in report["not_measured"]] == ["HF generate_batch"]
     assert report["environment"]["dtype"] == "float32"
     for result in report["results"]:
         assert [answer["prompt"] + answer["target"] for answer in result["answers"]] == list(TEXTS)
@@ -78,9 +80,15 @@ def test_compare_prints_both_lines_and_writes_every_answer(
 def test_a_model_of_another_family_is_compared(
     make_model: Callable[..., Path], dataset: Path, hasten_here: "Hasten"
 ) -> None:
-    done = hasten_here(*lambada(make_model("Qwen3", head_dim=20), dataset), "--compare")
+    done = hasten_here(*lambada(make_model("Qwen3", head_dim=20), dataset), "--compare", "--json")
     assert done.status == 0, done.err
-    assert done.out.splitlines()[-1].endswith("the answers differ on 0 of 5 samples")
+    report = json.loads(done.out)
+    assert form_errors(report) == []
+    assert [result["engine"] for result in report["results"]] == ["HF", "HF generate_batch", "hasten"]
+    assert [each["differing_samples"] for each in report["comparisons"]] == [0, 0]
+    fastest = min(report["results"][:2], key=lambda result: result["seconds"])
+    assert report["compared_with"] == report["comparisons"][-1]["engine"] == fastest["engine"]
+    assert report["speedup"] == fastest["seconds"] / report["results"][-1]["seconds"]
 
 
 def test_both_search_with_beams(tiny_bloom: Path, dataset: Path, hasten_here: "Hasten") -> None:
@@ -123,7 +131,7 @@ def test_ranks_of_two_give_the_answers_of_one(
         *lambada(tiny_bloom, dataset), "--compare", "--tensor-para-size", "2", "--output-path", output
     )
     assert done.status == 0, done.err
-    assert len(done.out.splitlines()) == 3
+    assert len(done.out.splitlines()) == 4
     assert json.loads(output.read_text())["differing_samples"] == 0
 
 
@@ -153,6 +161,8 @@ def test_bad_datasets(tiny_bloom: Path, dataset: Path, hasten_here: "Hasten", li
         (("--beam-width", "0"), "argument --beam-width: '0' is not a whole number of at least 1"),
         (("--beam-width", "4", "--top-k", "5"), "--beam-width above 1 searches and draws nothing: leave --top-k"),
         (("--test-hf", "--compare"), "not allowed with argument"),
+        (("--test-hf", "--hf-engine", "generate_batch"), "--hf-engine generate_batch cannot run"),
+        (("--hf-engine", "generate_batch"), "--hf-engine needs --compare"),
         (("--output-path", "/nowhere/results.json"), "cannot write the results"),
         (("--checkpoint-path", "/nowhere"), "/nowhere"),
         (("--acc-threshold", "high"), "invalid float value: 'high'"),

@@ -116,7 +116,7 @@ class HuggingFaceEngine:
         batch_size: int | None = None,
         threads: int | None = None,
     ) -> None:
-        self._threads = threads or limit_threads()
+        self.threads = threads or limit_threads()
         engine = resolve_engine(
             EngineConfig.create(
                 folder, device=device, load_format=load_format, revision=revision, download_dir=download_dir
@@ -129,39 +129,39 @@ class HuggingFaceEngine:
         self._batch_size = batch_size
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-        self._has_encoder = config.encoder is not None
-        kind = AutoModelForSeq2SeqLM if self._has_encoder else AutoModelForCausalLM
-        self._model = load_hugging_face(kind, folder, self.dtype, self.device, load_format).eval()
-        self._model.generation_config.eos_token_id = None
+        self.has_encoder = config.encoder is not None
+        kind = AutoModelForSeq2SeqLM if self.has_encoder else AutoModelForCausalLM
+        self.model = load_hugging_face(kind, folder, self.dtype, self.device, load_format).eval()
+        self.model.generation_config.eos_token_id = None
         draws = sampling.beam_width == 1 and not sampling.greedy
-        self._options: dict[str, Any] = {"do_sample": draws, "num_beams": sampling.beam_width}
-        self._options |= {"use_cache": True, "pad_token_id": 0}
+        self.options: dict[str, Any] = {"do_sample": draws, "num_beams": sampling.beam_width}
+        self.options |= {"use_cache": True, "pad_token_id": 0}
         if draws:
-            self._options |= {
+            self.options |= {
                 "temperature": sampling.temperature,
                 "top_k": max(0, sampling.top_k),
                 "top_p": sampling.top_p,
                 "min_p": sampling.min_p or None,
             }
         if sampling.repetition_penalty != 1:
-            self._options["repetition_penalty"] = sampling.repetition_penalty
+            self.options["repetition_penalty"] = sampling.repetition_penalty
 
     def generate(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
         """Continue each prompt by exactly its length."""
-        with num_threads(self._threads):
+        with num_threads(self.threads):
             return in_batches(self._generate_batch, prompts, lengths, self._batch_size)
 
     def _generate_batch(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
-        input_ids, attention_mask = _padded(prompts, left=not self._has_encoder)
+        input_ids, attention_mask = _padded(prompts, left=not self.has_encoder)
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         start = clock(self.device)
         with torch.inference_mode():
-            output: Tensor = self._model.generate(
-                input_ids, attention_mask=attention_mask, max_new_tokens=max(lengths), **self._options
+            output: Tensor = self.model.generate(
+                input_ids, attention_mask=attention_mask, max_new_tokens=max(lengths), **self.options
             )
         seconds = clock(self.device) - start
         # what an encoder's prompt is answered with begins behind one token of the decoder
-        new: list[list[int]] = output[:, 1 if self._has_encoder else input_ids.shape[1] :].tolist()
+        new: list[list[int]] = output[:, 1 if self.has_encoder else input_ids.shape[1] :].tolist()
         return Generation([ids[:length] for ids, length in zip(new, lengths, strict=True)], seconds)
 
 

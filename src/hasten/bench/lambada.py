@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from hasten.bench.engines import Engine
+from hasten.bench.peers import NotMeasured, fastest, has_failed
 from hasten.bench.report import Environment
 from hasten.core.errors import ConfigError, InvalidRequestError
 from hasten.core.files import reading
@@ -62,13 +63,30 @@ class LambadaResult:
         return f"Accuracy: {self.accuracy:0.4f}% ({self.right}/{self.total}) (elapsed time: {self.seconds:.4f} sec)"
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """hasten and another engine on the same samples."""
+
+    engine: str
+    speedup: float
+    """How many times as fast hasten is."""
+    differing_samples: int
+    """Samples to which the two gave other tokens."""
+
+
 class LambadaReport(TypedDict):
-    """What is written: one engine, or Hugging Face and hasten, on the same samples."""
+    """What is written: one engine, or others and hasten, on the same samples."""
 
     environment: Environment
     results: list[LambadaResult]
     speedup: NotRequired[float]
+    """That of the comparison with `compared_with`."""
     differing_samples: NotRequired[int]
+    """Those of the same comparison."""
+    compared_with: NotRequired[str]
+    """The engine that is quoted: the faster of Hugging Face's, where any is measured."""
+    comparisons: NotRequired[list[Comparison]]
+    not_measured: NotRequired[list[NotMeasured]]
 
 
 def read_texts(path: str) -> Iterator[tuple[str, str]]:
@@ -119,7 +137,7 @@ def run(
     repetitions: int = 1,
     advance: Callable[[int], object] = lambda _: None,
 ) -> list[LambadaResult]:
-    """Run all samples through every engine, batch by batch.
+    """Run all samples through every engine, batch by batch; a peer that fails has no result.
 
     Each engine first runs one batch untimed. The engines then take turns batch by batch, and in turns begin, so that
     noise of the machine hits them alike. `advance` is told of every finished batch.
@@ -146,6 +164,7 @@ def run(
     return [
         _result(engine.label, statistics.median(times), made)
         for engine, times, made in zip(engines, seconds, answers, strict=True)
+        if not has_failed(engine)
     ]
 
 
@@ -176,3 +195,11 @@ def _result(engine: str, seconds: float, answers: list[Answer]) -> LambadaResult
 def differing(first: LambadaResult, second: LambadaResult) -> int:
     """On how many samples two engines gave other tokens."""
     return sum(a.answer_ids != b.answer_ids for a, b in zip(first.answers, second.answers, strict=True))
+
+
+def comparisons(results: Sequence[LambadaResult]) -> list[Comparison]:
+    """The last result and each of the others; the comparison to be quoted is the last."""
+    *others, ours = results
+    quoted = fastest({other.engine: other.seconds for other in others})
+    others.sort(key=lambda other: other.engine == quoted)
+    return [Comparison(other.engine, other.seconds / ours.seconds, differing(other, ours)) for other in others]

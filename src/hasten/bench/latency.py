@@ -3,10 +3,11 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby
 from typing import TypedDict
 
 from hasten.bench.engines import Engine
+from hasten.bench.peers import NotMeasured, differing, fastest, has_failed
 from hasten.bench.report import Environment, Spread, print_table
 from hasten.bench.workloads import Workload
 from hasten.core.errors import ConfigError
@@ -29,10 +30,15 @@ class LatencyResult:
     """A call that makes all tokens."""
     decode_tokens_per_second: float
     """Tokens of the whole batch, at the best time a token."""
+    differing_requests: int | None
+    """Requests of the last repetition to which the last engine gave other tokens; None for itself."""
 
 
 def measure(engines: Sequence[Engine], workload: Workload, vocab_size: int, *, repetitions: int) -> list[LatencyResult]:
-    """Time every engine on a batch of equal requests; the engines take turns, after one untimed call each."""
+    """Time every engine on a batch of equal requests; the engines take turns, after one untimed call each.
+
+    Failed peers are left out.
+    """
     output_length = workload.output_lengths[0]
     if output_length < 2 or repetitions < 1:
         raise ConfigError("latency needs an output length of at least 2 and at least 1 repetition")
@@ -43,18 +49,25 @@ def measure(engines: Sequence[Engine], workload: Workload, vocab_size: int, *, r
         engine.generate(warmup, workload.output_lengths)
     first: list[list[float]] = [[] for _ in engines]
     total: list[list[float]] = [[] for _ in engines]
+    tokens: list[list[list[int]]] = [[] for _ in engines]
     for _ in range(repetitions):
         whole, short = workload.prompts(vocab_size, rng), workload.prompts(vocab_size, rng)
         for index, engine in enumerate(engines):
-            total[index].append(1000 * engine.generate(whole, workload.output_lengths).seconds)
+            made = engine.generate(whole, workload.output_lengths)
+            tokens[index] = made.token_ids
+            total[index].append(1000 * made.seconds)
             first[index].append(1000 * engine.generate(short, ones).seconds)
+    counts = [differing(each, tokens[-1]) for each in tokens[:-1]]
     return [
-        _result(engine.label, workload, to_first, to_last)
-        for engine, to_first, to_last in zip(engines, first, total, strict=True)
+        _result(engine.label, workload, to_first, to_last, count)
+        for engine, to_first, to_last, count in zip(engines, first, total, [*counts, None], strict=True)
+        if not has_failed(engine)
     ]
 
 
-def _result(engine: str, workload: Workload, first: list[float], total: list[float]) -> LatencyResult:
+def _result(
+    engine: str, workload: Workload, first: list[float], total: list[float], count: int | None
+) -> LatencyResult:
     batch_size, steps = len(workload.prompt_lengths), workload.output_lengths[0] - 1
     best = (min(total) - min(first)) / steps
     each = [(to_last - to_first) / steps for to_first, to_last in zip(first, total, strict=True)]
@@ -68,16 +81,21 @@ def _result(engine: str, workload: Workload, first: list[float], total: list[flo
         token_ms=Spread(best, Spread.of(each).p50, Spread.of(each).p99),
         total_ms=Spread.of(total),
         decode_tokens_per_second=1000 * batch_size / best,
+        differing_requests=count,
     )
 
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times as fast the last engine is as the first, by medians."""
+    """How many times as fast the last engine is as the faster of Hugging Face's, else the fastest other, by medians."""
 
     batch_size: int
     first_token: float
+    first_token_of: str
+    """The engine that the figure is of."""
     token: float
+    token_of: str
+    """The engine that the figure is of."""
 
 
 class LatencyReport(TypedDict):
@@ -86,15 +104,20 @@ class LatencyReport(TypedDict):
     environment: Environment
     results: list[LatencyResult]
     speedups: list[Speedup]
+    not_measured: list[NotMeasured]
 
 
 def speedups(results: Sequence[LatencyResult]) -> list[Speedup]:
     """One for each batch size; none where there is one engine alone."""
     made = []
-    for first, last in pairwise(results):
-        if first.batch_size == last.batch_size and first.engine != last.engine:
-            to_first = first.first_token_ms.p50 / last.first_token_ms.p50
-            made.append(Speedup(last.batch_size, to_first, first.token_ms.p50 / last.token_ms.p50))
+    for batch_size, group in groupby(results, key=lambda result: result.batch_size):
+        *others, last = group
+        first_ms = {other.engine: other.first_token_ms.p50 for other in others}
+        token_ms = {other.engine: other.token_ms.p50 for other in others}
+        first_of, token_of = fastest(first_ms), fastest(token_ms)
+        if first_of is not None and token_of is not None:
+            to_first, to_next = first_ms[first_of] / last.first_token_ms.p50, token_ms[token_of] / last.token_ms.p50
+            made.append(Speedup(batch_size, to_first, first_of, to_next, token_of))
     return made
 
 
@@ -105,18 +128,21 @@ def show(results: Sequence[LatencyResult]) -> None:
         f"{head.prompt_length} tokens in, {head.output_length} out; "
         f"milliseconds, p50 and p99 of {head.repetitions} repetitions"
     )
-    columns = ("batch", "engine", "first token", "a token", "all tokens", "tokens/s")
+    columns = ("batch", "engine", "first token", "a token", "all tokens", "tokens/s", "differing requests")
     rows = [
         (
             str(result.batch_size),
             result.engine,
             *(f"{_ms(s.p50)} {_ms(s.p99)}" for s in (result.first_token_ms, result.token_ms, result.total_ms)),
             f"{result.decode_tokens_per_second:.1f}",
+            "" if result.differing_requests is None else str(result.differing_requests),
         )
         for result in results
     ]
     rows += [
-        (str(s.batch_size), "speedup", f"{s.first_token:.2f}", f"{s.token:.2f}", "", "") for s in speedups(results)
+        (str(s.batch_size), "speedup", f"{s.first_token:.2f} {s.first_token_of}", f"{s.token:.2f} {s.token_of}")
+        + ("",) * 3
+        for s in speedups(results)
     ]
     print_table(title, columns, rows)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from hasten.bench.engines import Engine
+from hasten.bench.peers import NotMeasured, differing, fastest, has_failed
 from hasten.bench.report import Environment, print_table
 from hasten.bench.workloads import Workload
 from hasten.core.errors import ConfigError
@@ -27,6 +28,8 @@ class ThroughputResult:
     requests_per_second: float
     output_tokens_per_second: float
     total_tokens_per_second: float
+    differing_requests: int | None
+    """Requests of the last repetition to which the last engine gave other tokens; None for itself."""
 
 
 class ThroughputReport(TypedDict):
@@ -35,12 +38,15 @@ class ThroughputReport(TypedDict):
     environment: Environment
     results: list[ThroughputResult]
     speedup: float | None
+    compared_with: str | None
+    """The engine that the speedup is of: the faster of Hugging Face's, where any is measured."""
+    not_measured: list[NotMeasured]
 
 
 def measure(
     engines: Sequence[Engine], workload: Workload, vocab_size: int, *, repetitions: int = 1
 ) -> list[ThroughputResult]:
-    """Run the whole workload through every engine in turns, after a small untimed batch each."""
+    """Run the whole workload through every engine in turns, after a small untimed batch each, but failed peers."""
     if repetitions < 1:
         raise ConfigError(f"repetitions must be at least 1, got {repetitions}")
     rng = random.Random(0)
@@ -49,14 +55,22 @@ def measure(
     for engine in engines:
         engine.generate(warmup, few.output_lengths)
     seconds: list[list[float]] = [[] for _ in engines]
+    tokens: list[list[list[int]]] = []
     for _ in range(repetitions):
         prompts = workload.prompts(vocab_size, rng)
-        for index, engine in enumerate(engines):
-            seconds[index].append(engine.generate(prompts, workload.output_lengths).seconds)
-    return [_result(engine.label, workload, times) for engine, times in zip(engines, seconds, strict=True)]
+        made = [engine.generate(prompts, workload.output_lengths) for engine in engines]
+        tokens = [each.token_ids for each in made]
+        for times, each in zip(seconds, made, strict=True):
+            times.append(each.seconds)
+    counts = [differing(each, tokens[-1]) for each in tokens[:-1]]
+    return [
+        _result(engine.label, workload, times, count)
+        for engine, times, count in zip(engines, seconds, [*counts, None], strict=True)
+        if not has_failed(engine)
+    ]
 
 
-def _result(engine: str, workload: Workload, seconds: list[float]) -> ThroughputResult:
+def _result(engine: str, workload: Workload, seconds: list[float], count: int | None) -> ThroughputResult:
     median = statistics.median(seconds)
     prompt_tokens, output_tokens = sum(workload.prompt_lengths), sum(workload.output_lengths)
     return ThroughputResult(
@@ -70,21 +84,24 @@ def _result(engine: str, workload: Workload, seconds: list[float]) -> Throughput
         requests_per_second=len(workload.prompt_lengths) / median,
         output_tokens_per_second=output_tokens / median,
         total_tokens_per_second=(prompt_tokens + output_tokens) / median,
+        differing_requests=count,
     )
 
 
-def speedup(results: Sequence[ThroughputResult]) -> float | None:
-    """How many times as fast the last engine is as the first; None where there is one alone."""
-    return results[0].median_seconds / results[-1].median_seconds if len(results) > 1 else None
+def speedup(results: Sequence[ThroughputResult]) -> tuple[float | None, str | None]:
+    """How many times as fast the last engine is as another, and as which; None where there is one alone."""
+    seconds = {result.engine: result.median_seconds for result in results[:-1]}
+    quoted = fastest(seconds)
+    return None if quoted is None else seconds[quoted] / results[-1].median_seconds, quoted
 
 
 def show(results: Sequence[ThroughputResult]) -> None:
     """Print a table."""
     first = results[0]
     title = f"{first.workload}: {first.requests} requests, {first.prompt_tokens} tokens in, {first.output_tokens} out"
-    ratio = speedup(results)
+    ratio, quoted = speedup(results)
     if ratio is not None:
-        title += f"; {results[-1].engine} is {ratio:.2f} times as fast as {first.engine}"
+        title += f"; {results[-1].engine} is {ratio:.2f} times as fast as {quoted}"
     rows = [
         (
             result.engine,
@@ -92,7 +109,9 @@ def show(results: Sequence[ThroughputResult]) -> None:
             f"{result.requests_per_second:.2f}",
             f"{result.output_tokens_per_second:.1f}",
             f"{result.total_tokens_per_second:.1f}",
+            "" if result.differing_requests is None else str(result.differing_requests),
         )
         for result in results
     ]
-    print_table(title, ("engine", "seconds", "requests/s", "output tokens/s", "tokens/s"), rows)
+    columns = ("engine", "seconds", "requests/s", "output tokens/s", "tokens/s", "differing requests")
+    print_table(title, columns, rows)

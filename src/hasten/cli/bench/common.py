@@ -1,15 +1,20 @@
 """What benchmarks have in common: options, the engines that are measured, and where results go."""
 
 import argparse
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from hasten.cli.options import Parser, add_sampling_options, engine_options, path, sampling_params
+from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.core.structured_outputs import CONSTRAINTS
 
 if TYPE_CHECKING:
     from hasten.bench.engines import Engine
+    from hasten.bench.peers import NotMeasured
+    from hasten.core.types import SamplingParams
 
 # Hugging Face has no cache between calls; with it on, the untimed batch would also pay for a timed one
 ENGINE_DEFAULTS: Mapping[str, Any] = {"enable_prefix_caching": False}
@@ -39,45 +44,148 @@ def add_model(parser: Parser, compare: str = f"measure Hugging Face too, alterna
     parser.add_argument("--hf-model", type=path, metavar="PATH", help="what Hugging Face runs (default: MODEL)")
 
 
+def add_peers(parser: Parser) -> None:
+    """Add what hasten is compared with."""
+    parser.add_argument(
+        "--hf-engine",
+        choices=("generate", "generate_batch"),
+        help="how Hugging Face runs: padded batches, or continuous batching (default: both, of which the faster is "
+        "quoted)",
+    )
+    parser.add_argument(
+        "--compare-with",
+        nargs="+",
+        choices=("ctranslate2", "ctranslate2-int8"),
+        default=[],
+        metavar="ENGINE",
+        help="measure these too, where they are installed: ctranslate2, in the data type of hasten; ctranslate2-int8",
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The engines of a benchmark."""
+
+    engines: "list[Engine]"
+    """Others first, hasten last; none on ranks but the first."""
+    vocab_size: int = 0
+    unsupported: "list[NotMeasured]" = field(default_factory=list)
+    """Engines that do not support the model."""
+
+    @property
+    def not_measured(self) -> "list[NotMeasured]":
+        """Engines that do not support the model, and those that failed."""
+        from hasten.bench.peers import failed
+
+        return [*self.unsupported, *failed(self.engines)]
+
+
 def add_output(parser: Parser, words: str = "print the results as JSON") -> None:
     """Add where the results go."""
     parser.add_argument("--json", action="store_true", help=words)
     parser.add_argument("--output-path", type=path, metavar="FILE", help="write the results to a file, as JSON")
 
 
+def compares(args: argparse.Namespace) -> bool:
+    """Whether hasten is compared with anything; ConfigError for a peer that cannot be."""
+    if args.hf_engine is not None and not args.compare:
+        raise ConfigError("--hf-engine needs --compare")
+    if args.compare_with:
+        from hasten.bench.converted import require_ctranslate2
+
+        require_ctranslate2()
+    return bool(args.compare or args.compare_with)
+
+
+def peers_of(
+    args: argparse.Namespace,
+    model: str,
+    hasten: "Engine",
+    options: Mapping[str, Any],
+    sampling: "SamplingParams",
+    *,
+    threads: int,
+    batch_size: int | None = None,
+) -> Measured:
+    """The engines to measure: those that hasten is compared with, which run `model`, and hasten."""
+    from hasten.bench.converted import CTranslate2Engine
+    from hasten.bench.peers import Peer
+    from hasten.checkpoint.hub import resolve_engine
+    from hasten.core.config import EngineConfig
+
+    chosen = hf_options({**options, "dtype": str(hasten.dtype)})
+    found = hugging_face(args, model, chosen, sampling, threads, batch_size) if args.compare else Measured([])
+    peers: list[Engine] = [*found.engines]
+    if args.compare_with:
+        chosen.pop("dtype")
+        folder = resolve_engine(EngineConfig.create(model, **chosen)).model
+        peers += [
+            CTranslate2Engine(
+                label,
+                folder,
+                dtype=hasten.dtype,
+                device=hasten.device,
+                threads=threads,
+                sampling=sampling,
+                batch_size=batch_size,
+            )
+            for label in args.compare_with
+        ]
+    engines: list[Engine] = [Peer(peer) for peer in peers]
+    return Measured([*engines, hasten], unsupported=found.unsupported)
+
+
+def hugging_face(
+    args: argparse.Namespace,
+    model: str,
+    options: Mapping[str, Any],
+    sampling: "SamplingParams",
+    threads: int,
+    batch_size: int | None = None,
+) -> Measured:
+    """Hugging Face's engines, as --hf-engine chooses; UnsupportedError if the only one does not support the model."""
+    from hasten.bench.continuous import ContinuousEngine
+    from hasten.bench.engines import HuggingFaceEngine
+    from hasten.bench.peers import NotMeasured
+
+    padded = HuggingFaceEngine(model, **options, sampling=sampling, batch_size=batch_size, threads=threads)
+    if args.hf_engine == "generate":
+        return Measured([padded])
+    try:
+        continuous = ContinuousEngine(padded, sampling)
+    except UnsupportedError as error:
+        if args.hf_engine is not None:
+            raise UnsupportedError(f"--hf-engine {args.hf_engine} cannot run {model}: {error}") from None
+        return Measured([padded], unsupported=[NotMeasured(ContinuousEngine.label, str(error))])
+    return Measured([continuous] if args.hf_engine is not None else [padded, continuous])
+
+
 @contextmanager
 def engines_of(
     args: argparse.Namespace, max_len: int, *, batch_size: int | None = None, hf_batch_size: int | None = None
-) -> "Iterator[tuple[list[Engine], int]]":
-    """The engines to measure, Hugging Face first, and the size of their vocabulary; none on ranks but the first."""
+) -> "Iterator[Measured]":
+    """The engines to measure."""
     from hasten.bench import report
-    from hasten.bench.engines import HastenEngine, HuggingFaceEngine, require_comparable
+    from hasten.bench.engines import HastenEngine, require_comparable
     from hasten.engine.llm import LLM, run_worker
     from hasten.parallel.threads import limit_threads
 
     report.require_writable(args.output_path)
     sampling = sampling_params(args, defaults=SAMPLING_DEFAULTS, skip=NOT_MEASURED)
-    if args.compare:
+    comparing = compares(args)
+    if comparing:
         require_comparable(sampling)
-    defaults = COMPARED_DEFAULTS if args.compare else ENGINE_DEFAULTS
+    defaults = COMPARED_DEFAULTS if comparing else ENGINE_DEFAULTS
     options = engine_options(args, defaults={**defaults, "max_model_len": max_len})
     threads = limit_threads()
     if run_worker(args.model, **options):
-        yield [], 0
+        yield Measured([])
         return
     with LLM(args.model, **options) as llm:
-        engines: list[Engine] = [HastenEngine(llm, sampling, batch_size=batch_size)]
-        if args.compare:
-            options["dtype"] = str(engines[0].dtype)
-            hf = HuggingFaceEngine(
-                args.hf_model or args.model,
-                **hf_options(options),
-                sampling=sampling,
-                batch_size=hf_batch_size,
-                threads=threads,
-            )
-            engines.insert(0, hf)
-        yield engines, llm.config.vocab_size
+        hasten = HastenEngine(llm, sampling, batch_size=batch_size)
+        model = args.hf_model or args.model
+        measured = peers_of(args, model, hasten, options, sampling, threads=threads, batch_size=hf_batch_size)
+        yield replace(measured, vocab_size=llm.config.vocab_size)
 
 
 def hf_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,11 +207,27 @@ def benchmark_of(args: argparse.Namespace) -> str:
     return str(args.parser.prog.rpartition(" ")[2])
 
 
-def write_measured(args: argparse.Namespace, engine: "Engine", results: Mapping[str, Any]) -> None:
-    """Write results of engines, with what they were measured on."""
+def write_measured(args: argparse.Namespace, measured: Measured, results: Mapping[str, Any]) -> None:
+    """Write results of engines, with what they were measured on, and the engines that were not."""
     from hasten.bench import report
 
-    write(args, {"environment": report.environment(engine.device, engine.dtype), **results})
+    engine = measured.engines[-1]
+    where = {"environment": report.environment(engine.device, engine.dtype)}
+    write(args, {**where, **results, "not_measured": measured.not_measured})
+
+
+def show_not_measured(args: argparse.Namespace, measured: Measured) -> int:
+    """Print which engines were not measured, and return the status: 1 where a comparison has hasten alone."""
+    from hasten.bench.peers import has_failed
+
+    if not args.json:
+        for each in measured.not_measured:
+            print(each.line)
+    *others, _ = measured.engines
+    if others and all(map(has_failed, others)):
+        print("hasten: no other engine could be measured", file=sys.stderr)
+        return 1
+    return 0
 
 
 def write(args: argparse.Namespace, results: Mapping[str, Any]) -> None:

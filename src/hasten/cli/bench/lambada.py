@@ -10,8 +10,14 @@ from hasten.cli.bench.common import (
     COMPARED_DEFAULTS,
     COMPARED_HELP,
     ENGINE_DEFAULTS,
+    Measured,
     add_output,
+    add_peers,
+    compares,
     hf_options,
+    hugging_face,
+    peers_of,
+    show_not_measured,
     write_measured,
 )
 from hasten.cli.options import Parser, add_engine_options, engine_options, path, positive
@@ -55,6 +61,7 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
     which.add_argument(
         "--compare", action="store_true", help=f"run both on the same texts, batch by batch{COMPARED_HELP}"
     )
+    add_peers(parser)
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="texts in a batch (default: 8)")
     parser.add_argument(
         "--repetitions", type=positive, default=1, metavar="N", help="times to run all texts; the time is the median"
@@ -85,14 +92,16 @@ def run(args: argparse.Namespace) -> int:
     if args.lib_path is not None:
         print(f"hasten: --lib-path {args.lib_path} is not read: hasten has kernels of its own", file=sys.stderr)
     from hasten.bench import lambada, report
-    from hasten.bench.engines import HastenEngine, HuggingFaceEngine
+    from hasten.bench.engines import HastenEngine
     from hasten.checkpoint.hub import resolve_model
     from hasten.core.config import EngineConfig
     from hasten.engine.text import Tokenizer
     from hasten.parallel.rank import rank_info
     from hasten.parallel.threads import limit_threads
 
-    defaults = COMPARED_DEFAULTS if args.compare else ENGINE_DEFAULTS
+    if args.test_hf and args.compare_with:
+        raise ConfigError("--test-hf runs Hugging Face alone: leave --compare-with out, or say --compare")
+    defaults = COMPARED_DEFAULTS if not args.test_hf and compares(args) else ENGINE_DEFAULTS
     options = engine_options(args, defaults=defaults, skip=_NOT_OFFERED)
     place = rank_info(EngineConfig.create(args.checkpoint_path or args.tokenizer_path, **options).parallel)
     if args.test_hf and place is not None and place.rank > 0:
@@ -103,8 +112,10 @@ def run(args: argparse.Namespace) -> int:
     samples = lambada.read_samples(args.dataset_path, tokenizer)
     threads = limit_threads()
     with ExitStack() as stack:
-        engines: list[Engine] = []
-        if not args.test_hf:
+        if args.test_hf:
+            args.hf_engine = args.hf_engine or "generate"
+            measured = hugging_face(args, args.tokenizer_path, hf_options(options), sampling, threads)
+        else:
             from hasten.engine.llm import LLM, run_worker
 
             model = args.checkpoint_path or args.tokenizer_path
@@ -114,14 +125,11 @@ def run(args: argparse.Namespace) -> int:
             llm = stack.enter_context(LLM(model, **options))
             if llm.config.encoder is not None:
                 raise UnsupportedError(f"{llm.config.architecture} has an encoder, and does not continue texts")
-            engines.append(HastenEngine(llm, sampling))
-            options["dtype"] = str(engines[0].dtype)
-        if args.test_hf or args.compare:
-            hf = HuggingFaceEngine(args.tokenizer_path, **hf_options(options), sampling=sampling, threads=threads)
-            engines.insert(0, hf)
-        results = _measure(args, engines, samples, tokenizer)
-    _report(args, engines[-1], results)
-    return _check_accuracy(results, args.acc_threshold)
+            hasten = HastenEngine(llm, sampling)
+            measured = peers_of(args, args.tokenizer_path, hasten, options, sampling, threads=threads)
+        results = _measure(args, measured.engines, samples, tokenizer)
+    _report(args, measured, results)
+    return show_not_measured(args, measured) or _check_accuracy(results, args.acc_threshold)
 
 
 def _sampling(args: argparse.Namespace) -> SamplingParams:
@@ -152,18 +160,24 @@ def _measure(
         )
 
 
-def _report(args: argparse.Namespace, engine: "Engine", results: "Sequence[LambadaResult]") -> None:
+def _report(args: argparse.Namespace, measured: Measured, results: "Sequence[LambadaResult]") -> None:
     from hasten.bench import lambada
 
     summary: dict[str, Any] = {"results": results}
     lines = [result.line for result in results]
-    if args.compare:
-        hf, ours = results
-        speedup, differ = hf.seconds / ours.seconds, lambada.differing(hf, ours)
-        summary |= {"speedup": speedup, "differing_samples": differ}
-        lines = [f"{result.engine:<7} {result.line}" for result in results]
-        lines.append(f"hasten is {speedup:.2f} times as fast; the answers differ on {differ} of {ours.total} samples")
-    write_measured(args, engine, summary)
+    compared = lambada.comparisons(results)
+    if compared:
+        quoted = compared[-1]
+        summary |= {"speedup": quoted.speedup, "differing_samples": quoted.differing_samples}
+        summary |= {"compared_with": quoted.engine, "comparisons": compared}
+        width = max(len(result.engine) for result in results)
+        lines = [f"{result.engine:<{width}} {result.line}" for result in results]
+    lines += [
+        f"hasten is {each.speedup:.2f} times as fast as {each.engine}; the answers differ on {each.differing_samples} "
+        f"of {results[-1].total} samples"
+        for each in compared
+    ]
+    write_measured(args, measured, summary)
     if not args.json:
         print("\n".join(lines))
 

@@ -2,7 +2,16 @@
 
 import argparse
 
-from hasten.cli.bench.common import ENGINE_DEFAULTS, add_model, add_output, add_sampling, engines_of, write_measured
+from hasten.cli.bench.common import (
+    ENGINE_DEFAULTS,
+    add_model,
+    add_output,
+    add_peers,
+    add_sampling,
+    engines_of,
+    show_not_measured,
+    write_measured,
+)
 from hasten.cli.options import Parser, add_engine_options, positive
 
 
@@ -19,6 +28,7 @@ def _add_throughput(benches: "argparse._SubParsersAction[Parser]") -> None:
         description="Tokens per second on many requests that arrive at once, with prompts of random token ids.",
     )
     add_model(parser)
+    add_peers(parser)
     parser.add_argument(
         "--workload",
         choices=("mixed", "tput", "lambada"),
@@ -52,6 +62,7 @@ def _add_latency(benches: "argparse._SubParsersAction[Parser]") -> None:
         description="Time to the first token and time per output token of batches of equal requests.",
     )
     add_model(parser)
+    add_peers(parser)
     parser.add_argument(
         "--batch-sizes", type=positive, nargs="+", default=[1, 16, 64], metavar="N", help="batches (default: 1 16 64)"
     )
@@ -70,17 +81,17 @@ def run_throughput(args: argparse.Namespace) -> int:
     from hasten.bench.workloads import WORKLOADS
 
     workload = WORKLOADS[args.workload](args.num_requests)
-    with engines_of(args, workload.max_len, batch_size=args.batch_size, hf_batch_size=args.hf_batch_size) as (
-        engines,
-        vocab_size,
-    ):
-        if not engines:
+    sizes = {"batch_size": args.batch_size, "hf_batch_size": args.hf_batch_size}
+    with engines_of(args, workload.max_len, **sizes) as measured:
+        if not measured.engines:
             return 0
-        results = throughput.measure(engines, workload, vocab_size, repetitions=args.repetitions)
-    write_measured(args, engines[-1], {"results": results, "speedup": throughput.speedup(results)})
+        results = throughput.measure(measured.engines, workload, measured.vocab_size, repetitions=args.repetitions)
+    speedup, compared_with = throughput.speedup(results)
+    summary = {"results": results, "speedup": speedup, "compared_with": compared_with}
+    write_measured(args, measured, summary)
     if not args.json:
         throughput.show(results)
-    return 0
+    return show_not_measured(args, measured)
 
 
 def run_latency(args: argparse.Namespace) -> int:
@@ -89,15 +100,15 @@ def run_latency(args: argparse.Namespace) -> int:
     from hasten.bench.workloads import fixed
 
     workloads = [fixed(size, args.prompt_length, args.output_length) for size in args.batch_sizes]
-    with engines_of(args, args.prompt_length + args.output_length) as (engines, vocab_size):
-        if not engines:
+    with engines_of(args, args.prompt_length + args.output_length) as measured:
+        if not measured.engines:
             return 0
         results = [
             result
             for workload in workloads
-            for result in latency.measure(engines, workload, vocab_size, repetitions=args.repetitions)
+            for result in latency.measure(measured.engines, workload, measured.vocab_size, repetitions=args.repetitions)
         ]
-    write_measured(args, engines[-1], {"results": results, "speedups": latency.speedups(results)})
+    write_measured(args, measured, {"results": results, "speedups": latency.speedups(results)})
     if not args.json:
         latency.show(results)
-    return 0
+    return show_not_measured(args, measured)
