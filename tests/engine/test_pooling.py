@@ -15,8 +15,8 @@ from tests.encoders import TEXTS, save_encoder, save_pooling, their_output, thei
 from torch import Tensor
 
 from hasten import LLM, InvalidRequestError, PoolingParams
+from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.checkpoint.pooling import read_pooling
-from hasten.checkpoint.sources import read_hf_config
 from hasten.core.errors import EngineError, HastenError
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.pooling import pool

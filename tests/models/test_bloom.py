@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import MakeBloom
 from tests.models.conftest import BOUND, Worst
 
-from hasten.checkpoint.sources import read_hf_config
+from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import ConfigError
 from hasten.models.bloom import BloomForCausalLM

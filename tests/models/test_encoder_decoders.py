@@ -10,9 +10,9 @@ from tests.encoder_decoders import KINDS, save_encoder_decoder, their_logprobs, 
 from tests.models.families import with_attention
 
 from hasten import LLM, SamplingParams
-from hasten.checkpoint import sources
+from hasten.checkpoint import hugging_face
 from hasten.checkpoint.convert import Conversion, convert
-from hasten.checkpoint.sources import read_hf_config
+from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.core.config import ModelConfig
 from hasten.core.errors import ConfigError, InvalidRequestError, UnsupportedError
 
@@ -114,7 +114,7 @@ def test_what_is_left_out_shows(
     change: Callable[[ModelConfig], ModelConfig], save: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save("t5")
-    monkeypatch.setattr(sources, "read_hf_config", lambda folder: change(read_hf_config(folder)))
+    monkeypatch.setattr(hugging_face, "read_hf_config", lambda folder: change(read_hf_config(folder)))
     params = SamplingParams(temperature=0, logprobs=1, max_tokens=40, ignore_eos=True)
     with LLM(folder, kv_cache_memory=1 << 22) as llm:
         (output,) = llm.generate([PROMPTS[-1]], params, use_tqdm=False)

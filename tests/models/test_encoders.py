@@ -13,7 +13,7 @@ from tests.encoders import TEXTS, save_encoder, their_output, theirs
 from torch import Tensor
 
 from hasten import LLM, PoolingParams
-from hasten.checkpoint.sources import read_hf_config
+from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.core.config import ModelConfig
 from hasten.core.errors import CheckpointError, HastenError, UnsupportedError
 from hasten.layers.position import relative_buckets

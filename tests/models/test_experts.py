@@ -16,8 +16,9 @@ from tests.models.conftest import BOUND, Worst
 from tests.rank_shards import rank_shards
 
 from hasten.checkpoint.convert import Conversion, convert
+from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.checkpoint.plan import open_checkpoint
-from hasten.checkpoint.sources import open_source, read_hf_config
+from hasten.checkpoint.sources import open_source
 from hasten.core.config import ParallelConfig
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
 from hasten.models.gpt_oss import GptOssForCausalLM

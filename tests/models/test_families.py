@@ -14,9 +14,10 @@ from tests.models.conftest import BOUND, Worst, load_theirs
 from tests.models.families import Change, Model
 
 from hasten import LLM, SamplingParams
-from hasten.checkpoint import sources
+from hasten.checkpoint import hugging_face, sources
 from hasten.checkpoint.convert import Conversion, convert
-from hasten.checkpoint.sources import read_hf_config
+from hasten.checkpoint.files import read_json
+from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.core.errors import CheckpointError, UnsupportedError
 from hasten.layers.experts import Experts
 from hasten.models.hf_config import Fields
@@ -52,7 +53,7 @@ def test_what_is_left_out_shows(
 ) -> None:
     family, options = MODELS[name]
     folder = make_model(family, **options)
-    monkeypatch.setattr(sources, "read_hf_config", lambda folder: change(read_hf_config(folder)))
+    monkeypatch.setattr(hugging_face, "read_hf_config", lambda folder: change(read_hf_config(folder)))
     assert worst_logit(folder, LENGTHS) > 2 * BOUND
 
 
@@ -184,7 +185,7 @@ def test_a_family_that_faster_transformer_did_not_have_becomes_safetensors(
 @pytest.mark.parametrize("name", list(MODELS))
 def test_all_keys_of_a_config_are_known(name: str, make_model: MakeModel) -> None:
     family, options = MODELS[name]
-    fields = Fields(sources.read_json(make_model(family, **options) / "config.json"))
+    fields = Fields(read_json(make_model(family, **options) / "config.json"))
     cls = model_class(architecture_of(fields))
     cls.config_from_hf(fields)
     assert fields.unknown(cls.hf_harmless) == []

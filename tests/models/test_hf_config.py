@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hasten.checkpoint.sources import read_hf_config
+from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.core.config import ModelConfig
 from hasten.core.errors import ConfigError, HastenError, UnsupportedError
 from hasten.models import generation_config
@@ -68,7 +68,7 @@ def test_a_published_config_is_known_whole(tmp_path: Path, caplog: pytest.LogCap
 def test_unknown_keys_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     read(tmp_path, BLOOM | {"rope_theta": 1e4, "auto_map": {"AutoModel": "own.Model"}, "sliding_window": None})
     [record] = caplog.records
-    assert (record.name, record.levelno) == ("hasten.checkpoint.sources", logging.WARNING)
+    assert (record.name, record.levelno) == ("hasten.checkpoint.hugging_face", logging.WARNING)
     path = tmp_path / "config.json"
     assert record.getMessage() == f"{path}: ignored, since hasten does not know what they change: auto_map, rope_theta"
 

@@ -9,8 +9,8 @@ from tests.models.cases_llama import LLAMA3
 from tests.models.conftest import BOUND, Worst
 from tests.models.families import with_rope
 
-from hasten.checkpoint import sources
-from hasten.checkpoint.sources import read_hf_config
+from hasten.checkpoint import hugging_face
+from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.core.config import ParallelConfig, RopeConfig
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.models.gemma import Gemma2ForCausalLM, Gemma3ForCausalLM, GemmaForCausalLM
@@ -52,7 +52,7 @@ def test_a_longrope_is_that_of_the_longest_sequence(
     assert worst_logit(folder, [5, 13]) > 100 * BOUND
     for control in ({"attention_factor": 1.0}, {"long_factor": (2.0,) * 6}):
         changed = with_rope(read_hf_config(folder), **control)
-        monkeypatch.setattr(sources, "read_hf_config", lambda _, changed=changed: changed)
+        monkeypatch.setattr(hugging_face, "read_hf_config", lambda _, changed=changed: changed)
         assert worst_logit(folder, [14, 40, 70]) > 2 * BOUND
 
 

@@ -12,7 +12,7 @@ from tests.models.cases_parallel import FALCON_RW
 from tests.models.conftest import BOUND, Worst
 from transformers.models.falcon import modeling_falcon
 
-from hasten.checkpoint.sources import _config_from_json
+from hasten.checkpoint.ranked import _config_from_json
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.layers.position import alibi_slopes
 from hasten.models.hf_config import Fields

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.checkpoint.sources import read_hf_config
+from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.models.bloom import BloomForCausalLM
 from hasten.models.registry import model_class

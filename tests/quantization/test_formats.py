@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hasten import LLM, SamplingParams
 from hasten.checkpoint.convert import Conversion, convert
-from hasten.checkpoint.sources import HuggingFaceSource, open_dummy, open_source
+from hasten.checkpoint.hugging_face import HuggingFaceSource
+from hasten.checkpoint.sources import open_dummy, open_source
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
 from hasten.models.weight_map import WeightSpec
 from hasten.ops import GroupedWeight, QuantizedWeight

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from hasten import LLM, SamplingParams
 from hasten.checkpoint.convert import Conversion, convert
+from hasten.checkpoint.hugging_face import HuggingFaceSource
 from hasten.checkpoint.plan import open_checkpoint
-from hasten.checkpoint.sources import HuggingFaceSource, open_dummy, open_source
+from hasten.checkpoint.sources import open_dummy, open_source
 from hasten.cli.main import main
 from hasten.core.errors import CheckpointError, UnsupportedError
 from hasten.quantization.formats.mxfp4 import dequantized

@@ -611,7 +611,7 @@ def test_a_client_that_leaves_leaves_nothing(served: Site, state: str, leave: Ca
 
 @about("CTranslate2-4.8.1", "openvino-4002")
 def test_a_crafted_checkpoint_is_one_line(tmp_path: Path) -> None:
-    from hasten.checkpoint.sources import read_tensors
+    from hasten.checkpoint.files import read_tensors
 
     file = tmp_path / "model.safetensors"
     save_file({"a": np.zeros((4, 4), np.float32)}, file)

@@ -198,7 +198,7 @@ def model_shape(name: str) -> ModelConfig:
         )
     if not Path(name).is_dir():
         raise ConfigError(f"{name} is no folder of a model, and none of {', '.join((*_BLOOM, *_SHAPES))}")
-    from hasten.checkpoint.sources import read_hf_config
+    from hasten.checkpoint.hugging_face import read_hf_config
 
     return read_hf_config(Path(name))
 

@@ -12,9 +12,12 @@ import torch
 
 from hasten.checkpoint.faster_transformer.family import Family
 from hasten.checkpoint.faster_transformer.folder import writable_family
+from hasten.checkpoint.faster_transformer.source import FasterTransformerSource
+from hasten.checkpoint.files import read_json
 from hasten.checkpoint.hub import resolve_model
 from hasten.checkpoint.plan import generation_eos, side_folder
-from hasten.checkpoint.sources import FasterTransformerSource, Source, open_source, read_json
+from hasten.checkpoint.source import Source
+from hasten.checkpoint.sources import open_source
 from hasten.checkpoint.target import SIDE_FILES, Target, clear_errors
 from hasten.checkpoint.writers import (
     FasterTransformerWriter,

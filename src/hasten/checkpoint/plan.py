@@ -8,9 +8,12 @@ from pathlib import Path
 import torch
 
 from hasten.checkpoint.faster_transformer.ini import CONFIG_INI
+from hasten.checkpoint.files import read_json
 from hasten.checkpoint.hub import TOKENIZER_ALONE
+from hasten.checkpoint.hugging_face import NOT_APPLIED, UNKNOWN
 from hasten.checkpoint.pooling import PoolingConfig, read_pooling
-from hasten.checkpoint.sources import NOT_APPLIED, UNKNOWN, Source, known_tokens, open_dummy, open_source, read_json
+from hasten.checkpoint.source import Source, known_tokens
+from hasten.checkpoint.sources import open_dummy, open_source
 from hasten.core.config import ModelConfig, ParallelConfig, Quantization
 from hasten.core.errors import CheckpointError
 from hasten.models import generation_config

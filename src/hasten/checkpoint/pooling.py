@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hasten.checkpoint.sources import MODULES, read_json, read_json_list, read_tensors
+from hasten.checkpoint.files import read_json, read_json_list, read_tensors
+from hasten.checkpoint.hugging_face import MODULES
 from hasten.core.config import ModelConfig, Pooling, TextConfig
 from hasten.core.errors import CheckpointError, UnsupportedError
 

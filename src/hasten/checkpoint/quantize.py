@@ -18,8 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hasten.checkpoint.files import read_json
 from hasten.checkpoint.hub import resolve_model
-from hasten.checkpoint.sources import HuggingFaceSource, open_source, read_json
+from hasten.checkpoint.hugging_face import HuggingFaceSource
+from hasten.checkpoint.sources import open_source
 from hasten.checkpoint.target import SIDE_FILES, appearing, clear_errors
 from hasten.core.config import ModelConfig, Quantization
 from hasten.core.errors import CheckpointError, UnsupportedError

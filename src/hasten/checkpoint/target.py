@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hasten.checkpoint.files import read_json
 from hasten.checkpoint.hub import TOKENIZER_FILES
-from hasten.checkpoint.sources import is_rank_folder, rank_folders, read_json
+from hasten.checkpoint.sources import is_rank_folder, rank_folders
 from hasten.core.errors import CheckpointError, ConfigError
 
 SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)

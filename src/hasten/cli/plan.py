@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Plan, and print."""
     from hasten.bench import report
     from hasten.checkpoint.hub import resolve_model
-    from hasten.checkpoint.sources import read_format, read_hf_config
+    from hasten.checkpoint.hugging_face import read_format, read_hf_config
     from hasten.core.config import EngineConfig, dtype_name
     from hasten.engine.planning.plan import Planner, setup_of
 

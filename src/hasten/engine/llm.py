@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 import torch
 
-from hasten.checkpoint.sources import read_json
+from hasten.checkpoint.files import read_json
 from hasten.core.config import EngineConfig, EngineOptions, ModelConfig, engine_fields
 from hasten.core.errors import ConfigError, EngineError, InvalidRequestError
 from hasten.core.progress import ProgressBar, progress_bar

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hasten import LLM
+from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.checkpoint.plan import open_checkpoint, rank_tensors
-from hasten.checkpoint.sources import read_hf_config
 from hasten.core.config import QUANTIZATIONS, ModelConfig
 from hasten.core.errors import CapacityError, ConfigError
 from hasten.engine.planning.footprint import footprint

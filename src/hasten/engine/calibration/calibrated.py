@@ -12,8 +12,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten import ops
+from hasten.checkpoint.hugging_face import HuggingFaceSource
 from hasten.checkpoint.quantize import Change, Errors
-from hasten.checkpoint.sources import HuggingFaceSource
 from hasten.core.errors import UnsupportedError
 from hasten.engine.calibration.layer import Layer, Method
 from hasten.engine.runner import Runner
