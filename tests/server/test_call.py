@@ -19,7 +19,6 @@ from hasten.server.openai.call import Call
 from hasten.server.openai.choices import CompletionChoices
 from hasten.server.openai.events import CallEvents
 from hasten.server.openai.types import CompletionRequest, StreamOptions
-from hasten.server.statistics import LanguageCounters
 from hasten.server.together import TASKS_PER_TURN
 
 MANY = 10 * TASKS_PER_TURN
@@ -91,9 +90,9 @@ def objects(data: bytes) -> list[Any]:
 
 def call_of(client: Client, prompts: int = 1, **fields: Any) -> Call:
     request = CompletionRequest(model="m", prompt="", **fields)
-    counters, choices = LanguageCounters(), CompletionChoices(1)
+    choices = CompletionChoices(1)
     engine = cast(EngineClient, client)
-    return Call(request, engine, counters, [[1, 2]] * prompts, PARAMS, choices, "text_completion")
+    return Call(request, engine, [[1, 2]] * prompts, PARAMS, choices, "text_completion")
 
 
 async def begun(call: Call, client: Client, body: Body) -> tuple[CallEvents, asyncio.Task[None]]:

@@ -9,12 +9,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hasten.engine.stats import EngineStats
 from hasten.server.access import AccessLog
+from hasten.server.engine.counters import LanguageCounters
 from hasten.server.engine.link import Delivery
+from hasten.server.exposition import Family
 from hasten.server.histogram import Histogram
 from hasten.server.inflight import InflightBytes
 from hasten.server.machine import CpuMeter, GpuMeter
-from hasten.server.metrics import Family, Machine, Metrics
-from hasten.server.statistics import Counters, FailureReason, LanguageCounters
+from hasten.server.metrics import Machine, Metrics
+from hasten.server.statistics import Counters, FailureReason
 from hasten.server.types import ErrorKind, ServiceError
 
 TRITON = {  # of Triton 2.51.0 on a machine without GPUs, but for its pinned memory
@@ -76,6 +78,11 @@ class Engine:
     delivery: Delivery = field(default_factory=Delivery)
     ready: bool = True
     replicas: list["Engine"] = field(default_factory=list)
+    counters: LanguageCounters = field(default_factory=LanguageCounters)
+    num_queued: int = 1
+    info: Any = field(
+        default_factory=lambda: types.SimpleNamespace(max_model_len=300, block_size=16, num_blocks=20, cache_dtype=None)
+    )
 
     def stats(self) -> EngineStats:
         return self.now
@@ -93,6 +100,9 @@ class Counted:
 
     def engines(self) -> dict[tuple[str, str], Engine]:
         return self.running
+
+    def text_models(self) -> dict[str, str]:
+        return {"story": "tokens"}
 
     def is_decoupled(self, model: str, version: str = "") -> bool:
         if model == "gone":
@@ -179,7 +189,8 @@ def test_what_was_counted_is_exposed(service: Counted) -> None:
     counters.inference_count, counters.execution_count, counters.pending = 8, 1, 4
     counters.load_seconds = 1.5
     assert counters.language is not None
-    counters.language.prompt_tokens, counters.language.generation_tokens = 100, 20
+    engine = counters.language.of(0)
+    engine.prompt_tokens, engine.generation_tokens = 100, 20
     service.running["tokens", "1"].delivery.write.observe(0.002)
     _, samples = exposed(service)
     key = of("tokens", "1")
@@ -217,7 +228,7 @@ def test_histograms_are_cumulative(service: Counted) -> None:
     language = service.counters.of("tokens", "1").language
     assert language is not None
     for seconds in (0.005, 0.006, 0.3, 1000):
-        language.time_to_first_token.observe(seconds)
+        language.of(0).time_to_first_token.observe(seconds)
     _, samples = exposed(service)
     name = "hasten_time_to_first_token_seconds"
     buckets = [

@@ -1,20 +1,16 @@
 import asyncio
-import math
-from collections.abc import AsyncGenerator
 
 import pytest
 from tests.server.service_fixtures import LONGEST, Running, demo, streaming, token_request
 from tests.waiting import attempts
 
 from hasten.core.errors import EngineError, InvalidRequestError
-from hasten.core.types import FinishReason
-from hasten.server.engine.client import CompletionDelta, Progress, QueueFullError, QueueTimeoutError
+from hasten.server.engine.client import QueueFullError, QueueTimeoutError
 from hasten.server.histogram import Histogram
 from hasten.server.models.work import Work
 from hasten.server.statistics import (
     Counters,
     FailureReason,
-    LanguageCounters,
     ModelCounters,
 )
 from hasten.server.types import ErrorKind, InferRequest, ServiceError
@@ -73,61 +69,6 @@ def test_why_requests_fail(error: BaseException, reason: FailureReason) -> None:
     counters.track(work()).fail(error)
     assert {name: count for name, count in counters.failures.items() if count} == {reason: 1}
     assert (counters.pending, counters.fail.count) == (0, 1)
-
-
-async def progresses(*sizes: int, wait: float = 0.0) -> AsyncGenerator[Progress, None]:
-    for place, size in enumerate(sizes):
-        await asyncio.sleep(wait)
-        last = place + 1 == len(sizes)
-        delta = CompletionDelta(0, list(range(size)), "", finish_reason=FinishReason.LENGTH if last else None)
-        yield Progress([delta], last, (1, 2, 3) if place == 0 else (), None, 0.25 if place == 0 else None, size)
-
-
-async def collected(source: AsyncGenerator[Progress, None]) -> int:
-    return len([progress async for progress in source])
-
-
-def test_what_a_stream_took() -> None:
-    counters = LanguageCounters()
-    assert asyncio.run(collected(counters.measured(progresses(1, 2, 3, wait=0.01), stream=True))) == 3
-    assert (counters.prompt_tokens, counters.generation_tokens) == (3, 6)
-    assert counters.time_to_first_token.count == counters.time_per_output_token.count == counters.latency.count == 1
-    assert counters.queue_time.total == 0.25
-    assert counters.latency.total >= 0.03
-    assert counters.time_to_first_token.total < counters.latency.total
-    per_token = (counters.latency.total - counters.time_to_first_token.total) / 5
-    assert math.isclose(counters.time_per_output_token.total, per_token)
-    assert counters.finished[FinishReason.LENGTH] == 1
-
-
-def test_nobody_sees_the_first_token_of_what_does_not_stream() -> None:
-    counters = LanguageCounters()
-    asyncio.run(collected(counters.measured(progresses(6), stream=False)))
-    assert counters.time_to_first_token.count == counters.time_per_output_token.count == 0
-    assert (counters.latency.count, counters.generation_tokens) == (1, 6)
-
-
-def test_closing_what_measures_closes_what_is_measured() -> None:
-    closed = []
-
-    async def source() -> AsyncGenerator[Progress, None]:
-        try:
-            while True:
-                async for progress in progresses(1, 1):
-                    yield progress
-        finally:
-            closed.append(True)
-
-    async def leave() -> None:
-        counters = LanguageCounters()
-        measured = counters.measured(source(), stream=True)
-        await anext(measured)
-        await measured.aclose()
-        assert counters.latency.count == 0
-        assert counters.generation_tokens == 1
-
-    asyncio.run(leave())
-    assert closed == [True]
 
 
 def test_what_the_protocol_reports(demo: Running) -> None:
@@ -191,11 +132,12 @@ def test_counters_of_a_language_model(streaming: Running) -> None:
     assert counters.load_seconds > 0
     language = counters.language
     assert language is not None
-    prompts, tokens, first = language.prompt_tokens, language.generation_tokens, language.time_to_first_token.count
+    before = language.total
     responded = counters.first_response_ms.count
     streaming.stream(token_request(PROMPTS, 5, end_id=5000))
-    assert (language.prompt_tokens, language.generation_tokens) == (prompts + 5, tokens + 10)
-    assert language.time_to_first_token.count == first + 2
+    now = language.total
+    assert (now.prompt_tokens - before.prompt_tokens, now.generation_tokens - before.generation_tokens) == (5, 10)
+    assert now.time_to_first_token.count == before.time_to_first_token.count + 2
     assert counters.first_response_ms.count == responded + 1
     assert streaming.service.counters.of("demo", "1").language is None
 

@@ -107,6 +107,25 @@ class CompletionOutput:
     """The stop string or stop token that ended it, None for the model's end token; or what the error was."""
 
 
+@dataclass(slots=True)
+class RequestMetrics:
+    """When a request's parts began, in seconds on the clock of `time.monotonic`; 0 before they have."""
+
+    queued_ts: float = 0.0
+    """The engine got it."""
+    scheduled_ts: float = 0.0
+    """The first step that computed it was scheduled."""
+    first_token_ts: float = 0.0
+    """Its first token was known."""
+    last_token_ts: float = 0.0
+    """It ended."""
+
+    @property
+    def first_token_latency(self) -> float:
+        """Seconds from its arrival to its first token."""
+        return self.first_token_ts - self.queued_ts
+
+
 @dataclass
 class RequestOutput:
     """A request with what came of it so far."""
@@ -118,6 +137,9 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """One entry a prompt token; the first is None, since nothing precedes it."""
     finished: bool = False
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    num_cached_tokens: int = 0
+    """Tokens of its prompt that were in the prefix cache."""
 
 
 @dataclass

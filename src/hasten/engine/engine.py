@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import torch
 
+from hasten import ops
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError, HastenError, InvalidRequestError
 from hasten.core.types import (
@@ -33,11 +34,12 @@ from hasten.engine.constraint import Constraint
 from hasten.engine.grammar import Grammar, GrammarCompiler
 from hasten.engine.grammar_trial import GrammarLimits
 from hasten.engine.pacing import PacedStep, Pacer
+from hasten.engine.planning.step_work import EstimatedWork, WorkEstimator
 from hasten.engine.pooling import Pooled, truncated
 from hasten.engine.sampler import Choice, PromptLogprobs, Sampled, TextOf, mix64
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
-from hasten.engine.stats import EngineStats
+from hasten.engine.stats import EngineStats, StepTally
 from hasten.engine.text import TextState, Tokenizer
 from hasten.engine.worker import Launched, Worker, explained_out_of_memory
 from hasten.models.encoder import position_rows
@@ -91,7 +93,8 @@ class _RequestState:
                 completion.output.text = completion.text.settled
         if len(self.output.outputs) != len(self.completions):
             self.output.outputs = [completion.output for _, completion in sorted(self.completions.items())]
-        self.output.finished = self.unfinished == 0
+        if self.unfinished == 0 and not self.output.finished:
+            self.output.finished, self.output.metrics.last_token_ts = True, time.monotonic()
         return self.output
 
 
@@ -196,7 +199,9 @@ class Engine:
         self._words_ids = None if self.tokenizer is None else lru_cache(_KEPT_WORDS)(self.tokenizer.words_ids)
         self._token_texts: dict[int, str] = {}
         self._unseeded = 0
-        self._prompt_tokens = self._generation_tokens = 0
+        self.tally = StepTally()
+        self.estimator: WorkEstimator | None = None
+        """Adds up what its steps take, where anybody wants to know."""
         self._closed_because: str | None = None
         """Why nothing more is computed."""
         self._failed = self._left = False
@@ -228,6 +233,7 @@ class Engine:
         """What goes on between two steps, and counters since the start."""
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         waiting = len(self.waiting)
+        work = EstimatedWork() if self.estimator is None else self.estimator.total
         return EngineStats(
             running=len(self._requests) - waiting,
             waiting=waiting,
@@ -237,9 +243,26 @@ class Engine:
             prefix_query_tokens=blocks.prefix_queries,
             preemptions=scheduler.stats.preemptions,
             steps=scheduler.stats.steps,
-            prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
+            prompt_tokens=self.tally.prompts,
+            generation_tokens=self.tally.generated,
+            estimated_flops=work.flops,
+            estimated_read_bytes=work.read_bytes,
+            estimated_write_bytes=work.write_bytes,
             **vars(self._pacer.stats),
+        )
+
+    def estimate_work(self) -> None:
+        """Add up, from now on, what steps take in operations and bytes; nothing where that cannot be estimated."""
+        worker, groups = self.worker, self.ranks.groups
+        names = {dtype: name for name, dtype in ops.TORCH_DTYPES.items()}
+        self.estimator = WorkEstimator.of(
+            self.model_config,
+            names[worker.runner.dtype],
+            ranks=groups.tensor.size,
+            stages=groups.pipeline.size,
+            quantization=worker.quantization,
+            cache_dtype=self.config.cache.eight_bits,
+            whole_experts=self.config.parallel.expert_parallel,
         )
 
     def add(self, request: Request, *, stream: bool = False, grammar: Grammar | None = None) -> None:
@@ -274,6 +297,7 @@ class Engine:
         sequence.constraint = None if grammar is None else Constraint.begin(grammar)
         # what a search will return is not known before its end
         output = RequestOutput(request.request_id, request.prompt, list(request.prompt_token_ids))
+        output.metrics.queued_ts = sequence.arrived
         state = _RequestState(request, output, unfinished=params.n, stream=stream and params.beam_width == 1)
         if self.tokenizer is not None:
             skip = params.skip_special_tokens
@@ -286,7 +310,7 @@ class Engine:
         sequence.due = self._pacer.due(sequence, self.scheduler)
         self.scheduler.add(sequence)
         self._own(sequence)
-        self._prompt_tokens += len(request.prompt_token_ids)
+        self.tally.prompts += len(request.prompt_token_ids)
 
     def _forced(self, sequence: Sequence) -> dict[int, tuple[int, ...]]:
         """The tokens that the model's outputs begin with, and end with at their maximum length, by their places."""
@@ -316,7 +340,7 @@ class Engine:
             self._requests[request.request_id] = _TextState(request, sequence)
             self.scheduler.add(sequence)
             self._own(sequence)
-            self._prompt_tokens += sequence.prompt_len
+            self.tally.prompts += sequence.prompt_len
 
     def _check_text(self, name: str, request: Request) -> None:
         ids, types, model = request.prompt_token_ids, request.token_type_ids, self.model_config
@@ -544,6 +568,9 @@ class Engine:
 
     def _launch(self, batch: Batch, limit: int | None, touched: dict[str, _State]) -> None:
         step, before = self._pacer.begin(batch, limit), self._flights[-1] if self._flights else None
+        self.tally.computed += batch.num_tokens
+        if self.estimator is not None:
+            self.estimator.add(batch)
         launched = self.worker.launch(batch)
         for sequence in self.scheduler.advance(batch, chosen=not self.worker.defers):
             self._own(sequence)
@@ -606,7 +633,7 @@ class Engine:
             elif token.error is not None:
                 self._fail_search(state, state.search, sequence, token.error)
             else:
-                self._generation_tokens += 1
+                self._count_token(state, sequence, is_first=not state.output.metrics.first_token_ts)
                 if token.beams is not None:
                     steps.append((state, state.search, token.beams))
         for state, search, step in steps:
@@ -748,11 +775,22 @@ class Engine:
         sequence = completion.sequence
         sequence.append(token)
         completion.output.token_ids.append(token)
-        self._generation_tokens += 1
+        self._count_token(state, sequence, is_first=len(completion.output.token_ids) == 1)
         reason = self._finish_reason(completion, token)
         if reason is not None:
             self._finish(state, completion, reason)
         return reason is not None
+
+    def _count_token(self, state: _RequestState, sequence: Sequence, *, is_first: bool) -> None:
+        """Count a token that was chosen; `is_first`: of its completion."""
+        self.tally.generated += 1
+        if not is_first:
+            return
+        self.tally.first += 1
+        output, metrics = state.output, state.output.metrics
+        if not metrics.first_token_ts:
+            metrics.scheduled_ts, metrics.first_token_ts = sequence.begun, time.monotonic()
+            output.num_cached_tokens = sequence.num_cached
 
     def _finish(self, state: _RequestState, completion: _Completion, reason: FinishReason) -> None:
         sequence = completion.sequence

@@ -10,6 +10,7 @@ Numbers of tokens matter here, not which they are: a step can be scheduled while
 pending on the device.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -370,6 +371,8 @@ class Scheduler:
             return None
         self.waiting.popleft()
         self.running += sequence.unit
+        if not sequence.begun:
+            sequence.begun, sequence.num_cached = time.monotonic(), sequence.num_computed
         count, copies = found
         batch.add(sequence, count, copies)
         whole = sequence.uncomputed_input

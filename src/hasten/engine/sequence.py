@@ -46,6 +46,7 @@ class Sequence:
     __slots__ = (
         "arrived",
         "beams",
+        "begun",
         "block_table",
         "constraint",
         "due",
@@ -59,6 +60,7 @@ class Sequence:
         "key",
         "last_step",
         "max_length",
+        "num_cached",
         "num_computed",
         "num_registered",
         "num_states",
@@ -121,6 +123,10 @@ class Sequence:
         """Number of the last of them."""
         self.arrived = 0.0
         """When rank 0 got it, in seconds; other ranks do not know."""
+        self.begun = 0.0
+        """When the first step that computes it was scheduled, on the same clock; 0 before that."""
+        self.num_cached = 0
+        """Tokens of its prompt that were in the prefix cache then."""
         self.due = 0
         """Prompts are computed in this order, and in that of their arrival where it is the same."""
         self.num_computed = 0

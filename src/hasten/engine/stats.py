@@ -7,7 +7,22 @@ _COUNTERS = (
     *("prefix_hit_tokens", "prefix_query_tokens", "preemptions", "steps"),
     *("prompt_tokens", "generation_tokens"),
     *("mixed_steps", "limited_steps", "mixed_seconds", "predicted_mixed_seconds"),
+    *("estimated_flops", "estimated_read_bytes", "estimated_write_bytes"),
 )
+
+
+@dataclass(slots=True)
+class StepTally:
+    """Counters since the start that change with each step or token; read without any cost."""
+
+    prompts: int = 0
+    """Tokens of the prompts that were taken."""
+    computed: int = 0
+    """Tokens that steps computed, of prompts and outputs."""
+    generated: int = 0
+    """Tokens that were chosen; of a beam search all its beams' tokens."""
+    first: int = 0
+    """Those that were the first ones of their completions."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,10 @@ class EngineStats:
     mixed_seconds: float = 0.0
     predicted_mixed_seconds: float = 0.0
     """Time of these steps, measured and predicted."""
+    estimated_flops: float = 0.0
+    estimated_read_bytes: float = 0.0
+    estimated_write_bytes: float = 0.0
+    """Operations and bytes of memory of each rank's steps; 0 where they are not estimated."""
 
     def after(self, earlier: "EngineStats") -> "EngineStats":
         """What goes on here, with counters that go on where those of an earlier engine ended."""

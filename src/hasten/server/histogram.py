@@ -1,6 +1,8 @@
 """Counts of values by how large they are."""
 
+import math
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -22,7 +24,19 @@ class Histogram:
         """Values so far."""
         return sum(self.counts)
 
-    def observe(self, value: float) -> None:
-        """Count a value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
+    def observe(self, value: float, count: int = 1) -> None:
+        """Count a value, or `count` equal ones."""
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.total += value * count
+
+    def merge(self, other: "Histogram") -> None:
+        """Count the values of another histogram with the same bounds."""
+        self.counts = [mine + others for mine, others in zip(self.counts, other.counts, strict=True)]
+        self.total += other.total
+
+    def within(self, bounds: Sequence[float]) -> "Histogram":
+        """The same values in fewer buckets: `bounds` are some of this one's."""
+        made = Histogram(tuple(bounds), total=self.total)
+        for upper, count in zip((*self.bounds, math.inf), self.counts, strict=True):
+            made.counts[bisect_left(made.bounds, upper)] += count
+        return made

@@ -23,7 +23,7 @@ from hasten.server.models.text_model import TextModel
 from hasten.server.models.text_processing import Postprocessing, Preprocessing
 from hasten.server.models.token_model import TokenModel
 from hasten.server.repository import Description, Repository
-from hasten.server.statistics import Counters, LanguageCounters
+from hasten.server.statistics import Counters
 from hasten.server.types import ErrorKind, InferRequest, ServiceError
 from hasten.server.version import UNLOADED, LoadFailure, Responses, State, Version, dependencies, load_error
 
@@ -278,8 +278,6 @@ class Registry:
     async def _build(self, version: Version) -> Model:
         description, config = version.description, version.config
         if description.kind is Kind.TOKEN:
-            counters = self._counters.of(version.name, str(version.number))
-            counters.language = counters.language or LanguageCounters()
             name = f"{version.name} version {version.number}"
             engine_config = description.engine_config(version.number)
             engines = config.instance_group[0].count
@@ -289,8 +287,10 @@ class Registry:
             except HastenError:
                 await engine.close()
                 raise
+            counters = self._counters.of(version.name, str(version.number))
+            engine.counters = counters.language = counters.language or engine.counters
             kind = TokenModel if engine.info.pooling is None else EncoderModel
-            return kind(config, engine, counters.language)
+            return kind(config, engine)
         if description.kind is Kind.ENSEMBLE:
             return Ensemble(config, self)
         if description.kind is Kind.TEXT:

@@ -1,4 +1,4 @@
-"""Metrics in Prometheus's text format: Triton's under Triton's names, and what language models have beside.
+"""Metrics in Prometheus's text format: Triton's under Triton's names, what language models have besides, and vLLM's.
 
 Counters are there, at 0, from the moment a model is loaded.
 """
@@ -6,7 +6,6 @@ Counters are there, at 0, from the moment a model is loaded.
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
@@ -16,20 +15,19 @@ from starlette.routing import Route
 from hasten import __version__
 from hasten.server.access import AccessLog
 from hasten.server.engine.queue import QUEUE_REASONS
-from hasten.server.histogram import Histogram
+from hasten.server.exposition import CONTENT_TYPE, Family, Labels
 from hasten.server.inflight import InflightBytes
 from hasten.server.machine import CpuMeter, GpuMeter
+from hasten.server.openai.models import models_by_id
 from hasten.server.statistics import ModelCounters
 from hasten.server.types import ServiceError
+from hasten.server.vllm_metrics import vllm_families
 
 if TYPE_CHECKING:
     from hasten.engine.stats import EngineStats
     from hasten.server.engine.replica import Replica
     from hasten.server.service import Service
 
-CONTENT_TYPE = "text/plain; charset=utf-8"
-
-Labels = Mapping[str, str]
 Key = tuple[str, str]
 """Model and version."""
 
@@ -41,52 +39,6 @@ _PER_GPU = {
     "power_limit": ("nv_gpu_power_limit", "gauge", "GPU power management limit in watts"),
     "energy": ("nv_energy_consumption", "counter", "GPU energy consumption in joules since the server started"),
 }
-
-
-@dataclass
-class Family:
-    """All samples of one metric."""
-
-    name: str
-    kind: str
-    """counter, gauge or histogram."""
-    help: str
-    samples: list[str] = field(default_factory=list)
-
-    def add(self, labels: Labels, value: float, suffix: str = "") -> None:
-        """Add a sample."""
-        self.samples.append(f"{self.name}{suffix}{_labels(labels)} {_number(value)}\n")
-
-    def add_histogram(self, labels: Labels, histogram: Histogram) -> None:
-        """Add all samples of a histogram."""
-        below = 0
-        for bound, count in zip((*histogram.bounds, float("inf")), histogram.counts, strict=True):
-            below += count
-            self.add({**labels, "le": _number(bound)}, below, "_bucket")
-        self.add(labels, histogram.total, "_sum")
-        self.add(labels, below, "_count")
-
-    def text(self) -> str:
-        """As it is exposed; nothing for a metric without samples."""
-        if not self.samples:
-            return ""
-        return f"# HELP {self.name} {self.help}\n# TYPE {self.name} {self.kind}\n" + "".join(self.samples)
-
-
-def _labels(labels: Labels) -> str:
-    return (
-        "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in sorted(labels.items())) + "}" if labels else ""
-    )
-
-
-def _escaped(value: str) -> str:
-    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
-
-
-def _number(value: float) -> str:
-    if value == float("inf"):
-        return "+Inf"
-    return str(int(value)) if value == int(value) else repr(float(value))
 
 
 class Machine:
@@ -154,13 +106,14 @@ class Metrics:
 
     def text(self) -> str:
         """All metrics as they are now."""
-        models = self._service.counters.all()
+        models, engines = self._service.counters.all(), self._service.engines()
         families = [
             *_triton(models),
             self._first_response(models),
             *_language(models),
             *self._engines(),
             *self._replicas(),
+            *vllm_families({name: engines[key] for name, key in self._names().items()}),
             *self._server(),
             *self._machine.families(),
         ]
@@ -173,6 +126,11 @@ class Metrics:
             return Response(self.text(), headers={"content-type": CONTENT_TYPE})
 
         return [Route("/metrics", metrics)]
+
+    def _names(self) -> dict[str, Key]:
+        """The engines, each by the first of the names that clients of OpenAI's API know it by."""
+        names = {key: name for name, key in reversed(models_by_id(self._service).items())}
+        return {name: key for key, name in names.items()}
 
     def _first_response(self, models: Mapping[Key, ModelCounters]) -> Family:
         family = Family(
@@ -333,11 +291,11 @@ def _triton(models: Mapping[Key, ModelCounters]) -> Iterable[Family]:
 
 
 def _language(models: Mapping[Key, ModelCounters]) -> Iterable[Family]:
-    language = {key: one.language for key, one in models.items() if one.language is not None}
+    language = {key: one.language.total for key, one in models.items() if one.language is not None}
     for name, text, histograms in (
-        ("time_to_first_token_seconds", "Time from a request to its first token, of requests that stream",
+        ("time_to_first_token_seconds", "Time from a request to its first token, whether or not it streams",
          {key: one.time_to_first_token for key, one in language.items()}),
-        ("time_per_output_token_seconds", "Time a token from the first to the last, of requests that stream",
+        ("time_per_output_token_seconds", "Time per token of a request, from its first token to its end",
          {key: one.time_per_output_token for key, one in language.items()}),
         ("e2e_request_latency_seconds", "Time from a request to its end",
          {key: one.latency for key, one in language.items()}),

@@ -1,16 +1,15 @@
 """What is counted of each version of a model: Triton's statistics, and what only language models have."""
 
 import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
 from tritonclient.grpc import service_pb2
 
 from hasten.core.errors import EngineError, HastenError
-from hasten.core.types import FinishReason
-from hasten.server.engine.client import Progress, QueueError
+from hasten.server.engine.counters import LanguageCounters
+from hasten.server.engine.queue import QueueError
 from hasten.server.histogram import Histogram
 from hasten.server.models.work import Work
 
@@ -28,9 +27,6 @@ class FailureReason(Enum):
 
 
 _FIRST_RESPONSE_MS = (100.0, 500.0, 2000.0, 5000.0)
-_LATENCY_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
-_PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-_WHOLE_S = (0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0)
 
 
 @dataclass
@@ -77,73 +73,6 @@ class Compute:
 
 
 @dataclass
-class LanguageCounters:
-    """What an engine's requests took, whichever door they came by. Times are in seconds."""
-
-    time_to_first_token: Histogram = field(default_factory=lambda: Histogram(_LATENCY_S))
-    """Of requests that stream: nobody sees the first token of the others."""
-    time_per_output_token: Histogram = field(default_factory=lambda: Histogram(_PER_TOKEN_S))
-    """From the first token to the last, for each but the first; of requests that stream."""
-    latency: Histogram = field(default_factory=lambda: Histogram(_WHOLE_S))
-    queue_time: Histogram = field(default_factory=lambda: Histogram(_LATENCY_S))
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    finished: dict[FinishReason, int] = field(default_factory=lambda: dict.fromkeys(FinishReason, 0))
-    """Completions by how they ended."""
-    texts: int = 0
-    """Of which a vector or scores were made."""
-
-    def meter(self, *, stream: bool) -> "Meter":
-        """What counts one request, from now on."""
-        return Meter(self, stream)
-
-    async def measured(
-        self, progresses: AsyncGenerator[Progress, None], *, stream: bool
-    ) -> AsyncGenerator[Progress, None]:
-        """The progress of one request of `EngineClient.generate`, counted on its way; closes it when it is closed."""
-        meter = self.meter(stream=stream)
-        async with aclosing(progresses):
-            async for progress in progresses:
-                meter.take(progress)
-                yield progress
-
-
-class Meter:
-    """Counts one request. Made by `LanguageCounters.meter`."""
-
-    def __init__(self, counters: LanguageCounters, stream: bool) -> None:
-        self._counters = counters
-        self._stream = stream
-        self._begun = time.monotonic()
-        self._first: float | None = None
-        self._tokens = 0
-
-    def take(self, progress: Progress) -> None:
-        """Count what is new of it."""
-        counters = self._counters
-        if progress.queue_seconds is not None:
-            counters.queue_time.observe(progress.queue_seconds)
-            counters.prompt_tokens += len(progress.prompt_token_ids)
-        new = progress.tokens
-        self._tokens += new
-        counters.generation_tokens += new
-        if new and self._first is None:
-            self._first = now = time.monotonic()
-            if self._stream:
-                counters.time_to_first_token.observe(now - self._begun)
-        for delta in progress.completions:
-            if delta.finish_reason is not None:
-                counters.finished[delta.finish_reason] += 1
-        if progress.pooled is not None:
-            counters.texts += 1
-        if progress.finished:
-            now = time.monotonic()
-            counters.latency.observe(now - self._begun)
-            if self._stream and self._first is not None and self._tokens > 1:
-                counters.time_per_output_token.observe((now - self._first) / (self._tokens - 1))
-
-
-@dataclass
 class ModelCounters:
     """Of one version of a model, since the server's start: loading it again does not set them back."""
 
@@ -166,7 +95,7 @@ class ModelCounters:
     """Of a decoupled model."""
     load_seconds: float = 0.0
     language: LanguageCounters | None = None
-    """Of a model that owns an engine."""
+    """Of the engines of a model that owns some."""
 
     def track(self, work: Work) -> "Tracked":
         """Count a request from now on, until it has succeeded or failed."""

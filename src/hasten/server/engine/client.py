@@ -9,13 +9,15 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from operator import index
+from typing import Any
 
 from hasten.core.config import EngineConfig
 from hasten.core.cpus import available_cpus
 from hasten.core.errors import ConfigError, EngineError, HastenError, InvalidRequestError
-from hasten.core.types import Request, SamplingParams
+from hasten.core.types import FinishReason, Request, SamplingParams
 from hasten.engine.stats import EngineStats
 from hasten.engine.text import Tokenizer
+from hasten.server.engine.counters import LanguageCounters
 from hasten.server.engine.link import Delivery
 from hasten.server.engine.queue import (
     QueueError,
@@ -105,6 +107,8 @@ class EngineClient:
         self.tokenizer: Tokenizer | None = None
         self.refused: Counter[str] = Counter()
         """Requests that were refused or given up, by the reasons of QueueError."""
+        self.counters = LanguageCounters()
+        """What its requests took, by engine."""
         self.delivery = Delivery()
         self._config = config
         self._limits = limits
@@ -171,10 +175,15 @@ class EngineClient:
         """Times that a dead process was started again."""
         return sum(replica.restarts for replica in self.replicas)
 
+    @property
+    def num_queued(self) -> int:
+        """Requests that no engine has got yet."""
+        return self._queue.num_waiting
+
     def stats(self) -> EngineStats:
         """What goes on as of the engines' last steps; counters go on when a process is started again."""
         total = EngineStats.total([replica.stats() for replica in self.replicas])
-        return replace(total, waiting=total.waiting + self._queue.num_waiting)
+        return replace(total, waiting=total.waiting + self.num_queued)
 
     async def generate(
         self,
@@ -184,17 +193,20 @@ class EngineClient:
         stream: bool = True,
         priority: int = 0,
         queue_timeout: float | None = None,
+        counted: bool = True,
     ) -> AsyncGenerator[Progress, None]:
         """Complete a prompt, text or token ids. Closing the generator withdraws the request.
 
         Each progress has what is new since the last one; without `stream` there is one, the finished one.
         `priority`: 1 is the highest, larger ones come later, 0 stands between 1 and 2. `queue_timeout`: seconds
-        that it may wait before it is begun, if that is less than the engine's own limit.
+        that it may wait before it is begun, if that is less than the engine's own limit. `counted`: whether it is a
+        request of its own in the counters, and no part of another one.
 
         Raises InvalidRequestError, QueueError where it cannot be begun in time, EngineClosedError where no new
         requests are taken, and EngineError where the process died.
         """
-        ticket = await self.submit(prompt, params, stream=stream, priority=priority, queue_timeout=queue_timeout)
+        options: dict[str, Any] = {"stream": stream, "priority": priority, "queue_timeout": queue_timeout}
+        ticket = await self.submit(prompt, params, counted=counted, **options)
         try:
             while True:
                 progress = await ticket.read()
@@ -213,6 +225,7 @@ class EngineClient:
         priority: int = 0,
         queue_timeout: float | None = None,
         listener: Callable[[], None] | None = None,
+        counted: bool = True,
     ) -> Ticket:
         """Queue a request; what comes of it is taken from its ticket, whose `listener` hears of it.
 
@@ -224,6 +237,7 @@ class EngineClient:
         self.check_wait(priority, queue_timeout)
         tokens = await self._tokens(prompt)
         ticket = self._ticket(tokens, await self._without_words(params), stream=stream, priority=priority)
+        ticket.counted = counted
         self._put(ticket, queue_timeout, listener)
         return ticket
 
@@ -400,6 +414,9 @@ class EngineClient:
 
     def withdraw(self, ticket: Ticket) -> None:
         """Forget a request wherever it stands; one that has ended is forgotten already."""
+        if not ticket.ended:
+            ticket.ended = True
+            self._count_end(ticket, FinishReason.ABORT)
         engine = self._queue.remove(ticket)
         if engine is not None:
             self.replicas[engine.index].abort(ticket)
@@ -430,8 +447,15 @@ class EngineClient:
             if ticket.may_move and len(self.replicas) > 1:
                 self._queue.put_back(ticket)
             else:
+                self._count_end(ticket, FinishReason.ERROR)
                 ticket.fail(error)
         self.engine_changed()
+
+    def _count_end(self, ticket: Ticket, reason: FinishReason) -> None:
+        """Count a request that ends without its last output."""
+        if ticket.counted:
+            index = 0 if ticket.engine is None else ticket.engine.index
+            self.counters.of(index).finished[reason] += 1
 
     def engine_stalled(self, replica: Replica) -> None:
         """What an engine has not begun goes to another one, where one computes."""

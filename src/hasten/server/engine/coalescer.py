@@ -20,7 +20,7 @@ from hasten.core.types import (
     ScoringOutput,
 )
 from hasten.server.engine.pieces import MAX_COST, cost, split
-from hasten.server.engine.wire import CompletionDelta, Output, PooledData
+from hasten.server.engine.wire import CompletionDelta, FirstToken, Output, PooledData
 
 EngineOutput = RequestOutput | PoolingRequestOutput[PooledOutput]
 
@@ -53,8 +53,13 @@ class Deltas:
         if isinstance(output, PoolingRequestOutput):
             return Output(number, [], output.finished, pooled=_pooled(output.outputs))
         deltas = [delta for completion in output.outputs if (delta := self._delta(completion)) is not None]
-        prompt_logprobs, self.is_first = output.prompt_logprobs if self.is_first else None, False
-        return Output(number, deltas, output.finished, _on_wire(prompt_logprobs))
+        if not self.is_first:
+            return Output(number, deltas, output.finished)
+        self.is_first = False
+        made = Output(number, deltas, output.finished, _on_wire(output.prompt_logprobs))
+        if output.metrics.first_token_ts:
+            made.first = FirstToken(output.metrics.first_token_ts, output.num_cached_tokens)
+        return made
 
     def _delta(self, completion: CompletionOutput) -> CompletionDelta | None:
         index, tokens, characters = completion.index, *self._sent.get(completion.index, (0, 0))

@@ -52,6 +52,7 @@ def split(output: Output, most: int = MAX_COST) -> list[Output]:
     for piece in pieces:
         piece.partial = True
     pieces[-1].partial, pieces[-1].finished = False, output.finished
+    pieces[0].first = output.first
     return pieces
 
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from hasten.server.engine.wire import (
     Abort,
     Acknowledge,
     Add,
+    Computed,
     EngineInfo,
     Expire,
     Failed,
@@ -131,6 +133,10 @@ class EngineLoop:
         """When the server was last sent something."""
         self._began_compiling: list[int] = []
         self._compiled: list[int] = []
+        self._computed: list[Computed] = []
+        """Steps that the server does not know."""
+        self._ends = deque([0.0], maxlen=engine.worker.stage.size)
+        """When the last steps ended: as many as a completion waits for from one of its tokens to the next."""
 
     def run(self) -> None:
         """Serve; raises what a step raises."""
@@ -218,13 +224,23 @@ class EngineLoop:
     def _step(self) -> None:
         """Compute a step."""
         self._began = time.monotonic()
+        tally = self._engine.tally
+        computed, continued = tally.computed, tally.generated - tally.first
         for output in self._engine.step():
             self._coalescer.put(output)
+        self._note(tally.computed - computed, tally.generated - tally.first - continued)
         self._started = set()
         if self._not_begun:
             self._started = self._not_begun - self._engine.waiting - set(map(str, self._compiling))
         self._not_begun -= self._started
         self._changed = True
+
+    def _note(self, tokens: int, continued: int) -> None:
+        """Note what a step was, for the server's metrics."""
+        now = time.monotonic()
+        if tokens or continued:
+            self._computed.append(Computed(tokens, now - self._ends[0], continued))
+        self._ends.append(now)
 
     def _send(self) -> None:
         """Send what the server should know now."""
@@ -244,12 +260,13 @@ class EngineLoop:
                 self._began_compiling,
                 self._compiled,
                 now,
+                self._computed,
             )
             self._channel.send(step)
             self._coalescer.sent()
             self._sent = now
             self._started, self._refused, self._expired = set(), [], []
-            self._began_compiling, self._compiled = [], []
+            self._began_compiling, self._compiled, self._computed = [], [], []
             self._changed = not everything or self._coalescer.goes_on
 
 
@@ -313,6 +330,7 @@ def serve(channel: Channel) -> None:
     """Load the engine that the first message describes, and serve until the server is gone."""
     for start in channel.receive(wait=True):
         engine = _load(start)
+        engine.estimate_work()
         engine.ranks.liveness.on_failure(channel.wake)  # a rank may die while there is nothing to compute
         channel.send(Ready(engine_info(engine)))
         gc.freeze()  # what loading left stays: no collection need look at it

@@ -9,6 +9,7 @@ from typing import Protocol
 from hasten.core.errors import EngineError, HastenError, error_of
 from hasten.engine.stats import EngineStats
 from hasten.server.engine.assigned import AssignedRequests
+from hasten.server.engine.counters import EngineCounters, LanguageCounters
 from hasten.server.engine.link import Delivery, EngineLink
 from hasten.server.engine.ticket import Ticket
 from hasten.server.engine.wire import Abort, EngineInfo, Expire, Output, Start, Step
@@ -23,6 +24,10 @@ class Owner(Protocol):
 
     async def prepare(self, replica: "Replica", info: EngineInfo) -> None:
         """Get ready for an engine's process that has loaded its model and is about to get requests."""
+
+    @property
+    def counters(self) -> LanguageCounters:
+        """What its requests are counted by."""
 
     def engine_changed(self) -> None:
         """An engine may take requests that wait, or has fewer."""
@@ -118,19 +123,34 @@ class Replica:
             for output in step.outputs:
                 if (ticket := self.requests.get(output.id)) is not None:
                     (others if ticket.has_output else first)[ticket] = None
-                    self._take_output(ticket, output)
+                    self._take_output(ticket, output, step.sent)
         for ticket in (*first, *others):
             ticket.wake()
 
-    def _take_output(self, ticket: Ticket, output: Output) -> None:
+    @property
+    def _counters(self) -> EngineCounters:
+        return self._owner.counters.of(self.requests.index)
+
+    def _take_output(self, ticket: Ticket, output: Output, now: float) -> None:
+        """Keep what came of a request, and count it; `now`: when the engine sent it."""
+        counters, is_first, tokens = self._counters, not ticket.has_output, ticket.tokens
         ticket.push(output)
+        if ticket.counted:
+            if is_first:
+                counters.begin(ticket)
+            counters.add(output, ticket.tokens - tokens)
         if output.finished:
+            ticket.ended = True
+            if ticket.counted:
+                counters.finish(ticket, now)
             self.requests.finish(ticket)
             self._owner.engine_changed()
 
     def _take_changes(self, step: Step) -> None:
         """Note which requests were begun, have to wait for their grammars, or are none any more."""
         self._now, requests = step.stats, self.requests
+        for computed in step.computed:
+            self._counters.step(computed)
         for numbers, compiling in ((step.compiling, True), (step.compiled, False)):
             for number in numbers:
                 if (ticket := requests.get(number)) is not None:

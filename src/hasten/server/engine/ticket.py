@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from hasten.core.errors import HastenError
 from hasten.core.types import FinishReason
 from hasten.server.engine.pieces import cost
-from hasten.server.engine.wire import CompletionDelta, Logprob, Output, PooledData
+from hasten.server.engine.wire import CompletionDelta, FirstToken, Logprob, Output, PooledData
 
 if TYPE_CHECKING:
     from hasten.server.engine.assigned import AssignedRequests
@@ -113,6 +113,14 @@ class Ticket:
     """That have come, of all its completions."""
     has_output: bool = False
     """Whether anything of it has come."""
+    first: FirstToken | None = None
+    """What is known of its first token, once there is one."""
+    completions: int = 0
+    """That have ended."""
+    counted: bool = True
+    """Whether it is a request of its own in the counters."""
+    ended: bool = False
+    """Whether its last output has come, or an error in its stead, or its reader has left."""
     stops: int = 0
     """Completions that ended before their `max_tokens`."""
     arrived: float = field(default_factory=time.monotonic)
@@ -132,6 +140,11 @@ class Ticket:
         """The engine computes it: the end of its wait."""
         self.begun, self.begun_step, self.ahead = now, step, False
         self.stop_timer()
+
+    @property
+    def queue_seconds(self) -> float:
+        """Time until the engine began to compute it."""
+        return max(0.0, (self.begun or time.monotonic()) - self.arrived)
 
     @property
     def may_move(self) -> bool:
@@ -157,13 +170,15 @@ class Ticket:
         progress.pooled = output.pooled
         for delta in output.completions:
             progress.tokens += len(delta.token_ids)
+            self.completions += delta.finish_reason is not None
             if delta.finish_reason is FinishReason.STOP:
                 self.stops += 1
         self.tokens += progress.tokens
         if not self.has_output:
             self.has_output = True
             progress.prompt_token_ids = self.prompt_token_ids
-            progress.queue_seconds = max(0.0, (self.begun or time.monotonic()) - self.arrived)
+            progress.queue_seconds = self.queue_seconds
+            self.first = output.first
         if self._pending is None:
             self._pending = progress
         else:
@@ -173,6 +188,7 @@ class Ticket:
     def fail(self, error: HastenError) -> None:
         """Give its reader an error, after what came before it."""
         self.stop_timer()
+        self.ended = True
         self._error = error
         self.wake()
 

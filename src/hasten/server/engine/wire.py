@@ -170,6 +170,15 @@ class PooledData(msgspec.Struct, array_like=True, gc=False):
     error: str | None = None
 
 
+class FirstToken(msgspec.Struct, array_like=True, gc=False):
+    """What is known of a request once it has a token."""
+
+    at: float
+    """When that was, on the clock of `Step.began`."""
+    cached_tokens: int
+    """Tokens of the prompt that were in the prefix cache."""
+
+
 class Output(msgspec.Struct, array_like=True, gc=False):
     """What is new of one request; see CompletionDelta."""
 
@@ -181,6 +190,19 @@ class Output(msgspec.Struct, array_like=True, gc=False):
     """Whether the rest of it comes with later messages: it is one output, but too large for one message."""
     pooled: PooledData | None = None
     """Of a text, of which there are no completions."""
+    first: FirstToken | None = None
+    """With its first output, where that has tokens."""
+
+
+class Computed(msgspec.Struct, array_like=True, gc=False):
+    """What one step computed."""
+
+    tokens: int
+    """Of prompts and outputs."""
+    seconds: float
+    """From the tokens before to those that it brought."""
+    continued: int
+    """Of these, those that were not the first ones of their completions."""
 
 
 class Refusal(msgspec.Struct):
@@ -209,6 +231,8 @@ class Step(msgspec.Struct, tag=True):
     """Requests that wait for it no longer."""
     sent: float = 0.0
     """When it was sent, on the same clock."""
+    computed: list[Computed] = []
+    """The engine's steps since the last message."""
 
 
 ToEngine = Start | Add | Abort | Expire | Acknowledge

@@ -20,7 +20,6 @@ from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, ENCODER_TYPES
 from hasten.server.models.pooling_parameters import pooling_params
 from hasten.server.models.work import Outcome, Work
 from hasten.server.pooling.call import Numbers, PoolingCall, Result
-from hasten.server.statistics import LanguageCounters
 from hasten.server.types import Tensor
 
 _OUTPUTS: dict[str, dict[str, PoolingTask]] = {
@@ -50,8 +49,8 @@ def check_model_type(config: model_config_pb2.ModelConfig, info: EngineInfo) -> 
 class EncoderModel(EngineModel):
     """A version of a token model that makes vectors or scores."""
 
-    def __init__(self, config: model_config_pb2.ModelConfig, engine: EngineClient, language: LanguageCounters) -> None:
-        super().__init__(engine, language)
+    def __init__(self, config: model_config_pb2.ModelConfig, engine: EngineClient) -> None:
+        super().__init__(engine)
         self._outputs = _OUTPUTS[parameter(config, "model_type", DEFAULT_MODEL_TYPE)]
 
     async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
@@ -59,7 +58,7 @@ class EncoderModel(EngineModel):
         outputs = {name: task for name, task in self._outputs.items() if name in work.outputs}
         params = {name: pooling_params(work, task) for name, task in outputs.items()}
         size = sum(tensor.data.nbytes for tensor in work.inputs.values())
-        call = PoolingCall(self._engine, self._language, priority=work.priority, queue_timeout=work.queue_timeout)
+        call = PoolingCall(self._engine, priority=work.priority, queue_timeout=work.queue_timeout)
         found: dict[str, list[Result]] = {}
         for name, each in params.items():
             requests = await by_size(size, self._requests, work, each)

@@ -1,15 +1,13 @@
 """What token models have in common: each version owns its engine."""
 
 from hasten.server.engine.client import EngineClient
-from hasten.server.statistics import LanguageCounters
 
 
 class EngineModel:
     """A version of a model with an engine of its own, which ends with it."""
 
-    def __init__(self, engine: EngineClient, language: LanguageCounters) -> None:
+    def __init__(self, engine: EngineClient) -> None:
         self._engine = engine
-        self._language = language
 
     @property
     def ready(self) -> bool:
@@ -20,11 +18,6 @@ class EngineModel:
     def engine(self) -> EngineClient:
         """The engine."""
         return self._engine
-
-    @property
-    def language(self) -> LanguageCounters:
-        """What its requests are counted by."""
-        return self._language
 
     async def close(self, timeout: float) -> None:
         """Wait, for `timeout` seconds at most, for what other models still compute with the engine, and end it."""

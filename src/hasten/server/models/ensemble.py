@@ -24,7 +24,6 @@ class Ensemble:
     """One version of an ensemble."""
 
     engine = None
-    language = None
 
     def __init__(self, config: model_config_pb2.ModelConfig, models: Models) -> None:
         self._name = config.name

@@ -11,7 +11,6 @@ from hasten.server.types import InferRequest, InferResponse
 
 if TYPE_CHECKING:
     from hasten.server.engine.client import EngineClient
-    from hasten.server.statistics import LanguageCounters
 
 
 class Model(Protocol):
@@ -24,10 +23,6 @@ class Model(Protocol):
     @property
     def engine(self) -> "EngineClient | None":
         """The engine that it owns."""
-
-    @property
-    def language(self) -> "LanguageCounters | None":
-        """What its engine's requests are counted by."""
 
     def execute(self, work: Work) -> Stream[Outcome]:
         """Compute a request."""

@@ -50,7 +50,6 @@ class PooledTextModel:
     """One version of a text model that makes vectors or scores."""
 
     engine = None
-    language = None
 
     def __init__(self, config: model_config_pb2.ModelConfig, kind: Kind, models: Models) -> None:
         self._task = POOLING_KINDS[kind]
@@ -74,7 +73,7 @@ class PooledTextModel:
         served = self._models.find(self._token_model)
         with served.use():
             engine = required_engine(served)
-            call = PoolingCall(engine, served.model.language, priority=work.priority, queue_timeout=work.queue_timeout)
+            call = PoolingCall(engine, priority=work.priority, queue_timeout=work.queue_timeout)
             results = await self._results(call, work)
             work.clock.wait(max(result.queue_seconds for result in results))
             work.clock.compute()

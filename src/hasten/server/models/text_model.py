@@ -24,7 +24,6 @@ from hasten.server.models.model import Models, Served, required_engine
 from hasten.server.models.parameters import TOKEN_MODEL
 from hasten.server.models.text_inputs import TextRequest, read_text
 from hasten.server.models.work import Outcome, Work
-from hasten.server.statistics import Meter
 from hasten.server.types import ErrorKind, ServiceError, Tensor, Texts
 
 DEFAULT_TOKEN_MODEL = "fastertransformer"
@@ -34,7 +33,6 @@ class TextModel:
     """One version of a text model."""
 
     engine = None
-    language = None
 
     def __init__(self, config: model_config_pb2.ModelConfig, models: Models) -> None:
         self._decoupled = is_decoupled(config)
@@ -80,7 +78,6 @@ class _Responses:
         self._held = ExitStack()
         self._engine: EngineClient
         self._ticket: Ticket | None = None
-        self._meter: Meter
         self._reply: _Reply
         self._ended = False
 
@@ -92,7 +89,6 @@ class _Responses:
             raise StopAsyncIteration
         ticket = self._ticket or await self._begin()
         progress = await ticket.read()
-        self._meter.take(progress)
         self._work.clock.wait(progress.queue_seconds)
         self._work.clock.compute()
         self._ended = progress.finished
@@ -101,13 +97,12 @@ class _Responses:
     async def _begin(self) -> Ticket:
         work, served = self._work, self._model.find()
         self._held.enter_context(served.use())
-        self._engine, language = required_engine(served), served.model.language
-        assert language is not None, "it counts what its engine does"
+        self._engine = required_engine(served)
         asked = read_text(work, self._engine.info)
         if asked.stream:
             self._model.check_stream(work.model)
         work.clock.prepare()
-        self._reply, self._meter = _Reply(asked, work), language.meter(stream=asked.stream)
+        self._reply = _Reply(asked, work)
         self._ticket = await self._engine.submit(
             asked.prompt,
             asked.params,

@@ -37,7 +37,6 @@ class _Processing:
     """A model that needs a tokenizer alone: its own, or the one of the token model that serves at the time."""
 
     engine = None
-    language = None
 
     def __init__(self, config: model_config_pb2.ModelConfig, models: Models, folder: Path) -> None:
         own = parameter(config, TOKENIZER, "")

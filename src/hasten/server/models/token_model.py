@@ -18,7 +18,6 @@ from hasten.server.models.engine_model import EngineModel
 from hasten.server.models.token_inputs import Item, TokenRequest, read_items
 from hasten.server.models.token_outputs import BatchOutput
 from hasten.server.models.work import Outcome, Work
-from hasten.server.statistics import LanguageCounters
 from hasten.server.together import together, whenever
 
 _ITEM_BYTES = 1024
@@ -28,8 +27,8 @@ _ITEM_BYTES = 1024
 class TokenModel(EngineModel):
     """A version of a token model."""
 
-    def __init__(self, config: model_config_pb2.ModelConfig, engine: EngineClient, language: LanguageCounters) -> None:
-        super().__init__(engine, language)
+    def __init__(self, config: model_config_pb2.ModelConfig, engine: EngineClient) -> None:
+        super().__init__(engine)
         self._decoupled = is_decoupled(config)
 
     async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
@@ -62,7 +61,7 @@ class TokenModel(EngineModel):
 
     async def _follow(self, item: Item, place: int, output: BatchOutput, changed: asyncio.Event, work: Work) -> None:
         """Put what becomes known of one item into the batch's output."""
-        async with aclosing(self._generate(item.prompt, item.params, work, self._language)) as progresses:
+        async with aclosing(self._generate(item.prompt, item.params, work)) as progresses:
             async for progress in progresses:
                 work.clock.wait(progress.queue_seconds)
                 for delta in progress.completions:
@@ -70,12 +69,16 @@ class TokenModel(EngineModel):
                 changed.set()
 
     def _generate(
-        self, prompt: list[int], params: SamplingParams, work: Work, counters: LanguageCounters
+        self, prompt: list[int], params: SamplingParams, work: Work, *, counted: bool = True
     ) -> AsyncGenerator[Progress, None]:
-        progresses = self._engine.generate(
-            prompt, params, stream=self._decoupled, priority=work.priority, queue_timeout=work.queue_timeout
+        return self._engine.generate(
+            prompt,
+            params,
+            stream=self._decoupled,
+            priority=work.priority,
+            queue_timeout=work.queue_timeout,
+            counted=counted,
         )
-        return counters.measured(progresses, stream=self._decoupled)
 
     async def _score(self, item: Item, place: int, index: int, output: BatchOutput, work: Work) -> None:
         """Log-probabilities of a beam's tokens, which its search keeps the sum of: those of a prompt that has them.
@@ -85,9 +88,8 @@ class TokenModel(EngineModel):
         tokens = output.generated(place, index)
         prompt = [*item.prompt, *tokens][: self._engine.info.max_model_len - 1]
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-        uncounted = LanguageCounters()  # it is a part of a request that is counted already
         log_probs: list[float] = []
-        async with aclosing(self._generate(prompt, params, work, uncounted)) as progresses:
+        async with aclosing(self._generate(prompt, params, work, counted=False)) as progresses:
             async for progress in progresses:
                 entries = (progress.prompt_logprobs or [])[len(item.prompt) :]
                 known = zip(tokens, entries, strict=False)

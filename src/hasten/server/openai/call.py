@@ -13,7 +13,6 @@ from hasten.server.openai.choices import Choice, Choices
 from hasten.server.openai.events import CallEvents
 from hasten.server.openai.requests import PromptRequests
 from hasten.server.openai.types import GenerationRequest
-from hasten.server.statistics import LanguageCounters
 
 
 @dataclass
@@ -22,7 +21,6 @@ class Call:
 
     request: GenerationRequest
     client: EngineClient
-    counters: LanguageCounters | None
     prompts: Sequence[list[int]]
     params: SamplingParams
     choices: Choices
@@ -70,7 +68,7 @@ class Call:
 
     def requests(self, usage: Usage, *, stream: bool) -> PromptRequests:
         """Its requests of the engine, whose tokens are added to `usage`; `submit` queues them."""
-        return PromptRequests(self.client, self.counters, usage, stream=stream)
+        return PromptRequests(self.client, usage, stream=stream)
 
     async def submit(self, requests: PromptRequests) -> None:
         """Queue its prompts."""

@@ -9,7 +9,6 @@ from hasten.core.errors import EngineError
 from hasten.core.types import SamplingParams
 from hasten.server.engine.client import EngineClient
 from hasten.server.openai.params import OpenAIError
-from hasten.server.statistics import Counters, LanguageCounters
 
 if TYPE_CHECKING:
     from hasten.server.service import IndexEntry
@@ -21,10 +20,6 @@ _GENERATION = SamplingParams()
 
 class Models(Protocol):
     """What this API needs of the service."""
-
-    @property
-    def counters(self) -> Counters:
-        """What is counted of each model."""
 
     def check_open(self) -> None:
         """HastenError once the server takes no more requests."""
@@ -62,7 +57,6 @@ class Found:
 
     name: str
     client: EngineClient
-    counters: LanguageCounters | None
 
 
 @dataclass(frozen=True)
@@ -92,7 +86,7 @@ class ModelFinder:
             message = f"the model {name!r:.200} does not exist; there are: {', '.join(found) or 'none'}"
             raise OpenAIError(message, status=404, param="model", code="model_not_found")
         key = found[name]
-        return Found(name, serving.engines[key], self._service.counters.of(*key).language)
+        return Found(name, serving.engines[key])
 
     def find_any(self, name: str | None) -> Found:
         """The same; without a name, the only model that there is."""

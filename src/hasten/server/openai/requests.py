@@ -9,7 +9,6 @@ from hasten.core.types import Request, SamplingParams
 from hasten.server.engine.client import EngineClient, Progress
 from hasten.server.engine.ticket import Ticket
 from hasten.server.openai.answer import Usage
-from hasten.server.statistics import LanguageCounters, Meter
 from hasten.server.together import TASKS_PER_TURN
 
 Prompt = TypeVar("Prompt")
@@ -18,16 +17,15 @@ Prompt = TypeVar("Prompt")
 class PromptRequests:
     """What comes of several prompts, each with its number. `close` withdraws what has not ended."""
 
-    def __init__(self, client: EngineClient, counters: LanguageCounters | None, usage: Usage, *, stream: bool) -> None:
+    def __init__(self, client: EngineClient, usage: Usage, *, stream: bool) -> None:
         self.unfinished = 0
         """Prompts that have not ended."""
         self.listener: Callable[[], None] = self._wake
         """Called, in a callback of the event loop, when a prompt has something to take."""
         self._client = client
-        self._counters = counters
         self._usage = usage
         self._stream = stream
-        self._tickets: list[tuple[Ticket, Meter | None]] = []
+        self._tickets: list[Ticket] = []
         self.news: dict[int, None] = {}
         """Prompts that have something to take, in the order in which it came."""
         self._reader: asyncio.Future[None] | None = None
@@ -58,8 +56,7 @@ class PromptRequests:
         for number, prompt in enumerate(prompts):
             if number and number % TASKS_PER_TURN == 0:
                 await asyncio.sleep(0)
-            meter = None if self._counters is None else self._counters.meter(stream=self._stream)
-            self._tickets.append((await put(prompt, partial(self._on_news, number)), meter))
+            self._tickets.append(await put(prompt, partial(self._on_news, number)))
 
     def _on_news(self, number: int) -> None:
         self.news[number] = None
@@ -74,11 +71,8 @@ class PromptRequests:
         while self.news:
             number = next(iter(self.news))
             del self.news[number]
-            ticket, meter = self._tickets[number]
-            if (progress := ticket.take()) is not None:
+            if (progress := self._tickets[number].take()) is not None:
                 self._usage.count(progress)
-                if meter is not None:
-                    meter.take(progress)
                 self.unfinished -= progress.finished
                 return number, progress
         return None
@@ -93,7 +87,7 @@ class PromptRequests:
     def close(self) -> None:
         """Withdraw what has not ended, and hear no more of it."""
         self.listener = self._wake
-        for ticket, _ in reversed(self._tickets):  # what waits is gone before there is a place for it
+        for ticket in reversed(self._tickets):  # what waits is gone before there is a place for it
             ticket.listener = None
             self._client.withdraw(ticket)
         self._tickets.clear()

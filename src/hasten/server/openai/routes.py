@@ -80,27 +80,25 @@ class _Api:
     async def completions(self, request: Request) -> Response:
         asked = await read_body(request, _COMPLETION)
         found = self._models.find_generator(asked.model)
-        client, counters = found.client, found.counters
+        client = found.client
         prompts = asked.prompts()
         params = completion_params(asked, len(prompts))
         choices = completion_choices(asked, prompts, params, client.tokenizer)
         timeout = checked_wait(request, asked.priority, client)
         tokens = await tokenized(prompts, client, "prompt", add_special_tokens=True)
-        call = Call(
-            asked, client, counters, tokens, params, choices, "text_completion", timeout, asked.shows_prompts_only
-        )
+        call = Call(asked, client, tokens, params, choices, "text_completion", timeout, asked.shows_prompts_only)
         return await _respond(request, call)
 
     async def chat(self, request: Request) -> Response:
         asked = await read_body(request, _CHAT)
         found = self._models.find_generator(asked.model)
-        client, counters = found.client, found.counters
+        client = found.client
         check_chat(asked)
         timeout = checked_wait(request, asked.priority, client)
         tokens = await self._prompts.chat(asked, client)
         params = chat_params(asked, client.info.max_model_len - len(tokens))
         choices = ChatChoices(bool(asked.stream), asked.top_logprobs or 0)
-        call = Call(asked, client, counters, [tokens], params, choices, "chat.completion", timeout)
+        call = Call(asked, client, [tokens], params, choices, "chat.completion", timeout)
         return await _respond(request, call)
 
 

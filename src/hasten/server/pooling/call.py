@@ -15,7 +15,6 @@ from hasten.server.engine.client import EngineClient, Progress
 from hasten.server.openai.answer import Usage
 from hasten.server.openai.requests import PromptRequests
 from hasten.server.pooling.texts import Pair, TextReader
-from hasten.server.statistics import LanguageCounters
 from hasten.server.together import TASKS_PER_TURN
 
 _MOST_NUMBERS = 1 << 24
@@ -40,7 +39,6 @@ class PoolingCall:
     def __init__(
         self,
         client: EngineClient,
-        counters: LanguageCounters | None,
         *,
         priority: int = 0,
         queue_timeout: float | None = None,
@@ -48,7 +46,6 @@ class PoolingCall:
         """`queue_timeout`: seconds that its texts may wait before they are begun."""
         self.usage = Usage()
         self.client = client
-        self._counters = counters
         self._priority = priority
         self._queue_timeout = queue_timeout
 
@@ -90,7 +87,7 @@ class PoolingCall:
         """What is made of texts by their requests, all of which have these parameters."""
         self._check_size(requests, params)
         found: list[Result | None] = [None] * len(requests)
-        running = PromptRequests(self.client, self._counters, self.usage, stream=False)
+        running = PromptRequests(self.client, self.usage, stream=False)
         try:
             await running.submit_texts(requests, priority=self._priority, queue_timeout=self._queue_timeout)
             while running.unfinished:
