@@ -10,6 +10,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
 PAIR = ("INPUT0", "INPUT1")
+OTHER_BATCH = "[request id: <id_unknown>] input '%s' batch size does not match other inputs for 'add'"
 
 
 def set_parameter(message: Any, value: Any) -> None:
@@ -130,9 +131,7 @@ SAME: dict[str, Any] = {
     "no inputs": infer(inputs=[]),
     **{f"datatype {kind!r}": first(datatype=kind) for kind in ("INT32", "XX", "")},
     "texts for numbers": first(datatype="BYTES", contents=b"\1\0\0\0a\1\0\0\0b"),
-    **{f"shape {shape}": first(shape=shape) for shape in ((2,), (1, 2, 1))},
-    "another batch size": first(shape=(2, 2), contents=2 * FLOATS),
-    "no batch": infer(inputs=[(name, "FP32", [0, 2], b"", {}) for name in PAIR]),
+    "an axis too many": first(shape=(1, 2, 1)),
     "too large a batch": infer(inputs=[(name, "FP32", [65, 1], b"x" * 260, {}) for name in PAIR]),
     "the model's own error": infer(
         inputs=[(name, "FP32", [1, 1], np.array([-1], np.float32).tobytes(), {}) for name in PAIR]
@@ -168,6 +167,23 @@ DIFFERENT: dict[str, tuple[Any, str, str]] = {
         first(shape=(1, 2**40)),
         "INVALID_ARGUMENT [request id: <id_",
         "INVALID_ARGUMENT invalid shape [1,1",
+    ),
+    # inputs are looked at in their order, not in a hash table's
+    **{
+        name: (
+            message,
+            f"INVALID_ARGUMENT {OTHER_BATCH % 'INPUT0'}",
+            f"INVALID_ARGUMENT {OTHER_BATCH % 'INPUT1'}",
+        )
+        for name, message in (
+            ("an axis too few", first(shape=(2,))),
+            ("another batch size", first(shape=(2, 2), contents=2 * FLOATS)),
+        )
+    },
+    "no batch": (
+        infer(inputs=[(name, "FP32", [0, 2], b"", {}) for name in PAIR]),
+        "INVALID_ARGUMENT [request id: <id_unknown>] input byte size mismatch for input 'INPUT1'",
+        "INVALID_ARGUMENT [request id: <id_unknown>] input byte size mismatch for input 'INPUT0'",
     ),
     # nobody waits for less than no time
     "timeout": (infer(timeout=-1), "OK", "INVALID_ARGUMENT invalid value for 'timeout', expected value >= 0."),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from tests.server.parity import HEADER_LENGTH, Ask
+from tests.server.parity_grpc import OTHER_BATCH
 
 ADD, TEXT = "/v2/models/add/infer", "/v2/models/text/infer"
 GENERATE = "/v2/models/text/generate"
@@ -100,7 +101,6 @@ _BODIES = {
     "parameters are a list": adding(parameters=[1]),
     "a parameter is null": adding(parameters={"a": None}),
     "a parameter is an object": adding(parameters={"a": {}}),
-    "a reserved parameter": adding(parameters={"triton_x": 1}),
     "outputs are a text": adding(outputs="x"),
     "an output without a name": adding(outputs=[{}]),
     "an unknown output": adding(outputs=[{"name": "X"}]),
@@ -123,13 +123,10 @@ _BODIES = {
     "an unknown input": changed(name="X"),
     "an input twice": changed(name="INPUT1"),
     "a missing input": {"inputs": adding()["inputs"][:1]},
-    "too many inputs": {"inputs": [*adding()["inputs"], DECOUPLED_INPUT]},
     "an unknown datatype": changed(datatype="XX"),
     "another datatype": changed(datatype="INT64", data=[1, 2]),
     "FP16 in JSON": changed(datatype="FP16"),
-    "an axis too few": changed(shape=[2]),
     "an axis too many": changed(shape=[1, 2, 1]),
-    "another batch size": changed(shape=[2, 2], data=[1, 2, 3, 4]),
     "too large a batch": adding((65, 1)),
     "a negative size": changed(shape=[-1, 2]),
     "a size that is a text": changed(shape=["a"]),
@@ -144,11 +141,13 @@ _BODIES = {
     "the model's own error": {"inputs": [each | {"shape": [1, 1], "data": [-1]} for each in adding()["inputs"]]},
 }
 _PARAMETERS: tuple[tuple[str, Any], ...] = (
-    *(("priority", value) for value in (1, -1, "x", 1.5)),
-    *(("timeout", value) for value in (0, -1, "1")),
-    *(("sequence_id", value) for value in (1, "a")),
-    *(("sequence_start", value) for value in (True, 1)),
-    *(("sequence_end", "x"), ("binary_data_output", 1), ("headers", "x")),
+    *(("priority", 1), ("timeout", 0), ("sequence_id", 1), ("sequence_id", "a"), ("sequence_start", True)),
+    ("headers", "x"),
+)
+_WRONG_PARAMETERS: tuple[tuple[str, Any], ...] = (
+    *(("priority", value) for value in (-1, "x", 1.5)),
+    *(("timeout", value) for value in (-1, "1")),
+    *(("sequence_start", 1), ("sequence_end", "x"), ("binary_data_output", 1)),
 )
 _GENERATES: tuple[Any, ...] = (
     *({"text_input": "x"}, {"text_input": "x", "max_tokens": 3}, {"text_input": ["x"]}, {"text_input": ["x", "y"]}),
@@ -158,6 +157,7 @@ _GENERATES: tuple[Any, ...] = (
     *({"text_input": None}, {"text_input": 5}, {"text_input": {}}, []),
 )
 _COUNTS = (0, 1, 3, -2)
+MANY_INPUTS = "[request id: <id_unknown>] expected 2 inputs but got 3 inputs for model 'add'. Got input(s)"
 SAME: dict[str, Ask] = {
     **{name: Ask(ADD, body) for name, body in _BODIES.items()},
     **{f"{key} {value!r}": Ask(ADD, adding(parameters={key: value})) for key, value in _PARAMETERS},
@@ -251,7 +251,34 @@ DIFFERENT: dict[str, tuple[Ask, str, str]] = {
         "500 Unable to parse 'data'",
         "400 Unable to parse 'data': a va",
     ),
-    "priority of generate": (Ask(GENERATE, {"text_input": "x", "priority": "1"}), "200 ", "400 Unable to parse 'prior"),
+    "priority of generate": (Ask(GENERATE, {"text_input": "x", "priority": "1"}), "200 ", "400 invalid value type"),
+    # the protocol's own parameters are checked once for all transports, with the texts of gRPC
+    **{
+        f"{key} {value!r}": (
+            Ask(ADD, adding(parameters={key: value})),
+            f"500 Unable to parse '{key}': attempt",
+            "400 invalid value",
+        )
+        for key, value in _WRONG_PARAMETERS
+    },
+    "a reserved parameter": (
+        Ask(ADD, adding(parameters={"triton_x": 1})),
+        "400 parameter keys starting with 'triton_' are reserved for Triton usage and",
+        "400 parameter keys starting with 'triton_' are reserved for Triton usage. Only",
+    ),
+    # inputs are looked at in their order, not in a hash table's
+    "too many inputs": (
+        Ask(ADD, {"inputs": [*adding()["inputs"], DECOUPLED_INPUT]}),
+        f"400 {MANY_INPUTS} ['IN','INPUT1','INPUT0'], but missing required input(s) ].",
+        f"400 {MANY_INPUTS} ['INPUT0','INPUT1','IN'], but missing required input(s) [].",
+    ),
+    **{
+        name: (Ask(ADD, body), f"400 {OTHER_BATCH % 'INPUT0'}", f"400 {OTHER_BATCH % 'INPUT1'}")
+        for name, body in (
+            ("an axis too few", changed(shape=[2])),
+            ("another batch size", changed(shape=[2, 2], data=[1, 2, 3, 4])),
+        )
+    },
     "reserved in generate": (Ask(GENERATE, {"text_input": "x", "triton_x": 1}), "200 ", "400 parameter keys starting"),
     # an error has the status of an error
     "no response": (

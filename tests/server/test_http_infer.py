@@ -92,19 +92,20 @@ def test_an_inference_as_json(client: httpx.Client) -> None:
         ({"inputs": [A, B], "parameters": [1]}, "failed to get request params.: attempt to get members for non-object"),
         (
             {"inputs": [A, B], "parameters": {"triton_foo": 1}},
-            "parameter keys starting with 'triton_' are reserved for Triton usage and should not be specified.",
+            "parameter keys starting with 'triton_' are reserved for Triton usage. Only the following keys starting "
+            "with 'triton_' are allowed: triton_enable_empty_final_response",
         ),
         (
             {"inputs": [A, B], "parameters": {"timeout": -1}},
-            "Unable to parse 'timeout': attempt to access JSON non-unsigned-integer as unsigned-integer",
+            "invalid value for 'timeout', expected value >= 0.",
         ),
         (
             {"inputs": [A, B], "parameters": {"sequence_start": 1}},
-            "Unable to parse 'sequence_start': attempt to access JSON non-boolean as boolean",
+            "invalid value type for 'sequence_start' parameter, expected bool_param.",
         ),
         (
             {"inputs": [A, B], "parameters": {"binary_data_output": "x"}},
-            "Unable to parse 'binary_data_output': attempt to access JSON non-boolean as boolean",
+            "invalid value type for 'binary_data_output' parameter, expected bool_param.",
         ),
         (
             {"inputs": [A, B], "outputs": [{"name": "OUTPUT0", "parameters": {"classification": -1}}]},

@@ -1,4 +1,6 @@
-"""Texts are what a Triton 2.51.0 answers for a model with these tensors, but where a test says otherwise."""
+"""Texts are what a Triton 2.51.0 answers for a model with these tensors, but where a test says otherwise. Inputs are
+looked at and named in their order; in Triton's, that of a hash table, mostly the last one comes first.
+"""
 
 from typing import Any
 
@@ -63,7 +65,7 @@ COUNT = "expected number of inputs between 3 and 4 but got"
     [
         (
             [IDS, LENGTHS],
-            f"{UNKNOWN}{COUNT} 2 inputs for model 'tokens'. Got input(s) ['input_lengths','input_ids'], but missing "
+            f"{UNKNOWN}{COUNT} 2 inputs for model 'tokens'. Got input(s) ['input_ids','input_lengths'], but missing "
             "required input(s) ['request_output_len']. Please provide all required input(s).",
         ),
         (
@@ -73,8 +75,8 @@ COUNT = "expected number of inputs between 3 and 4 but got"
         ),
         (
             [IDS, LENGTHS, ASKED, ("x", "UINT32", (1, 1)), ("y", "UINT32", (1, 1))],
-            f"{UNKNOWN}{COUNT} 5 inputs for model 'tokens'. Got input(s) ['y','x','request_output_len','input_lengths',"
-            "'input_ids'], but missing required input(s) ]. Please provide all required input(s).",
+            f"{UNKNOWN}{COUNT} 5 inputs for model 'tokens'. Got input(s) ['input_ids','input_lengths',"
+            "'request_output_len','x','y'], but missing required input(s) []. Please provide all required input(s).",
         ),
         ([IDS, LENGTHS, ("x", "UINT32", (1, 1))], "unexpected inference input 'x' for model 'tokens'"),
         ([IDS, IDS, LENGTHS, ASKED], f"{UNKNOWN}input 'input_ids' already exists in request"),
@@ -110,11 +112,11 @@ COUNT = "expected number of inputs between 3 and 4 but got"
         ),
         (
             [IDS, LENGTHS, ASKED, ("stop_words_list", "INT32", (2, 2, 1))],
-            f"{UNKNOWN}input 'request_output_len' batch size does not match other inputs for 'tokens'",
+            f"{UNKNOWN}input 'stop_words_list' batch size does not match other inputs for 'tokens'",
         ),
         (
             [("input_ids", "UINT32", (3,)), LENGTHS, ASKED],
-            f"{UNKNOWN}input 'input_ids' batch size does not match other inputs for 'tokens'",
+            f"{UNKNOWN}input 'input_lengths' batch size does not match other inputs for 'tokens'",
         ),
         (
             [("input_ids", "UINT32", ()), LENGTHS, ASKED],
@@ -126,7 +128,7 @@ COUNT = "expected number of inputs between 3 and 4 but got"
         ),
         (
             [(name, datatype, (0, *shape[1:])) for name, datatype, shape in (IDS, LENGTHS, ASKED)],
-            f"{UNKNOWN}input byte size mismatch for input 'request_output_len' for model 'tokens'. Expected 4, got 0",
+            f"{UNKNOWN}input byte size mismatch for input 'input_ids' for model 'tokens'. Expected 12, got 0",
         ),
     ],
 )
@@ -138,7 +140,7 @@ def test_required_inputs_are_missed_also_where_the_number_is_right() -> None:
     """Triton passes these on, and the model fails."""
     stop = ("stop_words_list", "INT32", (1, 2, 1))
     assert refusal([IDS, LENGTHS, stop]) == (
-        f"{UNKNOWN}{COUNT} 3 inputs for model 'tokens'. Got input(s) ['stop_words_list','input_lengths','input_ids'], "
+        f"{UNKNOWN}{COUNT} 3 inputs for model 'tokens'. Got input(s) ['input_ids','input_lengths','stop_words_list'], "
         "but missing required input(s) ['request_output_len']. Please provide all required input(s)."
     )
 
@@ -219,7 +221,7 @@ def test_parameters_of_the_protocol(parameters: dict[str, Any], message: str) ->
 
 def test_parameters_of_the_model_are_passed_on() -> None:
     given: dict[str, Any] = {"a": 1, "headers": "h", "sequence_id": "s", "sequence_end": True, "priority": 2}
-    given["timeout"] = -1
+    given["timeout"] = 0
     request = InferRequest(
         "m", [tensor("text_input", "BYTES", ["x"])], parameters={**given, "binary_data_output": True}
     )

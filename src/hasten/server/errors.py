@@ -17,6 +17,7 @@ from hasten.server.types import ErrorKind, ServiceError
 INTERNAL = "internal error; the server's log says more"
 _log = logging.getLogger(__name__)
 _KINDS: tuple[tuple[type[HastenError], ErrorKind], ...] = (
+    (QueueError, ErrorKind.OVERLOADED),
     (InvalidRequestError, ErrorKind.INVALID),
     (ConfigError, ErrorKind.INVALID),
     (UnsupportedError, ErrorKind.UNSUPPORTED),
@@ -25,15 +26,21 @@ _KINDS: tuple[tuple[type[HastenError], ErrorKind], ...] = (
 )
 
 
+def kind_of(error: Exception) -> ErrorKind:
+    """What kind an error is of: of the client's own making, of the server's state, or neither."""
+    if isinstance(error, ServiceError):
+        return error.kind
+    return next((kind for base, kind in _KINDS if isinstance(error, base)), ErrorKind.INTERNAL)
+
+
 def service_error(error: HastenError, request_id: str = "") -> ServiceError:
-    """An error as the service reports it: of the client's own making, of the server's state, or neither."""
+    """An error as the service reports it."""
     if isinstance(error, ServiceError):
         return error
     if isinstance(error, QueueError):
         text = "Exceeds maximum queue size" if isinstance(error, QueueFullError) else "Request timeout expired"
-        return ServiceError(ErrorKind.UNAVAILABLE, f"{about(request_id)}{text}: {error}", error.retry_after)
-    kind = next((kind for base, kind in _KINDS if isinstance(error, base)), ErrorKind.INTERNAL)
-    return ServiceError(kind, str(error))
+        return ServiceError(kind_of(error), f"{about(request_id)}{text}: {error}", error.retry_after)
+    return ServiceError(kind_of(error), str(error))
 
 
 def client_error(error: Exception, what: str) -> ServiceError:

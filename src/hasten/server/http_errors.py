@@ -8,18 +8,7 @@ from starlette.responses import Response
 from hasten.server.protocol.bodies import dump_json
 from hasten.server.types import ErrorKind, ServiceError
 
-CLIENT_GONE = 499
-"""Nobody reads it; it stands in the log and among the counts of calls."""
-STATUS = {
-    ErrorKind.INVALID: 400,
-    ErrorKind.NOT_FOUND: 404,
-    ErrorKind.ALREADY_EXISTS: 400,
-    ErrorKind.UNAVAILABLE: 503,
-    ErrorKind.EXHAUSTED: 503,
-    ErrorKind.UNSUPPORTED: 501,
-    ErrorKind.CANCELLED: CLIENT_GONE,
-    ErrorKind.INTERNAL: 500,
-}
+CLIENT_GONE = ErrorKind.CANCELLED.value.http
 OPENAI_PATHS = ("/v1/", "/tokenize", "/detokenize", "/score", "/rerank", "/v2/rerank", "/pooling", "/classify")
 """How paths begin whose errors have OpenAI's form."""
 _LONGEST_RETRY_S = 3600
@@ -32,20 +21,22 @@ def retry_after(seconds: float | None) -> int:
     return max(1, math.ceil(min(seconds or 0, _LONGEST_RETRY_S)))
 
 
+def openai_error(status: int, message: str, param: str | None = None, code: str | None = None) -> bytes:
+    """The JSON of an error of OpenAI's API."""
+    kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
+    return dump_json({"error": {"message": message, "type": kind, "param": param, "code": code}})
+
+
 def error_response(path: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
     """The answer to a request that failed."""
-    error: object = message
     if path.startswith(OPENAI_PATHS):
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        error = {"message": message, "type": kind, "param": None, "code": _OPENAI_CODES.get(status)}
-    return Response(
-        dump_json({"error": error}),
-        status_code=status,
-        headers={"content-type": "application/json", **(headers or {})},
-    )
+        body = openai_error(status, message, code=_OPENAI_CODES.get(status))
+    else:
+        body = dump_json({"error": message})
+    return Response(body, status, {"content-type": "application/json", **(headers or {})})
 
 
 def service_error_response(path: str, error: ServiceError) -> Response:
     """The answer to a request that the service refused; where a later one may be taken, with when to try again."""
     headers = {"retry-after": str(retry_after(error.retry_after))} if error.is_temporary else None
-    return error_response(path, STATUS[error.kind], str(error), headers)
+    return error_response(path, error.kind.value.http, str(error), headers)

@@ -22,18 +22,40 @@ LONGEST_MESSAGE = 4000
 """Characters of an error's message: some of them name what the client sent."""
 
 
-class ErrorKind(Enum):
-    """Triton's kinds of errors."""
+@dataclass(frozen=True)
+class Codes:
+    """What an error is called by each transport."""
 
-    INVALID = "invalid argument"
-    NOT_FOUND = "not found"
-    ALREADY_EXISTS = "already exists"
-    UNAVAILABLE = "unavailable"
-    EXHAUSTED = "resource exhausted"
-    """Not Triton's: what is in flight leaves no room for the request."""
-    UNSUPPORTED = "unsupported"
-    CANCELLED = "cancelled"
-    INTERNAL = "internal"
+    http: int
+    """Status of Triton's routes, and of OpenAI's unless `openai` differs."""
+    grpc: str
+    """Name of gRPC's status."""
+    backend: str
+    """Name of the code in Triton's Python backend."""
+    openai: int = 0
+    """Status of OpenAI's routes, and those with its form of errors, where it is another."""
+
+
+class ErrorKind(Enum):
+    """Kinds of errors, each with its codes: Triton's kinds, and two of this server's."""
+
+    INVALID = Codes(400, "INVALID_ARGUMENT", "INVALID_ARG")
+    NOT_FOUND = Codes(404, "NOT_FOUND", "NOT_FOUND")
+    ALREADY_EXISTS = Codes(400, "ALREADY_EXISTS", "ALREADY_EXISTS")
+    UNAVAILABLE = Codes(503, "UNAVAILABLE", "UNAVAILABLE")
+    OVERLOADED = Codes(503, "UNAVAILABLE", "UNAVAILABLE", openai=429)
+    """The queue is full, or the request waited in it for too long."""
+    EXHAUSTED = Codes(503, "RESOURCE_EXHAUSTED", "UNAVAILABLE")
+    """What is in flight leaves no room for the request."""
+    UNSUPPORTED = Codes(501, "UNIMPLEMENTED", "UNSUPPORTED")
+    CANCELLED = Codes(499, "CANCELLED", "CANCELLED")
+    """The client left: nobody reads the status, but the log has it, and the counts of calls."""
+    INTERNAL = Codes(500, "INTERNAL", "INTERNAL")
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether the same request may be taken later."""
+        return self in (ErrorKind.UNAVAILABLE, ErrorKind.OVERLOADED, ErrorKind.EXHAUSTED)
 
 
 class ServiceError(HastenError):
@@ -48,7 +70,7 @@ class ServiceError(HastenError):
     @property
     def is_temporary(self) -> bool:
         """Whether the same request may be taken later."""
-        return self.kind in (ErrorKind.UNAVAILABLE, ErrorKind.EXHAUSTED)
+        return self.kind.is_temporary
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from tritonclient.grpc import model_config_pb2
 
 from hasten.server.models.config import kind_of
 from hasten.server.models.interfaces import TEXT_KINDS, datatype_name
+from hasten.server.models.reserved import own_parameters
 from hasten.server.models.work import Work
 from hasten.server.protocol.tensors import NUMPY, about
 from hasten.server.types import ErrorKind, InferRequest, Parameter, ServiceError, Tensor
@@ -16,10 +17,6 @@ _NOTE = (
     "input shape. If you want to specify the full shape including the batch dim in your input dims config, try "
     "setting max_batch_size to zero. See the model configuration docs for more info on max_batch_size."
 )
-EMPTY_FINAL = "triton_enable_empty_final_response"
-_BOOLEANS = ("sequence_start", "sequence_end", "binary_data_output", EMPTY_FINAL)
-_RESERVED = frozenset({"priority", "timeout", "sequence_id", "headers", *_BOOLEANS})
-"""Parameters that concern the protocol and not the model."""
 
 
 class Rules:
@@ -41,7 +38,7 @@ class Rules:
 
     def work(self, request: InferRequest) -> Work:
         """The request as the model gets it; ServiceError with Triton's text where it does not fit."""
-        own = _own_parameters(request.parameters)
+        own = own_parameters(request.parameters)
         inputs = self._unique(request)
         for at, output in enumerate(request.outputs):
             if any(output.name == earlier.name for earlier in request.outputs[:at]):
@@ -86,27 +83,24 @@ class Rules:
         if least <= count <= most and not (missing and known):
             return
         expected = f"{most} inputs" if least == most else f"number of inputs between {least} and {most}"
-        # Triton keeps inputs in a hash table and names them in its order, mostly the last one first; and where none
-        # is missing, it takes the opening bracket for a comma too many
-        got = f"[{_quoted(reversed(list(inputs)))}]"
-        lacks = f"[{_quoted(missing)}]" if missing else "]"
         raise _invalid(
-            f"{prefix}expected {expected} but got {count} inputs for model '{self.name}'. Got input(s) {got}, but "
-            f"missing required input(s) {lacks}. Please provide all required input(s)."
+            f"{prefix}expected {expected} but got {count} inputs for model '{self.name}'. Got input(s) "
+            f"[{_quoted(inputs)}], but missing required input(s) [{_quoted(missing)}]. Please provide all required "
+            "input(s)."
         )
 
     def _check_inputs(self, inputs: Mapping[str, Tensor], prefix: str) -> int:
         """Names, batch axes, types, shapes and sizes; returns the batch size."""
-        last_first = list(reversed(list(inputs.values())))
-        for tensor in last_first:
+        tensors = list(inputs.values())
+        for tensor in tensors:
             if tensor.name not in self.inputs:
                 raise _invalid(f"unexpected inference input '{tensor.name}' for model '{self.name}'")
-        batch = self._batch_size(last_first, prefix) if self.max_batch_size else 0
-        for tensor in last_first:
+        batch = self._batch_size(tensors, prefix) if self.max_batch_size else 0
+        for tensor in tensors:
             self._check_tensor(tensor, prefix)
         if self.max_batch_size and batch == 0:
-            size = math.prod(last_first[0].shape[1:]) * NUMPY[last_first[0].datatype].itemsize
-            raise _invalid(f"{prefix}{self._size_mismatch(last_first[0], size, 0)}")
+            size = math.prod(tensors[0].shape[1:]) * NUMPY[tensors[0].datatype].itemsize
+            raise _invalid(f"{prefix}{self._size_mismatch(tensors[0], size, 0)}")
         return batch
 
     def _batch_size(self, tensors: Iterable[Tensor], prefix: str) -> int:
@@ -182,32 +176,6 @@ class Rules:
 def _without_batch(tensor: Tensor) -> Tensor:
     data = tensor.data[0] if tensor.data.shape == tensor.shape else tensor.data
     return Tensor(tensor.name, tensor.datatype, tensor.shape[1:], data)
-
-
-def _own_parameters(parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
-    """The model's own parameters; ServiceError where one of the protocol's is wrong."""
-    for name, value in parameters.items():
-        if name.startswith("triton_") and name != EMPTY_FINAL:
-            raise _invalid(
-                "parameter keys starting with 'triton_' are reserved for Triton usage. Only the following keys "
-                f"starting with 'triton_' are allowed: {EMPTY_FINAL}"
-            )
-        if name in _BOOLEANS and not isinstance(value, bool):
-            raise _invalid(f"invalid value type for '{name}' parameter, expected bool_param.")
-        if name == "timeout" and not _is_whole(value):
-            raise _invalid("invalid value type for 'timeout' parameter, expected int64_param.")
-        if name == "sequence_id" and not (_is_whole(value) or isinstance(value, str)):
-            raise _invalid("invalid value type for 'sequence_id' parameter, expected int64_param or string_param.")
-        if name == "priority":
-            if not _is_whole(value):
-                raise _invalid("invalid value type for 'priority' parameter, expected int64_param or uint64_param.")
-            if int(value) < 0:
-                raise _invalid("invalid value for 'priority', expected value >= 0.")
-    return {name: value for name, value in parameters.items() if name not in _RESERVED}
-
-
-def _is_whole(value: Parameter) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _quoted(names: Iterable[str]) -> str:

@@ -38,14 +38,6 @@ _ONE_SOURCE = (
     "'shared_memory_region' in 'parameters'. "
 )
 _UNSIGNED = "non-unsigned-integer as unsigned-integer"
-_RESERVED: dict[str, tuple[tuple[type, ...], str]] = {
-    "priority": ((int,), _UNSIGNED),
-    "timeout": ((int,), _UNSIGNED),
-    "sequence_id": ((int, str), _UNSIGNED),
-    "sequence_start": ((bool,), "non-boolean as boolean"),
-    "sequence_end": ((bool,), "non-boolean as boolean"),
-    "binary_data_output": ((bool,), "non-boolean as boolean"),
-}
 _KEY_END = re.compile(rb'"[ \t\r\n]*:')
 
 
@@ -156,7 +148,7 @@ def infer_body(model: str, version: str, body: bytes, header_length: int | None,
     inputs = _member(head, "inputs", list, "non-array as array", [])
     request.inputs.extend(bounded(_input(tensor, tail, reading) for tensor in inputs))
     tail.close()
-    made = InferBody(request, binary=bool(parameters.pop("binary_data_output", False)))
+    made = InferBody(request, binary=parameters.get("binary_data_output") is True)
     outputs = _member(head, "outputs", list, "non-array as array", [])
     check_outputs(len(outputs))
     for output in outputs:
@@ -173,20 +165,12 @@ def _member(holder: Mapping[str, Any], key: str, kind: type, complaint: str, def
     return value
 
 
-def checked_parameters(given: Any, *, reserved: bool = True) -> dict[str, Parameter]:
-    """A request's parameters; INVALID for values that the protocol does not have and for reserved names."""
+def checked_parameters(given: Any) -> dict[str, Parameter]:
+    """A request's parameters; INVALID for values that the protocol does not have."""
     if not isinstance(given, dict):
         raise invalid("failed to get request params.: attempt to get members for non-object")
     for key, value in given.items():
-        if key in _RESERVED:
-            types, complaint = _RESERVED[key]
-            if type(value) not in types or (type(value) is int and value < 0):
-                raise invalid(f"Unable to parse '{key}': attempt to access JSON {complaint}")
-        elif key.startswith("triton_") and reserved:
-            raise invalid(
-                "parameter keys starting with 'triton_' are reserved for Triton usage and should not be specified."
-            )
-        elif not isinstance(value, bool | int | float | str):
+        if not isinstance(value, bool | int | float | str):
             raise invalid(f"parameter '{key}' has invalid type. It should be either 'int', 'bool', or 'string'.")
     return dict(given)
 

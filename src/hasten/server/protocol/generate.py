@@ -33,9 +33,9 @@ def generate_request(
                 raise invalid(
                     "Expected JSON object for keyword: 'parameters': attempt to access JSON non-object as object"
                 )
-            parameters |= checked_parameters(value, reserved=False)
+            parameters |= checked_parameters(value)
         else:
-            parameters |= checked_parameters({key: value}, reserved=False)
+            parameters |= checked_parameters({key: value})
     request_id = parameters.pop("id", "")
     if not isinstance(request_id, str):
         raise invalid("Unable to parse 'id': attempt to access JSON non-string as string")

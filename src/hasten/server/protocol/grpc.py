@@ -28,17 +28,6 @@ if TYPE_CHECKING:
     from hasten.server.service import Service
 
 SERVICE = "inference.GRPCInferenceService"
-STATUS = {
-    ErrorKind.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
-    ErrorKind.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
-    ErrorKind.ALREADY_EXISTS: grpc.StatusCode.ALREADY_EXISTS,
-    ErrorKind.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
-    ErrorKind.EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    ErrorKind.UNSUPPORTED: grpc.StatusCode.UNIMPLEMENTED,
-    ErrorKind.CANCELLED: grpc.StatusCode.CANCELLED,
-    ErrorKind.INTERNAL: grpc.StatusCode.INTERNAL,
-}
-
 _DECOUPLED = "ModelInfer RPC doesn't support models with decoupled transaction policy"
 _PUSHBACK = "grpc-retry-pushback-ms"
 """Of trailing metadata: when gRPC's own retries try again."""
@@ -309,7 +298,7 @@ def _answering(
             known = client_error(error, "a gRPC call")
         if known.is_temporary:
             _set_retry_after(context, retry_after(known.retry_after))
-        await context.abort(STATUS[known.kind], str(known))
+        await context.abort(grpc.StatusCode[known.kind.value.grpc], str(known))
 
     return answer
 

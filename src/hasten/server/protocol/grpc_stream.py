@@ -18,10 +18,10 @@ from tritonclient.grpc import service_pb2 as pb
 from hasten.server.by_size import by_size
 from hasten.server.errors import client_error
 from hasten.server.inflight import Claim, InflightBytes
+from hasten.server.models.reserved import EMPTY_FINAL
 from hasten.server.protocol.placement import place, placements
 from hasten.server.protocol.proto import (
     FINAL,
-    WANTS_EMPTY_FINAL,
     infer_request,
     infer_response,
     parsed_infer,
@@ -223,7 +223,7 @@ class _Stream:
             await self._send(response)
 
     async def _serve_many(self, request: InferRequest, placed: Placed) -> None:
-        empty_final = request.parameters.get(WANTS_EMPTY_FINAL) is True
+        empty_final = request.parameters.get(EMPTY_FINAL) is True
         started = False
         try:
             async with aclosing(self._service.stream(request)) as responses:

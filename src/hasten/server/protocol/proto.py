@@ -26,7 +26,6 @@ from hasten.server.protocol.tensors import (
 from hasten.server.types import InferRequest, InferResponse, Parameter, RequestedOutput, Tensor
 
 FINAL = "triton_final_response"
-WANTS_EMPTY_FINAL = "triton_enable_empty_final_response"
 _CHUNK = 1 << 16
 """Elements that are converted at once, a few milliseconds in which no other thread runs."""
 _ID, _RAW_OUTPUT, _INFER_RESPONSE = 3, 6, 2
@@ -55,14 +54,6 @@ _HELD_BY = {
     "fp32_contents": "FP32",
     "fp64_contents": "FP64",
     "bytes_contents": "BYTES",
-}
-_RESERVED: dict[str, tuple[tuple[type, ...], str]] = {
-    "priority": ((int,), "int64_param or uint64_param"),
-    "timeout": ((int,), "int64_param"),
-    "sequence_id": ((int, str), "int64_param or string_param"),
-    "sequence_start": ((bool,), "bool_param"),
-    "sequence_end": ((bool,), "bool_param"),
-    WANTS_EMPTY_FINAL: ((bool,), "bool_param"),
 }
 
 
@@ -96,7 +87,7 @@ def infer_request(message: Any, tensors: Sequence[bytes | memoryview], reading: 
         model=message.model_name,
         version=message.model_version,
         id=message.id,
-        parameters=_checked(parameters(message.parameters)),
+        parameters=parameters(message.parameters),
         inputs=bounded(_input(message, tensor, raw, reading) for tensor in message.inputs),
         outputs=[RequestedOutput(output.name, parameters(output.parameters)) for output in message.outputs],
     )
@@ -113,22 +104,6 @@ def _value(key: str, message: Any) -> Parameter:
         raise invalid(f"invalid value type for '{key}' parameter, expected int64_param, bool_param, or string_param.")
     value: Parameter = getattr(message, kind)
     return value
-
-
-def _checked(given: dict[str, Parameter]) -> dict[str, Parameter]:
-    for key, value in given.items():
-        if key in _RESERVED:
-            types, expected = _RESERVED[key]
-            if type(value) not in types:
-                raise invalid(f"invalid value type for '{key}' parameter, expected {expected}.")
-            if key in ("priority", "timeout") and isinstance(value, int) and value < 0:
-                raise invalid(f"invalid value for '{key}', expected value >= 0.")
-        elif key.startswith("triton_"):
-            raise invalid(
-                "parameter keys starting with 'triton_' are reserved for Triton usage. Only the following keys "
-                f"starting with 'triton_' are allowed: {WANTS_EMPTY_FINAL}"
-            )
-    return given
 
 
 def _input(message: Any, tensor: Any, raw: Iterator[bytes | memoryview] | None, reading: Reading) -> Tensor:

@@ -35,8 +35,6 @@ _LOOK_S, _LOOK_EACH_S = 0.05, 0.002
 _LOOK_PARENT_S = 1.0
 _LONGEST_END_S = 3600.0
 """How long requests may go on once the model is unloaded."""
-_CODES = {ErrorKind.INVALID: "INVALID_ARG", ErrorKind.EXHAUSTED: "UNAVAILABLE"}
-"""What the backend calls a kind of error, where that is not the kind's own name."""
 _DATATYPES = {dtype: name for name, dtype in NUMPY.items() if name != "BF16"}
 _T = TypeVar("_T")
 
@@ -107,8 +105,7 @@ class TritonPythonModel:
 
     def _fail(self, sender: Any, error: ServiceError) -> None:
         kinds = self._backend.TritonError
-        code = getattr(kinds, _CODES.get(error.kind, error.kind.name))
-        self._send(sender, [], final=True, error=kinds(str(error), code))
+        self._send(sender, [], final=True, error=kinds(str(error), getattr(kinds, error.kind.value.backend)))
 
     def _tensor(self, tensor: Tensor) -> Any:
         """The backend's form of a tensor: by DLPack, since it misreads the arrays of numpy 2."""
