@@ -6,7 +6,7 @@ import pytest
 from tests.engine.planning.test_plan import SHAPES
 
 from hasten import LLM, SamplingParams
-from hasten.checkpoint.sources import read_hf_config
+from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.core.config import ModelConfig
 from hasten.engine.planning.step_work import EstimatedWork, WorkEstimator
 
