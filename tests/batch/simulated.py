@@ -21,6 +21,8 @@ class SimulatedEngine:
     max_model_len = 64
     seed = 0
     tokenizer: Tokenizer | None = None
+    eos_token_ids = (2,)
+    tool_call_parser = "auto"
 
     def __init__(self, window: int = 8, before_step: Callable[[], object] = lambda: None) -> None:
         self.window = window

@@ -4,7 +4,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 import pytest
@@ -13,6 +13,9 @@ from tests.waiting import LIMIT_S
 from hasten.core.config import EngineConfig
 from hasten.engine.llm import LLM
 from hasten.server.engine.client import EngineClient
+
+if TYPE_CHECKING:
+    from tests.server.openai_site import Site
 
 # By default httpx gives an answer 5 s, which it may need longer for on a busy machine.
 _timeout = inspect.signature(httpx.get).parameters["timeout"].default
@@ -48,3 +51,13 @@ def demo_llm(demo_model: Path) -> Iterator[LLM]:
     """The same engine in this process, to compare with."""
     with LLM(demo_model) as llm:
         yield llm
+
+
+@pytest.fixture(scope="session")
+def tool_site(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Site]":
+    """A server whose model `story` has a chat template with tools."""
+    from tests.server.tool_model import serve_tools
+
+    site = serve_tools(tmp_path_factory.mktemp("tools"))
+    yield site
+    site.close()

@@ -493,7 +493,7 @@ def test_what_is_wrong_is_named(client: openai.OpenAI, name: str, stream: bool) 
 
 BAD_CHATS: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "no messages": ({"messages": []}, "messages is empty", "messages"),
-    "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools=", "tools"),
+    "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "does not show in which form", "tools"),
     "store": ({"store": True}, "store=True is not supported", "store"),
     "audio": ({"modalities": ["text", "audio"]}, "modalities=", "modalities"),
     "top_logprobs": ({"top_logprobs": 2}, "top_logprobs needs logprobs", "top_logprobs"),
@@ -522,7 +522,12 @@ def test_fields_without_effect_and_nulls_are_accepted(client: openai.OpenAI) -> 
     nothing = dict.fromkeys(("n", "stop", "seed", "logprobs", "temperature", "guided_json", "response_format"))
     made = client.completions.create(model="story", prompt="a", max_tokens=1, user="me", extra_body=nothing)
     assert len(made.choices) == 1
-    extra = {"tools": [{"type": "function"}], "tool_choice": "none", "metadata": {"a": "b"}, "service_tier": "auto"}
+    extra = {
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "tool_choice": "none",
+        "metadata": {"a": "b"},
+        "service_tier": "auto",
+    }
     made_chat = client.chat.completions.create(
         model="story",
         messages=CHAT,

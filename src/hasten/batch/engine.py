@@ -1,5 +1,6 @@
 """What computes a batch: `LLM`, or whatever offers the same few calls."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
@@ -43,6 +44,16 @@ class BatchEngine(Protocol):
         """The tokenizer's chat template, if it has one."""
         ...
 
+    @property
+    def eos_token_ids(self) -> Sequence[int]:
+        """The model's end tokens."""
+        ...
+
+    @property
+    def tool_call_parser(self) -> str:
+        """The option of this name."""
+        ...
+
     def add(self, request: Request) -> None:
         """Queue a prompt; InvalidRequestError where it cannot be served."""
         ...
@@ -65,6 +76,8 @@ class LLMEngine:
         self.max_model_len = self._engine.max_model_len
         self.seed = self._engine.config.seed
         self.tokenizer = self._engine.tokenizer
+        self.eos_token_ids = self._engine.model_config.eos_token_ids
+        self.tool_call_parser = self._engine.config.tool_call_parser
         self.add, self.abort = self._engine.add, self._engine.abort
         if self._engine.worker.pooler is not None:
             name = self._engine.model_config.architecture

@@ -12,9 +12,11 @@ from hasten.batch.engine import BatchEngine
 from hasten.batch.source import Row
 from hasten.core.structured_outputs import STRUCTURED
 from hasten.core.types import SamplingParams
+from hasten.engine.chat import ChatTemplate
 from hasten.server.openai.chat import chat_text
 from hasten.server.openai.choices import ChatChoices, Choices, completion_choices
 from hasten.server.openai.params import CONSTRAINING, OpenAIError, chat_params, check_chat, completion_params, decode
+from hasten.server.openai.tools import ToolUse
 from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest
 
 _COMPLETIONS, _CHATS = "/v1/completions", "/v1/chat/completions"
@@ -118,11 +120,18 @@ class RowReader:
         template = self._engine.template
         if template is None:
             raise OpenAIError("the model's tokenizer has no chat template; use prompts, or /v1/completions")
+        tools = self._tools(body, template)
+        text = chat_text(body, template, tools=None if tools is None else tools.descriptions)
         # the template writes special tokens itself
-        (ids,) = self._encoded([chat_text(body, template)], add_special_tokens=False)
-        params = chat_params(body, self._engine.max_model_len - len(ids))
-        choices = ChatChoices(stream=False, top_logprobs=body.top_logprobs or 0)
+        (ids,) = self._encoded([text], add_special_tokens=False)
+        params = chat_params(body, self._engine.max_model_len - len(ids), tools)
+        choices = ChatChoices(stream=False, top_logprobs=body.top_logprobs or 0, tools=tools)
         return RowRequest("chat.completion", body.model, [ids], [params], choices)
+
+    def _tools(self, body: ChatRequest, template: ChatTemplate) -> ToolUse | None:
+        engine = self._engine
+        assert engine.tokenizer is not None, "it has a template"
+        return ToolUse.of(body, template, engine.tokenizer, engine.eos_token_ids, engine.tool_call_parser)
 
     def _encoded(self, prompts: Sequence[str | list[int]], *, add_special_tokens: bool = True) -> list[list[int]]:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]

@@ -33,6 +33,7 @@ _DTYPE_ALIASES: dict[str, DTypeName] = {
 
 Quantization = Literal["int8", "w8a8", "fp8", "int4"]
 """Schemes of quantization that weights may be loaded with."""
+TOOL_CALL_PARSERS = ("auto", "hermes", "llama3_json", "mistral")
 QUANTIZATIONS: tuple[Quantization, ...] = typing.get_args(Quantization)
 
 
@@ -674,6 +675,12 @@ class EngineConfig:
     tokenizer: str | None = option(
         None, "folder or file of the tokenizer (default: the model's)", flag="--tokenizer-path", kind="path"
     )
+    tool_call_parser: str = option(
+        "auto",
+        "form in which the model writes calls of tools in chats: hermes (Qwen's too), llama3_json, mistral, or auto, "
+        "as its chat template shows",
+        choices=TOOL_CALL_PARSERS,
+    )
     dtype: str = option(
         "auto",
         "type to compute in: fp32, fp16, bf16, or auto (the checkpoint's on a GPU, fp32 on a CPU)",
@@ -723,6 +730,10 @@ class EngineConfig:
         _require(
             self.quantization is None or self.quantization in QUANTIZATIONS,
             f"quantization {self.quantization!r} is not supported; there is {', '.join(QUANTIZATIONS)}",
+        )
+        _require(
+            self.tool_call_parser in TOOL_CALL_PARSERS,
+            f"tool_call_parser {self.tool_call_parser!r} is not known; there is {', '.join(TOOL_CALL_PARSERS)}",
         )
         self.check_deterministic(self.parallel.tensor_parallel_size, self.quantization)
 
@@ -784,6 +795,7 @@ WITHOUT_EFFECT: Mapping[str, tuple[tuple[object, ...] | None, str]] = {
     "data_parallel_size": ((1,), "this is one engine; hasten serve --data-parallel-size runs several"),
     "enable_lora": ((False, None), "adapters are not supported; merge them into the checkpoint"),
     "skip_tokenizer_init": ((False,), "a folder without a tokenizer does without one"),
+    "enable_auto_tool_choice": (None, ""),
     "tokenizer_mode": (("auto", "fast"), "the tokenizer is the checkpoint's tokenizer.json"),
     "scheduling_policy": (("fcfs",), "requests begin in the order in which they come; only itl_target changes that"),
     "speculative_config": ((None,), "there is no speculative decoding"),
@@ -819,6 +831,7 @@ class EngineOptions(TypedDict, total=False):
     """The options of an engine by the names of their fields, for type checkers and editors."""
 
     tokenizer: str | os.PathLike[str] | None
+    tool_call_parser: str
     dtype: Any
     device: Any
     quantization: Quantization | None
@@ -864,6 +877,7 @@ class EngineOptions(TypedDict, total=False):
     data_parallel_size: int
     enable_lora: bool | None
     skip_tokenizer_init: bool
+    enable_auto_tool_choice: bool
     tokenizer_mode: str
     scheduling_policy: str
     speculative_config: Any

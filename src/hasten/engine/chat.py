@@ -5,6 +5,7 @@ Imports no transformers: what templates find there is made here.
 
 import datetime
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,14 +52,25 @@ class RenderLimits:
 
 
 class ChatTemplate:
-    """A template, compiled, with the special tokens that it may use."""
+    """A template, compiled, with the special tokens that it may use.
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    `tool_source` is the template of chats with tools, for tokenizers that have one of its own for them.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], tool_source: str | None = None) -> None:
         self._special_tokens = dict(special_tokens)
+        self.tool_source = source if tool_source is None else tool_source
+        """Text of the template that renders chats with tools."""
         try:
             self._template = _environment().from_string(source)
+            self._tool_template = _environment().from_string(self.tool_source)
         except TemplateError as error:
             raise CheckpointError(f"the tokenizer's chat template is not valid: {error}") from error
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the prompt of a chat can describe tools."""
+        return re.search(r"\btools\b", self.tool_source) is not None
 
     @classmethod
     def from_folder(cls, path: str | Path, source: str | None = None) -> "ChatTemplate | None":
@@ -69,17 +81,19 @@ class ChatTemplate:
         path = Path(path)
         folder = path if path.is_dir() else path.parent
         config = _read_json(folder / "tokenizer_config.json")
-        source = source or _source(folder, config)
+        tool_source = None if source else _source(folder, config, "tool_use")
+        source = source or _source(folder, config, "default")
         if source is None:
             return None
         named = _read_json(folder / "special_tokens_map.json") | config
         tokens = {name: _content(named[name]) for name in _SPECIAL_TOKENS if named.get(name)}
-        return cls(source, tokens)
+        return cls(source, tokens, tool_source)
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
         limits: "RenderLimits | None" = None,
@@ -89,9 +103,10 @@ class ChatTemplate:
         `variables` are what the template may know beside them.
         """
         values = self._special_tokens | dict(variables or {})
-        values |= {"messages": messages, "tools": None, "add_generation_prompt": add_generation_prompt}
+        values |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        template = self._tool_template if tools else self._template
         try:
-            pieces = self._template.generate(values)
+            pieces = template.generate(values)
             return "".join(pieces if limits is None else limits.applied(pieces))
         except _LimitError as error:
             raise InvalidRequestError(str(error)) from None
@@ -146,15 +161,16 @@ def _read_json(file: Path) -> dict[str, Any]:
     return made
 
 
-def _source(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The template's text: from its own file, or from the tokenizer's configuration, there perhaps one of several."""
-    file = folder / "chat_template.jinja"
+def _source(folder: Path, config: Mapping[str, Any], name: str) -> str | None:
+    """A template's text: from its own file, or from the tokenizer's configuration, there perhaps one of several."""
+    is_default = name == "default"
+    file = folder / ("chat_template.jinja" if is_default else f"additional_chat_templates/{name}.jinja")
     if file.is_file():
         return file.read_text(encoding="utf-8")
     given = config.get("chat_template")
     if isinstance(given, list):
-        return next((entry["template"] for entry in given if entry.get("name") == "default"), None)
-    return given if isinstance(given, str) else None
+        return next((entry["template"] for entry in given if entry.get("name") == name), None)
+    return given if isinstance(given, str) and is_default else None
 
 
 def _content(token: Any) -> str:
@@ -166,6 +182,7 @@ def chat_prompt(
     messages: Sequence[Mapping[str, Any]],
     template: ChatTemplate,
     *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     variables: Mapping[str, Any] | None = None,
@@ -173,15 +190,24 @@ def chat_prompt(
 ) -> str:
     """The prompt for a chat's messages, each with `role` and `content`; InvalidRequestError names what is wrong.
 
-    A content is a text or a list of parts `{"type": "text", "text": ...}`. With `continue_final_message` the last
-    message is left open, to be continued.
+    A content is a text or a list of parts `{"type": "text", "text": ...}`. The arguments of `tool_calls` may be JSON:
+    templates get the objects. `tools` are functions as OpenAI's API describes them. With `continue_final_message` the
+    last message is left open, to be continued.
     """
     normalized = [_message(f"messages[{number}]", message) for number, message in enumerate(messages)]
     if not normalized:
         raise InvalidRequestError("messages is empty")
     if continue_final_message and add_generation_prompt:
         raise InvalidRequestError("continue_final_message cannot go with add_generation_prompt")
-    text = template.render(normalized, add_generation_prompt=add_generation_prompt, variables=variables, limits=limits)
+    if tools and not template.takes_tools:
+        raise InvalidRequestError("tools cannot be described to this model: its chat template has no room for them")
+    text = template.render(
+        normalized,
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        variables=variables,
+        limits=limits,
+    )
     require_utf8("messages", text)
     return _open_end(text, normalized[-1]["content"]) if continue_final_message else text
 
@@ -206,7 +232,27 @@ def _message(where: str, message: Mapping[str, Any]) -> dict[str, Any]:
         raise InvalidRequestError(f"{where}.content is missing")
     if content is not None:
         require_utf8(f"{where}.content", content)
-    return {name: value for name, value in message.items() if value is not None} | {"role": role, "content": content}
+    made = {name: value for name, value in message.items() if value is not None} | {"role": role, "content": content}
+    if calls := message.get("tool_calls"):
+        made["tool_calls"] = [_tool_call(f"{where}.tool_calls[{number}]", call) for number, call in enumerate(calls)]
+    return made
+
+
+def _tool_call(where: str, call: Any) -> dict[str, Any]:
+    """A call of a message, with its arguments as an object."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InvalidRequestError(f"{where} must have a function with a name and arguments, got {call!r:.80}")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequestError(f"{where}.function.arguments is not valid JSON: {error}") from None
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, Mapping):
+        raise InvalidRequestError(f"{where}.function.arguments is not a JSON object: {arguments!r:.80}")
+    return {**call, "type": "function", "function": {**function, "arguments": arguments}}
 
 
 def _content_text(where: str, content: Any) -> str | None:

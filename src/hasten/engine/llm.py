@@ -226,10 +226,12 @@ class LLM(PoolingMethods):
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """Answer a chat, or several: messages are dicts with `role` and `content`, rendered by the chat template.
 
-        `chat_template` stands in for the tokenizer's own. Raises InvalidRequestError where the messages are not valid
+        `chat_template` stands in for the tokenizer's own; `tools` are functions, as OpenAI's API describes them, that
+        the prompt tells the model about. Raises InvalidRequestError where the messages are not valid
         or there is no template.
         """
         from hasten.engine.chat import ChatTemplate, chat_prompt
@@ -245,6 +247,7 @@ class LLM(PoolingMethods):
             chat_prompt(
                 chat,
                 template,
+                tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 variables=chat_template_kwargs,

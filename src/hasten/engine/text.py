@@ -1,11 +1,11 @@
 """Text at both ends: the tokenizer, and text that grows token by token, with its stop words."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -22,6 +22,14 @@ _PROMPT_END = 16
 
 _ANCHORS, _FOLLOWER = ("\n", ".", "(", "-"), "a"
 """Texts that no token joins with what follows, and a text to see that with."""
+
+
+class AddedToken(NamedTuple):
+    """A token that a tokenizer's vocabulary got later than the others."""
+
+    number: int
+    special: bool
+    """Whether it is left out of text where special tokens are."""
 
 
 class Tokens(NamedTuple):
@@ -63,6 +71,14 @@ class Tokenizer:
     def to_json(self) -> str:
         """The text of its tokenizer.json."""
         return str(self._fast.to_str())
+
+    @cached_property
+    def added_tokens(self) -> dict[str, AddedToken]:
+        """The tokens that were added to its vocabulary, by their text; special ones are among them."""
+        return {token.content: AddedToken(number, token.special) for number, token in self._added()}
+
+    def _added(self) -> Iterable[tuple[int, Any]]:
+        return self._fast.get_added_tokens_decoder().items()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; InvalidRequestError where it is not UTF-8."""

@@ -297,6 +297,11 @@ class EngineClient:
         return most if limit is None else min(most, limit)
 
     @property
+    def tool_call_parser(self) -> str:
+        """The option of the engine: how its model writes calls of tools."""
+        return self._config.tool_call_parser
+
+    @property
     def max_text_bytes(self) -> int:
         """Of a text whose bytes say nothing of its tokens."""
         return self._limits.max_text_bytes

@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from hasten.core.types import SamplingParams
@@ -12,6 +13,7 @@ from hasten.server.openai.answer import Usage, answer_head, check_completions, w
 from hasten.server.openai.choices import Choice, Choices
 from hasten.server.openai.events import CallEvents
 from hasten.server.openai.requests import PromptRequests
+from hasten.server.openai.tools import ToolUse
 from hasten.server.openai.types import GenerationRequest
 
 
@@ -30,6 +32,12 @@ class Call:
     """Seconds that its prompts may wait before they are begun; None: as long as the engine lets them."""
     prompts_only: bool = False
     """Whether prompts are to be given back and nothing is to follow them."""
+    tools: ToolUse | None = None
+    """What a chat may call."""
+
+    def naming_errors(self) -> AbstractContextManager[None]:
+        """Errors in it name what the client sent."""
+        return nullcontext() if self.tools is None else self.tools.naming_errors()
 
     def head(self, kind: str) -> bytes:
         """How each JSON object of the answer begins."""
@@ -42,7 +50,8 @@ class Call:
         try:
             await self.submit(requests)
             while requests.unfinished:
-                number, progress = await requests.read()
+                with self.naming_errors():
+                    number, progress = await requests.read()
                 size += progress.size
                 found += await by_size(progress.size, self._used_up, number, progress)
                 await asyncio.sleep(0)  # all that have ended would be looked at in one turn of the event loop

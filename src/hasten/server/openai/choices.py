@@ -1,17 +1,19 @@
 """What OpenAI's API answers: choices, whole or piece by piece, in the form of completions or of chats."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 
-from hasten.core.types import SamplingParams
+from hasten.core.types import FinishReason, SamplingParams
 from hasten.engine.text import Tokenizer
 from hasten.server.engine.ticket import Progress
 from hasten.server.engine.wire import CompletionDelta, Logprob
 from hasten.server.openai.params import OpenAIError
+from hasten.server.openai.tools import ToolUse
 from hasten.server.openai.types import CompletionRequest
+from hasten.server.tools.parser import CallPiece, Piece, TextPiece, ToolParser
 
 _LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have; as OpenAI writes it."""
@@ -57,11 +59,29 @@ class ChatLogprobs(msgspec.Struct):
     refusal: None = None
 
 
+class FunctionOut(msgspec.Struct, omit_defaults=True):
+    """A call's function, or what is new of its arguments' JSON."""
+
+    arguments: str
+    name: str | None = None
+
+
+class ToolCallOut(msgspec.Struct, omit_defaults=True):
+    """A call, or what is new of it: its first piece has all but the arguments, the others have those alone."""
+
+    function: FunctionOut
+    index: int | None = None
+    """Which call it is a piece of."""
+    id: str | None = None
+    type: str | None = None
+
+
 class ChatMessageOut(msgspec.Struct, omit_defaults=True):
     """An answer, or what is new of it."""
 
     role: str | None = None
-    content: str | None = None
+    content: str | msgspec.UnsetType | None = msgspec.UNSET
+    tool_calls: list[ToolCallOut] | None = None
 
 
 class ChatChoice(msgspec.Struct):
@@ -220,23 +240,62 @@ def _by_text(top: dict[int, Logprob]) -> dict[str, float]:
 
 @dataclass
 class ChatChoices:
-    """Answers of a chat."""
+    """Answers of a chat, which call tools where it has any."""
 
     stream: bool
     top_logprobs: int = 0
+    tools: ToolUse | None = None
     _begun: set[int] = field(default_factory=set)
+    _parsers: dict[int, ToolParser] = field(default_factory=dict)
 
     def take(self, number: int, progress: Progress) -> list[ChatChoice | ChatPiece]:
         """See Choices; a chat has one prompt."""
-        return [self._choice(delta) for delta in progress.completions]
-
-    def _choice(self, delta: CompletionDelta) -> ChatChoice | ChatPiece:
-        logprobs = None if delta.logprobs is None else self._logprobs(delta)
         if not self.stream:
+            return [self._whole(delta) for delta in progress.completions]
+        return [piece for delta in progress.completions for piece in self._pieces(delta)]
+
+    def _whole(self, delta: CompletionDelta) -> ChatChoice:
+        logprobs = None if delta.logprobs is None else self._logprobs(delta)
+        if self.tools is None:
             return ChatChoice(delta.index, ChatMessageOut("assistant", delta.text), logprobs, _reason(delta))
-        role = None if delta.index in self._begun else "assistant"
-        self._begun.add(delta.index)
-        return ChatPiece(delta.index, ChatMessageOut(role, delta.text), logprobs, _reason(delta))
+        pieces = self._parsed(self.tools, delta)
+        calls = _joined(self.tools, pieces)
+        text = "".join(piece.text for piece in pieces if isinstance(piece, TextPiece))
+        message = ChatMessageOut("assistant", text if text or not calls else None, calls or None)
+        return ChatChoice(delta.index, message, logprobs, self._reason(delta))
+
+    def _pieces(self, delta: CompletionDelta) -> Iterator[ChatPiece]:
+        """What is new of an answer: one piece, or one for each part of it that is text or a call."""
+        logprobs = None if delta.logprobs is None else self._logprobs(delta)
+        if self.tools is None:
+            yield self._piece(delta, ChatMessageOut(content=delta.text), logprobs, _reason(delta))
+            return
+        shown = [_message(self.tools, piece) for piece in self._parsed(self.tools, delta)]
+        if not shown and (logprobs is not None or delta.finish_reason is not None):
+            shown = [ChatMessageOut()]
+        for place, message in enumerate(shown):
+            is_last = place == len(shown) - 1
+            yield self._piece(delta, message, None if place else logprobs, self._reason(delta) if is_last else None)
+
+    def _piece(
+        self, delta: CompletionDelta, message: ChatMessageOut, logprobs: ChatLogprobs | None, reason: str | None
+    ) -> ChatPiece:
+        if delta.index not in self._begun:
+            self._begun.add(delta.index)
+            message.role = "assistant"
+        return ChatPiece(delta.index, message, logprobs, reason)
+
+    def _parsed(self, tools: ToolUse, delta: CompletionDelta) -> list[Piece]:
+        parser = self._parsers.get(delta.index)
+        if parser is None:
+            parser = self._parsers[delta.index] = tools.parser()
+        pieces = parser.feed(delta.text)
+        return pieces if delta.finish_reason is None else pieces + parser.end()
+
+    def _reason(self, delta: CompletionDelta) -> str | None:
+        parser = self._parsers.get(delta.index)
+        called = parser is not None and parser.calls > 0 and delta.finish_reason is FinishReason.STOP
+        return "tool_calls" if called else _reason(delta)
 
     def _logprobs(self, delta: CompletionDelta) -> ChatLogprobs:
         pairs = zip(delta.token_ids, delta.logprobs or (), strict=True)
@@ -247,6 +306,30 @@ class ChatChoices:
         chosen = _token_logprob(token, top[token])
         others = [_token_logprob(other, entry) for _, other, entry in listed[: self.top_logprobs]]
         return ChatToken(chosen.token, chosen.logprob, chosen.bytes, others)
+
+
+def _message(tools: ToolUse, piece: Piece) -> ChatMessageOut:
+    """A piece of an answer in OpenAI's form."""
+    if isinstance(piece, TextPiece):
+        return ChatMessageOut(content=piece.text)
+    if piece.name is None:
+        return ChatMessageOut(tool_calls=[ToolCallOut(FunctionOut(piece.arguments), piece.number)])
+    call = ToolCallOut(FunctionOut(piece.arguments, piece.name), piece.number, tools.call_id(), "function")
+    return ChatMessageOut(tool_calls=[call])
+
+
+def _joined(tools: ToolUse, pieces: Sequence[Piece]) -> list[ToolCallOut]:
+    """The calls of a whole answer."""
+    calls: list[tuple[str, list[str]]] = []
+    for piece in pieces:
+        if isinstance(piece, CallPiece):
+            if piece.name is not None:
+                calls.append((piece.name, []))
+            calls[-1][1].append(piece.arguments)
+    return [
+        ToolCallOut(FunctionOut("".join(arguments), name), id=tools.call_id(), type="function")
+        for name, arguments in calls
+    ]
 
 
 def _token_logprob(token: int, entry: Logprob) -> TokenLogprob:

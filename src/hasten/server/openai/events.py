@@ -52,7 +52,8 @@ class CallEvents:
         """See Events."""
         await self._call.submit(self._requests)
         while True:
-            number, progress = await self._requests.read()
+            with self._call.naming_errors():
+                number, progress = await self._requests.read()
             if events := await by_size(progress.size, self._events, number, progress):
                 return events
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from msgspec import Raw
@@ -14,6 +14,9 @@ from hasten.core.types import SamplingParams
 from hasten.server.json_size import check_json_size
 from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest
 from hasten.server.tokenizing import check_entries
+
+if TYPE_CHECKING:
+    from hasten.server.openai.tools import ToolUse
 
 _MOST_COMPLETIONS, _MOST_PROMPTS, _MOST_LOGPROBS, _MOST_STOPS = 128, 2048, 20, 64
 """Each as OpenAI's own limit or above it: without one, a short request could ask for any amount of work."""
@@ -95,7 +98,7 @@ def completion_params(request: CompletionRequest, prompts: int) -> SamplingParam
     return made
 
 
-def _best_of(request: CompletionRequest) -> dict[str, int]:
+def _best_of(request: CompletionRequest) -> dict[str, Any]:
     """How many completions are to be drawn, where only the best of them are wanted."""
     shown, drawn = request.n or 1, request.best_of
     if drawn is None or drawn == shown or request.use_beam_search:
@@ -112,8 +115,6 @@ def check_chat(request: ChatRequest) -> None:
     """OpenAIError for what a chat asks for and cannot have."""
     _limit("messages", len(request.messages), _MOST_MESSAGES)
     unsupported = {
-        "tools": bool(request.tools) and request.tool_choice != "none",
-        "tool_choice": request.tool_choice not in (None, "none", "auto"),
         "modalities": request.modalities not in (None, ["text"]),
         "store": bool(request.store),
         "service_tier": request.service_tier not in (None, "auto", "default"),
@@ -127,18 +128,19 @@ def check_chat(request: ChatRequest) -> None:
         raise OpenAIError("give max_completion_tokens or max_tokens, not both", param="max_tokens")
 
 
-def chat_params(request: ChatRequest, room: int) -> SamplingParams:
+def chat_params(request: ChatRequest, room: int, tools: "ToolUse | None" = None) -> SamplingParams:
     """For POST /v1/chat/completions; `room` is how many tokens fit behind the prompt."""
     _limit("top_logprobs", request.top_logprobs, _MOST_LOGPROBS)
     limits = [given for given in (request.max_completion_tokens, request.max_tokens) if given is not None]
     return _params(
         request,
+        tools,
         max_tokens=limits[0] if limits else max(1, room),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
 
 
-def _params(request: GenerationRequest, **values: Any) -> SamplingParams:
+def _params(request: GenerationRequest, tools: "ToolUse | None" = None, **values: Any) -> SamplingParams:
     _limit("n", request.n, _MOST_COMPLETIONS)
     _limit("temperature", request.temperature, _HOTTEST)
     if isinstance(request.stop, list):
@@ -153,7 +155,9 @@ def _params(request: GenerationRequest, **values: Any) -> SamplingParams:
     if request.seed is not None:
         values["seed"] = request.seed % 2**64  # OpenAI's are signed
     values = {"n": 1 if request.n is None else request.n} | values
-    return SamplingParams(**(values | _beams(request) | _constraint(request)))
+    constraint = _constraint(request)
+    values |= constraint if tools is None else tools.sampling(constraint)
+    return SamplingParams(**(values | _beams(request)))
 
 
 def _limit(name: str, value: float | None, most: int) -> None:

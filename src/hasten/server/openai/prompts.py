@@ -11,6 +11,7 @@ from hasten.server.by_size import by_size
 from hasten.server.engine.client import EngineClient, EngineInfo
 from hasten.server.openai.chat import characters, chat_text
 from hasten.server.openai.params import OpenAIError
+from hasten.server.openai.tools import ToolUse
 from hasten.server.openai.types import ChatRequest
 from hasten.server.tokenizing import SHORT_TEXT, tokenizing
 
@@ -27,38 +28,54 @@ class ChatPrompts:
     def __init__(self) -> None:
         self._templates: WeakKeyDictionary[EngineClient, ChatTemplate | None] = WeakKeyDictionary()
 
-    async def chat(self, asked: ChatRequest, client: EngineClient, *, add_special_tokens: bool = False) -> list[int]:
+    async def chat(
+        self,
+        asked: ChatRequest,
+        client: EngineClient,
+        tools: ToolUse | None = None,
+        *,
+        add_special_tokens: bool = False,
+    ) -> list[int]:
         """Token ids of a chat. The template writes special tokens itself."""
-        template = await self._template(client)
-        if template is None:
-            raise OpenAIError("the model's tokenizer has no chat template; use /v1/completions")
-        prompt = await _rendered(asked, template, client)
+        prompt = await _rendered(asked, await self._template(client), client, tools)
         (tokens,) = await tokenized([prompt], client, "messages", add_special_tokens=add_special_tokens)
         return tokens
 
-    async def _template(self, client: EngineClient) -> ChatTemplate | None:
+    async def tools(self, asked: ChatRequest, client: EngineClient) -> ToolUse | None:
+        """What the tools of a chat are for its model, if it has any; OpenAIError where they are not valid."""
+        if asked.tools is None and asked.tool_choice is None:
+            return None
+        template = await self._template(client)
+        assert client.tokenizer is not None, "it has a template"
+        return ToolUse.of(asked, template, client.tokenizer, client.info.eos_token_ids, client.tool_call_parser)
+
+    async def _template(self, client: EngineClient) -> ChatTemplate:
         folder = client.info.tokenizer_folder
         if folder is None:
             raise OpenAIError("the model has no tokenizer; use /v1/completions with token ids")
         if client not in self._templates:
             self._templates[client] = await asyncio.to_thread(ChatTemplate.from_folder, folder)
-        return self._templates[client]
+        if (template := self._templates[client]) is None:
+            raise OpenAIError("the model's tokenizer has no chat template; use /v1/completions")
+        return template
 
 
-async def _rendered(asked: ChatRequest, template: ChatTemplate, client: EngineClient) -> str:
+async def _rendered(asked: ChatRequest, template: ChatTemplate, client: EngineClient, tools: ToolUse | None) -> str:
     """The prompt for a request's messages, rendered where it holds up nobody; nothing is for what must be too long."""
-    count, longest = characters(asked), client.most_characters
+    described = None if tools is None else tools.descriptions
+    count, longest = characters(asked, described), client.most_characters
     if count > longest:
+        what = "messages and tools" if described else "messages"
         raise OpenAIError(
-            f"the messages have {count} characters; what the model can take has at most {longest}",
+            f"the {what} have {count} characters; what the model can take has at most {longest}",
             param="messages",
             code="context_length_exceeded",
         )
     limits = RenderLimits(longest, _RENDER_S)
     if count <= SHORT_TEXT and len(asked.messages) <= _FEW_MESSAGES and not asked.chat_template_kwargs:
-        return chat_text(asked, template, limits)
+        return chat_text(asked, template, limits, described)
     with client.counting_refusals():
-        return await tokenizing.run(partial(chat_text, asked, template, limits))
+        return await tokenizing.run(partial(chat_text, asked, template, limits, described))
 
 
 async def tokenized(

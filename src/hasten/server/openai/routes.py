@@ -95,10 +95,11 @@ class _Api:
         client = found.client
         check_chat(asked)
         timeout = checked_wait(request, asked.priority, client)
-        tokens = await self._prompts.chat(asked, client)
-        params = chat_params(asked, client.info.max_model_len - len(tokens))
-        choices = ChatChoices(bool(asked.stream), asked.top_logprobs or 0)
-        call = Call(asked, client, [tokens], params, choices, "chat.completion", timeout)
+        tools = await self._prompts.tools(asked, client)
+        tokens = await self._prompts.chat(asked, client, tools)
+        params = chat_params(asked, client.info.max_model_len - len(tokens), tools)
+        choices = ChatChoices(bool(asked.stream), asked.top_logprobs or 0, tools)
+        call = Call(asked, client, [tokens], params, choices, "chat.completion", timeout, tools=tools)
         return await _respond(request, call)
 
 

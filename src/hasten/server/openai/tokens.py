@@ -10,7 +10,7 @@ from hasten.engine.text import Tokenizer
 from hasten.server.engine.client import EngineClient
 from hasten.server.openai.params import OpenAIError, check_chat
 from hasten.server.openai.prompts import ChatPrompts, encoded
-from hasten.server.openai.types import ChatMessage, ChatRequest
+from hasten.server.openai.types import ChatMessage, ChatRequest, Tool
 from hasten.server.tokenizing import tokenizing
 
 _encode = msgspec.json.Encoder().encode
@@ -30,6 +30,7 @@ class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
 
 
 class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -61,9 +62,10 @@ async def _ids(asked: TokenizeRequest, client: EngineClient, chats: ChatPrompts)
         add_generation_prompt=asked.add_generation_prompt,
         continue_final_message=asked.continue_final_message,
         chat_template_kwargs=asked.chat_template_kwargs,
+        tools=asked.tools,
     )
     check_chat(chat)
-    return await chats.chat(chat, client, add_special_tokens=bool(given))
+    return await chats.chat(chat, client, await chats.tools(chat, client), add_special_tokens=bool(given))
 
 
 async def text_of(asked: DetokenizeRequest, client: EngineClient) -> bytes:

@@ -1,0 +1,157 @@
+"""What the tools of a chat are for its prompt, for what constrains its answer, and for what is read in it."""
+
+import re
+import secrets
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import msgspec
+
+from hasten.core.errors import InvalidRequestError
+from hasten.engine.chat import ChatTemplate
+from hasten.engine.text import Tokenizer
+from hasten.server.openai.params import OpenAIError
+from hasten.server.openai.types import ChatRequest, Function, NamedToolChoice
+from hasten.server.tools.forms import ToolForm, form_of
+from hasten.server.tools.grammar import GrammarFunction, ToolGrammar
+from hasten.server.tools.parser import ToolParser
+
+_MAX_TOOLS = 128
+"""Of a request; OpenAI's own limit."""
+_MAX_GRAMMAR = 64 << 10
+"""Characters of the grammar that all schemas become."""
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
+_ALPHANUMERIC = string.ascii_letters + string.digits
+_PLACE = re.compile(r"(?<=: )at \d+\(\d+\): | \d+ \| .*")
+"""Where in a grammar an error is."""
+_ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+
+
+def _check_tools(request: ChatRequest) -> None:
+    """OpenAIError for tools that no model can be given, and for a choice that is none of them."""
+    tools = request.tools or []
+    if len(tools) > _MAX_TOOLS:
+        raise OpenAIError(f"tools is limited to {_MAX_TOOLS}, got {len(tools)}", param="tools")
+    names = set[str]()
+    for number, tool in enumerate(tools):
+        _check_function(f"tools[{number}].function", tool.function, names)
+        names.add(tool.function.name)
+    choice = request.tool_choice
+    if choice not in (None, "none", "auto") and not tools:
+        raise OpenAIError("tool_choice needs tools", param="tool_choice")
+    if isinstance(choice, NamedToolChoice) and choice.function.name not in names:
+        message = f"tool_choice names {choice.function.name!r:.80}, which is not one of the tools"
+        raise OpenAIError(message, param="tool_choice")
+
+
+def _check_function(where: str, function: Function, names: set[str]) -> None:
+    if not _NAME.fullmatch(function.name):
+        message = f"{where}.name must be 1 to 128 letters, digits, '_', '-' and '.', got {function.name!r:.80}"
+        raise OpenAIError(message, param="tools")
+    if function.name in names:
+        raise OpenAIError(f"{where}.name is {function.name!r} again; names must differ", param="tools")
+    kind = (function.parameters or {}).get("type", "object")
+    if kind != "object":
+        raise OpenAIError(f"{where}.parameters must be the schema of an object, got type {kind!r:.80}", param="tools")
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The tools of one chat and the form in which its model calls them."""
+
+    form: ToolForm
+    functions: Sequence[Function]
+    choice: str | NamedToolChoice
+    several: bool
+    """Whether the answer may have several calls."""
+    tokenizer: Tokenizer
+    end_tokens: Sequence[int]
+
+    @classmethod
+    def of(
+        cls, request: ChatRequest, template: ChatTemplate, tokenizer: Tokenizer, end_tokens: Sequence[int], parser: str
+    ) -> "ToolUse | None":
+        """OpenAIError where the tools are not valid; None where nothing is to be called.
+
+        `parser` is the option `tool_call_parser`.
+        """
+        _check_tools(request)
+        if not request.tools or request.tool_choice == "none":
+            return None
+        functions = [tool.function for tool in request.tools]
+        several = request.parallel_tool_calls is not False
+        choice = request.tool_choice or "auto"
+        return cls(form_of(template, parser), functions, choice, several, tokenizer, end_tokens)
+
+    @cached_property
+    def descriptions(self) -> list[dict[str, Any]]:
+        """The tools as templates know them."""
+        shown = [msgspec.structs.replace(function, strict=None) for function in self.functions]
+        return [{"type": "function", "function": msgspec.to_builtins(function)} for function in shown]
+
+    def sampling(self, constraint: Mapping[str, Any]) -> dict[str, Any]:
+        """Sampling parameters, in place of what else constrains the answer."""
+        if kind := next((kind for kind in constraint if kind != "json_schema"), None):
+            raise OpenAIError(f"{kind} cannot go with tools; use response_format, or tool_choice 'none'", param="tools")
+        made: dict[str, Any] = {"skip_special_tokens": False} if self._has_special_marks else {}
+        grammar = self._grammar(constraint.get("json_schema"))
+        if grammar is None:
+            return made
+        if len(grammar) > _MAX_GRAMMAR:
+            message = f"the schemas of tools have {len(grammar)} characters, the limit is {_MAX_GRAMMAR}"
+            raise OpenAIError(message, param="tools")
+        return made | {"grammar": grammar}
+
+    @contextmanager
+    def naming_errors(self) -> Iterator[None]:
+        """Errors of the grammar become errors of the tools, which are what the client knows."""
+        try:
+            yield
+        except InvalidRequestError as error:
+            text = str(error)
+            if not text.startswith("grammar "):
+                raise
+            raise OpenAIError(_PLACE.sub("", text).replace("grammar", "tools", 1), param="tools") from None
+
+    def parser(self) -> ToolParser:
+        """What reads one answer."""
+        one = not self.several or isinstance(self.choice, NamedToolChoice)
+        return ToolParser(self.form, {function.name for function in self.functions}, 1 if one else None)
+
+    def call_id(self) -> str:
+        """An id for a call, of the kind that the model's template takes back."""
+        if self.form.id_length is not None:
+            return "".join(secrets.choice(_ALPHANUMERIC) for _ in range(self.form.id_length))
+        return f"call_{secrets.token_hex(12)}"
+
+    @property
+    def _has_special_marks(self) -> bool:
+        tokens, form = self.tokenizer.added_tokens, self.form
+        marks = [tokens[mark] for mark in (form.opening, form.closing, form.between) if mark in tokens]
+        return any(token.special for token in marks)
+
+    def _grammar(self, schema: str | None) -> str | None:
+        if isinstance(self.choice, NamedToolChoice):
+            name = self.choice.function.name
+            chosen = [function for function in self.functions if function.name == name]
+            return self._tool_grammar(chosen, several=False, checked=True).calls()
+        if self.choice == "required":
+            return self._tool_grammar(self.functions, several=self.several, checked=True).calls()
+        grammar = self._tool_grammar(self.functions, several=self.several, checked=False)
+        if schema is not None:
+            return grammar.calls_or_json(schema)
+        if self.several and not any(function.strict for function in self.functions):
+            return None
+        return grammar.calls_or_text()
+
+    def _tool_grammar(self, functions: Sequence[Function], *, several: bool, checked: bool) -> ToolGrammar:
+        """`checked`: arguments keep to their schemas even where a function is not strict."""
+        known = [
+            GrammarFunction(function.name, function.parameters if checked or function.strict else _ANY_OBJECT)
+            for function in functions
+        ]
+        return ToolGrammar(self.form, known, self.tokenizer.added_tokens, self.end_tokens, several=several)

@@ -1,0 +1,59 @@
+"""The forms in which models write calls of tools, and which of them a chat template asks for."""
+
+from dataclasses import dataclass
+
+from hasten.core.config import TOOL_CALL_PARSERS
+from hasten.core.errors import InvalidRequestError
+from hasten.engine.chat import ChatTemplate
+
+
+@dataclass(frozen=True)
+class ToolForm:
+    """How a model writes calls."""
+
+    name: str
+    """As `--tool-call-parser` has it."""
+    opening: str
+    """Mark in front of calls."""
+    closing: str = ""
+    """Mark behind each call, if there is one."""
+    arguments_key: str = "arguments"
+    begins_bare: bool = False
+    """Whether an answer that is an object from its first character on is a call without the mark."""
+    is_list: bool = False
+    """Whether calls may be the elements of a JSON list behind one mark, or names with their arguments behind them."""
+    between: str = ""
+    """Mark between a function's name and its arguments, where the model was trained to write them so."""
+    id_length: int | None = None
+    """Letters and digits that a call's id must have for the chat template."""
+
+
+HERMES = ToolForm("hermes", "<tool_call>", "</tool_call>")
+LLAMA = ToolForm("llama3_json", "<|python_tag|>", arguments_key="parameters", begins_bare=True)
+MISTRAL = ToolForm("mistral", "[TOOL_CALLS]", is_list=True, id_length=9)
+MISTRAL_NAMED = ToolForm("mistral", "[TOOL_CALLS]", is_list=True, between="[ARGS]", id_length=9)
+
+
+def form_of(template: ChatTemplate, parser: str) -> ToolForm:
+    """The form for `--tool-call-parser`, of which `auto` looks for the marks in the template.
+
+    InvalidRequestError where it has none of them.
+    """
+    source = template.tool_source
+    if parser == "auto":
+        parser = _parser_of(source)
+    forms = {"hermes": HERMES, "llama3_json": LLAMA, "mistral": MISTRAL_NAMED if "[ARGS]" in source else MISTRAL}
+    return forms[parser]
+
+
+def _parser_of(source: str) -> str:
+    if HERMES.opening in source and "<function=" not in source:
+        return "hermes"
+    if MISTRAL.opening in source:
+        return "mistral"
+    if LLAMA.opening in source or '"parameters"' in source:
+        return "llama3_json"
+    raise InvalidRequestError(
+        "tools: the model's chat template does not show in which form the model writes calls; "
+        f"name it with --tool-call-parser, which is one of {', '.join(TOOL_CALL_PARSERS[1:])}"
+    )

@@ -1,0 +1,108 @@
+"""Grammars of answers that call tools, in llguidance's Lark syntax: the model's own form, with arguments by schema."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hasten.engine.text import AddedToken
+from hasten.server.tools.forms import ToolForm
+
+_NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+_WHITESPACE = {"whitespace_pattern": " "}
+"""At most this between JSON's marks, as for all schemas."""
+
+
+@dataclass(frozen=True)
+class GrammarFunction:
+    """A function as grammars know it."""
+
+    name: str
+    schema: Mapping[str, Any] | None
+    """Of its arguments; None: it has none."""
+
+
+class ToolGrammar:
+    """Grammars for some functions; `tokens` are the tokenizer's added ones, which marks may be."""
+
+    def __init__(
+        self,
+        form: ToolForm,
+        functions: Sequence[GrammarFunction],
+        tokens: Mapping[str, AddedToken],
+        end_tokens: Sequence[int],
+        *,
+        several: bool,
+    ) -> None:
+        self._form = form
+        self._functions = functions
+        self._tokens = tokens
+        self._end_tokens = end_tokens
+        self._several = several
+
+    def calls(self) -> str:
+        """At least one call, and nothing else; one alone unless `several`."""
+        return "\n".join(["start: calls", *self._rules("" if self._form.begins_bare else self._opening)])
+
+    def calls_or_json(self, schema: str) -> str:
+        """At least one call, behind the form's mark, or a value by a JSON schema."""
+        answer = f"answer: %json {_with_whitespace(schema)}"
+        return "\n".join(["start: calls | answer", answer, *self._rules(self._opening)])
+
+    def calls_or_text(self) -> str:
+        """Any text, with calls behind it or instead of it."""
+        token = self._tokens.get(self._form.opening)
+        if self._form.begins_bare:
+            text = [f"text: {self._opening}? FIRST REST?", r"FIRST: /[^{\s]/", "REST: /(?s:.+)/"]
+            return "\n".join(["start: calls | text?", *text, *self._rules("")])
+        if token is not None:
+            excluded = ",".join(str(number) for number in sorted({token.number, *self._end_tokens}))
+            return "\n".join(["start: text calls?", f"text: <[^{excluded}]>*", *self._rules(self._opening)])
+        text = ["ANY: /(?s:.*)/", f"head[lazy]: ANY {self._opening}"]
+        start = "start: (head calls)* ANY" if self._several else "start: ANY | head calls"
+        return "\n".join([start, *text, *self._rules("")])
+
+    @property
+    def _opening(self) -> str:
+        return self._mark(self._form.opening)
+
+    def _rules(self, opening: str) -> list[str]:
+        """The rule of all calls, each behind `opening`, and those that it needs."""
+        form = self._form
+        names = " | ".join(f"call{number}" for number in range(len(self._functions)))
+        rules = [f"call: {names}"]
+        if form.is_list and not form.between:
+            more = ' (", " call)*' if self._several else ""
+            rules.append(f'calls: {opening} "[" call{more} "]"')
+            opening = ""
+        else:  # text between the calls has its own mark where theirs is not given
+            more = f" ({self._separator()} call)*" if self._several and (opening or form.begins_bare) else ""
+            rules.append(f"calls: call{more}")
+        return rules + [self._call(number, function, opening) for number, function in enumerate(self._functions)]
+
+    def _separator(self) -> str:
+        return {"hermes": '"\\n"', "llama3_json": '"; "'}.get(self._form.name, "")
+
+    def _call(self, number: int, function: GrammarFunction, opening: str) -> str:
+        form = self._form
+        name, arguments = json.dumps(function.name), f"arguments{number}"
+        if form.between:
+            call = f"{opening} {name} {self._mark(form.between)} {arguments}"
+        else:
+            begin = json.dumps(f'{{"name": {name}, "{form.arguments_key}": ')
+            call = f'{begin} {arguments} "}}"'
+            if form.closing:
+                call = f'"\\n" {call} "\\n" {self._mark(form.closing)}'
+            call = f"{opening} {call}"
+        schema = {"type": "object"} | dict(_NO_PARAMETERS if function.schema is None else function.schema)
+        return f"call{number}: {call}\n{arguments}: %json {_with_whitespace(json.dumps(schema))}"
+
+    def _mark(self, text: str) -> str:
+        """A mark as its token, or as its text where it is none."""
+        token = self._tokens.get(text)
+        return json.dumps(text) if token is None else f"<[{token.number}]>"
+
+
+def _with_whitespace(schema: str) -> str:
+    made = json.loads(schema)
+    return json.dumps(made | {"x-guidance": _WHITESPACE} if isinstance(made, dict) else {"x-guidance": _WHITESPACE})

@@ -1,0 +1,184 @@
+"""Calls of tools in the text of an answer: the same however it is cut, and in a time that is linear in it."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hasten.core.errors import InvalidRequestError
+from hasten.engine.chat import ChatTemplate
+from hasten.server.tools.forms import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, ToolForm, form_of
+from hasten.server.tools.parser import CallPiece, TextPiece, ToolParser
+
+pytestmark = pytest.mark.any_python
+Answer = tuple[str, list[list[str]]]
+
+
+def read(form: ToolForm, text: str, length: int, max_calls: int | None = None) -> Answer:
+    """Text and calls of an answer that comes in pieces of so many characters."""
+    parser = ToolParser(form, {"f", "g"}, max_calls)
+    pieces = [piece for at in range(0, len(text), length) for piece in parser.feed(text[at : at + length])]
+    pieces += parser.end()
+    calls: list[list[str]] = []
+    for piece in pieces:
+        if isinstance(piece, CallPiece):
+            if piece.name is not None:
+                assert piece.number == len(calls)
+                calls.append([piece.name, ""])
+            calls[piece.number][1] += piece.arguments
+    return "".join(piece.text for piece in pieces if isinstance(piece, TextPiece)), calls
+
+
+F, ODD = ["f", '{"a": 1}'], '{"a": "}\\"</tool_call>\\\\", "b": [[], {"c": null}]}'
+CASES: list[tuple[ToolForm, str, Answer]] = [
+    (HERMES, '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>', ("", [F])),
+    (
+        HERMES,
+        f'Hm.<tool_call>{{"arguments": {ODD}, "name": "f"}}</tool_call>\n<tool_call>\n',
+        ("Hm.\n<tool_call>\n", [["f", ODD]]),
+    ),
+    (
+        HERMES,
+        '<tool_call>{"name":"f","arguments":{"a": 1}}</tool_call>\n<tool_call>{"name": "new"}</tool_call> So.',
+        (" So.", [F, ["new", "{}"]]),
+    ),
+    (HERMES, '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', ("", [F])),
+    (HERMES, '<tool_call>{"name": "f", "arguments": null, "x": [3]}</tool_call>', ("", [["f", "{}"]])),
+    (HERMES, '<tool_call>{"name": "f", "arguments": {"a": ', ("", [["f", '{"a": ']])),
+    *[
+        (form, text, (text, []))
+        for form, text in [
+            (HERMES, " a <tool_cal b<"),
+            (HERMES, "\n \n"),
+            (HERMES, ""),
+            (HERMES, "<tool_call> none </tool_call>"),
+            (HERMES, '<tool_call>{"name": 3, "arguments": {}}</tool_call>'),
+            (HERMES, '<tool_call>{"name": "f'),
+            (HERMES, '<tool_call>{"arguments": 3, "name": "f"}'),
+            (HERMES, "<tool_call>{name: f}"),
+            (HERMES, '<tool_call>{"' + "x" * 300 + '": 1, "name": "f"}'),
+            (LLAMA, '{"age": 3, "name": "f"}'),
+            (LLAMA, '{"name": "Anna", "parameters": {"a": 1}} is her'),
+            (LLAMA, 'so {"name": "f", "parameters": {"a": 1}}'),
+            (LLAMA, "<|python_tag|>search.call(x)"),
+            (MISTRAL, "[TOOL_CALLS] none"),
+            (MISTRAL, "[TOOL_CALLS][[["),
+            (MISTRAL, "[TOOL_CALLS]" + "x" * 2000),
+            (MISTRAL, '[TOOL_CALLS][ARGS]{"a": 1}'),
+        ]
+    ],
+    (LLAMA, ' {"name": "f", "parameters": {"a": 1}}', ("", [F])),
+    (
+        LLAMA,
+        '{"type": "function", "name": "f", "parameters": {"a": 1}}; {"name": "g", "arguments": {}}',
+        ("", [F, ["g", "{}"]]),
+    ),
+    (LLAMA, '<|python_tag|>{"name": "new", "parameters": {"a": 1}}', ("", [["new", '{"a": 1}']])),
+    (
+        MISTRAL,
+        '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]',
+        ("", [F, ["g", "{}"]]),
+    ),
+    (MISTRAL, '[TOOL_CALLS]f{"a": 1}', ("", [F])),
+    (MISTRAL_NAMED, 'Hm. [TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[CALL_ID]a[ARGS]{}', ("Hm. ", [F, ["g", "{}"]])),
+]
+
+
+@pytest.mark.parametrize(("form", "text", "right"), CASES)
+def test_calls_are_the_same_in_any_pieces(form: ToolForm, text: str, right: Answer) -> None:
+    for length in (1, 2, 5, 17, 10_000):
+        assert read(form, text, length) == right
+
+
+def test_of_more_calls_than_may_be_none_is_given() -> None:
+    call = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    assert read(HERMES, f"{call}\n{call}{call}done", 3, max_calls=1) == ("done", [F])
+
+
+WORDS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", '"name": "f"', '"arguments": ', "f"]
+PARTS = [
+    *WORDS,
+    "{",
+    "}",
+    "[",
+    "]",
+    ",",
+    ";",
+    ":",
+    '"',
+    "\\",
+    " ",
+    "\n",
+    "3",
+    '{"name": "g", "parameters": {"b": "x"}}',
+]
+
+
+@pytest.mark.parametrize("form", [HERMES, LLAMA, MISTRAL, MISTRAL_NAMED], ids=lambda form: form.name + form.between)
+@given(parts=st.lists(st.sampled_from(PARTS), max_size=20), length=st.integers(1, 9))
+def test_any_text_is_read_alike_whole_and_in_pieces(form: ToolForm, parts: list[str], length: int) -> None:
+    text = "".join(parts)
+    assert read(form, text, length) == read(form, text, 10_000)
+
+
+@pytest.mark.parametrize("form", [HERMES, LLAMA, MISTRAL], ids=lambda form: form.name)
+def test_cve_2025_48887_long_answers_take_a_linear_time(form: ToolForm) -> None:
+    """A regular expression over the whole answer took an exponential time; 200,000 characters take some 50 ms here."""
+    for opening in ("", f'{form.opening}{{"name": "f", "arguments": ', f'{form.opening}{{"x": "'):
+        for unit in ("<", "{", "[", " ", '"', "\\", '{"', form.opening, f"{form.opening}{{", '{"name": "f", '):
+            began = time.process_time()
+            read(form, opening + unit * (200_000 // len(unit)), 65_536)
+            assert time.process_time() - began < 5, (opening, unit)
+
+
+def test_what_is_held_back_is_bounded() -> None:
+    for form, text in (
+        (HERMES, '<tool_call>{"x": "'),
+        (HERMES, "<tool_call>"),
+        (LLAMA, ""),
+        (MISTRAL, "[TOOL_CALLS]"),
+    ):
+        for unit in (" ", "x", "[", '{"'):
+            parser = ToolParser(form, {"f"})
+            given = sum(len(piece.text) for piece in parser.feed(text + unit * 200_000) if isinstance(piece, TextPiece))
+            for _ in range(10):
+                given += sum(len(piece.text) for piece in parser.feed(unit * 20) if isinstance(piece, TextPiece))
+            assert given > 0
+
+
+@pytest.mark.parametrize(
+    ("source", "form"),
+    [
+        ("{{ tools }}<tool_call>", HERMES),
+        ("{{ tools }}[TOOL_CALLS]", MISTRAL),
+        ("{{ tools }}[TOOL_CALLS]{{ name }}[ARGS]", MISTRAL_NAMED),
+        ("{{ tools }}<|python_tag|>", LLAMA),
+        ("""{{ tools }}'{"name": function name, "parameters": {}}'""", LLAMA),
+    ],
+)
+def test_the_template_shows_the_form(source: str, form: ToolForm) -> None:
+    assert form_of(ChatTemplate(source, {}), "auto") == form
+
+
+def test_a_form_that_nothing_shows_has_to_be_named() -> None:
+    for source in ("{{ tools }}", "{{ tools }}<tool_call><function=x>"):
+        template = ChatTemplate(source, {})
+        with pytest.raises(
+            InvalidRequestError, match="--tool-call-parser, which is one of hermes, llama3_json, mistral"
+        ):
+            form_of(template, "auto")
+        assert form_of(template, "hermes") == HERMES
+
+
+def test_a_template_of_its_own_for_tools_is_used_with_them(tmp_path: Any) -> None:
+    several = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools | length }} tools"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    template = ChatTemplate.from_folder(tmp_path)
+    assert template is not None
+    assert template.takes_tools
+    assert (template.render([]), template.render([], tools=[{}])) == ("plain", "1 tools")

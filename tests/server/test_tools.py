@@ -1,0 +1,237 @@
+"""Tools in chats, asked for by the stock openai package of a real server: grammars make a small model's calls valid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from tests.server.openai_site import Site
+from tests.server.tool_model import CLOCK, TOOL_TEMPLATE, TOOLS, WEATHER
+from tests.waiting import eventually
+
+from hasten.engine.chat import ChatTemplate
+
+CHAT: Any = [{"role": "user", "content": "Anna opened the door."}]
+COMMON: dict[str, Any] = {"model": "story", "messages": CHAT, "tools": TOOLS, "max_tokens": 120}
+NAMED = {"type": "function", "function": {"name": "weather"}}
+
+
+@pytest.fixture(scope="module")
+def client(tool_site: Site) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{tool_site.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing(tool_site: Site) -> Iterator[None]:
+    yield
+    eventually(lambda: tool_site.engine("tokens").ready and tool_site.idle("tokens"))
+
+
+def check_call(call: Any) -> None:
+    """A call of one of the tools, with arguments as its schema has them."""
+    arguments = json.loads(call.function.arguments)
+    if call.function.name == "clock":
+        assert arguments == {}
+    else:
+        assert call.function.name == "weather"
+        assert arguments.keys() == {"city", "days"}
+        assert arguments["city"] in ("Paris", "Oslo")
+        assert 1 <= arguments["days"] <= 9
+    assert call.type == "function"
+    assert call.id.startswith("call_")
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_a_call_that_must_come_has_arguments_by_its_schema(client: openai.OpenAI, choice: Any) -> None:
+    made = client.chat.completions.create(**COMMON, tool_choice=choice, n=4, seed=1, parallel_tool_calls=False)
+    for answer in made.choices:
+        assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
+        assert answer.message.tool_calls is not None
+        (call,) = answer.message.tool_calls
+        check_call(call)
+        assert choice == "required" or call.function.name == "weather"
+
+
+def test_several_calls_come_in_one_answer(client: openai.OpenAI) -> None:
+    bias = {str(token): -100 for token in (2,)}  # the end comes as late as the grammar lets it
+    made = client.chat.completions.create(**COMMON, tool_choice="required", seed=0, logit_bias=bias)
+    (answer,) = made.choices
+    assert answer.message.tool_calls is not None
+    assert len(answer.message.tool_calls) > 1
+    for call in answer.message.tool_calls[:-1]:
+        check_call(call)
+    assert len({call.id for call in answer.message.tool_calls}) == len(answer.message.tool_calls)
+    assert answer.finish_reason == "length"
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_a_streamed_call_adds_up_to_the_whole(client: openai.OpenAI, choice: Any) -> None:
+    common = COMMON | {"tool_choice": choice, "seed": 3, "n": 2, "logprobs": True}
+    whole = client.chat.completions.create(**common)
+    pieces = list(client.chat.completions.create(**common, stream=True, stream_options={"include_usage": True}))
+    assert pieces[-1].usage == whole.usage
+    for right in whole.choices:
+        own = [piece.choices[0] for piece in pieces[:-1] if piece.choices[0].index == right.index]
+        assert [piece.delta.role for piece in own] == ["assistant"] + [None] * (len(own) - 1)
+        assert [piece.finish_reason for piece in own] == [None] * (len(own) - 1) + ["tool_calls"]
+        calls: list[Any] = []
+        for piece in own:
+            for call in piece.delta.tool_calls or []:
+                if call.id is not None:
+                    assert (call.index, call.type, call.function.arguments) == (len(calls), "function", "")
+                    calls.append([call.function.name, ""])
+                calls[call.index][1] += call.function.arguments
+        assert right.message.tool_calls is not None
+        assert calls == [[call.function.name, call.function.arguments] for call in right.message.tool_calls]
+        assert len(own) > 4
+        assert right.logprobs is not None
+        streamed = [token for piece in own if piece.logprobs for token in piece.logprobs.content]
+        assert streamed == right.logprobs.content
+
+
+def test_the_clients_own_reader_of_streams_sees_a_call(client: openai.OpenAI) -> None:
+    tool: Any = WEATHER | {"function": WEATHER["function"] | {"strict": True}}
+    with client.chat.completions.stream(
+        model="story", messages=CHAT, tools=[tool], tool_choice="required", seed=1, max_tokens=120
+    ) as stream:
+        kinds = {event.type for event in stream}
+        (answer,) = stream.get_final_completion().choices
+    assert {"tool_calls.function.arguments.delta", "tool_calls.function.arguments.done"} <= kinds
+    assert answer.message.tool_calls is not None
+    assert answer.message.tool_calls[0].function.parsed_arguments["city"] in ("Paris", "Oslo")  # type: ignore[index]
+
+
+def test_a_model_that_may_call_answers_with_text(client: openai.OpenAI) -> None:
+    common = COMMON | {"seed": 2, "max_tokens": 12}
+    made = client.chat.completions.create(**common).choices[0]
+    assert made.message.content
+    assert made.message.tool_calls is None
+    stream = client.chat.completions.create(**common, stream=True)
+    assert "".join(piece.choices[0].delta.content or "" for piece in stream) == made.message.content
+    strict = [WEATHER | {"function": WEATHER["function"] | {"strict": True}}, CLOCK]
+    kept = client.chat.completions.create(**common | {"tools": strict}).choices[0]
+    assert kept.message.content
+
+
+def test_a_call_goes_with_an_answer_that_keeps_to_a_schema(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"sun": {"type": "boolean"}}, "required": ["sun"]}
+    form: Any = {
+        "type": "json_schema",
+        "json_schema": {"name": "w", "schema": schema | {"additionalProperties": False}},
+    }
+    tools = [WEATHER | {"function": WEATHER["function"] | {"strict": True}}]
+    kinds = set()
+    for seed in range(6):
+        made = client.chat.completions.create(
+            **COMMON | {"tools": tools, "seed": seed}, response_format=form, parallel_tool_calls=False
+        )
+        message = made.choices[0].message
+        kinds.add(made.choices[0].finish_reason)
+        if message.tool_calls is None:
+            assert json.loads(message.content).keys() == {"sun"}
+        else:
+            check_call(message.tool_calls[0])
+    assert "length" not in kinds
+
+
+def test_calls_and_their_results_are_history(client: openai.OpenAI, tool_site: Site) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo", "days": 1}'}}
+    result = {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "snow"}]}
+    messages = [*CHAT, {"role": "assistant", "content": None, "tool_calls": [call]}, result]
+    made = client.chat.completions.create(**COMMON | {"messages": messages, "max_tokens": 4})
+    objects = json.loads(
+        json.dumps(messages).replace('"{\\"city\\": \\"Oslo\\", \\"days\\": 1}"', '{"city": "Oslo", "days": 1}')
+    )
+    objects[2]["content"] = "snow"
+    text = ChatTemplate(TOOL_TEMPLATE, {"bos_token": "<s>"}).render(objects, tools=TOOLS)
+    assert '"arguments": {"city": "Oslo", "days": 1}}' in text
+    assert '"parameters": {"type": "object"' in text
+    tokenizer = tool_site.engine("tokens").tokenizer
+    assert tokenizer is not None
+    assert made.usage is not None
+    assert made.usage.prompt_tokens == len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def test_tools_that_may_not_be_called_are_not_shown(client: openai.OpenAI) -> None:
+    without = client.chat.completions.create(model="story", messages=CHAT, max_tokens=4, seed=1)
+    made = client.chat.completions.create(**COMMON | {"max_tokens": 4}, seed=1, tool_choice="none")
+    assert made.usage == without.usage
+    assert made.choices[0].message.content == without.choices[0].message.content
+
+
+def function(**fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f"} | fields}
+
+
+WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
+    "kind": (
+        {"tools": [{"type": "web_search"}]},
+        "tools",
+        r"Invalid enum value 'web_search' - at `\$.tools\[0\].type`",
+    ),
+    "name": ({"tools": [function(name="a b")]}, "tools", r"tools\[0\].function.name must be 1 to 128 letters"),
+    "twice": ({"tools": [function(), function()]}, "tools", r"tools\[1\].function.name is 'f' again"),
+    "many": (
+        {"tools": [function(name=f"f{number}") for number in range(129)]},
+        "tools",
+        "tools is limited to 128, got 129",
+    ),
+    "no object": ({"tools": [function(parameters={"type": "string"})]}, "tools", "must be the schema of an object"),
+    "schema": (
+        {"tools": [function(parameters={"properties": {"a": {"type": "text"}}})], "tool_choice": "required"},
+        "tools",
+        "tools cannot be compiled: failed to compile JSON schema: Invalid type: text$",
+    ),
+    "expression": (
+        {"tools": [function(parameters={"properties": {"a": {"pattern": "("}}})], "tool_choice": "required"},
+        "tools",
+        "tools cannot be compiled: ",
+    ),
+    "size": (
+        {"tools": [function(parameters={"enum": ["x" * 70_000]})], "tool_choice": "required"},
+        "messages",
+        "the messages and tools have 7.... characters",
+    ),
+    "choice": (
+        {"tool_choice": {"type": "function", "function": {"name": "g"}}},
+        "tool_choice",
+        "names 'g', which is not",
+    ),
+    "mode": ({"tool_choice": "any"}, "tool_choice", "Invalid enum value 'any'"),
+    "none": ({"tools": None, "tool_choice": "required"}, "tool_choice", "tool_choice needs tools"),
+    "two constraints": (
+        {"extra_body": {"guided_regex": "a"}},
+        "tools",
+        "regex cannot go with tools; use response_format",
+    ),
+    "arguments": (
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "["}}],
+                }
+            ]
+        },
+        "messages",
+        r"messages\[0\].tool_calls\[0\].function.arguments is not valid JSON",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_with_tools_is_named(client: openai.OpenAI, name: str) -> None:
+    fields, param, message = WRONG[name]
+    with pytest.raises(openai.BadRequestError, match=message) as caught:
+        client.chat.completions.create(**COMMON | fields)
+    assert caught.value.body["param"] == param  # type: ignore[index]
+
+
+def test_a_template_without_tools_is_named(client: openai.OpenAI, tool_site: Site, monkeypatch: Any) -> None:
+    monkeypatch.setattr(ChatTemplate, "takes_tools", False)
+    with pytest.raises(openai.BadRequestError, match="its chat template has no room for them"):
+        client.chat.completions.create(**COMMON)
