@@ -7,14 +7,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import Table
+from pyarrow.parquet import write_table
 from tests.batch.simulated import MODEL, SimulatedEngine
 from tests.waiting import eventually
 
 from hasten.batch.job import BatchJob, BatchSummary
+from hasten.core import extras
 from hasten.core.errors import ConfigError, EngineError
 from hasten.core.types import RequestOutput
 from hasten.engine.chat import ChatTemplate
@@ -70,6 +74,41 @@ def test_rows_of_both_forms_have_results_in_openai_form(tmp_path: Path) -> None:
     assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["results"] == 4
     assert not list((tmp_path / "out").glob(".*.partial"))
+
+
+def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    columns = dict.fromkeys(name for row in rows for name in row)
+    write_table(Table.from_pylist([{name: row.get(name) for name in columns} for row in rows]), path, row_group_size=2)
+    return path
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["structures", "JSON"])
+def test_rows_of_a_parquet_file_have_the_results_of_json_lines(text: bool, tmp_path: Path) -> None:
+    rows = [openai_row("a", prompt=[1, 2], max_tokens=3), openai_row("b", prompt=[4], n=2), openai_row("a", prompt=[1])]
+    bodies = [
+        {"prompt": [3, 4], "n": 2},
+        {"id": "mine", "prompt_token_ids": [5]},
+        {"id": "worse", "prompt": [], "n": 0},
+    ]
+    groups: dict[str, list[dict[str, Any]]] = {"calls": rows, "bodies": bodies}
+    for name, group in groups.items():
+        stored = [row | {"body": json.dumps(row["body"])} if text and "body" in row else row for row in group]
+        for kind, file in (("lines", write_rows(tmp_path / name, group)), ("rows", parquet(tmp_path / "in", stored))):
+            summary = run(file, tmp_path / f"{name}-{kind}", rows_per_shard=1)
+            assert (summary.results, summary.errors) == (2, 1)
+        assert texts(tmp_path / f"{name}-rows") == texts(tmp_path / f"{name}-lines")
+        (error,), (expected,) = (lines(tmp_path / f"{name}-{kind}", "errors") for kind in ("rows", "lines"))
+        assert error["error"]["message"] == expected["error"]["message"].replace("line 3", "row 3")
+    again = run(tmp_path / "in", tmp_path / "bodies-rows")
+    assert again.resumed == 3
+
+
+def test_parquet_needs_a_package_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "pyarrow" else find_spec(name))
+    with pytest.raises(
+        ConfigError, match=r"needs pyarrow, which is not installed; run: pip install 'hasten\[parquet\]'"
+    ):
+        run(parquet(tmp_path / "in", [{"prompt": [1]}]), tmp_path / "out")
 
 
 def test_chats_go_through_the_template(tmp_path: Path, demo_tokenizer_engine: SimulatedEngine) -> None:
@@ -193,8 +232,12 @@ def test_an_input_that_cannot_be_read(tmp_path: Path) -> None:
         run(tmp_path / "none", tmp_path / "out")
     with pytest.raises(ConfigError, match="has no rows"):
         run(write_rows(tmp_path / "in", ["", " "]), tmp_path / "out")
-    with pytest.raises(ConfigError, match="is a Parquet file; give a file with one JSON object per line"):
-        run(write_rows(tmp_path / "in", ["PAR1..."]), tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"damaged\.parquet cannot be read as a Parquet file .*; copy it again"):
+        run(write_rows(tmp_path / "damaged.parquet", ["PAR1..."]), tmp_path / "out")
+    packed = tmp_path / "rows.gz"
+    packed.write_bytes(b"\x1f\x8b\x08")
+    with pytest.raises(ConfigError, match="is compressed by gzip; give a Parquet file, or one with one JSON object"):
+        run(packed, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

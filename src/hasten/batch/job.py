@@ -17,7 +17,7 @@ from hasten.batch.folder import SUMMARY, claim, locked
 from hasten.batch.lines import Answer, error_line
 from hasten.batch.requests import RowReader
 from hasten.batch.shards import ShardWriter, write_whole
-from hasten.batch.source import JsonLines, Row, RowIndex, id_of
+from hasten.batch.source import Row, RowIndex, id_of, open_rows
 from hasten.checkpoint.hub import model_name
 from hasten.core.errors import ConfigError, EngineError, HastenError, InvalidRequestError
 from hasten.core.progress import ProgressBar, progress_bar
@@ -77,7 +77,7 @@ class BatchJob:
         if rows_per_shard < 1:
             raise ConfigError(f"rows_per_shard must be at least 1, got {rows_per_shard}")
         self.folder = Path(output)
-        self._source = JsonLines(Path(source))
+        self._source = open_rows(Path(source))
         self._models = tuple(dict.fromkeys((*names, model, model_name(model))))
         self._defaults = dict(defaults or {})
         _check_defaults(self._defaults)

@@ -1,6 +1,7 @@
-"""The input of a batch: rows of JSON, read one by one however many there are."""
+"""The input of a batch: rows of JSON or of a Parquet file, read one by one however many there are."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ import numpy as np
 from hasten.core.errors import ConfigError
 from hasten.core.files import reading
 
-_OTHER_FORMATS = {b"PAR1": "a Parquet file", b"\x1f\x8b": "compressed by gzip", b"PK\x03\x04": "a ZIP archive"}
+_PARQUET = b"PAR1"
+"""First bytes of a Parquet file."""
+_OTHER_FORMATS = {b"\x1f\x8b": "compressed by gzip", b"PK\x03\x04": "a ZIP archive"}
 """First bytes of what is not read, and what it is."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -23,14 +26,15 @@ class Row:
     """One row of the input."""
 
     number: int
-    """Its line in the file, from 0 on."""
+    """Its line in the file, or its row, from 0 on."""
     text: bytes
     """Its JSON."""
+    unit: str = "line"
 
     @property
     def where(self) -> str:
         """What messages call it."""
-        return f"line {self.number + 1}"
+        return f"{self.unit} {self.number + 1}"
 
 
 class _Ids(msgspec.Struct):
@@ -51,32 +55,47 @@ def id_of(row: Row) -> str:
     return f"row-{row.number + 1}" if given is None else str(given)
 
 
-class JsonLines:
-    """A file with one JSON object per line; blank lines are no rows."""
+class Source(ABC):
+    """A file of rows, which may be read more than once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @abstractmethod
     def rows(self) -> Iterator[Row]:
         """The rows in order; ConfigError where the file cannot be read."""
-        with reading(f"rows from {self.path}"), self.path.open("rb") as file:
-            for number, line in enumerate(file):
-                if number == 0:
-                    self._check_beginning(line)
-                text = line.removeprefix(_BYTE_ORDER_MARK) if number == 0 else line
-                if not text.isspace():
-                    yield Row(number, text)
-
-    def _check_beginning(self, line: bytes) -> None:
-        kind = next((kind for mark, kind in _OTHER_FORMATS.items() if line.startswith(mark)), None)
-        if kind is not None:
-            raise ConfigError(f"{self.path} is {kind}; give a file with one JSON object per line")
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the file."""
         with reading(f"rows from {self.path}"), self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_rows(path: Path) -> Source:
+    """The rows of a file of JSON lines or, as its first bytes say, a Parquet file."""
+    with reading(f"rows from {path}"), path.open("rb") as file:
+        beginning = file.read(len(_PARQUET))
+    if beginning == _PARQUET:
+        from hasten.batch.parquet import Parquet
+
+        return Parquet(path)
+    kind = next((kind for mark, kind in _OTHER_FORMATS.items() if beginning.startswith(mark)), None)
+    if kind is not None:
+        raise ConfigError(f"{path} is {kind}; give a Parquet file, or one with one JSON object per line")
+    return JsonLines(path)
+
+
+class JsonLines(Source):
+    """A file with one JSON object per line; blank lines are no rows."""
+
+    def rows(self) -> Iterator[Row]:
+        """The rows in order; ConfigError where the file cannot be read."""
+        with reading(f"rows from {self.path}"), self.path.open("rb") as file:
+            for number, line in enumerate(file):
+                text = line.removeprefix(_BYTE_ORDER_MARK) if number == 0 else line
+                if not text.isspace():
+                    yield Row(number, text)
 
 
 @dataclass(frozen=True)
@@ -90,20 +109,20 @@ class RowIndex:
     """Numbers of rows whose id an earlier row has."""
 
     @classmethod
-    def of(cls, source: JsonLines) -> "RowIndex":
+    def of(cls, source: Source) -> "RowIndex":
         """Read all ids once, and a second time those of rows that may be repeated."""
         hashes, last = array("q"), -1
         for row in source.rows():
             hashes.append(hash(id_of(row)))
             last = row.number
         if last < 0:
-            raise ConfigError(f"{source.path} has no rows; give a file with one JSON object per line")
+            raise ConfigError(f"{source.path} has no rows; give a Parquet file, or one with one JSON object per line")
         ordered = np.sort(np.frombuffer(hashes, dtype=np.int64))
         suspects = frozenset(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
         return cls(len(hashes), last + 1, _repeated(source, suspects) if suspects else frozenset())
 
 
-def _repeated(source: JsonLines, suspects: frozenset[int]) -> frozenset[int]:
+def _repeated(source: Source, suspects: frozenset[int]) -> frozenset[int]:
     """Numbers of rows whose id an earlier row has, where ids with these hashes occur more than once."""
     seen, found = set[str](), set[int]()
     for row in source.rows():

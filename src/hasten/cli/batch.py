@@ -24,13 +24,13 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = commands.add_parser(
         "batch",
         help="compute a file of requests, in any number of runs",
-        description="Compute a file of requests: one JSON object per line, in the form of OpenAI's batches or a prompt "
-        "with its sampling parameters. Results and errors go to shards in a folder. The same command goes on where it "
-        "was killed.",
+        description="Compute a file of requests: one JSON object per line, or the rows of a Parquet file, in the form "
+        "of OpenAI's batches or a prompt with its sampling parameters. Results and errors go to shards in a folder. "
+        "The same command goes on where it was killed.",
         epilog="Exit status: 0 once each row has a result, 1 where rows are among the errors or the engine failed, "
         "2 for bad input.",
     )
-    parser.add_argument("input", type=path, metavar="IN", help="file with one request per line, as JSON")
+    parser.add_argument("input", type=path, metavar="IN", help="file of requests: JSON lines, or Parquet")
     parser.add_argument("output", type=path, metavar="OUT", help="folder for results and errors, created if missing")
     parser.add_argument(
         "--model", type=path, required=True, metavar="MODEL", help="folder of the checkpoint, or its Hugging Face id"

@@ -17,6 +17,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     "cluster": {"kubernetes": "kubernetes", "msgspec": "msgspec", "yaml": "pyyaml"},
     "batch": {"msgspec": "msgspec"},
     "grammar": {"llguidance": "llguidance"},
+    "parquet": {"pyarrow": "pyarrow"},
 }
 """For each extra the packages that it does not work without: name of the import -> name on the package index."""
 
