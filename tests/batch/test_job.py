@@ -85,7 +85,7 @@ def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("text", [False, True], ids=["structures", "JSON"])
 def test_rows_of_a_parquet_file_have_the_results_of_json_lines(text: bool, tmp_path: Path) -> None:
     rows = [openai_row("a", prompt=[1, 2], max_tokens=3), openai_row("b", prompt=[4], n=2), openai_row("a", prompt=[1])]
-    bodies = [
+    bodies: list[dict[str, Any]] = [
         {"prompt": [3, 4], "n": 2},
         {"id": "mine", "prompt_token_ids": [5]},
         {"id": "worse", "prompt": [], "n": 0},
