@@ -3,8 +3,8 @@
 # commands and the demo. The CUDA libraries come with torch's wheels; the driver is the host's.
 #
 #   docker run --rm IMAGE demo --output-dir /tmp/demo
-#   docker run --rm -p 8000-8002:8000-8002 -v /path/to/models:/models:ro IMAGE serve /models/bloom-560m
-#   docker run --rm --gpus all --shm-size 1g -p 8000-8002:8000-8002 -v ... IMAGE serve /models/bloom-7b1 -tp 2
+#   docker run --rm -p 8000-8002:8000-8002 -v /path/to/models:/models:ro IMAGE serve /models/bloom-560m --host 0.0.0.0
+#   docker run --rm --gpus all --shm-size 1g -p 8000-8002:8000-8002 -v ... IMAGE serve /models/bloom-7b1 -tp 2 --host 0.0.0.0
 
 FROM python:3.11-slim-bookworm AS base
 ENV PATH=/opt/hasten/bin:$PATH \

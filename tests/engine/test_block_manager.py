@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from hasten.core.types import Request, SamplingParams
+from hasten.core.types import Request
 from hasten.engine.block_manager import BlockManager
 from hasten.engine.sequence import Sequence
 
@@ -43,6 +43,10 @@ def snapshot(manager: BlockManager, sequence: Sequence) -> tuple[object, ...]:
     )
 
 
+def salted(tokens: Iterable[int], salt: str, start: tuple[int, ...] = ()) -> Sequence:
+    return Sequence(Request(request_id="r", prompt_token_ids=tuple(tokens), cache_salt=salt), 0, start=start)
+
+
 def machine_for(shadow: type[Shadow]) -> type[RuleBasedStateMachine]:
     class Walk(RuleBasedStateMachine):
         """Sequences that come, grow, fork, end and are withdrawn in any order."""
@@ -56,11 +60,11 @@ def machine_for(shadow: type[Shadow]) -> type[RuleBasedStateMachine]:
         def pick(self, number: int) -> Sequence:
             return self.sequences[number % len(self.sequences)]
 
-        @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14))
-        def come(self, tokens: list[int]) -> None:
-            sequence = Sequence(
-                Request(request_id="r", prompt_token_ids=tuple(tokens), params=SamplingParams()), seed=0
-            )
+        @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14), salt=st.sampled_from(["", "a"]))
+        def come(self, tokens: list[int], salt: str) -> None:
+            sequence = salted(tokens, salt)
+            for other in self.sequences:
+                assert other.root == sequence.root or not set(other.block_table) & set(sequence.block_table)
             self.sequences.append(sequence)
             self.manager.share_prefix(sequence)
             assert sequence.num_computed < len(tokens)
@@ -164,6 +168,36 @@ def test_exactly_the_common_full_blocks_are_shared(
     common = next((i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), min(map(len, pair)))
     assert len(second.block_table) == min(common // SIZE, (len(pair[1]) - 1) // SIZE)
     cache.check([first, second])
+
+
+def test_prompts_of_different_salts_share_nothing(walk: Walk) -> None:
+    manager, cache = walk(num_blocks=40)
+    prompt, kept = [1] * (3 * SIZE), list[Sequence]()
+    for salt in ("", "a", "b"):
+        first, second = salted(prompt, salt), salted(prompt, salt)
+        manager.share_prefix(first)
+        assert first.block_table == []
+        assert compute(manager, cache, first)
+        manager.share_prefix(second)
+        assert second.block_table == first.block_table[:2]
+        manager.free(second)
+        manager.share_prefix(second)  # as after a preemption
+        assert second.block_table == first.block_table[:2]
+        kept += [first, second]
+    cache.check(kept)
+
+
+def test_inputs_of_encoders_of_different_salts_share_nothing() -> None:
+    manager, prompt = BlockManager(40, SIZE), tuple(range(10))
+    tables = []
+    for salt in ("", "a", "b"):
+        first, second = encoded(manager, prompt, 2 * SIZE, salt), encoded(manager, prompt, 2 * SIZE, salt)
+        assert first is not None
+        assert second is not None
+        assert of_input(first) == of_input(second)
+        assert first.block_table[:2] == second.block_table[:2]
+        tables.append({*of_input(first), *first.block_table[:2]})
+    assert len(set[int]().union(*tables)) == sum(map(len, tables))
 
 
 def test_the_same_block_after_another_beginning_is_another_block(walk: Walk, make_sequence: MakeSequence) -> None:
@@ -338,9 +372,9 @@ def test_nobody_looks_for_a_prefix_with_a_token_pending(walk: Walk, make_sequenc
 # --- encoders' inputs -------------------------------------------------------------------------------------------------
 
 
-def encoded(manager: BlockManager, prompt: tuple[int, ...], output: int = 0) -> Sequence | None:
+def encoded(manager: BlockManager, prompt: tuple[int, ...], output: int = 0, salt: str = "") -> Sequence | None:
     """A decoder's sequence whose encoder read the prompt, with so many tokens more than its first; None: no room."""
-    sequence = Sequence(Request(request_id="r", prompt_token_ids=prompt, params=SamplingParams()), 0, start=(0,))
+    sequence = salted(prompt, salt, start=(0,))
     sequence.token_ids += [9] * output
     given = sequence.encoder_input
     assert given is not None

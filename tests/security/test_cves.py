@@ -13,7 +13,7 @@ import re
 import socket
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import pytest
 from safetensors.numpy import save_file
 from tests.security.site import (
     KEY,
+    OTHER_KEY,
     TEXT,
     TOKENS,
     TRANSPORTS,
@@ -33,15 +34,22 @@ from tests.security.site import (
     check_clean,
     site,
     tensor,
+    text_message,
 )
+from tests.server.loop_thread import LoopThread
 from tests.server.transport_fixtures import Transports
 from tests.server.transport_fixtures import serving as serving_transports
 from tests.waiting import eventually
 from tritonclient.grpc import service_pb2 as pb
 
 import hasten
-from hasten.core.errors import CheckpointError, HastenError
+from hasten.core.errors import CheckpointError, ConfigError, HastenError
+from hasten.core.kernel_cache import check_kernel_cache
 from hasten.engine.chat import ChatTemplate, RenderLimits
+from hasten.server import app
+from hasten.server.options import EndpointOptions, SecurityOptions, ServeOptions
+from hasten.server.protocol.http import http_app
+from hasten.server.protocol.settings import LogSettings
 from hasten.server.protocol.shared_memory import FOLDER, SharedMemory
 from hasten.server.security import ApiKeys
 from hasten.server.types import ServiceError
@@ -139,13 +147,15 @@ def test_no_websocket_is_opened(served: Site) -> None:
         "{{ raise_exception.__globals__ }}",
         "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
         "{{ ('%s' | format(messages)).__class__ }}",
+        "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}",
+        "{{ 'a' * 10**10 }}",
     ],
 )
 def test_a_chat_template_reaches_nothing(tmp_path: Path, source: str) -> None:
     marker = tmp_path / "touched"
     made = source.replace("FILE", str(marker))
     try:
-        text = ChatTemplate(made, {}).render([{"role": "user", "content": "x"}], limits=RenderLimits(1000, 2))
+        text = ChatTemplate(made, {}).render([{"role": "user", "content": "x"}], limits=RenderLimits(1000, 0.2))
     except HastenError as error:
         text = str(error)
         assert "\n" not in text
@@ -174,6 +184,16 @@ def test_code_beside_a_checkpoint_is_never_imported(tmp_path: Path, tiny_bloom: 
     with contextlib.suppress(HastenError), LLM(folder) as llm:
         llm.generate("the", use_tqdm=False)
     assert not marker.exists()
+
+
+@about("cache directories")
+def test_kernels_that_others_can_write_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    check_kernel_cache(tmp_path / "cache")
+    (tmp_path / "cache").chmod(0o777)
+    with pytest.raises(ConfigError, match="who could run code here") as error:
+        check_kernel_cache(tmp_path / "cache")
+    assert "\n" not in str(error.value)
 
 
 # Numbers and lists without an end
@@ -221,6 +241,12 @@ def test_log_probabilities_are_bounded(served: Site, transport: str) -> None:
             of_all = transport not in ("completions", "chat") and name != "top_logprobs" and value != "-1"
             assert answer.is_refusal or (of_all and answer.status == 200), answer
     refused(TRANSPORTS[transport](served, '"echo":true,"logprobs":1000000,"max_tokens":1'))
+
+
+@about("prompt_logprobs")
+def test_log_probabilities_of_all_prompts_are_bounded(served: Site) -> None:
+    body = {"model": TEXT, "prompt": [[5] * 400] * 500, "echo": True, "logprobs": 20, "max_tokens": 1}
+    refused(served.post("/v1/completions", body), "200000 tokens with 21 log-probabilities each")
 
 
 _TOO_LONG = {
@@ -361,6 +387,74 @@ def test_no_request_makes_the_server_connect_anywhere(served: Site) -> None:
             trap.accept()
 
 
+_LONG = " ".join(["Anna looked out of the window"] * 20)
+
+
+def _ask_generate(site: Site, salt: str | None) -> Answer:
+    body = {"text_input": _LONG, "max_tokens": 1} | ({} if salt is None else {"cache_salt": salt})
+    return site.post(f"/v2/models/{TEXT}/generate", body)
+
+
+def _ask_completions(site: Site, salt: str | None) -> Answer:
+    body = {"model": TEXT, "prompt": _LONG, "max_tokens": 1} | ({} if salt is None else {"cache_salt": salt})
+    return site.post("/v1/completions", body)
+
+
+def _ask_grpc(site: Site, salt: str | None) -> Answer:
+    message = text_message('{"max_tokens":1}', _LONG.encode())
+    if salt is not None:
+        message.parameters["cache_salt"].string_param = salt
+    return site.stream(message)
+
+
+def _ask_tokens(site: Site, salt: str | None) -> Answer:
+    message = pb.ModelInferRequest(model_name=TOKENS)
+    for name, data in {"input_ids": [7] * 100, "input_lengths": [100], "request_output_len": [1]}.items():
+        tensor(message, name, "UINT32", [1, len(data)], np.array(data, np.uint32).tobytes())
+    if salt is not None:
+        message.parameters["cache_salt"].string_param = salt
+    return site.call("ModelInfer", message)
+
+
+@about("CVE-2025-46570", "GHSA-4qjh-9fv9-r85r")
+@pytest.mark.parametrize("ask", [_ask_completions, _ask_generate, _ask_grpc, _ask_tokens])
+def test_the_prefix_cache_says_nothing_of_others(served: Site, ask: Callable[[Site, str | None], Answer]) -> None:
+    """Whether a prompt's beginning was found is what the time of its first token shows."""
+    own, other = f"{ask.__name__} own", f"{ask.__name__} other"
+
+    def hits(site: Site, salt: str | None) -> float:
+        before = _hits(served)
+        assert ask(site, salt).status == 200
+        return _hits(served) - before
+
+    assert hits(served, own) == 0
+    assert hits(served, own) > 0
+    assert hits(served, other) == 0
+    assert hits(served.using(OTHER_KEY), own) == 0
+    assert hits(served.using(OTHER_KEY), own) > 0
+    hits(served, None)
+    assert hits(served, None) > 0
+    hits(served.using(OTHER_KEY), None)
+    for salt in ("", "x" * 257):
+        refused(ask(served, salt), "cache_salt")
+
+
+def _hits(site: Site) -> float:
+    samples = asyncio.run(site.server.metrics())
+    return sum(value for name, value in samples.items() if name.startswith("hasten_prefix_cache_hit_tokens_total"))
+
+
+@about("CVE-2025-62426")
+@pytest.mark.parametrize(
+    "name", ["tokenize", "messages", "add_generation_prompt", "chat_template", "bos_token", "tools"]
+)
+def test_variables_of_templates_override_nothing(served: Site, name: str) -> None:
+    messages = [{"role": "user", "content": "Anna"}]
+    body = {"model": TEXT, "messages": messages, "chat_template_kwargs": {name: True}}
+    for path in ("/v1/chat/completions", "/tokenize"):
+        refused(served.post(path, body), "chat_template_kwargs", name)
+
+
 _WRONG: tuple[tuple[str, str, Any], ...] = (
     *(("POST", path, b"{" * 3000) for path in ("/v1/completions", "/v1/embeddings", f"/v2/models/{TOKENS}/infer")),
     *(("POST", f"/v2/models/{name}/infer", b"{}") for name in ("none", "..", TOKENS)),
@@ -401,7 +495,129 @@ def test_no_tensor_is_made_of_a_small_payload(served: Site) -> None:
             refused(served.call("ModelInfer", message))
 
 
+# What is open to whom
+
+
+_OPEN = {"/", "/health", "/ping", "/v2/health/live", "/v2/health/ready"}
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[app.Server, dict[int, Sequence[Any]]]]:
+    """A server without models, with keys for metrics too; and the routes of its ports, by number."""
+    folder, routes = tmp_path_factory.mktemp("empty"), list[Sequence[Any]]()
+    (folder / "models").mkdir()
+    for name in ("keys", "metrics"):
+        (folder / name).write_text(f"{name}-key\n")
+
+    def recorded(given: Sequence[Any], *arguments: Any) -> Any:
+        routes.append(given)
+        return http_app(given, *arguments)
+
+    options = ServeOptions(
+        model_repository=(str(folder / "models"),),
+        endpoints=EndpointOptions(http_port=0, grpc_port=0, metrics_port=0),
+        security=SecurityOptions(api_key_file=str(folder / "keys"), metrics_key_file=str(folder / "metrics")),
+    )
+    thread = LoopThread()
+
+    async def made() -> app.Server:
+        return app.Server(options, LogSettings())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app, "http_app", recorded)
+        server = thread.run(made())
+        thread.run(server.start())
+    assert server.http is not None
+    assert server.metrics is not None
+    yield server, dict(zip((server.http.port, server.metrics.port), routes, strict=True))
+    thread.run(server.stop(0))
+    thread.close()
+
+
+@about("unkeyed routes")
+def test_every_route_of_every_port_wants_a_key(empty: tuple[app.Server, dict[int, Sequence[Any]]]) -> None:
+    """`/invocations`, `/pause` and `/score` were open where a key guarded only paths that begin with `/v1`."""
+    server, ports = empty
+    assert server.http is not None
+    for port, routes in ports.items():
+        is_api = port == server.http.port
+        paths = {re.sub(r"{[^}]*}", "x", route.path): route.methods for route in routes} | {"/invocations": {"POST"}}
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            for path, methods in paths.items():
+                for method in {*methods, "GET", "POST", "OPTIONS"}:
+                    status = client.request(method, path).status_code
+                    guarded = path == "/metrics" or (is_api and path not in _OPEN)
+                    assert (status == 401) is guarded, (method, path, status)
+            keys = {"metrics-key": 200, "keys-key": 200, "other": 401, "": 401}
+            assert {key: client.get("/metrics", headers={"x-api-key": key}).status_code for key in keys} == keys
+            if is_api:
+                assert client.get("/v2", headers={"x-api-key": "metrics-key"}).status_code == 401
+
+
+@about("unkeyed routes")
+def test_every_call_over_grpc_wants_a_key(served: Site) -> None:
+    stranger = served.using("")
+    for name in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name:
+        if name in ("ServerLive", "ServerReady"):
+            assert stranger.call(name, b"").status == 200
+        elif name == "ModelStreamInfer":
+            assert stranger.stream().status == 401
+        else:
+            assert stranger.call(name, b"").status == 401
+
+
+@about("CVE-2026-27482")
+def test_no_foreign_page_changes_anything(empty: tuple[app.Server, dict[int, Sequence[Any]]]) -> None:
+    for port, routes in empty[1].items():
+        own = f"localhost:{port}"
+        key = {"x-api-key": "keys-key"}
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            for route in routes:
+                path = re.sub(r"{[^}]*}", "x", route.path)
+                for method in route.methods:
+                    rebound = client.request(method, path, headers={**key, "host": f"evil.example:{port}"})
+                    assert rebound.status_code == 403
+                    foreign = client.request(
+                        method, path, headers={**key, "host": own, "origin": "https://evil.example"}
+                    )
+                    assert (foreign.status_code == 403) is (method not in ("GET", "HEAD"))
+                    of_own = client.request(method, path, headers={**key, "host": own, "origin": f"http://{own}"})
+                    assert of_own.status_code != 403
+
+
+@about("CVE-2026-27482")
+def test_a_server_is_of_this_machine_alone_unless_an_address_is_given() -> None:
+    endpoints = EndpointOptions()
+    assert (endpoints.http_address, endpoints.grpc_address, endpoints.metrics_address) == ("127.0.0.1", "", "")
+
+
 # Triton Inference Server
+
+
+@about("triton-8680", "triton-8686", "triton-8833")
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(f"/v2/models/{TOKENS}/infer", f"/v2/models/{TEXT}/generate", f"/v2/models/{TEXT}/generate_stream"),
+        *("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/pooling", "/rerank", "/score", "/classify"),
+        *("/tokenize", "/detokenize", "/v2/repository/models/x/load", "/v2/logging", "/v1/no-such", "/"),
+    ],
+)
+def test_the_same_bytes_are_too_many_at_every_entrance(served: Site, path: str) -> None:
+    for length in (str(1 << 40), str((64 << 20) + 1)):
+        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nx-api-key: {KEY}\r\ncontent-length: {length}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", served.server.http), 60) as connection:
+            connection.sendall(head.encode())
+            assert connection.recv(12) == b"HTTP/1.1 413"
+
+
+@about("triton-8680", "triton-8686", "triton-8833")
+def test_the_same_bytes_are_too_many_over_grpc(served: Site) -> None:
+    message = pb.ModelInferRequest(model_name=TOKENS, raw_input_contents=[bytes(33 << 20)])
+    assert served.call("ModelInfer", message).status == 413
+    assert served.stream(message).status == 413
+    for call in ("ModelConfig", "LogSettings", "RepositoryIndex"):
+        refused(served.call(call, b"\xfa\x7f" + b"\x80\x80\x40" + bytes(MIB)))
 
 
 @about("CVE-2025-23310", "CVE-2025-23311")
@@ -546,6 +762,14 @@ def test_a_region_is_never_left(region: str) -> None:
     with pytest.raises(ServiceError):
         part.write("output", bytes(32))
     assert (FOLDER / region[1:]).stat().st_size == 20
+
+
+@about("CVE-2025-23319", "CVE-2025-23320", "CVE-2025-23334")
+def test_shared_memory_of_clients_is_off(served: Site, region: str) -> None:
+    body = {"key": region, "byte_size": 64}
+    refused(served.post("/v2/systemsharedmemory/region/x/register", body), "--allow-client-shm")
+    message = pb.SystemSharedMemoryRegisterRequest(name="x", key=region, byte_size=64)
+    refused(served.call("SystemSharedMemoryRegister", message), "--allow-client-shm")
 
 
 @about("CVE-2025-23319", "CVE-2025-23320", "CVE-2025-23334")

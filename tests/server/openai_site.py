@@ -19,7 +19,7 @@ from hasten.server.openai.routes import openai_routes
 from hasten.server.page.routes import page_routes
 from hasten.server.protocol.http import http_app
 from hasten.server.repository import MemoryRepository
-from hasten.server.security import ApiKeys
+from hasten.server.security import Admission, ApiKeys
 from hasten.server.service import Service
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
@@ -62,7 +62,11 @@ class Site:
     async def _start(self, configs: list[model_config_pb2.ModelConfig]) -> tuple[Service, str]:
         service = Service(MemoryRepository(configs))
         await service.start()
-        app = http_app([*openai_routes(service), *page_routes(service)], self._keys, 1 << 22, frozenset({"/"}))
+        app = http_app(
+            [*openai_routes(service), *page_routes(service)],
+            Admission(keys=self._keys, open_paths=frozenset({"/"})),
+            1 << 22,
+        )
         self._listener = HttpListener("127.0.0.1", 0, "--http-port")
         await self._listener.start(app)
         return service, f"http://127.0.0.1:{self._listener.port}"

@@ -101,8 +101,9 @@ def test_special_tokens_are_texts_or_objects_and_may_stand_in_a_file_of_their_ow
 
 def test_variables_reach_the_template_but_do_not_replace_what_it_is_given(tmp_path: Path) -> None:
     made = template_of(tmp_path, chat_template="{{ mood }}{{ messages | length }}{{ add_generation_prompt }}")
-    variables = {"mood": "kind", "messages": [1, 2, 3], "add_generation_prompt": False}
-    assert made.render([], variables=variables) == "kind0True"
+    assert made.render([], variables={"mood": "kind"}) == "kind0True"
+    with pytest.raises(InvalidRequestError, match="chat_template_kwargs cannot set 'messages'"):
+        made.render([], variables={"mood": "kind", "messages": [1, 2, 3]})
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,9 @@ def test_a_prefix_is_all_tokens_of_whole_blocks_but_the_last_token() -> None:
     assert prefixes_of(prompt[:16], BLOCK) == ()
     assert prefixes_of((7, *prompt[1:]), BLOCK)[1] != second, "the same block after another one"
     assert len(prefixes_of(tuple(range(100_000)), BLOCK)) == 1024
+    salted = prefixes_of(prompt, BLOCK, "a")
+    assert len({first, second, *salted, *prefixes_of(prompt, BLOCK, "b")}) == 6
+    assert salted == prefixes_of(prompt, BLOCK, "a")
 
 
 def test_a_table_forgets_what_was_used_longest_ago_and_ends_before_beginnings() -> None:

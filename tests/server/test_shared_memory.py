@@ -27,7 +27,7 @@ def path() -> Iterator[Path]:
 
 @pytest.fixture
 def memory(path: Path) -> SharedMemory:
-    return SharedMemory()
+    return SharedMemory(allowed=True)
 
 
 def descriptors_of(path: Path) -> int:
@@ -143,7 +143,7 @@ def test_a_slice_in_use_outlives_its_region_and_nothing_stays_open(memory: Share
 
 
 def test_inputs_of_a_request_are_bounded_in_all(memory: SharedMemory, path: Path) -> None:
-    memory = SharedMemory(max_request_bytes=32)
+    memory = SharedMemory(allowed=True, max_request_bytes=32)
     memory.register("r", NAME, 0, 64)
     where: dict[str, Parameter] = {"shared_memory_region": "r", "shared_memory_byte_size": 16}
     reading = memory.reading(InflightBytes().claim())
@@ -173,9 +173,9 @@ def test_regions_are_bounded_in_number_and_name(memory: SharedMemory) -> None:
     memory.register("n" * 256, NAME, 0, 64)
 
 
-def test_it_can_be_turned_off(path: Path) -> None:
-    with pytest.raises(ServiceError, match="--allow-shared-memory") as error:
-        SharedMemory(allowed=False).register("r", NAME, 0, 64)
+def test_it_is_off_unless_it_is_allowed(path: Path) -> None:
+    with pytest.raises(ServiceError, match="--allow-client-shm") as error:
+        SharedMemory().register("r", NAME, 0, 64)
     assert error.value.kind is ErrorKind.UNSUPPORTED
 
 

@@ -15,7 +15,7 @@ from hasten.server import tokenizing
 from hasten.server.engine.client import EngineClient, EngineInfo, QueueLimits
 from hasten.server.openai.routes import openai_routes
 from hasten.server.protocol.http import http_app
-from hasten.server.security import ApiKeys
+from hasten.server.security import Admission, ApiKeys
 from hasten.server.statistics import Counters
 
 TEXT = "Anna opened the door.\nÄ ☃"
@@ -54,7 +54,7 @@ class Site:
     """Their routes."""
 
     def __init__(self, engines: dict[str, EngineClient], keys: ApiKeys | None = None) -> None:
-        self._app = http_app(openai_routes(cast(Any, Models(engines))), keys, 1 << 22)
+        self._app = http_app(openai_routes(cast(Any, Models(engines))), Admission(keys=keys), 1 << 22)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         async def ask() -> httpx.Response:

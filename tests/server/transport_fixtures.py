@@ -5,6 +5,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from hasten.server.protocol.grpc import GrpcCalls
 from hasten.server.protocol.http import HttpRoutes, http_app
 from hasten.server.protocol.settings import LogSettings, TraceSettings
 from hasten.server.protocol.shared_memory import SharedMemory
-from hasten.server.security import ApiKeys, TlsFiles
+from hasten.server.security import Admission, ApiKeys, TlsFiles
 
 LIMIT = 1 << 20
 """Most bytes of a request."""
@@ -53,7 +54,7 @@ class Transports:
     keys: ApiKeys | None = None
     tls: TlsFiles | None = None
     service: AddingService = field(default_factory=AddingService)
-    memory: SharedMemory = field(default_factory=SharedMemory)
+    memory: SharedMemory = field(default_factory=partial(SharedMemory, allowed=True))
     traces: TraceSettings = field(default_factory=TraceSettings)
     logs: LogSettings = field(default_factory=LogSettings)
     limits: ConnectionLimits = field(default_factory=ConnectionLimits)
@@ -63,7 +64,7 @@ class Transports:
         service = cast(Any, self.service)
         self.http_listener = HttpListener("127.0.0.1", 0, "--http-port", self.tls, self.limits)
         routes = HttpRoutes(service, self.memory, self.traces, self.logs, LIMIT).routes()
-        await self.http_listener.start(http_app(routes, self.keys, LIMIT, inflight=self.inflight))
+        await self.http_listener.start(http_app(routes, Admission(keys=self.keys), LIMIT, self.inflight))
         calls = GrpcCalls(service, self.memory, self.traces, self.logs, self.inflight)
         limits = [("grpc.max_receive_message_length", LIMIT)]
         self.grpc_listener = GrpcListener(

@@ -138,7 +138,7 @@ class Connection:
 
 def request(method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> bytes:
     """The bytes of a proper request."""
-    head = {"host": "soak", "content-length": str(len(body)), **(headers or {})}
+    head = {"host": "localhost", "content-length": str(len(body)), **(headers or {})}
     lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in head.items())]
     return "\r\n".join([*lines, "", ""]).encode() + body
 

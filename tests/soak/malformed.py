@@ -196,7 +196,7 @@ def run(*, requests: int, seed: int = 0) -> Report:
     """Send so many malformed requests over each transport."""
     report = Report("malformed")
     with _repository() as models:
-        control = ("--model-control-mode", "explicit", "--load-model", "*")
+        control = ("--model-control-mode", "explicit", "--load-model", "*", "--allow-client-shm")
         with serving("--model-repository", str(models), *control) as server, _region(server):
             asyncio.run(_run(server, report, requests, seed))
     return report

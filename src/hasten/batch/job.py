@@ -236,7 +236,8 @@ class _Run:
         try:
             for index, (prompt, params) in enumerate(zip(request.prompts, request.params, strict=True)):
                 each = f"{row.number}.{index}"
-                self._add(Request(request_id=each, prompt_token_ids=tuple(prompt), params=params))
+                salt = request.cache_salt
+                self._add(Request(request_id=each, prompt_token_ids=tuple(prompt), params=params, cache_salt=salt))
                 queued.add(each)
         except BaseException:
             self._withdraw(queued)

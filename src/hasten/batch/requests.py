@@ -41,6 +41,7 @@ class RowRequest:
     """Of each prompt."""
     choices: Choices
     prompts_only: bool = False
+    cache_salt: str = ""
 
 
 class RowReader:
@@ -113,7 +114,8 @@ class RowReader:
         choices = completion_choices(body, prompts, params, self._engine.tokenizer)
         ids = self._encoded(prompts)
         call = "text_completion"
-        return RowRequest(call, body.model, ids, [params] * len(ids), choices, body.shows_prompts_only)
+        salt = body.cache_salt or ""
+        return RowRequest(call, body.model, ids, [params] * len(ids), choices, body.shows_prompts_only, salt)
 
     def _chat(self, body: ChatRequest) -> RowRequest:
         check_chat(body)
@@ -126,7 +128,7 @@ class RowReader:
         (ids,) = self._encoded([text], add_special_tokens=False)
         params = chat_params(body, self._engine.max_model_len - len(ids), tools)
         choices = ChatChoices(stream=False, top_logprobs=body.top_logprobs or 0, tools=tools)
-        return RowRequest("chat.completion", body.model, [ids], [params], choices)
+        return RowRequest("chat.completion", body.model, [ids], [params], choices, cache_salt=body.cache_salt or "")
 
     def _tools(self, body: ChatRequest, template: ChatTemplate) -> ToolUse | None:
         engine = self._engine

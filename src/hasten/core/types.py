@@ -81,6 +81,8 @@ class Request:
     """Type of each token, of models that have types; none given: 0 for all."""
     skipped_tokens: int = 0
     """Tokens at the beginning, those of an instruction, that a vector is not made of."""
+    cache_salt: str = ""
+    """Blocks of the prefix cache are shared with requests of the same salt alone; "": with all that have none."""
 
 
 @dataclass(slots=True)

@@ -5,10 +5,8 @@ from collections import OrderedDict
 from hasten.engine.encoder_input import EncoderInput
 from hasten.engine.sequence import Sequence
 
-_ROOT = 0
-"""Number of the empty prefix."""
 _INPUT = -1
-"""In its place before the first block of an encoder's input, which is known by all tokens of the input."""
+"""In place of a prefix before the first block of an encoder's input, which is known by all tokens of the input."""
 
 
 class BlockManager:
@@ -20,6 +18,9 @@ class BlockManager:
 
     The keys and values that an encoder leaves depend on all of its input, so they are known by that, and their number
     is what the decoder's prefixes begin with in place of the empty one.
+
+    The empty prefix of a request is its `root`, which a salt of its own makes another one than that of other requests:
+    it finds no block of theirs, and they none of its.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
@@ -107,7 +108,7 @@ class BlockManager:
         while (sequence.num_registered + 1) * size <= whole:
             place = sequence.num_registered
             if place == 0:
-                sequence.prefix = _first_prefix(sequence) or _ROOT
+                sequence.prefix = _first_prefix(sequence) or sequence.root
             content = (sequence.prefix, tuple(sequence.token_ids[place * size : (place + 1) * size]))
             block = sequence.block_table[place]
             entry = self._known.get(content)
@@ -144,7 +145,7 @@ class BlockManager:
         if not self.enable_prefix_caching:
             return False
         self.prefix_queries += len(given.token_ids)
-        first = self._known.get((_INPUT, given.token_ids))
+        first = self._known.get(_input_content(given))
         if first is None:
             return False
         more = [self._known.get((-first[1], (place,))) for place in range(1, count)]
@@ -161,12 +162,12 @@ class BlockManager:
         """Make the blocks of an encoder's input, which a step writes, known to others with the same one."""
         if not self.enable_prefix_caching:
             return
-        entry = self._known.get((_INPUT, given.token_ids))
+        entry = self._known.get(_input_content(given))
         if entry is None:
             self._last_prefix += 1
         given.prefix = self._last_prefix if entry is None else entry[1]
         for place, block in enumerate(given.block_table):
-            content = (-given.prefix, (place,)) if place else (_INPUT, given.token_ids)
+            content = (-given.prefix, (place,)) if place else _input_content(given)
             if content not in self._known:
                 self._forget(block)
                 self._known[content] = (block, given.prefix)
@@ -206,7 +207,7 @@ class BlockManager:
         sequence.block_table = []
         sequence.table_version += 1
         sequence.num_computed = sequence.num_registered = 0
-        sequence.prefix = _ROOT
+        sequence.prefix = sequence.root
         self.release_input(sequence)
 
     def release_input(self, sequence: Sequence) -> None:
@@ -249,4 +250,9 @@ class BlockManager:
 
 def _first_prefix(sequence: Sequence) -> int | None:
     """What a sequence's prefixes begin with: the number of its encoder's input, if it has one; None: not known yet."""
-    return _ROOT if sequence.encoder_input is None else sequence.encoder_input.prefix or None
+    return sequence.root if sequence.encoder_input is None else sequence.encoder_input.prefix or None
+
+
+def _input_content(given: EncoderInput) -> tuple[int, tuple[int, ...]]:
+    """What the first block of an encoder's input is known by."""
+    return (_INPUT - given.root, given.token_ids)

@@ -16,14 +16,29 @@ from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hasten.core.errors import CheckpointError, InvalidRequestError
 from hasten.core.text import require_utf8
+from hasten.engine.template_sandbox import BoundedEnvironment, TemplateLimitError, TemplateTimeError, limited_time
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LONGEST_MESSAGE = 500
+_NOT_VARIABLES = frozenset(
+    {
+        *(
+            "chat_template",
+            "tokenize",
+            "continue_final_message",
+            "return_dict",
+            "return_tensors",
+            "padding",
+            "truncation",
+        ),
+        *("conversation", "raise_exception", "strftime_now", "range", "namespace", "dict"),
+    }
+)
+"""What transformers' `apply_chat_template` takes for its own, and what templates call: no variables of a client's."""
 
 
 class _LimitError(Exception):
@@ -47,7 +62,7 @@ class RenderLimits:
             if characters > self.characters:
                 raise _LimitError(f"the messages become a prompt of more than {self.characters} characters: too long")
             if time.thread_time() > end:
-                raise _LimitError(f"the messages take more than {self.seconds:g} s to become a prompt: too many")
+                raise TemplateTimeError
             yield piece
 
 
@@ -102,19 +117,35 @@ class ChatTemplate:
 
         `variables` are what the template may know beside them.
         """
-        values = self._special_tokens | dict(variables or {})
-        values |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        values: dict[str, Any] = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        values |= self._special_tokens
+        _check_variables(variables or {}, values)
         template = self._tool_template if tools else self._template
+        seconds = float("inf") if limits is None else limits.seconds
         try:
-            pieces = template.generate(values)
-            return "".join(pieces if limits is None else limits.applied(pieces))
+            with limited_time(seconds):
+                pieces = template.generate(values | dict(variables or {}))
+                return "".join(pieces if limits is None else limits.applied(pieces))
         except _LimitError as error:
             raise InvalidRequestError(str(error)) from None
+        except TemplateTimeError:
+            raise InvalidRequestError(
+                f"the messages take more than {seconds:g} s to become a prompt: too many"
+            ) from None
+        except TemplateLimitError as error:
+            raise InvalidRequestError(f"the tokenizer's chat template cannot be rendered: {error}") from None
         except SecurityError as error:
             raise CheckpointError(f"the tokenizer's chat template does what no template may do: {error}") from error
         except Exception as error:  # templates index, add and call whatever the messages are made of
             message = str(error)[:_LONGEST_MESSAGE]
             raise InvalidRequestError(f"the tokenizer's chat template refuses these messages: {message}") from error
+
+
+def _check_variables(given: Mapping[str, Any], reserved: Iterable[str]) -> None:
+    """InvalidRequestError where a client's variables would replace what the template gets otherwise."""
+    for name in given:
+        if name in reserved or name in _NOT_VARIABLES:
+            raise InvalidRequestError(f"chat_template_kwargs cannot set {name!r}; leave it out")
 
 
 class _Generation(Extension):
@@ -128,9 +159,9 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment() -> BoundedEnvironment:
     """What transformers gives a template."""
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    made = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     made.filters["tojson"] = _to_json
     made.globals["raise_exception"] = _raise
     made.globals["strftime_now"] = _now

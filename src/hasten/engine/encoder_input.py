@@ -8,10 +8,12 @@ class EncoderInput:
     sequences holds them; after all have been preempted, the encoder computes them again.
     """
 
-    __slots__ = ("block_table", "holders", "is_computed", "key", "prefix", "table_version", "token_ids")
+    __slots__ = ("block_table", "holders", "is_computed", "key", "prefix", "root", "table_version", "token_ids")
 
-    def __init__(self, token_ids: tuple[int, ...]) -> None:
+    def __init__(self, token_ids: tuple[int, ...], root: int = 0) -> None:
         self.token_ids = token_ids
+        self.root = root
+        """The prefix cache's number for no tokens; 0 without a salt."""
         self.key = -1
         """Number that all ranks know its block table by; the scheduler gives it."""
         self.block_table: list[int] = []

@@ -314,7 +314,7 @@ class LLM(PoolingMethods):
         each = params_for_each(len(parsed), params, SamplingParams())
         return self._queue(
             [
-                (prompt.where, Request(request_id="", prompt_token_ids=ids, params=chosen, prompt=prompt.text))
+                (prompt.where, _request(prompt, ids, chosen))
                 for prompt, ids, chosen in zip(parsed, self._token_ids(parsed), each, strict=True)
             ],
             stream=stream,
@@ -374,6 +374,10 @@ class _Meter:
             self._noted = now
             rate = (self._engine.stats.generation_tokens - self._before) / (now - self._start)
             self._bar.note(f"{rate:.0f} tokens/s")
+
+
+def _request(prompt: ParsedPrompt, ids: tuple[int, ...], params: SamplingParams) -> Request:
+    return Request(request_id="", prompt_token_ids=ids, params=params, prompt=prompt.text, cache_salt=prompt.cache_salt)
 
 
 def _signature() -> inspect.Signature:

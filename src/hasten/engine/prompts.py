@@ -11,7 +11,12 @@ from hasten.core.text import require_utf8
 from hasten.core.types import SamplingParams
 
 
-class TextPrompt(TypedDict):
+class _Salted(TypedDict, total=False):
+    cache_salt: str
+    """The prefix cache's blocks of the prompt are shared with prompts of the same salt alone."""
+
+
+class TextPrompt(_Salted):
     """A prompt as text, in vLLM's form."""
 
     prompt: str
@@ -21,7 +26,7 @@ class _TokensPrompt(TypedDict):
     prompt_token_ids: Sequence[int]
 
 
-class TokensPrompt(_TokensPrompt, total=False):
+class TokensPrompt(_TokensPrompt, _Salted, total=False):
     """A prompt as token ids, in vLLM's form; the text that they stand for is passed on with the output."""
 
     prompt: str
@@ -39,6 +44,7 @@ class ParsedPrompt:
     """What messages call it."""
     text: str | None
     token_ids: tuple[int, ...] | None
+    cache_salt: str = ""
 
 
 def parse_prompts(prompts: Prompt | Iterable[Prompt]) -> list[ParsedPrompt]:
@@ -73,7 +79,7 @@ def _parsed(where: str, given: Any) -> ParsedPrompt:
 
 
 def _from_mapping(where: str, given: Mapping[Any, Any]) -> ParsedPrompt:
-    unknown = [key for key in given if key not in ("prompt", "prompt_token_ids")]
+    unknown = [key for key in given if key not in ("prompt", "prompt_token_ids", "cache_salt")]
     if unknown:
         raise InvalidRequestError(f"{where} has {unknown[0]!r:.80}, which is not supported; give {_ACCEPTED}")
     text, ids = given.get("prompt"), _listed(given.get("prompt_token_ids"))
@@ -83,12 +89,16 @@ def _from_mapping(where: str, given: Mapping[Any, Any]) -> ParsedPrompt:
         if not isinstance(text, str):
             raise InvalidRequestError(f"{where}['prompt'] must be a text, got {_shown(text)}")
         require_utf8(f"{where}['prompt']", text)
+    salt = given.get("cache_salt", "")
+    if not isinstance(salt, str):
+        raise InvalidRequestError(f"{where}['cache_salt'] must be a text, got {_shown(salt)}")
+    require_utf8(f"{where}['cache_salt']", salt)
     if ids is None:
-        return ParsedPrompt(where, text, None)
+        return ParsedPrompt(where, text, None, salt)
     where_ids = f"{where}['prompt_token_ids']"
     if not isinstance(ids, Sequence) or isinstance(ids, str | bytes | bytearray):
         raise InvalidRequestError(f"{where_ids} must be a list of token ids, got {_shown(ids)}")
-    return ParsedPrompt(where, text, _token_ids(where_ids, ids))
+    return ParsedPrompt(where, text, _token_ids(where_ids, ids), salt)
 
 
 def _token_ids(where: str, ids: Sequence[Any]) -> tuple[int, ...]:

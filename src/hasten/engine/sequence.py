@@ -1,11 +1,22 @@
 """One completion on its way through the scheduler."""
 
 from collections.abc import Mapping
+from hashlib import blake2b
 from itertools import takewhile
 
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.constraint import Constraint
 from hasten.engine.encoder_input import EncoderInput
+
+_ROOT_BITS = 128
+"""More than numbers of prefixes ever have."""
+
+
+def _root_of(salt: str) -> int:
+    """The prefix cache's number for no tokens behind a salt; 0 without one."""
+    if not salt:
+        return 0
+    return 1 << _ROOT_BITS | int.from_bytes(blake2b(salt.encode(), digest_size=_ROOT_BITS // 8).digest())
 
 
 class Beams:
@@ -74,6 +85,7 @@ class Sequence:
         "prompt_len",
         "reads_history",
         "request_id",
+        "root",
         "seed",
         "table_version",
         "token_ids",
@@ -98,7 +110,9 @@ class Sequence:
         run of banned tokens is known only with the beams that they continue."""
         self.group_size = request.params.n if beam_width == 1 else 1
         """Completions still to be forked from it once its prompt is computed, itself included."""
-        self.encoder_input = EncoderInput(request.prompt_token_ids) if start else None
+        self.root = _root_of(request.cache_salt)
+        """The prefix cache's number for no tokens."""
+        self.encoder_input = EncoderInput(request.prompt_token_ids, self.root) if start else None
         """What cross-attention reads, in an encoder-decoder; all sequences of a request have it in common."""
         self.holds_input = False
         """Whether it is one of the holders of that."""
@@ -133,7 +147,7 @@ class Sequence:
         self.block_table: list[int] = []
         self.table_version = 0
         """Changes whenever blocks already in the table do, so that copies of it know that they are stale."""
-        self.prefix = 0
+        self.prefix = self.root
         self.num_registered = 0
         """Full blocks that the prefix cache knows, and its number for the tokens in them."""
         self.wants_prompt_logprobs = request.params.prompt_logprobs is not None

@@ -34,6 +34,7 @@ from hasten.core.config import (
     dtype_name,
 )
 from hasten.core.errors import CapacityError, ConfigError, UnsupportedError
+from hasten.core.kernel_cache import check_kernel_cache, kernel_cache
 from hasten.core.progress import progress_bar
 from hasten.engine.batch import Batch
 from hasten.engine.cache_ranges import measured_ranges, stored_ranges
@@ -129,6 +130,7 @@ class Worker:
         ranks.liveness.on_failure(partial(self._abort_flag.fill_, 1))
         with self.start_times.phase("device"), explained_out_of_memory("starting the device"):
             if self.device.type == "cuda":
+                check_kernel_cache(kernel_cache())
                 torch.cuda.synchronize(self.device)  # creates its context, which the next use would otherwise do
         with self.start_times.phase("config"):
             config, checkpoint = self._opened(config)

@@ -16,6 +16,7 @@ from hasten.server.access import AccessLog
 from hasten.server.connections import ConnectionLimits
 from hasten.server.create import model_configs
 from hasten.server.engine.client import EngineClient, QueueLimits
+from hasten.server.hosts import Hosts
 from hasten.server.inflight import InflightBytes
 from hasten.server.lifecycle import StartEngine
 from hasten.server.listeners import GrpcListener, HttpListener, joined
@@ -29,7 +30,7 @@ from hasten.server.protocol.http import HttpRoutes, http_app
 from hasten.server.protocol.settings import LogSettings, TraceSettings, start_log, stop_log
 from hasten.server.protocol.shared_memory import SharedMemory
 from hasten.server.repository import FolderRepository, MemoryRepository, Repository
-from hasten.server.security import OPEN_PATHS, ApiKeys, TlsFiles
+from hasten.server.security import OPEN_PATHS, Admission, ApiKeys, TlsFiles
 from hasten.server.service import ControlMode, Service
 from hasten.server.tables import backend_table, engine_table, model_table, option_table
 
@@ -61,8 +62,12 @@ class Server:
         self._inflight = InflightBytes(security.inflight_bytes)
         self._metrics = Metrics(self.service, self._machine, self._access, self._inflight)
         limit, traces = security.max_request_bytes, TraceSettings()
-        memory = SharedMemory(allowed=security.allow_shared_memory, max_request_bytes=limit)
-        self._keys = ApiKeys.from_file(security.api_key_file) if security.api_key_file else None
+        memory = SharedMemory(allowed=security.allow_client_shm, max_request_bytes=limit)
+        salts = security.cache_salt_per_key
+        self._keys = ApiKeys.from_file(security.api_key_file, salts=salts) if security.api_key_file else None
+        self._metrics_keys = (
+            ApiKeys.from_file(security.metrics_key_file) | self._keys if security.metrics_key_file else None
+        )
         self._tls = TlsFiles.create(security.tls_certificate, security.tls_key, security.tls_client_ca)
         self._routes = HttpRoutes(self.service, memory, traces, logs, limit)
         self.http: HttpListener | None = None
@@ -85,7 +90,7 @@ class Server:
             opened.callback(self.metrics.close)
         if ends.allow_grpc:
             self.grpc = GrpcListener(
-                *(ends.grpc_address, ends.grpc_port, "--grpc-port", calls),
+                *(ends.grpc_address or ends.http_address, ends.grpc_port, "--grpc-port", calls),
                 keys=self._keys,
                 tls=self._tls,
                 options=ends.grpc_channel(security),
@@ -98,7 +103,7 @@ class Server:
         ConfigError, or EngineError where it is not what was given, where a model cannot be loaded and that is to be an
         end.
         """
-        limit = self.options.security.max_request_bytes
+        limit, ends = self.options.security.max_request_bytes, self.options.endpoints
         self._watch = asyncio.create_task(watch_descriptors(self._descriptors))
         if self.grpc is not None:
             await self.grpc.start()
@@ -107,10 +112,12 @@ class Server:
             routes = [*openai_routes(self.service), *self._routes.routes(), *page_routes(self.service)]
             if self.metrics is not None:
                 routes += self._metrics.routes()
-            app = http_app(routes, self._keys, limit, OPEN_PATHS | {"/"}, self._inflight)
+            admission = replace(self._admission(ends.http_address), keys=self._keys)
+            app = http_app(routes, admission, limit, self._inflight)
             await self.http.start(self._access.http(app))
         if self.metrics is not None:
-            await self.metrics.start(http_app(self._metrics.routes(), None, limit, inflight=self._inflight))
+            admission = self._admission(ends.metrics_address or ends.http_address)
+            await self.metrics.start(http_app(self._metrics.routes(), admission, limit, self._inflight))
         _log.debug("\n%s", option_table(self.options, self.service.server_metadata()))
         _log.info("loading %s ...", ", ".join(self._sources()))
         repository = self.options.repository
@@ -119,6 +126,15 @@ class Server:
             raise self._failure()
         self._log_models()
         self._log_endpoints()
+
+    def _admission(self, address: str) -> Admission:
+        """Whose requests a port at this address takes, but for keys that all paths need."""
+        security = self.options.security
+        return Admission(
+            open_paths=OPEN_PATHS | {"/"},
+            metrics_keys=self._metrics_keys,
+            hosts=Hosts(address, security.allowed_host),
+        )
 
     def _sources(self) -> list[str]:
         """Folders that models are loaded from."""

@@ -22,12 +22,16 @@ class EndpointOptions:
     """Where the server listens."""
 
     allow_http: bool = option(True, "serve HTTP: Triton's protocol, OpenAI's API and a page")
-    http_address: str = option("0.0.0.0", "address of HTTP", aliases=("host",))
+    http_address: str = option(
+        "127.0.0.1",
+        "address of HTTP: of this machine alone by default; 0.0.0.0 or :: for any client",
+        aliases=("host",),
+    )
     http_port: int = option(8000, "port of HTTP; 0 is any free one", aliases=("port",))
     allow_grpc: bool = option(True, "serve Triton's protocol over gRPC")
-    grpc_address: str = option("0.0.0.0", "address of gRPC")
+    grpc_address: str = option("", "address of gRPC (default: that of HTTP)")
     grpc_port: int = option(8001, "port of gRPC; 0 is any free one")
-    allow_metrics: bool = option(True, "serve metrics for Prometheus, always as plain HTTP and without a key")
+    allow_metrics: bool = option(True, "serve metrics for Prometheus, on their own port always as plain HTTP")
     metrics_address: str = option("", "address of metrics (default: that of HTTP)")
     metrics_port: int = option(8002, "port of metrics; 0 is any free one")
     allow_gpu_metrics: bool = option(True, "export GPU metrics")
@@ -38,6 +42,7 @@ class EndpointOptions:
     http_body_timeout_secs: float = option(60.0, "seconds for which nothing of a request's body may arrive")
     http_write_timeout_secs: float = option(300.0, "seconds for which a client may take nothing of its answer")
     metrics_interval_ms: float = option(2000.0, "interval of hardware metrics, in ms")
+    grpc_max_connections: int = option(4096, "maximum open gRPC connections; more are closed")
     grpc_keepalive_time: int = option(7_200_000, "ms without traffic after which a gRPC client is pinged")
     grpc_keepalive_timeout: int = option(20_000, "ms that it has to answer the ping")
     grpc_keepalive_permit_without_calls: bool = option(False, "ping also when no call is in flight")
@@ -68,6 +73,8 @@ class EndpointOptions:
             least = 1 if name == "max_connections" else 0.1
             if not value >= least:
                 raise ConfigError(f"--http-{name.replace('_', '-')} must be at least {least}, got {value:g}")
+        if self.grpc_max_connections < 1:
+            raise ConfigError(f"--grpc-max-connections must be at least 1, got {self.grpc_max_connections}")
         if self.metrics_interval_ms < 0:
             raise ConfigError(f"--metrics-interval-ms must be at least 0, got {self.metrics_interval_ms:g}")
 
@@ -77,6 +84,7 @@ class EndpointOptions:
             ("grpc.max_receive_message_length", min(security.max_request_bytes, security.max_grpc_message_bytes)),
             ("grpc.max_metadata_size", security.max_header_bytes),
             ("grpc.absolute_max_metadata_size", security.max_header_bytes),
+            ("grpc.max_allowed_incoming_connections", self.grpc_max_connections),
             ("grpc.max_concurrent_streams", _MOST_CALLS),
             ("grpc.server_handshake_timeout_ms", round(self.http_header_timeout_secs * 1e3)),
             ("grpc.max_send_message_length", -1),
@@ -121,9 +129,18 @@ class SecurityOptions:
         None, "PEM file of the authority whose certificates clients must show", kind="path"
     )
     api_key_file: str | None = option(
-        None, "file of API keys, one per line; health checks and metrics need none", kind="path"
+        None, "file of API keys, one per line; health checks and the port of metrics need none", kind="path"
     )
-    allow_shared_memory: bool = option(True, "let clients register system shared memory")
+    metrics_key_file: str | None = option(
+        None, "file of keys for /metrics, which then needs one of them, or an API key, on all ports", kind="path"
+    )
+    allowed_host: Sequence[str] = option(
+        (),
+        "name that clients may reach the server by, * for any; may be given more than once (default: any on an address "
+        "that other machines reach, else localhost and addresses)",
+    )
+    allow_client_shm: bool = option(False, "let clients on this machine register system shared memory")
+    cache_salt_per_key: bool = option(True, "let no client's prompts be found in the prefix cache by another API key")
     max_request_bytes: int = option(64 << 20, "maximum bytes of a request, unpacked, such as 64MiB", kind="size")
     max_grpc_message_bytes: int = option(
         32 << 20, "maximum bytes of a message over gRPC, at most --max-request-bytes", kind="size"

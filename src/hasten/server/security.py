@@ -3,7 +3,7 @@
 import hashlib
 import hmac
 import ssl
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +14,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hasten.core.errors import ConfigError
 from hasten.core.files import reading
 from hasten.core.text import utf8_lines
+from hasten.server.cache_salt import set_tenant
+from hasten.server.hosts import Hosts
 from hasten.server.http_errors import error_response, service_error_response
 from hasten.server.inflight import Claim, InflightBytes
 from hasten.server.types import ServiceError
 
+_PERSON = b"hasten tenant"
 NO_KEY = "a valid API key is required: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
+METRICS_PATH = "/metrics"
 OPEN_PATHS = frozenset({"/v2/health/live", "/v2/health/ready", "/health", "/ping"})
 OPEN_CALLS = frozenset({"ServerLive", "ServerReady", "Check"})
 """What needs no key, over HTTP and over gRPC: a cluster's probes have none."""
@@ -27,25 +31,43 @@ OPEN_CALLS = frozenset({"ServerLive", "ServerReady", "Check"})
 class ApiKeys:
     """The keys that may ask. How long a check takes says nothing of them."""
 
-    def __init__(self, keys: Iterable[str]) -> None:
+    def __init__(self, keys: Iterable[str], *, salts: bool = True) -> None:
+        """`salts`: whether the prompts of each key are kept apart in the prefix cache."""
         self._digests = [_digest(key) for key in keys]
+        self._salts = salts
 
     @classmethod
-    def from_file(cls, name: str) -> "ApiKeys":
+    def from_file(cls, name: str, *, salts: bool = True) -> "ApiKeys":
         """Read a file of one key per line; lines that are empty or begin with # are left out."""
         with reading(f"API keys from {name}"):
             lines = utf8_lines(Path(name).read_bytes())
         keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not keys:
             raise ConfigError(f"{name} has no API key: write one per line")
-        return cls(keys)
+        return cls(keys, salts=salts)
 
-    def admit(self, authorization: str, key: str = "") -> bool:
-        """Whether one of them is in a header `Authorization: Bearer KEY`, or is the `key` of an `x-api-key`."""
+    def tenant(self, authorization: str, key: str = "") -> str | None:
+        """Who asks, as a text from which no key can be told, "" without salts; None where none of the keys is given.
+
+        A key is in a header `Authorization: Bearer KEY`, or is the `key` of an `x-api-key`.
+        """
         scheme, _, token = authorization.partition(" ")
         given = _digest(key or (token.strip() if scheme.lower() == "bearer" else ""))
         # every key is compared, in full: no early end
-        return sum([hmac.compare_digest(given, digest) for digest in self._digests]) > 0
+        known = sum([hmac.compare_digest(given, digest) for digest in self._digests]) > 0
+        if not known:
+            return None
+        return hashlib.blake2b(given, digest_size=16, person=_PERSON).hexdigest() if self._salts else ""
+
+    def admit(self, authorization: str, key: str = "") -> bool:
+        """Whether one of the keys is given; see `tenant`."""
+        return self.tenant(authorization, key) is not None
+
+    def __or__(self, others: "ApiKeys | None") -> "ApiKeys":
+        """These keys and others."""
+        made = ApiKeys(())
+        made._digests = [*self._digests, *(others._digests if others is not None else ())]
+        return made
 
 
 def _digest(key: str) -> bytes:
@@ -96,6 +118,44 @@ def _read(name: str) -> bytes:
         raise ConfigError(f"cannot read {name}: {error.strerror}") from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class Admission:
+    """Whose requests one HTTP port takes."""
+
+    keys: ApiKeys | None = None
+    """None: no key is needed."""
+    open_paths: frozenset[str] = OPEN_PATHS
+    """Paths that need no key."""
+    metrics_keys: ApiKeys | None = None
+    """Those of /metrics; None: as any other path."""
+    hosts: Hosts | None = None
+    """Names that clients may reach the port by; None: any."""
+
+    def refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> Response | None:
+        """The answer to a request that is not taken; None for one that is, whose tenant is then known."""
+        path = scope["path"]
+        origin = _text(headers, b"origin") if b"origin" in headers else None
+        foreign = self.hosts and self.hosts.refusal(scope["method"], _text(headers, b"host"), origin)
+        if foreign:
+            return error_response(path, 403, foreign)
+        tenant: str | None = ""
+        if (keys := self._keys(path)) is not None:
+            tenant = keys.tenant(_text(headers, b"authorization"), _text(headers, b"x-api-key"))
+            if tenant is None:
+                return error_response(path, 401, NO_KEY, {"www-authenticate": "Bearer"})
+        set_tenant(tenant or "")
+        return None
+
+    def _keys(self, path: str) -> ApiKeys | None:
+        if path == METRICS_PATH and self.metrics_keys is not None:
+            return self.metrics_keys
+        return None if path in self.open_paths else self.keys
+
+
+def _text(headers: Mapping[bytes, bytes], name: bytes) -> str:
+    return headers.get(name, b"").decode("latin-1")
+
+
 class Guard:
     """ASGI middleware: refuses requests without a key, bodies that are too large, and those there is no room for.
 
@@ -105,15 +165,13 @@ class Guard:
     def __init__(
         self,
         app: ASGIApp,
-        keys: ApiKeys | None,
+        admission: Admission,
         max_request_bytes: int,
-        open_paths: frozenset[str],
         inflight: InflightBytes,
     ) -> None:
         self._app = app
-        self._keys = keys
+        self._admission = admission
         self._limit = max_request_bytes
-        self._open_paths = open_paths
         self._inflight = inflight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,10 +188,9 @@ class Guard:
 
     def _refusal(self, scope: Scope, claim: Claim) -> Response | None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        if self._keys is not None and scope["path"] not in self._open_paths:
-            texts = [headers.get(name, b"").decode("latin-1") for name in (b"authorization", b"x-api-key")]
-            if not self._keys.admit(*texts):
-                return error_response(scope["path"], 401, NO_KEY, {"www-authenticate": "Bearer"})
+        refusal = self._admission.refusal(scope, headers)
+        if refusal is not None:
+            return refusal
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._limit:
             return error_response(scope["path"], 413, self._too_large(int(length)))

@@ -22,6 +22,8 @@ _MAX_WAITING = 256
 """Requests whose texts wait for a thread; each text is one that may fit."""
 _MAX_WORDS, _MAX_WORDS_CHARACTERS = 1024, 16 << 10
 """Of one request: words that are to stop or must not appear are looked at for each token."""
+MAX_PROMPT_LOGPROBS = 1 << 22
+"""Log-probabilities of the tokens of all prompts of a request: some 600 MiB of memory."""
 _MAX_ENTRIES = {name: rule.most for name, rule in RULES.items() if rule.most is not None}
 
 Result = TypeVar("Result")
@@ -105,6 +107,16 @@ def check_entries(given: Mapping[str, object]) -> None:
         value = given.get(name)
         if isinstance(value, Sized) and not isinstance(value, str) and len(value) > most:
             raise InvalidRequestError(f"{name} has {len(value)} entries, the limit is {most}")
+
+
+def check_prompt_logprobs(tokens: int, count: int | None, vocab_size: int) -> None:
+    """InvalidRequestError where each of so many prompt tokens has too many log-probabilities: `count`, and its own."""
+    each = 0 if count is None else min(count, vocab_size) + 1
+    if tokens * each > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequestError(
+            f"the prompts have {tokens} tokens with {each} log-probabilities each; the limit of a request is "
+            f"{MAX_PROMPT_LOGPROBS} in all"
+        )
 
 
 def check_words(name: str, words: Sequence[str]) -> None:

@@ -198,6 +198,7 @@ def server_command(server: TritonServer) -> str:
     program = ["hasten", "serve"] if server.runtime == "hasten" else ["tritonserver"]
     options = [f"--model-repository={server.model_repository}"]
     options += [f"--{name}-port={port}" for name, port in server.ports.items()]
+    options += ["--http-address=0.0.0.0"] if server.runtime == "hasten" else []  # a pod's clients are elsewhere
     options += [f"--allow-metrics={str(server.allow_metrics).lower()}", f"--exit-timeout-secs={server.exit_timeout}"]
     if server.load_model:
         options += ["--model-control-mode=explicit", *(f"--load-model={name}" for name in server.load_model)]

@@ -17,6 +17,7 @@ from hasten.core.errors import ConfigError, EngineError, HastenError, InvalidReq
 from hasten.core.types import FinishReason, Request, SamplingParams
 from hasten.engine.stats import EngineStats
 from hasten.engine.text import Tokenizer
+from hasten.server.cache_salt import cache_salt
 from hasten.server.engine.counters import LanguageCounters
 from hasten.server.engine.link import Delivery
 from hasten.server.engine.queue import (
@@ -32,7 +33,7 @@ from hasten.server.engine.routing import prefixes_of
 from hasten.server.engine.ticket import Progress, Ticket
 from hasten.server.engine.wire import Add, CompletionDelta, EngineInfo, Start, framed
 from hasten.server.options import ServerOptions
-from hasten.server.tokenizing import check_entries, check_words, tokenizing
+from hasten.server.tokenizing import check_entries, check_prompt_logprobs, check_words, tokenizing
 
 __all__ = [
     "CompletionDelta",
@@ -193,20 +194,21 @@ class EngineClient:
         stream: bool = True,
         priority: int = 0,
         queue_timeout: float | None = None,
+        salt: str | None = None,
         counted: bool = True,
     ) -> AsyncGenerator[Progress, None]:
         """Complete a prompt, text or token ids. Closing the generator withdraws the request.
 
         Each progress has what is new since the last one; without `stream` there is one, the finished one.
         `priority`: 1 is the highest, larger ones come later, 0 stands between 1 and 2. `queue_timeout`: seconds
-        that it may wait before it is begun, if that is less than the engine's own limit. `counted`: whether it is a
-        request of its own in the counters, and no part of another one.
+        that it may wait before it is begun, if that is less than the engine's own limit. `salt`: the request's own
+        `cache_salt`. `counted`: whether it is a request of its own in the counters, and no part of another one.
 
         Raises InvalidRequestError, QueueError where it cannot be begun in time, EngineClosedError where no new
         requests are taken, and EngineError where the process died.
         """
         options: dict[str, Any] = {"stream": stream, "priority": priority, "queue_timeout": queue_timeout}
-        ticket = await self.submit(prompt, params, counted=counted, **options)
+        ticket = await self.submit(prompt, params, counted=counted, salt=salt, **options)
         try:
             while True:
                 progress = await ticket.read()
@@ -224,6 +226,7 @@ class EngineClient:
         stream: bool = True,
         priority: int = 0,
         queue_timeout: float | None = None,
+        salt: str | None = None,
         listener: Callable[[], None] | None = None,
         counted: bool = True,
     ) -> Ticket:
@@ -234,9 +237,11 @@ class EngineClient:
         """
         self.info.check_task(params)
         _check_sizes(params, self.info.vocab_size)
+        salt = cache_salt(salt)
         self.check_wait(priority, queue_timeout)
         tokens = await self._tokens(prompt)
-        ticket = self._ticket(tokens, await self._without_words(params), stream=stream, priority=priority)
+        check_prompt_logprobs(len(tokens), params.prompt_logprobs, self.info.vocab_size)
+        ticket = self._ticket(tokens, await self._without_words(params), stream=stream, priority=priority, salt=salt)
         ticket.counted = counted
         self._put(ticket, queue_timeout, listener)
         return ticket
@@ -258,6 +263,7 @@ class EngineClient:
         await self._spread(len(tokens))
         number = self._next_number(priority)
         message = Add(number, tokens, None, False, request.pooling, request.token_type_ids, request.skipped_tokens)
+        message.cache_salt = cache_salt(None)
         ticket = Ticket(number, tokens, 1, framed(message), priority)
         self._put(ticket, queue_timeout, listener)
         return ticket
@@ -365,15 +371,17 @@ class EngineClient:
             found = runs() if len(params.bad_words) <= _FEW_WORDS else await tokenizing.run(runs)
         return replace(params, bad_words=(), bad_words_ids=(*params.bad_words_ids, *found))
 
-    def _ticket(self, tokens: tuple[int, ...], params: SamplingParams, *, stream: bool, priority: int) -> Ticket:
+    def _ticket(
+        self, tokens: tuple[int, ...], params: SamplingParams, *, stream: bool, priority: int, salt: str
+    ) -> Ticket:
         number = self._next_number(priority)
         try:
-            frame = framed(Add(number, tokens, params, stream))
+            frame = framed(Add(number, tokens, params, stream, cache_salt=salt))
         except (OverflowError, ValueError, TypeError) as error:
             raise InvalidRequestError(f"the request cannot be passed to the engine: {error}") from None
         most = params.max_length(len(tokens), self.info.max_model_len) - len(tokens)
         width = max(params.n, params.beam_width)
-        prefixes = self._prefixes(tokens, params)
+        prefixes = self._prefixes(tokens, params, salt)
         return Ticket(number, tokens, width, frame, priority, most, _may_stop(params), prefixes=prefixes)
 
     def _next_number(self, priority: int) -> int:
@@ -385,10 +393,10 @@ class EngineClient:
         self._numbers += 1
         return self._numbers
 
-    def _prefixes(self, tokens: tuple[int, ...], params: SamplingParams) -> tuple[int, ...]:
+    def _prefixes(self, tokens: tuple[int, ...], params: SamplingParams, salt: str) -> tuple[int, ...]:
         """What decides between engines: nothing for one, or for a prompt that no engine takes from its cache."""
         cached = self._config.cache.enable_prefix_caching and params.prompt_logprobs is None
-        return prefixes_of(tokens, self.info.block_size) if cached and len(self.replicas) > 1 else ()
+        return prefixes_of(tokens, self.info.block_size, salt) if cached and len(self.replicas) > 1 else ()
 
     def _put(self, ticket: Ticket, queue_timeout: float | None, listener: Callable[[], None] | None) -> None:
         ticket.timeout, ticket.listener = self._timeout(queue_timeout), listener

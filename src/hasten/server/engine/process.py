@@ -197,6 +197,7 @@ class EngineLoop:
             pooling=message.pooling,
             token_type_ids=message.token_type_ids,
             skipped_tokens=message.skipped_tokens,
+            cache_salt=message.cache_salt,
         )
         try:
             self._engine.add(request, stream=message.stream, grammar=None if grammar is None else grammar.result())

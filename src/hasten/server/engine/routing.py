@@ -19,12 +19,13 @@ _MOST_BLOCKS = 1024
 """Of a prompt that are looked at: each takes about half a microsecond."""
 
 
-def prefixes_of(tokens: tuple[int, ...], block_size: int) -> tuple[int, ...]:
+def prefixes_of(tokens: tuple[int, ...], block_size: int, cache_salt: str = "") -> tuple[int, ...]:
     """A hash for each whole block of a prompt and all tokens before it, but for the block of the last token alone.
 
-    Blocks are cut as the engine's block manager cuts them; it compares tokens, so a collision costs time and no more.
+    Prompts of other salts have others. Blocks are cut as the engine's block manager cuts them; it compares tokens, so a
+    collision costs time and no more.
     """
-    found, before = [], 0
+    found, before = [], hash(cache_salt)
     last = min((len(tokens) - 1) // block_size, _MOST_BLOCKS) * block_size
     for start in range(0, last, block_size):
         before = hash((before, tokens[start : start + block_size]))

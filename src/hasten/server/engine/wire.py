@@ -126,7 +126,8 @@ class Add(msgspec.Struct, tag=True):
     pooling: PoolingParams | None = None
     token_type_ids: tuple[int, ...] = ()
     skipped_tokens: int = 0
-    """These three as core.types' Request has them."""
+    cache_salt: str = ""
+    """These four as core.types' Request has them."""
 
 
 class Abort(msgspec.Struct, tag=True):

@@ -137,8 +137,9 @@ def _check_types(config: model_config_pb2.ModelConfig, models: Models) -> None:
 
 
 def _queueing(work: Work) -> dict[str, Parameter]:
-    """How a step waits: as the whole does."""
+    """How a step waits, and what its prompts are kept apart by: as the whole does."""
     made: dict[str, Parameter] = {"priority": work.priority} if work.priority else {}
+    made |= {} if work.cache_salt is None else {"cache_salt": work.cache_salt}
     return made if work.queue_timeout is None else {**made, "timeout": round(work.queue_timeout * 1e6)}
 
 

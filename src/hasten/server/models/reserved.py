@@ -13,6 +13,7 @@ _RESERVED: Mapping[str, tuple[tuple[type, ...], str]] = {
     "sequence_end": ((bool,), "bool_param"),
     "binary_data_output": ((bool,), "bool_param"),
     EMPTY_FINAL: ((bool,), "bool_param"),
+    "cache_salt": ((str,), "string_param"),
     "headers": ((bool, int, float, str), "any type"),
 }
 _NOT_NEGATIVE = ("priority", "timeout")

@@ -109,6 +109,7 @@ class _Responses:
             stream=asked.stream,
             priority=work.priority,
             queue_timeout=work.queue_timeout,
+            salt=work.cache_salt,
         )
         return self._ticket
 

@@ -77,6 +77,7 @@ class TokenModel(EngineModel):
             stream=self._decoupled,
             priority=work.priority,
             queue_timeout=work.queue_timeout,
+            salt=work.cache_salt,
             counted=counted,
         )
 

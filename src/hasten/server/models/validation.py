@@ -59,6 +59,7 @@ class Rules:
             parameters=own,
             priority=self._priority(request.parameters),
             queue_timeout=self._timeout(request.parameters),
+            cache_salt=_salt(request.parameters),
         )
 
     def _unique(self, request: InferRequest) -> dict[str, Tensor]:
@@ -176,6 +177,12 @@ class Rules:
 def _without_batch(tensor: Tensor) -> Tensor:
     data = tensor.data[0] if tensor.data.shape == tensor.shape else tensor.data
     return Tensor(tensor.name, tensor.datatype, tensor.shape[1:], data)
+
+
+def _salt(parameters: Mapping[str, Parameter]) -> str | None:
+    """What the request's prompts are kept apart by in the prefix cache."""
+    value = parameters.get("cache_salt")
+    return value if isinstance(value, str) else None
 
 
 def _quoted(names: Iterable[str]) -> str:

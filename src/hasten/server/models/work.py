@@ -61,6 +61,8 @@ class Work:
     priority: int = 0
     queue_timeout: float | None = None
     """Seconds that it may wait; None: as long as the engine lets it."""
+    cache_salt: str | None = None
+    """What its prompts are kept apart by in the prefix cache; None: by its API key alone."""
     clock: Clock = field(default_factory=Clock)
 
     def known_parameters(self, known: Collection[str] = ()) -> dict[str, Parameter]:

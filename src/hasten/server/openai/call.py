@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from hasten.core.types import SamplingParams
 from hasten.server.by_size import by_size
@@ -81,5 +82,6 @@ class Call:
 
     async def submit(self, requests: PromptRequests) -> None:
         """Queue its prompts."""
-        priority = self.request.priority or 0
-        await requests.submit(self.prompts, self.params, priority=priority, queue_timeout=self.queue_timeout)
+        asked = self.request
+        options: dict[str, Any] = {"queue_timeout": self.queue_timeout, "salt": asked.cache_salt}
+        await requests.submit(self.prompts, self.params, priority=asked.priority or 0, **options)

@@ -31,13 +31,19 @@ class PromptRequests:
         self._reader: asyncio.Future[None] | None = None
 
     async def submit(
-        self, prompts: Sequence[list[int]], params: SamplingParams, *, priority: int, queue_timeout: float | None
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        *,
+        priority: int,
+        queue_timeout: float | None,
+        salt: str | None = None,
     ) -> None:
         """Queue all prompts, a few in each turn of the event loop. Errors are those of `EngineClient.submit`."""
 
         def put(prompt: list[int], listener: Callable[[], None]) -> Awaitable[Ticket]:
-            options: dict[str, Any] = {"stream": self._stream, "priority": priority, "queue_timeout": queue_timeout}
-            return self._client.submit(prompt, params, listener=listener, **options)
+            options: dict[str, Any] = {"priority": priority, "queue_timeout": queue_timeout, "salt": salt}
+            return self._client.submit(prompt, params, stream=self._stream, listener=listener, **options)
 
         await self._submit(prompts, put)
 

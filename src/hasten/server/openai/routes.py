@@ -18,6 +18,7 @@ from hasten.server.openai.tokens import DetokenizeRequest, TokenizeRequest, text
 from hasten.server.openai.types import ChatRequest, CompletionRequest
 from hasten.server.pooling.routes import pooling_routes
 from hasten.server.sse import EventStream, unless_gone
+from hasten.server.tokenizing import check_prompt_logprobs
 
 _encode = msgspec.json.Encoder().encode
 _COMPLETION, _CHAT = msgspec.json.Decoder(CompletionRequest), msgspec.json.Decoder(ChatRequest)
@@ -86,6 +87,7 @@ class _Api:
         choices = completion_choices(asked, prompts, params, client.tokenizer)
         timeout = checked_wait(request, asked.priority, client)
         tokens = await tokenized(prompts, client, "prompt", add_special_tokens=True)
+        check_prompt_logprobs(sum(map(len, tokens)), params.prompt_logprobs, client.info.vocab_size)
         call = Call(asked, client, tokens, params, choices, "text_completion", timeout, asked.shows_prompts_only)
         return await _respond(request, call)
 

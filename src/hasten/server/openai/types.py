@@ -86,6 +86,8 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     beam_search_diversity_rate: float | None = None
     priority: int | None = None
     """As everywhere in this server: 1 is the highest, larger ones come later, 0 is the default, between 1 and 2."""
+    cache_salt: str | None = None
+    """The prefix cache's blocks of its prompts are shared with requests of the same salt, and API key, alone."""
     guided_json: Raw = Raw()
     guided_regex: str | None = None
     guided_choice: list[str] | None = None

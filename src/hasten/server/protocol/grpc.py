@@ -11,6 +11,7 @@ import grpc
 from tritonclient.grpc import service_pb2 as pb
 
 from hasten.server.by_size import by_size
+from hasten.server.cache_salt import set_tenant
 from hasten.server.errors import client_error
 from hasten.server.http_errors import retry_after
 from hasten.server.inflight import Claim, InflightBytes
@@ -310,9 +311,13 @@ def _set_retry_after(context: Any, seconds: int) -> None:
 
 
 async def _admit(context: Any, keys: ApiKeys | None) -> None:
+    """End a call without a key; else what it asks of engines belongs to its key's tenant."""
+    set_tenant("")
     if keys is None:
         return
     metadata = dict(context.invocation_metadata() or ())
     texts = [metadata.get(name, "") for name in ("authorization", "x-api-key")]
-    if not keys.admit(*(text if isinstance(text, str) else text.decode("latin-1") for text in texts)):
+    tenant = keys.tenant(*(text if isinstance(text, str) else text.decode("latin-1") for text in texts))
+    if tenant is None:
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, NO_KEY)
+    set_tenant(tenant or "")

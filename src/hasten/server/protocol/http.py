@@ -24,7 +24,7 @@ from hasten.server.protocol.proto_json import to_json
 from hasten.server.protocol.settings import LogSettings, TraceSettings
 from hasten.server.protocol.shared_memory import NO_CUDA, SharedMemory
 from hasten.server.protocol.tensors import invalid
-from hasten.server.security import OPEN_PATHS, ApiKeys, Guard
+from hasten.server.security import Admission, Guard
 from hasten.server.types import ErrorKind, ServiceError
 
 if TYPE_CHECKING:
@@ -313,17 +313,16 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 def http_app(
     routes: Sequence[BaseRoute],
-    keys: ApiKeys | None,
+    admission: Admission,
     max_request_bytes: int,
-    open_paths: frozenset[str] = OPEN_PATHS,
     inflight: InflightBytes | None = None,
 ) -> ASGIApp:
     """The application of these routes, behind its guard.
 
-    `open_paths` need no key; `inflight` bounds what all requests hold, of this and of other applications.
+    `inflight` bounds what all requests hold, of this and of other applications.
     """
     app = Starlette(routes=list(routes))
     app.router.redirect_slashes = False
     # starlette's own handling of unforeseen errors would also close the client's connection
     app.middleware_stack = ExceptionMiddleware(app.router, {HTTPException: _failed, Exception: _failed})
-    return Guard(app, keys, max_request_bytes, open_paths, inflight or InflightBytes())
+    return Guard(app, admission, max_request_bytes, inflight or InflightBytes())

@@ -24,6 +24,7 @@ MAX_REGIONS = 512
 """Each takes a file descriptor."""
 _LONGEST_NAME = 256
 _T = TypeVar("_T", str, int)
+_OFF = "shared memory of clients is off; the server's operator turns it on with --allow-client-shm"
 NO_CUDA = "CUDA shared memory is not supported; use system shared memory or send the tensors"
 
 
@@ -75,7 +76,12 @@ def _beyond(name: str) -> ServiceError:
 class SharedMemory:
     """The regions that clients registered."""
 
-    def __init__(self, *, allowed: bool = True, max_request_bytes: int = SecurityOptions.max_request_bytes) -> None:
+    def __init__(
+        self,
+        *,
+        allowed: bool = SecurityOptions.allow_client_shm,
+        max_request_bytes: int = SecurityOptions.max_request_bytes,
+    ) -> None:
         self._allowed = allowed
         self._max_request_bytes = max_request_bytes
         self._regions: dict[str, Region] = {}
@@ -83,7 +89,7 @@ class SharedMemory:
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
         """Take a region under a name; ALREADY_EXISTS for a name in use, INVALID for what is no region."""
         if not self._allowed:
-            raise ServiceError(ErrorKind.UNSUPPORTED, "shared memory is turned off (--allow-shared-memory)")
+            raise ServiceError(ErrorKind.UNSUPPORTED, _OFF)
         if name in self._regions:
             raise ServiceError(ErrorKind.ALREADY_EXISTS, f"shared memory region '{name}' already in manager")
         if not name:
