@@ -15,6 +15,7 @@ from hasten.core.types import SamplingParams
 from hasten.engine.text import Tokenizer
 from hasten.server.create import model_configs
 from hasten.server.engine.client import CompletionDelta, EngineInfo, Progress
+from hasten.server.engine.counters import LanguageCounters
 from hasten.server.protocol.tensors import NUMPY
 from hasten.server.repository import MemoryRepository
 from hasten.server.service import Service
@@ -178,6 +179,7 @@ class CountingEngine:
         self.ready = True
         self.closed = False
         self.replicas = ()
+        self.counters = LanguageCounters()
         self.pause = 0.0
         """Seconds before each token."""
         self.go = asyncio.Event()

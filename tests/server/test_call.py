@@ -6,20 +6,27 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import pytest
+from tests.server.service_fixtures import DEMO
 from tests.server.turns import Turns
 
-from hasten.core.errors import EngineError, InvalidRequestError
+from hasten.core.config import EngineConfig
+from hasten.core.errors import EngineError, HastenError, InvalidRequestError
 from hasten.core.types import FinishReason, SamplingParams
 from hasten.server.body_writer import BodyWriter
 from hasten.server.by_size import SMALL
-from hasten.server.engine.client import EngineClient
+from hasten.server.create import model_configs
+from hasten.server.engine.client import EngineClient, QueueFullError
 from hasten.server.engine.ticket import Ticket
 from hasten.server.engine.wire import CompletionDelta, Logprob, Output
 from hasten.server.openai.call import Call
 from hasten.server.openai.choices import CompletionChoices
 from hasten.server.openai.events import CallEvents
+from hasten.server.openai.models import Found
 from hasten.server.openai.types import CompletionRequest, StreamOptions
+from hasten.server.repository import MemoryRepository
+from hasten.server.statistics import FailureReason, ModelCounters
 from hasten.server.together import TASKS_PER_TURN
+from hasten.server.version import Version
 
 MANY = 10 * TASKS_PER_TURN
 PARAMS = SamplingParams()
@@ -34,6 +41,10 @@ class Client:
         self.refused: int | None = None
         """Number of the prompt that is refused."""
         self._begun = begun
+        self.counters = ModelCounters()
+        description = MemoryRepository(model_configs(EngineConfig.create(str(DEMO)))).describe("fastertransformer")
+        assert description is not None
+        self.version = Version(description, 1, self.counters)
 
     async def submit(
         self, prompt: Sequence[int], params: SamplingParams, *, listener: Callable[[], None], **options: Any
@@ -92,7 +103,9 @@ def call_of(client: Client, prompts: int = 1, **fields: Any) -> Call:
     request = CompletionRequest(model="m", prompt="", **fields)
     choices = CompletionChoices(1)
     engine = cast(EngineClient, client)
-    return Call(request, engine, [[1, 2]] * prompts, PARAMS, choices, "text_completion")
+    return Call(
+        request, Found("m", engine, client.version.tally), [[1, 2]] * prompts, PARAMS, choices, "text_completion"
+    )
 
 
 async def begun(call: Call, client: Client, body: Body) -> tuple[CallEvents, asyncio.Task[None]]:
@@ -279,5 +292,52 @@ def test_usage_comes_with_the_last_event() -> None:
         assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
         assert [event["usage"] for event in others] == [None, None]
         await events.close()
+
+    asyncio.run(check())
+
+
+def test_a_call_is_counted_as_requests_of_all_transports_are() -> None:
+    async def check() -> None:
+        client = Client()
+        counters = client.counters
+        answering = asyncio.create_task(call_of(client, 2).answer())
+        while len(client.tickets) < 2:
+            await asyncio.sleep(0)
+        assert counters.pending == 1
+        ending = asyncio.create_task(client.version.end(60.0))
+        for number in range(2):
+            await asyncio.sleep(0)
+            assert not ending.done(), "the version is used"
+            client.step("a", number, finished=True)
+        await answering
+        await ending
+        assert (counters.success.count, counters.inference_count, counters.execution_count) == (1, 2, 1)
+        assert (counters.pending, counters.queue.count, list(counters.batches)) == (0, 1, [2])
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (QueueFullError("full"), FailureReason.REJECTED),
+        (EngineError("died"), FailureReason.BACKEND),
+        (InvalidRequestError("no"), FailureReason.OTHER),
+        (None, FailureReason.CANCELED),
+    ],
+)
+def test_a_call_that_fails_is_counted_by_its_reason(error: HastenError | None, reason: FailureReason) -> None:
+    async def check() -> None:
+        client = Client()
+        answering = asyncio.create_task(call_of(client).answer())
+        while not client.tickets:
+            await asyncio.sleep(0)
+        if error is None:
+            answering.cancel()
+        else:
+            client.tickets[0].fail(error)
+        await asyncio.wait([answering])
+        failures = {each: count for each, count in client.counters.failures.items() if count}
+        assert (failures, client.counters.fail.count, client.counters.pending) == ({reason: 1}, 1, 0)
 
     asyncio.run(check())

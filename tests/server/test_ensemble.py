@@ -154,7 +154,7 @@ def test_a_refusal_to_tokenize_is_the_token_models(demo: Running, monkeypatch: p
     monkeypatch.setattr(engine, "estimated_wait", lambda priority: 6.5)
     before = engine.refused["queue_full"]
     error = demo.refused(preprocessing("a"))
-    assert (error.kind, error.retry_after) == (ErrorKind.UNAVAILABLE, 6.5)
+    assert (error.kind, error.retry_after) == (ErrorKind.OVERLOADED, 6.5)
     assert "Exceeds maximum queue size: the texts of 0 requests wait" in str(error)
     assert engine.refused["queue_full"] == before + 1
 

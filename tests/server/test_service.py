@@ -59,8 +59,8 @@ NEVER = 5000
         (RankError("x"), ErrorKind.UNAVAILABLE, "x"),
         (CheckpointError("x"), ErrorKind.INTERNAL, "x"),
         (HastenError("x"), ErrorKind.INTERNAL, "x"),
-        (QueueFullError("x"), ErrorKind.UNAVAILABLE, "[request id: q7] Exceeds maximum queue size: x"),
-        (QueueTimeoutError("x"), ErrorKind.UNAVAILABLE, "[request id: q7] Request timeout expired: x"),
+        (QueueFullError("x"), ErrorKind.OVERLOADED, "[request id: q7] Exceeds maximum queue size: x"),
+        (QueueTimeoutError("x"), ErrorKind.OVERLOADED, "[request id: q7] Request timeout expired: x"),
         (ServiceError(ErrorKind.EXHAUSTED, "x"), ErrorKind.EXHAUSTED, "x"),
     ],
 )

@@ -20,7 +20,7 @@ from hasten.server.models.text_model import DEFAULT_TOKEN_MODEL
 from hasten.server.repository import Repository
 from hasten.server.statistics import Counters
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, TensorSpec
-from hasten.server.version import LoadFailure, Responses, State, Version, version_number
+from hasten.server.version import LoadFailure, Responses, State, Tally, Version, version_number
 
 __all__ = ["ControlMode", "IndexEntry", "ModelMetadata", "ServerMetadata", "Service", "TensorSpec", "service_error"]
 
@@ -256,6 +256,10 @@ class Service:
         owners = (one for one in self._registry.versions() if one.description.kind is Kind.TOKEN)
         pairs = ((one, one.model.engine) for one in owners if self._serves(one))
         return {(one.name, str(one.number)): engine for one, engine in pairs if engine is not None}
+
+    def tally(self, model: str, version: str, items: int, begun: int) -> Tally:
+        """What counts a request for an engine of `engines` that an API makes of it; ServiceError where none serves."""
+        return self._find(model, version).tally(items, begun)
 
     def backends(self) -> Mapping[str, list[str]]:
         """The models that serve, by the backend that computes them."""

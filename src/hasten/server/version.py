@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from hasten.core.errors import HastenError, exit_status
+from hasten.server.engine.client import Progress
 from hasten.server.errors import service_error
 from hasten.server.models.config import is_decoupled, parameter
 from hasten.server.models.interfaces import TEXT_KINDS, Kind
@@ -16,7 +17,7 @@ from hasten.server.models.model import Model
 from hasten.server.models.parameters import TOKEN_MODEL
 from hasten.server.models.text_model import DEFAULT_TOKEN_MODEL
 from hasten.server.models.validation import Rules
-from hasten.server.models.work import Outcome, Stream
+from hasten.server.models.work import Clock, Outcome, Stream, Work
 from hasten.server.repository import Description
 from hasten.server.statistics import ModelCounters, Tracked
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
@@ -97,6 +98,11 @@ class Version:
         work = self._rules.work(request)
         return self.model.execute(work), self._counters.track(work)
 
+    def tally(self, items: int, begun: int) -> "Tally":
+        """Counts a request of so many items for its engine that does not come through its model; see Tally."""
+        work = Work("", self.name, {}, items, frozenset(), {}, clock=Clock(begun))
+        return Tally(self, work, self._counters.track(work))
+
     async def end(self, timeout: float) -> None:
         """Let its requests finish, for so many seconds, and free what it holds."""
         self.state, deadline = State.UNLOADING, time.monotonic() + timeout
@@ -169,6 +175,41 @@ class Responses:
             await self._outcomes.aclose()
         finally:
             self._held.close()
+
+
+class Tally:
+    """Counts a request that an API makes of a version's engine itself, as all are counted; keeps the version meanwhile.
+
+    To be closed.
+    """
+
+    def __init__(self, version: Version, work: Work, tracked: Tracked) -> None:
+        self._clock = work.clock
+        self._tracked = tracked
+        self._held = ExitStack()
+        self._held.enter_context(version.use())
+        self._clock.prepare()
+
+    def take(self, progress: Progress, *, stream: bool) -> None:
+        """Something is new of an item."""
+        if progress.queue_seconds is not None:
+            self._clock.wait(progress.queue_seconds)
+            self._tracked.respond(decoupled=stream)
+        if progress.finished:
+            self._clock.compute()
+
+    def succeed(self) -> None:
+        """All items have ended."""
+        self._tracked.succeed()
+
+    def fail(self, error: BaseException) -> None:
+        """It ends with an error."""
+        self._tracked.fail(error)
+
+    def close(self) -> None:
+        """Nobody waits for it any more: it was withdrawn unless it has ended."""
+        self._tracked.fail(GeneratorExit())
+        self._held.close()
 
 
 @dataclass(frozen=True)

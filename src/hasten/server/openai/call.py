@@ -9,10 +9,11 @@ from typing import Any
 
 from hasten.core.types import SamplingParams
 from hasten.server.by_size import by_size
-from hasten.server.engine.client import EngineClient, Progress
+from hasten.server.engine.client import Progress
 from hasten.server.openai.answer import Usage, answer_head, check_completions, whole_answer
 from hasten.server.openai.choices import Choice, Choices
 from hasten.server.openai.events import CallEvents
+from hasten.server.openai.models import Found
 from hasten.server.openai.requests import PromptRequests
 from hasten.server.openai.tools import ToolUse
 from hasten.server.openai.types import GenerationRequest
@@ -23,7 +24,7 @@ class Call:
     """One request on its way: its prompts, and the form of its answer."""
 
     request: GenerationRequest
-    client: EngineClient
+    model: Found
     prompts: Sequence[list[int]]
     params: SamplingParams
     choices: Choices
@@ -78,7 +79,7 @@ class Call:
 
     def requests(self, usage: Usage, *, stream: bool) -> PromptRequests:
         """Its requests of the engine, whose tokens are added to `usage`; `submit` queues them."""
-        return PromptRequests(self.client, usage, stream=stream)
+        return PromptRequests(self.model.client, usage, stream=stream, tally=self.model.tally(len(self.prompts)))
 
     async def submit(self, requests: PromptRequests) -> None:
         """Queue its prompts."""

@@ -1,8 +1,10 @@
 """Which models OpenAI's API has: every engine by the name of its token model, and by those of its text models."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from hasten.core.errors import EngineError
@@ -12,6 +14,7 @@ from hasten.server.openai.params import OpenAIError
 
 if TYPE_CHECKING:
     from hasten.server.service import IndexEntry
+    from hasten.server.version import Tally
 
 Key = tuple[str, str]
 """Model and version."""
@@ -26,6 +29,9 @@ class Models(Protocol):
 
     def engines(self) -> Mapping[Key, EngineClient]:
         """The engines by model and version."""
+
+    def tally(self, model: str, version: str, items: int, begun: int) -> "Tally":
+        """What counts a request for one of them."""
 
     def index(self, *, ready: bool = False) -> "Sequence[IndexEntry]":
         """All models and their states."""
@@ -57,6 +63,14 @@ class Found:
 
     name: str
     client: EngineClient
+    start: Callable[[int, int], "Tally"]
+    """What counts a request of so many items that began then; see Service.tally."""
+    begun: int = field(default_factory=time.monotonic_ns)
+    """When a request asked for it."""
+
+    def tally(self, items: int) -> "Tally":
+        """What counts the request of so many items that it was found for. To be closed."""
+        return self.start(items, self.begun)
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,7 @@ class ModelFinder:
             message = f"the model {name!r:.200} does not exist; there are: {', '.join(found) or 'none'}"
             raise OpenAIError(message, status=404, param="model", code="model_not_found")
         key = found[name]
-        return Found(name, serving.engines[key])
+        return Found(name, serving.engines[key], partial(self._service.tally, *key))
 
     def find_any(self, name: str | None) -> Found:
         """The same; without a name, the only model that there is."""

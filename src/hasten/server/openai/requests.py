@@ -3,21 +3,28 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from hasten.core.errors import HastenError
 from hasten.core.types import Request, SamplingParams
 from hasten.server.engine.client import EngineClient, Progress
 from hasten.server.engine.ticket import Ticket
 from hasten.server.openai.answer import Usage
 from hasten.server.together import TASKS_PER_TURN
 
+if TYPE_CHECKING:
+    from hasten.server.version import Tally
+
 Prompt = TypeVar("Prompt")
 
 
 class PromptRequests:
-    """What comes of several prompts, each with its number. `close` withdraws what has not ended."""
+    """What comes of several prompts, each with its number. `close` withdraws what has not ended, and closes the tally.
 
-    def __init__(self, client: EngineClient, usage: Usage, *, stream: bool) -> None:
+    `tally` counts them as one request; None where they are part of a request that is counted already.
+    """
+
+    def __init__(self, client: EngineClient, usage: Usage, *, stream: bool, tally: "Tally | None" = None) -> None:
         self.unfinished = 0
         """Prompts that have not ended."""
         self.listener: Callable[[], None] = self._wake
@@ -25,6 +32,7 @@ class PromptRequests:
         self._client = client
         self._usage = usage
         self._stream = stream
+        self._tally = tally
         self._tickets: list[Ticket] = []
         self.news: dict[int, None] = {}
         """Prompts that have something to take, in the order in which it came."""
@@ -59,10 +67,18 @@ class PromptRequests:
         self, prompts: Sequence[Prompt], put: Callable[[Prompt, Callable[[], None]], Awaitable[Ticket]]
     ) -> None:
         self.unfinished = len(prompts)
-        for number, prompt in enumerate(prompts):
-            if number and number % TASKS_PER_TURN == 0:
-                await asyncio.sleep(0)
-            self._tickets.append(await put(prompt, partial(self._on_news, number)))
+        try:
+            for number, prompt in enumerate(prompts):
+                if number and number % TASKS_PER_TURN == 0:
+                    await asyncio.sleep(0)
+                self._tickets.append(await put(prompt, partial(self._on_news, number)))
+        except HastenError as error:
+            self._fail(error)
+            raise
+
+    def _fail(self, error: HastenError) -> None:
+        if self._tally is not None:
+            self._tally.fail(error)
 
     def _on_news(self, number: int) -> None:
         self.news[number] = None
@@ -77,11 +93,23 @@ class PromptRequests:
         while self.news:
             number = next(iter(self.news))
             del self.news[number]
-            if (progress := self._tickets[number].take()) is not None:
+            try:
+                progress = self._tickets[number].take()
+            except HastenError as error:
+                self._fail(error)
+                raise
+            if progress is not None:
                 self._usage.count(progress)
                 self.unfinished -= progress.finished
+                if self._tally is not None:
+                    self._count(self._tally, progress)
                 return number, progress
         return None
+
+    def _count(self, tally: "Tally", progress: Progress) -> None:
+        tally.take(progress, stream=self._stream)
+        if self.unfinished == 0:
+            tally.succeed()
 
     async def read(self) -> tuple[int, Progress]:
         """What came first of all that is new; waits for it. Raises the error that ended a prompt."""
@@ -98,3 +126,5 @@ class PromptRequests:
             self._client.withdraw(ticket)
         self._tickets.clear()
         self.news.clear()
+        if self._tally is not None:
+            self._tally.close()

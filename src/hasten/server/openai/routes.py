@@ -88,7 +88,7 @@ class _Api:
         timeout = checked_wait(request, asked.priority, client)
         tokens = await tokenized(prompts, client, "prompt", add_special_tokens=True)
         check_prompt_logprobs(sum(map(len, tokens)), params.prompt_logprobs, client.info.vocab_size)
-        call = Call(asked, client, tokens, params, choices, "text_completion", timeout, asked.shows_prompts_only)
+        call = Call(asked, found, tokens, params, choices, "text_completion", timeout, asked.shows_prompts_only)
         return await _respond(request, call)
 
     async def chat(self, request: Request) -> Response:
@@ -101,7 +101,7 @@ class _Api:
         tokens = await self._prompts.chat(asked, client, tools)
         params = chat_params(asked, client.info.max_model_len - len(tokens), tools)
         choices = ChatChoices(bool(asked.stream), asked.top_logprobs or 0, tools)
-        call = Call(asked, client, [tokens], params, choices, "chat.completion", timeout, tools=tools)
+        call = Call(asked, found, [tokens], params, choices, "chat.completion", timeout, tools=tools)
         return await _respond(request, call)
 
 

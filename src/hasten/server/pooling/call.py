@@ -1,8 +1,9 @@
 """One request for vectors or scores on its way: its texts to the engine, and what was made of them back, in order."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from hasten.server.openai.answer import Usage
 from hasten.server.openai.requests import PromptRequests
 from hasten.server.pooling.texts import Pair, TextReader
 from hasten.server.together import TASKS_PER_TURN
+
+if TYPE_CHECKING:
+    from hasten.server.version import Tally
 
 _MOST_NUMBERS = 1 << 24
 """Of an answer: 64 MiB, and about five times that as JSON."""
@@ -42,12 +46,16 @@ class PoolingCall:
         *,
         priority: int = 0,
         queue_timeout: float | None = None,
+        tally: "Callable[[int], Tally] | None" = None,
     ) -> None:
-        """`queue_timeout`: seconds that its texts may wait before they are begun."""
+        """`queue_timeout`: seconds that its texts may wait before they are begun. `tally` gives what counts a request
+        by its number of texts; None: it is counted already.
+        """
         self.usage = Usage()
         self.client = client
         self._priority = priority
         self._queue_timeout = queue_timeout
+        self._tally = tally
 
     @property
     def info(self) -> PoolingInfo:
@@ -87,7 +95,8 @@ class PoolingCall:
         """What is made of texts by their requests, all of which have these parameters."""
         self._check_size(requests, params)
         found: list[Result | None] = [None] * len(requests)
-        running = PromptRequests(self.client, self.usage, stream=False)
+        tally = None if self._tally is None else self._tally(len(requests))
+        running = PromptRequests(self.client, self.usage, stream=False, tally=tally)
         try:
             await running.submit_texts(requests, priority=self._priority, queue_timeout=self._queue_timeout)
             while running.unfinished:

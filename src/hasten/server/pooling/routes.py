@@ -61,7 +61,7 @@ def pooling_routes(models: ModelFinder) -> list[Route]:
 
 def _call(request: Request, asked: TextsRequest, found: Found) -> PoolingCall:
     timeout = checked_wait(request, asked.priority, found.client)
-    return PoolingCall(found.client, priority=asked.priority or 0, queue_timeout=timeout)
+    return PoolingCall(found.client, priority=asked.priority or 0, queue_timeout=timeout, tally=found.tally)
 
 
 def _size(results: list[Result]) -> int:
