@@ -289,7 +289,7 @@ def test_queue_limits_timeouts_and_priorities() -> None:
 
         order, late, refused = running.run(ask())
         assert order == ["high", "default"]
-        assert late.kind is refused.kind is ErrorKind.UNAVAILABLE
+        assert late.kind is refused.kind is ErrorKind.OVERLOADED
         assert "[request id: <id_unknown>] Request timeout expired" in str(late)
         assert "[request id: <id_unknown>] Exceeds maximum queue size" in str(refused)
         assert failures[FailureReason.REJECTED] == 2
