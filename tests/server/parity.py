@@ -117,7 +117,7 @@ def same(theirs: Answer, ours: Answer) -> bool:
 def hasten_serve(repository: Path, log: Path) -> Iterator[Side]:
     """`hasten serve` of all models of a repository, in control mode explicit."""
     models = ("--model-repository", str(repository), "--model-control-mode", "explicit", "--load-model", "*")
-    with serve_process(log, *models) as places:
+    with serve_process(log, *models, "--allow-client-shm") as places:
         side = Side(places["HTTPService"], places["GRPCInferenceService"], places["Metrics"])
         yield side
         side.close()
