@@ -73,7 +73,7 @@ def test_the_demo_of_an_installed_package_needs_no_repository(installed: Path, t
     code = (
         "import hasten\n"
         "from hasten.cli import demo\n"
-        "print(hasten.__file__, *(demo._data(name) for name in ('model', 'test.jsonl', 'client.py')), sep='\\n')\n"
+        "print(hasten.__file__, *(demo.demo_file(name) for name in ('model', 'test.jsonl', 'client.py')), sep='\\n')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

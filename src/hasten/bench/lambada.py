@@ -8,7 +8,7 @@ the target are; the time is that of the generate calls alone.
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -56,6 +56,8 @@ class LambadaResult:
     seconds: float
     """Of the generate calls alone; the median where the samples were run more than once."""
     answers: list[Answer]
+    repetition_seconds: list[float] = field(default_factory=list)
+    """Of each run of all samples."""
 
     @property
     def line(self) -> str:
@@ -162,7 +164,7 @@ def run(
         for index, value in enumerate(spent):
             seconds[index].append(value)
     return [
-        _result(engine.label, statistics.median(times), made)
+        _result(engine.label, times, made)
         for engine, times, made in zip(engines, seconds, answers, strict=True)
         if not has_failed(engine)
     ]
@@ -187,9 +189,9 @@ def _answer(sample: Sample, token_ids: list[int], tokenizer: Tokenizer) -> Answe
     )
 
 
-def _result(engine: str, seconds: float, answers: list[Answer]) -> LambadaResult:
-    right = sum(answer.right for answer in answers)
-    return LambadaResult(engine, 100 * right / len(answers), right, len(answers), seconds, answers)
+def _result(engine: str, seconds: list[float], answers: list[Answer]) -> LambadaResult:
+    right, median = sum(answer.right for answer in answers), statistics.median(seconds)
+    return LambadaResult(engine, 100 * right / len(answers), right, len(answers), median, answers, seconds)
 
 
 def differing(first: LambadaResult, second: LambadaResult) -> int:

@@ -19,6 +19,7 @@ _REPORTS: Mapping[str, str] = {
     "lambada": "hasten.bench.lambada:LambadaReport",
     "latency": "hasten.bench.latency:LatencyReport",
     "load": "hasten.bench.load.metrics:LoadReport",
+    "report": "hasten.bench.evaluation.form:ModelReport",
     "serving": "hasten.bench.serving:ServingReport",
     "startup": "hasten.bench.startup:StartupReport",
     "suite": "hasten.bench.suite:SuiteReport",
@@ -26,6 +27,8 @@ _REPORTS: Mapping[str, str] = {
 }
 """Benchmark -> where the type of its report is."""
 BENCHMARKS = tuple(_REPORTS)
+_COMMANDS = {"report": "hasten report"}
+"""Those that are no subcommand of `hasten bench`."""
 _PLAIN: Mapping[Any, str] = {
     bool: "boolean",
     int: "integer",
@@ -49,7 +52,7 @@ def schema(benchmark: str) -> dict[str, Any]:
     fixed = {"benchmark": {"const": benchmark}, "schema": {"const": VERSION}, "options": {"type": "object"}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": f"hasten bench {benchmark}",
+        "title": _COMMANDS.get(benchmark, f"hasten bench {benchmark}"),
         **report,
         "properties": fixed | report["properties"],
         "required": [*fixed, *report["required"]],

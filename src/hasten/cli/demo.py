@@ -71,8 +71,8 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the commands one after the other; 1 if any fails or the comparison is not as it should be."""
     require_extra("serve", "hasten demo")
-    model, dataset, client = args.model or _data("model"), args.dataset or _data("test.jsonl"), args.client
-    client = client or _data("client.py")
+    model, dataset, client = args.model or demo_file("model"), args.dataset or demo_file("test.jsonl"), args.client
+    client = client or demo_file("client.py")
     for file in (Path(model) / "config.json", Path(dataset), Path(client)):
         if not file.is_file():
             raise ConfigError(f"{file} does not exist")
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if comparison.faults else 0
 
 
-def _data(name: str) -> str:
+def demo_file(name: str) -> str:
     """A file or folder of the demo: in the installed package, or else in the repository that it runs from."""
     package = Path(hasten.__file__).resolve().parent
     found = package / "demo" / name

@@ -17,6 +17,7 @@ from hasten.cli import (
     generate,
     plan,
     quantize,
+    report,
     repository,
     serve,
     warm,
@@ -55,6 +56,7 @@ def build_parser() -> Parser:
         serve,
         repository,
         bench,
+        report,
         cluster,
         demo,
     ):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from hasten.bench.charts import number
 from hasten.bench.load.metrics import LoadResult
 from hasten.bench.report import print_table
 
@@ -81,10 +82,3 @@ def _kept_up(results: Sequence[LoadResult]) -> str:
 def rate_text(result: LoadResult) -> str:
     """A run's request rate."""
     return result.request_rate if isinstance(result.request_rate, str) else f"{result.request_rate:g}"
-
-
-def number(value: float | None) -> str:
-    """A figure with three digits, or all of those before its point; a dash for none."""
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

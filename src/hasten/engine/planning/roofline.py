@@ -62,6 +62,10 @@ class Step:
     seconds: float
     limits: dict[str, float]
     """Seconds of each limit, by its name; they overlap."""
+    read_bytes: float
+    """Of weights, keys and values, read from memory on each rank."""
+    operations: float
+    """Multiplications and additions of each rank."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -91,14 +95,18 @@ def decode_step(
     rates = _GPU if device.is_gpu else _CPU
     experts = _experts(model, rank, batch)
     weights = _weights_s(rank, device, rates, batch, experts)
-    keys = batch * _seen(model, context) * rank.kv_bytes_per_token / (device.bytes_per_second * rates.keys)
-    compute = 2 * batch * (rank.layer_products + rank.head_products) / (device.flops * rates.decode_flops)
+    key_bytes = batch * _seen(model, context) * rank.kv_bytes_per_token
+    keys = key_bytes / (device.bytes_per_second * rates.keys)
+    operations: float = 2 * batch * (rank.layer_products + rank.head_products)
+    compute = operations / (device.flops * rates.decode_flops)
     if model.experts is not None:
         rows = _expert_rows(model, rank, batch)
+        operations += 2 * rows * rank.expert_products
         rows = max(rows, experts * rates.expert_tile) if batch > 1 else rows
         compute += 2 * rows * rank.expert_products / (device.flops * rates.expert_flops)
     limits = {WEIGHTS: weights, KEYS: keys, COMPUTE: compute, HOST: rates.step_s + batch * rates.row_s}
-    return _step(model, rates, batch, ranks, limits)
+    read = _weight_bytes(rank, device, batch, experts) + key_bytes
+    return _step(model, rates, batch, ranks, limits, read, operations)
 
 
 def prompt_step(
@@ -113,25 +121,45 @@ def prompt_step(
     scores = tokens * _seen(model, length) * width
     dense = tokens * rank.layer_products + tokens / length * rank.head_products
     compute = 2 * (dense / rates.prompt_flops + scores / rates.scores_flops) / device.flops
+    operations = 2 * (dense + scores)
     if model.experts is not None:
         products = _expert_rows(model, rank, tokens) * rank.expert_products
+        operations += 2 * products
         compute += 2 * products / (device.flops * rates.expert_flops)
-    return _step(model, rates, tokens, ranks, {WEIGHTS: weights, COMPUTE: compute})
+    read = _weight_bytes(rank, device, tokens, experts)
+    return _step(model, rates, tokens, ranks, {WEIGHTS: weights, COMPUTE: compute}, read, operations)
 
 
 def _weights_s(rank: Footprint, device: Device, rates: _Rates, rows: int, experts: float) -> float:
     """Seconds of reading the weights of a step."""
-    nbytes = rank.read_bytes + experts * rank.expert_bytes
     single, several = rates.single_row, rates.rows
-    narrow = _MOST_NARROW_ROWS.get(rank.quantization or "")
-    if narrow is not None and device.is_gpu and rows > narrow:
-        nbytes += 2 * rank.widened_bytes  # written, and read by the product
-    elif narrow is not None:
+    if rank.quantization in _MOST_NARROW_ROWS and not _widened(rank, device, rows):
         single, several = rates.quantized_single_row, rates.quantized_rows
+    nbytes = _weight_bytes(rank, device, rows, experts)
     return nbytes / (device.bytes_per_second * (single if rows == 1 else several))
 
 
-def _step(model: ModelConfig, rates: _Rates, tokens: int, ranks: int, limits: dict[str, float]) -> Step:
+def _weight_bytes(rank: Footprint, device: Device, rows: int, experts: float) -> float:
+    """Bytes of weights that a step moves."""
+    nbytes = rank.read_bytes + experts * rank.expert_bytes
+    # written, and read by the product
+    return nbytes + 2 * rank.widened_bytes if _widened(rank, device, rows) else nbytes
+
+
+def _widened(rank: Footprint, device: Device, rows: int) -> bool:
+    """Whether quantized weights are widened before so many rows are multiplied by them."""
+    return device.is_gpu and rows > _MOST_NARROW_ROWS.get(rank.quantization or "", rows)
+
+
+def _step(
+    model: ModelConfig,
+    rates: _Rates,
+    tokens: int,
+    ranks: int,
+    limits: dict[str, float],
+    read_bytes: float,
+    operations: float,
+) -> Step:
     """Weights are read while products are computed; all else follows one another."""
     mixture = 0.0 if model.experts is None else rates.mixture_s
     limits[LAUNCH] = model.num_layers * (rates.layer_s + mixture)
@@ -139,7 +167,8 @@ def _step(model: ModelConfig, rates: _Rates, tokens: int, ranks: int, limits: di
         row_bytes = 2 * model.hidden_size
         limits[EXCHANGE] = 2 * model.num_layers * (_EXCHANGE_S + tokens * row_bytes / _EXCHANGE_BYTES_PER_S)
     others = sum(seconds for name, seconds in limits.items() if name not in (WEIGHTS, COMPUTE))
-    return Step(tokens, math.hypot(limits[WEIGHTS], limits[COMPUTE]) + others, limits)
+    seconds = math.hypot(limits[WEIGHTS], limits[COMPUTE]) + others
+    return Step(tokens, seconds, limits, read_bytes, operations)
 
 
 def _experts(model: ModelConfig, rank: Footprint, tokens: int) -> float:

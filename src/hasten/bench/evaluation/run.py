@@ -1,0 +1,398 @@
+"""The measurements of a report, section by section."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hasten.bench import lambada, latency, startup
+from hasten.bench.against import Against, VllmEngine
+from hasten.bench.continuous import ContinuousEngine
+from hasten.bench.converted import CTranslate2Engine
+from hasten.bench.engines import Engine, HastenEngine, HuggingFaceEngine
+from hasten.bench.evaluation.accuracy import Accuracy, accuracy
+from hasten.bench.evaluation.form import Knee, Latencies, ModelReport, Starts
+from hasten.bench.evaluation.headline import headline
+from hasten.bench.evaluation.limits import Plan, cost, plan, roofline
+from hasten.bench.evaluation.provenance import file_hashes, provenance
+from hasten.bench.evaluation.store import SectionStore
+from hasten.bench.lambada import Sample
+from hasten.bench.load.prompts import PromptWriter
+from hasten.bench.peers import NotMeasured, Peer, failed
+from hasten.bench.report import environment
+from hasten.bench.slo import Slo
+from hasten.bench.sweep import Sweep, SweepOptions, knee, running, started, sweep
+from hasten.bench.workloads import fixed
+from hasten.checkpoint.hub import model_name, resolve_engine, resolve_model
+from hasten.checkpoint.plan import open_checkpoint
+from hasten.core.config import EngineConfig
+from hasten.core.errors import ConfigError, HastenError, UnsupportedError
+from hasten.engine.llm import LLM
+from hasten.engine.planning import hardware
+from hasten.engine.planning.plan import Setup, setup_of
+from hasten.engine.text import Tokenizer
+from hasten.engine.worker import compute_dtype, rank_device
+from hasten.ops import TORCH_DTYPES
+from hasten.parallel.groups import TensorGroup
+from hasten.parallel.threads import limit_threads
+
+_MEMORY = 0.9
+"""Of a GPU, that the engines of one process use together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much is measured."""
+
+    samples: int | None
+    """Texts at most; None: all."""
+    accuracy_repetitions: int
+    batch_sizes: tuple[int, ...]
+    repetitions: int
+    latency_length: int
+    """Tokens of prompts and outputs."""
+    concurrencies: tuple[int, ...]
+    load: SweepOptions
+    starts: int
+
+
+FULL = Scale(
+    samples=None,
+    accuracy_repetitions=3,
+    batch_sizes=(1, 8, 32),
+    repetitions=3,
+    latency_length=128,
+    concurrencies=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+    load=SweepOptions(),
+    starts=2,
+)
+QUICK = Scale(
+    samples=128,
+    accuracy_repetitions=1,
+    batch_sizes=(1, 16),
+    repetitions=2,
+    latency_length=32,
+    concurrencies=(1, 4, 16),
+    load=SweepOptions(prompt_length=64, output_length=32, least_requests=8, rounds=2),
+    starts=1,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """What to report on."""
+
+    model: str
+    engine: Mapping[str, Any]
+    """Keyword arguments of EngineConfig.create besides the model."""
+    dataset: str
+    """File of JSON lines, each an object with `text`."""
+    hf_model: str | None = None
+    """What Hugging Face and others run; None: the model."""
+    against: Against
+    slo: Slo
+    price_per_hour: float | None = None
+    scale: Scale = FULL
+    batch_size: int = 16
+    """Of texts."""
+    command: str = ""
+
+
+class Evaluation:
+    """One report: its sections, each from the store or measured.
+
+    ConfigError or UnsupportedError, before anything is measured, for a model or options that cannot be reported on.
+    """
+
+    def __init__(self, options: ReportOptions, folder: Path, *, fresh: bool, say: Callable[[str], None]) -> None:
+        self._options, self._say = options, say
+        self._threads = limit_threads()
+        self._engine = resolve_engine(EngineConfig.create(options.model, **options.engine))
+        self._model = open_checkpoint(self._engine.model, dummy=torch.device("cpu")).config
+        if self._model.task != "generate" or self._model.encoder is not None:
+            raise UnsupportedError(f"{self._model.architecture} is no decoder that continues texts; use hasten bench")
+        self._device = rank_device(self._engine, TensorGroup(), 1)
+        self._setup = self._setup_of_engine()
+        self._tokenizer = Tokenizer.from_folder(self._engine.tokenizer or self._engine.model)
+        self._samples = self._read_samples()
+        say("hashes of the files …")
+        self._files = file_hashes(Path(self._engine.model))
+        self._gpus = _gpu_ids(self._device, self._engine.parallel.ranks)
+        self._provenance = provenance(
+            options.command, f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", self._files, self._gpus
+        )
+        identity = {
+            "model": self._provenance.model_sha256,
+            "packages": self._provenance.packages,
+            "device": self._provenance.gpus or self._provenance.processor,
+            "threads": self._threads,
+            "engine": dict(options.engine),
+        }
+        self._store = SectionStore(folder, identity, fresh=fresh, say=say)
+
+    def report(self) -> ModelReport:
+        """Measure what is missing, and put all sections together."""
+        options, notes = self._options, list[str]()
+        planned = self._plan(notes)
+        starts = self._store.section("start", Starts, {"repetitions": options.scale.starts}, self._starts)
+        sweeps = [self._sweep(), *(self._sweep_of(url) for url in options.against.urls)]
+        with self._engines() as engines:
+            found = self._accuracy(engines)
+            latencies = self._latencies(engines)
+        own = [each for each in latencies.results if each.engine == HastenEngine.label]
+        notes += [each.line for each in dict.fromkeys([*found.not_measured, *latencies.not_measured])]
+        best = knee(sweeps[0].points, options.slo)
+        price = options.price_per_hour
+        report = ModelReport(
+            model=model_name(options.model),
+            headline="",
+            slo=str(options.slo),
+            provenance=dataclasses.replace(
+                self._provenance, environment=environment(self._device, TORCH_DTYPES[self._setup.dtype])
+            ),
+            accuracy=found,
+            latency=latencies,
+            serving=sweeps,
+            knees=[_knee(each, options.slo) for each in sweeps],
+            cost=None if price is None or best is None else cost(price, sweeps[0], best),
+            plan=planned,
+            roofline=None if planned is None else roofline(self._model, planned.device, self._setup, own),
+            startup=starts,
+            notes=notes,
+        )
+        report["headline"] = headline(report)
+        return report
+
+    def _setup_of_engine(self) -> Setup:
+        dtype = compute_dtype(self._engine.dtype, self._model, self._device)
+        return setup_of(self._engine, dtype, self._device.type)
+
+    def _read_samples(self) -> list[Sample]:
+        samples = lambada.read_samples(self._options.dataset, self._tokenizer)
+        most = self._options.scale.samples
+        if most is None or len(samples) <= most:
+            return samples
+        return [samples[number * len(samples) // most] for number in range(most)]
+
+    def _plan(self, notes: list[str]) -> Plan | None:
+        """Device and memory; None, with a note, for models that a plan does not know."""
+        if self._engine.parallel.pipeline_parallel_size > 1:
+            notes.append("no memory plan and no roofline: they do not know pipeline stages")
+            return None
+        try:
+            gpu = hardware.this_gpu() if self._device.type == "cuda" else None
+            return self._store.section(
+                "memory plan",
+                Plan,
+                {"setup": self._setup},
+                lambda: plan(self._model, gpu or hardware.this_cpu(), self._setup),
+            )
+        except HastenError as error:
+            notes.append(f"no memory plan and no roofline: {error}")
+            return None
+
+    def _starts(self) -> Starts:
+        options = {name: value for name, value in self._options.engine.items() if name != "revision"}
+        if self._engine.tokenizer is not None:
+            options["tokenizer"] = self._engine.tokenizer
+        measured = startup.measure(self._engine.model, options, repetitions=self._options.scale.starts)
+        return Starts(measured.starts)
+
+    def _sweep(self) -> Sweep:
+        def measure() -> Sweep:
+            with started(self._engine, self._gpus) as server:
+                return sweep(server, self._concurrencies(), self._options.scale.load, self._say)
+
+        return self._store.section("served model", Sweep, self._sweep_options(), measure)
+
+    def _sweep_of(self, url: str) -> Sweep:
+        def measure() -> Sweep:
+            server = running(url, PromptWriter(self._tokenizer))
+            return sweep(server, self._concurrencies(), self._options.scale.load, self._say)
+
+        return self._store.section(f"server at {url}", Sweep, {"url": url, **self._sweep_options()}, measure)
+
+    def _sweep_options(self) -> dict[str, Any]:
+        return {"concurrencies": self._concurrencies(), "load": self._options.scale.load}
+
+    def _concurrencies(self) -> list[int]:
+        most = self._engine.scheduler.max_num_seqs
+        return [each for each in self._options.scale.concurrencies if each <= most] or [most]
+
+    def _accuracy(self, engines: "_Engines") -> Accuracy:
+        options = self._options
+        scale = options.scale
+
+        def measure() -> Accuracy:
+            results = lambada.run(
+                engines.all,
+                self._samples,
+                self._tokenizer,
+                batch_size=options.batch_size,
+                repetitions=scale.accuracy_repetitions,
+                advance=_tenths(self._say, len(self._samples) * scale.accuracy_repetitions, "texts"),
+            )
+            name = Path(options.dataset).name
+            return accuracy(
+                results,
+                engines.llm,
+                self._tokenizer,
+                dataset=name,
+                batch_size=options.batch_size,
+                not_measured=engines.not_measured,
+            )
+
+        known = {
+            **self._engine_options(),
+            "texts": hash_of(self._samples),
+            "repetitions": scale.accuracy_repetitions,
+            "batch_size": options.batch_size,
+        }
+        return self._store.section("accuracy", Accuracy, known, measure)
+
+    def _latencies(self, engines: "_Engines") -> Latencies:
+        scale = self._options.scale
+
+        def measure() -> Latencies:
+            results = []
+            for size in scale.batch_sizes:
+                self._say(f"latency, batch {size}")
+                workload = fixed(size, scale.latency_length, scale.latency_length)
+                results += latency.measure(
+                    engines.all, workload, engines.llm.config.vocab_size, repetitions=scale.repetitions
+                )
+            return Latencies(results, engines.not_measured)
+
+        known = {
+            **self._engine_options(),
+            "batch_sizes": scale.batch_sizes,
+            "length": scale.latency_length,
+            "repetitions": scale.repetitions,
+        }
+        return self._store.section("latency", Latencies, known, measure)
+
+    def _engine_options(self) -> dict[str, Any]:
+        return {"against": self._options.against.engines, "hf_model": self._options.hf_model}
+
+    @contextmanager
+    def _engines(self) -> "Iterator[_Engines]":
+        longest = max(len(sample.prompt_ids) + len(sample.target_ids) for sample in self._samples) + 1
+        with ExitStack() as stack:
+            yield _Engines(
+                stack, self._options, self._engine, max(longest, 2 * self._options.scale.latency_length), self._threads
+            )
+
+
+class _Engines:
+    """The engines of this process, loaded when they are first needed; the stack closes them."""
+
+    def __init__(
+        self, stack: ExitStack, options: ReportOptions, engine: EngineConfig, max_len: int, threads: int
+    ) -> None:
+        self._stack, self._options, self._engine = stack, options, engine
+        self._max_len, self._threads = max_len, threads
+        self._unsupported: list[NotMeasured] = []
+
+    @cached_property
+    def llm(self) -> LLM:
+        """Hasten's engine, with its part of a GPU's memory."""
+        options: dict[str, Any] = {
+            # the others have no cache between calls; with it on, the untimed batch would also pay for a timed one
+            "enable_prefix_caching": False,
+            "gpu_memory_utilization": self._memory,
+            "max_model_len": self._max_len,
+            "progress_bars": False,
+            **self._options.engine,
+        }
+        for name in ("revision", "download_dir"):
+            options.pop(name, None)
+        if self._engine.tokenizer is not None:
+            options["tokenizer"] = self._engine.tokenizer
+        return self._stack.enter_context(LLM(self._engine.model, **options))
+
+    @cached_property
+    def all(self) -> list[Engine]:
+        """Those that hasten is compared with, and hasten as the last."""
+        own = HastenEngine(self.llm)
+        others = [engine for name in self._options.against.engines for engine in self._others(name, own)]
+        return [*map(Peer, others), own]
+
+    @property
+    def not_measured(self) -> list[NotMeasured]:
+        """Engines without results so far."""
+        return [*self._unsupported, *failed(self.all)]
+
+    @property
+    def _memory(self) -> float:
+        return _MEMORY / (1 + len(self._options.against.engines))
+
+    def _others(self, name: str, own: HastenEngine) -> list[Engine]:
+        """The engines of a name: transformers has two."""
+        folder = str(resolve_model(self._options.hf_model or self._engine.model))
+        if name == "hf":
+            return self._hugging_face(folder, own)
+        if self._engine.load_format == "dummy":
+            raise ConfigError(f"{name} cannot be compared with dummy weights; leave it out of --against")
+        if name == "vllm":
+            vllm = VllmEngine(
+                folder,
+                dtype=own.dtype,
+                device=own.device,
+                max_len=self._max_len,
+                memory=self._memory,
+                ranks=self._engine.parallel.tensor_parallel_size,
+            )
+            self._stack.callback(vllm.close)
+            return [vllm]
+        return [CTranslate2Engine(name, folder, dtype=own.dtype, device=own.device, threads=self._threads)]
+
+    def _hugging_face(self, folder: str, own: HastenEngine) -> list[Engine]:
+        load_format = self._engine.load_format
+        padded = HuggingFaceEngine(
+            folder, dtype=str(own.dtype), device=str(own.device), load_format=load_format, threads=self._threads
+        )
+        try:
+            return [padded, ContinuousEngine(padded)]
+        except UnsupportedError as error:
+            self._unsupported.append(NotMeasured(ContinuousEngine.label, str(error)))
+            return [padded]
+
+
+def hash_of(samples: Sequence[Sample]) -> str:
+    """A hash of texts."""
+    from hashlib import sha256
+
+    return sha256("\n".join(sample.prompt + sample.target for sample in samples).encode()).hexdigest()
+
+
+def _knee(measured: Sweep, slo: Slo) -> Knee:
+    found = knee(measured.points, slo)
+    return Knee(measured.label, None if found is None else found.concurrency)
+
+
+def _gpu_ids(device: torch.device, ranks: int) -> list[str]:
+    """UUIDs of the GPUs that the ranks compute on; none on a CPU."""
+    if device.type != "cuda":
+        return []
+    numbers = range(ranks) if ranks > 1 else [device.index or 0]
+    return [f"GPU-{torch.cuda.get_device_properties(number).uuid}" for number in numbers]
+
+
+def _tenths(say: Callable[[str], None], total: int, what: str) -> Callable[[int], None]:
+    """A function of amounts done that says each further tenth of the total."""
+    done, said = 0, 0
+
+    def advance(amount: int) -> None:
+        nonlocal done, said
+        done += amount
+        if done * 10 // total > said:
+            said = done * 10 // total
+            say(f"{done} of {total} {what}")
+
+    return advance
