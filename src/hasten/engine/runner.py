@@ -187,6 +187,13 @@ class Runner:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
+    @torch.inference_mode()
+    def compare_products(self, most_tokens: int) -> None:
+        """Find out who computes the products of steps up to so many tokens in a fixed order, as no request shall."""
+        with distinct_layers(self.model):
+            for tokens in ops.compared_rows(most_tokens):
+                self._decode(self._inputs.warmup_tokens(tokens, min(tokens, self.max_sequences)))
+
     def graph_sizes(self, most_mixed_tokens: int) -> Sizes:
         """Of steps of single tokens, and of steps with prompts of at most `most_mixed_tokens`."""
         most_mixed_tokens = 0 if isinstance(self.model, EncoderDecoder) else most_mixed_tokens

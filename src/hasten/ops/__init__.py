@@ -68,6 +68,7 @@ __all__ = [
     "any_compiled",
     "await_count",
     "choose_beams",
+    "compared_rows",
     "compiled_together",
     "copy_blocks",
     "count_tokens",
@@ -570,6 +571,16 @@ def any_compiled() -> bool:
     from hasten.ops.gpu import compiling
 
     return compiling.any_compiled()
+
+
+def compared_rows(most: int) -> list[int]:
+    """Numbers of rows, one for each kind of product in a fixed order of up to `most` rows on a GPU.
+
+    Who computes such a product is found out when the first of its kind is computed; see `gpu/library.py`.
+    """
+    from hasten.ops.gpu import library
+
+    return library.row_counts(most)
 
 
 def compiled_together(processes: int) -> AbstractContextManager[None]:

@@ -333,6 +333,28 @@ def test_the_library_is_given_few_numbers_of_rows(rows: int, padded: int) -> Non
     assert library.padded_rows(rows) == padded
 
 
+@pytest.mark.parametrize("most", [1, 40, 100, 8192, 20_000])
+def test_all_numbers_of_rows_that_the_library_is_given_can_be_compared_ahead(most: int) -> None:
+    counts = library.row_counts(most)
+    assert max(counts) <= most
+    given = sorted({library.padded_rows(rows) for rows in range(1, min(most, 8192) + 1)})
+    assert [library.padded_rows(count) for count in counts] == given
+
+
+def test_rows_are_extended_by_the_memory_behind_them_or_copied() -> None:
+    roomy = library.with_room(torch.empty(0), 100, 2, 4)
+    assert roomy.shape == (100, 2, 4)
+    rows = roomy.flatten(1).normal_()
+    extended = library.extended(rows, 104)
+    assert extended.shape == (104, 8)
+    assert extended.data_ptr() == roomy.data_ptr()
+    for tight in (torch.randn(100, 8), torch.randn(110, 8)[10:], torch.randn(200, 16)[:100, :8]):
+        extended = library.extended(tight, 104)
+        assert extended.shape == (104, 8)
+        assert torch.equal(extended[:100], tight)
+    assert library.extended(rows, 100).data_ptr() == roomy.data_ptr()
+
+
 def test_one_bit_is_enough_to_leave_the_library_out() -> None:
     calls = []
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from hasten.ops.cache_scales import CacheScales
 from hasten.ops.gpu.attend import FAR, LOG2_E, attend, merged, with_sink
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
+from hasten.ops.gpu.library import with_room
 from hasten.ops.gpu.splits import one_query, query_group
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.plan import SPLIT_COLUMNS, SPLIT_STEP, TILE, group_rows, programs_per_split
@@ -155,7 +156,7 @@ def paged_attention(
     assert plan is not None
     heads, d = query_tnd.shape[1:]
     block_size, kv_heads = key_cache.shape[1:3]
-    out_tnd = query_tnd.new_empty(meta.num_tokens, heads, d)
+    out_tnd = with_room(query_tnd, meta.num_tokens, heads, d)
     common = dict(
         HEADS=heads,
         BLOCK_SIZE=block_size,

@@ -35,6 +35,27 @@ def padded_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
+def row_counts(most: int) -> list[int]:
+    """A number of rows for each that up to `most` of them are multiplied as."""
+    counts = [padded_rows(1)]
+    while counts[-1] < min(most, _MAX_ROWS):
+        counts.append(padded_rows(counts[-1] + 1))
+    return [min(count, most) for count in counts]
+
+
+def with_room(like: Tensor, rows: int, *shape: int) -> Tensor:
+    """New memory, [rows, *shape], with room behind it for the rows by which a product extends them, without a copy."""
+    return like.new_empty(padded_rows(rows), *shape)[:rows]
+
+
+def extended(x_th: Tensor, rows: int) -> Tensor:
+    """`x_th` and further rows of any values, [rows, h]: a view where its memory goes on behind it, else a copy."""
+    stored = x_th.untyped_storage().nbytes() // x_th.itemsize - x_th.storage_offset()
+    if x_th.is_contiguous() and rows * x_th.shape[1] <= stored:
+        return x_th.as_strided((rows, x_th.shape[1]), x_th.stride())
+    return F.pad(x_th, (0, 0, 0, rows - x_th.shape[0]))
+
+
 def product(x_th: Tensor, weight_oh: Tensor, bias_o: Tensor | None, own: Product) -> Tensor | None:
     """`x @ weight.T + bias`, [t, o], with the same bits as `own(x)`; None where the library has others."""
     return _checked(x_th, weight_oh, bias_o, 1, partial(F.linear, weight=weight_oh, bias=bias_o), own)
@@ -60,7 +81,7 @@ def _checked(
 ) -> Tensor | None:
     rows = x_th.shape[0]
     padded = padded_rows(rows)
-    operands = [weight_oh, *([] if bias_o is None else [bias_o]), *([x_th] if padded == rows else [])]
+    operands = [x_th, weight_oh, *([] if bias_o is None else [bias_o])]
     aligned = all(operand.data_ptr() % _ALIGNMENT == 0 for operand in operands)
     if not (x_th.is_cuda and aligned and padded <= _MAX_ROWS and weight_oh.numel() >= _MIN_WEIGHT):
         return None
@@ -69,7 +90,7 @@ def _checked(
         _agreed[key] = _agree(x_th.new_empty(padded, x_th.shape[1]), weight_oh.shape[0], compute, own)
     if not _agreed[key]:
         return None
-    return compute(F.pad(x_th, (0, 0, 0, padded - rows)) if padded > rows else x_th)[..., :rows, :]
+    return compute(extended(x_th, padded))[..., :rows, :]
 
 
 def _agree(x_th: Tensor, features: int, compute: Product, own: Product) -> bool:

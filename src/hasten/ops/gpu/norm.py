@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hasten.ops.gpu.exchange import exchange_norm
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
+from hasten.ops.gpu.library import with_room
 from hasten.ops.gpu.sums import constants_of, terms_of
 from hasten.ops.packed import QuantizedWeight, Weight
 from hasten.ops.partial_sum import PartialSum
@@ -134,7 +135,7 @@ def norm(
         return exchange_norm(sum_, sum_.peers, weight_h, bias_h, eps, rms=rms, unit_offset=unit_offset)
     rows, width = sum_.shape
     settled = isinstance(x_th, PartialSum)
-    out_th = weight_h.new_empty(rows, width)
+    out_th = with_room(weight_h, rows, width)
     total_th = weight_h.new_empty(rows, width) if settled else out_th
     _add_norm[(rows,)](
         *terms_of(sum_, weight_h),
@@ -160,7 +161,7 @@ def embedding_norm(ids_t: Tensor, table_vh: Weight, weight_h: Tensor, bias_h: Te
     assert isinstance(table_vh, Tensor | QuantizedWeight)  # tables have scales of rows
     values, scales = (table_vh, None) if isinstance(table_vh, Tensor) else (table_vh.values, table_vh.scales)
     width = values.shape[1]
-    out_th = weight_h.new_empty(ids_t.shape[0], width)
+    out_th = with_room(weight_h, ids_t.shape[0], width)
     _embed_norm[(ids_t.shape[0],)](
         ids_t,
         values,
