@@ -23,10 +23,10 @@ def _await_count(count, number, abort_flag, POLLS: tl.constexpr):
             over = tl.load(abort_flag, volatile=True)
 
 
-@triton.jit(do_not_specialize=["number"])
-def _set_count(count, number):
-    """Write the count, behind whatever this device wrote before."""
-    tl.atomic_xchg(count, number, sem="release", scope="sys")
+@triton.jit(do_not_specialize=["address", "number"])
+def _set_count(address, number):
+    """Write the count at an address, behind whatever this device wrote before."""
+    tl.store(address.to(tl.pointer_type(tl.int32)), number)
 
 
 def await_count(count: Tensor, number: int, abort_flag: Tensor) -> None:
@@ -34,4 +34,5 @@ def await_count(count: Tensor, number: int, abort_flag: Tensor) -> None:
 
 
 def set_count(count: Tensor, number: int) -> None:
-    _set_count[(1,)](count, wrapped(number), num_warps=1)
+    # by its address, as memory of another GPU, which a launcher of Triton need not know
+    _set_count[(1,)](count.data_ptr(), wrapped(number), num_warps=1)
