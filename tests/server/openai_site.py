@@ -50,7 +50,14 @@ def models(
 class Site:
     """A service over some models, and the server of its API; `configs` describe the models."""
 
-    def __init__(self, configs: Iterable[model_config_pb2.ModelConfig], keys: ApiKeys | None = None) -> None:
+    def __init__(
+        self,
+        configs: Iterable[model_config_pb2.ModelConfig],
+        keys: ApiKeys | None = None,
+        *,
+        with_metrics: bool = False,
+    ) -> None:
+        self._with_metrics = with_metrics
         self._keys = keys
         self._thread = LoopThread()
         try:
@@ -63,7 +70,7 @@ class Site:
         service = Service(MemoryRepository(configs))
         await service.start()
         app = http_app(
-            [*openai_routes(service), *page_routes(service)],
+            [*openai_routes(service, with_metrics=self._with_metrics), *page_routes(service)],
             Admission(keys=self._keys, open_paths=frozenset({"/"})),
             1 << 22,
         )

@@ -18,6 +18,7 @@ from hasten.server.create import model_configs
 from hasten.server.engine.client import EngineClient, QueueFullError
 from hasten.server.engine.ticket import Ticket
 from hasten.server.engine.wire import CompletionDelta, Logprob, Output
+from hasten.server.openai.answer import CompletionForm
 from hasten.server.openai.call import Call
 from hasten.server.openai.choices import CompletionChoices
 from hasten.server.openai.events import CallEvents
@@ -102,9 +103,15 @@ def objects(data: bytes) -> list[Any]:
 def call_of(client: Client, prompts: int = 1, **fields: Any) -> Call:
     request = CompletionRequest(model="m", prompt="", **fields)
     choices = CompletionChoices(1)
+    with_usage = request.stream_options is not None and bool(request.stream_options.include_usage)
     engine = cast(EngineClient, client)
     return Call(
-        request, Found("m", engine, client.version.tally), [[1, 2]] * prompts, PARAMS, choices, "text_completion"
+        request,
+        Found("m", engine, client.version.tally),
+        [[1, 2]] * prompts,
+        PARAMS,
+        choices,
+        CompletionForm("text_completion", "m", with_usage=with_usage),
     )
 
 

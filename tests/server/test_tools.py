@@ -87,7 +87,7 @@ def test_a_streamed_call_adds_up_to_the_whole(client: openai.OpenAI, choice: Any
                 calls[call.index][1] += call.function.arguments
         assert right.message.tool_calls is not None
         assert calls == [[call.function.name, call.function.arguments] for call in right.message.tool_calls]
-        assert len(own) > 4
+        assert len(own) > 1
         assert right.logprobs is not None
         streamed = [token for piece in own if piece.logprobs for token in piece.logprobs.content]
         assert streamed == right.logprobs.content

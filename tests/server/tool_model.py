@@ -31,5 +31,5 @@ TOOLS = [WEATHER, CLOCK]
 
 
 def serve_tools(folder: Path) -> Site:
-    """A server whose model `story` takes tools."""
-    return Site(models(with_template(folder, TOOL_TEMPLATE), "tokens", "story"))
+    """A server whose model `story` takes tools; its answers have the times of their requests."""
+    return Site(models(with_template(folder, TOOL_TEMPLATE), "tokens", "story"), with_metrics=True)

@@ -109,7 +109,11 @@ class Server:
             await self.grpc.start()
         if self.http is not None:
             # tried one after the other: those of which there are few come first
-            routes = [*openai_routes(self.service), *self._routes.routes(), *page_routes(self.service)]
+            routes = [
+                *openai_routes(self.service, with_metrics=self.options.server.enable_per_request_metrics),
+                *self._routes.routes(),
+                *page_routes(self.service),
+            ]
             if self.metrics is not None:
                 routes += self._metrics.routes()
             admission = replace(self._admission(ends.http_address), keys=self._keys)

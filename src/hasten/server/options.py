@@ -235,6 +235,7 @@ class ServerOptions:
     exit_timeout_secs: float = option(30.0, "seconds that in-flight requests have at shutdown")
     stall_timeout_secs: float = option(60.0, "seconds without a step after which an engine with requests is not ready")
     exit_on_error: bool = option(True, "end where a model cannot be loaded at the start")
+    enable_per_request_metrics: bool = option(False, "answers of OpenAI's API have the times of their requests")
 
     def __post_init__(self) -> None:
         if self.exit_timeout_secs < 0:

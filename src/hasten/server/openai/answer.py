@@ -1,16 +1,21 @@
-"""The JSON of a whole answer of OpenAI's API: its head, its choices, and the tokens used."""
+"""The JSON of an answer of OpenAI's API, whole or as events: its head, its choices, and the tokens used."""
 
+import secrets
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import msgspec
 
 from hasten.core.errors import HastenError, InvalidRequestError
 from hasten.core.types import FinishReason, SamplingParams
-from hasten.server.engine.ticket import Progress
+from hasten.server.engine.ticket import Progress, Ticket
 from hasten.server.openai.choices import Choice
+from hasten.server.openai.errors import error_answer
 
 _encode = msgspec.json.Encoder().encode
+_DONE = b"data: [DONE]\n\n"
 _ID_PREFIXES = {"text_completion": "cmpl", "chat.completion": "chatcmpl"}
 
 
@@ -22,12 +27,23 @@ class Usage:
     completion_tokens: int = 0
     prompts_only: bool = False
     """Whether no completion is shown, and so none counts."""
+    _times: list[dict[str, float | None]] = field(default_factory=list)
+    """Of each prompt that ended."""
 
     def count(self, progress: Progress) -> None:
         """Add the tokens of one progress."""
         self.prompt_tokens += len(progress.prompt_token_ids)
         if not self.prompts_only:
             self.completion_tokens += progress.tokens
+
+    def finish(self, ticket: Ticket) -> None:
+        """Take down the times of a prompt that has ended just now."""
+        self._times.append(_times(ticket, time.monotonic()))
+
+    def metrics(self, params: SamplingParams) -> dict[str, float | None] | None:
+        """Times of the request, by vLLM's names; None where they are those of several completions."""
+        alone = max(params.n, params.beam_width) == 1 and len(self._times) == 1
+        return self._times[0] if alone else None
 
     def as_json(self) -> dict[str, int]:
         """The object `usage`."""
@@ -37,6 +53,17 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "total_tokens": total,
         }
+
+
+def _times(ticket: Ticket, now: float) -> dict[str, float | None]:
+    names = ("time_to_first_token_ms", "generation_time_ms", "queue_time_ms", "mean_itl_ms", "tokens_per_second")
+    begun, first = ticket.begun, ticket.first
+    if begun is None or first is None:
+        return dict.fromkeys(names)
+    each = (now - first.at) / (ticket.tokens - 1) if ticket.tokens > 1 else None
+    values = (first.at - begun, now - first.at, ticket.queue_seconds, each)
+    times = [None if value is None else 1e3 * max(0.0, value) for value in values]
+    return dict(zip(names, [*times, ticket.tokens / max(now - begun, 1e-9)], strict=True))
 
 
 def check_completions(progress: Progress, params: SamplingParams) -> None:
@@ -57,10 +84,71 @@ def answer_head(call: str, kind: str, model: str, unique: str) -> bytes:
     return _encode(head)[:-1] + b',"choices":['
 
 
-def whole_answer(head: bytes, choices: list[Choice], usage: Usage) -> bytes:
-    """The answer of choices, which are used up: to free a million objects takes as long as to make them."""
+def whole_answer(head: bytes, choices: list[Choice], usage: Usage, more: bytes = b"") -> bytes:
+    """The answer of choices, which are used up: to free a million objects takes as long as to make them.
+
+    `more` is the JSON of further fields, each with a comma before it.
+    """
     choices.sort(key=lambda choice: choice.index, reverse=True)
     parts = []
     while choices:
         parts.append(_encode(choices.pop()))
-    return head + b",".join(parts) + b'],"usage":' + _encode(usage.as_json()) + b"}"
+    return head + b",".join(parts) + b'],"usage":' + _encode(usage.as_json()) + more + b"}"
+
+
+class AnswerForm(Protocol):
+    """How the answer to one request is written. Choices come as they are made; an event is whole with its end."""
+
+    def whole(self, choices: list[Choice], usage: Usage) -> bytes:
+        """The answer of all choices, which are used up."""
+
+    def events(self, pieces: Sequence[Choice], usage: Usage) -> bytes:
+        """The events of more pieces of choices; the first ones begin the answer."""
+
+    def end(self, usage: Usage) -> bytes:
+        """The events behind the last piece."""
+
+    def error(self, error: HastenError) -> bytes:
+        """The event of an error that ends the answer."""
+
+
+class CompletionForm:
+    """Answers of completions and chats; see AnswerForm.
+
+    `call` is text_completion or chat.completion. With `params` the answer has the times of the request.
+    """
+
+    def __init__(
+        self, call: str, model: str, *, with_usage: bool = False, params: SamplingParams | None = None
+    ) -> None:
+        kind = "text_completion" if call == "text_completion" else "chat.completion.chunk"
+        unique = secrets.token_hex(12)
+        self._head = answer_head(call, call, model, unique)
+        self._begin = b"data: " + answer_head(call, kind, model, unique)
+        self._end = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
+        self._with_usage = with_usage
+        self._params = params
+
+    def whole(self, choices: list[Choice], usage: Usage) -> bytes:
+        """See AnswerForm."""
+        return whole_answer(self._head, choices, usage, self._metrics(usage))
+
+    def events(self, pieces: Sequence[Choice], usage: Usage) -> bytes:
+        """See AnswerForm."""
+        events = b""
+        for piece in pieces:
+            events += self._begin + _encode(piece) + self._end
+        return events
+
+    def end(self, usage: Usage) -> bytes:
+        """See AnswerForm."""
+        if not self._with_usage:
+            return _DONE
+        return self._begin + b'],"usage":' + _encode(usage.as_json()) + self._metrics(usage) + b"}\n\n" + _DONE
+
+    def error(self, error: HastenError) -> bytes:
+        """See AnswerForm."""
+        return b"data: " + error_answer(error)[1] + b"\n\n"
+
+    def _metrics(self, usage: Usage) -> bytes:
+        return b"" if self._params is None else b',"metrics":' + _encode(usage.metrics(self._params))

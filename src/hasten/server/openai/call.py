@@ -1,7 +1,6 @@
 """One request of OpenAI's API on its way: from its prompts to its answer, whole or as events."""
 
 import asyncio
-import secrets
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 from hasten.core.types import SamplingParams
 from hasten.server.by_size import by_size
 from hasten.server.engine.client import Progress
-from hasten.server.openai.answer import Usage, answer_head, check_completions, whole_answer
+from hasten.server.openai.answer import AnswerForm, Usage, check_completions
 from hasten.server.openai.choices import Choice, Choices
 from hasten.server.openai.events import CallEvents
 from hasten.server.openai.models import Found
@@ -28,8 +27,7 @@ class Call:
     prompts: Sequence[list[int]]
     params: SamplingParams
     choices: Choices
-    kind: str
-    """text_completion or chat.completion."""
+    form: AnswerForm
     queue_timeout: float | None = None
     """Seconds that its prompts may wait before they are begun; None: as long as the engine lets them."""
     prompts_only: bool = False
@@ -40,10 +38,6 @@ class Call:
     def naming_errors(self) -> AbstractContextManager[None]:
         """Errors in it name what the client sent."""
         return nullcontext() if self.tools is None else self.tools.naming_errors()
-
-    def head(self, kind: str) -> bytes:
-        """How each JSON object of the answer begins."""
-        return answer_head(self.kind, kind, self.request.model, secrets.token_hex(12))
 
     async def answer(self) -> bytes:
         """The whole answer."""
@@ -59,7 +53,7 @@ class Call:
                 await asyncio.sleep(0)  # all that have ended would be looked at in one turn of the event loop
         finally:
             requests.close()
-        return await by_size(size, whole_answer, self.head(self.kind), found, usage)
+        return await by_size(size, self.form.whole, found, usage)
 
     def _used_up(self, number: int, progress: Progress) -> Sequence[Choice]:
         """The choices of a progress, whose log-probabilities are freed one completion after the other."""

@@ -7,19 +7,14 @@ while the client is behind, or while a large event is made beside the event loop
 import asyncio
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from hasten.core.errors import HastenError
 from hasten.server.body_writer import BodyWriter
 from hasten.server.by_size import SMALL, by_size
 from hasten.server.engine.client import CompletionDelta, Progress
 from hasten.server.openai.answer import Usage
-from hasten.server.openai.errors import error_answer
 
 if TYPE_CHECKING:
     from hasten.server.openai.call import Call
-
-_encode = msgspec.json.Encoder().encode
 
 
 def _shows(delta: CompletionDelta) -> bool:
@@ -34,11 +29,6 @@ class CallEvents:
         self._call = call
         self._usage = Usage(prompts_only=call.prompts_only)
         self._requests = call.requests(self._usage, stream=True)
-        options = call.request.stream_options
-        self._with_usage = options is not None and bool(options.include_usage)
-        kind = "text_completion" if call.kind == "text_completion" else "chat.completion.chunk"
-        self._begin = b"data: " + call.head(kind)
-        self._end = b'],"usage":null}\n\n' if self._with_usage else b"]}\n\n"
         self._body: BodyWriter
         self._ended: asyncio.Future[None]
         """Comes with the last event."""
@@ -60,14 +50,8 @@ class CallEvents:
     def _events(self, number: int, progress: Progress) -> bytes:
         """What is new of a prompt; the last ones go with the end of the answer."""
         progress.completions = list(filter(_shows, progress.completions))
-        events = b""
-        for piece in self._call.taken(number, progress):
-            events += self._begin + _encode(piece) + self._end
-        if self._requests.unfinished == 0:
-            if self._with_usage:
-                events += self._begin + b'],"usage":' + _encode(self._usage.as_json()) + b"}\n\n"
-            events += b"data: [DONE]\n\n"
-        return events
+        events = self._call.form.events(self._call.taken(number, progress), self._usage)
+        return events if self._requests.unfinished else events + self._call.form.end(self._usage)
 
     async def write(self, body: BodyWriter) -> None:
         """See Events."""
@@ -127,7 +111,7 @@ class CallEvents:
             return
         self._paused = True
         if isinstance(error, HastenError):
-            self._body.write(b"data: " + error_answer(error)[1] + b"\n\n")
+            self._body.write(self._call.form.error(error))
             self._ended.set_result(None)
         else:
             self._ended.set_exception(error)

@@ -100,7 +100,9 @@ class PromptRequests:
                 raise
             if progress is not None:
                 self._usage.count(progress)
-                self.unfinished -= progress.finished
+                if progress.finished:
+                    self.unfinished -= 1
+                    self._usage.finish(self._tickets[number])
                 if self._tally is not None:
                     self._count(self._tally, progress)
                 return number, progress

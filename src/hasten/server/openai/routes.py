@@ -1,6 +1,7 @@
 """OpenAI's API: models, completions and chats over the server's engines, whole or as streams."""
 
 import time
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -8,16 +9,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from hasten.core.types import SamplingParams
+from hasten.server.openai.answer import CompletionForm
 from hasten.server.openai.call import Call
-from hasten.server.openai.choices import ChatChoices, completion_choices
+from hasten.server.openai.chat_call import ChatCalls, respond
+from hasten.server.openai.choices import completion_choices
 from hasten.server.openai.handlers import checked_wait, guarded, json_response, read_body
 from hasten.server.openai.models import ModelFinder, Models
-from hasten.server.openai.params import OpenAIError, chat_params, check_chat, completion_params
+from hasten.server.openai.params import OpenAIError, completion_params
 from hasten.server.openai.prompts import ChatPrompts, tokenized
 from hasten.server.openai.tokens import DetokenizeRequest, TokenizeRequest, text_of, token_ids
-from hasten.server.openai.types import ChatRequest, CompletionRequest
+from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest
 from hasten.server.pooling.routes import pooling_routes
-from hasten.server.sse import EventStream, unless_gone
+from hasten.server.responses.routes import responses_route
 from hasten.server.tokenizing import check_prompt_logprobs
 
 _encode = msgspec.json.Encoder().encode
@@ -25,10 +29,14 @@ _COMPLETION, _CHAT = msgspec.json.Decoder(CompletionRequest), msgspec.json.Decod
 _TOKENIZE, _DETOKENIZE = msgspec.json.Decoder(TokenizeRequest), msgspec.json.Decoder(DetokenizeRequest)
 
 
-def openai_routes(service: Models) -> list[Route]:
-    """The routes of OpenAI's API, and vLLM's for its tokenizers and for vectors and scores of texts."""
-    models = ModelFinder(service)
-    api = _Api(models)
+def openai_routes(service: Models, *, with_metrics: bool = False) -> list[Route]:
+    """The routes of OpenAI's API, of Anthropic's messages, and vLLM's for tokenizers, vectors and scores of texts.
+
+    `with_metrics`: answers have the times of their requests.
+    """
+    models, prompts = ModelFinder(service), ChatPrompts()
+    chats = ChatCalls(models, prompts)
+    api = _Api(models, prompts, chats, with_metrics=with_metrics)
     return [
         Route("/v1/models", guarded(api.models), methods=["GET"]),
         Route("/v1/models/{model:path}", guarded(api.model), methods=["GET"]),
@@ -36,24 +44,23 @@ def openai_routes(service: Models) -> list[Route]:
         Route("/v1/chat/completions", guarded(api.chat), methods=["POST"]),
         Route("/tokenize", guarded(api.tokenize), methods=["POST"]),
         Route("/detokenize", guarded(api.detokenize), methods=["POST"]),
+        responses_route(chats, with_metrics=with_metrics),
         *pooling_routes(models),
         Route("/v1/{path:path}", guarded(_unknown), methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
     ]
 
 
 async def _unknown(request: Request) -> Response:
-    where = f"{request.method} {request.url.path}"
-    if request.url.path == "/v1/responses":
-        message = f"{where} is not supported; there are completions and chat/completions"
-        raise OpenAIError(message, status=404, code="unknown_url")
-    raise OpenAIError(f"unknown request URL: {where}", status=404, code="unknown_url")
+    raise OpenAIError(f"unknown request URL: {request.method} {request.url.path}", status=404, code="unknown_url")
 
 
 class _Api:
-    def __init__(self, models: ModelFinder) -> None:
+    def __init__(self, models: ModelFinder, prompts: ChatPrompts, chats: ChatCalls, *, with_metrics: bool) -> None:
         self._models = models
         self._created = int(time.time())
-        self._prompts = ChatPrompts()
+        self._prompts = prompts
+        self._chats = chats
+        self._with_metrics = with_metrics
 
     async def models(self, request: Request) -> Response:
         entries = [self._entry(name) for name in self._models.names()]
@@ -88,25 +95,15 @@ class _Api:
         timeout = checked_wait(request, asked.priority, client)
         tokens = await tokenized(prompts, client, "prompt", add_special_tokens=True)
         check_prompt_logprobs(sum(map(len, tokens)), params.prompt_logprobs, client.info.vocab_size)
-        call = Call(asked, found, tokens, params, choices, "text_completion", timeout, asked.shows_prompts_only)
-        return await _respond(request, call)
+        form = self._form("text_completion", asked, params)
+        call = Call(asked, found, tokens, params, choices, form, timeout, asked.shows_prompts_only)
+        return await respond(request, call)
 
     async def chat(self, request: Request) -> Response:
         asked = await read_body(request, _CHAT)
-        found = self._models.find_generator(asked.model)
-        client = found.client
-        check_chat(asked)
-        timeout = checked_wait(request, asked.priority, client)
-        tools = await self._prompts.tools(asked, client)
-        tokens = await self._prompts.chat(asked, client, tools)
-        params = chat_params(asked, client.info.max_model_len - len(tokens), tools)
-        choices = ChatChoices(bool(asked.stream), asked.top_logprobs or 0, tools)
-        call = Call(asked, found, [tokens], params, choices, "chat.completion", timeout, tools=tools)
-        return await _respond(request, call)
+        return await self._chats.answer(request, asked, partial(self._form, "chat.completion", asked))
 
-
-async def _respond(request: Request, call: Call) -> Response:
-    """Run a call for as long as its client is there."""
-    if not call.request.stream:
-        return json_response(await unless_gone(request, call.answer()))
-    return await EventStream.of(request, call.events())
+    def _form(self, call: str, asked: GenerationRequest, params: SamplingParams) -> CompletionForm:
+        with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+        timed = params if self._with_metrics else None
+        return CompletionForm(call, asked.model, with_usage=with_usage, params=timed)

@@ -1,0 +1,53 @@
+"""A chat on its way to the engine, whichever API its request came by."""
+
+from collections.abc import Callable
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from hasten.core.types import SamplingParams
+from hasten.server.openai.answer import AnswerForm
+from hasten.server.openai.call import Call
+from hasten.server.openai.choices import ChatChoices
+from hasten.server.openai.handlers import checked_wait, json_response
+from hasten.server.openai.models import ModelFinder
+from hasten.server.openai.params import chat_params, check_chat
+from hasten.server.openai.prompts import ChatPrompts
+from hasten.server.openai.types import ChatRequest
+from hasten.server.sse import EventStream, unless_gone
+
+Form = Callable[[SamplingParams], AnswerForm]
+"""How the answer to a request with these parameters is written."""
+
+
+class ChatCalls:
+    """Makes calls of chats."""
+
+    def __init__(self, models: ModelFinder, prompts: ChatPrompts) -> None:
+        self._models = models
+        self._prompts = prompts
+
+    async def answer(self, request: Request, asked: ChatRequest, form: Form) -> Response:
+        """The answer to a chat, whole or as events."""
+        found = self._models.find_generator(asked.model)
+        client = found.client
+        check_chat(asked)
+        timeout = checked_wait(request, asked.priority, client)
+        tools = await self._prompts.tools(asked, client)
+        tokens = await self._prompts.chat(asked, client, tools)
+        params = chat_params(asked, client.info.max_model_len - len(tokens), tools)
+        choices = ChatChoices(bool(asked.stream), asked.top_logprobs or 0, tools)
+        return await respond(request, Call(asked, found, [tokens], params, choices, form(params), timeout, tools=tools))
+
+    async def prompt_tokens(self, asked: ChatRequest) -> int:
+        """How many tokens the prompt of a chat has."""
+        client = self._models.find_generator(asked.model).client
+        check_chat(asked)
+        return len(await self._prompts.chat(asked, client, await self._prompts.tools(asked, client)))
+
+
+async def respond(request: Request, call: Call) -> Response:
+    """Run a call for as long as its client is there."""
+    if not call.request.stream:
+        return json_response(await unless_gone(request, call.answer()))
+    return await EventStream.of(request, call.events())

@@ -1,0 +1,115 @@
+"""A request of the Responses API as a chat."""
+
+from collections.abc import Iterator, Sequence
+
+from hasten.server.openai.params import OpenAIError
+from hasten.server.openai.types import (
+    ChatMessage,
+    ChatRequest,
+    ContentPart,
+    FunctionCall,
+    FunctionName,
+    NamedToolChoice,
+    ToolCall,
+)
+from hasten.server.responses.types import InputItem, ResponsesRequest, ResponseToolChoice
+
+_MAX_ITEMS = 4096
+_TEXTS = ("input_text", "output_text", "text")
+_SAME = (
+    *("model", "temperature", "top_p", "stream", "parallel_tool_calls", "top_k", "min_p", "repetition_penalty"),
+    *("seed", "stop", "ignore_eos", "priority", "chat_template_kwargs", "cache_salt"),
+)
+"""Fields that chats have, too."""
+
+
+def as_chat(asked: ResponsesRequest) -> ChatRequest:
+    """The chat that a request asks for; OpenAIError names what no model here can do."""
+    _check(asked)
+    options = asked.text
+    choice = asked.tool_choice
+    named = NamedToolChoice(FunctionName(choice.name)) if isinstance(choice, ResponseToolChoice) else choice
+    same = {name: getattr(asked, name) for name in _SAME}
+    return ChatRequest(
+        **same,
+        messages=list(_messages(asked)),
+        max_completion_tokens=asked.max_output_tokens,
+        response_format=None if options is None or options.format is None else options.format.as_chat(),
+        tools=asked.chat_tools(),
+        tool_choice=named,
+    )
+
+
+def _check(asked: ResponsesRequest) -> None:
+    unsupported = {
+        "store": bool(asked.store),
+        "previous_response_id": asked.previous_response_id is not None,
+        "conversation": asked.conversation is not None,
+        "background": bool(asked.background),
+        "include": bool(asked.include),
+        "reasoning": any(value is not None for value in (asked.reasoning or {}).values()),
+        "truncation": asked.truncation not in (None, "disabled"),
+        "top_logprobs": bool(asked.top_logprobs),
+        "max_tool_calls": asked.max_tool_calls is not None,
+        "prompt": asked.prompt is not None,
+        "service_tier": asked.service_tier not in (None, "auto", "default"),
+        "text": asked.text is not None and asked.text.verbosity not in (None, "medium"),
+        "stream_options": asked.stream_options is not None
+        and bool(asked.stream_options.include_obfuscation or asked.stream_options.include_usage),
+    }
+    for name, is_asked in unsupported.items():
+        if is_asked:
+            message = f"{name} is not supported: answers are not kept, and have text and calls of functions alone"
+            raise OpenAIError(f"{message}; leave it out", param=name)
+    if isinstance(asked.input, list) and len(asked.input) > _MAX_ITEMS:
+        raise OpenAIError(f"input is limited to {_MAX_ITEMS} items, got {len(asked.input)}", param="input")
+
+
+def _messages(asked: ResponsesRequest) -> Iterator[ChatMessage]:
+    if asked.instructions is not None:
+        yield ChatMessage(role="system", content=asked.instructions)
+    if isinstance(asked.input, str):
+        yield ChatMessage(role="user", content=asked.input)
+        return
+    said: ChatMessage | None = None
+    """The assistant's message that calls go into."""
+    for number, item in enumerate(asked.input):
+        message = _message(f"input[{number}]", item)
+        if message.role == "assistant" and said is not None and message.tool_calls:
+            said.tool_calls = [*(said.tool_calls or ()), *message.tool_calls]
+            continue
+        if said is not None:
+            yield said
+        said = message if message.role == "assistant" else None
+        if said is None:
+            yield message
+    if said is not None:
+        yield said
+
+
+def _message(where: str, item: InputItem) -> ChatMessage:
+    if item.type in (None, "message"):
+        if item.role is None or item.content is None:
+            raise OpenAIError(f"{where} must have a role and content", param="input")
+        return ChatMessage(role=item.role, content=_text(f"{where}.content", item.content))
+    if item.type == "function_call":
+        if item.name is None or item.call_id is None:
+            raise OpenAIError(f"{where} must have a name and a call_id", param="input")
+        call = ToolCall(FunctionCall(item.name, item.arguments), id=item.call_id, type="function")
+        return ChatMessage(role="assistant", tool_calls=[call])
+    if item.type == "function_call_output":
+        if item.output is None or item.call_id is None:
+            raise OpenAIError(f"{where} must have a call_id and an output", param="input")
+        return ChatMessage(role="tool", content=_text(f"{where}.output", item.output), tool_call_id=item.call_id)
+    kinds = "message, function_call and function_call_output"
+    raise OpenAIError(f"{where} is of type {item.type!r:.80}, which is not supported: there are {kinds}", param="input")
+
+
+def _text(where: str, content: str | Sequence[ContentPart]) -> str | list[ContentPart]:
+    if isinstance(content, str):
+        return content
+    for number, part in enumerate(content):
+        if part.type not in _TEXTS or part.text is None:
+            message = f"{where}[{number}] is of type {part.type!r:.80}: the model reads text alone"
+            raise OpenAIError(message, param="input")
+    return [ContentPart(type="text", text=part.text) for part in content]

@@ -1,0 +1,189 @@
+"""Answers of the Responses API: items of text and of calls, whole or as events."""
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from hasten.core.errors import HastenError
+from hasten.core.types import SamplingParams
+from hasten.server.openai.answer import Usage
+from hasten.server.openai.choices import ChatChoice, ChatMessageOut, ChatPiece, Choice, ToolCallOut
+from hasten.server.openai.errors import error_answer
+from hasten.server.responses.types import ResponsesRequest
+
+_encode = msgspec.json.Encoder().encode
+Item = dict[str, Any]
+Event = dict[str, Any]
+
+
+class ResponseForm:
+    """See AnswerForm. With `params` the answer has the times of the request."""
+
+    def __init__(self, asked: ResponsesRequest, params: SamplingParams | None = None) -> None:
+        self._asked = asked
+        self._params = params
+        self._id = f"resp_{secrets.token_hex(24)}"
+        self._created = int(time.time())
+        self._items: list[Item] = []
+        self._texts: list[str] = []
+        """Pieces of the text, or of the arguments, of the last item."""
+        self._reason: str | None = None
+        self._events = 0
+
+    def whole(self, choices: list[Choice], usage: Usage) -> bytes:
+        """See AnswerForm."""
+        for choice in choices:
+            assert isinstance(choice, ChatChoice), "it is a chat's"
+            self._reason = choice.finish_reason
+            self._take_whole(choice.message)
+        choices.clear()
+        return _encode(self._response(self._status, usage))
+
+    def events(self, pieces: Sequence[Choice], usage: Usage) -> bytes:
+        """See AnswerForm."""
+        made: list[Event] = []
+        if self._events == 0:
+            made += [{"type": f"response.{kind}", "response": self._response("in_progress")} for kind in _BEGIN]
+        for piece in pieces:
+            assert isinstance(piece, ChatPiece), "it is a chat's"
+            made += self._take_piece(piece.delta)
+            self._reason = piece.finish_reason or self._reason
+        return self._written(made)
+
+    def end(self, usage: Usage) -> bytes:
+        """See AnswerForm."""
+        events = list(self._finish_item())
+        status = self._status
+        return self._written([*events, {"type": f"response.{status}", "response": self._response(status, usage)}])
+
+    def error(self, error: HastenError) -> bytes:
+        """See AnswerForm."""
+        said = msgspec.json.decode(error_answer(error)[1])["error"]
+        fields = {name: said[name] for name in ("code", "message", "param")}
+        return self._written([{"type": "error", **fields}])
+
+    def _take_whole(self, message: ChatMessageOut) -> None:
+        if message.content:
+            self._items.append(_message("completed", [_part(str(message.content))]))
+        for call in message.tool_calls or ():
+            self._items.append(_call(call, "completed", call.function.arguments))
+        if self._items:
+            self._items[-1]["status"] = self._status
+
+    def _take_piece(self, delta: ChatMessageOut) -> Iterator[Event]:
+        if delta.content:
+            if not self._items or self._items[-1]["type"] != "message":
+                yield from self._finish_item()
+                yield from self._begin_item(_message("in_progress", []))
+                yield {"type": "response.content_part.added", **self._place, "part": _part("")}
+            self._texts.append(str(delta.content))
+            yield {"type": "response.output_text.delta", **self._place, "delta": delta.content, "logprobs": []}
+        for call in delta.tool_calls or ():
+            if call.id is not None:
+                yield from self._finish_item()
+                yield from self._begin_item(_call(call, "in_progress", ""))
+            if call.function.arguments:
+                self._texts.append(call.function.arguments)
+                arguments = call.function.arguments
+                yield {"type": "response.function_call_arguments.delta", **self._call_place, "delta": arguments}
+
+    def _begin_item(self, item: Item) -> Iterator[Event]:
+        self._items.append(item)
+        self._texts.clear()
+        yield {"type": "response.output_item.added", "output_index": len(self._items) - 1, "item": dict(item)}
+
+    def _finish_item(self) -> Iterator[Event]:
+        """The end of the last item, if one has begun and not ended."""
+        if not self._items or self._items[-1]["status"] != "in_progress":
+            return
+        item, text = self._items[-1], "".join(self._texts)
+        item["status"] = self._status
+        if item["type"] == "message":
+            part = _part(text)
+            item["content"] = [part]
+            yield {"type": "response.output_text.done", **self._place, "text": text, "logprobs": []}
+            yield {"type": "response.content_part.done", **self._place, "part": part}
+        else:
+            item["arguments"] = text
+            done = {"type": "response.function_call_arguments.done", **self._call_place}
+            yield done | {"name": item["name"], "arguments": text}
+        yield {"type": "response.output_item.done", "output_index": len(self._items) - 1, "item": dict(item)}
+
+    @property
+    def _call_place(self) -> dict[str, Any]:
+        return {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        return {**self._call_place, "content_index": 0}
+
+    @property
+    def _status(self) -> str:
+        return "incomplete" if self._reason == "length" else "completed"
+
+    def _written(self, events: Sequence[Event]) -> bytes:
+        written = b""
+        for event in events:
+            body = _encode(event | {"sequence_number": self._events})
+            written += b"event: " + event["type"].encode() + b"\ndata: " + body + b"\n\n"
+            self._events += 1
+        return written
+
+    def _response(self, status: str, usage: Usage | None = None) -> dict[str, Any]:
+        asked = self._asked
+        fields = {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": asked.instructions,
+            "max_output_tokens": asked.max_output_tokens,
+            "metadata": asked.metadata or {},
+            "model": asked.model,
+            "output": list(self._items),
+            "parallel_tool_calls": asked.parallel_tool_calls is not False,
+            "previous_response_id": None,
+            "store": False,
+            "temperature": 1.0 if asked.temperature is None else asked.temperature,
+            "text": {"format": {"type": "text"}} if asked.text is None or asked.text.format is None else asked.text,
+            "tool_choice": "auto" if asked.tool_choice is None else asked.tool_choice,
+            "tools": asked.tools or [],
+            "top_p": 1.0 if asked.top_p is None else asked.top_p,
+            "truncation": "disabled",
+            "usage": None if usage is None else _usage(usage),
+        }
+        if usage is not None and self._params is not None:
+            fields["metrics"] = usage.metrics(self._params)
+        return fields
+
+
+_BEGIN = ("created", "in_progress")
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+
+
+def _message(status: str, content: list[Item]) -> Item:
+    item_id = f"msg_{secrets.token_hex(24)}"
+    return {"id": item_id, "type": "message", "status": status, "role": "assistant", "content": content}
+
+
+def _part(text: str) -> Item:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _call(call: ToolCallOut, status: str, arguments: str) -> Item:
+    head = {"id": f"fc_{secrets.token_hex(24)}", "type": "function_call", "status": status}
+    return head | {"call_id": call.id, "name": call.function.name, "arguments": arguments}

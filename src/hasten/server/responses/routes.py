@@ -1,0 +1,29 @@
+"""The route of OpenAI's Responses API."""
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from hasten.core.types import SamplingParams
+from hasten.server.openai.chat_call import ChatCalls
+from hasten.server.openai.handlers import guarded, read_body
+from hasten.server.responses.chat import as_chat
+from hasten.server.responses.form import ResponseForm
+from hasten.server.responses.types import ResponsesRequest
+
+_RESPONSES = msgspec.json.Decoder(ResponsesRequest)
+
+
+def responses_route(chats: ChatCalls, *, with_metrics: bool) -> Route:
+    """POST /v1/responses. `with_metrics`: answers have the times of their requests."""
+
+    async def responses(request: Request) -> Response:
+        asked = await read_body(request, _RESPONSES)
+
+        def form(params: SamplingParams) -> ResponseForm:
+            return ResponseForm(asked, params if with_metrics else None)
+
+        return await chats.answer(request, as_chat(asked), form)
+
+    return Route("/v1/responses", guarded(responses), methods=["POST"])

@@ -1,0 +1,176 @@
+"""OpenAI's Responses API, asked by the stock openai package: the stateless part, whole and as events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pydantic
+import pytest
+from tests.server.openai_site import Site
+from tests.server.tool_model import TOOLS
+from tests.waiting import eventually
+
+CALL_TOOLS: Any = [{"type": "function", **tool["function"]} for tool in TOOLS]
+COMMON: dict[str, Any] = {"model": "story", "input": "Anna opened the door.", "max_output_tokens": 100}
+CALLS = {"tools": CALL_TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+
+
+@pytest.fixture(scope="module")
+def client(tool_site: Site) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{tool_site.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing(tool_site: Site) -> Iterator[None]:
+    yield
+    eventually(lambda: tool_site.engine("tokens").ready and tool_site.idle("tokens"))
+
+
+def test_a_response_is_the_chats_answer(client: openai.OpenAI) -> None:
+    common = COMMON | {"instructions": "Tell.", "max_output_tokens": 9, "extra_body": {"seed": 1}}
+    made = client.responses.create(**common)
+    messages: Any = [{"role": "system", "content": "Tell."}, {"role": "user", "content": COMMON["input"]}]
+    right = client.chat.completions.create(model="story", messages=messages, max_tokens=9, seed=1)
+    assert made.output_text == right.choices[0].message.content
+    assert made.usage is not None
+    assert right.usage is not None
+    assert (made.usage.input_tokens, made.usage.output_tokens) == (right.usage.prompt_tokens, 9)
+    assert made.usage.total_tokens == right.usage.total_tokens
+    assert (made.status, made.output[0].status) == ("incomplete", "incomplete")
+    assert made.incomplete_details is not None
+    assert made.incomplete_details.reason == "max_output_tokens"
+    assert (made.object, made.instructions, made.store, made.error) == ("response", "Tell.", False, None)
+
+
+def test_calls_and_their_results_go_on(client: openai.OpenAI) -> None:
+    made = client.responses.create(**COMMON | CALLS, extra_body={"seed": 2})
+    (call,) = made.output
+    assert call.type == "function_call"
+    assert call.name in ("weather", "clock")
+    json.loads(call.arguments)
+    assert made.status == "completed"
+    history: Any = [
+        {"role": "user", "content": [{"type": "input_text", "text": COMMON["input"]}]},
+        call.model_dump(exclude_none=True),
+        {"type": "function_call_output", "call_id": call.call_id, "output": "snow"},
+    ]
+    answer = client.responses.create(**COMMON | {"input": history, "tools": CALL_TOOLS, "max_output_tokens": 3})
+    said = {"role": "assistant", "tool_calls": [{"id": call.call_id, "type": "function", "function": {}}]}
+    said["tool_calls"][0]["function"] = {"name": call.name, "arguments": call.arguments}  # type: ignore[index]
+    messages: Any = [
+        {"role": "user", "content": COMMON["input"]},
+        said,
+        {"role": "tool", "tool_call_id": call.call_id, "content": "snow"},
+    ]
+    right = client.chat.completions.create(model="story", messages=messages, tools=TOOLS, max_tokens=3)  # type: ignore[arg-type]
+    assert answer.usage is not None
+    assert right.usage is not None
+    assert answer.usage.input_tokens == right.usage.prompt_tokens
+
+
+@pytest.mark.parametrize("fields", [{}, CALLS], ids=["text", "call"])
+def test_events_add_up_to_the_whole(client: openai.OpenAI, fields: dict[str, Any]) -> None:
+    common = COMMON | fields | {"max_output_tokens": 100 if fields else 12, "extra_body": {"seed": 4}}
+    whole = client.responses.create(**common)
+    events: list[Any] = list(client.responses.create(**common, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = list(dict.fromkeys(event.type.removeprefix("response.") for event in events))
+    if fields:
+        parts = ["function_call_arguments.delta", "function_call_arguments.done"]
+        ends = ["output_item.done", "completed"]
+    else:
+        parts = ["content_part.added", "output_text.delta", "output_text.done", "content_part.done"]
+        ends = ["output_item.done", "incomplete"]
+    assert kinds == ["created", "in_progress", "output_item.added", *parts, *ends]
+    deltas = [event for event in events if event.type.endswith(".delta")]
+    assert deltas
+    last = events[-1].response
+    right, (item,) = whole.output[0], last.output
+    assert {event.item_id for event in deltas} == {item.id}
+    text = "".join(event.delta for event in deltas)
+    if fields:
+        assert (item.name, item.arguments) == (right.name, right.arguments)
+        assert text == item.arguments
+    else:
+        assert text == last.output_text == whole.output_text
+    assert (last.usage, last.status) == (whole.usage, whole.status)
+    assert events[0].response.id == last.id
+
+
+def check_metrics(metrics: Any, tokens: int) -> None:
+    assert all(metrics[name] >= 0 for name in ("time_to_first_token_ms", "generation_time_ms", "queue_time_ms"))
+    assert metrics["mean_itl_ms"] * (tokens - 1) == pytest.approx(metrics["generation_time_ms"])
+    seconds = (metrics["time_to_first_token_ms"] + metrics["generation_time_ms"]) / 1e3
+    assert metrics["tokens_per_second"] == pytest.approx(tokens / seconds)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_have_the_times_of_their_requests_where_they_are_wanted(client: openai.OpenAI, stream: bool) -> None:
+    common: dict[str, Any] = {"model": "story", "max_tokens": 5, "stream": stream, "extra_body": {"ignore_eos": True}}
+    if stream:
+        common["stream_options"] = {"include_usage": True}
+    messages: Any = [{"role": "user", "content": "Anna"}]
+
+    def last(answer: Any) -> Any:
+        return list(answer)[-1] if stream else answer
+
+    check_metrics(last(client.completions.create(prompt="Anna", **common)).metrics, 5)
+    check_metrics(last(client.chat.completions.create(messages=messages, **common)).metrics, 5)
+    asked: dict[str, Any] = {"model": "story", "input": "Anna", "max_output_tokens": 5}
+    answer = last(client.responses.create(**asked, stream=stream, extra_body={"ignore_eos": True}))
+    check_metrics((answer.response if stream else answer).metrics, 5)
+    assert last(client.completions.create(prompt="Anna", n=2, **common)).metrics is None
+    assert last(client.completions.create(prompt=["Anna", "Ben"], **common)).metrics is None
+
+
+class Weather(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+    sun: bool
+
+
+def test_a_response_can_be_parsed_into_a_model(client: openai.OpenAI) -> None:
+    made = client.responses.parse(**COMMON, text_format=Weather)
+    assert isinstance(made.output_parsed, Weather)
+    assert made.text is not None
+    with client.responses.stream(**COMMON, text_format=Weather) as stream:
+        for _ in stream:
+            pass
+        assert isinstance(stream.get_final_response().output_parsed, Weather)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
+    "store": ({"store": True}, "store", "store is not supported"),
+    "previous": ({"previous_response_id": "resp_1"}, "previous_response_id", "previous_response_id is not supported"),
+    "reasoning": ({"reasoning": {"effort": "low"}}, "reasoning", "reasoning is not supported"),
+    "background": ({"background": True}, "background", "background is not supported"),
+    "include": ({"include": ["reasoning.encrypted_content"]}, "include", "include is not supported"),
+    "truncation": ({"truncation": "auto"}, "truncation", "truncation is not supported"),
+    "unknown": ({"extra_body": {"mood": 1}}, "mood", "unknown field `mood`"),
+    "tool": ({"tools": [{"type": "web_search"}]}, "tools", "Invalid enum value 'web_search'"),
+    "item": ({"input": [{"type": "item_reference", "id": "1"}]}, "input", r"input\[0\] is of type 'item_reference'"),
+    "part": (
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "u"}]}]},
+        "input",
+        r"input\[0\].content\[0\] is of type 'input_image'",
+    ),
+    "message": ({"input": [{"role": "user"}]}, "input", r"input\[0\] must have a role and content"),
+    "call": ({"input": [{"type": "function_call", "name": "f"}]}, "input", "must have a name and a call_id"),
+    "output": (
+        {"input": [{"type": "function_call_output", "output": "f"}]},
+        "input",
+        "must have a call_id and an output",
+    ),
+    "model": ({"model": "saga"}, "model", "does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_not_supported_is_named(client: openai.OpenAI, name: str) -> None:
+    fields, param, message = WRONG[name]
+    with pytest.raises((openai.BadRequestError, openai.NotFoundError), match=message) as caught:
+        client.responses.create(**COMMON | fields)
+    assert caught.value.body["param"] == param  # type: ignore[index]
