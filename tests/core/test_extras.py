@@ -91,7 +91,7 @@ def test_the_server_needs_the_extra_serve() -> None:
 
 def test_batches_need_the_extra_batch() -> None:
     for file, modules in imports("batch").items():
-        extra = "parquet" if file == "batch/parquet.py" else "batch"
+        extra = {"batch/parquet.py": "parquet", "batch/on_ray.py": "ray"}.get(file, "batch")
         declared = distributions([*PROJECT["dependencies"], *PROJECT["optional-dependencies"][extra]])
         assert packages(modules) <= declared, file
 

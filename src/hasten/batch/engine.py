@@ -1,6 +1,7 @@
 """What computes a batch: `LLM`, or whatever offers the same few calls."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
 
 _WINDOWS = 2
 """Prompts that are in the engine, for each that it may compute at once: as many wait, so that no step has room left."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A prompt that an engine which is not in this process could not take."""
+
+    request_id: str
+    reason: str
 
 
 class BatchEngine(Protocol):
@@ -62,8 +71,8 @@ class BatchEngine(Protocol):
         """Withdraw a prompt."""
         ...
 
-    def step(self) -> list[RequestOutput]:
-        """Compute a step; the outputs of prompts that it finished."""
+    def step(self) -> Sequence[RequestOutput | Refused]:
+        """Compute a step; what came of the prompts that it finished."""
         ...
 
 

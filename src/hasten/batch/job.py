@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hasten.batch.engine import BatchEngine, LLMEngine
+from hasten.batch.engine import BatchEngine, LLMEngine, Refused
 from hasten.batch.folder import SUMMARY, claim, locked
 from hasten.batch.lines import Answer, error_line
 from hasten.batch.requests import RowReader
@@ -249,20 +249,22 @@ class _Run:
         try:
             self._engine.add(request)
         except InvalidRequestError as error:
-            raise InvalidRequestError(str(error).removeprefix(f"request {request.request_id}: ")) from None
+            raise _refusal(request.request_id, str(error)) from None
 
     def _withdraw(self, ids: Iterable[str]) -> None:
         for each in ids:
             self._engine.abort(each)
 
-    def _take(self, output: RequestOutput) -> bool:
-        """Take a finished prompt; whether its row is done by it."""
+    def _take(self, output: RequestOutput | Refused) -> bool:
+        """Take what came of a prompt; whether its row is done by it."""
         self._in_engine.discard(output.request_id)
         number, index = map(int, output.request_id.split("."))
         answer = self._answers.get(number)
         if answer is None:
             return False  # another prompt of its row has failed
         try:
+            if isinstance(output, Refused):
+                raise _refusal(output.request_id, output.reason)
             line = answer.take(index, output)
         except HastenError as error:
             del self._answers[number]
@@ -275,6 +277,11 @@ class _Run:
         self.completion_tokens += answer.usage.completion_tokens
         self._job.write_result(answer.row, line)
         return True
+
+
+def _refusal(request_id: str, reason: str) -> InvalidRequestError:
+    """Why the engine takes no such prompt, of which its row has another name."""
+    return InvalidRequestError(reason.removeprefix(f"request {request_id}: "))
 
 
 def run_batch(

@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from hasten.cli.options import Parser, add_engine_options, add_sampling_options, engine_options, given, path, positive
+from hasten.core.errors import ConfigError
 from hasten.core.structured_outputs import structured
 from hasten.core.types import SamplingParams
 
@@ -47,9 +48,23 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--rows-per-shard", type=positive, default=10_000, metavar="N", help="rows of a file in OUT (default: 10000)"
     )
     parser.add_argument("--retry-errors", action="store_true", help="compute the rows among the errors again")
+    _add_ray_options(parser)
     add_sampling_options(parser, skip=NOT_DEFAULTS)
     add_engine_options(parser, skip=ENGINE_SKIP)
     parser.set_defaults(run=run)
+
+
+def _add_ray_options(parser: Parser) -> None:
+    group = parser.add_argument_group("several engines, on a Ray cluster")
+    group.add_argument(
+        "--on",
+        choices=["ray"],
+        help="where the engines run: each in an actor, on the cluster that RAY_ADDRESS names, or else on this machine",
+    )
+    group.add_argument(
+        "--engines", type=positive, metavar="N", help="engines, as many as there is room for (default: 1)"
+    )
+    group.add_argument("--cpus-per-engine", type=positive, metavar="N", help="CPUs of each (default: 1)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,6 +73,12 @@ def run(args: argparse.Namespace) -> int:
 
     require_extra("batch", "hasten batch")
     options = engine_options(args, skip=ENGINE_SKIP)
+    if args.on == "ray":
+        return _run_on_ray(args, options)
+    if args.engines is not None or args.cpus_per_engine is not None:
+        raise ConfigError(
+            "--engines and --cpus-per-engine need --on ray; on one machine, several GPUs share a model by -tp"
+        )
     from hasten.core.config import EngineConfig
     from hasten.parallel.rank import rank_info
 
@@ -67,9 +88,41 @@ def run(args: argparse.Namespace) -> int:
 
         run_worker(args.model, **options)
         return 0
+    with _job(args) as job:
+        # ranks that others started wait for this one
+        summary = job.finish() if job.left == 0 and rank is None else _computed(job, args.model, options)
+    return _show(summary)
+
+
+def _run_on_ray(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    from hasten.core.config import EngineConfig
+    from hasten.core.extras import require_extra
+
+    require_extra("ray", "--on ray")
+    from hasten.batch.on_ray import RayEngines
+
+    parallel = EngineConfig.create(args.model, **options).parallel
+    if parallel.nnodes not in (None, 1):
+        raise ConfigError("--on ray has engines of one host each: leave out --nnodes, and give the number as --engines")
+    show = options.pop("progress_bars", True)
+    with _job(args) as job:
+        if job.left == 0:
+            return _show(job.finish())
+        with RayEngines(
+            args.model,
+            options | {"progress_bars": False},
+            engines=args.engines or 1,
+            ranks=parallel.ranks,
+            cpus=args.cpus_per_engine or 1,
+        ) as engines:
+            summary = job.run(engines, show_progress=show)
+    return _show(summary)
+
+
+def _job(args: argparse.Namespace) -> "BatchJob":
     from hasten.batch.job import BatchJob
 
-    with BatchJob(
+    return BatchJob(
         args.input,
         args.output,
         model=args.model,
@@ -77,11 +130,7 @@ def run(args: argparse.Namespace) -> int:
         defaults=_defaults(args),
         rows_per_shard=args.rows_per_shard,
         retry_errors=args.retry_errors,
-    ) as job:
-        # ranks that others started wait for this one
-        summary = job.finish() if job.left == 0 and rank is None else _computed(job, args.model, options)
-    _show(summary)
-    return FAILED if summary.errors else 0
+    )
 
 
 def _defaults(args: argparse.Namespace) -> dict[str, Any]:
@@ -97,7 +146,8 @@ def _computed(job: "BatchJob", model: str, options: dict[str, Any]) -> "BatchSum
         return job.run(LLMEngine(llm), show_progress=options.get("progress_bars", True))
 
 
-def _show(summary: "BatchSummary") -> None:
+def _show(summary: "BatchSummary") -> int:
+    """Print what came of a batch; the exit status."""
     before = f", {summary.resumed} of them in earlier runs" if summary.resumed else ""
     print(f"{summary.rows} rows: {summary.results} results, {summary.errors} errors{before}")
     if summary.seconds:
@@ -106,3 +156,4 @@ def _show(summary: "BatchSummary") -> None:
             f"{summary.tokens_per_second:.1f} tokens/s"
         )
     print(f"in {summary.output}" + ("; the errors' reasons are in errors-*.jsonl" if summary.errors else ""))
+    return FAILED if summary.errors else 0

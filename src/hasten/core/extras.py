@@ -18,6 +18,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     "batch": {"msgspec": "msgspec"},
     "grammar": {"llguidance": "llguidance"},
     "parquet": {"pyarrow": "pyarrow"},
+    "ray": {"msgspec": "msgspec", "ray": "ray"},
 }
 """For each extra the packages that it does not work without: name of the import -> name on the package index."""
 

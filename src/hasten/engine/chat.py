@@ -73,7 +73,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], tool_source: str | None = None) -> None:
-        self._special_tokens = dict(special_tokens)
+        self._source, self._special_tokens = source, dict(special_tokens)
         self.tool_source = source if tool_source is None else tool_source
         """Text of the template that renders chats with tools."""
         try:
@@ -81,6 +81,9 @@ class ChatTemplate:
             self._tool_template = _environment().from_string(self.tool_source)
         except TemplateError as error:
             raise CheckpointError(f"the tokenizer's chat template is not valid: {error}") from error
+
+    def __reduce__(self) -> tuple[type["ChatTemplate"], tuple[str, dict[str, str], str]]:
+        return ChatTemplate, (self._source, self._special_tokens, self.tool_source)
 
     @property
     def takes_tools(self) -> bool:
