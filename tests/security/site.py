@@ -5,7 +5,6 @@ Every answer is looked through for what none may contain: paths, addresses in me
 
 import contextlib
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import grpc
 import httpx
 from tests.encoders import save_encoder
+from tests.soak.report import leak
 from tests.soak.server import DEMO, Server, serving
 from tests.waiting import LIMIT_S
 from tritonclient.grpc import service_pb2 as pb
@@ -27,9 +27,6 @@ KEY, OTHER_KEY = "key-of-a", "key-of-b"
 TEXT, TOKENS, VECTORS, VECTOR_TOKENS = "demo-model", "fastertransformer", "tiny", "tiny-ids"
 REFUSED = frozenset({400, 401, 403, 404, 408, 413, 414, 422, 431, 501, 503})
 VOCABULARY = 1024
-_LEAKS = re.compile(
-    r"Traceback|File \"|0x[0-9a-f]{6,}|/(tmp|home|root|usr|work|proc|opt)/|site-packages|\.py\b|hasten\.(server|engine)"
-)
 _TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 _CALLS = "/inference.GRPCInferenceService/"
 
@@ -61,8 +58,7 @@ _STATUS = {
 
 def check_clean(text: str) -> None:
     """Fail where an answer says what only the server's operator should know."""
-    found = _LEAKS.search(text)
-    assert found is None, f"{found[0]!r} in {text[:2000]}"
+    assert not leak(text), f"{leak(text)!r} in {text[:2000]}"
 
 
 @dataclass

@@ -293,7 +293,12 @@ def test_prompts_are_bounded_and_of_the_vocabulary(served: Site) -> None:
         refused(served.post(path, {"model": TEXT, "messages": many}))
     for body in ({"tokens": [VOCABULARY]}, {"tokens": [-1]}, {"tokens": [5] * 300_000}):
         refused(served.post("/detokenize", {"model": TEXT, **body}))
-    for name, value in (("dimensions", 2**63), ("dimensions", -1), ("truncate_prompt_tokens", 2**63)):
+    for name, value in (
+        ("dimensions", 2**63),
+        ("dimensions", -1),
+        ("truncate_prompt_tokens", 2**63),
+        ("truncate_prompt_tokens", 2**70),
+    ):
         answer = served.post("/v1/embeddings", {"model": VECTORS, "input": "a", name: value})
         assert answer.is_refusal or (name == "truncate_prompt_tokens" and answer.status == 200), answer
 
@@ -652,9 +657,11 @@ def test_no_path_leads_out_of_the_repository(served: Site, name: str) -> None:
 
 @about("CVE-2026-24208", "CVE-2026-24209")
 @pytest.mark.parametrize("leads", ["/etc", "../../..", "../x", "/sys/../etc"])
-@pytest.mark.parametrize("parameter", ["model_checkpoint_path", "tokenizer_path"])
+@pytest.mark.parametrize("parameter", ["model_checkpoint_path", "tokenizer_path", "default_model_filename"])
 def test_a_configuration_that_is_sent_names_no_folder_elsewhere(served: Site, parameter: str, leads: str) -> None:
     config = {"backend": "hasten", "max_batch_size": 8, "parameters": {parameter: {"string_value": leads}}}
+    if parameter == "default_model_filename":
+        config = {"backend": "hasten", "max_batch_size": 8, parameter: leads}
     body = {"parameters": {"config": json.dumps(config)}}
     answer = served.post(f"/v2/repository/models/{TOKENS}/load", body)
     assert "cannot lead elsewhere" in answer.text

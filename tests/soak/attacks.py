@@ -88,7 +88,7 @@ _BEAMS = {"model": TOKENS, "prompt": [[5, 6], [7]], "max_tokens": 3, "use_beam_s
 _CHAT = {
     **{"model": TEXT, "max_tokens": 3, "logprobs": True, "top_logprobs": 2, "stream": False, "seed": 2},
     "messages": [{"role": "system", "content": "Be"}, {"role": "user", "content": [{"type": "text", "text": "Anna"}]}],
-    "chat_template_kwargs": {"x": 1},
+    **{"chat_template_kwargs": {"x": 1}, "cache_salt": "a"},
 }
 _MEMORY = {"key": "/hasten-soak-nothing", "offset": 0, "byte_size": 64}
 _LOAD = {"parameters": {"config": json.dumps({"backend": "hasten", "parameters": {"kind": {"string_value": SPARE}}})}}
@@ -135,20 +135,21 @@ def triton(rng: random.Random) -> HttpAttack:
         return HttpAttack(request(rng.choice(("GET", "POST", "PUT", "DELETE", "OPTIONS")), path))
     if rng.random() < 0.3:
         return _binary(rng)
-    return _posted(rng, *rng.choice(_TRITON))
+    return posted(rng, *rng.choice(_TRITON))
 
 
 def generate(rng: random.Random) -> HttpAttack:
     """Over the generate extension."""
-    return _posted(rng, *rng.choice(_GENERATES))
+    return posted(rng, *rng.choice(_GENERATES))
 
 
 def openai(rng: random.Random) -> HttpAttack:
     """Over OpenAI's routes."""
-    return _posted(rng, *rng.choice(_OPENAI))
+    return posted(rng, *rng.choice(_OPENAI))
 
 
-def _posted(rng: random.Random, path: str, body: Any) -> HttpAttack:
+def posted(rng: random.Random, path: str, body: Any) -> HttpAttack:
+    """A body of JSON, changed by chance, with headers that are mostly proper."""
     # a proper body goes with headers that are not
     odd = rng.random() < 0.2
     value = body if odd and rng.random() < 0.5 else mutated_json(rng, body)

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import grpc
+from tests.encoders import save_encoder
 from tests.soak import nasty
 from tests.soak.asks import CALLS, Ask, Place, answers
 from tests.soak.attacks import REGION, GrpcAttack, HttpAttack, generate, openai, over_grpc, triton
 from tests.soak.http_client import Answer, Connection, NoAnswerError, post
-from tests.soak.report import Report
+from tests.soak.pooling_attacks import BY_HAND, VECTOR_TOKENS, VECTORS, pooling
+from tests.soak.report import Report, leak
 from tests.soak.server import DEMO, Server, create_repository, serving
 
 _ANSWER_S, _UNOWED_S = 60.0, 0.2
@@ -55,7 +57,7 @@ class Tally:
         if fault and any(known in text for known in _AS_TRITON):
             code, fault = f"{code} as Triton", False
         self.codes[code] += 1
-        if fault or any(said in text for said in _OWN_FAULT):
+        if fault or any(said in text for said in _OWN_FAULT) or (code != "200" and leak(text)):
             self.wrong.append(f"{code} {text[:300]!r} for {what!r:.2000}")
 
 
@@ -131,6 +133,7 @@ async def _attack(place: Place, count: int, seed: int) -> dict[str, Tally]:
         ("http", triton, nasty.TRITON),
         ("generate", generate, nasty.GENERATE),
         ("openai", openai, nasty.OPENAI),
+        ("pooling", pooling, BY_HAND),
     )
     for name, make, by_hand in doors:
         tally = tallies[name] = Tally()
@@ -168,6 +171,8 @@ def _repository() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(shutil.copytree(DEMO, Path(folder) / DEMO.name))
         (model / "chat_template.jinja").write_text(_TEMPLATE)
+        encoder = save_encoder(Path(folder) / VECTORS, "Bert", num_hidden_layers=2)
+        create_repository(encoder, Path(folder) / "models", "--name", VECTOR_TOKENS)
         yield create_repository(model, Path(folder) / "models", "--max-model-len", "64")
 
 
@@ -186,7 +191,7 @@ async def _run(server: Server, report: Report, count: int, seed: int) -> None:
         report.require(tally.codes.total() >= count, f"{name}: only {tally.codes.total()} requests were judged")
     report.require(server.process.poll() is None, "the server has ended")
     report.require(
-        len(engines) == 1 and server.engines == engines, f"the engine's process was {engines} and is {server.engines}"
+        len(engines) == 2 and server.engines == engines, f"the engines' processes were {engines}, are {server.engines}"
     )
     _, traceback, rest = server.log.partition("Traceback")
     report.require(not traceback, f"the log has a traceback: {rest[:3000]}")

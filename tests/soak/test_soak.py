@@ -12,6 +12,7 @@ from tests.soak.__main__ import NAMES, main
 from tests.soak.asks import FailedError
 from tests.soak.attacks import HttpAttack, generate, openai, over_grpc, triton
 from tests.soak.http_client import request
+from tests.soak.pooling_attacks import pooling
 from tests.soak.report import Report
 
 SHORT: dict[Callable[..., Report], dict[str, Any]] = {
@@ -58,7 +59,7 @@ def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in told for name in NAMES)
 
 
-@pytest.mark.parametrize("make", [triton, generate, openai, over_grpc])
+@pytest.mark.parametrize("make", [triton, generate, openai, pooling, over_grpc])
 def test_an_attack_can_be_made_again(make: Callable[[random.Random], object]) -> None:
     made = [make(random.Random(f"0 {number}")) for number in range(50)]
     assert made == [make(random.Random(f"0 {number}")) for number in range(50)]
@@ -95,6 +96,8 @@ def response(status: int, body: bytes) -> bytes:
         (response(502, b"no"), "502"),
         (b"", "none"),
         (response(200, b"a")[:-1], "none"),
+        (response(400, b'{"error": "cannot read /tmp/x"}'), "400"),
+        (response(400, b'{"error": "<object at 0x7f0d897fd590>"}'), "400"),
         (response(200, b'data: {"error": "internal error; the server\'s log says more"}'), "200"),
     ],
 )

@@ -123,6 +123,11 @@ class FolderRepository:
 
     def _check_paths(self, config: model_config_pb2.ModelConfig, given: model_config_pb2.ModelConfig | None) -> None:
         """A configuration that came over the network names no folder that the repository does not name itself."""
+        if config.default_model_filename and not _is_inside(config.default_model_filename):
+            raise ConfigError(
+                f"default_model_filename is {config.default_model_filename!r}, which is not in the version's folder; a "
+                "configuration that is sent cannot lead elsewhere"
+            )
         for parameter in (CHECKPOINT, TOKENIZER):
             if parameter not in config.parameters:
                 continue
@@ -221,10 +226,16 @@ def _versions(folder: Path, config: model_config_pb2.ModelConfig) -> tuple[int, 
     return tuple(found[-policy.latest.num_versions :])
 
 
+def _is_inside(name: str) -> bool:
+    """Whether a path is relative and leads to what is below its folder."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and not any(part == ".." or "\0" in part for part in path.parts)
+
+
 def _write_file(root: Path, name: str, content: bytes) -> None:
     """Write `file:1/config.ini` as `1/config.ini` below `root`; ConfigError for a path that leads out of it."""
     path = PurePosixPath(name.removeprefix("file:"))
-    if path.is_absolute() or not path.parts or any(part in ("..", "") or "\0" in part for part in path.parts):
+    if not _is_inside(str(path)):
         raise ConfigError(f"file {name!r} has a path that leads out of the model's folder")
     target = root.joinpath(*path.parts)
     try:

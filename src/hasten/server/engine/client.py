@@ -86,6 +86,14 @@ def _check_sizes(params: SamplingParams, vocab_size: int) -> None:
     check_words("bad_words", params.bad_words)
 
 
+def _frame(message: Add) -> bytearray:
+    """A request as it goes to an engine; InvalidRequestError where it has numbers or text that cannot."""
+    try:
+        return framed(message)
+    except (OverflowError, ValueError, TypeError) as error:
+        raise InvalidRequestError(f"the request cannot be passed to the engine: {error}") from None
+
+
 def _may_stop(params: SamplingParams) -> bool:
     """Whether anything but `max_tokens` may end a completion."""
     ends = (params.stop, params.stop_token_ids, params.stop_words_ids, params.is_constrained, params.beam_width > 1)
@@ -264,7 +272,7 @@ class EngineClient:
         number = self._next_number(priority)
         message = Add(number, tokens, None, False, request.pooling, request.token_type_ids, request.skipped_tokens)
         message.cache_salt = cache_salt(None)
-        ticket = Ticket(number, tokens, 1, framed(message), priority)
+        ticket = Ticket(number, tokens, 1, _frame(message), priority)
         self._put(ticket, queue_timeout, listener)
         return ticket
 
@@ -375,10 +383,7 @@ class EngineClient:
         self, tokens: tuple[int, ...], params: SamplingParams, *, stream: bool, priority: int, salt: str
     ) -> Ticket:
         number = self._next_number(priority)
-        try:
-            frame = framed(Add(number, tokens, params, stream, cache_salt=salt))
-        except (OverflowError, ValueError, TypeError) as error:
-            raise InvalidRequestError(f"the request cannot be passed to the engine: {error}") from None
+        frame = _frame(Add(number, tokens, params, stream, cache_salt=salt))
         most = params.max_length(len(tokens), self.info.max_model_len) - len(tokens)
         width = max(params.n, params.beam_width)
         prefixes = self._prefixes(tokens, params, salt)
