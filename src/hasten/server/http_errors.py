@@ -11,6 +11,11 @@ from hasten.server.types import ErrorKind, ServiceError
 CLIENT_GONE = ErrorKind.CANCELLED.value.http
 OPENAI_PATHS = ("/v1/", "/tokenize", "/detokenize", "/score", "/rerank", "/v2/rerank", "/pooling", "/classify")
 """How paths begin whose errors have OpenAI's form."""
+_MESSAGES_PATH = "/v1/messages"
+_MESSAGE_ERRORS = {
+    **{401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"},
+    **{429: "rate_limit_error", 503: "overloaded_error"},
+}
 _LONGEST_RETRY_S = 3600
 """An estimate beyond it is not worth more."""
 _OPENAI_CODES = {401: "invalid_api_key", 404: "unknown_url"}
@@ -27,9 +32,17 @@ def openai_error(status: int, message: str, param: str | None = None, code: str 
     return dump_json({"error": {"message": message, "type": kind, "param": param, "code": code}})
 
 
+def message_error(status: int, message: str) -> bytes:
+    """The JSON of an error of Anthropic's Messages API."""
+    kind = _MESSAGE_ERRORS.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return dump_json({"type": "error", "error": {"type": kind, "message": message}})
+
+
 def error_response(path: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
     """The answer to a request that failed."""
-    if path.startswith(OPENAI_PATHS):
+    if path.startswith(_MESSAGES_PATH):
+        body = message_error(status, message)
+    elif path.startswith(OPENAI_PATHS):
         body = openai_error(status, message, code=_OPENAI_CODES.get(status))
     else:
         body = dump_json({"error": message})

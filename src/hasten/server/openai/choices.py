@@ -19,6 +19,10 @@ _LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have; as OpenAI writes it."""
 
 
+StopReason = int | str | msgspec.UnsetType
+"""The stop token or stop string that ended a completion, where one did; vLLM's field."""
+
+
 class CompletionLogprobs(msgspec.Struct):
     """Log-probabilities of a completion's tokens, as parallel lists."""
 
@@ -36,6 +40,7 @@ class CompletionChoice(msgspec.Struct):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
+    stop_reason: StopReason = msgspec.UNSET
 
 
 class TokenLogprob(msgspec.Struct):
@@ -91,6 +96,7 @@ class ChatChoice(msgspec.Struct):
     message: ChatMessageOut
     logprobs: ChatLogprobs | None
     finish_reason: str | None
+    stop_reason: StopReason = msgspec.UNSET
 
 
 class ChatPiece(msgspec.Struct):
@@ -100,6 +106,7 @@ class ChatPiece(msgspec.Struct):
     delta: ChatMessageOut
     logprobs: ChatLogprobs | None
     finish_reason: str | None
+    stop_reason: StopReason = msgspec.UNSET
 
 
 Choice = CompletionChoice | ChatChoice | ChatPiece
@@ -114,6 +121,11 @@ class Choices(Protocol):
 
 def _reason(delta: CompletionDelta) -> str | None:
     return None if delta.finish_reason is None else delta.finish_reason.value
+
+
+def _stop_reason(delta: CompletionDelta) -> StopReason:
+    found = delta.finish_reason is FinishReason.STOP and delta.stop_reason is not None
+    return delta.stop_reason if found else msgspec.UNSET  # type: ignore[return-value]  # not None
 
 
 def _value(entry: Logprob) -> float:
@@ -145,7 +157,7 @@ class CompletionChoices:
     def _choice(self, number: int, delta: CompletionDelta) -> CompletionChoice:
         index = number * self.n + delta.index
         if delta.logprobs is None and not self.echo:
-            return CompletionChoice(index, delta.text, None, _reason(delta))
+            return CompletionChoice(index, delta.text, None, _reason(delta), _stop_reason(delta))
         tokens = [] if self.prompts_only else delta.token_ids
         text = "" if self.prompts_only else delta.text
         entries: list[dict[int, Logprob] | None] | None = None
@@ -161,7 +173,7 @@ class CompletionChoices:
         if made is None:
             self._offsets[index] = 0
         reason = "length" if self.prompts_only and delta.finish_reason is not None else _reason(delta)
-        return CompletionChoice(index, text, made, reason)
+        return CompletionChoice(index, text, made, reason, _stop_reason(delta))
 
     def _prompt_text(self, number: int, first: Progress) -> str:
         text = self.texts[number]
@@ -257,12 +269,13 @@ class ChatChoices:
     def _whole(self, delta: CompletionDelta) -> ChatChoice:
         logprobs = None if delta.logprobs is None else self._logprobs(delta)
         if self.tools is None:
-            return ChatChoice(delta.index, ChatMessageOut("assistant", delta.text), logprobs, _reason(delta))
+            message = ChatMessageOut("assistant", delta.text)
+            return ChatChoice(delta.index, message, logprobs, _reason(delta), _stop_reason(delta))
         pieces = self._parsed(self.tools, delta)
         calls = _joined(self.tools, pieces)
         text = "".join(piece.text for piece in pieces if isinstance(piece, TextPiece))
         message = ChatMessageOut("assistant", text if text or not calls else None, calls or None)
-        return ChatChoice(delta.index, message, logprobs, self._reason(delta))
+        return ChatChoice(delta.index, message, logprobs, self._reason(delta), _stop_reason(delta))
 
     def _pieces(self, delta: CompletionDelta) -> Iterator[ChatPiece]:
         """What is new of an answer: one piece, or one for each part of it that is text or a call."""
@@ -283,7 +296,8 @@ class ChatChoices:
         if delta.index not in self._begun:
             self._begun.add(delta.index)
             message.role = "assistant"
-        return ChatPiece(delta.index, message, logprobs, reason)
+        stop = msgspec.UNSET if reason is None else _stop_reason(delta)
+        return ChatPiece(delta.index, message, logprobs, reason, stop)
 
     def _parsed(self, tools: ToolUse, delta: CompletionDelta) -> list[Piece]:
         parser = self._parsers.get(delta.index)

@@ -22,8 +22,12 @@ _log = logging.getLogger(__name__)
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def guarded(handler: Handler) -> Handler:
-    """A handler whose errors become OpenAI's error objects."""
+ErrorAnswer = Callable[[Exception], tuple[int, bytes]]
+"""HTTP status and body for an error."""
+
+
+def guarded(handler: Handler, answer: ErrorAnswer = error_answer) -> Handler:
+    """A handler whose errors become an API's error objects, by default those of OpenAI's."""
 
     async def wrapped(request: Request) -> Response:
         try:
@@ -35,14 +39,14 @@ def guarded(handler: Handler) -> Handler:
         except Exception as error:
             if not isinstance(error, HastenError):
                 _log.exception("%s %s failed", request.method, request.url.path)
-            return _error_response(error)
+            return _error_response(error, answer)
 
     return wrapped
 
 
-def _error_response(error: Exception) -> Response:
+def _error_response(error: Exception, answer: ErrorAnswer) -> Response:
     """The response to a request that failed before its first token."""
-    status, body = error_answer(error)
+    status, body = answer(error)
     wait = error.retry_after if isinstance(error, QueueError | ServiceError) else None
     headers = {"retry-after": str(retry_after(wait))} if status in (429, 503) else None
     return Response(body, status, headers, media_type="application/json")

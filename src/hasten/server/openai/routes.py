@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from hasten.core.types import SamplingParams
+from hasten.server.anthropic.routes import message_routes
 from hasten.server.openai.answer import CompletionForm
 from hasten.server.openai.call import Call
 from hasten.server.openai.chat_call import ChatCalls, respond
@@ -45,6 +46,7 @@ def openai_routes(service: Models, *, with_metrics: bool = False) -> list[Route]
         Route("/tokenize", guarded(api.tokenize), methods=["POST"]),
         Route("/detokenize", guarded(api.detokenize), methods=["POST"]),
         responses_route(chats, with_metrics=with_metrics),
+        *message_routes(chats),
         *pooling_routes(models),
         Route("/v1/{path:path}", guarded(_unknown), methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
     ]

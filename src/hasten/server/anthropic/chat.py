@@ -1,0 +1,116 @@
+"""A request of the Messages API as a chat."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from hasten.server.anthropic.types import ContentBlock, CountRequest, Message, MessagesRequest, MessageTool
+from hasten.server.openai.params import OpenAIError
+from hasten.server.openai.types import (
+    ChatMessage,
+    ChatRequest,
+    ContentPart,
+    Function,
+    FunctionCall,
+    FunctionName,
+    NamedToolChoice,
+    Tool,
+    ToolCall,
+)
+
+_SAME = (
+    *("max_tokens", "stream", "temperature", "top_p", "top_k", "seed", "ignore_eos", "priority"),
+    *("chat_template_kwargs", "cache_salt"),
+)
+"""Fields that chats have, too."""
+
+
+def as_chat(asked: CountRequest) -> ChatRequest:
+    """The chat that a request asks for; OpenAIError names what no model here can do."""
+    if asked.thinking is not None and asked.thinking.type != "disabled":
+        raise OpenAIError("thinking is not supported; leave it out", param="thinking")
+    same = {name: getattr(asked, name) for name in _SAME if isinstance(asked, MessagesRequest)}
+    if isinstance(asked, MessagesRequest):
+        if asked.service_tier not in (None, "auto", "standard_only"):
+            raise OpenAIError(f"service_tier={asked.service_tier!r:.80} is not supported", param="service_tier")
+        same["stop"] = asked.stop_sequences
+    parallel = asked.tool_choice is None or not asked.tool_choice.disable_parallel_tool_use
+    return ChatRequest(
+        model=asked.model,
+        messages=list(_messages(asked)),
+        tools=None if asked.tools is None else list(_tools(asked.tools)),
+        tool_choice=_choice(asked),
+        parallel_tool_calls=parallel,
+        **same,
+    )
+
+
+def _choice(asked: CountRequest) -> Literal["none", "auto", "required"] | NamedToolChoice | None:
+    choice = asked.tool_choice
+    if choice is None:
+        return None
+    if choice.type == "tool":
+        if choice.name is None:
+            raise OpenAIError("tool_choice has no name", param="tool_choice")
+        return NamedToolChoice(FunctionName(choice.name))
+    return "required" if choice.type == "any" else choice.type
+
+
+def _tools(tools: Sequence[MessageTool]) -> Iterator[Tool]:
+    for number, tool in enumerate(tools):
+        if tool.type not in (None, "custom"):
+            message = f"tools[{number}] is of type {tool.type!r:.80}, which is not supported: there are functions alone"
+            raise OpenAIError(message, param="tools")
+        yield Tool("function", Function(tool.name, tool.description, tool.input_schema, tool.strict))
+
+
+def _messages(asked: CountRequest) -> Iterator[ChatMessage]:
+    if asked.system is not None:
+        yield ChatMessage(role="system", content=_text("system", asked.system))
+    for number, message in enumerate(asked.messages):
+        yield from _message(f"messages[{number}]", message)
+
+
+def _message(where: str, message: Message) -> Iterator[ChatMessage]:
+    """The messages that one becomes: results of tools are messages of their own."""
+    if isinstance(message.content, str):
+        yield ChatMessage(role=message.role, content=message.content)
+        return
+    texts, calls, results = list[ContentPart](), list[ToolCall](), list[ChatMessage]()
+    for number, block in enumerate(message.content):
+        place = f"{where}.content[{number}]"
+        if block.type == "tool_use" and message.role == "assistant":
+            calls.append(_call(place, block))
+        elif block.type == "tool_result" and message.role == "user":
+            results.append(_result(place, block))
+        else:
+            texts.append(_part(place, block))
+    yield from results
+    if texts or calls or not results:
+        yield ChatMessage(role=message.role, content=texts or None, tool_calls=calls or None)
+
+
+def _call(where: str, block: ContentBlock) -> ToolCall:
+    if block.name is None or block.id is None:
+        raise OpenAIError(f"{where} must have an id and a name", param="messages")
+    return ToolCall(FunctionCall(block.name, json.dumps(block.input or {})), id=block.id, type="function")
+
+
+def _result(where: str, block: ContentBlock) -> ChatMessage:
+    if block.tool_use_id is None:
+        raise OpenAIError(f"{where} has no tool_use_id", param="messages")
+    content = _text(f"{where}.content", block.content or "")
+    return ChatMessage(role="tool", content=content, tool_call_id=block.tool_use_id)
+
+
+def _text(where: str, content: str | Sequence[ContentBlock]) -> str | list[ContentPart]:
+    if isinstance(content, str):
+        return content
+    return [_part(f"{where}[{number}]", block) for number, block in enumerate(content)]
+
+
+def _part(where: str, block: ContentBlock) -> ContentPart:
+    if block.type != "text" or block.text is None:
+        param = where.partition("[")[0].partition(".")[0]
+        raise OpenAIError(f"{where} is of type {block.type!r:.80}: the model reads text alone", param=param)
+    return ContentPart(type="text", text=block.text)

@@ -1,0 +1,37 @@
+"""The routes of Anthropic's Messages API."""
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from hasten.core.types import SamplingParams
+from hasten.server.anthropic.chat import as_chat
+from hasten.server.anthropic.errors import message_error_answer
+from hasten.server.anthropic.form import MessageForm
+from hasten.server.anthropic.types import CountRequest, MessagesRequest
+from hasten.server.openai.chat_call import ChatCalls
+from hasten.server.openai.handlers import guarded, json_response, read_body
+
+_MESSAGES, _COUNT = msgspec.json.Decoder(MessagesRequest), msgspec.json.Decoder(CountRequest)
+
+
+def message_routes(chats: ChatCalls) -> list[Route]:
+    """POST /v1/messages and /v1/messages/count_tokens."""
+
+    async def messages(request: Request) -> Response:
+        asked = await read_body(request, _MESSAGES)
+
+        def form(_: SamplingParams) -> MessageForm:
+            return MessageForm(asked.model)
+
+        return await chats.answer(request, as_chat(asked), form)
+
+    async def count(request: Request) -> Response:
+        asked = await read_body(request, _COUNT)
+        return json_response(msgspec.json.encode({"input_tokens": await chats.prompt_tokens(as_chat(asked))}))
+
+    return [
+        Route("/v1/messages", guarded(messages, message_error_answer), methods=["POST"]),
+        Route("/v1/messages/count_tokens", guarded(count, message_error_answer), methods=["POST"]),
+    ]
