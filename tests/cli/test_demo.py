@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hasten.cli.demo import Comparison
+from hasten.cli.main import build_parser
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Hasten
@@ -42,7 +43,8 @@ def test_the_demo_runs_its_commands_one_after_the_other(
     dataset.write_text("".join(json.dumps({"text": f"{number} {text}"}) + "\n" for number in range(20)))
     folder = tmp_path / "out"
     done = hasten_process(
-        "demo", "--model", tiny_bloom, "--dataset", dataset, "--output-dir", folder, "--client", CLIENT
+        "demo",
+        *("--model", tiny_bloom, "--dataset", dataset, "--output-dir", folder, "--client", CLIENT, "--no-report"),
     )
     commands = [line.split()[1:3] for line in done.out.splitlines() if line.startswith("$ ")]
     assert commands[:4] == [["hasten", "convert"], ["hasten", "bench"], ["hasten", "generate"], ["hasten", "serve"]]
@@ -54,6 +56,22 @@ def test_the_demo_runs_its_commands_one_after_the_other(
     # how fast a few tiny texts are is chance; what the demo says of it is not
     assert done.status == (1 if "demo failed" in done.err else 0), done.err
     assert (folder / "lambada.json").is_file()
+
+
+def test_the_demo_ends_with_a_report(tmp_path: Path, hasten_here: "Hasten", monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands are recorded, not run: `hasten report` has tests of its own."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr("hasten.cli.demo._step", lambda main, command: commands.append(list(command)) or 0)
+    monkeypatch.setattr("hasten.cli.demo._serve", lambda *_: commands.append(["serve"]) or 0)
+    monkeypatch.setattr("hasten.cli.demo._read", lambda _: compare(60.0, 1.0))
+    assert hasten_here("demo", "--output-dir", tmp_path).status == 0
+    assert [command[0] for command in commands] == ["convert", "bench", "generate", "serve", "report"]
+    args = build_parser().parse_args(commands[-1])
+    assert (args.output, args.quick) == (str(tmp_path / "report.html"), True)
+    assert Path(args.model, "config.json").is_file()
+    commands.clear()
+    assert hasten_here("demo", "--output-dir", tmp_path, "--no-report").status == 0
+    assert "report" not in [command[0] for command in commands]
 
 
 def test_a_step_that_fails_ends_the_demo(tiny_bloom: Path, tmp_path: Path, hasten_here: "Hasten") -> None:

@@ -1,4 +1,4 @@
-"""`hasten demo`: convert, compare, generate and serve with the demo model, by the public commands."""
+"""`hasten demo`: convert, compare, generate, serve and report with the demo model, by the public commands."""
 
 import argparse
 import json
@@ -55,15 +55,18 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add the subcommand `demo`."""
     parser = commands.add_parser(
         "demo",
-        help="convert, compare, generate and serve with the demo model",
-        description="Convert the demo model, compare it with Hugging Face on the test stories, generate a story, and "
-        "serve it to a gRPC client.",
+        help="convert, compare, generate, serve and report with the demo model",
+        description="Convert the demo model, compare it with Hugging Face on the test stories, generate a story, "
+        "serve it to a gRPC client, and write a report on it: two minutes on two cores, half of them for the report.",
     )
     parser.add_argument("--model", type=path, metavar="PATH", help="model to show (default: the demo model)")
     parser.add_argument("--dataset", type=path, metavar="FILE", help="texts to measure on (default: the test stories)")
     parser.add_argument("--client", type=path, metavar="FILE", help="program that asks the server (default: hasten's)")
     parser.add_argument(
         "--output-dir", type=path, default="build/demo", metavar="PATH", help="where to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--report", action=argparse.BooleanOptionalAction, default=True, help="end with a quick report (default: yes)"
     )
     parser.set_defaults(run=run)
 
@@ -94,7 +97,9 @@ def run(args: argparse.Namespace) -> int:
         return status
     comparison = _read(results)
     _show(comparison, convert_seconds=seconds[0], all_seconds=time.perf_counter() - start)
-    print(f"Serve this model, with a page at http://localhost:8000/:\n\n$ hasten serve {shlex.quote(checkpoint)}\n")
+    if args.report and (status := _step(main, _report(model, dataset, folder))):
+        return status
+    print(f"\nServe this model, with a page at http://localhost:8000/:\n\n$ hasten serve {shlex.quote(checkpoint)}\n")
     for fault in comparison.faults:
         print(f"hasten: demo failed: {fault}", file=sys.stderr)
     return 1 if comparison.faults else 0
@@ -118,6 +123,11 @@ def _steps(model: str, dataset: str, checkpoint: str, results: str) -> list[list
         ["bench", "lambada", *inputs, *compare],
         ["generate", checkpoint, "--prompt", PROMPT, "--max-new-tokens", "64", "-dt", "fp32"],
     ]
+
+
+def _report(model: str, dataset: str, folder: Path) -> list[str]:
+    page = str(folder / "report.html")
+    return ["report", model, "--dataset", dataset, "-dt", "fp32", "--quick", "--fresh", "--output", page]
 
 
 def _step(main: Callable[[Sequence[str]], int], command: Sequence[str]) -> int:
@@ -159,7 +169,8 @@ def _serve(checkpoint: str, model: str, client: str, log: Path) -> int:
 
 def _read(path: str) -> Comparison:
     report: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    hf, ours = report["results"]
+    *others, ours = report["results"]
+    hf = next(other for other in others if other["engine"] == report["compared_with"])
     return Comparison(
         hf_accuracy=hf["accuracy"],
         hf_seconds=hf["seconds"],
