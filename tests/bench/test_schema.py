@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jsonschema  # type: ignore[import-untyped]
 import pytest
@@ -16,6 +17,8 @@ QUICK = {
     "suite": ("--tests", "lat", "--repetitions", "1"),
 }
 """Benchmark -> options with which it takes a moment."""
+PLOTTED = {"latency": "hasten: ", "throughput": "hasten: ", "suite": "lat_b1, hasten: "}
+"""Benchmark -> how what its picture says of hasten begins."""
 
 
 @pytest.mark.parametrize("benchmark", schema.BENCHMARKS)
@@ -29,15 +32,16 @@ def test_each_benchmark_has_a_valid_schema(benchmark: str, capsys: pytest.Captur
 
 @pytest.mark.parametrize("benchmark", QUICK)
 def test_what_benchmarks_write_has_their_form(benchmark: str, tiny_bloom: Path, tmp_path: Path) -> None:
-    file = tmp_path / "results.json"
-    common = ("--device", "cpu", "--max-num-seqs", "8", "--output-path", str(file))
+    file, plot = tmp_path / "results.json", tmp_path / "plot.svg"
+    common = ("--device", "cpu", "--max-num-seqs", "8", "--output-path", str(file), "--plot", str(plot))
     assert main(["bench", benchmark, str(tiny_bloom), *QUICK[benchmark], *common]) == 0
     report = json.loads(file.read_text())
     assert list(report)[:2] == ["benchmark", "schema"]
     assert report["benchmark"] == benchmark
     assert form_errors(report) == []
     assert form_errors(report | {"environment": {}})
-    assert form_errors(report | {"schema": schema.VERSION + 1})
+    titles = [each.text or "" for each in ElementTree.parse(plot).iter() if each.tag.endswith("title")]
+    assert any(title.startswith(PLOTTED[benchmark]) for title in titles)
 
 
 def test_types_become_schemas() -> None:

@@ -152,9 +152,11 @@ def test_the_servers_process_needs_no_torch() -> None:
     assert shown == "[]\n"
 
 
-def test_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "plot.svg"
     sizes = ["--concurrency", "2", "--prompt-length", "3", "--output-length", "2", "--requests", "1", "--rounds", "1"]
-    assert main(["bench", "serving", str(DEMO), *sizes, "--json"]) == 0
+    assert main(["bench", "serving", str(DEMO), *sizes, "--json", "--plot", str(plot)]) == 0
+    assert "2 streams at once, tokens/s</text>" in plot.read_text()
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert form_errors(found) == []
     assert found["start_s"] > 0

@@ -53,9 +53,10 @@ def test_lambada_ends_with_the_line_of_the_reference(tiny_bloom: Path, dataset: 
 def test_compare_prints_both_lines_and_writes_every_answer(
     tiny_bloom: Path, dataset: Path, tmp_path: Path, hasten_here: "Hasten"
 ) -> None:
-    output = tmp_path / "results.json"
-    done = hasten_here(*lambada(tiny_bloom, dataset), "--compare", "--output-path", output)
+    output, plot = tmp_path / "results.json", tmp_path / "plot.svg"
+    done = hasten_here(*lambada(tiny_bloom, dataset), "--compare", "--output-path", output, "--plot", plot)
     assert done.status == 0, done.err
+    assert "<title>hasten: " in plot.read_text()
     hf, ours, summary, without = done.out.splitlines()
     assert hf.startswith("HF ")
     assert ours.startswith("hasten ")
@@ -390,10 +391,11 @@ def test_suite_that_leaves_nothing_to_hugging_face(tiny_bloom: Path, hasten_here
 def test_startup_has_the_phases_of_cold_and_warm_starts(
     tiny_bloom: Path, hasten_here: "Hasten", tmp_path: Path
 ) -> None:
-    output = tmp_path / "results.json"
+    output, plot = tmp_path / "results.json", tmp_path / "plot.svg"
     options = ("--repetitions", "1", "--device", "cpu", "--max-num-seqs", "4", "--output-path", output)
-    done = hasten_here("bench", "startup", tiny_bloom, *options)
+    done = hasten_here("bench", "startup", tiny_bloom, *options, "--plot", plot)
     assert (done.status, done.err) == (0, "")
+    assert "import torch</text>" in plot.read_text()
     assert re.search(r"phase +cold +warm", done.out)
     found = json.loads(output.read_text())
     assert form_errors(found) == []

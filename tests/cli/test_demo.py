@@ -1,5 +1,6 @@
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,8 +62,13 @@ def test_the_demo_runs_its_commands_one_after_the_other(
 def test_the_demo_ends_with_a_report(tmp_path: Path, hasten_here: "Hasten", monkeypatch: pytest.MonkeyPatch) -> None:
     """Its commands are recorded, not run: `hasten report` has tests of its own."""
     commands: list[list[str]] = []
-    monkeypatch.setattr("hasten.cli.demo._step", lambda main, command: commands.append(list(command)) or 0)
-    monkeypatch.setattr("hasten.cli.demo._serve", lambda *_: commands.append(["serve"]) or 0)
+
+    def record(_: object, command: Sequence[str]) -> int:
+        commands.append(list(command))
+        return 0
+
+    monkeypatch.setattr("hasten.cli.demo._step", record)
+    monkeypatch.setattr("hasten.cli.demo._serve", lambda *_: record(None, ["serve"]))
     monkeypatch.setattr("hasten.cli.demo._read", lambda _: compare(60.0, 1.0))
     assert hasten_here("demo", "--output-dir", tmp_path).status == 0
     assert [command[0] for command in commands] == ["convert", "bench", "generate", "serve", "report"]

@@ -1,20 +1,20 @@
-"""A picture of how fast engines embed texts, as SVG: a bar for each."""
+"""Pictures of how fast engines embed texts: a bar for each."""
 
 from collections.abc import Sequence
 
-from hasten.bench.charts import Bar, Picture, bars, write_sheet
+from hasten.bench.charts import Bar, Picture, bars
 from hasten.bench.embed import EmbedResult
 from hasten.bench.svg import COLORS
 
 
-def write_plot(path: str, title: str, results: Sequence[EmbedResult]) -> None:
-    """Write the picture; an OSError names the file."""
+def pictures(results: Sequence[EmbedResult]) -> list[Picture]:
+    """Texts and tokens per second."""
     panels = (
         ("texts per second", [result.texts_per_second for result in results]),
         ("tokens per second", [result.tokens_per_second for result in results]),
     )
     names = [result.engine for result in results]
-    write_sheet(path, title, [_panel(name, names, values) for name, values in panels], columns=1)
+    return [_panel(name, names, values) for name, values in panels]
 
 
 def _panel(name: str, names: Sequence[str], values: Sequence[float]) -> Picture:

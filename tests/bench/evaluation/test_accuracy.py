@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.bench.evaluation.accuracy import Interval, accuracy, bootstrap, wilson
+from hasten.bench.evaluation.accuracy import accuracy
+from hasten.bench.intervals import Interval, bootstrap, wilson
 from hasten.bench.lambada import Answer, LambadaResult
 from hasten.engine.llm import LLM
 from hasten.engine.text import Tokenizer

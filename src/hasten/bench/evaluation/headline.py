@@ -2,15 +2,9 @@
 
 from hasten.bench.evaluation.accuracy import Comparison
 from hasten.bench.evaluation.form import ModelReport
+from hasten.bench.plots import name_of
 
 TIMES = "\N{MULTIPLICATION SIGN}"
-NAMES = {"HF": "Hugging Face", "HF generate_batch": "Hugging Face, continuous", "ctranslate2": "CTranslate2"}
-"""How engines are called in sentences, where that is not their label."""
-
-
-def name_of(engine: str) -> str:
-    """An engine's name in a sentence."""
-    return NAMES.get(engine, engine)
 
 
 def headline(report: ModelReport) -> str:

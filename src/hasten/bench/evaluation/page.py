@@ -6,14 +6,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from hasten.bench import plots
 from hasten.bench.charts import number
 from hasten.bench.evaluation import pictures
 from hasten.bench.evaluation.accuracy import Comparison, Difference
 from hasten.bench.evaluation.form import ModelReport
-from hasten.bench.evaluation.headline import TIMES, name_of
+from hasten.bench.evaluation.headline import TIMES
 from hasten.bench.evaluation.html import Html, definitions, paragraph, section, table, tiles, words
 from hasten.bench.evaluation.html import pictures as shown
 from hasten.bench.load.metrics import Latency
+from hasten.bench.plots import name_of
 from hasten.bench.report import to_json
 from hasten.bench.slo import Slo
 from hasten.bench.sweep import Point, Sweep, knee
@@ -125,7 +127,7 @@ def _accuracy(report: ModelReport) -> Html:
     return section(
         "Accuracy and speed",
         paragraph("Right means that all tokens of the last word are. Error bars are 95% intervals by Wilson.", "lead"),
-        shown(pictures.accuracies(found)),
+        shown(plots.accuracies(found.engines)),
         table(("engine", "accuracy", "95% interval", "right", "seconds"), rows),
         *(_differences(each, found.samples) for each in found.comparisons),
     )
@@ -178,7 +180,7 @@ def _latency(report: ModelReport) -> Html:
     return section(
         "Batches, without a server",
         paragraph(lead, "lead"),
-        shown(pictures.latencies(results)),
+        shown(plots.latencies(results)),
         table(("batch", "engine", "first token, ms", "further token, ms", "all, ms", "tokens/s"), rows, kind="named"),
     )
 
@@ -339,7 +341,7 @@ def _start(report: ModelReport) -> Html:
     return section(
         "Start",
         paragraph(lead, "lead"),
-        shown([pictures.starts(starts)]),
+        shown([plots.starts(starts)]),
         table(("phase", *(start.kind for start in starts)), rows, kinds=last),
     )
 

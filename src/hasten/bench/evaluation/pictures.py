@@ -1,76 +1,14 @@
 """The pictures of a report."""
 
-import math
 from collections.abc import Sequence
 
 from hasten.bench.charts import Axis, Bar, Picture, Series, Stack, bars, number, plot, stacks
-from hasten.bench.evaluation.accuracy import Accuracy
-from hasten.bench.evaluation.headline import name_of
 from hasten.bench.evaluation.limits import Memory, Roofline
-from hasten.bench.latency import LatencyResult
 from hasten.bench.slo import Slo
-from hasten.bench.startup import Start
 from hasten.bench.svg import COLORS, SOFT
 from hasten.bench.sweep import Point, Sweep, knee
 
-_OWN = "hasten"
 _GIB = 1 << 30
-
-
-def _color(engine: str, others: Sequence[str]) -> str:
-    """Hasten has the first colour in all pictures, and each other engine the same."""
-    return COLORS[0 if engine == _OWN else 1 + others.index(engine)]
-
-
-def accuracies(found: Accuracy) -> list[Picture]:
-    """Accuracy with error bars, and time."""
-    others = [each.engine for each in found.engines[:-1]]
-    right = [
-        Bar(
-            name_of(each.engine),
-            each.accuracy,
-            f"{each.accuracy:.1f}%",
-            each.interval.low,
-            each.interval.high,
-            _color(each.engine, others),
-        )
-        for each in found.engines
-    ]
-    seconds = [
-        Bar(
-            name_of(each.engine),
-            each.seconds,
-            f"{number(each.seconds)} s",
-            min(each.repetition_seconds),
-            max(each.repetition_seconds),
-            _color(each.engine, others),
-        )
-        for each in found.engines
-    ]
-    return [
-        bars("accuracy, % of the texts, 95% interval", right, top=100),
-        bars(f"seconds for {found.samples} texts, less is better", seconds),
-    ]
-
-
-def latencies(results: Sequence[LatencyResult]) -> list[Picture]:
-    """Medians of each engine by batch size."""
-    others = [engine for engine in dict.fromkeys(each.engine for each in results) if engine != _OWN]
-    made = []
-    for name, unit in (("first_token_ms", "ms to the first token"), ("token_ms", "ms per further token")):
-        for size in dict.fromkeys(each.batch_size for each in results):
-            entries = [each for each in results if each.batch_size == size]
-            values = [(each.engine, getattr(each, name).p50) for each in entries]
-            made.append(
-                bars(
-                    f"{unit}, batch {size}",
-                    [
-                        Bar(name_of(engine), value, f"{number(value)} ms", color=_color(engine, others))
-                        for engine, value in values
-                    ],
-                )
-            )
-    return made
 
 
 def pareto(sweeps: Sequence[Sweep], slo: Slo) -> Picture:
@@ -195,14 +133,3 @@ def weights(found: Memory) -> Picture:
     scale, unit = (_GIB, "GiB") if found.fit.weight_bytes >= _GIB else (1 << 20, "MiB")
     entries = [Bar(part, nbytes / scale, f"{number(nbytes / scale)}") for part, nbytes in found.parts.items()]
     return bars(f"weights of a rank, {unit}", entries)
-
-
-def starts(found: Sequence[Start]) -> Picture:
-    """Seconds of a start by phase; phases of less than a fiftieth are joined."""
-    least = max(start.total_s for start in found) / 50
-    entries = []
-    for start in found:
-        large = [(name, seconds) for name, seconds in start.phases.items() if seconds >= least]
-        rest = math.fsum(seconds for seconds in start.phases.values() if 0 < seconds < least)
-        entries.append(Stack(start.kind, [*large, ("rest", rest)], f"{start.total_s:.1f} s"))
-    return stacks("seconds from nothing to the first token", entries, "s")

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.core.structured_outputs import CONSTRAINTS
 
 if TYPE_CHECKING:
+    from hasten.bench.charts import Picture
     from hasten.bench.engines import Engine
     from hasten.bench.peers import NotMeasured
     from hasten.core.types import SamplingParams
@@ -80,10 +81,28 @@ class Measured:
         return [*self.unsupported, *failed(self.engines)]
 
 
-def add_output(parser: Parser, words: str = "print the results as JSON") -> None:
-    """Add where the results go."""
+def add_output(parser: Parser, words: str = "print the results as JSON", plot: str = "") -> None:
+    """Add where the results go; `plot`: what a picture of them shows, where there is one."""
     parser.add_argument("--json", action="store_true", help=words)
     parser.add_argument("--output-path", type=path, metavar="FILE", help="write the results to a file, as JSON")
+    if plot:
+        parser.add_argument("--plot", type=path, metavar="FILE", help=f"write an SVG of {plot}")
+
+
+def require_writable(args: argparse.Namespace) -> None:
+    """ConfigError if the results or their picture could not be written."""
+    from hasten.bench import report
+
+    for file in (args.output_path, getattr(args, "plot", None)):
+        report.require_writable(file)
+
+
+def write_plot(args: argparse.Namespace, title: str, pictures: "Sequence[Picture]", columns: int = 3) -> None:
+    """Write the picture of the results where one is wanted."""
+    if args.plot is not None:
+        from hasten.bench.charts import write_sheet
+
+        write_sheet(args.plot, title, pictures, columns)
 
 
 def compares(args: argparse.Namespace) -> bool:
@@ -165,12 +184,11 @@ def engines_of(
     args: argparse.Namespace, max_len: int, *, batch_size: int | None = None, hf_batch_size: int | None = None
 ) -> "Iterator[Measured]":
     """The engines to measure."""
-    from hasten.bench import report
     from hasten.bench.engines import HastenEngine, require_comparable
     from hasten.engine.llm import LLM, run_worker
     from hasten.parallel.threads import limit_threads
 
-    report.require_writable(args.output_path)
+    require_writable(args)
     sampling = sampling_params(args, defaults=SAMPLING_DEFAULTS, skip=NOT_MEASURED)
     comparing = compares(args)
     if comparing:

@@ -3,8 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from hasten.cli.bench.common import add_model, add_output, write
-from hasten.cli.options import Parser, add_engine_options, engine_options, path, positive
+from hasten.cli.bench.common import add_model, add_output, require_writable, write, write_plot
+from hasten.cli.options import Parser, add_engine_options, engine_options, positive
 from hasten.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
         "--hf-batch-size", type=positive, default=32, metavar="N", help="texts in a batch of the others (default: 32)"
     )
     parser.add_argument("--repetitions", type=positive, default=3, metavar="N", help="times to run it (default: 3)")
-    add_output(parser)
-    parser.add_argument("--plot", type=path, metavar="FILE", help="write an SVG of texts and tokens per second")
+    add_output(parser, plot="texts and tokens per second")
     add_engine_options(parser, skip=_SKIP)
     parser.set_defaults(run=run)
 
@@ -41,14 +40,13 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, and compare if asked."""
     from hasten.bench import embed, report
-    from hasten.bench.embed_plot import write_plot
+    from hasten.bench.embed_plot import pictures
     from hasten.engine.llm import LLM, run_worker
     from hasten.parallel.threads import limit_threads
 
     if args.min_tokens > args.max_tokens:
         raise ConfigError(f"min_tokens is {args.min_tokens}, above max_tokens, {args.max_tokens}")
-    for file in (args.output_path, args.plot):
-        report.require_writable(file)
+    require_writable(args)
     options, threads = engine_options(args, skip=_SKIP), limit_threads()
     if run_worker(args.model, **options):
         return 0
@@ -61,8 +59,7 @@ def run(args: argparse.Namespace) -> int:
         environment = report.environment(llm.device, llm.dtype)
     found = {"results": results, "agreement": agreement, "speedups": embed.speedups(results)}
     write(args, {"environment": environment, **found})
-    if args.plot is not None:
-        write_plot(args.plot, f"{args.model}: {args.num_texts} texts", results)
+    write_plot(args, f"{args.model}: {args.num_texts} texts", pictures(results), columns=1)
     if not args.json:
         embed.show(results, agreement)
     return 0

@@ -17,8 +17,10 @@ from hasten.cli.bench.common import (
     hf_options,
     hugging_face,
     peers_of,
+    require_writable,
     show_not_measured,
     write_measured,
+    write_plot,
 )
 from hasten.cli.options import Parser, add_engine_options, engine_options, path, positive
 from hasten.core.errors import ConfigError, UnsupportedError
@@ -81,7 +83,7 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
         metavar="FILE",
         help="the library that FasterTransformer's script loads: accepted from its commands, and not read",
     )
-    add_output(parser)
+    add_output(parser, plot="accuracy and time by engine")
     add_engine_options(parser, defaults=ENGINE_DEFAULTS, skip=_NOT_OFFERED)
     parser.set_defaults(run=run)
 
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = _sampling(args)
     if args.lib_path is not None:
         print(f"hasten: --lib-path {args.lib_path} is not read: hasten has kernels of its own", file=sys.stderr)
-    from hasten.bench import lambada, report
+    from hasten.bench import lambada
     from hasten.bench.engines import HastenEngine
     from hasten.checkpoint.hub import resolve_model
     from hasten.core.config import EngineConfig
@@ -106,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     place = rank_info(EngineConfig.create(args.checkpoint_path or args.tokenizer_path, **options).parallel)
     if args.test_hf and place is not None and place.rank > 0:
         return 0  # Hugging Face runs in one process, whatever started this one
-    report.require_writable(args.output_path)
+    require_writable(args)
     hub = {name: options[name] for name in ("revision", "download_dir") if name in options}
     tokenizer = Tokenizer.from_folder(resolve_model(args.tokenizer_path, part="tokenizer", **hub))
     samples = lambada.read_samples(args.dataset_path, tokenizer)
@@ -161,7 +163,7 @@ def _measure(
 
 
 def _report(args: argparse.Namespace, measured: Measured, results: "Sequence[LambadaResult]") -> None:
-    from hasten.bench import lambada
+    from hasten.bench import lambada, plots
 
     summary: dict[str, Any] = {"results": results}
     lines = [result.line for result in results]
@@ -178,6 +180,8 @@ def _report(args: argparse.Namespace, measured: Measured, results: "Sequence[Lam
         for each in compared
     ]
     write_measured(args, measured, summary)
+    title = f"{args.checkpoint_path or args.tokenizer_path}: {args.dataset_path}, batches of {args.batch_size}"
+    write_plot(args, title, plots.accuracies(results))
     if not args.json:
         print("\n".join(lines))
 

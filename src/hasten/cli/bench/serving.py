@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from hasten.cli.bench.common import ENGINE_DEFAULTS, add_output, write
+from hasten.cli.bench.common import ENGINE_DEFAULTS, add_output, require_writable, write, write_plot
 from hasten.cli.options import Parser, add_engine_options, engine_options, path, positive
 from hasten.core.extras import require_extra
 
@@ -37,7 +37,7 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
         help="gRPC address of another server, such as Triton, that serves MODEL as `fastertransformer`; it is measured "
         "on requests at once, in turns with the others",
     )
-    add_output(parser)
+    add_output(parser, plot="its measures")
     add_engine_options(parser, defaults=_DEFAULTS)
     parser.set_defaults(run=run)
 
@@ -47,13 +47,13 @@ def run(args: argparse.Namespace) -> int:
     require_extra("serve", "hasten bench serving")
     import tempfile
 
-    from hasten.bench import report, serving
+    from hasten.bench import plots, report, serving
     from hasten.bench.served import served
     from hasten.checkpoint.hub import resolve_engine
     from hasten.core.config import EngineConfig
     from hasten.engine.llm import LLM
 
-    report.require_writable(args.output_path)
+    require_writable(args)
     options = engine_options(args, defaults=_DEFAULTS)
     load = serving.Load(args.concurrency, args.prompt_length, args.output_length, args.requests, args.rounds)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         turns = serving.measure(llm, server, load, args.peer)
         environment = report.environment(llm.device, llm.dtype)
     write(args, {"environment": environment, "start_s": server.start_s, "results": turns})
+    write_plot(args, f"{args.model}: a server and its engine", plots.turns(turns))
     if not args.json:
         title = f"{load.prompt_length} tokens in, {load.output_length} out, {environment.dtype} on {environment.device}"
         serving.show(title, server.start_s, turns)

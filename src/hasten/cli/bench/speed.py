@@ -11,6 +11,7 @@ from hasten.cli.bench.common import (
     engines_of,
     show_not_measured,
     write_measured,
+    write_plot,
 )
 from hasten.cli.options import Parser, add_engine_options, positive
 
@@ -49,7 +50,7 @@ def _add_throughput(benches: "argparse._SubParsersAction[Parser]") -> None:
         help="requests in a batch of Hugging Face (default: 16)",
     )
     parser.add_argument("--repetitions", type=positive, default=1, metavar="N", help="times to run it (default: 1)")
-    add_output(parser)
+    add_output(parser, plot="rates by engine")
     add_sampling(parser)
     add_engine_options(parser, defaults=ENGINE_DEFAULTS)
     parser.set_defaults(run=run_throughput)
@@ -69,7 +70,7 @@ def _add_latency(benches: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--prompt-length", type=positive, default=128, metavar="N", help="tokens (default: 128)")
     parser.add_argument("--output-length", type=positive, default=128, metavar="N", help="tokens (default: 128)")
     parser.add_argument("--repetitions", type=positive, default=3, metavar="N", help="times to run it (default: 3)")
-    add_output(parser)
+    add_output(parser, plot="latencies by engine and batch size")
     add_sampling(parser)
     add_engine_options(parser, defaults=ENGINE_DEFAULTS)
     parser.set_defaults(run=run_latency)
@@ -77,7 +78,7 @@ def _add_latency(benches: "argparse._SubParsersAction[Parser]") -> None:
 
 def run_throughput(args: argparse.Namespace) -> int:
     """Measure tokens a second."""
-    from hasten.bench import throughput
+    from hasten.bench import plots, throughput
     from hasten.bench.workloads import WORKLOADS
 
     workload = WORKLOADS[args.workload](args.num_requests)
@@ -89,6 +90,9 @@ def run_throughput(args: argparse.Namespace) -> int:
     speedup, compared_with = throughput.speedup(results)
     summary = {"results": results, "speedup": speedup, "compared_with": compared_with}
     write_measured(args, measured, summary)
+    first = results[0]
+    title = f"{args.model}, {first.workload}: {first.requests} requests, {first.prompt_tokens} tokens in, "
+    write_plot(args, f"{title}{first.output_tokens} out", plots.throughputs(results))
     if not args.json:
         throughput.show(results)
     return show_not_measured(args, measured)
@@ -96,7 +100,7 @@ def run_throughput(args: argparse.Namespace) -> int:
 
 def run_latency(args: argparse.Namespace) -> int:
     """Measure time to the first token and time a token."""
-    from hasten.bench import latency
+    from hasten.bench import latency, plots
     from hasten.bench.workloads import fixed
 
     workloads = [fixed(size, args.prompt_length, args.output_length) for size in args.batch_sizes]
@@ -109,6 +113,8 @@ def run_latency(args: argparse.Namespace) -> int:
             for result in latency.measure(measured.engines, workload, measured.vocab_size, repetitions=args.repetitions)
         ]
     write_measured(args, measured, {"results": results, "speedups": latency.speedups(results)})
+    title = f"{args.model}: {args.prompt_length} tokens in, {args.output_length} out"
+    write_plot(args, title, plots.latencies(results), columns=len(args.batch_sizes))
     if not args.json:
         latency.show(results)
     return show_not_measured(args, measured)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from hasten.cli.bench.common import add_output, write
+from hasten.cli.bench.common import add_output, require_writable, write, write_plot
 from hasten.cli.options import Parser, add_engine_options, engine_options, path, positive
 
 
@@ -19,18 +19,18 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--cold", action=argparse.BooleanOptionalAction, default=True, help="measure cold starts too (default: yes)"
     )
-    add_output(parser)
+    add_output(parser, plot="its phases")
     add_engine_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure starts."""
-    from hasten.bench import report, startup
+    from hasten.bench import plots, startup
     from hasten.checkpoint.hub import resolve_engine
     from hasten.core.config import EngineConfig
 
-    report.require_writable(args.output_path)
+    require_writable(args)
     options = engine_options(args)
     engine = resolve_engine(EngineConfig.create(args.model, **options))
     if engine.tokenizer is not None:
@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     options.pop("revision", None)
     measured = startup.measure(engine.model, options, repetitions=args.repetitions, cold=args.cold)
     write(args, {"environment": measured.environment, "results": measured.starts})
+    write_plot(args, f"{args.model}: medians of {args.repetitions}", [plots.starts(measured.starts)])
     if not args.json:
         startup.show(measured)
     return 0

@@ -6,7 +6,15 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hasten.cli.bench.common import ENGINE_DEFAULTS, add_model, add_output, hf_options, options_of
+from hasten.cli.bench.common import (
+    ENGINE_DEFAULTS,
+    add_model,
+    add_output,
+    hf_options,
+    options_of,
+    require_writable,
+    write_plot,
+)
 from hasten.cli.options import Parser, add_engine_options, engine_options, positive
 
 if TYPE_CHECKING:
@@ -54,18 +62,18 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--repetitions", type=positive, default=3, metavar="N", help="lat, fixed and long: the best of N (default: 3)"
     )
-    add_output(parser)
+    add_output(parser, plot="its figures by workload")
     add_engine_options(parser, defaults=_DEFAULTS)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure what peers are measured on; a workload that fails is told and makes the status 1."""
-    from hasten.bench import report, suite
+    from hasten.bench import plots, report, suite
     from hasten.bench.workloads import long
     from hasten.parallel.threads import limit_threads
 
-    report.require_writable(args.output_path)
+    require_writable(args)
     tests = tuple(args.tests.split(","))
     lengths = {"max_model_len": long().max_len} if "long" in tests else {}
     options = engine_options(args, defaults={**_DEFAULTS, **lengths})
@@ -87,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         report.print_json(results)
     else:
         suite.show(results)
+    write_plot(args, f"{results['model']}: {', '.join(tests)}", plots.suites(results), columns=2)
     failed = suite.errors(results)
     for name, text in failed.items():
         print(f"hasten: {name}: {text}", file=sys.stderr)
