@@ -391,7 +391,7 @@ def test_a_models_options_are_the_engines_and_its_own() -> None:
         (["--model-repository", "r", "--max-batch", "3"], "max batch is an option of one MODEL"),
         (["m", "--allow-http", "perhaps"], "'perhaps' is neither true nor false"),
         (["m", "--http-thread-count", "8"], "unrecognized arguments: --http-thread-count"),
-        (["m", "--log-format", "json"], "invalid choice: 'json'"),
+        (["m", "--log-format", "xml"], "invalid choice: 'xml'"),
         (["m", "--http-port", "99999"], "--http-port must be from 0 to 65535"),
     ],
 )

@@ -43,6 +43,23 @@ def test_a_line_in_iso_format(logger: logging.Logger) -> None:
     assert re.fullmatch(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ W \d+ test_settings\.py:\d+\] "careful"\n', stream.getvalue())
 
 
+def test_a_record_is_an_object_of_json(logger: logging.Logger) -> None:
+    stream = written(logger, LogSettings(log_format="json"))
+    logger.info("\n%s", "+--+\n|é|")
+    logger.warning("call %s", 'x"\ny', extra={"fields": {"status": "200", "duration_ms": 1.5}})
+    try:
+        raise ValueError("wrong")
+    except ValueError:
+        logger.exception("failed")
+    table, call, failure = map(json.loads, stream.getvalue().splitlines())
+    assert (table["message"], table["level"], table["logger"]) == ("+--+\n|é|", "info", "tests.log")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", table["time"])
+    assert table["where"].startswith("test_settings.py:")
+    assert (call["message"], call["level"]) == ('call x"\ny', "warning")
+    assert (call["status"], call["duration_ms"]) == ("200", 1.5)
+    assert failure["exception"].endswith("ValueError: wrong")
+
+
 def test_a_message_cannot_pass_for_another_line(logger: logging.Logger) -> None:
     stream = written(logger, LogSettings())
     message = 'x"\nE1123 09:09:53.563181 1 server.py:1] "forged'

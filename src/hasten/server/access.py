@@ -8,19 +8,29 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import grpc
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hasten.server.call import Call, current_call
 from hasten.server.http_errors import CLIENT_GONE, OPENAI_PATHS
 from hasten.server.security import OPEN_CALLS, OPEN_PATHS
+
+if TYPE_CHECKING:
+    from hasten.server.tracing import Tracing
 
 REQUEST_ID = "x-request-id"
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _LONGEST_PATH = 200
+_MODEL_APIS = frozenset({"openai", "triton_http", "triton_grpc"})
+"""Whose calls are traced, and logged where requests are."""
+_HEADERS = frozenset({REQUEST_ID.encode(), b"traceparent", b"tracestate"})
+_SERVER_ERROR = 500
+_SERVER_FAULTS = frozenset({"UNKNOWN", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "DEADLINE_EXCEEDED"})
+"""Statuses of gRPC that are the server's fault, by OpenTelemetry's conventions."""
 _GRPC_STATUS = {code.value[0]: code.name for code in grpc.StatusCode}
 _log = logging.getLogger(__name__)
 
@@ -28,14 +38,28 @@ _log = logging.getLogger(__name__)
 class AccessLog:
     """The calls of one server."""
 
-    def __init__(self) -> None:
+    def __init__(self, tracing: "Tracing | None" = None, *, log_requests: bool = False) -> None:
+        """`log_requests`: calls to models have a line at any level of the log, and not at verbose ones alone."""
         self.counts: Counter[tuple[str, str]] = Counter()
         """(API, status) -> calls that were answered or given up."""
+        self._tracing = tracing
+        self._log_requests = log_requests
 
-    def record(self, api: str, call: str, status: str, began: float, request_id: str) -> None:
-        """Count a call that has ended, and log it at verbose levels; `began` is on the clock of time.monotonic."""
+    def begin(self, api: str, name: str, headers: Mapping[str, str]) -> Call:
+        """A call that has come; `headers`: its id and W3C's trace context, where it has them."""
+        request_id = _request_id(headers.get(REQUEST_ID, ""))
+        traced = self._tracing is not None and api in _MODEL_APIS
+        trace = self._tracing.call(name, headers, request_id) if self._tracing is not None and traced else None
+        return Call(request_id, trace)
+
+    def end(self, call: Call, api: str, name: str, status: str, *, failed: bool) -> None:
+        """Count a call that has ended, log it, and end its trace; `failed`: by the server's fault."""
         self.counts[api, status] += 1
-        _log.debug("%s %s in %.1f ms, request id %s", call, status, 1e3 * (time.monotonic() - began), request_id)
+        level = logging.INFO if self._log_requests and api in _MODEL_APIS else logging.DEBUG
+        if _log.isEnabledFor(level):
+            _log_call(level, call, name, status)
+        if call.trace is not None:
+            call.trace.end(name, status, failed=failed)
 
     def http(self, app: ASGIApp) -> ASGIApp:
         """An application whose requests are recorded."""
@@ -44,6 +68,18 @@ class AccessLog:
     def grpc(self) -> grpc.aio.ServerInterceptor:
         """An interceptor that records calls."""
         return _Interceptor(self)
+
+
+def _log_call(level: int, call: Call, name: str, status: str) -> None:
+    """One line, with its parts as `fields` of the record."""
+    milliseconds = 1e3 * (time.monotonic() - call.began)
+    fields = {"call": name, "status": status, "duration_ms": round(milliseconds, 1), "request_id": call.request_id}
+    if call.trace is not None:
+        fields["trace_id"] = call.trace.trace_id
+    about = call.fields()
+    shown = "".join(f", {key} {value}" for key, value in about.items())
+    text = "%s %s in %.1f ms, request id %s%s"
+    _log.log(level, text, name, status, milliseconds, call.request_id, shown, extra={"fields": {**fields, **about}})
 
 
 def _request_id(given: str) -> str:
@@ -72,23 +108,25 @@ class _RecordedApp:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.monotonic(), CLIENT_GONE
-        headers: dict[bytes, bytes] = dict(scope["headers"])
-        request_id = _request_id(headers.get(REQUEST_ID.encode(), b"").decode("latin-1"))
+        status = CLIENT_GONE
+        found = ((key.decode("latin-1"), value.decode("latin-1")) for key, value in scope["headers"] if key in _HEADERS)
+        api, path = _api(scope["path"]), quote(scope["path"], safe="/:")[:_LONGEST_PATH]
+        call = self._calls.begin(api, f"{scope['method']} {path}", dict(found))
+        request_id = call.request_id.encode()
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (REQUEST_ID.encode(), request_id.encode())]
+                message["headers"] = [*message.get("headers", ()), (REQUEST_ID.encode(), request_id)]
             await send(message)
 
+        current = current_call.set(call)
         try:
             await self._app(scope, receive, answer)
         finally:
-            path = scope["path"]
-            call = f"HTTP {scope['method']} {quote(path, safe='/:')[:_LONGEST_PATH]}"
-            self._calls.record(_api(path), call, str(status), began, request_id)
+            current_call.reset(current)
+            self._calls.end(call, api, f"HTTP {scope['method']} {path}", str(status), failed=status >= _SERVER_ERROR)
 
 
 class _Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
@@ -100,16 +138,21 @@ class _Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc ha
         handler = await continuation(details)
         if handler is None:
             return None
-        request_id = _request_id(str(dict(details.invocation_metadata or ()).get(REQUEST_ID, "")))
         many = handler.request_streaming
-        recorded = self._recorded(handler.stream_stream if many else handler.unary_unary, details.method, request_id)
+        headers = {key: value for key, value in details.invocation_metadata or () if isinstance(value, str)}
+        recorded = self._recorded(handler.stream_stream if many else handler.unary_unary, details.method, headers)
         made = grpc.stream_stream_rpc_method_handler if many else grpc.unary_unary_rpc_method_handler
         return made(recorded, handler.request_deserializer, handler.response_serializer)
 
-    def _recorded(self, handle: Callable[..., Awaitable[Any]], method: str, request_id: str) -> Any:
+    def _recorded(self, handle: Callable[..., Awaitable[Any]], method: str, headers: Mapping[str, str]) -> Any:
+        name = method.rpartition("/")[2]
+        api = "probe" if name in OPEN_CALLS else "triton_grpc"
+
         async def recorded(request: Any, context: Any) -> Any:
-            began, status = time.monotonic(), grpc.StatusCode.CANCELLED.name
-            context.set_trailing_metadata(((REQUEST_ID, request_id),))
+            status = grpc.StatusCode.CANCELLED.name
+            call = self._calls.begin(api, name, headers)
+            context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
+            current = current_call.set(call)
             try:
                 response = await handle(request, context)
                 status = grpc.StatusCode.OK.name
@@ -119,7 +162,7 @@ class _Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc ha
                 status = code.name if isinstance(code, grpc.StatusCode) else _GRPC_STATUS[code]
                 raise
             finally:
-                api = "probe" if method.rpartition("/")[2] in OPEN_CALLS else "triton_grpc"
-                self._calls.record(api, f"gRPC {method}", status, began, request_id)
+                current_call.reset(current)
+                self._calls.end(call, api, f"gRPC {method}", status, failed=status in _SERVER_FAULTS)
 
         return recorded

@@ -33,6 +33,7 @@ from hasten.server.repository import FolderRepository, MemoryRepository, Reposit
 from hasten.server.security import OPEN_PATHS, Admission, ApiKeys, TlsFiles
 from hasten.server.service import ControlMode, Service
 from hasten.server.tables import backend_table, engine_table, model_table, option_table
+from hasten.server.tracing import Tracing
 
 SUCCESS, FAILED = 0, 1
 _LAST_WORDS_S = 2.0
@@ -58,7 +59,9 @@ class Server:
         self._machine = _machine(options.endpoints)
         self._descriptors = raise_descriptor_limit()
         self._watch: asyncio.Task[None] | None = None
-        self._access = AccessLog()
+        endpoint = options.log.otlp_traces_endpoint
+        self._tracing = Tracing(endpoint) if endpoint else None
+        self._access = AccessLog(self._tracing, log_requests=options.log.log_requests)
         self._inflight = InflightBytes(security.inflight_bytes)
         self._metrics = Metrics(self.service, self._machine, self._access, self._inflight)
         limit, traces = security.max_request_bytes, TraceSettings()
@@ -193,6 +196,8 @@ class Server:
         await self.service.close(timeout)
         listeners = [one for one in (self.http, self.metrics, self.grpc) if one is not None]
         await asyncio.gather(*(listener.stop(min(timeout, _LAST_WORDS_S)) for listener in listeners))
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
 
 def run_server(options: ServeOptions) -> int:

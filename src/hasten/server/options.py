@@ -115,8 +115,21 @@ class LogOptions:
     log_info: bool = option(True, "write what happens")
     log_warning: bool = option(True, "write warnings")
     log_error: bool = option(True, "write errors")
-    log_format: str = option("default", "form of the log's lines", choices=("default", "ISO8601"))
+    log_format: str = option(
+        "default",
+        "form of the log's lines: Triton's, with ISO8601 for other times, or json for an object per line; text is "
+        "default",
+        choices=("default", "ISO8601", "text", "json"),
+    )
     log_file: str = option("", "file to append the log to (default: standard error)", kind="path")
+    log_requests: bool = option(
+        False,
+        "write a line for each call of a model: its status, time, id and tokens",
+        aliases=("enable_log_requests",),
+    )
+    otlp_traces_endpoint: str = option(
+        "", "URL that takes OpenTelemetry's traces over HTTP, such as http://localhost:4318/v1/traces"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

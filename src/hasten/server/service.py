@@ -10,6 +10,7 @@ from enum import StrEnum
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from hasten import __version__
+from hasten.server.call import note_model
 from hasten.server.engine.client import EngineClient
 from hasten.server.errors import service_error
 from hasten.server.lifecycle import Registry, StartEngine
@@ -136,6 +137,7 @@ class Service:
 
     def stream(self, request: InferRequest) -> Responses:
         """The responses to a request; ServiceError where no such model serves."""
+        note_model(request.model)
         return self._find(request.model, request.version).run(request)
 
     def check_open(self) -> None:

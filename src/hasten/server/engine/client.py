@@ -4,6 +4,7 @@ Imports no torch. A request waits here, by priority and arrival, until an engine
 """
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ from typing import Any
 from hasten.core.config import EngineConfig
 from hasten.core.cpus import available_cpus
 from hasten.core.errors import ConfigError, EngineError, HastenError, InvalidRequestError
-from hasten.core.types import FinishReason, Request, SamplingParams
+from hasten.core.types import FinishReason, PoolingParams, Request, SamplingParams
 from hasten.engine.stats import EngineStats
 from hasten.engine.text import Tokenizer
 from hasten.server.cache_salt import cache_salt
+from hasten.server.call import current_call
 from hasten.server.engine.counters import LanguageCounters
 from hasten.server.engine.link import Delivery
 from hasten.server.engine.queue import (
@@ -98,6 +100,17 @@ def _may_stop(params: SamplingParams) -> bool:
     """Whether anything but `max_tokens` may end a completion."""
     ends = (params.stop, params.stop_token_ids, params.stop_words_ids, params.is_constrained, params.beam_width > 1)
     return not params.ignore_eos or any(ends)
+
+
+def _attach(ticket: Ticket, params: SamplingParams | PoolingParams) -> None:
+    """Let a request be one of the call that the running task works for."""
+    if (call := current_call.get()) is not None:
+        ticket.call, ticket.model, ticket.params = call, call.model, params
+
+
+def _end_in_call(ticket: Ticket, reason: FinishReason | None, error: HastenError | None) -> None:
+    if ticket.call is not None:
+        ticket.call.end_request(ticket, time.monotonic(), reason, error)
 
 
 class EngineClosedError(EngineError):
@@ -251,6 +264,8 @@ class EngineClient:
         check_prompt_logprobs(len(tokens), params.prompt_logprobs, self.info.vocab_size)
         ticket = self._ticket(tokens, await self._without_words(params), stream=stream, priority=priority, salt=salt)
         ticket.counted = counted
+        if counted:
+            _attach(ticket, params)
         self._put(ticket, queue_timeout, listener)
         return ticket
 
@@ -273,6 +288,7 @@ class EngineClient:
         message = Add(number, tokens, None, False, request.pooling, request.token_type_ids, request.skipped_tokens)
         message.cache_salt = cache_salt(None)
         ticket = Ticket(number, tokens, 1, _frame(message), priority)
+        _attach(ticket, request.pooling)
         self._put(ticket, queue_timeout, listener)
         return ticket
 
@@ -426,6 +442,7 @@ class EngineClient:
 
     def end(self, ticket: Ticket, error: HastenError) -> None:
         """End a request with an error."""
+        _end_in_call(ticket, None, error)
         self._queue.remove(ticket)
         ticket.fail(error)
         self.engine_changed()
@@ -465,12 +482,13 @@ class EngineClient:
             if ticket.may_move and len(self.replicas) > 1:
                 self._queue.put_back(ticket)
             else:
-                self._count_end(ticket, FinishReason.ERROR)
+                self._count_end(ticket, FinishReason.ERROR, error)
                 ticket.fail(error)
         self.engine_changed()
 
-    def _count_end(self, ticket: Ticket, reason: FinishReason) -> None:
+    def _count_end(self, ticket: Ticket, reason: FinishReason, error: HastenError | None = None) -> None:
         """Count a request that ends without its last output."""
+        _end_in_call(ticket, reason, error)
         if ticket.counted:
             index = 0 if ticket.engine is None else ticket.engine.index
             self.counters.of(index).finished[reason] += 1

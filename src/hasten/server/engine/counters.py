@@ -110,8 +110,8 @@ class EngineCounters:
         self.prefill_time.observe(first.at - begun)
         self.decode_time.observe(now - first.at)
         self.inference_time.observe(now - begun)
-        if ticket.tokens > ticket.completions:
-            each = ticket.tokens / max(1, ticket.completions)
+        if ticket.tokens > len(ticket.reasons):
+            each = ticket.tokens / max(1, len(ticket.reasons))
             self.time_per_output_token.observe((now - first.at) / (each - 1))
 
     def merge(self, other: Self) -> None:

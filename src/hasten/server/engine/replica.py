@@ -143,6 +143,8 @@ class Replica:
             ticket.ended = True
             if ticket.counted:
                 counters.finish(ticket, now)
+            if ticket.call is not None:
+                ticket.call.end_request(ticket, now)
             self.requests.finish(ticket)
             self._owner.engine_changed()
 

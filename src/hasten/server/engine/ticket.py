@@ -8,7 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hasten.core.errors import HastenError
-from hasten.core.types import FinishReason
+from hasten.core.types import FinishReason, PoolingParams, SamplingParams
+from hasten.server.call import Call
 from hasten.server.engine.pieces import cost
 from hasten.server.engine.wire import CompletionDelta, FirstToken, Logprob, Output, PooledData
 
@@ -115,8 +116,14 @@ class Ticket:
     """Whether anything of it has come."""
     first: FirstToken | None = None
     """What is known of its first token, once there is one."""
-    completions: int = 0
-    """That have ended."""
+    reasons: list[FinishReason] = field(default_factory=list)
+    """How its completions ended, of those that have."""
+    call: Call | None = None
+    """Whose request it is, where that is known."""
+    model: str = ""
+    """As the client called it."""
+    params: SamplingParams | PoolingParams | None = None
+    """Of a request of a call."""
     counted: bool = True
     """Whether it is a request of its own in the counters."""
     ended: bool = False
@@ -170,7 +177,8 @@ class Ticket:
         progress.pooled = output.pooled
         for delta in output.completions:
             progress.tokens += len(delta.token_ids)
-            self.completions += delta.finish_reason is not None
+            if delta.finish_reason is not None:
+                self.reasons.append(delta.finish_reason)
             if delta.finish_reason is FinishReason.STOP:
                 self.stops += 1
         self.tokens += progress.tokens

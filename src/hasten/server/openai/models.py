@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from hasten.core.errors import EngineError
 from hasten.core.types import SamplingParams
+from hasten.server.call import note_model
 from hasten.server.engine.client import EngineClient
 from hasten.server.openai.params import OpenAIError
 
@@ -100,6 +101,7 @@ class ModelFinder:
             message = f"the model {name!r:.200} does not exist; there are: {', '.join(found) or 'none'}"
             raise OpenAIError(message, status=404, param="model", code="model_not_found")
         key = found[name]
+        note_model(name)
         return Found(name, serving.engines[key], partial(self._service.tally, *key))
 
     def find_any(self, name: str | None) -> Found:

@@ -17,9 +17,9 @@ from hasten.core.text import shortened
 from hasten.server.protocol.tensors import invalid
 from hasten.server.types import ErrorKind, ServiceError
 
-LOG_FORMATS = ("default", "ISO8601")
+LOG_FORMATS = ("default", "ISO8601", "text", "json")
 
-_LOGGERS = {"hasten": logging.DEBUG, "uvicorn": logging.WARNING}
+_LOGGERS = {"hasten": logging.DEBUG, "uvicorn": logging.WARNING, "opentelemetry": logging.WARNING}
 _TRACE_DEFAULTS: dict[str, str] = {"trace_rate": "1000", "trace_count": "-1", "log_frequency": "0"}
 _RANGE = {"trace_rate": (0, 2**32 - 1), "trace_count": (-1, 2**31 - 1), "log_frequency": (0, 2**32 - 1)}
 """The smallest and the largest value that each may have."""
@@ -150,6 +150,11 @@ class LogSettings:
             return bool(self._values["log_info"])
         return self._values["log_verbose_level"] > 0
 
+    @property
+    def is_json(self) -> bool:
+        """Whether each record is an object of JSON."""
+        return bool(self._values["log_format"] == "json")
+
     def heading(self, record: logging.LogRecord) -> str:
         """What a line begins with: severity, time, process and place."""
         severity = {logging.ERROR: "E", logging.WARNING: "W", logging.INFO: "I"}.get(record.levelno, "I")
@@ -175,7 +180,10 @@ def _log_value(key: str, value: Any) -> Any:
 
 
 class LogHandler(logging.Handler):
-    """Writes records the way Triton does: a heading and the message in quotes, or a table on lines of its own."""
+    """Writes records the way Triton does: a heading and the message in quotes, or a table on lines of its own.
+
+    As JSON each is an object on one line, with the `fields` that the record may have besides.
+    """
 
     def __init__(self, settings: LogSettings, stream: TextIO) -> None:
         super().__init__()
@@ -200,11 +208,29 @@ class LogHandler(logging.Handler):
     def format(self, record: logging.LogRecord) -> str:
         """The lines of one record. A message is quoted, so that it cannot pass for another line."""
         message = record.getMessage()
+        if self._settings.is_json:
+            return _json_line(record, shortened(message.strip("\n"), _LONGEST_MESSAGE))
         table = message.startswith("\n")
         shown = message if table else json.dumps(shortened(message, _LONGEST_MESSAGE), ensure_ascii=False)
         if record.exc_info:
             shown += "\n" + logging.Formatter().formatException(record.exc_info)
         return f"{self._settings.heading(record)} {shown}\n"
+
+
+def _json_line(record: logging.LogRecord, message: str) -> str:
+    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    made: dict[str, Any] = {
+        "time": f"{moment}.{int(record.created % 1 * 1e6):06d}Z",
+        "level": record.levelname.lower(),
+        "logger": record.name,
+        "where": f"{record.filename}:{record.lineno}",
+        "pid": os.getpid(),
+        "message": message,
+    }
+    made |= getattr(record, "fields", {})
+    if record.exc_info:
+        made["exception"] = logging.Formatter().formatException(record.exc_info)
+    return json.dumps(made, ensure_ascii=False) + "\n"
 
 
 def start_log(settings: LogSettings) -> LogHandler:

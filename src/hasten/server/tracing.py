@@ -1,0 +1,179 @@
+"""OpenTelemetry: each call is a span, its requests of engines are spans below it, and their parts below those.
+
+Names and attributes are those of OpenTelemetry's conventions for generative AI, and vLLM's of latencies besides.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from hasten import __version__
+from hasten.core.errors import ConfigError
+from hasten.core.extras import require_extra
+from hasten.core.types import PoolingParams, SamplingParams
+from hasten.server.call import EndedRequest
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.trace import Span
+
+_LAST_SPANS_S = 3.0
+_PROTOCOL = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
+_REQUEST = {
+    "max_tokens": "max_tokens",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "seed": "seed",
+    "choice.count": "n",
+    "stop_sequences": "stop",
+}
+"""Attributes gen_ai.request.*, and the sampling parameters that they show."""
+
+
+class Tracing:
+    """Exports the spans of a server's calls over OTLP."""
+
+    def __init__(self, endpoint: str) -> None:
+        """`endpoint`: URL that takes OTLP over HTTP, such as http://localhost:4318/v1/traces.
+
+        ConfigError where it is none, or the extra is not installed.
+        """
+        _check_endpoint(endpoint)
+        require_extra("otel", "--otlp-traces-endpoint")
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        named = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: "hasten"}
+        self._provider = TracerProvider(
+            resource=Resource.create({"service.version": __version__, **named}), shutdown_on_exit=False
+        )
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        self.tracer = self._provider.get_tracer("hasten.server", __version__)
+        self._propagator = TraceContextTextMapPropagator()
+        self._closing: threading.Thread | None = None
+
+    def call(self, name: str, headers: Mapping[str, str], request_id: str) -> "TracedCall":
+        """The spans of a call; `headers`: those of W3C's trace context, in small letters."""
+        return TracedCall(self.tracer, name, self._propagator.extract(headers), request_id)
+
+    def close(self) -> None:
+        """Export what is left, for some seconds: the collector may be gone. A second call does nothing."""
+        if self._closing is None:
+            self._closing = threading.Thread(target=self._provider.shutdown, daemon=True)
+            self._closing.start()
+            self._closing.join(_LAST_SPANS_S)
+
+
+def _check_endpoint(endpoint: str) -> None:
+    parts = urlsplit(endpoint)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(
+            f"--otlp-traces-endpoint must be an http or https URL, got {endpoint!r:.200}; traces are exported over "
+            "HTTP: collectors mostly take them at http://HOST:4318/v1/traces"
+        )
+    if (protocol := os.environ.get(_PROTOCOL, "http/protobuf")) != "http/protobuf":
+        raise ConfigError(f"{_PROTOCOL} is {protocol!r:.80}; traces are exported over http/protobuf alone")
+
+
+class TracedCall:
+    """The span of a call; see CallTrace."""
+
+    def __init__(self, tracer: Any, name: str, parent: "Context", request_id: str) -> None:
+        from opentelemetry.trace import SpanKind, set_span_in_context
+
+        self._tracer = tracer
+        self._offset = time.time_ns() - time.monotonic_ns()
+        """From the clock of requests to that of spans, in ns."""
+        self._span: Span = tracer.start_span(name, parent, SpanKind.SERVER, {"hasten.request_id": request_id})
+        self._context = set_span_in_context(self._span, parent)
+        self._path = name
+
+    @property
+    def trace_id(self) -> str:
+        """See CallTrace."""
+        return f"{self._span.get_span_context().trace_id:032x}"
+
+    def end(self, name: str, status: str, *, failed: bool) -> None:
+        """See CallTrace."""
+        from opentelemetry.trace import StatusCode
+
+        is_number = status.isdigit()
+        self._span.set_attribute(
+            "http.response.status_code" if is_number else "rpc.response.status_code",
+            int(status) if is_number else status,
+        )
+        if failed:
+            self._span.set_status(StatusCode.ERROR)
+        self._span.end()
+
+    def add(self, request: EndedRequest) -> None:
+        """See CallTrace."""
+        from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
+
+        if not self._span.is_recording():
+            return
+        operation = self._operation(request)
+        span = self._tracer.start_span(
+            f"{operation} {request.model}".strip(),
+            self._context,
+            SpanKind.INTERNAL,
+            _attributes(request, operation),
+            start_time=self._ns(request.arrived),
+        )
+        below = set_span_in_context(span, self._context)
+        ends = {"queue": request.begun, "prefill": request.first_token, "decode": request.ended}
+        begin = request.arrived
+        for name, end in ends.items():
+            part = self._tracer.start_span(name, below, start_time=self._ns(begin))
+            part.end(self._ns(request.ended if end is None else end))
+            if end is None:
+                break
+            begin = end
+        if request.error is not None:
+            span.set_attribute("error.type", request.error)
+            span.set_status(StatusCode.ERROR)
+        span.end(self._ns(request.ended))
+
+    def _operation(self, request: EndedRequest) -> str:
+        if isinstance(request.params, PoolingParams):
+            return "embeddings"
+        return "text_completion" if "chat" not in self._path and "messages" not in self._path else "chat"
+
+    def _ns(self, seconds: float) -> int:
+        return self._offset + round(1e9 * seconds)
+
+
+def _attributes(request: EndedRequest, operation: str) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": "hasten",
+        "gen_ai.request.model": request.model,
+        "gen_ai.response.model": request.model,
+        "gen_ai.usage.input_tokens": request.prompt_tokens,
+        "gen_ai.usage.cache_read.input_tokens": request.cached_tokens,
+        "gen_ai.usage.output_tokens": request.output_tokens,
+        "gen_ai.latency.e2e": request.ended - request.arrived,
+    }
+    if request.reasons:
+        made["gen_ai.response.finish_reasons"] = [reason.value for reason in request.reasons]
+    if request.begun is not None:
+        made["gen_ai.latency.time_in_queue"] = request.begun - request.arrived
+        made["gen_ai.latency.time_in_model_inference"] = request.ended - request.begun
+        if request.first_token is not None:
+            made["gen_ai.latency.time_in_model_prefill"] = request.first_token - request.begun
+            made["gen_ai.latency.time_in_model_decode"] = request.ended - request.first_token
+    if request.first_token is not None:
+        made["gen_ai.latency.time_to_first_token"] = request.first_token - request.arrived
+    if isinstance(request.params, SamplingParams):
+        asked = {name: getattr(request.params, field) for name, field in _REQUEST.items()}
+        made |= {f"gen_ai.request.{name}": value for name, value in asked.items() if value not in (None, ())}
+    return made
