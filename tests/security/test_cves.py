@@ -109,6 +109,30 @@ def test_nothing_is_unpickled() -> None:
             assert not unpickles, f"{file}:{node.lineno} calls {name}"
 
 
+@about("CVE-2024-50050", "CVE-2026-3059", "CVE-2026-3060", "CVE-2026-3989", "CVE-2026-26220")
+@pytest.mark.usefixtures("forked_ranks")
+def test_ranks_of_one_host_listen_where_it_alone_reaches_them(tiny_bloom: Path) -> None:
+    from hasten.engine.llm import LLM
+
+    before = _listening()
+    with LLM(tiny_bloom, device="cpu", tensor_parallel_size=2):
+        opened = _listening() - before
+        assert opened
+        assert {address.rpartition(":")[0] for address in opened} == {"0100007F"}
+
+
+def _listening() -> set[str]:
+    """Addresses, as the kernel writes them, that this process and those that it started listen at."""
+    own = os.getpid()
+    processes = [str(own), *Path(f"/proc/{own}/task/{own}/children").read_text().split()]
+    inodes = set[str]()
+    for file in (file for process in processes for file in Path(f"/proc/{process}/fd").iterdir()):
+        with contextlib.suppress(OSError):  # it may close at any time
+            inodes.add(file.readlink().name.removeprefix("socket:[").removesuffix("]"))
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[1] for row in rows if row[3] == "0A" and row[9] in inodes}
+
+
 @about("CVE-2025-10164")
 @pytest.mark.parametrize(
     "path", ["/update_weights_from_tensor", "/update_weights_from_disk", "/collective_rpc", "/v1/x"]

@@ -6,6 +6,7 @@ ends the others: the collective that waits for it fails, and rank 0 says who it 
 
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -96,7 +97,13 @@ class Ranks:
         if not hosts_store:
             await_host(place.address, place.port, seconds)
         timeout = timedelta(seconds=seconds)
-        store = TCPStore(place.address, place.port, place.size, hosts_store, timeout=timeout, wait_for_workers=False)
+        listener = _local_listener(place.port) if hosts_store and place.address == LOCAL else None
+        store = TCPStore(
+            *(place.address, place.port, place.size, hosts_store),
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=listener,
+        )
         # torchrun's own store outlives the ranks that it starts anew.
         return PrefixStore(f"hasten/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
@@ -108,7 +115,7 @@ class Ranks:
             # A group that failed while it was built has used a number up. Groups meet by their numbers: with
             # another one here than in the other ranks, which are new processes, all would wait for ever.
             dist.distributed_c10d._world.group_count = 0
-        with _interface(None if self._control is None or place.address == LOCAL else self._control.address):
+        with _interface(LOCAL if place.address == LOCAL or self._control is None else self._control.address):
             dist.init_process_group(
                 backend, store=self._store, rank=place.rank, world_size=place.size, timeout=_IDLE_TIMEOUT
             )
@@ -223,10 +230,18 @@ class Ranks:
             self._children.end()
 
 
+def _local_listener(port: int) -> int:
+    """A socket for a store that this host alone reaches, which would else listen on every interface; RuntimeError."""
+    try:
+        return socket.create_server((LOCAL, port)).detach()
+    except OSError as error:
+        raise RuntimeError(f"cannot listen on {LOCAL}, port {port} ({error.strerror or error})") from error
+
+
 @contextmanager
-def _interface(address: str | None) -> Iterator[None]:
-    """Let gloo listen where the other hosts find this one, which is not always what the host's name stands for."""
-    name = None if address is None else interface_of(address)
+def _interface(address: str) -> Iterator[None]:
+    """Let gloo listen where the other ranks find this one, which is not always what the host's name stands for."""
+    name = interface_of(address)
     if name is None or _INTERFACE in os.environ:
         yield
         return
