@@ -59,37 +59,6 @@ OWN_ERROR = "this is the model's own error"
 
 
 @dataclass
-class Spec:
-    name: str
-    datatype: str
-    shape: list[int]
-
-
-@dataclass
-class Metadata:
-    name: str
-    versions: list[str]
-    platform: str
-    inputs: list[Spec]
-    outputs: list[Spec]
-
-
-@dataclass
-class ServerMetadata:
-    name: str
-    version: str
-    extensions: list[str]
-
-
-@dataclass
-class Entry:
-    name: str
-    version: str
-    state: str
-    reason: str
-
-
-@dataclass
 class AddingService:
     """Version 1 of each model; `delay` is what `add` takes in seconds where its first value is -2."""
 
@@ -165,17 +134,17 @@ class AddingService:
         pairs = {"OUTPUT0": one.data + other.data, "OUTPUT1": one.data - other.data}  # type: ignore[operator]
         return [Tensor(name, "FP32", one.shape, data) for name, data in pairs.items()]
 
-    def server_metadata(self) -> ServerMetadata:
-        return ServerMetadata("triton", "2.51.0", EXTENSIONS.split())
+    def server_metadata(self) -> Any:
+        return service_pb2.ServerMetadataResponse(name="triton", version="2.51.0", extensions=EXTENSIONS.split())
 
-    def model_metadata(self, model: str, version: str = "") -> Metadata:
+    def model_metadata(self, model: str, version: str = "") -> Any:
         config = self.model_config(model, version)
         batch = [-1] if config.max_batch_size else []
-        inputs, outputs = (
-            [Spec(each.name, datatype_name(each.data_type), [*batch, *each.dims]) for each in specs]
-            for specs in (config.input, config.output)
-        )
-        return Metadata(model, ["1"], config.backend, inputs, outputs)
+        message = service_pb2.ModelMetadataResponse(name=model, versions=["1"], platform=config.backend)
+        for specs, described in ((config.input, message.inputs), (config.output, message.outputs)):
+            for each in specs:
+                described.add(name=each.name, datatype=datatype_name(each.data_type), shape=[*batch, *each.dims])
+        return message
 
     def statistics(self, model: str = "", version: str = "") -> list[Any]:
         if model and (model not in self._configs or model in self.unloaded):
@@ -188,12 +157,15 @@ class AddingService:
             for name in ([model] if model else sorted(self._configs))
         ]
 
-    def index(self, *, ready: bool = False) -> list[Entry]:
+    def index(self, *, ready: bool = False) -> list[Any]:
         entries = []
         for name in sorted(self._configs):
             gone = name in self.unloaded
             if not (ready and gone):
-                entries.append(Entry(name, "1", *(("UNAVAILABLE", "unloaded") if gone else ("READY", ""))))
+                state, reason = ("UNAVAILABLE", "unloaded") if gone else ("READY", "")
+                entries.append(
+                    service_pb2.RepositoryIndexResponse.ModelIndex(name=name, version="1", state=state, reason=reason)
+                )
         return entries
 
     async def load(self, model: str, config_json: str | None = None, files: Mapping[str, bytes] | None = None) -> None:

@@ -12,13 +12,14 @@ import pytest
 from tests.server.engine_helpers import until
 from tests.server.service_fixtures import CountingEngine, Running, tensor, token_request, values
 from tests.waiting import LIMIT_S
+from tritonclient.grpc import service_pb2
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import CapacityError, CheckpointError
 from hasten.server.engine.client import QueueLimits
 from hasten.server.models.config import parse_config
 from hasten.server.repository import FolderRepository, MemoryRepository, Repository
-from hasten.server.service import ControlMode, IndexEntry, Service
+from hasten.server.service import ControlMode, Service
 from hasten.server.statistics import FailureReason
 from hasten.server.types import ErrorKind, InferRequest, ServiceError
 from hasten.server.version import LoadFailure
@@ -37,6 +38,7 @@ def mapped(kind: str, *names: str) -> str:
 
 
 TEXT = with_token_model("m")
+ModelIndex = service_pb2.RepositoryIndexResponse.ModelIndex
 ENSEMBLE = f"""
 platform: "ensemble" max_batch_size: 8
 input {{ name: "input_ids" data_type: TYPE_UINT32 dims: -1 }}
@@ -201,7 +203,7 @@ def test_the_newest_version_answers_unless_another_is_named(bench: Bench) -> Non
         return bench.run(bench.service.infer(request)).version
 
     assert (version(""), version("1"), version("3")) == ("3", "1", "3")
-    assert bench.service.model_metadata("m").versions == ("1", "3")
+    assert bench.service.model_metadata("m").versions == ["1", "3"]
     assert bench.service.model_metadata("m", "1").versions == ("1",)
     for asked, kind, message in (
         ("2", ErrorKind.NOT_FOUND, "Request for unknown model: 'm' version 2 is not found"),
@@ -229,14 +231,14 @@ def test_nothing_is_loaded_before_it_is_asked_for(bench: Bench) -> None:
     bench.write("m")
     bench.write("n")
     bench.start()
-    assert bench.service.index() == [IndexEntry("m"), IndexEntry("n")]
+    assert bench.service.index() == [ModelIndex(name="m"), ModelIndex(name="n")]
     assert bench.service.is_ready()
     unknown = (ErrorKind.NOT_FOUND, "Request for unknown model: 'm' is not found")
     assert bench.fails(bench.service.infer(token_request([[7]], 1, "m"))) == unknown
     bench.load("m")
     assert bench.answer() == [7, 8, 9, 10]
-    assert bench.service.index(ready=True) == [IndexEntry("m", "1", "READY")]
-    assert bench.service.index() == [IndexEntry("m", "1", "READY"), IndexEntry("n")]
+    assert bench.service.index(ready=True) == [ModelIndex(name="m", version="1", state="READY")]
+    assert bench.service.index() == [ModelIndex(name="m", version="1", state="READY"), ModelIndex(name="n")]
 
 
 def test_names_that_a_client_makes_up_leave_nothing(bench: Bench) -> None:
@@ -250,7 +252,7 @@ def test_names_that_a_client_makes_up_leave_nothing(bench: Bench) -> None:
         )
         bench.unload(f"o{number}")
     assert bench.service.is_ready()
-    assert bench.service.index() == [IndexEntry("m", "1", "READY")]
+    assert bench.service.index() == [ModelIndex(name="m", version="1", state="READY")]
     registry = bench.service._registry
     assert set(registry._locks) | registry._asked_for | set(registry.failures) == {"m"}
 

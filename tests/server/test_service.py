@@ -36,8 +36,9 @@ from hasten.core.errors import (
 )
 from hasten.server.create import model_configs, write_repository
 from hasten.server.engine.client import EngineClient, QueueFullError, QueueLimits, QueueTimeoutError
+from hasten.server.errors import service_error
 from hasten.server.repository import FolderRepository, MemoryRepository
-from hasten.server.service import ControlMode, Service, service_error
+from hasten.server.service import ControlMode, Service
 from hasten.server.statistics import FailureReason
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
 

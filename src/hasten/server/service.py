@@ -1,10 +1,12 @@
-"""The one data plane behind all transports: requests in, responses out, and the models that compute them."""
+"""The one data plane behind all transports: requests in, responses out, and the models that compute them.
+
+What it says of itself and of models are messages of Triton's protocol, which HTTP has as JSON.
+"""
 
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
 from enum import StrEnum
 
 from tritonclient.grpc import model_config_pb2, service_pb2
@@ -12,7 +14,6 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 from hasten import __version__
 from hasten.server.call import note_model
 from hasten.server.engine.client import EngineClient
-from hasten.server.errors import service_error
 from hasten.server.lifecycle import Registry, StartEngine
 from hasten.server.models.config import is_decoupled, parameter
 from hasten.server.models.interfaces import TEXT_KINDS, Kind, datatype_name
@@ -20,10 +21,8 @@ from hasten.server.models.parameters import TOKEN_MODEL
 from hasten.server.models.text_model import DEFAULT_TOKEN_MODEL
 from hasten.server.repository import Repository
 from hasten.server.statistics import Counters
-from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, TensorSpec
+from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
 from hasten.server.version import LoadFailure, Responses, State, Tally, Version, version_number
-
-__all__ = ["ControlMode", "IndexEntry", "ModelMetadata", "ServerMetadata", "Service", "TensorSpec", "service_error"]
 
 EXTENSIONS = (
     *("classification", "sequence", "model_repository", "model_repository(unload_dependents)", "schedule_policy"),
@@ -35,6 +34,14 @@ _STOPPING = "Server is stopping, scheduler for model has stopped accepting new i
 _log = logging.getLogger(__name__)
 
 
+def _entry(
+    name: str, version: str = "", state: str = "", reason: str = ""
+) -> service_pb2.RepositoryIndexResponse.ModelIndex:
+    """A row of the index; a folder's name need not be UTF-8, as texts of the protocol are."""
+    name, reason = (text.encode(errors="replace").decode() for text in (name, reason))
+    return service_pb2.RepositoryIndexResponse.ModelIndex(name=name, version=version, state=str(state), reason=reason)
+
+
 class ControlMode(StrEnum):
     """Who decides which models are loaded."""
 
@@ -44,36 +51,6 @@ class ControlMode(StrEnum):
     """All are, and changes in the repository are followed."""
     EXPLICIT = "explicit"
     """Those named when the server starts, and then whatever clients load and unload."""
-
-
-@dataclass(frozen=True)
-class ServerMetadata:
-    """What the server is."""
-
-    name: str
-    version: str
-    extensions: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ModelMetadata:
-    """What a model is."""
-
-    name: str
-    versions: tuple[str, ...]
-    platform: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-
-@dataclass(frozen=True)
-class IndexEntry:
-    """A version in the repository; without version and state for a model that was never loaded."""
-
-    name: str
-    version: str = ""
-    state: str = ""
-    reason: str = ""
 
 
 class Service:
@@ -153,21 +130,22 @@ class Service:
         """Whether a request may have several responses; ServiceError where there is no such model."""
         return is_decoupled(self._find(model, version).config)
 
-    def server_metadata(self) -> ServerMetadata:
+    def server_metadata(self) -> service_pb2.ServerMetadataResponse:
         """Name, version and extensions."""
-        return ServerMetadata(self._server_id, __version__, EXTENSIONS)
+        return service_pb2.ServerMetadataResponse(name=self._server_id, version=__version__, extensions=EXTENSIONS)
 
-    def model_metadata(self, model: str, version: str = "") -> ModelMetadata:
+    def model_metadata(self, model: str, version: str = "") -> service_pb2.ModelMetadataResponse:
         """A model's tensors; without a version, those of the newest and the numbers of all that serve."""
-        found = self._find(model, version)
+        config = self._find(model, version).config
         serving = [str(one.number) for one in self._registry.versions() if one.name == model and self._serves(one)]
-        batch = (-1,) if found.config.max_batch_size else ()
-        inputs, outputs = (
-            tuple(TensorSpec(one.name, datatype_name(one.data_type), (*batch, *one.dims)) for one in tensors)
-            for tensors in (found.config.input, found.config.output)
+        batch = (-1,) if config.max_batch_size else ()
+        message = service_pb2.ModelMetadataResponse(
+            name=model, versions=[version] if version else serving, platform=config.platform or config.backend
         )
-        platform = found.config.platform or found.config.backend
-        return ModelMetadata(model, (version,) if version else tuple(serving), platform, inputs, outputs)
+        for tensors, described in ((config.input, message.inputs), (config.output, message.outputs)):
+            for one in tensors:
+                described.add(name=one.name, datatype=datatype_name(one.data_type), shape=(*batch, *one.dims))
+        return message
 
     def _serves(self, version: Version) -> bool:
         return self._registry.serves(version)
@@ -187,16 +165,19 @@ class Service:
             raise ServiceError(ErrorKind.INVALID, f"requested model version is not available for model '{model}'")
         return [self.counters.of(one.name, str(one.number)).message(one.name, str(one.number)) for one in found]
 
-    def index(self, *, ready: bool = False) -> list[IndexEntry]:
-        """What the repository holds, and the state of what was loaded; `ready`: only what serves."""
+    def index(self, *, ready: bool = False) -> list[service_pb2.RepositoryIndexResponse.ModelIndex]:
+        """What the repository holds, and the state of what was loaded; `ready`: only what serves.
+
+        What was never loaded has neither version nor state.
+        """
         versions = list(self._registry.versions())
-        made = [IndexEntry(one.name, str(one.number), *self._state(one)) for one in versions]
+        entries = [_entry(one.name, str(one.number), *self._state(one)) for one in versions]
         if ready:
-            return [entry for entry in made if entry.state == State.READY]
+            return [entry for entry in entries if entry.state == State.READY]
         known = {one.name for one in versions}
         others = set(self._registry.repository.names()) | set(self._registry.failures)
-        made += [self._never_loaded(name) for name in others - known]
-        return sorted(made, key=lambda entry: (entry.name, int(entry.version or 0)))
+        entries += [self._never_loaded(name) for name in others - known]
+        return sorted(entries, key=lambda entry: (entry.name, int(entry.version or 0)))
 
     def _state(self, version: Version) -> tuple[str, str]:
         if version.state is not State.READY:
@@ -211,9 +192,9 @@ class Service:
         text = f"{len(absent)} of {len(replicas)} replicas not ready: {', '.join(absent)}"
         return State.READY, text if absent else ""
 
-    def _never_loaded(self, name: str) -> IndexEntry:
+    def _never_loaded(self, name: str) -> service_pb2.RepositoryIndexResponse.ModelIndex:
         failure = self._registry.failures.get(name)
-        return IndexEntry(name) if failure is None else IndexEntry(name, "", State.UNAVAILABLE, failure.reason)
+        return _entry(name) if failure is None else _entry(name, "", State.UNAVAILABLE, failure.reason)
 
     async def load(self, model: str, config_json: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
         """Load a model or load it again, with another configuration and files if given; ServiceError if that fails."""

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from hasten.server.options import ServeOptions
 
 if TYPE_CHECKING:
+    from tritonclient.grpc import service_pb2
+
     from hasten.server.engine.client import EngineClient
-    from hasten.server.service import IndexEntry, ServerMetadata
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -27,7 +28,7 @@ def backend_table(backends: Mapping[str, Sequence[str]]) -> str:
     return table(("Backend", "Models"), ((name, " ".join(models)) for name, models in backends.items()))
 
 
-def model_table(entries: "Iterable[IndexEntry]") -> str:
+def model_table(entries: "Iterable[service_pb2.RepositoryIndexResponse.ModelIndex]") -> str:
     """Every model and how it stands."""
     rows = []
     for entry in entries:
@@ -50,7 +51,7 @@ def engine_table(engines: "Mapping[tuple[str, str], EngineClient]") -> str:
     return table(("Engine", "Version", "Device", "Ranks", "Type", "Cache (tokens)", "Load time"), rows)
 
 
-def option_table(options: ServeOptions, metadata: "ServerMetadata") -> str:
+def option_table(options: ServeOptions, metadata: "service_pb2.ServerMetadataResponse") -> str:
     """Every option of the server."""
     rows = [
         ("server_id", metadata.name),

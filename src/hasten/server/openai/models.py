@@ -14,7 +14,8 @@ from hasten.server.engine.client import EngineClient
 from hasten.server.openai.params import OpenAIError
 
 if TYPE_CHECKING:
-    from hasten.server.service import IndexEntry
+    from tritonclient.grpc import service_pb2
+
     from hasten.server.version import Tally
 
 Key = tuple[str, str]
@@ -34,7 +35,7 @@ class Models(Protocol):
     def tally(self, model: str, version: str, items: int, begun: int) -> "Tally":
         """What counts a request for one of them."""
 
-    def index(self, *, ready: bool = False) -> "Sequence[IndexEntry]":
+    def index(self, *, ready: bool = False) -> "Sequence[service_pb2.RepositoryIndexResponse.ModelIndex]":
         """All models and their states."""
 
     def text_models(self) -> Mapping[str, str]:

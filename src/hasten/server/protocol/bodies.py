@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -29,9 +29,6 @@ from hasten.server.protocol.tensors import (
     to_bytes,
 )
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, Parameter, RequestedOutput, ServiceError, Tensor
-
-if TYPE_CHECKING:
-    from hasten.server.service import ModelMetadata
 
 _ONE_SOURCE = (
     "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', "
@@ -239,7 +236,7 @@ def _shared_memory(parameters: Mapping[str, Any]) -> dict[str, Parameter]:
     return numbers | {key: parameters[key] for key in (REGION,) if key in parameters}
 
 
-def raw_body(model: str, version: str, body: bytes, metadata: "ModelMetadata", *, batched: bool) -> InferBody:
+def raw_body(model: str, version: str, body: bytes, metadata: Any, *, batched: bool) -> InferBody:
     """Triton's raw request: the body is the one input of the model, and the outputs are sent as bytes."""
     if len(metadata.inputs) != 1:
         raise invalid(

@@ -1,16 +1,13 @@
 """Triton's generate extension: an inference as one flat JSON object each way."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from hasten.server.protocol.bodies import checked_parameters, dump_json
 from hasten.server.protocol.tensors import elements_json, flatten, from_list, invalid, texts_of
-from hasten.server.types import InferRequest, InferResponse, Parameter, Tensor, TensorSpec
-
-if TYPE_CHECKING:
-    from hasten.server.service import ModelMetadata
+from hasten.server.types import InferRequest, InferResponse, Parameter, Tensor
 
 ONE_RESPONSE = (
     "generate expects model to produce exactly 1 response, use generate stream for model that generates various "
@@ -19,7 +16,7 @@ ONE_RESPONSE = (
 
 
 def generate_request(
-    model: str, version: str, body: Mapping[str, Any], metadata: "ModelMetadata", *, batched: bool
+    model: str, version: str, body: Mapping[str, Any], metadata: Any, *, batched: bool
 ) -> InferRequest:
     """The request of a generate body: fields that are inputs become tensors, others become parameters."""
     specs = {spec.name: spec for spec in metadata.inputs}
@@ -42,12 +39,12 @@ def generate_request(
     return InferRequest(model=model, version=version, id=request_id, parameters=parameters, inputs=inputs)
 
 
-def _tensor(spec: TensorSpec, value: Any, *, batched: bool) -> Tensor:
+def _tensor(spec: Any, value: Any, *, batched: bool) -> Tensor:
     values = value if isinstance(value, list) else [value]
     return from_list(spec.name, spec.datatype, _shape(spec, values, batched=batched), values)
 
 
-def _shape(spec: TensorSpec, values: list[Any], *, batched: bool) -> list[int]:
+def _shape(spec: Any, values: list[Any], *, batched: bool) -> list[int]:
     """Shape of an input: that of the lists where it fits the model's, else what makes a flat list fit."""
     nested = _nested_shape(values)
     if len(nested) == len(spec.shape) and all(

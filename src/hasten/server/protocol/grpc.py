@@ -75,8 +75,8 @@ class GrpcCalls:
             "ServerLive": lambda _: pb.ServerLiveResponse(live=self.service.is_live()),
             "ServerReady": lambda _: pb.ServerReadyResponse(ready=self.service.is_ready()),
             "ModelReady": self.model_ready,
-            "ServerMetadata": self.server_metadata,
-            "ModelMetadata": self.model_metadata,
+            "ServerMetadata": lambda _: self.service.server_metadata(),
+            "ModelMetadata": lambda request: self.service.model_metadata(request.name, request.version),
             "ModelConfig": self.model_config,
             "ModelStatistics": self.model_statistics,
             "ModelInfer": self.model_infer,
@@ -101,25 +101,6 @@ class GrpcCalls:
         """Whether one model is ready."""
         return pb.ModelReadyResponse(ready=self.service.is_model_ready(request.name, request.version))
 
-    def server_metadata(self, request: Any) -> Any:
-        """Name, version and extensions."""
-        found = self.service.server_metadata()
-        return pb.ServerMetadataResponse(name=found.name, version=found.version, extensions=found.extensions)
-
-    def model_metadata(self, request: Any) -> Any:
-        """A model's tensors."""
-        found = self.service.model_metadata(request.name, request.version)
-        inputs, outputs = (
-            [
-                pb.ModelMetadataResponse.TensorMetadata(name=spec.name, datatype=spec.datatype, shape=spec.shape)
-                for spec in specs
-            ]
-            for specs in (found.inputs, found.outputs)
-        )
-        return pb.ModelMetadataResponse(
-            name=found.name, versions=found.versions, platform=found.platform, inputs=inputs, outputs=outputs
-        )
-
     def model_config(self, request: Any) -> Any:
         """A model's configuration."""
         return pb.ModelConfigResponse(config=self.service.model_config(request.name, request.version))
@@ -143,13 +124,7 @@ class GrpcCalls:
     def repository_index(self, request: Any) -> Any:
         """All models and their states."""
         _refuse_repository(request)
-        fields = ("name", "version", "state", "reason")
-        return pb.RepositoryIndexResponse(
-            models=[
-                pb.RepositoryIndexResponse.ModelIndex(**{field: getattr(entry, field) for field in fields})
-                for entry in self.service.index(ready=request.ready)
-            ]
-        )
+        return pb.RepositoryIndexResponse(models=self.service.index(ready=request.ready))
 
     def read_load(self, raw: bytes, _: Claim) -> LoadRequest:
         """A request to load a model; may take long, and be done in a thread."""

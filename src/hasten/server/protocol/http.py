@@ -106,8 +106,7 @@ class HttpRoutes:
 
     async def metadata(self, request: Request) -> Response:
         """Name, version and extensions."""
-        found = self._service.server_metadata()
-        return _json({"name": found.name, "version": found.version, "extensions": found.extensions})
+        return _json(to_json(self._service.server_metadata()))
 
     async def live(self, request: Request) -> Response:
         """Whether the server runs."""
@@ -133,13 +132,7 @@ class HttpRoutes:
 
     async def model(self, request: Request) -> Response:
         """A model's tensors."""
-        found = self._service.model_metadata(*named_model(request))
-        inputs, outputs = (
-            [{"name": spec.name, "datatype": spec.datatype, "shape": spec.shape} for spec in specs]
-            for specs in (found.inputs, found.outputs)
-        )
-        head = {"name": found.name, "versions": found.versions, "platform": found.platform}
-        return _json(head | {"inputs": inputs, "outputs": outputs})
+        return _json(to_json(self._service.model_metadata(*named_model(request))))
 
     async def config(self, request: Request) -> Response:
         """A model's configuration."""
@@ -155,9 +148,8 @@ class HttpRoutes:
         only_ready = (await _object(request)).get("ready", False)
         if not isinstance(only_ready, bool):
             raise invalid("attempt to access JSON non-boolean as boolean")
-        entries = self._service.index(ready=only_ready)
-        fields = ("name", "version", "state", "reason")
-        return _json([{field: getattr(entry, field) for field in fields if getattr(entry, field)} for entry in entries])
+        entries = map(to_json, self._service.index(ready=only_ready))
+        return _json([{field: value for field, value in entry.items() if value} for entry in entries])
 
     async def load(self, request: Request) -> Response:
         """Load a model, or load it again."""
