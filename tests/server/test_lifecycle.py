@@ -204,7 +204,7 @@ def test_the_newest_version_answers_unless_another_is_named(bench: Bench) -> Non
 
     assert (version(""), version("1"), version("3")) == ("3", "1", "3")
     assert bench.service.model_metadata("m").versions == ["1", "3"]
-    assert bench.service.model_metadata("m", "1").versions == ("1",)
+    assert bench.service.model_metadata("m", "1").versions == ["1"]
     for asked, kind, message in (
         ("2", ErrorKind.NOT_FOUND, "Request for unknown model: 'm' version 2 is not found"),
         *(
