@@ -85,13 +85,13 @@ def test_the_server(demo: Running) -> None:
 def test_the_models(demo: Running) -> None:
     service = demo.service
     token = service.model_metadata("fastertransformer")
-    assert (token.versions, token.platform) == (("1",), "fastertransformer")
-    shapes = {one.name: (one.datatype, one.shape) for one in (*token.inputs, *token.outputs)}
+    assert (token.versions, token.platform) == (["1"], "fastertransformer")
+    shapes = {one.name: (one.datatype, tuple(one.shape)) for one in (*token.inputs, *token.outputs)}
     assert shapes["input_ids"] == ("UINT32", (-1, -1))
     assert shapes["input_lengths"] == ("UINT32", (-1, 1))
     assert shapes["output_ids"] == ("UINT32", (-1, -1, -1))
     text = service.model_metadata("demo")
-    assert {one.name: (one.datatype, one.shape) for one in text.inputs}["text_input"] == ("BYTES", (1,))
+    assert {one.name: (one.datatype, tuple(one.shape)) for one in text.inputs}["text_input"] == ("BYTES", (1,))
     assert service.model_metadata("ensemble").platform == "ensemble"
     assert [service.is_decoupled(name) for name in ("fastertransformer", "ensemble", "demo")] == [False, False, True]
     assert service.model_config("demo").backend == "hasten"
