@@ -527,7 +527,7 @@ def test_no_tensor_is_made_of_a_small_payload(served: Site) -> None:
 # What is open to whom
 
 
-_OPEN = {"/", "/health", "/ping", "/v2/health/live", "/v2/health/ready"}
+_OPEN = {"/", "/docs", "/health", "/ping", "/v2/health/live", "/v2/health/ready"}
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from hasten.server.listeners import GrpcListener, HttpListener, joined
 from hasten.server.machine import raise_descriptor_limit, watch_descriptors
 from hasten.server.metrics import Machine, Metrics
 from hasten.server.openai.routes import openai_routes
+from hasten.server.openapi.routes import docs_routes
 from hasten.server.options import EndpointOptions, ModelOptions, SecurityOptions, ServeOptions
 from hasten.server.page.routes import page_routes
 from hasten.server.protocol.grpc import GrpcCalls
@@ -119,6 +120,7 @@ class Server:
             ]
             if self.metrics is not None:
                 routes += self._metrics.routes()
+            routes += docs_routes(routes)
             admission = replace(self._admission(ends.http_address), keys=self._keys)
             app = http_app(routes, admission, limit, self._inflight)
             await self.http.start(self._access.http(app))
@@ -138,7 +140,7 @@ class Server:
         """Whose requests a port at this address takes, but for keys that all paths need."""
         security = self.options.security
         return Admission(
-            open_paths=OPEN_PATHS | {"/"},
+            open_paths=OPEN_PATHS | {"/", "/docs"},
             metrics_keys=self._metrics_keys,
             hosts=Hosts(address, security.allowed_host),
         )

@@ -123,6 +123,7 @@ class Metrics:
         """The route /metrics."""
 
         async def metrics(_: Request) -> Response:
+            """Metrics for Prometheus"""
             return Response(self.text(), headers={"content-type": CONTENT_TYPE})
 
         return [Route("/metrics", metrics)]

@@ -12,6 +12,7 @@ from hasten.server.anthropic.form import MessageForm
 from hasten.server.anthropic.types import CountRequest, MessagesRequest
 from hasten.server.openai.chat_call import ChatCalls
 from hasten.server.openai.handlers import guarded, json_response, read_body
+from hasten.server.openapi.operation import Operation
 
 _MESSAGES, _COUNT = msgspec.json.Decoder(MessagesRequest), msgspec.json.Decoder(CountRequest)
 
@@ -31,7 +32,9 @@ def message_routes(chats: ChatCalls) -> list[Route]:
         asked = await read_body(request, _COUNT)
         return json_response(msgspec.json.encode({"input_tokens": await chats.prompt_tokens(as_chat(asked))}))
 
+    answered = Operation("Answer a chat, as a message", MessagesRequest, streams=True)
+    counted = Operation("Count the tokens of a chat", CountRequest)
     return [
-        Route("/v1/messages", guarded(messages, message_error_answer), methods=["POST"]),
-        Route("/v1/messages/count_tokens", guarded(count, message_error_answer), methods=["POST"]),
+        Route("/v1/messages", guarded(messages, answered, message_error_answer), methods=["POST"]),
+        Route("/v1/messages/count_tokens", guarded(count, counted, message_error_answer), methods=["POST"]),
     ]

@@ -1,7 +1,7 @@
 """What the routes of OpenAI's API, and those with its form of errors, have in common."""
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -15,19 +15,18 @@ from hasten.server.http_errors import CLIENT_GONE, retry_after
 from hasten.server.json_size import check_declared_size
 from hasten.server.openai.errors import error_answer
 from hasten.server.openai.params import Decoded, decode, queue_timeout
+from hasten.server.openapi.operation import Handler, Operation, described
 from hasten.server.types import ServiceError
 
 _log = logging.getLogger(__name__)
-
-Handler = Callable[[Request], Awaitable[Response]]
 
 
 ErrorAnswer = Callable[[Exception], tuple[int, bytes]]
 """HTTP status and body for an error."""
 
 
-def guarded(handler: Handler, answer: ErrorAnswer = error_answer) -> Handler:
-    """A handler whose errors become an API's error objects, by default those of OpenAI's."""
+def guarded(handler: Handler, operation: Operation, answer: ErrorAnswer = error_answer) -> Handler:
+    """A handler of an operation, whose errors become an API's error objects, by default those of OpenAI's."""
 
     async def wrapped(request: Request) -> Response:
         try:
@@ -41,7 +40,7 @@ def guarded(handler: Handler, answer: ErrorAnswer = error_answer) -> Handler:
                 _log.exception("%s %s failed", request.method, request.url.path)
             return _error_response(error, answer)
 
-    return wrapped
+    return described(wrapped, operation)
 
 
 def _error_response(error: Exception, answer: ErrorAnswer) -> Response:

@@ -21,10 +21,12 @@ from hasten.server.openai.params import OpenAIError, completion_params
 from hasten.server.openai.prompts import ChatPrompts, tokenized
 from hasten.server.openai.tokens import DetokenizeRequest, TokenizeRequest, text_of, token_ids
 from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest
+from hasten.server.openapi.operation import Operation
 from hasten.server.pooling.routes import pooling_routes
 from hasten.server.responses.routes import responses_route
 from hasten.server.tokenizing import check_prompt_logprobs
 
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 _encode = msgspec.json.Encoder().encode
 _COMPLETION, _CHAT = msgspec.json.Decoder(CompletionRequest), msgspec.json.Decoder(ChatRequest)
 _TOKENIZE, _DETOKENIZE = msgspec.json.Decoder(TokenizeRequest), msgspec.json.Decoder(DetokenizeRequest)
@@ -37,18 +39,20 @@ def openai_routes(service: Models, *, with_metrics: bool = False) -> list[Route]
     """
     models, prompts = ModelFinder(service), ChatPrompts()
     chats = ChatCalls(models, prompts)
+    completions = Operation("Complete prompts", CompletionRequest, streams=True)
+    chat = Operation("Answer a chat", ChatRequest, streams=True)
     api = _Api(models, prompts, chats, with_metrics=with_metrics)
     return [
-        Route("/v1/models", guarded(api.models), methods=["GET"]),
-        Route("/v1/models/{model:path}", guarded(api.model), methods=["GET"]),
-        Route("/v1/completions", guarded(api.completions), methods=["POST"]),
-        Route("/v1/chat/completions", guarded(api.chat), methods=["POST"]),
-        Route("/tokenize", guarded(api.tokenize), methods=["POST"]),
-        Route("/detokenize", guarded(api.detokenize), methods=["POST"]),
+        Route("/v1/models", guarded(api.models, Operation("The models")), methods=["GET"]),
+        Route("/v1/models/{model:path}", guarded(api.model, Operation("One model")), methods=["GET"]),
+        Route("/v1/completions", guarded(api.completions, completions), methods=["POST"]),
+        Route("/v1/chat/completions", guarded(api.chat, chat), methods=["POST"]),
+        Route("/tokenize", guarded(api.tokenize, Operation("Texts as tokens", TokenizeRequest)), methods=["POST"]),
+        Route("/detokenize", guarded(api.detokenize, Operation("Tokens as text", DetokenizeRequest)), methods=["POST"]),
         responses_route(chats, with_metrics=with_metrics),
         *message_routes(chats),
         *pooling_routes(models),
-        Route("/v1/{path:path}", guarded(_unknown), methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
+        Route("/v1/{path:path}", guarded(_unknown, Operation("None")), methods=_METHODS, include_in_schema=False),
     ]
 
 

@@ -22,7 +22,7 @@ class JsonSchema(msgspec.Struct, forbid_unknown_fields=True):
     description: str | None = None
     strict: bool | None = None
     """Whether or not, the output keeps to the schema."""
-    schema: Raw = Raw()
+    schema: Raw = msgspec.field(default_factory=Raw)
 
 
 class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
@@ -36,7 +36,7 @@ class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
 class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
     """vLLM's way to constrain the output: one of these."""
 
-    json: Raw = Raw()
+    json: Raw = msgspec.field(default_factory=Raw)
     json_object: bool | None = None
     regex: str | None = None
     choice: list[str] | None = None
@@ -88,7 +88,7 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     """As everywhere in this server: 1 is the highest, larger ones come later, 0 is the default, between 1 and 2."""
     cache_salt: str | None = None
     """The prefix cache's blocks of its prompts are shared with requests of the same salt, and API key, alone."""
-    guided_json: Raw = Raw()
+    guided_json: Raw = msgspec.field(default_factory=Raw)
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None

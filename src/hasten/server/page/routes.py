@@ -23,21 +23,28 @@ _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 def page_routes(service: Models) -> list[Route]:
     """The page and the state that it asks for every second. The page itself tells nothing that a key should guard."""
     html = (files("hasten.server.page") / "index.html").read_bytes()
-    headers = {
+    headers = page_headers(html)
+
+    async def page(_: Request) -> Response:
+        """A page with a playground and the server's live state"""
+        return Response(html, headers=headers, media_type="text/html")
+
+    async def state(_: Request) -> Response:
+        """What the page asks for every second: engines with their counters"""
+        body = msgspec.json.encode(server_state(service))
+        return Response(body, headers={"cache-control": "no-store"}, media_type="application/json")
+
+    return [Route("/", page), Route("/state", state)]
+
+
+def page_headers(html: bytes) -> dict[str, str]:
+    """Headers of a page that loads nothing from elsewhere."""
+    return {
         "content-security-policy": content_security_policy(html.decode()),
         "cache-control": "no-cache",
         "referrer-policy": "no-referrer",
         "x-content-type-options": "nosniff",
     }
-
-    async def page(_: Request) -> Response:
-        return Response(html, headers=headers, media_type="text/html")
-
-    async def state(_: Request) -> Response:
-        body = msgspec.json.encode(server_state(service))
-        return Response(body, headers={"cache-control": "no-store"}, media_type="application/json")
-
-    return [Route("/", page), Route("/state", state)]
 
 
 def content_security_policy(html: str) -> str:

@@ -14,6 +14,7 @@ from hasten.server.by_size import by_size
 from hasten.server.openai.handlers import checked_wait, guarded, json_response, read_body
 from hasten.server.openai.models import Found, ModelFinder
 from hasten.server.openai.params import Decoded
+from hasten.server.openapi.operation import Operation
 from hasten.server.pooling import answers
 from hasten.server.pooling.call import PoolingCall, Result
 from hasten.server.pooling.types import (
@@ -29,6 +30,7 @@ from hasten.server.sse import unless_gone
 _EMBED, _POOL = msgspec.json.Decoder(EmbeddingRequest), msgspec.json.Decoder(PoolingRequest)
 _CLASSIFY, _SCORE = msgspec.json.Decoder(ClassifyRequest), msgspec.json.Decoder(ScoreRequest)
 _RERANK = msgspec.json.Decoder(RerankRequest)
+_RANK = "Documents by how well they answer a query"
 _NUMBER_BYTES = 20
 """Of JSON."""
 
@@ -38,7 +40,7 @@ Answer = Callable[[Decoded, str, PoolingCall], Coroutine[Any, Any, bytes]]
 def pooling_routes(models: ModelFinder) -> list[Route]:
     """The routes, all of them POST."""
 
-    def route(path: str, decoder: msgspec.json.Decoder[Decoded], answer: Answer[Decoded]) -> Route:
+    def route(path: str, summary: str, decoder: msgspec.json.Decoder[Decoded], answer: Answer[Decoded]) -> Route:
         async def handler(request: Request) -> Response:
             asked = await read_body(request, decoder)
             assert isinstance(asked, TextsRequest), "all of these are"
@@ -46,16 +48,16 @@ def pooling_routes(models: ModelFinder) -> list[Route]:
             call = _call(request, asked, found)
             return json_response(await unless_gone(request, answer(asked, found.name, call)))
 
-        return Route(path, guarded(handler), methods=["POST"])
+        return Route(path, guarded(handler, Operation(summary, decoder.type)), methods=["POST"])
 
     return [
-        route("/v1/embeddings", _EMBED, _embeddings),
-        route("/pooling", _POOL, _pooling),
-        route("/classify", _CLASSIFY, _classify),
-        *(route(path, _SCORE, _score) for path in ("/score", "/v1/score")),
+        route("/v1/embeddings", "Vectors of texts", _EMBED, _embeddings),
+        route("/pooling", "Vectors or scores of texts, or of each of their tokens", _POOL, _pooling),
+        route("/classify", "Classes of texts", _CLASSIFY, _classify),
+        *(route(path, "Scores of pairs of texts", _SCORE, _score) for path in ("/score", "/v1/score")),
         # Cohere's second version has no documents in its answers
-        *(route(path, _RERANK, partial(_rerank, with_documents=True)) for path in ("/rerank", "/v1/rerank")),
-        route("/v2/rerank", _RERANK, partial(_rerank, with_documents=False)),
+        *(route(path, _RANK, _RERANK, partial(_rerank, with_documents=True)) for path in ("/rerank", "/v1/rerank")),
+        route("/v2/rerank", _RANK, _RERANK, partial(_rerank, with_documents=False)),
     ]
 
 

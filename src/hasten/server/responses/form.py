@@ -134,6 +134,7 @@ class ResponseForm:
 
     def _response(self, status: str, usage: Usage | None = None) -> dict[str, Any]:
         asked = self._asked
+        kept = None if asked.text is None else asked.text.format
         fields = {
             "id": self._id,
             "object": "response",
@@ -150,7 +151,7 @@ class ResponseForm:
             "previous_response_id": None,
             "store": False,
             "temperature": 1.0 if asked.temperature is None else asked.temperature,
-            "text": {"format": {"type": "text"}} if asked.text is None or asked.text.format is None else asked.text,
+            "text": {"format": {"type": "text"} if kept is None else kept.shown()},
             "tool_choice": "auto" if asked.tool_choice is None else asked.tool_choice,
             "tools": asked.tools or [],
             "top_p": 1.0 if asked.top_p is None else asked.top_p,

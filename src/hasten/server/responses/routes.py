@@ -8,6 +8,7 @@ from starlette.routing import Route
 from hasten.core.types import SamplingParams
 from hasten.server.openai.chat_call import ChatCalls
 from hasten.server.openai.handlers import guarded, read_body
+from hasten.server.openapi.operation import Operation
 from hasten.server.responses.chat import as_chat
 from hasten.server.responses.form import ResponseForm
 from hasten.server.responses.types import ResponsesRequest
@@ -26,4 +27,5 @@ def responses_route(chats: ChatCalls, *, with_metrics: bool) -> Route:
 
         return await chats.answer(request, as_chat(asked), form)
 
-    return Route("/v1/responses", guarded(responses), methods=["POST"])
+    operation = Operation("Answer a chat, as a response", ResponsesRequest, streams=True)
+    return Route("/v1/responses", guarded(responses, operation), methods=["POST"])

@@ -8,14 +8,19 @@ from msgspec import Raw
 from hasten.server.openai.types import ContentPart, JsonSchema, ResponseFormat, StreamOptions, Tool
 
 
-class TextFormat(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
     """What the answer's text keeps to."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
     description: str | None = None
     strict: bool | None = None
-    schema: Raw = Raw()
+    schema: Raw = msgspec.field(default_factory=Raw)
+
+    def shown(self) -> dict[str, Any]:
+        """What an answer says of it."""
+        given = {name: getattr(self, name) for name in self.__struct_fields__}
+        return {name: value for name, value in given.items() if value is not None and value != Raw()}
 
     def as_chat(self) -> ResponseFormat:
         """The same as a chat has it."""
