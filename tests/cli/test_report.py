@@ -207,6 +207,7 @@ def test_bad_input_is_one_line(tiny_bloom: Path, tmp_path: Path, hasten_here: "H
         (("-o", str(tmp_path / "page.json")), "give the page another ending"),
         (("-o", str(tmp_path / "no" / "page.html")), "its folder does not exist"),
         (("--against", "openai=ftp://host"), "does not begin with http"),
+        (("-tp", "3"), "does not divide"),
     ):
         given = options if "-o" in options else (*options, "-o", page)
         done = hasten_here("report", tiny_bloom, "--device", "cpu", *given)

@@ -24,10 +24,11 @@ _REPORTS: Mapping[str, str] = {
     "startup": "hasten.bench.startup:StartupReport",
     "suite": "hasten.bench.suite:SuiteReport",
     "throughput": "hasten.bench.throughput:ThroughputReport",
+    "tune": "hasten.bench.tune:TuneReport",
 }
 """Benchmark -> where the type of its report is."""
 BENCHMARKS = tuple(_REPORTS)
-_COMMANDS = {"report": "hasten report"}
+_COMMANDS = {"report": "hasten report", "tune": "hasten tune"}
 """Those that are no subcommand of `hasten bench`."""
 _PLAIN: Mapping[Any, str] = {
     bool: "boolean",

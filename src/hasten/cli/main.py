@@ -20,6 +20,7 @@ from hasten.cli import (
     report,
     repository,
     serve,
+    tune,
     warm,
 )
 from hasten.cli.bench import benchmarks as bench
@@ -57,6 +58,7 @@ def build_parser() -> Parser:
         repository,
         bench,
         report,
+        tune,
         cluster,
         demo,
     ):

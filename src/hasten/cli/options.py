@@ -56,6 +56,11 @@ class Parser(argparse.ArgumentParser):
         """Raise ConfigError instead of printing the usage."""
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
 
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """An option of a file, where `fromfile_prefix_chars` allows any; nothing for an empty line or a comment."""
+        line = arg_line.strip()
+        return [line] if line and not line.startswith("#") else []
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does; what is left over is an error of the command that it was given to.
 

@@ -2,13 +2,11 @@
 
 import argparse
 import shlex
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hasten.cli.options import HOST_OPTIONS, Parser, add_engine_options, engine_options, path, typed
+from hasten.cli.progress import progress_lines
 from hasten.core.errors import ConfigError
 from hasten.core.extras import require_extra
 
@@ -89,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         scale=QUICK if args.quick else FULL,
         command=_command(args),
     )
-    found = Evaluation(options, work, fresh=args.fresh, say=_progress()).report()
+    found = Evaluation(options, work, fresh=args.fresh, say=progress_lines()).report()
     full = {**_head(args), **found}
     files.write_json(str(data), full)
     write_page(page, found, full)
@@ -102,16 +100,6 @@ def _head(args: argparse.Namespace) -> dict[str, Any]:
     from hasten.cli.bench.common import options_of
 
     return {**schema.head("report"), "options": options_of(args)}
-
-
-def _progress() -> Callable[[str], None]:
-    """Writes lines to standard error, each with the seconds since the start."""
-    start = time.perf_counter()
-
-    def say(words: str) -> None:
-        print(f"[{time.perf_counter() - start:6.1f} s] {words}", file=sys.stderr, flush=True)
-
-    return say
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -34,10 +34,11 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add the subcommand `serve`."""
     parser = commands.add_parser(
         "serve",
+        fromfile_prefix_chars="@",
         help="serve a model over Triton's protocol and OpenAI's API",
         description="Serve a model, or the models of a repository, over Triton's protocol (gRPC and HTTP) and OpenAI's "
         "API. Options that tritonserver has too have its names; those that are on or off take true or false, and alone "
-        "mean true.",
+        "mean true. @FILE stands for the options in a file, one per line, as `hasten tune` writes them.",
     )
     parser.add_argument(
         "model", type=path, metavar="MODEL", nargs="?", help="folder of the checkpoint, or its Hugging Face id"

@@ -200,7 +200,7 @@ def _serving(report: ModelReport) -> Html:
     parts: list[Html] = [
         shown(
             [
-                pictures.pareto(sweeps, slo),
+                pictures.pareto(list(zip(pictures.labels(sweeps), (each.points for each in sweeps), strict=True)), slo),
                 pictures.tails(own, "ttft", "time to first token, ms", slo),
                 pictures.tails(own, "itl", "between tokens, ms", slo),
             ]

@@ -11,11 +11,11 @@ from hasten.bench.sweep import Point, Sweep, knee
 _GIB = 1 << 30
 
 
-def pareto(sweeps: Sequence[Sweep], slo: Slo) -> Picture:
-    """Tokens per second of all users over those of each user, with the knee marked."""
+def pareto(lines: Sequence[tuple[str, Sequence[Point]]], slo: Slo) -> Picture:
+    """Tokens per second of all users over those of each user, a line for each label, with the knee marked."""
     series = []
-    for each, label in zip(sweeps, labels(sweeps), strict=True):
-        points = [point for point in each.points if point.user_tokens_per_second and point.load.output_throughput]
+    for label, measured in lines:
+        points = [point for point in measured if point.user_tokens_per_second and point.load.output_throughput]
         best = knee(points, slo)
         series.append(
             Series(

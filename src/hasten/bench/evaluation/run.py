@@ -117,6 +117,8 @@ class Evaluation:
         self._model = open_checkpoint(self._engine.model, dummy=torch.device("cpu")).config
         if self._model.task != "generate" or self._model.encoder is not None:
             raise UnsupportedError(f"{self._model.architecture} is no decoder that continues texts; use hasten bench")
+        self._engine.parallel.validate(self._model)
+        self._engine.scheduler.validate(self._model)
         self._device = rank_device(self._engine, TensorGroup(), 1)
         self._setup = self._setup_of_engine()
         self._tokenizer = Tokenizer.from_folder(self._engine.tokenizer or self._engine.model)
