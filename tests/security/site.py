@@ -96,7 +96,7 @@ class Site:
         raw = message if isinstance(message, bytes) else message.SerializeToString()
         sent = tuple({**self.headers, **(metadata or {})}.items())
         call = self.channel.unary_unary(_CALLS + method)
-        return _answer(lambda: repr(call(raw, timeout=LIMIT_S, metadata=sent)))
+        return answered(lambda: repr(call(raw, timeout=LIMIT_S, metadata=sent)))
 
     def stream(self, *messages: Any) -> Answer:
         """ModelStreamInfer with these requests. An error within the stream counts as INVALID_ARGUMENT."""
@@ -111,7 +111,7 @@ class Site:
                     found.append(response.error_message)
             return " ".join(found)
 
-        answer = _answer(read)
+        answer = answered(read)
         return replace(answer, status=400) if found else answer
 
     def serves(self) -> None:
@@ -126,7 +126,8 @@ class Site:
         return self.server.memory()["server"]
 
 
-def _answer(ask: Callable[[], str]) -> Answer:
+def answered(ask: Callable[[], str]) -> Answer:
+    """What comes of a call over gRPC."""
     try:
         text, status = ask(), 200
     except grpc.RpcError as error:
@@ -189,6 +190,16 @@ def _chat(site: Site, members: str) -> Answer:
     return site.post("/v1/chat/completions", f'{{"model":"{TEXT}","messages":{messages},{members}}}'.encode())
 
 
+def _responses(site: Site, members: str) -> Answer:
+    return site.post("/v1/responses", f'{{"model":"{TEXT}","input":"Anna",{members}}}'.encode())
+
+
+def _messages(site: Site, members: str) -> Answer:
+    messages = '[{"role":"user","content":"Anna"}]'
+    body = f'{{"model":"{TEXT}","max_tokens":2,"messages":{messages},{members}}}'
+    return site.post("/v1/messages", body.encode())
+
+
 def _generate(site: Site, members: str) -> Answer:
     body = f'{{"text_input":"Anna","sampling_parameters":{json.dumps("{" + members + "}")}}}'
     return site.post(f"/v2/models/{TEXT}/generate", body.encode())
@@ -205,8 +216,20 @@ def _grpc(site: Site, members: str) -> Answer:
 TRANSPORTS: dict[str, Callable[[Site, str], Answer]] = {
     "completions": _openai,
     "chat": _chat,
+    "responses": _responses,
+    "messages": _messages,
     "generate": _generate,
     "generate-fields": _generate_members,
     "grpc": _grpc,
 }
 """Ways to say how to sample: each gets the members of a JSON object."""
+TRITONS = ("generate", "generate-fields", "grpc")
+"""Those of Triton's protocol."""
+GENERATION_PATHS = (
+    *(f"/v2/models/{TOKENS}/infer", f"/v2/models/{TEXT}/generate", f"/v2/models/{TEXT}/generate_stream"),
+    *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
+)
+TEXT_PATHS = (
+    *("/v1/embeddings", "/pooling", "/rerank", "/v1/rerank", "/v2/rerank", "/score", "/v1/score", "/classify"),
+    *("/tokenize", "/detokenize"),
+)

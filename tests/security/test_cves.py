@@ -17,20 +17,25 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from tests.security.site import (
+    GENERATION_PATHS,
     KEY,
     OTHER_KEY,
     TEXT,
+    TEXT_PATHS,
     TOKENS,
     TRANSPORTS,
+    TRITONS,
     VECTORS,
     VOCABULARY,
     Answer,
     Site,
+    answered,
     check_clean,
     site,
     tensor,
@@ -262,7 +267,7 @@ def test_log_probabilities_are_bounded(served: Site, transport: str) -> None:
             flag = '"logprobs":true,' if transport == "chat" and name == "top_logprobs" else ""
             answer = TRANSPORTS[transport](served, f'{flag}"{name}":{value}')
             # more than the vocabulary has stands for all of it in Triton's protocol, and this one is small
-            of_all = transport not in ("completions", "chat") and name != "top_logprobs" and value != "-1"
+            of_all = transport in TRITONS and name != "top_logprobs" and value != "-1"
             assert answer.is_refusal or (of_all and answer.status == 200), answer
     refused(TRANSPORTS[transport](served, '"echo":true,"logprobs":1000000,"max_tokens":1'))
 
@@ -313,8 +318,10 @@ def test_prompts_are_bounded_and_of_the_vocabulary(served: Site) -> None:
         refused(served.post("/v1/embeddings", {"model": VECTORS, "input": texts}))
         refused(served.post("/rerank", {"model": VECTORS, "query": "a", "documents": texts}))
     many = [{"role": "user", "content": ""}] * 50_000
-    for path in ("/v1/chat/completions", "/tokenize"):
-        refused(served.post(path, {"model": TEXT, "messages": many}))
+    for path, extra in (("/v1/chat/completions", {}), ("/tokenize", {}), ("/v1/messages", {"max_tokens": 1})):
+        refused(served.post(path, {"model": TEXT, "messages": many, **extra}))
+    for given in (many, "a " * 500_000):
+        refused(served.post("/v1/responses", {"model": TEXT, "input": given}))
     for body in ({"tokens": [VOCABULARY]}, {"tokens": [-1]}, {"tokens": [5] * 300_000}):
         refused(served.post("/detokenize", {"model": TEXT, **body}))
     for name, value in (
@@ -354,6 +361,27 @@ def test_a_grammar_ends_in_time(served: Site, name: str) -> None:
             continue
         assert served.post(path, body | prompt).status in (200, 400)
         served.serves()
+
+
+_PATTERN = {"type": "string", "pattern": "(a{1,10000}){1,10000}"}
+_SCHEMA = {"type": "object", "properties": {"a": _PATTERN, "b": {"type": 5}}}
+
+
+@about("GHSA-q9q8-922v-2c42", "GHSA-rwxx-mrjm-wc2m", "CVE-2025-48944", "GHSA-vrq3-r879-7m65")
+def test_the_schema_of_a_tool_ends_in_time(served: Site) -> None:
+    messages = [{"role": "user", "content": "Anna"}]
+    function = {"name": "f", "parameters": _SCHEMA}
+    for path, body in (
+        ("chat/completions", {"messages": messages, "tools": [{"type": "function", "function": function}]}),
+        ("responses", {"input": "Anna", "tools": [{"type": "function", **function}]}),
+        ("responses", {"input": "Anna", "text": {"format": {"type": "json_schema", "name": "x", "schema": _SCHEMA}}}),
+    ):
+        chosen = {"tool_choice": "required"} if "tools" in body else {}
+        assert served.post(f"/v1/{path}", {"model": TEXT, **chosen, **body}).status in (200, 400)
+    tool = {"name": "f", "input_schema": _SCHEMA}
+    asked = {"messages": messages, "max_tokens": 2, "tools": [tool], "tool_choice": {"type": "any"}}
+    assert served.post("/v1/messages", {"model": TEXT, **asked}).status in (200, 400)
+    served.serves()
 
 
 # Connections and bytes
@@ -429,6 +457,24 @@ def _ask_completions(site: Site, salt: str | None) -> Answer:
     return site.post("/v1/completions", body)
 
 
+def _ask_chat(site: Site, salt: str | None) -> Answer:
+    body = {"model": TEXT, "messages": [{"role": "user", "content": f"chat {_LONG}"}], "max_tokens": 1}
+    return site.post("/v1/chat/completions", body | ({} if salt is None else {"cache_salt": salt}))
+
+
+def _ask_responses(site: Site, salt: str | None) -> Answer:
+    body = {"model": TEXT, "input": f"response {_LONG}", "max_output_tokens": 1}
+    return site.post("/v1/responses", body | ({} if salt is None else {"cache_salt": salt}))
+
+
+def _ask_messages(site: Site, salt: str | None) -> Answer:
+    body = {"model": TEXT, "messages": [{"role": "user", "content": f"message {_LONG}"}], "max_tokens": 1}
+    return site.post("/v1/messages", body | ({} if salt is None else {"cache_salt": salt}))
+
+
+_ASKS = (_ask_completions, _ask_chat, _ask_responses, _ask_messages)
+
+
 def _ask_grpc(site: Site, salt: str | None) -> Answer:
     message = text_message('{"max_tokens":1}', _LONG.encode())
     if salt is not None:
@@ -446,7 +492,7 @@ def _ask_tokens(site: Site, salt: str | None) -> Answer:
 
 
 @about("CVE-2025-46570", "GHSA-4qjh-9fv9-r85r")
-@pytest.mark.parametrize("ask", [_ask_completions, _ask_generate, _ask_grpc, _ask_tokens])
+@pytest.mark.parametrize("ask", [*_ASKS, _ask_generate, _ask_grpc, _ask_tokens])
 def test_the_prefix_cache_says_nothing_of_others(served: Site, ask: Callable[[Site, str | None], Answer]) -> None:
     """Whether a prompt's beginning was found is what the time of its first token shows."""
     own, other = f"{ask.__name__} own", f"{ask.__name__} other"
@@ -527,6 +573,7 @@ def test_no_tensor_is_made_of_a_small_payload(served: Site) -> None:
 # What is open to whom
 
 
+_CONNECTIONS = 3
 _OPEN = {"/", "/docs", "/health", "/ping", "/v2/health/live", "/v2/health/ready"}
 
 
@@ -544,7 +591,7 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[app.Server
 
     options = ServeOptions(
         model_repository=(str(folder / "models"),),
-        endpoints=EndpointOptions(http_port=0, grpc_port=0, metrics_port=0),
+        endpoints=EndpointOptions(http_port=0, grpc_port=0, metrics_port=0, grpc_max_connections=_CONNECTIONS),
         security=SecurityOptions(api_key_file=str(folder / "keys"), metrics_key_file=str(folder / "metrics")),
     )
     thread = LoopThread()
@@ -620,17 +667,33 @@ def test_a_server_is_of_this_machine_alone_unless_an_address_is_given() -> None:
     assert (endpoints.http_address, endpoints.grpc_address, endpoints.metrics_address) == ("127.0.0.1", "", "")
 
 
+@about("CVE-2025-48956", "GHSA-rxc4-3w6r-4v47")
+def test_connections_over_grpc_are_bounded(empty: tuple[app.Server, dict[int, Sequence[Any]]]) -> None:
+    server = empty[0].grpc
+    assert server is not None
+    place = server.place
+
+    def live(opened: contextlib.ExitStack) -> int:
+        channel = opened.enter_context(grpc.insecure_channel(place, [("grpc.use_local_subchannel_pool", 1)]))
+        call = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
+        return answered(lambda: repr(call(b"", timeout=60))).status
+
+    def lives() -> bool:
+        with contextlib.ExitStack() as opened:
+            return live(opened) == 200
+
+    with contextlib.ExitStack() as opened:
+        assert [live(opened) for _ in range(_CONNECTIONS + 2)] == [200] * _CONNECTIONS + [503, 503]
+    eventually(lives)
+
+
 # Triton Inference Server
 
 
 @about("triton-8680", "triton-8686", "triton-8833")
 @pytest.mark.parametrize(
     "path",
-    [
-        *(f"/v2/models/{TOKENS}/infer", f"/v2/models/{TEXT}/generate", f"/v2/models/{TEXT}/generate_stream"),
-        *("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/pooling", "/rerank", "/score", "/classify"),
-        *("/tokenize", "/detokenize", "/v2/repository/models/x/load", "/v2/logging", "/v1/no-such", "/"),
-    ],
+    [*GENERATION_PATHS, *TEXT_PATHS, "/v2/repository/models/x/load", "/v2/logging", "/v1/no-such", "/"],
 )
 def test_the_same_bytes_are_too_many_at_every_entrance(served: Site, path: str) -> None:
     for length in (str(1 << 40), str((64 << 20) + 1)):
@@ -650,9 +713,7 @@ def test_the_same_bytes_are_too_many_over_grpc(served: Site) -> None:
 
 
 @about("CVE-2025-23310", "CVE-2025-23311")
-@pytest.mark.parametrize(
-    "path", [f"/v2/models/{TOKENS}/infer", f"/v2/models/{TEXT}/generate", "/v1/completions", "/pooling"]
-)
+@pytest.mark.parametrize("path", [*GENERATION_PATHS, "/pooling"])
 def test_chunks_cost_no_stack(served: Site, path: str) -> None:
     """65,537 chunks of 6 bytes, in one body."""
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nx-api-key: {KEY}\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -727,9 +788,8 @@ _NUMBERS = ("1e999", "-1e999", "99999999999999999999999999", "1" * 5000, "NaN", 
 @pytest.mark.parametrize(
     "path",
     [
-        *(f"/v2/models/{TOKENS}/infer", f"/v2/models/{TEXT}/generate", "/v1/completions", "/v1/chat/completions"),
-        *("/v1/embeddings", "/pooling", "/rerank", "/score", "/classify", "/tokenize", "/detokenize"),
-        *("/v2/repository/index", "/v2/logging", "/v2/trace/setting", "/v2/systemsharedmemory/region/x/register"),
+        *(*GENERATION_PATHS, *TEXT_PATHS, "/v2/repository/index"),
+        *("/v2/logging", "/v2/trace/setting", "/v2/systemsharedmemory/region/x/register"),
     ],
 )
 def test_json_is_neither_deep_nor_endless(served: Site, path: str) -> None:

@@ -90,6 +90,22 @@ _CHAT = {
     "messages": [{"role": "system", "content": "Be"}, {"role": "user", "content": [{"type": "text", "text": "Anna"}]}],
     **{"chat_template_kwargs": {"x": 1}, "cache_salt": "a"},
 }
+_FUNCTION = {"name": "look", "parameters": {"type": "object", "properties": {"place": {"type": "string"}}}}
+_TOOLS = {**_CHAT, "tools": [{"type": "function", "function": _FUNCTION}], "tool_choice": "auto"}
+_RESPONSE = {
+    **{"model": TEXT, "input": [{"role": "user", "content": "Anna"}], "max_output_tokens": 3, "temperature": 0.5},
+    **{"tools": [{"type": "function", **_FUNCTION}], "tool_choice": "auto", "stream": True, "store": False, "seed": 1},
+    **{"text": {"format": {"type": "text"}}, "instructions": "Be", "cache_salt": "a", "priority": 1},
+}
+_MESSAGE = {
+    **{"model": TEXT, "max_tokens": 3, "system": "Be", "stop_sequences": ["the"], "top_k": 3, "stream": False},
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "Anna"}]},
+        {"role": "assistant", "content": "a"},
+    ],
+    **{"tools": [{"name": "look", "input_schema": _FUNCTION["parameters"]}], "tool_choice": {"type": "auto"}},
+}
+_COUNT = {name: value for name, value in _MESSAGE.items() if name in ("model", "messages", "system", "tools")}
 _MEMORY = {"key": "/hasten-soak-nothing", "offset": 0, "byte_size": 64}
 _LOAD = {"parameters": {"config": json.dumps({"backend": "hasten", "parameters": {"kind": {"string_value": SPARE}}})}}
 _TRACE = {"trace_level": ["OFF"], "trace_rate": "10", "trace_count": "5", "log_frequency": "0"}
@@ -124,7 +140,11 @@ _GENERATES: list[_Base] = [
 _OPENAI: list[_Base] = [
     *[("/v1/completions", _COMPLETION)] * 3,
     *(("/v1/completions", body) for body in (_CONSTRAINED, _GUIDED, _BEAMS)),
-    *[("/v1/chat/completions", _CHAT)] * 3,
+    *[("/v1/chat/completions", _CHAT)] * 2,
+    ("/v1/chat/completions", _TOOLS),
+    *[("/v1/responses", _RESPONSE)] * 2,
+    *[("/v1/messages", _MESSAGE)] * 2,
+    ("/v1/messages/count_tokens", _COUNT),
 ]
 
 

@@ -57,7 +57,7 @@ class Tally:
         if fault and any(known in text for known in _AS_TRITON):
             code, fault = f"{code} as Triton", False
         self.codes[code] += 1
-        if fault or any(said in text for said in _OWN_FAULT) or (code != "200" and leak(text)):
+        if fault or any(said in text for said in _OWN_FAULT) or (code not in ("200", "OK") and leak(text)):
             self.wrong.append(f"{code} {text[:300]!r} for {what!r:.2000}")
 
 

@@ -31,6 +31,8 @@ StartEngine = Callable[..., Awaitable[EngineClient]]
 Files = Mapping[str, bytes]
 _LONGEST_END_S = 3600.0
 """How long the requests of an unloaded version may go on."""
+_LONGEST_SHOWN = 256
+"""Characters of a model's name in an error: no longer one is a model's."""
 _log = logging.getLogger(__name__)
 
 
@@ -206,7 +208,7 @@ class Registry:
         self.failures.pop(name, None)
 
     async def _describe(self, name: str, config_json: str | None, files: Files) -> Description:
-        failed = f"failed to load '{name}', failed to poll from model repository"
+        failed = f"failed to load '{name[:_LONGEST_SHOWN]}', failed to poll from model repository"
         sent = config_json is not None or bool(files)
         try:
             if sent:
