@@ -27,11 +27,13 @@ if TYPE_CHECKING:
         PoolingOutput,
         PoolingParams,
         PoolingRequestOutput,
+        RequestMetrics,
         RequestOutput,
         SamplingParams,
         ScoringOutput,
         StructuredOutputsParams,
     )
+    from hasten.engine.async_llm import AsyncEngineArgs, AsyncLLM
     from hasten.engine.llm import LLM, run_worker
     from hasten.engine.prompts import TextPrompt, TokensPrompt
 
@@ -39,6 +41,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncEngineArgs",
+    "AsyncLLM",
     "CapacityError",
     "CheckpointError",
     "ChecksumError",
@@ -58,6 +62,7 @@ __all__ = [
     "PoolingParams",
     "PoolingRequestOutput",
     "RankError",
+    "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
     "ScoringOutput",
@@ -71,11 +76,14 @@ __all__ = [
 
 _MODULES = {
     **dict.fromkeys(("LLM", "run_worker"), "hasten.engine.llm"),
+    **dict.fromkeys(("AsyncEngineArgs", "AsyncLLM"), "hasten.engine.async_llm"),
     **dict.fromkeys(("TextPrompt", "TokensPrompt"), "hasten.engine.prompts"),
     **dict.fromkeys(("CompletionOutput", "FinishReason", "Logprob"), "hasten.core.types"),
     **dict.fromkeys(("ClassificationOutput", "EmbeddingOutput", "PoolingOutput", "ScoringOutput"), "hasten.core.types"),
     **dict.fromkeys(("PoolingParams", "PoolingRequestOutput"), "hasten.core.types"),
-    **dict.fromkeys(("RequestOutput", "SamplingParams", "StructuredOutputsParams"), "hasten.core.types"),
+    **dict.fromkeys(
+        ("RequestMetrics", "RequestOutput", "SamplingParams", "StructuredOutputsParams"), "hasten.core.types"
+    ),
 }
 """Where the names are that are no errors."""
 

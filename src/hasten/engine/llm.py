@@ -40,7 +40,7 @@ _NOT_OFFERED = {
 _NOTE_EVERY_S = 0.2
 
 
-def _as_it_is(output: RequestOutput) -> RequestOutput:
+def output_copy(output: RequestOutput) -> RequestOutput:
     """A copy of an output that does not grow with it."""
     outputs = [
         replace(each, token_ids=each.token_ids.copy(), logprobs=None if each.logprobs is None else each.logprobs.copy())
@@ -278,7 +278,7 @@ class LLM(PoolingMethods):
                     if output.request_id in open_ids and isinstance(output, RequestOutput):
                         if output.finished:
                             finished.add(output.request_id)
-                        yield _as_it_is(output)
+                        yield output_copy(output)
         finally:
             self._abandon(ids, finished)
 
@@ -314,7 +314,7 @@ class LLM(PoolingMethods):
         each = params_for_each(len(parsed), params, SamplingParams())
         return self._queue(
             [
-                (prompt.where, _request(prompt, ids, chosen))
+                (prompt.where, prompt_request(prompt, ids, chosen))
                 for prompt, ids, chosen in zip(parsed, self._token_ids(parsed), each, strict=True)
             ],
             stream=stream,
@@ -376,7 +376,8 @@ class _Meter:
             self._bar.note(f"{rate:.0f} tokens/s")
 
 
-def _request(prompt: ParsedPrompt, ids: tuple[int, ...], params: SamplingParams) -> Request:
+def prompt_request(prompt: ParsedPrompt, ids: tuple[int, ...], params: SamplingParams) -> Request:
+    """A request of a prompt with these tokens; its id is still to be given."""
     return Request(request_id="", prompt_token_ids=ids, params=params, prompt=prompt.text, cache_salt=prompt.cache_salt)
 
 
