@@ -125,6 +125,11 @@ def test_a_prefix_cache_that_is_reset_finds_nothing(tiny_bloom: Path, ranks: int
             hits.append(llm.engine.stats.prefix_hit_tokens)
             assert len(made) == 6
         assert [after - before for before, after in pairwise(hits)] == [0, 48, 0, 48]
+        salts = ["a", "a", "b", "", "b"]
+        for salt in salts:
+            llm.generate({"prompt_token_ids": prompt, "cache_salt": salt}, GREEDY)
+            hits.append(llm.engine.stats.prefix_hit_tokens)
+        assert [after - before for before, after in pairwise(hits[-len(salts) - 1 :])] == [0, 48, 0, 48, 48]
 
 
 def test_what_it_is_and_what_it_does_not_do(llm: LLM, folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -59,6 +59,8 @@ def test_all_forms_of_prompts(prompts: Any, wanted: list[Parsed]) -> None:
         ([[5], [5, True]], "prompts[1] has True at position 1", "is not a token id"),
         (np.array([0.5]), "the prompt has 0.5 at position 0", "is not a token id"),
         ({}, "the prompt has neither 'prompt' nor 'prompt_token_ids'", "'prompt_token_ids'"),
+        ({"prompt": "a", "cache_salt": 5}, "the prompt['cache_salt'] must be a text", "got 5"),
+        ({"prompt": "a", "cache_salt": "\ud800"}, "the prompt['cache_salt']", ""),
         ({"text": "a"}, "the prompt has 'text', which is not supported", "'prompt_token_ids'"),
         (
             ["a", {"prompt": "b", "multi_modal_data": {}}],

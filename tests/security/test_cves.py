@@ -689,6 +689,11 @@ def test_connections_over_grpc_are_bounded(empty: tuple[app.Server, dict[int, Se
 
 # Triton Inference Server
 
+_PATHS = (
+    *("CVE-2026-24208", "CVE-2026-24209", "triton-8427", "triton-8659", "triton-8665", "triton-8669"),
+    *("triton-core-465", "triton-core-472"),
+)
+
 
 @about("triton-8680", "triton-8686", "triton-8833")
 @pytest.mark.parametrize(
@@ -722,7 +727,7 @@ def test_chunks_cost_no_stack(served: Site, path: str) -> None:
         assert connection.recv(12) == b"HTTP/1.1 400"
 
 
-@about("CVE-2026-24208", "CVE-2026-24209")
+@about(*_PATHS)
 @pytest.mark.parametrize(
     "name", ["..", "../x", "%2e%2e", "%2e%2e%2fx", "/etc", "a%00b", "..%5cx", "a/../../b", ".hidden"]
 )
@@ -740,7 +745,7 @@ def test_no_path_leads_out_of_the_repository(served: Site, name: str) -> None:
         assert served.ask("GET", route + name).is_refusal or served.ask("GET", route + name).status == 405
 
 
-@about("CVE-2026-24208", "CVE-2026-24209")
+@about(*_PATHS)
 @pytest.mark.parametrize("leads", ["/etc", "../../..", "../x", "/sys/../etc"])
 @pytest.mark.parametrize("parameter", ["model_checkpoint_path", "tokenizer_path", "default_model_filename"])
 def test_a_configuration_that_is_sent_names_no_folder_elsewhere(served: Site, parameter: str, leads: str) -> None:
@@ -751,6 +756,16 @@ def test_a_configuration_that_is_sent_names_no_folder_elsewhere(served: Site, pa
     answer = served.post(f"/v2/repository/models/{TOKENS}/load", body)
     assert "cannot lead elsewhere" in answer.text
     served.serves()
+
+
+@about(*_PATHS)
+@pytest.mark.parametrize("leads", ["/etc/passwd", "../../x", "labels.txt"])
+def test_no_file_of_labels_is_read(served: Site, leads: str) -> None:
+    output = {"name": "output_ids", "data_type": "TYPE_UINT32", "dims": [-1, -1], "label_filename": leads}
+    body = {"parameters": {"config": json.dumps({"backend": "hasten", "max_batch_size": 8, "output": [output]})}}
+    answer = served.post(f"/v2/repository/models/{TOKENS}/load", body)
+    assert answer.status != 200
+    assert "label_filename" in answer.text
 
 
 @about("CVE-2026-24146", "triton-core-493")
