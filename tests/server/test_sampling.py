@@ -196,6 +196,11 @@ def test_parameters_of_a_request_hold_lists_and_objects_as_json(name: str) -> No
     assert getattr(params, name) == (wanted[:1] if name in ("stop", "bad_words") else wanted)
 
 
+def test_json_in_parameters_is_limited() -> None:
+    with pytest.raises(HastenError, match="the JSON has too many values to be read at once"):
+        text_parameters({"logit_bias": json.dumps([[]] * 60_000)})
+
+
 def test_a_schema_may_be_an_object_over_a_network() -> None:
     schema = {"type": "null"}
     for given in ({"json_schema": schema}, {STRUCTURED: {"json": schema}}):

@@ -16,7 +16,7 @@ from hasten.server.call import note_model
 from hasten.server.engine.client import EngineClient
 from hasten.server.lifecycle import Registry, StartEngine
 from hasten.server.models.config import is_decoupled, parameter
-from hasten.server.models.interfaces import TEXT_KINDS, Kind, datatype_name
+from hasten.server.models.interfaces import TEXT_KINDS, Kind
 from hasten.server.models.parameters import TOKEN_MODEL
 from hasten.server.models.text_model import DEFAULT_TOKEN_MODEL
 from hasten.server.repository import Repository
@@ -136,15 +136,10 @@ class Service:
 
     def model_metadata(self, model: str, version: str = "") -> service_pb2.ModelMetadataResponse:
         """A model's tensors; without a version, those of the newest and the numbers of all that serve."""
-        config = self._find(model, version).config
-        serving = [str(one.number) for one in self._registry.versions() if one.name == model and self._serves(one)]
-        batch = (-1,) if config.max_batch_size else ()
-        message = service_pb2.ModelMetadataResponse(
-            name=model, versions=[version] if version else serving, platform=config.platform or config.backend
-        )
-        for tensors, described in ((config.input, message.inputs), (config.output, message.outputs)):
-            for one in tensors:
-                described.add(name=one.name, datatype=datatype_name(one.data_type), shape=(*batch, *one.dims))
+        message = service_pb2.ModelMetadataResponse()
+        message.CopyFrom(self._find(model, version).metadata)
+        serving = (str(one.number) for one in self._registry.versions() if one.name == model and self._serves(one))
+        message.versions.extend([version] if version else serving)
         return message
 
     def _serves(self, version: Version) -> bool:

@@ -7,12 +7,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
+
+from tritonclient.grpc import service_pb2
 
 from hasten.core.errors import HastenError, exit_status
 from hasten.server.engine.client import Progress
 from hasten.server.errors import service_error
 from hasten.server.models.config import is_decoupled, parameter
-from hasten.server.models.interfaces import TEXT_KINDS, Kind
+from hasten.server.models.interfaces import TEXT_KINDS, Kind, datatype_name
 from hasten.server.models.model import Model
 from hasten.server.models.parameters import TOKEN_MODEL
 from hasten.server.models.text_model import DEFAULT_TOKEN_MODEL
@@ -62,6 +65,17 @@ class Version:
         """What computes its requests, once it is loaded."""
         assert self._model is not None, "it is loaded before it serves"
         return self._model
+
+    @cached_property
+    def metadata(self) -> service_pb2.ModelMetadataResponse:
+        """Its name, platform and tensors; not to be changed."""
+        config = self.config
+        message = service_pb2.ModelMetadataResponse(name=self.name, platform=config.platform or config.backend)
+        batch = (-1,) if config.max_batch_size else ()
+        for tensors, described in ((config.input, message.inputs), (config.output, message.outputs)):
+            for one in tensors:
+                described.add(name=one.name, datatype=datatype_name(one.data_type), shape=(*batch, *one.dims))
+        return message
 
     @property
     def failed(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 from hasten.core.sampling import KINDS
 from hasten.core.values import Kind
+from hasten.server.json_size import check_json_size
 from hasten.server.tokenizing import check_entries
 from hasten.server.types import ErrorKind, ServiceError
 
@@ -47,14 +48,19 @@ def _list_of(kind: type) -> Callable[[Any], Any]:
     return read
 
 
+def _loaded(text: str) -> Any:
+    check_json_size(text.encode(errors="replace"))
+    return json.loads(text)
+
+
 def _choice(value: Any) -> Any:
     """Several texts, in a request's parameters as JSON; one alone would be nothing to choose from."""
-    return _list_of(str)(json.loads(value) if isinstance(value, str) and value.startswith("[") else value)
+    return _list_of(str)(_loaded(value) if isinstance(value, str) and value.startswith("[") else value)
 
 
 def _from_json(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """For values that a request's parameters, which have no lists and no objects, hold as JSON."""
-    return lambda value: read(json.loads(value) if isinstance(value, str) else value)
+    return lambda value: read(_loaded(value) if isinstance(value, str) else value)
 
 
 def _runs(value: Any) -> Any:
@@ -95,7 +101,8 @@ _READERS_OF: Mapping[str, Callable[[Any], Any]] = {
 def sampling_options(raw: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, Any]:
     """Keyword arguments of SamplingParams from JSON; ServiceError for an unknown name or a wrong value. Null: unset.
 
-    `known` has the names that there may be. InvalidRequestError for too many entries of one.
+    `known` has the names that there may be. InvalidRequestError for too many entries of one, or JSON that is
+    too large to be read at once.
     """
     check_entries(raw)
     options = {}
