@@ -23,6 +23,8 @@ class SimulatedEngine:
     tokenizer: Tokenizer | None = None
     eos_token_ids = (2,)
     tool_call_parser = "auto"
+    text = ""
+    """Of all completions, if it is not to be the sum of the prompt."""
 
     def __init__(self, window: int = 8, before_step: Callable[[], object] = lambda: None) -> None:
         self.window = window
@@ -46,7 +48,7 @@ class SimulatedEngine:
         return [self._finished(self._waiting.pop()) for _ in range(min(_STEP_PROMPTS, len(self._waiting)))]
 
     def _finished(self, request: Request) -> RequestOutput:
-        text = str(sum(request.prompt_token_ids))
+        text = self.text or str(sum(request.prompt_token_ids))
         failed = request.prompt_token_ids[-1] == 0
         reason = FinishReason.ERROR if failed else FinishReason.LENGTH
         outputs = [CompletionOutput(n, text, [n + 1], 0.0, None, reason, "no room") for n in range(request.params.n)]

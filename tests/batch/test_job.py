@@ -111,6 +111,9 @@ def test_parquet_needs_a_package_that_is_named(tmp_path: Path, monkeypatch: pyte
         run(parquet(tmp_path / "in", [{"prompt": [1]}]), tmp_path / "out")
 
 
+NAMED = {"type": "function", "function": {"name": "g"}}
+
+
 def test_chats_go_through_the_template(tmp_path: Path, demo_tokenizer_engine: SimulatedEngine) -> None:
     chat = [{"role": "user", "content": "hello"}]
     rows = [openai_row("c", "/v1/chat/completions", messages=chat), {"id": "p", "messages": chat}]
@@ -120,6 +123,28 @@ def test_chats_go_through_the_template(tmp_path: Path, demo_tokenizer_engine: Si
     assert found["c"]["object"] == "chat.completion"
     assert found["c"]["choices"][0]["message"]["role"] == "assistant"
     assert found["c"]["choices"] == found["p"]["choices"]
+
+
+def test_chats_call_tools(tmp_path: Path, demo_tokenizer_engine: SimulatedEngine) -> None:
+    called = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    engine, chat = demo_tokenizer_engine, [{"role": "user", "content": "hello"}]
+    engine.template = ChatTemplate("{{ tools | tojson }}<tool_call>{{ messages[0].content }}", {})
+    engine.max_model_len, engine.text = 512, called
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    rows = [
+        openai_row("tools", "/v1/chat/completions", messages=chat, tools=tools),
+        openai_row("none", "/v1/chat/completions", messages=chat, tools=tools, tool_choice="none"),
+        openai_row("wrong", "/v1/chat/completions", messages=chat, tools=tools, tool_choice=NAMED),
+    ]
+    run(write_rows(tmp_path / "in", rows), tmp_path / "out", engine)
+    found = {line["custom_id"]: line["response"]["body"] for line in lines(tmp_path / "out", "results")}
+    message = found["tools"]["choices"][0]["message"]
+    assert message["content"] is None
+    assert [call["function"] for call in message["tool_calls"]] == [{"name": "f", "arguments": '{"a": 1}'}]
+    assert found["none"]["choices"][0]["message"] == {"role": "assistant", "content": called}
+    assert found["none"]["usage"]["prompt_tokens"] < found["tools"]["usage"]["prompt_tokens"]
+    (error,) = lines(tmp_path / "out", "errors")
+    assert "tool_choice names 'g', which is not one of the tools" in json.dumps(error)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import struct
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -57,6 +58,8 @@ from hasten.server.protocol.http import http_app
 from hasten.server.protocol.settings import LogSettings
 from hasten.server.protocol.shared_memory import FOLDER, SharedMemory
 from hasten.server.security import ApiKeys
+from hasten.server.tools.forms import HERMES, LLAMA, MISTRAL, ToolForm
+from hasten.server.tools.parser import ToolParser
 from hasten.server.types import ServiceError
 
 pytestmark = pytest.mark.any_python
@@ -382,6 +385,20 @@ def test_the_schema_of_a_tool_ends_in_time(served: Site) -> None:
     asked = {"messages": messages, "max_tokens": 2, "tools": [tool], "tool_choice": {"type": "any"}}
     assert served.post("/v1/messages", {"model": TEXT, **asked}).status in (200, 400)
     served.serves()
+
+
+@about("CVE-2025-48887")
+@pytest.mark.parametrize("form", [HERMES, LLAMA, MISTRAL], ids=lambda form: form.name)
+def test_calls_of_tools_are_read_in_a_linear_time(form: ToolForm) -> None:
+    """A regular expression over the whole answer took an exponential time; 200,000 characters take some 50 ms here."""
+    for opening in ("", f'{form.opening}{{"name": "f", "arguments": ', f'{form.opening}{{"x": "'):
+        for unit in ("<", "{", "[", " ", '"', "\\", '{"', form.opening, f"{form.opening}{{", '{"name": "f", '):
+            parser, text = ToolParser(form, {"f"}), opening + unit * (200_000 // len(unit))
+            began = time.process_time()
+            for at in range(0, len(text), 65_536):
+                parser.feed(text[at : at + 65_536])
+            parser.end()
+            assert time.process_time() - began < 5, (opening, unit)
 
 
 # Connections and bytes

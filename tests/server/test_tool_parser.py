@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import pytest
@@ -124,16 +123,6 @@ PARTS = [
 def test_any_text_is_read_alike_whole_and_in_pieces(form: ToolForm, parts: list[str], length: int) -> None:
     text = "".join(parts)
     assert read(form, text, length) == read(form, text, 10_000)
-
-
-@pytest.mark.parametrize("form", [HERMES, LLAMA, MISTRAL], ids=lambda form: form.name)
-def test_cve_2025_48887_long_answers_take_a_linear_time(form: ToolForm) -> None:
-    """A regular expression over the whole answer took an exponential time; 200,000 characters take some 50 ms here."""
-    for opening in ("", f'{form.opening}{{"name": "f", "arguments": ', f'{form.opening}{{"x": "'):
-        for unit in ("<", "{", "[", " ", '"', "\\", '{"', form.opening, f"{form.opening}{{", '{"name": "f", '):
-            began = time.process_time()
-            read(form, opening + unit * (200_000 // len(unit)), 65_536)
-            assert time.process_time() - began < 5, (opening, unit)
 
 
 def test_what_is_held_back_is_bounded() -> None:

@@ -6,13 +6,17 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from tests.server.openai_site import Site
 from tests.server.tool_model import CLOCK, TOOL_TEMPLATE, TOOLS, WEATHER
 from tests.waiting import eventually
 
+from hasten.core.config import EngineConfig
+from hasten.core.errors import ConfigError
 from hasten.engine.chat import ChatTemplate
+from hasten.server.engine.client import EngineClient
 
 CHAT: Any = [{"role": "user", "content": "Anna opened the door."}]
 COMMON: dict[str, Any] = {"model": "story", "messages": CHAT, "tools": TOOLS, "max_tokens": 120}
@@ -47,7 +51,7 @@ def check_call(call: Any) -> None:
 
 @pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
 def test_a_call_that_must_come_has_arguments_by_its_schema(client: openai.OpenAI, choice: Any) -> None:
-    made = client.chat.completions.create(**COMMON, tool_choice=choice, n=4, seed=1, parallel_tool_calls=False)
+    made = client.chat.completions.create(**COMMON, tool_choice=choice, n=2, seed=1, parallel_tool_calls=False)
     for answer in made.choices:
         assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
         assert answer.message.tool_calls is not None
@@ -70,7 +74,7 @@ def test_several_calls_come_in_one_answer(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
 def test_a_streamed_call_adds_up_to_the_whole(client: openai.OpenAI, choice: Any) -> None:
-    common = COMMON | {"tool_choice": choice, "seed": 3, "n": 2, "logprobs": True}
+    common = COMMON | {"tool_choice": choice, "seed": 3, "n": 2 if choice == "required" else 1, "logprobs": True}
     whole = client.chat.completions.create(**common)
     pieces = list(client.chat.completions.create(**common, stream=True, stream_options={"include_usage": True}))
     assert pieces[-1].usage == whole.usage
@@ -125,7 +129,7 @@ def test_a_call_goes_with_an_answer_that_keeps_to_a_schema(client: openai.OpenAI
     }
     tools = [WEATHER | {"function": WEATHER["function"] | {"strict": True}}]
     kinds = set()
-    for seed in range(6):
+    for seed in range(4):
         made = client.chat.completions.create(
             **COMMON | {"tools": tools, "seed": seed}, response_format=form, parallel_tool_calls=False
         )
@@ -229,6 +233,48 @@ def test_what_is_wrong_with_tools_is_named(client: openai.OpenAI, name: str) -> 
     with pytest.raises(openai.BadRequestError, match=message) as caught:
         client.chat.completions.create(**COMMON | fields)
     assert caught.value.body["param"] == param  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("parser", "key"), [("llama3_json", "parameters"), ("mistral", "arguments")])
+def test_the_form_of_calls_can_be_named(
+    client: openai.OpenAI, tool_site: Site, monkeypatch: pytest.MonkeyPatch, parser: str, key: str
+) -> None:
+    assert tool_site.engine("tokens").tool_call_parser == "auto"
+    monkeypatch.setattr(EngineClient, "tool_call_parser", parser)
+    common = COMMON | {"tool_choice": "required", "seed": 1, "parallel_tool_calls": False}
+    answer = client.chat.completions.create(**common).choices[0]
+    assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
+    assert answer.message.tool_calls is not None
+    (call,) = answer.message.tool_calls
+    json.loads(call.function.arguments)
+    assert len(call.id) == 9 if parser == "mistral" else call.id.startswith("call_")
+    written = client.chat.completions.create(**common, logprobs=True).choices[0].logprobs
+    assert written is not None
+    text = "".join(token.token for token in written.content or ())
+    assert text.startswith("[TOOL_CALLS][{" if parser == "mistral" else "{")
+    assert f'"{key}": ' in text
+
+
+def test_an_unknown_form_is_refused() -> None:
+    assert EngineConfig.create("m", tool_call_parser="mistral").tool_call_parser == "mistral"
+    with pytest.raises(ConfigError, match="tool_call_parser 'pythonic' is not known; there is auto, hermes"):
+        EngineConfig.create("m", tool_call_parser="pythonic")
+
+
+@pytest.mark.parametrize("depth", [200, 960, 100_000])
+def test_what_is_nested_too_deeply_is_the_clients_fault(tool_site: Site, depth: int) -> None:
+    deep = '{"a":' * depth + "{}" + "}" * depth
+    head = '{"model":"story","messages":[{"role":"user","content":"a"}]'
+    bodies = {
+        "chat/completions": f'{head},"tools":[{{"type":"function","function":{{"name":"f","parameters":{deep}}}}}]',
+        "messages": f'{head},"max_tokens":2,"tools":[{{"name":"f","input_schema":{deep}}}]',
+        "responses": f'{{"model":"story","input":"a","tools":[{{"type":"function","name":"f","parameters":{deep}}}]',
+    }
+    for path, body in bodies.items():
+        choice = '{"type":"any"}' if path == "messages" else '"required"'
+        content = f'{body},"tool_choice":{choice}}}'.encode()
+        answer = httpx.post(f"{tool_site.url}/v1/{path}", content=content, timeout=60)
+        assert answer.status_code == 400, answer.text
 
 
 def test_a_template_without_tools_is_named(client: openai.OpenAI, tool_site: Site, monkeypatch: Any) -> None:

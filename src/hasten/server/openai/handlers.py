@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from hasten.core.errors import HastenError
+from hasten.core.errors import HastenError, InvalidRequestError
 from hasten.server.by_size import by_size
 from hasten.server.engine.client import EngineClient, QueueError
 from hasten.server.http_errors import CLIENT_GONE, retry_after
@@ -35,6 +35,8 @@ def guarded(handler: Handler, operation: Operation, answer: ErrorAnswer = error_
             return Response(status_code=CLIENT_GONE)
         except HTTPException:
             raise
+        except RecursionError:
+            return _error_response(InvalidRequestError("the request's lists and objects are nested too deeply"), answer)
         except Exception as error:
             if not isinstance(error, HastenError):
                 _log.exception("%s %s failed", request.method, request.url.path)

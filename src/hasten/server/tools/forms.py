@@ -51,7 +51,7 @@ def _parser_of(source: str) -> str:
         return "hermes"
     if MISTRAL.opening in source:
         return "mistral"
-    if LLAMA.opening in source or '"parameters"' in source:
+    if LLAMA.opening in source or '"name": function name, "parameters"' in source:
         return "llama3_json"
     raise InvalidRequestError(
         "tools: the model's chat template does not show in which form the model writes calls; "
