@@ -6,10 +6,12 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 
 _INTERVAL_MS = 100
-_FIELDS = ("index", "power.draw", "clocks.sm", "clocks.mem")
+_FIELDS = ("timestamp", "index", "power.draw", "clocks.sm", "clocks.mem")
+_TIME = "%Y/%m/%d %H:%M:%S.%f"
 _STATE = ("name", "driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem")
 _QUERY_S, _STOP_S = 20.0, 5.0
 
@@ -36,11 +38,38 @@ class GpuState:
     max_memory_clock_mhz: float | None
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A GPU at one moment."""
+
+    at: float
+    """Seconds, as `time.time` counts them."""
+    gpu: str
+    watts: float
+    sm_clock_mhz: float
+    memory_clock_mhz: float
+
+
 @dataclass
 class Meter:
-    """Filled when the block of `metered` ends; None where no GPU could be read."""
+    """Has all samples once the block of `metered` has ended; none where no GPU could be read."""
 
-    power: Power | None = None
+    samples: list[Sample] = field(default_factory=list)
+
+    def between(self, start: float, end: float) -> Power | None:
+        """The means between two moments; of all samples where none lies between them, None where there are none."""
+        within = [sample for sample in self.samples if start <= sample.at <= end] or self.samples
+        if not within:
+            return None
+        by_gpu: dict[str, list[float]] = {}
+        for sample in within:
+            by_gpu.setdefault(sample.gpu, []).append(sample.watts)
+        return Power(
+            watts=sum(map(statistics.mean, by_gpu.values())),
+            sm_clock_mhz=statistics.mean(sample.sm_clock_mhz for sample in within),
+            memory_clock_mhz=statistics.mean(sample.memory_clock_mhz for sample in within),
+            samples=len(within),
+        )
 
 
 def gpu_states(ids: Sequence[str]) -> list[GpuState]:
@@ -82,7 +111,7 @@ def metered(ids: Sequence[str]) -> Iterator[Meter]:
                 sampler.kill()
                 sampler.wait()
         output.seek(0)
-        meter.power = power_of(output.read())
+        meter.samples = samples_of(output.read())
 
 
 def _command(fields: Sequence[str], ids: Sequence[str]) -> list[str] | None:
@@ -92,24 +121,15 @@ def _command(fields: Sequence[str], ids: Sequence[str]) -> list[str] | None:
     return [program, f"--id={','.join(ids)}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
 
 
-def power_of(output: str) -> Power | None:
-    """The means of nvidia-smi's lines `index, watts, MHz, MHz`: watts are summed over GPUs; None without samples."""
-    by_gpu: dict[str, list[tuple[float, float, float]]] = {}
+def samples_of(output: str) -> list[Sample]:
+    """The samples of nvidia-smi's lines `timestamp, index, watts, MHz, MHz`; lines without figures are left out."""
+    found = []
     for line in output.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
-        values = [_float(cell) for cell in cells[1:]]
-        if len(cells) == len(_FIELDS) and None not in values:
-            watts, sm, memory = (value for value in values if value is not None)
-            by_gpu.setdefault(cells[0], []).append((watts, sm, memory))
-    if not by_gpu:
-        return None
-    every = [sample for samples in by_gpu.values() for sample in samples]
-    return Power(
-        watts=sum(statistics.mean(sample[0] for sample in samples) for samples in by_gpu.values()),
-        sm_clock_mhz=statistics.mean(sample[1] for sample in every),
-        memory_clock_mhz=statistics.mean(sample[2] for sample in every),
-        samples=len(every),
-    )
+        values = [value for cell in cells[2:] if (value := _float(cell)) is not None]
+        if len(cells) == len(_FIELDS) and len(values) == len(cells) - 2:
+            found.append(Sample(datetime.strptime(cells[0], _TIME).timestamp(), cells[1], *values))
+    return found
 
 
 def _float(text: str) -> float | None:

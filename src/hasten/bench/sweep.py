@@ -1,6 +1,7 @@
 """A served model with more and more requests in flight: what it gives all users, and what each of them."""
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,8 +97,8 @@ class Server:
         client = ClientOptions(target=self.target, max_concurrency=concurrency)
         load = LoadOptions(schedules=[schedule], warm_ups=2, show_progress=False)
         with metered(self.gpus) as meter:
-            [result] = measure(client, workload, self.writer, load)
-        return _point(concurrency, result, meter.power)
+            [(result, end)] = [(each, time.time()) for each in measure(client, workload, self.writer, load)]
+        return _point(concurrency, result, meter.between(end - result.duration, end))
 
 
 def _point(concurrency: int, result: LoadResult, power: Power | None) -> Point:

@@ -62,8 +62,9 @@ def run(args: argparse.Namespace) -> int:
     require_extra("serve", "hasten report")
     from hasten.bench import report as files
     from hasten.bench.against import Against
+    from hasten.bench.evaluation.options import FULL, QUICK, ReportOptions
     from hasten.bench.evaluation.page import write_page
-    from hasten.bench.evaluation.run import FULL, QUICK, Evaluation, ReportOptions
+    from hasten.bench.evaluation.run import Evaluation
     from hasten.bench.slo import Slo
     from hasten.cli.demo import demo_file
     from hasten.parallel.rank import rank_from_environment

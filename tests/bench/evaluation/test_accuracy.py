@@ -52,6 +52,7 @@ def test_a_difference_is_located_and_its_margin_is_the_models_own(tiny_bloom: Pa
     assert comparison.accuracy_difference == 50.0
     (difference,) = comparison.differing
     assert (difference.number, difference.position) == (2, 1)
+    assert (difference.their_token_id, difference.our_token_id) == (other[1], target[1])
     assert difference.their_token == tokenizer.decode([other[1]])
     assert difference.our_token == tokenizer.decode([target[1]])
     model = AutoModelForCausalLM.from_pretrained(tiny_bloom)

@@ -43,7 +43,9 @@ class Difference:
     position: int
     """Of the first token that differs, from 0."""
     their_token: str
+    their_token_id: int
     our_token: str
+    our_token_id: int
     margin: float
     """Log-probability of our token minus that of theirs, in nats, as hasten computes both."""
 
@@ -167,6 +169,8 @@ def _difference(number: int, theirs: Answer, ours: Answer, margin: float, tokeni
         ours=ours.model_answer,
         position=at,
         their_token=tokenizer.decode([theirs.answer_ids[at]]),
+        their_token_id=theirs.answer_ids[at],
         our_token=tokenizer.decode([ours.answer_ids[at]]),
+        our_token_id=ours.answer_ids[at],
         margin=margin,
     )

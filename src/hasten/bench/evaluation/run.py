@@ -1,39 +1,35 @@
 """The measurements of a report, section by section."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hasten.bench import lambada, latency, startup
-from hasten.bench.against import Against, VllmEngine
-from hasten.bench.continuous import ContinuousEngine
-from hasten.bench.converted import CTranslate2Engine
-from hasten.bench.engines import Engine, HastenEngine, HuggingFaceEngine
+from hasten.bench.engines import HastenEngine
 from hasten.bench.evaluation.accuracy import Accuracy, accuracy
+from hasten.bench.evaluation.engines import Engines
 from hasten.bench.evaluation.form import Knee, Latencies, ModelReport, Starts
 from hasten.bench.evaluation.headline import headline
 from hasten.bench.evaluation.limits import Plan, cost, plan, roofline
+from hasten.bench.evaluation.options import ReportOptions
 from hasten.bench.evaluation.provenance import file_hashes, provenance
 from hasten.bench.evaluation.store import SectionStore
 from hasten.bench.lambada import Sample
 from hasten.bench.load.prompts import PromptWriter
-from hasten.bench.peers import NotMeasured, Peer, failed
 from hasten.bench.report import environment
 from hasten.bench.slo import Slo
-from hasten.bench.sweep import Sweep, SweepOptions, knee, running, started, sweep
+from hasten.bench.sweep import Sweep, knee, running, started, sweep
 from hasten.bench.workloads import fixed
-from hasten.checkpoint.hub import model_name, resolve_engine, resolve_model
+from hasten.checkpoint.hub import model_name, resolve_engine
+from hasten.checkpoint.hugging_face import read_format
 from hasten.checkpoint.plan import open_checkpoint
-from hasten.core.config import EngineConfig
+from hasten.core.config import EngineConfig, ModelConfig
 from hasten.core.errors import ConfigError, HastenError, UnsupportedError
-from hasten.engine.llm import LLM
 from hasten.engine.planning import hardware
 from hasten.engine.planning.plan import Setup, setup_of
 from hasten.engine.text import Tokenizer
@@ -41,67 +37,6 @@ from hasten.engine.worker import compute_dtype, rank_device
 from hasten.ops import TORCH_DTYPES
 from hasten.parallel.groups import TensorGroup
 from hasten.parallel.threads import limit_threads
-
-_MEMORY = 0.9
-"""Of a GPU, that the engines of one process use together."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scale:
-    """How much is measured."""
-
-    samples: int | None
-    """Texts at most; None: all."""
-    accuracy_repetitions: int
-    batch_sizes: tuple[int, ...]
-    repetitions: int
-    latency_length: int
-    """Tokens of prompts and outputs."""
-    concurrencies: tuple[int, ...]
-    load: SweepOptions
-    starts: int
-
-
-FULL = Scale(
-    samples=None,
-    accuracy_repetitions=3,
-    batch_sizes=(1, 8, 32),
-    repetitions=3,
-    latency_length=128,
-    concurrencies=(1, 2, 4, 8, 16, 32, 64, 128, 256),
-    load=SweepOptions(),
-    starts=2,
-)
-QUICK = Scale(
-    samples=128,
-    accuracy_repetitions=1,
-    batch_sizes=(1, 16),
-    repetitions=2,
-    latency_length=32,
-    concurrencies=(1, 4, 16),
-    load=SweepOptions(prompt_length=64, output_length=32, least_requests=8, rounds=2),
-    starts=1,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportOptions:
-    """What to report on."""
-
-    model: str
-    engine: Mapping[str, Any]
-    """Keyword arguments of EngineConfig.create besides the model."""
-    dataset: str
-    """File of JSON lines, each an object with `text`."""
-    hf_model: str | None = None
-    """What Hugging Face and others run; None: the model."""
-    against: Against
-    slo: Slo
-    price_per_hour: float | None = None
-    scale: Scale = FULL
-    batch_size: int = 16
-    """Of texts."""
-    command: str = ""
 
 
 class Evaluation:
@@ -111,7 +46,7 @@ class Evaluation:
     """
 
     def __init__(self, options: ReportOptions, folder: Path, *, fresh: bool, say: Callable[[str], None]) -> None:
-        self._options, self._say = options, say
+        self._say = say
         self._threads = limit_threads()
         self._engine = resolve_engine(EngineConfig.create(options.model, **options.engine))
         self._model = open_checkpoint(self._engine.model, dummy=torch.device("cpu")).config
@@ -119,10 +54,12 @@ class Evaluation:
             raise UnsupportedError(f"{self._model.architecture} is no decoder that continues texts; use hasten bench")
         self._engine.parallel.validate(self._model)
         self._engine.scheduler.validate(self._model)
+        limit = _longest_sequence(self._engine, self._model)
+        self._options = dataclasses.replace(options, scale=options.scale.within(limit))
         self._device = rank_device(self._engine, TensorGroup(), 1)
         self._setup = self._setup_of_engine()
         self._tokenizer = Tokenizer.from_folder(self._engine.tokenizer or self._engine.model)
-        self._samples = self._read_samples()
+        self._samples = self._read_samples(limit)
         say("hashes of the files …")
         self._files = file_hashes(Path(self._engine.model))
         self._gpus = _gpu_ids(self._device, self._engine.parallel.ranks)
@@ -132,7 +69,8 @@ class Evaluation:
         identity = {
             "model": self._provenance.model_sha256,
             "packages": self._provenance.packages,
-            "device": self._provenance.gpus or self._provenance.processor,
+            "device": environment(self._device, TORCH_DTYPES[self._setup.dtype]).device,
+            "gpus": self._provenance.gpus,
             "threads": self._threads,
             "engine": dict(options.engine),
         }
@@ -144,7 +82,8 @@ class Evaluation:
         planned = self._plan(notes)
         starts = self._store.section("start", Starts, {"repetitions": options.scale.starts}, self._starts)
         sweeps = [self._sweep(), *(self._sweep_of(url) for url in options.against.urls)]
-        with self._engines() as engines:
+        with ExitStack() as stack:
+            engines = Engines(stack, options, self._engine, self._max_len(), self._threads)
             found = self._accuracy(engines)
             latencies = self._latencies(engines)
         own = [each for each in latencies.results if each.engine == HastenEngine.label]
@@ -171,12 +110,19 @@ class Evaluation:
         report["headline"] = headline(report)
         return report
 
+    def _max_len(self) -> int:
+        longest = max(len(sample.prompt_ids) + len(sample.target_ids) for sample in self._samples) + 1
+        return max(longest, 2 * self._options.scale.latency_length)
+
     def _setup_of_engine(self) -> Setup:
         dtype = compute_dtype(self._engine.dtype, self._model, self._device)
         return setup_of(self._engine, dtype, self._device.type)
 
-    def _read_samples(self) -> list[Sample]:
-        samples = lambada.read_samples(self._options.dataset, self._tokenizer)
+    def _read_samples(self, limit: int | None) -> list[Sample]:
+        found = lambada.read_samples(self._options.dataset, self._tokenizer)
+        samples = [each for each in found if limit is None or len(each.prompt_ids) + len(each.target_ids) < limit]
+        if not samples:
+            raise ConfigError(f"{self._options.dataset} has no text of less than {limit} tokens, the model's longest")
         most = self._options.scale.samples
         if most is None or len(samples) <= most:
             return samples
@@ -186,6 +132,9 @@ class Evaluation:
         """Device and memory; None, with a note, for models that a plan does not know."""
         if self._engine.parallel.pipeline_parallel_size > 1:
             notes.append("no memory plan and no roofline: they do not know pipeline stages")
+            return None
+        if (stored := self._stored_format()) is not None:
+            notes.append(f"no memory plan and no roofline: they do not know the bytes of weights in {stored}")
             return None
         try:
             gpu = hardware.this_gpu() if self._device.type == "cuda" else None
@@ -198,6 +147,12 @@ class Evaluation:
         except HastenError as error:
             notes.append(f"no memory plan and no roofline: {error}")
             return None
+
+    def _stored_format(self) -> str | None:
+        """The name of the format of a checkpoint whose weights stay quantized as they are; None for any other."""
+        folder = Path(self._engine.model)
+        stored = read_format(folder) if (folder / "config.json").is_file() else None
+        return stored.name if stored is not None and stored.is_held else None
 
     def _starts(self) -> Starts:
         options = {name: value for name, value in self._options.engine.items() if name != "revision"}
@@ -227,7 +182,7 @@ class Evaluation:
         most = self._engine.scheduler.max_num_seqs
         return [each for each in self._options.scale.concurrencies if each <= most] or [most]
 
-    def _accuracy(self, engines: "_Engines") -> Accuracy:
+    def _accuracy(self, engines: Engines) -> Accuracy:
         options = self._options
         scale = options.scale
 
@@ -258,7 +213,7 @@ class Evaluation:
         }
         return self._store.section("accuracy", Accuracy, known, measure)
 
-    def _latencies(self, engines: "_Engines") -> Latencies:
+    def _latencies(self, engines: Engines) -> Latencies:
         scale = self._options.scale
 
         def measure() -> Latencies:
@@ -282,95 +237,18 @@ class Evaluation:
     def _engine_options(self) -> dict[str, Any]:
         return {"against": self._options.against.engines, "hf_model": self._options.hf_model}
 
-    @contextmanager
-    def _engines(self) -> "Iterator[_Engines]":
-        longest = max(len(sample.prompt_ids) + len(sample.target_ids) for sample in self._samples) + 1
-        with ExitStack() as stack:
-            yield _Engines(
-                stack, self._options, self._engine, max(longest, 2 * self._options.scale.latency_length), self._threads
-            )
-
-
-class _Engines:
-    """The engines of this process, loaded when they are first needed; the stack closes them."""
-
-    def __init__(
-        self, stack: ExitStack, options: ReportOptions, engine: EngineConfig, max_len: int, threads: int
-    ) -> None:
-        self._stack, self._options, self._engine = stack, options, engine
-        self._max_len, self._threads = max_len, threads
-        self._unsupported: list[NotMeasured] = []
-
-    @cached_property
-    def llm(self) -> LLM:
-        """Hasten's engine, with its part of a GPU's memory."""
-        options: dict[str, Any] = {
-            # the others have no cache between calls; with it on, the untimed batch would also pay for a timed one
-            "enable_prefix_caching": False,
-            "gpu_memory_utilization": self._memory,
-            "max_model_len": self._max_len,
-            "progress_bars": False,
-            **self._options.engine,
-        }
-        for name in ("revision", "download_dir"):
-            options.pop(name, None)
-        if self._engine.tokenizer is not None:
-            options["tokenizer"] = self._engine.tokenizer
-        return self._stack.enter_context(LLM(self._engine.model, **options))
-
-    @cached_property
-    def all(self) -> list[Engine]:
-        """Those that hasten is compared with, and hasten as the last."""
-        own = HastenEngine(self.llm)
-        others = [engine for name in self._options.against.engines for engine in self._others(name, own)]
-        return [*map(Peer, others), own]
-
-    @property
-    def not_measured(self) -> list[NotMeasured]:
-        """Engines without results so far."""
-        return [*self._unsupported, *failed(self.all)]
-
-    @property
-    def _memory(self) -> float:
-        return _MEMORY / (1 + len(self._options.against.engines))
-
-    def _others(self, name: str, own: HastenEngine) -> list[Engine]:
-        """The engines of a name: transformers has two."""
-        folder = str(resolve_model(self._options.hf_model or self._engine.model))
-        if name == "hf":
-            return self._hugging_face(folder, own)
-        if self._engine.load_format == "dummy":
-            raise ConfigError(f"{name} cannot be compared with dummy weights; leave it out of --against")
-        if name == "vllm":
-            vllm = VllmEngine(
-                folder,
-                dtype=own.dtype,
-                device=own.device,
-                max_len=self._max_len,
-                memory=self._memory,
-                ranks=self._engine.parallel.tensor_parallel_size,
-            )
-            self._stack.callback(vllm.close)
-            return [vllm]
-        return [CTranslate2Engine(name, folder, dtype=own.dtype, device=own.device, threads=self._threads)]
-
-    def _hugging_face(self, folder: str, own: HastenEngine) -> list[Engine]:
-        load_format = self._engine.load_format
-        padded = HuggingFaceEngine(
-            folder, dtype=str(own.dtype), device=str(own.device), load_format=load_format, threads=self._threads
-        )
-        try:
-            return [padded, ContinuousEngine(padded)]
-        except UnsupportedError as error:
-            self._unsupported.append(NotMeasured(ContinuousEngine.label, str(error)))
-            return [padded]
-
 
 def hash_of(samples: Sequence[Sample]) -> str:
     """A hash of texts."""
     from hashlib import sha256
 
     return sha256("\n".join(sample.prompt + sample.target for sample in samples).encode()).hexdigest()
+
+
+def _longest_sequence(engine: EngineConfig, model: ModelConfig) -> int | None:
+    """Tokens of the longest sequence that options or learned positions allow; None: any."""
+    learned = model.max_position_embeddings if model.num_positions else None
+    return engine.scheduler.max_model_len or learned
 
 
 def _knee(measured: Sweep, slo: Slo) -> Knee:
