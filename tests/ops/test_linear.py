@@ -11,7 +11,7 @@ from tests.ops.conftest import exactly_activated
 from torch import Tensor
 
 from hasten import ops
-from hasten.ops import cpu, reference
+from hasten.ops import cpu, cpu_bf16, reference
 from hasten.ops.compiled_rows import compiled_rows
 
 pytestmark = pytest.mark.any_python
@@ -227,8 +227,21 @@ def test_a_shared_weight_is_copied_only_where_it_must_be_widened(out: int, into:
     held = [tensor for tensor in (packed.plain, packed.blocked) if tensor is not None]
     if dtype == torch.float32:
         assert [tensor.data_ptr() for tensor in held] == [weight.data_ptr()]
+    elif dtype == torch.bfloat16 and cpu_bf16.is_supported():
+        assert [tensor.dtype for tensor in held] == [torch.bfloat16]
     else:
         assert all(tensor.dtype == torch.float32 for tensor in held)
+
+
+def test_bf16_is_widened_where_the_processor_does_not_multiply_it(
+    monkeypatch: pytest.MonkeyPatch, assert_close: Close
+) -> None:
+    monkeypatch.setattr(cpu_bf16, "is_supported", lambda: False)
+    weight, x = draw(48, 64, dtype=torch.bfloat16, scale=0.125), draw(5, 64, dtype=torch.bfloat16)
+    packed = ops.pack_linear(weight)
+    assert packed.plain is not None
+    assert packed.plain.dtype == torch.float32
+    assert_close("linear", ops.linear(x, packed), exact(x, weight))
 
 
 def test_a_large_weight_is_held_once_and_a_small_one_in_both_layouts() -> None:

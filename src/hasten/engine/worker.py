@@ -638,6 +638,9 @@ def build_model(
     level = logging.INFO if world.rank == 0 else logging.DEBUG
     config, source = checkpoint.config, checkpoint.source
     _log.log(level, "loading %s (%s) from %s to %s", config.architecture, source.kind, source.folder, device)
+    if device.type == "cpu" and not ops.cpu_multiplies(dtype):
+        name = str(dtype).removeprefix("torch.")
+        _log.log(level, "%s is no faster than float32 here: its products are computed in float32", name)
     start = time.perf_counter()
     with torch.device("meta"):
         model = model_class(config.architecture)(config, groups)

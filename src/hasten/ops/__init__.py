@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hasten.core.config import Activation, CacheDType, DTypeName, GatedUnit
-from hasten.ops import beams, cpu, cpu_fixed, cpu_sampling, plan, reference
+from hasten.ops import beams, cpu, cpu_bf16, cpu_fixed, cpu_sampling, plan, reference
 from hasten.ops.beams import BeamChoice, BeamMoves, BeamSearches, BeamStates, Search
 from hasten.ops.block_caches import BlockCaches
 from hasten.ops.cache_scales import CacheScales
@@ -72,6 +72,7 @@ __all__ = [
     "compiled_together",
     "copy_blocks",
     "count_tokens",
+    "cpu_multiplies",
     "default_device",
     "draw",
     "edit_logits",
@@ -403,6 +404,11 @@ def paged_attention(
 def fixed_run(device: torch.device, max_kv_len: int) -> int:
     """Keys of a run (`AttentionMeta.run`) for attention in a fixed order over sequences up to a length."""
     return cpu_fixed.RUN if device.type == "cpu" else plan.fixed_run(max_kv_len)
+
+
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether the processor has products of weights in a floating-point type, and so gains by it."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and cpu_bf16.is_supported())
 
 
 def resolve_ids(ids_t: Tensor, chosen_r: Tensor) -> Tensor:

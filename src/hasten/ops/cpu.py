@@ -1,8 +1,9 @@
 """Fast paths of the CPU, with the signatures of `reference.py`; docstrings stand at `hasten.ops`.
 
-Half-precision weights are widened to fp32 when they are packed: without matrix units for them a CPU takes 20 times as
-long over a half-precision product (docs/performance.md), and the products are then summed in fp32 as well. So are
-weights in fp8, of which a CPU has no products at all; weights in int8 stay so.
+Weights in bf16 stay so where the processor multiplies them (`cpu_bf16.py`). Other half-precision weights are widened to
+fp32 when they are packed: without instructions for them a CPU takes 20 times as long over a half-precision product
+(docs/performance.md), and the products are then summed in fp32 as well. So are weights in fp8, of which a CPU has no
+products at all; weights in int8 stay so.
 """
 
 import math
@@ -14,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from hasten.core.config import GatedUnit
-from hasten.ops import cpu_fixed, cpu_grouped, cpu_int8, reference
+from hasten.ops import cpu_bf16, cpu_fixed, cpu_grouped, cpu_int8, reference
 from hasten.ops.cache_scales import CacheScales, octets, widened
 from hasten.ops.compiled_rows import compiled_rows
 from hasten.ops.grouped import GroupedWeight
@@ -22,12 +23,10 @@ from hasten.ops.heads import HeadTransform
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.mixture import PackedExperts, Routing
 from hasten.ops.order import order_is_fixed
-from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight
+from hasten.ops.packed import PACK_FOR_ROWS, PackedLinear, QuantizedWeight, Weight
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.rounding import rounded
 
-_PACK_FOR_ROWS = 64
-"""Batch size that oneDNN lays a weight out for; the layout serves other sizes as well."""
 _SMALL_WEIGHT = 1 << 20
 """Weights of fewer elements keep a plain layout too: oneDNN takes longer to start than to multiply a few rows."""
 _FEW_ROWS = 1
@@ -71,6 +70,8 @@ def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:  # noqa: D103
         return replace(pack_linear(wide_oh, False), inputs=weight_oh.inputs)
     if isinstance(weight_oh, GroupedWeight):
         return cpu_grouped.pack_linear(weight_oh)
+    if weight_oh.dtype == torch.bfloat16 and cpu_bf16.is_supported() and not order_is_fixed():
+        return cpu_bf16.pack_linear(weight_oh)
     as_it_is = shared and weight_oh.dtype == torch.float32
     weight_oh = weight_oh.float().contiguous()
     out_features, in_features = weight_oh.shape
@@ -80,7 +81,7 @@ def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:  # noqa: D103
     if weight_oh.numel() < _SMALL_WEIGHT and not order_is_fixed():
         # The longer axis innermost: one row is then multiplied in up to half the time.
         plain = weight_oh if in_features > out_features else weight_oh.t().contiguous().t()
-    blocked = torch.ops.mkldnn._reorder_linear_weight(weight_oh, _PACK_FOR_ROWS)
+    blocked = torch.ops.mkldnn._reorder_linear_weight(weight_oh, PACK_FOR_ROWS)
     return PackedLinear(out_features, in_features, plain=plain, blocked=blocked, fixed_order=order_is_fixed())
 
 
@@ -190,6 +191,8 @@ def _linear(
     dtype = x_th.dtype
     if x_th.shape[0] == 0:
         return x_th.new_empty(0, weight.out_features)
+    if cpu_bf16.is_packed(weight):
+        return cpu_bf16.product(x_th, weight, bias_o, activation, residual_to)
     x_th = x_th.float()
     bias_o = None if bias_o is None else bias_o.float()
     if weight.scales is None and weight.inputs is not None:

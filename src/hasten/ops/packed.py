@@ -57,6 +57,10 @@ def moved(weight: Weight, device: torch.device) -> Weight:
     return weight.to(device)
 
 
+PACK_FOR_ROWS = 64
+"""Batch size that a CPU's matrix library lays a weight out for; the layout serves other sizes as well."""
+
+
 @dataclass(frozen=True)
 class PackedLinear:
     """What `ops.pack_linear` makes and `ops.linear` takes; at least one of the layouts is there."""
