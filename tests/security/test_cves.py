@@ -67,7 +67,8 @@ pytestmark = pytest.mark.any_python
 SOURCE = Path(hasten.__file__).parent
 LIST = Path(__file__).parents[2] / "docs" / "operations.md"
 MIB = 1 << 20
-GROWTH_MIB = 200
+GROWTH_MIB = 400
+"""Less than what the attacks would leave if anything of them was kept."""
 
 
 def about(*rows: str) -> pytest.MarkDecorator:
@@ -129,14 +130,19 @@ def test_ranks_of_one_host_listen_where_it_alone_reaches_them(tiny_bloom: Path) 
         assert {address.rpartition(":")[0] for address in opened} == {"0100007F"}
 
 
+def _sockets(process: str) -> Iterator[str]:
+    """Inodes of the sockets of a process, which may end at any time, and close what it has open."""
+    with contextlib.suppress(OSError):
+        for file in Path(f"/proc/{process}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                yield file.readlink().name.removeprefix("socket:[").removesuffix("]")
+
+
 def _listening() -> set[str]:
     """Addresses, as the kernel writes them, that this process and those that it started listen at."""
     own = os.getpid()
     processes = [str(own), *Path(f"/proc/{own}/task/{own}/children").read_text().split()]
-    inodes = set[str]()
-    for file in (file for process in processes for file in Path(f"/proc/{process}/fd").iterdir()):
-        with contextlib.suppress(OSError):  # it may close at any time
-            inodes.add(file.readlink().name.removeprefix("socket:[").removesuffix("]"))
+    inodes = {inode for process in processes for inode in _sockets(process)}
     rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
     return {row[1] for row in rows if row[3] == "0A" and row[9] in inodes}
 
@@ -532,8 +538,16 @@ def test_the_prefix_cache_says_nothing_of_others(served: Site, ask: Callable[[Si
 
 
 def _hits(site: Site) -> float:
+    return _total(site, "hasten_prefix_cache_hit_tokens_total")
+
+
+def _prompt_tokens(site: Site) -> float:
+    return _total(site, "hasten_prompt_tokens_total")
+
+
+def _total(site: Site, counter: str) -> float:
     samples = asyncio.run(site.server.metrics())
-    return sum(value for name, value in samples.items() if name.startswith("hasten_prefix_cache_hit_tokens_total"))
+    return sum(value for name, value in samples.items() if name.startswith(f"{counter}{{"))
 
 
 @about("CVE-2025-62426")
@@ -937,7 +951,7 @@ def _half(connection: socket.socket) -> None:
 @pytest.mark.parametrize("leave", [_reset, _half, socket.socket.close])
 @pytest.mark.parametrize("state", ["head", "body", "queued", "streaming", "whole"])
 def test_a_client_that_leaves_leaves_nothing(served: Site, state: str, leave: Callable[[socket.socket], None]) -> None:
-    port = served.server.http
+    port, before = served.server.http, _prompt_tokens(served)
     long = {"model": TEXT, "prompt": "Anna", "max_tokens": 1500, "ignore_eos": True}
     if state in ("head", "body"):
         connection = socket.create_connection(("127.0.0.1", port), 60)
@@ -948,7 +962,7 @@ def test_a_client_that_leaves_leaves_nothing(served: Site, state: str, leave: Ca
         if state == "streaming":
             assert connection.recv(1)
         elif state == "whole":
-            eventually(lambda: bool(asyncio.run(served.server.busy())))
+            eventually(lambda: _prompt_tokens(served) > before)
     leave(connection)
     asyncio.run(served.server.idle_after())
 
