@@ -249,6 +249,8 @@ def test_real_sizes(
     out, into = REAL[layer]
     weight = make_weight(out, into, dtype, device, kind)
     x = draw(rows, into, dtype=dtype, device=device)
-    check(kind, into, matmul.linear(x, weight, None, None), exact(x, weight), assert_close)
+    # many rows are multiplied by weights of int8 that are widened to the type of the rows
+    check(kind, into, matmul.linear(x, weight, None, None), exact(x, weight), assert_close, stepwise=True)
     found = matmul.linear_parts(x, weight)
-    check(kind, into, found.sum(0).to(dtype) if found.dim() == 3 else found, exact(x, weight), assert_close)
+    found = found.sum(0).to(dtype) if found.dim() == 3 else found
+    check(kind, into, found, exact(x, weight), assert_close, stepwise=True)
