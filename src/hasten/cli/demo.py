@@ -57,7 +57,8 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "demo",
         help="convert, compare, generate, serve and report with the demo model",
         description="Convert the demo model, compare it with Hugging Face on the test stories, generate a story, "
-        "serve it to a gRPC client, and write a report on it: two minutes on two cores, half of them for the report.",
+        "serve it to a gRPC client, and write a report on it: about a minute on two quiet cores, half of it for the "
+        "report.",
     )
     parser.add_argument("--model", type=path, metavar="PATH", help="model to show (default: the demo model)")
     parser.add_argument("--dataset", type=path, metavar="FILE", help="texts to measure on (default: the test stories)")
