@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import sys
@@ -61,6 +62,11 @@ def test_a_chat_is_what_transformers_renders(llm: LLM) -> None:
         CHAT, GREEDY, chat_template="{{ messages[0].content }}{{ mood }}", chat_template_kwargs={"mood": "!"}
     )
     assert own.prompt == "Who was Anna?!"
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    (described,) = llm.chat(CHAT, GREEDY, chat_template="{{ tools | tojson }}", tools=tools)
+    assert described.prompt == json.dumps(tools)
+    with pytest.raises(InvalidRequestError, match=r"^tools cannot be described to this model"):
+        llm.chat(CHAT, GREEDY, tools=tools)
     parts = [{"role": "user", "content": [{"type": "text", "text": "Who"}, {"type": "text", "text": "was it?"}]}]
     assert "user: Who\nwas it?" in (llm.chat(parts, GREEDY)[0].prompt or "")
 

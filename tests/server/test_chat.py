@@ -11,9 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 from tests.server.openai_site import DEMO, TEMPLATE
+from tests.server.tool_model import TOOL_TEMPLATE, TOOLS
 
 from hasten.core.errors import CheckpointError, InvalidRequestError
-from hasten.engine.chat import ChatTemplate, RenderLimits
+from hasten.engine.chat import ChatTemplate, RenderLimits, chat_prompt
 from hasten.server.openai.chat import chat_text
 from hasten.server.openai.types import ChatRequest
 
@@ -78,6 +79,22 @@ def test_prompts_are_those_of_transformers(name: str, begins_answer: bool, tmp_p
     right = oracle.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=begins_answer)
     assert template.render(MESSAGES, add_generation_prompt=begins_answer) == right
     assert right
+
+
+def test_prompts_with_tools_are_those_of_transformers(tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    several = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": TOOL_TEMPLATE}]
+    arguments = {"city": "Oslo", "days": [1, None]}
+    call: dict[str, Any] = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    messages = [*MESSAGES, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "é"}]
+    template = template_of(tmp_path, chat_template=several)
+    oracle = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    right = oracle.apply_chat_template(messages, tools=TOOLS, tokenize=False, add_generation_prompt=True)
+    assert template.render(messages, tools=TOOLS) == right
+    call["function"]["arguments"] = json.dumps(arguments)
+    assert chat_prompt(messages, template, tools=TOOLS) == right
+    assert template.render(messages) == oracle.apply_chat_template(messages, tokenize=False) == "plain"
 
 
 def test_templates_stand_in_three_places(tmp_path: Path) -> None:
