@@ -87,7 +87,7 @@ def test_prompts_with_tools_are_those_of_transformers(tmp_path: Path) -> None:
     several = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": TOOL_TEMPLATE}]
     arguments = {"city": "Oslo", "days": [1, None]}
     call: dict[str, Any] = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
-    messages = [*MESSAGES, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "é"}]
+    messages: list[Any] = [*MESSAGES, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "é"}]
     template = template_of(tmp_path, chat_template=several)
     oracle = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     right = oracle.apply_chat_template(messages, tools=TOOLS, tokenize=False, add_generation_prompt=True)
