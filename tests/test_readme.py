@@ -48,6 +48,7 @@ TEXTS = 16
 """Of the data set that stands in for LAMBADA's."""
 FOREIGN_OPTIONS = {
     *("--extra-index-url", "--target", "--rm", "--ulimit", "--tb"),  # pip, docker, pytest
+    *("--cpunodebind", "--membind"),  # numactl
     *("--no-python", "--nproc-per-node", "--master-addr", "--master-port"),  # torchrun
     *("--count", "--exclude", "--output", "--time-budget", "--min-accuracy", "--url"),  # examples
     *("--minutes", "--clients", "--rounds", "--requests"),  # tests.soak
