@@ -25,7 +25,7 @@ ROOMS = (
     *("gated", "heads", "logprobs", "matmul", "norm", "router", "sampling"),
 )
 """Of `ops/gpu`: the ones that launch kernels for `hasten.ops`."""
-INNER = ("grouped", "rounded")
+INNER = ("byte_dots", "grouped", "rounded", "row_rounding")
 """The ones that launch kernels for these."""
 LARGE = (
     *("8192", "prefill 94 x 87", "prefill 4 x 2048", "256 x 192", "256 of 16 to 2056", "128 blocks", "192 rows"),

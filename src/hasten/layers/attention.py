@@ -99,7 +99,7 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x_th: Tensor,
+        x_th: ops.Inputs,
         positions_t: Tensor,
         meta: ops.AttentionMeta,
         residual_th: Tensor | None,

@@ -78,9 +78,12 @@ class ColumnLinear(_Linear):
         super().__init__(in_features, out_features // group.size, bias=bias, group=group)
         self.activation = activation
 
-    def forward(self, x_th: Tensor) -> Tensor:
-        """`activation(x @ W.T + b)`, this rank's features: [t, o]."""
-        return ops.linear(x_th, self.packed, self.bias, activation=self.activation)
+    def forward(self, x_th: ops.Inputs, reader: ops.PackedLinear | None = None) -> ops.Inputs:
+        """`activation(x @ W.T + b)`, this rank's features: [t, o].
+
+        `reader`: the weight that alone multiplies the result, which may be rounded as that needs it.
+        """
+        return ops.linear(x_th, self.packed, self.bias, activation=self.activation, reader=reader)
 
 
 class GatedColumnLinear(_Linear):
@@ -92,9 +95,14 @@ class GatedColumnLinear(_Linear):
         super().__init__(in_features, 2 * inner_features // group.size, bias=bias, group=group)
         self.gate = gate
 
-    def forward(self, x_th: Tensor, scale_1h: Tensor | None = None) -> Tensor:
-        """`gate(x @ G.T) * (x @ U.T)`, this rank's features: [t, o / 2]; with a scale, times `sigmoid(x @ scale.T)`."""
-        return ops.gated_linear(x_th, self.packed, self.bias, self.gate, scale_1h)
+    def forward(
+        self, x_th: ops.Inputs, scale_1h: Tensor | None = None, reader: ops.PackedLinear | None = None
+    ) -> ops.Inputs:
+        """`gate(x @ G.T) * (x @ U.T)`, this rank's features: [t, o / 2]; with a scale, times `sigmoid(x @ scale.T)`.
+
+        `reader`: as in `ColumnLinear`.
+        """
+        return ops.gated_linear(x_th, self.packed, self.bias, self.gate, scale_1h, reader=reader)
 
 
 class QKVLinear(_Linear):
@@ -117,7 +125,7 @@ class QKVLinear(_Linear):
 
     def forward(
         self,
-        x_th: Tensor,
+        x_th: ops.Inputs,
         key_cache: Tensor,
         value_cache: Tensor,
         slots_t: Tensor,
@@ -148,7 +156,7 @@ class RowLinear(_Linear):
         super().__init__(in_features // group.size, out_features, bias=bias, group=group)
 
     def forward(
-        self, x_th: Tensor, residual_to: Tensor | ops.PartialSum | None, rows_t: Tensor | None = None
+        self, x_th: ops.Inputs, residual_to: Tensor | ops.PartialSum | None, rows_t: Tensor | None = None
     ) -> Tensor | ops.PartialSum:
         """`residual[rows] + x @ W.T + b` over all ranks' features: [t, o], or a sum for the next norm to add up.
 

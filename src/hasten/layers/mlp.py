@@ -24,9 +24,9 @@ class MLP(nn.Module):
         self.up = ColumnLinear(hidden_size, inner_size, bias=bias, activation=activation, group=group)
         self.down = RowLinear(inner_size, hidden_size, bias=bias, group=group)
 
-    def forward(self, x_th: Tensor, residual_th: Tensor | ops.PartialSum | None) -> Tensor | ops.PartialSum:
+    def forward(self, x_th: ops.Inputs, residual_th: Tensor | ops.PartialSum | None) -> Tensor | ops.PartialSum:
         """`residual_th` + MLP(`x_th`): [t, h], or a sum for the next norm to add up."""
-        return self.down(self.up(x_th), residual_th)
+        return self.down(self.up(x_th, self.down.packed), residual_th)
 
 
 class GatedMLP(nn.Module):
@@ -39,6 +39,6 @@ class GatedMLP(nn.Module):
         self.gate_up = GatedColumnLinear(hidden_size, inner_size, bias=bias, gate=activation, group=group)
         self.down = RowLinear(inner_size, hidden_size, bias=bias, group=group)
 
-    def forward(self, x_th: Tensor, residual_th: Tensor | ops.PartialSum | None) -> Tensor | ops.PartialSum:
+    def forward(self, x_th: ops.Inputs, residual_th: Tensor | ops.PartialSum | None) -> Tensor | ops.PartialSum:
         """`residual_th` + MLP(`x_th`): [t, h], or a sum for the next norm to add up."""
-        return self.down(self.gate_up(x_th), residual_th)
+        return self.down(self.gate_up(x_th, reader=self.down.packed), residual_th)

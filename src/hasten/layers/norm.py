@@ -19,9 +19,14 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(size), requires_grad=False) if bias else None
 
-    def forward(self, x_th: Tensor | ops.PartialSum) -> tuple[Tensor, Tensor]:
-        """Normalised [t, h], and what was normalised, added up: [t, h]."""
-        return ops.norm(self.group.reduced(x_th), self.weight, self.bias, self.eps)
+    def forward(
+        self, x_th: Tensor | ops.PartialSum, reader: ops.PackedLinear | None = None
+    ) -> tuple[ops.Inputs, Tensor]:
+        """Normalised [t, h], and what was normalised, added up: [t, h].
+
+        `reader`: the weight that alone multiplies the norm, which may be rounded as that needs it.
+        """
+        return ops.norm(self.group.reduced(x_th), self.weight, self.bias, self.eps, reader=reader)
 
 
 class HeadNorm(nn.Module):
@@ -44,7 +49,9 @@ class RMSNorm(nn.Module):
         self.unit_offset = unit_offset
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
 
-    def forward(self, x_th: Tensor | ops.PartialSum) -> tuple[Tensor, Tensor]:
-        """Normalised [t, h], and what was normalised, added up: [t, h]."""
+    def forward(
+        self, x_th: Tensor | ops.PartialSum, reader: ops.PackedLinear | None = None
+    ) -> tuple[ops.Inputs, Tensor]:
+        """Normalised [t, h], and what was normalised, added up: [t, h]. `reader`: as in `LayerNorm`."""
         x_th = self.group.reduced(x_th)
-        return ops.norm(x_th, self.weight, None, self.eps, rms=True, unit_offset=self.unit_offset)
+        return ops.norm(x_th, self.weight, None, self.eps, rms=True, unit_offset=self.unit_offset, reader=reader)

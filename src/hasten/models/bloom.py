@@ -38,10 +38,14 @@ class BloomBlock(nn.Module):
 
     def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> Tensor | PartialSum:
         """Hidden states after this layer, or a sum for the next norm to add up."""
-        normed_th, x_th = self.input_norm(x_th)
-        residual_th = normed_th if self.residual_after_norm else x_th
-        normed_th, x_th = self.post_norm(self.attention(normed_th, positions_t, meta, residual_th, last=self.last))
-        return self.mlp(normed_th, normed_th if self.residual_after_norm else x_th)
+        if self.residual_after_norm:
+            normed_th, _ = self.input_norm(x_th)
+            normed_th, _ = self.post_norm(self.attention(normed_th, positions_t, meta, normed_th, last=self.last))
+            return self.mlp(normed_th, normed_th)
+        normed_th, residual_th = self.input_norm(x_th, self.attention.qkv.packed)
+        x_th = self.attention(normed_th, positions_t, meta, residual_th, last=self.last)
+        normed_th, residual_th = self.post_norm(x_th, self.mlp.up.packed)
+        return self.mlp(normed_th, residual_th)
 
 
 class BloomForCausalLM(Decoder):

@@ -64,7 +64,7 @@ class Gemma2Block(nn.Module):
         added_th, _ = self.post_attention_norm(self.attention(normed_th, positions_t, meta, None, last=self.last))
         rows_t = meta.output_part.output_indices if self.last and meta.output_part is not None else None
         normed_th, residual_th = self.pre_mlp_norm(PartialSum(added_th, residual=residual_th, residual_indices=rows_t))
-        added_th, _ = self.post_mlp_norm(self.down(self.gate_up(normed_th), None))
+        added_th, _ = self.post_mlp_norm(self.down(self.gate_up(normed_th, reader=self.down.packed), None))
         return PartialSum(added_th, residual=residual_th)
 
 

@@ -44,10 +44,10 @@ class LlamaBlock(nn.Module):
 
     def forward(self, x_th: Tensor | PartialSum, positions_t: Tensor, meta: AttentionMeta) -> Tensor | PartialSum:
         """Hidden states after this layer, or a sum for the next norm to add up."""
-        normed_th, residual_th = self.input_norm(x_th)
+        normed_th, residual_th = self.input_norm(x_th, self.attention.qkv.packed)
         x_th = self.attention(normed_th, positions_t, meta, residual_th, last=self.last)
-        normed_th, residual_th = self.post_norm(x_th)
-        return self.down(self.gate_up(normed_th), residual_th)
+        normed_th, residual_th = self.post_norm(x_th, self.gate_up.packed)
+        return self.down(self.gate_up(normed_th, reader=self.down.packed), residual_th)
 
 
 class LlamaForCausalLM(Decoder):

@@ -6,6 +6,7 @@ Shapes: t tokens of the flat batch, h hidden, o output features, n heads, m key/
 """
 
 from contextlib import AbstractContextManager
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from hasten.ops.mixture import PackedExperts, Routing
 from hasten.ops.order import fixed_order
 from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight, moved
 from hasten.ops.partial_sum import PartialSum
-from hasten.ops.rounding import multiplies
+from hasten.ops.rounding import Inputs, RoundedRows, multiplies
 from hasten.ops.transfer import HostCopy, to_device
 
 TORCH_DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -54,11 +55,13 @@ __all__ = [
     "GroupedWeight",
     "HeadTransform",
     "HostCopy",
+    "Inputs",
     "LogitEdits",
     "PackedExperts",
     "PackedLinear",
     "PartialSum",
     "QuantizedWeight",
+    "RoundedRows",
     "Routing",
     "Search",
     "TokenCounts",
@@ -117,6 +120,7 @@ def embedding(ids_t: Tensor, weight_vh: Weight, first: int | None = None) -> Ten
     return reference.embedding(ids_t, weight_vh, first)
 
 
+@overload
 def norm(
     x_th: Tensor | PartialSum,
     weight_h: Tensor,
@@ -125,17 +129,44 @@ def norm(
     *,
     rms: bool = False,
     unit_offset: bool = False,
-) -> tuple[Tensor, Tensor]:
+    reader: None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def norm(
+    x_th: Tensor | PartialSum,
+    weight_h: Tensor,
+    bias_h: Tensor | None,
+    eps: float,
+    *,
+    rms: bool = False,
+    unit_offset: bool = False,
+    reader: PackedLinear | None,
+) -> tuple[Inputs, Tensor]: ...
+
+
+def norm(
+    x_th: Tensor | PartialSum,
+    weight_h: Tensor,
+    bias_h: Tensor | None,
+    eps: float,
+    *,
+    rms: bool = False,
+    unit_offset: bool = False,
+    reader: PackedLinear | None = None,
+) -> tuple[Inputs, Tensor]:
     """Layer norm over the last axis: [t, h], and with it what was normed, a sum added up: [t, h].
 
-    With `rms`, the root mean square norm, which subtracts no mean; with `unit_offset` its weight is `weight_h` + 1.
+    `reader`: the weight that alone multiplies the norm, which may be rounded as that needs it. With `rms`, the root
+    mean square norm, which subtracts no mean; with `unit_offset` its weight is `weight_h` + 1.
     Sources: Ba, Kiros, Hinton, "Layer Normalization", 2016; Zhang, Sennrich, "Root Mean Square Layer Normalization",
     2019.
     """
     if weight_h.is_cuda:
         from hasten.ops.gpu import norm as kernels
 
-        return kernels.norm(x_th, weight_h, bias_h, eps, rms=rms, unit_offset=unit_offset)
+        return kernels.norm(x_th, weight_h, bias_h, eps, rms=rms, unit_offset=unit_offset, reader=reader)
     return reference.norm(x_th, weight_h, bias_h, eps, rms=rms, unit_offset=unit_offset)
 
 
@@ -161,38 +192,94 @@ def pack_linear(weight_oh: Weight, *, shared: bool = False) -> PackedLinear:
     return cpu.pack_linear(weight_oh, shared)
 
 
+@overload
 def linear(
-    x_th: Tensor,
+    x_th: Inputs,
     weight: PackedLinear,
     bias_o: Tensor | None = None,
     *,
     activation: Activation | None = None,
-) -> Tensor:
-    """`activation(x @ weight.T + bias)`, [t, o] in the type of `x_th`, summed in at least fp32."""
+    reader: None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear(
+    x_th: Inputs,
+    weight: PackedLinear,
+    bias_o: Tensor | None = None,
+    *,
+    activation: Activation | None = None,
+    reader: PackedLinear | None,
+) -> Inputs: ...
+
+
+def linear(
+    x_th: Inputs,
+    weight: PackedLinear,
+    bias_o: Tensor | None = None,
+    *,
+    activation: Activation | None = None,
+    reader: PackedLinear | None = None,
+) -> Inputs:
+    """`activation(x @ weight.T + bias)`, [t, o] in the type of `x_th`, summed in at least fp32.
+
+    `reader`: the weight that alone multiplies the result, which may be rounded as that needs it.
+    """
     if x_th.is_cuda:
         from hasten.ops.gpu import matmul
 
-        return matmul.linear(x_th, weight, bias_o, activation)
+        return matmul.linear(x_th, weight, bias_o, activation, reader)
+    assert isinstance(x_th, Tensor)
     return cpu.linear(x_th, weight, bias_o, activation)
 
 
+@overload
 def gated_linear(
-    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: Activation, scale_1h: Tensor | None = None
-) -> Tensor:
+    x_th: Inputs,
+    weight: PackedLinear,
+    bias_o: Tensor | None,
+    gate: Activation,
+    scale_1h: Tensor | None = None,
+    reader: None = None,
+) -> Tensor: ...
+
+
+@overload
+def gated_linear(
+    x_th: Inputs,
+    weight: PackedLinear,
+    bias_o: Tensor | None,
+    gate: Activation,
+    scale_1h: Tensor | None = None,
+    *,
+    reader: PackedLinear | None,
+) -> Inputs: ...
+
+
+def gated_linear(
+    x_th: Inputs,
+    weight: PackedLinear,
+    bias_o: Tensor | None,
+    gate: Activation,
+    scale_1h: Tensor | None = None,
+    reader: PackedLinear | None = None,
+) -> Inputs:
     """`gate(a) * b`, [t, o / 2], where `a` and `b` are the halves of `x @ weight.T + bias`.
 
-    With `scale_1h`, times `sigmoid(x @ scale.T)`, computed in at least fp32. Source: Shazeer, "GLU Variants Improve
-    Transformer", 2020.
+    With `scale_1h`, times `sigmoid(x @ scale.T)`, computed in at least fp32. `reader`: see `linear`.
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
     if x_th.is_cuda:
         from hasten.ops.gpu import gated
 
-        return gated.gated_linear(x_th, weight, bias_o, gate, scale_1h)
+        return gated.gated_linear(x_th, weight, bias_o, gate, scale_1h, reader=reader)
+    assert isinstance(x_th, Tensor)
     return cpu.gated_linear(x_th, weight, bias_o, gate, scale_1h)
 
 
 def add_linear(
-    x_th: Tensor,
+    x_th: Inputs,
     weight: PackedLinear,
     bias_o: Tensor | None,
     residual_to: Tensor | PartialSum | None,
@@ -210,15 +297,17 @@ def add_linear(
         if isinstance(residual_to, PartialSum):
             return residual_to.plus(parts, bias_o)
         return PartialSum(parts, bias_o, residual_to, rows_t)
+    assert isinstance(x_th, Tensor)
     return cpu.add_linear(x_th, weight, bias_o, residual_to, rows_t)
 
 
-def linear_parts(x_th: Tensor, weight: PackedLinear) -> Tensor:
+def linear_parts(x_th: Inputs, weight: PackedLinear) -> Tensor:
     """`x @ weight.T`, [t, o]; or, where that is faster, parts of it to be added up, [parts, t, o] in fp32."""
     if x_th.is_cuda:
         from hasten.ops.gpu import matmul
 
         return matmul.linear_parts(x_th, weight, whole=True)
+    assert isinstance(x_th, Tensor)
     return cpu.linear(x_th, weight, None, None)
 
 
@@ -279,7 +368,7 @@ def experts(x_th: Tensor, weights: PackedExperts, routing: Routing, unit: GatedU
 
 
 def project(
-    x_th: Tensor,
+    x_th: Inputs,
     weight: PackedLinear,
     bias_o: Tensor | None,
     key_cache: Tensor,
@@ -303,6 +392,7 @@ def project(
         return matmul.project(
             x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads, transform, clip=clip, scales=scales
         )
+    assert isinstance(x_th, Tensor)
     return cpu.project(
         x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads, transform, clip=clip, scales=scales
     )

@@ -44,6 +44,11 @@ class Columns:
     scales: Tensor | None = None
     """[h] fp32: what input features are multiplied by before the product."""
 
+    @property
+    def are_inputs(self) -> bool:
+        """Whether they are the input features as they are."""
+        return self.order is None and self.scales is None
+
     def of(self, x_th: Tensor) -> Tensor:
         """What the columns are multiplied by: [t, k]."""
         if self.scales is not None:

@@ -3,6 +3,8 @@
 The definition of what kernels compute, in fp32 throughout, so that every device rounds a value to the same number.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,29 @@ BASE = 128
 """A number of two int8 digits is `BASE * high + low`."""
 LARGEST_OF_DIGITS = 127.0 * BASE + 63
 """The largest number whose digits are both int8."""
+
+
+@dataclass(frozen=True)
+class RoundedRows:
+    """Inputs of a product as the numbers that it multiplies, in place of the tensor [t, h] that was rounded."""
+
+    numbers: Tensor
+    """[t, digits * padded h] of 8 bits, as the device's products read them."""
+    units_t: Tensor
+    """[t] in fp32: what each token's numbers are multiples of."""
+    shape: tuple[int, int]
+    """(t, h)."""
+    dtype: torch.dtype
+    """Type that the model computes in."""
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether they lie on a GPU."""
+        return self.numbers.is_cuda
+
+
+Inputs = Tensor | RoundedRows
+"""What a product is of: [t, h]."""
 
 
 def divided(x: Tensor, number: float) -> Tensor:

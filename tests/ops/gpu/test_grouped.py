@@ -56,8 +56,8 @@ def exact(x: Tensor, weight: PackedLinear, bias: Tensor | None = None, activatio
 
 
 def kind_of(rows: int) -> str:
-    """With more rows weights are rounded once more."""
-    return "linear" if rows <= grouped._FEW_ROWS else "stepwise"
+    """A single row's inputs are rounded to 15 bits; with more rows weights are rounded once more."""
+    return "digits" if rows == 1 else "linear" if rows <= grouped._FEW_ROWS else "stepwise"
 
 
 CASES: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
@@ -86,6 +86,16 @@ def test_any_number_of_rows(name: str, dtype: torch.dtype, device: torch.device,
             assert_close(kind_of(rows), found, exact(x, weight, bias_o, activation))
 
 
+@pytest.mark.parametrize(("into", "bits"), [(9344, 4), (2688, 8)])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_one_row_of_more_words_than_a_program_reads_at_once(
+    zeros: bool, into: int, bits: int, device: torch.device, assert_close: Close
+) -> None:
+    weight = make_weight(21, into, 128, device, bits=bits, zeros=zeros)
+    x = draw(1, into, dtype=torch.float16, device=device)
+    assert_close("digits", matmul.linear(x, weight, None, None), exact(x, weight))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize(("shape", "rows"), [((7, 100, 20), 3), ((130, 256, 128), 257), ((9, 384, 128), 0)], ids=str)
 def test_what_no_block_divides_and_many_rows_are_widened(
@@ -99,7 +109,7 @@ def test_what_no_block_divides_and_many_rows_are_widened(
         assert_close("stepwise", found, exact(x, weight, bias, activation))
 
 
-@pytest.mark.parametrize("rows", [1, 33, 65])
+@pytest.mark.parametrize("rows", [2, 33, 65])
 def test_parts_add_up_to_the_product(rows: int, device: torch.device, assert_close: Close) -> None:
     weight = make_weight(130, 1024, 128, device, zeros=True)
     x = draw(rows, 1024, dtype=torch.float16, device=device)

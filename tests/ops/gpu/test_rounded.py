@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from hasten.core.errors import UnsupportedError
-from hasten.ops import PackedLinear, QuantizedWeight, reference, rounding
-from hasten.ops.gpu import matmul, norm, rounded
+from hasten.ops import PackedLinear, PartialSum, QuantizedWeight, RoundedRows, reference, rounding
+from hasten.ops.gpu import gated, matmul, norm, rounded, row_rounding
+from hasten.quantization.scheme import SCHEMES
 
 pytestmark = pytest.mark.any_python
 
@@ -117,6 +118,68 @@ def test_many_rows_in_fp8_are_a_librarys(
     check("fp8", 100, matmul.linear_parts(x, weight), exact(x, weight), assert_close, stepwise=True)
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize(("kind", "width", "rows"), [*((kind, 100, 5) for kind in KINDS), ("int4", 256, 1)])
+def test_a_norm_is_rounded_for_the_weight_that_reads_it(
+    kind: str, width: int, rows: int, rms: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    table = make_table(40, width, dtype, device, "int8")
+    weight = SCHEMES["int4"].quantize(table.dequantized(dtype), "drawn") if kind == "int4" else None
+    packed = make_weight(40, width, dtype, device, kind) if weight is None else matmul.pack_linear(weight, shared=False)
+    x, gain = draw(rows, width, dtype=dtype, device=device), draw(width, dtype=dtype, device=device)
+    x[-1] *= float("nan") if kind == "fp8" else 1000
+    sum_, shift = PartialSum(x, residual=x), None if rms else gain
+    whole, total = norm.norm(sum_, gain, shift, 1e-5, rms=rms)
+    found, same = norm.norm(sum_, gain, shift, 1e-5, rms=rms, reader=packed)
+    assert isinstance(found, RoundedRows)
+    assert (found.shape, found.dtype) == ((rows, width), dtype)
+    assert torch.equal(same, total) or kind == "fp8"
+    numbers, units_t = row_rounding.round_rows(whole, packed.inputs, nibbles=kind == "int4")
+    assert torch.equal(found.numbers.float(), numbers.float())
+    assert torch.equal(found.units_t.nan_to_num(-1), units_t.nan_to_num(-1))
+    one, other = (matmul.linear(each, packed, None, None) for each in (found, whole))
+    assert torch.equal(one.nan_to_num(-1), other.nan_to_num(-1))
+
+
+def test_a_norm_is_not_rounded_where_its_reader_is_widened(device: torch.device) -> None:
+    weight = make_weight(16, 32, torch.float16, device, "int8")
+    x, gain = draw(300, 32, dtype=torch.float16, device=device), draw(32, dtype=torch.float16, device=device)
+    assert isinstance(norm.norm(x, gain, gain, 1e-5, reader=weight)[0], Tensor)
+    assert isinstance(norm.norm(x[:256], gain, gain, 1e-5, reader=weight)[0], RoundedRows)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("is_gated", [False, True], ids=["gelu", "gated"])
+def test_many_activations_are_rounded_at_once_for_the_weight_that_reads_them(
+    is_gated: bool, dtype: torch.dtype, device: torch.device, assert_close: Close, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounded, "MOST_ROWS_IN_FP8", 3)
+    monkeypatch.setattr(rounded, "MOST_ROWS_OF_PARTS_IN_FP8", 3)
+    up, inner = make_weight(96, 100, dtype, device, "fp8"), 48 if is_gated else 96
+    down = make_weight(32, inner, dtype, device, "fp8")
+    x, bias = draw(70, 100, dtype=dtype, device=device), draw(96, dtype=dtype, device=device)
+    if is_gated:
+        whole, found = (gated.gated_linear(x, up, bias, "silu", reader=reader) for reader in (None, down))
+    else:
+        whole, found = (matmul.linear(x, up, bias, "gelu_tanh", reader) for reader in (None, down))
+    assert isinstance(whole, Tensor)
+    assert isinstance(found, RoundedRows)
+    assert (found.shape, found.dtype) == ((70, inner), dtype)
+    expected, units_t1 = (each.double() for each in rounding.numbers_of(whole, FP8))
+    numbers, units_t = found.numbers[:, :inner].double(), found.units_t.double()
+    # the last place of an activation decides which of two numbers is nearer, where it lies between them
+    assert ((numbers - expected).abs() <= expected.abs().clamp(min=2.0**-6) / 8).all()
+    assert (numbers != expected).double().mean() <= (0.01 if dtype == torch.float16 else 0.1)
+    assert ((units_t / units_t1[:, 0] - 1).abs() <= 2 * torch.finfo(dtype).eps).all()
+    assert down.plain is not None
+    assert down.scales is not None
+    weight = down.plain[:, :inner].double() * down.scales.double()[:, None]
+    product = matmul.linear_parts(found, down)
+    assert product.dtype == dtype
+    check("fp8", inner, product, numbers * units_t[:, None] @ weight.T, assert_close)
+
+
 @pytest.mark.parametrize("rows", [1, 17, 64])
 @pytest.mark.parametrize(("out", "into", "splits"), [(40, 128, 1), (130, 512, 2), (20, 1024, 4)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,12 +189,22 @@ def test_parts_add_up_to_the_product(
     weight = make_weight(out, into, torch.float16, device, kind)
     x = draw(rows, into, dtype=torch.float16, device=device)
     found = matmul.linear_parts(x, weight)
-    if splits == 1:
+    if splits == 1 or (rows == 1 and weight.inputs != FP8):
         check(kind, into, found, exact(x, weight), assert_close)
         return
     assert (found.dtype, found.shape) == (torch.float32, (splits * (2 if rows > 32 else 1), rows, out))
     whole = found.sum(0)
     check(kind, into, whole, exact(x, weight), assert_close)
+
+
+@pytest.mark.parametrize("kind", ["int8", "w8a8"])
+def test_one_row_has_the_exact_sums_of_several(kind: str, device: torch.device) -> None:
+    """More words than a program reads at once, the last of them a part of a block."""
+    weight = make_weight(21, 2688, torch.float16, device, kind)
+    x = draw(3, 2688, dtype=torch.float16, device=device)
+    assert torch.equal(
+        matmul.linear(x[1:2], weight, None, "gelu_tanh"), matmul.linear(x, weight, None, "gelu_tanh")[1:2]
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 5, 70])
@@ -175,13 +248,13 @@ def test_inputs_are_rounded_to_the_same_numbers_everywhere(
     x[4] = torch.linspace(0, 254, width, device=device).floor().to(dtype)
     x[4, -1] = 254  # halves of a unit
     for inputs in (torch.int8, FP8):
-        numbers, units_t = rounded.round_rows(x, inputs)
+        numbers, units_t = row_rounding.round_rows(x, inputs)
         expected, units = rounding.numbers_of(x.cpu(), inputs)
         assert numbers.dtype == inputs
         assert torch.equal(numbers[:, :width].cpu().float(), expected)
         assert not numbers[:, width:].float().any()
         assert torch.equal(units_t.cpu(), units[:, 0])
-    numbers, units_t = rounded.round_rows(x, None)
+    numbers, units_t = row_rounding.round_rows(x, None)
     high, low, units = rounding.digits_of(x.cpu().float())
     found_high, found_low = numbers.cpu().float().chunk(2, 1)
     assert torch.equal(found_high[:, :width] * 128 + found_low[:, :width], high * 128 + low)

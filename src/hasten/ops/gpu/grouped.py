@@ -276,9 +276,9 @@ def pack_linear(weight_oh: GroupedWeight) -> PackedLinear:
     return PackedLinear(*weight_oh.shape, plain=None, grouped=replace(weight_oh, scales=weight_oh.scales.float()))
 
 
-def serves(x_th: Tensor, weight: GroupedWeight) -> bool:
-    """Whether `product` is what to take for these rows, and not a library."""
-    return 0 < x_th.shape[0] <= MOST_ROWS and _block(weight) is not None and x_th.dtype != torch.float32
+def serves(rows: int, dtype: torch.dtype, weight: GroupedWeight) -> bool:
+    """Whether `product` is what to take for so many rows of a type, and not a library."""
+    return 0 < rows <= MOST_ROWS and _block(weight) is not None and dtype != torch.float32
 
 
 def _block(weight: GroupedWeight) -> int | None:

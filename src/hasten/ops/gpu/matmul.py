@@ -1,11 +1,12 @@
 """Linear layers of few rows, whose time is that of reading their weights.
 
-Weights of 8 bits with a scale for each output feature are multiplied as `rounded.py` says, those with scales of groups
-as `grouped.py` does. Shapes: M rows, N output features, K input features; weights [N, K], row by row.
+Quantized weights are multiplied by the kernels of `quantized.py`. Shapes: M rows, N output features, K input features;
+weights [N, K], row by row.
 """
 
 import math
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from hasten.ops import reference
 from hasten.ops.cache_scales import CacheScales
-from hasten.ops.gpu import grouped, library, rounded
+from hasten.ops.gpu import grouped, library, quantized, rounded, row_rounding
 from hasten.ops.gpu.activations import activated
 from hasten.ops.gpu.cache import write_cache
 from hasten.ops.gpu.endings import Projection, paired, store_projected, store_turned, targets, turns_of, widths
@@ -26,6 +27,7 @@ from hasten.ops.heads import HeadTransform
 from hasten.ops.order import order_is_fixed
 from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight
 from hasten.ops.reference import split_heads
+from hasten.ops.rounding import Inputs
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -296,14 +298,33 @@ def _operands(x_th: Tensor, weight: PackedLinear) -> tuple[Tensor, Tensor]:
     return x_th, weight.plain if weight.scales is None else rounded.widened(weight, x_th.dtype)
 
 
-def _library(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None) -> Tensor:
+def _library(x_th: Inputs, weight: PackedLinear, bias_o: Tensor | None) -> Tensor:
     """`x @ weight.T + bias` by cuBLAS."""
     if weight.inputs is not None:
         return rounded.library_product(x_th, weight, bias_o)
+    assert isinstance(x_th, Tensor)
     return F.linear(*_operands(x_th, weight), bias_o)
 
 
-def linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation: str | None) -> Tensor:
+@overload
+def linear(
+    x_th: Inputs, weight: PackedLinear, bias_o: Tensor | None, activation: str | None, reader: None = None
+) -> Tensor: ...
+
+
+@overload
+def linear(
+    x_th: Inputs, weight: PackedLinear, bias_o: Tensor | None, activation: str | None, reader: PackedLinear | None
+) -> Inputs: ...
+
+
+def linear(
+    x_th: Inputs,
+    weight: PackedLinear,
+    bias_o: Tensor | None,
+    activation: str | None,
+    reader: PackedLinear | None = None,
+) -> Inputs:
     """See `hasten.ops.linear`."""
     if weight.fixed_order:
         product_to = _by_library(x_th, weight, bias_o)
@@ -314,10 +335,15 @@ def linear(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation
         return _product(x_th, weight, bias_o, activation, None, splits=1)
     fused = activation in ("gelu_tanh", "relu") and weight.inputs is None and x_th.dtype != torch.float32
     if fused and bias_o is not None:  # the two that cuBLAS computes within its product
+        assert isinstance(x_th, Tensor)
         x_tk, weight_ok = _operands(x_th, weight)
         return torch._addmm_activation(bias_o, x_tk, weight_ok.t(), use_gelu=activation == "gelu_tanh")
     out_to = _library(x_th, weight, bias_o)
-    return out_to if activation is None else reference.activated(out_to, activation)
+    if activation is None:
+        return out_to
+    if reader is not None and row_rounding.rounds(reader, weight):
+        return row_rounding.activated_rows(out_to, reader, activation)
+    return reference.activated(out_to, activation)
 
 
 def _activated(out_to: Tensor, activation: str) -> Tensor:
@@ -327,11 +353,12 @@ def _activated(out_to: Tensor, activation: str) -> Tensor:
     return out_to
 
 
-def _by_library(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, splits: int = 1) -> Tensor | None:
+def _by_library(x_th: Inputs, weight: PackedLinear, bias_o: Tensor | None, splits: int = 1) -> Tensor | None:
     """A product of many rows by the library, where that has the bits of `_product`; else None."""
     if x_th.shape[0] <= (MOST_ROWS if splits == 1 else _MAX_SPLIT_ROWS) or x_th.dtype == torch.float32:
         return None
     assert weight.plain is not None
+    assert isinstance(x_th, Tensor)
 
     def own(rows_th: Tensor) -> Tensor:
         return _product(rows_th, weight, bias_o, None, None, splits=splits)
@@ -341,26 +368,26 @@ def _by_library(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, split
     return library.product(x_th, weight.plain, bias_o, own)
 
 
-def linear_parts(x_th: Tensor, weight: PackedLinear, *, whole: bool = False) -> Tensor:
+def linear_parts(x_th: Inputs, weight: PackedLinear, *, whole: bool = False) -> Tensor:
     """`x @ weight.T`: [t, o], or [parts, t, o] in fp32 to be added up, where few rows leave the device idle else.
 
     `whole`: in a fixed order the parts of all rows are added up at once, as a sum of two products wants its second.
     """
     if weight.fixed_order:
+        assert isinstance(x_th, Tensor)
         splits = 1 if whole or x_th.dtype == torch.float32 else _splits(16, weight)
         product_to = _by_library(x_th, weight, None, splits)
         return _product(x_th, weight, None, None, None, splits=splits) if product_to is None else product_to
     if not _serves(x_th, weight, split=True):
         return _library(x_th, weight, None)
-    if weight.grouped is not None:
-        return grouped.product(x_th, weight.grouped, None, None, None, split=True)
-    if weight.scales is not None:
-        return rounded.product(x_th, weight, None, None, None, split=True)
+    if quantized.holds(weight):
+        return quantized.product(x_th, weight, None, None, None, split=True)
+    assert isinstance(x_th, Tensor)
     return _product(x_th, weight, None, None, None, splits=_splits(x_th.shape[0], weight))
 
 
 def project(
-    x_th: Tensor,
+    x_th: Inputs,
     weight: PackedLinear,
     bias_o: Tensor | None,
     key_cache: Tensor,
@@ -396,24 +423,22 @@ def project(
     return query_tnd
 
 
-def _serves(x_th: Tensor, weight: PackedLinear, *, split: bool = False) -> bool:
+def _serves(x_th: Inputs, weight: PackedLinear, *, split: bool = False) -> bool:
     """Whether these kernels are the ones to take; `split`: for a product that may be cut into parts."""
     rows = x_th.shape[0]
-    if weight.grouped is not None:
-        return grouped.serves(x_th, weight.grouped)
-    if weight.scales is not None:
-        return rounded.serves(x_th, weight, split=split)
+    if quantized.holds(weight):
+        return quantized.serves(rows, x_th.dtype, weight, split=split)
     few = rows == 1 or (1 < rows <= MOST_ROWS and weight.in_features % _WIDE.block_k == 0)
     return few and x_th.dtype != torch.float32
 
 
-def takes_pairs(x_th: Tensor, weight: PackedLinear) -> bool:
+def takes_pairs(x_th: Inputs, weight: PackedLinear) -> bool:
     """Whether a product of these kernels can end with pairs of output features."""
     own = weight.plain is not None and weight.scales is None and not weight.fixed_order
     return own and 0 < x_th.shape[0] <= MOST_ROWS and _serves(x_th, weight)
 
 
-def gated_pairs(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: str) -> Tensor:
+def gated_pairs(x_th: Inputs, weight: PackedLinear, bias_o: Tensor | None, gate: str) -> Tensor:
     """`ops.gated_linear` as the ending of one product, where `takes_pairs`."""
     return _product(x_th, weight, bias_o, gate, None, splits=1, gated=True)
 
@@ -477,7 +502,7 @@ def _fixed_form(rows: int, splits: int, dtype: torch.dtype, shared: int) -> _For
 
 
 def _product(
-    x_th: Tensor,
+    x_th: Inputs,
     weight: PackedLinear,
     bias_o: Tensor | None,
     activation: str | None,
@@ -487,10 +512,9 @@ def _product(
     gated: bool = False,
 ) -> Tensor:
     """With `gated`, `activation` is that of the gate, and half as many features come out."""
-    if weight.grouped is not None:
-        return grouped.product(x_th, weight.grouped, bias_o, activation, to, split=False)
-    if weight.scales is not None:
-        return rounded.product(x_th, weight, bias_o, activation, to, split=False)
+    if quantized.holds(weight):
+        return quantized.product(x_th, weight, bias_o, activation, to, split=False)
+    assert isinstance(x_th, Tensor)
     rows, features, width = x_th.shape[0], weight.out_features, weight.in_features
     assert x_th.is_contiguous()
     form = _form(x_th, weight, splits)

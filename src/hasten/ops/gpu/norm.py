@@ -3,6 +3,8 @@
 Shapes: t tokens, h hidden. One program a row.
 """
 
+from typing import Any, overload
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,22 +12,24 @@ from torch import Tensor
 from hasten.ops.gpu.exchange import exchange_norm
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
 from hasten.ops.gpu.library import with_room
+from hasten.ops.gpu.quantized import rounding_for
+from hasten.ops.gpu.row_rounding import store_rounded
 from hasten.ops.gpu.sums import constants_of, terms_of
-from hasten.ops.packed import QuantizedWeight, Weight
+from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight
 from hasten.ops.partial_sum import PartialSum
+from hasten.ops.rounding import Inputs
 
 
 @triton.jit
-def _store_norm(x, valid, gain, shift, target, eps, H: tl.constexpr, RMS: tl.constexpr):
-    """Store the norm of a row, which is zero where it is not valid."""
+def _normed(x, valid, gain, shift, eps, H: tl.constexpr, RMS: tl.constexpr):
+    """The norm of a row, which is zero where it is not valid."""
     if RMS:
         centred = x
     else:
         mean = tl.sum(x, 0) / H
         centred = tl.where(valid, x - mean, 0.0)
     variance = tl.sum(centred * centred, 0) / H
-    y = centred * tl.rsqrt(variance + eps) * gain + shift
-    tl.store(target, y.to(target.dtype.element_ty), valid)
+    return centred * tl.rsqrt(variance + eps) * gain + shift
 
 
 @triton.jit(do_not_specialize=["part_stride", "added_stride"])
@@ -42,6 +46,7 @@ def _add_norm(
     weight,
     norm_bias,
     out,
+    units,
     eps,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -55,9 +60,16 @@ def _add_norm(
     HAS_SHIFT: tl.constexpr,
     RMS: tl.constexpr,
     OFFSET: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LARGEST: tl.constexpr,
+    DIGITS: tl.constexpr,
+    NIBBLES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Add up the parts of a row, those of a second product, biases and residual; store the sum and its norm."""
+    """Add up the parts of a row, those of a second product, biases and residual; store the sum and its norm.
+
+    With DIGITS above 0 the norm is stored rounded, as rows of WIDTH numbers and a unit each.
+    """
     start_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
@@ -89,7 +101,12 @@ def _add_norm(
         rounded = x.to(total_out.dtype.element_ty)
         tl.store(total_out + row * H + h, rounded, valid)
         x = rounded.to(tl.float32)
-    _store_norm(x, valid, gain, shift, out + row * H + h, eps, H, RMS)
+    y = _normed(x, valid, gain, shift, eps, H, RMS).to(weight.dtype.element_ty)
+    if DIGITS > 0:
+        value = tl.where(valid, y, 0.0).to(tl.float32)
+        store_rounded(value, row, h, out, units, WIDTH, LARGEST, DIGITS, NIBBLES)
+    else:
+        tl.store(out + row * H + h, y, valid)
 
 
 @triton.jit
@@ -118,7 +135,34 @@ def _embed_norm(
     x = tl.load(table + token * H + h, valid, 0.0).to(tl.float32)
     if SCALED:
         x *= tl.load(scales + token)
-    _store_norm(x, valid, gain, shift, out + row * H + h, eps, H, RMS=False)
+    y = _normed(x, valid, gain, shift, eps, H, RMS=False)
+    tl.store(out + row * H + h, y.to(out.dtype.element_ty), valid)
+
+
+@overload
+def norm(
+    x_th: Tensor | PartialSum,
+    weight_h: Tensor,
+    bias_h: Tensor | None,
+    eps: float,
+    *,
+    rms: bool = False,
+    unit_offset: bool = False,
+    reader: None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def norm(
+    x_th: Tensor | PartialSum,
+    weight_h: Tensor,
+    bias_h: Tensor | None,
+    eps: float,
+    *,
+    rms: bool = False,
+    unit_offset: bool = False,
+    reader: PackedLinear | None,
+) -> tuple[Inputs, Tensor]: ...
 
 
 def norm(
@@ -129,23 +173,25 @@ def norm(
     *,
     rms: bool = False,
     unit_offset: bool = False,
-) -> tuple[Tensor, Tensor]:
+    reader: PackedLinear | None = None,
+) -> tuple[Inputs, Tensor]:
     sum_ = x_th if isinstance(x_th, PartialSum) else PartialSum(x_th)
     if sum_.peers is not None:
         return exchange_norm(sum_, sum_.peers, weight_h, bias_h, eps, rms=rms, unit_offset=unit_offset)
     rows, width = sum_.shape
     settled = isinstance(x_th, PartialSum)
-    out_th = with_room(weight_h, rows, width)
-    total_th = weight_h.new_empty(rows, width) if settled else out_th
+    normed, out, constants = _memory(reader, sum_.shape, weight_h)
+    total_th = weight_h.new_empty(rows, width) if settled else weight_h
     _add_norm[(rows,)](
         *terms_of(sum_, weight_h),
         total_th,
         weight_h,
         weight_h if bias_h is None else bias_h,
-        out_th,
+        *out,
         eps,
         H=width,
-        BLOCK_H=triton.next_power_of_2(width),
+        BLOCK_H=triton.next_power_of_2(max(width, constants["WIDTH"])),
+        **constants,
         **constants_of(sum_),
         STORES_TOTAL=settled,
         HAS_SHIFT=bias_h is not None,
@@ -154,7 +200,18 @@ def norm(
         num_warps=_warps(width),
         **overlapped(weight_h),
     )
-    return out_th, total_th if settled else sum_.parts
+    return normed, total_th if settled else sum_.parts
+
+
+def _memory(
+    reader: PackedLinear | None, shape: tuple[int, int], like: Tensor
+) -> tuple[Inputs, tuple[Tensor, Tensor], dict[str, Any]]:
+    """Where a norm is stored, the same as the kernel takes it, and what that must know of it."""
+    rounding = None if reader is None else rounding_for(reader, shape, like)
+    if rounding is not None:
+        return rounding.rows, (rounding.rows.numbers, rounding.rows.units_t), rounding.constants
+    out_th = with_room(like, *shape)
+    return out_th, (out_th, like), {"WIDTH": 0, "LARGEST": 0.0, "DIGITS": 0, "NIBBLES": False}
 
 
 def embedding_norm(ids_t: Tensor, table_vh: Weight, weight_h: Tensor, bias_h: Tensor, eps: float) -> Tensor:

@@ -16,53 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hasten.core.errors import UnsupportedError
-from hasten.ops.gpu.eight_bits import to_e4m3, whole
 from hasten.ops.gpu.endings import Projection, store_sums, targets, widths
 from hasten.ops.gpu.launch import multiprocessors, overlapped, prefetch, shared_memory, start_next, wait_for_inputs
+from hasten.ops.gpu.row_rounding import padded, round_rows
 from hasten.ops.packed import PackedLinear, QuantizedWeight
-from hasten.ops.rounding import BASE, LARGEST, LARGEST_OF_DIGITS, multiplies
+from hasten.ops.rounding import BASE, Inputs, multiplies
 
 _BASE = tl.constexpr(BASE)
-_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-
-
-@triton.jit
-def _round_rows(
-    x,
-    numbers,
-    units,
-    K: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    LARGEST: tl.constexpr,
-    DIGITS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """A row's inputs as multiples of its unit, and zeros up to WIDTH; NaN and infinity make all zeros, the unit NaN."""
-    start_next(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    wait_for_inputs(PDL)
-    value = tl.load(x + row * K + k, k < K, 0.0).to(tl.float32)
-    top = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)  # magnitudes, and NaN above them, in their order
-    damaged = top >= 0x7F800000
-    greatest = tl.where(damaged, 0, top).to(tl.float32, bitcast=True)
-    unit = tl.div_rn(tl.maximum(greatest, _TINY * LARGEST), LARGEST)
-    # a plain product would be fused with the sum that rounds it, and then differ from the definition at ties
-    number = tl.fma(tl.where(damaged, 0.0, value), tl.div_rn(1.0, unit), 0.0)
-    target = numbers + row * DIGITS * WIDTH + k
-    kept = k < WIDTH
-    dtype: tl.constexpr = numbers.dtype.element_ty
-    if DIGITS == 2:
-        number = whole(number)
-        high = whole(number * (1 / _BASE))
-        tl.store(target, high.to(dtype), kept)
-        tl.store(target + WIDTH, (number - high * _BASE).to(dtype), kept)
-    elif dtype == tl.int8:
-        tl.store(target, whole(number).to(dtype), kept)
-    else:
-        tl.store(target, to_e4m3(number), kept)
-    tl.store(units + row, tl.where(damaged, float("nan"), unit))
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -163,8 +123,6 @@ class Cut:
     warps: int
 
 
-_ALIGNED = 128
-"""Input features are padded with zeros to a multiple of this."""
 _AHEAD = 2
 """Lines of 128 bytes of each row of the weight that are fetched before inputs are rounded."""
 MOST_ROWS_IN_DIGITS = 256
@@ -176,7 +134,6 @@ MOST_ROWS_OF_PARTS_IN_FP8 = 256
 _LARGE_WEIGHT = 1 << 28
 """Elements of a weight that is never widened: a head would take gigabytes."""
 _FEW_ROWS = 64
-"""Up to so many rows their rounding takes as many threads as there are; more rows fill the device with fewer each."""
 _WIDEN_ROWS, _WIDEN_BLOCK = 4, 1024
 _BUSY = 0.85
 """What fraction of the multiprocessors' time must have a program for a larger tile to be better."""
@@ -192,23 +149,17 @@ def pack_linear(weight_oh: QuantizedWeight) -> PackedLinear:
             "weights in fp8 need a GPU of compute capability 8.9 or later; give int8, or full precision"
         )
     values, features = weight_oh.values, weight_oh.shape[1]
-    if features % _ALIGNED:
-        padded = values.new_zeros(values.shape[0], _padded(features))
-        padded[:, :features] = values
-        values = padded
+    if padded(features) > features:
+        values = values.new_zeros(values.shape[0], padded(features))
+        values[:, :features] = weight_oh.values
     return PackedLinear(*weight_oh.shape, plain=values, scales=weight_oh.scales, inputs=weight_oh.inputs)
 
 
-def _padded(features: int) -> int:
-    return triton.cdiv(features, _ALIGNED) * _ALIGNED
-
-
-def serves(x_th: Tensor, weight: PackedLinear, *, split: bool) -> bool:
-    """Whether `product` is what to take for these rows, and not a library."""
-    rows = x_th.shape[0]
+def serves(rows: int, dtype: torch.dtype, weight: PackedLinear, *, split: bool) -> bool:
+    """Whether `product` is what to take for so many rows of a type, and not a library."""
     if weight.inputs is None:
         large = weight.out_features * weight.in_features >= _LARGE_WEIGHT
-        return x_th.dtype != torch.float32 and (large or rows <= MOST_ROWS_IN_DIGITS) and rows > 0
+        return dtype != torch.float32 and (large or rows <= MOST_ROWS_IN_DIGITS) and rows > 0
     most = MOST_ROWS_OF_PARTS_IN_FP8 if split else MOST_ROWS_IN_FP8
     return rows > 0 and (rows <= most or weight.inputs == torch.int8 or weight.out_features % 16 > 0)
 
@@ -226,12 +177,12 @@ def widened(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def library_product(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None) -> Tensor:
+def library_product(x_th: Inputs, weight: PackedLinear, bias_o: Tensor | None) -> Tensor:
     """`x @ weight.T + bias` of many rows by cuBLAS: [t, o]."""
     assert weight.plain is not None
     assert weight.scales is not None
     if x_th.shape[0] == 0:
-        return x_th.new_empty(0, weight.out_features)
+        return weight.scales.new_empty(0, weight.out_features, dtype=x_th.dtype)
     numbers, units_t = round_rows(x_th, weight.inputs)
     within = bias_o if x_th.dtype != torch.float32 else None
     out_to = torch._scaled_mm(
@@ -246,24 +197,8 @@ def library_product(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None) -
     return out_to if bias_o is None or within is not None else out_to.add_(bias_o)
 
 
-def round_rows(x_th: Tensor, inputs: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """Numbers, [t, digits * padded h] of 8 bits, and units, [t] in fp32: of `inputs`, or of two digits where None."""
-    assert x_th.is_contiguous()
-    rows, width = x_th.shape
-    digits = 2 if inputs is None else 1
-    numbers = x_th.new_empty(rows, digits * _padded(width), dtype=inputs or torch.int8)
-    units_t = x_th.new_empty(rows, dtype=torch.float32)
-    block = triton.next_power_of_2(_padded(width))
-    _round_rows[(rows,)](
-        x_th, numbers, units_t, K=width, WIDTH=_padded(width), BLOCK_K=block,
-        LARGEST=LARGEST_OF_DIGITS if inputs is None else LARGEST[inputs], DIGITS=digits,
-        num_warps=max(1, min(16, block // (256 if rows <= _FEW_ROWS else 1024))), **overlapped(x_th),
-    )  # fmt: skip
-    return numbers, units_t
-
-
 def product(
-    x_th: Tensor,
+    x_th: Inputs,
     weight: PackedLinear,
     bias_o: Tensor | None,
     activation: str | None,
@@ -277,20 +212,20 @@ def product(
     rows, features, width = x_th.shape[0], weight.out_features, weight.plain.shape[1]
     numbers, units_t = round_rows(x_th, weight.inputs)
     digits = numbers.shape[1] // width
-    device = x_th.device.index
+    device = numbers.device.index
     limits = {"processors": multiprocessors(device), "shared": shared_memory(device)}
     cut, splits = _cut(rows, features, width, digits, split=split, **limits)
     if splits > 1:
-        out = x_th.new_empty(splits, rows, features, dtype=torch.float32)
+        out = units_t.new_empty(splits, rows, features)
     else:
-        out = x_th.new_empty(rows, features if to is None else to.queries)
-    keys, values, slots, inverses = targets(to, x_th)
+        out = units_t.new_empty(rows, features if to is None else to.queries, dtype=x_th.dtype)
+    keys, values, slots, inverses = targets(to, out)
     _eight_bit[(triton.cdiv(rows, cut.block_m) * triton.cdiv(features, cut.block_n), splits)](
-        numbers, units_t, weight.plain, weight.scales, x_th if bias_o is None else bias_o, out, keys, values, slots,
+        numbers, units_t, weight.plain, weight.scales, out if bias_o is None else bias_o, out, keys, values, slots,
         inverses, rows, features, WIDTH=width, DIGITS=digits,
         BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, SPLITS=splits, STAGES=cut.stages,
         HAS_BIAS=bias_o is not None, ACTIVATION=activation, **widths(to),
-        AHEAD=_AHEAD, num_warps=cut.warps, **overlapped(x_th),
+        AHEAD=_AHEAD, num_warps=cut.warps, **overlapped(numbers),
     )  # fmt: skip
     return out
 

@@ -1,0 +1,277 @@
+"""One row's product with a weight of 8 or 4 bits, by the instruction that multiplies four bytes by four and adds up.
+
+The row is rounded before, to int8 or to 15 bits in two int8 digits (`row_rounding.py`); nibbles become bytes in two or
+three instructions for eight of them. Sums within a group of input features are exact. Each thread reads its weights
+from memory into registers, the first of them before the rounded row is there.
+
+Shapes: N output features, W words of 32 bits a feature; a row [D digits, 1 or with nibbles 2 halves, W].
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hasten.ops.gpu.endings import Projection, store_sums, targets, widths
+from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
+from hasten.ops.gpu.row_rounding import round_rows
+from hasten.ops.packed import PackedLinear
+from hasten.ops.rounding import BASE, Inputs
+
+_BASE = tl.constexpr(BASE)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_SIGNED = tl.constexpr("dp4a.s32.s32 $0, $1, $2, $3;")
+_UNSIGNED = tl.constexpr("dp4a.u32.s32 $0, $1, $2, $3;")
+_ONES, _ONES_OF_NIBBLES = tl.constexpr(0x01010101), tl.constexpr(0x11111111)
+"""Words of bytes, and of nibbles, that are all 1."""
+
+
+@triton.jit
+def _signed_byte(words, PLACE: tl.constexpr):
+    return (words << (24 - 8 * PLACE)) >> 24
+
+
+@triton.jit
+def _dot4(a, b, total, UNSIGNED: tl.constexpr):
+    """`total` and the products of the bytes of `a`, signed or not, with the signed ones of `b`."""
+    if _INTERPRETED:
+        for place in tl.static_range(4):
+            left = (a >> (8 * place)) & 255 if UNSIGNED else _signed_byte(a, place)
+            total += left * _signed_byte(b, place)
+    elif UNSIGNED:
+        total = tl.inline_asm_elementwise(_UNSIGNED, "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        total = tl.inline_asm_elementwise(_SIGNED, "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1)
+    return total
+
+
+@triton.jit
+def _dot16(a, b, total, UNSIGNED: tl.constexpr):
+    """`total` [n, w / 4] and the products of each four words of `a` [n, w], which a thread holds, with those of `b`."""
+    one, two = _halved(a), _halved(b)
+    return _dot_pairs(one[1], two[1], _dot_pairs(one[0], two[0], total, UNSIGNED), UNSIGNED)
+
+
+@triton.jit
+def _halved(words):
+    """[n, w] as two tensors of pairs [n, w / 4, 2]."""
+    return tl.split(words.reshape([words.shape[0], words.shape[1] // 4, 2, 2]))
+
+
+@triton.jit
+def _dot_pairs(a, b, total, UNSIGNED: tl.constexpr):
+    a1, a2 = tl.split(a)
+    b1, b2 = tl.split(b)
+    return _dot4(a2, b2, _dot4(a1, b1, total, UNSIGNED), UNSIGNED)
+
+
+@triton.jit
+def _read(start, at, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Words [n, BLOCK] of which `at` is the place in a row; zeros behind the row."""
+    return tl.load(start) if WORDS % BLOCK == 0 else tl.load(start, (at < WORDS)[None, :], 0)
+
+
+@triton.jit
+def _products(
+    words, x, at, total, WORDS: tl.constexpr, BLOCK: tl.constexpr, NIBBLES: tl.constexpr, UNSIGNED: tl.constexpr
+):
+    """`total` [n, BLOCK / 4] and the products of a block of words with one digit of the row."""
+    x_w = _read(x + at[None, :], at, WORDS, BLOCK)
+    if NIBBLES:
+        total = _dot16(words & 0x0F0F0F0F, x_w, total, UNSIGNED)
+        total = _dot16((words >> 4) & 0x0F0F0F0F, _read(x + WORDS + at[None, :], at, WORDS, BLOCK), total, UNSIGNED)
+    else:
+        total = _dot16(words, x_w, total, UNSIGNED)
+    return total
+
+
+@triton.jit
+def _of_groups(
+    scales,
+    zeros,
+    fours,
+    row,
+    N,
+    WORDS: tl.constexpr,
+    GROUP: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+):
+    """Scales and zero points of four words each of rows of the weight; what is behind a row is scaled by zero."""
+    at = (fours * 4 // GROUP).to(tl.int64)[None, :] * N + row[:, None]
+    inside = (fours < WORDS // 4)[None, :]
+    zero = tl.load(zeros + at, inside, 0).to(tl.int32) if HAS_ZEROS else MIDDLE
+    return tl.load(scales + at, inside, 0.0), zero
+
+
+@triton.jit(do_not_specialize=["N"])
+def _one_row(
+    x,
+    units,
+    weight,
+    scales,
+    zeros,
+    bias,
+    out,
+    keys,
+    values,
+    slots,
+    inverses,
+    N,
+    WORDS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIGITS: tl.constexpr,
+    NIBBLES: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CLIP: tl.constexpr,
+    Q: tl.constexpr,
+    KV: tl.constexpr,
+    D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Each program multiplies the row with ROWS rows of the weight, BLOCK words at a time.
+
+    Digits of the row lie STRIDE words apart. With GROUP above 0, so many words of the weight have a scale of their own.
+    """
+    start_next(PDL)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.where(n < N, n, 0)
+    at = tl.arange(0, BLOCK)
+    four = tl.arange(0, BLOCK // 4)
+    start = weight + row.to(tl.int64)[:, None] * WORDS + at[None, :]
+    next_words = _read(start, at, WORDS, BLOCK)
+    if GROUP > 0:
+        next_scale, next_zero = _of_groups(scales, zeros, four, row, N, WORDS, GROUP, MIDDLE, HAS_ZEROS)
+        total = tl.zeros([ROWS, BLOCK // 4], tl.float32)
+    else:
+        scale_n = tl.load(scales + row)
+        high = tl.zeros([ROWS, BLOCK // 4], tl.int32)
+        low = tl.zeros([ROWS, BLOCK // 4], tl.int32)
+    if HAS_BIAS:
+        bias_n = tl.load(bias + row).to(tl.float32)
+    wait_for_inputs(PDL)
+    unit = tl.load(units)
+    for offset in tl.static_range(0, WORDS, BLOCK):
+        words = next_words
+        here = at + offset
+        if GROUP > 0:
+            scale, zero = next_scale, next_zero
+        if offset + BLOCK < WORDS:
+            next_words = _read(start + (offset + BLOCK), here + BLOCK, WORDS, BLOCK)
+            if GROUP > 0:
+                fours = four + (offset + BLOCK) // 4
+                next_scale, next_zero = _of_groups(scales, zeros, fours, row, N, WORDS, GROUP, MIDDLE, HAS_ZEROS)
+        if GROUP > 0:
+            nothing, ones = (
+                tl.zeros([ROWS, BLOCK // 4], tl.int32),
+                tl.full([1, BLOCK], _ONES_OF_NIBBLES if NIBBLES else _ONES, tl.int32),
+            )
+            sums = _products(words, x, here, nothing, WORDS, BLOCK, NIBBLES, True) * _BASE
+            sums = _products(words, x + STRIDE, here, sums, WORDS, BLOCK, NIBBLES, True)
+            inputs = _products(ones, x, here, tl.zeros([1, BLOCK // 4], tl.int32), WORDS, BLOCK, NIBBLES, True) * _BASE
+            inputs = _products(ones, x + STRIDE, here, inputs, WORDS, BLOCK, NIBBLES, True)
+            total += (sums - zero * inputs).to(tl.float32) * scale
+        else:
+            high = _products(words, x, here, high, WORDS, BLOCK, NIBBLES, False)
+            if DIGITS == 2:
+                low = _products(words, x + STRIDE, here, low, WORDS, BLOCK, NIBBLES, False)
+    if GROUP > 0:
+        value = tl.sum(total, 1) * unit
+    else:
+        value = tl.sum(high, 1).to(tl.float32)
+        if DIGITS == 2:
+            value = value * _BASE + tl.sum(low, 1).to(tl.float32)
+        value *= scale_n * unit
+    if HAS_BIAS:
+        value += bias_n
+    m = tl.arange(0, 1)
+    store_sums(
+        value[:, None], m, n, 1, N, bias, out, keys, values, slots, inverses, 1, False, ACTIVATION, CLIP, Q, KV, D
+    )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How `_one_row` is cut: features a program, words at a time, warps."""
+
+    rows: int
+    block: int
+    warps: int
+
+
+_BYTES, _NIBBLES = Cut(4, 512, 4), Cut(4, 1024, 8)
+"""Measured choices: docs/performance.md."""
+_VECTOR = 16
+"""Bytes of a weight that a thread reads at once, all of one group."""
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A weight as `_one_row` takes it."""
+
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor
+    group: int = 0
+    middle: int = 0
+    nibbles: bool = False
+    has_zeros: bool = False
+
+
+def _weights(weight: PackedLinear) -> _Weights:
+    grouped = weight.grouped
+    if grouped is None:
+        assert weight.plain is not None
+        assert weight.scales is not None
+        return _Weights(weight.plain.view(torch.int32), weight.scales, weight.scales)
+    return _Weights(
+        grouped.values.view(torch.int32),
+        grouped.scales,
+        grouped.scales if grouped.zeros is None else grouped.zeros,
+        group=grouped.group_size // (8 if grouped.is_packed else 4),
+        middle=grouped.middle,
+        nibbles=grouped.is_packed,
+        has_zeros=grouped.zeros is not None,
+    )
+
+
+def serves(rows: int, dtype: torch.dtype, weight: PackedLinear) -> bool:
+    """Whether `product` takes this weight, and there is a single row of a type that it takes."""
+    if rows != 1 or (weight.inputs is None and dtype == torch.float32):
+        return False
+    if weight.grouped is None:
+        return weight.plain is not None and weight.plain.dtype == torch.int8
+    group = weight.grouped.group_size
+    return group % (128 if weight.grouped.is_packed else _VECTOR) == 0
+
+
+def product(
+    x_1h: Inputs, weight: PackedLinear, bias_o: Tensor | None, activation: str | None, to: Projection | None
+) -> Tensor:
+    """[1, o] in the type of `x_1h`, with `to` the queries alone."""
+    weights = _weights(weight)
+    nibbles = weights.nibbles
+    x_1k = weight.grouped.columns.of(x_1h) if weight.grouped is not None and isinstance(x_1h, Tensor) else x_1h
+    numbers, units_t = round_rows(x_1k, weight.inputs, nibbles=nibbles)
+    features, words = weights.words.shape
+    cut = _NIBBLES if nibbles else _BYTES
+    block = min(cut.block, triton.next_power_of_2(words))
+    digits = 2 if weight.inputs is None else 1
+    out = units_t.new_empty(1, features if to is None else to.queries, dtype=x_1h.dtype)
+    _one_row[(triton.cdiv(features, cut.rows),)](
+        numbers.view(torch.int32), units_t, weights.words, weights.scales, weights.zeros,
+        out if bias_o is None else bias_o, out, *targets(to, out), features,
+        WORDS=words, STRIDE=numbers.shape[1] // digits // 4, DIGITS=digits, ROWS=cut.rows, BLOCK=block,
+        GROUP=weights.group, NIBBLES=nibbles, MIDDLE=weights.middle, HAS_ZEROS=weights.has_zeros,
+        HAS_BIAS=bias_o is not None, ACTIVATION=activation, **widths(to),
+        num_warps=min(cut.warps, max(1, block // 128)), **overlapped(out),
+    )  # fmt: skip
+    return out
