@@ -97,6 +97,14 @@ def test_prompts_with_tools_are_those_of_transformers(tmp_path: Path) -> None:
     assert template.render(messages) == oracle.apply_chat_template(messages, tokenize=False) == "plain"
 
 
+def test_results_of_tools_have_the_names_of_their_functions() -> None:
+    template = ChatTemplate("{% for m in messages if m.role == 'tool' %}{{ m.name }} {% endfor %}", {})
+    calls = [{"id": name, "type": "function", "function": {"name": f"call {name}"}} for name in ("a", "b")]
+    results = [{"role": "tool", "content": "", "tool_call_id": name} for name in ("b", "a", "c")]
+    results.append({"role": "tool", "content": "", "tool_call_id": "a", "name": "own"})
+    assert chat_prompt([{"role": "assistant", "tool_calls": calls}, *results], template) == "call b call a  own "
+
+
 def test_templates_stand_in_three_places(tmp_path: Path) -> None:
     assert ChatTemplate.from_folder(folder_of(tmp_path)) is None
     several = [{"name": "rag", "template": "rag"}, {"name": "default", "template": "default"}]

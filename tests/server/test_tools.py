@@ -151,7 +151,9 @@ def test_calls_and_their_results_are_history(client: openai.OpenAI, tool_site: S
         json.dumps(messages).replace('"{\\"city\\": \\"Oslo\\", \\"days\\": 1}"', '{"city": "Oslo", "days": 1}')
     )
     objects[2]["content"] = "snow"
-    text = ChatTemplate(TOOL_TEMPLATE, {"bos_token": "<s>"}).render(objects, tools=TOOLS)
+    nothing = {"parameters": {"type": "object", "properties": {}, "additionalProperties": False}}
+    tools = [WEATHER, CLOCK | {"function": CLOCK["function"] | nothing}]
+    text = ChatTemplate(TOOL_TEMPLATE, {"bos_token": "<s>"}).render(objects, tools=tools)
     assert '"arguments": {"city": "Oslo", "days": 1}}' in text
     assert '"parameters": {"type": "object"' in text
     tokenizer = tool_site.engine("tokens").tokenizer

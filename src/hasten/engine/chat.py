@@ -231,6 +231,7 @@ def chat_prompt(
     normalized = [_message(f"messages[{number}]", message) for number, message in enumerate(messages)]
     if not normalized:
         raise InvalidRequestError("messages is empty")
+    _name_results(normalized)
     if continue_final_message and add_generation_prompt:
         raise InvalidRequestError("continue_final_message cannot go with add_generation_prompt")
     if tools and not template.takes_tools:
@@ -244,6 +245,17 @@ def chat_prompt(
     )
     require_utf8("messages", text)
     return _open_end(text, normalized[-1]["content"]) if continue_final_message else text
+
+
+def _name_results(messages: Sequence[dict[str, Any]]) -> None:
+    """Give results of tools the names of their functions, which some templates want and OpenAI's clients leave out."""
+    names: dict[Any, str] = {}
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            if isinstance(call.get("id"), str):
+                names[call["id"]] = call["function"]["name"]
+        if message["role"] == "tool" and message.get("tool_call_id") in names:
+            message.setdefault("name", names[message["tool_call_id"]])
 
 
 def _open_end(text: str, content: str | None) -> str:

@@ -17,7 +17,7 @@ from hasten.engine.text import Tokenizer
 from hasten.server.openai.params import OpenAIError
 from hasten.server.openai.types import ChatRequest, Function, NamedToolChoice
 from hasten.server.tools.forms import ToolForm, form_of
-from hasten.server.tools.grammar import GrammarFunction, ToolGrammar
+from hasten.server.tools.grammar import NO_PARAMETERS, GrammarFunction, ToolGrammar
 from hasten.server.tools.parser import ToolParser
 
 _MAX_TOOLS = 128
@@ -89,8 +89,14 @@ class ToolUse:
 
     @cached_property
     def descriptions(self) -> list[dict[str, Any]]:
-        """The tools as templates know them."""
-        shown = [msgspec.structs.replace(function, strict=None) for function in self.functions]
+        """The tools as templates know them, each with a schema."""
+        none = dict(NO_PARAMETERS)
+        shown = [
+            msgspec.structs.replace(
+                function, strict=None, parameters=none if function.parameters is None else function.parameters
+            )
+            for function in self.functions
+        ]
         return [{"type": "function", "function": msgspec.to_builtins(function)} for function in shown]
 
     def sampling(self, constraint: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ class ToolForm:
     arguments_key: str = "arguments"
     begins_bare: bool = False
     """Whether an answer that is an object from its first character on is a call without the mark."""
+    is_single: bool = False
+    """Whether chat templates take back one call of an answer alone: no more are asked for."""
     is_list: bool = False
     """Whether calls may be the elements of a JSON list behind one mark, or names with their arguments behind them."""
     between: str = ""
@@ -29,7 +31,7 @@ class ToolForm:
 
 
 HERMES = ToolForm("hermes", "<tool_call>", "</tool_call>")
-LLAMA = ToolForm("llama3_json", "<|python_tag|>", arguments_key="parameters", begins_bare=True)
+LLAMA = ToolForm("llama3_json", "<|python_tag|>", arguments_key="parameters", begins_bare=True, is_single=True)
 MISTRAL = ToolForm("mistral", "[TOOL_CALLS]", is_list=True, id_length=9)
 MISTRAL_NAMED = ToolForm("mistral", "[TOOL_CALLS]", is_list=True, between="[ARGS]", id_length=9)
 

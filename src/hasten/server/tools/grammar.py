@@ -8,7 +8,8 @@ from typing import Any
 from hasten.engine.text import AddedToken
 from hasten.server.tools.forms import ToolForm
 
-_NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+"""The schema of a function that says nothing of its arguments."""
 _WHITESPACE = {"whitespace_pattern": " "}
 """At most this between JSON's marks, as for all schemas."""
 
@@ -38,7 +39,7 @@ class ToolGrammar:
         self._functions = functions
         self._tokens = tokens
         self._end_tokens = end_tokens
-        self._several = several
+        self._several = several and not form.is_single
 
     def calls(self) -> str:
         """At least one call, and nothing else; one alone unless `several`."""
@@ -76,12 +77,9 @@ class ToolGrammar:
             rules.append(f'calls: {opening} "[" call{more} "]"')
             opening = ""
         else:  # text between the calls has its own mark where theirs is not given
-            more = f" ({self._separator()} call)*" if self._several and (opening or form.begins_bare) else ""
-            rules.append(f"calls: call{more}")
+            separator = r'"\n" ' if form.closing else ""
+            rules.append(f"calls: call ({separator}call)*" if self._several and opening else "calls: call")
         return rules + [self._call(number, function, opening) for number, function in enumerate(self._functions)]
-
-    def _separator(self) -> str:
-        return {"hermes": '"\\n"', "llama3_json": '"; "'}.get(self._form.name, "")
 
     def _call(self, number: int, function: GrammarFunction, opening: str) -> str:
         form = self._form
@@ -94,7 +92,7 @@ class ToolGrammar:
             if form.closing:
                 call = f'"\\n" {call} "\\n" {self._mark(form.closing)}'
             call = f"{opening} {call}"
-        schema = {"type": "object"} | dict(_NO_PARAMETERS if function.schema is None else function.schema)
+        schema = {"type": "object"} | dict(NO_PARAMETERS if function.schema is None else function.schema)
         return f"call{number}: {call}\n{arguments}: %json {_with_whitespace(json.dumps(schema))}"
 
     def _mark(self, text: str) -> str:
