@@ -21,7 +21,7 @@ SERVED = {"bench/served.py", "bench/serving.py", "bench/load/codec.py", "bench/l
 SERVED |= {"bench/load/target.py"}
 """Benchmarks of servers, which need the extra `serve`."""
 CORE_ROOMS = ("core", "ops", "parallel", "layers", "models", "checkpoint", "engine", "bench")
-OPTIONAL = {"triton", "pynvml", "llguidance", "uvloop", "huggingface_hub", "opentelemetry", "vllm"}
+OPTIONAL = {"triton", "pynvml", "llguidance", "uvloop", "huggingface_hub", "opentelemetry", "vllm", "lm_eval"}
 """Imported only where they are there (transformers brings huggingface_hub), or behind `require_extra`."""
 
 
