@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hasten.ops.cache_scales import CacheScales
 from hasten.ops.gpu.attend import FAR, LOG2_E, attend, merged, with_sink
-from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
+from hasten.ops.gpu.launch import has_warp_groups, overlapped, start_next, wait_for_inputs
 from hasten.ops.gpu.library import with_room
 from hasten.ops.gpu.splits import one_query, query_group
 from hasten.ops.meta import AttentionMeta
@@ -175,7 +175,8 @@ def paged_attention(
     numbers = (query_tnd.stride(0), *key_cache.stride()[:3], scale * LOG2_E, (softcap or 0.0) * LOG2_E)
     wide, group = query_tnd.dtype == torch.float32, heads // kv_heads
     if plan.tiles is not None:
-        options = _tiles(meta.run, d, block_size, wide)
+        whole = scales is None and d <= 128 and not wide and has_warp_groups(query_tnd.device.index)
+        options = _tiles(meta.run, d, block_size, wide, whole)
         _tile[(heads, len(plan.tiles), TILE // options["BLOCK_M"])](
             *shared, plan.tiles, out_tnd, *numbers, GROUP=group, COLUMNS=plan.tiles.shape[1], CAUSAL=causal,
             **options, **common,
@@ -193,10 +194,15 @@ def paged_attention(
     return out_tnd
 
 
-def _tiles(run: int | None, head_size: int, block_size: int, wide: bool) -> dict[str, Any]:
-    """The options of the kernel for tiles."""
+def _tiles(run: int | None, head_size: int, block_size: int, wide: bool, whole: bool) -> dict[str, Any]:
+    """The options of the kernel for tiles.
+
+    `whole`: in a fixed order, whether four warps can compute a tile together, 16 rows each. On other devices they would
+    divide the keys, those of 8 bits are widened in registers, and of larger heads no two runs' sums fit there.
+    """
     if run is not None:
-        return {**_fixed(block_size, wide), "RUN": run}
+        together = {"BLOCK_M": TILE, "num_warps": 4, "num_stages": 4} if whole else {}
+        return {**_fixed(block_size, wide), **together, "RUN": run}
     keys = _product(16 if wide and head_size > 128 else 32, block_size, wide)
     return {**keys, "BLOCK_M": TILE, "AHEAD": False, "RUN": 0, "num_warps": 4, "num_stages": 1 if wide else 2}
 
@@ -204,8 +210,8 @@ def _tiles(run: int | None, head_size: int, block_size: int, wide: bool) -> dict
 def _fixed(block_size: int, wide: bool) -> dict[str, Any]:
     """The options of both kernels in a fixed order, whatever the number of queries and the size of a group.
 
-    With several warps matrix units divide the keys of a step among them in one kernel and not in the other, and their
-    weights are added up in another order.
+    With several warps for 16 rows, matrix units divide the keys of a step among them in one kernel and not in the
+    other, and their weights are added up in another order.
     """
     keys = _product(_FIXED_KEYS, block_size, wide)
     warps = {"num_stages": 1, "num_warps": 4} if wide else {"num_stages": 3, "num_warps": 1}

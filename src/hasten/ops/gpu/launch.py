@@ -56,6 +56,12 @@ def overlapped(tensor: Tensor) -> dict[str, Any]:
 
 
 @cache
+def has_warp_groups(index: int | None) -> bool:
+    """Whether four warps of a device multiply 64 rows together, each 16 of them, as on an H200."""
+    return index is None or torch.cuda.get_device_capability(index)[0] == 9
+
+
+@cache
 def multiprocessors(index: int | None) -> int:
     """Multiprocessors of a device; as many as an H200 has where there is none."""
     return 132 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
