@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCE = ROOT / "src" / "hasten"
 SERVED = {"bench/served.py", "bench/serving.py", "bench/load/codec.py", "bench/load/grpc.py", "bench/load/http.py"}
-SERVED |= {"bench/load/target.py"}
+SERVED |= {"bench/load/target.py", "bench/evaluation/store.py"}
 """Benchmarks of servers, which need the extra `serve`."""
 CORE_ROOMS = ("core", "ops", "parallel", "layers", "models", "checkpoint", "engine", "bench")
 OPTIONAL = {"triton", "pynvml", "llguidance", "uvloop", "huggingface_hub", "opentelemetry", "vllm", "lm_eval"}
