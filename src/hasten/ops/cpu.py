@@ -9,6 +9,7 @@ products at all; weights in int8 stay so.
 import math
 import threading
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -23,7 +24,7 @@ from hasten.ops.heads import HeadTransform
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.mixture import PackedExperts, Routing
 from hasten.ops.order import order_is_fixed
-from hasten.ops.packed import PACK_FOR_ROWS, PackedLinear, QuantizedWeight, Weight
+from hasten.ops.packed import FUSED, PACK_FOR_ROWS, PackedLinear, QuantizedWeight, Weight
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.rounding import rounded
 
@@ -209,16 +210,29 @@ def _linear(
     elif weight.blocked is None or (weight.plain is not None and x_th.shape[0] <= _FEW_ROWS):
         assert weight.plain is not None
         out_to = F.linear(x_th, weight.plain, bias_o)
+    elif activation in FUSED and _fuses():
+        out_to, activation = _blocked(x_th, weight.blocked, bias_o, *FUSED[activation]), None
     else:
-        rows = x_th.shape[0]
-        more = compiled_rows(rows) - rows
-        padded_th = F.pad(x_th, (0, 0, 0, more)) if more else x_th
-        out_to = torch.ops.mkldnn._linear_pointwise(padded_th, weight.blocked, bias_o, "none", [], "")[:rows]
+        out_to = _blocked(x_th, weight.blocked, bias_o, "none", "")
     if activation is not None:
         out_to = _activated(out_to, activation, weight.fixed_order)
     if residual_to is not None:
         out_to = out_to.add_(residual_to)
     return out_to.to(dtype)
+
+
+@cache
+def _fuses() -> bool:
+    """Whether oneDNN's activations are faster than passes of our own: with AVX-512, not with AVX2."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _blocked(x_th: Tensor, weight: Tensor, bias_o: Tensor | None, activation: str, variant: str) -> Tensor:
+    """A product with a weight in oneDNN's layout, and an activation by oneDNN's name."""
+    rows = x_th.shape[0]
+    more = compiled_rows(rows) - rows
+    padded_th = F.pad(x_th, (0, 0, 0, more)) if more else x_th
+    return torch.ops.mkldnn._linear_pointwise(padded_th, weight, bias_o, activation, [], variant)[:rows]
 
 
 def _activated(x: Tensor, name: str, fixed: bool) -> Tensor:

@@ -12,13 +12,11 @@ from torch import Tensor
 
 from hasten.ops import reference
 from hasten.ops.compiled_rows import compiled_rows
-from hasten.ops.packed import PACK_FOR_ROWS, PackedLinear
+from hasten.ops.packed import FUSED, PACK_FOR_ROWS, PackedLinear
 
 _Operands = tuple[Tensor, Tensor | None, Tensor | None]
 """Rows, weight and bias."""
 _linear = torch.ops.mkldnn._linear_pointwise
-_FUSED = {"gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "silu": ("swish", "")}
-"""Activations that oneDNN computes before it rounds: its name and its variant of each."""
 
 
 @cache
@@ -50,8 +48,8 @@ def product(
     if residual_to is not None:
         assert activation is None, "no layer has both"
         return _added(operands, _padded(residual_to))[:rows].to(x_th.dtype)
-    if x_th.dtype == torch.bfloat16 and (activation is None or activation in _FUSED):
-        name, variant = _FUSED.get(activation or "", ("none", ""))
+    if x_th.dtype == torch.bfloat16 and (activation is None or activation in FUSED):
+        name, variant = FUSED.get(activation or "", ("none", ""))
         return _linear(*operands, name, [], variant)[:rows]
     out_to = _precise(operands)[:rows]
     return (out_to if activation is None else reference.activated(out_to, activation)).to(x_th.dtype)

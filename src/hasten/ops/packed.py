@@ -61,6 +61,10 @@ PACK_FOR_ROWS = 64
 """Batch size that a CPU's matrix library lays a weight out for; the layout serves other sizes as well."""
 
 
+FUSED = {"gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "silu": ("swish", "")}
+"""Activations that oneDNN computes in a product, before the result is rounded: its name and its variant of each."""
+
+
 @dataclass(frozen=True)
 class PackedLinear:
     """What `ops.pack_linear` makes and `ops.linear` takes; at least one of the layouts is there."""
