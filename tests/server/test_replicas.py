@@ -19,7 +19,7 @@ from tests.waiting import attempts
 from hasten.cli.main import build_parser
 from hasten.cli.serve import serve_options
 from hasten.core.errors import ConfigError, EngineError
-from hasten.core.types import SamplingParams
+from hasten.core.types import FinishReason, SamplingParams
 from hasten.engine.llm import LLM
 from hasten.server.app import Server, _repository
 from hasten.server.engine.client import EngineClient
@@ -202,6 +202,8 @@ def test_an_engine_is_killed_under_load(site: Site, caplog: pytest.LogCaptureFix
                 ):
                     async for _ in stream:
                         pass
+            failed = [site.engines.counters.of(index).finished[FinishReason.ERROR] for index in (0, 1)]
+            assert failed == [len(streams[dying]), 0]
             assert site.server.service.index(ready=True)[0].reason == "1 of 2 replicas not ready: 0"
             assert ahead[0].moved
             assert ahead[0].engine in (None, other.requests)

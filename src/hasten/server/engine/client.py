@@ -451,7 +451,7 @@ class EngineClient:
         """Forget a request wherever it stands; one that has ended is forgotten already."""
         if not ticket.ended:
             ticket.ended = True
-            self._count_end(ticket, FinishReason.ABORT)
+            self._count_end(ticket, 0 if ticket.engine is None else ticket.engine.index, FinishReason.ABORT)
         engine = self._queue.remove(ticket)
         if engine is not None:
             self.replicas[engine.index].abort(ticket)
@@ -476,21 +476,20 @@ class EngineClient:
         self._infos[replica] = info
         self.info = EngineInfo.of_all(list(self._infos.values()))
 
-    def engine_lost(self, tickets: list[Ticket], error: EngineError) -> None:
+    def engine_lost(self, index: int, tickets: list[Ticket], error: EngineError) -> None:
         """Requests that have begun get an error at once; the others go to another engine, where there are several."""
         for ticket in tickets:
             if ticket.may_move and len(self.replicas) > 1:
                 self._queue.put_back(ticket)
             else:
-                self._count_end(ticket, FinishReason.ERROR, error)
+                self._count_end(ticket, index, FinishReason.ERROR, error)
                 ticket.fail(error)
         self.engine_changed()
 
-    def _count_end(self, ticket: Ticket, reason: FinishReason, error: HastenError | None = None) -> None:
-        """Count a request that ends without its last output."""
+    def _count_end(self, ticket: Ticket, index: int, reason: FinishReason, error: HastenError | None = None) -> None:
+        """Count a request of engine `index` that ends without its last output."""
         _end_in_call(ticket, reason, error)
         if ticket.counted:
-            index = 0 if ticket.engine is None else ticket.engine.index
             self.counters.of(index).finished[reason] += 1
 
     def engine_stalled(self, replica: Replica) -> None:

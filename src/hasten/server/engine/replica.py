@@ -32,8 +32,8 @@ class Owner(Protocol):
     def engine_changed(self) -> None:
         """An engine may take requests that wait, or has fewer."""
 
-    def engine_lost(self, tickets: list[Ticket], error: EngineError) -> None:
-        """An engine no longer has these requests: its process died."""
+    def engine_lost(self, index: int, tickets: list[Ticket], error: EngineError) -> None:
+        """Engine `index` no longer has these requests: its process died."""
 
     def engine_stalled(self, replica: "Replica") -> None:
         """An engine has requests and has computed no step for a while."""
@@ -212,7 +212,7 @@ class Replica:
         self._now = EngineStats(num_blocks=self.info.num_blocks)
         reason = link.failure or "its process died"
         error = EngineError(f"engine {self.name} failed while it had the request: {reason}")
-        self._owner.engine_lost(self.requests.detach(), error)
+        self._owner.engine_lost(self.requests.index, self.requests.detach(), error)
 
     async def _keep(self, link: EngineLink) -> None:
         """Whenever the process has died, start it again."""
