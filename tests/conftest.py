@@ -137,8 +137,18 @@ def _save_model(folder: Path, family: str, seed: int, **config: Any) -> None:
     model.save_pretrained(folder)
 
 
+TESTS = Path(__file__).parent
+SAME_ON_EVERY_PYTHON = frozenset(
+    {"bench", "checkpoint", "examples", "layers", "models", "ops", "quantization", "security", "soak"}
+)
+"""Folders whose tests look at numbers, formats and whole programs: they have the mark `any_python`."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs more GPUs than there are. Files with slow tests come first: at the end they would run alone."""
+    for item in items:
+        if item.path.relative_to(TESTS).parts[0] in SAME_ON_EVERY_PYTHON:
+            item.add_marker("any_python")
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
     items.sort(key=lambda item: item.path not in slow)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

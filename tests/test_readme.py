@@ -238,6 +238,7 @@ def test_the_readme_from_top_to_bottom(walk: Walk) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.any_python
 def test_the_examples_of_the_python_api_run(walk: Walk) -> None:
     examples = [block.text for block in blocks(ROOT / "docs" / "python.md") if block.is_python]
     assert examples

@@ -81,7 +81,6 @@ def test_kernels_agree_with_their_definitions(name: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-@pytest.mark.any_python
 @pytest.mark.parametrize(
     ("capability", "dtype", "shared_memory"),
     [("90", "bf16", 227 * 1024), ("80", "fp16", 163 * 1024)],

@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-pytestmark = pytest.mark.any_python
 DEMO = Path(__file__).parents[2] / "examples/demo-model"
 TEXT = "That year the spring came early. Lydia wanted a crimson door and painted it at once."
 

@@ -20,8 +20,6 @@ from hasten.checkpoint.plan import Checkpoint, open_checkpoint
 from hasten.core.config import ModelConfig
 from hasten.core.errors import CheckpointError, UnsupportedError
 
-pytestmark = pytest.mark.any_python
-
 NEOX: dict[str, Any] = {"hidden_size": 64}
 """Wide enough for a quarter of each head to turn."""
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

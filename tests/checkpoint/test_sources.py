@@ -62,7 +62,6 @@ def test_hugging_face_shares_make_the_whole(
         assert_same(loaded(open_checkpoint(folder), size), expected)
 
 
-@pytest.mark.any_python
 @pytest.mark.parametrize("stored", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_any_rank_count_reads_any_other(

@@ -9,6 +9,8 @@ import pytest
 from hasten.cli.demo import Comparison
 from hasten.cli.main import build_parser
 
+pytestmark = pytest.mark.any_python
+
 if TYPE_CHECKING:
     from tests.cli.conftest import Hasten
 

@@ -19,6 +19,8 @@ from tests.waiting import eventually
 from hasten.bench.charts import number
 from hasten.cli.main import main
 
+pytestmark = pytest.mark.any_python
+
 if TYPE_CHECKING:
     from tests.cli.conftest import Hasten
 

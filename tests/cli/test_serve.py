@@ -414,6 +414,7 @@ def test_the_servers_process_has_no_torch() -> None:
     assert shown == "[]\n"
 
 
+@pytest.mark.any_python
 def test_ranks_that_torchrun_started_serve_together(tmp_path: Path) -> None:
     """Rank 0 answers, the other computes with it, and both end with the work that was under way done."""
     log = tmp_path / "log"
@@ -443,6 +444,7 @@ def test_ranks_that_torchrun_started_serve_together(tmp_path: Path) -> None:
         process.wait()
 
 
+@pytest.mark.any_python
 def test_the_ranks_of_two_hosts_start_again_together(start: Start) -> None:
     meet = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--node-rank"]
     first, second = (start(str(DEMO), "--tensor-para-size", "2", *meet, str(rank)) for rank in range(2))

@@ -9,6 +9,8 @@ from tests.bench.report_form import form_errors
 from hasten.cli.main import build_parser
 from hasten.cli.serve import serve_options
 
+pytestmark = pytest.mark.any_python
+
 if TYPE_CHECKING:
     from tests.cli.conftest import Hasten
 

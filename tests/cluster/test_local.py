@@ -235,6 +235,7 @@ def test_a_supervisor_that_is_told_to_end_says_so(here: Site) -> None:
     assert here.ended("told-to-end").reason == "its supervisor was told to end"
 
 
+@pytest.mark.any_python
 def test_a_hundred_jobs_are_submitted_and_none_is_lost(here: Site, capsys: pytest.CaptureFixture[str]) -> None:
     """From four processes at once. Every fifth job fails."""
     code = """

@@ -61,7 +61,6 @@ def run(environment: Environment, *command: str) -> "subprocess.CompletedProcess
 
 
 @pytest.mark.slow
-@pytest.mark.any_python
 @pytest.mark.timeout(LONGEST_S)
 def test_the_article_from_start_to_end(environment: Environment) -> None:
     done = run(environment, "bash", str(SCRIPT))

@@ -18,8 +18,6 @@ from hasten.layers.position import alibi_slopes
 from hasten.models.bloom import BloomBlock, BloomForCausalLM
 from hasten.ops import reference
 
-pytestmark = pytest.mark.any_python
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FOLDER, STORIES = EXAMPLES / "demo-model", EXAMPLES / "stories" / "test.jsonl"
 

@@ -45,7 +45,6 @@ def greedy(folder: Path, count: int = 14) -> list[list[list[int]]]:
     return their_tokens(folder, PROMPTS, min_new_tokens=count, max_new_tokens=count)
 
 
-@pytest.mark.any_python
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_and_beams_are_those_of_transformers(kind: str, save: Save) -> None:
     folder = save(kind)
@@ -66,7 +65,6 @@ def test_tokens_and_beams_are_those_of_transformers(kind: str, save: Save) -> No
         assert all(abs(entry.logprob - float(right[place, token])) < 1e-4 for token, entry in top.items())
 
 
-@pytest.mark.any_python
 @pytest.mark.parametrize("kind", ["t5"])
 def test_preempted_requests_go_on_with_the_same_tokens(kind: str, save: Save) -> None:
     folder = save(kind)
@@ -84,7 +82,6 @@ def test_preempted_requests_go_on_with_the_same_tokens(kind: str, save: Save) ->
 
 
 @pytest.mark.usefixtures("forked_ranks")
-@pytest.mark.any_python
 def test_ranks_and_converted_checkpoints_give_the_same_tokens(save: Save, tmp_path: Path) -> None:
     folder = save("flan-t5")
     with pytest.raises(UnsupportedError, match=r"models with an encoder .* --format safetensors"):

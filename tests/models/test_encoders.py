@@ -80,7 +80,6 @@ def hidden_states(llm: LLM, prompts: list[Any]) -> list[Tensor]:
     return [output.outputs.data for output in llm.encode(prompts, pooling_task="token_embed")]
 
 
-@pytest.mark.any_python
 @pytest.mark.parametrize("name", FAMILIES)
 def test_hidden_states(name: str, folder: Folder, load: Load) -> None:
     path = folder(name)
@@ -96,7 +95,6 @@ def test_hidden_states(name: str, folder: Folder, load: Load) -> None:
         assert torch.allclose(torch.tensor(vector.outputs.embedding), mean, atol=BOUND)
 
 
-@pytest.mark.any_python
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", [name for name in FAMILIES if "," not in name])
 def test_classifiers(name: str, head: str, folder: Folder, load: Load) -> None:
@@ -162,7 +160,6 @@ def test_controls(family: str, what: str, folder: Folder, load: Load, monkeypatc
     assert (found - their_output(theirs(path), LONG[-2])).abs().max() > 1e-2
 
 
-@pytest.mark.any_python
 @pytest.mark.usefixtures("forked_ranks")
 def test_ranks_and_steps_change_nothing(folder: Folder, load: Load) -> None:
     path = folder("mpnet")
@@ -253,7 +250,6 @@ def test_only_models_that_generate_are_converted(folder: Folder, tmp_path: Path)
         convert(job)
 
 
-@pytest.mark.any_python
 def test_the_task_of_an_architecture_is_known_without_its_class() -> None:
     for architecture in MODELS:
         encodes = issubclass(model_class(architecture), encoder.Encoder)

@@ -36,7 +36,6 @@ LENGTHS = [1, 2, 6, 7, 8, 9, 15, 16, 17, 31, 33, 48, 70]
 COUNT = 12
 
 
-@pytest.mark.any_python
 @pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))
 def test_logits_are_those_of_hugging_face(model: Model, make_model: MakeModel, worst_logit: Worst) -> None:
     family, options = model
@@ -46,7 +45,6 @@ def test_logits_are_those_of_hugging_face(model: Model, make_model: MakeModel, w
         assert worst_logit(folder, LENGTHS, max_num_batched_tokens=budget, max_num_seqs=16) <= BOUND
 
 
-@pytest.mark.any_python
 @pytest.mark.parametrize(("name", "change"), CONTROLS.values(), ids=list(CONTROLS))
 def test_what_is_left_out_shows(
     name: str, change: Change, make_model: MakeModel, worst_logit: Worst, monkeypatch: pytest.MonkeyPatch
@@ -57,7 +55,6 @@ def test_what_is_left_out_shows(
     assert worst_logit(folder, LENGTHS) > 2 * BOUND
 
 
-@pytest.mark.any_python
 @pytest.mark.parametrize(("name", "weight"), WEIGHTS.values(), ids=list(WEIGHTS))
 def test_every_weight_counts(
     name: str, weight: str, make_model: MakeModel, worst_logit: Worst, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -112,7 +109,6 @@ def generated(llm: LLM) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, GREEDY)]
 
 
-@pytest.mark.any_python
 @pytest.mark.parametrize("name", [name for cases in ALL for name in cases.served])
 def test_greedy_tokens_are_those_of_hugging_face(
     name: str, make_model: MakeModel, right_tokens: Callable[[str], list[list[int]]]
@@ -129,7 +125,6 @@ def test_greedy_tokens_are_those_of_hugging_face(
         assert llm.engine.scheduler.stats.preemptions > 0
 
 
-@pytest.mark.any_python
 @pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(("name", "ranks"), [case for cases in ALL for case in cases.ranks])
 def test_ranks_give_the_tokens_of_one(
@@ -140,7 +135,6 @@ def test_ranks_give_the_tokens_of_one(
         assert generated(llm) == right_tokens(name)
 
 
-@pytest.mark.any_python
 @pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(("name", "ranks"), [case for cases in ALL for case in cases.whole_experts])
 def test_ranks_with_whole_experts_give_the_tokens_of_one(
@@ -155,7 +149,6 @@ def test_ranks_with_whole_experts_give_the_tokens_of_one(
         assert generated(llm) == right_tokens(name)
 
 
-@pytest.mark.any_python
 @pytest.mark.parametrize(("name", "ranks"), [case for cases in ALL for case in cases.converted])
 def test_a_converted_checkpoint_gives_the_same_tokens(
     name: str, ranks: int, make_model: MakeModel, right_tokens: Callable[[str], list[list[int]]], tmp_path: Path

@@ -9,8 +9,6 @@ from hasten import LLM
 from hasten.models.base import CausalLM
 from hasten.models.kinds import distinct_layers
 
-pytestmark = pytest.mark.any_python
-
 
 @pytest.mark.parametrize(
     ("family", "config", "kept"),

@@ -13,8 +13,6 @@ from hasten.layers.position import alibi_slopes
 from hasten.ops import cpu, reference
 from hasten.ops.cache_scales import octets, stored
 
-pytestmark = pytest.mark.any_python
-
 Close = Callable[[str, Tensor, Tensor], None]
 Lengths = list[tuple[int, int]]
 """(new tokens, tokens that attention sees, these included) of each sequence."""

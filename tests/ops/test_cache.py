@@ -7,8 +7,6 @@ from torch import Tensor
 from hasten import ops
 from hasten.ops import reference
 
-pytestmark = pytest.mark.any_python
-
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BLOCKS, BLOCK_SIZE, HEADS, HEAD_SIZE = 7, 5, 3, 8
 

@@ -17,8 +17,6 @@ pytest.importorskip("triton")
 
 from hasten.ops.gpu import edits as kernels
 
-pytestmark = pytest.mark.any_python
-
 DEVICE = pytest.param("cuda", marks=pytest.mark.gpu) if torch.cuda.is_available() else "cpu"
 VOCAB = 97
 BLOCK = 16

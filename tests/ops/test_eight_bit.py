@@ -13,8 +13,6 @@ from torch import Tensor
 from hasten import ops
 from hasten.ops import QuantizedWeight, cpu_int8, reference, rounding
 
-pytestmark = pytest.mark.any_python
-
 Close = Callable[[str, Tensor, Tensor], None]
 
 BOUND = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 8e-3}

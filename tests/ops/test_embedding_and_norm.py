@@ -7,8 +7,6 @@ from torch import Tensor
 from hasten import ops
 from hasten.ops import reference
 
-pytestmark = pytest.mark.any_python
-
 Close = Callable[[str, Tensor, Tensor], None]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 VOCAB, HIDDEN = 13, 6

@@ -9,8 +9,6 @@ from torch import Tensor
 from hasten import ops
 from hasten.ops import GatedUnit, PackedExperts, Routing, cpu, reference
 
-pytestmark = pytest.mark.any_python
-
 Close = Callable[[str, Tensor, Tensor], None]
 
 HIDDEN, INNER, COUNT = 24, 20, 6

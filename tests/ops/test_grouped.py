@@ -11,8 +11,6 @@ from hasten import ops
 from hasten.ops import Columns, GroupedWeight, cpu_grouped, reference
 from hasten.ops.grouped import pack_nibbles, packs, unpack_nibbles
 
-pytestmark = pytest.mark.any_python
-
 EXACT, IN_BF16 = 2e-5, 2e-2
 """Largest error, relative to values above 1: of weights widened to fp32, and of torch's product."""
 

@@ -14,8 +14,6 @@ from hasten import ops
 from hasten.core.config import QKNorm
 from hasten.ops import reference
 
-pytestmark = pytest.mark.any_python
-
 Close = Callable[[str, Tensor, Tensor], None]
 
 TOKENS, HEADS, KV_HEADS, HIDDEN = 5, 4, 2, 24

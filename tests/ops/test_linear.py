@@ -14,8 +14,6 @@ from hasten import ops
 from hasten.ops import cpu, cpu_bf16, reference
 from hasten.ops.compiled_rows import compiled_rows
 
-pytestmark = pytest.mark.any_python
-
 Close = Callable[[str, Tensor, Tensor], None]
 
 ROWS = range(1, 71)

@@ -10,8 +10,6 @@ pytest.importorskip("triton")
 
 from hasten.ops.gpu import logprobs
 
-pytestmark = pytest.mark.any_python
-
 DEVICE = pytest.param("cuda", marks=pytest.mark.gpu) if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CHUNK = 64

@@ -108,6 +108,7 @@ def test_what_contradicts_itself_is_refused(parallel: ParallelConfig, env: dict[
         rank_info(parallel, env)
 
 
+@pytest.mark.any_python
 def test_two_hosts_of_two_ranks_and_the_end_of_one(tiny_bloom: Path) -> None:
     with LLM(tiny_bloom, device="cpu") as llm:
         params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)

@@ -23,6 +23,7 @@ print(torch.get_num_threads())
 """
 
 
+@pytest.mark.any_python
 def test_an_engine_computes_with_as_many_threads_as_the_quota_has_cpus(tiny_bloom: Path, tmp_path: Path) -> None:
     (tmp_path / "own").write_text("0::/\n")
     (tmp_path / "cpu.max").write_text("150000 100000\n")

@@ -15,8 +15,6 @@ from hasten.checkpoint.sources import open_source
 from hasten.cli.main import main
 from hasten.quantization.scheme import SCHEMES
 
-pytestmark = pytest.mark.any_python
-
 PRESETS = {"W4A16": 7.5, "W4A16_ASYM": 7.5, "W8A16": 127.5, "W8A8": 127.5, "FP8": 448.0, "FP8_DYNAMIC": 448.0}
 """Names that the package has for what others publish, and the greatest number of each."""
 GROUP = 16

@@ -18,8 +18,6 @@ from hasten.core.errors import CheckpointError, HastenError
 from hasten.ops import QuantizedWeight
 from hasten.quantization.formats.registry import format_of
 
-pytestmark = pytest.mark.any_python
-
 E4M3 = torch.float8_e4m3fn
 BLOCK = 16
 

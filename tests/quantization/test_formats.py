@@ -23,8 +23,6 @@ from hasten.models.weight_map import WeightSpec
 from hasten.ops import GroupedWeight, QuantizedWeight
 from hasten.quantization.formats.registry import format_of
 
-pytestmark = pytest.mark.any_python
-
 CASES = {
     "gptq": gptq(4, 16),
     "gptq, groups that do not divide": gptq(4, 32),

@@ -9,8 +9,6 @@ from torch import Tensor
 from hasten.quantization.gptq import round_by_gptq
 from hasten.quantization.grid import E4M3, Grid, RoundedWeight
 
-pytestmark = pytest.mark.any_python
-
 Array = NDArray[np.float64]
 OUT, WIDTH, TOKENS = 24, 192, 600
 GRIDS = {"int4 in groups": Grid(4, group_size=64), "int8": Grid(8), "fp8": Grid(8, E4M3)}

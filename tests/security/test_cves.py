@@ -62,8 +62,6 @@ from hasten.server.tools.forms import HERMES, LLAMA, MISTRAL, ToolForm
 from hasten.server.tools.parser import ToolParser
 from hasten.server.types import ServiceError
 
-pytestmark = pytest.mark.any_python
-
 SOURCE = Path(hasten.__file__).parent
 LIST = Path(__file__).parents[2] / "docs" / "operations.md"
 MIB = 1 << 20
@@ -997,7 +995,7 @@ def test_a_crafted_checkpoint_is_one_line(tmp_path: Path) -> None:
 
 def _rows() -> set[str]:
     """The advisories that the tests here are about."""
-    marks = [mark for test in globals().values() for mark in getattr(test, "pytestmark", ()) if test is not pytestmark]
+    marks = [mark for test in globals().values() for mark in getattr(test, "pytestmark", ())]
     named = [mark.args[1][0] for mark in marks if mark.args and mark.args[0] == "row"]
     return {one for names in named for one in names.split("+")}
 

@@ -201,6 +201,7 @@ def test_the_process_ends_with_the_server(demo_model: Path, busy: bool) -> None:
         server.communicate(timeout=LIMIT_S)  # the engine's process holds stderr for as long as it lives
 
 
+@pytest.mark.any_python
 def test_ranks_give_the_same_tokens_and_the_death_of_one_is_survived(
     run: Any, demo_model: Path, demo_llm: LLM, caplog: Any
 ) -> None:

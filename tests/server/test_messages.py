@@ -13,6 +13,8 @@ from tests.server.openai_site import Site
 from tests.server.tool_model import TOOLS
 from tests.waiting import eventually
 
+pytestmark = pytest.mark.any_python
+
 anthropic: Any = pytest.importorskip("anthropic")
 SAID = "Anna opened the door."
 COMMON: dict[str, Any] = {"model": "story", "messages": [{"role": "user", "content": SAID}], "max_tokens": 100}

@@ -40,6 +40,8 @@ from tritonclient.utils import shared_memory as shm
 
 from hasten.core.config import EngineConfig
 
+pytestmark = pytest.mark.any_python
+
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 FAST = ("--disable-auto-complete-config", "--model-load-thread-count=12")
 ADDING = {"add", "text", "decoupled", *(f"id_{kind}" for kind in SAME_TYPES)}

@@ -13,6 +13,8 @@ from tests.server.openai_site import Site
 from tests.server.tool_model import TOOLS
 from tests.waiting import eventually
 
+pytestmark = pytest.mark.any_python
+
 CALL_TOOLS: Any = [{"type": "function", **tool["function"]} for tool in TOOLS]
 COMMON: dict[str, Any] = {"model": "story", "input": "Anna opened the door.", "max_output_tokens": 100}
 CALLS = {"tools": CALL_TOOLS, "tool_choice": "required", "parallel_tool_calls": False}

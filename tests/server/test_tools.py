@@ -18,6 +18,8 @@ from hasten.core.errors import ConfigError
 from hasten.engine.chat import ChatTemplate
 from hasten.server.engine.client import EngineClient
 
+pytestmark = pytest.mark.any_python
+
 CHAT: Any = [{"role": "user", "content": "Anna opened the door."}]
 COMMON: dict[str, Any] = {"model": "story", "messages": CHAT, "tools": TOOLS, "max_tokens": 120}
 NAMED = {"type": "function", "function": {"name": "weather"}}

@@ -33,6 +33,8 @@ from hasten.server.app import Server
 from hasten.server.options import LogOptions, ModelOptions, ServeOptions
 from hasten.server.tracing import Tracing
 
+pytestmark = pytest.mark.any_python
+
 DEMO = Path(__file__).parents[2] / "examples/demo-model"
 PROMPT = "Anna opened the door"
 

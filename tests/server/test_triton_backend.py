@@ -22,6 +22,8 @@ from hasten.core.errors import ConfigError
 from hasten.server.python_backend.repository import create_triton_repository
 from hasten.server.types import InferRequest
 
+pytestmark = pytest.mark.any_python
+
 __all__ = ["demo", "streaming"]  # fixtures
 
 LONG = 1500

@@ -31,7 +31,6 @@ SHORT: dict[Callable[..., Report], dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.any_python
 @pytest.mark.parametrize(("run", "options"), SHORT.items(), ids=lambda value: getattr(value, "__module__", ""))
 def test_it_survives(run: Callable[..., Report], options: dict[str, Any]) -> None:
     report = run(**options)

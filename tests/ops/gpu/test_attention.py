@@ -25,8 +25,6 @@ from hasten.ops.gpu import attention
 from hasten.ops.plan import MIN_SPLIT_LEN, Planner
 
 # tests/bench/test_kernels.py runs every kernel on every Python
-pytestmark = pytest.mark.any_python
-
 Close = Callable[[str, Tensor, Tensor], None]
 Lengths = list[tuple[int, int]]
 """(new tokens, tokens that attention sees, these included) of each sequence."""

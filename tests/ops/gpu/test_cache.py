@@ -7,8 +7,6 @@ from hasten.ops.cache_scales import octets, stored
 from hasten.ops.gpu import cache, matmul
 from hasten.quantization.scheme import SCHEMES
 
-pytestmark = pytest.mark.any_python
-
 NAN = float("nan")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BLOCKS, BLOCK_SIZE = 7, 5

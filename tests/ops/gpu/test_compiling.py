@@ -11,8 +11,6 @@ import pytest
 
 pytest.importorskip("triton")
 
-pytestmark = pytest.mark.any_python
-
 
 def test_kernels_of_a_block_are_compiled_at_its_end_and_then_there(tmp_path: Path) -> None:
     program = Path(__file__).with_name("compile_together.py")

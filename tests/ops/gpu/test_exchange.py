@@ -19,8 +19,6 @@ from hasten.ops import PartialSum, reference
 from hasten.ops.gpu import exchange, norm
 from hasten.ops.peers import Peers
 
-pytestmark = pytest.mark.any_python
-
 Close = Callable[[str, Tensor, Tensor], None]
 
 DTYPES = [torch.float16, torch.bfloat16]

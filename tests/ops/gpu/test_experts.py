@@ -13,8 +13,6 @@ from hasten.ops.gpu import experts as kernels
 from hasten.ops.gpu import router
 
 # tests/bench/test_kernels.py runs every kernel on every Python
-pytestmark = pytest.mark.any_python
-
 Close = Callable[[str, Tensor, Tensor], None]
 
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16

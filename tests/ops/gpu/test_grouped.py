@@ -11,8 +11,6 @@ from torch import Tensor
 from hasten.ops import Columns, GroupedWeight, PackedLinear, pack_nibbles, packs, reference
 from hasten.ops.gpu import grouped, matmul
 
-pytestmark = pytest.mark.any_python
-
 Close = Callable[[str, Tensor, Tensor], None]
 
 HAS_GPU = torch.cuda.is_available()

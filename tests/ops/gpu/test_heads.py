@@ -14,8 +14,6 @@ from hasten.ops import reference
 from hasten.ops.gpu import gated, heads, matmul
 
 # tests/bench/test_kernels.py runs every kernel on every Python
-pytestmark = pytest.mark.any_python
-
 Close = Callable[[str, Tensor, Tensor], None]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -14,8 +14,6 @@ from hasten.ops import PackedLinear, reference
 from hasten.ops.gpu import library, matmul
 
 # tests/bench/test_kernels.py runs every kernel on every Python
-pytestmark = pytest.mark.any_python
-
 Close = Callable[[str, Tensor, Tensor], None]
 
 HAS_GPU = torch.cuda.is_available()

@@ -11,8 +11,6 @@ from torch import Tensor
 from hasten.ops import PartialSum, reference
 from hasten.ops.gpu import norm
 
-pytestmark = pytest.mark.any_python
-
 Close = Callable[[str, Tensor, Tensor], None]
 
 NAN = float("nan")

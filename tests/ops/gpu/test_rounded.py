@@ -13,8 +13,6 @@ from hasten.ops import PackedLinear, PartialSum, QuantizedWeight, RoundedRows, r
 from hasten.ops.gpu import gated, matmul, norm, rounded, row_rounding
 from hasten.quantization.scheme import SCHEMES
 
-pytestmark = pytest.mark.any_python
-
 Close = Callable[[str, Tensor, Tensor], None]
 
 HAS_GPU = torch.cuda.is_available()
