@@ -35,6 +35,11 @@ LARGE = (
     *("up w8a8", "w8a8, 16 rows", "fp8, 16 rows", "fp8, 64 rows"),
 )
 """Shapes with the kernels of smaller ones."""
+VARIANTS = (
+    *("by quick_gelu", "by relu", "by silu", "biases", "sinks", "capped", "interleaved", "clipped", "not causal"),
+    *("by distance", "rms"),
+)
+"""Shapes whose kernels differ from others in operations that every GPU has: compiled for the newest alone."""
 FIXED = ("16 x 192", "64 x 2048, window 512, capped", "prefill 2 x 560, window 128, sinks")
 """Of attention, to be compiled in a fixed order as well."""
 
@@ -93,8 +98,9 @@ def compile_all(capability: int, dtypes: list[DTypeName]) -> None:
         alone, same_keys = (cases(Unfilled(m, ops.TORCH_DTYPES[dtype], torch.device("cpu"))) for m in (small, grouped))
         singles = (case for case in same_keys if case.op == "paged_attention" and "prefill" not in case.shape)
         for case in (*alone, *singles):
+            left_out = LARGE if capability >= 90 else (*LARGE, *VARIANTS)
             fits = capability >= 89 or "fp8" not in case.shape
-            if fits and not any(size in case.shape for size in LARGE):
+            if fits and not any(part in case.shape for part in left_out):
                 case.make().kernel()
             if case.shape in FIXED:
                 in_fixed_order(case.make().kernel)

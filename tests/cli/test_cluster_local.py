@@ -90,17 +90,18 @@ def many_jobs(home: Path, count: int, capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_thousand_jobs_are_listed_as_fast_as_they_are_read(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     many_jobs(home, 1000, capsys)
     backend = LocalBackend(home)
-    reading, listing = list[float](), list[float]()
+    reading, listing, starting = list[float](), list[float](), list[float]()
     for _ in attempts("a list that costs little more than reading it"):
         began = time.process_time()
         assert len(backend.jobs("default")) == 1000
         reading.append(time.process_time() - began)
-        capsys.readouterr()
-        began = time.process_time()
-        assert cluster("list") == 0
-        listing.append(time.process_time() - began)
-        assert len(capsys.readouterr().out.splitlines()) == 1001
-        if min(listing) < min(1, 1.5 * min(reading)):
+        for times, namespace, lines in ((starting, "empty", 1), (listing, "default", 1001)):
+            capsys.readouterr()
+            began = time.process_time()
+            assert cluster("list", "-n", namespace) == 0
+            times.append(time.process_time() - began)
+            assert len(capsys.readouterr().out.splitlines()) == lines
+        if min(listing) - min(starting) < min(1, 1.5 * min(reading)):
             break
     shutil.rmtree(home)
 
