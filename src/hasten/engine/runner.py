@@ -23,12 +23,6 @@ from hasten.models.base import CausalLM, Transformer
 from hasten.models.encoder_decoder import EncoderDecoder
 from hasten.models.kinds import distinct_layers
 from hasten.ops.plan import Planner
-from hasten.ops.transfer import reserve_host_buffers
-
-_BUFFERS_PER_STEP = 3
-"""Of about one size on the host: a step's own numbers, those of its choice, and what comes back."""
-_MOST_BUFFER_BYTES = 1 << 20
-"""Of a buffer on the host that is reserved: few steps need more."""
 
 
 class Runner:
@@ -192,12 +186,6 @@ class Runner:
             self._decode(tokens)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-
-    def reserve_host_buffers(self, most_tokens: int) -> None:
-        """Have memory on the host for the numbers of all steps under way, of up to so many tokens each."""
-        numbers = self._inputs.sections(most_tokens, self.max_sequences, self.max_sequences).total
-        nbytes = min(numbers * torch.int32.itemsize, _MOST_BUFFER_BYTES)
-        reserve_host_buffers(nbytes, _BUFFERS_PER_STEP * (self.stage.size + 1), self.device)
 
     @torch.inference_mode()
     def compare_products(self, most_tokens: int) -> None:

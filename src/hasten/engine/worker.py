@@ -383,7 +383,6 @@ class Worker:
         """Run steps of all kinds before the first request comes: what they need is compiled and loaded then."""
         most = min(config.max_num_batched_tokens or 1, _WARMUP_TOKENS)
         self.runner.warm_up(most, [count for count in _WARMUP_SEQUENCES if count <= min(config.max_num_seqs, most)])
-        self.runner.reserve_host_buffers(config.max_num_batched_tokens or 1)
         if self.config.deterministic:
             self.runner.compare_products(config.max_num_batched_tokens or 1)
 

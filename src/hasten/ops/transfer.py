@@ -26,17 +26,6 @@ def host_buffer(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
 
 
-def reserve_host_buffers(nbytes: int, copies: int, device: torch.device) -> None:
-    """Have page-locked memory for so many buffers at a time of any size up to `nbytes`.
-
-    It is kept for who asks for buffers later. To allocate it then would let the host wait for all that the GPU has to
-    do. Its sizes are powers of two.
-    """
-    if device.type == "cuda":
-        sizes = [1 << power for power in range(max(1, nbytes - 1).bit_length() + 1)]
-        _ = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes for _ in range(copies)]
-
-
 class HostCopy:
     """Tensors on their way to the host, from its making on; those that are there already stay what they are."""
 
