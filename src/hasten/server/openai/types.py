@@ -43,7 +43,16 @@ class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
     grammar: str | None = None
 
 
-class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class FieldsWithoutEffect(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What requests may say without effect: nothing here depends on who sends them, and no prompt is kept."""
+
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, str] | None = None
+
+
+class GenerationRequest(FieldsWithoutEffect, forbid_unknown_fields=True, kw_only=True):
     """What completions and chats have in common; `null` stands for a field that is left out."""
 
     model: str
@@ -59,12 +68,6 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     seed: int | None = None
     logit_bias: dict[int, float] | None = None
     response_format: ResponseFormat | None = None
-
-    # Accepted without effect: nothing here depends on who asks, and no prompt is kept.
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    metadata: dict[str, str] | None = None
 
     # vLLM's extensions
     top_k: int | None = None

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Raw
 
-from hasten.server.openai.types import ContentPart, JsonSchema, ResponseFormat, StreamOptions, Tool
+from hasten.server.openai.types import ContentPart, FieldsWithoutEffect, JsonSchema, ResponseFormat, StreamOptions, Tool
 
 
 class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
@@ -65,7 +65,7 @@ class InputItem(msgspec.Struct):
     output: str | list[ContentPart] | None = None
 
 
-class ResponsesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class ResponsesRequest(FieldsWithoutEffect, forbid_unknown_fields=True, kw_only=True):
     """POST /v1/responses; `null` stands for a field that is left out."""
 
     model: str
@@ -93,12 +93,6 @@ class ResponsesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
     max_tool_calls: int | None = None
     prompt: Any = None
     service_tier: str | None = None
-
-    # Accepted without effect: nothing here depends on who asks, and no prompt is kept.
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    metadata: dict[str, str] | None = None
 
     # vLLM's extensions
     top_k: int | None = None
