@@ -29,9 +29,9 @@ from hasten.core.types import (
     RequestOutput,
     SamplingParams,
 )
-from hasten.engine.engine import Output
 from hasten.engine.llm import LLM, output_copy, prompt_request
 from hasten.engine.prompts import ParsedPrompt, Prompt, params_for_each, parse_prompts
+from hasten.engine.request_state import Output
 from hasten.engine.texts import Instruction, TextRequests
 
 if TYPE_CHECKING:

@@ -4,14 +4,12 @@ A step is launched, and its tokens are collected when the device has chosen them
 next one is launched, so that the device has that to do while Python looks at the tokens.
 """
 
-import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,109 +19,30 @@ from hasten.core.errors import EngineError, HastenError, InvalidRequestError
 from hasten.core.types import (
     CompletionOutput,
     FinishReason,
-    PooledOutput,
     PoolingRequestOutput,
     Request,
     RequestOutput,
-    SamplingParams,
 )
 from hasten.engine.batch import Batch
-from hasten.engine.beam import BeamSearch, BeamStep, Hypothesis, candidate_count
+from hasten.engine.beam import BeamSearch, BeamStep, Hypothesis
 from hasten.engine.block_manager import BlockManager
 from hasten.engine.constraint import Constraint
 from hasten.engine.grammar import Grammar, GrammarCompiler
 from hasten.engine.grammar_trial import GrammarLimits
 from hasten.engine.pacing import PacedStep, Pacer
 from hasten.engine.planning.step_work import EstimatedWork, WorkEstimator
-from hasten.engine.pooling import Pooled, truncated
-from hasten.engine.sampler import Choice, PromptLogprobs, Sampled, TextOf, mix64
+from hasten.engine.pooling import Pooled
+from hasten.engine.request_checks import RequestChecks, RequestLimits
+from hasten.engine.request_state import Completion, Output, PoolingState, RequestState, State
+from hasten.engine.sampler import Choice, PromptLogprobs, Sampled, mix64
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
 from hasten.engine.stats import EngineStats, StepTally
+from hasten.engine.stopping import StopRules
 from hasten.engine.text import TextState, Tokenizer
 from hasten.engine.worker import Launched, Worker, explained_out_of_memory
 from hasten.models.encoder import position_rows
 from hasten.parallel.launch import Ranks
-
-Output = RequestOutput | PoolingRequestOutput[PooledOutput]
-"""What became of a request: text, or a vector or scores of it."""
-_KEPT_WORDS = 1024
-"""Bad words whose tokens are kept: most requests of a program ban the same ones."""
-
-
-@dataclass
-class _Completion:
-    """One completion under way."""
-
-    output: CompletionOutput
-    text: TextState | None
-    sequence: Sequence
-    continues: bool
-    """Whether it stands behind text, so that its first token is not decoded as a text's first."""
-    hidden_tokens: int = 0
-    """Tokens at the end that ended it and are no part of its text."""
-
-
-@dataclass
-class _RequestState:
-    """A request under way, and the outputs it has so far."""
-
-    request: Request
-    output: RequestOutput
-    completions: dict[int, _Completion] = field(default_factory=dict)
-    """By the sequence's index."""
-    unfinished: int = 0
-    stream: bool = False
-    continues: bool = False
-    """Whether the prompt has text."""
-    search: BeamSearch | None = None
-    """Of a request with beams, whose completions come when it is done."""
-
-    @property
-    def keys(self) -> list[int]:
-        """Of its sequences."""
-        if self.search is not None:
-            return self.search.keys
-        return [completion.sequence.key for completion in self.completions.values()]
-
-    def shown(self) -> RequestOutput:
-        """What it has so far; unfinished completions show the text that no stop string can take back."""
-        for completion in self.completions.values():
-            if completion.text is not None and completion.output.finish_reason is None:
-                completion.output.text = completion.text.settled
-        if len(self.output.outputs) != len(self.completions):
-            self.output.outputs = [completion.output for _, completion in sorted(self.completions.items())]
-        if self.unfinished == 0 and not self.output.finished:
-            self.output.finished, self.output.metrics.last_token_ts = True, time.monotonic()
-        return self.output
-
-
-@dataclass
-class _TextState:
-    """A text under way of which a vector or scores are to be made."""
-
-    request: Request
-    sequence: Sequence
-    output: PoolingRequestOutput[PooledOutput] | None = None
-    stream: bool = False
-
-    @property
-    def unfinished(self) -> int:
-        """1 until it is done."""
-        return 1 if self.output is None else 0
-
-    @property
-    def keys(self) -> list[int]:
-        """Of its sequence."""
-        return [self.sequence.key]
-
-    def shown(self) -> PoolingRequestOutput[PooledOutput]:
-        """What was made of it, once it is done."""
-        assert self.output is not None
-        return self.output
-
-
-_State = _RequestState | _TextState
 
 
 @dataclass
@@ -153,10 +72,6 @@ class _Flight:
                 return None
             return choice.seconds_after(earlier)
         return None if self.step is None else time.perf_counter() - self.step.began
-
-
-def _second(pair: tuple[str, int]) -> int:
-    return pair[1]
 
 
 class Engine:
@@ -190,14 +105,14 @@ class Engine:
         self._pacer = Pacer(target, scheduler.max_num_batched_tokens)
         self._is_unmeasured = False
         """Whether the last step launched chooses no tokens, whose arrival would show when it ends."""
-        self._requests: dict[str, _State] = {}
-        self._owners: dict[int, _State] = {}
+        self._requests: dict[str, State] = {}
+        self._owners: dict[int, State] = {}
         """Sequence key -> its request."""
         self._stages = self.worker.stage.size
         self._flights: deque[_Flight] = deque()
         """In the order in which they were launched."""
-        self._words_ids = None if self.tokenizer is None else lru_cache(_KEPT_WORDS)(self.tokenizer.words_ids)
-        self._token_texts: dict[int, str] = {}
+        self._checks = self._new_checks()
+        self._stopping = StopRules(self.model_config.eos_token_ids, self.tokenizer)
         self._unseeded = 0
         self.tally = StepTally()
         self.estimator: WorkEstimator | None = None
@@ -213,6 +128,18 @@ class Engine:
         keeps = cache.enable_prefix_caching and self.worker.pooler is None
         blocks = BlockManager(self.worker.num_blocks, cache.block_size, enable_prefix_caching=keeps)
         return Scheduler(self.worker.scheduler_config, blocks, self.worker.stage.size)
+
+    def _new_checks(self) -> RequestChecks:
+        scheduler, blocks = self.scheduler.config, self.scheduler.blocks
+        assert scheduler.max_num_batched_tokens is not None, "the worker resolves the default"
+        limits = RequestLimits(
+            max_model_len=self.max_model_len,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            num_blocks=blocks.num_blocks,
+            block_size=blocks.block_size,
+        )
+        return RequestChecks(self.model_config, limits, self.tokenizer, self.worker.pooler)
 
     def _load_tokenizer(self) -> Tokenizer | None:
         folder = self.config.tokenizer or self.worker.tokenizer_folder
@@ -277,7 +204,7 @@ class Engine:
         if request.pooling is not None or self.worker.pooler is not None:
             self._add_text(request)
             return
-        params = self._resolve(request)
+        params = self._checks.sampling_params(request)
         if params is not request.params:
             request = replace(request, params=params)
         # nothing has changed yet: an interrupt while it is compiled ends this call alone, with several ranks too
@@ -298,7 +225,7 @@ class Engine:
         # what a search will return is not known before its end
         output = RequestOutput(request.request_id, request.prompt, list(request.prompt_token_ids))
         output.metrics.queued_ts = sequence.arrived
-        state = _RequestState(request, output, unfinished=params.n, stream=stream and params.beam_width == 1)
+        state = RequestState(request, output, unfinished=params.n, stream=stream and params.beam_width == 1)
         if self.tokenizer is not None:
             skip = params.skip_special_tokens
             state.continues = not self._start and self.tokenizer.continues(
@@ -323,123 +250,22 @@ class Engine:
 
     def _add_text(self, request: Request) -> None:
         """Queue a text of which a vector or scores are to be made."""
-        name, pooler, params = f"request {request.request_id}", self.worker.pooler, request.pooling
-        architecture = self.model_config.architecture
-        if pooler is None:
-            raise InvalidRequestError(f"{name}: {architecture} generates text; it gives no vectors and no scores")
-        if params is None:
-            raise InvalidRequestError(f"{name}: {architecture} generates no text; it does {', '.join(pooler.tasks)}")
-        pooler.check(params)
-        request = truncated(request, self.max_model_len)
-        self._check_text(name, request)
+        request = self._checks.pooled(request)
+        pooler = self.worker.pooler
+        assert pooler is not None, "what it cannot do was refused"
         sequence = Sequence(request, 0)
         sequence.arrived = time.monotonic()
         sequence.num_states = pooler.num_states(request)
         sequence.position_rows = position_rows(self.model_config, request.prompt_token_ids, request.token_type_ids)
         with self._change():
-            self._requests[request.request_id] = _TextState(request, sequence)
+            self._requests[request.request_id] = PoolingState(request, sequence)
             self.scheduler.add(sequence)
             self._own(sequence)
             self.tally.prompts += sequence.prompt_len
 
-    def _check_text(self, name: str, request: Request) -> None:
-        ids, types, model = request.prompt_token_ids, request.token_type_ids, self.model_config
-        if not ids:
-            raise InvalidRequestError(f"{name}: the text has no tokens")
-        if len(ids) > self.max_model_len:
-            raise InvalidRequestError(
-                f"{name}: the text has {len(ids)} tokens, more than the longest of {self.max_model_len} "
-                "(max_model_len); shorten it, or let truncate_prompt_tokens do so"
-            )
-        self._check_vocabulary(name, "the text", ids)
-        if types and len(types) != len(ids):
-            raise InvalidRequestError(f"{name}: {len(types)} token_type_ids for {len(ids)} tokens")
-        if types and model.token_types and not 0 <= min(types) <= max(types) < model.token_types:
-            raise InvalidRequestError(f"{name}: token_type_ids must be below {model.token_types}, got {max(types)}")
-
-    def _check_vocabulary(self, name: str, where: str, ids: Collection[int]) -> None:
-        vocab = self.model_config.vocab_size
-        if ids and not 0 <= min(ids) <= max(ids) < vocab:
-            wrong = next(token for token in ids if not 0 <= token < vocab)
-            raise InvalidRequestError(f"{name}: {where} has token id {wrong}; the vocabulary ends at {vocab - 1}")
-
     def _next_seed(self) -> int:
         self._unseeded += 1
         return mix64(mix64(self.config.seed) + self._unseeded)
-
-    def _resolve(self, request: Request) -> SamplingParams:
-        """The request's parameters, checked against the model, words turned into tokens."""
-        params, prompt = request.params, request.prompt_token_ids
-        name = f"request {request.request_id}"
-        if not prompt:
-            raise InvalidRequestError(f"{name}: the prompt has no tokens")
-        if self._start:
-            self._check_encoder_input(name, params, len(prompt))
-        elif len(prompt) >= self.max_model_len:
-            raise InvalidRequestError(
-                f"{name}: the prompt has {len(prompt)} tokens; with at least one to come, "
-                f"more than the longest sequence of {self.max_model_len} (max_model_len)"
-            )
-        named = {"the prompt": prompt, "stop_token_ids": params.stop_token_ids}
-        named |= {"stop_words_ids": tuple(itertools.chain(*params.stop_words_ids))}
-        named |= {"bad_words_ids": tuple(itertools.chain(*params.bad_words_ids))}
-        named |= {"logit_bias": tuple(params.logit_bias), "allowed_token_ids": params.allowed_token_ids}
-        for where, ids in named.items():
-            self._check_vocabulary(name, where, ids)
-        if self.tokenizer is None and (params.stop or params.bad_words):
-            raise InvalidRequestError(f"{name}: stop strings and bad words need a tokenizer; give --tokenizer-path")
-        if params.beam_width > 1:
-            self._check_beams(name, params, len(prompt))
-        if not params.bad_words:
-            return params
-        assert self._words_ids is not None, "refused above"
-        runs = [run for word in params.bad_words for run in self._words_ids(word)]
-        # what has tokens that the model lacks cannot be produced anyway
-        runs = [run for run in runs if max(run) < self.model_config.vocab_size]
-        return replace(params, bad_words=(), bad_words_ids=(*params.bad_words_ids, *runs))
-
-    def _check_encoder_input(self, name: str, params: SamplingParams, length: int) -> None:
-        """Whether an encoder can compute a prompt of so many tokens, which it does in one step."""
-        whole = self.scheduler.config.max_num_batched_tokens or length
-        option, most = min(("max_model_len", self.max_model_len), ("max_num_batched_tokens", whole), key=_second)
-        if length > most:
-            raise InvalidRequestError(
-                f"{name}: the prompt has {length} tokens; the encoder takes {most} at the most ({option})"
-            )
-        if params.structured_outputs is not None and self.model_config.forced_bos_token_id is not None:
-            raise InvalidRequestError(
-                f"{name}: every output of this {self.model_config.architecture} begins with token "
-                f"{self.model_config.forced_bos_token_id} (forced_bos_token_id), which no grammar knows"
-            )
-        if params.prompt_logprobs is not None:
-            raise InvalidRequestError(
-                f"{name}: prompt_logprobs are of models that continue their prompts; "
-                f"{self.model_config.architecture} has an encoder for them"
-            )
-
-    def _check_beams(self, name: str, params: SamplingParams, prompt_len: int) -> None:
-        """Whether all beams of a request can run together, which they must."""
-        width, blocks, vocab = params.beam_width, self.scheduler.blocks, self.model_config.vocab_size
-        most = self.scheduler.config.max_num_seqs
-        if width > most:
-            raise InvalidRequestError(
-                f"{name}: beam_width is {width}; more than {most} sequences at once (max_num_seqs)"
-            )
-        needed = candidate_count(params, self.model_config.eos_token_ids)
-        if needed > vocab:
-            raise InvalidRequestError(
-                f"{name}: beam_width is {width}; it chooses among {needed} tokens, but the vocabulary has {vocab}"
-            )
-        of_input = -(-prompt_len // blocks.block_size) if self._start else 0
-        prompt_len = len(self._start) or prompt_len
-        longest = params.max_length(prompt_len, self.max_model_len)
-        shared = prompt_len // blocks.block_size
-        needed = of_input + shared + width * (-(-longest // blocks.block_size) - shared)
-        if needed > blocks.num_blocks:
-            raise InvalidRequestError(
-                f"{name}: {width} beams of {longest} tokens may need {needed} cache blocks, but there are "
-                f"{blocks.num_blocks}; lower beam_width or max_tokens, or give the cache more memory (kv_cache_memory)"
-            )
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Withdraw a request; its blocks are free before the next step. Returns what it had, if it was unfinished."""
@@ -462,23 +288,23 @@ class Engine:
         state = self._requests.pop(request_id, None)
         if state is None:
             return None
-        if isinstance(state, _RequestState):
+        if isinstance(state, RequestState):
             self._end_aborted(state)
         for key in state.keys:
             if key in self._owners:
                 self._release(key)
         if not self.worker.defers:
             self._forget_flights_of_none()
-        return state.shown() if isinstance(state, _RequestState) else None
+        return state.shown() if isinstance(state, RequestState) else None
 
-    def _end_aborted(self, state: _RequestState) -> None:
+    def _end_aborted(self, state: RequestState) -> None:
         if state.search is not None:
             beam = self.scheduler.get(state.search.keys[0])
             assert beam is not None, "its beams are there until it ends"
             self._complete(state, beam, state.search.unfinished(), FinishReason.ABORT)
         for completion in state.completions.values():
             if completion.output.finish_reason is None:
-                self._end(completion, FinishReason.ABORT)
+                self._stopping.end(completion, FinishReason.ABORT)
 
     def step(self) -> list[Output]:
         """Compute one batch; the outputs of requests that it finished and of streaming ones that it brought further.
@@ -552,7 +378,7 @@ class Engine:
         return self._closed_because
 
     def _step(self) -> list[Output]:
-        touched: dict[str, _State] = {}
+        touched: dict[str, State] = {}
         while len(self._flights) >= self._stages and self._flights[0].blocks_next:
             self._collect(touched)
         limit = self._pacer.prompt_tokens(self.scheduler, time.monotonic())
@@ -566,7 +392,7 @@ class Engine:
         self._forget_flights_of_none()
         return [state.shown() for state in touched.values() if state.stream or state.unfinished == 0]
 
-    def _launch(self, batch: Batch, limit: int | None, touched: dict[str, _State]) -> None:
+    def _launch(self, batch: Batch, limit: int | None, touched: dict[str, State]) -> None:
         step, before = self._pacer.begin(batch, limit), self._flights[-1] if self._flights else None
         self.tally.computed += batch.num_tokens
         if self.estimator is not None:
@@ -604,7 +430,7 @@ class Engine:
             if sequence.key not in self._owners:
                 self.worker.forget(sequence.key)
 
-    def _collect(self, touched: dict[str, _State]) -> None:
+    def _collect(self, touched: dict[str, State]) -> None:
         """Take the tokens of the step that is in flight for the longest, and note whose they are in `touched`.
 
         A sequence that ended after the step was launched is no longer owned, and its surplus token is nobody's.
@@ -618,14 +444,14 @@ class Engine:
                 self._take_pooled(flight.launched.sequences, flight.choice, touched)
                 return
             self._take_prompt_logprobs(flight.launched.prompts)
-            sampled = [] if flight.choice is None else flight.choice.collect(self._text_of)
+            sampled = [] if flight.choice is None else flight.choice.collect(self._stopping.text_of)
         if flight.step is not None and (seconds := flight.seconds) is not None:
             self._pacer.observe(flight.step, seconds)
         flight.before = None
-        steps: list[tuple[_RequestState, BeamSearch, BeamStep]] = []
+        steps: list[tuple[RequestState, BeamSearch, BeamStep]] = []
         for sequence, token in zip(flight.launched.sequences, sampled, strict=True):
             state = self._owners.get(sequence.key)
-            if not isinstance(state, _RequestState):
+            if not isinstance(state, RequestState):
                 continue
             touched[sequence.request_id] = state
             if state.search is None:
@@ -639,13 +465,13 @@ class Engine:
         for state, search, step in steps:
             self._go_on(state, search, step)
 
-    def _take_pooled(self, sequences: list[Sequence], pooled: Pooled, touched: dict[str, _State]) -> None:
+    def _take_pooled(self, sequences: list[Sequence], pooled: Pooled, touched: dict[str, State]) -> None:
         """Finish the texts of a step; one that was withdrawn since is nobody's."""
         pooler = self.worker.pooler
         assert pooler is not None
         for sequence, (vector, rows) in zip(sequences, pooled.collect(), strict=True):
             state = self._owners.get(sequence.key)
-            if not isinstance(state, _TextState):
+            if not isinstance(state, PoolingState):
                 continue
             request = state.request
             assert request.pooling is not None
@@ -678,7 +504,7 @@ class Engine:
         params = sequence.params
         for member in sequence.unit:
             self._owners[member.key] = state
-        if isinstance(state, _TextState):
+        if isinstance(state, PoolingState):
             return
         if sequence.beams is not None:
             keys = [member.key for member in sequence.beams.members]
@@ -692,13 +518,13 @@ class Engine:
         output = CompletionOutput(index=sequence.index, text="", token_ids=[])
         if params.logprobs is not None:
             output.logprobs, output.cumulative_logprob = [], 0.0
-        state.completions[sequence.index] = _Completion(output, text, sequence, state.continues)
+        state.completions[sequence.index] = Completion(output, text, sequence, state.continues)
 
-    def _fail_search(self, state: _RequestState, search: BeamSearch, sequence: Sequence, error: str) -> None:
+    def _fail_search(self, state: RequestState, search: BeamSearch, sequence: Sequence, error: str) -> None:
         best = search.unfinished() or [Hypothesis((), 0.0, 0.0, ended=False)] * sequence.params.n
         self._end_search(state, search, best, FinishReason.ERROR, error)
 
-    def _go_on(self, state: _RequestState, search: BeamSearch, step: BeamStep) -> None:
+    def _go_on(self, state: RequestState, search: BeamSearch, step: BeamStep) -> None:
         """Let a search go on or end; nothing where one of its beams has failed since."""
         if state.request.request_id not in self._requests:
             return
@@ -710,7 +536,7 @@ class Engine:
 
     def _end_search(
         self,
-        state: _RequestState,
+        state: RequestState,
         search: BeamSearch,
         best: list[Hypothesis],
         reason: FinishReason | None,
@@ -726,7 +552,7 @@ class Engine:
 
     def _complete(
         self,
-        state: _RequestState,
+        state: RequestState,
         sequence: Sequence,
         best: list[Hypothesis],
         reason: FinishReason | None,
@@ -736,12 +562,12 @@ class Engine:
         for index, found in enumerate(best[: sequence.params.n]):
             tokens = list(found.token_ids)
             output = CompletionOutput(index, "", tokens, cumulative_logprob=found.logprob, stop_reason=error)
-            completion = _Completion(output, None, sequence, state.continues)
+            completion = Completion(output, None, sequence, state.continues)
             state.completions[index] = completion
-            stopped = reason is None and found.ended and self._ends(completion, tokens[-1])
-            self._end(completion, reason or (FinishReason.STOP if stopped else FinishReason.LENGTH))
+            stopped = reason is None and found.ended and self._stopping.ends(completion, tokens[-1])
+            self._stopping.end(completion, reason or (FinishReason.STOP if stopped else FinishReason.LENGTH))
 
-    def _take_token(self, state: _RequestState, sequence: Sequence, sampled: Sampled) -> None:
+    def _take_token(self, state: RequestState, sequence: Sequence, sampled: Sampled) -> None:
         completion = state.completions[sequence.index]
         output, token = completion.output, sampled.token_id
         constraint = sequence.constraint
@@ -770,18 +596,18 @@ class Engine:
         """
         return not self.worker.overlap and sequence.params.logprobs is None
 
-    def _extend(self, state: _RequestState, completion: _Completion, token: int) -> bool:
+    def _extend(self, state: RequestState, completion: Completion, token: int) -> bool:
         """Let a token be the next one of a completion; whether that ended it."""
         sequence = completion.sequence
         sequence.append(token)
         completion.output.token_ids.append(token)
         self._count_token(state, sequence, is_first=len(completion.output.token_ids) == 1)
-        reason = self._finish_reason(completion, token)
+        reason = self._stopping.finish_reason(completion, token)
         if reason is not None:
             self._finish(state, completion, reason)
         return reason is not None
 
-    def _count_token(self, state: _RequestState, sequence: Sequence, *, is_first: bool) -> None:
+    def _count_token(self, state: RequestState, sequence: Sequence, *, is_first: bool) -> None:
         """Count a token that was chosen; `is_first`: of its completion."""
         self.tally.generated += 1
         if not is_first:
@@ -792,79 +618,19 @@ class Engine:
             metrics.scheduled_ts, metrics.first_token_ts = sequence.begun, time.monotonic()
             output.num_cached_tokens = sequence.num_cached
 
-    def _finish(self, state: _RequestState, completion: _Completion, reason: FinishReason) -> None:
+    def _finish(self, state: RequestState, completion: Completion, reason: FinishReason) -> None:
         sequence = completion.sequence
-        self._end(completion, reason)
+        self._stopping.end(completion, reason)
         state.unfinished -= 1
         self._release(sequence.key)
         if state.unfinished == 0:
             del self._requests[sequence.request_id]
 
-    def _finish_reason(self, completion: _Completion, token: int) -> FinishReason | None:
-        output, sequence = completion.output, completion.sequence
-        params, count = sequence.params, len(completion.output.token_ids)
-        may_stop = count >= params.min_tokens
-        if may_stop and self._ends(completion, token):
-            return FinishReason.STOP
-        if completion.text is not None:
-            found = completion.text.add(token, look_for_stop=may_stop)
-            if found is not None:
-                output.stop_reason = found
-                return FinishReason.STOP
-        if sequence.constraint is not None and sequence.constraint.accept(token):
-            return FinishReason.STOP
-        if len(sequence.token_ids) >= sequence.max_length:
-            return FinishReason.LENGTH
-        return None
-
-    def _ends(self, completion: _Completion, token: int) -> bool:
-        """Whether this token is, or completes, one that ends the completion."""
-        output, params = completion.output, completion.sequence.params
-        if token in params.stop_token_ids:
-            output.stop_reason, completion.hidden_tokens = token, 1
-            return True
-        if token in self.model_config.eos_token_ids and not params.ignore_eos:
-            completion.hidden_tokens = 1
-            return True
-        for word in params.stop_words_ids:
-            if output.token_ids[-len(word) :] == list(word):
-                output.stop_reason, completion.hidden_tokens = word[-1], len(word)
-                return True
-        return False
-
-    def _end(self, completion: _Completion, reason: FinishReason) -> None:
-        output = completion.output
-        output.finish_reason = reason
-        output.text = self._final_text(completion)
-
-    def _final_text(self, completion: _Completion) -> str:
-        output, text, params = completion.output, completion.text, completion.sequence.params
-        if self.tokenizer is None or not params.detokenize:
-            return ""
-        if text is not None and isinstance(output.stop_reason, str) and output.finish_reason is FinishReason.STOP:
-            return text.text
-        hidden = 0 if params.include_stop_str_in_output else completion.hidden_tokens
-        shown = output.token_ids[: len(output.token_ids) - hidden]
-        skip = params.skip_special_tokens
-        return self.tokenizer.decode(shown, skip_special_tokens=skip, continues=completion.continues)
-
-    @property
-    def _text_of(self) -> TextOf | None:
-        return None if self.tokenizer is None else self._token_text
-
-    def _token_text(self, token: int) -> str:
-        """The text of a single token; the same few tokens are asked for again and again."""
-        text = self._token_texts.get(token)
-        if text is None:
-            assert self.tokenizer is not None, "without a tokenizer there are no texts"
-            text = self._token_texts[token] = self.tokenizer.decode([token], skip_special_tokens=False, continues=True)
-        return text
-
     def _take_prompt_logprobs(self, prompts: PromptLogprobs) -> None:
         """Keep the entries of positions in order; those before a preemption come again and are kept already."""
-        for sequence, position, top in prompts.collect(self._text_of):
+        for sequence, position, top in prompts.collect(self._stopping.text_of):
             state = self._owners.get(sequence.key)
-            kept = state.output.prompt_logprobs if isinstance(state, _RequestState) else None
+            kept = state.output.prompt_logprobs if isinstance(state, RequestState) else None
             if kept is not None and len(kept) == position + 1:
                 kept.append(top)
 

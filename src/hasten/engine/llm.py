@@ -20,9 +20,10 @@ from hasten.core.errors import ConfigError, EngineError, InvalidRequestError
 from hasten.core.progress import ProgressBar, progress_bar
 from hasten.core.types import Request, RequestOutput, SamplingParams
 from hasten.engine import launch
-from hasten.engine.engine import Engine, Output
+from hasten.engine.engine import Engine
 from hasten.engine.llm_pooling import PoolingMethods
 from hasten.engine.prompts import ParsedPrompt, Prompt, params_for_each, parse_prompts
+from hasten.engine.request_state import Output
 from hasten.engine.text import Tokenizer
 
 if TYPE_CHECKING:

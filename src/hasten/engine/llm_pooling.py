@@ -17,9 +17,10 @@ from hasten.core.types import (
     Request,
     ScoringOutput,
 )
-from hasten.engine.engine import Engine, Output
+from hasten.engine.engine import Engine
 from hasten.engine.pooling import Pooler
 from hasten.engine.prompts import Prompt
+from hasten.engine.request_state import Output
 from hasten.engine.texts import Instruction, TextRequests, instruction, text_pairs
 
 
