@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from hasten import ops
 from hasten.bench.kernel_cases import Setting, cases, model_shape
-from hasten.core.config import DTypeName
+from hasten.core.dtypes import DTypeName
 from hasten.ops import gpu
 
 ROOMS = (

@@ -12,7 +12,7 @@ from tests.encoders import save_encoder, save_pooling
 from hasten.bench.embed import HastenEmbedder, measure, texts
 from hasten.bench.embed_others import SentenceTransformersEmbedder, pooled
 from hasten.cli.main import main
-from hasten.core.config import Pooling
+from hasten.core.model_config import Pooling
 from hasten.engine.llm import LLM
 from hasten.engine.pooling import pool
 

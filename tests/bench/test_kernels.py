@@ -14,8 +14,8 @@ from hasten.bench import kernel_cases, kernels
 from hasten.bench.kernel_cases import TOLERANCE, Case, Setting, cases, model_shape
 from hasten.bench.kernels import Ceilings, Result
 from hasten.cli.main import main
-from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import ConfigError
+from hasten.core.model_config import AttentionConfig, ModelConfig
 from hasten.ops.partial_sum import PartialSum
 
 pytest.importorskip("triton")

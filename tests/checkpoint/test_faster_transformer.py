@@ -17,8 +17,8 @@ from tests.rank_shards import rank_shards
 from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.manifest import MANIFEST
 from hasten.checkpoint.plan import Checkpoint, open_checkpoint
-from hasten.core.config import ModelConfig
 from hasten.core.errors import CheckpointError, UnsupportedError
+from hasten.core.model_config import ModelConfig
 
 NEOX: dict[str, Any] = {"hidden_size": 64}
 """Wide enough for a quarter of each head to turn."""

@@ -19,7 +19,7 @@ from hasten.checkpoint import quantize
 from hasten.checkpoint.quantize import Summary, ToNearest, open_unquantized, scheme_for, write_quantized
 from hasten.checkpoint.sources import open_source
 from hasten.cli.main import main
-from hasten.core.config import Quantization
+from hasten.core.dtypes import Quantization
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
 from hasten.models.weight_map import WeightSpec
 from hasten.quantization.grid import RoundedWeight

@@ -11,8 +11,8 @@ from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.manifest import MANIFEST
 from hasten.checkpoint.plan import Checkpoint, open_checkpoint, rank_tensors
 from hasten.checkpoint.writers import Format
-from hasten.core.config import ModelConfig
 from hasten.core.errors import CheckpointError, ChecksumError, ConfigError, UnsupportedError
+from hasten.core.model_config import ModelConfig
 from hasten.models.bloom import BloomForCausalLM
 from hasten.parallel.shard import merge
 

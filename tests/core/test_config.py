@@ -8,18 +8,17 @@ import pytest
 
 from hasten.core.config import (
     WITHOUT_EFFECT,
-    AttentionConfig,
     CacheConfig,
     EngineConfig,
     EngineOptions,
-    ModelConfig,
     ParallelConfig,
     SchedulerConfig,
-    dtype_name,
     engine_fields,
-    parse_size,
 )
+from hasten.core.dtypes import dtype_name
 from hasten.core.errors import ConfigError
+from hasten.core.model_config import AttentionConfig, ModelConfig
+from hasten.core.option_fields import parse_size
 
 ATTENTION: dict[str, Any] = {"num_heads": 12, "num_kv_heads": 4, "head_size": 8}
 MODEL: dict[str, Any] = {

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from hasten import LLM, SamplingParams
 from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.plan import open_checkpoint
-from hasten.core.config import DTypeName, Quantization
+from hasten.core.dtypes import DTypeName, Quantization
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
 from hasten.ops import TORCH_DTYPES, cpu_int8
 

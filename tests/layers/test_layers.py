@@ -14,7 +14,7 @@ from tests.waiting import LIMIT_S
 from torch import Tensor
 
 from hasten import ops
-from hasten.core.config import AttentionConfig
+from hasten.core.model_config import AttentionConfig
 from hasten.layers.attention import Attention
 from hasten.layers.embedding import Embedding, Head
 from hasten.layers.linear import ColumnLinear, PackedModule, RowLinear

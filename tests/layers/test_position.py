@@ -7,7 +7,7 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
-from hasten.core.config import RopeConfig
+from hasten.core.model_config import RopeConfig
 from hasten.layers.position import RopeTables, alibi_slopes, rope_table
 from hasten.models.rope import rope_from_hf
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from tests.models.families import Cases, Change, Model, with_rope, with_window
 
-from hasten.core.config import ModelConfig
+from hasten.core.model_config import ModelConfig
 
 MIXTRAL: dict[str, Any] = {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 9}
 QWEN: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}

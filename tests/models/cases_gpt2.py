@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from tests.models.families import Cases, Change, Model, with_attention, with_rope, with_window
 
-from hasten.core.config import ModelConfig
+from hasten.core.model_config import ModelConfig
 
 
 def _same_layers(config: ModelConfig) -> ModelConfig:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hasten.core.config import AttentionConfig, ModelConfig
+from hasten.core.model_config import AttentionConfig, ModelConfig
 
 Model = tuple[str, dict[str, Any]]
 """A family, as transformers' classes are called, and its configuration."""

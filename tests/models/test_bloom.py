@@ -9,8 +9,8 @@ from tests.conftest import MakeBloom
 from tests.models.conftest import BOUND, Worst
 
 from hasten.checkpoint.hugging_face import read_hf_config
-from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import ConfigError
+from hasten.core.model_config import AttentionConfig, ModelConfig
 from hasten.models.bloom import BloomForCausalLM
 
 LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 48, 70, 5]

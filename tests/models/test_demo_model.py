@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hasten.bench import lambada
 from hasten.bench.engines import HastenEngine, HuggingFaceEngine
-from hasten.core.config import Quantization
+from hasten.core.dtypes import Quantization
 from hasten.engine.calibration.quantize import QuantizeOptions, quantize
 from hasten.engine.llm import LLM
 from hasten.layers.attention import Attention

@@ -13,8 +13,8 @@ from hasten import LLM, SamplingParams
 from hasten.checkpoint import hugging_face
 from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.hugging_face import read_hf_config
-from hasten.core.config import ModelConfig
 from hasten.core.errors import ConfigError, InvalidRequestError, UnsupportedError
+from hasten.core.model_config import ModelConfig
 
 PROMPTS = [[(7 * n + k * k) % 190 + 5 for k in range(n)] for n in (1, 2, 15, 16, 17, 33, 70, 150)]
 GREEDY = SamplingParams(temperature=0, max_tokens=14, min_tokens=14)

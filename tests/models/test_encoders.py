@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hasten import LLM, PoolingParams
 from hasten.checkpoint.hugging_face import read_hf_config
-from hasten.core.config import ModelConfig
 from hasten.core.errors import CheckpointError, HastenError, UnsupportedError
+from hasten.core.model_config import ModelConfig
 from hasten.layers.position import relative_buckets
 from hasten.models import encoder
 from hasten.models.registry import MODELS, model_class, task_of

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from hasten.checkpoint.hugging_face import read_hf_config
-from hasten.core.config import ModelConfig
 from hasten.core.errors import ConfigError, HastenError, UnsupportedError
+from hasten.core.model_config import ModelConfig
 from hasten.models import generation_config
 from hasten.models.hf_config import Fields
 from hasten.models.registry import architecture_of

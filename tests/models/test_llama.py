@@ -11,8 +11,9 @@ from tests.models.families import with_rope
 
 from hasten.checkpoint import hugging_face
 from hasten.checkpoint.hugging_face import read_hf_config
-from hasten.core.config import ParallelConfig, RopeConfig
+from hasten.core.config import ParallelConfig
 from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.model_config import RopeConfig
 from hasten.models.gemma import Gemma2ForCausalLM, Gemma3ForCausalLM, GemmaForCausalLM
 from hasten.models.llama import LlamaForCausalLM
 from hasten.models.mistral import MistralForCausalLM

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hasten.checkpoint.hugging_face import read_hf_config
-from hasten.core.config import AttentionConfig, ModelConfig
+from hasten.core.model_config import AttentionConfig, ModelConfig
 from hasten.models.bloom import BloomForCausalLM
 from hasten.models.registry import model_class
 from hasten.models.weight_map import TRANSPOSED, WeightMap, WeightSpec, linear

@@ -11,7 +11,7 @@ from tests.ops.conftest import exactly_activated
 from torch import Tensor
 
 from hasten import ops
-from hasten.core.config import QKNorm
+from hasten.core.model_config import QKNorm
 from hasten.ops import reference
 
 Close = Callable[[str, Tensor, Tensor], None]

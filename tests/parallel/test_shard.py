@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hasten.core.config import AttentionConfig
+from hasten.core.model_config import AttentionConfig
 from hasten.parallel.shard import OF_ONE_EXPERT, Split, by_expert, merge, overlap, resplit, shard_shape, split
 
 SIZES = (1, 2, 3, 4, 6)

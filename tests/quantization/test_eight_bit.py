@@ -5,8 +5,9 @@ import torch
 from tests.quantization.definition import TYPES, rounded
 from torch import Tensor, nn
 
-from hasten.core.config import QUANTIZATIONS, AttentionConfig, ExpertsConfig, ModelConfig
+from hasten.core.dtypes import QUANTIZATIONS
 from hasten.core.errors import CheckpointError, UnsupportedError
+from hasten.core.model_config import AttentionConfig, ExpertsConfig, ModelConfig
 from hasten.models.registry import model_class
 from hasten.ops import QuantizedWeight, multiplies
 from hasten.quantization import eight_bit

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hasten.bench.engines import clock, load_hugging_face, num_threads
 from hasten.checkpoint.pooling import PoolingConfig
-from hasten.core.config import Pooling
 from hasten.core.errors import CheckpointError, UnsupportedError
+from hasten.core.model_config import Pooling
 from hasten.parallel.threads import limit_threads
 
 _SENTENCE_TRANSFORMERS = "sentence_transformers"

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from hasten import ops
-from hasten.core.config import AttentionConfig, CacheDType, DTypeName, ExpertsConfig, GatedUnit, ModelConfig
+from hasten.core.dtypes import CacheDType, DTypeName
 from hasten.core.errors import ConfigError
+from hasten.core.model_config import AttentionConfig, ExpertsConfig, GatedUnit, ModelConfig
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.inputs import BlockTables, Inputs

@@ -5,8 +5,8 @@ from collections.abc import Callable, Container, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from hasten.core.config import AttentionConfig
 from hasten.core.errors import CheckpointError
+from hasten.core.model_config import AttentionConfig
 from hasten.models.weight_map import WeightSpec
 from hasten.ops.rounding import LARGEST
 

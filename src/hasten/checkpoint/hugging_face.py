@@ -23,8 +23,8 @@ from hasten.checkpoint.files import (
     read_json,
 )
 from hasten.checkpoint.source import Source, has_own_head, warn_of_head
-from hasten.core.config import ModelConfig
 from hasten.core.errors import CheckpointError, ConfigError, HastenError
+from hasten.core.model_config import ModelConfig
 from hasten.models import hf_config
 from hasten.models.encoder_decoder import EncoderDecoder
 from hasten.models.generation_config import TOKENS_OF_OUTPUTS, not_applied

@@ -14,8 +14,10 @@ from hasten.checkpoint.hugging_face import NOT_APPLIED, UNKNOWN
 from hasten.checkpoint.pooling import PoolingConfig, read_pooling
 from hasten.checkpoint.source import Source, known_tokens
 from hasten.checkpoint.sources import open_dummy, open_source
-from hasten.core.config import ModelConfig, ParallelConfig, Quantization
+from hasten.core.config import ParallelConfig
+from hasten.core.dtypes import Quantization
 from hasten.core.errors import CheckpointError
+from hasten.core.model_config import ModelConfig
 from hasten.models import generation_config
 from hasten.models.weight_map import WeightSpec
 from hasten.ops import Weight

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hasten.checkpoint.files import read_json, read_json_list, read_tensors
 from hasten.checkpoint.hugging_face import MODULES
-from hasten.core.config import ModelConfig, Pooling, TextConfig
 from hasten.core.errors import CheckpointError, UnsupportedError
+from hasten.core.model_config import ModelConfig, Pooling, TextConfig
 
 _log = logging.getLogger(__name__)
 

@@ -23,8 +23,9 @@ from hasten.checkpoint.hub import resolve_model
 from hasten.checkpoint.hugging_face import HuggingFaceSource
 from hasten.checkpoint.sources import open_source
 from hasten.checkpoint.target import SIDE_FILES, appearing, clear_errors
-from hasten.core.config import ModelConfig, Quantization
+from hasten.core.dtypes import Quantization
 from hasten.core.errors import CheckpointError, UnsupportedError
+from hasten.core.model_config import ModelConfig
 from hasten.models.weight_map import WeightSpec
 from hasten.parallel.shard import Split
 from hasten.quantization.formats.written import LEAST_GROUP, WRITTEN, WrittenScheme

@@ -13,7 +13,8 @@ from torch import Tensor
 from hasten.checkpoint.files import check_names, check_tensor, open_safetensors
 from hasten.checkpoint.manifest import Manifest
 from hasten.checkpoint.source import Source
-from hasten.core.config import (
+from hasten.core.errors import CheckpointError, ConfigError
+from hasten.core.model_config import (
     AttentionConfig,
     ClassifierConfig,
     EncoderConfig,
@@ -22,7 +23,6 @@ from hasten.core.config import (
     QKNorm,
     RopeConfig,
 )
-from hasten.core.errors import CheckpointError, ConfigError
 from hasten.models.registry import model_class
 from hasten.models.weight_map import WeightSpec
 from hasten.parallel.shard import overlap, resplit, shard_shape, split

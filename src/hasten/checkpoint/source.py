@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hasten.checkpoint.manifest import Manifest
-from hasten.core.config import ModelConfig, Quantization
+from hasten.core.dtypes import Quantization
+from hasten.core.model_config import ModelConfig
 from hasten.models.weight_map import Tie, WeightMap, WeightSpec
 from hasten.ops import TORCH_DTYPES, Weight
 from hasten.parallel.shard import split

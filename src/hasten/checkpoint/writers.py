@@ -18,7 +18,7 @@ from hasten.checkpoint.faster_transformer.ini import CONFIG_INI, ini_text
 from hasten.checkpoint.manifest import Manifest, Piece, PieceHasher, pieces_of
 from hasten.checkpoint.ranked import METADATA_KEY, METADATA_VERSION, RANK_FILE
 from hasten.checkpoint.source import Source
-from hasten.core.config import DTypeName
+from hasten.core.dtypes import DTypeName
 from hasten.core.errors import CheckpointError
 from hasten.models.weight_map import WeightSpec
 from hasten.ops import TORCH_DTYPES

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from hasten.cli.options import Parser, path
-from hasten.core.config import DTYPES
+from hasten.core.dtypes import DTYPES
 from hasten.core.progress import ProgressBar, progress_bar
 
 if TYPE_CHECKING:

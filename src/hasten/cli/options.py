@@ -1,8 +1,8 @@
 """Command-line options made from the fields of configuration dataclasses, and back.
 
-A field is offered if its metadata (`core.config.option`) has a help text. Name, type, default and choices come from the
-field itself; its own name and its aliases are names of the option too. Options that the user does not give are left out
-of what is read back, so that defaults are stated only once, in the dataclass.
+A field is offered if its metadata (`core.option_fields.option`) has a help text. Name, type, default and choices come
+from the field itself; its own name and its aliases are names of the option too. Options that the user does not give are
+left out of what is read back, so that defaults are stated only once, in the dataclass.
 """
 
 import argparse
@@ -17,9 +17,10 @@ from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
 from typing import Any
 
-from hasten.core.config import EngineConfig, parse_size
+from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
 from hasten.core.files import expand_home, reading
+from hasten.core.option_fields import parse_size
 from hasten.core.types import SamplingParams
 
 HOST_OPTIONS = frozenset({"nnodes", "node_rank", "master_addr", "master_port"})

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hasten.cli.options import HOST_OPTIONS, Parser, add_engine_options, engine_options, path, positive, typed
-from hasten.core.config import parse_size
 from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.option_fields import parse_size
 
 if TYPE_CHECKING:
     from hasten.engine.planning.hardware import Device
@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     from hasten.bench import report
     from hasten.checkpoint.hub import resolve_model
     from hasten.checkpoint.hugging_face import read_format, read_hf_config
-    from hasten.core.config import EngineConfig, dtype_name
+    from hasten.core.config import EngineConfig
+    from hasten.core.dtypes import dtype_name
     from hasten.engine.planning.plan import Planner, setup_of
 
     engine = EngineConfig.create(args.model, **engine_options(args, skip=SKIP))

@@ -8,8 +8,8 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from hasten.cluster.spec import TrainingJob, TritonServer, Volume, pairs, record_of, server_of
-from hasten.core.config import option
 from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.option_fields import option
 
 PYTORCHJOB = "PYTORCHJOB"
 """What the column TRAINER says."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal
 
-from hasten.core.config import option
 from hasten.core.errors import ConfigError
+from hasten.core.option_fields import option
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

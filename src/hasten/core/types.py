@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Generic, Literal, TypeVar, get_args
 
-from hasten.core.config import option
+from hasten.core.option_fields import option
 from hasten.core.sampling import SamplingParams as SamplingParams
 from hasten.core.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
 from hasten.core.values import is_whole, require, with_known_names

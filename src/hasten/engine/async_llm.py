@@ -18,8 +18,9 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, Unpack
 
-from hasten.core.config import EngineOptions, ModelConfig
+from hasten.core.config import EngineOptions
 from hasten.core.errors import EngineError, InvalidRequestError
+from hasten.core.model_config import ModelConfig
 from hasten.core.types import (
     FailedOutput,
     PooledOutput,

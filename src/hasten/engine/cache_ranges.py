@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hasten.checkpoint.plan import Checkpoint
-from hasten.core.config import CacheDType
+from hasten.core.dtypes import CacheDType
 from hasten.core.errors import ConfigError
 from hasten.engine.runner import Runner
 from hasten.engine.step_message import StepMessage

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 import torch
 
 from hasten.checkpoint.files import read_json
-from hasten.core.config import EngineConfig, EngineOptions, ModelConfig, engine_fields
+from hasten.core.config import EngineConfig, EngineOptions, engine_fields
 from hasten.core.errors import ConfigError, EngineError, InvalidRequestError
+from hasten.core.model_config import ModelConfig
 from hasten.core.progress import ProgressBar, progress_bar
 from hasten.core.types import Request, RequestOutput, SamplingParams
 from hasten.engine import launch

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.checkpoint.pooling import DenseModule, PoolingConfig
-from hasten.core.config import ModelConfig, Pooling
+from hasten.core.model_config import ModelConfig, Pooling
 from hasten.core.types import (
     ClassificationOutput,
     EmbeddingOutput,

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from hasten.core.config import TextConfig
 from hasten.core.errors import InvalidRequestError
+from hasten.core.model_config import TextConfig
 from hasten.core.types import PoolingParams, PoolingTask
 
 

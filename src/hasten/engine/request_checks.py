@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
 
-from hasten.core.config import ModelConfig
 from hasten.core.errors import InvalidRequestError
+from hasten.core.model_config import ModelConfig
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.beam import candidate_count
 from hasten.engine.pooling import Pooler, truncated

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hasten.core.config import TextConfig
 from hasten.core.errors import InvalidRequestError
+from hasten.core.model_config import TextConfig
 from hasten.core.text import require_utf8
 from hasten.core.types import PoolingParams, Request
 from hasten.engine.prompts import ParsedPrompt, Prompt, parse_prompts

@@ -24,17 +24,11 @@ from torch import Tensor
 from hasten import ops
 from hasten.checkpoint.hub import resolve_engine
 from hasten.checkpoint.plan import Checkpoint, open_checkpoint, rank_tensors
-from hasten.core.config import (
-    CacheConfig,
-    DTypeName,
-    EngineConfig,
-    ModelConfig,
-    ParallelConfig,
-    SchedulerConfig,
-    dtype_name,
-)
+from hasten.core.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from hasten.core.dtypes import DTypeName, dtype_name
 from hasten.core.errors import CapacityError, ConfigError, UnsupportedError
 from hasten.core.kernel_cache import check_kernel_cache, kernel_cache
+from hasten.core.model_config import ModelConfig
 from hasten.core.progress import progress_bar
 from hasten.engine.batch import Batch
 from hasten.engine.cache_ranges import measured_ranges, stored_ranges

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten import ops
-from hasten.core.config import AttentionConfig
+from hasten.core.model_config import AttentionConfig
 from hasten.layers.linear import ColumnLinear, QKVLinear, RowLinear
 from hasten.layers.norm import HeadNorm
 from hasten.layers.position import RelativeBias, RopeTables, alibi_slopes

@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from hasten.core.config import ClassifierConfig
+from hasten.core.model_config import ClassifierConfig
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu}
 

@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten import ops
-from hasten.core.config import ExpertsConfig
+from hasten.core.model_config import ExpertsConfig
 from hasten.layers.linear import GatedColumnLinear, PackedModule, RowLinear
 from hasten.parallel.groups import ALL_ALONE, ALONE, ParallelGroups, TensorGroup
 

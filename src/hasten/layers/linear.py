@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten import ops
-from hasten.core.config import AttentionConfig
+from hasten.core.model_config import AttentionConfig
 from hasten.ops.reference import clipped
 from hasten.parallel.groups import ALONE, TensorGroup
 

@@ -5,7 +5,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten import ops
-from hasten.core.config import QKNorm
+from hasten.core.model_config import QKNorm
 from hasten.parallel.groups import ALONE, TensorGroup
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from hasten.core.config import AttentionConfig, RopeConfig
+from hasten.core.model_config import AttentionConfig, RopeConfig
 from hasten.layers.linear import PackedModule
 from hasten.parallel.groups import ALONE, TensorGroup
 

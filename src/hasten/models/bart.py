@@ -15,8 +15,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from hasten.core.config import AttentionConfig, EncoderConfig, ModelConfig
 from hasten.core.errors import ConfigError
+from hasten.core.model_config import AttentionConfig, EncoderConfig, ModelConfig
 from hasten.layers.attention import Attention, CrossAttention
 from hasten.layers.embedding import Embedding, Head
 from hasten.layers.mlp import MLP

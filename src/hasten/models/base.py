@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch.nn as nn
 from torch import Tensor
 
-from hasten.core.config import ModelConfig
+from hasten.core.model_config import ModelConfig
 from hasten.layers.attention import Attention, CrossAttention
 from hasten.layers.embedding import Embedding, Head
 from hasten.models.weight_map import WeightMap

@@ -6,7 +6,7 @@ Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers fo
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hasten.core.config import AttentionConfig, ModelConfig
+from hasten.core.model_config import AttentionConfig, ModelConfig
 from hasten.models import hf_config
 from hasten.models.decoder_weights import plain_layer
 from hasten.models.encoder import (

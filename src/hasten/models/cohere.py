@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import torch.nn as nn
 
-from hasten.core.config import ModelConfig
 from hasten.core.errors import UnsupportedError
+from hasten.core.model_config import ModelConfig
 from hasten.layers.mlp import GatedMLP
 from hasten.models import hf_config
 from hasten.models.decoder import Decoder, ParallelBlock

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch.nn as nn
 from torch import Tensor
 
-from hasten.core.config import ModelConfig
+from hasten.core.model_config import ModelConfig
 from hasten.layers.attention import Attention
 from hasten.layers.embedding import Embedding, Head
 from hasten.layers.mlp import MLP, GatedMLP

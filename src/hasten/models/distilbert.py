@@ -6,7 +6,7 @@ Source: Sanh et al., "DistilBERT, a distilled version of BERT", 2019.
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from hasten.core.config import AttentionConfig, ModelConfig
+from hasten.core.model_config import AttentionConfig, ModelConfig
 from hasten.models import hf_config
 from hasten.models.decoder_weights import plain_layer
 from hasten.models.encoder import (

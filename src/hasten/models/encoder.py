@@ -12,8 +12,8 @@ import numpy as np
 import torch.nn as nn
 from torch import Tensor
 
-from hasten.core.config import ClassifierConfig, LabelActivation, ModelConfig, Pooling, Task
 from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.model_config import ClassifierConfig, LabelActivation, ModelConfig, Pooling, Task
 from hasten.layers.attention import Attention
 from hasten.layers.classifier import Classifier
 from hasten.layers.embedding import Embedding

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import torch.nn as nn
 
-from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import UnsupportedError
+from hasten.core.model_config import AttentionConfig, ModelConfig
 from hasten.models import hf_config
 from hasten.models.decoder import Decoder, ParallelBlock, SequentialBlock, TwinNormBlock
 from hasten.models.decoder_weights import BOTH_NORMS, decoder_weights, plain_layer

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch.nn as nn
 from torch import Tensor
 
-from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import UnsupportedError
+from hasten.core.model_config import AttentionConfig, ModelConfig
 from hasten.layers.attention import Attention
 from hasten.layers.linear import GatedColumnLinear, RowLinear
 from hasten.layers.norm import RMSNorm

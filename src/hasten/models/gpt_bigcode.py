@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from hasten.core.config import ModelConfig
+from hasten.core.model_config import ModelConfig
 from hasten.models import hf_config
 from hasten.models.gpt2 import GPT2LMHeadModel, config_from_hf, of_layer, weight_map
 from hasten.models.weight_map import HEAD_MAJOR, SAME, WeightMap

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.model_config import AttentionConfig, ModelConfig
 from hasten.models import hf_config
 from hasten.models.decoder_weights import plain_layer, separate_qkv
 from hasten.models.gpt2 import NORMS, GPT2LMHeadModel, weight_map

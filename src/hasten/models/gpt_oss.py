@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from hasten.core.config import AttentionConfig, ExpertsConfig, ModelConfig
 from hasten.core.errors import UnsupportedError
+from hasten.core.model_config import AttentionConfig, ExpertsConfig, ModelConfig
 from hasten.models import hf_config
 from hasten.models.llama import (
     FULL,

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import torch.nn as nn
 
-from hasten.core.config import AttentionConfig, ModelConfig, RopeConfig
 from hasten.core.errors import UnsupportedError
+from hasten.core.model_config import AttentionConfig, ModelConfig, RopeConfig
 from hasten.models import hf_config
 from hasten.models.decoder import Decoder, ParallelBlock
 from hasten.models.decoder_weights import decoder_weights, plain_layer, separate_qkv

@@ -7,8 +7,9 @@ left is unknown, and a warning names it.
 from collections.abc import Iterator, Mapping, Set
 from typing import Any, TypedDict
 
-from hasten.core.config import Activation, DTypeName, dtype_name
+from hasten.core.dtypes import DTypeName, dtype_name
 from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.model_config import Activation
 from hasten.models.generation_config import SETTINGS
 
 Raw = Mapping[str, Any]

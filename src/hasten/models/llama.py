@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch.nn as nn
 from torch import Tensor
 
-from hasten.core.config import AttentionConfig, ModelConfig, RopeKind
 from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.model_config import AttentionConfig, ModelConfig, RopeKind
 from hasten.layers.attention import Attention
 from hasten.layers.linear import GatedColumnLinear, RowLinear
 from hasten.layers.norm import RMSNorm

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch.nn as nn
 from torch import Tensor
 
-from hasten.core.config import ExpertsConfig, ModelConfig
+from hasten.core.model_config import ExpertsConfig, ModelConfig
 from hasten.layers.attention import Attention
 from hasten.layers.experts import Experts
 from hasten.layers.norm import RMSNorm

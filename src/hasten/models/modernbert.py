@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch.nn as nn
 from torch import Tensor
 
-from hasten.core.config import AttentionConfig, ModelConfig, Pooling
 from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.model_config import AttentionConfig, ModelConfig, Pooling
 from hasten.layers.attention import Attention
 from hasten.layers.mlp import GatedMLP
 from hasten.layers.position import RelativeBias

@@ -6,7 +6,7 @@ Source: Song et al., "MPNet: Masked and Permuted Pre-training for Language Under
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hasten.core.config import ModelConfig
+from hasten.core.model_config import ModelConfig
 from hasten.models.bert import POOLER, bert_fields
 from hasten.models.decoder_weights import plain_layer
 from hasten.models.encoder import Encoder, classifier_from_hf, embedding_weights, encoder_weights, refuse, task_from_hf

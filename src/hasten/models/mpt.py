@@ -6,8 +6,8 @@ Source: MosaicML, "Introducing MPT-7B: A New Standard for Open-Source, Commercia
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.model_config import AttentionConfig, ModelConfig
 from hasten.models import hf_config
 from hasten.models.decoder_weights import decoder_weights, plain_layer
 from hasten.models.gpt2 import GPT2LMHeadModel

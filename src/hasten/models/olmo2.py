@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch.nn as nn
 from torch import Tensor
 
-from hasten.core.config import ModelConfig
+from hasten.core.model_config import ModelConfig
 from hasten.layers.attention import Attention
 from hasten.layers.mlp import GatedMLP
 from hasten.layers.norm import RMSNorm

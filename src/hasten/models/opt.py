@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch.nn as nn
 from torch import Tensor
 
-from hasten.core.config import AttentionConfig, ModelConfig
 from hasten.core.errors import UnsupportedError
+from hasten.core.model_config import AttentionConfig, ModelConfig
 from hasten.layers.embedding import Embedding, Head
 from hasten.layers.linear import ReplicatedLinear
 from hasten.layers.norm import LayerNorm

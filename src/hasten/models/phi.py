@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch.nn as nn
 
-from hasten.core.config import ModelConfig
+from hasten.core.model_config import ModelConfig
 from hasten.models import hf_config
 from hasten.models.decoder import Decoder, ParallelBlock
 from hasten.models.decoder_weights import decoder_weights, plain_layer, separate_qkv

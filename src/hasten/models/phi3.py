@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from hasten.core.config import ModelConfig
+from hasten.core.model_config import ModelConfig
 from hasten.models import hf_config
 from hasten.models.llama import LlamaForCausalLM, attention_from_hf, config_from_hf, weight_map
 from hasten.models.rope import ROPE_ALIASES

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from hasten.core.config import ModelConfig
 from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.model_config import ModelConfig
 from hasten.models import hf_config
 from hasten.models.llama import (
     FULL,

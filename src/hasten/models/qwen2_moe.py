@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import torch.nn as nn
 
-from hasten.core.config import ExpertsConfig, ModelConfig
 from hasten.core.errors import ConfigError
+from hasten.core.model_config import ExpertsConfig, ModelConfig
 from hasten.models import hf_config
 from hasten.models.llama import (
     LlamaBlock,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from hasten.core.config import ModelConfig
+from hasten.core.model_config import ModelConfig
 from hasten.models import hf_config
 from hasten.models.llama import attention_from_hf, config_from_hf
 from hasten.models.qwen2 import MAX_POSITION

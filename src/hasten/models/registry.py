@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hasten.core.config import Task
 from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.model_config import Task
 
 if TYPE_CHECKING:
     from hasten.models.base import Transformer

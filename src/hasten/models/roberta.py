@@ -7,8 +7,8 @@ Cross-lingual Representation Learning at Scale", 2020.
 from collections.abc import Mapping
 from typing import Any
 
-from hasten.core.config import ModelConfig
 from hasten.core.errors import ConfigError
+from hasten.core.model_config import ModelConfig
 from hasten.models import hf_config
 from hasten.models.bert import POOLER, bert_fields, bert_layer
 from hasten.models.encoder import Encoder, classifier_from_hf, embedding_weights, encoder_weights, task_from_hf

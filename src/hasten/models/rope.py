@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
-from hasten.core.config import RopeConfig, RopeKind
 from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.model_config import RopeConfig, RopeKind
 from hasten.models import hf_config
 from hasten.models.hf_config import Raw
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch.nn as nn
 
-from hasten.core.config import ModelConfig
+from hasten.core.model_config import ModelConfig
 from hasten.layers.mlp import GatedMLP
 from hasten.models import hf_config
 from hasten.models.decoder import Decoder, ParallelBlock, SequentialBlock

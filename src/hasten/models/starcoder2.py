@@ -8,8 +8,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
-from hasten.core.config import ModelConfig
 from hasten.core.errors import UnsupportedError
+from hasten.core.model_config import ModelConfig
 from hasten.models import hf_config
 from hasten.models.decoder_weights import BOTH_NORMS, decoder_weights, plain_layer, separate_qkv
 from hasten.models.gpt2 import GPT2LMHeadModel

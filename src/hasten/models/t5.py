@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch.nn as nn
 from torch import Tensor
 
-from hasten.core.config import AttentionConfig, EncoderConfig, ModelConfig
 from hasten.core.errors import UnsupportedError
+from hasten.core.model_config import AttentionConfig, EncoderConfig, ModelConfig
 from hasten.layers.attention import Attention, CrossAttention
 from hasten.layers.embedding import Embedding, Head
 from hasten.layers.mlp import MLP, GatedMLP

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hasten.core.config import AttentionConfig, EncoderConfig, ExpertsConfig, ModelConfig
+from hasten.core.model_config import AttentionConfig, EncoderConfig, ExpertsConfig, ModelConfig
 from hasten.parallel.shard import OF_ONE_EXPERT, Split, shard_config, split, split_sections
 
 Axis = Literal[

@@ -11,7 +11,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from hasten.core.config import Activation, CacheDType, DTypeName, GatedUnit
+from hasten.core.dtypes import CacheDType, DTypeName
+from hasten.core.model_config import Activation, GatedUnit
 from hasten.ops import beams, cpu, cpu_bf16, cpu_fixed, cpu_sampling, plan, reference
 from hasten.ops.beams import BeamChoice, BeamMoves, BeamSearches, BeamStates, Search
 from hasten.ops.block_caches import BlockCaches

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from hasten.core.config import GatedUnit
+from hasten.core.model_config import GatedUnit
 from hasten.ops import cpu_bf16, cpu_fixed, cpu_grouped, cpu_int8, reference
 from hasten.ops.cache_scales import CacheScales, octets, widened
 from hasten.ops.compiled_rows import compiled_rows

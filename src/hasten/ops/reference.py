@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from hasten.core.config import GatedUnit
+from hasten.core.model_config import GatedUnit
 from hasten.ops.block_caches import BlockCaches
 from hasten.ops.cache_scales import CacheScales, octets, stored, widened
 from hasten.ops.draws import NONE_LEFT, Draws

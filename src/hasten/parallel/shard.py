@@ -13,7 +13,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from hasten.core.config import AttentionConfig
+from hasten.core.model_config import AttentionConfig
 
 
 class Split(Enum):

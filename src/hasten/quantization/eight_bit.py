@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.core.config import Quantization
+from hasten.core.dtypes import Quantization
 from hasten.core.errors import CheckpointError, UnsupportedError
 from hasten.layers.embedding import Head
 from hasten.layers.linear import PackedModule, QKVLinear

@@ -6,7 +6,7 @@ Shapes: h input features, o output features, g groups.
 import torch
 from torch import Tensor
 
-from hasten.core.config import Quantization
+from hasten.core.dtypes import Quantization
 from hasten.core.errors import CheckpointError
 from hasten.layers.embedding import Head
 from hasten.layers.linear import PackedModule

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten import ops
-from hasten.core.config import Quantization
+from hasten.core.dtypes import Quantization
 from hasten.layers.linear import PackedModule
 from hasten.quantization.eight_bit import FP8, INT8, W8A8
 from hasten.quantization.int4 import Int4

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hasten.core.config import AttentionConfig
+from hasten.core.model_config import AttentionConfig
 from hasten.models.weight_map import SAME, WeightSpec
 from hasten.ops import Columns, GroupedWeight, QuantizedWeight, Weight, pack_nibbles, packs
 from hasten.parallel.shard import Split, split

@@ -125,7 +125,7 @@ def _config_ini(engine: EngineConfig) -> str | None:
     # these import torch, which takes seconds, and nothing else here needs it
     from hasten.checkpoint.faster_transformer.folder import family_of
     from hasten.checkpoint.plan import open_checkpoint
-    from hasten.core.config import dtype_name
+    from hasten.core.dtypes import dtype_name
 
     ranks = engine.parallel.tensor_parallel_size
     config = open_checkpoint(engine.model, ranks).config

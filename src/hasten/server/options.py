@@ -6,8 +6,9 @@ Imports nothing heavy: the command line is made of these.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hasten.core.config import EngineConfig, option
+from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
+from hasten.core.option_fields import option
 
 CONTROL_MODES = ("none", "poll", "explicit")
 _LARGEST_PORT = 65535

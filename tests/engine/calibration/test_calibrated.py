@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from hasten.checkpoint.quantize import open_unquantized, parts_of, scheme_for, write_quantized
 from hasten.checkpoint.sources import open_source
 from hasten.cli.main import main
-from hasten.core.config import Quantization
+from hasten.core.dtypes import Quantization
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
 from hasten.engine.calibration.calibrated import Calibrated
 from hasten.engine.calibration.layer import Layer, Method

@@ -10,8 +10,9 @@ import torch
 from hasten import LLM
 from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.checkpoint.plan import open_checkpoint, rank_tensors
-from hasten.core.config import QUANTIZATIONS, ModelConfig
+from hasten.core.dtypes import QUANTIZATIONS
 from hasten.core.errors import CapacityError, ConfigError
+from hasten.core.model_config import ModelConfig
 from hasten.engine.planning.footprint import footprint
 from hasten.engine.planning.hardware import GPUS, Device, gpu, this_cpu
 from hasten.engine.planning.plan import BATCHES, Planner, Setup, advice, others_use

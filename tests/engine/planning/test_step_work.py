@@ -7,7 +7,7 @@ from tests.engine.planning.test_plan import SHAPES
 
 from hasten import LLM, SamplingParams
 from hasten.checkpoint.hugging_face import read_hf_config
-from hasten.core.config import ModelConfig
+from hasten.core.model_config import ModelConfig
 from hasten.engine.planning.step_work import EstimatedWork, WorkEstimator
 
 DEMO = Path(__file__).parents[3] / "examples/demo-model"

@@ -9,7 +9,7 @@ from tests.ops.conftest import exactly_activated
 from torch import Tensor
 
 from hasten import ops
-from hasten.core.config import QKNorm
+from hasten.core.model_config import QKNorm
 from hasten.ops import reference
 from hasten.ops.gpu import gated, heads, matmul
 

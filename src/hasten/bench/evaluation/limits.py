@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from hasten.bench.latency import LatencyResult
 from hasten.bench.sweep import Point, Sweep
-from hasten.core.config import ModelConfig
+from hasten.core.model_config import ModelConfig
 from hasten.engine.planning.hardware import Device
 from hasten.engine.planning.plan import Fit, Planner, Setup
 from hasten.engine.planning.roofline import Step, decode_step, prompt_step

@@ -28,8 +28,9 @@ from hasten.bench.workloads import fixed
 from hasten.checkpoint.hub import model_name, resolve_engine
 from hasten.checkpoint.hugging_face import read_format
 from hasten.checkpoint.plan import open_checkpoint
-from hasten.core.config import EngineConfig, ModelConfig
+from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError, HastenError, UnsupportedError
+from hasten.core.model_config import ModelConfig
 from hasten.engine.planning import hardware
 from hasten.engine.planning.plan import Setup, setup_of
 from hasten.engine.text import Tokenizer

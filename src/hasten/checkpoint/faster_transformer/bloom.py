@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from hasten.checkpoint.faster_transformer.family import LAYER_MODULES, LAYERNORM_TYPES, Family, attention_of, token_keys
 from hasten.checkpoint.faster_transformer.ini import Section
-from hasten.core.config import DTypeName, ModelConfig
+from hasten.core.dtypes import DTypeName
+from hasten.core.model_config import ModelConfig
 
 
 class Bloom(Family):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from hasten.checkpoint.faster_transformer.ini import Section
-from hasten.core.config import AttentionConfig, DTypeName, ModelConfig, dtype_name
+from hasten.core.dtypes import DTypeName, dtype_name
 from hasten.core.errors import UnsupportedError
+from hasten.core.model_config import AttentionConfig, ModelConfig
 from hasten.models.weight_map import WeightSpec
 from hasten.parallel.shard import Split, shard_shape
 

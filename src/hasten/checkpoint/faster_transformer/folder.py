@@ -18,8 +18,9 @@ from hasten.checkpoint.faster_transformer.ini import (
     unreadable,
 )
 from hasten.checkpoint.faster_transformer.opt import OPT
-from hasten.core.config import ModelConfig, Quantization
+from hasten.core.dtypes import Quantization
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
+from hasten.core.model_config import ModelConfig
 
 _log = logging.getLogger(__name__)
 

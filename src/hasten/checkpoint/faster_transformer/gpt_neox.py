@@ -17,7 +17,8 @@ from hasten.checkpoint.faster_transformer.family import (
     token_keys,
 )
 from hasten.checkpoint.faster_transformer.ini import Section
-from hasten.core.config import DTypeName, ModelConfig, RopeConfig
+from hasten.core.dtypes import DTypeName
+from hasten.core.model_config import ModelConfig, RopeConfig
 from hasten.models.weight_map import WeightSpec
 
 _EPS = 1e-5

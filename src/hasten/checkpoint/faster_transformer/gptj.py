@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 from hasten.checkpoint.faster_transformer.family import LAYER_MODULES, Family, attention_of, token_keys
 from hasten.checkpoint.faster_transformer.ini import Section
-from hasten.core.config import DTypeName, ModelConfig, RopeConfig
+from hasten.core.dtypes import DTypeName
+from hasten.core.model_config import ModelConfig, RopeConfig
 
 _EPS = 1e-5
 """What GPT-J was trained with. The runtime takes 1e-6, whatever the model's."""

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from hasten.core.config import Quantization
+from hasten.core.dtypes import Quantization
 from hasten.core.errors import CheckpointError, UnsupportedError
 
 CONFIG_INI = "config.ini"

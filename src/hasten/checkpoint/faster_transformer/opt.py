@@ -18,7 +18,8 @@ from hasten.checkpoint.faster_transformer.family import (
     token_keys,
 )
 from hasten.checkpoint.faster_transformer.ini import Section
-from hasten.core.config import DTypeName, ModelConfig
+from hasten.core.dtypes import DTypeName
+from hasten.core.model_config import ModelConfig
 from hasten.models.weight_map import WeightSpec
 
 _POSITION_OFFSET = 2

@@ -17,8 +17,8 @@ from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.checkpoint.manifest import Manifest
 from hasten.checkpoint.ranked import RankedSource
 from hasten.checkpoint.source import has_own_head, warn_of_head
-from hasten.core.config import ModelConfig
 from hasten.core.errors import CheckpointError, UnsupportedError
+from hasten.core.model_config import ModelConfig
 from hasten.models.registry import model_class
 from hasten.models.weight_map import Tie, WeightSpec
 from hasten.ops import TORCH_DTYPES

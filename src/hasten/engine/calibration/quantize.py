@@ -16,7 +16,8 @@ from hasten.checkpoint.quantize import (
     scheme_for,
     write_quantized,
 )
-from hasten.core.config import EngineConfig, Quantization
+from hasten.core.config import EngineConfig
+from hasten.core.dtypes import Quantization
 from hasten.core.errors import CapacityError, ConfigError
 from hasten.engine.calibration.calibrated import Calibrated
 from hasten.engine.calibration.layer import Method

@@ -9,7 +9,8 @@ import torch
 import torch.nn as nn
 
 from hasten import ops
-from hasten.core.config import CacheDType, DTypeName, ModelConfig, Quantization
+from hasten.core.dtypes import CacheDType, DTypeName, Quantization
+from hasten.core.model_config import ModelConfig
 from hasten.layers.attention import Attention
 from hasten.layers.embedding import Embedding, Head
 from hasten.layers.experts import Experts, SharedExpert

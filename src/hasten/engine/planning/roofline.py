@@ -7,7 +7,7 @@ BLOOM-7B1, LLaMA-3-8B and Qwen3-30B-A3B were measured, and of two CPU cores with
 import math
 from dataclasses import dataclass
 
-from hasten.core.config import ModelConfig
+from hasten.core.model_config import ModelConfig
 from hasten.engine.planning.footprint import Footprint
 from hasten.engine.planning.hardware import Device
 

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hasten.core.config import CacheDType, DTypeName, ModelConfig
+from hasten.core.dtypes import CacheDType, DTypeName
+from hasten.core.model_config import ModelConfig
 from hasten.engine.batch import Batch
 from hasten.engine.planning.footprint import Footprint, footprint
 from hasten.quantization.scheme import SCHEMES

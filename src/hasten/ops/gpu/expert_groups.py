@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hasten.core.config import GatedUnit
+from hasten.core.model_config import GatedUnit
 from hasten.ops.gpu.activations import gated
 from hasten.ops.gpu.launch import overlapped, shared_memory, start_next, wait_for_inputs
 from hasten.ops.mixture import PackedExperts, Routing

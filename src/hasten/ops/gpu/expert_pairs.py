@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hasten.core.config import GatedUnit
+from hasten.core.model_config import GatedUnit
 from hasten.ops.gpu.activations import gated
 from hasten.ops.gpu.expert_groups import row_of
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hasten.core.config import GatedUnit
+from hasten.core.model_config import GatedUnit
 from hasten.ops.gpu.expert_groups import grouped
 from hasten.ops.gpu.expert_pairs import each_pair
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs

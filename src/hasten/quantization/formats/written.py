@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.core.config import Quantization
+from hasten.core.dtypes import Quantization
 from hasten.quantization.formats.pack_quantized import words
 from hasten.quantization.grid import E4M3, Grid, RoundedWeight
 

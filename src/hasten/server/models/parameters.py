@@ -13,7 +13,8 @@ from typing import Any
 from tritonclient.grpc import model_config_pb2
 
 from hasten.checkpoint.faster_transformer.ini import INT8_MODES, NO_SMOOTHQUANT
-from hasten.core.config import EngineConfig, dtype_name
+from hasten.core.config import EngineConfig
+from hasten.core.dtypes import dtype_name
 from hasten.core.errors import ConfigError
 from hasten.server.engine.client import QueueLimits
 from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, MODEL_TYPES, TEXT_KINDS, Kind
