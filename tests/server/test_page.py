@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 from tests.server.engine_helpers import stopped
-from tests.server.openai_site import DEMO, Site, models
+from tests.server.openai_site import DEMO, Site, models, with_template
 from tests.waiting import attempts, eventually
 
 from hasten.server.page.routes import content_security_policy
@@ -21,10 +24,12 @@ pytestmark = pytest.mark.any_python
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Request as BrowserRequest
 
 LOST = ("lost", "missing")
 """A text model, and the token model that it needs and that is not there."""
 KEY = "a key of the tests"
+GONE = "the server cannot be reached; is it running?"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARGUMENTS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
@@ -35,9 +40,10 @@ OpenPage = Callable[..., "Page"]
 
 
 @pytest.fixture(scope="module")
-def site() -> Iterator[Site]:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     lost = models(DEMO, "missing", "lost")[1:]
-    made = Site([*models(DEMO, "fastertransformer", "story"), *lost], ApiKeys([KEY]))
+    folder = with_template(tmp_path_factory.mktemp("page"))
+    made = Site([*models(folder, "fastertransformer", "story"), *lost], ApiKeys([KEY]))
     yield made
     made.close()
 
@@ -99,7 +105,7 @@ def test_the_page_may_load_nothing_and_be_framed_by_nobody(site: Site) -> None:
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert "frame-ancestors 'none'" in policy
     assert re.findall(r"""(?:src|href)=["'](?!data:)""", response.text) == []
-    assert len(response.content) < 40_000
+    assert len(response.content) < 60_000
 
 
 def test_the_state_is_behind_the_key(site: Site) -> None:
@@ -122,11 +128,11 @@ def test_a_completion_is_streamed_and_counted(open_page: OpenPage) -> None:
     page.get_by_label("Max tokens").fill("24")
     page.get_by_label("Temperature").fill("0")
     page.get_by_role("button", name="Generate").click()
-    page.locator("#said").get_by_text(re.compile(r"(max tokens reached|finished): \d+ tokens in")).wait_for()
+    page.locator(".said").get_by_text(re.compile(r"(max tokens reached|finished): \d+ tokens in")).wait_for()
     text = page.get_by_role("region", name="Completion").inner_text()
     assert text.startswith("Anna opened the door and ")
     assert len(text) > 50
-    assert page.locator("#error").is_hidden()
+    assert page.locator(".error").is_hidden()
     page.locator("dl div", has_text="Tokens out").get_by_text("24", exact=True).wait_for()
 
 
@@ -152,11 +158,11 @@ def test_stop_withdraws_what_runs(open_page: OpenPage, site: Site) -> None:
             page.locator("article .now").get_by_text(re.compile(r"^1 / 0")).wait_for()
             assert page.get_by_role("button", name="Generate").is_disabled()
             stop.click()  # waits until it can be clicked
-            page.locator("#said").get_by_text(re.compile("^stopped: ")).wait_for()
+            page.locator(".said").get_by_text(re.compile("^stopped: ")).wait_for()
         break
     eventually(lambda: idle(site))
     assert stop.is_disabled()
-    assert page.locator("#error").is_hidden()
+    assert page.locator(".error").is_hidden()
 
 
 def test_leaving_the_page_withdraws_what_runs(open_page: OpenPage, site: Site) -> None:
@@ -181,7 +187,7 @@ def test_errors_are_shown(open_page: OpenPage) -> None:
     page.get_by_label("Prompt").fill("Anna")
     page.get_by_label("Max tokens").fill("2")
     page.get_by_role("button", name="Generate").click()
-    page.locator("#said").get_by_text(re.compile("2 tokens")).wait_for()
+    page.locator(".said").get_by_text(re.compile("2 tokens")).wait_for()
     assert alert.is_hidden()
 
 
@@ -191,12 +197,12 @@ def test_a_server_that_is_gone_leaves_nothing_that_looks_alive(open_page: OpenPa
     page.locator("article .dot.good").wait_for()
     page.route("**/state", lambda route: route.abort())
     page.route("**/v1/completions", lambda route: route.abort())
-    server_says(page, "the server cannot be reached")
+    server_says(page, GONE)
     assert page.locator("main .dot.good").count() == 0
     assert page.locator("main .dot.bad").count() == 0
     page.locator("article .about").get_by_text("its state is not known now").first.wait_for()
     page.get_by_role("button", name="Generate").click()
-    page.get_by_role("alert").get_by_text("the server cannot be reached", exact=True).wait_for()
+    page.get_by_role("alert").get_by_text(GONE, exact=True).wait_for()
     page.unroute("**/state")
     server_says(page, "ready")
     page.locator("article .dot.good").wait_for()
@@ -211,7 +217,7 @@ def test_without_a_key_it_asks_for_one_and_keeps_it(open_page: OpenPage) -> None
     page.reload()
     server_says(page, "ready")
     assert page.get_by_label("API key").input_value() == KEY
-    assert page.evaluate("localStorage.length") == 0
+    assert page.evaluate("(key) => Object.values(localStorage).every((value) => !value.includes(key))", KEY)
 
 
 def test_the_state_is_drawn(open_page: OpenPage) -> None:
@@ -233,6 +239,105 @@ def test_the_state_is_drawn(open_page: OpenPage) -> None:
         assert re.match(rf"{name}\nunavailable: .*'missing'", text)
 
 
+def run(page: Page, prompt: str, button: str = "Generate") -> None:
+    """Send a prompt, and wait until all panels have their outputs."""
+    page.get_by_role("textbox", name="Message" if button == "Send" else "Prompt", exact=True).fill(prompt)
+    page.get_by_role("button", name=button).click()
+    page.locator("#stop:disabled").wait_for()
+    assert page.locator(".error:visible").all_inner_texts() == []
+
+
+def test_tokens_show_what_they_were_chosen_from(open_page: OpenPage) -> None:
+    page = open_page()
+    server_says(page, "ready")
+    page.get_by_label("Token probabilities").check()
+    page.get_by_label("Temperature").fill("0")
+    page.get_by_label("Max tokens").fill("12")
+    run(page, "Anna opened the door and")
+    tokens, tip = page.locator(".token"), page.get_by_role("tooltip")
+    assert tokens.count() == 12
+    assert tip.is_hidden()
+    tokens.nth(3).hover()
+    assert tip.locator("div").count() == 5
+    chances = [float(text.removesuffix(" %")) for text in tip.locator("span:last-child").all_inner_texts()]
+    assert chances == sorted(chances, reverse=True)
+    assert tip.locator(".chosen").inner_text() == tip.locator("div").first.inner_text(), (
+        "greedy takes the most probable"
+    )
+    page.get_by_role("region", name="Completion").focus()
+    page.keyboard.press("ArrowRight")
+    assert "at" in (tokens.nth(4).get_attribute("class") or "").split()
+    assert page.locator("#spoken").inner_text().count("%") == 5
+    page.keyboard.press("Escape")
+    assert tip.is_hidden()
+
+
+def test_two_settings_are_compared_and_survive_a_reload(open_page: OpenPage) -> None:
+    page = open_page()
+    server_says(page, "ready")
+    page.get_by_label("Max tokens").fill("8")
+    page.get_by_role("button", name="Compare").click()
+    groups = [page.get_by_role("group", name=f"Settings {name}") for name in "AB"]
+    for group, seed in zip(groups, ("1", "2"), strict=True):
+        group.get_by_text("More settings").click()
+        group.get_by_label("Seed").fill(seed)
+        group.get_by_label("Temperature").fill("2")
+    run(page, "Anna opened the door and")
+    outputs = [group.get_by_role("region").inner_text() for group in groups]
+    assert outputs[0] != outputs[1]
+    assert all(output.startswith("Anna opened the door and") for output in outputs)
+    page.reload()
+    server_says(page, "ready")
+    assert [group.get_by_role("region").inner_text() for group in groups] == outputs
+    assert [group.get_by_label("Seed").input_value() for group in groups] == ["1", "2"]
+    page.get_by_role("button", name="Compare").click()
+    run(page, "Tom had a red ball and")
+    assert page.locator(".entry").all_inner_texts() == ["Tom had a red ball and", "Anna opened the door and"]
+    page.get_by_role("button", name="Anna opened the door and", exact=True).click()
+    assert [group.get_by_role("region").inner_text() for group in groups] == outputs
+    page.get_by_role("button", name="Delete “Tom").click()
+    assert page.locator(".entry").all_inner_texts() == ["Anna opened the door and"]
+    page.get_by_role("button", name="Clear history").click()
+    assert page.locator(".entry").count() == 0
+
+
+def test_a_chat_goes_on_from_its_messages(open_page: OpenPage) -> None:
+    page = open_page()
+    server_says(page, "ready")
+    page.get_by_text("Chat", exact=True).click()
+    page.get_by_label("Max tokens").fill("8")
+    page.get_by_label("System instructions").fill("Be short")
+    bodies: list[dict[str, Any]] = []
+
+    def note(sent: BrowserRequest) -> None:
+        if "chat" in sent.url:
+            bodies.append(sent.post_data_json)
+
+    page.on("request", note)
+    for message in ("Tell me a story", "It's good: go on"):
+        run(page, message, "Send")
+    assert [message["role"] for message in bodies[1]["messages"]] == ["system", "user", "assistant", "user"]
+    shown = page.locator(".text.chat > div")
+    assert [shown.nth(at).get_attribute("class") for at in range(4)] == ["user", "assistant"] * 2
+    assert shown.nth(1).inner_text().strip() == bodies[1]["messages"][2]["content"].strip()
+    page.get_by_role("button", name="New").click()
+    assert shown.count() == 0
+    page.get_by_text("Tell me a story").click()
+    assert shown.count() == 4
+
+
+def test_a_request_is_shown_as_a_command_that_runs(open_page: OpenPage) -> None:
+    page = open_page()
+    server_says(page, "ready")
+    page.get_by_label("Max tokens").fill("3")
+    page.get_by_text("As a curl command").click()
+    page.get_by_label("Prompt").fill("It's Anna's \"door\" and\n")
+    command = page.locator(".code pre", has_text="door").inner_text()
+    environment = {**os.environ, "API_KEY": KEY, "no_proxy": "*"}
+    done = subprocess.run(["bash", "-c", f"{command} -s"], env=environment, capture_output=True, timeout=60, check=True)
+    assert json.loads(done.stdout)["usage"]["completion_tokens"] == 3
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_it_can_be_read_on_any_screen(
@@ -242,16 +347,16 @@ def test_it_can_be_read_on_any_screen(
     server_says(page, "ready")
     page.get_by_label("Max tokens").fill("30")
     page.get_by_role("button", name="Generate").click()
-    page.locator("#said").get_by_text(re.compile(r"tokens in")).wait_for()
+    page.locator(".said").get_by_text(re.compile(r"tokens in")).wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
     for selector in (
         "body",
         ".name",
-        "#text",
-        "#text .prompt",
+        ".text",
+        ".text .user",
         "dt",
         "dd",
-        "#said",
+        ".said",
         "button.main",
         ".key",
         ".key.second",

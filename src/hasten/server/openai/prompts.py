@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from weakref import WeakKeyDictionary
 
+from hasten.core.errors import CheckpointError
 from hasten.engine.chat import ChatTemplate, RenderLimits
 from hasten.engine.text import TextTooLongError
 from hasten.server.by_size import by_size
@@ -49,15 +50,25 @@ class ChatPrompts:
         assert client.tokenizer is not None, "it has a template"
         return ToolUse.of(asked, template, client.tokenizer, client.info.eos_token_ids, client.tool_call_parser)
 
+    async def has_template(self, client: EngineClient) -> bool:
+        """Whether an engine answers chats: one whose template is not valid has errors for them."""
+        try:
+            return client.info.pooling is None and await self._template_of(client) is not None
+        except CheckpointError:
+            return False
+
     async def _template(self, client: EngineClient) -> ChatTemplate:
-        folder = client.info.tokenizer_folder
-        if folder is None:
+        if client.info.tokenizer_folder is None:
             raise OpenAIError("the model has no tokenizer; use /v1/completions with token ids")
-        if client not in self._templates:
-            self._templates[client] = await asyncio.to_thread(ChatTemplate.from_folder, folder)
-        if (template := self._templates[client]) is None:
+        if (template := await self._template_of(client)) is None:
             raise OpenAIError("the model's tokenizer has no chat template; use /v1/completions")
         return template
+
+    async def _template_of(self, client: EngineClient) -> ChatTemplate | None:
+        folder = client.info.tokenizer_folder
+        if folder is not None and client not in self._templates:
+            self._templates[client] = await asyncio.to_thread(ChatTemplate.from_folder, folder)
+        return self._templates.get(client)
 
 
 async def _rendered(asked: ChatRequest, template: ChatTemplate, client: EngineClient, tools: ToolUse | None) -> str:

@@ -1,4 +1,4 @@
-"""The page at `/`: a playground and the server's live state. One file, which loads nothing from anywhere else."""
+"""The page at `/`: a playground and the server's live state, put together as one file that loads nothing."""
 
 import base64
 import hashlib
@@ -16,14 +16,17 @@ from starlette.routing import Route
 
 from hasten.server.engine.client import EngineClient
 from hasten.server.openai.models import Models, models_by_id
+from hasten.server.openai.prompts import ChatPrompts
 
+_SCRIPTS = ("dom", "tokens", "panel", "play", "history", "plots", "state")
+"""In the order in which they run."""
 _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
 def page_routes(service: Models) -> list[Route]:
-    """The page and the state that it asks for every second. The page itself tells nothing that a key should guard."""
-    html = (files("hasten.server.page") / "index.html").read_bytes()
-    headers = page_headers(html)
+    """The page and the state that it polls every second. The page itself has nothing that a key should guard."""
+    html = page_html()
+    headers, prompts = page_headers(html), ChatPrompts()
 
     async def page(_: Request) -> Response:
         """A page with a playground and the server's live state"""
@@ -31,10 +34,19 @@ def page_routes(service: Models) -> list[Route]:
 
     async def state(_: Request) -> Response:
         """What the page asks for every second: engines with their counters"""
-        body = msgspec.json.encode(server_state(service))
+        body = msgspec.json.encode(await server_state(service, prompts))
         return Response(body, headers={"cache-control": "no-store"}, media_type="application/json")
 
     return [Route("/", page), Route("/state", state)]
+
+
+def page_html() -> bytes:
+    """The page with its style and its scripts inside."""
+    folder = files("hasten.server.page")
+    scripts = "\n".join((folder / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
+    html, style = ((folder / name).read_text(encoding="utf-8") for name in ("index.html", "page.css"))
+    html = html.replace("<style></style>", f"<style>{style}</style>")
+    return html.replace("<script></script>", f'<script>"use strict";\n{scripts}</script>').encode()
 
 
 def page_headers(html: bytes) -> dict[str, str]:
@@ -59,7 +71,7 @@ def content_security_policy(html: str) -> str:
     )
 
 
-def server_state(service: Models) -> dict[str, Any]:
+async def server_state(service: Models, prompts: ChatPrompts) -> dict[str, Any]:
     """Engines with their counters, and the models that have no engine and are no other name of one.
 
     `time` is in seconds, of a clock that only goes forward.
@@ -71,7 +83,9 @@ def server_state(service: Models) -> dict[str, Any]:
         for entry in service.index()
         if (entry.name, entry.version) not in engines and entry.name not in ids.values()
     ]
-    found = [_engine(ids[key], client) for key, client in engines.items()]
+    found = [
+        _engine(ids[key], client) | {"chat": await prompts.has_template(client)} for key, client in engines.items()
+    ]
     return {"time": time.monotonic(), "engines": found, "others": others}
 
 
