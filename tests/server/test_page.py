@@ -311,7 +311,7 @@ def test_a_chat_goes_on_from_its_messages(open_page: OpenPage) -> None:
 
     def note(sent: BrowserRequest) -> None:
         if "chat" in sent.url:
-            bodies.append(sent.post_data_json)
+            bodies.append(json.loads(sent.post_data or ""))
 
     page.on("request", note)
     for message in ("Tell me a story", "It's good: go on"):
