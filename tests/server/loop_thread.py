@@ -14,8 +14,12 @@ class LoopThread:
     def __init__(self) -> None:
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         self.loop = self._runner.get_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread = threading.Thread(target=self._live, daemon=True)
         self._thread.start()
+
+    def _live(self) -> None:
+        self.loop.run_forever()
+        self._runner.close()  # here: the thread that calls `close` may have a running loop of its own
 
     def run(self, work: Coroutine[Any, Any, Result], timeout: float = 100) -> Result:
         """A coroutine's result."""
@@ -29,4 +33,3 @@ class LoopThread:
         """End the loop."""
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
-        self._runner.close()
