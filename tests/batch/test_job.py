@@ -2,6 +2,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tests.batch.simulated import MODEL, SimulatedEngine
 from tests.waiting import eventually
 
 from hasten.batch.job import BatchJob, BatchSummary
+from hasten.batch.part import Part
 from hasten.core import extras
 from hasten.core.errors import ConfigError, EngineError
 from hasten.core.types import RequestOutput
@@ -250,6 +252,34 @@ def test_a_folder_belongs_to_one_job(tmp_path: Path) -> None:
         run(source, tmp_path / "full")
     with BatchJob(source, tmp_path / "held", model=MODEL), pytest.raises(ConfigError, match="another process"):
         run(source, tmp_path / "held")
+
+
+def test_parts_have_each_row_once(tmp_path: Path) -> None:
+    rows = [{"prompt": [number + 1]} for number in range(10)]
+    source, out = write_rows(tmp_path / "in", [*rows, {"prompt": [1], "id": "row-3"}]), tmp_path / "out"
+    parts = [run(source, out, part=Part(index, 4)) for index in range(4)]
+    assert [(part.rows, part.results, part.errors) for part in parts] == [(3, 3, 0), (3, 3, 0), (3, 2, 1), (2, 2, 0)]
+    names = [f"part-0000{index}-of-00004" for index in range(4)]
+    assert sorted(path.name for path in out.iterdir()) == names
+    found = [sorted(texts(out / name)) for name in names]
+    assert found == [["row-1", "row-5", "row-9"], ["row-10", "row-2", "row-6"], ["row-3", "row-7"], ["row-4", "row-8"]]
+    assert "is also that of an earlier row" in lines(out / names[2], "errors")[0]["error"]["message"]
+    assert run(source, out, part=Part(1, 4)).resumed == 3
+    for count in (1, 5):
+        with pytest.raises(ConfigError, match=f"has parts of 4, not of {count}"):
+            run(source, out, part=Part(0, count))
+    run(source, tmp_path / "whole")
+    with pytest.raises(ConfigError, match="has the results of a whole batch"):
+        run(source, tmp_path / "whole", part=Part(0, 2))
+    shutil.copytree(out / names[0], out / "part-00003-of-00004", dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match="results of another batch: the part differs"):
+        run(source, out, part=Part(3, 4))
+
+
+@pytest.mark.parametrize("text", ["", "1", "/", "8/8", "-1/8", "1/x", "1/2/3", "0/0", "²/4"])
+def test_a_part_that_is_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not INDEX/COUNT, such as 0/8"):
+        Part.parse(text)
 
 
 def test_an_input_that_cannot_be_read(tmp_path: Path) -> None:

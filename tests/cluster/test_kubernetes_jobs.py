@@ -9,7 +9,7 @@ from tests.cluster.api_server_kinds import Kind, RefusedError
 from tests.cluster.kubernetes_fixtures import GPU_NODE, World, training, world
 
 from hasten.cluster.backend import Status
-from hasten.core.errors import ClusterError, ExistsError
+from hasten.core.errors import ClusterError, ExistsError, NotFoundError
 
 __all__ = ["world"]
 
@@ -219,6 +219,33 @@ def test_a_train_job_runs_when_its_pods_do(world: World) -> None:
     assert world.backend.job("convert-bloom", "default").status is Status.SUCCEEDED
     world.backend.delete_job("convert-bloom", "default")
     assert world.leftovers() == []
+
+
+def test_an_indexed_job_has_its_pods_and_no_others(world: World) -> None:
+    world.backend.submit(training(api="indexed", workers=3, parallelism=2, gpus=4))
+    owner = world.object("Job", "convert-bloom")
+    for job, indices in ({"convert-bloom": (1, 0), "others": (0,)}).items():
+        own = {"app.kubernetes.io/managed-by": "hasten"} if job == "convert-bloom" else {}
+        for index in indices:
+            labels = {"batch.kubernetes.io/job-name": job, "batch.kubernetes.io/job-completion-index": str(index)}
+            world.run(world.pod(f"{job}-{index}-abcde", labels | own, owner["spec"]["template"]["spec"], owner))
+    world.store.write(
+        {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "others", "namespace": "default"}, "spec": {}}
+    )
+    (found,) = world.backend.jobs("default")
+    assert (found.name, found.status, found.trainer, found.gpus) == ("convert-bloom", Status.RUNNING, "JOB", 8)
+    assert [one.name for one in found.instances] == ["convert-bloom-0-abcde", "convert-bloom-1-abcde"]
+    for ask in (world.backend.job, world.backend.delete_job):
+        with pytest.raises(NotFoundError, match="there is no training job others"):
+            ask("others", "default")
+    world.set_conditions("convert-bloom", "Failed", kind="Job")
+    assert world.backend.job("convert-bloom", "default").status is Status.FAILED
+    world.set_conditions("convert-bloom", "Complete", kind="Job")
+    assert world.backend.job("convert-bloom", "default").status is Status.SUCCEEDED
+    world.backend.delete_job("convert-bloom", "default")
+    world.store.crds.clear()
+    with pytest.raises(ClusterError, match="does not know the kind PyTorchJob"):
+        world.connect().jobs("default")
 
 
 def test_jobs_of_all_namespaces_newest_first(world: World) -> None:

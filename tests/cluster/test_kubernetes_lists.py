@@ -60,7 +60,7 @@ def test_one_list_of_jobs_and_one_of_pods(world: World) -> None:
     world.server.requests.clear()
     assert len(world.backend.jobs("default")) == 5
     kinds = [request.rpartition("/")[2] for request in world.server.requests]
-    assert kinds == ["pytorchjobs", "pods", "trainjobs"]
+    assert kinds == ["pytorchjobs", "pods", "trainjobs", "jobs"]
 
 
 def test_long_lists_come_in_pages(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,7 @@ def test_other_tolerations_are_refused(text: str) -> None:
         ({"sync_mode": "git", "sync_source": "https://"}, "is not the address of a git repository"),
         ({"api": "trainer", "name": "a" * 49}, "too long for a TrainJob of --workers 1: at most 48 letters"),
         ({"api": "trainer", "name": "a" * 48, "workers": 11}, "too long for a TrainJob of --workers 11: at most 47"),
+        ({"api": "indexed", "name": "a" * 61, "workers": 11}, "its instance .*-10' would have more than 63"),
         ({"api": "trainer", "image": None}, "--image is required"),
     ],
 )
@@ -176,6 +177,19 @@ def test_what_a_train_job_cannot_do_is_refused_by_name(options: dict[str, Any], 
     assert job_objects(job(**options))
     with pytest.raises(UnsupportedError, match=rf"a TrainJob cannot do {flag}: .*--api pytorchjob"):
         job_objects(job(api="trainer", **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"clean_task_policy": "All"}, "--clean-task-policy"),
+        ({"gang": True}, "--gang"),
+        ({"nproc_per_node": "2"}, "--nproc"),
+    ],
+)
+def test_what_an_indexed_job_cannot_do_is_refused_by_name(options: dict[str, Any], flag: str) -> None:
+    with pytest.raises(UnsupportedError, match=rf"an Indexed Job cannot do {flag}.*: its instances are independent"):
+        job_objects(job(api="indexed", **options))
 
 
 def test_the_users_own_home_folder_is_not_hidden() -> None:

@@ -13,7 +13,12 @@ from hasten.core.errors import ConfigError
 from hasten.core.files import naming, reading
 
 JOB, SUMMARY, _LOCK = "job.json", "summary.json", ".lock"
-_WORDS = {"input": "the input differs", "model": "the model differs", "defaults": "the sampling options differ"}
+_WORDS = {
+    "input": "the input differs",
+    "model": "the model differs",
+    "defaults": "the sampling options differ",
+    "part": "the part differs",
+}
 """What messages say where a field of job.json is another."""
 
 
@@ -44,10 +49,10 @@ def claim(folder: Path, job: Mapping[str, Any]) -> None:
         return
     known = _known(file)
     for name, word in _WORDS.items():
-        if known.get(name) != job[name]:
+        if known.get(name) != job.get(name):
             raise ConfigError(
                 f"{folder} has results of another batch: {word} ({known.get(name)!r:.120}, now "
-                f"{job[name]!r:.120}); give another folder"
+                f"{job.get(name)!r:.120}); give another folder"
             )
 
 

@@ -15,6 +15,7 @@ import msgspec
 from hasten.batch.engine import BatchEngine, LLMEngine, Refused
 from hasten.batch.folder import SUMMARY, claim, locked
 from hasten.batch.lines import Answer, error_line
+from hasten.batch.part import Part
 from hasten.batch.requests import RowReader
 from hasten.batch.shards import ShardWriter, write_whole
 from hasten.batch.source import Row, RowIndex, id_of, open_rows
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 DEFAULT_ROWS_PER_SHARD = 10_000
 _NOTE_EVERY_S = 0.2
 _DONE = 1
+_WHOLE = Part()
 _encode, _decoder = msgspec.json.Encoder().encode, msgspec.json.Decoder(CompletionRequest)
 
 
@@ -59,6 +61,7 @@ class BatchSummary:
 class BatchJob:
     """The rows of `source` on their way into the folder `output`; a context manager that holds the folder.
 
+    With a `part`, other processes compute the others, and its folder is one within `output`.
     `model` is what the model is called, by which rows may name it, and by the last part of that name and by `names`.
     `defaults` are fields of requests that do not have them. ConfigError where the folder has another job's results.
     """
@@ -73,23 +76,28 @@ class BatchJob:
         defaults: Mapping[str, Any] | None = None,
         rows_per_shard: int = DEFAULT_ROWS_PER_SHARD,
         retry_errors: bool = False,
+        part: Part = _WHOLE,
     ) -> None:
         if rows_per_shard < 1:
             raise ConfigError(f"rows_per_shard must be at least 1, got {rows_per_shard}")
-        self.folder = Path(output)
-        self._source = open_rows(Path(source))
+        self._source, self._part = open_rows(Path(source)), part
+        self.folder = part.folder(Path(output))
         self._models = tuple(dict.fromkeys((*names, model, model_name(model))))
         self._defaults = dict(defaults or {})
         _check_defaults(self._defaults)
-        self._index = RowIndex.of(self._source)
+        self._index = RowIndex.of(self._source, part)
         self._stack = ExitStack()
         with ExitStack() as stack:
             stack.enter_context(locked(self.folder))
-            claim(self.folder, {"input": self._source.digest, "model": model, "defaults": self._defaults})
+            claim(self.folder, self._described(model))
             self._results = stack.enter_context(ShardWriter(self.folder, "results", rows_per_shard))
             self._errors = stack.enter_context(ShardWriter(self.folder, "errors", rows_per_shard))
             self._recover(retry_errors)
             self._stack = stack.pop_all()
+
+    def _described(self, model: str) -> dict[str, Any]:
+        part = {} if self._part.is_whole else {"part": str(self._part)}
+        return {"input": self._source.digest, "model": model, "defaults": self._defaults, **part}
 
     def _recover(self, retry_errors: bool) -> None:
         """Read what earlier runs have done."""
@@ -102,7 +110,7 @@ class BatchJob:
     def _mark(self, writer: ShardWriter) -> int:
         count = 0
         for number in writer.recover():
-            if number >= self._index.size or self._done[number]:
+            if number >= self._index.size or not self._part.has(number) or self._done[number]:
                 raise ConfigError(f"{self.folder} is damaged: it has row {number} twice or too many; use a new folder")
             self._done[number] = _DONE
             count += 1
@@ -146,7 +154,7 @@ class BatchJob:
         for row in self._source.rows():
             if row.number >= self._index.size:
                 raise ConfigError(f"{self._source.path} grew while it was read; start again with a new folder")
-            if not self._done[row.number]:
+            if self._part.has(row.number) and not self._done[row.number]:
                 yield row
 
     def is_repeated(self, row: Row) -> bool:
@@ -293,12 +301,15 @@ def run_batch(
     defaults: Mapping[str, Any] | None = None,
     rows_per_shard: int = DEFAULT_ROWS_PER_SHARD,
     retry_errors: bool = False,
+    part: str | None = None,
     use_tqdm: bool = True,
 ) -> BatchSummary:
     """Compute all rows of a file of requests with an `LLM`, and write the results to a folder.
 
-    Called again after it was killed, it goes on where it was. See BatchJob for the arguments.
+    Called again after it was killed, it goes on where it was. `part`: `INDEX/COUNT`, the rows of one of several
+    processes. See BatchJob for the other arguments.
     """
     options: dict[str, Any] = {"rows_per_shard": rows_per_shard, "retry_errors": retry_errors}
+    options["part"] = _WHOLE if part is None else Part.parse(part)
     with BatchJob(source, output, model=llm.model, names=names, defaults=defaults, **options) as job:
         return job.run(LLMEngine(llm), show_progress=use_tqdm)

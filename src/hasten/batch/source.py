@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from hasten.batch.part import Part
 from hasten.core.errors import ConfigError
 from hasten.core.files import reading
 
@@ -103,23 +104,25 @@ class RowIndex:
     """What is known of an input before its first row is computed. Takes memory for no text of it."""
 
     rows: int
+    """Of the part that is computed."""
     size: int
     """Above the number of every row."""
     repeated: frozenset[int]
     """Numbers of rows whose id an earlier row has."""
 
     @classmethod
-    def of(cls, source: Source) -> "RowIndex":
+    def of(cls, source: Source, part: Part) -> "RowIndex":
         """Read all ids once, and a second time those of rows that may be repeated."""
-        hashes, last = array("q"), -1
+        hashes, last, own = array("q"), -1, 0
         for row in source.rows():
             hashes.append(hash(id_of(row)))
             last = row.number
+            own += part.has(last)
         if last < 0:
             raise ConfigError(f"{source.path} has no rows; give a Parquet file, or one with one JSON object per line")
         ordered = np.sort(np.frombuffer(hashes, dtype=np.int64))
         suspects = frozenset(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-        return cls(len(hashes), last + 1, _repeated(source, suspects) if suspects else frozenset())
+        return cls(own, last + 1, _repeated(source, suspects) if suspects else frozenset())
 
 
 def _repeated(source: Source, suspects: frozenset[int]) -> frozenset[int]:

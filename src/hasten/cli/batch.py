@@ -47,6 +47,13 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--rows-per-shard", type=positive, default=10_000, metavar="N", help="rows of a file in OUT (default: 10000)"
     )
+    parser.add_argument(
+        "--part",
+        default="0/1",
+        metavar="INDEX/COUNT",
+        help="compute every COUNT-th row from INDEX on, counted from 0, into a folder of its own in OUT: for several "
+        "processes that see the same files, such as the pods of an Indexed Job",
+    )
     parser.add_argument("--retry-errors", action="store_true", help="compute the rows among the errors again")
     _add_ray_options(parser)
     add_sampling_options(parser, skip=NOT_DEFAULTS)
@@ -121,6 +128,7 @@ def _run_on_ray(args: argparse.Namespace, options: dict[str, Any]) -> int:
 
 def _job(args: argparse.Namespace) -> "BatchJob":
     from hasten.batch.job import BatchJob
+    from hasten.batch.part import Part
 
     return BatchJob(
         args.input,
@@ -130,6 +138,7 @@ def _job(args: argparse.Namespace) -> "BatchJob":
         defaults=_defaults(args),
         rows_per_shard=args.rows_per_shard,
         retry_errors=args.retry_errors,
+        part=Part.parse(args.part),
     )
 
 

@@ -235,11 +235,13 @@ class TrainingJob(Workload):
     sync_source: str | None = option(None, "where from")
     tensorboard: bool = option(False, "run TensorBoard along with the job")
     logdir: str | None = option(None, "folder that TensorBoard reads (default: /training_logs)")
-    api: Literal["pytorchjob", "trainer"] = option(
+    api: Literal["pytorchjob", "trainer", "indexed"] = option(
         "pytorchjob",
-        "object to make in a cluster: a PyTorchJob (kubeflow.org/v1) or a TrainJob (trainer.kubeflow.org/v1alpha1)",
-        choices=("pytorchjob", "trainer"),
+        "object to make in a cluster: a PyTorchJob (kubeflow.org/v1), a TrainJob (trainer.kubeflow.org/v1alpha1) or an "
+        "Indexed Job (batch/v1), whose instances know nothing of each other but their number, JOB_COMPLETION_INDEX",
+        choices=("pytorchjob", "trainer", "indexed"),
     )
+    parallelism: int | None = option(None, "instances of an Indexed Job that run at a time (default: all)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -257,6 +259,9 @@ class TrainingJob(Workload):
         _require(known, f"--nproc-per-node {count!r} is none of auto, cpu, gpu and a number")
         _require((self.sync_mode is None) == (self.sync_source is None), "--sync-mode and --sync-source go together")
         _require(self.tensorboard or self.logdir is None, "--logdir needs --tensorboard")
+        if self.parallelism is not None:
+            _require(self.api == "indexed", "--parallelism needs --api indexed: other jobs have all instances at once")
+            _check_number(self.parallelism, "--parallelism", 1)
 
 
 @dataclass(frozen=True, kw_only=True)

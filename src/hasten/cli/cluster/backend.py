@@ -15,7 +15,7 @@ BACKEND_VARIABLE = "HASTEN_CLUSTER"
 LOCAL, KUBERNETES = "local", "kubernetes"
 FORMATS = ("wide", "json", "yaml")
 LEVELS = {"debug": "DEBUG", "info": "INFO", "warn": "WARNING", "error": "ERROR"}
-JOB_TYPES = {"pytorchjob": "pytorchjob", "pytorch": "pytorchjob", "trainjob": "trainjob"}
+JOB_TYPES = {"pytorchjob": "pytorchjob", "pytorch": "pytorchjob", "trainjob": "trainjob", "job": "job"}
 SERVER_TYPES = {"triton": "triton", "triton-serving": "triton"}
 
 

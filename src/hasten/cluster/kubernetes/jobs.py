@@ -1,10 +1,10 @@
-"""Training jobs in a cluster: PyTorchJobs of the Kubeflow training operator and TrainJobs of Kubeflow Trainer.
+"""Training jobs in a cluster: the Kubeflow training operator's PyTorchJobs, Kubeflow Trainer's TrainJobs, Indexed Jobs.
 
-What their operators write: `status.conditions`, and labels on the pods that they make for a job.
+What their controllers write: `status.conditions`, and labels on the pods that they make for a job.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from hasten.cluster.kubernetes.records import (
 )
 from hasten.cluster.kubernetes.resources import (
     EVENTS,
+    JOBS,
+    MANAGED_BY,
     PODS,
     PYTORCH_JOBS,
     TRAIN_JOBS,
@@ -32,7 +34,8 @@ from hasten.cluster.kubernetes.resources import (
     labels_of,
     name_of,
 )
-from hasten.core.errors import NotFoundError
+from hasten.cluster.manifests.pod import MANAGER
+from hasten.core.errors import HastenError, NotFoundError
 
 _INDEX = "batch.kubernetes.io/job-completion-index"
 
@@ -47,6 +50,13 @@ class _Kind:
     role_label: str
     index_label: str
     succeeded: str
+    own_label: str | None = None
+    """A label, NAME=VALUE, of those that are training jobs, where others make objects of this kind too."""
+
+    def has(self, body: Object) -> bool:
+        """Whether an object is a training job."""
+        name, _, value = (self.own_label or "").partition("=")
+        return not name or labels_of(body).get(name) == value
 
 
 _KINDS = (
@@ -65,6 +75,15 @@ _KINDS = (
         "jobset.sigs.k8s.io/replicatedjob-name",
         _INDEX,
         "Complete",
+    ),
+    _Kind(
+        JOBS,
+        "JOB",
+        "batch.kubernetes.io/job-name",
+        "",
+        _INDEX,
+        "Complete",
+        f"{MANAGED_BY}={MANAGER}",
     ),
 )
 _ROLES = ("master", "node", "worker")
@@ -87,17 +106,25 @@ class FoundJob:
 
 def list_jobs(cluster: Cluster, namespace: str | None) -> list[Job]:
     """All training jobs, newest first."""
-    found, errors = [], []
+    found = []
+    errors: dict[_Kind, HastenError] = {}
     for kind in _KINDS:
         try:
             found += _jobs_of(cluster, kind, namespace)
         except (MissingKindError, ForbiddenError) as error:
-            errors.append(_clearest(cluster, kind, error))
-    if len(errors) == len(_KINDS):
-        raise errors[0]
+            errors[kind] = _clearest(cluster, kind, error)
+    if not found:
+        _raise_of_operators(errors)
     if not found and namespace is not None:
         cluster.check_namespace(namespace)
     return newest_first(map(job_record, found))
+
+
+def _raise_of_operators(errors: Mapping[_Kind, HastenError]) -> None:
+    """Raise the first error where no kind that has an operator could be looked at: nothing found may mean anything."""
+    operators = [kind for kind in _KINDS if kind.own_label is None]
+    if all(kind in errors for kind in operators):
+        raise errors[operators[0]]
 
 
 def _clearest(
@@ -113,11 +140,12 @@ def _clearest(
 
 
 def _jobs_of(cluster: Cluster, kind: _Kind, namespace: str | None) -> list[FoundJob]:
-    bodies = cluster.list_all(kind.resource, namespace)
+    bodies = cluster.list_all(kind.resource, namespace, labels=kind.own_label or "")
     if not bodies:
         return []
     pods = defaultdict(list)
-    for pod in cluster.list_all(PODS, namespace, labels=kind.job_label):
+    labels = ",".join(filter(None, (kind.job_label, kind.own_label)))
+    for pod in cluster.list_all(PODS, namespace, labels=labels):
         metadata = pod["metadata"]
         pods[metadata["namespace"], metadata["labels"][kind.job_label]].append(pod)
     return [FoundJob(kind, one, _in_order(kind, pods[one["metadata"]["namespace"], name_of(one)])) for one in bodies]
@@ -125,18 +153,17 @@ def _jobs_of(cluster: Cluster, kind: _Kind, namespace: str | None) -> list[Found
 
 def find_job(cluster: Cluster, name: str, namespace: str) -> FoundJob:
     """A job by its name; NotFoundError where there is none."""
-    errors = []
+    errors: dict[_Kind, HastenError] = {}
     for kind in _KINDS:
         try:
             body = cluster.find(kind.resource, namespace, name)
         except (MissingKindError, ForbiddenError) as error:
-            errors.append(_clearest(cluster, kind, error))
+            errors[kind] = _clearest(cluster, kind, error)
             continue
-        if body is not None:
+        if body is not None and kind.has(body):
             pods = cluster.list_all(PODS, namespace, labels=f"{kind.job_label}={name}")
             return FoundJob(kind, body, _in_order(kind, pods))
-    if len(errors) == len(_KINDS):
-        raise errors[0]
+    _raise_of_operators(errors)
     cluster.check_namespace(namespace)
     raise NotFoundError(f"there is no training job {name} in namespace {namespace}: see `hasten cluster list`")
 
@@ -185,12 +212,12 @@ def job_record(found: FoundJob) -> Job:
 
 
 def _state(found: FoundJob, instances: Sequence[Instance]) -> Status:
-    """The first that holds of Succeeded, Failed, Running, Queuing; that a TrainJob runs is told by its pods alone."""
+    """The first that holds of Succeeded, Failed, Running, Queuing; of all but PyTorchJobs, pods say that they run."""
     held = true_condition(found.body, found.kind.succeeded, "Failed", "Running", "Queuing")
     if held is not None:
         names = {found.kind.succeeded: Status.SUCCEEDED, "Failed": Status.FAILED, "Running": Status.RUNNING}
         return names.get(held["type"], Status.QUEUING)
-    runs = found.resource == TRAIN_JOBS and any(one.status is Status.RUNNING for one in instances)
+    runs = found.resource != PYTORCH_JOBS and any(one.status is Status.RUNNING for one in instances)
     return Status.RUNNING if runs else Status.PENDING
 
 
@@ -200,8 +227,11 @@ def _time_of(body: Object, *conditions: str) -> Any:
 
 
 def _templates(body: Object) -> list[tuple[int, dict[str, Any]]]:
-    """How many pods are made of each template of a PyTorchJob."""
-    replicas = (body.get("spec") or {}).get("pytorchReplicaSpecs") or {}
+    """How many pods are made of each template at a time."""
+    spec = body.get("spec") or {}
+    if spec.get("template"):
+        return [(spec.get("parallelism") or 1, spec["template"].get("spec") or {})]
+    replicas = spec.get("pytorchReplicaSpecs") or {}
     specs = [(one.get("replicas"), (one.get("template") or {}).get("spec") or {}) for one in replicas.values()]
     return [(1 if number is None else number, spec) for number, spec in specs]
 

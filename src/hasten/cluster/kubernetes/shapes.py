@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 import msgspec
 
-from hasten.cluster.kubernetes.resources import PODS, PYTORCH_JOBS, TRAIN_JOBS, Resource
+from hasten.cluster.kubernetes.resources import JOBS, PODS, PYTORCH_JOBS, TRAIN_JOBS, Resource
 
 
 class _Metadata(TypedDict, total=False):
@@ -63,6 +63,8 @@ class _JobSpec(TypedDict, total=False):
     pytorchReplicaSpecs: dict[str, _Replicas] | None
     runPolicy: dict[str, Any] | None
     trainer: _Trainer | None
+    parallelism: int | None
+    template: _Template | None
 
 
 class _Job(TypedDict, total=False):
@@ -84,6 +86,7 @@ class _Jobs(TypedDict):
 DECODERS: Mapping[Resource, msgspec.json.Decoder[Any]] = {
     PODS: msgspec.json.Decoder(_Pods),
     PYTORCH_JOBS: msgspec.json.Decoder(_Jobs),
+    JOBS: msgspec.json.Decoder(_Jobs),
     TRAIN_JOBS: msgspec.json.Decoder(_Jobs),
 }
 """Decoders of lists, for kinds that have one."""

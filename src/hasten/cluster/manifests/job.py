@@ -32,17 +32,13 @@ _LONGEST_HOST = 63
 
 def job_labels(job: TrainingJob) -> dict[str, str]:
     """Arena's labels."""
-    kind = "TrainJob" if job.api == "trainer" else "PyTorchJob"
+    kind = {"pytorchjob": "PyTorchJob", "trainer": "TrainJob", "indexed": "Job"}[job.api]
     return {"app": kind.lower(), "release": job.name, "createdBy": kind}
 
 
 def pytorch_job(job: TrainingJob) -> Object:
     """The object."""
-    longest = f"{job.name}-worker-{job.workers - 2}" if job.workers > 1 else f"{job.name}-master-0"
-    if len(longest) > _LONGEST_HOST:
-        raise ConfigError(
-            f"--name {job.name!r} is too long: its instance {longest!r} would have more than {_LONGEST_HOST} letters"
-        )
+    check_host(job, f"{job.name}-worker-{job.workers - 2}" if job.workers > 1 else f"{job.name}-master-0")
     replicas = {"Master": _replica(job, 1, "OnFailure" if job.retry else "Never")}
     if job.workers > 1:
         replicas["Worker"] = _replica(job, job.workers - 1, "OnFailure")
@@ -56,6 +52,14 @@ def pytorch_job(job: TrainingJob) -> Object:
             "runPolicy": _run_policy(job),
         },
     }
+
+
+def check_host(job: TrainingJob, longest: str) -> None:
+    """ConfigError where the longest name of a job's instances is none that a host can have."""
+    if len(longest) > _LONGEST_HOST:
+        raise ConfigError(
+            f"--name {job.name!r} is too long: its instance {longest!r} would have more than {_LONGEST_HOST} letters"
+        )
 
 
 def job_metadata(job: TrainingJob) -> Object:
@@ -91,13 +95,13 @@ def time_limits(job: TrainingJob) -> Object:
 
 def _replica(job: TrainingJob, count: int, restart: str) -> Object:
     held = storage(job)
-    first = _code_sync(job, held)
+    first = code_sync(job, held)
     main = container(job, "pytorch", job_command(job), environment(job), held)
     return {
         "replicas": count,
         "restartPolicy": restart,
         "template": {
-            "metadata": {"labels": _pod_labels(job), **given(annotations=merged({}, job.annotation, "--annotation"))},
+            "metadata": {"labels": pod_labels(job), **given(annotations=merged({}, job.annotation, "--annotation"))},
             "spec": pod(job, main, held.volumes, **given(initContainers=first)),
         },
     }
@@ -108,7 +112,8 @@ def job_command(job: TrainingJob) -> list[str]:
     return [job.shell, "-c", literal(job.command)]
 
 
-def _pod_labels(job: TrainingJob) -> dict[str, str]:
+def pod_labels(job: TrainingJob) -> dict[str, str]:
+    """Labels of its pods."""
     own = {**job_labels(job), "app.kubernetes.io/managed-by": MANAGER}
     if job.gang:  # for the scheduler of Alibaba Cloud; others read the PodGroup that the operator makes
         own["pod-group.scheduling.sigs.k8s.io/name"] = job.name
@@ -116,7 +121,7 @@ def _pod_labels(job: TrainingJob) -> dict[str, str]:
     return merged(own, job.label, "--label")
 
 
-def _code_sync(job: TrainingJob, held: Storage) -> list[Object]:
+def code_sync(job: TrainingJob, held: Storage) -> list[Object]:
     """The init container that fetches the code into WORKING_DIR/code, as Arena's does."""
     if job.sync_mode is None or job.sync_source is None:
         return []

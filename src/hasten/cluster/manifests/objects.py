@@ -8,6 +8,7 @@ import json
 from collections.abc import Set as AbstractSet
 
 from hasten.cluster.manifests.config import CRDS, config_maps, missing_crd, owned, require_crd
+from hasten.cluster.manifests.indexed_job import indexed_job
 from hasten.cluster.manifests.job import job_labels, pytorch_job
 from hasten.cluster.manifests.multinode import leader_worker_set
 from hasten.cluster.manifests.pod import Object
@@ -31,12 +32,12 @@ __all__ = [
 
 
 def job_objects(job: TrainingJob) -> list[Object]:
-    """The PyTorchJob or TrainJob, the ConfigMap of its files, and its TensorBoard.
+    """The job itself, the ConfigMap of its files, and its TensorBoard.
 
-    UnsupportedError for options that a TrainJob cannot do, ConfigError for those that cannot hold in a cluster.
+    UnsupportedError for options that a job of its kind cannot do, ConfigError for those that cannot hold in a cluster.
     """
-    main = train_job(job) if job.api == "trainer" else pytorch_job(job)
-    return _plain([main, *config_maps(job, job_labels(job)), *tensorboard_objects(job)])
+    main = {"pytorchjob": pytorch_job, "trainer": train_job, "indexed": indexed_job}[job.api]
+    return _plain([main(job), *config_maps(job, job_labels(job)), *tensorboard_objects(job)])
 
 
 def needs_crds(server: TritonServer) -> bool:

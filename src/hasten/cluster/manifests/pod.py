@@ -6,10 +6,11 @@ there as a volume: /tmp, the home folder, /dev/shm.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields
 from typing import Any
 
 from hasten.cluster.spec import TrainingJob, TritonServer, Workload, is_number, mounts, pairs
-from hasten.core.errors import ConfigError
+from hasten.core.errors import ConfigError, UnsupportedError
 
 Object = dict[str, Any]
 """A Kubernetes object, or a part of one, as plain data."""
@@ -274,3 +275,16 @@ def toleration(text: str) -> Object:
         )
     lasting = int(for_seconds) if for_seconds else None
     return given(key=key, operator=operator, value=value, effect=effect, tolerationSeconds=lasting)
+
+
+def refuse_options(job: TrainingJob, names: Sequence[str], what: str, reason: str, more: Sequence[str] = ()) -> None:
+    """UnsupportedError where a job has any of these options, or the options `more`, which `what` cannot do."""
+    asked = []
+    for one in fields(job):
+        default = one.default_factory() if one.default_factory is not MISSING else one.default
+        if one.name in names and getattr(job, one.name) != default:
+            asked.append(one.metadata.get("flag", "--" + one.name.replace("_", "-")))
+    if asked := [*asked, *more]:
+        raise UnsupportedError(
+            f"{what} cannot do {', '.join(asked)}: {reason}; leave it out, or submit a PyTorchJob (--api pytorchjob)"
+        )

@@ -4,8 +4,6 @@ A TrainJob says what to run; how its pods are made is the runtime's, and only so
 tells every container the PET_* variables, which torchrun reads.
 """
 
-from dataclasses import MISSING, fields
-
 from hasten.cluster.manifests.job import job_command, job_labels, job_metadata, time_limits
 from hasten.cluster.manifests.pod import (
     MANAGER,
@@ -15,12 +13,13 @@ from hasten.cluster.manifests.pod import (
     given,
     merged,
     pod_security,
+    refuse_options,
     resources,
     storage,
     toleration,
 )
 from hasten.cluster.spec import TrainingJob, pairs
-from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.errors import ConfigError
 
 RUNTIME = "torch-distributed"
 _CONTAINER = "node"
@@ -73,18 +72,8 @@ def train_job(job: TrainingJob) -> Object:
 
 
 def _refuse(job: TrainingJob) -> None:
-    asked = []
-    for one in fields(job):
-        default = one.default_factory() if one.default_factory is not MISSING else one.default
-        if one.name in _RUNTIMES_OWN and getattr(job, one.name) != default:
-            asked.append(one.metadata.get("flag", "--" + one.name.replace("_", "-")))
-    if job.nproc_per_node in ("cpu", "gpu"):
-        asked.append(f"--nproc-per-node {job.nproc_per_node}")
-    if asked:
-        raise UnsupportedError(
-            f"a TrainJob cannot do {', '.join(asked)}: the runtime {RUNTIME} decides that; leave it out, or submit a "
-            "PyTorchJob (--api pytorchjob)"
-        )
+    more = [f"--nproc-per-node {job.nproc_per_node}"] if job.nproc_per_node in ("cpu", "gpu") else []
+    refuse_options(job, _RUNTIMES_OWN, "a TrainJob", f"the runtime {RUNTIME} decides that", more)
 
 
 def _patch(job: TrainingJob) -> Object:
