@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
 
 from hasten import LLM, FinishReason, InvalidRequestError, RequestOutput, SamplingParams
 from hasten.core.types import Request
@@ -27,6 +30,11 @@ COUNT = 20
 CLOSE = 1e-4
 EOS = list(range(100, 140))
 """Enough that beams of these models end early, and at different lengths."""
+BIASES = {token: 3.0 - 0.4 * (token % 20) for token in range(90, 130)}
+EVERYTHING: dict[str, Any] = {
+    **{"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2, "logit_bias": BIASES},
+    "min_tokens": 3,
+}
 
 
 def random_prompts(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[list[int]]:
@@ -62,6 +70,20 @@ def wanted(reference: Reference, prompt: list[int], params: SamplingParams, eos:
     """What transformers makes of it."""
     ids = torch.tensor([prompt])
     ends = [*eos, *params.stop_token_ids]
+
+    def edited(ids_bt: Tensor, scores_bv: Tensor) -> Tensor:
+        """What transformers has no option for."""
+        scores_bv = scores_bv.clone()
+        for row, output in zip(scores_bv, ids_bt[:, len(prompt) :].tolist(), strict=True):
+            for token, count in Counter(output).items():
+                row[token] -= params.presence_penalty + params.frequency_penalty * count
+            for token, bias in params.logit_bias.items():
+                row[token] += bias
+        if params.allowed_token_ids:
+            banned = sorted(set(range(scores_bv.shape[1])) - set(params.allowed_token_ids))
+            scores_bv[:, banned] = float("-inf")
+        return scores_bv
+
     made = reference.model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -76,6 +98,7 @@ def wanted(reference: Reference, prompt: list[int], params: SamplingParams, eos:
         bad_words_ids=[list(word) for word in params.bad_words_ids] or None,
         eos_token_id=ends,
         pad_token_id=3,
+        logits_processor=LogitsProcessorList([edited]),
         return_dict_in_generate=True,
         output_scores=True,
     )
@@ -261,8 +284,16 @@ def test_the_models_own_end_token(early: bool, make_bloom: MakeBloom, reference:
 @pytest.mark.parametrize("overlap", [False, True], ids=["steps", "overlapped"])
 @pytest.mark.parametrize(
     "options",
-    [{"min_tokens": 6}, {"repetition_penalty": 1.2}, *({"bad_words_ids": length} for length in (1, 2, 3))],
-    ids=str,
+    [
+        {"min_tokens": 6},
+        {"repetition_penalty": 1.2},
+        {"presence_penalty": 1.5, "frequency_penalty": -0.5},
+        *({"bad_words_ids": length} for length in (1, 2, 3)),
+        {"logit_bias": BIASES},
+        {"allowed_token_ids": range(90, 180)},
+        {**EVERYTHING, "allowed_token_ids": range(90, 180), "bad_words_ids": 2},
+    ],
+    ids=lambda options: " ".join(options),
 )
 def test_what_changes_log_probabilities_acts_before_the_choice(
     options: dict[str, Any], overlap: bool, bloom: Path, reference: Callable[[Path], Reference]
@@ -283,6 +314,28 @@ def test_what_changes_log_probabilities_acts_before_the_choice(
         assert_beams(output, wanted(reference(bloom), prompt, params), params)
         changed += [c.token_ids for c in output.outputs] != [c.token_ids for c in without.outputs]
     assert changed > 0
+
+
+@pytest.mark.any_python
+@pytest.mark.parametrize(
+    "options", [{}, {**EVERYTHING, "bad_words_ids": [[95], [96, 97]]}], ids=["plain", "everything"]
+)
+def test_many_beams_are_those_of_transformers(
+    options: dict[str, Any], bloom: Path, reference: Callable[[Path], Reference]
+) -> None:
+    widths = [17, 64]
+    params = [SamplingParams(beam_width=width, n=width, max_tokens=5, **options) for width in widths]
+    with LLM(bloom) as llm:
+        for each, output in zip(params, llm.generate([PROMPTS[5]] * 2, params), strict=True):
+            assert_beams(output, wanted(reference(bloom), PROMPTS[5], each), each)
+
+
+def test_a_search_without_any_continuation_says_so(bloom: Path) -> None:
+    nothing = SamplingParams(beam_width=3, max_tokens=4, bad_words_ids=[[token] for token in range(493)])
+    with LLM(bloom) as llm:
+        bad, good = llm.generate([PROMPTS[3]] * 2, [nothing, SamplingParams(beam_width=3, max_tokens=4)])
+        assert "no token may come next" in str(bad.outputs[0].stop_reason)
+        assert good.outputs[0].finish_reason is FinishReason.LENGTH
 
 
 def test_great_diversity_lets_each_beam_go_on_greedily(bloom: Path, reference: Callable[[Path], Reference]) -> None:
@@ -366,9 +419,10 @@ def test_prompt_logprobs_beside_beams(bloom: Path) -> None:
     [
         ({"max_num_seqs": 3}, {"beam_width": 4}, "beam_width is 4.*3.*max_num_seqs"),
         ({}, {"beam_width": 250}, "beam_width is 250.*500.*493"),
+        ({}, {"beam_width": 4, "allowed_token_ids": [2, 5, 6, 7]}, "beam_width is 4; allowed_token_ids has 3 tokens"),
         ({"blocks": 8}, {"beam_width": 4, "max_tokens": 40}, "4 beams of 60 tokens may need 13 cache blocks.*8"),
     ],
-    ids=["seqs", "vocabulary", "blocks"],
+    ids=["seqs", "vocabulary", "allowed", "blocks"],
 )
 def test_beams_that_cannot_run_together_are_refused(
     engine: dict[str, Any], options: dict[str, Any], message: str, bloom: Path

@@ -125,6 +125,10 @@ def test_edits_follow_their_definition(ops: ModuleType, dtype: torch.dtype, devi
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.cpu(), torch.tensor(wanted), rtol=1e-5, atol=1e-5)
     assert torch.equal(given.cpu(), logits)
+    if dtype == torch.float32:
+        again = ops.edit_logits(given, edits.to(device), counts, chosen.to(device), in_place=True)
+        assert again is given
+        assert torch.equal(again, found)
 
 
 def test_logits_of_a_wider_tensor_are_edited(ops: ModuleType, device: torch.device) -> None:

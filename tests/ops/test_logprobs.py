@@ -58,6 +58,17 @@ def test_among_equals_the_first_comes_first(device: torch.device) -> None:
     assert found.ranks_r.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("vocab", [1, 33, 2 * CHUNK + 5, 300])
+@pytest.mark.parametrize("count", [1, 7, 40, 200])
+def test_the_greatest_numbers_among_many_equals(vocab: int, count: int, device: torch.device) -> None:
+    x = torch.randint(-3, 4, (3, vocab), generator=torch.Generator().manual_seed(vocab)).float()
+    x[0] = torch.where(x[0] > 0, x[0] * 0, -INF)
+    x[1, ::2] *= -0.0
+    for found, wanted in zip(logprobs.largest(x.to(device), count), reference.largest(x, count), strict=True):
+        assert found.dtype == wanted.dtype
+        assert torch.equal(found.cpu(), wanted)
+
+
 def test_tokens_that_cannot_come_have_no_probability(device: torch.device) -> None:
     logits = torch.full((2, 2 * CHUNK + 3), -INF)
     logits[0, [3, CHUNK + 1]] = torch.tensor([1.0, 2.0])

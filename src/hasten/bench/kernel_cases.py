@@ -255,6 +255,7 @@ def cases(setting: Setting) -> list[Case]:
         _count_tokens(setting, 256),
         _mask_logits(setting, 256),
         *(_top_logprobs(setting, rows) for rows in (64, 256)),
+        _largest(setting, 64),
         *(_choose_beams(setting, searches) for searches in (16, 64)),
         *(_move_beams(setting, count) for count in (64, 256)),
     ]
@@ -847,6 +848,16 @@ def _top_logprobs(setting: Setting, rows: int) -> Case:
 
     nbytes = rows * vocab * setting.itemsize
     return Case(op="top_logprobs", shape=f"{_rows(rows)} of {vocab}, 5 best", make=make, nbytes=nbytes)
+
+
+def _largest(setting: Setting, rows: int) -> Case:
+    vocab, count = setting.model.vocab_size, 128
+
+    def make() -> Call:
+        return _call(ops.largest, reference.largest, setting.draw(rows, vocab, scale=3), count)
+
+    nbytes = rows * vocab * setting.itemsize
+    return Case(op="largest", shape=f"{_rows(rows)} of {vocab}, {count} best", make=make, nbytes=nbytes, waits=True)
 
 
 _WIDTH = 4

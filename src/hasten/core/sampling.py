@@ -169,7 +169,6 @@ class SamplingParams:
         (),
         "token id that may be generated, and no other; may be given more than once",
         most=1 << 16,
-        beams="never",
         grammar=False,
     )
     """The only token ids that may be produced, the model's end token included; none given: all."""
@@ -177,7 +176,6 @@ class SamplingParams:
         {},
         "TOKEN=BIAS, from -100 to 100, added to a token's logit; may be given more than once",
         most=4096,
-        beams="never",
     )
     json_schema: str | None = parameter(
         None,

@@ -9,7 +9,7 @@ from operator import itemgetter
 from hasten.core.errors import InvalidRequestError
 from hasten.core.model_config import ModelConfig
 from hasten.core.types import Request, SamplingParams
-from hasten.engine.beam import candidate_count
+from hasten.engine.beam import candidate_count, end_tokens
 from hasten.engine.pooling import Pooler, truncated
 from hasten.engine.text import Tokenizer
 
@@ -133,6 +133,11 @@ class RequestChecks:
         if needed > vocab:
             raise InvalidRequestError(
                 f"{name}: beam_width is {width}; it chooses among {needed} tokens, but the vocabulary has {vocab}"
+            )
+        going_on = len(set(params.allowed_token_ids) - end_tokens(params, self._model.eos_token_ids))
+        if params.allowed_token_ids and going_on < width:
+            raise InvalidRequestError(
+                f"{name}: beam_width is {width}; allowed_token_ids has {going_on} tokens that do not end the output"
             )
         of_input = 0
         if self._model.encoder is not None:

@@ -4,6 +4,7 @@ A token is chosen by inverting the cumulative distribution at one uniform number
 request's seed and the token's position: the rest of the batch and preemptions cannot change it.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from hasten import ops
 from hasten.core.types import Logprob
 from hasten.engine.beam import BeamStep, candidate_count
 from hasten.engine.beam_choice import BeamRecords, ChosenBeams, PreparedBeams
-from hasten.engine.constraint import fill_allowed
+from hasten.engine.constraint import Constraint, fill_allowed
 from hasten.engine.edits import RowEdits
 from hasten.engine.history import TokenHistory
 from hasten.engine.sequence import Sequence
@@ -93,6 +94,8 @@ class Choice:
             count = len(self._beams.choice)
             for row, step in self._beams.steps(tops[:count]).items():
                 sampled[row].beams = step
+                if step.best.logprobs[0] == -math.inf and sampled[row].error is None:
+                    sampled[row] = self._none(row, ops.NONE_LEFT)
             tops = tops[count:]
         if self._logprobs:
             chosen = [tokens[row] for row in self._logprobs]
@@ -137,25 +140,36 @@ class Sampler:
         searching = any(sequence.beams is not None for sequence in sequences)
         successors = [each for sequence in sequences for each in sequence.successors] if searching else sequences
         slots = self._history.slots_of(sequence for sequence in successors if sequence.params.has_penalty)
-        edited_rv = _forced(self._edit(logits_rv, sequences, slots, chosen_r), sequences)
-        masks = (self._edits[sequence.key].allowed for sequence in sequences)
-        allowed = {row: mask for row, mask in enumerate(masks) if mask is not None}
+        drawn = {row: sequence for row, sequence in enumerate(sequences) if sequence.beams is None}
+        edited_rv = _forced(self._edit(logits_rv, drawn, slots, chosen_r), drawn)
+        allowed = self._allowed(drawn)
         beams = self._search(logits_rv, sequences, slots, chosen_r) if searching else None
         return PreparedChoice(logits_rv, edited_rv, sequences, slots, self._history, allowed, beams)
+
+    def _own(self, sequence: Sequence) -> RowEdits:
+        own = self._edits.get(sequence.key)
+        if own is None:
+            own = self._edits[sequence.key] = RowEdits(sequence.params, self._eos_token_ids)
+        return own
+
+    def _allowed(self, sequences: dict[int, Sequence]) -> dict[int, Integers]:
+        """Masks of the rows whose requests name the only tokens that may come next."""
+        masks = ((row, self._own(sequence).allowed) for row, sequence in sequences.items())
+        return {row: mask for row, mask in masks if mask is not None}
 
     def _edit(
         self,
         logits_rv: Tensor,
-        sequences: list[Sequence],
+        sequences: dict[int, Sequence],
         slots: dict[int, int],
         chosen_r: Tensor | None,
+        *,
+        in_place: bool = False,
     ) -> Tensor:
-        """Logits after penalties, biases and bans; the given ones are left as they are."""
+        """Logits after penalties, biases and bans of these rows; the given ones are left as they are or `in_place`."""
         edits = ops.EditList()
-        for row, sequence in enumerate(sequences):
-            own = self._edits.get(sequence.key)
-            if own is None:
-                own = self._edits[sequence.key] = RowEdits(sequence.params, self._eos_token_ids)
+        for row, sequence in sequences.items():
+            own = self._own(sequence)
             if own.any:
                 edits.add(
                     row,
@@ -169,20 +183,21 @@ class Sampler:
         if not edits.rows:
             return logits_rv
         chosen_r = self._none_chosen if chosen_r is None else chosen_r
-        return ops.edit_logits(logits_rv, edits.to(logits_rv.device), self._history.counts, chosen_r)
+        return ops.edit_logits(logits_rv, edits.to(logits_rv.device), self._history.counts, chosen_r, in_place=in_place)
 
     def _search(
         self, logits_rv: Tensor, sequences: list[Sequence], slots: dict[int, int], chosen_r: Tensor | None
     ) -> PreparedBeams:
-        """Find what may follow each beam. Penalties and bans act on log-probabilities, as in transformers."""
+        """Find what may follow each beam. All that changes logits acts on log-probabilities, as in transformers."""
         rows = [row for row, sequence in enumerate(sequences) if sequence.beams is not None]
         (own_rv,) = _selected(rows, logits_rv)
-        beams = [sequences[row] for row in rows]
-        count = max(candidate_count(beam.params, self._eos_token_ids) for beam in beams)
-        forced = any(beam.forced_next for beam in beams)
-        if forced or any(self._edits[beam.key].any for beam in beams):
-            edited_rv = _forced(self._edit(own_rv.float().log_softmax(-1), beams, slots, chosen_r), beams)
-            values_rk, ids_rk = ops.largest(edited_rv, count)
+        beams = {place: sequences[row] for place, row in enumerate(rows)}
+        count = max(candidate_count(beam.params, self._eos_token_ids) for beam in beams.values())
+        forced, allowed = any(beam.forced_next for beam in beams.values()), self._allowed(beams)
+        if forced or allowed or any(self._own(beam).any for beam in beams.values()):
+            logprobs_rv = own_rv.log_softmax(-1, dtype=torch.float32)
+            edited_rv = _forced(self._edit(logprobs_rv, beams, slots, chosen_r, in_place=True), beams)
+            values_rk, ids_rk = ops.largest(_masked(edited_rv, {}, allowed), count)
         else:
             none_r = torch.zeros(len(beams), dtype=torch.int32, device=own_rv.device)
             _, _, values_rk, ids_rk = ops.top_logprobs(own_rv, none_r, count)
@@ -192,9 +207,29 @@ class Sampler:
         return PreparedBeams(self._records, sequences, values_rk.contiguous(), ids_rk.contiguous())
 
 
-def _forced(logits_rv: Tensor, sequences: list[Sequence]) -> Tensor:
+def _masked(logits_rv: Tensor, constraints: dict[int, Constraint], allowed: dict[int, Integers]) -> Tensor:
+    """Logits with -inf for tokens that a row's grammar, or its list of allowed tokens, leaves out."""
+    rows = [*constraints, *allowed]
+    if not rows:
+        return logits_rv
+    rows_total, vocab = logits_rv.shape
+    device = logits_rv.device
+    words = max([-(-vocab // 32), *(own.words for own in constraints.values())])
+    masks_kw = host_buffer((len(rows), words), device)
+    masks: NDArray[np.int32] = masks_kw.numpy()
+    if constraints:
+        fill_allowed(list(constraints.values()), masks[: len(constraints)])
+    for mask, own in zip(masks[len(constraints) :], allowed.values(), strict=True):
+        mask[: len(own)], mask[len(own) :] = own, 0
+    index = np.full(rows_total, -1, np.int32)
+    index[rows] = np.arange(len(rows))
+    index_r = send({"index": index}, device)["index"]
+    return ops.mask_logits(logits_rv, index_r, masks_kw.to(device, non_blocking=True))
+
+
+def _forced(logits_rv: Tensor, sequences: dict[int, Sequence]) -> Tensor:
     """Logits with 0 for the tokens that are forced in a row, and minus infinity for its others, as in transformers."""
-    forced = [(row, token) for row, sequence in enumerate(sequences) for token in sequence.forced_next]
+    forced = [(row, token) for row, sequence in sequences.items() for token in sequence.forced_next]
     if not forced:
         return logits_rv
     rows, tokens = ops.to_device(list(zip(*forced, strict=True)), torch.int64, logits_rv.device)
@@ -232,7 +267,8 @@ class PreparedChoice:
 
     def choose(self) -> Choice:
         """Choose the tokens. The sequences' grammars must have accepted all tokens before."""
-        logits_rv = self._masked()
+        constraints = {row: own for row, own in self._constraints.items() if not own.is_over}
+        logits_rv = _masked(self._edited_rv, constraints, self._allowed)
         tokens_r = self._chosen(logits_rv)
         beams = None if self._beams is None else self._beams.choose(tokens_r, logits_rv.shape[1])
         if self._slots:
@@ -249,26 +285,6 @@ class PreparedChoice:
             tokens_r, parents_b = beams.choice.chosen_2b
             self._history.follow(self._beams.families, self._slots, parents_b)
         self._history.record(self._slots, tokens_r)
-
-    def _masked(self) -> Tensor:
-        """Logits with -inf for tokens that a grammar or a list of allowed tokens leaves out."""
-        constraints = {row: own for row, own in self._constraints.items() if not own.is_over}
-        rows = [*constraints, *self._allowed]
-        if not rows:
-            return self._edited_rv
-        rows_total, vocab = self._edited_rv.shape
-        device = self._edited_rv.device
-        words = max([-(-vocab // 32), *(own.words for own in constraints.values())])
-        masks_kw = host_buffer((len(rows), words), device)
-        masks: NDArray[np.int32] = masks_kw.numpy()
-        if constraints:
-            fill_allowed(list(constraints.values()), masks[: len(constraints)])
-        for mask, own in zip(masks[len(constraints) :], self._allowed.values(), strict=True):
-            mask[: len(own)], mask[len(own) :] = own, 0
-        index = np.full(rows_total, -1, np.int32)
-        index[rows] = np.arange(len(rows))
-        index_r = send({"index": index}, device)["index"]
-        return ops.mask_logits(self._edited_rv, index_r, masks_kw.to(device, non_blocking=True))
 
     def _chosen(self, logits_rv: Tensor) -> Tensor:
         """The next token of each row, drawn or the most probable one."""

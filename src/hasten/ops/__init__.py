@@ -606,8 +606,11 @@ def draw(logits_rv: Tensor, draws: Draws) -> Tensor:
     return cpu_sampling.draw(logits_rv, draws)
 
 
-def edit_logits(logits_rv: Tensor, edits: LogitEdits, counts: TokenCounts, chosen_r: Tensor) -> Tensor:
-    """The logits in fp32 after penalties, then biases, then bans: [r, v]; the given ones stay as they are.
+def edit_logits(
+    logits_rv: Tensor, edits: LogitEdits, counts: TokenCounts, chosen_r: Tensor, *, in_place: bool = False
+) -> Tensor:
+    """The logits in fp32 after penalties, then biases, then bans: [r, v]; the given ones stay as they are, unless they
+    are in fp32, contiguous, and to be changed `in_place`.
 
     `chosen_r` [int32] are the tokens that the previous step chose, for bans that depend on the last token. Sources:
     Keskar et al., "CTRL", 2019 (repetition penalty: positive logits of tokens seen are divided by it, others
@@ -616,8 +619,8 @@ def edit_logits(logits_rv: Tensor, edits: LogitEdits, counts: TokenCounts, chose
     if logits_rv.is_cuda:
         from hasten.ops.gpu import edits as kernels
 
-        return kernels.edit_logits(logits_rv, edits, counts, chosen_r)
-    return reference.edit_logits(logits_rv, edits, counts, chosen_r)
+        return kernels.edit_logits(logits_rv, edits, counts, chosen_r, in_place=in_place)
+    return reference.edit_logits(logits_rv, edits, counts, chosen_r, in_place=in_place)
 
 
 def count_tokens(counts: TokenCounts, slots_r: Tensor, tokens_r: Tensor) -> None:
@@ -659,7 +662,11 @@ def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs
 
 
 def largest(x_rv: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` greatest numbers of each row in descending order, and where they stand; among equals the first."""
+    """The `count` greatest numbers of each row in descending order, and their places [int32]; among equals the first."""
+    if x_rv.is_cuda:
+        from hasten.ops.gpu import logprobs
+
+        return logprobs.largest(x_rv, count)
     return reference.largest(x_rv, count)
 
 

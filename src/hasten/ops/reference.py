@@ -480,9 +480,11 @@ def filtered(logits_rv: Tensor, draws: Draws, floor: Callable[[Tensor, Tensor, T
 
 
 def edit_logits(  # noqa: D103
-    logits_rv: Tensor, edits: LogitEdits, counts: TokenCounts, chosen_r: Tensor
+    logits_rv: Tensor, edits: LogitEdits, counts: TokenCounts, chosen_r: Tensor, *, in_place: bool = False
 ) -> Tensor:
-    edited_rv = logits_rv.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    edited_rv = logits_rv
+    if not in_place:
+        edited_rv = logits_rv.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     rows_k = edits.rows_k.long()
     penalized_k = edits.slots_k >= 0
     if bool(penalized_k.any()):
@@ -535,7 +537,7 @@ def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs
     ranks_r = (logits_rv > logits_rv.gather(1, tokens_r1)).sum(-1, dtype=torch.int32) + 1
     _, ids_rk = largest(logits_rv, count)
     return TopLogprobs(
-        logprobs_rv.gather(1, tokens_r1).squeeze(1), ranks_r, logprobs_rv.gather(1, ids_rk), ids_rk.int()
+        logprobs_rv.gather(1, tokens_r1).squeeze(1), ranks_r, logprobs_rv.gather(1, ids_rk.long()), ids_rk
     )
 
 
@@ -554,7 +556,7 @@ def largest(x_rv: Tensor, count: int) -> tuple[Tensor, Tensor]:  # noqa: D103
     tied_r = (values_rk[:, 1:] == values_rk[:, :-1]).any(-1)
     if bool(tied_r.any()):
         ids_rk[tied_r] = _keys(x_rv[tied_r]).topk(values_rk.shape[1], dim=-1).indices
-    return values_rk[:, :count], ids_rk[:, :count]
+    return values_rk[:, :count], ids_rk[:, :count].int()
 
 
 def _keys(x_rv: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def choose_beams(
         LANES=lanes,
         ENDS=triton.next_power_of_2(max(searches.max_ends, 1)),
         COLUMNS=searches.numbers_s.shape[1],
-        num_warps=1 if lanes <= 32 else 4,
+        num_warps=1 if lanes <= 128 else 4,
         **overlapped(values_rk),
     )
     return choice

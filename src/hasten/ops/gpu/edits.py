@@ -75,8 +75,12 @@ def _edit(
         tl.store(row + tl.load(ban_ids + at_b, held_b, 0), float("-inf"), holds_b)
 
 
-def edit_logits(logits_rv: Tensor, edits: LogitEdits, counts: TokenCounts, chosen_r: Tensor) -> Tensor:
-    edited_rv = logits_rv.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+def edit_logits(
+    logits_rv: Tensor, edits: LogitEdits, counts: TokenCounts, chosen_r: Tensor, *, in_place: bool = False
+) -> Tensor:
+    edited_rv = logits_rv
+    if not in_place:
+        edited_rv = logits_rv.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     _edit[(edits.rows_k.shape[0],)](
         edited_rv,
         edited_rv.stride(0),
