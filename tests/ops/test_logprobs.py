@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.ops import reference
+from hasten.ops import cpu_sampling, reference
 
 pytest.importorskip("triton")
 
@@ -39,6 +39,8 @@ def check(logits: Tensor, tokens: list[int], count: int, device: torch.device) -
     found = logprobs.top_logprobs(logits.to(device), tokens_r.to(device), count)
     wanted = reference.top_logprobs(logits.double().float(), tokens_r, count)
     assert [part.dtype for part in found] == [part.dtype for part in wanted]
+    for fast, expected in zip(cpu_sampling.top_logprobs(logits, tokens_r, count), wanted, strict=True):
+        assert torch.equal(fast, expected)
     for part, expected in zip(found, wanted, strict=True):
         torch.testing.assert_close(part.cpu(), expected, rtol=1e-6, atol=2e-6)
 
@@ -67,6 +69,9 @@ def test_the_greatest_numbers_among_many_equals(vocab: int, count: int, device: 
     for found, wanted in zip(logprobs.largest(x.to(device), count), reference.largest(x, count), strict=True):
         assert found.dtype == wanted.dtype
         assert torch.equal(found.cpu(), wanted)
+    for fast, wanted in zip(cpu_sampling.largest(x, count), reference.largest(x, count), strict=True):
+        assert fast.dtype == wanted.dtype
+        assert torch.equal(fast, wanted)
 
 
 def test_tokens_that_cannot_come_have_no_probability(device: torch.device) -> None:

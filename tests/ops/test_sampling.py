@@ -51,7 +51,6 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_sampling, "_FIRST", 100)
     monkeypatch.setattr(cuts, "BLOCK", BLOCK)
     monkeypatch.setattr(sampling, "_CHUNK", BLOCK)
 
@@ -84,6 +83,7 @@ def drawn(logits_rv: Tensor, rows: list[dict[str, Any]], at: list[float], device
     ends_rv = probs_rv.cumsum(-1) / probs_rv.sum(-1, keepdim=True)
     found, expected = found_r.tolist(), reference.draw(logits_rv, draws).tolist()
     assert cpu_sampling.draw(logits_rv, draws).tolist() == expected
+    assert torch.equal(reference.filtered(logits_rv, draws, cpu_sampling._floor).nan_to_num(), probs_rv.nan_to_num())
     for row, (token, wanted) in enumerate(zip(found, expected, strict=True)):
         if token == wanted:
             continue

@@ -73,7 +73,7 @@ class Choice:
         tops: ops.TopLogprobs | None = None,
         logprobs: dict[int, int] | None = None,
         beams: ChosenBeams | None = None,
-        restricted: frozenset[int] = frozenset(),
+        sequences: list[Sequence] | None = None,
     ) -> None:
         self.chosen = tokens_r.unsqueeze(0) if beams is None else beams.choice.chosen_2b
         """int32 on the device: a row of tokens, below 0 where there is none (`ops.greedy`); with beams as in
@@ -81,8 +81,8 @@ class Choice:
         self._logprobs = logprobs or {}
         """Row -> how many log-probabilities its request asks for; `tops` has those rows in this order."""
         self._beams = beams
-        self._restricted = restricted
-        """Rows whose requests exclude tokens."""
+        self._sequences = sequences or []
+        """Those of the rows, where a request may have excluded tokens."""
         self._copy = ops.HostCopy([tokens_r, *(() if beams is None else beams.choice), *(() if tops is None else tops)])
 
     def collect(self, text_of: TextOf | None = None) -> list[Sampled]:
@@ -110,7 +110,7 @@ class Choice:
         return self._copy.seconds_after(earlier._copy)
 
     def _none(self, row: int, token: int) -> Sampled:
-        excluded = token == ops.NONE_LEFT and row in self._restricted
+        excluded = token == ops.NONE_LEFT and any(map(_excludes_tokens, self._sequences[row : row + 1]))
         return Sampled(token, error=_NOTHING_ALLOWED if excluded else _NOT_FINITE)
 
 
@@ -263,7 +263,7 @@ class PreparedChoice:
         successors = sequences if beams is None else beams.successors
         self._slots = [slots.get(successor.key, -1) for successor in successors] if slots else []
         self._logprobs = {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None}
-        self._restricted = frozenset(row for row, sequence in enumerate(sequences) if _excludes_tokens(sequence))
+        self._sequences = sequences
 
     def choose(self) -> Choice:
         """Choose the tokens. The sequences' grammars must have accepted all tokens before."""
@@ -277,7 +277,7 @@ class PreparedChoice:
         if self._logprobs:
             own_rv, own_r = _selected(list(self._logprobs), self._logits_rv, tokens_r)
             tops = ops.top_logprobs(own_rv, own_r, max(self._logprobs.values()))
-        return Choice(tokens_r, tops, self._logprobs, beams, self._restricted)
+        return Choice(tokens_r, tops, self._logprobs, beams, self._sequences)
 
     def _record(self, tokens_r: Tensor, beams: ChosenBeams | None) -> None:
         """Count the tokens for the penalties to come."""
@@ -299,8 +299,7 @@ class PreparedChoice:
 
 def _excludes_tokens(sequence: Sequence) -> bool:
     params = sequence.params
-    excludes = params.bad_words_ids or params.allowed_token_ids or sequence.output_len < params.min_tokens
-    return bool(excludes) or sequence.constraint is not None
+    return bool(params.bad_words_ids or params.allowed_token_ids or params.min_tokens or params.is_constrained)
 
 
 def _selected(rows: list[int], *tensors: Tensor) -> list[Tensor]:
@@ -343,10 +342,9 @@ def _entries(
     columns = zip(tokens, counts, *(tensor.tolist() for tensor in tops), strict=True)
     for token, count, chosen, rank, values, ids in columns:
         top = {token: Logprob(chosen, rank, None if text_of is None or token < 0 else text_of(token))}
-        for index in range(min(count, len(ids))):
-            other = ids[index]
+        for place, (other, value) in enumerate(zip(ids[:count], values, strict=False), 1):
             if other != token:
-                top[other] = Logprob(values[index], index + 1, None if text_of is None else text_of(other))
+                top[other] = Logprob(value, place, None if text_of is None else text_of(other))
         rows.append(top)
     return rows
 

@@ -658,16 +658,16 @@ def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs
         from hasten.ops.gpu import logprobs
 
         return logprobs.top_logprobs(logits_rv, tokens_r, count)
-    return reference.top_logprobs(logits_rv, tokens_r, count)
+    return cpu_sampling.top_logprobs(logits_rv, tokens_r, count)
 
 
 def largest(x_rv: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` greatest numbers of each row in descending order, and their places [int32]; among equals the first."""
+    """The `count` greatest numbers of each row in descending order, and their places [int32]; of equals the first."""
     if x_rv.is_cuda:
         from hasten.ops.gpu import logprobs
 
         return logprobs.largest(x_rv, count)
-    return reference.largest(x_rv, count)
+    return cpu_sampling.largest(x_rv, count)
 
 
 def any_compiled() -> bool:

@@ -530,7 +530,29 @@ def count_tokens(counts: TokenCounts, slots_r: Tensor, tokens_r: Tensor) -> None
     counts.sizes_s[slots_k] = sizes_k + ~known_k
 
 
-def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs:  # noqa: D103
+def largest(x_rv: Tensor, count: int) -> tuple[Tensor, Tensor]:  # noqa: D103
+    vocab = x_rv.shape[1]
+    values_rk, ids_rk = x_rv.topk(min(count + 1, vocab), dim=-1)
+    # topk takes any among equals, and others for another count
+    tied_r = (values_rk[:, 1:] == values_rk[:, :-1]).any(-1)
+    if bool(tied_r.any()):
+        ids_rk[tied_r] = _keys(x_rv[tied_r]).topk(values_rk.shape[1], dim=-1).indices
+    return values_rk[:, :count], ids_rk[:, :count].int()
+
+
+def _keys(x_rv: Tensor) -> Tensor:
+    """Distinct numbers in the order of fp32 ones, and among equals the first one's the greatest: int64."""
+    bits_rv = (x_rv.float() + 0.0).view(torch.int32).long()  # -0 + 0 is 0
+    images_rv = bits_rv ^ ((bits_rv >> 31) & 0x7FFFFFFF)
+    return (images_rv << 32) - torch.arange(x_rv.shape[1], device=x_rv.device)
+
+
+def top_logprobs(  # noqa: D103
+    logits_rv: Tensor,
+    tokens_r: Tensor,
+    count: int,
+    largest: Callable[[Tensor, int], tuple[Tensor, Tensor]] = largest,
+) -> TopLogprobs:
     logits_rv = logits_rv.float()
     logprobs_rv = logits_rv.log_softmax(-1)
     tokens_r1 = tokens_r.long().clamp(min=0).unsqueeze(1)
@@ -547,20 +569,3 @@ def mask_logits(logits_rv: Tensor, index_r: Tensor, masks_kw: Tensor) -> Tensor:
     bits_kv = (words_kw.unsqueeze(-1) >> torch.arange(32, device=words_kw.device)).bitwise_and_(1).flatten(1)
     own_kv = logits_rv[rows_k].masked_fill_(bits_kv[:, : logits_rv.shape[1]] == 0, float("-inf"))
     return logits_rv.index_copy(0, rows_k, own_kv)
-
-
-def largest(x_rv: Tensor, count: int) -> tuple[Tensor, Tensor]:  # noqa: D103
-    vocab = x_rv.shape[1]
-    values_rk, ids_rk = x_rv.topk(min(count + 1, vocab), dim=-1)
-    # topk takes any among equals, and others for another count
-    tied_r = (values_rk[:, 1:] == values_rk[:, :-1]).any(-1)
-    if bool(tied_r.any()):
-        ids_rk[tied_r] = _keys(x_rv[tied_r]).topk(values_rk.shape[1], dim=-1).indices
-    return values_rk[:, :count], ids_rk[:, :count].int()
-
-
-def _keys(x_rv: Tensor) -> Tensor:
-    """Distinct numbers in the order of fp32 ones, and among equals the first one's the greatest: int64."""
-    bits_rv = (x_rv.float() + 0.0).view(torch.int32).long()  # -0 + 0 is 0
-    images_rv = bits_rv ^ ((bits_rv >> 31) & 0x7FFFFFFF)
-    return (images_rv << 32) - torch.arange(x_rv.shape[1], device=x_rv.device)
