@@ -52,7 +52,7 @@ OTHER_PARAMS = [
 
 
 def beam_params() -> list[SamplingParams]:
-    """One for each prompt: widths 2 to 5, and all kinds of endings."""
+    """One for each prompt: widths 2 to 5, all kinds of endings, and one with all that changes log-probabilities."""
     kinds: list[dict[str, Any]] = [
         {"beam_width": 2, "n": 2},
         {"beam_width": 3, "n": 1, "early_stopping": True},
@@ -60,7 +60,7 @@ def beam_params() -> list[SamplingParams]:
         {"beam_width": 5, "n": 5, "length_penalty": 0.0},
         {"beam_width": 5, "n": 3, "length_penalty": 0.6, "early_stopping": True},
         {"beam_width": 4, "n": 2, "length_penalty": -1.0},
-        {"beam_width": 3, "n": 3},
+        {"beam_width": 3, "n": 3, **EVERYTHING, "bad_words_ids": [[91], [90, 92]]},
         {"beam_width": 2, "n": 1, "length_penalty": 1.5},
     ]
     return [SamplingParams(max_tokens=COUNT, stop_token_ids=EOS, **kind) for kind in kinds]

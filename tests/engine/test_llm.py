@@ -497,19 +497,20 @@ def mixed() -> tuple[list[list[int]], list[SamplingParams]]:
     """Requests of all kinds, of which some end before their `max_tokens`, and prompts of which some begin alike."""
     common = PROMPTS[-1][:36]
     prompts = [*random_prompts((1, 5, 16, 17, 33), seed=21), *([*common, token] for token in range(10, 17)), common]
+    penalties: dict[str, Any] = {"repetition_penalty": 1.1, "frequency_penalty": 0.2, "logit_bias": {60: 4.0, 70: -9.0}}
     options: list[dict[str, Any]] = [
-        {"temperature": 0, "max_tokens": 30},
+        {"temperature": 0, "max_tokens": 30, "repetition_penalty": 1.3},
         {"seed": 1, "max_tokens": 1},
-        {"seed": 2, "max_tokens": 25, "n": 3, "stop": ["e", "a"]},
+        {"seed": 2, "max_tokens": 25, "n": 3, "stop": ["e", "a"], "presence_penalty": 0.8, "frequency_penalty": 0.4},
         {"temperature": 0, "max_tokens": 20, "stop_token_ids": list(range(0, 490, 7))},
         {"seed": 3, "max_tokens": 30, "stop_words_ids": [[token] for token in range(3, 490, 9)]},
         {"seed": 4, "max_tokens": 12, "logprobs": 2, "prompt_logprobs": 1},
         {"seed": 5, "max_tokens": 18, "min_tokens": 6, "stop_token_ids": list(range(0, 490, 3))},
-        {"temperature": 0, "max_tokens": 16},
+        {"temperature": 0, "max_tokens": 16, "bad_words_ids": [[first, second] for first in common for second in common]},
         {"seed": 6, "max_tokens": 1, "n": 4},
-        {"seed": 7, "max_tokens": 22, "top_p": 0.8, "stop": "t", "include_stop_str_in_output": True},
-        {"seed": 8, "max_tokens": 9, "n": 2, "top_k": 5},
-        {"temperature": 0, "max_tokens": 24, "stop": "er"},
+        {"seed": 7, "max_tokens": 22, "top_p": 0.8, "stop": "t", "include_stop_str_in_output": True, **penalties},
+        {"seed": 8, "max_tokens": 9, "n": 2, "top_k": 5, "repetition_penalty": 1.2},
+        {"temperature": 0, "max_tokens": 24, "stop": "er", "allowed_token_ids": range(50, 300), "min_tokens": 4},
         {"temperature": 0, "max_tokens": 3, "ignore_eos": True},
     ]
     return prompts, [SamplingParams(**chosen) for chosen in options]
