@@ -506,7 +506,7 @@ def mixed() -> tuple[list[list[int]], list[SamplingParams]]:
         {"seed": 3, "max_tokens": 30, "stop_words_ids": [[token] for token in range(3, 490, 9)]},
         {"seed": 4, "max_tokens": 12, "logprobs": 2, "prompt_logprobs": 1},
         {"seed": 5, "max_tokens": 18, "min_tokens": 6, "stop_token_ids": list(range(0, 490, 3))},
-        {"temperature": 0, "max_tokens": 16, "bad_words_ids": [[first, second] for first in common for second in common]},
+        {"temperature": 0, "max_tokens": 16, "bad_words_ids": [[a, b] for a in common for b in common]},
         {"seed": 6, "max_tokens": 1, "n": 4},
         {"seed": 7, "max_tokens": 22, "top_p": 0.8, "stop": "t", "include_stop_str_in_output": True, **penalties},
         {"seed": 8, "max_tokens": 9, "n": 2, "top_k": 5, "repetition_penalty": 1.2},
