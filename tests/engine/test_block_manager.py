@@ -457,3 +457,32 @@ def test_an_input_without_room_changes_nothing() -> None:
     assert encoded(manager, tuple(range(3 * SIZE))) is None
     assert encoded(manager, tuple(range(2 * SIZE))) is None
     assert manager.num_used == 0
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_blocks_before_the_window_go_back(caching: bool) -> None:
+    manager = BlockManager(60, SIZE, window=10, enable_prefix_caching=caching)
+    sequence = salted(range(200), "")
+    for computed in (0, 63, 73, 74, 137, 138, 200):
+        assert manager.reserve(sequence, computed - sequence.num_computed) == []
+        sequence.num_computed = computed
+        manager.register(sequence)
+        manager.release_unseen(sequence)
+        assert len(sequence.block_table) == -(-computed // SIZE)
+        assert sequence.num_released == max(0, computed - 10) // 64 * 64 // SIZE
+        assert manager.num_used == len(sequence.block_table) - sequence.num_released
+    other = salted(range(150), "")
+    manager.share_prefix(other)
+    assert other.num_computed == (148 if caching else 0)  # what was let go is known until it is handed out anew
+    for each in (sequence, other):
+        manager.free(each)
+    assert (manager.num_used, sequence.num_released) == (0, 0)
+
+
+def test_blocks_that_are_not_known_yet_stay() -> None:
+    manager = BlockManager(60, SIZE, window=10)
+    sequence = salted(range(200), "")
+    manager.reserve(sequence, 200)
+    sequence.num_computed = 200
+    manager.release_unseen(sequence)
+    assert sequence.num_released == 0

@@ -89,6 +89,7 @@ CONTROLS: dict[str, tuple[str, Change]] = {
     "capped logits": ("gemma2", lambda config: replace(config, logit_softcap=None)),
     "a token more in Gemma's window": ("gemma2", lambda config: with_window(config, 1)),
     "Gemma 2's layers": ("gemma2", lambda config: replace(config, layer_attention=(config.attention,) * 3)),
+    "a token more in Gemma 3's window": ("gemma3", lambda config: with_window(config, 1)),
     "Gemma 3's ropes": ("gemma3", lambda config: with_rope(config, kind="default")),
     "positions": ("llama", lambda config: with_attention(config, position="none", rope=None)),
     "theta": ("llama", lambda config: with_rope(config, theta=9_000.0)),

@@ -67,7 +67,7 @@ CONTROLS: dict[str, tuple[str, Change]] = {
     "Falcon's rope": ("falcon 7b", lambda config: with_rope(config, theta=9_000.0)),
     "Falcon's activation": ("falcon 7b", lambda config: replace(config, activation="gelu_tanh")),
     "biases of ALiBi are scaled": ("falcon rw", lambda config: with_attention(config, alibi_scaled=False)),
-    "StableLM's parallel residual": ("stablelm", lambda config: with_rope(config, width=12)),
+    "half of StableLM's heads turns": ("stablelm", lambda config: with_rope(config, width=12)),
     "Cohere's logits": ("cohere", lambda config: replace(config, logit_scale=None)),
     "neighbouring dimensions of Cohere turn": ("cohere", lambda config: with_rope(config, interleaved=False)),
     "a token more in Cohere's window": ("cohere2", lambda config: with_window(config, 1)),

@@ -12,6 +12,7 @@ from tests.conftest import MakeModel
 from tests.models import cases_experts, cases_gpt2, cases_llama, cases_parallel
 from tests.models.conftest import BOUND, Worst, load_theirs
 from tests.models.families import Change, Model
+from torch import Tensor
 
 from hasten import LLM, SamplingParams
 from hasten.checkpoint import hugging_face, sources
@@ -125,14 +126,33 @@ def test_greedy_tokens_are_those_of_hugging_face(
         assert llm.engine.scheduler.stats.preemptions > 0
 
 
+SUMS = {"gptj": 1, "falcon 40b": 1, "stablelm, normed heads, parallel": 1, "olmo2": 3}
+"""Sums over ranks per layer where they are not two; OLMo 2 has one for its norms of all heads."""
+
+
 @pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(("name", "ranks"), [case for cases in ALL for case in cases.ranks])
 def test_ranks_give_the_tokens_of_one(
-    name: str, ranks: int, make_model: MakeModel, right_tokens: Callable[[str], list[list[int]]]
+    name: str,
+    ranks: int,
+    make_model: MakeModel,
+    right_tokens: Callable[[str], list[list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And add up what all have as often as it takes: once a layer where attention and MLP stand side by side."""
     family, options = MODELS[name]
     with LLM(make_model(family, **options), tensor_parallel_size=ranks, device="cpu", kv_cache_memory=1 << 22) as llm:
         assert generated(llm) == right_tokens(name)
+        sums, all_reduce = list[Tensor](), TensorGroup.all_reduce
+
+        def counted(self: TensorGroup, tensor: Tensor) -> Tensor:
+            sums.append(tensor)
+            return all_reduce(self, tensor)
+
+        monkeypatch.setattr(TensorGroup, "all_reduce", counted)
+        llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=1))
+        layers = llm.engine.model_config.num_layers
+    assert len(sums) == 1 + layers * SUMS.get(name, 2)  # one for the embedding
 
 
 @pytest.mark.usefixtures("forked_ranks")

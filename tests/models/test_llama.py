@@ -9,11 +9,14 @@ from tests.models.cases_llama import LLAMA3
 from tests.models.conftest import BOUND, Worst
 from tests.models.families import with_rope
 
+from hasten import LLM, SamplingParams
 from hasten.checkpoint import hugging_face
 from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.core.config import ParallelConfig
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.core.model_config import RopeConfig
+from hasten.engine.batch import Batch
+from hasten.engine.block_manager import BlockManager
 from hasten.models.gemma import Gemma2ForCausalLM, Gemma3ForCausalLM, GemmaForCausalLM
 from hasten.models.llama import LlamaForCausalLM
 from hasten.models.mistral import MistralForCausalLM
@@ -55,6 +58,34 @@ def test_a_longrope_is_that_of_the_longest_sequence(
         changed = with_rope(read_hf_config(folder), **control)
         monkeypatch.setattr(hugging_face, "read_hf_config", lambda _, changed=changed: changed)
         assert worst_logit(folder, [14, 40, 70]) > 2 * BOUND
+
+
+def test_blocks_before_every_window_go_back_while_a_sequence_runs(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model("Mistral", sliding_window=7)
+    prompts, params = [[5, 8, 11] * 30, [9] * 60], SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+
+    def generated() -> tuple[list[list[int]], int]:
+        used = list[int]()
+        options: dict[str, Any] = {"max_num_batched_tokens": 12, "max_num_seqs": 2, "enable_prefix_caching": False}
+        with LLM(folder, kv_cache_memory=1 << 22, **options) as llm:
+            scheduler = llm.engine.scheduler
+            schedule = scheduler.schedule
+
+            def counted(prompt_tokens: int | None = None) -> Batch:
+                used.append(scheduler.blocks.num_used)
+                return schedule(prompt_tokens)
+
+            monkeypatch.setattr(scheduler, "schedule", counted)
+            outputs = llm.generate(prompts, params)
+        return [list(output.outputs[0].token_ids) for output in outputs], max(used)
+
+    tokens, most = generated()
+    monkeypatch.setattr(BlockManager, "release_unseen", lambda self, sequence: None)
+    expected, without = generated()
+    assert tokens == expected
+    assert most < without == 8 + 6
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------

@@ -335,6 +335,12 @@ class ModelConfig:
         return self.attention.position == "learned"
 
     @property
+    def widest_window(self) -> int | None:
+        """The widest window of all layers, in tokens; None where a layer has none."""
+        windows = [self.attention_of(layer).window for layer in range(self.num_layers)]
+        return None if None in windows else max(window for window in windows if window is not None)
+
+    @property
     def has_mlp(self) -> bool:
         """Whether any layer has a plain MLP."""
         return self.experts is None or bool(self.experts.dense_layers)

@@ -1,5 +1,6 @@
 """Blocks of the paged cache: who holds which, which prefixes they hold, when to copy. Never imports torch."""
 
+import math
 from collections import OrderedDict
 
 from hasten.engine.encoder_input import EncoderInput
@@ -7,6 +8,10 @@ from hasten.engine.sequence import Sequence
 
 _INPUT = -1
 """In place of a prefix before the first block of an encoder's input, which is known by all tokens of the input."""
+
+
+_READ_TOGETHER = 64
+"""Keys that attention reads together, from a multiple of this number on: those before a window with the first in it."""
 
 
 class BlockManager:
@@ -21,11 +26,17 @@ class BlockManager:
 
     The empty prefix of a request is its `root`, which a salt of its own makes another one than that of other requests:
     it finds no block of theirs, and they none of its.
+
+    With a `window`, tokens of which no layer sees more than so many, blocks before that of the next token go back while
+    their sequence runs; its table still has their numbers, which nobody reads.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True, window: int | None = None
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._window = window
         self.enable_prefix_caching = enable_prefix_caching
         self._references = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
@@ -120,6 +131,18 @@ class BlockManager:
             sequence.prefix = entry[1]
             sequence.num_registered += 1
 
+    def release_unseen(self, sequence: Sequence) -> None:
+        """Let the blocks go that no token to come of a sequence sees; those to be made known stay until they are."""
+        if self._window is None:
+            return
+        step = math.lcm(_READ_TOGETHER, self.block_size)
+        count = max(0, sequence.num_computed - self._window) // step * step // self.block_size
+        if self.enable_prefix_caching:
+            count = min(count, sequence.num_registered)
+        if count > sequence.num_released:
+            self._drop(sequence.block_table[sequence.num_released : count])
+            sequence.num_released = count
+
     def hold_input(self, sequence: Sequence) -> bool:
         """Let a sequence hold the blocks of its encoder's input: known ones of the same input, or ones to be written.
 
@@ -179,7 +202,8 @@ class BlockManager:
         self._content = [None] * self.num_blocks
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Let `child` hold all blocks of `parent`'s prompt; its last token is left to compute."""
+        """Let `child` hold all blocks of `parent`'s prompt, none released yet; its last token is left to compute."""
+        assert not parent.num_released
         blocks = -(-parent.prompt_len // self.block_size)
         child.block_table = parent.block_table[:blocks]
         for block in child.block_table:
@@ -203,10 +227,10 @@ class BlockManager:
 
     def free(self, sequence: Sequence) -> None:
         """Let all blocks of `sequence` go, its tail to be reused first; it has nothing computed then."""
-        self._drop(sequence.block_table)
+        self._drop(sequence.block_table[sequence.num_released :])
         sequence.block_table = []
         sequence.table_version += 1
-        sequence.num_computed = sequence.num_registered = 0
+        sequence.num_computed = sequence.num_registered = sequence.num_released = 0
         sequence.prefix = sequence.root
         self.release_input(sequence)
 

@@ -126,7 +126,8 @@ class Engine:
     def _new_scheduler(self) -> Scheduler:
         cache = self.config.cache
         keeps = cache.enable_prefix_caching and self.worker.pooler is None
-        blocks = BlockManager(self.worker.num_blocks, cache.block_size, enable_prefix_caching=keeps)
+        window = self.worker.model_config.widest_window
+        blocks = BlockManager(self.worker.num_blocks, cache.block_size, enable_prefix_caching=keeps, window=window)
         return Scheduler(self.worker.scheduler_config, blocks, self.worker.stage.size)
 
     def _new_checks(self) -> RequestChecks:

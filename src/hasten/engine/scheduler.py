@@ -123,6 +123,8 @@ class Scheduler:
                 forked += self._fork(sequence)
             if sequence.beams is not None:
                 self._spread(sequence.beams)
+            elif sequence.group_size == 1:
+                self.blocks.release_unseen(sequence)
         self.waiting.extendleft(reversed(forked))
         if self._stages > 1:
             for place in batch.sampled:

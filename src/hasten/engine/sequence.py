@@ -74,6 +74,7 @@ class Sequence:
         "num_cached",
         "num_computed",
         "num_registered",
+        "num_released",
         "num_states",
         "params",
         "parent",
@@ -150,6 +151,8 @@ class Sequence:
         self.prefix = self.root
         self.num_registered = 0
         """Full blocks that the prefix cache knows, and its number for the tokens in them."""
+        self.num_released = 0
+        """First blocks of the table that it holds no longer, since no layer sees their tokens."""
         self.wants_prompt_logprobs = request.params.prompt_logprobs is not None
         self.constraint: Constraint | None = None
         """How far its output has come in the grammar that it keeps to; only rank 0 knows."""
