@@ -1,8 +1,10 @@
 """`hasten bench embed`: vectors of all engines agree, and what is written has its form."""
 
 import json
+import sys
 from pathlib import Path
-from typing import get_args
+from types import ModuleType, SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from tests.bench.report_form import form_errors
 from tests.encoders import save_encoder, save_pooling
 
 from hasten.bench.embed import HastenEmbedder, measure, texts
-from hasten.bench.embed_others import SentenceTransformersEmbedder, pooled
+from hasten.bench.embed_others import SentenceTransformersEmbedder, VllmEmbedder, pooled, vllm_embedder
+from hasten.bench.peers import NotMeasured
 from hasten.cli.main import main
 from hasten.core.model_config import Pooling
 from hasten.engine.llm import LLM
@@ -55,6 +58,34 @@ def test_sentence_transformers_gives_the_same_vectors(folder: Path) -> None:
         prompts = texts(9, 1, 60, llm.config.vocab_size)
         _, (agreement,) = measure([theirs, HastenEmbedder(llm)], prompts)
     assert agreement.largest_difference < BOUND
+
+
+def test_vllm_gets_all_texts_as_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: dict[str, Any] = {}
+
+    class Llm:
+        def __init__(self, **options: Any) -> None:
+            built.update(options)
+            if options["model"] == "odd":
+                raise ValueError("no such\nmodel")
+
+        def embed(self, prompts: list[Any], use_tqdm: bool) -> list[Any]:
+            made = [[float(prompt["prompt_token_ids"][0]), 0.0] for prompt in prompts]
+            return [SimpleNamespace(outputs=SimpleNamespace(embedding=each)) for each in made]
+
+    package = ModuleType("vllm")
+    package.LLM = Llm  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", package)
+    options: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float16, "max_len": 9}
+    monkeypatch.setattr("hasten.bench.embed_others.find_spec", lambda _: None)
+    assert vllm_embedder("folder", load_format="auto", **options) == NotMeasured("vLLM", "it is not installed")
+    monkeypatch.setattr("hasten.bench.embed_others.find_spec", lambda _: package)
+    assert vllm_embedder("odd", load_format="auto", **options) == NotMeasured("vLLM", "no such")
+    engine = vllm_embedder("folder", load_format="dummy", **options)
+    assert isinstance(engine, VllmEmbedder)
+    vectors, seconds = engine.embed([[3, 4], [5]])
+    assert (vectors.tolist(), seconds > 0) == ([[1.0, 0.0], [1.0, 0.0]], True)
+    assert (built["runner"], built["dtype"], built["load_format"]) == ("pooling", "float16", "dummy")
 
 
 @pytest.mark.parametrize("mode", get_args(Pooling))

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable, Mapping
+from configparser import ConfigParser
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,13 @@ TYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
 class _Folder:
     """A folder in memory. Arrays come in the stored layout, (in, out)."""
 
-    def __init__(self, folder: Path, ranks: int, dtype: str) -> None:
+    def __init__(self, folder: Path, ranks: int, dtype: str, prefix: str = "model.") -> None:
         from safetensors.torch import load_file
 
         state = load_file(folder / "model.safetensors")
         self.raw: Mapping[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.state = {name: tensor.float().numpy() for name, tensor in state.items()}
-        self.ranks, self.dtype = ranks, dtype
+        self.ranks, self.dtype, self.prefix = ranks, dtype, prefix
         self.files: Files = {}
 
     def get(self, name: str) -> Array:
@@ -31,11 +33,11 @@ class _Folder:
         return np.asarray(self.state[name].astype(TYPES[self.dtype]))
 
     def whole(self, name: str, array: Array) -> None:
-        self.files[f"model.{name}.bin"] = array.astype(TYPES[self.dtype]).tobytes()
+        self.files[f"{self.prefix}{name}.bin"] = array.astype(TYPES[self.dtype]).tobytes()
 
     def split(self, name: str, array: Array, axis: int) -> None:
         for rank, part in enumerate(np.split(array, self.ranks, axis=axis)):
-            self.files[f"model.{name}.{rank}.bin"] = part.astype(TYPES[self.dtype]).tobytes()
+            self.files[f"{self.prefix}{name}.{rank}.bin"] = part.astype(TYPES[self.dtype]).tobytes()
 
     def norm(self, name: str, hf: str) -> None:
         for kind in ("weight", "bias"):
@@ -44,6 +46,15 @@ class _Folder:
     def ini(self, section: str, **values: object) -> None:
         lines = [f"[{section}]", *(f"{key}={value}" for key, value in values.items())]
         self.files["config.ini"] = ("\n".join(lines) + "\n\n").encode()
+
+    def parsed(self, **sections: Mapping[str, object]) -> None:
+        """As configparser writes sections of its own accord."""
+        parser, text = ConfigParser(interpolation=None), StringIO()
+        parser.read_dict(
+            {name: {key: str(value) for key, value in values.items()} for name, values in sections.items()}
+        )
+        parser.write(text)
+        self.files["config.ini"] = text.getvalue().encode()
 
 
 def gpt2(folder: Path, ranks: int, dtype: str) -> Files:
@@ -216,10 +227,118 @@ def opt(folder: Path, ranks: int, dtype: str) -> Files:
     return out.files
 
 
+def t5(folder: Path, ranks: int, dtype: str) -> Files:
+    """Names are transformers', without anything before them. The embedding is there twice, once transposed; that of
+    biases by distance is transposed and divided by heads; the decoder's own attention alone is fused.
+    """
+    out = _Folder(folder, ranks, dtype, prefix="")
+    raw = out.raw
+    shared = out.get("shared.weight")
+    out.whole("shared.weight", shared.T)
+    out.whole("shared.weight_T", shared)
+    out.whole("lm_head.weight", out.state.get("lm_head.weight", shared))
+    layers = {"encoder": raw["num_layers"], "decoder": raw["num_decoder_layers"]}
+    for stack, count in layers.items():
+        bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        out.split(bias, out.get(bias).T, 0)
+        out.whole(f"{stack}.final_layer_norm.weight", out.get(f"{stack}.final_layer_norm.weight"))
+        for layer in range(count):
+            block = f"{stack}.block.{layer}.layer"
+            own, last = f"{block}.0.SelfAttention", 2 if stack == "decoder" else 1
+            for part in range(last + 1):
+                out.whole(f"{block}.{part}.layer_norm.weight", out.get(f"{block}.{part}.layer_norm.weight"))
+            qkv = [out.get(f"{own}.{name}.weight").T for name in "qkv"]
+            if stack == "decoder":
+                out.split(f"{own}.qkv.weight", np.stack(qkv, axis=1), -1)
+                for name in "qkv":
+                    out.split(
+                        f"{block}.1.EncDecAttention.{name}.weight",
+                        out.get(f"{block}.1.EncDecAttention.{name}.weight").T,
+                        -1,
+                    )
+                out.split(f"{block}.1.EncDecAttention.o.weight", out.get(f"{block}.1.EncDecAttention.o.weight").T, 0)
+            else:
+                for name, array in zip("qkv", qkv, strict=True):
+                    out.split(f"{own}.{name}.weight", array, -1)
+            out.split(f"{own}.o.weight", out.get(f"{own}.o.weight").T, 0)
+            mlp = f"{block}.{last}.DenseReluDense"
+            halves = {"wi": "wi"} if f"{mlp}.wi.weight" in out.state else {"wi_0": "wi", "wi_1": "wi2"}
+            for theirs, name in halves.items():
+                out.split(f"{mlp}.{name}.weight", out.get(f"{mlp}.{theirs}.weight").T, -1)
+            out.split(f"{mlp}.wo.weight", out.get(f"{mlp}.wo.weight").T, 0)
+    gated = raw["feed_forward_proj"].startswith("gated")
+    scaled = raw["model_type"] == "t5" and raw.get("scale_decoder_outputs", raw["tie_word_embeddings"])
+    stacks = {
+        stack: {
+            "vocab_size": raw["vocab_size"],
+            "d_model": raw["d_model"],
+            "d_kv": raw["d_kv"],
+            "d_ff": raw["d_ff"],
+            "num_layers": count,
+            "num_decoder_layers": raw["num_decoder_layers"],
+            "num_heads": raw["num_heads"],
+            "relative_attention_max_distance": 128,
+            "layer_norm_epsilon": raw["layer_norm_epsilon"],
+            "feed_forward_proj": raw["feed_forward_proj"],
+            "is_decoder": stack == "decoder",
+            "is_encoder_decoder": False,
+            "tie_word_embeddings": scaled,
+            "decoder_start_token_id": raw["decoder_start_token_id"],
+            "pad_token_id": raw["pad_token_id"],
+            "eos_token_id": raw["eos_token_id"],
+            "model_type": raw["model_type"],
+            "_name_or_path": folder,
+            "weight_data_type": dtype,
+            "relative_attention_num_buckets_or_max_pos_seq_len": raw["relative_attention_num_buckets"],
+        }
+        for stack, count in layers.items()
+    }
+    structure = {"t5_with_bias": "false", "use_gated_activation": "1" if gated else "false"}
+    out.parsed(**stacks, structure={**structure, "position_embedding_type": "relative"})
+    return out.files
+
+
+def bert(folder: Path, ranks: int, dtype: str) -> Files:
+    """The layers alone, under transformers' names: the runtime takes hidden states."""
+    out = _Folder(folder, ranks, dtype)
+    raw = out.raw
+    base = "bert." if any(name.startswith("bert.") for name in out.state) else ""
+    for layer in range(raw["num_hidden_layers"]):
+        ft = f"encoder.layer.{layer}"
+        hf = f"{base}{ft}"
+        for name in (*(f"attention.self.{part}" for part in ("query", "key", "value")), "intermediate.dense"):
+            out.split(f"{ft}.{name}.weight", out.get(f"{hf}.{name}.weight").T, -1)
+            out.split(f"{ft}.{name}.bias", out.get(f"{hf}.{name}.bias"), -1)
+        for name in ("attention.output", "output"):
+            out.split(f"{ft}.{name}.dense.weight", out.get(f"{hf}.{name}.dense.weight").T, 0)
+            out.whole(f"{ft}.{name}.dense.bias", out.get(f"{hf}.{name}.dense.bias"))
+            out.norm(f"{ft}.{name}.LayerNorm", f"{hf}.{name}.LayerNorm")
+    out.parsed(
+        bert={
+            "model_name": "bert",
+            "position_embedding_type": "absolute",
+            "hidden_size": raw["hidden_size"],
+            "num_layer": raw["num_hidden_layers"],
+            "head_num": raw["num_attention_heads"],
+            "size_per_head": raw["hidden_size"] // raw["num_attention_heads"],
+            "activation_type": raw["hidden_act"],
+            "inter_size": raw["intermediate_size"],
+            "max_position_embeddings": raw["max_position_embeddings"],
+            "layer_norm_eps": raw["layer_norm_eps"],
+            "weight_data_type": dtype,
+            "tensor_para_size": ranks,
+        }
+    )
+    return out.files
+
+
 WRITERS: dict[str, Callable[[Path, int, str], Files]] = {
     "GPT2": gpt2,
     "GPTNeoX": gpt_neox,
     "GPTJ": gptj,
     "OPT": opt,
+    "T5": t5,
+    "MT5": t5,
+    "Bert": bert,
 }
 """By what transformers calls the families."""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from tests.checkpoint.ft_writer import TYPES, WRITERS, Files
 from tests.conftest import MakeModel
+from tests.encoder_decoders import KINDS, save_encoder_decoder
+from tests.encoders import save_encoder
 from tests.rank_shards import rank_shards
 
 from hasten.checkpoint.convert import Conversion, convert
@@ -22,6 +25,7 @@ from hasten.core.model_config import ModelConfig
 
 NEOX: dict[str, Any] = {"hidden_size": 64}
 """Wide enough for a quarter of each head to turn."""
+pytestmark = pytest.mark.any_python
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", {}),
     "gpt-neox": ("GPTNeoX", NEOX),
@@ -30,7 +34,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPT", {}),
     "opt-350m": ("OPT", {"word_embed_proj_dim": 32, "do_layer_norm_before": False}),
     "opt, narrow embeddings": ("OPT", {"word_embed_proj_dim": 32, "tie_word_embeddings": False}),
+    "t5": ("T5", {"num_heads": 4}),
+    "flan-t5": ("T5", {"num_heads": 4}),
+    "mt5": ("MT5", {"num_heads": 4, "relative_attention_max_distance": 128}),
+    "bert": ("Bert", {}),
+    "bert, classifier": ("Bert", {"head": "ForSequenceClassification", "hidden_act": "relu"}),
 }
+OURS = ("model.embeddings.", "model.pooler.", "model.classifier.")
+"""What files of BERT begin with that FasterTransformer's converter does not write."""
 UNCLEAR = {"gpt-neox, sequential": r"-gpu: use_gptj_residual is 0 and there are \d ranks: .*; convert the original ch"}
 """Models whose folders for several ranks cannot be understood without a manifest."""
 UNSAID = {
@@ -49,11 +60,26 @@ def model(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="session")
+def saved(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What transformers saved of a model."""
+
+    @cache
+    def save(name: str) -> Path:
+        family, options = MODELS[name]
+        if name in KINDS:
+            return save_encoder_decoder(tmp_path_factory.mktemp(name), name, **options)
+        if family == "Bert":
+            return save_encoder(tmp_path_factory.mktemp("bert"), family, **options)
+        return make_model(family, **options)
+
+    return save
+
+
 @pytest.fixture
-def source(model: str, make_model: MakeModel) -> Path:
+def source(model: str, saved: Callable[[str], Path]) -> Path:
     """What transformers saved."""
-    family, options = MODELS[model]
-    return make_model(family, **options)
+    return saved(model)
 
 
 def written(files: Files, folder: Path) -> Path:
@@ -121,6 +147,9 @@ def test_every_byte_is_as_documented(model: str, source: Path, ranks: int, dtype
     folder = converted(source, tmp_path / "out", ranks, dtype=dtype)
     expected, found = WRITERS[MODELS[model][0]](source, ranks, dtype), contents(folder)
     assert found.pop("config.ini").decode() == expected.pop("config.ini").decode()
+    if MODELS[model][0] == "Bert":
+        assert any(name.startswith(OURS) for name in found)
+        found = {name: data for name, data in found.items() if not name.startswith(OURS)}
     assert found.keys() == expected.keys()
     products = ("model.wte.bin", "model.lm_head.weight.bin") if "word_embed_proj_dim" in MODELS[model][1] else ()
     assert [name for name in found if name not in products and found[name] != expected[name]] == []
@@ -135,6 +164,12 @@ def test_a_folder_of_faster_transformer_itself_loads_for_any_ranks(
 ) -> None:
     """It has no manifest and no config.json."""
     folder = written(WRITERS[MODELS[model][0]](source, ranks, "fp32"), tmp_path / f"{ranks}-gpu")
+    if MODELS[model][0] == "Bert":
+        with pytest.raises(
+            CheckpointError, match=r"word_embeddings.*: FasterTransformer's own .*; convert the original"
+        ):
+            open_checkpoint(folder)
+        return
     if ranks > 1 and model in UNCLEAR:
         with pytest.raises(UnsupportedError, match=UNCLEAR[model]):
             open_checkpoint(folder)
@@ -276,7 +311,7 @@ def test_odd_folders(make_model: MakeModel, tmp_path: Path) -> None:
         },
         "start_id in .* is 'x', not a token id": {"config.ini": ini.replace("start_id=1", "start_id=x").encode()},
         "data type 'int8' is not known": {"config.ini": ini.replace("=fp32", "=int8").encode()},
-        r"config.ini has none of the sections \[gpt\].*: it is of a kind": {"config.ini": b"[bert]\nnum_layer=2\n"},
+        r"config.ini has none of the sections \[gpt\].*: it is of a kind": {"config.ini": b"[swin]\nnum_layer=2\n"},
         "config.ini cannot be read as FasterTransformer's config.ini: File contains no section": {
             "config.ini": b"a=1\n"
         },
@@ -307,3 +342,45 @@ def test_a_config_json_beside_a_folder_says_more_and_must_not_contradict(make_mo
     beside.write_text(json.dumps(raw | {"n_layer": 2}), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"config.ini and config.json beside it differ in num_layers \(3 and 2\)"):
         open_checkpoint(folder)
+
+
+def test_what_a_t5_of_faster_transformer_itself_may_say(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """All of transformers' keys; an encoder alone, biases, another type and another epsilon are refused."""
+    files = WRITERS["T5"](saved("flan-t5"), 2, "fp32")
+    ini = files["config.ini"].decode()
+    more = ini.replace("d_kv", "dropout_rate = 0.1\nreturn_dict = True\ntop_k = 50\nodd = 1\nd_kv", 1)
+    folder = written(files | {"config.ini": more.encode()}, tmp_path / "2-gpu")
+    with pytest.MonkeyPatch.context() as patch:
+        warned: list[str] = []
+        patch.setattr(
+            "hasten.checkpoint.faster_transformer.folder._log.warning", lambda text, *of: warned.append(text % of)
+        )
+        assert_loads_as(folder, saved("flan-t5"), 4)
+    assert {text.rpartition(": ")[2] for text in warned} == {"odd"}
+    alone = ini[: ini.index("[decoder]")] + "[decoder]\n\n" + ini[ini.index("[structure]") :]
+    odd = {
+        r"\[decoder\] is empty: it is of an encoder alone": alone,
+        r"t5_with_bias is true, but False in every T5; .* \[structure\]": ini.replace("bias = false", "bias = true"),
+        r"model_type is umt5, but t5 in every T5": ini.replace("= t5", "= umt5"),
+        r"config.ini lacks \[structure\]": ini[: ini.index("[structure]")],
+    }
+    for message, text in odd.items():
+        (folder / "config.ini").write_text(text, encoding="utf-8")
+        with pytest.raises((CheckpointError, UnsupportedError), match=message):
+            open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "problem"),
+    [
+        ("t5", {"relative_attention_max_distance": 64}, "T5 has no biases by distance up to 64"),
+        ("flan-t5", {"layer_norm_epsilon": 1e-5}, "T5 has no epsilon 1e-05"),
+        ("umt5", {}, "FasterTransformer had no UMT5ForConditionalGeneration"),
+    ],
+)
+def test_which_t5_faster_transformer_cannot_compute(
+    kind: str, options: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    source = save_encoder_decoder(tmp_path / "source", kind, **options)
+    with pytest.raises(UnsupportedError, match=f"{problem}.*; convert to .* --format safetensors"):
+        converted(source, tmp_path / "out", 1, format="fastertransformer")

@@ -9,10 +9,11 @@ import pytest
 from tests.encoder_decoders import KINDS, save_encoder_decoder, their_logprobs, their_tokens, without_padding
 from tests.models.families import with_attention
 
-from hasten import LLM, SamplingParams
+from hasten import LLM, SamplingParams, ops
 from hasten.checkpoint import hugging_face
 from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.hugging_face import read_hf_config
+from hasten.checkpoint.writers import Format
 from hasten.core.errors import ConfigError, InvalidRequestError, UnsupportedError
 from hasten.core.model_config import ModelConfig
 
@@ -84,12 +85,22 @@ def test_preempted_requests_go_on_with_the_same_tokens(kind: str, save: Save) ->
 @pytest.mark.usefixtures("forked_ranks")
 def test_ranks_and_converted_checkpoints_give_the_same_tokens(save: Save, tmp_path: Path) -> None:
     folder = save("flan-t5")
-    with pytest.raises(UnsupportedError, match=r"models with an encoder .* --format safetensors"):
-        convert(Conversion(str(folder), str(tmp_path / "out"), format="fastertransformer"))
-    convert(Conversion(str(folder), str(tmp_path / "out"), ranks=2))
-    for ranks in (1, 2):
-        with LLM(tmp_path / "out", tensor_parallel_size=ranks, device="cpu", kv_cache_memory=1 << 22) as llm:
+    with pytest.raises(UnsupportedError, match=r"FasterTransformer had no BartFor.* --format safetensors"):
+        convert(Conversion(str(save("bart")), str(tmp_path / "out"), format="fastertransformer"))
+    formats: tuple[tuple[Format, int], ...] = (("fastertransformer", 1), ("safetensors", 2))
+    for kind, ranks in formats:
+        out = tmp_path / kind
+        convert(Conversion(str(folder), str(out), ranks=2, format=kind))
+        with LLM(out, tensor_parallel_size=ranks, device="cpu", kv_cache_memory=1 << 22) as llm:
             assert tokens(llm, GREEDY) == greedy(folder)
+
+
+def test_an_encoder_without_a_cache(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, for those whose scores have no biases: cross-attention alone leaves keys and values."""
+    monkeypatch.setattr(ops, "has_text_attention", lambda _: True)
+    folder = save("bart")
+    with LLM(folder, kv_cache_memory=1 << 22) as llm:
+        assert tokens(llm, GREEDY) == greedy(folder)
 
 
 def _without_scale(config: ModelConfig) -> ModelConfig:

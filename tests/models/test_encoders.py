@@ -1,6 +1,7 @@
 """Encoders of every family, compared with transformers: hidden states of each token, and logits of classifiers."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -9,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.encoders import TEXTS, save_encoder, their_output, theirs
+from tests.encoders import TEXTS, save_encoder, save_pooling, their_output, theirs
 from torch import Tensor
 
-from hasten import LLM, PoolingParams
+from hasten import LLM, PoolingParams, ops
+from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.core.errors import CheckpointError, HastenError, UnsupportedError
 from hasten.core.model_config import ModelConfig
 from hasten.layers.position import relative_buckets
 from hasten.models import encoder
 from hasten.models.registry import MODELS, model_class, task_of
+from hasten.ops import reference
 
 
 def rope(theta: float) -> dict[str, Any]:
@@ -122,6 +125,25 @@ def test_weights_agree_with_the_module(folder: Folder) -> None:
             with torch.device("meta"):
                 shapes = {key: tuple(value.shape) for key, value in cls(config).named_parameters()}
             assert {spec.name: spec.shape(config) for spec in cls.weight_map(config).specs} == shapes
+
+
+@pytest.mark.parametrize(("name", "is_used"), [("roberta", True), ("distilbert", True), ("mpnet", False)])
+def test_attention_over_texts_without_a_cache(
+    name: str, is_used: bool, folder: Folder, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, for models whose scores have no biases and no windows."""
+    path, calls = folder(name), []
+
+    def attended(*operands: Any) -> Tensor:
+        calls.append(operands)
+        return reference.text_attention(*operands)
+
+    monkeypatch.setattr(ops, "has_text_attention", lambda _: True)
+    monkeypatch.setattr(ops, "text_attention", attended)
+    llm, model = load(path), theirs(path)
+    for output in llm.encode([*TEXTS, *LONG], pooling_task="token_embed"):
+        assert (output.outputs.data - their_output(model, output.prompt_token_ids)).abs().max() < BOUND
+    assert bool(calls) == is_used
 
 
 def test_a_padding_token_within_a_text_takes_no_position(folder: Folder, load: Load) -> None:
@@ -242,12 +264,31 @@ def test_a_pooler_that_is_missing_is_an_error(folder: Folder, tmp_path: Path) ->
         LLM(path, device="cpu")
 
 
-def test_only_models_that_generate_are_converted(folder: Folder, tmp_path: Path) -> None:
-    from hasten.checkpoint.convert import Conversion, convert
+CONVERTED = (("bert", "Model"), ("bert", HEADS[0]), ("mpnet", "Model"), ("modernbert, other", HEADS[0]))
 
-    job = Conversion(input_dir=str(folder("bert")), output_dir=str(tmp_path / "out"), ranks=1)
-    with pytest.raises(UnsupportedError, match="generates no text"):
-        convert(job)
+
+@pytest.mark.usefixtures("forked_ranks")
+def test_converted_checkpoints_give_the_same(folder: Folder, load: Load, tmp_path: Path) -> None:
+    """In FasterTransformer's format, which BERT has, or ranked safetensors; with all that makes vectors of texts."""
+    for number, (name, head) in enumerate(CONVERTED):
+        path, out = shutil.copytree(folder(name, head), tmp_path / str(number)), tmp_path / f"out-{number}"
+        if head == "Model":
+            dense = {"in_features": 48, "out_features": 8, "bias": False}
+            save_pooling(
+                path,
+                [("Pooling", "1_Pooling", {"pooling_mode_cls_token": True}), ("Dense", "2_Dense", dense)],
+                sentence_bert_config={"max_seq_length": 200},
+            )
+            save_file({"linear.weight": torch.randn(8, 48)}, path / "2_Dense" / "model.safetensors")
+        convert(Conversion(str(path), str(out), ranks=2))
+        assert (out / "2-gpu" / "config.ini").is_file() == (name == "bert")
+        convert(Conversion(str(out / "2-gpu"), str(out), ranks=1))  # next to the first, whose files stay
+        one, two, expected = load(out / "1-gpu"), load(out / "2-gpu"), load(path)
+        made = [[output.outputs for output in llm.encode([*TEXTS, LONG[3]])] for llm in (one, two, expected)]
+        assert made[0] == made[1] == made[2]
+        assert (one.labels, one.engine.max_model_len) == (expected.labels, expected.engine.max_model_len)
+    with pytest.raises(UnsupportedError, match=r"FasterTransformer had no MPNetModel .* --format safetensors"):
+        convert(Conversion(str(folder("mpnet")), str(tmp_path / "out"), format="fastertransformer"))
 
 
 def test_the_task_of_an_architecture_is_known_without_its_class() -> None:

@@ -8,7 +8,7 @@ from tritonclient.grpc import model_config_pb2
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
 from hasten.server.models.config import completed, kind_of, parse_config, parse_config_json
-from hasten.server.models.interfaces import INTERFACES, Kind
+from hasten.server.models.interfaces import DATATYPES, INTERFACES, Kind
 from hasten.server.models.parameters import (
     check_parameters,
     checkpoint_folder,
@@ -97,6 +97,19 @@ def test_models_with_rotary_positions_have_the_tensors_of_their_own_backends(mod
             completed(given, "m")
 
 
+def test_an_encoder_decoder_has_the_tensors_of_t5s_backend() -> None:
+    made = completed(with_parameters(model_type="T5"), "m")
+    check_parameters(made, kind_of(made))
+    names = [tensor.name for tensor in made.input]
+    assert {"input_ids", "sequence_length", "max_output_len", "ia3_tasks", "runtime_top_k", "top_p_reset_ids"} < {
+        *names
+    }
+    assert not {"input_lengths", "request_output_len", "is_return_context_embeddings", "request_prompt_type"} & {*names}
+    outputs = {tensor.name: DATATYPES["INT32"] == tensor.data_type for tensor in made.output}
+    expected = {"output_ids": True, "sequence_length": True, "cum_log_probs": False, "output_log_probs": False}
+    assert outputs == expected
+
+
 def test_what_triton_reports_of_a_configuration_is_one_again() -> None:
     given = config(ARTICLE, "fastertransformer")
     again = completed(parse_config_json(json_format.MessageToJson(given, preserving_proto_field_name=True)), given.name)
@@ -182,7 +195,7 @@ def test_json_that_is_no_configuration(text: str) -> None:
         ({"pipeline_para_size": "2", "pipeline_parallel_size": "2"}, "says the same as another one"),
         ({"int8_mode": "2"}, "'int8_mode' is '2', but must be 0 or 1: 2 is SmoothQuant, whose int8 files are not read"),
         ({"int8_mode": "1", "quantization": "int8"}, "'quantization' says the same as another one"),
-        ({"model_type": "T5"}, "'model_type' is 'T5', but must be GPT or GPT-J or GPT-NeoX"),
+        ({"model_type": "Swin"}, "'model_type' is 'Swin', but must be GPT or GPT-J or GPT-NeoX or T5"),
         ({"enable_custom_all_reduce": "2"}, "must be 0 or 1"),
         ({"tensor_para_size": "two"}, "'tensor_para_size' must be a whole number, got 'two'"),
         ({"gpu_memory_utilization": "x"}, "must be a number, got 'x'"),

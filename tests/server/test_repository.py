@@ -219,6 +219,15 @@ def test_the_backend_of_a_folder_of_faster_transformer(section: str, model_type:
     assert ("RESPONSE_INPUT_LENGTHS" in after.input_map) == (model_type == "GPT")
 
 
+@pytest.mark.parametrize(("section", "model_type"), [("encoder", "T5"), ("bert", "bert")])
+def test_the_backend_of_a_folder_with_an_encoder(section: str, model_type: str, tmp_path: Path) -> None:
+    (tmp_path / "config.ini").write_text(f"[{section}]\nnum_layers=4\n", encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    configs = model_configs(EngineConfig.create(str(tmp_path), tokenizer="/t"), text_name="text")
+    assert [config.name for config in configs] == ["fastertransformer", "text"]
+    assert configs[0].parameters["model_type"].string_value == model_type
+
+
 def test_names_of_the_models(tmp_path: Path) -> None:
     engine = EngineConfig.create(str(DEMO))
     assert default_text_name("/models/bloom-560m") == "bloom-560m"

@@ -14,7 +14,8 @@ from hasten.core.errors import ConfigError
 
 IN_PROCESS = ("hf", "vllm", "ctranslate2")
 _FORM = "hf, vllm, ctranslate2, openai=URL or none, separated by commas"
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+VLLM_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+"""vLLM's names of types."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class VllmEngine:
         self._package = vllm
         self._llm = vllm.LLM(
             model=folder,
-            dtype=_DTYPES[dtype],
+            dtype=VLLM_DTYPES[dtype],
             max_model_len=max_len,
             tensor_parallel_size=ranks,
             gpu_memory_utilization=memory,

@@ -1,6 +1,7 @@
-"""What vectors are compared with: transformers and sentence-transformers, as their users get the most of them.
+"""What vectors are compared with: transformers, sentence-transformers and vLLM, as their users get the most of them.
 
-Both get texts sorted by length, in padded batches: the longest first, as sentence-transformers does itself.
+The first two get texts sorted by length, in padded batches: the longest first, as sentence-transformers does itself.
+vLLM gets all texts at once, as hasten does.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,13 +13,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from hasten.bench.against import VLLM_DTYPES
 from hasten.bench.engines import clock, load_hugging_face, num_threads
+from hasten.bench.peers import NotMeasured
 from hasten.checkpoint.pooling import PoolingConfig
 from hasten.core.errors import CheckpointError, UnsupportedError
 from hasten.core.model_config import Pooling
 from hasten.parallel.threads import limit_threads
 
-_SENTENCE_TRANSFORMERS = "sentence_transformers"
+_SENTENCE_TRANSFORMERS, _VLLM = "sentence_transformers", "vllm"
+_VLLM_MEMORY = 0.5
+"""Part of a GPU's memory, which hasten's model is in too."""
 _BEFORE_DENSE = "the benchmark compares poolings without Dense modules"
 
 
@@ -137,6 +142,48 @@ class SentenceTransformersEmbedder:
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         made: Tensor = self._model({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
         return F.normalize(made.float(), dim=-1)
+
+
+class VllmEmbedder:
+    """vLLM as its users run it offline; texts are token ids already."""
+
+    label = "vLLM"
+
+    def __init__(
+        self, folder: str, *, device: torch.device, dtype: torch.dtype, max_len: int, load_format: str
+    ) -> None:
+        module: Any = import_module(_VLLM)
+        self._device = device
+        self._llm: Any = module.LLM(
+            model=folder,
+            runner="pooling",
+            dtype=VLLM_DTYPES[dtype],
+            max_model_len=max_len,
+            load_format=load_format,
+            gpu_memory_utilization=_VLLM_MEMORY,
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+        )
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, float]:
+        """Vectors, and seconds."""
+        asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        start = clock(self._device)
+        outputs = self._llm.embed(asked, use_tqdm=False)
+        seconds = clock(self._device) - start
+        vectors = torch.tensor([output.outputs.embedding for output in outputs])
+        return F.normalize(vectors, dim=-1), seconds
+
+
+def vllm_embedder(folder: str, **options: Any) -> VllmEmbedder | NotMeasured:
+    """The engine of vLLM, or why it cannot be had: whatever it raises ends its own part of the benchmark alone."""
+    if find_spec(_VLLM) is None:
+        return NotMeasured(VllmEmbedder.label, "it is not installed")
+    try:
+        return VllmEmbedder(folder, **options)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return NotMeasured(VllmEmbedder.label, reason)
 
 
 def has_sentence_transformers() -> bool:

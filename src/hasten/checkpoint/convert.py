@@ -18,7 +18,7 @@ from hasten.checkpoint.hub import resolve_model
 from hasten.checkpoint.plan import generation_eos, side_folder
 from hasten.checkpoint.source import Source
 from hasten.checkpoint.sources import open_source
-from hasten.checkpoint.target import SIDE_FILES, Target, clear_errors
+from hasten.checkpoint.target import Target, clear_errors, copy_side_files
 from hasten.checkpoint.writers import (
     FasterTransformerWriter,
     Format,
@@ -89,11 +89,6 @@ def convert(job: Conversion, report: Report = lambda _: None) -> None:
     given = resolve_model(job.input_dir)
     source = open_source(given, job.ranks)
     parallel.validate(source.config)
-    if source.config.task != "generate":
-        raise UnsupportedError(
-            f"{source.folder}: {source.config.architecture} generates no text, and only models that do are converted; "
-            "load the checkpoint as it is, with any number of ranks"
-        )
     family = _family(job.format, source.config)
     _check_apart(source, given, Path(job.output_dir), f"{job.ranks}-gpu")
     target = Target(Path(job.output_dir), job.ranks)
@@ -108,9 +103,7 @@ def convert(job: Conversion, report: Report = lambda _: None) -> None:
         replaced = target.folder if target.folder.exists() else None
         report(Opened(source, writer.nbytes, writer.format, f"{source.label} >> {writer.label}", replaced))
         _write(writer, job, lambda part: report(Wrote(part, target.folder / part.file)))
-        for path in (side / name for name in SIDE_FILES):
-            if path.is_file():
-                shutil.copyfile(path, new / path.name)
+        copy_side_files(side, new)
 
 
 def _family(name: Format | None, config: ModelConfig) -> Family | None:

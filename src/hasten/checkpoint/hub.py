@@ -54,7 +54,7 @@ _RANK_FOLDER = re.compile(r"\d+-gpu")
 POOLING_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 """What sentence-transformers writes next to a model, for all its modules."""
 _SIDE_FILES = ("config.json", "generation_config.json", *METHODS, *TOKENIZER_FILES, *POOLING_FILES, ADAPTER)
-_OF_MODULE = re.compile(r"\d+_\w+/(config\.json|model\.safetensors|pytorch_model\.bin)")
+OF_MODULE = re.compile(r"\d+_\w+/(config\.json|model\.safetensors|pytorch_model\.bin)")
 """Files of such a module, which are small."""
 _WEIGHTS = (
     re.compile(r"model[^/]*\.safetensors(\.index\.json)?"),
@@ -265,7 +265,7 @@ def _download(model: HubModel, part: Part, cache: Path | None, output_dir: Path 
 
 
 def _needed(model: HubModel, part: Part, names: Sequence[str]) -> list[str]:
-    side = [name for name in names if name in _SIDE_FILES or _OF_MODULE.fullmatch(name)]
+    side = [name for name in names if name in _SIDE_FILES or OF_MODULE.fullmatch(name)]
     if part != "model":
         return side
     if "config.json" not in side:

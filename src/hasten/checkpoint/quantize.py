@@ -7,7 +7,6 @@ layout of the files, and everything else is copied. Shapes: o output features, h
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from hasten.checkpoint.files import read_json
 from hasten.checkpoint.hub import resolve_model
 from hasten.checkpoint.hugging_face import HuggingFaceSource
 from hasten.checkpoint.sources import open_source
-from hasten.checkpoint.target import SIDE_FILES, appearing, clear_errors
+from hasten.checkpoint.target import appearing, clear_errors, copy_side_files
 from hasten.core.dtypes import Quantization
 from hasten.core.errors import CheckpointError, UnsupportedError
 from hasten.core.model_config import ModelConfig
@@ -296,9 +295,7 @@ class _Writer:
         if count > 1:
             total = {"total_size": self.bytes_after}
             _write(self._folder / "model.safetensors.index.json", {"metadata": total, "weight_map": index})
-        for name in SIDE_FILES:
-            if (self._source.folder / name).is_file():
-                shutil.copyfile(self._source.folder / name, self._folder / name)
+        copy_side_files(self._source.folder, self._folder)
         raw = read_json(self._source.folder / "config.json")
         _write(self._folder / "config.json", raw | {"quantization_config": self._scheme.config(self._ignored)})
 

@@ -61,8 +61,8 @@ class RankedSource(Source):
         """One stored shard, in hasten's layout."""
 
     @abstractmethod
-    def _file(self, spec: WeightSpec, part: int) -> str:
-        """Name of the file that holds it."""
+    def _files(self, spec: WeightSpec, part: int) -> list[str]:
+        """Names of the files that hold it."""
 
     def shard(self, spec: WeightSpec, rank: int, size: int) -> Tensor:
         """A view of the rank's own file where the files have as many ranks, divided in the same way."""
@@ -78,7 +78,7 @@ class RankedSource(Source):
         stored = self._in_files(spec)
         place = (rank, size) if stored.split is spec.split else (0, 1)
         needed = overlap(stored.split, *place, self._parts(stored), self.config.vocab_size)
-        return {self._file(stored, part) for part in needed}
+        return {name for part in needed for name in self._files(stored, part)}
 
 
 class RankedSafetensorsSource(RankedSource):
@@ -103,8 +103,8 @@ class RankedSafetensorsSource(RankedSource):
         self._open: dict[int, Any] = {}
         self._lock = Lock()
 
-    def _file(self, spec: WeightSpec, part: int) -> str:
-        return self.files[part].name
+    def _files(self, spec: WeightSpec, part: int) -> list[str]:
+        return [self.files[part].name]
 
     def _part(self, spec: WeightSpec, part: int) -> Tensor:
         with self._lock:

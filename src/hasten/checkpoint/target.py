@@ -5,6 +5,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from hasten.checkpoint.files import read_json
-from hasten.checkpoint.hub import TOKENIZER_FILES
+from hasten.checkpoint.hub import OF_MODULE, POOLING_FILES, TOKENIZER_FILES
 from hasten.checkpoint.sources import is_rank_folder, rank_folders
 from hasten.core.errors import CheckpointError, ConfigError
 
-SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-"""Files that lie in OUT beside the rank folders."""
+_SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES, *POOLING_FILES)
+_SIDE_FOLDER = re.compile(r"\d+_\w+")
+"""Of a module of sentence-transformers, whose files are small."""
 _VOLATILE = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version"})
 """Keys of config.json that say nothing of what the model is."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -58,7 +60,8 @@ class Target:
         # a folder that someone stands in would vanish under them
         in_use = self.out.is_mount() or Path.cwd().is_relative_to(self.out)
         movable = not in_use and os.access(self.out.parent, os.W_OK)
-        return movable and entries <= {self.name, *SIDE_FILES}
+        others = entries - {self.name, *_SIDE_FILES}
+        return movable and all(map(_SIDE_FOLDER.fullmatch, others))
 
     def _check_replaced(self, folder: Path) -> None:
         if not is_rank_folder(folder):
@@ -105,9 +108,9 @@ class Target:
             swap(new, self.out, work / _OLD)
             return
         swap(new / self.name, self.out / self.name, work / _OLD)
-        for path in new.iterdir():
-            if path.is_file():
-                path.replace(self.out / path.name)
+        for name in _side_files(new):
+            (self.out / name).parent.mkdir(exist_ok=True)
+            (new / name).replace(self.out / name)
 
 
 @contextlib.contextmanager
@@ -142,6 +145,20 @@ def clear_errors(shown: str) -> Iterator[None]:
                 f"no space left to write {shown}{where}; free some, or give another folder"
             ) from error
         raise CheckpointError(f"cannot write {shown}{where}: {error.strerror or error}") from error
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy what a checkpoint has next to its weights: configuration, tokenizer, and what makes vectors."""
+    for name in _side_files(source):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+
+
+def _side_files(folder: Path) -> list[str]:
+    """Those that `folder` has, by their names below it."""
+    modules = (str(path.relative_to(folder)) for path in folder.glob("*/*"))
+    names = (*_SIDE_FILES, *filter(OF_MODULE.fullmatch, modules))
+    return [name for name in names if (folder / name).is_file()]
 
 
 def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -171,7 +171,7 @@ class FasterTransformerWriter(Writer):
             rank=rank,
             size=size,
             split=tensor.is_split,
-            name=f"model.{tensor.name}",
+            name=tensor.name,
             file=tensor.file(rank),
             shape=shape,
             offset=0,
@@ -182,8 +182,8 @@ class FasterTransformerWriter(Writer):
 
     def start(self) -> None:
         """Write config.ini."""
-        values = self.family.ini(self.source.config, self.model_name, self.ranks, self.dtype)
-        text = ini_text(self.family.section, values).encode()
+        sections = self.family.sections(self.source.config, self.model_name, self.ranks, self.dtype)
+        text = ini_text(sections, spaced=self.family.spaced).encode()
         (self.folder / CONFIG_INI).write_bytes(text)
         self._pieces[CONFIG_INI, 0] = pieces_of(text)
 

@@ -67,6 +67,7 @@ class Scheduler:
         while place > 0 and self.waiting[place - 1].due > sequence.due:
             place -= 1
         self.waiting.insert(place, sequence)
+        sequence.is_waiting = True
 
     def get(self, key: int) -> Sequence | None:
         """The unfinished sequence with this key."""
@@ -126,6 +127,8 @@ class Scheduler:
             elif sequence.group_size == 1:
                 self.blocks.release_unseen(sequence)
         self.waiting.extendleft(reversed(forked))
+        for sequence in forked:
+            sequence.is_waiting = True
         if self._stages > 1:
             for place in batch.sampled:
                 batch.sequences[place].in_flight += 1
@@ -188,9 +191,10 @@ class Scheduler:
         if sequence is None:
             return
         self.blocks.free(sequence)
-        for holders in (self.running, self.waiting):
-            if sequence in holders:
-                holders.remove(sequence)
+        if sequence.is_waiting:  # they may be very many, so no other is looked for among them
+            self.waiting.remove(sequence)
+        elif sequence in self.running:
+            self.running.remove(sequence)
 
     def _register_key(self, sequence: Sequence) -> None:
         sequence.key = self._new_key()
@@ -344,6 +348,7 @@ class Scheduler:
         del self.running[-len(victim.unit) :]
         victim.due = 0
         self.waiting.appendleft(victim)
+        victim.is_waiting = True
         batch.preempted.append(victim)
         self.stats.preemptions += 1
         if victim.beams is not None:
@@ -372,6 +377,7 @@ class Scheduler:
         if found is None:
             return None
         self.waiting.popleft()
+        sequence.is_waiting = False
         self.running += sequence.unit
         if not sequence.begun:
             sequence.begun, sequence.num_cached = time.monotonic(), sequence.num_computed

@@ -68,6 +68,7 @@ class Sequence:
         "in_flight",
         "index",
         "is_plain",
+        "is_waiting",
         "key",
         "last_step",
         "max_length",
@@ -102,6 +103,8 @@ class Sequence:
         self.index = 0
         self.key = -1
         """Number that all ranks know it by; the scheduler gives it."""
+        self.is_waiting = False
+        """Whether it is in the scheduler's queue; of beams, the leader alone is."""
         self.seed = seed
         self.is_plain = self.params.is_plain
         """Whether the most probable token is all that is asked for."""

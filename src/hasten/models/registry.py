@@ -167,6 +167,13 @@ def architecture_of(raw: Mapping[str, Any]) -> str:
 
 _ENCODERS = frozenset({"bert", "distilbert", "modernbert", "mpnet", "roberta"})
 """Modules of models that generate no text."""
+_ENCODER_DECODERS = frozenset({"bart", "t5"})
+"""Modules of models whose encoder reads the prompt."""
+
+
+def has_encoder(architecture: str) -> bool:
+    """Whether the models of an architecture are encoder-decoders."""
+    return _module(architecture) in _ENCODER_DECODERS
 
 
 def task_of(architecture: str) -> Task:
@@ -175,8 +182,11 @@ def task_of(architecture: str) -> Task:
         return "token_classify"
     if architecture.endswith("ForSequenceClassification"):
         return "classify"
-    module = MODELS[architecture].partition(":")[0].rpartition(".")[2]
-    return "embed" if module in _ENCODERS else "generate"
+    return "embed" if _module(architecture) in _ENCODERS else "generate"
+
+
+def _module(architecture: str) -> str:
+    return MODELS[architecture].partition(":")[0].rpartition(".")[2]
 
 
 _OTHER_BUILDS: tuple[tuple[str, str], ...] = (

@@ -16,10 +16,17 @@ from hasten.checkpoint.hub import model_name
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError, HastenError
 from hasten.core.files import removed_on_failure, write_text
-from hasten.models.registry import architecture_of, task_of
+from hasten.models.registry import architecture_of, has_encoder, task_of
 from hasten.server.engine.client import QueueLimits
 from hasten.server.models.config import completed, interface_of, kind_of
-from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, ENCODER_TYPES, INTERFACES, POOLING_KINDS, Kind
+from hasten.server.models.interfaces import (
+    DEFAULT_MODEL_TYPE,
+    ENCODER_DECODER_TYPE,
+    ENCODER_TYPES,
+    INTERFACES,
+    POOLING_KINDS,
+    Kind,
+)
 from hasten.server.models.parameters import KIND, TOKEN_MODEL, engine_parameters
 from hasten.server.repository import CONFIG, is_model_name
 
@@ -70,6 +77,9 @@ def model_configs(
         policy.default_timeout_microseconds = int((limits.default_timeout or 0) * 1e6)
     if has_tokenizer(engine) and kind is not None:
         made.append(_with_token_model(kind, text_name, token_name))
+    elif has_tokenizer(engine) and model_type == ENCODER_DECODER_TYPE:
+        # FasterTransformer has an ensemble for GPT's tensors alone
+        made.append(_with_token_model(Kind.TEXT, text_name, token_name))
     elif has_tokenizer(engine):
         made += [
             _with_token_model(Kind.PREPROCESSING, _PREPROCESSING, token_name),
@@ -135,7 +145,8 @@ def _config_ini(engine: EngineConfig) -> str | None:
     if family is None or family.why_not(config) is not None:
         return None
     dtype = config.dtype if engine.dtype == "auto" else dtype_name(engine.dtype)
-    return ini_text(family.section, family.ini(config, model_name(engine.model), ranks, dtype))
+    sections = family.sections(config, model_name(engine.model), ranks, dtype)
+    return ini_text(sections, spaced=family.spaced)
 
 
 _MODEL_TYPES = {
@@ -145,6 +156,8 @@ _MODEL_TYPES = {
     "GPTNeoXForCausalLM": "GPT-NeoX",
     "GPTNeoXModel": "GPT-NeoX",
     "gptneox": "GPT-NeoX",
+    "encoder": ENCODER_DECODER_TYPE,
+    "bert": ENCODER_TYPES["embed"],
 }
 """FasterTransformer's backends by architecture and by the section of its config.ini; that of all others is GPT's."""
 
@@ -161,6 +174,8 @@ def _model_type(folder: Path) -> str:
                 task = "embed"
             if task != "generate":
                 return ENCODER_TYPES[task]
+            if has_encoder(names[0]):
+                return ENCODER_DECODER_TYPE
         else:
             names = list(read_sections(folder / CONFIG_INI)) if (folder / CONFIG_INI).is_file() else []
     except (HastenError, ValueError, AttributeError, OSError):

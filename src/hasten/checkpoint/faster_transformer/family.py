@@ -1,6 +1,7 @@
 """What FasterTransformer's folders of all families have in common: names, shapes and splits of their files.
 
-A file is headerless, in C order. Matrices are stored (in, out), a fused QKV as (in, 3, out / ranks).
+A file is headerless, in C order. Matrices are stored (in, out), a fused QKV as (in, 3, out / ranks). A fused parameter
+may also lie in several files, one for each of its parts.
 """
 
 import re
@@ -15,11 +16,11 @@ from torch import Tensor
 from hasten.checkpoint.faster_transformer.ini import Section
 from hasten.core.dtypes import DTypeName, dtype_name
 from hasten.core.errors import UnsupportedError
-from hasten.core.model_config import AttentionConfig, ModelConfig
+from hasten.core.model_config import AttentionConfig, ModelConfig, Task
 from hasten.models.weight_map import WeightSpec
 from hasten.parallel.shard import Split, shard_shape
 
-_SPLIT = frozenset({Split.COLUMN, Split.ROW, Split.QKV})
+_SPLIT = frozenset({Split.COLUMN, Split.ROW, Split.QKV, Split.GATE_UP})
 _LAYER = re.compile(r"(?<=layers\.)\d+")
 
 Shards = Callable[[WeightSpec, int, int], Tensor]
@@ -44,9 +45,11 @@ class FileTensor:
     """One tensor of a folder: a file, or where it is split one per rank, be there only one rank."""
 
     name: str
-    """Without `model.` before it, and the rank and `.bin` behind."""
+    """Without the rank and `.bin` behind."""
     spec: WeightSpec
     """The parameter that it holds, or whose shape it has."""
+    part: int | None = None
+    """Which source of a fused parameter it holds, the query, key or value, or a half; None: all of them."""
     derive: Derive | None = None
     """How its values come about where it does not hold the parameter's as they are."""
     restore: Callable[[Tensor], Tensor] | None = None
@@ -72,7 +75,7 @@ class FileTensor:
 
     def file(self, rank: int) -> str:
         """Name of the file with a rank's shard, or with the whole where it is not split."""
-        return f"model.{self.name}.{rank}.bin" if self.is_split else f"model.{self.name}.bin"
+        return f"{self.name}.{rank}.bin" if self.is_split else f"{self.name}.bin"
 
     def shape(self, config: ModelConfig, ranks: int) -> tuple[int, ...]:
         """Shape of a file as FasterTransformer sees it."""
@@ -80,16 +83,23 @@ class FileTensor:
         if not self.is_split:
             return (shape[0] - self.skipped_rows, *shape[1:])
         out, *into = shard_shape(shape, self.spec.split, ranks, config.attention)
+        if self.part is not None:
+            return (*into, out // len(self.spec.sources))
         return (*into, 3, out // 3) if self.spec.split is Split.QKV else (*into, out)
 
     def values(self, shards: Shards, rank: int, size: int, dtype: torch.dtype) -> Tensor:
         """A shard to write, in hasten's layout."""
         values = shards(self.spec, rank, size) if self.derive is None else self.derive(shards, dtype)
+        if self.part is not None:
+            return values.chunk(len(self.spec.sources))[self.part]
         return values[self.skipped_rows :]
 
     def parameter(self, stored: Tensor) -> Tensor:
-        """A parameter's shard in hasten's layout, from a file's values in the shape `shape`; a view if it can be."""
-        if self.spec.split is Split.QKV:
+        """A parameter's shard in hasten's layout, or its part, from a file's values in the shape `shape`.
+
+        It is a view if it can be.
+        """
+        if self.spec.split is Split.QKV and self.part is None:
             stored = stored.flatten(-2)
         shard = stored.t() if self.is_transposed else stored
         if self.skipped_rows:
@@ -101,11 +111,23 @@ class Family(ABC):
     """How a family of models lies in FasterTransformer's folders."""
 
     architecture: ClassVar[str]
+    other_architectures: ClassVar[frozenset[str]] = frozenset()
+    """Those that only a config.json next to a folder tells from the first."""
+    tasks: ClassVar[frozenset[Task]] = frozenset({"generate"})
+    """What its models are for."""
     label: ClassVar[str]
     """What messages call it."""
     section: ClassVar[str]
-    """Of config.ini."""
-    modules: ClassVar[Mapping[str, str]]
+    """Of config.ini, the one by which a folder is recognized."""
+    name_key: ClassVar[str] = "model_name"
+    """Of what config.ini calls the model."""
+    spaced: ClassVar[bool] = False
+    """Whether config.ini has spaces around its equals signs."""
+    prefix: ClassVar[str] = "model."
+    """What names of files begin with."""
+    of_all_ranks: ClassVar[str] = "model.layers.0.attention.dense.weight"
+    """A tensor that every rank has a file of."""
+    modules: ClassVar[Mapping[str, str]] = {}
     """FasterTransformer's names of modules, by hasten's."""
     parameters: ClassVar[Mapping[str, str]] = {"embedding.weight": "wte"}
     """The same of parameters whose name does not follow from their module's."""
@@ -124,7 +146,13 @@ class Family(ABC):
 
     @abstractmethod
     def ini(self, config: ModelConfig, model_name: str, ranks: int, dtype: DTypeName) -> dict[str, object]:
-        """Keys and values of config.ini, in order; `model_name` says where the model came from."""
+        """Keys and values of config.ini's section, in order; `model_name` says where the model came from."""
+
+    def sections(
+        self, config: ModelConfig, model_name: str, ranks: int, dtype: DTypeName
+    ) -> dict[str, dict[str, object]]:
+        """All sections of config.ini, in order."""
+        return {self.section: self.ini(config, model_name, ranks, dtype)}
 
     @abstractmethod
     def config(self, section: Section) -> ModelConfig:
@@ -170,31 +198,47 @@ class Family(ABC):
 
     def check(self, section: Section) -> None:
         """UnsupportedError names the key that says that a folder is of no model of this family."""
-        for key, value in self.fixed.items():
+        self.require(section, self.fixed)
+
+    def require(self, section: Section, fixed: Mapping[str, str]) -> None:
+        """UnsupportedError names a key whose value is another one; a key that is left out is right."""
+        for key, value in fixed.items():
             if not _says(section, key, value, absent=True):
                 raise UnsupportedError(
                     f"{section.path}: {key} is {section.text(key)}, but {value} in every {self.label}; hasten reads no "
-                    f"other kind from [{self.section}]"
+                    f"other kind from [{section.name}]"
                 )
+
+    def unknown(self, section: Section) -> Iterable[str]:
+        """Keys that hasten does not know."""
+        return set(section.unread()) - self.harmless
 
     def tensors(self, specs: Iterable[WeightSpec], config: ModelConfig, ranks: int) -> Iterator[FileTensor]:
         """All tensors of a folder, in the order of the parameters."""
         embedding, has_head = None, False
         for spec in specs:
-            yield self.tensor(spec)
+            yield from self.tensors_of(spec)
             embedding = spec if spec.name == "embedding.weight" else embedding
             has_head = has_head or spec.name == "head.weight"
         if self.always_head and not has_head and embedding is not None:
-            yield FileTensor("lm_head.weight", embedding, extra=True)
+            yield FileTensor(f"{self.prefix}lm_head.weight", embedding, extra=True)
 
-    def tensor(self, spec: WeightSpec) -> FileTensor:
-        """The tensor that holds a parameter as it is."""
+    def tensors_of(self, spec: WeightSpec) -> tuple[FileTensor, ...]:
+        """The tensors that hold a parameter as it is, one or one for each of its parts."""
         if spec.name in self.parameters:
-            return FileTensor(self.parameters[spec.name], spec)
+            return (FileTensor(f"{self.prefix}{self.parameters[spec.name]}", spec),)
         module, _, kind = spec.name.rpartition(".")
         layer = _LAYER.search(module)
         name = self.modules[_LAYER.sub("{}", module)]
-        return FileTensor(f"{name.format(layer[0]) if layer else name}.{kind}", spec)
+        return (FileTensor(f"{self.prefix}{name.format(layer[0]) if layer else name}.{kind}", spec),)
+
+
+def stored_tensors(spec: WeightSpec) -> tuple[FileTensor, ...]:
+    """A file for each stored tensor of a parameter, under transformers' name."""
+    fused = len(spec.sources) > 1
+    return tuple(
+        FileTensor(source.name, spec, part=part if fused else None) for part, source in enumerate(spec.sources)
+    )
 
 
 _FLAGS = {"True": True, "False": False}

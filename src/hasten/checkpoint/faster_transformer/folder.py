@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from hasten.checkpoint.faster_transformer.bert import Bert
 from hasten.checkpoint.faster_transformer.bloom import Bloom
 from hasten.checkpoint.faster_transformer.family import Family
 from hasten.checkpoint.faster_transformer.gpt2 import GPT2
@@ -18,33 +19,34 @@ from hasten.checkpoint.faster_transformer.ini import (
     unreadable,
 )
 from hasten.checkpoint.faster_transformer.opt import OPT
+from hasten.checkpoint.faster_transformer.t5 import MT5, T5
 from hasten.core.dtypes import Quantization
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
 from hasten.core.model_config import ModelConfig
 
 _log = logging.getLogger(__name__)
 
-FAMILIES: tuple[Family, ...] = (Bloom(), OPT(), GPT2(), GPTJ(), GPTNeoX())
+FAMILIES: tuple[Family, ...] = (Bloom(), OPT(), GPT2(), GPTJ(), GPTNeoX(), MT5(), T5(), Bert())
 """Those of one section of config.ini in the order in which they are tried: the last takes what is no other's."""
-_OF_ALL_RANKS = "model.layers.0.attention.dense.weight"
-"""A tensor that is split in every family."""
 
 
 def family_of(architecture: str) -> Family | None:
     """The family of an architecture, None where FasterTransformer had none."""
-    return next((family for family in FAMILIES if family.architecture == architecture), None)
+    return next(
+        (each for each in FAMILIES if architecture == each.architecture or architecture in each.other_architectures),
+        None,
+    )
 
 
 def writable_family(config: ModelConfig) -> Family:
     """The family that a model is written as; UnsupportedError says why FasterTransformer could not compute it."""
     family = family_of(config.architecture)
-    if config.encoder is not None:
-        why = f"FasterTransformer's format of models with an encoder ({config.architecture}) is not written"
-    elif family is None:
+    if family is None:
         known = ", ".join(each.architecture for each in FAMILIES)
         why = f"FasterTransformer had no {config.architecture} (it had {known})"
     else:
-        problem = family.why_not(config)
+        other = None if config.task in family.tasks else "vectors or scores of texts"
+        problem = other or family.why_not(config)
         if problem is None:
             return family
         why = f"FasterTransformer's {family.label} has no {problem}"
@@ -71,11 +73,11 @@ def read_folder(path: Path) -> Folder:
     family.check(section)
     try:
         config = family.config(section)
-        ranks, mode = _ranks(path, section), _quantization(section)
-        folder = Folder(family, config, ranks, section.text("model_name", ""), mode)
+        ranks, mode = _ranks(path, section, family), _quantization(section)
+        folder = Folder(family, config, ranks, section.text(family.name_key, ""), mode)
     except ConfigError as error:
         raise unreadable(ini, str(error)) from error
-    if unknown := sorted(set(section.unread()) - family.harmless):
+    if unknown := sorted(family.unknown(section)):
         _log.warning("%s: ignored, since hasten does not know what they change: %s", ini, ", ".join(unknown))
     return folder
 
@@ -98,11 +100,13 @@ def _quantization(section: Section) -> Quantization | None:
     return INT8_MODES[mode]
 
 
-def _ranks(path: Path, section: Section) -> int:
+def _ranks(path: Path, section: Section, family: Family) -> int:
     """Ranks that a folder's files are for; not every family's config.ini says it."""
     if "tensor_para_size" in section:
         return section.count("tensor_para_size")
-    found = len(list(path.glob(f"{_OF_ALL_RANKS}.*.bin")))
+    found = len(list(path.glob(f"{family.of_all_ranks}.*.bin")))
     if not found:
-        raise CheckpointError(f"{path / _OF_ALL_RANKS}.0.bin is missing; copy it, or convert the checkpoint again")
+        raise CheckpointError(
+            f"{path / family.of_all_ranks}.0.bin is missing; copy it, or convert the checkpoint again"
+        )
     return found

@@ -1,4 +1,4 @@
-"""config.ini of a folder: its section, with values read as what they must be."""
+"""config.ini of a folder: its sections, with values read as what they must be."""
 
 import configparser
 import json
@@ -19,9 +19,14 @@ _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", 
 """What FasterTransformer's runtime takes for true and for false, in lower case."""
 
 
-def ini_text(section: str, values: Mapping[str, object]) -> str:
-    """Text of a config.ini with one section, byte for byte as Python's configparser writes it without spaces."""
-    return f"[{section}]\n" + "".join(f"{name}={value}\n" for name, value in values.items()) + "\n"
+def ini_text(sections: Mapping[str, Mapping[str, object]], *, spaced: bool = False) -> str:
+    """Text of a config.ini, byte for byte as Python's configparser writes it, `spaced` or not."""
+    equals = " = " if spaced else "="
+    written = (
+        f"[{section}]\n" + "".join(f"{name}{equals}{value}\n" for name, value in values.items()) + "\n"
+        for section, values in sections.items()
+    )
+    return "".join(written)
 
 
 def read_sections(path: Path) -> "dict[str, Section]":
@@ -31,7 +36,9 @@ def read_sections(path: Path) -> "dict[str, Section]":
         parser.read_string(path.read_text(encoding="utf-8"), source=str(path))
     except (configparser.Error, ValueError, OSError) as error:
         raise unreadable(path, str(error)) from error
-    return {name: Section(path, name, dict(parser[name])) for name in parser.sections()}
+    sections: dict[str, Section] = {}
+    sections |= {name: Section(path, name, dict(parser[name]), sections) for name in parser.sections()}
+    return sections
 
 
 def unreadable(path: Path, problem: str) -> CheckpointError:
@@ -42,14 +49,25 @@ def unreadable(path: Path, problem: str) -> CheckpointError:
 class Section:
     """The keys of one section, which remembers those that were read. CheckpointError names a wrong one."""
 
-    def __init__(self, path: Path, name: str, values: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, name: str, values: Mapping[str, str], sections: "Mapping[str, Section]") -> None:
+        """`sections`: all those of the file."""
         self.path = path
         self.name = name
         self._values = values
+        self._sections = sections
         self._read: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def sibling(self, name: str) -> "Section":
+        """Another section of the file."""
+        if name not in self._sections:
+            raise CheckpointError(f"{self.path} lacks [{name}]; convert the checkpoint again")
+        return self._sections[name]
 
     def text(self, key: str, default: str | None = None) -> str:
         """A value as it is written."""

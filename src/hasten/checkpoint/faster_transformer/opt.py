@@ -106,13 +106,13 @@ class OPT(Family):
         by_name = {spec.name: spec for spec in specs}
         into, out = (by_name.pop(name, None) for name in _PROJECTIONS)
         for tensor in super().tensors(by_name.values(), config, ranks):
-            projection = {"wte": into, "lm_head.weight": out}.get(tensor.name)
+            projection = {"model.wte": into, "model.lm_head.weight": out}.get(tensor.name)
             if projection is not None:
                 wide = replace(tensor.spec, axes=("vocab", "hidden"))
                 yield replace(
                     tensor, spec=wide, derive=_product(tensor.spec, projection, transposed=projection is into)
                 )
-            elif tensor.name == "wpe":
+            elif tensor.name == "model.wpe":
                 yield replace(tensor, skipped_rows=config.position_offset)
             else:
                 yield tensor

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hasten.checkpoint.faster_transformer.family import FileTensor
-from hasten.checkpoint.faster_transformer.folder import Folder, read_folder
+from hasten.checkpoint.faster_transformer.folder import Folder, family_of, read_folder
 from hasten.checkpoint.faster_transformer.ini import CONFIG_INI
 from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.checkpoint.manifest import Manifest
@@ -44,7 +44,11 @@ class FasterTransformerSource(RankedSource):
         if tie is not None and self.holds(tie.spec):
             specs = (*specs, tie.spec)
         tensors = tuple(filter(self._needs, self.family.tensors(specs, self.config, self.ranks)))
-        self._tensors = {tensor.spec.name: tensor for tensor in tensors if not tensor.extra}
+        self._tensors: dict[str, tuple[FileTensor, ...]] = {}
+        """Those of each parameter, in the order of its parts."""
+        for tensor in tensors:
+            if not tensor.extra:
+                self._tensors[tensor.spec.name] = (*self._tensors.get(tensor.spec.name, ()), tensor)
         self.files = tuple(folder / tensor.file(part) for tensor in tensors for part in range(tensor.parts(self.ranks)))
         self._check_files(tensors)
         if self.manifest is None and (problem := self.family.unclear(self.config, self.ranks)):
@@ -52,12 +56,12 @@ class FasterTransformerSource(RankedSource):
 
     def holds(self, spec: WeightSpec) -> bool:
         """Whether there is a file of a weight that the configuration ties to another."""
-        name = self.family.tensor(spec).file(0)
+        name = self.family.tensors_of(spec)[0].file(0)
         return (self.folder / name).is_file() if self.manifest is None else name in self.manifest.files
 
     def repeats(self, tie: Tie) -> bool:
         """Whether the files of both are alike, in either layout of a head."""
-        head, other = (self.folder / self._file(spec, 0) for spec in (tie.spec, tie.to))
+        head, other = (self.folder / self._files(spec, 0)[0] for spec in (tie.spec, tie.to))
         return filecmp.cmp(head, other, shallow=False) or super().repeats(tie)
 
     def _needs(self, tensor: FileTensor) -> bool:
@@ -66,7 +70,7 @@ class FasterTransformerSource(RankedSource):
 
     def _check_files(self, tensors: Iterable[FileTensor]) -> None:
         own = {tensor.file(part): tensor for tensor in tensors for part in range(tensor.parts(self.ranks))}
-        stray = {path.name for path in self.folder.glob("model.*.bin")} - set(own)
+        stray = {path.name for path in self.folder.glob(f"{self.family.prefix}*.bin")} - set(own)
         if stray:
             raise CheckpointError(f"{self.folder / min(stray)} belongs to no weight of this model; move it elsewhere")
         for name, tensor in own.items():
@@ -84,13 +88,19 @@ class FasterTransformerSource(RankedSource):
             )
 
     def _parts(self, spec: WeightSpec) -> int:
-        return self._tensors[spec.name].parts(self.ranks)
+        return self._tensors[spec.name][0].parts(self.ranks)
 
-    def _file(self, spec: WeightSpec, part: int) -> str:
-        return self._tensors[spec.name].file(part)
+    def _in_files(self, spec: WeightSpec) -> WeightSpec:
+        return self._tensors[spec.name][0].spec
+
+    def _files(self, spec: WeightSpec, part: int) -> list[str]:
+        return [tensor.file(part) for tensor in self._tensors[spec.name]]
 
     def _part(self, spec: WeightSpec, part: int) -> Tensor:
-        tensor = self._tensors[spec.name]
+        stored = [self._stored(tensor, spec, part) for tensor in self._tensors[spec.name]]
+        return stored[0] if len(stored) == 1 else torch.cat(stored)
+
+    def _stored(self, tensor: FileTensor, spec: WeightSpec, part: int) -> Tensor:
         shape = tensor.shape(self.config, self.ranks)
         if self.manifest is None and self.family.transposed_head and spec.name == "head.weight":
             return self._map(tensor, part, shape[::-1]).t()
@@ -102,14 +112,17 @@ class FasterTransformerSource(RankedSource):
         return torch.from_file(str(path), shared=False, size=size, dtype=dtype).view(shape)
 
 
-def _joined(ini: ModelConfig, beside: ModelConfig, folder: Path) -> ModelConfig:
+def _joined(facts: Folder, beside: ModelConfig, folder: Path) -> ModelConfig:
     """What config.json says, in the type of the files; CheckpointError where config.ini contradicts it."""
+    ini = facts.config
+    names = [] if family_of(beside.architecture) is facts.family else ["architecture"]
     for name in (
-        "architecture",
+        *names,
         "num_layers",
         "hidden_size",
         "vocab_size",
         "attention",
+        "encoder",
         "residual_after_norm",
         "parallel_residual",
         "norm_first",
@@ -133,7 +146,7 @@ def open_faster_transformer(folder: Path) -> FasterTransformerSource:
         if facts.family.unsaid is not None:
             _log.warning("%s does not say %s", folder / CONFIG_INI, facts.family.unsaid)
     else:
-        config = _joined(facts.config, facts.family.stored(read_hf_config(beside)), folder)
+        config = _joined(facts, facts.family.stored(read_hf_config(beside)), folder)
     source = FasterTransformerSource(folder, facts, config)
     if not has_own_head(source):
         return source

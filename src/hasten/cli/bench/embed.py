@@ -1,6 +1,7 @@
 """`hasten bench embed`: vectors of many texts per second."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from hasten.cli.bench.common import add_model, add_output, require_writable, write, write_plot
@@ -22,9 +23,11 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
         help="vectors of texts per second",
         description="Vectors of texts of random token ids that are all there at once: texts and tokens per second, "
         "also compared with transformers, and with sentence-transformers where it is installed, in sorted, padded "
-        "batches.",
+        "batches, and on a GPU with vLLM.",
     )
-    add_model(parser, compare="measure transformers and sentence-transformers too, alternating, and compare vectors")
+    add_model(
+        parser, compare="measure transformers, sentence-transformers and vLLM too, alternating, and compare vectors"
+    )
     parser.add_argument("--num-texts", type=positive, default=256, metavar="N", help="texts (default: 256)")
     parser.add_argument("--min-tokens", type=positive, default=8, metavar="N", help="shortest text (default: 8)")
     parser.add_argument("--max-tokens", type=positive, default=256, metavar="N", help="longest text (default: 256)")
@@ -70,7 +73,9 @@ def _others(args: argparse.Namespace, llm: "LLM", options: dict[str, Any], threa
         SentenceTransformersEmbedder,
         TransformersEmbedder,
         has_sentence_transformers,
+        vllm_embedder,
     )
+    from hasten.bench.peers import NotMeasured
     from hasten.checkpoint.hub import resolve_engine
     from hasten.core.config import EngineConfig
 
@@ -90,4 +95,11 @@ def _others(args: argparse.Namespace, llm: "LLM", options: dict[str, Any], threa
     ]
     if has_sentence_transformers() and not dummy:
         made.append(SentenceTransformersEmbedder(engine.model, **common))
+    if llm.device.type == "cuda":
+        own = {"device": llm.device, "dtype": llm.dtype, "load_format": engine.load_format}
+        theirs = vllm_embedder(engine.model, max_len=llm.engine.max_model_len, **own)
+        if isinstance(theirs, NotMeasured):
+            print(theirs.line, file=sys.stderr)
+        else:
+            made.append(theirs)
     return made

@@ -308,6 +308,7 @@ def engine_info(engine: "Engine") -> EngineInfo:
         ranks=engine.ranks.world.size,
         tokenizer_folder=None if folder is None else str(folder),
         pooling=None if worker.pooler is None else worker.pooler.info,
+        decoder_start_token_id=None if model.encoder is None else model.decoder_start_token_id,
         model_type=MODELS[model.architecture].partition(":")[0].rpartition(".")[2],
     )
 

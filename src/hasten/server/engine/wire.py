@@ -50,6 +50,8 @@ class EngineInfo:
     """Type of 8 bits of its key/value cache; None: it is in `dtype`."""
     pooling: PoolingInfo | None = None
     """What it makes of texts; None where it generates text."""
+    decoder_start_token_id: int | None = None
+    """What the outputs of an encoder-decoder begin with; None where there is no encoder."""
 
     def check_task(self, params: SamplingParams | PoolingParams) -> None:
         """InvalidRequestError where the model does not do what is asked for."""

@@ -16,7 +16,7 @@ from hasten.server.by_size import by_size
 from hasten.server.engine.client import EngineClient, EngineInfo
 from hasten.server.models.config import parameter
 from hasten.server.models.engine_model import EngineModel
-from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, ENCODER_TYPES
+from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, ENCODER_DECODER_TYPE, ENCODER_TYPES
 from hasten.server.models.pooling_parameters import pooling_params
 from hasten.server.models.work import Outcome, Work
 from hasten.server.pooling.call import Numbers, PoolingCall, Result
@@ -33,11 +33,12 @@ _OUTPUTS: dict[str, dict[str, PoolingTask]] = {
 def check_model_type(config: model_config_pb2.ModelConfig, info: EngineInfo) -> None:
     """ConfigError where the tensors of a token model are not those of the model that its engine has loaded."""
     given = parameter(config, "model_type", DEFAULT_MODEL_TYPE)
-    pooling = info.pooling
-    if pooling is None and given in _OUTPUTS:
+    pooling, encodes = info.pooling, info.decoder_start_token_id is not None
+    if pooling is None and (given in _OUTPUTS or encodes != (given == ENCODER_DECODER_TYPE)):
+        kind = "generates text" if given in _OUTPUTS else "has an encoder" if encodes else "has no encoder"
         raise ConfigError(
-            f"model '{config.name}': parameter 'model_type' is {given!r}, but the model generates text; set "
-            f"{DEFAULT_MODEL_TYPE!r}"
+            f"model '{config.name}': parameter 'model_type' is {given!r}, but the model {kind}; set "
+            f"{ENCODER_DECODER_TYPE if encodes else DEFAULT_MODEL_TYPE!r}"
         )
     if pooling is not None and given != (wanted := ENCODER_TYPES[pooling.tasks[0]]):
         raise ConfigError(

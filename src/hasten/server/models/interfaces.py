@@ -2,7 +2,7 @@
 TensorRT-LLM's; shapes are without the batch axis.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from tritonclient.grpc import model_config_pb2
@@ -125,6 +125,26 @@ _ROTARY_TOKEN = Interface(
     outputs=tuple(rule for rule in _TOKEN.outputs if rule.name not in _NOT_ROTARY),
     max_batch_size=_TOKEN.max_batch_size,
 )
+_T5_NAMES = {"input_lengths": "sequence_length", "request_output_len": "max_output_len"}
+"""What FasterTransformer's backend of T5 calls inputs, by their names in GPT's."""
+_NOT_T5 = _NOT_ROTARY | {"request_output_len", "input_lengths", "request_prompt_type"}
+_T5_TOKEN = Interface(
+    inputs=(
+        *(
+            replace(rule, name=_T5_NAMES.get(rule.name, rule.name), dims=(1,), scalar=True)
+            for rule in _TOKEN.inputs
+            if rule.name in _T5_NAMES
+        ),
+        *(rule for rule in _TOKEN.inputs if rule.name not in _NOT_T5),
+        *_options("INT32", "ia3_tasks", scalar=True),
+    ),
+    outputs=tuple(
+        replace(rule, datatype="INT32" if rule.datatype == "UINT32" else rule.datatype)
+        for rule in _TOKEN.outputs
+        if rule.name not in _NOT_T5
+    ),
+    max_batch_size=_TOKEN.max_batch_size,
+)
 _ENCODER_INPUTS = (
     TensorRule("input_ids", "UINT32", (-1,)),
     TensorRule("sequence_lengths", "INT32", (1,), scalar=True),
@@ -137,6 +157,10 @@ def _encoder(*outputs: TensorRule) -> Interface:
 
 
 DEFAULT_MODEL_TYPE = "GPT"
+ENCODER_DECODER_TYPE = "T5"
+"""Parameter `model_type` of models whose encoder reads the prompt: outputs have generated tokens alone."""
+INPUT_NAMES: dict[str, dict[str, str]] = {ENCODER_DECODER_TYPE: _T5_NAMES}
+"""What inputs are called where not as in GPT's backend, by `model_type`."""
 ENCODER_TYPES: dict[PoolingTask, str] = {
     "embed": "bert",
     "classify": "classifier",
@@ -147,6 +171,7 @@ MODEL_TYPES = {
     DEFAULT_MODEL_TYPE: _TOKEN,
     "GPT-J": _ROTARY_TOKEN,
     "GPT-NeoX": _ROTARY_TOKEN,
+    ENCODER_DECODER_TYPE: _T5_TOKEN,
     "bert": _encoder(
         TensorRule("output_hidden_state", "FP32", (-1, -1)), TensorRule("output_embedding", "FP32", (-1,))
     ),

@@ -35,7 +35,8 @@ _ALIASES = {
 _FIXED = {
     "model_type": (
         tuple(MODEL_TYPES),
-        "all decoder-only models but GPT-J and GPT-NeoX are GPT here, and all models of vectors are bert",
+        "all decoder-only models but GPT-J and GPT-NeoX are GPT here, all encoder-decoders are T5, and all models of "
+        "vectors are bert",
     ),
     # ranks use each other's memory for sums wherever their GPUs can reach it, and the results are the same
     "enable_custom_all_reduce": (("0", "1"), "it is 0 or 1"),

@@ -28,6 +28,7 @@ from hasten.server.models.sampling import sampling_options
 from hasten.server.models.work import Work
 from hasten.server.types import ErrorKind, ServiceError, Tensor
 
+_USUAL: Mapping[str, str] = {}
 _MAX_BEAMS_TOP_K = 1
 _MOST_BEAMS = 16_384
 """Of all items of a batch."""
@@ -44,6 +45,7 @@ _NOT_SUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prompt_learning_task_name_ids": (lambda value: bool(value), "the model has no prompt tables"),
     "request_prompt_lengths": (lambda value: bool(value), "prompts of embeddings are not taken"),
     "request_prompt_type": (lambda value: bool(value), "prompts of embeddings are not taken"),
+    "ia3_tasks": (lambda value: bool(value), "the model has no adapters"),
     "top_p_decay": (lambda value: value not in (0.0, 1.0), "runtime_top_p does not change from token to token"),
 }
 """Inputs that no value but those of nothing is taken for: which values those are not, and why."""
@@ -69,9 +71,23 @@ class TokenRequest:
     """Whether log-probabilities are asked for."""
 
 
-def read_items(work: Work, info: EngineInfo) -> TokenRequest:
-    """The batch; ServiceError that names item and input where something is wrong or not supported."""
-    batch_size, columns = work.batch_size, _Columns(work.inputs, work.batch_size)
+def read_items(work: Work, info: EngineInfo, names: Mapping[str, str] = _USUAL) -> TokenRequest:
+    """The batch; ServiceError that names item and input where something is wrong or not supported.
+
+    `names`: what inputs are called where not as in GPT's backend.
+    """
+    if not names:
+        return _read_items(work, work.inputs, info)
+    usual = {theirs: name for name, theirs in names.items()}
+    try:
+        return _read_items(work, {usual.get(name, name): tensor for name, tensor in work.inputs.items()}, info)
+    except ServiceError as error:
+        text = re.sub(rf"\b({'|'.join(names)})\b", lambda match: names[match[0]], str(error))
+        raise ServiceError(error.kind, text) from None
+
+
+def _read_items(work: Work, inputs: Mapping[str, Tensor], info: EngineInfo) -> TokenRequest:
+    batch_size, columns = work.batch_size, _Columns(inputs, work.batch_size)
     common = _common(work)
     _refuse_unsupported(columns)
     beam_width = columns.same("beam_width", 1)
@@ -233,6 +249,12 @@ def _prompt(columns: _Columns, place: int, info: EngineInfo) -> list[int]:
         most = f"with at least one to come, more than the longest sequence of {info.max_model_len} (max_model_len)"
         raise _wrong(place, "input_ids", f"has {length} tokens; {most}")
     prompt: list[int] = row[:length].tolist()
+    begins, start = info.decoder_start_token_id, columns.get("start_id", place)
+    if begins is not None and start not in (None, begins):
+        problem = f"is {start}, which is not supported: outputs of the model begin with token {begins}; leave it out"
+        raise _wrong(place, "start_id", problem, ErrorKind.UNSUPPORTED)
+    if not prompt and begins is not None:
+        raise _wrong(place, "input_lengths", "is 0, and the encoder needs a token")
     if not prompt:
         start = columns.get("start_id", place, info.bos_token_id)
         if start is None:

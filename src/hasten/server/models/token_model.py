@@ -8,17 +8,20 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+import numpy as np
 from tritonclient.grpc import model_config_pb2
 
 from hasten.core.types import SamplingParams
 from hasten.server.by_size import by_size
 from hasten.server.engine.client import EngineClient, Progress
-from hasten.server.models.config import is_decoupled
+from hasten.server.models.config import interface_of, is_decoupled, parameter
 from hasten.server.models.engine_model import EngineModel
+from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, ENCODER_DECODER_TYPE, INPUT_NAMES, Kind
 from hasten.server.models.token_inputs import Item, TokenRequest, read_items
 from hasten.server.models.token_outputs import BatchOutput
 from hasten.server.models.work import Outcome, Work
 from hasten.server.together import together, whenever
+from hasten.server.types import ErrorKind, ServiceError, Tensor
 
 _ITEM_BYTES = 1024
 """Of its tensors: reading an item takes as long as so many bytes, about 50 us."""
@@ -30,6 +33,10 @@ class TokenModel(EngineModel):
     def __init__(self, config: model_config_pb2.ModelConfig, engine: EngineClient) -> None:
         super().__init__(engine)
         self._decoupled = is_decoupled(config)
+        model_type = parameter(config, "model_type", DEFAULT_MODEL_TYPE)
+        self._names = INPUT_NAMES.get(model_type, {})
+        self._datatypes = {rule.name: rule.datatype for rule in interface_of(config, Kind.TOKEN).outputs}
+        self._with_prompts = model_type != ENCODER_DECODER_TYPE
 
     async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
         """One response, or if decoupled one whenever there is more."""
@@ -41,16 +48,22 @@ class TokenModel(EngineModel):
         if not self._decoupled:
             await all_items
             work.clock.compute()
-            yield await _outcome(output, work, final=True)
+            yield await self._outcome(output, work, final=True)
             return
         async with aclosing(whenever(changed, all_items)) as moments:
             async for done in moments:
                 work.clock.compute()
-                yield await _outcome(output, work, final=done)
+                yield await self._outcome(output, work, final=done)
 
     def _read(self, work: Work) -> tuple[TokenRequest, BatchOutput]:
-        asked = read_items(work, self._engine.info)
-        return asked, BatchOutput(asked)
+        asked = read_items(work, self._engine.info, self._names)
+        if not self._with_prompts and asked.log_probs and asked.beam_width > 1 and "output_log_probs" in work.outputs:
+            raise ServiceError(
+                ErrorKind.UNSUPPORTED,
+                "output 'output_log_probs' is not computed of the beams of a model with an encoder; leave it out "
+                "('cum_log_probs' has their sums)",
+            )
+        return asked, BatchOutput(asked, with_prompts=self._with_prompts)
 
     async def _follow_all(self, asked: TokenRequest, output: BatchOutput, changed: asyncio.Event, work: Work) -> None:
         items = list(enumerate(asked.items))
@@ -97,7 +110,14 @@ class TokenModel(EngineModel):
                 log_probs += [entry[token].logprob for token, entry in known if entry is not None]
         output.score(place, index, log_probs)
 
+    async def _outcome(self, output: BatchOutput, work: Work, *, final: bool) -> Outcome:
+        now = output.snapshot()
+        tensors = await by_size(now.nbytes, now.tensors, work.outputs)
+        return Outcome([self._typed(tensor) for tensor in tensors], final)
 
-async def _outcome(output: BatchOutput, work: Work, *, final: bool) -> Outcome:
-    now = output.snapshot()
-    return Outcome(await by_size(now.nbytes, now.tensors, work.outputs), final)
+    def _typed(self, tensor: Tensor) -> Tensor:
+        """A tensor in the data type that this backend gives it: token ids and lengths are signed in some."""
+        datatype = self._datatypes.get(tensor.name, tensor.datatype)
+        if datatype == tensor.datatype:
+            return tensor
+        return Tensor(tensor.name, datatype, tensor.shape, tensor.data.view(np.int32))

@@ -1,8 +1,8 @@
 """FasterTransformer's output tensors of a batch, filled as its tokens come.
 
-output_ids [batch, beam, longest]: prompt and generated tokens, then the item's end_id. sequence_length and
-response_input_lengths [batch, beam]. cum_log_probs [batch, beam] and output_log_probs [batch, beam, most generated],
-0 behind the end, where log-probabilities are asked for.
+output_ids [batch, beam, longest]: prompt and generated tokens, of an encoder-decoder generated ones alone, then the
+item's end_id. sequence_length, of these tokens, and response_input_lengths [batch, beam]. cum_log_probs [batch, beam]
+and output_log_probs [batch, beam, most generated], 0 behind the end, where log-probabilities are asked for.
 """
 
 from collections.abc import Sequence, Set
@@ -77,15 +77,17 @@ def _behind(rows: NDArray[Any], lengths: NDArray[Any], filler: NDArray[Any]) -> 
 class BatchOutput:
     """What has become of a batch so far. Arrays only ever grow behind what a snapshot has."""
 
-    def __init__(self, asked: TokenRequest) -> None:
+    def __init__(self, asked: TokenRequest, *, with_prompts: bool = True) -> None:
+        """`with_prompts`: whether outputs begin with their prompts."""
         self._asked = asked
         beams = (len(asked.items), asked.beam_width)
-        lengths = np.array([len(item.prompt) for item in asked.items])
+        prompts = [item.prompt if with_prompts else [] for item in asked.items]
+        lengths = np.array(list(map(len, prompts)))
         self._prompt_lengths = np.repeat(lengths[:, np.newaxis].astype(np.int32), asked.beam_width, axis=1)
         self._lengths = self._prompt_lengths.astype(np.uint32)
         self._ids = np.zeros((*beams, int(lengths.max()) + _ROOM), np.uint32)
-        for row, item in zip(self._ids, asked.items, strict=True):
-            row[:, : len(item.prompt)] = item.prompt
+        for row, prompt in zip(self._ids, prompts, strict=True):
+            row[:, : len(prompt)] = prompt
         self._cumulative = np.zeros(beams)
         self._log_probs = np.zeros((*beams, _ROOM), np.float32)
 
