@@ -19,6 +19,7 @@ from hasten.core.errors import EngineError, HastenError, InvalidRequestError
 from hasten.core.types import (
     CompletionOutput,
     FinishReason,
+    PoolingParams,
     PoolingRequestOutput,
     Request,
     RequestOutput,
@@ -124,10 +125,10 @@ class Engine:
         """The thread that is changing the engine's state, for as long as that takes."""
 
     def _new_scheduler(self) -> Scheduler:
-        cache = self.config.cache
-        keeps = cache.enable_prefix_caching and self.worker.pooler is None
-        window = self.worker.model_config.widest_window
-        blocks = BlockManager(self.worker.num_blocks, cache.block_size, enable_prefix_caching=keeps, window=window)
+        cache, worker = self.config.cache, self.worker
+        keeps = cache.enable_prefix_caching and worker.pooler is None
+        window = worker.model_config.widest_window
+        blocks = BlockManager(worker.num_blocks, worker.block_size, enable_prefix_caching=keeps, window=window)
         return Scheduler(self.worker.scheduler_config, blocks, self.worker.stage.size)
 
     def _new_checks(self) -> RequestChecks:
@@ -470,13 +471,15 @@ class Engine:
         """Finish the texts of a step; one that was withdrawn since is nobody's."""
         pooler = self.worker.pooler
         assert pooler is not None
-        for sequence, (vector, rows) in zip(sequences, pooled.collect(), strict=True):
+        states: dict[int, PoolingState] = {}
+        params: dict[int, PoolingParams] = {}
+        for place, sequence in enumerate(sequences):
             state = self._owners.get(sequence.key)
-            if not isinstance(state, PoolingState):
-                continue
+            if isinstance(state, PoolingState) and state.request.pooling is not None:
+                states[place], params[place] = state, state.request.pooling
+        for place, found in pooler.outputs(params, pooled).items():
+            state, sequence = states[place], sequences[place]
             request = state.request
-            assert request.pooling is not None
-            found = pooler.output(request.pooling, vector, rows)
             ids = list(request.prompt_token_ids)
             state.output = PoolingRequestOutput(request.request_id, request.prompt, ids, found)
             touched[sequence.request_id] = state

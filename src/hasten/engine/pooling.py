@@ -3,7 +3,7 @@
 Shapes: t tokens of the flat batch, s texts, h hidden, w width of a vector, or labels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -67,13 +67,11 @@ class Pooled:
         self._has_vectors, self._has_rows = vectors_sw is not None, rows_tw is not None
         self._copy = ops.HostCopy([tensor for tensor in (vectors_sw, rows_tw) if tensor is not None])
 
-    def collect(self) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Vector [w] and rows [t, w] of each text, in fp32. Waits until the device has computed them."""
+    def collect(self) -> tuple[Tensor | None, Sequence[Tensor]]:
+        """Vectors [s, w], and rows [t, w] of each text, in fp32. Waits until the device has computed them."""
         tensors = self._copy.wait()
-        none = [None] * len(self._counts)
-        vectors = list(tensors[0]) if self._has_vectors else none
-        rows = [part.clone() for part in tensors[-1].split(list(self._counts))] if self._has_rows else none
-        return list(zip(vectors, rows, strict=True))
+        rows = [part.clone() for part in tensors[-1].split(list(self._counts))] if self._has_rows else []
+        return tensors[0] if self._has_vectors else None, rows
 
 
 @dataclass(frozen=True)
@@ -151,19 +149,40 @@ class Pooler:
             pooled_sw = _through(dense, pooled_sw)
         return pooled_sw
 
-    def output(self, params: PoolingParams, vector_w: Tensor | None, rows_tw: Tensor | None) -> PooledOutput:
-        """What a request gets."""
-        found = rows_tw if params.task in _OF_TOKENS else vector_w
-        assert found is not None
-        if not bool(found.isfinite().all()):
-            return FailedOutput(_NOT_FINITE)
+    def outputs(self, params: Mapping[int, PoolingParams], pooled: Pooled) -> dict[int, PooledOutput]:
+        """What the requests of a step get, by their places in it; those that ask for the same are finished together."""
+        vectors_sw, rows = pooled.collect()
+        found: dict[int, PooledOutput] = {}
+        same: dict[PoolingParams, list[int]] = {}
+        for place, each in params.items():
+            same.setdefault(each, []).append(place)
+        for each, places in same.items():
+            if each.task in _OF_TOKENS:
+                found |= {place: self._of_tokens(each, rows[place]) for place in places}
+            else:
+                assert vectors_sw is not None
+                found |= zip(places, self._of_texts(each, vectors_sw[places]), strict=True)
+        return found
+
+    def _of_tokens(self, params: PoolingParams, rows_tw: Tensor) -> PooledOutput:
+        finite = bool(rows_tw.isfinite().all())
+        return PoolingOutput(self._made(params, rows_tw)) if finite else FailedOutput(_NOT_FINITE)
+
+    def _of_texts(self, params: PoolingParams, vectors_sw: Tensor) -> Iterable[PooledOutput]:
+        kinds: dict[PoolingTask, Callable[[list[float]], PooledOutput]] = {
+            "embed": EmbeddingOutput,
+            "classify": ClassificationOutput,
+            "score": lambda scores: ScoringOutput(scores[0]),
+        }
+        make, finite = kinds[params.task], vectors_sw.isfinite().all(-1).tolist()
+        made = self._made(params, vectors_sw).tolist()
+        return (make(each) if right else FailedOutput(_NOT_FINITE) for each, right in zip(made, finite, strict=True))
+
+    def _made(self, params: PoolingParams, found: Tensor) -> Tensor:
+        """Vectors or scores of rows."""
         if params.task in ("embed", "token_embed"):
-            vector = self._finished(found, params)
-            return EmbeddingOutput(vector.tolist()) if params.task == "embed" else PoolingOutput(vector)
-        scores = self._activated(found) if params.activation else found
-        if params.task == "token_classify":
-            return PoolingOutput(scores)
-        return ScoringOutput(float(scores)) if params.task == "score" else ClassificationOutput(scores.tolist())
+            return self._finished(found, params)
+        return self._activated(found) if params.activation else found
 
     def _finished(self, vector: Tensor, params: PoolingParams) -> Tensor:
         if params.dimensions is not None:

@@ -143,7 +143,7 @@ class StepMessage:
             prompt_rows=[row for row, _, _ in batch.prompt_positions()],
             edits=edits,
             copies=batch.copies,
-            positions=[row for sequence in sequences for row in sequence.position_rows or ()],
+            positions=_positions(sequences, counts),
             input_rows=[row_of[each.key] for each in given],
             input_lens=[len(each.token_ids) for each in given],
             encoder_ids=[token for each in batch.inputs for token in each.token_ids],
@@ -240,6 +240,16 @@ class StepMessage:
 
 
 _SINGLE, _LISTS = 4, 17
+
+
+def _positions(sequences: list[Sequence], counts: list[int]) -> list[int]:
+    """Rows of all tokens in the model's table of positions; none where all are their tokens' positions."""
+    if all(sequence.position_rows is None for sequence in sequences):
+        return []
+    firsts = (sequence.num_computed for sequence in sequences)
+    rows = (sequence.position_rows for sequence in sequences)
+    found = (own or range(first, first + n) for own, first, n in zip(rows, firsts, counts, strict=True))
+    return list(chain.from_iterable(found))
 
 
 def _moves(sequences: list[Sequence]) -> Iterable[BeamMove]:

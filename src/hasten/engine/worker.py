@@ -66,6 +66,9 @@ _LEAST_STEP_TOKENS = 1024
 _TEXT_STEP_TOKENS = {"cpu": 1, "cuda": 32_768}
 """Tokens of a step of texts of which vectors or scores are made, at least: nobody waits for the end of a step, and a
 GPU takes a third less time over as many tokens in larger steps (docs/performance.md)."""
+_STEP_BLOCK = 64
+"""Least tokens of a block of a cache that holds one step's texts, on a GPU: nobody shares blocks, and fewer of them are
+less work for the host."""
 _WARMUP_TOKENS, _WARMUP_SEQUENCES = 512, (1, 4, 24, 48, 128)
 """Steps that are run before the first request comes: kernels are made for a few ranges of rows, and these hit each."""
 _MOST_EXCHANGED_ROWS = 256
@@ -156,11 +159,15 @@ class Worker:
         the other stages are to have the next steps by then."""
         self.pooler = pooler_of(model, checkpoint, self.device)
         """What makes vectors or scores of texts; None where text is generated."""
+        self.block_size = config.cache.block_size
+        """Tokens in a block of the cache."""
+        if self.pooler is not None and self.device.type == "cuda":
+            self.block_size = max(self.block_size, _STEP_BLOCK)
         self.runner = Runner(
             model,
             dtype,
             self.device,
-            config.cache.block_size,
+            self.block_size,
             config.scheduler.max_num_seqs,
             deterministic=config.deterministic,
             hidden_size=self.model_config.hidden_size,
@@ -261,7 +268,7 @@ class Worker:
 
     def _make_cache(self, config: EngineConfig) -> tuple[int, int]:
         """Longest sequence and number of blocks of the cache, which is then there; the same on every rank."""
-        block_size, asked = config.cache.block_size, config.scheduler.max_model_len
+        block_size, asked = self.block_size, config.scheduler.max_model_len
         length = asked or self.model_config.max_position_embeddings or DEFAULT_MODEL_LEN
         ropes = RopeTables(length, self.device)  # some change with the length: this one, whatever the memory allows
         with explained_out_of_memory("sizing the cache", self._advice):
@@ -334,7 +341,7 @@ class Worker:
     def _make_step_cache(self, config: EngineConfig) -> tuple[int, int]:
         """Longest text and number of blocks of a cache that holds the keys and values of one layer, for one step."""
         assert self.pooler is not None
-        block_size, scheduler = config.cache.block_size, config.scheduler
+        block_size, scheduler = self.block_size, config.scheduler
         limits = (
             scheduler.max_model_len,
             self.model_config.max_position_embeddings,
@@ -364,7 +371,7 @@ class Worker:
             scheduler = config.scheduler
             most, sequences = scheduler.max_num_batched_tokens or 1, scheduler.max_num_seqs
             ranges = None if config.cache.eight_bits is None else self.runner.placeholder_ranges
-            self.runner.allocate_cache(1, -(-length // config.cache.block_size), ropes, ranges)
+            self.runner.allocate_cache(1, -(-length // self.block_size), ropes, ranges)
             steps = [(most, sequences), *((_WARMUP_TOKENS, count) for count in _WARMUP_SEQUENCES)]
             steps += [(count, count) for count in (*_WARMUP_SEQUENCES, sequences)]
             steps = [(tokens, count) for tokens, count in steps if tokens <= most and count <= sequences]
@@ -391,7 +398,7 @@ class Worker:
         if self.device.type == "cpu":
             return free_memory(self.device, config.cache.gpu_memory_utilization, self.ranks.local_size)
         assert config.scheduler.max_num_batched_tokens is not None
-        self.runner.allocate_cache(1, -(-length // config.cache.block_size), ropes, ranges)
+        self.runner.allocate_cache(1, -(-length // self.block_size), ropes, ranges)
         working = self.runner.warm_up(config.scheduler.max_num_batched_tokens, [config.scheduler.max_num_seqs])
         self.runner.release_cache()
         torch.cuda.empty_cache()

@@ -102,9 +102,12 @@ def make_classifier(config: ModelConfig) -> Classifier | None:
 def position_rows(config: ModelConfig, token_ids: Sequence[int], type_ids: Sequence[int]) -> list[int] | None:
     """The row that each token takes in the tables of positions and types, which follow each other by type: [t].
 
-    None where the model has no such tables, or is a decoder; without `type_ids`, all tokens are of type 0.
+    None where these are the tokens' positions, where the model has no such tables, and in a decoder; without
+    `type_ids`, all tokens are of type 0.
     """
     if not config.num_positions or config.attention.causal:
+        return None
+    if not (type_ids or config.position_offset or config.skips_padding):
         return None
     rows = np.arange(config.position_offset, config.position_offset + len(token_ids))
     if config.skips_padding and config.pad_token_id in token_ids:
