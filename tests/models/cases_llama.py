@@ -77,6 +77,19 @@ MODELS: dict[str, Model] = {
             "rope_parameters": YARN,
         },
     ),
+    "seed-oss": ("SeedOss", {"head_dim": 20, "attention_out_bias": True}),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
+    "smollm3, windows": (
+        "SmolLM3",
+        {
+            "no_rope_layers": [0, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
 }
 
 
@@ -107,6 +120,8 @@ CONTROLS: dict[str, tuple[str, Change]] = {
     "a token more in the window": ("mistral", lambda config: with_window(config, 1)),
     "half of a Phi's head turns": ("phi3", lambda config: with_rope(config, width=12)),
     "a token more in a Phi's window": ("phi3", lambda config: with_window(config, 1)),
+    "layers without positions": ("smollm3", lambda config: replace(config, layer_attention=())),
+    "a token more in a SmolLM's window": ("smollm3, windows", lambda config: with_window(config, 1)),
     "windows in some layers": ("qwen2, windows", lambda config: replace(config, layer_attention=())),
     "a window in the first layer": (
         "qwen2, windows",
@@ -123,6 +138,8 @@ WEIGHTS = {
     "norms of keys": ("qwen3", "model.layers.1.self_attn.k_norm.weight"),
     "biases of queries": ("qwen2", "model.layers.1.self_attn.q_proj.bias"),
     "biases of values": ("qwen2", "model.layers.1.self_attn.v_proj.bias"),
+    "Seed-OSS's biases of queries": ("seed-oss", "model.layers.1.self_attn.q_proj.bias"),
+    "Seed-OSS's biases of the output": ("seed-oss", "model.layers.1.self_attn.o_proj.bias"),
     "biases of the output": ("llama, biases, tied, head size, gelu", "model.layers.1.self_attn.o_proj.bias"),
     "biases of the gate": ("llama, biases, tied, head size, gelu", "model.layers.1.mlp.gate_proj.bias"),
     "biases of the MLP's output": ("llama, biases, tied, head size, gelu", "model.layers.1.mlp.down_proj.bias"),
@@ -132,7 +149,7 @@ CASES = Cases(
     models=MODELS,
     controls=CONTROLS,
     weights=WEIGHTS,
-    served=["llama, one key head", "gemma2", "mistral", "qwen2, windows", "qwen3, all of it"],
+    served=["llama, one key head", "gemma2", "mistral", "qwen2, windows", "qwen3, all of it", "smollm3, windows"],
     ranks=[("phi3", 4), ("gemma2", 2), ("qwen3, all of it", 4), ("llama, one key head", 2)],
     converted=[("qwen3, all of it", ranks) for ranks in (1, 2, 4)],
     leftovers={"llama": [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(3)]},

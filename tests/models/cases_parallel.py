@@ -45,6 +45,22 @@ MODELS: dict[str, Model] = {
     ),
     "cohere2": ("Cohere2", {"sliding_window": 7, "sliding_window_pattern": 3, "logit_scale": 0.7}),
     "olmo2": ("Olmo2", {"num_key_value_heads": 1, "attention_bias": True}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 500.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                },
+            },
+        },
+    ),
 }
 
 CONTROLS: dict[str, tuple[str, Change]] = {
@@ -80,6 +96,8 @@ CONTROLS: dict[str, tuple[str, Change]] = {
             ),
         ),
     ),
+    "OLMo 3's ropes": ("olmo3", lambda config: with_rope(config, kind="default")),
+    "a token more in OLMo 3's window": ("olmo3", lambda config: with_window(config, 1)),
     "OLMo's norms of all heads": ("olmo2", lambda config: with_attention(config, qk_norm="layer_by_head")),
 }
 
@@ -113,7 +131,7 @@ CASES = Cases(
     models=MODELS,
     controls=CONTROLS,
     weights=WEIGHTS,
-    served=["neox", "gptj", "falcon rw", "cohere2", "olmo2"],
+    served=["neox", "gptj", "falcon rw", "cohere2", "olmo3"],
     ranks=[
         ("gptj", 2),
         ("falcon 40b", 4),

@@ -160,6 +160,10 @@ def test_settings_that_act_in_transformers_alone_are_named(
     [
         ("DeepseekV3ForCausalLM", "a model with latent attention"),
         ("OlmoeForCausalLM", "a mixture of experts of another build"),
+        ("Llama4ForCausalLM", "a mixture of experts of another build"),
+        ("Llama4ForConditionalGeneration", "a model of images and text"),
+        ("Qwen3NextForCausalLM", "a model with recurrent layers"),
+        ("GraniteMoeHybridForCausalLM", "a model with recurrent layers"),
         ("PegasusForConditionalGeneration", "an encoder-decoder"),
         ("ElectraModel", "an encoder of another build, or with another head"),
         ("LlamaForSequenceClassification", "a classifier of another build"),

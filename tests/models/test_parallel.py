@@ -1,4 +1,4 @@
-"""config.json of the families with parallel residuals and of OLMo 2, and ALiBi in Falcon."""
+"""config.json of the families with parallel residuals and of newer ones, and ALiBi in Falcon."""
 
 import json
 from dataclasses import asdict
@@ -27,7 +27,10 @@ RAW: dict[str, dict[str, Any]] = {
     "GPTJForCausalLM": {"n_embd": 768, "n_layer": 4, "n_head": 12},
     "GPTNeoXForCausalLM": WIDTHS | {"vocab_size": 50_432},
     "Olmo2ForCausalLM": WIDTHS | {"vocab_size": 50_304},
+    "Olmo3ForCausalLM": WIDTHS | {"vocab_size": 50_304},
     "PhiForCausalLM": WIDTHS | {"vocab_size": 51_200},
+    "SeedOssForCausalLM": WIDTHS | {"num_attention_heads": 32, "vocab_size": 155_136},
+    "SmolLM3ForCausalLM": WIDTHS | {"vocab_size": 128_256},
     "StableLmForCausalLM": WIDTHS | {"num_attention_heads": 32, "vocab_size": 50_304},
 }
 """The keys without which a model has no shape."""
@@ -51,7 +54,11 @@ def test_what_a_config_leaves_out_is_as_in_hugging_face(architecture: str) -> No
     assert found.attention.num_heads == reference.num_attention_heads
     if architecture != "GPTJForCausalLM":
         assert found.attention.rope is not None
-        assert found.attention.rope.theta == reference.rope_parameters["rope_theta"]
+        rope = reference.rope_parameters
+        assert found.attention.rope.theta == rope.get("full_attention", rope)["rope_theta"]
+    for layer, kind in enumerate(getattr(reference, "layer_types", None) or ()):
+        window = reference.sliding_window if kind == "sliding_attention" else None
+        assert found.attention_of(layer).window == window
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -76,7 +83,20 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "GPTJForCausalLM": {"gradient_checkpointing": False, "rotary": True, "scale_attn_weights": True},
     "GPTNeoXForCausalLM": {"attention_probs_dropout_prob": 0, "hidden_dropout_prob": 0, "rotary_emb_base": 10_000},
     "Olmo2ForCausalLM": {"rope_scaling": None, "rope_theta": 500_000},
+    "Olmo3ForCausalLM": {
+        "rope_scaling": {
+            "attention_factor": 1.2079441541679836,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "yarn",
+        },
+        "rope_theta": 500_000,
+    },
     "PhiForCausalLM": {"embd_pdrop": 0.0, "partial_rotary_factor": 0.5, "rope_scaling": None},
+    "SeedOssForCausalLM": {"rope_scaling": {"rope_type": "default"}, "rope_theta": 1e7},
+    "SmolLM3ForCausalLM": {"max_window_layers": 28, "rope_scaling": None, "rope_theta": 5e6, "sliding_window": 4096},
     "StableLmForCausalLM": {"partial_rotary_factor": 0.25, "rotary_scaling_factor": 1.0},
 }
 """Keys that published checkpoints have and a new version of transformers does not write."""
@@ -140,6 +160,17 @@ def test_the_longest_sequence_of_command_r_is_the_one_it_was_trained_for() -> No
             {"position_embedding_type": "alibi"},
             "position_embedding_type 'alibi' is not supported",
         ),
+        (
+            "SmolLM3ForCausalLM",
+            {"no_rope_layers": [1, 0]},
+            r"no_rope_layers \[1, 0\] is not a list of 0 or 1 for each of 4",
+        ),
+        (
+            "SmolLM3ForCausalLM",
+            {"layer_types": ["sliding_attention"] * 4},
+            "use_sliding_window and sliding_window give",
+        ),
+        ("Olmo3ForCausalLM", {"sliding_window": 0}, "sliding_window has a value of the wrong kind"),
         ("CohereForCausalLM", {"logit_scale": "big"}, "logit_scale has a value of the wrong kind"),
     ],
 )

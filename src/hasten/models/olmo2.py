@@ -30,7 +30,7 @@ from hasten.ops.partial_sum import PartialSum
 from hasten.parallel.groups import ParallelGroups
 from hasten.parallel.shard import Split
 
-_MAX_POSITION = 2048
+MAX_POSITION = 2048
 
 
 class Olmo2Block(nn.Module):
@@ -65,17 +65,22 @@ class Olmo2ForCausalLM(LlamaForCausalLM):
     @staticmethod
     def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         """Read Hugging Face's config.json, with the rope under its keys of old and new versions."""
-        bias = hf_config.flag(raw, "attention_bias", False)
-        attention = attention_from_hf(raw, max_position=_MAX_POSITION)
-        attention = replace(attention, qkv_bias=bias, dense_bias=bias, qk_norm="rms_of_all_heads")
-        config = config_from_hf(raw, "Olmo2ForCausalLM", attention, max_position=_MAX_POSITION, eos=50_279)
-        config = replace(config, norm_eps=hf_config.fraction(raw, "rms_norm_eps", 1e-5))
-        return replace(config, pad_token_id=hf_config.token(raw, "pad_token_id", 1))
+        return olmo_from_hf(raw, "Olmo2ForCausalLM")
 
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:
         """Names, layouts and splits of all weights."""
         return weight_map_of(config, lambda layer: _of_layer(config, layer))
+
+
+def olmo_from_hf(raw: Mapping[str, Any], architecture: str, **rope: Any) -> ModelConfig:
+    """What OLMo 2 and 3 have in common; `rope`: keywords of `attention_from_hf` for it."""
+    bias = hf_config.flag(raw, "attention_bias", False)
+    attention = attention_from_hf(raw, max_position=MAX_POSITION, **rope)
+    attention = replace(attention, qkv_bias=bias, dense_bias=bias, qk_norm="rms_of_all_heads")
+    config = config_from_hf(raw, architecture, attention, max_position=MAX_POSITION, eos=50_279)
+    config = replace(config, norm_eps=hf_config.fraction(raw, "rms_norm_eps", 1e-5))
+    return replace(config, pad_token_id=hf_config.token(raw, "pad_token_id", 1))
 
 
 def _of_layer(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
