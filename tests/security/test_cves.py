@@ -42,7 +42,7 @@ from tests.security.site import (
     tensor,
     text_message,
 )
-from tests.server.loop_thread import LoopThread
+from tests.server.running import running_with_routes
 from tests.server.transport_fixtures import Transports
 from tests.server.transport_fixtures import serving as serving_transports
 from tests.waiting import eventually
@@ -54,8 +54,6 @@ from hasten.core.kernel_cache import check_kernel_cache
 from hasten.engine.chat import ChatTemplate, RenderLimits
 from hasten.server import app
 from hasten.server.options import EndpointOptions, SecurityOptions, ServeOptions
-from hasten.server.protocol.http import http_app
-from hasten.server.protocol.settings import LogSettings
 from hasten.server.protocol.shared_memory import FOLDER, SharedMemory
 from hasten.server.security import ApiKeys
 from hasten.server.tools.forms import HERMES, LLAMA, MISTRAL, ToolForm
@@ -605,34 +603,18 @@ _OPEN = {"/", "/docs", "/health", "/ping", "/v2/health/live", "/v2/health/ready"
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[app.Server, dict[int, Sequence[Any]]]]:
     """A server without models, with keys for metrics too; and the routes of its ports, by number."""
-    folder, routes = tmp_path_factory.mktemp("empty"), list[Sequence[Any]]()
+    folder = tmp_path_factory.mktemp("empty")
     (folder / "models").mkdir()
     for name in ("keys", "metrics"):
         (folder / name).write_text(f"{name}-key\n")
-
-    def recorded(given: Sequence[Any], *arguments: Any) -> Any:
-        routes.append(given)
-        return http_app(given, *arguments)
 
     options = ServeOptions(
         model_repository=(str(folder / "models"),),
         endpoints=EndpointOptions(http_port=0, grpc_port=0, metrics_port=0, grpc_max_connections=_CONNECTIONS),
         security=SecurityOptions(api_key_file=str(folder / "keys"), metrics_key_file=str(folder / "metrics")),
     )
-    thread = LoopThread()
-
-    async def made() -> app.Server:
-        return app.Server(options, LogSettings())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "http_app", recorded)
-        server = thread.run(made())
-        thread.run(server.start())
-    assert server.http is not None
-    assert server.metrics is not None
-    yield server, dict(zip((server.http.port, server.metrics.port), routes, strict=True))
-    thread.run(server.stop(0))
-    thread.close()
+    with running_with_routes(options) as served:
+        yield served
 
 
 @about("unkeyed routes")

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 import pytest
-from tests.waiting import LIMIT_S
+from tests.waiting import LIMIT_S, eventually
 
 from hasten.core.config import EngineConfig
 from hasten.engine.llm import LLM
 from hasten.server.engine.client import EngineClient
 
 if TYPE_CHECKING:
+    import openai
     from tests.server.openai_site import Site
 
 # By default httpx gives an answer 5 s, which it may need longer for on a busy machine.
@@ -61,3 +62,19 @@ def tool_site(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Site]":
     site = serve_tools(tmp_path_factory.mktemp("tools"))
     yield site
     site.close()
+
+
+@pytest.fixture(scope="session")
+def tool_client(tool_site: "Site") -> "Iterator[openai.OpenAI]":
+    """The stock openai client of `tool_site`."""
+    import openai
+
+    with openai.OpenAI(base_url=f"{tool_site.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def tool_engine_left_idle(tool_site: "Site") -> Iterator[None]:
+    """Checks after the test that the engine of `tool_site` computes nothing and holds no blocks."""
+    yield
+    eventually(lambda: tool_site.engine("tokens").ready and tool_site.idle("tokens"))

@@ -8,8 +8,8 @@ import grpc
 import httpx
 import openai
 import pytest
-from tests.server.loop_thread import LoopThread
-from tests.server.test_app import made, options
+from tests.server.running import running
+from tests.server.test_app import options
 from tests.waiting import eventually
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
@@ -21,15 +21,9 @@ from hasten.server.app import Server
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server without models."""
-    thread = LoopThread()
     folder: Path = tmp_path_factory.mktemp("models")
-    try:
-        server = thread.run(made(options(folder)))
-        thread.run(server.start())
+    with running(options(folder)) as server:
         yield server
-        thread.run(server.stop(0))
-    finally:
-        thread.close()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 import tritonclient.grpc as grpcclient
 from google.protobuf import text_format
 from tests.server.loop_thread import LoopThread
+from tests.server.running import created, running
 from tests.waiting import LIMIT_S
 
 from hasten.core.config import EngineConfig
@@ -24,7 +25,6 @@ from hasten.server.options import (
     ServeOptions,
     ServerOptions,
 )
-from hasten.server.protocol.settings import LogSettings
 from hasten.server.tables import backend_table, table
 
 LOCAL: dict[str, Any] = {"http_address": "127.0.0.1", "grpc_address": "127.0.0.1"}
@@ -43,20 +43,14 @@ def thread() -> Iterator[LoopThread]:
     thread.close()
 
 
-async def made(given: ServeOptions) -> Server:
-    return Server(given, LogSettings())
-
-
 @pytest.fixture
-def empty(thread: LoopThread, tmp_path: Path) -> Iterator[Server]:
+def empty(tmp_path: Path) -> Iterator[Server]:
     """A server without models, with a key."""
     (tmp_path / "keys").write_text("secret\n")
     (tmp_path / "models").mkdir()
     security = SecurityOptions(api_key_file=str(tmp_path / "keys"))
-    server = thread.run(made(options(tmp_path / "models", security=security)))
-    thread.run(server.start())
-    yield server
-    thread.run(server.stop(0))
+    with running(options(tmp_path / "models", security=security)) as server:
+        yield server
 
 
 def test_all_doors_are_open(empty: Server) -> None:
@@ -80,7 +74,7 @@ def test_all_doors_are_open(empty: Server) -> None:
 
 def test_what_is_not_allowed_is_not_served(thread: LoopThread, tmp_path: Path) -> None:
     ends = EndpointOptions(http_port=0, allow_grpc=False, allow_metrics=False, **LOCAL)
-    server = thread.run(made(options(tmp_path, endpoints=ends)))
+    server = thread.run(created(options(tmp_path, endpoints=ends)))
     thread.run(server.start())
     assert server.grpc is None
     assert server.metrics is None
@@ -96,7 +90,7 @@ def test_a_port_in_use_leaves_nothing_open(thread: LoopThread, tmp_path: Path) -
         for name in ("http", "grpc", "metrics"):
             ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, f"{name}_port": port}
             with pytest.raises(ConfigError, match=rf"cannot listen on 127.0.0.1:{port} \(--{name}-port\): Address alr"):
-                thread.run(made(options(tmp_path, endpoints=EndpointOptions(**ports, **LOCAL))))
+                thread.run(created(options(tmp_path, endpoints=EndpointOptions(**ports, **LOCAL))))
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server_if_that_is_wanted(
@@ -104,12 +98,12 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_if_that_is_wanted(
 ) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.pbtxt").write_text("nonsense { }")
-    server = thread.run(made(options(tmp_path, repository=RepositoryOptions())))
+    server = thread.run(created(options(tmp_path, repository=RepositoryOptions())))
     with pytest.raises(ConfigError, match="not all models could be loaded: broken"):
         thread.run(server.start())
     thread.run(server.stop(0))
     lenient = ServerOptions(exit_on_error=False)
-    server = thread.run(made(options(tmp_path, repository=RepositoryOptions(), server=lenient)))
+    server = thread.run(created(options(tmp_path, repository=RepositoryOptions(), server=lenient)))
     with caplog.at_level(logging.INFO, "hasten"):
         thread.run(server.start())
     assert server.http is not None
@@ -125,7 +119,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_if_that_is_wanted(
 def test_what_is_loaded_and_where_it_is_served_is_said(
     thread: LoopThread, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = thread.run(made(options(tmp_path)))
+    server = thread.run(created(options(tmp_path)))
     with caplog.at_level(logging.DEBUG, "hasten"):
         thread.run(server.start())
     assert server.http is not None
@@ -219,7 +213,7 @@ def test_what_computes_which_models() -> None:
 
 
 def test_a_server_whose_start_takes_long_lives_meanwhile(thread: LoopThread, tmp_path: Path) -> None:
-    server = thread.run(made(options(tmp_path)))
+    server = thread.run(created(options(tmp_path)))
     assert server.http is not None
     loading = asyncio.Event()
 

@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import openai
 import pytest
 from tests.server.openai_site import Site
 from tests.server.tool_model import TOOLS
-from tests.waiting import eventually
 
-pytestmark = pytest.mark.any_python
+pytestmark = [pytest.mark.any_python, pytest.mark.usefixtures("tool_engine_left_idle")]
 
 anthropic: Any = pytest.importorskip("anthropic")
 SAID = "Anna opened the door."
@@ -30,23 +28,11 @@ def client(tool_site: Site) -> Iterator[Any]:
         yield made
 
 
-@pytest.fixture(scope="module")
-def chats(tool_site: Site) -> Iterator[Any]:
-    with openai.OpenAI(base_url=f"{tool_site.url}/v1", api_key="none", max_retries=0) as made:
-        yield made.chat.completions
-
-
-@pytest.fixture(autouse=True)
-def leaves_nothing(tool_site: Site) -> Iterator[None]:
-    yield
-    eventually(lambda: tool_site.engine("tokens").ready and tool_site.idle("tokens"))
-
-
-def test_a_message_is_the_chats_answer(client: Any, chats: Any) -> None:
+def test_a_message_is_the_chats_answer(client: Any, tool_client: Any) -> None:
     system = [{"type": "text", "text": "Tell.", "cache_control": {"type": "ephemeral"}}]
     made = client.messages.create(**COMMON | {"max_tokens": 9}, system=system, extra_body={"seed": 1})
     messages = [{"role": "system", "content": "Tell."}, *COMMON["messages"]]
-    right = chats.create(model="story", messages=messages, max_tokens=9, seed=1)
+    right = tool_client.chat.completions.create(model="story", messages=messages, max_tokens=9, seed=1)
     assert [block.text for block in made.content] == [right.choices[0].message.content]
     assert (made.usage.input_tokens, made.usage.output_tokens) == (right.usage.prompt_tokens, 9)
     assert (made.type, made.role, made.stop_reason, made.stop_sequence) == ("message", "assistant", "max_tokens", None)
@@ -54,19 +40,19 @@ def test_a_message_is_the_chats_answer(client: Any, chats: Any) -> None:
     assert counted.input_tokens == made.usage.input_tokens
 
 
-def test_a_stop_sequence_is_named(client: Any, chats: Any) -> None:
+def test_a_stop_sequence_is_named(client: Any, tool_client: Any) -> None:
     common = COMMON | {"max_tokens": 60, "extra_body": {"temperature": 0.0}}
     text = client.messages.create(**common).content[0].text
     assert "." in text
     made = client.messages.create(**common, stop_sequences=["never", "."])
     assert (made.stop_reason, made.stop_sequence) == ("stop_sequence", ".")
     assert made.content[0].text == text.partition(".")[0]
-    answer = chats.create(**common, stop=["never", "."]).choices[0]
+    answer = tool_client.chat.completions.create(**common, stop=["never", "."]).choices[0]
     assert answer.stop_reason == "."
-    assert not hasattr(chats.create(**common | {"max_tokens": 1}).choices[0], "stop_reason")
+    assert not hasattr(tool_client.chat.completions.create(**common | {"max_tokens": 1}).choices[0], "stop_reason")
 
 
-def test_calls_and_their_results_go_on(client: Any, chats: Any) -> None:
+def test_calls_and_their_results_go_on(client: Any, tool_client: Any) -> None:
     made = client.messages.create(**COMMON | CALLS, extra_body={"seed": 2})
     (call,) = made.content
     assert (call.type, made.stop_reason) == ("tool_use", "tool_use")
@@ -90,7 +76,7 @@ def test_calls_and_their_results_go_on(client: Any, chats: Any) -> None:
         {"type": "function", "function": {"name": tool["name"], "parameters": tool["input_schema"]}}
         for tool in MESSAGE_TOOLS
     ]
-    right = chats.create(model="story", messages=messages, tools=tools, max_tokens=3)
+    right = tool_client.chat.completions.create(model="story", messages=messages, tools=tools, max_tokens=3)
     assert answer.usage.input_tokens == right.usage.prompt_tokens
 
 

@@ -9,13 +9,10 @@ from typing import Any
 import httpx
 import jsonschema  # type: ignore[import-untyped]
 import pytest
-from tests.server.loop_thread import LoopThread
+from tests.server.running import running_with_routes
 from tests.server.tool_model import TOOLS
 
-from hasten.server import app
 from hasten.server.options import EndpointOptions, SecurityOptions, ServeOptions
-from hasten.server.protocol.http import http_app
-from hasten.server.protocol.settings import LogSettings
 
 pytestmark = pytest.mark.any_python
 KEY = {"x-api-key": "secret"}
@@ -24,33 +21,19 @@ KEY = {"x-api-key": "secret"}
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, Sequence[Any]]]:
     """A client of a server without models, with a key; and its routes."""
-    folder, routes = tmp_path_factory.mktemp("empty"), list[Sequence[Any]]()
+    folder = tmp_path_factory.mktemp("empty")
     (folder / "models").mkdir()
     (folder / "keys").write_text("secret\n")
-
-    def recorded(given: Sequence[Any], *arguments: Any) -> Any:
-        routes.append(given)
-        return http_app(given, *arguments)
 
     options = ServeOptions(
         model_repository=(str(folder / "models"),),
         endpoints=EndpointOptions(http_port=0, allow_grpc=False, metrics_port=0),
         security=SecurityOptions(api_key_file=str(folder / "keys")),
     )
-    thread = LoopThread()
-
-    async def made() -> app.Server:
-        return app.Server(options, LogSettings())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "http_app", recorded)
-        server = thread.run(made())
-        thread.run(server.start())
-    assert server.http is not None
-    with httpx.Client(base_url=f"http://127.0.0.1:{server.http.port}", timeout=60) as client:
-        yield client, routes[0]
-    thread.run(server.stop(0))
-    thread.close()
+    with running_with_routes(options) as (server, routes):
+        assert server.http is not None
+        with httpx.Client(base_url=f"http://127.0.0.1:{server.http.port}", timeout=60) as client:
+            yield client, routes[server.http.port]
 
 
 @pytest.fixture(scope="module")

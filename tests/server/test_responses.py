@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pydantic
 import pytest
-from tests.server.openai_site import Site
 from tests.server.tool_model import TOOLS
-from tests.waiting import eventually
 
-pytestmark = pytest.mark.any_python
+pytestmark = [pytest.mark.any_python, pytest.mark.usefixtures("tool_engine_left_idle")]
 
 CALL_TOOLS: Any = [{"type": "function", **tool["function"]} for tool in TOOLS]
 COMMON: dict[str, Any] = {"model": "story", "input": "Anna opened the door.", "max_output_tokens": 100}
 CALLS = {"tools": CALL_TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
 
 
-@pytest.fixture(scope="module")
-def client(tool_site: Site) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{tool_site.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def leaves_nothing(tool_site: Site) -> Iterator[None]:
-    yield
-    eventually(lambda: tool_site.engine("tokens").ready and tool_site.idle("tokens"))
-
-
-def test_a_response_is_the_chats_answer(client: openai.OpenAI) -> None:
+def test_a_response_is_the_chats_answer(tool_client: openai.OpenAI) -> None:
     common = COMMON | {"instructions": "Tell.", "max_output_tokens": 9, "extra_body": {"seed": 1}}
-    made = client.responses.create(**common)
+    made = tool_client.responses.create(**common)
     messages: Any = [{"role": "system", "content": "Tell."}, {"role": "user", "content": COMMON["input"]}]
-    right = client.chat.completions.create(model="story", messages=messages, max_tokens=9, seed=1)
+    right = tool_client.chat.completions.create(model="story", messages=messages, max_tokens=9, seed=1)
     assert made.output_text == right.choices[0].message.content
     assert made.usage is not None
     assert right.usage is not None
@@ -48,8 +33,8 @@ def test_a_response_is_the_chats_answer(client: openai.OpenAI) -> None:
     assert (made.object, made.instructions, made.store, made.error) == ("response", "Tell.", False, None)
 
 
-def test_calls_and_their_results_go_on(client: openai.OpenAI) -> None:
-    made = client.responses.create(**COMMON | CALLS, extra_body={"seed": 2})
+def test_calls_and_their_results_go_on(tool_client: openai.OpenAI) -> None:
+    made = tool_client.responses.create(**COMMON | CALLS, extra_body={"seed": 2})
     (call,) = made.output
     assert call.type == "function_call"
     assert call.name in ("weather", "clock")
@@ -60,7 +45,7 @@ def test_calls_and_their_results_go_on(client: openai.OpenAI) -> None:
         call.model_dump(exclude_none=True),
         {"type": "function_call_output", "call_id": call.call_id, "output": "snow"},
     ]
-    answer = client.responses.create(**COMMON | {"input": history, "tools": CALL_TOOLS, "max_output_tokens": 3})
+    answer = tool_client.responses.create(**COMMON | {"input": history, "tools": CALL_TOOLS, "max_output_tokens": 3})
     said = {"role": "assistant", "tool_calls": [{"id": call.call_id, "type": "function", "function": {}}]}
     said["tool_calls"][0]["function"] = {"name": call.name, "arguments": call.arguments}  # type: ignore[index]
     messages: Any = [
@@ -68,17 +53,17 @@ def test_calls_and_their_results_go_on(client: openai.OpenAI) -> None:
         said,
         {"role": "tool", "tool_call_id": call.call_id, "content": "snow"},
     ]
-    right = client.chat.completions.create(model="story", messages=messages, tools=TOOLS, max_tokens=3)  # type: ignore[arg-type]
+    right = tool_client.chat.completions.create(model="story", messages=messages, tools=TOOLS, max_tokens=3)  # type: ignore[arg-type]
     assert answer.usage is not None
     assert right.usage is not None
     assert answer.usage.input_tokens == right.usage.prompt_tokens
 
 
 @pytest.mark.parametrize("fields", [{}, CALLS], ids=["text", "call"])
-def test_events_add_up_to_the_whole(client: openai.OpenAI, fields: dict[str, Any]) -> None:
+def test_events_add_up_to_the_whole(tool_client: openai.OpenAI, fields: dict[str, Any]) -> None:
     common = COMMON | fields | {"max_output_tokens": 100 if fields else 12, "extra_body": {"seed": 4}}
-    whole = client.responses.create(**common)
-    events: list[Any] = list(client.responses.create(**common, stream=True))
+    whole = tool_client.responses.create(**common)
+    events: list[Any] = list(tool_client.responses.create(**common, stream=True))
     assert [event.sequence_number for event in events] == list(range(len(events)))
     kinds = list(dict.fromkeys(event.type.removeprefix("response.") for event in events))
     if fields:
@@ -111,7 +96,9 @@ def check_metrics(metrics: Any, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_answers_have_the_times_of_their_requests_where_they_are_wanted(client: openai.OpenAI, stream: bool) -> None:
+def test_answers_have_the_times_of_their_requests_where_they_are_wanted(
+    tool_client: openai.OpenAI, stream: bool
+) -> None:
     common: dict[str, Any] = {"model": "story", "max_tokens": 5, "stream": stream, "extra_body": {"ignore_eos": True}}
     if stream:
         common["stream_options"] = {"include_usage": True}
@@ -120,13 +107,13 @@ def test_answers_have_the_times_of_their_requests_where_they_are_wanted(client: 
     def last(answer: Any) -> Any:
         return list(answer)[-1] if stream else answer
 
-    check_metrics(last(client.completions.create(prompt="Anna", **common)).metrics, 5)
-    check_metrics(last(client.chat.completions.create(messages=messages, **common)).metrics, 5)
+    check_metrics(last(tool_client.completions.create(prompt="Anna", **common)).metrics, 5)
+    check_metrics(last(tool_client.chat.completions.create(messages=messages, **common)).metrics, 5)
     asked: dict[str, Any] = {"model": "story", "input": "Anna", "max_output_tokens": 5}
-    answer = last(client.responses.create(**asked, stream=stream, extra_body={"ignore_eos": True}))
+    answer = last(tool_client.responses.create(**asked, stream=stream, extra_body={"ignore_eos": True}))
     check_metrics((answer.response if stream else answer).metrics, 5)
-    assert last(client.completions.create(prompt="Anna", n=2, **common)).metrics is None
-    assert last(client.completions.create(prompt=["Anna", "Ben"], **common)).metrics is None
+    assert last(tool_client.completions.create(prompt="Anna", n=2, **common)).metrics is None
+    assert last(tool_client.completions.create(prompt=["Anna", "Ben"], **common)).metrics is None
 
 
 class Weather(pydantic.BaseModel):
@@ -134,11 +121,11 @@ class Weather(pydantic.BaseModel):
     sun: bool
 
 
-def test_a_response_can_be_parsed_into_a_model(client: openai.OpenAI) -> None:
-    made = client.responses.parse(**COMMON, text_format=Weather)
+def test_a_response_can_be_parsed_into_a_model(tool_client: openai.OpenAI) -> None:
+    made = tool_client.responses.parse(**COMMON, text_format=Weather)
     assert isinstance(made.output_parsed, Weather)
     assert made.text is not None
-    with client.responses.stream(**COMMON, text_format=Weather) as stream:
+    with tool_client.responses.stream(**COMMON, text_format=Weather) as stream:
         for _ in stream:
             pass
         assert isinstance(stream.get_final_response().output_parsed, Weather)
@@ -171,8 +158,8 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_not_supported_is_named(client: openai.OpenAI, name: str) -> None:
+def test_what_is_not_supported_is_named(tool_client: openai.OpenAI, name: str) -> None:
     fields, param, message = WRONG[name]
     with pytest.raises((openai.BadRequestError, openai.NotFoundError), match=message) as caught:
-        client.responses.create(**COMMON | fields)
+        tool_client.responses.create(**COMMON | fields)
     assert caught.value.body["param"] == param  # type: ignore[index]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -11,30 +10,17 @@ import openai
 import pytest
 from tests.server.openai_site import Site
 from tests.server.tool_model import CLOCK, TOOL_TEMPLATE, TOOLS, WEATHER
-from tests.waiting import eventually
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
 from hasten.engine.chat import ChatTemplate
 from hasten.server.engine.client import EngineClient
 
-pytestmark = pytest.mark.any_python
+pytestmark = [pytest.mark.any_python, pytest.mark.usefixtures("tool_engine_left_idle")]
 
 CHAT: Any = [{"role": "user", "content": "Anna opened the door."}]
 COMMON: dict[str, Any] = {"model": "story", "messages": CHAT, "tools": TOOLS, "max_tokens": 120}
 NAMED = {"type": "function", "function": {"name": "weather"}}
-
-
-@pytest.fixture(scope="module")
-def client(tool_site: Site) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{tool_site.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def leaves_nothing(tool_site: Site) -> Iterator[None]:
-    yield
-    eventually(lambda: tool_site.engine("tokens").ready and tool_site.idle("tokens"))
 
 
 def check_call(call: Any) -> None:
@@ -52,8 +38,8 @@ def check_call(call: Any) -> None:
 
 
 @pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
-def test_a_call_that_must_come_has_arguments_by_its_schema(client: openai.OpenAI, choice: Any) -> None:
-    made = client.chat.completions.create(**COMMON, tool_choice=choice, n=2, seed=1, parallel_tool_calls=False)
+def test_a_call_that_must_come_has_arguments_by_its_schema(tool_client: openai.OpenAI, choice: Any) -> None:
+    made = tool_client.chat.completions.create(**COMMON, tool_choice=choice, n=2, seed=1, parallel_tool_calls=False)
     for answer in made.choices:
         assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
         assert answer.message.tool_calls is not None
@@ -62,9 +48,9 @@ def test_a_call_that_must_come_has_arguments_by_its_schema(client: openai.OpenAI
         assert choice == "required" or call.function.name == "weather"
 
 
-def test_several_calls_come_in_one_answer(client: openai.OpenAI) -> None:
+def test_several_calls_come_in_one_answer(tool_client: openai.OpenAI) -> None:
     bias = {str(token): -100 for token in (2,)}  # the end comes as late as the grammar lets it
-    made = client.chat.completions.create(**COMMON, tool_choice="required", seed=0, logit_bias=bias)
+    made = tool_client.chat.completions.create(**COMMON, tool_choice="required", seed=0, logit_bias=bias)
     (answer,) = made.choices
     assert answer.message.tool_calls is not None
     assert len(answer.message.tool_calls) > 1
@@ -75,10 +61,10 @@ def test_several_calls_come_in_one_answer(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
-def test_a_streamed_call_adds_up_to_the_whole(client: openai.OpenAI, choice: Any) -> None:
+def test_a_streamed_call_adds_up_to_the_whole(tool_client: openai.OpenAI, choice: Any) -> None:
     common = COMMON | {"tool_choice": choice, "seed": 3, "n": 2 if choice == "required" else 1, "logprobs": True}
-    whole = client.chat.completions.create(**common)
-    pieces = list(client.chat.completions.create(**common, stream=True, stream_options={"include_usage": True}))
+    whole = tool_client.chat.completions.create(**common)
+    pieces = list(tool_client.chat.completions.create(**common, stream=True, stream_options={"include_usage": True}))
     assert pieces[-1].usage == whole.usage
     for right in whole.choices:
         own = [piece.choices[0] for piece in pieces[:-1] if piece.choices[0].index == right.index]
@@ -99,9 +85,9 @@ def test_a_streamed_call_adds_up_to_the_whole(client: openai.OpenAI, choice: Any
         assert streamed == right.logprobs.content
 
 
-def test_the_clients_own_reader_of_streams_sees_a_call(client: openai.OpenAI) -> None:
+def test_the_clients_own_reader_of_streams_sees_a_call(tool_client: openai.OpenAI) -> None:
     tool: Any = WEATHER | {"function": WEATHER["function"] | {"strict": True}}
-    with client.chat.completions.stream(
+    with tool_client.chat.completions.stream(
         model="story", messages=CHAT, tools=[tool], tool_choice="required", seed=1, max_tokens=120
     ) as stream:
         kinds = {event.type for event in stream}
@@ -111,19 +97,19 @@ def test_the_clients_own_reader_of_streams_sees_a_call(client: openai.OpenAI) ->
     assert answer.message.tool_calls[0].function.parsed_arguments["city"] in ("Paris", "Oslo")  # type: ignore[index]
 
 
-def test_a_model_that_may_call_answers_with_text(client: openai.OpenAI) -> None:
+def test_a_model_that_may_call_answers_with_text(tool_client: openai.OpenAI) -> None:
     common = COMMON | {"seed": 2, "max_tokens": 12}
-    made = client.chat.completions.create(**common).choices[0]
+    made = tool_client.chat.completions.create(**common).choices[0]
     assert made.message.content
     assert made.message.tool_calls is None
-    stream = client.chat.completions.create(**common, stream=True)
+    stream = tool_client.chat.completions.create(**common, stream=True)
     assert "".join(piece.choices[0].delta.content or "" for piece in stream) == made.message.content
     strict = [WEATHER | {"function": WEATHER["function"] | {"strict": True}}, CLOCK]
-    kept = client.chat.completions.create(**common | {"tools": strict}).choices[0]
+    kept = tool_client.chat.completions.create(**common | {"tools": strict}).choices[0]
     assert kept.message.content
 
 
-def test_a_call_goes_with_an_answer_that_keeps_to_a_schema(client: openai.OpenAI) -> None:
+def test_a_call_goes_with_an_answer_that_keeps_to_a_schema(tool_client: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"sun": {"type": "boolean"}}, "required": ["sun"]}
     form: Any = {
         "type": "json_schema",
@@ -132,7 +118,7 @@ def test_a_call_goes_with_an_answer_that_keeps_to_a_schema(client: openai.OpenAI
     tools = [WEATHER | {"function": WEATHER["function"] | {"strict": True}}]
     kinds = set()
     for seed in range(4):
-        made = client.chat.completions.create(
+        made = tool_client.chat.completions.create(
             **COMMON | {"tools": tools, "seed": seed}, response_format=form, parallel_tool_calls=False
         )
         message = made.choices[0].message
@@ -144,11 +130,11 @@ def test_a_call_goes_with_an_answer_that_keeps_to_a_schema(client: openai.OpenAI
     assert "length" not in kinds
 
 
-def test_calls_and_their_results_are_history(client: openai.OpenAI, tool_site: Site) -> None:
+def test_calls_and_their_results_are_history(tool_client: openai.OpenAI, tool_site: Site) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo", "days": 1}'}}
     result = {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "snow"}]}
     messages = [*CHAT, {"role": "assistant", "content": None, "tool_calls": [call]}, result]
-    made = client.chat.completions.create(**COMMON | {"messages": messages, "max_tokens": 4})
+    made = tool_client.chat.completions.create(**COMMON | {"messages": messages, "max_tokens": 4})
     objects = json.loads(
         json.dumps(messages).replace('"{\\"city\\": \\"Oslo\\", \\"days\\": 1}"', '{"city": "Oslo", "days": 1}')
     )
@@ -164,9 +150,9 @@ def test_calls_and_their_results_are_history(client: openai.OpenAI, tool_site: S
     assert made.usage.prompt_tokens == len(tokenizer.encode(text, add_special_tokens=False))
 
 
-def test_tools_that_may_not_be_called_are_not_shown(client: openai.OpenAI) -> None:
-    without = client.chat.completions.create(model="story", messages=CHAT, max_tokens=4, seed=1)
-    made = client.chat.completions.create(**COMMON | {"max_tokens": 4}, seed=1, tool_choice="none")
+def test_tools_that_may_not_be_called_are_not_shown(tool_client: openai.OpenAI) -> None:
+    without = tool_client.chat.completions.create(model="story", messages=CHAT, max_tokens=4, seed=1)
+    made = tool_client.chat.completions.create(**COMMON | {"max_tokens": 4}, seed=1, tool_choice="none")
     assert made.usage == without.usage
     assert made.choices[0].message.content == without.choices[0].message.content
 
@@ -232,27 +218,27 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_with_tools_is_named(client: openai.OpenAI, name: str) -> None:
+def test_what_is_wrong_with_tools_is_named(tool_client: openai.OpenAI, name: str) -> None:
     fields, param, message = WRONG[name]
     with pytest.raises(openai.BadRequestError, match=message) as caught:
-        client.chat.completions.create(**COMMON | fields)
+        tool_client.chat.completions.create(**COMMON | fields)
     assert caught.value.body["param"] == param  # type: ignore[index]
 
 
 @pytest.mark.parametrize(("parser", "key"), [("llama3_json", "parameters"), ("mistral", "arguments")])
 def test_the_form_of_calls_can_be_named(
-    client: openai.OpenAI, tool_site: Site, monkeypatch: pytest.MonkeyPatch, parser: str, key: str
+    tool_client: openai.OpenAI, tool_site: Site, monkeypatch: pytest.MonkeyPatch, parser: str, key: str
 ) -> None:
     assert tool_site.engine("tokens").tool_call_parser == "auto"
     monkeypatch.setattr(EngineClient, "tool_call_parser", parser)
     common = COMMON | {"tool_choice": "required", "seed": 1, "parallel_tool_calls": False}
-    answer = client.chat.completions.create(**common).choices[0]
+    answer = tool_client.chat.completions.create(**common).choices[0]
     assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
     assert answer.message.tool_calls is not None
     (call,) = answer.message.tool_calls
     json.loads(call.function.arguments)
     assert len(call.id) == 9 if parser == "mistral" else call.id.startswith("call_")
-    written = client.chat.completions.create(**common, logprobs=True).choices[0].logprobs
+    written = tool_client.chat.completions.create(**common, logprobs=True).choices[0].logprobs
     assert written is not None
     text = "".join(token.token for token in written.content or ())
     assert text.startswith("[TOOL_CALLS][{" if parser == "mistral" else "{")
@@ -281,7 +267,7 @@ def test_what_is_nested_too_deeply_is_the_clients_fault(tool_site: Site, depth: 
         assert answer.status_code == 400, answer.text
 
 
-def test_a_template_without_tools_is_named(client: openai.OpenAI, tool_site: Site, monkeypatch: Any) -> None:
+def test_a_template_without_tools_is_named(tool_client: openai.OpenAI, tool_site: Site, monkeypatch: Any) -> None:
     monkeypatch.setattr(ChatTemplate, "takes_tools", False)
     with pytest.raises(openai.BadRequestError, match="its chat template has no room for them"):
-        client.chat.completions.create(**COMMON)
+        tool_client.chat.completions.create(**COMMON)

@@ -21,8 +21,8 @@ import openai
 import pytest
 import tritonclient.grpc as grpcclient
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from tests.server.loop_thread import LoopThread
-from tests.server.test_app import FREE, made
+from tests.server.running import running
+from tests.server.test_app import FREE
 from tests.waiting import LIMIT_S, attempts, eventually
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
@@ -123,7 +123,6 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="module")
 def server(collector: Collector) -> Iterator[Server]:
-    thread = LoopThread()
     options = ServeOptions(
         engine=EngineConfig.create(str(DEMO)),
         endpoints=FREE,
@@ -132,13 +131,8 @@ def server(collector: Collector) -> Iterator[Server]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
-        try:
-            server = thread.run(made(options))
-            thread.run(server.start())
+        with running(options) as server:
             yield server
-            thread.run(server.stop(0))
-        finally:
-            thread.close()
 
 
 @pytest.fixture

@@ -71,8 +71,10 @@ class ContinuousEngine:
             self._room = pages, tokens = max(room[0], self._room[0]), max(room[1], self._room[1])
             # no request ends before its length
             options = {**self._of.options, "eos_token_id": -1}
+            # transformers 5.17 has another name for it
+            page = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"
             config = ContinuousBatchingConfig(
-                page_size=_PAGE, num_blocks=pages, max_batch_tokens=tokens, allow_block_sharing=False
+                **{page: _PAGE}, num_blocks=pages, max_batch_tokens=tokens, allow_block_sharing=False
             )
             self._manager = self._of.model.init_continuous_batching(GenerationConfig(**options), config)
             self._manager.warmup()
