@@ -21,7 +21,18 @@ SERVED = {"bench/served.py", "bench/serving.py", "bench/load/codec.py", "bench/l
 SERVED |= {"bench/load/target.py", "bench/evaluation/store.py"}
 """Benchmarks of servers, which need the extra `serve`."""
 CORE_ROOMS = ("core", "ops", "parallel", "layers", "models", "checkpoint", "engine", "bench")
-OPTIONAL = {"triton", "pynvml", "llguidance", "uvloop", "huggingface_hub", "opentelemetry", "vllm", "lm_eval"}
+OPTIONAL = {
+    "triton",
+    "numba",
+    "llvmlite",
+    "pynvml",
+    "llguidance",
+    "uvloop",
+    "huggingface_hub",
+    "opentelemetry",
+    "vllm",
+    "lm_eval",
+}
 """Imported only where they are there (transformers brings huggingface_hub), or behind `require_extra`."""
 
 

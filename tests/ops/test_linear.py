@@ -11,7 +11,7 @@ from tests.ops.conftest import exactly_activated
 from torch import Tensor
 
 from hasten import ops
-from hasten.ops import cpu, cpu_bf16, reference
+from hasten.ops import cpu, cpu_bf16, native, reference
 from hasten.ops.compiled_rows import compiled_rows
 
 Close = Callable[[str, Tensor, Tensor], None]
@@ -222,8 +222,8 @@ def test_activations_of_all_values(activation: ops.Activation, assert_close: Clo
 def test_a_shared_weight_is_copied_only_where_it_must_be_widened(out: int, into: int, dtype: torch.dtype) -> None:
     weight = draw(out, into, dtype=dtype)
     packed = ops.pack_linear(weight, shared=True)
-    held = [tensor for tensor in (packed.plain, packed.blocked) if tensor is not None]
-    if dtype == torch.float32:
+    held = [tensor for tensor in (packed.plain, packed.blocked, packed.panels) if tensor is not None]
+    if dtype == torch.float32 and (native.kernels() is None or (out, into) == LARGE):
         assert [tensor.data_ptr() for tensor in held] == [weight.data_ptr()]
     elif dtype == torch.bfloat16 and cpu_bf16.is_supported():
         assert [tensor.dtype for tensor in held] == [torch.bfloat16]
@@ -237,11 +237,17 @@ def test_bf16_is_widened_where_the_processor_does_not_multiply_it(
     monkeypatch.setattr(cpu_bf16, "is_supported", lambda: False)
     weight, x = draw(48, 64, dtype=torch.bfloat16, scale=0.125), draw(5, 64, dtype=torch.bfloat16)
     packed = ops.pack_linear(weight)
-    assert packed.plain is not None
-    assert packed.plain.dtype == torch.float32
+    held = [tensor for tensor in (packed.plain, packed.blocked, packed.panels) if tensor is not None]
+    assert {tensor.dtype for tensor in held} == {torch.float32}
     assert_close("linear", ops.linear(x, packed), exact(x, weight))
 
 
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "kernels", lambda: None)
+
+
+@pytest.mark.usefixtures("without_kernels")
 def test_a_large_weight_is_held_once_and_a_small_one_in_both_layouts() -> None:
     large, small = ops.pack_linear(draw(*LARGE)), ops.pack_linear(draw(48, 64))
     assert large.plain is None
@@ -250,6 +256,7 @@ def test_a_large_weight_is_held_once_and_a_small_one_in_both_layouts() -> None:
     assert small.blocked is not None
 
 
+@pytest.mark.usefixtures("without_kernels")
 def test_without_the_matrix_library(monkeypatch: pytest.MonkeyPatch, assert_close: Close) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     for out, into in ((48, 64), LARGE):

@@ -17,7 +17,7 @@ step is bound by reading weights. Larger steps keep the device busy for longer t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -42,6 +42,10 @@ class StepOutput:
     """[r, v / ranks]: this rank's shard of the logits."""
     tokens: Tensor | None = None
     """[r]: the most probable tokens, int32, on every rank."""
+
+    def copied(self) -> "StepOutput":
+        """With tokens that no later step changes; the rest is read before the next step."""
+        return replace(self, tokens=None if self.tokens is None else self.tokens.clone())
 
     def first(self, count: int) -> "StepOutput":
         """Without padding."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from hasten import ops
 from hasten.engine.graphs import Sizes, StepGraphs, StepOutput
 from hasten.engine.inputs import BlockTables, Inputs, Tokens
+from hasten.engine.recorded import RecordedSteps
 from hasten.engine.sampler import draw_every_way
 from hasten.engine.step_message import StepMessage
 from hasten.layers.attention import Attention
@@ -71,9 +72,9 @@ class Runner:
         """Tokens of the last steps, of as many as there are pipeline stages, each in the order of its rows."""
         self._parents = self._kept[1]
         """Where a token is a beam's, the number of the beam that it continues."""
-        self._graphs: StepGraphs | None = None
+        self._graphs: StepGraphs | RecordedSteps | None = None
         self._output: StepOutput | None = None
-        """Of the last step, if a graph made it."""
+        """Of the last step, if a graph or a recording made it."""
 
     @property
     def head(self) -> Head:
@@ -205,6 +206,10 @@ class Runner:
         self._graphs = StepGraphs(
             self._decode, self._mixed, self._inputs, self.max_sequences, sizes, is_last=self.stage.is_last
         )
+
+    def record_steps(self) -> None:
+        """Record steps of single tokens on a CPU as they come, to be replayed."""
+        self._graphs = RecordedSteps(lambda tokens: self._predict(self._hidden(tokens.ids, tokens)), self._inputs)
 
     def release_graphs(self) -> None:
         """Let the graphs go: NCCL does not leave a group that one of them still has work of."""

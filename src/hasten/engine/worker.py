@@ -73,6 +73,8 @@ _WARMUP_TOKENS, _WARMUP_SEQUENCES = 512, (1, 4, 24, 48, 128)
 """Steps that are run before the first request comes: kernels are made for a few ranges of rows, and these hit each."""
 _MOST_EXCHANGED_ROWS = 256
 """Rows of one sum over ranks through each other's memory; NCCL is as fast with more."""
+_NOTICED_S = 3.0
+"""Seconds of a start that are explained."""
 _PROMPT_LOGITS_ROWS = 256
 """Rows of prompt logits computed at a time: a whole prompt's would need vocabulary times length."""
 
@@ -303,6 +305,8 @@ class Worker:
                     with self.start_times.phase("graphs"):
                         sizes = self.runner.graph_sizes(self._most_mixed_tokens(config.scheduler))
                         self.runner.capture_graphs(sizes)
+            elif self.ranks.world.size == 1 and not config.enforce_eager:
+                self.runner.record_steps()
         return length, min(useful, fits)
 
     def _cache_ranges(self, config: EngineConfig, length: int, ropes: RopeTables) -> list[Tensor] | None:
@@ -642,6 +646,8 @@ def build_model(
     if device.type == "cpu" and not ops.cpu_multiplies(dtype):
         name = str(dtype).removeprefix("torch.")
         _log.log(level, "%s is no faster than float32 here: its products are computed in float32", name)
+    if device.type == "cpu":
+        _load_kernels(level)
     start = time.perf_counter()
     with torch.device("meta"):
         model = model_class(config.architecture)(config, groups)
@@ -682,6 +688,17 @@ def build_model(
     if shown is not None and config.experts is not None:
         _log.log(level, "quantization %s: the experts of the mixture are in %s", shown, dtype)
     return model
+
+
+def _load_kernels(level: int) -> None:
+    """Have the kernels for a CPU, which the first start compiles."""
+    start = time.perf_counter()
+    if not ops.records():
+        _log.log(
+            level, "decoding takes about twice as long without numba, which is not installed: pip install 'hasten[cpu]'"
+        )
+    elif (seconds := time.perf_counter() - start) > _NOTICED_S:
+        _log.log(level, "compiled kernels for this processor in %.1f s; later starts read them", seconds)
 
 
 def _quantization(config: EngineConfig, checkpoint: Checkpoint) -> str | None:

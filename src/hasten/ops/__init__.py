@@ -5,15 +5,16 @@ with the same signatures. The kernels of `gpu/` are imported when the first tens
 Shapes: t tokens of the flat batch, h hidden, o output features, n heads, m key/value heads, d head size, v vocabulary.
 """
 
-from contextlib import AbstractContextManager
-from typing import overload
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
 
 from hasten.core.dtypes import CacheDType, DTypeName
 from hasten.core.model_config import Activation, GatedUnit
-from hasten.ops import beams, cpu, cpu_bf16, cpu_fixed, cpu_sampling, plan, reference
+from hasten.ops import beams, cpu, cpu_bf16, cpu_fixed, cpu_sampling, native, plan, reference
 from hasten.ops.beams import BeamChoice, BeamMoves, BeamSearches, BeamStates, Search
 from hasten.ops.block_caches import BlockCaches
 from hasten.ops.cache_scales import CacheScales
@@ -29,6 +30,9 @@ from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight, moved
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.rounding import Inputs, RoundedRows, multiplies
 from hasten.ops.transfer import HostCopy, to_device
+
+if TYPE_CHECKING:
+    from hasten.ops.native.record import Recording
 
 TORCH_DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """torch's types by the names of the configuration."""
@@ -103,6 +107,8 @@ __all__ = [
     "packs",
     "paged_attention",
     "project",
+    "recorded",
+    "records",
     "resolve_ids",
     "route",
     "set_count",
@@ -120,7 +126,9 @@ def embedding(ids_t: Tensor, weight_vh: Weight, first: int | None = None) -> Ten
     With `first`, the weight is a shard of the vocabulary that begins there: ids outside it, which other ranks hold,
     give zeros.
     """
-    return reference.embedding(ids_t, weight_vh, first)
+    if ids_t.is_cuda:
+        return reference.embedding(ids_t, weight_vh, first)
+    return cpu.embedding(ids_t, weight_vh, first)
 
 
 @overload
@@ -170,7 +178,7 @@ def norm(
         from hasten.ops.gpu import norm as kernels
 
         return kernels.norm(x_th, weight_h, bias_h, eps, rms=rms, unit_offset=unit_offset, reader=reader)
-    return reference.norm(x_th, weight_h, bias_h, eps, rms=rms, unit_offset=unit_offset)
+    return cpu.norm(x_th, weight_h, bias_h, eps, rms=rms, unit_offset=unit_offset)
 
 
 def embedding_norm(ids_t: Tensor, table_vh: Weight, weight_h: Tensor, bias_h: Tensor, eps: float) -> Tensor:
@@ -179,7 +187,7 @@ def embedding_norm(ids_t: Tensor, table_vh: Weight, weight_h: Tensor, bias_h: Te
         from hasten.ops.gpu import norm as kernels
 
         return kernels.embedding_norm(ids_t, table_vh, weight_h, bias_h, eps)
-    return reference.embedding_norm(ids_t, table_vh, weight_h, bias_h, eps)
+    return cpu.embedding_norm(ids_t, table_vh, weight_h, bias_h, eps)
 
 
 def pack_linear(weight_oh: Weight, *, shared: bool = False) -> PackedLinear:
@@ -428,7 +436,7 @@ def store_heads(
         from hasten.ops.gpu import heads
 
         return heads.store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform, scales=scales)
-    return reference.store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform, scales=scales)
+    return cpu.store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform, scales=scales)
 
 
 def write_cache(
@@ -715,6 +723,20 @@ def compiled_together(processes: int) -> AbstractContextManager[None]:
     from hasten.ops.gpu import compiling
 
     return compiling.compiled_together(processes)
+
+
+def records() -> bool:
+    """Whether kernels for a CPU are there, whose launches can be recorded."""
+    return native.kernels() is not None
+
+
+@contextmanager
+def recorded() -> Iterator["Recording"]:
+    """A block whose kernels for a CPU run, and are recorded to be run again; see `native/record.py`."""
+    kernels = native.kernels()
+    assert kernels is not None
+    with kernels.record.recorded() as recording:
+        yield recording
 
 
 def default_device() -> torch.device:

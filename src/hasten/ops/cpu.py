@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from hasten.core.model_config import GatedUnit
-from hasten.ops import cpu_bf16, cpu_fixed, cpu_grouped, cpu_int8, reference
+from hasten.ops import cpu_bf16, cpu_fixed, cpu_grouped, cpu_int8, native, reference
 from hasten.ops.cache_scales import CacheScales, octets, widened
 from hasten.ops.compiled_rows import compiled_rows
 from hasten.ops.grouped import GroupedWeight
@@ -76,6 +76,9 @@ def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:  # noqa: D103
     as_it_is = shared and weight_oh.dtype == torch.float32
     weight_oh = weight_oh.float().contiguous()
     out_features, in_features = weight_oh.shape
+    kernels = None if order_is_fixed() else native.kernels()
+    if kernels is not None and not (as_it_is and weight_oh.numel() >= _SMALL_WEIGHT):
+        return PackedLinear(out_features, in_features, plain=None, panels=kernels.products.pack(weight_oh))
     if as_it_is or not torch.backends.mkldnn.is_available():
         return PackedLinear(out_features, in_features, plain=weight_oh, fixed_order=order_is_fixed())
     plain = None
@@ -84,6 +87,48 @@ def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:  # noqa: D103
         plain = weight_oh if in_features > out_features else weight_oh.t().contiguous().t()
     blocked = torch.ops.mkldnn._reorder_linear_weight(weight_oh, PACK_FOR_ROWS)
     return PackedLinear(out_features, in_features, plain=plain, blocked=blocked, fixed_order=order_is_fixed())
+
+
+def embedding(ids_t: Tensor, weight_vh: Weight, first: int | None) -> Tensor:  # noqa: D103
+    kernels = native.kernels()
+    if kernels is None or first is not None or not _is_plain(weight_vh) or ids_t.dtype != torch.int64:
+        return reference.embedding(ids_t, weight_vh, first)
+    assert isinstance(weight_vh, Tensor)
+    return kernels.norms.gather(ids_t, weight_vh)
+
+
+def norm(  # noqa: D103
+    x_th: Tensor | PartialSum,
+    weight_h: Tensor,
+    bias_h: Tensor | None,
+    eps: float,
+    *,
+    rms: bool = False,
+    unit_offset: bool = False,
+) -> tuple[Tensor, Tensor]:
+    kernels = native.kernels()
+    x_th = x_th if isinstance(x_th, Tensor) else reference.complete(x_th).to(weight_h.dtype)
+    if kernels is None or not _is_plain(x_th, weight_h):
+        return reference.norm(x_th, weight_h, bias_h, eps, rms=rms, unit_offset=unit_offset)
+    return kernels.norms.norm(x_th, weight_h, bias_h, eps, None, rms=rms, offset=unit_offset), x_th
+
+
+def embedding_norm(  # noqa: D103
+    ids_t: Tensor, table_vh: Weight, weight_h: Tensor, bias_h: Tensor, eps: float
+) -> Tensor:
+    kernels = native.kernels()
+    if kernels is None or not _is_plain(table_vh, weight_h) or ids_t.dtype != torch.int64:
+        return reference.embedding_norm(ids_t, table_vh, weight_h, bias_h, eps)
+    assert isinstance(table_vh, Tensor)
+    return kernels.norms.norm(table_vh, weight_h, bias_h, eps, ids_t, rms=False, offset=False)
+
+
+def _is_plain(*operands: Weight) -> bool:
+    """Whether all are tensors in fp32 of at most two axes, row after row."""
+    return all(
+        isinstance(each, Tensor) and each.dtype == torch.float32 and each.is_contiguous() and each.dim() <= 2
+        for each in operands
+    )
 
 
 def linear(  # noqa: D103
@@ -101,15 +146,17 @@ def add_linear(  # noqa: D103
 ) -> Tensor:
     if isinstance(residual_to, PartialSum):
         residual_to = reference.complete(residual_to).to(x_th.dtype)
-    if residual_to is not None and rows_t is not None:
-        residual_to = residual_to[rows_t]
-    return _linear(x_th, weight, bias_o, None, residual_to)
+    return _linear(x_th, weight, bias_o, None, residual_to, rows_t)
 
 
 def gated_linear(  # noqa: D103
     x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: str, scale_1h: Tensor | None = None
 ) -> Tensor:
     wide_th = x_th.float()
+    kernels = None if weight.panels is None or scale_1h is not None else native.kernels()
+    if kernels is not None and gate in kernels.products.ACTIVATIONS and weight.out_features % 32 == 0:
+        both_to = _linear(wide_th, weight, bias_o, None, None)
+        return kernels.products.gated(both_to, gate).to(x_th.dtype)
     gate_to, up_to = _linear(wide_th, weight, bias_o, None, None).chunk(2, dim=-1)
     if weight.fixed_order:
         inner_to = cpu_fixed.activated(gate_to, gate).mul_(up_to)
@@ -183,15 +230,56 @@ def project(  # noqa: D103
     scales: CacheScales | None = None,
 ) -> Tensor:
     qkv_to = reference.clipped(linear(x_th, weight, bias_o, None), clip)
-    return reference.store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform, scales=scales)
+    return store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform, scales=scales)
+
+
+def store_heads(  # noqa: D103
+    qkv_to: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots_t: Tensor,
+    num_heads: int,
+    transform: HeadTransform | None,
+    *,
+    scales: CacheScales | None = None,
+) -> Tensor:
+    kernels = native.kernels()
+    if (
+        kernels is None
+        or not _is_plain(qkv_to)
+        or not _has_kernel(kernels, num_heads, key_cache, scales)
+        or (transform is not None and not transform.only_turns)
+        or slots_t.dtype != torch.int64
+    ):
+        return reference.store_heads(qkv_to, key_cache, value_cache, slots_t, num_heads, transform, scales=scales)
+    table, positions, interleaved = None, None, False
+    if transform is not None:
+        table, positions, interleaved = transform.table_pr, transform.positions_t.long(), transform.interleaved
+    caches = (key_cache, value_cache)
+    return kernels.attention.store_heads(qkv_to, *caches, slots_t, num_heads, table, positions, interleaved=interleaved)
+
+
+def _has_kernel(kernels: native.Kernels, heads: int, key_cache: Tensor, scales: CacheScales | None) -> bool:
+    """Whether the kernels of attention work on heads and caches of this form."""
+    key_heads, size = key_cache.shape[2:]
+    return scales is None and key_cache.dtype == torch.float32 and kernels.attention.fits(heads, key_heads, size)
 
 
 def _linear(
-    x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation: str | None, residual_to: Tensor | None
+    x_th: Tensor,
+    weight: PackedLinear,
+    bias_o: Tensor | None,
+    activation: str | None,
+    residual_to: Tensor | None,
+    rows_t: Tensor | None = None,
 ) -> Tensor:
     dtype = x_th.dtype
     if x_th.shape[0] == 0:
         return x_th.new_empty(0, weight.out_features)
+    if weight.panels is not None:
+        return _panels(x_th, weight, bias_o, activation, residual_to, rows_t)
+    if residual_to is not None and rows_t is not None:
+        residual_to = residual_to[rows_t]
     if cpu_bf16.is_packed(weight):
         return cpu_bf16.product(x_th, weight, bias_o, activation, residual_to)
     x_th = x_th.float()
@@ -219,6 +307,30 @@ def _linear(
     if residual_to is not None:
         out_to = out_to.add_(residual_to)
     return out_to.to(dtype)
+
+
+def _panels(
+    x_th: Tensor,
+    weight: PackedLinear,
+    bias_o: Tensor | None,
+    activation: str | None,
+    residual_to: Tensor | None,
+    rows_t: Tensor | None,
+) -> Tensor:
+    """A product with a weight in the panels of the kernels."""
+    kernels = native.kernels()
+    assert kernels is not None, "who packed it had them"
+    assert weight.panels is not None
+    products, dtype, x_th = kernels.products, x_th.dtype, x_th.float()
+    if weight.inputs is not None:
+        x_th = rounded(x_th, weight.inputs)
+    x_th = x_th if x_th.stride(-1) == 1 else x_th.contiguous()
+    bias_o, residual_to = (None if each is None else each.float().contiguous() for each in (bias_o, residual_to))
+    operands = (x_th, weight.panels, weight.out_features, bias_o)
+    if activation is None or activation in products.ACTIVATIONS:
+        return products.product(*operands, activation, residual_to, rows_t).to(dtype)
+    assert residual_to is None, "no product has both"
+    return _activated(products.product(*operands, None, None, None), activation, fixed=False).to(dtype)
 
 
 @cache
@@ -349,6 +461,17 @@ def _attention(
         query_tnd = query_tnd[meta.output_indices]
     if query_tnd.shape[0] == 0:
         return torch.empty_like(query_tnd)
+    kernels = native.kernels()
+    if (
+        kernels is not None
+        and meta.run is None
+        and scores.bias_nr is None
+        and (scores.causal or scores.window is None)
+        and query_tnd.dtype == torch.float32
+        and all(count == 1 for count in meta.query_lens)
+        and _has_kernel(kernels, query_tnd.shape[1], key_cache, None)
+    ):
+        return _single(kernels, query_tnd, key_cache, value_cache, meta, scale, scores, softcap, sinks_n)
     key = "attention" if scores.window is None else f"attention, window {scores.window}"
     key = key if scores.bias_nr is None else f"{key}, biases {scores.bias_nr.data_ptr()}"
     plan: list[tuple[_Group, Tensor | None]] | None = meta.scratch.get(key)
@@ -374,6 +497,40 @@ def _attention(
             out_tx[group.first : group.first + done.shape[0]] = done
     assert out_tx is not None
     return out_tx.view_as(query_tnd).to(query_tnd.dtype)
+
+
+def _single(
+    kernels: native.Kernels,
+    query_tnd: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    meta: AttentionMeta,
+    scale: float,
+    scores: _Scores,
+    softcap: float | None,
+    sinks_n: Tensor | None,
+) -> Tensor:
+    """Attention of a query of each sequence."""
+    numbers: tuple[Tensor, Tensor] | None = meta.numbers or meta.scratch.get("numbers")
+    if numbers is None:
+        numbers = meta.scratch["numbers"] = torch.tensor(meta.sequences), torch.tensor(meta.kv_lens)
+    rows_s, lengths_s = numbers
+    return kernels.attention.attention(
+        query_tnd,
+        key_cache,
+        value_cache,
+        meta.block_tables,
+        rows_s,
+        lengths_s,
+        None,
+        None,
+        scale=scale,
+        slopes_n=scores.slopes_n,
+        sinks_n=sinks_n,
+        window=scores.window,
+        softcap=softcap,
+        keys=sum(meta.kv_lens),
+    )
 
 
 def _attend(

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hasten.ops import reference
+from hasten.ops import native, reference
 from hasten.ops.draws import Draws
 from hasten.ops.logprobs import TopLogprobs
 from hasten.ops.plan import Integers
@@ -22,6 +22,9 @@ _FEW = 8
 def greedy(logits_rv: Tensor) -> Tensor:  # noqa: D103
     if logits_rv.dtype != torch.float32:
         return reference.greedy(logits_rv)
+    kernels = native.kernels()
+    if kernels is not None and logits_rv.stride(1) == 1:
+        return kernels.choice.greedy(logits_rv)
     return reference.where_finite(torch.from_numpy(logits_rv.numpy().argmax(-1)), logits_rv.amax(-1))
 
 

@@ -41,6 +41,8 @@ class AttentionMeta:
     """The tokens whose hidden states are needed, if not all are: the last layer computes no others."""
     cross: "AttentionMeta | None" = None
     """Of an encoder-decoder: the same tokens, over the keys that the encoder left for their sequences."""
+    numbers: tuple[Tensor, Tensor] | None = None
+    """[s] each in int64, where they are tensors already: `sequences` and `kv_lens`."""
     scratch: dict[str, Any] = field(default_factory=dict, compare=False)
     """What an op computes once per step and every layer uses again."""
 

@@ -75,6 +75,8 @@ class PackedLinear:
     """[o, h], with either axis innermost; where there are `scales` of 8 bits, and more columns of zeros may follow."""
     blocked: Tensor | None = None
     """An opaque layout of the device's matrix library."""
+    panels: Tensor | None = None
+    """The layout of the kernels for a CPU (`native/products.py`), in place of the others."""
     scales: Tensor | None = None
     """[o] in fp32: what the rows of a quantized weight are multiplied by."""
     inputs: torch.dtype | None = None

@@ -1,0 +1,95 @@
+"""Steps of single tokens on a CPU as recordings: one call instead of hundreds.
+
+The first step of a number of tokens is computed op by op, and the kernels that it launches are recorded; later steps
+of that number overwrite its inputs and run the recording. It is a CPU's counterpart of `graphs.py`, without padding: a
+recording costs nothing but memory. Where torch computes a part of a model, its steps are computed op by op for ever.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from hasten import ops
+from hasten.engine.graphs import Prepare, StepOutput
+from hasten.engine.inputs import Inputs, Tokens
+from hasten.engine.step_message import StepMessage
+
+if TYPE_CHECKING:
+    from hasten.ops.native.record import Recording
+
+_MOST_TOKENS = 256
+"""Of a recorded step: those of more tokens take so long that launching them does not matter."""
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A recorded step, and the memory that it reads."""
+
+    recording: "Recording"
+    numbers: "np.ndarray[tuple[int, int], np.dtype[np.int64]]"
+    """[5, t]: ids, positions, slots, rows of the block tables, and lengths."""
+    output: StepOutput
+
+
+class RecordedSteps:
+    """Recordings of all numbers of tokens so far."""
+
+    def __init__(self, compute: Callable[[Tokens], StepOutput], inputs: Inputs) -> None:
+        self._compute = compute
+        self._inputs = inputs
+        self._tables = torch.from_numpy(inputs.tables.array)
+        self._recorded: dict[int, _Recorded] = {}
+        self._can_record = ops.records()
+
+    def replay(self, message: StepMessage, prepare: Prepare) -> StepOutput | None:
+        """Run a step of single tokens; None where it has to be computed in another way."""
+        count = message.num_tokens
+        if not self._can_record or count > _MOST_TOKENS or not _is_plain(message):
+            return None
+        inputs, recorded = self._inputs, self._recorded.get(count)
+        inputs.tables.apply(message.edits)
+        numbers = np.empty((5, count), dtype=np.int64) if recorded is None else recorded.numbers
+        ids, positions, slots, rows, lengths = numbers
+        ids[:], positions[:], rows[:] = message.ids, message.starts, message.rows
+        np.add(positions, 1, out=lengths)
+        blocks, offsets = np.divmod(positions, inputs.block_size)
+        slots[:] = inputs.tables.array[rows, blocks]
+        slots *= inputs.block_size
+        slots += offsets
+        if recorded is None:
+            return self._record(numbers)
+        recorded.recording.run()
+        return recorded.output.copied()
+
+    def _record(self, numbers: "np.ndarray[tuple[int, int], np.dtype[np.int64]]") -> StepOutput:
+        """Compute the first step of its number of tokens."""
+        ids, positions, slots, rows, lengths = torch.from_numpy(numbers)
+        meta = ops.AttentionMeta(
+            num_tokens=len(ids),
+            block_tables=self._tables,
+            slot_mapping=slots,
+            sequences=rows.tolist(),
+            query_lens=[1] * len(ids),
+            kv_lens=lengths.tolist(),
+            numbers=(rows, lengths),
+        )
+        with ops.recorded() as recording:
+            output = self._compute(Tokens(ids, positions, meta, any_pending=False))
+        if recording.is_whole:
+            self._recorded[len(ids)] = _Recorded(recording, numbers, output)
+        else:
+            self._can_record = False
+        return output.copied()
+
+
+def _is_plain(message: StepMessage) -> bool:
+    """Whether a step is one of single tokens that are all known, and nothing else."""
+    return (
+        len(message.rows) == message.num_tokens
+        and min(message.needed) == 1
+        and not (message.prompt_rows or message.moves or message.positions or message.input_rows)
+        and min(message.ids) >= 0
+    )

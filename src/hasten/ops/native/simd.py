@@ -1,0 +1,201 @@
+"""Vectors of 16 fp32 numbers, memory by its address, and calls by address, in functions that numba compiles.
+
+numba vectorizes few loops whose operands may overlap; these intrinsics say what is to be computed side by side. LLVM
+maps a vector to whatever registers the processor has. An address is an int64 that counts bytes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core.datamodel import models
+from numba.extending import intrinsic, register_model
+
+LANES = 16
+BYTES = 4 * LANES
+
+F32, F64, I32, I64, I8 = ir.FloatType(), ir.DoubleType(), ir.IntType(32), ir.IntType(64), ir.IntType(8)
+VECTOR = ir.VectorType(F32, LANES)
+_WHOLE = ir.VectorType(I32, LANES)
+
+Builder = Any
+Values = Sequence[Any]
+
+
+class _Vector(types.Type):
+    def __init__(self) -> None:
+        super().__init__("float32x16")
+
+
+vector = _Vector()
+
+
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, of) -> None:
+        super().__init__(manager, of, VECTOR)
+
+
+def constant(value: float) -> ir.Constant:
+    """A vector with the same number in all lanes."""
+    return ir.Constant(VECTOR, [value] * LANES)
+
+
+def called(b: Builder, name: str, result: ir.Type, args: Values, **options: Any) -> Any:
+    """A call of one of LLVM's own functions."""
+    kinds = [each.type for each in args]
+    function = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(result, kinds), name)
+    return b.call(function, args, **options)
+
+
+def fused(b: Builder, x: Any, y: Any, z: Any) -> Any:
+    """`x * y + z`, rounded once."""
+    return called(b, "llvm.fma.v16f32", VECTOR, [x, y, z])
+
+
+def spread(b: Builder, x: Any) -> Any:
+    """A vector with one number in all lanes."""
+    nothing = ir.Constant(VECTOR, ir.Undefined)
+    first = b.insert_element(nothing, x, ir.Constant(I32, 0))
+    return b.shuffle_vector(first, nothing, ir.Constant(_WHOLE, [0] * LANES))
+
+
+def read(b: Builder, kind: ir.Type, address: Any) -> Any:
+    """What stands at an address, which is a multiple of 4."""
+    loaded = b.load(b.inttoptr(address, kind.as_pointer()))
+    loaded.align = 4
+    return loaded
+
+
+def write(b: Builder, value: Any, address: Any) -> None:
+    """Put a value at an address, which is a multiple of 4."""
+    b.store(value, b.inttoptr(address, value.type.as_pointer())).align = 4
+
+
+def _made(arguments: Sequence[types.Type], result: types.Type, generate: Callable[[Builder, Values], Any]) -> Any:
+    """An intrinsic of up to three arguments."""
+
+    def typed(_context, *given):
+        def code(context, b, _signature, args):
+            made = generate(b, args)
+            return context.get_dummy_value() if made is None else made
+
+        return result(*arguments), code
+
+    if len(arguments) == 1:
+        return intrinsic(lambda context, x: typed(context, x))
+    if len(arguments) == 2:
+        return intrinsic(lambda context, x, y: typed(context, x, y))
+    return intrinsic(lambda context, x, y, z: typed(context, x, y, z))
+
+
+def _exp(b: Builder, x: Any) -> Any:
+    """By 2^n * e^r with r within half of log 2, to an error of 2e-7 of the value; NaN stays NaN.
+
+    Source of the polynomial: Moshier, "Cephes Mathematical Library", 1989 (expf).
+    """
+    x = b.select(b.fcmp_ordered("<", x, constant(-87.0)), constant(-87.0), x)
+    x = b.select(b.fcmp_ordered(">", x, constant(88.0)), constant(88.0), x)
+    whole = called(b, "llvm.nearbyint.v16f32", VECTOR, [b.fmul(x, constant(1.44269504))])
+    # log 2 in two parts, of which the first times `whole` is exact
+    rest = fused(b, whole, constant(2.12194440e-4), fused(b, whole, constant(-0.693359375), x))
+    power = constant(1.9875691500e-4)
+    for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        power = fused(b, power, rest, constant(factor))
+    power = b.fadd(fused(b, power, b.fmul(rest, rest), rest), constant(1.0))
+    bias, shift = (ir.Constant(_WHOLE, [number] * LANES) for number in (127, 23))
+    return b.fmul(power, b.bitcast(b.shl(b.add(b.fptosi(whole, _WHOLE), bias), shift), VECTOR))
+
+
+def _larger(b: Builder, args: Values) -> Any:
+    return b.select(b.fcmp_ordered(">", *args), *args)
+
+
+def _largest_or_nan(b: Builder, args: Values) -> Any:
+    x, y = args
+    greater = b.select(b.fcmp_ordered(">", y, x), y, x)
+    return b.select(b.fcmp_unordered("uno", y, y), y, greater)
+
+
+def prefetched(b: Builder, args: Values) -> None:
+    """Fetch the cache line of an address."""
+    pointer = b.inttoptr(args[0], I8.as_pointer())
+    called(b, "llvm.prefetch.p0", ir.VoidType(), [pointer, *(ir.Constant(I32, each) for each in (0, 3, 1))])
+
+
+_two = (vector, vector)
+load = _made((types.int64,), vector, lambda b, args: read(b, VECTOR, args[0]))
+store = _made((types.int64, vector), types.void, lambda b, args: write(b, args[1], args[0]))
+splat = _made((types.float32,), vector, lambda b, args: spread(b, args[0]))
+fma = _made((vector, *_two), vector, lambda b, args: fused(b, *args))
+add = _made(_two, vector, lambda b, args: b.fadd(*args))
+sub = _made(_two, vector, lambda b, args: b.fsub(*args))
+mul = _made(_two, vector, lambda b, args: b.fmul(*args))
+div = _made(_two, vector, lambda b, args: b.fdiv(*args))
+larger = _made(_two, vector, _larger)
+"""The greater of each two numbers; the second where either is NaN."""
+larger_or_nan = _made(_two, vector, _largest_or_nan)
+"""The greater of each two numbers; NaN where either is."""
+exp = _made((vector,), vector, lambda b, args: _exp(b, args[0]))
+total = _made(
+    (vector,),
+    types.float32,
+    lambda b, args: called(
+        b, "llvm.vector.reduce.fadd.v16f32", F32, [ir.Constant(F32, -0.0), args[0]], fastmath=("reassoc",)
+    ),
+)
+largest = _made((vector,), types.float32, lambda b, args: called(b, "llvm.vector.reduce.fmax.v16f32", F32, [args[0]]))
+prefetch = _made((types.int64,), types.void, prefetched)
+
+load_f32 = _made((types.int64,), types.float32, lambda b, args: read(b, F32, args[0]))
+store_f32 = _made((types.int64, types.float32), types.void, lambda b, args: write(b, args[1], args[0]))
+load_i32 = _made((types.int64,), types.int32, lambda b, args: read(b, I32, args[0]))
+store_i32 = _made((types.int64, types.int32), types.void, lambda b, args: write(b, args[1], args[0]))
+load_i64 = _made((types.int64,), types.int64, lambda b, args: read(b, I64, args[0]))
+load_f64 = _made((types.int64,), types.float64, lambda b, args: read(b, F64, args[0]))
+
+
+def stack(size: int) -> Any:
+    """A function that gives the address of so many bytes on the stack of its caller, a multiple of 64."""
+
+    def code(_context, b, _signature, _args):
+        with b.goto_entry_block():
+            memory = b.alloca(ir.ArrayType(I8, size))
+            memory.align = 64
+        return b.ptrtoint(memory, I64)
+
+    return intrinsic(lambda _context: (types.int64(), code))
+
+
+@intrinsic
+def call(_context, function, data, thread, threads):
+    """Call a kernel by its address."""
+
+    def code(context, b, _signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [I64, I64, I64])
+        b.call(b.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), code
+
+
+@intrinsic
+def call_number(_context, function):
+    """Call a function without arguments that gives a C int, by its address."""
+
+    def code(_context, b, _signature, args):
+        return b.call(b.inttoptr(args[0], ir.FunctionType(I32, []).as_pointer()), [])
+
+    return types.int32(types.int64), code
+
+
+@intrinsic
+def wait(_context, function):
+    """Call a function without arguments and without a result, by its address."""
+
+    def code(context, b, _signature, args):
+        b.call(b.inttoptr(args[0], ir.FunctionType(ir.VoidType(), []).as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code

@@ -1,0 +1,176 @@
+"""The kernels for a CPU compared with the definitions, on one thread and on two, and recordings of them."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from tests.ops.conftest import exactly_activated
+from torch import Tensor
+
+from hasten import ops
+from hasten.ops import cpu, native, reference
+from hasten.ops.heads import HeadTransform
+from hasten.ops.meta import AttentionMeta
+
+pytest.importorskip("numba", reason="there are no kernels without it")
+
+Close = Callable[[str, Tensor, Tensor], None]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one thread", "two threads"], autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As many threads of torch; on two, however little there is to do."""
+    from hasten.ops.native import launch
+
+    before, least = torch.get_num_threads(), launch.FEW_OPERATIONS
+    torch.set_num_threads(request.param)
+    launch.FEW_OPERATIONS = 0
+    yield
+    torch.set_num_threads(before)
+    launch.FEW_OPERATIONS = least
+
+
+@pytest.fixture
+def kernels() -> native.Kernels:
+    found = native.kernels()
+    assert found is not None
+    return found
+
+
+def draw(*shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * scale
+
+
+@pytest.mark.parametrize("into", [1, 3, 31, 64, 256])
+@pytest.mark.parametrize("out", [1, 32, 40, 96])
+def test_products_of_any_size(out: int, into: int, assert_close: Close) -> None:
+    weight, bias = draw(out, into, scale=into**-0.5), draw(out)
+    packed = ops.pack_linear(weight)
+    assert packed.panels is not None
+    for rows in (*range(1, 19), 64):
+        x, residual = draw(rows, into), draw(rows + 3, out)
+        numbers = torch.randperm(rows + 3)[:rows]
+        expected = F.linear(x.double(), weight.double(), bias.double())
+        found = ops.add_linear(x, packed, bias, residual, numbers)
+        assert isinstance(found, Tensor)
+        assert_close("linear", found, expected + residual[numbers].double())
+        assert_close("linear", ops.linear(x, packed), F.linear(x.double(), weight.double()))
+
+
+@pytest.mark.parametrize("activation", get_args(ops.Activation))
+def test_activations_in_products(activation: ops.Activation, assert_close: Close) -> None:
+    weight, bias, x = draw(64, 48, scale=48**-0.5), draw(64), draw(9, 48)
+    packed, inner = ops.pack_linear(weight), F.linear(x.double(), weight.double(), bias.double())
+    assert_close("linear", ops.linear(x, packed, bias, activation=activation), exactly_activated(inner, activation))
+    gate, up = inner.chunk(2, dim=1)
+    found = ops.gated_linear(x, packed, bias, activation)
+    assert_close("linear", found, exactly_activated(gate, activation) * up)
+
+
+@pytest.mark.parametrize("width", [1, 8, 16, 50, 256])
+def test_norms_and_rows_of_tables(width: int, assert_close: Close) -> None:
+    x, weight, bias, ids = draw(5, width), draw(width), draw(width), torch.tensor([4, 0, 4])
+    choices: list[dict[str, Any]] = [{}, {"rms": True}, {"rms": True, "unit_offset": True}]
+    for options in choices:
+        found, kept = ops.norm(x, weight, None if options else bias, 1e-5, **options)
+        expected, _ = reference.norm(x.double(), weight.double(), None if options else bias.double(), 1e-5, **options)
+        assert_close("layer_norm", found, expected)
+        assert kept is x
+    assert_close("layer_norm", ops.embedding_norm(ids, x, weight, bias, 1e-5), ops.norm(x, weight, bias, 1e-5)[0][ids])
+    assert torch.equal(ops.embedding(ids, x), x[ids])
+
+
+@pytest.mark.parametrize("block", [5, 16, 128])
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 4, 64), (6, 2, 16), (16, 1, 48), (40, 20, 32)])
+def test_single_queries(heads: int, key_heads: int, size: int, block: int, assert_close: Close) -> None:
+    lengths = [1, 2, 0, 127, 128, 129, 300]
+    width = 300 // block + 1
+    keys, values = (draw(len(lengths) * width, block, key_heads, size) for _ in range(2))
+    tables = torch.randperm(len(lengths) * width, generator=torch.Generator().manual_seed(0)).int().view(-1, width)
+    meta = AttentionMeta(
+        num_tokens=len(lengths),
+        block_tables=tables,
+        slot_mapping=torch.zeros(len(lengths), dtype=torch.int64),
+        sequences=list(range(len(lengths))),
+        query_lens=[1] * len(lengths),
+        kv_lens=lengths,
+    )
+    queries, slopes, sinks = draw(len(lengths), heads, size), draw(heads).abs() / 8, draw(heads)
+    plain: dict[str, Any] = {"alibi_slopes_n": None}
+    for options in (
+        plain,
+        {"alibi_slopes_n": slopes, "window": 40},
+        plain | {"softcap": 2.0, "sinks_n": sinks},
+        plain | {"causal": False},
+    ):
+        found = ops.paged_attention(queries, keys, values, meta, size**-0.5, **options)
+        expected = reference.paged_attention(queries, keys, values, meta, size**-0.5, **options)
+        some = [place for place, length in enumerate(lengths) if length]
+        assert_close("attention", found[some], expected[some])
+        assert not found[2].any()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("turned", [0, 8, 32])
+def test_heads_are_turned_and_stored(turned: int, interleaved: bool, assert_close: Close) -> None:
+    qkv, slots = draw(6, 8 * 32), torch.tensor([3, -1, 0, 19, 7, 4])
+    transform = None
+    if turned:
+        positions = torch.tensor([0, 5, 2, 9, 1, 1])
+        transform = HeadTransform(positions_t=positions, table_pr=draw(10, turned), interleaved=interleaved)
+    keys, values, right_keys, right_values = (torch.zeros(5, 4, 2, 32) for _ in range(4))
+    queries = cpu.store_heads(qkv.clone(), keys, values, slots, 4, transform)
+    right_queries = reference.store_heads(qkv.clone(), right_keys, right_values, slots, 4, transform)
+    assert_close("attention", queries, right_queries)
+    assert_close("attention", keys, right_keys)
+    assert_close("attention", values, right_values)
+
+
+def test_the_most_probable_token(kernels: native.Kernels) -> None:
+    for width in (1, 16, 77, 1003):
+        logits = draw(12, width)
+        for row, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+            logits[row, -1] = value
+            logits[row + 3, 0] = value
+        logits[6] = -torch.inf
+        logits[7, width // 3] = logits[7, width // 2] = 9
+        assert torch.equal(kernels.choice.greedy(logits), reference.greedy(logits))
+        assert torch.equal(
+            kernels.choice.greedy(logits[:, : width // 2 + 1]), reference.greedy(logits[:, : width // 2 + 1])
+        )
+
+
+def test_a_recording_computes_the_same_of_other_inputs() -> None:
+    up, down = ops.pack_linear(draw(96, 32)), ops.pack_linear(draw(32, 96))
+    weight, x = draw(32), draw(3, 32)
+
+    def compute(x: Tensor) -> Tensor:
+        for _ in range(3):
+            normed, residual = ops.norm(x, weight, None, 1e-5, rms=True)
+            x = ops.add_linear(ops.linear(normed, up, activation="silu"), down, None, residual)  # type: ignore[assignment]
+        return x
+
+    with ops.recorded() as recording:
+        found = compute(x)
+    assert recording.is_whole
+    for seed in range(3):
+        x.copy_(draw(3, 32) + seed)
+        expected = compute(x)
+        recording.run()
+        assert torch.equal(found, expected)
+
+
+def test_what_torch_computes_is_no_whole_recording() -> None:
+    x = draw(3, 32)
+    with ops.recorded() as recording:
+        ops.norm(x.view(3, 32)[:2], draw(32), None, 1e-5)
+    assert not recording.is_whole, "torch drew the weights"
+    weight = draw(32)
+    with ops.recorded() as recording:
+        ops.norm(x.view(3, 32)[:2], weight, None, 1e-5)
+    assert recording.is_whole
+    with ops.recorded() as recording:
+        ops.norm(x.mul_(2), weight, None, 1e-5)
+    assert not recording.is_whole
