@@ -1,6 +1,9 @@
 """The kernels for a CPU compared with the definitions, on one thread and on two, and recordings of them."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -15,6 +18,8 @@ from hasten.ops.heads import HeadTransform
 from hasten.ops.meta import AttentionMeta
 
 pytest.importorskip("numba", reason="there are no kernels without it")
+
+from hasten.ops.native import compiled
 
 Close = Callable[[str, Tensor, Tensor], None]
 
@@ -174,3 +179,32 @@ def test_what_torch_computes_is_no_whole_recording() -> None:
     with ops.recorded() as recording:
         ops.norm(x.mul_(2), weight, None, 1e-5)
     assert not recording.is_whole
+
+
+WITHOUT_NUMBA = """
+import sys
+from hasten.ops import native
+print(native.kernels() is not None, "numba" in sys.modules)
+"""
+
+
+@pytest.mark.any_python
+def test_later_starts_read_the_code_without_numba(kernels: native.Kernels) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NUMBA], capture_output=True, text=True, check=True, timeout=100
+    )
+    assert done.stdout.split() == ["True", "False"]
+
+
+def test_code_that_others_could_change_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = compiled._own_folder()
+    assert folder is not None
+    assert compiled._read(folder) is None
+    compiled._write(folder, {"norm": b"first"})
+    with pytest.raises(OSError):
+        compiled._write(folder, {"norm": b"second"})
+    assert compiled._read(folder) == {"norm": b"first"}
+    assert [each.name for each in folder.parent.iterdir()] == [folder.name]
+    folder.parent.chmod(0o777)
+    assert compiled._own_folder() is None

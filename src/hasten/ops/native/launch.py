@@ -7,16 +7,14 @@ its thread's part of the work. Arguments are whole numbers and addresses of 8 by
 import ctypes
 import struct
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from numba import cfunc, njit, types
 from torch import Tensor
 
-from hasten.ops.native import simd
+from hasten.ops.native.compiled import addresses
 
 if TYPE_CHECKING:
     from hasten.ops.native.record import Recording
@@ -30,34 +28,11 @@ _WORDS = 64
 class Kernel:
     """A compiled kernel and the form of its arguments."""
 
-    def __init__(self, function: Callable[[Any, Any, Any], None], arguments: str) -> None:
+    def __init__(self, name: str, arguments: str) -> None:
         """`arguments`: a letter each, `q` for whole numbers and addresses, `d` for floating-point numbers."""
-        self.address = _compiled(function, *[types.int64] * 3)
+        self.address = addresses()[name]
         self.arguments = struct.Struct(f"=2q{arguments}")
         """What a launch has of it: its address, that of its arguments, and these."""
-
-
-def kernel(arguments: str) -> Callable[[Callable[[Any, Any, Any], None]], Kernel]:
-    """Compile a function as a kernel; see `Kernel`."""
-    return lambda function: Kernel(function, arguments)
-
-
-def _compiled(function: Callable[..., None], *arguments: types.Type) -> int:
-    """The address of a function that is compiled once for this processor, and kept on disk where that can be."""
-    kind = types.void(*arguments)
-    try:
-        made = cfunc(kind, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written to
-        made = cfunc(kind, cache=False, error_model="numpy")(function)
-    _kept.append(made)
-    address: int = made.address
-    return address
-
-
-part = njit(error_model="numpy")
-"""A function that kernels call; it raises nothing, as they do not."""
-_kept: list[Any] = []
-"""Code is freed with its function."""
 
 
 HEAD = 48
@@ -104,29 +79,8 @@ def head(count: int) -> bytes:
     return struct.pack("=6q", *_threads.functions, count, 0, 0)
 
 
-def _team(data):
-    """Run all kernels of a launch on one of its threads, each after all threads are done with the one before."""
-    thread = types.int64(simd.call_number(simd.load_i64(data)))
-    threads = types.int64(simd.call_number(simd.load_i64(data + 8)))
-    barrier, count = simd.load_i64(data + 16), simd.load_i64(data + 24)
-    at = data + 48
-    for number in range(count):
-        if number > 0:
-            simd.wait(barrier)
-        simd.call(simd.load_i64(at), simd.load_i64(at + 8), thread, threads)
-        at += 16
-
-
-def _alone(data):
-    """Run all kernels of a launch on this thread."""
-    at = data + 48
-    for _ in range(simd.load_i64(data + 24)):
-        simd.call(simd.load_i64(at), simd.load_i64(at + 8), 0, 1)
-        at += 16
-
-
-_run_team = _compiled(_team, types.int64)
-_run_alone = ctypes.CFUNCTYPE(None, ctypes.c_int64)(_compiled(_alone, types.int64))
+_run_team = addresses()["team"]
+_run_alone = ctypes.CFUNCTYPE(None, ctypes.c_int64)(addresses()["alone"])
 _memory = _Memory()
 
 

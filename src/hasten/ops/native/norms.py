@@ -1,71 +1,11 @@
-"""Norms of rows, and rows of tables. Addresses are of fp32 numbers, but for ids, which are int64."""
+"""Norms of rows, and rows of tables: launches of `code/norms.py`."""
 
-import numpy as np
 from torch import Tensor
 
-from hasten.ops.native.launch import empty, kernel, launch, part
-from hasten.ops.native.simd import add, fma, load, load_f32, load_f64, load_i64, mul, splat, store, store_f32, sub
-from hasten.ops.native.simd import total as added
+from hasten.ops.native.launch import Kernel, empty, launch
 
-_f32 = np.float32
-
-
-@part
-def _sum(row, width):
-    sums, rest = splat(_f32(0)), _f32(0)
-    whole = width // 16 * 16
-    for at in range(0, whole, 16):
-        sums = add(sums, load(row + 4 * at))
-    for at in range(whole, width):
-        rest += load_f32(row + 4 * at)
-    return added(sums) + rest
-
-
-@part
-def _squares(row, width, mean):
-    sums, rest, means = splat(_f32(0)), _f32(0), splat(mean)
-    whole = width // 16 * 16
-    for at in range(0, whole, 16):
-        off = sub(load(row + 4 * at), means)
-        sums = fma(off, off, sums)
-    for at in range(whole, width):
-        off_one = load_f32(row + 4 * at) - mean
-        rest += off_one * off_one
-    return added(sums) + rest
-
-
-@kernel("7qd2q")
-def _norm(p, thread, threads):
-    """Rows x [t, h], or rows `ids` [t] of a table x, normed: out [t, h]."""
-    rows, width, x, ids = load_i64(p), load_i64(p + 8), load_i64(p + 16), load_i64(p + 24)
-    weight, bias, out = load_i64(p + 32), load_i64(p + 40), load_i64(p + 48)
-    eps, rms, offset = _f32(load_f64(p + 56)), load_i64(p + 64), _f32(load_i64(p + 72))
-    whole = width // 16 * 16
-    for t in range(rows * thread // threads, rows * (thread + 1) // threads):
-        row = x + 4 * width * (load_i64(ids + 8 * t) if ids else t)
-        to = out + 4 * width * t
-        mean = _f32(0) if rms else _sum(row, width) / _f32(width)
-        scale = _f32(1) / np.sqrt(_squares(row, width, mean) / _f32(width) + eps)
-        means, scales, offsets = splat(mean), splat(scale), splat(offset)
-        for at in range(0, 4 * whole, 64):
-            value = mul(mul(sub(load(row + at), means), scales), add(load(weight + at), offsets))
-            store(to + at, add(value, load(bias + at)) if bias else value)
-        for at in range(4 * whole, 4 * width, 4):
-            one = (load_f32(row + at) - mean) * scale * (load_f32(weight + at) + offset)
-            store_f32(to + at, one + load_f32(bias + at) if bias else one)
-
-
-@kernel("5q")
-def _gather(p, thread, threads):
-    """Rows `ids` [t] of a table x: out [t, h]."""
-    rows, width, x, ids, out = load_i64(p), load_i64(p + 8), load_i64(p + 16), load_i64(p + 24), load_i64(p + 32)
-    whole = width // 16 * 16
-    for t in range(rows * thread // threads, rows * (thread + 1) // threads):
-        row, to = x + 4 * width * load_i64(ids + 8 * t), out + 4 * width * t
-        for at in range(0, 4 * whole, 64):
-            store(to + at, load(row + at))
-        for at in range(4 * whole, 4 * width, 4):
-            store_f32(to + at, load_f32(row + at))
+_norm = Kernel("norm", "7qd2q")
+_gather = Kernel("gather", "5q")
 
 
 def norm(

@@ -146,6 +146,7 @@ total = _made(
     ),
 )
 largest = _made((vector,), types.float32, lambda b, args: called(b, "llvm.vector.reduce.fmax.v16f32", F32, [args[0]]))
+first_lane = _made((vector,), types.float32, lambda b, args: b.extract_element(args[0], ir.Constant(I32, 0)))
 prefetch = _made((types.int64,), types.void, prefetched)
 
 load_f32 = _made((types.int64,), types.float32, lambda b, args: read(b, F32, args[0]))

@@ -1,0 +1,121 @@
+"""The machine code of kernels: numba compiles it once for a processor, and every later start reads it.
+
+Reading it takes llvmlite alone, which is imported in a tenth of numba's time.
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+
+from hasten.core.errors import ConfigError
+from hasten.core.kernel_cache import check_kernel_cache
+
+_CODE = Path(__file__).parent / "code"
+_engines: list[Any] = []
+"""Code is freed with its engine."""
+
+
+def kernel_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where compiled kernels are kept: the user's cache."""
+    folder = environment.get("XDG_CACHE_HOME")
+    return (Path(folder) if folder else Path("~/.cache").expanduser()) / "hasten" / "kernels"
+
+
+@cache
+def addresses() -> dict[str, int]:
+    """The address of each kernel, by its name; they are compiled where that has not been done."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    folder = _own_folder()
+    code = None if folder is None else _read(folder)
+    if code is None:
+        code = _compiled()
+        if folder is not None:
+            with suppress(OSError):  # a full disk, for one: the next start compiles again
+                _write(folder, code)
+    return {name: _loaded(name, content) for name, content in code.items()}
+
+
+def _own_folder() -> Path | None:
+    """The folder for this code on this processor; None where what is in it could be another user's."""
+    folder = kernel_folder()
+    try:
+        check_kernel_cache(folder)
+    except (ConfigError, OSError, RuntimeError):
+        return None
+    digest = sha256()
+    for file in sorted(_CODE.glob("*.py")):
+        digest.update(file.read_bytes())
+    processor = (llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
+    digest.update("\n".join((version("numba"), version("llvmlite"), *processor)).encode())
+    return folder / digest.hexdigest()[:32]
+
+
+def _read(folder: Path) -> dict[str, bytes] | None:
+    """The code of all kernels, by name; None where it is not there."""
+    with suppress(OSError):
+        return {file.stem: file.read_bytes() for file in folder.glob("*.o")} or None
+    return None
+
+
+def _write(folder: Path, code: dict[str, bytes]) -> None:
+    """Keep code: all of it, or nothing where another process was faster (OSError)."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+        made = Path(temporary) / "made"
+        made.mkdir(mode=0o700)
+        for name, content in code.items():
+            (made / f"{name}.o").write_bytes(content)
+        made.rename(folder)
+
+
+def _compiled() -> dict[str, bytes]:
+    """Machine code of all kernels for this processor, by name; of each the function `hasten_NAME`."""
+    from numba import cfunc, types
+
+    from hasten.ops.native.code import attention, choice, norms, products, teams  # noqa: F401 - they add to KERNELS
+    from hasten.ops.native.code.functions import KERNELS, TEAMS
+
+    code = {}
+    functions = [(name, function, 3) for name, function in KERNELS.items()]
+    for name, function, count in [*functions, *((name, function, 1) for name, function in TEAMS.items())]:
+        made = cfunc(types.void(*[types.int64] * count), error_model="numpy")(function)
+        code[name] = _machine_code(made.inspect_llvm().replace(made.native_name, f"hasten_{name}"), f"hasten_{name}")
+    return code
+
+
+def _machine_code(text: str, name: str) -> bytes:
+    """Machine code of a module of LLVM of which one function is used.
+
+    The others become its own. LLVM then sees that none of them raises, and leaves out what numba and Python would do.
+    """
+    machine, module = _machine(), llvm.parse_assembly(text)
+    for function in module.functions:
+        if not function.is_declaration and function.name != name:
+            function.linkage = "internal"
+    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(module, builder)
+    code: bytes = machine.emit_object(module)
+    return code
+
+
+def _machine() -> Any:
+    options = {"cpu": llvm.get_host_cpu_name(), "features": llvm.get_host_cpu_features().flatten()}
+    return llvm.Target.from_default_triple().create_target_machine(**options, opt=3, codemodel="jitdefault", jit=True)
+
+
+def _loaded(name: str, code: bytes) -> int:
+    """Put the code of a kernel into this process: its address."""
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _engines.append(engine)
+    address: int = engine.get_function_address(f"hasten_{name}")
+    return address
