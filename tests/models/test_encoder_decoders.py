@@ -9,7 +9,7 @@ import pytest
 from tests.encoder_decoders import KINDS, save_encoder_decoder, their_logprobs, their_tokens, without_padding
 from tests.models.families import with_attention
 
-from hasten import LLM, SamplingParams, ops
+from hasten import LLM, SamplingParams
 from hasten.checkpoint import hugging_face
 from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.hugging_face import read_hf_config
@@ -93,14 +93,6 @@ def test_ranks_and_converted_checkpoints_give_the_same_tokens(save: Save, tmp_pa
         convert(Conversion(str(folder), str(out), ranks=2, format=kind))
         with LLM(out, tensor_parallel_size=ranks, device="cpu", kv_cache_memory=1 << 22) as llm:
             assert tokens(llm, GREEDY) == greedy(folder)
-
-
-def test_an_encoder_without_a_cache(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, for those whose scores have no biases: cross-attention alone leaves keys and values."""
-    monkeypatch.setattr(ops, "has_text_attention", lambda _: True)
-    folder = save("bart")
-    with LLM(folder, kv_cache_memory=1 << 22) as llm:
-        assert tokens(llm, GREEDY) == greedy(folder)
 
 
 def _without_scale(config: ModelConfig) -> ModelConfig:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.encoders import TEXTS, save_encoder, save_pooling, their_output, theirs
 from torch import Tensor
 
-from hasten import LLM, PoolingParams, ops
+from hasten import LLM, PoolingParams
 from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.core.errors import CheckpointError, HastenError, UnsupportedError
@@ -21,7 +21,6 @@ from hasten.core.model_config import ModelConfig
 from hasten.layers.position import relative_buckets
 from hasten.models import encoder
 from hasten.models.registry import MODELS, model_class, task_of
-from hasten.ops import reference
 
 
 def rope(theta: float) -> dict[str, Any]:
@@ -125,25 +124,6 @@ def test_weights_agree_with_the_module(folder: Folder) -> None:
             with torch.device("meta"):
                 shapes = {key: tuple(value.shape) for key, value in cls(config).named_parameters()}
             assert {spec.name: spec.shape(config) for spec in cls.weight_map(config).specs} == shapes
-
-
-@pytest.mark.parametrize(("name", "is_used"), [("roberta", True), ("distilbert", True), ("mpnet", False)])
-def test_attention_over_texts_without_a_cache(
-    name: str, is_used: bool, folder: Folder, load: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a GPU, for models whose scores have no biases and no windows."""
-    path, calls = folder(name), []
-
-    def attended(*operands: Any) -> Tensor:
-        calls.append(operands)
-        return reference.text_attention(*operands)
-
-    monkeypatch.setattr(ops, "has_text_attention", lambda _: True)
-    monkeypatch.setattr(ops, "text_attention", attended)
-    llm, model = load(path), theirs(path)
-    for output in llm.encode([*TEXTS, *LONG], pooling_task="token_embed"):
-        assert (output.outputs.data - their_output(model, output.prompt_token_ids)).abs().max() < BOUND
-    assert bool(calls) == is_used
 
 
 def test_a_padding_token_within_a_text_takes_no_position(folder: Folder, load: Load) -> None:

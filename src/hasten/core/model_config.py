@@ -178,12 +178,6 @@ class AttentionConfig:
             f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
         )
 
-    @property
-    def has_plain_scores(self) -> bool:
-        """Whether tokens see all of their text, and scores are scaled products of queries and keys alone."""
-        changed = self.window is not None or self.softcap is not None or self.qk_norm is not None or self.sinks
-        return not (self.causal or changed or self.relative_buckets) and self.position in ("learned", "none")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:

@@ -110,8 +110,6 @@ class Attention(nn.Module):
 
         In the `last` layer only for the tokens of `meta.output_part`, where there is one; all leave keys and values.
         """
-        if self._sees_texts(meta, last=last):
-            return self.dense(ops.text_attention(*self.qkv.heads_of(x_th), meta, self.scale).flatten(1), residual_th)
         caches = (self.key_cache, self.value_cache)
         transform, scales = self._transform(positions_t), self.cache_scales
         query_tnd = self.qkv(x_th, *caches, meta.slot_mapping, transform, scales=scales)
@@ -131,12 +129,6 @@ class Attention(nn.Module):
             scales=scales,
         )
         return self.dense(out_tnd.flatten(1), residual_th, meta.output_indices)
-
-    def _sees_texts(self, meta: ops.AttentionMeta, *, last: bool) -> bool:
-        """Whether the batch has all that its tokens see, and attention over it needs no cache."""
-        part = last and meta.output_part is not None
-        fits = self.config.has_plain_scores and not part and meta.run is None and meta.is_whole
-        return fits and self.cache_scales is None and ops.has_text_attention(self.key_cache)
 
 
 class CrossAttention(nn.Module):

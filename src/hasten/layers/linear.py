@@ -123,13 +123,6 @@ class QKVLinear(_Linear):
         self.heads = heads
         self.clip = clip
 
-    def heads_of(self, x_th: ops.Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [t, n, d], keys and values [t, m, d], of which no cache gets any."""
-        qkv_to = clipped(ops.linear(x_th, self.packed, self.bias), self.clip)
-        counts = (self.heads.num_heads, self.heads.num_kv_heads, self.heads.num_kv_heads)
-        query, key, value = qkv_to.unflatten(1, (-1, self.heads.head_size)).split(counts, dim=1)
-        return query, key, value
-
     def forward(
         self,
         x_th: ops.Inputs,

@@ -91,7 +91,6 @@ __all__ = [
     "fixed_run",
     "gated_linear",
     "greedy",
-    "has_text_attention",
     "largest",
     "linear",
     "linear_parts",
@@ -113,7 +112,6 @@ __all__ = [
     "route",
     "set_count",
     "store_heads",
-    "text_attention",
     "to_device",
     "top_logprobs",
     "write_cache",
@@ -500,27 +498,6 @@ def paged_attention(
     return cpu.paged_attention(
         *operands, window=window, softcap=softcap, sinks_n=sinks_n, causal=causal, bias_nr=bias_nr, scales=scales
     )
-
-
-def has_text_attention(like: Tensor) -> bool:
-    """Whether `text_attention` is the faster way for heads of this type and size, [., ., ., d], on their device."""
-    if like.is_cuda:
-        from hasten.ops.gpu import texts
-
-        return texts.has_text_attention(like)
-    return False
-
-
-def text_attention(query_tnd: Tensor, key_tmd: Tensor, value_tmd: Tensor, meta: AttentionMeta, scale: float) -> Tensor:
-    """Attention of each token over all tokens of its own text, which are all in this batch: [t, n, d].
-
-    Scores are `scale * query . key`. No cache is read. Source: Dao, "FlashAttention-2", 2023.
-    """
-    if query_tnd.is_cuda:
-        from hasten.ops.gpu import texts
-
-        return texts.text_attention(query_tnd, key_tmd, value_tmd, meta, scale)
-    return reference.text_attention(query_tnd, key_tmd, value_tmd, meta, scale)
 
 
 def fixed_run(device: torch.device, max_kv_len: int) -> int:

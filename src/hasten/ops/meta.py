@@ -46,11 +46,6 @@ class AttentionMeta:
     scratch: dict[str, Any] = field(default_factory=dict, compare=False)
     """What an op computes once per step and every layer uses again."""
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether all that the tokens see is in this batch."""
-        return self.query_lens == self.kv_lens
-
     def output_rows(self, rows_t: Tensor, *, last: bool) -> Tensor:
         """Those of a batch's rows, one per token, that a layer goes on with: in the last one those of `output_part`."""
         if not last or self.output_part is None:

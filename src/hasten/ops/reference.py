@@ -366,19 +366,6 @@ def paged_attention(  # noqa: D103
     return out_tnd
 
 
-def text_attention(  # noqa: D103
-    query_tnd: Tensor, key_tmd: Tensor, value_tmd: Tensor, meta: AttentionMeta, scale: float
-) -> Tensor:
-    groups = query_tnd.shape[1] // key_tmd.shape[1]
-    texts = zip(*(each.split(meta.query_lens) for each in (query_tnd, key_tmd, value_tmd)), strict=True)
-    made = []
-    for query_qnd, key_kmd, value_kmd in texts:
-        key_knd, value_knd = (each.float().repeat_interleave(groups, dim=1) for each in (key_kmd, value_kmd))
-        weights_nqk = (torch.einsum("qnd,knd->nqk", query_qnd.float(), key_knd) * scale).softmax(-1)
-        made.append(torch.einsum("nqk,knd->qnd", weights_nqk, value_knd).to(query_tnd.dtype))
-    return torch.cat(made)
-
-
 def _held(heads_kmd: Tensor, scales: CacheScales | None, kind: int) -> Tensor:
     """What keys (kind 0) or values (1) of a cache stand for, in fp32."""
     wide_kmd = widened(heads_kmd)
