@@ -21,6 +21,8 @@ from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError, InvalidRequestError
 from hasten.core.types import SamplingParams
 from hasten.engine.llm import LLM
+from hasten.engine.text import Tokenizer
+from hasten.server.engine import spawned
 from hasten.server.engine.client import EngineClient, QueueTimeoutError
 from hasten.server.engine.process import with_defaults
 from hasten.server.engine.queue import QueueWaitError
@@ -56,6 +58,40 @@ def test_a_server_has_a_target_for_the_time_between_tokens_unless_it_is_given_no
         assert demo_engine.stats().mixed_seconds > before.mixed_seconds
 
     run(ask())
+
+
+def test_a_process_that_was_started_ahead_loads_the_next_model(run: Any, demo_model: Path, monkeypatch: Any) -> None:
+    """And the server has the tokenizer by the time at which the engine is ready, loaded once."""
+    loaded, foreseen = list[str](), list[Any]()
+    from_folder, prepare = Tokenizer.from_folder, EngineClient.prepare
+
+    def noted(folder: str) -> Any:
+        loaded.append(str(folder))
+        return from_folder(folder)
+
+    async def prepared(client: EngineClient, replica: Any, info: Any) -> None:
+        foreseen.append(client._foreseen)
+        await prepare(client, replica, info)
+
+    monkeypatch.setattr(Tokenizer, "from_folder", noted)
+    monkeypatch.setattr(EngineClient, "prepare", prepared)
+    spawned.start_ahead(1)
+    (ahead,) = spawned._ahead
+
+    async def ask() -> None:
+        async with started(demo_model, max_num_seqs=2) as client:
+            assert client.replicas[0].pid == ahead.process.pid
+            assert count(await collect(client, "once", SHORT)) == 4
+            assert loaded == [str(demo_model)] == [folder for folder, _ in foreseen]
+
+    run(ask())
+    assert not spawned._ahead
+
+
+def test_processes_ahead_that_nobody_takes_end_with_the_one_that_started_them() -> None:
+    program = "from hasten.server.engine import spawned as s; s.start_ahead(1); print(s._ahead[0].process.pid)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=LIMIT_S)
+    assert not psutil.pid_exists(int(done.stdout))
 
 
 def test_a_killed_process_comes_back(run: Any, demo_model: Path, tmp_path: Path, caplog: Any) -> None:

@@ -86,11 +86,14 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     require_extra("serve", "hasten serve")
     from hasten.parallel.rank import on_several_hosts, rank_info
-    from hasten.server.follower import engine_of, follow
 
     options = serve_options(args)
-    # what a repository has is read before it is served only where it says which ranks this host has
-    one = options.engine or (engine_of(options) if on_several_hosts() else None)
+    one = options.engine
+    if one is None and on_several_hosts():
+        # what a repository has is read before it is served only where it says which ranks this host has
+        from hasten.server.follower import engine_of
+
+        one = engine_of(options)
     place = rank_info(ParallelConfig() if one is None else one.parallel)
     if place is not None and options.model.data_parallel_size > 1:
         raise ConfigError(
@@ -98,15 +101,29 @@ def run(args: argparse.Namespace) -> int:
             "torchrun, mpirun or a cluster started, which serve one engine; leave the option out"
         )
     if place is not None and place.rank > 0:
-        return follow(options)
+        from hasten.server.follower import follow
 
-    from hasten.checkpoint.hub import resolve_engine
+        return follow(options)
+    if options.engine is not None:
+        options = _with_engines_ahead(options, options.engine)
+
     from hasten.server.app import run_server
 
-    if options.engine is not None:
-        # what the models are called, and whether there is a tokenizer, is known only then
-        options = dataclasses.replace(options, engine=resolve_engine(options.engine))
     return run_server(options)
+
+
+def _with_engines_ahead(options: ServeOptions, engine: EngineConfig) -> ServeOptions:
+    """The options with a folder in place of the model's name, and its engines' processes started.
+
+    What the models are called, and whether there is a tokenizer, is known only then. While this process imports the
+    server, the others import torch.
+    """
+    from hasten.checkpoint.hub import resolve_engine
+    from hasten.server.engine import spawned
+
+    options = dataclasses.replace(options, engine=resolve_engine(engine))
+    spawned.start_ahead(options.model.data_parallel_size)
+    return options
 
 
 def serve_options(args: argparse.Namespace) -> ServeOptions:

@@ -17,6 +17,7 @@ step is bound by reading weights. Larger steps keep the device busy for longer t
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -113,8 +114,6 @@ class Sizes:
 
 @dataclass(frozen=True)
 class _Graph:
-    sections: Sections
-    numbers: Tensor
     graph: torch.cuda.CUDAGraph
     output: StepOutput
 
@@ -129,49 +128,72 @@ class StepGraphs:
     """Graphs of all sizes, which share their memory."""
 
     def __init__(
-        self, decode: Compute, mixed: Compute, inputs: Inputs, max_sequences: int, sizes: Sizes, *, is_last: bool = True
+        self,
+        decode: Compute,
+        mixed: Compute,
+        inputs: Inputs,
+        max_sequences: int,
+        sizes: Sizes,
+        *,
+        one_of_each: Callable[[], AbstractContextManager[None]],
+        is_last: bool = True,
     ) -> None:
-        """`is_last`: whether these are steps of the last pipeline stage; others leave hidden states of all tokens."""
+        """`one_of_each`: a context in which steps run through one layer of each kind, and so use every kernel.
+
+        `is_last`: whether these are steps of the last pipeline stage; others leave hidden states of all tokens.
+        """
         self._inputs = inputs
         self._is_last = is_last
         self._sizes = sizes
-        self._graphs: dict[Size, _Graph] = {}
         computed = dict.fromkeys(sizes.mixed, mixed) | dict.fromkeys(sizes.decode, decode)
-        sections = {size: inputs.sections(size.tokens, size.outputs, max_sequences) for size in computed}
-        largest = max(each.total for each in sections.values())
+        self._sections = {size: inputs.sections(size.tokens, size.outputs, max_sequences) for size in computed}
+        largest = max(each.total for each in self._sections.values())
         self._numbers = torch.zeros(largest, dtype=torch.int32, device=inputs.device)
-        stream, pool = torch.cuda.Stream(inputs.device), torch.cuda.graph_pool_handle()
+        # The largest first: the others then fit into the memory that it took.
+        ordered = sorted(computed.items(), key=lambda pair: pair[0].tokens, reverse=True)
         try:
-            # The largest first: the others then fit into the memory that it took.
-            for size in sorted(computed, key=lambda size: size.tokens, reverse=True):
-                self._graphs[size] = self._captured(computed[size], size, sections[size], stream, pool)
+            self._graphs = self._captured_all(ordered, one_of_each)
         except torch.OutOfMemoryError as error:
             raise CapacityError(
                 "no memory is left for CUDA graphs; lower gpu_memory_utilization, kv_cache_memory or max_num_seqs, "
                 f"or do without them (enforce_eager) ({str(error).partition(chr(10))[0]})"
             ) from error
 
-    def _captured(
-        self,
-        compute: Compute,
-        size: Size,
-        sections: Sections,
-        stream: torch.cuda.Stream,
-        pool: "torch.cuda._POOL_HANDLE",
-    ) -> _Graph:
-        step = size.empty(self._inputs)
-        numbers = self._numbers[: sections.total]
-        self._put(size.arrays(self._inputs, step), sections, numbers)
-        padded = step.padded(size.tokens, size.outputs)
-        graph = torch.cuda.CUDAGraph()
+    def _captured_all(
+        self, computed: list[tuple[Size, Compute]], one_of_each: Callable[[], AbstractContextManager[None]]
+    ) -> dict[Size, _Graph]:
+        """A graph of each size, whose kernels have been launched before: a capture must neither compile nor load any.
+
+        What `torch.cuda.graph` does before each capture, to empty the caches of memory, is done once: that would take
+        as long as the capture.
+        """
+        stream, pool = torch.cuda.Stream(self._inputs.device), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            # This compiles what is not compiled yet, which a capture must not do.
-            compute(self._inputs.seen(padded, sections.views(numbers)))
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                output = compute(self._inputs.seen(padded, sections.views(numbers)))
+            with one_of_each():
+                for size, compute in computed:
+                    step, sections = size.empty(self._inputs), self._sections[size]
+                    self._put(size.arrays(self._inputs, step), sections, self._numbers[: sections.total])
+                    compute(self._seen(size, step))
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            graphs = {size: self._captured(compute, size, pool) for size, compute in computed}
         torch.cuda.current_stream().wait_stream(stream)
-        return _Graph(sections, numbers, graph, output)
+        return graphs
+
+    def _captured(self, compute: Compute, size: Size, pool: "torch.cuda._POOL_HANDLE") -> _Graph:
+        tokens, graph = self._seen(size, size.empty(self._inputs)), torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            output = compute(tokens)
+        finally:
+            graph.capture_end()
+        return _Graph(graph, output)
+
+    def _seen(self, size: Size, step: Step) -> Tokens:
+        """A step that reads its numbers from where steps of this size have them."""
+        views = self._sections[size].views(self._numbers[: self._sections[size].total])
+        return self._inputs.seen(step.padded(size.tokens, size.outputs), views)
 
     def _put(self, arrays: Arrays, sections: Sections, numbers: Tensor) -> None:
         host = sections.packed(arrays, self._inputs.device)
@@ -182,13 +204,14 @@ class StepGraphs:
         size = self._sizes.of(message)
         if size is None:
             return None
-        step, chosen = self._inputs.step(message), self._graphs[size]
+        step, chosen, sections = self._inputs.step(message), self._graphs[size], self._sections[size]
         arrays = size.arrays(self._inputs, step)
-        if not chosen.sections.hold(arrays):
+        if not sections.hold(arrays):
             return None
-        self._put(arrays, chosen.sections, chosen.numbers)
+        numbers = self._numbers[: sections.total]
+        self._put(arrays, sections, numbers)
         if message.moves:
-            tables = chosen.sections.views(chosen.numbers)["tables"]
+            tables = sections.views(numbers)["tables"]
             prepare(message, tables[: step.tables.size].view(step.tables.shape))
         chosen.graph.replay()
         return chosen.output.first(sum(message.needed) if self._is_last else message.num_tokens)

@@ -5,6 +5,7 @@ Shapes: t tokens of the flat batch, r rows that need logits, v vocabulary, h hid
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -204,7 +205,13 @@ class Runner:
     def capture_graphs(self, sizes: Sizes) -> None:
         """Capture steps of these sizes, to be replayed."""
         self._graphs = StepGraphs(
-            self._decode, self._mixed, self._inputs, self.max_sequences, sizes, is_last=self.stage.is_last
+            self._decode,
+            self._mixed,
+            self._inputs,
+            self.max_sequences,
+            sizes,
+            one_of_each=partial(distinct_layers, self.model),
+            is_last=self.stage.is_last,
         )
 
     def record_steps(self) -> None:

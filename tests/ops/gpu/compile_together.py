@@ -18,10 +18,13 @@ from hasten.ops.gpu import norm, sampling
 
 def main() -> None:
     """Compile, then ask for the same kernels once more."""
-    target = GPUTarget("cuda", 90, 32)
+    target, devices = GPUTarget("cuda", 90, 32), list[int]()
     driver.set_active(
         SimpleNamespace(
-            get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda _device: 0
+            get_current_target=lambda: target,
+            get_current_device=lambda: 3,
+            set_current_device=devices.append,
+            get_current_stream=lambda _device: 0,
         )
     )
     found: dict[str, Any] = {"before": ops.any_compiled()}
@@ -36,6 +39,7 @@ def main() -> None:
     JITFunction.run = lambda self, *args, warmup, **options: run(self, *args, warmup=True, **options)
     _compute()
     found |= {"during": during, "compiled": sorted(compiled), "missing": missing, "after": ops.any_compiled()}
+    found["devices"] = sorted(set(devices))
     json.dump(found, sys.stdout)
 
 

@@ -27,4 +27,5 @@ def test_kernels_of_a_block_are_compiled_at_its_end_and_then_there(tmp_path: Pat
         "compiled": ["_add_norm", "_add_norm", "_best_of_chunk", "_best_of_row"],
         "missing": [],
         "after": True,
+        "devices": [3],
     }

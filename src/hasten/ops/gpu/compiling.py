@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from triton import JITFunction, knobs
+from triton.runtime import driver
 
 from hasten.core.cpus import available_cpus
 
@@ -37,11 +38,20 @@ def compiled_together(processes: int) -> Iterator[None]:
     with knobs.runtime.scope():
         knobs.runtime.jit_cache_hook = collect
         yield
-    with ThreadPoolExecutor(max(1, min(_MOST_THREADS, available_cpus() // processes))) as threads:
+    count = max(1, min(_MOST_THREADS, available_cpus() // processes))
+    active = driver.active
+    device = active.get_current_device()  # each thread has one of its own
+    with ThreadPoolExecutor(count, initializer=active.set_current_device, initargs=(device,)) as threads:
         # What cannot be compiled fails again where it is launched, where the error says in which step.
-        done = [threads.submit(function.preload, data) for function, data in missing.values()]
+        done = [threads.submit(_launcher, function, data) for function, data in missing.values()]
         for future in done:
             future.exception()
+
+
+def _launcher(function: JITFunction[Any], data: str) -> Any:
+    """What launches a kernel, compiled and loaded: a first launch would build it while the others wait."""
+    kernel = function.preload(data)
+    return None if kernel is None else kernel.run
 
 
 def any_compiled() -> bool:

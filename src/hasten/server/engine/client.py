@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from operator import index
+from pathlib import Path
 from typing import Any
 
 from hasten.core.config import EngineConfig
@@ -138,6 +139,8 @@ class EngineClient:
         self.replicas = [self._replica(index, stall_timeout) for index in range(engines)]
         """Each of the engines."""
         self._started = False
+        self._foreseen: tuple[str, asyncio.Task[Tokenizer]] | None = None
+        """A folder and the tokenizer in it, which is being loaded."""
         self._preparing = asyncio.Lock()
         self._infos: dict[Replica, EngineInfo] = {}
         self._closing: asyncio.Task[None] | None = None
@@ -176,6 +179,7 @@ class EngineClient:
         _check_engines(engines)
         client = cls(config, limits, name, stall_timeout, engines)
         starting = [asyncio.create_task(replica.start()) for replica in client.replicas]
+        client._foresee_tokenizer()
         try:
             await asyncio.gather(*starting)
         except BaseException:
@@ -472,9 +476,24 @@ class EngineClient:
         """Take in what an engine is that has loaded its model; load the tokenizer, once at the start."""
         async with self._preparing:
             if info.tokenizer_folder is not None and (self._started or self.tokenizer is None):
-                self.tokenizer = await asyncio.to_thread(Tokenizer.from_folder, info.tokenizer_folder)
+                self.tokenizer = await self._load_tokenizer(info.tokenizer_folder)
         self._infos[replica] = info
         self.info = EngineInfo.of_all(list(self._infos.values()))
+
+    async def _load_tokenizer(self, folder: str) -> Tokenizer:
+        """The tokenizer that engines name, which is most often the foreseen one."""
+        foreseen, self._foreseen = self._foreseen, None
+        if foreseen is not None and foreseen[0] == folder:
+            return await foreseen[1]
+        return await asyncio.to_thread(Tokenizer.from_folder, folder)
+
+    def _foresee_tokenizer(self) -> None:
+        """Begin to load the tokenizer of the model's folder, while the engines load the model."""
+        folder = self._config.tokenizer or self._config.model
+        if Path(folder, "tokenizer.json").is_file():
+            loading = asyncio.create_task(asyncio.to_thread(Tokenizer.from_folder, folder))
+            loading.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever needs it asks
+            self._foreseen = (folder, loading)
 
     def engine_lost(self, index: int, tickets: list[Ticket], error: EngineError) -> None:
         """Requests that have begun get an error at once; the others go to another engine, where there are several."""

@@ -2,9 +2,7 @@
 
 import asyncio
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +12,7 @@ from typing import Any, cast
 import msgspec
 
 from hasten.core.errors import EngineError, HastenError, error_of
+from hasten.server.engine import spawned as engine_processes
 from hasten.server.engine.wire import Acknowledge, EngineInfo, Frames, FromEngine, Ready, Start, Step, framed
 from hasten.server.histogram import Histogram
 
@@ -70,21 +69,12 @@ class EngineLink(asyncio.Protocol):
 
         `on_steps` gets all that its steps have brought since the last call.
         """
-        ours, theirs = socket.socketpair()
+        spawned = engine_processes.start()
+        link = cls(spawned.process, on_steps, delivery)
         try:
-            with theirs:
-                process = _spawn(theirs)
-            ours.setblocking(False)
-            link = cls(process, on_steps, delivery)
+            await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=spawned.connection)
         except BaseException:
-            ours.close()
-            raise
-        try:
-            await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=ours)
-        except BaseException:
-            ours.close()
-            process.kill()
-            link._wait(_LEAVE_S)
+            spawned.kill()
             raise
         link.send(start)
         return link
@@ -170,14 +160,3 @@ class EngineLink(asyncio.Protocol):
         self._closing = True
         self._transport.close()
         await asyncio.shield(self.ended)
-
-
-def _spawn(connection: socket.socket) -> "subprocess.Popen[bytes]":
-    """An engine's process that holds this end of a socket. Its words, and those of its libraries, go to stderr."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "hasten.server.engine.process", str(connection.fileno())],
-        stdin=subprocess.PIPE,  # closed when this process ends, however it does
-        stdout=2,
-        pass_fds=[connection.fileno()],
-        start_new_session=True,  # Ctrl-C goes to the server alone, which ends the engine in order
-    )

@@ -17,10 +17,12 @@ import traceback
 from collections import deque
 from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from hasten.core import gpu_start
 from hasten.core.config import EngineConfig
 from hasten.core.cpus import available_cpus
 from hasten.core.errors import EngineError, HastenError
@@ -330,6 +332,7 @@ def _load(start: ToEngine) -> "Engine":
 
 def serve(channel: Channel) -> None:
     """Load the engine that the first message describes, and serve until the server is gone."""
+    import_module("hasten.engine.launch")  # it takes seconds, while the server gets ready to say what to load
     for start in channel.receive(wait=True):
         engine = _load(start)
         engine.estimate_work()
@@ -353,6 +356,7 @@ def main() -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)  # the server decides when this process ends
     threading.Thread(target=_end_with_server, daemon=True).start()
+    gpu_start.begin()
     gc.disable()  # imports leave nothing to collect, and looking for it takes a tenth of the start
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     code = 0
