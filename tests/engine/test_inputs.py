@@ -359,13 +359,13 @@ def test_sizes_of_steps_of_single_tokens(most: int) -> None:
         assert size - count <= max(7, size // 5)
 
 
-@pytest.mark.parametrize("most", [1, 16, 40, 64, 300, 512, 1024, 8192])
+@pytest.mark.parametrize("most", [1, 16, 40, 64, 300, 512, 1024, 1300, 8192])
 @pytest.mark.parametrize("sequences", [1, 48, 256])
 def test_sizes_of_steps_with_prompts(most: int, sequences: int) -> None:
     made = mixed_sizes(most, sequences)
     tokens = [size.tokens for size in made]
     assert tokens == sorted(set(tokens))
-    assert tokens[-1] == min(most, 1024)
+    assert tokens[-1] == min(most, 1536)
     assert all(size.outputs == min(size.tokens, sequences) for size in made)
     for count in range(33, tokens[-1] + 1):
         size = next(size for size in tokens if size >= count)
@@ -374,4 +374,4 @@ def test_sizes_of_steps_with_prompts(most: int, sequences: int) -> None:
 
 def test_the_sizes_of_the_defaults() -> None:
     assert [size.tokens for size in decode_sizes(256)] == [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16)]
-    assert len(mixed_sizes(8192, 256)) == 26
+    assert len(mixed_sizes(8192, 256)) == 30

@@ -137,7 +137,7 @@ class HuggingFaceSource(Source):
 
     def shard(self, spec: WeightSpec, rank: int, size: int) -> Tensor:
         """A view of the mapped file; what is fused here and not there, or in another order, is copied."""
-        stored = [self._stored(source) for source in spec.sources]
+        stored = [self.upload(self._stored(source)) for source in spec.sources]
         return spec.shard(stored, rank, size, self.config.attention)
 
     def weight(self, spec: WeightSpec, rank: int, size: int, dtype: torch.dtype) -> Weight:

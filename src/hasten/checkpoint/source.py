@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,6 +20,10 @@ from hasten.parallel.shard import split
 from hasten.quantization.formats.base import Format
 
 _log = logging.getLogger(__name__)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class Source(ABC):
@@ -45,6 +49,9 @@ class Source(ABC):
         self.weight_map = weight_map
         self.specs = weight_map.specs
         self.files: tuple[Path, ...] = ()
+        self.upload: Callable[[Tensor], Tensor] = _as_it_is
+        """Where whole tensors of the files are wanted, before they are put into hasten's layout: on a GPU that takes no
+        time. As it is for a rank that needs parts of them."""
         self.generation_eos: tuple[int, ...] | None = None
         """End tokens that generation_config.json set when the checkpoint was converted."""
 

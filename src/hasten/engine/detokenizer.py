@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import BPE
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_WINDOW = 64
@@ -48,7 +49,11 @@ class Detokenizer:
     @cached_property
     def _kinds(self) -> list[str]:
         """Types of the decoders that follow each other."""
-        return _types(json.loads(self._fast.to_str()).get("decoder"))
+        if self._fast.decoder is None:
+            return []
+        alone = FastTokenizer(BPE())  # with its vocabulary, the JSON of a large tokenizer takes half a second
+        alone.decoder = self._fast.decoder
+        return _types(json.loads(alone.to_str())["decoder"])
 
     @property
     def is_byte_level(self) -> bool:

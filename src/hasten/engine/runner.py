@@ -4,7 +4,7 @@ Shapes: t tokens of the flat batch, r rows that need logits, v vocabulary, h hid
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
 
@@ -161,18 +161,18 @@ class Runner:
         this host.
         """
         with distinct_layers(self.model), ops.compiled_together(processes):
-            for tokens in self._warmup_steps(steps, sizes):
-                ops.resolve_ids(tokens.ids, self.chosen)
-                output = self._predict(self._hidden(tokens.ids, tokens))
-                logits = None if output.local_logits is None else self.head.gather(output.local_logits)
-                if logits is not None:
-                    draw_every_way(logits)
+            for num_tokens, sequences in steps:
+                tokens = self._inputs.warmup_tokens(max(num_tokens, sequences), sequences)
+                logits = self._dry_run(tokens).local_logits
+                whole = None if logits is None else self.head.gather(logits)
+                if whole is not None:
+                    draw_every_way(whole)
+            for size in (*sizes.decode, *sizes.mixed):
+                self._dry_run(self._inputs.sent(size.of_padding(self._inputs)))
 
-    def _warmup_steps(self, steps: Iterable[tuple[int, int]], sizes: Sizes) -> Iterator[Tokens]:
-        for num_tokens, sequences in steps:
-            yield self._inputs.warmup_tokens(max(num_tokens, sequences), sequences)
-        for size in (*sizes.decode, *sizes.mixed):
-            yield self._inputs.sent(size.of_padding(self._inputs))
+    def _dry_run(self, tokens: Tokens) -> StepOutput:
+        ops.resolve_ids(tokens.ids, self.chosen)
+        return self._predict(self._hidden(tokens.ids, tokens))
 
     @torch.inference_mode()
     def warm_up(self, num_tokens: int, sequences: Iterable[int]) -> int:

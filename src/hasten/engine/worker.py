@@ -662,6 +662,9 @@ def build_model(
     show = show_progress and world.rank == 0
     with progress_bar("Loading weights", nbytes, unit="bytes", show=show) as bar:
         whole_experts = groups.expert.size > 1
+        upload = ops.Upload(device)
+        if within.size == 1:
+            source.upload = upload
         tensors = rank_tensors(
             checkpoint,
             within.rank,
@@ -673,7 +676,7 @@ def build_model(
         held = 0
         for name, loaded in tensors:
             owner, _, attribute = name.rpartition(".")
-            weight = ops.moved(loaded, device)
+            weight = ops.moved(loaded, upload)
             if not isinstance(weight, Tensor) and name not in quantizable:
                 weight = weight.dequantized(dtype)
             if quantizer is not None and isinstance(weight, Tensor):

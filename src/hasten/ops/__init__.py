@@ -29,7 +29,7 @@ from hasten.ops.order import fixed_order
 from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight, moved
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.rounding import Inputs, RoundedRows, multiplies
-from hasten.ops.transfer import HostCopy, to_device
+from hasten.ops.transfer import HostCopy, Upload, to_device
 
 if TYPE_CHECKING:
     from hasten.ops.native.record import Recording
@@ -71,6 +71,7 @@ __all__ = [
     "Search",
     "TokenCounts",
     "TopLogprobs",
+    "Upload",
     "Weight",
     "add_linear",
     "any_compiled",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hasten.ops.grouped import BlockedGroups, GroupedWeight
+from hasten.ops.transfer import Upload
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,13 @@ Weight = Tensor | QuantizedWeight | GroupedWeight
 """A weight [o, h] in full precision, or quantized."""
 
 
-def moved(weight: Weight, device: torch.device) -> Weight:
+def moved(weight: Weight, upload: Upload) -> Weight:
     """The weight on a device."""
     if isinstance(weight, Tensor):
-        return weight.to(device)
+        return upload(weight)
     if isinstance(weight, QuantizedWeight):
-        return replace(weight, values=weight.values.to(device), scales=weight.scales.to(device))
-    return weight.to(device)
+        return replace(weight, values=upload(weight.values), scales=upload(weight.scales))
+    return weight.to(upload.device)
 
 
 PACK_FOR_ROWS = 64

@@ -48,7 +48,7 @@ class Calibrated:
     ) -> None:
         """`samples` are token ids; `advance` is called with 1 for each layer that is done."""
         self._source, self._scheme, self._method, self._advance = source, scheme, method, advance
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._upload = device, dtype, ops.Upload(device)
         kind = model_class(source.config.architecture)
         if not issubclass(kind, CausalLM):
             raise UnsupportedError(
@@ -123,7 +123,7 @@ class Calibrated:
     def _load(self, specs: Sequence[WeightSpec]) -> None:
         for spec in specs:
             owner, attribute = self._place(spec)
-            set_weight(owner, attribute, ops.moved(self._source.weight(spec, 0, 1, self._dtype), self._device))
+            set_weight(owner, attribute, ops.moved(self._source.weight(spec, 0, 1, self._dtype), self._upload))
         for owner in {id(owner): owner for owner, _ in map(self._place, specs)}.values():
             if isinstance(owner, PackedModule):
                 owner.pack()

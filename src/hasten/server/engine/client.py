@@ -114,6 +114,13 @@ def _end_in_call(ticket: Ticket, reason: FinishReason | None, error: HastenError
         ticket.call.end_request(ticket, time.monotonic(), reason, error)
 
 
+def _tokenizer(folder: str) -> Tokenizer:
+    """A folder's tokenizer, with what the first text would else wait for."""
+    tokenizer = Tokenizer.from_folder(folder)
+    _ = tokenizer.most_bytes_per_token
+    return tokenizer
+
+
 class EngineClosedError(EngineError):
     """The engine takes no requests any more: it is being drained, or is closed."""
 
@@ -485,13 +492,13 @@ class EngineClient:
         foreseen, self._foreseen = self._foreseen, None
         if foreseen is not None and foreseen[0] == folder:
             return await foreseen[1]
-        return await asyncio.to_thread(Tokenizer.from_folder, folder)
+        return await asyncio.to_thread(_tokenizer, folder)
 
     def _foresee_tokenizer(self) -> None:
         """Begin to load the tokenizer of the model's folder, while the engines load the model."""
         folder = self._config.tokenizer or self._config.model
         if Path(folder, "tokenizer.json").is_file():
-            loading = asyncio.create_task(asyncio.to_thread(Tokenizer.from_folder, folder))
+            loading = asyncio.create_task(asyncio.to_thread(_tokenizer, folder))
             loading.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever needs it asks
             self._foreseen = (folder, loading)
 
