@@ -52,6 +52,22 @@ def twelve_heads(make_bloom: Callable[..., Path]) -> Path:
     return make_bloom(n_head=12, hidden_size=96, vocab_size=509, n_layer=2, tie_word_embeddings=False)
 
 
+def test_tensors_may_be_put_in_order_elsewhere(twelve_heads: Path) -> None:
+    """Each is given away as it is in the file, and everything is done with what came back."""
+    source, files = open_checkpoint(twelve_heads).source, load_file(twelve_heads / "model.safetensors")
+    expected, given = [source.shard(spec, 0, 1) for spec in source.specs], list[torch.Tensor]()
+
+    def upload(tensor: torch.Tensor) -> torch.Tensor:
+        given.append(tensor)
+        return -tensor
+
+    source.upload = upload
+    found = [source.shard(spec, 0, 1) for spec in source.specs]
+    assert all(torch.equal(-tensor, other) for tensor, other in zip(found, expected, strict=True))
+    assert len(given) == len(files)
+    assert all(any(torch.equal(tensor, stored) for stored in files.values()) for tensor in given)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_hugging_face_shares_make_the_whole(
     size: int, twelve_heads: Path, as_bin: Copy, as_shards: Copy, whole_tensors: WholeTensors
