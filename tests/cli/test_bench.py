@@ -14,6 +14,8 @@ from hasten.bench import engines, report
 from hasten.engine.runner import Runner
 from hasten.engine.start_times import PHASES
 
+pytestmark = pytest.mark.any_python
+
 if TYPE_CHECKING:
     from tests.cli.conftest import Hasten
 
@@ -123,7 +125,6 @@ def test_a_threshold_decides_the_status(tiny_bloom: Path, dataset: Path, hasten_
     assert "hasten: --lib-path lib/libth_transformer.so is not read" in done.err
 
 
-@pytest.mark.any_python
 def test_ranks_of_two_give_the_answers_of_one(
     tiny_bloom: Path, dataset: Path, tmp_path: Path, hasten_process: "Hasten"
 ) -> None:
@@ -265,7 +266,6 @@ SUITE_FIGURES = {
 }
 
 
-@pytest.mark.any_python
 def test_suite_beside_hugging_face(
     config_only: Path, tmp_path: Path, hasten_here: "Hasten", monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,7 +370,6 @@ def test_suite_tells_when_hugging_face_cannot_load_the_model(
     assert done.err.startswith("hasten: hf init_error: ")
 
 
-@pytest.mark.any_python
 def test_suite_that_leaves_nothing_to_hugging_face(tiny_bloom: Path, hasten_here: "Hasten") -> None:
     done = hasten_here(
         *("bench", "suite", tiny_bloom, "--tests", "tput", "--num-requests", "1", "--json", "--compare"),

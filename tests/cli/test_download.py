@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from tests.checkpoint.hub_site import HubSite, files_of, hub_site
 
+pytestmark = pytest.mark.any_python
+
 ID = "org/tiny-bloom"
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -49,7 +51,6 @@ def test_download_prints_the_folder(hasten: Run, site: HubSite, tiny_bloom: Path
         assert failed.stderr.count("\n") == 1
 
 
-@pytest.mark.any_python
 def test_one_rank_downloads_for_all(hasten: Run, site: HubSite, tiny_bloom: Path) -> None:
     command = ("--prompt", "Anna walked", "--max-new-tokens", "4", "--json", "--kv-cache-memory", "4000000")
     done = hasten("generate", ID, *command, "--tensor-para-size", "2")

@@ -229,7 +229,7 @@ def test_work_in_flight_is_finished_before_the_end(start: Start) -> None:
     server = start(str(DEMO), "--exit-timeout-secs", "100")  # a busy machine takes more than the default for the stream
     path = f"{server.http}/v2/models/demo-model/generate"
     engines = server.children()
-    with httpx.stream("POST", f"{path}_stream", json=long_stream(1000), timeout=LIMIT_S) as stream:
+    with httpx.stream("POST", f"{path}_stream", json=long_stream(300), timeout=LIMIT_S) as stream:
         lines = stream.iter_lines()
         next(lines)
         with stopped(engines):

@@ -28,6 +28,8 @@ from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
 from hasten.engine.step_message import StepMessage
 
+pytestmark = pytest.mark.any_python
+
 if TYPE_CHECKING:
     from tests.engine.conftest import Follower, MakeSequence, Shadow
 

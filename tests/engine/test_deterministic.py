@@ -13,6 +13,8 @@ import torch
 
 from hasten import LLM, ConfigError, RequestOutput, SamplingParams
 
+pytestmark = pytest.mark.any_python
+
 MakeModel = Callable[..., Path]
 Answer = list[Any]
 """What must not change: prompt log-probabilities, and of each completion tokens, its and their log-probabilities."""
@@ -125,7 +127,6 @@ def check(folder: Path, **options: Any) -> None:
         assert_same(expected, together(llm, shuffled()), "in chunks")
 
 
-@pytest.mark.any_python
 @pytest.mark.parametrize(("name", "dtype", "cache"), ON_CPU)
 def test_company_changes_no_bit(name: str, dtype: str, cache: str, make_model: MakeModel) -> None:
     family, config = MODELS[name]

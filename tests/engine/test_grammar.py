@@ -23,6 +23,8 @@ from hasten.engine.grammar_text import GrammarText
 from hasten.engine.grammar_trial import GrammarLimits, GrammarTrial
 from hasten.engine.text import Tokenizer
 
+pytestmark = pytest.mark.any_python
+
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 LONG = ".?" * 30_000
 """Takes minutes, and gigabytes, if nobody ends it."""

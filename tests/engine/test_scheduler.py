@@ -20,6 +20,8 @@ from hasten.engine.block_manager import BlockManager
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
 
+pytestmark = pytest.mark.any_python
+
 if TYPE_CHECKING:
     from tests.engine.conftest import Follower, Shadow
 

@@ -24,6 +24,8 @@ from hasten.engine.step_message import StepMessage, TableRows
 from hasten.engine.worker import resolve_scheduler
 from hasten.parallel.groups import PipelineGroup
 
+pytestmark = pytest.mark.any_python
+
 if TYPE_CHECKING:
     from tests.engine.conftest import Shadow
 

@@ -17,6 +17,8 @@ from tests.soak.server import DEMO, Server, serving
 from tests.waiting import attempts
 from tritonclient.grpc import service_pb2 as pb
 
+pytestmark = pytest.mark.any_python
+
 MIB = 1 << 20
 SLOWEST_S = 2.0
 """CPU time of the server's process, all its threads, while an answer of `live` is waited for: what others take of the

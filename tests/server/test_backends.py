@@ -20,6 +20,8 @@ from hasten.checkpoint.convert import Conversion, convert
 from hasten.core.config import EngineConfig
 from hasten.server.create import model_configs, write_repository
 
+pytestmark = pytest.mark.any_python
+
 CONFIG = """
 name: "theirs"
 backend: "fastertransformer"

@@ -19,6 +19,8 @@ from hasten.server.models.work import Outcome, Stream, Work
 from hasten.server.statistics import FailureReason
 from hasten.server.types import ErrorKind, InferRequest, RequestedOutput, ServiceError, Tensor
 
+pytestmark = pytest.mark.any_python
+
 __all__ = ["demo", "streaming"]
 
 TEXTS = ["Once upon a time", "The cat", "deepspeed is"]

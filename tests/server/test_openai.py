@@ -26,6 +26,8 @@ from hasten.server.openai import answer, call, events
 from hasten.server.openai.models import models_by_id
 from hasten.server.statistics import Counters
 
+pytestmark = pytest.mark.any_python
+
 PROMPT = "Anna opened the door and"
 CHAT: Any = [{"role": "user", "content": "Anna opened the door."}]
 RENDERED = "<s>user: Anna opened the door.\nassistant:"

@@ -20,6 +20,8 @@ from hasten.core.errors import ConfigError
 from hasten.engine.text import Tokenizer
 from hasten.server.create import model_configs
 
+pytestmark = pytest.mark.any_python
+
 BOUND = 1e-5
 Clients = dict[str, Any]
 MODULES = {"grpc": triton_grpc, "http": triton_http}

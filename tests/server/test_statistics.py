@@ -15,6 +15,8 @@ from hasten.server.statistics import (
 )
 from hasten.server.types import ErrorKind, InferRequest, ServiceError
 
+pytestmark = pytest.mark.any_python
+
 __all__ = ["demo", "streaming"]
 
 PROMPTS = [[9, 10, 304, 262], [5]]

@@ -14,6 +14,8 @@ from hasten.engine.llm import LLM
 from hasten.server.models.sampling import sampling_options
 from hasten.server.types import ErrorKind, InferRequest, ServiceError
 
+pytestmark = pytest.mark.any_python
+
 __all__ = ["demo"]
 
 PROMPT = "Once upon a time"

@@ -22,6 +22,8 @@ from hasten.server.protocol.tensors import NUMPY
 from hasten.server.service import Service
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, Tensor
 
+pytestmark = pytest.mark.any_python
+
 __all__ = ["demo", "streaming"]
 
 PROMPTS = [[9, 10, 304, 262], [5], [260, 971, 317, 322, 70, 430, 12], [700, 701]]
