@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten.ops import native, reference
-from hasten.ops.draws import Draws
+from hasten.ops.draws import NONE_LEFT, Draws
 from hasten.ops.logprobs import TopLogprobs
 from hasten.ops.plan import Integers
 
@@ -25,7 +25,14 @@ def greedy(logits_rv: Tensor) -> Tensor:  # noqa: D103
     kernels = native.kernels()
     if kernels is not None and logits_rv.stride(1) == 1:
         return kernels.choice.greedy(logits_rv)
-    return reference.where_finite(torch.from_numpy(logits_rv.numpy().argmax(-1)), logits_rv.amax(-1))
+    return _where_finite(logits_rv.numpy().argmax(-1), logits_rv)
+
+
+def _where_finite(tokens: Integers, logits_rv: Tensor) -> Tensor:
+    """`reference.where_finite`."""
+    best = logits_rv.amax(-1).float().numpy()
+    none = np.where(best == -np.inf, NONE_LEFT, -1)
+    return torch.from_numpy(np.where(np.isfinite(best), tokens, none).astype(np.int32))
 
 
 def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs:  # noqa: D103
@@ -52,27 +59,49 @@ def largest(x_rv: Tensor, count: int) -> tuple[Tensor, Tensor]:  # noqa: D103
 
 
 def draw(logits_rv: Tensor, draws: Draws) -> Tensor:  # noqa: D103
-    return reference.drawn(reference.filtered(logits_rv, draws, _floor), logits_rv, draws)
+    probs_rv = reference.probabilities(logits_rv, draws)
+    if draws.filters:
+        filter_(probs_rv, draws)
+    return _where_finite(reference.places(probs_rv, draws).numpy(), logits_rv)
 
 
-def _floor(probs_rv: Tensor, top_k_r1: Tensor, top_p_r1: Tensor) -> Tensor:
+def filter_(probs_rv: Tensor, draws: Draws) -> None:
+    """`reference.filtered`, in place."""
+    probs: Floats = probs_rv.numpy()
+    vocab = probs.shape[1]
+    top_k, top_p, min_p = (column[:, np.newaxis] for column in draws.packed_r5.numpy().T[1:4])
+    if (min_p > 0).any():
+        probs *= probs >= probs.max(axis=-1, keepdims=True) * min_p
+    top_k = np.where((top_k > 0) & (top_k < vocab), top_k, vocab).astype(np.int64)
+    cut = ((top_k < vocab) | (top_p < 1))[:, 0]
+    if cut.all():
+        probs *= probs >= _floor(probs, top_k, top_p)
+    elif cut.any():
+        floor = np.zeros_like(top_p)
+        floor[cut] = _floor(probs[cut], top_k[cut], top_p[cut])
+        probs *= probs >= floor
+
+
+def _floor(probs: Floats, top_k: Integers, top_p: Floats) -> Floats:
     """`reference.floor`, for most rows from a few of the greatest probabilities alone."""
-    limited_r1 = top_k_r1 < probs_rv.shape[1]
-    first_rk = _greatest(probs_rv.numpy(), top_k_r1.numpy(), top_p_r1.numpy())
-    left_rv = probs_rv
-    if bool(limited_r1.any()):
-        last_r1 = first_rk.gather(1, top_k_r1.where(limited_r1, 1) - 1).where(limited_r1, 0)
-        left_rv = probs_rv * (probs_rv >= last_r1)
-    left_r1 = left_rv.sum(-1, keepdim=True)
-    floor_r1 = reference.floor_among(first_rk, left_r1, top_k_r1, top_p_r1)
-    short_r1 = ~limited_r1 & (first_rk.cumsum(-1)[:, -1:] < top_p_r1 * left_r1)  # by rounding
-    rows = short_r1.nonzero()[:, 0]
-    if len(rows):
-        floor_r1[rows] = reference.floor(probs_rv[rows], top_k_r1[rows], top_p_r1[rows])
-    return floor_r1
+    limited = top_k < probs.shape[1]
+    first = _greatest(probs, top_k, top_p)
+    left = probs
+    if limited.any():
+        last = np.where(limited, np.take_along_axis(first, np.where(limited, top_k, 1) - 1, axis=-1), 0)
+        left = probs * (probs >= last)
+    most = top_p * torch.from_numpy(left).sum(-1, keepdim=True).numpy()  # torch adds in another order than numpy
+    sums = first.cumsum(axis=-1)
+    kept = (sums - first < most) & (np.arange(first.shape[1]) < top_k)
+    floor: Floats = np.take_along_axis(first, np.maximum(kept.sum(axis=-1, keepdims=True), 1) - 1, axis=-1)
+    short = np.flatnonzero(~limited & (sums[:, -1:] < most))  # by rounding
+    if len(short):
+        rows = (torch.from_numpy(numbers[short]) for numbers in (probs, top_k, top_p))
+        floor[short] = reference.floor(*rows).numpy()
+    return floor
 
 
-def _greatest(probs: Floats, top_k: Integers, top_p: Floats) -> Tensor:
+def _greatest(probs: Floats, top_k: Integers, top_p: Floats) -> Floats:
     """The greatest numbers of each row, in descending order and then zeros: all that the filters may keep.
 
     What is below an even division of what top-p drops adds up to less than that, so top-p keeps none of it. Of parts of
@@ -91,7 +120,7 @@ def _greatest(probs: Floats, top_k: Integers, top_p: Floats) -> Tensor:
     greatest = np.zeros((len(probs), max(1, most, int(counts.max()))))
     greatest[np.arange(greatest.shape[1]) < counts] = probs[held]
     greatest.sort(axis=-1)
-    return torch.from_numpy(greatest[:, ::-1].copy())
+    return greatest[:, ::-1]
 
 
 def _maxima(probs: Floats, count: int) -> Floats:

@@ -431,14 +431,14 @@ def where_finite(tokens_r: Tensor, best_r: Tensor) -> Tensor:
 
 
 def draw(logits_rv: Tensor, draws: Draws) -> Tensor:  # noqa: D103
-    return drawn(filtered(logits_rv, draws), logits_rv, draws)
+    return where_finite(places(filtered(logits_rv, draws), draws), logits_rv.amax(-1))
 
 
-def drawn(probs_rv: Tensor, logits_rv: Tensor, draws: Draws) -> Tensor:
-    """What `draw` draws from what `filtered` has left of the logits."""
+def places(probs_rv: Tensor, draws: Draws) -> Tensor:
+    """Where the cumulative distribution of what is left of each row reaches its point, [r]."""
     cumulative_rv = probs_rv.cumsum(-1)
     places_r1 = torch.searchsorted(cumulative_rv, draws.point_r1 * cumulative_rv[:, -1:], right=True)
-    return where_finite(places_r1.squeeze(1).clamp_(max=logits_rv.shape[1] - 1), logits_rv.amax(-1))
+    return places_r1.squeeze(1).clamp_(max=probs_rv.shape[1] - 1)
 
 
 def floor(probs_rv: Tensor, top_k_r1: Tensor, top_p_r1: Tensor) -> Tensor:
@@ -448,34 +448,26 @@ def floor(probs_rv: Tensor, top_k_r1: Tensor, top_p_r1: Tensor) -> Tensor:
     """
     sorted_rk = probs_rv.topk(int(top_k_r1.max()), dim=-1).values
     left_rv = probs_rv * (probs_rv >= sorted_rk.gather(1, top_k_r1 - 1))
-    return floor_among(sorted_rk, left_rv.sum(-1, keepdim=True), top_k_r1, top_p_r1)
-
-
-def floor_among(sorted_rk: Tensor, left_r1: Tensor, top_k_r1: Tensor, top_p_r1: Tensor) -> Tensor:
-    """`floor` from each row's greatest probabilities, in descending order, and the sum of what top-k leaves."""
-    kept_rk = sorted_rk.cumsum(-1).sub_(sorted_rk) < top_p_r1 * left_r1
+    kept_rk = sorted_rk.cumsum(-1).sub_(sorted_rk) < top_p_r1 * left_rv.sum(-1, keepdim=True)
     kept_rk &= torch.arange(sorted_rk.shape[1], device=sorted_rk.device) < top_k_r1
     return sorted_rk.gather(1, kept_rk.sum(-1, keepdim=True).clamp_(min=1) - 1)
 
 
-def filtered(logits_rv: Tensor, draws: Draws, floor: Callable[[Tensor, Tensor, Tensor], Tensor] = floor) -> Tensor:
-    """What `draw` draws from, in fp64: probabilities before the filters, and 0 for tokens that a filter drops."""
-    # fp64 for the temperature: a tiny one would overflow fp32 and leave no distribution to draw from.
-    probs_rv = logits_rv.to(torch.float64, copy=True).div_(draws.temperature_r1).softmax(-1)
+def probabilities(logits_rv: Tensor, draws: Draws) -> Tensor:
+    """What `draw` draws from without filters, in fp64: a tiny temperature would leave no distribution in fp32."""
+    return logits_rv.to(torch.float64, copy=True).div_(draws.temperature_r1).softmax(-1)
+
+
+def filtered(logits_rv: Tensor, draws: Draws) -> Tensor:
+    """What `draw` draws from: probabilities before the filters, and 0 for tokens that a filter drops."""
+    probs_rv = probabilities(logits_rv, draws)
     if not draws.filters:
         return probs_rv
-    if bool((draws.min_p_r1 > 0).any()):
-        probs_rv *= probs_rv >= probs_rv.amax(-1, keepdim=True) * draws.min_p_r1
+    probs_rv *= probs_rv >= probs_rv.amax(-1, keepdim=True) * draws.min_p_r1
     vocab = logits_rv.shape[1]
     top_k_r1 = draws.top_k_r1.long().clamp(max=vocab)
     top_k_r1 = top_k_r1.where(top_k_r1 > 0, vocab)
-    cut_r = ((top_k_r1 < vocab) | (draws.top_p_r1 < 1)).squeeze(1)
-    if not bool(cut_r.any()):
-        return probs_rv
-    if bool(cut_r.all()):
-        return probs_rv.mul_(probs_rv >= floor(probs_rv, top_k_r1, draws.top_p_r1))
-    floor_r1 = probs_rv.new_zeros(probs_rv.shape[0], 1)
-    floor_r1[cut_r] = floor(probs_rv[cut_r], top_k_r1[cut_r], draws.top_p_r1[cut_r])
+    floor_r1 = floor(probs_rv, top_k_r1, draws.top_p_r1).where((top_k_r1 < vocab) | (draws.top_p_r1 < 1), 0)
     return probs_rv.mul_(probs_rv >= floor_r1)
 
 
