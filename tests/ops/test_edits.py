@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.ops import Bans, EditList, TokenCounts, reference
+from hasten.ops import Bans, EditList, TokenCounts, cpu_edits, reference
 from hasten.ops.edits import IN_PROMPT
 
 pytest.importorskip("triton")
@@ -35,8 +35,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_MASK_BLOCK", 2 * BLOCK)
 
 
-@pytest.fixture(params=[reference, kernels], ids=["reference", "kernels"])
-def ops(request: pytest.FixtureRequest) -> ModuleType:
+@pytest.fixture(params=[reference, cpu_edits, kernels], ids=["reference", "cpu", "kernels"])
+def ops(request: pytest.FixtureRequest, device: torch.device) -> ModuleType:
+    if request.param is cpu_edits and device.type != "cpu":
+        pytest.skip("of a CPU alone")
     return request.param
 
 

@@ -1,7 +1,7 @@
 """Typed tensor operations: the only room that asks which device a tensor is on.
 
-Each function is defined in `reference.py`, in plain torch; `cpu.py`, `cpu_sampling.py` and `gpu/` hold faster paths
-with the same signatures. The kernels of `gpu/` are imported when the first tensor on a GPU comes by.
+Each function is defined in `reference.py`, in plain torch; `cpu.py`, `cpu_edits.py`, `cpu_sampling.py` and `gpu/` hold
+faster paths with the same signatures. The kernels of `gpu/` are imported when the first tensor on a GPU comes by.
 Shapes: t tokens of the flat batch, h hidden, o output features, n heads, m key/value heads, d head size, v vocabulary.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hasten.core.dtypes import CacheDType, DTypeName
 from hasten.core.model_config import Activation, GatedUnit
-from hasten.ops import beams, cpu, cpu_bf16, cpu_fixed, cpu_sampling, native, plan, reference
+from hasten.ops import beams, cpu, cpu_bf16, cpu_edits, cpu_fixed, cpu_sampling, native, plan, reference
 from hasten.ops.beams import BeamChoice, BeamMoves, BeamSearches, BeamStates, Search
 from hasten.ops.block_caches import BlockCaches
 from hasten.ops.cache_scales import CacheScales
@@ -629,7 +629,7 @@ def edit_logits(
         from hasten.ops.gpu import edits as kernels
 
         return kernels.edit_logits(logits_rv, edits, counts, chosen_r, in_place=in_place)
-    return reference.edit_logits(logits_rv, edits, counts, chosen_r, in_place=in_place)
+    return cpu_edits.edit_logits(logits_rv, edits, counts, chosen_r, in_place=in_place)
 
 
 def count_tokens(counts: TokenCounts, slots_r: Tensor, tokens_r: Tensor) -> None:
@@ -642,7 +642,7 @@ def count_tokens(counts: TokenCounts, slots_r: Tensor, tokens_r: Tensor) -> None
 
         kernels.count_tokens(counts, slots_r, tokens_r)
     else:
-        reference.count_tokens(counts, slots_r, tokens_r)
+        cpu_edits.count_tokens(counts, slots_r, tokens_r)
 
 
 def mask_logits(logits_rv: Tensor, index_r: Tensor, masks_kw: Tensor) -> Tensor:
@@ -655,7 +655,7 @@ def mask_logits(logits_rv: Tensor, index_r: Tensor, masks_kw: Tensor) -> Tensor:
         from hasten.ops.gpu import edits as kernels
 
         return kernels.mask_logits(logits_rv, index_r, masks_kw)
-    return reference.mask_logits(logits_rv, index_r, masks_kw)
+    return cpu_edits.mask_logits(logits_rv, index_r, masks_kw)
 
 
 def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs:
