@@ -92,8 +92,10 @@ class EditList:
         self._slots: list[int] = []
         self._penalties: list[tuple[float, float, float]] = []
         self._chosen: list[int] = []
+        self._bias_counts: list[int] = []
         self._bias_ids: list[Integers] = []
         self._biases: list[NDArray[np.float32]] = []
+        self._ban_counts: list[int] = []
         self._bans: list[Bans] = []
 
     def add(
@@ -116,9 +118,13 @@ class EditList:
         self._slots.append(slot)
         self._penalties.append(penalties)
         self._chosen.append(chosen)
-        self._bias_ids.append(bias_ids)
-        self._biases.append(biases)
-        self._bans.append(bans)
+        self._bias_counts.append(len(bias_ids))
+        if len(bias_ids):
+            self._bias_ids.append(bias_ids)
+            self._biases.append(biases)
+        self._ban_counts.append(len(bans.ids))
+        if len(bans.ids):
+            self._bans.append(bans)
 
     def to(self, device: torch.device) -> "LogitEdits":
         """The edits on a device, in one copy."""
@@ -127,12 +133,12 @@ class EditList:
             "slots": np.array(self._slots, dtype=np.int32),
             "penalties": np.array(self._penalties, dtype=np.float32).view(np.int32),
             "chosen": np.array(self._chosen, dtype=np.int32),
-            "bias_starts": _starts(self._bias_ids),
-            "bias_ids": np.concatenate(self._bias_ids),
-            "biases": np.concatenate(self._biases).view(np.int32),
-            "ban_starts": _starts([bans.ids for bans in self._bans]),
-            "ban_ids": np.concatenate([bans.ids for bans in self._bans]),
-            "ban_after": np.concatenate([bans.after for bans in self._bans]),
+            "bias_starts": _starts(self._bias_counts),
+            "bias_ids": _joined(self._bias_ids),
+            "biases": _joined([biases.view(np.int32) for biases in self._biases]),
+            "ban_starts": _starts(self._ban_counts),
+            "ban_ids": _joined([bans.ids for bans in self._bans]),
+            "ban_after": _joined([bans.after for bans in self._bans]),
         }
         sent = send(arrays, device)
         return LogitEdits(
@@ -149,8 +155,12 @@ class EditList:
         )
 
 
-def _starts(parts: list[Integers]) -> Integers:
-    return np.cumsum([0, *map(len, parts)], dtype=np.int32)
+def _starts(counts: list[int]) -> Integers:
+    return np.cumsum([0, *counts], dtype=np.int32)
+
+
+def _joined(parts: list[Integers]) -> Integers:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
 
 @dataclass(frozen=True)
