@@ -72,7 +72,9 @@ def folder(request: pytest.FixtureRequest, make_model: MakeModel) -> Path:
 
 def expected_hidden(folder: Path) -> Tensor:
     """What transformers' last layer gives for all tokens of all samples."""
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     found: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: object, output: Any) -> None:
