@@ -22,10 +22,14 @@ from hasten.ops.rounding import BASE, Inputs
 
 _BASE = tl.constexpr(BASE)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_SIGNED = tl.constexpr("dp4a.s32.s32 $0, $1, $2, $3;")
-_UNSIGNED = tl.constexpr("dp4a.u32.s32 $0, $1, $2, $3;")
-_ONES, _ONES_OF_NIBBLES = tl.constexpr(0x01010101), tl.constexpr(0x11111111)
-"""Words of bytes, and of nibbles, that are all 1."""
+_DP4A = tl.constexpr("dp4a.s32.s32 $0, $1, $2, $3;")
+_LESS_MIDDLES = tl.constexpr("lop3.b32 $0, $1, 0xf0f0f0f0, 0x80808080, 0x6a;")
+"""`($1 & _HIGH) ^ _MIDDLES` in one instruction, which the compiler does not find."""
+_HIGH, _MIDDLES = tl.constexpr(-0x0F0F0F10), tl.constexpr(-0x7F7F7F80)
+"""The high nibble of each byte, and its highest bit: a byte or nibble less its middle is that with this bit flipped."""
+_ONES = tl.constexpr(0x01010101)
+_ONES_OF_BYTES, _ONES_OF_NIBBLES = tl.constexpr(-0x7E7E7E7F), tl.constexpr(-0x66666667)
+"""Words of bytes, and of nibbles, that are all 1, or 1 above their middle."""
 
 
 @triton.jit
@@ -34,24 +38,31 @@ def _signed_byte(words, PLACE: tl.constexpr):
 
 
 @triton.jit
-def _dot4(a, b, total, UNSIGNED: tl.constexpr):
-    """`total` and the products of the bytes of `a`, signed or not, with the signed ones of `b`."""
+def _dot4(a, b, total):
+    """`total` and the products of the signed bytes of `a` with those of `b`."""
     if _INTERPRETED:
         for place in tl.static_range(4):
-            left = (a >> (8 * place)) & 255 if UNSIGNED else _signed_byte(a, place)
-            total += left * _signed_byte(b, place)
-    elif UNSIGNED:
-        total = tl.inline_asm_elementwise(_UNSIGNED, "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1)
+            total += _signed_byte(a, place) * _signed_byte(b, place)
     else:
-        total = tl.inline_asm_elementwise(_SIGNED, "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1)
+        total = tl.inline_asm_elementwise(_DP4A, "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1)
     return total
 
 
 @triton.jit
-def _dot16(a, b, total, UNSIGNED: tl.constexpr):
+def _high_nibbles(words):
+    """The high nibble of each byte less its middle, sixteenfold."""
+    if _INTERPRETED:
+        words = (words & _HIGH) ^ _MIDDLES
+    else:
+        words = tl.inline_asm_elementwise(_LESS_MIDDLES, "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1)
+    return words
+
+
+@triton.jit
+def _dot16(a, b, total):
     """`total` [n, w / 4] and the products of each four words of `a` [n, w], which a thread holds, with those of `b`."""
     one, two = _halved(a), _halved(b)
-    return _dot_pairs(one[1], two[1], _dot_pairs(one[0], two[0], total, UNSIGNED), UNSIGNED)
+    return _dot_pairs(one[1], two[1], _dot_pairs(one[0], two[0], total))
 
 
 @triton.jit
@@ -61,10 +72,10 @@ def _halved(words):
 
 
 @triton.jit
-def _dot_pairs(a, b, total, UNSIGNED: tl.constexpr):
+def _dot_pairs(a, b, total):
     a1, a2 = tl.split(a)
     b1, b2 = tl.split(b)
-    return _dot4(a2, b2, _dot4(a1, b1, total, UNSIGNED), UNSIGNED)
+    return _dot4(a2, b2, _dot4(a1, b1, total))
 
 
 @triton.jit
@@ -75,15 +86,18 @@ def _read(start, at, WORDS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _products(
-    words, x, at, total, WORDS: tl.constexpr, BLOCK: tl.constexpr, NIBBLES: tl.constexpr, UNSIGNED: tl.constexpr
+    words, x, at, total, WORDS: tl.constexpr, BLOCK: tl.constexpr, NIBBLES: tl.constexpr, CENTRED: tl.constexpr
 ):
-    """`total` [n, BLOCK / 4] and the products of a block of words with one digit of the row."""
+    """`total` [n, BLOCK / 4] and the products of a block of words with one digit of the row.
+
+    With CENTRED, values count from their middle, as those of nibbles always do, and sixteenfold.
+    """
     x_w = _read(x + at[None, :], at, WORDS, BLOCK)
     if NIBBLES:
-        total = _dot16(words & 0x0F0F0F0F, x_w, total, UNSIGNED)
-        total = _dot16((words >> 4) & 0x0F0F0F0F, _read(x + WORDS + at[None, :], at, WORDS, BLOCK), total, UNSIGNED)
+        total = _dot16(_high_nibbles(words << 4), x_w, total)
+        total = _dot16(_high_nibbles(words), _read(x + WORDS + at[None, :], at, WORDS, BLOCK), total)
     else:
-        total = _dot16(words, x_w, total, UNSIGNED)
+        total = _dot16(words ^ _MIDDLES if CENTRED else words, x_w, total)
     return total
 
 
@@ -97,13 +111,14 @@ def _of_groups(
     WORDS: tl.constexpr,
     GROUP: tl.constexpr,
     MIDDLE: tl.constexpr,
+    CENTRE: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
 ):
-    """Scales and zero points of four words each of rows of the weight; what is behind a row is scaled by zero."""
+    """Scales, and zero points less CENTRE, of four words each of rows; what is behind a row is scaled by zero."""
     at = (fours * 4 // GROUP).to(tl.int64)[None, :] * N + row[:, None]
     inside = (fours < WORDS // 4)[None, :]
     zero = tl.load(zeros + at, inside, 0).to(tl.int32) if HAS_ZEROS else MIDDLE
-    return tl.load(scales + at, inside, 0.0), zero
+    return tl.load(scales + at, inside, 0.0), zero - CENTRE
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -126,6 +141,7 @@ def _one_row(
     DIGITS: tl.constexpr,
     NIBBLES: tl.constexpr,
     MIDDLE: tl.constexpr,
+    CENTRE: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -149,7 +165,7 @@ def _one_row(
     start = weight + row.to(tl.int64)[:, None] * WORDS + at[None, :]
     next_words = _read(start, at, WORDS, BLOCK)
     if GROUP > 0:
-        next_scale, next_zero = _of_groups(scales, zeros, four, row, N, WORDS, GROUP, MIDDLE, HAS_ZEROS)
+        next_scale, next_zero = _of_groups(scales, zeros, four, row, N, WORDS, GROUP, MIDDLE, CENTRE, HAS_ZEROS)
         total = tl.zeros([ROWS, BLOCK // 4], tl.float32)
     else:
         scale_n = tl.load(scales + row)
@@ -168,23 +184,27 @@ def _one_row(
             next_words = _read(start + (offset + BLOCK), here + BLOCK, WORDS, BLOCK)
             if GROUP > 0:
                 fours = four + (offset + BLOCK) // 4
-                next_scale, next_zero = _of_groups(scales, zeros, fours, row, N, WORDS, GROUP, MIDDLE, HAS_ZEROS)
+                next_scale, next_zero = _of_groups(
+                    scales, zeros, fours, row, N, WORDS, GROUP, MIDDLE, CENTRE, HAS_ZEROS
+                )
         if GROUP > 0:
-            nothing, ones = (
-                tl.zeros([ROWS, BLOCK // 4], tl.int32),
-                tl.full([1, BLOCK], _ONES_OF_NIBBLES if NIBBLES else _ONES, tl.int32),
-            )
-            sums = _products(words, x, here, nothing, WORDS, BLOCK, NIBBLES, True) * _BASE
-            sums = _products(words, x + STRIDE, here, sums, WORDS, BLOCK, NIBBLES, True)
-            inputs = _products(ones, x, here, tl.zeros([1, BLOCK // 4], tl.int32), WORDS, BLOCK, NIBBLES, True) * _BASE
-            inputs = _products(ones, x + STRIDE, here, inputs, WORDS, BLOCK, NIBBLES, True)
-            total += (sums - zero * inputs).to(tl.float32) * scale
+            nothing = tl.zeros([ROWS, BLOCK // 4], tl.int32)
+            sums = _products(words, x, here, nothing, WORDS, BLOCK, NIBBLES, CENTRE > 0) * _BASE
+            sums = _products(words, x + STRIDE, here, sums, WORDS, BLOCK, NIBBLES, CENTRE > 0)
+            if HAS_ZEROS or MIDDLE != CENTRE:
+                ones = tl.full(
+                    [1, BLOCK], _ONES_OF_NIBBLES if NIBBLES else _ONES_OF_BYTES if CENTRE else _ONES, tl.int32
+                )
+                nothing = tl.zeros([1, BLOCK // 4], tl.int32)
+                inputs = _products(ones, x, here, nothing, WORDS, BLOCK, NIBBLES, CENTRE > 0) * _BASE
+                sums -= zero * _products(ones, x + STRIDE, here, inputs, WORDS, BLOCK, NIBBLES, CENTRE > 0)
+            total += sums.to(tl.float32) * scale
         else:
             high = _products(words, x, here, high, WORDS, BLOCK, NIBBLES, False)
             if DIGITS == 2:
                 low = _products(words, x + STRIDE, here, low, WORDS, BLOCK, NIBBLES, False)
     if GROUP > 0:
-        value = tl.sum(total, 1) * unit
+        value = tl.sum(total, 1) * (unit / 16 if NIBBLES else unit)
     else:
         value = tl.sum(high, 1).to(tl.float32)
         if DIGITS == 2:
@@ -209,6 +229,7 @@ class Cut:
 
 _BYTES, _NIBBLES = Cut(4, 512, 4), Cut(4, 1024, 8)
 """Measured choices: docs/performance.md."""
+_HALF_BYTE = 128
 _VECTOR = 16
 """Bytes of a weight that a thread reads at once, all of one group."""
 
@@ -222,6 +243,8 @@ class _Weights:
     zeros: Tensor
     group: int = 0
     middle: int = 0
+    centre: int = 0
+    """What values are less of before they are multiplied, as far as that is a bit of theirs to flip."""
     nibbles: bool = False
     has_zeros: bool = False
 
@@ -238,6 +261,7 @@ def _weights(weight: PackedLinear) -> _Weights:
         grouped.scales if grouped.zeros is None else grouped.zeros,
         group=grouped.group_size // (8 if grouped.is_packed else 4),
         middle=grouped.middle,
+        centre=grouped.middle if grouped.is_packed or grouped.middle == _HALF_BYTE else 0,
         nibbles=grouped.is_packed,
         has_zeros=grouped.zeros is not None,
     )
@@ -270,7 +294,7 @@ def product(
         numbers.view(torch.int32), units_t, weights.words, weights.scales, weights.zeros,
         out if bias_o is None else bias_o, out, *targets(to, out), features,
         WORDS=words, STRIDE=numbers.shape[1] // digits // 4, DIGITS=digits, ROWS=cut.rows, BLOCK=block,
-        GROUP=weights.group, NIBBLES=nibbles, MIDDLE=weights.middle, HAS_ZEROS=weights.has_zeros,
+        GROUP=weights.group, NIBBLES=nibbles, MIDDLE=weights.middle, CENTRE=weights.centre, HAS_ZEROS=weights.has_zeros,
         HAS_BIAS=bias_o is not None, ACTIVATION=activation, **widths(to),
         num_warps=min(cut.warps, max(1, block // 128)), **overlapped(out),
     )  # fmt: skip

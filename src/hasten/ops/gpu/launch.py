@@ -2,9 +2,9 @@
 
 Where the device can (compute capability 9.0 and up), a kernel starts while the ones before it still run (programmatic
 dependent launch). Until `wait_for_inputs` it may read only what no kernel of this step writes: weights, and the numbers
-that the host sent. That is enough to keep memory busy while short kernels take their turns. Every program of every
-kernel waits, so that each kernel sees the work of all before it. Behind a kernel that calls `start_next` after its own
-wait, the next one may also read what kernels before both of them wrote.
+that the host sent. That is enough to keep memory busy while short kernels take their turns. Every program with work
+waits, and one of every kernel at least, so that each kernel sees the work of all before it. Behind a kernel that calls
+`start_next` after its own wait, the next one may also read what kernels before both of them wrote.
 """
 
 from functools import cache

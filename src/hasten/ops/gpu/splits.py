@@ -90,7 +90,8 @@ def one_query(
     if scales is not None:
         scale *= tl.load(scales + head)
     base = head.to(tl.int64) * head_stride
-    wait_for_inputs(PDL)
+    if (parts > 0) | (place == 0):  # one that waits is enough, and those without work leave their room at once
+        wait_for_inputs(PDL)
     if parts > 0:
         q_d = tl.load(query + query_row * query_stride + head * D + d, in_head, 0.0).to(tl.float32) * scale
         top_n = tl.full([BLOCK_N], FAR, tl.float32)
@@ -222,7 +223,8 @@ def query_group(
     if scales is not None:
         scale *= tl.load(scales + kv_head)
     base = kv_head.to(tl.int64) * head_stride
-    wait_for_inputs(PDL)
+    if (parts > 0) | (place == 0):  # one that waits is enough, and those without work leave their room at once
+        wait_for_inputs(PDL)
     if parts > 0:
         q_md = tl.load(query + query_row * query_stride + head_m[:, None] * D + d[None, :], mask_md, 0.0)
         if WINDOW:
