@@ -308,7 +308,7 @@ class Worker:
                     with self.start_times.phase("graphs"):
                         sizes = self.runner.graph_sizes(self._most_mixed_tokens(config.scheduler))
                         self.runner.capture_graphs(sizes)
-            elif self.ranks.world.size == 1 and not config.enforce_eager:
+            elif self.ranks.world.size == 1 and not (config.enforce_eager or config.deterministic):
                 self.runner.record_steps()
         return length, min(useful, fits)
 
