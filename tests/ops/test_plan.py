@@ -83,7 +83,9 @@ def test_short_keys_of_a_group_are_not_cut() -> None:
         return len(Planner(heads, kv_heads, 132).plan(rows, rows, numbers([1]), lens)["splits"])
 
     assert [splits(32, 32, keys) for keys in (64, 192, 257)] == [1, 3, 5]
-    assert [splits(32, 8, keys) for keys in (192, 256, 257, 32_768)] == [1, 1, 2, 64]
+    assert [splits(32, 8, keys) for keys in (128, 129, 512, 513, 32_768)] == [1, 2, 4, 3, 64]
+    grouped = Planner(32, 8, 132)
+    assert [grouped.min_split_len(numbers([100] * count)) for count in (4, 5)] == [128, 256]
 
 
 def test_few_sequences_are_cut_into_enough_runs_to_fill_the_device() -> None:

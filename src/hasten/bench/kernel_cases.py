@@ -243,6 +243,7 @@ def cases(setting: Setting) -> list[Case]:
         *(_gated(setting, rows) for rows in (1, 64, 128)),
         *_activations(setting),
         *(_route(setting, rows) for rows in (1, 64, 8192)),
+        _norm_route(setting),
         *(_experts(setting, rows) for rows in (1, 16, 64, 192, 512, 8192)),
         _experts(setting, 64, ranks=2),
         *(_experts(setting, rows, biases=True) for rows in (1, 16)),
@@ -681,6 +682,31 @@ def _route(setting: Setting, rows: int) -> Case:
         make=make,
         nbytes=(rows + size) * hidden * setting.itemsize + 8 * rows * mixture.top_k,
         flops=2 * rows * hidden * size,
+    )
+
+
+def _norm_route(setting: Setting) -> Case:
+    """The norm of a single token and the choice of its experts."""
+    mixture, hidden = _mixture(setting), setting.model.hidden_size
+
+    def kernel(sum_: PartialSum, weight_h: Tensor, router_eh: Tensor) -> Outputs:
+        *normed, routing = ops.norm_route(sum_, weight_h, _EPS, router_eh, mixture.top_k, mixture.normalized)
+        return *normed, routing.weights_tk  # of almost equal experts either is right
+
+    def definition(sum_: PartialSum, weight_h: Tensor, router_eh: Tensor) -> Outputs:
+        normed_th, total_th = reference.norm(sum_, weight_h, None, _EPS, rms=True)
+        return normed_th, total_th, reference.route(normed_th, router_eh, mixture.top_k, mixture.normalized).weights_tk
+
+    def make() -> Call:
+        router_eh = setting.draw(mixture.num_experts, hidden, scale=hidden**-0.5)
+        return _call(kernel, definition, _sum_of(setting, 1, 1), _gain(setting)[0], router_eh)
+
+    return Case(
+        op="norm_route",
+        shape=f"1 row to {mixture.top_k} of {mixture.num_experts}",
+        make=make,
+        nbytes=(4 + mixture.num_experts) * hidden * setting.itemsize,
+        tolerance=_norm_of_sum(setting),
     )
 
 

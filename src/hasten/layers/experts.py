@@ -10,6 +10,7 @@ from torch import Tensor
 from hasten import ops
 from hasten.core.model_config import ExpertsConfig
 from hasten.layers.linear import GatedColumnLinear, PackedModule, RowLinear
+from hasten.layers.norm import RMSNorm
 from hasten.parallel.groups import ALL_ALONE, ALONE, ParallelGroups, TensorGroup
 
 
@@ -68,13 +69,24 @@ class Experts(PackedModule):
         )
         del self.gate_up, self.down, self.gate_up_bias, self.down_bias
 
-    def forward(self, x_th: Tensor, residual_th: Tensor, slots_t: Tensor) -> ops.PartialSum:
-        """`residual_th` + what the experts make of each token, as a sum for the next norm to add up.
+    def forward(self, x_th: Tensor | ops.PartialSum, norm: RMSNorm, slots_t: Tensor) -> ops.PartialSum:
+        """`x_th` + what the experts make of its norm for each token, as a sum for the next norm to add up.
 
         `slots_t`: the tokens' cache slots, -1 for padding.
         """
-        top_k, normalized, fixed = self.config.top_k, self.config.normalized, self.packed.fixed_order
-        routing = ops.route(x_th, self.router, top_k, normalized, slots_t, bias_e=self.router_bias, fixed_order=fixed)
-        parts = ops.experts(x_th, self.packed, routing, self.unit)
+        config, fixed = self.config, self.packed.fixed_order
+        normed_th, residual_th, routing = ops.norm_route(
+            norm.group.reduced(x_th),
+            norm.weight,
+            norm.eps,
+            self.router,
+            config.top_k,
+            config.normalized,
+            slots_t,
+            unit_offset=norm.unit_offset,
+            bias_e=self.router_bias,
+            fixed_order=fixed,
+        )
+        parts = ops.experts(normed_th, self.packed, routing, self.unit)
         sum_ = ops.PartialSum(parts, residual=residual_th, over_ranks=self.group.size > 1)
-        return sum_ if self.shared is None else sum_.plus(self.shared(x_th), None)
+        return sum_ if self.shared is None else sum_.plus(self.shared(normed_th), None)

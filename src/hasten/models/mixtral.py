@@ -50,8 +50,7 @@ class MixtralBlock(nn.Module):
         """Hidden states after this layer, as a sum for the next norm to add up."""
         normed_th, residual_th = self.input_norm(x_th)
         x_th = self.attention(normed_th, positions_t, meta, residual_th, last=self.last)
-        normed_th, residual_th = self.post_norm(x_th)
-        return self.experts(normed_th, residual_th, meta.output_rows(meta.slot_mapping, last=self.last))
+        return self.experts(x_th, self.post_norm, meta.output_rows(meta.slot_mapping, last=self.last))
 
 
 class MixtralForCausalLM(LlamaForCausalLM):

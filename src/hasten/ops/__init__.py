@@ -101,6 +101,7 @@ __all__ = [
     "moved",
     "multiplies",
     "norm",
+    "norm_route",
     "pack_experts",
     "pack_linear",
     "pack_nibbles",
@@ -343,6 +344,32 @@ def route(
 
         return router.route(x_th, router_eh, top_k, normalized, slots_t, bias_e=bias_e, fixed_order=fixed_order)
     return cpu.route(x_th, router_eh, top_k, normalized, bias_e, fixed_order)
+
+
+def norm_route(
+    x_th: Tensor | PartialSum,
+    weight_h: Tensor,
+    eps: float,
+    router_eh: Tensor,
+    top_k: int,
+    normalized: bool,
+    slots_t: Tensor | None = None,
+    *,
+    unit_offset: bool = False,
+    bias_e: Tensor | None = None,
+    fixed_order: bool = False,
+) -> tuple[Tensor, Tensor, Routing]:
+    """`norm` with `rms`, and `route` of its result: the norm, what was normed, and the experts of each token."""
+    alone = weight_h.is_cuda and x_th.shape[0] == 1 and not fixed_order
+    if alone and isinstance(x_th, PartialSum) and x_th.peers is None:
+        from hasten.ops.gpu import router
+
+        return router.norm_route(
+            x_th, weight_h, eps, router_eh, top_k, normalized, unit_offset=unit_offset, bias_e=bias_e
+        )
+    normed_th, total_th = norm(x_th, weight_h, None, eps, rms=True, unit_offset=unit_offset)
+    routing = route(normed_th, router_eh, top_k, normalized, slots_t, bias_e=bias_e, fixed_order=fixed_order)
+    return normed_th, total_th, routing
 
 
 def pack_experts(

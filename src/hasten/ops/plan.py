@@ -26,6 +26,8 @@ MIN_SPLIT_LEN = 64
 """Keys of one head that are worth a program."""
 _GROUP_MIN_SPLIT_LEN = 256
 """The same of a group of heads, whose programs have more keys in flight."""
+_FEW_PROGRAMS = 32
+"""Half as many are worth one as long as there are at most so many programs."""
 _PROGRAMS = 16
 """Programs for single queries of one head that a multiprocessor can hold, and few tokens should fill."""
 _GROUP_PROGRAMS = 4
@@ -99,10 +101,13 @@ class Planner:
         held = _PROGRAMS if self.heads == self.kv_heads else _GROUP_PROGRAMS
         return max(2 * sequences, -(-held * self.multiprocessors // programs_per_split(self.heads, self.kv_heads)))
 
-    @property
-    def min_split_len(self) -> int:
-        """Keys of a sequence up to which it is not cut."""
-        return MIN_SPLIT_LEN if self.heads == self.kv_heads else _GROUP_MIN_SPLIT_LEN
+    def min_split_len(self, kv_lens: Integers) -> int:
+        """Keys up to which a sequence is not cut, in a step of single queries of sequences of these lengths."""
+        if self.heads == self.kv_heads:
+            return MIN_SPLIT_LEN
+        shorter = _GROUP_MIN_SPLIT_LEN // 2
+        programs = int((-(-kv_lens // shorter)).sum()) * programs_per_split(self.heads, self.kv_heads)
+        return shorter if programs <= _FEW_PROGRAMS else _GROUP_MIN_SPLIT_LEN
 
     def plan(
         self, tables: Integers, query_rows: Integers, query_lens: Integers, kv_lens: Integers, *, causal: bool = True
@@ -121,7 +126,8 @@ class Planner:
         if (which := (query_lens <= 1).nonzero()[0]).size:
             single = tables[which], query_rows[which], out_rows[which], kv_lens[which]
             if self.run is None:
-                made["splits"] = kv_splits(*single, self.max_num_splits(len(which)), self.min_split_len)
+                shortest = self.min_split_len(kv_lens[which])
+                made["splits"] = kv_splits(*single, self.max_num_splits(len(which)), shortest)
             else:
                 made["splits"] = splits_of(*single, np.full(len(which), self.run))
         return made

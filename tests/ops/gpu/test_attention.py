@@ -114,8 +114,7 @@ class FewSplits(Planner):
 
     extra: int = 0
 
-    @property
-    def min_split_len(self) -> int:
+    def min_split_len(self, kv_lens: np.ndarray[Any, Any]) -> int:
         return MIN_SPLIT_LEN
 
     def max_num_splits(self, sequences: int) -> int:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.ops import GatedUnit, PackedExperts, Routing, reference
+from hasten.ops import GatedUnit, PackedExperts, PartialSum, Routing, reference
 from hasten.ops.gpu import experts as kernels
-from hasten.ops.gpu import router
+from hasten.ops.gpu import norm, router
 
 # tests/bench/test_kernels.py runs every kernel on every Python
 Close = Callable[[str, Tensor, Tensor], None]
@@ -113,6 +113,39 @@ def test_a_step_of_padding_alone_is_routed(padded: int, device: torch.device) ->
     assert found.experts_tk.tolist() == [[0, 1]] * padded
 
 
+@pytest.mark.parametrize(
+    ("count", "top_k", "hidden", "normalized", "offset"),
+    [(6, 2, 48, True, False), (40, 8, 64, False, True), (1, 1, 16, True, True)],
+    ids=str,
+)
+def test_a_single_token_is_normed_and_routed_at_once(
+    count: int,
+    top_k: int,
+    hidden: int,
+    normalized: bool,
+    offset: bool,
+    device: torch.device,
+    assert_close: Close,
+) -> None:
+    parts, added = (draw(number, 1, hidden, dtype=torch.float32, device=device) for number in (2, 3))
+    bias, added_bias, gain = (draw(number, hidden, dtype=HALF, device=device)[0] for number in (1, 2, 3))
+    residual, rows = draw(3, hidden, dtype=HALF, device=device), torch.tensor([2], dtype=torch.int32, device=device)
+    sum_ = PartialSum(parts, bias, residual, rows, added=added, added_bias=added_bias)
+    router_eh = draw(count, hidden, dtype=HALF, device=device, scale=hidden**-0.5)
+    bias_e = draw(count, dtype=HALF, device=device)
+    normed_th, total_th, found = router.norm_route(
+        sum_, gain, 1e-5, router_eh, top_k, normalized, unit_offset=offset, bias_e=bias_e
+    )
+    expected = norm.norm(sum_, gain, None, 1e-5, rms=True, unit_offset=offset)
+    assert torch.equal(total_th, expected[1])
+    assert_close("linear", normed_th, expected[0])
+    exact = reference.route(normed_th, router_eh, top_k, normalized, bias_e=bias_e)
+    assert torch.equal(found.experts_tk, exact.experts_tk)
+    assert_close("linear", found.weights_tk, exact.weights_tk)
+    assert found.counts_be is not None
+    assert found.counts_be.tolist() == [torch.bincount(exact.experts_tk[0], minlength=count).tolist()]
+
+
 def test_the_first_among_equals_is_chosen(device: torch.device) -> None:
     logits = torch.tensor([[1.0, 3, 3, 0, 3, 1], [0, 0, 0, 0, 0, 0], [2, 1, 2, 1, 2, 1]], device=device)
     found = router.route(logits, torch.eye(6, device=device), 4, True)
@@ -166,7 +199,7 @@ def test_experts_of_other_ranks_count_as_zero(
     weights = make_experts(held, 32, 16, torch.float32, device)
     x_th = draw(tokens, 32, dtype=torch.float32, device=device)
     routing = router.route(x_th, draw(6, 32, dtype=torch.float32, device=device), 2, True)
-    check(x_th, replace(weights, first=first), routing, assert_close, parts=False)
+    check(x_th, replace(weights, first=first), routing, assert_close, parts=tokens == 1)
 
 
 def test_gates_of_other_families(device: torch.device, assert_close: Close) -> None:
@@ -201,7 +234,7 @@ def test_no_tokens(device: torch.device) -> None:
     x_th = torch.empty(0, 32, device=device)
     routing = router.route(x_th, torch.eye(4, 32, device=device), 2, True)
     found = kernels.experts(x_th, make_experts(4, 32, 16, torch.float32, device), routing, SILU)
-    assert found.shape == (2, 0, 32)
+    assert found.shape == (1, 0, 32)
 
 
 @pytest.mark.gpu

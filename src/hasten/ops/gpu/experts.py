@@ -67,15 +67,14 @@ def experts(x_th: Tensor, weights: PackedExperts, routing: Routing, unit: GatedU
     assert x_th.is_contiguous()
     assert routing.counts_be is not None
     (tokens, top_k), all_experts = routing.experts_tk.shape, routing.counts_be.shape[1]
+    if not weights.fixed_order and (tokens - 1) * top_k * _ALONE <= all_experts:
+        return each_pair(x_th, weights, routing, unit)
     few = weights.fixed_order or tokens <= _PARTS_ROWS
     as_parts = few and not weights.fixed_order and weights.count == all_experts
     dtype = torch.float32 if few else x_th.dtype
     hidden = x_th.shape[1]
     out = x_th.new_empty((top_k, tokens, hidden) if as_parts else (tokens, top_k, hidden), dtype=dtype)
-    if not weights.fixed_order and (tokens - 1) * top_k * _ALONE <= all_experts:
-        each_pair(x_th, weights, routing, unit, out, parts=as_parts)
-    else:
-        grouped(x_th, weights, routing, unit, out, parts=as_parts)
+    grouped(x_th, weights, routing, unit, out, parts=as_parts)
     return out if as_parts else _added_up(out, weights, routing, x_th.dtype)
 
 

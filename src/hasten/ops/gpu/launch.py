@@ -74,3 +74,8 @@ def shared_memory(index: int | None) -> int:
         return 227 << 10
     properties: dict[str, int] = triton.runtime.driver.active.utils.get_device_properties(index)
     return properties["max_shared_mem"]
+
+
+def row_warps(width: int) -> int:
+    """Warps of a program that computes a row: eight elements a thread at a time, up to 16 warps."""
+    return max(1, min(16, triton.next_power_of_2(width) // 256))

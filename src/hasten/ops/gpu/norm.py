@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hasten.ops.gpu.exchange import exchange_norm
-from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
+from hasten.ops.gpu.launch import overlapped, row_warps, start_next, wait_for_inputs
 from hasten.ops.gpu.library import with_room
 from hasten.ops.gpu.quantized import rounding_for
 from hasten.ops.gpu.row_rounding import store_rounded
@@ -21,7 +21,7 @@ from hasten.ops.rounding import Inputs
 
 
 @triton.jit
-def _normed(x, valid, gain, shift, eps, H: tl.constexpr, RMS: tl.constexpr):
+def normed(x, valid, gain, shift, eps, H: tl.constexpr, RMS: tl.constexpr):
     """The norm of a row, which is zero where it is not valid."""
     if RMS:
         centred = x
@@ -30,6 +30,43 @@ def _normed(x, valid, gain, shift, eps, H: tl.constexpr, RMS: tl.constexpr):
         centred = tl.where(valid, x - mean, 0.0)
     variance = tl.sum(centred * centred, 0) / H
     return centred * tl.rsqrt(variance + eps) * gain + shift
+
+
+@triton.jit
+def added_up(
+    row,
+    h,
+    valid,
+    bias_h,
+    added_bias_h,
+    parts,
+    part_stride,
+    added,
+    added_stride,
+    residual,
+    residual_rows,
+    H: tl.constexpr,
+    PARTS: tl.constexpr,
+    ADDED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ADDED_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+):
+    """A row of a partial sum in fp32, with its biases, which may be read before its parts are there."""
+    x = tl.load(parts + row * H + h, valid, 0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        x += tl.load(parts + part * part_stride + row * H + h, valid, 0.0).to(tl.float32)
+    for part in tl.static_range(ADDED):
+        x += tl.load(added + part * added_stride + row * H + h, valid, 0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += bias_h
+    if HAS_ADDED_BIAS:
+        x += added_bias_h
+    if HAS_RESIDUAL:
+        from_row = tl.load(residual_rows + row) if HAS_ROWS else row
+        x += tl.load(residual + from_row * H + h, valid, 0.0).to(tl.float32)
+    return x
 
 
 @triton.jit(do_not_specialize=["part_stride", "added_stride"])
@@ -80,28 +117,22 @@ def _add_norm(
     shift = 0.0
     if HAS_SHIFT:
         shift = tl.load(norm_bias + h, valid, 0.0).to(tl.float32)
+    bias_h = 0.0
     if HAS_BIAS:
         bias_h = tl.load(bias + h, valid, 0.0).to(tl.float32)
+    added_bias_h = 0.0
     if HAS_ADDED_BIAS:
         added_bias_h = tl.load(added_bias + h, valid, 0.0).to(tl.float32)
     wait_for_inputs(PDL)
-    x = tl.load(parts + row * H + h, valid, 0.0).to(tl.float32)
-    for part in tl.static_range(1, PARTS):
-        x += tl.load(parts + part * part_stride + row * H + h, valid, 0.0).to(tl.float32)
-    for part in tl.static_range(ADDED):
-        x += tl.load(added + part * added_stride + row * H + h, valid, 0.0).to(tl.float32)
-    if HAS_BIAS:
-        x += bias_h
-    if HAS_ADDED_BIAS:
-        x += added_bias_h
-    if HAS_RESIDUAL:
-        from_row = tl.load(residual_rows + row) if HAS_ROWS else row
-        x += tl.load(residual + from_row * H + h, valid, 0.0).to(tl.float32)
+    x = added_up(
+        row, h, valid, bias_h, added_bias_h, parts, part_stride, added, added_stride, residual, residual_rows,
+        H, PARTS, ADDED, HAS_BIAS, HAS_ADDED_BIAS, HAS_RESIDUAL, HAS_ROWS,
+    )  # fmt: skip
     if STORES_TOTAL:
         rounded = x.to(total_out.dtype.element_ty)
         tl.store(total_out + row * H + h, rounded, valid)
         x = rounded.to(tl.float32)
-    y = _normed(x, valid, gain, shift, eps, H, RMS).to(weight.dtype.element_ty)
+    y = normed(x, valid, gain, shift, eps, H, RMS).to(weight.dtype.element_ty)
     if DIGITS > 0:
         value = tl.where(valid, y, 0.0).to(tl.float32)
         store_rounded(value, row, h, out, units, WIDTH, LARGEST, DIGITS, NIBBLES)
@@ -135,7 +166,7 @@ def _embed_norm(
     x = tl.load(table + token * H + h, valid, 0.0).to(tl.float32)
     if SCALED:
         x *= tl.load(scales + token)
-    y = _normed(x, valid, gain, shift, eps, H, RMS=False)
+    y = normed(x, valid, gain, shift, eps, H, RMS=False)
     tl.store(out + row * H + h, y.to(out.dtype.element_ty), valid)
 
 
@@ -197,7 +228,7 @@ def norm(
         HAS_SHIFT=bias_h is not None,
         RMS=rms,
         OFFSET=unit_offset,
-        num_warps=_warps(width),
+        num_warps=row_warps(width),
         **overlapped(weight_h),
     )
     return normed, total_th if settled else sum_.parts
@@ -230,12 +261,7 @@ def embedding_norm(ids_t: Tensor, table_vh: Weight, weight_h: Tensor, bias_h: Te
         H=width,
         BLOCK_H=triton.next_power_of_2(width),
         SCALED=scales is not None,
-        num_warps=_warps(width),
+        num_warps=row_warps(width),
         **overlapped(values),
     )
     return out_th
-
-
-def _warps(width: int) -> int:
-    """Eight elements a thread at a time, up to 16 warps."""
-    return max(1, min(16, triton.next_power_of_2(width) // 256))

@@ -7,8 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hasten.ops.gpu.launch import multiprocessors, overlapped, start_next, wait_for_inputs
+from hasten.ops.gpu.launch import multiprocessors, overlapped, row_warps, start_next, wait_for_inputs
+from hasten.ops.gpu.norm import added_up, normed
+from hasten.ops.gpu.sums import constants_of, terms_of
 from hasten.ops.mixture import Routing
+from hasten.ops.partial_sum import PartialSum
 
 _LOWEST = tl.constexpr(-3.0e38)
 """What stands for a logit that is not a number or minus infinity: above what is masked."""
@@ -62,6 +65,60 @@ def _logits(
 def _ranks(bits):
     """The bits of numbers in fp32 as integers in the same order, and such integers as those bits."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit(do_not_specialize=["part_stride", "added_stride"])
+def _norm_logits(
+    parts,
+    part_stride,
+    bias,
+    added,
+    added_stride,
+    added_bias,
+    residual,
+    residual_rows,
+    total_out,
+    weight,
+    out,
+    router,
+    logits,
+    eps,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr,
+    ADDED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ADDED_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The logit of one expert for a single token, whose norm every program computes; the first one stores it."""
+    start_next(PDL)
+    expert = tl.program_id(0)
+    h = tl.arange(0, BLOCK_H)
+    valid = h < H
+    gain = tl.load(weight + h, valid, 0.0).to(tl.float32)
+    if OFFSET:
+        gain += 1.0
+    bias_h = 0.0
+    if HAS_BIAS:
+        bias_h = tl.load(bias + h, valid, 0.0).to(tl.float32)
+    added_bias_h = 0.0
+    if HAS_ADDED_BIAS:
+        added_bias_h = tl.load(added_bias + h, valid, 0.0).to(tl.float32)
+    router_h = tl.load(router + expert * H + h, valid, 0.0).to(tl.float32)
+    wait_for_inputs(PDL)
+    x = added_up(
+        tl.zeros([], tl.int64), h, valid, bias_h, added_bias_h, parts, part_stride, added, added_stride, residual,
+        residual_rows, H, PARTS, ADDED, HAS_BIAS, HAS_ADDED_BIAS, HAS_RESIDUAL, HAS_ROWS,
+    ).to(total_out.dtype.element_ty)  # fmt: skip
+    y = normed(x.to(tl.float32), valid, gain, 0.0, eps, H, RMS=True).to(out.dtype.element_ty)
+    if expert == 0:
+        tl.store(total_out + h, x, valid)
+        tl.store(out + h, y, valid)
+    tl.store(logits + expert, tl.sum(y.to(tl.float32) * router_h, 0))
 
 
 @triton.jit
@@ -176,24 +233,57 @@ def route(
     fixed_order: bool = False,
 ) -> Routing:
     """See `hasten.ops.route`; padding goes to the experts of other tokens, whose weights are read anyway."""
-    tokens, count = x_th.shape[0], router_eh.shape[0]
+    tokens = x_th.shape[0]
     assert x_th.is_contiguous()
     assert router_eh.is_contiguous()
     cut = _FIXED_CUT if fixed_order else next(cut for most, cut in _CUTS if tokens <= most)
     if tokens <= 1:
         slots_t = None  # there is no other token for padding to follow
     logits = _computed(x_th, router_eh, cut)
+    return _chosen(logits, top_k, normalized, cut, slots_t, bias_e)
+
+
+def _chosen(
+    logits: Tensor, top_k: int, normalized: bool, cut: _Cut, slots_t: Tensor | None, bias_e: Tensor | None
+) -> Routing:
+    """The experts of tokens by logits in parts, [parts, T, E]."""
+    tokens, count = logits.shape[1:]
     blocks = triton.cdiv(tokens, cut.choose_t)
-    experts = x_th.new_empty(tokens, top_k, dtype=torch.int32)
-    weights = x_th.new_empty(tokens, top_k, dtype=torch.float32)
-    counts = x_th.new_empty(blocks, count, dtype=torch.int32)
+    experts = logits.new_empty(tokens, top_k, dtype=torch.int32)
+    weights = logits.new_empty(tokens, top_k)
+    counts = logits.new_empty(blocks, count, dtype=torch.int32)
     _choose[(blocks,)](
         logits, bias_e, logits if slots_t is None else slots_t, experts, weights, counts, tokens,
         E=count, K=top_k, PARTS=len(logits), BLOCK_T=cut.choose_t, BLOCK_E=triton.next_power_of_2(count),
         BLOCK_K=triton.next_power_of_2(top_k), NORMALIZED=normalized, HAS_SLOTS=slots_t is not None,
-        num_warps=cut.choose_warps, **overlapped(x_th),
+        num_warps=cut.choose_warps, **overlapped(logits),
     )  # fmt: skip
     return Routing(experts, weights, counts, cut.choose_t)
+
+
+def norm_route(
+    x_th: PartialSum,
+    weight_h: Tensor,
+    eps: float,
+    router_eh: Tensor,
+    top_k: int,
+    normalized: bool,
+    *,
+    unit_offset: bool = False,
+    bias_e: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Routing]:
+    """See `hasten.ops.norm_route`, of a single token."""
+    (rows, width), count = x_th.shape, router_eh.shape[0]
+    assert rows == 1
+    assert router_eh.is_contiguous()
+    total_th, out_th = weight_h.new_empty(1, width), weight_h.new_empty(1, width)
+    logits = weight_h.new_empty(1, 1, count, dtype=torch.float32)
+    _norm_logits[(count,)](
+        *terms_of(x_th, weight_h), total_th, weight_h, out_th, router_eh, logits, eps,
+        H=width, BLOCK_H=triton.next_power_of_2(width), **constants_of(x_th), OFFSET=unit_offset,
+        num_warps=row_warps(width), **overlapped(weight_h),
+    )  # fmt: skip
+    return out_th, total_th, _chosen(logits, top_k, normalized, _CUTS[0][1], None, bias_e)
 
 
 def _computed(x_th: Tensor, router_eh: Tensor, cut: _Cut) -> Tensor:
