@@ -103,7 +103,6 @@ def objects(data: bytes) -> list[Any]:
 def call_of(client: Client, prompts: int = 1, **fields: Any) -> Call:
     request = CompletionRequest(model="m", prompt="", **fields)
     choices = CompletionChoices(1)
-    with_usage = request.stream_options is not None and bool(request.stream_options.include_usage)
     engine = cast(EngineClient, client)
     return Call(
         request,
@@ -111,7 +110,7 @@ def call_of(client: Client, prompts: int = 1, **fields: Any) -> Call:
         [[1, 2]] * prompts,
         PARAMS,
         choices,
-        CompletionForm("text_completion", "m", with_usage=with_usage),
+        CompletionForm("text_completion", "m", request.stream_options),
     )
 
 

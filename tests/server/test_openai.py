@@ -164,6 +164,24 @@ def test_a_stream_adds_up_to_the_whole(client: openai.OpenAI, n: int, prompt: An
         assert reasons == [None] * (len(own) - 1) + [choice.finish_reason]
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_each_event_has_the_usage_so_far_where_that_is_wanted(client: openai.OpenAI, chat: bool) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    common: dict[str, Any] = {"model": "story", "max_tokens": 12, "stream": True, "stream_options": options, "seed": 5}
+    if chat:
+        pieces: list[Any] = list(client.chat.completions.create(messages=CHAT, **common))
+    else:
+        pieces = list(client.completions.create(prompt=PROMPT, **common))
+    counts = [piece.usage.completion_tokens for piece in pieces]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1] == 12
+    assert len({piece.usage.prompt_tokens for piece in pieces}) == 1
+    assert all(
+        piece.usage.total_tokens == piece.usage.prompt_tokens + count
+        for piece, count in zip(pieces, counts, strict=True)
+    )
+
+
 def test_a_stream_is_events_in_openais_own_form(site: Site) -> None:
     body = {"model": "story", "prompt": PROMPT, "max_tokens": 3, "temperature": 0, "stream": True}
     response = httpx.post(f"{site.url}/v1/completions", json=body)

@@ -13,6 +13,7 @@ from hasten.core.types import FinishReason, SamplingParams
 from hasten.server.engine.ticket import Progress, Ticket
 from hasten.server.openai.choices import Choice
 from hasten.server.openai.errors import error_answer
+from hasten.server.openai.types import StreamOptions
 
 _encode = msgspec.json.Encoder().encode
 _DONE = b"data: [DONE]\n\n"
@@ -119,14 +120,16 @@ class CompletionForm:
     """
 
     def __init__(
-        self, call: str, model: str, *, with_usage: bool = False, params: SamplingParams | None = None
+        self, call: str, model: str, stream: StreamOptions | None = None, *, params: SamplingParams | None = None
     ) -> None:
+        stream = stream or StreamOptions()
         kind = "text_completion" if call == "text_completion" else "chat.completion.chunk"
         unique = secrets.token_hex(12)
         self._head = answer_head(call, call, model, unique)
         self._begin = b"data: " + answer_head(call, kind, model, unique)
-        self._end = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
-        self._with_usage = with_usage
+        self._with_usage = bool(stream.include_usage)
+        self._counts_each = self._with_usage and bool(stream.continuous_usage_stats)
+        self._end = b'],"usage":null}\n\n' if self._with_usage else b"]}\n\n"
         self._params = params
 
     def whole(self, choices: list[Choice], usage: Usage) -> bytes:
@@ -135,9 +138,11 @@ class CompletionForm:
 
     def events(self, pieces: Sequence[Choice], usage: Usage) -> bytes:
         """See AnswerForm."""
-        events = b""
+        events, end = b"", self._end
+        if self._counts_each:
+            end = b'],"usage":' + _encode(usage.as_json()) + b"}\n\n"
         for piece in pieces:
-            events += self._begin + _encode(piece) + self._end
+            events += self._begin + _encode(piece) + end
         return events
 
     def end(self, usage: Usage) -> bytes:

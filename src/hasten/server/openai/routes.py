@@ -110,6 +110,5 @@ class _Api:
         return await self._chats.answer(request, asked, partial(self._form, "chat.completion", asked))
 
     def _form(self, call: str, asked: GenerationRequest, params: SamplingParams) -> CompletionForm:
-        with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
         timed = params if self._with_metrics else None
-        return CompletionForm(call, asked.model, with_usage=with_usage, params=timed)
+        return CompletionForm(call, asked.model, asked.stream_options, params=timed)

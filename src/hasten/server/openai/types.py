@@ -12,6 +12,8 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     """What a stream has beside its text."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """With `include_usage`: each event has the usage so far, as vLLM's have."""
     include_obfuscation: bool | None = None
 
 
