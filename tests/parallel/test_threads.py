@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hasten.parallel import threads
-from hasten.parallel.threads import ThreadChoice, limit_threads
+from hasten.parallel.threads import limit_threads
 
 CHECK = """
 import sys, torch
@@ -41,37 +41,5 @@ def test_the_users_number_holds(monkeypatch: pytest.MonkeyPatch) -> None:
         assert limit_threads() == 3
         monkeypatch.delenv("OMP_NUM_THREADS")
         assert limit_threads() == torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_steps_take_the_number_of_threads_that_is_faster_lately() -> None:
-    before, now = torch.get_num_threads(), 0.0
-    seconds = {3: 1.0, 1: 2.0}
-    choice = ThreadChoice(lambda: now)
-
-    def threads_of(steps: int, tokens: int = 16) -> list[int]:
-        nonlocal now
-        taken = []
-        for _ in range(steps):
-            with choice.step(tokens):
-                taken.append(torch.get_num_threads())
-                now += seconds[taken[-1]]
-            assert torch.get_num_threads() == 3
-        return taken
-
-    try:
-        torch.set_num_threads(3)
-        assert threads_of(8) == [3, 1] * 4
-        assert threads_of(64) == [3] * 63 + [1]
-        seconds[3] = 20.0  # another program has come
-        taken = threads_of(200)
-        assert taken[-50:].count(1) >= 49
-        seconds[3] = 1.0  # and gone
-        assert threads_of(3000)[-60:].count(3) >= 59
-        assert threads_of(2, tokens=1024) == [3, 1], "of other steps nothing is known"
-        torch.set_num_threads(1)
-        with choice.step(16):
-            assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)

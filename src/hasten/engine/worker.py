@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -57,7 +57,6 @@ from hasten.parallel.launch import Ranks
 from hasten.parallel.liveness import reported
 from hasten.parallel.peers import connect, connect_stages, reachable
 from hasten.parallel.rank import RankInfo, rank_from_environment
-from hasten.parallel.threads import ThreadChoice
 from hasten.quantization.scheme import SCHEMES, Quantizer, matrices
 
 _log = logging.getLogger(__name__)
@@ -183,8 +182,6 @@ class Worker:
         make = self._make_cache if self.pooler is None else self._make_step_cache
         self.max_model_len, self.num_blocks = make(config)
         self.scheduler_config = config.scheduler
-        alone = self.device.type == "cpu" and ranks.world.size == 1 and not config.deterministic
-        self._threads = ThreadChoice() if alone else None
         self.reset()
 
     def _cache_dtype(self, config: CacheConfig) -> torch.dtype | None:
@@ -451,8 +448,7 @@ class Worker:
         `sequences`: those that get them; on rank 0 alone.
         """
         with explained_out_of_memory(), torch.inference_mode():
-            with self._threads.step(message.num_tokens) if self._threads is not None else nullcontext():
-                hidden = self.compute(message, on_prompt_logits)
+            hidden = self.compute(message, on_prompt_logits)
             if not message.sampled or self.pooler is not None:
                 return None  # rank 0 alone makes vectors and scores
             if self.stage.is_last:
