@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hasten import LLM, ConfigError, RequestOutput, SamplingParams
+from hasten.ops.gpu import library
 
 pytestmark = pytest.mark.any_python
 
@@ -145,12 +146,55 @@ def test_company_changes_no_bit_on_a_gpu(name: str, dtype: str, cache: str, make
         assert_same(alone(graphs), alone(eager), "without graphs")
 
 
+def check_ranks(folder: Path, blocks: int, **options: Any) -> None:
+    """Alone on two ranks, and among others in chunks, with a warm prefix cache and after preemptions."""
+    options = {**options, "tensor_parallel_size": 2}
+    with engine(folder, **options, enable_prefix_caching=False) as llm:
+        expected = alone(llm)
+        block_bytes = llm.engine.worker.runner.block_bytes
+    tight = {"kv_cache_memory": blocks * block_bytes, "max_num_batched_tokens": 128}
+    with engine(folder, **{**options, **tight}) as llm:
+        for where in ("in chunks", "in chunks, with a warm prefix cache"):
+            assert_same(expected, together(llm, shuffled()), where)
+        assert llm.engine.scheduler.stats.preemptions > 0
+        assert llm.engine.scheduler.blocks.prefix_hits > 0
+
+
+@pytest.mark.any_python
+def test_company_changes_no_bit_on_two_ranks(make_model: MakeModel) -> None:
+    family, config = MODELS["qwen3 moe"]
+    check_ranks(make_model(family, **config), 24, device="cpu", dtype="fp32")
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bloom", "fp16"), ("llama", "bf16"), ("qwen3 moe", "fp16"), ("bloom", "fp32")]
+)
+def test_company_changes_no_bit_on_two_gpus(name: str, dtype: str, make_model: MakeModel) -> None:
+    family, config = MODELS[name]
+    folder = make_model(family, **config)
+    options: dict[str, Any] = {"device": "cuda", "dtype": dtype, "max_num_seqs": 128, "tensor_parallel_size": 2}
+    options["kv_cache_memory"] = 64 << 20
+    check_ranks(folder, 24, **options)
+    rng = random.Random(3)
+    crowd = [[rng.randrange(4, 400) for _ in range(rng.randrange(1, 60))] for _ in range(110)]
+    prompts, params = [prompt for prompt, _ in REQUESTS], [each for _, each in REQUESTS]
+    with engine(folder, **options, enable_prefix_caching=False) as llm:
+        expected = alone(llm)
+        outputs = llm.generate([*crowd, *prompts], [GREEDY] * len(crowd) + params)[len(crowd) :]
+        assert_same(expected, [answer(output) for output in outputs], "among 110 others")
+    with engine(folder, **options, enforce_eager=True) as llm:
+        assert_same(expected, alone(llm), "without graphs")
+
+
 @pytest.mark.gpu
 def test_a_crowd_changes_no_bit_on_a_gpu(make_model: MakeModel) -> None:
     rng = random.Random(3)
     crowd = [[rng.randrange(4, 400) for _ in range(rng.randrange(1, 120))] for _ in range(240)]
     options = {"device": "cuda", "dtype": "fp16", "max_num_seqs": 256, "enable_prefix_caching": False}
     with engine(make_model("Bloom", n_head=8, hidden_size=1024, n_layer=2, initializer_range=0.05), **options) as llm:
+        agreed = {key[-1] for key, equal in library._agreed.items() if equal}
+        assert {96, 256, 512, 1024} <= agreed, "the library's products were not compared, or all have other bits"
         expected = alone(llm)
         prompts, params = zip(*REQUESTS, strict=True)
         found = llm.generate([*crowd, *prompts], [GREEDY] * len(crowd) + list(params))[len(crowd) :]
@@ -191,13 +235,7 @@ def test_threads_of_one_engine_are_not_part_of_a_request(make_model: MakeModel) 
             torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"quantization": "int8"}, "products with int8 weights have no fixed order; use full precision"),
-        ({"tensor_parallel_size": 2}, "sums over 2 ranks have no fixed order; use tensor_parallel_size 1"),
-    ],
-)
-def test_what_has_no_fixed_order_is_refused(options: dict[str, Any], reason: str, tiny_bloom: Path) -> None:
+def test_what_has_no_fixed_order_is_refused(tiny_bloom: Path) -> None:
+    reason = "products with int8 weights have no fixed order; use full precision"
     with pytest.raises(ConfigError, match=f"^deterministic: {reason}$"):
-        LLM(tiny_bloom, deterministic=True, **options)
+        LLM(tiny_bloom, deterministic=True, quantization="int8")

@@ -97,6 +97,20 @@ def test_few_sequences_are_cut_into_enough_runs_to_fill_the_device() -> None:
     assert make_splits([65], 66) == [[1, 5, 100, 0, 64, 65, 0, 2], [1, 5, 100, 64, 65, 65, 1, 2]]
 
 
+def test_in_a_fixed_order_splits_are_single_runs_or_whole_sequences() -> None:
+    planner = Planner(32, 32, 132, run=64, max_kv_len=2048)
+    assert [planner.max_num_splits(count) for count in (1, 2, 4, 16, 256)] == [32, 64, 128, 128, 256]
+
+    def ends(kv_lens: list[int]) -> list[int]:
+        rows, lens = numbers(list(range(len(kv_lens)))), numbers(kv_lens)
+        made = planner.plan(rows, rows, np.ones_like(lens), lens)["splits"]
+        assert len(made) <= planner.max_num_splits(len(kv_lens))
+        return [int(end) for end in made[:, 4]]
+
+    assert ends([130, 1]) == [64, 128, 130, 1]
+    assert ends([2048] * 4 + [0]) == [2048] * 4 + [0]
+
+
 WORK = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 2000)), max_size=20)
 """(queries, keys before them) of each sequence."""
 

@@ -1,6 +1,6 @@
 """Sums over ranks that a norm completes. Shapes: t tokens, h hidden."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -48,6 +48,26 @@ def test_parts_are_added_up_before_ranks_are_and_all_else_after(parts: int | Non
     torch.testing.assert_close(both.parts, 2 * (whole + more.sum(0)))
     assert both.added is None
     torch.testing.assert_close(reference.complete(both), 2 * (whole + more.sum(0)) + bias + more_bias + residual[rows])
+
+
+@dataclass(frozen=True)
+class Gathering(TensorGroup):
+    """One of three ranks, whose terms come to something else in another order."""
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return torch.stack([tensor, torch.ones_like(tensor), -tensor])
+
+
+def test_in_a_fixed_order_terms_are_added_in_the_order_of_ranks() -> None:
+    term = torch.full((ROWS, WIDTH), 1e8)
+    peers = replace(mailboxes(), fixed_order=True)
+    summed = Gathering(0, 3, fixed_order=True).all_reduce(term)
+    assert summed is term
+    assert not summed.any(), "1e8 + 1 - 1e8 in fp32"
+    many = PartialSum(torch.randn(10 * MOST_ROWS, WIDTH), over_ranks=True)
+    by_mail = Gathering(0, 2, peers, fixed_order=True).reduced(many)  # whatever the number of rows
+    assert isinstance(by_mail, PartialSum)
+    assert by_mail.peers is peers
 
 
 def test_what_is_whole_is_left_as_it_is() -> None:

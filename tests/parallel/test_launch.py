@@ -297,6 +297,8 @@ def test_ranks_meet_after_a_start_that_failed(tiny_bloom: Path) -> None:
     with pytest.raises(dist.DistError):  # the other rank never comes
         dist.init_process_group("gloo", store=store, rank=0, world_size=2, timeout=timedelta(seconds=0.2))
     with LLM(tiny_bloom, tensor_parallel_size=2, device="cpu") as llm:
+        with pytest.raises(ConfigError, match=r"^this process is a rank of another group already"):
+            LLM(tiny_bloom, tensor_parallel_size=2, device="cpu")
         assert len(llm.generate([[5, 6]], PARAMS[0])[0].outputs[0].token_ids) == 12
 
 

@@ -309,14 +309,10 @@ class EngineConfig:
             self.tool_call_parser in TOOL_CALL_PARSERS,
             f"tool_call_parser {self.tool_call_parser!r} is not known; there is {', '.join(TOOL_CALL_PARSERS)}",
         )
-        self.check_deterministic(self.parallel.tensor_parallel_size, self.quantization)
+        self.check_deterministic(self.quantization)
 
-    def check_deterministic(self, ranks: int, quantization: str | None) -> None:
-        """Raise ConfigError if so many ranks, or weights quantized so, cannot be `deterministic` as is asked for."""
-        require(
-            not self.deterministic or ranks == 1,
-            f"deterministic: sums over {ranks} ranks have no fixed order; use tensor_parallel_size 1",
-        )
+    def check_deterministic(self, quantization: str | None) -> None:
+        """Raise ConfigError if weights quantized so cannot be `deterministic` as is asked for."""
         require(
             not self.deterministic or quantization is None,
             f"deterministic: products with {quantization} weights have no fixed order; use full precision",

@@ -11,7 +11,7 @@ from hasten.engine.engine import Engine
 from hasten.engine.worker import config_to_json, device_kind, follow_rank_zero
 from hasten.parallel.children import Children
 from hasten.parallel.control import await_host
-from hasten.parallel.launch import JOIN_TIMEOUT_S, Ranks
+from hasten.parallel.launch import JOIN_TIMEOUT_S, Ranks, check_no_group
 from hasten.parallel.rank import LOCAL, RankInfo, free_local_port, rank_info
 
 WORKER = "hasten.engine.worker"
@@ -52,6 +52,8 @@ def start_engine(config: EngineConfig, place: RankInfo | None = None, *, index: 
             0, size, size * count, LOCAL, free_local_port() if size > 1 else 0, index * size, starts_node=size > 1
         )
     children = None
+    if place is not None and place.size > 1:
+        check_no_group()
     if place is not None and place.starts_node:
         _check_split(config)
         children = Children(WORKER, config_to_json(config), place)

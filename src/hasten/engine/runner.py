@@ -190,10 +190,15 @@ class Runner:
         return torch.cuda.max_memory_allocated() - before
 
     @torch.inference_mode()
-    def compare_products(self, most_tokens: int) -> None:
-        """Find out who computes the products of steps up to so many tokens in a fixed order, as no request shall."""
+    def load_products(self, most_tokens: int) -> None:
+        """Compute one layer of each kind over every number of rows of a step that a GPU's library is given.
+
+        It loads its programs then, and those of a fixed order are compared: both take longer than a request may wait.
+        """
+        if not isinstance(self.model, CausalLM):
+            return  # its layers cannot be told apart, and all of them would take too long
         with distinct_layers(self.model):
-            for tokens in ops.compared_rows(most_tokens):
+            for tokens in reversed(ops.library_rows(most_tokens)):
                 self._decode(self._inputs.warmup_tokens(tokens, min(tokens, self.max_sequences)))
 
     def graph_sizes(self, most_mixed_tokens: int) -> Sizes:

@@ -135,7 +135,7 @@ class Worker:
             config, checkpoint = self._opened(config)
         self.model_config = checkpoint.config
         self.quantization = _quantization(config, checkpoint)
-        config.check_deterministic(ranks.groups.tensor.size, self.quantization)
+        config.check_deterministic(self.quantization)
         replace(config.parallel, tensor_parallel_size=ranks.groups.tensor.size).validate(self.model_config)
         config.scheduler.validate(self.model_config)
         name = self.model_config.architecture
@@ -235,12 +235,13 @@ class Worker:
 
     def _groups(self, dtype: torch.dtype) -> ParallelGroups:
         """The groups of this rank, the tensor group with mailboxes where its GPUs can reach each other."""
-        ranks, tensor = self.ranks, self.ranks.groups.tensor
+        ranks, fixed = self.ranks, self.config.deterministic
+        tensor = replace(ranks.groups.tensor, fixed_order=fixed)
         if dtype.itemsize == 2 and self._reach(range(tensor.first, tensor.first + tensor.size)):
             assert ranks.store is not None
             width = self.model_config.hidden_size
             peers = connect(ranks.store, tensor, width, _MOST_EXCHANGED_ROWS, self.device, self._abort_flag)
-            tensor = replace(tensor, peers=peers)
+            tensor = replace(tensor, peers=None if peers is None else replace(peers, fixed_order=fixed))
         expert = tensor if self.config.parallel.expert_parallel else ALONE
         return replace(ranks.groups, tensor=tensor, expert=expert)
 
@@ -388,8 +389,7 @@ class Worker:
         """Run steps of all kinds before the first request comes: what they need is compiled and loaded then."""
         most = min(config.max_num_batched_tokens or 1, _WARMUP_TOKENS)
         self.runner.warm_up(most, [count for count in _WARMUP_SEQUENCES if count <= min(config.max_num_seqs, most)])
-        if self.config.deterministic:
-            self.runner.compare_products(config.max_num_batched_tokens or 1)
+        self.runner.load_products(config.max_num_batched_tokens or 1)
 
     def _most_mixed_tokens(self, config: SchedulerConfig) -> int:
         """Tokens of the largest step with prompts that may be a graph."""

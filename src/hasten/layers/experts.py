@@ -25,7 +25,7 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_th: Tensor) -> Tensor:
         """This rank's part of `sigmoid(x @ scale.T)` times the expert: [t, h], or [parts, t, h] in fp32."""
-        return ops.linear_parts(self.gate_up(x_th, self.scale), self.down.packed)
+        return ops.linear_parts(self.gate_up(x_th, self.scale), self.down.packed, whole=True)
 
 
 class Experts(PackedModule):

@@ -164,7 +164,7 @@ class RowLinear(_Linear):
         """
         if self.group.size == 1:
             return ops.add_linear(x_th, self.packed, self.bias, residual_to, rows_t)
-        parts = ops.linear_parts(x_th, self.packed)
+        parts = ops.linear_parts(x_th, self.packed, whole=isinstance(residual_to, ops.PartialSum))
         if isinstance(residual_to, ops.PartialSum):
             assert residual_to.over_ranks
             return residual_to.plus(parts, self.bias)

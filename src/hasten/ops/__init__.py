@@ -77,7 +77,6 @@ __all__ = [
     "any_compiled",
     "await_count",
     "choose_beams",
-    "compared_rows",
     "compiled_together",
     "copy_blocks",
     "count_tokens",
@@ -93,6 +92,7 @@ __all__ = [
     "gated_linear",
     "greedy",
     "largest",
+    "library_rows",
     "linear",
     "linear_parts",
     "mask_logits",
@@ -312,12 +312,15 @@ def add_linear(
     return cpu.add_linear(x_th, weight, bias_o, residual_to, rows_t)
 
 
-def linear_parts(x_th: Inputs, weight: PackedLinear) -> Tensor:
-    """`x @ weight.T`, [t, o]; or, where that is faster, parts of it to be added up, [parts, t, o] in fp32."""
+def linear_parts(x_th: Inputs, weight: PackedLinear, *, whole: bool = False) -> Tensor:
+    """`x @ weight.T`, [t, o]; or, where that is faster, parts of it to be added up, [parts, t, o] in fp32.
+
+    `whole`: it is the second product of a sum, which in a fixed order must not be in parts.
+    """
     if x_th.is_cuda:
         from hasten.ops.gpu import matmul
 
-        return matmul.linear_parts(x_th, weight, whole=True)
+        return matmul.linear_parts(x_th, weight, whole=whole)
     assert isinstance(x_th, Tensor)
     return cpu.linear(x_th, weight, None, None)
 
@@ -713,10 +716,11 @@ def any_compiled() -> bool:
     return compiling.any_compiled()
 
 
-def compared_rows(most: int) -> list[int]:
-    """Numbers of rows, one for each kind of product in a fixed order of up to `most` rows on a GPU.
+def library_rows(most: int) -> list[int]:
+    """Numbers of rows, one for each that a GPU's library is given for products of up to `most`, in ascending order.
 
-    Who computes such a product is found out when the first of its kind is computed; see `gpu/library.py`.
+    What it needs is loaded when the first of its kind is computed, and who computes it in a fixed order is found out
+    then; see `gpu/library.py`.
     """
     from hasten.ops.gpu import library
 

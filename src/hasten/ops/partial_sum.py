@@ -1,7 +1,9 @@
 """A deferred all-reduce, bias and residual, which the norm that reads them adds up."""
 
 from dataclasses import dataclass, replace
+from functools import reduce
 
+import torch
 from torch import Tensor
 
 from hasten.ops.peers import Peers
@@ -56,4 +58,5 @@ def count_parts(parts: Tensor) -> int:
 
 
 def _whole(parts: Tensor) -> Tensor:
-    return parts if parts.dim() == 2 else parts.sum(0)
+    """Parts added up in their order, whatever the number of rows."""
+    return parts if parts.dim() == 2 else reduce(torch.add, parts.unbind())

@@ -22,6 +22,12 @@ class Peers:
     """[max_rows], int32: exchanges so far of each row, the same on every rank."""
     abort_flag: Tensor
     """[1], int32, written by the host: non-zero once a peer has failed; kernels then stop polling."""
+    fixed_order: bool = False
+    """Whether sums of any number of rows go through the mailboxes, by one program: a row's bits depend on no other."""
+
+    def takes(self, rows: int) -> bool:
+        """Whether a sum of `rows` goes through the mailboxes."""
+        return self.fixed_order or rows <= self.max_rows
 
 
 def wrapped(number: int) -> int:

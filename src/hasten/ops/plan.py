@@ -36,11 +36,8 @@ _MAX_GROUP_ROWS = 64
 
 
 def fixed_run(max_kv_len: int) -> int:
-    """Keys of a split of a fixed length, for sequences up to a length: at most 16 of them.
-
-    Fewer than 256 keys are not worth a program.
-    """
-    return max(_GROUP_MIN_SPLIT_LEN, 1 << max(0, -(-max_kv_len // 16) - 1).bit_length())
+    """Keys of a run, for sequences up to a length: at most 32 runs."""
+    return max(MIN_SPLIT_LEN, 1 << max(0, -(-max_kv_len // 32) - 1).bit_length())
 
 
 def group_rows(group: int) -> int:
@@ -74,9 +71,9 @@ class Planner:
     """Key/value heads of one layer of this rank."""
     multiprocessors: int
     run: int | None = None
-    """Keys of every split but a sequence's last, whatever the batch, if that is wanted: see `AttentionMeta.run`."""
+    """Keys of a run, where splits are single runs or whole sequences: see `AttentionMeta.run`."""
     max_kv_len: int = 0
-    """Keys of the longest sequence, where splits have a fixed length."""
+    """Keys of the longest sequence, where there are runs."""
 
     @classmethod
     def of(
@@ -92,14 +89,14 @@ class Planner:
         """How many splits a step of so many sequences with one query may have.
 
         Enough to keep every multiprocessor busy with several programs, and a few a sequence, so that a long one does
-        not end after all others. Splits of a fixed length are as many as the sequences have, up to four a sequence on
-        the average, and eight where they are few.
+        not end after all others. Of runs, as many as four of the longest sequences have.
         """
-        if self.run is not None:
-            longest = -(-self.max_kv_len // self.run)
-            return min(sequences * longest, max(4 * sequences, 8 * min(sequences, 32), longest))
         held = _PROGRAMS if self.heads == self.kv_heads else _GROUP_PROGRAMS
-        return max(2 * sequences, -(-held * self.multiprocessors // programs_per_split(self.heads, self.kv_heads)))
+        busy = -(-held * self.multiprocessors // programs_per_split(self.heads, self.kv_heads))
+        if self.run is None:
+            return max(2 * sequences, busy)
+        longest = -(-self.max_kv_len // self.run)
+        return min(sequences * longest, max(sequences, busy, 4 * longest))
 
     def min_split_len(self, kv_lens: Integers) -> int:
         """Keys up to which a sequence is not cut, in a step of single queries of sequences of these lengths."""
@@ -125,11 +122,11 @@ class Planner:
             made["tiles"] = tiles(*own, causal=causal)
         if (which := (query_lens <= 1).nonzero()[0]).size:
             single = tables[which], query_rows[which], out_rows[which], kv_lens[which]
+            most = self.max_num_splits(len(which))
             if self.run is None:
-                shortest = self.min_split_len(kv_lens[which])
-                made["splits"] = kv_splits(*single, self.max_num_splits(len(which)), shortest)
+                made["splits"] = kv_splits(*single, most, self.min_split_len(kv_lens[which]))
             else:
-                made["splits"] = splits_of(*single, np.full(len(which), self.run))
+                made["splits"] = splits_of(*single, run_lengths(kv_lens[which], self.run, most))
         return made
 
 
@@ -146,6 +143,15 @@ def kv_splits(
     counts = np.maximum(1, -(-kv_lens // length))
     even = -(-kv_lens // (SPLIT_STEP * counts)) * SPLIT_STEP  # equal splits of one sequence, none a short rest
     return splits_of(tables, query_rows, out_rows, kv_lens, np.maximum(even, 1))
+
+
+def run_lengths(kv_lens: Integers, run: int, most: int) -> Integers:
+    """Keys of each sequence's splits where they are whole runs: one each, or all of a sequence's for more than `most`.
+
+    Nothing between: runs are added to those before one by one, and not to each other first.
+    """
+    few = np.maximum(1, -(-kv_lens // run)).sum() <= most
+    return np.full(len(kv_lens), run) if few else np.maximum(kv_lens, 1)
 
 
 def splits_of(

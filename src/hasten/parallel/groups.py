@@ -5,6 +5,7 @@ No group is a global: whoever builds layers says which ones they belong to.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class TensorGroup:
     """torch's group; None: that of the world."""
     liveness: Liveness = field(default_factory=Liveness, compare=False, repr=False)
     """What ends a wait for a rank that dies."""
+    fixed_order: bool = False
+    """Whether sums add the ranks' terms in the order of ranks, whatever the number of rows."""
 
     def _run(self, collective: Callable[..., dist.Work | None], *arguments: Any, on_gpu: bool, **options: Any) -> None:
         """A collective of torch; a GPU waits for it, and this process does not."""
@@ -42,6 +45,9 @@ class TensorGroup:
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks of the group, in place, the same bits on every rank."""
+        if self.size > 1 and self.fixed_order:
+            first, *others = self.all_gather(tensor)  # an all-reduce adds in an order by the element's position
+            return tensor.copy_(reduce(torch.add, others, first))
         if self.size > 1:
             self._run(dist.all_reduce, tensor, on_gpu=tensor.is_cuda)
         return tensor
@@ -57,7 +63,7 @@ class TensorGroup:
         """The same value as a norm can read it: a sum over ranks is added up, or has mailboxes for its reader."""
         if isinstance(x_th, Tensor) or not x_th.over_ranks:
             return x_th
-        if self.peers is not None and x_th.shape[0] <= self.peers.max_rows:
+        if self.peers is not None and self.peers.takes(x_th.shape[0]):
             return replace(x_th, peers=self.peers, over_ranks=False)
         return replace(x_th, parts=self.all_reduce(x_th.product()), added=None, over_ranks=False)
 

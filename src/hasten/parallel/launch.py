@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed offers them, but its types do not
 
 from hasten.core.config import ParallelConfig
-from hasten.core.errors import RankError
+from hasten.core.errors import ConfigError, RankError
 from hasten.parallel.children import Children
 from hasten.parallel.control import Hub, Spoke, await_host, interface_of
 from hasten.parallel.groups import ALONE, ParallelGroups, PipelineGroup, TensorGroup
@@ -36,6 +36,15 @@ _RETRY_S = 0.2
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 _IDLE_TIMEOUT = timedelta(days=365)
 """How long a collective waits: as long as all ranks are alive, however long one of them computes."""
+
+
+def check_no_group() -> None:
+    """ConfigError where torch has a group of all ranks in this process already, of which there can be one."""
+    if dist.is_initialized():
+        raise ConfigError(
+            "this process is a rank of another group already (another LLM of several ranks, or the program's own use "
+            "of torch.distributed); close that first, or use a process of its own"
+        )
 
 
 class Ranks:

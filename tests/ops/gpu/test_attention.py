@@ -158,7 +158,7 @@ class Case:
         planner = Planner.of(self.device, *heads) or Planner(*heads, multiprocessors=0)
         planner = replace(planner, run=self.fixed_run, max_kv_len=max(kv_len for _, kv_len in lengths))
         if extra_splits is not None:
-            planner = FewSplits(*heads, planner.multiprocessors, extra=extra_splits)
+            planner = FewSplits(*heads, planner.multiprocessors, planner.run, planner.max_kv_len, extra=extra_splits)
         self.inputs = Inputs(tables, block, planner, self.device, self.fixed_run, causal=self.causal)
         self.batch = Batch()
         for key, ((count, kv_len), need) in enumerate(zip(lengths, needs, strict=True)):
@@ -568,15 +568,19 @@ FIXED: list[tuple[Heads, dict[str, object]]] = [
 
 
 def check_fixed(case: Case, lengths: Lengths, assert_close: Close) -> None:
-    """Whole prompts, short chunks and single queries: the same bits, if matrix products are a GPU's."""
-    case.fill(lengths)
-    prompts = whole(case)
+    """Whole prompts, short chunks and single queries, by runs or not cut: the same bits, if products are a GPU's."""
+    prompts = whole(case.fill(lengths))
     case.check(prompts, assert_close)
     found = case.run(prompts)
-    for last in (1, 2, 7):
+    for last, extra_splits in ((1, 1000), (1, 0), (2, 1000), (7, 0)):
+        case.fill(lengths, extra_splits)
         part = case.inputs.tokens(message(case, [min(last, count) for count, _ in lengths])).meta.output_part
         assert part is not None
         assert part.output_indices is not None
+        if last == 1:
+            assert part.plan is not None
+            assert part.plan.splits is not None
+            assert (int(part.plan.splits[:, 7].max()) == 1) == (extra_splits == 0)
         expected = found[part.output_indices.long()]
         if expected.is_cuda:
             assert torch.equal(case.run(part), expected)

@@ -7,7 +7,7 @@ others already waits for nothing. Run as a program, this file is one rank of the
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -105,7 +105,9 @@ class Case:
         return reference.norm(total.double(), self.weight.double(), self.shift.double(), EPS)[0]
 
 
-def make_peers(ranks: int, width: int, device: torch.device, max_rows: int = MAX_ROWS) -> list[Peers]:
+def make_peers(
+    ranks: int, width: int, device: torch.device, max_rows: int = MAX_ROWS, fixed_order: bool = False
+) -> list[Peers]:
     """All ranks' mailboxes, on one device."""
     mailboxes = torch.zeros(ranks, 2, max_rows, ranks, width // 2, dtype=torch.int64, device=device)
     addresses = torch.tensor([mailbox.data_ptr() for mailbox in mailboxes], device=device)
@@ -119,6 +121,7 @@ def make_peers(ranks: int, width: int, device: torch.device, max_rows: int = MAX
             addresses=addresses,
             exchanges=torch.zeros(max_rows, dtype=torch.int32, device=device),
             abort_flag=torch.zeros(1, dtype=torch.int32, device=device),
+            fixed_order=fixed_order,
         )
         for rank in range(ranks)
     ]
@@ -201,6 +204,33 @@ def test_rows_count_their_exchanges_by_themselves(device: torch.device, assert_c
     assert peers[0].exchanges.tolist() == peers[1].exchanges.tolist() == [4, 3, 2, 2, 2, 0, 0, 0]
 
 
+@pytest.mark.parametrize(("dtype", "split"), KINDS, ids=str)
+def test_in_a_fixed_order_rows_take_turns_and_a_row_is_the_same_alone(
+    dtype: torch.dtype, split: int, device: torch.device, assert_close: Close
+) -> None:
+    width, slots, rows = 100, 4, 7  # a mailbox holds two rows of a slot, so nobody has to wait for the other here
+    case = Case.of(2, rows, width, dtype, device, split)
+
+    def run(case: Case, most: int) -> tuple[list[tuple[Tensor, Tensor]], list[Peers]]:
+        peers = make_peers(2, width, device, most, fixed_order=True)
+        for row in range(len(case.rows)):
+            number = row // most + 1
+            peers[1].mailbox[number & 1, row % most, 0] = words(case.sent(0), number)[row]
+        return [case.run(peers[1]), case.run(peers[0])], peers
+
+    results, peers = run(case, slots)
+    for found, total in results:
+        assert_close("layer_norm", total, case.total)
+        assert_close("layer_norm", found, case.norm(total))
+        assert torch.equal(found, results[0][0])
+    assert [each.exchanges.tolist() for each in peers] == [[2, 2, 2, 1]] * 2
+    for row in range(rows):
+        alone = replace(case, parts=[part[..., row : row + 1, :] for part in case.parts], rows=case.rows[row : row + 1])
+        for (found, total), (own, own_total) in zip(results, run(alone, slots)[0], strict=True):
+            assert torch.equal(own, found[row : row + 1])
+            assert torch.equal(own_total, total[row : row + 1])
+
+
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("width", [1024, 4096, 14_336])
 def test_ranks_on_gpus_of_their_own(width: int) -> None:
@@ -238,9 +268,24 @@ def run_rank(width: int, port: int, rank: int) -> None:
         check_rank(case, *case.run(peers))
     for rows in (1, 64):
         replay(Case.of(2, rows, width, torch.float16, device), peers)
+    for split in (0, 4):
+        check_fixed_order(Case.of(2, 700, width, DTYPES[split % 3], device, split), replace(peers, fixed_order=True))
     torch.cuda.synchronize(device)
     dist.all_reduce(torch.zeros(1))  # the other may still write to this one's mailbox
     ranks.leave()
+
+
+def check_fixed_order(case: Case, peers: Peers) -> None:
+    """Rows are the same among more than a mailbox holds, and among few."""
+    found, total = case.run(peers)
+    for first, count in ((0, 1), (3, 17), (64, 64), (500, 200)):
+        rows = slice(first, first + count)
+        few = replace(case, parts=[part[..., rows, :].contiguous() for part in case.parts], rows=case.rows[rows])
+        own, own_total = few.run(peers)
+        if count <= 64:
+            check_rank(few, own, own_total)
+        assert torch.equal(own_total, total[rows]), f"sums of {count} rows are not those among 700"
+        assert torch.equal(own, found[rows]), f"norms of {count} rows are not those among 700"
 
 
 def check_rank(case: Case, found: Tensor, total: Tensor) -> None:

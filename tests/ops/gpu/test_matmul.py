@@ -326,7 +326,9 @@ def test_the_library_and_tiles_of_many_rows_change_no_bit(dtype: torch.dtype, de
     assert torch.equal(found[1036:], few[1])
 
 
-@pytest.mark.parametrize(("rows", "padded"), [(1, 16), (65, 80), (256, 256), (257, 288), (1000, 1024), (8191, 8192)])
+@pytest.mark.parametrize(
+    ("rows", "padded"), [(1, 16), (65, 80), (256, 256), (257, 288), (1000, 1024), (5000, 5120), (8191, 8192)]
+)
 def test_the_library_is_given_few_numbers_of_rows(rows: int, padded: int) -> None:
     assert library.padded_rows(rows) == padded
 
@@ -353,6 +355,14 @@ def test_rows_are_extended_by_the_memory_behind_them_or_copied() -> None:
     assert library.extended(rows, 100).data_ptr() == roomy.data_ptr()
 
 
+def test_the_library_is_given_more_rows_where_that_takes_no_copy() -> None:
+    roomy = library.with_room(torch.empty(0), 1500, 8)
+    given = library.given(roomy)
+    assert (given.shape, given.data_ptr()) == ((1536, 8), roomy.data_ptr())
+    for whole in (given, torch.randn(1500, 8), library.with_room(torch.empty(0), 9000, 8), torch.empty(0, 8)):
+        assert library.given(whole) is whole
+
+
 def test_one_bit_is_enough_to_leave_the_library_out() -> None:
     calls = []
 
@@ -377,9 +387,10 @@ def test_parts_are_added_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
         return a.to(out_dtype) @ b.to(out_dtype)
 
-    def addmm(total: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    def addmm(total: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, out: Tensor) -> Tensor:
         assert total.dtype == out_dtype
-        return total + mm(a, b, out_dtype)
+        assert out is total
+        return out.add_(mm(a, b, out_dtype))
 
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)

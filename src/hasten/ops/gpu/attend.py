@@ -136,6 +136,63 @@ def attend(
 
 
 @triton.jit
+def attend_runs(
+    q_md,
+    keys,
+    values,
+    table,
+    first_run,
+    begin,
+    end,
+    position_m,
+    last_m,
+    slope_m,
+    bias,
+    sink,
+    value_scale,
+    block_stride,
+    token_stride,
+    scale,
+    cap,
+    BLOCK_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    FARTHEST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """As `attend`, but the softmax of each run of keys is computed by itself and added to that of the runs before.
+
+    Runs begin at multiples of RUN, from `first_run` on, and have no keys before `begin`. Each is multiplied by
+    `value_scale`, and the first of a sequence has one more logit, `sink`; both may be None.
+    """
+    sum_md = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    weight_m = tl.zeros([BLOCK_M], tl.float32)
+    top_m = tl.full([BLOCK_M], FAR, tl.float32)
+    for start in range(first_run, end, RUN):
+        part_md, part_weight_m, part_top_m = attend(
+            q_md, keys, values, table, tl.maximum(start, begin), tl.minimum(start + RUN, end), position_m, last_m,
+            slope_m, bias, block_stride, token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK,
+            AHEAD, HAS_SLOPES, WINDOW, CAPPED, CAUSAL, FARTHEST, PRECISION,
+        )  # fmt: skip
+        if value_scale is not None:
+            part_md *= value_scale
+        if sink is not None:
+            in_run = tl.where(start == 0, sink, FAR)
+            part_md, part_weight_m, part_top_m = with_sink(part_md, part_weight_m, part_top_m, in_run)
+        sum_md, weight_m, top_m = merged(sum_md, weight_m, top_m, part_md, part_weight_m, part_top_m)
+    return sum_md, weight_m, top_m
+
+
+@triton.jit
 def merged(sums, weight, top, their_sums, their_weight, their_top):
     """Two parts of a softmax as one: unscaled sums, weights and tops."""
     new = tl.maximum(top, their_top)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hasten.ops.cache_scales import CacheScales
-from hasten.ops.gpu.attend import FAR, LOG2_E, attend, merged, with_sink
+from hasten.ops.gpu.attend import LOG2_E, attend, attend_runs, with_sink
 from hasten.ops.gpu.launch import has_warp_groups, overlapped, start_next, wait_for_inputs
 from hasten.ops.gpu.library import with_room
 from hasten.ops.gpu.splits import one_query, query_group
@@ -59,9 +59,8 @@ def _tile(
 ):
     """A tile of a sequence's queries, of one head, against all keys that they see.
 
-    With RUN, BLOCK_M queries of it, and the softmax over the keys from each multiple of RUN on is computed by itself
-    and added to the one before, as for single queries. Where FARTHEST is not 0, `slopes` are biases by distance
-    instead, 2 * FARTHEST + 1 of each head. `scales`: those of caches of 8 bits.
+    With RUN, BLOCK_M queries of it, by runs of that many keys, as for single queries. Where FARTHEST is not 0, `slopes`
+    are biases by distance instead, 2 * FARTHEST + 1 of each head. `scales`: those of caches of 8 bits.
     """
     start_next(PDL)
     head = tl.program_id(0)
@@ -102,25 +101,18 @@ def _tile(
         last_m = tl.zeros([BLOCK_M], tl.int32) + (end - 1)
     biases = slopes + head * (2 * FARTHEST + 1)
     if RUN:
-        sum_md = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        weight_m = tl.zeros([BLOCK_M], tl.float32)
-        top_m = tl.full([BLOCK_M], FAR, tl.float32)
         first_run = begin // RUN * RUN
+        sink, value_scale = None, None
         if sinks is not None:
             sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
             first_run *= 0  # the first run has the sink, even if the window begins behind its keys
-        for start in range(first_run, end, RUN):
-            part_md, part_weight_m, part_top_m = attend(
-                q_md, keys + base, values + base, table, tl.maximum(start, begin), tl.minimum(start + RUN, end),
-                position + m, last_m, slope_m, biases, block_stride, token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M,
-                BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD, HAS_SLOPES, WINDOW, CAPPED, CAUSAL, FARTHEST, PRECISION,
-            )  # fmt: skip
-            if scales is not None:
-                part_md *= tl.load(scales + (HEADS + head) // GROUP)  # before runs are merged, as for single queries
-            if sinks is not None:
-                in_run = tl.where(start == 0, sink, FAR)
-                part_md, part_weight_m, part_top_m = with_sink(part_md, part_weight_m, part_top_m, in_run)
-            sum_md, weight_m, top_m = merged(sum_md, weight_m, top_m, part_md, part_weight_m, part_top_m)
+        if scales is not None:
+            value_scale = tl.load(scales + (HEADS + head) // GROUP)
+        sum_md, weight_m, top_m = attend_runs(
+            q_md, keys + base, values + base, table, first_run, begin, end, position + m, last_m, slope_m, biases, sink,
+            value_scale, block_stride, token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK,
+            AHEAD, HAS_SLOPES, WINDOW, CAPPED, CAUSAL, FARTHEST, PRECISION, RUN,
+        )  # fmt: skip
     else:
         sum_md, weight_m, top_m = attend(
             q_md, keys + base, values + base, table, begin, end, position + m, last_m, slope_m, biases, block_stride,
@@ -183,11 +175,11 @@ def paged_attention(
         )  # fmt: skip
     if plan.splits is not None:
         parts = _parts(meta, plan.splits, heads, common["BLOCK_D"])
-        fixed = meta.run is not None
         kernel, options = _single(
-            group, meta.num_tokens, common["BLOCK_D"], block_size, wide, scales is not None, fixed
+            group, meta.num_tokens, common["BLOCK_D"], block_size, wide, scales is not None, meta.run
         )
-        programs = kv_heads * triton.cdiv(group, options["BLOCK_M"]) if fixed else programs_per_split(heads, kv_heads)
+        fixed = kv_heads * triton.cdiv(group, options.get("BLOCK_M", 1))
+        programs = programs_per_split(heads, kv_heads) if meta.run is None else fixed
         kernel[(programs, len(plan.splits))](
             *shared, plan.splits, out_tnd, *parts, *numbers, COLUMNS=SPLIT_COLUMNS, **options, **common
         )
@@ -223,14 +215,14 @@ _FIXED_KEYS, _FIXED_ROWS = 16, 16
 
 
 def _single(
-    group: int, queries: int, width: int, block_size: int, wide: bool, narrow: bool, fixed: bool
+    group: int, queries: int, width: int, block_size: int, wide: bool, narrow: bool, run: int | None
 ) -> tuple[Any, dict[str, Any]]:
     """The kernel for single queries, and its options, for groups of heads of a padded size.
 
-    `wide`: queries are in fp32; `narrow`: caches are in 8 bits.
+    `wide`: queries are in fp32; `narrow`: caches are in 8 bits; `run`: that of a fixed order.
     """
-    if fixed:
-        return query_group, {**_fixed(block_size, wide), "GROUP": group}
+    if run is not None:
+        return query_group, {**_fixed(block_size, wide), "GROUP": group, "RUN": run}
     if group == 1:
         lanes, stages, warps = _cut(queries, narrow)
         return one_query, {"BLOCK_N": lanes, "STAGES": stages, "num_warps": warps}
@@ -242,6 +234,7 @@ def _single(
         "GROUP": group,
         "BLOCK_M": rows,
         "AHEAD": True,
+        "RUN": 0,
         "num_stages": stages,
         "num_warps": warps,
     }

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from triton import JITFunction, knobs
@@ -15,6 +16,7 @@ from hasten.core.cpus import available_cpus
 _MOST_THREADS = 16
 """The part of a compilation that holds Python's lock keeps no more threads than these busy."""
 _PACKAGE = __name__.rpartition(".")[0]
+_compiles_only: ContextVar[bool] = ContextVar("compiles_only", default=False)
 
 
 @contextmanager
@@ -37,7 +39,11 @@ def compiled_together(processes: int) -> Iterator[None]:
 
     with knobs.runtime.scope():
         knobs.runtime.jit_cache_hook = collect
-        yield
+        token = _compiles_only.set(True)
+        try:
+            yield
+        finally:
+            _compiles_only.reset(token)
     count = max(1, min(_MOST_THREADS, available_cpus() // processes))
     active = driver.active
     device = active.get_current_device()  # each thread has one of its own
@@ -52,6 +58,11 @@ def _launcher(function: JITFunction[Any], data: str) -> Any:
     """What launches a kernel, compiled and loaded: a first launch would build it while the others wait."""
     kernel = function.preload(data)
     return None if kernel is None else kernel.run
+
+
+def compiles_only() -> bool:
+    """Whether this is a block of `compiled_together`, where results of kernels have no meaning."""
+    return _compiles_only.get()
 
 
 def any_compiled() -> bool:

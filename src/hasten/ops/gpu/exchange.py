@@ -4,7 +4,8 @@ A rank writes its part of a row to all others and waits for theirs. There is no 
 two 16-bit values and the number of the exchange, and such a word is written as one. Two places a row take turns: a rank
 may be one exchange ahead of another, never two, since it waits for the other's words. Should a rank die, the host says
 so in memory of its own, which the others look at when they have waited for long. Every rank adds the parts up in the
-order of ranks, so all hold the same bits.
+order of ranks, so all hold the same bits. Where a row's bits may not depend on other rows either, all numbers of rows
+take this way: NCCL adds in another order, and the plain norm adds up a row in another one.
 
 Shapes: t tokens, h hidden; the program of a row keeps even and odd elements apart, as the words pair them.
 """
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
+from hasten.ops.gpu.library import with_room
 from hasten.ops.gpu.sums import constants_of, terms_of
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.peers import Peers
@@ -30,8 +32,11 @@ def _pair(low, high):
     return low | (high << 16)
 
 
-@triton.jit(do_not_specialize=["part_stride", "added_stride"])
-def _exchange_norm(
+@triton.jit
+def _exchange_row(
+    row,
+    slot,
+    number,
     parts,
     part_stride,
     bias,
@@ -46,7 +51,6 @@ def _exchange_norm(
     out,
     addresses,
     mailbox,
-    exchanges,
     abort_flag,
     eps,
     RANK: tl.constexpr,
@@ -63,18 +67,13 @@ def _exchange_norm(
     HAS_SHIFT: tl.constexpr,
     RMS: tl.constexpr,
     OFFSET: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """Add up all ranks' parts of a row, biases and residual; store the sum and its norm."""
-    start_next(PDL)
-    row = tl.program_id(0).to(tl.int64)
+    """One row, by the words of a slot of the mailbox in the exchange of a number."""
     pair = tl.arange(0, PAIRS)
     valid = pair < H // 2
     even = pair * 2
     odd = even + 1
     dtype: tl.constexpr = out.dtype.element_ty
-    wait_for_inputs(PDL)
-    number = tl.load(exchanges + row) + 1
     low = tl.zeros([PAIRS], tl.float32)
     high = tl.zeros([PAIRS], tl.float32)
     for part in tl.static_range(PARTS):
@@ -84,7 +83,7 @@ def _exchange_norm(
         low += tl.load(added + part * added_stride + row * H + even, valid, 0.0).to(tl.float32)
         high += tl.load(added + part * added_stride + row * H + odd, valid, 0.0).to(tl.float32)
     mine = _pair(low.to(dtype), high.to(dtype)) | (number.to(tl.int64) << 32)
-    place = (((number & 1).to(tl.int64) * MAX_ROWS + row) * RANKS) * (H // 2) + pair
+    place = (((number & 1).to(tl.int64) * MAX_ROWS + slot) * RANKS) * (H // 2) + pair
     for other in tl.static_range(RANKS):
         if other != RANK:
             theirs = tl.load(addresses + other).to(tl.pointer_type(tl.int64))
@@ -138,7 +137,72 @@ def _exchange_norm(
         if HAS_SHIFT:
             shift = tl.load(norm_bias + at, valid, 0.0).to(tl.float32)
         tl.store(out + row * H + at, (centred * scale * gain + shift).to(dtype), valid)
-    tl.store(exchanges + row, number)  # last: every warp of this program has read it by then
+
+
+@triton.jit(do_not_specialize=["rows", "part_stride", "added_stride"])
+def _exchange_norm(
+    parts,
+    part_stride,
+    bias,
+    added,
+    added_stride,
+    added_bias,
+    residual,
+    residual_rows,
+    total_out,
+    weight,
+    norm_bias,
+    out,
+    addresses,
+    mailbox,
+    exchanges,
+    abort_flag,
+    rows,
+    eps,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    ANY_ROWS: tl.constexpr,
+    H: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PARTS: tl.constexpr,
+    ADDED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ADDED_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    RMS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Add up all ranks' parts of a row, biases and residual; store the sum and its norm.
+
+    With ANY_ROWS a program goes on with every row that is MAX_ROWS further: they take turns in its slot.
+    """
+    start_next(PDL)
+    slot = tl.program_id(0).to(tl.int64)
+    wait_for_inputs(PDL)
+    number = tl.load(exchanges + slot)
+    if ANY_ROWS:
+        row = slot
+        while row < rows:
+            number += 1
+            _exchange_row(
+                row, slot, number, parts, part_stride, bias, added, added_stride, added_bias, residual,
+                residual_rows, total_out, weight, norm_bias, out, addresses, mailbox, abort_flag, eps, RANK, RANKS,
+                MAX_ROWS, H, PAIRS, PARTS, ADDED, HAS_BIAS, HAS_ADDED_BIAS, HAS_RESIDUAL, HAS_ROWS, HAS_SHIFT, RMS,
+                OFFSET,
+            )  # fmt: skip
+            row += MAX_ROWS
+    else:
+        number += 1
+        _exchange_row(
+            slot, slot, number, parts, part_stride, bias, added, added_stride, added_bias, residual,
+            residual_rows, total_out, weight, norm_bias, out, addresses, mailbox, abort_flag, eps, RANK, RANKS,
+            MAX_ROWS, H, PAIRS, PARTS, ADDED, HAS_BIAS, HAS_ADDED_BIAS, HAS_RESIDUAL, HAS_ROWS, HAS_SHIFT, RMS, OFFSET,
+        )  # fmt: skip
+    tl.store(exchanges + slot, number)  # last: every warp of this program has read it by then
 
 
 def exchange_norm(
@@ -153,10 +217,11 @@ def exchange_norm(
 ) -> tuple[Tensor, Tensor]:
     """The norm of a sum over ranks, and the sum: see `hasten.ops.norm`."""
     rows, width = sum_.shape
-    assert rows <= peers.max_rows
+    assert peers.takes(rows)
     assert width == peers.width
-    out_th, total_th = weight_h.new_empty(rows, width), weight_h.new_empty(rows, width)
-    _exchange_norm[(rows,)](
+    out_th = with_room(weight_h, rows, width)
+    total_th = weight_h.new_empty(rows, width)
+    _exchange_norm[(min(rows, peers.max_rows),)](
         *terms_of(sum_, weight_h),
         total_th,
         weight_h,
@@ -166,10 +231,12 @@ def exchange_norm(
         peers.mailbox,
         peers.exchanges,
         peers.abort_flag,
+        rows,
         eps,
         RANK=peers.rank,
         RANKS=peers.size,
         MAX_ROWS=peers.max_rows,
+        ANY_ROWS=peers.fixed_order,
         H=width,
         PAIRS=triton.next_power_of_2(width) // 2,
         **constants_of(sum_),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hasten.ops.gpu.activations import activated
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
+from hasten.ops.gpu.library import with_room
 from hasten.ops.gpu.matmul import gated_pairs, linear, takes_pairs
 from hasten.ops.gpu.row_rounding import activated_rows, rounds
 from hasten.ops.packed import PackedLinear
@@ -97,7 +98,7 @@ def gated_linear(
         assert isinstance(x_th, Tensor)
         assert x_th.is_contiguous()
         hidden_th = x_th
-    out = both_to.new_empty(rows, inner)
+    out = with_room(both_to, rows, inner)
     block = min(_BLOCK, triton.next_power_of_2(inner))
     _gate[(rows, triton.cdiv(inner, block))](
         both_to, hidden_th, both_to if scale_1h is None else scale_1h, out,

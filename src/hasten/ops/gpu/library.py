@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-_MIN_STEP = 16
+from hasten.ops.gpu.compiling import compiles_only
+
+_MIN_STEP, _MAX_STEP = 16, 128
+"""Rows: the library's tiles have 128 of them at least where there are many."""
 _MAX_ROWS = 8192
 _MIN_WEIGHT = 1 << 22
 """Elements of a weight: products with smaller ones are too short for another order to show."""
@@ -31,7 +34,7 @@ Product = Callable[[Tensor], Tensor]
 
 def padded_rows(rows: int) -> int:
     """How many rows to multiply so that `rows` of them are: up to an eighth more, so that there are few numbers."""
-    step = max(_MIN_STEP, 1 << max(0, (rows - 1).bit_length() - 4))
+    step = min(_MAX_STEP, max(_MIN_STEP, 1 << max(0, (rows - 1).bit_length() - 4)))
     return -(-rows // step) * step
 
 
@@ -50,10 +53,26 @@ def with_room(like: Tensor, rows: int, *shape: int) -> Tensor:
 
 def extended(x_th: Tensor, rows: int) -> Tensor:
     """`x_th` and further rows of any values, [rows, h]: a view where its memory goes on behind it, else a copy."""
+    view = _extended_view(x_th, rows)
+    return F.pad(x_th, (0, 0, 0, rows - x_th.shape[0])) if view is None else view
+
+
+def _extended_view(x_th: Tensor, rows: int) -> Tensor | None:
     stored = x_th.untyped_storage().nbytes() // x_th.itemsize - x_th.storage_offset()
-    if x_th.is_contiguous() and rows * x_th.shape[1] <= stored:
-        return x_th.as_strided((rows, x_th.shape[1]), x_th.stride())
-    return F.pad(x_th, (0, 0, 0, rows - x_th.shape[0]))
+    if not x_th.is_contiguous() or rows * x_th.shape[1] > stored:
+        return None
+    return x_th.as_strided((rows, x_th.shape[1]), x_th.stride())
+
+
+def given(x_th: Tensor) -> Tensor:
+    """`x_th` as the library is given it: with further rows of any values where its memory goes on behind it.
+
+    For a number of rows that it has not had yet it may choose a program that is not loaded, which waits until the
+    device is idle; so it is given few numbers, and all of them before the first request.
+    """
+    rows = padded_rows(x_th.shape[0])
+    view = _extended_view(x_th, rows) if 0 < x_th.shape[0] < rows <= _MAX_ROWS else None
+    return x_th if view is None else view
 
 
 def product(x_th: Tensor, weight_oh: Tensor, bias_o: Tensor | None, own: Product) -> Tensor | None:
@@ -72,7 +91,7 @@ def _by_parts(x_th: Tensor, weight_oh: Tensor, parts: int) -> Tensor:
     first, *others = zip(x_th.chunk(parts, dim=1), weight_oh.chunk(parts, dim=1), strict=True)
     total_to = torch.mm(first[0], first[1].t(), out_dtype=torch.float32)
     for x_tk, weight_ok in others:
-        total_to = torch.addmm(total_to, x_tk, weight_ok.t(), out_dtype=torch.float32)
+        torch.addmm(total_to, x_tk, weight_ok.t(), out_dtype=torch.float32, out=total_to)
     return total_to.unsqueeze(0)
 
 
@@ -86,9 +105,11 @@ def _checked(
     if not (x_th.is_cuda and aligned and padded <= _MAX_ROWS and weight_oh.numel() >= _MIN_WEIGHT):
         return None
     key = (x_th.device.index, x_th.dtype, *weight_oh.shape, bias_o is None, parts, padded)
-    if key not in _agreed:
+    if compiles_only():
+        own(x_th)  # to be compiled: its results could not be compared
+    elif key not in _agreed:
         _agreed[key] = _agree(x_th.new_empty(padded, x_th.shape[1]), weight_oh.shape[0], compute, own)
-    if not _agreed[key]:
+    if not _agreed.get(key, True):
         return None
     return compute(extended(x_th, padded))[..., :rows, :]
 

@@ -303,7 +303,7 @@ def _library(x_th: Inputs, weight: PackedLinear, bias_o: Tensor | None) -> Tenso
     if weight.inputs is not None:
         return rounded.library_product(x_th, weight, bias_o)
     assert isinstance(x_th, Tensor)
-    return F.linear(*_operands(x_th, weight), bias_o)
+    return F.linear(*_operands(library.given(x_th), weight), bias_o)[: x_th.shape[0]]
 
 
 @overload
@@ -336,8 +336,9 @@ def linear(
     fused = activation in ("gelu_tanh", "relu") and weight.inputs is None and x_th.dtype != torch.float32
     if fused and bias_o is not None:  # the two that cuBLAS computes within its product
         assert isinstance(x_th, Tensor)
-        x_tk, weight_ok = _operands(x_th, weight)
-        return torch._addmm_activation(bias_o, x_tk, weight_ok.t(), use_gelu=activation == "gelu_tanh")
+        x_tk, weight_ok = _operands(library.given(x_th), weight)
+        use_gelu = activation == "gelu_tanh"
+        return torch._addmm_activation(bias_o, x_tk, weight_ok.t(), use_gelu=use_gelu)[: x_th.shape[0]]
     out_to = _library(x_th, weight, bias_o)
     if activation is None:
         return out_to

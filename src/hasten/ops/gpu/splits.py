@@ -8,7 +8,7 @@ a matrix product, so that keys are read once and not once per head.
 import triton
 import triton.language as tl
 
-from hasten.ops.gpu.attend import FAR, attend, capped, column, merged, with_sink
+from hasten.ops.gpu.attend import FAR, attend, attend_runs, capped, column, merged, with_sink
 from hasten.ops.gpu.launch import start_next, wait_for_inputs
 
 
@@ -193,10 +193,14 @@ def query_group(
     CAPPED: tl.constexpr,
     FARTHEST: tl.constexpr,
     PRECISION: tl.constexpr,
+    RUN: tl.constexpr,
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One query of BLOCK_M heads of a group, or of those that it has, against a split of the keys."""
+    """One query of BLOCK_M heads of a group, or of those that it has, against a split of the keys.
+
+    With RUN, a split is one run of that many keys, or all of the sequence's.
+    """
     start_next(PDL)
     pieces = (GROUP + BLOCK_M - 1) // BLOCK_M
     kv_head = tl.program_id(0) // pieces
@@ -231,17 +235,31 @@ def query_group(
             begin = tl.maximum(begin, tl.minimum(end, tl.maximum(length - WINDOW, 0) // BLOCK_N * BLOCK_N))
         position_m = tl.zeros([BLOCK_M], tl.int32) + (length - 1)
         last_m = tl.zeros([BLOCK_M], tl.int32) + (end - 1)
-        sum_md, weight_m, top_m = attend(
-            q_md, keys + base, values + base, table, begin, end, position_m, last_m, slope_m,
-            slopes + (head_m * (2 * FARTHEST + 1))[:, None],
-            block_stride, token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD,
-            HAS_SLOPES, WINDOW, CAPPED, True, FARTHEST, PRECISION,
-        )  # fmt: skip
-        if scales is not None:
-            sum_md *= tl.load(scales + HEADS // GROUP + kv_head)
-        if sinks is not None:
-            sink_m = tl.load(sinks + head_m).to(tl.float32) * 1.4426950408889634
-            sum_md, weight_m, top_m = with_sink(sum_md, weight_m, top_m, tl.where(part == 0, sink_m, FAR))
+        biases = slopes + (head_m * (2 * FARTHEST + 1))[:, None]
+        if RUN:
+            first_run = begin // RUN * RUN
+            sink_m, value_scale = None, None
+            if sinks is not None:
+                sink_m = tl.load(sinks + head_m).to(tl.float32) * 1.4426950408889634
+                first_run = tl.load(item + 3)  # the first run has the sink, even if the window begins behind its keys
+            if scales is not None:
+                value_scale = tl.load(scales + HEADS // GROUP + kv_head)
+            sum_md, weight_m, top_m = attend_runs(
+                q_md, keys + base, values + base, table, first_run, begin, end, position_m, last_m, slope_m, biases,
+                sink_m, value_scale, block_stride, token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N,
+                ONE_BLOCK, AHEAD, HAS_SLOPES, WINDOW, CAPPED, True, FARTHEST, PRECISION, RUN,
+            )  # fmt: skip
+        else:
+            sum_md, weight_m, top_m = attend(
+                q_md, keys + base, values + base, table, begin, end, position_m, last_m, slope_m, biases, block_stride,
+                token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD, HAS_SLOPES,
+                WINDOW, CAPPED, True, FARTHEST, PRECISION,
+            )  # fmt: skip
+            if scales is not None:
+                sum_md *= tl.load(scales + HEADS // GROUP + kv_head)
+            if sinks is not None:
+                sink_m = tl.load(sinks + head_m).to(tl.float32) * 1.4426950408889634
+                sum_md, weight_m, top_m = with_sink(sum_md, weight_m, top_m, tl.where(part == 0, sink_m, FAR))
         target = out + (out_row * HEADS + head_m)[:, None] * D + d[None, :]
         if parts == 1:
             # A weight is at least 1, that of the greatest score, or 0 where there are no keys.
