@@ -345,7 +345,7 @@ def test_the_page_shows_vectors_and_scores(site: Site) -> None:
             page.get_by_label("Model", exact=True).select_option(model)
             assert page.get_by_label("Temperature").is_disabled()
             page.get_by_role("button", name=button).click()
-            page.locator("#text").filter(has_text=shown).wait_for()
+            page.locator(".text").filter(has_text=shown).wait_for()
         page.get_by_label("Model", exact=True).select_option("demo")
         assert page.get_by_label("Temperature").is_enabled()
         assert page.get_by_role("button", name="Generate").is_enabled()

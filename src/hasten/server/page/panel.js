@@ -36,6 +36,10 @@ class Panel {
     const part = (selector) => this.element.querySelector(selector);
     [this.text, this.said, this.error, this.name] = [".text", ".said", ".error", ".name"].map(part);
     this.fields = Object.fromEntries([...this.element.querySelectorAll("[data-name]")].map((field) => [field.dataset.name, field]));
+    for (const [field, element] of Object.entries(this.fields)) {
+      element.id = `${field}-${name}`;
+      element.previousElementSibling.htmlFor = element.id;
+    }
     for (const [field, value] of Object.entries(settings)) if (this.fields[field]) this.fields[field].value = value;
     this.wanted = settings.model;
     this.messages = messages;
