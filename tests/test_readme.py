@@ -320,4 +320,4 @@ def test_the_picture_shows_the_figures_of_the_table() -> None:
         hf_time, time = (float(value.split()[0]) for value in values[:2])
         assert blue / gray == pytest.approx(time / hf_time, abs=0.001)
     assert found == expected
-    assert len(found) == 7
+    assert len(found) == 8
