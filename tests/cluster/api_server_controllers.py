@@ -72,9 +72,10 @@ class Controllers:
         """One round of the garbage collector and of the kubelets; seconds until the next is due, if one is."""
         while self._collect_once():
             pass
-        dues = [one["_due"] for one in self._store.objects.values() if "_due" in one]
-        waiting = [due for due in dues if due > time.monotonic()]
-        return max(0.001, min(waiting) - time.monotonic()) if waiting else None
+        objects = self._store.objects.values()
+        # those that became due since the last look are among them: nobody else would wake this thread for them
+        dues = [one["_due"] for one in objects if "_due" in one and not one["metadata"].get("finalizers")]
+        return max(0.001, min(dues) - time.monotonic()) if dues else None
 
     def _collect_once(self) -> bool:
         uids = {one["metadata"]["uid"]: one for one in self._store.objects.values()}
