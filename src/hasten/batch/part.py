@@ -1,4 +1,4 @@
-"""A part of a batch, which a process computes on its own: every so many rows of the input."""
+"""A part of a batch, which a process computes on its own: every N-th row of the input."""
 
 import re
 from dataclasses import dataclass

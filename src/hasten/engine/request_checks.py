@@ -103,9 +103,10 @@ class RequestChecks:
             raise InvalidRequestError(f"{name}: {where} has token id {wrong}; the vocabulary ends at {vocab - 1}")
 
     def _check_encoder_input(self, name: str, params: SamplingParams, length: int) -> None:
-        """Whether an encoder can compute a prompt of so many tokens, which it does in one step."""
-        limits = {name: getattr(self._limits, name) for name in ("max_model_len", "max_num_batched_tokens")}
-        option, most = min(limits.items(), key=itemgetter(1))
+        """Whether an encoder can compute a prompt of this length, which it does in one step."""
+        limits = self._limits
+        longest, whole = limits.max_model_len, limits.max_num_batched_tokens
+        option, most = min(("max_model_len", longest), ("max_num_batched_tokens", whole), key=itemgetter(1))
         if length > most:
             raise InvalidRequestError(
                 f"{name}: the prompt has {length} tokens; the encoder takes {most} at the most ({option})"
