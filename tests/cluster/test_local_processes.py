@@ -44,6 +44,21 @@ def test_members_are_found_by_mark_and_by_session() -> None:
     assert start_of(process.pid) is None
 
 
+def test_descendants_of_marked_processes_are_members_before_a_record_names_their_leader() -> None:
+    uid = uuid.uuid4().hex
+    with subprocess.Popen(
+        ["sh", "-c", "env -i setsid sleep 60 & wait"], env={**os.environ, MARK: f"{uid}/one"}, start_new_session=True
+    ) as leader:
+        try:
+            eventually(lambda: len(members(f"{uid}/one", [])) == 2, lambda: "not found")
+            (left,) = (pid for pid in members(f"{uid}/", []) if pid != leader.pid)
+            eventually(lambda: MARK not in environment_of(left), lambda: "it still has its parent's environment")
+            assert sorted(members(f"{uid}/", [])) == sorted([leader.pid, left])
+        finally:
+            assert kill_all(lambda: members(f"{uid}/", [])) == []
+    assert not alive(left)
+
+
 def test_what_is_killed_has_ended_though_it_is_found_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a parent ends before its child: nothing then shows whose the child is."""
     sent: list[Collection[int]] = []

@@ -66,16 +66,19 @@ def adopt_orphans() -> None:
 
 
 def members(mark: str, leaders: Collection[tuple[int, int]]) -> list[int]:
-    """All processes of an instance, or of a job: those that carry the mark, and the leaders' sessions and descendants.
+    """All processes of an instance, or of a job: those that carry the mark or are in a leader's session, the leaders,
+    and the descendants of all of these.
 
     `mark` is a whole mark, or its beginning up to and with the `/`. A leader is a process id with its start. A
-    session whose number now belongs to a stranger is left alone: its leader's start tells.
+    session whose number now belongs to a stranger is left alone: its leader's start tells. A record may not name its
+    leaders yet, so marked processes lead to their descendants as leaders do.
     """
     carried = f"\0{MARK}={mark}".encode() + (b"" if mark.endswith("/") else b"\0")
     sessions = {pid for pid, start in leaders if start_of(pid) in (start, None)}
     stats = _stats()
-    below = _descendants({pid for pid, start in leaders if start_of(pid) == start}, stats)
-    return [pid for pid, stat in stats.items() if pid in below or _belongs(pid, stat, carried, sessions)]
+    roots = {pid for pid, stat in stats.items() if _belongs(pid, stat, carried, sessions)}
+    roots |= {pid for pid, start in leaders if pid in stats and start_of(pid) == start}
+    return [*(roots | _descendants(roots, stats))]
 
 
 def orphans(known: Collection[int]) -> list[int]:
