@@ -20,7 +20,8 @@ from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.plan import open_checkpoint
 from hasten.core.dtypes import DTypeName, Quantization
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
-from hasten.ops import TORCH_DTYPES, cpu_int8
+from hasten.ops import TORCH_DTYPES
+from hasten.ops.cpu import int8
 
 SAME = {False: 1e-4, True: 6e-3}
 """Largest difference of two logits between int8 weights and their values in fp32; True: with activations of 15 bits."""
@@ -60,8 +61,8 @@ def test_logits_are_those_of_the_values_that_int8_stands_for(
     folder = make_model(family)
     dequantized = dequantized_folder(folder, tmp_path / "dequantized", HEADS[family])
     full, expected = logits_of(folder), logits_of(dequantized)
-    for digits in {False, cpu_int8.exact_int8()}:
-        monkeypatch.setattr(cpu_int8, "exact_int8", lambda digits=digits: digits)
+    for digits in {False, int8.exact_int8()}:
+        monkeypatch.setattr(int8, "exact_int8", lambda digits=digits: digits)
         found = logits_of(folder, quantization="int8")
         assert (found - expected).abs().max() <= SAME[digits]
         assert 10 * SAME[False] < (found - full).square().mean().sqrt() / full.std() <= NEAR["int8"]
@@ -154,7 +155,7 @@ def test_int4_is_near_full_precision_and_a_checkpoint_of_the_same_values(
     folder = make_model(family)
 
     expected, full = logits_of(int4_folder(folder, tmp_path / "rounded", HEADS[family])), logits_of(folder)
-    monkeypatch.setattr(cpu_int8, "exact_int8", lambda: False)
+    monkeypatch.setattr(int8, "exact_int8", lambda: False)
     found = logits_of(folder, quantization="int4")
     assert (found - expected).norm() <= IN_BF16 * expected.norm()
     assert 2 * IN_BF16 * full.norm() < (found - full).norm() < full.norm()
@@ -169,7 +170,7 @@ def test_less_is_held_and_the_log_says_of_what(tiny_bloom: Path, caplog: pytest.
     message = next(record.getMessage() for record in caplog.records if "loaded" in record.getMessage())
     assert "GB of weights as int8 and torch.float32 in" in message
     held = model.layers["0"].mlp.up.packed
-    assert (held.plain is None) == cpu_int8.exact_int8()
+    assert (held.plain is None) == int8.exact_int8()
     assert (held.plain if held.blocked is None else held.blocked).dtype == torch.int8
     assert not any("mixture" in record.getMessage() for record in caplog.records)
 
@@ -255,7 +256,7 @@ def test_a_gpu_computes_the_same(
         state.update({name: weight.to(TORCH_DTYPES[dtype]).float() for name, weight in state.items()})
 
     folder = changed_folder(make_model(family, **sizes), tmp_path / "rounded", round_weights)
-    monkeypatch.setattr(cpu_int8, "exact_int8", lambda: False)
+    monkeypatch.setattr(int8, "exact_int8", lambda: False)
     if quantization == "int4":  # whose products a CPU computes in bf16
         right = logits_of(int4_folder(folder, tmp_path / "int4", HEADS[family]))
     else:

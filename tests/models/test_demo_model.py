@@ -200,5 +200,5 @@ def test_shifted_cache_slots_ruin_it(
             cache.flatten(0, 1)[shifted(slots_t, cache, by)] = new_tmd
 
     monkeypatch.setattr(reference, "write_cache", write_cache)
-    monkeypatch.setattr(cpu, "store_heads", reference.store_heads)
+    monkeypatch.setattr(cpu.heads, "store_heads", reference.store_heads)
     assert_ruined()

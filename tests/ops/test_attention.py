@@ -10,8 +10,9 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.layers.position import alibi_slopes
-from hasten.ops import cpu, reference
+from hasten.ops import reference
 from hasten.ops.cache_scales import octets, stored
+from hasten.ops.cpu import query_groups
 
 Close = Callable[[str, Tensor, Tensor], None]
 Lengths = list[tuple[int, int]]
@@ -34,7 +35,7 @@ BATCHES: dict[str, Lengths] = {
     "a decode at two thousand keys": [(1, 2048)],
     "a sequence with nothing to compute": [(3, 9), (0, 20), (1, 5)],
 }
-RUN = cpu._QUERY_CHUNK
+RUN = query_groups._QUERY_CHUNK
 LONG_BATCHES: dict[str, Lengths] = {
     "around the length of a query run": [(n, n) for n in (RUN - 1, RUN, RUN + 1)],
     "two query runs and one more": [(2 * RUN + 1, 2 * RUN + 1), (1, 7)],
@@ -336,7 +337,7 @@ def test_a_bias_too_large_to_keep_is_made_anew_with_the_same_result(
 ) -> None:
     case = make_case(BATCHES[name], Heads(query=3, kv=3), alibi=alibi)
     kept = case.run()
-    monkeypatch.setattr(cpu, "_KEPT_BIAS", 0)
+    monkeypatch.setattr(query_groups, "_KEPT_BIAS", 0)
     assert torch.equal(case.run(), kept)
 
 
@@ -344,14 +345,14 @@ def test_the_limit_of_kept_bias_counts_what_is_kept(monkeypatch: pytest.MonkeyPa
     for alibi, planes in ((True, 3), (False, 1)):
         case = make_case([(16, 32)], Heads(query=3, kv=3), alibi=alibi)
         for limit, keeps in ((planes * 16 * 32, True), (planes * 16 * 32 - 1, False)):
-            monkeypatch.setattr(cpu, "_KEPT_BIAS", limit)
+            monkeypatch.setattr(query_groups, "_KEPT_BIAS", limit)
             case.run()
             assert [None if bias is None else bias.numel() for _, bias in case.plan] == [limit if keeps else None]
 
 
 @pytest.mark.parametrize("elements", [0, 1 << 10, 1 << 60])
 def test_however_much_one_call_may_gather(elements: int, monkeypatch: pytest.MonkeyPatch, assert_close: Close) -> None:
-    monkeypatch.setattr(cpu, "_CACHED_ELEMENTS", elements)
+    monkeypatch.setattr(query_groups, "_CACHED_ELEMENTS", elements)
     for name in ("decodes around a block border", "decodes of equal length", "prompt, chunk, decodes"):
         check(make_case(BATCHES[name], Heads(query=3, kv=3)), assert_close)
 
@@ -361,7 +362,7 @@ def test_later_layers_use_the_plan_of_the_first(
     kept: bool, monkeypatch: pytest.MonkeyPatch, assert_close: Close
 ) -> None:
     if not kept:
-        monkeypatch.setattr(cpu, "_KEPT_BIAS", 0)
+        monkeypatch.setattr(query_groups, "_KEPT_BIAS", 0)
     heads, lengths = Heads(query=3, kv=3), BATCHES["prompt, chunk, decodes"]
     layers = [make_case(lengths, heads, seed=0) for _ in range(3)]
     for number, layer in enumerate(layers):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.ops import Bans, EditList, TokenCounts, cpu_edits, reference
+from hasten.ops import Bans, EditList, TokenCounts, reference
+from hasten.ops.cpu import edits as cpu_edits
 from hasten.ops.edits import IN_PROMPT
 
 pytest.importorskip("triton")

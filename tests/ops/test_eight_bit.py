@@ -11,7 +11,8 @@ from tests.ops.conftest import exactly_activated
 from torch import Tensor
 
 from hasten import ops
-from hasten.ops import QuantizedWeight, cpu_int8, reference, rounding
+from hasten.ops import QuantizedWeight, reference, rounding
+from hasten.ops.cpu import int8
 
 Close = Callable[[str, Tensor, Tensor], None]
 
@@ -32,9 +33,9 @@ KINDS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
 @pytest.fixture(params=["exact", "saturating"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to multiply; the first only where this CPU adds int8 products up exactly."""
-    if request.param == "exact" and not cpu_int8.exact_int8():
+    if request.param == "exact" and not int8.exact_int8():
         pytest.skip("this CPU saturates sums of int8 products")
-    monkeypatch.setattr(cpu_int8, "exact_int8", lambda: request.param == "exact")
+    monkeypatch.setattr(int8, "exact_int8", lambda: request.param == "exact")
     return str(request.param)
 
 
@@ -126,7 +127,7 @@ def test_the_result_of_a_token_does_not_depend_on_the_others(kind: str) -> None:
     torch.testing.assert_close(ops.linear(x, packed), among, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not cpu_int8.exact_int8(), reason="this CPU saturates sums of int8 products")
+@pytest.mark.skipif(not int8.exact_int8(), reason="this CPU saturates sums of int8 products")
 @pytest.mark.parametrize("kind", ["int8", "w8a8"])
 def test_sums_of_int8_are_the_same_bits_among_any_others(kind: str) -> None:
     packed = ops.pack_linear(make_weight(300, 1024, kind=kind))
@@ -162,10 +163,10 @@ def test_zeros_and_the_smallest_and_largest_values(kind: str) -> None:
 
 def test_this_cpu_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert cpu_int8.exact_int8.__wrapped__() is False
+    assert int8.exact_int8.__wrapped__() is False
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(cpu_int8, "_products", lambda *_: torch.full((2, 64), 8160.0))  # as int16 saturates
-    assert cpu_int8.exact_int8.__wrapped__() is False
+    monkeypatch.setattr(int8, "_products", lambda *_: torch.full((2, 64), 8160.0))  # as int16 saturates
+    assert int8.exact_int8.__wrapped__() is False
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

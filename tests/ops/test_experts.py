@@ -58,7 +58,7 @@ def test_both_paths_compute_the_chosen_experts(first: int, held: int, dtype: tor
         x_th = draw(tokens, HIDDEN, dtype=dtype)
         routing = ops.route(x_th, draw(COUNT, HIDDEN, dtype=dtype), 2, True)
         expected = one_by_one(x_th, gate_up, down, routing, first)
-        for path, kind in ((cpu, "linear"), (reference, "stepwise")):
+        for path, kind in ((cpu.experts, "linear"), (reference, "stepwise")):
             found = path.experts(x_th, path.pack_experts(gate_up, down, first), routing, SILU)
             assert found.dtype == dtype
             assert_close(kind, found, expected)
@@ -75,7 +75,7 @@ def test_experts_with_biases_and_limits(unit: GatedUnit, biases: str, dtype: tor
     x_th = draw(20, HIDDEN, dtype=dtype)
     routing = ops.route(x_th, draw(COUNT, HIDDEN, dtype=dtype), 2, True)
     expected = one_by_one(x_th, gate_up, down, routing, 2, unit, present)
-    for path, kind in ((cpu, "linear"), (reference, "stepwise")):
+    for path, kind in ((cpu.experts, "linear"), (reference, "stepwise")):
         packed: PackedExperts = path.pack_experts(gate_up, down, 2, *given)
         assert_close(kind, path.experts(x_th, packed, routing, unit), expected)
 

@@ -8,7 +8,8 @@ from tests.ops.conftest import exactly_activated
 from torch import Tensor
 
 from hasten import ops
-from hasten.ops import Columns, GroupedWeight, cpu_grouped, reference
+from hasten.ops import Columns, GroupedWeight, reference
+from hasten.ops.cpu import grouped as cpu_grouped
 from hasten.ops.grouped import pack_nibbles, packs, unpack_nibbles
 
 EXACT, IN_BF16 = 2e-5, 2e-2

@@ -11,8 +11,9 @@ from tests.ops.conftest import exactly_activated
 from torch import Tensor
 
 from hasten import ops
-from hasten.ops import cpu, cpu_bf16, native, reference
-from hasten.ops.compiled_rows import compiled_rows
+from hasten.ops import cpu, native, reference
+from hasten.ops.cpu import bf16
+from hasten.ops.cpu.compiled_rows import compiled_rows
 
 Close = Callable[[str, Tensor, Tensor], None]
 
@@ -25,8 +26,8 @@ SIZES = [(1, 1), (1, 40), (40, 1), (48, 64), (509, 64), (3, 333), LARGE]
 
 
 def test_the_sizes_lie_on_both_sides_of_a_small_weight() -> None:
-    assert {out * into < cpu._SMALL_WEIGHT for out, into in SIZES} == {True, False}
-    assert LARGE[0] * LARGE[1] == cpu._SMALL_WEIGHT
+    assert {out * into < cpu.products._SMALL_WEIGHT for out, into in SIZES} == {True, False}
+    assert LARGE[0] * LARGE[1] == cpu.products._SMALL_WEIGHT
 
 
 def test_few_numbers_of_rows_are_compiled_and_few_rows_are_added() -> None:
@@ -225,7 +226,7 @@ def test_a_shared_weight_is_copied_only_where_it_must_be_widened(out: int, into:
     held = [tensor for tensor in (packed.plain, packed.blocked, packed.panels) if tensor is not None]
     if dtype == torch.float32 and (native.kernels() is None or (out, into) == LARGE):
         assert [tensor.data_ptr() for tensor in held] == [weight.data_ptr()]
-    elif dtype == torch.bfloat16 and cpu_bf16.is_supported():
+    elif dtype == torch.bfloat16 and bf16.is_supported():
         assert [tensor.dtype for tensor in held] == [torch.bfloat16]
     else:
         assert all(tensor.dtype == torch.float32 for tensor in held)
@@ -234,7 +235,7 @@ def test_a_shared_weight_is_copied_only_where_it_must_be_widened(out: int, into:
 def test_bf16_is_widened_where_the_processor_does_not_multiply_it(
     monkeypatch: pytest.MonkeyPatch, assert_close: Close
 ) -> None:
-    monkeypatch.setattr(cpu_bf16, "is_supported", lambda: False)
+    monkeypatch.setattr(bf16, "is_supported", lambda: False)
     weight, x = draw(48, 64, dtype=torch.bfloat16, scale=0.125), draw(5, 64, dtype=torch.bfloat16)
     packed = ops.pack_linear(weight)
     held = [tensor for tensor in (packed.plain, packed.blocked, packed.panels) if tensor is not None]

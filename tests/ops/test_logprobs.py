@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.ops import cpu_sampling, reference
+from hasten.ops import reference
+from hasten.ops.cpu import sampling as cpu_sampling
 
 pytest.importorskip("triton")
 

@@ -126,7 +126,7 @@ def test_heads_are_turned_and_stored(turned: int, interleaved: bool, assert_clos
         positions = torch.tensor([0, 5, 2, 9, 1, 1])
         transform = HeadTransform(positions_t=positions, table_pr=draw(10, turned), interleaved=interleaved)
     keys, values, right_keys, right_values = (torch.zeros(5, 4, 2, 32) for _ in range(4))
-    queries = cpu.store_heads(qkv.clone(), keys, values, slots, 4, transform)
+    queries = cpu.heads.store_heads(qkv.clone(), keys, values, slots, 4, transform)
     right_queries = reference.store_heads(qkv.clone(), right_keys, right_values, slots, 4, transform)
     assert_close("attention", queries, right_queries)
     assert_close("attention", keys, right_keys)

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from hasten import ops
-from hasten.ops import cpu_sampling, reference
+from hasten.ops import reference
+from hasten.ops.cpu import sampling as cpu_sampling
 
 pytest.importorskip("triton")
 

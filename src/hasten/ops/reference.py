@@ -1,4 +1,4 @@
-"""Every op in plain torch: its definition, and the oracle of the tests. Docstrings stand at `hasten.ops`."""
+"""Every op in plain torch: its definition, and the oracle of the tests. Docstrings stand at `hasten.ops.dispatch`."""
 
 import time
 from collections.abc import Callable

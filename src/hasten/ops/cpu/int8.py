@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from hasten.ops.compiled_rows import compiled_rows
+from hasten.ops.cpu.compiled_rows import compiled_rows
 from hasten.ops.packed import PackedLinear, QuantizedWeight
 from hasten.ops.rounding import BASE, digits_of, numbers_of, rounded
 

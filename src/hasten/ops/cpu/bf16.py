@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from hasten.ops import reference
-from hasten.ops.compiled_rows import compiled_rows
+from hasten.ops.cpu.compiled_rows import compiled_rows
 from hasten.ops.packed import FUSED, PACK_FOR_ROWS, PackedLinear
 
 _Operands = tuple[Tensor, Tensor | None, Tensor | None]

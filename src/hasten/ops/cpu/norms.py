@@ -1,0 +1,50 @@
+"""Rows of tables, and norms, on a CPU."""
+
+import torch
+from torch import Tensor
+
+from hasten.ops import native, reference
+from hasten.ops.packed import Weight
+from hasten.ops.partial_sum import PartialSum
+
+
+def embedding(ids_t: Tensor, weight_vh: Weight, first: int | None) -> Tensor:  # noqa: D103
+    kernels = native.kernels()
+    if kernels is None or first is not None or not is_plain(weight_vh) or ids_t.dtype != torch.int64:
+        return reference.embedding(ids_t, weight_vh, first)
+    assert isinstance(weight_vh, Tensor)
+    return kernels.norms.gather(ids_t, weight_vh)
+
+
+def norm(  # noqa: D103
+    x_th: Tensor | PartialSum,
+    weight_h: Tensor,
+    bias_h: Tensor | None,
+    eps: float,
+    *,
+    rms: bool = False,
+    unit_offset: bool = False,
+) -> tuple[Tensor, Tensor]:
+    kernels = native.kernels()
+    x_th = x_th if isinstance(x_th, Tensor) else reference.complete(x_th).to(weight_h.dtype)
+    if kernels is None or not is_plain(x_th, weight_h):
+        return reference.norm(x_th, weight_h, bias_h, eps, rms=rms, unit_offset=unit_offset)
+    return kernels.norms.norm(x_th, weight_h, bias_h, eps, None, rms=rms, offset=unit_offset), x_th
+
+
+def embedding_norm(  # noqa: D103
+    ids_t: Tensor, table_vh: Weight, weight_h: Tensor, bias_h: Tensor, eps: float
+) -> Tensor:
+    kernels = native.kernels()
+    if kernels is None or not is_plain(table_vh, weight_h) or ids_t.dtype != torch.int64:
+        return reference.embedding_norm(ids_t, table_vh, weight_h, bias_h, eps)
+    assert isinstance(table_vh, Tensor)
+    return kernels.norms.norm(table_vh, weight_h, bias_h, eps, ids_t, rms=False, offset=False)
+
+
+def is_plain(*operands: Weight) -> bool:
+    """Whether all are tensors in fp32 of at most two axes, row after row."""
+    return all(
+        isinstance(each, Tensor) and each.dtype == torch.float32 and each.is_contiguous() and each.dim() <= 2
+        for each in operands
+    )

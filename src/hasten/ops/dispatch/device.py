@@ -1,0 +1,84 @@
+"""The device: its default and types, its compiled and recorded kernels, and counts that devices wait for."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hasten.core.dtypes import CacheDType, DTypeName
+from hasten.ops import native, reference
+
+if TYPE_CHECKING:
+    from hasten.ops.native.record import Recording
+
+TORCH_DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""torch's types by the names of the configuration."""
+CACHE_DTYPES: dict[CacheDType, torch.dtype] = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+"""Types of 8 bits that the key/value cache may have, by the names of the configuration."""
+
+
+def await_count(count: Tensor, number: int, abort_flag: Tensor) -> None:
+    """Let what follows on this device wait until `count`, int32 [1], is at `number` or beyond it.
+
+    It counts modulo 2^32. `abort_flag`, int32 [1] in memory of the host, ends the wait once it is not 0.
+    """
+    if count.is_cuda:
+        from hasten.ops.gpu import signals
+
+        return signals.await_count(count, number, abort_flag)
+    return reference.await_count(count, number, abort_flag)
+
+
+def set_count(count: Tensor, number: int) -> None:
+    """Set a count that another device may wait for, behind all that this device has written."""
+    if count.is_cuda:
+        from hasten.ops.gpu import signals
+
+        return signals.set_count(count, number)
+    return reference.set_count(count, number)
+
+
+def any_compiled() -> bool:
+    """Whether this process has kernels for a GPU, compiled or read from the cache of kernels."""
+    from hasten.ops.gpu import compiling
+
+    return compiling.any_compiled()
+
+
+def library_rows(most: int) -> list[int]:
+    """Numbers of rows, one for each that a GPU's library is given for products of up to `most`, in ascending order.
+
+    What it needs is loaded when the first of its kind is computed, and who computes it in a fixed order is found out
+    then; see `gpu/library.py`.
+    """
+    from hasten.ops.gpu import library
+
+    return library.row_counts(most)
+
+
+def compiled_together(processes: int) -> AbstractContextManager[None]:
+    """A block whose kernels for a GPU are compiled by several threads, and not launched; see `gpu/compiling.py`."""
+    from hasten.ops.gpu import compiling
+
+    return compiling.compiled_together(processes)
+
+
+def records() -> bool:
+    """Whether kernels for a CPU are there, whose launches can be recorded."""
+    return native.kernels() is not None
+
+
+@contextmanager
+def recorded() -> Iterator["Recording"]:
+    """A block whose kernels for a CPU run, and are recorded to be run again; see `native/record.py`."""
+    kernels = native.kernels()
+    assert kernels is not None
+    with kernels.record.recorded() as recording:
+        yield recording
+
+
+def default_device() -> torch.device:
+    """A GPU where there is one, the CPU otherwise."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
