@@ -16,15 +16,15 @@ from multiprocessing.context import ForkServerContext
 @cache
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hasten.engine.worker"])
+    context.set_forkserver_preload(["hasten.engine.follower"])
     return context
 
 
 def _be_rank(configuration: Connection, errors: Connection, environment: dict[str, str]) -> None:
-    """What `python -m hasten.engine.worker` does."""
+    """What `python -m hasten.engine.follower` does."""
     import torch
 
-    from hasten.engine import worker
+    from hasten.engine import follower
 
     os.setsid()
     os.environ.clear()
@@ -32,8 +32,8 @@ def _be_rank(configuration: Connection, errors: Connection, environment: dict[st
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     os.dup2(configuration.fileno(), 0)
     sys.stdin = os.fdopen(0)
-    sys.argv = ["worker", str(errors.fileno())]
-    worker.main()
+    sys.argv = ["follower", str(errors.fileno())]
+    follower.main()
 
 
 class ForkedRank:
@@ -42,7 +42,7 @@ class ForkedRank:
     def __init__(
         self, command: list[str], stdin: int, env: dict[str, str], pass_fds: list[int], start_new_session: bool
     ) -> None:
-        assert command[1:3] == ["-m", "hasten.engine.worker"]
+        assert command[1:3] == ["-m", "hasten.engine.follower"]
         reader, writer = os.pipe()
         self.stdin = os.fdopen(writer, "wb")
         with Connection(reader, writable=False) as theirs, Connection(os.dup(pass_fds[0]), readable=False) as errors:

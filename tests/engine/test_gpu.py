@@ -460,7 +460,7 @@ def ranks_of(parent: int) -> list[int]:
             command = Path(f"/proc/{child}/cmdline").read_bytes()
         except FileNotFoundError:
             continue
-        if b"hasten.engine.worker" in command:
+        if b"hasten.engine.follower" in command:
             found.append(int(child))
     return found
 

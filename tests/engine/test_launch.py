@@ -9,7 +9,7 @@ import torch
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
 from hasten.engine.launch import start_engine
-from hasten.engine.worker import rank_device
+from hasten.engine.rank_device import rank_device
 from hasten.parallel.groups import TensorGroup
 from hasten.parallel.launch import Ranks
 from hasten.parallel.rank import LOCAL, RankInfo, rank_from_environment

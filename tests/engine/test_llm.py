@@ -1123,7 +1123,7 @@ def test_loading_is_logged_and_a_terminal_gets_a_bar(tiny_bloom: Path, caplog: p
     nbytes = sum(parameter.nbytes for parameter in reference.parameters())
     with caplog.at_level("INFO", logger="hasten"), LLM(tiny_bloom, kv_cache_memory=1 << 22):
         pass
-    begin, end = (record.getMessage() for record in caplog.records if record.name == "hasten.engine.worker")
+    begin, end = (record.getMessage() for record in caplog.records if record.name == "hasten.engine.model_loading")
     assert begin == f"loading BloomForCausalLM (safetensors) from {tiny_bloom} to cpu"
     assert re.fullmatch(rf"loaded {nbytes / 1e9:.3f} GB of weights as torch\.float32 in \d+\.\d s", end)
     for show in (True, False):

@@ -11,10 +11,10 @@ from torch import Tensor
 from hasten import ops
 from hasten.checkpoint.plan import open_checkpoint
 from hasten.engine.batch import Batch
+from hasten.engine.model_loading import build_model
 from hasten.engine.runner import Runner
 from hasten.engine.sequence import Sequence
 from hasten.engine.step_message import StepMessage, TableRows
-from hasten.engine.worker import build_model
 from hasten.layers.position import RopeTables
 from hasten.ops.packed import PackedLinear
 from hasten.ops.partial_sum import PartialSum

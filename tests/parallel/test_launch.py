@@ -243,7 +243,7 @@ import sys
 from hasten.cli.main import main
 from hasten.engine import worker
 
-with_folders = worker._with_folders
+with_folders = worker.with_folders
 
 def after_another_died(config, ranks):
     found = with_folders(config, ranks)
@@ -252,7 +252,7 @@ def after_another_died(config, ranks):
         ranks.broadcast("by one that is gone")
     return found
 
-worker._with_folders = after_another_died
+worker.with_folders = after_another_died
 sys.exit(main(sys.argv[1:]))
 """
 """The command, with a rank 0 whose next collective comes once another rank has died."""

@@ -16,7 +16,8 @@ from hasten.core.config import EngineConfig
 from hasten.core.errors import CapacityError, CheckpointError, ConfigError, EngineError, UnsupportedError
 from hasten.core.types import CompletionOutput, FinishReason, SamplingParams
 from hasten.engine.llm import LLM
-from hasten.engine.worker import compute_dtype, rank_device
+from hasten.engine.model_loading import compute_dtype
+from hasten.engine.rank_device import rank_device
 from hasten.ops import TORCH_DTYPES
 from hasten.parallel.groups import TensorGroup
 from hasten.parallel.threads import limit_threads

@@ -30,6 +30,8 @@ from hasten.engine.block_manager import BlockManager
 from hasten.engine.constraint import Constraint
 from hasten.engine.grammar import Grammar, GrammarCompiler
 from hasten.engine.grammar_trial import GrammarLimits
+from hasten.engine.launched_step import Launched
+from hasten.engine.memory import explained_out_of_memory
 from hasten.engine.pacing import PacedStep, Pacer
 from hasten.engine.planning.step_work import EstimatedWork, WorkEstimator
 from hasten.engine.pooling import Pooled
@@ -41,7 +43,7 @@ from hasten.engine.sequence import Sequence
 from hasten.engine.stats import EngineStats, StepTally
 from hasten.engine.stopping import StopRules
 from hasten.engine.text import TextState, Tokenizer
-from hasten.engine.worker import Launched, Worker, explained_out_of_memory
+from hasten.engine.worker import Worker
 from hasten.models.encoder import position_rows
 from hasten.parallel.launch import Ranks
 

@@ -8,13 +8,14 @@ from hasten.checkpoint.plan import stored_config
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
 from hasten.engine.engine import Engine
-from hasten.engine.worker import config_to_json, device_kind, follow_rank_zero
+from hasten.engine.follower import config_to_json, follow_rank_zero
+from hasten.engine.rank_device import device_kind
 from hasten.parallel.children import Children
 from hasten.parallel.control import await_host
 from hasten.parallel.launch import JOIN_TIMEOUT_S, Ranks, check_no_group
 from hasten.parallel.rank import LOCAL, RankInfo, free_local_port, rank_info
 
-WORKER = "hasten.engine.worker"
+WORKER = "hasten.engine.follower"
 """The program of a rank that another process starts."""
 
 

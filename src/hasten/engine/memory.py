@@ -1,5 +1,7 @@
-"""How much memory the cache may take."""
+"""How much memory the cache may take, and what a device that has run out of it is reported as."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -53,3 +55,16 @@ def _left(folder: Path) -> int | None:
             stat = dict(zip(found[::2], found[1::2], strict=False))
             return most - max(0, taken - int(stat.get(cached, 0)))
     return None
+
+
+@contextmanager
+def explained_out_of_memory(doing: str = "computing a step", advice: Callable[[], str] | None = None) -> Iterator[None]:
+    """Turn the device's running out of memory into a CapacityError that says what to lower, with further `advice`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        more = "" if advice is None else advice()
+        raise CapacityError(
+            f"the device's memory ran out while {doing}; lower max_num_batched_tokens, max_num_seqs, "
+            f"kv_cache_memory or gpu_memory_utilization, or use more ranks ({str(error).partition(chr(10))[0]}){more}"
+        ) from error

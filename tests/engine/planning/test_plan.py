@@ -165,6 +165,6 @@ def test_this_cpu_is_measured() -> None:
 
 
 def test_a_start_that_fails_for_memory_says_what_would_do(tiny_bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hasten.engine.worker.free_memory", lambda *_: 1)
+    monkeypatch.setattr("hasten.engine.cache_setup.free_memory", lambda *_: 1)
     with pytest.raises(CapacityError, match=r"lower max_model_len or raise kv_cache_memory; it needs 0\.00 GB of weig"):
         LLM(tiny_bloom, device="cpu")

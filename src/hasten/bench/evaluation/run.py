@@ -31,10 +31,11 @@ from hasten.checkpoint.plan import open_checkpoint
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError, HastenError, UnsupportedError
 from hasten.core.model_config import ModelConfig
+from hasten.engine.model_loading import compute_dtype
 from hasten.engine.planning import hardware
 from hasten.engine.planning.plan import Setup, setup_of
+from hasten.engine.rank_device import rank_device
 from hasten.engine.text import Tokenizer
-from hasten.engine.worker import compute_dtype, rank_device
 from hasten.ops import TORCH_DTYPES
 from hasten.parallel.groups import TensorGroup
 from hasten.parallel.threads import limit_threads

@@ -21,7 +21,8 @@ from hasten.core.dtypes import Quantization
 from hasten.core.errors import CapacityError, ConfigError
 from hasten.engine.calibration.calibrated import Calibrated
 from hasten.engine.calibration.layer import Method
-from hasten.engine.worker import compute_dtype, rank_device
+from hasten.engine.model_loading import compute_dtype
+from hasten.engine.rank_device import rank_device
 from hasten.ops import TORCH_DTYPES
 from hasten.parallel.groups import ALONE
 

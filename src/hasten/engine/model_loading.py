@@ -1,0 +1,140 @@
+"""The model of a rank: its checkpoint's folder, its types, and its weights."""
+
+import logging
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hasten import ops
+from hasten.checkpoint.hub import resolve_engine
+from hasten.checkpoint.plan import Checkpoint, rank_tensors
+from hasten.core.config import EngineConfig
+from hasten.core.dtypes import DTypeName, dtype_name
+from hasten.core.errors import ConfigError
+from hasten.core.model_config import ModelConfig
+from hasten.core.progress import progress_bar
+from hasten.layers.linear import PackedModule, set_weight
+from hasten.models.base import Transformer
+from hasten.models.registry import model_class
+from hasten.parallel.groups import ParallelGroups
+from hasten.parallel.launch import Ranks
+from hasten.quantization.scheme import SCHEMES, Quantizer, matrices
+
+_log = logging.getLogger(__name__)
+
+_NOTICED_S = 3.0
+"""Seconds of a start that are explained."""
+
+
+def compute_dtype(name: str, model: ModelConfig, device: torch.device) -> DTypeName:
+    """The type to compute in: what was asked; else fp32 on a CPU and the checkpoint's own on a GPU."""
+    if name != "auto":
+        return dtype_name(name)
+    return "fp32" if device.type == "cpu" else model.dtype
+
+
+def with_folders(config: EngineConfig, ranks: Ranks) -> EngineConfig:
+    """The configuration with folders for names: rank 0 looks them up, and downloads what is missing for all.
+
+    A rank whose host does not have rank 0's folder looks its own up.
+    """
+    if ranks.world.rank == 0:
+        config = resolve_engine(config)
+    folder = str(ranks.broadcast(config.model))
+    if ranks.world.rank == 0:
+        return config
+    return replace(config, model=folder, revision=None) if Path(folder).exists() else resolve_engine(config)
+
+
+def build_model(
+    checkpoint: Checkpoint,
+    groups: ParallelGroups,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    quantization: str | None = None,
+    show_progress: bool = False,
+) -> Transformer:
+    """The model of this rank with its weights, laid out for the device; rank 0 logs what it loads.
+
+    With `quantization`, each weight is quantized as it comes: at most one of them is held in full precision besides.
+    """
+    world, within = groups.world, groups.tensor
+    level = logging.INFO if world.rank == 0 else logging.DEBUG
+    config, source = checkpoint.config, checkpoint.source
+    _log.log(level, "loading %s (%s) from %s to %s", config.architecture, source.kind, source.folder, device)
+    if device.type == "cpu" and not ops.cpu_multiplies(dtype):
+        name = str(dtype).removeprefix("torch.")
+        _log.log(level, "%s is no faster than float32 here: its products are computed in float32", name)
+    if device.type == "cpu":
+        _load_kernels(level)
+    start = time.perf_counter()
+    with torch.device("meta"):
+        model = model_class(config.architecture)(config, groups)
+    model.eval()
+    quantizer = None if quantization is None else Quantizer(SCHEMES[quantization], model)
+    quantizable = matrices(model)
+    nbytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    show = show_progress and world.rank == 0
+    with progress_bar("Loading weights", nbytes, unit="bytes", show=show) as bar:
+        whole_experts = groups.expert.size > 1
+        upload = ops.Upload(device)
+        if within.size == 1:
+            source.upload = upload
+        tensors = rank_tensors(
+            checkpoint,
+            within.rank,
+            within.size,
+            dtype,
+            expert_parallel=whole_experts,
+            names={name for name, _ in model.named_parameters()},
+        )
+        held = 0
+        for name, loaded in tensors:
+            owner, _, attribute = name.rpartition(".")
+            weight = ops.moved(loaded, upload)
+            if not isinstance(weight, Tensor) and name not in quantizable:
+                weight = weight.dequantized(dtype)
+            if quantizer is not None and isinstance(weight, Tensor):
+                weight = quantizer(name, weight)
+            set_weight(model.get_submodule(owner), attribute, weight)
+            held += weight.nbytes
+            bar.advance(math.prod(loaded.shape) * dtype.itemsize)
+    with torch.inference_mode():
+        for module in model.modules():
+            if isinstance(module, PackedModule):
+                module.pack()
+    size = f"{held / 1e9:.3f} GB" + (f" for each of {world.size} ranks" if world.size > 1 else "")
+    shown = quantization or checkpoint.stored_quantization
+    types = f"{dtype}" if shown is None else f"{shown} and {dtype}"
+    _log.log(level, "loaded %s of weights as %s in %.1f s", size, types, time.perf_counter() - start)
+    if shown is not None and config.experts is not None:
+        _log.log(level, "quantization %s: the experts of the mixture are in %s", shown, dtype)
+    return model
+
+
+def _load_kernels(level: int) -> None:
+    """Have the kernels for a CPU, which the first start compiles."""
+    start = time.perf_counter()
+    if not ops.records():
+        _log.log(
+            level, "decoding takes about twice as long without numba, which is not installed: pip install 'hasten[cpu]'"
+        )
+    elif (seconds := time.perf_counter() - start) > _NOTICED_S:
+        _log.log(level, "compiled kernels for this processor in %.1f s; later starts read them", seconds)
+
+
+def quantization_of(config: EngineConfig, checkpoint: Checkpoint) -> str | None:
+    """How weights are quantized; ConfigError where both the checkpoint and the configuration say so."""
+    if checkpoint.stored_quantization is None:
+        return config.quantization or checkpoint.quantization
+    if config.quantization is not None:
+        raise ConfigError(
+            f"{checkpoint.path} is quantized already ({checkpoint.stored_quantization}); leave out quantization "
+            f"{config.quantization}, or give the full-precision checkpoint"
+        )
+    return checkpoint.stored_quantization
