@@ -238,8 +238,8 @@ def test_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_nothing_but_torch_is_imported_to_measure() -> None:
     script = (
-        "import sys, hasten.bench.kernel_cases as k, hasten.bench.kernels;"
-        "k.cases(k.Setting(k.model_shape('bloom-7b1'), k.torch.half, k.torch.device('cpu')));"
+        "import sys, torch, hasten.bench.kernel_cases as k, hasten.bench.kernels;"
+        "k.cases(k.Setting(k.model_shape('bloom-7b1'), torch.half, torch.device('cpu')));"
         "print({'transformers', 'tokenizers', 'safetensors'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
