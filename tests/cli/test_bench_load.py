@@ -35,7 +35,7 @@ URL = ("--url", f"http://{HOST}:9", "--vocab-size", "50")
         ((*URL, "--num-prompts", "0"), "argument --num-prompts: '0' is not a whole number of at least 1"),
         ((*URL, "--duration", "0"), "argument --duration: seconds must be above 0"),
         ((*URL, "--duration", "5"), "give --num-prompts, too"),
-        ((*URL, "--goodput", "ttft:fast"), "goodput 'ttft:fast' is not NAME:MILLISECONDS"),
+        ((*URL, "--goodput", "ttft:fast"), "'ttft:fast' is not a limit of a latency"),
         ((*URL, "--header", "no colon"), "argument --header: a header is NAME:VALUE"),
         ((*URL, "--extra-body", "[1]"), "argument --extra-body: '[1]' is not a JSON object"),
         ((*URL, "--extra-body", "{"), "argument --extra-body: not JSON"),

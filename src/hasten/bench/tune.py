@@ -109,7 +109,7 @@ def _searched(
 
     def run(concurrency: int) -> Point:
         point = server.run(concurrency, options)
-        say(f"{described(point)}: {'kept' if slo.met_by(point.load) else 'not kept'}")
+        say(f"{described(point)}: {'kept' if slo.met_at_p95(point.load) else 'not kept'}")
         return point
 
     with start(setting) as server:
@@ -124,7 +124,7 @@ def search(run: Callable[[int], Point], slo: Slo, most: int) -> list[Point]:
 
     def kept(concurrency: int) -> bool:
         points[concurrency] = run(concurrency)
-        return slo.met_by(points[concurrency].load)
+        return slo.met_at_p95(points[concurrency].load)
 
     good, bad, at, best = 0, None, 1, 0.0
     while bad is None:
@@ -152,7 +152,7 @@ def _confirmed(
     while True:
         say(f"confirming {concurrency} in flight")
         point = server.run(concurrency, options)
-        if slo.met_by(point.load):
+        if slo.met_at_p95(point.load):
             return point
         if concurrency == 1:
             raise EngineError(f"{slo} was kept once and not again: {described(point)}; the machine may be too busy")

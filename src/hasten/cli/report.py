@@ -46,7 +46,8 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--slo",
         default=DEFAULT_SLO,
         metavar="LIMITS",
-        help="limits of ttft, itl, tpot or e2el at the 95th percentile (default: %(default)s)",
+        help="limits of ttft, itl, tpot or e2el at the 95th percentile, such as %(default)s, the default, or "
+        "'ttft:300 itl:40' (ms)",
     )
     parser.add_argument(
         "--price-per-hour", type=typed(_price), metavar="DOLLARS", help="of this machine, for the price of tokens"

@@ -37,7 +37,8 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--slo",
         required=True,
         metavar="LIMITS",
-        help="limits of ttft, itl, tpot or e2el at the 95th percentile, such as ttft=300ms,itl=40ms",
+        help="limits of ttft, itl, tpot or e2el at the 95th percentile, such as ttft=300ms,itl=40ms or "
+        "'ttft:300 itl:40' (ms)",
     )
     parser.add_argument(
         "-o",

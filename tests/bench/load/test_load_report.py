@@ -7,15 +7,16 @@ import pytest
 from tests.bench.load.test_metrics import FAILED, FIRST, SECOND, result
 
 from hasten.bench.charts import ceiling, number
-from hasten.bench.load.metrics import LoadResult, Objectives
+from hasten.bench.load.metrics import LoadResult
 from hasten.bench.load.plot import svg, write_plot
 from hasten.bench.load.report import notes, show
+from hasten.bench.slo import Slo
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def results() -> list[LoadResult]:
-    first = result(FIRST, SECOND, FAILED, objectives=Objectives(ttft=200), cpu_share=0.2)
+    first = result(FIRST, SECOND, FAILED, slo=Slo({"ttft": 200}), cpu_share=0.2)
     return [first, replace(first, request_rate="inf", failed=0, errors={}, goodput=2.0)]
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from hasten.bench.load.client import Ran
-from hasten.bench.load.metrics import Latency, LoadResult, Objectives, result_of
+from hasten.bench.load.metrics import Latency, LoadResult, result_of
 from hasten.bench.load.reply import Record
+from hasten.bench.slo import REQUEST_NAMES, Slo
 from hasten.core.errors import ConfigError
 
 
@@ -18,10 +19,8 @@ def answered(due: float, times: list[float], *, sent: float | None = None, **mor
     return replace(record, **{"input_tokens": 10, "output_tokens": len(times), **more})
 
 
-def result(*records: Record, objectives: Objectives | None = None, **ran: Any) -> LoadResult:
-    return result_of(
-        [Ran(list(records), **ran)], request_rate=4.0, max_concurrency=None, objectives=objectives or Objectives()
-    )
+def result(*records: Record, slo: Slo | None = None, **ran: Any) -> LoadResult:
+    return result_of([Ran(list(records), **ran)], request_rate=4.0, max_concurrency=None, slo=slo or Slo())
 
 
 FIRST = answered(100.0, [100.1, 100.15, 100.25])
@@ -62,7 +61,7 @@ def test_percentiles_are_interpolated() -> None:
 
 
 def test_waiting_in_the_client_counts_from_the_schedule() -> None:
-    found = result(replace(FIRST, due=99.0, ready=100.0), objectives=Objectives(ttft=200))
+    found = result(replace(FIRST, due=99.0, ready=100.0), slo=Slo({"ttft": 200}))
     assert found.ttft is not None
     assert found.ttft_from_schedule is not None
     assert [found.ttft.p50, found.ttft_from_schedule.p50] == pytest.approx([100, 1100])
@@ -83,12 +82,12 @@ def test_waiting_in_the_client_counts_from_the_schedule() -> None:
     ],
 )
 def test_goodput(texts: list[str], good: int) -> None:
-    found = result(FIRST, SECOND, FAILED, objectives=Objectives.parse(texts))
+    found = result(FIRST, SECOND, FAILED, slo=Slo.parse(" ".join(texts), REQUEST_NAMES))
     assert found.goodput == pytest.approx(good / found.duration)
 
 
 def test_one_token_has_no_time_per_token() -> None:
-    found = result(answered(1.0, [1.1]), objectives=Objectives(tpot=1))
+    found = result(answered(1.0, [1.1]), slo=Slo({"tpot": 1}))
     assert (found.tpot, found.itl) == (None, None)
     assert found.goodput == pytest.approx(1 / found.duration)
 
@@ -102,7 +101,7 @@ def test_tokens_of_a_single_event_have_no_time_each() -> None:
 
 
 def test_uncounted_tokens_are_not_guessed() -> None:
-    found = result(FIRST, replace(SECOND, output_tokens=None), objectives=Objectives(tpot=1))
+    found = result(FIRST, replace(SECOND, output_tokens=None), slo=Slo({"tpot": 1}))
     assert found.output_tokens is None
     assert [found.output_throughput, found.tpot, found.goodput, found.events_per_token] == [None] * 4
     assert result(replace(FIRST, input_tokens=None)).total_token_throughput is None
@@ -110,10 +109,12 @@ def test_uncounted_tokens_are_not_guessed() -> None:
 
 @pytest.mark.parametrize("text", ["ttft", "ttft:", "ttft:0", "ttft:x", "ttft:inf", "itl:5", ":5"])
 def test_bad_objectives(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"is not NAME:MILLISECONDS with a name of its own of ttft, tpot, e2el"):
-        Objectives.parse([text])
-    with pytest.raises(ConfigError, match="a name of its own"):
-        Objectives.parse(["ttft:5", "ttft:6"])
+    with pytest.raises(
+        ConfigError, match=r"not a limit of a latency \(ttft, tpot, e2el\); write .*NAME:MILLISEC"
+    ):
+        Slo.parse(text, REQUEST_NAMES)
+    with pytest.raises(ConfigError, match="limits ttft twice"):
+        Slo.parse("ttft:5 ttft:6", REQUEST_NAMES)
 
 
 def test_a_client_that_keeps_up_is_no_bottleneck() -> None:

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 
 from hasten.bench.load.arrivals import AT_ONCE
 from hasten.bench.load.client import ClientOptions, Ran
-from hasten.bench.load.metrics import LoadResult, Objectives, result_of
+from hasten.bench.load.metrics import LoadResult, result_of
 from hasten.bench.load.processes import LoadClients
 from hasten.bench.load.prompts import PromptWriter
 from hasten.bench.load.reply import Record
 from hasten.bench.load.workload import Conversation, Schedule, Workload
+from hasten.bench.slo import Slo
 from hasten.core.errors import EngineError
 from hasten.core.progress import progress_bar
 
@@ -26,7 +27,8 @@ class LoadOptions:
     processes: int = 1
     warm_ups: int = 1
     """Requests before the first run, one after the other."""
-    objectives: Objectives = field(default_factory=Objectives)
+    slo: Slo = field(default_factory=Slo)
+    """What a request has to meet to count for the goodput."""
     show_progress: bool = True
 
 
@@ -46,7 +48,7 @@ def measure(
                 ran,
                 request_rate=schedule.name,
                 max_concurrency=client.max_concurrency,
-                objectives=options.objectives,
+                slo=options.slo,
             )
 
 

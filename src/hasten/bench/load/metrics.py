@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypedDict
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from hasten.bench.load.client import Ran
 from hasten.bench.load.reply import Record
-from hasten.core.errors import ConfigError
+from hasten.bench.slo import Slo
 
 _MS = 1000.0
 _BUSY, _DELAY_SHARE, _LEAST_DELAY_MS = 0.8, 0.1, 2.0
@@ -97,47 +97,14 @@ class LoadReport(TypedDict):
     results: list[LoadResult]
 
 
-@dataclass(frozen=True)
-class Objectives:
-    """Limits in milliseconds that a request has to meet; None: no limit."""
-
-    ttft: float | None = None
-    tpot: float | None = None
-    e2el: float | None = None
-
-    @classmethod
-    def parse(cls, texts: Sequence[str]) -> "Objectives":
-        """From texts such as `ttft:200`; ConfigError for anything else."""
-        names = [field.name for field in fields(cls)]
-        limits: dict[str, float] = {}
-        for text in texts:
-            name, _, limit = text.partition(":")
-            if name not in names or name in limits or not _is_positive(limit):
-                known = ", ".join(names)
-                raise ConfigError(f"goodput {text!r} is not NAME:MILLISECONDS with a name of its own of {known}")
-            limits[name] = float(limit)
-        return cls(**limits)
-
-    @property
-    def names(self) -> list[str]:
-        """The latencies that have a limit."""
-        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
-
-    def met_by(self, record: Record) -> bool:
-        """Whether a completed request met all of them, from the time at which it was due on."""
-        values = {"ttft": record.times[0] - record.due, "tpot": _tpot(record), "e2el": record.last - record.due}
-        return all(
-            value is None or value * _MS <= getattr(self, name)
-            for name, value in values.items()
-            if getattr(self, name) is not None
-        )
-
-
-def _is_positive(text: str) -> bool:
-    try:
-        return 0 < float(text) < float("inf")
-    except ValueError:
-        return False
+def _latencies(record: Record) -> dict[str, float | None]:
+    """A completed request's own latencies in milliseconds, from the time at which it was due on."""
+    tpot = _tpot(record)
+    return {
+        "ttft": (record.times[0] - record.due) * _MS,
+        "tpot": None if tpot is None else tpot * _MS,
+        "e2el": (record.last - record.due) * _MS,
+    }
 
 
 def _tpot(record: Record) -> float | None:
@@ -151,9 +118,7 @@ def _gaps(record: Record) -> Sequence[float]:
     return np.diff(np.frombuffer(record.times)).tolist()
 
 
-def result_of(
-    ran: Sequence[Ran], *, request_rate: float | str, max_concurrency: int | None, objectives: Objectives
-) -> LoadResult:
+def result_of(ran: Sequence[Ran], *, request_rate: float | str, max_concurrency: int | None, slo: Slo) -> LoadResult:
     """The figures of a run in which at least one request was completed; token counts are in the records."""
     records = [record for each in ran for record in each.records]
     done = [record for record in records if not record.error]
@@ -164,8 +129,10 @@ def result_of(
         _total(done, lambda record: record.output_tokens),
     )
     events = sum(len(record.times) for record in done)
-    needs_tokens = objectives.tpot is not None and outputs is None
-    good = None if not objectives.names or needs_tokens else sum(map(objectives.met_by, done)) / duration
+    needs_tokens = "tpot" in slo.limits and outputs is None
+    good = None
+    if slo.limits and not needs_tokens:
+        good = sum(slo.met_by_request(_latencies(record)) for record in done) / duration
     ttft = Latency.of([record.times[0] - record.sent for record in done])
     itl = Latency.of(list(chain.from_iterable(map(_gaps, done))))
     return LoadResult(

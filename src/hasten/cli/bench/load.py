@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
 def _load_options(args: argparse.Namespace) -> "LoadOptions":
     from hasten.bench.load.arrivals import rate_of
     from hasten.bench.load.measure import LoadOptions
-    from hasten.bench.load.metrics import Objectives
     from hasten.bench.load.workload import Schedule
+    from hasten.bench.slo import REQUEST_NAMES, Slo
     from hasten.core.cpus import available_cpus
 
     given_rates = args.request_rate or (["inf"] if args.dataset != "trace" else [])
@@ -91,7 +91,7 @@ def _load_options(args: argparse.Namespace) -> "LoadOptions":
         schedules=schedules,
         processes=args.processes or min(_MOST_PROCESSES, max(1, available_cpus() // 4)),
         warm_ups=args.num_warmups,
-        objectives=Objectives.parse(args.goodput),
+        slo=Slo.parse(" ".join(args.goodput), REQUEST_NAMES) if args.goodput else Slo(),
         show_progress=getattr(args, "progress_bars", True),
     )
 

@@ -156,8 +156,9 @@ def _add_results(parser: Parser) -> None:
         "--goodput",
         nargs="+",
         default=[],
-        metavar="NAME:MS",
-        help="count the requests per second within these limits of ttft, tpot and e2el, such as ttft:200 tpot:15",
+        metavar="LIMITS",
+        help="count the requests per second within these limits of ttft, tpot and e2el, such as ttft:200 tpot:15 (ms) "
+        "or ttft=200ms,tpot=15ms",
     )
     group.add_argument("--plot", type=path, metavar="FILE", help="write an SVG of the latencies by request rate")
     add_output(parser)
