@@ -109,9 +109,7 @@ def test_uncounted_tokens_are_not_guessed() -> None:
 
 @pytest.mark.parametrize("text", ["ttft", "ttft:", "ttft:0", "ttft:x", "ttft:inf", "itl:5", ":5"])
 def test_bad_objectives(text: str) -> None:
-    with pytest.raises(
-        ConfigError, match=r"not a limit of a latency \(ttft, tpot, e2el\); write .*NAME:MILLISEC"
-    ):
+    with pytest.raises(ConfigError, match=r"not a limit of a latency \(ttft, tpot, e2el\); write .*NAME:MILLISEC"):
         Slo.parse(text, REQUEST_NAMES)
     with pytest.raises(ConfigError, match="limits ttft twice"):
         Slo.parse("ttft:5 ttft:6", REQUEST_NAMES)
