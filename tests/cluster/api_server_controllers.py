@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tests.cluster.api_server_kinds import BY_NAME, Key, Kind, Object
+from tests.waiting import LIMIT_S
 
 if TYPE_CHECKING:
     from tests.cluster.api_server_store import Store
@@ -33,7 +34,7 @@ class Controllers:
         """End them."""
         self._stopped = True
         self._wake.set()
-        self._thread.join(5)
+        self._thread.join(LIMIT_S)
 
     def settle(self, seconds: float) -> bool:
         """Wait until there is nothing left to do."""
@@ -60,9 +61,11 @@ class Controllers:
         self._wake.set()
 
     def _collect_forever(self) -> None:
-        while not self._stopped:
+        while True:
             with self._store.lock:
                 self._wake.clear()
+                if self._stopped:  # looked at after `clear`: what is set since wakes this thread
+                    return
                 waits = self._collect()
                 if waits is None:  # said under the lock: what changes later is not done yet
                     self._idle.set()

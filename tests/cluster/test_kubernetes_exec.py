@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from tests.cluster.kubernetes_fixtures import World, serving, training, world
-from tests.waiting import LIMIT_S
+from tests.waiting import LIMIT_S, eventually
 
 from hasten.core.errors import ClusterError, ConfigError, NotFoundError
 
@@ -120,8 +120,7 @@ def test_a_connection_that_is_lost(running: World, monkeypatch: pytest.MonkeyPat
     out = tmp_path / "out"
 
     def drop() -> None:
-        while not out.exists() or "started" not in out.read_text():
-            time.sleep(0.02)
+        eventually(lambda: out.exists() and "started" in out.read_text())
         running.server.drop_connections()
 
     threading.Thread(target=drop).start()

@@ -35,7 +35,7 @@ def test_gpus_are_handed_out_and_queued_for(here: Site) -> None:
     waits(here, "one", "waits for 1 GPU, 1 of 4 is free, 1 before it in the queue")  # else `two` might wait for ever
     (node,) = here.backend.nodes()
     assert (node.gpus, node.allocated_gpus) == (4, 3)
-    assert here.logs("three") == ["0,1,2"]
+    eventually(lambda: here.logs("three") == ["0,1,2"], lambda: f"{here.logs('three')}")
     here.backend.delete_job("three", "default")
     here.running("two")
     here.running("one")

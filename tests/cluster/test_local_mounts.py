@@ -103,6 +103,40 @@ def test_a_mount_in_a_mount(prefix: list[str], volume: Path) -> None:
     assert (volume / "top").exists()
 
 
+VANISHING = """
+import os, sys
+from hasten.cluster.local import mounts
+folder, source = sys.argv[1:]
+real = os.open
+def vanishing(path, *arguments, **options):
+    if path.endswith("/early"):
+        os.rmdir(path)
+    opened = real(path, *arguments, **options)
+    if path.endswith("/late"):
+        os.rmdir(path)
+    return opened
+mounts.enter_namespace()
+os.open = vanishing
+mounter = mounts.Mounter()
+mounter.add(source, f"{folder}/new", False)
+mounter.finish()
+print(*sorted(os.listdir(folder)), *os.listdir(f"{folder}/new/sub"))
+"""
+
+
+def test_what_others_delete_meanwhile_is_left_out(prefix: list[str], volume: Path) -> None:
+    """As in /tmp, where a job may have a mount."""
+    folder = volume / "busy"
+    for name in ("early", "late", "stays"):
+        (folder / name).mkdir(parents=True)
+    for each in (folder, *folder.iterdir()):
+        each.chmod(0o777)
+    command = [*prefix, PYTHON, "-c", VANISHING, str(folder), str(volume)]
+    env = {**os.environ, "PYTHONPATH": str(Path(hasten.__file__).parents[1])}
+    made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd="/", env=env)
+    assert (made.stdout, made.stderr) == ("new stays file\n", "")
+
+
 def test_files_and_links(prefix: list[str], volume: Path) -> None:
     file = str(volume / "sub" / "file")
     for path in ("/etc/passwd", "/etc/no-such/conf"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -15,9 +16,9 @@ from tests.waiting import eventually
 
 from hasten.cluster.backend import Backend, ServerUpdate, Status
 from hasten.cluster.local.backend import LocalBackend
-from hasten.cluster.local.state import home_folder
+from hasten.cluster.local.state import Folder, home_folder
 from hasten.cluster.spec import TrainingJob, TritonServer, Volume
-from hasten.core.errors import ClusterError, ConfigError
+from hasten.core.errors import ClusterError, ConfigError, NotFoundError
 from hasten.core.ports import free_port
 
 
@@ -225,6 +226,31 @@ def test_a_job_that_died_on_a_full_disk_is_told_and_can_be_deleted(
     assert "No space left on device" in caplog.text
     here.backend.delete_job("died", "default")
     assert here.backend.jobs(None) == []
+
+
+@pytest.mark.parametrize("followed", [False, True])
+def test_a_folder_that_goes_while_its_lock_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, followed: bool
+) -> None:
+    """Its lock is no hold on another folder of that name."""
+    folder = Folder(tmp_path / "jobs" / "default" / "x")
+    folder.path.mkdir(parents=True)
+    flock = fcntl.flock
+
+    def late(descriptor: int, kind: int) -> None:
+        folder.path.rename(tmp_path / "gone")
+        if followed:
+            folder.path.mkdir()
+            (folder.path / "lock").touch()
+        flock(descriptor, kind)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        with pytest.raises(NotFoundError, match="there is no x in namespace default"):
+            folder.try_lock()
+    lock = Folder(tmp_path / "gone").try_lock()
+    assert lock is not None
+    os.close(lock)
 
 
 def test_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

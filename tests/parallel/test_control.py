@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from queue import Empty, Queue
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,12 +104,14 @@ def test_the_end_of_rank_0_is_named() -> None:
             lives[1].raise_failure()
 
 
-def test_strangers_are_no_ranks_and_missing_ranks_are_named() -> None:
-    store, failed = Words(), Queue[Exception]()
+def test_strangers_are_no_ranks_and_missing_ranks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, failed, late = Words(), Queue[Exception](), threading.Event()
+    clock = SimpleNamespace(monotonic=lambda: 1001.0 if late.is_set() else 0.0)
+    monkeypatch.setattr("hasten.parallel.control.time", clock)
 
     def meet() -> None:
         try:
-            Hub(RankInfo(0, 3, 3, LOCAL, 0), store, Liveness(), 2.0)
+            Hub(RankInfo(0, 3, 3, LOCAL, 0), store, Liveness(), 1000.0)
         except EngineError as error:
             failed.put(error)
 
@@ -121,8 +124,9 @@ def test_strangers_are_no_ranks_and_missing_ranks_are_named() -> None:
             stranger.sendall(sent)
             with suppress(ConnectionResetError):
                 assert stranger.recv(1) == b""
+    late.set()
     thread.join(LIMIT_S)
-    assert str(failed.get(timeout=LIMIT_S)) == "ranks 1, 2 did not appear within 2 s"
+    assert str(failed.get(timeout=LIMIT_S)) == "ranks 1, 2 did not appear within 1000 s"
     with pytest.raises(Empty):
         failed.get_nowait()
 

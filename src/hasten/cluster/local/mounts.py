@@ -18,6 +18,7 @@ import os
 import stat
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 _NEW_MOUNTS, _NEW_USER = 0x00020000, 0x10000000
@@ -36,7 +37,9 @@ def mount_command(command: Sequence[str], mounts: Sequence[Sequence[object]], wo
 
 
 class MountError(Exception):
-    """The kernel does not do it."""
+    """The kernel does not do it. `errno` is its reason, where it has one."""
+
+    errno: int | None = None
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -48,7 +51,9 @@ def _call(doing: str, function: str, *arguments: object) -> None:
     except AttributeError:
         raise MountError(f"{doing}: this system's C library has no {function}") from None
     if called(*(one.encode() if isinstance(one, str) else one for one in arguments)) != 0:
-        raise MountError(f"{doing}: {os.strerror(ctypes.get_errno())}")
+        error = MountError(f"{doing}: {os.strerror(ctypes.get_errno())}")
+        error.errno = ctypes.get_errno()
+        raise error
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
@@ -134,9 +139,12 @@ class Mounter:
             Path(target).touch()
 
     def _copy(self, folder: str) -> None:
-        """Replace a folder by one in memory with the same entries."""
+        """Replace a folder by one in memory with the same entries; others may delete some of them meanwhile."""
         # descriptors opened before anything is mounted lead to what a mount then hides
-        entries = {entry.name: os.open(entry.path, os.O_PATH | os.O_NOFOLLOW) for entry in os.scandir(folder)}
+        entries: dict[str, int] = {}
+        for entry in os.scandir(folder):
+            with suppress(FileNotFoundError):
+                entries[entry.name] = os.open(entry.path, os.O_PATH | os.O_NOFOLLOW)
         stage = "/tmp" if folder == "/" else folder
         _mount("none", stage, "tmpfs", 0, "mode=755")
         for name, descriptor in entries.items():
@@ -157,7 +165,13 @@ class Mounter:
             Path(target).mkdir()
         else:
             Path(target).touch()
-        _bind(f"/proc/self/fd/{descriptor}", target)
+        try:
+            _bind(f"/proc/self/fd/{descriptor}", target)
+        except MountError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            # it was deleted since it was opened
+            (Path(target).rmdir if stat.S_ISDIR(mode) else Path(target).unlink)()
 
     def _protect(self, target: str) -> None:
         attributes = (ctypes.c_uint64 * 4)(_ATTRIBUTE_READ_ONLY, 0, 0, 0)

@@ -22,7 +22,8 @@ from hasten.core.errors import ClusterError, ConfigError, NotFoundError
 from hasten.core.ports import port_is_free
 
 _log = logging.getLogger(__name__)
-_START_S = 10.0
+_START_S = 60.0
+"""How long a supervisor may take to begin, on a busy machine."""
 _LOOK_S = 0.02
 
 
@@ -109,9 +110,9 @@ def change(home: Path, folder: Folder, update: ServerUpdate) -> None:
         lock = folder.try_lock()
         if lock is None:
             folder.write_spec(spec_of(server, plan))
-            _tell(folder)
-            return
-        _revive(home, folder, server, plan, lock)
+            lock = _tell(folder)
+        if lock is not None:
+            _revive(home, folder, server, plan, lock)
 
 
 def _revive(home: Path, folder: Folder, server: TritonServer, plan: ServerPlan, lock: int) -> None:
@@ -130,10 +131,16 @@ def _revive(home: Path, folder: Folder, server: TritonServer, plan: ServerPlan, 
     start(folder, lock)
 
 
-def _tell(folder: Folder) -> None:
-    """A supervisor that has only just been started reads the new plan by itself, or is told once it can be."""
+def _tell(folder: Folder) -> int | None:
+    """A supervisor that has only just been started reads the new plan by itself, or is told once it can be.
+
+    The folder's lock where it ends before that.
+    """
     deadline = time.monotonic() + _START_S
     while not signal_supervisor(folder, signal.SIGHUP):
+        if (lock := folder.try_lock()) is not None:
+            return lock
         if time.monotonic() > deadline:
-            raise ClusterError(f"the supervisor of server {folder.name} does not run; update it once more")
+            raise ClusterError(f"the supervisor of server {folder.name} does not answer; update it once more")
         time.sleep(_LOOK_S)
+    return None

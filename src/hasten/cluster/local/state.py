@@ -165,15 +165,25 @@ class UnreadableError(ClusterError):
 
 
 def try_lock(path: Path) -> int | None:
-    """A descriptor that holds the lock on a file, None where another has it. It is free once the descriptor closes."""
+    """A descriptor that holds the lock on a file, None where another has it. It is free once the descriptor closes.
+
+    FileNotFoundError where the file's folder is gone, and where it goes, or is followed by another of its name, between
+    the file's opening and the lock: that lock would be on a file which nobody finds any more.
+    """
     with using(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
     except BlockingIOError:
         os.close(descriptor)
         return None
-    return descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 @contextmanager
