@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,14 @@ async def started(
 @contextmanager
 def stopped(client: EngineClient) -> Iterator[None]:
     """The engine's process stands still: what it has not done yet, it does not do."""
-    assert client.replicas[0].pid is not None
-    os.kill(client.replicas[0].pid, signal.SIGSTOP)
+    pid = client.replicas[0].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
     try:
         yield
     finally:
-        os.kill(client.replicas[0].pid, signal.SIGCONT)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 async def until(condition: Callable[[], bool], seconds: float = LIMIT_S) -> None:

@@ -104,8 +104,11 @@ def test_a_killed_process_comes_back(run: Any, demo_model: Path, tmp_path: Path,
             with_it = [group.create_task(error_of(collect(client, [number + 5], LONG))) for number in range(3)]
             not_yet = [group.create_task(collect(client, [number + 9], SHORT)) for number in range(2)]
             await until(lambda: client.stats().generation_tokens > 20 and client.stats().waiting == 3)
-            before, pid = client.stats(), client.replicas[0].pid
+            pid = client.replicas[0].pid
             assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+            await asyncio.sleep(0.05)  # what it had sent is read, and counts
+            before = client.stats()
             model.rename(tmp_path / "away")
             os.kill(pid, signal.SIGKILL)
             for error in [await task for task in with_it]:

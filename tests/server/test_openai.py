@@ -6,7 +6,9 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -627,14 +629,13 @@ def test_a_stream_that_is_closed_is_withdrawn(site: Site, client: openai.OpenAI,
 
 
 def test_a_client_that_does_not_wait_for_its_answer_is_forgotten(site: Site, client: openai.OpenAI) -> None:
-    impatient = client.with_options(timeout=openai.Timeout(LIMIT_S, read=0.5))
-    for _ in attempts("a completion that is not computed to its end"):
-        before = site.generated("tokens")
-        with pytest.raises(openai.APITimeoutError):
-            impatient.completions.create(model="story", **ENDLESS)
-        eventually(lambda: site.idle("tokens"))
-        if site.generated("tokens") - before < ENDLESS["max_tokens"]:
-            break
+    impatient = client.with_options(timeout=openai.Timeout(LIMIT_S, read=0.3))
+    before = site.generated("tokens")
+    with stopped(site.engine("tokens")), pytest.raises(openai.APITimeoutError):  # it might be done in time, else
+        impatient.completions.create(model="story", **ENDLESS)
+    client.completions.create(model="story", prompt="Ben", max_tokens=1)  # the engine has heard of all before that
+    eventually(lambda: site.idle("tokens"))
+    assert site.generated("tokens") - before < ENDLESS["max_tokens"]
 
 
 def test_large_answers_are_made_beside_the_loop(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -664,10 +665,7 @@ def test_large_answers_are_made_beside_the_loop(client: openai.OpenAI, monkeypat
 def test_a_queue_that_is_full_says_so(site: Site, client: openai.OpenAI) -> None:
     url, body = f"{site.url}/v1/completions", {"model": "narrow", "prompt": "a", "max_tokens": 1}
     engine = site.engine("narrow")
-    streams = [client.completions.create(model="narrow", **ENDLESS, stream=True) for _ in range(2)]
-    for stream in streams:
-        next(stream)
-    with stopped(engine):  # so that the streams go on for as long as it takes
+    with held_streams(site, client, 2) as streams:
         with httpx.Client(timeout=httpx.Timeout(LIMIT_S, read=0.3)) as waiting, pytest.raises(httpx.ReadTimeout):
             waiting.post(url, json=body)
         eventually(lambda: len(engine._queue.engines[0]._tickets) == 2)
@@ -680,6 +678,23 @@ def test_a_queue_that_is_full_says_so(site: Site, client: openai.OpenAI) -> None
         for stream in streams:
             stream.close()
     assert answer().status_code == 200
+
+
+@contextmanager
+def held_streams(site: Site, client: openai.OpenAI, count: int) -> Iterator[list[Any]]:
+    """Streams of the model `narrow` that have begun and do not go on: its engine stands still meanwhile."""
+    engine = site.engine("narrow")
+    for _ in attempts("streams that are held before they have ended"):
+        streams = [client.completions.create(model="narrow", **ENDLESS, stream=True) for _ in range(count)]
+        for stream in streams:
+            next(stream)
+        with stopped(engine):
+            time.sleep(0.05)  # what the process had sent is read
+            if len(engine._queue.engines[0]._tickets) == count:
+                yield streams
+                return
+        for stream in streams:
+            stream.close()
 
 
 def _in_thread(work: Callable[[], httpx.Response]) -> Callable[[], httpx.Response]:
@@ -696,13 +711,12 @@ def _in_thread(work: Callable[[], httpx.Response]) -> Callable[[], httpx.Respons
 
 
 def test_an_engine_that_dies_is_an_error_in_the_stream_and_comes_back(site: Site, client: openai.OpenAI) -> None:
-    stream = client.completions.create(model="narrow", **ENDLESS, stream=True)
-    next(stream)
     pid = site.engine("narrow").replicas[0].pid
     assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-    with pytest.raises(openai.APIError, match=r"engine narrow.* failed .*died"):
-        list(stream)
+    with held_streams(site, client, 1) as (stream,):
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(openai.APIError, match=r"engine narrow.* failed .*died"):
+            list(stream)
     with pytest.raises(openai.InternalServerError, match="it starts again, try again soon") as caught:
         client.completions.create(model="narrow", prompt="a")
     assert (caught.value.status_code, caught.value.response.headers["retry-after"]) == (503, "1")

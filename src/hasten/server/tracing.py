@@ -3,11 +3,12 @@
 Names and attributes are those of OpenTelemetry's conventions for generative AI, and vLLM's of latencies besides.
 """
 
+import logging
 import os
 import threading
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from hasten import __version__
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.trace import Span
 
+_log = logging.getLogger(__name__)
 _LAST_SPANS_S = 3.0
 _PROTOCOL = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
 _REQUEST = {
@@ -56,7 +58,9 @@ class Tracing:
         self._provider = TracerProvider(
             resource=Resource.create({"service.version": __version__, **named}), shutdown_on_exit=False
         )
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        self._exporter = _Exporter(OTLPSpanExporter(endpoint=endpoint))
+        self._provider.add_span_processor(BatchSpanProcessor(cast(Any, self._exporter)))
+        self._endpoint = endpoint
         self.tracer = self._provider.get_tracer("hasten.server", __version__)
         self._propagator = TraceContextTextMapPropagator()
         self._closing: threading.Thread | None = None
@@ -67,10 +71,52 @@ class Tracing:
 
     def close(self) -> None:
         """Export what is left, for some seconds: the collector may be gone. A second call does nothing."""
-        if self._closing is None:
-            self._closing = threading.Thread(target=self._provider.shutdown, daemon=True)
-            self._closing.start()
-            self._closing.join(_LAST_SPANS_S)
+        if self._closing is not None:
+            return
+        self._exporter.ends = True
+        self._closing = threading.Thread(target=self._provider.shutdown, daemon=True)
+        self._closing.start()
+        self._closing.join(_LAST_SPANS_S)
+        if self._closing.is_alive():
+            self._exporter.shutdown()
+            _log.warning("the last traces were not taken within %g s by %s", _LAST_SPANS_S, self._endpoint)
+
+
+class _Exporter:
+    """An exporter of OpenTelemetry's that goes on with what it does once it has been given up, but tells nothing of it:
+    a process that ends has no use for its warnings, and the last of them comes seconds later.
+    """
+
+    def __init__(self, exporter: Any) -> None:
+        self.ends = False
+        """Whether what is exported now is the last."""
+        self._exporter = exporter
+        self._is_shut = False
+        self._thread: int | None = None
+        """The one that exports."""
+        self._log = logging.getLogger(type(exporter).__module__)
+
+    def export(self, spans: Any) -> Any:
+        """Send spans, and send them again after failures, for some time."""
+        self._thread = threading.get_ident()
+        self._log.addFilter(self._is_wanted)
+        try:
+            return self._exporter.export(spans)
+        finally:
+            self._log.removeFilter(self._is_wanted)
+
+    def _is_wanted(self, record: logging.LogRecord) -> bool:
+        return not self.ends or record.thread != self._thread
+
+    def shutdown(self) -> None:
+        """Begin no attempt any more."""
+        if not self._is_shut:
+            self._is_shut = True
+            self._exporter.shutdown()
+
+    def force_flush(self, timeout_millis: int = 30000) -> bool:
+        """Nothing is held back here."""
+        return True
 
 
 def _check_endpoint(endpoint: str) -> None:
