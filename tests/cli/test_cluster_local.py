@@ -79,6 +79,7 @@ def many_jobs(home: Path, count: int, capsys: pytest.CaptureFixture[str]) -> Non
     assert cluster("submit", "pytorchjob", "--name", "job-0", "true") == 0
     assert wait_for("job-0", capsys) == "SUCCEEDED"
     first = home / "jobs" / "default" / "job-0"
+    eventually(lambda: json.loads((first / "state.json").read_text())["done"])  # a moment after its success is told
     noted = {name: (first / name).read_text() for name in ("spec.json", "state.json", "lock")}
     for number in range(1, count):
         copy = first.with_name(f"job-{number}")
