@@ -29,8 +29,9 @@ def _save_tokenizer(folder: Path, family: str) -> int:
     letters = sorted(set("abcdefghijklmnopqrstuvwxyz0123456789.,'é"))
     pieces = [word.lower() for word in WORDS if len(word) < 7] + letters + [f"##{letter}" for letter in letters]
     roberta = family in _LIKE_ROBERTA
+    mask = "<mask>" if roberta else "[MASK]"
     special = ["<s>", "<pad>", "</s>", "<unk>"] if roberta else ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    vocab = {piece: number for number, piece in enumerate(dict.fromkeys([*special, *pieces]))}
+    vocab = {piece: number for number, piece in enumerate(dict.fromkeys([*special, *pieces, mask]))}
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="<unk>" if roberta else "[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -40,7 +41,7 @@ def _save_tokenizer(folder: Path, family: str) -> int:
     else:
         tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
         names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token=mask, **names).save_pretrained(folder)
     return len(vocab)
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
         ClassificationOutput,
         CompletionOutput,
         EmbeddingOutput,
+        FilledMask,
+        FillMaskOutput,
         FinishReason,
         Logprob,
         PoolingOutput,
@@ -53,6 +55,8 @@ __all__ = [
     "EmbeddingOutput",
     "EngineError",
     "ExistsError",
+    "FillMaskOutput",
+    "FilledMask",
     "FinishReason",
     "HastenError",
     "InvalidRequestError",
@@ -80,7 +84,7 @@ _MODULES = {
     **dict.fromkeys(("TextPrompt", "TokensPrompt"), "hasten.engine.prompts"),
     **dict.fromkeys(("CompletionOutput", "FinishReason", "Logprob"), "hasten.core.types"),
     **dict.fromkeys(("ClassificationOutput", "EmbeddingOutput", "PoolingOutput", "ScoringOutput"), "hasten.core.types"),
-    **dict.fromkeys(("PoolingParams", "PoolingRequestOutput"), "hasten.core.types"),
+    **dict.fromkeys(("FillMaskOutput", "FilledMask", "PoolingParams", "PoolingRequestOutput"), "hasten.core.types"),
     **dict.fromkeys(
         ("RequestMetrics", "RequestOutput", "SamplingParams", "StructuredOutputsParams"), "hasten.core.types"
     ),

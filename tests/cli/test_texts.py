@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    heads = ("Model", "ForSequenceClassification", "ForTokenClassification")
+    heads = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForMaskedLM")
     return {head: save_encoder(tmp_path_factory.mktemp(head), "DistilBert", head, is_matryoshka=True) for head in heads}
 
 
@@ -66,6 +66,20 @@ def test_labels_of_tokens(models: dict[str, Path], hasten_here: "Hasten") -> Non
     assert [entry["score"] for entry in found["tokens"]] == pytest.approx(best.values.tolist(), abs=1e-5)
 
 
+def test_words_for_masks(models: dict[str, Path], hasten_here: "Hasten") -> None:
+    folder, text = models["ForMaskedLM"], "the [MASK]"
+    logits = expected(folder, "ModelForMaskedLM", text)[2]
+    options = ("--text", text, "--top-k", "2", "--target", "garden", "--target", "letter", "--target", "of")
+    (found,) = objects(hasten_here("fill-mask", folder, *options).out)
+    (words,) = found["masks"]
+    assert {word["token_str"] for word in words} < {"garden", "letter", "of"}
+    assert [word["sequence"] for word in words] == [f"the {word['token_str']}" for word in words]
+    ids = [word["token"] for word in words]
+    assert [word["score"] for word in words] == pytest.approx(logits.softmax(-1)[ids].tolist(), abs=1e-5)
+    (found,) = objects(hasten_here("fill-mask", folder, "--text", text, "--logits").out)
+    assert [word["score"] for word in found["masks"][0]] == pytest.approx(logits.topk(5).values.tolist(), abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("command", "head", "options", "message"),
     [
@@ -75,6 +89,9 @@ def test_labels_of_tokens(models: dict[str, Path], hasten_here: "Hasten") -> Non
         ("embed", "Model", ["--text", "the " * 400], "more than the longest of 320"),
         ("embed", "ForSequenceClassification", ["--text", "a"], "is not a model to embed; it does classify"),
         ("classify", "Model", ["--text", "a"], "is not a model to classify; it does embed"),
+        ("fill-mask", "ForMaskedLM", ["--text", "a"], "the text has no mask; write [MASK] where a word is missing"),
+        ("fill-mask", "ForMaskedLM", ["--text", "[MASK]", "--target", "a b"], "targets[0] 'a b' is 2 tokens; a mask gets one"),
+        ("fill-mask", "Model", ["--text", "[MASK]"], "is not a model to fill_mask; it does embed, token_embed"),
         ("generate", "Model", ["--prompt", "a"], "DistilBertModel generates no text; it does embed"),
     ],
 )  # fmt: skip

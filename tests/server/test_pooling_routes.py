@@ -28,7 +28,7 @@ QUERY = "Where is the garden?"
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {name: tmp_path_factory.mktemp(name) for name in ("embedder", "ranker", "tagger")}
-    save_encoder(made["embedder"], "Bert", num_hidden_layers=2, matryoshka_dimensions=[16, 8])
+    save_encoder(made["embedder"], "Bert", "ForMaskedLM", num_hidden_layers=2, matryoshka_dimensions=[16, 8])
     pooling = ("Pooling", "1_Pooling", {"word_embedding_dimension": 48, "pooling_mode_mean_tokens": True})
     prompts = {"prompts": {"query": "the question: "}}
     save_pooling(made["embedder"], [pooling, ("Normalize", "2_Normalize", {})], config_sentence_transformers=prompts)
@@ -223,6 +223,23 @@ def test_what_is_made_of_each_token(site: Site, folders: dict[str, Path]) -> Non
     assert close(entry["data"], hidden.mean(0))
 
 
+def test_words_for_masks(site: Site, folders: dict[str, Path]) -> None:
+    tokenizer, model = Tokenizer.from_folder(folders["embedder"]), theirs(folders["embedder"], "ModelForMaskedLM")
+    texts = ["the [MASK] of a garden", "[MASK] and [MASK]"]
+    answer = post(site, "/pooling", model="embedder", input=texts, task="fill_mask", top_k=3)
+    for entry, text in zip(answer["data"], texts, strict=True):
+        ids = tokenizer.encode(text)
+        rows = [place for place, token in enumerate(ids) if token == tokenizer.mask_token_id]
+        best = their_output(model, ids)[rows].softmax(-1).topk(3)
+        assert [[word["token"] for word in words] for words in entry["data"]] == best.indices.tolist()
+        assert close([[word["score"] for word in words] for words in entry["data"]], best.values)
+    first = answer["data"][0]["data"][0][0]
+    assert first["sequence"] == f"the {first['token_str']} of a garden"
+    asked = {"model": "embedder", "input": texts[0], "task": "fill_mask", "targets": ["letter", 5]}
+    (entry,) = post(site, "/pooling", **asked)["data"]
+    assert {word["token"] for word in entry["data"][0]} == {tokenizer.token_id("letter"), 5}
+
+
 def test_long_texts(site: Site, vectors: Any, folders: dict[str, Path]) -> None:
     long = "the garden " * 400
     error = refused(site, "/v1/embeddings", model="embedder", input=["the", long])
@@ -258,10 +275,31 @@ def test_long_texts(site: Site, vectors: Any, folders: dict[str, Path]) -> None:
         ("/rerank", {"model": "ranker", "query": "a", "documents": ["b"], "top_n": 0}, "top_n must be at least 1"),
         ("/score", {"model": "ranker", "text_1": ["a", "b"], "text_2": ["c"]}, "text_1 has 2 texts and text_2 1"),
         ("/score", {"model": "ranker", "text_1": "a"}, "text_2 is missing"),
-        ("/classify", {"model": "embedder", "input": "a"}, "BertModel is not a model to classify"),
+        ("/classify", {"model": "embedder", "input": "a"}, "BertForMaskedLM is not a model to classify"),
         ("/pooling", {"model": "embedder", "input": "a", "task": "sing"}, "the request is not valid"),
         ("/pooling", {"model": "embedder", "input": ["the garden " * 150] * 2000, "task": "token_embed"}, "the answer"),
-        ("/v1/completions", {"model": "embedder", "prompt": "a"}, "BertModel generates no text; it does embed"),
+        (
+            "/pooling",
+            {"model": "embedder", "input": ["[MASK]", "a"], "task": "fill_mask"},
+            "input[1]: the text has no m",
+        ),
+        ("/pooling", {"model": "embedder", "input": "[MASK]", "top_k": 3}, "top_k: for masks alone; give the task"),
+        (
+            "/pooling",
+            {"model": "embedder", "input": "[MASK]", "task": "fill_mask", "top_k": 0},
+            "top_k must be at leas",
+        ),
+        (
+            "/pooling",
+            {"model": "tagger", "input": "[MASK]", "task": "fill_mask"},
+            "DistilBertForTokenClassification is n",
+        ),
+        (
+            "/pooling",
+            {"model": "embedder", "input": "[MASK]", "task": "fill_mask", "targets": ["the garden"]},
+            "targets[0] 'the garden' is 2 tokens; a mask gets one",
+        ),
+        ("/v1/completions", {"model": "embedder", "prompt": "a"}, "BertForMaskedLM generates no text; it does embed"),
         ("/v1/chat/completions", {"model": "ranker", "messages": []}, "BertForSequenceClassification generates no"),
     ],
 )

@@ -274,9 +274,23 @@ def read_format(folder: Path) -> Format | None:
         raise type(error)(f"{folder / 'config.json'}: {error}") from error
 
 
+def _holds_words(folder: Path, config: ModelConfig) -> bool:
+    """Whether the files have the head for masks that the architecture is named for; models of vectors may lack it."""
+    first = next(path for name in HF_FILES if (path := folder / name).exists())
+    if first.suffix == ".json":
+        names = set(read_index(first))
+    else:
+        names = set((Pickle(first) if ".bin" in first.name else open_safetensors(first)).keys())
+    specs = model_class(config.architecture).weight_map(config).specs
+    words = {source.name for spec in specs if spec.name.startswith("masked_words.") for source in spec.sources}
+    return not words.isdisjoint(names)
+
+
 def open_hugging_face(folder: Path) -> HuggingFaceSource:
     """The weights of `folder`, with the head and in the type that the files have, whatever config.json says."""
     config, stored_format = read_hf_config(folder), read_format(folder)
+    if config.masked_words is not None and not _holds_words(folder, config):
+        config = dataclasses.replace(config, masked_words=None)
     source = HuggingFaceSource(folder, config, model_class(config.architecture).weight_map(config), stored_format)
     if has_own_head(source):
         warn_of_head(folder / "config.json")

@@ -19,6 +19,7 @@ from hasten.core.model_config import (
     ClassifierConfig,
     EncoderConfig,
     ExpertsConfig,
+    MaskedWordsConfig,
     ModelConfig,
     QKNorm,
     RopeConfig,
@@ -174,6 +175,8 @@ def _config_from_json(raw: dict[str, Any], path: Path) -> ModelConfig:
         made: dict[str, Any] = {"forced_eos_token_ids": forced}
         made |= {"attention": attention, "layer_attention": layers, "experts": experts, "eos_token_ids": ends}
         made["classifier"] = _classifier_from_json(raw.get("classifier"))
+        words = raw.get("masked_words")
+        made["masked_words"] = None if words is None else MaskedWordsConfig(**words)
         made["encoder"] = _encoder_from_json(raw.get("encoder"))
         return ModelConfig(**raw | made)
     except (TypeError, KeyError, ConfigError) as error:

@@ -1,4 +1,4 @@
-"""What `hasten embed` and `hasten classify` have in common: texts as JSON lines in, JSON lines out."""
+"""What `hasten embed`, `classify` and `fill-mask` have in common: texts as JSON lines in, JSON lines out."""
 
 import argparse
 import json

@@ -63,6 +63,17 @@ class ClassifierConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MaskedWordsConfig:
+    """From the hidden states of masks to logits of words: a dense layer, a norm, and the embedding or a head."""
+
+    activation: Activation
+    """That of the dense layer."""
+    dense_bias: bool = True
+    bias: bool = True
+    """Whether the logits have one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """How the texts of a model that makes vectors or scores of them become tokens."""
 
@@ -287,6 +298,8 @@ class ModelConfig:
     """What the model is for."""
     classifier: ClassifierConfig | None = None
     """What makes scores of labels of its hidden states."""
+    masked_words: MaskedWordsConfig | None = None
+    """What makes logits of words of the hidden states of masks, in an encoder that kept the head of its training."""
     encoder: EncoderConfig | None = None
     """That of an encoder-decoder, whose decoder everything else here describes; None: prompts are the decoder's own."""
     decoder_start_token_id: int | None = None

@@ -25,8 +25,9 @@ class FinishReason(StrEnum):
     """It could not be continued; `stop_reason` says why."""
 
 
-PoolingTask = Literal["embed", "classify", "score", "token_embed", "token_classify"]
-"""What is made of a text: its vector, its scores by label, the score of a pair, or the first two for each token."""
+PoolingTask = Literal["embed", "classify", "score", "token_embed", "token_classify", "fill_mask"]
+"""What is made of a text: its vector, its scores by label, the score of a pair, the first two for each token, or the
+most probable words of its masks."""
 POOLING_TASKS: tuple[PoolingTask, ...] = get_args(PoolingTask)
 
 
@@ -40,7 +41,11 @@ class PoolingParams:
     """Of one that was trained for it (Matryoshka); None: whole."""
     normalize: bool | None = option(None, "give vectors of length 1 (default: as the model's own pooling says)")
     activation: bool = True
-    """Whether scores of labels are made of logits by the model's activation; else they are the logits."""
+    """Whether scores of labels and words are made of logits by the model's activation; else they are the logits."""
+    top_k: int = 5
+    """How many words a mask gets; with `targets`, at most as many as there are."""
+    targets: tuple[int, ...] = ()
+    """Token ids of the only words that a mask may get; empty: any."""
     truncate_prompt_tokens: int | None = option(
         None,
         "keep so many tokens of a longer text; -1: as many as the model takes (default: a longer text is an error)",
@@ -49,7 +54,7 @@ class PoolingParams:
     def __post_init__(self) -> None:
         set_ = object.__setattr__
         require(self.task in POOLING_TASKS, f"task must be one of {', '.join(POOLING_TASKS)}, got {self.task!r:.80}")
-        for name in ("dimensions", "truncate_prompt_tokens"):
+        for name in ("dimensions", "truncate_prompt_tokens", "top_k"):
             value = getattr(self, name)
             if value is not None:
                 require(is_whole(value), f"{name} must be a whole number, got {value!r:.80}")
@@ -64,6 +69,13 @@ class PoolingParams:
         for name in ("dimensions", "normalize"):
             value = getattr(self, name)
             require(value is None or "embed" in self.task, f"{name} is for vectors, not for {self.task}")
+        require(self.top_k >= 1, f"top_k must be at least 1, got {self.top_k}")
+        require(
+            isinstance(self.targets, tuple | list) and all(map(is_whole, self.targets)),
+            f"targets must be a list of token ids, got {self.targets!r:.80}",
+        )
+        set_(self, "targets", tuple(dict.fromkeys(map(int, self.targets))))
+        require(not self.targets or self.task == "fill_mask", f"targets are for masks, not for {self.task}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +93,8 @@ class Request:
     """Type of each token, of models that have types; none given: 0 for all."""
     skipped_tokens: int = 0
     """Tokens at the beginning, those of an instruction, that a vector is not made of."""
+    masks: tuple[int, ...] = ()
+    """Places of the masks whose words are asked for."""
     cache_salt: str = ""
     """Blocks of the prefix cache are shared with requests of the same salt alone; "": with all that have none."""
 
@@ -184,6 +198,26 @@ class PoolingOutput:
     """A torch tensor in fp32 on the host, [t, width] for tasks of tokens and [width] for others."""
 
 
+@dataclass(slots=True)
+class FilledMask:
+    """A word for a mask, with the names of transformers' pipeline."""
+
+    score: float
+    """Its probability; its logit where no activation was asked for."""
+    token: int
+    token_str: str | None = None
+    sequence: str | None = None
+    """The text with this word, other masks as they were. Where there are several, with what begins and ends it."""
+
+
+@dataclass
+class FillMaskOutput:
+    """Words for the masks of a text."""
+
+    candidates: list[list[FilledMask]]
+    """Those of each mask, the most probable first."""
+
+
 @dataclass
 class FailedOutput:
     """Nothing, of a text that could not be computed."""
@@ -192,7 +226,7 @@ class FailedOutput:
     """Why."""
 
 
-PooledOutput = EmbeddingOutput | ClassificationOutput | ScoringOutput | PoolingOutput | FailedOutput
+PooledOutput = EmbeddingOutput | ClassificationOutput | ScoringOutput | PoolingOutput | FillMaskOutput | FailedOutput
 """What became of a text, by task."""
 PooledT = TypeVar("PooledT", bound=PooledOutput)
 

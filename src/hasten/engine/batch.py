@@ -52,6 +52,14 @@ class Batch:
                 for offset in range(min(needed, sequence.prompt_len - first)):
                     yield begin + offset, sequence, first + offset
 
+    def mask_rows(self) -> Iterator[int]:
+        """Row among the needed hidden states of each mask of a text; before the batch is noted as done."""
+        end = 0
+        for sequence, needed in zip(self.sequences, self.needed, strict=True):
+            end += needed
+            for place in sequence.masks:
+                yield end - sequence.length + place
+
     @property
     def num_tokens(self) -> int:
         """Tokens of all sequences together."""

@@ -10,6 +10,7 @@ from hasten.core.types import (
     ClassificationOutput,
     EmbeddingOutput,
     FailedOutput,
+    FillMaskOutput,
     PooledOutput,
     PoolingParams,
     PoolingRequestOutput,
@@ -18,6 +19,7 @@ from hasten.core.types import (
     ScoringOutput,
 )
 from hasten.engine.engine import Engine
+from hasten.engine.fill_mask import target_ids, with_texts
 from hasten.engine.pooling import Pooler
 from hasten.engine.prompts import Prompt
 from hasten.engine.request_state import Output
@@ -99,6 +101,34 @@ class PoolingMethods(ABC):
         task = pooling_task or (pooling_params.task if pooling_params is not None else self._pooler("encode").tasks[0])
         params = _params(task, pooling_params, truncate_prompt_tokens)
         return self._pooled(prompts, params, use_tqdm=use_tqdm)
+
+    def fill_mask(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        top_k: int = 5,
+        targets: str | Sequence[str | int] | None = None,
+        pooling_params: PoolingParams | None = None,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[PoolingRequestOutput[FillMaskOutput]]:
+        """The `top_k` most probable words of each mask of each text: `outputs.candidates`, a list for each mask.
+
+        A word has the names of transformers' pipeline: `score`, `token`, `token_str` and `sequence`. With `targets`,
+        words or token ids, a mask gets the most probable of these; their scores are those among all words.
+        """
+        tokenizer = self.engine.tokenizer
+        params = replace(pooling_params or PoolingParams(), task="fill_mask", top_k=top_k)
+        self._pooler("fill_mask").check(params)
+        if targets is not None:
+            params = replace(params, targets=target_ids(tokenizer, targets))
+        params = _params("fill_mask", params, truncate_prompt_tokens)
+        outputs = cast("list[PoolingRequestOutput[FillMaskOutput]]", self._pooled(prompts, params, use_tqdm=use_tqdm))
+        assert tokenizer is not None, "no mask would be known, and a text without one is refused"
+        for output in outputs:
+            found = output.outputs
+            found.candidates = with_texts(tokenizer, output.prompt_token_ids, found.candidates)
+        return outputs
 
     def score(
         self,

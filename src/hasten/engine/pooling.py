@@ -1,11 +1,12 @@
 """From hidden states of texts to vectors or scores: on the device up to vectors and logits, on the host the rest.
 
-Shapes: t tokens of the flat batch, s texts, h hidden, w width of a vector, or labels.
+Shapes: t tokens of the flat batch, s texts, h hidden, w width of a vector, or labels, m masks, k words of a mask.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, chain, repeat
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -18,6 +19,8 @@ from hasten.core.types import (
     ClassificationOutput,
     EmbeddingOutput,
     FailedOutput,
+    FilledMask,
+    FillMaskOutput,
     PooledOutput,
     PoolingOutput,
     PoolingParams,
@@ -26,9 +29,11 @@ from hasten.core.types import (
     ScoringOutput,
 )
 from hasten.engine.pooling_info import PoolingInfo
-from hasten.layers.classifier import Classifier
+from hasten.layers.classifier import Classifier, MaskedWords
 
 _OF_TOKENS: tuple[PoolingTask, ...] = ("token_embed", "token_classify")
+_LOGITS_ROWS = 256
+"""Masks whose logits are there at a time: a vocabulary of 250,000 words takes 1 MB for each."""
 _NOT_FINITE = "the hidden states are not finite; compute in fp32 or bf16 (dtype)"
 _ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
@@ -61,17 +66,41 @@ def pool(hidden_th: Tensor, counts: Sequence[int], mode: Pooling) -> Tensor:
 class Pooled:
     """What was made of the texts of a step, on its way to the host."""
 
-    def __init__(self, vectors_sw: Tensor | None, rows_tw: Tensor | None, counts: Sequence[int]) -> None:
-        """`rows_tw`: of all tokens, where a text's are asked for; `counts`: the tokens of each text."""
-        self._counts = counts
+    def __init__(
+        self,
+        vectors_sw: Tensor | None,
+        rows_tw: Tensor | None,
+        counts: Sequence[int],
+        words: "Sequence[Words]" = (),
+        masks: Sequence[int] = (),
+    ) -> None:
+        """`rows_tw`: of all tokens, where a text's are asked for; `counts`: tokens of each text; `masks`: its masks."""
+        self._counts, self._masks = counts, masks
         self._has_vectors, self._has_rows = vectors_sw is not None, rows_tw is not None
-        self._copy = ops.HostCopy([tensor for tensor in (vectors_sw, rows_tw) if tensor is not None])
+        self._of_words = [masks_m for masks_m, _ in words]
+        tensors = (vectors_sw, rows_tw, *(best for _, best in words))
+        self._copy = ops.HostCopy([tensor for tensor in tensors if tensor is not None])
 
-    def collect(self) -> tuple[Tensor | None, Sequence[Tensor]]:
-        """Vectors [s, w], and rows [t, w] of each text, in fp32. Waits until the device has computed them."""
+    def collect(self) -> "tuple[Tensor | None, Sequence[Tensor], Sequence[Sequence[Tensor]]]":
+        """Vectors [s, w], rows [t, w] of each text, and [2, k] of each of its masks: ids of words and their scores.
+
+        All are in fp32. Waits until the device has computed them.
+        """
         tensors = self._copy.wait()
-        rows = [part.clone() for part in tensors[-1].split(list(self._counts))] if self._has_rows else []
-        return tensors[0] if self._has_vectors else None, rows
+        words = tensors[len(tensors) - len(self._of_words) :]
+        rows = tensors[int(self._has_vectors)].split(list(self._counts)) if self._has_rows else ()
+        by_mask = {
+            mask: best_2k
+            for masks_m, best_m2k in zip(self._of_words, words, strict=True)
+            for mask, best_2k in zip(masks_m, best_m2k, strict=True)
+        }
+        ends = list(accumulate(self._masks))
+        of_texts = [[by_mask[mask] for mask in range(end - n, end)] for n, end in zip(self._masks, ends, strict=True)]
+        return tensors[0] if self._has_vectors else None, [part.clone() for part in rows], of_texts
+
+
+Words = tuple[Sequence[int], Tensor]
+"""Some of the masks of a step, by their numbers, and ids of words with their scores, [m, 2, k]."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +110,7 @@ class Pooler:
     config: ModelConfig
     pooling: PoolingConfig
     classifier: Classifier | None
+    masked_words: MaskedWords | None
     device: torch.device
 
     @property
@@ -88,7 +118,7 @@ class Pooler:
         """What may be asked of the model; the first is its own."""
         classifier = self.config.classifier
         if classifier is None:
-            return ("embed", "token_embed")
+            return ("embed", "token_embed") if self.masked_words is None else ("embed", "token_embed", "fill_mask")
         if self.config.task == "token_classify":
             return ("token_classify",)
         return ("classify", "score") if len(classifier.labels) == 1 else ("classify",)
@@ -127,18 +157,65 @@ class Pooler:
         count = len(request.prompt_token_ids)
         if request.pooling.task in _OF_TOKENS:
             return count
+        if request.masks:
+            return count - request.masks[0]
         if self._modes == ("last",):
             return 1
         return count if "cls" in self._modes else max(1, count - request.skipped_tokens)
 
-    def __call__(self, hidden_th: Tensor, counts: Sequence[int], tasks: Sequence[PoolingTask]) -> Pooled:
-        """What is asked for of each text, from the hidden states that it needs."""
-        of_tokens = [task in _OF_TOKENS for task in tasks]
-        vectors = None if all(of_tokens) else self._vectors(hidden_th, counts)
+    def __call__(
+        self,
+        hidden_th: Tensor,
+        counts: Sequence[int],
+        params: Sequence[PoolingParams],
+        masks: Sequence[int],
+        mask_rows: Sequence[int],
+    ) -> Pooled:
+        """What is asked for of each text, from the hidden states that it needs, `counts` of them.
+
+        `masks`: how many masks of each text are to be filled, `mask_rows`: where all these are among the hidden states.
+        """
+        tasks = {each.task for each in params}
+        vectors = self._vectors(hidden_th, counts) if tasks - {"fill_mask", *_OF_TOKENS} else None
         rows = None
-        if any(of_tokens):
+        if not tasks.isdisjoint(_OF_TOKENS):
             rows = hidden_th.float() if self.classifier is None else self.classifier(hidden_th)
-        return Pooled(vectors, rows, counts)
+        of_masks = list(chain.from_iterable(repeat(each, n) for each, n in zip(params, masks, strict=True)))
+        return Pooled(vectors, rows, counts, self._words(hidden_th, mask_rows, of_masks), masks)
+
+    def mask_logits(self, hidden_th: Tensor, rows: Sequence[int]) -> Iterable[tuple[int, Tensor | None]]:
+        """Logits of masks by their rows among the hidden states, piece by piece, behind the number of its first.
+
+        They are [m, v] on rank 0, and None on the others, which must go through all of them too.
+        """
+        for start in range(0, len(rows), _LOGITS_ROWS):
+            assert self.masked_words is not None, "masks of others are refused"
+            piece = ops.to_device(rows[start : start + _LOGITS_ROWS], torch.int64, self.device)
+            yield start, self.masked_words(hidden_th[piece])
+
+    def _words(self, hidden_th: Tensor, rows: Sequence[int], params: Sequence[PoolingParams]) -> list[Words]:
+        """The most probable words of each mask, those together that ask for the same."""
+        found: list[Words] = []
+        for start, logits_mv in self.mask_logits(hidden_th, rows):
+            assert logits_mv is not None, "rank 0 alone fills masks"
+            same: dict[PoolingParams, list[int]] = {}
+            for mask in range(start, start + len(logits_mv)):
+                same.setdefault(params[mask], []).append(mask)
+            for each, masks in same.items():
+                own = logits_mv if len(same) == 1 else logits_mv[[mask - start for mask in masks]]
+                found.append((masks, self._best(own.float(), each)))
+        return found
+
+    def _best(self, logits_mv: Tensor, params: PoolingParams) -> Tensor:
+        """Ids of words and their scores, [m, 2, k]. Ids are exact in fp32 up to 2^24."""
+        scores_mv = logits_mv.softmax(-1) if params.activation else logits_mv
+        if not params.targets:
+            scores_mk, ids_mk = scores_mv.topk(params.top_k, dim=-1)
+        else:
+            targets_n = ops.to_device(list(params.targets), torch.int64, self.device)
+            scores_mk, places_mk = scores_mv[:, targets_n].topk(min(params.top_k, len(targets_n)), dim=-1)
+            ids_mk = targets_n[places_mk]
+        return torch.stack((ids_mk.float(), scores_mk), dim=1)
 
     def _vectors(self, hidden_th: Tensor, counts: Sequence[int]) -> Tensor:
         pooled_sw = torch.cat([pool(hidden_th, counts, mode) for mode in self._modes], dim=1)
@@ -151,7 +228,7 @@ class Pooler:
 
     def outputs(self, params: Mapping[int, PoolingParams], pooled: Pooled) -> dict[int, PooledOutput]:
         """What the requests of a step get, by their places in it; those that ask for the same are finished together."""
-        vectors_sw, rows = pooled.collect()
+        vectors_sw, rows, words = pooled.collect()
         found: dict[int, PooledOutput] = {}
         same: dict[PoolingParams, list[int]] = {}
         for place, each in params.items():
@@ -159,6 +236,8 @@ class Pooler:
         for each, places in same.items():
             if each.task in _OF_TOKENS:
                 found |= {place: self._of_tokens(each, rows[place]) for place in places}
+            elif each.task == "fill_mask":
+                found |= {place: _of_masks(words[place]) for place in places}
             else:
                 assert vectors_sw is not None
                 found |= zip(places, self._of_texts(each, vectors_sw[places]), strict=True)
@@ -199,6 +278,15 @@ class Pooler:
         return logits.softmax(-1) if kind == "softmax" else logits.sigmoid()
 
 
+def _of_masks(words: Sequence[Tensor]) -> PooledOutput:
+    if not all(bool(best_2k.isfinite().all()) for best_2k in words):
+        return FailedOutput(_NOT_FINITE)
+    numbers = (best_2k.tolist() for best_2k in words)
+    return FillMaskOutput(
+        [[FilledMask(score, int(token)) for token, score in zip(ids, scores, strict=True)] for ids, scores in numbers]
+    )
+
+
 def _through(dense: DenseModule, x_sw: Tensor) -> Tensor:
     bias = None if dense.bias is None else dense.bias.to(x_sw.device)
     return _ACTIVATIONS[dense.activation](F.linear(x_sw, dense.weight.to(x_sw.device), bias))
@@ -212,5 +300,8 @@ def truncated(request: Request, longest: int) -> Request:
         return request
     count = longest if most == -1 else min(most, longest)
     return replace(
-        request, prompt_token_ids=request.prompt_token_ids[:count], token_type_ids=request.token_type_ids[:count]
+        request,
+        prompt_token_ids=request.prompt_token_ids[:count],
+        token_type_ids=request.token_type_ids[:count],
+        masks=tuple(place for place in request.masks if place < count),
     )

@@ -8,8 +8,9 @@ from operator import itemgetter
 
 from hasten.core.errors import InvalidRequestError
 from hasten.core.model_config import ModelConfig
-from hasten.core.types import Request, SamplingParams
+from hasten.core.types import PoolingParams, Request, SamplingParams
 from hasten.engine.beam import candidate_count, end_tokens
+from hasten.engine.fill_mask import no_mask
 from hasten.engine.pooling import Pooler, truncated
 from hasten.engine.text import Tokenizer
 
@@ -34,7 +35,7 @@ class RequestChecks:
     def __init__(
         self, model: ModelConfig, limits: RequestLimits, tokenizer: Tokenizer | None, pooler: Pooler | None
     ) -> None:
-        self._model, self._limits, self._pooler = model, limits, pooler
+        self._model, self._limits, self._tokenizer, self._pooler = model, limits, tokenizer, pooler
         self._words_ids = None if tokenizer is None else lru_cache(_CACHED_WORDS)(tokenizer.words_ids)
 
     def sampling_params(self, request: Request) -> SamplingParams:
@@ -79,7 +80,19 @@ class RequestChecks:
         self._pooler.check(params)
         request = truncated(request, self._limits.max_model_len)
         self._check_text(name, request)
+        if params.task == "fill_mask":
+            self._check_masks(name, request, params)
         return request
+
+    def _check_masks(self, name: str, request: Request, params: PoolingParams) -> None:
+        ids, vocab = request.prompt_token_ids, self._model.vocab_size
+        if not request.masks:
+            raise InvalidRequestError(f"{name}: {no_mask(self._tokenizer)}")
+        if not all(0 <= place < len(ids) for place in request.masks):
+            raise InvalidRequestError(f"{name}: masks {request.masks!r:.80} are not all places of {len(ids)} tokens")
+        self._check_vocabulary(name, "targets", params.targets)
+        if params.top_k > vocab:
+            raise InvalidRequestError(f"{name}: top_k is {params.top_k}; the vocabulary has {vocab}")
 
     def _check_text(self, name: str, request: Request) -> None:
         ids, types, model = request.prompt_token_ids, request.token_type_ids, self._model

@@ -71,6 +71,7 @@ class Sequence:
         "is_waiting",
         "key",
         "last_step",
+        "masks",
         "max_length",
         "num_cached",
         "num_computed",
@@ -122,8 +123,10 @@ class Sequence:
         """Whether it is one of the holders of that."""
         self.token_ids = list(start or request.prompt_token_ids)
         self.prompt_len = len(self.token_ids)
-        self.pooling = None if request.pooling is None else request.pooling.task
-        """What is made of its hidden states: it is then computed whole, in one step, and has no next token."""
+        self.pooling = request.pooling
+        """What to make of its hidden states: it is then computed whole, in one step, and has no next token."""
+        self.masks = request.masks
+        """Places of the tokens whose words are asked for, all of them among those that need hidden states."""
         self.forced: Mapping[int, tuple[int, ...]] = {}
         """Tokens of which the most probable comes next, whatever others have, after so many of its output."""
         self.max_length = self.prompt_len if self.pooling else self.params.max_length(self.prompt_len, max_model_len)

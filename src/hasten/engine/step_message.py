@@ -87,7 +87,7 @@ class StepMessage:
     sampled: list[int]
     """Places among the sequences of those that get a next token."""
     prompt_rows: list[int]
-    """Rows of the needed hidden states whose logits are asked for because they are a prompt's."""
+    """Rows of the needed hidden states whose logits are asked for because they are a prompt's, or those of masks."""
     edits: list[TableEdit]
     """To make before the tables are read."""
     copies: list[tuple[int, int]]
@@ -140,7 +140,7 @@ class StepMessage:
             counts=counts,
             needed=batch.needed,
             sampled=batch.sampled,
-            prompt_rows=[row for row, _, _ in batch.prompt_positions()],
+            prompt_rows=[*(row for row, _, _ in batch.prompt_positions()), *batch.mask_rows()],
             edits=edits,
             copies=batch.copies,
             positions=_positions(sequences, counts),

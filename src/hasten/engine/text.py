@@ -46,10 +46,12 @@ def _parts(text: str | tuple[str, str]) -> tuple[str, ...]:
 class Tokenizer:
     """A Hugging Face tokenizer, read without transformers where the folder has a tokenizer.json.
 
-    `cleans_up`: its text has no spaces before punctuation (`clean_up_tokenization_spaces`).
+    `cleans_up`: its text has no spaces before punctuation (`clean_up_tokenization_spaces`). `mask`: its token for a
+    missing word.
     """
 
-    def __init__(self, fast: FastTokenizer, *, cleans_up: bool = False) -> None:
+    def __init__(self, fast: FastTokenizer, *, cleans_up: bool = False, mask: str | None = None) -> None:
+        self.mask_token = mask
         self._fast = fast
         self._cleans_up = cleans_up
         fast.no_padding()
@@ -61,12 +63,24 @@ class Tokenizer:
         """Load from a folder, or from a tokenizer.json; CheckpointError names what is missing or wrong."""
         folder = Path(path)
         fast = tokenizer_files.load(folder)
-        return cls(fast, cleans_up=tokenizer_files.cleans_up(folder, fast))
+        return cls(
+            fast, cleans_up=tokenizer_files.cleans_up(folder, fast), mask=tokenizer_files.mask_token(folder, fast)
+        )
 
     @property
     def vocab_size(self) -> int:
         """Tokens it knows, added ones included."""
         return int(self._fast.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def mask_token_id(self) -> int | None:
+        """The id of its token for a missing word; None where it has none."""
+        return None if self.mask_token is None else self.token_id(self.mask_token)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of an entry of its vocabulary; None where there is no such entry."""
+        found: int | None = self._fast.token_to_id(token)
+        return found
 
     def to_json(self) -> str:
         """The text of its tokenizer.json."""

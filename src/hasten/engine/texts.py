@@ -1,12 +1,13 @@
 """What callers of `LLM` give to have vectors or scores made of it: texts, token ids and pairs, with their prompts."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hasten.core.errors import InvalidRequestError
 from hasten.core.model_config import TextConfig
 from hasten.core.text import require_utf8
 from hasten.core.types import PoolingParams, Request
+from hasten.engine.fill_mask import masks_of
 from hasten.engine.prompts import ParsedPrompt, Prompt, parse_prompts
 from hasten.engine.text import Tokenizer, Tokens
 
@@ -58,7 +59,10 @@ class TextRequests:
 
         def request(number: int, prompt: ParsedPrompt) -> Request:
             tokens = next(encoded) if prompt.token_ids is None else Tokens(list(prompt.token_ids), [])
-            return _request(number, tokens, params, prompt.text, 0 if prompt.token_ids else skipped)
+            found = _request(number, tokens, params, prompt.text, 0 if prompt.token_ids else skipped)
+            if params.task != "fill_mask":
+                return found
+            return replace(found, masks=masks_of(self._tokenizer, found.prompt_token_ids))
 
         return [(prompt.where, request(number, prompt)) for number, prompt in enumerate(parsed)]
 

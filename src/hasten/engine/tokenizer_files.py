@@ -17,6 +17,7 @@ from hasten.core.errors import CheckpointError
 
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 _TOKENIZER_CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+_MASKS = ("[MASK]", "<mask>")
 
 _CLEAN_UP = "clean_up_tokenization_spaces"
 _CLEAN_UP_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
@@ -47,6 +48,17 @@ def load(path: Path) -> FastTokenizer:
     if not path.is_file():
         raise CheckpointError(f"{path} has no tokenizer.json; name the tokenizer's folder with --tokenizer-path")
     return _from_file(path)
+
+
+def mask_token(path: Path, fast: FastTokenizer) -> str | None:
+    """The token that stands for a missing word, as the files of a folder name it, or as BERT and RoBERTa call it."""
+    for file in (_TOKENIZER_CONFIG, _MAP) if path.is_dir() else ():
+        token = _json(path / file).get("mask_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str):
+            return content
+    special = {token.content for token in fast.get_added_tokens_decoder().values() if token.special}
+    return next((token for token in _MASKS if token in special), None)
 
 
 def cleans_up(path: Path, fast: FastTokenizer) -> bool:

@@ -245,8 +245,9 @@ class Worker:
         """Put a step of texts on this rank's device; what gives what was made of them."""
         with explained_out_of_memory(), torch.inference_mode():
             hidden_th = self.runner.forward(message)
-            tasks = [sequence.pooling for sequence in sequences if sequence.pooling is not None]
-            pooled = pooler(hidden_th, message.needed, tasks)
+            params = [sequence.pooling for sequence in sequences if sequence.pooling is not None]
+            masks = [len(sequence.masks) for sequence in sequences]
+            pooled = pooler(hidden_th, message.needed, params, masks, message.prompt_rows)
         return lambda: pooled
 
     def _compute(
@@ -257,9 +258,13 @@ class Worker:
         `sequences`: those that get them; on rank 0 alone.
         """
         with explained_out_of_memory(), torch.inference_mode():
+            if self.pooler is not None:  # rank 0 alone makes vectors and scores, but all ranks logits
+                for _ in self.pooler.mask_logits(self.runner.forward(message), message.prompt_rows):
+                    pass
+                return None
             hidden = self.compute(message, on_prompt_logits)
-            if not message.sampled or self.pooler is not None:
-                return None  # rank 0 alone makes vectors and scores
+            if not message.sampled:
+                return None
             if self.stage.is_last:
                 return self._prepare(hidden, message, sequences)
             if self.overlap:
@@ -341,8 +346,8 @@ def pooler_of(model: Transformer, checkpoint: Checkpoint, device: torch.device) 
     """What makes vectors or scores of a model's hidden states; None where it generates."""
     if checkpoint.pooling is None:
         return None
-    classifier = model.classifier if isinstance(model, Encoder) else None
-    return Pooler(checkpoint.config, checkpoint.pooling, classifier, device)
+    classifier, words = (model.classifier, model.masked_words) if isinstance(model, Encoder) else (None, None)
+    return Pooler(checkpoint.config, checkpoint.pooling, classifier, words, device)
 
 
 def resolve_scheduler(config: SchedulerConfig, device: torch.device, stages: int = 1) -> SchedulerConfig:

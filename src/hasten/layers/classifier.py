@@ -1,13 +1,19 @@
-"""From hidden states to logits of labels; every rank holds the weights whole. Shapes: r rows, h hidden, l labels."""
+"""From hidden states to logits of labels or words. Every rank holds the weights whole, but those of the vocabulary.
 
-from collections.abc import Callable
+Shapes: r rows, h hidden, l labels, v vocabulary.
+"""
+
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from hasten.core.model_config import ClassifierConfig
+from hasten.core.model_config import ClassifierConfig, MaskedWordsConfig
+from hasten.layers.embedding import Embedding, Head
+from hasten.ops.reference import activated
+from hasten.parallel.groups import ALONE, TensorGroup
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu}
 
@@ -50,3 +56,37 @@ class Classifier(nn.Module):
         if self.dense is not None and self.activation is not None:
             x_rh = _ACTIVATIONS[self.activation](self.dense(x_rh))
         return self.out(x_rh if self.norm is None else self.norm(x_rh))
+
+
+class _WordsHead(Head):
+    def matrices(self) -> Iterable[tuple[nn.Module, str]]:
+        """None, so that an encoder's embedding stays as it is where its layers are quantized."""
+        return ()
+
+
+class MaskedWords(nn.Module):
+    """A dense layer, an activation and a norm, in fp32, then the head."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        config: MaskedWordsConfig,
+        *,
+        tied: Embedding | None,
+        norm_eps: float,
+        norm_bias: bool,
+        group: TensorGroup = ALONE,
+    ) -> None:
+        """`tied`: the embedding whose weight the head has; None: it has its own."""
+        super().__init__()
+        self.activation = config.activation
+        self.dense = _Dense(hidden_size, hidden_size, bias=config.dense_bias)
+        self.norm = _Norm(hidden_size, eps=norm_eps, bias=norm_bias)
+        self.head = _WordsHead(vocab_size, hidden_size, tied=tied, bias=config.bias, group=group)
+
+    def forward(self, hidden_rh: Tensor) -> Tensor | None:
+        """Logits [r, v] on rank 0; None on the others, which must call it too."""
+        normed_rh = self.norm(activated(self.dense(hidden_rh.float()), self.activation))
+        logits: Tensor | None = self.head(normed_rh.to(hidden_rh.dtype))
+        return logits

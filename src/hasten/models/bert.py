@@ -11,9 +11,11 @@ from hasten.models import hf_config
 from hasten.models.decoder_weights import plain_layer
 from hasten.models.encoder import (
     Encoder,
+    StoredWords,
     classifier_from_hf,
     embedding_weights,
     encoder_weights,
+    masked_words_from_hf,
     refuse,
     task_from_hf,
 )
@@ -25,16 +27,13 @@ SUPPORTED: Mapping[str, Any] = {
     "position_embedding_type": "absolute",
 }
 """Keys that change what BERT computes, and the values that it was trained with."""
-_MASKED_WORDS = tuple(
-    f"cls.{name}"
-    for name in (
-        *("predictions.bias", "predictions.decoder.weight", "predictions.decoder.bias"),
-        *(f"predictions.transform.{layer}" for layer in ("dense.weight", "dense.bias")),
-        *(f"predictions.transform.LayerNorm.{kind}" for kind in ("weight", "bias", "gamma", "beta")),
-        *("seq_relationship.weight", "seq_relationship.bias"),
-    )
+_WORDS = StoredWords(
+    dense="cls.predictions.transform.dense",
+    norm="cls.predictions.transform.LayerNorm",
+    decoder="cls.predictions.decoder",
+    other_bias="cls.predictions.bias",
 )
-"""The heads of the first training."""
+_NEXT_SENTENCE = ("cls.seq_relationship.weight", "cls.seq_relationship.bias")
 POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 
 
@@ -46,12 +45,14 @@ class BertModel(Encoder):
         """Read Hugging Face's config.json."""
         architecture, task = task_from_hf(raw)
         classifier = classifier_from_hf(raw, task, dense="tanh" if task == "classify" else None)
+        fields = bert_fields(raw, pad=0)
         return ModelConfig(
             architecture=architecture or "BertModel",
             task=task,
             classifier=classifier,
+            masked_words=masked_words_from_hf(architecture, fields["activation"]),
             max_position_embeddings=hf_config.count(raw, "max_position_embeddings", default=512),
-            **bert_fields(raw, pad=0),
+            **fields,
         )
 
     @staticmethod
@@ -64,7 +65,8 @@ class BertModel(Encoder):
             prefix="bert.",
             first=embedding_weights(config),
             dense="bert.pooler.dense",
-            ignored=(*_MASKED_WORDS, *(() if pooled else POOLER)),
+            words=_WORDS,
+            ignored=(*_NEXT_SENTENCE, *(() if pooled else POOLER)),
         )
 
 

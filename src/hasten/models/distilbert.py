@@ -12,19 +12,17 @@ from hasten.models.decoder_weights import plain_layer
 from hasten.models.encoder import (
     HARMLESS,
     Encoder,
+    StoredWords,
     classifier_from_hf,
     embedding_weights,
     encoder_weights,
+    masked_words_from_hf,
     refuse,
     task_from_hf,
 )
 from hasten.models.weight_map import WeightMap, WeightSpec
 
-_MASKED_WORDS = tuple(
-    f"{name}.{kind}"
-    for name in ("vocab_transform", "vocab_layer_norm", "vocab_projector")
-    for kind in ("weight", "bias")
-)
+_WORDS = StoredWords(dense="vocab_transform", norm="vocab_layer_norm", decoder="vocab_projector")
 _EPS = 1e-12
 """Of every norm: config.json has no key for it."""
 
@@ -42,6 +40,7 @@ class DistilBertModel(Encoder):
         architecture, task = task_from_hf(raw)
         refuse(raw, {"add_cross_attention": False, "is_decoder": False})
         hidden, heads = hf_config.width_and_heads(raw, ("dim",), ("n_heads",), default_heads=12)
+        activation = hf_config.activation(raw, "activation", "gelu")
         return ModelConfig(
             architecture=architecture or "DistilBertModel",
             task=task,
@@ -56,7 +55,8 @@ class DistilBertModel(Encoder):
             norm_eps=_EPS,
             norm_first=False,
             final_norm=False,
-            activation=hf_config.activation(raw, "activation", "gelu"),
+            activation=activation,
+            masked_words=masked_words_from_hf(architecture, activation),
             max_position_embeddings=hf_config.count(raw, "max_position_embeddings", default=512),
             **hf_config.usual(raw, tied=True, bos=None, eos=None, pad=0),
         )
@@ -70,7 +70,7 @@ class DistilBertModel(Encoder):
             prefix="distilbert.",
             first=embedding_weights(config),
             dense="pre_classifier",
-            ignored=_MASKED_WORDS,
+            words=_WORDS,
         )
 
 

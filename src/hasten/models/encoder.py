@@ -4,7 +4,7 @@ Shapes: t tokens of the flat batch, h hidden, r rows, l labels.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -13,16 +13,35 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten.core.errors import ConfigError, UnsupportedError
-from hasten.core.model_config import ClassifierConfig, LabelActivation, ModelConfig, Pooling, Task
+from hasten.core.model_config import (
+    Activation,
+    ClassifierConfig,
+    LabelActivation,
+    MaskedWordsConfig,
+    ModelConfig,
+    Pooling,
+    Task,
+)
 from hasten.layers.attention import Attention
-from hasten.layers.classifier import Classifier
+from hasten.layers.classifier import Classifier, MaskedWords
 from hasten.layers.embedding import Embedding
 from hasten.layers.mlp import MLP
 from hasten.layers.position import RelativeBias
 from hasten.models import hf_config
 from hasten.models.base import Transformer
 from hasten.models.decoder import make_norm
-from hasten.models.weight_map import Axis, WeightMap, WeightSpec, linear, norm, positions, table, vocabulary
+from hasten.models.weight_map import (
+    Axis,
+    Tie,
+    WeightMap,
+    WeightSpec,
+    linear,
+    norm,
+    positions,
+    table,
+    vocabulary,
+    vocabulary_bias,
+)
 from hasten.ops.meta import AttentionMeta
 from hasten.parallel.groups import ALL_ALONE, ParallelGroups
 from hasten.parallel.shard import Split
@@ -35,6 +54,8 @@ HARMLESS = frozenset(
     """.split()
 )
 """Keys of config.json that change nothing an encoder computes."""
+
+_HIDDEN: Axis = "hidden"
 
 
 class EncoderBlock(nn.Module):
@@ -57,7 +78,7 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(Transformer):
-    """Embedding, layers whose tokens see all tokens of their text, and perhaps a classifier."""
+    """Embedding, layers whose tokens see all tokens of their text, and perhaps a classifier or a head for masks."""
 
     block: ClassVar[type[nn.Module]] = EncoderBlock
     hf_harmless: ClassVar[frozenset[str]] = HARMLESS
@@ -80,6 +101,20 @@ class Encoder(Transformer):
         )
         self.final_norm = make_norm(config, groups) if config.final_norm else None
         self.classifier = make_classifier(config)
+        self.masked_words = self._make_masked_words(config)
+
+    def _make_masked_words(self, config: ModelConfig) -> MaskedWords | None:
+        if config.masked_words is None:
+            return None
+        return MaskedWords(
+            config.vocab_size,
+            config.hidden_size,
+            config.masked_words,
+            tied=self.embedding if config.tie_word_embeddings else None,
+            norm_eps=config.norm_eps,
+            norm_bias=config.norm_bias,
+            group=self.group,
+        )
 
     def forward(self, inputs: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
         """Hidden states after the last layer, of the tokens of `meta.output_part` where it names some: [t, h].
@@ -119,6 +154,46 @@ def position_rows(config: ModelConfig, token_ids: Sequence[int], type_ids: Seque
     return found
 
 
+@dataclass(frozen=True)
+class StoredWords:
+    """What a checkpoint calls the parts of the head for masks."""
+
+    dense: str
+    norm: str
+    decoder: str
+    """Whose weight is usually the embedding's."""
+    other_bias: str | None = None
+    """Another name of the decoder's bias, under which files have it too, or instead."""
+
+    @property
+    def own_head(self) -> WeightSpec:
+        """The weight of the decoder."""
+        return vocabulary("masked_words.head.weight", f"{self.decoder}.weight")
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Other names of its tensors."""
+        return {} if self.other_bias is None else {self.other_bias: f"{self.decoder}.bias"}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that its tensors may have."""
+        kinds = ("weight", "bias", "gamma", "beta")
+        modules = (f"{module}.{kind}" for module in (self.dense, self.norm, self.decoder) for kind in kinds)
+        return (*modules, *self.aliases)
+
+    def specs(self, config: ModelConfig) -> Iterable[WeightSpec]:
+        """Its weights but for the decoder's, where a model has it."""
+        own = config.masked_words
+        if own is None:
+            return
+        name, into = "masked_words", {self.dense: _HIDDEN}
+        yield from linear(f"{name}.dense", into, "hidden", "hidden", Split.REPLICATE, bias=own.dense_bias)
+        yield from norm(f"{name}.norm", self.norm, bias=config.norm_bias)
+        if own.bias:
+            yield vocabulary_bias(f"{name}.head.bias", f"{self.decoder}.bias")
+
+
 def encoder_weights(
     config: ModelConfig,
     of_layer: Callable[[int], Iterable[WeightSpec]],
@@ -128,20 +203,31 @@ def encoder_weights(
     last: Iterable[WeightSpec] = (),
     dense: str = "",
     classifier: str = "classifier",
+    words: StoredWords,
     ignored: tuple[str, ...] = (),
 ) -> WeightMap:
-    """That of an encoder's layers, what stands before and behind them, and its classifier.
+    """That of an encoder's layers, what stands before and behind them, and its classifier or head for masks.
 
-    `prefix` is that of the base model. `dense` and `classifier` are the stored modules of the classifier, and
-    `ignored` what no task needs: heads of other tasks and old buffers.
+    `prefix` is that of the base model. `dense` and `classifier` are the stored modules of the classifier, `words` those
+    of the head for masks, which other tasks ignore, and `ignored` what no task needs: their heads and old buffers.
     """
-    head = tuple(_classifier_weights(config, dense, classifier))
+    first, has_words = tuple(first), config.masked_words is not None
+    head = [*_classifier_weights(config, dense, classifier), *map(_with_old_name, words.specs(config))]
+    tie = Tie(words.own_head, first[0]) if has_words and config.tie_word_embeddings else None
+    head += [words.own_head] if has_words and tie is None else []
+    unprefixed = frozenset(source.name for spec in head for source in (*spec.sources, *spec.other_sources))
     layers = chain.from_iterable(map(of_layer, range(config.num_layers)))
     return WeightMap(
         specs=(*map(_with_old_name, chain(first, layers, last)), *head),
         hf_prefix=prefix,
-        hf_unprefixed=frozenset(source.name for spec in head for source in spec.sources),
-        hf_ignored=("embeddings.position_ids", "embeddings.token_type_ids", *ignored),
+        hf_unprefixed=unprefixed,
+        hf_ignored=(
+            *("embeddings.position_ids", "embeddings.token_type_ids"),
+            *ignored,
+            *(() if has_words else (name for name in words.names if name not in unprefixed)),
+        ),
+        hf_aliases=words.aliases if has_words else {},
+        head_tie=tie,
     )
 
 
@@ -187,6 +273,13 @@ def task_from_hf(raw: Mapping[str, Any]) -> tuple[str | None, Task]:
     named = raw.get("architectures")
     name = str(named[0]) if isinstance(named, list) and named else None
     return name, next((task for suffix, task in _TASKS if name is not None and name.endswith(suffix)), "embed")
+
+
+def masked_words_from_hf(architecture: str | None, activation: Activation, **fields: Any) -> MaskedWordsConfig | None:
+    """The head for masks of an architecture that has it; `fields`: what else its configuration says of it."""
+    if architecture is None or not architecture.endswith(("ForMaskedLM", "ForPreTraining")):
+        return None
+    return MaskedWordsConfig(activation=activation, **fields)
 
 
 def refuse(raw: Mapping[str, Any], supported: Mapping[str, Any]) -> None:

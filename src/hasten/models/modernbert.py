@@ -13,13 +13,20 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten.core.errors import ConfigError, UnsupportedError
-from hasten.core.model_config import AttentionConfig, ModelConfig, Pooling
+from hasten.core.model_config import AttentionConfig, MaskedWordsConfig, ModelConfig, Pooling
 from hasten.layers.attention import Attention
 from hasten.layers.mlp import GatedMLP
 from hasten.layers.position import RelativeBias
 from hasten.models import hf_config
 from hasten.models.decoder import make_norm
-from hasten.models.encoder import Encoder, classifier_from_hf, encoder_weights, task_from_hf
+from hasten.models.encoder import (
+    Encoder,
+    StoredWords,
+    classifier_from_hf,
+    encoder_weights,
+    masked_words_from_hf,
+    task_from_hf,
+)
 from hasten.models.llama import FULL, SLIDING, layer_kinds
 from hasten.models.rope import rope_from_hf
 from hasten.models.weight_map import Axis, WeightMap, WeightSpec, linear, norm, vocabulary
@@ -32,8 +39,7 @@ _MAX_POSITION = 8192
 _THETAS = {FULL: ("global_rope_theta", 160_000.0), SLIDING: ("local_rope_theta", 10_000.0)}
 """By kind of layer: the key of a rope's theta in older files, and what a silent file stands for."""
 _POOLINGS: Mapping[str, Pooling] = {"cls": "cls", "mean": "mean"}
-_MASKED_WORDS: tuple[str, ...] = ("head.dense.weight", "head.dense.bias", "head.norm.weight", "head.norm.bias")
-_MASKED_WORDS += ("decoder.weight", "decoder.bias")
+_WORDS = StoredWords(dense="head.dense", norm="head.norm", decoder="decoder")
 
 
 class ModernBertBlock(nn.Module):
@@ -66,7 +72,7 @@ class ModernBertModel(Encoder):
     block: ClassVar[type[nn.Module]] = ModernBertBlock
     hf_harmless: ClassVar[frozenset[str]] = frozenset(
         """
-        attention_dropout classifier_dropout decoder_bias deterministic_flash_attn embedding_dropout
+        attention_dropout classifier_dropout deterministic_flash_attn embedding_dropout
         initializer_cutoff_factor initializer_range layer_norm_eps max_position_embeddings mlp_dropout
         position_embedding_type reference_compile repad_logits_with_grad sentence_transformers sparse_pred_ignore_index
         sparse_prediction
@@ -85,6 +91,7 @@ class ModernBertModel(Encoder):
             architecture=architecture or "ModernBertModel",
             task=task,
             classifier=_classifier(raw, task),
+            masked_words=_masked_words(raw, architecture),
             num_layers=layers,
             hidden_size=hf_config.count(raw, "hidden_size", default=768),
             intermediate_size=hf_config.count(raw, "intermediate_size", default=1152),
@@ -114,8 +121,18 @@ class ModernBertModel(Encoder):
             ),
             last=norm("final_norm", "final_norm", bias=config.norm_bias),
             dense="head.dense",
-            ignored=() if config.classifier else _MASKED_WORDS,
+            words=_WORDS,
         )
+
+
+def _masked_words(raw: Mapping[str, Any], architecture: str | None) -> MaskedWordsConfig | None:
+    activation = hf_config.activation(raw, "classifier_activation", "gelu")
+    return masked_words_from_hf(
+        architecture,
+        activation,
+        dense_bias=hf_config.flag(raw, "classifier_bias", False),
+        bias=hf_config.flag(raw, "decoder_bias", True),
+    )
 
 
 def _classifier(raw: Mapping[str, Any], task: Any) -> Any:

@@ -9,8 +9,16 @@ from typing import Any
 from hasten.core.model_config import ModelConfig
 from hasten.models.bert import POOLER, bert_fields
 from hasten.models.decoder_weights import plain_layer
-from hasten.models.encoder import Encoder, classifier_from_hf, embedding_weights, encoder_weights, refuse, task_from_hf
-from hasten.models.roberta import MASKED_WORDS, padded_positions
+from hasten.models.encoder import (
+    Encoder,
+    classifier_from_hf,
+    embedding_weights,
+    encoder_weights,
+    masked_words_from_hf,
+    refuse,
+    task_from_hf,
+)
+from hasten.models.roberta import WORDS, padded_positions
 from hasten.models.weight_map import WeightMap, WeightSpec, table
 
 _BUCKETS = 32
@@ -29,6 +37,7 @@ class MPNetModel(Encoder):
             architecture=architecture or "MPNetModel",
             task=task,
             classifier=classifier_from_hf(raw, task, dense="tanh" if task == "classify" else None),
+            masked_words=masked_words_from_hf(architecture, "gelu"),
             **fields | {"token_types": 0},
             **padded_positions(raw, fields["pad_token_id"]),
         )
@@ -44,7 +53,8 @@ class MPNetModel(Encoder):
             first=(*embedding_weights(config), bias),
             dense="classifier.dense",
             classifier="classifier.out_proj" if config.task == "classify" else "classifier",
-            ignored=(*MASKED_WORDS, *POOLER),
+            words=WORDS,
+            ignored=POOLER,
         )
 
 

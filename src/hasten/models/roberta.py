@@ -11,17 +11,20 @@ from hasten.core.errors import ConfigError
 from hasten.core.model_config import ModelConfig
 from hasten.models import hf_config
 from hasten.models.bert import POOLER, bert_fields, bert_layer
-from hasten.models.encoder import Encoder, classifier_from_hf, embedding_weights, encoder_weights, task_from_hf
+from hasten.models.encoder import (
+    Encoder,
+    StoredWords,
+    classifier_from_hf,
+    embedding_weights,
+    encoder_weights,
+    masked_words_from_hf,
+    task_from_hf,
+)
 from hasten.models.weight_map import WeightMap
 
-MASKED_WORDS = tuple(
-    f"lm_head.{name}"
-    for name in (
-        *("bias", "dense.weight", "dense.bias", "decoder.weight", "decoder.bias"),
-        *("layer_norm.weight", "layer_norm.bias"),
-    )
+WORDS = StoredWords(
+    dense="lm_head.dense", norm="lm_head.layer_norm", decoder="lm_head.decoder", other_bias="lm_head.bias"
 )
-"""The head of the first training."""
 
 
 class RobertaModel(Encoder):
@@ -37,6 +40,7 @@ class RobertaModel(Encoder):
             architecture=architecture or "RobertaModel",
             task=task,
             classifier=classifier,
+            masked_words=masked_words_from_hf(architecture, "gelu"),
             **fields,
             **padded_positions(raw, fields["pad_token_id"]),
         )
@@ -51,7 +55,8 @@ class RobertaModel(Encoder):
             first=embedding_weights(config),
             dense="classifier.dense",
             classifier="classifier.out_proj" if config.task == "classify" else "classifier",
-            ignored=(*MASKED_WORDS, *POOLER),
+            words=WORDS,
+            ignored=POOLER,
         )
 
 

@@ -296,7 +296,8 @@ class EngineClient:
         self._check_length(tokens)
         await self._spread(len(tokens))
         number = self._next_number(priority)
-        message = Add(number, tokens, None, False, request.pooling, request.token_type_ids, request.skipped_tokens)
+        extra = request.token_type_ids, request.skipped_tokens, request.masks
+        message = Add(number, tokens, None, False, request.pooling, *extra)
         message.cache_salt = cache_salt(None)
         ticket = Ticket(number, tokens, 1, _frame(message), priority)
         _attach(ticket, request.pooling)

@@ -7,12 +7,14 @@ itself, and one that does not gets as much as it can send. The first and the las
 
 from array import array
 from collections import deque
+from itertools import chain
 from typing import Any
 
 from hasten.core.types import (
     CompletionOutput,
     EmbeddingOutput,
     FailedOutput,
+    FillMaskOutput,
     PooledOutput,
     PoolingOutput,
     PoolingRequestOutput,
@@ -87,6 +89,9 @@ def _pooled(output: PooledOutput) -> PooledData:
         return PooledData(b"", error=output.error)
     if isinstance(output, PoolingOutput):
         return PooledData(output.data.numpy().tobytes(), rows=len(output.data))
+    if isinstance(output, FillMaskOutput):
+        pairs = [[word.token for word in words] + [word.score for word in words] for words in output.candidates]
+        return PooledData(array("f", chain.from_iterable(pairs)).tobytes(), rows=len(pairs))
     if isinstance(output, ScoringOutput):
         numbers = [output.score]
     else:

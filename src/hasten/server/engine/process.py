@@ -199,6 +199,7 @@ class EngineLoop:
             pooling=message.pooling,
             token_type_ids=message.token_type_ids,
             skipped_tokens=message.skipped_tokens,
+            masks=message.masks,
             cache_salt=message.cache_salt,
         )
         try:

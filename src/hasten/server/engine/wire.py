@@ -128,8 +128,9 @@ class Add(msgspec.Struct, tag=True):
     pooling: PoolingParams | None = None
     token_type_ids: tuple[int, ...] = ()
     skipped_tokens: int = 0
+    masks: tuple[int, ...] = ()
     cache_salt: str = ""
-    """These four as core.types' Request has them."""
+    """These five as core.types' Request has them."""
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -169,7 +170,8 @@ class PooledData(msgspec.Struct, array_like=True, gc=False):
 
     data: bytes
     rows: int | None = None
-    """Tokens, of a task that gives numbers for each; None: they are one vector."""
+    """Tokens, of a task that gives numbers for each; masks, each with the ids of its words and then their scores; None:
+    they are one vector."""
     error: str | None = None
 
 

@@ -7,7 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 
+from hasten.core.types import FilledMask
+from hasten.engine.fill_mask import with_texts
+from hasten.engine.text import Tokenizer
 from hasten.server.openai.answer import Usage
 from hasten.server.openai.params import OpenAIError
 from hasten.server.pooling.call import Numbers, Result
@@ -43,6 +47,17 @@ def pooled(results: Sequence[Result], form: Form) -> Iterable[dict[str, Any]]:
     """Entries of /pooling."""
     for index, result in enumerate(results):
         yield {"object": "pooling", "index": index, "data": form(result.numbers)}
+
+
+def filled(results: Sequence[Result], tokenizer: Tokenizer) -> Iterable[dict[str, Any]]:
+    """Entries of /pooling with words for masks: for each mask a list of them, as transformers' pipeline has it."""
+    for index, result in enumerate(results):
+        ids_mk, scores_mk = np.split(result.numbers, 2, axis=1)
+        candidates = [
+            [FilledMask(score, int(token)) for token, score in zip(ids_k.tolist(), scores_k.tolist(), strict=True)]
+            for ids_k, scores_k in zip(ids_mk, scores_mk, strict=True)
+        ]
+        yield {"object": "pooling", "index": index, "data": with_texts(tokenizer, result.prompt_token_ids, candidates)}
 
 
 def classes(results: Sequence[Result], labels: Sequence[str]) -> Iterable[dict[str, Any]]:

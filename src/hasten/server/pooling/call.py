@@ -110,9 +110,12 @@ class PoolingCall:
 
     def _check_size(self, requests: Sequence[Request], params: PoolingParams) -> None:
         """InvalidRequestError where the answer would be too large."""
-        of_tokens = params.task in ("token_embed", "token_classify")
-        rows = sum(len(request.prompt_token_ids) for request in requests) if of_tokens else len(requests)
-        numbers = rows * self.info.width
+        if params.task == "fill_mask":  # each word comes with the text that it makes
+            numbers = sum(params.top_k * len(each.masks) * (2 + len(each.prompt_token_ids)) for each in requests)
+        else:
+            of_tokens = params.task in ("token_embed", "token_classify")
+            rows = sum(len(request.prompt_token_ids) for request in requests) if of_tokens else len(requests)
+            numbers = rows * self.info.width
         if numbers > _MOST_NUMBERS:
             raise InvalidRequestError(
                 f"the answer would have {numbers} numbers, the limit is {_MOST_NUMBERS}; send fewer texts at once"

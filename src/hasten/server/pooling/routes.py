@@ -52,7 +52,12 @@ def pooling_routes(models: ModelFinder) -> list[Route]:
 
     return [
         route("/v1/embeddings", "Vectors of texts", _EMBED, _embeddings),
-        route("/pooling", "Vectors or scores of texts, or of each of their tokens", _POOL, _pooling),
+        route(
+            "/pooling",
+            "Vectors or scores of texts, or of each of their tokens, or words for their masks",
+            _POOL,
+            _pooling,
+        ),
         route("/classify", "Classes of texts", _CLASSIFY, _classify),
         *(route(path, "Scores of pairs of texts", _SCORE, _score) for path in ("/score", "/v1/score")),
         # Cohere's second version has no documents in its answers
@@ -79,10 +84,16 @@ async def _embeddings(asked: EmbeddingRequest, model: str, call: PoolingCall) ->
 
 async def _pooling(asked: PoolingRequest, model: str, call: PoolingCall) -> bytes:
     form, prompts = answers.number_form(asked.encoding_format), asked.prompts()
-    params = asked.params(call.info.tasks[0])
+    tokenizer = call.client.tokenizer
+    params = asked.params(call.info.tasks[0], tokenizer)
     before = instruction(call.info.texts, None, None) if params.task == "embed" else None
     results = await call.prompts(prompts, params, before)
-    return await by_size(_size(results), answers.listed, "pool", model, answers.pooled(results, form), call.usage)
+    size, entries = _size(results), answers.pooled(results, form)
+    if params.task == "fill_mask":
+        assert tokenizer is not None, "no mask would be known, and a text without one is refused"
+        size *= 1 + max(len(result.prompt_token_ids) for result in results)
+        entries = answers.filled(results, tokenizer)
+    return await by_size(size, answers.listed, "pool", model, entries, call.usage)
 
 
 async def _classify(asked: ClassifyRequest, model: str, call: PoolingCall) -> bytes:

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from hasten.core.errors import InvalidRequestError
 from hasten.core.types import PoolingParams, Request
+from hasten.engine.fill_mask import no_mask
 from hasten.engine.text import TextTooLongError, Tokenizer
 from hasten.engine.texts import Instruction, TextRequests
 from hasten.server.by_size import by_size
@@ -96,6 +97,8 @@ class TextReader:
                 raise InvalidRequestError(f"{self._name}[{number}] has no tokens")
             if len(request.prompt_token_ids) > self._longest:
                 raise self._too_long(number, str(len(request.prompt_token_ids)))
+            if self._params.task == "fill_mask" and not request.masks:
+                raise InvalidRequestError(f"{self._name}[{number}]: {no_mask(self._client.tokenizer)}")
         return [request for _, request in requests]
 
     def _of_ids(self, prompts: Sequence[list[int]]) -> list[Request]:

@@ -6,6 +6,8 @@ import msgspec
 
 from hasten.core.errors import InvalidRequestError
 from hasten.core.types import PoolingParams, PoolingTask
+from hasten.engine.fill_mask import target_ids
+from hasten.engine.text import Tokenizer
 
 Input = str | list[str | int | list[int]]
 """A text, several texts, token ids, or several lists of token ids."""
@@ -69,16 +71,29 @@ class PoolingRequest(InputRequest, kw_only=True):
     softmax: bool | None = None
     use_activation: bool | None = None
     """Both are vLLM's other names of `activation`."""
+    top_k: int | None = None
+    """How many words each mask gets, by default 5; for the task fill_mask alone, like `targets`."""
+    targets: str | list[str | int] | None = None
+    """Words or token ids, of which a mask gets the most probable."""
 
-    def params(self, task: PoolingTask) -> PoolingParams:
-        """What to make of each text; `task`: where the request names none."""
+    def params(self, task: PoolingTask, tokenizer: Tokenizer | None) -> PoolingParams:
+        """What to make of each text; `task`: where the request names none; `tokenizer`: that of its `targets`."""
         return PoolingParams(
             task=self.task or task,
             dimensions=self.dimensions,
             normalize=self.normalize,
             activation=_activation(self.activation, self.use_activation, self.softmax),
             truncate_prompt_tokens=self.truncate_prompt_tokens,
+            **self._of_masks(tokenizer),
         )
+
+    def _of_masks(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
+        found: dict[str, Any] = {} if self.top_k is None else {"top_k": self.top_k}
+        if self.targets is not None:
+            found["targets"] = target_ids(tokenizer, self.targets)
+        if found and self.task != "fill_mask":
+            raise InvalidRequestError(f"{', '.join(found)}: for masks alone; give the task fill_mask")
+        return found
 
 
 class ClassifyRequest(InputRequest, kw_only=True):
