@@ -90,7 +90,7 @@ def test_words_for_masks(models: dict[str, Path], hasten_here: "Hasten") -> None
         ("embed", "ForSequenceClassification", ["--text", "a"], "is not a model to embed; it does classify"),
         ("classify", "Model", ["--text", "a"], "is not a model to classify; it does embed"),
         ("fill-mask", "ForMaskedLM", ["--text", "a"], "the text has no mask; write [MASK] where a word is missing"),
-        ("fill-mask", "ForMaskedLM", ["--text", "[MASK]", "--target", "a b"], "targets[0] 'a b' is 2 tokens; a mask gets one"),
+        ("fill-mask", "ForMaskedLM", ["--text", "[MASK]", "--target", "a b"], "targets[0] 'a b' is 2 tokens"),
         ("fill-mask", "Model", ["--text", "[MASK]"], "is not a model to fill_mask; it does embed, token_embed"),
         ("generate", "Model", ["--prompt", "a"], "DistilBertModel generates no text; it does embed"),
     ],
