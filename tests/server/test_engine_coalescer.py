@@ -8,6 +8,7 @@ import pytest
 
 from hasten.core.types import CompletionOutput, FinishReason, RequestOutput, SamplingParams
 from hasten.engine.llm import LLM
+from hasten.server.engine import process
 from hasten.server.engine.coalescer import Deltas, OutputCoalescer, pause_per_cpu_second
 from hasten.server.engine.process import EngineLoop
 from hasten.server.engine.wire import Acknowledge, Add, Step
@@ -44,10 +45,12 @@ class Reader:
         return [delta.token_ids for output in outputs for delta in output.completions]
 
 
-def served(llm: LLM, count: int, acknowledges: Callable[[Reader], bool], coalescer: OutputCoalescer) -> Reader:
-    """A reader that has got 16 tokens of each of some streams."""
+def served(
+    llm: LLM, count: int, acknowledges: Callable[[Reader], bool], coalescer: OutputCoalescer, *, stream: bool = True
+) -> Reader:
+    """A reader that has got 16 tokens of each of some requests."""
     params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
-    reader = Reader([Add(number, (number + 5,), params, stream=True) for number in range(count)], acknowledges)
+    reader = Reader([Add(number, (number + 5,), params, stream=stream) for number in range(count)], acknowledges)
     channel: Any = reader
     EngineLoop(llm.engine, channel, coalescer).run()
     return reader
@@ -110,6 +113,24 @@ def test_streams_pause_for_what_they_cost_where_the_engine_wants_all_cores() -> 
     assert not coalescer.is_due(3.0), "one message is on its way"
     coalescer.acknowledge(1, 0.0, now=3.0)
     assert coalescer.is_due(3.0)
+
+
+@pytest.mark.parametrize(
+    ("interval", "stream", "messages", "states"), [(1e9, False, 2, 2), (0.0, False, 17, 17), (1e9, True, 16, 2)]
+)
+def test_state_alone_is_sent_where_it_is_old_and_where_requests_begin_or_end(
+    demo_llm: LLM, monkeypatch: Any, interval: float, stream: bool, messages: int, states: int
+) -> None:
+    """And nothing is lost in between: the last message has the state of an idle engine, and all steps are counted."""
+    monkeypatch.setattr(process, "_STATE_S", interval)
+    before = demo_llm.engine.stats.steps
+    steps = served(demo_llm, 1, lambda _: True, OutputCoalescer(), stream=stream).steps
+    with_state = [step.stats for step in steps if step.stats is not None]
+    assert (len(steps), len(with_state)) == (messages, states)
+    assert [step.stats.running for step in steps if step.stats is not None and step.started] == [1]
+    assert steps[-1].stats == demo_llm.engine.stats
+    assert demo_llm.engine.stats.running == 0
+    assert sum(len(step.computed) for step in steps) == demo_llm.engine.stats.steps - before == 16
 
 
 def grown(number: int, count: int, *, finished: bool = False) -> RequestOutput:

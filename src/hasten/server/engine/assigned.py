@@ -108,6 +108,8 @@ class AssignedRequests:
 
     def observe(self, step: Step, now: float) -> None:
         """Take in what the engine says of its state, and of the requests that it has begun."""
+        if step.stats is None:
+            return
         self._on_change()
         begun = [ticket for number in step.started if (ticket := self._tickets.get(number)) is not None]
         for ticket in begun:

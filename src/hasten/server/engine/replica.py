@@ -150,7 +150,8 @@ class Replica:
 
     def _take_changes(self, step: Step) -> None:
         """Note which requests were begun, have to wait for their grammars, or are none any more."""
-        self._now, requests = step.stats, self.requests
+        requests = self.requests
+        self._now = step.stats or self._now
         for computed in step.computed:
             self._counters.step(computed)
         for numbers, compiling in ((step.compiling, True), (step.compiled, False)):

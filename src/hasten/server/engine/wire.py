@@ -219,9 +219,10 @@ class Refusal(msgspec.Struct):
 
 
 class Step(msgspec.Struct, tag=True):
-    """What one turn of the engine brought."""
+    """What one or more turns of the engine brought."""
 
-    stats: EngineStats
+    stats: EngineStats | None = None
+    """Its state, where that is new: with every message but those that bring running requests further in short steps."""
     outputs: list[Output] = []
     started: list[int] = []
     """Requests that this turn began to compute."""
