@@ -15,6 +15,7 @@ from hasten.core.config import EngineConfig
 from hasten.server.create import model_configs
 from hasten.server.engine.client import EngineClient, QueueLimits
 from hasten.server.listeners import HttpListener
+from hasten.server.openai.prompts import ChatPrompts
 from hasten.server.openai.routes import openai_routes
 from hasten.server.page.routes import page_routes
 from hasten.server.protocol.http import http_app
@@ -69,8 +70,9 @@ class Site:
     async def _start(self, configs: list[model_config_pb2.ModelConfig]) -> tuple[Service, str]:
         service = Service(MemoryRepository(configs))
         await service.start()
+        prompts = ChatPrompts()
         app = http_app(
-            [*openai_routes(service, with_metrics=self._with_metrics), *page_routes(service)],
+            [*openai_routes(service, prompts, with_metrics=self._with_metrics), *page_routes(service, prompts)],
             Admission(keys=self._keys, open_paths=frozenset({"/"})),
             1 << 22,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from tests.server.engine_helpers import stopped
 from tests.server.openai_site import DEMO, Site, models, with_template
 from tests.waiting import attempts, eventually
 
+from hasten.engine.chat import ChatTemplate
+from hasten.server.openai.prompts import ChatPrompts
 from hasten.server.page.routes import content_security_policy
 from hasten.server.security import ApiKeys
 
@@ -119,6 +122,24 @@ def test_the_state_is_behind_the_key(site: Site) -> None:
     }
     assert engine["num_blocks"] > engine["used_blocks"] == 0
     assert {entry["name"]: entry["state"] for entry in state["others"]} == dict.fromkeys(LOST, "UNAVAILABLE")
+
+
+def test_a_template_is_read_once_for_the_page_and_the_api(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    from_folder = ChatTemplate.from_folder
+
+    def noted(folder: str) -> ChatTemplate | None:
+        read.append(folder)
+        return from_folder(folder)
+
+    monkeypatch.setattr(ChatTemplate, "from_folder", noted)
+    client, prompts = site.engine("fastertransformer"), ChatPrompts()
+
+    async def look() -> list[bool]:
+        return await asyncio.gather(*(prompts.has_template(client) for _ in range(3)))
+
+    assert asyncio.run(look()) == [True] * 3
+    assert read == [client.info.tokenizer_folder]
 
 
 def test_a_completion_is_streamed_and_counted(open_page: OpenPage) -> None:

@@ -13,6 +13,7 @@ from hasten.core.config import EngineConfig
 from hasten.engine.text import Tokenizer
 from hasten.server import tokenizing
 from hasten.server.engine.client import EngineClient, EngineInfo, QueueLimits
+from hasten.server.openai.prompts import ChatPrompts
 from hasten.server.openai.routes import openai_routes
 from hasten.server.protocol.http import http_app
 from hasten.server.security import Admission, ApiKeys
@@ -57,7 +58,7 @@ class Site:
     """Their routes."""
 
     def __init__(self, engines: dict[str, EngineClient], keys: ApiKeys | None = None) -> None:
-        self._app = http_app(openai_routes(cast(Any, Models(engines))), Admission(keys=keys), 1 << 22)
+        self._app = http_app(openai_routes(cast(Any, Models(engines)), ChatPrompts()), Admission(keys=keys), 1 << 22)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         async def ask() -> httpx.Response:

@@ -22,6 +22,7 @@ from hasten.server.lifecycle import StartEngine
 from hasten.server.listeners import GrpcListener, HttpListener, joined
 from hasten.server.machine import raise_descriptor_limit, watch_descriptors
 from hasten.server.metrics import Machine, Metrics
+from hasten.server.openai.prompts import ChatPrompts
 from hasten.server.openai.routes import openai_routes
 from hasten.server.openapi.routes import docs_routes
 from hasten.server.options import EndpointOptions, ModelOptions, SecurityOptions, ServeOptions
@@ -113,10 +114,11 @@ class Server:
             await self.grpc.start()
         if self.http is not None:
             # tried one after the other: those of which there are few come first
+            prompts = ChatPrompts()
             routes = [
-                *openai_routes(self.service, with_metrics=self.options.server.enable_per_request_metrics),
+                *openai_routes(self.service, prompts, with_metrics=self.options.server.enable_per_request_metrics),
                 *self._routes.routes(),
-                *page_routes(self.service),
+                *page_routes(self.service, prompts),
             ]
             if self.metrics is not None:
                 routes += self._metrics.routes()

@@ -28,6 +28,7 @@ class ChatPrompts:
 
     def __init__(self) -> None:
         self._templates: WeakKeyDictionary[EngineClient, ChatTemplate | None] = WeakKeyDictionary()
+        self._reading = asyncio.Lock()
 
     async def chat(
         self,
@@ -67,7 +68,9 @@ class ChatPrompts:
     async def _template_of(self, client: EngineClient) -> ChatTemplate | None:
         folder = client.info.tokenizer_folder
         if folder is not None and client not in self._templates:
-            self._templates[client] = await asyncio.to_thread(ChatTemplate.from_folder, folder)
+            async with self._reading:
+                if client not in self._templates:  # whoever had the lock may have read it
+                    self._templates[client] = await asyncio.to_thread(ChatTemplate.from_folder, folder)
         return self._templates.get(client)
 
 

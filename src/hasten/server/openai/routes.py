@@ -32,12 +32,12 @@ _COMPLETION, _CHAT = msgspec.json.Decoder(CompletionRequest), msgspec.json.Decod
 _TOKENIZE, _DETOKENIZE = msgspec.json.Decoder(TokenizeRequest), msgspec.json.Decoder(DetokenizeRequest)
 
 
-def openai_routes(service: Models, *, with_metrics: bool = False) -> list[Route]:
+def openai_routes(service: Models, prompts: ChatPrompts, *, with_metrics: bool = False) -> list[Route]:
     """The routes of OpenAI's API, of Anthropic's messages, and vLLM's for tokenizers, vectors and scores of texts.
 
-    `with_metrics`: answers have the times of their requests.
+    `prompts` has the chat templates, which the page uses too. `with_metrics`: answers have the times of their requests.
     """
-    models, prompts = ModelFinder(service), ChatPrompts()
+    models = ModelFinder(service)
     chats = ChatCalls(models, prompts)
     completions = Operation("Complete prompts", CompletionRequest, streams=True)
     chat = Operation("Answer a chat", ChatRequest, streams=True)

@@ -23,10 +23,13 @@ _SCRIPTS = ("dom", "tokens", "panel", "play", "history", "plots", "state")
 _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
-def page_routes(service: Models) -> list[Route]:
-    """The page and the state that it polls every second. The page itself has nothing that a key should guard."""
+def page_routes(service: Models, prompts: ChatPrompts) -> list[Route]:
+    """The page and the state that it polls every second. The page itself has nothing that a key should guard.
+
+    `prompts`: those of the API, which know what engines have chat templates.
+    """
     html = page_html()
-    headers, prompts = page_headers(html), ChatPrompts()
+    headers = page_headers(html)
 
     async def page(_: Request) -> Response:
         """A page with a playground and the server's live state"""
