@@ -3,7 +3,10 @@
 import sys
 from importlib import import_module
 
-NAMES = ("malformed", "departures", "engine_death", "termination", "slow_readers", "mixed_load", "reload")
+NAMES = (
+    *("malformed", "departures", "engine_death", "termination", "slow_readers", "mixed_load", "logprob_load"),
+    "reload",
+)
 
 
 def main(arguments: list[str]) -> int:

@@ -130,6 +130,7 @@ _TRITON: list[_Base] = [
 _GETS = [
     *("/v2", "/v2/models/stats", f"/v2/models/{TOKENS}", f"/v2/models/{TOKENS}/config", f"/v2/models/{TOKENS}/stats"),
     *(f"/v2/models/{TEXT}/versions/1/ready", "/v2/systemsharedmemory/status", "/v2/health/ready", "/v1/models", "/"),
+    *("/health", "/ping", "/version", "/metrics", "/state", "/docs", "/openapi.json", f"/v1/models/{TEXT}"),
 ]
 _GENERATES: list[_Base] = [
     (f"/v2/models/{model}{version}/{route}", body)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.soak import departures, engine_death, malformed, mixed_load, reload, slow_readers, termination
+from tests.soak import departures, engine_death, logprob_load, malformed, mixed_load, reload, slow_readers, termination
 from tests.soak.__main__ import NAMES, main
 from tests.soak.asks import FailedError
 from tests.soak.attacks import HttpAttack, generate, openai, over_grpc, triton
@@ -26,6 +26,7 @@ SHORT: dict[Callable[..., Report], dict[str, Any]] = {
         **{"limit": 10.0, "growth": 0.5},
     },
     mixed_load.run: {"minutes": 0.05, "limit": 3.0},
+    logprob_load.run: {"minutes": 0.05, "limit": 3.0},
     reload.run: {"rounds": 1, "pause": 0.3},
 }
 
