@@ -11,7 +11,7 @@ from tests.soak.asks import STREAMS, WHOLES, Ask, Kind, Place, answers, grpc_str
 from tests.soak.report import Report
 from tests.soak.server import DEMO, Server, serving
 
-_TOKENS = 1500
+_TOKENS = 1900
 """Far more than anybody stays for."""
 _LEAST_PIECES, _MOST_PIECES = 1, 4
 _LIMIT_S = 1.0

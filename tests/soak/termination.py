@@ -19,7 +19,8 @@ _REFUSALS = ("503", "UNAVAILABLE")
 _RUNNING = "hasten_requests_running"
 _PROMPT_TOKENS = "hasten_prefix_cache_query_tokens_total"
 """Counts a prompt once its request has begun, however soon it ends."""
-_HELD = '{"model":"demo-model","prompt":"Ben","max_tokens":%d,"ignore_eos":true,"stream":true}'
+_HELD = '{"model":"demo-model","prompt":"Ben","max_tokens":%d,"ignore_eos":true,"stream":true,"n":8,"logprobs":20}'
+"""Some 14 MB, which do not fit into the system's buffers."""
 _STUCK = '{"model":"demo-model","prompt":"Anna","max_tokens":%d,"ignore_eos":true,"stream":true,"n":64,"logprobs":20}'
 
 
