@@ -1,4 +1,5 @@
-"""Ranks that start as copies of a process that has imported all they need, for tests of what ranks compute.
+"""Processes that start as copies of one that has imported all they need: ranks, for tests of what they compute, and
+batches, for tests that kill many.
 
 How ranks start in earnest is shown by tests/parallel/test_launch.py.
 """
@@ -14,9 +15,10 @@ from multiprocessing.context import ForkServerContext
 
 
 @cache
-def _context() -> ForkServerContext:
+def forking() -> ForkServerContext:
+    """Starts processes."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hasten.engine.follower"])
+    context.set_forkserver_preload(["hasten.engine.follower", "tests.batch.simulated"])
     return context
 
 
@@ -46,7 +48,7 @@ class ForkedRank:
         reader, writer = os.pipe()
         self.stdin = os.fdopen(writer, "wb")
         with Connection(reader, writable=False) as theirs, Connection(os.dup(pass_fds[0]), readable=False) as errors:
-            self._process = _context().Process(target=_be_rank, args=(theirs, errors, env), daemon=True)
+            self._process = forking().Process(target=_be_rank, args=(theirs, errors, env), daemon=True)
             self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid

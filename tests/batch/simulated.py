@@ -55,13 +55,12 @@ class SimulatedEngine:
         return RequestOutput(request.request_id, None, list(request.prompt_token_ids), outputs, finished=True)
 
 
-def main() -> None:
+def main(source: str, output: str, rows_per_shard: str, pause: str) -> None:
     """Run a batch to its end."""
-    source, output, rows_per_shard, pause = sys.argv[1:]
     engine = SimulatedEngine(before_step=lambda: time.sleep(float(pause)))
     with BatchJob(source, output, model=MODEL, rows_per_shard=int(rows_per_shard)) as job:
         job.run(engine, show_progress=False)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from pyarrow import Table
 from pyarrow.parquet import write_table
-from tests.batch.simulated import MODEL, SimulatedEngine
-from tests.waiting import eventually
+from tests.batch.simulated import MODEL, SimulatedEngine, main
+from tests.forked_ranks import forking
+from tests.waiting import LIMIT_S, eventually
 
 from hasten.batch.job import BatchJob, BatchSummary
 from hasten.batch.part import Part
@@ -26,7 +27,6 @@ from hasten.core.types import RequestOutput
 from hasten.engine.chat import ChatTemplate
 
 ROOT = Path(__file__).parents[2]
-WAIT_S = 60
 
 
 def write_rows(path: Path, rows: Iterable[object]) -> Path:
@@ -332,9 +332,8 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
 
 
-def _start(source: Path, out: Path, pause: float) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "tests.batch.simulated", str(source), str(out), "25", str(pause)]
-    return subprocess.Popen(command, cwd=ROOT, env=_environment())
+def _arguments(source: Path, out: Path, pause: float) -> list[str]:
+    return [str(source), str(out), "25", str(pause)]
 
 
 def _written(out: Path) -> int:
@@ -357,15 +356,17 @@ def test_fifty_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
     killed = 0
     while killed < kills:
         before = _written(out)
-        with _start(source, out, pause=0.01) as process:
-            eventually(lambda before=before: _written(out) > before)  # type: ignore[misc]
-            time.sleep(rng.uniform(0, 0.05))
-            process.kill()
-        killed += process.returncode == -signal.SIGKILL
+        process = forking().Process(target=main, args=_arguments(source, out, pause=0.01), daemon=True)
+        process.start()
+        eventually(lambda before=before: _written(out) > before)  # type: ignore[misc]
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
     with BatchJob(source, out, model=MODEL) as job:
         assert 0 < job.left < count
-    with _start(source, out, pause=0) as process:
-        assert process.wait(WAIT_S) == 0
+    last = [sys.executable, "-m", "tests.batch.simulated", *_arguments(source, out, pause=0)]
+    subprocess.run(last, cwd=ROOT, env=_environment(), timeout=LIMIT_S, check=True)
     expected = {f"id-{n}": [str(n + 1)] * (n % 3 + 1) for n in range(count) if n % 10}
     assert texts(out) == expected
     assert sorted(line["custom_id"] for line in lines(out, "errors")) == sorted(

@@ -16,7 +16,7 @@ PER_ROW = 40
 PEAK = """
 import resource, sys
 from tests.batch.simulated import main
-main()
+main(*sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -934,11 +934,13 @@ def test_a_client_that_leaves_leaves_nothing(served: Site, state: str, leave: Ca
         rest = b"\r\n{" if state == "body" else b""
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99\r\n" + rest)
     else:
+        ended = _total(served, "vllm:request_success_total")
         connection = _opened(port, "/v1/completions", long | {"stream": state == "streaming"})
         if state == "streaming":
             assert connection.recv(1)
-        elif state == "whole":
-            eventually(lambda: _total(served, "vllm:num_requests_running") > 0)
+        elif state == "whole":  # while it is computed, or at most a moment after that
+            done = "vllm:request_success_total"
+            eventually(lambda: _total(served, "vllm:num_requests_running") > 0 or _total(served, done) > ended)
     leave(connection)
     asyncio.run(served.server.idle_after())
 
