@@ -23,6 +23,7 @@ class SimulatedEngine:
     tokenizer: Tokenizer | None = None
     eos_token_ids = (2,)
     tool_call_parser = "auto"
+    reasoning_parser = "auto"
     text = ""
     """Of all completions, if it is not to be the sum of the prompt."""
 

@@ -63,6 +63,11 @@ class BatchEngine(Protocol):
         """The option of this name."""
         ...
 
+    @property
+    def reasoning_parser(self) -> str:
+        """The option of this name."""
+        ...
+
     def add(self, request: Request) -> None:
         """Queue a prompt; InvalidRequestError where it cannot be served."""
         ...
@@ -87,6 +92,7 @@ class LLMEngine:
         self.tokenizer = self._engine.tokenizer
         self.eos_token_ids = self._engine.model_config.eos_token_ids
         self.tool_call_parser = self._engine.config.tool_call_parser
+        self.reasoning_parser = self._engine.config.reasoning_parser
         self.add, self.abort = self._engine.add, self._engine.abort
         if self._engine.worker.pooler is not None:
             name = self._engine.model_config.architecture

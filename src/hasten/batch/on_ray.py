@@ -42,6 +42,7 @@ class EngineFacts:
     template: ChatTemplate | None
     eos_token_ids: Sequence[int]
     tool_call_parser: str
+    reasoning_parser: str
 
 
 class EngineActor:
@@ -64,6 +65,7 @@ class EngineActor:
             engine.template,
             engine.eos_token_ids,
             engine.tool_call_parser,
+            engine.reasoning_parser,
         )
 
     def exchange(self, requests: Sequence[Request], withdrawn: Sequence[str]) -> list[RequestOutput | Refused]:
@@ -146,6 +148,7 @@ class RayEngines:
         self.max_model_len, self.seed = facts.max_model_len, facts.seed
         self.tokenizer, self.template = facts.tokenizer, facts.template
         self.eos_token_ids, self.tool_call_parser = facts.eos_token_ids, facts.tool_call_parser
+        self.reasoning_parser = facts.reasoning_parser
 
     def _start(self) -> _Engine:
         actor = self._actor.remote()

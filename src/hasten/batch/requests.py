@@ -12,10 +12,10 @@ from hasten.batch.engine import BatchEngine
 from hasten.batch.source import Row
 from hasten.core.structured_outputs import STRUCTURED
 from hasten.core.types import SamplingParams
-from hasten.engine.chat import ChatTemplate
-from hasten.server.openai.chat import chat_text
+from hasten.server.openai.chat import chat_reasoning, chat_text
 from hasten.server.openai.choices import ChatChoices, Choices, completion_choices
 from hasten.server.openai.params import CONSTRAINING, OpenAIError, chat_params, check_chat, completion_params, decode
+from hasten.server.openai.reading import reading_of
 from hasten.server.openai.tools import ToolUse
 from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest
 
@@ -122,18 +122,17 @@ class RowReader:
         template = self._engine.template
         if template is None:
             raise OpenAIError("the model's tokenizer has no chat template; use prompts, or /v1/completions")
-        tools = self._tools(body, template)
+        engine, tokenizer = self._engine, self._engine.tokenizer
+        assert tokenizer is not None, "it has a template"
+        tools = ToolUse.of(body, template, tokenizer, engine.eos_token_ids, engine.tool_call_parser)
         text = chat_text(body, template, tools=None if tools is None else tools.descriptions)
+        reasoning = chat_reasoning(body, template, text, engine.reasoning_parser)
+        reading = reading_of(tokenizer, engine.eos_token_ids, tools, reasoning)
         # the template writes special tokens itself
         (ids,) = self._encoded([text], add_special_tokens=False)
-        params = chat_params(body, self._engine.max_model_len - len(ids), tools)
-        choices = ChatChoices(stream=False, top_logprobs=body.top_logprobs or 0, tools=tools)
+        params = chat_params(body, engine.max_model_len - len(ids), reading)
+        choices = ChatChoices(stream=False, top_logprobs=body.top_logprobs or 0, reading=reading)
         return RowRequest("chat.completion", body.model, [ids], [params], choices, cache_salt=body.cache_salt or "")
-
-    def _tools(self, body: ChatRequest, template: ChatTemplate) -> ToolUse | None:
-        engine = self._engine
-        assert engine.tokenizer is not None, "it has a template"
-        return ToolUse.of(body, template, engine.tokenizer, engine.eos_token_ids, engine.tool_call_parser)
 
     def _encoded(self, prompts: Sequence[str | list[int]], *, add_special_tokens: bool = True) -> list[list[int]]:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]

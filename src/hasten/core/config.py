@@ -17,7 +17,8 @@ from hasten.core.errors import ConfigError
 from hasten.core.model_config import ModelConfig
 from hasten.core.option_fields import check_kinds, option, parse_size, require
 
-TOOL_CALL_PARSERS = ("auto", "hermes", "llama3_json", "mistral")
+TOOL_CALL_PARSERS = ("auto", "hermes", "llama3_json", "mistral", "qwen3_coder", "seed_oss", "openai")
+REASONING_PARSERS = ("auto", "none", "deepseek_r1", "qwen3", "mistral", "seed_oss", "openai_gptoss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,9 +252,16 @@ class EngineConfig:
     )
     tool_call_parser: str = option(
         "auto",
-        "form in which the model writes calls of tools in chats: hermes (Qwen's too), llama3_json, mistral, or auto, "
-        "as its chat template shows",
+        "form in which the model writes calls of tools in chats: hermes (Qwen's too), llama3_json, mistral, "
+        "qwen3_coder, seed_oss, openai (gpt-oss), or auto, as its chat template shows",
         choices=TOOL_CALL_PARSERS,
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "form in which the model marks its reasoning in chats, which answers then have apart from their content: "
+        "deepseek_r1 (an answer begins with it), qwen3, mistral, seed_oss, openai_gptoss, none, or auto, as its chat "
+        "template shows",
+        choices=REASONING_PARSERS,
     )
     dtype: str = option(
         "auto",
@@ -308,6 +316,10 @@ class EngineConfig:
         require(
             self.tool_call_parser in TOOL_CALL_PARSERS,
             f"tool_call_parser {self.tool_call_parser!r} is not known; there is {', '.join(TOOL_CALL_PARSERS)}",
+        )
+        require(
+            self.reasoning_parser in REASONING_PARSERS,
+            f"reasoning_parser {self.reasoning_parser!r} is not known; there is {', '.join(REASONING_PARSERS)}",
         )
         self.check_deterministic(self.quantization)
 
@@ -402,6 +414,7 @@ class EngineOptions(TypedDict, total=False):
 
     tokenizer: str | os.PathLike[str] | None
     tool_call_parser: str
+    reasoning_parser: str
     dtype: Any
     device: Any
     quantization: Quantization | None

@@ -344,6 +344,11 @@ class EngineClient:
         return self._config.tool_call_parser
 
     @property
+    def reasoning_parser(self) -> str:
+        """The option of the engine: how its model marks its reasoning."""
+        return self._config.reasoning_parser
+
+    @property
     def max_text_bytes(self) -> int:
         """Of a text whose bytes say nothing of its tokens."""
         return self._limits.max_text_bytes

@@ -13,8 +13,8 @@ from hasten.server.openai.answer import AnswerForm, Usage, check_completions
 from hasten.server.openai.choices import Choice, Choices
 from hasten.server.openai.events import CallEvents
 from hasten.server.openai.models import Found
+from hasten.server.openai.reading import AnswerReading
 from hasten.server.openai.requests import PromptRequests
-from hasten.server.openai.tools import ToolUse
 from hasten.server.openai.types import GenerationRequest
 
 
@@ -32,12 +32,12 @@ class Call:
     """Seconds that its prompts may wait before they are begun; None: as long as the engine lets them."""
     prompts_only: bool = False
     """Whether prompts are to be given back and nothing is to follow them."""
-    tools: ToolUse | None = None
-    """What a chat may call."""
+    reading: AnswerReading | None = None
+    """What the answer to a chat may have beside text."""
 
     def naming_errors(self) -> AbstractContextManager[None]:
         """Errors in it name what the client sent."""
-        return nullcontext() if self.tools is None else self.tools.naming_errors()
+        return nullcontext() if self.reading is None else self.reading.naming_errors()
 
     async def answer(self) -> bytes:
         """The whole answer."""

@@ -6,7 +6,10 @@ from typing import Any
 import msgspec
 
 from hasten.engine.chat import ChatTemplate, RenderLimits, chat_prompt
+from hasten.server.openai.params import OpenAIError
+from hasten.server.openai.reading import Reasoning
 from hasten.server.openai.types import ChatMessage, ChatRequest
+from hasten.server.tools.reasoning import reasoning_form
 
 Descriptions = Sequence[Mapping[str, Any]] | None
 """Of tools, as templates know them."""
@@ -22,9 +25,10 @@ def characters(asked: ChatRequest, tools: Descriptions = None) -> int:
 
 def _characters(message: ChatMessage) -> int:
     calls = 0 if not message.tool_calls else len(_encode(message.tool_calls))
+    reasoning = len(message.reasoning or message.reasoning_content or "")
     if isinstance(message.content, list):
-        return calls + sum(len(part.text or "") for part in message.content)
-    return calls + len(message.content or "")
+        return calls + reasoning + sum(len(part.text or "") for part in message.content)
+    return calls + reasoning + len(message.content or "")
 
 
 def chat_text(
@@ -38,11 +42,45 @@ def chat_text(
         tools=tools,
         add_generation_prompt=not asked.continue_final_message if begins_answer is None else begins_answer,
         continue_final_message=bool(asked.continue_final_message),
-        variables=asked.chat_template_kwargs,
+        variables=_variables(asked, template),
         limits=limits,
     )
 
 
+def chat_reasoning(asked: ChatRequest, template: ChatTemplate, prompt: str, parser: str) -> Reasoning | None:
+    """The reasoning that an answer to a prompt may begin with; `parser` is the option `reasoning_parser`."""
+    form = reasoning_form(template.tool_source, parser)
+    if form is None:
+        return None
+    stage = form.stage(prompt, _text(asked.messages[-1]) if asked.continue_final_message else None)
+    return None if stage is None else Reasoning(form, stage, asked.include_reasoning is not False)
+
+
+def _variables(asked: ChatRequest, template: ChatTemplate) -> dict[str, Any] | None:
+    """What the template may know beside the messages; OpenAIError for an effort that it does not ask for."""
+    effort = asked.reasoning_effort
+    if effort is None:
+        return asked.chat_template_kwargs
+    if "reasoning_effort" not in template.tool_source:
+        message = "reasoning_effort is not supported: the model's chat template has no room for it; leave it out"
+        raise OpenAIError(message, param="reasoning_effort")
+    return {"reasoning_effort": effort} | (asked.chat_template_kwargs or {})
+
+
+def _text(message: ChatMessage) -> str:
+    if isinstance(message.content, list):
+        return "\n".join(part.text or "" for part in message.content)
+    return message.content or ""
+
+
 def _plain(message: ChatMessage) -> dict[str, Any]:
     values: dict[str, Any] = msgspec.to_builtins(message)
-    return {name: values[name] for name in _FOR_TEMPLATES if name in values}
+    made = {name: values[name] for name in _FOR_TEMPLATES if name in values}
+    reasoning = message.reasoning or message.reasoning_content
+    if reasoning:
+        made["reasoning_content"] = reasoning
+        if not (made.get("content") and made.get("tool_calls")):
+            made["thinking"] = reasoning  # as gpt-oss's template calls it, which refuses it beside those two
+        if not made.get("tool_calls"):
+            made.setdefault("content", "")
+    return made

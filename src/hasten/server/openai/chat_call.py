@@ -33,17 +33,17 @@ class ChatCalls:
         client = found.client
         check_chat(asked)
         timeout = checked_wait(request, asked.priority, client)
-        tools = await self._prompts.tools(asked, client)
-        tokens = await self._prompts.chat(asked, client, tools)
-        params = chat_params(asked, client.info.max_model_len - len(tokens), tools)
-        choices = ChatChoices(bool(asked.stream), asked.top_logprobs or 0, tools)
-        return await respond(request, Call(asked, found, [tokens], params, choices, form(params), timeout, tools=tools))
+        tokens, reading = await self._prompts.chat(asked, client)
+        params = chat_params(asked, client.info.max_model_len - len(tokens), reading)
+        choices = ChatChoices(bool(asked.stream), asked.top_logprobs or 0, reading)
+        call = Call(asked, found, [tokens], params, choices, form(params), timeout, reading=reading)
+        return await respond(request, call)
 
     async def prompt_tokens(self, asked: ChatRequest) -> int:
         """How many tokens the prompt of a chat has."""
         client = self._models.find_generator(asked.model).client
         check_chat(asked)
-        return len(await self._prompts.chat(asked, client, await self._prompts.tools(asked, client)))
+        return len((await self._prompts.chat(asked, client))[0])
 
 
 async def respond(request: Request, call: Call) -> Response:

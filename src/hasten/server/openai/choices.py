@@ -11,9 +11,10 @@ from hasten.engine.text import Tokenizer
 from hasten.server.engine.ticket import Progress
 from hasten.server.engine.wire import CompletionDelta, Logprob
 from hasten.server.openai.params import OpenAIError
-from hasten.server.openai.tools import ToolUse
+from hasten.server.openai.reading import AnswerReading
 from hasten.server.openai.types import CompletionRequest
-from hasten.server.tools.parser import CallPiece, Piece, TextPiece, ToolParser
+from hasten.server.tools.reader import AnswerReader, CallPiece, Piece, ReasoningPiece, TextPiece
+from hasten.server.tools.reasoning import joined_text
 
 _LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have; as OpenAI writes it."""
@@ -86,6 +87,10 @@ class ChatMessageOut(msgspec.Struct, omit_defaults=True):
 
     role: str | None = None
     content: str | msgspec.UnsetType | None = msgspec.UNSET
+    reasoning: str | None = None
+    """What the model wrote for itself."""
+    reasoning_content: str | None = None
+    """The same, under the name that most clients know."""
     tool_calls: list[ToolCallOut] | None = None
 
 
@@ -252,13 +257,13 @@ def _by_text(top: dict[int, Logprob]) -> dict[str, float]:
 
 @dataclass
 class ChatChoices:
-    """Answers of a chat, which call tools where it has any."""
+    """Answers of a chat, which have reasoning and calls of tools where `reading` says how they are read."""
 
     stream: bool
     top_logprobs: int = 0
-    tools: ToolUse | None = None
+    reading: AnswerReading | None = None
     _begun: set[int] = field(default_factory=set)
-    _parsers: dict[int, ToolParser] = field(default_factory=dict)
+    _readers: dict[int, AnswerReader] = field(default_factory=dict)
 
     def take(self, number: int, progress: Progress) -> list[ChatChoice | ChatPiece]:
         """See Choices; a chat has one prompt."""
@@ -268,27 +273,28 @@ class ChatChoices:
 
     def _whole(self, delta: CompletionDelta) -> ChatChoice:
         logprobs = None if delta.logprobs is None else self._logprobs(delta)
-        if self.tools is None:
+        if self.reading is None:
             message = ChatMessageOut("assistant", delta.text)
             return ChatChoice(delta.index, message, logprobs, _reason(delta), _stop_reason(delta))
-        pieces = self._parsed(self.tools, delta)
-        calls = _joined(self.tools, pieces)
-        text = "".join(piece.text for piece in pieces if isinstance(piece, TextPiece))
-        message = ChatMessageOut("assistant", text if text or not calls else None, calls or None)
+        pieces = self._read(self.reading, delta)
+        calls = _joined(self.reading, pieces)
+        text, reasoning = joined_text(pieces, TextPiece), joined_text(pieces, ReasoningPiece) or None
+        content = text if text or not (calls or reasoning) else None
+        message = ChatMessageOut("assistant", content, reasoning, reasoning, calls or None)
         return ChatChoice(delta.index, message, logprobs, self._reason(delta), _stop_reason(delta))
 
     def _pieces(self, delta: CompletionDelta) -> Iterator[ChatPiece]:
-        """What is new of an answer: one piece, or one for each part of it that is text or a call."""
+        """What is new of an answer: one piece, or one for each part of it that is text, reasoning or a call."""
         logprobs = None if delta.logprobs is None else self._logprobs(delta)
-        if self.tools is None:
+        if self.reading is None:
             yield self._piece(delta, ChatMessageOut(content=delta.text), logprobs, _reason(delta))
             return
-        shown = [_message(self.tools, piece) for piece in self._parsed(self.tools, delta)]
+        shown = [_message(self.reading, piece) for piece in self._read(self.reading, delta)]
         if not shown and (logprobs is not None or delta.finish_reason is not None):
             shown = [ChatMessageOut()]
-        for place, message in enumerate(shown):
-            is_last = place == len(shown) - 1
-            yield self._piece(delta, message, None if place else logprobs, self._reason(delta) if is_last else None)
+        for number, message in enumerate(shown):
+            is_last = number == len(shown) - 1
+            yield self._piece(delta, message, None if number else logprobs, self._reason(delta) if is_last else None)
 
     def _piece(
         self, delta: CompletionDelta, message: ChatMessageOut, logprobs: ChatLogprobs | None, reason: str | None
@@ -299,16 +305,19 @@ class ChatChoices:
         stop = msgspec.UNSET if reason is None else _stop_reason(delta)
         return ChatPiece(delta.index, message, logprobs, reason, stop)
 
-    def _parsed(self, tools: ToolUse, delta: CompletionDelta) -> list[Piece]:
-        parser = self._parsers.get(delta.index)
-        if parser is None:
-            parser = self._parsers[delta.index] = tools.parser()
-        pieces = parser.feed(delta.text)
-        return pieces if delta.finish_reason is None else pieces + parser.end()
+    def _read(self, reading: AnswerReading, delta: CompletionDelta) -> list[Piece]:
+        reader = self._readers.get(delta.index)
+        if reader is None:
+            reader = self._readers[delta.index] = reading.reader()
+        pieces = reader.feed(delta.text)
+        pieces = pieces if delta.finish_reason is None else pieces + reader.end()
+        if reading.shows_reasoning:
+            return pieces
+        return [piece for piece in pieces if not isinstance(piece, ReasoningPiece)]
 
     def _reason(self, delta: CompletionDelta) -> str | None:
-        parser = self._parsers.get(delta.index)
-        called = parser is not None and parser.calls > 0 and delta.finish_reason is FinishReason.STOP
+        reader = self._readers.get(delta.index)
+        called = reader is not None and reader.calls > 0 and delta.finish_reason is FinishReason.STOP
         return "tool_calls" if called else _reason(delta)
 
     def _logprobs(self, delta: CompletionDelta) -> ChatLogprobs:
@@ -322,17 +331,19 @@ class ChatChoices:
         return ChatToken(chosen.token, chosen.logprob, chosen.bytes, others)
 
 
-def _message(tools: ToolUse, piece: Piece) -> ChatMessageOut:
+def _message(reading: AnswerReading, piece: Piece) -> ChatMessageOut:
     """A piece of an answer in OpenAI's form."""
     if isinstance(piece, TextPiece):
         return ChatMessageOut(content=piece.text)
+    if isinstance(piece, ReasoningPiece):
+        return ChatMessageOut(reasoning=piece.text, reasoning_content=piece.text)
     if piece.name is None:
         return ChatMessageOut(tool_calls=[ToolCallOut(FunctionOut(piece.arguments), piece.number)])
-    call = ToolCallOut(FunctionOut(piece.arguments, piece.name), piece.number, tools.call_id(), "function")
+    call = ToolCallOut(FunctionOut(piece.arguments, piece.name), piece.number, reading.call_id(), "function")
     return ChatMessageOut(tool_calls=[call])
 
 
-def _joined(tools: ToolUse, pieces: Sequence[Piece]) -> list[ToolCallOut]:
+def _joined(reading: AnswerReading, pieces: Sequence[Piece]) -> list[ToolCallOut]:
     """The calls of a whole answer."""
     calls: list[tuple[str, list[str]]] = []
     for piece in pieces:
@@ -341,7 +352,7 @@ def _joined(tools: ToolUse, pieces: Sequence[Piece]) -> list[ToolCallOut]:
                 calls.append((piece.name, []))
             calls[-1][1].append(piece.arguments)
     return [
-        ToolCallOut(FunctionOut("".join(arguments), name), id=tools.call_id(), type="function")
+        ToolCallOut(FunctionOut("".join(arguments), name), id=reading.call_id(), type="function")
         for name, arguments in calls
     ]
 

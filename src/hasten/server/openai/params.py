@@ -16,7 +16,7 @@ from hasten.server.openai.types import ChatRequest, CompletionRequest, Generatio
 from hasten.server.tokenizing import check_entries
 
 if TYPE_CHECKING:
-    from hasten.server.openai.tools import ToolUse
+    from hasten.server.openai.reading import AnswerReading
 
 _MOST_COMPLETIONS, _MOST_PROMPTS, _MOST_LOGPROBS, _MOST_STOPS = 128, 2048, 20, 64
 """Each as OpenAI's own limit or above it: without one, a short request could ask for any amount of work."""
@@ -128,19 +128,19 @@ def check_chat(request: ChatRequest) -> None:
         raise OpenAIError("give max_completion_tokens or max_tokens, not both", param="max_tokens")
 
 
-def chat_params(request: ChatRequest, room: int, tools: "ToolUse | None" = None) -> SamplingParams:
+def chat_params(request: ChatRequest, room: int, reading: "AnswerReading | None" = None) -> SamplingParams:
     """For POST /v1/chat/completions; `room` is how many tokens fit behind the prompt."""
     _limit("top_logprobs", request.top_logprobs, _MOST_LOGPROBS)
     limits = [given for given in (request.max_completion_tokens, request.max_tokens) if given is not None]
     return _params(
         request,
-        tools,
+        reading,
         max_tokens=limits[0] if limits else max(1, room),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
 
 
-def _params(request: GenerationRequest, tools: "ToolUse | None" = None, **values: Any) -> SamplingParams:
+def _params(request: GenerationRequest, reading: "AnswerReading | None" = None, **values: Any) -> SamplingParams:
     _limit("n", request.n, _MOST_COMPLETIONS)
     _limit("temperature", request.temperature, _HOTTEST)
     if isinstance(request.stop, list):
@@ -156,7 +156,7 @@ def _params(request: GenerationRequest, tools: "ToolUse | None" = None, **values
         values["seed"] = request.seed % 2**64  # OpenAI's are signed
     values = {"n": 1 if request.n is None else request.n} | values
     constraint = _constraint(request)
-    values |= constraint if tools is None else tools.sampling(constraint)
+    values |= constraint if reading is None else reading.sampling(constraint)
     return SamplingParams(**(values | _beams(request)))
 
 

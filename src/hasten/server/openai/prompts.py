@@ -10,8 +10,9 @@ from hasten.engine.chat import ChatTemplate, RenderLimits
 from hasten.engine.text import TextTooLongError
 from hasten.server.by_size import by_size
 from hasten.server.engine.client import EngineClient, EngineInfo
-from hasten.server.openai.chat import characters, chat_text
+from hasten.server.openai.chat import characters, chat_reasoning, chat_text
 from hasten.server.openai.params import OpenAIError
+from hasten.server.openai.reading import AnswerReading, reading_of
 from hasten.server.openai.tools import ToolUse
 from hasten.server.openai.types import ChatRequest
 from hasten.server.tokenizing import SHORT_TEXT, tokenizing
@@ -31,25 +32,16 @@ class ChatPrompts:
         self._reading = asyncio.Lock()
 
     async def chat(
-        self,
-        asked: ChatRequest,
-        client: EngineClient,
-        tools: ToolUse | None = None,
-        *,
-        add_special_tokens: bool = False,
-    ) -> list[int]:
-        """Token ids of a chat. The template writes special tokens itself."""
-        prompt = await _rendered(asked, await self._template(client), client, tools)
+        self, asked: ChatRequest, client: EngineClient, *, add_special_tokens: bool = False
+    ) -> tuple[list[int], AnswerReading | None]:
+        """Token ids of a chat, and how its answer is read. The template writes special tokens itself."""
+        template, tokenizer, ends = await self._template(client), client.tokenizer, client.info.eos_token_ids
+        assert tokenizer is not None, "it has a template"
+        tools = ToolUse.of(asked, template, tokenizer, ends, client.tool_call_parser)
+        prompt = await _rendered(asked, template, client, tools)
+        reasoning = chat_reasoning(asked, template, prompt, client.reasoning_parser)
         (tokens,) = await tokenized([prompt], client, "messages", add_special_tokens=add_special_tokens)
-        return tokens
-
-    async def tools(self, asked: ChatRequest, client: EngineClient) -> ToolUse | None:
-        """What the tools of a chat are for its model, if it has any; OpenAIError where they are not valid."""
-        if asked.tools is None and asked.tool_choice is None:
-            return None
-        template = await self._template(client)
-        assert client.tokenizer is not None, "it has a template"
-        return ToolUse.of(asked, template, client.tokenizer, client.info.eos_token_ids, client.tool_call_parser)
+        return tokens, reading_of(tokenizer, ends, tools, reasoning)
 
     async def has_template(self, client: EngineClient) -> bool:
         """Whether an engine answers chats: one whose template is not valid has errors for them."""

@@ -65,7 +65,7 @@ async def _ids(asked: TokenizeRequest, client: EngineClient, chats: ChatPrompts)
         tools=asked.tools,
     )
     check_chat(chat)
-    return await chats.chat(chat, client, await chats.tools(chat, client), add_special_tokens=bool(given))
+    return (await chats.chat(chat, client, add_special_tokens=bool(given)))[0]
 
 
 async def text_of(asked: DetokenizeRequest, client: EngineClient) -> bytes:

@@ -16,9 +16,11 @@ from hasten.engine.chat import ChatTemplate
 from hasten.engine.text import Tokenizer
 from hasten.server.openai.params import OpenAIError
 from hasten.server.openai.types import ChatRequest, Function, NamedToolChoice
-from hasten.server.tools.forms import ToolForm, form_of
+from hasten.server.tools.forms import HARMONY_CALLS, ToolForm, form_of
 from hasten.server.tools.grammar import NO_PARAMETERS, GrammarFunction, ToolGrammar
 from hasten.server.tools.parser import ToolParser
+from hasten.server.tools.reader import AnswerReader
+from hasten.server.tools.xml_parser import XmlToolParser
 
 _MAX_TOOLS = 128
 """Of a request; OpenAI's own limit."""
@@ -123,10 +125,17 @@ class ToolUse:
                 raise
             raise OpenAIError(_PLACE.sub("", text).replace("grammar", "tools", 1), param="tools") from None
 
-    def parser(self) -> ToolParser:
+    @property
+    def max_calls(self) -> int | None:
+        """Calls that an answer may have; None: any number."""
+        return None if self.several and not isinstance(self.choice, NamedToolChoice) else 1
+
+    def parser(self) -> AnswerReader:
         """What reads one answer."""
-        one = not self.several or isinstance(self.choice, NamedToolChoice)
-        return ToolParser(self.form, {function.name for function in self.functions}, 1 if one else None)
+        if self.form.is_xml:
+            schemas = {function.name: function.parameters for function in self.functions}
+            return XmlToolParser(self.form, schemas, self.max_calls)
+        return ToolParser(self.form, {function.name for function in self.functions}, self.max_calls)
 
     def call_id(self) -> str:
         """An id for a call, of the kind that the model's template takes back."""
@@ -150,7 +159,8 @@ class ToolUse:
         grammar = self._tool_grammar(self.functions, several=self.several, checked=False)
         if schema is not None:
             return grammar.calls_or_json(schema)
-        if self.several and not any(function.strict for function in self.functions):
+        may_have_several = self.several or self.form is HARMONY_CALLS  # of which an answer has one call anyway
+        if may_have_several and not any(function.strict for function in self.functions):
             return None
         return grammar.calls_or_text()
 

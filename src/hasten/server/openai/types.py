@@ -192,6 +192,9 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    """What the assistant wrote for itself, under either name."""
     refusal: str | None = None
     annotations: list[Any] | None = None
     audio: None = None
@@ -208,11 +211,15 @@ class ChatRequest(GenerationRequest, kw_only=True):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    """For templates that know it."""
     modalities: list[str] | None = None
     store: bool | None = None
     service_tier: str | None = None
 
     # vLLM's extensions
+    include_reasoning: bool | None = None
+    """Whether answers have what the model writes for itself; they do."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from hasten.core.config import TOOL_CALL_PARSERS
 from hasten.core.errors import InvalidRequestError
 from hasten.engine.chat import ChatTemplate
+from hasten.server.tools.reasoning import is_harmony
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class ToolForm:
     """Whether calls may be the elements of a JSON list behind one mark, or names with their arguments behind them."""
     between: str = ""
     """Mark between a function's name and its arguments, where the model was trained to write them so."""
+    is_xml: bool = False
+    """Whether functions and parameters stand between marks, with values as they are."""
     id_length: int | None = None
     """Letters and digits that a call's id must have for the chat template."""
 
@@ -36,6 +39,12 @@ MISTRAL = ToolForm("mistral", "[TOOL_CALLS]", is_list=True, id_length=9)
 MISTRAL_NAMED = ToolForm("mistral", "[TOOL_CALLS]", is_list=True, between="[ARGS]", id_length=9)
 
 
+QWEN_CODER = ToolForm("qwen3_coder", "<tool_call>", "</tool_call>", is_xml=True)
+SEED = ToolForm("seed_oss", "<seed:tool_call>", "</seed:tool_call>", is_xml=True)
+HARMONY_CALLS = ToolForm("openai", "<|channel|>", is_single=True)
+_FUNCTION = "<function="
+
+
 def form_of(template: ChatTemplate, parser: str) -> ToolForm:
     """The form for `--tool-call-parser`, of which `auto` looks for the marks in the template.
 
@@ -44,13 +53,23 @@ def form_of(template: ChatTemplate, parser: str) -> ToolForm:
     source = template.tool_source
     if parser == "auto":
         parser = _parser_of(source)
-    forms = {"hermes": HERMES, "llama3_json": LLAMA, "mistral": MISTRAL_NAMED if "[ARGS]" in source else MISTRAL}
-    return forms[parser]
+    return {
+        "hermes": HERMES,
+        "llama3_json": LLAMA,
+        "mistral": MISTRAL_NAMED if "[ARGS]" in source else MISTRAL,
+        "qwen3_coder": QWEN_CODER,
+        "seed_oss": SEED,
+        "openai": HARMONY_CALLS,
+    }[parser]
 
 
 def _parser_of(source: str) -> str:
-    if HERMES.opening in source and "<function=" not in source:
-        return "hermes"
+    if is_harmony(source):
+        return "openai"
+    if SEED.opening in source:
+        return "seed_oss"
+    if HERMES.opening in source:
+        return "qwen3_coder" if _FUNCTION in source else "hermes"
     if MISTRAL.opening in source:
         return "mistral"
     if LLAMA.opening in source or '"name": function name, "parameters"' in source:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hasten.engine.text import AddedToken
-from hasten.server.tools.forms import ToolForm
+from hasten.server.tools.forms import HARMONY_CALLS, ToolForm
+from hasten.server.tools.harmony import HarmonyGrammar
+from hasten.server.tools.rules import json_rule, mark_rule
+from hasten.server.tools.xml_rules import xml_arguments
 
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 """The schema of a function that says nothing of its arguments."""
-_WHITESPACE = {"whitespace_pattern": " "}
-"""At most this between JSON's marks, as for all schemas."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,25 @@ class ToolGrammar:
         self._tokens = tokens
         self._end_tokens = end_tokens
         self._several = several and not form.is_single
+        self._harmony = HarmonyGrammar(tokens, end_tokens) if form is HARMONY_CALLS else None
 
     def calls(self) -> str:
         """At least one call, and nothing else; one alone unless `several`."""
+        if self._harmony is not None:
+            return self._harmony.calls(*self._in_channels())
         return "\n".join(["start: calls", *self._rules("" if self._form.begins_bare else self._opening)])
 
     def calls_or_json(self, schema: str) -> str:
         """At least one call, behind the form's mark, or a value by a JSON schema."""
-        answer = f"answer: %json {_with_whitespace(schema)}"
+        answer = f"answer: {json_rule(schema)}"
+        if self._harmony is not None:
+            return self._harmony.calls(*self._in_channels(), answer)
         return "\n".join(["start: calls | answer", answer, *self._rules(self._opening)])
 
     def calls_or_text(self) -> str:
         """Any text, with calls behind it or instead of it."""
+        if self._harmony is not None:
+            return self._harmony.calls(*self._in_channels(), self._harmony.text)
         token = self._tokens.get(self._form.opening)
         if self._form.begins_bare:
             text = [f"text: {self._opening}? FIRST REST?", r"FIRST: /[^{\s]/", "REST: /(?s:.+)/"]
@@ -81,9 +89,18 @@ class ToolGrammar:
             rules.append(f"calls: call ({separator}call)*" if self._several and opening else "calls: call")
         return rules + [self._call(number, function, opening) for number, function in enumerate(self._functions)]
 
+    def _in_channels(self) -> tuple[list[tuple[str, str]], list[str]]:
+        """Names of functions with the rules of their arguments, and those rules."""
+        names = [(function.name, f"arguments{number}") for number, function in enumerate(self._functions)]
+        return names, [f"arguments{number}: {_json(function)}" for number, function in enumerate(self._functions)]
+
     def _call(self, number: int, function: GrammarFunction, opening: str) -> str:
         form = self._form
         name, arguments = json.dumps(function.name), f"arguments{number}"
+        if form.is_xml:
+            begin, end = json.dumps(f"\n<function={function.name}>\n"), '"</function>\\n"'
+            call = f"call{number}: {opening} {begin} {arguments} {end} {self._mark(form.closing)}"
+            return "\n".join([call, *xml_arguments(arguments, _schema(function))])
         if form.between:
             call = f"{opening} {name} {self._mark(form.between)} {arguments}"
         else:
@@ -92,15 +109,15 @@ class ToolGrammar:
             if form.closing:
                 call = f'"\\n" {call} "\\n" {self._mark(form.closing)}'
             call = f"{opening} {call}"
-        schema = {"type": "object"} | dict(NO_PARAMETERS if function.schema is None else function.schema)
-        return f"call{number}: {call}\n{arguments}: %json {_with_whitespace(json.dumps(schema))}"
+        return f"call{number}: {call}\n{arguments}: {_json(function)}"
 
     def _mark(self, text: str) -> str:
-        """A mark as its token, or as its text where it is none."""
-        token = self._tokens.get(text)
-        return json.dumps(text) if token is None else f"<[{token.number}]>"
+        return mark_rule(text, self._tokens)
 
 
-def _with_whitespace(schema: str) -> str:
-    made = json.loads(schema)
-    return json.dumps(made | {"x-guidance": _WHITESPACE} if isinstance(made, dict) else {"x-guidance": _WHITESPACE})
+def _schema(function: GrammarFunction) -> Mapping[str, Any]:
+    return {"type": "object"} | dict(NO_PARAMETERS if function.schema is None else function.schema)
+
+
+def _json(function: GrammarFunction) -> str:
+    return json_rule(json.dumps(_schema(function)))

@@ -1,59 +1,28 @@
-"""From the text of an answer to its calls of tools, piece by piece.
-
-The time is linear in the text, however it is cut, and what is held back is bounded: a mark that has begun, spaces, and
-what stands before a function's name.
-"""
+"""Calls of tools that are JSON: objects, lists of them, or names with objects behind them."""
 
 import re
-from collections.abc import Callable, Collection
-from typing import NamedTuple
+from collections.abc import Collection
 
 from hasten.server.tools.forms import ToolForm
 from hasten.server.tools.json_stream import CallObject, JsonValue
+from hasten.server.tools.reader import MAX_SPACE, StepReader, begun_mark, space_end
 
-_MAX_HELD, _MAX_SPACE = 64 << 10, 1024
-"""Characters before a function's name, and of spaces: what is longer is text."""
-_SPACE = re.compile(r"\s*")
+_MAX_HELD = 64 << 10
+"""Characters before a function's name: what is longer is text."""
 _NAME_END = re.compile(r"\[(?:ARGS|CALL_ID)\]")
 
 
-class TextPiece(NamedTuple):
-    """Text that is no call."""
-
-    text: str
-
-
-class CallPiece(NamedTuple):
-    """The beginning of a call, which has its name, or more of its arguments' JSON."""
-
-    number: int
-    """Which of the answer's calls it belongs to."""
-    name: str | None
-    arguments: str
-
-
-Piece = TextPiece | CallPiece
-
-
-class ToolParser:
-    """Reads one answer. `feed` gives what each piece of its text brings, `end` what was held back.
+class ToolParser(StepReader):
+    """Reads one answer.
 
     `names` are the functions' names: an object without a mark is a call only of one of them. Of more calls than
     `max_calls` nothing is given.
     """
 
     def __init__(self, form: ToolForm, names: Collection[str], max_calls: int | None = None) -> None:
-        self.calls = 0
-        """Calls that have begun."""
+        super().__init__(self._start if form.begins_bare else self._text, max_calls)
         self._form = form
         self._names = names
-        self._max_calls = max_calls
-        self._state: Callable[[str, int, bool], int] = self._start if form.begins_bare else self._text
-        self._pending = ""
-        """What may be the beginning of a mark."""
-        self._space = ""
-        """Spaces before which there was no text, or a call."""
-        self._after_call = True
         self._object = CallObject()
         self._value = JsonValue()
         self._held: list[str] = []
@@ -61,51 +30,21 @@ class ToolParser:
         self._held_length = 0
         self._begun = False
         """Whether the call's name was given."""
-        self._has_arguments = False
         self._marked = False
-        self._pieces: list[Piece] = []
 
-    def feed(self, text: str) -> list[Piece]:
-        """The pieces that more text brings."""
-        return self._run(text, last=False)
-
-    def end(self) -> list[Piece]:
-        """The pieces that the end of the text brings."""
-        self._run("", last=True)
+    def _finish(self) -> None:
         if self._held:
             self._release()
-        if self._space and not self.calls:
-            self._pieces.append(TextPiece(self._space))
-        return self._taken()
-
-    def _run(self, text: str, *, last: bool) -> list[Piece]:
-        text, self._pending = self._pending + text, ""
-        at = 0
-        while at < len(text):
-            state = self._state
-            new = state(text, at, last)
-            if new == at and self._state == state:
-                self._pending = text[at:]
-                break
-            at = new
-        return [] if last else self._taken()
-
-    def _taken(self) -> list[Piece]:
-        pieces, self._pieces = self._pieces, []
-        return pieces
-
-    # Each state takes some of the text from `at` on and gives where it ended: `at` itself, without a new state, where
-    # only more text can decide. With `last` no more will come.
 
     def _start(self, text: str, at: int, last: bool) -> int:
         """The beginning of an answer that may be a call without a mark."""
-        begin = _end(text, at)
-        if begin == len(text) and not last and begin - at <= _MAX_SPACE:
+        begin = space_end(text, at)
+        if begin == len(text) and not last and begin - at <= MAX_SPACE:
             return at
         if begin < len(text) and text[begin] == "{":
             self._begin_object(text[at:begin], marked=False)
             return begin
-        self._state = self._text
+        self._step = self._text
         return at
 
     def _text(self, text: str, at: int, last: bool) -> int:
@@ -115,24 +54,24 @@ class ToolParser:
         if found >= 0:
             self._put_text(text[at:found])
             self._hold(mark)
-            self._state = self._opened
+            self._step = self._opened
             return found + len(mark)
-        end = len(text) if last else len(text) - _begun_mark(text, at, mark)
+        end = len(text) if last else len(text) - begun_mark(text, at, mark)
         self._put_text(text[at:end])
         return end
 
     def _opened(self, text: str, at: int, last: bool) -> int:
         """What follows a mark: an object, a list of them, or a name."""
-        begin = _end(text, at)
+        begin = space_end(text, at)
         if begin == len(text):
             return self._hold_or_release(text, at, begin)
         if text[begin] == "{":
             self._begin_object(text[at:begin], marked=True)
         elif text[begin] == "[" and self._form.is_list:
-            self._state = self._listed
+            self._step = self._listed
             return self._hold_or_release(text, at, begin + 1)
         elif self._form.is_list:
-            self._state = self._name
+            self._step = self._name
             return at
         else:
             self._release()
@@ -141,7 +80,7 @@ class ToolParser:
 
     def _listed(self, text: str, at: int, last: bool) -> int:
         """The beginning of a list: an object."""
-        begin = _end(text, at)
+        begin = space_end(text, at)
         if begin == len(text):
             return self._hold_or_release(text, at, begin)
         if text[begin] != "{":
@@ -153,7 +92,7 @@ class ToolParser:
     def _name(self, text: str, at: int, last: bool) -> int:
         """A name of its own, and the mark behind it."""
         begin = text.find("{", at)
-        if begin < 0 and not last and len(text) - at <= _MAX_SPACE:
+        if begin < 0 and not last and len(text) - at <= MAX_SPACE:
             return at
         name = _NAME_END.split(text[at:begin], maxsplit=1)[0].strip()
         if begin < 0 or not name:
@@ -161,7 +100,7 @@ class ToolParser:
             return at
         self._begin_call(name)
         self._value = JsonValue()
-        self._state = self._in_arguments
+        self._step = self._in_arguments
         return begin
 
     def _in_arguments(self, text: str, at: int, last: bool) -> int:
@@ -194,12 +133,12 @@ class ToolParser:
 
     def _between(self, text: str, at: int, last: bool) -> int:
         """What follows a call: its closing mark, one more call, or text."""
-        begin = _end(text, at)
+        begin = space_end(text, at)
         if begin == len(text):
             return begin
         rest, closing = text[begin : begin + len(self._form.closing)], self._form.closing
         if closing and rest == closing:
-            self._state = self._text
+            self._step = self._text
             return begin + len(closing)
         if closing and closing.startswith(rest) and not last:
             return at
@@ -208,34 +147,23 @@ class ToolParser:
         if not closing and text[begin] == "{" and (self._form.is_list or self._form.begins_bare):
             self._begin_object("", marked=self._marked)
             return begin
-        self._state = self._text
+        self._step = self._text
         return begin
 
     def _begin_object(self, before: str, *, marked: bool) -> None:
         self._hold(before)
         self._object, self._begun, self._marked = CallObject(), False, marked
-        self._state = self._in_object
+        self._step = self._in_object
 
     def _begin_call(self, name: str) -> None:
         self._held.clear()
         self._held_length = 0
-        self._begun, self._has_arguments, self._space = True, False, ""
-        self.calls += 1
-        if self._is_shown:
-            self._pieces.append(CallPiece(self.calls - 1, name, ""))
-
-    def _put_arguments(self, text: str) -> None:
-        if text and self._is_shown:
-            self._pieces.append(CallPiece(self.calls - 1, None, text))
-        self._has_arguments = self._has_arguments or bool(text)
+        self._begun = True
+        super()._begin_call(name)
 
     def _end_call(self) -> None:
         self._after_call = True
-        self._state = self._between
-
-    @property
-    def _is_shown(self) -> bool:
-        return self._max_calls is None or self.calls <= self._max_calls
+        self._step = self._between
 
     def _hold(self, text: str) -> None:
         if text:
@@ -244,7 +172,7 @@ class ToolParser:
 
     def _hold_or_release(self, text: str, at: int, end: int) -> int:
         self._hold(text[at:end])
-        if self._held_length > _MAX_SPACE:
+        if self._held_length > MAX_SPACE:
             self._release()
         return end
 
@@ -254,26 +182,4 @@ class ToolParser:
         self._held.clear()
         self._held_length = 0
         self._put_text(text)
-        self._state = self._text
-
-    def _put_text(self, text: str) -> None:
-        """Give text, but no spaces alone before the first text and behind calls."""
-        if self._after_call and not text.strip() and len(self._space) <= _MAX_SPACE:
-            self._space += text
-            return
-        if text or self._space:
-            self._pieces.append(TextPiece(self._space + text))
-        self._space, self._after_call = "", False
-
-
-def _end(text: str, at: int) -> int:
-    """Where the spaces end that begin at `at`."""
-    match = _SPACE.match(text, at)
-    assert match is not None, "it matches anything"
-    return match.end()
-
-
-def _begun_mark(text: str, at: int, mark: str) -> int:
-    """Characters at the end of a text with which the mark may begin."""
-    longest = min(len(mark) - 1, len(text) - at)
-    return next((length for length in range(longest, 0, -1) if text.endswith(mark[:length])), 0)
+        self._step = self._text

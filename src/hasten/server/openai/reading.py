@@ -1,0 +1,104 @@
+"""How the answer to a chat is constrained and read: its reasoning, its calls of tools, and its text."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from hasten.core.errors import InvalidRequestError
+from hasten.engine.text import Tokenizer
+from hasten.server.openai.tools import ToolUse
+from hasten.server.tools.constraint import after_reasoning
+from hasten.server.tools.forms import HARMONY_CALLS
+from hasten.server.tools.harmony import CHANNEL, HarmonyReader
+from hasten.server.tools.reader import AnswerReader, TextReader
+from hasten.server.tools.reasoning import HARMONY, ReasoningForm, ReasoningReader, Stage
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """What a model writes for itself before an answer."""
+
+    form: ReasoningForm
+    stage: Stage
+    """Where it is at the end of the prompt."""
+    is_shown: bool = True
+    """Whether the answer has it."""
+
+
+@dataclass(frozen=True)
+class AnswerReading:
+    """What one answer may be, beside plain text."""
+
+    tokenizer: Tokenizer
+    end_tokens: Sequence[int]
+    tools: ToolUse | None = None
+    reasoning: Reasoning | None = None
+
+    @property
+    def shows_reasoning(self) -> bool:
+        """Whether answers have what the model wrote for itself."""
+        return self.reasoning is None or self.reasoning.is_shown
+
+    def sampling(self, constraint: Mapping[str, Any]) -> dict[str, Any]:
+        """Sampling parameters, in place of what else constrains the answer."""
+        made: dict[str, Any] = dict(constraint) if self.tools is None else self.tools.sampling(constraint)
+        if self._has_special_marks:
+            made["skip_special_tokens"] = False
+        kept = {name: value for name, value in made.items() if name != "skip_special_tokens"}
+        if kept and self.reasoning is not None and not (self._in_channels and self.tools is not None):
+            form, stage = self.reasoning.form, self.reasoning.stage
+            grammar = after_reasoning(kept, form, stage, self.tokenizer.added_tokens, self.end_tokens)
+            made = {name: value for name, value in made.items() if name not in kept} | {"grammar": grammar}
+        return made
+
+    @contextmanager
+    def naming_errors(self) -> Iterator[None]:
+        """Errors of the grammar become errors of what the client knows: the tools, or its own constraint."""
+        if self.tools is None:
+            try:
+                yield
+            except InvalidRequestError as error:
+                text = str(error)
+                if self.reasoning is None or not text.startswith("grammar "):
+                    raise
+                raise InvalidRequestError(text.replace("grammar", "the answer's constraint", 1)) from None
+        else:
+            with self.tools.naming_errors():
+                yield
+
+    def reader(self) -> AnswerReader:
+        """What reads one answer."""
+        if self._in_channels:
+            most = None if self.tools is None else self.tools.max_calls
+            return HarmonyReader(with_calls=self.tools is not None, max_calls=most)
+        rest: AnswerReader = TextReader() if self.tools is None else self.tools.parser()
+        return rest if self.reasoning is None else ReasoningReader(self.reasoning.form, self.reasoning.stage, rest)
+
+    def call_id(self) -> str:
+        """An id for a call, of the kind that the model's template takes back."""
+        assert self.tools is not None, "nothing else calls"
+        return self.tools.call_id()
+
+    @property
+    def _in_channels(self) -> bool:
+        by_tools = self.tools is not None and self.tools.form is HARMONY_CALLS
+        return by_tools or (self.reasoning is not None and self.reasoning.form is HARMONY)
+
+    @property
+    def _has_special_marks(self) -> bool:
+        tokens = self.tokenizer.added_tokens
+        if self.reasoning is None:
+            return False
+        form = self.reasoning.form
+        marks = (CHANNEL,) if form is HARMONY else (form.opening, form.closing)
+        return any(mark in tokens and tokens[mark].special for mark in marks)
+
+
+def reading_of(
+    tokenizer: Tokenizer, end_tokens: Sequence[int], tools: ToolUse | None, reasoning: Reasoning | None
+) -> AnswerReading | None:
+    """How an answer is read; None where it is plain text."""
+    if tools is None and reasoning is None:
+        return None
+    return AnswerReading(tokenizer, end_tokens, tools, reasoning)
