@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.any_python, pytest.mark.usefixtures("tool_engine_left_
 
 CALL_TOOLS: Any = [{"type": "function", **tool["function"]} for tool in TOOLS]
 COMMON: dict[str, Any] = {"model": "story", "input": "Anna opened the door.", "max_output_tokens": 100}
+LOGPROBS = ["message.output_text.logprobs"]
 CALLS = {"tools": CALL_TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
 
 
@@ -88,6 +89,27 @@ def test_events_add_up_to_the_whole(tool_client: openai.OpenAI, fields: dict[str
     assert events[0].response.id == last.id
 
 
+def test_a_response_has_the_log_probabilities_of_its_chat(tool_client: openai.OpenAI) -> None:
+    common: Any = COMMON | {"max_output_tokens": 9, "top_logprobs": 2, "include": LOGPROBS, "extra_body": {"seed": 1}}
+    made = tool_client.responses.create(**common)
+    messages: Any = [{"role": "user", "content": COMMON["input"]}]
+    right = tool_client.chat.completions.create(
+        model="story", messages=messages, max_tokens=9, seed=1, logprobs=True, top_logprobs=2
+    )
+    assert right.choices[0].logprobs is not None
+    tokens = [token.model_dump() for token in right.choices[0].logprobs.content or ()]
+    item: Any = made.output[0]
+    assert [token.model_dump() for token in item.content[0].logprobs] == tokens
+    assert len(tokens) == 9
+    assert made.top_logprobs == 2
+    events: list[Any] = list(tool_client.responses.create(**common, stream=True))
+    streamed = [token for event in events if event.type == "response.output_text.delta" for token in event.logprobs]
+    assert [(token.token, token.logprob) for token in streamed] == [(one["token"], one["logprob"]) for one in tokens]
+    (done,) = [event for event in events if event.type == "response.output_text.done"]
+    assert [len(token.top_logprobs) for token in done.logprobs] == [2] * 9
+    assert events[-1].response.output[0].content == item.content
+
+
 def check_metrics(metrics: Any, tokens: int) -> None:
     assert all(metrics[name] >= 0 for name in ("time_to_first_token_ms", "generation_time_ms", "queue_time_ms"))
     assert metrics["mean_itl_ms"] * (tokens - 1) == pytest.approx(metrics["generation_time_ms"])
@@ -134,7 +156,10 @@ def test_a_response_can_be_parsed_into_a_model(tool_client: openai.OpenAI) -> No
 WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "store": ({"store": True}, "store", "store is not supported"),
     "previous": ({"previous_response_id": "resp_1"}, "previous_response_id", "previous_response_id is not supported"),
-    "reasoning": ({"reasoning": {"effort": "low"}}, "reasoning", "reasoning is not supported"),
+    "effort": ({"reasoning": {"effort": "low"}}, "reasoning_effort", "reasoning_effort is not supported"),
+    "summary": ({"reasoning": {"summary": "auto"}}, "reasoning", "reasoning is not supported"),
+    "top logprobs": ({"top_logprobs": 2}, "top_logprobs", "top_logprobs needs include to have message.output_text"),
+    "logprobs of tools": ({"include": LOGPROBS, "tools": CALL_TOOLS}, "include", "reasoning or calls of tools"),
     "background": ({"background": True}, "background", "background is not supported"),
     "include": ({"include": ["reasoning.encrypted_content"]}, "include", "include is not supported"),
     "truncation": ({"truncation": "auto"}, "truncation", "truncation is not supported"),

@@ -27,13 +27,16 @@ _SAME = (
 
 def as_chat(asked: CountRequest) -> ChatRequest:
     """The chat that a request asks for; OpenAIError names what no model here can do."""
-    if asked.thinking is not None and asked.thinking.type != "disabled":
-        raise OpenAIError("thinking is not supported; leave it out", param="thinking")
     same = {name: getattr(asked, name) for name in _SAME if isinstance(asked, MessagesRequest)}
     if isinstance(asked, MessagesRequest):
         if asked.service_tier not in (None, "auto", "standard_only"):
             raise OpenAIError(f"service_tier={asked.service_tier!r:.80} is not supported", param="service_tier")
         same["stop"] = asked.stop_sequences
+        same["include_reasoning"] = asked.wants_thinking
+        if asked.thinking is not None:
+            same["chat_template_kwargs"] = {"enable_thinking": asked.wants_thinking} | (
+                asked.chat_template_kwargs or {}
+            )
     parallel = asked.tool_choice is None or not asked.tool_choice.disable_parallel_tool_use
     return ChatRequest(
         model=asked.model,
@@ -76,6 +79,7 @@ def _message(where: str, message: Message) -> Iterator[ChatMessage]:
     if isinstance(message.content, str):
         yield ChatMessage(role=message.role, content=message.content)
         return
+    thoughts = list[str]()
     texts, calls, results = list[ContentPart](), list[ToolCall](), list[ChatMessage]()
     for number, block in enumerate(message.content):
         place = f"{where}.content[{number}]"
@@ -83,11 +87,14 @@ def _message(where: str, message: Message) -> Iterator[ChatMessage]:
             calls.append(_call(place, block))
         elif block.type == "tool_result" and message.role == "user":
             results.append(_result(place, block))
+        elif block.type == "thinking" and message.role == "assistant":
+            thoughts.append(block.thinking or "")
         else:
             texts.append(_part(place, block))
     yield from results
     if texts or calls or not results:
-        yield ChatMessage(role=message.role, content=texts or None, tool_calls=calls or None)
+        reasoning = "\n".join(thoughts) or None
+        yield ChatMessage(role=message.role, content=texts or None, tool_calls=calls or None, reasoning=reasoning)
 
 
 def _call(where: str, block: ContentBlock) -> ToolCall:

@@ -62,6 +62,10 @@ class MessageForm:
         return b"event: error\ndata: " + message_error_answer(error)[1] + b"\n\n"
 
     def _take(self, delta: ChatMessageOut) -> Iterator[Event]:
+        if delta.reasoning:
+            if self._block != "thinking":
+                yield from self._start_block(_thinking(""))
+            yield self._delta({"type": "thinking_delta", "thinking": delta.reasoning})
         if delta.content:
             if self._block != "text":
                 yield from self._start_block({"type": "text", "text": ""})
@@ -108,7 +112,14 @@ def _usage(usage: Usage) -> dict[str, int]:
     return {"input_tokens": usage.prompt_tokens, "output_tokens": usage.completion_tokens}
 
 
+def _thinking(text: str) -> dict[str, Any]:
+    """A block of thinking; its signature would show a server that it is its own."""
+    return {"type": "thinking", "thinking": text, "signature": ""}
+
+
 def _blocks(message: ChatMessageOut) -> Iterator[Event]:
+    if message.reasoning:
+        yield _thinking(message.reasoning)
     if message.content:
         yield {"type": "text", "text": message.content}
     for call in message.tool_calls or ():

@@ -12,6 +12,8 @@ from hasten.server.anthropic.form import MessageForm
 from hasten.server.anthropic.types import CountRequest, MessagesRequest
 from hasten.server.openai.chat_call import ChatCalls
 from hasten.server.openai.handlers import guarded, json_response, read_body
+from hasten.server.openai.params import OpenAIError
+from hasten.server.openai.reading import AnswerReading
 from hasten.server.openapi.operation import Operation
 
 _MESSAGES, _COUNT = msgspec.json.Decoder(MessagesRequest), msgspec.json.Decoder(CountRequest)
@@ -26,7 +28,11 @@ def message_routes(chats: ChatCalls) -> list[Route]:
         def form(_: SamplingParams) -> MessageForm:
             return MessageForm(asked.model)
 
-        return await chats.answer(request, as_chat(asked), form)
+        def check(reading: AnswerReading | None) -> None:
+            if asked.wants_thinking and (reading is None or reading.reasoning is None):
+                raise OpenAIError("thinking is not supported by this model; leave it out", param="thinking")
+
+        return await chats.answer(request, as_chat(asked), form, check)
 
     async def count(request: Request) -> Response:
         asked = await read_body(request, _COUNT)

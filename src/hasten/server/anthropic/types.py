@@ -6,10 +6,11 @@ import msgspec
 
 
 class ContentBlock(msgspec.Struct):
-    """A part of a message: text, a call of a tool or its result; `type` says which."""
+    """A part of a message: text, thinking, a call of a tool or its result; `type` says which."""
 
     type: str
     text: str | None = None
+    thinking: str | None = None
     id: str | None = None
     name: str | None = None
     input: dict[str, Any] | None = None
@@ -47,9 +48,9 @@ class MessageToolChoice(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Thinking(msgspec.Struct):
-    """Whether the model is to think first."""
+    """Whether the model is to think first. How long it does is its own choice: a budget has no effect."""
 
-    type: str
+    type: Literal["enabled", "adaptive", "disabled"]
 
 
 class CountRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -63,6 +64,11 @@ class CountRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     thinking: Thinking | None = None
     cache_control: Any = None
     """Without effect, as in tools."""
+
+    @property
+    def wants_thinking(self) -> bool:
+        """Whether the answer is to have what the model thinks."""
+        return self.thinking is not None and self.thinking.type != "disabled"
 
 
 class MessagesRequest(CountRequest, kw_only=True):

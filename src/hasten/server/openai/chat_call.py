@@ -13,11 +13,14 @@ from hasten.server.openai.handlers import checked_wait, json_response
 from hasten.server.openai.models import ModelFinder
 from hasten.server.openai.params import chat_params, check_chat
 from hasten.server.openai.prompts import ChatPrompts
+from hasten.server.openai.reading import AnswerReading
 from hasten.server.openai.types import ChatRequest
 from hasten.server.sse import EventStream, unless_gone
 
 Form = Callable[[SamplingParams], AnswerForm]
 """How the answer to a request with these parameters is written."""
+Check = Callable[[AnswerReading | None], None]
+"""Raises OpenAIError where an API cannot write what the answer may have."""
 
 
 class ChatCalls:
@@ -27,13 +30,14 @@ class ChatCalls:
         self._models = models
         self._prompts = prompts
 
-    async def answer(self, request: Request, asked: ChatRequest, form: Form) -> Response:
+    async def answer(self, request: Request, asked: ChatRequest, form: Form, check: Check = lambda _: None) -> Response:
         """The answer to a chat, whole or as events."""
         found = self._models.find_generator(asked.model)
         client = found.client
         check_chat(asked)
         timeout = checked_wait(request, asked.priority, client)
         tokens, reading = await self._prompts.chat(asked, client)
+        check(reading)
         params = chat_params(asked, client.info.max_model_len - len(tokens), reading)
         choices = ChatChoices(bool(asked.stream), asked.top_logprobs or 0, reading)
         call = Call(asked, found, [tokens], params, choices, form(params), timeout, reading=reading)

@@ -12,7 +12,7 @@ from hasten.server.openai.types import (
     NamedToolChoice,
     ToolCall,
 )
-from hasten.server.responses.types import InputItem, ResponsesRequest, ResponseToolChoice
+from hasten.server.responses.types import LOGPROBS, InputItem, ResponsesRequest, ResponseToolChoice
 
 _MAX_ITEMS = 4096
 _TEXTS = ("input_text", "output_text", "text")
@@ -37,6 +37,9 @@ def as_chat(asked: ResponsesRequest) -> ChatRequest:
         response_format=None if options is None or options.format is None else options.format.as_chat(),
         tools=asked.chat_tools(),
         tool_choice=named,
+        logprobs=asked.with_logprobs or None,
+        top_logprobs=asked.top_logprobs,
+        reasoning_effort=(asked.reasoning or {}).get("effort"),
     )
 
 
@@ -46,10 +49,9 @@ def _check(asked: ResponsesRequest) -> None:
         "previous_response_id": asked.previous_response_id is not None,
         "conversation": asked.conversation is not None,
         "background": bool(asked.background),
-        "include": bool(asked.include),
-        "reasoning": any(value is not None for value in (asked.reasoning or {}).values()),
+        "include": any(name != LOGPROBS for name in asked.include or ()),
+        "reasoning": any(value is not None for name, value in (asked.reasoning or {}).items() if name != "effort"),
         "truncation": asked.truncation not in (None, "disabled"),
-        "top_logprobs": bool(asked.top_logprobs),
         "max_tool_calls": asked.max_tool_calls is not None,
         "prompt": asked.prompt is not None,
         "service_tier": asked.service_tier not in (None, "auto", "default"),
@@ -61,6 +63,11 @@ def _check(asked: ResponsesRequest) -> None:
         if is_asked:
             message = f"{name} is not supported: answers are not kept, and have text and calls of functions alone"
             raise OpenAIError(f"{message}; leave it out", param=name)
+    if asked.top_logprobs and not asked.with_logprobs:
+        raise OpenAIError(f"top_logprobs needs include to have {LOGPROBS}", param="top_logprobs")
+    effort = (asked.reasoning or {}).get("effort")
+    if effort is not None and not isinstance(effort, str):
+        raise OpenAIError(f"reasoning.effort must be a string, got {effort!r:.80}", param="reasoning")
     if isinstance(asked.input, list) and len(asked.input) > _MAX_ITEMS:
         raise OpenAIError(f"input is limited to {_MAX_ITEMS} items, got {len(asked.input)}", param="input")
 
@@ -75,8 +82,8 @@ def _messages(asked: ResponsesRequest) -> Iterator[ChatMessage]:
     """The assistant's message that calls go into."""
     for number, item in enumerate(asked.input):
         message = _message(f"input[{number}]", item)
-        if message.role == "assistant" and said is not None and message.tool_calls:
-            said.tool_calls = [*(said.tool_calls or ()), *message.tool_calls]
+        if said is not None and message.role == "assistant" and (message.tool_calls or _is_reasoning(said)):
+            _join(said, message)
             continue
         if said is not None:
             yield said
@@ -85,6 +92,18 @@ def _messages(asked: ResponsesRequest) -> Iterator[ChatMessage]:
             yield message
     if said is not None:
         yield said
+
+
+def _is_reasoning(message: ChatMessage) -> bool:
+    return message.content is None and message.tool_calls is None
+
+
+def _join(said: ChatMessage, more: ChatMessage) -> None:
+    """Let the assistant's message go on with the next item."""
+    said.content = more.content if said.content is None else said.content
+    said.reasoning = more.reasoning if said.reasoning is None else said.reasoning
+    if more.tool_calls:
+        said.tool_calls = [*(said.tool_calls or ()), *more.tool_calls]
 
 
 def _message(where: str, item: InputItem) -> ChatMessage:
@@ -101,7 +120,11 @@ def _message(where: str, item: InputItem) -> ChatMessage:
         if item.output is None or item.call_id is None:
             raise OpenAIError(f"{where} must have a call_id and an output", param="input")
         return ChatMessage(role="tool", content=_text(f"{where}.output", item.output), tool_call_id=item.call_id)
-    kinds = "message, function_call and function_call_output"
+    if item.type == "reasoning":
+        parts = item.content if isinstance(item.content, list) else []
+        text = "\n".join(part.text or "" for part in parts if part.type == "reasoning_text")
+        return ChatMessage(role="assistant", reasoning=text)
+    kinds = "message, reasoning, function_call and function_call_output"
     raise OpenAIError(f"{where} is of type {item.type!r:.80}, which is not supported: there are {kinds}", param="input")
 
 

@@ -10,7 +10,15 @@ import msgspec
 from hasten.core.errors import HastenError
 from hasten.core.types import SamplingParams
 from hasten.server.openai.answer import Usage
-from hasten.server.openai.choices import ChatChoice, ChatMessageOut, ChatPiece, Choice, ToolCallOut
+from hasten.server.openai.choices import (
+    ChatChoice,
+    ChatLogprobs,
+    ChatMessageOut,
+    ChatPiece,
+    ChatToken,
+    Choice,
+    ToolCallOut,
+)
 from hasten.server.openai.errors import error_answer
 from hasten.server.responses.types import ResponsesRequest
 
@@ -30,6 +38,8 @@ class ResponseForm:
         self._items: list[Item] = []
         self._texts: list[str] = []
         """Pieces of the text, or of the arguments, of the last item."""
+        self._tokens: list[ChatToken] = []
+        """Of the last item's text, where their log-probabilities are wanted."""
         self._reason: str | None = None
         self._events = 0
 
@@ -38,7 +48,7 @@ class ResponseForm:
         for choice in choices:
             assert isinstance(choice, ChatChoice), "it is a chat's"
             self._reason = choice.finish_reason
-            self._take_whole(choice.message)
+            self._take_whole(choice.message, _tokens(choice.logprobs))
         choices.clear()
         return _encode(self._response(self._status, usage))
 
@@ -49,7 +59,7 @@ class ResponseForm:
             made += [{"type": f"response.{kind}", "response": self._response("in_progress")} for kind in _BEGIN]
         for piece in pieces:
             assert isinstance(piece, ChatPiece), "it is a chat's"
-            made += self._take_piece(piece.delta)
+            made += self._take_piece(piece.delta, _tokens(piece.logprobs))
             self._reason = piece.finish_reason or self._reason
         return self._written(made)
 
@@ -65,22 +75,33 @@ class ResponseForm:
         fields = {name: said[name] for name in ("code", "message", "param")}
         return self._written([{"type": "error", **fields}])
 
-    def _take_whole(self, message: ChatMessageOut) -> None:
+    def _take_whole(self, message: ChatMessageOut, tokens: list[ChatToken]) -> None:
+        if message.reasoning:
+            self._items.append(_reasoning("completed", [_reasoning_part(message.reasoning)]))
         if message.content:
-            self._items.append(_message("completed", [_part(str(message.content))]))
+            self._items.append(_message("completed", [_part(str(message.content), tokens)]))
         for call in message.tool_calls or ():
             self._items.append(_call(call, "completed", call.function.arguments))
         if self._items:
             self._items[-1]["status"] = self._status
 
-    def _take_piece(self, delta: ChatMessageOut) -> Iterator[Event]:
-        if delta.content:
+    def _take_piece(self, delta: ChatMessageOut, tokens: list[ChatToken]) -> Iterator[Event]:
+        if delta.reasoning:
+            if not self._items or self._items[-1]["type"] != "reasoning":
+                yield from self._finish_item()
+                yield from self._begin_item(_reasoning("in_progress", []))
+                yield {"type": "response.content_part.added", **self._place, "part": _reasoning_part("")}
+            self._texts.append(delta.reasoning)
+            yield {"type": "response.reasoning_text.delta", **self._place, "delta": delta.reasoning}
+        if delta.content or tokens:
             if not self._items or self._items[-1]["type"] != "message":
                 yield from self._finish_item()
                 yield from self._begin_item(_message("in_progress", []))
                 yield {"type": "response.content_part.added", **self._place, "part": _part("")}
-            self._texts.append(str(delta.content))
-            yield {"type": "response.output_text.delta", **self._place, "delta": delta.content, "logprobs": []}
+            text = str(delta.content or "")
+            self._texts.append(text)
+            self._tokens += tokens
+            yield {"type": "response.output_text.delta", **self._place, "delta": text, "logprobs": tokens}
         for call in delta.tool_calls or ():
             if call.id is not None:
                 yield from self._finish_item()
@@ -93,6 +114,7 @@ class ResponseForm:
     def _begin_item(self, item: Item) -> Iterator[Event]:
         self._items.append(item)
         self._texts.clear()
+        self._tokens = []
         yield {"type": "response.output_item.added", "output_index": len(self._items) - 1, "item": dict(item)}
 
     def _finish_item(self) -> Iterator[Event]:
@@ -102,9 +124,14 @@ class ResponseForm:
         item, text = self._items[-1], "".join(self._texts)
         item["status"] = self._status
         if item["type"] == "message":
-            part = _part(text)
+            part = _part(text, self._tokens)
             item["content"] = [part]
-            yield {"type": "response.output_text.done", **self._place, "text": text, "logprobs": []}
+            yield {"type": "response.output_text.done", **self._place, "text": text, "logprobs": self._tokens}
+            yield {"type": "response.content_part.done", **self._place, "part": part}
+        elif item["type"] == "reasoning":
+            part = _reasoning_part(text)
+            item["content"] = [part]
+            yield {"type": "response.reasoning_text.done", **self._place, "text": text}
             yield {"type": "response.content_part.done", **self._place, "part": part}
         else:
             item["arguments"] = text
@@ -154,6 +181,7 @@ class ResponseForm:
             "text": {"format": {"type": "text"} if kept is None else kept.shown()},
             "tool_choice": "auto" if asked.tool_choice is None else asked.tool_choice,
             "tools": asked.tools or [],
+            "top_logprobs": asked.top_logprobs or 0,
             "top_p": 1.0 if asked.top_p is None else asked.top_p,
             "truncation": "disabled",
             "usage": None if usage is None else _usage(usage),
@@ -181,8 +209,21 @@ def _message(status: str, content: list[Item]) -> Item:
     return {"id": item_id, "type": "message", "status": status, "role": "assistant", "content": content}
 
 
-def _part(text: str) -> Item:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _part(text: str, tokens: Sequence[ChatToken] = ()) -> Item:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": tokens}
+
+
+def _tokens(logprobs: ChatLogprobs | None) -> list[ChatToken]:
+    return [] if logprobs is None else logprobs.content
+
+
+def _reasoning(status: str, content: list[Item]) -> Item:
+    item_id = f"rs_{secrets.token_hex(24)}"
+    return {"id": item_id, "type": "reasoning", "status": status, "summary": [], "content": content}
+
+
+def _reasoning_part(text: str) -> Item:
+    return {"type": "reasoning_text", "text": text}
 
 
 def _call(call: ToolCallOut, status: str, arguments: str) -> Item:

@@ -8,10 +8,12 @@ from starlette.routing import Route
 from hasten.core.types import SamplingParams
 from hasten.server.openai.chat_call import ChatCalls
 from hasten.server.openai.handlers import guarded, read_body
+from hasten.server.openai.params import OpenAIError
+from hasten.server.openai.reading import AnswerReading
 from hasten.server.openapi.operation import Operation
 from hasten.server.responses.chat import as_chat
 from hasten.server.responses.form import ResponseForm
-from hasten.server.responses.types import ResponsesRequest
+from hasten.server.responses.types import LOGPROBS, ResponsesRequest
 
 _RESPONSES = msgspec.json.Decoder(ResponsesRequest)
 
@@ -25,7 +27,12 @@ def responses_route(chats: ChatCalls, *, with_metrics: bool) -> Route:
         def form(params: SamplingParams) -> ResponseForm:
             return ResponseForm(asked, params if with_metrics else None)
 
-        return await chats.answer(request, as_chat(asked), form)
+        def check(reading: AnswerReading | None) -> None:
+            if asked.with_logprobs and reading is not None:
+                message = f"include cannot have {LOGPROBS} where the answer may have reasoning or calls of tools"
+                raise OpenAIError(message, param="include")
+
+        return await chats.answer(request, as_chat(asked), form, check)
 
     operation = Operation("Answer a chat, as a response", ResponsesRequest, streams=True)
     return Route("/v1/responses", guarded(responses, operation), methods=["POST"])

@@ -7,6 +7,8 @@ from msgspec import Raw
 
 from hasten.server.openai.types import ContentPart, FieldsWithoutEffect, JsonSchema, ResponseFormat, StreamOptions, Tool
 
+LOGPROBS = "message.output_text.logprobs"
+
 
 class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
     """What the answer's text keeps to."""
@@ -56,7 +58,7 @@ class InputItem(msgspec.Struct):
     """A message, a call or its result; `type` says which, and what else it has does not matter."""
 
     type: str | None = None
-    """message (the default), function_call or function_call_output."""
+    """message (the default), reasoning, function_call or function_call_output."""
     role: str | None = None
     content: str | list[ContentPart] | None = None
     call_id: str | None = None
@@ -81,15 +83,18 @@ class ResponsesRequest(FieldsWithoutEffect, forbid_unknown_fields=True, kw_only=
     tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
-    # Refused unless they ask for nothing: no answer is kept, and no model here thinks or looks things up.
+    include: list[str] | None = None
+    """message.output_text.logprobs alone."""
+    top_logprobs: int | None = None
+    reasoning: dict[str, Any] | None = None
+    """`effort` alone, for templates that know it."""
+
+    # Refused unless they ask for nothing: no answer is kept, and no model here looks things up.
     store: bool | None = None
     previous_response_id: str | None = None
     conversation: Any = None
     background: bool | None = None
-    include: list[str] | None = None
-    reasoning: dict[str, Any] | None = None
     truncation: str | None = None
-    top_logprobs: int | None = None
     max_tool_calls: int | None = None
     prompt: Any = None
     service_tier: str | None = None
@@ -105,6 +110,11 @@ class ResponsesRequest(FieldsWithoutEffect, forbid_unknown_fields=True, kw_only=
     """As in chats."""
     chat_template_kwargs: dict[str, Any] | None = None
     cache_salt: str | None = None
+
+    @property
+    def with_logprobs(self) -> bool:
+        """Whether the answer's text has the log-probabilities of its tokens."""
+        return self.include is not None and LOGPROBS in self.include
 
     def chat_tools(self) -> list[Tool] | None:
         """The tools as a chat has them."""

@@ -116,12 +116,13 @@ class HarmonyGrammar:
         """
         names = " | ".join(f"call{number}" for number in range(len(calls)))
         final = "" if answer is None else f" | {self._final('answer')}"
+        channels = '("analysis" | "commentary")' if answer == self.text else '"analysis"'
         rules = [f"start: hidden* (call{final})", f"call: {names}", *arguments, *([answer] if answer else ())]
         for number, (name, rule) in enumerate(calls):
             to = f'"commentary to={_NAMESPACE}{name} "'
             head = f'{self._mark(CHANNEL)} {to} {self._mark(CONSTRAIN)} "json" {self._mark(MESSAGE)}'
             rules.append(f"call{number}: {head} {rule}")
-        return "\n".join([*rules, *self._hidden()])
+        return "\n".join([*rules, *self._hidden(channels)])
 
     @property
     def text(self) -> str:
@@ -131,8 +132,9 @@ class HarmonyGrammar:
     def _final(self, body: str) -> str:
         return f'{self._mark(CHANNEL)} "final" {self._mark(MESSAGE)} {body}'
 
-    def _hidden(self) -> list[str]:
-        begin = f'{self._mark(CHANNEL)} ("analysis" | "commentary") {self._mark(MESSAGE)}'
+    def _hidden(self, channels: str = '"analysis"') -> list[str]:
+        """The rules of a message before the last: of those in `commentary` the answer's text has what they say."""
+        begin = f"{self._mark(CHANNEL)} {channels} {self._mark(MESSAGE)}"
         end = f'{self._mark(START)} "assistant"'
         if self._has_tokens:
             return [f"hidden: {begin} {self._any} {self._mark(END)} {end}"]
