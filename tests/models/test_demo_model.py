@@ -199,6 +199,6 @@ def test_shifted_cache_slots_ruin_it(
         for new_tmd, cache, by in ((key_tmd, key_cache, of_keys), (value_tmd, value_cache, of_values)):
             cache.flatten(0, 1)[shifted(slots_t, cache, by)] = new_tmd
 
-    monkeypatch.setattr(reference, "write_cache", write_cache)
+    monkeypatch.setattr(reference.heads, "write_cache", write_cache)
     monkeypatch.setattr(cpu.heads, "store_heads", reference.store_heads)
     assert_ruined()

@@ -1,1 +1,1 @@
-"""The ops of `reference.py` as kernels in the Triton language, with the same signatures."""
+"""The ops of `reference/` as kernels in the Triton language, with the same signatures."""
