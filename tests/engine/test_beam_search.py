@@ -175,7 +175,7 @@ def assert_all(llm: LLM, right: list[Beams], right_others: list[list[int]]) -> i
             assert_beams(output, beams, params)
     assert llm.engine.scheduler.blocks.num_used == 0
     assert not llm.engine.scheduler.has_work
-    assert llm.engine._owners == {}
+    assert llm.engine.requests.owners == {}
     assert not llm.engine._flights
     return llm.engine.scheduler.stats.preemptions - before
 
@@ -393,7 +393,7 @@ def test_a_withdrawn_request_has_its_beams_so_far(overlap: bool, bloom: Path) ->
             assert all(c.finish_reason is FinishReason.ABORT for c in output.outputs)
             assert all(c.text == llm.tokenizer.decode(c.token_ids) for c in output.outputs)
             assert llm.engine.scheduler.blocks.num_used == 0
-            assert llm.engine._owners == {}
+            assert llm.engine.requests.owners == {}
         assert llm.generate([5, 6], params)[0].finished
 
 

@@ -95,7 +95,7 @@ def assert_nothing_is_left(llm: LLM) -> None:
     assert used(llm) == 0
     assert not llm.engine.has_unfinished
     assert not llm.engine.scheduler.has_work
-    assert llm.engine._owners == {}
+    assert llm.engine.requests.owners == {}
     assert not llm.engine._flights
 
 
@@ -595,7 +595,7 @@ def test_a_step_is_launched_before_the_tokens_of_the_last_are_known(llm: LLM, mo
         return noted
 
     monkeypatch.setattr(llm.engine.worker, "launch", note("launch", llm.engine.worker.launch))
-    monkeypatch.setattr(llm.engine, "_take_token", note("token", llm.engine._take_token))
+    monkeypatch.setattr(llm.engine.requests, "_take_token", note("token", llm.engine.requests._take_token))
     overlapped = ["launch", *["launch", "token"] * 3, "token"]
     for options in ({}, {"repetition_penalty": 1.2}, {"bad_words_ids": [[8, 9]]}, {"logprobs": 2}):
         events.clear()

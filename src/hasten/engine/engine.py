@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -17,64 +17,30 @@ from hasten import ops
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError, HastenError, InvalidRequestError
 from hasten.core.types import (
-    CompletionOutput,
-    FinishReason,
-    PoolingParams,
-    PoolingRequestOutput,
     Request,
     RequestOutput,
 )
 from hasten.engine.batch import Batch
-from hasten.engine.beam import BeamSearch, BeamStep, Hypothesis
 from hasten.engine.block_manager import BlockManager
 from hasten.engine.constraint import Constraint
 from hasten.engine.grammar import Grammar, GrammarCompiler
 from hasten.engine.grammar_trial import GrammarLimits
-from hasten.engine.launched_step import Launched
+from hasten.engine.launched_step import InFlightStep
 from hasten.engine.memory import explained_out_of_memory
-from hasten.engine.pacing import PacedStep, Pacer
+from hasten.engine.pacing import Pacer
 from hasten.engine.planning.step_work import EstimatedWork, WorkEstimator
 from hasten.engine.pooling import Pooled
 from hasten.engine.request_checks import RequestChecks, RequestLimits
-from hasten.engine.request_state import Completion, Output, PoolingState, RequestState, State
-from hasten.engine.sampler import Choice, PromptLogprobs, Sampled, mix64
+from hasten.engine.request_state import Output, PoolingState, RequestState, State
+from hasten.engine.request_tracker import RequestTracker
+from hasten.engine.sampler import mix64
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
 from hasten.engine.stats import EngineStats, StepTally
-from hasten.engine.stopping import StopRules
-from hasten.engine.text import TextState, Tokenizer
+from hasten.engine.text import Tokenizer
 from hasten.engine.worker import Worker
 from hasten.models.encoder import position_rows
 from hasten.parallel.launch import Ranks
-
-
-@dataclass
-class _Flight:
-    """A step that was launched, and whose tokens are not collected yet."""
-
-    launched: Launched
-    batch: Batch
-    step: PacedStep | None
-    """What its time is measured for, if it is."""
-    before: "_Flight | None"
-    """The step that was launched before it, if that was in flight then."""
-    choice: Choice | Pooled | None = None
-    """The next token of each sequence, once they are chosen, or what was made of texts; None where there are none."""
-
-    @property
-    def blocks_next(self) -> bool:
-        """Whether its tokens must be known before its sequences can go on."""
-        return any(sequence.reads_history for sequence in self.launched.sequences)
-
-    @property
-    def seconds(self) -> float | None:
-        """How long it took the device, right after its tokens were collected; None where that is not known."""
-        if self.before is not None:
-            choice, earlier = self.choice, self.before.choice
-            if not isinstance(choice, Choice) or not isinstance(earlier, Choice):
-                return None
-            return choice.seconds_after(earlier)
-        return None if self.step is None else time.perf_counter() - self.step.began
 
 
 class Engine:
@@ -108,16 +74,13 @@ class Engine:
         self._pacer = Pacer(target, scheduler.max_num_batched_tokens)
         self._is_unmeasured = False
         """Whether the last step launched chooses no tokens, whose arrival would show when it ends."""
-        self._requests: dict[str, State] = {}
-        self._owners: dict[int, State] = {}
-        """Sequence key -> its request."""
         self._stages = self.worker.stage.size
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[InFlightStep] = deque()
         """In the order in which they were launched."""
         self._checks = self._new_checks()
-        self._stopping = StopRules(self.model_config.eos_token_ids, self.tokenizer)
         self._unseeded = 0
         self.tally = StepTally()
+        self.requests = RequestTracker(self.worker, self.scheduler, self.tokenizer, self.tally)
         self.estimator: WorkEstimator | None = None
         """Adds up what its steps take, where anybody wants to know."""
         self._closed_because: str | None = None
@@ -152,7 +115,7 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether a step has anything to do."""
-        return bool(self._requests)
+        return bool(self.requests.states)
 
     @property
     def waiting(self) -> set[str]:
@@ -166,7 +129,7 @@ class Engine:
         waiting = len(self.waiting)
         work = EstimatedWork() if self.estimator is None else self.estimator.total
         return EngineStats(
-            running=len(self._requests) - waiting,
+            running=len(self.requests.states) - waiting,
             waiting=waiting,
             used_blocks=blocks.num_used,
             num_blocks=blocks.num_blocks,
@@ -203,7 +166,7 @@ class Engine:
         `grammars` compiled of its parameters; without it, a request with a grammar waits here until that is compiled.
         """
         self._check_usable()
-        if request.request_id in self._requests:
+        if request.request_id in self.requests.states:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use")
         if request.pooling is not None or self.worker.pooler is not None:
             self._add_text(request)
@@ -237,10 +200,9 @@ class Engine:
             )
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
-        self._requests[request.request_id] = state
         sequence.due = self._pacer.due(sequence, self.scheduler)
         self.scheduler.add(sequence)
-        self._own(sequence)
+        self.requests.add(state, sequence)
         self.tally.prompts += len(request.prompt_token_ids)
 
     def _forced(self, sequence: Sequence) -> dict[int, tuple[int, ...]]:
@@ -262,9 +224,8 @@ class Engine:
         sequence.num_states = pooler.num_states(request)
         sequence.position_rows = position_rows(self.model_config, request.prompt_token_ids, request.token_type_ids)
         with self._change():
-            self._requests[request.request_id] = PoolingState(request, sequence)
             self.scheduler.add(sequence)
-            self._own(sequence)
+            self.requests.add(PoolingState(request, sequence), sequence)
             self.tally.prompts += sequence.prompt_len
 
     def _next_seed(self) -> int:
@@ -273,7 +234,7 @@ class Engine:
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Withdraw a request; its blocks are free before the next step. Returns what it had, if it was unfinished."""
-        if request_id not in self._requests or self._closed_because is not None:
+        if request_id not in self.requests.states or self._closed_because is not None:
             return None
         with self._change():
             return self._abort(request_id)
@@ -285,30 +246,16 @@ class Engine:
 
     def abort_all(self) -> None:
         """Withdraw all requests."""
-        for request_id in list(self._requests):
+        for request_id in list(self.requests.states):
             self.abort(request_id)
 
     def _abort(self, request_id: str) -> RequestOutput | None:
-        state = self._requests.pop(request_id, None)
+        state = self.requests.abort(request_id)
         if state is None:
             return None
-        if isinstance(state, RequestState):
-            self._end_aborted(state)
-        for key in state.keys:
-            if key in self._owners:
-                self._release(key)
         if not self.worker.defers:
             self._forget_flights_of_none()
         return state.shown() if isinstance(state, RequestState) else None
-
-    def _end_aborted(self, state: RequestState) -> None:
-        if state.search is not None:
-            beam = self.scheduler.get(state.search.keys[0])
-            assert beam is not None, "its beams are there until it ends"
-            self._complete(state, beam, state.search.unfinished(), FinishReason.ABORT)
-        for completion in state.completions.values():
-            if completion.output.finish_reason is None:
-                self._stopping.end(completion, FinishReason.ABORT)
 
     def step(self) -> list[Output]:
         """Compute one batch; the outputs of requests that it finished and of streaming ones that it brought further.
@@ -370,10 +317,10 @@ class Engine:
         self._forget_all()
 
     def _forget_all(self) -> None:
-        self._requests, self._owners = {}, {}
         self._flights.clear()
         self.worker.reset()
         before, self.scheduler = self.scheduler, self._new_scheduler()
+        self.requests.reset(self.scheduler)
         self.scheduler.go_on_counting(before)
 
     @property
@@ -403,17 +350,17 @@ class Engine:
             self.estimator.add(batch)
         launched = self.worker.launch(batch)
         for sequence in self.scheduler.advance(batch, chosen=not self.worker.defers):
-            self._own(sequence)
+            self.requests.own(sequence)
         while self._flights and launched.reads_tokens:
             self._collect(touched)  # while the device computes what the choice is made from
-        flight = _Flight(launched, batch, step, before)
+        flight = InFlightStep(launched, batch, step, before)
         if not self.worker.defers:
             self._choose(flight)
         self._flights.append(flight)
         while self._flights[0] is not flight and any(sequence.pending > 1 for sequence in launched.sequences):
             self._collect(touched)
 
-    def _choose(self, flight: _Flight) -> None:
+    def _choose(self, flight: InFlightStep) -> None:
         """Choose the next tokens of a launched step."""
         step = flight.step
         flight.choice = flight.launched.choose()
@@ -424,221 +371,39 @@ class Engine:
             flight.step = None  # the device may still be busy with the step before, nobody knows for how long
         self._is_unmeasured = flight.choice is None and self.worker.overlap
 
-    def _compute(self, flight: _Flight) -> None:
+    def _compute(self, flight: InFlightStep) -> None:
         """Compute this rank's stage of a step that other stages have begun with, and choose its tokens."""
         if flight.step is not None:
             flight.step = replace(flight.step, began=time.perf_counter())
         self._choose(flight)
         self.scheduler.note_chosen(flight.batch)
         for sequence in flight.launched.sequences:
-            if sequence.key not in self._owners:
+            if sequence.key not in self.requests.owners:
                 self.worker.forget(sequence.key)
 
     def _collect(self, touched: dict[str, State]) -> None:
-        """Take the tokens of the step that is in flight for the longest, and note whose they are in `touched`.
-
-        A sequence that ended after the step was launched is no longer owned, and its surplus token is nobody's.
-        """
+        """Take the tokens of the step that is in flight for the longest, and note whose they are in `touched`."""
         flight = self._flights.popleft()
         if self.worker.defers:
             self._compute(flight)
         self.scheduler.land(flight.launched.sequences)
         with explained_out_of_memory():
             if isinstance(flight.choice, Pooled):
-                self._take_pooled(flight.launched.sequences, flight.choice, touched)
+                self.requests.take_pooled(flight.launched.sequences, flight.choice, touched)
                 return
-            self._take_prompt_logprobs(flight.launched.prompts)
-            sampled = [] if flight.choice is None else flight.choice.collect(self._stopping.text_of)
+            self.requests.take_prompt_logprobs(flight.launched.prompts)
+            sampled = [] if flight.choice is None else flight.choice.collect(self.requests.stopping.text_of)
         if flight.step is not None and (seconds := flight.seconds) is not None:
             self._pacer.observe(flight.step, seconds)
         flight.before = None
-        steps: list[tuple[RequestState, BeamSearch, BeamStep]] = []
-        for sequence, token in zip(flight.launched.sequences, sampled, strict=True):
-            state = self._owners.get(sequence.key)
-            if not isinstance(state, RequestState):
-                continue
-            touched[sequence.request_id] = state
-            if state.search is None:
-                self._take_token(state, sequence, token)
-            elif token.error is not None:
-                self._fail_search(state, state.search, sequence, token.error)
-            else:
-                self._count_token(state, sequence, is_first=not state.output.metrics.first_token_ts)
-                if token.beams is not None:
-                    steps.append((state, state.search, token.beams))
-        for state, search, step in steps:
-            self._go_on(state, search, step)
-
-    def _take_pooled(self, sequences: list[Sequence], pooled: Pooled, touched: dict[str, State]) -> None:
-        """Finish the texts of a step; one that was withdrawn since is nobody's."""
-        pooler = self.worker.pooler
-        assert pooler is not None
-        states: dict[int, PoolingState] = {}
-        params: dict[int, PoolingParams] = {}
-        for place, sequence in enumerate(sequences):
-            state = self._owners.get(sequence.key)
-            if isinstance(state, PoolingState) and state.request.pooling is not None:
-                states[place], params[place] = state, state.request.pooling
-        for place, found in pooler.outputs(params, pooled).items():
-            state, sequence = states[place], sequences[place]
-            request = state.request
-            ids = list(request.prompt_token_ids)
-            state.output = PoolingRequestOutput(request.request_id, request.prompt, ids, found)
-            touched[sequence.request_id] = state
-            self._release(sequence.key)
-            del self._requests[sequence.request_id]
+        self.requests.take(flight.launched.sequences, sampled, touched)
 
     def _forget_flights_of_none(self) -> None:
         """Once no request is left, nobody will step again for what is in flight, and it has only surplus tokens."""
-        if self._requests:
+        if self.requests.states:
             return
         self._finish_stages()
         self._flights.clear()
-
-    def _release(self, key: int) -> None:
-        """Free what an ended sequence holds."""
-        sequence = self.scheduler.get(key)
-        self.scheduler.finish(key)
-        self.worker.forget(key)
-        given = None if sequence is None else sequence.encoder_input
-        if given is not None and given.holders == 0:
-            self.worker.forget(given.key)
-        del self._owners[key]
-
-    def _own(self, sequence: Sequence) -> None:
-        state = self._requests[sequence.request_id]
-        params = sequence.params
-        for member in sequence.unit:
-            self._owners[member.key] = state
-        if isinstance(state, PoolingState):
-            return
-        if sequence.beams is not None:
-            keys = [member.key for member in sequence.beams.members]
-            longest = sequence.max_length - sequence.prompt_len
-            state.search = BeamSearch(params, self.model_config.eos_token_ids, longest, keys)
-            return
-        grows = params.detokenize and (state.stream or params.stop)
-        text = None
-        if self.tokenizer is not None and grows:
-            text = TextState(self.tokenizer, params, continues=state.continues)
-        output = CompletionOutput(index=sequence.index, text="", token_ids=[])
-        if params.logprobs is not None:
-            output.logprobs, output.cumulative_logprob = [], 0.0
-        state.completions[sequence.index] = Completion(output, text, sequence, state.continues)
-
-    def _fail_search(self, state: RequestState, search: BeamSearch, sequence: Sequence, error: str) -> None:
-        best = search.unfinished() or [Hypothesis((), 0.0, 0.0, ended=False)] * sequence.params.n
-        self._end_search(state, search, best, FinishReason.ERROR, error)
-
-    def _go_on(self, state: RequestState, search: BeamSearch, step: BeamStep) -> None:
-        """Let a search go on or end; nothing where one of its beams has failed since."""
-        if state.request.request_id not in self._requests:
-            return
-        search.go_on(step)
-        if search.done:
-            self._end_search(state, search, search.hypotheses, None)
-        else:
-            self.scheduler.move(search.keys[0], step.beams.beams, step.beams.tokens)
-
-    def _end_search(
-        self,
-        state: RequestState,
-        search: BeamSearch,
-        best: list[Hypothesis],
-        reason: FinishReason | None,
-        error: str | None = None,
-    ) -> None:
-        beam = self.scheduler.get(search.keys[0])
-        assert beam is not None, "its beams are there until it ends"
-        self._complete(state, beam, best, reason, error)
-        state.unfinished = 0
-        for key in search.keys:
-            self._release(key)
-        del self._requests[beam.request_id]
-
-    def _complete(
-        self,
-        state: RequestState,
-        sequence: Sequence,
-        best: list[Hypothesis],
-        reason: FinishReason | None,
-        error: str | None = None,
-    ) -> None:
-        """Make completions of the best beams. Without a reason, each has ended by its last token or its length."""
-        for index, found in enumerate(best[: sequence.params.n]):
-            tokens = list(found.token_ids)
-            output = CompletionOutput(index, "", tokens, cumulative_logprob=found.logprob, stop_reason=error)
-            completion = Completion(output, None, sequence, state.continues)
-            state.completions[index] = completion
-            stopped = reason is None and found.ended and self._stopping.ends(completion, tokens[-1])
-            self._stopping.end(completion, reason or (FinishReason.STOP if stopped else FinishReason.LENGTH))
-
-    def _take_token(self, state: RequestState, sequence: Sequence, sampled: Sampled) -> None:
-        completion = state.completions[sequence.index]
-        output, token = completion.output, sampled.token_id
-        constraint = sequence.constraint
-        if constraint is not None and constraint.error is not None:
-            output.stop_reason = f"the grammar cannot be followed any further: {constraint.error}"
-            self._finish(state, completion, FinishReason.ERROR)
-            return
-        if sampled.error is not None:
-            output.stop_reason = sampled.error
-            self._finish(state, completion, FinishReason.ERROR)
-            return
-        if sampled.top is not None and output.logprobs is not None:
-            output.logprobs.append(sampled.top)
-            output.cumulative_logprob = (output.cumulative_logprob or 0.0) + (sampled.logprob or 0.0)
-        if self._extend(state, completion, token) or constraint is None or not self._skips_forced(sequence):
-            return
-        for forced in constraint.forced():
-            if self._extend(state, completion, forced):
-                return
-
-    def _skips_forced(self, sequence: Sequence) -> bool:
-        """Whether tokens that a grammar leaves no choice about are taken without a step that chooses them.
-
-        The next step then computes all of them at once. With overlapped steps it is launched already; and who asks for
-        log-probabilities needs the logits at each token.
-        """
-        return not self.worker.overlap and sequence.params.logprobs is None
-
-    def _extend(self, state: RequestState, completion: Completion, token: int) -> bool:
-        """Let a token be the next one of a completion; whether that ended it."""
-        sequence = completion.sequence
-        sequence.append(token)
-        completion.output.token_ids.append(token)
-        self._count_token(state, sequence, is_first=len(completion.output.token_ids) == 1)
-        reason = self._stopping.finish_reason(completion, token)
-        if reason is not None:
-            self._finish(state, completion, reason)
-        return reason is not None
-
-    def _count_token(self, state: RequestState, sequence: Sequence, *, is_first: bool) -> None:
-        """Count a token that was chosen; `is_first`: of its completion."""
-        self.tally.generated += 1
-        if not is_first:
-            return
-        self.tally.first += 1
-        output, metrics = state.output, state.output.metrics
-        if not metrics.first_token_ts:
-            metrics.scheduled_ts, metrics.first_token_ts = sequence.begun, time.monotonic()
-            output.num_cached_tokens = sequence.num_cached
-
-    def _finish(self, state: RequestState, completion: Completion, reason: FinishReason) -> None:
-        sequence = completion.sequence
-        self._stopping.end(completion, reason)
-        state.unfinished -= 1
-        self._release(sequence.key)
-        if state.unfinished == 0:
-            del self._requests[sequence.request_id]
-
-    def _take_prompt_logprobs(self, prompts: PromptLogprobs) -> None:
-        """Keep the entries of positions in order; those before a preemption come again and are kept already."""
-        for sequence, position, top in prompts.collect(self._stopping.text_of):
-            state = self._owners.get(sequence.key)
-            kept = state.output.prompt_logprobs if isinstance(state, RequestState) else None
-            if kept is not None and len(kept) == position + 1:
-                kept.append(top)
 
     def _finish_stages(self) -> None:
         """Compute this rank's stage of all steps that other stages have begun with, whose tokens nobody wants."""

@@ -1,10 +1,14 @@
-"""A step whose work is on its way, as rank 0 sees it."""
+"""Steps on their way, as rank 0 sees them."""
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
+from hasten.engine.batch import Batch
 from hasten.engine.memory import explained_out_of_memory
+from hasten.engine.pacing import PacedStep
 from hasten.engine.pooling import Pooled
 from hasten.engine.sampler import Choice, PromptLogprobs
 from hasten.engine.sequence import Sequence
@@ -45,3 +49,32 @@ class Launched:
         self.compute()
         with explained_out_of_memory(), torch.inference_mode():
             return None if self._choose is None else self._choose()
+
+
+@dataclass
+class InFlightStep:
+    """A step that was launched, and whose tokens are not collected yet."""
+
+    launched: Launched
+    batch: Batch
+    step: PacedStep | None
+    """What its time is measured for, if it is."""
+    before: "InFlightStep | None"
+    """The step that was launched before it, if that was in flight then."""
+    choice: Choice | Pooled | None = None
+    """The next token of each sequence, once they are chosen, or what was made of texts; None where there are none."""
+
+    @property
+    def blocks_next(self) -> bool:
+        """Whether its tokens must be known before its sequences can go on."""
+        return any(sequence.reads_history for sequence in self.launched.sequences)
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took the device, right after its tokens were collected; None where that is not known."""
+        if self.before is not None:
+            choice, earlier = self.choice, self.before.choice
+            if not isinstance(choice, Choice) or not isinstance(earlier, Choice):
+                return None
+            return choice.seconds_after(earlier)
+        return None if self.step is None else time.perf_counter() - self.step.began
