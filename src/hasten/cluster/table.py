@@ -73,13 +73,13 @@ def _with_namespaces(records: Sequence[Any], header: Sequence[str], rows: Rows) 
 
 def _job_gpus(job: Job) -> tuple[str, str, str]:
     allocated = str(allocated_gpus(job)) if job.status in (Status.PENDING, Status.RUNNING) else NOTHING
-    chief = next((one.node for one in job.instances if one.is_chief), None)
+    chief = next((each.node for each in job.instances if each.is_chief), None)
     return str(job.gpus), allocated, chief or NOTHING
 
 
 def allocated_gpus(job: Job) -> int:
     """GPUs of those of its instances that run."""
-    return sum(one.gpus for one in job.instances if one.status is Status.RUNNING)
+    return sum(each.gpus for each in job.instances if each.status is Status.RUNNING)
 
 
 def why(job: Job) -> str | None:
@@ -88,9 +88,9 @@ def why(job: Job) -> str | None:
         return None
     if job.reason:
         return job.reason
-    told = [one.reason for one in job.instances if one.reason]
+    reasons = [each.reason for each in job.instances if each.reason]
     warnings = sorted((event for event in job.events if event.kind == "Warning"), key=lambda event: event.time)
-    return next(iter(told), None) or (warnings[-1].message if warnings else "its backend has not said why")
+    return next(iter(reasons), None) or (warnings[-1].message if warnings else "its backend has not said why")
 
 
 def job_details(job: Job, *, events: bool = False, gpus: bool = False) -> list[str]:
@@ -106,7 +106,7 @@ def job_details(job: Job, *, events: bool = False, gpus: bool = False) -> list[s
         ("EndTime:", _moment(job.ended)),
     ]
     reason = why(job)
-    rows = [(one.name, str(one.status), _age_of(one), *_chief_gpus_node(one)) for one in job.instances]
+    rows = [(each.name, str(each.status), _age_of(each), *_chief_gpus_node(each)) for each in job.instances]
     header = ("NAME", "STATUS", "AGE", "IS_CHIEF", "GPU(Requested)", "NODE")
     return [
         *_summary(summary if reason is None else [*summary, ("Reason:", _one_line(reason))]),
@@ -123,13 +123,13 @@ def _chief_gpus_node(instance: Instance) -> tuple[str, str, str]:
 def _gpu_lines(job: Job) -> list[str]:
     header = ("INSTANCE", "NODE(IP)", "GPU(Requested)", "GPU(IndexId)", "GPU(DutyCycle)", "GPU Memory(Used/Total)")
     unmeasured = (NOTHING, NOTHING, NOTHING)
-    rows = [(one.name, one.node or NOTHING, str(one.gpus), *unmeasured) for one in job.instances]
+    rows = [(each.name, each.node or NOTHING, str(each.gpus), *unmeasured) for each in job.instances]
     sums = f"{_INDENT}Allocated/Requested GPUs of Job: {allocated_gpus(job)}/{job.gpus}"
     return [*_section("GPUs:", header, rows, "there are no instances yet"), "", sums]
 
 
 def _event_lines(events: Sequence[Event]) -> list[str]:
-    rows = [(one.source, one.kind, age(one.time), f"[{one.reason}] {_one_line(one.message)}") for one in events]
+    rows = [(each.source, each.kind, age(each.time), f"[{each.reason}] {_one_line(each.message)}") for each in events]
     return _section("Events:", ("SOURCE", "TYPE", "AGE", "MESSAGE"), rows, "there are none")
 
 
@@ -149,8 +149,8 @@ def _server_row(server: Server, *, gpus: bool, all_ports: bool) -> list[str]:
 
 
 def _ports(server: Server, names: Sequence[str] | None = None) -> str:
-    told = [f"{name}:{port}" for name, port in server.ports.items() if names is None or name in names]
-    return ",".join(told) or NOTHING
+    reasons = [f"{name}:{port}" for name, port in server.ports.items() if names is None or name in names]
+    return ",".join(reasons) or NOTHING
 
 
 def server_details(server: Server, *, events: bool = False) -> list[str]:
@@ -170,8 +170,8 @@ def server_details(server: Server, *, events: bool = False) -> list[str]:
     if server.gpus:
         summary.append(("GPUs:", str(server.gpus)))
     summary += [("Reason:", _one_line(server.reason))] if server.reason else []
-    summary += [("Reason:", _one_line(f"{one.name}: {one.reason}")) for one in server.instances if one.reason]
-    rows = [_instance_row(one, gpus=bool(gpus)) for one in server.instances]
+    summary += [("Reason:", _one_line(f"{each.name}: {each.reason}")) for each in server.instances if each.reason]
+    rows = [_instance_row(each, gpus=bool(gpus)) for each in server.instances]
     header = ("NAME", "STATUS", "AGE", "READY", "RESTARTS", *gpus, "NODE")
     lines = [*_summary(summary), *_section("Instances:", header, rows, "there are none yet")]
     return [*lines, *_event_lines(server.events)] if events else lines
@@ -184,9 +184,11 @@ def _instance_row(instance: Instance, *, gpus: bool) -> list[str]:
 
 def node_lines(nodes: Sequence[Node]) -> list[str]:
     """The table of `top node`, and the share of GPUs that are taken."""
-    rows = [(one.name, one.address, one.role, one.status, str(one.gpus), str(one.allocated_gpus)) for one in nodes]
+    rows = [
+        (each.name, each.address, each.role, each.status, str(each.gpus), str(each.allocated_gpus)) for each in nodes
+    ]
     header = ("NAME", "IPADDRESS", "ROLE", "STATUS", "GPU(Total)", "GPU(Allocated)")
-    taken, total = sum(one.allocated_gpus for one in nodes), sum(one.gpus for one in nodes)
+    taken, total = sum(each.allocated_gpus for each in nodes), sum(each.gpus for each in nodes)
     share = 100 * taken / total if total else 0.0
     lines = columns(header, rows)
     rule = "-" * max(map(len, lines))
@@ -195,7 +197,7 @@ def node_lines(nodes: Sequence[Node]) -> list[str]:
 
 def volume_lines(volumes: Sequence[VolumeRecord], *, namespaces: bool = False) -> list[str]:
     """The table of `data list`."""
-    rows = [(one.name, one.access_mode, one.description, one.owner, age(one.created)) for one in volumes]
+    rows = [(each.name, each.access_mode, each.description, each.owner, age(each.created)) for each in volumes]
     header = ("NAME", "ACCESSMODE", "DESCRIPTION", "OWNER", "AGE")
     return _with_namespaces(volumes, header, rows) if namespaces else columns(header, rows)
 
@@ -233,7 +235,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if is_dataclass(value):
-        made = {one.name: plain(getattr(value, one.name)) for one in fields(value)}
+        made = {each.name: plain(getattr(value, each.name)) for each in fields(value)}
         return {**made, "duration": round(value.duration, 3)} if isinstance(value, Job) else made
     return [plain(item) for item in value]
 

@@ -34,10 +34,10 @@ def config_from_json(text: str) -> EngineConfig:
     )
 
 
-def follow_rank_zero(config: EngineConfig, place: RankInfo) -> None:
-    """Be rank `place.rank` until rank 0 says stop; an error is told to the other ranks before it is raised."""
+def follow_rank_zero(config: EngineConfig, info: RankInfo) -> None:
+    """Be rank `info.rank` until rank 0 says stop; an error is reported to the other ranks before it is raised."""
     logging.getLogger("hasten").setLevel(logging.ERROR)  # rank 0 says once what every rank would warn of
-    ranks = Ranks(place, None, device_kind(config), config.parallel)
+    ranks = Ranks(info, None, device_kind(config), config.parallel)
     give_up = ranks.abandon
     try:
         with ranks.guard("following rank 0"):
@@ -56,10 +56,10 @@ def main() -> None:
     pipe = int(sys.argv[1])
     config = config_from_json(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    place = rank_from_environment()
-    assert place is not None
+    info = rank_from_environment()
+    assert info is not None
     try:
-        follow_rank_zero(config, place)
+        follow_rank_zero(config, info)
     except BaseException as error:
         os.write(pipe, reported(error))
         os._exit(1)

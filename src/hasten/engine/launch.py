@@ -19,48 +19,48 @@ WORKER = "hasten.engine.follower"
 """The program of a rank that another process starts."""
 
 
-def launched_place(config: EngineConfig) -> RankInfo | None:
-    """This process's place among ranks that others started; ConfigError where `config` asks for another number."""
-    place, parallel = rank_info(config.parallel), config.parallel
+def launched_rank(config: EngineConfig) -> RankInfo | None:
+    """This process's rank among those that others started; ConfigError where `config` asks for another number."""
+    info, parallel = rank_info(config.parallel), config.parallel
     size, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    if place is None:
+    if info is None:
         return None
-    if place.size % stages:
+    if info.size % stages:
         raise ConfigError(
-            f"pipeline_parallel_size is {stages}, but this is one of {place.size} ranks that torchrun, mpirun or a "
+            f"pipeline_parallel_size is {stages}, but this is one of {info.size} ranks that torchrun, mpirun or a "
             "cluster started, which that does not divide"
         )
-    if size not in (1, place.size // stages):
+    if size not in (1, info.size // stages):
         each = f" and pipeline_parallel_size {stages}" if stages > 1 else ""
         raise ConfigError(
-            f"tensor_parallel_size is {size}{each}, but this is one of {place.size} ranks that torchrun, mpirun or a "
+            f"tensor_parallel_size is {size}{each}, but this is one of {info.size} ranks that torchrun, mpirun or a "
             "cluster started; leave the option out or give their number"
         )
-    return place
+    return info
 
 
-def start_engine(config: EngineConfig, place: RankInfo | None = None, *, index: int = 0, count: int = 1) -> Engine:
-    """Start the other ranks, unless `place` says that others did, and number `index` of `count` engines on this host.
+def start_engine(config: EngineConfig, info: RankInfo | None = None, *, index: int = 0, count: int = 1) -> Engine:
+    """Start the other ranks, unless `info` says that others did, and number `index` of `count` engines on this host.
 
     Each engine has GPUs of its own, and its share of the threads and memory of a host without any. Raises as `LLM`
     does; nothing is left behind if that fails.
     """
     size = config.parallel.ranks
     if count > 1:
-        _check_several(config, place, count)
-    if place is None and size * count > 1:
-        place = RankInfo(
+        _check_several(config, info, count)
+    if info is None and size * count > 1:
+        info = RankInfo(
             0, size, size * count, LOCAL, free_local_port() if size > 1 else 0, index * size, starts_node=size > 1
         )
     children = None
-    if place is not None and place.size > 1:
+    if info is not None and info.size > 1:
         check_no_group()
-    if place is not None and place.starts_node:
+    if info is not None and info.starts_node:
         _check_split(config)
-        children = Children(WORKER, config_to_json(config), place)
+        children = Children(WORKER, config_to_json(config), info)
     ranks: Ranks | None = None
     try:
-        ranks = Ranks(place, children, device_kind(config), config.parallel)
+        ranks = Ranks(info, children, device_kind(config), config.parallel)
         return Engine(config, ranks)
     except BaseException as error:
         if ranks is not None:
@@ -71,10 +71,10 @@ def start_engine(config: EngineConfig, place: RankInfo | None = None, *, index: 
         raise
 
 
-def _check_several(config: EngineConfig, place: RankInfo | None, count: int) -> None:
-    if place is not None:
+def _check_several(config: EngineConfig, info: RankInfo | None, count: int) -> None:
+    if info is not None:
         raise ConfigError(
-            f"data_parallel_size is {count}, but this is one of {place.size} ranks that torchrun, mpirun or a cluster "
+            f"data_parallel_size is {count}, but this is one of {info.size} ranks that torchrun, mpirun or a cluster "
             "started, which serve one engine; leave the option out"
         )
     if ":" in config.device:
@@ -96,26 +96,26 @@ def run_worker(config: EngineConfig) -> bool:
 
     True once it has ended; False, at once, where this process is rank 0 or alone. Raises as `LLM` does.
     """
-    place = launched_place(config)
-    if place is None or place.rank == 0:
+    info = launched_rank(config)
+    if info is None or info.rank == 0:
         return False
-    if place.starts_node:
-        run_node(config, place)
+    if info.starts_node:
+        run_node(config, info)
     else:
-        follow_rank_zero(config, place)
+        follow_rank_zero(config, info)
     return True
 
 
 def run_node(
-    config: EngineConfig, place: RankInfo, around: Callable[[], AbstractContextManager[None]] = nullcontext
+    config: EngineConfig, info: RankInfo, around: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> None:
     """All ranks of a host other than rank 0's, until rank 0 ends; raises the error of the first that fails.
 
     They start once rank 0 is there; EngineError where it is not within two minutes. `around` is entered while they run.
     """
-    await_host(place.address, place.port, JOIN_TIMEOUT_S)
+    await_host(info.address, info.port, JOIN_TIMEOUT_S)
     with around():
-        children = Children(WORKER, config_to_json(config), place)
+        children = Children(WORKER, config_to_json(config), info)
         try:
             children.wait()
         finally:

@@ -70,17 +70,17 @@ class LLM(PoolingMethods):
         self._engine: Engine | None = None
         self._closed_because = "it did not start"
         self._next_id = 0
-        place = launch.launched_place(config)
-        if place is not None and place.rank > 0:
+        info = launch.launched_rank(config)
+        if info is not None and info.rank > 0:
             raise ConfigError(
-                f"this process is rank {place.rank} of {place.size}, and LLM is rank 0's; call "
+                f"this process is rank {info.rank} of {info.size}, and LLM is rank 0's; call "
                 "hasten.run_worker(model, ...) with the same options first, and go on only where it returns False"
             )
         start = time.perf_counter()
         # What imports left is not garbage. With it, a full collection takes the time of 20 steps, and results of many
         # objects, such as log-probabilities, start one about every second.
         gc.freeze()
-        self._engine = launch.start_engine(config, place)
+        self._engine = launch.start_engine(config, info)
         _log.info("%s is ready after %.1f s: %s", self._model, time.perf_counter() - start, self._description())
 
     def __repr__(self) -> str:

@@ -18,27 +18,27 @@ from hasten.parallel.rank import RankInfo
 class Children:
     """Ranks that are started by this process as children that end with it."""
 
-    def __init__(self, module: str, configuration: str, place: RankInfo) -> None:
+    def __init__(self, module: str, configuration: str, info: RankInfo) -> None:
         """Start the ranks of this host: all of them, or all but rank 0, which is this process."""
         self.liveness = Liveness()
         """What knows of the first death that nobody asked for."""
-        self._size = place.size
+        self._size = info.size
         self._ended = 0
         self._changed = threading.Condition()
-        ranks = range(place.rank or 1, min(place.rank + place.local_size, place.size))
-        self._processes = [self._start(module, configuration, place, rank) for rank in ranks]
+        ranks = range(info.rank or 1, min(info.rank + info.local_size, info.size))
+        self._processes = [self._start(module, configuration, info, rank) for rank in ranks]
 
-    def _start(self, module: str, configuration: str, place: RankInfo, rank: int) -> "subprocess.Popen[bytes]":
+    def _start(self, module: str, configuration: str, info: RankInfo, rank: int) -> "subprocess.Popen[bytes]":
         reader, writer = os.pipe()
         environment = {
             **os.environ,
             "RANK": str(rank),
-            "WORLD_SIZE": str(place.size),
-            "LOCAL_RANK": str(place.first + rank % place.local_size),
-            "LOCAL_WORLD_SIZE": str(place.local_size),
-            "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // place.local_size)),
-            "MASTER_ADDR": place.address,
-            "MASTER_PORT": str(place.port),
+            "WORLD_SIZE": str(info.size),
+            "LOCAL_RANK": str(info.first + rank % info.local_size),
+            "LOCAL_WORLD_SIZE": str(info.local_size),
+            "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // info.local_size)),
+            "MASTER_ADDR": info.address,
+            "MASTER_PORT": str(info.port),
         }
         process = subprocess.Popen(
             [sys.executable, "-m", module, str(writer)],

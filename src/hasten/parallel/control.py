@@ -69,16 +69,16 @@ def _shut(connection: Connection) -> None:
 class Hub:
     """Rank 0's connections to all other ranks."""
 
-    def __init__(self, place: RankInfo, store: KeyValues, liveness: Liveness, seconds: float) -> None:
+    def __init__(self, info: RankInfo, store: KeyValues, liveness: Liveness, seconds: float) -> None:
         """Wait until all ranks are connected; EngineError after so many seconds, RuntimeError where one dies."""
-        self._size, self._liveness = place.size, liveness
+        self._size, self._liveness = info.size, liveness
         self._steps: dict[int, Connection] = {}
         self._watched: dict[int, Connection] = {}
         self._hosts: dict[int, str] = {}
         self.address = ""
         """Of this host, as the other ranks see it."""
         token = secrets.token_hex()
-        with _listener(place.address) as listener:
+        with _listener(info.address) as listener:
             store.set("control", json.dumps([listener.getsockname()[1], token, socket.gethostname()]))
             self._accept_all(listener, token, seconds)
         liveness.on_failure(self._tell_failure)
@@ -171,21 +171,21 @@ class Hub:
 class Spoke:
     """Another rank's connections to rank 0."""
 
-    def __init__(self, place: RankInfo, store: KeyValues, liveness: Liveness) -> None:
+    def __init__(self, info: RankInfo, store: KeyValues, liveness: Liveness) -> None:
         """Connect; RuntimeError where rank 0 does not listen."""
         port, token, self._host = json.loads(store.get("control"))
-        self._size, self._liveness = place.size, liveness
+        self._size, self._liveness = info.size, liveness
         self.address = ""
         """Of this host, as rank 0 sees it."""
 
         def connected(purpose: str) -> Connection:
             try:
-                raw = _reach(place.address, port, _CONNECT_S)
+                raw = _reach(info.address, port, _CONNECT_S)
             except OSError as error:
                 raise RuntimeError(f"rank 0 does not listen at port {port} ({error.strerror or error})") from error
             self.address = _own_address(raw)
             connection = _connection(raw)
-            connection.send_bytes(json.dumps([place.rank, socket.gethostname(), purpose, token]).encode())
+            connection.send_bytes(json.dumps([info.rank, socket.gethostname(), purpose, token]).encode())
             return connection
 
         self._steps, self._watched = connected(_STEPS), connected(_WATCH)

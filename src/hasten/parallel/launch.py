@@ -52,63 +52,63 @@ class Ranks:
 
     def __init__(
         self,
-        place: RankInfo | None,
+        info: RankInfo | None,
         children: Children | None,
         device_kind: str,
         parallel: ParallelConfig | None = None,
     ) -> None:
         """`parallel`: how many pipeline stages the ranks form, with which layers; None: one."""
         self.liveness = Liveness() if children is None else children.liveness
-        self.world = TensorGroup(place.rank, place.size, liveness=self.liveness) if place else ALONE
+        self.world = TensorGroup(info.rank, info.size, liveness=self.liveness) if info else ALONE
         self.groups = ParallelGroups(world=self.world, tensor=self.world)
-        self.local_size = place.local_size if place else 1
+        self.local_size = info.local_size if info else 1
         """Ranks on this host, those of other engines of the same server included."""
-        self.engines = place.engines if place else 1
+        self.engines = info.engines if info else 1
         """Engines that share this host."""
-        self.first = place.first if place else 0
+        self.first = info.first if info else 0
         """Rank 0's number among the ranks on this host."""
-        self._place = place
+        self._info = info
         self._children = children
         self._store: PrefixStore | None = None
         self._control: Hub | Spoke | None = None
         self._threads = limit_threads()
-        if place is not None and place.size > 1:
+        if info is not None and info.size > 1:
             self.liveness.on_failure(self._abort_nccl, waits_first=True)
             try:
                 with self.guard("meeting the other ranks"):
-                    self._connect(place)
-                    self.groups = self.liveness.outlive(lambda: self._form_groups(place, device_kind, parallel))
+                    self._connect(info)
+                    self.groups = self.liveness.outlive(lambda: self._form_groups(info, device_kind, parallel))
             except BaseException:
                 self.abandon()
                 raise
         if self.local_size > 1 and device_kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, self._threads // self.local_size))
 
-    def _connect(self, place: RankInfo) -> None:
+    def _connect(self, info: RankInfo) -> None:
         """Meet rank 0, which may not be there yet, or be that of a run before, which is about to end."""
         deadline = time.monotonic() + JOIN_TIMEOUT_S
         while True:
             try:
-                self._store = self._open_store(place, max(1.0, deadline - time.monotonic()))
-                if place.rank == 0:
-                    self._control = Hub(place, self._store, self.liveness, JOIN_TIMEOUT_S)
+                self._store = self._open_store(info, max(1.0, deadline - time.monotonic()))
+                if info.rank == 0:
+                    self._control = Hub(info, self._store, self.liveness, JOIN_TIMEOUT_S)
                 else:
-                    self._control = Spoke(place, self._store, self.liveness)
+                    self._control = Spoke(info, self._store, self.liveness)
                 return
             except RuntimeError:
-                if place.rank == 0 or self.liveness.failure is not None or time.monotonic() > deadline:
+                if info.rank == 0 or self.liveness.failure is not None or time.monotonic() > deadline:
                     raise
                 time.sleep(_RETRY_S)
 
-    def _open_store(self, place: RankInfo, seconds: float) -> PrefixStore:
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not place.starts_node
-        hosts_store = place.rank == 0 and not agent
+    def _open_store(self, info: RankInfo, seconds: float) -> PrefixStore:
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not info.starts_node
+        hosts_store = info.rank == 0 and not agent
         if not hosts_store:
-            await_host(place.address, place.port, seconds)
+            await_host(info.address, info.port, seconds)
         timeout = timedelta(seconds=seconds)
-        listener = _local_listener(place.port) if hosts_store and place.address == LOCAL else None
+        listener = _local_listener(info.port) if hosts_store and info.address == LOCAL else None
         store = TCPStore(
-            *(place.address, place.port, place.size, hosts_store),
+            *(info.address, info.port, info.size, hosts_store),
             timeout=timeout,
             wait_for_workers=False,
             master_listen_fd=listener,
@@ -116,7 +116,7 @@ class Ranks:
         # torchrun's own store outlives the ranks that it starts anew.
         return PrefixStore(f"hasten/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
-    def _form_groups(self, place: RankInfo, device_kind: str, parallel: ParallelConfig | None) -> ParallelGroups:
+    def _form_groups(self, info: RankInfo, device_kind: str, parallel: ParallelConfig | None) -> ParallelGroups:
         backend = "cpu:gloo,cuda:nccl" if device_kind == "cuda" else "gloo"
         # NCCL 2.28 registers buffers of sums that are captured, and the graph then hangs from 2 MB on.
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
@@ -124,9 +124,9 @@ class Ranks:
             # A group that failed while it was built has used a number up. Groups meet by their numbers: with
             # another one here than in the other ranks, which are new processes, all would wait for ever.
             dist.distributed_c10d._world.group_count = 0
-        with _interface(LOCAL if place.address == LOCAL or self._control is None else self._control.address):
+        with _interface(LOCAL if info.address == LOCAL or self._control is None else self._control.address):
             dist.init_process_group(
-                backend, store=self._store, rank=place.rank, world_size=place.size, timeout=_IDLE_TIMEOUT
+                backend, store=self._store, rank=info.rank, world_size=info.size, timeout=_IDLE_TIMEOUT
             )
             return self._divided(parallel)
 

@@ -21,12 +21,12 @@ def follow(options: ServeOptions) -> int:
     its server starts again. ConfigError where it is not clear which model that is.
     """
     config = engine_of(options)
-    from hasten.engine.launch import launched_place, run_node, run_worker
+    from hasten.engine.launch import launched_rank, run_node, run_worker
 
-    place = launched_place(config)
-    while place is not None and place.starts_node:
+    info = launched_rank(config)
+    while info is not None and info.starts_node:
         try:
-            run_node(config, place, around=_ignoring_signals)
+            run_node(config, info, around=_ignoring_signals)
             return 0
         except RankError as error:
             _log.error("%s; waiting for rank 0 to start again", error)

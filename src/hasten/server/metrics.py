@@ -190,27 +190,27 @@ class Metrics:
         stats = {key: engine.stats() for key, engine in engines.items()}
         rows: Sequence[tuple[str, str, str, dict[Key, float]]] = (
             ("requests_running", "gauge", "Requests that have begun and are not finished",
-             {key: one.running for key, one in stats.items()}),
+             {key: counted.running for key, counted in stats.items()}),
             ("requests_waiting", "gauge", "Requests in the queue",
-             {key: one.waiting for key, one in stats.items()}),
+             {key: counted.waiting for key, counted in stats.items()}),
             ("kv_cache_usage_ratio", "gauge", "Share of the key/value cache's blocks in use [0.0 - 1.0]",
-             {key: one.used_blocks / max(1, one.num_blocks) for key, one in stats.items()}),
+             {key: counted.used_blocks / max(1, counted.num_blocks) for key, counted in stats.items()}),
             ("prefix_cache_hit_tokens_total", "counter", "Tokens of prompts that were found in the prefix cache",
-             {key: one.prefix_hit_tokens for key, one in stats.items()}),
+             {key: counted.prefix_hit_tokens for key, counted in stats.items()}),
             ("prefix_cache_query_tokens_total", "counter", "Tokens of prompts that were looked up in the prefix cache",
-             {key: one.prefix_query_tokens for key, one in stats.items()}),
+             {key: counted.prefix_query_tokens for key, counted in stats.items()}),
             ("preemptions_total", "counter", "Times that a request had to give its cache blocks back",
-             {key: one.preemptions for key, one in stats.items()}),
+             {key: counted.preemptions for key, counted in stats.items()}),
             ("engine_steps_total", "counter", "Steps of the engine",
-             {key: one.steps for key, one in stats.items()}),
+             {key: counted.steps for key, counted in stats.items()}),
             ("engine_mixed_steps_total", "counter", "Steps that computed prompts while other requests decoded",
-             {key: one.mixed_steps for key, one in stats.items()}),
+             {key: counted.mixed_steps for key, counted in stats.items()}),
             ("engine_limited_steps_total", "counter", "Mixed steps whose prompts were cut to keep to --itl-target",
-             {key: one.limited_steps for key, one in stats.items()}),
+             {key: counted.limited_steps for key, counted in stats.items()}),
             ("engine_mixed_step_seconds_total", "counter", "Time of mixed steps, measured",
-             {key: one.mixed_seconds for key, one in stats.items()}),
+             {key: counted.mixed_seconds for key, counted in stats.items()}),
             ("engine_mixed_step_predicted_seconds_total", "counter", "Time of mixed steps, as predicted",
-             {key: one.predicted_mixed_seconds for key, one in stats.items()}),
+             {key: counted.predicted_mixed_seconds for key, counted in stats.items()}),
         )  # fmt: skip
         for name, kind, text, values in rows:
             yield _family(f"hasten_{name}", kind, text, values)
@@ -265,25 +265,25 @@ def _triton(models: Mapping[Key, ModelCounters]) -> Iterable[Family]:
             failures.add({**_model(key), "reason": reason.value}, count)
     rows: Sequence[tuple[str, str, str, dict[Key, float]]] = (
         ("request_success", "counter", "Number of successful inference requests, all batch sizes",
-         {key: one.success.count for key, one in models.items()}),
+         {key: counted.success.count for key, counted in models.items()}),
         ("count", "counter", "Number of inferences performed (does not include cached requests)",
-         {key: one.inference_count for key, one in models.items()}),
+         {key: counted.inference_count for key, counted in models.items()}),
         ("exec_count", "counter", "Number of model executions performed (does not include cached requests)",
-         {key: one.execution_count for key, one in models.items()}),
+         {key: counted.execution_count for key, counted in models.items()}),
         ("request_duration_us", "counter", "Cumulative inference request duration in microseconds",
-         {key: one.success.ns // 1000 for key, one in models.items()}),
+         {key: counted.success.ns // 1000 for key, counted in models.items()}),
         ("queue_duration_us", "counter", "Cumulative inference queuing duration in microseconds",
-         {key: one.queue.ns // 1000 for key, one in models.items()}),
+         {key: counted.queue.ns // 1000 for key, counted in models.items()}),
         ("compute_input_duration_us", "counter", "Cumulative compute input duration in microseconds",
-         {key: one.compute.input.ns // 1000 for key, one in models.items()}),
+         {key: counted.compute.input.ns // 1000 for key, counted in models.items()}),
         ("compute_infer_duration_us", "counter", "Cumulative compute inference duration in microseconds",
-         {key: one.compute.infer.ns // 1000 for key, one in models.items()}),
+         {key: counted.compute.infer.ns // 1000 for key, counted in models.items()}),
         ("compute_output_duration_us", "counter", "Cumulative inference compute output duration in microseconds",
-         {key: one.compute.output.ns // 1000 for key, one in models.items()}),
+         {key: counted.compute.output.ns // 1000 for key, counted in models.items()}),
         ("pending_request_count", "gauge", "Instantaneous number of pending requests awaiting execution per-model.",
-         {key: one.pending for key, one in models.items()}),
+         {key: counted.pending for key, counted in models.items()}),
     )  # fmt: skip
-    load = {key: one.load_seconds for key, one in models.items()}
+    load = {key: counted.load_seconds for key, counted in models.items()}
     return [
         failures,
         *(_family(f"nv_inference_{name}", kind, text, values) for name, kind, text, values in rows),
@@ -292,29 +292,29 @@ def _triton(models: Mapping[Key, ModelCounters]) -> Iterable[Family]:
 
 
 def _language(models: Mapping[Key, ModelCounters]) -> Iterable[Family]:
-    language = {key: one.language.total for key, one in models.items() if one.language is not None}
+    language = {key: counted.language.total for key, counted in models.items() if counted.language is not None}
     for name, text, histograms in (
         ("time_to_first_token_seconds", "Time from a request to its first token, whether or not it streams",
-         {key: one.time_to_first_token for key, one in language.items()}),
+         {key: counted.time_to_first_token for key, counted in language.items()}),
         ("time_per_output_token_seconds", "Time per token of a request, from its first token to its end",
-         {key: one.time_per_output_token for key, one in language.items()}),
+         {key: counted.time_per_output_token for key, counted in language.items()}),
         ("e2e_request_latency_seconds", "Time from a request to its end",
-         {key: one.latency for key, one in language.items()}),
+         {key: counted.latency for key, counted in language.items()}),
         ("queue_time_seconds", "Time that a request waited before it was begun",
-         {key: one.queue_time for key, one in language.items()}),
+         {key: counted.queue_time for key, counted in language.items()}),
     ):  # fmt: skip
         family = Family(f"hasten_{name}", "histogram", text)
         for key, histogram in histograms.items():
             family.add_histogram(_model(key), histogram)
         yield family
-    prompts = {key: float(one.prompt_tokens) for key, one in language.items()}
-    made = {key: float(one.generation_tokens) for key, one in language.items()}
+    prompts = {key: float(counted.prompt_tokens) for key, counted in language.items()}
+    made = {key: float(counted.generation_tokens) for key, counted in language.items()}
     yield _family("hasten_prompt_tokens_total", "counter", "Tokens of prompts", prompts)
     yield _family("hasten_generation_tokens_total", "counter", "Tokens generated", made)
-    texts = {key: float(one.texts) for key, one in language.items()}
+    texts = {key: float(counted.texts) for key, counted in language.items()}
     yield _family("hasten_texts_total", "counter", "Texts of which a vector or scores were made", texts)
     ends = Family("hasten_completions_total", "counter", "Completions by how they ended")
-    for key, one in language.items():
-        for reason, count in one.finished.items():
+    for key, counted in language.items():
+        for reason, count in counted.finished.items():
             ends.add({**_model(key), "reason": reason.value}, count)
     yield ends

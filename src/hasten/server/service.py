@@ -138,7 +138,7 @@ class Service:
         """A model's tensors; without a version, those of the newest and the numbers of all that serve."""
         message = service_pb2.ModelMetadataResponse()
         message.CopyFrom(self._find(model, version).metadata)
-        serving = (str(one.number) for one in self._registry.versions() if one.name == model and self._serves(one))
+        serving = (str(each.number) for each in self._registry.versions() if each.name == model and self._serves(each))
         message.versions.extend([version] if version else serving)
         return message
 
@@ -152,13 +152,13 @@ class Service:
     def statistics(self, model: str = "", version: str = "") -> list[service_pb2.ModelStatistics]:
         """Of all models that serve, or of one; a version is looked at only with a model."""
         number = version_number(version)
-        serving = [one for one in self._registry.versions() if self._serves(one) and model in ("", one.name)]
-        found = [one for one in serving if not model or number in (-1, one.number)]
+        serving = [each for each in self._registry.versions() if self._serves(each) and model in ("", each.name)]
+        found = [each for each in serving if not model or number in (-1, each.number)]
         if model and not serving:
             raise ServiceError(ErrorKind.INVALID, f"requested model '{model}' is not available")
         if model and not found:
             raise ServiceError(ErrorKind.INVALID, f"requested model version is not available for model '{model}'")
-        return [self.counters.of(one.name, str(one.number)).message(one.name, str(one.number)) for one in found]
+        return [self.counters.of(each.name, str(each.number)).message(each.name, str(each.number)) for each in found]
 
     def index(self, *, ready: bool = False) -> list[service_pb2.RepositoryIndexResponse.ModelIndex]:
         """What the repository holds, and the state of what was loaded; `ready`: only what serves.
@@ -166,10 +166,10 @@ class Service:
         What was never loaded has neither version nor state.
         """
         versions = list(self._registry.versions())
-        entries = [_entry(one.name, str(one.number), *self._state(one)) for one in versions]
+        entries = [_entry(each.name, str(each.number), *self._state(each)) for each in versions]
         if ready:
             return [entry for entry in entries if entry.state == State.READY]
-        known = {one.name for one in versions}
+        known = {each.name for each in versions}
         others = set(self._registry.repository.names()) | set(self._registry.failures)
         entries += [self._never_loaded(name) for name in others - known]
         return sorted(entries, key=lambda entry: (entry.name, int(entry.version or 0)))
@@ -217,7 +217,7 @@ class Service:
         if not self._strict:
             return True
         registry = self._registry
-        wanted = [one for one in registry.versions() if one.failed or one.state in (State.READY, State.LOADING)]
+        wanted = [each for each in registry.versions() if each.failed or each.state in (State.READY, State.LOADING)]
         return all(map(registry.any_serves, registry.failures)) and all(map(registry.is_ready, wanted))
 
     def is_model_ready(self, model: str, version: str = "") -> bool:
@@ -231,9 +231,9 @@ class Service:
 
     def engines(self) -> Mapping[tuple[str, str], EngineClient]:
         """The engines of the models that serve, by model and version."""
-        owners = (one for one in self._registry.versions() if one.description.kind is Kind.TOKEN)
-        pairs = ((one, one.model.engine) for one in owners if self._serves(one))
-        return {(one.name, str(one.number)): engine for one, engine in pairs if engine is not None}
+        owners = (each for each in self._registry.versions() if each.description.kind is Kind.TOKEN)
+        pairs = ((each, each.model.engine) for each in owners if self._serves(each))
+        return {(each.name, str(each.number)): engine for each, engine in pairs if engine is not None}
 
     def tally(self, model: str, version: str, items: int, begun: int) -> Tally:
         """What counts a request for an engine of `engines` that an API makes of it; ServiceError where none serves."""
@@ -242,17 +242,17 @@ class Service:
     def backends(self) -> Mapping[str, list[str]]:
         """The models that serve, by the backend that computes them."""
         made: dict[str, list[str]] = {}
-        for one in filter(self._serves, self._registry.versions()):
-            models = made.setdefault(one.config.backend, [])
-            models += [one.name] if one.name not in models else []
+        for each in filter(self._serves, self._registry.versions()):
+            models = made.setdefault(each.config.backend, [])
+            models += [each.name] if each.name not in models else []
         made.pop("", None)  # ensembles have none
         return made
 
     def text_models(self) -> Mapping[str, str]:
         """The text models that serve, each with the token model whose engine it uses."""
-        texts = (one for one in self._registry.versions() if one.description.kind in TEXT_KINDS)
-        serving = (one for one in texts if self._serves(one))
-        return {one.name: parameter(one.config, TOKEN_MODEL, DEFAULT_TOKEN_MODEL) for one in serving}
+        texts = (each for each in self._registry.versions() if each.description.kind in TEXT_KINDS)
+        serving = (each for each in texts if self._serves(each))
+        return {each.name: parameter(each.config, TOKEN_MODEL, DEFAULT_TOKEN_MODEL) for each in serving}
 
     async def close(self, exit_timeout: float) -> None:
         """Take no more requests, let those under way finish for so many seconds, and end the engines."""

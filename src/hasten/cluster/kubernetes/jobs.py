@@ -148,7 +148,9 @@ def _jobs_of(cluster: Cluster, kind: _Kind, namespace: str | None) -> list[Found
     for pod in cluster.list_all(PODS, namespace, labels=labels):
         metadata = pod["metadata"]
         pods[metadata["namespace"], metadata["labels"][kind.job_label]].append(pod)
-    return [FoundJob(kind, one, _in_order(kind, pods[one["metadata"]["namespace"], name_of(one)])) for one in bodies]
+    return [
+        FoundJob(kind, item, _in_order(kind, pods[item["metadata"]["namespace"], name_of(item)])) for item in bodies
+    ]
 
 
 def find_job(cluster: Cluster, name: str, namespace: str) -> FoundJob:
@@ -170,7 +172,7 @@ def find_job(cluster: Cluster, name: str, namespace: str) -> FoundJob:
 
 def job_with_events(cluster: Cluster, found: FoundJob) -> Job:
     """A job with all that happened to it and to its pods."""
-    uids = frozenset(one["metadata"]["uid"] for one in (found.body, *found.pods))
+    uids = frozenset(item["metadata"]["uid"] for item in (found.body, *found.pods))
     events = events_of(cluster.list_all(EVENTS, found.body["metadata"]["namespace"]), uids)
     job = job_record(found)
     return replace(job, events=events, reason=_reason_with_events(job, found, events))
@@ -217,7 +219,7 @@ def _state(found: FoundJob, instances: Sequence[Instance]) -> Status:
     if held is not None:
         names = {found.kind.succeeded: Status.SUCCEEDED, "Failed": Status.FAILED, "Running": Status.RUNNING}
         return names.get(held["type"], Status.QUEUING)
-    runs = found.resource != PYTORCH_JOBS and any(one.status is Status.RUNNING for one in instances)
+    runs = found.resource != PYTORCH_JOBS and any(item.status is Status.RUNNING for item in instances)
     return Status.RUNNING if runs else Status.PENDING
 
 
@@ -232,7 +234,7 @@ def _templates(body: Object) -> list[tuple[int, dict[str, Any]]]:
     if spec.get("template"):
         return [(spec.get("parallelism") or 1, spec["template"].get("spec") or {})]
     replicas = spec.get("pytorchReplicaSpecs") or {}
-    specs = [(one.get("replicas"), (one.get("template") or {}).get("spec") or {}) for one in replicas.values()]
+    specs = [(item.get("replicas"), (item.get("template") or {}).get("spec") or {}) for item in replicas.values()]
     return [(1 if number is None else number, spec) for number, spec in specs]
 
 
@@ -249,25 +251,25 @@ def requested_gpus(body: Object) -> int:
 def _priority(body: Object) -> str | None:
     policy = ((body.get("spec") or {}).get("runPolicy") or {}).get("schedulingPolicy") or {}
     named = [template.get("priorityClassName") for _, template in _templates(body)]
-    return policy.get("priorityClass") or next((one for one in named if one), None)
+    return policy.get("priorityClass") or next((item for item in named if item), None)
 
 
 def _reason(state: Status, body: Object, instances: Sequence[Instance]) -> str | None:
     if state in (Status.RUNNING, Status.SUCCEEDED):
         return None
-    told = next((f"{one.name}: {one.reason}" for one in instances if one.reason), None)
+    reason = next((f"{item.name}: {item.reason}" for item in instances if item.reason), None)
     if state is Status.FAILED:
         failed = true_condition(body, "Failed")
-        return told or (failed.get("message") if failed else None)
+        return reason or (failed.get("message") if failed else None)
     waiting = true_condition(body, "Suspended", "Queuing")
     if waiting and not instances:
         return f"{waiting['type'].lower()}: {waiting.get('message') or waiting.get('reason') or 'waits for its turn'}"
-    return told or ("its pods are being started" if instances else "there are no pods yet")
+    return reason or ("its pods are being started" if instances else "there are no pods yet")
 
 
 def _reason_with_events(job: Job, found: FoundJob, events: Sequence[Event]) -> str | None:
     """Where pods do not tell why they wait, events do: a quota, a volume that cannot be mounted."""
-    pods_tell = any(one.reason for one in job.instances)
+    pods_tell = any(item.reason for item in job.instances)
     if job.status not in (Status.PENDING, Status.QUEUING) or pods_tell:
         return job.reason
     warning = next((event for event in reversed(events) if event.kind == "Warning"), None)

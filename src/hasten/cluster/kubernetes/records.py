@@ -63,7 +63,7 @@ def accelerators(resources: dict[str, Any] | None) -> int:
 
 def pod_gpus(spec: dict[str, Any] | None) -> int:
     """GPUs of a pod: those of its containers; one that runs before them may use theirs."""
-    return sum(_container_gpus(one) for one in (spec or {}).get("containers") or ())
+    return sum(_container_gpus(entry) for entry in (spec or {}).get("containers") or ())
 
 
 def _container_gpus(container: dict[str, Any]) -> int:
@@ -84,8 +84,8 @@ def instance(pod: Object, *, chief: bool = False) -> Instance:
         is_chief=chief,
         gpus=pod_gpus(pod.get("spec")),
         node=status.get("hostIP"),
-        ready=bool(containers) and all(one.get("ready", False) for one in containers),
-        restarts=sum(one.get("restartCount", 0) for one in containers),
+        ready=bool(containers) and all(entry.get("ready", False) for entry in containers),
+        restarts=sum(entry.get("restartCount", 0) for entry in containers),
         reason=_why(pod, phase, status),
     )
 
@@ -97,7 +97,7 @@ def _why(pod: Object, phase: Status, status: dict[str, Any]) -> str | None:
 
 
 def _ended(containers: Iterable[dict[str, Any]]) -> datetime | None:
-    ends = [one.get("state", {}).get("terminated", {}).get("finishedAt") for one in containers]
+    ends = [entry.get("state", {}).get("terminated", {}).get("finishedAt") for entry in containers]
     return max((end for end in map(moment, ends) if end), default=None)
 
 
@@ -108,25 +108,25 @@ def pod_reason(status: dict[str, Any]) -> str | None:
         return "its node does not answer"
     if phase == "Failed" and status.get("reason"):
         return _joined(status["reason"], status.get("message"))
-    for one in [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]:
-        if reason := _container_reason(one):
+    for entry in [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]:
+        if reason := _container_reason(entry):
             return reason
     return _scheduling_reason(status) if phase == "Pending" else None
 
 
-def _container_reason(one: dict[str, Any]) -> str | None:
-    state = one.get("state") or {}
+def _container_reason(entry: dict[str, Any]) -> str | None:
+    state = entry.get("state") or {}
     waiting, terminated = state.get("waiting"), state.get("terminated")
     if waiting and waiting.get("reason") not in (*_STARTING, None):
-        last = (one.get("lastState") or {}).get("terminated")
-        return _joined(waiting["reason"], waiting.get("message")) + (f"; before: {_end(one, last)}" if last else "")
+        last = (entry.get("lastState") or {}).get("terminated")
+        return _joined(waiting["reason"], waiting.get("message")) + (f"; before: {_end(entry, last)}" if last else "")
     if terminated and terminated.get("exitCode"):
-        return _end(one, terminated)
+        return _end(entry, terminated)
     return None
 
 
-def _end(one: dict[str, Any], terminated: dict[str, Any]) -> str:
-    end = f"container {one['name']} ended with status {terminated.get('exitCode')}"
+def _end(entry: dict[str, Any], terminated: dict[str, Any]) -> str:
+    end = f"container {entry['name']} ended with status {terminated.get('exitCode')}"
     reason = terminated.get("reason")
     return _joined(end + (f" ({reason})" if reason not in (None, "Error") else ""), terminated.get("message"))
 
@@ -148,30 +148,30 @@ def _joined(reason: str, message: str | None) -> str:
 
 def true_condition(item: Object, *types: str) -> dict[str, Any] | None:
     """The first of an object's conditions of these types, in their order, that holds."""
-    conditions = {one["type"]: one for one in (item.get("status") or {}).get("conditions") or ()}
+    conditions = {entry["type"]: entry for entry in (item.get("status") or {}).get("conditions") or ()}
     held = (conditions[name] for name in types if name in conditions)
-    return next((one for one in held if one.get("status") == "True"), None)
+    return next((entry for entry in held if entry.get("status") == "True"), None)
 
 
 def events_of(events: Iterable[Object], uids: frozenset[str]) -> list[Event]:
     """Events of some objects, the oldest first."""
-    found = [_event(one) for one in events if one.get("involvedObject", {}).get("uid") in uids]
+    found = [_event(entry) for entry in events if entry.get("involvedObject", {}).get("uid") in uids]
     return sorted(found, key=lambda event: event.time)
 
 
-def _event(one: Object) -> Event:
-    about = one["involvedObject"]
-    time = one.get("lastTimestamp") or (one.get("series") or {}).get("lastObservedTime") or one.get("eventTime")
-    times = (one.get("series") or {}).get("count") or one.get("count") or 1
+def _event(entry: Object) -> Event:
+    about = entry["involvedObject"]
+    time = entry.get("lastTimestamp") or (entry.get("series") or {}).get("lastObservedTime") or entry.get("eventTime")
+    times = (entry.get("series") or {}).get("count") or entry.get("count") or 1
     return Event(
-        time=moment(time) or created(one),
-        kind=one.get("type") or "Normal",
-        reason=one.get("reason") or "",
+        time=moment(time) or created(entry),
+        kind=entry.get("type") or "Normal",
+        reason=entry.get("reason") or "",
         source=f"{about.get('kind', 'object').lower()}/{about.get('name', '')}",
-        message=(one.get("message") or "").strip() + (f" ({times} times)" if times > 1 else ""),
+        message=(entry.get("message") or "").strip() + (f" ({times} times)" if times > 1 else ""),
     )
 
 
 def newest_first(records: Iterable[Any]) -> list[Any]:
     """Records by the time of their making, and by name where that is the same."""
-    return sorted(records, key=lambda one: (-one.created.timestamp(), one.namespace, one.name))
+    return sorted(records, key=lambda entry: (-entry.created.timestamp(), entry.namespace, entry.name))

@@ -59,19 +59,19 @@ def find_servers(
 ) -> list[FoundServer]:
     """Servers of that name and version, or all."""
     selector = _selector(name, version)
-    bodies = [(DEPLOYMENTS, one) for one in cluster.list_all(DEPLOYMENTS, namespace, labels=selector)]
+    bodies = [(DEPLOYMENTS, item) for item in cluster.list_all(DEPLOYMENTS, namespace, labels=selector)]
     with suppress(MissingKindError, ForbiddenError):  # who may not see them has made none
         groups = cluster.list_all(LEADER_WORKER_SETS, namespace, labels=selector)
-        bodies += [(LEADER_WORKER_SETS, one) for one in groups]
+        bodies += [(LEADER_WORKER_SETS, item) for item in groups]
     if not bodies:
         if namespace is not None:
             cluster.check_namespace(namespace)
         return []
-    services = {_key(one): one for one in cluster.list_all(SERVICES, namespace, labels=selector)}
+    services = {_key(item): item for item in cluster.list_all(SERVICES, namespace, labels=selector)}
     pods = defaultdict(list)
     for pod in cluster.list_all(PODS, namespace, labels=selector):
         pods[_key(pod)].append(pod)
-    return [FoundServer(kind, one, services.get(_key(one)), _in_order(pods[_key(one)])) for kind, one in bodies]
+    return [FoundServer(kind, item, services.get(_key(item)), _in_order(pods[_key(item)])) for kind, item in bodies]
 
 
 def _selector(name: str | None, version: str | None) -> str:
@@ -88,7 +88,7 @@ def find_server(cluster: Cluster, name: str, version: str | None, namespace: str
         wanted = f"server {name}" + (f" of version {version}" if version else "")
         raise NotFoundError(f"there is no {wanted} in namespace {namespace}: see `hasten cluster serve list`")
     if len(found) > 1:
-        versions = ", ".join(sorted(labels_of(one.body).get("servingVersion", "") for one in found))
+        versions = ", ".join(sorted(labels_of(item.body).get("servingVersion", "") for item in found))
         raise ConfigError(f"server {name} has the versions {versions}: name one with --version")
     return found[0]
 
@@ -108,14 +108,14 @@ def server_with_events(cluster: Cluster, found: FoundServer) -> Server:
     about = [found.body, *found.pods]
     with suppress(ForbiddenError):  # without this right there are fewer events
         about += cluster.list_all(makers, namespace, labels=selector)
-    uids = frozenset(one["metadata"]["uid"] for one in about)
+    uids = frozenset(item["metadata"]["uid"] for item in about)
     server = replace(server_record(found), events=events_of(cluster.list_all(EVENTS, namespace), uids))
     return replace(server, reason=server.reason or _reason_of_events(server))
 
 
 def _reason_of_events(server: Server) -> str | None:
     """Where neither conditions nor pods tell why instances are missing, events do: a quota, a refused pod."""
-    if server.available >= server.desired or any(one.reason for one in server.instances):
+    if server.available >= server.desired or any(item.reason for item in server.instances):
         return None
     warning = next((event for event in reversed(server.events) if event.kind == "Warning"), None)
     return None if warning is None else f"{warning.source}: {warning.reason}: {warning.message}"
@@ -143,7 +143,7 @@ def server_record(found: FoundServer) -> Server:
         available=status.get("readyReplicas" if grouped else "availableReplicas", 0),
         address=_address(found.service),
         ports=_ports(found.service),
-        gpus=desired * sum(number * pod_gpus(one["spec"]) for number, one in templates(body)),
+        gpus=desired * sum(number * pod_gpus(item["spec"]) for number, item in templates(body)),
         created=created(body),
         instances=[instance(pod, chief=labels_of(pod).get(_INDEX) == "0") for pod in found.pods],
         reason=_refusal(body),
@@ -176,4 +176,4 @@ def _address(service: Object | None) -> str | None:
 
 def _ports(service: Object | None) -> dict[str, int]:
     ports = service["spec"].get("ports") or () if service else ()
-    return {_ENDPOINTS[one["name"]]: one["port"] for one in ports if one.get("name") in _ENDPOINTS}
+    return {_ENDPOINTS[item["name"]]: item["port"] for item in ports if item.get("name") in _ENDPOINTS}

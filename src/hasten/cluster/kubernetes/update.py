@@ -96,7 +96,7 @@ def _main(template: Object) -> Object:
 
 def _edit_container(before: Object, planned: Object, template: Object, update: ServerUpdate) -> None:
     containers = template.setdefault("spec", {}).setdefault("containers", [])
-    container = next((one for one in containers if one["name"] == planned["name"]), None)
+    container = next((item for item in containers if item["name"] == planned["name"]), None)
     if container is None:
         container = {"name": planned["name"]}
         containers.append(container)
@@ -109,7 +109,9 @@ def _edit_container(before: Object, planned: Object, template: Object, update: S
         _copy(planned, container, "command")
     # some follow from the number of GPUs
     changed = {
-        one["name"] for one in [*before["env"], *planned["env"]] if (one in before["env"]) != (one in planned["env"])
+        item["name"]
+        for item in [*before["env"], *planned["env"]]
+        if (item in before["env"]) != (item in planned["env"])
     }
     if names := changed | set(pairs(update.env, "--env")):
         container["env"] = _merged(container.get("env", []), planned["env"], names)
@@ -117,6 +119,6 @@ def _edit_container(before: Object, planned: Object, template: Object, update: S
 
 def _merged(managed: list[Object], planned: list[Object], names: AbstractSet[str]) -> list[Object]:
     """Variables of these names as they are planned: in their old position, new ones behind the others."""
-    wanted = {one["name"]: one for one in planned if one["name"] in names}
-    kept = [wanted.pop(one["name"], None) if one["name"] in names else one for one in managed]
-    return [one for one in kept if one is not None] + list(wanted.values())
+    wanted = {item["name"]: item for item in planned if item["name"] in names}
+    kept = [wanted.pop(item["name"], None) if item["name"] in names else item for item in managed]
+    return [item for item in kept if item is not None] + list(wanted.values())

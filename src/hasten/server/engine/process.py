@@ -339,11 +339,11 @@ def with_defaults(config: EngineConfig) -> EngineConfig:
 
 
 def _load(start: ToEngine) -> "Engine":
-    from hasten.engine.launch import launched_place, start_engine
+    from hasten.engine.launch import launched_rank, start_engine
 
     assert isinstance(start, Start)
     config = with_defaults(start.config)
-    return start_engine(config, launched_place(config), index=start.index, count=start.count)
+    return start_engine(config, launched_rank(config), index=start.index, count=start.count)
 
 
 def serve(channel: Channel) -> None:
