@@ -26,7 +26,7 @@ GREEDY = SamplingParams(temperature=0)
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, read once the device has done all that it was told: a GPU works on after a call has returned."""
+    """Seconds, read once the device has done all that was launched: a GPU works on after a call has returned."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -142,7 +142,7 @@ def run(
     """Run all samples through every engine, batch by batch; a peer that fails has no result.
 
     Each engine first runs one batch untimed. The engines then take turns batch by batch, and in turns begin, so that
-    noise of the machine hits them alike. `advance` is told of every finished batch.
+    noise of the machine hits them alike. `advance` is called for every finished batch.
     """
     if batch_size < 1 or repetitions < 1:
         raise ConfigError("batch size and repetitions must be at least 1")

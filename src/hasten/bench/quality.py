@@ -36,7 +36,7 @@ class Quality:
 
 
 def read_texts(path: str, tokenizer: Tokenizer, most_tokens: int) -> list[Text]:
-    """The texts of a file of at most so many tokens each: JSON lines, each an object with `text`, or any text.
+    """The texts of a file, of at most `most_tokens` tokens each: JSON lines, each an object with `text`, or any text.
 
     Of longer JSON lines the ends are taken; any other text is cut into pieces. ConfigError where there is none.
     """

@@ -31,7 +31,7 @@ _GAIN = 1.03
 
 @dataclass(frozen=True)
 class Point:
-    """A concurrency, and what was measured with so many requests in flight."""
+    """A concurrency, and what was measured with this number of requests in flight."""
 
     concurrency: int
     load: LoadResult
@@ -84,7 +84,7 @@ class Server:
     """Ids of the GPUs that it computes on, where it runs on this machine."""
 
     def run(self, concurrency: int, options: SweepOptions, *, output_length: int | None = None) -> Point:
-        """Measure with so many requests in flight, each sent when another ends."""
+        """Measure with this number of requests in flight, each sent when another ends."""
         length = output_length or options.output_length
         # each run has prompts of its own, so that none is in a cache
         requests = WorkloadOptions(

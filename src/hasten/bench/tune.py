@@ -23,7 +23,7 @@ class Measured(Protocol):
     """A server that can be measured."""
 
     def run(self, concurrency: int, options: SweepOptions) -> Point:
-        """Measure with so many requests in flight."""
+        """Measure with this number of requests in flight."""
 
 
 Start = Callable[[Mapping[str, Any]], AbstractContextManager[Measured]]

@@ -19,7 +19,7 @@ from hasten.core.errors import CheckpointError, UnsupportedError
 from hasten.models.registry import model_class
 
 RANK_FOLDER = re.compile(r"([1-9]\d*)-gpu")
-"""Name of the folder that holds the files of so many ranks."""
+"""Name of the folder that holds the files of a number of ranks."""
 
 
 def is_rank_folder(folder: Path) -> bool:

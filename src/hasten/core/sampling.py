@@ -129,7 +129,7 @@ class SamplingParams:
         ft="min_length",
         grammar=False,
     )
-    """No end or stop token before so many; stop words are not looked for either."""
+    """Least number of tokens: no end or stop token before, and no stop words are looked for."""
     stop: Sequence[str] | str = parameter(
         (),
         "text that ends the output; may be given more than once",
@@ -222,7 +222,7 @@ class SamplingParams:
         ft="is_return_log_probs",
         beams="never",
     )
-    """Log-probabilities of the chosen token and so many most probable ones, of the model's own distribution."""
+    """Number of most probable tokens with log-probabilities beside the chosen one, of the model's own distribution."""
     prompt_logprobs: int | None = parameter(
         None,
         "log-probabilities of the prompt tokens, and of the k most probable ones",
@@ -240,7 +240,7 @@ class SamplingParams:
         trt="beam_width",
         ft="beam_width",
     )
-    """Above 1: search for the most probable completions with so many beams; the `n` best are returned, best first."""
+    """Above 1: number of beams of a search for the most probable completions; the `n` best are returned, best first."""
     length_penalty: float = parameter(
         1.0,
         "beams are compared by their log-probability divided by their length to this power",

@@ -27,7 +27,7 @@ class BlockManager:
     The empty prefix of a request is its `root`, which a salt of its own makes another one than that of other requests:
     it finds no block of theirs, and they none of its.
 
-    With a `window`, tokens of which no layer sees more than so many, blocks before that of the next token go back while
+    With a `window`, the largest number of tokens that a layer sees, blocks before that of the next token go back while
     their sequence runs; its table still has their numbers, which nobody reads.
     """
 

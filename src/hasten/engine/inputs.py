@@ -76,7 +76,7 @@ class _Work(NamedTuple):
         return np.arange(self.counts.sum()) - np.repeat(starts - self.first_rows, self.counts)
 
     def and_padding(self, counts: Integers, first_rows: Integers) -> "_Work":
-        """With so many tokens more, which belong to no sequence and see no keys, from these rows on."""
+        """With this number of padding tokens, which belong to no sequence and see no keys, from these rows on."""
         nothing = np.zeros_like(counts)
         return _Work(*map(np.concatenate, zip(self, _Work(nothing, first_rows, counts, nothing), strict=True)))
 
@@ -165,7 +165,7 @@ class Inputs:
         self.device = device
 
     def tokens(self, message: StepMessage) -> Tokens:
-        """A step of any kind; the part of `needed` tokens is told apart where not all are."""
+        """A step of any kind; the `needed` tokens are a part of their own where not all are."""
         return self.sent(self.step(message))
 
     def sent(self, step: Step) -> Tokens:
@@ -208,7 +208,7 @@ class Inputs:
         return replace(step, part=step.work.last(needed)) if needed.sum() < len(step.ids) else step
 
     def _crossing(self, step: Step, rows: Integers, lengths: Integers) -> Step:
-        """The step of sequences for which an encoder left so many tokens, in blocks of these rows of the tables."""
+        """The step of sequences for which an encoder left these token counts, in blocks of these rows of the tables."""
         tables = self.tables.array[rows, : self._width(lengths)]
         work, part = step.work._replace(kv_lens=lengths), step.part
         if part is not None:
@@ -271,7 +271,7 @@ class Inputs:
         return {prefix + name: array for name, array in plan.items()}
 
     def sections(self, tokens: int, outputs: int | None, max_sequences: int) -> Sections:
-        """Room for the arrays of steps that are padded to so many tokens and outputs; of flat block tables.
+        """Room for the arrays of steps that are padded to these numbers of tokens and outputs; of flat block tables.
 
         Without `outputs` the steps are of single tokens. Else they have room for tiles of 16 tokens and more on the
         average, and for eight shorter ones.

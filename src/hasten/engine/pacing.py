@@ -89,7 +89,7 @@ class StepTimes:
         return self._fixed + self._per_row * work.rows + self._per_key * work.keys + self.extra(work.prompt_tokens)
 
     def extra(self, prompt_tokens: int) -> float:
-        """Seconds by which so many prompt tokens make a step longer."""
+        """Seconds by which this number of prompt tokens lengthens a step."""
         return sum(self._extra[index] * weight for index, weight in self._nodes(prompt_tokens))
 
     @property

@@ -176,7 +176,7 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, num_tokens: int, sequences: Iterable[int]) -> int:
-        """Run steps of so many tokens on a GPU, without effect on the cache: bytes that they need at the most.
+        """Run steps of this number of tokens on a GPU, without effect on the cache: the peak of bytes that they need.
 
         There is a step for each number of `sequences`. Their kernels are compiled then.
         """
@@ -196,7 +196,7 @@ class Runner:
         It loads its programs then, and those of a fixed order are compared: both take longer than a request may wait.
         """
         if not isinstance(self.model, CausalLM):
-            return  # its layers cannot be told apart, and all of them would take too long
+            return  # its layers cannot be distinguished, and all of them would take too long
         with distinct_layers(self.model):
             for tokens in reversed(ops.library_rows(most_tokens)):
                 self._decode(self._inputs.warmup_tokens(tokens, min(tokens, self.max_sequences)))

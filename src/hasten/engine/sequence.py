@@ -128,7 +128,7 @@ class Sequence:
         self.masks = request.masks
         """Places of the tokens whose words are asked for, all of them among those that need hidden states."""
         self.forced: Mapping[int, tuple[int, ...]] = {}
-        """Tokens of which the most probable comes next, whatever others have, after so many of its output."""
+        """By the number of output tokens before: tokens of which the most probable comes next, whatever others have."""
         self.max_length = self.prompt_len if self.pooling else self.params.max_length(self.prompt_len, max_model_len)
         self.num_states = 1
         """Of its last tokens, how many need hidden states once it is computed."""

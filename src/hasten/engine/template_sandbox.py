@@ -45,7 +45,7 @@ class TemplateTimeError(TemplateLimitError):
 
 @contextmanager
 def limited_time(seconds: float) -> Iterator[None]:
-    """Templates that are rendered meanwhile by this thread end after so many seconds of its CPU time."""
+    """Limit templates that this thread renders meanwhile to `seconds` of its CPU time."""
     token = _deadline.set(time.thread_time() + seconds)
     try:
         yield

@@ -122,14 +122,14 @@ class Tokenizer:
         return most_bytes_per_token(self._fast)
 
     def check_length(self, characters: int, most_tokens: int) -> None:
-        """TextTooLongError where a text of so many characters must have more tokens."""
+        """TextTooLongError where a text of this length in characters must have more tokens."""
         most = self.most_bytes_per_token
         least = 0 if most is None else -(-characters // most)
         if least > most_tokens:
             raise TextTooLongError(least, most_tokens, exact=False)
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
-        """Token ids of two texts that belong together, told apart by the tokenizer's own type ids."""
+        """Token ids of two texts that belong together, distinguished by the tokenizer's own type ids."""
         with _utf8(first, second):
             encoding = self._fast.encode(first, second)
         pairs = list(zip(encoding.ids, encoding.type_ids, strict=True))

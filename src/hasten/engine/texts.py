@@ -67,7 +67,7 @@ class TextRequests:
         return [(prompt.where, request(number, prompt)) for number, prompt in enumerate(parsed)]
 
     def of_pairs(self, pairs: Sequence[tuple[str, str]], params: PoolingParams) -> list[tuple[str, Request]]:
-        """A request of each pair of texts, which are told apart by the tokenizer's own means."""
+        """A request of each pair of texts, which the tokenizer's own means distinguish."""
         encoded = self._encoded(pairs, params)
         return [(f"pair {number}", _request(number, tokens, params, None, 0)) for number, tokens in enumerate(encoded)]
 

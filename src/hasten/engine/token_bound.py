@@ -10,7 +10,7 @@ _NORMAL_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 _NORMAL_FORM_FACTOR = 6
 """More bytes than these forms make one of: a bold letter of mathematics has 4 and its plain form 1."""
 _KEEPING = ("ByteLevel", "Metaspace", "Digits", "Punctuation", "Split")
-"""Pre-tokenizers that remove nothing, but for Split and Punctuation if they are told so."""
+"""Pre-tokenizers that remove nothing, but for Split and Punctuation if so configured."""
 
 
 def most_bytes_per_token(fast: FastTokenizer) -> int | None:

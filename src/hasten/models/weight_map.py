@@ -133,7 +133,7 @@ class WeightSpec:
     axes: tuple[Axis, ...]
     split: Split = Split.REPLICATE
     stack: int = 0
-    """Where the sources are those of so many experts, expert by expert: each expert's make a slice of a first axis."""
+    """Number of experts whose sources these are, expert by expert; each expert's become a slice of a first axis."""
     other_sources: tuple[StoredTensor, ...] = ()
     """What other checkpoints of the model hold instead of `sources`."""
     init: Init = "normal"

@@ -27,7 +27,7 @@ MIN_SPLIT_LEN = 64
 _GROUP_MIN_SPLIT_LEN = 256
 """The same of a group of heads, whose programs have more keys in flight."""
 _FEW_PROGRAMS = 32
-"""Half as many are worth one as long as there are at most so many programs."""
+"""Half as many are worth one as long as there are no more programs than this."""
 _PROGRAMS = 16
 """Programs for single queries of one head that a multiprocessor can hold, and few tokens should fill."""
 _GROUP_PROGRAMS = 4
@@ -86,7 +86,7 @@ class Planner:
         return cls(heads, kv_heads, multiprocessors, run, max_kv_len)
 
     def max_num_splits(self, sequences: int) -> int:
-        """How many splits a step of so many sequences with one query may have.
+        """How many splits a step of this number of sequences with one query may have.
 
         Enough to keep every multiprocessor busy with several programs, and a few a sequence, so that a long one does
         not end after all others. Of runs, as many as four of the longest sequences have.

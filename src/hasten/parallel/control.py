@@ -22,7 +22,7 @@ from hasten.parallel.liveness import GRACE_S, Failure, Liveness, rank_name
 from hasten.parallel.rank import LOCAL, RankInfo
 
 _PROBE_AFTER_S, _PROBE_EVERY_S, _PROBES = 2, 1, 4
-"""A host that does not answer so many probes is taken for dead."""
+"""Unanswered probes after which a host is taken for dead."""
 _ACCEPT_S, _HELLO_S, _HELLO_BYTES = 0.1, 5.0, 4096
 _RETRY_S, _CONNECT_S = 0.2, 5.0
 _SIOCGIFADDR = 0x8915
@@ -70,7 +70,7 @@ class Hub:
     """Rank 0's connections to all other ranks."""
 
     def __init__(self, info: RankInfo, store: KeyValues, liveness: Liveness, seconds: float) -> None:
-        """Wait until all ranks are connected; EngineError after so many seconds, RuntimeError where one dies."""
+        """Wait until all ranks are connected; EngineError after `seconds`, RuntimeError where one dies."""
         self._size, self._liveness = info.size, liveness
         self._steps: dict[int, Connection] = {}
         self._watched: dict[int, Connection] = {}
@@ -237,7 +237,7 @@ def _listener(address: str) -> socket.socket:
 
 
 def _reach(address: str, port: int, seconds: float) -> socket.socket:
-    """A connection to rank 0's host; OSError where there is none within so many seconds."""
+    """A connection to rank 0's host; OSError where there is none within `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -249,7 +249,7 @@ def _reach(address: str, port: int, seconds: float) -> socket.socket:
 
 
 def await_host(address: str, port: int, seconds: float) -> None:
-    """Wait until rank 0's host listens; EngineError where it does not within so many seconds."""
+    """Wait until rank 0's host listens; EngineError where it does not within `seconds`."""
     try:
         _reach(address, port, seconds).close()
     except OSError as error:

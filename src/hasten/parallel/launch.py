@@ -208,7 +208,7 @@ class Ranks:
             self._control.publish(b"")
 
     def expect_end(self) -> None:
-        """From now on the other ranks end because they were told to."""
+        """From now on the other ranks end because rank 0 ended them."""
         self.liveness.ending = True
 
     def abandon(self) -> None:

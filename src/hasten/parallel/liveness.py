@@ -80,7 +80,7 @@ class Liveness:
         self.failure: Failure | None = None
         """The first death that nobody asked for."""
         self.ending = False
-        """Whether ranks end because they were told to."""
+        """Whether ranks end because rank 0 ended them."""
         self._failed = threading.Event()
         self._lock = threading.Lock()
         self._interrupts: list[Callable[[], object]] = []

@@ -32,7 +32,7 @@ class RingMemory:
 
     @staticmethod
     def nbytes(slots: int, slot_bytes: int) -> int:
-        """Bytes for so many slots."""
+        """Bytes of this number of slots."""
         return 2 * _COUNT_BYTES + slots * _aligned(slot_bytes)
 
     @classmethod

@@ -194,7 +194,7 @@ class Server:
         return f"http{'s' if self._tls else ''}://{joined(host, listener.port)}/"
 
     async def stop(self, timeout: float) -> None:
-        """Take no more requests, let those under way finish for so many seconds, and close the ports."""
+        """Take no more requests, let those in flight finish for up to `timeout` seconds, and close the ports."""
         if self._watch is not None:
             self._watch.cancel()
         await self.service.close(timeout)

@@ -113,7 +113,7 @@ class _Connection(HttpToolsProtocol):
         self._linger_until: float | None = None
         self._lingered_bytes = 0
         self._unread, self._unread_since = 0, 0.0
-        """Bytes that the client has not taken, and since when there are so many."""
+        """Bytes that the client has not taken, and since when there are that many."""
 
     @property
     def _answering(self) -> bool:

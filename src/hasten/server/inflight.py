@@ -51,7 +51,7 @@ class Claim:
         self._lock = threading.Lock()
 
     def check(self, size: int) -> None:
-        """ServiceError where there is no room for a request of so many bytes."""
+        """ServiceError where there is no room for a request of this size in bytes."""
         counted = max(0, size - SMALL)
         self._inflight.hold(counted)
         self._inflight.hold(-counted)

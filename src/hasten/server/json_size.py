@@ -9,7 +9,7 @@ from hasten.server.by_size import SMALL
 
 MAX_JSON_BYTES = 8 << 20
 _MAX_COST = 1_000_000
-"""About that of so many numbers, which take 25 ms."""
+"""About the cost of a million numbers, which take 25 ms."""
 _COSTS = ((b",", 1), (b'"', 1), (b"[", 20), (b"{", 20))
 _PIECE = 1 << 20
 

@@ -140,7 +140,7 @@ class Registry:
             self.failures.pop(name, None)
 
     async def close(self, timeout: float) -> None:
-        """End all versions: requests under way have so many seconds. What is being loaded is given up."""
+        """End all versions: requests in flight get up to `timeout` seconds; pending loads are cancelled."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -42,7 +42,7 @@ _PER_GPU = {
 
 
 class Machine:
-    """What is exposed of the machine, measured anew once the last measurement is so many seconds old."""
+    """What is exposed of the machine, measured anew once the last measurement is older than `interval` seconds."""
 
     def __init__(self, *, cpu: bool = True, gpus: bool = True, interval: float = 0.0) -> None:
         self._cpu = CpuMeter() if cpu else None

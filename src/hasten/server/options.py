@@ -1,4 +1,4 @@
-"""What `hasten serve` is told. Where tritonserver has an option of that meaning, it has its name.
+"""Options of `hasten serve`. Where tritonserver has an option of that meaning, it has its name.
 
 Imports nothing heavy: the command line is made of these.
 """

@@ -47,7 +47,7 @@ class ApiKeys:
         return cls(keys, salts=salts)
 
     def tenant(self, authorization: str, key: str = "") -> str | None:
-        """Who asks, as a text from which no key can be told, "" without salts; None where none of the keys is given.
+        """The client, as a text that reveals no key, "" without salts; None where none of the keys is given.
 
         A key is in a header `Authorization: Bearer KEY`, or is the `key` of an `x-api-key`.
         """

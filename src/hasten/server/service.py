@@ -255,7 +255,7 @@ class Service:
         return {each.name: parameter(each.config, TOKEN_MODEL, DEFAULT_TOKEN_MODEL) for each in serving}
 
     async def close(self, exit_timeout: float) -> None:
-        """Take no more requests, let those under way finish for so many seconds, and end the engines."""
+        """Take no more requests, let those in flight finish for up to `exit_timeout` seconds, and end the engines."""
         self._closing = True
         if self._polling is not None:
             self._polling.cancel()

@@ -37,7 +37,7 @@ class Duration:
     ns: int = 0
 
     def add(self, ns: int) -> None:
-        """Count one of so many ns."""
+        """Count one that took `ns` nanoseconds."""
         self.count += 1
         self.ns += max(0, ns)
 

@@ -110,7 +110,7 @@ def check_entries(given: Mapping[str, object]) -> None:
 
 
 def check_prompt_logprobs(tokens: int, count: int | None, vocab_size: int) -> None:
-    """InvalidRequestError where each of so many prompt tokens has too many log-probabilities: `count`, and its own."""
+    """InvalidRequestError where prompt tokens have too many log-probabilities in all: `count` each, and their own."""
     each = 0 if count is None else min(count, vocab_size) + 1
     if tokens * each > MAX_PROMPT_LOGPROBS:
         raise InvalidRequestError(

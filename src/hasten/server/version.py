@@ -113,12 +113,12 @@ class Version:
         return self.model.execute(work), self._counters.track(work)
 
     def tally(self, items: int, begun: int) -> "Tally":
-        """Counts a request of so many items for its engine that does not come through its model; see Tally."""
+        """Counts a request of this number of items that reaches its engine past its model; see Tally."""
         work = Work("", self.name, {}, items, frozenset(), {}, clock=Clock(begun))
         return Tally(self, work, self._counters.track(work))
 
     async def end(self, timeout: float) -> None:
-        """Let its requests finish, for so many seconds, and free what it holds."""
+        """Let its requests finish, for up to `timeout` seconds, and free what it holds."""
         self.state, deadline = State.UNLOADING, time.monotonic() + timeout
         with suppress(TimeoutError):
             await asyncio.wait_for(self._unused.wait(), timeout)

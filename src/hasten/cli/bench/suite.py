@@ -68,7 +68,7 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what peers are measured on; a workload that fails is told and makes the status 1."""
+    """Measure what peers are measured on; a workload that fails is reported and makes the status 1."""
     from hasten.bench import plots, report, suite
     from hasten.bench.workloads import long
     from hasten.parallel.threads import limit_threads

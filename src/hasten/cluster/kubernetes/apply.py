@@ -25,7 +25,7 @@ def create_all(cluster: Cluster, objects: Sequence[Object], *, first_owns: bool 
 
 
 def apply_all(cluster: Cluster, objects: Sequence[Object]) -> None:
-    """As `create_all`, by server-side apply, so that hasten's fields can be told from others' later on."""
+    """As `create_all`, by server-side apply, so that hasten's fields can be distinguished from others' later on."""
     for body in objects:
         if cluster.find(cluster.resource_of(body), body["metadata"].get("namespace"), name_of(body)) is not None:
             raise ExistsError(f"there is a {body['kind']} {name_of(body)} already: take another name, or delete it")
@@ -54,7 +54,7 @@ def _make_all(
 
 
 def _remove(cluster: Cluster, made: Sequence[Object]) -> list[str]:
-    """Delete objects, the last first; what could not be deleted is told."""
+    """Delete objects, the last first; what could not be deleted is reported."""
     remains = []
     for body in reversed(made):
         try:

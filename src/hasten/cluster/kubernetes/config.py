@@ -139,7 +139,7 @@ def _from_account(context: str | None) -> Access:
 
 def _adjusted(access: Access) -> Access:
     configuration = access.configuration
-    # Nothing is repeated behind the user's back: what cannot be reached is told at once, and a request that was not
+    # Nothing is repeated behind the user's back: what cannot be reached is reported at once, and a request that was not
     # answered may have been carried out.
     configuration.retries = False
     # as kubectl: the kubeconfig's proxy-url holds for all hosts; a proxy of the environment neither for those of

@@ -47,7 +47,7 @@ def run_inside(cluster: Cluster, pod: Object, container: str, command: list[str]
         with _raw(typed if terminal else None), _resizing(session, terminal):
             _exchange(session, typed)
     except (OSError, WebSocketException):
-        pass  # whether the command came to its end is told by its last message, or by there being none
+        pass  # whether the command came to its end is known from its last message, or from there being none
     finally:
         session.sock.shutdown()
     return _exit_status(session.read_channel(_ERROR), name_of(pod))

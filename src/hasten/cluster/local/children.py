@@ -29,7 +29,7 @@ _LAST_WORDS_S = 1.0
 
 
 class ShutdownRequested(Exception):  # noqa: N818 - no error
-    """This supervisor was told to end what it watches."""
+    """This supervisor was signalled to end what it watches."""
 
 
 class Child:

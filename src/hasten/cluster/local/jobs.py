@@ -82,7 +82,7 @@ class JobSupervisor(Supervisor):
         raise AssertionError
 
     def _attempt(self) -> str | None:
-        """Start all instances, and wait for the chief's success or for a failure, which is told."""
+        """Start all instances, and wait for the chief's success or for a failure, which is reported."""
         port = free_port()
         for index, instance in enumerate(self.state.instances):
             env = rank_environment(self.plan, index, port)

@@ -1,4 +1,4 @@
-"""What a supervisor is told to run: plans, as they stand in a record. Imports nothing that takes time."""
+"""What a supervisor runs: plans, as they stand in a record. Imports nothing that takes time."""
 
 import dataclasses
 from collections.abc import Mapping

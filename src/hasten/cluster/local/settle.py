@@ -51,7 +51,7 @@ def settle_owned(folder: Folder) -> State:
     state.done = True
     try:
         folder.write_state(state)
-    except ConfigError as error:  # a full disk: it is told all the same, can be deleted, and is settled again
+    except ConfigError as error:  # a full disk: it is reported all the same, can be deleted, and is settled again
         _log.warning("%s", error)
     return state
 

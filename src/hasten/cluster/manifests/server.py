@@ -29,7 +29,7 @@ HTTP, GRPC, METRICS = "http-serving", "grpc-serving", "http-metrics"
 
 _PROBE_PERIOD = 5
 _FAREWELL = 5
-"""Seconds from an instance's leaving the Service until it is told to end: clients come for as long as that."""
+"""Seconds from an instance's leaving the Service until it is terminated: clients come for as long as that."""
 _LEEWAY = 10
 """Seconds from the server's own deadline until it is killed."""
 

@@ -147,7 +147,7 @@ def _weight_bytes(rank: Footprint, device: Device, rows: int, experts: float) ->
 
 
 def _widened(rank: Footprint, device: Device, rows: int) -> bool:
-    """Whether quantized weights are widened before so many rows are multiplied by them."""
+    """Whether quantized weights are widened before this number of rows is multiplied by them."""
     return device.is_gpu and rows > _MOST_NARROW_ROWS.get(rank.quantization or "", rows)
 
 

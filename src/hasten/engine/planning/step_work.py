@@ -66,7 +66,7 @@ class WorkEstimator:
         self.add_spans([sequence.num_computed for sequence in batch.sequences], batch.counts, sum(batch.needed))
 
     def add_spans(self, begins: Sequence[int], counts: Sequence[int], logits: int) -> None:
-        """Count a step that computes, for each sequence, so many tokens behind `begins` others.
+        """Count a step that computes, for each sequence, this number of tokens behind `begins` others.
 
         `logits`: rows of logits.
         """

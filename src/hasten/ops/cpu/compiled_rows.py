@@ -1,7 +1,7 @@
 """Numbers of rows that oneDNN compiles code for."""
 
 _EXACT = 32
-"""Up to so many rows none are added."""
+"""Up to this number of rows none are added."""
 
 
 def compiled_rows(rows: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from hasten.ops.packed import PackedLinear
 
 QUERIES = 16
-"""Queries of one sequence in one attention call, padded to so many."""
+"""Queries of one sequence in one attention call, with padding."""
 RUN = 64
 """Keys that are multiplied at a time."""
 _PIECES = (256, 64, 16)
@@ -53,7 +53,7 @@ def _multiplied(x_th: Tensor, weight: PackedLinear) -> Tensor:
 
 
 def _agree(weight: PackedLinear) -> bool:
-    """Whether pieces of all sizes give the same bits for weights of this shape, here and with so many threads.
+    """Whether pieces of all sizes give the same bits for weights of this shape, here and with this number of threads.
 
     The library adds up in the same order for all of them on every CPU that was tried; where it does not, all rows go
     in pieces of the smallest size.

@@ -46,7 +46,7 @@ def _add_up(
 _ALONE = 8
 """Pairs are computed each for itself where of 2 * `_ALONE` at most one is expected to share its expert with another."""
 _PARTS_ROWS = 64
-"""Up to so many tokens, each choice's outputs are parts for the next norm to add up; with more, that would be slow."""
+"""Most tokens whose outputs of each choice are parts for the next norm to add up; with more, that would be slow."""
 
 
 def pack_experts(

@@ -277,7 +277,7 @@ def pack_linear(weight_oh: GroupedWeight) -> PackedLinear:
 
 
 def serves(rows: int, dtype: torch.dtype, weight: GroupedWeight) -> bool:
-    """Whether `product` is what to take for so many rows of a type, and not a library."""
+    """Whether `product` is to be used for this number of rows of a type, and not a library."""
     return 0 < rows <= MOST_ROWS and _block(weight) is not None and dtype != torch.float32
 
 

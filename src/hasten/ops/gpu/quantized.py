@@ -20,7 +20,7 @@ def holds(weight: PackedLinear) -> bool:
 
 
 def serves(rows: int, dtype: torch.dtype, weight: PackedLinear, *, split: bool) -> bool:
-    """Whether `product` is what to take for so many rows of a type, and not a library."""
+    """Whether `product` is to be used for this number of rows of a type, and not a library."""
     if byte_dots.serves(rows, dtype, weight):
         return True
     if weight.grouped is not None:

@@ -156,7 +156,7 @@ def pack_linear(weight_oh: QuantizedWeight) -> PackedLinear:
 
 
 def serves(rows: int, dtype: torch.dtype, weight: PackedLinear, *, split: bool) -> bool:
-    """Whether `product` is what to take for so many rows of a type, and not a library."""
+    """Whether `product` is to be used for this number of rows of a type, and not a library."""
     if weight.inputs is None:
         large = weight.out_features * weight.in_features >= _LARGE_WEIGHT
         return dtype != torch.float32 and (large or rows <= MOST_ROWS_IN_DIGITS) and rows > 0

@@ -19,7 +19,7 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _ALIGNED = 128
 """Input features are padded with zeros to a multiple of this."""
 _FEW_ROWS = 64
-"""Up to so many rows their rounding takes as many threads as there are; more rows fill the device with fewer each."""
+"""Most rows whose rounding takes as many threads as there are; more rows fill the device with fewer threads each."""
 
 
 @triton.jit

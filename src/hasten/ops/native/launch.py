@@ -75,7 +75,7 @@ _threads = _Threads()
 
 
 def head(count: int) -> bytes:
-    """What a launch of so many kernels begins with."""
+    """Header of a launch of this number of kernels."""
     return struct.pack("=6q", *_threads.functions, count, 0, 0)
 
 

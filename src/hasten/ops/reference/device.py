@@ -9,7 +9,7 @@ from hasten.ops.block_caches import BlockCaches
 from hasten.ops.peers import wrapped
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
-"""Types that hold the bits of others of so many bytes."""
+"""Integer types by their size in bytes, which hold the bits of other types of that size."""
 _POLL_S = 1e-4
 """Between two looks at a count that another thread writes."""
 

@@ -90,7 +90,7 @@ class EngineCounters:
             self.computed_lengths.observe(prompt - first.cached_tokens)
 
     def add(self, output: "Output", tokens: int) -> None:
-        """Count an output of a request, which has so many tokens."""
+        """Count an output of a request, by its number of tokens."""
         self.generation_tokens += tokens
         self.texts += output.finished and output.pooled is not None
         for delta in output.completions:

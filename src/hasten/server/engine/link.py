@@ -19,7 +19,7 @@ from hasten.server.histogram import Histogram
 _LEAVE_S = 1.0
 """How long a process that has closed its end may take to leave."""
 _CLOSE_S = 5.0
-"""How long a process that is told to end may take."""
+"""How long a process that is to end may take."""
 _DELIVERY_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 
 

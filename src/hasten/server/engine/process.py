@@ -300,7 +300,7 @@ def server_coalescer(engine: "Engine") -> OutputCoalescer:
 
 
 def engine_info(engine: "Engine") -> EngineInfo:
-    """What the server is told of a loaded engine."""
+    """What the server is sent about a loaded engine."""
     import torch
 
     from hasten import ops

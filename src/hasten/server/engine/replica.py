@@ -207,7 +207,7 @@ class Replica:
     def _on_loss(self, link: EngineLink) -> None:
         """The process is gone."""
         if self.link is not link:
-            return  # it was told to end
+            return  # it was stopped
         self.link = None
         self._before = self.stats()
         self._now = EngineStats(num_blocks=self.info.num_blocks)

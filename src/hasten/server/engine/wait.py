@@ -2,7 +2,7 @@
 
 Two things keep a request waiting. All sequences that the engine runs at once may be taken: then the estimate plays the
 queue forward, each request for as many steps as it is expected to have tokens left. Or the engine holds requests back
-although it could run more, for lack of cache or because a step takes only so many prompt tokens: then requests begin at
+although it could run more, for lack of cache or because the prompt tokens of a step are limited: then requests begin at
 the rate at which they did lately. Whatever has not been measured yet counts as no wait.
 """
 
@@ -15,7 +15,7 @@ from hasten.engine.stats import EngineStats
 from hasten.server.engine.ticket import Ticket
 
 _HALF_LIFE_STEPS, _HALF_LIFE_BEGINS_STEPS, _HALF_LIFE_REQUESTS = 64.0, 256.0, 128.0
-"""After so many more, what was measured counts half: times of steps, beginnings of requests, lengths of outputs."""
+"""Half-life of measurements, in numbers of them: times of steps, beginnings of requests, lengths of outputs."""
 _LEAST_STEPS = 16
 """To be measured before there is an estimate: the first steps of an engine are slower."""
 MOST_SIMULATED = 1024

@@ -28,7 +28,7 @@ class Model(Protocol):
         """Compute a request."""
 
     async def close(self, timeout: float) -> None:
-        """Wait, for so many seconds, for what other doors still compute, and end."""
+        """Drain requests of other frontends for up to `timeout` seconds, then close."""
 
 
 class Served(Protocol):

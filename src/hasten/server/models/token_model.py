@@ -24,7 +24,7 @@ from hasten.server.together import together, whenever
 from hasten.server.types import ErrorKind, ServiceError, Tensor
 
 _ITEM_BYTES = 1024
-"""Of its tensors: reading an item takes as long as so many bytes, about 50 us."""
+"""Of its tensors: what reading an item costs, in bytes of copying (about 50 us)."""
 
 
 class TokenModel(EngineModel):

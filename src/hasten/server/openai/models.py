@@ -66,12 +66,12 @@ class Found:
     name: str
     client: EngineClient
     start: Callable[[int, int], "Tally"]
-    """What counts a request of so many items that began then; see Service.tally."""
+    """Returns the tally of a request, from its number of items and its start; see Service.tally."""
     begun: int = field(default_factory=time.monotonic_ns)
     """When a request asked for it."""
 
     def tally(self, items: int) -> "Tally":
-        """What counts the request of so many items that it was found for. To be closed."""
+        """The tally of the request that it was found for, which has this number of items. To be closed."""
         return self.start(items, self.begun)
 
 

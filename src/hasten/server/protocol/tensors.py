@@ -1,6 +1,6 @@
 """Tensors to and from what travels: raw bytes (gRPC and HTTP's binary bodies) and lists of JSON.
 
-Raw bytes are C-order and little-endian; BYTES are elements of a 4-byte length and so many bytes, end to end.
+Raw bytes are C-order and little-endian; BYTES elements are a 4-byte length followed by as many bytes, end to end.
 Texts of errors are Triton's.
 """
 

@@ -55,7 +55,7 @@ _FEW = 4
 
 
 def _loop(rows: int) -> Any:
-    """A function that multiplies so many rows by a panel: tile [rows, 32].
+    """A function that multiplies this number of rows by a panel: tile [rows, 32].
 
     Its arguments are the address of the first row, the bytes from row to row, the panel, the number of input features
     and the tile.
