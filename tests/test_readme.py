@@ -40,6 +40,7 @@ NEEDS = {
 SHORTER = {
     "hasten bench suite": "--num-requests 2 --batch-sizes 2 --repetitions 1",
     "hasten bench load": "--request-rate 10 20",
+    "hasten report": "--against none --max-num-seqs 2 --dataset lambada_test.jsonl",
 }
 """Command -> options that make it short enough for a test."""
 STAND_INS = {'"n_layer": 24, "hidden_size": 1024': '"vocab_size": 512, "n_layer": 1, "hidden_size": 32'}

@@ -1,4 +1,6 @@
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,21 @@ def test_a_group_may_write_that_has_no_other_members(cache: Path, monkeypatch: p
     monkeypatch.setattr("pwd.getpwall", lambda: [other])
     with pytest.raises(ConfigError, match=rf"by the members of group {group}"):
         check_kernel_cache(cache)
+
+
+def test_what_another_process_removes_meanwhile_does_not_count(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = os.scandir
+
+    @contextlib.contextmanager
+    def late(folder: Path) -> Iterator[list["os.DirEntry[str]"]]:
+        with scan(folder) as entries:
+            found = list(entries)
+        (cache / "kernel").rmdir()
+        yield found
+
+    monkeypatch.setattr(os, "scandir", late)
+    check_kernel_cache(cache)
+    assert not (cache / "kernel").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_left_to_the_compiler(tmp_path: Path) -> None:

@@ -208,13 +208,16 @@ def _remove_empty(folders: list[Path]) -> None:
 @contextlib.contextmanager
 def _locked_folder(place: Path, prefix: str) -> Iterator[Path]:
     """A folder that is removed at the end, and that others can tell from a dead run's by its lock."""
-    work = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
-    try:
-        with (work / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    while True:
+        work = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+        try:
+            with (work / _LOCK).open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if (work / _LOCK).exists():  # no other run has taken it for a dead one's meanwhile
+                    yield work
+                    return
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _remove_stale(place: Path, prefix: str) -> None:

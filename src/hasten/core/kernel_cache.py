@@ -44,8 +44,9 @@ def _relevant(folder: Path) -> Iterator[tuple[str, os.stat_result, bool]]:
         yield str(path), path.stat(), True
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not entry.is_symlink():
-                yield entry.path, entry.stat(), False
+            with contextlib.suppress(FileNotFoundError):  # another process's temporary folder
+                if not entry.is_symlink():
+                    yield entry.path, entry.stat(), False
 
 
 def _open_to_others(found: os.stat_result, *, is_above: bool) -> str | None:
