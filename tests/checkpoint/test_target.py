@@ -1,7 +1,9 @@
 import fcntl
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -93,6 +95,26 @@ def test_what_a_dead_run_left_is_cleaned_and_a_live_run_is_not(moved_away: bool,
     assert _text(out) == "old"
     assert alive.exists()
     assert not dead.exists()
+
+
+def test_a_run_that_is_taken_for_a_dead_one_before_it_has_its_lock_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Path] = []
+    flock = fcntl.flock
+
+    def late(file: IO[str], kind: int) -> None:
+        if not taken:
+            taken.extend(tmp_path.glob(".out.hasten-*"))
+            shutil.rmtree(taken[0])
+        flock(file, kind)
+
+    target = Target(_out(tmp_path / "out", "old"), 2)
+    monkeypatch.setattr(fcntl, "flock", late)
+    _fill(target, "new")
+    assert len(taken) == 1
+    assert _text(tmp_path / "out") == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_folders_that_must_not_be_replaced(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.waiting import attempts
+from tests.waiting import LIMIT_S, attempts
 
 import hasten
 from hasten.cli.main import main
@@ -144,7 +144,7 @@ def in_shell(command: str, argv: list[str], **environment: str) -> "subprocess.C
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=LIMIT_S,
     )
 
 
@@ -250,7 +250,12 @@ def test_a_user_without_home_is_told_what_to_set() -> None:
     )
     for argv, advice in ((["cluster", "list"], "HASTEN_HOME"), (["generate", "~/m", "--prompt", "x"], "HOME")):
         done = subprocess.run(
-            [sys.executable, "-c", code, *argv], env=no_home, capture_output=True, text=True, check=False, timeout=60
+            [sys.executable, "-c", code, *argv],
+            env=no_home,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=LIMIT_S,
         )
         assert done.returncode == 2, done.stderr
         assert f"there is no home directory; set {advice}" in done.stderr

@@ -17,6 +17,7 @@ from tests.cluster.api_server_kinds import Key, Kind, RefusedError
 from tests.cluster.api_server_logs import Log
 from tests.cluster.api_server_select import field_matcher, label_matcher
 from tests.cluster.api_server_store import Store
+from tests.waiting import LIMIT_S
 
 ADMIN = "token-of-admin"
 
@@ -65,7 +66,7 @@ class ApiServer:
         self._server.drop_connections()
         self._server.server_close()
         self.store.close()
-        self._thread.join(5)
+        self._thread.join(LIMIT_S)
         assert not self.mistakes, "\n".join(self.mistakes)
 
     def drop_connections(self) -> None:

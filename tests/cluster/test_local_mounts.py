@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.cluster.local_site import PYTHON, Site, site
+from tests.waiting import LIMIT_S
 
 import hasten
 from hasten.cluster.backend import Status
@@ -23,7 +24,7 @@ def mounted(
     mounts: list[tuple[str, str, bool]], script: str, *, prefix: list[str] | None = None, start: str = "/"
 ) -> "subprocess.CompletedProcess[str]":
     command = [*(prefix or []), *mount_command(["sh", "-c", script], mounts, start)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd="/")
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S, cwd="/")
 
 
 def _refusal(prefix: list[str]) -> str | None:
@@ -133,7 +134,7 @@ def test_what_others_delete_meanwhile_is_left_out(prefix: list[str], volume: Pat
         each.chmod(0o777)
     command = [*prefix, PYTHON, "-c", VANISHING, str(folder), str(volume)]
     env = {**os.environ, "PYTHONPATH": str(Path(hasten.__file__).parents[1])}
-    made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd="/", env=env)
+    made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S, cwd="/", env=env)
     assert (made.stdout, made.stderr) == ("new stays file\n", "")
 
 
@@ -212,7 +213,7 @@ def _interpreter(prefix: list[str], env: dict[str, str]) -> str:
 def test_a_job_of_a_user_without_privileges(prefix: list[str], volume: Path) -> None:
     env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(hasten.__file__).parents[1])}
     command = [*prefix, _interpreter(prefix, env), "-c", JOB, str(volume / "home"), str(volume)]
-    made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd="/", env=env)
+    made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S, cwd="/", env=env)
     user = 65534 if prefix else os.geteuid()
     assert (made.stdout, made.stderr) == (f"inside inside {user}\nSUCCEEDED\n", "")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tests.waiting import LIMIT_S
 
 STORIES = Path(__file__).resolve().parents[2] / "examples" / "stories"
 TEST_FILE = STORIES / "test.jsonl"
@@ -62,7 +63,7 @@ def test_shipped_file_is_what_the_documented_command_writes(tmp_path: Path) -> N
     output = tmp_path / "test.jsonl"
     command = [sys.executable, str(STORIES / "generate.py")]
     command += ["--count", "512", "--seed", "2024", "--output", str(output)]
-    subprocess.run(command, check=True, timeout=60)
+    subprocess.run(command, check=True, timeout=LIMIT_S)
     assert output.read_bytes() == TEST_FILE.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["test.jsonl"]
 

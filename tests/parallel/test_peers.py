@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from tests.waiting import LIMIT_S
 from torch._C._distributed_c10d import HashStore, PrefixStore
 
 from hasten.parallel.liveness import Liveness
@@ -27,7 +28,7 @@ def test_processes_that_counted_differently_before_find_each_other(firsts: tuple
     stores = [PrefixStore("run", each) for each in renumbered]  # as in torch: C++ calls the methods
     with ThreadPoolExecutor(2) as pool:
         found = [pool.submit(exchange, stores[rank], rank, firsts[rank]) for rank in range(2)]
-        assert [each.result(timeout=60) for each in found] == [
+        assert [each.result(timeout=LIMIT_S) for each in found] == [
             [b"0 of 1", b"1 of 1", b"2 of 1"],
             [b"0 of 0", b"1 of 0", b"2 of 0"],
         ]

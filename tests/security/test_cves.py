@@ -45,7 +45,7 @@ from tests.security.site import (
 from tests.server.running import running_with_routes
 from tests.server.transport_fixtures import Transports
 from tests.server.transport_fixtures import serving as serving_transports
-from tests.waiting import eventually
+from tests.waiting import LIMIT_S, eventually
 from tritonclient.grpc import service_pb2 as pb
 
 import hasten
@@ -410,7 +410,7 @@ def test_calls_of_tools_are_read_in_a_linear_time(form: ToolForm) -> None:
 def test_headers_are_bounded(served: Site) -> None:
     before = served.memory()
     for headers in ({"x": "y" * MIB}, {f"x-{number}": "y" for number in range(20_000)}):
-        with socket.create_connection(("127.0.0.1", served.server.http), 60) as connection:
+        with socket.create_connection(("127.0.0.1", served.server.http), LIMIT_S) as connection:
             lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
             try:
                 connection.sendall(f"GET /v2 HTTP/1.1\r\nhost: localhost\r\n{lines}\r\n".encode())
@@ -625,7 +625,7 @@ def test_every_route_of_every_port_wants_a_key(empty: tuple[app.Server, dict[int
     for port, routes in ports.items():
         is_api = port == server.http.port
         paths = {re.sub(r"{[^}]*}", "x", route.path): route.methods for route in routes} | {"/invocations": {"POST"}}
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=LIMIT_S) as client:
             for path, methods in paths.items():
                 for method in {*methods, "GET", "POST", "OPTIONS"}:
                     status = client.request(method, path).status_code
@@ -654,7 +654,7 @@ def test_no_foreign_page_changes_anything(empty: tuple[app.Server, dict[int, Seq
     for port, routes in empty[1].items():
         own = f"localhost:{port}"
         key = {"x-api-key": "keys-key"}
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=LIMIT_S) as client:
             for route in routes:
                 path = re.sub(r"{[^}]*}", "x", route.path)
                 for method in route.methods:
@@ -683,7 +683,7 @@ def test_connections_over_grpc_are_bounded(empty: tuple[app.Server, dict[int, Se
     def live(opened: contextlib.ExitStack) -> int:
         channel = opened.enter_context(grpc.insecure_channel(place, [("grpc.use_local_subchannel_pool", 1)]))
         call = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
-        return answered(lambda: repr(call(b"", timeout=60))).status
+        return answered(lambda: repr(call(b"", timeout=LIMIT_S))).status
 
     def lives() -> bool:
         with contextlib.ExitStack() as opened:
@@ -710,7 +710,7 @@ _PATHS = (
 def test_the_same_bytes_are_too_many_at_every_entrance(served: Site, path: str) -> None:
     for length in (str(1 << 40), str((64 << 20) + 1)):
         head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nx-api-key: {KEY}\r\ncontent-length: {length}\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", served.server.http), 60) as connection:
+        with socket.create_connection(("127.0.0.1", served.server.http), LIMIT_S) as connection:
             connection.sendall(head.encode())
             assert connection.recv(12) == b"HTTP/1.1 413"
 
@@ -729,7 +729,7 @@ def test_the_same_bytes_are_too_many_over_grpc(served: Site) -> None:
 def test_chunks_cost_no_stack(served: Site, path: str) -> None:
     """65,537 chunks of 6 bytes, in one body."""
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nx-api-key: {KEY}\r\ntransfer-encoding: chunked\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", served.server.http), 60) as connection:
+    with socket.create_connection(("127.0.0.1", served.server.http), LIMIT_S) as connection:
         connection.sendall(head.encode() + b"6\r\n      \r\n" * 65_537 + b"0\r\n\r\n")
         assert connection.recv(12) == b"HTTP/1.1 400"
 
@@ -908,7 +908,7 @@ def test_only_what_a_client_registered_is_named(region: str) -> None:
 def _opened(port: int, path: str, body: object) -> socket.socket:
     raw = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nx-api-key: {KEY}\r\ncontent-length: {len(raw)}\r\n\r\n"
-    made = socket.create_connection(("127.0.0.1", port), 60)
+    made = socket.create_connection(("127.0.0.1", port), LIMIT_S)
     made.sendall(head.encode() + raw)
     return made
 
@@ -930,7 +930,7 @@ def test_a_client_that_leaves_leaves_nothing(served: Site, state: str, leave: Ca
     port = served.server.http
     long = {"model": TEXT, "prompt": "Anna", "max_tokens": 1500, "ignore_eos": True}
     if state in ("head", "body"):
-        connection = socket.create_connection(("127.0.0.1", port), 60)
+        connection = socket.create_connection(("127.0.0.1", port), LIMIT_S)
         rest = b"\r\n{" if state == "body" else b""
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99\r\n" + rest)
     else:

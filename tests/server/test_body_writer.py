@@ -7,6 +7,7 @@ from typing import Any
 import uvicorn
 from starlette.types import Receive, Scope, Send
 from tests.server.test_connection_times import Transport
+from tests.waiting import LIMIT_S
 from uvicorn.server import ServerState
 
 from hasten.server.body_writer import BodyWriter
@@ -40,7 +41,7 @@ class Streaming:
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 60))
+    asyncio.run(asyncio.wait_for(test, LIMIT_S))
 
 
 def test_chunks_stand_between_the_head_and_the_end() -> None:

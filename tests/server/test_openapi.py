@@ -11,6 +11,7 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 from tests.server.running import running_with_routes
 from tests.server.tool_model import TOOLS
+from tests.waiting import LIMIT_S
 
 from hasten.server.options import EndpointOptions, SecurityOptions, ServeOptions
 
@@ -32,7 +33,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cli
     )
     with running_with_routes(options) as (server, routes):
         assert server.http is not None
-        with httpx.Client(base_url=f"http://127.0.0.1:{server.http.port}", timeout=60) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{server.http.port}", timeout=LIMIT_S) as client:
             yield client, routes[server.http.port]
 
 

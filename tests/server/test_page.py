@@ -16,7 +16,7 @@ import httpx
 import pytest
 from tests.server.engine_helpers import stopped
 from tests.server.openai_site import DEMO, Site, models, with_template
-from tests.waiting import attempts, eventually
+from tests.waiting import LIMIT_S, attempts, eventually
 
 from hasten.engine.chat import ChatTemplate
 from hasten.server.openai.prompts import ChatPrompts
@@ -355,7 +355,9 @@ def test_a_request_is_shown_as_a_command_that_runs(open_page: OpenPage) -> None:
     page.get_by_label("Prompt").fill("It's Anna's \"door\" and\n")
     command = page.locator(".code pre", has_text="door").inner_text()
     environment = {**os.environ, "API_KEY": KEY, "no_proxy": "*"}
-    done = subprocess.run(["bash", "-c", f"{command} -s"], env=environment, capture_output=True, timeout=60, check=True)
+    done = subprocess.run(
+        ["bash", "-c", f"{command} -s"], env=environment, capture_output=True, timeout=LIMIT_S, check=True
+    )
     assert json.loads(done.stdout)["usage"]["completion_tokens"] == 3
 
 

@@ -10,6 +10,7 @@ import openai
 import pytest
 from tests.server.openai_site import Site
 from tests.server.tool_model import CLOCK, TOOL_TEMPLATE, TOOLS, WEATHER
+from tests.waiting import LIMIT_S
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
@@ -263,7 +264,7 @@ def test_what_is_nested_too_deeply_is_the_clients_fault(tool_site: Site, depth: 
     for path, body in bodies.items():
         choice = '{"type":"any"}' if path == "messages" else '"required"'
         content = f'{body},"tool_choice":{choice}}}'.encode()
-        answer = httpx.post(f"{tool_site.url}/v1/{path}", content=content, timeout=60)
+        answer = httpx.post(f"{tool_site.url}/v1/{path}", content=content, timeout=LIMIT_S)
         assert answer.status_code == 400, answer.text
 
 
