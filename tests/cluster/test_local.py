@@ -214,6 +214,24 @@ def test_delete_when_the_supervisor_does_not_answer(here: Site, monkeypatch: pyt
     assert here.backend.jobs(None) == []
 
 
+def test_delete_while_the_supervisor_ends(here: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was there a moment ago, and is gone when the signal is to be sent."""
+    from hasten.cluster.local import supervisor as local_supervisor
+
+    here.submit("ends", "sleep 600")
+    here.running("ends")
+    pid = here.state("ends").pid or 0
+
+    def dies(found: int | None, start: int | None) -> bool:
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not alive(pid))
+        return True
+
+    monkeypatch.setattr(local_supervisor, "lives", dies)
+    here.backend.delete_job("ends", "default")
+    assert here.backend.jobs(None) == []
+
+
 def test_delete_of_a_job_that_does_not_hear(here: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Neither it nor what it started minds SIGTERM; the supervisor is still in the middle of its patience."""
     from hasten.cluster.local import end as local_end

@@ -59,7 +59,10 @@ def signal_supervisor(folder: Folder, kind: signal.Signals) -> bool:
     state = folder.state()
     if state.pid is None or not lives(state.pid, state.start):
         return False
-    os.kill(state.pid, kind)
+    try:
+        os.kill(state.pid, kind)
+    except ProcessLookupError:  # it has just ended
+        return False
     return True
 
 
