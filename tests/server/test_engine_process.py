@@ -70,7 +70,7 @@ def test_a_process_that_was_started_ahead_loads_the_next_model(run: Any, demo_mo
         return from_folder(folder)
 
     async def prepared(client: EngineClient, replica: Any, info: Any) -> None:
-        foreseen.append(client._foreseen)
+        foreseen.append(client.model.foreseen)
         await prepare(client, replica, info)
 
     monkeypatch.setattr(Tokenizer, "from_folder", noted)
@@ -82,7 +82,7 @@ def test_a_process_that_was_started_ahead_loads_the_next_model(run: Any, demo_mo
         async with started(demo_model, max_num_seqs=2) as client:
             assert client.replicas[0].pid == ahead.process.pid
             assert count(await collect(client, "once", SHORT)) == 4
-            assert loaded == [str(demo_model)] == [folder for folder, _ in foreseen]
+            assert loaded == [str(demo_model)] == foreseen
 
     run(ask())
     assert not spawned._ahead

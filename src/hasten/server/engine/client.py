@@ -9,20 +9,19 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from operator import index
-from pathlib import Path
 from typing import Any
 
 from hasten.core.config import EngineConfig
 from hasten.core.cpus import available_cpus
-from hasten.core.errors import ConfigError, EngineError, HastenError, InvalidRequestError
-from hasten.core.types import FinishReason, PoolingParams, Request, SamplingParams
+from hasten.core.errors import ConfigError, EngineError, HastenError
+from hasten.core.types import FinishReason, Request, SamplingParams
 from hasten.engine.stats import EngineStats
 from hasten.engine.text import Tokenizer
 from hasten.server.cache_salt import cache_salt
-from hasten.server.call import current_call
 from hasten.server.engine.counters import LanguageCounters
+from hasten.server.engine.intake import Intake, attach
 from hasten.server.engine.link import Delivery
+from hasten.server.engine.loaded import LoadedModel
 from hasten.server.engine.queue import (
     QueueError,
     QueueFullError,
@@ -32,11 +31,9 @@ from hasten.server.engine.queue import (
     RequestQueue,
 )
 from hasten.server.engine.replica import Replica
-from hasten.server.engine.routing import prefixes_of
 from hasten.server.engine.ticket import Progress, Ticket
-from hasten.server.engine.wire import Add, CompletionDelta, EngineInfo, Start, framed
+from hasten.server.engine.wire import CompletionDelta, EngineInfo, Start
 from hasten.server.options import ServerOptions
-from hasten.server.tokenizing import check_entries, check_prompt_logprobs, check_words, tokenizing
 
 __all__ = [
     "CompletionDelta",
@@ -52,14 +49,6 @@ __all__ = [
     "QueueWaitError",
 ]
 
-_SHORT_PROMPT = 256
-"""Tokens of prompts of which a thousand may begin at once: it takes some ten milliseconds."""
-_FEW_WORDS = 8
-"""Which are tokenized at once."""
-_MOST_COMPLETIONS = 1024
-"""Of one request: each is a sequence in the engine from the end of its prompt on."""
-_MOST_LOGPROBS = 1024
-"""Of one token."""
 _MIN_ENGINE_LIMIT = 8
 """Engines of one model that a machine with fewer CPUs may have, too: those of GPUs need little of them."""
 _NO_LIMITS = QueueLimits()
@@ -76,49 +65,9 @@ def _check_engines(count: int) -> None:
         )
 
 
-def _check_sizes(params: SamplingParams, vocab_size: int) -> None:
-    """InvalidRequestError where parameters would make each token take long."""
-    if params.n > _MOST_COMPLETIONS:
-        raise InvalidRequestError(f"n must be at most {_MOST_COMPLETIONS}, got {params.n}")
-    check_entries(vars(params))
-    for name in ("logprobs", "prompt_logprobs"):
-        count = getattr(params, name) or 0
-        if min(count, vocab_size) > _MOST_LOGPROBS:
-            raise InvalidRequestError(f"{name} must be at most {_MOST_LOGPROBS}, got {count}")
-    check_words("stop", params.stop)
-    check_words("bad_words", params.bad_words)
-
-
-def _frame(message: Add) -> bytearray:
-    """A request as it goes to an engine; InvalidRequestError where it has numbers or text that cannot."""
-    try:
-        return framed(message)
-    except (OverflowError, ValueError, TypeError) as error:
-        raise InvalidRequestError(f"the request cannot be passed to the engine: {error}") from None
-
-
-def _may_stop(params: SamplingParams) -> bool:
-    """Whether anything but `max_tokens` may end a completion."""
-    ends = (params.stop, params.stop_token_ids, params.stop_words_ids, params.is_constrained, params.beam_width > 1)
-    return not params.ignore_eos or any(ends)
-
-
-def _attach(ticket: Ticket, params: SamplingParams | PoolingParams) -> None:
-    """Let a request be one of the call that the running task works for."""
-    if (call := current_call.get()) is not None:
-        ticket.call, ticket.model, ticket.params = call, call.model, params
-
-
 def _end_in_call(ticket: Ticket, reason: FinishReason | None, error: HastenError | None) -> None:
     if ticket.call is not None:
         ticket.call.end_request(ticket, time.monotonic(), reason, error)
-
-
-def _tokenizer(folder: str) -> Tokenizer:
-    """A folder's tokenizer, with what the first text would else wait for."""
-    tokenizer = Tokenizer.from_folder(folder)
-    _ = tokenizer.most_bytes_per_token
-    return tokenizer
 
 
 class EngineClosedError(EngineError):
@@ -132,9 +81,7 @@ class EngineClient:
         self, config: EngineConfig, limits: QueueLimits, name: str, stall_timeout: float, engines: int = 1
     ) -> None:
         self.name = name
-        self.info: EngineInfo
-        """What its engines are, which are alike: the cache's blocks are those of all."""
-        self.tokenizer: Tokenizer | None = None
+        self.model = LoadedModel(config)
         self.refused: Counter[str] = Counter()
         """Requests that were refused or given up, by the reasons of QueueError."""
         self.counters = LanguageCounters()
@@ -145,15 +92,9 @@ class EngineClient:
         self._queue = RequestQueue(limits, engines)
         self.replicas = [self._replica(index, stall_timeout) for index in range(engines)]
         """Each of the engines."""
-        self._started = False
-        self._foreseen: tuple[str, asyncio.Task[Tokenizer]] | None = None
-        """A folder and the tokenizer in it, which is being loaded."""
-        self._preparing = asyncio.Lock()
-        self._infos: dict[Replica, EngineInfo] = {}
+        self._intake = Intake(config, limits, self.model, engines)
         self._closing: asyncio.Task[None] | None = None
-        self._numbers = 0
         self._draining = False
-        self._beginning = asyncio.Lock()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -186,7 +127,7 @@ class EngineClient:
         _check_engines(engines)
         client = cls(config, limits, name, stall_timeout, engines)
         starting = [asyncio.create_task(replica.start()) for replica in client.replicas]
-        client._foresee_tokenizer()
+        client.model.foresee()
         try:
             await asyncio.gather(*starting)
         except BaseException:
@@ -195,8 +136,18 @@ class EngineClient:
             await asyncio.gather(*starting, return_exceptions=True)
             await client.close()
             raise
-        client._started = True
+        client.model.started = True
         return client
+
+    @property
+    def info(self) -> EngineInfo:
+        """What its engines are, once one of them is there."""
+        return self.model.info
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Of its texts; None where the model has none."""
+        return self.model.tokenizer
 
     @property
     def ready(self) -> bool:
@@ -267,16 +218,15 @@ class EngineClient:
         `withdraw` is to be called at its end. Arguments and errors are those of `generate`, but for an engine's death,
         which the ticket raises.
         """
-        self.info.check_task(params)
-        _check_sizes(params, self.info.vocab_size)
+        self._intake.check(params)
         salt = cache_salt(salt)
         self.check_wait(priority, queue_timeout)
-        tokens = await self._tokens(prompt)
-        check_prompt_logprobs(len(tokens), params.prompt_logprobs, self.info.vocab_size)
-        ticket = self._ticket(tokens, await self._without_words(params), stream=stream, priority=priority, salt=salt)
-        ticket.counted = counted
+        with self.counting_refusals(priority):
+            ticket = await self._intake.ticket(
+                prompt, params, stream=stream, priority=priority, salt=salt, counted=counted
+            )
         if counted:
-            _attach(ticket, params)
+            attach(ticket, params)
         self._put(ticket, queue_timeout, listener)
         return ticket
 
@@ -292,15 +242,8 @@ class EngineClient:
         assert request.pooling is not None, "it says what to make of the text"
         self.info.check_task(request.pooling)
         self.check_wait(priority, queue_timeout)
-        tokens = request.prompt_token_ids
-        self._check_length(tokens)
-        await self._spread(len(tokens))
-        number = self._next_number(priority)
-        extra = request.token_type_ids, request.skipped_tokens, request.masks
-        message = Add(number, tokens, None, False, request.pooling, *extra)
-        message.cache_salt = cache_salt(None)
-        ticket = Ticket(number, tokens, 1, _frame(message), priority)
-        _attach(ticket, request.pooling)
+        ticket = await self._intake.text_ticket(request, priority)
+        attach(ticket, request.pooling)
         self._put(ticket, queue_timeout, listener)
         return ticket
 
@@ -334,9 +277,7 @@ class EngineClient:
     @property
     def most_prompt_tokens(self) -> int:
         """Longest prompt that is taken: one token at least must fit behind it, where any are generated."""
-        most = self.info.max_model_len - (1 if self.info.pooling is None else 0)
-        limit = self._limits.max_prompt_tokens
-        return most if limit is None else min(most, limit)
+        return self._intake.most_prompt_tokens
 
     @property
     def tool_call_parser(self) -> str:
@@ -356,8 +297,7 @@ class EngineClient:
     @property
     def most_characters(self) -> int:
         """Of a text that may fit a prompt; where its tokens do not say, the limit that stands in for them."""
-        each = None if self.tokenizer is None else self.tokenizer.most_bytes_per_token
-        return self._limits.max_text_bytes if each is None else self.most_prompt_tokens * each
+        return self._intake.most_characters
 
     async def tokenize(
         self, texts: Sequence[str], *, add_special_tokens: bool = True, tokenizer: Tokenizer | None = None
@@ -366,77 +306,12 @@ class EngineClient:
 
         TextTooLongError where one is longer than may be, most often without tokenizing it.
         """
-        tokenizer = tokenizer or self.tokenizer
-        if tokenizer is None:
-            raise InvalidRequestError("the model has no tokenizer; send token ids, or start it with --tokenizer-path")
         with self.counting_refusals():
-            return await tokenizing.encode(
-                tokenizer,
-                texts,
-                most_tokens=self.most_prompt_tokens,
-                max_bytes=self._limits.max_text_bytes,
-                add_special_tokens=add_special_tokens,
-            )
-
-    async def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            (ids,) = await self.tokenize([prompt])
-            return tuple(ids)
-        try:
-            self._check_length(prompt)
-            await self._spread(len(prompt))
-            return tuple(map(index, prompt))
-        except TypeError:
-            raise InvalidRequestError(f"a prompt must be text or token ids, not {prompt!r:.80}") from None
-
-    async def _spread(self, tokens: int) -> None:
-        """Begin long prompts in different turns of the event loop, which would else begin those of a batch in one."""
-        if tokens > _SHORT_PROMPT:
-            async with self._beginning:
-                await asyncio.sleep(0)
-
-    def _check_length(self, prompt: Sequence[int]) -> None:
-        if hasattr(prompt, "__len__") and len(prompt) > self.most_prompt_tokens:
-            raise InvalidRequestError(f"the prompt has {len(prompt)} tokens, the limit is {self.most_prompt_tokens}")
-
-    async def _without_words(self, params: SamplingParams) -> SamplingParams:
-        """The same with bad words as tokens: the engine would tokenize them between two steps."""
-        if not params.bad_words or self.tokenizer is None:
-            return params
-        tokenizer = self.tokenizer
-
-        def runs() -> list[list[int]]:
-            return [run for word in params.bad_words for run in tokenizer.words_ids(word)]
-
-        with self.counting_refusals():
-            found = runs() if len(params.bad_words) <= _FEW_WORDS else await tokenizing.run(runs)
-        return replace(params, bad_words=(), bad_words_ids=(*params.bad_words_ids, *found))
-
-    def _ticket(
-        self, tokens: tuple[int, ...], params: SamplingParams, *, stream: bool, priority: int, salt: str
-    ) -> Ticket:
-        number = self._next_number(priority)
-        frame = _frame(Add(number, tokens, params, stream, cache_salt=salt))
-        most = params.max_length(len(tokens), self.info.max_model_len) - len(tokens)
-        width = max(params.n, params.beam_width)
-        prefixes = self._prefixes(tokens, params, salt)
-        return Ticket(number, tokens, width, frame, priority, most, _may_stop(params), prefixes=prefixes)
-
-    def _next_number(self, priority: int) -> int:
-        """Of a request that may be queued."""
-        if self._draining:
-            raise EngineClosedError(f"engine {self.name} takes no new requests: it is about to end")
-        if priority < 0:
-            raise InvalidRequestError(f"priority must be 0 (the default), 1 (the highest) or larger, got {priority}")
-        self._numbers += 1
-        return self._numbers
-
-    def _prefixes(self, tokens: tuple[int, ...], params: SamplingParams, salt: str) -> tuple[int, ...]:
-        """What decides between engines: nothing for one, or for a prompt that no engine takes from its cache."""
-        cached = self._config.cache.enable_prefix_caching and params.prompt_logprobs is None
-        return prefixes_of(tokens, self.info.block_size, salt) if cached and len(self.replicas) > 1 else ()
+            return await self._intake.tokenize(texts, add_special_tokens=add_special_tokens, tokenizer=tokenizer)
 
     def _put(self, ticket: Ticket, queue_timeout: float | None, listener: Callable[[], None] | None) -> None:
+        if self._draining:
+            raise EngineClosedError(f"engine {self.name} takes no new requests: it is about to end")
         ticket.timeout, ticket.listener = self._timeout(queue_timeout), listener
         with self.counting_refusals(ticket.priority):
             self._queue.put(ticket)
@@ -487,26 +362,7 @@ class EngineClient:
 
     async def prepare(self, replica: Replica, info: EngineInfo) -> None:
         """Take in what an engine is that has loaded its model; load the tokenizer, once at the start."""
-        async with self._preparing:
-            if info.tokenizer_folder is not None and (self._started or self.tokenizer is None):
-                self.tokenizer = await self._load_tokenizer(info.tokenizer_folder)
-        self._infos[replica] = info
-        self.info = EngineInfo.of_all(list(self._infos.values()))
-
-    async def _load_tokenizer(self, folder: str) -> Tokenizer:
-        """The tokenizer that engines name, which is most often the foreseen one."""
-        foreseen, self._foreseen = self._foreseen, None
-        if foreseen is not None and foreseen[0] == folder:
-            return await foreseen[1]
-        return await asyncio.to_thread(_tokenizer, folder)
-
-    def _foresee_tokenizer(self) -> None:
-        """Begin to load the tokenizer of the model's folder, while the engines load the model."""
-        folder = self._config.tokenizer or self._config.model
-        if Path(folder, "tokenizer.json").is_file():
-            loading = asyncio.create_task(asyncio.to_thread(_tokenizer, folder))
-            loading.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever needs it asks
-            self._foreseen = (folder, loading)
+        await self.model.take(replica, info)
 
     def engine_lost(self, index: int, tickets: list[Ticket], error: EngineError) -> None:
         """Requests that have begun get an error at once; the others go to another engine, where there are several."""
