@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hasten.ops.grouped import BlockedGroups, GroupedWeight
+from hasten.ops.grouped import BlockedGroups, Columns, GroupedWeight
 from hasten.ops.transfer import Upload
 
 
@@ -67,6 +67,29 @@ FUSED = {"gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "silu": ("swis
 
 
 @dataclass(frozen=True)
+class IntegerPanels:
+    """A weight `(values - zeros) * scales` of 8 or 4 bits in the layout of the kernels for a CPU.
+
+    See `native/integers.py`; shapes: o output features, k columns, g groups of columns.
+    """
+
+    values: Tensor
+    """Opaque."""
+    scales: Tensor
+    """[o / 32, g, 32] in fp32."""
+    zeros: Tensor | None
+    """The same in int32; None: they are all `zero`."""
+    bits: int
+    """8 or 4."""
+    zero: int
+    digits: int
+    """Numbers of int8 that an input is rounded to: 1, or 2 for one of 15 bits."""
+    group_size: int
+    """Columns of a group, with those that pad a single one."""
+    columns: Columns = Columns()
+
+
+@dataclass(frozen=True)
 class PackedLinear:
     """What `ops.pack_linear` makes and `ops.linear` takes; at least one of the layouts is there."""
 
@@ -78,6 +101,8 @@ class PackedLinear:
     """An opaque layout of the device's matrix library."""
     panels: Tensor | None = None
     """The layout of the kernels for a CPU (`native/products.py`), in place of the others."""
+    integers: IntegerPanels | None = None
+    """The same of a weight of 8 or 4 bits."""
     scales: Tensor | None = None
     """[o] in fp32: what the rows of a quantized weight are multiplied by."""
     inputs: torch.dtype | None = None

@@ -44,6 +44,12 @@ def addresses() -> dict[str, int]:
     return {name: _loaded(name, content) for name, content in code.items()}
 
 
+@cache
+def multiplies_bytes() -> bool:
+    """Whether the processor adds up products of bytes, four at a time in vectors of 512 bits."""
+    return bool(llvm.get_host_cpu_features().get("avx512vnni"))
+
+
 def _own_folder() -> Path | None:
     """The folder for this code on this processor; None where what is in it could be another user's."""
     folder = kernel_folder()
@@ -81,6 +87,9 @@ def _compiled() -> dict[str, bytes]:
     from numba import cfunc, types
 
     from hasten.ops.native.code import attention, choice, norms, products, teams  # noqa: F401 - they add to KERNELS
+
+    if multiplies_bytes():
+        from hasten.ops.native.code import integers  # noqa: F401
     from hasten.ops.native.code.functions import KERNELS, TEAMS
 
     code = {}

@@ -172,21 +172,38 @@ def _activated(x, activation):
 
 
 @part
-def _copy(source, target, count):
+def copy(source, target, count):
+    """Copy `count` numbers."""
     for at in range(0, 4 * count, 4):
         store_f32(target + at, load_f32(source + at))
 
 
 @part
-def _finish(tile, bias, residual, out, activation):
+def _finish_whole(line, bias, residual, out, activation):
     for at in range(0, 4 * 32, 64):
-        value = load(tile + at)
+        value = load(line + at)
         if bias:
             value = add(value, load(bias + at))
         value = _activated(value, activation)
         if residual:
             value = add(value, load(residual + at))
         store(out + at, value)
+
+
+@part
+def finish(line, bias, residual, out, count, activation, other):
+    """`activation(line + bias) + residual` of the `count` numbers of a panel's row, with a bias of a whole panel.
+
+    `other`: room for a line. The line is overwritten where it is not whole.
+    """
+    if count == 32:
+        _finish_whole(line, bias, residual, out, activation)
+    else:
+        if residual:
+            copy(residual, other, count)
+            residual = other
+        _finish_whole(line, bias, residual, line, activation)
+        copy(line, out, count)
 
 
 @kernel
@@ -203,7 +220,7 @@ def _product(p, thread, threads):
         weights = panels + 128 * inputs * panel
         bias_here = bias + column if bias else 0
         if bias and here < 32:
-            _copy(bias_here, line, here)
+            copy(bias_here, line, here)
             bias_here = line
         row = 0
         while row < rows:
@@ -211,16 +228,8 @@ def _product(p, thread, threads):
             for each in range(done):
                 at = row + each
                 own = residual + (load_i64(numbers + 8 * at) if numbers else at) * residual_stride + column
-                own = own if residual else 0
                 to = out + at * out_stride + column
-                if here == 32:
-                    _finish(tile + 128 * each, bias_here, own, to, activation)
-                else:
-                    if own:
-                        _copy(own, other, here)
-                        own = other
-                    _finish(tile + 128 * each, bias_here, own, tile + 128 * each, activation)
-                    _copy(tile + 128 * each, to, here)
+                finish(tile + 128 * each, bias_here, own if residual else 0, to, here, activation, other)
             row += done
 
 

@@ -1,4 +1,4 @@
-"""Vectors of 16 fp32 numbers, memory by its address, and calls by address, in functions that numba compiles.
+"""Vectors of 16 numbers, in fp32 or int32, memory by its address, and calls by address, in functions that numba compiles.
 
 numba vectorizes few loops whose operands may overlap; these intrinsics say what is to be computed side by side. LLVM
 maps a vector to whatever registers the processor has. An address is an int64 that counts bytes.
@@ -17,7 +17,7 @@ BYTES = 4 * LANES
 
 F32, F64, I32, I64, I8 = ir.FloatType(), ir.DoubleType(), ir.IntType(32), ir.IntType(64), ir.IntType(8)
 VECTOR = ir.VectorType(F32, LANES)
-_WHOLE = ir.VectorType(I32, LANES)
+WHOLE = ir.VectorType(I32, LANES)
 
 Builder = Any
 Values = Sequence[Any]
@@ -28,13 +28,24 @@ class _Vector(types.Type):
         super().__init__("float32x16")
 
 
-vector = _Vector()
+class _WholeVector(types.Type):
+    def __init__(self) -> None:
+        super().__init__("int32x16")
+
+
+vector, whole_vector = _Vector(), _WholeVector()
 
 
 @register_model(_Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager, of) -> None:
         super().__init__(manager, of, VECTOR)
+
+
+@register_model(_WholeVector)
+class _WholeVectorModel(models.PrimitiveModel):
+    def __init__(self, manager, of) -> None:
+        super().__init__(manager, of, WHOLE)
 
 
 def constant(value: float) -> ir.Constant:
@@ -55,10 +66,10 @@ def fused(b: Builder, x: Any, y: Any, z: Any) -> Any:
 
 
 def spread(b: Builder, x: Any) -> Any:
-    """A vector with one number in all lanes."""
-    nothing = ir.Constant(VECTOR, ir.Undefined)
+    """A vector with one number in all lanes, in fp32 or int32."""
+    nothing = ir.Constant(ir.VectorType(x.type, LANES), ir.Undefined)
     first = b.insert_element(nothing, x, ir.Constant(I32, 0))
-    return b.shuffle_vector(first, nothing, ir.Constant(_WHOLE, [0] * LANES))
+    return b.shuffle_vector(first, nothing, ir.Constant(WHOLE, [0] * LANES))
 
 
 def read(b: Builder, kind: ir.Type, address: Any) -> Any:
@@ -104,8 +115,8 @@ def _exp(b: Builder, x: Any) -> Any:
     for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
         power = fused(b, power, rest, constant(factor))
     power = b.fadd(fused(b, power, b.fmul(rest, rest), rest), constant(1.0))
-    bias, shift = (ir.Constant(_WHOLE, [number] * LANES) for number in (127, 23))
-    return b.fmul(power, b.bitcast(b.shl(b.add(b.fptosi(whole, _WHOLE), bias), shift), VECTOR))
+    bias, shift = (ir.Constant(WHOLE, [number] * LANES) for number in (127, 23))
+    return b.fmul(power, b.bitcast(b.shl(b.add(b.fptosi(whole, WHOLE), bias), shift), VECTOR))
 
 
 def _larger(b: Builder, args: Values) -> Any:
@@ -116,6 +127,13 @@ def _largest_or_nan(b: Builder, args: Values) -> Any:
     x, y = args
     greater = b.select(b.fcmp_ordered(">", y, x), y, x)
     return b.select(b.fcmp_unordered("uno", y, y), y, greater)
+
+
+def _clamped(b: Builder, args: Values) -> Any:
+    x, limit = args
+    below = b.fsub(constant(-0.0), limit)
+    x = b.select(b.fcmp_ordered("<", x, limit), x, limit)
+    return b.select(b.fcmp_ordered(">", x, below), x, below)
 
 
 def prefetched(b: Builder, args: Values) -> None:
@@ -148,6 +166,30 @@ total = _made(
 largest = _made((vector,), types.float32, lambda b, args: called(b, "llvm.vector.reduce.fmax.v16f32", F32, [args[0]]))
 first_lane = _made((vector,), types.float32, lambda b, args: b.extract_element(args[0], ir.Constant(I32, 0)))
 prefetch = _made((types.int64,), types.void, prefetched)
+clamped = _made(_two, vector, _clamped)
+"""Numbers from -limit to limit; NaN becomes the limit."""
+nearest = _made((vector,), vector, lambda b, args: called(b, "llvm.nearbyint.v16f32", VECTOR, args))
+"""Whole numbers, even ones of two as near."""
+magnitude = _made((vector,), vector, lambda b, args: called(b, "llvm.fabs.v16f32", VECTOR, args))
+
+_BYTES = ir.VectorType(I8, LANES)
+_whole_two = (whole_vector, whole_vector)
+load_whole = _made((types.int64,), whole_vector, lambda b, args: read(b, WHOLE, args[0]))
+splat_whole = _made((types.int32,), whole_vector, lambda b, args: spread(b, args[0]))
+add_whole = _made(_whole_two, whole_vector, lambda b, args: b.add(*args))
+sub_whole = _made(_whole_two, whole_vector, lambda b, args: b.sub(*args))
+mul_whole = _made(_whole_two, whole_vector, lambda b, args: b.mul(*args))
+total_whole = _made((whole_vector,), types.int32, lambda b, args: called(b, "llvm.vector.reduce.add.v16i32", I32, args))
+widened = _made((whole_vector,), vector, lambda b, args: b.sitofp(args[0], VECTOR))
+"""Whole numbers in fp32."""
+narrowed = _made((vector,), whole_vector, lambda b, args: b.fptosi(args[0], WHOLE))
+"""The inverse."""
+load_bytes = _made((types.int64,), whole_vector, lambda b, args: b.sext(read(b, _BYTES, args[0]), WHOLE))
+"""16 numbers of int8."""
+store_bytes = _made(
+    (types.int64, whole_vector), types.void, lambda b, args: write(b, b.trunc(args[1], _BYTES), args[0])
+)
+"""Whole numbers as int8, which has room for them."""
 
 load_f32 = _made((types.int64,), types.float32, lambda b, args: read(b, F32, args[0]))
 store_f32 = _made((types.int64, types.float32), types.void, lambda b, args: write(b, args[1], args[0]))
