@@ -20,15 +20,16 @@ from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.plan import open_checkpoint
 from hasten.core.dtypes import DTypeName, Quantization
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
-from hasten.ops import TORCH_DTYPES
+from hasten.ops import TORCH_DTYPES, native
 from hasten.ops.cpu import int8
 
-SAME = {False: 1e-4, True: 6e-3}
-"""Largest difference of two logits between int8 weights and their values in fp32; True: with activations of 15 bits."""
+SAME = {"kernels": 6e-3, "digits": 6e-3, "widened": 1e-4}
+"""Largest difference of two logits between int8 weights and their values in fp32, by how they are multiplied: but for
+the last, activations have 15 bits."""
 NEAR = {"int8": 0.06, "w8a8": 0.08, "fp8": 0.2}
 """Root mean square of the differences from the full-precision model, divided by the logits' standard deviation."""
-IN_BF16 = 0.03
-"""The same of int4 weights, whose products a CPU computes in bf16."""
+IN_BF16, IN_15_BITS = 0.03, 1e-3
+"""The same of int4 weights, whose products a CPU computes in bf16, or by kernels with activations of 15 bits."""
 HEADS = {
     "Bloom": "transformer.word_embeddings.weight",
     "Llama": "lm_head.weight",
@@ -40,6 +41,16 @@ FULL_INPUTS = {"w8a8": re.compile("query_key_value|[qkv]_proj|c_attn"), "fp8": r
 FAMILIES = list(HEADS)
 OPTIONS: dict[str, Any] = {"dtype": "fp32", "kv_cache_memory": 8 << 20}
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+
+
+def multiply(way: str, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Let quantized weights be multiplied in one of the ways of `SAME`; False where this CPU does not have it."""
+    if way == "kernels":
+        return native.integer_kernels() is not None
+    monkeypatch.setattr(native, "integer_kernels", lambda: None)
+    exact = int8.exact_int8()
+    monkeypatch.setattr(int8, "exact_int8", lambda: way == "digits")
+    return exact or way == "widened"
 
 
 def ids_of(length: int) -> list[int]:
@@ -61,11 +72,12 @@ def test_logits_are_those_of_the_values_that_int8_stands_for(
     folder = make_model(family)
     dequantized = dequantized_folder(folder, tmp_path / "dequantized", HEADS[family])
     full, expected = logits_of(folder), logits_of(dequantized)
-    for digits in {False, int8.exact_int8()}:
-        monkeypatch.setattr(int8, "exact_int8", lambda digits=digits: digits)
+    for way, bound in SAME.items():
+        if not multiply(way, monkeypatch):
+            continue
         found = logits_of(folder, quantization="int8")
-        assert (found - expected).abs().max() <= SAME[digits]
-        assert 10 * SAME[False] < (found - full).square().mean().sqrt() / full.std() <= NEAR["int8"]
+        assert (found - expected).abs().max() <= bound
+        assert 10 * SAME["widened"] < (found - full).square().mean().sqrt() / full.std() <= NEAR["int8"]
 
 
 def rounding_model(folder: Path, kind: str) -> nn.Module:
@@ -155,10 +167,12 @@ def test_int4_is_near_full_precision_and_a_checkpoint_of_the_same_values(
     folder = make_model(family)
 
     expected, full = logits_of(int4_folder(folder, tmp_path / "rounded", HEADS[family])), logits_of(folder)
-    monkeypatch.setattr(int8, "exact_int8", lambda: False)
-    found = logits_of(folder, quantization="int4")
-    assert (found - expected).norm() <= IN_BF16 * expected.norm()
-    assert 2 * IN_BF16 * full.norm() < (found - full).norm() < full.norm()
+    for way, bound in (("kernels", IN_15_BITS), ("widened", IN_BF16)):
+        if not multiply(way, monkeypatch):
+            continue
+        found = logits_of(folder, quantization="int4")
+        assert (found - expected).norm() <= bound * expected.norm()
+        assert 2 * IN_BF16 * full.norm() < (found - full).norm() < full.norm()
 
 
 def test_less_is_held_and_the_log_says_of_what(tiny_bloom: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -170,8 +184,11 @@ def test_less_is_held_and_the_log_says_of_what(tiny_bloom: Path, caplog: pytest.
     message = next(record.getMessage() for record in caplog.records if "loaded" in record.getMessage())
     assert "GB of weights as int8 and torch.float32 in" in message
     held = model.layers["0"].mlp.up.packed
-    assert (held.plain is None) == int8.exact_int8()
-    assert (held.plain if held.blocked is None else held.blocked).dtype == torch.int8
+    if native.integer_kernels() is None:
+        assert (held.plain if held.blocked is None else held.blocked).dtype == torch.int8
+    else:
+        assert held.integers.values.dtype == torch.uint8
+    assert (held.plain is None) == (held.integers is not None or int8.exact_int8())
     assert not any("mixture" in record.getMessage() for record in caplog.records)
 
 
@@ -256,7 +273,7 @@ def test_a_gpu_computes_the_same(
         state.update({name: weight.to(TORCH_DTYPES[dtype]).float() for name, weight in state.items()})
 
     folder = changed_folder(make_model(family, **sizes), tmp_path / "rounded", round_weights)
-    monkeypatch.setattr(int8, "exact_int8", lambda: False)
+    multiply("widened", monkeypatch)
     if quantization == "int4":  # whose products a CPU computes in bf16
         right = logits_of(int4_folder(folder, tmp_path / "int4", HEADS[family]))
     else:

@@ -11,7 +11,7 @@ from tests.ops.conftest import exactly_activated
 from torch import Tensor
 
 from hasten import ops
-from hasten.ops import QuantizedWeight, reference, rounding
+from hasten.ops import QuantizedWeight, native, reference, rounding
 from hasten.ops.cpu import int8
 
 Close = Callable[[str, Tensor, Tensor], None]
@@ -30,9 +30,14 @@ KINDS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
 """Types of weights, and what inputs are rounded to."""
 
 
-@pytest.fixture(params=["exact", "saturating"])
+@pytest.fixture(params=["kernels", "exact", "saturating"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to multiply; the first only where this CPU adds int8 products up exactly."""
+    """All ways to multiply: by kernels, where the CPU has them; by oneDNN, where it adds int8 up exactly; in fp32."""
+    if request.param == "kernels":
+        if native.integer_kernels() is None:
+            pytest.skip("no numba, or no AVX-512 VNNI")
+        return "kernels"
+    monkeypatch.setattr(native, "integer_kernels", lambda: None)
     if request.param == "exact" and not int8.exact_int8():
         pytest.skip("this CPU saturates sums of int8 products")
     monkeypatch.setattr(int8, "exact_int8", lambda: request.param == "exact")

@@ -1,6 +1,6 @@
 """Weights of linear layers: as they are loaded, and in the layout that their device reads fastest."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class IntegerPanels:
     """Numbers of int8 that an input is rounded to: 1, or 2 for one of 15 bits."""
     group_size: int
     """Columns of a group, with those that pad a single one."""
-    columns: Columns = Columns()
+    columns: Columns = field(default_factory=Columns)
 
 
 @dataclass(frozen=True)
@@ -113,3 +113,8 @@ class PackedLinear:
     """The same for torch's product on a CPU, in place of the others."""
     fixed_order: bool = False
     """Whether products are added up in an order that does not depend on the number of rows (`ops.fixed_order`)."""
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the kernels for a CPU multiply it."""
+        return self.panels is not None or self.integers is not None

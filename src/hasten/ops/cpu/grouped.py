@@ -1,14 +1,16 @@
 """Products with weights that have scales of groups, on a CPU. Shapes: t tokens, o output features, k columns, g groups.
 
-torch has one for 4 bits, in bf16: activations, scales and results are rounded to it, sums are in fp32, and a token's
-result does not depend on its neighbours. What it does not take is widened to fp32, a block of output features at a
-time, which saves memory and not time.
+The kernels of `native/integers.py` multiply where they can, by inputs of 15 bits. Elsewhere torch has a product for 4
+bits, in bf16: activations, scales and results are rounded to it, sums are in fp32. In both a token's result does not
+depend on its neighbours. What neither takes is widened to fp32, a block of output features at a time, which saves
+memory and not time.
 """
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from hasten.ops import native
 from hasten.ops.grouped import BlockedGroups, GroupedWeight
 from hasten.ops.packed import PackedLinear
 
@@ -21,7 +23,12 @@ _FEATURES = 256
 
 
 def pack_linear(weight: GroupedWeight) -> PackedLinear:
-    """In the layout of torch's product, where it takes the weight."""
+    """In the layout of the kernels, or of torch's product, where these take the weight."""
+    kernels, bits = native.integer_kernels(), 4 if weight.middle == 8 else 8
+    if kernels is not None and kernels.fits(weight.num_columns, weight.group_size):
+        operands = weight.integers(), weight.scales, weight.zeros
+        panels = kernels.pack(*operands, bits=bits, digits=2, columns=weight.columns)
+        return PackedLinear(*weight.shape, plain=None, integers=panels)
     size = next((size for size in _GROUP_SIZES if weight.group_size % size == 0), None)
     if size is None or weight.middle != 8:
         return PackedLinear(*weight.shape, plain=None, grouped=weight)

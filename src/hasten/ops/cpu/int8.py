@@ -1,6 +1,7 @@
 """Products with int8 weights on a CPU. Shapes: t tokens, h input features, o output features.
 
-Where the CPU adds products of int8 up exactly, inputs become whole numbers. Where the scheme rounds them to int8, they
+The kernels of `native/integers.py` multiply where they can. Where the CPU adds products of int8 up exactly, inputs
+become whole numbers. Where the scheme rounds them to int8, they
 are one such number; else each token's values are rounded to multiples of 1/16319 of its largest, and such a number is
 two int8 digits. That is finer than fp16 (docs/performance.md). A token's result does not depend on its neighbours.
 """
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from hasten.ops import native
 from hasten.ops.cpu.compiled_rows import compiled_rows
 from hasten.ops.packed import PackedLinear, QuantizedWeight
 from hasten.ops.rounding import BASE, digits_of, numbers_of, rounded
@@ -26,8 +28,14 @@ _ZERO = 128
 
 
 def pack_linear(weight_oh: QuantizedWeight) -> PackedLinear:
-    """OneDNN's layout, which it reads up to three times as fast as rows; a shared weight has rows besides."""
+    """In the kernels' layout, or oneDNN's, which it reads up to three times as fast as rows."""
     shape, scales, inputs = weight_oh.shape, weight_oh.scales, weight_oh.inputs
+    kernels = native.integer_kernels()
+    if kernels is not None and kernels.fits(shape[1], shape[1]):
+        values_oh = weight_oh.values.view(torch.uint8) ^ _ZERO
+        digits = 2 if inputs is None else 1
+        panels = kernels.pack(values_oh, scales.unsqueeze(0), None, bits=8, digits=digits)
+        return PackedLinear(*shape, plain=None, integers=panels)
     if not exact_int8():
         return PackedLinear(*shape, plain=weight_oh.values, scales=scales, inputs=inputs)
     blocked = torch.ops.onednn.qlinear_prepack(weight_oh.values, [_PACK_FOR_ROWS, shape[1]])

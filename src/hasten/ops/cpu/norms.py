@@ -1,19 +1,23 @@
 """Rows of tables, and norms, on a CPU."""
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
 from hasten.ops import native, reference
-from hasten.ops.packed import Weight
+from hasten.ops.packed import QuantizedWeight, Weight
 from hasten.ops.partial_sum import PartialSum
 
 
 def embedding(ids_t: Tensor, weight_vh: Weight, first: int | None) -> Tensor:  # noqa: D103
     kernels = native.kernels()
-    if kernels is None or first is not None or not is_plain(weight_vh) or ids_t.dtype != torch.int64:
-        return reference.embedding(ids_t, weight_vh, first)
-    assert isinstance(weight_vh, Tensor)
-    return kernels.norms.gather(ids_t, weight_vh)
+    if kernels is not None and first is None and ids_t.dtype == torch.int64:
+        if isinstance(weight_vh, Tensor) and is_plain(weight_vh):
+            return kernels.norms.gather(ids_t, weight_vh)
+        if _is_in_bytes(weight_vh):
+            return kernels.norms.gather_bytes(ids_t, weight_vh.values, weight_vh.scales)
+    return reference.embedding(ids_t, weight_vh, first)
 
 
 def norm(  # noqa: D103
@@ -36,10 +40,22 @@ def embedding_norm(  # noqa: D103
     ids_t: Tensor, table_vh: Weight, weight_h: Tensor, bias_h: Tensor, eps: float
 ) -> Tensor:
     kernels = native.kernels()
+    if kernels is not None and is_plain(weight_h) and _is_in_bytes(table_vh):
+        return norm(embedding(ids_t, table_vh, None), weight_h, bias_h, eps)[0]
     if kernels is None or not is_plain(table_vh, weight_h) or ids_t.dtype != torch.int64:
         return reference.embedding_norm(ids_t, table_vh, weight_h, bias_h, eps)
     assert isinstance(table_vh, Tensor)
     return kernels.norms.norm(table_vh, weight_h, bias_h, eps, ids_t, rms=False, offset=False)
+
+
+def _is_in_bytes(table_vh: Weight) -> TypeGuard[QuantizedWeight]:
+    """Whether it is in int8, of a model in fp32."""
+    return (
+        isinstance(table_vh, QuantizedWeight)
+        and table_vh.values.dtype == torch.int8
+        and table_vh.dtype == torch.float32
+        and table_vh.values.is_contiguous()
+    )
 
 
 def is_plain(*operands: Weight) -> bool:

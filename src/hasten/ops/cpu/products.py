@@ -76,7 +76,7 @@ def gated_linear(  # noqa: D103
     x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, gate: str, scale_1h: Tensor | None = None
 ) -> Tensor:
     wide_th = x_th.float()
-    kernels = None if weight.panels is None or scale_1h is not None else native.kernels()
+    kernels = native.kernels() if weight.has_kernel and scale_1h is None else None
     if kernels is not None and gate in kernels.products.ACTIVATIONS and weight.out_features % 32 == 0:
         both_to = _linear(wide_th, weight, bias_o, None, None)
         return kernels.products.gated(both_to, gate).to(x_th.dtype)
@@ -103,8 +103,8 @@ def _linear(
     dtype = x_th.dtype
     if x_th.shape[0] == 0:
         return x_th.new_empty(0, weight.out_features)
-    if weight.panels is not None:
-        return _panels(x_th, weight, bias_o, activation, residual_to, rows_t)
+    if weight.has_kernel:
+        return _by_kernel(x_th, weight, bias_o, activation, residual_to, rows_t)
     if residual_to is not None and rows_t is not None:
         residual_to = residual_to[rows_t]
     if bf16.is_packed(weight):
@@ -136,7 +136,7 @@ def _linear(
     return out_to.to(dtype)
 
 
-def _panels(
+def _by_kernel(
     x_th: Tensor,
     weight: PackedLinear,
     bias_o: Tensor | None,
@@ -144,20 +144,21 @@ def _panels(
     residual_to: Tensor | None,
     rows_t: Tensor | None,
 ) -> Tensor:
-    """A product with a weight in the panels of the kernels."""
-    kernels = native.kernels()
+    """A product with a weight in panels."""
+    kernels, integers = native.kernels(), native.integer_kernels()
     assert kernels is not None, "who packed it had them"
-    assert weight.panels is not None
     products, dtype, x_th = kernels.products, x_th.dtype, x_th.float()
+    product = products.product if weight.integers is None or integers is None else integers.product
     if weight.inputs is not None:
         x_th = rounded(x_th, weight.inputs)
     x_th = x_th if x_th.stride(-1) == 1 else x_th.contiguous()
     bias_o, residual_to = (None if each is None else each.float().contiguous() for each in (bias_o, residual_to))
-    operands = (x_th, weight.panels, weight.out_features, bias_o)
+    panels = weight.panels if weight.integers is None else weight.integers
+    operands = (x_th, panels, weight.out_features, bias_o)
     if activation is None or activation in products.ACTIVATIONS:
-        return products.product(*operands, activation, residual_to, rows_t).to(dtype)
+        return product(*operands, activation, residual_to, rows_t).to(dtype)
     assert residual_to is None, "no product has both"
-    return _activated(products.product(*operands, None, None, None), activation, fixed_order=False).to(dtype)
+    return _activated(product(*operands, None, None, None), activation, fixed_order=False).to(dtype)
 
 
 @cache

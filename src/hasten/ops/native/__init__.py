@@ -2,19 +2,32 @@
 
 from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 
 class Kernels:
-    """The modules of kernels; making it compiles them, or reads them from numba's cache."""
+    """The modules of kernels; making it compiles them, or reads them from the user's cache."""
 
     def __init__(self) -> None:
-        from hasten.ops.native import attention, choice, norms, products, record
+        from hasten.ops.native import attention, choice, compiled, norms, products, record
 
         self.attention, self.choice, self.norms, self.products = attention, choice, norms, products
         self.record = record
+        self.integers: ModuleType | None = None
+        """Products with weights of 8 and 4 bits; None on a processor without AVX-512 VNNI."""
+        if compiled.multiplies_bytes():
+            from hasten.ops.native import integers
+
+            self.integers = integers
 
 
 @cache
 def kernels() -> Kernels | None:
     """The kernels; None where numba is not installed."""
     return None if find_spec("numba") is None else Kernels()
+
+
+def integer_kernels() -> ModuleType | None:
+    """Those of weights of 8 and 4 bits; None without numba, or on a processor that cannot multiply by them."""
+    found = kernels()
+    return None if found is None else found.integers

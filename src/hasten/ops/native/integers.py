@@ -6,6 +6,7 @@ Shapes: t tokens, h input features, o output features, k columns, g groups of co
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from hasten.ops.grouped import Columns
 from hasten.ops.native.launch import Kernel, empty, launch
 from hasten.ops.native.products import ACTIVATIONS
 from hasten.ops.packed import IntegerPanels
@@ -14,41 +15,47 @@ _WIDTH = 32
 """Output features of a panel."""
 _UNIT = 8
 """Columns whose bytes stand side by side for each output feature, four and four."""
-_PIECE = 1024
-"""Most columns of a group of 4-bit weights: sums of their products with two digits fit into int32."""
-MULTIPLE = 16
+_MULTIPLE = 16
 """Columns of a group come in multiples of this number."""
-MOST_COLUMNS = 1 << 16
-"""Of a group of 8-bit weights: sums of their products fit into int32."""
+_MOST_COLUMNS = 1 << 16
+"""Of a group: sums of their products fit into int32, of bytes up to 255 by numbers up to 127."""
 _integers = Kernel("integers", "19q")
 _round_rows = Kernel("round_rows", "10q")
 
 
-def pack(
-    values_ok: Tensor, scales_go: Tensor, zeros_go: Tensor | None, *, bits: int, zero: int, digits: int
-) -> IntegerPanels:
-    """A weight `(values - zeros) * scales` in panels.
+def fits(columns: int, group_size: int) -> bool:
+    """Whether the kernels multiply weights with groups of this size."""
+    return group_size <= _MOST_COLUMNS and (group_size == columns or group_size % _MULTIPLE == 0)
 
-    Values are whole numbers of 0 to 2^`bits` - 1 in uint8; `zero` is that of all of them where there are no `zeros_go`.
-    `digits`: how many numbers of int8 an input becomes, 1 or 2. Groups have a multiple of 16 columns; one group alone
-    may have any number.
+
+def pack(
+    values_ok: Tensor,
+    scales_go: Tensor,
+    zeros_go: Tensor | None,
+    *,
+    bits: int,
+    digits: int,
+    columns: Columns | None = None,
+) -> IntegerPanels:
+    """A weight `(values - zeros) * scales` in panels; without zeros they are all in the middle.
+
+    Values are whole numbers of 0 to 2^`bits` - 1 in uint8. `digits`: how many numbers of int8 an input becomes.
     """
-    outputs, columns = values_ok.shape
-    groups = len(scales_go)
-    values_ok = F.pad(values_ok, (0, -columns % MULTIPLE, 0, -outputs % _WIDTH))
+    outputs, inputs = values_ok.shape
+    size = inputs // len(scales_go)
+    values_ok = F.pad(values_ok, (0, -inputs % _MULTIPLE, 0, -outputs % _WIDTH))
     units = values_ok.view(-1, _WIDTH, values_ok.shape[1] // _UNIT, 2, _UNIT // 2).permute(0, 2, 3, 1, 4)
     if bits == 4:
         units = units[:, :, 0] | units[:, :, 1] << 4
-    scales, zeros = (None if each is None else _in_panels(each) for each in (scales_go.float(), zeros_go))
-    assert scales is not None
     return IntegerPanels(
         units.contiguous(),
-        scales,
-        None if zeros is None else zeros.int(),
+        _in_panels(scales_go.float()),
+        None if zeros_go is None else _in_panels(zeros_go.int()),
         bits,
-        zero,
+        1 << bits - 1,
         digits,
-        values_ok.shape[1] // groups,
+        size + -size % _MULTIPLE,
+        columns or Columns(),
     )
 
 
@@ -68,6 +75,7 @@ def product(
     rows_t: Tensor | None,
 ) -> Tensor:
     """`activation(x @ w.T + bias) + residual[rows]`: [t, o]."""
+    x_th = weight.columns.of(x_th)
     (rows, inputs), groups, group, digits = x_th.shape, weight.scales.shape[1], weight.group_size, weight.digits
     width = digits * groups * group
     # the memory of a recording is of numbers in fp32

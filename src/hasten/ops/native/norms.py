@@ -6,6 +6,7 @@ from hasten.ops.native.launch import Kernel, empty, launch
 
 _norm = Kernel("norm", "7qd2q")
 _gather = Kernel("gather", "5q")
+_gather_bytes = Kernel("gather_bytes", "6q")
 
 
 def norm(
@@ -26,4 +27,12 @@ def gather(ids_t: Tensor, table_vh: Tensor) -> Tensor:
     rows, width = len(ids_t), table_vh.shape[1]
     out_th = empty(rows, width)
     launch(_gather, rows * width, rows, width, table_vh, ids_t, out_th)
+    return out_th
+
+
+def gather_bytes(ids_t: Tensor, table_vh: Tensor, scales_v: Tensor) -> Tensor:
+    """Rows of a table in int8, each times its scale: [t, h]."""
+    rows, width = len(ids_t), table_vh.shape[1]
+    out_th = empty(rows, width)
+    launch(_gather_bytes, 2 * rows * width, rows, width, table_vh, ids_t, scales_v, out_th)
     return out_th

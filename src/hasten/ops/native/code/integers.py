@@ -121,10 +121,8 @@ def _halves(b: Any, line: Any, bits: int) -> list[list[Any]]:
     return [[b.and_(each, low) for each in vectors], [b.and_(b.lshr(each, four), low) for each in vectors]]
 
 
-_loop1, _loop2, _loop3, _loop4, _loop6, _loop8 = (_loop(rows, 8) for rows in (1, 2, 3, 4, 6, 8))
-_half_loop1, _half_loop2, _half_loop3, _half_loop4, _half_loop6, _half_loop8 = (
-    _loop(rows, 4) for rows in (1, 2, 3, 4, 6, 8)
-)
+_loop1, _loop2, _loop4, _loop8 = (_loop(rows, 8) for rows in (1, 2, 4, 8))
+_half_loop1, _half_loop2, _half_loop4, _half_loop8 = (_loop(rows, 4) for rows in (1, 2, 4, 8))
 _whole_tile = stack(4 * _ROWS * 32)
 _tile = stack(4 * _ROWS * 32)
 _line = stack(4 * 32)
@@ -137,20 +135,16 @@ _TINY = _f32(1.1754943508222875e-38)
 
 @part
 def _fitting(left):
-    """How many of the rows that are left are multiplied at a time; an even number of an even number."""
-    return 8 if left >= 8 else 6 if left >= 6 else 4 if left >= 4 else left
+    """How many of the rows that are left are multiplied at a time."""
+    return 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
 
 
 @part
 def _multiply(x, stride, panel, units, tile, rows):
     if rows == 8:
         _loop8(x, stride, panel, units, tile)
-    elif rows == 6:
-        _loop6(x, stride, panel, units, tile)
     elif rows == 4:
         _loop4(x, stride, panel, units, tile)
-    elif rows == 3:
-        _loop3(x, stride, panel, units, tile)
     elif rows == 2:
         _loop2(x, stride, panel, units, tile)
     else:
@@ -161,12 +155,8 @@ def _multiply(x, stride, panel, units, tile, rows):
 def _multiply_halves(x, stride, panel, units, tile, rows):
     if rows == 8:
         _half_loop8(x, stride, panel, units, tile)
-    elif rows == 6:
-        _half_loop6(x, stride, panel, units, tile)
     elif rows == 4:
         _half_loop4(x, stride, panel, units, tile)
-    elif rows == 3:
-        _half_loop3(x, stride, panel, units, tile)
     elif rows == 2:
         _half_loop2(x, stride, panel, units, tile)
     else:
@@ -199,22 +189,12 @@ def _add_group(whole, tile, rows, digits, sums, sums_stride, scales, zeros, zero
 @kernel
 def _integers(p, thread, threads):
     """`activation(x @ w.T + bias) + residual`: out [t, o], the residual's rows [t] by their numbers, or as they are."""
-    rows, outputs, groups, group, digits = (
-        load_i64(p),
-        load_i64(p + 8),
-        load_i64(p + 16),
-        load_i64(p + 24),
-        load_i64(p + 32),
-    )
+    rows, outputs, groups, group = load_i64(p), load_i64(p + 8), load_i64(p + 16), load_i64(p + 24)
+    digits = load_i64(p + 32)
     numbers, units, sums, panels = load_i64(p + 40), load_i64(p + 48), load_i64(p + 56), load_i64(p + 64)
     bits, zero, scales, zeros = load_i64(p + 72), load_i64(p + 80), load_i64(p + 88), load_i64(p + 96)
-    bias, residual, residual_stride, places = (
-        load_i64(p + 104),
-        load_i64(p + 112),
-        4 * load_i64(p + 120),
-        load_i64(p + 128),
-    )
-    out, activation = load_i64(p + 136), load_i64(p + 144)
+    bias, residual, residual_stride = load_i64(p + 104), load_i64(p + 112), 4 * load_i64(p + 120)
+    places, out, activation = load_i64(p + 128), load_i64(p + 136), load_i64(p + 144)
     whole, tile, line, other = _whole_tile(), _tile(), _line(), _other_line()
     count, stride, sums_stride = (outputs + 31) // 32, groups * group, 4 * groups
     size = 4 * bits * group
@@ -290,20 +270,9 @@ def _sum_of_bytes(address, count):
 @kernel
 def _round_rows(p, thread, threads):
     """Rows [t, h] as int8 numbers [t, digits, g * k], units [t], and sums of the numbers of groups [t, digits, g]."""
-    rows, inputs, groups, group, digits = (
-        load_i64(p),
-        load_i64(p + 8),
-        load_i64(p + 16),
-        load_i64(p + 24),
-        load_i64(p + 32),
-    )
-    x, stride, numbers, units, sums = (
-        load_i64(p + 40),
-        4 * load_i64(p + 48),
-        load_i64(p + 56),
-        load_i64(p + 64),
-        load_i64(p + 72),
-    )
+    rows, inputs, groups, group = load_i64(p), load_i64(p + 8), load_i64(p + 16), load_i64(p + 24)
+    digits, x, stride, numbers = load_i64(p + 32), load_i64(p + 40), 4 * load_i64(p + 48), load_i64(p + 56)
+    units, sums = load_i64(p + 64), load_i64(p + 72)
     width, last = groups * group, _last()
     before, most = inputs // 16 * 16, _f32(127) if digits == 1 else _f32(16319)
     for t in range(rows * thread // threads, rows * (thread + 1) // threads):

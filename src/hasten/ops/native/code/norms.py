@@ -1,9 +1,24 @@
-"""Norms of rows, and rows of tables. Addresses are of fp32 numbers, but for ids, which are int64."""
+"""Norms of rows, and rows of tables. Addresses are of fp32 numbers, but for ids, which are int64, and int8 tables."""
 
 import numpy as np
 
 from hasten.ops.native.code.functions import kernel, part
-from hasten.ops.native.code.simd import add, fma, load, load_f32, load_f64, load_i64, mul, splat, store, store_f32, sub
+from hasten.ops.native.code.simd import (
+    add,
+    fma,
+    load,
+    load_bytes,
+    load_f32,
+    load_f64,
+    load_i8,
+    load_i64,
+    mul,
+    splat,
+    store,
+    store_f32,
+    sub,
+    widened,
+)
 from hasten.ops.native.code.simd import total as added
 
 _f32 = np.float32
@@ -65,3 +80,18 @@ def _gather(p, thread, threads):
             store(to + at, load(row + at))
         for at in range(4 * whole, 4 * width, 4):
             store_f32(to + at, load_f32(row + at))
+
+
+@kernel
+def _gather_bytes(p, thread, threads):
+    """Rows `ids` [t] of a table x of int8, each times its scale: out [t, h]."""
+    rows, width, x, ids = load_i64(p), load_i64(p + 8), load_i64(p + 16), load_i64(p + 24)
+    scales, out = load_i64(p + 32), load_i64(p + 40)
+    whole = width // 16 * 16
+    for t in range(rows * thread // threads, rows * (thread + 1) // threads):
+        number = load_i64(ids + 8 * t)
+        row, to, scale = x + width * number, out + 4 * width * t, load_f32(scales + 4 * number)
+        for at in range(0, whole, 16):
+            store(to + 4 * at, mul(widened(load_bytes(row + at)), splat(scale)))
+        for at in range(whole, width):
+            store_f32(to + 4 * at, _f32(load_i8(row + at)) * scale)

@@ -1,4 +1,4 @@
-"""Vectors of 16 numbers, in fp32 or int32, memory by its address, and calls by address, in functions that numba compiles.
+"""Vectors of 16 numbers, memory by its address, and calls by address, in functions that numba compiles.
 
 numba vectorizes few loops whose operands may overlap; these intrinsics say what is to be computed side by side. LLVM
 maps a vector to whatever registers the processor has. An address is an int64 that counts bytes.
@@ -193,6 +193,7 @@ store_bytes = _made(
 
 load_f32 = _made((types.int64,), types.float32, lambda b, args: read(b, F32, args[0]))
 store_f32 = _made((types.int64, types.float32), types.void, lambda b, args: write(b, args[1], args[0]))
+load_i8 = _made((types.int64,), types.int8, lambda b, args: read(b, I8, args[0]))
 load_i32 = _made((types.int64,), types.int32, lambda b, args: read(b, I32, args[0]))
 store_i32 = _made((types.int64, types.int32), types.void, lambda b, args: write(b, args[1], args[0]))
 load_i64 = _made((types.int64,), types.int64, lambda b, args: read(b, I64, args[0]))
