@@ -109,7 +109,7 @@ def test_logits_are_those_of_rounded_weights_and_inputs(
     # Where a value lies between two numbers and becomes the other one, all tokens that see it differ; others are equal.
     assert min(rms(row) for row in found - expected) <= 0.02 * rms(found - full)
     assert rms(found - expected) <= rms(found - full)
-    assert 10 * SAME[False] < rms(found - full) / float(full.std()) <= NEAR[kind]
+    assert 10 * SAME["widened"] < rms(found - full) / float(full.std()) <= NEAR[kind]
 
 
 def rms(x: Tensor) -> float:
@@ -132,8 +132,8 @@ def test_each_of_two_ranks_quantizes_its_shards(family: str, make_model: MakeMod
     folder = make_model(family)
     expected = logprobs_of(dequantized_folder(folder, tmp_path / "dequantized", HEADS[family], ranks=2))
     found = logprobs_of(folder, tensor_parallel_size=2, quantization="int8")
-    assert found == pytest.approx(expected, abs=SAME[True])
-    assert found != pytest.approx(logprobs_of(folder), abs=SAME[True])
+    assert found == pytest.approx(expected, abs=SAME["digits"])
+    assert found != pytest.approx(logprobs_of(folder), abs=SAME["digits"])
 
 
 @pytest.mark.any_python
@@ -143,7 +143,7 @@ def test_each_of_two_ranks_rounds_its_part_of_the_inputs(kind: str, tiny_bloom: 
     dequantized = dequantized_folder(tiny_bloom, tmp_path / "dequantized", HEADS["Bloom"], ranks=2, kind=kind)
     expected = torch.tensor(logprobs_of(dequantized))
     found = torch.tensor(logprobs_of(tiny_bloom, tensor_parallel_size=2, quantization=kind))
-    assert SAME[True] < rms(found - expected) <= NEAR[kind]
+    assert SAME["digits"] < rms(found - expected) <= NEAR[kind]
 
 
 def int4_folder(folder: Path, target: Path, head: str) -> Path:

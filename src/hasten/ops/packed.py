@@ -111,6 +111,8 @@ class PackedLinear:
     """A weight with scales of groups, in place of the others."""
     blocked_groups: BlockedGroups | None = None
     """The same for torch's product on a CPU, in place of the others."""
+    by_rows: bool = False
+    """Whether the kernels for a CPU multiply `plain`."""
     fixed_order: bool = False
     """Whether products are added up in an order that does not depend on the number of rows (`ops.fixed_order`)."""
 

@@ -44,6 +44,8 @@ def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:  # noqa: D103
     kernels = None if order_is_fixed() else native.kernels()
     if kernels is not None and not (as_it_is and weight_oh.numel() >= _SMALL_WEIGHT):
         return PackedLinear(out_features, in_features, plain=None, panels=kernels.products.pack(weight_oh))
+    if kernels is not None and as_it_is and kernels.products.takes_rows(weight_oh):
+        return PackedLinear(out_features, in_features, plain=weight_oh, by_rows=True)
     if as_it_is or not torch.backends.mkldnn.is_available():
         return PackedLinear(out_features, in_features, plain=weight_oh, fixed_order=order_is_fixed())
     plain = None
@@ -122,6 +124,8 @@ def _linear(
     elif weight.fixed_order:
         out_to = fixed.product(x_th, weight)
         out_to = out_to if bias_o is None else out_to.add_(bias_o)
+    elif weight.by_rows:
+        out_to = _rows(x_th, weight, bias_o)
     elif weight.blocked is None or (weight.plain is not None and x_th.shape[0] <= _FEW_ROWS):
         assert weight.plain is not None
         out_to = F.linear(x_th, weight.plain, bias_o)
@@ -159,6 +163,15 @@ def _by_kernel(
         return product(*operands, activation, residual_to, rows_t).to(dtype)
     assert residual_to is None, "no product has both"
     return _activated(product(*operands, None, None, None), activation, fixed_order=False).to(dtype)
+
+
+def _rows(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None) -> Tensor:
+    """A product of the kernels with a weight as it is."""
+    kernels = native.kernels()
+    assert kernels is not None, "who packed it had them"
+    assert weight.plain is not None
+    x_th = x_th if x_th.stride(-1) == 1 else x_th.contiguous()
+    return kernels.products.product_of_rows(x_th, weight.plain, bias_o)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Products with weights in panels, and gated units: launches of `code/products.py`."""
+"""Products with weights in panels or in rows, and gated units: launches of `code/products.py` and `code/rows.py`."""
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ _WIDTH = 32
 ACTIVATIONS = {"gelu_tanh": 1, "silu": 2, "relu": 3, "relu2": 4, "quick_gelu": 5}
 """Activations that a product computes of its results, by their number in the kernel."""
 _product = Kernel("product", "13q")
+_rows = Kernel("rows", "8q")
 _gated = Kernel("gated", "5q")
 
 
@@ -42,6 +43,20 @@ def product(
     code = 0 if activation is None else ACTIVATIONS[activation]
     sizes = (rows, inputs, outputs, x_th, x_th.stride(0), panels, bias_o)
     launch(_product, rows * inputs * outputs, *sizes, residual_to, stride, rows_t, out_to, outputs, code)
+    return out_to
+
+
+def takes_rows(weight_oh: Tensor) -> bool:
+    """Whether `product_of_rows` multiplies a weight."""
+    return weight_oh.dtype == torch.float32 and weight_oh.is_contiguous() and weight_oh.shape[1] % 16 == 0
+
+
+def product_of_rows(x_th: Tensor, weight_oh: Tensor, bias_o: Tensor | None) -> Tensor:
+    """`x @ w.T + bias`: [t, o]."""
+    (rows, inputs), outputs = x_th.shape, weight_oh.shape[0]
+    out_to = empty(rows, outputs)
+    sizes = (rows, inputs, outputs, x_th, x_th.stride(0))
+    launch(_rows, rows * inputs * outputs, *sizes, weight_oh, bias_o, out_to)
     return out_to
 
 
