@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hasten import LLM, SamplingParams
 from hasten.engine.recorded import RecordedSteps
+from hasten.ops import native
 
 pytest.importorskip("numba", reason="there are no kernels without it")
+
+from hasten.ops.native import launch
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("Bloom", {"n_head": 4}),
@@ -42,3 +46,31 @@ def test_recorded_steps_give_what_their_ops_give(family: str, make_model: Callab
         assert generated(llm) == expected
         assert set(steps._recorded) == known
     assert len(known) > 2 if family in ("bloom", "llama") else not known
+
+
+@pytest.mark.parametrize("quantization", [None, "w8a8", "int4"])
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+def test_any_number_of_threads_gives_the_same_bits(
+    family: str, quantization: str | None, make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "FEW_OPERATIONS", 0)
+    name, options = FAMILIES[family]
+    prompts = [[(7 * n + place) % 90 + 4 for place in range(n)] for n in (1, 2, 15, 60, 17, 40)]
+    params = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True, logprobs=2)
+    limits: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 48, "enable_prefix_caching": False}
+    before, found = torch.get_num_threads(), []
+    with LLM(
+        make_model(name, **options), device="cpu", quantization=quantization, kv_cache_memory=1 << 20, **limits
+    ) as llm:
+        runner = llm.engine.worker.runner
+        assert not runner.any_threads
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            made = [output.outputs[0].logprobs for output in llm.generate(prompts, params)]
+            found.append(
+                [[{token: each.logprob for token, each in step.items()} for step in steps or ()] for steps in made]
+            )
+        torch.set_num_threads(before)
+        if quantization is None or native.integer_kernels() is not None:
+            assert runner.any_threads
+            assert found[0] == found[1] == found[2]

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -64,6 +65,22 @@ def test_products_of_any_size(out: int, into: int, assert_close: Close) -> None:
         assert_close("linear", ops.linear(x, packed), F.linear(x.double(), weight.double()))
 
 
+@pytest.mark.parametrize(("out", "into"), [(1, 16), (7, 48), (96, 256)])
+def test_products_with_shared_weights(
+    out: int, into: int, assert_close: Close, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu.products, "_SMALL_WEIGHT", 0)
+    weight, bias = draw(out, into, scale=into**-0.5), draw(out)
+    packed = ops.pack_linear(weight, shared=True)
+    assert packed.by_rows
+    assert packed.plain is weight
+    for rows in range(1, 10):
+        x = draw(rows, into)
+        found = ops.linear(x, packed, bias)
+        assert_close("linear", found, F.linear(x.double(), weight.double(), bias.double()))
+        assert torch.equal(ops.linear(x[-1:], packed, bias), found[-1:])
+
+
 @pytest.mark.parametrize("activation", get_args(ops.Activation))
 def test_activations_in_products(activation: ops.Activation, assert_close: Close) -> None:
     weight, bias, x = draw(64, 48, scale=48**-0.5), draw(64), draw(9, 48)
@@ -115,6 +132,26 @@ def test_single_queries(heads: int, key_heads: int, size: int, block: int, asser
         some = [place for place, length in enumerate(lengths) if length]
         assert_close("attention", found[some], expected[some])
         assert not found[2].any()
+
+
+def test_single_queries_among_prompts(assert_close: Close) -> None:
+    query_lens, kv_lens = [1, 5, 1, 300, 1], [70, 5, 1, 310, 129]
+    keys, values = (draw(5 * 20, 16, 2, 32) for _ in range(2))
+    meta = AttentionMeta(
+        num_tokens=sum(query_lens),
+        block_tables=torch.arange(5 * 20, dtype=torch.int32).view(5, 20),
+        slot_mapping=torch.zeros(sum(query_lens), dtype=torch.int64),
+        sequences=[4, 0, 2, 1, 3],
+        query_lens=query_lens,
+        kv_lens=kv_lens,
+    )
+    queries = draw(sum(query_lens), 4, 32)
+    for window in (None, 40):
+        found = ops.paged_attention(queries, keys, values, meta, 0.2, None, window=window)
+        expected = reference.paged_attention(queries, keys, values, meta, 0.2, None, window=window)
+        assert_close("attention", found, expected)
+        alone = replace(meta, num_tokens=1, sequences=[2], query_lens=[1], kv_lens=[1], scratch={})
+        assert torch.equal(ops.paged_attention(queries[6:7], keys, values, alone, 0.2, None, window=window), found[6:7])
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

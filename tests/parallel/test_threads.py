@@ -1,12 +1,13 @@
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from hasten.parallel import threads
-from hasten.parallel.threads import limit_threads
+from hasten.parallel.threads import ThreadChoice, limit_threads
 
 CHECK = """
 import sys, torch
@@ -43,3 +44,54 @@ def test_the_users_number_holds(monkeypatch: pytest.MonkeyPatch) -> None:
         assert limit_threads() == torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+class Machine:
+    """A clock, and steps that take so many seconds on each number of threads and get a part of the CPUs' time."""
+
+    def __init__(self) -> None:
+        self.now, self.used, self.part = 0.0, 0.0, 1.0
+        self.seconds = {3: 1.0, 1: 2.0}
+        self.choice = ThreadChoice(lambda: self.now, lambda: self.used)
+
+    def threads_of(self, steps: int, tokens: int = 16) -> list[int]:
+        """How many threads each of some steps is computed on."""
+        taken = []
+        for _ in range(steps):
+            with self.choice.step(tokens):
+                threads = torch.get_num_threads()
+                taken.append(threads)
+                self.now += self.seconds[threads]
+                self.used += self.seconds[threads] * threads * self.part
+            assert torch.get_num_threads() == 3
+        return taken
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield Machine()
+    torch.set_num_threads(before)
+
+
+def test_a_step_is_computed_on_all_threads_where_no_other_program_runs(machine: Machine) -> None:
+    machine.seconds[1] = 0.1
+    assert set(machine.threads_of(200)) == {3}
+
+
+def test_steps_beside_other_programs_take_the_number_of_threads_that_is_faster_lately(machine: Machine) -> None:
+    machine.part = 0.5
+    assert machine.threads_of(6) == [3, 1, 3, 1, 3, 1]
+    assert machine.threads_of(64).count(3) >= 61
+    machine.seconds[3] = 20.0
+    assert machine.threads_of(200)[-50:].count(1) >= 48
+    machine.part, machine.seconds[3] = 1.0, 1.0  # the other programs have ended
+    assert set(machine.threads_of(100)[-60:]) == {3}
+
+
+def test_one_thread_stays_one(machine: Machine) -> None:
+    torch.set_num_threads(1)
+    with machine.choice.step(16):
+        assert torch.get_num_threads() == 1
+    torch.set_num_threads(3)

@@ -44,6 +44,11 @@ class RecordedSteps:
         self._recorded: dict[int, _Recorded] = {}
         self._can_record = ops.records()
 
+    @property
+    def has_recorded(self) -> bool:
+        """Whether kernels alone compute the model's steps of single tokens."""
+        return bool(self._recorded)
+
     def replay(self, message: StepMessage, prepare: Prepare) -> StepOutput | None:
         """Run a step of single tokens; None where it has to be computed in another way."""
         count = message.num_tokens

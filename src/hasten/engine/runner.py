@@ -223,6 +223,18 @@ class Runner:
         """Record steps of single tokens on a CPU as they come, to be replayed."""
         self._graphs = RecordedSteps(lambda tokens: self._predict(self._hidden(tokens.ids, tokens)), self._inputs)
 
+    @property
+    def any_threads(self) -> bool:
+        """Whether steps have the same bits on any number of threads.
+
+        Kernels for a CPU have, and torch's attention of prompts where it is one op; its other ops may not.
+        """
+        return (
+            isinstance(self._graphs, RecordedSteps)
+            and self._graphs.has_recorded
+            and all(each.sinks is None and each.config.softcap is None for each in chain(*self._attentions))
+        )
+
     def release_graphs(self) -> None:
         """Let the graphs go: NCCL does not leave a group that one of them still has work of."""
         self._graphs = self._output = None

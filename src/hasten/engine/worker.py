@@ -5,6 +5,7 @@ its Python: on every rank they stay on the device, where the next step reads the
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -38,6 +39,7 @@ from hasten.models.encoder import Encoder
 from hasten.parallel.groups import ALONE, ParallelGroups
 from hasten.parallel.launch import Ranks
 from hasten.parallel.peers import MOST_EXCHANGED_ROWS, connect, connect_stages, reachable
+from hasten.parallel.threads import ThreadChoice
 
 _LEAST_STEP_TOKENS = 1024
 """Tokens of a step that are not divided any further: products of fewer rows are bound by reading weights."""
@@ -132,6 +134,7 @@ class Worker:
         )
         self.max_model_len, self.num_blocks = setup.make() if self.pooler is None else setup.make_for_step()
         self.scheduler_config = config.scheduler
+        self._threads = ThreadChoice()
         self.reset()
 
     def _cache_dtype(self, config: CacheConfig) -> torch.dtype | None:
@@ -262,7 +265,8 @@ class Worker:
                 for _ in self.pooler.mask_logits(self.runner.forward(message), message.prompt_rows):
                     pass
                 return None
-            hidden = self.compute(message, on_prompt_logits)
+            with self._threads.step(message.num_tokens) if self.runner.any_threads else nullcontext():
+                hidden = self.compute(message, on_prompt_logits)
             if not message.sampled:
                 return None
             if self.stage.is_last:

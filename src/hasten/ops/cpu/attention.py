@@ -1,5 +1,8 @@
 """Attention over the paged cache on a CPU."""
 
+from dataclasses import dataclass
+from itertools import accumulate
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
@@ -52,28 +55,24 @@ def _attention(
         query_tnd = query_tnd[meta.output_indices]
     if query_tnd.shape[0] == 0:
         return torch.empty_like(query_tnd)
-    kernels = native.kernels()
-    if (
-        kernels is not None
-        and meta.run is None
-        and scores.bias_nr is None
-        and (scores.causal or scores.window is None)
-        and query_tnd.dtype == torch.float32
-        and all(count == 1 for count in meta.query_lens)
-        and has_kernel(kernels, query_tnd.shape[1], key_cache, None)
-    ):
-        return _single(kernels, query_tnd, key_cache, value_cache, meta, scale, scores, softcap, sinks_n)
+    single = _single_queries(query_tnd, key_cache, meta, scores)
+    if single is not None and single.are_all:
+        return _attend_single(single, query_tnd, key_cache, value_cache, meta, None, scale, scores, softcap, sinks_n)
     key = "attention" if scores.window is None else f"attention, window {scores.window}"
     key = key if scores.bias_nr is None else f"{key}, biases {scores.bias_nr.data_ptr()}"
     plan: list[tuple[Group, Tensor | None]] | None = meta.scratch.get(key)
     if plan is None:
-        plan = meta.scratch[key] = groups_of(meta, key_cache, scores)
+        plan = meta.scratch[key] = groups_of(meta, key_cache, scores, without_single=single is not None)
     query_tx = query_tnd.flatten(1).float()
     out_tx = None
     if min(meta.kv_lens) == 0:
         out_tx = torch.zeros_like(query_tx)
-    elif len(plan) > 1 or plan[0][0].rows is not None:
+    elif single is not None or len(plan) > 1 or plan[0][0].rows is not None:
         out_tx = torch.empty_like(query_tx)
+    if single is not None:
+        assert out_tx is not None
+        out_tnd = out_tx.view_as(query_tnd)
+        _attend_single(single, query_tnd, key_cache, value_cache, meta, out_tnd, scale, scores, softcap, sinks_n)
     for group, kept in plan:
         bias = group.bias(scores) if kept is None else kept
         done = _attend(group, query_tx, key_cache, value_cache, bias, scale, softcap, sinks_n, meta.run)
@@ -90,31 +89,75 @@ def _attention(
     return out_tx.view_as(query_tnd).to(query_tnd.dtype)
 
 
-def _single(
-    kernels: native.Kernels,
+@dataclass(frozen=True)
+class _Single:
+    """Sequences of a single query each, whose attention a kernel computes."""
+
+    rows_s: Tensor
+    """[s] of the block tables."""
+    lengths_s: Tensor
+    """[s] keys."""
+    numbers_s: Tensor | None
+    """[s] of their queries in the batch; None where these are all, in order."""
+
+    @property
+    def are_all(self) -> bool:
+        """Whether there are no others."""
+        return self.numbers_s is None
+
+
+def _single_queries(query_tnd: Tensor, key_cache: Tensor, meta: AttentionMeta, scores: Scores) -> _Single | None:
+    """Those of a batch; None where it has none, or no kernel for them."""
+    kernels = native.kernels()
+    if (
+        kernels is None
+        or meta.run is not None
+        or scores.bias_nr is not None
+        or not (scores.causal or scores.window is None)
+        or query_tnd.dtype != torch.float32
+        or 1 not in meta.query_lens
+        or not has_kernel(kernels, query_tnd.shape[1], key_cache, None)
+    ):
+        return None
+    if meta.numbers is not None:
+        return _Single(*meta.numbers, None)
+    found: _Single | None = meta.scratch.get("single")
+    if found is None:
+        lengths = meta.query_lens
+        chosen = [number for number, length in enumerate(lengths) if length == 1]
+        numbers = None
+        if len(chosen) < len(lengths):
+            firsts = [0, *accumulate(lengths)]
+            numbers = torch.tensor([firsts[number] for number in chosen])
+        rows, keys = ([each[number] for number in chosen] for each in (meta.sequences, meta.kv_lens))
+        found = meta.scratch["single"] = _Single(torch.tensor(rows), torch.tensor(keys), numbers)
+    return found
+
+
+def _attend_single(
+    single: _Single,
     query_tnd: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
     meta: AttentionMeta,
+    out_tnd: Tensor | None,
     scale: float,
     scores: Scores,
     softcap: float | None,
     sinks_n: Tensor | None,
 ) -> Tensor:
-    """Attention of a query of each sequence."""
-    numbers: tuple[Tensor, Tensor] | None = meta.numbers or meta.scratch.get("numbers")
-    if numbers is None:
-        numbers = meta.scratch["numbers"] = torch.tensor(meta.sequences), torch.tensor(meta.kv_lens)
-    rows_s, lengths_s = numbers
+    """Attention of these queries, into their rows of `out_tnd` where that is given."""
+    kernels = native.kernels()
+    assert kernels is not None
     return kernels.attention.attention(
         query_tnd,
         key_cache,
         value_cache,
         meta.block_tables,
-        rows_s,
-        lengths_s,
-        None,
-        None,
+        single.rows_s,
+        single.lengths_s,
+        out_tnd,
+        single.numbers_s,
         scale=scale,
         slopes_n=scores.slopes_n,
         sinks_n=sinks_n,

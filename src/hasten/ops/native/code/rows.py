@@ -49,24 +49,24 @@ def _loop(rows: int, features: int) -> Any:
         at = b.phi(I64)
         at.add_incoming(ir.Constant(I64, 0), before)
         sums = [[b.phi(VECTOR) for _ in columns] for _ in inputs]
-        numbers = [read(b, VECTOR, b.add(each, at)) for each in columns]
+        weights = [read(b, VECTOR, b.add(each, at)) for each in columns]
         following = b.add(at, ir.Constant(I64, 64))
         at.add_incoming(following, body)
         new = []
         for each, row in zip(inputs, sums, strict=True):
             values = read(b, VECTOR, b.add(each, at))
-            new.append([fused(b, values, number, total) for number, total in zip(numbers, row, strict=True)])
+            new.append([fused(b, values, one, total) for one, total in zip(weights, row, strict=True)])
         for row, results in zip(sums, new, strict=True):
-            for each, result in zip(row, results, strict=True):
-                each.add_incoming(constant(0.0), before)
-                each.add_incoming(result, body)
+            for phi, result in zip(row, results, strict=True):
+                phi.add_incoming(constant(0.0), before)
+                phi.add_incoming(result, body)
         b.cbranch(b.icmp_signed("<", following, size), body, after)
         b.position_at_end(after)
-        for row, results in enumerate(new):
+        for number, results in enumerate(new):
             for feature, result in enumerate(results):
                 operands = [ir.Constant(F32, -0.0), result]
-                total = called(b, "llvm.vector.reduce.fadd.v16f32", F32, operands, fastmath=("reassoc",))
-                write(b, total, b.add(tile, ir.Constant(I64, 4 * (_FEATURES * row + feature))))
+                added = called(b, "llvm.vector.reduce.fadd.v16f32", F32, operands, fastmath=("reassoc",))
+                write(b, added, b.add(tile, ir.Constant(I64, 4 * (_FEATURES * number + feature))))
         return context.get_dummy_value()
 
     return intrinsic(lambda _context, x, stride, weight, size, tile: (types.void(*[types.int64] * 5), code))
