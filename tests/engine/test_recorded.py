@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hasten import LLM, SamplingParams
+from hasten.core.dtypes import Quantization
 from hasten.engine.recorded import RecordedSteps
 from hasten.ops import native
 
@@ -51,7 +52,7 @@ def test_recorded_steps_give_what_their_ops_give(family: str, make_model: Callab
 @pytest.mark.parametrize("quantization", [None, "w8a8", "int4"])
 @pytest.mark.parametrize("family", ["bloom", "llama"])
 def test_any_number_of_threads_gives_the_same_bits(
-    family: str, quantization: str | None, make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    family: str, quantization: Quantization | None, make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "FEW_OPERATIONS", 0)
     name, options = FAMILIES[family]
