@@ -67,9 +67,12 @@ def test_any_number_of_threads_gives_the_same_bits(
         assert not runner.any_threads
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            made = [output.outputs[0].logprobs for output in llm.generate(prompts, params)]
+            each_logprobs = [output.outputs[0].logprobs for output in llm.generate(prompts, params)]
             found.append(
-                [[{token: each.logprob for token, each in step.items()} for step in steps or ()] for steps in made]
+                [
+                    [{token: each.logprob for token, each in step.items()} for step in steps or ()]
+                    for steps in each_logprobs
+                ]
             )
         torch.set_num_threads(before)
         if quantization is None or native.integer_kernels() is not None:

@@ -194,7 +194,7 @@ def _integers(p, thread, threads):
     numbers, units, sums, panels = load_i64(p + 40), load_i64(p + 48), load_i64(p + 56), load_i64(p + 64)
     bits, zero, scales, zeros = load_i64(p + 72), load_i64(p + 80), load_i64(p + 88), load_i64(p + 96)
     bias, residual, residual_stride = load_i64(p + 104), load_i64(p + 112), 4 * load_i64(p + 120)
-    places, out, activation = load_i64(p + 128), load_i64(p + 136), load_i64(p + 144)
+    picked, out, activation = load_i64(p + 128), load_i64(p + 136), load_i64(p + 144)
     whole, tile, line, other = _whole_tile(), _tile(), _line(), _other_line()
     count, stride, sums_stride = (outputs + 31) // 32, groups * group, 4 * groups
     size = 4 * bits * group
@@ -226,7 +226,7 @@ def _integers(p, thread, threads):
                 unit = splat(load_f32(units + 4 * token))
                 for at in range(0, 128, 64):
                     store(to + at, mul(load(to + at), unit))
-                own = residual + (load_i64(places + 8 * token) if places else token) * residual_stride + column
+                own = residual + (load_i64(picked + 8 * token) if picked else token) * residual_stride + column
                 target = out + 4 * outputs * token + column
                 finish(to, bias_here, own if residual else 0, target, here, activation, other)
             row += together

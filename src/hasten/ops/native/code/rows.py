@@ -55,7 +55,7 @@ def _loop(rows: int, features: int) -> Any:
         new = []
         for each, row in zip(inputs, sums, strict=True):
             values = read(b, VECTOR, b.add(each, at))
-            new.append([fused(b, values, one, total) for one, total in zip(weights, row, strict=True)])
+            new.append([fused(b, values, column, total) for column, total in zip(weights, row, strict=True)])
         for row, results in zip(sums, new, strict=True):
             for phi, result in zip(row, results, strict=True):
                 phi.add_incoming(constant(0.0), before)
