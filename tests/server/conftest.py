@@ -17,6 +17,7 @@ from hasten.server.engine.client import EngineClient
 if TYPE_CHECKING:
     import openai
     from tests.server.openai_site import Site
+    from tests.server.transport_fixtures import Transports
 
 # By default httpx gives an answer 5 s, which it may need longer for on a busy machine.
 _timeout = inspect.signature(httpx.get).parameters["timeout"].default
@@ -52,6 +53,22 @@ def demo_llm(demo_model: Path) -> Iterator[LLM]:
     """The same engine in this process, to compare with."""
     with LLM(demo_model) as llm:
         yield llm
+
+
+@pytest.fixture(scope="module")
+def transports() -> "Iterator[Transports]":
+    """A service that adds numbers, over gRPC and HTTP."""
+    from tests.server.transport_fixtures import Transports, serving
+
+    with serving(Transports()) as transports:
+        yield transports
+
+
+@pytest.fixture(scope="module")
+def http(transports: "Transports") -> Iterator[httpx.Client]:
+    """A client of `transports`."""
+    with httpx.Client(base_url=f"http://{transports.http}", timeout=LIMIT_S) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.grpc.aio as aioclient
 from tests.server.adding_service import EXTENSIONS, OWN_ERROR
-from tests.server.transport_fixtures import LIMIT, Transports, serving, workers
+from tests.server.transport_fixtures import LIMIT, Transports, workers
 from tests.waiting import LIMIT_S, attempts, eventually
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
@@ -29,14 +29,8 @@ SUM, DIFFERENCE = (np.array(values, np.float32).tobytes() for values in ([11, 3]
 
 
 @pytest.fixture(scope="module")
-def site() -> Iterator[Transports]:
-    with serving(Transports()) as site:
-        yield site
-
-
-@pytest.fixture(scope="module")
-def stub(site: Transports) -> Iterator[Any]:
-    with grpc.insecure_channel(site.grpc) as channel:
+def stub(transports: Transports) -> Iterator[Any]:
+    with grpc.insecure_channel(transports.grpc) as channel:
         yield service_pb2_grpc.GRPCInferenceServiceStub(channel)
 
 
@@ -328,8 +322,8 @@ GARBAGE = b"\xff\xff\xff"
 NO_MESSAGE = "the request is not a message of type 'inference.ModelInferRequest'"
 
 
-def test_bytes_that_are_no_message_are_the_clients_fault(site: Transports) -> None:
-    with grpc.insecure_channel(site.grpc) as channel:
+def test_bytes_that_are_no_message_are_the_clients_fault(transports: Transports) -> None:
+    with grpc.insecure_channel(transports.grpc) as channel:
         infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         assert refusal(infer, GARBAGE) == (Code.INVALID_ARGUMENT, NO_MESSAGE)
         stream = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
@@ -351,21 +345,21 @@ def test_an_error_is_followed_by_the_final_response_where_it_is_asked_for(stub: 
     assert len(list(stub.ModelStreamInfer(iter([refused])))) == 1
 
 
-def test_requests_of_a_stream_are_computed_side_by_side(site: Transports, stub: Any) -> None:
-    site.service.most_at_once = 0
+def test_requests_of_a_stream_are_computed_side_by_side(transports: Transports, stub: Any) -> None:
+    transports.service.most_at_once = 0
     found = [one.infer_response.id for one in stub.ModelStreamInfer(iter([count(3, str(at), 0.1) for at in range(8)]))]
     assert sorted(found) == sorted(3 * [str(at) for at in range(8)])
-    assert site.service.most_at_once > 1
+    assert transports.service.most_at_once > 1
 
 
-def test_models_that_answer_once_answer_in_the_order_of_their_requests(site: Transports, stub: Any) -> None:
+def test_models_that_answer_once_answer_in_the_order_of_their_requests(transports: Transports, stub: Any) -> None:
     slow = np.array([-2, 0], np.float32).tobytes()
-    site.service.delay, before = 0.2, site.service.delay
+    transports.service.delay, before = 0.2, transports.service.delay
     try:
         messages = [request(id="slow", raw=[slow, RAW1]), request("nope", id="no"), request(id="fast")]
         assert [one.infer_response.id for one in stub.ModelStreamInfer(iter(messages))] == ["slow", "no", "fast"]
     finally:
-        site.service.delay = before
+        transports.service.delay = before
 
 
 SLOW = request(raw=[np.array([-2, 0], np.float32).tobytes(), RAW1])
@@ -373,11 +367,11 @@ SLOW = request(raw=[np.array([-2, 0], np.float32).tobytes(), RAW1])
 
 @pytest.mark.parametrize("how", ["cancel", "deadline", "disconnect"])
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_client_that_leaves_withdraws_its_requests(site: Transports, how: str, streamed: bool) -> None:
-    service, several = site.service, 3 if streamed else 1
+def test_a_client_that_leaves_withdraws_its_requests(transports: Transports, how: str, streamed: bool) -> None:
+    service, several = transports.service, 3 if streamed else 1
     for number in attempts("requests that have begun before their deadline"):
         begun, withdrawn = service.begun, service.withdrawn
-        channel = grpc.insecure_channel(site.grpc, options=[("grpc.use_local_subchannel_pool", 1)])
+        channel = grpc.insecure_channel(transports.grpc, options=[("grpc.use_local_subchannel_pool", 1)])
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         timeout = 2 << number if how == "deadline" else None
         more: queue.Queue[Any] = queue.Queue()
@@ -399,20 +393,20 @@ def test_a_client_that_leaves_withdraws_its_requests(site: Transports, how: str,
             break
 
 
-def test_a_client_that_does_not_read_holds_up_nobody(site: Transports, stub: Any) -> None:
-    withdrawn = site.service.withdrawn
-    with grpc.insecure_channel(site.grpc, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+def test_a_client_that_does_not_read_holds_up_nobody(transports: Transports, stub: Any) -> None:
+    withdrawn = transports.service.withdrawn
+    with grpc.insecure_channel(transports.grpc, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
         call = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(iter([count(1_000_000)]))
         next(call)
         for _ in range(5):
             assert stub.ModelInfer(request(), timeout=100).model_name == "add"
         call.cancel()
-    eventually(lambda: site.service.withdrawn == withdrawn + 1)
+    eventually(lambda: transports.service.withdrawn == withdrawn + 1)
 
 
-def test_a_stream_takes_no_more_requests_than_there_is_room_for(site: Transports) -> None:
+def test_a_stream_takes_no_more_requests_than_there_is_room_for(transports: Transports) -> None:
     async def run() -> int:
-        async with grpc.aio.insecure_channel(site.grpc) as channel:
+        async with grpc.aio.insecure_channel(transports.grpc) as channel:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
 
             async def messages() -> AsyncIterator[Any]:
@@ -478,17 +472,17 @@ def test_large_answers_are_written_beside_the_loop(stub: Any, streamed: bool, mo
 
 
 def test_large_files_of_a_model_are_read_beside_the_loop(
-    site: Transports, stub: Any, monkeypatch: pytest.MonkeyPatch
+    transports: Transports, stub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = workers(monkeypatch, protocol_grpc, "parsed")
     message = pb.RepositoryModelLoadRequest(model_name="add")
     message.parameters["file:1/a"].bytes_param = bytes(100_000)
     stub.RepositoryModelLoad(message)
-    assert site.service.loads.pop() == ("add", None, {"1/a": bytes(100_000)})
+    assert transports.service.loads.pop() == ("add", None, {"1/a": bytes(100_000)})
     assert used[0].startswith("by-size")
 
 
-def test_the_repository_is_controlled(site: Transports, stub: Any) -> None:
+def test_the_repository_is_controlled(transports: Transports, stub: Any) -> None:
     def states() -> dict[str, tuple[str, str]]:
         models = stub.RepositoryIndex(pb.RepositoryIndexRequest()).models
         return {one.name: (one.state, one.reason) for one in models}
@@ -502,7 +496,7 @@ def test_the_repository_is_controlled(site: Transports, stub: Any) -> None:
     load.parameters["config"].string_param = "{}"
     load.parameters["file:1/model.bin"].bytes_param = b"hello"
     stub.RepositoryModelLoad(load)
-    assert site.service.loads[-1] == ("text", "{}", {"1/model.bin": b"hello"})
+    assert transports.service.loads[-1] == ("text", "{}", {"1/model.bin": b"hello"})
     assert states()["text"] == ("READY", "")
 
 
@@ -548,15 +542,15 @@ def test_settings(stub: Any) -> None:
     assert refusal(stub.LogSettings, log)[0] is Code.UNIMPLEMENTED
 
 
-def test_health_is_told_as_probes_ask_for_it(site: Transports) -> None:
-    with grpc.insecure_channel(site.grpc) as channel:
+def test_health_is_told_as_probes_ask_for_it(transports: Transports) -> None:
+    with grpc.insecure_channel(transports.grpc) as channel:
         check = channel.unary_unary("/grpc.health.v1.Health/Check")
         assert check(b"") == b"\x08\x01"
-        site.service.ready = False
+        transports.service.ready = False
         try:
             assert check(b"") == b"\x08\x02"
         finally:
-            site.service.ready = True
+            transports.service.ready = True
 
 
 def tensors(kit: Any, first: float = 1) -> list[Any]:
@@ -567,8 +561,8 @@ def tensors(kit: Any, first: float = 1) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def triton(site: Transports) -> Iterator[grpcclient.InferenceServerClient]:
-    with grpcclient.InferenceServerClient(site.grpc) as client:
+def triton(transports: Transports) -> Iterator[grpcclient.InferenceServerClient]:
+    with grpcclient.InferenceServerClient(transports.grpc) as client:
         yield client
 
 
@@ -609,14 +603,14 @@ def test_tritons_client_streams(triton: grpcclient.InferenceServerClient) -> Non
     triton.stop_stream()
 
 
-def test_tritons_client_cancels(site: Transports, triton: grpcclient.InferenceServerClient) -> None:
-    begun, withdrawn = site.service.begun, site.service.withdrawn
+def test_tritons_client_cancels(transports: Transports, triton: grpcclient.InferenceServerClient) -> None:
+    begun, withdrawn = transports.service.begun, transports.service.withdrawn
     ended: queue.Queue[Any] = queue.Queue()
     call = triton.async_infer("add", tensors(grpcclient, -2), callback=lambda result, error: ended.put(error))
-    eventually(lambda: site.service.begun == begun + 1)
+    eventually(lambda: transports.service.begun == begun + 1)
     call.cancel()
     assert "CANCELLED" in str(ended.get(timeout=100))
-    eventually(lambda: site.service.withdrawn == withdrawn + 1)
+    eventually(lambda: transports.service.withdrawn == withdrawn + 1)
 
 
 def test_tritons_client_manages(triton: grpcclient.InferenceServerClient) -> None:
@@ -631,9 +625,9 @@ def test_tritons_client_manages(triton: grpcclient.InferenceServerClient) -> Non
     assert triton.update_log_settings({"log_info": True}).settings["log_info"].bool_param
 
 
-def test_tritons_client_for_asyncio(site: Transports) -> None:
+def test_tritons_client_for_asyncio(transports: Transports) -> None:
     async def run() -> None:
-        async with aioclient.InferenceServerClient(site.grpc) as client:
+        async with aioclient.InferenceServerClient(transports.grpc) as client:
             results = await asyncio.gather(*(client.infer("add", tensors(aioclient, at)) for at in range(20)))
             assert [result.as_numpy("OUTPUT0").tolist()[0][0] for result in results] == [10 + at for at in range(20)]
             tensor = aioclient.InferInput("IN", [1], "INT32")

@@ -1,12 +1,10 @@
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 import tritonclient.http as httpclient
 from tests.server.adding_service import EXTENSIONS
-from tests.server.transport_fixtures import Transports, refusal, serving
-from tests.waiting import LIMIT_S
+from tests.server.transport_fixtures import Transports, refusal
 from tritonclient.utils import InferenceServerException
 
 # Expected answers are those that Triton 2.51.0 gave to the same requests. Where the fault is the client's, the status
@@ -14,18 +12,6 @@ from tritonclient.utils import InferenceServerException
 
 
 ADD = "/v2/models/add/infer"
-
-
-@pytest.fixture(scope="module")
-def site() -> Iterator[Transports]:
-    with serving(Transports()) as site:
-        yield site
-
-
-@pytest.fixture(scope="module")
-def client(site: Transports) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=f"http://{site.http}", timeout=LIMIT_S) as client:
-        yield client
 
 
 @pytest.mark.parametrize(
@@ -46,19 +32,19 @@ def client(site: Transports) -> Iterator[httpx.Client]:
         ("/v2/cudasharedmemory/status", []),
     ],
 )
-def test_metadata_is_told(client: httpx.Client, path: str, body: Any) -> None:
-    answer = client.get(path)
+def test_metadata_is_told(http: httpx.Client, path: str, body: Any) -> None:
+    answer = http.get(path)
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "application/json"
     assert answer.json() == body
 
 
-def test_a_configuration_is_written_with_all_its_defaults(client: httpx.Client) -> None:
+def test_a_configuration_is_written_with_all_its_defaults(http: httpx.Client) -> None:
     tensor = {"data_type": "TYPE_FP32", "dims": [-1], "is_shape_tensor": False}
     took = tensor | {"format": "FORMAT_NONE", "allow_ragged_batch": False, "optional": False}
     took["is_non_linear_format_io"] = False
     gave = tensor | {"label_filename": "", "is_non_linear_format_io": False}
-    assert client.get("/v2/models/add/config").json() == {
+    assert http.get("/v2/models/add/config").json() == {
         "name": "add",
         "platform": "",
         "backend": "python",
@@ -96,7 +82,7 @@ def test_a_configuration_is_written_with_all_its_defaults(client: httpx.Client) 
     }
 
 
-def test_statistics_have_all_their_fields(client: httpx.Client) -> None:
+def test_statistics_have_all_their_fields(http: httpx.Client) -> None:
     zero = {"count": 0, "ns": 0}
     parts = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss")
     expected = {
@@ -110,8 +96,8 @@ def test_statistics_have_all_their_fields(client: httpx.Client) -> None:
         "batch_stats": [],
         "memory_usage": [],
     }
-    assert client.get("/v2/models/add/stats").json() == {"model_stats": [expected]}
-    assert expected in client.get("/v2/models/stats").json()["model_stats"]
+    assert http.get("/v2/models/add/stats").json() == {"model_stats": [expected]}
+    assert expected in http.get("/v2/models/stats").json()["model_stats"]
 
 
 @pytest.mark.parametrize(
@@ -137,49 +123,49 @@ def test_statistics_have_all_their_fields(client: httpx.Client) -> None:
         ("/v2/repository/models/add/load", 405, "Method Not Allowed"),
     ],
 )
-def test_what_cannot_be_got_says_why(client: httpx.Client, path: str, status: int, error: str) -> None:
-    assert refusal(client.get(path), status) == error
+def test_what_cannot_be_got_says_why(http: httpx.Client, path: str, status: int, error: str) -> None:
+    assert refusal(http.get(path), status) == error
 
 
 @pytest.mark.parametrize("path", ["/v2", "/v2/health/live", "/v2/models/add", "/v2/models/add/stats"])
-def test_what_is_got_is_not_posted(client: httpx.Client, path: str) -> None:
-    assert refusal(client.post(path, content="{}"), 405) == "Method Not Allowed"
+def test_what_is_got_is_not_posted(http: httpx.Client, path: str) -> None:
+    assert refusal(http.post(path, content="{}"), 405) == "Method Not Allowed"
 
 
-def test_health_is_a_status_alone(site: Transports, client: httpx.Client) -> None:
+def test_health_is_a_status_alone(transports: Transports, http: httpx.Client) -> None:
     for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/add/ready"):
-        answer = client.get(path)
+        answer = http.get(path)
         assert (answer.status_code, answer.content) == (200, b"")
-    site.service.ready = False
+    transports.service.ready = False
     try:
-        answer = client.get("/v2/health/ready")
+        answer = http.get("/v2/health/ready")
         assert (answer.status_code, answer.content) == (400, b"")
     finally:
-        site.service.ready = True
+        transports.service.ready = True
 
 
 @pytest.mark.parametrize("text", [b"{", b"{bad}", b'"\xff"', b"[" * 60_000, b'{"inputs": nul', b"\0\1\2"])
 @pytest.mark.parametrize("path", [ADD, "/v2/models/text/generate", "/v2/repository/index", "/v2/logging"])
-def test_what_is_no_json_is_refused(client: httpx.Client, path: str, text: bytes) -> None:
-    assert "failed to parse the request JSON buffer" in refusal(client.post(path, content=text))
+def test_what_is_no_json_is_refused(http: httpx.Client, path: str, text: bytes) -> None:
+    assert "failed to parse the request JSON buffer" in refusal(http.post(path, content=text))
 
 
-def test_the_repository_is_controlled(site: Transports, client: httpx.Client) -> None:
+def test_the_repository_is_controlled(transports: Transports, http: httpx.Client) -> None:
     entry = {"name": "text", "version": "1", "state": "READY"}
     root = "/v2/repository"
-    assert entry in client.post(f"{root}/index").json()
-    assert client.post(f"{root}/models/text/unload", json={"parameters": {"unload_dependents": True}}).content == b""
+    assert entry in http.post(f"{root}/index").json()
+    assert http.post(f"{root}/models/text/unload", json={"parameters": {"unload_dependents": True}}).content == b""
     gone = entry | {"state": "UNAVAILABLE", "reason": "unloaded"}
-    assert gone in client.post(f"{root}/index", json={}).json()
-    assert "text" not in [one["name"] for one in client.post(f"{root}/index", json={"ready": True}).json()]
-    assert client.get("/v2/health/ready").status_code == 400
+    assert gone in http.post(f"{root}/index", json={}).json()
+    assert "text" not in [one["name"] for one in http.post(f"{root}/index", json={"ready": True}).json()]
+    assert http.get("/v2/health/ready").status_code == 400
     unknown = "Request for unknown model: 'text' has no available versions"
-    assert refusal(client.post("/v2/models/text/infer", json={"inputs": []}), 404) == unknown
+    assert refusal(http.post("/v2/models/text/infer", json={"inputs": []}), 404) == unknown
     loaded = {"parameters": {"config": "{}", "file:1/model.bin": "aGVsbG8="}}
-    assert client.post(f"{root}/models/text/load", json=loaded).status_code == 200
-    assert site.service.loads[-1] == ("text", "{}", {"1/model.bin": b"hello"})
-    assert client.get("/v2/models/text/ready").status_code == 200
-    missing = refusal(client.post(f"{root}/models/nope/load"), 500)
+    assert http.post(f"{root}/models/text/load", json=loaded).status_code == 200
+    assert transports.service.loads[-1] == ("text", "{}", {"1/model.bin": b"hello"})
+    assert http.get("/v2/models/text/ready").status_code == 200
+    missing = refusal(http.post(f"{root}/models/nope/load"), 500)
     assert missing == "failed to load 'nope', failed to poll from model repository"
 
 
@@ -197,11 +183,11 @@ def test_the_repository_is_controlled(site: Transports, client: httpx.Client) ->
     ],
 )
 def test_wrong_repository_calls_are_refused(
-    site: Transports, client: httpx.Client, path: str, body: Any, status: int, error: str
+    transports: Transports, http: httpx.Client, path: str, body: Any, status: int, error: str
 ) -> None:
-    before = len(site.service.loads)
-    assert error in refusal(client.post(f"/v2/repository/{path}", json=body), status)
-    assert len(site.service.loads) == before
+    before = len(transports.service.loads)
+    assert error in refusal(http.post(f"/v2/repository/{path}", json=body), status)
+    assert len(transports.service.loads) == before
 
 
 @pytest.mark.parametrize(
@@ -215,15 +201,15 @@ def test_wrong_repository_calls_are_refused(
         ("register", {"key": "/x", "byte_size": 1}, 400, "'region name' is necessary to register system shared memory"),
     ],
 )
-def test_wrong_regions_are_refused(client: httpx.Client, path: str, body: Any, status: int, error: str) -> None:
-    assert error in refusal(client.post(f"/v2/systemsharedmemory/{path}", json=body), status)
+def test_wrong_regions_are_refused(http: httpx.Client, path: str, body: Any, status: int, error: str) -> None:
+    assert error in refusal(http.post(f"/v2/systemsharedmemory/{path}", json=body), status)
 
 
-def test_cuda_shared_memory_is_not_supported(client: httpx.Client) -> None:
+def test_cuda_shared_memory_is_not_supported(http: httpx.Client) -> None:
     body = {"raw_handle": {"b64": "aGVsbG8="}, "device_id": 0, "byte_size": 64}
-    assert "not supported" in refusal(client.post("/v2/cudasharedmemory/region/c/register", json=body), 501)
-    assert client.post("/v2/cudasharedmemory/region/c/unregister").status_code == 200
-    assert client.post("/v2/cudasharedmemory/unregister").status_code == 200
+    assert "not supported" in refusal(http.post("/v2/cudasharedmemory/region/c/register", json=body), 501)
+    assert http.post("/v2/cudasharedmemory/region/c/unregister").status_code == 200
+    assert http.post("/v2/cudasharedmemory/unregister").status_code == 200
 
 
 TRACING = {
@@ -236,14 +222,14 @@ TRACING = {
 }
 
 
-def test_trace_settings_of_a_model_stand_before_those_of_all(client: httpx.Client) -> None:
+def test_trace_settings_of_a_model_stand_before_those_of_all(http: httpx.Client) -> None:
     everywhere, one = "/v2/trace/setting", "/v2/models/add/trace/setting"
-    assert client.get(everywhere).json() == TRACING
-    assert client.post(everywhere, json={"trace_count": "5"}).json() == TRACING | {"trace_count": "5"}
-    assert client.post(one, json={"trace_rate": "7"}).json() == TRACING | {"trace_count": "5", "trace_rate": "7"}
-    assert client.get(everywhere).json()["trace_rate"] == "1000"
-    assert client.post(one, json={"trace_rate": None}).json()["trace_rate"] == "1000"
-    assert client.post(everywhere, json={"trace_count": None, "trace_level": ["OFF"]}).json() == TRACING
+    assert http.get(everywhere).json() == TRACING
+    assert http.post(everywhere, json={"trace_count": "5"}).json() == TRACING | {"trace_count": "5"}
+    assert http.post(one, json={"trace_rate": "7"}).json() == TRACING | {"trace_count": "5", "trace_rate": "7"}
+    assert http.get(everywhere).json()["trace_rate"] == "1000"
+    assert http.post(one, json={"trace_rate": None}).json()["trace_rate"] == "1000"
+    assert http.post(everywhere, json={"trace_count": None, "trace_level": ["OFF"]}).json() == TRACING
 
 
 @pytest.mark.parametrize(
@@ -264,9 +250,9 @@ def test_trace_settings_of_a_model_stand_before_those_of_all(client: httpx.Clien
         ({"foo": "1", "trace_rate": "9"}, 400, "trace setting 'foo' is not known"),
     ],
 )
-def test_wrong_trace_settings_are_refused(client: httpx.Client, body: Any, status: int, error: str) -> None:
-    assert error in refusal(client.post("/v2/trace/setting", json=body), status)
-    assert client.get("/v2/trace/setting").json() == TRACING
+def test_wrong_trace_settings_are_refused(http: httpx.Client, body: Any, status: int, error: str) -> None:
+    assert error in refusal(http.post("/v2/trace/setting", json=body), status)
+    assert http.get("/v2/trace/setting").json() == TRACING
 
 
 LOGGING = {
@@ -279,13 +265,13 @@ LOGGING = {
 }
 
 
-def test_log_settings(client: httpx.Client) -> None:
-    assert client.get("/v2/logging").json() == LOGGING
+def test_log_settings(http: httpx.Client) -> None:
+    assert http.get("/v2/logging").json() == LOGGING
     changed = {"log_info": False, "log_verbose_level": 1, "log_format": "ISO8601"}
-    assert client.post("/v2/logging", json=changed | {"log_error": None}).json() == LOGGING | changed
-    assert client.post("/v2/logging", json=LOGGING | {"log_file": None}).status_code == 501
+    assert http.post("/v2/logging", json=changed | {"log_error": None}).json() == LOGGING | changed
+    assert http.post("/v2/logging", json=LOGGING | {"log_file": None}).status_code == 501
     restored = {key: value for key, value in LOGGING.items() if key != "log_file"}
-    assert client.post("/v2/logging", json=restored).json() == LOGGING
+    assert http.post("/v2/logging", json=restored).json() == LOGGING
 
 
 @pytest.mark.parametrize(
@@ -300,13 +286,13 @@ def test_log_settings(client: httpx.Client) -> None:
         ({"log_info": False, "foo": 1}, 400, "log setting 'foo' is not known"),
     ],
 )
-def test_wrong_log_settings_are_refused(client: httpx.Client, body: Any, status: int, error: str) -> None:
-    assert error in refusal(client.post("/v2/logging", json=body), status)
-    assert client.get("/v2/logging").json() == LOGGING
+def test_wrong_log_settings_are_refused(http: httpx.Client, body: Any, status: int, error: str) -> None:
+    assert error in refusal(http.post("/v2/logging", json=body), status)
+    assert http.get("/v2/logging").json() == LOGGING
 
 
-def test_tritons_client_manages(site: Transports) -> None:
-    with httpclient.InferenceServerClient(site.http) as triton:
+def test_tritons_client_manages(transports: Transports) -> None:
+    with httpclient.InferenceServerClient(transports.http) as triton:
         manage(triton)
 
 

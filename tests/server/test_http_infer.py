@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import tritonclient.http as httpclient
 from tests.server.adding_service import OWN_ERROR
-from tests.server.transport_fixtures import LIMIT, Transports, refusal, serving, workers
-from tests.waiting import LIMIT_S, eventually
+from tests.server.transport_fixtures import LIMIT, Transports, refusal, workers
+from tests.waiting import eventually
 
 from hasten.server.protocol import http_infer
 
@@ -30,23 +30,11 @@ NO_ID = "[request id: <id_unknown>] "
 NO_SUCH_TYPE = "parameter 'x' has invalid type. It should be either 'int', 'bool', or 'string'."
 
 
-@pytest.fixture(scope="module")
-def site() -> Iterator[Transports]:
-    with serving(Transports()) as site:
-        yield site
-
-
-@pytest.fixture(scope="module")
-def client(site: Transports) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=f"http://{site.http}", timeout=LIMIT_S) as client:
-        yield client
-
-
-def test_an_inference_as_json(client: httpx.Client) -> None:
+def test_an_inference_as_json(http: httpx.Client) -> None:
     both = {"model_name": "add", "model_version": "1", "outputs": [SUM, DIFFERENCE]}
-    assert client.post(ADD, json={"inputs": [A, B]}).json() == both
+    assert http.post(ADD, json={"inputs": [A, B]}).json() == both
     one = {"id": "abc", "inputs": [A, B], "outputs": [{"name": "OUTPUT1"}], "parameters": {"x": 1, "f": 1.5}}
-    answer = client.post("/v2/models/add/versions/1/infer", json=one)
+    answer = http.post("/v2/models/add/versions/1/infer", json=one)
     assert answer.json() == both | {"id": "abc", "outputs": [DIFFERENCE]}
 
 
@@ -113,18 +101,18 @@ def test_an_inference_as_json(client: httpx.Client) -> None:
         ),
     ],
 )
-def test_wrong_inferences_are_refused(client: httpx.Client, body: Any, error: str) -> None:
-    assert refusal(client.post(ADD, json=body)) == error
+def test_wrong_inferences_are_refused(http: httpx.Client, body: Any, error: str) -> None:
+    assert refusal(http.post(ADD, json=body)) == error
 
 
-def test_a_models_own_error_and_a_defect_are_500(client: httpx.Client) -> None:
-    assert refusal(client.post(ADD, json={"inputs": [A | {"data": [-1, 0]}, B]}), 500) == OWN_ERROR
-    text = refusal(client.post(ADD, json={"inputs": [A | {"data": [-3, 0]}, B]}), 500)
+def test_a_models_own_error_and_a_defect_are_500(http: httpx.Client) -> None:
+    assert refusal(http.post(ADD, json={"inputs": [A | {"data": [-1, 0]}, B]}), 500) == OWN_ERROR
+    text = refusal(http.post(ADD, json={"inputs": [A | {"data": [-3, 0]}, B]}), 500)
     assert text == "internal error; the server's log says more"
 
 
-def test_a_connection_outlives_a_defect(site: Transports, caplog: pytest.LogCaptureFixture) -> None:
-    connection = http.client.HTTPConnection(site.http, timeout=100)
+def test_a_connection_outlives_a_defect(transports: Transports, caplog: pytest.LogCaptureFixture) -> None:
+    connection = http.client.HTTPConnection(transports.http, timeout=100)
     for first, status in ((-3, 500), (1, 200), (-3, 500), (1, 200)):
         connection.request("POST", ADD, body=json.dumps({"inputs": [A | {"data": [first, 0]}, B]}))
         socket_used = connection.sock
@@ -136,15 +124,15 @@ def test_a_connection_outlives_a_defect(site: Transports, caplog: pytest.LogCapt
     assert [record.getMessage() for record in caplog.records].count(f"POST {ADD} failed") == 2
 
 
-def test_a_decoupled_model_is_not_for_infer(client: httpx.Client) -> None:
+def test_a_decoupled_model_is_not_for_infer(http: httpx.Client) -> None:
     body = {"inputs": [{"name": "IN", "datatype": "INT32", "shape": [1], "data": [2]}]}
-    error = refusal(client.post("/v2/models/decoupled/infer", json=body), 501)
+    error = refusal(http.post("/v2/models/decoupled/infer", json=body), 501)
     assert error == "HTTP end point doesn't support models with decoupled transaction policy"
 
 
-def test_nan_and_infinity_are_numbers(client: httpx.Client) -> None:
+def test_nan_and_infinity_are_numbers(http: httpx.Client) -> None:
     body = '{"inputs":[{"name":"IN","datatype":"FP32","shape":[3],"data":[NaN,Infinity,1]}]}'
-    text = client.post("/v2/models/id_fp32/infer", content=body).text
+    text = http.post("/v2/models/id_fp32/infer", content=body).text
     assert '"data":[NaN,Infinity,1.0]' in text
 
 
@@ -152,18 +140,18 @@ def one_raw(name: str, size: int = 8) -> dict[str, Any]:
     return {"name": name, "datatype": "FP32", "shape": [1, 2], "parameters": {"binary_data_size": size}}
 
 
-def post_binary(client: httpx.Client, head: Any, raw: bytes, length: object = None, path: str = ADD) -> httpx.Response:
+def post_binary(http: httpx.Client, head: Any, raw: bytes, length: object = None, path: str = ADD) -> httpx.Response:
     text = json.dumps(head).encode()
     size = len(text) if length is None else length
-    return client.post(path, content=text + raw, headers={"Inference-Header-Content-Length": str(size)})
+    return http.post(path, content=text + raw, headers={"Inference-Header-Content-Length": str(size)})
 
 
 RAW = np.array([1, 2.5, 10, 0.5], np.float32).tobytes()
 TWO = {"inputs": [one_raw("INPUT0"), one_raw("INPUT1")]}
 
 
-def test_binary_tensors_come_behind_the_json(client: httpx.Client) -> None:
-    answer = post_binary(client, TWO | {"parameters": {"binary_data_output": True}}, RAW)
+def test_binary_tensors_come_behind_the_json(http: httpx.Client) -> None:
+    answer = post_binary(http, TWO | {"parameters": {"binary_data_output": True}}, RAW)
     assert answer.headers["content-type"] == "application/octet-stream"
     length = int(answer.headers["Inference-Header-Content-Length"])
     size = {"parameters": {"binary_data_size": 8}}
@@ -185,9 +173,9 @@ def test_binary_tensors_come_behind_the_json(client: httpx.Client) -> None:
     ],
 )
 def test_each_output_is_as_it_was_asked_for(
-    client: httpx.Client, parameters: dict[str, bool], outputs: list[Any], binary: list[bool]
+    http: httpx.Client, parameters: dict[str, bool], outputs: list[Any], binary: list[bool]
 ) -> None:
-    answer = post_binary(client, TWO | {"parameters": parameters, "outputs": outputs}, RAW)
+    answer = post_binary(http, TWO | {"parameters": parameters, "outputs": outputs}, RAW)
     length = int(answer.headers.get("Inference-Header-Content-Length", len(answer.content)))
     found = json.loads(answer.content[:length])["outputs"]
     assert ["parameters" in one for one in found] == binary
@@ -225,20 +213,18 @@ def test_each_output_is_as_it_was_asked_for(
         ),
     ],
 )
-def test_wrong_binary_bodies_are_refused(
-    client: httpx.Client, head: Any, raw: bytes, length: object, error: str
-) -> None:
-    assert error in refusal(post_binary(client, head, raw, length))
+def test_wrong_binary_bodies_are_refused(http: httpx.Client, head: Any, raw: bytes, length: object, error: str) -> None:
+    assert error in refusal(post_binary(http, head, raw, length))
 
 
-def test_a_raw_request_is_the_one_input(client: httpx.Client) -> None:
-    answer = client.post("/v2/models/id_fp32/infer", content=RAW, headers={"Inference-Header-Content-Length": "0"})
+def test_a_raw_request_is_the_one_input(http: httpx.Client) -> None:
+    answer = http.post("/v2/models/id_fp32/infer", content=RAW, headers={"Inference-Header-Content-Length": "0"})
     length = int(answer.headers["Inference-Header-Content-Length"])
     assert json.loads(answer.content[:length])["outputs"][0]["shape"] == [4]
     assert answer.content[length:] == RAW
-    answer = client.post("/v2/models/id_string/infer", content=b"hi", headers={"Inference-Header-Content-Length": "0"})
+    answer = http.post("/v2/models/id_string/infer", content=b"hi", headers={"Inference-Header-Content-Length": "0"})
     assert answer.content.endswith(struct.pack("<I", 2) + b"hi")
-    cut = client.post("/v2/models/id_fp32/infer", content=RAW[:3], headers={"Inference-Header-Content-Length": "0"})
+    cut = http.post("/v2/models/id_fp32/infer", content=RAW[:3], headers={"Inference-Header-Content-Length": "0"})
     assert "Expected 0, got 3" in refusal(cut)
 
 
@@ -246,15 +232,15 @@ BODY = json.dumps({"inputs": [A, B]}).encode()
 
 
 @pytest.mark.parametrize(("encoding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
-def test_bodies_may_be_compressed(client: httpx.Client, encoding: str, pack: Callable[[bytes], bytes]) -> None:
-    plain = client.post(ADD, content=BODY, headers={"Accept-Encoding": ""})
+def test_bodies_may_be_compressed(http: httpx.Client, encoding: str, pack: Callable[[bytes], bytes]) -> None:
+    plain = http.post(ADD, content=BODY, headers={"Accept-Encoding": ""})
     assert "content-encoding" not in plain.headers
     headers = {"Content-Encoding": encoding, "Accept-Encoding": encoding}
-    answer = client.post(ADD, content=pack(BODY), headers=headers)
+    answer = http.post(ADD, content=pack(BODY), headers=headers)
     assert answer.headers["content-encoding"] == encoding
     assert answer.json() == plain.json()  # httpx has unpacked it
-    assert f"is not {encoding} data" in refusal(client.post(ADD, content=BODY, headers=headers))
-    assert "cut off" in refusal(client.post(ADD, content=pack(BODY)[:-9], headers=headers))
+    assert f"is not {encoding} data" in refusal(http.post(ADD, content=BODY, headers=headers))
+    assert "cut off" in refusal(http.post(ADD, content=pack(BODY)[:-9], headers=headers))
 
 
 @pytest.mark.parametrize(
@@ -262,43 +248,43 @@ def test_bodies_may_be_compressed(client: httpx.Client, encoding: str, pack: Cal
     [("br", None), ("*", None), ("gzip;q=0.1, deflate;q=0.5", "deflate"), ("gzip;q=0", None), ("gzip;q=x", None)],
 )
 def test_an_answer_is_compressed_as_the_client_likes_it(
-    client: httpx.Client, accepted: str, expected: str | None
+    http: httpx.Client, accepted: str, expected: str | None
 ) -> None:
-    answer = client.post(ADD, content=BODY, headers={"Accept-Encoding": accepted})
+    answer = http.post(ADD, content=BODY, headers={"Accept-Encoding": accepted})
     assert answer.headers.get("content-encoding") == expected
 
 
-def test_unknown_compressions_and_bodies_that_unpack_too_far_are_refused(client: httpx.Client) -> None:
-    answer = client.post(ADD, content=BODY, headers={"Content-Encoding": "br"})
+def test_unknown_compressions_and_bodies_that_unpack_too_far_are_refused(http: httpx.Client) -> None:
+    answer = http.post(ADD, content=BODY, headers={"Content-Encoding": "br"})
     assert refusal(answer, 501) == "Unsupported compression type"
     bomb = gzip.compress(bytes(LIMIT * 20))
     assert len(bomb) < LIMIT
-    assert "--max-request-bytes" in refusal(client.post(ADD, content=bomb, headers={"Content-Encoding": "gzip"}))
+    assert "--max-request-bytes" in refusal(http.post(ADD, content=bomb, headers={"Content-Encoding": "gzip"}))
 
 
-def test_bodies_that_are_too_large_are_refused(site: Transports, client: httpx.Client) -> None:
-    assert "the limit is 1048576" in refusal(client.post(ADD, content=b" " * (LIMIT + 1)), 413)
+def test_bodies_that_are_too_large_are_refused(transports: Transports, http: httpx.Client) -> None:
+    assert "the limit is 1048576" in refusal(http.post(ADD, content=b" " * (LIMIT + 1)), 413)
 
     def pieces() -> Iterator[bytes]:
         for _ in range(20):
             yield b" " * (LIMIT // 10)
 
     # chunked: nobody says beforehand how much will come
-    assert "the limit is 1048576" in refusal(client.post(ADD, content=pieces()), 413)
-    assert client.post(ADD, content=BODY).status_code == 200
+    assert "the limit is 1048576" in refusal(http.post(ADD, content=pieces()), 413)
+    assert http.post(ADD, content=BODY).status_code == 200
 
 
-def test_large_bodies_are_parsed(client: httpx.Client) -> None:
+def test_large_bodies_are_parsed(http: httpx.Client) -> None:
     count = 100_000
     tensor = {"datatype": "FP32", "shape": [1, count], "data": [1.5] * count}
-    answer = client.post(ADD, json={"inputs": [{"name": name} | tensor for name in ("INPUT0", "INPUT1")]})
+    answer = http.post(ADD, json={"inputs": [{"name": name} | tensor for name in ("INPUT0", "INPUT1")]})
     assert answer.json()["outputs"][0]["data"] == [3.0] * count
 
 
-def test_an_answer_does_not_wait_for_the_clients_acknowledgement(client: httpx.Client) -> None:
+def test_an_answer_does_not_wait_for_the_clients_acknowledgement(http: httpx.Client) -> None:
     def seconds() -> float:
         begun = time.perf_counter()
-        client.post(ADD, json={"inputs": [A, B]})
+        http.post(ADD, json={"inputs": [A, B]})
         return time.perf_counter() - begun
 
     # head and body travel apart: held back by TCP, the body would come 40 ms later, every time; a busy machine is as
@@ -306,12 +292,12 @@ def test_an_answer_does_not_wait_for_the_clients_acknowledgement(client: httpx.C
     assert any(seconds() < 0.03 for _ in range(200))
 
 
-def test_classification(client: httpx.Client) -> None:
+def test_classification(http: httpx.Client) -> None:
     outputs = [
         {"name": "OUTPUT0", "parameters": {"classification": 1}},
         {"name": "OUTPUT1", "parameters": {"classification": 5}},
     ]
-    assert client.post(ADD, json={"inputs": [A, B], "outputs": outputs}).json()["outputs"] == [
+    assert http.post(ADD, json={"inputs": [A, B], "outputs": outputs}).json()["outputs"] == [
         {"name": "OUTPUT0", "datatype": "BYTES", "shape": [1, 1], "data": ["11.000000:0"]},
         {"name": "OUTPUT1", "datatype": "BYTES", "shape": [1, 2], "data": ["2.000000:1", "-9.000000:0"]},
     ]
@@ -330,11 +316,11 @@ def test_classification(client: httpx.Client) -> None:
         ({"text_input": "hi", "parameters": {"a": 1}}, {"parameters": '{"a":1}', "length": -1}),
     ],
 )
-def test_generate(client: httpx.Client, body: Any, expected: Any) -> None:
+def test_generate(http: httpx.Client, body: Any, expected: Any) -> None:
     expected = {"model_name": "text", "model_version": "1", "text_output": "you said: hi"} | expected
-    answer = client.post("/v2/models/text/generate", json=body)
+    answer = http.post("/v2/models/text/generate", json=body)
     assert answer.json() == expected
-    stream = client.post("/v2/models/text/versions/1/generate_stream", json=body | {"id": "q"})
+    stream = http.post("/v2/models/text/versions/1/generate_stream", json=body | {"id": "q"})
     assert stream.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert stream.text.startswith("data: ")
     assert stream.text.endswith("}\n\n")
@@ -359,8 +345,8 @@ def test_generate(client: httpx.Client, body: Any, expected: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("call", ["generate", "generate_stream"])
-def test_wrong_generate_bodies_are_refused(client: httpx.Client, call: str, body: Any, error: str) -> None:
-    assert error in refusal(client.post(f"/v2/models/text/{call}", json=body))
+def test_wrong_generate_bodies_are_refused(http: httpx.Client, call: str, body: Any, error: str) -> None:
+    assert error in refusal(http.post(f"/v2/models/text/{call}", json=body))
 
 
 @pytest.mark.parametrize(
@@ -373,34 +359,34 @@ def test_wrong_generate_bodies_are_refused(client: httpx.Client, call: str, body
     ],
 )
 @pytest.mark.parametrize("call", ["generate", "generate_stream"])
-def test_what_a_generate_body_says_twice_is_refused(client: httpx.Client, call: str, body: bytes, error: str) -> None:
-    assert refusal(client.post(f"/v2/models/text/{call}", content=body)) == error
+def test_what_a_generate_body_says_twice_is_refused(http: httpx.Client, call: str, body: bytes, error: str) -> None:
+    assert refusal(http.post(f"/v2/models/text/{call}", content=body)) == error
 
 
-def test_text_with_quotes_and_colons_is_no_second_key(client: httpx.Client) -> None:
+def test_text_with_quotes_and_colons_is_no_second_key(http: httpx.Client) -> None:
     text = 'he said: {"text_input": "a", "text_input": "b"} and "more":'
-    assert client.post("/v2/models/text/generate", json={"text_input": text}).json()["text_output"].endswith(text)
+    assert http.post("/v2/models/text/generate", json={"text_input": text}).json()["text_output"].endswith(text)
 
 
-def test_what_an_inference_says_twice_is_refused(client: httpx.Client) -> None:
+def test_what_an_inference_says_twice_is_refused(http: httpx.Client) -> None:
     body = json.dumps({"inputs": [A, B]})
     twice = body[:-1] + ', "inputs": []}'
-    assert refusal(client.post(ADD, content=twice)).endswith("the key 'inputs' comes twice")
+    assert refusal(http.post(ADD, content=twice)).endswith("the key 'inputs' comes twice")
     shape = body.replace('"shape":', '"shape": [1], "shape":', 1)
-    assert refusal(client.post(ADD, content=shape)).endswith("the key 'shape' comes twice")
+    assert refusal(http.post(ADD, content=shape)).endswith("the key 'shape' comes twice")
     deep = body[:-1] + ', "x":' + '{"a":' * 5000 + "1" + "}" * 5001
-    assert "failed to parse the request JSON buffer" in refusal(client.post(ADD, content=deep))
+    assert "failed to parse the request JSON buffer" in refusal(http.post(ADD, content=deep))
 
 
-def test_generate_shapes_what_comes_flat(client: httpx.Client) -> None:
+def test_generate_shapes_what_comes_flat(http: httpx.Client) -> None:
     for one, other in ((1, 1), ([1, 2], [1, 2]), ([[1, 2]], [[1, 2]])):
-        answer = client.post("/v2/models/add/generate", json={"INPUT0": one, "INPUT1": other})
+        answer = http.post("/v2/models/add/generate", json={"INPUT0": one, "INPUT1": other})
         assert answer.json()["OUTPUT0"] == (2.0 if one == 1 else [2.0, 4.0])
 
 
 @pytest.mark.parametrize(("wanted", "numbers"), [(0, []), (1, [0]), (3, [0, 1, 2])])
-def test_a_stream_of_responses(client: httpx.Client, wanted: int, numbers: list[int]) -> None:
-    answer = client.post("/v2/models/decoupled/generate_stream", json={"IN": wanted})
+def test_a_stream_of_responses(http: httpx.Client, wanted: int, numbers: list[int]) -> None:
+    answer = http.post("/v2/models/decoupled/generate_stream", json={"IN": wanted})
     assert answer.status_code == 200
     events = answer.text.split("\n\n")
     assert events.pop() == ""
@@ -408,22 +394,22 @@ def test_a_stream_of_responses(client: httpx.Client, wanted: int, numbers: list[
     assert found == [{"OUT": number, "model_name": "decoupled", "model_version": "1"} for number in numbers]
 
 
-def test_an_error_in_mid_stream_is_an_event(client: httpx.Client) -> None:
-    answer = client.post("/v2/models/decoupled/generate_stream", json={"IN": -2})
+def test_an_error_in_mid_stream_is_an_event(http: httpx.Client) -> None:
+    answer = http.post("/v2/models/decoupled/generate_stream", json={"IN": -2})
     assert answer.status_code == 200
     assert answer.text.endswith(f'data: {{"error":"{OWN_ERROR}"}}\n\n')
-    assert refusal(client.post("/v2/models/decoupled/generate_stream", json={"IN": -1}), 500) == OWN_ERROR
+    assert refusal(http.post("/v2/models/decoupled/generate_stream", json={"IN": -1}), 500) == OWN_ERROR
 
 
 @pytest.mark.parametrize("wanted", [0, 2, 1000])
-def test_generate_is_one_response(site: Transports, client: httpx.Client, wanted: int) -> None:
-    error = refusal(client.post("/v2/models/decoupled/generate", json={"IN": wanted}))
+def test_generate_is_one_response(transports: Transports, http: httpx.Client, wanted: int) -> None:
+    error = refusal(http.post("/v2/models/decoupled/generate", json={"IN": wanted}))
     assert error.startswith("generate expects model to produce exactly 1 response")
-    assert client.post("/v2/models/decoupled/generate", json={"IN": 1}).json()["OUT"] == 0
+    assert http.post("/v2/models/decoupled/generate", json={"IN": 1}).json()["OUT"] == 0
 
 
-def leave(site: Transports, path: str, body: Any) -> http.client.HTTPConnection:
-    connection = http.client.HTTPConnection(site.http, timeout=100)
+def leave(transports: Transports, path: str, body: Any) -> http.client.HTTPConnection:
+    connection = http.client.HTTPConnection(transports.http, timeout=100)
     connection.request("POST", path, body=json.dumps(body))
     return connection
 
@@ -439,33 +425,33 @@ SLOW = {"inputs": [A | {"data": [-2, 0]}, B]}
         ("/v2/models/decoupled/generate_stream", {"IN": 1000, "DELAY": 1000.0}),
     ],
 )
-def test_a_client_that_leaves_withdraws_its_request(site: Transports, path: str, body: Any) -> None:
-    begun, withdrawn = site.service.begun, site.service.withdrawn
-    connection = leave(site, path, body)
-    eventually(lambda: site.service.begun == begun + 1)
+def test_a_client_that_leaves_withdraws_its_request(transports: Transports, path: str, body: Any) -> None:
+    begun, withdrawn = transports.service.begun, transports.service.withdrawn
+    connection = leave(transports, path, body)
+    eventually(lambda: transports.service.begun == begun + 1)
     if "stream" in path:
         assert connection.sock.recv(9) == b"HTTP/1.1 "
     connection.close()
-    eventually(lambda: site.service.withdrawn == withdrawn + 1)
+    eventually(lambda: transports.service.withdrawn == withdrawn + 1)
 
 
-def test_a_client_that_does_not_read_holds_up_nobody(site: Transports, client: httpx.Client) -> None:
-    withdrawn = site.service.withdrawn
-    lazy = socket.create_connection(("127.0.0.1", site.http_listener.port))
+def test_a_client_that_does_not_read_holds_up_nobody(transports: Transports, http: httpx.Client) -> None:
+    withdrawn = transports.service.withdrawn
+    lazy = socket.create_connection(("127.0.0.1", transports.http_listener.port))
     lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     body = json.dumps({"IN": 1_000_000})
     head = f"POST /v2/models/decoupled/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     lazy.sendall((head + body).encode())
     for _ in range(5):
-        assert client.post(ADD, json={"inputs": [A, B]}).status_code == 200
+        assert http.post(ADD, json={"inputs": [A, B]}).status_code == 200
     lazy.close()
-    eventually(lambda: site.service.withdrawn == withdrawn + 1)
+    eventually(lambda: transports.service.withdrawn == withdrawn + 1)
 
 
 @pytest.fixture(scope="module")
-def triton(site: Transports) -> Iterator[httpclient.InferenceServerClient]:
-    with httpclient.InferenceServerClient(site.http) as client:
-        yield client
+def triton(transports: Transports) -> Iterator[httpclient.InferenceServerClient]:
+    with httpclient.InferenceServerClient(transports.http) as http:
+        yield http
 
 
 def tensors(binary: bool = True) -> list[httpclient.InferInput]:
@@ -475,16 +461,16 @@ def tensors(binary: bool = True) -> list[httpclient.InferInput]:
     return inputs
 
 
-def test_large_answers_are_written_beside_the_loop(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_answers_are_written_beside_the_loop(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     used = {name: workers(monkeypatch, http_infer, name) for name in ("infer_response", "generate_json")}
     values = [[0.5] * 20_000]
     body = {"inputs": [each | {"shape": [1, 20_000], "data": values} for each in (A, B)]}
-    answer = client.post(ADD, json=body, headers={"accept-encoding": "gzip"})
+    answer = http.post(ADD, json=body, headers={"accept-encoding": "gzip"})
     assert answer.headers["content-encoding"] == "gzip"
     assert answer.json()["outputs"][0]["data"] == [1.0] * 20_000
-    generated = client.post("/v2/models/id_fp32/generate", json={"IN": values[0]})
+    generated = http.post("/v2/models/id_fp32/generate", json={"IN": values[0]})
     assert generated.json()["OUT"] == values[0]
-    assert client.post(ADD, json={"inputs": [A, B]}).json()["outputs"] == [SUM, DIFFERENCE]
+    assert http.post(ADD, json={"inputs": [A, B]}).json()["outputs"] == [SUM, DIFFERENCE]
     (large, small), (streamed,) = used.values()
     assert large.startswith("by-size")
     assert not small.startswith("by-size")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
-from tests.server.transport_fixtures import Transports, serving
+from tests.server.transport_fixtures import Transports
 from tritonclient.utils import InferenceServerException
 from tritonclient.utils import shared_memory as shm
 
@@ -196,20 +196,14 @@ def test_wrong_parameters_are_refused(memory: SharedMemory, parameters: dict[str
         memory.slice_of("x", parameters)
 
 
-@pytest.fixture(scope="module")
-def site() -> Iterator[Transports]:
-    with serving(Transports()) as site:
-        yield site
-
-
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_tritons_client_passes_tensors_in_shared_memory(site: Transports, protocol: str) -> None:
+def test_tritons_client_passes_tensors_in_shared_memory(transports: Transports, protocol: str) -> None:
     import tritonclient.http as httpclient
 
     kit = grpcclient if protocol == "grpc" else httpclient
     one, other = np.array([[1, 2.5]], np.float32), np.array([[10, 0.5]], np.float32)
     handle = shm.create_shared_memory_region("data", f"/{NAME}_client", 64)
-    client = kit.InferenceServerClient(getattr(site, protocol))
+    client = kit.InferenceServerClient(getattr(transports, protocol))
     try:
         shm.set_shared_memory_region(handle, [one, other])
         client.register_system_shared_memory("data", f"/{NAME}_client", 64)
@@ -231,5 +225,5 @@ def test_tritons_client_passes_tensors_in_shared_memory(site: Transports, protoc
             client.infer("add", inputs)
     finally:
         client.close()
-        site.memory.unregister()
+        transports.memory.unregister()
         shm.destroy_shared_memory_region(handle)
