@@ -16,10 +16,8 @@ from hasten.server.engine import spawned as engine_processes
 from hasten.server.engine.wire import Acknowledge, EngineInfo, Frames, FromEngine, Ready, Start, Step, framed
 from hasten.server.histogram import Histogram
 
-_LEAVE_S = 1.0
-"""How long a process that has closed its end may take to leave."""
-_CLOSE_S = 5.0
-"""How long a process that is to end may take."""
+_LEAVE_S = 5.0
+"""How long a process that is to end, or has closed its end, may take to leave, on a busy machine too."""
 _DELIVERY_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 
 
@@ -57,7 +55,6 @@ class EngineLink(asyncio.Protocol):
         self._delivery = delivery
         self._frames = Frames()
         self._decode = msgspec.msgpack.Decoder(FromEngine).decode
-        self._closing = False
         self._queued = bytearray()
         """Messages that are sent at the end of this turn of the event loop."""
         self._transport: asyncio.WriteTransport
@@ -137,7 +134,7 @@ class EngineLink(asyncio.Protocol):
 
     async def _reap(self) -> None:
         """Wait for the process to leave, end it where it does not, and say how it went."""
-        code = await asyncio.to_thread(self._wait, _CLOSE_S if self._closing else _LEAVE_S)
+        code = await asyncio.to_thread(self._wait, _LEAVE_S)
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if not self.info.done():
             text = f"the engine's process ended before the model was loaded ({how}); its own messages say more"
@@ -157,6 +154,5 @@ class EngineLink(asyncio.Protocol):
 
     async def close(self) -> None:
         """End the process, and wait until it has ended."""
-        self._closing = True
         self._transport.close()
         await asyncio.shield(self.ended)
