@@ -325,7 +325,7 @@ def test_a_model_that_generates_goes_on_beside_it(site: Site, openai: OpenAI) ->
 
 def test_what_the_models_are(site: Site, openai: OpenAI) -> None:
     found = {model.id: model.to_dict() for model in openai.models.list()}
-    assert found["embedder"]["tasks"] == ["embed", "token_embed"]
+    assert found["embedder"]["tasks"] == ["embed", "token_embed", "fill_mask"]
     assert found["embedder"]["width"] == 48
     assert found["ranker"]["tasks"] == ["classify", "score"]
     assert found["ranker"]["labels"] == ["LABEL_0"]
