@@ -25,31 +25,29 @@ _SAME = (
 """Fields that chats have, too."""
 
 
-def as_chat(asked: CountRequest) -> ChatRequest:
+def as_chat(body: CountRequest) -> ChatRequest:
     """The chat that a request asks for; OpenAIError names what no model here can do."""
-    same = {name: getattr(asked, name) for name in _SAME if isinstance(asked, MessagesRequest)}
-    if isinstance(asked, MessagesRequest):
-        if asked.service_tier not in (None, "auto", "standard_only"):
-            raise OpenAIError(f"service_tier={asked.service_tier!r:.80} is not supported", param="service_tier")
-        same["stop"] = asked.stop_sequences
-        same["include_reasoning"] = asked.wants_thinking
-        if asked.thinking is not None:
-            same["chat_template_kwargs"] = {"enable_thinking": asked.wants_thinking} | (
-                asked.chat_template_kwargs or {}
-            )
-    parallel = asked.tool_choice is None or not asked.tool_choice.disable_parallel_tool_use
+    same = {name: getattr(body, name) for name in _SAME if isinstance(body, MessagesRequest)}
+    if isinstance(body, MessagesRequest):
+        if body.service_tier not in (None, "auto", "standard_only"):
+            raise OpenAIError(f"service_tier={body.service_tier!r:.80} is not supported", param="service_tier")
+        same["stop"] = body.stop_sequences
+        same["include_reasoning"] = body.wants_thinking
+        if body.thinking is not None:
+            same["chat_template_kwargs"] = {"enable_thinking": body.wants_thinking} | (body.chat_template_kwargs or {})
+    parallel = body.tool_choice is None or not body.tool_choice.disable_parallel_tool_use
     return ChatRequest(
-        model=asked.model,
-        messages=list(_messages(asked)),
-        tools=None if asked.tools is None else list(_tools(asked.tools)),
-        tool_choice=_choice(asked),
+        model=body.model,
+        messages=list(_messages(body)),
+        tools=None if body.tools is None else list(_tools(body.tools)),
+        tool_choice=_choice(body),
         parallel_tool_calls=parallel,
         **same,
     )
 
 
-def _choice(asked: CountRequest) -> Literal["none", "auto", "required"] | NamedToolChoice | None:
-    choice = asked.tool_choice
+def _choice(body: CountRequest) -> Literal["none", "auto", "required"] | NamedToolChoice | None:
+    choice = body.tool_choice
     if choice is None:
         return None
     if choice.type == "tool":
@@ -67,10 +65,10 @@ def _tools(tools: Sequence[MessageTool]) -> Iterator[Tool]:
         yield Tool("function", Function(tool.name, tool.description, tool.input_schema, tool.strict))
 
 
-def _messages(asked: CountRequest) -> Iterator[ChatMessage]:
-    if asked.system is not None:
-        yield ChatMessage(role="system", content=_text("system", asked.system))
-    for number, message in enumerate(asked.messages):
+def _messages(body: CountRequest) -> Iterator[ChatMessage]:
+    if body.system is not None:
+        yield ChatMessage(role="system", content=_text("system", body.system))
+    for number, message in enumerate(body.messages):
         yield from _message(f"messages[{number}]", message)
 
 

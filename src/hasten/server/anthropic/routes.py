@@ -23,20 +23,20 @@ def message_routes(chats: ChatCalls) -> list[Route]:
     """POST /v1/messages and /v1/messages/count_tokens."""
 
     async def messages(request: Request) -> Response:
-        asked = await read_body(request, _MESSAGES)
+        body = await read_body(request, _MESSAGES)
 
         def form(_: SamplingParams) -> MessageForm:
-            return MessageForm(asked.model)
+            return MessageForm(body.model)
 
         def check(reading: AnswerReading | None) -> None:
-            if asked.wants_thinking and (reading is None or reading.reasoning is None):
+            if body.wants_thinking and (reading is None or reading.reasoning is None):
                 raise OpenAIError("thinking is not supported by this model; leave it out", param="thinking")
 
-        return await chats.answer(request, as_chat(asked), form, check)
+        return await chats.answer(request, as_chat(body), form, check)
 
     async def count(request: Request) -> Response:
-        asked = await read_body(request, _COUNT)
-        return json_response(msgspec.json.encode({"input_tokens": await chats.prompt_tokens(as_chat(asked))}))
+        body = await read_body(request, _COUNT)
+        return json_response(msgspec.json.encode({"input_tokens": await chats.prompt_tokens(as_chat(body))}))
 
     answered = Operation("Answer a chat, as a message", MessagesRequest, streams=True)
     counted = Operation("Count the tokens of a chat", CountRequest)

@@ -77,6 +77,6 @@ class Call:
 
     async def submit(self, requests: PromptRequests) -> None:
         """Queue its prompts."""
-        asked = self.request
-        options: dict[str, Any] = {"queue_timeout": self.queue_timeout, "salt": asked.cache_salt}
-        await requests.submit(self.prompts, self.params, priority=asked.priority or 0, **options)
+        body = self.request
+        options: dict[str, Any] = {"queue_timeout": self.queue_timeout, "salt": body.cache_salt}
+        await requests.submit(self.prompts, self.params, priority=body.priority or 0, **options)

@@ -17,10 +17,10 @@ _encode = msgspec.json.Encoder().encode
 _FOR_TEMPLATES = ("role", "content", "name", "tool_calls", "tool_call_id")
 
 
-def characters(asked: ChatRequest, tools: Descriptions = None) -> int:
+def characters(body: ChatRequest, tools: Descriptions = None) -> int:
     """Of all messages, and about those of the tools."""
     described = 0 if tools is None else len(_encode(tools))
-    return described + sum(map(_characters, asked.messages))
+    return described + sum(map(_characters, body.messages))
 
 
 def _characters(message: ChatMessage) -> int:
@@ -32,39 +32,39 @@ def _characters(message: ChatMessage) -> int:
 
 
 def chat_text(
-    asked: ChatRequest, template: ChatTemplate, limits: RenderLimits | None = None, tools: Descriptions = None
+    body: ChatRequest, template: ChatTemplate, limits: RenderLimits | None = None, tools: Descriptions = None
 ) -> str:
     """The prompt for a request's messages and tools; InvalidRequestError names what is wrong with them."""
-    begins_answer = asked.add_generation_prompt
+    begins_answer = body.add_generation_prompt
     return chat_prompt(
-        [_plain(message) for message in asked.messages],
+        [_plain(message) for message in body.messages],
         template,
         tools=tools,
-        add_generation_prompt=not asked.continue_final_message if begins_answer is None else begins_answer,
-        continue_final_message=bool(asked.continue_final_message),
-        variables=_variables(asked, template),
+        add_generation_prompt=not body.continue_final_message if begins_answer is None else begins_answer,
+        continue_final_message=bool(body.continue_final_message),
+        variables=_variables(body, template),
         limits=limits,
     )
 
 
-def chat_reasoning(asked: ChatRequest, template: ChatTemplate, prompt: str, parser: str) -> Reasoning | None:
+def chat_reasoning(body: ChatRequest, template: ChatTemplate, prompt: str, parser: str) -> Reasoning | None:
     """The reasoning that an answer to a prompt may begin with; `parser` is the option `reasoning_parser`."""
     form = reasoning_form(template.tool_source, parser)
     if form is None:
         return None
-    stage = form.stage(prompt, _text(asked.messages[-1]) if asked.continue_final_message else None)
-    return None if stage is None else Reasoning(form, stage, asked.include_reasoning is not False)
+    stage = form.stage(prompt, _text(body.messages[-1]) if body.continue_final_message else None)
+    return None if stage is None else Reasoning(form, stage, body.include_reasoning is not False)
 
 
-def _variables(asked: ChatRequest, template: ChatTemplate) -> dict[str, Any] | None:
+def _variables(body: ChatRequest, template: ChatTemplate) -> dict[str, Any] | None:
     """What the template may know beside the messages; OpenAIError for an effort that it does not ask for."""
-    effort = asked.reasoning_effort
+    effort = body.reasoning_effort
     if effort is None:
-        return asked.chat_template_kwargs
+        return body.chat_template_kwargs
     if "reasoning_effort" not in template.tool_source:
         message = "reasoning_effort is not supported: the model's chat template has no room for it; leave it out"
         raise OpenAIError(message, param="reasoning_effort")
-    return {"reasoning_effort": effort} | (asked.chat_template_kwargs or {})
+    return {"reasoning_effort": effort} | (body.chat_template_kwargs or {})
 
 
 def _text(message: ChatMessage) -> str:

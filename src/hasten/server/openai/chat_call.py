@@ -30,24 +30,24 @@ class ChatCalls:
         self._models = models
         self._prompts = prompts
 
-    async def answer(self, request: Request, asked: ChatRequest, form: Form, check: Check = lambda _: None) -> Response:
+    async def answer(self, request: Request, body: ChatRequest, form: Form, check: Check = lambda _: None) -> Response:
         """The answer to a chat, whole or as events."""
-        found = self._models.find_generator(asked.model)
+        found = self._models.find_generator(body.model)
         client = found.client
-        check_chat(asked)
-        timeout = checked_wait(request, asked.priority, client)
-        tokens, reading = await self._prompts.chat(asked, client)
+        check_chat(body)
+        timeout = checked_wait(request, body.priority, client)
+        tokens, reading = await self._prompts.chat(body, client)
         check(reading)
-        params = chat_params(asked, client.info.max_model_len - len(tokens), reading)
-        choices = ChatChoices(bool(asked.stream), asked.top_logprobs or 0, reading)
-        call = Call(asked, found, [tokens], params, choices, form(params), timeout, reading=reading)
+        params = chat_params(body, client.info.max_model_len - len(tokens), reading)
+        choices = ChatChoices(bool(body.stream), body.top_logprobs or 0, reading)
+        call = Call(body, found, [tokens], params, choices, form(params), timeout, reading=reading)
         return await respond(request, call)
 
-    async def prompt_tokens(self, asked: ChatRequest) -> int:
+    async def prompt_tokens(self, body: ChatRequest) -> int:
         """How many tokens the prompt of a chat has."""
-        client = self._models.find_generator(asked.model).client
-        check_chat(asked)
-        return len((await self._prompts.chat(asked, client))[0])
+        client = self._models.find_generator(body.model).client
+        check_chat(body)
+        return len((await self._prompts.chat(body, client))[0])
 
 
 async def respond(request: Request, call: Call) -> Response:

@@ -228,15 +228,15 @@ class BestChoices:
 
 
 def completion_choices(
-    asked: CompletionRequest, prompts: Sequence[str | list[int]], params: SamplingParams, tokenizer: Tokenizer | None
+    body: CompletionRequest, prompts: Sequence[str | list[int]], params: SamplingParams, tokenizer: Tokenizer | None
 ) -> Choices:
     """The form of the answer to POST /v1/completions; OpenAIError where it needs a tokenizer and there is none."""
-    if asked.echo and tokenizer is None:
+    if body.echo and tokenizer is None:
         raise OpenAIError("echo needs a tokenizer, and the model has none", param="echo")
     texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
-    shown = 1 if asked.n is None else asked.n
-    choices = CompletionChoices(shown, bool(asked.echo), asked.shows_prompts_only, tokenizer, texts)
-    return choices if params.n == shown else BestChoices(choices, with_logprobs=asked.logprobs is not None)
+    shown = 1 if body.n is None else body.n
+    choices = CompletionChoices(shown, bool(body.echo), body.shows_prompts_only, tokenizer, texts)
+    return choices if params.n == shown else BestChoices(choices, with_logprobs=body.logprobs is not None)
 
 
 def _mean_logprob(delta: CompletionDelta) -> float:

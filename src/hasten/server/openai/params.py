@@ -119,8 +119,8 @@ def check_chat(request: ChatRequest) -> None:
         "store": bool(request.store),
         "service_tier": request.service_tier not in (None, "auto", "default"),
     }
-    for name, asked in unsupported.items():
-        if asked:
+    for name, is_requested in unsupported.items():
+        if is_requested:
             raise OpenAIError(f"{name}={getattr(request, name)!r:.80} is not supported; leave it out", param=name)
     if request.top_logprobs is not None and not request.logprobs:
         raise OpenAIError("top_logprobs needs logprobs to be true", param="top_logprobs")

@@ -32,14 +32,14 @@ class ChatPrompts:
         self._reading = asyncio.Lock()
 
     async def chat(
-        self, asked: ChatRequest, client: EngineClient, *, add_special_tokens: bool = False
+        self, body: ChatRequest, client: EngineClient, *, add_special_tokens: bool = False
     ) -> tuple[list[int], AnswerReading | None]:
         """Token ids of a chat, and how its answer is read. The template writes special tokens itself."""
         template, tokenizer, ends = await self._template(client), client.tokenizer, client.info.eos_token_ids
         assert tokenizer is not None, "it has a template"
-        tools = ToolUse.of(asked, template, tokenizer, ends, client.tool_call_parser)
-        prompt = await _rendered(asked, template, client, tools)
-        reasoning = chat_reasoning(asked, template, prompt, client.reasoning_parser)
+        tools = ToolUse.of(body, template, tokenizer, ends, client.tool_call_parser)
+        prompt = await _rendered(body, template, client, tools)
+        reasoning = chat_reasoning(body, template, prompt, client.reasoning_parser)
         (tokens,) = await tokenized([prompt], client, "messages", add_special_tokens=add_special_tokens)
         return tokens, reading_of(tokenizer, ends, tools, reasoning)
 
@@ -66,10 +66,10 @@ class ChatPrompts:
         return self._templates.get(client)
 
 
-async def _rendered(asked: ChatRequest, template: ChatTemplate, client: EngineClient, tools: ToolUse | None) -> str:
+async def _rendered(body: ChatRequest, template: ChatTemplate, client: EngineClient, tools: ToolUse | None) -> str:
     """The prompt for a request's messages, rendered where it holds up nobody; nothing is for what must be too long."""
     described = None if tools is None else tools.descriptions
-    count, longest = characters(asked, described), client.most_characters
+    count, longest = characters(body, described), client.most_characters
     if count > longest:
         what = "messages and tools" if described else "messages"
         raise OpenAIError(
@@ -78,10 +78,10 @@ async def _rendered(asked: ChatRequest, template: ChatTemplate, client: EngineCl
             code="context_length_exceeded",
         )
     limits = RenderLimits(longest, _RENDER_S)
-    if count <= SHORT_TEXT and len(asked.messages) <= _FEW_MESSAGES and not asked.chat_template_kwargs:
-        return chat_text(asked, template, limits, described)
+    if count <= SHORT_TEXT and len(body.messages) <= _FEW_MESSAGES and not body.chat_template_kwargs:
+        return chat_text(body, template, limits, described)
     with client.counting_refusals():
-        return await tokenizing.run(partial(chat_text, asked, template, limits, described))
+        return await tokenizing.run(partial(chat_text, body, template, limits, described))
 
 
 async def tokenized(

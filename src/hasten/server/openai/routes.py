@@ -84,31 +84,31 @@ class _Api:
         return made | {"tasks": pooling.tasks, "width": pooling.width, "labels": pooling.labels or None}
 
     async def tokenize(self, request: Request) -> Response:
-        asked = await read_body(request, _TOKENIZE)
-        return json_response(await token_ids(asked, self._models.find_any(asked.model).client, self._prompts))
+        body = await read_body(request, _TOKENIZE)
+        return json_response(await token_ids(body, self._models.find_any(body.model).client, self._prompts))
 
     async def detokenize(self, request: Request) -> Response:
-        asked = await read_body(request, _DETOKENIZE)
-        return json_response(await text_of(asked, self._models.find_any(asked.model).client))
+        body = await read_body(request, _DETOKENIZE)
+        return json_response(await text_of(body, self._models.find_any(body.model).client))
 
     async def completions(self, request: Request) -> Response:
-        asked = await read_body(request, _COMPLETION)
-        found = self._models.find_generator(asked.model)
+        body = await read_body(request, _COMPLETION)
+        found = self._models.find_generator(body.model)
         client = found.client
-        prompts = asked.prompts()
-        params = completion_params(asked, len(prompts))
-        choices = completion_choices(asked, prompts, params, client.tokenizer)
-        timeout = checked_wait(request, asked.priority, client)
+        prompts = body.prompts()
+        params = completion_params(body, len(prompts))
+        choices = completion_choices(body, prompts, params, client.tokenizer)
+        timeout = checked_wait(request, body.priority, client)
         tokens = await tokenized(prompts, client, "prompt", add_special_tokens=True)
         check_prompt_logprobs(sum(map(len, tokens)), params.prompt_logprobs, client.info.vocab_size)
-        form = self._form("text_completion", asked, params)
-        call = Call(asked, found, tokens, params, choices, form, timeout, asked.shows_prompts_only)
+        form = self._form("text_completion", body, params)
+        call = Call(body, found, tokens, params, choices, form, timeout, body.shows_prompts_only)
         return await respond(request, call)
 
     async def chat(self, request: Request) -> Response:
-        asked = await read_body(request, _CHAT)
-        return await self._chats.answer(request, asked, partial(self._form, "chat.completion", asked))
+        body = await read_body(request, _CHAT)
+        return await self._chats.answer(request, body, partial(self._form, "chat.completion", body))
 
-    def _form(self, call: str, asked: GenerationRequest, params: SamplingParams) -> CompletionForm:
+    def _form(self, call: str, body: GenerationRequest, params: SamplingParams) -> CompletionForm:
         timed = params if self._with_metrics else None
-        return CompletionForm(call, asked.model, asked.stream_options, params=timed)
+        return CompletionForm(call, body.model, body.stream_options, params=timed)

@@ -40,39 +40,39 @@ class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     tokens: list[int]
 
 
-async def token_ids(asked: TokenizeRequest, client: EngineClient, chats: ChatPrompts) -> bytes:
+async def token_ids(body: TokenizeRequest, client: EngineClient, chats: ChatPrompts) -> bytes:
     """The answer to a TokenizeRequest: `count`, `max_model_len`, `tokens` and perhaps `token_strs`."""
-    ids = await _ids(asked, client, chats)
+    ids = await _ids(body, client, chats)
     with client.counting_refusals():
-        texts = await tokenizing.run(partial(_tokenizer(client).tokens, ids)) if asked.return_token_strs else None
+        texts = await tokenizing.run(partial(_tokenizer(client).tokens, ids)) if body.return_token_strs else None
     answer = {"count": len(ids), "max_model_len": client.info.max_model_len, "tokens": ids, "token_strs": texts}
     return _encode(answer)
 
 
-async def _ids(asked: TokenizeRequest, client: EngineClient, chats: ChatPrompts) -> list[int]:
-    given = asked.add_special_tokens
-    if (asked.prompt is None) == (asked.messages is None):
+async def _ids(body: TokenizeRequest, client: EngineClient, chats: ChatPrompts) -> list[int]:
+    given = body.add_special_tokens
+    if (body.prompt is None) == (body.messages is None):
         raise OpenAIError("give either a prompt or messages", param="prompt")
-    if asked.prompt is not None:
+    if body.prompt is not None:
         special = True if given is None else given
-        return (await encoded([asked.prompt], client, "prompt", add_special_tokens=special))[0]
+        return (await encoded([body.prompt], client, "prompt", add_special_tokens=special))[0]
     chat = ChatRequest(
         model="",
-        messages=asked.messages or [],
-        add_generation_prompt=asked.add_generation_prompt,
-        continue_final_message=asked.continue_final_message,
-        chat_template_kwargs=asked.chat_template_kwargs,
-        tools=asked.tools,
+        messages=body.messages or [],
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        chat_template_kwargs=body.chat_template_kwargs,
+        tools=body.tools,
     )
     check_chat(chat)
     return (await chats.chat(chat, client, add_special_tokens=bool(given)))[0]
 
 
-async def text_of(asked: DetokenizeRequest, client: EngineClient) -> bytes:
+async def text_of(body: DetokenizeRequest, client: EngineClient) -> bytes:
     """The answer to a DetokenizeRequest: the text of its tokens, special ones included, as `prompt`."""
     try:
         with client.counting_refusals():
-            text = await tokenizing.decode(_tokenizer(client), asked.tokens, client.info.vocab_size)
+            text = await tokenizing.decode(_tokenizer(client), body.tokens, client.info.vocab_size)
     except InvalidRequestError as error:
         raise OpenAIError(str(error), param="tokens") from None
     return _encode({"prompt": text})

@@ -42,11 +42,11 @@ def pooling_routes(models: ModelFinder) -> list[Route]:
 
     def route(path: str, summary: str, decoder: msgspec.json.Decoder[Decoded], answer: Answer[Decoded]) -> Route:
         async def handler(request: Request) -> Response:
-            asked = await read_body(request, decoder)
-            assert isinstance(asked, TextsRequest), "all of these are"
-            found = models.find_pooler(asked.model)
-            call = _call(request, asked, found)
-            return json_response(await unless_gone(request, answer(asked, found.name, call)))
+            body = await read_body(request, decoder)
+            assert isinstance(body, TextsRequest), "all of these are"
+            found = models.find_pooler(body.model)
+            call = _call(request, body, found)
+            return json_response(await unless_gone(request, answer(body, found.name, call)))
 
         return Route(path, guarded(handler, Operation(summary, decoder.type)), methods=["POST"])
 
@@ -66,26 +66,26 @@ def pooling_routes(models: ModelFinder) -> list[Route]:
     ]
 
 
-def _call(request: Request, asked: TextsRequest, found: Found) -> PoolingCall:
-    timeout = checked_wait(request, asked.priority, found.client)
-    return PoolingCall(found.client, priority=asked.priority or 0, queue_timeout=timeout, tally=found.tally)
+def _call(request: Request, body: TextsRequest, found: Found) -> PoolingCall:
+    timeout = checked_wait(request, body.priority, found.client)
+    return PoolingCall(found.client, priority=body.priority or 0, queue_timeout=timeout, tally=found.tally)
 
 
 def _size(results: list[Result]) -> int:
     return _NUMBER_BYTES * sum(result.numbers.size for result in results)
 
 
-async def _embeddings(asked: EmbeddingRequest, model: str, call: PoolingCall) -> bytes:
-    form, params, prompts = answers.number_form(asked.encoding_format), asked.params(), asked.prompts()
-    before = instruction(call.info.texts, None, asked.prompt_name)
+async def _embeddings(body: EmbeddingRequest, model: str, call: PoolingCall) -> bytes:
+    form, params, prompts = answers.number_form(body.encoding_format), body.params(), body.prompts()
+    before = instruction(call.info.texts, None, body.prompt_name)
     results = await call.prompts(prompts, params, before)
     return await by_size(_size(results), answers.listed, "embd", model, answers.embeddings(results, form), call.usage)
 
 
-async def _pooling(asked: PoolingRequest, model: str, call: PoolingCall) -> bytes:
-    form, prompts = answers.number_form(asked.encoding_format), asked.prompts()
+async def _pooling(body: PoolingRequest, model: str, call: PoolingCall) -> bytes:
+    form, prompts = answers.number_form(body.encoding_format), body.prompts()
     tokenizer = call.client.tokenizer
-    params = asked.params(call.info.tasks[0], tokenizer)
+    params = body.params(call.info.tasks[0], tokenizer)
     before = instruction(call.info.texts, None, None) if params.task == "embed" else None
     results = await call.prompts(prompts, params, before)
     size, entries = _size(results), answers.pooled(results, form)
@@ -96,19 +96,19 @@ async def _pooling(asked: PoolingRequest, model: str, call: PoolingCall) -> byte
     return await by_size(size, answers.listed, "pool", model, entries, call.usage)
 
 
-async def _classify(asked: ClassifyRequest, model: str, call: PoolingCall) -> bytes:
-    results = await call.prompts(asked.prompts(), asked.params())
+async def _classify(body: ClassifyRequest, model: str, call: PoolingCall) -> bytes:
+    results = await call.prompts(body.prompts(), body.params())
     entries = answers.classes(results, call.info.labels)
     return await by_size(_size(results), answers.listed, "classify", model, entries, call.usage)
 
 
-async def _score(asked: ScoreRequest, model: str, call: PoolingCall) -> bytes:
-    found = await call.scores(asked.pairs(), asked.truncate_prompt_tokens, "documents")
+async def _score(body: ScoreRequest, model: str, call: PoolingCall) -> bytes:
+    found = await call.scores(body.pairs(), body.truncate_prompt_tokens, "documents")
     return answers.listed("score", model, answers.scores(found), call.usage)
 
 
-async def _rerank(asked: RerankRequest, model: str, call: PoolingCall, *, with_documents: bool) -> bytes:
-    texts = asked.texts()
-    found = await call.scores([(asked.query, text) for text in texts], asked.truncate_prompt_tokens, "documents")
-    shows = with_documents if asked.return_documents is None else asked.return_documents
-    return answers.ranking(model, found, call.usage, asked.top_n, texts if shows else None)
+async def _rerank(body: RerankRequest, model: str, call: PoolingCall, *, with_documents: bool) -> bytes:
+    texts = body.texts()
+    found = await call.scores([(body.query, text) for text in texts], body.truncate_prompt_tokens, "documents")
+    shows = with_documents if body.return_documents is None else body.return_documents
+    return answers.ranking(model, found, call.usage, body.top_n, texts if shows else None)

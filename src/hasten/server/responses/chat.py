@@ -23,64 +23,64 @@ _SAME = (
 """Fields that chats have, too."""
 
 
-def as_chat(asked: ResponsesRequest) -> ChatRequest:
+def as_chat(body: ResponsesRequest) -> ChatRequest:
     """The chat that a request asks for; OpenAIError names what no model here can do."""
-    _check(asked)
-    options = asked.text
-    choice = asked.tool_choice
+    _check(body)
+    options = body.text
+    choice = body.tool_choice
     named = NamedToolChoice(FunctionName(choice.name)) if isinstance(choice, ResponseToolChoice) else choice
-    same = {name: getattr(asked, name) for name in _SAME}
+    same = {name: getattr(body, name) for name in _SAME}
     return ChatRequest(
         **same,
-        messages=list(_messages(asked)),
-        max_completion_tokens=asked.max_output_tokens,
+        messages=list(_messages(body)),
+        max_completion_tokens=body.max_output_tokens,
         response_format=None if options is None or options.format is None else options.format.as_chat(),
-        tools=asked.chat_tools(),
+        tools=body.chat_tools(),
         tool_choice=named,
-        logprobs=asked.with_logprobs or None,
-        top_logprobs=asked.top_logprobs,
-        reasoning_effort=(asked.reasoning or {}).get("effort"),
+        logprobs=body.with_logprobs or None,
+        top_logprobs=body.top_logprobs,
+        reasoning_effort=(body.reasoning or {}).get("effort"),
     )
 
 
-def _check(asked: ResponsesRequest) -> None:
+def _check(body: ResponsesRequest) -> None:
     unsupported = {
-        "store": bool(asked.store),
-        "previous_response_id": asked.previous_response_id is not None,
-        "conversation": asked.conversation is not None,
-        "background": bool(asked.background),
-        "include": any(name != LOGPROBS for name in asked.include or ()),
-        "reasoning": any(value is not None for name, value in (asked.reasoning or {}).items() if name != "effort"),
-        "truncation": asked.truncation not in (None, "disabled"),
-        "max_tool_calls": asked.max_tool_calls is not None,
-        "prompt": asked.prompt is not None,
-        "service_tier": asked.service_tier not in (None, "auto", "default"),
-        "text": asked.text is not None and asked.text.verbosity not in (None, "medium"),
-        "stream_options": asked.stream_options is not None
-        and bool(asked.stream_options.include_obfuscation or asked.stream_options.include_usage),
+        "store": bool(body.store),
+        "previous_response_id": body.previous_response_id is not None,
+        "conversation": body.conversation is not None,
+        "background": bool(body.background),
+        "include": any(name != LOGPROBS for name in body.include or ()),
+        "reasoning": any(value is not None for name, value in (body.reasoning or {}).items() if name != "effort"),
+        "truncation": body.truncation not in (None, "disabled"),
+        "max_tool_calls": body.max_tool_calls is not None,
+        "prompt": body.prompt is not None,
+        "service_tier": body.service_tier not in (None, "auto", "default"),
+        "text": body.text is not None and body.text.verbosity not in (None, "medium"),
+        "stream_options": body.stream_options is not None
+        and bool(body.stream_options.include_obfuscation or body.stream_options.include_usage),
     }
     for name, is_asked in unsupported.items():
         if is_asked:
             message = f"{name} is not supported: answers are not kept, and have text and calls of functions alone"
             raise OpenAIError(f"{message}; leave it out", param=name)
-    if asked.top_logprobs and not asked.with_logprobs:
+    if body.top_logprobs and not body.with_logprobs:
         raise OpenAIError(f"top_logprobs needs include to have {LOGPROBS}", param="top_logprobs")
-    effort = (asked.reasoning or {}).get("effort")
+    effort = (body.reasoning or {}).get("effort")
     if effort is not None and not isinstance(effort, str):
         raise OpenAIError(f"reasoning.effort must be a string, got {effort!r:.80}", param="reasoning")
-    if isinstance(asked.input, list) and len(asked.input) > _MAX_ITEMS:
-        raise OpenAIError(f"input is limited to {_MAX_ITEMS} items, got {len(asked.input)}", param="input")
+    if isinstance(body.input, list) and len(body.input) > _MAX_ITEMS:
+        raise OpenAIError(f"input is limited to {_MAX_ITEMS} items, got {len(body.input)}", param="input")
 
 
-def _messages(asked: ResponsesRequest) -> Iterator[ChatMessage]:
-    if asked.instructions is not None:
-        yield ChatMessage(role="system", content=asked.instructions)
-    if isinstance(asked.input, str):
-        yield ChatMessage(role="user", content=asked.input)
+def _messages(body: ResponsesRequest) -> Iterator[ChatMessage]:
+    if body.instructions is not None:
+        yield ChatMessage(role="system", content=body.instructions)
+    if isinstance(body.input, str):
+        yield ChatMessage(role="user", content=body.input)
         return
     said: ChatMessage | None = None
     """The assistant's message that calls go into."""
-    for number, item in enumerate(asked.input):
+    for number, item in enumerate(body.input):
         message = _message(f"input[{number}]", item)
         if said is not None and message.role == "assistant" and (message.tool_calls or _is_reasoning(said)):
             _join(said, message)

@@ -30,8 +30,8 @@ Event = dict[str, Any]
 class ResponseForm:
     """See AnswerForm. With `params` the answer has the times of the request."""
 
-    def __init__(self, asked: ResponsesRequest, params: SamplingParams | None = None) -> None:
-        self._asked = asked
+    def __init__(self, body: ResponsesRequest, params: SamplingParams | None = None) -> None:
+        self._asked = body
         self._params = params
         self._id = f"resp_{secrets.token_hex(24)}"
         self._created = int(time.time())
@@ -160,8 +160,8 @@ class ResponseForm:
         return written
 
     def _response(self, status: str, usage: Usage | None = None) -> dict[str, Any]:
-        asked = self._asked
-        kept = None if asked.text is None else asked.text.format
+        body = self._asked
+        kept = None if body.text is None else body.text.format
         fields = {
             "id": self._id,
             "object": "response",
@@ -169,20 +169,20 @@ class ResponseForm:
             "status": status,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "instructions": asked.instructions,
-            "max_output_tokens": asked.max_output_tokens,
-            "metadata": asked.metadata or {},
-            "model": asked.model,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": body.model,
             "output": list(self._items),
-            "parallel_tool_calls": asked.parallel_tool_calls is not False,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "store": False,
-            "temperature": 1.0 if asked.temperature is None else asked.temperature,
+            "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": {"format": {"type": "text"} if kept is None else kept.shown()},
-            "tool_choice": "auto" if asked.tool_choice is None else asked.tool_choice,
-            "tools": asked.tools or [],
-            "top_logprobs": asked.top_logprobs or 0,
-            "top_p": 1.0 if asked.top_p is None else asked.top_p,
+            "tool_choice": "auto" if body.tool_choice is None else body.tool_choice,
+            "tools": body.tools or [],
+            "top_logprobs": body.top_logprobs or 0,
+            "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
             "usage": None if usage is None else _usage(usage),
         }

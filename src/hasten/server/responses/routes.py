@@ -22,17 +22,17 @@ def responses_route(chats: ChatCalls, *, with_metrics: bool) -> Route:
     """POST /v1/responses. `with_metrics`: answers have the times of their requests."""
 
     async def responses(request: Request) -> Response:
-        asked = await read_body(request, _RESPONSES)
+        body = await read_body(request, _RESPONSES)
 
         def form(params: SamplingParams) -> ResponseForm:
-            return ResponseForm(asked, params if with_metrics else None)
+            return ResponseForm(body, params if with_metrics else None)
 
         def check(reading: AnswerReading | None) -> None:
-            if asked.with_logprobs and reading is not None:
+            if body.with_logprobs and reading is not None:
                 message = f"include cannot have {LOGPROBS} where the answer may have reasoning or calls of tools"
                 raise OpenAIError(message, param="include")
 
-        return await chats.answer(request, as_chat(asked), form, check)
+        return await chats.answer(request, as_chat(body), form, check)
 
     operation = Operation("Answer a chat, as a response", ResponsesRequest, streams=True)
     return Route("/v1/responses", guarded(responses, operation), methods=["POST"])
