@@ -102,6 +102,7 @@ def test_norms_and_rows_of_tables(width: int, assert_close: Close) -> None:
         assert kept is x
     assert_close("layer_norm", ops.embedding_norm(ids, x, weight, bias, 1e-5), ops.norm(x, weight, bias, 1e-5)[0][ids])
     assert torch.equal(ops.embedding(ids, x), x[ids])
+    assert torch.equal(ops.scaled(x.clone(), 0.3), x * 0.3)
 
 
 @pytest.mark.parametrize("block", [5, 16, 128])
@@ -126,6 +127,8 @@ def test_single_queries(heads: int, key_heads: int, size: int, block: int, asser
         {"alibi_slopes_n": slopes, "window": 40},
         plain | {"softcap": 2.0, "sinks_n": sinks},
         plain | {"causal": False},
+        plain | {"bias_nr": draw(heads, 2 * 9 + 1)},
+        plain | {"bias_nr": draw(heads, 2 * 140 + 1), "window": 200},
     ):
         found = ops.paged_attention(queries, keys, values, meta, size**-0.5, **options)
         expected = reference.paged_attention(queries, keys, values, meta, size**-0.5, **options)

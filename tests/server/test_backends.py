@@ -12,7 +12,7 @@ import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
 from tests.conftest import MakeModel
-from tests.encoder_decoders import save_encoder_decoder, their_tokens
+from tests.encoder_decoders import save_encoder_decoder, their_logprobs, their_tokens
 from tests.server.serve_process import serve_process
 from tritonclient.utils import InferenceServerException
 
@@ -204,9 +204,24 @@ def test_a_t5_has_the_tensors_of_its_backend(served: Served) -> None:
         sums = found.as_numpy("output_log_probs").sum(2)
         np.testing.assert_allclose(found.as_numpy("cum_log_probs"), sums, rtol=1e-4)
     wide = served.grpc.infer(
-        "t5", t5_inputs(grpcclient, rows, LENGTH, beam_width=[[2]] * 2, len_penalty=[[1.0]] * 2, **least)
+        "t5",
+        t5_inputs(
+            grpcclient,
+            rows,
+            LENGTH,
+            beam_width=[[2]] * 2,
+            len_penalty=[[1.0]] * 2,
+            is_return_log_probs=[[True]] * 2,
+            **least,
+        ),
     )
     assert wide.as_numpy("output_ids").tolist() == beams
+    each = wide.as_numpy("output_log_probs")
+    np.testing.assert_allclose(each.sum(2), wide.as_numpy("cum_log_probs"), rtol=1e-4)
+    for row, ours, tokens in zip(rows, each, beams, strict=True):
+        for found_t, beam in zip(ours, tokens, strict=True):
+            theirs_tv = their_logprobs(served.t5, row, beam)
+            np.testing.assert_allclose(found_t, theirs_tv[range(LENGTH), beam], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +232,6 @@ def test_a_t5_has_the_tensors_of_its_backend(served: Served) -> None:
         ({"sequence_length": [[9]]}, "input 'sequence_length' is 9, but 'input_ids' has 4 tokens"),
         ({"max_output_len": [[0]]}, "item 0 of the batch: max_output_len must be"),
         ({"sequence_length": [[0]]}, "input 'sequence_length' is 0, and the encoder needs a token"),
-        ({"beam_width": [[2]], "is_return_log_probs": [[True]]}, "'output_log_probs' is not computed of the beams"),
         ({"request_output_len": [[1]]}, "unexpected inference input 'request_output_len'"),
     ],
 )

@@ -132,7 +132,8 @@ def test_tensorrt_llms_options(demo: Running, expected: dict[str, Any]) -> None:
     assert text(end_id=-1, min_length=20)
     beams = demo.infer(asked(max_tokens=8, beam_width=3, length_penalty=0.5, return_log_probs=True))
     assert len(beams["text_output"]) == len(beams["cum_log_probs"]) == 3
-    assert "output_log_probs" not in beams
+    sums = [sum(each) for each in beams["output_log_probs"]]
+    assert sums == pytest.approx(list(beams["cum_log_probs"]), abs=1e-4)
 
 
 def test_what_constrains_and_biases_the_output(demo: Running) -> None:

@@ -82,15 +82,15 @@ def test_a_snapshot_is_of_its_own_moment() -> None:
     assert found["cum_log_probs"] == [[-3.0]]
 
 
-def test_a_score_lacks_the_last_token_at_most() -> None:
-    output = BatchOutput(asked([[1]], beam_width=2, log_probs=True))
-    for index in range(2):
-        beam = delta(index, [2, 3])
-        beam.cumulative_logprob = -3.5
-        output.take(0, beam)
-    output.score(0, 0, [-1.0, -2.5])
-    output.score(0, 1, [-1.0])
-    assert lists(output.snapshot().tensors(ALL))["output_log_probs"] == [[[-1.0, -2.5], [-1.0, -2.5]]]
+def test_beams_have_their_own_log_probabilities() -> None:
+    for wanted in (True, False):
+        output = BatchOutput(asked([[1]], beam_width=2, log_probs=wanted))
+        for index in range(2):
+            beam = delta(index, [2, 3])
+            beam.cumulative_logprob, beam.token_logprobs = -3.5, [-1.0, -2.5]
+            output.take(0, beam)
+        found = lists(output.snapshot().tensors(ALL))
+        assert found.get("output_log_probs") == ([[[-1.0, -2.5], [-1.0, -2.5]]] if wanted else None)
 
 
 def test_what_cannot_be_continued_is_an_error() -> None:

@@ -121,6 +121,8 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     """The stop string or stop token that ended it, None for the model's end token; or what the error was."""
+    token_logprobs: list[float] | None = None
+    """Of a beam: the log-probability of each of its tokens, as the search added them up."""
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ while the next step is computed: it keeps the completions that have ended, the h
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from hasten.core.types import SamplingParams
@@ -46,12 +47,22 @@ class Hypothesis:
     """A completion that is one of the best so far."""
 
     token_ids: tuple[int, ...]
-    logprob: float
-    """Sum over its tokens."""
+    sums: tuple[float, ...]
+    """Of the log-probabilities up to each of its tokens."""
     score: float
     """What completions are compared by."""
     ended: bool
     """Whether its last token ended it, and not the greatest length."""
+
+    @property
+    def logprob(self) -> float:
+        """Sum over its tokens."""
+        return self.sums[-1] if self.sums else 0.0
+
+    @property
+    def token_logprobs(self) -> list[float]:
+        """Of each of its tokens."""
+        return [later - before for before, later in pairwise((0.0, *self.sums))]
 
 
 class BeamSearch:
@@ -83,30 +94,30 @@ class BeamSearch:
         """The beams as they are, best first, for a search that cannot be completed."""
         if not self._steps:
             return []
-        beams = enumerate(self._steps[-1].logprobs)
-        found = [self._hypothesis(self._token_ids(number), logprob) for number, logprob in beams]
+        found = [self._hypothesis(*self._output(number)) for number in range(len(self._steps[-1].tokens))]
         return sorted(found, key=_score, reverse=True)
 
-    def _token_ids(self, number: int) -> tuple[int, ...]:
-        """The output of a beam."""
-        tokens = []
+    def _output(self, number: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """The tokens of a beam, and the sums of log-probabilities up to each."""
+        tokens, sums = [], []
         for step in reversed(self._steps):
             tokens.append(step.tokens[number])
+            sums.append(step.logprobs[number])
             number = step.beams[number]
-        return tuple(reversed(tokens))
+        return tuple(reversed(tokens)), tuple(reversed(sums))
 
     def _conclude(self, best: "zip[tuple[int, int, float]]", *, at_end: bool) -> None:
         """Keep what has ended, or all at the end, if it is among the best."""
-        new = (
-            self._hypothesis((*self._token_ids(number), token), logprob)
-            for number, token, logprob in best
-            if at_end or token in self._end_tokens
-        )
+        new = []
+        for number, token, logprob in best:
+            if at_end or token in self._end_tokens:
+                tokens, sums = self._output(number)
+                new.append(self._hypothesis((*tokens, token), (*sums, logprob)))
         self.hypotheses = sorted([*self.hypotheses, *new], key=_score, reverse=True)[: len(self.keys)]
 
-    def _hypothesis(self, token_ids: tuple[int, ...], logprob: float) -> Hypothesis:
+    def _hypothesis(self, token_ids: tuple[int, ...], sums: tuple[float, ...]) -> Hypothesis:
         ended = token_ids[-1] in self._end_tokens
-        return Hypothesis(token_ids, logprob, self._scored(logprob, len(token_ids)), ended)
+        return Hypothesis(token_ids, sums, self._scored(sums[-1], len(token_ids)), ended)
 
     def _scored(self, logprob: float, length: int) -> float:
         return logprob / float(length) ** self._params.length_penalty

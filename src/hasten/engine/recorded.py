@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hasten import ops
 from hasten.engine.graphs import Prepare, StepOutput
@@ -30,7 +31,7 @@ class _Recorded:
 
     recording: "Recording"
     numbers: "np.ndarray[tuple[int, int], np.dtype[np.int64]]"
-    """[5, t]: ids, positions, slots, rows of the block tables, and lengths."""
+    """[5, t]: ids, positions, slots, rows of the block tables, lengths; [7, t] with the last two of encoded inputs."""
     output: StepOutput
 
 
@@ -56,14 +57,17 @@ class RecordedSteps:
             return None
         inputs, recorded = self._inputs, self._recorded.get(count)
         inputs.tables.apply(message.edits)
-        numbers = np.empty((5, count), dtype=np.int64) if recorded is None else recorded.numbers
-        ids, positions, slots, rows, lengths = numbers
+        width = 7 if inputs.has_encoder else 5
+        numbers = np.empty((width, count), dtype=np.int64) if recorded is None else recorded.numbers
+        ids, positions, slots, rows, lengths, *given = numbers
         ids[:], positions[:], rows[:] = message.ids, message.starts, message.rows
         np.add(positions, 1, out=lengths)
         blocks, offsets = np.divmod(positions, inputs.block_size)
         slots[:] = inputs.tables.array[rows, blocks]
         slots *= inputs.block_size
         slots += offsets
+        if given:
+            given[0][:], given[1][:] = message.input_rows, message.input_lens
         if recorded is None:
             return self._record(numbers)
         recorded.recording.run()
@@ -71,16 +75,9 @@ class RecordedSteps:
 
     def _record(self, numbers: "np.ndarray[tuple[int, int], np.dtype[np.int64]]") -> StepOutput:
         """Compute the first step of its number of tokens."""
-        ids, positions, slots, rows, lengths = torch.from_numpy(numbers)
-        meta = ops.AttentionMeta(
-            num_tokens=len(ids),
-            block_tables=self._tables,
-            slot_mapping=slots,
-            sequences=rows.tolist(),
-            query_lens=[1] * len(ids),
-            kv_lens=lengths.tolist(),
-            numbers=(rows, lengths),
-        )
+        ids, positions, slots, rows, lengths, *given = torch.from_numpy(numbers)
+        cross = self._seen(slots, *given) if given else None
+        meta = self._seen(slots, rows, lengths, cross)
         with ops.recorded() as recording:
             output = self._compute(Tokens(ids, positions, meta, any_pending=False))
         if recording.is_whole:
@@ -89,12 +86,27 @@ class RecordedSteps:
             self._can_record = False
         return output.copied()
 
+    def _seen(
+        self, slots: Tensor, rows: Tensor, lengths: Tensor, cross: ops.AttentionMeta | None = None
+    ) -> ops.AttentionMeta:
+        """What single tokens attend to: so many keys of each in blocks of these rows of the tables."""
+        return ops.AttentionMeta(
+            num_tokens=len(rows),
+            block_tables=self._tables,
+            slot_mapping=slots,
+            sequences=rows.tolist(),
+            query_lens=[1] * len(rows),
+            kv_lens=lengths.tolist(),
+            numbers=(rows, lengths),
+            cross=cross,
+        )
+
 
 def _is_plain(message: StepMessage) -> bool:
     """Whether a step is one of single tokens that are all known, and nothing else."""
     return (
         len(message.rows) == message.num_tokens
         and min(message.needed) == 1
-        and not (message.prompt_rows or message.moves or message.positions or message.input_rows)
+        and not (message.prompt_rows or message.moves or message.positions or message.encoder_counts)
         and min(message.ids) >= 0
     )

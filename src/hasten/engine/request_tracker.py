@@ -200,7 +200,7 @@ class RequestTracker:
             del self.states[sequence.request_id]
 
     def _fail_search(self, state: RequestState, search: BeamSearch, sequence: Sequence, error: str) -> None:
-        best = search.unfinished() or [Hypothesis((), 0.0, 0.0, ended=False)] * sequence.params.n
+        best = search.unfinished() or [Hypothesis((), (), 0.0, ended=False)] * sequence.params.n
         self._end_search(state, search, best, FinishReason.ERROR, error)
 
     def _go_on(self, state: RequestState, search: BeamSearch, step: BeamStep) -> None:
@@ -241,6 +241,7 @@ class RequestTracker:
         for index, found in enumerate(best[: sequence.params.n]):
             tokens = list(found.token_ids)
             output = CompletionOutput(index, "", tokens, cumulative_logprob=found.logprob, stop_reason=error)
+            output.token_logprobs = found.token_logprobs
             completion = Completion(output, None, sequence, state.continues)
             state.completions[index] = completion
             stopped = reason is None and found.ended and self.stopping.ends(completion, tokens[-1])

@@ -129,7 +129,7 @@ class Head(PackedModule):
         """This rank's shard of the logits, [r, v / ranks], with what pads the vocabulary at its end."""
         logits_rv = ops.linear(hidden_rh, self.packed, self.bias)
         if self.scale is not None:
-            logits_rv = logits_rv.mul_(self.scale)
+            logits_rv = ops.scaled(logits_rv, self.scale)
         if self.softcap is None:
             return logits_rv
         return (logits_rv.float() / self.softcap).tanh_().mul_(self.softcap).to(logits_rv.dtype)

@@ -22,7 +22,7 @@ from hasten.ops.dispatch.device import (
     set_count,
 )
 from hasten.ops.dispatch.experts import experts, norm_route, pack_experts, route
-from hasten.ops.dispatch.norms import embedding, embedding_norm, norm
+from hasten.ops.dispatch.norms import embedding, embedding_norm, norm, scaled
 from hasten.ops.dispatch.products import add_linear, cpu_multiplies, gated_linear, linear, linear_parts, pack_linear
 from hasten.ops.dispatch.sampling import (
     count_tokens,
@@ -119,6 +119,7 @@ __all__ = [
     "records",
     "resolve_ids",
     "route",
+    "scaled",
     "set_count",
     "store_heads",
     "to_device",

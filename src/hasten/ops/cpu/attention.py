@@ -112,7 +112,6 @@ def _single_queries(query_tnd: Tensor, key_cache: Tensor, meta: AttentionMeta, s
     if (
         kernels is None
         or meta.run is not None
-        or scores.bias_nr is not None
         or not (scores.causal or scores.window is None)
         or query_tnd.dtype != torch.float32
         or 1 not in meta.query_lens
@@ -161,6 +160,7 @@ def _attend_single(
         scale=scale,
         slopes_n=scores.slopes_n,
         sinks_n=sinks_n,
+        bias_nr=scores.bias_nr,
         window=scores.window,
         softcap=softcap,
         keys=sum(meta.kv_lens),

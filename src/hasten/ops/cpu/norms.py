@@ -58,6 +58,11 @@ def _is_in_bytes(table_vh: Weight) -> TypeGuard[QuantizedWeight]:
     )
 
 
+def scaled(x_to: Tensor, factor: float) -> Tensor:  # noqa: D103
+    kernels = native.kernels()
+    return x_to.mul_(factor) if kernels is None or not is_plain(x_to) else kernels.norms.scale(x_to, factor)
+
+
 def is_plain(*operands: Weight) -> bool:
     """Whether all are tensors in fp32 of at most two axes, row after row."""
     return all(

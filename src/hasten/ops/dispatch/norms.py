@@ -1,4 +1,4 @@
-"""Rows of tables, and norms."""
+"""Rows of tables, norms, and multiples."""
 
 from typing import TYPE_CHECKING, overload
 
@@ -81,3 +81,8 @@ def embedding_norm(ids_t: Tensor, table_vh: Weight, weight_h: Tensor, bias_h: Te
 
         return kernels.embedding_norm(ids_t, table_vh, weight_h, bias_h, eps)
     return cpu.norms.embedding_norm(ids_t, table_vh, weight_h, bias_h, eps)
+
+
+def scaled(x_to: Tensor, factor: float) -> Tensor:
+    """`x * factor`, in the memory of x."""
+    return x_to.mul_(factor) if x_to.is_cuda else cpu.norms.scaled(x_to, factor)

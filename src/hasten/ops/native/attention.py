@@ -6,7 +6,7 @@ from hasten.ops.native.launch import Kernel, empty, launch
 
 _HEADS = 16
 """Most query heads that share a key head."""
-_attention = Kernel("attention", "19q2d")
+_attention = Kernel("attention", "21q2d")
 _store = Kernel("store", "13q")
 
 
@@ -28,6 +28,7 @@ def attention(
     scale: float,
     slopes_n: Tensor | None,
     sinks_n: Tensor | None,
+    bias_nr: Tensor | None,
     window: int | None,
     softcap: float | None,
     keys: int,
@@ -62,6 +63,8 @@ def attention(
         out_tnd,
         heads * size,
         numbers_s,
+        bias_nr,
+        0 if bias_nr is None else bias_nr.shape[1] // 2,
         scale,
         softcap or 0.0,
     )

@@ -1,4 +1,4 @@
-"""Norms of rows, and rows of tables: launches of `code/norms.py`."""
+"""Norms of rows, rows of tables, and multiples: launches of `code/norms.py`."""
 
 from torch import Tensor
 
@@ -7,6 +7,7 @@ from hasten.ops.native.launch import Kernel, empty, launch
 _norm = Kernel("norm", "7qd2q")
 _gather = Kernel("gather", "5q")
 _gather_bytes = Kernel("gather_bytes", "6q")
+_scale = Kernel("scale", "2qd")
 
 
 def norm(
@@ -36,3 +37,9 @@ def gather_bytes(ids_t: Tensor, table_vh: Tensor, scales_v: Tensor) -> Tensor:
     out_th = empty(rows, width)
     launch(_gather_bytes, 2 * rows * width, rows, width, table_vh, ids_t, scales_v, out_th)
     return out_th
+
+
+def scale(x: Tensor, factor: float) -> Tensor:
+    """A tensor of numbers that stand side by side, multiplied in place."""
+    launch(_scale, x.numel(), x.numel(), x, factor)
+    return x

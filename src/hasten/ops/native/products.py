@@ -7,7 +7,7 @@ from hasten.ops.native.launch import Kernel, empty, launch
 
 _WIDTH = 32
 """Output features of a panel."""
-ACTIVATIONS = {"gelu_tanh": 1, "silu": 2, "relu": 3, "relu2": 4, "quick_gelu": 5}
+ACTIVATIONS = {"gelu_tanh": 1, "silu": 2, "relu": 3, "relu2": 4, "quick_gelu": 5, "gelu": 6}
 """Activations that a product computes of its results, by their number in the kernel."""
 _product = Kernel("product", "13q")
 _rows = Kernel("rows", "8q")

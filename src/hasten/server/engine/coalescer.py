@@ -80,6 +80,7 @@ class Deltas:
             completion.cumulative_logprob,
             completion.finish_reason,
             completion.stop_reason,
+            None if completion.token_logprobs is None else completion.token_logprobs[tokens:],
         )
 
 

@@ -71,7 +71,8 @@ def _delta_parts(delta: CompletionDelta, most: int) -> Iterator[CompletionDelta]
     for begin in range(0, len(delta.token_ids), length):
         end = begin + length
         logprobs = None if delta.logprobs is None else delta.logprobs[begin:end]
-        made = replace(delta, token_ids=delta.token_ids[begin:end], logprobs=logprobs, text=text)
+        own = None if delta.token_logprobs is None else delta.token_logprobs[begin:end]
+        made = replace(delta, token_ids=delta.token_ids[begin:end], logprobs=logprobs, token_logprobs=own, text=text)
         if end < len(delta.token_ids):
             made.finish_reason = made.stop_reason = None
         text = ""

@@ -71,6 +71,8 @@ def _extend(delta: CompletionDelta, later: CompletionDelta) -> None:
     delta.text += later.text
     if delta.logprobs is not None and later.logprobs is not None:
         delta.logprobs += later.logprobs
+    if delta.token_logprobs is not None and later.token_logprobs is not None:
+        delta.token_logprobs += later.token_logprobs
     delta.cumulative_logprob = later.cumulative_logprob
     delta.finish_reason, delta.stop_reason = later.finish_reason, later.stop_reason
 

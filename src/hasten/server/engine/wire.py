@@ -106,6 +106,7 @@ class CompletionDelta(msgspec.Struct, array_like=True, gc=False):
     cumulative_logprob: float | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    token_logprobs: list[float] | None = None
 
 
 class Start(msgspec.Struct, tag=True):

@@ -131,7 +131,7 @@ class _Reply:
         """What came last of each completion, without what the responses so far have."""
         self._first = asked.prompt if asked.prepend_input else ""
         self._prompt_tokens = 0
-        names = ("text_output", *filter(self._has, sorted(asked.wanted)))
+        names = ("text_output", *sorted(asked.wanted))
         self._names = [name for name in names if name in work.outputs]
 
     def tensors(self, progress: Progress) -> list[Tensor]:
@@ -143,12 +143,8 @@ class _Reply:
             self._last[delta.index] = delta
         made = [self._output(name, self._last) for name in self._names]
         for delta in progress.completions:
-            self._last[delta.index] = replace(delta, token_ids=[], text="", logprobs=None)
+            self._last[delta.index] = replace(delta, token_ids=[], text="", logprobs=None, token_logprobs=None)
         return made
-
-    def _has(self, name: str) -> bool:
-        """Of beams there is only the sum of the log-probabilities."""
-        return name != "output_log_probs" or self._asked.params.beam_width == 1
 
     def _output(self, name: str, deltas: list[CompletionDelta]) -> Tensor:
         if name == "text_output":
@@ -186,6 +182,8 @@ def _matrix(rows: list[list[float]]) -> NDArray[np.float32]:
 
 
 def _chosen(delta: CompletionDelta) -> list[float]:
+    if delta.token_logprobs is not None:
+        return delta.token_logprobs
     return [entry[token].logprob for token, entry in zip(delta.token_ids, delta.logprobs or (), strict=False)]
 
 

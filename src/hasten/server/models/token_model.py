@@ -21,7 +21,7 @@ from hasten.server.models.token_inputs import Item, TokenRequest, read_items
 from hasten.server.models.token_outputs import BatchOutput
 from hasten.server.models.work import Outcome, Work
 from hasten.server.together import together, whenever
-from hasten.server.types import ErrorKind, ServiceError, Tensor
+from hasten.server.types import Tensor
 
 _ITEM_BYTES = 1024
 """Of its tensors: what reading an item costs, in bytes of copying (about 50 us)."""
@@ -57,20 +57,11 @@ class TokenModel(EngineModel):
 
     def _read(self, work: Work) -> tuple[TokenRequest, BatchOutput]:
         asked = read_items(work, self._engine.info, self._names)
-        if not self._with_prompts and asked.log_probs and asked.beam_width > 1 and "output_log_probs" in work.outputs:
-            raise ServiceError(
-                ErrorKind.UNSUPPORTED,
-                "output 'output_log_probs' is not computed of the beams of a model with an encoder; leave it out "
-                "('cum_log_probs' has their sums)",
-            )
         return asked, BatchOutput(asked, with_prompts=self._with_prompts)
 
     async def _follow_all(self, asked: TokenRequest, output: BatchOutput, changed: asyncio.Event, work: Work) -> None:
         items = list(enumerate(asked.items))
         await together([self._follow(item, place, output, changed, work) for place, item in items])
-        if asked.log_probs and asked.beam_width > 1 and "output_log_probs" in work.outputs:
-            beams = [(item, place, index) for place, item in items for index in range(asked.beam_width)]
-            await together([self._score(*beam, output, work) for beam in beams])
 
     async def _follow(self, item: Item, place: int, output: BatchOutput, changed: asyncio.Event, work: Work) -> None:
         """Put what becomes known of one item into the batch's output."""
@@ -81,9 +72,7 @@ class TokenModel(EngineModel):
                     output.take(place, delta)
                 changed.set()
 
-    def _generate(
-        self, prompt: list[int], params: SamplingParams, work: Work, *, counted: bool = True
-    ) -> AsyncGenerator[Progress, None]:
+    def _generate(self, prompt: list[int], params: SamplingParams, work: Work) -> AsyncGenerator[Progress, None]:
         return self._engine.generate(
             prompt,
             params,
@@ -91,24 +80,7 @@ class TokenModel(EngineModel):
             priority=work.priority,
             queue_timeout=work.queue_timeout,
             salt=work.cache_salt,
-            counted=counted,
         )
-
-    async def _score(self, item: Item, place: int, index: int, output: BatchOutput, work: Work) -> None:
-        """Log-probabilities of a beam's tokens, which its search keeps the sum of: those of a prompt that has them.
-
-        A sequence as long as can be lacks that of its last token, which cannot be in a prompt.
-        """
-        tokens = output.generated(place, index)
-        prompt = [*item.prompt, *tokens][: self._engine.info.max_model_len - 1]
-        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-        log_probs: list[float] = []
-        async with aclosing(self._generate(prompt, params, work, counted=False)) as progresses:
-            async for progress in progresses:
-                entries = (progress.prompt_logprobs or [])[len(item.prompt) :]
-                known = zip(tokens, entries, strict=False)
-                log_probs += [entry[token].logprob for token, entry in known if entry is not None]
-        output.score(place, index, log_probs)
 
     async def _outcome(self, output: BatchOutput, work: Work, *, final: bool) -> Outcome:
         now = output.snapshot()

@@ -105,14 +105,9 @@ class BatchOutput:
         if delta.logprobs is not None:
             pairs = zip(delta.token_ids, delta.logprobs, strict=True)
             self._add_log_probs(beam, begin, [entry[token].logprob for token, entry in pairs])
+        if delta.token_logprobs is not None and self._asked.log_probs:
+            self._add_log_probs(beam, begin, delta.token_logprobs)
         self._lengths[beam] = end
-
-    def score(self, place: int, index: int, log_probs: Sequence[float]) -> None:
-        """Set the log-probabilities of a finished beam's tokens; of a last one that has none, what the sum leaves."""
-        beam = place, index
-        missing = len(self.generated(place, index)) - len(log_probs)
-        rest = [float(self._cumulative[beam]) - sum(log_probs)] if missing else []
-        self._add_log_probs(beam, int(self._prompt_lengths[beam]), [*log_probs, *rest])
 
     def _add_log_probs(self, beam: tuple[int, int], begin: int, log_probs: Sequence[float]) -> None:
         at = begin - int(self._prompt_lengths[beam])

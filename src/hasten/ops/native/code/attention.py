@@ -65,8 +65,11 @@ def _compare(query, keys, count, heads, shared, size, row, scores):
 
 
 @part
-def _adjust(line, count, scale, cap, slope, distance):
-    """Scale the scores of a head, cap them, and add a slope times the distance of their keys, the first's given."""
+def _adjust(line, count, scale, cap, slope, biases, farthest, distance):
+    """Scale the scores of a head, cap them, and add what comes of the distances of their keys, the first's given.
+
+    That is a slope times the distance, and a bias of those from -`farthest` on.
+    """
     scales = splat(scale)
     if cap:
         for at in range(0, 4 * count, 64):
@@ -80,7 +83,24 @@ def _adjust(line, count, scale, cap, slope, distance):
     if slope:
         for number in range(count):
             at = line + 4 * number
-            store_f32(at, load_f32(at) + slope * (distance + _f32(number)))
+            store_f32(at, load_f32(at) + slope * _f32(distance + number))
+    if biases:
+        _add_biases(line, count, biases, farthest, distance)
+
+
+@part
+def _add_biases(line, count, biases, farthest, distance):
+    number = 0
+    while number < count and distance + number < -farthest:
+        store_f32(line + 4 * number, load_f32(line + 4 * number) + load_f32(biases))
+        number += 1
+    while number + 16 <= count:
+        at = line + 4 * number
+        store(at, add(load(at), load(biases + 4 * (distance + number + farthest))))
+        number += 16
+    for rest in range(number, count):
+        at = line + 4 * rest
+        store_f32(at, load_f32(at) + load_f32(biases + 4 * (distance + rest + farthest)))
 
 
 @part
@@ -125,7 +145,26 @@ def _scale_head(out, factor, size):
 
 
 @part
-def _attend(query, keys, values, table, begin, end, block, heads, shared, size, row, slopes, sinks, scale, cap, out):
+def _attend(
+    query,
+    keys,
+    values,
+    table,
+    begin,
+    end,
+    block,
+    heads,
+    shared,
+    size,
+    row,
+    slopes,
+    sinks,
+    biases,
+    farthest,
+    scale,
+    cap,
+    out,
+):
     """Up to `_HEADS` heads of one query over keys `begin` to `end` of its sequence; of keys, rows of `row` bytes.
 
     `shared`: query heads that share a key head; the first of `heads` is the first of its keys' too.
@@ -150,7 +189,8 @@ def _attend(query, keys, values, table, begin, end, block, heads, shared, size, 
         for head in range(heads):
             line = scores + 512 * head
             slope = load_f32(slopes + 4 * head) if slopes else _f32(0)
-            _adjust(line, count, scale, cap, slope, _f32(first - end + 1))
+            own = biases + 4 * (2 * farthest + 1) * head if biases else 0
+            _adjust(line, count, scale, cap, slope, own, farthest, first - end + 1)
             for at in range(count, whole):
                 store_f32(line + 4 * at, _NONE)
             top = load(line)
@@ -191,7 +231,8 @@ def _attention(p, thread, threads):
     queries, query_stride, keys, values = load_i64(p + 56), 4 * load_i64(p + 64), load_i64(p + 72), load_i64(p + 80)
     tables, rows, lengths, slopes = load_i64(p + 88), load_i64(p + 96), load_i64(p + 104), load_i64(p + 112)
     sinks, out, out_stride, numbers = load_i64(p + 120), load_i64(p + 128), 4 * load_i64(p + 136), load_i64(p + 144)
-    scale, cap = _f32(load_f64(p + 152)), _f32(load_f64(p + 160))
+    biases, farthest = load_i64(p + 152), load_i64(p + 160)
+    scale, cap = _f32(load_f64(p + 168)), _f32(load_f64(p + 176))
     row = key_heads * size
     most = max(1, 16 // shared)
     unit, ends = count * key_heads * thread // threads, count * key_heads * (thread + 1) // threads
@@ -222,6 +263,8 @@ def _attention(p, thread, threads):
                 row,
                 slopes + 4 * first if slopes else 0,
                 sinks + 4 * first if sinks else 0,
+                biases + 4 * (2 * farthest + 1) * first if biases else 0,
+                farthest,
                 scale,
                 cap,
                 to,

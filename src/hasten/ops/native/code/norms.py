@@ -1,4 +1,7 @@
-"""Norms of rows, and rows of tables. Addresses are of fp32 numbers, but for ids, which are int64, and int8 tables."""
+"""Norms of rows, rows of tables, and multiples.
+
+Addresses are of fp32 numbers, but for ids, which are int64, and int8 tables.
+"""
 
 import numpy as np
 
@@ -95,3 +98,15 @@ def _gather_bytes(p, thread, threads):
             store(to + 4 * at, mul(widened(load_bytes(row + at)), splat(scale)))
         for at in range(whole, width):
             store_f32(to + 4 * at, _f32(load_i8(row + at)) * scale)
+
+
+@kernel
+def _scale(p, thread, threads):
+    """Multiply numbers x [n] by a factor, in place, each thread some of them."""
+    count, x, factor = load_i64(p), load_i64(p + 8), _f32(load_f64(p + 16))
+    begin, end = x + 4 * (count * thread // threads), x + 4 * (count * (thread + 1) // threads)
+    whole, factors = begin + (end - begin) // 64 * 64, splat(factor)
+    for at in range(begin, whole, 64):
+        store(at, mul(load(at), factors))
+    for at in range(whole, end, 4):
+        store_f32(at, load_f32(at) * factor)

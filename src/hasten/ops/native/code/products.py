@@ -32,6 +32,7 @@ from hasten.ops.native.code.simd import (
     mul,
     prefetched,
     read,
+    signed,
     splat,
     spread,
     stack,
@@ -155,6 +156,19 @@ def _logistic(x):
 
 
 @part
+def _erf(x):
+    """The error function, to 2e-7. Source: Abramowitz, Stegun, "Handbook of Mathematical Functions", 1964 (7.1.26)."""
+    size = larger(x, sub(splat(_f32(0)), x))
+    t = div(splat(_f32(1)), fma(size, splat(_f32(0.3275911)), splat(_f32(1))))
+    sums = fma(t, splat(_f32(1.061405429)), splat(_f32(-1.453152027)))
+    sums = fma(sums, t, splat(_f32(1.421413741)))
+    sums = fma(sums, t, splat(_f32(-0.284496736)))
+    sums = fma(sums, t, splat(_f32(0.254829592)))
+    tail = mul(mul(sums, t), exp(mul(x, sub(splat(_f32(0)), x))))
+    return signed(sub(splat(_f32(1)), tail), x)
+
+
+@part
 def _activated(x, activation):
     if activation == 1:
         cubic = mul(fma(mul(x, x), splat(_f32(0.044715)), splat(_f32(1))), x)
@@ -165,6 +179,8 @@ def _activated(x, activation):
         return mul(x, _logistic(mul(x, splat(_f32(1.702)))))
     if activation == 3:
         return larger(splat(_f32(0)), x)
+    if activation == 6:
+        return mul(mul(x, splat(_f32(0.5))), add(splat(_f32(1)), _erf(mul(x, splat(_f32(0.7071067811865476))))))
     if activation == 4:
         positive = larger(splat(_f32(0)), x)
         return mul(positive, positive)

@@ -155,6 +155,8 @@ larger = _made(_two, vector, _larger)
 """The greater of each two numbers; the second where either is NaN."""
 larger_or_nan = _made(_two, vector, _largest_or_nan)
 """The greater of each two numbers; NaN where either is."""
+signed = _made(_two, vector, lambda b, args: called(b, "llvm.copysign.v16f32", VECTOR, args))
+"""The absolute value of each first number with the sign of the second."""
 exp = _made((vector,), vector, lambda b, args: _exp(b, args[0]))
 total = _made(
     (vector,),
