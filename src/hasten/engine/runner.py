@@ -227,13 +227,14 @@ class Runner:
     def any_threads(self) -> bool:
         """Whether steps have the same bits on any number of threads.
 
-        Kernels for a CPU have, and torch's attention of prompts where it is one op; its other ops may not.
+        Kernels for a CPU have, and torch's attention of prompts where it is one op; its other ops may not, and those of
+        an encoder were not compared.
         """
-        return (
-            isinstance(self._graphs, RecordedSteps)
-            and self._graphs.has_recorded
-            and all(each.sinks is None and each.config.softcap is None for each in chain(*self._attentions))
-        )
+        if not isinstance(self._graphs, RecordedSteps) or not self._graphs.has_recorded:
+            return False
+        attentions = list(chain(*self._attentions))
+        own = [each for each in attentions if isinstance(each, Attention)]
+        return len(own) == len(attentions) and all(each.sinks is None and each.config.softcap is None for each in own)
 
     def release_graphs(self) -> None:
         """Let the graphs go: NCCL does not leave a group that one of them still has work of."""
