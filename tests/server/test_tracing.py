@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ import numpy as np
 import openai
 import pytest
 import tritonclient.grpc as grpcclient
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from tests.server.running import running
 from tests.server.test_app import FREE
@@ -29,8 +30,11 @@ from tritonclient.grpc import service_pb2_grpc
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
+from hasten.core.types import FinishReason, PoolingParams, SamplingParams
 from hasten.server.app import Server
+from hasten.server.call import EndedRequest
 from hasten.server.options import LogOptions, ModelOptions, ServeOptions
+from hasten.server.otel_metrics import OtelMetrics
 from hasten.server.tracing import Tracing
 
 pytestmark = pytest.mark.any_python
@@ -55,18 +59,32 @@ class Span:
     service: str
 
 
+@dataclass
+class Point:
+    """The newest values of a histogram with some attributes."""
+
+    count: int
+    sum: float
+    bounds: list[float]
+
+
 class Collector:
-    """Takes spans over OTLP/HTTP, as a collector does."""
+    """Takes spans and metrics over OTLP/HTTP, as a collector does."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
+        self.points: dict[tuple[str, str, str, str], Point] = {}
+        """By the metric's name, its operation, model and error."""
         collector = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                assert self.path == "/v1/traces"
                 body = self.rfile.read(int(self.headers["content-length"]))
-                collector.take(ExportTraceServiceRequest.FromString(body))
+                if self.path == "/v1/metrics":
+                    collector.take_metrics(ExportMetricsServiceRequest.FromString(body))
+                else:
+                    assert self.path == "/v1/traces"
+                    collector.take(ExportTraceServiceRequest.FromString(body))
                 self.send_response(200)
                 self.end_headers()
 
@@ -98,6 +116,19 @@ class Collector:
                     for span in scope.spans
                 ]
 
+    def take_metrics(self, request: ExportMetricsServiceRequest) -> None:
+        for of_resource in request.resource_metrics:
+            resource = {each.key: each.value.string_value for each in of_resource.resource.attributes}
+            assert resource["service.name"] == "hasten"
+            for metric in (metric for scope in of_resource.scope_metrics for metric in scope.metrics):
+                for point in metric.histogram.data_points:
+                    about = {each.key: each.value.string_value for each in point.attributes}
+                    assert about["gen_ai.provider.name"] == "hasten"
+                    names = ("gen_ai.operation.name", "gen_ai.request.model", "error.type")
+                    operation, model, error = (about.get(name, "") for name in names)
+                    made = Point(point.count, point.sum, list(point.explicit_bounds))
+                    self.points[metric.name, operation, model, error] = made
+
     def of(self, trace: str) -> dict[str, Span]:
         """The spans of a trace by their names, once its call has ended."""
         eventually(lambda: any(span.trace == trace and span.kind == 2 for span in self.spans))
@@ -127,10 +158,15 @@ def server(collector: Collector) -> Iterator[Server]:
         engine=EngineConfig.create(str(DEMO)),
         endpoints=FREE,
         model=ModelOptions(text_name="story", decoupled=True),
-        log=LogOptions(otlp_traces_endpoint=collector.url, log_requests=True),
+        log=LogOptions(
+            otlp_traces_endpoint=collector.url,
+            otlp_metrics_endpoint=collector.url.replace("traces", "metrics"),
+            log_requests=True,
+        ),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+        patch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "50")
         with running(options) as server:
             yield server
 
@@ -290,6 +326,45 @@ def test_calls_over_grpc_are_traced_from_their_metadata(server: Server, collecto
     assert not root.failed
 
 
+NAMES = ("request.duration", "time_to_first_token", "time_per_output_token")
+
+
+def test_requests_are_counted_in_the_conventions_metrics(http: httpx.Client, collector: Collector) -> None:
+    asked = {"model": "story", "prompt": PROMPT, "max_tokens": 4, "ignore_eos": True}
+    assert http.post("/v1/completions", json=asked).status_code == 200
+    keys = [(f"gen_ai.server.{name}", "text_completion", "story", "") for name in NAMES]
+    eventually(lambda: all(key in collector.points for key in keys))
+    duration, first = collector.points[keys[0]], collector.points[keys[1]]
+    assert (duration.bounds[0], duration.bounds[-1], first.bounds[0]) == (0.01, 81.92, 0.001)
+
+
+def test_what_is_counted_of_a_request(collector: Collector) -> None:
+    metrics = OtelMetrics(collector.url.replace("traces", "metrics"))
+    stop = (FinishReason.STOP,)
+    whole = EndedRequest("counted", SamplingParams(), 1.0, 1.5, 2.0, 5.0, 7, 0, 4, stop)
+    pair = replace(whole, output_tokens=8, reasons=stop * 2)
+    metrics.record("POST /v1/chat/completions", whole)
+    metrics.record("POST /v1/messages", pair)
+    metrics.record("POST /v1/responses", replace(whole, output_tokens=1))
+    failed = replace(whole, first_token=None, begun=None, output_tokens=0, reasons=(), error="QueueFullError")
+    metrics.record("POST /v1/chat/completions", failed)
+    metrics.record("POST /v1/embeddings", replace(whole, params=PoolingParams(), first_token=None, reasons=()))
+    metrics.close()
+    counted = {
+        key[0].removeprefix("gen_ai.server."): point for key, point in collector.points.items() if key[1:] == CHATS
+    }
+    assert {name: (point.count, point.sum) for name, point in counted.items()} == {
+        "request.duration": (3, 12.0),
+        "time_to_first_token": (3, 3.0),
+        "time_per_output_token": (2, 2.0),
+    }
+    assert collector.points["gen_ai.server.request.duration", "chat", "counted", "QueueFullError"].count == 1
+    assert collector.points["gen_ai.server.request.duration", "embeddings", "counted", ""].count == 1
+
+
+CHATS = ("chat", "counted", "")
+
+
 def test_a_request_is_one_line_of_the_log(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
     trace, _, header = parent(91)
     with caplog.at_level(logging.INFO, "hasten.server.access"):
@@ -317,6 +392,8 @@ def test_a_request_is_one_line_of_the_log(http: httpx.Client, caplog: pytest.Log
 def test_an_endpoint_that_is_no_url_is_an_error(endpoint: str) -> None:
     with pytest.raises(ConfigError, match="--otlp-traces-endpoint must be an http or https URL"):
         Tracing(endpoint)
+    with pytest.raises(ConfigError, match="--otlp-metrics-endpoint must be an http or https URL"):
+        OtelMetrics(endpoint)
 
 
 def test_another_protocol_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

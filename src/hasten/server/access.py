@@ -9,6 +9,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -20,6 +21,7 @@ from hasten.server.http_errors import CLIENT_GONE, OPENAI_PATHS
 from hasten.server.security import OPEN_CALLS, OPEN_PATHS
 
 if TYPE_CHECKING:
+    from hasten.server.otel_metrics import OtelMetrics
     from hasten.server.tracing import Tracing
 
 REQUEST_ID = "x-request-id"
@@ -38,19 +40,23 @@ _log = logging.getLogger(__name__)
 class AccessLog:
     """The calls of one server."""
 
-    def __init__(self, tracing: "Tracing | None" = None, *, log_requests: bool = False) -> None:
+    def __init__(
+        self, tracing: "Tracing | None" = None, metrics: "OtelMetrics | None" = None, *, log_requests: bool = False
+    ) -> None:
         """`log_requests`: calls to models have a line at any level of the log, and not at verbose ones alone."""
         self.counts: Counter[tuple[str, str]] = Counter()
         """(API, status) -> calls that were answered or given up."""
         self._tracing = tracing
+        self._metrics = metrics
         self._log_requests = log_requests
 
     def begin(self, api: str, name: str, headers: Mapping[str, str]) -> Call:
         """A call that has come; `headers`: its id and W3C's trace context, where it has them."""
         request_id = _request_id(headers.get(REQUEST_ID, ""))
-        traced = self._tracing is not None and api in _MODEL_APIS
-        trace = self._tracing.call(name, headers, request_id) if self._tracing is not None and traced else None
-        return Call(request_id, trace)
+        if api not in _MODEL_APIS:
+            return Call(request_id)
+        trace = None if self._tracing is None else self._tracing.call(name, headers, request_id)
+        return Call(request_id, trace, None if self._metrics is None else partial(self._metrics.record, name))
 
     def end(self, call: Call, api: str, name: str, status: str, *, failed: bool) -> None:
         """Count a call that has ended, log it, and end its trace; `failed`: by the server's fault."""

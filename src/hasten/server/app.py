@@ -26,6 +26,7 @@ from hasten.server.openai.prompts import ChatPrompts
 from hasten.server.openai.routes import openai_routes
 from hasten.server.openapi.routes import docs_routes
 from hasten.server.options import EndpointOptions, ModelOptions, SecurityOptions, ServeOptions
+from hasten.server.otel_metrics import OtelMetrics
 from hasten.server.page.routes import page_routes
 from hasten.server.protocol.grpc import GrpcCalls
 from hasten.server.protocol.http import HttpRoutes, http_app
@@ -61,9 +62,10 @@ class Server:
         self._machine = _machine(options.endpoints)
         self._descriptors = raise_descriptor_limit()
         self._watch: asyncio.Task[None] | None = None
-        endpoint = options.log.otlp_traces_endpoint
-        self._tracing = Tracing(endpoint) if endpoint else None
-        self._access = AccessLog(self._tracing, log_requests=options.log.log_requests)
+        traces_to, metrics_to = options.log.otlp_traces_endpoint, options.log.otlp_metrics_endpoint
+        self._tracing = Tracing(traces_to) if traces_to else None
+        self._otel_metrics = OtelMetrics(metrics_to) if metrics_to else None
+        self._access = AccessLog(self._tracing, self._otel_metrics, log_requests=options.log.log_requests)
         self._inflight = InflightBytes(security.inflight_bytes)
         self._metrics = Metrics(self.service, self._machine, self._access, self._inflight)
         limit, traces = security.max_request_bytes, TraceSettings()
@@ -202,6 +204,8 @@ class Server:
         await asyncio.gather(*(listener.stop(min(timeout, _LAST_WORDS_S)) for listener in listeners))
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
+        if self._otel_metrics is not None:
+            await asyncio.to_thread(self._otel_metrics.close)
 
 
 def run_server(options: ServeOptions) -> int:

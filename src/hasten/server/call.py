@@ -1,7 +1,7 @@
 """A client's call on its way, and what its requests of engines took: what its log line and its trace say."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -56,6 +56,8 @@ class Call:
     request_id: str
     trace: CallTrace | None = None
     """Where calls are traced."""
+    record: Callable[[EndedRequest], None] | None = None
+    """Counts a request of it, where OpenTelemetry's metrics are exported."""
     model: str = ""
     """As the client called it."""
     began: float = field(default_factory=time.monotonic)
@@ -86,23 +88,26 @@ class Call:
             self.cached_tokens += cached
             if self.first_token_seconds is None or first - self.began < self.first_token_seconds:
                 self.first_token_seconds = first - self.began
+        if self.trace is None and self.record is None:
+            return
+        assert ticket.params is not None, "a ticket of a call has its parameters"
+        request = EndedRequest(
+            model=ticket.model,
+            params=ticket.params,
+            arrived=ticket.arrived,
+            begun=ticket.begun,
+            first_token=first,
+            ended=ended,
+            prompt_tokens=len(ticket.prompt_token_ids),
+            cached_tokens=cached,
+            output_tokens=ticket.tokens,
+            reasons=reasons,
+            error=None if error is None else type(error).__name__,
+        )
         if self.trace is not None:
-            assert ticket.params is not None, "a ticket of a traced call has its parameters"
-            self.trace.add(
-                EndedRequest(
-                    model=ticket.model,
-                    params=ticket.params,
-                    arrived=ticket.arrived,
-                    begun=ticket.begun,
-                    first_token=first,
-                    ended=ended,
-                    prompt_tokens=len(ticket.prompt_token_ids),
-                    cached_tokens=cached,
-                    output_tokens=ticket.tokens,
-                    reasons=reasons,
-                    error=None if error is None else type(error).__name__,
-                )
-            )
+            self.trace.add(request)
+        if self.record is not None:
+            self.record(request)
 
     def fields(self) -> Mapping[str, object]:
         """What a log line says of its requests; nothing where it had none."""

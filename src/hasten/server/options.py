@@ -131,6 +131,9 @@ class LogOptions:
     otlp_traces_endpoint: str = option(
         "", "URL that takes OpenTelemetry's traces over HTTP, such as http://localhost:4318/v1/traces"
     )
+    otlp_metrics_endpoint: str = option(
+        "", "URL that takes OpenTelemetry's metrics over HTTP, such as http://localhost:4318/v1/metrics"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

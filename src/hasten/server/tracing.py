@@ -19,11 +19,11 @@ from hasten.server.call import EndedRequest
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
+    from opentelemetry.sdk.resources import Resource
     from opentelemetry.trace import Span
 
 _log = logging.getLogger(__name__)
 _LAST_SPANS_S = 3.0
-_PROTOCOL = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
 _REQUEST = {
     "max_tokens": "max_tokens",
     "temperature": "temperature",
@@ -46,18 +46,14 @@ class Tracing:
 
         ConfigError where it is none, or the extra is not installed.
         """
-        _check_endpoint(endpoint)
+        check_otlp("traces", endpoint)
         require_extra("otel", "--otlp-traces-endpoint")
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        named = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: "hasten"}
-        self._provider = TracerProvider(
-            resource=Resource.create({"service.version": __version__, **named}), shutdown_on_exit=False
-        )
+        self._provider = TracerProvider(resource=otlp_resource(), shutdown_on_exit=False)
         self._exporter = _Exporter(OTLPSpanExporter(endpoint=endpoint))
         self._provider.add_span_processor(BatchSpanProcessor(cast(Any, self._exporter)))
         self._endpoint = endpoint
@@ -119,15 +115,33 @@ class _Exporter:
         return True
 
 
-def _check_endpoint(endpoint: str) -> None:
+def otlp_resource() -> "Resource":
+    """What spans and metrics say of the server; OTEL_SERVICE_NAME names it otherwise."""
+    from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+
+    named = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: "hasten"}
+    return Resource.create({"service.version": __version__, **named})
+
+
+def check_otlp(signal: str, endpoint: str) -> None:
+    """ConfigError where an endpoint of traces or metrics is no URL, or another protocol is wanted than there is."""
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(
-            f"--otlp-traces-endpoint must be an http or https URL, got {endpoint!r:.200}; traces are exported over "
-            "HTTP: collectors mostly take them at http://HOST:4318/v1/traces"
+            f"--otlp-{signal}-endpoint must be an http or https URL, got {endpoint!r:.200}; {signal} are exported over "
+            f"HTTP: collectors mostly take them at http://HOST:4318/v1/{signal}"
         )
-    if (protocol := os.environ.get(_PROTOCOL, "http/protobuf")) != "http/protobuf":
-        raise ConfigError(f"{_PROTOCOL} is {protocol!r:.80}; traces are exported over http/protobuf alone")
+    variable = f"OTEL_EXPORTER_OTLP_{signal.upper()}_PROTOCOL"
+    if (protocol := os.environ.get(variable, "http/protobuf")) != "http/protobuf":
+        raise ConfigError(f"{variable} is {protocol!r:.80}; {signal} are exported over http/protobuf alone")
+
+
+def operation_of(call: str, params: SamplingParams | PoolingParams) -> str:
+    """What a request of a call with this name does, as the conventions call it."""
+    if isinstance(params, PoolingParams):
+        return "embeddings"
+    chats = ("chat", "messages", "responses")
+    return "chat" if any(name in call for name in chats) else "text_completion"
 
 
 class TracedCall:
@@ -167,7 +181,7 @@ class TracedCall:
 
         if not self._span.is_recording():
             return
-        operation = self._operation(request)
+        operation = operation_of(self._path, request.params)
         span = self._tracer.start_span(
             f"{operation} {request.model}".strip(),
             self._context,
@@ -188,11 +202,6 @@ class TracedCall:
             span.set_attribute("error.type", request.error)
             span.set_status(StatusCode.ERROR)
         span.end(self._ns(request.ended))
-
-    def _operation(self, request: EndedRequest) -> str:
-        if isinstance(request.params, PoolingParams):
-            return "embeddings"
-        return "text_completion" if "chat" not in self._path and "messages" not in self._path else "chat"
 
     def _ns(self, seconds: float) -> int:
         return self._offset + round(1e9 * seconds)
