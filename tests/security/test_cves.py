@@ -56,8 +56,12 @@ from hasten.server import app
 from hasten.server.options import EndpointOptions, SecurityOptions, ServeOptions
 from hasten.server.protocol.shared_memory import FOLDER, SharedMemory
 from hasten.server.security import ApiKeys
-from hasten.server.tools.forms import HERMES, LLAMA, MISTRAL, ToolForm
+from hasten.server.tools.forms import HERMES, LLAMA, MISTRAL, QWEN_CODER, ToolForm
+from hasten.server.tools.harmony import HarmonyReader
 from hasten.server.tools.parser import ToolParser
+from hasten.server.tools.reader import AnswerReader, TextReader
+from hasten.server.tools.reasoning import ReasoningReader, Stage, reasoning_form
+from hasten.server.tools.xml_parser import XmlToolParser
 from hasten.server.types import ServiceError
 
 SOURCE = Path(hasten.__file__).parent
@@ -400,6 +404,43 @@ def test_calls_of_tools_are_read_in_a_linear_time(form: ToolForm) -> None:
             for at in range(0, len(text), 65_536):
                 parser.feed(text[at : at + 65_536])
             parser.end()
+            assert time.process_time() - began < 5, (opening, unit)
+
+
+@about("CVE-2025-48887")
+@pytest.mark.parametrize("kind", ["xml", "channels", "reasoning"])
+def test_calls_between_marks_and_reasoning_are_read_in_a_linear_time(kind: str) -> None:
+    """The same of what is no JSON."""
+    form = reasoning_form("", "qwen3")
+    assert form is not None
+
+    def reader() -> AnswerReader:
+        if kind == "xml":
+            return XmlToolParser(QWEN_CODER, {"f": None})
+        return (
+            HarmonyReader(with_calls=True) if kind == "channels" else ReasoningReader(form, Stage.INSIDE, TextReader())
+        )
+
+    call, parameter, header = "<tool_call><function=f>", "<parameter=a>", "<|channel|>analysis<|message|>"
+    for opening in ("", call, f"{call}{parameter}", header, "<think>"):
+        for unit in (
+            "<",
+            "<|",
+            " ",
+            "\n",
+            call,
+            "</function>",
+            parameter,
+            "</parameter>",
+            header,
+            "<|end|>",
+            "</think",
+        ):
+            made, text = reader(), opening + unit * (200_000 // len(unit))
+            began = time.process_time()
+            for at in range(0, len(text), 65_536):
+                made.feed(text[at : at + 65_536])
+            made.end()
             assert time.process_time() - began < 5, (opening, unit)
 
 

@@ -82,6 +82,17 @@ class Side:
         """All that comes back from one stream."""
         return [plain(message) for message in self._stub.ModelStreamInfer(iter(messages), timeout=LIMIT_S)]
 
+    def stream_status(self, *messages: Any) -> tuple[list[Any], str, str]:
+        """What comes back from one stream whose first error is its status, and that status with its text."""
+        found: list[Any] = []
+        call = self._stub.ModelStreamInfer(iter(messages), timeout=LIMIT_S, metadata=(("triton_grpc_error", "true"),))
+        try:
+            for message in call:
+                found.append(plain(message))
+        except grpc.RpcError:
+            pass
+        return found, call.code().name, call.details()
+
     def close(self) -> None:
         """Close the connections."""
         self._web.close()

@@ -1,6 +1,7 @@
 import asyncio
 import queue
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -330,6 +331,22 @@ def test_bytes_that_are_no_message_are_the_clients_fault(transports: Transports)
         messages = (request(id="a").SerializeToString(), GARBAGE, request(id="b").SerializeToString())
         found = [pb.ModelStreamInferResponse.FromString(raw) for raw in stream(iter(messages), timeout=LIMIT_S)]
     assert [(one.infer_response.id, one.error_message) for one in found] == [("a", ""), ("", NO_MESSAGE), ("b", "")]
+
+
+def test_a_models_error_can_be_the_status_of_its_stream(stub: Any) -> None:
+    """Where the client wants it so; what comes before it is answered, and a refused request ends nothing."""
+
+    def stream(wanted: str, *messages: Any) -> Any:
+        call = stub.ModelStreamInfer(iter(messages), timeout=LIMIT_S, metadata=(("triton_grpc_error", wanted),))
+        number = 0
+        with suppress(grpc.RpcError):
+            for _ in call:
+                number += 1
+        return number, call.code(), call.details()
+
+    assert stream("true", count(-2)) == (1, Code.INTERNAL, OWN_ERROR)
+    assert stream("false", count(-2)) == (2, Code.OK, "")
+    assert stream("true", request("nothing"), count(1), request()) == (3, Code.OK, "")
 
 
 def test_an_error_is_followed_by_the_final_response_where_it_is_asked_for(stub: Any) -> None:

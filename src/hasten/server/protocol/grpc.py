@@ -32,6 +32,8 @@ SERVICE = "inference.GRPCInferenceService"
 _DECOUPLED = "ModelInfer RPC doesn't support models with decoupled transaction policy"
 _PUSHBACK = "grpc-retry-pushback-ms"
 """Of trailing metadata: when gRPC's own retries try again."""
+_ERROR_BY_STATUS = ("triton_grpc_error", "true")
+"""Of a stream's metadata: a model's first error is to end it, as its status."""
 _SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"
 """HealthCheckResponse, serialized."""
 
@@ -240,8 +242,11 @@ def add_to_server(server: Any, calls: GrpcCalls, keys: ApiKeys | None) -> None:
 
     async def stream(requests: Any, context: Any) -> None:
         await _admit(context, keys)
-        max_bytes = calls.max_stream_bytes
-        await stream_infer(calls.service, calls.memory, requests, context, calls.inflight, max_bytes=max_bytes)
+        by_status = any(pair == _ERROR_BY_STATUS for pair in context.invocation_metadata() or ())
+        options: dict[str, Any] = {"max_bytes": calls.max_stream_bytes, "ends_with_error": by_status}
+        error = await stream_infer(calls.service, calls.memory, requests, context, calls.inflight, **options)
+        if error is not None:
+            await context.abort(grpc.StatusCode[error.kind.value.grpc], str(error))
 
     handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(stream)
 

@@ -72,19 +72,37 @@ async def stream_infer(
     inflight: InflightBytes,
     *,
     max_bytes: int,
-) -> None:
+    ends_with_error: bool = False,
+) -> ServiceError | None:
     """Serve one stream; `requests` gives ModelInferRequest messages as bytes, `context` takes serialized answers.
 
     Requests under way have at most `max_bytes`, or are one; no more are read before one ends. Those that `inflight` has
-    no room for are refused.
+    no room for are refused. With `ends_with_error` the first error of a model ends the stream, and is returned;
+    otherwise, and where a request is refused, errors are answers.
     """
     stream = _Stream(service, memory, context, inflight, max_bytes)
+    reading = asyncio.ensure_future(_serve_all(stream, requests))
     try:
-        async for raw in requests:
-            await stream.begin(raw)
-        await stream.finish()
+        if not ends_with_error:
+            await reading
+            return None
+        stream.failed = asyncio.get_running_loop().create_future()
+        both: set[asyncio.Future[Any]] = {reading, stream.failed}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if stream.failed.done():
+            return stream.failed.result()
+        await reading
+        return None
     finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
         await stream.withdraw()
+
+
+async def _serve_all(stream: "_Stream", requests: Any) -> None:
+    async for raw in requests:
+        await stream.begin(raw)
+    await stream.finish()
 
 
 class _UnsentError(Exception):
@@ -152,6 +170,8 @@ class _Stream:
         self._room = _Room(max_bytes)
         self._writing = asyncio.Lock()
         self._last_turn: _Turn | None = None
+        self.failed: asyncio.Future[ServiceError] | None = None
+        """The error that ends the stream, where one does."""
 
     async def begin(self, raw: bytes) -> None:
         """Start to serve one request, once there is room."""
@@ -203,7 +223,8 @@ class _Stream:
         if isinstance(received, _Refused):
             with self._turn() as turn:
                 await turn.come()
-                await self._write_error(received.error, pb.ModelInferResponse(id=received.request_id))
+                refusal = pb.ModelInferResponse(id=received.request_id)
+                await self._write_error(received.error, refusal, refused=True)
         elif received.decoupled:
             await self._serve_many(received.request, received.place)
         else:
@@ -217,7 +238,7 @@ class _Stream:
         except Exception as error:
             known = client_error(error, "a streamed request")
             await turn.come()
-            await self._write_error(known, _closing(known, request))
+            await self._write_error(known, _closing(known, request), refused=known.kind in _REFUSED)
         else:
             await turn.come()
             await self._send(response)
@@ -238,16 +259,22 @@ class _Stream:
             refused = not started and known.kind in _REFUSED
             closing = pb.ModelInferResponse(model_name=request.model, id=request.id)
             closing.parameters[FINAL].bool_param = refused or not empty_final
-            await self._write_error(known, closing)
+            await self._write_error(known, closing, refused=refused)
             if empty_final and not refused:
                 closing.parameters[FINAL].bool_param = True
                 await self._send(_serialized(closing))
 
-    async def _write_error(self, error: Exception, response: Any) -> None:
-        await self._send(_serialized(response, str(client_error(error, "a streamed request"))))
+    async def _write_error(self, error: Exception, response: Any, *, refused: bool = False) -> None:
+        known = client_error(error, "a streamed request")
+        if self.failed is None or refused:
+            await self._send(_serialized(response, str(known)))
+        elif not self.failed.done():
+            self.failed.set_result(known)
 
     async def _send(self, message: bytes) -> None:
         async with self._writing:
+            if self.failed is not None and self.failed.done():
+                return
             try:
                 await self._context.write(message)
             except Exception as error:

@@ -24,7 +24,8 @@ MAX_REGIONS = 512
 """Each takes a file descriptor."""
 _LONGEST_NAME = 256
 _T = TypeVar("_T", str, int)
-_OFF = "shared memory of clients is off; the server's operator turns it on with --allow-client-shm"
+_OFF = "Client shared memory is disabled. Start the server with '--allow-client-shm=true' to enable."
+"""Triton's text."""
 NO_CUDA = "CUDA shared memory is not supported; use system shared memory or send the tensors"
 
 
@@ -124,6 +125,8 @@ class SharedMemory:
 
     def unregister(self, name: str = "") -> None:
         """Forget one region, or all; none of that name is no error."""
+        if not self._allowed:
+            raise ServiceError(ErrorKind.UNSUPPORTED, _OFF)
         if name:
             self._regions.pop(name, None)
         else:
