@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 DEFAULT_ROWS_PER_SHARD = 10_000
 _NOTE_EVERY_S = 0.2
+_REFILLS = 4
+"""Of a window, how many times it is filled again until all of its prompts are others."""
 _DONE = 1
 _WHOLE = Part()
 _encode, _decoder = msgspec.json.Encoder().encode, msgspec.json.Decoder(CompletionRequest)
@@ -220,8 +222,14 @@ class _Run:
             self._withdraw(self._in_engine)
 
     def _fill(self, rows: Iterator[Row], bar: ProgressBar) -> bool:
-        """Give the engine rows until its window is full; whether it has anything to do."""
-        while len(self._in_engine) < self._engine.window:
+        """Give the engine rows until its window is full; whether it has anything to do.
+
+        Many at once, since reading a row alone, between two steps, takes several times as long.
+        """
+        window = self._engine.window
+        if len(self._in_engine) > window - max(1, window // _REFILLS):
+            return True
+        while len(self._in_engine) < window:
             row = next(rows, None)
             if row is None:
                 break
