@@ -240,7 +240,7 @@ def test_later_starts_import_no_compiler(kernels: native.Kernels) -> None:
 
 def test_code_that_others_could_change_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = compiled._own_folder()
+    folder = compiled.own_folder()
     assert folder is not None
     assert compiled._read(folder) is None
     compiled._write(folder, {"norm": b"first"})
@@ -249,4 +249,4 @@ def test_code_that_others_could_change_is_not_read(monkeypatch: pytest.MonkeyPat
     assert compiled._read(folder) == {"norm": b"first"}
     assert [each.name for each in folder.parent.iterdir()] == [folder.name]
     folder.parent.chmod(0o777)
-    assert compiled._own_folder() is None
+    assert compiled.own_folder() is None

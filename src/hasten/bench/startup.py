@@ -20,8 +20,8 @@ from typing import Any, TypedDict
 from hasten.bench.report import Environment, print_table
 from hasten.core.errors import ConfigError, EngineError, error_of
 
-_KERNEL_CACHES = ("TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
-"""Environment variables that name folders of compiled kernels."""
+_KERNEL_CACHES = ("TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "XDG_CACHE_HOME")
+"""Environment variables that name folders of compiled kernels: those of a GPU, and of a CPU."""
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 

@@ -14,11 +14,12 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add the subcommand `warm`."""
     parser = commands.add_parser(
         "warm",
-        help="compile the kernels that a model needs on this machine's GPU",
-        description="Compile the kernels that serving a model needs on this machine's GPU, so that the next start, and "
-        "the first request of each kind, need not. Weights are random: config.json is enough, and nothing is "
-        "downloaded but that. Give the options that the model is to be served with. Kernels lie in ~/.triton/cache, or "
-        "where TRITON_CACHE_DIR says, which may be part of an image or a volume.",
+        help="compile the kernels that a model needs on this machine",
+        description="Compile the kernels that serving a model needs on this machine, so that the next start, and the "
+        "first request of each kind, need not. Weights are random: config.json is enough, and nothing is downloaded "
+        "but that. Give the options that the model is to be served with. Kernels of a GPU lie in ~/.triton/cache, or "
+        "where TRITON_CACHE_DIR says, those of a CPU in ~/.cache/hasten/kernels, or below XDG_CACHE_HOME; either may "
+        "be part of an image or a volume.",
     )
     parser.add_argument("model", type=path, metavar="MODEL", help="folder with a config.json, or a Hugging Face id")
     add_engine_options(parser, defaults=_DEFAULTS)
@@ -38,6 +39,24 @@ def run(args: argparse.Namespace) -> int:
         started = time.perf_counter() - start
         count = compute_all_kinds(llm)
         seconds = time.perf_counter() - start - started
-        device = "the CPU, which compiles no kernels" if llm.device.type == "cpu" else str(llm.device)
+        device = "the CPU" if llm.device.type == "cpu" else str(llm.device)
         print(f"started in {started:.1f} s, computed {count} requests of all kinds in {seconds:.1f} s on {device}")
+        if llm.device.type == "cpu":
+            print(_cpu_kernels())
     return 0
+
+
+def _cpu_kernels() -> str:
+    """Where the next start finds the kernels of a CPU, or why it does not."""
+    from hasten import ops
+
+    if not ops.records():
+        return "no kernels: numba is not installed, which compiles them; run: pip install 'hasten[cpu]'"
+    if (folder := ops.kept_kernels()) is not None:
+        return f"kernels in {folder}"
+    from hasten.ops.native.compiled import kernel_folder
+
+    return (
+        f"kernels were not kept: other users can write to {kernel_folder()}, or it cannot be written; set "
+        "XDG_CACHE_HOME to a folder of your own"
+    )

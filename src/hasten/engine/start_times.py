@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 PHASES = ("device", "config", "weights", "compile", "scales", "memory", "cache", "kernels", "graphs", "tokenizer")
-"""In order. `device`: a GPU's context; `compile`: kernels of all kinds of steps, by several threads; `scales`: those of
-a cache in 8 bits, where they are measured; `memory`: the largest step, which shows what is left for the cache;
+"""In order. `device`: a GPU's context; `compile`: kernels of all kinds of steps, by several threads, on a CPU before the
+weights, which are packed for them; `scales`: those of a cache in 8 bits, where they are measured; `memory`: the largest step, which shows what is left for the cache;
 `kernels`: steps of all kinds, which load what they need; `graphs`: their capture."""
 
 

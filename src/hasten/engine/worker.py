@@ -86,6 +86,9 @@ class Worker:
         advice = partial(
             memory_advice, self.config, self.model_config, self.quantization, self.device, self.ranks.groups
         )
+        if self.device.type == "cpu":
+            with self.start_times.phase("compile"):
+                ops.records()  # compiles the kernels, or reads what an earlier start has compiled
         phase, explained = self.start_times.phase("weights"), explained_out_of_memory("loading the model", advice)
         with phase, explained, ops.fixed_order(config.deterministic):
             model = build_model(

@@ -22,6 +22,7 @@ from hasten.parallel.threads import limit_threads
 from hasten.quantization.scheme import SCHEMES, Quantizer
 
 MakeModel = Callable[..., Path]
+DEMO = Path(__file__).parents[3] / "examples" / "demo-model"
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "Llama": {},
     "Bloom": {},
@@ -71,6 +72,12 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         **{"vocab_size": 128256, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "hidden_act": "silu"},
         **{"tie_word_embeddings": False},
     },
+    "llama 12": {
+        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 768},
+        **{"intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12},
+        **{"vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "hidden_act": "silu"},
+        **{"tie_word_embeddings": False},
+    },
     "qwen3_moe": {
         **{"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048},
         **{"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128},
@@ -98,7 +105,7 @@ def model_of(tmp_path: Path) -> Callable[[str], ModelConfig]:
     return read
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", MEASURED_MS)
 def test_steps_are_within_a_fifth_of_what_was_measured(shape: str, model_of: Callable[[str], ModelConfig]) -> None:
     planner, setup = Planner(model_of(shape), gpu("H200")), Setup(dtype="bf16")
     steps = planner.decode(setup, 192)
@@ -113,6 +120,28 @@ def test_steps_are_within_a_fifth_of_what_was_measured(shape: str, model_of: Cal
         assert [step.seconds * 1e3 for step in int8] == [pytest.approx(each, rel=0.2) for each in INT8_MS]
     halves = planner.decode(replace(setup, ranks=2), 192)
     assert all(0.4 < half.seconds / step.seconds < 1 for half, step in zip(halves, steps, strict=True))
+
+
+CPU = Device("CPU, 1 thread", 16 << 30, 24.9e9, 97e9, is_gpu=False, cache_bytes=32 << 20, has_kernels=True)
+"""As one thread of Zen 4 cores was measured, by its CPU time, just before the steps."""
+CPU_MS = {"llama 12": (80, {1: 21.6, 16: 48.8}), "demo": (144, {1: 0.435, 16: 3.48, 64: 11.7})}
+"""Tokens of context, and ms of a step by batch."""
+
+
+@pytest.mark.parametrize("model", CPU_MS)
+def test_steps_of_a_cpu_with_kernels_are_within_a_fifth_of_what_was_measured(
+    model: str, model_of: Callable[[str], ModelConfig]
+) -> None:
+    demo = model == "demo"
+    device = replace(CPU, cached_bytes_per_second=90e9, **({"bytes_per_second": 29.2e9, "flops": 99e9} if demo else {}))
+    config = read_hf_config(DEMO) if demo else model_of(model)
+    planner, setup, (context, measured) = Planner(config, device), Setup(dtype="fp32"), CPU_MS[model]
+    found = {step.tokens: step for step in planner.decode(setup, context)}
+    for batch, milliseconds in measured.items():
+        assert found[batch].seconds * 1e3 == pytest.approx(milliseconds, rel=0.2)
+    assert found[1].limit == "memory bandwidth (weights)"
+    slower = Planner(config, replace(device, has_kernels=False)).decode(setup, context)
+    assert all(torchs.seconds > found[torchs.tokens].seconds for torchs in slower)
 
 
 def test_what_fits_where_something_does_not(model_of: Callable[[str], ModelConfig]) -> None:
@@ -160,6 +189,9 @@ def test_this_cpu_is_measured() -> None:
     assert not device.is_gpu
     assert device.memory > 0
     assert 1e7 < device.bytes_per_second < 1e13
+    assert 1e7 < device.cached_bytes_per_second < 1e14
+    assert 0 <= device.cache_bytes < 1 << 40
+    assert device.has_kernels
     assert 1e7 < device.flops < 1e14
     assert torch.get_num_threads() == before
 

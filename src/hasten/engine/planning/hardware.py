@@ -4,11 +4,15 @@ import math
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from hasten.core.errors import ConfigError
+from hasten.core.option_fields import parse_size
 from hasten.engine.memory import available_host_memory
 from hasten.parallel.threads import limit_threads
 
@@ -27,6 +31,12 @@ class Device:
     flops: float
     """Operations per second at most in dense products of fp16 or bf16, summed in fp32; on a CPU of fp32."""
     is_gpu: bool = True
+    cache_bytes: int = 0
+    """Of a CPU's last cache, from which a small model is read."""
+    cached_bytes_per_second: float = 0.0
+    """Of reading that cache, at most."""
+    has_kernels: bool = False
+    """Whether a CPU computes by kernels that numba compiles, not by torch's."""
 
 
 _SHEET: tuple[tuple[str, float, float, float], ...] = (
@@ -67,8 +77,9 @@ def this_gpu() -> Device | None:
     return Device(found.name, torch.cuda.mem_get_info()[1], found.bytes_per_second, found.flops)
 
 
-_READ_BYTES, _PRODUCT = 64 << 20, 512
-_MEASURE_S = 0.3
+_READ_BYTES, _CACHED_BYTES, _PRODUCT = 128 << 20, 4 << 20, 512
+_MEASURE_S = 0.15
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _SATURATING_THREADS = 8
 """About as many as read all that a socket's memory gives."""
 
@@ -76,25 +87,43 @@ _SATURATING_THREADS = 8
 def this_cpu() -> Device:
     """The CPU of this machine: what its threads read and multiply, measured in a moment, and the memory that is free.
 
-    One thread is measured, which other programs disturb less than all of them together.
+    One thread is measured by its own CPU time, which other programs disturb less than the clock of all threads.
     """
     threads = limit_threads()
     torch.set_num_threads(1)
     try:
         values, square = torch.ones(_READ_BYTES // 4), torch.ones(_PRODUCT, _PRODUCT)
+        few = values[: _CACHED_BYTES // 4]
         reading = _least_seconds(lambda: values.sum())
+        reading_few = _least_seconds(lambda: few.sum())
         multiplying = _least_seconds(lambda: square @ square)
     finally:
         torch.set_num_threads(threads)
-    name = f"CPU, {threads} thread{'s' * (threads != 1)}"
-    read = min(threads, _SATURATING_THREADS) * _READ_BYTES / reading
-    return Device(name, available_host_memory(), read, threads * 2 * _PRODUCT**3 / multiplying, is_gpu=False)
+    return Device(
+        name=f"CPU, {threads} thread{'s' * (threads != 1)}",
+        memory=available_host_memory(),
+        bytes_per_second=min(threads, _SATURATING_THREADS) * _READ_BYTES / reading,
+        flops=threads * 2 * _PRODUCT**3 / multiplying,
+        is_gpu=False,
+        cache_bytes=_last_cache(),
+        cached_bytes_per_second=threads * _CACHED_BYTES / reading_few,
+        has_kernels=find_spec("numba") is not None,
+    )
+
+
+def _last_cache() -> int:
+    """Bytes of the largest cache of the first CPU; 0 where the system does not say."""
+    sizes = [0]
+    for file in _CACHES.glob("index*/size"):
+        with suppress(OSError, ConfigError):
+            sizes.append(parse_size(file.read_text().strip()))
+    return max(sizes)
 
 
 def _least_seconds(work: Callable[[], object]) -> float:
     """Of all times that something is done within a moment, the shortest: other programs only make it longer."""
-    least, end = math.inf, time.perf_counter() + _MEASURE_S
-    while (start := time.perf_counter()) < end or math.isinf(least):
+    least, end = math.inf, time.thread_time() + _MEASURE_S
+    while (start := time.thread_time()) < end or math.isinf(least):
         work()
-        least = min(least, time.perf_counter() - start)
+        least = min(least, time.thread_time() - start)
     return least

@@ -1,7 +1,8 @@
 """Expected seconds of a step, from the bytes that it moves and the operations that it computes.
 
 The shares of a device's limits that steps reach, and what each layer takes besides, are those of one H200, where
-BLOOM-7B1, LLaMA-3-8B and Qwen3-30B-A3B were measured, and of two CPU cores with the demo model (docs/performance.md).
+BLOOM-7B1, LLaMA-3-8B and Qwen3-30B-A3B were measured, and of two CPU cores with the demo model and 12 layers of LLaMA
+and of BLOOM (docs/performance.md).
 """
 
 import math
@@ -47,6 +48,8 @@ class _Rates:
 
 _GPU = _Rates(0.93, 0.85, 0.66, 0.55, 0.93, 0.7, 0.42, 0.63, 0.4, 16e-6, 10e-6, 0.0, 0.0, 64)
 _CPU = _Rates(0.9, 0.9, 0.9, 0.9, 0.5, 0.6, 0.4, 0.6, 0.4, 60e-6, 60e-6, 2e-3, 125e-6, 1)
+_CPU_KERNELS = _Rates(0.8, 0.8, 0.8, 0.8, 0.6, 1.0, 0.4, 0.82, 0.4, 20e-6, 60e-6, 70e-6, 45e-6, 1)
+"""Of a CPU with compiled kernels, whose steps of single tokens are recorded and replayed."""
 _MOST_NARROW_ROWS = {"int8": 256, "int4": 256}
 """Rows that are multiplied by quantized weights as they are on a GPU; for more these are widened before."""
 _EXCHANGE_S, _EXCHANGE_BYTES_PER_S = 5e-6, 300e9
@@ -63,7 +66,7 @@ class Step:
     limits: dict[str, float]
     """Seconds of each limit, by its name; they overlap."""
     read_bytes: float
-    """Of weights, keys and values, read from memory on each rank."""
+    """Of weights, keys and values, read on each rank."""
     operations: float
     """Multiplications and additions of each rank."""
 
@@ -92,11 +95,12 @@ def decode_step(
     model: ModelConfig, rank: Footprint, device: Device, batch: int, context: int, *, ranks: int = 1
 ) -> Step:
     """A step of `batch` single tokens behind `context` tokens each."""
-    rates = _GPU if device.is_gpu else _CPU
+    rates = _rates(device)
     experts = _experts(model, rank, batch)
-    weights = _weights_s(rank, device, rates, batch, experts)
     key_bytes = batch * _seen(model, context) * rank.kv_bytes_per_token
-    keys = key_bytes / (device.bytes_per_second * rates.keys)
+    rate = _read_rate(device, _weight_bytes(rank, device, batch, experts) + key_bytes)
+    weights = _weights_s(rank, device, rates, batch, experts, rate)
+    keys = key_bytes / (rate * rates.keys)
     operations: float = 2 * batch * (rank.layer_products + rank.head_products)
     compute = operations / (device.flops * rates.decode_flops)
     if model.experts is not None:
@@ -113,9 +117,9 @@ def prompt_step(
     model: ModelConfig, rank: Footprint, device: Device, tokens: int, length: int, *, ranks: int = 1
 ) -> Step:
     """A step with `tokens` of prompts that have `length` tokens each."""
-    rates = _GPU if device.is_gpu else _CPU
+    rates = _rates(device)
     experts = _experts(model, rank, tokens)
-    weights = _weights_s(rank, device, rates, tokens, experts)
+    weights = _weights_s(rank, device, rates, tokens, experts, device.bytes_per_second)
     width = model.attention.num_heads * model.attention.head_size * model.num_layers / ranks
     # a token sees half of its prompt on the average, and multiplies both keys and values
     scores = tokens * _seen(model, length) * width
@@ -130,13 +134,28 @@ def prompt_step(
     return _step(model, rates, tokens, ranks, {WEIGHTS: weights, COMPUTE: compute}, read, operations)
 
 
-def _weights_s(rank: Footprint, device: Device, rates: _Rates, rows: int, experts: float) -> float:
-    """Seconds of reading the weights of a step."""
+def _rates(device: Device) -> _Rates:
+    return _GPU if device.is_gpu else _CPU_KERNELS if device.has_kernels else _CPU
+
+
+def _read_rate(device: Device, nbytes: float) -> float:
+    """Bytes per second of what every step reads anew: from a CPU's last cache as far as it is there still.
+
+    All of it is where half of the cache is enough, and nothing where all of it is not.
+    """
+    if not device.cache_bytes:
+        return device.bytes_per_second
+    cached = min(1.0, max(0.0, 2 - 2 * nbytes / device.cache_bytes))
+    return 1 / (cached / device.cached_bytes_per_second + (1 - cached) / device.bytes_per_second)
+
+
+def _weights_s(rank: Footprint, device: Device, rates: _Rates, rows: int, experts: float, rate: float) -> float:
+    """Seconds of reading the weights of a step at a rate."""
     single, several = rates.single_row, rates.rows
     if rank.quantization in _MOST_NARROW_ROWS and not _widened(rank, device, rows):
         single, several = rates.quantized_single_row, rates.quantized_rows
     nbytes = _weight_bytes(rank, device, rows, experts)
-    return nbytes / (device.bytes_per_second * (single if rows == 1 else several))
+    return nbytes / (rate * (single if rows == 1 else several))
 
 
 def _weight_bytes(rank: Footprint, device: Device, rows: int, experts: float) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,6 +69,16 @@ def compiled_together(processes: int) -> AbstractContextManager[None]:
 def records() -> bool:
     """Whether kernels for a CPU are there, whose launches can be recorded."""
     return native.kernels() is not None
+
+
+def kept_kernels() -> Path | None:
+    """The folder that later starts read the kernels for a CPU from; None where there are none, or they are not kept."""
+    if native.kernels() is None:
+        return None
+    from hasten.ops.native.compiled import own_folder
+
+    folder = own_folder()
+    return folder if folder is not None and folder.is_dir() else None
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def addresses() -> dict[str, int]:
     """The address of each kernel, by its name; they are compiled where that has not been done."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    folder = _own_folder()
+    folder = own_folder()
     code = None if folder is None else _read(folder)
     if code is None:
         code = _compiled()
@@ -50,8 +50,8 @@ def multiplies_bytes() -> bool:
     return bool(llvm.get_host_cpu_features().get("avx512vnni"))
 
 
-def _own_folder() -> Path | None:
-    """The folder for this code on this processor; None where what is in it could be another user's."""
+def own_folder() -> Path | None:
+    """The folder for this code on this processor, there or not; None where what is in it could be another user's."""
     folder = kernel_folder()
     try:
         check_kernel_cache(folder)
