@@ -31,6 +31,7 @@ class SimulatedEngine:
         self.window = window
         self.template: ChatTemplate | None = None
         self.most_waiting = self.added = 0
+        self.ended = False
         self._before_step = before_step
         self._waiting: deque[Request] = deque()
 
@@ -40,6 +41,9 @@ class SimulatedEngine:
         self._waiting.append(request)
         self.added += 1
         self.most_waiting = max(self.most_waiting, len(self._waiting))
+
+    def no_more(self) -> None:
+        self.ended = True
 
     def abort(self, request_id: str) -> None:
         self._waiting = deque(request for request in self._waiting if request.request_id != request_id)

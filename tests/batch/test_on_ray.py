@@ -3,10 +3,12 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 from tests.batch.test_job import lines, texts, write_rows
+from tests.waiting import eventually
 
 from hasten import LLM
 from hasten.batch import on_ray
@@ -18,7 +20,7 @@ from hasten.core.errors import EngineError
 pytestmark = [pytest.mark.any_python, pytest.mark.filterwarnings("ignore::ResourceWarning")]  # Ray leaves files open
 
 MODEL = str(Path(__file__).parents[2] / "examples" / "demo-model")
-OPTIONS = {"device": "cpu", "progress_bars": False, "max_num_seqs": 2}
+OPTIONS: dict[str, Any] = {"device": "cpu", "progress_bars": False, "max_num_seqs": 2}
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +50,12 @@ def expected(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict
 def test_an_engine_that_dies_is_replaced_and_its_rows_are_computed(
     cluster: None, rows: Path, expected: tuple[dict[str, list[str]], str], tmp_path: Path
 ) -> None:
-    killed: list[int] = []
+    killed, most = list[int](), list[int]()
 
     class Killing(RayEngines):
         def step(self) -> list[object]:  # type: ignore[override]
             done = super().step()
+            most.append(max(engine.load for engine in self._engines))
             if done and not killed:
                 busy = max(self._engines, key=lambda engine: engine.load)
                 killed.append(busy.load)
@@ -62,6 +65,7 @@ def test_an_engine_that_dies_is_replaced_and_its_rows_are_computed(
     with BatchJob(rows, tmp_path, model=MODEL) as job, Killing(MODEL, OPTIONS, engines=1) as engines:
         summary = job.run(engines, show_progress=False)
     assert killed
+    assert max(most) <= OPTIONS["max_num_seqs"] + 1, "the others wait for whichever engine is free"
     assert (summary.results, summary.errors) == (24, 1)
     assert texts(tmp_path) == expected[0]
 
@@ -90,3 +94,26 @@ def test_two_engines_give_what_one_gives(
     (error,) = lines(tmp_path, "errors")
     assert (texts(tmp_path), error["error"]["message"]) == expected
     assert json.loads((tmp_path / "summary.json").read_text())["results"] == 24
+
+
+def test_an_engine_with_nothing_left_to_do_leaves_its_host(
+    cluster: None, rows: Path, expected: tuple[dict[str, list[str]], str], tmp_path: Path
+) -> None:
+    counts: list[int] = []
+
+    class Counting(RayEngines):
+        def step(self) -> list[object]:  # type: ignore[override]
+            done = super().step()
+            counts.append(len(self._engines))
+            return list(done)
+
+    # the first engine has one row, which takes longer than the others by far
+    long = {"custom_id": "long", "prompt": "Once", "max_tokens": 1500, "temperature": 0, "ignore_eos": True}
+    source = write_rows(tmp_path / "in", [long, *map(json.loads, rows.read_text().splitlines())])
+    with BatchJob(source, tmp_path / "out", model=MODEL) as job, Counting(MODEL, OPTIONS, engines=2) as engines:
+        eventually(lambda: engines.step() is not None and all(each.starting is None for each in engines._engines))
+        job.run(engines, show_progress=False)
+    found = texts(tmp_path / "out")
+    assert found.pop("long")
+    assert len(found) == len(expected[0])
+    assert (counts[0], counts[-1]) == (2, 1)

@@ -12,7 +12,6 @@ from tests.bench.report_form import form_errors
 
 from hasten.bench import engines, report
 from hasten.engine.runner import Runner
-from hasten.engine.start_times import PHASES
 
 pytestmark = pytest.mark.any_python
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 ACCURACY = re.compile(r"Accuracy: (\d+\.\d{4})% \((\d+)/(\d+)\) \(elapsed time: \d+\.\d{4} sec\)")
 
-ABSENT_PHASES = ("compile", "scales", "kernels", "graphs")
+CPU_PHASES = ["device", "config", "compile", "weights", "memory", "cache", "tokenizer"]
 
 TEXTS = (
     "Anna walked to the river",
@@ -402,9 +401,10 @@ def test_startup_has_the_phases_of_cold_and_warm_starts(
     assert [start["kind"] for start in found["results"]] == ["cold", "warm"]
     for start in found["results"]:
         phases = start["phases"]
-        assert [name for name in phases if name in PHASES] == [name for name in PHASES if name not in ABSENT_PHASES]
-        assert list(phases)[:3] == ["python", "import torch", "import hasten"]
-        assert list(phases)[-2:] == ["other", "first token"]
+        before, behind = ["python", "import torch", "import hasten"], ["other", "first token"]
+        assert list(phases) == [*before, *CPU_PHASES, *behind]
         assert all(seconds >= 0 for seconds in phases.values())
         assert sum(phases.values()) == pytest.approx(start["total_s"])
         assert start["totals_s"] == [start["total_s"]]
+    cold, warm = (start["phases"]["compile"] for start in found["results"])
+    assert cold > warm, "kernels are compiled in the one and read in the other"

@@ -5,10 +5,12 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +18,9 @@ import pytest
 from tests.bench.report_form import form_errors
 from tests.waiting import eventually
 
-from hasten.bench.charts import number
+from hasten.bench.charts import WIDTH, number
 from hasten.cli.main import main
+from hasten.core import extras
 
 pytestmark = pytest.mark.any_python
 
@@ -120,7 +123,26 @@ def test_a_run_goes_on_where_the_killed_one_was(report: Report) -> None:
         report.data["headline"],
         f"{report.page}  the report",
         f"{report.page.with_suffix('.json')}  its figures",
+        f"{report.page.with_suffix('.png')}  its pictures",
     ]
+
+
+def test_the_pictures_are_a_png(report: Report) -> None:
+    data = report.page.with_suffix(".png").read_bytes()
+    assert data.startswith(b"\x89PNG")
+    width, height = struct.unpack(">2I", data[16:24])
+    rows = -(-report.source.count("<svg ") // 3)
+    assert width == 2 * 3 * WIDTH
+    assert height > 2 * rows * 50
+
+
+def test_without_what_draws_pictures_the_output_says_so(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "resvg_py" else find_spec(name))
+    out, _ = _captured(report.arguments, report.page.parent)
+    assert out.splitlines()[-1] == (
+        f"no page.png: a picture such as {report.page.with_suffix('.png')} needs resvg-py, which is not installed; "
+        "run: pip install 'hasten[png]'"
+    )
 
 
 def test_a_second_run_measures_nothing_and_takes_new_prices(report: Report) -> None:
@@ -206,7 +228,8 @@ def test_bad_input_is_one_line(tiny_bloom: Path, tmp_path: Path, hasten_here: "H
         (("--against", "tgi"), "'tgi' cannot be compared with"),
         (("--price-per-hour", "free"), "'free' is not a price above 0"),
         (("--dataset", str(tmp_path / "none.jsonl")), "cannot read the dataset"),
-        (("-o", str(tmp_path / "page.json")), "give the page another ending"),
+        (("-o", str(tmp_path / "page.json")), "is what the JSON is called; give the page another ending"),
+        (("-o", str(tmp_path / "page.png")), "is what the PNG is called; give the page another ending"),
         (("-o", str(tmp_path / "no" / "page.html")), "its folder does not exist"),
         (("--against", "openai=ftp://host"), "does not begin with http"),
         (("-tp", "3"), "does not divide"),

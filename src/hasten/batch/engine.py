@@ -33,6 +33,10 @@ class BatchEngine(Protocol):
         """Maximum prompts that are in the engine at once, waiting ones included."""
         ...
 
+    def no_more(self) -> None:
+        """No prompt will be added."""
+        ...
+
     @property
     def max_model_len(self) -> int:
         """Tokens of the longest sequence."""
@@ -86,7 +90,9 @@ class LLMEngine:
 
     def __init__(self, llm: "LLM") -> None:
         self._engine = llm.engine
-        self.window = _WINDOWS * self._engine.scheduler.config.max_num_seqs
+        self.capacity = self._engine.scheduler.config.max_num_seqs
+        """Prompts that it computes at once."""
+        self.window = _WINDOWS * self.capacity
         self.max_model_len = self._engine.max_model_len
         self.seed = self._engine.config.seed
         self.tokenizer = self._engine.tokenizer
@@ -97,6 +103,9 @@ class LLMEngine:
         if self._engine.worker.pooler is not None:
             name = self._engine.model_config.architecture
             raise UnsupportedError(f"{name} generates no text; give hasten batch a model that does")
+
+    def no_more(self) -> None:
+        """No prompt will be added, which changes nothing here."""
 
     def step(self) -> list[RequestOutput]:
         """Compute a step; the outputs of prompts that it finished."""

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 DEFAULT_ROWS_PER_SHARD = 10_000
 _NOTE_EVERY_S = 0.2
-_REFILLS = 4
-"""Of a window, how many times it is filled again until all of its prompts are others."""
+_REFILL = 64
+"""Prompts that are missing in the window of an engine, or a quarter of it, before it is filled again."""
 _DONE = 1
 _WHOLE = Part()
 _encode, _decoder = msgspec.json.Encoder().encode, msgspec.json.Decoder(CompletionRequest)
@@ -227,11 +227,12 @@ class _Run:
         Many at once, since reading a row alone, between two steps, takes several times as long.
         """
         window = self._engine.window
-        if len(self._in_engine) > window - max(1, window // _REFILLS):
+        if len(self._in_engine) > window - max(1, min(_REFILL, window // 4)):
             return True
         while len(self._in_engine) < window:
             row = next(rows, None)
             if row is None:
+                self._engine.no_more()
                 break
             try:
                 self._begin(row)

@@ -27,6 +27,9 @@ _LEAST_S = 0.1
 """How long an engine computes before it hands over what is done: a message takes a few milliseconds."""
 _CALLS = 2
 """Calls that an engine has, so that it goes on with the second while this process reads the answer to the first."""
+_RESERVE = 4
+"""Of what an engine computes at once, the part that it has besides, to begin with while messages are on their way. All
+other prompts wait here, where an engine that comes later finds them."""
 MOST_FAILURES = 3
 """Engines that may fail with no row being done in between."""
 
@@ -35,6 +38,8 @@ MOST_FAILURES = 3
 class EngineFacts:
     """What a batch must know of an engine, as `BatchEngine` has it."""
 
+    capacity: int
+    """Prompts that it computes at once."""
     window: int
     max_model_len: int
     seed: int
@@ -58,6 +63,7 @@ class EngineActor:
 
         self._engine = engine = LLMEngine(LLM(model, **options))
         return EngineFacts(
+            engine.capacity,
             engine.window,
             engine.max_model_len,
             engine.seed,
@@ -137,6 +143,7 @@ class RayEngines:
         self._waiting = deque[Request]()
         """Prompts that no engine has."""
         self._failures = 0
+        self._is_last = False
         self._engines: list[_Engine] = []
         try:
             self._engines += [self._start() for _ in range(engines)]
@@ -144,7 +151,7 @@ class RayEngines:
         except BaseException:
             self.close()
             raise
-        self._window = facts.window
+        self._window, self._most = facts.window, facts.capacity + max(1, facts.capacity // _RESERVE)
         self.max_model_len, self.seed = facts.max_model_len, facts.seed
         self.tokenizer, self.template = facts.tokenizer, facts.template
         self.eos_token_ids, self.tool_call_parser = facts.eos_token_ids, facts.tool_call_parser
@@ -183,12 +190,30 @@ class RayEngines:
         """Wait until an engine says something; what is done by then. EngineError where engines keep failing."""
         ready = [engine for engine in self._engines if engine.starting is None]
         while self._waiting and ready:
-            min(ready, key=lambda engine: engine.load).queued.append(self._waiting.popleft())
+            least = min(ready, key=lambda engine: engine.load)
+            if least.load >= self._most:
+                break
+            least.queued.append(self._waiting.popleft())
         for engine in ready:
             engine.call()
+        if self._is_last:
+            self._release()
         by_call = {engine.next_call: engine for engine in self._engines if engine.next_call is not None}
         calls, _ = ray.wait(list(by_call))
         return [output for call in calls for output in self._answered(by_call[call], call)]
+
+    def no_more(self) -> None:
+        """No prompt will be added: engines that have nothing left to do may go."""
+        self._is_last = True
+
+    def _release(self) -> None:
+        """End the engines that nothing waits for, so that an autoscaler takes their hosts back before the last row."""
+        if self._waiting:
+            return
+        idle = [engine for engine in self._engines if not (engine.load or engine.calls)]
+        for engine in idle if len(idle) < len(self._engines) else ():
+            ray.kill(engine.actor)
+            self._engines.remove(engine)
 
     def _answered(self, engine: _Engine, call: Any) -> Iterable[RequestOutput | Refused]:
         try:

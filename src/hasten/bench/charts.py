@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hasten.bench import svg
+from hasten.bench.png import is_png, write_png
 from hasten.bench.svg import COLORS, SOFT, TITLE_HEIGHT, text
 from hasten.core.files import write_text
 
@@ -14,6 +15,7 @@ _LEFT, _TOP, _RIGHT, _BOTTOM = 52, 34, 16, 40
 _LINES = 4
 _STEPS = (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10)
 """Ends of axes, whose quarters are short numbers."""
+_ABOUT_HEIGHT = 24
 _LEAST_NAME_WIDTH, _VALUE_WIDTH, _ROW, _HEAD = 60, 66, 26, 28
 _LETTER = 6.2
 """Width of a letter of the font's usual size."""
@@ -33,10 +35,13 @@ class Picture:
         return svg.inline(self.width, self.height, self.title, self.body)
 
 
-def sheet(title: str, pictures: Sequence[Picture], columns: int = 3) -> str:
-    """A document of several pictures, row by row."""
+def sheet(title: str, pictures: Sequence[Picture], columns: int = 3, about: str = "") -> str:
+    """A document of several pictures, row by row; `about` is a smaller line below the title."""
     rows = [pictures[first : first + columns] for first in range(0, len(pictures), columns)]
     parts, y = [], TITLE_HEIGHT
+    if about:
+        parts.append(text(12, y + 6, about, color=SOFT))
+        y += _ABOUT_HEIGHT
     for row in rows:
         parts += [svg.moved(index * WIDTH, y, picture.body) for index, picture in enumerate(row)]
         y += max(picture.height for picture in row)
@@ -44,8 +49,12 @@ def sheet(title: str, pictures: Sequence[Picture], columns: int = 3) -> str:
 
 
 def write_sheet(path: str, title: str, pictures: Sequence[Picture], columns: int = 3) -> None:
-    """Write a document of several pictures; an OSError names the file."""
-    write_text(Path(path), sheet(title, pictures, columns))
+    """Write a document of several pictures, a PNG where the file is called so; an OSError names it."""
+    document = sheet(title, pictures, columns)
+    if is_png(path):
+        write_png(Path(path), document)
+    else:
+        write_text(Path(path), document)
 
 
 def number(value: float | None) -> str:

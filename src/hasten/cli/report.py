@@ -19,7 +19,8 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "report",
         help="accuracy, speed, cost and limits of a model on this machine, as one page",
         description="Measure a model on this machine, compared with Hugging Face and others, and write one HTML page "
-        "that needs nothing else, with all figures as JSON next to it: accuracy and answers that differ, latencies, "
+        "that needs nothing else, with all figures as JSON and all pictures as PNG next to it: accuracy "
+        "and answers that differ, latencies, "
         "throughput by requests in flight with the knee for an objective, price and energy per token, what the "
         "hardware allows, memory, starts, and what it was measured with. A run that was ended goes on where it was. "
         "docs/report.md describes the sections.",
@@ -64,17 +65,18 @@ def run(args: argparse.Namespace) -> int:
     from hasten.bench import report as files
     from hasten.bench.against import Against
     from hasten.bench.evaluation.options import FULL, QUICK, ReportOptions
-    from hasten.bench.evaluation.page import write_page
+    from hasten.bench.evaluation.page import write_page, write_picture
     from hasten.bench.evaluation.run import Evaluation
     from hasten.bench.slo import Slo
     from hasten.cli.demo import demo_file
     from hasten.parallel.rank import rank_from_environment
 
     page = Path(args.output)
-    data, work = page.with_suffix(".json"), page.with_suffix(".work")
-    if page == data:
-        raise ConfigError(f"{page} is what the JSON is called; give the page another ending, such as .html")
-    for file in (page, data):
+    data, picture, work = (page.with_suffix(ending) for ending in (".json", ".png", ".work"))
+    if page in (data, picture):
+        kind = "JSON is" if page == data else "PNG is"
+        raise ConfigError(f"{page} is what the {kind} called; give the page another ending, such as .html")
+    for file in (page, data, picture):
         files.require_writable(str(file))
     if rank_from_environment() is not None:
         raise ConfigError("hasten report starts its own ranks; run it without torchrun and mpirun")
@@ -94,6 +96,11 @@ def run(args: argparse.Namespace) -> int:
     files.write_json(str(data), full)
     write_page(page, found, full)
     print(f"{found['headline']}\n{page}  the report\n{data}  its figures")
+    try:
+        write_picture(picture, found)
+        print(f"{picture}  its pictures")
+    except ConfigError as error:
+        print(f"no {picture.name}: {error}")
     return 0
 
 

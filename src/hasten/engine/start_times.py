@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 PHASES = ("device", "config", "weights", "compile", "scales", "memory", "cache", "kernels", "graphs", "tokenizer")
-"""In order. `device`: a GPU's context; `compile`: kernels of all kinds of steps, by several threads, on a CPU before the
-weights, which are packed for them; `scales`: those of a cache in 8 bits, where they are measured; `memory`: the largest step, which shows what is left for the cache;
-`kernels`: steps of all kinds, which load what they need; `graphs`: their capture."""
+"""In order, but on a CPU `compile` is before `weights`, which are packed for the kernels. `device`: a GPU's context;
+`compile`: kernels of all kinds of steps, by several threads; `scales`: those of a cache in 8 bits, where they are
+measured; `memory`: the largest step, which shows what is left for the cache; `kernels`: steps of all kinds, which load
+what they need; `graphs`: their capture."""
 
 
 class StartTimes:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hasten.bench.charts import number
-from hasten.bench.evaluation import sections
+from hasten.bench.evaluation import pictures, sections
 from hasten.bench.evaluation.form import ModelReport
 from hasten.bench.evaluation.headline import TIMES
 from hasten.bench.evaluation.html import Html, definitions, paragraph, section, table, tiles, words
 from hasten.bench.plots import name_of
+from hasten.bench.png import write_png
 from hasten.bench.report import to_json
 from hasten.core.files import write_text
 
@@ -21,6 +22,11 @@ _HASH_LETTERS = 12
 def write_page(path: Path, report: ModelReport, full: dict[str, Any]) -> None:
     """Write the page; `full` is the report as its JSON file has it. An OSError names the file."""
     write_text(path, page(report, full))
+
+
+def write_picture(path: Path, report: ModelReport) -> None:
+    """Write all pictures as one PNG, which needs the extra `png`. An OSError names the file."""
+    write_png(path, pictures.summary(report, _about(report)))
 
 
 def page(report: ModelReport, full: dict[str, Any]) -> str:
@@ -39,9 +45,7 @@ def page(report: ModelReport, full: dict[str, Any]) -> str:
 
 
 def _body(report: ModelReport) -> Iterator[Html]:
-    environment = report["provenance"].environment
-    where = "" if environment is None else f" · {environment.dtype} on {environment.device}, {_threads(report)}"
-    yield paragraph(f"hasten report · {report['model']} · {report['provenance'].date}{where}", "about")
+    yield paragraph(_about(report), "about")
     yield Html(f"<h1>{words(report['headline'])}</h1>")
     yield paragraph(_summary(report), "lead")
     yield tiles(_tiles(report))
@@ -53,6 +57,12 @@ def _body(report: ModelReport) -> Iterator[Html]:
     yield sections.start(report)
     yield _provenance(report)
     yield Html(f"<footer>{words(_footer(report))}</footer>")
+
+
+def _about(report: ModelReport) -> str:
+    environment = report["provenance"].environment
+    where = "" if environment is None else f" · {environment.dtype} on {environment.device}, {_threads(report)}"
+    return f"hasten report · {report['model']} · {report['provenance'].date}{where}"
 
 
 def _threads(report: ModelReport) -> str:

@@ -2,13 +2,53 @@
 
 from collections.abc import Sequence
 
-from hasten.bench.charts import Axis, Bar, Picture, Series, Stack, bars, number, plot, stacks
+from hasten.bench import plots
+from hasten.bench.charts import Axis, Bar, Picture, Series, Stack, bars, number, plot, sheet, stacks
+from hasten.bench.evaluation.form import ModelReport
 from hasten.bench.evaluation.limits import Memory, Roofline
 from hasten.bench.slo import Slo
 from hasten.bench.svg import COLORS, SOFT
 from hasten.bench.sweep import Point, Sweep, knee
 
 _GIB = 1 << 30
+
+
+def summary(report: ModelReport, about: str) -> str:
+    """All pictures of a report as a document, below its headline; `about` says of what and where."""
+    found = report["accuracy"]
+    every = [
+        *plots.accuracies(found.engines),
+        *plots.latencies(report["latency"].results),
+        *served(report),
+        *joules(report),
+        *hardware(report),
+        plots.starts(report["startup"].starts),
+    ]
+    return sheet(report["headline"], every, about=about)
+
+
+def served(report: ModelReport) -> list[Picture]:
+    """The served model by requests in flight."""
+    sweeps, slo = report["serving"], Slo.parse(report["slo"])
+    return [
+        pareto([(label, each.points) for label, each in zip(labels(sweeps), sweeps, strict=True)], slo),
+        tails(sweeps[0], "ttft", "time to first token, ms", slo),
+        tails(sweeps[0], "itl", "between tokens, ms", slo),
+    ]
+
+
+def joules(report: ModelReport) -> list[Picture]:
+    """Energy by requests in flight; none where it was not measured."""
+    points = report["serving"][0].points
+    return [energy(points)] if any(point.joules_per_token is not None for point in points) else []
+
+
+def hardware(report: ModelReport) -> list[Picture]:
+    """Roofline and memory; none where the model's plan is not known."""
+    plan, limits = report["plan"], report["roofline"]
+    if plan is None or limits is None:
+        return []
+    return [roofline(limits), memory(plan.memory), weights(plan.memory)]
 
 
 def pareto(lines: Sequence[tuple[str, Sequence[Point]]], slo: Slo) -> Picture:

@@ -117,15 +117,7 @@ def serving(report: ModelReport) -> Html:
         if best is not None
         else "no measured concurrency keeps it."
     )
-    parts: list[Html] = [
-        shown(
-            [
-                pictures.pareto(list(zip(pictures.labels(sweeps), (each.points for each in sweeps), strict=True)), slo),
-                pictures.tails(own, "ttft", "time to first token, ms", slo),
-                pictures.tails(own, "itl", "between tokens, ms", slo),
-            ]
-        )
-    ]
+    parts: list[Html] = [shown(pictures.served(report))]
     for each, label in zip(sweeps, pictures.labels(sweeps), strict=True):
         parts.append(_sweep_table(each, label, slo))
     return section("Served", paragraph(lead, "lead"), *parts)
@@ -177,7 +169,7 @@ def cost(report: ModelReport) -> Html:
             "of prompts alone, an output token what remains; together they are the price of the machine."
         )
         parts += [paragraph(lead, "lead"), table(("price", "$"), rows)]
-    if any(point.joules_per_token is not None for point in own.points):
+    if energy := pictures.joules(report):
         energies = [
             (
                 str(point.concurrency),
@@ -189,7 +181,7 @@ def cost(report: ModelReport) -> Html:
             for point in own.points
             if point.power is not None
         ]
-        parts.append(shown([pictures.energy(own.points)]))
+        parts.append(shown(energy))
         columns = ("in flight", "joules per output token", "watts of all GPUs", "SM clock, MHz", "memory clock, MHz")
         parts.append(table(columns, energies))
     else:
@@ -239,7 +231,7 @@ def hardware(report: ModelReport) -> Html:
     return section(
         "The hardware's limits",
         paragraph(lead, "lead"),
-        shown([pictures.roofline(roofline), pictures.memory(memory), pictures.weights(memory)]),
+        shown(pictures.hardware(report)),
         table(columns, rows),
         paragraph(summary, "lead"),
     )

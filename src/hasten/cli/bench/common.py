@@ -86,15 +86,17 @@ def add_output(parser: Parser, words: str = "print the results as JSON", plot: s
     parser.add_argument("--json", action="store_true", help=words)
     parser.add_argument("--output-path", type=path, metavar="FILE", help="write the results to a file, as JSON")
     if plot:
-        parser.add_argument("--plot", type=path, metavar="FILE", help=f"write an SVG of {plot}")
+        parser.add_argument("--plot", type=path, metavar="FILE", help=f"draw {plot}: an SVG, or a PNG for FILE.png")
 
 
 def require_writable(args: argparse.Namespace) -> None:
     """ConfigError if the results or their picture could not be written."""
-    from hasten.bench import report
+    from hasten.bench import png, report
 
-    for file in (args.output_path, getattr(args, "plot", None)):
+    plot = getattr(args, "plot", None)
+    for file in (args.output_path, plot):
         report.require_writable(file)
+    png.require_png(plot)
 
 
 def write_plot(args: argparse.Namespace, title: str, pictures: "Sequence[Picture]", columns: int = 3) -> None:

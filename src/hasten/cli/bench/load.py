@@ -47,13 +47,14 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure a served model under each rate."""
     require_extra("serve", "hasten bench load")
-    from hasten.bench import report
+    from hasten.bench import png, report
     from hasten.bench.load.measure import measure
     from hasten.bench.load.plot import write_plot
     from hasten.bench.load.report import notes, show
 
     for file in (args.output_path, args.plot):
         report.require_writable(file)
+    png.require_png(args.plot)
     options, workload = _load_options(args), _workload_options(args)
     results: list[LoadResult] = []
     full: dict[str, Any] = {}

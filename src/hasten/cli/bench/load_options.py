@@ -160,7 +160,9 @@ def _add_results(parser: Parser) -> None:
         help="count the requests per second within these limits of ttft, tpot and e2el, such as ttft:200 tpot:15 (ms) "
         "or ttft=200ms,tpot=15ms",
     )
-    group.add_argument("--plot", type=path, metavar="FILE", help="write an SVG of the latencies by request rate")
+    group.add_argument(
+        "--plot", type=path, metavar="FILE", help="draw the latencies by request rate: an SVG, or a PNG for FILE.png"
+    )
     add_output(parser)
 
 
