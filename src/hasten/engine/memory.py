@@ -18,6 +18,8 @@ DEFAULT_MODEL_LEN = 2048
 """Longest sequence, where neither options nor the model say how long one may be."""
 DEFAULT_STEP_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Maximum tokens of a step: enough to keep the device busy."""
+_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+"""In the message of torch's error."""
 CPU_SHARE = 0.25
 """Part of the free memory of a host that caches take by default: the system lends it page by page, as it is used."""
 
@@ -57,12 +59,19 @@ def _left(folder: Path) -> int | None:
     return None
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the host, had no memory left: of a CPU's, torch says so in words alone."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_OUT_OF_MEMORY in str(error)
+
+
 @contextmanager
 def explained_out_of_memory(doing: str = "computing a step", advice: Callable[[], str] | None = None) -> Iterator[None]:
     """Turn the device's running out of memory into a CapacityError that says what to lower, with further `advice`."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
         more = "" if advice is None else advice()
         raise CapacityError(
             f"the device's memory ran out while {doing}; lower max_num_batched_tokens, max_num_seqs, "

@@ -200,3 +200,40 @@ def test_a_start_that_fails_for_memory_says_what_would_do(tiny_bloom: Path, monk
     monkeypatch.setattr("hasten.engine.cache_setup.free_memory", lambda *_: 1)
     with pytest.raises(CapacityError, match=r"lower max_model_len or raise kv_cache_memory; it needs 0\.00 GB of weig"):
         LLM(tiny_bloom, device="cpu")
+
+
+def allocated(*_: object, **__: object) -> torch.Tensor:
+    return torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def ran_out(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("failing", [allocated, ran_out])
+@pytest.mark.parametrize(
+    ("part", "doing"),
+    [
+        ("hasten.engine.worker.build_model", "loading the model"),
+        ("hasten.engine.cache_setup.free_memory", "sizing the cache"),
+        ("hasten.engine.runner.Runner.allocate_cache", "allocating the cache"),
+    ],
+)
+def test_each_part_of_a_start_that_has_no_memory_gives_the_same_advice(
+    part: str, doing: str, failing: Callable[..., object], tiny_bloom: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part, failing)
+    with pytest.raises(CapacityError) as found:
+        LLM(tiny_bloom, device="cpu")
+    message = str(found.value)
+    assert message.startswith(f"the device's memory ran out while {doing}; lower max_num_batched_tokens, ")
+    assert "; it needs 0.00 GB of weights as fp32, about " in message
+
+
+def test_other_errors_of_a_start_keep_their_own_words(tiny_bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("hasten.engine.worker.build_model", fail)
+    with pytest.raises(RuntimeError, match=r"^a bug$"):
+        LLM(tiny_bloom, device="cpu")
