@@ -32,6 +32,8 @@ OPTIONAL = {
     "opentelemetry",
     "vllm",
     "lm_eval",
+    "font_roboto",
+    "resvg_py",
 }
 """Imported only where they are there (transformers brings huggingface_hub), or behind `require_extra`."""
 
