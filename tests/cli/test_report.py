@@ -140,7 +140,7 @@ def test_without_what_draws_pictures_the_output_says_so(report: Report, monkeypa
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "resvg_py" else find_spec(name))
     out, _ = _captured(report.arguments, report.page.parent)
     assert out.splitlines()[-1] == (
-        f"no page.png: a picture such as {report.page.with_suffix('.png')} needs resvg-py, which is not installed; "
+        f"no page.png: a picture such as {report.page.with_suffix('.png')} needs resvg_py, which is not installed; "
         "run: pip install 'hasten[png]'"
     )
 

@@ -18,7 +18,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     "batch": {"msgspec": "msgspec"},
     "grammar": {"llguidance": "llguidance"},
     "parquet": {"pyarrow": "pyarrow"},
-    "png": {"font_roboto": "font-roboto", "resvg_py": "resvg-py"},
+    "png": {"font_roboto": "font-roboto", "resvg_py": "resvg_py"},
     "otel": {
         "opentelemetry.exporter.otlp.proto.http": "opentelemetry-exporter-otlp-proto-http",
         "opentelemetry.sdk": "opentelemetry-sdk",
