@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from hasten.engine.sampler import Choice, PromptLogprobs, Sampled, Sampler, mix64, uniform
+from hasten.engine.points import mix64, seeds_of, uniforms
+from hasten.engine.sampler import Choice, PromptLogprobs, Sampled, Sampler
 from hasten.engine.sequence import Sequence
 from hasten.ops import NONE_LEFT
 
@@ -26,12 +27,16 @@ GRID: list[dict[str, Any]] = [
 ]
 
 
+def uniform(seed: int, position: int) -> float:
+    return float(uniforms(seeds_of([seed]), [position])[0])
+
+
 def random_logits(rows: int, seed: int, scale: float = 2.0) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 def sampled_of(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
-    choice = Sampler(EOS, logits.device).prepare(logits, sequences).choose()
+    choice = Sampler(EOS, logits.device).prepare(logits.clone(), sequences).choose()
     sampled = choice.collect()
     assert choice.chosen.dtype == torch.int32
     assert choice.chosen[0].tolist() == [one.token_id for one in sampled]
@@ -109,13 +114,15 @@ def test_uniform_numbers_are_even_and_differ_by_seed_and_position() -> None:
     assert abs(sum(numbers) / 2500 - 0.5) < 5 * (1 / 12 / 2500) ** 0.5
     assert len({mix64(value) for value in range(1000)}) == 1000
     assert 0 <= uniform(2**64 - 1, 10**6) < 1
+    for seed, position in ((0, 0), (7, 3), (-5, 1), (2**63 + 11, 10**6), (2**64 - 1, 12)):
+        assert uniform(seed, position) == (mix64(seed + position * 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
 
 
 @pytest.mark.parametrize(("point", "wanted"), [(0.0, 7), (0.5, 30), (1 - 2.0**-53, 30)])
 def test_tokens_without_probability_are_not_drawn_at_the_ends_either(
     make_sequence: MakeSequence, monkeypatch: pytest.MonkeyPatch, point: float, wanted: int
 ) -> None:
-    monkeypatch.setattr("hasten.engine.sampler.uniform", lambda *_: point)
+    monkeypatch.setattr("hasten.engine.sampled_batch.uniforms", lambda *_: point)
     logits = torch.full((1, VOCAB), float("-inf"))
     logits[0, [7, 30]] = 0.0
     for options in ({}, {"top_p": 0.99}, {"top_k": 40}):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.ops import Bans, EditList, TokenCounts, reference
+from hasten.ops import Bans, EditList, TokenCounts, native, reference
 from hasten.ops.cpu import edits as cpu_edits
 from hasten.ops.edits import IN_PROMPT
 
@@ -36,11 +36,17 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_MASK_BLOCK", 2 * BLOCK)
 
 
-@pytest.fixture(params=[reference, cpu_edits, kernels], ids=["reference", "cpu", "kernels"])
-def ops(request: pytest.FixtureRequest, device: torch.device) -> ModuleType:
-    if request.param is cpu_edits and device.type != "cpu":
+@pytest.fixture(params=["reference", "numpy", "numba", "triton"])
+def ops(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    if request.param in ("reference", "triton"):
+        return {"reference": reference, "triton": kernels}[request.param]
+    if device.type != "cpu":
         pytest.skip("of a CPU alone")
-    return request.param
+    if request.param == "numpy":
+        monkeypatch.setattr(native, "kernels", lambda: None)
+    else:
+        pytest.importorskip("numba", reason="there are no kernels without it")
+    return cpu_edits
 
 
 def counts_of(prompts: list[list[int]], outputs: list[list[int]], device: torch.device, width: int = 80) -> TokenCounts:

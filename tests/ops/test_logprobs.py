@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.ops import reference
+from hasten.ops import native, reference
 from hasten.ops.cpu import sampling as cpu_sampling
 
 pytest.importorskip("triton")
@@ -21,6 +21,12 @@ INF = float("inf")
 @pytest.fixture(params=[DEVICE])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def no_kernels_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU computes with them is compared with the definition in `test_native.py`."""
+    monkeypatch.setattr(native, "kernels", lambda: None)
 
 
 @pytest.fixture(autouse=True)

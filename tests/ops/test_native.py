@@ -1,5 +1,6 @@
 """The kernels for a CPU compared with the definitions, on one thread and on two, and recordings of them."""
 
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from tests.ops.conftest import exactly_activated
 from torch import Tensor
 
 from hasten import ops
-from hasten.ops import cpu, native, reference
+from hasten.ops import beams, cpu, native, reference
 from hasten.ops.heads import HeadTransform
 from hasten.ops.meta import AttentionMeta
 
@@ -185,6 +186,131 @@ def test_the_most_probable_token(kernels: native.Kernels) -> None:
         assert torch.equal(
             kernels.choice.greedy(logits[:, : width // 2 + 1]), reference.greedy(logits[:, : width // 2 + 1])
         )
+
+
+def _draws(rng: random.Random, rows: int, vocab: int) -> dict[str, list[Any]]:
+    choices: dict[str, list[Any]] = {
+        "temperature": [1e-5, 0.3, 0.8, 1.0, 1.6, 1e5, 1e300],
+        "top_k": [0, 0, 1, 3, 50, max(1, vocab - 1), vocab, 2 * vocab],
+        "top_p": [1.0, 1.0, 0.999, 0.9, 0.3, 1e-9],
+        "min_p": [0.0, 0.0, 0.01, 0.3, 1.0],
+    }
+    drawn = {name: [rng.choice(values) for _ in range(rows)] for name, values in choices.items()}
+    return {**drawn, "point": [rng.random() for _ in range(rows)]}
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 8, 64, 65, 1000, 1024, 5003])
+def test_the_same_tokens_are_drawn(vocab: int, kernels: native.Kernels) -> None:
+    rng = random.Random(vocab)
+    for scale in (0.5, 3.0, 20.0):
+        logits = draw(60, vocab, scale=scale)
+        logits[15:30] = (2 * logits[15:30]).round() / 2  # many equals
+        logits[20:45] = logits[20:45].where(draw(25, vocab) > 0, -torch.inf)
+        logits[50] = logits[51, 1:] = -torch.inf
+        logits[52, -1], logits[53, vocab // 2] = torch.nan, torch.inf
+        for _ in range(4):
+            draws = ops.Draws.of(**_draws(rng, len(logits), vocab), device=torch.device("cpu"))
+            found = kernels.sampling.draw(logits, draws)
+            assert torch.equal(found, reference.draw(logits, draws))
+            assert torch.equal(ops.draw(logits, draws), found)
+            alone = ops.Draws(draws.packed_r5[7:8], draws.filters)
+            assert kernels.sampling.draw(logits[7:8], alone).tolist() == found[7:8].tolist()
+
+
+def test_the_same_tokens_are_drawn_from_a_flat_distribution(kernels: native.Kernels) -> None:
+    logits, count = draw(1, 50_000, scale=1e-3).expand(40, -1), 40
+    options: list[dict[str, float]] = [{"top_p": 0.9}, {"top_k": 30_000}, {"top_k": 20_000, "top_p": 0.4}, {}]
+    rows = [{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **options[n % 4]} for n in range(count)]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    points = [(n + 0.5) / count for n in range(count)]
+    draws = ops.Draws.of(**columns, point=points, device=torch.device("cpu"))  # type: ignore[arg-type]
+    assert torch.equal(kernels.sampling.draw(logits, draws), reference.draw(logits, draws))
+
+
+def test_points_at_the_ends_draw_tokens_that_have_a_probability(kernels: native.Kernels) -> None:
+    logits, count = draw(90, 300, scale=4.0), 90
+    logits[:, 250:] = -torch.inf
+    columns = {"temperature": [0.7] * count, "top_k": [0, 5, 0] * 30, "top_p": [1.0, 1.0, 0.8] * 30}
+    for point in (0.0, 1 - 2.0**-53):
+        draws = ops.Draws.of(**columns, min_p=[0.0] * count, point=[point] * count, device=torch.device("cpu"))
+        tokens = kernels.sampling.draw(logits, draws).long()
+        assert (reference.filtered(logits, draws).gather(1, tokens.unsqueeze(1)) > 0).all()
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 20, 64])
+def test_log_probabilities(count: int, kernels: native.Kernels) -> None:
+    for vocab in (1, 8, 77, 1003):
+        logits, tokens = draw(9, vocab), torch.arange(9, dtype=torch.int32) % vocab
+        logits[3:6] = logits[3:6].round()
+        logits[5, 1::2] = -torch.inf
+        tokens[8] = -1
+        found = kernels.sampling.top_logprobs(logits[:, : vocab - vocab // 3], tokens.clamp(max=vocab // 2), count)
+        wanted = reference.top_logprobs(logits[:, : vocab - vocab // 3], tokens.clamp(max=vocab // 2), count)
+        for part, expected in zip(found, wanted, strict=True):
+            assert part.dtype == expected.dtype
+            torch.testing.assert_close(part, expected, rtol=1e-6, atol=2e-6)
+        assert torch.equal(found.ids_rk, wanted.ids_rk)
+
+
+@pytest.mark.parametrize("vocab", [1, 16, 33, 300])
+@pytest.mark.parametrize("count", [1, 7, 40, 64])
+def test_the_greatest_numbers_among_many_equals(vocab: int, count: int, kernels: native.Kernels) -> None:
+    x = torch.randint(-3, 4, (5, vocab), generator=torch.Generator().manual_seed(vocab)).float()
+    x[0] = torch.where(x[0] > 0, x[0] * 0, -torch.inf)
+    x[1, ::2] *= -0.0
+    for found, wanted in zip(kernels.sampling.largest(x, count), reference.largest(x, count), strict=True):
+        assert found.dtype == wanted.dtype
+        assert torch.equal(found, wanted)
+
+
+def test_searches_go_on_alike(kernels: native.Kernels) -> None:
+    rng = random.Random(0)
+    for _ in range(60):
+        searches, begun = [], rng.random() < 0.8
+        rows = chosen = 0
+        for slot in rng.sample(range(8), rng.randint(1, 5)):
+            width, ends = rng.randint(1, 6), tuple(rng.sample(range(40), rng.randint(0, 3)))
+            own = width if begun else 1
+            keep = (1 + max(1, len(ends))) * width
+            searches.append(ops.Search(slot, rows, own, width, keep, chosen, rng.choice([0.0, 0.7]), ends))
+            rows, chosen = rows + own, chosen + width + rng.randint(0, 2)
+        columns = max(search.keep for search in searches)
+        values, ids = ops.largest((draw(rows, 40) + rng.random()).log_softmax(-1).round(decimals=1), columns)
+        state = draw(8, 6).double()
+        orders = torch.stack([torch.randperm(6) for _ in range(8)]).int()
+        for search in searches:
+            orders[search.slot, : search.width] = torch.randperm(search.width).int()
+        found, wanted = (
+            choose(
+                ops.BeamStates(state.clone(), orders.clone()),
+                ops.BeamSearches.of(searches, torch.device("cpu")),
+                values,
+                ids,
+                vocab=38,
+                chosen=chosen,
+            )
+            for choose in (_chosen_by(kernels.beams.choose_beams), _chosen_by(beams.choose_beams))
+        )
+        for search, place in zip(searches, range(len(searches)), strict=True):
+            seats = slice(search.first_chosen, search.first_chosen + search.width)
+            best = (place, slice(min(search.keep, search.rows * min(search.keep, columns))))
+            own_state = (search.slot, slice(search.width))
+            for part, expected, at in zip(
+                found, wanted, ((slice(None), seats), seats, best, best, best, own_state, own_state), strict=True
+            ):
+                assert torch.equal(part[at], expected[at])
+
+
+def _chosen_by(choose: Callable[..., ops.BeamChoice]) -> Callable[..., list[Tensor]]:
+    """A function that gives what was chosen and the states afterwards."""
+
+    def run(
+        states: ops.BeamStates, searches: ops.BeamSearches, values: Tensor, ids: Tensor, *, vocab: int, chosen: int
+    ) -> list[Tensor]:
+        choice = choose(states, searches, values, ids, torch.zeros(2, chosen, dtype=torch.int32), vocab)
+        return [*choice, states.logprobs_sw, states.order_sw]
+
+    return run
 
 
 def test_a_recording_computes_the_same_of_other_inputs() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from hasten import ops
-from hasten.ops import reference
+from hasten.ops import native, reference
 from hasten.ops.cpu import sampling as cpu_sampling
 
 pytest.importorskip("triton")
@@ -48,6 +48,12 @@ FILTERS: list[dict[str, Any]] = [
 @pytest.fixture(params=[DEVICE])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def no_kernels_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU computes with them is compared with the definition in `test_native.py`."""
+    monkeypatch.setattr(native, "kernels", lambda: None)
 
 
 @pytest.fixture(autouse=True)

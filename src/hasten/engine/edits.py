@@ -7,7 +7,7 @@ import numpy as np
 
 from hasten.core.types import SamplingParams
 from hasten.engine.sequence import Sequence
-from hasten.ops import Bans
+from hasten.ops import Bans, EditList
 from hasten.ops.plan import Integers
 
 _ALWAYS = -1
@@ -28,11 +28,25 @@ class RowEdits:
         self._stops = _bans((token, _ALWAYS) for token in (*eos_token_ids, *params.stop_token_ids))
         self._runs = _BannedRuns(params.bad_words_ids) if params.bad_words_ids else None
 
+    def add_to(self, edits: EditList, row: int, slot: int, bans: Bans, chosen: int) -> None:
+        """Edit a row: `EditList.add` says what the numbers are."""
+        edits.add(
+            row,
+            slot=slot,
+            penalties=self.penalties,
+            bias_ids=self.bias_ids,
+            biases=self.biases,
+            bans=bans,
+            chosen=chosen,
+        )
+
     def bans(self, sequence: Sequence) -> Bans:
-        """The tokens that must not come next."""
+        """The tokens that must not come next. As long as no run has begun, it is the same object each time."""
         bans = _NONE if self._runs is None else self._runs.next(sequence)
-        if sequence.output_len >= self._min_tokens:
+        if self._min_tokens == 0 or sequence.output_len >= self._min_tokens:
             return bans
+        if bans is _NONE:
+            return self._stops
         return Bans(np.concatenate((self._stops.ids, bans.ids)), np.concatenate((self._stops.after, bans.after)))
 
 

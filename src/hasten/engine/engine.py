@@ -29,11 +29,11 @@ from hasten.engine.launched_step import InFlightStep
 from hasten.engine.memory import explained_out_of_memory
 from hasten.engine.pacing import Pacer
 from hasten.engine.planning.step_work import EstimatedWork, WorkEstimator
+from hasten.engine.points import mix64
 from hasten.engine.pooling import Pooled
 from hasten.engine.request_checks import RequestChecks, RequestLimits
 from hasten.engine.request_state import Output, PoolingState, RequestState, State
 from hasten.engine.request_tracker import RequestTracker
-from hasten.engine.sampler import mix64
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
 from hasten.engine.stats import EngineStats, StepTally

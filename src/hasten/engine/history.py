@@ -11,9 +11,11 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.engine.sequence import Sequence
+from hasten.ops.plan import Integers
 
 _MIN_SLOTS, _MIN_WIDTH = 16, 512
 """Sizes that the tables start with; they double as needed."""
+_FREE = -1
 
 
 class TokenHistory:
@@ -23,33 +25,36 @@ class TokenHistory:
         self.counts = ops.TokenCounts.empty(1, 1, device)
         self._slots: dict[int, int] = {}
         """Sequence key -> slot."""
-        self._lengths: dict[int, int] = {}
-        """Slot -> number of tokens counted in it, on the device."""
-        self._free: list[int] = []
+        self._lengths: Integers = np.full(1, _FREE)
+        """Of each slot, the number of tokens counted in it, on the device; `_FREE` where it is no sequence's."""
+        self._free = [0]
 
-    def slots_of(self, sequences: Iterable[Sequence]) -> dict[int, int]:
-        """Sequence key -> slot, of these sequences; each slot has all tokens of its sequence."""
-        slots, stale = {}, []
-        for sequence in sequences:
-            slot = self._slots.get(sequence.key)
-            if slot is None:
-                slot = self._slots[sequence.key] = self._allocate()
-            if self._lengths.get(slot) != sequence.length:
-                assert sequence.pending == 0, "a token that only the device knows was counted there"
-                stale.append((slot, sequence))
-            slots[sequence.key] = slot
-        self._load(stale)
-        return slots
+    def slots_of(self, sequences: Iterable[Sequence]) -> Integers:
+        """The slots of these sequences [int32], -1 for those without penalties; see `follow_up`."""
+        return np.array([self._slot_of(each) if each.params.has_penalty else -1 for each in sequences], dtype=np.int32)
 
-    def record(self, slots_r: list[int], tokens_r: Tensor) -> None:
+    def _slot_of(self, sequence: Sequence) -> int:
+        slot = self._slots.get(sequence.key)
+        if slot is None:
+            slot = self._slots[sequence.key] = self._allocate()
+        return slot
+
+    def follow_up(self, sequences: list[Sequence], slots_r: Integers) -> None:
+        """Let each slot have all tokens of its sequence: those that were not counted as they were chosen."""
+        rows = np.flatnonzero(slots_r >= 0)
+        lengths = np.array([len(sequences[row].token_ids) + sequences[row].pending for row in rows.tolist()])
+        stale = rows[self._lengths[slots_r[rows]] != lengths].tolist()
+        self._load([(int(slots_r[row]), sequences[row]) for row in stale])
+
+    def record(self, slots_r: Integers, tokens_r: Tensor) -> None:
         """Count the token of each row in its slot, if that is not -1; a slot may have been released meanwhile."""
-        for slot in slots_r:
-            if slot in self._lengths:
-                self._lengths[slot] += 1
-                self._reserve(self._lengths[slot])
+        slots = slots_r[slots_r >= 0]
+        slots = slots[self._lengths[slots] != _FREE]
+        self._lengths[slots] += 1
+        self._reserve(int(self._lengths[slots].max(initial=0)))
         ops.count_tokens(self.counts, ops.to_device(slots_r, torch.int32, tokens_r.device), tokens_r)
 
-    def follow(self, firsts_b: list[int], slots_b: list[int], parents_b: Tensor) -> None:
+    def follow(self, firsts_b: list[int], slots_b: Integers, parents_b: Tensor) -> None:
         """Let beams have the counts of the beams that they continue, by number.
 
         `firsts_b`: for each beam the place of beam 0 of its search, -1 for what is no beam. A slot of -1 is none.
@@ -66,16 +71,16 @@ class TokenHistory:
         """Free the slot of a sequence that has ended, if it has one."""
         slot = self._slots.pop(key, None)
         if slot is not None:
-            self._lengths.pop(slot, None)
+            self._lengths[slot] = _FREE
             self._free.append(slot)
 
     def _allocate(self) -> int:
         if not self._free:
-            slots = self.counts.ids_sw.shape[0]
+            slots = len(self._lengths)
             self.counts = self.counts.grown(max(_MIN_SLOTS, 2 * slots), 1)
-            self._free = list(range(self.counts.ids_sw.shape[0] - 1, slots - 1, -1))
-            if slots == 1:
-                self._free.append(0)
+            more = self.counts.ids_sw.shape[0] - slots
+            self._lengths = np.pad(self._lengths, (0, more), constant_values=_FREE)
+            self._free = list(range(slots + more - 1, slots - 1, -1))
         return self._free.pop()
 
     def _reserve(self, width: int) -> None:

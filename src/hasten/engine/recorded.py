@@ -68,6 +68,9 @@ class RecordedSteps:
         slots += offsets
         if given:
             given[0][:], given[1][:] = message.input_rows, message.input_lens
+        if message.moves:
+            # Full blocks have changed hands by the edits, so that only what is behind them is still to follow.
+            prepare(message, torch.from_numpy(inputs.tables.array[rows, : int(blocks.max()) + 1]))
         if recorded is None:
             return self._record(numbers)
         recorded.recording.run()
@@ -107,6 +110,6 @@ def _is_plain(message: StepMessage) -> bool:
     return (
         len(message.rows) == message.num_tokens
         and min(message.needed) == 1
-        and not (message.prompt_rows or message.moves or message.positions or message.encoder_counts)
+        and not (message.prompt_rows or message.positions or message.encoder_counts)
         and min(message.ids) >= 0
     )

@@ -1,7 +1,7 @@
 """From logits to tokens, each request by its own parameters. Shapes: r rows, v vocabulary, k candidates.
 
-A token is chosen by inverting the cumulative distribution at one uniform number, which depends on nothing but the
-request's seed and the token's position: the rest of the batch and preemptions cannot change it.
+A token is chosen by inverting the cumulative distribution at one uniform number (`points.py`), which depends on nothing
+but the request's seed and the token's position: the rest of the batch and preemptions cannot change it.
 """
 
 import math
@@ -20,12 +20,11 @@ from hasten.engine.beam_choice import BeamRecords, ChosenBeams, PreparedBeams
 from hasten.engine.constraint import Constraint, fill_allowed
 from hasten.engine.edits import RowEdits
 from hasten.engine.history import TokenHistory
+from hasten.engine.sampled_batch import SampledBatch, allowed_of
 from hasten.engine.sequence import Sequence
 from hasten.ops.plan import Integers
 from hasten.ops.transfer import host_buffer, send
 
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
 _NOT_FINITE = "the model's logits are not finite: its values overflow this data type; compute in bf16 or fp32"
 _NOTHING_ALLOWED = (
     "no token may come next: what the request bans or allows (bad_words, bad_words_ids, min_tokens, "
@@ -49,19 +48,6 @@ class Sampled:
     """Why there is no token."""
     beams: BeamStep | None = None
     """How a search goes on, with the first of its beams."""
-
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) for a seed and a position."""
-    return (mix64(seed + position * _GOLDEN) >> 11) * 2.0**-53
-
-
-def mix64(value: int) -> int:
-    """64 bits, each of which depends on all bits of `value`. Source: Steele, Lea, Flood, SplitMix64, 2014."""
-    state = (value + _GOLDEN) & _MASK
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-    return state ^ (state >> 31)
 
 
 class Choice:
@@ -123,6 +109,8 @@ class Sampler:
         self._records = BeamRecords(eos_token_ids, device)
         self._edits: dict[int, RowEdits] = {}
         """By the sequence's key."""
+        self._batch: SampledBatch | None = None
+        """Of the last step."""
         self._none_chosen = torch.zeros(1, dtype=torch.int32, device=device)
 
     def release(self, key: int) -> None:
@@ -135,16 +123,22 @@ class Sampler:
         """Begin to choose the next token of each sequence, without waiting for the device.
 
         `chosen_r` are the tokens that the previous step chose, at the sequences' `pending_row`; needed where any
-        sequence has a pending token.
+        sequence has a pending token. The logits are this choice's: they may be changed.
         """
-        searching = any(sequence.beams is not None for sequence in sequences)
-        successors = [each for sequence in sequences for each in sequence.successors] if searching else sequences
-        slots = self._history.slots_of(sequence for sequence in successors if sequence.params.has_penalty)
-        drawn = {row: sequence for row, sequence in enumerate(sequences) if sequence.beams is None}
-        edited_rv = _forced(self._edit(logits_rv, drawn, slots, chosen_r), drawn)
-        allowed = self._allowed(drawn)
-        beams = self._search(logits_rv, sequences, slots, chosen_r) if searching else None
-        return PreparedChoice(logits_rv, edited_rv, sequences, slots, self._history, allowed, beams)
+        batch = self._batch
+        if batch is None or batch.sequences != sequences:
+            batch = self._batch = SampledBatch(sequences, [self._own(sequence) for sequence in sequences])
+        chosen_r = self._none_chosen if chosen_r is None else chosen_r
+        slots_b = self._slots(batch)
+        edited_rv = logits_rv
+        if batch.edited:
+            is_free = not batch.logprobs and logits_rv.dtype == torch.float32 and logits_rv.is_contiguous()
+            edits = batch.edits(logits_rv.device)
+            edited_rv = ops.edit_logits(logits_rv, edits, self._history.counts, chosen_r, in_place=is_free)
+        if batch.has_forced:
+            edited_rv = _forced(edited_rv, batch.single)
+        beams = self._search(logits_rv, batch, slots_b, chosen_r) if batch.searches else None
+        return PreparedChoice(logits_rv, edited_rv, batch, slots_b, self._history, beams)
 
     def _own(self, sequence: Sequence) -> RowEdits:
         own = self._edits.get(sequence.key)
@@ -152,51 +146,42 @@ class Sampler:
             own = self._edits[sequence.key] = RowEdits(sequence.params, self._eos_token_ids)
         return own
 
-    def _allowed(self, sequences: dict[int, Sequence]) -> dict[int, Integers]:
-        """Masks of the rows whose requests name the only tokens that may come next."""
-        masks = ((row, self._own(sequence).allowed) for row, sequence in sequences.items())
-        return {row: mask for row, mask in masks if mask is not None}
-
-    def _edit(
-        self,
-        logits_rv: Tensor,
-        sequences: dict[int, Sequence],
-        slots: dict[int, int],
-        chosen_r: Tensor | None,
-        *,
-        in_place: bool = False,
-    ) -> Tensor:
-        """Logits after penalties, biases and bans of these rows; the given ones are left as they are or `in_place`."""
-        edits = ops.EditList()
-        for row, sequence in sequences.items():
-            own = self._own(sequence)
-            if own.any:
-                edits.add(
-                    row,
-                    slot=slots.get(sequence.key, -1),
-                    penalties=own.penalties,
-                    bias_ids=own.bias_ids,
-                    biases=own.biases,
-                    bans=own.bans(sequence),
-                    chosen=sequence.pending_row if sequence.pending else 0,
-                )
-        if not edits.rows:
-            return logits_rv
-        chosen_r = self._none_chosen if chosen_r is None else chosen_r
-        return ops.edit_logits(logits_rv, edits.to(logits_rv.device), self._history.counts, chosen_r, in_place=in_place)
+    def _slots(self, batch: SampledBatch) -> Integers | None:
+        """Slots of the token counts of all that get a token, which have all their tokens; None without penalties."""
+        if not batch.has_penalties:
+            return None
+        sequences = batch.sequences
+        if batch.searches:
+            sequences = [each for sequence in sequences for each in sequence.successors]
+            slots_b = self._history.slots_of(sequences)
+            batch.slots_r = self._history.slots_of(batch.sequences)
+        else:
+            slots_b = batch.slots_r = self._history.slots_of(sequences) if batch.slots_r is None else batch.slots_r
+        self._history.follow_up(sequences, slots_b)
+        return slots_b
 
     def _search(
-        self, logits_rv: Tensor, sequences: list[Sequence], slots: dict[int, int], chosen_r: Tensor | None
+        self, logits_rv: Tensor, batch: SampledBatch, slots_b: Integers | None, chosen_r: Tensor
     ) -> PreparedBeams:
         """Find what may follow each beam. All that changes logits acts on log-probabilities, as in transformers."""
-        rows = [row for row, sequence in enumerate(sequences) if sequence.beams is not None]
+        rows = [row for row in range(len(batch.sequences)) if row not in batch.single]
         (own_rv,) = _selected(rows, logits_rv)
-        beams = {place: sequences[row] for place, row in enumerate(rows)}
+        beams = {place: batch.sequences[row] for place, row in enumerate(rows)}
+        own = {place: self._own(beam) for place, beam in beams.items()}
         count = max(candidate_count(beam.params, self._eos_token_ids) for beam in beams.values())
-        forced, allowed = any(beam.forced_next for beam in beams.values()), self._allowed(beams)
-        if forced or allowed or any(self._own(beam).any for beam in beams.values()):
-            logprobs_rv = own_rv.log_softmax(-1, dtype=torch.float32)
-            edited_rv = _forced(self._edit(logprobs_rv, beams, slots, chosen_r, in_place=True), beams)
+        forced, allowed = any(beam.forced_next for beam in beams.values()), allowed_of(own)
+        if forced or allowed or any(each.any for each in own.values()):
+            edited_rv = own_rv.log_softmax(-1, dtype=torch.float32)
+            edits = ops.EditList()
+            for place, beam in beams.items():
+                if own[place].any:
+                    slot = -1 if batch.slots_r is None else int(batch.slots_r[rows[place]])
+                    chosen = beam.pending_row if beam.pending else 0
+                    own[place].add_to(edits, place, slot, own[place].bans(beam), chosen)
+            if edits.rows:
+                counts = self._history.counts
+                edited_rv = ops.edit_logits(edited_rv, edits.to(own_rv.device), counts, chosen_r, in_place=True)
+            edited_rv = _forced(edited_rv, beams)
             values_rk, ids_rk = ops.largest(_masked(edited_rv, {}, allowed), count)
         else:
             none_r = torch.zeros(len(beams), dtype=torch.int32, device=own_rv.device)
@@ -204,7 +189,7 @@ class Sampler:
         if forced:
             # behind what is forced come tokens that no beam may go on with, and that must not end one either
             ids_rk = ids_rk.where(values_rk > float("-inf"), ids_rk[:, :1])
-        return PreparedBeams(self._records, sequences, values_rk.contiguous(), ids_rk.contiguous())
+        return PreparedBeams(self._records, batch.sequences, values_rk.contiguous(), ids_rk.contiguous())
 
 
 def _masked(logits_rv: Tensor, constraints: dict[int, Constraint], allowed: dict[int, Integers]) -> Tensor:
@@ -248,52 +233,47 @@ class PreparedChoice:
         self,
         logits_rv: Tensor,
         edited_rv: Tensor,
-        sequences: list[Sequence],
-        slots: dict[int, int],
+        batch: SampledBatch,
+        slots_b: Integers | None,
         history: TokenHistory,
-        allowed: dict[int, Integers],
         beams: PreparedBeams | None,
     ) -> None:
         self._logits_rv, self._edited_rv, self._beams = logits_rv, edited_rv, beams
-        self._history, self._allowed = history, allowed
-        params = [sequence.params for sequence in sequences]
-        self._constraints = {row: s.constraint for row, s in enumerate(sequences) if s.constraint is not None}
-        self._drawn = [row for row, s in enumerate(sequences) if s.beams is None and not s.params.greedy]
-        self._draws = _draws([sequences[row] for row in self._drawn], logits_rv.device) if self._drawn else None
-        successors = sequences if beams is None else beams.successors
-        self._slots = [slots.get(successor.key, -1) for successor in successors] if slots else []
-        self._logprobs = {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None}
-        self._sequences = sequences
+        self._history, self._batch, self._slots_b = history, batch, slots_b
+        self._draws = batch.draws(logits_rv.device)
 
     def choose(self) -> Choice:
         """Choose the tokens. The sequences' grammars must have accepted all tokens before."""
-        constraints = {row: own for row, own in self._constraints.items() if not own.is_over}
-        logits_rv = _masked(self._edited_rv, constraints, self._allowed)
+        batch = self._batch
+        given = ((row, batch.sequences[row].constraint) for row in batch.constrained)
+        constraints = {row: own for row, own in given if own is not None and not own.is_over}
+        logits_rv = _masked(self._edited_rv, constraints, batch.allowed)
         tokens_r = self._chosen(logits_rv)
         beams = None if self._beams is None else self._beams.choose(tokens_r, logits_rv.shape[1])
-        if self._slots:
-            self._record(tokens_r, beams)
+        if self._slots_b is not None:
+            self._record(self._slots_b, tokens_r, beams)
         tops = None
-        if self._logprobs:
-            own_rv, own_r = _selected(list(self._logprobs), self._logits_rv, tokens_r)
-            tops = ops.top_logprobs(own_rv, own_r, max(self._logprobs.values()))
-        return Choice(tokens_r, tops, self._logprobs, beams, self._sequences)
+        if batch.logprobs:
+            own_rv, own_r = _selected(list(batch.logprobs), self._logits_rv, tokens_r)
+            tops = ops.top_logprobs(own_rv, own_r, max(batch.logprobs.values()))
+        return Choice(tokens_r, tops, batch.logprobs, beams, batch.sequences)
 
-    def _record(self, tokens_r: Tensor, beams: ChosenBeams | None) -> None:
+    def _record(self, slots_b: Integers, tokens_r: Tensor, beams: ChosenBeams | None) -> None:
         """Count the tokens for the penalties to come."""
         if beams is not None and self._beams is not None:
             tokens_r, parents_b = beams.choice.chosen_2b
-            self._history.follow(self._beams.families, self._slots, parents_b)
-        self._history.record(self._slots, tokens_r)
+            self._history.follow(self._beams.families, slots_b, parents_b)
+        self._history.record(slots_b, tokens_r)
 
     def _chosen(self, logits_rv: Tensor) -> Tensor:
         """The next token of each row, drawn or the most probable one."""
         if self._draws is None:
             return ops.greedy(logits_rv)
-        if len(self._drawn) == logits_rv.shape[0]:
+        drawn = self._batch.drawn
+        if len(drawn) == logits_rv.shape[0]:
             return ops.draw(logits_rv, self._draws)
         tokens_r = ops.greedy(logits_rv)
-        rows = ops.to_device(self._drawn, torch.int64, logits_rv.device)
+        rows = ops.to_device(drawn, torch.int64, logits_rv.device)
         return tokens_r.index_copy_(0, rows, ops.draw(logits_rv.index_select(0, rows), self._draws))
 
 
@@ -308,19 +288,6 @@ def _selected(rows: list[int], *tensors: Tensor) -> list[Tensor]:
         return list(tensors)
     index = ops.to_device(rows, torch.int64, tensors[0].device)
     return [tensor.index_select(0, index) for tensor in tensors]
-
-
-def _draws(sequences: list[Sequence], device: torch.device) -> ops.Draws:
-    """How the next token of each sequence is drawn."""
-    params = [sequence.params for sequence in sequences]
-    return ops.Draws.of(
-        temperature=[p.temperature for p in params],
-        top_k=[max(p.top_k, 0) for p in params],
-        top_p=[p.top_p for p in params],
-        min_p=[p.min_p for p in params],
-        point=[uniform(sequence.seed, sequence.output_len) for sequence in sequences],
-        device=device,
-    )
 
 
 def draw_every_way(logits_rv: Tensor) -> None:

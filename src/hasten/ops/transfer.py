@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten.ops.plan import Integers
@@ -16,7 +17,7 @@ _LINE = 32
 """int32 numbers in 128 bytes: arrays that are sent together each begin at such a line."""
 
 
-def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+def to_device(values: Sequence[Any] | NDArray[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of host values. From pinned memory the copy takes its place behind the work that the GPU has already."""
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 

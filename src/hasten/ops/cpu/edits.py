@@ -1,4 +1,4 @@
-"""Edits of logits, and the counts that they read, on a CPU: in numpy, whose calls take less time for small batches.
+"""Edits of logits, and the counts that they read, on a CPU: by kernels, and without them in numpy.
 
 Shapes: k edited rows, or rows whose token is counted; n entries of all rows, one after the other.
 """
@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hasten.ops import native
 from hasten.ops.edits import IN_PROMPT, LogitEdits, TokenCounts
 
 Logits = NDArray[np.float32]
@@ -19,6 +20,10 @@ def edit_logits(  # noqa: D103
     edited_rv = logits_rv
     if not in_place:
         edited_rv = logits_rv.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    kernels = native.kernels()
+    if kernels is not None and edited_rv.stride(1) == 1:
+        kernels.edits.edit_logits(edited_rv, edits, counts, chosen_r)
+        return edited_rv
     edited: Logits = edited_rv.numpy()
     with np.errstate(all="ignore"):
         _penalize(edited, edits, counts)
@@ -51,6 +56,10 @@ def _penalize(edited: Logits, edits: LogitEdits, counts: TokenCounts) -> None:
 
 
 def count_tokens(counts: TokenCounts, slots_r: Tensor, tokens_r: Tensor) -> None:  # noqa: D103
+    kernels = native.kernels()
+    if kernels is not None:
+        kernels.edits.count_tokens(counts, slots_r.contiguous(), tokens_r.contiguous())
+        return
     slots, tokens = slots_r.numpy(), tokens_r.numpy()
     counted = (slots >= 0) & (tokens >= 0)
     slots, tokens = slots[counted], tokens[counted]
@@ -68,6 +77,9 @@ def count_tokens(counts: TokenCounts, slots_r: Tensor, tokens_r: Tensor) -> None
 
 
 def mask_logits(logits_rv: Tensor, index_r: Tensor, masks_kw: Tensor) -> Tensor:  # noqa: D103
+    kernels = native.kernels()
+    if kernels is not None and logits_rv.dtype == torch.float32 and logits_rv.stride(1) == masks_kw.stride(1) == 1:
+        return kernels.edits.mask_logits(logits_rv, index_r, masks_kw)
     index = index_r.numpy()
     rows = np.flatnonzero(index >= 0)
     octets = masks_kw.numpy()[index[rows]].astype("<i4", copy=False).view(np.uint8)

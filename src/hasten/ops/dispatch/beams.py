@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hasten.ops import beams, reference
+from hasten.ops import beams, native, reference
 from hasten.ops.beams import BeamChoice, BeamMoves, BeamSearches, BeamStates
 from hasten.ops.block_caches import BlockCaches
 
@@ -53,4 +53,7 @@ def choose_beams(
         from hasten.ops.gpu import beams as kernels
 
         return kernels.choose_beams(states, searches, values_rk, ids_rk, chosen_2b, vocab)
+    on_cpu = native.kernels()
+    if on_cpu is not None and searches.max_keep <= on_cpu.beams.MOST_KEPT:
+        return on_cpu.beams.choose_beams(states, searches, values_rk, ids_rk, chosen_2b, vocab)
     return beams.choose_beams(states, searches, values_rk, ids_rk, chosen_2b, vocab)

@@ -9,10 +9,10 @@ class Kernels:
     """The modules of kernels; making it compiles them, or reads them from the user's cache."""
 
     def __init__(self) -> None:
-        from hasten.ops.native import attention, choice, compiled, norms, products, record
+        from hasten.ops.native import attention, beams, choice, compiled, edits, norms, products, record, sampling
 
         self.attention, self.choice, self.norms, self.products = attention, choice, norms, products
-        self.record = record
+        self.beams, self.edits, self.record, self.sampling = beams, edits, record, sampling
         self.integers: ModuleType | None = None
         """Products with weights of 8 and 4 bits; None on a processor without AVX-512 VNNI."""
         if compiled.multiplies_bytes():

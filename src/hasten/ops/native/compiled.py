@@ -86,7 +86,18 @@ def _compiled() -> dict[str, bytes]:
     """Machine code of all kernels for this processor, by name; of each the function `hasten_NAME`."""
     from numba import cfunc, types
 
-    from hasten.ops.native.code import attention, choice, norms, products, rows, teams  # noqa: F401 - they add to KERNELS
+    from hasten.ops.native.code import (  # noqa: F401 - they add to KERNELS
+        attention,
+        beams,
+        choice,
+        draw,
+        edits,
+        logprobs,
+        norms,
+        products,
+        rows,
+        teams,
+    )
 
     if multiplies_bytes():
         from hasten.ops.native.code import integers  # noqa: F401

@@ -1,0 +1,115 @@
+"""Edits of logits, masks of them, and token counts. Addresses are of fp32 logits and int32 numbers.
+
+See `hasten.ops.edits` for the arrays.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from hasten.ops.edits import IN_PROMPT
+from hasten.ops.native.code.functions import kernel, part
+from hasten.ops.native.code.simd import (
+    LANES,
+    _made,
+    constant,
+    load,
+    load_f32,
+    load_i32,
+    load_i64,
+    store,
+    store_f32,
+    store_i32,
+    vector,
+)
+
+_IN_OUTPUT = IN_PROMPT - 1
+_f32 = np.float32
+
+
+def _select(b, args):
+    lanes = b.bitcast(b.trunc(args[1], ir.IntType(LANES)), ir.VectorType(ir.IntType(1), LANES))
+    return b.select(lanes, args[0], constant(float("-inf")))
+
+
+_left = _made((vector, types.int64), vector, _select)
+"""Numbers where bits are set, minus infinity elsewhere."""
+
+
+@part
+def _penalize(row, ids, counts, size, penalties):
+    repetition, presence, frequency = load_f32(penalties), load_f32(penalties + 4), load_f32(penalties + 8)
+    for at in range(0, 4 * size, 4):
+        place, output = row + 4 * load_i32(ids + at), load_i32(counts + at) & _IN_OUTPUT
+        x = load_f32(place)
+        x = x / repetition if x > 0 else x * repetition
+        if output > 0:
+            x -= presence + frequency * _f32(output)
+        store_f32(place, x)
+
+
+@kernel
+def _edit(p, thread, threads):
+    """Penalties, biases and bans of k rows of logits, in place."""
+    edited, x, stride = load_i64(p), load_i64(p + 8), 4 * load_i64(p + 16)
+    rows, slots, penalties, chosen = load_i64(p + 24), load_i64(p + 32), load_i64(p + 40), load_i64(p + 48)
+    bias_starts, bias_ids, biases = load_i64(p + 56), load_i64(p + 64), load_i64(p + 72)
+    ban_starts, ban_ids, ban_after = load_i64(p + 80), load_i64(p + 88), load_i64(p + 96)
+    tokens, ids, counts, sizes, width = (
+        load_i64(p + 104),
+        load_i64(p + 112),
+        load_i64(p + 120),
+        load_i64(p + 128),
+        4 * load_i64(p + 136),
+    )
+    for k in range(edited * thread // threads, edited * (thread + 1) // threads):
+        row, slot = x + stride * load_i32(rows + 4 * k), np.int64(load_i32(slots + 4 * k))
+        if slot >= 0:
+            own = width * slot
+            _penalize(row, ids + own, counts + own, load_i32(sizes + 4 * slot), penalties + 12 * k)
+        for n in range(load_i32(bias_starts + 4 * k), load_i32(bias_starts + 4 * k + 4)):
+            place = row + 4 * load_i32(bias_ids + 4 * n)
+            store_f32(place, load_f32(place) + load_f32(biases + 4 * n))
+        last = load_i32(tokens + 4 * load_i32(chosen + 4 * k))
+        for n in range(load_i32(ban_starts + 4 * k), load_i32(ban_starts + 4 * k + 4)):
+            after = load_i32(ban_after + 4 * n)
+            if after < 0 or after == last:
+                store_f32(row + 4 * load_i32(ban_ids + 4 * n), _f32(-np.inf))
+
+
+@kernel
+def _count(p, thread, threads):
+    """Add a token of each row to the output counts of its slot."""
+    rows, slots, tokens = load_i64(p), load_i64(p + 8), load_i64(p + 16)
+    ids, counts, sizes, width = load_i64(p + 24), load_i64(p + 32), load_i64(p + 40), 4 * load_i64(p + 48)
+    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
+        slot, token = np.int64(load_i32(slots + 4 * r)), load_i32(tokens + 4 * r)
+        if slot >= 0 and token >= 0:
+            own, size = width * slot, load_i32(sizes + 4 * slot)
+            at = 0
+            while at < 4 * size and load_i32(ids + own + at) != token:
+                at += 4
+            if at == 4 * size:
+                store_i32(ids + own + at, token)
+                store_i32(counts + own + at, np.int32(0))
+                store_i32(sizes + 4 * slot, np.int32(size + 1))
+            store_i32(counts + own + at, np.int32(load_i32(counts + own + at) + 1))
+
+
+@kernel
+def _mask(p, thread, threads):
+    """Rows of logits, and minus infinity where a row has a mask of bits without its bit: out [r, v]."""
+    rows, width, x, stride = load_i64(p), load_i64(p + 8), load_i64(p + 16), 4 * load_i64(p + 24)
+    index, masks, words, out = load_i64(p + 32), load_i64(p + 40), 4 * load_i64(p + 48), load_i64(p + 56)
+    whole = width // 16 * 16
+    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
+        row, to, number = x + r * stride, out + 4 * width * r, np.int64(load_i32(index + 4 * r))
+        mask = masks + words * number
+        for at in range(0, whole, 16):
+            values = load(row + 4 * at)
+            if number >= 0:
+                values = _left(values, np.int64(load_i32(mask + at // 32 * 4)) >> (at & 16))
+            store(to + 4 * at, values)
+        for at in range(whole, width):
+            keeps = number < 0 or (load_i32(mask + at // 32 * 4) >> (at & 31)) & 1
+            store_f32(to + 4 * at, load_f32(row + 4 * at) if keeps else _f32(-np.inf))

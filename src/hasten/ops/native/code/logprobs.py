@@ -1,0 +1,95 @@
+"""Log-probabilities and the greatest numbers of rows. Addresses are of fp32 numbers, and of int32 tokens and places."""
+
+import numpy as np
+
+from hasten.ops.native.code import wide
+from hasten.ops.native.code.choice import _most
+from hasten.ops.native.code.functions import kernel, part
+from hasten.ops.native.code.simd import (
+    largest,
+    load,
+    load_f32,
+    load_i32,
+    load_i64,
+    store_f32,
+    store_i32,
+)
+
+_f32, _f64 = np.float32, np.float64
+
+
+@part
+def _log_sum(row, width, most):
+    """The logarithm of the sum of the powers of e of a row, whose greatest number is `most`."""
+    greatest, sums, whole, rest = wide.splat(_f64(most)), wide.splat(0.0), width // 8 * 8, 0.0
+    for at in range(0, 4 * whole, 32):
+        sums = wide.add(sums, wide.exp(wide.sub(wide.widened(row + at), greatest)))
+    for at in range(4 * whole, 4 * width, 4):
+        rest += np.exp(_f64(load_f32(row + at)) - _f64(most))
+    return _f64(most) + np.log(wide.total(sums) + rest)
+
+
+@part
+def _put(values, ids, held, count, value, place):
+    """Put a number into the greatest ones so far, behind its equals, if it is one of them; how many there are now."""
+    if held == count:
+        if not value > load_f32(values + 4 * (held - 1)):
+            return held
+    else:
+        held += 1
+    at = 4 * (held - 1)
+    while at > 0 and value > load_f32(values + at - 4):
+        store_f32(values + at, load_f32(values + at - 4))
+        store_i32(ids + at, load_i32(ids + at - 4))
+        at -= 4
+    store_f32(values + at, value)
+    store_i32(ids + at, np.int32(place))
+    return held
+
+
+@part
+def _top(row, width, count, values, ids):
+    """The `count` greatest numbers of a row, in descending order and of equals the first first, and their places."""
+    held, at = 0, 0
+    while at < min(count, width):
+        held = _put(values, ids, held, count, load_f32(row + 4 * at), at)
+        at += 1
+    while at + 16 <= width:
+        if largest(load(row + 4 * at)) > load_f32(values + 4 * (count - 1)):
+            for place in range(at, at + 16):
+                held = _put(values, ids, held, count, load_f32(row + 4 * place), place)
+        at += 16
+    while at < width:
+        held = _put(values, ids, held, count, load_f32(row + 4 * at), at)
+        at += 1
+
+
+@kernel
+def _largest(p, thread, threads):
+    """The greatest numbers of rows [r, v]: values and places [r, k]."""
+    rows, width, x, stride = load_i64(p), load_i64(p + 8), load_i64(p + 16), 4 * load_i64(p + 24)
+    count, values, ids = load_i64(p + 32), load_i64(p + 40), load_i64(p + 48)
+    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
+        own = 4 * r * count
+        _top(x + r * stride, width, count, values + own, ids + own)
+
+
+@kernel
+def _logprobs(p, thread, threads):
+    """Log-probabilities and ranks of tokens [r], and those of the most probable ones [r, k], of rows [r, v]."""
+    rows, width, x, stride = load_i64(p), load_i64(p + 8), load_i64(p + 16), 4 * load_i64(p + 24)
+    tokens, count, chosen, ranks = load_i64(p + 32), load_i64(p + 40), load_i64(p + 48), load_i64(p + 56)
+    values, ids = load_i64(p + 64), load_i64(p + 72)
+    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
+        row, own = x + r * stride, 4 * r * count
+        total = _log_sum(row, width, _most(row, width))
+        if chosen:
+            mine, rank = load_f32(row + 4 * max(load_i32(tokens + 4 * r), 0)), 1
+            for at in range(0, 4 * width, 4):
+                rank += load_f32(row + at) > mine
+            store_f32(chosen + 4 * r, _f32(_f64(mine) - total))
+            store_i32(ranks + 4 * r, np.int32(rank))
+        if count:
+            _top(row, width, count, values + own, ids + own)
+        for at in range(own, own + 4 * count, 4):
+            store_f32(values + at, _f32(_f64(load_f32(values + at)) - total))

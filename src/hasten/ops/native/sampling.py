@@ -1,0 +1,65 @@
+"""Tokens drawn, log-probabilities and the greatest numbers of rows: launches of `code/draw.py` and `code/logprobs.py`.
+
+Rows are of fp32 numbers that stand side by side.
+"""
+
+import threading
+
+import torch
+from torch import Tensor
+
+from hasten.ops.draws import Draws
+from hasten.ops.logprobs import TopLogprobs
+from hasten.ops.native.launch import Kernel, empty, launch
+
+MOST_COUNTED = 64
+"""Greatest numbers up to which they are kept in order while a row is read."""
+_draw = Kernel("draw", "8q")
+_logprobs = Kernel("logprobs", "10q")
+_largest = Kernel("largest", "7q")
+
+
+class _Scratch(threading.local):
+    """Memory of one thread that launches kernels, kept for the next launch."""
+
+    numbers = torch.empty(0, dtype=torch.float64)
+
+    def take(self, size: int) -> Tensor:
+        """So many fp64 numbers, whatever they are."""
+        if self.numbers.numel() < size:
+            with torch.inference_mode(False):
+                self.numbers = torch.empty(size, dtype=torch.float64)
+        return self.numbers
+
+
+_scratch = _Scratch()
+
+
+def draw(logits_rv: Tensor, draws: Draws) -> Tensor:
+    """`hasten.ops.draw`."""
+    rows, width = logits_rv.shape
+    tokens_r, size = empty(rows).view(torch.int32), -(-width // 64) * 64
+    scratch = _scratch.take(2 * size * torch.get_num_threads())
+    x = (rows, width, logits_rv, logits_rv.stride(0))
+    launch(_draw, 64 * rows * width, *x, draws.packed_r5, scratch, size, tokens_r)
+    return tokens_r
+
+
+def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs:
+    """`hasten.ops.top_logprobs` with up to `MOST_COUNTED` tokens a row."""
+    rows, width = logits_rv.shape
+    count = min(count, width)
+    chosen_r, values_rk = empty(rows), empty(rows, count)
+    ranks_r, ids_rk = (each.view(torch.int32) for each in (empty(rows), empty(rows, count)))
+    x = (rows, width, logits_rv, logits_rv.stride(0))
+    launch(_logprobs, 64 * rows * width, *x, tokens_r, count, chosen_r, ranks_r, values_rk, ids_rk)
+    return TopLogprobs(chosen_r, ranks_r, values_rk, ids_rk)
+
+
+def largest(x_rv: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`hasten.ops.largest` of up to `MOST_COUNTED` numbers a row."""
+    rows, width = x_rv.shape
+    count = min(count, width)
+    values_rk, ids_rk = empty(rows, count), empty(rows, count).view(torch.int32)
+    launch(_largest, 8 * rows * width, rows, width, x_rv, x_rv.stride(0), count, values_rk, ids_rk)
+    return values_rk, ids_rk
