@@ -11,22 +11,42 @@ from hasten.ops.native.code.simd import (
     load_f32,
     load_i32,
     load_i64,
+    stack,
     store_f32,
     store_i32,
 )
 
 _f32, _f64 = np.float32, np.float64
+_FRACTION, _ONE = (1 << 52) - 1, 1023 << 52
+_lanes = stack(32)
+
+
+@part
+def _log(x):
+    """Of a number from 1 on: its power of 2, and the series of the inverse hyperbolic tangent for the rest."""
+    bits = wide.bits(x)
+    power, rest = (bits >> 52) - 1023, wide.from_bits((bits & _FRACTION) | _ONE)
+    if rest > 1.4142135623730951:
+        power, rest = power + 1, rest / 2
+    ratio = (rest - 1) / (rest + 1)
+    square, series = ratio * ratio, 0.0
+    for odd in range(23, 0, -2):
+        series = series * square + 1.0 / odd
+    return power * 0.6931471805599453 + 2 * ratio * series
 
 
 @part
 def _log_sum(row, width, most):
     """The logarithm of the sum of the powers of e of a row, whose greatest number is `most`."""
-    greatest, sums, whole, rest = wide.splat(_f64(most)), wide.splat(0.0), width // 8 * 8, 0.0
+    greatest, sums, whole = wide.splat(_f64(most)), wide.splat(0.0), width // 8 * 8
     for at in range(0, 4 * whole, 32):
         sums = wide.add(sums, wide.exp(wide.sub(wide.widened(row + at), greatest)))
-    for at in range(4 * whole, 4 * width, 4):
-        rest += np.exp(_f64(load_f32(row + at)) - _f64(most))
-    return _f64(most) + np.log(wide.total(sums) + rest)
+    if whole < width:
+        rest = _lanes()
+        for lane in range(8):
+            store_f32(rest + 4 * lane, load_f32(row + 4 * (whole + lane)) if whole + lane < width else _f32(-np.inf))
+        sums = wide.add(sums, wide.exp(wide.sub(wide.widened(rest), greatest)))
+    return _f64(most) + _log(wide.total(sums))
 
 
 @part
