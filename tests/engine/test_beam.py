@@ -266,7 +266,9 @@ class Device:
         steps: dict[int, BeamStep] = {}
         kept = tokens.unsqueeze(0)
         if pairs:
-            chosen = PreparedBeams(self._records, sequences, *tensors(pairs)).choose(tokens, VOCAB)
+            successors = [successor for each in sequences for successor in each.successors]
+            layout = self._records.layout(sequences, successors, CPU)
+            chosen = PreparedBeams(self._records, layout, *tensors(pairs)).choose(tokens, VOCAB)
             steps, kept = chosen.steps(list(chosen.choice)), chosen.choice.chosen_2b
         self._kept[: len(kept), : kept.shape[1]] = kept
         return Chosen(sequences, tokens.tolist(), steps)

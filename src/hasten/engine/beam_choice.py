@@ -3,6 +3,9 @@
 So a search needs nothing from the host between two steps, and is launched before the previous step's choice is known.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,7 @@ class BeamRecords:
         self._slots: dict[int, int] = {}
         """Key of the sequence that leads a search -> slot."""
         self._free = list(range(_MIN_SLOTS))
+        self._last: BeamLayout | None = None
 
     def release(self, key: int) -> None:
         """Free the slot of a search whose leader has ended, if this is one."""
@@ -30,19 +34,27 @@ class BeamRecords:
         if slot is not None:
             self._free.append(slot)
 
-    def searches(self, sequences: list[Sequence]) -> dict[int, ops.Search]:
-        """The searches of a batch, by the row of their first beam."""
-        found: dict[int, ops.Search] = {}
-        first_row = first_chosen = 0
+    def layout(self, sequences: list[Sequence], successors: list[Sequence], device: torch.device) -> "BeamLayout":
+        """The searches of a batch, whose sequences get tokens for `successors`: that of the last step if it fits."""
+        begins = len(successors) > len(sequences)
+        last = self._last
+        if last is not None and not begins and last.sequences == sequences:
+            return last
+        by_row: dict[int, ops.Search] = {}
+        rows: list[int] = []
+        first_row = 0
         for row, sequence in enumerate(sequences):
-            width, successors = sequence.params.beam_width, len(sequence.successors)
+            count = len(sequence.successors)
             if sequence.beams is not None:
                 if sequence is sequence.beams.leader:
-                    begins = successors == width
-                    found[row] = self._search(sequence, first_row, 1 if begins else width, first_chosen)
+                    width = sequence.params.beam_width
+                    by_row[row] = self._search(sequence, first_row, 1 if count == width else width, len(rows))
                 first_row += 1
-            first_chosen += successors
-        return found
+            rows += [row] * count
+        searches = ops.BeamSearches.of(list(by_row.values()), device)
+        layout = BeamLayout(list(sequences), by_row, searches, rows)
+        self._last = None if begins else layout
+        return layout
 
     def _search(self, leader: Sequence, first_row: int, rows: int, first_chosen: int) -> ops.Search:
         params, eos = leader.params, self._eos_token_ids
@@ -69,35 +81,44 @@ class BeamRecords:
         return self._free.pop()
 
 
-class PreparedBeams:
-    """The choice of how a batch's searches go on, up to the choice itself."""
+@dataclass(frozen=True)
+class BeamLayout:
+    """Where the searches of a batch stand: the same in each step of the same sequences but for the first."""
 
-    def __init__(self, records: BeamRecords, sequences: list[Sequence], values_rk: Tensor, ids_rk: Tensor) -> None:
-        """`ids_rk`: the most probable tokens after each beam of the batch, `values_rk` their log-probabilities."""
-        self.searches = records.searches(sequences)
-        """By the row of their first beam."""
-        self.successors = [successor for sequence in sequences for successor in sequence.successors]
-        """Those that get tokens, in the order of the tokens."""
-        self._states, self._candidates = records.states, (values_rk, ids_rk)
-        self._rows = [row for row, sequence in enumerate(sequences) for _ in sequence.successors]
+    sequences: list[Sequence]
+    by_row: dict[int, ops.Search]
+    """The searches, by the row of their first beam."""
+    searches: ops.BeamSearches
+    """The same, on the device."""
+    rows: list[int]
+    """For each token that is chosen the row of the sequence after which it comes."""
 
-    @property
+    @cached_property
     def families(self) -> list[int]:
         """For each token that is chosen for a beam the place of beam 0 of its search, -1 for others."""
-        firsts = [-1] * len(self._rows)
-        for search in self.searches.values():
+        firsts = [-1] * len(self.rows)
+        for search in self.by_row.values():
             firsts[search.first_chosen : search.first_chosen + search.width] = [search.first_chosen] * search.width
         return firsts
 
+
+class PreparedBeams:
+    """The choice of how a batch's searches go on, up to the choice itself."""
+
+    def __init__(self, records: BeamRecords, layout: BeamLayout, values_rk: Tensor, ids_rk: Tensor) -> None:
+        """`ids_rk`: the most probable tokens after each beam of the batch, `values_rk` their log-probabilities."""
+        self.layout = layout
+        self._states, self._candidates = records.states, (values_rk, ids_rk)
+
     def choose(self, tokens_r: Tensor, vocab: int) -> "ChosenBeams":
         """Choose by the candidates of all beams; sequences without beams keep the tokens of their rows."""
-        chosen_2b = tokens_r.new_zeros(2, len(self._rows))
-        if len(tokens_r) < len(self._rows):
-            tokens_r = tokens_r[ops.to_device(self._rows, torch.int64, tokens_r.device)]
+        rows = self.layout.rows
+        chosen_2b = tokens_r.new_zeros(2, len(rows))
+        if len(tokens_r) < len(rows):
+            tokens_r = tokens_r[ops.to_device(rows, torch.int64, tokens_r.device)]
         chosen_2b[0] = tokens_r
-        searches = ops.BeamSearches.of(list(self.searches.values()), tokens_r.device)
-        choice = ops.choose_beams(self._states, searches, *self._candidates, chosen_2b, vocab)
-        return ChosenBeams(self.searches, choice)
+        choice = ops.choose_beams(self._states, self.layout.searches, *self._candidates, chosen_2b, vocab)
+        return ChosenBeams(self.layout.by_row, choice)
 
 
 class ChosenBeams:

@@ -15,7 +15,8 @@ from hasten.ops.plan import Integers
 
 _MIN_SLOTS, _MIN_WIDTH = 16, 512
 """Sizes that the tables start with; they double as needed."""
-_FREE = -1
+_FREE = -(1 << 40)
+"""Of no sequence, even when some tokens more are counted."""
 
 
 class TokenHistory:
@@ -23,7 +24,7 @@ class TokenHistory:
 
     def __init__(self, device: torch.device) -> None:
         self.counts = ops.TokenCounts.empty(1, 1, device)
-        self._slots: dict[int, int] = {}
+        self.slots: dict[int, int] = {}
         """Sequence key -> slot."""
         self._lengths: Integers = np.full(1, _FREE)
         """Of each slot, the number of tokens counted in it, on the device; `_FREE` where it is no sequence's."""
@@ -34,9 +35,9 @@ class TokenHistory:
         return np.array([self._slot_of(each) if each.params.has_penalty else -1 for each in sequences], dtype=np.int32)
 
     def _slot_of(self, sequence: Sequence) -> int:
-        slot = self._slots.get(sequence.key)
+        slot = self.slots.get(sequence.key)
         if slot is None:
-            slot = self._slots[sequence.key] = self._allocate()
+            slot = self.slots[sequence.key] = self._allocate()
         return slot
 
     def follow_up(self, sequences: list[Sequence], slots_r: Integers) -> None:
@@ -49,7 +50,6 @@ class TokenHistory:
     def record(self, slots_r: Integers, tokens_r: Tensor) -> None:
         """Count the token of each row in its slot, if that is not -1; a slot may have been released meanwhile."""
         slots = slots_r[slots_r >= 0]
-        slots = slots[self._lengths[slots] != _FREE]
         self._lengths[slots] += 1
         self._reserve(int(self._lengths[slots].max(initial=0)))
         ops.count_tokens(self.counts, ops.to_device(slots_r, torch.int32, tokens_r.device), tokens_r)
@@ -69,7 +69,7 @@ class TokenHistory:
 
     def release(self, key: int) -> None:
         """Free the slot of a sequence that has ended, if it has one."""
-        slot = self._slots.pop(key, None)
+        slot = self.slots.pop(key, None)
         if slot is not None:
             self._lengths[slot] = _FREE
             self._free.append(slot)

@@ -18,6 +18,37 @@ from hasten.ops.plan import Integers
 _CPU = torch.device("cpu")
 
 
+class EditedRows:
+    """The rows of some logits that requests change, with the edits of the last step."""
+
+    def __init__(self, sequences: dict[int, Sequence], edits: dict[int, RowEdits]) -> None:
+        """By row of the logits; of sequences without edits nothing is kept."""
+        self._sequences = {row: sequence for row, sequence in sequences.items() if edits[row].any}
+        self._own = [edits[row] for row in self._sequences]
+        self._last: tuple[list[ops.Bans], list[int], ops.LogitEdits] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._own)
+
+    def edits(self, slots: dict[int, int], device: torch.device) -> ops.LogitEdits:
+        """Penalties, biases and bans: those of the last step where all are the same.
+
+        `slots` of token counts, by the sequence's key; the same each time.
+        """
+        sequences = self._sequences.values()
+        bans = [own.bans(sequence) for own, sequence in zip(self._own, sequences, strict=True)]
+        chosen = [sequence.pending_row if sequence.pending else 0 for sequence in sequences]
+        if self._last is not None:
+            last_bans, last_chosen, edits = self._last
+            if chosen == last_chosen and all(map(is_, bans, last_bans)):
+                return edits
+        found = ops.EditList()
+        for (row, sequence), own, banned, place in zip(self._sequences.items(), self._own, bans, chosen, strict=True):
+            own.add_to(found, row, slots.get(sequence.key, -1), banned, place)
+        self._last = bans, chosen, found.to(device)
+        return self._last[2]
+
+
 class SampledBatch:
     """The sequences of a step that get a next token, in the order of their rows of logits."""
 
@@ -25,10 +56,9 @@ class SampledBatch:
         """`edits`: those of each sequence."""
         params = [sequence.params for sequence in sequences]
         self.sequences = list(sequences)
-        self.searches = any(sequence.beams is not None for sequence in sequences)
         self.single = {row: sequence for row, sequence in enumerate(sequences) if sequence.beams is None}
         """Sequences that are no beams, by row."""
-        self.edited = {row: sequence for row, sequence in self.single.items() if edits[row].any}
+        self.edited = EditedRows(self.single, {row: edits[row] for row in self.single})
         self.has_forced = any(sequence.forced for sequence in sequences)
         self.has_penalties = any(each.has_penalty for each in params)
         self.allowed = allowed_of({row: edits[row] for row in self.single})
@@ -37,12 +67,23 @@ class SampledBatch:
         self.drawn = [row for row in self.single if not params[row].greedy]
         """Rows that are drawn; the others get their most probable token."""
         self.slots_r: Integers | None = None
-        """int32, slots of token counts, which the sampler sets; None before."""
+        """int32, slots of token counts, -1 for rows without, which the sampler sets; None before."""
         drawn = [sequences[row] for row in self.drawn]
         self._draws = _draws([sequence.params for sequence in drawn]) if drawn else None
         self._seeds = seeds_of([sequence.seed for sequence in drawn])
-        self._edits_of = [edits[row] for row in self.edited]
-        self._last_edits: tuple[list[ops.Bans], list[int], ops.LogitEdits] | None = None
+        self.beam_rows = [row for row in range(len(sequences)) if row not in self.single]
+        self.beams = {place: sequences[row] for place, row in enumerate(self.beam_rows)}
+        """Sequences that are beams, by their place among them."""
+        own = {place: edits[row] for place, row in enumerate(self.beam_rows)}
+        self.edited_beams, self.allowed_beams = EditedRows(self.beams, own), allowed_of(own)
+
+    @property
+    def successors(self) -> list[Sequence]:
+        """The sequences that get tokens: those of the batch, and of a search that begins all beams."""
+        leaders = (each.beams.leader for each in self.beams.values() if each.beams is not None)
+        if all(leader.length > leader.prompt_len for leader in leaders):
+            return self.sequences
+        return [each for sequence in self.sequences for each in sequence.successors]
 
     def draws(self, device: torch.device) -> ops.Draws | None:
         """How the next tokens of `drawn` are drawn; None where there are no such rows."""
@@ -51,20 +92,6 @@ class SampledBatch:
         packed_r5 = self._draws.packed_r5.numpy().copy()
         packed_r5[:, 4] = uniforms(self._seeds, [self.sequences[row].output_len for row in self.drawn])
         return ops.Draws(ops.to_device(packed_r5, torch.float64, device), self._draws.filters)
-
-    def edits(self, device: torch.device) -> ops.LogitEdits:
-        """Penalties, biases and bans of the rows of `edited`: those of the step before where all are the same."""
-        bans = [own.bans(sequence) for own, sequence in zip(self._edits_of, self.edited.values(), strict=True)]
-        chosen = [sequence.pending_row if sequence.pending else 0 for sequence in self.edited.values()]
-        if self._last_edits is not None:
-            last_bans, last_chosen, edits = self._last_edits
-            if chosen == last_chosen and all(map(is_, bans, last_bans)):
-                return edits
-        found = ops.EditList()
-        for row, own, banned, place in zip(self.edited, self._edits_of, bans, chosen, strict=True):
-            own.add_to(found, row, -1 if self.slots_r is None else int(self.slots_r[row]), banned, place)
-        self._last_edits = bans, chosen, found.to(device)
-        return self._last_edits[2]
 
 
 def allowed_of(edits: dict[int, RowEdits]) -> dict[int, Integers]:

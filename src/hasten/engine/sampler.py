@@ -5,8 +5,9 @@ but the request's seed and the token's position: the rest of the batch and preem
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count as count_from
 
 import numpy as np
 import torch
@@ -15,12 +16,12 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.core.types import Logprob
-from hasten.engine.beam import BeamStep, candidate_count
+from hasten.engine.beam import BeamStep
 from hasten.engine.beam_choice import BeamRecords, ChosenBeams, PreparedBeams
 from hasten.engine.constraint import Constraint, fill_allowed
 from hasten.engine.edits import RowEdits
 from hasten.engine.history import TokenHistory
-from hasten.engine.sampled_batch import SampledBatch, allowed_of
+from hasten.engine.sampled_batch import SampledBatch
 from hasten.engine.sequence import Sequence
 from hasten.ops.plan import Integers
 from hasten.ops.transfer import host_buffer, send
@@ -129,15 +130,16 @@ class Sampler:
         if batch is None or batch.sequences != sequences:
             batch = self._batch = SampledBatch(sequences, [self._own(sequence) for sequence in sequences])
         chosen_r = self._none_chosen if chosen_r is None else chosen_r
-        slots_b = self._slots(batch)
+        successors = batch.successors
+        slots_b = self._slots(batch, successors)
         edited_rv = logits_rv
         if batch.edited:
             is_free = not batch.logprobs and logits_rv.dtype == torch.float32 and logits_rv.is_contiguous()
-            edits = batch.edits(logits_rv.device)
+            edits = batch.edited.edits(self._history.slots, logits_rv.device)
             edited_rv = ops.edit_logits(logits_rv, edits, self._history.counts, chosen_r, in_place=is_free)
         if batch.has_forced:
             edited_rv = _forced(edited_rv, batch.single)
-        beams = self._search(logits_rv, batch, slots_b, chosen_r) if batch.searches else None
+        beams = self._search(logits_rv, batch, successors, chosen_r) if batch.beams else None
         return PreparedChoice(logits_rv, edited_rv, batch, slots_b, self._history, beams)
 
     def _own(self, sequence: Sequence) -> RowEdits:
@@ -146,50 +148,41 @@ class Sampler:
             own = self._edits[sequence.key] = RowEdits(sequence.params, self._eos_token_ids)
         return own
 
-    def _slots(self, batch: SampledBatch) -> Integers | None:
+    def _slots(self, batch: SampledBatch, successors: list[Sequence]) -> Integers | None:
         """Slots of the token counts of all that get a token, which have all their tokens; None without penalties."""
         if not batch.has_penalties:
             return None
-        sequences = batch.sequences
-        if batch.searches:
-            sequences = [each for sequence in sequences for each in sequence.successors]
-            slots_b = self._history.slots_of(sequences)
-            batch.slots_r = self._history.slots_of(batch.sequences)
+        if successors is not batch.sequences:
+            slots_b = self._history.slots_of(successors)
+        elif batch.slots_r is None:
+            slots_b = batch.slots_r = self._history.slots_of(successors)
         else:
-            slots_b = batch.slots_r = self._history.slots_of(sequences) if batch.slots_r is None else batch.slots_r
-        self._history.follow_up(sequences, slots_b)
+            slots_b = batch.slots_r
+        self._history.follow_up(successors, slots_b)
         return slots_b
 
     def _search(
-        self, logits_rv: Tensor, batch: SampledBatch, slots_b: Integers | None, chosen_r: Tensor
+        self, logits_rv: Tensor, batch: SampledBatch, successors: list[Sequence], chosen_r: Tensor
     ) -> PreparedBeams:
         """Find what may follow each beam. All that changes logits acts on log-probabilities, as in transformers."""
-        rows = [row for row in range(len(batch.sequences)) if row not in batch.single]
-        (own_rv,) = _selected(rows, logits_rv)
-        beams = {place: batch.sequences[row] for place, row in enumerate(rows)}
-        own = {place: self._own(beam) for place, beam in beams.items()}
-        count = max(candidate_count(beam.params, self._eos_token_ids) for beam in beams.values())
-        forced, allowed = any(beam.forced_next for beam in beams.values()), allowed_of(own)
-        if forced or allowed or any(each.any for each in own.values()):
+        layout = self._records.layout(batch.sequences, successors, logits_rv.device)
+        (own_rv,) = _selected(batch.beam_rows, logits_rv)
+        beams, count = batch.beams, layout.searches.max_keep
+        forced = batch.has_forced and any(beam.forced_next for beam in beams.values())
+        if forced or batch.allowed_beams or batch.edited_beams:
             edited_rv = own_rv.log_softmax(-1, dtype=torch.float32)
-            edits = ops.EditList()
-            for place, beam in beams.items():
-                if own[place].any:
-                    slot = -1 if batch.slots_r is None else int(batch.slots_r[rows[place]])
-                    chosen = beam.pending_row if beam.pending else 0
-                    own[place].add_to(edits, place, slot, own[place].bans(beam), chosen)
-            if edits.rows:
-                counts = self._history.counts
-                edited_rv = ops.edit_logits(edited_rv, edits.to(own_rv.device), counts, chosen_r, in_place=True)
-            edited_rv = _forced(edited_rv, beams)
-            values_rk, ids_rk = ops.largest(_masked(edited_rv, {}, allowed), count)
+            if batch.edited_beams:
+                edits, counts = batch.edited_beams.edits(self._history.slots, own_rv.device), self._history.counts
+                edited_rv = ops.edit_logits(edited_rv, edits, counts, chosen_r, in_place=True)
+            edited_rv = _forced(edited_rv, beams) if forced else edited_rv
+            values_rk, ids_rk = ops.largest(_masked(edited_rv, {}, batch.allowed_beams), count)
         else:
             none_r = torch.zeros(len(beams), dtype=torch.int32, device=own_rv.device)
             _, _, values_rk, ids_rk = ops.top_logprobs(own_rv, none_r, count)
         if forced:
             # behind what is forced come tokens that no beam may go on with, and that must not end one either
             ids_rk = ids_rk.where(values_rk > float("-inf"), ids_rk[:, :1])
-        return PreparedBeams(self._records, batch.sequences, values_rk.contiguous(), ids_rk.contiguous())
+        return PreparedBeams(self._records, layout, values_rk.contiguous(), ids_rk.contiguous())
 
 
 def _masked(logits_rv: Tensor, constraints: dict[int, Constraint], allowed: dict[int, Integers]) -> Tensor:
@@ -262,7 +255,7 @@ class PreparedChoice:
         """Count the tokens for the penalties to come."""
         if beams is not None and self._beams is not None:
             tokens_r, parents_b = beams.choice.chosen_2b
-            self._history.follow(self._beams.families, slots_b, parents_b)
+            self._history.follow(self._beams.layout.families, slots_b, parents_b)
         self._history.record(slots_b, tokens_r)
 
     def _chosen(self, logits_rv: Tensor) -> Tensor:
@@ -308,10 +301,11 @@ def _entries(
     rows = []
     columns = zip(tokens, counts, *(tensor.tolist() for tensor in tops), strict=True)
     for token, count, chosen, rank, values, ids in columns:
-        top = {token: Logprob(chosen, rank, None if text_of is None or token < 0 else text_of(token))}
-        for place, (other, value) in enumerate(zip(ids[:count], values, strict=False), 1):
-            if other != token:
-                top[other] = Logprob(value, place, None if text_of is None else text_of(other))
+        others = ids[:count]
+        texts: Iterable[str | None] = [None] * len(others) if text_of is None else map(text_of, others)
+        own = Logprob(chosen, rank, None if text_of is None or token < 0 else text_of(token))
+        top = {token: own, **dict(zip(others, map(Logprob, values, count_from(1), texts), strict=False))}
+        top[token] = own  # the first one still
         rows.append(top)
     return rows
 

@@ -11,7 +11,7 @@ class StopRules:
 
     def __init__(self, eos_token_ids: tuple[int, ...], tokenizer: Tokenizer | None) -> None:
         self._eos_token_ids, self._tokenizer = eos_token_ids, tokenizer
-        self._token_texts: dict[int, str] = {}
+        self._token_texts = None if tokenizer is None else _TokenTexts(tokenizer)
 
     def finish_reason(self, completion: Completion, token: int) -> FinishReason | None:
         """Why a completion ends with the token that was just appended to it; None where it goes on."""
@@ -66,12 +66,16 @@ class StopRules:
     @property
     def text_of(self) -> TextOf | None:
         """The text of single tokens; None without a tokenizer."""
-        return None if self._tokenizer is None else self._token_text
+        return None if self._token_texts is None else self._token_texts.__getitem__
 
-    def _token_text(self, token: int) -> str:
-        """The text of a single token; the same few tokens are asked for again and again."""
-        text = self._token_texts.get(token)
-        if text is None:
-            assert self._tokenizer is not None, "without a tokenizer there are no texts"
-            text = self._token_texts[token] = self._tokenizer.decode([token], skip_special_tokens=False, continues=True)
+
+class _TokenTexts(dict[int, str]):
+    """The texts of single tokens, of which the same few are needed again and again."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token: int) -> str:
+        text = self[token] = self._tokenizer.decode([token], skip_special_tokens=False, continues=True)
         return text

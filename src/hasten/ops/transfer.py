@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -18,7 +19,12 @@ _LINE = 32
 
 
 def to_device(values: Sequence[Any] | NDArray[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of host values. From pinned memory the copy takes its place behind the work that the GPU has already."""
+    """A tensor of host values. From pinned memory the copy takes its place behind the work that the GPU has already.
+
+    On a CPU an array of this type stays the tensor's memory.
+    """
+    if device.type == "cpu" and isinstance(values, np.ndarray):
+        return torch.from_numpy(values).to(dtype)
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
