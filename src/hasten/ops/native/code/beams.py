@@ -47,8 +47,8 @@ def _ends(token, first, end):
 def _go_on(beams, tokens, totals, held, width, end_ids, ends_end, order, logprobs, chosen, parents, chosen_logprobs):
     """Let the best continuations that do not end be the beams from now on."""
     claims = _claims()
-    for seat in range(width):
-        store_i32(claims + 4 * seat, np.int32(0))
+    for beam_number in range(width):
+        store_i32(claims + 4 * beam_number, np.int32(0))
     going = 0
     for at in range(held):
         if going < width and not _ends(load_i32(tokens + 4 * at), end_ids, ends_end):
