@@ -230,7 +230,7 @@ def test_the_same_tokens_are_drawn_from_a_flat_distribution(kernels: native.Kern
 def test_points_at_the_ends_draw_tokens_that_have_a_probability(kernels: native.Kernels) -> None:
     logits, count = draw(90, 300, scale=4.0), 90
     logits[:, 250:] = -torch.inf
-    columns = {"temperature": [0.7] * count, "top_k": [0, 5, 0] * 30, "top_p": [1.0, 1.0, 0.8] * 30}
+    columns: dict[str, Any] = {"temperature": [0.7] * count, "top_k": [0, 5, 0] * 30, "top_p": [1.0, 1.0, 0.8] * 30}
     for point in (0.0, 1 - 2.0**-53):
         draws = ops.Draws.of(**columns, min_p=[0.0] * count, point=[point] * count, device=torch.device("cpu"))
         tokens = kernels.sampling.draw(logits, draws).long()
@@ -295,9 +295,8 @@ def test_searches_go_on_alike(kernels: native.Kernels) -> None:
             seats = slice(search.first_chosen, search.first_chosen + search.width)
             best = (place, slice(min(search.keep, search.rows * min(search.keep, columns))))
             own_state = (search.slot, slice(search.width))
-            for part, expected, at in zip(
-                found, wanted, ((slice(None), seats), seats, best, best, best, own_state, own_state), strict=True
-            ):
+            places: list[Any] = [(slice(None), seats), seats, best, best, best, own_state, own_state]
+            for part, expected, at in zip(found, wanted, places, strict=True):
                 assert torch.equal(part[at], expected[at])
 
 
