@@ -17,9 +17,6 @@ from hasten.server.engine.wire import Acknowledge, Add, Step
 class Reader:
     """The server's end of an engine's channel, which takes no time of its own: it acknowledges when it is to."""
 
-    cpu_seconds = 0.0
-    """What it says that a message costs."""
-
     def __init__(self, requests: list[Add], acknowledges: Callable[["Reader"], bool]) -> None:
         self.steps: list[Step] = []
         self.closed = False
@@ -30,7 +27,7 @@ class Reader:
 
     def receive(self, *, wait: bool) -> list[Add | Acknowledge]:
         if self._open and self._acknowledges(self):
-            self._messages.append(Acknowledge(self._open, self.cpu_seconds))
+            self._messages.append(Acknowledge(self._open, 0.0))
             self._open = 0
         assert self._messages or not wait, "the engine waits although the server has nothing to say"
         messages, self._messages = self._messages, []
@@ -88,14 +85,12 @@ def test_a_reader_that_returns_gets_all_that_is_pending(demo_llm: LLM) -> None:
     assert [len(piece) for piece in reader.pieces(2)] == [1, 7, *[1] * 8]
 
 
-@pytest.mark.parametrize(("cpu_seconds", "pieces"), [(1e6, [1, 15]), (1e-9, [1] * 16)])
-@pytest.mark.parametrize("count", [1, 2])
-def test_streams_on_the_cores_of_the_engine_are_joined_where_steps_are_shorter_than_the_pause(
-    demo_llm: LLM, monkeypatch: Any, count: int, cpu_seconds: float, pieces: list[int]
-) -> None:
-    monkeypatch.setattr(Reader, "cpu_seconds", cpu_seconds)
-    reader = served(demo_llm, count, lambda _: True, OutputCoalescer(pause_per_cpu_second=15))
-    assert [len(piece) for piece in reader.pieces(0)] == pieces
+def test_a_single_stream_pauses_for_nothing(demo_llm: LLM) -> None:
+    coalescer = OutputCoalescer(pause_per_cpu_second=1e9)
+    coalescer.acknowledge(0, 1.0, now=0.0)
+    assert [len(piece) for piece in served(demo_llm, 1, lambda _: True, coalescer).pieces(0)] == [1] * 16
+    coalescer.acknowledge(0, 1e6, now=0.0)
+    assert [len(piece) for piece in served(demo_llm, 2, lambda _: True, coalescer).pieces(0)] == [1, 15]
 
 
 def test_streams_pause_for_what_they_cost_where_the_engine_wants_all_cores() -> None:
@@ -105,7 +100,7 @@ def test_streams_pause_for_what_they_cost_where_the_engine_wants_all_cores() -> 
     assert pause == pytest.approx(15)
     coalescer = OutputCoalescer(pause)
     for number in range(2):
-        coalescer.begin(number)
+        coalescer.begin(number, stream=True)
     assert coalescer.is_due(0.0)
     coalescer.sent()
     assert not coalescer.is_due(100.0)
@@ -148,7 +143,7 @@ def test_first_and_last_tokens_do_not_wait_for_the_others() -> None:
 
     coalescer = OutputCoalescer()
     for number in (1, 2, 3, 4):
-        coalescer.begin(number)
+        coalescer.begin(number, stream=True)
         coalescer.put(grown(number, 1))
     assert taken(everything=False) == {1: [0], 2: [0], 3: [0], 4: [0]}
     assert taken(everything=True) == {}

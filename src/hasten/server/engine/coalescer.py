@@ -113,6 +113,7 @@ class OutputCoalescer:
         self._window = window
         """Messages that the server may be behind before outputs are joined."""
         self._deltas: dict[int, Deltas] = {}
+        self._streams: set[int] = set()
         self._outputs: dict[int, EngineOutput] = {}
         self._rest: deque[Output] = deque()
         """Outputs, or pieces of them, that did not fit the messages before."""
@@ -121,13 +122,16 @@ class OutputCoalescer:
         self._next_at = 0.0
         """When streams that share their cores with the engine may have more."""
 
-    def begin(self, number: int) -> None:
-        """Register a request."""
+    def begin(self, number: int, *, stream: bool) -> None:
+        """Register a request, which wants its tokens as they come or all at its end."""
         self._deltas[number] = Deltas()
+        if stream:
+            self._streams.add(number)
 
     def forget(self, number: int) -> None:
         """Drop a request that nobody reads any more."""
         self._deltas.pop(number, None)
+        self._streams.discard(number)
         self._outputs.pop(number, None)
         if self._rest:
             self._rest = deque(output for output in self._rest if output.id != number)
@@ -148,10 +152,9 @@ class OutputCoalescer:
     def is_due(self, now: float) -> bool:
         """Whether all streams may have what there is; `now` in seconds.
 
-        A single stream pauses as well, since its messages delay its own next tokens. Where a step takes longer than
-        the pause, a few milliseconds at most, each of its tokens still comes by itself.
+        A single stream has nobody whose tokens its messages delay, so it pauses for nothing.
         """
-        return self._in_flight < self._window and now >= self._next_at
+        return self._in_flight < self._window and (now >= self._next_at or len(self._streams) <= 1)
 
     @property
     def goes_on(self) -> bool:
@@ -187,4 +190,5 @@ class OutputCoalescer:
         taken = self._deltas[number].take(number, output)
         if output.finished:
             self._deltas.pop(number)
+            self._streams.discard(number)
         return taken

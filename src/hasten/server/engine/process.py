@@ -212,7 +212,7 @@ class EngineLoop:
                 traceback.print_exc()
             self._refuse(message.id, error)
             return
-        self._coalescer.begin(message.id)
+        self._coalescer.begin(message.id, stream=message.stream)
 
     def _refuse(self, number: int, error: Exception) -> None:
         text = str(error).removeprefix(f"request {number}: ")
