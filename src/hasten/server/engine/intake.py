@@ -75,7 +75,8 @@ class Intake:
         self._check_length(tokens)
         await self._spread(len(tokens))
         number = self._next_number(priority)
-        message = Add(number, tokens, None, False, request.pooling, request.token_type_ids, request.skipped_tokens)
+        extra = request.token_type_ids, request.skipped_tokens, request.masks
+        message = Add(number, tokens, None, False, request.pooling, *extra)
         message.cache_salt = cache_salt(None)
         return Ticket(number, tokens, 1, _frame(message), priority)
 
