@@ -16,6 +16,7 @@ import httpx
 import pytest
 from tests.server.engine_helpers import stopped
 from tests.server.openai_site import DEMO, Site, models, with_template
+from tests.server.reasoning_model import serve_thinker
 from tests.waiting import LIMIT_S, attempts, eventually
 
 from hasten.engine.chat import ChatTemplate
@@ -74,7 +75,9 @@ def open_page(browser: Browser, site: Site) -> Iterator[OpenPage]:
     contexts: list[Any] = []
     wrong: list[str] = []
 
-    def open_(key: str | None = KEY, viewport: dict[str, int] = WIDE, scheme: str = "light") -> Page:
+    def open_(
+        key: str | None = KEY, viewport: dict[str, int] = WIDE, scheme: str = "light", url: str = site.url
+    ) -> Page:
         context = browser.new_context(viewport=viewport, color_scheme=scheme)  # type: ignore[arg-type]
         contexts.append(context)
         context.set_default_timeout(100_000)
@@ -83,9 +86,9 @@ def open_page(browser: Browser, site: Site) -> Iterator[OpenPage]:
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda message: wrong.append(message.text) if "Content Security" in message.text else None)
-        own = (site.url, "data:", "about:")
+        own = (url, "data:", "about:")
         page.on("request", lambda one: None if one.url.startswith(own) else wrong.append(one.url))
-        page.goto(site.url)
+        page.goto(url)
         return page
 
     yield open_
@@ -345,6 +348,24 @@ def test_a_chat_goes_on_from_its_messages(open_page: OpenPage) -> None:
     assert shown.count() == 0
     page.get_by_text("Tell me a story").click()
     assert shown.count() == 4
+
+
+def test_reasoning_stands_apart_from_the_answer(open_page: OpenPage, tmp_path: Path) -> None:
+    thinker = serve_thinker(tmp_path)
+    try:
+        page = open_page(url=thinker.url)
+        server_says(page, "ready")
+        page.get_by_text("Chat", exact=True).click()
+        page.get_by_label("Max tokens").fill("24")
+        page.get_by_label("Temperature").fill("0")
+        run(page, "Where is Anna?", "Send")
+        assert "max tokens reached: 24 tokens in" in page.locator(".said").inner_text()
+        answer = page.locator(".text.chat > .assistant")
+        assert len(answer.locator("details span").inner_text()) > 20
+        answer.get_by_text("Reasoning").click()
+        assert answer.inner_text().strip() == "Reasoning"
+    finally:
+        thinker.close()
 
 
 def test_a_request_is_shown_as_a_command_that_runs(open_page: OpenPage) -> None:

@@ -135,14 +135,15 @@ class Panel {
         if (event.error) throw new Error(event.error.message);
         usage = event.usage || usage;
         for (const choice of event.choices) {
-          const text = choice.text ?? choice.delta.content ?? "";
+          const text = choice.text ?? choice.delta.content ?? "", thought = choice.delta?.reasoning_content ?? "";
           if (choice.finish_reason) reason = choice.finish_reason === "length" ? "max tokens reached" : "finished";
-          if (!text) continue;
+          if (!text && !thought) continue;
           if (!first) this.messages = mode() === "chat" ? [...this.messages, asked, made] : [asked, made];
           if (!first) this.render();
           first = first || performance.now();
           pieces += 1;
-          answer.add(text, tokensOf(choice));
+          if (thought) answer.think(thought);
+          if (text) answer.add(text, tokensOf(choice));
         }
         this.text.scrollTop = this.text.scrollHeight;
       }

@@ -19,6 +19,14 @@ class TokenText {
     this.element = make("span");
     this.text = "";
   }
+  // Reasoning stands above the answer, may be folded, and is no part of the text.
+  think(text) {
+    if (!this.thoughts) {
+      this.thoughts = make("span");
+      this.element.prepend(make("details", { className: "reasoning", open: true }, make("summary", { textContent: "Reasoning" }), this.thoughts));
+    }
+    this.thoughts.append(text);
+  }
   add(text, tokens) {
     this.text += text;
     if (!tokens) return this.element.append(text);
