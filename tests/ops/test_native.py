@@ -3,7 +3,9 @@
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from tests.ops.conftest import exactly_activated
+from tests.waiting import LIMIT_S
 from torch import Tensor
 
 from hasten import ops
@@ -361,6 +364,44 @@ def test_later_starts_import_no_compiler(kernels: native.Kernels) -> None:
         [sys.executable, "-c", WITHOUT_NUMBA], capture_output=True, text=True, check=True, timeout=100
     )
     assert done.stdout.split() == ["False"] * 3
+
+
+def test_of_processes_that_start_at_once_a_single_one_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = compiled.own_folder()
+    assert folder is not None
+    compiles, waits = threading.Event(), threading.Event()
+    calls: list[None] = []
+
+    def compile_slowly() -> dict[str, bytes]:
+        calls.append(None)
+        compiles.set()
+        assert waits.wait(LIMIT_S)
+        return {"norm": b"code"}
+
+    def wait(seconds: float) -> None:
+        waits.set()
+        threading.Event().wait(seconds)
+
+    monkeypatch.setattr(compiled, "_compiled", compile_slowly)
+    monkeypatch.setattr("hasten.ops.native.compiled.time.sleep", wait)
+    with ThreadPoolExecutor(2) as pool:  # a lock of a file is of whoever opened it, thread or process
+        first = pool.submit(compiled._kept, folder)
+        assert compiles.wait(LIMIT_S)
+        second = pool.submit(compiled._kept, folder)
+        assert first.result() == second.result() == {"norm": b"code"}
+    assert len(calls) == 1
+
+
+def test_a_lock_that_another_process_keeps_is_waited_for_no_longer_than_compiling_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(compiled, "_LONGEST_TURN_S", 0.0)
+    monkeypatch.setattr(compiled, "_compiled", lambda: {"norm": b"code"})
+    with compiled._turn(tmp_path):
+        assert compiled._kept(tmp_path / "kernels") == {"norm": b"code"}
+    assert compiled._read(tmp_path / "kernels") == {"norm": b"code"}
+    assert compiled._kept(tmp_path / "not there" / "kernels") == {"norm": b"code"}
 
 
 def test_code_that_others_could_change_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 Reading it takes llvmlite alone, which is imported in a tenth of numba's time.
 """
 
+import fcntl
 import os
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
@@ -19,6 +21,8 @@ from hasten.core.errors import ConfigError
 from hasten.core.kernel_cache import check_kernel_cache
 
 _CODE = Path(__file__).parent / "code"
+_LONGEST_TURN_S, _LOOK_S = 120.0, 0.05
+"""How long to wait for another process that compiles, some 15 s of a free core, and how often to look."""
 _engines: list[Any] = []
 """Code is freed with its engine."""
 
@@ -37,10 +41,7 @@ def addresses() -> dict[str, int]:
     folder = own_folder()
     code = None if folder is None else _read(folder)
     if code is None:
-        code = _compiled()
-        if folder is not None:
-            with suppress(OSError):  # a full disk, for one: the next start compiles again
-                _write(folder, code)
+        code = _compiled() if folder is None else _kept(folder)
     return {name: _loaded(name, content) for name, content in code.items()}
 
 
@@ -63,6 +64,41 @@ def own_folder() -> Path | None:
     processor = (llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
     digest.update("\n".join((version("numba"), version("llvmlite"), *processor)).encode())
     return folder / digest.hexdigest()[:32]
+
+
+def _kept(folder: Path) -> dict[str, bytes]:
+    """Compile the kernels and keep them, or read those that another process was compiling meanwhile."""
+    with _turn(folder.parent):
+        code = _read(folder)
+        if code is None:
+            code = _compiled()
+            with suppress(OSError):  # a full disk, for one: the next start compiles again
+                _write(folder, code)
+    return code
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder; where that cannot be had, or another process keeps it for too long, go on without."""
+    deadline = time.monotonic() + _LONGEST_TURN_S
+    descriptor = None
+    try:
+        with suppress(OSError):  # no folder, or a file system without locks
+            descriptor = os.open(folder, os.O_RDONLY)
+            while not _locked(descriptor) and time.monotonic() < deadline:
+                time.sleep(_LOOK_S)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _read(folder: Path) -> dict[str, bytes] | None:
