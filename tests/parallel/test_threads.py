@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -5,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.waiting import attempts
 
 from hasten.parallel import threads
-from hasten.parallel.threads import ThreadChoice, limit_threads
+from hasten.parallel.threads import ThreadChoice, limit_threads, waited_for_cpus
 
 CHECK = """
 import sys, torch
@@ -47,12 +49,12 @@ def test_the_users_number_holds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Machine:
-    """A clock, and steps that take so many seconds on each number of threads and get a part of the CPUs' time."""
+    """A clock, and steps that take so many seconds on each number of threads and wait for CPUs for a part of them."""
 
     def __init__(self) -> None:
-        self.now, self.used, self.part = 0.0, 0.0, 1.0
+        self.now, self.waited, self.part = 0.0, 0.0, 0.0
         self.seconds = {3: 1.0, 1: 2.0}
-        self.choice = ThreadChoice(lambda: self.now, lambda: self.used)
+        self.choice = ThreadChoice(lambda: self.now, lambda: self.waited)
 
     def threads_of(self, steps: int, tokens: int = 16) -> list[int]:
         """How many threads each of some steps is computed on."""
@@ -62,7 +64,7 @@ class Machine:
                 threads = torch.get_num_threads()
                 taken.append(threads)
                 self.now += self.seconds[threads]
-                self.used += self.seconds[threads] * threads * self.part
+                self.waited += self.seconds[threads] * self.part * (threads > 1)
             assert torch.get_num_threads() == 3
         return taken
 
@@ -76,18 +78,38 @@ def machine() -> Iterator[Machine]:
 
 
 def test_a_step_is_computed_on_all_threads_where_no_other_program_runs(machine: Machine) -> None:
-    machine.seconds[1] = 0.1
+    machine.seconds[1], machine.part = 0.1, 0.1
     assert set(machine.threads_of(200)) == {3}
 
 
 def test_steps_beside_other_programs_take_the_number_of_threads_that_is_faster_lately(machine: Machine) -> None:
     machine.part = 0.5
-    assert machine.threads_of(6) == [3, 1, 3, 1, 3, 1]
+    assert machine.threads_of(6) == [3, 1, 3, 1, 3, 1]  # the first of them shows that there are others
     assert machine.threads_of(64).count(3) >= 61
     machine.seconds[3] = 20.0
     assert machine.threads_of(200)[-50:].count(1) >= 48
-    machine.part, machine.seconds[3] = 1.0, 1.0  # the other programs have ended
+    machine.part, machine.seconds[3] = 0.0, 1.0  # the other programs have ended
     assert set(machine.threads_of(100)[-60:]) == {3}
+
+
+def test_short_steps_are_judged_together(machine: Machine) -> None:
+    machine.seconds, machine.part = {3: 0.01, 1: 0.001}, 0.5
+    assert machine.threads_of(8)[:6] == [3, 3, 3, 3, 3, 1]
+
+
+def test_a_system_counts_how_long_threads_wait_for_a_cpu() -> None:
+    before = waited_for_cpus()
+    spin = "import time\nend = time.time() + 600\nwhile time.time() < end: pass"
+    (cpu, *_) = allowed = os.sched_getaffinity(0)
+    with subprocess.Popen(["taskset", "-c", str(cpu), sys.executable, "-c", spin]) as other:
+        try:
+            os.sched_setaffinity(0, {cpu})
+            for _ in attempts("a wait of 50 ms"):
+                if waited_for_cpus() - before > 0.05:
+                    break
+        finally:
+            os.sched_setaffinity(0, allowed)
+            other.kill()
 
 
 def test_one_thread_stays_one(machine: Machine) -> None:

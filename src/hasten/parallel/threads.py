@@ -3,15 +3,18 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from hasten.core.cpus import available_cpus
 
-_USED = 0.85
-"""Part of the time of its threads for which a step had CPUs; below that, other programs use them."""
+_WAITED = 0.2
+"""Part of the time of steps on all threads for which threads wait for a CPU; above that, other programs use them."""
+_WATCHED_S = 0.05
+"""Seconds of such steps after which that is looked at, which takes a tenth of a millisecond."""
 _TRIED_FIRST = 3
 """Steps of a size with each number of threads before there is a choice."""
 _TRIED_EVERY = 32
@@ -43,21 +46,38 @@ class _Recent:
     steps: int = 0
 
 
+def waited_for_cpus() -> float:
+    """Seconds for which all threads of this process together have waited for a CPU so far; 0 where it is not known.
+
+    Linux counts them for each thread (/proc/PID/task/TID/schedstat).
+    """
+    waited = 0
+    with suppress(OSError), os.scandir("/proc/self/task") as tasks:
+        for task in tasks:
+            with suppress(OSError, IndexError):  # a thread that ends, or a system that does not count
+                waited += int(Path(task.path, "schedstat").read_bytes().split()[1])
+    return waited / 1e9
+
+
 class ThreadChoice:
     """Whether a step is computed on all of torch's threads or on one.
 
     Threads wait for each other some times per layer. Where other programs use the same CPUs, a step is as late as the
     thread that the system runs last, and one thread, which waits for nobody, may be several times as fast. Whether
-    others do is seen by the CPU time that steps get; while they do not, all steps are computed on all threads.
+    others do is seen by how long threads wait for a CPU; while they do not, all steps are computed on all threads.
     """
 
     def __init__(
-        self, clock: Callable[[], float] = time.perf_counter, cpu_clock: Callable[[], float] = time.process_time
+        self, clock: Callable[[], float] = time.perf_counter, waited: Callable[[], float] = waited_for_cpus
     ) -> None:
-        self._clock, self._cpu_clock = clock, cpu_clock
+        self._clock, self._waited_for_cpus = clock, waited
         self._recent: dict[int, _Recent] = {}
         """Of steps by the logarithm of their tokens."""
         self._is_contended = False
+        self._before: float | None = None
+        """What had been waited when the last step on one thread had ended, or since the last look."""
+        self._watched, self._waited = 0.0, 0.0
+        """Seconds of steps on all threads since then, and what was waited in them."""
 
     @contextmanager
     def step(self, tokens: int) -> Iterator[None]:
@@ -68,9 +88,12 @@ class ThreadChoice:
             return
         recent = self._recent.setdefault(tokens.bit_length(), _Recent())
         threads = _next(recent, most) if self._is_contended else most
-        began, used = self._clock(), self._cpu_clock()
         if threads != most:
+            self._stop_watch()
             torch.set_num_threads(threads)
+        elif self._before is None:
+            self._before = self._waited_for_cpus()
+        began = self._clock()
         try:
             yield
         finally:
@@ -78,8 +101,17 @@ class ThreadChoice:
                 torch.set_num_threads(most)
         seconds = self._clock() - began
         if threads == most:
-            self._is_contended = self._cpu_clock() - used < _USED * most * seconds
+            self._watched += seconds
+            if self._watched >= _WATCHED_S:
+                self._stop_watch()
+                self._is_contended = self._waited > _WAITED * self._watched
+                self._watched, self._waited = 0.0, 0.0
         _observe(recent, threads, seconds / tokens)
+
+    def _stop_watch(self) -> None:
+        if self._before is not None:
+            self._waited += max(0.0, self._waited_for_cpus() - self._before)  # less where a thread has ended
+            self._before = None
 
 
 def _next(recent: _Recent, most: int) -> int:
