@@ -178,20 +178,19 @@ class EngineClient:
         priority: int = 0,
         queue_timeout: float | None = None,
         salt: str | None = None,
-        counted: bool = True,
     ) -> AsyncGenerator[Progress, None]:
         """Complete a prompt, text or token ids. Closing the generator withdraws the request.
 
         Each progress has what is new since the last one; without `stream` there is one, the finished one.
         `priority`: 1 is the highest, larger ones come later, 0 stands between 1 and 2. `queue_timeout`: seconds
         that it may wait before it is begun, if that is less than the engine's own limit. `salt`: the request's own
-        `cache_salt`. `counted`: whether it is a request of its own in the counters, and no part of another one.
+        `cache_salt`.
 
         Raises InvalidRequestError, QueueError where it cannot be begun in time, EngineClosedError where no new
         requests are taken, and EngineError where the process died.
         """
         options: dict[str, Any] = {"stream": stream, "priority": priority, "queue_timeout": queue_timeout}
-        ticket = await self.submit(prompt, params, counted=counted, salt=salt, **options)
+        ticket = await self.submit(prompt, params, salt=salt, **options)
         try:
             while True:
                 progress = await ticket.read()
@@ -211,7 +210,6 @@ class EngineClient:
         queue_timeout: float | None = None,
         salt: str | None = None,
         listener: Callable[[], None] | None = None,
-        counted: bool = True,
     ) -> Ticket:
         """Queue a request; what comes of it is taken from its ticket, whose `listener` hears of it.
 
@@ -222,11 +220,8 @@ class EngineClient:
         salt = cache_salt(salt)
         self.check_wait(priority, queue_timeout)
         with self.counting_refusals(priority):
-            ticket = await self._intake.ticket(
-                prompt, params, stream=stream, priority=priority, salt=salt, counted=counted
-            )
-        if counted:
-            attach(ticket, params)
+            ticket = await self._intake.ticket(prompt, params, stream=stream, priority=priority, salt=salt)
+        attach(ticket, params)
         self._put(ticket, queue_timeout, listener)
         return ticket
 
@@ -377,8 +372,7 @@ class EngineClient:
     def _count_end(self, ticket: Ticket, index: int, reason: FinishReason, error: HastenError | None = None) -> None:
         """Count a request of engine `index` that ends without its last output."""
         _end_in_call(ticket, reason, error)
-        if ticket.counted:
-            self.counters.of(index).finished[reason] += 1
+        self.counters.of(index).finished[reason] += 1
 
     def engine_stalled(self, replica: Replica) -> None:
         """What an engine has not begun goes to another one, where one computes."""

@@ -52,7 +52,6 @@ class Intake:
         stream: bool,
         priority: int,
         salt: str,
-        counted: bool,
     ) -> Ticket:
         """A request for text that `check` let pass; see `EngineClient.submit`."""
         info = self._model.info
@@ -64,9 +63,7 @@ class Intake:
         most = params.max_length(len(tokens), info.max_model_len) - len(tokens)
         width = max(params.n, params.beam_width)
         prefixes = self._prefixes(tokens, params, salt)
-        ticket = Ticket(number, tokens, width, frame, priority, most, _may_stop(params), prefixes=prefixes)
-        ticket.counted = counted
-        return ticket
+        return Ticket(number, tokens, width, frame, priority, most, _may_stop(params), prefixes=prefixes)
 
     async def text_ticket(self, request: Request, priority: int) -> Ticket:
         """A text of which a vector or scores are to be made."""

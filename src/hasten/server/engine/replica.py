@@ -135,14 +135,12 @@ class Replica:
         """Keep what came of a request, and count it; `now`: when the engine sent it."""
         counters, is_first, tokens = self._counters, not ticket.has_output, ticket.tokens
         ticket.push(output)
-        if ticket.counted:
-            if is_first:
-                counters.begin(ticket)
-            counters.add(output, ticket.tokens - tokens)
+        if is_first:
+            counters.begin(ticket)
+        counters.add(output, ticket.tokens - tokens)
         if output.finished:
             ticket.ended = True
-            if ticket.counted:
-                counters.finish(ticket, now)
+            counters.finish(ticket, now)
             if ticket.call is not None:
                 ticket.call.end_request(ticket, now)
             self.requests.finish(ticket)

@@ -126,8 +126,6 @@ class Ticket:
     """As the client called it."""
     params: SamplingParams | PoolingParams | None = None
     """Of a request of a call."""
-    counted: bool = True
-    """Whether it is a request of its own in the counters."""
     ended: bool = False
     """Whether its last output has come, or an error in its stead, or its reader has left."""
     stops: int = 0
