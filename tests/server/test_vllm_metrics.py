@@ -1,9 +1,11 @@
 """The metrics under vLLM's names, of a real engine, as Prometheus's own parser reads them."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.waiting import LIMIT_S, attempts
 
+from hasten.core.config import EngineConfig
 from hasten.core.types import FinishReason, SamplingParams
 from hasten.server.engine.client import EngineClient
 from hasten.server.engine.counters import EngineCounters, LanguageCounters
@@ -47,6 +50,8 @@ FIRST_S: list[float] = [
 FIRST_S += [640, 2560]
 LENGTHS: list[float] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
 STEP: list[float] = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
+BLOCK_S: list[float] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300]
+BLOCK_S += [600, 1200, 1800]
 HISTOGRAMS: dict[str, list[float]] = {
     "vllm:time_to_first_token_seconds": FIRST_S,
     "vllm:inter_token_latency_seconds": TOKEN_S,
@@ -64,6 +69,12 @@ HISTOGRAMS: dict[str, list[float]] = {
     "vllm:request_params_max_tokens": LENGTHS,
     "vllm:request_prefill_kv_computed_tokens": LENGTHS,
 }
+BLOCKS: dict[str, list[float]] = {
+    "vllm:kv_block_lifetime_seconds": BLOCK_S,
+    "vllm:kv_block_idle_before_evict_seconds": BLOCK_S,
+    "vllm:kv_block_reuse_gap_seconds": BLOCK_S,
+}
+"""Of a sample of blocks, not of each request."""
 GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 COUNTERS = (
     *("vllm:prefix_cache_queries", "vllm:prefix_cache_hits", "vllm:num_preemptions", "vllm:prompt_tokens"),
@@ -114,11 +125,11 @@ def exposed(engine: EngineClient) -> tuple[dict[str, str], Samples]:
 def test_names_types_and_buckets_are_vllms(demo_engine: EngineClient) -> None:
     kinds, samples = exposed(demo_engine)
     # the parser splits the _total off counters, and this histogram's name ends with it
-    expected = {name.removesuffix("_total"): "histogram" for name in HISTOGRAMS}
+    expected = {name.removesuffix("_total"): "histogram" for name in {**HISTOGRAMS, **BLOCKS}}
     expected |= dict.fromkeys(GAUGES, "gauge") | dict.fromkeys(COUNTERS, "counter")
     assert {name.removesuffix("_total"): kind for name, kind in kinds.items()}.items() >= expected.items()
     longest = demo_engine.info.max_model_len
-    for name, bounds in HISTOGRAMS.items():
+    for name, bounds in {**HISTOGRAMS, **BLOCKS}.items():
         found = [float(dict(labels)["le"]) for each, labels in samples if each == f"{name}_bucket"]
         assert found == [*(b for b in bounds if bounds is not LENGTHS or b <= longest), float("inf")]
     reasons = {dict(labels)["finished_reason"] for name, labels in samples if name == "vllm:request_success_total"}
@@ -128,7 +139,7 @@ def test_names_types_and_buckets_are_vllms(demo_engine: EngineClient) -> None:
     assert cache["num_gpu_blocks"] == str(demo_engine.info.num_blocks)
 
 
-async def computed(engine: EngineClient, prompt: str, *, stream: bool, n: int = 1, tokens: int = 5) -> None:
+async def computed(engine: EngineClient, prompt: str | list[int], *, stream: bool, n: int = 1, tokens: int = 5) -> None:
     params = SamplingParams(max_tokens=tokens, ignore_eos=True, n=n)
     async with aclosing(engine.generate(prompt, params, stream=stream)) as progresses:
         async for _ in progresses:
@@ -170,6 +181,30 @@ def test_requests_count_alike_whether_or_not_they_stream(demo_engine: EngineClie
     assert parts == pytest.approx(total["vllm:request_inference_time_seconds"])
     for name in ("flops", "read_bytes", "write_bytes"):
         assert new[f"vllm:estimated_{name}_per_gpu_total", frozenset()] > 0
+
+
+def test_blocks_of_an_engines_cache_are_watched(demo_model: Path, run: Callable[..., Any]) -> None:
+    async def turn_over() -> tuple[Samples, float]:
+        """Take more blocks than a small cache has, each twice; what is known then, and the seconds it took."""
+        began = time.monotonic()
+        engine = await EngineClient.start(EngineConfig.create(str(demo_model), kv_cache_memory="16M"))
+        try:
+            info = engine.info
+            for prompt in range(4 * info.num_blocks * info.block_size // 500):
+                for _ in range(2):
+                    await computed(engine, [prompt % info.vocab_size, *range(1, 500)], stream=False, tokens=1)
+            return exposed(engine)[1], time.monotonic() - began
+        finally:
+            await engine.close()
+
+    samples, seconds = run(turn_over())
+    count = {name: samples[f"{name}_count", frozenset()] for name in BLOCKS}
+    # one in 64 of some 4 times the cache's blocks; those of the last time that it was filled are still there
+    assert all(value > 0 for value in count.values()), count
+    assert count["vllm:kv_block_lifetime_seconds"] >= count["vllm:kv_block_idle_before_evict_seconds"]
+    total = {name: samples[f"{name}_sum", frozenset()] for name in BLOCKS}
+    assert total["vllm:kv_block_lifetime_seconds"] > total["vllm:kv_block_idle_before_evict_seconds"] > 0
+    assert all(0 < total[name] <= seconds * count[name] for name in BLOCKS)
 
 
 def test_a_client_that_leaves_counts_as_an_abort(demo_engine: EngineClient, run: Callable[..., Any]) -> None:

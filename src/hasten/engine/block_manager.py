@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 
+from hasten.engine.block_watch import BlockWatch
 from hasten.engine.encoder_input import EncoderInput
 from hasten.engine.sequence import Sequence
 
@@ -47,6 +48,8 @@ class BlockManager:
         self.prefix_queries = 0
         self.prefix_hits = 0
         """Tokens looked up in the prefix cache, and those found."""
+        self.watch: BlockWatch | None = None
+        """Hears what becomes of blocks, where anybody wants to know."""
 
     @property
     def num_used(self) -> int:
@@ -72,8 +75,7 @@ class BlockManager:
                 break
             block, prefix = entry
             found.append(block)
-        for block in found:
-            self._hold(block)
+        self._hold_found(found)
         self.prefix_queries += len(tokens)
         self.prefix_hits += len(found) * size
         sequence.block_table = found
@@ -175,8 +177,7 @@ class BlockManager:
         found = [first[0], *(entry[0] for entry in more if entry is not None)]
         if len(found) < count:
             return False
-        for block in found:
-            self._hold(block)
+        self._hold_found(found)
         given.block_table, given.prefix = found, first[1]
         self.prefix_hits += len(given.token_ids)
         return True
@@ -200,6 +201,8 @@ class BlockManager:
         """Let no sequence to come find the blocks that are known by now; who holds them keeps them."""
         self._known.clear()
         self._content = [None] * self.num_blocks
+        if self.watch is not None:
+            self.watch.forgotten()
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let `child` hold all blocks of `parent`'s prompt, none released yet; its last token is left to compute."""
@@ -253,6 +256,15 @@ class BlockManager:
                 self._free[block] = None
                 if self._content[block] is None:
                     self._free.move_to_end(block, last=False)  # nothing to keep: reuse it while it is warm
+                if self.watch is not None:
+                    self.watch.freed(block, kept=self._content[block] is not None)
+
+    def _hold_found(self, blocks: list[int]) -> None:
+        """Hold blocks that were found by what they hold."""
+        for block in blocks:
+            self._hold(block)
+            if self.watch is not None:
+                self.watch.found(block)
 
     def _hold(self, block: int) -> None:
         if self._references[block] == 0:
@@ -263,6 +275,8 @@ class BlockManager:
         block, _ = self._free.popitem(last=False)
         self._forget(block)
         self._references[block] = 1
+        if self.watch is not None:
+            self.watch.taken(block)
         return block
 
     def _forget(self, block: int) -> None:

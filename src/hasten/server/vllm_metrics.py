@@ -7,7 +7,15 @@ Requests that no engine has got yet count as engine 0's. Histograms have vLLM's 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from hasten.server.engine.counters import COMPLETIONS, FIRST_TOKEN_S, REQUEST_S, STEP_TOKENS, TOKEN_S, EngineCounters
+from hasten.server.engine.counters import (
+    BLOCK_S,
+    COMPLETIONS,
+    FIRST_TOKEN_S,
+    REQUEST_S,
+    STEP_TOKENS,
+    TOKEN_S,
+    EngineCounters,
+)
 from hasten.server.engine.queue import QUEUE_REASONS
 from hasten.server.exposition import Family, Labels
 
@@ -48,13 +56,19 @@ _HISTOGRAMS: Sequence[tuple[str, str, str, Sequence[float] | None]] = (
     ("request_prefill_time_seconds", "prefill_time", "Time of a request's prefill", REQUEST_S),
     ("request_decode_time_seconds", "decode_time", "Time of a request's decode", REQUEST_S),
     ("iteration_tokens_total", "step_tokens", "Tokens of a step of the engine", STEP_TOKENS),
+    ("kv_block_lifetime_seconds", "block_lifetime",
+     "Time from the allocation of a block of the key/value cache until its content was lost, of one in 64", BLOCK_S),
+    ("kv_block_idle_before_evict_seconds", "block_idle",
+     "Time that a block of the key/value cache was unused until it was evicted, of one in 64", BLOCK_S),
+    ("kv_block_reuse_gap_seconds", "block_reuse_gap",
+     "Time between two uses of a block of the key/value cache, of one in 64", BLOCK_S),
     ("request_params_n", "completions", "Completions that a request asked for", COMPLETIONS),
     ("request_prompt_tokens", "prompt_lengths", "Tokens of a request's prompt", None),
     ("request_generation_tokens", "output_lengths", "Tokens generated for a request", None),
     ("request_max_num_generation_tokens", "max_tokens", "Tokens that a completion may have", None),
     ("request_params_max_tokens", "max_tokens", "Tokens that a completion may have", None),
     ("request_prefill_kv_computed_tokens", "computed_lengths", "Tokens of a prompt that were not cached", None),
-)
+)  # fmt: skip
 """Name, histogram, help and bounds; None: 1, 2, 5, 10 … up to the model's maximum length."""
 
 

@@ -11,6 +11,7 @@ from hasten.core.types import FinishReason
 from hasten.server.histogram import Histogram
 
 if TYPE_CHECKING:
+    from hasten.engine.block_watch import BlockTimes
     from hasten.server.engine.ticket import Ticket
     from hasten.server.engine.wire import Computed, Output
 
@@ -26,6 +27,10 @@ REQUEST_S = (
     *(1920.0, 7680.0),
 )
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+BLOCK_S = (
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0),
+    *(600.0, 1200.0, 1800.0),
+)
 COMPLETIONS = (1, 2, 5, 10, 20)
 TOKENS = tuple(digit * 10**power for power in range(8) for digit in (1, 2, 5))
 """Of a request: vLLM's histograms end at the model's maximum length."""
@@ -63,6 +68,10 @@ class EngineCounters:
     """That a request asked for; of a beam search, its beams."""
     step_tokens: Histogram = field(default_factory=partial(Histogram, STEP_TOKENS))
     """That a step computed, of prompts and outputs."""
+    block_lifetime: Histogram = field(default_factory=partial(Histogram, BLOCK_S))
+    block_idle: Histogram = field(default_factory=partial(Histogram, BLOCK_S))
+    block_reuse_gap: Histogram = field(default_factory=partial(Histogram, BLOCK_S))
+    """Of watched blocks of the cache, as BlockTimes has them."""
     prompt_tokens: int = 0
     """Of requests that have output."""
     cached_tokens: int = 0
@@ -78,6 +87,16 @@ class EngineCounters:
         self.step_tokens.observe(computed.tokens)
         if computed.continued:
             self.inter_token_latency.observe(computed.seconds, computed.continued)
+
+    def watch(self, blocks: "BlockTimes") -> None:
+        """Count what became known of blocks of the cache."""
+        for histogram, times in (
+            (self.block_lifetime, blocks.lifetimes),
+            (self.block_idle, blocks.idle),
+            (self.block_reuse_gap, blocks.reuse_gaps),
+        ):
+            for seconds in times:
+                histogram.observe(seconds)
 
     def begin(self, ticket: "Ticket") -> None:
         """Count a request that has its first output."""

@@ -27,6 +27,7 @@ from hasten.core.config import EngineConfig
 from hasten.core.cpus import available_cpus
 from hasten.core.errors import EngineError, HastenError
 from hasten.core.types import Request, SamplingParams
+from hasten.engine.block_watch import BlockWatch
 from hasten.engine.stats import EngineStats
 from hasten.server.engine.coalescer import OutputCoalescer, pause_per_cpu_second
 from hasten.server.engine.wire import (
@@ -140,6 +141,7 @@ class EngineLoop:
         self._compiled: list[int] = []
         self._computed: list[Computed] = []
         """Steps that the server does not know."""
+        self._blocks = engine.scheduler.blocks.watch = BlockWatch()
         self._ends = deque([0.0], maxlen=engine.worker.stage.size)
         """When the last steps ended: as many as a completion waits for from one of its tokens to the next."""
 
@@ -275,6 +277,7 @@ class EngineLoop:
             self._compiled,
             now,
             self._computed,
+            self._blocks.take(),
         )
         self._channel.send(step)
         self._coalescer.sent()

@@ -152,6 +152,8 @@ class Replica:
         self._now = step.stats or self._now
         for computed in step.computed:
             self._counters.step(computed)
+        if step.blocks is not None:
+            self._counters.watch(step.blocks)
         for numbers, compiling in ((step.compiling, True), (step.compiled, False)):
             for number in numbers:
                 if (ticket := requests.get(number)) is not None:

@@ -15,6 +15,7 @@ from hasten.core.config import EngineConfig
 from hasten.core.errors import InvalidRequestError
 from hasten.core.types import FinishReason, PoolingParams, SamplingParams
 from hasten.engine.pooling_info import PoolingInfo
+from hasten.engine.block_watch import BlockTimes
 from hasten.engine.stats import EngineStats
 
 
@@ -240,6 +241,8 @@ class Step(msgspec.Struct, tag=True):
     """When it was sent, on the same clock."""
     computed: list[Computed] = []
     """The engine's steps since the last message."""
+    blocks: BlockTimes | None = None
+    """What became known of watched blocks of the cache since then."""
 
 
 ToEngine = Start | Add | Abort | Expire | Acknowledge
