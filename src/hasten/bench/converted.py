@@ -82,13 +82,13 @@ def _converted(folder: str, kind: str, device: torch.device, threads: int) -> tu
     """The generator, and the text of each token."""
     ctranslate2, converters = import_module("ctranslate2"), import_module("ctranslate2.converters")
     with tempfile.TemporaryDirectory(prefix="hasten-ctranslate2-") as parent:
-        made = Path(parent) / "model"
+        target = Path(parent) / "model"
         try:
-            converters.TransformersConverter(folder).convert(str(made), quantization=kind)
+            converters.TransformersConverter(folder).convert(str(target), quantization=kind)
             generator = ctranslate2.Generator(
-                str(made), device=device.type, compute_type=kind, intra_threads=threads, inter_threads=1
+                str(target), device=device.type, compute_type=kind, intra_threads=threads, inter_threads=1
             )
-            return generator, json.loads((made / "vocabulary.json").read_text(encoding="utf-8"))
+            return generator, json.loads((target / "vocabulary.json").read_text(encoding="utf-8"))
         except Exception as error:  # whatever transformers and ctranslate2 raise for a model that they do not know
             reason = str(error).strip().partition("\n")[0]
             raise UnsupportedError(f"ctranslate2 cannot convert {folder}: {reason}") from error

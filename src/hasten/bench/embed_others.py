@@ -140,8 +140,8 @@ class SentenceTransformersEmbedder:
         return self._padded.run(prompts, self._forward)
 
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        made: Tensor = self._model({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
-        return F.normalize(made.float(), dim=-1)
+        vectors: Tensor = self._model({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
+        return F.normalize(vectors.float(), dim=-1)
 
 
 class VllmEmbedder:

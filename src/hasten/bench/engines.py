@@ -74,10 +74,10 @@ class HastenEngine:
         start = clock(self.device)
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         seconds = clock(self.device) - start
-        made = [output.outputs[0] for output in outputs]
-        for completion, length in zip(made, lengths, strict=True):
+        completions = [output.outputs[0] for output in outputs]
+        for completion, length in zip(completions, lengths, strict=True):
             _require_length(completion, length)
-        return Generation([completion.token_ids for completion in made], seconds)
+        return Generation([completion.token_ids for completion in completions], seconds)
 
 
 _COMPARABLE = frozenset(

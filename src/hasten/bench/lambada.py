@@ -164,16 +164,16 @@ def run(
         for index, value in enumerate(spent):
             seconds[index].append(value)
     return [
-        _result(engine.label, times, made)
-        for engine, times, made in zip(engines, seconds, answers, strict=True)
+        _result(engine.label, times, predictions)
+        for engine, times, predictions in zip(engines, seconds, answers, strict=True)
         if not has_failed(engine)
     ]
 
 
 def _generate(engine: Engine, batch: Sequence[Sample]) -> tuple[list[list[int]], float]:
     length = max(len(sample.target_ids) for sample in batch)
-    made = engine.generate([sample.prompt_ids for sample in batch], [length] * len(batch))
-    return made.token_ids, made.seconds
+    generation = engine.generate([sample.prompt_ids for sample in batch], [length] * len(batch))
+    return generation.token_ids, generation.seconds
 
 
 def _answer(sample: Sample, token_ids: list[int], tokenizer: Tokenizer) -> Answer:

@@ -53,9 +53,9 @@ def measure(engines: Sequence[Engine], workload: Workload, vocab_size: int, *, r
     for _ in range(repetitions):
         whole, short = workload.prompts(vocab_size, rng), workload.prompts(vocab_size, rng)
         for index, engine in enumerate(engines):
-            made = engine.generate(whole, workload.output_lengths)
-            tokens[index] = made.token_ids
-            total[index].append(1000 * made.seconds)
+            generation = engine.generate(whole, workload.output_lengths)
+            tokens[index] = generation.token_ids
+            total[index].append(1000 * generation.seconds)
             first[index].append(1000 * engine.generate(short, ones).seconds)
     counts = [differing(each, tokens[-1]) for each in tokens[:-1]]
     return [
@@ -109,7 +109,7 @@ class LatencyReport(TypedDict):
 
 def speedups(results: Sequence[LatencyResult]) -> list[Speedup]:
     """One for each batch size; none where there is one engine alone."""
-    made = []
+    ratios = []
     for batch_size, group in groupby(results, key=lambda result: result.batch_size):
         *others, last = group
         first_ms = {other.engine: other.first_token_ms.p50 for other in others}
@@ -117,8 +117,8 @@ def speedups(results: Sequence[LatencyResult]) -> list[Speedup]:
         first_of, token_of = fastest(first_ms), fastest(token_ms)
         if first_of is not None and token_of is not None:
             to_first, to_next = first_ms[first_of] / last.first_token_ms.p50, token_ms[token_of] / last.token_ms.p50
-            made.append(Speedup(batch_size, to_first, first_of, to_next, token_of))
-    return made
+            ratios.append(Speedup(batch_size, to_first, first_of, to_next, token_of))
+    return ratios
 
 
 def show(results: Sequence[LatencyResult]) -> None:

@@ -76,13 +76,13 @@ def accuracies(results: Sequence[Scored]) -> list[Picture]:
 def latencies(results: Sequence[LatencyResult]) -> list[Picture]:
     """Medians of each engine by batch size, less is better."""
     colors = _colors([each.engine for each in results])
-    made = []
+    pictures = []
     for name, unit in (("first_token_ms", "ms to the first token"), ("token_ms", "ms per further token")):
         for size in dict.fromkeys(each.batch_size for each in results):
             values = [(each.engine, getattr(each, name).p50) for each in results if each.batch_size == size]
             rows = [Bar(name_of(who), value, f"{number(value)} ms", color=colors[who]) for who, value in values]
-            made.append(bars(f"{unit}, batch {size}", rows))
-    return made
+            pictures.append(bars(f"{unit}, batch {size}", rows))
+    return pictures
 
 
 def throughputs(results: Sequence[ThroughputResult]) -> list[Picture]:
@@ -109,7 +109,7 @@ def suites(report: Mapping[str, Any]) -> list[Picture]:
     """The figures of a suite's workloads, of hasten and, where it was measured, Hugging Face."""
     engines = {"HF": report.get("hf", {}), OWN: report}
     colors = _colors(list(engines))
-    made = []
+    pictures = []
     for title, keys in _SUITE.items():
         rows = []
         for workload, figures in report.items():
@@ -120,8 +120,8 @@ def suites(report: Mapping[str, Any]) -> list[Picture]:
                 if value is not None:
                     rows.append(Bar(f"{workload}, {engine}", value, number(value), color=colors[engine]))
         if rows:
-            made.append(bars(title, rows))
-    return made
+            pictures.append(bars(title, rows))
+    return pictures
 
 
 def starts(found: Sequence[Start]) -> Picture:
@@ -137,14 +137,14 @@ def starts(found: Sequence[Start]) -> Picture:
 
 def turns(found: "Sequence[Turns]") -> list[Picture]:
     """The medians of each measure, by who was measured."""
-    made = []
+    pictures = []
     for each in found:
         rows = [
             Bar(who, spread.p50, number(spread.p50), color=COLORS[at % len(COLORS)])
             for at, (who, spread) in enumerate(each.values.items())
         ]
-        made.append(bars(f"{each.name}, {each.unit}", rows))
-    return made
+        pictures.append(bars(f"{each.name}, {each.unit}", rows))
+    return pictures
 
 
 def _colors(engines: Sequence[str]) -> dict[str, str]:

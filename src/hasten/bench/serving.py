@@ -216,9 +216,9 @@ def _tokens(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams) -> T
 
 
 def _tensor(client: Any, name: str, values: np.ndarray[Any, Any], datatype: str) -> Any:
-    made = client.InferInput(name, list(values.shape), datatype)
-    made.set_data_from_numpy(values)
-    return made
+    tensor = client.InferInput(name, list(values.shape), datatype)
+    tensor.set_data_from_numpy(values)
+    return tensor
 
 
 def _token_inputs(client: Any, prompt: list[int], length: int) -> list[Any]:

@@ -155,33 +155,33 @@ class _Run:
     def lambada(self) -> Iterator[tuple[str, Figures]]:
         """Yield the figures of many short requests."""
         workload = lambada(self._plan.num_requests)
-        made = self._generate(workload, self._plan.lambada_batch_size)
+        generation = self._generate(workload, self._plan.lambada_batch_size)
         prompt_tokens = sum(workload.prompt_lengths)
         yield (
             "lambada",
             {
-                "s": made.seconds,
-                "req_s": len(workload.prompt_lengths) / made.seconds,
+                "s": generation.seconds,
+                "req_s": len(workload.prompt_lengths) / generation.seconds,
                 "prompt_tok": prompt_tokens,
-                "prompt_tok_s": prompt_tokens / made.seconds,
-                "new_tok": _count(made),
+                "prompt_tok_s": prompt_tokens / generation.seconds,
+                "new_tok": _count(generation),
             },
         )
 
     def tput(self) -> Iterator[tuple[str, Figures]]:
         """Yield the figures of many requests of mixed lengths."""
         workload = tput(self._plan.num_requests, self._plan.max_model_len)
-        made = self._generate(workload)
-        prompt_tokens, output_tokens = sum(workload.prompt_lengths), _count(made)
+        generation = self._generate(workload)
+        prompt_tokens, output_tokens = sum(workload.prompt_lengths), _count(generation)
         yield (
             "tput",
             {
-                "s": made.seconds,
+                "s": generation.seconds,
                 "out_tok": output_tokens,
-                "out_tok_s": output_tokens / made.seconds,
+                "out_tok_s": output_tokens / generation.seconds,
                 "prompt_tok": prompt_tokens,
-                "total_tok_s": (prompt_tokens + output_tokens) / made.seconds,
-                "req_s": len(workload.prompt_lengths) / made.seconds,
+                "total_tok_s": (prompt_tokens + output_tokens) / generation.seconds,
+                "req_s": len(workload.prompt_lengths) / generation.seconds,
                 "max_num_seqs": self._plan.max_num_seqs,
             },
         )
@@ -208,8 +208,8 @@ class _Run:
         return in_batches(self._engine.generate, prompts, workload.output_lengths, batch_size)
 
 
-def _count(made: Generation) -> int:
-    return sum(map(len, made.token_ids))
+def _count(generation: Generation) -> int:
+    return sum(map(len, generation.token_ids))
 
 
 _TIMES = ("e2e_s", "ttft_s", "prefill_s", "ms_per_tok", "ms_per_step", "s")

@@ -58,9 +58,9 @@ def measure(
     tokens: list[list[list[int]]] = []
     for _ in range(repetitions):
         prompts = workload.prompts(vocab_size, rng)
-        made = [engine.generate(prompts, workload.output_lengths) for engine in engines]
-        tokens = [each.token_ids for each in made]
-        for times, each in zip(seconds, made, strict=True):
+        generations = [engine.generate(prompts, workload.output_lengths) for engine in engines]
+        tokens = [each.token_ids for each in generations]
+        for times, each in zip(seconds, generations, strict=True):
             times.append(each.seconds)
     counts = [differing(each, tokens[-1]) for each in tokens[:-1]]
     return [

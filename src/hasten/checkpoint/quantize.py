@@ -94,9 +94,9 @@ class ToNearest:
         weight_oh = stored.float()
         check_finite(spec, weight_oh)
         grid = self._scheme.grid
-        made = grid.rounded(weight_oh, grid.scales(weight_oh, self._scheme.scale_dtype(stored.dtype)))
-        self._errors.add(made.dequantized() - weight_oh, weight_oh)
-        return made
+        rounded = grid.rounded(weight_oh, grid.scales(weight_oh, self._scheme.scale_dtype(stored.dtype)))
+        self._errors.add(rounded.dequantized() - weight_oh, weight_oh)
+        return rounded
 
     @property
     def error(self) -> str:

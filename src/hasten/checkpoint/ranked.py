@@ -172,12 +172,12 @@ def _config_from_json(raw: dict[str, Any], path: Path) -> ModelConfig:
         experts = _experts_from_json(raw.get("experts"))
         ends = tuple(raw["eos_token_ids"])
         forced = tuple(raw.get("forced_eos_token_ids", ()))
-        made: dict[str, Any] = {"forced_eos_token_ids": forced}
-        made |= {"attention": attention, "layer_attention": layers, "experts": experts, "eos_token_ids": ends}
-        made["classifier"] = _classifier_from_json(raw.get("classifier"))
+        fields: dict[str, Any] = {"forced_eos_token_ids": forced}
+        fields |= {"attention": attention, "layer_attention": layers, "experts": experts, "eos_token_ids": ends}
+        fields["classifier"] = _classifier_from_json(raw.get("classifier"))
         words = raw.get("masked_words")
-        made["masked_words"] = None if words is None else MaskedWordsConfig(**words)
-        made["encoder"] = _encoder_from_json(raw.get("encoder"))
-        return ModelConfig(**raw | made)
+        fields["masked_words"] = None if words is None else MaskedWordsConfig(**words)
+        fields["encoder"] = _encoder_from_json(raw.get("encoder"))
+        return ModelConfig(**raw | fields)
     except (TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(f"{path}: its metadata does not describe a model ({error}); convert it again") from error

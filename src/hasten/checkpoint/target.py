@@ -86,7 +86,7 @@ class Target:
     @contextlib.contextmanager
     def prepare(self) -> Iterator[Path]:
         """A new OUT to fill, with an empty `N-gpu`; swapped in when the block ends well, else removed."""
-        made = _make_parents(self.out if not self.whole else self.out.parent)
+        parents = _make_parents(self.out if not self.whole else self.out.parent)
         place = self.out.parent if self.whole else self.out
         prefix = f".{self.out.name}{_MARK}" if self.whole else _MARK
         _remove_stale(self.out.parent, f".{self.out.name}{_MARK}")
@@ -98,7 +98,7 @@ class Target:
                 yield new
                 self._swap_in(work, new)
         except BaseException:
-            _remove_empty(made)
+            _remove_empty(parents)
             raise
 
     def _swap_in(self, work: Path, new: Path) -> None:
@@ -119,7 +119,7 @@ def appearing(out: Path) -> Iterator[Path]:
     shown, out = out, out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{shown} exists; give a folder that is new or empty")
-    made = _make_parents(out.parent)
+    parents = _make_parents(out.parent)
     prefix = f".{out.name}{_MARK}"
     _remove_stale(out.parent, prefix)
     try:
@@ -129,7 +129,7 @@ def appearing(out: Path) -> Iterator[Path]:
             yield new
             swap(new, out, work / _OLD)
     except BaseException:
-        _remove_empty(made)
+        _remove_empty(parents)
         raise
 
 

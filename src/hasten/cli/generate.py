@@ -194,24 +194,24 @@ def _pieces(outputs: Iterable[RequestOutput]) -> Iterable[str]:
 
 
 def _as_json(output: RequestOutput) -> dict[str, Any]:
-    made: dict[str, Any] = {"prompt": output.prompt, "prompt_token_ids": output.prompt_token_ids}
+    record: dict[str, Any] = {"prompt": output.prompt, "prompt_token_ids": output.prompt_token_ids}
     if output.prompt_logprobs is not None:
-        made["prompt_logprobs"] = [_logprobs(position) for position in output.prompt_logprobs]
+        record["prompt_logprobs"] = [_logprobs(position) for position in output.prompt_logprobs]
     completions = [_completion(completion) for completion in output.outputs]
-    return made | completions[0] if len(completions) == 1 else made | {"outputs": completions}
+    return record | completions[0] if len(completions) == 1 else record | {"outputs": completions}
 
 
 def _completion(completion: CompletionOutput) -> dict[str, Any]:
-    made: dict[str, Any] = {
+    record: dict[str, Any] = {
         "token_ids": completion.token_ids,
         "text": completion.text,
         "finish_reason": completion.finish_reason,
     }
     if completion.cumulative_logprob is not None:
-        made["cumulative_logprob"] = completion.cumulative_logprob
+        record["cumulative_logprob"] = completion.cumulative_logprob
     if completion.logprobs is not None:
-        made["logprobs"] = [_logprobs(position) for position in completion.logprobs]
-    return made
+        record["logprobs"] = [_logprobs(position) for position in completion.logprobs]
+    return record
 
 
 def _logprobs(position: dict[int, Logprob] | None) -> list[dict[str, Any]] | None:

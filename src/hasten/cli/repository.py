@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     engine = resolve_engine(EngineConfig.create(args.model, **engine_options(args)))
     tokenizer = None if engine.tokenizer is None else str(Path(engine.tokenizer).resolve())
     engine = replace(engine, model=str(Path(engine.model).resolve()), tokenizer=tokenizer)
-    made = _for_triton(args, engine) if args.server == "triton" else _for_hasten(args, engine)
-    for folder in made:
+    folders = _for_triton(args, engine) if args.server == "triton" else _for_hasten(args, engine)
+    for folder in folders:
         print(folder)
     return 0
 

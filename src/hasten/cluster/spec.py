@@ -115,24 +115,24 @@ def is_number(text: str) -> bool:
 
 def pairs(texts: Sequence[str], flag: str, separator: str = "=") -> dict[str, str]:
     """`["a=1", "b=2"]` as a mapping, the first separator dividing; ConfigError names the option of the bad one."""
-    made: dict[str, str] = {}
+    parsed: dict[str, str] = {}
     for text in texts:
         key, found, value = text.partition(separator)
         if not found or not key:
             raise ConfigError(f"{flag} {text!r} is not NAME{separator}VALUE")
-        made[key] = value
-    return made
+        parsed[key] = value
+    return parsed
 
 
 def mounts(texts: Sequence[str], flag: str) -> list[tuple[str, str]]:
     """`["pvc:/mnt"]` as pairs of a source and an absolute path inside; ConfigError names the bad one."""
-    made = []
+    parsed = []
     for text in texts:
         source, found, path = text.rpartition(":")
         if not found or not source or not path.startswith("/"):
             raise ConfigError(f"{flag} {text!r} is not SOURCE:/PATH")
-        made.append((source, path))
-    return made
+        parsed.append((source, path))
+    return parsed
 
 
 def seconds(text: str, flag: str) -> float:

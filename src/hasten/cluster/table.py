@@ -235,8 +235,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if is_dataclass(value):
-        made = {each.name: plain(getattr(value, each.name)) for each in fields(value)}
-        return {**made, "duration": round(value.duration, 3)} if isinstance(value, Job) else made
+        record = {each.name: plain(getattr(value, each.name)) for each in fields(value)}
+        return {**record, "duration": round(value.duration, 3)} if isinstance(value, Job) else record
     return [plain(item) for item in value]
 
 

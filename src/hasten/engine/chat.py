@@ -164,11 +164,11 @@ class _Generation(Extension):
 
 def _environment() -> BoundedEnvironment:
     """What transformers gives a template."""
-    made = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    made.filters["tojson"] = _to_json
-    made.globals["raise_exception"] = _raise
-    made.globals["strftime_now"] = _now
-    return made
+    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = _now
+    return environment
 
 
 def _to_json(value: Any, **options: Any) -> str:
@@ -187,12 +187,12 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        made = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(made, dict):
+    if not isinstance(values, dict):
         raise CheckpointError(f"{file} holds no JSON object")
-    return made
+    return values
 
 
 def _source(folder: Path, config: Mapping[str, Any], name: str) -> str | None:
@@ -278,10 +278,10 @@ def _message(where: str, message: Mapping[str, Any]) -> dict[str, Any]:
         raise InvalidRequestError(f"{where}.content is missing")
     if content is not None:
         require_utf8(f"{where}.content", content)
-    made = {name: value for name, value in message.items() if value is not None} | {"role": role, "content": content}
+    result = {name: value for name, value in message.items() if value is not None} | {"role": role, "content": content}
     if calls := message.get("tool_calls"):
-        made["tool_calls"] = [_tool_call(f"{where}.tool_calls[{number}]", call) for number, call in enumerate(calls)]
-    return made
+        result["tool_calls"] = [_tool_call(f"{where}.tool_calls[{number}]", call) for number, call in enumerate(calls)]
+    return result
 
 
 def _tool_call(where: str, call: Any) -> dict[str, Any]:

@@ -170,31 +170,31 @@ class GrammarCompiler:
         while (job := self._queue.get()) is not None:
             if not job.future.set_running_or_notify_cancel():
                 continue
-            made: Grammar | HastenError
+            result: Grammar | HastenError
             size = 0
             try:
-                made, size = self._made(job.text)
+                result, size = self._compile_text(job.text)
             except HastenError as error:
-                made = error
+                result = error
             except Exception as error:
-                made = EngineError(f"the grammar's compiler failed: {error!r}")
+                result = EngineError(f"the grammar's compiler failed: {error!r}")
             with self._lock:
                 self._jobs.pop(job.text.key, None)
-                if not isinstance(made, EngineError):
-                    self._keep(job.text.key, made, size)
-            if isinstance(made, HastenError):
-                job.future.set_exception(made)
+                if not isinstance(result, EngineError):
+                    self._keep(job.text.key, result, size)
+            if isinstance(result, HastenError):
+                job.future.set_exception(result)
             else:
-                job.future.set_result(made)
+                job.future.set_result(result)
 
-    def _keep(self, key: tuple[str, bytes], made: Grammar | HastenError, size: int) -> None:
-        self._kept[key] = (made, size)
+    def _keep(self, key: tuple[str, bytes], result: Grammar | HastenError, size: int) -> None:
+        self._kept[key] = (result, size)
         while len(self._kept) > 1 and (
             len(self._kept) > _KEPT or sum(entry[1] for entry in self._kept.values()) > self._limits.memory
         ):
             self._kept.popitem(last=False)
 
-    def _made(self, text: GrammarText) -> tuple[Grammar, int]:
+    def _compile_text(self, text: GrammarText) -> tuple[Grammar, int]:
         """A grammar that came through the trial, and its bytes."""
         if self._vocabulary is None:
             self._vocabulary = self._described.load()
@@ -240,10 +240,10 @@ class _HasJson(Protocol):
         """The text of its tokenizer.json."""
 
 
-def _done(made: Grammar | HastenError) -> "Future[Grammar]":
+def _done(result: Grammar | HastenError) -> "Future[Grammar]":
     future: Future[Grammar] = Future()
-    if isinstance(made, HastenError):
-        future.set_exception(made)
+    if isinstance(result, HastenError):
+        future.set_exception(result)
     else:
-        future.set_result(made)
+        future.set_result(result)
     return future

@@ -69,19 +69,19 @@ class GrammarText:
 
         limits = LLParserLimits(verbose_errors=False)
         try:
-            made = LLMatcher(vocabulary, self._source(), log_level=0, limits=limits)
+            matcher = LLMatcher(vocabulary, self._source(), log_level=0, limits=limits)
         except ValueError as error:
             raise InvalidRequestError(f"{self.kind} cannot be compiled: {one_line(str(error))}") from error
-        if made.is_error():
-            message = one_line(made.get_error())
+        if matcher.is_error():
+            message = one_line(matcher.get_error())
             if _OUT_OF_FUEL in message:
                 raise InvalidRequestError(f"{self.kind} is too expensive: its expressions have too many states")
             raise InvalidRequestError(f"{self.kind} cannot be compiled: {message}")
-        begun = made.deep_copy()
+        begun = matcher.deep_copy()
         begun.compute_bitmask()
         if begun.is_error():  # a contradiction that shows only here
             raise InvalidRequestError(f"{self.kind} cannot be satisfied: {one_line(begun.get_error())}")
-        return made
+        return matcher
 
     def _source(self) -> str:
         """What llguidance compiles."""

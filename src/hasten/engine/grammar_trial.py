@@ -134,12 +134,12 @@ def _main() -> None:
         until = math.ceil(used.ru_utime + used.ru_stime) + seconds
         resource.setrlimit(resource.RLIMIT_CPU, (until, resource.RLIM_INFINITY))
         try:
-            made = GrammarText(*json.loads(line)).compile(vocabulary)
+            matcher = GrammarText(*json.loads(line)).compile(vocabulary)
         except InvalidRequestError as error:
             _say([str(error), 0])
             continue
         _say([None, max(0, _memory(1) - before)])
-        del made
+        del matcher
 
 
 def _say(answer: Any) -> None:

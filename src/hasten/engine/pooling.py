@@ -245,7 +245,7 @@ class Pooler:
 
     def _of_tokens(self, params: PoolingParams, rows_tw: Tensor) -> PooledOutput:
         finite = bool(rows_tw.isfinite().all())
-        return PoolingOutput(self._made(params, rows_tw)) if finite else FailedOutput(_NOT_FINITE)
+        return PoolingOutput(self._results_of(params, rows_tw)) if finite else FailedOutput(_NOT_FINITE)
 
     def _of_texts(self, params: PoolingParams, vectors_sw: Tensor) -> Iterable[PooledOutput]:
         kinds: dict[PoolingTask, Callable[[list[float]], PooledOutput]] = {
@@ -254,10 +254,10 @@ class Pooler:
             "score": lambda scores: ScoringOutput(scores[0]),
         }
         make, finite = kinds[params.task], vectors_sw.isfinite().all(-1).tolist()
-        made = self._made(params, vectors_sw).tolist()
-        return (make(each) if right else FailedOutput(_NOT_FINITE) for each, right in zip(made, finite, strict=True))
+        values = self._results_of(params, vectors_sw).tolist()
+        return (make(each) if right else FailedOutput(_NOT_FINITE) for each, right in zip(values, finite, strict=True))
 
-    def _made(self, params: PoolingParams, found: Tensor) -> Tensor:
+    def _results_of(self, params: PoolingParams, found: Tensor) -> Tensor:
         """Vectors or scores of rows."""
         if params.task in ("embed", "token_embed"):
             return self._finished(found, params)

@@ -104,13 +104,13 @@ def _from_mapping(where: str, given: Mapping[Any, Any]) -> ParsedPrompt:
 def _token_ids(where: str, ids: Sequence[Any]) -> tuple[int, ...]:
     if set(map(type, ids)) <= {int}:  # much faster than one by one
         return tuple(ids)
-    made = []
+    checked = []
     for place, token in enumerate(ids):
         number = token.tolist() if hasattr(token, "tolist") else token
         if isinstance(number, bool) or not isinstance(number, Integral):
             raise InvalidRequestError(f"{where} has {_shown(token)} at position {place}, which is not a token id")
-        made.append(index(number))
-    return tuple(made)
+        checked.append(index(number))
+    return tuple(checked)
 
 
 def _shown(value: object) -> str:

@@ -241,16 +241,16 @@ class Sequence:
 
     def fork(self, index: int) -> "Sequence":
         """A sibling with the same prompt and a seed of its own; the scheduler shares the blocks."""
-        made = object.__new__(Sequence)
+        fork = object.__new__(Sequence)
         for name in self.__slots__:
-            setattr(made, name, getattr(self, name))
-        made.index, made.group_size = index, 1
-        made.seed = (self.seed + index * 0x632BE59BD9B4E019) % 2**64
-        made.token_ids = self.token_ids[: self.prompt_len]
-        made.pending = made.in_flight = 0
-        made.block_table = []
-        made.table_version = 0
-        made.holds_input = False
+            setattr(fork, name, getattr(self, name))
+        fork.index, fork.group_size = index, 1
+        fork.seed = (self.seed + index * 0x632BE59BD9B4E019) % 2**64
+        fork.token_ids = self.token_ids[: self.prompt_len]
+        fork.pending = fork.in_flight = 0
+        fork.block_table = []
+        fork.table_version = 0
+        fork.holds_input = False
         if self.constraint is not None:
-            made.constraint = self.constraint.fork()
-        return made
+            fork.constraint = self.constraint.fork()
+        return fork

@@ -79,8 +79,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return checked
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        made: nodes.Template = _Bounding().visit(super()._parse(source, name, filename))
-        return made
+        template: nodes.Template = _Bounding().visit(super()._parse(source, name, filename))
+        return template
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         """Whether a template may use an attribute."""

@@ -116,18 +116,18 @@ class Planner:
         token, or has no position, and sees all keys either way.
         """
         out_rows = np.cumsum(query_lens) - query_lens
-        made: dict[str, Integers] = {}
+        arrays: dict[str, Integers] = {}
         if (which := (query_lens > 1).nonzero()[0]).size:
             own = tables[which], query_rows[which], out_rows[which], query_lens[which], kv_lens[which]
-            made["tiles"] = tiles(*own, causal=causal)
+            arrays["tiles"] = tiles(*own, causal=causal)
         if (which := (query_lens <= 1).nonzero()[0]).size:
             single = tables[which], query_rows[which], out_rows[which], kv_lens[which]
             most = self.max_num_splits(len(which))
             if self.run is None:
-                made["splits"] = kv_splits(*single, most, self.min_split_len(kv_lens[which]))
+                arrays["splits"] = kv_splits(*single, most, self.min_split_len(kv_lens[which]))
             else:
-                made["splits"] = splits_of(*single, run_lengths(kv_lens[which], self.run, most))
-        return made
+                arrays["splits"] = splits_of(*single, run_lengths(kv_lens[which], self.run, most))
+        return arrays
 
 
 def kv_splits(
@@ -184,5 +184,5 @@ def tiles(
     position = kv_lens[owner] - query_lens[owner] + first
     keys = position + count if causal else kv_lens[owner]
     columns = (tables[owner], query_rows[owner] + first, out_rows[owner] + first, count, position)
-    made = np.stack(columns if causal else (*columns, keys), axis=1).astype(np.int32)
-    return made[np.argsort(-keys, kind="stable")]
+    table = np.stack(columns if causal else (*columns, keys), axis=1).astype(np.int32)
+    return table[np.argsort(-keys, kind="stable")]

@@ -147,8 +147,8 @@ class _Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc ha
         many = handler.request_streaming
         headers = {key: value for key, value in details.invocation_metadata or () if isinstance(value, str)}
         recorded = self._recorded(handler.stream_stream if many else handler.unary_unary, details.method, headers)
-        made = grpc.stream_stream_rpc_method_handler if many else grpc.unary_unary_rpc_method_handler
-        return made(recorded, handler.request_deserializer, handler.response_serializer)
+        handler_type = grpc.stream_stream_rpc_method_handler if many else grpc.unary_unary_rpc_method_handler
+        return handler_type(recorded, handler.request_deserializer, handler.response_serializer)
 
     def _recorded(self, handle: Callable[..., Awaitable[Any]], method: str, headers: Mapping[str, str]) -> Any:
         name = method.rpartition("/")[2]

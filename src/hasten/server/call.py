@@ -113,12 +113,12 @@ class Call:
         """What a log line says of its requests; nothing where it had none."""
         if not self.requests:
             return {}
-        made: dict[str, object] = {"model": self.model, "prompt_tokens": self.prompt_tokens}
-        made |= {"cached_tokens": self.cached_tokens, "completion_tokens": self.output_tokens}
-        made |= {"queue_ms": round(1e3 * self.queue_seconds, 1)}
+        fields: dict[str, object] = {"model": self.model, "prompt_tokens": self.prompt_tokens}
+        fields |= {"cached_tokens": self.cached_tokens, "completion_tokens": self.output_tokens}
+        fields |= {"queue_ms": round(1e3 * self.queue_seconds, 1)}
         if self.first_token_seconds is not None:
-            made["first_token_ms"] = round(1e3 * self.first_token_seconds, 1)
-        return made | {"finish_reason": ",".join(sorted(self.reasons))}
+            fields["first_token_ms"] = round(1e3 * self.first_token_seconds, 1)
+        return fields | {"finish_reason": ",".join(sorted(self.reasons))}
 
 
 def note_model(name: str) -> None:

@@ -66,28 +66,28 @@ def model_configs(
     for name in names:
         if not is_model_name(name) or names.count(name) > 1:
             raise ConfigError(f"a model cannot be called {name!r}: another one is, or it is no name of a folder")
-    made = [_token(engine, token_name, decoupled)]
-    model_type = made[0].parameters["model_type"].string_value
+    configs = [_token(engine, token_name, decoupled)]
+    model_type = configs[0].parameters["model_type"].string_value
     kind = next((kind for kind, task in POOLING_KINDS.items() if ENCODER_TYPES[task] == model_type), None)
     if kind is not None and decoupled:
         raise ConfigError("decoupled is for models that generate text: there is nothing to stream of a vector")
     if limits is not None:
-        policy = made[0].dynamic_batching.default_queue_policy
+        policy = configs[0].dynamic_batching.default_queue_policy
         policy.max_queue_size, policy.allow_timeout_override = limits.max_queue_size, True
         policy.default_timeout_microseconds = int((limits.default_timeout or 0) * 1e6)
     if has_tokenizer(engine) and kind is not None:
-        made.append(_with_token_model(kind, text_name, token_name))
+        configs.append(_with_token_model(kind, text_name, token_name))
     elif has_tokenizer(engine) and model_type == ENCODER_DECODER_TYPE:
         # FasterTransformer has an ensemble for GPT's tensors alone
-        made.append(_with_token_model(Kind.TEXT, text_name, token_name))
+        configs.append(_with_token_model(Kind.TEXT, text_name, token_name))
     elif has_tokenizer(engine):
-        made += [
+        configs += [
             _with_token_model(Kind.PREPROCESSING, _PREPROCESSING, token_name),
             _with_token_model(Kind.POSTPROCESSING, _POSTPROCESSING, token_name),
-            _ensemble(made[0]),
+            _ensemble(configs[0]),
             _with_token_model(Kind.TEXT, text_name, token_name),
         ]
-    return [completed(config, config.name) for config in made]
+    return [completed(config, config.name) for config in configs]
 
 
 def default_text_name(model: str, token_name: str = TOKEN_NAME) -> str:
@@ -184,18 +184,18 @@ def _model_type(folder: Path) -> str:
 
 
 def _token(engine: EngineConfig, name: str, decoupled: bool) -> model_config_pb2.ModelConfig:
-    made = model_config_pb2.ModelConfig(name=name, backend="fastertransformer")
-    made.model_transaction_policy.decoupled = decoupled
+    config = model_config_pb2.ModelConfig(name=name, backend="fastertransformer")
+    config.model_transaction_policy.decoupled = decoupled
     for parameter, text in engine_parameters(engine, _model_type(Path(engine.model))).items():
-        made.parameters[parameter].string_value = text
-    return made
+        config.parameters[parameter].string_value = text
+    return config
 
 
 def _with_token_model(kind: Kind, name: str, token_name: str) -> model_config_pb2.ModelConfig:
-    made = model_config_pb2.ModelConfig(name=name, backend="hasten")
-    made.parameters[KIND].string_value = kind.value
-    made.parameters[TOKEN_MODEL].string_value = token_name
-    return made
+    config = model_config_pb2.ModelConfig(name=name, backend="hasten")
+    config.parameters[KIND].string_value = kind.value
+    config.parameters[TOKEN_MODEL].string_value = token_name
+    return config
 
 
 def _ensemble(token_model: model_config_pb2.ModelConfig) -> model_config_pb2.ModelConfig:
@@ -206,25 +206,25 @@ def _ensemble(token_model: model_config_pb2.ModelConfig) -> model_config_pb2.Mod
     texts = {rule.name: rule for rule in before.inputs}
     passed = [replace(rule, scalar=False) for rule in token.inputs if rule.name not in _PREPARED]
     results = [rule for rule in token.outputs if rule.name not in (*_INNER_OUTPUTS, _UNUSED)]
-    made = model_config_pb2.ModelConfig(name=_ENSEMBLE, platform="ensemble", max_batch_size=token.max_batch_size)
-    made.input.extend(replace(texts[theirs], name=name).as_input() for name, theirs in _ENSEMBLE_TEXTS.items())
-    made.input.extend(rule.as_input() for rule in passed)
-    made.output.extend(rule.as_output() for rule in (replace(after.outputs[0], name=_OUTPUT), *results))
+    config = model_config_pb2.ModelConfig(name=_ENSEMBLE, platform="ensemble", max_batch_size=token.max_batch_size)
+    config.input.extend(replace(texts[theirs], name=name).as_input() for name, theirs in _ENSEMBLE_TEXTS.items())
+    config.input.extend(rule.as_input() for rule in passed)
+    config.output.extend(rule.as_output() for rule in (replace(after.outputs[0], name=_OUTPUT), *results))
     _add_step(
-        made,
+        config,
         _PREPROCESSING,
         {theirs: name for name, theirs in _ENSEMBLE_TEXTS.items()},
         {rule.name: f"_{rule.name}" for rule in before.outputs},
     )
     _add_step(
-        made,
+        config,
         token_model.name,
         {name: f"_{source}" for name, source in _PREPARED.items()} | {rule.name: rule.name for rule in passed},
         inner_outputs | {rule.name: rule.name for rule in results},
     )
     inner = {_AFTER[name]: called for name, called in inner_outputs.items()} | {"SEQUENCE_LENGTH": "sequence_length"}
-    _add_step(made, _POSTPROCESSING, inner, {after.outputs[0].name: _OUTPUT})
-    return made
+    _add_step(config, _POSTPROCESSING, inner, {after.outputs[0].name: _OUTPUT})
+    return config
 
 
 def _add_step(

@@ -36,7 +36,7 @@ class Histogram:
 
     def within(self, bounds: Sequence[float]) -> "Histogram":
         """The same values in fewer buckets: `bounds` are some of this one's."""
-        made = Histogram(tuple(bounds), total=self.total)
+        merged = Histogram(tuple(bounds), total=self.total)
         for upper, count in zip((*self.bounds, math.inf), self.counts, strict=True):
-            made.counts[bisect_left(made.bounds, upper)] += count
-        return made
+            merged.counts[bisect_left(merged.bounds, upper)] += count
+        return merged

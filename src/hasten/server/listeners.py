@@ -27,16 +27,16 @@ def open_port(address: str, port: int, flag: str) -> socket.socket:
     """A listening socket; port 0 is any free one. ConfigError where it cannot be had."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     # asyncio turns delays off only for sockets that say that they are TCP
-    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((address, port))
-        made.listen(_BACKLOG)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(_BACKLOG)
     except (OSError, OverflowError) as error:
-        made.close()
+        listener.close()
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"cannot listen on {joined(address, port)} ({flag}): {reason}") from error
-    return made
+    return listener
 
 
 def joined(address: str, port: int) -> str:

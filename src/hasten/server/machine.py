@@ -102,13 +102,13 @@ class GpuMeter:
             "power_limit": lambda: nvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000,
             "energy": lambda: self._energy(handle),
         }
-        made: dict[str, float] = {}
+        values: dict[str, float] = {}
         for name, reader in readers.items():
             try:
-                made[name] = reader()
+                values[name] = reader()
             except nvml.NVMLError:  # not every GPU tells everything
                 continue
-        return made
+        return values
 
     def _energy(self, handle: Any) -> float:
         joules = self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000

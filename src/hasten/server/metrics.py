@@ -54,8 +54,8 @@ class Machine:
     def sources(self) -> list[str]:
         """What is measured, in words: of each GPU, and of the processors."""
         names = [] if self._gpus is None else self._gpus.names()
-        made = [f"metrics for GPU {number}: {name}" for number, name in enumerate(names)]
-        return made if self._cpu is None else [*made, "CPU metrics"]
+        found = [f"metrics for GPU {number}: {name}" for number, name in enumerate(names)]
+        return found if self._cpu is None else [*found, "CPU metrics"]
 
     def families(self) -> list[Family]:
         """As they were at the last measurement."""
@@ -308,9 +308,9 @@ def _language(models: Mapping[Key, ModelCounters]) -> Iterable[Family]:
             family.add_histogram(_model(key), histogram)
         yield family
     prompts = {key: float(counted.prompt_tokens) for key, counted in language.items()}
-    made = {key: float(counted.generation_tokens) for key, counted in language.items()}
+    values = {key: float(counted.generation_tokens) for key, counted in language.items()}
     yield _family("hasten_prompt_tokens_total", "counter", "Tokens of prompts", prompts)
-    yield _family("hasten_generation_tokens_total", "counter", "Tokens generated", made)
+    yield _family("hasten_generation_tokens_total", "counter", "Tokens generated", values)
     texts = {key: float(counted.texts) for key, counted in language.items()}
     yield _family("hasten_texts_total", "counter", "Texts of which a vector or scores were made", texts)
     ends = Family("hasten_completions_total", "counter", "Completions by how they ended")

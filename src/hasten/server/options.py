@@ -81,7 +81,7 @@ class EndpointOptions:
 
     def grpc_channel(self, security: "SecurityOptions") -> list[tuple[str, int]]:
         """Options of gRPC's own."""
-        made = [
+        options = [
             ("grpc.max_receive_message_length", min(security.max_request_bytes, security.max_grpc_message_bytes)),
             ("grpc.max_metadata_size", security.max_header_bytes),
             ("grpc.absolute_max_metadata_size", security.max_header_bytes),
@@ -100,12 +100,12 @@ class EndpointOptions:
             ("grpc.http2.max_ping_strikes", self.grpc_http2_max_ping_strikes),
         ]
         if self.grpc_max_connection_idle:
-            made.append(("grpc.max_connection_idle_ms", self.grpc_max_connection_idle))
+            options.append(("grpc.max_connection_idle_ms", self.grpc_max_connection_idle))
         if self.grpc_max_connection_age:
-            made.append(("grpc.max_connection_age_ms", self.grpc_max_connection_age))
+            options.append(("grpc.max_connection_age_ms", self.grpc_max_connection_age))
         if self.grpc_max_connection_age_grace:
-            made.append(("grpc.max_connection_age_grace_ms", self.grpc_max_connection_age_grace))
-        return made
+            options.append(("grpc.max_connection_age_grace_ms", self.grpc_max_connection_age_grace))
+        return options
 
 
 @dataclass(frozen=True, kw_only=True)

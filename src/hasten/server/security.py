@@ -65,9 +65,9 @@ class ApiKeys:
 
     def __or__(self, others: "ApiKeys | None") -> "ApiKeys":
         """These keys and others."""
-        made = ApiKeys(())
-        made._digests = [*self._digests, *(others._digests if others is not None else ())]
-        return made
+        merged = ApiKeys(())
+        merged._digests = [*self._digests, *(others._digests if others is not None else ())]
+        return merged
 
 
 def _digest(key: str) -> bytes:

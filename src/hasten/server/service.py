@@ -241,12 +241,12 @@ class Service:
 
     def backends(self) -> Mapping[str, list[str]]:
         """The models that serve, by the backend that computes them."""
-        made: dict[str, list[str]] = {}
+        backends: dict[str, list[str]] = {}
         for each in filter(self._serves, self._registry.versions()):
-            models = made.setdefault(each.config.backend, [])
+            models = backends.setdefault(each.config.backend, [])
             models += [each.name] if each.name not in models else []
-        made.pop("", None)  # ensembles have none
-        return made
+        backends.pop("", None)  # ensembles have none
+        return backends
 
     def text_models(self) -> Mapping[str, str]:
         """The text models that serve, each with the token model whose engine it uses."""

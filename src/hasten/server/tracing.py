@@ -208,7 +208,7 @@ class TracedCall:
 
 
 def _attributes(request: EndedRequest, operation: str) -> dict[str, Any]:
-    made: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "hasten",
         "gen_ai.request.model": request.model,
@@ -219,16 +219,16 @@ def _attributes(request: EndedRequest, operation: str) -> dict[str, Any]:
         "gen_ai.latency.e2e": request.ended - request.arrived,
     }
     if request.reasons:
-        made["gen_ai.response.finish_reasons"] = [reason.value for reason in request.reasons]
+        attributes["gen_ai.response.finish_reasons"] = [reason.value for reason in request.reasons]
     if request.begun is not None:
-        made["gen_ai.latency.time_in_queue"] = request.begun - request.arrived
-        made["gen_ai.latency.time_in_model_inference"] = request.ended - request.begun
+        attributes["gen_ai.latency.time_in_queue"] = request.begun - request.arrived
+        attributes["gen_ai.latency.time_in_model_inference"] = request.ended - request.begun
         if request.first_token is not None:
-            made["gen_ai.latency.time_in_model_prefill"] = request.first_token - request.begun
-            made["gen_ai.latency.time_in_model_decode"] = request.ended - request.first_token
+            attributes["gen_ai.latency.time_in_model_prefill"] = request.first_token - request.begun
+            attributes["gen_ai.latency.time_in_model_decode"] = request.ended - request.first_token
     if request.first_token is not None:
-        made["gen_ai.latency.time_to_first_token"] = request.first_token - request.arrived
+        attributes["gen_ai.latency.time_to_first_token"] = request.first_token - request.arrived
     if isinstance(request.params, SamplingParams):
         asked = {name: getattr(request.params, field) for name, field in _REQUEST.items()}
-        made |= {f"gen_ai.request.{name}": value for name, value in asked.items() if value not in (None, ())}
-    return made
+        attributes |= {f"gen_ai.request.{name}": value for name, value in asked.items() if value not in (None, ())}
+    return attributes

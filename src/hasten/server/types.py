@@ -105,9 +105,9 @@ class Texts(Tensor):
     @cached_property
     def data(self) -> NDArray[np.generic]:  # type: ignore[override]  # computed, and kept as the attribute that it is
         """As in any tensor."""
-        made = np.empty(len(self.elements), dtype=object)
-        made[:] = self.elements
-        return made.reshape(self.shape)
+        array = np.empty(len(self.elements), dtype=object)
+        array[:] = self.elements
+        return array.reshape(self.shape)
 
 
 @dataclass

@@ -94,10 +94,10 @@ def _meta(setting: Setting, lengths: list[tuple[int, int]], blocks: int, *, caus
     batch = Batch()
     for key, (new, length) in enumerate(lengths):
         request = Request(request_id=str(key), prompt_token_ids=(0,) * length, params=SamplingParams())
-        made = Sequence(request, seed=0)
-        made.key, made.num_computed = key, length - new
-        made.block_table = [free.pop() for _ in range(-(-length // BLOCK_SIZE))]
-        batch.add(made, new, [])
+        sequence = Sequence(request, seed=0)
+        sequence.key, sequence.num_computed = key, length - new
+        sequence.block_table = [free.pop() for _ in range(-(-length // BLOCK_SIZE))]
+        batch.add(sequence, new, [])
     message = StepMessage.of(batch, TableRows(len(lengths)))
     return inputs.tokens(replace(message, needed=batch.counts)).meta
 

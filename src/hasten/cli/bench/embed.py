@@ -90,16 +90,16 @@ def _others(args: argparse.Namespace, llm: "LLM", options: dict[str, Any], threa
         "threads": threads,
     }
     dummy = engine.load_format == "dummy"
-    made: list[Embedder] = [
+    embedders: list[Embedder] = [
         TransformersEmbedder(engine.model, pooler.pooling, load_format=engine.load_format, **common)
     ]
     if has_sentence_transformers() and not dummy:
-        made.append(SentenceTransformersEmbedder(engine.model, **common))
+        embedders.append(SentenceTransformersEmbedder(engine.model, **common))
     if llm.device.type == "cuda":
         own = {"device": llm.device, "dtype": llm.dtype, "load_format": engine.load_format}
         theirs = vllm_embedder(engine.model, max_len=llm.engine.max_model_len, **own)
         if isinstance(theirs, NotMeasured):
             print(theirs.line, file=sys.stderr)
         else:
-            made.append(theirs)
-    return made
+            embedders.append(theirs)
+    return embedders

@@ -31,10 +31,10 @@ def apply_all(cluster: Cluster, objects: Sequence[Object]) -> None:
             raise ExistsError(f"there is a {body['kind']} {name_of(body)} already: take another name, or delete it")
 
     def apply(body: Object) -> Object:
-        made, new = cluster.apply(body)
+        applied, new = cluster.apply(body)
         if not new:
-            raise ExistsError(f"somebody made {body['kind']} {name_of(body)} at the same time, and it is changed now")
-        return made
+            raise ExistsError(f"somebody created {body['kind']} {name_of(body)} at the same time, and it is changed now")
+        return applied
 
     _make_all(cluster, objects, apply, first_owns=True)
 
@@ -42,21 +42,21 @@ def apply_all(cluster: Cluster, objects: Sequence[Object]) -> None:
 def _make_all(
     cluster: Cluster, objects: Sequence[Object], make: Callable[[Object], Object], *, first_owns: bool
 ) -> None:
-    made: list[Object] = []
+    created: list[Object] = []
     try:
         for body in objects:
-            made.append(make(owned([body], made[0])[0] if made and first_owns else body))
+            created.append(make(owned([body], created[0])[0] if created and first_owns else body))
     except BaseException as error:
-        remains = _remove(cluster, made)
+        remains = _remove(cluster, created)
         if remains and isinstance(error, ClusterError):
             raise type(error)(f"{error}. Not removed again, because that failed too: {', '.join(remains)}") from error
         raise
 
 
-def _remove(cluster: Cluster, made: Sequence[Object]) -> list[str]:
+def _remove(cluster: Cluster, created: Sequence[Object]) -> list[str]:
     """Delete objects, the last first; what could not be deleted is reported."""
     remains = []
-    for body in reversed(made):
+    for body in reversed(created):
         try:
             cluster.delete(cluster.resource_of(body), body["metadata"].get("namespace"), name_of(body))
         except NotFoundError:

@@ -95,11 +95,11 @@ class LocalBackend:
 
     def jobs(self, namespace: str | None) -> list[Job]:
         """All jobs, newest first; a record that cannot be read is left out, with a warning."""
-        made = []
+        jobs = []
         for folder in folders(self.home, "jobs", namespace):
             if (state := _readable(settled, folder)) is not None:
-                made.append(job_view(folder, state, events=False))
-        return sorted(made, key=lambda job: job.created, reverse=True)
+                jobs.append(job_view(folder, state, events=False))
+        return sorted(jobs, key=lambda job: job.created, reverse=True)
 
     def job(self, name: str, namespace: str) -> Job:
         """One job."""

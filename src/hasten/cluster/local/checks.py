@@ -105,7 +105,7 @@ def check_mounts(launch: Launch, copies: Sequence[tuple[Path, Path, str]]) -> No
         return
     originals = {str(copy): str(original.absolute()) for copy, original, _ in copies}
     mounts = [(originals.get(source, source), path, read_only) for source, path, read_only in launch.mounts]
-    made = subprocess.run(
+    trial = subprocess.run(
         mount_command([], mounts, launch.working_dir),
         capture_output=True,
         text=True,
@@ -113,5 +113,5 @@ def check_mounts(launch: Launch, copies: Sequence[tuple[Path, Path, str]]) -> No
         check=False,
         cwd="/",
     )
-    if made.returncode != 0:
-        raise ClusterError(made.stderr.strip().removeprefix("hasten: error: ") or "the mounts cannot be made")
+    if trial.returncode != 0:
+        raise ClusterError(trial.stderr.strip().removeprefix("hasten: error: ") or "the mounts cannot be made")

@@ -37,10 +37,10 @@ def rank_environment(plan: JobPlan, index: int, port: int) -> dict[str, str]:
     count = len(plan.names)
     asked = plan.nproc_per_node or ""
     number = int(asked) if asked.isdecimal() else 1
-    made = {"MASTER_ADDR": MASTER_ADDRESS, "MASTER_PORT": str(port)}
-    made |= {f"PET_{name}": value for name, value in made.items()}
-    made |= {"RANK": str(index), "WORLD_SIZE": str(count * number), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    made |= {"PET_NNODES": str(count), "PET_NODE_RANK": str(index)}
+    variables = {"MASTER_ADDR": MASTER_ADDRESS, "MASTER_PORT": str(port)}
+    variables |= {f"PET_{name}": value for name, value in variables.items()}
+    variables |= {"RANK": str(index), "WORLD_SIZE": str(count * number), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    variables |= {"PET_NNODES": str(count), "PET_NODE_RANK": str(index)}
     if plan.nproc_per_node is not None:
-        made["PET_NPROC_PER_NODE"] = plan.nproc_per_node
-    return made
+        variables["PET_NPROC_PER_NODE"] = plan.nproc_per_node
+    return variables

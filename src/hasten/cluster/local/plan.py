@@ -93,21 +93,21 @@ def _launch(spec: Workload, command: list[str], given: Sequence[tuple[str, str, 
 
 
 def _mounts(spec: Workload, sources: Mapping[str, Source], folder: Path) -> list[tuple[str, str, bool]]:
-    made = [(sources[name].path, path, sources[name].read_only) for name, path in mounts(spec.data, "--data")]
+    mounted = [(sources[name].path, path, sources[name].read_only) for name, path in mounts(spec.data, "--data")]
     for text in spec.data_dir:
         source, _, path = text.partition(":")
-        made.append((source, path or source, False))
-    made += [(str(copy), path, True) for copy, _, path in config_files(spec, folder)]
-    for source, path, _ in made:
+        mounted.append((source, path or source, False))
+    mounted += [(str(copy), path, True) for copy, _, path in config_files(spec, folder)]
+    for source, path, _ in mounted:
         if not path.startswith("/") or path == "/":
             raise ConfigError(f"cannot mount {source} at {path!r}: give an absolute path other than /")
         if not Path(source).exists() and folder / FILES not in Path(source).parents:
             raise ConfigError(f"{source}, which is to be mounted at {path}, does not exist on this machine")
-    taken = [path for _, path, _ in made]
+    taken = [path for _, path, _ in mounted]
     for path in taken:
         if taken.count(path) > 1:
             raise ConfigError(f"{path} is given for two mounts")
-    return [one for one in made if one[0] != one[1]]
+    return [one for one in mounted if one[0] != one[1]]
 
 
 def config_files(spec: Workload, folder: Path) -> list[tuple[Path, Path, str]]:
@@ -115,13 +115,13 @@ def config_files(spec: Workload, folder: Path) -> list[tuple[Path, Path, str]]:
 
     ConfigError for what is no file and has no copy yet.
     """
-    made = []
+    copies = []
     for number, (text, path) in enumerate(mounts(spec.config_file, "--config-file")):
         copy = folder / FILES / str(number)
         if not Path(text).is_file() and not copy.is_file():
             raise ConfigError(f"--config-file {text} is not a file")
-        made.append((copy, Path(text), path))
-    return made
+        copies.append((copy, Path(text), path))
+    return copies
 
 
 def _mapped(text: str, given: Sequence[tuple[str, str, bool]]) -> str:

@@ -92,8 +92,8 @@ class State:
     def event(self, reason: str, message: str, source: str, *, warning: bool = False) -> None:
         """Note what happened; of many events the last are kept."""
         kind = "Warning" if warning else "Normal"
-        made = {"time": time.time(), "kind": kind, "reason": reason, "source": source, "message": message}
-        self.events = [*self.events[-_MOST_EVENTS + 1 :], made]
+        event = {"time": time.time(), "kind": kind, "reason": reason, "source": source, "message": message}
+        self.events = [*self.events[-_MOST_EVENTS + 1 :], event]
 
 
 def home_folder(home: Path | None) -> Path:
@@ -147,14 +147,14 @@ def read_json(path: Path, record: Path | None = None) -> dict[str, Any]:
     `record` holds the file and nothing of any other job, server or volume; it is the file itself if it is not given.
     """
     try:
-        made = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise
     except (ValueError, RecursionError, OSError) as error:
         raise UnreadableError(path, str(error), record) from error
-    if not isinstance(made, dict):
+    if not isinstance(value, dict):
         raise UnreadableError(path, "it is not a JSON object", record)
-    return made
+    return value
 
 
 class UnreadableError(ClusterError):
@@ -321,22 +321,22 @@ def create(
     `files` are copied into it by their names. ExistsError where there is one.
     """
     with using(folder.path):
-        made = Folder(Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=scratch(folder.home))))
+        draft = Folder(Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=scratch(folder.home))))
     lock = None
     try:
         with using(folder.path):
-            made.logs.mkdir()
-            lock = made.try_lock()
+            draft.logs.mkdir()
+            lock = draft.try_lock()
             for name, source in files.items():
-                _copy(source, made.path / name)
-            made.write_spec(spec)
-            made.write_state(state)
+                _copy(source, draft.path / name)
+            draft.write_spec(spec)
+            draft.write_state(state)
             make_folder(folder.path.parent)
-            made.path.rename(folder.path)
+            draft.path.rename(folder.path)
     except BaseException as error:
         if lock is not None:
             os.close(lock)
-        shutil.rmtree(made.path, ignore_errors=True)
+        shutil.rmtree(draft.path, ignore_errors=True)
         if isinstance(error, OSError) and folder.path.exists():
             raise ExistsError(
                 f"{what} exists in namespace {folder.namespace}: take another name, or delete it"

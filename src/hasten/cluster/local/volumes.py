@@ -59,16 +59,16 @@ class Volumes:
 
     def all(self, namespace: str | None) -> list[VolumeRecord]:
         """All volumes, of one namespace or of all; a record that cannot be read is left out, with a warning."""
-        made = []
+        records = []
         spaces = "*" if namespace is None else checked_namespace(namespace)
         for path in sorted(self._root.glob(f"{spaces}/[!.]*.json")):
             try:
-                made.append(_record(path))
+                records.append(_record(path))
             except FileNotFoundError:
                 continue
             except UnreadableError as error:
                 _log.warning("%s", error)
-        return made
+        return records
 
     def delete(self, name: str, namespace: str) -> None:
         """Forget a volume; its folder stays."""
@@ -81,15 +81,15 @@ class Volumes:
 
     def sources(self, data: Sequence[str], namespace: str) -> dict[str, Source]:
         """The volumes that `--data` names; NotFoundError for one that nobody made."""
-        made = {}
+        found = {}
         for name, _ in mounts(data, "--data"):
             try:
-                made[name] = _source(self._path(name, namespace))
+                found[name] = _source(self._path(name, namespace))
             except FileNotFoundError:
                 raise NotFoundError(
                     f"{_missing(name, namespace)}; make it with `data create {name} --path DIR`"
                 ) from None
-        return made
+        return found
 
 
 def _missing(name: str, namespace: str) -> str:

@@ -67,8 +67,12 @@ def config_maps(spec: Workload, labels: Mapping[str, str]) -> list[Object]:
         raise ConfigError(f"the files of --config-file have {size} bytes, more than 1 MB; put them into a volume")
     if not texts and not others:
         return []
-    made = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata(spec, f"{object_name(spec)}-config", labels)}
-    return [{**made, **({"data": texts} if texts else {}), **({"binaryData": others} if others else {})}]
+    config_map = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": metadata(spec, f"{object_name(spec)}-config", labels),
+    }
+    return [{**config_map, **({"data": texts} if texts else {}), **({"binaryData": others} if others else {})}]
 
 
 def _read(path: str) -> bytes:

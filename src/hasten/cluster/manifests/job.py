@@ -64,10 +64,10 @@ def check_host(job: TrainingJob, longest: str) -> None:
 
 def job_metadata(job: TrainingJob) -> Object:
     """Metadata of the job itself; a queue is a label for Kueue."""
-    made = metadata(job, job.name, job_labels(job))
+    result = metadata(job, job.name, job_labels(job))
     if job.queue:
-        made["labels"][KUEUE_LABEL] = job.queue
-    return made
+        result["labels"][KUEUE_LABEL] = job.queue
+    return result
 
 
 def _run_policy(job: TrainingJob) -> Object:

@@ -95,10 +95,10 @@ class Storage:
 
 def shared_storage(spec: Workload) -> Storage:
     """What the user mounts and other pods can mount as well: --data and --data-dir."""
-    made = Storage()
-    _add_claims(made, spec)
-    _add_folders(made, spec.data_dir)
-    return made
+    storage = Storage()
+    _add_claims(storage, spec)
+    _add_folders(storage, spec.data_dir)
+    return storage
 
 
 def add_scratch(held: Storage) -> None:
@@ -131,7 +131,7 @@ def config_key(number: int) -> str:
     return f"file-{number}"
 
 
-def _add_claims(made: Storage, spec: Workload) -> None:
+def _add_claims(storage: Storage, spec: Workload) -> None:
     claims = mounts(spec.data, "--data")
     parts = pairs(getattr(spec, "data_subpath_expr", ()), "--data-subpath-expr", ":")
     unknown = sorted(set(parts) - {claim for claim, _ in claims})
@@ -140,23 +140,23 @@ def _add_claims(made: Storage, spec: Workload) -> None:
     for number, (claim, path) in enumerate(claims):
         name = claim if _VOLUME_NAME.fullmatch(claim) else f"data-{number}"
         source = {"persistentVolumeClaim": {"claimName": claim}}
-        made.add(name, source, path, **given(subPathExpr=parts.get(claim)))
+        storage.add(name, source, path, **given(subPathExpr=parts.get(claim)))
 
 
-def _add_folders(made: Storage, texts: Iterable[str]) -> None:
+def _add_folders(storage: Storage, texts: Iterable[str]) -> None:
     for number, text in enumerate(texts):
         outside, found, inside = text.partition(":")
         path = inside if found else outside
         if not path.startswith("/"):
             raise ConfigError(f"--data-dir {text!r} is not /FROM:/PATH or /PATH")
-        made.add(f"data-dir-{number}", {"hostPath": {"path": outside, "type": "Directory"}}, path)
+        storage.add(f"data-dir-{number}", {"hostPath": {"path": outside, "type": "Directory"}}, path)
 
 
 def environment(spec: Workload, *more: Object) -> list[Object]:
     """Variables of a container: the basic ones, `more`, and the user's, which win."""
     users = pairs(spec.env, "--env")
-    made = [one for one in (*base_environment(gpu=uses_gpu(spec)), *more) if one["name"] not in users]
-    return made + [{"name": name, "value": literal(value)} for name, value in users.items()]
+    variables = [one for one in (*base_environment(gpu=uses_gpu(spec)), *more) if one["name"] not in users]
+    return variables + [{"name": name, "value": literal(value)} for name, value in users.items()]
 
 
 def base_environment(*, gpu: bool) -> list[Object]:

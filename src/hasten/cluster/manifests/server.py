@@ -173,13 +173,13 @@ def server_container(server: TritonServer, held: Storage, *variables: Object, se
 
 
 def _variables(server: TritonServer) -> list[Object]:
-    made: list[Object] = []
+    variables: list[Object] = []
     if server.data_subpath_expr:  # what expressions are made of
         for name, field in (("POD_NAME", "metadata.name"), ("POD_NAMESPACE", "metadata.namespace")):
-            made.append({"name": name, "valueFrom": {"fieldRef": {"fieldPath": field}}})
+            variables.append({"name": name, "valueFrom": {"fieldRef": {"fieldPath": field}}})
     for name, secret in pairs(server.env_from_secret, "--env-from-secret").items():
-        made.append({"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": name}}})
-    return made
+        variables.append({"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": name}}})
+    return variables
 
 
 def _probes(server: TritonServer) -> Object:

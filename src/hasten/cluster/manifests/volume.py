@@ -32,8 +32,8 @@ def volume_objects(volume: Volume, secret: str | None) -> list[Object]:
     source = _source(volume)
     if (volume.access_key_id is None) != (secret is None):
         raise ConfigError("--access-key-id and its secret key, the variable HASTEN_ACCESS_KEY_SECRET, go together")
-    made = [] if secret is None else [_secret(volume, secret)]
-    return [*made, _persistent_volume(volume, source), _claim(volume, source)]
+    objects = [] if secret is None else [_secret(volume, secret)]
+    return [*objects, _persistent_volume(volume, source), _claim(volume, source)]
 
 
 def volume_name(volume: Volume) -> str:

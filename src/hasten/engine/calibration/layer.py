@@ -158,17 +158,17 @@ class Layer:
         self, scheme: WrittenScheme, method: Method, dtype: torch.dtype, errors: Errors
     ) -> dict[str, RoundedWeight]:
         """Round the linear layers one after the other: each for what it reads from those that are rounded already."""
-        made = {}
+        weights = {}
         for name in self._order:
             products = self._products(name)
-            made[name] = self._rounded(name, products.mean_hh, scheme, method, errors)
-            self._set(name, _computed(made[name], scheme, dtype))
-        for name in self._linears.keys() - made.keys():
+            weights[name] = self._rounded(name, products.mean_hh, scheme, method, errors)
+            self._set(name, _computed(weights[name], scheme, dtype))
+        for name in self._linears.keys() - weights.keys():
             _log.warning("no sample was seen to go through %s, which is rounded to nearest", name)
             weight_oh = self._weight(name)
             scales_og = scheme.grid.scales(weight_oh, scheme.scale_dtype(self._read(self._specs[name]).dtype))
-            made[name] = scheme.grid.rounded(weight_oh, scales_og)
-        return made
+            weights[name] = scheme.grid.rounded(weight_oh, scales_og)
+        return weights
 
     def _products(self, name: str) -> Products:
         """What a linear layer reads; nothing behind it is computed."""
@@ -192,11 +192,11 @@ class Layer:
         weight_oh, grid = self._weight(name), scheme.grid
         dtype = scheme.scale_dtype(self._read(self._specs[name]).dtype)
         if method.compensates:
-            made = round_by_gptq(weight_oh, hessian_hh, grid, dtype, dampening=method.dampening)
+            weight = round_by_gptq(weight_oh, hessian_hh, grid, dtype, dampening=method.dampening)
         else:
-            made = grid.rounded(weight_oh, grid.scales(weight_oh, dtype, hessian_hh.diagonal()))
-        errors.add_outputs(made.dequantized() - weight_oh, weight_oh, hessian_hh)
-        return made
+            weight = grid.rounded(weight_oh, grid.scales(weight_oh, dtype, hessian_hh.diagonal()))
+        errors.add_outputs(weight.dequantized() - weight_oh, weight_oh, hessian_hh)
+        return weight
 
 
 def _note(seen: list[tuple[str, Tensor]], name: str, x_th: Tensor) -> None:

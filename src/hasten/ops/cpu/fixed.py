@@ -63,8 +63,8 @@ def _agree(weight: PackedLinear) -> bool:
     if key not in _agreed:
         generator = torch.Generator().manual_seed(0)
         x_th = torch.randn(_PIECES[0], weight.in_features, generator=generator)
-        made = [_in_pieces(x_th, weight, (size,)) for size in _PIECES]
-        _agreed[key] = all(torch.equal(made[0], other) for other in made[1:])
+        products = [_in_pieces(x_th, weight, (size,)) for size in _PIECES]
+        _agreed[key] = all(torch.equal(products[0], other) for other in products[1:])
     return _agreed[key]
 
 

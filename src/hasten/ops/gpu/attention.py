@@ -276,11 +276,11 @@ def _group_cut(queries: int, rows: int, width: int, wide: bool) -> tuple[int, in
 
 def _parts(meta: AttentionMeta, splits: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where splits of one query leave their results for each other; one place for all layers, which take turns."""
-    made = meta.scratch.get("parts")
-    if made is None:
-        made = meta.scratch["parts"] = (
+    buffers = meta.scratch.get("parts")
+    if buffers is None:
+        buffers = meta.scratch["parts"] = (
             splits.new_empty(len(splits), heads, width, dtype=torch.float32),
             splits.new_empty(len(splits), heads, 2, dtype=torch.float32),
             splits.new_zeros(meta.num_tokens, heads),
         )
-    return made
+    return buffers

@@ -111,11 +111,11 @@ def _read(folder: Path) -> dict[str, bytes] | None:
 def _write(folder: Path, code: dict[str, bytes]) -> None:
     """Keep code: all of it, or nothing where another process was faster (OSError)."""
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temporary:
-        made = Path(temporary) / "made"
-        made.mkdir(mode=0o700)
+        library = Path(temporary) / "complete"
+        library.mkdir(mode=0o700)
         for name, content in code.items():
-            (made / f"{name}.o").write_bytes(content)
-        made.rename(folder)
+            (library / f"{name}.o").write_bytes(content)
+        library.rename(folder)
 
 
 def _compiled() -> dict[str, bytes]:
@@ -142,8 +142,10 @@ def _compiled() -> dict[str, bytes]:
     code = {}
     functions = [(name, function, 3) for name, function in KERNELS.items()]
     for name, function, count in [*functions, *((name, function, 1) for name, function in TEAMS.items())]:
-        made = cfunc(types.void(*[types.int64] * count), error_model="numpy")(function)
-        code[name] = _machine_code(made.inspect_llvm().replace(made.native_name, f"hasten_{name}"), f"hasten_{name}")
+        compiled = cfunc(types.void(*[types.int64] * count), error_model="numpy")(function)
+        code[name] = _machine_code(
+            compiled.inspect_llvm().replace(compiled.native_name, f"hasten_{name}"), f"hasten_{name}"
+        )
     return code
 
 

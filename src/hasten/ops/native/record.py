@@ -93,8 +93,8 @@ class _Watch(TorchDispatchMode):
         """Whatever torch is called for."""
         result = func(*args, **(kwargs or {}))
         given = {_storage(each) for each in args if isinstance(each, Tensor)} - {None}
-        made = result if isinstance(result, list | tuple) else [result]
-        are_views = all(isinstance(each, Tensor) and _storage(each) in given for each in made)
+        results = result if isinstance(result, list | tuple) else [result]
+        are_views = all(isinstance(each, Tensor) and _storage(each) in given for each in results)
         if func._schema.is_mutable or not are_views:
             self._recording.is_whole = False
         return result

@@ -58,9 +58,9 @@ def dequantized(blocks: Tensor, scales: Tensor) -> Tensor:
     # both numbers of a byte as one of 4 bytes, which torch looks up five times as fast as two of 2
     pairs = torch.stack((values[byte % 16], values[byte // 16]), dim=1).view(torch.int32).squeeze(1)
     powers = torch.ldexp(torch.ones(256), byte - _EXPONENT_BIAS).to(torch.bfloat16)
-    made = torch.empty(*blocks.shape[:-1], _GROUP, dtype=torch.bfloat16)
+    weights = torch.empty(*blocks.shape[:-1], _GROUP, dtype=torch.bfloat16)
     # expert by expert: what is made on the way is larger than the result
-    for target, block, scale in zip(made, blocks, scales, strict=True):
+    for target, block, scale in zip(weights, blocks, scales, strict=True):
         unscaled = pairs.index_select(0, block.flatten().int()).view(torch.bfloat16).view(target.shape)
         torch.mul(unscaled, powers[scale.int()].unsqueeze(-1), out=target)
-    return made.flatten(-2)
+    return weights.flatten(-2)

@@ -42,15 +42,15 @@ class MessageForm:
 
     def events(self, pieces: Sequence[Choice], usage: Usage) -> bytes:
         """See AnswerForm."""
-        made: list[Event] = []
+        events: list[Event] = []
         if not self._begun:
             self._begun = True
-            made.append({"type": "message_start", "message": self._message(usage)})
+            events.append({"type": "message_start", "message": self._message(usage)})
         for piece in pieces:
             assert isinstance(piece, ChatPiece), "it is a chat's"
-            made += self._take(piece.delta)
+            events += self._take(piece.delta)
             self._end(piece)
-        return _written(made)
+        return _written(events)
 
     def end(self, usage: Usage) -> bytes:
         """See AnswerForm."""
@@ -130,10 +130,10 @@ def _blocks(message: ChatMessageOut) -> Iterator[Event]:
 def _object(text: str) -> dict[str, Any]:
     """Arguments as the object that they must be; an empty one where they were cut, or are none."""
     try:
-        made = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    return made if isinstance(made, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _written(events: Sequence[Event]) -> bytes:

@@ -58,10 +58,10 @@ class Deltas:
         if not self.is_first:
             return Output(number, deltas, output.finished)
         self.is_first = False
-        made = Output(number, deltas, output.finished, _on_wire(output.prompt_logprobs))
+        result = Output(number, deltas, output.finished, _on_wire(output.prompt_logprobs))
         if output.metrics.first_token_ts:
-            made.first = FirstToken(output.metrics.first_token_ts, output.num_cached_tokens)
-        return made
+            result.first = FirstToken(output.metrics.first_token_ts, output.num_cached_tokens)
+        return result
 
     def _delta(self, completion: CompletionOutput) -> CompletionDelta | None:
         index, tokens, characters = completion.index, *self._sent.get(completion.index, (0, 0))

@@ -161,7 +161,7 @@ class LanguageCounters:
     @property
     def total(self) -> EngineCounters:
         """Of all engines together, as of now."""
-        made = EngineCounters()
+        total = EngineCounters()
         for counters in self.engines:
-            made.merge(counters)
-        return made
+            total.merge(counters)
+        return total

@@ -72,11 +72,11 @@ def _delta_parts(delta: CompletionDelta, most: int) -> Iterator[CompletionDelta]
         end = begin + length
         logprobs = None if delta.logprobs is None else delta.logprobs[begin:end]
         own = None if delta.token_logprobs is None else delta.token_logprobs[begin:end]
-        made = replace(delta, token_ids=delta.token_ids[begin:end], logprobs=logprobs, token_logprobs=own, text=text)
+        part = replace(delta, token_ids=delta.token_ids[begin:end], logprobs=logprobs, token_logprobs=own, text=text)
         if end < len(delta.token_ids):
-            made.finish_reason = made.stop_reason = None
+            part.finish_reason = part.stop_reason = None
         text = ""
-        yield made
+        yield part
 
 
 def _pooled_parts(pooled: PooledData, most: int) -> Iterator[PooledData]:

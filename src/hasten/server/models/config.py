@@ -175,9 +175,9 @@ def _check_optimization(config: model_config_pb2.ModelConfig) -> None:
 
 
 def _default_optimization() -> model_config_pb2.ModelOptimizationPolicy:
-    made = model_config_pb2.ModelOptimizationPolicy()
-    made.input_pinned_memory.enable = made.output_pinned_memory.enable = True
-    return made
+    policy = model_config_pb2.ModelOptimizationPolicy()
+    policy.input_pinned_memory.enable = policy.output_pinned_memory.enable = True
+    return policy
 
 
 def _check_batching(config: model_config_pb2.ModelConfig, kind: Kind) -> None:

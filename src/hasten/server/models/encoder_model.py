@@ -77,14 +77,14 @@ class EncoderModel(EngineModel):
             raise _wrong(0, "sequence_lengths", f"has {lengths.shape[1]} values, but an item has one")
         if types is not None and types.data.shape != ids.shape:
             raise _wrong(0, "token_type_ids", f"has shape {list(types.data.shape)}, but 'input_ids' {list(ids.shape)}")
-        made = []
+        requests = []
         for place, (length,) in enumerate(lengths.tolist()):
             if not 0 < length <= ids.shape[1]:
                 raise _wrong(place, "sequence_lengths", f"is {length}; it must be from 1 to {ids.shape[1]}")
             row: list[int] = ids[place, :length].tolist()
             kinds: list[int] = [] if types is None else types.data[place, :length].tolist()
             self._check(place, row)
-            made.append(
+            requests.append(
                 Request(
                     request_id="",
                     prompt_token_ids=tuple(row),
@@ -92,7 +92,7 @@ class EncoderModel(EngineModel):
                     token_type_ids=tuple(kinds) if any(kinds) else (),
                 )
             )
-        return made
+        return requests
 
     def _check(self, place: int, row: Sequence[int]) -> None:
         info = self._engine.info
@@ -116,7 +116,7 @@ def padded(arrays: Sequence[Numbers]) -> Numbers:
     """Arrays of one or two axes under each other, with zeros behind those whose first axis is shorter."""
     if arrays[0].ndim == 1:
         return np.stack(arrays)
-    made = np.zeros((len(arrays), max(map(len, arrays)), arrays[0].shape[1]), np.float32)
-    for row, array in zip(made, arrays, strict=True):
+    result = np.zeros((len(arrays), max(map(len, arrays)), arrays[0].shape[1]), np.float32)
+    for row, array in zip(result, arrays, strict=True):
         row[: len(array)] = array
-    return made
+    return result

@@ -63,8 +63,8 @@ class Ensemble:
         (step, served), *later = steps
         async with aclosing(self._outcomes(step, served, tensors, work)) as outcomes:
             async for outcome in outcomes:
-                made = {step.output_map[tensor.name]: tensor for tensor in outcome.outputs}
-                async with aclosing(self._run(later, {**tensors, **made}, work)) as results:
+                produced = {step.output_map[tensor.name]: tensor for tensor in outcome.outputs}
+                async with aclosing(self._run(later, {**tensors, **produced}, work)) as results:
                     async for known, final in results:
                         yield known, final and outcome.final
 
@@ -95,7 +95,11 @@ class Ensemble:
 
 def ordered_steps(config: model_config_pb2.ModelConfig) -> list[Step]:
     """The steps, each after those that it needs; ConfigError where there is no such order or a tensor has no source."""
-    known, waiting, made = {tensor.name for tensor in config.input}, list(config.ensemble_scheduling.step), list[Step]()
+    known, waiting, ordered = (
+        {tensor.name for tensor in config.input},
+        list(config.ensemble_scheduling.step),
+        list[Step](),
+    )
     sources = [*known, *(name for step in waiting for name in step.output_map.values())]
     twice = [name for place, name in enumerate(sources) if name in sources[:place]]
     if twice:
@@ -108,12 +112,12 @@ def ordered_steps(config: model_config_pb2.ModelConfig) -> list[Step]:
         if step.model_namespace:
             raise _wrong(config, "model_namespace is not supported; remove it")
         waiting.remove(step)
-        made.append(step)
+        ordered.append(step)
         known |= set(step.output_map.values())
     lacks = [tensor.name for tensor in config.output if tensor.name not in known]
-    if lacks or not made:
+    if lacks or not ordered:
         raise _wrong(config, f"output '{lacks[0]}' comes from no step" if lacks else "it has no steps")
-    return made
+    return ordered
 
 
 def _check_types(config: model_config_pb2.ModelConfig, models: Models) -> None:
@@ -138,9 +142,9 @@ def _check_types(config: model_config_pb2.ModelConfig, models: Models) -> None:
 
 def _queueing(work: Work) -> dict[str, Parameter]:
     """How a step waits, and what its prompts are kept apart by: as the whole does."""
-    made: dict[str, Parameter] = {"priority": work.priority} if work.priority else {}
-    made |= {} if work.cache_salt is None else {"cache_salt": work.cache_salt}
-    return made if work.queue_timeout is None else {**made, "timeout": round(work.queue_timeout * 1e6)}
+    parameters: dict[str, Parameter] = {"priority": work.priority} if work.priority else {}
+    parameters |= {} if work.cache_salt is None else {"cache_salt": work.cache_salt}
+    return parameters if work.queue_timeout is None else {**parameters, "timeout": round(work.queue_timeout * 1e6)}
 
 
 def _renamed(tensor: Tensor, name: str) -> Tensor:

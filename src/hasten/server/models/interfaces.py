@@ -61,12 +61,12 @@ class TensorRule:
 
     def as_input(self) -> model_config_pb2.ModelInput:
         """As a configuration has it."""
-        made = model_config_pb2.ModelInput(
+        tensor = model_config_pb2.ModelInput(
             name=self.name, data_type=DATATYPES[self.datatype], dims=self.dims, optional=self.optional
         )
         if self.scalar:
-            made.reshape.SetInParent()
-        return made
+            tensor.reshape.SetInParent()
+        return tensor
 
     def as_output(self) -> model_config_pb2.ModelOutput:
         """As a configuration has it."""

@@ -66,7 +66,7 @@ def check_parameters(config: model_config_pb2.ModelConfig, kind: Kind) -> None:
 
 def engine_options(config: model_config_pb2.ModelConfig) -> dict[str, Any]:
     """Keyword arguments of `EngineConfig.create` but for the checkpoint; ConfigError names a wrong parameter."""
-    made: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     hints = option_hints()
     for name, value in sorted(config.parameters.items()):
         text, where = value.string_value, f"model '{config.name}': parameter '{name}'"
@@ -87,21 +87,21 @@ def engine_options(config: model_config_pb2.ModelConfig) -> dict[str, Any]:
         if option not in hints:
             known = ", ".join((CHECKPOINT, *_FIXED, *_ALIASES, *sorted(hints)))
             raise ConfigError(f"{where} is not known; there are: {known}")
-        if option in made:
+        if option in options:
             raise ConfigError(f"{where} says the same as another one; remove one of them")
-        made[option] = _read(text, hints[option], where)
+        options[option] = _read(text, hints[option], where)
     on_gpu = any(group.kind == _GPU for group in config.instance_group)
-    if on_gpu and made.setdefault("device", "cuda") == "cpu":
+    if on_gpu and options.setdefault("device", "cuda") == "cpu":
         raise ConfigError(f"model '{config.name}': parameter 'device' is 'cpu', but its instance_group is KIND_GPU")
-    if "dtype" in made and made["dtype"] != "auto":
-        made["dtype"] = dtype_name(made["dtype"])
-    return made
+    if "dtype" in options and options["dtype"] != "auto":
+        options["dtype"] = dtype_name(options["dtype"])
+    return options
 
 
 def engine_parameters(config: EngineConfig, model_type: str = DEFAULT_MODEL_TYPE) -> dict[str, str]:
     """Parameters that give this configuration, FasterTransformer's own ones among them; defaults are left out."""
     modes = {scheme: mode for mode, scheme in INT8_MODES.items()}
-    made = {
+    parameters = {
         "tensor_para_size": str(config.parallel.tensor_parallel_size),
         "pipeline_para_size": str(config.parallel.pipeline_parallel_size),
         "model_type": model_type,
@@ -113,8 +113,8 @@ def engine_parameters(config: EngineConfig, model_type: str = DEFAULT_MODEL_TYPE
     for option, value, default in _flat(config):
         if value != default and option not in ("tensor_parallel_size", "pipeline_parallel_size"):
             value = modes[value] if names.get(option) == INT8_MODE else value
-            made[names.get(option, option)] = str(value).lower() if isinstance(value, bool) else str(value)
-    return made
+            parameters[names.get(option, option)] = str(value).lower() if isinstance(value, bool) else str(value)
+    return parameters
 
 
 def queue_limits(config: model_config_pb2.ModelConfig) -> QueueLimits:
@@ -128,13 +128,13 @@ def queue_limits(config: model_config_pb2.ModelConfig) -> QueueLimits:
 
 def option_hints() -> dict[str, Any]:
     """The options of an engine but for its checkpoint, with their types."""
-    made: dict[str, Any] = {}
+    hints: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(EngineConfig).items():
         if dataclasses.is_dataclass(hint):
-            made |= typing.get_type_hints(hint)
+            hints |= typing.get_type_hints(hint)
         elif name != "model":
-            made[name] = hint
-    return made
+            hints[name] = hint
+    return hints
 
 
 def checkpoint_folder(config: model_config_pb2.ModelConfig, model_folder: Path, version_folder: Path) -> Path:
@@ -154,14 +154,14 @@ def checkpoint_folder(config: model_config_pb2.ModelConfig, model_folder: Path, 
 
 def _flat(config: Any) -> list[tuple[str, Any, Any]]:
     """Name, value and default of every option but the checkpoint."""
-    made: list[tuple[str, Any, Any]] = []
+    flat: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            made += _flat(value)
+            flat += _flat(value)
         elif field.name != "model":
-            made.append((field.name, value, field.default))
-    return made
+            flat.append((field.name, value, field.default))
+    return flat
 
 
 def _read(text: str, hint: Any, where: str) -> Any:

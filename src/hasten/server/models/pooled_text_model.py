@@ -109,12 +109,12 @@ class PooledTextModel:
         if "text_output" in work.outputs:
             texts[:] = [_encode(result.numbers.tolist()) for result in results]
         name = "embedding" if self._task == "embed" else "scores"
-        made = [_tensor("text_output", "BYTES", texts, work), _tensor(name, "FP32", rows, work)]
+        tensors = [_tensor("text_output", "BYTES", texts, work), _tensor(name, "FP32", rows, work)]
         counts = np.array([len(result.prompt_token_ids) for result in results], np.uint32)
         for name, count in (("num_input_tokens", counts), ("num_output_tokens", np.zeros_like(counts))):
             if _flag(work, f"return_{name}"):
-                made.append(_tensor(name, "UINT32", count, work))
-        return [tensor for tensor in made if tensor.name in work.outputs]
+                tensors.append(_tensor(name, "UINT32", count, work))
+        return [tensor for tensor in tensors if tensor.name in work.outputs]
 
     async def close(self, timeout: float) -> None:
         """It holds nothing."""

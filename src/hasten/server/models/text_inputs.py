@@ -120,26 +120,26 @@ def _own_options(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _tensorrt_llm(inputs: Mapping[str, Tensor], info: EngineInfo) -> dict[str, Any]:
     """SamplingParams' arguments from TensorRT-LLM's inputs."""
     given = {name: inputs[name].data.ravel().tolist() for name in _TENSORRT_LLM & inputs.keys()}
-    made: dict[str, Any] = {ours: given[theirs][0] for theirs, ours in _NAMES.items() if theirs in given}
+    values: dict[str, Any] = {ours: given[theirs][0] for theirs, ours in _NAMES.items() if theirs in given}
     if "seed" in given and "random_seed" in given:
         raise _invalid("inputs 'seed' and 'random_seed' say the same; give one")
     for name in ("seed", "random_seed"):
         if name in given:
-            made["seed"] = given[name][0]
+            values["seed"] = given[name][0]
     for name, option in (("stop_words", "stop"), ("bad_words", "bad_words")):
         words = [_decode(word, name) for word in given.get(name, ())]
-        made[option] = [word for word in words if word]
-    made |= end_options(given["end_id"][0] if "end_id" in given else None, info)
-    made |= _guide(given)
-    if "early_stopping" in made:
-        made["early_stopping"] = bool(made["early_stopping"])
+        values[option] = [word for word in words if word]
+    values |= end_options(given["end_id"][0] if "end_id" in given else None, info)
+    values |= _guide(given)
+    if "early_stopping" in values:
+        values["early_stopping"] = bool(values["early_stopping"])
     top_k, top_p = given.get("top_k", [0])[0], given.get("top_p", [0.0])[0]
     temperature = given.get("temperature", [1.0])[0]
-    if made.get("beam_width", 1) == 1:
-        return {**made, **_choice(top_k, top_p, temperature)}
+    if values.get("beam_width", 1) == 1:
+        return {**values, **_choice(top_k, top_p, temperature)}
     if top_k > 1 or top_p not in (0.0, 1.0):
         raise _invalid("inputs 'top_k' and 'top_p' have no meaning with beam_width above 1; leave them out")
-    return {"n": max(1, made["beam_width"]), **made, "temperature": temperature}
+    return {"n": max(1, values["beam_width"]), **values, "temperature": temperature}
 
 
 def _guide(given: Mapping[str, Any]) -> dict[str, Any]:

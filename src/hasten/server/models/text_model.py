@@ -141,10 +141,10 @@ class _Reply:
             if delta.finish_reason is FinishReason.ERROR:
                 raise ServiceError(ErrorKind.INTERNAL, f"the prompt could not be continued: {delta.stop_reason}")
             self._last[delta.index] = delta
-        made = [self._output(name, self._last) for name in self._names]
+        tensors = [self._output(name, self._last) for name in self._names]
         for delta in progress.completions:
             self._last[delta.index] = replace(delta, token_ids=[], text="", logprobs=None, token_logprobs=None)
-        return made
+        return tensors
 
     def _output(self, name: str, deltas: list[CompletionDelta]) -> Tensor:
         if name == "text_output":
@@ -175,10 +175,10 @@ class _Reply:
 
 
 def _matrix(rows: list[list[float]]) -> NDArray[np.float32]:
-    made = np.zeros((len(rows), max(map(len, rows))), np.float32)
+    matrix = np.zeros((len(rows), max(map(len, rows))), np.float32)
     for place, row in enumerate(rows):
-        made[place, : len(row)] = row
-    return made
+        matrix[place, : len(row)] = row
+    return matrix
 
 
 def _chosen(delta: CompletionDelta) -> list[float]:

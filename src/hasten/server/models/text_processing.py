@@ -91,9 +91,9 @@ class Preprocessing(_Processing):
         tokenizer = self.tokenizer()
         queries = [_only(texts, place) for place, texts in enumerate(_texts(work.inputs["QUERY"]))]
         prompts = await self._encode(tokenizer, queries)
-        made = await self._run(partial(_prepared, tokenizer, prompts, work.inputs))
+        outputs = await self._run(partial(_prepared, tokenizer, prompts, work.inputs))
         work.clock.prepare()
-        yield Outcome([tensor for tensor in made if tensor.name in work.outputs], final=True)
+        yield Outcome([tensor for tensor in outputs if tensor.name in work.outputs], final=True)
 
 
 def _prepared(tokenizer: Tokenizer, prompts: list[list[int]], inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -146,13 +146,13 @@ def _lengths(work: Work, tokens: NDArray[Any]) -> NDArray[Any]:
 
 def _texts(tensor: Tensor) -> list[list[str]]:
     """The texts of each item; ServiceError where they are not UTF-8."""
-    made = []
+    rows = []
     for place, row in enumerate(tensor.data.reshape(tensor.shape[0], -1).tolist()):
         try:
-            made.append([text.decode() for text in row])
+            rows.append([text.decode() for text in row])
         except UnicodeDecodeError as error:
             raise _invalid(f"item {place} of the batch: input '{tensor.name}' is not UTF-8: {error}") from None
-    return made
+    return rows
 
 
 def _only(texts: list[str], place: int) -> str:
@@ -183,7 +183,7 @@ class _Words:
 
 def _read_words(tensor: Tensor) -> list[list[str]]:
     """Each item's words; bounded by their characters before they are taken apart."""
-    made = []
+    rows = []
     for place, texts in enumerate(_texts(tensor)):
         size = sum(map(len, texts))
         where = f"item {place} of the batch: "
@@ -196,8 +196,8 @@ def _read_words(tensor: Tensor) -> list[list[str]]:
             raise _invalid(f"{where}input '{tensor.name}' is not CSV: {error}") from None
         except InvalidRequestError as error:
             raise _invalid(f"{where}{error}") from None
-        made.append(words)
-    return made
+        rows.append(words)
+    return rows
 
 
 def _tensor(name: str, datatype: str, data: NDArray[Any]) -> Tensor:

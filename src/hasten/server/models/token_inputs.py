@@ -291,10 +291,10 @@ def _words(columns: _Columns, name: str, place: int, info: EngineInfo) -> list[l
 def pack_words(words: list[list[list[int]]]) -> np.ndarray[Any, np.dtype[np.int32]]:
     """The words of each item as `_words` reads them, int32 [items, 2, longest]; none are [[0], [-1]]."""
     longest = max([1, *(sum(map(len, runs)) for runs in words)])
-    made = np.zeros((len(words), 2, longest), np.int32)
-    made[:, 1] = -1
+    packed = np.zeros((len(words), 2, longest), np.int32)
+    packed[:, 1] = -1
     for place, runs in enumerate(words):
         flat = [token for run in runs for token in run]
-        made[place, 0, : len(flat)] = flat
-        made[place, 1, : len(runs)] = np.cumsum([len(run) for run in runs])
-    return made
+        packed[place, 0, : len(flat)] = flat
+        packed[place, 1, : len(runs)] = np.cumsum([len(run) for run in runs])
+    return packed

@@ -44,17 +44,17 @@ class Snapshot:
 
     def tensors(self, names: Set[str]) -> list[Tensor]:
         """The outputs with these names."""
-        made = [
+        tensors = [
             _tensor("output_ids", "UINT32", self._output_ids()),
             _tensor("sequence_length", "UINT32", self.lengths),
             _tensor("response_input_lengths", "INT32", self.prompt_lengths),
         ]
         if self.asked.log_probs:
-            made += [
+            tensors += [
                 _tensor("cum_log_probs", "FP32", self.cumulative.astype(np.float32)),
                 _tensor("output_log_probs", "FP32", self._output_log_probs()),
             ]
-        return [tensor for tensor in made if tensor.name in names]
+        return [tensor for tensor in tensors if tensor.name in names]
 
     def _output_ids(self) -> NDArray[np.uint32]:
         end_ids = np.array([item.end_id for item in self.asked.items], np.uint32)
@@ -136,6 +136,6 @@ def _with_room(rows: NDArray[Any], length: int) -> NDArray[Any]:
     """Rows of at least this length: the same, or a copy of twice the length."""
     if rows.shape[2] >= length:
         return rows
-    made = np.zeros((*rows.shape[:2], max(length, 2 * rows.shape[2])), rows.dtype)
-    made[:, :, : rows.shape[2]] = rows
-    return made
+    grown = np.zeros((*rows.shape[:2], max(length, 2 * rows.shape[2])), rows.dtype)
+    grown[:, :, : rows.shape[2]] = rows
+    return grown

@@ -57,10 +57,10 @@ class Call:
 
     def _used_up(self, number: int, progress: Progress) -> Sequence[Choice]:
         """The choices of a progress, whose log-probabilities are freed one completion after the other."""
-        made = self.taken(number, progress)
+        choices = self.taken(number, progress)
         for delta in progress.completions:
             delta.logprobs = None
-        return made
+        return choices
 
     def events(self) -> CallEvents:
         """The answer as events. What is wrong with the request shows before the first of them."""

@@ -75,12 +75,12 @@ def _text(message: ChatMessage) -> str:
 
 def _plain(message: ChatMessage) -> dict[str, Any]:
     values: dict[str, Any] = msgspec.to_builtins(message)
-    made = {name: values[name] for name in _FOR_TEMPLATES if name in values}
+    plain = {name: values[name] for name in _FOR_TEMPLATES if name in values}
     reasoning = message.reasoning or message.reasoning_content
     if reasoning:
-        made["reasoning_content"] = reasoning
-        if not (made.get("content") and made.get("tool_calls")):
-            made["thinking"] = reasoning  # as gpt-oss's template calls it, which refuses it beside those two
-        if not made.get("tool_calls"):
-            made.setdefault("content", "")
-    return made
+        plain["reasoning_content"] = reasoning
+        if not (plain.get("content") and plain.get("tool_calls")):
+            plain["thinking"] = reasoning  # as gpt-oss's template calls it, which refuses it beside those two
+        if not plain.get("tool_calls"):
+            plain.setdefault("content", "")
+    return plain

@@ -174,11 +174,11 @@ class CompletionChoices:
             tokens = [*first.prompt_token_ids, *tokens]
             if entries is not None:
                 entries = [*(first.prompt_logprobs or ()), *entries]
-        made = None if entries is None else self._logprobs(index, tokens, entries)
-        if made is None:
+        logprobs = None if entries is None else self._logprobs(index, tokens, entries)
+        if logprobs is None:
             self._offsets[index] = 0
         reason = "length" if self.prompts_only and delta.finish_reason is not None else _reason(delta)
-        return CompletionChoice(index, text, made, reason, _stop_reason(delta))
+        return CompletionChoice(index, text, logprobs, reason, _stop_reason(delta))
 
     def _prompt_text(self, number: int, first: Progress) -> str:
         text = self.texts[number]
@@ -190,17 +190,17 @@ class CompletionChoices:
     def _logprobs(
         self, index: int, tokens: Sequence[int], entries: Sequence[dict[int, Logprob] | None]
     ) -> CompletionLogprobs:
-        made = CompletionLogprobs([], [], [], [])
+        result = CompletionLogprobs([], [], [], [])
         offset = self._offsets.get(index, 0)
         for token, top in zip(tokens, entries, strict=True):
             text = self._text(token, top)
-            made.tokens.append(text)
-            made.text_offset.append(offset)
-            made.token_logprobs.append(None if top is None else _value(top[token]))
-            made.top_logprobs.append(None if top is None else _by_text(top))
+            result.tokens.append(text)
+            result.text_offset.append(offset)
+            result.token_logprobs.append(None if top is None else _value(top[token]))
+            result.top_logprobs.append(None if top is None else _by_text(top))
             offset += len(text)
         self._offsets[index] = offset
-        return made
+        return result
 
     def _text(self, token: int, top: dict[int, Logprob] | None) -> str:
         if top is not None:
@@ -249,10 +249,10 @@ def _token_text(token: int, entry: Logprob) -> str:
 
 def _by_text(top: dict[int, Logprob]) -> dict[str, float]:
     """The most probable of those tokens that have the same text."""
-    made: dict[str, float] = {}
+    values: dict[str, float] = {}
     for token, entry in sorted(top.items(), key=lambda item: -item[1].logprob):
-        made.setdefault(_token_text(token, entry), _value(entry))
-    return made
+        values.setdefault(_token_text(token, entry), _value(entry))
+    return values
 
 
 @dataclass

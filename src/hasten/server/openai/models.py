@@ -52,11 +52,11 @@ def models_by_id(service: Models) -> dict[str, Key]:
     for name, version in service.engines():
         versions.setdefault(name, []).append(version)
     newest = {name: (name, max(numbers, key=int)) for name, numbers in sorted(versions.items())}
-    made = {name: newest[token] for name, token in service.text_models().items() if token in newest} | newest
+    models = {name: newest[token] for name, token in service.text_models().items() if token in newest} | newest
     for name, numbers in versions.items():
         if len(numbers) > 1:
-            made |= {f"{name}:{version}": (name, version) for version in sorted(numbers, key=int)}
-    return made
+            models |= {f"{name}:{version}": (name, version) for version in sorted(numbers, key=int)}
+    return models
 
 
 @dataclass(frozen=True)

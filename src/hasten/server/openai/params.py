@@ -90,12 +90,12 @@ def completion_params(request: CompletionRequest, prompts: int) -> SamplingParam
     prompt_logprobs = request.logprobs if request.echo else None
     best = _best_of(request)
     logprobs = request.logprobs if request.logprobs is not None or not best else 0
-    made = _params(request, max_tokens=tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **best)
-    each = max(made.n, made.beam_width)
+    params = _params(request, max_tokens=tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **best)
+    each = max(params.n, params.beam_width)
     if prompts * each > _MOST_IN_ALL:
         message = f"{prompts} prompts with {each} completions each are more than {_MOST_IN_ALL}, the limit of a request"
         raise OpenAIError(message, param="prompt")
-    return made
+    return params
 
 
 def _best_of(request: CompletionRequest) -> dict[str, Any]:

@@ -42,15 +42,15 @@ class AnswerReading:
 
     def sampling(self, constraint: Mapping[str, Any]) -> dict[str, Any]:
         """Sampling parameters, in place of what else constrains the answer."""
-        made: dict[str, Any] = dict(constraint) if self.tools is None else self.tools.sampling(constraint)
+        options: dict[str, Any] = dict(constraint) if self.tools is None else self.tools.sampling(constraint)
         if self._has_special_marks:
-            made["skip_special_tokens"] = False
-        kept = {name: value for name, value in made.items() if name != "skip_special_tokens"}
+            options["skip_special_tokens"] = False
+        kept = {name: value for name, value in options.items() if name != "skip_special_tokens"}
         if kept and self.reasoning is not None and not (self._in_channels and self.tools is not None):
             form, stage = self.reasoning.form, self.reasoning.stage
             grammar = after_reasoning(kept, form, stage, self.tokenizer.added_tokens, self.end_tokens)
-            made = {name: value for name, value in made.items() if name not in kept} | {"grammar": grammar}
-        return made
+            options = {name: value for name, value in options.items() if name not in kept} | {"grammar": grammar}
+        return options
 
     @contextmanager
     def naming_errors(self) -> Iterator[None]:

@@ -77,11 +77,11 @@ class _Api:
 
     def _entry(self, name: str) -> dict[str, Any]:
         info = self._models.find(name).client.info
-        made = {"id": name, "object": "model", "created": self._created, "owned_by": "hasten"}
-        made |= {"max_model_len": info.max_model_len, "tasks": ["generate"]}
+        entry = {"id": name, "object": "model", "created": self._created, "owned_by": "hasten"}
+        entry |= {"max_model_len": info.max_model_len, "tasks": ["generate"]}
         if (pooling := info.pooling) is None:
-            return made
-        return made | {"tasks": pooling.tasks, "width": pooling.width, "labels": pooling.labels or None}
+            return entry
+        return entry | {"tasks": pooling.tasks, "width": pooling.width, "labels": pooling.labels or None}
 
     async def tokenize(self, request: Request) -> Response:
         body = await read_body(request, _TOKENIZE)

@@ -105,14 +105,14 @@ class ToolUse:
         """Sampling parameters, in place of what else constrains the answer."""
         if kind := next((kind for kind in constraint if kind != "json_schema"), None):
             raise OpenAIError(f"{kind} cannot go with tools; use response_format, or tool_choice 'none'", param="tools")
-        made: dict[str, Any] = {"skip_special_tokens": False} if self._has_special_marks else {}
+        options: dict[str, Any] = {"skip_special_tokens": False} if self._has_special_marks else {}
         grammar = self._grammar(constraint.get("json_schema"))
         if grammar is None:
-            return made
+            return options
         if len(grammar) > _MAX_GRAMMAR:
             message = f"the schemas of tools have {len(grammar)} characters, the limit is {_MAX_GRAMMAR}"
             raise OpenAIError(message, param="tools")
-        return made | {"grammar": grammar}
+        return options | {"grammar": grammar}
 
     @contextmanager
     def naming_errors(self) -> Iterator[None]:

@@ -87,15 +87,15 @@ def openapi(routes: Sequence[Route]) -> dict[str, Any]:
 def _operation(route: Route, method: str, operation: Operation, body: Any) -> dict[str, Any]:
     tag = next((tag for begin, tag in _TAGS.items() if route.path.startswith(begin)), "The server")
     identity = re.sub(r"\W+", "_", method.lower() + _PARAMETER.sub(r"\1", route.path)).strip("_")
-    made: dict[str, Any] = {"operationId": identity, "summary": operation.summary, "tags": [tag]}
+    described: dict[str, Any] = {"operationId": identity, "summary": operation.summary, "tags": [tag]}
     if parameters := list(_parameters(route)):
-        made["parameters"] = parameters
+        described["parameters"] = parameters
     if body is not None:
-        made["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
     elif method == "POST" and tag == _TRITON:
         content = {"application/json": {"schema": {"type": "object", "description": _TRITON_BODY}}}
-        made["requestBody"] = {"required": False, "content": content}
-    return made | {"responses": _responses(route, operation)}
+        described["requestBody"] = {"required": False, "content": content}
+    return described | {"responses": _responses(route, operation)}
 
 
 def _parameters(route: Route) -> Iterator[dict[str, Any]]:

@@ -104,10 +104,10 @@ def _decoded(body: bytes | memoryview) -> Any:
 
 def parse_object(body: bytes | memoryview, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A body that must be a JSON object; an empty body is an empty one."""
-    made = parse_json(body, max_bytes=max_bytes) if len(body) else {}
-    if not isinstance(made, dict):
+    value = parse_json(body, max_bytes=max_bytes) if len(body) else {}
+    if not isinstance(value, dict):
         raise invalid("attempt to get members for non-object")
-    return made
+    return value
 
 
 def dump_json(value: Any) -> bytes:
@@ -145,12 +145,12 @@ def infer_body(model: str, version: str, body: bytes, header_length: int | None,
     inputs = _member(head, "inputs", list, "non-array as array", [])
     request.inputs.extend(bounded(_input(tensor, tail, reading) for tensor in inputs))
     tail.close()
-    made = InferBody(request, binary=parameters.get("binary_data_output") is True)
+    result = InferBody(request, binary=parameters.get("binary_data_output") is True)
     outputs = _member(head, "outputs", list, "non-array as array", [])
     check_outputs(len(outputs))
     for output in outputs:
-        _output(output, made)
-    return made
+        _output(output, result)
+    return result
 
 
 def _member(holder: Mapping[str, Any], key: str, kind: type, complaint: str, default: Any) -> Any:
@@ -287,13 +287,13 @@ def infer_response(response: InferResponse, body: InferBody, elsewhere: set[str]
     raws: list[bytes] = []
     head["outputs"] = outputs = []
     for output in response.outputs:
-        made: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
+        described: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
         if output.name in elsewhere:
             pass
         elif body.is_binary(output.name):
             raws.append(to_bytes(output))
-            made["parameters"] = {"binary_data_size": len(raws[-1])}
+            described["parameters"] = {"binary_data_size": len(raws[-1])}
         else:
-            made["data"] = elements_json(output)
-        outputs.append(made)
+            described["data"] = elements_json(output)
+        outputs.append(described)
     return dump_json(head), raws

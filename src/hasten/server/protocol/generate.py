@@ -76,11 +76,11 @@ def _nested_shape(values: list[Any]) -> list[int]:
 
 def generate_json(response: InferResponse) -> bytes:
     """A response as one JSON object: outputs by name, those of one element without a list."""
-    made: dict[str, Any] = {"id": response.id} if response.id else {}
-    made |= response.parameters
-    made |= {output.name: _plain(output) for output in response.outputs}
-    made |= {"model_name": response.model, "model_version": response.version}
-    ordered = {key: made[key] for key in sorted(made)}
+    values: dict[str, Any] = {"id": response.id} if response.id else {}
+    values |= response.parameters
+    values |= {output.name: _plain(output) for output in response.outputs}
+    values |= {"model_name": response.model, "model_version": response.version}
+    ordered = {key: values[key] for key in sorted(values)}
     return dump_json(ordered)
 
 

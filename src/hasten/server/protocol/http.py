@@ -83,26 +83,28 @@ class HttpRoutes:
         return [Route("/v2/models/stats", self.stats), *named]
 
     def _repository(self) -> list[Route]:
-        made = []
+        routes = []
         for root in ("/v2/repository", "/v2/repository/{repository}"):
-            made += [
+            routes += [
                 Route(f"{root}/index", self.index, methods=["POST"]),
                 Route(f"{root}/models/{{model}}/load", self.load, methods=["POST"]),
                 Route(f"{root}/models/{{model}}/unload", self.unload, methods=["POST"]),
             ]
-        return made
+        return routes
 
     def _shared_memory(self) -> list[Route]:
-        made = []
+        routes = []
         for kind, endpoints in (
             ("system", (self.memory_status, self.memory_register, self.memory_unregister)),
             ("cuda", (self.cuda_status, self.cuda_register, self.cuda_unregister)),
         ):
             for name in ("", "/region/{region}"):
                 paths = [f"/v2/{kind}sharedmemory{name}/{action}" for action in ("status", "register", "unregister")]
-                made.append(Route(paths[0], endpoints[0]))
-                made += [Route(path, end, methods=["POST"]) for path, end in zip(paths[1:], endpoints[1:], strict=True)]
-        return made
+                routes.append(Route(paths[0], endpoints[0]))
+                routes += [
+                    Route(path, end, methods=["POST"]) for path, end in zip(paths[1:], endpoints[1:], strict=True)
+                ]
+        return routes
 
     async def metadata(self, request: Request) -> Response:
         """Name, version and extensions."""
@@ -281,18 +283,18 @@ def _decoded(key: str, text: Any) -> bytes:
 
 
 def _trace_values(body: dict[str, Any]) -> dict[str, list[str] | None]:
-    made: dict[str, list[str] | None] = {}
+    settings: dict[str, list[str] | None] = {}
     for key, value in body.items():
         values = value if key == "trace_level" else [value]
         if value is None:
-            made[key] = None
+            settings[key] = None
         elif not isinstance(values, list):
             raise invalid("attempt to access JSON non-array as array")
         elif not all(isinstance(text, str) for text in values):
             raise invalid("attempt to access JSON non-string as string")
         else:
-            made[key] = values
-    return made
+            settings[key] = values
+    return settings
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -197,14 +197,14 @@ def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
         raise ServiceError(ErrorKind.UNSUPPORTED, "Unsupported compression type")
     unpacker = zlib.decompressobj(_WINDOW[encoding])
     try:
-        made = unpacker.decompress(body, limit + 1)
+        data = unpacker.decompress(body, limit + 1)
     except zlib.error as error:
         raise invalid(f"the request body is not {encoding} data: {error}") from None
-    if len(made) > limit:
+    if len(data) > limit:
         raise invalid(f"the request body is larger than {limit} bytes when it is unpacked; see --max-request-bytes")
     if not unpacker.eof or unpacker.unused_data:
         raise invalid(f"the request body is not {encoding} data: it is cut off, or something follows it")
-    return made
+    return data
 
 
 def accepted_encoding(header: str) -> str:

@@ -21,7 +21,7 @@ class Placement:
 
 def placements(outputs: Sequence[RequestedOutput], memory: SharedMemory) -> dict[str, Placement]:
     """What is to be done with which output, for those that are not sent as they are; INVALID where it is unclear."""
-    made: dict[str, Placement] = {}
+    found: dict[str, Placement] = {}
     for output in outputs:
         if not output.parameters:
             continue
@@ -34,8 +34,8 @@ def placements(outputs: Sequence[RequestedOutput], memory: SharedMemory) -> dict
             raise invalid("output can't set both 'shared_memory_region' and 'classification'")
         where = memory.slice_of(output.name, output.parameters)
         if where is not None or classes:
-            made[output.name] = Placement(classes, where)
-    return made
+            found[output.name] = Placement(classes, where)
+    return found
 
 
 def place(response: InferResponse, wanted: Mapping[str, Placement], *, batched: bool) -> set[str]:

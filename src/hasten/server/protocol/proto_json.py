@@ -8,14 +8,14 @@ def to_json(message: Any) -> dict[str, Any]:
 
     Unlike protobuf's own JSON, whole numbers of 64 bits are numbers.
     """
-    made: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
         if field.is_repeated:
-            made[field.name] = _map(field, value) if _is_map(field) else [_plain(field, each) for each in value]
+            values[field.name] = _map(field, value) if _is_map(field) else [_plain(field, each) for each in value]
         elif not field.has_presence or message.HasField(field.name):
-            made[field.name] = _plain(field, value)
-    return made
+            values[field.name] = _plain(field, value)
+    return values
 
 
 def _is_map(field: Any) -> bool:

@@ -42,8 +42,8 @@ class TraceSettings:
     def get(self, model: str = "") -> dict[str, list[str]]:
         """What holds for a model, or for all; every setting as a list of texts."""
         chosen = _TRACE_DEFAULTS | self._common | self._models.get(model, {})
-        made = {"trace_level": "OFF", "trace_file": "", "trace_mode": "triton"} | chosen
-        return {key: [made[key]] for key in _TRACE_ORDER}
+        settings = {"trace_level": "OFF", "trace_file": "", "trace_mode": "triton"} | chosen
+        return {key: [settings[key]] for key in _TRACE_ORDER}
 
     def update(self, values: Mapping[str, Sequence[str] | None], model: str = "") -> None:
         """Change settings; None or nothing sets one back. All or none are changed."""
@@ -219,7 +219,7 @@ class LogHandler(logging.Handler):
 
 def _json_line(record: logging.LogRecord, message: str) -> str:
     moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-    made: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "time": f"{moment}.{int(record.created % 1 * 1e6):06d}Z",
         "level": record.levelname.lower(),
         "logger": record.name,
@@ -227,10 +227,10 @@ def _json_line(record: logging.LogRecord, message: str) -> str:
         "pid": os.getpid(),
         "message": message,
     }
-    made |= getattr(record, "fields", {})
+    fields |= getattr(record, "fields", {})
     if record.exc_info:
-        made["exception"] = logging.Formatter().formatException(record.exc_info)
-    return json.dumps(made, ensure_ascii=False) + "\n"
+        fields["exception"] = logging.Formatter().formatException(record.exc_info)
+    return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
 def start_log(settings: LogSettings) -> LogHandler:

@@ -74,15 +74,15 @@ def check_texts(count: int) -> None:
 
 def bounded(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The inputs of a request, one after the other as they are converted; INVALID once they are too many."""
-    made: list[Tensor] = []
+    result: list[Tensor] = []
     texts = 0
     for tensor in tensors:
-        made.append(tensor)
+        result.append(tensor)
         texts += tensor.data.size if tensor.data.dtype.hasobject else 0
         check_texts(texts)
-        if len(made) > MAX_TENSORS:
+        if len(result) > MAX_TENSORS:
             raise invalid(f"the request has more than {MAX_TENSORS} inputs, which is the limit")
-    return made
+    return result
 
 
 def check_outputs(count: int) -> None:
@@ -120,11 +120,11 @@ def from_bytes(
 
 
 def _strings(name: str, raw: bytes | memoryview, count: int, *, model: str, request_id: str) -> list[bytes]:
-    made: list[bytes] = []
+    strings: list[bytes] = []
     at, end = 0, len(raw)
     where = f"inference input '{name}' for model '{model}'"
     while at < end:
-        if len(made) == count:
+        if len(strings) == count:
             raise invalid(
                 f"{about(request_id)}unexpected number of string elements {count + 1} for {where}, expecting {count}"
             )
@@ -140,18 +140,18 @@ def _strings(name: str, raw: bytes | memoryview, count: int, *, model: str, requ
                 f"incomplete string data for inference input '{name}', expecting string of length {length} but only "
                 f"{end - at} bytes available"
             )
-        made.append(bytes(raw[at : at + length]))
+        strings.append(bytes(raw[at : at + length]))
         at += length
-    if len(made) < count:
-        raise invalid(f"{about(request_id)}expected {count} string elements for {where}, got {len(made)}")
-    return made
+    if len(strings) < count:
+        raise invalid(f"{about(request_id)}expected {count} string elements for {where}, got {len(strings)}")
+    return strings
 
 
 def objects(values: Sequence[bytes]) -> NDArray[Any]:
     """An array of these, which numpy would otherwise make one of fixed length of."""
-    made = np.empty(len(values), dtype=object)
-    made[:] = values
-    return made
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
 
 
 def byte_size(tensors: Iterable[Tensor]) -> int:

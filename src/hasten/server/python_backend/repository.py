@@ -56,13 +56,13 @@ def create_triton_repository(
 def _triton_config(
     engine: EngineConfig, name: str, decoupled: bool, environment: Path | None
 ) -> model_config_pb2.ModelConfig:
-    made = model_configs(engine, token_name=name, decoupled=decoupled)[0]
-    made.backend = "python"
-    made.ClearField("optimization")
-    made.dynamic_batching.SetInParent()  # requests that are there together reach the model in one call
+    config = model_configs(engine, token_name=name, decoupled=decoupled)[0]
+    config.backend = "python"
+    config.ClearField("optimization")
+    config.dynamic_batching.SetInParent()  # requests that are there together reach the model in one call
     if environment is not None:
-        made.parameters[ENVIRONMENT].string_value = str(environment.resolve())
-    return made
+        config.parameters[ENVIRONMENT].string_value = str(environment.resolve())
+    return config
 
 
 def _own_environment() -> Path | None:

@@ -54,14 +54,14 @@ class ResponseForm:
 
     def events(self, pieces: Sequence[Choice], usage: Usage) -> bytes:
         """See AnswerForm."""
-        made: list[Event] = []
+        events: list[Event] = []
         if self._events == 0:
-            made += [{"type": f"response.{kind}", "response": self._response("in_progress")} for kind in _BEGIN]
+            events += [{"type": f"response.{kind}", "response": self._response("in_progress")} for kind in _BEGIN]
         for piece in pieces:
             assert isinstance(piece, ChatPiece), "it is a chat's"
-            made += self._take_piece(piece.delta, _tokens(piece.logprobs))
+            events += self._take_piece(piece.delta, _tokens(piece.logprobs))
             self._reason = piece.finish_reason or self._reason
-        return self._written(made)
+        return self._written(events)
 
     def end(self, usage: Usage) -> bytes:
         """See AnswerForm."""

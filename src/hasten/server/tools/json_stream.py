@@ -76,9 +76,9 @@ class CallObject:
 
     def take(self) -> str:
         """The arguments' JSON since the last call."""
-        made = "".join(self._arguments)
+        arguments = "".join(self._arguments)
         self._arguments.clear()
-        return made
+        return arguments
 
     def _open(self, text: str, at: int) -> int:
         self.failed = text[at] != "{"

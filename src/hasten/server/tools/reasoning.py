@@ -98,17 +98,17 @@ class ReasoningReader:
         if self._stage is None and not self._skips:
             return self._rest.feed(text)
         text, self._pending = self._pending + text, ""
-        made: list[Piece] = []
+        pieces: list[Piece] = []
         if self._stage is Stage.AHEAD:
             text = self._before(text)
         if self._stage is Stage.INSIDE:
-            text = self._inside(text, made)
+            text = self._inside(text, pieces)
         if self._stage is None:
             if self._skips:
                 text = text.lstrip()
                 self._skips = not text
-            made += self._rest.feed(text)
-        return made
+            pieces += self._rest.feed(text)
+        return pieces
 
     def end(self) -> list[Piece]:
         """See AnswerReader."""
@@ -130,7 +130,7 @@ class ReasoningReader:
         self._stage = None
         return text
 
-    def _inside(self, text: str, made: list[Piece]) -> str:
+    def _inside(self, text: str, pieces: list[Piece]) -> str:
         """What is left behind the reasoning's end."""
         if not self._begun:
             text = text.lstrip()
@@ -139,7 +139,7 @@ class ReasoningReader:
         shown = text[:end].rstrip()
         if end - len(shown) > MAX_SPACE:
             shown = text[:end]
-        made += _reasoning(shown)
+        pieces += _reasoning(shown)
         self._begun = self._begun or bool(shown)
         if found < 0:
             self._pending = text[len(shown) :]

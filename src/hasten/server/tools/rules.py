@@ -47,8 +47,8 @@ def nested(grammar: str) -> str:
 
 def _literal(expression: str) -> str:
     """A regular expression between slashes."""
-    made, escaped = [], False
+    characters, escaped = [], False
     for character in expression:
-        made.append("\\/" if character == "/" and not escaped else "\\n" if character == "\n" else character)
+        characters.append("\\/" if character == "/" and not escaped else "\\n" if character == "\n" else character)
         escaped = character == "\\" and not escaped
-    return "".join(made)
+    return "".join(characters)

@@ -11,8 +11,8 @@ from hasten.ops.edits import IN_PROMPT
 from hasten.ops.native.code.functions import kernel, part
 from hasten.ops.native.code.simd import (
     LANES,
-    _made,
     constant,
+    intrinsic_of,
     load,
     load_f32,
     load_i32,
@@ -32,7 +32,7 @@ def _select(b, args):
     return b.select(lanes, args[0], constant(float("-inf")))
 
 
-_left = _made((vector, types.int64), vector, _select)
+_left = intrinsic_of((vector, types.int64), vector, _select)
 """Numbers where bits are set, minus infinity elsewhere."""
 
 

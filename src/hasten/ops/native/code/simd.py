@@ -84,13 +84,15 @@ def write(b: Builder, value: Any, address: Any) -> None:
     b.store(value, b.inttoptr(address, value.type.as_pointer())).align = 4
 
 
-def _made(arguments: Sequence[types.Type], result: types.Type, generate: Callable[[Builder, Values], Any]) -> Any:
-    """An intrinsic of up to three arguments."""
+def intrinsic_of(
+    arguments: Sequence[types.Type], result: types.Type, generate: Callable[[Builder, Values], Any]
+) -> Any:
+    """An intrinsic of up to three arguments, whose LLVM code `generate` writes."""
 
     def typed(_context, *given):
         def code(context, b, _signature, args):
-            made = generate(b, args)
-            return context.get_dummy_value() if made is None else made
+            result = generate(b, args)
+            return context.get_dummy_value() if result is None else result
 
         return result(*arguments), code
 
@@ -143,63 +145,67 @@ def prefetched(b: Builder, args: Values) -> None:
 
 
 _two = (vector, vector)
-load = _made((types.int64,), vector, lambda b, args: read(b, VECTOR, args[0]))
-store = _made((types.int64, vector), types.void, lambda b, args: write(b, args[1], args[0]))
-splat = _made((types.float32,), vector, lambda b, args: spread(b, args[0]))
-fma = _made((vector, *_two), vector, lambda b, args: fused(b, *args))
-add = _made(_two, vector, lambda b, args: b.fadd(*args))
-sub = _made(_two, vector, lambda b, args: b.fsub(*args))
-mul = _made(_two, vector, lambda b, args: b.fmul(*args))
-div = _made(_two, vector, lambda b, args: b.fdiv(*args))
-larger = _made(_two, vector, _larger)
+load = intrinsic_of((types.int64,), vector, lambda b, args: read(b, VECTOR, args[0]))
+store = intrinsic_of((types.int64, vector), types.void, lambda b, args: write(b, args[1], args[0]))
+splat = intrinsic_of((types.float32,), vector, lambda b, args: spread(b, args[0]))
+fma = intrinsic_of((vector, *_two), vector, lambda b, args: fused(b, *args))
+add = intrinsic_of(_two, vector, lambda b, args: b.fadd(*args))
+sub = intrinsic_of(_two, vector, lambda b, args: b.fsub(*args))
+mul = intrinsic_of(_two, vector, lambda b, args: b.fmul(*args))
+div = intrinsic_of(_two, vector, lambda b, args: b.fdiv(*args))
+larger = intrinsic_of(_two, vector, _larger)
 """The greater of each two numbers; the second where either is NaN."""
-larger_or_nan = _made(_two, vector, _largest_or_nan)
+larger_or_nan = intrinsic_of(_two, vector, _largest_or_nan)
 """The greater of each two numbers; NaN where either is."""
-signed = _made(_two, vector, lambda b, args: called(b, "llvm.copysign.v16f32", VECTOR, args))
+signed = intrinsic_of(_two, vector, lambda b, args: called(b, "llvm.copysign.v16f32", VECTOR, args))
 """The absolute value of each first number with the sign of the second."""
-exp = _made((vector,), vector, lambda b, args: _exp(b, args[0]))
-total = _made(
+exp = intrinsic_of((vector,), vector, lambda b, args: _exp(b, args[0]))
+total = intrinsic_of(
     (vector,),
     types.float32,
     lambda b, args: called(
         b, "llvm.vector.reduce.fadd.v16f32", F32, [ir.Constant(F32, -0.0), args[0]], fastmath=("reassoc",)
     ),
 )
-largest = _made((vector,), types.float32, lambda b, args: called(b, "llvm.vector.reduce.fmax.v16f32", F32, [args[0]]))
-first_lane = _made((vector,), types.float32, lambda b, args: b.extract_element(args[0], ir.Constant(I32, 0)))
-prefetch = _made((types.int64,), types.void, prefetched)
-clamped = _made(_two, vector, _clamped)
+largest = intrinsic_of(
+    (vector,), types.float32, lambda b, args: called(b, "llvm.vector.reduce.fmax.v16f32", F32, [args[0]])
+)
+first_lane = intrinsic_of((vector,), types.float32, lambda b, args: b.extract_element(args[0], ir.Constant(I32, 0)))
+prefetch = intrinsic_of((types.int64,), types.void, prefetched)
+clamped = intrinsic_of(_two, vector, _clamped)
 """Numbers from -limit to limit; NaN becomes the limit."""
-nearest = _made((vector,), vector, lambda b, args: called(b, "llvm.nearbyint.v16f32", VECTOR, args))
+nearest = intrinsic_of((vector,), vector, lambda b, args: called(b, "llvm.nearbyint.v16f32", VECTOR, args))
 """Whole numbers, even ones of two as near."""
-magnitude = _made((vector,), vector, lambda b, args: called(b, "llvm.fabs.v16f32", VECTOR, args))
+magnitude = intrinsic_of((vector,), vector, lambda b, args: called(b, "llvm.fabs.v16f32", VECTOR, args))
 
 _BYTES = ir.VectorType(I8, LANES)
 _whole_two = (whole_vector, whole_vector)
-load_whole = _made((types.int64,), whole_vector, lambda b, args: read(b, WHOLE, args[0]))
-splat_whole = _made((types.int32,), whole_vector, lambda b, args: spread(b, args[0]))
-add_whole = _made(_whole_two, whole_vector, lambda b, args: b.add(*args))
-sub_whole = _made(_whole_two, whole_vector, lambda b, args: b.sub(*args))
-mul_whole = _made(_whole_two, whole_vector, lambda b, args: b.mul(*args))
-total_whole = _made((whole_vector,), types.int32, lambda b, args: called(b, "llvm.vector.reduce.add.v16i32", I32, args))
-widened = _made((whole_vector,), vector, lambda b, args: b.sitofp(args[0], VECTOR))
+load_whole = intrinsic_of((types.int64,), whole_vector, lambda b, args: read(b, WHOLE, args[0]))
+splat_whole = intrinsic_of((types.int32,), whole_vector, lambda b, args: spread(b, args[0]))
+add_whole = intrinsic_of(_whole_two, whole_vector, lambda b, args: b.add(*args))
+sub_whole = intrinsic_of(_whole_two, whole_vector, lambda b, args: b.sub(*args))
+mul_whole = intrinsic_of(_whole_two, whole_vector, lambda b, args: b.mul(*args))
+total_whole = intrinsic_of(
+    (whole_vector,), types.int32, lambda b, args: called(b, "llvm.vector.reduce.add.v16i32", I32, args)
+)
+widened = intrinsic_of((whole_vector,), vector, lambda b, args: b.sitofp(args[0], VECTOR))
 """Whole numbers in fp32."""
-narrowed = _made((vector,), whole_vector, lambda b, args: b.fptosi(args[0], WHOLE))
+narrowed = intrinsic_of((vector,), whole_vector, lambda b, args: b.fptosi(args[0], WHOLE))
 """The inverse."""
-load_bytes = _made((types.int64,), whole_vector, lambda b, args: b.sext(read(b, _BYTES, args[0]), WHOLE))
+load_bytes = intrinsic_of((types.int64,), whole_vector, lambda b, args: b.sext(read(b, _BYTES, args[0]), WHOLE))
 """16 numbers of int8."""
-store_bytes = _made(
+store_bytes = intrinsic_of(
     (types.int64, whole_vector), types.void, lambda b, args: write(b, b.trunc(args[1], _BYTES), args[0])
 )
 """Whole numbers as int8, which has room for them."""
 
-load_f32 = _made((types.int64,), types.float32, lambda b, args: read(b, F32, args[0]))
-store_f32 = _made((types.int64, types.float32), types.void, lambda b, args: write(b, args[1], args[0]))
-load_i8 = _made((types.int64,), types.int8, lambda b, args: read(b, I8, args[0]))
-load_i32 = _made((types.int64,), types.int32, lambda b, args: read(b, I32, args[0]))
-store_i32 = _made((types.int64, types.int32), types.void, lambda b, args: write(b, args[1], args[0]))
-load_i64 = _made((types.int64,), types.int64, lambda b, args: read(b, I64, args[0]))
-load_f64 = _made((types.int64,), types.float64, lambda b, args: read(b, F64, args[0]))
+load_f32 = intrinsic_of((types.int64,), types.float32, lambda b, args: read(b, F32, args[0]))
+store_f32 = intrinsic_of((types.int64, types.float32), types.void, lambda b, args: write(b, args[1], args[0]))
+load_i8 = intrinsic_of((types.int64,), types.int8, lambda b, args: read(b, I8, args[0]))
+load_i32 = intrinsic_of((types.int64,), types.int32, lambda b, args: read(b, I32, args[0]))
+store_i32 = intrinsic_of((types.int64, types.int32), types.void, lambda b, args: write(b, args[1], args[0]))
+load_i64 = intrinsic_of((types.int64,), types.int64, lambda b, args: read(b, I64, args[0]))
+load_f64 = intrinsic_of((types.int64,), types.float64, lambda b, args: read(b, F64, args[0]))
 
 
 def stack(size: int) -> Any:

@@ -7,7 +7,7 @@ from numba import types
 from numba.core.datamodel import models
 from numba.extending import register_model
 
-from hasten.ops.native.code.simd import F32, F64, I32, I64, Builder, Values, _made, called, read, write
+from hasten.ops.native.code.simd import F32, F64, I32, I64, Builder, Values, called, intrinsic_of, read, write
 
 LANES = 8
 BYTES = 8 * LANES
@@ -113,28 +113,30 @@ def _total(b: Builder, args: Values) -> Any:
 
 
 _two = (wide, wide)
-load = _made((types.int64,), wide, lambda b, args: read(b, _VECTOR, args[0]))
-store = _made((types.int64, wide), types.void, lambda b, args: write(b, args[1], args[0]))
-widened = _made((types.int64,), wide, lambda b, args: b.fpext(read(b, ir.VectorType(F32, LANES), args[0]), _VECTOR))
+load = intrinsic_of((types.int64,), wide, lambda b, args: read(b, _VECTOR, args[0]))
+store = intrinsic_of((types.int64, wide), types.void, lambda b, args: write(b, args[1], args[0]))
+widened = intrinsic_of(
+    (types.int64,), wide, lambda b, args: b.fpext(read(b, ir.VectorType(F32, LANES), args[0]), _VECTOR)
+)
 """Eight fp32 numbers in memory, in fp64."""
-splat = _made((types.float64,), wide, _spread)
-add = _made(_two, wide, lambda b, args: b.fadd(*args))
-sub = _made(_two, wide, lambda b, args: b.fsub(*args))
-div = _made(_two, wide, lambda b, args: b.fdiv(*args))
-larger = _made(_two, wide, _larger)
-exp = _made((wide,), wide, _exp)
-kept = _made(_two, wide, _kept)
+splat = intrinsic_of((types.float64,), wide, _spread)
+add = intrinsic_of(_two, wide, lambda b, args: b.fadd(*args))
+sub = intrinsic_of(_two, wide, lambda b, args: b.fsub(*args))
+div = intrinsic_of(_two, wide, lambda b, args: b.fdiv(*args))
+larger = intrinsic_of(_two, wide, _larger)
+exp = intrinsic_of((wide,), wide, _exp)
+kept = intrinsic_of(_two, wide, _kept)
 """The numbers that are at least as great as the others; 0 for those that are not."""
-where = _made(_two, types.int64, _where)
+where = intrinsic_of(_two, types.int64, _where)
 """A bit for each number that is at least as great as the other, the first lane's the lowest."""
-kept_or = _made((*_two, types.float64), wide, _kept_or)
+kept_or = intrinsic_of((*_two, types.float64), wide, _kept_or)
 """The numbers that are at least as great as the others; a third in place of those that are not."""
-counted = _made(_two, wide, _counted)
+counted = intrinsic_of(_two, wide, _counted)
 """1 for numbers that are at least as great as the others; 0 for those that are not."""
-smaller = _made(_two, wide, _smaller)
-least = _made((wide,), types.float64, lambda b, args: called(b, "llvm.vector.reduce.fmin.v8f64", F64, [args[0]]))
-most = _made((wide,), types.float64, lambda b, args: called(b, "llvm.vector.reduce.fmax.v8f64", F64, [args[0]]))
-bits = _made((types.float64,), types.int64, lambda b, args: b.bitcast(args[0], I64))
-from_bits = _made((types.int64,), types.float64, lambda b, args: b.bitcast(args[0], F64))
-total = _made((wide,), types.float64, _total)
-store_f64 = _made((types.int64, types.float64), types.void, lambda b, args: write(b, args[1], args[0]))
+smaller = intrinsic_of(_two, wide, _smaller)
+least = intrinsic_of((wide,), types.float64, lambda b, args: called(b, "llvm.vector.reduce.fmin.v8f64", F64, [args[0]]))
+most = intrinsic_of((wide,), types.float64, lambda b, args: called(b, "llvm.vector.reduce.fmax.v8f64", F64, [args[0]]))
+bits = intrinsic_of((types.float64,), types.int64, lambda b, args: b.bitcast(args[0], I64))
+from_bits = intrinsic_of((types.int64,), types.float64, lambda b, args: b.bitcast(args[0], F64))
+total = intrinsic_of((wide,), types.float64, _total)
+store_f64 = intrinsic_of((types.int64, types.float64), types.void, lambda b, args: write(b, args[1], args[0]))
