@@ -7,7 +7,7 @@ so in memory of its own, which the others look at when they have waited for long
 order of ranks, so all hold the same bits. Where a row's bits may not depend on other rows either, all numbers of rows
 take this way: NCCL adds in another order, and the plain norm adds up a row in another one.
 
-Shapes: t tokens, h hidden; the program of a row keeps even and odd elements apart, as the words pair them.
+Shapes: t tokens, h hidden.
 """
 
 import triton
@@ -22,6 +22,8 @@ from hasten.ops.peers import Peers
 
 POLLS_PER_ABORT_CHECK = tl.constexpr(4096)
 """Polls of the mailbox, some milliseconds, between two reads of the host's abort flag."""
+_MOST_WARPS, _WIDE = 16, 8192
+"""Of a row; twice as many where it is wider than that, so that each thread's values fit into its registers."""
 
 
 @triton.jit
@@ -33,21 +35,29 @@ def _pair(low, high):
 
 
 @triton.jit
+def _added_up(total_h, parts, part_stride, at_h, valid_h, PARTS: tl.constexpr):
+    """`total_h` and the parts of a row, in their order."""
+    for part in tl.static_range(PARTS):
+        total_h += tl.load(parts + part * part_stride + at_h, valid_h, 0.0).to(tl.float32)
+    return total_h
+
+
+@triton.jit
 def _exchange_row(
     row,
     slot,
     number,
     parts,
     part_stride,
-    bias,
+    bias_h,
     added,
     added_stride,
-    added_bias,
+    added_bias_h,
     residual,
     residual_rows,
     total_out,
-    weight,
-    norm_bias,
+    gain_h,
+    shift_h,
     out,
     addresses,
     mailbox,
@@ -60,29 +70,25 @@ def _exchange_row(
     PAIRS: tl.constexpr,
     PARTS: tl.constexpr,
     ADDED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_ADDED_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_ROWS: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
     RMS: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
     """One row, by the words of a slot of the mailbox in the exchange of a number."""
+    h = tl.arange(0, 2 * PAIRS)
     pair = tl.arange(0, PAIRS)
+    valid_h = h < H
     valid = pair < H // 2
-    even = pair * 2
-    odd = even + 1
+    at_h = row * H + h
     dtype: tl.constexpr = out.dtype.element_ty
-    low = tl.zeros([PAIRS], tl.float32)
-    high = tl.zeros([PAIRS], tl.float32)
-    for part in tl.static_range(PARTS):
-        low += tl.load(parts + part * part_stride + row * H + even, valid, 0.0).to(tl.float32)
-        high += tl.load(parts + part * part_stride + row * H + odd, valid, 0.0).to(tl.float32)
-    for part in tl.static_range(ADDED):
-        low += tl.load(added + part * added_stride + row * H + even, valid, 0.0).to(tl.float32)
-        high += tl.load(added + part * added_stride + row * H + odd, valid, 0.0).to(tl.float32)
-    mine = _pair(low.to(dtype), high.to(dtype)) | (number.to(tl.int64) << 32)
+    # what is added behind the other ranks' words is fetched before they are waited for
+    from_row = tl.load(residual_rows + row).to(tl.int64) if HAS_ROWS else row
+    residual_h = tl.load(residual + from_row * H + h, valid_h, 0.0) if HAS_RESIDUAL else None
+    own_h = _added_up(tl.zeros([2 * PAIRS], tl.float32), parts, part_stride, at_h, valid_h, PARTS)
+    own_h = _added_up(own_h, added, added_stride, at_h, valid_h, ADDED).to(dtype)
+    low, high = tl.split(own_h.reshape([PAIRS, 2]))
+    mine = _pair(low, high) | (number.to(tl.int64) << 32)
     place = (((number & 1).to(tl.int64) * MAX_ROWS + slot) * RANKS) * (H // 2) + pair
     for other in tl.static_range(RANKS):
         if other != RANK:
@@ -103,40 +109,26 @@ def _exchange_row(
                     over = tl.load(abort_flag, volatile=True)
         low += (word & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
         high += ((word >> 16) & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-    if HAS_BIAS:
-        low += tl.load(bias + even, valid, 0.0).to(tl.float32)
-        high += tl.load(bias + odd, valid, 0.0).to(tl.float32)
-    if HAS_ADDED_BIAS:
-        low += tl.load(added_bias + even, valid, 0.0).to(tl.float32)
-        high += tl.load(added_bias + odd, valid, 0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        from_row = tl.load(residual_rows + row) if HAS_ROWS else row
-        low += tl.load(residual + from_row * H + even, valid, 0.0).to(tl.float32)
-        high += tl.load(residual + from_row * H + odd, valid, 0.0).to(tl.float32)
-    low = low.to(dtype)
-    high = high.to(dtype)
-    tl.store(total_out + row * H + even, low, valid)
-    tl.store(total_out + row * H + odd, high, valid)
-    low = low.to(tl.float32)
-    high = high.to(tl.float32)
-    if RMS:
-        low = tl.where(valid, low, 0.0)
-        high = tl.where(valid, high, 0.0)
-    else:
-        mean = tl.sum(tl.where(valid, low + high, 0.0), 0) / H
-        low = tl.where(valid, low - mean, 0.0)
-        high = tl.where(valid, high - mean, 0.0)
-    scale = tl.rsqrt(tl.sum(low * low + high * high, 0) / H + eps)
-    for half in tl.static_range(2):
-        at = even if half == 0 else odd
-        centred = low if half == 0 else high
-        gain = tl.load(weight + at, valid, 0.0).to(tl.float32)
-        if OFFSET:
-            gain += 1.0
-        shift = 0.0
-        if HAS_SHIFT:
-            shift = tl.load(norm_bias + at, valid, 0.0).to(tl.float32)
-        tl.store(out + row * H + at, (centred * scale * gain + shift).to(dtype), valid)
+    total_h = tl.join(low, high).reshape([2 * PAIRS])
+    if bias_h is not None:
+        total_h += bias_h.to(tl.float32)
+    if added_bias_h is not None:
+        total_h += added_bias_h.to(tl.float32)
+    if residual_h is not None:
+        total_h += residual_h.to(tl.float32)
+    rounded_h = total_h.to(dtype)
+    tl.store(total_out + at_h, rounded_h, valid_h)
+    centred_h = rounded_h.to(tl.float32)
+    if not RMS:
+        centred_h = tl.where(valid_h, centred_h - tl.sum(centred_h, 0) / H, 0.0)
+    scale = tl.rsqrt(tl.sum(centred_h * centred_h, 0) / H + eps)
+    gain_h = gain_h.to(tl.float32)
+    if OFFSET:
+        gain_h += 1.0
+    normed_h = centred_h * scale * gain_h
+    if shift_h is not None:
+        normed_h += shift_h.to(tl.float32)
+    tl.store(out + at_h, normed_h.to(dtype), valid_h)
 
 
 @triton.jit(do_not_specialize=["rows", "part_stride", "added_stride"])
@@ -182,6 +174,14 @@ def _exchange_norm(
     """
     start_next(PDL)
     slot = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, 2 * PAIRS)
+    gain_h = tl.load(weight + h, h < H, 0.0)
+    shift_h = tl.load(norm_bias + h, h < H, 0.0) if HAS_SHIFT else None
+    bias_h = tl.load(bias + h, h < H, 0.0) if HAS_BIAS else None
+    added_bias_h = tl.load(added_bias + h, h < H, 0.0) if HAS_ADDED_BIAS else None
+    # rows lie one behind another: what that says of the stride lets several values be fetched at once
+    part_stride = part_stride // H * H
+    added_stride = added_stride // H * H
     wait_for_inputs(PDL)
     number = tl.load(exchanges + slot)
     if ANY_ROWS:
@@ -189,20 +189,24 @@ def _exchange_norm(
         while row < rows:
             number += 1
             _exchange_row(
-                row, slot, number, parts, part_stride, bias, added, added_stride, added_bias, residual,
-                residual_rows, total_out, weight, norm_bias, out, addresses, mailbox, abort_flag, eps, RANK, RANKS,
-                MAX_ROWS, H, PAIRS, PARTS, ADDED, HAS_BIAS, HAS_ADDED_BIAS, HAS_RESIDUAL, HAS_ROWS, HAS_SHIFT, RMS,
-                OFFSET,
+                row, slot, number, parts, part_stride, bias_h, added, added_stride, added_bias_h, residual,
+                residual_rows, total_out, gain_h, shift_h, out, addresses, mailbox, abort_flag, eps, RANK, RANKS,
+                MAX_ROWS, H, PAIRS, PARTS, ADDED, HAS_RESIDUAL, HAS_ROWS, RMS, OFFSET,
             )  # fmt: skip
             row += MAX_ROWS
     else:
         number += 1
         _exchange_row(
-            slot, slot, number, parts, part_stride, bias, added, added_stride, added_bias, residual,
-            residual_rows, total_out, weight, norm_bias, out, addresses, mailbox, abort_flag, eps, RANK, RANKS,
-            MAX_ROWS, H, PAIRS, PARTS, ADDED, HAS_BIAS, HAS_ADDED_BIAS, HAS_RESIDUAL, HAS_ROWS, HAS_SHIFT, RMS, OFFSET,
+            slot, slot, number, parts, part_stride, bias_h, added, added_stride, added_bias_h, residual,
+            residual_rows, total_out, gain_h, shift_h, out, addresses, mailbox, abort_flag, eps, RANK, RANKS,
+            MAX_ROWS, H, PAIRS, PARTS, ADDED, HAS_RESIDUAL, HAS_ROWS, RMS, OFFSET,
         )  # fmt: skip
     tl.store(exchanges + slot, number)  # last: every warp of this program has read it by then
+
+
+def _warps(width: int) -> int:
+    most = _MOST_WARPS if width <= _WIDE else 2 * _MOST_WARPS
+    return max(1, min(most, triton.next_power_of_2(width) // 256))
 
 
 def exchange_norm(
@@ -243,7 +247,7 @@ def exchange_norm(
         HAS_SHIFT=bias_h is not None,
         RMS=rms,
         OFFSET=unit_offset,
-        num_warps=max(1, min(16, triton.next_power_of_2(width) // 256)),
+        num_warps=_warps(width),
         **overlapped(weight_h),
     )
     return out_th, total_th
