@@ -14,8 +14,8 @@ import msgspec
 from hasten.core.config import EngineConfig
 from hasten.core.errors import InvalidRequestError
 from hasten.core.types import FinishReason, PoolingParams, SamplingParams
-from hasten.engine.pooling_info import PoolingInfo
 from hasten.engine.block_watch import BlockTimes
+from hasten.engine.pooling_info import PoolingInfo
 from hasten.engine.stats import EngineStats
 
 
