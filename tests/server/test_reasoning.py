@@ -23,7 +23,9 @@ from hasten.core.errors import ConfigError
 from hasten.engine.grammar_text import Vocabulary
 from hasten.engine.text import Tokenizer
 from hasten.server.engine.client import EngineClient
+from hasten.server.openai.reading import TokenSpans
 from hasten.server.tools.constraint import after_reasoning
+from hasten.server.tools.harmony import HarmonyReader
 from hasten.server.tools.reader import ReasoningPiece, TextPiece, TextReader
 from hasten.server.tools.reasoning import HARMONY, ReasoningReader, Stage, joined_text, reasoning_form
 
@@ -79,6 +81,54 @@ def test_any_reasoning_is_read_alike_whole_and_in_pieces(parts: list[str], lengt
     assert read(stage, text, length) == read(stage, text, 10_000)
 
 
+@pytest.fixture(scope="module", params=["marks are tokens", "marks are text"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    """The demo model's, with or without marks among its tokens."""
+    fast = FastTokenizer.from_file(str(DEMO / "tokenizer.json"))
+    if request.param == "marks are tokens":
+        fast.add_tokens([AddedToken(mark) for mark in (*THINK, *CHANNELS)])
+    return Tokenizer(fast)
+
+
+@given(data=st.data())
+def test_tokens_of_reasoning_are_those_whose_text_it_has(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    assert QWEN is not None
+    parts = st.lists(
+        st.sampled_from(["<think>", "</think>", "</", "think", ">", " ", "Hm so", "…", "é\n"]), max_size=12
+    )
+    ids = [token for part in data.draw(parts) for token in tokenizer.encode(part, add_special_tokens=False)]
+    stage = data.draw(st.sampled_from(Stage))
+    texts = [tokenizer.decode(ids[:count]) for count in range(len(ids) + 1)]
+    begins = stage is Stage.INSIDE or texts[-1].lstrip().startswith("<think>")
+    ended = next((count for count, text in enumerate(texts) if "</think>" in text), len(ids))
+    right = ended if begins else 0
+    reader, spans = ReasoningReader(QWEN, stage, TextReader()), TokenSpans(tokenizer, skip_special_tokens=True)
+    length = data.draw(st.integers(1, 5))
+    stream = tokenizer.stream(continues=True)
+    for at in range(0, len(ids), length):
+        reader.feed("".join(stream.add(token) for token in ids[at : at + length]))
+        spans.add(ids[at : at + length])
+    reader.feed(stream.flush())
+    reader.end()
+    assert spans.count(reader.reasoned) == right
+
+
+@pytest.mark.parametrize("length", [1, 3, 1000])
+def test_tokens_of_hidden_channels_count_with_their_headers(tokenizer: Tokenizer, length: int) -> None:
+    hidden = ["<|channel|>analysis<|message|>Hm.<|end|>", "<|start|>assistant<|channel|>analysis<|message|>So.<|end|>"]
+    final = "<|start|>assistant<|channel|>final<|message|>Yes."
+    for parts in ([], hidden[:1], hidden):
+        whole = [tokenizer.encode(part, add_special_tokens=False) for part in [*parts, final]]
+        ids = [token for part in whole for token in part]
+        reader, spans = HarmonyReader(with_calls=False), TokenSpans(tokenizer, skip_special_tokens=False)
+        stream = tokenizer.stream(skip_special_tokens=False, continues=True)
+        for at in range(0, len(ids), length):
+            reader.feed("".join(stream.add(token) for token in ids[at : at + length]))
+            spans.add(ids[at : at + length])
+        reader.end()
+        assert spans.count(reader.reasoned) == sum(map(len, whole[:-1]))
+
+
 def test_the_template_shows_the_form_and_the_prompt_how_far_it_is() -> None:
     assert QWEN is not None
     assert R1 is not None
@@ -95,13 +145,9 @@ def test_the_template_shows_the_form_and_the_prompt_how_far_it_is() -> None:
     assert QWEN.stage("assistant\nYes", "Yes") is None
 
 
-@pytest.fixture(scope="module", params=["marks are tokens", "marks are text"])
-def takes(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture(scope="module")
+def takes(tokenizer: Tokenizer) -> Any:
     """Whether the grammar of a constraint behind reasoning takes an answer."""
-    fast = FastTokenizer.from_file(str(DEMO / "tokenizer.json"))
-    if request.param == "marks are tokens":
-        fast.add_tokens([AddedToken(mark) for mark in (*THINK, *CHANNELS)])
-    tokenizer = Tokenizer(fast)
     vocabulary = Vocabulary(tokenizer.to_json(), tokenizer.vocab_size, (2,)).load()
 
     def takes(form: Any, stage: Stage, constraint: dict[str, Any], text: str) -> bool:
@@ -179,6 +225,38 @@ def test_a_chat_has_its_reasoning_beside_its_content(client: openai.OpenAI) -> N
     hidden = chat(client, response_format=SUN, extra_body={"include_reasoning": False}).choices[0]
     assert hidden.message.content == message.content
     assert not hasattr(hidden.message, "reasoning")
+
+
+def reasoned(choice: Any) -> int:
+    """Tokens of an answer up to the mark that ends its reasoning, by its log-probabilities."""
+    tokens = [entry.token for entry in choice.logprobs.content]
+    return tokens.index("</think>") + 1 if "</think>" in tokens else len(tokens)
+
+
+@pytest.mark.parametrize("fields", [{}, {"n": 3}, {"max_tokens": 3}, {"stop": ["\n", "."]}], ids=str)
+def test_usage_has_the_tokens_of_the_reasoning(client: openai.OpenAI, fields: dict[str, Any]) -> None:
+    whole = chat(client, logprobs=True, **fields)
+    counted = whole.usage.completion_tokens_details.reasoning_tokens
+    assert 0 < counted == sum(map(reasoned, whole.choices)) <= whole.usage.completion_tokens
+    hidden = chat(client, extra_body={"include_reasoning": False}, **fields).usage
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = list(chat(client, stream=True, stream_options=options, **fields))
+    assert events[-1].usage == hidden == whole.usage
+    shown = [event.usage.completion_tokens_details.reasoning_tokens for event in events]
+    assert shown == sorted(shown)
+
+
+def test_usage_of_an_answer_without_reasoning_has_no_tokens_of_it(client: openai.OpenAI) -> None:
+    plain = {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
+    assert chat(client, max_tokens=4, **plain).usage.completion_tokens_details is None
+
+
+def test_a_response_counts_the_tokens_of_its_reasoning(client: openai.OpenAI) -> None:
+    common: dict[str, Any] = {"model": "story", "input": CHAT[0]["content"], "max_output_tokens": 40}
+    made: Any = client.responses.create(**common, extra_body={"seed": 3, "stop": ["</think>"]})
+    assert made.usage.output_tokens_details.reasoning_tokens == made.usage.output_tokens > 0
+    *_, last = client.responses.create(**common, extra_body={"seed": 3, "stop": ["</think>"]}, stream=True)
+    assert last.response.usage == made.usage
 
 
 def test_an_answer_that_was_cut_while_it_reasons_has_no_content(client: openai.OpenAI) -> None:
@@ -276,7 +354,11 @@ def test_channels_are_reasoning_calls_and_content(tmp_path: Any) -> None:
         with openai.OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0) as client:
             bias = {str(CHANNELS["<|end|>"]): 13.0}
             common: Any = {"logit_bias": bias, "reasoning_effort": "low"}
-            made = chat(client, **common, response_format=SUN).choices[0]
+            whole = chat(client, **common, response_format=SUN, logprobs=True)
+            made = whole.choices[0]
+            tokens = [entry.token for entry in made.logprobs.content]
+            hidden = max(at for at, token in enumerate(tokens) if token == "<|start|>")
+            assert whole.usage.completion_tokens_details.reasoning_tokens == hidden > 0
             assert json.loads(made.message.content)["sun"] in (True, False)
             assert made.finish_reason == "stop"
             called = chat(client, **common, tools=TOOLS, tool_choice="required").choices[0]

@@ -36,6 +36,7 @@ class Answer:
         check_completions(progress, self.request.params[index])
         self.usage.count(progress)
         self._choices += self.request.choices.take(index, progress)
+        self.usage.reasoning_tokens = self.request.choices.reasoning_tokens
         self._left -= 1
         if self._left:
             return None

@@ -4,7 +4,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -26,6 +26,8 @@ class Usage:
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int | None = None
+    """Those of completions that models wrote for themselves; None of answers without reasoning."""
     prompts_only: bool = False
     """Whether no completion is shown, and so none counts."""
     _times: list[dict[str, float | None]] = field(default_factory=list)
@@ -46,14 +48,16 @@ class Usage:
         alone = max(params.n, params.beam_width) == 1 and len(self._times) == 1
         return self._times[0] if alone else None
 
-    def as_json(self) -> dict[str, int]:
+    def as_json(self) -> dict[str, Any]:
         """The object `usage`."""
-        total = self.prompt_tokens + self.completion_tokens
-        return {
+        counts: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
         }
+        if self.reasoning_tokens is not None:
+            counts["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
+        return counts
 
 
 def _times(ticket: Ticket, now: float) -> dict[str, float | None]:

@@ -49,15 +49,15 @@ class Call:
                 with self.naming_errors():
                     number, progress = await requests.read()
                 size += progress.size
-                found += await by_size(progress.size, self._used_up, number, progress)
+                found += await by_size(progress.size, self._used_up, number, progress, usage)
                 await asyncio.sleep(0)  # all that have ended would be looked at in one turn of the event loop
         finally:
             requests.close()
         return await by_size(size, self.form.whole, found, usage)
 
-    def _used_up(self, number: int, progress: Progress) -> Sequence[Choice]:
+    def _used_up(self, number: int, progress: Progress, usage: Usage) -> Sequence[Choice]:
         """The choices of a progress, whose log-probabilities are freed one completion after the other."""
-        choices = self.taken(number, progress)
+        choices = self.taken(number, progress, usage)
         for delta in progress.completions:
             delta.logprobs = None
         return choices
@@ -66,10 +66,12 @@ class Call:
         """The answer as events. What is wrong with the request shows before the first of them."""
         return CallEvents(self)
 
-    def taken(self, number: int, progress: Progress) -> Sequence[Choice]:
+    def taken(self, number: int, progress: Progress, usage: Usage) -> Sequence[Choice]:
         """The choices, or pieces of choices, in a progress; HastenError where a completion ended with one."""
         check_completions(progress, self.params)
-        return self.choices.take(number, progress)
+        choices = self.choices.take(number, progress)
+        usage.reasoning_tokens = self.choices.reasoning_tokens
+        return choices
 
     def requests(self, usage: Usage, *, stream: bool) -> PromptRequests:
         """Its requests of the engine, whose tokens are added to `usage`; `submit` queues them."""

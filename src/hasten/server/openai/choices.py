@@ -11,7 +11,7 @@ from hasten.engine.text import Tokenizer
 from hasten.server.engine.ticket import Progress
 from hasten.server.engine.wire import CompletionDelta, Logprob
 from hasten.server.openai.params import OpenAIError
-from hasten.server.openai.reading import AnswerReading
+from hasten.server.openai.reading import AnswerReading, TokenSpans
 from hasten.server.openai.types import CompletionRequest
 from hasten.server.tools.reader import AnswerReader, CallPiece, Piece, ReasoningPiece, TextPiece
 from hasten.server.tools.reasoning import joined_text
@@ -120,8 +120,17 @@ Choice = CompletionChoice | ChatChoice | ChatPiece
 class Choices(Protocol):
     """Makes choices of what the engine says. `number` counts the request's prompts, `progress` is about one of them."""
 
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """Tokens so far that models wrote for themselves; None of answers without reasoning."""
+
     def take(self, number: int, progress: Progress) -> Sequence[Choice]:
         """The choices, or pieces of choices, in one progress."""
+
+
+def _shows(delta: CompletionDelta) -> bool:
+    """Whether there is anything to see: a token may be the beginning of a character, or of a stop string."""
+    return bool(delta.text or delta.logprobs) or delta.finish_reason is not None
 
 
 def _reason(delta: CompletionDelta) -> str | None:
@@ -153,11 +162,15 @@ class CompletionChoices:
     _first: dict[int, Progress] = field(default_factory=dict)
     """Prompt -> its first progress, which has the prompt's log-probabilities."""
 
+    @property
+    def reasoning_tokens(self) -> None:
+        """See Choices."""
+
     def take(self, number: int, progress: Progress) -> list[CompletionChoice]:
         """See Choices."""
         if self.echo:
             self._first.setdefault(number, progress)
-        return [self._choice(number, delta) for delta in progress.completions]
+        return [self._choice(number, delta) for delta in progress.completions if _shows(delta)]
 
     def _choice(self, number: int, delta: CompletionDelta) -> CompletionChoice:
         index = number * self.n + delta.index
@@ -217,6 +230,10 @@ class BestChoices:
     choices: CompletionChoices
     with_logprobs: bool
 
+    @property
+    def reasoning_tokens(self) -> None:
+        """See Choices."""
+
     def take(self, number: int, progress: Progress) -> list[CompletionChoice]:
         """See Choices; all completions of a prompt come in one progress."""
         progress.completions = sorted(progress.completions, key=_mean_logprob, reverse=True)[: self.choices.n]
@@ -262,8 +279,19 @@ class ChatChoices:
     stream: bool
     top_logprobs: int = 0
     reading: AnswerReading | None = None
+    skip_special_tokens: bool = True
+    """Whether the text is without them."""
     _begun: set[int] = field(default_factory=set)
     _readers: dict[int, AnswerReader] = field(default_factory=dict)
+    _spans: dict[int, TokenSpans] = field(default_factory=dict)
+    """Where the tokens of answers with reasoning stand in their texts."""
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """See Choices."""
+        if self.reading is None or not self.reading.may_reason:
+            return None
+        return sum(spans.count(self._readers[index].reasoned) for index, spans in self._spans.items())
 
     def take(self, number: int, progress: Progress) -> list[ChatChoice | ChatPiece]:
         """See Choices; a chat has one prompt."""
@@ -287,7 +315,8 @@ class ChatChoices:
         """What is new of an answer: one piece, or one for each part of it that is text, reasoning or a call."""
         logprobs = None if delta.logprobs is None else self._logprobs(delta)
         if self.reading is None:
-            yield self._piece(delta, ChatMessageOut(content=delta.text), logprobs, _reason(delta))
+            if _shows(delta):
+                yield self._piece(delta, ChatMessageOut(content=delta.text), logprobs, _reason(delta))
             return
         shown = [_message(self.reading, piece) for piece in self._read(self.reading, delta)]
         if not shown and (logprobs is not None or delta.finish_reason is not None):
@@ -309,6 +338,11 @@ class ChatChoices:
         reader = self._readers.get(delta.index)
         if reader is None:
             reader = self._readers[delta.index] = reading.reader()
+            if reading.may_reason:
+                skips = self.skip_special_tokens
+                self._spans[delta.index] = TokenSpans(reading.tokenizer, skip_special_tokens=skips)
+        if (spans := self._spans.get(delta.index)) is not None:
+            spans.add(delta.token_ids)
         pieces = reader.feed(delta.text)
         pieces = pieces if delta.finish_reason is None else pieces + reader.end()
         if reading.shows_reasoning:

@@ -10,16 +10,11 @@ from typing import TYPE_CHECKING
 from hasten.core.errors import HastenError
 from hasten.server.body_writer import BodyWriter
 from hasten.server.by_size import SMALL, by_size
-from hasten.server.engine.client import CompletionDelta, Progress
+from hasten.server.engine.client import Progress
 from hasten.server.openai.answer import Usage
 
 if TYPE_CHECKING:
     from hasten.server.openai.call import Call
-
-
-def _shows(delta: CompletionDelta) -> bool:
-    """Whether there is anything to see: a token may be the beginning of a character, or of a stop string."""
-    return bool(delta.text or delta.logprobs) or delta.finish_reason is not None
 
 
 class CallEvents:
@@ -49,8 +44,7 @@ class CallEvents:
 
     def _events(self, number: int, progress: Progress) -> bytes:
         """What is new of a prompt; the last ones go with the end of the answer."""
-        progress.completions = list(filter(_shows, progress.completions))
-        events = self._call.form.events(self._call.taken(number, progress), self._usage)
+        events = self._call.form.events(self._call.taken(number, progress, self._usage), self._usage)
         return events if self._requests.unfinished else events + self._call.form.end(self._usage)
 
     async def write(self, body: BodyWriter) -> None:

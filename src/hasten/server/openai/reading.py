@@ -1,5 +1,6 @@
 """How the answer to a chat is constrained and read: its reasoning, its calls of tools, and its text."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +12,32 @@ from hasten.server.openai.tools import ToolUse
 from hasten.server.tools.constraint import after_reasoning
 from hasten.server.tools.forms import HARMONY_CALLS
 from hasten.server.tools.harmony import CHANNEL, HarmonyReader
-from hasten.server.tools.reader import AnswerReader, TextReader
+from hasten.server.tools.reader import AnswerReader, Span, TextReader
 from hasten.server.tools.reasoning import HARMONY, ReasoningForm, ReasoningReader, Stage
+
+
+class TokenSpans:
+    """Which tokens of one answer stand where in its text."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+        self._stream = tokenizer.stream(skip_special_tokens=skip_special_tokens, continues=True)
+        self._ends = [0]
+        """Characters up to the end of each token, behind those before the first."""
+
+    def add(self, token_ids: Sequence[int]) -> None:
+        """Take more tokens of the answer."""
+        for token in token_ids:
+            self._ends.append(self._ends[-1] + len(self._stream.add(token)))
+
+    def count(self, spans: Sequence[Span]) -> int:
+        """Tokens in spans of the text; one that a span ends in belongs to it."""
+        return sum(self._count(begin, end) for begin, end in spans)
+
+    def _count(self, begin: int, end: int | None) -> int:
+        first = bisect_right(self._ends, begin) if begin else 1  # the first tokens may have no text
+        most = len(self._ends) - 1
+        last = most if end is None else min(most, bisect_left(self._ends, end))
+        return last - first + 1
 
 
 @dataclass(frozen=True)
@@ -39,6 +64,11 @@ class AnswerReading:
     def shows_reasoning(self) -> bool:
         """Whether answers have what the model wrote for itself."""
         return self.reasoning is None or self.reasoning.is_shown
+
+    @property
+    def may_reason(self) -> bool:
+        """Whether answers may have it, shown or not."""
+        return self.reasoning is not None or self._in_channels
 
     def sampling(self, constraint: Mapping[str, Any]) -> dict[str, Any]:
         """Sampling parameters, in place of what else constrains the answer."""

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from hasten.engine.text import AddedToken
-from hasten.server.tools.reader import MAX_SPACE, ReasoningPiece, StepReader, TextPiece, begun_mark
+from hasten.server.tools.reader import MAX_SPACE, ReasoningPiece, Span, StepReader, TextPiece, begun_mark
 from hasten.server.tools.rules import mark_rule
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
@@ -36,6 +36,14 @@ class HarmonyReader(StepReader):
         self._said = False
         """The same of text."""
         self._separator = ""
+        self._begin = 0
+        """Where the message stands in the text, with its header."""
+        self._spans: list[Span] = []
+
+    @property
+    def reasoned(self) -> Sequence[Span]:
+        """See AnswerReader."""
+        return [*self._spans, (self._begin, None)] if self._is_reasoning else self._spans
 
     def _header(self, text: str, at: int, last: bool) -> int:
         """What stands before a message: its role, channel and recipient."""
@@ -43,6 +51,7 @@ class HarmonyReader(StepReader):
         is_header = any(rest.startswith(begin) or begin.startswith(rest) for begin in _HEADERS)
         found = text.find(MESSAGE, at, at + MAX_SPACE + len(MESSAGE))
         if is_header and found >= 0:
+            self._begin = self._fed - len(text) + at
             self._begin_body(text[at:found])
             return found + len(MESSAGE)
         if is_header and not last and len(text) - at <= MAX_SPACE:
@@ -73,6 +82,10 @@ class HarmonyReader(StepReader):
                 if not self._has_arguments:
                     self._put_arguments("{}")
                 self._is_call, self._after_call = False, True
+            if self._is_reasoning:
+                end = found.start() if found[0] in (START, CHANNEL) else found.end()
+                self._spans.append((self._begin, self._fed - len(text) + end))
+                self._is_reasoning = False
             self._step = self._header
             return found.start() if found[0] == CHANNEL else found.end()
         end = len(text) if last else len(text) - max(begun_mark(text, at, mark) for mark in _ENDS)

@@ -5,7 +5,7 @@ what stands before a function's name.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 MAX_SPACE = 1024
@@ -35,6 +35,8 @@ class CallPiece(NamedTuple):
 
 
 Piece = TextPiece | ReasoningPiece | CallPiece
+Span = tuple[int, int | None]
+"""Characters of a text: from the first, and up to the second; None: it has not ended."""
 Step = Callable[[str, int, bool], int]
 
 
@@ -44,6 +46,11 @@ class AnswerReader(Protocol):
     @property
     def calls(self) -> int:
         """Calls that have begun."""
+        ...
+
+    @property
+    def reasoned(self) -> Sequence[Span]:
+        """Where reasoning stands in the text so far, with its marks."""
         ...
 
     def feed(self, text: str) -> list[Piece]:
@@ -59,6 +66,7 @@ class TextReader:
     """Reads an answer that is text and nothing else."""
 
     calls = 0
+    reasoned: Sequence[Span] = ()
 
     def feed(self, text: str) -> list[Piece]:
         """See AnswerReader."""
@@ -79,6 +87,8 @@ class StepReader:
     def __init__(self, begin: Step, max_calls: int | None = None) -> None:
         self.calls = 0
         """Calls that have begun."""
+        self._fed = 0
+        """Characters so far."""
         self._step = begin
         self._max_calls = max_calls
         self._pending = ""
@@ -88,6 +98,11 @@ class StepReader:
         self._after_call = True
         self._has_arguments = False
         self._pieces: list[Piece] = []
+
+    @property
+    def reasoned(self) -> Sequence[Span]:
+        """See AnswerReader."""
+        return ()
 
     def feed(self, text: str) -> list[Piece]:
         """See AnswerReader."""
@@ -105,6 +120,7 @@ class StepReader:
         """Give what is still held when the answer ends."""
 
     def _run(self, text: str, *, last: bool) -> list[Piece]:
+        self._fed += len(text)
         text, self._pending = self._pending + text, ""
         at = 0
         while at < len(text):

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from enum import Enum
 
 from hasten.core.config import REASONING_PARSERS
-from hasten.server.tools.reader import MAX_SPACE, AnswerReader, Piece, ReasoningPiece, TextPiece, begun_mark, space_end
+from hasten.server.tools.reader import (
+    MAX_SPACE,
+    AnswerReader,
+    Piece,
+    ReasoningPiece,
+    Span,
+    TextPiece,
+    begun_mark,
+    space_end,
+)
 
 
 class Stage(Enum):
@@ -85,6 +94,8 @@ class ReasoningReader:
         """What may be the beginning of a mark, and spaces."""
         self._begun = False
         """Whether reasoning was given."""
+        self._fed = self._end = 0
+        """Characters so far, and those up to the end of the reasoning."""
         self._skips = False
         """Whether spaces stand between the reasoning and the answer."""
 
@@ -93,16 +104,25 @@ class ReasoningReader:
         """See AnswerReader."""
         return self._rest.calls
 
+    @property
+    def reasoned(self) -> Sequence[Span]:
+        """See AnswerReader."""
+        if self._stage is Stage.INSIDE:
+            return ((0, None),)
+        return ((0, self._end),) if self._end else ()
+
     def feed(self, text: str) -> list[Piece]:
         """See AnswerReader."""
         if self._stage is None and not self._skips:
             return self._rest.feed(text)
+        self._fed += len(text)
         text, self._pending = self._pending + text, ""
         pieces: list[Piece] = []
         if self._stage is Stage.AHEAD:
             text = self._before(text)
         if self._stage is Stage.INSIDE:
             text = self._inside(text, pieces)
+            self._end = self._fed - len(text)
         if self._stage is None:
             if self._skips:
                 text = text.lstrip()
