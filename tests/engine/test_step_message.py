@@ -59,28 +59,28 @@ def with_table(sequence: Sequence, table: list[int]) -> Sequence:
 def test_rows_of_tables_are_kept_while_there_is_room_and_follow_every_change(make_sequence: MakeSequence) -> None:
     rows, tables = TableRows(2), BlockTables(2, 4)
 
-    def place(*sequences: Sequence) -> tuple[list[int], list[TableEdit]]:
-        places, edits = rows.place(list(sequences))
+    def update(*sequences: Sequence) -> tuple[list[int], list[TableEdit]]:
+        indices, edits = rows.assign_rows(list(sequences))
         tables.apply(edits)
-        for row, sequence in zip(places, sequences, strict=True):
+        for row, sequence in zip(indices, sequences, strict=True):
             assert tables.array[row, : len(sequence.block_table)].tolist() == sequence.block_table
-        return places, edits
+        return indices, edits
 
     one, two, three = (with_table(make_sequence([1]), table) for table in ([5], [6, 7], [9]))
-    (first, second), _ = place(one, two)
+    (first, second), _ = update(one, two)
     assert first != second
-    assert place(one, two) == ([first, second], [])
+    assert update(one, two) == ([first, second], [])
     one.block_table += [8, 3]  # more of them: the version stays
     two.block_table = [6, 1]  # one is another: the version changes
     two.table_version += 1
-    assert place(two, one) == ([second, first], [(second, 1, [1]), (first, 1, [8, 3])])
-    place(three)  # takes the row of one that does not run
-    places, _ = place(three, two)
-    assert sorted(places) == [0, 1]
+    assert update(two, one) == ([second, first], [(second, 1, [1]), (first, 1, [8, 3])])
+    update(three)  # takes the row of one that does not run
+    indices, _ = update(three, two)
+    assert sorted(indices) == [0, 1]
     rows.release(three.key)
     rows.release(three.key)
-    place(one)
-    assert place(two) == ([places[1]], [])  # an ended sequence gave its row first
+    update(one)
+    assert update(two) == ([indices[1]], [])  # an ended sequence gave its row first
 
 
 def test_a_message_does_not_grow_with_the_length_of_sequences(make_sequence: MakeSequence) -> None:
@@ -111,19 +111,19 @@ def test_what_beams_share_is_not_sent_again(make_sequence: MakeSequence) -> None
     parent.num_computed = 400
     blocks.share(parent, child, 99)
     child.num_computed = 396
-    rows.place([parent, child])
+    rows.assign_rows([parent, child])
     assert blocks.reserve(child, 4) == []  # the last block is the child's own from the start
     child.num_computed = 400
-    _, edits = rows.place([parent, child])
+    _, edits = rows.assign_rows([parent, child])
     assert [(first, len(table)) for _, first, table in edits] == [(99, 1)]
     version = child.table_version
     blocks.share(parent, child, 99)
     assert child.table_version == version
     blocks.share(parent, child, 100)
-    _, edits = rows.place([parent, child])
+    _, edits = rows.assign_rows([parent, child])
     assert [(first, table) for _, first, table in edits] == [(99, parent.block_table[99:])]
     child.table_version += 1
-    assert rows.place([parent, child])[1] == []
+    assert rows.assign_rows([parent, child])[1] == []
 
 
 def test_numbers_arrive_as_they_were(make_sequence: MakeSequence) -> None:

@@ -719,10 +719,10 @@ def test_a_server_is_of_this_machine_alone_unless_an_address_is_given() -> None:
 def test_connections_over_grpc_are_bounded(empty: tuple[app.Server, dict[int, Sequence[Any]]]) -> None:
     server = empty[0].grpc
     assert server is not None
-    place = server.place
+    address = server.address
 
     def live(opened: contextlib.ExitStack) -> int:
-        channel = opened.enter_context(grpc.insecure_channel(place, [("grpc.use_local_subchannel_pool", 1)]))
+        channel = opened.enter_context(grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]))
         call = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
         return answered(lambda: repr(call(b"", timeout=LIMIT_S))).status
 

@@ -29,14 +29,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture
 def http(server: Server) -> Iterator[httpx.Client]:
     assert server.http is not None
-    with httpx.Client(base_url=f"http://{server.http.place}") as client:
+    with httpx.Client(base_url=f"http://{server.http.address}") as client:
         yield client
 
 
 @pytest.fixture
 def stub(server: Server) -> Iterator[service_pb2_grpc.GRPCInferenceServiceStub]:
     assert server.grpc is not None
-    with grpc.insecure_channel(server.grpc.place) as channel:
+    with grpc.insecure_channel(server.grpc.address) as channel:
         yield service_pb2_grpc.GRPCInferenceServiceStub(channel)
 
 

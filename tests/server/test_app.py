@@ -57,18 +57,18 @@ def test_all_doors_are_open(empty: Server) -> None:
     assert empty.http is not None
     assert empty.metrics is not None
     assert empty.grpc is not None
-    with httpx.Client(base_url=f"http://{empty.http.place}") as client:
+    with httpx.Client(base_url=f"http://{empty.http.address}") as client:
         assert client.get("/v2/health/ready").status_code == 200
         assert client.get("/").headers["content-type"].startswith("text/html")
         assert [client.get(path).status_code for path in ("/health", "/ping")] == [200, 200]
         for path in ("/v2", "/v1/models", "/state", "/metrics", "/version"):
             assert client.get(path).status_code == 401
             assert client.get(path, headers={"x-api-key": "secret"}).status_code == 200
-    metrics = httpx.get(f"http://{empty.metrics.place}/metrics")
+    metrics = httpx.get(f"http://{empty.metrics.address}/metrics")
     assert metrics.headers["content-type"] == "text/plain; charset=utf-8"
     assert "nv_cpu_memory_total_bytes " in metrics.text
-    assert httpx.get(f"http://{empty.metrics.place}/v2").status_code == 404
-    with grpcclient.InferenceServerClient(empty.grpc.place) as client:
+    assert httpx.get(f"http://{empty.metrics.address}/v2").status_code == 404
+    with grpcclient.InferenceServerClient(empty.grpc.address) as client:
         assert client.is_server_ready()
 
 
@@ -79,7 +79,7 @@ def test_what_is_not_allowed_is_not_served(thread: LoopThread, tmp_path: Path) -
     assert server.grpc is None
     assert server.metrics is None
     assert server.http is not None
-    assert httpx.get(f"http://{server.http.place}/metrics").status_code == 404
+    assert httpx.get(f"http://{server.http.address}/metrics").status_code == 404
     thread.run(server.stop(0))
     thread.run(server.stop(0))  # once more does no harm
 
@@ -107,9 +107,9 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_if_that_is_wanted(
     with caplog.at_level(logging.INFO, "hasten"):
         thread.run(server.start())
     assert server.http is not None
-    assert httpx.get(f"http://{server.http.place}/v2/health/live").status_code == 200
-    assert httpx.get(f"http://{server.http.place}/v2/health/ready").status_code == 400
-    assert httpx.get(f"http://{server.http.place}/health").status_code == 503
+    assert httpx.get(f"http://{server.http.address}/v2/health/live").status_code == 200
+    assert httpx.get(f"http://{server.http.address}/v2/health/ready").status_code == 400
+    assert httpx.get(f"http://{server.http.address}/health").status_code == 503
     thread.run(server.stop(0))
     messages = [record.getMessage() for record in caplog.records]
     assert any("| broken" in message and "UNAVAILABLE: " in message for message in messages)
@@ -222,7 +222,7 @@ def test_a_server_whose_start_takes_long_lives_meanwhile(thread: LoopThread, tmp
 
     server.service.start = slow  # type: ignore[method-assign]
     starting = asyncio.run_coroutine_threadsafe(server.start(), thread.loop)
-    with httpx.Client(base_url=f"http://{server.http.place}", transport=httpx.HTTPTransport(retries=3)) as client:
+    with httpx.Client(base_url=f"http://{server.http.address}", transport=httpx.HTTPTransport(retries=3)) as client:
         assert client.get("/v2/health/live").status_code == 200
         assert client.get("/v2/health/ready").status_code == 400
     assert not starting.done()

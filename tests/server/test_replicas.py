@@ -47,7 +47,7 @@ class Site(LoopThread):
         options = ServeOptions(model_repository=(str(repository),), endpoints=ENDS, repository=explicit, server=server)
         self.server: Server = self.run(self._start(options))
         assert self.server.http is not None
-        self.http = httpx.Client(base_url=f"http://{self.server.http.place}")
+        self.http = httpx.Client(base_url=f"http://{self.server.http.address}")
 
     async def _start(self, options: ServeOptions) -> Server:
         server = Server(options, LogSettings())

@@ -174,7 +174,7 @@ def server(collector: Collector) -> Iterator[Server]:
 @pytest.fixture
 def http(server: Server) -> Iterator[httpx.Client]:
     assert server.http is not None
-    with httpx.Client(base_url=f"http://{server.http.place}", timeout=LIMIT_S) as client:
+    with httpx.Client(base_url=f"http://{server.http.address}", timeout=LIMIT_S) as client:
         yield client
 
 
@@ -306,7 +306,7 @@ def test_calls_over_grpc_are_traced_from_their_metadata(server: Server, collecto
     assert server.grpc is not None
     trace, span, header = parent(81)
     answers: list[Any] = []
-    with grpcclient.InferenceServerClient(server.grpc.place) as client:
+    with grpcclient.InferenceServerClient(server.grpc.address) as client:
         client.start_stream(lambda result, error: answers.append((result, error)), headers={"traceparent": header})
         client.async_stream_infer("fastertransformer", token_inputs())
         eventually(lambda: bool(answers))
@@ -316,7 +316,7 @@ def test_calls_over_grpc_are_traced_from_their_metadata(server: Server, collecto
     root, request = spans["ModelStreamInfer"], spans["text_completion fastertransformer"]
     assert (root.parent, root.attributes["rpc.response.status_code"]) == (span, "OK")
     check(spans, root, request, prompt=3, output=4)
-    with grpc.insecure_channel(server.grpc.place) as channel:
+    with grpc.insecure_channel(server.grpc.address) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         trace, span, header = parent(82)
         with suppress(grpc.RpcError):

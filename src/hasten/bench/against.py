@@ -74,13 +74,13 @@ class VllmEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Generation:
         """Continue each prompt by exactly its length."""
-        asked: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        inputs: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         params = [
             self._package.SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
             for length in lengths
         ]
         start = clock(self.device)
-        outputs = self._llm.generate(asked, params, use_tqdm=False)
+        outputs = self._llm.generate(inputs, params, use_tqdm=False)
         seconds = clock(self.device) - start
         return Generation([list(output.outputs[0].token_ids) for output in outputs], seconds)
 

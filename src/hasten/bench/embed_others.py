@@ -167,9 +167,9 @@ class VllmEmbedder:
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, float]:
         """Vectors, and seconds."""
-        asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         start = clock(self._device)
-        outputs = self._llm.embed(asked, use_tqdm=False)
+        outputs = self._llm.embed(inputs, use_tqdm=False)
         seconds = clock(self._device) - start
         vectors = torch.tensor([output.outputs.embedding for output in outputs])
         return F.normalize(vectors, dim=-1), seconds

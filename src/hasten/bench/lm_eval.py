@@ -128,8 +128,8 @@ class HastenLM(TemplateLM):  # type: ignore[misc]  # untyped
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Completions, each up to the first of its stop strings; InvalidRequestError for unknown settings."""
         prompts, params = [], []
-        for context, asked in (request.args for request in requests):
-            each = _sampling(asked, self.max_gen_toks)
+        for context, options in (request.args for request in requests):
+            each = _sampling(options, self.max_gen_toks)
             most = min(each.max_tokens or 1, self.max_length)
             params.append(replace(each, max_tokens=most))
             prompts.append(self.tok_encode(context)[-max(1, self.max_length + 1 - most) :])
@@ -149,9 +149,9 @@ def _windows(tokens: list[int], prefix: int, most: int) -> Iterator[tuple[list[i
         yield tokens[end - most - 1 : begin], tokens[begin:end]
 
 
-def _sampling(asked: Mapping[str, Any], most: int) -> SamplingParams:
+def _sampling(options: Mapping[str, Any], most: int) -> SamplingParams:
     """Settings of a task: greedy unless they say `do_sample`."""
-    given = dict(asked)
+    given = dict(options)
     until, do_sample = given.pop("until", None), given.pop("do_sample", False)
     for name in ("max_completion_tokens", "max_tokens", "max_new_tokens", "max_gen_toks"):
         most = int(given.pop(name, most))

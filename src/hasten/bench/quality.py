@@ -82,5 +82,5 @@ def measured(model: str, texts: Sequence[Text], *, device: str = "auto") -> Qual
         total -= sum(each.logprob for each in found)
         count += len(found)
         right += text.target > 0 and all(each.rank == 1 for each in found[-text.target :])
-    asked = sum(text.target > 0 for text in texts)
-    return Quality(math.exp(total / max(1, count)), 100 * right / asked if asked else None)
+    predicted = sum(text.target > 0 for text in texts)
+    return Quality(math.exp(total / max(1, count)), 100 * right / predicted if predicted else None)

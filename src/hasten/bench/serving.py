@@ -101,8 +101,8 @@ def _at_once(llm: LLM, addresses: dict[str, str], prompts: list[list[int]], load
     async def infer(address: str) -> Tokens:
         async with aioclient.InferenceServerClient(address, channel_args=channel_options(address)) as client:
             inputs = [_token_inputs(aioclient, prompt, load.output_length) for prompt in prompts]
-            asked = [client.infer(TOKEN_MODEL, each, client_timeout=CALL_S) for each in inputs]
-            return [_new_tokens(one, load.prompt_length) for one in await asyncio.gather(*asked)]
+            calls = [client.infer(TOKEN_MODEL, each, client_timeout=CALL_S) for each in inputs]
+            return [_new_tokens(one, load.prompt_length) for one in await asyncio.gather(*calls)]
 
     def ask(address: str) -> Tokens:
         return asyncio.run(infer(address))

@@ -175,9 +175,9 @@ class HuggingFaceSource(Source):
     def _read(self, source: StoredTensor) -> StoredWeight | Tensor:
         """A quantized weight of the files."""
         assert self.format is not None
-        places = {kind: self._names[name] for kind, name in self._quantized[source.name].items()}
-        tensors = {kind: self._opened(path).get_tensor(name) for kind, (name, path) in places.items()}
-        kind, (name, path) = next(iter(places.items()))
+        files = {kind: self._names[name] for kind, name in self._quantized[source.name].items()}
+        tensors = {kind: self._opened(path).get_tensor(name) for kind, (name, path) in files.items()}
+        kind, (name, path) = next(iter(files.items()))
         module, shape = name.removesuffix(kind), replace(source, layout=SAME).shape(self.config)
         try:
             return self.format.read(Module(module[:-1], shape, tensors, separator=module[-1]))

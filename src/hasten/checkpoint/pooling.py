@@ -74,8 +74,8 @@ def read_pooling(folder: Path, model: ModelConfig) -> PoolingConfig:
     modes: tuple[Pooling, ...] = ()
     dense: list[DenseModule] = []
     normalize = False
-    for place, (kind, path) in enumerate(_modules(folder)):
-        if kind == "Transformer" and place == 0 and path == folder:
+    for index, (kind, path) in enumerate(_modules(folder)):
+        if kind == "Transformer" and index == 0 and path == folder:
             continue
         if kind == "Pooling" and not modes:
             modes, include_prompt = _pooling(path / "config.json")
@@ -86,7 +86,7 @@ def read_pooling(folder: Path, model: ModelConfig) -> PoolingConfig:
             normalize = True
         else:
             raise UnsupportedError(
-                f"{folder / MODULES}: module {place}, {kind!r}, is not supported there; supported are a Transformer of "
+                f"{folder / MODULES}: module {index}, {kind!r}, is not supported there; supported are a Transformer of "
                 "this folder, a Pooling, then Dense modules and Normalize"
             )
     if not modes:

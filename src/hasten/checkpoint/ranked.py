@@ -70,15 +70,15 @@ class RankedSource(Source):
         config, stored = self.config, self._in_files(spec)
         part, parts = partial(self._part, stored), self._parts(stored)
         same = stored.split is spec.split
-        place = (rank, size) if same else (0, 1)
-        found = resplit(part, parts, stored.split, *place, config.attention, config.vocab_size)
+        wanted = (rank, size) if same else (0, 1)
+        found = resplit(part, parts, stored.split, *wanted, config.attention, config.vocab_size)
         return found if same else split(found, spec.split, rank, size, config.attention)
 
     def files_for(self, spec: WeightSpec, rank: int, size: int) -> Iterable[str]:
         """The rank's own files, or those whose shards overlap its own."""
         stored = self._in_files(spec)
-        place = (rank, size) if stored.split is spec.split else (0, 1)
-        needed = overlap(stored.split, *place, self._parts(stored), self.config.vocab_size)
+        wanted = (rank, size) if stored.split is spec.split else (0, 1)
+        needed = overlap(stored.split, *wanted, self._parts(stored), self.config.vocab_size)
         return {name for part in needed for name in self._files(stored, part)}
 
 

@@ -87,12 +87,12 @@ class Target:
     def prepare(self) -> Iterator[Path]:
         """A new OUT to fill, with an empty `N-gpu`; swapped in when the block ends well, else removed."""
         parents = _make_parents(self.out if not self.whole else self.out.parent)
-        place = self.out.parent if self.whole else self.out
+        parent = self.out.parent if self.whole else self.out
         prefix = f".{self.out.name}{_MARK}" if self.whole else _MARK
         _remove_stale(self.out.parent, f".{self.out.name}{_MARK}")
         _remove_stale(self.out, _MARK)
         try:
-            with _locked_folder(place, prefix) as work:
+            with _locked_folder(parent, prefix) as work:
                 new = work / "new"
                 (new / self.name).mkdir(parents=True)
                 yield new
@@ -206,10 +206,10 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _locked_folder(place: Path, prefix: str) -> Iterator[Path]:
+def _locked_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """A folder that is removed at the end, and that others can tell from a dead run's by its lock."""
     while True:
-        work = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+        work = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         try:
             with (work / _LOCK).open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -220,14 +220,14 @@ def _locked_folder(place: Path, prefix: str) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _remove_stale(place: Path, prefix: str) -> None:
+def _remove_stale(parent: Path, prefix: str) -> None:
     """Remove the folders of runs that died; what such a run had moved away and not replaced goes back."""
-    for work in place.iterdir() if place.is_dir() else ():
+    for work in parent.iterdir() if parent.is_dir() else ():
         if not work.name.startswith(prefix):
             continue
         with contextlib.suppress(OSError), (work / _LOCK).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for old in (work / _OLD).iterdir() if (work / _OLD).is_dir() else ():
-                if not (place / old.name).exists():
-                    old.rename(place / old.name)
+                if not (parent / old.name).exists():
+                    old.rename(parent / old.name)
             shutil.rmtree(work, ignore_errors=True)

@@ -152,11 +152,11 @@ def _serve(checkpoint: str, model: str, client: str, log: Path) -> int:
     try:
         wait_until_ready(address, lambda: server.poll() is None, log)
         print(f"$ {shlex.join(['python', *question])}", flush=True)
-        asked = subprocess.run(
+        reply = subprocess.run(
             [sys.executable, *question], check=False, timeout=CALL_S, env=environment_without_proxy()
         )
-        if asked.returncode:
-            return asked.returncode
+        if reply.returncode:
+            return reply.returncode
         print("$ kill %1", flush=True)
         server.terminate()
         return server.wait(_STOP_S)

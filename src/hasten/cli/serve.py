@@ -94,13 +94,13 @@ def run(args: argparse.Namespace) -> int:
         from hasten.server.follower import engine_of
 
         one = engine_of(options)
-    place = rank_info(ParallelConfig() if one is None else one.parallel)
-    if place is not None and options.model.data_parallel_size > 1:
+    rank = rank_info(ParallelConfig() if one is None else one.parallel)
+    if rank is not None and options.model.data_parallel_size > 1:
         raise ConfigError(
-            f"data_parallel_size is {options.model.data_parallel_size}, but this is one of {place.size} ranks that "
+            f"data_parallel_size is {options.model.data_parallel_size}, but this is one of {rank.size} ranks that "
             "torchrun, mpirun or a cluster started, which serve one engine; leave the option out"
         )
-    if place is not None and place.rank > 0:
+    if rank is not None and rank.rank > 0:
         from hasten.server.follower import follow
 
         return follow(options)

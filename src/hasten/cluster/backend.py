@@ -268,12 +268,12 @@ class Backend(Protocol):
 
 def refuse_unsupported(backend: str, spec: TrainingJob | TritonServer | Volume, supported: AbstractSet[str]) -> None:
     """UnsupportedError that names the options which the user gave and the backend cannot do."""
-    asked = []
+    options = []
     for one in fields(spec):
         default = one.default_factory() if one.default_factory is not MISSING else one.default
         if one.name not in supported and getattr(spec, one.name) != default:
-            asked.append(one.metadata.get("flag", "--" + one.name.replace("_", "-")))
-    if asked:
+            options.append(one.metadata.get("flag", "--" + one.name.replace("_", "-")))
+    if options:
         raise UnsupportedError(
-            f"{backend} cannot do {', '.join(asked)}; leave it out or use another backend (--cluster)"
+            f"{backend} cannot do {', '.join(options)}; leave it out or use another backend (--cluster)"
         )

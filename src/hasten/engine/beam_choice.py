@@ -132,8 +132,8 @@ class ChosenBeams:
         """What was chosen for each search, by the row of its first beam, from `choice` on the host."""
         (tokens, parents), logprobs, *best = (tensor.tolist() for tensor in tensors)
         steps = {}
-        for place, (row, search) in enumerate(self._searches.items()):
+        for index, (row, search) in enumerate(self._searches.items()):
             own = slice(search.first_chosen, search.first_chosen + search.width)
             beams = Continuations(parents[own], tokens[own], logprobs[own])
-            steps[row] = BeamStep(beams, Continuations(*(column[place][: search.width] for column in best)))
+            steps[row] = BeamStep(beams, Continuations(*(column[index][: search.width] for column in best)))
         return steps

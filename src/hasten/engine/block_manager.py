@@ -94,16 +94,16 @@ class BlockManager:
         if missing == 0 and first == held - 1 and references[table[first]] == 1:
             return []  # a decode into a block begun before: most calls are this one
         missing = max(0, missing)
-        shared = [place for place in range(first, held) if references[table[place]] > 1]
+        shared = [index for index in range(first, held) if references[table[index]] > 1]
         if not missing and not shared:
             return []
         if missing + len(shared) > len(self._free):
             return None
         copies = []
-        for place in shared:
-            source, target = table[place], self._take()
+        for index in shared:
+            source, target = table[index], self._take()
             references[source] -= 1
-            table[place] = target
+            table[index] = target
             copies.append((source, target))
         if shared:
             sequence.table_version += 1
@@ -119,11 +119,11 @@ class BlockManager:
             return
         size, whole = self.block_size, min(sequence.num_computed, len(sequence.token_ids))
         while (sequence.num_registered + 1) * size <= whole:
-            place = sequence.num_registered
-            if place == 0:
+            index = sequence.num_registered
+            if index == 0:
                 sequence.prefix = _first_prefix(sequence) or sequence.root
-            content = (sequence.prefix, tuple(sequence.token_ids[place * size : (place + 1) * size]))
-            block = sequence.block_table[place]
+            content = (sequence.prefix, tuple(sequence.token_ids[index * size : (index + 1) * size]))
+            block = sequence.block_table[index]
             entry = self._known.get(content)
             if entry is None:
                 self._forget(block)
@@ -173,7 +173,7 @@ class BlockManager:
         first = self._known.get(_input_content(given))
         if first is None:
             return False
-        more = [self._known.get((-first[1], (place,))) for place in range(1, count)]
+        more = [self._known.get((-first[1], (index,))) for index in range(1, count)]
         found = [first[0], *(entry[0] for entry in more if entry is not None)]
         if len(found) < count:
             return False
@@ -190,8 +190,8 @@ class BlockManager:
         if entry is None:
             self._last_prefix += 1
         given.prefix = self._last_prefix if entry is None else entry[1]
-        for place, block in enumerate(given.block_table):
-            content = (-given.prefix, (place,)) if place else _input_content(given)
+        for index, block in enumerate(given.block_table):
+            content = (-given.prefix, (index,)) if index else _input_content(given)
             if content not in self._known:
                 self._forget(block)
                 self._known[content] = (block, given.prefix)

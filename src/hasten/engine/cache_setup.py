@@ -50,8 +50,8 @@ class CacheSetup:
 
     def make(self) -> tuple[int, int]:
         """Longest sequence and number of blocks of the cache, which is then there; the same on every rank."""
-        block_size, asked = self.block_size, self.config.scheduler.max_model_len
-        length = asked or self.model_config.max_position_embeddings or DEFAULT_MODEL_LEN
+        block_size, wanted = self.block_size, self.config.scheduler.max_model_len
+        length = wanted or self.model_config.max_position_embeddings or DEFAULT_MODEL_LEN
         ropes = RopeTables(length, self.device)  # some change with the length: this one, whatever the memory allows
         with explained_out_of_memory("sizing the cache", self.advice):
             self._compile_kernels(length, ropes)
@@ -64,7 +64,7 @@ class CacheSetup:
         fits = budget // self.runner.block_bytes
         fits = self.ranks.world.least(fits)
         room = fits // inputs * block_size
-        if room < 1 or (asked is not None and room < asked):
+        if room < 1 or (wanted is not None and room < wanted):
             # a size that was given contradicts the length, wherever it runs; else this device has too little memory
             given = self.config.cache.kv_cache_memory is not None
             raise (ConfigError if given else CapacityError)(

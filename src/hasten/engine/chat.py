@@ -260,10 +260,10 @@ def _name_results(messages: Sequence[dict[str, Any]]) -> None:
 
 def _open_end(text: str, content: str | None) -> str:
     last = (content or "").strip()
-    place = text.rfind(last)
-    if not last or place < 0:
+    start = text.rfind(last)
+    if not last or start < 0:
         raise InvalidRequestError("the last message has no text that could be continued")
-    return text[: place + len(last)]
+    return text[: start + len(last)]
 
 
 def _message(where: str, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -307,9 +307,9 @@ def _content_text(where: str, content: Any) -> str | None:
     if not isinstance(content, list | tuple):
         raise InvalidRequestError(f"{where} must be a text or a list of parts, got {content!r:.80}")
     texts = []
-    for place, part in enumerate(content):
+    for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else part
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise InvalidRequestError(f"{where}[{place}] is of type {kind!r:.80}: the model reads text alone")
+            raise InvalidRequestError(f"{where}[{index}] is of type {kind!r:.80}: the model reads text alone")
         texts.append(part["text"])
     return "\n".join(texts)

@@ -23,7 +23,7 @@ def no_mask(tokenizer: Tokenizer | None) -> str:
 def masks_of(tokenizer: Tokenizer | None, token_ids: Sequence[int]) -> tuple[int, ...]:
     """Places of the masks of a text."""
     mask = None if tokenizer is None else tokenizer.mask_token_id
-    return tuple(place for place, token in enumerate(token_ids) if token == mask)
+    return tuple(index for index, token in enumerate(token_ids) if token == mask)
 
 
 def target_ids(tokenizer: Tokenizer | None, targets: str | int | Sequence[str | int]) -> tuple[int, ...]:
@@ -65,9 +65,9 @@ def with_texts(
     masks, ids = masks_of(tokenizer, token_ids), list(token_ids)
     alone = len(masks) == 1
 
-    def filled(place: int, word: FilledMask) -> FilledMask:
-        whole = [*ids[:place], word.token, *ids[place + 1 :]]
+    def filled(position: int, word: FilledMask) -> FilledMask:
+        whole = [*ids[:position], word.token, *ids[position + 1 :]]
         sequence = tokenizer.decode(whole, skip_special_tokens=alone)
         return FilledMask(word.score, word.token, tokenizer.decode([word.token], skip_special_tokens=False), sequence)
 
-    return [[filled(place, word) for word in words] for place, words in zip(masks, candidates, strict=True)]
+    return [[filled(position, word) for word in words] for position, words in zip(masks, candidates, strict=True)]

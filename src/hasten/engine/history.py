@@ -59,10 +59,10 @@ class TokenHistory:
 
         `firsts_b`: for each beam the place of beam 0 of its search, -1 for what is no beam. A slot of -1 is none.
         """
-        places = [place for place, first in enumerate(firsts_b) if first >= 0 and slots_b[place] >= 0]
-        if not places:
+        rows = [row for row, first in enumerate(firsts_b) if first >= 0 and slots_b[row] >= 0]
+        if not rows:
             return
-        numbers = (slots_b, places, [firsts_b[place] for place in places])
+        numbers = (slots_b, rows, [firsts_b[row] for row in rows])
         own_b, places_k, firsts_k = (ops.to_device(each, torch.int64, parents_b.device) for each in numbers)
         sources_k = firsts_k + parents_b[places_k]
         self.counts.copy(own_b[sources_k], own_b[places_k])

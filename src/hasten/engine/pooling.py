@@ -231,16 +231,16 @@ class Pooler:
         vectors_sw, rows, words = pooled.collect()
         found: dict[int, PooledOutput] = {}
         same: dict[PoolingParams, list[int]] = {}
-        for place, each in params.items():
-            same.setdefault(each, []).append(place)
-        for each, places in same.items():
+        for index, each in params.items():
+            same.setdefault(each, []).append(index)
+        for each, indices in same.items():
             if each.task in _OF_TOKENS:
-                found |= {place: self._of_tokens(each, rows[place]) for place in places}
+                found |= {index: self._of_tokens(each, rows[index]) for index in indices}
             elif each.task == "fill_mask":
-                found |= {place: _of_masks(words[place]) for place in places}
+                found |= {index: _of_masks(words[index]) for index in indices}
             else:
                 assert vectors_sw is not None
-                found |= zip(places, self._of_texts(each, vectors_sw[places]), strict=True)
+                found |= zip(indices, self._of_texts(each, vectors_sw[indices]), strict=True)
         return found
 
     def _of_tokens(self, params: PoolingParams, rows_tw: Tensor) -> PooledOutput:
@@ -303,5 +303,5 @@ def truncated(request: Request, longest: int) -> Request:
         request,
         prompt_token_ids=request.prompt_token_ids[:count],
         token_type_ids=request.token_type_ids[:count],
-        masks=tuple(place for place in request.masks if place < count),
+        masks=tuple(position for position in request.masks if position < count),
     )

@@ -105,10 +105,10 @@ def _token_ids(where: str, ids: Sequence[Any]) -> tuple[int, ...]:
     if set(map(type, ids)) <= {int}:  # much faster than one by one
         return tuple(ids)
     checked = []
-    for place, token in enumerate(ids):
+    for position, token in enumerate(ids):
         number = token.tolist() if hasattr(token, "tolist") else token
         if isinstance(number, bool) or not isinstance(number, Integral):
-            raise InvalidRequestError(f"{where} has {_shown(token)} at position {place}, which is not a token id")
+            raise InvalidRequestError(f"{where} has {_shown(token)} at position {position}, which is not a token id")
         checked.append(index(number))
     return tuple(checked)
 

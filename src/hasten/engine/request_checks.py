@@ -88,7 +88,7 @@ class RequestChecks:
         ids, vocab = request.prompt_token_ids, self._model.vocab_size
         if not request.masks:
             raise InvalidRequestError(f"{name}: {no_mask(self._tokenizer)}")
-        if not all(0 <= place < len(ids) for place in request.masks):
+        if not all(0 <= position < len(ids) for position in request.masks):
             raise InvalidRequestError(f"{name}: masks {request.masks!r:.80} are not all places of {len(ids)} tokens")
         self._check_vocabulary(name, "targets", params.targets)
         if params.top_k > vocab:

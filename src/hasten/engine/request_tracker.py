@@ -119,12 +119,12 @@ class RequestTracker:
         assert pooler is not None
         states: dict[int, PoolingState] = {}
         params: dict[int, PoolingParams] = {}
-        for place, sequence in enumerate(sequences):
+        for index, sequence in enumerate(sequences):
             state = self.owners.get(sequence.key)
             if isinstance(state, PoolingState) and state.request.pooling is not None:
-                states[place], params[place] = state, state.request.pooling
-        for place, found in pooler.outputs(params, pooled).items():
-            state, sequence = states[place], sequences[place]
+                states[index], params[index] = state, state.request.pooling
+        for index, found in pooler.outputs(params, pooled).items():
+            state, sequence = states[index], sequences[index]
             request = state.request
             ids = list(request.prompt_token_ids)
             state.output = PoolingRequestOutput(request.request_id, request.prompt, ids, found)

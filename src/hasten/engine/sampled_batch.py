@@ -43,8 +43,10 @@ class EditedRows:
             if chosen == last_chosen and all(map(is_, bans, last_bans)):
                 return edits
         found = ops.EditList()
-        for (row, sequence), own, banned, place in zip(self._sequences.items(), self._own, bans, chosen, strict=True):
-            own.add_to(found, row, slots.get(sequence.key, -1), banned, place)
+        for (row, sequence), own, banned, pending_row in zip(
+            self._sequences.items(), self._own, bans, chosen, strict=True
+        ):
+            own.add_to(found, row, slots.get(sequence.key, -1), banned, pending_row)
         self._last = bans, chosen, found.to(device)
         return self._last[2]
 
@@ -72,9 +74,9 @@ class SampledBatch:
         self._draws = _draws([sequence.params for sequence in drawn]) if drawn else None
         self._seeds = seeds_of([sequence.seed for sequence in drawn])
         self.beam_rows = [row for row in range(len(sequences)) if row not in self.single]
-        self.beams = {place: sequences[row] for place, row in enumerate(self.beam_rows)}
+        self.beams = {index: sequences[row] for index, row in enumerate(self.beam_rows)}
         """Sequences that are beams, by their place among them."""
-        own = {place: edits[row] for place, row in enumerate(self.beam_rows)}
+        own = {index: edits[row] for index, row in enumerate(self.beam_rows)}
         self.edited_beams, self.allowed_beams = EditedRows(self.beams, own), allowed_of(own)
 
     @property

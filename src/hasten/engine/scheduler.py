@@ -63,10 +63,10 @@ class Scheduler:
             self._register_key(member)
         if sequence.encoder_input is not None:
             sequence.encoder_input.key = self._new_key()
-        place = len(self.waiting)
-        while place > 0 and self.waiting[place - 1].due > sequence.due:
-            place -= 1
-        self.waiting.insert(place, sequence)
+        index = len(self.waiting)
+        while index > 0 and self.waiting[index - 1].due > sequence.due:
+            index -= 1
+        self.waiting.insert(index, sequence)
         sequence.is_waiting = True
 
     def get(self, key: int) -> Sequence | None:
@@ -130,9 +130,9 @@ class Scheduler:
         for sequence in forked:
             sequence.is_waiting = True
         if self._stages > 1:
-            for place in batch.sampled:
-                batch.sequences[place].in_flight += 1
-                batch.sequences[place].last_step = batch.number
+            for index in batch.sampled:
+                batch.sequences[index].in_flight += 1
+                batch.sequences[index].last_step = batch.number
         if chosen:
             self.note_chosen(batch)
         return forked
@@ -151,8 +151,8 @@ class Scheduler:
         """
         any_complete = False
         row = batch.number % self._stages * self.config.max_num_seqs
-        for place in batch.sampled:
-            for sequence in batch.sequences[place].successors:
+        for index in batch.sampled:
+            for sequence in batch.sequences[index].successors:
                 if not sequence.pooling and (sequence.beams is None or self._stages == 1):
                     sequence.pending += 1
                     sequence.pending_row = row
@@ -243,17 +243,17 @@ class Scheduler:
     def _continue_decodes(self, batch: Batch, chosen: set[int] | None) -> int:
         """Let the running sequences of these keys, but the prefilling ones, compute what they lack; the budget left."""
         budget = self._max_tokens - batch.num_tokens
-        place = 0
-        while place < len(self.running) and budget > 0:
-            sequence = self.running[place]
+        index = 0
+        while index < len(self.running) and budget > 0:
+            sequence = self.running[index]
             if sequence.is_prefilling or (chosen is not None and sequence.key not in chosen):
-                place += len(sequence.unit)
+                index += len(sequence.unit)
             elif sequence.beams is not None:
-                budget, place = self._continue_beams(sequence.beams, place, batch, budget)
+                budget, index = self._continue_beams(sequence.beams, index, batch, budget)
             elif (copies := self._reserve(sequence, 1, batch)) is not None:
                 batch.add(sequence, 1, copies)
                 budget -= 1
-                place += 1
+                index += 1
         return budget
 
     def _reserve(self, sequence: Sequence, count: int, batch: Batch) -> list[tuple[int, int]] | None:
@@ -261,8 +261,8 @@ class Scheduler:
         copies = self.blocks.reserve(sequence, count)
         return self._preempt_for(sequence, count, batch) if copies is None else copies
 
-    def _continue_beams(self, beams: Beams, place: int, batch: Batch, budget: int) -> tuple[int, int]:
-        """The budget that beams running from `place` on leave, and the place behind them.
+    def _continue_beams(self, beams: Beams, index: int, batch: Batch, budget: int) -> tuple[int, int]:
+        """The budget that beams running from `index` on leave, and the index behind them.
 
         They come into the batch together or, having given way themselves, not at all.
         """
@@ -275,12 +275,12 @@ class Scheduler:
                 continue
             copies = self._reserve(beam, count, batch)
             if copies is None:
-                return budget, place
+                return budget, index
             work.append((beam, count, copies))
             left -= count
         for beam, count, copies in work:
             batch.add(beam, count, copies)
-        return left, place + len(beams.members)
+        return left, index + len(beams.members)
 
     def _compute_prompts(self, batch: Batch, budget: int) -> None:
         """Let prompts, begun and waiting, compute up to `budget` tokens in the order of their `due`."""

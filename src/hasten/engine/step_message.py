@@ -33,7 +33,7 @@ class TableRows:
         """Sequence key -> row, version of the sequence's table, blocks that the row holds."""
         self._free = list(range(max_sequences))
 
-    def place(self, sequences: list[Sequence | EncoderInput]) -> tuple[list[int], list[TableEdit]]:
+    def assign_rows(self, sequences: list[Sequence | EncoderInput]) -> tuple[list[int], list[TableEdit]]:
         """The row of each of different sequences and encoders' inputs, and the edits that bring the rows up to date."""
         known, edits, rows = self._rows, [], []
         if len(self._free) < sum(sequence.key not in known for sequence in sequences):
@@ -65,7 +65,7 @@ class TableRows:
 def _common(held: list[int], table: list[int]) -> int:
     """How many blocks two tables have in common at their beginning."""
     pairs = enumerate(zip(held, table, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(held), len(table)))
+    return next((index for index, (one, other) in pairs if one != other), min(len(held), len(table)))
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class StepMessage:
         sequences, counts = batch.sequences, batch.counts
         given = [sequence.encoder_input for sequence in sequences if sequence.encoder_input is not None]
         own = list({each.key: each for each in given}.values())
-        rows, edits = tables.place([*sequences, *own])
+        rows, edits = tables.assign_rows([*sequences, *own])
         row_of = {each.key: row for each, row in zip(own, rows[len(sequences) :], strict=True)}
         if len(sequences) == batch.num_tokens:
             ids = [-1 - s.pending_row if s.pending else s.token_ids[s.num_computed] for s in sequences]
@@ -130,7 +130,7 @@ class StepMessage:
                 for s, n in zip(sequences, counts, strict=True)
             )
             ids = list(chain.from_iterable(parts))
-        sampled = [sequences[place] for place in batch.sampled]
+        sampled = [sequences[index] for index in batch.sampled]
         searches = any(sequence.beams is not None for sequence in sampled)
         return cls(
             number=batch.number,
@@ -164,7 +164,7 @@ class StepMessage:
     def sampled_rows(self) -> list[int]:
         """Rows of the needed hidden states from which next tokens are chosen."""
         ends = list(accumulate(self.needed))
-        return [ends[place] - 1 for place in self.sampled]
+        return [ends[index] - 1 for index in self.sampled]
 
     def copy_rounds(self) -> list[list[tuple[int, int]]]:
         """The copies in groups to be done one after the other, each in any order: no group writes what it reads.
@@ -254,13 +254,13 @@ def _positions(sequences: list[Sequence], counts: list[int]) -> list[int]:
 
 def _moves(sequences: list[Sequence]) -> Iterable[BeamMove]:
     """The beams of a step that do not have the blocks of the beams which they continue; all of a search are in it."""
-    for place, sequence in enumerate(sequences):
+    for row, sequence in enumerate(sequences):
         if sequence.beams is None:
             continue
         if sequence.pending:
-            yield place, place - sequence.index, -1 - sequence.pending_row
+            yield row, row - sequence.index, -1 - sequence.pending_row
         elif sequence.parent is not None and sequence.parent != sequence.index:
-            yield place, place - sequence.index, sequence.parent
+            yield row, row - sequence.index, sequence.parent
 
 
 def _edits(heads: list[int], blocks: list[int]) -> Iterable[TableEdit]:

@@ -193,7 +193,7 @@ class Tokenizer:
         head = len(self.encode(anchor, add_special_tokens=False)) if anchor else 0
         encoded = self.encode_batch(texts, add_special_tokens=False)
         runs = [ids[head:] if text.startswith(anchor) else ids for text, ids in zip(texts, encoded, strict=True)]
-        return [run for place, run in enumerate(runs) if run and run not in runs[:place]]
+        return [run for index, run in enumerate(runs) if run and run not in runs[:index]]
 
     @cached_property
     def _anchor(self) -> str:
@@ -254,11 +254,11 @@ class TextState:
         if not (new or tentative):
             return None
         tail = self._text[begin:] + tentative
-        found = [(place, word) for word in self._stop if (place := tail.find(word)) >= 0]
+        found = [(start, word) for word in self._stop if (start := tail.find(word)) >= 0]
         if not found:
             return None
-        place, word = min(found, key=lambda entry: (entry[0], -len(entry[1])))
-        self._text = self._text[:begin] + tail[: place + len(word) if self._include_stop else place]
+        start, word = min(found, key=lambda entry: (entry[0], -len(entry[1])))
+        self._text = self._text[:begin] + tail[: start + len(word) if self._include_stop else start]
         return word
 
     @property

@@ -235,7 +235,7 @@ class Worker:
             self.ranks.publish(message.packed())
         prompts = PromptLogprobs()
         positions = [(sequence, at) for _, sequence, at in batch.prompt_positions()] if message.prompt_rows else []
-        sequences = [batch.sequences[place] for place in batch.sampled]
+        sequences = [batch.sequences[index] for index in batch.sampled]
 
         def compute() -> ChooseTokens | None:
             if self.pooler is not None:

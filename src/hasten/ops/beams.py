@@ -159,21 +159,21 @@ def choose_beams(
     found = choice.best_beams_sk.numpy(), choice.best_tokens_sk.numpy(), choice.best_logprobs_sk.numpy()
     numbers: Integers = searches.numbers_s.numpy()
     alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for place, (_, _, rows, width, keep, _) in enumerate(numbers.tolist()):
-        alike[rows, width, keep].append(place)
-    for places in alike.values():
-        best = _best(states, numbers[places], searches.rates_s.numpy()[places], values_rk.numpy(), ids_rk.numpy())
+    for index, (_, _, rows, width, keep, _) in enumerate(numbers.tolist()):
+        alike[rows, width, keep].append(index)
+    for indices in alike.values():
+        best = _best(states, numbers[indices], searches.rates_s.numpy()[indices], values_rk.numpy(), ids_rk.numpy())
         for column, of_best in zip(found, best, strict=True):
-            column[places, : of_best.shape[1]] = of_best
+            column[indices, : of_best.shape[1]] = of_best
     starts, end_ids = searches.end_starts.tolist(), searches.end_ids.numpy()
-    for place, (slot, _, _, width, keep, first_chosen) in enumerate(numbers.tolist()):
-        ends = np.isin(found[1][place, :keep], end_ids[starts[place] : starts[place + 1]])
+    for index, (slot, _, _, width, keep, first_chosen) in enumerate(numbers.tolist()):
+        ends = np.isin(found[1][index, :keep], end_ids[starts[index] : starts[index + 1]])
         going = np.flatnonzero(~ends)[:width]
-        beams = found[0][place, going]
+        beams = found[0][index, going]
         seats = _seats(beams.tolist(), width)
         at = [first_chosen + seat for seat in seats]
-        chosen[:, at] = found[1][place, going], beams
-        choice.logprobs_b.numpy()[at] = states.logprobs_sw.numpy()[slot, seats] = found[2][place, going]
+        chosen[:, at] = found[1][index, going], beams
+        choice.logprobs_b.numpy()[at] = states.logprobs_sw.numpy()[slot, seats] = found[2][index, going]
         states.order_sw.numpy()[slot, : len(seats)] = seats
     return choice
 

@@ -24,14 +24,14 @@ def pack_nibbles(values_ok: Tensor) -> Tensor:
     The first 32 are in the lowest bits. So a GPU widens two words, or two neighbours of each quarter, at once.
     """
     quarters = values_ok.unflatten(1, (-1, _PER_WORD, QUARTER)).int().unbind(2)
-    words = sum((values << 4 * place for place, values in enumerate(quarters[1:], 1)), quarters[0])
+    words = sum((values << 4 * nibble for nibble, values in enumerate(quarters[1:], 1)), quarters[0])
     return words.to(torch.int16).flatten(1)
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """The inverse of `pack_nibbles`."""
     words = packed.unflatten(1, (-1, QUARTER))
-    quarters = [(words >> 4 * place) & 15 for place in range(_PER_WORD)]
+    quarters = [(words >> 4 * nibble) & 15 for nibble in range(_PER_WORD)]
     return torch.stack(quarters, 2).to(torch.uint8).flatten(1)
 
 

@@ -160,10 +160,10 @@ def splits_of(
     """Cut the keys of sequences with one query each into splits of the sequence's length: [splits, 8]."""
     counts = np.maximum(1, -(-kv_lens // lengths))
     owner = np.repeat(np.arange(len(tables)), counts)
-    place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    begin = np.minimum(place * lengths[owner], kv_lens[owner])
+    index = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begin = np.minimum(index * lengths[owner], kv_lens[owner])
     end = np.minimum(begin + lengths[owner], kv_lens[owner])
-    columns = (tables[owner], query_rows[owner], out_rows[owner], begin, end, kv_lens[owner], place, counts[owner])
+    columns = (tables[owner], query_rows[owner], out_rows[owner], begin, end, kv_lens[owner], index, counts[owner])
     return np.stack(columns, axis=1).astype(np.int32)
 
 

@@ -110,7 +110,7 @@ class Sections:
     """Of each array, or the largest that it may have. Each begins at a line, in this order."""
 
     @cached_property
-    def _places(self) -> dict[str, slice]:
+    def _sections(self) -> dict[str, slice]:
         sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
         starts = accumulate((-(-size // _LINE) * _LINE for size in sizes.values()), initial=0)
         return {name: slice(start, start + size) for (name, size), start in zip(sizes.items(), starts, strict=False)}
@@ -118,7 +118,7 @@ class Sections:
     @property
     def total(self) -> int:
         """Numbers of a tensor that holds all of them."""
-        return max((place.stop for place in self._places.values()), default=0)
+        return max((section.stop for section in self._sections.values()), default=0)
 
     def hold(self, arrays: Mapping[str, Integers]) -> bool:
         """Whether there is room for each of these arrays."""
@@ -132,17 +132,17 @@ class Sections:
 
         What lies behind the last array is left out. Arrays may be shorter than their sections along the first axis.
         """
-        places = {name: self._places[name].start for name in arrays}
-        host = host_buffer((max(places[name] + array.size for name, array in arrays.items()),), device)
+        starts = {name: self._sections[name].start for name in arrays}
+        host = host_buffer((max(starts[name] + array.size for name, array in arrays.items()),), device)
         numbers = host.numpy()
         numbers.fill(0)
         for name, array in arrays.items():
-            numbers[places[name] : places[name] + array.size] = array.ravel()
+            numbers[starts[name] : starts[name] + array.size] = array.ravel()
         return host
 
     def views(self, whole: Tensor) -> dict[str, Tensor]:
         """The sections of a tensor of `total` numbers."""
-        return {name: whole[place].view(self.shapes[name]) for name, place in self._places.items()}
+        return {name: whole[section].view(self.shapes[name]) for name, section in self._sections.items()}
 
 
 def send(arrays: Mapping[str, Integers], device: torch.device) -> dict[str, Tensor]:

@@ -185,7 +185,7 @@ class Server:
             ("Metrics Service", self.metrics),
         ):
             if listener is not None:
-                _log.info("Started %s at %s", name, listener.place)
+                _log.info("Started %s at %s", name, listener.address)
         if self.http is not None:
             _log.info("ready: page at %s, OpenAI's API at %sv1", *2 * (self._url(self.http),))
 
@@ -244,11 +244,11 @@ async def serve(options: ServeOptions) -> int:
 
 async def _live(server: Server, signals: "asyncio.Queue[signal.Signals]") -> int:
     patience = server.options.server.exit_timeout_secs
-    asked = asyncio.ensure_future(signals.get())
+    shutdown = asyncio.ensure_future(signals.get())
     again: asyncio.Future[signal.Signals] | None = None
     try:
-        await _unless(asked, server.start())
-        name = (await asked).name
+        await _unless(shutdown, server.start())
+        name = (await shutdown).name
         _log.info("%s received: no new requests, those under way have %g seconds", name, patience)
         again = asyncio.ensure_future(signals.get())
         if await _unless(again, server.stop(patience)):
@@ -256,16 +256,16 @@ async def _live(server: Server, signals: "asyncio.Queue[signal.Signals]") -> int
         _log.warning("%s received again: ending at once", (await again).name)
         return FAILED
     finally:
-        for waiting in (asked, again):
+        for waiting in (shutdown, again):
             if waiting is not None:
                 waiting.cancel()
         await server.stop(0)
 
 
-async def _unless(asked: "asyncio.Future[signal.Signals]", work: Coroutine[Any, Any, None]) -> bool:
+async def _unless(received: "asyncio.Future[signal.Signals]", work: Coroutine[Any, Any, None]) -> bool:
     """Whether the work was done before a signal came; else it is cancelled."""
     task = asyncio.ensure_future(work)
-    await asyncio.wait((task, asked), return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait((task, received), return_when=asyncio.FIRST_COMPLETED)
     if task.done():
         task.result()
         return True

@@ -101,7 +101,7 @@ def has_tokenizer(engine: EngineConfig) -> bool:
     if engine.tokenizer is not None:
         return True
     folder = Path(engine.model)
-    return any((place / name).is_file() for place in (folder, folder.parent) for name in _TOKENIZER_FILES)
+    return any((parent / name).is_file() for parent in (folder, folder.parent) for name in _TOKENIZER_FILES)
 
 
 def write_repository(configs: list[model_config_pb2.ModelConfig], target: Path, engine: EngineConfig) -> None:
@@ -164,8 +164,8 @@ _MODEL_TYPES = {
 
 def _model_type(folder: Path) -> str:
     """FasterTransformer's backend for a checkpoint; GPT's also where the engine will say what is wrong with it."""
-    places = (folder, folder.parent) if folder.name.endswith("-gpu") else (folder,)
-    described = next((path for place in places if (path := place / "config.json").is_file()), None)
+    parents = (folder, folder.parent) if folder.name.endswith("-gpu") else (folder,)
+    described = next((path for parent in parents if (path := parent / "config.json").is_file()), None)
     try:
         if described is not None:
             names = [architecture_of(json.loads(described.read_text(encoding="utf-8")))]

@@ -89,7 +89,7 @@ class HttpListener:
         self._server: _Uvicorn | None = None
         self._task: asyncio.Task[None] | None = None
         self.port: int = self._socket.getsockname()[1]
-        self.place = joined(address, self.port)
+        self.address = joined(address, self.port)
 
     async def start(self, app: ASGIApp) -> None:
         """Begin to serve."""
@@ -168,16 +168,16 @@ class GrpcListener:
             self.port: int = self._bind(joined(address, port), tls)
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {joined(address, port)} ({flag}): {error}") from error
-        self.place = joined(address, self.port)
+        self.address = joined(address, self.port)
 
-    def _bind(self, place: str, tls: TlsFiles | None) -> int:
+    def _bind(self, address: str, tls: TlsFiles | None) -> int:
         if tls is None:
-            return int(self._server.add_insecure_port(place))
+            return int(self._server.add_insecure_port(address))
         certificate, key, client_ca = tls.read()
         credentials = grpc.ssl_server_credentials(
             [(key, certificate)], root_certificates=client_ca, require_client_auth=client_ca is not None
         )
-        return int(self._server.add_secure_port(place, credentials))
+        return int(self._server.add_secure_port(address, credentials))
 
     async def start(self) -> None:
         """Begin to serve."""

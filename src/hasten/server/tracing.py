@@ -229,6 +229,6 @@ def _attributes(request: EndedRequest, operation: str) -> dict[str, Any]:
     if request.first_token is not None:
         attributes["gen_ai.latency.time_to_first_token"] = request.first_token - request.arrived
     if isinstance(request.params, SamplingParams):
-        asked = {name: getattr(request.params, field) for name, field in _REQUEST.items()}
-        attributes |= {f"gen_ai.request.{name}": value for name, value in asked.items() if value not in (None, ())}
+        requested = {name: getattr(request.params, field) for name, field in _REQUEST.items()}
+        attributes |= {f"gen_ai.request.{name}": value for name, value in requested.items() if value not in (None, ())}
     return attributes

@@ -116,12 +116,12 @@ def move_beams(setting: Setting, count: int) -> Case:
     _, kv_heads, size = setting.heads
     whole, tail = 2, BLOCK_SIZE // 2
     parents = [0, 0, 2, 2]
-    places = [(row, row - row % _WIDTH, parents[row % _WIDTH], whole, tail) for row in range(count)]
+    rows = [(row, row - row % _WIDTH, parents[row % _WIDTH], whole, tail) for row in range(count)]
 
     def make() -> Call:
         blocks = count * (whole + 1)
         caches = [cache for _ in range(COPIED_CACHES // 2) for cache in setting.caches(blocks * BLOCK_SIZE)]
-        held, moves = BlockCaches.of(caches), BeamMoves.of(places, setting.device)
+        held, moves = BlockCaches.of(caches), BeamMoves.of(rows, setting.device)
         tables_sn = torch.randperm(blocks, dtype=torch.int32, device=setting.device).view(count, -1)
         kept = torch.zeros(1, dtype=torch.int32, device=setting.device)
 

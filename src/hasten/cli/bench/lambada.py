@@ -105,8 +105,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--test-hf runs Hugging Face alone: leave --compare-with out, or say --compare")
     defaults = COMPARED_DEFAULTS if not args.test_hf and compares(args) else ENGINE_DEFAULTS
     options = engine_options(args, defaults=defaults, skip=_NOT_OFFERED)
-    place = rank_info(EngineConfig.create(args.checkpoint_path or args.tokenizer_path, **options).parallel)
-    if args.test_hf and place is not None and place.rank > 0:
+    rank = rank_info(EngineConfig.create(args.checkpoint_path or args.tokenizer_path, **options).parallel)
+    if args.test_hf and rank is not None and rank.rank > 0:
         return 0  # Hugging Face runs in one process, whatever started this one
     require_writable(args)
     hub = {name: options[name] for name in ("revision", "download_dir") if name in options}

@@ -33,7 +33,9 @@ def apply_all(cluster: Cluster, objects: Sequence[Object]) -> None:
     def apply(body: Object) -> Object:
         applied, new = cluster.apply(body)
         if not new:
-            raise ExistsError(f"somebody created {body['kind']} {name_of(body)} at the same time, and it is changed now")
+            raise ExistsError(
+                f"somebody created {body['kind']} {name_of(body)} at the same time, and it is changed now"
+            )
         return applied
 
     _make_all(cluster, objects, apply, first_owns=True)

@@ -67,7 +67,7 @@ class Attempt:
 def missing_kind(kind: str, api_version: str, server: str) -> MissingKindError:
     """The error that names what has to be installed."""
     group = api_version.rpartition("/")[0]
-    product, how = next((told for name, told in CRDS.items() if name.partition(".")[2] == group), ("", ""))
+    product, how = next((hint for name, hint in CRDS.items() if name.partition(".")[2] == group), ("", ""))
     advice = f"it comes with {product}; to install that: {how}" if product else f"install what defines {api_version}"
     return MissingKindError(f"the cluster at {server} does not know the kind {kind} ({api_version}): {advice}")
 

@@ -164,11 +164,11 @@ def _resizing(session: Any, terminal: bool) -> Iterator[None]:
         signal.signal(signal.SIGWINCH, before)
 
 
-def _exit_status(told: bytes | str, pod: str) -> int:
+def _exit_status(message: bytes | str, pod: str) -> int:
     """Exit status from the command's last message."""
-    if not told:
+    if not message:
         raise ClusterError(f"the connection to {pod} was lost before its command ended")
-    status = json.loads(told)
+    status = json.loads(message)
     if status.get("status") == "Success":
         return 0
     causes = (status.get("details") or {}).get("causes") or []

@@ -233,9 +233,9 @@ class LocalBackend:
             raise NotFoundError(f"there is no {what} in namespace {folder.namespace}")
         return state
 
-    def _create(self, folder: Folder, spec: dict[str, Any], state: State, asked: Workload, what: str) -> int:
+    def _create(self, folder: Folder, spec: dict[str, Any], state: State, workload: Workload, what: str) -> int:
         settled(folder)  # a job of that name may have outlived its time
-        files = {str(copy.relative_to(folder.path)): source for copy, source, _ in config_files(asked, folder.path)}
+        files = {str(copy.relative_to(folder.path)): source for copy, source, _ in config_files(workload, folder.path)}
         return create(folder, spec, state, files, what=what)[1]
 
     def _logs(self, folder: Folder, what: str, options: LogOptions) -> Iterator[str]:
@@ -269,9 +269,9 @@ def _start_new(folder: Folder, lock: int, what: str) -> None:
         raise ClusterError(f"the supervisor of {what} cannot be started: {error}") from error
 
 
-def _tell(asked: Workload, state: State, source: str) -> None:
+def _tell(workload: Workload, state: State, source: str) -> None:
     """What is not followed stands in the events, and the user hears of it at once."""
-    for reason, message in notices(asked):
+    for reason, message in notices(workload):
         state.event(reason, message, source, warning=True)
         _log.warning("%s", message)
 

@@ -108,8 +108,8 @@ class Children:
 
     def news(self) -> bool:
         """Whether somebody changed the plan since the last call (SIGHUP)."""
-        told, self._looked_for = self._looked_for, False
-        return told
+        changed, self._looked_for = self._looked_for, False
+        return changed
 
     def start(self, name: str, command: Sequence[str], env: Mapping[str, str], working_dir: str) -> Child:
         """Start an instance in a session of its own; OSError where its program or folder cannot be had."""

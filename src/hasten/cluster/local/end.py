@@ -38,11 +38,11 @@ def end_and_remove(folder: Folder, grace: float) -> None:
 def _own(folder: Folder, grace: float) -> int:
     folder.mark_end()
     deadline = time.monotonic() + grace + _SLACK_S
-    told = False
+    signalled = False
     while (lock := folder.try_lock()) is None:
         if time.monotonic() > deadline:
             signal_supervisor(folder, signal.SIGKILL)
-        elif not told:
-            told = signal_supervisor(folder, signal.SIGTERM)
+        elif not signalled:
+            signalled = signal_supervisor(folder, signal.SIGTERM)
         time.sleep(_LOOK_S)
     return lock

@@ -35,8 +35,8 @@ def rank_environment(plan: JobPlan, index: int, port: int) -> dict[str, str]:
     `gpu` leave the number to torchrun.
     """
     count = len(plan.names)
-    asked = plan.nproc_per_node or ""
-    number = int(asked) if asked.isdecimal() else 1
+    nproc = plan.nproc_per_node or ""
+    number = int(nproc) if nproc.isdecimal() else 1
     variables = {"MASTER_ADDR": MASTER_ADDRESS, "MASTER_PORT": str(port)}
     variables |= {f"PET_{name}": value for name, value in variables.items()}
     variables |= {"RANK": str(index), "WORLD_SIZE": str(count * number), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}

@@ -37,11 +37,11 @@ def devices(environment: Mapping[str, str] = os.environ) -> list[str]:
     HASTEN_GPUS=N says that there are N. Otherwise a CUDA_VISIBLE_DEVICES that is set already limits the choice;
     otherwise the device files /dev/nvidia0, … count, or what nvidia-smi lists.
     """
-    told = environment.get(GPUS_VARIABLE)
-    if told is not None:
-        if not is_number(told) or int(told) > _MOST_GPUS:
-            raise ConfigError(f"{GPUS_VARIABLE}={told!r} is not a number of GPUs, up to {_MOST_GPUS}")
-        return [str(number) for number in range(int(told))]
+    configured = environment.get(GPUS_VARIABLE)
+    if configured is not None:
+        if not is_number(configured) or int(configured) > _MOST_GPUS:
+            raise ConfigError(f"{GPUS_VARIABLE}={configured!r} is not a number of GPUs, up to {_MOST_GPUS}")
+        return [str(number) for number in range(int(configured))]
     visible = environment.get(VISIBLE)
     if visible is not None:
         return [one.strip() for one in visible.split(",") if one.strip() not in ("", "-1", "NoDevFiles")]
@@ -186,5 +186,5 @@ def _given(tickets: Iterable[tuple[Path, Ticket]]) -> set[str]:
 
 
 def _waits(count: int, free: int, there: int, before: int) -> str:
-    asked = f"waits for {count} GPU{'s' * (count > 1)}, {free} of {there} {'is' if free == 1 else 'are'} free"
-    return asked if before == 0 else f"{asked}, {before} before it in the queue"
+    needed = f"waits for {count} GPU{'s' * (count > 1)}, {free} of {there} {'is' if free == 1 else 'are'} free"
+    return needed if before == 0 else f"{needed}, {before} before it in the queue"

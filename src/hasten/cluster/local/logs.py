@@ -95,13 +95,13 @@ class LogReader:
 
     def _offset_since(self, options: "LogOptions") -> int:
         """Where the first line begins that came since the time asked for."""
-        asked = [] if options.since is None else [time.time() - options.since]
+        bounds = [] if options.since is None else [time.time() - options.since]
         if options.since_time is not None:
-            asked.append(options.since_time.timestamp())
-        if not asked:
+            bounds.append(options.since_time.timestamp())
+        if not bounds:
             return 0
         times, offsets = _pairs(self._index)
-        index = bisect_left(times, int(max(asked) * 1e9))
+        index = bisect_left(times, int(max(bounds) * 1e9))
         return offsets[index] if index < len(offsets) else self._log.stat().st_size
 
 

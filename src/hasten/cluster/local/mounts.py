@@ -32,8 +32,8 @@ FAILED = 125
 
 def mount_command(command: Sequence[str], mounts: Sequence[Sequence[object]], working_dir: str) -> list[str]:
     """What runs a command with mounts, in a folder that may lie in one of them."""
-    asked = json.dumps({"mounts": mounts, "working_dir": working_dir})
-    return [sys.executable, "-P", "-m", "hasten.cluster.local.mounts", asked, *command]
+    request = json.dumps({"mounts": mounts, "working_dir": working_dir})
+    return [sys.executable, "-P", "-m", "hasten.cluster.local.mounts", request, *command]
 
 
 class MountError(Exception):
@@ -187,9 +187,9 @@ def _turn_to(folder: str) -> None:
     os.chdir("/")
 
 
-def run(asked: str, command: Sequence[str]) -> int:
+def run(request: str, command: Sequence[str]) -> int:
     """Mount, and become the command."""
-    plan = json.loads(asked)
+    plan = json.loads(request)
     try:
         enter_namespace()
         mounter = Mounter()

@@ -79,14 +79,14 @@ def _moment_or_none(seconds: float | None) -> datetime | None:
     return None if seconds is None else _moment(seconds)
 
 
-def chosen_instance(state: State, asked: str | None, what: str) -> InstanceState:
+def chosen_instance(state: State, name: str | None, what: str) -> InstanceState:
     """The instance that is asked for, or the chief; NotFoundError names those that there are."""
     by_name: dict[str, InstanceState] = {one.name: one for one in state.instances}
-    if asked is None and state.instances:
+    if name is None and state.instances:
         return state.instances[0]
-    if asked in by_name:
-        return by_name[asked]
-    raise NotFoundError(f"{what} has no instance {asked or ''}".rstrip() + f"; there are: {_listed(list(by_name))}")
+    if name in by_name:
+        return by_name[name]
+    raise NotFoundError(f"{what} has no instance {name or ''}".rstrip() + f"; there are: {_listed(list(by_name))}")
 
 
 def _listed(names: Sequence[str]) -> str:

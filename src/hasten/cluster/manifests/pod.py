@@ -279,12 +279,12 @@ def toleration(text: str) -> Object:
 
 def refuse_options(job: TrainingJob, names: Sequence[str], what: str, reason: str, more: Sequence[str] = ()) -> None:
     """UnsupportedError where a job has any of these options, or the options `more`, which `what` cannot do."""
-    asked = []
+    given = []
     for one in fields(job):
         default = one.default_factory() if one.default_factory is not MISSING else one.default
         if one.name in names and getattr(job, one.name) != default:
-            asked.append(one.metadata.get("flag", "--" + one.name.replace("_", "-")))
-    if asked := [*asked, *more]:
+            given.append(one.metadata.get("flag", "--" + one.name.replace("_", "-")))
+    if given := [*given, *more]:
         raise UnsupportedError(
-            f"{what} cannot do {', '.join(asked)}: {reason}; leave it out, or submit a PyTorchJob (--api pytorchjob)"
+            f"{what} cannot do {', '.join(given)}: {reason}; leave it out, or submit a PyTorchJob (--api pytorchjob)"
         )

@@ -122,19 +122,19 @@ class Calibrated:
 
     def _load(self, specs: Sequence[WeightSpec]) -> None:
         for spec in specs:
-            owner, attribute = self._place(spec)
+            owner, attribute = self._parameter_of(spec)
             set_weight(owner, attribute, ops.moved(self._source.weight(spec, 0, 1, self._dtype), self._upload))
-        for owner in {id(owner): owner for owner, _ in map(self._place, specs)}.values():
+        for owner in {id(owner): owner for owner, _ in map(self._parameter_of, specs)}.values():
             if isinstance(owner, PackedModule):
                 owner.pack()
 
     def _drop(self, specs: Sequence[WeightSpec]) -> None:
-        for owner, _ in map(self._place, specs):
+        for owner, _ in map(self._parameter_of, specs):
             owner.__dict__.pop("packed", None)
             for name, parameter in list(owner.named_parameters(recurse=False)):
                 setattr(owner, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
 
-    def _place(self, spec: WeightSpec) -> tuple[nn.Module, str]:
+    def _parameter_of(self, spec: WeightSpec) -> tuple[nn.Module, str]:
         owner, _, attribute = spec.name.rpartition(".")
         return self._model.get_submodule(owner), attribute
 

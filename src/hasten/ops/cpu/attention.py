@@ -78,9 +78,9 @@ def _attention(
         done = _attend(group, query_tx, key_cache, value_cache, bias, scale, softcap, sinks_n, meta.run)
         if out_tx is None:
             return done.view_as(query_tnd).to(query_tnd.dtype)
-        if group.places is not None:
+        if group.kept is not None:
             assert group.targets is not None
-            out_tx.index_copy_(0, group.targets, done.index_select(0, group.places))
+            out_tx.index_copy_(0, group.targets, done.index_select(0, group.kept))
         elif group.rows is not None:
             out_tx.index_copy_(0, group.rows, done)
         else:

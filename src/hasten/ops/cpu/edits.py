@@ -40,14 +40,14 @@ def edit_logits(  # noqa: D103
 
 
 def _penalize(edited: Logits, edits: LogitEdits, counts: TokenCounts) -> None:
-    places = np.flatnonzero(edits.slots_k.numpy() >= 0)
-    if not len(places):
+    rows = np.flatnonzero(edits.slots_k.numpy() >= 0)
+    if not len(rows):
         return
-    slots, penalties = edits.slots_k.numpy()[places], edits.penalties_k3.numpy()[places]
+    slots, penalties = edits.slots_k.numpy()[rows], edits.penalties_k3.numpy()[rows]
     sizes = counts.sizes_s.numpy()[slots]
     k, at = (np.arange(int(sizes.max())) < sizes[:, np.newaxis]).nonzero()
     entries = (slots[k], at)
-    logits = (edits.rows_k.numpy()[places[k]], counts.ids_sw.numpy()[entries])
+    logits = (edits.rows_k.numpy()[rows[k]], counts.ids_sw.numpy()[entries])
     output = (counts.counts_sw.numpy()[entries] & (IN_PROMPT - 1)).astype(np.float32)
     repetition, presence, frequency = penalties[k].T
     x = edited[logits]

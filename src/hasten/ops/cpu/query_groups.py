@@ -27,7 +27,7 @@ class Group:
     """[b * q] row of the flat batch for each padded query; None where the runs stand in the batch just so."""
     first: int
     """First row in the batch, where `rows` is None."""
-    places: Tensor | None
+    kept: Tensor | None
     """[real queries] place in the padded output of each real query; None where no query is padding."""
     targets: Tensor | None
     """[real queries] row of the flat batch of each real query."""
@@ -191,12 +191,12 @@ def _group(meta: AttentionMeta, runs: list[_Run], block_size: int, cut: _Cut) ->
     rows = [row for run in runs for row in range(run.first, run.first + run.count)]
     in_place = even and rows == list(range(rows[0], rows[0] + len(rows)))
     padded = rows if even else [min(run.first + i, run.first + run.count - 1) for run in runs for i in range(queries)]
-    places = [place * queries + i for place, run in enumerate(runs) for i in range(run.count)]
+    kept = [query * queries + i for query, run in enumerate(runs) for i in range(run.count)]
     ends = torch.tensor([run.end for run in runs])
     return Group(
         rows=None if in_place else torch.tensor(padded),
         first=rows[0],
-        places=None if even else torch.tensor(places),
+        kept=None if even else torch.tensor(kept),
         targets=None if even else torch.tensor(rows),
         blocks=_blocks(meta.block_tables, runs, blocks),
         positions=torch.tensor([run.position for run in runs]),
@@ -211,5 +211,5 @@ def _blocks(tables: Tensor, runs: list[_Run], count: int) -> Tensor:
     own = tables[[run.sequence for run in runs]]
     if not any(run.skipped for run in runs) and count <= tables.shape[1]:
         return own[:, :count].flatten()
-    places = torch.tensor([run.skipped for run in runs]).unsqueeze(1) + torch.arange(count)
-    return own.gather(1, places.clamp_(max=tables.shape[1] - 1)).flatten()
+    indices = torch.tensor([run.skipped for run in runs]).unsqueeze(1) + torch.arange(count)
+    return own.gather(1, indices.clamp_(max=tables.shape[1] - 1)).flatten()

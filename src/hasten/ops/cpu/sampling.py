@@ -57,10 +57,10 @@ def largest(x_rv: Tensor, count: int) -> tuple[Tensor, Tensor]:  # noqa: D103
     left: NDArray[np.float32] = x_rv.numpy().copy() if count > 1 else x_rv.numpy()
     rows = np.arange(len(left))
     values, ids = np.empty((len(left), count), np.float32), np.empty((len(left), count), np.int32)
-    for place in range(count):
-        ids[:, place] = found = left.argmax(-1)
-        values[:, place] = left[rows, found]
-        if place + 1 < count:
+    for rank in range(count):
+        ids[:, rank] = found = left.argmax(-1)
+        values[:, rank] = left[rows, found]
+        if rank + 1 < count:
             left[rows, found] = -np.inf
     values_rk, ids_rk = torch.from_numpy(values), torch.from_numpy(ids)
     unsure = np.flatnonzero(values[:, -1] == -np.inf)  # what was taken out looks the same

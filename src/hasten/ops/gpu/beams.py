@@ -99,10 +99,10 @@ def _choose(
     tl.debug_barrier()
 
     idle = (claimed == 0) & (lane < width)
-    place = tl.cumsum(idle.to(tl.int32), 0) - 1
-    joins = idle & (place < others)
-    other = moved + (s * WIDTH + place) * 3
-    best_w = tl.load(moved_logprobs + s * WIDTH + place, joins, 0.0)
+    rank = tl.cumsum(idle.to(tl.int32), 0) - 1
+    joins = idle & (rank < others)
+    other = moved + (s * WIDTH + rank) * 3
+    best_w = tl.load(moved_logprobs + s * WIDTH + rank, joins, 0.0)
     tl.store(parents + first + lane, tl.load(other, joins, 0), joins)
     tl.store(tokens + first + lane, tl.load(other + 1, joins, 0), joins)
     tl.store(logprobs + first + lane, best_w, joins)

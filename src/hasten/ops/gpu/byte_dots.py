@@ -41,8 +41,8 @@ def _signed_byte(words, PLACE: tl.constexpr):
 def _dot4(a, b, total):
     """`total` and the products of the signed bytes of `a` with those of `b`."""
     if _INTERPRETED:
-        for place in tl.static_range(4):
-            total += _signed_byte(a, place) * _signed_byte(b, place)
+        for byte in tl.static_range(4):
+            total += _signed_byte(a, byte) * _signed_byte(b, byte)
     else:
         total = tl.inline_asm_elementwise(_DP4A, "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1)
     return total

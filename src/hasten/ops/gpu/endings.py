@@ -104,7 +104,7 @@ def store_turned(
     two,
     turns,
     pair,
-    place,
+    targets,
     out,
     keys,
     values,
@@ -118,10 +118,10 @@ def store_turned(
 ):
     """Rotate both features of pairs in fp32, by `turns_of`, and store them as `store_projected` does.
 
-    `place`: their rows, slots, and which are there. What does not turn stays as it is, infinite or not.
+    `targets`: their rows, slots, and which are there. What does not turn stays as it is, infinite or not.
     """
     cos, sin, turn = turns
-    row, slot, valid = place
+    row, slot, valid = targets
     x, y = one.to(tl.float32), two.to(tl.float32)
     one = tl.where(turn, (x * cos - y * sin).to(one.dtype), one)
     two = tl.where(turn, (y * cos + x * sin).to(two.dtype), two)

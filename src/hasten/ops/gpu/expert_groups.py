@@ -62,10 +62,10 @@ def _sort(
     for k in tl.static_range(K):
         expert = tl.load(experts + t * K + k, t < T, -1)
         taken += (expert[:, None] == e[None, :]).to(tl.int32)
-    place = tl.cumsum(taken, 0) - taken + (ends - total + before)[None, :]
+    index = tl.cumsum(taken, 0) - taken + (ends - total + before)[None, :]
     for k in tl.static_range(K):
         expert = tl.load(experts + t * K + k, t < T, -1)
-        at = tl.sum(tl.where(expert[:, None] == e[None, :], place, 0), 1)
+        at = tl.sum(tl.where(expert[:, None] == e[None, :], index, 0), 1)
         tl.store(order + at, t * K + k, (expert >= first) & (expert < first + COUNT))
 
 
@@ -83,8 +83,8 @@ def _tile(bounds, tile, COUNT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.
     earlier = tl.max(tl.where(before, tile_ends, 0), 0)
     begin = tl.max(tl.where(before, ends, 0), 0)
     end = tl.min(tl.where(before, 2147483647, ends), 0)
-    place = begin + (tile - earlier) * BLOCK_M + tl.arange(0, BLOCK_M)
-    return expert, tl.where(place < end, place, begin), place < end
+    index = begin + (tile - earlier) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return expert, tl.where(index < end, index, begin), index < end
 
 
 @triton.jit
@@ -119,12 +119,12 @@ def _grouped_gate_up(
     start_next(PDL)
     wait_for_inputs(PDL)
     features: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
-    expert, place, real = _tile(bounds, tl.program_id(0) // features, COUNT, BLOCK_E, BLOCK_M)
+    expert, index, real = _tile(bounds, tl.program_id(0) // features, COUNT, BLOCK_E, BLOCK_M)
     if expert == COUNT:
         return
     n = tl.program_id(0) % features * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    token = tl.load(order + place) // K
+    token = tl.load(order + index) // K
     x_start = x + token.to(tl.int64)[:, None] * H + k[None, :]
     feature = expert.to(tl.int64) * 2 * I + tl.where(n < I, n, 0)
     gate_start = weight + feature[:, None] * H + k[None, :]
@@ -148,7 +148,7 @@ def _grouped_gate_up(
         gate += tl.load(bias_start, n < I, 0.0).to(tl.float32)[:, None]
         up += tl.load(bias_start + I, n < I, 0.0).to(tl.float32)[:, None]
     value = gated(gate, up, GATE, LIMIT, OFFSET).to(inner.dtype.element_ty)
-    tl.store(inner + place.to(tl.int64)[None, :] * I + n[:, None], value, real[None, :] & (n < I)[:, None])
+    tl.store(inner + index.to(tl.int64)[None, :] * I + n[:, None], value, real[None, :] & (n < I)[:, None])
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -182,14 +182,14 @@ def _grouped_down(
     pairs_are_rows: tl.constexpr = BLOCK_M >= 128
     wait_for_inputs(PDL)
     features: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
-    expert, place, real = _tile(bounds, tl.program_id(0) // features, COUNT, BLOCK_E, BLOCK_M)
+    expert, index, real = _tile(bounds, tl.program_id(0) // features, COUNT, BLOCK_E, BLOCK_M)
     if expert == COUNT:
         return
     n = tl.program_id(0) % features * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    pair = tl.load(order + place)
+    pair = tl.load(order + index)
     scale = tl.load(scales + pair)
-    x_start = inner + place.to(tl.int64)[:, None] * I + k[None, :]
+    x_start = inner + index.to(tl.int64)[:, None] * I + k[None, :]
     feature = expert.to(tl.int64) * H + tl.where(n < H, n, 0)
     w_start = weight + feature[:, None] * I + k[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N] if pairs_are_rows else [BLOCK_N, BLOCK_M], tl.float32)

@@ -71,8 +71,8 @@ def matvec(
     if PAIRS is not None:
         one, two = tl.split(value.reshape([ROWS // 2, 2]))
         if KV:
-            place = pair * 0, tl.load(slots).to(tl.int64), 2 * pair < N
-            store_turned(one, two, (cos, sin, turn), pair, place, out, keys, values, inverses, N, Q, KV, PAIRS, D, R)
+            targets = pair * 0, tl.load(slots).to(tl.int64), 2 * pair < N
+            store_turned(one, two, (cos, sin, turn), pair, targets, out, keys, values, inverses, N, Q, KV, PAIRS, D, R)
         else:
             unit = activated(one.to(tl.float32), ACTIVATION) * two.to(tl.float32)
             tl.store(out + pair, unit.to(out.dtype.element_ty), 2 * pair < N)
@@ -211,9 +211,11 @@ def skinny(
         if PAIRS is not None:
             one, two = tl.split(value.reshape([BLOCK_N // 2, 2, BLOCK_M]).permute(0, 2, 1))
             if KV:
-                place = m[None, :], tl.load(slots + m, m < M, -1).to(tl.int64)[None, :], stored
+                targets = m[None, :], tl.load(slots + m, m < M, -1).to(tl.int64)[None, :], stored
                 turns = cos, sin, turn
-                store_turned(one, two, turns, pair[:, None], place, out, keys, values, inverses, N, Q, KV, PAIRS, D, R)
+                store_turned(
+                    one, two, turns, pair[:, None], targets, out, keys, values, inverses, N, Q, KV, PAIRS, D, R
+                )
             else:
                 unit = activated(one.to(tl.float32), ACTIVATION) * two.to(tl.float32)
                 target = out + m[None, :].to(tl.int64) * (N // 2) + pair[:, None]

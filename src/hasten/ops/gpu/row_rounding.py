@@ -23,7 +23,7 @@ _FEW_ROWS = 64
 
 
 @triton.jit
-def _place(k, WIDTH: tl.constexpr):
+def _nibble_index(k, WIDTH: tl.constexpr):
     """The byte of a row that an input feature is for weights of 4 bits.
 
     Words of four nibbles hold columns 32 apart (`pack_nibbles`). The even nibbles of two neighbouring words are
@@ -55,7 +55,7 @@ def store_rounded(
     unit = tl.div_rn(tl.maximum(greatest, _TINY * LARGEST), LARGEST)
     # a plain product would be fused with the sum that rounds it, and then differ from the definition at ties
     number = tl.fma(tl.where(damaged, 0.0, value), tl.div_rn(1.0, unit), 0.0)
-    target = numbers + row * DIGITS * WIDTH + (_place(k, WIDTH) if NIBBLES else k)
+    target = numbers + row * DIGITS * WIDTH + (_nibble_index(k, WIDTH) if NIBBLES else k)
     kept = k < WIDTH
     dtype: tl.constexpr = numbers.dtype.element_ty
     if DIGITS == 2:
@@ -137,9 +137,9 @@ def round_rows(
 ) -> tuple[Tensor, Tensor]:
     """Numbers, [t, digits * padded h] of 8 bits, and units, [t] in fp32: of `inputs`, or of two digits where None.
 
-    `nibbles`: each digit in the order that weights of 4 bits are multiplied in, see `_place`. With `activation`, that
-    of `x_th` is rounded; with `gated`, that of the first half of each row times the second. What is rounded already
-    stays as it is.
+    `nibbles`: each digit in the order that weights of 4 bits are multiplied in, see `_nibble_index`. With `activation`,
+    that of `x_th` is rounded; with `gated`, that of the first half of each row times the second. What is rounded
+    already stays as it is.
     """
     if isinstance(x_th, RoundedRows):
         return x_th.numbers, x_th.units_t

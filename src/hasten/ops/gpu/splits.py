@@ -22,10 +22,10 @@ def _add_up(part_sums, part_weights, first, parts, STEP: tl.constexpr, BLOCK_D: 
     weight = tl.full(first.shape, 0.0, tl.float32)
     sums = tl.zeros((part_sums + column(first)).shape, tl.float32)
     for number in range(parts):
-        place = first + number * STEP
-        their_top = tl.load(part_weights + place * 2, cache_modifier=".cg")
-        their_weight = tl.load(part_weights + place * 2 + 1, cache_modifier=".cg")
-        their_sums = tl.load(part_sums + column(place) * BLOCK_D, cache_modifier=".cg")
+        part = first + number * STEP
+        their_top = tl.load(part_weights + part * 2, cache_modifier=".cg")
+        their_weight = tl.load(part_weights + part * 2 + 1, cache_modifier=".cg")
+        their_sums = tl.load(part_sums + column(part) * BLOCK_D, cache_modifier=".cg")
         sums, weight, top = merged(sums, weight, top, their_sums, their_weight, their_top)
     return sums, weight
 
@@ -71,8 +71,8 @@ def one_query(
     """
     start_next(PDL)
     head = tl.program_id(0)
-    place = tl.program_id(1)
-    item = items + place * COLUMNS
+    program = tl.program_id(1)
+    item = items + program * COLUMNS
     table = tables + tl.load(item)
     query_row = tl.load(item + 1).to(tl.int64)
     out_row = tl.load(item + 2).to(tl.int64)
@@ -90,7 +90,7 @@ def one_query(
     if scales is not None:
         scale *= tl.load(scales + head)
     base = head.to(tl.int64) * head_stride
-    if (parts > 0) | (place == 0):  # one that waits is enough, and those without work leave their room at once
+    if (parts > 0) | (program == 0):  # one that waits is enough, and those without work leave their room at once
         wait_for_inputs(PDL)
     if parts > 0:
         q_d = tl.load(query + query_row * query_stride + head * D + d, in_head, 0.0).to(tl.float32) * scale
@@ -146,7 +146,7 @@ def one_query(
             # A weight is at least 1, that of the greatest score, or 0 where there are no keys.
             tl.store(target, (sum_d / tl.maximum(weight, 1.0)).to(out.dtype.element_ty), in_head)
         else:
-            mine = place * HEADS + head
+            mine = program * HEADS + head
             tl.store(part_sums + mine * BLOCK_D + d, sum_d)
             tl.store(part_weights + mine * 2, top)
             tl.store(part_weights + mine * 2 + 1, weight)
@@ -154,7 +154,7 @@ def one_query(
             seen = tl.atomic_add(arrived + out_row * HEADS + head, 1, sem="acq_rel")
             if seen == parts - 1:
                 tl.store(arrived + out_row * HEADS + head, 0)
-                first = (place - part) * HEADS + head
+                first = (program - part) * HEADS + head
                 sum_d, weight = _add_up(part_sums + d, part_weights, first, parts, HEADS, BLOCK_D)
                 tl.store(target, (sum_d / weight).to(out.dtype.element_ty), in_head)
 
@@ -209,8 +209,8 @@ def query_group(
     in_group = row_m < GROUP
     # Rows behind a group's end repeat its last head, so that every load has somewhere to read from.
     head_m = kv_head * GROUP + tl.minimum(row_m, GROUP - 1)
-    place = tl.program_id(1)
-    item = items + place * COLUMNS
+    program = tl.program_id(1)
+    item = items + program * COLUMNS
     table = tables + tl.load(item)
     query_row = tl.load(item + 1).to(tl.int64)
     out_row = tl.load(item + 2).to(tl.int64)
@@ -227,7 +227,7 @@ def query_group(
     if scales is not None:
         scale *= tl.load(scales + kv_head)
     base = kv_head.to(tl.int64) * head_stride
-    if (parts > 0) | (place == 0):  # one that waits is enough, and those without work leave their room at once
+    if (parts > 0) | (program == 0):  # one that waits is enough, and those without work leave their room at once
         wait_for_inputs(PDL)
     if parts > 0:
         q_md = tl.load(query + query_row * query_stride + head_m[:, None] * D + d[None, :], mask_md, 0.0)
@@ -265,7 +265,7 @@ def query_group(
             # A weight is at least 1, that of the greatest score, or 0 where there are no keys.
             tl.store(target, (sum_md / tl.maximum(weight_m, 1.0)[:, None]).to(out.dtype.element_ty), mask_md)
         else:
-            mine_m = place * HEADS + head_m
+            mine_m = program * HEADS + head_m
             tl.store(part_sums + mine_m[:, None] * BLOCK_D + d[None, :], sum_md, in_group[:, None])
             tl.store(part_weights + mine_m * 2, top_m, in_group)
             tl.store(part_weights + mine_m * 2 + 1, weight_m, in_group)
@@ -274,6 +274,6 @@ def query_group(
             seen = tl.atomic_add(counter, 1, sem="acq_rel")
             if seen == parts - 1:
                 tl.store(counter, 0)
-                first_m = (place - part) * HEADS + head_m
+                first_m = (program - part) * HEADS + head_m
                 sum_md, weight_m = _add_up(part_sums + d[None, :], part_weights, first_m, parts, HEADS, BLOCK_D)
                 tl.store(target, (sum_md / weight_m[:, None]).to(out.dtype.element_ty), mask_md)

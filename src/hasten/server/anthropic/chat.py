@@ -80,15 +80,15 @@ def _message(where: str, message: Message) -> Iterator[ChatMessage]:
     thoughts = list[str]()
     texts, calls, results = list[ContentPart](), list[ToolCall](), list[ChatMessage]()
     for number, block in enumerate(message.content):
-        place = f"{where}.content[{number}]"
+        path = f"{where}.content[{number}]"
         if block.type == "tool_use" and message.role == "assistant":
-            calls.append(_call(place, block))
+            calls.append(_call(path, block))
         elif block.type == "tool_result" and message.role == "user":
-            results.append(_result(place, block))
+            results.append(_result(path, block))
         elif block.type == "thinking" and message.role == "assistant":
             thoughts.append(block.thinking or "")
         else:
-            texts.append(_part(place, block))
+            texts.append(_part(path, block))
     yield from results
     if texts or calls or not results:
         reasoning = "\n".join(thoughts) or None

@@ -31,23 +31,23 @@ class AssignedRequests:
         self.prefixes = PrefixTable()
         self._on_change = on_change
         """Called whenever a request that came now might have to wait for another time."""
-        self._places = 1
+        self._slots = 1
         """Sequences that it runs at once."""
-        self._waits = WaitEstimator(self._places)
+        self._waits = WaitEstimator(self._slots)
         self._tickets: dict[int, Ticket] = {}
         self._begun = 0
         """Sequences of the requests that it has begun."""
         self._compiling = 0
         """Requests that wait for their grammars."""
 
-    def attach(self, places: int, num_blocks: int, block_size: int) -> None:
-        """A process is ready that runs up to `places` sequences at once; nothing is measured of it yet.
+    def attach(self, slots: int, num_blocks: int, block_size: int) -> None:
+        """A process is ready that runs up to `slots` sequences at once; nothing is measured of it yet.
 
         Its cache is empty and has `num_blocks` blocks of `block_size` tokens.
         """
         self.attached, self.stalled = True, False
-        self._places = places
-        self._waits = WaitEstimator(places)
+        self._slots = slots
+        self._waits = WaitEstimator(slots)
         self.prefixes.reset(num_blocks, block_size)
         self._on_change()
 
@@ -69,7 +69,7 @@ class AssignedRequests:
     @property
     def has_room(self) -> bool:
         """Whether it may get a request more, which may take more places than are left."""
-        return self.sequences < self._places + max(1, self._places // _SLACK)
+        return self.sequences < self._slots + max(1, self._slots // _SLACK)
 
     @property
     def num_ahead(self) -> int:
@@ -78,7 +78,7 @@ class AssignedRequests:
 
     def fits(self, width: int) -> bool:
         """Whether it has places for `width` sequences now."""
-        return self.sequences + width <= self._places
+        return self.sequences + width <= self._slots
 
     def get(self, number: int) -> Ticket | None:
         """The request with this number, if it has it."""
@@ -116,7 +116,7 @@ class AssignedRequests:
             ticket.begin(step.began, step.stats.steps)
             self._begun += ticket.width
             self.tokens_ahead -= ticket.to_compute
-        holds_back = step.stats.waiting > self._compiling and self._begun < self._places
+        holds_back = step.stats.waiting > self._compiling and self._begun < self._slots
         self._waits.observe(step.stats, now, begun, holds_back=holds_back)
 
     def finish(self, ticket: Ticket) -> None:

@@ -123,18 +123,18 @@ class RequestQueue:
 
     def estimated_wait(self, priority: int = 0) -> float | None:
         """Seconds until an engine would begin a request that came now; None while too little is known."""
-        place = bisect_left(self._waiting, (rank_of(priority), float("inf")), key=_order)
-        if place not in self._estimates:
-            self._estimates[place] = self._estimate(place)
-        return self._estimates[place]
+        ahead = bisect_left(self._waiting, (rank_of(priority), float("inf")), key=_order)
+        if ahead not in self._estimates:
+            self._estimates[ahead] = self._estimate(ahead)
+        return self._estimates[ahead]
 
-    def _estimate(self, place: int) -> float | None:
-        """The shortest wait behind `place` requests if these were dealt out to the engines in turn."""
+    def _estimate(self, ahead: int) -> float | None:
+        """The shortest wait behind `ahead` requests if these were dealt out to the engines in turn."""
         engines = self._takers() or self.engines
         count = len(engines)
-        front = list(islice(self._waiting, min(place, MOST_SIMULATED * count)))
+        front = list(islice(self._waiting, min(ahead, MOST_SIMULATED * count)))
         waits = [
-            engine.estimated_wait(front[turn::count], len(range(turn, place, count)))
+            engine.estimated_wait(front[turn::count], len(range(turn, ahead, count)))
             for turn, engine in enumerate(engines)
         ]
         return min((wait for wait in waits if wait is not None), default=None)
@@ -169,9 +169,9 @@ class RequestQueue:
             return engine
         ticket.stop_timer()
         self._estimates.clear()
-        place = bisect_left(self._waiting, ticket.order, key=_order)
-        if place < len(self._waiting) and self._waiting[place] is ticket:
-            del self._waiting[place]
+        index = bisect_left(self._waiting, ticket.order, key=_order)
+        if index < len(self._waiting) and self._waiting[index] is ticket:
+            del self._waiting[index]
             self._waiting_bytes -= len(ticket.frame)
         return None
 

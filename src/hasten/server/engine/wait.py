@@ -46,8 +46,8 @@ class RecentRatio:
 class WaitEstimator:
     """What the engine of one process has done lately, and the wait that follows from it."""
 
-    def __init__(self, places: int) -> None:
-        self._places = places
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
         """Sequences that the engine runs at once."""
         self._step_seconds = RecentRatio(_HALF_LIFE_STEPS)
         self._begun_tokens = RecentRatio(_HALF_LIFE_BEGINS_STEPS)
@@ -93,8 +93,8 @@ class WaitEstimator:
     def seconds(self, running: Iterable[Ticket], waiting: Sequence[Ticket], count: int) -> float | None:
         """Wait of a request behind `waiting`, of which there are `count`; None while too little is measured."""
         taken = [self._left(one, self._steps - one.begun_step) for one in running for _ in range(one.width)]
-        free = taken + [0.0] * (self._places - len(taken))
-        steps = _played(free, self._places, [(one.width, self._left(one, 0)) for one in waiting])
+        free = taken + [0.0] * (self._slots - len(taken))
+        steps = _played(free, self._slots, [(one.width, self._left(one, 0)) for one in waiting])
         if steps == 0 and not self._holds_back:
             return 0.0
         if self._steps_measured < _LEAST_STEPS:
@@ -127,13 +127,13 @@ class WaitEstimator:
         return len(ticket.prompt_token_ids) + ticket.width * self._left(ticket, 0)
 
 
-def _played(free: list[float], places: int, waiting: Iterable[tuple[int, float]]) -> float:
+def _played(free: list[float], slots: int, waiting: Iterable[tuple[int, float]]) -> float:
     """Steps until the next request begins, behind requests of (sequences, steps); `free` is when sequences end."""
     heapq.heapify(free)
-    for _ in range(len(free) - places):
+    for _ in range(len(free) - slots):
         heapq.heappop(free)
     for width, steps in waiting:
-        count = min(width, places)
+        count = min(width, slots)
         begin = [heapq.heappop(free) for _ in range(count)][-1]
         for _ in range(count):
             heapq.heappush(free, begin + steps)

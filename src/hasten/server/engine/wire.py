@@ -282,12 +282,12 @@ class Frames:
     def feed(self, data: bytes) -> Iterator[bytes]:
         """The bodies that are whole with this data."""
         self._held += data
-        place = 0
-        while len(self._held) >= place + _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._held, place)
-            end = place + _LENGTH.size + length
+        start = 0
+        while len(self._held) >= start + _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._held, start)
+            end = start + _LENGTH.size + length
             if len(self._held) < end:
                 break
-            yield bytes(self._held[place + _LENGTH.size : end])
-            place = end
-        del self._held[:place]
+            yield bytes(self._held[start + _LENGTH.size : end])
+            start = end
+        del self._held[:start]

@@ -225,7 +225,7 @@ def _check_tensors(config: model_config_pb2.ModelConfig) -> None:
             if getattr(tensor, field, None):
                 raise _wrong(config, f"tensor '{tensor.name}': {field} is not supported; remove it")
     for names in ([tensor.name for tensor in config.input], [tensor.name for tensor in config.output]):
-        twice = [name for place, name in enumerate(names) if name in names[:place]]
+        twice = [name for index, name in enumerate(names) if name in names[:index]]
         if twice:
             raise _wrong(config, f"tensor '{twice[0]}' is listed twice")
 

@@ -78,12 +78,12 @@ class EncoderModel(EngineModel):
         if types is not None and types.data.shape != ids.shape:
             raise _wrong(0, "token_type_ids", f"has shape {list(types.data.shape)}, but 'input_ids' {list(ids.shape)}")
         requests = []
-        for place, (length,) in enumerate(lengths.tolist()):
+        for index, (length,) in enumerate(lengths.tolist()):
             if not 0 < length <= ids.shape[1]:
-                raise _wrong(place, "sequence_lengths", f"is {length}; it must be from 1 to {ids.shape[1]}")
-            row: list[int] = ids[place, :length].tolist()
-            kinds: list[int] = [] if types is None else types.data[place, :length].tolist()
-            self._check(place, row)
+                raise _wrong(index, "sequence_lengths", f"is {length}; it must be from 1 to {ids.shape[1]}")
+            row: list[int] = ids[index, :length].tolist()
+            kinds: list[int] = [] if types is None else types.data[index, :length].tolist()
+            self._check(index, row)
             requests.append(
                 Request(
                     request_id="",
@@ -94,16 +94,16 @@ class EncoderModel(EngineModel):
             )
         return requests
 
-    def _check(self, place: int, row: Sequence[int]) -> None:
+    def _check(self, index: int, row: Sequence[int]) -> None:
         info = self._engine.info
         if len(row) > (most := self._engine.most_prompt_tokens):
-            raise _wrong(place, "input_ids", f"has {len(row)} tokens; the model takes at most {most}")
+            raise _wrong(index, "input_ids", f"has {len(row)} tokens; the model takes at most {most}")
         if max(row) >= info.vocab_size:
-            raise _wrong(place, "input_ids", f"has token id {max(row)}; the vocabulary ends at {info.vocab_size - 1}")
+            raise _wrong(index, "input_ids", f"has token id {max(row)}; the vocabulary ends at {info.vocab_size - 1}")
 
 
-def _wrong(place: int, name: str, problem: str) -> InvalidRequestError:
-    return InvalidRequestError(f"item {place} of the batch: input '{name}' {problem}")
+def _wrong(index: int, name: str, problem: str) -> InvalidRequestError:
+    return InvalidRequestError(f"item {index} of the batch: input '{name}' {problem}")
 
 
 async def _tensor(name: str, results: Sequence[Result]) -> Tensor:

@@ -101,7 +101,7 @@ def ordered_steps(config: model_config_pb2.ModelConfig) -> list[Step]:
         list[Step](),
     )
     sources = [*known, *(name for step in waiting for name in step.output_map.values())]
-    twice = [name for place, name in enumerate(sources) if name in sources[:place]]
+    twice = [name for index, name in enumerate(sources) if name in sources[:index]]
     if twice:
         raise _wrong(config, f"tensor '{twice[0]}' comes from two places")
     while waiting:

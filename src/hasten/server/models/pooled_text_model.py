@@ -81,13 +81,13 @@ class PooledTextModel:
             yield Outcome(await by_size(size, self._tensors, results, work), final=True)
 
     async def _results(self, call: PoolingCall, work: Work) -> list[Result]:
-        asked = _vllm_request(work)
-        if asked is not None:
-            dimensions = asked.pooling_params.dimensions
+        request = _vllm_request(work)
+        if request is not None:
+            dimensions = request.pooling_params.dimensions
             size = dimensions[0] if isinstance(dimensions, list) and dimensions else dimensions or None
             work.clock.prepare()
             params = pooling_params(work, self._task, dimensions=size)
-            return await call.prompts([asked.input], params)
+            return await call.prompts([request.input], params)
         texts = _texts(work, "text_input")
         check_count("input 'text_input'", len(texts))
         params = pooling_params(work, self._task)

@@ -98,15 +98,15 @@ class _Responses:
         work, served = self._work, self._model.find()
         self._held.enter_context(served.use())
         self._engine = required_engine(served)
-        asked = read_text(work, self._engine.info)
-        if asked.stream:
+        request = read_text(work, self._engine.info)
+        if request.stream:
             self._model.check_stream(work.model)
         work.clock.prepare()
-        self._reply = _Reply(asked, work)
+        self._reply = _Reply(request, work)
         self._ticket = await self._engine.submit(
-            asked.prompt,
-            asked.params,
-            stream=asked.stream,
+            request.prompt,
+            request.params,
+            stream=request.stream,
             priority=work.priority,
             queue_timeout=work.queue_timeout,
             salt=work.cache_salt,
@@ -124,14 +124,14 @@ class _Responses:
 class _Reply:
     """Responses to one request."""
 
-    def __init__(self, asked: TextRequest, work: Work) -> None:
-        self._asked = asked
+    def __init__(self, request: TextRequest, work: Work) -> None:
+        self._asked = request
         self._work = work
-        self._last = [CompletionDelta(index, [], "") for index in range(asked.params.n)]
+        self._last = [CompletionDelta(index, [], "") for index in range(request.params.n)]
         """What came last of each completion, without what the responses so far have."""
-        self._first = asked.prompt if asked.prepend_input else ""
+        self._first = request.prompt if request.prepend_input else ""
         self._prompt_tokens = 0
-        names = ("text_output", *sorted(asked.wanted))
+        names = ("text_output", *sorted(request.wanted))
         self._names = [name for name in names if name in work.outputs]
 
     def tensors(self, progress: Progress) -> list[Tensor]:
@@ -176,8 +176,8 @@ class _Reply:
 
 def _matrix(rows: list[list[float]]) -> NDArray[np.float32]:
     matrix = np.zeros((len(rows), max(map(len, rows))), np.float32)
-    for place, row in enumerate(rows):
-        matrix[place, : len(row)] = row
+    for index, row in enumerate(rows):
+        matrix[index, : len(row)] = row
     return matrix
 
 

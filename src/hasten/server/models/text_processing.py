@@ -89,7 +89,7 @@ class Preprocessing(_Processing):
         """One response."""
         work.known_parameters()
         tokenizer = self.tokenizer()
-        queries = [_only(texts, place) for place, texts in enumerate(_texts(work.inputs["QUERY"]))]
+        queries = [_only(texts, index) for index, texts in enumerate(_texts(work.inputs["QUERY"]))]
         prompts = await self._encode(tokenizer, queries)
         outputs = await self._run(partial(_prepared, tokenizer, prompts, work.inputs))
         work.clock.prepare()
@@ -147,17 +147,17 @@ def _lengths(work: Work, tokens: NDArray[Any]) -> NDArray[Any]:
 def _texts(tensor: Tensor) -> list[list[str]]:
     """The texts of each item; ServiceError where they are not UTF-8."""
     rows = []
-    for place, row in enumerate(tensor.data.reshape(tensor.shape[0], -1).tolist()):
+    for index, row in enumerate(tensor.data.reshape(tensor.shape[0], -1).tolist()):
         try:
             rows.append([text.decode() for text in row])
         except UnicodeDecodeError as error:
-            raise _invalid(f"item {place} of the batch: input '{tensor.name}' is not UTF-8: {error}") from None
+            raise _invalid(f"item {index} of the batch: input '{tensor.name}' is not UTF-8: {error}") from None
     return rows
 
 
-def _only(texts: list[str], place: int) -> str:
+def _only(texts: list[str], index: int) -> str:
     if len(texts) != 1:
-        raise _invalid(f"item {place} of the batch: input 'QUERY' has {len(texts)} texts, but an item has one")
+        raise _invalid(f"item {index} of the batch: input 'QUERY' has {len(texts)} texts, but an item has one")
     return texts[0]
 
 
@@ -184,9 +184,9 @@ class _Words:
 def _read_words(tensor: Tensor) -> list[list[str]]:
     """Each item's words; bounded by their characters before they are taken apart."""
     rows = []
-    for place, texts in enumerate(_texts(tensor)):
+    for index, texts in enumerate(_texts(tensor)):
         size = sum(map(len, texts))
-        where = f"item {place} of the batch: "
+        where = f"item {index} of the batch: "
         if size > _MAX_CSV_CHARACTERS:
             raise _invalid(f"{where}input '{tensor.name}' has {size} characters, the limit is {_MAX_CSV_CHARACTERS}")
         try:

@@ -98,7 +98,7 @@ def _read_items(work: Work, inputs: Mapping[str, Tensor], info: EngineInfo) -> T
         problem = f"is {beam_width} with a batch of {batch_size}; a request may have {_MOST_BEAMS} beams in all"
         raise _wrong(0, "beam_width", problem)
     log_probs = columns.same("is_return_log_probs", False)
-    items = [_item(columns, place, beam_width, log_probs, common, info) for place in range(batch_size)]
+    items = [_item(columns, index, beam_width, log_probs, common, info) for index in range(batch_size)]
     return TokenRequest(items, beam_width, log_probs)
 
 
@@ -122,20 +122,20 @@ class _Columns:
         self.batch_size = batch_size
         self._lists: dict[str, list[Any]] = {}
 
-    def get(self, name: str, place: int, default: Any = None) -> Any:
+    def get(self, name: str, index: int, default: Any = None) -> Any:
         """An item's value of an input with one value each; the default where the input is left out."""
         if name not in self.inputs:
             return default
         if name not in self._lists:
             self._lists[name] = self._values(name)
-        return self._lists[name][place]
+        return self._lists[name][index]
 
     def same(self, name: str, default: Any) -> Any:
         """The value of an input that must be the same for all items, since it decides the outputs' shapes."""
         first = self.get(name, 0, default)
-        for place in range(1, self.batch_size):
-            if self.get(name, place, default) != first:
-                raise _wrong(place, name, f"is {self.get(name, place)}, but {first} for item 0; send two requests")
+        for index in range(1, self.batch_size):
+            if self.get(name, index, default) != first:
+                raise _wrong(index, name, f"is {self.get(name, index)}, but {first} for item 0; send two requests")
         return first
 
     def _values(self, name: str) -> list[Any]:
@@ -145,21 +145,21 @@ class _Columns:
         return list(data[:, 0].tolist())
 
 
-def _wrong(place: int, name: str, problem: str, kind: ErrorKind = ErrorKind.INVALID) -> ServiceError:
-    return ServiceError(kind, f"item {place} of the batch: input '{name}' {problem}")
+def _wrong(index: int, name: str, problem: str, kind: ErrorKind = ErrorKind.INVALID) -> ServiceError:
+    return ServiceError(kind, f"item {index} of the batch: input '{name}' {problem}")
 
 
 def _refuse_unsupported(columns: _Columns) -> None:
-    for place in range(columns.batch_size):
+    for index in range(columns.batch_size):
         for name, (asks, reason) in _NOT_SUPPORTED.items():
-            value = columns.get(name, place)
+            value = columns.get(name, index)
             if value is not None and asks(value):
                 problem = f"is {value}, which is not supported: {reason}; leave it out"
-                raise _wrong(place, name, problem, ErrorKind.UNSUPPORTED)
-        least = columns.get("top_p_min", place, 0.0)
-        if least > columns.get("runtime_top_p", place, 0.0) > 0:
+                raise _wrong(index, name, problem, ErrorKind.UNSUPPORTED)
+        least = columns.get("top_p_min", index, 0.0)
+        if least > columns.get("runtime_top_p", index, 0.0) > 0:
             problem = f"is {least:g}, which is not supported above runtime_top_p; leave it out"
-            raise _wrong(place, "top_p_min", problem, ErrorKind.UNSUPPORTED)
+            raise _wrong(index, "top_p_min", problem, ErrorKind.UNSUPPORTED)
     embedding = columns.inputs.get("request_prompt_embedding")
     if embedding is not None and embedding.data.size:
         problem = "is not supported: prompts of embeddings are not taken; leave it out"
@@ -167,30 +167,30 @@ def _refuse_unsupported(columns: _Columns) -> None:
 
 
 def _item(
-    columns: _Columns, place: int, beam_width: int, log_probs: bool, common: Mapping[str, Any], info: EngineInfo
+    columns: _Columns, index: int, beam_width: int, log_probs: bool, common: Mapping[str, Any], info: EngineInfo
 ) -> Item:
     own_end = info.eos_token_ids[0] if info.eos_token_ids else None
-    end_id = columns.get("end_id", place)
+    end_id = columns.get("end_id", index)
     options: dict[str, Any] = {
         **common,
-        "max_tokens": columns.get("request_output_len", place),
-        "min_tokens": columns.get("min_length", place, 0),
-        "repetition_penalty": columns.get("repetition_penalty", place, 1.0),
-        "presence_penalty": columns.get("presence_penalty", place, 0.0),
-        "stop_words_ids": _words(columns, "stop_words_list", place, info),
-        "bad_words_ids": _words(columns, "bad_words_list", place, info),
-        "seed": columns.get("random_seed", place, 0),
+        "max_tokens": columns.get("request_output_len", index),
+        "min_tokens": columns.get("min_length", index, 0),
+        "repetition_penalty": columns.get("repetition_penalty", index, 1.0),
+        "presence_penalty": columns.get("presence_penalty", index, 0.0),
+        "stop_words_ids": _words(columns, "stop_words_list", index, info),
+        "bad_words_ids": _words(columns, "bad_words_list", index, info),
+        "seed": columns.get("random_seed", index, 0),
         "detokenize": False,
         **end_options(end_id, info),
-        **(_beams(columns, place, beam_width) if beam_width != 1 else _choice(columns, place, log_probs)),
+        **(_beams(columns, index, beam_width) if beam_width != 1 else _choice(columns, index, log_probs)),
     }
     try:
         params = SamplingParams(**options)
     except InvalidRequestError as error:
         text = _PARAMETER.sub(lambda match: _INPUT_NAMES[match[0]], str(error))
-        raise ServiceError(ErrorKind.INVALID, f"item {place} of the batch: {text}") from None
+        raise ServiceError(ErrorKind.INVALID, f"item {index} of the batch: {text}") from None
     padding = own_end if end_id is None else end_id
-    return Item(_prompt(columns, place, info), params, info.pad_token_id or 0 if padding is None else padding)
+    return Item(_prompt(columns, index, info), params, info.pad_token_id or 0 if padding is None else padding)
 
 
 def end_options(end_id: int | None, info: EngineInfo) -> dict[str, Any]:
@@ -207,84 +207,84 @@ def sampling(top_k: int, top_p: float, temperature: float) -> dict[str, Any]:
     return {"temperature": temperature, "top_k": top_k, "top_p": top_p or 1.0}
 
 
-def _choice(columns: _Columns, place: int, log_probs: bool) -> dict[str, Any]:
-    top_k, top_p = columns.get("runtime_top_k", place, 0), columns.get("runtime_top_p", place, 0.0)
+def _choice(columns: _Columns, index: int, log_probs: bool) -> dict[str, Any]:
+    top_k, top_p = columns.get("runtime_top_k", index, 0), columns.get("runtime_top_p", index, 0.0)
     if not 0 <= top_p <= 1:
-        raise _wrong(place, "runtime_top_p", f"must be from 0 to 1, got {top_p}")
-    temperature = columns.get("temperature", place, 1.0)
+        raise _wrong(index, "runtime_top_p", f"must be from 0 to 1, got {top_p}")
+    temperature = columns.get("temperature", index, 1.0)
     if not temperature >= 0:
-        raise _wrong(place, "temperature", f"must not be negative, got {temperature}")
-    penalty = columns.get("len_penalty", place, 0.0)
+        raise _wrong(index, "temperature", f"must not be negative, got {temperature}")
+    penalty = columns.get("len_penalty", index, 0.0)
     return {
         **sampling(top_k, top_p, temperature),
         # without beams there is nothing to compare: both values of nothing, FasterTransformer's and the engine's
         "length_penalty": 1.0 if penalty == 0 else penalty,
-        "beam_search_diversity_rate": columns.get("beam_search_diversity_rate", place, 0.0),
+        "beam_search_diversity_rate": columns.get("beam_search_diversity_rate", index, 0.0),
         "logprobs": 0 if log_probs else None,
     }
 
 
-def _beams(columns: _Columns, place: int, beam_width: int) -> dict[str, Any]:
+def _beams(columns: _Columns, index: int, beam_width: int) -> dict[str, Any]:
     """A beam search takes no account of top-k and top-p; values that would change something are refused."""
-    top_k, top_p = columns.get("runtime_top_k", place, 0), columns.get("runtime_top_p", place, 0.0)
+    top_k, top_p = columns.get("runtime_top_k", index, 0), columns.get("runtime_top_p", index, 0.0)
     if top_k > _MAX_BEAMS_TOP_K or top_p not in (0.0, 1.0):
         name, value = ("runtime_top_k", top_k) if top_k > _MAX_BEAMS_TOP_K else ("runtime_top_p", top_p)
-        raise _wrong(place, name, f"is {value:g}, which is not supported with beam_width above 1; leave it out")
+        raise _wrong(index, name, f"is {value:g}, which is not supported with beam_width above 1; leave it out")
     return {
         "beam_width": beam_width,
         "n": max(1, beam_width),
-        "temperature": columns.get("temperature", place, 1.0),
-        "length_penalty": columns.get("len_penalty", place, 0.0),
-        "beam_search_diversity_rate": columns.get("beam_search_diversity_rate", place, 0.0),
+        "temperature": columns.get("temperature", index, 1.0),
+        "length_penalty": columns.get("len_penalty", index, 0.0),
+        "beam_search_diversity_rate": columns.get("beam_search_diversity_rate", index, 0.0),
     }
 
 
-def _prompt(columns: _Columns, place: int, info: EngineInfo) -> list[int]:
+def _prompt(columns: _Columns, index: int, info: EngineInfo) -> list[int]:
     """The item's tokens without their padding; none at all is the start token."""
-    row = columns.inputs["input_ids"].data[place]
-    length = columns.get("input_lengths", place)
+    row = columns.inputs["input_ids"].data[index]
+    length = columns.get("input_lengths", index)
     if length > len(row):
-        raise _wrong(place, "input_lengths", f"is {length}, but 'input_ids' has {len(row)} tokens an item")
+        raise _wrong(index, "input_lengths", f"is {length}, but 'input_ids' has {len(row)} tokens an item")
     if length >= info.max_model_len:
         most = f"with at least one to come, more than the longest sequence of {info.max_model_len} (max_model_len)"
-        raise _wrong(place, "input_ids", f"has {length} tokens; {most}")
+        raise _wrong(index, "input_ids", f"has {length} tokens; {most}")
     prompt: list[int] = row[:length].tolist()
-    begins, start = info.decoder_start_token_id, columns.get("start_id", place)
+    begins, start = info.decoder_start_token_id, columns.get("start_id", index)
     if begins is not None and start not in (None, begins):
         problem = f"is {start}, which is not supported: outputs of the model begin with token {begins}; leave it out"
-        raise _wrong(place, "start_id", problem, ErrorKind.UNSUPPORTED)
+        raise _wrong(index, "start_id", problem, ErrorKind.UNSUPPORTED)
     if not prompt and begins is not None:
-        raise _wrong(place, "input_lengths", "is 0, and the encoder needs a token")
+        raise _wrong(index, "input_lengths", "is 0, and the encoder needs a token")
     if not prompt:
-        start = columns.get("start_id", place, info.bos_token_id)
+        start = columns.get("start_id", index, info.bos_token_id)
         if start is None:
-            raise _wrong(place, "input_lengths", "is 0, and the model has no start token; give 'start_id'")
+            raise _wrong(index, "input_lengths", "is 0, and the model has no start token; give 'start_id'")
         prompt = [start]
     name = "input_ids" if length else "start_id"
     if max(prompt) >= info.vocab_size:
-        raise _wrong(place, name, f"has token id {max(prompt)}; the vocabulary ends at {info.vocab_size - 1}")
+        raise _wrong(index, name, f"has token id {max(prompt)}; the vocabulary ends at {info.vocab_size - 1}")
     return prompt
 
 
-def _words(columns: _Columns, name: str, place: int, info: EngineInfo) -> list[list[int]]:
+def _words(columns: _Columns, name: str, index: int, info: EngineInfo) -> list[list[int]]:
     """Words as runs of tokens: row 0 has them end to end, row 1 where each ends, then -1."""
     tensor = columns.inputs.get(name)
     if tensor is None:
         return []
     if tensor.data.shape[-1] > _MOST_WORDS_TOKENS:
-        raise _wrong(place, name, f"has {tensor.data.shape[-1]} tokens; the limit is {_MOST_WORDS_TOKENS}")
-    ids, ends = tensor.data[place].tolist()
+        raise _wrong(index, name, f"has {tensor.data.shape[-1]} tokens; the limit is {_MOST_WORDS_TOKENS}")
+    ids, ends = tensor.data[index].tolist()
     last = ends.index(-1) if -1 in ends else len(ends)
     if any(end != -1 for end in ends[last:]):
-        raise _wrong(place, name, f"has offsets {ends}: after -1 there must be -1 alone")
+        raise _wrong(index, name, f"has offsets {ends}: after -1 there must be -1 alone")
     ends = ends[:last]
     starts = [0, *ends[:-1]]
     if any(not start < end <= len(ids) for start, end in zip(starts, ends, strict=False)):
-        raise _wrong(place, name, f"has offsets {ends}: they must grow, and end at most at {len(ids)}")
+        raise _wrong(index, name, f"has offsets {ends}: they must grow, and end at most at {len(ids)}")
     words = [ids[start:end] for start, end in zip(starts, ends, strict=False)]
     for word in words:
         if not 0 <= min(word) <= max(word) < info.vocab_size:
-            raise _wrong(place, name, f"has the word {word}; token ids are from 0 to {info.vocab_size - 1}")
+            raise _wrong(index, name, f"has the word {word}; token ids are from 0 to {info.vocab_size - 1}")
     return words
 
 
@@ -293,8 +293,8 @@ def pack_words(words: list[list[list[int]]]) -> np.ndarray[Any, np.dtype[np.int3
     longest = max([1, *(sum(map(len, runs)) for runs in words)])
     packed = np.zeros((len(words), 2, longest), np.int32)
     packed[:, 1] = -1
-    for place, runs in enumerate(words):
+    for index, runs in enumerate(words):
         flat = [token for run in runs for token in run]
-        packed[place, 0, : len(flat)] = flat
-        packed[place, 1, : len(runs)] = np.cumsum([len(run) for run in runs])
+        packed[index, 0, : len(flat)] = flat
+        packed[index, 1, : len(runs)] = np.cumsum([len(run) for run in runs])
     return packed

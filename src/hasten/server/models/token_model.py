@@ -41,10 +41,10 @@ class TokenModel(EngineModel):
     async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
         """One response, or if decoupled one whenever there is more."""
         size = sum(tensor.data.nbytes for tensor in work.inputs.values()) + _ITEM_BYTES * work.batch_size
-        asked, output = await by_size(size, self._read, work)
+        request, output = await by_size(size, self._read, work)
         work.clock.prepare()
         changed = asyncio.Event()
-        all_items = self._follow_all(asked, output, changed, work)
+        all_items = self._follow_all(request, output, changed, work)
         if not self._decoupled:
             await all_items
             work.clock.compute()
@@ -56,20 +56,20 @@ class TokenModel(EngineModel):
                 yield await self._outcome(output, work, final=done)
 
     def _read(self, work: Work) -> tuple[TokenRequest, BatchOutput]:
-        asked = read_items(work, self._engine.info, self._names)
-        return asked, BatchOutput(asked, with_prompts=self._with_prompts)
+        request = read_items(work, self._engine.info, self._names)
+        return request, BatchOutput(request, with_prompts=self._with_prompts)
 
-    async def _follow_all(self, asked: TokenRequest, output: BatchOutput, changed: asyncio.Event, work: Work) -> None:
-        items = list(enumerate(asked.items))
-        await together([self._follow(item, place, output, changed, work) for place, item in items])
+    async def _follow_all(self, request: TokenRequest, output: BatchOutput, changed: asyncio.Event, work: Work) -> None:
+        items = list(enumerate(request.items))
+        await together([self._follow(item, index, output, changed, work) for index, item in items])
 
-    async def _follow(self, item: Item, place: int, output: BatchOutput, changed: asyncio.Event, work: Work) -> None:
+    async def _follow(self, item: Item, index: int, output: BatchOutput, changed: asyncio.Event, work: Work) -> None:
         """Put what becomes known of one item into the batch's output."""
         async with aclosing(self._generate(item.prompt, item.params, work)) as progresses:
             async for progress in progresses:
                 work.clock.wait(progress.queue_seconds)
                 for delta in progress.completions:
-                    output.take(place, delta)
+                    output.take(index, delta)
                 changed.set()
 
     def _generate(self, prompt: list[int], params: SamplingParams, work: Work) -> AsyncGenerator[Progress, None]:

@@ -77,13 +77,13 @@ def _behind(rows: NDArray[Any], lengths: NDArray[Any], filler: NDArray[Any]) -> 
 class BatchOutput:
     """What has become of a batch so far. Arrays only ever grow behind what a snapshot has."""
 
-    def __init__(self, asked: TokenRequest, *, with_prompts: bool = True) -> None:
+    def __init__(self, request: TokenRequest, *, with_prompts: bool = True) -> None:
         """`with_prompts`: whether outputs begin with their prompts."""
-        self._asked = asked
-        beams = (len(asked.items), asked.beam_width)
-        prompts = [item.prompt if with_prompts else [] for item in asked.items]
+        self._asked = request
+        beams = (len(request.items), request.beam_width)
+        prompts = [item.prompt if with_prompts else [] for item in request.items]
         lengths = np.array(list(map(len, prompts)))
-        self._prompt_lengths = np.repeat(lengths[:, np.newaxis].astype(np.int32), asked.beam_width, axis=1)
+        self._prompt_lengths = np.repeat(lengths[:, np.newaxis].astype(np.int32), request.beam_width, axis=1)
         self._lengths = self._prompt_lengths.astype(np.uint32)
         self._ids = np.zeros((*beams, int(lengths.max()) + _ROOM), np.uint32)
         for row, prompt in zip(self._ids, prompts, strict=True):
@@ -91,11 +91,11 @@ class BatchOutput:
         self._cumulative = np.zeros(beams)
         self._log_probs = np.zeros((*beams, _ROOM), np.float32)
 
-    def take(self, place: int, delta: CompletionDelta) -> None:
+    def take(self, item: int, delta: CompletionDelta) -> None:
         """Add what is new of one beam of an item; ServiceError if it cannot be continued."""
         if delta.finish_reason is FinishReason.ERROR:
             raise ServiceError(ErrorKind.INTERNAL, f"the prompt could not be continued: {delta.stop_reason}")
-        beam = place, delta.index
+        beam = item, delta.index
         begin = int(self._lengths[beam])
         end = begin + len(delta.token_ids)
         self._ids = _with_room(self._ids, end)
@@ -114,10 +114,10 @@ class BatchOutput:
         self._log_probs = _with_room(self._log_probs, at + len(log_probs))
         self._log_probs[beam][at : at + len(log_probs)] = log_probs
 
-    def generated(self, place: int, index: int) -> list[int]:
+    def generated(self, item: int, index: int) -> list[int]:
         """Tokens of one beam of an item, without its prompt."""
-        begin, end = self._prompt_lengths[place, index], self._lengths[place, index]
-        found: list[int] = self._ids[place, index, begin:end].tolist()
+        begin, end = self._prompt_lengths[item, index], self._lengths[item, index]
+        found: list[int] = self._ids[item, index, begin:end].tolist()
         return found
 
     def snapshot(self) -> Snapshot:

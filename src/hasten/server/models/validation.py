@@ -161,17 +161,17 @@ class Rules:
 
     def _priority(self, parameters: Mapping[str, Parameter]) -> int:
         """As the engine has it. With priority_levels, what is none of them is the default one."""
-        asked = int(parameters.get("priority", 0))
-        if self._levels and not 1 <= asked <= self._levels:
+        priority = int(parameters.get("priority", 0))
+        if self._levels and not 1 <= priority <= self._levels:
             return self._default_level
-        return asked
+        return priority
 
     def _timeout(self, parameters: Mapping[str, Parameter]) -> float | None:
         """Seconds that the request may wait, None for the engine's default. It can shorten that, if at all."""
-        asked = int(parameters.get("timeout", 0))
-        if asked <= 0 or not self._may_override:
+        timeout = int(parameters.get("timeout", 0))
+        if timeout <= 0 or not self._may_override:
             return None
-        return min(asked, self._default_timeout or asked) / 1e6
+        return min(timeout, self._default_timeout or timeout) / 1e6
 
 
 def _without_batch(tensor: Tensor) -> Tensor:

@@ -215,7 +215,7 @@ class GrpcCalls:
 
 
 def _serialized(response: InferResponse, received: ReceivedInfer) -> bytes:
-    return infer_response(response, received.place(response))
+    return infer_response(response, received.deliver(response))
 
 
 def _refuse_repository(request: Any) -> None:

@@ -19,7 +19,7 @@ from hasten.server.by_size import by_size
 from hasten.server.errors import client_error
 from hasten.server.inflight import Claim, InflightBytes
 from hasten.server.models.reserved import EMPTY_FINAL
-from hasten.server.protocol.placement import place, placements
+from hasten.server.protocol.placement import deliver, placements
 from hasten.server.protocol.proto import (
     FINAL,
     infer_request,
@@ -39,7 +39,7 @@ _MOST_REQUESTS = 1024
 _REFUSED = (ErrorKind.INVALID, ErrorKind.NOT_FOUND, ErrorKind.UNSUPPORTED)
 _log = logging.getLogger(__name__)
 
-Placed = Callable[[InferResponse], set[str]]
+Delivery = Callable[[InferResponse], set[str]]
 """Puts a response's outputs where the client wants them; names of those in shared memory."""
 
 
@@ -50,7 +50,7 @@ class ReceivedInfer:
     request: InferRequest
     decoupled: bool
     """Whether its model may answer any number of times."""
-    place: Placed
+    deliver: Delivery
 
 
 def received_infer(
@@ -61,7 +61,7 @@ def received_infer(
     request = infer_request(message, tensors, memory.reading(claim))
     config = service.model_config(message.model_name, message.model_version)
     wanted = placements(request.outputs, memory)
-    return ReceivedInfer(request, decoupled, partial(place, wanted=wanted, batched=config.max_batch_size > 0))
+    return ReceivedInfer(request, decoupled, partial(deliver, wanted=wanted, batched=config.max_batch_size > 0))
 
 
 async def stream_infer(
@@ -226,15 +226,15 @@ class _Stream:
                 refusal = pb.ModelInferResponse(id=received.request_id)
                 await self._write_error(received.error, refusal, refused=True)
         elif received.decoupled:
-            await self._serve_many(received.request, received.place)
+            await self._serve_many(received.request, received.deliver)
         else:
             with self._turn() as turn:
-                await self._serve_one(received.request, received.place, turn)
+                await self._serve_one(received.request, received.deliver, turn)
 
-    async def _serve_one(self, request: InferRequest, placed: Placed, turn: _Turn) -> None:
+    async def _serve_one(self, request: InferRequest, deliver: Delivery, turn: _Turn) -> None:
         try:
             answer = await self._service.infer(request)
-            response = await by_size(byte_size(answer.outputs), _stream_response, answer, placed)
+            response = await by_size(byte_size(answer.outputs), _stream_response, answer, deliver)
         except Exception as error:
             known = client_error(error, "a streamed request")
             await turn.come()
@@ -243,7 +243,7 @@ class _Stream:
             await turn.come()
             await self._send(response)
 
-    async def _serve_many(self, request: InferRequest, placed: Placed) -> None:
+    async def _serve_many(self, request: InferRequest, deliver: Delivery) -> None:
         empty_final = request.parameters.get(EMPTY_FINAL) is True
         started = False
         try:
@@ -251,7 +251,9 @@ class _Stream:
                 async for response in responses:
                     started = True
                     if response.outputs or (response.final and empty_final):
-                        await self._send(await by_size(byte_size(response.outputs), _stream_response, response, placed))
+                        await self._send(
+                            await by_size(byte_size(response.outputs), _stream_response, response, deliver)
+                        )
         except _UnsentError:
             raise
         except Exception as error:
@@ -281,8 +283,8 @@ class _Stream:
                 raise _UnsentError from error
 
 
-def _stream_response(response: InferResponse, placed: Placed) -> bytes:
-    return stream_response(infer_response(response, placed(response), final=response.final))
+def _stream_response(response: InferResponse, deliver: Delivery) -> bytes:
+    return stream_response(infer_response(response, deliver(response), final=response.final))
 
 
 def _serialized(response: Any, error: str = "") -> bytes:

@@ -25,7 +25,7 @@ from hasten.server.protocol.bodies import (
     raw_body,
 )
 from hasten.server.protocol.generate import ONE_RESPONSE, generate_json, generate_request
-from hasten.server.protocol.placement import place, placements
+from hasten.server.protocol.placement import deliver, placements
 from hasten.server.protocol.shared_memory import SharedMemory
 from hasten.server.protocol.tensors import byte_size, invalid
 from hasten.server.sse import EventStream, unless_gone
@@ -71,7 +71,7 @@ class InferRoutes:
         response = await unless_gone(request, self._service.infer(body.request))
 
         def answer() -> Response:
-            elsewhere = place(response, wanted, batched=batched)
+            elsewhere = deliver(response, wanted, batched=batched)
             return _infer_answer(request, *infer_response(response, body, elsewhere))
 
         return await by_size(byte_size(response.outputs), answer)

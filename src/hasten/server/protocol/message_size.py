@@ -93,9 +93,9 @@ def _fields(raw: bytes) -> Iterator[_Field]:
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:
     value = 0
-    for place in range(_LONGEST_VARINT):
-        byte = raw[at + place]
-        value |= (byte & 0x7F) << 7 * place
+    for index in range(_LONGEST_VARINT):
+        byte = raw[at + index]
+        value |= (byte & 0x7F) << 7 * index
         if byte < 0x80:
-            return value, at + place + 1
+            return value, at + index + 1
     raise ValueError

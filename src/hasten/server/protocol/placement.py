@@ -38,14 +38,14 @@ def placements(outputs: Sequence[RequestedOutput], memory: SharedMemory) -> dict
     return found
 
 
-def place(response: InferResponse, wanted: Mapping[str, Placement], *, batched: bool) -> set[str]:
+def deliver(response: InferResponse, wanted: Mapping[str, Placement], *, batched: bool) -> set[str]:
     """Do with a response's outputs what is wanted; the names of those that are in shared memory now."""
     if not wanted:
         return set()
-    return {output.name for output in response.outputs if _place(response, output, wanted, batched=batched)}
+    return {output.name for output in response.outputs if _deliver(response, output, wanted, batched=batched)}
 
 
-def _place(response: InferResponse, output: Tensor, wanted: Mapping[str, Placement], *, batched: bool) -> bool:
+def _deliver(response: InferResponse, output: Tensor, wanted: Mapping[str, Placement], *, batched: bool) -> bool:
     what = wanted.get(output.name)
     if what is None:
         return False

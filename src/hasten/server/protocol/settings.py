@@ -159,10 +159,10 @@ class LogSettings:
         """What a line begins with: severity, time, process and place."""
         severity = {logging.ERROR: "E", logging.WARNING: "W", logging.INFO: "I"}.get(record.levelno, "I")
         moment = time.gmtime(record.created)
-        place = f"{os.getpid()} {record.filename}:{record.lineno}]"
+        where = f"{os.getpid()} {record.filename}:{record.lineno}]"
         if self._values["log_format"] == "ISO8601":
-            return f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', moment)} {severity} {place}"
-        return f"{severity}{time.strftime('%m%d %H:%M:%S', moment)}.{int(record.created % 1 * 1e6):06d} {place}"
+            return f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', moment)} {severity} {where}"
+        return f"{severity}{time.strftime('%m%d %H:%M:%S', moment)}.{int(record.created % 1 * 1e6):06d} {where}"
 
 
 def _log_value(key: str, value: Any) -> Any:

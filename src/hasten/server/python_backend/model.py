@@ -59,8 +59,8 @@ class TritonPythonModel:
     def execute(self, requests: Sequence[Any]) -> None:
         """Begin with requests."""
         for request in requests:
-            asked = infer_request(request, self._name)
-            self._loop.call_soon_threadsafe(self._begin, asked, request.get_response_sender())
+            infer = infer_request(request, self._name)
+            self._loop.call_soon_threadsafe(self._begin, infer, request.get_response_sender())
 
     def finalize(self) -> None:
         """End the engine. Triton calls it when all requests have had their responses."""

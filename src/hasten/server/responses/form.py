@@ -90,18 +90,18 @@ class ResponseForm:
             if not self._items or self._items[-1]["type"] != "reasoning":
                 yield from self._finish_item()
                 yield from self._begin_item(_reasoning("in_progress", []))
-                yield {"type": "response.content_part.added", **self._place, "part": _reasoning_part("")}
+                yield {"type": "response.content_part.added", **self._text_position, "part": _reasoning_part("")}
             self._texts.append(delta.reasoning)
-            yield {"type": "response.reasoning_text.delta", **self._place, "delta": delta.reasoning}
+            yield {"type": "response.reasoning_text.delta", **self._text_position, "delta": delta.reasoning}
         if delta.content or tokens:
             if not self._items or self._items[-1]["type"] != "message":
                 yield from self._finish_item()
                 yield from self._begin_item(_message("in_progress", []))
-                yield {"type": "response.content_part.added", **self._place, "part": _part("")}
+                yield {"type": "response.content_part.added", **self._text_position, "part": _part("")}
             text = str(delta.content or "")
             self._texts.append(text)
             self._tokens += tokens
-            yield {"type": "response.output_text.delta", **self._place, "delta": text, "logprobs": tokens}
+            yield {"type": "response.output_text.delta", **self._text_position, "delta": text, "logprobs": tokens}
         for call in delta.tool_calls or ():
             if call.id is not None:
                 yield from self._finish_item()
@@ -109,7 +109,7 @@ class ResponseForm:
             if call.function.arguments:
                 self._texts.append(call.function.arguments)
                 arguments = call.function.arguments
-                yield {"type": "response.function_call_arguments.delta", **self._call_place, "delta": arguments}
+                yield {"type": "response.function_call_arguments.delta", **self._call_position, "delta": arguments}
 
     def _begin_item(self, item: Item) -> Iterator[Event]:
         self._items.append(item)
@@ -126,26 +126,26 @@ class ResponseForm:
         if item["type"] == "message":
             part = _part(text, self._tokens)
             item["content"] = [part]
-            yield {"type": "response.output_text.done", **self._place, "text": text, "logprobs": self._tokens}
-            yield {"type": "response.content_part.done", **self._place, "part": part}
+            yield {"type": "response.output_text.done", **self._text_position, "text": text, "logprobs": self._tokens}
+            yield {"type": "response.content_part.done", **self._text_position, "part": part}
         elif item["type"] == "reasoning":
             part = _reasoning_part(text)
             item["content"] = [part]
-            yield {"type": "response.reasoning_text.done", **self._place, "text": text}
-            yield {"type": "response.content_part.done", **self._place, "part": part}
+            yield {"type": "response.reasoning_text.done", **self._text_position, "text": text}
+            yield {"type": "response.content_part.done", **self._text_position, "part": part}
         else:
             item["arguments"] = text
-            done = {"type": "response.function_call_arguments.done", **self._call_place}
+            done = {"type": "response.function_call_arguments.done", **self._call_position}
             yield done | {"name": item["name"], "arguments": text}
         yield {"type": "response.output_item.done", "output_index": len(self._items) - 1, "item": dict(item)}
 
     @property
-    def _call_place(self) -> dict[str, Any]:
+    def _call_position(self) -> dict[str, Any]:
         return {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
 
     @property
-    def _place(self) -> dict[str, Any]:
-        return {**self._call_place, "content_index": 0}
+    def _text_position(self) -> dict[str, Any]:
+        return {**self._call_position, "content_index": 0}
 
     @property
     def _status(self) -> str:

@@ -246,8 +246,8 @@ def _attention(p, thread, threads):
         first = head * shared
         to = out + at * out_stride + first * size
         if length == 0:
-            for place in range(to, to + together * shared * size, 64):
-                store(place, splat(_f32(0)))
+            for zeroed in range(to, to + together * shared * size, 64):
+                store(zeroed, splat(_f32(0)))
         else:
             _attend(
                 queries + at * query_stride + first * size,

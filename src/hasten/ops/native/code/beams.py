@@ -52,8 +52,8 @@ def _go_on(beams, tokens, totals, held, width, end_ids, ends_end, order, logprob
     going = 0
     for at in range(held):
         if going < width and not _ends(load_i32(tokens + 4 * at), end_ids, ends_end):
-            place = claims + 4 * load_i32(beams + 4 * at)
-            store_i32(place, load_i32(place) | np.int32(1))
+            claim = claims + 4 * load_i32(beams + 4 * at)
+            store_i32(claim, load_i32(claim) | np.int32(1))
             going += 1
     number, idle = 0, 0
     for at in range(held):

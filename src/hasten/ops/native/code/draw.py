@@ -59,8 +59,8 @@ def _gathered(probs, width, bound, found):
             for lane in range(8):  # each is written, and the next one over it if it is not to be kept
                 wide.store_f64(found + 8 * count, load_f64(probs + at + 8 * lane))
                 count += (lanes >> lane) & 1
-    for place in range(count, -(-count // 8) * 8):
-        wide.store_f64(found + 8 * place, 0.0)
+    for index in range(count, -(-count // 8) * 8):
+        wide.store_f64(found + 8 * index, 0.0)
     return count
 
 
@@ -157,11 +157,11 @@ def _inverted(probs, width, floor, point, sums):
         while block > 0 and load_f64(sums + 8 * (block - 1)) == cumulative:
             block -= 1
     cumulative = load_f64(sums + 8 * (block - 1)) if block else 0.0
-    for place in range(block * _BLOCK, min(width, (block + 1) * _BLOCK)):
-        value = load_f64(probs + 8 * place)
+    for index in range(block * _BLOCK, min(width, (block + 1) * _BLOCK)):
+        value = load_f64(probs + 8 * index)
         is_kept = value >= floor and value > 0
         cumulative += value if is_kept else 0.0
-        last = place if is_kept else last
+        last = index if is_kept else last
         if cumulative > target:
             break
     return last

@@ -40,12 +40,12 @@ _left = intrinsic_of((vector, types.int64), vector, _select)
 def _penalize(row, ids, counts, size, penalties):
     repetition, presence, frequency = load_f32(penalties), load_f32(penalties + 4), load_f32(penalties + 8)
     for at in range(0, 4 * size, 4):
-        place, output = row + 4 * load_i32(ids + at), load_i32(counts + at) & _IN_OUTPUT
-        x = load_f32(place)
+        logit, output = row + 4 * load_i32(ids + at), load_i32(counts + at) & _IN_OUTPUT
+        x = load_f32(logit)
         x = x / repetition if x > 0 else x * repetition
         if output > 0:
             x -= presence + frequency * _f32(output)
-        store_f32(place, x)
+        store_f32(logit, x)
 
 
 @kernel
@@ -68,8 +68,8 @@ def _edit(p, thread, threads):
             own = width * slot
             _penalize(row, ids + own, counts + own, load_i32(sizes + 4 * slot), penalties + 12 * k)
         for n in range(load_i32(bias_starts + 4 * k), load_i32(bias_starts + 4 * k + 4)):
-            place = row + 4 * load_i32(bias_ids + 4 * n)
-            store_f32(place, load_f32(place) + load_f32(biases + 4 * n))
+            logit = row + 4 * load_i32(bias_ids + 4 * n)
+            store_f32(logit, load_f32(logit) + load_f32(biases + 4 * n))
         last = load_i32(tokens + 4 * load_i32(chosen + 4 * k))
         for n in range(load_i32(ban_starts + 4 * k), load_i32(ban_starts + 4 * k + 4)):
             after = load_i32(ban_after + 4 * n)

@@ -84,13 +84,13 @@ def _loop(rows: int, bits: int) -> Any:
         at.add_incoming(ir.Constant(I64, 0), before)
         sums = [[b.phi(WHOLE) for _ in range(rows * _VECTORS)] for _ in range(parts)]
         line = b.add(panel, b.mul(at, ir.Constant(I64, size)))
-        place = b.mul(at, ir.Constant(I64, _UNIT))
+        start_of_unit = b.mul(at, ir.Constant(I64, _UNIT))
         for offset in range(0, size if rows > _FEW else 0, 64):
             prefetched(b, [b.add(line, ir.Constant(I64, _AHEAD + offset))])
         new = [list(each) for each in sums]
         for half, columns in enumerate(_halves(b, line, bits)):
             for row, start in enumerate(starts):
-                four = read(b, I32, b.add(start, b.add(place, ir.Constant(I64, 4 * half))))
+                four = read(b, I32, b.add(start, b.add(start_of_unit, ir.Constant(I64, 4 * half))))
                 inputs = spread(b, four)
                 for number, column in enumerate(columns):
                     own = new[half % parts]

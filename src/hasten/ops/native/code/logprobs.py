@@ -50,7 +50,7 @@ def _log_sum(row, width, most):
 
 
 @part
-def _put(values, ids, held, count, value, place):
+def _put(values, ids, held, count, value, index):
     """Put a number into the greatest ones so far, behind its equals, if it is one of them; how many there are now."""
     if held == count:
         if not value > load_f32(values + 4 * (held - 1)):
@@ -63,7 +63,7 @@ def _put(values, ids, held, count, value, place):
         store_i32(ids + at, load_i32(ids + at - 4))
         at -= 4
     store_f32(values + at, value)
-    store_i32(ids + at, np.int32(place))
+    store_i32(ids + at, np.int32(index))
     return held
 
 
@@ -76,8 +76,8 @@ def _top(row, width, count, values, ids):
         at += 1
     while at + 16 <= width:
         if largest(load(row + 4 * at)) > load_f32(values + 4 * (count - 1)):
-            for place in range(at, at + 16):
-                held = _put(values, ids, held, count, load_f32(row + 4 * place), place)
+            for index in range(at, at + 16):
+                held = _put(values, ids, held, count, load_f32(row + 4 * index), index)
         at += 16
     while at < width:
         held = _put(values, ids, held, count, load_f32(row + 4 * at), at)

@@ -73,13 +73,13 @@ def _loop(rows: int) -> Any:
         def step(at: Any, sums: list[Any], count: int) -> list[Any]:
             """The sums with the products of `count` features from `at` on."""
             for feature in range(count):
-                place = b.add(at, ir.Constant(I64, feature))
-                line = b.add(panel, b.mul(place, ir.Constant(I64, _VECTORS * BYTES)))
+                address = b.add(at, ir.Constant(I64, feature))
+                line = b.add(panel, b.mul(address, ir.Constant(I64, _VECTORS * BYTES)))
                 columns = [read(b, VECTOR, b.add(line, ir.Constant(I64, n * BYTES))) for n in range(_VECTORS)]
                 for column in range(_VECTORS if rows > _FEW else 0):
                     prefetched(b, [b.add(line, ir.Constant(I64, _AHEAD + column * BYTES))])
                 inputs_of = [
-                    spread(b, read(b, F32, b.add(start, b.mul(place, ir.Constant(I64, 4))))) for start in starts
+                    spread(b, read(b, F32, b.add(start, b.mul(address, ir.Constant(I64, 4))))) for start in starts
                 ]
                 sums = [fused(b, inputs_of[i // _VECTORS], columns[i % _VECTORS], each) for i, each in enumerate(sums)]
             return sums
