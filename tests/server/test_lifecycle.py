@@ -227,7 +227,7 @@ def test_the_newest_version_answers_unless_another_is_named(bench: Bench) -> Non
             bench.service.is_model_ready("m", wrong)
 
 
-def test_nothing_is_loaded_before_it_is_asked_for(bench: Bench) -> None:
+def test_nothing_is_loaded_before_it_is_requested(bench: Bench) -> None:
     bench.write("m")
     bench.write("n")
     bench.start()
@@ -254,7 +254,7 @@ def test_names_that_a_client_makes_up_leave_nothing(bench: Bench) -> None:
     assert bench.service.is_ready()
     assert bench.service.index() == [ModelIndex(name="m", version="1", state="READY")]
     registry = bench.service._registry
-    assert set(registry._locks) | registry._asked_for | set(registry.failures) == {"m"}
+    assert set(registry._locks) | registry._requested | set(registry.failures) == {"m"}
 
 
 def test_models_named_at_the_start(bench: Bench) -> None:

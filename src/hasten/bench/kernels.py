@@ -66,7 +66,7 @@ class KernelsReport(TypedDict):
 def largest_error(found: Outputs, expected: Outputs) -> float:
     """Largest difference, relative to values above 1; of whole numbers, the share of those that differ."""
     if not isinstance(found, Tensor):
-        return max(largest_error(one, other) for one, other in zip(found, expected, strict=True))
+        return max(largest_error(mine, other) for mine, other in zip(found, expected, strict=True))
     assert isinstance(expected, Tensor)
     if found.itemsize == 1:  # a cache in steps of 8 bits
         found, expected = found.float(), expected.float()
@@ -109,9 +109,9 @@ def ceilings(setting: Setting) -> Ceilings:
     """The faster of reading 4 GiB and copying 2 GiB, and a large matrix product."""
     large = torch.ones(2**30, device=setting.device)
     half, other = large.chunk(2)
-    one, two = setting.draw(8192, 8192), setting.draw(8192, 8192)
+    left, right = setting.draw(8192, 8192), setting.draw(8192, 8192)
     times = []
-    for most in (large.sum, partial(half.copy_, other), partial(torch.mm, one, two)):
+    for most in (large.sum, partial(half.copy_, other), partial(torch.mm, left, right)):
         most()
         times.append(time_of([most] * 4))
     return Ceilings(4 * 2**30 / min(times[:2]), 2 * 8192**3 / times[2])

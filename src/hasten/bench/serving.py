@@ -102,7 +102,7 @@ def _at_once(llm: LLM, addresses: dict[str, str], prompts: list[list[int]], load
         async with aioclient.InferenceServerClient(address, channel_args=channel_options(address)) as client:
             inputs = [_token_inputs(aioclient, prompt, load.output_length) for prompt in prompts]
             calls = [client.infer(TOKEN_MODEL, each, client_timeout=CALL_S) for each in inputs]
-            return [_new_tokens(one, load.prompt_length) for one in await asyncio.gather(*calls)]
+            return [_new_tokens(result, load.prompt_length) for result in await asyncio.gather(*calls)]
 
     def ask(address: str) -> Tokens:
         return asyncio.run(infer(address))
@@ -239,8 +239,8 @@ def _new_tokens(found: Any, prompt_length: int) -> list[int]:
 def show(title: str, start_s: float, turns: Sequence[Turns]) -> None:
     """Print a table."""
     rows = [("start to ready", "hasten", f"{start_s:.2f} s", "", "")]
-    for one in turns:
-        for caller, spread in one.values.items():
-            ratio = f"{one.ratios[caller]:.2f} x" if caller in one.ratios else ""
-            rows.append((one.name, caller, f"{spread.p50:.1f} {one.unit}", f"{spread.best:.1f}", ratio))
+    for turn in turns:
+        for caller, spread in turn.values.items():
+            ratio = f"{turn.ratios[caller]:.2f} x" if caller in turn.ratios else ""
+            rows.append((turn.name, caller, f"{spread.p50:.1f} {turn.unit}", f"{spread.best:.1f}", ratio))
     print_table(title, ("what", "who", "median", "least", "beside the engine"), rows)

@@ -172,7 +172,9 @@ class _Workers:
 
     def run(self, work: Callable[[Part, Event], None], parts: Iterable[Part], done: Callable[[Part], None]) -> None:
         """Do all parts and tell of each in order; the first error of any of them ends the rest and is raised."""
-        futures: list[tuple[Part, Future[None]]] = [(part, self._pool.submit(self._one, work, part)) for part in parts]
+        futures: list[tuple[Part, Future[None]]] = [
+            (part, self._pool.submit(self._run_part, work, part)) for part in parts
+        ]
         for part, future in futures:
             try:
                 future.result()
@@ -181,7 +183,7 @@ class _Workers:
                 raise self._first_error from None
             done(part)
 
-    def _one(self, work: Callable[[Part, Event], None], part: Part) -> None:
+    def _run_part(self, work: Callable[[Part, Event], None], part: Part) -> None:
         try:
             if self._stop.is_set():
                 raise StoppedError

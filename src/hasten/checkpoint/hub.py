@@ -168,8 +168,8 @@ def _is_cache_folder(path: Path) -> bool:
 def _snapshot_of(storage: Path, revision: str) -> Path:
     folder = _snapshot(storage, revision)
     if folder is None:
-        there = ", ".join(sorted(path.name for path in (storage / "refs").glob("*"))) or "none"
-        raise CheckpointError(f"{storage} has no snapshot of revision {revision!r}; its revisions are: {there}")
+        known = ", ".join(sorted(path.name for path in (storage / "refs").glob("*"))) or "none"
+        raise CheckpointError(f"{storage} has no snapshot of revision {revision!r}; its revisions are: {known}")
     return folder
 
 
@@ -294,11 +294,11 @@ def _check_config(path: Path, model: HubModel) -> None:
 
 
 def _check_space(nbytes: int, folder: Path, model: HubModel) -> None:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(parent).free
     if free < nbytes:
         raise CheckpointError(
-            f"no space left to download {model.id} into {there}: it takes {nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB "
+            f"no space left to download {model.id} into {parent}: it takes {nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB "
             "are free"
         )
 

@@ -94,13 +94,13 @@ _COMPARED_AT_ONCE = 64 << 20
 """Bytes of each of two tensors that are compared at a time."""
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def _equal(left: Tensor, right: Tensor) -> bool:
     """Whether two matrices hold the same values, whatever their types; stops soon after the first difference."""
-    if one.data_ptr() == other.data_ptr() and one.dtype is other.dtype and one.stride() == other.stride():
+    if left.data_ptr() == right.data_ptr() and left.dtype is right.dtype and left.stride() == right.stride():
         return True
-    rows = max(1, _COMPARED_AT_ONCE // max(1, one[:1].nbytes))
+    rows = max(1, _COMPARED_AT_ONCE // max(1, left[:1].nbytes))
     return all(
-        bool((one[start : start + rows] == other[start : start + rows]).all()) for start in range(0, len(one), rows)
+        bool((left[start : start + rows] == right[start : start + rows]).all()) for start in range(0, len(left), rows)
     )
 
 

@@ -88,13 +88,13 @@ def run(args: argparse.Namespace) -> int:
     from hasten.parallel.rank import on_several_hosts, rank_info
 
     options = serve_options(args)
-    one = options.engine
-    if one is None and on_several_hosts():
+    engine = options.engine
+    if engine is None and on_several_hosts():
         # what a repository has is read before it is served only where it says which ranks this host has
         from hasten.server.follower import engine_of
 
-        one = engine_of(options)
-    rank = rank_info(ParallelConfig() if one is None else one.parallel)
+        engine = engine_of(options)
+    rank = rank_info(ParallelConfig() if engine is None else engine.parallel)
     if rank is not None and options.model.data_parallel_size > 1:
         raise ConfigError(
             f"data_parallel_size is {options.model.data_parallel_size}, but this is one of {rank.size} ranks that "

@@ -172,7 +172,7 @@ class ServerUpdate:
         if self.replicas is not None and server.autoscale is not None:
             raise ConfigError("--replicas: this server was made with --autoscale, which decides on their number")
         given = record_of(self)
-        for name in [one for one in ("env", "annotation", "label") if one in given]:
+        for name in [kind for kind in ("env", "annotation", "label") if kind in given]:
             whole = pairs(getattr(server, name), f"--{name}") | pairs(given[name], f"--{name}")
             given[name] = [f"{key}={value}" for key, value in whole.items()]
         return server_of(record_of(server) | given)
@@ -269,10 +269,10 @@ class Backend(Protocol):
 def refuse_unsupported(backend: str, spec: TrainingJob | TritonServer | Volume, supported: AbstractSet[str]) -> None:
     """UnsupportedError that names the options which the user gave and the backend cannot do."""
     options = []
-    for one in fields(spec):
-        default = one.default_factory() if one.default_factory is not MISSING else one.default
-        if one.name not in supported and getattr(spec, one.name) != default:
-            options.append(one.metadata.get("flag", "--" + one.name.replace("_", "-")))
+    for each in fields(spec):
+        default = each.default_factory() if each.default_factory is not MISSING else each.default
+        if each.name not in supported and getattr(spec, each.name) != default:
+            options.append(each.metadata.get("flag", "--" + each.name.replace("_", "-")))
     if options:
         raise UnsupportedError(
             f"{backend} cannot do {', '.join(options)}; leave it out or use another backend (--cluster)"

@@ -74,9 +74,9 @@ def checked_text(text: str, what: str) -> str:
 
 
 def _check_texts(spec: "Workload | Volume") -> None:
-    for one in fields(spec):
-        value = getattr(spec, one.name)
-        flag = one.metadata.get("flag", "--" + one.name.replace("_", "-")) if "help" in one.metadata else one.name
+    for each in fields(spec):
+        value = getattr(spec, each.name)
+        flag = each.metadata.get("flag", "--" + each.name.replace("_", "-")) if "help" in each.metadata else each.name
         for text in [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else ():
             checked_text(text, flag)
 
@@ -339,7 +339,7 @@ class TritonServer(Workload):
 
 def record_of(spec: "DataclassInstance") -> dict[str, Any]:
     """The options that are not at their defaults, as JSON has them."""
-    defaults = {one.name: one.default for one in fields(spec)}
+    defaults = {field.name: field.default for field in fields(spec)}
     chosen = {name: getattr(spec, name) for name in defaults}
     return {
         name: list(value) if isinstance(value, tuple) else value
@@ -350,7 +350,9 @@ def record_of(spec: "DataclassInstance") -> dict[str, Any]:
 
 def server_of(record: Mapping[str, Any]) -> TritonServer:
     """The server of a record; TypeError for one with options that this version does not know."""
-    options: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in record.items()}
+    options: dict[str, Any] = {
+        name: tuple(given) if isinstance(given, list) else given for name, given in record.items()
+    }
     return TritonServer(**options)
 
 

@@ -160,10 +160,10 @@ class PoolingMethods(ABC):
         found = dict(zip(texts, outputs, strict=True))
 
         def scored(first: str, second: str) -> PoolingRequestOutput[ScoringOutput]:
-            one, other = found[first], found[second]
-            products = (a * b for a, b in zip(one.outputs.embedding, other.outputs.embedding, strict=True))
-            ids = one.prompt_token_ids + other.prompt_token_ids
-            return PoolingRequestOutput(other.request_id, None, ids, ScoringOutput(sum(products)))
+            left, right = found[first], found[second]
+            products = (a * b for a, b in zip(left.outputs.embedding, right.outputs.embedding, strict=True))
+            ids = left.prompt_token_ids + right.prompt_token_ids
+            return PoolingRequestOutput(right.request_id, None, ids, ScoringOutput(sum(products)))
 
         return [scored(*pair) for pair in pairs]
 

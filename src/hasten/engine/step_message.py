@@ -65,7 +65,7 @@ class TableRows:
 def _common(held: list[int], table: list[int]) -> int:
     """How many blocks two tables have in common at their beginning."""
     pairs = enumerate(zip(held, table, strict=False))
-    return next((index for index, (one, other) in pairs if one != other), min(len(held), len(table)))
+    return next((index for index, (before, after) in pairs if before != after), min(len(held), len(table)))
 
 
 @dataclass(frozen=True)

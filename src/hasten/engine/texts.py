@@ -34,8 +34,8 @@ def instruction(config: TextConfig, prompt: str | None, prompt_name: str | None)
     if name is None:
         return Instruction()
     if name not in config.prompts:
-        there = ", ".join(config.prompts) or "none"
-        raise InvalidRequestError(f"prompt_name {name!r:.80} is no prompt of the model; there are: {there}")
+        known = ", ".join(config.prompts) or "none"
+        raise InvalidRequestError(f"prompt_name {name!r:.80} is no prompt of the model; there are: {known}")
     return Instruction(config.prompts[name], config.include_prompt)
 
 

@@ -174,5 +174,5 @@ def reachable(numbers: Sequence[int]) -> bool:
     """Whether the GPUs of these numbers on this host, two at least, can write each other's memory."""
     if len(numbers) < 2 or torch.cuda.device_count() <= max(numbers):
         return False
-    pairs = ((one, other) for one in numbers for other in numbers if one != other)
-    return all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
+    pairs = ((first, second) for first in numbers for second in numbers if first != second)
+    return all(torch.cuda.can_device_access_peer(first, second) for first, second in pairs)

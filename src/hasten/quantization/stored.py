@@ -61,7 +61,7 @@ class StoredWeight:
             and self.middle == other.middle
             and self.values.dtype is other.values.dtype
             and self.scales.shape[1] == other.scales.shape[1]
-            and all((one is None) == (another is None) for one, another in pairs)
+            and all((left is None) == (right is None) for left, right in pairs)
             and torch.equal(self.groups, other.groups)
         )
 

@@ -200,7 +200,7 @@ class Server:
         if self._watch is not None:
             self._watch.cancel()
         await self.service.close(timeout)
-        listeners = [one for one in (self.http, self.metrics, self.grpc) if one is not None]
+        listeners = [each for each in (self.http, self.metrics, self.grpc) if each is not None]
         await asyncio.gather(*(listener.stop(min(timeout, _LAST_WORDS_S)) for listener in listeners))
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)

@@ -59,7 +59,7 @@ def engine_of(options: ServeOptions) -> EngineConfig:
     explicit = options.repository.model_control_mode == "explicit" and "*" not in options.repository.load_model
     names = options.repository.load_model if explicit else repository.names()
     described = [description for name in names if (description := repository.describe(name)) is not None]
-    found = [(one, version) for one in described if one.kind is Kind.TOKEN for version in one.versions]
+    found = [(model, version) for model in described if model.kind is Kind.TOKEN for version in model.versions]
     if len(found) != 1:
         raise ConfigError(
             f"ranks that others started serve one model, but the repository has {len(found)} token models and versions "

@@ -49,7 +49,7 @@ class Registry:
         self._start_engine = start_engine
         self._models: dict[str, dict[int, Version]] = {}
         self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._asked_for: set[str] = set()
+        self._requested: set[str] = set()
         """Models that were loaded for their own sake and not for another's."""
         self._stamps: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -105,7 +105,7 @@ class Registry:
 
     async def load(self, name: str, config_json: str | None = None, files: Files | None = None) -> None:
         """Load a model, or load it again; what it needs is loaded too. A caller that leaves does not stop it."""
-        await self._finish(self._load_asked(name, config_json, files or {}))
+        await self._finish(self._load_requested(name, config_json, files or {}))
 
     async def unload(self, name: str, *, unload_dependents: bool = False) -> None:
         """Take no more requests; those under way finish. Also what was loaded for it alone, if asked."""
@@ -115,7 +115,7 @@ class Registry:
         """Load those that do not serve yet, each once; what fails is noted in `failures`."""
         failed: dict[str, ServiceError] = {}
         for name in names:
-            self._asked_for.add(name)
+            self._requested.add(name)
             if not self.any_serves(name):
                 await self._try_to_load(name, failed)
 
@@ -129,7 +129,7 @@ class Registry:
             if stamp is None or stamp == known:
                 continue
             self._stamps[name] = stamp
-            self._asked_for.add(name)
+            self._requested.add(name)
             if known is not None or not self.any_serves(name):  # another model may have needed it already
                 await self._try_to_load(name, failed)
         for name in set(self._models) - set(names):
@@ -171,7 +171,7 @@ class Registry:
         task.add_done_callback(self._tasks.discard)
         await asyncio.shield(task)
 
-    async def _load_asked(self, name: str, config_json: str | None, files: Files) -> None:
+    async def _load_requested(self, name: str, config_json: str | None, files: Files) -> None:
         try:
             await self._load(name, config_json, files, (), {})
         except ServiceError:
@@ -179,7 +179,7 @@ class Registry:
             if name not in self._models and name not in await asyncio.to_thread(self.repository.names):
                 self.failures.pop(name, None)
             raise
-        self._asked_for.add(name)
+        self._requested.add(name)
 
     async def _load(
         self,
@@ -306,7 +306,7 @@ class Registry:
         if not any(name in known for known in (self._models, self._locks, self.failures)):
             return
         async with self._locks[name]:
-            self._asked_for.discard(name)
+            self._requested.discard(name)
             self.failures.pop(name, None)
             versions = list(self._models.get(name, {}).values())
             for version in versions:
@@ -316,7 +316,7 @@ class Registry:
                     version.fail(UNLOADED)
         if unload_dependents:
             for needed in {needed for version in versions for needed, _ in version.dependencies}:
-                if needed not in self._asked_for:
+                if needed not in self._requested:
                     await self._unload(needed, unload_dependents)
 
     def _retire(self, version: Version) -> None:

@@ -73,8 +73,8 @@ class Version:
         message = service_pb2.ModelMetadataResponse(name=self.name, platform=config.platform or config.backend)
         batch = (-1,) if config.max_batch_size else ()
         for tensors, described in ((config.input, message.inputs), (config.output, message.outputs)):
-            for one in tensors:
-                described.add(name=one.name, datatype=datatype_name(one.data_type), shape=(*batch, *one.dims))
+            for tensor in tensors:
+                described.add(name=tensor.name, datatype=datatype_name(tensor.data_type), shape=(*batch, *tensor.dims))
         return message
 
     @property

@@ -90,11 +90,11 @@ class _Child:
 
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pipe, there = context.Pipe()
+        self.pipe, child_end = context.Pipe()
         self.done = context.Value("Q", 0, lock=False)
-        self._process = context.Process(target=serve_parent, args=(there, self._options, self.done), daemon=True)
+        self._process = context.Process(target=serve_parent, args=(child_end, self._options, self.done), daemon=True)
         self._process.start()
-        there.close()
+        child_end.close()
 
     def terminate(self) -> None:
         self._process.terminate()

@@ -116,8 +116,8 @@ def _divided(spec: WeightSpec, ranks: int) -> Derive:
     return derive
 
 
-def _sum(one: WeightSpec, other: WeightSpec, ranks: int) -> Derive:
+def _sum(first: WeightSpec, second: WeightSpec, ranks: int) -> Derive:
     def derive(shards: Shards, dtype: torch.dtype) -> Tensor:
-        return _divided(one, ranks)(shards, dtype) + _divided(other, ranks)(shards, dtype)
+        return _divided(first, ranks)(shards, dtype) + _divided(second, ranks)(shards, dtype)
 
     return derive

@@ -178,4 +178,4 @@ def run_prune(args: argparse.Namespace) -> int:
 
 def _end(job: Job) -> datetime:
     """When a job ended; the nearest earlier moment known, where its backend has not noted that."""
-    return job.ended or max((one.ended for one in job.instances if one.ended), default=job.created)
+    return job.ended or max((instance.ended for instance in job.instances if instance.ended), default=job.created)

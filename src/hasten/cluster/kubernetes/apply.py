@@ -106,9 +106,9 @@ def managed_part(live: Object, resource: Resource) -> Object:
     `uid` and `resourceVersion` make the apply fail if the object is not the one that was read.
     """
     fields = [
-        one["fieldsV1"]
-        for one in live["metadata"].get("managedFields") or []
-        if one.get("manager") == FIELD_MANAGER and one.get("operation") == "Apply" and not one.get("subresource")
+        entry["fieldsV1"]
+        for entry in live["metadata"].get("managedFields") or []
+        if entry.get("manager") == FIELD_MANAGER and entry.get("operation") == "Apply" and not entry.get("subresource")
     ]
     body: Object = _part(live, fields[0]) if fields else {}
     body |= {"apiVersion": resource.api_version, "kind": resource.kind}

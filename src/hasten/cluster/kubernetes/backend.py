@@ -45,7 +45,7 @@ _PAUSE = 0.5
 
 
 def _check(spec: TrainingJob | TritonServer) -> None:
-    refuse_unsupported(NAME, spec, {one.name for one in fields(spec)} - _LOCAL_ONLY)
+    refuse_unsupported(NAME, spec, {field.name for field in fields(spec)} - _LOCAL_ONLY)
 
 
 class KubernetesBackend:
@@ -216,11 +216,11 @@ class KubernetesBackend:
             return set()
         if self._missing is not None:
             raise ClusterError(str(self._missing)) from self._missing
-        groups = {one["name"]: one for one in self._cluster.read("/apis")["groups"]}
+        groups = {entry["name"]: entry for entry in self._cluster.read("/apis")["groups"]}
         found: set[str] = set()
         for crd in CRDS:
             group = groups.get(crd.partition(".")[2])
             for version in group["versions"] if group else ():
                 kinds = self._cluster.kinds(version["groupVersion"]).values()
-                found |= {one.full_name for one in kinds}
+                found |= {entry.full_name for entry in kinds}
         return found & set(CRDS)

@@ -123,9 +123,9 @@ class Cluster:
             except NotFoundError as error:
                 raise missing_kind("any", api_version, self.server) from error
             self._kinds[api_version] = {
-                one["kind"]: Resource(api_version, one["kind"], one["name"], one["namespaced"])
-                for one in found
-                if "/" not in one["name"]
+                entry["kind"]: Resource(api_version, entry["kind"], entry["name"], entry["namespaced"])
+                for entry in found
+                if "/" not in entry["name"]
             }
         return self._kinds[api_version]
 

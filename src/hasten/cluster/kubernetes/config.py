@@ -52,7 +52,7 @@ def find_access(config_file: str | None, context: str | None) -> Access:
     if config_file is not None and not _is_file(config_file):
         raise ConfigError(f"there is no kubeconfig {config_file}")
     files = config_file or os.environ.get("KUBECONFIG") or "~/.kube/config"
-    if any(_is_file(one) for one in files.split(os.pathsep) if one):
+    if any(_is_file(file) for file in files.split(os.pathsep) if file):
         access = _from_files(files, context)
     elif os.environ.get("KUBERNETES_SERVICE_HOST"):
         access = _from_account(context)
@@ -74,9 +74,9 @@ def _from_files(files: str, context: str | None) -> Access:
     try:
         contexts, active = _loader.list_kube_config_contexts(files)
         if context is not None:
-            active = next((one for one in contexts if one["name"] == context), None)
+            active = next((entry for entry in contexts if entry["name"] == context), None)
             if active is None:
-                known = ", ".join(sorted(one["name"] for one in contexts))
+                known = ", ".join(sorted(entry["name"] for entry in contexts))
                 raise ConfigError(f"the kubeconfig {files} has no context {context}; it has {known or 'none'}")
         with _credentials_or_error():
             _loader.load_kube_config(files, context=context, client_configuration=configuration, persist_config=False)

@@ -135,7 +135,7 @@ def _status(body: bytes) -> dict[str, Any]:
 
 def _causes(details: dict[str, Any]) -> str:
     causes = details.get("causes") or []
-    return "; ".join(": ".join(part for part in (one.get("field"), one.get("message")) if part) for one in causes)
+    return "; ".join(": ".join(part for part in (cause.get("field"), cause.get("message")) if part) for cause in causes)
 
 
 def _plainly(error: Exception) -> str:
@@ -195,9 +195,9 @@ def _conflict(attempt: Attempt, status: dict[str, Any], message: str) -> Cluster
         return ExistsError(f"there is a {attempt.what} in {attempt.where} already: take another name, or delete it")
     causes = (status.get("details") or {}).get("causes") or []
     fields = [
-        f"{one.get('field', '').lstrip('.')} ({one.get('message')})"
-        for one in causes
-        if one.get("reason") == "FieldManagerConflict"
+        f"{cause.get('field', '').lstrip('.')} ({cause.get('message')})"
+        for cause in causes
+        if cause.get("reason") == "FieldManagerConflict"
     ]
     if fields:
         return ClusterError(

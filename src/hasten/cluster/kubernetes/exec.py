@@ -172,7 +172,7 @@ def _exit_status(message: bytes | str, pod: str) -> int:
     if status.get("status") == "Success":
         return 0
     causes = (status.get("details") or {}).get("causes") or []
-    codes = [one["message"] for one in causes if one.get("reason") == "ExitCode"]
+    codes = [cause["message"] for cause in causes if cause.get("reason") == "ExitCode"]
     if codes and str(codes[0]).isdecimal():
         return int(codes[0])
     raise ClusterError(f"the command did not run in {pod}: {status.get('message') or status}")

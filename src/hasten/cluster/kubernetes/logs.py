@@ -45,11 +45,11 @@ def chosen_pod(pods: Sequence[Object], name: str | None, owner: str) -> Object:
 def chosen_container(pod: Object, name: str | None) -> str:
     """The container of that name, or the main one; NotFoundError where there is none."""
     spec = pod["spec"]
-    names = [str(one["name"]) for one in spec["containers"]]
+    names = [str(container["name"]) for container in spec["containers"]]
     if name is None:
         marked = (pod["metadata"].get("annotations") or {}).get(_DEFAULT_CONTAINER)
-        return next((one for one in (marked, *MAIN_CONTAINERS) if one in names), names[0])
-    every = names + [str(one["name"]) for one in spec.get("initContainers") or ()]
+        return next((container for container in (marked, *MAIN_CONTAINERS) if container in names), names[0])
+    every = names + [str(container["name"]) for container in spec.get("initContainers") or ()]
     if name not in every:
         raise NotFoundError(f"{name_of(pod)} has no container {name}; it has {', '.join(every)}")
     return name

@@ -39,7 +39,7 @@ def list_volumes(cluster: Cluster, namespace: str | None) -> list[VolumeRecord]:
     claims = cluster.list_all(CLAIMS, namespace)
     if not claims and namespace is not None:
         cluster.check_namespace(namespace)
-    usable = (one for one in claims if (one.get("status") or {}).get("phase") == "Bound" or _is_ours(one))
+    usable = (claim for claim in claims if (claim.get("status") or {}).get("phase") == "Bound" or _is_ours(claim))
     return newest_first(map(_record, usable))
 
 
@@ -89,8 +89,8 @@ def _check_unused(cluster: Cluster, name: str, namespace: str) -> None:
         name_of(pod)
         for pod in cluster.list_all(PODS, namespace, fields=_ALIVE)
         if any(
-            (one.get("persistentVolumeClaim") or {}).get("claimName") == name
-            for one in pod["spec"].get("volumes") or ()
+            (volume.get("persistentVolumeClaim") or {}).get("claimName") == name
+            for volume in pod["spec"].get("volumes") or ()
         )
     ]
     if users:
@@ -102,13 +102,13 @@ def list_nodes(cluster: Cluster) -> list[Node]:
     taken: Counter[str] = Counter()
     for pod in cluster.list_all(PODS, None, fields=_ALIVE):
         taken[pod["spec"].get("nodeName", "")] += pod_gpus(pod["spec"])
-    nodes = [_node(one, taken[name_of(one)]) for one in cluster.list_all(NODES, None)]
+    nodes = [_node(item, taken[name_of(item)]) for item in cluster.list_all(NODES, None)]
     return sorted(nodes, key=lambda node: node.name)
 
 
 def _node(item: Object, taken: int) -> Node:
     status = item.get("status") or {}
-    addresses = {one["type"]: one["address"] for one in status.get("addresses") or ()}
+    addresses = {address["type"]: address["address"] for address in status.get("addresses") or ()}
     roles = sorted(label.removeprefix(_ROLE) for label in labels_of(item) if label.startswith(_ROLE))
     return Node(
         name=name_of(item),
@@ -121,6 +121,6 @@ def _node(item: Object, taken: int) -> Node:
 
 
 def _node_status(item: Object) -> str:
-    conditions = {one["type"]: one["status"] for one in (item.get("status") or {}).get("conditions") or ()}
+    conditions = {each["type"]: each["status"] for each in (item.get("status") or {}).get("conditions") or ()}
     ready = "Ready" if conditions.get("Ready") == "True" else "NotReady"
     return f"{ready},SchedulingDisabled" if item["spec"].get("unschedulable") else ready

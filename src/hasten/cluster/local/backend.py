@@ -159,8 +159,8 @@ class LocalBackend:
     def servers(self, namespace: str | None) -> list[Server]:
         """All servers, newest first; a record that cannot be read is left out, with a warning."""
         view = partial(serving.view, events=False)
-        there = [_readable(view, folder) for folder in folders(self.home, "servers", namespace)]
-        return sorted((one for one in there if one is not None), key=lambda one: one.created, reverse=True)
+        servers = [_readable(view, folder) for folder in folders(self.home, "servers", namespace)]
+        return sorted((found for found in servers if found is not None), key=lambda found: found.created, reverse=True)
 
     def server(self, name: str, version: str | None, namespace: str) -> Server:
         """One server."""
@@ -288,7 +288,7 @@ def _end_of(folder: Folder, name: str) -> Callable[[], bool]:
         state = settled(folder)
         if state is None or state.done:
             return True
-        return state.ended is not None and any(one.name == name and one.ended is not None for one in state.instances)
+        return state.ended is not None and any(each.name == name and each.ended is not None for each in state.instances)
 
     return ended
 

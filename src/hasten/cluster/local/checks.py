@@ -58,12 +58,12 @@ def check_volume(volume: Volume) -> None:
 
 def check_resources(spec: Workload, count: int) -> None:
     """ConfigError where all instances together ask for more than the machine has."""
-    there = len(devices())
+    found = len(devices())
     wanted = count * spec.gpus
-    if wanted > there:
+    if wanted > found:
         each = f" ({count} instances of {spec.gpus})" if count > 1 else ""
         hint = "" if GPUS_VARIABLE in os.environ else f"; {GPUS_VARIABLE}=N says how many where they are not found"
-        raise ConfigError(f"--gpus asks for {wanted} GPU{'s' * (wanted != 1)}{each}, this machine has {there}{hint}")
+        raise ConfigError(f"--gpus asks for {wanted} GPU{'s' * (wanted != 1)}{each}, this machine has {found}{hint}")
     cores, memory = available_cpus(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if spec.cpu is not None and count * quantity(spec.cpu, "--cpu") > cores:
         raise ConfigError(f"--cpu {spec.cpu} of {count} instances is more than the {cores} cores of this machine")

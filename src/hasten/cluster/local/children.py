@@ -172,7 +172,7 @@ class Children:
 
     def _reap(self, child: Child) -> None:
         """An instance ends with its first process, as a container does: what that left running is killed."""
-        others = {one.pid for one in self._running if one is not child}
+        others = {other.pid for other in self._running if other is not child}
         # an instance that runs adopts its own orphans, so those that came here are of instances that have ended
         kill_all(lambda: [*child.members(), *orphans(others)])
         deadline = time.monotonic() + _LAST_WORDS_S

@@ -44,7 +44,7 @@ def devices(environment: Mapping[str, str] = os.environ) -> list[str]:
         return [str(number) for number in range(int(configured))]
     visible = environment.get(VISIBLE)
     if visible is not None:
-        return [one.strip() for one in visible.split(",") if one.strip() not in ("", "-1", "NoDevFiles")]
+        return [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1", "NoDevFiles")]
     return [str(number) for number in range(_count_of_devices())]
 
 
@@ -106,8 +106,8 @@ class GpuQueue:
         mine = [(path, ticket) for path, ticket in self._tickets() if ticket.owner == str(owner.path)]
         return [path for path, ticket in mine if label in (None, ticket.label)]
 
-    def take(self, path: Path, there: list[str]) -> list[str] | Wait:
-        """Devices for a ticket, or why there are none yet. `there` is `devices()`."""
+    def take(self, path: Path, gpus: list[str]) -> list[str] | Wait:
+        """Devices for a ticket, or why there are none yet. `gpus` is `devices()`."""
         with locked(self._lock):
             tickets = self._living()
             mine = next((ticket for at, ticket in tickets if at == path), None)
@@ -115,13 +115,13 @@ class GpuQueue:
                 raise ClusterError(f"the ticket {path} was deleted")
             if mine.devices is not None:
                 return list(mine.devices)
-            free = [one for one in there if one not in _given(tickets)]
+            free = [gpu for gpu in gpus if gpu not in _given(tickets)]
             before = sum(at < path and ticket.devices is None for at, ticket in tickets)
             if before == 0 and len(free) >= mine.count:
                 given = free[: mine.count]
                 write_json(path, asdict(replace(mine, devices=given)))
                 return given
-        return Wait(_waits(mine.count, len(free), len(there), before), before)
+        return Wait(_waits(mine.count, len(free), len(gpus), before), before)
 
     def give_back(self, path: Path) -> None:
         """Release a ticket and its GPUs."""
@@ -185,6 +185,6 @@ def _given(tickets: Iterable[tuple[Path, Ticket]]) -> set[str]:
     return {device for _, ticket in tickets for device in ticket.devices or ()}
 
 
-def _waits(count: int, free: int, there: int, before: int) -> str:
-    needed = f"waits for {count} GPU{'s' * (count > 1)}, {free} of {there} {'is' if free == 1 else 'are'} free"
+def _waits(count: int, free: int, total: int, before: int) -> str:
+    needed = f"waits for {count} GPU{'s' * (count > 1)}, {free} of {total} {'is' if free == 1 else 'are'} free"
     return needed if before == 0 else f"{needed}, {before} before it in the queue"

@@ -50,7 +50,7 @@ def _call(doing: str, function: str, *arguments: object) -> None:
         called = getattr(_libc, function)
     except AttributeError:
         raise MountError(f"{doing}: this system's C library has no {function}") from None
-    if called(*(one.encode() if isinstance(one, str) else one for one in arguments)) != 0:
+    if called(*(argument.encode() if isinstance(argument, str) else argument for argument in arguments)) != 0:
         error = MountError(f"{doing}: {os.strerror(ctypes.get_errno())}")
         error.errno = ctypes.get_errno()
         raise error
@@ -130,7 +130,7 @@ class Mounter:
         parent = Path(target).parent
         while not parent.exists():
             parent = parent.parent
-        if str(parent) not in self._copies and not any(parent.is_relative_to(one) for one in self._volumes):
+        if str(parent) not in self._copies and not any(parent.is_relative_to(volume) for volume in self._volumes):
             self._copy(str(parent))
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         if folder:

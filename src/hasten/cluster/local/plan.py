@@ -107,7 +107,7 @@ def _mounts(spec: Workload, sources: Mapping[str, Source], folder: Path) -> list
     for path in taken:
         if taken.count(path) > 1:
             raise ConfigError(f"{path} is given for two mounts")
-    return [one for one in mounted if one[0] != one[1]]
+    return [mount for mount in mounted if mount[0] != mount[1]]
 
 
 def config_files(spec: Workload, folder: Path) -> list[tuple[Path, Path, str]]:

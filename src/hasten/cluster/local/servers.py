@@ -73,7 +73,7 @@ class ServerSupervisor(Supervisor):
 
     def _pause(self) -> float:
         now = time.monotonic()
-        moments = [one.next_start if one.child is None else one.next_look for one in self._replicas]
+        moments = [replica.next_start if replica.child is None else replica.next_look for replica in self._replicas]
         return max(0.05, min(moments, default=now + _SERVING_S) - now)
 
     def _note_status(self, status: str) -> None:
@@ -196,12 +196,12 @@ class ServerSupervisor(Supervisor):
     def _replace_one(self) -> None:
         """Stop one replica of an older form, if no other is missing; it then starts in the new one."""
         wanted = _template(self.plan)
-        old = [one for one in self._replicas if one.child is not None and one.instance.template != wanted]
+        old = [each for each in self._replicas if each.child is not None and each.instance.template != wanted]
         if not old:
             return
-        unready = [one for one in old if not one.instance.ready]
+        unready = [each for each in old if not each.instance.ready]
         chosen = (unready or old)[0]
-        if all(one.instance.ready for one in self._replicas if one is not chosen) or chosen in unready:
+        if all(each.instance.ready for each in self._replicas if each is not chosen) or chosen in unready:
             self._stop(chosen, "is replaced")
             chosen.instance.status, chosen.next_start, chosen.failures = "PENDING", 0.0, 0
             self.note("Replaced", "ended, to be started in its new form", chosen.instance.name)

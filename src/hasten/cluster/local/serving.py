@@ -77,18 +77,18 @@ def _check_other(other: Folder, plan: ServerPlan) -> None:
 def found(home: Path, name: str, version: str | None, namespace: str) -> Folder:
     """The record of a server; ConfigError where no version is given and there are several."""
     checked_name(name, "a server's name")
-    there = [one for one in folders(home, "servers", namespace) if one.name.partition("@")[0] == name]
+    candidates = [folder for folder in folders(home, "servers", namespace) if folder.name.partition("@")[0] == name]
     if version is not None:
         checked_version(version)
-        there = [one for one in there if one.name == f"{name}@{version}"]
-    if not there:
+        candidates = [folder for folder in candidates if folder.name == f"{name}@{version}"]
+    if not candidates:
         raise NotFoundError(
             f"there is no server {name}{f' of version {version}' if version else ''} in namespace {namespace}"
         )
-    if len(there) > 1:
-        versions = ", ".join(one.name.partition("@")[2] for one in there)
+    if len(candidates) > 1:
+        versions = ", ".join(folder.name.partition("@")[2] for folder in candidates)
         raise ConfigError(f"server {name} has the versions {versions}; say which with --version")
-    return there[0]
+    return candidates[0]
 
 
 def view(folder: Folder, *, events: bool) -> Server:

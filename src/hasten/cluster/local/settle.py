@@ -64,7 +64,7 @@ def elsewhere(state: State) -> bool:
 def _clean_up(state: State) -> int:
     if state.boot != boot_id():
         return 0
-    leaders = [(one.pid, one.start) for one in state.instances if one.pid is not None and one.start is not None]
+    leaders = [(each.pid, each.start) for each in state.instances if each.pid is not None and each.start is not None]
 
     def find() -> list[int]:
         return members(f"{state.uid}/", leaders)

@@ -295,9 +295,9 @@ class Folder:
 
 
 def _state_of(record: dict[str, Any]) -> State:
-    instances = [InstanceState(**one) for one in record.pop("instances")]
+    instances = [InstanceState(**instance) for instance in record.pop("instances")]
     state = State(**record, instances=instances)
-    for status in (state.status, *(one.status for one in instances)):
+    for status in (state.status, *(instance.status for instance in instances)):
         Status(status)
     return state
 
@@ -373,7 +373,7 @@ def folders(home: Path, kind: str, namespace: str | None) -> list[Folder]:
     """All of a kind (`jobs`, `servers`), of one namespace or of all."""
     root = home / kind
     spaces = [root / checked_namespace(namespace)] if namespace is not None else _entries(root)
-    return [Folder(one) for space in spaces for one in _entries(space)]
+    return [Folder(entry) for space in spaces for entry in _entries(space)]
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -22,8 +22,8 @@ def job_view(folder: Folder, state: State, *, events: bool) -> Job:
         created=_moment(state.created),
         started=_moment_or_none(state.started),
         ended=_moment_or_none(state.ended),
-        gpus=sum(one.gpus for one in state.instances),
-        instances=[_instance(one) for one in state.instances],
+        gpus=sum(instance.gpus for instance in state.instances),
+        instances=[_instance(instance) for instance in state.instances],
         events=_events(state) if events else (),
         reason=f"runs on {state.host}" if not state.done and elsewhere(state) else state.reason,
     )
@@ -37,12 +37,12 @@ def server_view(folder: Folder, state: State, plan: ServerPlan, *, events: bool)
         namespace=folder.namespace,
         version=version,
         desired=plan.replicas,
-        available=sum(one.ready for one in state.instances),
+        available=sum(instance.ready for instance in state.instances),
         address=LOCAL_ADDRESS,
         ports={_WORDS[name]: port for name, port in plan.ports.items()},
         gpus=plan.replicas * plan.gpus,
         created=_moment(state.created),
-        instances=[_instance(one) for one in state.instances],
+        instances=[_instance(instance) for instance in state.instances],
         events=_events(state) if events else (),
         reason=f"runs on {state.host}" if not state.done and elsewhere(state) else state.reason,
     )
@@ -68,7 +68,7 @@ def _instance(state: InstanceState) -> Instance:
 
 
 def _events(state: State) -> list[Event]:
-    return [Event(**{**one, "time": _moment(one["time"])}) for one in state.events]
+    return [Event(**{**event, "time": _moment(event["time"])}) for event in state.events]
 
 
 def _moment(seconds: float) -> datetime:
@@ -81,7 +81,7 @@ def _moment_or_none(seconds: float | None) -> datetime | None:
 
 def chosen_instance(state: State, name: str | None, what: str) -> InstanceState:
     """The instance that is asked for, or the chief; NotFoundError names those that there are."""
-    by_name: dict[str, InstanceState] = {one.name: one for one in state.instances}
+    by_name: dict[str, InstanceState] = {instance.name: instance for instance in state.instances}
     if name is None and state.instances:
         return state.instances[0]
     if name in by_name:

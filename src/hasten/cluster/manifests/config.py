@@ -90,4 +90,4 @@ def owned(objects: Sequence[Object], owner: Mapping[str, Any]) -> list[Object]:
         "name": owner["metadata"]["name"],
         "uid": owner["metadata"]["uid"],
     }
-    return [{**one, "metadata": {**one["metadata"], "ownerReferences": [reference]}} for one in objects]
+    return [{**body, "metadata": {**body["metadata"], "ownerReferences": [reference]}} for body in objects]

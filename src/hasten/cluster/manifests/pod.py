@@ -155,7 +155,7 @@ def _add_folders(storage: Storage, texts: Iterable[str]) -> None:
 def environment(spec: Workload, *more: Object) -> list[Object]:
     """Variables of a container: the basic ones, `more`, and the user's, which win."""
     users = pairs(spec.env, "--env")
-    variables = [one for one in (*base_environment(gpu=uses_gpu(spec)), *more) if one["name"] not in users]
+    variables = [each for each in (*base_environment(gpu=uses_gpu(spec)), *more) if each["name"] not in users]
     return variables + [{"name": name, "value": literal(value)} for name, value in users.items()]
 
 
@@ -280,10 +280,10 @@ def toleration(text: str) -> Object:
 def refuse_options(job: TrainingJob, names: Sequence[str], what: str, reason: str, more: Sequence[str] = ()) -> None:
     """UnsupportedError where a job has any of these options, or the options `more`, which `what` cannot do."""
     given = []
-    for one in fields(job):
-        default = one.default_factory() if one.default_factory is not MISSING else one.default
-        if one.name in names and getattr(job, one.name) != default:
-            given.append(one.metadata.get("flag", "--" + one.name.replace("_", "-")))
+    for option in fields(job):
+        default = option.default_factory() if option.default_factory is not MISSING else option.default
+        if option.name in names and getattr(job, option.name) != default:
+            given.append(option.metadata.get("flag", "--" + option.name.replace("_", "-")))
     if given := [*given, *more]:
         raise UnsupportedError(
             f"{what} cannot do {', '.join(given)}: {reason}; leave it out, or submit a PyTorchJob (--api pytorchjob)"

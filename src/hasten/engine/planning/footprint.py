@@ -112,8 +112,8 @@ def footprint(
 
 def _quantized_bytes(scheme: Quantization, rows: int, columns: int) -> int:
     """Of a weight of `rows` output features, from weights of one and of two that are really quantized."""
-    one, two = (_bytes_of_rows(scheme, count, columns) for count in (1, 2))
-    return one + (rows - 1) * (two - one)
+    of_one, of_two = (_bytes_of_rows(scheme, count, columns) for count in (1, 2))
+    return of_one + (rows - 1) * (of_two - of_one)
 
 
 @cache

@@ -61,8 +61,8 @@ def _high_nibbles(words):
 @triton.jit
 def _dot16(a, b, total):
     """`total` [n, w / 4] and the products of each four words of `a` [n, w], which a thread holds, with those of `b`."""
-    one, two = _halved(a), _halved(b)
-    return _dot_pairs(one[1], two[1], _dot_pairs(one[0], two[0], total))
+    low, high = _halved(a), _halved(b)
+    return _dot_pairs(low[1], high[1], _dot_pairs(low[0], high[0], total))
 
 
 @triton.jit

@@ -100,8 +100,8 @@ def turns_of(table, position, pair, valid, Q: tl.constexpr, KV: tl.constexpr, D:
 
 @triton.jit
 def store_turned(
-    one,
-    two,
+    even,
+    odd,
     turns,
     pair,
     targets,
@@ -122,11 +122,11 @@ def store_turned(
     """
     cos, sin, turn = turns
     row, slot, valid = targets
-    x, y = one.to(tl.float32), two.to(tl.float32)
-    one = tl.where(turn, (x * cos - y * sin).to(one.dtype), one)
-    two = tl.where(turn, (y * cos + x * sin).to(two.dtype), two)
-    store_projected(one, row, slot, paired(2 * pair, N, PAIRS, D, R), valid, out, keys, values, inverses, Q, KV, D)
-    store_projected(two, row, slot, paired(2 * pair + 1, N, PAIRS, D, R), valid, out, keys, values, inverses, Q, KV, D)
+    x, y = even.to(tl.float32), odd.to(tl.float32)
+    even = tl.where(turn, (x * cos - y * sin).to(even.dtype), even)
+    odd = tl.where(turn, (y * cos + x * sin).to(odd.dtype), odd)
+    store_projected(even, row, slot, paired(2 * pair, N, PAIRS, D, R), valid, out, keys, values, inverses, Q, KV, D)
+    store_projected(odd, row, slot, paired(2 * pair + 1, N, PAIRS, D, R), valid, out, keys, values, inverses, Q, KV, D)
 
 
 @triton.jit

@@ -149,7 +149,7 @@ def _by_groups(
         x_mk = tl.load(x_start + offset)
         at = (begin + offset) // GROUP * N + row
         if PACKED:
-            one, two = _quarter(read, 0, dtype, PDL), _quarter(read, 1, dtype, PDL)
+            low, high = _quarter(read, 0, dtype, PDL), _quarter(read, 1, dtype, PDL)
             three, four = _quarter(read, 2, dtype, PDL), _quarter(read, 3, dtype, PDL)
             second = tl.load(x_start + offset + 32)
             third = tl.load(x_start + offset + 64)
@@ -157,21 +157,21 @@ def _by_groups(
             if GROUP % 128 == 0:
                 scale_n, zero_n = _of_group(scales, zeros, at, MIDDLE, HAS_ZEROS)
                 if SCALES_SUMS:
-                    sums = tl.dot(two, second.T, tl.dot(one, x_mk.T))
+                    sums = tl.dot(high, second.T, tl.dot(low, x_mk.T))
                     sums = tl.dot(four, fourth.T, tl.dot(three, third.T, sums))
                     if HAS_ZEROS:
                         inputs_m = _sum(x_mk) + _sum(second) + _sum(third) + _sum(fourth)
                         sums -= zero_n[:, None] * inputs_m[None, :]
                     total += sums * scale_n[:, None]
                 else:
-                    total = tl.dot(_scaled(one, scale_n, zero_n, HAS_ZEROS), x_mk.T, total)
-                    total = tl.dot(_scaled(two, scale_n, zero_n, HAS_ZEROS), second.T, total)
+                    total = tl.dot(_scaled(low, scale_n, zero_n, HAS_ZEROS), x_mk.T, total)
+                    total = tl.dot(_scaled(high, scale_n, zero_n, HAS_ZEROS), second.T, total)
                     total = tl.dot(_scaled(three, scale_n, zero_n, HAS_ZEROS), third.T, total)
                     total = tl.dot(_scaled(four, scale_n, zero_n, HAS_ZEROS), fourth.T, total)
             else:
-                total = _add(one, x_mk, total, scales, zeros, at, MIDDLE, HAS_ZEROS)
+                total = _add(low, x_mk, total, scales, zeros, at, MIDDLE, HAS_ZEROS)
                 at = (begin + offset + 32) // GROUP * N + row
-                total = _add(two, second, total, scales, zeros, at, MIDDLE, HAS_ZEROS)
+                total = _add(high, second, total, scales, zeros, at, MIDDLE, HAS_ZEROS)
                 at = (begin + offset + 64) // GROUP * N + row
                 total = _add(three, third, total, scales, zeros, at, MIDDLE, HAS_ZEROS)
                 at = (begin + offset + 96) // GROUP * N + row

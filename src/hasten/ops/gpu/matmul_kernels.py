@@ -69,12 +69,12 @@ def matvec(
         value = tl.clamp(value, -CLIP, CLIP, propagate_nan=tl.PropagateNan.ALL)
     value = value.to(out.dtype.element_ty)
     if PAIRS is not None:
-        one, two = tl.split(value.reshape([ROWS // 2, 2]))
+        even, odd = tl.split(value.reshape([ROWS // 2, 2]))
         if KV:
             targets = pair * 0, tl.load(slots).to(tl.int64), 2 * pair < N
-            store_turned(one, two, (cos, sin, turn), pair, targets, out, keys, values, inverses, N, Q, KV, PAIRS, D, R)
+            store_turned(even, odd, (cos, sin, turn), pair, targets, out, keys, values, inverses, N, Q, KV, PAIRS, D, R)
         else:
-            unit = activated(one.to(tl.float32), ACTIVATION) * two.to(tl.float32)
+            unit = activated(even.to(tl.float32), ACTIVATION) * odd.to(tl.float32)
             tl.store(out + pair, unit.to(out.dtype.element_ty), 2 * pair < N)
     elif KV:
         slot = tl.load(slots).to(tl.int64)
@@ -209,15 +209,15 @@ def skinny(
         value = total.to(out.dtype.element_ty)
         valid = (m < M)[None, :] & in_features[:, None]
         if PAIRS is not None:
-            one, two = tl.split(value.reshape([BLOCK_N // 2, 2, BLOCK_M]).permute(0, 2, 1))
+            even, odd = tl.split(value.reshape([BLOCK_N // 2, 2, BLOCK_M]).permute(0, 2, 1))
             if KV:
                 targets = m[None, :], tl.load(slots + m, m < M, -1).to(tl.int64)[None, :], stored
                 turns = cos, sin, turn
                 store_turned(
-                    one, two, turns, pair[:, None], targets, out, keys, values, inverses, N, Q, KV, PAIRS, D, R
+                    even, odd, turns, pair[:, None], targets, out, keys, values, inverses, N, Q, KV, PAIRS, D, R
                 )
             else:
-                unit = activated(one.to(tl.float32), ACTIVATION) * two.to(tl.float32)
+                unit = activated(even.to(tl.float32), ACTIVATION) * odd.to(tl.float32)
                 target = out + m[None, :].to(tl.int64) * (N // 2) + pair[:, None]
                 tl.store(target, unit.to(out.dtype.element_ty), stored)
         elif KV:

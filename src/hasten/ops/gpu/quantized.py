@@ -35,9 +35,9 @@ def rounding_for(reader: PackedLinear, shape: tuple[int, int], like: Tensor) -> 
     """
     if not holds(reader) or (reader.grouped is not None and not reader.grouped.columns.are_inputs):
         return None
-    one = byte_dots.serves(shape[0], like.dtype, reader)
+    for_bytes = byte_dots.serves(shape[0], like.dtype, reader)
     several = reader.grouped is None and rounded.serves(shape[0], like.dtype, reader, split=False)
-    if reader.inputs is None and not one and not several:
+    if reader.inputs is None and not for_bytes and not several:
         return None
     return rounding_of(shape, like, reader.inputs, nibbles=reader.grouped is not None and reader.grouped.is_packed)
 

@@ -92,9 +92,9 @@ class WaitEstimator:
 
     def seconds(self, running: Iterable[Ticket], waiting: Sequence[Ticket], count: int) -> float | None:
         """Wait of a request behind `waiting`, of which there are `count`; None while too little is measured."""
-        taken = [self._left(one, self._steps - one.begun_step) for one in running for _ in range(one.width)]
+        taken = [self._left(ticket, self._steps - ticket.begun_step) for ticket in running for _ in range(ticket.width)]
         free = taken + [0.0] * (self._slots - len(taken))
-        steps = _played(free, self._slots, [(one.width, self._left(one, 0)) for one in waiting])
+        steps = _played(free, self._slots, [(ticket.width, self._left(ticket, 0)) for ticket in waiting])
         if steps == 0 and not self._holds_back:
             return 0.0
         if self._steps_measured < _LEAST_STEPS:

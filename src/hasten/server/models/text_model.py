@@ -125,7 +125,7 @@ class _Reply:
     """Responses to one request."""
 
     def __init__(self, request: TextRequest, work: Work) -> None:
-        self._asked = request
+        self._request = request
         self._work = work
         self._last = [CompletionDelta(index, [], "") for index in range(request.params.n)]
         """What came last of each completion, without what the responses so far have."""
@@ -152,7 +152,7 @@ class _Reply:
         if name == "finish_reason":
             return self._texts(name, [str(delta.finish_reason) for delta in deltas])
         if name == "logprobs":
-            texts = [_logprobs_json(delta) if self._asked.logprobs else "null" for delta in deltas]
+            texts = [_logprobs_json(delta) if self._request.logprobs else "null" for delta in deltas]
             return self._texts(name, texts)
         if name == "num_input_tokens":
             return self._tensor(name, "UINT32", np.array([self._prompt_tokens], np.uint32))

@@ -25,7 +25,7 @@ _ROOM = 64
 class Snapshot:
     """The outputs of a batch as of one moment. Its arrays may be read while further tokens are added behind it."""
 
-    asked: TokenRequest
+    request: TokenRequest
     prompt_lengths: NDArray[np.int32]
     """[batch, beam]."""
     lengths: NDArray[np.uint32]
@@ -49,7 +49,7 @@ class Snapshot:
             _tensor("sequence_length", "UINT32", self.lengths),
             _tensor("response_input_lengths", "INT32", self.prompt_lengths),
         ]
-        if self.asked.log_probs:
+        if self.request.log_probs:
             tensors += [
                 _tensor("cum_log_probs", "FP32", self.cumulative.astype(np.float32)),
                 _tensor("output_log_probs", "FP32", self._output_log_probs()),
@@ -57,7 +57,7 @@ class Snapshot:
         return [tensor for tensor in tensors if tensor.name in names]
 
     def _output_ids(self) -> NDArray[np.uint32]:
-        end_ids = np.array([item.end_id for item in self.asked.items], np.uint32)
+        end_ids = np.array([item.end_id for item in self.request.items], np.uint32)
         return _behind(self.ids, self.lengths, end_ids[:, np.newaxis, np.newaxis])
 
     def _output_log_probs(self) -> NDArray[np.float32]:
@@ -79,7 +79,7 @@ class BatchOutput:
 
     def __init__(self, request: TokenRequest, *, with_prompts: bool = True) -> None:
         """`with_prompts`: whether outputs begin with their prompts."""
-        self._asked = request
+        self._request = request
         beams = (len(request.items), request.beam_width)
         prompts = [item.prompt if with_prompts else [] for item in request.items]
         lengths = np.array(list(map(len, prompts)))
@@ -105,7 +105,7 @@ class BatchOutput:
         if delta.logprobs is not None:
             pairs = zip(delta.token_ids, delta.logprobs, strict=True)
             self._add_log_probs(beam, begin, [entry[token].logprob for token, entry in pairs])
-        if delta.token_logprobs is not None and self._asked.log_probs:
+        if delta.token_logprobs is not None and self._request.log_probs:
             self._add_log_probs(beam, begin, delta.token_logprobs)
         self._lengths[beam] = end
 
@@ -123,7 +123,7 @@ class BatchOutput:
     def snapshot(self) -> Snapshot:
         """What there is now."""
         return Snapshot(
-            self._asked,
+            self._request,
             self._prompt_lengths,
             self._lengths.copy(),
             self._ids,

@@ -46,7 +46,7 @@ class Rules:
             if output.name not in self.outputs:
                 raise _invalid(f"unexpected inference output '{output.name}' for model '{self.name}'")
         self._check_count(inputs, about(request.id))
-        added = self._may_add_batch and self._has_batch_of_one(inputs)
+        added = self._may_add_batch and self._has_unit_batch(inputs)
         if added:
             inputs = {name: _without_batch(tensor) for name, tensor in inputs.items()}
         batch_size = self._check_inputs(inputs, about(request.id))
@@ -70,7 +70,7 @@ class Rules:
             inputs[tensor.name] = tensor
         return inputs
 
-    def _has_batch_of_one(self, inputs: Mapping[str, Tensor]) -> bool:
+    def _has_unit_batch(self, inputs: Mapping[str, Tensor]) -> bool:
         return all(
             name in self.inputs and tensor.shape[:1] == (1,) and len(tensor.shape) == 1 + len(self.inputs[name].dims)
             for name, tensor in inputs.items()

@@ -179,7 +179,9 @@ def infer_response(response: InferResponse, elsewhere: set[str], *, final: bool 
     so all but its tensors and its id was serialized before.
     """
     outputs = response.outputs
-    parts = [_head(response.model, response.version, final, *[(one.name, one.datatype, one.shape) for one in outputs])]
+    parts = [
+        _head(response.model, response.version, final, *[(each.name, each.datatype, each.shape) for each in outputs])
+    ]
     if response.id:
         parts.append(field(_ID, response.id.encode()))
     if response.parameters:

@@ -59,8 +59,8 @@ def _check(body: ResponsesRequest) -> None:
         "stream_options": body.stream_options is not None
         and bool(body.stream_options.include_obfuscation or body.stream_options.include_usage),
     }
-    for name, is_asked in unsupported.items():
-        if is_asked:
+    for name, is_given in unsupported.items():
+        if is_given:
             message = f"{name} is not supported: answers are not kept, and have text and calls of functions alone"
             raise OpenAIError(f"{message}; leave it out", param=name)
     if body.top_logprobs and not body.with_logprobs:

@@ -31,7 +31,7 @@ class ResponseForm:
     """See AnswerForm. With `params` the answer has the times of the request."""
 
     def __init__(self, body: ResponsesRequest, params: SamplingParams | None = None) -> None:
-        self._asked = body
+        self._request = body
         self._params = params
         self._id = f"resp_{secrets.token_hex(24)}"
         self._created = int(time.time())
@@ -160,7 +160,7 @@ class ResponseForm:
         return written
 
     def _response(self, status: str, usage: Usage | None = None) -> dict[str, Any]:
-        body = self._asked
+        body = self._request
         kept = None if body.text is None else body.text.format
         fields = {
             "id": self._id,

@@ -131,10 +131,10 @@ def _weigh(values, row, weights, count, out, size):
         store(out + piece + 128, c)
         store(out + piece + 192, d)
     for piece in range(whole, size, 64):
-        one, at = load(out + piece), values + piece
+        sums, at = load(out + piece), values + piece
         for key in range(count):
-            one, at = fma(splat(load_f32(weights + 4 * key)), load(at), one), at + row
-        store(out + piece, one)
+            sums, at = fma(splat(load_f32(weights + 4 * key)), load(at), sums), at + row
+        store(out + piece, sums)
 
 
 @part
@@ -283,11 +283,11 @@ def _turn(head, table, half, interleaved):
         return
     step, apart = (8, 4) if interleaved else (4, 4 * half)
     for number in range(half):
-        one, other = head + step * number, head + step * number + apart
+        left, right = head + step * number, head + step * number + apart
         cosine, sine = load_f32(table + 4 * number), load_f32(table + 4 * (half + number))
-        x, y = load_f32(one), load_f32(other)
-        store_f32(one, x * cosine - y * sine)
-        store_f32(other, y * cosine + x * sine)
+        x, y = load_f32(left), load_f32(right)
+        store_f32(left, x * cosine - y * sine)
+        store_f32(right, y * cosine + x * sine)
 
 
 @kernel

@@ -46,8 +46,8 @@ def _squares(row, width, mean):
         off = sub(load(row + 4 * at), means)
         sums = fma(off, off, sums)
     for at in range(whole, width):
-        off_one = load_f32(row + 4 * at) - mean
-        rest += off_one * off_one
+        deviation = load_f32(row + 4 * at) - mean
+        rest += deviation * deviation
     return added(sums) + rest
 
 
@@ -68,8 +68,8 @@ def _norm(p, thread, threads):
             value = mul(mul(sub(load(row + at), means), scales), add(load(weight + at), offsets))
             store(to + at, add(value, load(bias + at)) if bias else value)
         for at in range(4 * whole, 4 * width, 4):
-            one = (load_f32(row + at) - mean) * scale * (load_f32(weight + at) + offset)
-            store_f32(to + at, one + load_f32(bias + at) if bias else one)
+            normed = (load_f32(row + at) - mean) * scale * (load_f32(weight + at) + offset)
+            store_f32(to + at, normed + load_f32(bias + at) if bias else normed)
 
 
 @kernel
