@@ -24,7 +24,15 @@ from hasten.ops.dispatch.device import (
 )
 from hasten.ops.dispatch.experts import experts, norm_route, pack_experts, route
 from hasten.ops.dispatch.norms import embedding, embedding_norm, norm, scaled
-from hasten.ops.dispatch.products import add_linear, cpu_multiplies, gated_linear, linear, linear_parts, pack_linear
+from hasten.ops.dispatch.products import (
+    add_linear,
+    cpu_multiplies,
+    gated_linear,
+    linear,
+    linear_into,
+    linear_parts,
+    pack_linear,
+)
 from hasten.ops.dispatch.sampling import (
     count_tokens,
     draw,
@@ -103,6 +111,7 @@ __all__ = [
     "largest",
     "library_rows",
     "linear",
+    "linear_into",
     "linear_parts",
     "mask_logits",
     "mean_squares",
