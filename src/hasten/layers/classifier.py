@@ -10,9 +10,9 @@ import torch.nn as nn
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from hasten import ops
 from hasten.core.model_config import ClassifierConfig, MaskedWordsConfig
 from hasten.layers.embedding import Embedding, Head
-from hasten.ops.reference import activated
 from hasten.parallel.groups import ALONE, TensorGroup
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu}
@@ -87,6 +87,6 @@ class MaskedWords(nn.Module):
 
     def forward(self, hidden_rh: Tensor) -> Tensor | None:
         """Logits [r, v] on rank 0; None on the others, which must call it too."""
-        normed_rh = self.norm(activated(self.dense(hidden_rh.float()), self.activation))
+        normed_rh = self.norm(ops.activated(self.dense(hidden_rh.float()), self.activation))
         logits: Tensor | None = self.head(normed_rh.to(hidden_rh.dtype))
         return logits

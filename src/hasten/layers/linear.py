@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.core.model_config import AttentionConfig
-from hasten.ops.reference import clipped
 from hasten.parallel.groups import ALONE, TensorGroup
 from hasten.parallel.peer_sums import PeerSums
 
@@ -142,7 +141,7 @@ class QKVLinear(_Linear):
         if transform is None or self.heads.qk_norm != "rms_of_all_heads":
             operands = (x_th, self.packed, self.bias, *caches, slots_t, heads, transform)
             return ops.project(*operands, clip=self.clip, scales=scales)
-        qkv_to = clipped(ops.linear(x_th, self.packed, self.bias), self.clip)
+        qkv_to = ops.clipped(ops.linear(x_th, self.packed, self.bias), self.clip)
         sizes = heads, self.heads.num_kv_heads, self.heads.head_size
         # key heads that several ranks hold count as often on each, so the mean stays what it is
         squares_t2 = self.group.all_reduce(ops.mean_squares(qkv_to, *sizes, self.group.size))

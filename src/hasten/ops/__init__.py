@@ -53,6 +53,7 @@ from hasten.ops.mixture import PackedExperts, Routing
 from hasten.ops.order import fixed_order
 from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight, moved
 from hasten.ops.partial_sum import PartialSum
+from hasten.ops.reference import activated, clipped, complete
 from hasten.ops.rounding import Inputs, RoundedRows, multiplies
 from hasten.ops.transfer import HostCopy, Upload, to_device
 
@@ -89,11 +90,14 @@ __all__ = [
     "TopLogprobs",
     "Upload",
     "Weight",
+    "activated",
     "add_linear",
     "any_compiled",
     "await_count",
     "choose_beams",
+    "clipped",
     "compiled_together",
+    "complete",
     "copy_blocks",
     "count_tokens",
     "cpu_multiplies",

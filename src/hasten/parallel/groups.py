@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hasten import ops
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.peers import Peers
-from hasten.ops.reference import complete
 from hasten.parallel.liveness import Liveness
 from hasten.parallel.peer_sums import PeerSums
 from hasten.parallel.pipeline import StageLink
@@ -76,7 +76,7 @@ class TensorGroup:
             return x_th
         if x_th.over_ranks:
             x_th = replace(x_th, parts=self.all_reduce(x_th.product()), added=None, over_ranks=False)
-        return complete(x_th)
+        return ops.complete(x_th)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's content, in place, on every rank."""
