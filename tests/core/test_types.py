@@ -1,4 +1,6 @@
 import inspect
+import pickle
+from copy import copy, deepcopy
 from dataclasses import fields, replace
 from typing import Any, cast
 
@@ -6,7 +8,7 @@ import numpy as np
 import pytest
 
 from hasten.core.errors import InvalidRequestError
-from hasten.core.types import FinishReason, SamplingParams, StructuredOutputsParams
+from hasten.core.types import FinishReason, Logprob, LogprobList, LogprobRow, SamplingParams, StructuredOutputsParams
 
 NAN, INF = float("nan"), float("inf")
 
@@ -260,3 +262,33 @@ def test_at_most_one_constraint_is_given() -> None:
     assert SamplingParams(choice="yes").choice == ("yes",)
     assert not SamplingParams(temperature=0, regex="a").is_plain
     assert not SamplingParams(temperature=0, logit_bias={3: 1}).is_plain
+
+
+def test_log_probabilities_are_built_as_they_are_read() -> None:
+    read: list[int] = []
+
+    def text_of(token: int) -> str:
+        read.append(token)
+        return f"<{token}>"
+
+    found: LogprobList[dict[int, Logprob] | None] = LogprobList(text_of, [None])
+    found.append(LogprobRow(7, -3.0, 4, [-1.0, -2.0], [5, 6]))
+    found.append(LogprobRow(6, -2.0, 2, [-1.0, -2.0], [5, 6]))
+    grown = copy(found)
+    found.append(LogprobRow(9, -0.5, 1, [], []))
+    assert (len(grown), len(found), read) == (3, 4, [])
+    first = {7: Logprob(-3.0, 4, "<7>"), 5: Logprob(-1.0, 1, "<5>"), 6: Logprob(-2.0, 2, "<6>")}
+    second = {6: Logprob(-2.0, 2, "<6>"), 5: Logprob(-1.0, 1, "<5>")}
+    assert found[1] == first
+    assert read == [7, 5, 6]
+    assert [list(each or ()) for each in found] == [[], [7, 5, 6], [6, 5], [9]]
+    assert found[1:3] == [first, second]
+    assert grown == [None, first, second] == list(grown)
+    assert grown != found
+    for copied in (deepcopy(grown), pickle.loads(pickle.dumps(LogprobList(None, grown._rows)))):
+        assert type(copied) is list
+        assert [list(each or ()) for each in copied] == [[], [7, 5, 6], [6, 5]]
+    assert (
+        repr(LogprobList(None, [LogprobRow(1, -1.0, 1, [], [])]))
+        == "[{1: Logprob(logprob=-1.0, rank=1, decoded_token=None)}]"
+    )

@@ -270,7 +270,8 @@ def test_a_bias_is_added_to_its_token_alone(make_sequence: MakeSequence) -> None
     assert torch.equal(logits, given)
     assert first.token_id == int(logits[0].argmax())
     assert second.token_id == 7
-    assert second.logprob == pytest.approx(float(logits[1].log_softmax(-1)[7]), abs=1e-5)
+    assert second.top is not None
+    assert second.top.logprob == pytest.approx(float(logits[1].log_softmax(-1)[7]), abs=1e-5)
     assert third.token_id == int(logits[2].topk(2).indices[1])
 
 
@@ -332,12 +333,13 @@ def test_logprobs_are_the_models_own(make_sequence: MakeSequence) -> None:
         assert sampled.top is not None
         asked = sequence.params.logprobs or 0
         best = wanted[row].argsort(descending=True).tolist()
-        assert next(iter(sampled.top)) == sampled.token_id
-        assert set(sampled.top) == {sampled.token_id, *best[:asked]}
-        for token, entry in sampled.top.items():
+        entries = sampled.top.entries()
+        assert next(iter(entries)) == sampled.token_id
+        assert set(entries) == {sampled.token_id, *best[:asked]}
+        for token, entry in entries.items():
             assert entry.logprob == pytest.approx(float(wanted[row, token]), abs=1e-6)
             assert entry.rank == best.index(token) + 1
-        assert sampled.logprob == sampled.top[sampled.token_id].logprob
+        assert sampled.top.logprob == entries[sampled.token_id].logprob
 
 
 def test_only_rows_that_ask_get_logprobs(make_sequence: MakeSequence) -> None:
@@ -354,7 +356,7 @@ def test_prompt_logprobs_are_those_of_the_tokens_that_follow(make_sequence: Make
     assert not prompts
     prompts.add([(one, at) for at in range(3)], logits[:3])
     prompts.add([*((one, at) for at in range(3, 5)), *((other, at) for at in range(3))], logits[:5])
-    found = list(prompts.collect())
+    found = [(sequence, at, row.entries()) for sequence, at, row in prompts.collect()]
     assert [(sequence is one, at) for sequence, at, _ in found] == [
         *((True, at) for at in range(4)),
         *((False, at) for at in range(2)),
@@ -405,7 +407,7 @@ def test_tokens_chosen_elsewhere() -> None:
     found = Choice(torch.tensor([4, -1, 0], dtype=torch.int32)).collect()
     assert [one.token_id for one in found] == [4, -1, 0]
     assert [one.error is None for one in found] == [True, False, True]
-    assert all(one.top is None and one.logprob is None for one in found)
+    assert all(one.top is None for one in found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -109,6 +109,23 @@ def grow(
     return None, state.text, shown
 
 
+def unread(tokenizer: Tokenizer, ids: list[int], params: SamplingParams) -> tuple[str | None, str]:
+    """The stop string found and the text then, where nobody reads the text before."""
+    state = TextState(tokenizer, params)
+    found = next((word for token in ids if (word := state.add(token, look_for_stop=True)) is not None), None)
+    return found, state.text
+
+
+@given(data=st.data(), stop=st.sampled_from(["\ufffd", "a\ufffd", "\ufffda", "\ufffd\ufffd"]))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_stop_strings_of_broken_characters(
+    tokenizer: Tokenizer, bytes_only: list[int], data: st.DataObject, stop: str
+) -> None:
+    ids = data.draw(st.lists(st.sampled_from([*bytes_only[:20], bytes_only[-1]]), max_size=12))
+    params = SamplingParams(stop=stop)
+    assert unread(tokenizer, ids, params) == grow(tokenizer, ids, params)[:2]
+
+
 @given(
     text=st.text("abc ü漢🙂", min_size=1, max_size=30),
     stop=st.lists(st.text("abc ü漢🙂", min_size=1, max_size=5), min_size=1, max_size=4, unique=True),
@@ -121,6 +138,7 @@ def test_stop_strings_end_the_text_where_they_first_appear(
     ids = tokenizer.encode(text)
     params = SamplingParams(stop=stop, include_stop_str_in_output=include)
     found, made, shown = grow(tokenizer, ids, params)
+    assert unread(tokenizer, ids, params) == (found, made)
     # by tokens: the first after which any stop string is complete; then the one that begins first
     texts = [tokenizer.decode(ids[:count]).rstrip("\ufffd") for count in range(1, len(ids) + 1)]
     ended = next((part for part in texts if any(word in part for word in stop)), None)

@@ -1,8 +1,10 @@
 """Requests and their results, with the names that vLLM's users know."""
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Generic, Literal, TypeVar, get_args
+from itertools import count
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast, get_args, overload
 
 from hasten.core.option_fields import option
 from hasten.core.sampling import SamplingParams as SamplingParams
@@ -109,6 +111,76 @@ class Logprob:
     decoded_token: str | None = None
 
 
+class LogprobRow(NamedTuple):
+    """Log-probabilities at one position, as numbers: those that were computed."""
+
+    token: int
+    logprob: float
+    rank: int
+    top_logprobs: list[float]
+    """Of the most probable tokens, in descending order."""
+    top_ids: list[int]
+
+    def entries(self, text_of: Callable[[int], str] | None = None) -> dict[int, Logprob]:
+        """An entry per token, the position's own first; with their texts where `text_of` gives them."""
+        texts: Iterable[str | None] = [None] * len(self.top_ids) if text_of is None else map(text_of, self.top_ids)
+        own = Logprob(self.logprob, self.rank, None if text_of is None else text_of(self.token))
+        others = map(Logprob, self.top_logprobs, count(1), texts)
+        top = {self.token: own, **dict(zip(self.top_ids, others, strict=True))}
+        top[self.token] = own  # the first one still
+        return top
+
+
+EntryT = TypeVar("EntryT", bound=dict[int, Logprob] | None, covariant=True)
+
+
+class LogprobList(Sequence[EntryT]):
+    """Log-probabilities by position, each as `{token id: Logprob}`, None where there are none.
+
+    An entry is built when it is read: most are never read, and they take as long as the choice of the tokens. Slices,
+    and what pickle keeps, are lists.
+    """
+
+    __slots__ = ("_rows", "_text_of")
+
+    def __init__(self, text_of: Callable[[int], str] | None, rows: Iterable[LogprobRow | None] = ()) -> None:
+        self._rows, self._text_of = list(rows), text_of
+
+    def append(self, row: LogprobRow) -> None:
+        """Take the numbers of one more position."""
+        self._rows.append(row)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> EntryT: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[EntryT]: ...
+    def __getitem__(self, index: int | slice) -> EntryT | list[EntryT]:
+        if isinstance(index, slice):
+            return [self._entry(row) for row in self._rows[index]]
+        return self._entry(self._rows[index])
+
+    def _entry(self, row: LogprobRow | None) -> EntryT:
+        return cast("EntryT", None if row is None else row.entries(self._text_of))
+
+    def __copy__(self) -> "LogprobList[EntryT]":
+        """The entries so far."""
+        return LogprobList(self._text_of, self._rows)
+
+    def __eq__(self, other: object) -> bool:
+        return self[:] == other[:] if isinstance(other, list | LogprobList) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(self[:])
+
+    def __reduce__(self) -> tuple[type[list[EntryT]], tuple[list[EntryT]]]:
+        return list, (self[:],)
+
+
 @dataclass
 class CompletionOutput:
     """One completion of a request."""
@@ -117,7 +189,7 @@ class CompletionOutput:
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = None
+    logprobs: Sequence[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     """The stop string or stop token that ended it, None for the model's end token; or what the error was."""
@@ -152,7 +224,7 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput] = field(default_factory=list)
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_logprobs: Sequence[dict[int, Logprob] | None] | None = None
     """One entry a prompt token; the first is None, since nothing precedes it."""
     finished: bool = False
     metrics: RequestMetrics = field(default_factory=RequestMetrics)

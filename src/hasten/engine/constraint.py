@@ -22,6 +22,9 @@ _MOST_SECONDS = 0.05
 """Of CPU time for one token of one sequence: with an ambiguous grammar it grows with the length of the output."""
 _USUAL_SECONDS, _MOST_EXCESS = 0.005, 1.0
 """What more tokens of a sequence take than this may add up to so much."""
+_FEW_WORDS = 1 << 12
+"""Of masks that are found on the thread that wants them, in some 0.3 ms: to wake others, which on a CPU compete with
+those that compute the model, takes longer."""
 
 
 class Constraint:
@@ -33,8 +36,10 @@ class Constraint:
         """Number of the lock that it shares with some others of its grammar."""
         self.words = words
         """Of 32 tokens each, in a mask of the vocabulary."""
-        self.suspect = False
-        """Whether it may be what made the last masks slow: its next one is timed."""
+        self.is_suspect = False
+        """Whether it may be what made the last masks slow: its next one is found by itself."""
+        self._is_timed = False
+        """Whether it has taken long, if perhaps because others had the CPU: its CPU time counts since."""
         self._too_slow = False
         self._excess = 0.0
 
@@ -50,38 +55,41 @@ class Constraint:
 
     def accept(self, token: int) -> bool:
         """Move on by a token; whether the text is then whole and nothing may follow it."""
-        began = time.thread_time()
+        began = self._clock()
         self.matcher.consume_token(token)
-        self._note(time.thread_time() - began)
-        return self.error is None and self.matcher.is_stopped()
+        self._note(began)
+        return self.matcher.is_stopped() and self.error is None
 
     def forced(self) -> list[int]:
         """The tokens that have to come next, up to where there is a choice or the text is whole."""
-        if self.is_over:
-            return []
-        began = time.thread_time()
+        began = self._clock()
         tokens: list[int] = self.matcher.compute_ff_tokens()
-        self._note(time.thread_time() - began)
+        self._note(began)
         return tokens
 
-    def fill_mask(self, masks: NDArray[np.int32], row: int) -> None:
-        """Which tokens may come next, into a row of masks; takes note of the time."""
-        from llguidance.numpy import fill_next_token_bitmask
+    def fill_mask(self, mask: int, size: int) -> None:
+        """Which tokens may come next, into so many bytes at an address."""
+        began = self._clock()
+        self.matcher.unsafe_compute_mask_ptr(mask, size)
+        self.is_suspect = self._note(began) > _USUAL_SECONDS
 
-        began = time.thread_time()
-        fill_next_token_bitmask(self.matcher, masks, row)
-        seconds = time.thread_time() - began
-        self.suspect = seconds > _USUAL_SECONDS
-        self._note(seconds)
+    def _clock(self) -> float:
+        return time.thread_time() if self._is_timed else time.perf_counter()
 
-    def _note(self, seconds: float) -> None:
+    def _note(self, began: float) -> float:
+        """Take note of the seconds since then: by the clock, as asking for CPU time takes ten times as long."""
+        seconds = self._clock() - began
+        if not self._is_timed:
+            self._is_timed = seconds > _USUAL_SECONDS
+            return seconds
         self._excess += max(0.0, seconds - _USUAL_SECONDS)
         self._too_slow = self._too_slow or seconds > _MOST_SECONDS or self._excess > _MOST_EXCESS
+        return seconds
 
     @property
     def is_over(self) -> bool:
         """Whether no token may follow: the text is whole, or its grammar cannot be followed."""
-        return self.matcher.is_stopped() or self.matcher.is_error()
+        return bool(self.matcher.is_stopped())
 
     @property
     def error(self) -> str | None:
@@ -95,22 +103,24 @@ class Constraint:
 
 def fill_allowed(constraints: Sequence[Constraint], masks: NDArray[np.int32]) -> None:
     """Write which tokens may come next, [sequences, words]: bit i of word w stands for token 32 * w + i."""
-    from llguidance.numpy import fill_next_token_bitmask_par
-
-    rows = list(enumerate(constraints))
-    for row, constraint in rows:
-        if constraint.suspect:
-            constraint.fill_mask(masks, row)
-    # Each thread takes some that follow one another: by lock, it seldom waits for another thread.
-    quick = sorted((row for row in rows if not row[1].suspect), key=lambda row: row[1].lock)
-    matchers = [(constraint.matcher, row) for row, constraint in quick]
-    if not matchers:
+    address, size = masks.ctypes.data, 4 * masks.shape[1]
+    is_small = masks.size <= _FEW_WORDS
+    several = [
+        (constraint, row) for row, constraint in enumerate(constraints) if not (is_small or constraint.is_suspect)
+    ]
+    for row, constraint in enumerate(constraints):
+        if is_small or constraint.is_suspect:
+            constraint.fill_mask(address + row * size, size)
+    if not several:
         return
+    # Each thread takes some that follow one another: by lock, it seldom waits for another thread.
+    several.sort(key=lambda each: each[0].lock)
     began = time.perf_counter()
-    fill_next_token_bitmask_par(_executor(), matchers, masks)
-    if time.perf_counter() - began > _USUAL_SECONDS * (1 + len(matchers)):
-        for constraint in constraints:  # whose fault it is shows only one by one
-            constraint.suspect = True
+    matchers = [(constraint.matcher, row) for constraint, row in several]
+    _executor().unsafe_compute_mask_ptr(matchers, address, size, len(masks))
+    if time.perf_counter() - began > _USUAL_SECONDS * (1 + len(several)):
+        for constraint, _ in several:  # whose fault it is shows only one by one
+            constraint.is_suspect = True
 
 
 @cache

@@ -113,6 +113,25 @@ def _types(decoder: object) -> list[str]:
     return [str(decoder.get("type"))]
 
 
+class Endings(dict[int, bool]):
+    """Whether a token of a byte-level vocabulary may complete one of some texts: has the last byte of one."""
+
+    def __init__(self, detokenizer: Detokenizer, texts: Sequence[str]) -> None:
+        super().__init__()
+        self._detokenizer = detokenizer
+        self._last = {text.encode(errors="replace")[-1] for text in texts}
+
+    def __missing__(self, token: int) -> bool:
+        content = self._detokenizer.content(token)
+        found = self[token] = content is not None and not self._last.isdisjoint(_raw_bytes(content))
+        return found
+
+
+def ends_broken(text: str) -> bool:
+    """Whether a text ends with what stands for broken characters: any byte may complete it."""
+    return text.endswith(_REPLACEMENT)
+
+
 class TokenStream:
     """Text that grows with its tokens, each in time that does not depend on how many came before.
 

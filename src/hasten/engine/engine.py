@@ -16,10 +16,7 @@ import torch
 from hasten import ops
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError, HastenError, InvalidRequestError
-from hasten.core.types import (
-    Request,
-    RequestOutput,
-)
+from hasten.core.types import LogprobList, Request, RequestOutput
 from hasten.engine.batch import Batch
 from hasten.engine.block_manager import BlockManager
 from hasten.engine.constraint import Constraint
@@ -199,7 +196,7 @@ class Engine:
                 request.prompt_token_ids, skip_special_tokens=skip
             )
         if params.prompt_logprobs is not None:
-            output.prompt_logprobs = [None]
+            output.prompt_logprobs = LogprobList(self.requests.stopping.text_of, [None])
         sequence.due = self._pacer.due(sequence, self.scheduler)
         self.scheduler.add(sequence)
         self.requests.add(state, sequence)
@@ -392,7 +389,7 @@ class Engine:
                 self.requests.take_pooled(flight.launched.sequences, flight.choice, touched)
                 return
             self.requests.take_prompt_logprobs(flight.launched.prompts)
-            sampled = [] if flight.choice is None else flight.choice.collect(self.requests.stopping.text_of)
+            sampled = [] if flight.choice is None else flight.choice.collect()
         if flight.step is not None and (seconds := flight.seconds) is not None:
             self._pacer.observe(flight.step, seconds)
         flight.before = None

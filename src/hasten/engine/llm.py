@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -44,10 +45,7 @@ _NOTE_EVERY_S = 0.2
 
 def output_copy(output: RequestOutput) -> RequestOutput:
     """A copy of an output that does not grow with it."""
-    outputs = [
-        replace(each, token_ids=each.token_ids.copy(), logprobs=None if each.logprobs is None else each.logprobs.copy())
-        for each in output.outputs
-    ]
+    outputs = [replace(each, token_ids=each.token_ids.copy(), logprobs=copy(each.logprobs)) for each in output.outputs]
     return replace(output, prompt_token_ids=output.prompt_token_ids.copy(), outputs=outputs)
 
 

@@ -2,7 +2,7 @@
 
 import time
 
-from hasten.core.types import CompletionOutput, FinishReason, PoolingParams, PoolingRequestOutput
+from hasten.core.types import CompletionOutput, FinishReason, LogprobList, PoolingParams, PoolingRequestOutput
 from hasten.engine.beam import BeamSearch, BeamStep, Hypothesis
 from hasten.engine.pooling import Pooled
 from hasten.engine.request_state import Completion, PoolingState, RequestState, State
@@ -91,7 +91,7 @@ class RequestTracker:
             text = TextState(self._tokenizer, params, continues=state.continues)
         output = CompletionOutput(index=sequence.index, text="", token_ids=[])
         if params.logprobs is not None:
-            output.logprobs, output.cumulative_logprob = [], 0.0
+            output.logprobs, output.cumulative_logprob = LogprobList(self.stopping.text_of), 0.0
         state.completions[sequence.index] = Completion(output, text, sequence, state.continues)
 
     def release(self, key: int) -> None:
@@ -134,10 +134,10 @@ class RequestTracker:
 
     def take_prompt_logprobs(self, prompts: PromptLogprobs) -> None:
         """Keep the entries of positions in order; those before a preemption come again and are kept already."""
-        for sequence, position, top in prompts.collect(self.stopping.text_of):
+        for sequence, position, top in prompts.collect():
             state = self.owners.get(sequence.key)
             kept = state.output.prompt_logprobs if isinstance(state, RequestState) else None
-            if kept is not None and len(kept) == position + 1:
+            if isinstance(kept, LogprobList) and len(kept) == position + 1:
                 kept.append(top)
 
     def _take_token(self, state: RequestState, sequence: Sequence, sampled: Sampled) -> None:
@@ -152,9 +152,9 @@ class RequestTracker:
             output.stop_reason = sampled.error
             self._finish(state, completion, FinishReason.ERROR)
             return
-        if sampled.top is not None and output.logprobs is not None:
+        if sampled.top is not None and isinstance(output.logprobs, LogprobList):
             output.logprobs.append(sampled.top)
-            output.cumulative_logprob = (output.cumulative_logprob or 0.0) + (sampled.logprob or 0.0)
+            output.cumulative_logprob = (output.cumulative_logprob or 0.0) + sampled.top.logprob
         if self._extend(state, completion, token) or constraint is None or not self._skips_forced(sequence):
             return
         for forced in constraint.forced():

@@ -5,9 +5,8 @@ but the request's seed and the token's position: the rest of the batch and preem
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count as count_from
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten import ops
-from hasten.core.types import Logprob
+from hasten.core.types import LogprobRow
 from hasten.engine.beam import BeamStep
 from hasten.engine.beam_choice import BeamRecords, ChosenBeams, PreparedBeams
 from hasten.engine.constraint import Constraint, fill_allowed
@@ -33,17 +32,12 @@ _NOTHING_ALLOWED = (
 )
 
 
-TextOf = Callable[[int], str]
-"""The text of a token id."""
-
-
 @dataclass(slots=True)
 class Sampled:
     """The next token of one sequence."""
 
     token_id: int
-    logprob: float | None = None
-    top: dict[int, Logprob] | None = None
+    top: LogprobRow | None = None
     """The chosen token and the most probable ones, if the request asked for log-probabilities."""
     error: str | None = None
     """Why there is no token."""
@@ -72,7 +66,7 @@ class Choice:
         """Those of the rows, where a request may have excluded tokens."""
         self._copy = ops.HostCopy([tokens_r, *(() if beams is None else beams.choice), *(() if tops is None else tops)])
 
-    def collect(self, text_of: TextOf | None = None) -> list[Sampled]:
+    def collect(self) -> list[Sampled]:
         """The tokens, or an error for a sequence without any finite logit. Waits until the device has chosen."""
         tokens_r, *tops = self._copy.wait()
         tokens: list[int] = tokens_r.tolist()
@@ -86,10 +80,10 @@ class Choice:
             tops = tops[count:]
         if self._logprobs:
             chosen = [tokens[row] for row in self._logprobs]
-            rows = _entries(chosen, list(self._logprobs.values()), ops.TopLogprobs(*tops), text_of)
-            for row, token, top in zip(self._logprobs, chosen, rows, strict=True):
-                if token >= 0:
-                    sampled[row].top, sampled[row].logprob = top, top[token].logprob
+            rows = _rows(chosen, list(self._logprobs.values()), ops.TopLogprobs(*tops))
+            for row, top in zip(self._logprobs, rows, strict=True):
+                if top.token >= 0:
+                    sampled[row].top = top
         return sampled
 
     def seconds_after(self, earlier: "Choice") -> float | None:
@@ -294,20 +288,12 @@ def draw_every_way(logits_rv: Tensor) -> None:
         ops.draw(logits_rv, draws)
 
 
-def _entries(
-    tokens: list[int], counts: list[int], tops: ops.TopLogprobs, text_of: TextOf | None
-) -> list[dict[int, Logprob]]:
-    """For each row, its token first and then the others of its `counts` most probable ones."""
-    rows = []
-    columns = zip(tokens, counts, *(tensor.tolist() for tensor in tops), strict=True)
-    for token, count, chosen, rank, values, ids in columns:
-        others = ids[:count]
-        texts: Iterable[str | None] = [None] * len(others) if text_of is None else map(text_of, others)
-        own = Logprob(chosen, rank, None if text_of is None or token < 0 else text_of(token))
-        top = {token: own, **dict(zip(others, map(Logprob, values, count_from(1), texts), strict=False))}
-        top[token] = own  # the first one still
-        rows.append(top)
-    return rows
+def _rows(tokens: list[int], counts: list[int], tops: ops.TopLogprobs) -> list[LogprobRow]:
+    """For each row its token and its `counts` most probable ones."""
+    columns = [tensor.tolist() for tensor in tops]
+    if min(counts) < len(columns[-1][0]):
+        columns[2:] = [[each[:count] for each, count in zip(column, counts, strict=True)] for column in columns[2:]]
+    return list(map(LogprobRow, tokens, *columns))
 
 
 class PromptLogprobs:
@@ -327,11 +313,11 @@ class PromptLogprobs:
         tokens_r = ops.to_device(tokens, torch.int32, logits_rv.device)
         self._pieces.append((positions, tokens, ops.HostCopy(ops.top_logprobs(logits_rv, tokens_r, count))))
 
-    def collect(self, text_of: TextOf | None = None) -> Iterator[tuple[Sequence, int, dict[int, Logprob]]]:
-        """Each position with the entries of the token that follows it; waits for the device."""
+    def collect(self) -> Iterator[tuple[Sequence, int, LogprobRow]]:
+        """Each position with the log-probabilities of the token that follows it; waits for the device."""
         for positions, tokens, copy in self._pieces:
             counts = [sequence.params.prompt_logprobs or 0 for sequence, _ in positions]
-            rows = _entries(tokens, counts, ops.TopLogprobs(*copy.wait()), text_of)
+            rows = _rows(tokens, counts, ops.TopLogprobs(*copy.wait()))
             for (sequence, at), row in zip(positions, rows, strict=True):
                 if at + 1 < sequence.prompt_len:
                     yield sequence, at, row

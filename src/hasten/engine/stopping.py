@@ -1,8 +1,9 @@
 """When a completion ends, and the text that it then has."""
 
+from collections.abc import Callable
+
 from hasten.core.types import FinishReason
 from hasten.engine.request_state import Completion
-from hasten.engine.sampler import TextOf
 from hasten.engine.text import Tokenizer
 
 
@@ -64,7 +65,7 @@ class StopRules:
         return self._tokenizer.decode(shown, skip_special_tokens=skip, continues=completion.continues)
 
     @property
-    def text_of(self) -> TextOf | None:
+    def text_of(self) -> Callable[[int], str] | None:
         """The text of single tokens; None without a tokenizer."""
         return None if self._token_texts is None else self._token_texts.__getitem__
 

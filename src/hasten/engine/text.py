@@ -14,12 +14,14 @@ from hasten.core.text import require_utf8
 from hasten.core.types import SamplingParams
 from hasten.engine import tokenizer_files
 from hasten.engine.cleanup import CleanedStream, Stream, cleaned
-from hasten.engine.detokenizer import Detokenizer, TokenStream
+from hasten.engine.detokenizer import Detokenizer, Endings, TokenStream, ends_broken
 from hasten.engine.token_bound import most_bytes_per_token
 
 _PROMPT_END = 16
 """Tokens at the end of a prompt of which usually one has text."""
 
+_KEPT_ENDINGS = 256
+"""Sets of stop strings whose tokens are remembered."""
 _ANCHORS, _FOLLOWER = ("\n", ".", "(", "-"), "a"
 """Texts that no token joins with what follows, and a text to see that with."""
 
@@ -57,6 +59,7 @@ class Tokenizer:
         fast.no_padding()
         fast.no_truncation()
         self._detokenizer = Detokenizer(fast)
+        self._endings: dict[tuple[str, ...], Endings] = {}
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
@@ -184,6 +187,14 @@ class Tokenizer:
         stream = TokenStream(self._detokenizer, skip_special_tokens=skip_special_tokens, continues=continues)
         return CleanedStream(stream) if self._cleans_up else stream
 
+    def endings(self, texts: Sequence[str]) -> "Endings | None":
+        """Whether a token may complete one of these texts, by token; None: any may."""
+        if self._cleans_up or not self._detokenizer.is_byte_level or any(map(ends_broken, texts)):
+            return None
+        if len(self._endings) > _KEPT_ENDINGS:
+            self._endings.clear()
+        return self._endings.setdefault(tuple(texts), Endings(self._detokenizer, texts))
+
     def words_ids(self, word: str) -> list[list[int]]:
         """The runs of tokens that `word` may appear as: as it is and after a space, in a text and at its start."""
         anchor, spaced = self._anchor, " " + word.lstrip()
@@ -235,6 +246,9 @@ class TextState:
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, continues: bool = False) -> None:
         self._stream = tokenizer.stream(skip_special_tokens=params.skip_special_tokens, continues=continues)
         self._stop = params.stop
+        self._may_end = tokenizer.endings(self._stop)
+        self._unread: list[int] = []
+        """Tokens whose text nobody has needed yet; none of them ends it."""
         self._include_stop = params.include_stop_str_in_output
         self._longest = max((len(word) for word in self._stop), default=0)
         self._text = ""
@@ -244,12 +258,13 @@ class TextState:
 
     def add(self, token_id: int, *, look_for_stop: bool) -> str | None:
         """Take one more token; the stop string that it completes, if any, ends the text there."""
-        new = self._stream.add(token_id)
-        self._lengths.append(len(self._text) + len(new))
-        begin = max(0, len(self._text) - self._longest + 1)
-        self._text += new
-        if not (look_for_stop and self._stop):
+        if not (look_for_stop and self._stop and (self._may_end is None or self._may_end[token_id])):
+            self._unread.append(token_id)
             return None
+        self._read()
+        new = self._stream.add(token_id)
+        begin = max(0, len(self._text) - self._longest + 1)
+        self._take(new)
         tentative = self._stream.tentative  # the text would end with it if this were the last token
         if not (new or tentative):
             return None
@@ -261,12 +276,23 @@ class TextState:
         self._text = self._text[:begin] + tail[: start + len(word) if self._include_stop else start]
         return word
 
+    def _take(self, new: str) -> None:
+        self._text += new
+        self._lengths.append(len(self._text))
+
+    def _read(self) -> None:
+        for token in self._unread:
+            self._take(self._stream.add(token))
+        self._unread.clear()
+
     @property
     def text(self) -> str:
         """All of it."""
+        self._read()
         return self._text
 
     @property
     def settled(self) -> str:
         """The part that nothing to come can take back: no stop string, and no run of stop tokens."""
+        self._read()
         return self._text[: max(0, min(self._lengths[0], len(self._text) - max(0, self._longest - 1)))]

@@ -7,6 +7,7 @@ itself, and one that does not gets as much as it can send. The first and the las
 
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -76,7 +77,7 @@ class Deltas:
             index,
             completion.token_ids[tokens:],
             completion.text[characters:],
-            _on_wire(None if completion.logprobs is None else completion.logprobs[tokens:]),
+            _on_wire(completion.logprobs, tokens),
             completion.cumulative_logprob,
             completion.finish_reason,
             completion.stop_reason,
@@ -100,9 +101,9 @@ def _pooled(output: PooledOutput) -> PooledData:
     return PooledData(array("f", numbers).tobytes())
 
 
-def _on_wire(logprobs: Any) -> Any:
+def _on_wire(logprobs: Sequence[Any] | None, begin: int = 0) -> Any:
     """Log-probabilities of the engine, which become those of the server by being encoded."""
-    return logprobs
+    return None if logprobs is None else logprobs[begin:]
 
 
 class OutputCoalescer:
