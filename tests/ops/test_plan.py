@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -131,6 +132,58 @@ def test_tiles_hold_every_query_once_with_its_rows_and_position(work: list[tuple
         for n in range(count)
     ]
     assert sorted(held) == wanted
+
+
+@given(work=WORK.filter(bool))
+def test_gathered_keys_are_each_sequences_end_to_end_and_tiles_begin_at_theirs(work: list[tuple[int, int]]) -> None:
+    counts = numbers([count for count, _ in work])
+    context = numbers([before for _, before in work])
+    tables, rows = 3 * np.arange(len(work)) + 1, np.cumsum(counts) - counts
+    arrays = plan.long_tiles(tables, rows + 11, rows, counts, context + counts)
+    assert arrays["gathers"].shape[1] == plan.GATHER_COLUMNS
+    found: dict[int, list[int]] = {}
+    for index, (table, first, kv_len) in enumerate(arrays["gathers"].tolist()):
+        found.setdefault(table, []).append(plan.TILE * index)
+        assert first == plan.TILE * (len(found[table]) - 1) < kv_len
+    starts = {first: [0, 0] for first, *_ in found.values()}
+    for base, query_row, out_row, count, position in arrays["long_tiles"].tolist():
+        assert query_row == out_row + 11
+        starts[base][0] += count
+        starts[base][1] = max(starts[base][1], position + count)
+    assert list(found) == tables.tolist()
+    assert list(starts.values()) == [[count, count + before] for count, before in work]
+    assert [len(found[table]) for table in tables.tolist()] == [-(-sum(each) // plan.TILE) for each in work]
+
+
+GATHERED = [
+    ([8192], [8192], [True]),
+    ([2048, 2048], [2048, 2048], [True, True]),
+    ([2048, 2047], [2048, 2047], [True, False]),
+    ([600, 8, 1], [9000, 9000, 9000], [False, False, False]),
+    ([600, 1400, 1], [9000, 9000, 9000], [True, True, False]),
+    ([1400], [9000], [False]),
+    ([1500], [16_000], [True]),
+    ([511, 8000], [100_000, 16_000], [False, True]),
+    ([4000, 4000], [200_000, 100_000], [True, False]),
+    ([1000], [900], [False]),
+]
+"""New tokens of sequences, what they see, and whether their keys are gathered; a dry run's may see less."""
+
+
+@pytest.mark.parametrize(("query_lens", "kv_lens", "expected"), GATHERED, ids=str)
+def test_keys_of_long_prompts_are_gathered(query_lens: list[int], kv_lens: list[int], expected: list[bool]) -> None:
+    rows = np.arange(len(query_lens))
+    planner = Planner(32, 8, multiprocessors=132)
+
+    def owners(planner: Planner, *, causal: bool = True) -> set[int]:
+        arrays = planner.plan(7 * rows, rows, numbers(query_lens), numbers(kv_lens), causal=causal)
+        assert ("gathers" in arrays) == ("long_tiles" in arrays)
+        return {table // 7 for table, *_ in arrays.get("gathers", NOTHING).tolist()}
+
+    assert owners(planner) == {row for row, gathered in enumerate(expected) if gathered}
+    assert owners(planner, causal=False) == set()
+    assert owners(replace(planner, gathers=False)) == set()
+    assert owners(replace(planner, run=64, max_kv_len=200_000)) == set()
 
 
 @given(work=WORK)

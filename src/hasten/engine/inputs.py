@@ -7,7 +7,7 @@ Shapes: t tokens of the flat batch, s sequences, b blocks of the longest.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -317,7 +317,8 @@ class Inputs:
         prefix = seen + part
         divided = None
         if self.planner is not None:
-            divided = AttentionPlan(tensors.get(f"{prefix}tiles"), tensors.get(f"{prefix}splits"))
+            names = (field.name for field in fields(AttentionPlan))
+            divided = AttentionPlan(**{name: tensors.get(f"{prefix}{name}") for name in names})
         return AttentionMeta(
             num_tokens=int(work.counts.sum()),
             block_tables=tensors[f"{seen}tables"],

@@ -1,6 +1,7 @@
 """How the attention of a flat batch is divided for a GPU: numbers, worked out on the host once a step.
 
-Sequences with one query are cut into splits of keys; those with several, into tiles of queries.
+Sequences with one query are cut into splits of keys; those with several, into tiles of queries. Where these have much
+to do, the keys of their sequences are gathered first, so that a program reads large pieces of neighbouring memory.
 """
 
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Integers = np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]
@@ -17,6 +19,8 @@ TILE = 64
 TILE_COLUMNS = 5
 """Of a tile: start of the block table, row of its first query in the queries, in the output, queries, position of the
 first; and where attention is not causal, the keys of the sequence."""
+GATHER_COLUMNS = 3
+"""Of TILE keys that are gathered: start of the block table, first key, keys of the sequence."""
 SPLIT_COLUMNS = 8
 """Of a split: start of the block table, row of the query, of the output, first key, end, keys of the sequence, place,
 splits."""
@@ -33,6 +37,15 @@ _PROGRAMS = 16
 _GROUP_PROGRAMS = 4
 """The same for those of a group of heads."""
 _MAX_GROUP_ROWS = 64
+_LONG_QUERIES = 512
+"""Queries of a sequence from which on its keys are read often enough to be gathered first."""
+_LONG_PAIRS = 1 << 21
+"""Pairs of a query and a key it sees, of a sequence, from which on they are: those of a prompt of 2,048 tokens."""
+_SMALL_STEP = 1536
+"""Tokens up to which a step may be a graph, which has no room for gathered keys: where they take more pairs."""
+_LONG_PAIRS_OF_SMALL_STEPS = 1 << 24
+_MAX_GATHERED = 1 << 18
+"""Most gathered keys of a step: 128 MiB of each key/value head of 128 in 16 bits."""
 
 
 def fixed_run(max_kv_len: int) -> int:
@@ -59,6 +72,10 @@ class AttentionPlan:
     """[tiles, TILE_COLUMNS], int32."""
     splits: Tensor | None
     """[splits, SPLIT_COLUMNS], int32."""
+    long_tiles: Tensor | None = None
+    """[tiles, TILE_COLUMNS], int32, whose first column is where the sequence begins among the gathered keys."""
+    gathers: Tensor | None = None
+    """[gathered keys / TILE, GATHER_COLUMNS], int32."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,8 @@ class Planner:
     """Keys of a run, where splits are single runs or whole sequences: see `AttentionMeta.run`."""
     max_kv_len: int = 0
     """Keys of the longest sequence, where there are runs."""
+    gathers: bool = True
+    """Whether keys may be gathered: whether the device copies whole tiles of them by itself."""
 
     @classmethod
     def of(
@@ -82,8 +101,9 @@ class Planner:
         """That of a device; None for a CPU, whose attention takes a step as it is."""
         if device.type == "cpu":
             return None
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        return cls(heads, kv_heads, multiprocessors, run, max_kv_len)
+        properties = torch.cuda.get_device_properties(device)
+        gathers = properties.major >= 9
+        return cls(heads, kv_heads, properties.multi_processor_count, run, max_kv_len, gathers)
 
     def max_num_splits(self, sequences: int) -> int:
         """How many splits a step of this number of sequences with one query may have.
@@ -106,10 +126,22 @@ class Planner:
         programs = int((-(-kv_lens // shorter)).sum()) * programs_per_split(self.heads, self.kv_heads)
         return shorter if programs <= _FEW_PROGRAMS else _GROUP_MIN_SPLIT_LEN
 
+    def is_long(self, query_lens: Integers, kv_lens: Integers) -> NDArray[np.bool_]:
+        """Which sequences of a step have so many queries and keys that their keys are gathered first."""
+        pairs = query_lens * (kv_lens - query_lens // 2)
+        least = _LONG_PAIRS if query_lens.sum() > _SMALL_STEP else _LONG_PAIRS_OF_SMALL_STEPS
+        return (query_lens >= _LONG_QUERIES) & (pairs >= least)
+
+    def _gathered(self, query_lens: Integers, kv_lens: Integers) -> NDArray[np.bool_]:
+        """Which sequences' keys are gathered: of those that are long, the first for which there is room."""
+        chosen = self.is_long(query_lens, kv_lens) & (query_lens > 1)
+        chosen &= np.cumsum(np.where(chosen, -(-kv_lens // TILE) * TILE, 0)) <= _MAX_GATHERED
+        return chosen
+
     def plan(
         self, tables: Integers, query_rows: Integers, query_lens: Integers, kv_lens: Integers, *, causal: bool = True
     ) -> dict[str, Integers]:
-        """`tiles` and `splits` of a step, as far as there are any.
+        """The arrays of an `AttentionPlan` of a step, as far as there are any.
 
         Of each sequence: where its block table begins among the numbers of all, where its queries begin, how many they
         are, and its keys. `causal`: whether tokens see those before them alone; a single query is a sequence's last
@@ -117,7 +149,11 @@ class Planner:
         """
         out_rows = np.cumsum(query_lens) - query_lens
         arrays: dict[str, Integers] = {}
-        if (which := (query_lens > 1).nonzero()[0]).size:
+        several = query_lens > 1
+        if self.gathers and causal and self.run is None and (long := self._gathered(query_lens, kv_lens)).any():
+            several &= ~long
+            arrays |= long_tiles(tables[long], query_rows[long], out_rows[long], query_lens[long], kv_lens[long])
+        if (which := several.nonzero()[0]).size:
             own = tables[which], query_rows[which], out_rows[which], query_lens[which], kv_lens[which]
             arrays["tiles"] = tiles(*own, causal=causal)
         if (which := (query_lens <= 1).nonzero()[0]).size:
@@ -186,3 +222,15 @@ def tiles(
     columns = (tables[owner], query_rows[owner] + first, out_rows[owner] + first, count, position)
     table = np.stack(columns if causal else (*columns, keys), axis=1).astype(np.int32)
     return table[np.argsort(-keys, kind="stable")]
+
+
+def long_tiles(
+    tables: Integers, query_rows: Integers, out_rows: Integers, query_lens: Integers, kv_lens: Integers
+) -> dict[str, Integers]:
+    """`gathers` [gathered keys / TILE, 3] of sequences, end to end, and their `long_tiles` [tiles, 5] over them."""
+    counts = -(-kv_lens // TILE)
+    starts = np.cumsum(counts) - counts
+    owner = np.repeat(np.arange(len(tables)), counts)
+    first = TILE * (np.arange(len(owner)) - starts[owner])
+    gathers = np.stack((tables[owner], first, kv_lens[owner]), axis=1).astype(np.int32)
+    return {"long_tiles": tiles(TILE * starts, query_rows, out_rows, query_lens, kv_lens), "gathers": gathers}

@@ -7,7 +7,6 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -23,9 +22,8 @@ def to_device(values: Sequence[Any] | NDArray[Any], dtype: torch.dtype, device: 
 
     On a CPU an array of this type stays the tensor's memory.
     """
-    if device.type == "cpu" and isinstance(values, np.ndarray):
-        return torch.from_numpy(values).to(dtype)
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    host = torch.as_tensor(values, dtype=dtype)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def host_buffer(shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ from hasten.engine.sequence import Sequence
 from hasten.engine.step_message import StepMessage, TableRows
 from hasten.layers.position import alibi_slopes
 from hasten.ops import CACHE_DTYPES, AttentionMeta, CacheScales, reference
-from hasten.ops.gpu import attention
+from hasten.ops.gpu import attention, long_attention
 from hasten.ops.plan import MIN_SPLIT_LEN, Planner
 
 # tests/bench/test_kernels.py runs every kernel on every Python
@@ -121,6 +121,14 @@ class FewSplits(Planner):
         return sequences + self.extra
 
 
+@dataclass(frozen=True)
+class GathersAll(Planner):
+    """Gathers the keys of every sequence with several queries."""
+
+    def is_long(self, query_lens: np.ndarray[Any, Any], kv_lens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.full(len(query_lens), True)
+
+
 @dataclass
 class Case:
     """A batch in its cache. Whatever belongs to no token of it is NaN."""
@@ -138,6 +146,8 @@ class Case:
     causal: bool = True
     farthest: int | None = None
     """Distance from which on all have the same bias; None: there are no biases by distance."""
+    gathers: bool = False
+    """Whether keys of all prompts are gathered, however short."""
     cache: torch.dtype | None = None
     """Type of 8 bits of the caches; None: that of the queries."""
     scales: CacheScales | None = field(init=False, default=None)
@@ -157,6 +167,8 @@ class Case:
         heads = (self.heads.query, self.heads.kv)
         planner = Planner.of(self.device, *heads) or Planner(*heads, multiprocessors=0)
         planner = replace(planner, run=self.fixed_run, max_kv_len=max(kv_len for _, kv_len in lengths))
+        if self.gathers:
+            planner = GathersAll(**vars(planner))
         if extra_splits is not None:
             planner = FewSplits(*heads, planner.multiprocessors, planner.run, planner.max_kv_len, extra=extra_splits)
         self.inputs = Inputs(tables, block, planner, self.device, self.fixed_run, causal=self.causal)
@@ -317,6 +329,63 @@ def test_keys_behind_the_query_and_biases_by_distance(
         assert meta.plan is not None
         assert (meta.plan.splits is None) == all(count > 1 for count, _ in lengths)
         case.check(meta, assert_close)
+
+
+GATHERED: list[tuple[Heads, dict[str, Any]]] = [
+    (Heads(), {}),
+    (Heads(query=4, kv=2, size=24, block=5), {"alibi": False}),
+    (Heads(query=2, kv=2, size=80), {"window": 1}),
+    (Heads(query=2, kv=1, size=64, block=1), {"window": 70, "softcap": 0.7}),
+    (Heads(query=2, kv=1), {"window": 150, "alibi": False}),
+    (Heads(query=2, kv=1, size=128, block=64), {"alibi": False, "sinks": 1.0}),
+    (Heads(query=2, kv=2), {"alibi": False, "farthest": 9, "softcap": 3.0, "seed": 1}),
+    (Heads(query=2, kv=1), {"cache": torch.float8_e4m3fn}),
+    (Heads(query=2, kv=2, size=24), {"cache": torch.int8, "window": 33}),
+    pytest.param(Heads(query=2, kv=1, size=256), {"window": 150}, marks=pytest.mark.gpu),  # type: ignore[list-item]
+]
+
+
+@pytest.mark.parametrize("dtype", interpreted(DTYPES), ids=str)
+@pytest.mark.parametrize(("heads", "options"), GATHERED, ids=str)
+def test_gathered_keys(
+    heads: Heads, options: dict[str, Any], dtype: torch.dtype, device: torch.device, assert_close: Close
+) -> None:
+    case = Case(heads, dtype, device, gathers=True, **options).fill([(2, 2), (63, 63), (1, 33), (66, 200)])
+    meta = whole(case)
+    assert meta.plan is not None
+    assert meta.plan.tiles is None
+    assert meta.plan.long_tiles is not None
+    case.check(meta, assert_close)
+
+
+@pytest.mark.parametrize("heads_at_once", [1, 2])
+def test_heads_are_gathered_as_many_at_once_as_there_is_room_for(
+    heads_at_once: int, device: torch.device, monkeypatch: pytest.MonkeyPatch, assert_close: Close
+) -> None:
+    case = Case(Heads(query=6, kv=3, size=24), torch.float16, device, gathers=True).fill([(70, 150), (20, 20)])
+    room = heads_at_once * (192 + 64) * 32 * 2 * 2
+    monkeypatch.setattr(long_attention, "_GATHERED_BYTES", room)
+    case.check(whole(case), assert_close)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "heads", [Heads(32, 8, 128), Heads(16, 16, 64), Heads(8, 8, 96), Heads(8, 4, 256, block=32)], ids=str
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"alibi": False, "window": 1000}, {"alibi": False, "sinks": 0.0, "cache": torch.float8_e4m3fn}]
+)
+def test_long_prompts(
+    options: dict[str, Any], heads: Heads, dtype: torch.dtype, device: torch.device, assert_close: Close
+) -> None:
+    case = Case(heads, dtype, device, **options).fill([(2050, 2050), (1, 700), (600, 5000), (40, 90)])
+    meta = whole(case)
+    assert meta.plan is not None
+    assert meta.plan.tiles is not None
+    assert meta.plan.gathers is not None
+    assert len(meta.plan.gathers) == 33 + 79
+    case.check(meta, assert_close)
 
 
 @pytest.mark.gpu

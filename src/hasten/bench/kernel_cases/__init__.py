@@ -38,6 +38,7 @@ def cases(setting: Setting) -> list[Case]:
         *(attention(setting, f"{size} x 192", [(1, 192)] * size) for size in (1, 16, 64, 256)),
         attention(setting, "256 of 16 to 2056", [(1, 16 + 8 * n) for n in range(256)]),
         *(attention(setting, f"prefill {n} x {k}", [(k, k)] * n) for n, k in ((94, 87), (14, 560), (4, 2048))),
+        attention(setting, "2048 of 8192", [(2048, 8192)]),
         attention(setting, "64 x 2048, window 512, capped", [(1, 2048)] * 64, window=512, softcap=50.0),
         attention(setting, "prefill 14 x 560, window 256, capped", [(560, 560)] * 14, window=256, softcap=50.0),
         attention(setting, "2 x 192, sinks", [(1, 192)] * 2, sinks=True),

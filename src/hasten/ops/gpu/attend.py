@@ -18,6 +18,29 @@ def capped(score, cap):
 
 
 @triton.jit
+def shaped(
+    score_mn,
+    distance_mn,
+    slope_m,
+    bias,
+    cap,
+    HAS_SLOPES: tl.constexpr,
+    CAPPED: tl.constexpr,
+    FARTHEST: tl.constexpr,
+):
+    """Scaled scores with what a model does to them: capped, or with a bias by the distance from query to key."""
+    if CAPPED:
+        score_mn = capped(score_mn, cap)
+    if HAS_SLOPES:
+        # a fused operation, named so that it is the same one in every kernel
+        score_mn = tl.fma(slope_m[:, None], distance_mn.to(tl.float32), score_mn)
+    if FARTHEST:
+        near_mn = tl.minimum(tl.maximum(distance_mn, -FARTHEST), FARTHEST)
+        score_mn += tl.load(bias + near_mn + FARTHEST) * 1.4426950408889634
+    return score_mn
+
+
+@triton.jit
 def column(x):
     """Numbers of rows [m] as a column [m, 1]; the number of a single row as it is."""
     if len(x.shape) == 1:
@@ -111,14 +134,7 @@ def attend(
         v_nd = tl.load(values + at_nd, mask_nd, 0.0).to(q_md.dtype)
         distance_mn = key_n[None, :] - position_m[:, None]
         score_mn = tl.dot(q_md, k_nd.T, input_precision=PRECISION) * scale
-        if CAPPED:
-            score_mn = capped(score_mn, cap)
-        if HAS_SLOPES:
-            # a fused operation, named so that it is the same one in every kernel
-            score_mn = tl.fma(slope_m[:, None], distance_mn.to(tl.float32), score_mn)
-        if FARTHEST:
-            near_mn = tl.minimum(tl.maximum(distance_mn, -FARTHEST), FARTHEST)
-            score_mn += tl.load(bias + near_mn + FARTHEST) * 1.4426950408889634
+        score_mn = shaped(score_mn, distance_mn, slope_m, bias, cap, HAS_SLOPES, CAPPED, FARTHEST)
         seen_mn = key_n[None, :] <= last_m[:, None]
         if WINDOW:
             seen_mn = seen_mn & (distance_mn > -WINDOW)

@@ -1,8 +1,8 @@
 """Attention over the paged cache, for any mixture of prompts, chunks and single tokens.
 
 Shapes: t tokens, n query heads, m key/value heads, d head size. Caches are [blocks, block size, m, d] in any strides
-but a unit one for d. The host divides the work (`plan.py`): single tokens by splits of their keys, several by tiles.
-Queries without keys get zeros.
+but a unit one for d. The host divides the work (`plan.py`): single tokens by splits of their keys, several by tiles,
+and tiles of long prompts over keys that are gathered first (`long_attention.py`). Queries without keys get zeros.
 """
 
 from typing import Any
@@ -16,6 +16,7 @@ from hasten.ops.cache_scales import CacheScales
 from hasten.ops.gpu.attend import LOG2_E, attend, attend_runs, with_sink
 from hasten.ops.gpu.launch import has_warp_groups, overlapped, start_next, wait_for_inputs
 from hasten.ops.gpu.library import with_room
+from hasten.ops.gpu.long_attention import attend_gathered
 from hasten.ops.gpu.splits import one_query, query_group
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.plan import SPLIT_COLUMNS, SPLIT_STEP, TILE, group_rows, programs_per_split
@@ -166,6 +167,8 @@ def paged_attention(
     shared = (query_tnd, key_cache, value_cache, slopes, sinks_n, held, meta.block_tables)
     numbers = (query_tnd.stride(0), *key_cache.stride()[:3], scale * LOG2_E, (softcap or 0.0) * LOG2_E)
     wide, group = query_tnd.dtype == torch.float32, heads // kv_heads
+    if plan.long_tiles is not None:
+        attend_gathered(*shared, plan, out_tnd, scale * LOG2_E, (softcap or 0.0) * LOG2_E, common)
     if plan.tiles is not None:
         whole = scales is None and d <= 128 and not wide and has_warp_groups(query_tnd.device.index)
         options = _tiles(meta.run, d, block_size, wide, whole)
