@@ -161,6 +161,74 @@ def test_single_queries_among_prompts(assert_close: Close) -> None:
         assert torch.equal(ops.paged_attention(queries[6:7], keys, values, alone, 0.2, None, window=window), found[6:7])
 
 
+@pytest.mark.parametrize("block", [5, 16, 128])
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "size"), [(4, 4, 64), (6, 2, 16), (16, 1, 48), (4, 2, 80), (2, 1, 256), (1, 1, 512)]
+)
+def test_queries_of_prompts(heads: int, key_heads: int, size: int, block: int, assert_close: Close) -> None:
+    query_lens, kv_lens = [2, 7, 33, 128, 3, 300, 9], [2, 40, 33, 129, 131, 300, 0]
+    width = 300 // block + 1
+    keys, values = (draw(len(kv_lens) * width, block, key_heads, size) for _ in range(2))
+    tables = torch.randperm(len(kv_lens) * width, generator=torch.Generator().manual_seed(0)).int().view(-1, width)
+    for table, length in zip(tables, kv_lens, strict=True):
+        for cache in (keys, values):
+            behind = torch.arange(length, width * block)
+            cache[table[behind // block].long(), behind % block] = float("nan")
+    meta = AttentionMeta(
+        num_tokens=sum(query_lens),
+        block_tables=tables,
+        slot_mapping=torch.zeros(sum(query_lens), dtype=torch.int64),
+        sequences=list(range(len(kv_lens))),
+        query_lens=query_lens,
+        kv_lens=kv_lens,
+    )
+    # as they stand in a fused projection
+    queries = draw(sum(query_lens), heads + 2 * key_heads, size)[:, :heads]
+    slopes, sinks, plain = draw(heads).abs() / 8, draw(heads), {"alibi_slopes_n": None}
+    every: list[dict[str, Any]] = [
+        plain,
+        {"alibi_slopes_n": slopes, "window": 40},
+        {"alibi_slopes_n": slopes, "sinks_n": sinks},
+        plain | {"softcap": 2.0, "sinks_n": sinks, "window": 1},
+        plain | {"causal": False},
+        plain | {"causal": False, "window": 7},
+        plain | {"causal": False, "bias_nr": draw(heads, 2 * 9 + 1)},
+        plain | {"bias_nr": draw(heads, 2 * 140 + 1), "window": 200},
+    ]
+    for options in every:
+        found = ops.paged_attention(queries, keys, values, meta, size**-0.5, **options)
+        assert not found[-9:].any()
+        start = 0
+        for number, (count, length) in enumerate(zip(query_lens[:-1], kv_lens[:-1], strict=True)):
+            # the definition weighs what stands behind the keys with 0, and knows one text at a time
+            own = replace(meta, num_tokens=count, sequences=[0], query_lens=[count], kv_lens=[length], scratch={})
+            own = replace(own, block_tables=torch.arange(width, dtype=torch.int32).unsqueeze(0))
+            some = slice(start, start + count)
+            own_keys, own_values = (cache[tables[number].long()].nan_to_num() for cache in (keys, values))
+            expected = reference.paged_attention(queries[some], own_keys, own_values, own, size**-0.5, **options)
+            assert_close("attention", found[some], expected)
+            start += count
+
+
+def test_a_query_of_a_prompt_has_the_same_bits_in_any_chunk() -> None:
+    keys, values = (draw(20, 16, 2, 32) for _ in range(2))
+    queries, slopes = draw(300, 4, 32), draw(4).abs() / 8
+    whole = AttentionMeta(
+        num_tokens=300,
+        block_tables=torch.arange(20, dtype=torch.int32).view(1, 20),
+        slot_mapping=torch.zeros(300, dtype=torch.int64),
+        sequences=[0],
+        query_lens=[300],
+        kv_lens=[300],
+    )
+    for window in (None, 50):
+        found = ops.paged_attention(queries, keys, values, whole, 0.2, slopes, window=window)
+        for first, last in ((0, 2), (5, 130), (131, 300)):
+            chunk = replace(whole, num_tokens=last - first, query_lens=[last - first], kv_lens=[last], scratch={})
+            part = ops.paged_attention(queries[first:last], keys, values, chunk, 0.2, slopes, window=window)
+            assert torch.equal(part, found[first:last])
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("turned", [0, 8, 32])
 def test_heads_are_turned_and_stored(turned: int, interleaved: bool, assert_close: Close) -> None:

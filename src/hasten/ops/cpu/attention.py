@@ -1,16 +1,12 @@
 """Attention over the paged cache on a CPU."""
 
-from dataclasses import dataclass
-from itertools import accumulate
-
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from hasten.ops import native, reference
+from hasten.ops import reference
 from hasten.ops.cache_scales import CacheScales, octets, widened
-from hasten.ops.cpu import fixed
-from hasten.ops.cpu.heads import has_kernel
+from hasten.ops.cpu import attention_kernels, fixed
 from hasten.ops.cpu.query_groups import Group, Scores, groups_of
 from hasten.ops.cpu.scratch import SCRATCH
 from hasten.ops.meta import AttentionMeta
@@ -55,24 +51,20 @@ def _attention(
         query_tnd = query_tnd[meta.output_indices]
     if query_tnd.shape[0] == 0:
         return torch.empty_like(query_tnd)
-    single = _single_queries(query_tnd, key_cache, meta, scores)
-    if single is not None and single.are_all:
-        return _attend_single(single, query_tnd, key_cache, value_cache, meta, None, scale, scores, softcap, sinks_n)
+    by_kernels = attention_kernels.attention(query_tnd, key_cache, value_cache, meta, scale, scores, softcap, sinks_n)
+    if by_kernels is not None:
+        return by_kernels
     key = "attention" if scores.window is None else f"attention, window {scores.window}"
     key = key if scores.bias_nr is None else f"{key}, biases {scores.bias_nr.data_ptr()}"
     plan: list[tuple[Group, Tensor | None]] | None = meta.scratch.get(key)
     if plan is None:
-        plan = meta.scratch[key] = groups_of(meta, key_cache, scores, without_single=single is not None)
+        plan = meta.scratch[key] = groups_of(meta, key_cache, scores)
     query_tx = query_tnd.flatten(1).float()
     out_tx = None
     if min(meta.kv_lens) == 0:
         out_tx = torch.zeros_like(query_tx)
-    elif single is not None or len(plan) > 1 or plan[0][0].rows is not None:
+    elif len(plan) > 1 or plan[0][0].rows is not None:
         out_tx = torch.empty_like(query_tx)
-    if single is not None:
-        assert out_tx is not None
-        out_tnd = out_tx.view_as(query_tnd)
-        _attend_single(single, query_tnd, key_cache, value_cache, meta, out_tnd, scale, scores, softcap, sinks_n)
     for group, kept in plan:
         bias = group.bias(scores) if kept is None else kept
         done = _attend(group, query_tx, key_cache, value_cache, bias, scale, softcap, sinks_n, meta.run)
@@ -87,84 +79,6 @@ def _attention(
             out_tx[group.first : group.first + done.shape[0]] = done
     assert out_tx is not None
     return out_tx.view_as(query_tnd).to(query_tnd.dtype)
-
-
-@dataclass(frozen=True)
-class _Single:
-    """Sequences of a single query each, whose attention a kernel computes."""
-
-    rows_s: Tensor
-    """[s] of the block tables."""
-    lengths_s: Tensor
-    """[s] keys."""
-    numbers_s: Tensor | None
-    """[s] of their queries in the batch; None where these are all, in order."""
-
-    @property
-    def are_all(self) -> bool:
-        """Whether there are no others."""
-        return self.numbers_s is None
-
-
-def _single_queries(query_tnd: Tensor, key_cache: Tensor, meta: AttentionMeta, scores: Scores) -> _Single | None:
-    """Those of a batch; None where it has none, or no kernel for them."""
-    kernels = native.kernels()
-    if (
-        kernels is None
-        or meta.run is not None
-        or not (scores.causal or scores.window is None)
-        or query_tnd.dtype != torch.float32
-        or 1 not in meta.query_lens
-        or not has_kernel(kernels, query_tnd.shape[1], key_cache, None)
-    ):
-        return None
-    if meta.numbers is not None:
-        return _Single(*meta.numbers, None)
-    found: _Single | None = meta.scratch.get("single")
-    if found is None:
-        lengths = meta.query_lens
-        chosen = [number for number, length in enumerate(lengths) if length == 1]
-        numbers = None
-        if len(chosen) < len(lengths):
-            firsts = [0, *accumulate(lengths)]
-            numbers = torch.tensor([firsts[number] for number in chosen])
-        rows, keys = ([each[number] for number in chosen] for each in (meta.sequences, meta.kv_lens))
-        found = meta.scratch["single"] = _Single(torch.tensor(rows), torch.tensor(keys), numbers)
-    return found
-
-
-def _attend_single(
-    single: _Single,
-    query_tnd: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    meta: AttentionMeta,
-    out_tnd: Tensor | None,
-    scale: float,
-    scores: Scores,
-    softcap: float | None,
-    sinks_n: Tensor | None,
-) -> Tensor:
-    """Attention of these queries, into their rows of `out_tnd` where that is given."""
-    kernels = native.kernels()
-    assert kernels is not None
-    return kernels.attention.attention(
-        query_tnd,
-        key_cache,
-        value_cache,
-        meta.block_tables,
-        single.rows_s,
-        single.lengths_s,
-        out_tnd,
-        single.numbers_s,
-        scale=scale,
-        slopes_n=scores.slopes_n,
-        sinks_n=sinks_n,
-        bias_nr=scores.bias_nr,
-        window=scores.window,
-        softcap=softcap,
-        keys=sum(meta.kv_lens),
-    )
 
 
 def _attend(

@@ -96,19 +96,15 @@ class _Run:
     """Keys that its last query sees, and those before its window, as far as their block is not skipped."""
 
 
-def groups_of(
-    meta: AttentionMeta, key_cache: Tensor, scores: Scores, *, without_single: bool
-) -> list[tuple[Group, Tensor | None]]:
+def groups_of(meta: AttentionMeta, key_cache: Tensor, scores: Scores) -> list[tuple[Group, Tensor | None]]:
     """Divide a batch into padded groups, once a step; with each group its bias, if all of them may be kept.
-
-    `without_single`: sequences of a single query are left out.
 
     All layers with the same window and biases use it again: they have as many heads and the same slopes.
     """
     most_keys = _CACHED_ELEMENTS // (key_cache.shape[2] * key_cache.shape[3])
     block_size = key_cache.shape[1]
     cut = _Cut.of(meta.run, block_size, causal=scores.causal)
-    runs = _runs(meta, block_size, scores, cut, 1 if without_single else 0)
+    runs = _runs(meta, block_size, scores, cut)
     groups = [_group(meta, pack, block_size, cut) for pack in _pack(runs, most_keys)]
     keep = sum(math.prod(group.size) for group in groups) * scores.heads <= _KEPT_BIAS
     return [(group, group.bias(scores) if keep else None) for group in groups]
@@ -135,12 +131,11 @@ class _Cut:
         return cls(fixed.QUERIES, run // math.gcd(run, block_size), padded=True)
 
 
-def _runs(meta: AttentionMeta, block_size: int, scores: Scores, cut: _Cut, few: int) -> list[_Run]:
-    """Those of sequences of more than `few` queries."""
+def _runs(meta: AttentionMeta, block_size: int, scores: Scores, cut: _Cut) -> list[_Run]:
     window = scores.window
     runs, start = [], 0
     for sequence, queries, keys in zip(meta.sequences, meta.query_lens, meta.kv_lens, strict=True):
-        for offset in range(0, queries if keys and queries > few else 0, cut.queries):
+        for offset in range(0, queries if keys else 0, cut.queries):
             count = min(cut.queries, queries - offset)
             position = keys - queries + offset
             skipped = 0 if window is None else max(0, position - window + 1) // block_size // cut.blocks * cut.blocks

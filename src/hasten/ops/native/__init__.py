@@ -9,10 +9,22 @@ class Kernels:
     """The modules of kernels; making it compiles them, or reads them from the user's cache."""
 
     def __init__(self) -> None:
-        from hasten.ops.native import attention, beams, choice, compiled, edits, norms, products, record, sampling
+        from hasten.ops.native import (
+            attention,
+            beams,
+            choice,
+            compiled,
+            edits,
+            norms,
+            products,
+            prompts,
+            record,
+            sampling,
+        )
 
-        self.attention, self.choice, self.norms, self.products = attention, choice, norms, products
-        self.beams, self.edits, self.record, self.sampling = beams, edits, record, sampling
+        self.attention, self.prompts, self.choice, self.norms = attention, prompts, choice, norms
+        self.products, self.beams, self.edits, self.record = products, beams, edits, record
+        self.sampling = sampling
         self.integers: ModuleType | None = None
         """Products with weights of 8 and 4 bits; None on a processor without AVX-512 VNNI."""
         if compiled.multiplies_bytes():

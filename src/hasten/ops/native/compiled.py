@@ -131,6 +131,7 @@ def _compiled() -> dict[str, bytes]:
         logprobs,
         norms,
         products,
+        prompts,
         rows,
         teams,
     )

@@ -13,6 +13,7 @@ from hasten.ops.native.code.simd import (
     exp,
     first_lane,
     fma,
+    lanes,
     larger,
     largest,
     load,
@@ -34,7 +35,7 @@ _HEADS = 16
 """Most query heads at a time, as many as have room for their scores on the stack."""
 _KEYS = 128
 """Keys whose scores are there at a time."""
-_NONE = _f32(-1e30)
+NOTHING = _f32(-1e30)
 """Less than any score."""
 _scores = stack(4 * _HEADS * _KEYS)
 _largest = stack(4 * _HEADS)
@@ -65,10 +66,11 @@ def _compare(query, keys, count, heads, shared, size, row, scores):
 
 
 @part
-def _adjust(line, count, scale, cap, slope, biases, farthest, distance):
+def adjust(line, count, scale, cap, slope, biases, farthest, distance):
     """Scale the scores of a head, cap them, and add what comes of the distances of their keys, the first's given.
 
-    That is a slope times the distance, and a bias of those from -`farthest` on.
+    That is a slope times the distance, and a bias of those from -`farthest` to `farthest`, the ends standing for longer
+    ones.
     """
     scales = splat(scale)
     if cap:
@@ -81,9 +83,10 @@ def _adjust(line, count, scale, cap, slope, biases, farthest, distance):
     for at in range(0, 4 * count, 64):
         store(line + at, mul(load(line + at), scales))
     if slope:
-        for number in range(count):
-            at = line + 4 * number
-            store_f32(at, load_f32(at) + slope * _f32(distance + number))
+        slopes = splat(slope)
+        for at in range(0, 4 * count, 64):
+            distances = add(splat(_f32(distance + at // 4)), lanes())
+            store(line + at, add(load(line + at), mul(slopes, distances)))
     if biases:
         _add_biases(line, count, biases, farthest, distance)
 
@@ -94,17 +97,17 @@ def _add_biases(line, count, biases, farthest, distance):
     while number < count and distance + number < -farthest:
         store_f32(line + 4 * number, load_f32(line + 4 * number) + load_f32(biases))
         number += 1
-    while number + 16 <= count:
+    while number + 16 <= count and distance + number + 15 <= farthest:
         at = line + 4 * number
         store(at, add(load(at), load(biases + 4 * (distance + number + farthest))))
         number += 16
     for rest in range(number, count):
         at = line + 4 * rest
-        store_f32(at, load_f32(at) + load_f32(biases + 4 * (distance + rest + farthest)))
+        store_f32(at, load_f32(at) + load_f32(biases + 4 * (min(distance + rest, farthest) + farthest)))
 
 
 @part
-def _softened(line, count, most):
+def softened(line, count, most):
     """Exponentials of scores less the largest so far, in place: their sum. Behind them are scores of nothing."""
     sums, subtracted = splat(_f32(0)), splat(most)
     for at in range(0, 4 * count, 64):
@@ -138,7 +141,8 @@ def _weigh(values, row, weights, count, out, size):
 
 
 @part
-def _scale_head(out, factor, size):
+def scale_head(out, factor, size):
+    """Multiply the numbers of a head, of `size` bytes, in place."""
     factors = splat(factor)
     for at in range(0, size, 64):
         store(out + at, mul(load(out + at), factors))
@@ -171,7 +175,7 @@ def _attend(
     """
     scores, tops, sums = _scores(), _largest(), _sums()
     for head in range(heads):
-        store_f32(tops + 4 * head, load_f32(sinks + 4 * head) if sinks else _NONE)
+        store_f32(tops + 4 * head, load_f32(sinks + 4 * head) if sinks else NOTHING)
         store_f32(sums + 4 * head, _f32(1) if sinks else _f32(0))
         for at in range(head * size, (head + 1) * size, 64):
             store(out + at, splat(_f32(0)))
@@ -190,21 +194,21 @@ def _attend(
             line = scores + 512 * head
             slope = load_f32(slopes + 4 * head) if slopes else _f32(0)
             own = biases + 4 * (2 * farthest + 1) * head if biases else 0
-            _adjust(line, count, scale, cap, slope, own, farthest, first - end + 1)
+            adjust(line, count, scale, cap, slope, own, farthest, first - end + 1)
             for at in range(count, whole):
-                store_f32(line + 4 * at, _NONE)
+                store_f32(line + 4 * at, NOTHING)
             top = load(line)
             for at in range(64, 4 * whole, 64):
                 top = larger(top, load(line + at))
             before = load_f32(tops + 4 * head)
             most = max(before, largest(top))
-            added = _softened(line, whole, most)
+            added = softened(line, whole, most)
             if most > before:
                 factor = first_lane(exp(splat(before - most)))
                 store_f32(tops + 4 * head, most)
                 store_f32(sums + 4 * head, load_f32(sums + 4 * head) * factor + added)
                 if first > begin:
-                    _scale_head(out + head * size, factor, size)
+                    scale_head(out + head * size, factor, size)
             else:
                 store_f32(sums + 4 * head, load_f32(sums + 4 * head) + added)
         key = first
@@ -217,7 +221,7 @@ def _attend(
             key = until
         first = last
     for head in range(heads):
-        _scale_head(out + head * size, _f32(1) / load_f32(sums + 4 * head), size)
+        scale_head(out + head * size, _f32(1) / load_f32(sums + 4 * head), size)
 
 
 @kernel

@@ -129,7 +129,7 @@ _other_line = stack(4 * _WIDTH)
 
 
 @part
-def _multiply(x, stride, panel, inputs, tile, left):
+def multiply(x, stride, panel, inputs, tile, left):
     """Multiply the next rows of those that are left by a panel: how many they were."""
     if left >= 8:
         _loop8(x, stride, panel, inputs, tile)
@@ -240,7 +240,7 @@ def _product(p, thread, threads):
             bias_here = line
         row = 0
         while row < rows:
-            done = _multiply(x + row * stride, stride, weights, inputs, tile, rows - row)
+            done = multiply(x + row * stride, stride, weights, inputs, tile, rows - row)
             for each in range(done):
                 at = row + each
                 own = residual + (load_i64(numbers + 8 * at) if numbers else at) * residual_stride + column

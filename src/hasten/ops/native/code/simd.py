@@ -19,6 +19,8 @@ F32, F64, I32, I64, I8 = ir.FloatType(), ir.DoubleType(), ir.IntType(32), ir.Int
 VECTOR = ir.VectorType(F32, LANES)
 WHOLE = ir.VectorType(I32, LANES)
 
+_LANE_NUMBERS = ir.Constant(VECTOR, [float(lane) for lane in range(LANES)])
+
 Builder = Any
 Values = Sequence[Any]
 
@@ -170,6 +172,8 @@ total = intrinsic_of(
 largest = intrinsic_of(
     (vector,), types.float32, lambda b, args: called(b, "llvm.vector.reduce.fmax.v16f32", F32, [args[0]])
 )
+lanes = intrinsic(lambda _context: (vector(), lambda _context, _b, _signature, _args: _LANE_NUMBERS))
+"""The numbers 0 to 15."""
 first_lane = intrinsic_of((vector,), types.float32, lambda b, args: b.extract_element(args[0], ir.Constant(I32, 0)))
 prefetch = intrinsic_of((types.int64,), types.void, prefetched)
 clamped = intrinsic_of(_two, vector, _clamped)
@@ -206,6 +210,35 @@ load_i32 = intrinsic_of((types.int64,), types.int32, lambda b, args: read(b, I32
 store_i32 = intrinsic_of((types.int64, types.int32), types.void, lambda b, args: write(b, args[1], args[0]))
 load_i64 = intrinsic_of((types.int64,), types.int64, lambda b, args: read(b, I64, args[0]))
 load_f64 = intrinsic_of((types.int64,), types.float64, lambda b, args: read(b, F64, args[0]))
+
+
+def _transpose(_context, source, stride, target, apart):
+    """Write a square of 16 numbers in each of 16 rows, `stride` bytes apart, with rows and columns exchanged.
+
+    The rows of the result are `apart` bytes apart.
+    """
+
+    def code(context, b, _signature, args):
+        source, stride, target, apart = args
+        rows = [read(b, VECTOR, b.add(source, b.mul(stride, ir.Constant(I64, row)))) for row in range(LANES)]
+        half = LANES
+        while half > 1:
+            half //= 2
+            # of each pair of rows `half` apart, squares of that size outside the diagonal change places
+            low = [lane if lane & half == 0 else LANES + lane - half for lane in range(LANES)]
+            high = [lane + half if lane & half == 0 else LANES + lane for lane in range(LANES)]
+            for first in (row for row in range(LANES) if row & half == 0):
+                one, other = rows[first], rows[first + half]
+                rows[first] = b.shuffle_vector(one, other, ir.Constant(WHOLE, low))
+                rows[first + half] = b.shuffle_vector(one, other, ir.Constant(WHOLE, high))
+        for number, row in enumerate(rows):
+            write(b, row, b.add(target, b.mul(apart, ir.Constant(I64, number))))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), code
+
+
+transpose = intrinsic(_transpose)
 
 
 def stack(size: int) -> Any:
