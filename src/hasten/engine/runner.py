@@ -227,8 +227,8 @@ class Runner:
     def any_threads(self) -> bool:
         """Whether steps have the same bits on any number of threads.
 
-        Kernels for a CPU have; what torch computes for prompts of models with sinks or capped scores, or for an encoder, was
-        not compared.
+        Kernels for a CPU have; what torch computes for prompts of models with sinks or capped scores, or for an
+        encoder, was not compared.
         """
         if not isinstance(self._graphs, RecordedSteps) or not self._graphs.has_recorded:
             return False
