@@ -9,8 +9,8 @@ import torch
 
 from hasten.checkpoint.faster_transformer.ini import CONFIG_INI
 from hasten.checkpoint.files import read_json
-from hasten.checkpoint.hub import TOKENIZER_ALONE
 from hasten.checkpoint.hugging_face import NOT_APPLIED, UNKNOWN
+from hasten.checkpoint.model_files import TOKENIZER_ALONE
 from hasten.checkpoint.pooling import PoolingConfig, read_pooling
 from hasten.checkpoint.source import Source, known_tokens
 from hasten.checkpoint.sources import open_dummy, open_source

@@ -10,9 +10,9 @@ import torch
 
 from hasten.checkpoint.faster_transformer.ini import CONFIG_INI
 from hasten.checkpoint.faster_transformer.source import open_faster_transformer
-from hasten.checkpoint.hub import ADAPTER
 from hasten.checkpoint.hugging_face import HF_FILES, open_hugging_face, read_format, read_hf_config
 from hasten.checkpoint.manifest import MANIFEST
+from hasten.checkpoint.model_files import ADAPTER
 from hasten.checkpoint.ranked import RankedSafetensorsSource, is_ranked
 from hasten.checkpoint.source import DummySource, Source
 from hasten.core.errors import CheckpointError, UnsupportedError

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten.checkpoint.files import read_json
-from hasten.checkpoint.hub import OF_MODULE, POOLING_FILES, TOKENIZER_FILES
+from hasten.checkpoint.model_files import OF_MODULE, POOLING_FILES, TOKENIZER_FILES
 from hasten.checkpoint.sources import is_rank_folder, rank_folders
 from hasten.core.errors import CheckpointError, ConfigError
 
