@@ -1,10 +1,11 @@
 """Requests and their results, with the names that vLLM's users know."""
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import count
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast, get_args, overload
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, cast, get_args, overload
 
 from hasten.core.option_fields import option
 from hasten.core.sampling import SamplingParams as SamplingParams
@@ -232,16 +233,49 @@ class RequestOutput:
     """Tokens of its prompt that were in the prefix cache."""
 
 
-@dataclass
+class _Numbers(Protocol):
+    """A row of an array."""
+
+    def __len__(self) -> int: ...
+
+    def tolist(self) -> list[float]: ...
+
+    def tobytes(self) -> bytes: ...
+
+
 class EmbeddingOutput:
     """The vector of a text."""
 
-    embedding: list[float]
+    __slots__ = ("_numbers",)
+
+    def __init__(self, embedding: list[float] | _Numbers) -> None:
+        """A list, or a row of an array of fp32, which becomes one when it is asked for."""
+        self._numbers = embedding
+
+    @property
+    def embedding(self) -> list[float]:
+        """The vector."""
+        if not isinstance(self._numbers, list):
+            self._numbers = self._numbers.tolist()
+        return self._numbers
 
     @property
     def hidden_size(self) -> int:
         """Its length."""
-        return len(self.embedding)
+        return len(self._numbers)
+
+    def tobytes(self) -> bytes:
+        """The vector in fp32, in the byte order of this host."""
+        numbers = self._numbers
+        return array("f", numbers).tobytes() if isinstance(numbers, list) else numbers.tobytes()
+
+    def __eq__(self, other: object) -> bool:
+        return self.embedding == other.embedding if isinstance(other, EmbeddingOutput) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"EmbeddingOutput(embedding={self.embedding!r})"
 
 
 @dataclass

@@ -7,7 +7,7 @@ next one is launched, so that the device has that to do while Python looks at th
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -35,6 +35,7 @@ from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
 from hasten.engine.stats import EngineStats, StepTally
 from hasten.engine.text import Tokenizer
+from hasten.engine.text_scheduler import TextScheduler, TextSequence
 from hasten.engine.worker import Worker
 from hasten.models.encoder import position_rows
 from hasten.parallel.launch import Ranks
@@ -91,7 +92,8 @@ class Engine:
         keeps = cache.enable_prefix_caching and worker.pooler is None
         window = worker.model_config.widest_window
         blocks = BlockManager(worker.num_blocks, worker.block_size, enable_prefix_caching=keeps, window=window)
-        return Scheduler(self.worker.scheduler_config, blocks, self.worker.stage.size)
+        kind = Scheduler if worker.pooler is None else TextScheduler
+        return kind(self.worker.scheduler_config, blocks, self.worker.stage.size)
 
     def _new_checks(self) -> RequestChecks:
         scheduler, blocks = self.scheduler.config, self.scheduler.blocks
@@ -166,7 +168,7 @@ class Engine:
         if request.request_id in self.requests.states:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use")
         if request.pooling is not None or self.worker.pooler is not None:
-            self._add_text(request)
+            self.add_texts([request])
             return
         params = self._checks.sampling_params(request)
         if params is not request.params:
@@ -211,19 +213,25 @@ class Engine:
             forced[sequence.max_length - sequence.prompt_len - 1] = model.forced_eos_token_ids
         return forced
 
-    def _add_text(self, request: Request) -> None:
-        """Queue a text of which a vector or scores are to be made."""
-        request = self._checks.pooled(request)
+    def add_texts(self, requests: Iterable[Request]) -> None:
+        """Queue texts of which vectors or scores are to be made; InvalidRequestError, and none is, where one cannot be.
+
+        Their ids are not in use.
+        """
+        self._check_usable()
+        texts = [self._text(request) for request in requests]
+        with self._change():
+            for text in texts:
+                self.scheduler.add(text)
+                self.requests.add_text(PoolingState(text.request, text))
+                self.tally.prompts += text.prompt_len
+
+    def _text(self, request: Request) -> TextSequence:
+        request, ids = self._checks.pooled(request)
         pooler = self.worker.pooler
         assert pooler is not None, "what it cannot do was refused"
-        sequence = Sequence(request, 0)
-        sequence.arrived = time.monotonic()
-        sequence.num_states = pooler.num_states(request)
-        sequence.position_rows = position_rows(self.model_config, request.prompt_token_ids, request.token_type_ids)
-        with self._change():
-            self.scheduler.add(sequence)
-            self.requests.add(PoolingState(request, sequence), sequence)
-            self.tally.prompts += sequence.prompt_len
+        rows = position_rows(self.model_config, request.prompt_token_ids, request.token_type_ids)
+        return TextSequence(request, ids, pooler.num_states(request), rows)
 
     def _next_seed(self) -> int:
         self._unseeded += 1

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.engine.step_message import StepMessage, TableEdit
+from hasten.engine.step_message import Numbers, StepMessage, TableEdit
 from hasten.ops import plan
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.plan import AttentionPlan, Integers, Planner
@@ -175,8 +175,11 @@ class Inputs:
     def step(self, message: StepMessage) -> Step:
         """A step's numbers, laid out for each of its tokens. The tables are brought up to date."""
         self.tables.apply(message.edits)
-        step = self._laid_out(message.ids, message.rows, message.starts, message.counts)
-        if message.positions:
+        if message.rows:
+            step = self._laid_out(message.ids, message.rows, message.starts, message.counts)
+        else:
+            step = self._of_texts(message.ids, message.counts)
+        if len(message.positions):
             step = replace(step, positions=np.array(message.positions, dtype=np.int64))
         step = self._needing(step, np.array(message.needed))
         if message.input_rows:
@@ -187,7 +190,21 @@ class Inputs:
             step = replace(step, encoder=replace(encoder, causal=False))
         return step
 
-    def _laid_out(self, token_ids: list[int], rows: list[int], first: list[int], lengths: list[int]) -> Step:
+    def _of_texts(self, token_ids: list[int] | Numbers, lengths: list[int]) -> Step:
+        """Texts computed whole, in the cache's first blocks, one behind another, each from a block's beginning."""
+        counts, ids = np.array(lengths), np.asarray(token_ids, dtype=np.int64)
+        own, first_rows = np.arange(len(counts)), np.cumsum(counts) - counts
+        blocks = -(-counts // self.block_size)
+        first_blocks = np.cumsum(blocks) - blocks
+        positions = np.arange(len(ids)) - np.repeat(first_rows, counts)
+        slots = positions + np.repeat(first_blocks * self.block_size, counts)
+        tables = first_blocks[:, None] + np.arange(self._width(counts))
+        # behind a text's end nothing is read of its row
+        tables = np.minimum(tables, int(blocks.sum()) - 1).astype(np.int32)
+        work = _Work(own, first_rows, counts, counts)
+        return Step(ids=ids, positions=positions, slots=slots, tables=tables, work=work, part=None, causal=self.causal)
+
+    def _laid_out(self, token_ids: list[int] | Numbers, rows: list[int], first: list[int], lengths: list[int]) -> Step:
         """Tokens of sequences with these rows of the tables; of each, `first` are computed and `lengths` come."""
         counts, starts, ids = np.array(lengths), np.array(first), np.array(token_ids, dtype=np.int64)
         own = np.arange(len(counts))

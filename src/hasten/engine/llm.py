@@ -340,9 +340,17 @@ class LLM(PoolingMethods):
         try:
             self.engine.add(request, stream=stream)
         except InvalidRequestError as error:
-            message = str(error).removeprefix(f"request {request.request_id}: ")
-            prefix = "" if message.startswith(where) or where == "the prompt" else f"{where}: "
-            raise InvalidRequestError(prefix + message) from None
+            raise _located(error, {request.request_id: where}) from None
+
+    def _queue_texts(self, requests: Sequence[tuple[str, Request]]) -> list[str]:
+        """Queue requests of texts, whose ids count from the next; their ids. All of them or none."""
+        ids = [request.request_id for _, request in requests]
+        try:
+            self.engine.add_texts(request for _, request in requests)
+        except InvalidRequestError as error:
+            raise _located(error, {request.request_id: where for where, request in requests}) from None
+        self._next_id += len(ids)
+        return ids
 
     def _token_ids(self, prompts: list[ParsedPrompt]) -> list[tuple[int, ...]]:
         texts = [prompt.text for prompt in prompts if prompt.token_ids is None and prompt.text is not None]
@@ -374,6 +382,15 @@ class _Meter:
             self._noted = now
             rate = (self._engine.stats.generation_tokens - self._before) / (now - self._start)
             self._bar.note(f"{rate:.0f} tokens/s")
+
+
+def _located(error: InvalidRequestError, places: Mapping[str, str]) -> InvalidRequestError:
+    """The error with what messages call its request's prompt, of requests by id, in place of that."""
+    head, colon, message = str(error).partition(": ")
+    where = places.get(head.removeprefix("request "))
+    if not colon or where is None:
+        return error
+    return InvalidRequestError(message if message.startswith(where) or where == "the prompt" else f"{where}: {message}")
 
 
 def prompt_request(prompt: ParsedPrompt, ids: tuple[int, ...], params: SamplingParams) -> Request:

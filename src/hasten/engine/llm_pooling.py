@@ -34,6 +34,9 @@ class PoolingMethods(ABC):
     how far they are, if that is a terminal; `use_tqdm=False` does without.
     """
 
+    _next_id: int
+    """What the ids of the next requests count from."""
+
     @property
     @abstractmethod
     def engine(self) -> Engine:
@@ -43,7 +46,7 @@ class PoolingMethods(ABC):
     def _check_free(self) -> None: ...
 
     @abstractmethod
-    def _queue(self, requests: Sequence[tuple[str, Request]], *, stream: bool) -> list[str]: ...
+    def _queue_texts(self, requests: Sequence[tuple[str, Request]]) -> list[str]: ...
 
     @abstractmethod
     def _finished(self, ids: Sequence[str], doing: str, *, show_progress: bool) -> list[Output]: ...
@@ -177,7 +180,7 @@ class PoolingMethods(ABC):
 
     def _requests(self) -> TextRequests:
         engine = self.engine
-        return TextRequests(self._pooler("encode").pooling.texts, engine.tokenizer, engine.max_model_len)
+        return TextRequests(self._pooler("encode").pooling.texts, engine.tokenizer, engine.max_model_len, self._next_id)
 
     def _pooled(
         self,
@@ -197,7 +200,7 @@ class PoolingMethods(ABC):
         self, requests: Sequence[tuple[str, Request]], doing: str, *, use_tqdm: bool
     ) -> list[PoolingRequestOutput[PooledOutput]]:
         self._check_free()
-        ids = self._queue(requests, stream=False)
+        ids = self._queue_texts(requests)
         outputs = self._finished(ids, doing, show_progress=use_tqdm)
         pooled = [output for output in outputs if isinstance(output, PoolingRequestOutput)]
         for (where, _), output in zip(requests, pooled, strict=True):

@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hasten.core.errors import InvalidRequestError
 from hasten.core.model_config import ModelConfig
 from hasten.core.types import PoolingParams, Request, SamplingParams
@@ -13,7 +16,10 @@ from hasten.engine.beam import candidate_count, end_tokens
 from hasten.engine.fill_mask import no_mask
 from hasten.engine.pooling import Pooler, truncated
 from hasten.engine.text import Tokenizer
+from hasten.engine.text_scheduler import as_ids
 
+_BEYOND_ANY = np.array([-1], dtype=np.int32)
+"""In place of token ids of which one does not fit."""
 _CACHED_WORDS = 1024
 """Bad words whose tokens are cached: most requests of a program ban the same words."""
 
@@ -69,8 +75,8 @@ class RequestChecks:
         runs = [run for run in runs if max(run) < self._model.vocab_size]
         return replace(params, bad_words=(), bad_words_ids=(*params.bad_words_ids, *runs))
 
-    def pooled(self, request: Request) -> Request:
-        """A request for a vector or scores, truncated as it asks; InvalidRequestError where it cannot be served."""
+    def pooled(self, request: Request) -> tuple[Request, NDArray[np.int32]]:
+        """A request for a vector or scores, truncated as it asks, and its token ids; errors as of `sampling_params`."""
         name, params, architecture = f"request {request.request_id}", request.pooling, self._model.architecture
         if self._pooler is None:
             raise InvalidRequestError(f"{name}: {architecture} generates text; it gives no vectors and no scores")
@@ -79,10 +85,10 @@ class RequestChecks:
             raise InvalidRequestError(f"{name}: {architecture} generates no text; it does {tasks}")
         self._pooler.check(params)
         request = truncated(request, self._limits.max_model_len)
-        self._check_text(name, request)
+        ids = self._checked_ids(name, request)
         if params.task == "fill_mask":
             self._check_masks(name, request, params)
-        return request
+        return request, ids
 
     def _check_masks(self, name: str, request: Request, params: PoolingParams) -> None:
         ids, vocab = request.prompt_token_ids, self._model.vocab_size
@@ -94,7 +100,7 @@ class RequestChecks:
         if params.top_k > vocab:
             raise InvalidRequestError(f"{name}: top_k is {params.top_k}; the vocabulary has {vocab}")
 
-    def _check_text(self, name: str, request: Request) -> None:
+    def _checked_ids(self, name: str, request: Request) -> NDArray[np.int32]:
         ids, types, model = request.prompt_token_ids, request.token_type_ids, self._model
         if not ids:
             raise InvalidRequestError(f"{name}: the text has no tokens")
@@ -103,11 +109,17 @@ class RequestChecks:
                 f"{name}: the text has {len(ids)} tokens, more than the longest of {self._limits.max_model_len} "
                 "(max_model_len); shorten it, or let truncate_prompt_tokens do so"
             )
-        self._check_vocabulary(name, "the text", ids)
+        try:
+            found = as_ids(ids)
+        except OverflowError:
+            found = _BEYOND_ANY
+        if found.min() < 0 or found.max() >= model.vocab_size:
+            self._check_vocabulary(name, "the text", ids)
         if types and len(types) != len(ids):
             raise InvalidRequestError(f"{name}: {len(types)} token_type_ids for {len(ids)} tokens")
         if types and model.token_types and not 0 <= min(types) <= max(types) < model.token_types:
             raise InvalidRequestError(f"{name}: token_type_ids must be below {model.token_types}, got {max(types)}")
+        return found
 
     def _check_vocabulary(self, name: str, where: str, ids: Collection[int]) -> None:
         vocab = self._model.vocab_size

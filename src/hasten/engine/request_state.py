@@ -59,7 +59,7 @@ class RequestState:
         return self.output
 
 
-@dataclass
+@dataclass(slots=True)
 class PoolingState:
     """A text under way of which a vector or scores are to be made."""
 

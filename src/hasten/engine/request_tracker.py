@@ -38,6 +38,10 @@ class RequestTracker:
         self.states[sequence.request_id] = state
         self.own(sequence)
 
+    def add_text(self, state: PoolingState) -> None:
+        """Track a text."""
+        self.states[state.request.request_id] = self.owners[state.sequence.key] = state
+
     def abort(self, request_id: str) -> State | None:
         """End a request and free what it holds; None where it has ended already."""
         state = self.states.pop(request_id, None)
@@ -75,11 +79,10 @@ class RequestTracker:
     def own(self, sequence: Sequence) -> None:
         """Track a sequence of a request that is tracked: its first, or one forked from that."""
         state = self.states[sequence.request_id]
+        assert isinstance(state, RequestState)
         params = sequence.params
         for member in sequence.unit:
             self.owners[member.key] = state
-        if isinstance(state, PoolingState):
-            return
         if sequence.beams is not None:
             keys = [member.key for member in sequence.beams.members]
             longest = sequence.max_length - sequence.prompt_len
@@ -120,17 +123,16 @@ class RequestTracker:
         states: dict[int, PoolingState] = {}
         params: dict[int, PoolingParams] = {}
         for index, sequence in enumerate(sequences):
-            state = self.owners.get(sequence.key)
-            if isinstance(state, PoolingState) and state.request.pooling is not None:
-                states[index], params[index] = state, state.request.pooling
+            state = self.owners.pop(sequence.key, None)
+            if isinstance(state, PoolingState) and sequence.pooling is not None:
+                states[index], params[index] = state, sequence.pooling
+                self._scheduler.finish(sequence.key)
         for index, found in pooler.outputs(params, pooled).items():
-            state, sequence = states[index], sequences[index]
-            request = state.request
+            state, request = states[index], states[index].request
             ids = list(request.prompt_token_ids)
             state.output = PoolingRequestOutput(request.request_id, request.prompt, ids, found)
-            touched[sequence.request_id] = state
-            self.release(sequence.key)
-            del self.states[sequence.request_id]
+            touched[request.request_id] = state
+            del self.states[request.request_id]
 
     def take_prompt_logprobs(self, prompts: PromptLogprobs) -> None:
         """Keep the entries of positions in order; those before a preemption come again and are kept already."""

@@ -8,6 +8,7 @@ sequences.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from hasten.engine.batch import Batch
 from hasten.engine.encoder_input import EncoderInput
 from hasten.engine.sequence import Sequence
+from hasten.engine.text_scheduler import TextSequence
 
 Numbers = NDArray[np.int32]
 TableEdit = tuple[int, int, list[int]]
@@ -74,10 +76,10 @@ class StepMessage:
 
     number: int
     """Of the step, counted from 0."""
-    ids: list[int]
+    ids: list[int] | Numbers
     """[t]: token ids; -1 - i stands for number i of the chosen tokens that devices keep, which rank 0 does not know."""
     rows: list[int]
-    """[s]: rows in the block tables."""
+    """[s]: rows in the block tables; none of a step of texts, each of which is computed whole and leaves nothing."""
     starts: list[int]
     """[s]: tokens of each sequence that the cache holds already."""
     counts: list[int]
@@ -92,7 +94,7 @@ class StepMessage:
     """To make before the tables are read."""
     copies: list[tuple[int, int]]
     """Blocks, source and target, to copy before they are written."""
-    positions: list[int]
+    positions: list[int] | Numbers
     """[t]: rows of the tokens in the model's table of positions; empty where those are their positions."""
     greedy: bool
     """Whether the most probable token is all that is asked for of any sequence."""
@@ -155,6 +157,30 @@ class StepMessage:
             greedy=all(sequence.is_plain and not sequence.forced_next for sequence in sampled),
         )
 
+    @classmethod
+    def of_texts(cls, batch: Batch) -> "StepMessage":
+        """A step of texts, which are computed whole."""
+        texts = cast("list[TextSequence]", batch.sequences)
+        positions = [text.position_rows for text in texts]
+        if all(own is None for own in positions):
+            positions = []
+        ranges = (np.arange(len(text.ids)) if own is None else own for own, text in zip(positions, texts, strict=False))
+        return cls(
+            number=batch.number,
+            ids=np.concatenate([text.ids for text in texts]),
+            rows=[],
+            starts=[0] * len(texts),
+            counts=batch.counts,
+            needed=batch.needed,
+            sampled=batch.sampled,
+            prompt_rows=list(batch.mask_rows()),
+            edits=[],
+            copies=[],
+            positions=np.concatenate(list(ranges)).astype(np.int32) if positions else [],
+            greedy=True,
+            num_chosen=len(texts),
+        )
+
     @property
     def num_tokens(self) -> int:
         """Tokens of all sequences together."""
@@ -185,7 +211,7 @@ class StepMessage:
     def packed(self) -> Numbers:
         """The message as whole numbers: those that stand for themselves, the length of each list, and their content."""
         lists = [
-            self.ids,
+            _listed(self.ids),
             self.rows,
             self.starts,
             self.counts,
@@ -195,7 +221,7 @@ class StepMessage:
             [number for row, first, blocks in self.edits for number in (row, first, len(blocks))],
             list(chain.from_iterable(blocks for _, _, blocks in self.edits)),
             list(chain.from_iterable(self.copies)),
-            self.positions,
+            _listed(self.positions),
             list(chain.from_iterable(self.moves)),
             self.input_rows,
             self.input_lens,
@@ -240,6 +266,10 @@ class StepMessage:
 
 
 _SINGLE, _LISTS = 4, 17
+
+
+def _listed(numbers: list[int] | Numbers) -> list[int]:
+    return numbers if isinstance(numbers, list) else numbers.tolist()
 
 
 def _positions(sequences: list[Sequence], counts: list[int]) -> list[int]:

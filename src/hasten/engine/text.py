@@ -37,8 +37,8 @@ class AddedToken(NamedTuple):
 class Tokens(NamedTuple):
     """A text, or a pair of texts, as a model takes it."""
 
-    ids: list[int]
-    type_ids: list[int]
+    ids: Sequence[int]
+    type_ids: Sequence[int]
 
 
 def _parts(text: str | tuple[str, str]) -> tuple[str, ...]:

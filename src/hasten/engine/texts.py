@@ -42,8 +42,9 @@ def instruction(config: TextConfig, prompt: str | None, prompt_name: str | None)
 class TextRequests:
     """Makes requests of texts, for one model."""
 
-    def __init__(self, config: TextConfig, tokenizer: Tokenizer | None, longest: int) -> None:
-        """`longest`: most tokens of a text."""
+    def __init__(self, config: TextConfig, tokenizer: Tokenizer | None, longest: int, first_id: int = 0) -> None:
+        """`longest`: most tokens of a text. `first_id`: what the ids of requests count from."""
+        self._first_id = first_id
         self._config = config
         self._tokenizer = tokenizer
         self._longest = longest
@@ -58,8 +59,8 @@ class TextRequests:
         skipped = 0 if before.counts or not before.text else self._length(before.text)
 
         def request(number: int, prompt: ParsedPrompt) -> Request:
-            tokens = next(encoded) if prompt.token_ids is None else Tokens(list(prompt.token_ids), [])
-            found = _request(number, tokens, params, prompt.text, 0 if prompt.token_ids else skipped)
+            tokens = next(encoded) if prompt.token_ids is None else Tokens(prompt.token_ids, ())
+            found = self._request(number, tokens, params, prompt.text, 0 if prompt.token_ids else skipped)
             if params.task != "fill_mask":
                 return found
             return replace(found, masks=masks_of(self._tokenizer, found.prompt_token_ids))
@@ -69,7 +70,20 @@ class TextRequests:
     def of_pairs(self, pairs: Sequence[tuple[str, str]], params: PoolingParams) -> list[tuple[str, Request]]:
         """A request of each pair of texts, which the tokenizer's own means distinguish."""
         encoded = self._encoded(pairs, params)
-        return [(f"pair {number}", _request(number, tokens, params, None, 0)) for number, tokens in enumerate(encoded)]
+        return [
+            (f"pair {number}", self._request(number, tokens, params, None, 0)) for number, tokens in enumerate(encoded)
+        ]
+
+    def _request(self, number: int, tokens: Tokens, params: PoolingParams, text: str | None, skipped: int) -> Request:
+        types = tuple(tokens.type_ids) if any(tokens.type_ids) else ()
+        return Request(
+            request_id=str(self._first_id + number),
+            prompt_token_ids=tuple(tokens.ids),
+            pooling=params,
+            prompt=text,
+            token_type_ids=types,
+            skipped_tokens=skipped,
+        )
 
     def _encoded(self, texts: Sequence[str | tuple[str, str]], params: PoolingParams) -> list[Tokens]:
         if not texts:
@@ -96,18 +110,6 @@ def _common(whole: Sequence[int], part: Sequence[int]) -> int:
     """Where `part` begins in `whole`."""
     count = len(part)
     return next((at for at in range(len(whole) - count + 1) if list(whole[at : at + count]) == list(part)), 0)
-
-
-def _request(number: int, tokens: Tokens, params: PoolingParams, text: str | None, skipped: int) -> Request:
-    types = tuple(tokens.type_ids) if any(tokens.type_ids) else ()
-    return Request(
-        request_id=str(number),
-        prompt_token_ids=tuple(tokens.ids),
-        pooling=params,
-        prompt=text,
-        token_type_ids=types,
-        skipped_tokens=skipped,
-    )
 
 
 def text_pairs(queries: str | Sequence[str], documents: str | Sequence[str]) -> list[tuple[str, str]]:

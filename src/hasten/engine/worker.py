@@ -241,7 +241,7 @@ class Worker:
 
         On rank 0, before the batch is noted as done.
         """
-        message = StepMessage.of(batch, self._tables)
+        message = StepMessage.of(batch, self._tables) if self.pooler is None else StepMessage.of_texts(batch)
         if self.ranks.world.size > 1:
             self.ranks.publish(message.packed())
         prompts = PromptLogprobs()

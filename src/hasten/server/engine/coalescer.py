@@ -94,10 +94,9 @@ def _pooled(output: PooledOutput) -> PooledData:
     if isinstance(output, FillMaskOutput):
         pairs = [[word.token for word in words] + [word.score for word in words] for words in output.candidates]
         return PooledData(array("f", chain.from_iterable(pairs)).tobytes(), rows=len(pairs))
-    if isinstance(output, ScoringOutput):
-        numbers = [output.score]
-    else:
-        numbers = output.embedding if isinstance(output, EmbeddingOutput) else output.probs
+    if isinstance(output, EmbeddingOutput):
+        return PooledData(output.tobytes())
+    numbers = [output.score] if isinstance(output, ScoringOutput) else output.probs
     return PooledData(array("f", numbers).tobytes())
 
 
