@@ -23,12 +23,13 @@ from tests.parallel.test_launch import (
 )
 from tests.waiting import LIMIT_S
 
-from hasten import LLM, RequestOutput, SamplingParams
+from hasten import LLM, RequestOutput, SamplingParams, ops
 from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.plan import open_checkpoint, rank_tensors
 from hasten.core.config import SchedulerConfig
 from hasten.core.errors import ConfigError, RankError
 from hasten.core.ports import free_port
+from hasten.engine.recorded import RecordedSteps
 from hasten.engine.worker import resolve_scheduler
 from hasten.parallel.groups import PipelineGroup
 
@@ -138,6 +139,22 @@ def test_stages_choose_the_tokens_of_one_rank(
         assert llm.engine.scheduler.blocks.num_used == 0
         expect_same(llm.generate(PROMPTS[:1], MIXED[:1]), expected[:1])
         assert_nothing_is_left(llm)
+
+
+@pytest.mark.usefixtures("forked_ranks")
+@pytest.mark.parametrize("layers", [[2, 2], [1, 2, 1]], ids=["two", "three"])
+def test_stages_record_their_steps(
+    layers: list[int], make_bloom: MakeBloom, right: Callable[[Path], list[RequestOutput]]
+) -> None:
+    folder = make_bloom(n_layer=4, n_head=4)  # heads for which there are kernels
+    expected = right(folder)
+    stages: dict[str, Any] = {"pipeline_parallel_size": len(layers), "pipeline_layers": layers}
+    with LLM(folder, **OPTIONS | stages) as llm:
+        for _ in range(2):
+            expect_same(llm.generate(PROMPTS, MIXED), expected)
+        steps = llm.engine.worker.runner._graphs
+        assert isinstance(steps, RecordedSteps)
+        assert steps.has_recorded == ops.records()
 
 
 @pytest.mark.usefixtures("forked_ranks")

@@ -85,7 +85,7 @@ class CacheSetup:
                     with self.times.phase("graphs"):
                         sizes = self.runner.graph_sizes(self._most_mixed_tokens())
                         self.runner.capture_graphs(sizes)
-            elif self.ranks.world.size == 1 and not (self.config.enforce_eager or self.config.deterministic):
+            elif self.ranks.groups.tensor.size == 1 and not (self.config.enforce_eager or self.config.deterministic):
                 self.runner.record_steps()
         return length, min(useful, fits)
 
