@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 _GRACE_S = 2.0
 """How long a step may take to end once the server is gone."""
 _READ_BYTES = 1 << 18
-_STATE_S = 0.005
+_STATE_S = 0.05
 """A server that keeps up hears of a working engine so often, or after each step that takes longer."""
 _HEARTBEAT_S = 1.0
 """… and so often where it does not keep up."""
@@ -76,6 +76,9 @@ class Channel:
         self._decode = msgspec.msgpack.Decoder(ToEngine).decode
         self._woken, self._waker = socket.socketpair()
         self._waker.setblocking(False)
+        self._readable = select.poll()  # an empty socket is looked at in less time than it takes to read it
+        for each in (connection, self._woken):
+            self._readable.register(each, select.POLLIN)
         self.closed = False
         """Whether the server has closed its end: there is nothing more to do."""
 
@@ -88,22 +91,19 @@ class Channel:
         """The messages that have come; with `wait`, at least one unless the server is gone or `wake` was called."""
         messages: list[ToEngine] = []
         while not self.closed:
-            if wait and not messages and self._is_woken():
+            ready = [descriptor for descriptor, _ in self._readable.poll(None if wait and not messages else 0)]
+            if self._woken.fileno() in ready:
+                self._woken.recv(_READ_BYTES)
+                wait = False
+            if self._connection.fileno() not in ready:
                 break
             try:
-                data = self._connection.recv(_READ_BYTES, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                break
+                data = self._connection.recv(_READ_BYTES)
             except ConnectionError:
                 data = b""
             self.closed = not data
             messages += map(self._decode, self._frames.feed(data))
         return messages
-
-    def _is_woken(self) -> bool:
-        """Wait until there is something to read; whether `wake` was called."""
-        ready, _, _ = select.select([self._connection, self._woken], [], [])
-        return self._woken in ready and bool(self._woken.recv(_READ_BYTES))
 
     def send(self, message: Any) -> None:
         """Send one message; waits where the server does not read."""
