@@ -40,9 +40,9 @@ def test_bad_objectives(text: str, message: str) -> None:
 def test_an_objective_is_kept_at_the_95th_percentile() -> None:
     load = result(FIRST, SECOND)
     assert load.ttft is not None
-    assert Slo({"ttft": load.ttft.p95}).met_at_p95(load)
-    assert not Slo({"ttft": load.ttft.p95 * 0.999}).met_at_p95(load)
-    assert not Slo({"ttft": 10_000}).met_at_p95(result(FIRST, FAILED)), "a failed request keeps no objective"
+    assert load.keeps(Slo({"ttft": load.ttft.p95}))
+    assert not load.keeps(Slo({"ttft": load.ttft.p95 * 0.999}))
+    assert not result(FIRST, FAILED).keeps(Slo({"ttft": 10_000})), "a failed request keeps no objective"
 
 
 def test_the_knee_is_the_highest_throughput_that_keeps_the_objective() -> None:

@@ -3,12 +3,8 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from hasten.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from hasten.bench.load.metrics import LoadResult
 
 NAMES = ("ttft", "itl", "tpot", "e2el")
 """Latencies that may have a limit, under the names of `hasten bench load`."""
@@ -41,13 +37,6 @@ class Slo:
 
     def __str__(self) -> str:
         return ",".join(f"{name}={limit:g}ms" for name, limit in self.limits.items())
-
-    def met_at_p95(self, result: "LoadResult") -> bool:
-        """Whether no request failed and the 95th percentile of each limited latency is within its limit."""
-        return not result.failed and all(
-            latency is not None and latency.p95 <= limit
-            for latency, limit in ((getattr(result, name), limit) for name, limit in self.limits.items())
-        )
 
     def met_by_request(self, latencies: Mapping[str, float | None]) -> bool:
         """Whether a request's own latencies, in milliseconds, are within their limits; None is within each."""

@@ -155,5 +155,5 @@ def sweep(
 
 def knee(points: Sequence[Point], slo: Slo) -> Point | None:
     """The point of the highest throughput that keeps an objective; None where none does."""
-    kept = [point for point in points if slo.met_at_p95(point.load)]
+    kept = [point for point in points if point.load.keeps(slo)]
     return max(kept, key=lambda point: point.load.output_throughput or 0.0, default=None)

@@ -109,7 +109,7 @@ def _searched(
 
     def run(concurrency: int) -> Point:
         point = server.run(concurrency, options)
-        say(f"{described(point)}: {'kept' if slo.met_at_p95(point.load) else 'not kept'}")
+        say(f"{described(point)}: {'kept' if point.load.keeps(slo) else 'not kept'}")
         return point
 
     with start(setting) as server:
@@ -124,7 +124,7 @@ def search(run: Callable[[int], Point], slo: Slo, most: int) -> list[Point]:
 
     def kept(concurrency: int) -> bool:
         points[concurrency] = run(concurrency)
-        return slo.met_at_p95(points[concurrency].load)
+        return points[concurrency].load.keeps(slo)
 
     good, bad, at, best = 0, None, 1, 0.0
     while bad is None:
@@ -152,7 +152,7 @@ def _confirmed(
     while True:
         say(f"confirming {concurrency} in flight")
         point = server.run(concurrency, options)
-        if slo.met_at_p95(point.load):
+        if point.load.keeps(slo):
             return point
         if concurrency == 1:
             raise EngineError(f"{slo} was kept once and not again: {described(point)}; the machine may be too busy")

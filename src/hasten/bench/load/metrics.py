@@ -1,7 +1,7 @@
 """The figures of a load, under the names that the field gives them. Latencies are in milliseconds."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypedDict
@@ -88,6 +88,11 @@ class LoadResult:
     e2el_from_schedule: Latency | None
     client: ClientFigures
 
+    def keeps(self, slo: Slo) -> bool:
+        """Whether no request failed and the 95th percentile of each limited latency is within its limit."""
+        limited = ((getattr(self, name), limit) for name, limit in slo.limits.items())
+        return not self.failed and all(latency is not None and latency.p95 <= limit for latency, limit in limited)
+
 
 class LoadReport(TypedDict):
     """What is written: a server under each rate, and what put it under load."""
@@ -124,15 +129,8 @@ def result_of(ran: Sequence[Ran], *, request_rate: float | str, max_concurrency:
     done = [record for record in records if not record.error]
     failed = [record for record in records if record.error]
     duration = max(record.end for record in done) - min(record.sent for record in done)
-    inputs, outputs = (
-        _total(done, lambda record: record.input_tokens),
-        _total(done, lambda record: record.output_tokens),
-    )
+    tokens = _Tokens.of(done)
     events = sum(len(record.times) for record in done)
-    needs_tokens = "tpot" in slo.limits and outputs is None
-    good = None
-    if slo.limits and not needs_tokens:
-        good = sum(slo.met_by_request(_latencies(record)) for record in done) / duration
     ttft = Latency.of([record.times[0] - record.sent for record in done])
     itl = Latency.of(list(chain.from_iterable(map(_gaps, done))))
     return LoadResult(
@@ -145,15 +143,15 @@ def result_of(ran: Sequence[Ran], *, request_rate: float | str, max_concurrency:
         error_messages={record.error: record.message for record in reversed(failed)},
         duration=duration,
         request_throughput=len(done) / duration,
-        output_throughput=None if outputs is None else outputs / duration,
-        total_token_throughput=None if outputs is None or inputs is None else (inputs + outputs) / duration,
-        goodput=good,
-        input_tokens=inputs,
-        output_tokens=outputs,
+        output_throughput=None if tokens.outputs is None else tokens.outputs / duration,
+        total_token_throughput=None if tokens.total is None else tokens.total / duration,
+        goodput=_goodput(done, tokens, slo, duration),
+        input_tokens=tokens.inputs,
+        output_tokens=tokens.outputs,
         events=events,
-        events_per_token=events / outputs if outputs else None,
+        events_per_token=events / tokens.outputs if tokens.outputs else None,
         ttft=ttft,
-        tpot=Latency.of([tpot for record in done if (tpot := _tpot(record)) is not None]) if outputs else None,
+        tpot=Latency.of([tpot for record in done if (tpot := _tpot(record)) is not None]) if tokens.outputs else None,
         itl=itl,
         e2el=Latency.of([record.last - record.sent for record in done]),
         ttft_from_schedule=Latency.of([record.times[0] - record.due for record in done]),
@@ -162,9 +160,33 @@ def result_of(ran: Sequence[Ran], *, request_rate: float | str, max_concurrency:
     )
 
 
-def _total(records: Sequence[Record], count: Callable[[Record], int | None]) -> int | None:
-    counts = [count(record) for record in records]
-    return None if None in counts else sum(each for each in counts if each is not None)
+@dataclass(frozen=True)
+class _Tokens:
+    """Tokens of completed requests; None where nobody has counted those of one."""
+
+    inputs: int | None
+    outputs: int | None
+
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> "_Tokens":
+        return cls(
+            _total([record.input_tokens for record in records]), _total([record.output_tokens for record in records])
+        )
+
+    @property
+    def total(self) -> int | None:
+        return None if self.inputs is None or self.outputs is None else self.inputs + self.outputs
+
+
+def _total(counts: Sequence[int | None]) -> int | None:
+    return None if None in counts else sum(count for count in counts if count is not None)
+
+
+def _goodput(records: Sequence[Record], tokens: _Tokens, slo: Slo, duration: float) -> float | None:
+    """Requests per second that met all objectives; None without any, or where one needs tokens that nobody counted."""
+    if not slo.limits or ("tpot" in slo.limits and tokens.outputs is None):
+        return None
+    return sum(slo.met_by_request(_latencies(record)) for record in records) / duration
 
 
 def _client_figures(
