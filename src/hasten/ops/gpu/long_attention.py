@@ -89,9 +89,9 @@ def _absorbed(
     """The softmax so far with the keys from `start` on added to it; not MASKED, every query sees all of them."""
     score_mn = tl.dot(q_md, keys.load([row + start, 0]).T, input_precision=PRECISION)
     distance_mn = start + tl.arange(0, BLOCK_N)[None, :] - position_m[:, None]
-    if CAPPED or HAS_SLOPES or FARTHEST:
+    if MASKED or CAPPED or HAS_SLOPES or FARTHEST:
         score_mn = shaped(score_mn * scale, distance_mn, slope_m, bias, cap, HAS_SLOPES, CAPPED, FARTHEST)
-        scale = 1.0  # else it is multiplied with where the exponent is computed
+        scale = 1.0  # else multiplied with where the exponent is computed, by one instruction with the subtraction
     if MASKED:
         seen_mn = distance_mn <= 0
         if WINDOW:
