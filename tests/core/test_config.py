@@ -6,19 +6,13 @@ from typing import Any, cast
 
 import pytest
 
-from hasten.core.config import (
-    WITHOUT_EFFECT,
-    CacheConfig,
-    EngineConfig,
-    EngineOptions,
-    ParallelConfig,
-    SchedulerConfig,
-    engine_fields,
-)
+from hasten.core.config import CacheConfig, EngineConfig, SchedulerConfig, engine_fields
 from hasten.core.dtypes import dtype_name
+from hasten.core.engine_options import WITHOUT_EFFECT, EngineOptions
 from hasten.core.errors import ConfigError
 from hasten.core.model_config import AttentionConfig, ModelConfig
 from hasten.core.option_fields import parse_size
+from hasten.core.parallel_config import ParallelConfig
 
 ATTENTION: dict[str, Any] = {"num_heads": 12, "num_kv_heads": 4, "head_size": 8}
 MODEL: dict[str, Any] = {
@@ -112,7 +106,12 @@ def test_unknown_data_types_are_named_with_those_known(text: str) -> None:
         (EngineConfig, {"model": "m"}, {"device": "cuda:"}, "device 'cuda:' is not known"),
         (EngineConfig, {"model": "m"}, {"device": "cpu "}, "device 'cpu ' is not known"),
         (EngineConfig, {"model": "m"}, {"quantization": "int3"}, "quantization 'int3' is not supported"),
-        (EngineConfig, {"model": "m"}, {"load_format": "gguf"}, "load_format 'gguf' is not auto or dummy"),
+        (
+            EngineConfig,
+            {"model": "m"},
+            {"load_format": "gguf"},
+            "load_format 'gguf' is not supported",
+        ),
     ],
 )
 def test_bad_values_are_named(kind: type[Any], good: dict[str, Any], bad: dict[str, Any], message: str) -> None:

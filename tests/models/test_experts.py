@@ -19,8 +19,8 @@ from hasten.checkpoint.convert import Conversion, convert
 from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.checkpoint.plan import open_checkpoint
 from hasten.checkpoint.sources import open_source
-from hasten.core.config import ParallelConfig
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
+from hasten.core.parallel_config import ParallelConfig
 from hasten.models.gpt_oss import GptOssForCausalLM
 from hasten.models.llama import LlamaForCausalLM
 from hasten.models.qwen2_moe import Qwen2MoeForCausalLM

@@ -12,9 +12,9 @@ from tests.models.families import with_rope
 from hasten import LLM, SamplingParams
 from hasten.checkpoint import hugging_face
 from hasten.checkpoint.hugging_face import read_hf_config
-from hasten.core.config import ParallelConfig
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.core.model_config import RopeConfig
+from hasten.core.parallel_config import ParallelConfig
 from hasten.engine.batch import Batch
 from hasten.engine.block_manager import BlockManager
 from hasten.models.gemma import Gemma2ForCausalLM, Gemma3ForCausalLM, GemmaForCausalLM

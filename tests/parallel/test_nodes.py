@@ -11,8 +11,8 @@ from tests.parallel.test_launch import HOST, children_of, end_of, endless, runni
 from tests.parallel.two_hosts import two_hosts
 
 from hasten import LLM, SamplingParams
-from hasten.core.config import ParallelConfig
 from hasten.core.errors import ConfigError
+from hasten.core.parallel_config import ParallelConfig
 from hasten.core.ports import free_port
 from hasten.parallel.rank import RankInfo, on_several_hosts, rank_info
 

@@ -186,7 +186,7 @@ def test_a_constraint_holds_for_what_follows_the_reasoning(takes: Any, constrain
 
 def test_an_unknown_form_of_reasoning_is_refused() -> None:
     assert EngineConfig.create("m").reasoning_parser == "auto"
-    with pytest.raises(ConfigError, match="reasoning_parser 'granite' is not known; there is auto, none, deepseek_r1"):
+    with pytest.raises(ConfigError, match="reasoning_parser 'granite' is not supported; there is auto, none"):
         EngineConfig.create("m", reasoning_parser="granite")
 
 

@@ -248,7 +248,7 @@ def test_the_form_of_calls_can_be_named(
 
 def test_an_unknown_form_is_refused() -> None:
     assert EngineConfig.create("m", tool_call_parser="mistral").tool_call_parser == "mistral"
-    with pytest.raises(ConfigError, match="tool_call_parser 'pythonic' is not known; there is auto, hermes"):
+    with pytest.raises(ConfigError, match="tool_call_parser 'pythonic' is not supported; there is auto, hermes"):
         EngineConfig.create("m", tool_call_parser="pythonic")
 
 

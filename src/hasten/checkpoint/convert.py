@@ -27,10 +27,10 @@ from hasten.checkpoint.writers import (
     StoppedError,
     Writer,
 )
-from hasten.core.config import ParallelConfig
 from hasten.core.dtypes import DTypeName
 from hasten.core.errors import CheckpointError, ConfigError, UnsupportedError
 from hasten.core.model_config import ModelConfig
+from hasten.core.parallel_config import ParallelConfig
 
 
 @dataclass(frozen=True)

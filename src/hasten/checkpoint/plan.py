@@ -14,10 +14,10 @@ from hasten.checkpoint.model_files import TOKENIZER_ALONE
 from hasten.checkpoint.pooling import PoolingConfig, read_pooling
 from hasten.checkpoint.source import Source, known_tokens
 from hasten.checkpoint.sources import open_dummy, open_source
-from hasten.core.config import ParallelConfig
 from hasten.core.dtypes import Quantization
 from hasten.core.errors import CheckpointError
 from hasten.core.model_config import ModelConfig
+from hasten.core.parallel_config import ParallelConfig
 from hasten.models import generation_config
 from hasten.models.weight_map import WeightSpec
 from hasten.ops import Weight

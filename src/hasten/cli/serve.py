@@ -6,9 +6,10 @@ import typing
 from typing import Any
 
 from hasten.cli.options import Parser, add_engine_options, add_fields, engine_options, given, path
-from hasten.core.config import EngineConfig, ParallelConfig
+from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
 from hasten.core.extras import require_extra
+from hasten.core.parallel_config import ParallelConfig
 from hasten.server.options import (
     EndpointOptions,
     LogOptions,

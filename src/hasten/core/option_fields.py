@@ -1,5 +1,6 @@
 """Fields of configurations: their options on the command line, and how their values are checked."""
 
+import dataclasses
 import re
 import typing
 from collections.abc import Callable
@@ -47,8 +48,8 @@ _KINDS: dict[type, tuple[Callable[[object], bool], str]] = {
 }
 
 
-def check_kinds(config: Any) -> None:
-    """Raise ConfigError that names a field of a plain type whose value is of another."""
+def check_fields(config: Any) -> None:
+    """Raise ConfigError that names a field of a plain type whose value is of another, or none of its choices."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value, parts = getattr(config, name), typing.get_args(hint) or (hint,)
         if value is None and type(None) in parts:
@@ -58,3 +59,9 @@ def check_kinds(config: Any) -> None:
                 fits, kind = _KINDS[part]
                 or_none = " or None" if type(None) in parts else ""
                 require(fits(value), f"{name} must be {kind}{or_none}, got {value!r:.80}")
+    for each in dataclasses.fields(config):
+        value, choices = getattr(config, each.name), each.metadata.get("choices")
+        require(
+            value is None or choices is None or value in choices,
+            f"{each.name} {value!r:.80} is not supported; there is {', '.join(choices or ())}",
+        )

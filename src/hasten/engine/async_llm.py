@@ -18,7 +18,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, Unpack
 
-from hasten.core.config import EngineOptions
+from hasten.core.engine_options import EngineOptions
 from hasten.core.errors import EngineError, InvalidRequestError
 from hasten.core.model_config import ModelConfig
 from hasten.core.types import (

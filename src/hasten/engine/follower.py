@@ -8,7 +8,8 @@ import threading
 from dataclasses import asdict
 from typing import Any
 
-from hasten.core.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from hasten.core.config import CacheConfig, EngineConfig, SchedulerConfig
+from hasten.core.parallel_config import ParallelConfig
 from hasten.engine.rank_device import device_kind
 from hasten.engine.worker import Worker
 from hasten.parallel.launch import Ranks

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 import torch
 
 from hasten.checkpoint.files import read_json
-from hasten.core.config import EngineConfig, EngineOptions, engine_fields
+from hasten.core.config import EngineConfig, engine_fields
+from hasten.core.engine_options import EngineOptions
 from hasten.core.errors import ConfigError, EngineError, InvalidRequestError
 from hasten.core.model_config import ModelConfig
 from hasten.core.progress import ProgressBar, progress_bar

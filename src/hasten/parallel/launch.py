@@ -20,8 +20,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed offers them, but its types do not
 
-from hasten.core.config import ParallelConfig
 from hasten.core.errors import ConfigError, RankError
+from hasten.core.parallel_config import ParallelConfig
 from hasten.parallel.children import Children
 from hasten.parallel.control import Hub, Spoke, await_host, interface_of
 from hasten.parallel.groups import ALONE, ParallelGroups, PipelineGroup, TensorGroup

@@ -6,8 +6,8 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hasten.core.config import ParallelConfig
 from hasten.core.errors import ConfigError
+from hasten.core.parallel_config import ParallelConfig
 from hasten.core.ports import free_port
 
 LOCAL = "127.0.0.1"

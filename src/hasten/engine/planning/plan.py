@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hasten import ops
-from hasten.core.config import EngineConfig, ParallelConfig
+from hasten.core.config import EngineConfig
 from hasten.core.dtypes import QUANTIZATIONS, CacheDType, DTypeName
 from hasten.core.errors import ConfigError
 from hasten.core.model_config import ModelConfig
+from hasten.core.parallel_config import ParallelConfig
 from hasten.engine.memory import CPU_SHARE, DEFAULT_MODEL_LEN, DEFAULT_STEP_TOKENS
 from hasten.engine.planning.footprint import Footprint, footprint
 from hasten.engine.planning.hardware import Device

@@ -1,0 +1,128 @@
+"""Options of an engine by name: aliases, what other engines' options ask for, and values in their plain form."""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from hasten.core.dtypes import KVCacheDType, Quantization
+from hasten.core.errors import ConfigError
+from hasten.core.option_fields import parse_size, require
+
+WITHOUT_EFFECT: Mapping[str, tuple[tuple[object, ...] | None, str]] = {
+    "enable_chunked_prefill": ((True, None), "long prompts are computed in chunks; see max_num_batched_tokens"),
+    "disable_log_stats": (None, ""),
+    "disable_custom_all_reduce": (None, ""),
+    "trust_remote_code": (None, ""),
+    "swap_space": (None, ""),
+    "max_seq_len_to_capture": (None, ""),
+    "cpu_offload_gb": ((0,), "all weights stay on the device"),
+    "data_parallel_size": ((1,), "this is one engine; hasten serve --data-parallel-size runs several"),
+    "enable_lora": ((False, None), "adapters are not supported; merge them into the checkpoint"),
+    "skip_tokenizer_init": ((False,), "a folder without a tokenizer does without one"),
+    "enable_auto_tool_choice": (None, ""),
+    "tokenizer_mode": (("auto", "fast"), "the tokenizer is the checkpoint's tokenizer.json"),
+    "scheduling_policy": (("fcfs",), "requests begin in the order in which they come; only itl_target changes that"),
+    "speculative_config": ((None,), "there is no speculative decoding"),
+}
+"""Options of vLLM that choose nothing here: the values that ask for what hasten does anyway (None: any value), and why
+others are refused."""
+
+
+def by_field(options: Mapping[str, Any], fields: "Sequence[dataclasses.Field[Any]]") -> dict[str, Any]:
+    """Options by the names of `fields`, whose aliases they may be given by; ConfigError for an unknown one.
+
+    Options of vLLM that ask for nothing that hasten does otherwise are left out.
+    """
+    names = {name: each for each in fields for name in (each.name, *each.metadata.get("aliases", ()))}
+    given: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in WITHOUT_EFFECT:
+            _check_without_effect(name, value)
+            continue
+        require(name in names, _unknown_option(name, names))
+        described = names[name]
+        require(described.name not in given, f"{name} and {described.name} are one option; give it once")
+        given[described.name] = _plain(described, value)
+    return given
+
+
+def _check_without_effect(name: str, value: object) -> None:
+    values, reason = WITHOUT_EFFECT[name]
+    if values is not None and value not in values:
+        raise ConfigError(f"{name}={value!r:.80} is not supported: {reason}")
+
+
+def _unknown_option(name: str, names: "Mapping[str, dataclasses.Field[Any]]") -> str:
+    near = difflib.get_close_matches(name, [*names, *WITHOUT_EFFECT], 1)
+    hint = f"; did you mean {near[0]}?" if near else ";"
+    return f"unknown engine option {name}{hint} there are {', '.join(sorted({each.name for each in names.values()}))}"
+
+
+def _plain(described: "dataclasses.Field[Any]", value: Any) -> Any:
+    """Data types and devices of torch, paths and lists of layers as the text that stands for them; sizes as numbers."""
+    if described.metadata.get("kind") == "size" and isinstance(value, str):
+        return parse_size(value)
+    if described.name == "pipeline_layers" and isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    if described.name in ("dtype", "device"):
+        return str(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+class EngineOptions(TypedDict, total=False):
+    """The options of an engine by the names of their fields, for type checkers and editors."""
+
+    tokenizer: str | os.PathLike[str] | None
+    tool_call_parser: str
+    reasoning_parser: str
+    dtype: Any
+    device: Any
+    quantization: Quantization | None
+    load_format: str
+    verify_checksums: bool
+    revision: str | None
+    download_dir: str | os.PathLike[str] | None
+    progress_bars: bool
+    use_tqdm_on_load: bool
+    seed: int
+    enforce_eager: bool
+    deterministic: bool
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    pipeline_layers: str | Sequence[int] | None
+    expert_parallel: bool
+    nnodes: int | None
+    node_rank: int | None
+    master_addr: str | None
+    master_port: int | None
+    block_size: int
+    kv_cache_memory: int | str | None
+    gpu_memory_utilization: float
+    enable_prefix_caching: bool
+    kv_cache_dtype: KVCacheDType
+    max_num_seqs: int
+    max_num_batched_tokens: int | None
+    max_model_len: int | None
+    itl_target: float | None
+    overlap_steps: bool | None
+    max_grammar_seconds: int
+    max_grammar_memory: int | str
+    kv_cache_memory_bytes: int | str | None
+    async_scheduling: bool | None
+    enable_expert_parallel: bool
+    enable_chunked_prefill: bool | None
+    disable_log_stats: bool
+    disable_custom_all_reduce: bool
+    trust_remote_code: bool
+    swap_space: float
+    max_seq_len_to_capture: int
+    cpu_offload_gb: float
+    data_parallel_size: int
+    enable_lora: bool | None
+    skip_tokenizer_init: bool
+    enable_auto_tool_choice: bool
+    tokenizer_mode: str
+    scheduling_policy: str
+    speculative_config: Any
