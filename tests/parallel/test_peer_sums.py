@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,19 +21,12 @@ from hasten import ops
 from hasten.core.ports import free_port
 from hasten.layers.linear import RowLinear
 from hasten.ops import PartialSum, reference
-from hasten.parallel import peer_sums
 from hasten.parallel.groups import TensorGroup
 from hasten.parallel.peer_ring import RingMemory
-from hasten.parallel.peer_sums import SLOTS, PeerSums, pieces
+from hasten.parallel.peer_sums import SLOTS, PeerSums
 
 FEW, MOST, WIDTH = 4, 40, 6
 GPU_LIMIT_S = 100
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_sums, "_LEAST_PIECE", 8)
-    monkeypatch.setattr(peer_sums, "_TILE", 2)
 
 
 def both(abort_flag: Tensor) -> list[PeerSums]:
@@ -42,15 +36,6 @@ def both(abort_flag: Tensor) -> list[PeerSums]:
     return [PeerSums(memory[rank], memory[1 - rank], FEW, abort_flag) for rank in range(2)]
 
 
-@pytest.mark.parametrize("rows", [1, 7, 8, 15, 16, 17, 31, 32, 33, 40, 41, 999])
-def test_pieces_are_all_rows_in_their_order(rows: int) -> None:
-    found = list(pieces(rows))
-    assert [at for piece in found for at in range(piece.start, piece.stop)] == list(range(rows))
-    assert len(found) <= 4
-    assert all((piece.stop - piece.start) % 2 == 0 for piece in found[:-1])
-    assert len(found) == 1 or rows >= 16
-
-
 def test_few_rows_and_more_than_a_slot_has_room_for_take_another_way() -> None:
     sums, row_bytes = both(torch.zeros(1, dtype=torch.int32))[0], WIDTH * 4
     taken = [rows for rows in range(60) if sums.takes(rows, row_bytes)]
@@ -58,9 +43,15 @@ def test_few_rows_and_more_than_a_slot_has_room_for_take_another_way() -> None:
     assert taken == list(range(FEW + 1, room + 1))
 
 
+def part_into(part: Tensor) -> Callable[[Tensor], None]:
+    def write(out: Tensor) -> None:
+        out.copy_(part)
+
+    return write
+
+
 @pytest.mark.parametrize("slow", [0, 1, None])
 def test_whoever_is_fast_both_ranks_get_the_others_part_of_every_sum(slow: int | None) -> None:
-    """A rank reads a sum late: behind its own next product, as far as the device may be behind the host."""
     abort_flag = torch.zeros(1, dtype=torch.int32)
     ranks, sizes = both(abort_flag), [random.Random(0).randint(FEW + 1, MOST) for _ in range(60)]
 
@@ -70,14 +61,11 @@ def test_whoever_is_fast_both_ranks_get_the_others_part_of_every_sum(slow: int |
     def run(rank: int) -> None:
         rng = random.Random(rank)
         for number, rows in enumerate(sizes):
-            part, out = value(rank, number, rows), torch.empty(rows, WIDTH)
-
-            def multiply(piece: slice, part: Tensor = part, out: Tensor = out) -> None:
-                if rank == slow or (slow is None and rng.random() < 0.5):
-                    time.sleep(rng.choice([0, 0.001]))
-                out[piece] = part[piece]
-
-            theirs = ranks[rank].exchanged(out, multiply)
+            part = value(rank, number, rows)
+            if rank == slow or (slow is None and rng.random() < 0.5):
+                time.sleep(rng.choice([0, 0.001]))
+            own, theirs = ranks[rank].exchanged(rows, WIDTH, torch.float32, part_into(part))
+            assert torch.equal(own, part)
             assert torch.equal(theirs, value(1 - rank, number, rows))
             if rng.random() < 0.3:
                 time.sleep(0.001)
@@ -94,8 +82,8 @@ def test_whoever_is_fast_both_ranks_get_the_others_part_of_every_sum(slow: int |
 
 def test_a_rank_that_failed_is_not_waited_for() -> None:
     sums = both(torch.ones(1, dtype=torch.int32))[0]
-    out = torch.zeros(FEW + 1, WIDTH)
-    assert sums.exchanged(out, lambda rows: None).shape == out.shape
+    _, theirs = sums.exchanged(FEW + 1, WIDTH, torch.float32, lambda out: None)
+    assert theirs.shape == (FEW + 1, WIDTH)
 
 
 @pytest.mark.parametrize("rows", [FEW + 1, 33])

@@ -49,8 +49,8 @@ GPU takes a third less time over as many tokens in larger steps (docs/performanc
 _STEP_BLOCK = 64
 """Least tokens of a block of a cache that holds one step's texts, on a GPU: nobody shares blocks, and fewer of them are
 less work for the host."""
-_MOST_SENT_ROWS = 16_384
-"""Rows of the largest sum for which two ranks keep room in each other's memory."""
+_MOST_SUMMED_ROWS = 16_384
+"""Rows of the largest sum for which two ranks keep room that the other reads."""
 _PROMPT_LOGITS_ROWS = 256
 """Rows of prompt logits computed at a time: a whole prompt's would need vocabulary times length."""
 
@@ -205,7 +205,7 @@ class Worker:
             tensor = replace(tensor, peers=None if peers is None else replace(peers, fixed_order=fixed))
             # a parallel residual adds both of its products up before ranks do, and a fixed order is that of mailboxes
             if peers is not None and tensor.size == 2 and not (fixed or self.model_config.parallel_residual):
-                slot_bytes = min(step_tokens, _MOST_SENT_ROWS) * width * dtype.itemsize
+                slot_bytes = min(step_tokens, _MOST_SUMMED_ROWS) * width * dtype.itemsize
                 few = MOST_EXCHANGED_ROWS
                 sums = connect_sums(ranks.store, tensor, slot_bytes, few, self.device, self._abort_flag)
                 tensor = replace(tensor, sums=sums)

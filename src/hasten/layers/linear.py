@@ -178,6 +178,6 @@ class RowLinear(_Linear):
     def _exchanged(
         self, sums: PeerSums, x_th: Tensor, residual_to: Tensor | None, rows_t: Tensor | None
     ) -> ops.PartialSum:
-        own_to = x_th.new_empty(len(x_th), self.packed.out_features)
-        other_to = sums.exchanged(own_to, lambda rows: ops.linear_into(x_th[rows], self.packed, own_to[rows]))
+        size = len(x_th), self.packed.out_features
+        own_to, other_to = sums.exchanged(*size, x_th.dtype, lambda out_to: ops.linear_into(x_th, self.packed, out_to))
         return ops.PartialSum(own_to, self.bias, residual_to, rows_t, added=other_to)

@@ -30,7 +30,7 @@ class TensorGroup:
     peers: Peers | None = None
     """Where ranks on one host can write each other's memory: for sums of a few rows."""
     sums: PeerSums | None = None
-    """Where two ranks send each other sums of more rows than mailboxes take, while products go on."""
+    """Where two ranks read each other's parts of sums of more rows than mailboxes take."""
     first: int = 0
     """The rank in the world of the group's rank 0."""
     handle: dist.ProcessGroup | None = None

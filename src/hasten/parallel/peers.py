@@ -129,7 +129,7 @@ def connect_stages(
 def connect_sums(
     store: Store, group: TensorGroup, slot_bytes: int, few: int, device: torch.device, abort_flag: Tensor
 ) -> PeerSums | None:
-    """What two ranks send each other sums of more than `few` rows through, on both; None, on both, if either cannot.
+    """Where two ranks read each other's parts of sums of more than `few` rows; None, on both, if either cannot.
 
     `slot_bytes`: of the largest sum.
     """
