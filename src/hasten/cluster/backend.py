@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Protocol
 
-from hasten.cluster.spec import TrainingJob, TritonServer, Volume, pairs, record_of, server_of
+from hasten.cluster.spec import TrainingJob, TritonServer, Volume, options_given, pairs, record_of, server_of
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.core.option_fields import option
 
@@ -268,11 +268,7 @@ class Backend(Protocol):
 
 def refuse_unsupported(backend: str, spec: TrainingJob | TritonServer | Volume, supported: AbstractSet[str]) -> None:
     """UnsupportedError that names the options which the user gave and the backend cannot do."""
-    options = []
-    for each in fields(spec):
-        default = each.default_factory() if each.default_factory is not MISSING else each.default
-        if each.name not in supported and getattr(spec, each.name) != default:
-            options.append(each.metadata.get("flag", "--" + each.name.replace("_", "-")))
+    options = [flag for name, flag in options_given(spec).items() if name not in supported]
     if options:
         raise UnsupportedError(
             f"{backend} cannot do {', '.join(options)}; leave it out or use another backend (--cluster)"

@@ -7,7 +7,7 @@ field asks raises UnsupportedError (`backend.refuse_unsupported`).
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,9 +76,24 @@ def checked_text(text: str, what: str) -> str:
 def _check_texts(spec: "Workload | Volume") -> None:
     for each in fields(spec):
         value = getattr(spec, each.name)
-        flag = each.metadata.get("flag", "--" + each.name.replace("_", "-")) if "help" in each.metadata else each.name
+        flag = flag_of(each) if "help" in each.metadata else each.name
         for text in [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else ():
             checked_text(text, flag)
+
+
+def flag_of(option: "Field[Any]") -> str:
+    """A field's name on the command line."""
+    return str(option.metadata.get("flag", "--" + option.name.replace("_", "-")))
+
+
+def options_given(spec: "Workload | Volume") -> dict[str, str]:
+    """Names of fields that have another value than their default -> what the command line calls them."""
+    found = {}
+    for each in fields(spec):
+        default = each.default_factory() if each.default_factory is not MISSING else each.default
+        if getattr(spec, each.name) != default:
+            found[each.name] = flag_of(each)
+    return found
 
 
 def quantity(text: str, flag: str) -> Decimal:

@@ -259,6 +259,16 @@ def attention_of(section: Section, **more: Any) -> AttentionConfig:
     return AttentionConfig(num_heads=heads, num_kv_heads=heads, head_size=section.count("size_per_head"), **more)
 
 
+def size_keys(config: ModelConfig, model_name: str) -> dict[str, object]:
+    """Keys and values that most families begin with."""
+    return {
+        "model_name": model_name,
+        "head_num": config.attention.num_heads,
+        "size_per_head": config.attention.head_size,
+        "inter_size": config.intermediate_size,
+    }
+
+
 def token_keys(config: ModelConfig) -> dict[str, object]:
     """Keys and values of the start and end tokens."""
     ends = config.eos_token_ids

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import ClassVar
 
-from hasten.checkpoint.faster_transformer.family import LAYER_MODULES, Family, attention_of, token_keys
+from hasten.checkpoint.faster_transformer.family import LAYER_MODULES, Family, attention_of, size_keys, token_keys
 from hasten.checkpoint.faster_transformer.ini import Section
 from hasten.core.dtypes import DTypeName
 from hasten.core.model_config import ModelConfig
@@ -44,10 +44,7 @@ class GPT2(Family):
         """Keys and values of config.ini, in order."""
         eps = {} if config.norm_eps == _EPS else {"layernorm_eps": config.norm_eps}
         return {
-            "model_name": model_name,
-            "head_num": config.attention.num_heads,
-            "size_per_head": config.attention.head_size,
-            "inter_size": config.intermediate_size,
+            **size_keys(config, model_name),
             "max_pos_seq_len": config.max_position_embeddings,
             "num_layer": config.num_layers,
             "vocab_size": config.vocab_size,

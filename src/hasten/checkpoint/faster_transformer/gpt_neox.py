@@ -14,6 +14,7 @@ from hasten.checkpoint.faster_transformer.family import (
     FileTensor,
     Shards,
     attention_of,
+    size_keys,
     token_keys,
 )
 from hasten.checkpoint.faster_transformer.ini import Section
@@ -68,10 +69,7 @@ class GPTNeoX(Family):
         """Keys and values of config.ini, in order."""
         assert config.attention.rope is not None
         return {
-            "model_name": model_name,
-            "head_num": config.attention.num_heads,
-            "size_per_head": config.attention.head_size,
-            "inter_size": config.intermediate_size,
+            **size_keys(config, model_name),
             "num_layer": config.num_layers,
             "rotary_embedding": config.attention.rope.width,
             "vocab_size": config.vocab_size,

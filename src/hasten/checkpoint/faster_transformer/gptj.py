@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from hasten.checkpoint.faster_transformer.family import LAYER_MODULES, Family, attention_of, token_keys
+from hasten.checkpoint.faster_transformer.family import LAYER_MODULES, Family, attention_of, size_keys, token_keys
 from hasten.checkpoint.faster_transformer.ini import Section
 from hasten.core.dtypes import DTypeName
 from hasten.core.model_config import ModelConfig, RopeConfig
@@ -37,10 +37,7 @@ class GPTJ(Family):
         """Keys and values of config.ini, in order."""
         assert config.attention.rope is not None
         return {
-            "model_name": model_name,
-            "head_num": config.attention.num_heads,
-            "size_per_head": config.attention.head_size,
-            "inter_size": config.intermediate_size,
+            **size_keys(config, model_name),
             "num_layer": config.num_layers,
             "rotary_embedding": config.attention.rope.width,
             "vocab_size": config.vocab_size,

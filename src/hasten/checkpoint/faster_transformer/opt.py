@@ -15,6 +15,7 @@ from hasten.checkpoint.faster_transformer.family import (
     FileTensor,
     Shards,
     attention_of,
+    size_keys,
     token_keys,
 )
 from hasten.checkpoint.faster_transformer.ini import Section
@@ -71,10 +72,7 @@ class OPT(Family):
     def ini(self, config: ModelConfig, model_name: str, ranks: int, dtype: DTypeName) -> dict[str, object]:
         """Keys and values of config.ini, in order."""
         return {
-            "model_name": model_name,
-            "head_num": config.attention.num_heads,
-            "size_per_head": config.attention.head_size,
-            "inter_size": config.intermediate_size,
+            **size_keys(config, model_name),
             "max_pos_seq_len": config.max_position_embeddings,
             "num_layer": config.num_layers,
             "layernorm_eps": _EPS,

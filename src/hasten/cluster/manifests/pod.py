@@ -6,10 +6,9 @@ there as a volume: /tmp, the home folder, /dev/shm.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields
 from typing import Any
 
-from hasten.cluster.spec import TrainingJob, TritonServer, Workload, is_number, mounts, pairs
+from hasten.cluster.spec import TrainingJob, TritonServer, Workload, is_number, mounts, options_given, pairs
 from hasten.core.errors import ConfigError, UnsupportedError
 
 Object = dict[str, Any]
@@ -279,12 +278,8 @@ def toleration(text: str) -> Object:
 
 def refuse_options(job: TrainingJob, names: Sequence[str], what: str, reason: str, more: Sequence[str] = ()) -> None:
     """UnsupportedError where a job has any of these options, or the options `more`, which `what` cannot do."""
-    given = []
-    for option in fields(job):
-        default = option.default_factory() if option.default_factory is not MISSING else option.default
-        if option.name in names and getattr(job, option.name) != default:
-            given.append(option.metadata.get("flag", "--" + option.name.replace("_", "-")))
-    if given := [*given, *more]:
+    options = [flag for name, flag in options_given(job).items() if name in names]
+    if options := [*options, *more]:
         raise UnsupportedError(
-            f"{what} cannot do {', '.join(given)}: {reason}; leave it out, or submit a PyTorchJob (--api pytorchjob)"
+            f"{what} cannot do {', '.join(options)}: {reason}; leave it out, or submit a PyTorchJob (--api pytorchjob)"
         )
