@@ -22,7 +22,7 @@ from hasten.core.config import SchedulerConfig
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.beam import BeamSearch, BeamStep, Hypothesis, candidate_count, end_tokens
-from hasten.engine.beam_choice import BeamRecords, ChosenBeams, PreparedBeams
+from hasten.engine.beam_choice import BeamRecords, ChosenBeams
 from hasten.engine.block_manager import BlockManager
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
@@ -268,7 +268,7 @@ class Device:
         if pairs:
             successors = [successor for each in sequences for successor in each.successors]
             layout = self._records.layout(sequences, successors, CPU)
-            chosen = PreparedBeams(self._records, layout, *tensors(pairs)).choose(tokens, VOCAB)
+            chosen = ChosenBeams(layout.by_row, layout.choose(self._records.states, *tensors(pairs), tokens, VOCAB))
             steps, kept = chosen.steps(list(chosen.choice)), chosen.choice.chosen_2b
         self._kept[: len(kept), : kept.shape[1]] = kept
         return Chosen(sequences, tokens.tolist(), steps)

@@ -28,7 +28,7 @@ GRID: list[dict[str, Any]] = [
 
 
 def uniform(seed: int, position: int) -> float:
-    return float(uniforms(seeds_of([seed]), [position])[0])
+    return float(uniforms(seeds_of([seed]), np.array([position]))[0])
 
 
 def random_logits(rows: int, seed: int, scale: float = 2.0) -> torch.Tensor:
@@ -122,7 +122,7 @@ def test_uniform_numbers_are_even_and_differ_by_seed_and_position() -> None:
 def test_tokens_without_probability_are_not_drawn_at_the_ends_either(
     make_sequence: MakeSequence, monkeypatch: pytest.MonkeyPatch, point: float, wanted: int
 ) -> None:
-    monkeypatch.setattr("hasten.engine.sampled_batch.uniforms", lambda *_: point)
+    monkeypatch.setattr("hasten.engine.sampled_batch.uniforms", lambda _, positions: np.full(positions.shape, point))
     logits = torch.full((1, VOCAB), float("-inf"))
     logits[0, [7, 30]] = 0.0
     for options in ({}, {"top_p": 0.99}, {"top_k": 40}):
@@ -454,3 +454,47 @@ def test_a_request_that_excludes_all_tokens_is_told_so(make_sequence: MakeSequen
     assert excluded.error.startswith("no token may come next")
     assert overflown.error is not None
     assert "not finite" in overflown.error
+
+
+RECORDED: dict[str, dict[str, Any]] = {
+    "drawn": {"temperature": 0.8, "top_p": 0.9},
+    "penalties": {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2},
+    "everything": {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.3, "logprobs": 3, "logit_bias": {3: 2.0}},
+    "bans": {"temperature": 0.0, "min_tokens": 4, "stop_token_ids": [1, 2], "bad_words_ids": [[5], [7, 8]]},
+    "allowed": {"temperature": 0.9, "allowed_token_ids": list(range(3, 30)), "logprobs": 0},
+    "logprobs": {"temperature": 0.0, "logprobs": 5},
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_choices_are_those_of_their_ops(make_sequence: MakeSequence, name: str) -> None:
+    pytest.importorskip("numba", reason="there are no recordings without it")
+    options = RECORDED[name]
+    sequences = [make_sequence([1, 2 + row], seed=row, **options) for row in range(5)]
+    sampler, logits = Sampler((2,), torch.device("cpu")), torch.empty(5, VOCAB)
+    was_recorded = []
+    for step in range(9):
+        if step == 6:  # tokens that nobody chose
+            for sequence in sequences:
+                sequence.token_ids += [9, 9]
+        logits.copy_(random_logits(5, seed=step))
+        expected = Sampler((2,), torch.device("cpu")).prepare(logits.clone(), sequences).choose().collect()
+        found = sampler.prepare(logits, sequences).choose().collect()
+        assert found == expected
+        assert sampler._batch is not None
+        was_recorded.append(sampler._batch.recorded._recorded is not None)
+        for sequence, sampled in zip(sequences, found, strict=True):
+            sequence.append(sampled.token_id)
+    assert any(was_recorded[1:6])
+    alone = sampler.prepare(logits[:1], sequences[:1]).choose().collect()
+    assert alone == Sampler((2,), torch.device("cpu")).prepare(logits[:1].clone(), sequences[:1]).choose().collect()
+
+
+def test_what_a_recorded_choice_gave_stays_as_it_is(make_sequence: MakeSequence) -> None:
+    sequences = [make_sequence([1], seed=row, logprobs=2) for row in range(3)]
+    sampler, logits, choices = Sampler((2,), torch.device("cpu")), torch.empty(3, VOCAB), []
+    for step in range(5):
+        logits.copy_(random_logits(3, seed=step))
+        choices.append((sampler.prepare(logits, sequences).choose(), logits.clone()))
+    for choice, of in choices:
+        assert choice.collect() == Sampler((2,), torch.device("cpu")).prepare(of, sequences).choose().collect()

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -369,6 +370,52 @@ def test_searches_go_on_alike(kernels: native.Kernels) -> None:
             places: list[Any] = [(slice(None), seats), seats, best, best, best, own_state, own_state]
             for part, expected, at in zip(found, wanted, places, strict=True):
                 assert torch.equal(part[at], expected[at])
+
+
+@pytest.mark.parametrize("width", [2, 15, 16, 100, 1027])
+def test_log_probabilities_of_all_tokens(width: int, kernels: native.Kernels) -> None:
+    x = draw(5, width + 3, scale=9.0)[:, :width]
+    x[1, 0] = float("-inf")
+    expected = x.double().log_softmax(-1).float()
+    torch.testing.assert_close(kernels.sampling.log_softmax(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_counts_follow_beams(kernels: native.Kernels) -> None:
+    counts = ops.TokenCounts.empty(9, 40, torch.device("cpu"))
+    for slot in range(9):
+        counts.load([slot], [(np.arange(slot), np.arange(3 * slot) % 11 + 5)])
+    # two searches of 3 and 2 beams, a sequence between them, and a search without penalties
+    slots, firsts = np.array([4, 0, 7, 3, 8, 2, -1, -1]), [0, 0, 0, -1, 4, 4, 6, 6]
+    followed = ops.FollowedCounts.of(slots, firsts, torch.device("cpu"))
+    assert followed is not None
+    parents = torch.tensor([2, 1, 2, 99, 0, 0, 1, 0], dtype=torch.int32)
+    expected = ops.TokenCounts(counts.ids_sw.clone(), counts.counts_sw.clone(), counts.sizes_s.clone())
+    expected.follow(followed, parents)
+    kernels.edits.follow_counts(counts, followed, parents)
+    assert counts.sizes_s.tolist() == expected.sizes_s.tolist()
+    assert counts.sizes_s[4] == counts.sizes_s[7] != counts.sizes_s[0]
+    for slot, size in enumerate(counts.sizes_s.tolist()):
+        assert torch.equal(counts.ids_sw[slot, :size], expected.ids_sw[slot, :size])
+        assert torch.equal(counts.counts_sw[slot, :size], expected.counts_sw[slot, :size])
+    assert ops.FollowedCounts.of(slots[6:], firsts[:2], torch.device("cpu")) is None
+
+
+def test_blocks_follow_beams(kernels: native.Kernels) -> None:
+    rows, columns = 8, 5
+    for tail in (0, 3):
+        shapes = [(40, 4, 6), (40, 4, 6), (40, 4, 5), (40, 16)]
+        caches = ops.BlockCaches.of([draw(*shape) for shape in shapes])
+        others = ops.BlockCaches.of([each.clone() for each in caches.tensors])
+        tables = torch.arange(40, dtype=torch.int32).view(rows, columns)
+        expected, kept = tables.clone(), torch.tensor([0, 3, 3], dtype=torch.int32)
+        pairs = [(1, 0, 0, 2), (2, 0, -2, 3), (3, 0, 3, 2), (5, 4, -1, 4), (7, 4, 2, 0)]
+        moves = ops.BeamMoves.of(((*each, tail) for each in pairs), torch.device("cpu"))
+        kernels.beams.move_beams(caches, tables, moves, kept)
+        beams.move_beams(others, expected, moves, kept)
+        assert torch.equal(tables, expected)
+        assert tables[1, :3].tolist() == [0, 1, 7]
+        for found, wanted in zip(caches.tensors, others.tensors, strict=True):
+            assert torch.equal(found, wanted)
 
 
 def _chosen_by(choose: Callable[..., ops.BeamChoice]) -> Callable[..., list[Tensor]]:

@@ -101,24 +101,22 @@ class BeamLayout:
             firsts[search.first_chosen : search.first_chosen + search.width] = [search.first_chosen] * search.width
         return firsts
 
+    @cached_property
+    def no_tokens(self) -> Tensor:
+        """A token for each row, whichever."""
+        return torch.zeros(len(self.rows), dtype=torch.int32, device=self.searches.numbers_s.device)
 
-class PreparedBeams:
-    """The choice of how a batch's searches go on, up to the choice itself."""
+    def choose(
+        self, states: ops.BeamStates, values_rk: Tensor, ids_rk: Tensor, tokens_r: Tensor, vocab: int
+    ) -> ops.BeamChoice:
+        """Choose by the most probable tokens after each beam of the batch, and their log-probabilities.
 
-    def __init__(self, records: BeamRecords, layout: BeamLayout, values_rk: Tensor, ids_rk: Tensor) -> None:
-        """`ids_rk`: the most probable tokens after each beam of the batch, `values_rk` their log-probabilities."""
-        self.layout = layout
-        self._states, self._candidates = records.states, (values_rk, ids_rk)
-
-    def choose(self, tokens_r: Tensor, vocab: int) -> "ChosenBeams":
-        """Choose by the candidates of all beams; sequences without beams keep the tokens of their rows."""
-        rows = self.layout.rows
-        chosen_2b = tokens_r.new_zeros(2, len(rows))
-        if len(tokens_r) < len(rows):
-            tokens_r = tokens_r[ops.to_device(rows, torch.int64, tokens_r.device)]
-        chosen_2b[0] = tokens_r
-        choice = ops.choose_beams(self._states, self.layout.searches, *self._candidates, chosen_2b, vocab)
-        return ChosenBeams(self.layout.by_row, choice)
+        Sequences without beams keep the tokens of their rows.
+        """
+        chosen_2b = ops.BeamChoice.room(len(self.rows), tokens_r.device)
+        if -1 in self.families:
+            chosen_2b[0] = tokens_r[ops.to_device(self.rows, torch.int64, tokens_r.device)]
+        return ops.choose_beams(states, self.searches, values_rk, ids_rk, chosen_2b, vocab)
 
 
 class ChosenBeams:

@@ -102,15 +102,19 @@ class Constraint:
 
 
 def fill_allowed(constraints: Sequence[Constraint], masks: NDArray[np.int32]) -> None:
-    """Write which tokens may come next, [sequences, words]: bit i of word w stands for token 32 * w + i."""
+    """Write which tokens may come next, [sequences, words]: bit i of word w stands for token 32 * w + i.
+
+    Behind a text that is whole any may.
+    """
     address, size = masks.ctypes.data, 4 * masks.shape[1]
-    is_small = masks.size <= _FEW_WORDS
-    several = [
-        (constraint, row) for row, constraint in enumerate(constraints) if not (is_small or constraint.is_suspect)
-    ]
+    is_small, several = masks.size <= _FEW_WORDS, []
     for row, constraint in enumerate(constraints):
-        if is_small or constraint.is_suspect:
+        if constraint.is_over:
+            masks[row] = -1
+        elif is_small or constraint.is_suspect:
             constraint.fill_mask(address + row * size, size)
+        else:
+            several.append((constraint, row))
     if not several:
         return
     # Each thread takes some that follow one another: by lock, it seldom waits for another thread.

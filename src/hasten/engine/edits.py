@@ -27,6 +27,8 @@ class RowEdits:
         """Mask of the only tokens that may come next, as `ops.mask_logits` reads it; words behind it are 0."""
         self._stops = _bans((token, _ALWAYS) for token in (*eos_token_ids, *params.stop_token_ids))
         self._runs = _BannedRuns(params.bad_words_ids) if params.bad_words_ids else None
+        self.is_constant = self._min_tokens == 0 and self._runs is None
+        """Whether they are the same at every step."""
 
     def add_to(self, edits: EditList, row: int, slot: int, bans: Bans, chosen: int) -> None:
         """Edit a row: `EditList.add` says what the numbers are."""

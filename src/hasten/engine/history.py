@@ -3,11 +3,8 @@
 So a step with penalties needs nothing from the host, and is launched before the previous step's tokens are known.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
 import torch
-from torch import Tensor
 
 from hasten import ops
 from hasten.engine.sequence import Sequence
@@ -15,8 +12,22 @@ from hasten.ops.plan import Integers
 
 _MIN_SLOTS, _MIN_WIDTH = 16, 512
 """Sizes that the tables start with; they double as needed."""
-_FREE = -(1 << 40)
-"""Of no sequence, even when some tokens more are counted."""
+_FREE = -1
+
+
+class CountedRows:
+    """The sequences of a step whose tokens are counted, for as long as they are the same."""
+
+    def __init__(self, sequences: list[Sequence], slots_r: Integers, device: torch.device) -> None:
+        self.rows = [row for row, slot in enumerate(slots_r.tolist()) if slot >= 0]
+        self.sequences = [sequences[row] for row in self.rows]
+        self.slots = slots_r[self.rows]
+        self.all_slots = slots_r
+        """int32, of all sequences of the step; -1 for those without penalties."""
+        self.slots_b = ops.to_device(slots_r, torch.int32, device)
+        """The same on the device."""
+        self.followed: ops.FollowedCounts | None = None
+        """Where beams among them have their counts."""
 
 
 class TokenHistory:
@@ -28,11 +39,15 @@ class TokenHistory:
         """Sequence key -> slot."""
         self._lengths: Integers = np.full(1, _FREE)
         """Of each slot, the number of tokens counted in it, on the device; `_FREE` where it is no sequence's."""
+        self._last: CountedRows | None = None
+        """Those of the last step, whose numbers of tokens stand in `_last_lengths` in place of the above."""
+        self._last_lengths: list[int] = []
         self._free = [0]
 
-    def slots_of(self, sequences: Iterable[Sequence]) -> Integers:
-        """The slots of these sequences [int32], -1 for those without penalties; see `follow_up`."""
-        return np.array([self._slot_of(each) if each.params.has_penalty else -1 for each in sequences], dtype=np.int32)
+    def rows_of(self, sequences: list[Sequence]) -> CountedRows:
+        """Which of these sequences have penalties, and their slots; see `follow_up`."""
+        slots = [self._slot_of(each) if each.params.has_penalty else -1 for each in sequences]
+        return CountedRows(sequences, np.array(slots, dtype=np.int32), self.counts.ids_sw.device)
 
     def _slot_of(self, sequence: Sequence) -> int:
         slot = self.slots.get(sequence.key)
@@ -40,37 +55,35 @@ class TokenHistory:
             slot = self.slots[sequence.key] = self._allocate()
         return slot
 
-    def follow_up(self, sequences: list[Sequence], slots_r: Integers) -> None:
-        """Let each slot have all tokens of its sequence: those that were not counted as they were chosen."""
-        rows = np.flatnonzero(slots_r >= 0)
-        lengths = np.array([len(sequences[row].token_ids) + sequences[row].pending for row in rows.tolist()])
-        stale = rows[self._lengths[slots_r[rows]] != lengths].tolist()
-        self._load([(int(slots_r[row]), sequences[row]) for row in stale])
+    def follow_up(self, counted: CountedRows) -> None:
+        """Let each slot have all tokens of its sequence: those that were not counted as they were chosen.
 
-    def record(self, slots_r: Integers, tokens_r: Tensor) -> None:
-        """Count the token of each row in its slot, if that is not -1; a slot may have been released meanwhile."""
-        slots = slots_r[slots_r >= 0]
-        self._lengths[slots] += 1
-        self._reserve(int(self._lengths[slots].max(initial=0)))
-        ops.count_tokens(self.counts, ops.to_device(slots_r, torch.int32, tokens_r.device), tokens_r)
-
-    def follow(self, firsts_b: list[int], slots_b: Integers, parents_b: Tensor) -> None:
-        """Let beams have the counts of the beams that they continue, by number.
-
-        `firsts_b`: for each beam the place of beam 0 of its search, -1 for what is no beam. A slot of -1 is none.
+        There is then room for one more in each.
         """
-        rows = [row for row, first in enumerate(firsts_b) if first >= 0 and slots_b[row] >= 0]
-        if not rows:
-            return
-        numbers = (slots_b, rows, [firsts_b[row] for row in rows])
-        own_b, places_k, firsts_k = (ops.to_device(each, torch.int64, parents_b.device) for each in numbers)
-        sources_k = firsts_k + parents_b[places_k]
-        self.counts.copy(own_b[sources_k], own_b[places_k])
+        lengths = [len(each.token_ids) + each.pending for each in counted.sequences]
+        if counted is not self._last or lengths != self._last_lengths:
+            self._note_last()
+            stale = np.flatnonzero(self._lengths[counted.slots] != np.array(lengths)).tolist()
+            if stale:
+                self._load([(int(counted.slots[place]), counted.sequences[place]) for place in stale])
+            self._last = counted
+        self._last_lengths = lengths
+        self._reserve(max(lengths) + 1)
+
+    def record(self) -> None:
+        """Note that a token of each sequence that was last followed up is counted in its slot."""
+        self._last_lengths = [length + 1 for length in self._last_lengths]
+
+    def _note_last(self) -> None:
+        if self._last is not None:
+            self._lengths[self._last.slots] = self._last_lengths
+            self._last = None
 
     def release(self, key: int) -> None:
         """Free the slot of a sequence that has ended, if it has one."""
         slot = self.slots.pop(key, None)
         if slot is not None:
+            self._note_last()
             self._lengths[slot] = _FREE
             self._free.append(slot)
 

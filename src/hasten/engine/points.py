@@ -22,10 +22,13 @@ def seeds_of(seeds: list[int]) -> Seeds:
     return np.array([seed & _MASK for seed in seeds], dtype=np.uint64)
 
 
-def uniforms(seeds_r: Seeds, positions_r: list[int]) -> NDArray[np.float64]:
-    """A number in [0, 1) for each seed and position: the upper 53 bits of `mix64(seed + position * golden)`."""
+def uniforms(seeds_r: Seeds, positions_r: NDArray[np.int64]) -> NDArray[np.float64]:
+    """A number in [0, 1) for each seed and position: the upper 53 bits of `mix64(seed + position * golden)`.
+
+    Positions [..., r] have points for each of their rows.
+    """
     golden, first, second = map(np.uint64, (_GOLDEN, _FIRST, _SECOND))
-    state = seeds_r + np.array(positions_r, dtype=np.uint64) * golden + golden
+    state = seeds_r + positions_r.astype(np.uint64) * golden + golden
     state = (state ^ (state >> np.uint64(30))) * first
     state = (state ^ (state >> np.uint64(27))) * second
     points: NDArray[np.float64] = ((state ^ (state >> np.uint64(31))) >> np.uint64(11)).astype(np.float64)

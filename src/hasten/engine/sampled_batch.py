@@ -3,17 +3,23 @@
 Most steps have the sequences of the step before: what does not depend on their tokens is laid out once.
 """
 
-from collections.abc import Iterable
+from collections import deque
 from operator import is_
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from hasten import ops
-from hasten.core.types import SamplingParams
+from hasten.engine.constraint import fill_allowed
 from hasten.engine.edits import RowEdits
+from hasten.engine.history import CountedRows
 from hasten.engine.points import seeds_of, uniforms
+from hasten.engine.recorded_choice import Masks, RecordedChoice
 from hasten.engine.sequence import Sequence
 from hasten.ops.plan import Integers
+from hasten.ops.transfer import host_buffer
 
 _CPU = torch.device("cpu")
 
@@ -25,6 +31,7 @@ class EditedRows:
         """By row of the logits; of sequences without edits nothing is kept."""
         self._sequences = {row: sequence for row, sequence in sequences.items() if edits[row].any}
         self._own = [edits[row] for row in self._sequences]
+        self._is_constant = all(own.is_constant for own in self._own)
         self._last: tuple[list[ops.Bans], list[int], ops.LogitEdits] | None = None
 
     def __bool__(self) -> bool:
@@ -35,6 +42,8 @@ class EditedRows:
 
         `slots` of token counts, by the sequence's key; the same each time.
         """
+        if self._last is not None and self._is_constant:
+            return self._last[2]
         sequences = self._sequences.values()
         bans = [own.bans(sequence) for own, sequence in zip(self._own, sequences, strict=True)]
         chosen = [sequence.pending_row if sequence.pending else 0 for sequence in sequences]
@@ -51,64 +60,125 @@ class EditedRows:
         return self._last[2]
 
 
+class MaskedRows:
+    """The rows of some logits whose next token is to be among some: as a grammar or the request itself says."""
+
+    def __init__(self, sequences: dict[int, Sequence], edits: dict[int, RowEdits], rows: int) -> None:
+        """Some of so many rows of logits, with the edits of each."""
+        given = {row: sequence.constraint for row, sequence in sequences.items()}
+        self._constraints = {row: own for row, own in given.items() if own is not None}
+        self._allowed = {row: own for row in sequences if (own := edits[row].allowed) is not None}
+        self._places = [*self._constraints, *self._allowed]
+        self._index: Integers = np.full(rows, -1, np.int32)
+        self._index[self._places] = np.arange(len(self._places))
+        self._masks: Masks | None = None
+
+    def masks(self, vocab: int, device: torch.device) -> Masks | None:
+        """The masks at this step; None where no row has one. The grammars must have accepted all tokens before.
+
+        On a CPU it is the same object each time, with other bits.
+        """
+        if not self._places:
+            return None
+        if self._masks is None or device.type != "cpu":
+            self._masks = self._laid_out(vocab, device)
+            return self._masks
+        self._fill(self._masks[1])
+        return self._masks
+
+    def _laid_out(self, vocab: int, device: torch.device) -> Masks:
+        words = max([-(-vocab // 32), *(own.words for own in self._constraints.values())])
+        host_kw = host_buffer((len(self._places), words), device)
+        masks: Integers = host_kw.numpy()
+        for mask, own in zip(masks[len(self._constraints) :], self._allowed.values(), strict=True):
+            mask[: len(own)], mask[len(own) :] = own, 0
+        self._fill(host_kw)
+        index_r = ops.to_device(self._index, torch.int32, device) if self._masks is None else self._masks[0]
+        return index_r, host_kw.to(device, non_blocking=True)
+
+    def _fill(self, masks_kw: Tensor) -> None:
+        if self._constraints:
+            fill_allowed(list(self._constraints.values()), masks_kw.numpy()[: len(self._constraints)])
+
+
 class SampledBatch:
     """The sequences of a step that get a next token, in the order of their rows of logits."""
 
-    def __init__(self, sequences: list[Sequence], edits: list[RowEdits]) -> None:
+    def __init__(self, sequences: list[Sequence], edits: list[RowEdits], device: torch.device) -> None:
         """`edits`: those of each sequence."""
         params = [sequence.params for sequence in sequences]
         self.sequences = list(sequences)
         self.single = {row: sequence for row, sequence in enumerate(sequences) if sequence.beams is None}
         """Sequences that are no beams, by row."""
-        self.edited = EditedRows(self.single, {row: edits[row] for row in self.single})
+        by_row = dict(enumerate(edits))
+        self.edited = EditedRows(self.single, by_row)
+        self.masked = MaskedRows(self.single, by_row, len(sequences))
         self.has_forced = any(sequence.forced for sequence in sequences)
         self.has_penalties = any(each.has_penalty for each in params)
-        self.allowed = allowed_of({row: edits[row] for row in self.single})
-        self.constrained = [row for row, sequence in enumerate(sequences) if sequence.constraint is not None]
         self.logprobs = {row: each.logprobs for row, each in enumerate(params) if each.logprobs is not None}
         self.drawn = [row for row in self.single if not params[row].greedy]
         """Rows that are drawn; the others get their most probable token."""
-        self.slots_r: Integers | None = None
-        """int32, slots of token counts, -1 for rows without, which the sampler sets; None before."""
-        drawn = [sequences[row] for row in self.drawn]
-        self._draws = _draws([sequence.params for sequence in drawn]) if drawn else None
-        self._seeds = seeds_of([sequence.seed for sequence in drawn])
+        self.counted: CountedRows | None = None
+        """Whose tokens are counted, which the sampler sets; None before."""
+        self._draws = _Draws([sequences[row] for row in self.drawn]) if self.drawn else None
         self.beam_rows = [row for row in range(len(sequences)) if row not in self.single]
         self.beams = {index: sequences[row] for index, row in enumerate(self.beam_rows)}
         """Sequences that are beams, by their place among them."""
         own = {index: edits[row] for index, row in enumerate(self.beam_rows)}
-        self.edited_beams, self.allowed_beams = EditedRows(self.beams, own), allowed_of(own)
+        self.edited_beams, self.masked_beams = EditedRows(self.beams, own), MaskedRows(self.beams, own, len(own))
+        self.can_record = device.type == "cpu" and not self.has_forced
+        """Whether kernels alone may compute its choices, which `recorded` then has."""
+        self.recorded = RecordedChoice()
+        self._leaders = [each.beams.leader for each in self.beams.values() if each.beams is not None]
 
     @property
     def successors(self) -> list[Sequence]:
         """The sequences that get tokens: those of the batch, and of a search that begins all beams."""
-        leaders = (each.beams.leader for each in self.beams.values() if each.beams is not None)
-        if all(leader.length > leader.prompt_len for leader in leaders):
+        if all(leader.length > leader.prompt_len for leader in self._leaders):
             return self.sequences
         return [each for sequence in self.sequences for each in sequence.successors]
 
     def draws(self, device: torch.device) -> ops.Draws | None:
-        """How the next tokens of `drawn` are drawn; None where there are no such rows."""
-        if self._draws is None:
-            return None
-        packed_r5 = self._draws.packed_r5.numpy().copy()
-        packed_r5[:, 4] = uniforms(self._seeds, [self.sequences[row].output_len for row in self.drawn])
-        return ops.Draws(ops.to_device(packed_r5, torch.float64, device), self._draws.filters)
+        """How the next tokens of `drawn` are drawn; None where there are no such rows.
+
+        On a CPU it is the same object each time, with other points.
+        """
+        return None if self._draws is None else self._draws.next(device)
 
 
-def allowed_of(edits: dict[int, RowEdits]) -> dict[int, Integers]:
-    """Masks of the rows whose requests name the only tokens that may come next."""
-    return {row: own.allowed for row, own in edits.items() if own.allowed is not None}
+_STEPS = 32
+"""Steps whose points are computed together."""
 
 
-def _draws(params: Iterable[SamplingParams]) -> ops.Draws:
-    """How each row is drawn, on the host and without points."""
-    params = list(params)
-    return ops.Draws.of(
-        temperature=[p.temperature for p in params],
-        top_k=[max(p.top_k, 0) for p in params],
-        top_p=[p.top_p for p in params],
-        min_p=[p.min_p for p in params],
-        point=[0.0] * len(params),
-        device=_CPU,
-    )
+class _Draws:
+    """How some sequences are drawn at their next steps."""
+
+    def __init__(self, sequences: list[Sequence]) -> None:
+        self._sequences = sequences
+        params = [sequence.params for sequence in sequences]
+        self._draws = ops.Draws.of(
+            temperature=[p.temperature for p in params],
+            top_k=[max(p.top_k, 0) for p in params],
+            top_p=[p.top_p for p in params],
+            min_p=[p.min_p for p in params],
+            point=[0.0] * len(params),
+            device=_CPU,
+        )
+        self._seeds = seeds_of([sequence.seed for sequence in sequences])
+        self._lengths: list[int] = []
+        """Where each sequence is drawn next, if it has got a token since the last step."""
+        self._points: deque[NDArray[np.float64]] = deque()
+        """Of this step and later ones."""
+
+    def next(self, device: torch.device) -> ops.Draws:
+        """With the points of the sequences' next tokens."""
+        lengths = [len(each.token_ids) + each.pending - each.prompt_len for each in self._sequences]
+        if lengths != self._lengths or not self._points:
+            positions = np.array(lengths) + np.arange(_STEPS)[:, np.newaxis]
+            self._points = deque(uniforms(self._seeds, positions))
+        self._lengths = [length + 1 for length in lengths]
+        packed_r5 = self._draws.packed_r5.numpy()
+        packed_r5[:, 4] = self._points.popleft()
+        if device.type == "cpu":
+            return self._draws
+        return ops.Draws(ops.to_device(packed_r5.copy(), torch.float64, device), self._draws.filters)

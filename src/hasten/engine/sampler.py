@@ -8,22 +8,18 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten import ops
 from hasten.core.types import LogprobRow
 from hasten.engine.beam import BeamStep
-from hasten.engine.beam_choice import BeamRecords, ChosenBeams, PreparedBeams
-from hasten.engine.constraint import Constraint, fill_allowed
+from hasten.engine.beam_choice import BeamLayout, BeamRecords, ChosenBeams
 from hasten.engine.edits import RowEdits
-from hasten.engine.history import TokenHistory
+from hasten.engine.history import CountedRows, TokenHistory
+from hasten.engine.recorded_choice import ChoiceStep, Chosen, Masks
 from hasten.engine.sampled_batch import SampledBatch
 from hasten.engine.sequence import Sequence
-from hasten.ops.plan import Integers
-from hasten.ops.transfer import host_buffer, send
 
 _NOT_FINITE = "the model's logits are not finite: its values overflow this data type; compute in bf16 or fp32"
 _NOTHING_ALLOWED = (
@@ -65,9 +61,14 @@ class Choice:
         self._sequences = sequences or []
         """Those of the rows, where a request may have excluded tokens."""
         self._copy = ops.HostCopy([tokens_r, *(() if beams is None else beams.choice), *(() if tops is None else tops)])
+        # on a CPU the tokens are there, in memory that the next choice may overwrite
+        self._sampled = self._collected() if tokens_r.device.type == "cpu" else None
 
     def collect(self) -> list[Sampled]:
         """The tokens, or an error for a sequence without any finite logit. Waits until the device has chosen."""
+        return self._collected() if self._sampled is None else self._sampled
+
+    def _collected(self) -> list[Sampled]:
         tokens_r, *tops = self._copy.wait()
         tokens: list[int] = tokens_r.tolist()
         sampled = [Sampled(token) if token >= 0 else self._none(row, token) for row, token in enumerate(tokens)]
@@ -120,21 +121,31 @@ class Sampler:
         `chosen_r` are the tokens that the previous step chose, at the sequences' `pending_row`; needed where any
         sequence has a pending token. The logits are this choice's: they may be changed.
         """
-        batch = self._batch
+        batch, device = self._batch, logits_rv.device
         if batch is None or batch.sequences != sequences:
-            batch = self._batch = SampledBatch(sequences, [self._own(sequence) for sequence in sequences])
-        chosen_r = self._none_chosen if chosen_r is None else chosen_r
+            batch = self._batch = SampledBatch(sequences, [self._own(sequence) for sequence in sequences], device)
         successors = batch.successors
-        slots_b = self._slots(batch, successors)
-        edited_rv = logits_rv
-        if batch.edited:
-            is_free = not batch.logprobs and logits_rv.dtype == torch.float32 and logits_rv.is_contiguous()
-            edits = batch.edited.edits(self._history.slots, logits_rv.device)
-            edited_rv = ops.edit_logits(logits_rv, edits, self._history.counts, chosen_r, in_place=is_free)
-        if batch.has_forced:
-            edited_rv = _forced(edited_rv, batch.single)
-        beams = self._search(logits_rv, batch, successors, chosen_r) if batch.beams else None
-        return PreparedChoice(logits_rv, edited_rv, batch, slots_b, self._history, beams)
+        layout = self._records.layout(batch.sequences, successors, device) if batch.beams else None
+        counted = self._counted(batch, successors, layout)
+        history = self._history
+        edits, beam_edits = (
+            rows.edits(history.slots, device) if rows else None for rows in (batch.edited, batch.edited_beams)
+        )
+        step = ChoiceStep(
+            logits_rv=logits_rv,
+            chosen_r=self._none_chosen if chosen_r is None else chosen_r,
+            draws=batch.draws(device),
+            edits=edits,
+            beam_edits=beam_edits,
+            beam_masks=batch.masked_beams.masks(logits_rv.shape[1], device),
+            counts=history.counts,
+            counted=counted,
+            layout=layout,
+            states=self._records.states,
+        )
+        if counted is not None:
+            history.record()
+        return PreparedChoice(step, batch)
 
     def _own(self, sequence: Sequence) -> RowEdits:
         own = self._edits.get(sequence.key)
@@ -142,61 +153,106 @@ class Sampler:
             own = self._edits[sequence.key] = RowEdits(sequence.params, self._eos_token_ids)
         return own
 
-    def _slots(self, batch: SampledBatch, successors: list[Sequence]) -> Integers | None:
-        """Slots of the token counts of all that get a token, which have all their tokens; None without penalties."""
+    def _counted(
+        self, batch: SampledBatch, successors: list[Sequence], layout: BeamLayout | None
+    ) -> CountedRows | None:
+        """Whose tokens are counted, of all that get one, with all their tokens counted; None without penalties."""
         if not batch.has_penalties:
             return None
-        if successors is not batch.sequences:
-            slots_b = self._history.slots_of(successors)
-        elif batch.slots_r is None:
-            slots_b = batch.slots_r = self._history.slots_of(successors)
-        else:
-            slots_b = batch.slots_r
-        self._history.follow_up(successors, slots_b)
-        return slots_b
+        counted = batch.counted
+        if counted is None or successors is not batch.sequences:
+            counted = self._history.rows_of(successors)
+            if layout is not None:
+                device = self._history.counts.ids_sw.device
+                counted.followed = ops.FollowedCounts.of(counted.all_slots, layout.families, device)
+        if successors is batch.sequences:
+            batch.counted = counted
+        self._history.follow_up(counted)
+        return counted
 
-    def _search(
-        self, logits_rv: Tensor, batch: SampledBatch, successors: list[Sequence], chosen_r: Tensor
-    ) -> PreparedBeams:
-        """Find what may follow each beam. All that changes logits acts on log-probabilities, as in transformers."""
-        layout = self._records.layout(batch.sequences, successors, logits_rv.device)
-        (own_rv,) = _selected(batch.beam_rows, logits_rv)
-        beams, count = batch.beams, layout.searches.max_keep
-        forced = batch.has_forced and any(beam.forced_next for beam in beams.values())
-        if forced or batch.allowed_beams or batch.edited_beams:
-            edited_rv = own_rv.log_softmax(-1, dtype=torch.float32)
-            if batch.edited_beams:
-                edits, counts = batch.edited_beams.edits(self._history.slots, own_rv.device), self._history.counts
-                edited_rv = ops.edit_logits(edited_rv, edits, counts, chosen_r, in_place=True)
-            edited_rv = _forced(edited_rv, beams) if forced else edited_rv
-            values_rk, ids_rk = ops.largest(_masked(edited_rv, {}, batch.allowed_beams), count)
+
+class PreparedChoice:
+    """The choice of a batch's next tokens, up to what depends on tokens that only the device knows yet: grammars.
+
+    All else about the sequences is as it was when the choice was prepared.
+    """
+
+    def __init__(self, step: ChoiceStep, batch: SampledBatch) -> None:
+        self._step, self._batch = step, batch
+        self._begun = None if batch.can_record else self._begin()
+
+    def choose(self) -> Choice:
+        """Choose the tokens. The sequences' grammars must have accepted all tokens before."""
+        step, batch = self._step, self._batch
+        masks = batch.masked.masks(step.logits_rv.shape[1], step.logits_rv.device)
+        if self._begun is not None:
+            chosen = self._chosen(*self._begun, masks)
         else:
-            none_r = torch.zeros(len(beams), dtype=torch.int32, device=own_rv.device)
-            _, _, values_rk, ids_rk = ops.top_logprobs(own_rv, none_r, count)
+            chosen = batch.recorded.choose(step, masks, lambda: self._chosen(*self._begin(), masks))
+        beams = None
+        if step.layout is not None and chosen.beams is not None:
+            beams = ChosenBeams(step.layout.by_row, chosen.beams)
+        return Choice(chosen.tokens_r, chosen.tops, batch.logprobs, beams, batch.sequences)
+
+    def _begin(self) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The edited logits, and of beams the most probable tokens and their log-probabilities."""
+        step, batch = self._step, self._batch
+        logits_rv = edited_rv = step.logits_rv
+        if step.edits is not None:
+            is_free = not batch.logprobs and logits_rv.dtype == torch.float32 and logits_rv.is_contiguous()
+            edited_rv = ops.edit_logits(logits_rv, step.edits, step.counts, step.chosen_r, in_place=is_free)
+        if batch.has_forced:
+            edited_rv = _forced(edited_rv, batch.single)
+        return edited_rv, None if step.layout is None else self._candidates(step.layout)
+
+    def _candidates(self, layout: BeamLayout) -> tuple[Tensor, Tensor]:
+        """What may follow each beam. All that changes logits acts on log-probabilities, as in transformers."""
+        step, batch, count = self._step, self._batch, layout.searches.max_keep
+        (own_rv,) = _selected(batch.beam_rows, step.logits_rv)
+        forced = batch.has_forced and any(beam.forced_next for beam in batch.beams.values())
+        if not forced and step.beam_masks is None and step.beam_edits is None:
+            _, _, values_rk, ids_rk = ops.top_logprobs(own_rv, layout.no_tokens[: len(own_rv)], count)
+            return values_rk.contiguous(), ids_rk.contiguous()
+        edited_rv = ops.log_softmax(own_rv)
+        if step.beam_edits is not None:
+            edited_rv = ops.edit_logits(edited_rv, step.beam_edits, step.counts, step.chosen_r, in_place=True)
+        edited_rv = _forced(edited_rv, batch.beams) if forced else edited_rv
+        if step.beam_masks is not None:
+            edited_rv = ops.mask_logits(edited_rv, *step.beam_masks)
+        values_rk, ids_rk = ops.largest(edited_rv, count)
         if forced:
             # behind what is forced come tokens that no beam may go on with, and that must not end one either
             ids_rk = ids_rk.where(values_rk > float("-inf"), ids_rk[:, :1])
-        return PreparedBeams(self._records, layout, values_rk.contiguous(), ids_rk.contiguous())
+        return values_rk.contiguous(), ids_rk.contiguous()
 
+    def _chosen(self, edited_rv: Tensor, candidates: tuple[Tensor, Tensor] | None, masks: Masks | None) -> Chosen:
+        step, batch = self._step, self._batch
+        tokens_r = self._tokens(edited_rv if masks is None else ops.mask_logits(edited_rv, *masks))
+        beams, tops = None, None
+        if step.layout is not None and candidates is not None:
+            beams = step.layout.choose(step.states, *candidates, tokens_r, edited_rv.shape[1])
+        if step.counted is not None:
+            tokens_b = tokens_r
+            if beams is not None:
+                tokens_b, parents_b = beams.chosen_2b
+                if step.counted.followed is not None:
+                    ops.follow_counts(step.counts, step.counted.followed, parents_b)
+            ops.count_tokens(step.counts, step.counted.slots_b, tokens_b)
+        if batch.logprobs:
+            own_rv, own_r = _selected(list(batch.logprobs), step.logits_rv, tokens_r)
+            tops = ops.top_logprobs(own_rv, own_r, max(batch.logprobs.values()))
+        return Chosen(tokens_r, tops, beams)
 
-def _masked(logits_rv: Tensor, constraints: dict[int, Constraint], allowed: dict[int, Integers]) -> Tensor:
-    """Logits with -inf for tokens that a row's grammar, or its list of allowed tokens, leaves out."""
-    rows = [*constraints, *allowed]
-    if not rows:
-        return logits_rv
-    rows_total, vocab = logits_rv.shape
-    device = logits_rv.device
-    words = max([-(-vocab // 32), *(own.words for own in constraints.values())])
-    masks_kw = host_buffer((len(rows), words), device)
-    masks: NDArray[np.int32] = masks_kw.numpy()
-    if constraints:
-        fill_allowed(list(constraints.values()), masks[: len(constraints)])
-    for mask, own in zip(masks[len(constraints) :], allowed.values(), strict=True):
-        mask[: len(own)], mask[len(own) :] = own, 0
-    index = np.full(rows_total, -1, np.int32)
-    index[rows] = np.arange(len(rows))
-    index_r = send({"index": index}, device)["index"]
-    return ops.mask_logits(logits_rv, index_r, masks_kw.to(device, non_blocking=True))
+    def _tokens(self, logits_rv: Tensor) -> Tensor:
+        """The next token of each row, drawn or the most probable one."""
+        if self._step.draws is None:
+            return ops.greedy(logits_rv)
+        drawn = self._batch.drawn
+        if len(drawn) == logits_rv.shape[0]:
+            return ops.draw(logits_rv, self._step.draws)
+        tokens_r = ops.greedy(logits_rv)
+        rows = ops.to_device(drawn, torch.int64, logits_rv.device)
+        return tokens_r.index_copy_(0, rows, ops.draw(logits_rv.index_select(0, rows), self._step.draws))
 
 
 def _forced(logits_rv: Tensor, sequences: dict[int, Sequence]) -> Tensor:
@@ -208,60 +264,6 @@ def _forced(logits_rv: Tensor, sequences: dict[int, Sequence]) -> Tensor:
     logits_rv = logits_rv.index_fill(0, rows, float("-inf"))
     logits_rv[rows, tokens] = 0
     return logits_rv
-
-
-class PreparedChoice:
-    """The choice of a batch's next tokens, up to what depends on tokens that only the device knows yet: grammars.
-
-    All else about the sequences is as it was when the choice was prepared.
-    """
-
-    def __init__(
-        self,
-        logits_rv: Tensor,
-        edited_rv: Tensor,
-        batch: SampledBatch,
-        slots_b: Integers | None,
-        history: TokenHistory,
-        beams: PreparedBeams | None,
-    ) -> None:
-        self._logits_rv, self._edited_rv, self._beams = logits_rv, edited_rv, beams
-        self._history, self._batch, self._slots_b = history, batch, slots_b
-        self._draws = batch.draws(logits_rv.device)
-
-    def choose(self) -> Choice:
-        """Choose the tokens. The sequences' grammars must have accepted all tokens before."""
-        batch = self._batch
-        given = ((row, batch.sequences[row].constraint) for row in batch.constrained)
-        constraints = {row: own for row, own in given if own is not None and not own.is_over}
-        logits_rv = _masked(self._edited_rv, constraints, batch.allowed)
-        tokens_r = self._chosen(logits_rv)
-        beams = None if self._beams is None else self._beams.choose(tokens_r, logits_rv.shape[1])
-        if self._slots_b is not None:
-            self._record(self._slots_b, tokens_r, beams)
-        tops = None
-        if batch.logprobs:
-            own_rv, own_r = _selected(list(batch.logprobs), self._logits_rv, tokens_r)
-            tops = ops.top_logprobs(own_rv, own_r, max(batch.logprobs.values()))
-        return Choice(tokens_r, tops, batch.logprobs, beams, batch.sequences)
-
-    def _record(self, slots_b: Integers, tokens_r: Tensor, beams: ChosenBeams | None) -> None:
-        """Count the tokens for the penalties to come."""
-        if beams is not None and self._beams is not None:
-            tokens_r, parents_b = beams.choice.chosen_2b
-            self._history.follow(self._beams.layout.families, slots_b, parents_b)
-        self._history.record(slots_b, tokens_r)
-
-    def _chosen(self, logits_rv: Tensor) -> Tensor:
-        """The next token of each row, drawn or the most probable one."""
-        if self._draws is None:
-            return ops.greedy(logits_rv)
-        drawn = self._batch.drawn
-        if len(drawn) == logits_rv.shape[0]:
-            return ops.draw(logits_rv, self._draws)
-        tokens_r = ops.greedy(logits_rv)
-        rows = ops.to_device(drawn, torch.int64, logits_rv.device)
-        return tokens_r.index_copy_(0, rows, ops.draw(logits_rv.index_select(0, rows), self._draws))
 
 
 def _excludes_tokens(sequence: Sequence) -> bool:

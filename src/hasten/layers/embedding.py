@@ -137,7 +137,7 @@ class Head(PackedModule):
     def gather(self, local_rv: Tensor) -> Tensor | None:
         """Logits [r, v] on rank 0; None on the others."""
         logits = self.group.gather(local_rv)
-        return None if logits is None else logits[:, : self.vocab_size]
+        return logits if logits is None or logits.shape[1] == self.vocab_size else logits[:, : self.vocab_size]
 
     def greedy(self, local_rv: Tensor) -> Tensor:
         """The most probable token of each row, int32 [r], on every rank; below 0 where there is none (`ops.greedy`)."""

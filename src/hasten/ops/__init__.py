@@ -37,14 +37,16 @@ from hasten.ops.dispatch.sampling import (
     count_tokens,
     draw,
     edit_logits,
+    follow_counts,
     greedy,
     largest,
+    log_softmax,
     mask_logits,
     resolve_ids,
     top_logprobs,
 )
 from hasten.ops.draws import NONE_LEFT, Draws
-from hasten.ops.edits import Bans, EditList, LogitEdits, TokenCounts
+from hasten.ops.edits import Bans, EditList, FollowedCounts, LogitEdits, TokenCounts
 from hasten.ops.grouped import Columns, GroupedWeight, pack_nibbles, packs
 from hasten.ops.heads import HeadTransform
 from hasten.ops.logprobs import TopLogprobs
@@ -73,6 +75,7 @@ __all__ = [
     "Columns",
     "Draws",
     "EditList",
+    "FollowedCounts",
     "GatedUnit",
     "GroupedWeight",
     "HeadTransform",
@@ -109,6 +112,7 @@ __all__ = [
     "experts",
     "fixed_order",
     "fixed_run",
+    "follow_counts",
     "gated_linear",
     "greedy",
     "kept_kernels",
@@ -117,6 +121,7 @@ __all__ = [
     "linear",
     "linear_into",
     "linear_parts",
+    "log_softmax",
     "mask_logits",
     "mean_squares",
     "move_beams",

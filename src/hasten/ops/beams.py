@@ -119,6 +119,13 @@ class BeamChoice(NamedTuple):
     best_logprobs_sk: Tensor
     """fp64, sums."""
 
+    @staticmethod
+    def room(count: int, device: torch.device) -> Tensor:
+        """`chosen_2b` before a choice. On a CPU it is no result of torch's, so that a choice can be recorded."""
+        if device.type == "cpu":
+            return torch.from_numpy(np.zeros((2, count), np.int32))
+        return torch.zeros(2, count, dtype=torch.int32, device=device)
+
     @classmethod
     def empty(cls, chosen_2b: Tensor, searches: BeamSearches) -> "BeamChoice":
         """Room for a choice; what is in `chosen_2b` stays where no beam stands."""

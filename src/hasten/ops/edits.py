@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten.ops.plan import Integers
-from hasten.ops.transfer import send
+from hasten.ops.transfer import send, to_device
 
 IN_PROMPT = 1 << 30
 """Flag of an entry whose token occurs in the prompt; the bits below it count occurrences in the output."""
@@ -48,8 +48,10 @@ class TokenCounts:
         larger.sizes_s[:old_slots] = self.sizes_s
         return larger
 
-    def copy(self, sources_k: Tensor, targets_k: Tensor) -> None:
-        """Replace slots by copies of others [int64]; all are read before any is written."""
+    def follow(self, followed: "FollowedCounts", parents_b: Tensor) -> None:
+        """The definition of `ops.follow_counts`."""
+        slots_b, seats_k, firsts_k = followed
+        sources_k, targets_k = slots_b[firsts_k + parents_b[seats_k]], slots_b[seats_k]
         for each in (self.ids_sw, self.counts_sw, self.sizes_s):
             each.index_copy_(0, targets_k, each.index_select(0, sources_k))
 
@@ -74,6 +76,24 @@ def _entries(prompt: Integers, output: Integers) -> tuple[Integers, Integers]:
     counts = np.bincount(inverse[len(prompt) :], minlength=len(ids))
     counts[inverse[: len(prompt)]] += IN_PROMPT
     return ids, counts
+
+
+class FollowedCounts(NamedTuple):
+    """Where the token counts of beams stand; int64 on their device."""
+
+    slots_b: Tensor
+    """Slots of all for which a step chooses tokens, -1 for those without."""
+    seats_k: Tensor
+    """Beams with counts, by their places among those."""
+    firsts_k: Tensor
+    """The place of beam 0 of the search of each."""
+
+    @classmethod
+    def of(cls, slots_b: Integers, firsts_b: Sequence[int], device: torch.device) -> "FollowedCounts | None":
+        """`firsts_b`: for all the place of beam 0 of their search, -1 for what is no beam. None: no beam has counts."""
+        seats = [seat for seat, first in enumerate(firsts_b) if first >= 0 and slots_b[seat] >= 0]
+        numbers = (slots_b, seats, [firsts_b[seat] for seat in seats])
+        return cls(*(to_device(each, torch.int64, device) for each in numbers)) if seats else None
 
 
 class Bans(NamedTuple):

@@ -17,10 +17,12 @@ Logits = NDArray[np.float32]
 def edit_logits(  # noqa: D103
     logits_rv: Tensor, edits: LogitEdits, counts: TokenCounts, chosen_r: Tensor, *, in_place: bool = False
 ) -> Tensor:
-    edited_rv = logits_rv
-    if not in_place:
-        edited_rv = logits_rv.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     kernels = native.kernels()
+    edited_rv = logits_rv
+    if not in_place and kernels is not None and logits_rv.dtype == torch.float32 and logits_rv.stride(1) == 1:
+        edited_rv = kernels.edits.copied(logits_rv)
+    elif not in_place:
+        edited_rv = logits_rv.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if kernels is not None and edited_rv.stride(1) == 1:
         kernels.edits.edit_logits(edited_rv, edits, counts, chosen_r)
         return edited_rv

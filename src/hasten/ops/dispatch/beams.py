@@ -35,6 +35,10 @@ def move_beams(caches: BlockCaches, tables_sn: Tensor, moves: BeamMoves, parents
         from hasten.ops.gpu import beams as kernels
 
         kernels.move_beams(caches, tables_sn, moves, parents)
+        return
+    on_cpu = native.kernels()
+    if on_cpu is not None and tables_sn.is_contiguous() and all(size % 4 == 0 for size, _ in caches.addresses):
+        on_cpu.beams.move_beams(caches, tables_sn, moves, parents)
     else:
         beams.move_beams(caches, tables_sn, moves, parents)
 

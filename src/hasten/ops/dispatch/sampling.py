@@ -2,11 +2,12 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from hasten.ops import cpu, reference
+from hasten.ops import cpu, native, reference
 from hasten.ops.draws import Draws
-from hasten.ops.edits import LogitEdits, TokenCounts
+from hasten.ops.edits import FollowedCounts, LogitEdits, TokenCounts
 from hasten.ops.logprobs import TopLogprobs
 
 if TYPE_CHECKING:
@@ -82,6 +83,18 @@ def count_tokens(counts: TokenCounts, slots_r: Tensor, tokens_r: Tensor) -> None
         cpu.edits.count_tokens(counts, slots_r, tokens_r)
 
 
+def follow_counts(counts: TokenCounts, followed: FollowedCounts, parents_b: Tensor) -> None:
+    """Let the slots of beams have the counts of the beams that they continue, by number [int32], in place.
+
+    No beam that is continued may continue another.
+    """
+    kernels = None if parents_b.is_cuda else native.kernels()
+    if kernels is None:
+        counts.follow(followed, parents_b)
+    else:
+        kernels.edits.follow_counts(counts, followed, parents_b)
+
+
 def mask_logits(logits_rv: Tensor, index_r: Tensor, masks_kw: Tensor) -> Tensor:
     """The logits with minus infinity where a row's mask has no bit: [r, v]; the given ones stay as they are.
 
@@ -105,6 +118,14 @@ def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs
 
         return logprobs.top_logprobs(logits_rv, tokens_r, count)
     return cpu.sampling.top_logprobs(logits_rv, tokens_r, count)
+
+
+def log_softmax(logits_rv: Tensor) -> Tensor:
+    """Log-probabilities of all tokens in fp32: [r, v]."""
+    kernels = None if logits_rv.is_cuda else native.kernels()
+    if kernels is None or logits_rv.dtype != torch.float32 or logits_rv.stride(1) != 1:
+        return logits_rv.log_softmax(-1, dtype=torch.float32)
+    return kernels.sampling.log_softmax(logits_rv)
 
 
 def largest(x_rv: Tensor, count: int) -> tuple[Tensor, Tensor]:

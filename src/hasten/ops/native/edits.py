@@ -2,14 +2,24 @@
 
 from torch import Tensor
 
-from hasten.ops.edits import LogitEdits, TokenCounts
+from hasten.ops.edits import FollowedCounts, LogitEdits, TokenCounts
 from hasten.ops.native.launch import Kernel, empty, launch
 
 _edit = Kernel("edit", "18q")
+_copied = Kernel("copied", "5q")
+_follow = Kernel("follow", "9q")
 _count = Kernel("count", "7q")
 _mask = Kernel("mask", "8q")
 _USUAL_ENTRIES = 256
 """Tokens of a sequence with penalties: about how many there are."""
+
+
+def copied(logits_rv: Tensor) -> Tensor:
+    """Rows of numbers once more."""
+    rows, width = logits_rv.shape
+    out_rv = empty(rows, width)
+    launch(_copied, rows * width, rows, width, logits_rv, logits_rv.stride(0), out_rv)
+    return out_rv
 
 
 def edit_logits(logits_rv: Tensor, edits: LogitEdits, counts: TokenCounts, chosen_r: Tensor) -> None:
@@ -43,6 +53,13 @@ def count_tokens(counts: TokenCounts, slots_r: Tensor, tokens_r: Tensor) -> None
     """`hasten.ops.count_tokens`."""
     rows, table = len(slots_r), (counts.ids_sw, counts.counts_sw, counts.sizes_s, counts.ids_sw.stride(0))
     launch(_count, _USUAL_ENTRIES * rows, rows, slots_r, tokens_r, *table)
+
+
+def follow_counts(counts: TokenCounts, followed: FollowedCounts, parents_b: Tensor) -> None:
+    """`hasten.ops.follow_counts`."""
+    table = (counts.ids_sw, counts.counts_sw, counts.sizes_s, counts.ids_sw.stride(0))
+    followers = len(followed.seats_k)
+    launch(_follow, 2 * _USUAL_ENTRIES * followers, followers, *followed, parents_b, *table)
 
 
 def mask_logits(logits_rv: Tensor, index_r: Tensor, masks_kw: Tensor) -> Tensor:

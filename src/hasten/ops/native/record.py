@@ -43,7 +43,7 @@ class Recording:
         size = max(1, math.prod(shape))
         free = self._free.setdefault(size, [])
         piece = free.pop() if free else _aligned(size)
-        held = piece[:]  # lives as long as any tensor in the memory
+        held = piece[: math.prod(shape)]  # lives as long as any tensor in the memory
         weakref.finalize(held, free.append, piece)
         return torch.from_numpy(held).view(shape)
 

@@ -17,6 +17,7 @@ MOST_COUNTED = 64
 _draw = Kernel("draw", "8q")
 _logprobs = Kernel("logprobs", "10q")
 _largest = Kernel("largest", "7q")
+_log_softmax = Kernel("log_softmax", "5q")
 
 
 class _Scratch(threading.local):
@@ -54,6 +55,14 @@ def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs
     x = (rows, width, logits_rv, logits_rv.stride(0))
     launch(_logprobs, 64 * rows * width, *x, tokens_r, count, chosen_r, ranks_r, values_rk, ids_rk)
     return TopLogprobs(chosen_r, ranks_r, values_rk, ids_rk)
+
+
+def log_softmax(logits_rv: Tensor) -> Tensor:
+    """`hasten.ops.log_softmax`."""
+    rows, width = logits_rv.shape
+    out_rv = empty(rows, width)
+    launch(_log_softmax, 64 * rows * width, rows, width, logits_rv, logits_rv.stride(0), out_rv)
+    return out_rv
 
 
 def largest(x_rv: Tensor, count: int) -> tuple[Tensor, Tensor]:

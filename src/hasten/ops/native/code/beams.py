@@ -3,7 +3,7 @@
 import numpy as np
 
 from hasten.ops.native.code.functions import kernel, part
-from hasten.ops.native.code.simd import load_f32, load_f64, load_i32, load_i64, stack, store_i32
+from hasten.ops.native.code.simd import load, load_f32, load_f64, load_i32, load_i64, stack, store, store_f32, store_i32
 from hasten.ops.native.code.wide import store_f64
 
 MOST_KEPT = 256
@@ -122,3 +122,36 @@ def _beams(p, thread, threads):
             all_chosen + 4 * (successors + first),
             chosen_logprobs + 8 * first,
         )
+
+
+@kernel
+def _move(p, thread, threads):
+    """Let m beams have what others have in block tables, and in caches whose blocks have `words` of 4 bytes."""
+    moves, rows, firsts, parents, whole, tails = (
+        load_i64(p),
+        load_i64(p + 8),
+        load_i64(p + 16),
+        load_i64(p + 24),
+        load_i64(p + 32),
+        load_i64(p + 40),
+    )
+    kept, tables, columns = load_i64(p + 48), load_i64(p + 56), 4 * load_i64(p + 64)
+    caches, starts, words = load_i64(p + 72), load_i64(p + 80), load_i64(p + 88)
+    for number in range(moves * caches * thread // threads, moves * caches * (thread + 1) // threads):
+        m, cache = number // caches, load_i64(starts + 8 * (number % caches))
+        parent = np.int64(load_i32(parents + 4 * m))
+        if parent < 0:
+            parent = np.int64(load_i32(kept + 4 * (-1 - parent)))
+        row, source = np.int64(load_i32(rows + 4 * m)), load_i32(firsts + 4 * m) + parent
+        end = 4 * np.int64(load_i32(whole + 4 * m))
+        if number % caches == 0:
+            for at in range(0, end, 4):
+                store_i32(tables + columns * row + at, load_i32(tables + columns * source + at))
+        if row != source and load_i32(tails + 4 * m) > 0:
+            other = cache + 4 * words * load_i32(tables + columns * source + end)
+            own = cache + 4 * words * load_i32(tables + columns * row + end)
+            vectors = words // 16 * 16
+            for word in range(0, 4 * vectors, 64):
+                store(own + word, load(other + word))
+            for word in range(4 * vectors, 4 * words, 4):
+                store_f32(own + word, load_f32(other + word))

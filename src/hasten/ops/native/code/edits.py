@@ -48,6 +48,47 @@ def _penalize(row, ids, counts, size, penalties):
         store_f32(logit, x)
 
 
+@part
+def _copy(source, to, width):
+    """Copy a row of numbers."""
+    whole = width // 16 * 16
+    for at in range(0, 4 * whole, 64):
+        store(to + at, load(source + at))
+    for at in range(4 * whole, 4 * width, 4):
+        store_f32(to + at, load_f32(source + at))
+
+
+@kernel
+def _copied(p, thread, threads):
+    """Copy rows of logits [r, v]."""
+    rows, width, source, source_stride = load_i64(p), load_i64(p + 8), load_i64(p + 16), 4 * load_i64(p + 24)
+    to = load_i64(p + 32)
+    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
+        _copy(source + source_stride * r, to + 4 * width * r, width)
+
+
+@kernel
+def _follow(p, thread, threads):
+    """Let slots have the counts of others: those of the beams that k beams continue."""
+    followers, slots, seats, firsts, parents = (
+        load_i64(p),
+        load_i64(p + 8),
+        load_i64(p + 16),
+        load_i64(p + 24),
+        load_i64(p + 32),
+    )
+    ids, counts, sizes, width = load_i64(p + 40), load_i64(p + 48), load_i64(p + 56), 4 * load_i64(p + 64)
+    for k in range(followers * thread // threads, followers * (thread + 1) // threads):
+        seat = load_i64(seats + 8 * k)
+        own = load_i64(slots + 8 * seat)
+        other = load_i64(slots + 8 * (load_i64(firsts + 8 * k) + load_i32(parents + 4 * seat)))
+        if own != other:
+            size = load_i32(sizes + 4 * other)
+            _copy(ids + width * other, ids + width * own, np.int64(size))
+            _copy(counts + width * other, counts + width * own, np.int64(size))
+            store_i32(sizes + 4 * own, size)
+
+
 @kernel
 def _edit(p, thread, threads):
     """Penalties, biases and bans of k rows of logits, in place."""

@@ -95,6 +95,18 @@ def _largest(p, thread, threads):
 
 
 @kernel
+def _log_softmax(p, thread, threads):
+    """Log-probabilities of all numbers of rows [r, v]."""
+    rows, width, x, stride = load_i64(p), load_i64(p + 8), load_i64(p + 16), 4 * load_i64(p + 24)
+    out = load_i64(p + 32)
+    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
+        row, to = x + r * stride, out + 4 * width * r
+        total = _log_sum(row, width, _most(row, width))
+        for at in range(0, 4 * width, 4):
+            store_f32(to + at, _f32(_f64(load_f32(row + at)) - total))
+
+
+@kernel
 def _logprobs(p, thread, threads):
     """Log-probabilities and ranks of tokens [r], and those of the most probable ones [r, k], of rows [r, v]."""
     rows, width, x, stride = load_i64(p), load_i64(p + 8), load_i64(p + 16), 4 * load_i64(p + 24)
