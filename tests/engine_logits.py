@@ -35,10 +35,11 @@ def engine_logits(
     while scheduler.has_work:
         batch = scheduler.schedule()
         message = StepMessage.of(batch, tables)
-        positions = list(batch.prompt_positions())
+        runs = list(batch.prompt_runs())
+        positions = [(run.sequence, position) for run in runs for position, _ in enumerate(run.rows, run.first)]
 
-        def keep(piece: slice, logits: Tensor, positions: list[tuple[int, Sequence, int]] = positions) -> None:
-            for (_, sequence, position), row in zip(positions[piece], logits.split(1), strict=True):
+        def keep(piece: slice, logits: Tensor, positions: list[tuple[Sequence, int]] = positions) -> None:
+            for (sequence, position), row in zip(positions[piece], logits.split(1), strict=True):
                 assert len(found[sequence.request_id]) == position
                 # a copy: a graph's logits are overwritten by its next replay
                 found[sequence.request_id].append(row.float().clone())

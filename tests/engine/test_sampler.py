@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from hasten.engine.batch import PromptRun
 from hasten.engine.points import mix64, seeds_of, uniforms
 from hasten.engine.sampler import Choice, PromptLogprobs, Sampled, Sampler
 from hasten.engine.sequence import Sequence
@@ -352,11 +353,12 @@ def test_prompt_logprobs_are_those_of_the_tokens_that_follow(make_sequence: Make
     tokens = [4, 0, 3, 1, 3]
     one, other = make_sequence(tokens, prompt_logprobs=0), make_sequence(tokens[:3], prompt_logprobs=2)
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0, 1.0]]).expand(8, -1)
-    prompts = PromptLogprobs()
+    prompts = PromptLogprobs([PromptRun(one, 0, range(5)), PromptRun(other, 0, range(5, 8))])
     assert not prompts
-    prompts.add([(one, at) for at in range(3)], logits[:3])
-    prompts.add([*((one, at) for at in range(3, 5)), *((other, at) for at in range(3))], logits[:5])
-    found = [(sequence, at, row.entries()) for sequence, at, row in prompts.collect()]
+    prompts.add(slice(0, 3), logits[:3])
+    prompts.add(slice(3, 8), logits[:5])
+    runs = list(prompts.collect())
+    found = [(sequence, at, row.entries()) for sequence, first, rows in runs for at, row in enumerate(rows, first)]
     assert [(sequence is one, at) for sequence, at, _ in found] == [
         *((True, at) for at in range(4)),
         *((False, at) for at in range(2)),

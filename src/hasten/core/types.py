@@ -151,6 +151,10 @@ class LogprobList(Sequence[EntryT]):
         """Take the numbers of one more position."""
         self._rows.append(row)
 
+    def extend(self, rows: Iterable[LogprobRow]) -> None:
+        """Take the numbers of more positions."""
+        self._rows += rows
+
     def __len__(self) -> int:
         return len(self._rows)
 

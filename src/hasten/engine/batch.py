@@ -2,9 +2,20 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hasten.engine.encoder_input import EncoderInput
 from hasten.engine.sequence import Sequence
+
+
+class PromptRun(NamedTuple):
+    """Tokens of a prompt that follow each other and whose logits are asked for."""
+
+    sequence: Sequence
+    first: int
+    """Position of the first."""
+    rows: range
+    """Among the needed hidden states."""
 
 
 @dataclass
@@ -39,18 +50,14 @@ class Batch:
         if copies:
             self.copies += copies
 
-    def prompt_positions(self) -> Iterator[tuple[int, Sequence, int]]:
-        """Row among the needed hidden states, sequence and position of each token whose prompt's logits are asked for.
-
-        Before the batch is noted as done.
-        """
+    def prompt_runs(self) -> Iterator[PromptRun]:
+        """The tokens whose prompt's logits are asked for; before the batch is noted as done."""
         end = 0
         for sequence, needed in zip(self.sequences, self.needed, strict=True):
             begin, end = end, end + needed
             if sequence.wants_prompt_logits:
                 first = sequence.num_computed
-                for offset in range(min(needed, sequence.prompt_len - first)):
-                    yield begin + offset, sequence, first + offset
+                yield PromptRun(sequence, first, range(begin, begin + min(needed, sequence.prompt_len - first)))
 
     def mask_rows(self) -> Iterator[int]:
         """Row among the needed hidden states of each mask of a text; before the batch is noted as done."""

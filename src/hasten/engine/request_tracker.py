@@ -136,11 +136,11 @@ class RequestTracker:
 
     def take_prompt_logprobs(self, prompts: PromptLogprobs) -> None:
         """Keep the entries of positions in order; those before a preemption come again and are kept already."""
-        for sequence, position, top in prompts.collect():
+        for sequence, position, rows in prompts.collect():
             state = self.owners.get(sequence.key)
             kept = state.output.prompt_logprobs if isinstance(state, RequestState) else None
-            if isinstance(kept, LogprobList) and len(kept) == position + 1:
-                kept.append(top)
+            if isinstance(kept, LogprobList) and len(kept) > position:
+                kept.extend(rows[len(kept) - 1 - position :])
 
     def _take_token(self, state: RequestState, sequence: Sequence, sampled: Sampled) -> None:
         completion = state.completions[sequence.index]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.core.types import LogprobRow
+from hasten.engine.batch import PromptRun
 from hasten.engine.beam import BeamStep
 from hasten.engine.beam_choice import BeamLayout, BeamRecords, ChosenBeams
 from hasten.engine.edits import RowEdits
@@ -301,25 +302,31 @@ def _rows(tokens: list[int], counts: list[int], tops: ops.TopLogprobs) -> list[L
 class PromptLogprobs:
     """Log-probabilities of prompts' tokens, computed piece by piece and on their way to the host."""
 
-    def __init__(self) -> None:
-        self._pieces: list[tuple[list[tuple[Sequence, int]], list[int], ops.HostCopy]] = []
+    def __init__(self, runs: list[PromptRun]) -> None:
+        self._runs = runs
+        self._counts = [sequence.params.prompt_logprobs or 0 for sequence, _, rows in runs for _ in rows]
+        self._tokens: list[int] = []
+        """What follows each position; whatever, where that is the prompt's last."""
+        for sequence, first, rows in runs:
+            own = sequence.token_ids[first + 1 : min(first + 1 + len(rows), sequence.prompt_len)]
+            self._tokens += own + [0] * (len(rows) - len(own))
+        self._pieces: list[tuple[slice, ops.HostCopy]] = []
 
     def __bool__(self) -> bool:
         return bool(self._pieces)
 
-    def add(self, positions: list[tuple[Sequence, int]], logits_rv: Tensor) -> None:
-        """Take the logits at a sequence's position in each row."""
-        # Nothing of the prompt follows its last position.
-        tokens = [s.token_ids[at + 1] if at + 1 < s.prompt_len else 0 for s, at in positions]
-        count = max(sequence.params.prompt_logprobs or 0 for sequence, _ in positions)
-        tokens_r = ops.to_device(tokens, torch.int32, logits_rv.device)
-        self._pieces.append((positions, tokens, ops.HostCopy(ops.top_logprobs(logits_rv, tokens_r, count))))
+    def add(self, piece: slice, logits_rv: Tensor) -> None:
+        """Take the logits of a piece of the runs' rows."""
+        tokens_r = ops.to_device(self._tokens[piece], torch.int32, logits_rv.device)
+        copy = ops.HostCopy(ops.top_logprobs(logits_rv, tokens_r, max(self._counts[piece])))
+        self._pieces.append((piece, copy))
 
-    def collect(self) -> Iterator[tuple[Sequence, int, LogprobRow]]:
-        """Each position with the log-probabilities of the token that follows it; waits for the device."""
-        for positions, tokens, copy in self._pieces:
-            counts = [sequence.params.prompt_logprobs or 0 for sequence, _ in positions]
-            rows = _rows(tokens, counts, ops.TopLogprobs(*copy.wait()))
-            for (sequence, at), row in zip(positions, rows, strict=True):
-                if at + 1 < sequence.prompt_len:
-                    yield sequence, at, row
+    def collect(self) -> Iterator[tuple[Sequence, int, list[LogprobRow]]]:
+        """For each run its first position, and log-probabilities of the tokens behind its own; waits for the device."""
+        found: list[LogprobRow] = []
+        for piece, copy in self._pieces:
+            found += _rows(self._tokens[piece], self._counts[piece], ops.TopLogprobs(*copy.wait()))
+        begin = 0
+        for sequence, first, rows in self._runs:
+            yield sequence, first, found[begin : begin + min(len(rows), sequence.prompt_len - 1 - first)]
+            begin += len(rows)

@@ -142,7 +142,7 @@ class StepMessage:
             counts=counts,
             needed=batch.needed,
             sampled=batch.sampled,
-            prompt_rows=[*(row for row, _, _ in batch.prompt_positions()), *batch.mask_rows()],
+            prompt_rows=[*chain.from_iterable(run.rows for run in batch.prompt_runs()), *batch.mask_rows()],
             edits=edits,
             copies=batch.copies,
             positions=_positions(sequences, counts),

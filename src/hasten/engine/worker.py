@@ -244,14 +244,13 @@ class Worker:
         message = StepMessage.of(batch, self._tables) if self.pooler is None else StepMessage.of_texts(batch)
         if self.ranks.world.size > 1:
             self.ranks.publish(message.packed())
-        prompts = PromptLogprobs()
-        positions = [(sequence, at) for _, sequence, at in batch.prompt_positions()] if message.prompt_rows else []
+        prompts = PromptLogprobs(list(batch.prompt_runs()))
         sequences = [batch.sequences[index] for index in batch.sampled]
 
         def compute() -> ChooseTokens | None:
             if self.pooler is not None:
                 return self._pool(self.pooler, message, sequences)
-            return self._compute(message, sequences, lambda piece, logits: prompts.add(positions[piece], logits))
+            return self._compute(message, sequences, prompts.add)
 
         launched = Launched(sequences, prompts, compute)
         if not self.defers:
@@ -351,7 +350,7 @@ class Worker:
         """What ranks other than 0 do until rank 0 says stop."""
         while len(numbers := self.ranks.receive()):
             message = StepMessage.unpacked(numbers)
-            Launched([], PromptLogprobs(), partial(self._compute, message, [], _no_logits)).choose()
+            Launched([], PromptLogprobs([]), partial(self._compute, message, [], _no_logits)).choose()
         self.finish()
         self.release()
 
