@@ -57,6 +57,9 @@ class Together(TensorGroup):
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return torch.stack(self.meeting.shards(self.rank, tensor)).sum(0)
 
+    def greatest(self, tensor: Tensor) -> Tensor:
+        return torch.stack(self.meeting.shards(self.rank, tensor)).amax(0)
+
     def all_gather(self, tensor: Tensor) -> Tensor:
         return torch.stack(self.meeting.shards(self.rank, tensor))
 

@@ -1,5 +1,6 @@
 """Shapes: r rows, v vocabulary. The kernels run on a GPU where there is one, and on Triton's interpreter otherwise."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -138,6 +139,25 @@ def not_finite(dtype: torch.dtype) -> tuple[Tensor, list[bool]]:
     logits[7, ::2] = -INF
     logits[8, 600] = -torch.tensor(NAN)
     return logits, [True, False, False, False, False, False, True, True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_greatest_key_of_shards_is_that_of_the_row(dtype: torch.dtype, device: torch.device) -> None:
+    """Shards of any width, with none at the end; values come again on several of them, with either sign of zero."""
+    plain, _ = not_finite(dtype)
+    logits = torch.cat((plain, random_logits(30, dtype=dtype).mul(2).round().clamp(-3, 0)))
+    wanted = reference.greedy(logits)
+    starts = [0, 1, 7, BLOCK + 3, VOCAB, VOCAB]
+    for of_keys, tokens, shards in (
+        (reference.greedy_keys, reference.tokens_of_keys, logits),
+        (sampling.greedy_keys, sampling.tokens_of_keys, logits.to(device)),
+    ):
+        keys = [of_keys(shards[:, start:end], start) for start, end in pairwise(starts)]
+        found = tokens(torch.stack(keys).amax(0))
+        assert found.dtype == torch.int32
+        assert torch.equal(found.cpu(), wanted)
+    ops_keys = ops.greedy_keys(logits.to(device), 5)
+    assert torch.equal(ops.tokens_of_keys(ops_keys).cpu(), wanted.where(wanted < 0, wanted + 5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -144,17 +144,8 @@ class Head(PackedModule):
         if self.group.size == 1:
             return ops.greedy(local_rv[:, : self.vocab_size])
         first = self.group.rank * local_rv.shape[1]
-        valid = max(1, min(local_rv.shape[1], self.vocab_size - first))
-        tokens_r, best_r = ops.greedy(local_rv[:, :valid]), local_rv[:, :valid].amax(-1).float()
-        if first >= self.vocab_size:  # this rank holds padding alone
-            best_r = torch.full_like(best_r, float("-inf"))
-        # A row with infinity or NaN on one rank has no token on any: it wins, and its token is -1. Ids are exact in
-        # fp32 up to 2^24.
-        best_r = best_r.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
-        ids_r = (tokens_r + first).where(tokens_r >= 0, tokens_r)
-        pairs = self.group.all_gather(torch.stack((best_r, ids_r.float())))
-        chosen_1r = pairs[:, 0].argmax(0, keepdim=True)
-        return pairs[:, 1].gather(0, chosen_1r).squeeze(0).int()
+        valid = max(0, min(local_rv.shape[1], self.vocab_size - first))  # the last ranks may hold padding alone
+        return ops.tokens_of_keys(self.group.greatest(ops.greedy_keys(local_rv[:, :valid], first)))
 
     def forward(self, hidden_rh: Tensor) -> Tensor | None:
         """Logits [r, v] on rank 0; None on the others."""

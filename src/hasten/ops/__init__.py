@@ -39,10 +39,12 @@ from hasten.ops.dispatch.sampling import (
     edit_logits,
     follow_counts,
     greedy,
+    greedy_keys,
     largest,
     log_softmax,
     mask_logits,
     resolve_ids,
+    tokens_of_keys,
     top_logprobs,
 )
 from hasten.ops.draws import NONE_LEFT, Draws
@@ -115,6 +117,7 @@ __all__ = [
     "follow_counts",
     "gated_linear",
     "greedy",
+    "greedy_keys",
     "kept_kernels",
     "largest",
     "library_rows",
@@ -143,6 +146,7 @@ __all__ = [
     "set_count",
     "store_heads",
     "to_device",
+    "tokens_of_keys",
     "top_logprobs",
     "write_cache",
 ]

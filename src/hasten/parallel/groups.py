@@ -55,6 +55,12 @@ class TensorGroup:
             self._run(dist.all_reduce, tensor, on_gpu=tensor.is_cuda)
         return tensor
 
+    def greatest(self, tensor: Tensor) -> Tensor:
+        """The greatest of all ranks' numbers, element by element, in place, on every rank."""
+        if self.size > 1:
+            self._run(dist.all_reduce, tensor, on_gpu=tensor.is_cuda, op=dist.ReduceOp.MAX)
+        return tensor
+
     def least(self, number: int) -> int:
         """The least of all ranks' numbers, on every rank."""
         smallest = torch.tensor(number)

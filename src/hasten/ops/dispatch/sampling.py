@@ -38,6 +38,27 @@ def greedy(logits_rv: Tensor) -> Tensor:
     return cpu.sampling.greedy(logits_rv)
 
 
+def greedy_keys(logits_rv: Tensor, first: int) -> Tensor:
+    """What `greedy` compares of each row, int64 [r]: of the shards of a row, the greatest has the token.
+
+    `first`: the token of the first logit. A shard may have none.
+    """
+    if logits_rv.is_cuda:
+        from hasten.ops.gpu import sampling
+
+        return sampling.greedy_keys(logits_rv, first)
+    return reference.greedy_keys(logits_rv, first)
+
+
+def tokens_of_keys(keys_r: Tensor) -> Tensor:
+    """The tokens of keys, int32 [r], below 0 as in `greedy`."""
+    if keys_r.is_cuda:
+        from hasten.ops.gpu import sampling
+
+        return sampling.tokens_of_keys(keys_r)
+    return reference.tokens_of_keys(keys_r)
+
+
 def draw(logits_rv: Tensor, draws: Draws) -> Tensor:
     """Tokens drawn by temperature, min-p, top-k and top-p, in this order: int32 [r], below 0 as in `greedy`.
 

@@ -36,38 +36,71 @@ def _image(x, BITS: tl.constexpr):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> BITS
 
 
-@triton.jit
-def _best_of_chunk(logits, keys, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """The greatest key of a chunk: the image of the logit, and then how far its token is from the last possible."""
+@triton.jit(do_not_specialize=["begin"])
+def _best_of_chunk(logits, keys, stride, begin, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """The greatest key of a chunk: the image of the logit, and then how far its token is from the last possible.
+
+    `begin`: the token of the first logit.
+    """
     wait_for_inputs(PDL)
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tokens_b = chunk * BLOCK + tl.arange(0, BLOCK)
     image_b = _image(_read(logits + row * stride, tokens_b, SIZE), 0)
-    keys_b = (image_b.to(tl.int64) << 32) | (_LAST - tokens_b)
+    keys_b = (image_b.to(tl.int64) << 32) | (_LAST - (begin + tokens_b))
     tl.store(keys + row * tl.num_programs(1) + chunk, tl.max(keys_b, 0))
 
 
 @triton.jit
-def _best_of_row(keys, tokens, chunks, CHUNKS: tl.constexpr, PDL: tl.constexpr):
-    """The token of the greatest key of a row's chunks."""
+def _best_of_row(keys, out, chunks, CHUNKS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr):
+    """The greatest key of a row's chunks, or with TOKENS its token."""
     wait_for_inputs(PDL)
     row, chunk = tl.program_id(0), tl.arange(0, CHUNKS)
     key = tl.max(tl.load(keys + row * chunks + chunk, chunk < chunks, _NO_KEY), 0)
-    image = key >> 32
-    finite = (image > ~_INFINITE) & (image < _INFINITE)
-    none = tl.where(image < _INFINITE, _NONE_LEFT, -1)
-    tl.store(tokens + row, tl.where(finite, _LAST - (key & _LAST), none))
+    if TOKENS:
+        image = key >> 32
+        finite = (image > ~_INFINITE) & (image < _INFINITE)
+        none = tl.where(image < _INFINITE, _NONE_LEFT, -1)
+        tl.store(out + row, tl.where(finite, _LAST - (key & _LAST), none))
+    else:
+        tl.store(out + row, key)
+
+
+def _keys(logits_rv: Tensor, first: int) -> Tensor:
+    """The greatest key of each chunk: [r, chunks]."""
+    rows, size = logits_rv.shape
+    assert logits_rv.stride(1) == 1
+    chunks = max(1, triton.cdiv(size, _CHUNK))
+    keys = logits_rv.new_empty(rows, chunks, dtype=torch.int64)
+    options = overlapped(logits_rv)
+    _best_of_chunk[(rows, chunks)](
+        logits_rv, keys, logits_rv.stride(0), first, SIZE=size, BLOCK=_CHUNK, num_warps=4, **options
+    )
+    return keys
+
+
+def _best(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of each row's keys the greatest one, int64, or its token, int32: [r]."""
+    rows, chunks = keys.shape
+    found_r = keys.new_empty(rows, dtype=dtype)
+    _best_of_row[(rows,)](
+        keys,
+        found_r,
+        chunks,
+        CHUNKS=triton.next_power_of_2(chunks),
+        TOKENS=dtype == torch.int32,
+        num_warps=1,
+        **overlapped(keys),
+    )
+    return found_r
 
 
 def greedy(logits_rv: Tensor) -> Tensor:
-    rows, size = logits_rv.shape
-    assert logits_rv.stride(1) == 1
-    chunks = triton.cdiv(size, _CHUNK)
-    keys = logits_rv.new_empty(rows, chunks, dtype=torch.int64)
-    tokens_r = logits_rv.new_empty(rows, dtype=torch.int32)
-    options = overlapped(logits_rv)
-    _best_of_chunk[(rows, chunks)](
-        logits_rv, keys, logits_rv.stride(0), SIZE=size, BLOCK=_CHUNK, num_warps=4, **options
-    )
-    _best_of_row[(rows,)](keys, tokens_r, chunks, CHUNKS=triton.next_power_of_2(chunks), num_warps=1, **options)
-    return tokens_r
+    return _best(_keys(logits_rv, 0), torch.int32)
+
+
+def greedy_keys(logits_rv: Tensor, first: int) -> Tensor:
+    return _best(_keys(logits_rv, first), torch.int64)
+
+
+def tokens_of_keys(keys_r: Tensor) -> Tensor:
+    return _best(keys_r.unsqueeze(1), torch.int32)

@@ -8,10 +8,29 @@ from torch import Tensor
 from hasten.ops.draws import NONE_LEFT, Draws
 from hasten.ops.logprobs import TopLogprobs
 
+_LAST = (1 << 31) - 1
+"""The last token that there may be."""
+
 
 def greedy(logits_rv: Tensor) -> Tensor:  # noqa: D103
     best_r, tokens_r = logits_rv.max(-1)
     return where_finite(tokens_r, best_r)
+
+
+def greedy_keys(logits_rv: Tensor, first: int) -> Tensor:
+    """The bits of the greatest logit as an integer of the same order, above how far its token is from the last."""
+    if logits_rv.shape[1] == 0:
+        logits_rv = logits_rv.new_full((logits_rv.shape[0], 1), float("-inf"))
+    best_r, tokens_r = logits_rv.float().max(-1)
+    bits_r = (best_r.nan_to_num(float("inf"), float("inf"), float("-inf")) + 0.0).view(torch.int32)
+    image_r = bits_r ^ ((bits_r >> 31) & _LAST)
+    return (image_r.long() << 32) | (_LAST - first - tokens_r)
+
+
+def tokens_of_keys(keys_r: Tensor) -> Tensor:  # noqa: D103
+    image_r = (keys_r >> 32).int()
+    best_r = (image_r ^ ((image_r >> 31) & _LAST)).view(torch.float32)
+    return where_finite(_LAST - (keys_r & _LAST), best_r)
 
 
 def where_finite(tokens_r: Tensor, best_r: Tensor) -> Tensor:
