@@ -4,11 +4,9 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,12 +158,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def forked_ranks() -> Iterator[None]:
     """Ranks that an engine starts are copies of one process, which takes a tenth of the time of new ones."""
-    from tests.forked_ranks import ForkedRank
+    from tests import forked
 
-    own = SimpleNamespace(**vars(subprocess) | {"Popen": ForkedRank})
-    monkeypatch.setattr("hasten.parallel.children.subprocess", own)
+    with forked.forked_ranks():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import pytest
 from pyarrow import Table
 from pyarrow.parquet import write_table
 from tests.batch.simulated import MODEL, SimulatedEngine, main
-from tests.forked_ranks import forking
+from tests.forked import forking
 from tests.waiting import LIMIT_S, eventually
 
 from hasten.batch.job import BatchJob, BatchSummary

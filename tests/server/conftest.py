@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 import pytest
+from tests.forked import forked_engines
 from tests.waiting import LIMIT_S, eventually
 
 from hasten.core.config import EngineConfig
@@ -40,10 +41,18 @@ def run() -> Iterator[Run[Any]]:
         yield runner.run
 
 
+@pytest.fixture(scope="module", autouse=True)
+def engines_are_forked() -> Iterator[None]:
+    """Engines of tests are copies of one process: each would import torch anew for longer than most of them compute."""
+    with forked_engines():
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo_engine(run: Run[EngineClient], demo_model: Path) -> Iterator[EngineClient]:
     """An engine with the defaults, in its process."""
-    client = run(EngineClient.start(EngineConfig.create(str(demo_model)), name="demo"))
+    with forked_engines():
+        client = run(EngineClient.start(EngineConfig.create(str(demo_model)), name="demo"))
     yield client
     run(client.close())  # type: ignore[arg-type]  # the loop runs any coroutine
 
@@ -76,7 +85,8 @@ def tool_site(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Site]":
     """A server whose model `story` has a chat template with tools."""
     from tests.server.tool_model import serve_tools
 
-    site = serve_tools(tmp_path_factory.mktemp("tools"))
+    with forked_engines():
+        site = serve_tools(tmp_path_factory.mktemp("tools"))
     yield site
     site.close()
 

@@ -28,6 +28,11 @@ from hasten.server.engine.process import with_defaults
 from hasten.server.engine.queue import QueueWaitError
 
 
+@pytest.fixture(scope="module", autouse=True)
+def engines_are_forked() -> None:
+    """No engine of this file is: processes are what it is about."""
+
+
 def test_signals_to_the_process_are_the_servers_to_handle(run: Any, demo_engine: EngineClient) -> None:
     async def ask() -> None:
         stream = await begin(demo_engine, [5], SamplingParams(max_tokens=30, ignore_eos=True))
