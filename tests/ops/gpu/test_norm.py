@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hasten.ops import PartialSum, reference
 from hasten.ops.gpu import norm
+from hasten.ops.packed import QuantizedWeight, Weight
 
 Close = Callable[[str, Tensor, Tensor], None]
 
@@ -176,6 +177,27 @@ def test_rows_of_a_table(width: int, dtype: torch.dtype, device: torch.device, a
         assert found.dtype == dtype
         exact = reference.embedding_norm(numbers, table.double(), weight.double(), bias.double(), EPS)
         assert_close("layer_norm", found, exact)
+
+
+@pytest.mark.parametrize("in_bytes", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("first", [None, 0, 7])
+def test_rows_of_a_shard_of_a_table(
+    first: int | None, dtype: torch.dtype, in_bytes: bool, device: torch.device, assert_close: Close
+) -> None:
+    ids = torch.tensor([8, 12, 7, 0, 12, 20, 6] if first is None else [8, 12, 7, 0, 12, 40, 6], device=device)
+    table: Weight = draw(21, 24, dtype=dtype, device=device)
+    if in_bytes:
+        values = torch.randint(-127, 128, (21, 24), dtype=torch.int8, device=device)
+        table = QuantizedWeight(values, torch.rand(21, device=device), dtype)
+    for numbers in (ids, ids.int(), ids[:0]):
+        found = norm.embedding(numbers, table, first)
+        expected = reference.embedding(numbers.long(), table, first)
+        assert found.dtype == expected.dtype == dtype
+        if in_bytes and dtype == torch.bfloat16:  # the interpreter does not round
+            assert_close("cut off", found, expected)
+        else:
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, overload
 
 from torch import Tensor
 
-from hasten.ops import cpu, reference
+from hasten.ops import cpu
 from hasten.ops.packed import PackedLinear, Weight
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.rounding import Inputs
@@ -20,7 +20,9 @@ def embedding(ids_t: Tensor, weight_vh: Weight, first: int | None = None) -> Ten
     give zeros.
     """
     if ids_t.is_cuda:
-        return reference.embedding(ids_t, weight_vh, first)
+        from hasten.ops.gpu import norm as kernels
+
+        return kernels.embedding(ids_t, weight_vh, first)
     return cpu.norms.embedding(ids_t, weight_vh, first)
 
 

@@ -245,6 +245,32 @@ def _memory(
     return out_th, (out_th, like), {"WIDTH": 0, "LARGEST": 0.0, "DIGITS": 0, "NIBBLES": False}
 
 
+@triton.jit
+def _embed(ids, table, scales, out, first, held, H: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr):
+    """A row of a shard of `held` rows, that of id `first` the first of them; zeros for any other id."""
+    wait_for_inputs(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    local = tl.load(ids + row).to(tl.int64) - first
+    own = (local >= 0) & (local < held)
+    h = tl.arange(0, BLOCK_H)
+    x_h = tl.load(table + local * H + h, own & (h < H), 0.0)
+    if scales is not None:
+        x_h = x_h.to(tl.float32) * tl.load(scales + local, own, 0.0)
+    tl.store(out + row * H + h, x_h.to(out.dtype.element_ty), h < H)
+
+
+def embedding(ids_t: Tensor, weight_vh: Weight, first: int | None) -> Tensor:
+    assert isinstance(weight_vh, Tensor | QuantizedWeight)  # tables have scales of rows
+    values, scales = (weight_vh, None) if isinstance(weight_vh, Tensor) else (weight_vh.values, weight_vh.scales)
+    held, width = values.shape
+    out_th = values.new_empty(ids_t.shape[0], width, dtype=weight_vh.dtype)
+    _embed[(ids_t.shape[0],)](
+        ids_t, values, scales, out_th, first or 0, held, H=width, BLOCK_H=triton.next_power_of_2(width),
+        num_warps=row_warps(width), **overlapped(values),
+    )  # fmt: skip
+    return out_th
+
+
 def embedding_norm(ids_t: Tensor, table_vh: Weight, weight_h: Tensor, bias_h: Tensor, eps: float) -> Tensor:
     assert isinstance(table_vh, Tensor | QuantizedWeight)  # tables have scales of rows
     values, scales = (table_vh, None) if isinstance(table_vh, Tensor) else (table_vh.values, table_vh.scales)
