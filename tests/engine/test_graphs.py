@@ -3,6 +3,7 @@
 A CPU has no graphs: here padded steps are computed kernel by kernel, and not replayed.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from inspect import signature
@@ -14,7 +15,11 @@ import torch
 from torch import Tensor
 
 from hasten import LLM, RequestOutput, SamplingParams, ops
+from hasten.engine import graphs
+from hasten.engine import runner as runner_module
 from hasten.engine.batch import Batch
+from hasten.engine.cache_setup import CacheSetup
+from hasten.engine.deferred import Budget
 from hasten.engine.graphs import Prepare, Size, Sizes, StepOutput
 from hasten.engine.inputs import Inputs, Step
 from hasten.engine.runner import Runner
@@ -28,6 +33,7 @@ pytest.importorskip("triton")
 
 import tests.interpreter  # noqa: F401  # kernels run on it where there is no GPU
 from tests.bench.compile_cases import launchers
+from tests.engine.deferring import Recomputing
 
 MakeModel = Callable[..., Path]
 MakeSequence = Callable[..., Sequence]
@@ -164,6 +170,60 @@ def test_padded_steps_of_kernels_give_what_the_steps_give(make_model: MakeModel,
     assert padded.seen[True] > 1
     assert padded.seen[False] > 2
     assert not padded.seen[None]
+
+
+@pytest.mark.any_python
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/engine/test_gpu.py replays such steps")
+def test_steps_give_the_same_with_few_graphs_and_with_all(
+    make_model: MakeModel,
+    kernels: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Chunks, mixtures, single tokens and beams, by steps that are computed anew in the place of replays."""
+    folder = make_model("Bloom", n_head=2, hidden_size=128, n_layer=2, initializer_range=0.08)
+    prompts = [[(7 * n + place) % 90 + 4 for place in range(n)] for n in (1, 17, 20)]
+    params = [SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)] * 3
+    params[1] = SamplingParams(max_tokens=3, beam_width=2, n=2, ignore_eos=True)
+    options: dict[str, Any] = {"device": "cpu", "dtype": "fp16", "kv_cache_memory": 1 << 20, "max_model_len": 64}
+    options |= {"overlap_steps": True, "max_num_seqs": 4, "max_num_batched_tokens": 32, "enable_prefix_caching": False}
+    sizes = Sizes([Size(1, None), Size(2, None), Size(4, None)], [Size(8, 4), Size(16, 4), Size(32, 4)])
+    assert sizes.later == [Size(2, None), Size(16, 4)]
+    with LLM(folder, **options) as llm:
+        expected = results(llm.generate(prompts, params))
+    kernels()
+    monkeypatch.setattr(graphs, "_FIRST_APART", 8)
+    captures: list[Recomputing] = []
+
+    def capturing(setup: CacheSetup) -> tuple[int, int]:
+        made = make(setup)
+        setup.runner.capture_graphs(sizes)
+        return made
+
+    def capture_of(_device: Any) -> Recomputing:
+        captures.append(Recomputing(fails=frozenset({5})))
+        return captures[-1]
+
+    make = CacheSetup.make
+    monkeypatch.setattr(CacheSetup, "make", capturing)
+    monkeypatch.setattr(runner_module, "CudaCapture", capture_of)
+    with LLM(folder, **options) as llm:
+        worker, deferred = llm.engine.worker, llm.engine.worker.runner.deferred
+        assert captures[0].captured == 4
+        worker._budget = Budget(interactive=True)
+        worker._budget.spend(1e9)
+        assert results(llm.generate(prompts, params)) == expected, "padded to larger steps"
+        assert captures[0].captured == 4
+        worker._budget = Budget(interactive=False)
+        with caplog.at_level(logging.WARNING, "hasten"):
+            assert results(llm.generate(prompts, params)) == expected, "captured when they are needed"
+        assert captures[0].captured == 5
+        assert "preparing the CUDA graph of steps " in caplog.text
+        assert caplog.text.count("the engine goes on without it") == 1
+        llm.engine.prepare()
+        assert results(llm.generate(prompts, params)) == expected
+        assert deferred.next is None
+        assert captures[0].captured == 6
 
 
 def batch(make: MakeSequence, work: list[tuple[int, int]]) -> Batch:

@@ -59,6 +59,7 @@ class HastenEngine:
 
     def __init__(self, llm: LLM, sampling: SamplingParams = GREEDY, batch_size: int | None = None) -> None:
         self._llm = llm
+        llm.engine.prepare()  # a benchmark's first batch would else compute and prepare in turns
         self.device = llm.device
         self.dtype = llm.dtype
         self._batch_size = batch_size

@@ -1,5 +1,7 @@
 """Seconds from nothing to the first token, by phase: each start is a process of its own.
 
+What an engine does behind that, when there is time, is measured apart (`deferred_s`).
+
 A cold start has no compiled kernels and no weights in the system's file cache, as in a new container; a warm one has
 what the start before it left. Python's and torch's own files may be cached in both.
 """
@@ -37,6 +39,8 @@ class Start:
     """From the start of the process to the first token."""
     second_token_s: float
     """Of the same request once more."""
+    deferred_s: float
+    """Of all that the start leaves for when there is time: its graphs, products of a library, the tokenizer."""
     totals_s: list[float]
     """Of each repetition."""
 
@@ -117,7 +121,8 @@ def _median(kind: str, runs: Sequence[Mapping[str, Any]]) -> Start:
     phases = {name: statistics.median(run["seconds"][name] for run in runs) for name in runs[0]["seconds"]}
     totals = [run["total_s"] for run in runs]
     second = statistics.median(run["second_token_s"] for run in runs)
-    return Start(kind, phases, statistics.median(totals), second, totals)
+    deferred = statistics.median(run["deferred_s"] for run in runs)
+    return Start(kind, phases, statistics.median(totals), second, deferred, totals)
 
 
 def show(measured: Measured) -> None:
@@ -126,6 +131,7 @@ def show(measured: Measured) -> None:
     rows = [(name, *(f"{start.phases[name]:.2f}" for start in starts)) for name in starts[0].phases]
     rows.append(("to the first token", *(f"{start.total_s:.2f}" for start in starts)))
     rows.append(("the same request again", *(f"{start.second_token_s:.3f}" for start in starts)))
+    rows.append(("left for later", *(f"{start.deferred_s:.2f}" for start in starts)))
     device = measured.environment["device"]
     title = f"seconds of a start, {measured.environment['dtype']} on {device}, median of {len(starts[0].totals_s)}"
     print_table(title, ("phase", *(start.kind for start in starts)), rows)

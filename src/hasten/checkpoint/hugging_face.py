@@ -137,8 +137,16 @@ class HuggingFaceSource(Source):
 
     def shard(self, spec: WeightSpec, rank: int, size: int) -> Tensor:
         """A view of the mapped file; what is fused here and not there, or in another order, is copied."""
-        stored = [self.upload(self._stored(source)) for source in spec.sources]
+        stored = [self._on_device(source) for source in spec.sources]
         return spec.shard(stored, rank, size, self.config.attention)
+
+    def _on_device(self, source: StoredTensor) -> Tensor:
+        """A tensor of the files where it is wanted."""
+        if source.name not in self._quantized:
+            name, path = self._names[source.name]
+            if (early := self.early(path, name)) is not None:
+                return check_tensor(path, name, early, source.shape(self.config))
+        return self.upload(self._stored(source))
 
     def weight(self, spec: WeightSpec, rank: int, size: int, dtype: torch.dtype) -> Weight:
         """See `Source.weight`; experts, and a weight whose parts are quantized in different ways, are dequantized."""

@@ -26,6 +26,10 @@ def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _not_early(_path: Path, _name: str) -> Tensor | None:
+    return None
+
+
 class Source(ABC):
     """A checkpoint whose tensors are read when asked for, in hasten's layout."""
 
@@ -52,6 +56,8 @@ class Source(ABC):
         self.upload: Callable[[Tensor], Tensor] = _as_it_is
         """Where whole tensors of the files are wanted, before they are put into hasten's layout: on a GPU that takes no
         time. As it is for a rank that needs parts of them."""
+        self.early: Callable[[Path, str], Tensor | None] = _not_early
+        """Tensors of the files that are on the device already, by file and name."""
         self.generation_eos: tuple[int, ...] | None = None
         """End tokens that generation_config.json set when the checkpoint was converted."""
 

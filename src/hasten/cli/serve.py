@@ -120,10 +120,16 @@ def _with_engines_ahead(options: ServeOptions, engine: EngineConfig) -> ServeOpt
     server, the others import torch.
     """
     from hasten.checkpoint.hub import resolve_engine
+    from hasten.core.early_weights import folder_of
+    from hasten.parallel.rank import rank_info
     from hasten.server.engine import spawned
 
     options = dataclasses.replace(options, engine=resolve_engine(engine))
-    spawned.start_ahead(options.model.data_parallel_size)
+    assert options.engine is not None
+    count = options.model.data_parallel_size
+    spawned.start_ahead(
+        count, folder_of(options.engine) if count == 1 and rank_info(ParallelConfig()) is None else None
+    )
     return options
 
 

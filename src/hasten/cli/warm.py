@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     with LLM(args.model, **options) as llm:
         started = time.perf_counter() - start
+        llm.engine.prepare()
         count = compute_all_kinds(llm)
         seconds = time.perf_counter() - start - started
         device = "the CPU" if llm.device.type == "cpu" else str(llm.device)

@@ -295,7 +295,7 @@ class AsyncLLM:
         engine = llm.engine
         while True:
             with self._changed:
-                while not (self._commands or self._closing or engine.has_unfinished):
+                while not (self._commands or self._closing or engine.has_unfinished or engine.has_deferred):
                     self._changed.wait()
                 if self._closing:
                     return False
@@ -305,6 +305,8 @@ class AsyncLLM:
                 command()
             if engine.has_unfinished:
                 return True
+            if not commands:
+                engine.prepare_next()
 
     def _end(self, llm: LLM) -> None:
         """Nothing more is computed: close the engine, and tell all that wait."""

@@ -83,8 +83,8 @@ class CacheSetup:
                     self._warm_up()
                 if not self.config.enforce_eager:
                     with self.times.phase("graphs"):
-                        sizes = self.runner.graph_sizes(self._most_mixed_tokens())
-                        self.runner.capture_graphs(sizes)
+                        self._capture_graphs()
+                self.runner.defer_products(self.config.scheduler.max_num_batched_tokens or 1)
             elif self.ranks.groups.tensor.size == 1 and not (self.config.enforce_eager or self.config.deterministic):
                 self.runner.record_steps()
         return length, min(useful, fits)
@@ -110,6 +110,7 @@ class CacheSetup:
                 with self.times.phase("kernels"):
                     self.runner.warm_up(tokens, [scheduler.max_num_seqs])
                     self._warm_up()
+                self.runner.defer_products(tokens)
         return length, num_blocks
 
     def _cache_ranges(self, length: int, ropes: RopeTables) -> list[Tensor] | None:
@@ -148,8 +149,17 @@ class CacheSetup:
         """Run steps of all kinds before the first request comes: what they need is compiled and loaded then."""
         scheduler = self.config.scheduler
         most = min(scheduler.max_num_batched_tokens or 1, _WARMUP_TOKENS)
-        self.runner.warm_up(most, [count for count in _WARMUP_SEQUENCES if count <= min(scheduler.max_num_seqs, most)])
-        self.runner.load_products(scheduler.max_num_batched_tokens or 1)
+        counts = [count for count in _WARMUP_SEQUENCES if count <= min(scheduler.max_num_seqs, most)]
+        self.runner.load_kernels(most, counts)
+
+    def _capture_graphs(self) -> None:
+        try:
+            self.runner.capture_graphs(self.runner.graph_sizes(self._most_mixed_tokens()))
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                "no memory is left for CUDA graphs; lower gpu_memory_utilization, kv_cache_memory or max_num_seqs, "
+                f"or do without them (enforce_eager) ({str(error).partition(chr(10))[0]})"
+            ) from error
 
     def _most_mixed_tokens(self) -> int:
         """Tokens of the largest step with prompts that may be a graph."""

@@ -55,8 +55,8 @@ class Engine:
         start = self.model_config.decoder_start_token_id
         self._start = () if start is None else (start,)
         """What a decoder begins with whose encoder reads the prompts."""
-        with self.worker.start_times.phase("tokenizer"):
-            self.tokenizer = self._load_tokenizer()
+        folder = self.config.tokenizer or self.worker.tokenizer_folder
+        self.tokenizer = None if folder is None else Tokenizer.deferred(folder)
         self.grammars = GrammarCompiler(
             self.tokenizer,
             self.model_config.vocab_size,
@@ -107,14 +107,16 @@ class Engine:
         )
         return RequestChecks(self.model_config, limits, self.tokenizer, self.worker.pooler)
 
-    def _load_tokenizer(self) -> Tokenizer | None:
-        folder = self.config.tokenizer or self.worker.tokenizer_folder
-        return None if folder is None else Tokenizer.from_folder(folder)
-
     @property
     def has_unfinished(self) -> bool:
         """Whether a step has anything to do."""
         return bool(self.requests.states)
+
+    @property
+    def has_deferred(self) -> bool:
+        """Whether the start left anything for later that is still to be done."""
+        is_read = self.tokenizer is None or self.tokenizer.is_loaded
+        return not is_read or self.worker.runner.deferred.next is not None
 
     @property
     def waiting(self) -> set[str]:
@@ -192,7 +194,7 @@ class Engine:
         output = RequestOutput(request.request_id, request.prompt, list(request.prompt_token_ids))
         output.metrics.queued_ts = sequence.arrived
         state = RequestState(request, output, unfinished=params.n, stream=stream and params.beam_width == 1)
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and params.detokenize:
             skip = params.skip_special_tokens
             state.continues = not self._start and self.tokenizer.continues(
                 request.prompt_token_ids, skip_special_tokens=skip
@@ -268,15 +270,37 @@ class Engine:
         An output that is not finished grows with further steps: whoever keeps one copies it.
         With overlapped steps they are those of the batch before.
         """
-        with self._change(), self._closing_on_errors(), self.ranks.guard("computing a step"), torch.inference_mode():
+        with (
+            self._change(),
+            self._closing_on_errors("a step"),
+            self.ranks.guard("computing a step"),
+            torch.inference_mode(),
+        ):
             return self._step()
 
+    def prepare_next(self) -> bool:
+        """Do a piece of what the start left for later; False where none is left.
+
+        For when there is nothing to compute: a request that comes meanwhile waits for as long as a few steps take.
+        """
+        doing = "preparing steps"
+        with self._change(), self._closing_on_errors(doing), self.ranks.guard(doing):
+            if self.tokenizer is not None and not self.tokenizer.is_loaded:
+                self.tokenizer.load()
+                return True
+            return self.worker.prepare_next()
+
+    def prepare(self) -> None:
+        """Do all that the start left for later: no request waits for any of it afterwards."""
+        while self.prepare_next():
+            pass
+
     @contextmanager
-    def _closing_on_errors(self) -> Iterator[None]:
+    def _closing_on_errors(self, what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            self._close_for(f"a step failed ({type(error).__name__}: {error})")
+            self._close_for(f"{what} failed ({type(error).__name__}: {error})")
             raise
 
     @contextmanager

@@ -14,17 +14,21 @@ left them. There are two families:
 Padding stores nothing, sees no keys and gets zeros from attention. Numbers of tokens are so close that it is at most an
 eighth of a step with prompts where products are bound by arithmetic, beyond 256 tokens, and a quarter below, where a
 step is bound by reading weights. Larger steps keep the device busy for longer than launching them takes.
+
+A start waits for few graphs (`Sizes.first`), since a capture takes as long as launching a step kernel by kernel. The
+others are captured when there is time (`deferred.py`); until then a step takes the next larger graph that there is.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.core.errors import CapacityError
 from hasten.engine.inputs import Arrays, Inputs, Step, Tokens
 from hasten.engine.step_message import StepMessage
 from hasten.ops.transfer import Sections
@@ -32,6 +36,8 @@ from hasten.ops.transfer import Sections
 _MOST_MIXED = 1536
 """Tokens of the largest step with prompts that is captured: about 32 ms for 14 GB of weights on an H200, a little more
 than a server's steps with prompts are to take. To launch one kernel by kernel takes 20 to 40 ms of a host."""
+_FIRST_APART = 8
+"""How many times as large as the next smaller one each of the graphs is that a start waits for."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,9 @@ class Size:
     tokens: int
     outputs: int | None
     """Tokens that need hidden states; None in a step of single tokens, where all do."""
+
+    def __str__(self) -> str:
+        return f"of {self.tokens} single tokens" if self.outputs is None else f"with prompts, of {self.tokens} tokens"
 
     def empty(self, inputs: Inputs) -> Step:
         """A step of this family that computes a token without effect, not padded."""
@@ -113,19 +122,75 @@ class Sizes:
         """For steps of as many single tokens, and of as many tokens with prompts."""
         return cls(decode_sizes(max_sequences), mixed_sizes(most_mixed_tokens, max_sequences))
 
-    def of(self, message: StepMessage) -> Size | None:
-        """The least size that a step can be padded to; None where there is none."""
+    @property
+    def first(self) -> list[Size]:
+        """Those that a start waits for, the largest first: the memory that it takes holds the others as well."""
+        return sorted([*_spread(self.mixed), *_spread(self.decode)], key=lambda size: size.tokens, reverse=True)
+
+    @property
+    def later(self) -> list[Size]:
+        """The others, those of the fewest tokens first: most servers begin with few requests."""
+        first = set(self.first)
+        return [size for size in (*self.decode, *self.mixed) if size not in first]
+
+    def with_room(self, message: StepMessage) -> list[Size]:
+        """Those that a step can be padded to, in ascending order; of one family alone."""
         tokens, outputs = message.num_tokens, sum(message.needed)
         if max(message.needed) > 1 or message.encoder_counts:
-            return None
+            return []
         sizes = self.decode if outputs == tokens else self.mixed
-        return next((size for size in sizes if size.tokens >= tokens), None)
+        return [size for size in sizes if size.tokens >= tokens]
+
+    def of(self, message: StepMessage) -> Size | None:
+        """The least size that a step can be padded to; None where there is none."""
+        return next(iter(self.with_room(message)), None)
 
 
-@dataclass(frozen=True)
-class _Graph:
-    graph: torch.cuda.CUDAGraph
-    output: StepOutput
+def _spread(sizes: list[Size]) -> list[Size]:
+    """The largest and the smallest of a family, and few between them."""
+    chosen = sizes[-1:]
+    for size in reversed(sizes):
+        if size.tokens * _FIRST_APART <= chosen[-1].tokens or (size is sizes[0] and size is not chosen[-1]):
+            chosen.append(size)
+    return chosen
+
+
+class Replayable(Protocol):
+    """A captured step."""
+
+    def replay(self) -> None:
+        """Run it once more, over what its memory holds now."""
+
+
+class Capture(Protocol):
+    """What makes graphs of steps; all graphs of one capture share their memory."""
+
+    def launch(self, compute: Callable[[], StepOutput]) -> None:
+        """Run a step as it is: what it needs must be loaded before it is captured."""
+
+    def capture(self, compute: Callable[[], StepOutput]) -> tuple[Replayable, StepOutput]:
+        """A graph of a step, and where it leaves its output."""
+
+
+class CudaCapture:
+    """CUDA graphs, captured on a stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def launch(self, compute: Callable[[], StepOutput]) -> None:
+        """See Capture."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            compute()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def capture(self, compute: Callable[[], StepOutput]) -> tuple[Replayable, StepOutput]:
+        """See Capture."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            output = compute()
+        return graph, output
 
 
 Compute = Callable[[Tokens], StepOutput]
@@ -135,7 +200,7 @@ Prepare = Callable[[StepMessage, Tensor], None]
 
 
 class StepGraphs:
-    """Graphs of all sizes, which share their memory."""
+    """Graphs of some sizes or all; which ones there are is the same on every rank."""
 
     def __init__(
         self,
@@ -144,6 +209,7 @@ class StepGraphs:
         inputs: Inputs,
         max_sequences: int,
         sizes: Sizes,
+        capture: Capture,
         *,
         one_of_each: Callable[[], AbstractContextManager[None]],
         is_last: bool = True,
@@ -155,42 +221,28 @@ class StepGraphs:
         self._inputs = inputs
         self._is_last = is_last
         self._sizes = sizes
-        computed = dict.fromkeys(sizes.mixed, mixed) | dict.fromkeys(sizes.decode, decode)
-        self._sections = {size: inputs.sections(size.tokens, size.outputs, max_sequences) for size in computed}
+        self._capture, self._one_of_each = capture, one_of_each
+        self._compute = dict.fromkeys(sizes.mixed, mixed) | dict.fromkeys(sizes.decode, decode)
+        self._sections = {size: inputs.sections(size.tokens, size.outputs, max_sequences) for size in self._compute}
         largest = max(each.total for each in self._sections.values())
         self._numbers = torch.zeros(largest, dtype=torch.int32, device=inputs.device)
-        # The largest first: the others then fit into the memory that it took.
-        ordered = sorted(computed.items(), key=lambda pair: pair[0].tokens, reverse=True)
-        try:
-            self._graphs = self._captured_all(ordered, one_of_each)
-        except torch.OutOfMemoryError as error:
-            raise CapacityError(
-                "no memory is left for CUDA graphs; lower gpu_memory_utilization, kv_cache_memory or max_num_seqs, "
-                f"or do without them (enforce_eager) ({str(error).partition(chr(10))[0]})"
-            ) from error
+        self._graphs: dict[Size, tuple[Replayable, StepOutput]] = {}
 
-    def _captured_all(
-        self, computed: list[tuple[Size, Compute]], one_of_each: Callable[[], AbstractContextManager[None]]
-    ) -> dict[Size, _Graph]:
-        """A graph of each size, whose kernels have been launched before: a capture must not compile or load any."""
-        stream, pool = torch.cuda.Stream(self._inputs.device), torch.cuda.graph_pool_handle()
-        with one_of_each():
-            for size, compute in computed:
-                step, sections = size.empty(self._inputs), self._sections[size]
+    def capture(self, sizes: list[Size]) -> None:
+        """Capture graphs of these sizes. Their kernels are launched before: a capture must not compile or load any."""
+        steps = {size: size.empty(self._inputs) for size in sizes}
+        with self._one_of_each():
+            for size, step in steps.items():
+                sections = self._sections[size]
                 self._put(size.arrays(self._inputs, step), sections, self._numbers[: sections.total])
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    compute(self._seen(size, step))
-                torch.cuda.current_stream().wait_stream(stream)
-        return {size: self._captured(compute, size, stream, pool) for size, compute in computed}
+                self._capture.launch(partial(self._compute[size], self._seen(size, step)))
+        for size, step in steps.items():
+            self._graphs[size] = self._capture.capture(partial(self._compute[size], self._seen(size, step)))
 
-    def _captured(
-        self, compute: Compute, size: Size, stream: torch.cuda.Stream, pool: "torch.cuda._POOL_HANDLE"
-    ) -> _Graph:
-        tokens, graph = self._seen(size, size.empty(self._inputs)), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            output = compute(tokens)
-        return _Graph(graph, output)
+    def lacking(self, message: StepMessage) -> Size | None:
+        """The size of a step of which there is no graph yet; None where there is one, or will never be."""
+        size = self._sizes.of(message)
+        return None if size in self._graphs else size
 
     def _seen(self, size: Size, step: Step) -> Tokens:
         """A step that reads its numbers from where steps of this size have them."""
@@ -203,10 +255,10 @@ class StepGraphs:
 
     def replay(self, message: StepMessage, prepare: Prepare) -> StepOutput | None:
         """Run a step, with its block tables [s, b] prepared before; None where no graph has room for it."""
-        size = self._sizes.of(message)
+        size = next((size for size in self._sizes.with_room(message) if size in self._graphs), None)
         if size is None:
             return None
-        step, chosen, sections = self._inputs.step(message), self._graphs[size], self._sections[size]
+        step, (graph, output), sections = self._inputs.step(message), self._graphs[size], self._sections[size]
         arrays = size.arrays(self._inputs, step)
         if not sections.hold(arrays):
             return None
@@ -215,5 +267,5 @@ class StepGraphs:
         if message.moves:
             tables = sections.views(numbers)["tables"]
             prepare(message, tables[: step.tables.size].view(step.tables.shape))
-        chosen.graph.replay()
-        return chosen.output.first(sum(message.needed) if self._is_last else message.num_tokens)
+        graph.replay()
+        return output.first(sum(message.needed) if self._is_last else message.num_tokens)

@@ -3,6 +3,8 @@
 import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +14,10 @@ from torch import Tensor
 from hasten import ops
 from hasten.checkpoint.hub import resolve_engine
 from hasten.checkpoint.plan import Checkpoint, rank_tensors
+from hasten.checkpoint.source import Source
 from hasten.core.config import EngineConfig
 from hasten.core.dtypes import DTypeName, dtype_name
+from hasten.core.early_weights import BEGUN
 from hasten.core.errors import ConfigError
 from hasten.core.model_config import ModelConfig
 from hasten.core.progress import progress_bar
@@ -80,7 +84,7 @@ def build_model(
     quantizable = matrices(model)
     nbytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     show = show_progress and world.rank == 0
-    with progress_bar("Loading weights", nbytes, unit="bytes", show=show) as bar:
+    with progress_bar("Loading weights", nbytes, unit="bytes", show=show) as bar, _early(source, groups, device):
         whole_experts = groups.expert.size > 1
         upload = ops.Upload(device)
         if within.size == 1:
@@ -115,6 +119,28 @@ def build_model(
     if shown is not None and config.experts is not None:
         _log.log(level, "quantization %s: the experts of the mixture are in %s", shown, dtype)
     return model
+
+
+@contextmanager
+def _early(source: Source, groups: ParallelGroups, device: torch.device) -> Iterator[None]:
+    """A block in which a source has what this process began to read before it had torch."""
+    weights = BEGUN.take()
+    if weights is None:
+        yield
+        return
+
+    def tensor(path: Path, name: str) -> Tensor | None:
+        arrived = weights.take(path, name)
+        return None if arrived is None else ops.arrived_tensor(arrived)
+
+    before = source.early
+    if groups.world.size == 1 and device == torch.device("cuda", 0):
+        source.early = tensor
+    try:
+        yield
+    finally:
+        source.early = before
+        weights.end()
 
 
 def _load_kernels(level: int) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hasten import ops
-from hasten.engine.graphs import Sizes, StepGraphs, StepOutput
+from hasten.engine.deferred import Deferred, Piece
+from hasten.engine.graphs import CudaCapture, Size, Sizes, StepGraphs, StepOutput
 from hasten.engine.inputs import BlockTables, Inputs, Tokens
 from hasten.engine.recorded import RecordedSteps
 from hasten.engine.sampler import draw_every_way
@@ -74,6 +75,10 @@ class Runner:
         self._parents = self._kept[1]
         """Where a token is a beam's, the number of the beam that it continues."""
         self._graphs: StepGraphs | RecordedSteps | None = None
+        self.deferred = Deferred()
+        """What the start leaves for when there is time."""
+        self._captures: dict[Size, int] = {}
+        """The pieces of that by which graphs come to be."""
         self._output: StepOutput | None = None
         """Of the last step, if a graph or a recording made it."""
 
@@ -178,7 +183,7 @@ class Runner:
     def warm_up(self, num_tokens: int, sequences: Iterable[int]) -> int:
         """Run steps of this number of tokens on a GPU, without effect on the cache: the peak of bytes that they need.
 
-        There is a step for each number of `sequences`. Their kernels are compiled then.
+        There is a step for each number of `sequences`.
         """
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -190,16 +195,25 @@ class Runner:
         return torch.cuda.max_memory_allocated() - before
 
     @torch.inference_mode()
-    def load_products(self, most_tokens: int) -> None:
-        """Compute one layer of each kind over every number of rows of a step that a GPU's library is given.
+    def load_kernels(self, num_tokens: int, sequences: Iterable[int]) -> None:
+        """Run steps of this number of tokens through one layer of each kind: their kernels are compiled and loaded.
 
-        It loads its programs then, and those of a fixed order are compared: both take longer than a request may wait.
+        There is a step for each number of `sequences`.
+        """
+        with distinct_layers(self.model):
+            for count in sequences:
+                self._decode(self._inputs.warmup_tokens(max(num_tokens, count), count))
+
+    def defer_products(self, most_tokens: int) -> None:
+        """Leave for later every number of rows of a step that a GPU's library is given.
+
+        It loads its programs when it computes the first of them, and those of a fixed order are compared then.
         """
         if not isinstance(self.model, CausalLM):
             return  # its layers cannot be distinguished, and all of them would take too long
-        with distinct_layers(self.model):
-            for tokens in reversed(ops.library_rows(most_tokens)):
-                self._decode(self._inputs.warmup_tokens(tokens, min(tokens, self.max_sequences)))
+        for tokens in reversed(ops.library_rows(most_tokens)):
+            load = partial(self.load_kernels, tokens, [min(tokens, self.max_sequences)])
+            self.deferred.add(Piece(f"the library's products of {tokens} rows", load))
 
     def graph_sizes(self, most_mixed_tokens: int) -> Sizes:
         """Of steps of single tokens, and of steps with prompts of at most `most_mixed_tokens`."""
@@ -208,16 +222,30 @@ class Runner:
 
     @torch.inference_mode()
     def capture_graphs(self, sizes: Sizes) -> None:
-        """Capture steps of these sizes, to be replayed."""
-        self._graphs = StepGraphs(
+        """Capture steps of the first of these sizes, to be replayed; the others are left for later."""
+        graphs = StepGraphs(
             self._decode,
             self._mixed,
             self._inputs,
             self.max_sequences,
             sizes,
+            CudaCapture(self.device),
             one_of_each=partial(distinct_layers, self.model),
             is_last=self.stage.is_last,
         )
+        graphs.capture(sizes.first)
+        self._graphs = graphs
+        for size in sizes.later:
+            piece = Piece(f"the CUDA graph of steps {size}", partial(graphs.capture, [size]))
+            self._captures[size] = self.deferred.add(piece)
+
+    def lacking(self, message: StepMessage) -> int | None:
+        """The piece of deferred work that makes the graph for a step; None where the step has all that it can have."""
+        if not self._captures or not isinstance(self._graphs, StepGraphs):
+            return None
+        size = self._graphs.lacking(message)
+        number = None if size is None else self._captures[size]
+        return number if number is not None and number in self.deferred else None
 
     def record_steps(self) -> None:
         """Record steps of single tokens on a CPU as they come, to be replayed."""
@@ -239,6 +267,7 @@ class Runner:
     def release_graphs(self) -> None:
         """Let the graphs go: NCCL does not leave a group that one of them still has work of."""
         self._graphs = self._output = None
+        self.deferred.clear()
 
     def tokens(self, message: StepMessage) -> Tokens:
         """A step on the device, for who runs a part of the model alone."""

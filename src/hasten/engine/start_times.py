@@ -4,11 +4,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PHASES = ("device", "config", "weights", "compile", "scales", "memory", "cache", "kernels", "graphs", "tokenizer")
+PHASES = ("device", "config", "weights", "compile", "scales", "memory", "cache", "kernels", "graphs")
 """In order, but on a CPU `compile` is before `weights`, which are packed for the kernels. `device`: a GPU's context;
 `compile`: kernels of all kinds of steps, by several threads; `scales`: those of a cache in 8 bits, where they are
 measured; `memory`: the largest step, which shows what is left for the cache; `kernels`: steps of all kinds, which load
-what they need; `graphs`: their capture."""
+what they need; `graphs`: the capture of the first of them. The tokenizer is read when it is first needed."""
 
 
 class StartTimes:

@@ -1,9 +1,10 @@
 """Text at both ends: the tokenizer, and text that grows token by token, with its stop words."""
 
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,26 @@ class Tokens(NamedTuple):
     type_ids: Sequence[int]
 
 
+class _Files(NamedTuple):
+    """What the files of a tokenizer say."""
+
+    fast: FastTokenizer
+    cleans_up: bool
+    mask: str | None
+
+    @classmethod
+    def of(cls, folder: Path) -> "_Files":
+        fast = tokenizer_files.load(folder)
+        return cls(fast, tokenizer_files.cleans_up(folder, fast), tokenizer_files.mask_token(folder, fast))
+
+
+class _Loaded(NamedTuple):
+    """A tokenizer in memory."""
+
+    files: _Files
+    detokenizer: Detokenizer
+
+
 def _parts(text: str | tuple[str, str]) -> tuple[str, ...]:
     return text if isinstance(text, tuple) else (text,)
 
@@ -53,22 +74,69 @@ class Tokenizer:
     """
 
     def __init__(self, fast: FastTokenizer, *, cleans_up: bool = False, mask: str | None = None) -> None:
-        self.mask_token = mask
-        self._fast = fast
-        self._cleans_up = cleans_up
-        fast.no_padding()
-        fast.no_truncation()
-        self._detokenizer = Detokenizer(fast)
-        self._endings: dict[tuple[str, ...], Endings] = {}
+        self._begin(partial(_Files, fast, cleans_up, mask))
+        self.load()
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
         """Load from a folder, or from a tokenizer.json; CheckpointError names what is missing or wrong."""
-        folder = Path(path)
-        fast = tokenizer_files.load(folder)
-        return cls(
-            fast, cleans_up=tokenizer_files.cleans_up(folder, fast), mask=tokenizer_files.mask_token(folder, fast)
-        )
+        tokenizer = cls.deferred(path)
+        tokenizer.load()
+        return tokenizer
+
+    @classmethod
+    def deferred(cls, path: str | Path) -> "Tokenizer":
+        """That of a folder, or of a tokenizer.json, read when it is first used: a large one takes a second.
+
+        CheckpointError names what is missing; what is wrong with a file is found when it is read.
+        """
+        folder, tokenizer = Path(path), cls.__new__(cls)
+        tokenizer_files.require(folder)
+        tokenizer._begin(partial(_Files.of, folder))
+        return tokenizer
+
+    def _begin(self, read: "Callable[[], _Files]") -> None:
+        self._read, self._lock = read, threading.Lock()
+        self._endings: dict[tuple[str, ...], Endings] = {}
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether its files have been read."""
+        return "_loaded" in vars(self)
+
+    def load(self) -> None:
+        """Read its files, unless that is done."""
+        with self._lock:
+            _ = self._loaded
+
+    @cached_property
+    def _loaded(self) -> "_Loaded":
+        files = self._read()
+        files.fast.no_padding()
+        files.fast.no_truncation()
+        return _Loaded(files, Detokenizer(files.fast))
+
+    def _all(self) -> "_Loaded":
+        if not self.is_loaded:
+            self.load()
+        return self._loaded
+
+    @property
+    def _fast(self) -> FastTokenizer:
+        return self._all().files.fast
+
+    @property
+    def _detokenizer(self) -> Detokenizer:
+        return self._all().detokenizer
+
+    @property
+    def _cleans_up(self) -> bool:
+        return self._all().files.cleans_up
+
+    @property
+    def mask_token(self) -> str | None:
+        """Its token for a missing word; None where it has none."""
+        return self._all().files.mask
 
     @property
     def vocab_size(self) -> int:

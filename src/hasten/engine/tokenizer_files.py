@@ -33,20 +33,24 @@ class _Declared:
     flags: Mapping[str, bool] | None = None
 
 
+def require(path: Path) -> None:
+    """CheckpointError where neither a folder nor a file has a tokenizer."""
+    files = [path / "tokenizer.json", path / _TOKENIZER_CONFIG] if path.is_dir() else [path]
+    if not any(file.is_file() for file in files):
+        raise CheckpointError(f"{path} has no tokenizer.json; name the tokenizer's folder with --tokenizer-path")
+
+
 def load(path: Path) -> FastTokenizer:
     """The tokenizer of a folder, or of a tokenizer.json alone; CheckpointError names what is wrong, and where."""
+    require(path)
     if path.is_dir():
         file = path / "tokenizer.json"
         fast = _from_file(file) if file.is_file() else None
-        if fast is None and not (path / _TOKENIZER_CONFIG).is_file():
-            raise CheckpointError(f"{path} has no tokenizer.json; name the tokenizer's folder with --tokenizer-path")
         declared = list(_declared(path))
         if fast is None or not _is_complete(fast, declared) or _changes_ends(path, fast):
             fast = _from_transformers(path)
         _check_ids(fast, declared)
         return fast
-    if not path.is_file():
-        raise CheckpointError(f"{path} has no tokenizer.json; name the tokenizer's folder with --tokenizer-path")
     return _from_file(path)
 
 

@@ -4,6 +4,8 @@ Only rank 0 has the logits. With overlapped steps a step is launched before the 
 its Python: on every rank they stay on the device, where the next step reads them.
 """
 
+import logging
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,11 +17,13 @@ from torch import Tensor
 from hasten import ops
 from hasten.checkpoint.plan import Checkpoint, open_checkpoint
 from hasten.core.config import CacheConfig, EngineConfig, SchedulerConfig
-from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.errors import CapacityError, ConfigError, UnsupportedError
 from hasten.core.kernel_cache import check_kernel_cache, kernel_cache
+from hasten.engine import deferred
 from hasten.engine.batch import Batch
 from hasten.engine.cache_ranges import stored_ranges
 from hasten.engine.cache_setup import CacheSetup
+from hasten.engine.deferred import Budget
 from hasten.engine.launched_step import ChooseTokens, Launched
 from hasten.engine.memory import (
     DEFAULT_STEP_TOKENS,
@@ -40,6 +44,8 @@ from hasten.parallel.groups import ALONE, ParallelGroups
 from hasten.parallel.launch import Ranks
 from hasten.parallel.peers import MOST_EXCHANGED_ROWS, connect, connect_stages, connect_sums, reachable
 from hasten.parallel.threads import ThreadChoice
+
+_log = logging.getLogger(__name__)
 
 _LEAST_STEP_TOKENS = 1024
 """Tokens of a step that are not divided any further: products of fewer rows are bound by reading weights."""
@@ -140,6 +146,7 @@ class Worker:
         self.max_model_len, self.num_blocks = setup.make() if self.pooler is None else setup.make_for_step()
         self.scheduler_config = config.scheduler
         self._threads = ThreadChoice()
+        self._budget = Budget(interactive=bool(config.scheduler.itl_target))
         self.reset()
 
     def _cache_dtype(self, config: CacheConfig) -> torch.dtype | None:
@@ -242,6 +249,8 @@ class Worker:
         On rank 0, before the batch is noted as done.
         """
         message = StepMessage.of(batch, self._tables) if self.pooler is None else StepMessage.of_texts(batch)
+        if (lacking := self.runner.lacking(message)) is not None and self._budget.allows:
+            self._do_deferred(lacking)
         if self.ranks.world.size > 1:
             self.ranks.publish(message.packed())
         prompts = PromptLogprobs(list(batch.prompt_runs()))
@@ -256,6 +265,31 @@ class Worker:
         if not self.defers:
             launched.compute()
         return launched
+
+    def prepare_next(self) -> bool:
+        """Do a piece of what the start left for later, on all ranks; False where none is left. On rank 0."""
+        number = self.runner.deferred.next
+        if number is not None:
+            self._do_deferred(number)
+        return number is not None
+
+    def _do_deferred(self, number: int) -> None:
+        """Do this piece, on all ranks. Without memory for it a rank alone does without; several end."""
+        if self.ranks.world.size > 1:
+            self.ranks.publish(deferred.packed(number))
+        began = time.monotonic()
+        try:
+            self._do(number)
+        except CapacityError as error:
+            if self.ranks.world.size > 1:
+                raise  # others have it, and all must compute alike
+            _log.warning("%s; the engine goes on without it", error)
+        self._budget.spend(time.monotonic() - began)
+
+    def _do(self, number: int) -> None:
+        piece = self.runner.deferred.take(number)
+        with explained_out_of_memory(f"preparing {piece.name}"), torch.inference_mode():
+            piece.do()
 
     def _pool(self, pooler: Pooler, message: StepMessage, sequences: list[Sequence]) -> ChooseTokens:
         """Put a step of texts on this rank's device; what gives what was made of them."""
@@ -349,6 +383,9 @@ class Worker:
     def follow(self) -> None:
         """What ranks other than 0 do until rank 0 says stop."""
         while len(numbers := self.ranks.receive()):
+            if (piece := deferred.unpacked(numbers)) is not None:
+                self._do(piece)
+                continue
             message = StepMessage.unpacked(numbers)
             Launched([], PromptLogprobs([]), partial(self._compute, message, [], _no_logits)).choose()
         self.finish()

@@ -59,7 +59,7 @@ from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight, moved
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.reference import activated, clipped, complete
 from hasten.ops.rounding import Inputs, RoundedRows, multiplies
-from hasten.ops.transfer import HostCopy, Upload, to_device
+from hasten.ops.transfer import HostCopy, Upload, arrived_tensor, to_device
 
 __all__ = [
     "CACHE_DTYPES",
@@ -98,6 +98,7 @@ __all__ = [
     "activated",
     "add_linear",
     "any_compiled",
+    "arrived_tensor",
     "await_count",
     "choose_beams",
     "clipped",

@@ -18,6 +18,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -150,7 +151,8 @@ class EngineLoop:
         while not self._channel.closed:
             if self._engine.has_unfinished:
                 self._step()
-            self._receive(wait=not self._engine.has_unfinished and not self._changed)
+            idle = not self._engine.has_unfinished and not self._changed
+            self._receive(wait=idle and not self._engine.prepare_next())
             self._engine.ranks.liveness.raise_failure()
             self._admit_compiled()
             if self._changed and not self._channel.closed:
@@ -371,11 +373,11 @@ def _end_with_server() -> None:
 
 
 def main() -> None:
-    """The process: the socket's number is its argument."""
+    """The process: arguments are the socket's number, and a folder whose weights its GPU is known to need, if any."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)  # the server decides when this process ends
     threading.Thread(target=_end_with_server, daemon=True).start()
-    gpu_start.begin()
+    gpu_start.begin(Path(sys.argv[2]) if sys.argv[2:] else None)
     gc.disable()  # imports leave nothing to collect, and looking for it takes a tenth of the start
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     code = 0

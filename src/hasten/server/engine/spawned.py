@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from hasten.core.cpus import available_cpus
 
@@ -28,15 +29,16 @@ class EngineProcess:
 _ahead: list[EngineProcess] = []
 
 
-def start_ahead(count: int) -> None:
+def start_ahead(count: int, weights: Path | None = None) -> None:
     """Start processes for the next calls of `start`, which says so if the system cannot.
 
-    Those that are not taken by then end with this process.
+    Those that are not taken by then end with this process. `weights`: the folder that one engine alone will load to the
+    first GPU.
     """
     atexit.register(_end_ahead)
     with suppress(OSError):
         for _ in range(min(count, available_cpus())):
-            _ahead.append(_started())
+            _ahead.append(_started(weights))
 
 
 def _end_ahead() -> None:
@@ -49,13 +51,16 @@ def start() -> EngineProcess:
     return _ahead.pop(0) if _ahead else _started()
 
 
-def _started() -> EngineProcess:
+def _started(weights: Path | None = None) -> EngineProcess:
     """A process with the other end of a socket. Its messages, and those of its libraries, go to stderr."""
     ours, theirs = socket.socketpair()
     try:
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", "hasten.server.engine.process", str(theirs.fileno())],
+                [
+                    *(sys.executable, "-m", "hasten.server.engine.process", str(theirs.fileno())),
+                    *([] if weights is None else [str(weights)]),
+                ],
                 stdin=subprocess.PIPE,  # closed when this process ends, however it does
                 stdout=2,
                 pass_fds=[theirs.fileno()],
