@@ -151,3 +151,19 @@ def test_a_tokenizer_is_read_when_it_is_needed(tiny_bloom: Path, tmp_path: Path)
     for _ in range(2):
         with pytest.raises(CheckpointError, match="cannot be read as a tokenizer"):
             broken.encode("a")
+
+
+def test_a_token_is_checked_before_the_first_request_and_counts_nowhere(tiny_bloom: Path) -> None:
+    with LLM(tiny_bloom, device="cpu") as llm:
+        before = llm.engine.stats
+        expected = llm.generate(PROMPTS, SamplingParams(max_tokens=4, detokenize=False))[0].outputs[0].token_ids
+    with LLM(tiny_bloom, device="cpu") as llm:
+        llm.engine.check()
+        assert llm.engine.stats == before
+        found = llm.generate(PROMPTS, SamplingParams(max_tokens=4, detokenize=False))[0].outputs[0].token_ids
+        assert found == expected, "random streams are those of an engine that has computed nothing"
+        assert (llm.engine.stats.prompt_tokens, llm.engine.stats.generation_tokens) == (3, 4)
+        norm: Any = llm.engine.worker.runner.model.get_submodule("final_norm")
+        norm.weight.fill_(float("nan"))
+        with pytest.raises(EngineError, match=r"its first token cannot be computed: the model's logits are not finite"):
+            llm.engine.check()

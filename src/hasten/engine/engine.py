@@ -16,7 +16,7 @@ import torch
 from hasten import ops
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError, HastenError, InvalidRequestError
-from hasten.core.types import LogprobList, Request, RequestOutput
+from hasten.core.types import FinishReason, LogprobList, Request, RequestOutput, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.block_manager import BlockManager
 from hasten.engine.constraint import Constraint
@@ -63,13 +63,7 @@ class Engine:
             self.model_config.eos_token_ids,
             GrammarLimits(config.scheduler.max_grammar_seconds, config.scheduler.max_grammar_memory),
         )
-        scheduler = self.scheduler.config
-        assert scheduler.max_num_batched_tokens is not None, "the worker resolves the default"
-        # a sequence is in every step, or in one of as many as there are stages
-        target = 0.0
-        if self.worker.pooler is None:
-            target = (scheduler.itl_target or 0.0) / 1000 / self.worker.stage.size
-        self._pacer = Pacer(target, scheduler.max_num_batched_tokens)
+        self._pacer = self._new_pacer()
         self._is_unmeasured = False
         """Whether the last step launched chooses no tokens, whose arrival would show when it ends."""
         self._stages = self.worker.stage.size
@@ -79,6 +73,8 @@ class Engine:
         self._unseeded = 0
         self.tally = StepTally()
         self.requests = RequestTracker(self.worker, self.scheduler, self.tokenizer, self.tally)
+        self._before_requests = EngineStats()
+        """What counters had come to before the first request."""
         self.estimator: WorkEstimator | None = None
         """Adds up what its steps take, where anybody wants to know."""
         self._closed_because: str | None = None
@@ -94,6 +90,15 @@ class Engine:
         blocks = BlockManager(worker.num_blocks, worker.block_size, enable_prefix_caching=keeps, window=window)
         kind = Scheduler if worker.pooler is None else TextScheduler
         return kind(self.worker.scheduler_config, blocks, self.worker.stage.size)
+
+    def _new_pacer(self) -> Pacer:
+        scheduler = self.scheduler.config
+        assert scheduler.max_num_batched_tokens is not None, "the worker resolves the default"
+        # a sequence is in every step, or in one of as many as there are stages
+        target = 0.0
+        if self.worker.pooler is None:
+            target = (scheduler.itl_target or 0.0) / 1000 / self.worker.stage.size
+        return Pacer(target, scheduler.max_num_batched_tokens)
 
     def _new_checks(self) -> RequestChecks:
         scheduler, blocks = self.scheduler.config, self.scheduler.blocks
@@ -126,6 +131,9 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """What goes on between two steps, and counters since the start."""
+        return self._all_stats().since(self._before_requests)
+
+    def _all_stats(self) -> EngineStats:
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         waiting = len(self.waiting)
         work = EstimatedWork() if self.estimator is None else self.estimator.total
@@ -277,6 +285,25 @@ class Engine:
             torch.inference_mode(),
         ):
             return self._step()
+
+    def check(self) -> None:
+        """Compute two tokens before the first request; EngineError where their logits are no numbers. Counts nowhere.
+
+        For models that generate text.
+        """
+        if self.worker.pooler is not None:
+            return
+        params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True, detokenize=False, seed=0)
+        self.add(Request(request_id="check", prompt_token_ids=(0,), params=params))
+        outputs: list[Output] = []
+        while self.has_unfinished:
+            outputs += self.step()
+        self._pacer = self._new_pacer()
+        self._before_requests = self._all_stats()
+        for output in outputs:
+            completion = output.outputs[0] if isinstance(output, RequestOutput) else None
+            if completion is not None and completion.finish_reason is FinishReason.ERROR:
+                raise EngineError(f"{self.config.model}: its first token cannot be computed: {completion.stop_reason}")
 
     def prepare_next(self) -> bool:
         """Do a piece of what the start left for later; False where none is left.

@@ -61,6 +61,10 @@ class EngineStats:
         """What goes on here, with counters that go on where those of an earlier engine ended."""
         return replace(self, **{name: getattr(earlier, name) + getattr(self, name) for name in _COUNTERS})
 
+    def since(self, earlier: "EngineStats") -> "EngineStats":
+        """What goes on here, with what counters have come to since an earlier moment."""
+        return replace(self, **{name: getattr(self, name) - getattr(earlier, name) for name in _COUNTERS})
+
     @classmethod
     def total(cls, parts: "Sequence[EngineStats]") -> "EngineStats":
         """What goes on in several engines together."""

@@ -356,6 +356,7 @@ def serve(channel: Channel) -> None:
     import_module("hasten.engine.launch")  # it takes seconds, while the server gets ready to say what to load
     for start in channel.receive(wait=True):
         engine = _load(start)
+        engine.check()
         engine.estimate_work()
         engine.ranks.liveness.on_failure(channel.wake)  # a rank may die while there is nothing to compute
         channel.send(Ready(engine_info(engine)))
