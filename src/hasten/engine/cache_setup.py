@@ -139,9 +139,11 @@ class CacheSetup:
             self.runner.allocate_cache(1, -(-length // self.block_size), ropes, ranges)
             steps = [(most, sequences), *((_WARMUP_TOKENS, count) for count in _WARMUP_SEQUENCES)]
             steps += [(count, count) for count in (*_WARMUP_SEQUENCES, sequences)]
-            steps = [(tokens, count) for tokens, count in steps if tokens <= most and count <= sequences]
             graphs = self.pooler is None and not self.config.enforce_eager
             sizes = self.runner.graph_sizes(self._most_mixed_tokens()) if graphs else Sizes([], [])
+            if not graphs:
+                steps += [(rows, min(rows, sequences)) for rows in ops.library_rows(most)]
+            steps = [(tokens, count) for tokens, count in steps if tokens <= most and count <= sequences]
             self.runner.compile_kernels(steps, sizes, self.ranks.local_size)
             self.runner.release_cache()
 
