@@ -89,7 +89,7 @@ def _less(values, middle: tl.constexpr, dtype: tl.constexpr):
     return (values.to(tl.int16) - middle).to(dtype)
 
 
-@triton.jit(do_not_specialize=["M", "N"])
+@triton.jit(do_not_specialize=["M"])
 def _by_groups(
     x,
     values,

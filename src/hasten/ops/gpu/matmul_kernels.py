@@ -118,7 +118,7 @@ def _dots(
     return total
 
 
-@triton.jit(do_not_specialize=["M", "N"])
+@triton.jit(do_not_specialize=["M"])
 def skinny(
     x,
     weight,

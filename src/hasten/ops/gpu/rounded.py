@@ -25,7 +25,7 @@ from hasten.ops.rounding import BASE, Inputs, multiplies
 _BASE = tl.constexpr(BASE)
 
 
-@triton.jit(do_not_specialize=["M", "N"])
+@triton.jit(do_not_specialize=["M"])
 def _eight_bit(
     x,
     units,
