@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from hasten.core.config import SchedulerConfig
 from hasten.core.types import EmbeddingOutput, PoolingParams, Request
@@ -20,7 +21,9 @@ def scheduler(tokens: int, texts: int) -> TextScheduler:
     return TextScheduler(config, BlockManager(4, 4, enable_prefix_caching=False))
 
 
-def text(length: int, rows: list[int] | None = None, masks: tuple[int, ...] = (), first: int = 10) -> TextSequence:
+def text(
+    length: int, rows: NDArray[np.int32] | None = None, masks: tuple[int, ...] = (), first: int = 10
+) -> TextSequence:
     ids = tuple(range(first, first + length))
     request = Request(request_id=str(first), prompt_token_ids=ids, pooling=PARAMS, masks=masks)
     return TextSequence(request, as_ids(ids), length, rows)
@@ -74,8 +77,8 @@ def batch(*texts: TextSequence) -> Batch:
     return Batch(3, list(texts), counts, counts, list(range(len(texts))))
 
 
-@pytest.mark.parametrize("rows", [None, [5, 9, 6]])
-def test_all_ranks_get_the_same_step(rows: list[int] | None) -> None:
+@pytest.mark.parametrize("rows", [None, np.array([5, 9, 6], dtype=np.int32)])
+def test_all_ranks_get_the_same_step(rows: NDArray[np.int32] | None) -> None:
     message = StepMessage.of_texts(batch(text(3, rows), text(2, masks=(1,), first=40)))
     assert list(message.ids) == [10, 11, 12, 40, 41]
     assert list(message.positions) == ([] if rows is None else [5, 9, 6, 0, 1])

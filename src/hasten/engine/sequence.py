@@ -83,7 +83,6 @@ class Sequence:
         "pending",
         "pending_row",
         "pooling",
-        "position_rows",
         "prefix",
         "prompt_len",
         "reads_history",
@@ -132,8 +131,6 @@ class Sequence:
         self.max_length = self.prompt_len if self.pooling else self.params.max_length(self.prompt_len, max_model_len)
         self.num_states = 1
         """Of its last tokens, how many need hidden states once it is computed."""
-        self.position_rows: list[int] | None = None
-        """Rows of its tokens in the model's table of positions, where those are not their positions."""
         self.pending = 0
         """Tokens that the device has chosen and that are not known here: between two steps, 1 at most."""
         self.pending_row = 0

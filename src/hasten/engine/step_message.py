@@ -145,7 +145,7 @@ class StepMessage:
             prompt_rows=[*chain.from_iterable(run.rows for run in batch.prompt_runs()), *batch.mask_rows()],
             edits=edits,
             copies=batch.copies,
-            positions=_positions(sequences, counts),
+            positions=[],
             input_rows=[row_of[each.key] for each in given],
             input_lens=[len(each.token_ids) for each in given],
             encoder_ids=[token for each in batch.inputs for token in each.token_ids],
@@ -270,16 +270,6 @@ _SINGLE, _LISTS = 4, 17
 
 def _listed(numbers: list[int] | Numbers) -> list[int]:
     return numbers if isinstance(numbers, list) else numbers.tolist()
-
-
-def _positions(sequences: list[Sequence], counts: list[int]) -> list[int]:
-    """Rows of all tokens in the model's table of positions; none where all are their tokens' positions."""
-    if all(sequence.position_rows is None for sequence in sequences):
-        return []
-    firsts = (sequence.num_computed for sequence in sequences)
-    rows = (sequence.position_rows for sequence in sequences)
-    found = (own or range(first, first + n) for own, first, n in zip(rows, firsts, counts, strict=True))
-    return list(chain.from_iterable(found))
 
 
 def _moves(sequences: list[Sequence]) -> Iterable[BeamMove]:

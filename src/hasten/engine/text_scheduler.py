@@ -19,7 +19,7 @@ from hasten.engine.sequence import Sequence
 class TextSequence(Sequence):
     """A text on its way through the engine: what steps want to know of a sequence, most of it the same for all."""
 
-    __slots__ = ("ids", "request")
+    __slots__ = ("ids", "position_rows", "request")
 
     beams = None
     constraint = None
@@ -34,8 +34,10 @@ class TextSequence(Sequence):
     reads_history = False
     wants_prompt_logprobs = False
 
-    def __init__(self, request: Request, ids: NDArray[np.int32], num_states: int, rows: list[int] | None) -> None:
-        """`num_states`: of its last tokens, how many need hidden states; `rows`: see `position_rows`."""
+    def __init__(
+        self, request: Request, ids: NDArray[np.int32], num_states: int, rows: NDArray[np.int32] | None
+    ) -> None:
+        """`num_states`: of its last tokens, how many need hidden states."""
         self.request = request
         self.request_id = request.request_id
         self.key = -1
@@ -47,6 +49,7 @@ class TextSequence(Sequence):
         self.prompt_len = self.max_length = len(ids)
         self.num_states = num_states
         self.position_rows = rows
+        """[t]: rows of its tokens in the model's table of positions, where those are not their positions."""
 
     @property
     def length(self) -> int:

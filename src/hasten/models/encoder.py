@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch.nn as nn
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten.core.errors import ConfigError, UnsupportedError
@@ -134,7 +135,7 @@ def make_classifier(config: ModelConfig) -> Classifier | None:
     return Classifier(config.hidden_size, config.classifier, norm_eps=config.norm_eps, norm_bias=config.norm_bias)
 
 
-def position_rows(config: ModelConfig, token_ids: Sequence[int], type_ids: Sequence[int]) -> list[int] | None:
+def position_rows(config: ModelConfig, token_ids: Sequence[int], type_ids: Sequence[int]) -> NDArray[np.int32] | None:
     """The row that each token takes in the tables of positions and types, which follow each other by type: [t].
 
     None where these are the tokens' positions, where the model has no such tables, and in a decoder; without
@@ -150,8 +151,7 @@ def position_rows(config: ModelConfig, token_ids: Sequence[int], type_ids: Seque
         rows = np.cumsum(counts) * counts + config.position_offset - 1
     if type_ids and config.token_types:
         rows = rows + np.asarray(type_ids) * config.num_positions
-    found: list[int] = rows.tolist()
-    return found
+    return rows.astype(np.int32)
 
 
 @dataclass(frozen=True)
